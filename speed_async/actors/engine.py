@@ -1,0 +1,76 @@
+"""The engine seam: what the actor loop asks of a generator.
+
+Shape legend: P prompt tokens, T completion tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from speed_async.types import Int32Array, Sampled, WeightOffer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """One independent completion. Lower `priority` is served first."""
+
+    prompt_token_ids: Int32Array  # (P,)
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    priority: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """Cumulative counts and present load, taken between decode steps."""
+
+    tokens_generated: int
+    """Every token ever sampled, counted where it is sampled."""
+    tokens_running: int
+    """Tokens sampled so far by requests that have not returned yet."""
+    num_running: int
+    num_waiting: int
+    num_slots: int
+    policy_version: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateReport:
+    """How one weight update went."""
+
+    policy_version: int
+    transfer_s: float
+    """Receiving and loading."""
+    pause_s: float
+    """Whole time no token was sampled because of the update."""
+
+
+class Engine(Protocol):
+    """Generates under one policy version at a time.
+
+    `generate` returns when the sequence ended (EOS: "stop", limit: "length") or was aborted
+    ("abort", with the tokens so far). An exception in the engine reaches every waiting caller.
+    Engines are async context managers: entering loads the model, leaving frees everything.
+    """
+
+    async def generate(self, request: GenerationRequest) -> Sampled: ...
+
+    async def update_weights(self, offer: WeightOffer) -> UpdateReport:
+        """Receive and load the offered version between two decode steps.
+
+        Running sequences go on; their next tokens are sampled under the new version from a
+        KV cache recomputed under it. Raises WeightSyncError or DeadlineExceeded; the engine
+        then still holds a whole, known version or is unusable and says so on the next call.
+        """
+        ...
+
+    async def pause(self, *, abort: bool) -> None:
+        """Stop sampling after the present step. With `abort`, running and waiting requests
+        return what they have with finish_reason "abort"; without, they wait for `resume`."""
+        ...
+
+    async def resume(self) -> None: ...
+
+    @property
+    def stats(self) -> EngineStats: ...

@@ -1,0 +1,175 @@
+"""The configuration: one frozen tree. Units are in the names; derived values are properties."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class RunConfig(Section):
+    folder: str = "runs/default"
+    """Run folder; a relative path is taken from the current directory."""
+    seed: NonNegativeInt = 0
+    updates: PositiveInt = 100
+    """Optimiser updates of the whole run."""
+
+
+class ModelConfig(Section):
+    path: str
+    """Hugging Face folder (config, safetensors, tokenizer)."""
+    context_length: PositiveInt | None = None
+    """Prompt plus completion tokens; None takes the model's own limit."""
+    chat_template: bool = False
+    """Wrap each prompt as one user message in the tokenizer's chat template."""
+
+
+class TaskConfig(Section):
+    name: str
+    """`arithmetic`, `jsonl`, or `reasoning_gym:<data set>`."""
+    path: str | None = None
+    """Data file of `jsonl`: one object a line with `prompt` and `answer`."""
+    match: Literal["exact", "numeric"] = "exact"
+    num_prompts: PositiveInt = 4096
+    """Training prompts to make (tasks that make their own)."""
+    num_held_out: PositiveInt = 256
+    """Prompts kept apart for evaluation, never trained on."""
+    max_digits: PositiveInt = 6
+    """Hardest level of `arithmetic`."""
+    options: dict[str, object] = Field(default_factory=dict)
+    """Passed to the reasoning-gym data set."""
+    seed: NonNegativeInt = 0
+    """Seed of the data, apart from `run.seed` so that runs share their data."""
+
+
+class GateConfig(Section):
+    n_init: PositiveInt = 4
+    """Completions that screen a prompt."""
+    n_cont: PositiveInt = 20
+    """Completions added when its pass rate is moderate."""
+    low: Fraction = 0.0
+    high: Fraction = 1.0
+    """Moderate means low < pass rate < high, both strict."""
+
+    @property
+    def group_size(self) -> int:
+        return self.n_init + self.n_cont
+
+
+class ActorsConfig(Section):
+    engine: Literal["torch", "vllm", "scripted"] = "torch"
+    slots: PositiveInt = 64
+    """Sequences decoded at once by one actor."""
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: PositiveInt = 64
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: PositiveInt = 1
+    """Torch threads of one actor on a CPU."""
+    verifier_workers: PositiveInt = 1
+    verifier_timeout_s: PositiveFloat = 10.0
+    max_restarts: NonNegativeInt = 3
+    """How often one actor may be restarted after it was killed by a signal."""
+
+
+class BufferConfig(Section):
+    capacity_groups: PositiveInt = 256
+    """Groups held at once; past it the least useful one is evicted."""
+    credits: PositiveInt | None = None
+    """Groups leased, buffered or in training at once; None derives it (see `max_credits`)."""
+    max_staleness: NonNegativeInt = 2
+    """No token older than this many policy versions is trained on."""
+    freshness_decay: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Factor on a group's priority for each version of age."""
+    max_passed_over: PositiveInt = 4
+    """A group passed over by this many takes is taken next."""
+
+
+class LearnerConfig(Section):
+    groups_per_update: PositiveInt = 16
+    lr: PositiveFloat = 1e-6
+    warmup_updates: NonNegativeInt = 10
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    grad_clip: PositiveFloat = 1.0
+    max_importance_ratio: PositiveFloat = 2.0
+    """Cap of the per-token ratio pi_theta / mu (truncated importance sampling)."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Padded tokens in one forward and backward pass."""
+    checkpoint_every: NonNegativeInt = 0
+    """Updates between checkpoints; 0 saves only at the end."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: PositiveInt = 1
+    """Torch threads of one learner on a CPU."""
+
+
+class WeightsConfig(Section):
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    bucket_bytes: PositiveInt = 64 * 1024 * 1024
+    deadline_s: PositiveFloat = 60.0
+    """Longest wait at any stage of one transfer."""
+
+
+class EvaluateConfig(Section):
+    every: NonNegativeInt = 10
+    """Updates between held-out evaluations; 0 keeps only the first and the last."""
+    num_samples: PositiveInt = 1
+    """Completions for each held-out prompt, at the actors' temperature."""
+
+
+class ClusterConfig(Section):
+    learners: PositiveInt = 1
+    """Torchrun ranks that learn; every further rank is an actor."""
+    actors: PositiveInt = 1
+    """Actor ranks that `speed-async train` starts (torchrun decides by its world size)."""
+    host: str = "127.0.0.1"
+    """Address of the first learner's node, at which the service binds."""
+    service_port: NonNegativeInt = 0
+    """0 picks a free port."""
+    feed_port: NonNegativeInt = 0
+    """Read-only metrics feed; 0 picks a free port."""
+    connect_timeout_s: PositiveFloat = 120.0
+    """How long roles wait for each other at the start."""
+    peer_timeout_s: PositiveFloat = 60.0
+    """A peer silent for this long is taken for dead."""
+    stall_timeout_s: PositiveFloat = 600.0
+    """Longest wait of the learner for one batch."""
+    drain_timeout_s: PositiveFloat = 20.0
+
+
+class ObserveConfig(Section):
+    status_interval_s: PositiveFloat = 0.5
+    wandb: bool = False
+    """Log to wandb; offline when there is no key."""
+    wandb_project: str = "speed_async"
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    task: TaskConfig
+    gate: GateConfig = GateConfig()
+    actors: ActorsConfig = ActorsConfig()
+    buffer: BufferConfig = BufferConfig()
+    learner: LearnerConfig = LearnerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    observe: ObserveConfig = ObserveConfig()
+
+    @property
+    def max_credits(self) -> int:
+        """Groups that may be leased, buffered or in training at once.
+
+        A batch for every version in the staleness window, and as much again for prompts under
+        screening, most of which the gate will refuse.
+        """
+        if self.buffer.credits is not None:
+            return self.buffer.credits
+        return 2 * (self.buffer.max_staleness + 1) * self.learner.groups_per_update

@@ -1,0 +1,57 @@
+"""Every error a user can meet. Its text is complete: what, which value, what to do."""
+
+
+class SpeedAsyncError(Exception):
+    """Base of all errors raised on purpose. `str(error)` is fit to be shown to a user."""
+
+
+class ConfigError(SpeedAsyncError):
+    """A configuration value cannot be used."""
+
+    def __init__(self, field: str, value: object, remedy: str) -> None:
+        super().__init__(f"config field '{field}' = {value!r}: {remedy}")
+        self.field = field
+        self.value = value
+        self.remedy = remedy
+
+
+class DataError(SpeedAsyncError):
+    """A data file is missing, empty, or has a malformed line (the text names file and line)."""
+
+
+class ModelError(SpeedAsyncError):
+    """A model folder, its tokenizer or its context length cannot serve this run."""
+
+
+class DeadlineExceeded(SpeedAsyncError):
+    """A wait passed its deadline."""
+
+    def __init__(self, whom: str, what: str, waited_s: float) -> None:
+        super().__init__(f"waited {waited_s:.1f} s for {whom}: {what}")
+        self.whom = whom
+        self.what = what
+        self.waited_s = waited_s
+
+
+class ProtocolError(SpeedAsyncError):
+    """A peer sent something that is not a valid message of this protocol version."""
+
+
+class TransportClosed(SpeedAsyncError):
+    """The transport was closed while in use."""
+
+
+class WeightSyncError(SpeedAsyncError):
+    """A weight transfer failed or delivered something else than was announced."""
+
+
+class TaskError(SpeedAsyncError):
+    """A task cannot be made, or its verifier failed on one completion."""
+
+
+class RoleError(SpeedAsyncError):
+    """Another role of this run failed; carries that role's name and message."""
+
+    def __init__(self, role: str, message: str) -> None:
+        super().__init__(f"{role}: {message}")
+        self.role = role

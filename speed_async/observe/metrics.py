@@ -1,0 +1,34 @@
+"""What a run tells about itself: three kinds of event, flat and plain, torch-free.
+
+- `status`: gauges of this moment, a few times a second; only the live feed carries it.
+- `step`: one line for each optimiser update; kept in metrics.jsonl.
+- `evaluation`: held-out accuracy of one policy version; kept in metrics.jsonl.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+EventKind = Literal["status", "step", "evaluation", "end"]
+Value = float | int | str | bool | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """`values` keys use slashes for families: `actor/tokens_per_s`, `learner/loss`.
+
+    Keys every consumer may rely on, where the kind has them:
+    all: `wall_s` (since the run began), `policy_version`.
+    status and step: `updates_total`, `generated_tokens_per_s`, `trained_tokens_per_s`,
+      `gate_acceptance` (share of screened prompts continued, running window),
+      `buffer_groups`, `buffer_capacity`, `in_flight_groups`, `credits`, `staleness_mean`,
+      `staleness_max`, `actors_alive`, `reward_mean`, `accuracy` (last held-out, or None),
+      `bottleneck` ("actor" | "buffer" | "learner" | "sync" | "starting"), `eta_s`,
+      `share_actor`, `share_buffer`, `share_learner`, `share_sync` (of the learner's last updates),
+      `ledger_closes`, `phase` ("starting" | "training" | "evaluating" | "draining").
+    step: also `loss`, `grad_norm`, `ratio_mean`, `ratio_max`, `kl_k1`, `kl_k3`, ... (learner's).
+    evaluation: `accuracy`, `num_passed`, `num_completions`, `oldest_version`, `newest_version`.
+    end: `reason`, `ok`.
+    """
+
+    kind: EventKind
+    values: dict[str, Value]

@@ -1,0 +1,154 @@
+"""Records that pass between rooms. Torch-free, frozen, and without behaviour beyond counting.
+
+Shape legend: P prompt tokens, T completion tokens.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32Array = NDArray[np.int32]
+Float32Array = NDArray[np.float32]
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Phase(StrEnum):
+    """Why a completion is generated; continuation goes before screening in the engine."""
+
+    SCREENING = "screening"
+    CONTINUATION = "continuation"
+    EVALUATION = "evaluation"
+
+
+class LeaseKind(StrEnum):
+    TRAINING = "training"
+    EVALUATION = "evaluation"
+
+
+class GroupEnd(StrEnum):
+    """The five ways in which a training group ends; each group meets exactly one."""
+
+    TRAINED = "trained"
+    STALE = "stale"
+    EVICTED = "evicted"
+    SCREENED_OUT = "screened_out"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One problem. `prompt_id` is its index in the task's train or held-out list."""
+
+    prompt_id: int
+    text: str
+    answer: str
+    level: str = ""
+    """Difficulty label used only in reports."""
+    held_out: bool = False
+    metadata: dict[str, object] = field(default_factory=dict)
+    """What the task's own scorer needs beyond `answer` (plain data only)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """What an engine returns for one request: T tokens with their provenance."""
+
+    token_ids: Int32Array  # (T,)
+    logprobs: Float32Array  # (T,) log mu, as sampled: temperature and truncation included
+    policy_versions: Int32Array  # (T,) version whose weights sampled each token
+    finish_reason: FinishReason
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """A scored sample."""
+
+    sampled: Sampled
+    reward: float
+
+    @property
+    def num_tokens(self) -> int:
+        return self.sampled.num_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """All completions of one prompt under one lease; the first `num_screening` were screened."""
+
+    lease_id: int
+    prompt_id: int
+    prompt_token_ids: Int32Array  # (P,)
+    completions: tuple[Completion, ...]
+    num_screening: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated tokens (prompt tokens are not counted anywhere in the ledger)."""
+        return sum(completion.num_tokens for completion in self.completions)
+
+    @property
+    def num_passed(self) -> int:
+        return sum(completion.reward >= 1.0 for completion in self.completions)
+
+    @property
+    def pass_rate(self) -> float:
+        return self.num_passed / len(self.completions)
+
+    @property
+    def oldest_version(self) -> int:
+        """Smallest policy version among the tokens; what the staleness bound looks at."""
+        return min(
+            int(completion.sampled.policy_versions.min())
+            for completion in self.completions
+            if completion.num_tokens
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lease:
+    """The right to work on one prompt once. `num_samples` is used by evaluation leases."""
+
+    lease_id: int
+    prompt_id: int
+    kind: LeaseKind
+    num_samples: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActorCounts:
+    """An actor's own cumulative counts, sent with every message it sends.
+
+    At the moment of sending: tokens_generated = tokens the actor has reported in ended leases
+    (evaluation included) + tokens_in_flight. The service checks it against what it received.
+    """
+
+    groups_leased: int = 0
+    groups_in_flight: int = 0
+    completions_generated: int = 0
+    tokens_generated: int = 0
+    tokens_in_flight: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightOffer:
+    """An invitation to take part in one weight broadcast. Rank 0 is the sender.
+
+    Members of one `epoch` keep one process group; a new epoch means a new group.
+    """
+
+    policy_version: int
+    epoch: int
+    rank: int
+    world_size: int
+    store_host: str
+    store_port: int
+    backend: Literal["gloo", "nccl"]
+    deadline_s: float

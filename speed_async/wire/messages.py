@@ -1,0 +1,293 @@
+"""Every message of the protocol: flat, frozen records of plain values and arrays.
+
+Fields are int, float, str, bool, list of those, `dict[str, float]`, `dict[str, object]` of plain
+values (metrics), or numpy arrays (which travel as raw frames). Packed arrays of a group hold its
+completions one after another; `lengths` says where each ends.
+
+Shape legend: P prompt tokens, N completions, S sum of completion lengths.
+"""
+
+from dataclasses import dataclass
+
+from speed_async.types import ActorCounts, Float32Array, Int32Array
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """Base of all messages."""
+
+
+# --- anyone -> service -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello(Message):
+    """First message of a peer. An actor's fingerprint says which data it holds."""
+
+    role: str  # "actor" | "learner"
+    index: int  # torchrun rank
+    incarnation: int  # grows with every restart of the same rank
+    fingerprint: str
+    process_id: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure(Message):
+    """A role met an error that ends the run."""
+
+    role: str
+    message: str
+
+
+# --- actor -> service (all carry the actor's counts) --------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counted(Message):
+    counts: ActorCounts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WantWork(Counted):
+    """How many leases the actor can take now, in all (it replaces any earlier want)."""
+
+    num_prompts: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupFinished(Counted):
+    """A full group that passed the gate."""
+
+    lease_id: int
+    prompt_id: int
+    num_screening: int
+    prompt_token_ids: Int32Array  # (P,)
+    lengths: Int32Array  # (N,)
+    rewards: Float32Array  # (N,)
+    token_ids: Int32Array  # (S,)
+    logprobs: Float32Array  # (S,)
+    policy_versions: Int32Array  # (S,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScreenedOut(Counted):
+    """The gate refused a prompt: counts only."""
+
+    lease_id: int
+    num_passed: int
+    num_completions: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeaseFailed(Counted):
+    """A lease of either kind ended without a result (verifier failure, drain, too long)."""
+
+    lease_id: int
+    reason: str
+    num_completions: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated(Counted):
+    """A held-out prompt was sampled and scored."""
+
+    lease_id: int
+    num_passed: int
+    num_completions: int
+    num_tokens: int
+    oldest_version: int
+    newest_version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActorReport(Counted):
+    """Heartbeat with gauges (slots_busy, num_slots, waiting, loop_lag_s, policy_version, ...)."""
+
+    gauges: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsApplied(Counted):
+    """The actor now samples under this version. A negative version: its transfer failed."""
+
+    policy_version: int
+    epoch: int
+    pause_s: float
+    transfer_s: float
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Goodbye(Counted):
+    """Last message of an actor after it drained."""
+
+
+# --- service -> actor ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Welcome(Message):
+    """Answer to Hello. A peer that joins late waits for weights when `policy_version` > 0."""
+
+    policy_version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leases(Message):
+    """Granted work. Parallel lists; `num_samples` is 0 for training leases."""
+
+    lease_ids: list[int]
+    prompt_ids: list[int]
+    kind: str  # LeaseKind
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ack(Message):
+    """The service has taken charge of this lease's result."""
+
+    lease_id: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfferWeights(Message):
+    """Take part in a broadcast; fields as in `types.WeightOffer`."""
+
+    policy_version: int
+    epoch: int
+    rank: int
+    world_size: int
+    store_host: str
+    store_port: int
+    backend: str
+    deadline_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drain(Message):
+    """Abort what runs, report it, say Goodbye, exit."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejected(Message):
+    """A message of the peer was refused; the text says why."""
+
+    reason: str
+
+
+# --- learner -> service -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TakeBatch(Message):
+    """Ask for `num_groups` groups fresh enough for `policy_version`; answered when there are."""
+
+    policy_version: int
+    num_groups: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained(Message):
+    """One update is done: what it used, and its metrics. `skipped`: the step was non-finite."""
+
+    policy_version: int  # version after the update
+    lease_ids: list[int]
+    skipped: bool
+    groups_trained: int  # learner's own cumulative counts
+    completions_trained: int
+    tokens_trained: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishWeights(Message):
+    """The learner has a version to broadcast and asks who takes part."""
+
+    policy_version: int
+    store_host: str
+    store_port: int
+    backend: str
+    deadline_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsPublished(Message):
+    """A broadcast ended; `error` is empty when it succeeded."""
+
+    policy_version: int
+    epoch: int
+    transfer_s: float
+    num_bytes: int
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishRun(Message):
+    """No more training: evaluate the last version if asked, drain the actors, send Summary."""
+
+    policy_version: int
+    evaluate: bool
+    reason: str
+
+
+# --- service -> learner -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchGroup(Message):
+    """One group of a batch; arrays as in GroupFinished."""
+
+    lease_id: int
+    prompt_id: int
+    num_screening: int
+    prompt_token_ids: Int32Array  # (P,)
+    lengths: Int32Array  # (N,)
+    rewards: Float32Array  # (N,)
+    token_ids: Int32Array  # (S,)
+    logprobs: Float32Array  # (S,)
+    policy_versions: Int32Array  # (S,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchReady(Message):
+    """All groups of the batch were sent before this."""
+
+    policy_version: int
+    lease_ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightMembers(Message):
+    """Answer to PublishWeights: actors in rank order (rank 1 first); new epoch, new group."""
+
+    policy_version: int
+    epoch: int
+    actor_names: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MembershipChanged(Message):
+    """An actor joined or left; the learner publishes its present version again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Abort(Message):
+    """Another role failed: stop at once. To learner and actors."""
+
+    role: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary(Message):
+    """The service's last word: everything it knows for `summary.json`."""
+
+    fields: dict[str, object]

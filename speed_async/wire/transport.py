@@ -1,0 +1,43 @@
+"""The transport seam: a client's Link and the service's Hub.
+
+Guarantees both implementations give (and one contract suite checks): messages between one link
+and the hub arrive whole, in order, at most once per send; malformed input from a peer is answered
+with `Rejected`, counted, and never raises out of the hub; every wait has a deadline.
+"""
+
+from typing import Protocol
+
+from speed_async.wire.messages import Message
+
+PeerName = str
+"""Unique name a link announces, such as `actor-1.0` (role, rank, incarnation)."""
+
+
+class Link(Protocol):
+    """One peer's connection to the service."""
+
+    async def send(self, message: Message) -> None:
+        """Queue a message; waits (within the link's deadline) while the outbox is full."""
+        ...
+
+    async def receive(self, deadline_s: float) -> Message:
+        """Next message. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
+        ...
+
+    async def close(self) -> None:
+        """Flush what was sent (briefly) and release everything. May be called twice."""
+        ...
+
+
+class Hub(Protocol):
+    """The service's side: many peers, told apart by name."""
+
+    async def send(self, peer: PeerName, message: Message) -> None:
+        """Queue a message to a peer; a peer that is gone is no error (its leases expire)."""
+        ...
+
+    async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:
+        """Next valid message of any peer. Raises DeadlineExceeded or TransportClosed."""
+        ...
+
+    async def close(self) -> None: ...
