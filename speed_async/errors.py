@@ -53,5 +53,15 @@ class RoleError(SpeedAsyncError):
     """Another role of this run failed; carries that role's name and message."""
 
     def __init__(self, role: str, message: str) -> None:
-        super().__init__(f"{role}: {message}")
+        already_named = message.startswith(f"{role}:") or message.startswith("config field")
+        super().__init__(message if already_named else f"{role}: {message}")
         self.role = role
+
+    @classmethod
+    def quoting(cls, text: str) -> "RoleError":
+        """From a description that already names its role."""
+        return cls(text.partition(":")[0], text)
+
+
+class GivenUp(SpeedAsyncError):
+    """The service took this incarnation of an actor for dead; a new one may take its place."""

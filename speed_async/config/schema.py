@@ -64,7 +64,7 @@ class GateConfig(Section):
 
 
 class ActorsConfig(Section):
-    engine: Literal["torch", "vllm", "scripted"] = "torch"
+    engine: Literal["torch", "vllm"] = "torch"
     slots: PositiveInt = 64
     """Sequences decoded at once by one actor."""
     temperature: PositiveFloat = 1.0
@@ -82,6 +82,8 @@ class ActorsConfig(Section):
 class BufferConfig(Section):
     capacity_groups: PositiveInt = 256
     """Groups held at once; past it the least useful one is evicted."""
+    capacity_bytes: PositiveInt = 1024 * 1024 * 1024
+    """Array bytes held at once, likewise."""
     credits: PositiveInt | None = None
     """Groups leased, buffered or in training at once; None derives it (see `max_credits`)."""
     max_staleness: NonNegativeInt = 2

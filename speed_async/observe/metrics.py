@@ -1,8 +1,9 @@
-"""What a run tells about itself: three kinds of event, flat and plain, torch-free.
+"""What a run tells about itself: four kinds of event, flat and plain, torch-free.
 
 - `status`: gauges of this moment, a few times a second; only the live feed carries it.
 - `step`: one line for each optimiser update; kept in metrics.jsonl.
 - `evaluation`: held-out accuracy of one policy version; kept in metrics.jsonl.
+- `end`: how the run ended; kept in metrics.jsonl.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ class Event:
       `bottleneck` ("actor" | "buffer" | "learner" | "sync" | "starting"), `eta_s`,
       `share_actor`, `share_buffer`, `share_learner`, `share_sync` (of the learner's last updates),
       `ledger_closes`, `phase` ("starting" | "training" | "evaluating" | "draining").
+      `credits` is the ceiling of groups in flight, buffered and in training together.
+    Shown where they are told: `max_staleness` (the bound), `accuracy_before` (first held-out),
+      `actors_total` (wanted), `warning` (latest one, for people; one line).
     step: also `loss`, `grad_norm`, `ratio_mean`, `ratio_max`, `kl_k1`, `kl_k3`, ... (learner's).
     evaluation: `accuracy`, `num_passed`, `num_completions`, `oldest_version`, `newest_version`.
     end: `reason`, `ok`.

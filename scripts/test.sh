@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Makes .venv, installs what the tests need, and runs every check. `-m slow` tests are apart:
+#   .venv/bin/python -m pytest -m slow
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+prepare_environment "[dev,reasoning-gym]"
+cd "$root"
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+step() { echo "--- $*"; }
+step "ruff"
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+step "basedpyright"
+"$python" -m basedpyright --level error
+step "import-linter"
+"$(dirname "$python")/lint-imports" --no-logo
+step "pytest"
+"$python" -m pytest "$@"

@@ -1,0 +1,25 @@
+"""The gate: which screened prompts are worth a full group."""
+
+from dataclasses import dataclass
+
+PASS_REWARD = 1.0
+"""A completion passes when its reward reaches this; partial credit is not a pass."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gate:
+    """Continue a prompt when low < pass rate of its screening samples < high, both strict."""
+
+    low: float
+    high: float
+
+    def admits(self, rewards: list[float]) -> bool:
+        return self.low < self.pass_rate(rewards) < self.high
+
+    @staticmethod
+    def pass_rate(rewards: list[float]) -> float:
+        return num_passed(rewards) / len(rewards)
+
+
+def num_passed(rewards: list[float]) -> int:
+    return sum(reward >= PASS_REWARD for reward in rewards)

@@ -1,0 +1,285 @@
+"""The actor: takes leases, runs them all at once on one engine, reports each result.
+
+consumes   leases, weight offers, drain (from the service)
+waits for  engine and verifier (inside each lease), weights (inside the engine)
+unblocked by  the service's grants, which its WantWork asks for
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+
+from speed_async.actors.engine import Engine
+from speed_async.actors.rollout import Aborted, LeaseWork, Refused, Rollout, Scored
+from speed_async.config.schema import Config
+from speed_async.errors import (
+    DeadlineExceeded,
+    GivenUp,
+    ModelError,
+    RoleError,
+    TaskError,
+    WeightSyncError,
+)
+from speed_async.tasks.task import Task
+from speed_async.types import ActorCounts, Group, Lease, LeaseKind, WeightOffer
+from speed_async.wire import messages as m
+from speed_async.wire.groups import pack_group
+from speed_async.wire.transport import Link
+
+REPORT_INTERVAL_S = 0.5
+QUEUE_AHEAD = 1.25
+"""Requests asked for, as a multiple of the engine's slots, so that no slot waits for a lease."""
+
+
+class ActorLoop:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        name: str,
+        link: Link,
+        engine: Engine,
+        rollout: Rollout,
+        task: Task,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._name = name
+        self._link = link
+        self._engine = engine
+        self._rollout = rollout
+        self._task = task
+        self._clock = clock
+        self._works: dict[int, LeaseWork] = {}
+        self._outbox: asyncio.Queue[m.Message] = asyncio.Queue()
+        self._unacked: set[int] = set()
+        self._groups_leased = 0
+        self._completions_generated = 0
+        self._want_sent = 0
+        self._draining = False
+        self._drain_requested = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._applying = asyncio.Lock()
+        self._loop_lag_s = 0.0
+
+    async def run(self, hello: m.Hello) -> None:
+        """Work until the service says drain. Raises what ends the run."""
+        await self._link.send(hello)
+        await self._welcome()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                sender = tasks.create_task(self._send_outbox(), name="sender")
+                reporter = tasks.create_task(self._report(), name="reporter")
+                receiver = tasks.create_task(self._receive(tasks), name="receiver")
+                await self._drain_requested.wait()
+                await self._drain()
+                await self._drained.wait()
+                reporter.cancel()
+                self._say(m.Goodbye(counts=self._counts()))
+                await self._outbox.join()
+                sender.cancel()
+                receiver.cancel()
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+
+    async def _welcome(self) -> None:
+        answer = await self._link.receive(self._config.cluster.connect_timeout_s)
+        if isinstance(answer, m.Rejected):
+            raise GivenUp(f"{self._name}: the service refused this actor: {answer.reason}")
+
+    def request_drain(self) -> None:
+        """Drain by own decision (a signal), as if the service had asked for it."""
+        self._drain_requested.set()
+
+    # --- in --------------------------------------------------------------------------------
+
+    async def _receive(self, tasks: asyncio.TaskGroup) -> None:
+        silence_s = self._config.cluster.stall_timeout_s
+        while True:
+            message = await self._link.receive(silence_s)
+            match message:
+                case m.Ack(lease_id=lease_id):
+                    self._unacked.discard(lease_id)
+                case m.Leases():
+                    self._start(message, tasks)
+                case m.OfferWeights():
+                    tasks.create_task(self._apply(message), name="weights")
+                case m.Drain():
+                    self._drain_requested.set()
+                case m.Abort(role=role, message=text):
+                    raise RoleError(role, text)
+                case m.Rejected(reason=reason):
+                    raise GivenUp(f"{self._name}: the service refused a message: {reason}")
+                case _:
+                    pass
+            self._maybe_drained()
+
+    def _start(self, leases: m.Leases, tasks: asyncio.TaskGroup) -> None:
+        kind = LeaseKind(leases.kind)
+        for lease_id, prompt_id in zip(leases.lease_ids, leases.prompt_ids, strict=True):
+            lease = Lease(
+                lease_id=lease_id, prompt_id=prompt_id, kind=kind, num_samples=leases.num_samples
+            )
+            work = LeaseWork(lease=lease)
+            self._works[lease_id] = work
+            self._groups_leased += 1
+            self._want_sent -= 1
+            tasks.create_task(self._run_lease(work), name=f"lease-{lease_id}")
+
+    async def _run_lease(self, work: LeaseWork) -> None:
+        lease = work.lease
+        evaluation = lease.kind is LeaseKind.EVALUATION
+        prompts = self._task.held_out_prompts if evaluation else self._task.train_prompts
+        result: Group | Refused | Scored | str
+        try:
+            if self._draining:
+                raise Aborted
+            result = await self._rollout.run(work, prompts[lease.prompt_id])
+        except Aborted:
+            result = "drained"
+        except TaskError as error:
+            result = f"verifier: {error}"
+        except ModelError as error:
+            result = f"prompt: {error}"
+        self._end_lease(work, result)
+
+    def _end_lease(self, work: LeaseWork, result: Group | Refused | Scored | str) -> None:
+        lease_id = work.lease.lease_id
+        del self._works[lease_id]
+        self._completions_generated += len(work.samples)
+        counts, num_tokens, num_completions = self._counts(), work.num_tokens, len(work.samples)
+        message: m.Message
+        match result:
+            case Group():
+                message = pack_group(result, counts)
+            case Refused():
+                message = m.ScreenedOut(
+                    lease_id=lease_id,
+                    num_passed=result.num_passed,
+                    num_completions=num_completions,
+                    num_tokens=num_tokens,
+                    counts=counts,
+                )
+            case Scored():
+                message = m.Evaluated(
+                    lease_id=lease_id,
+                    num_passed=result.num_passed,
+                    num_completions=num_completions,
+                    num_tokens=num_tokens,
+                    oldest_version=result.oldest_version,
+                    newest_version=result.newest_version,
+                    counts=counts,
+                )
+            case str():
+                message = m.LeaseFailed(
+                    lease_id=lease_id,
+                    reason=result,
+                    num_completions=num_completions,
+                    num_tokens=num_tokens,
+                    counts=counts,
+                )
+        self._unacked.add(lease_id)
+        self._say(message)
+        self._ask_for_work()
+        self._maybe_drained()
+
+    # --- out -------------------------------------------------------------------------------
+
+    def _say(self, message: m.Message) -> None:
+        """Queue a message; one sender keeps the order in which counts were taken."""
+        self._outbox.put_nowait(message)
+
+    async def _send_outbox(self) -> None:
+        while True:
+            message = await self._outbox.get()
+            await self._link.send(message)
+            self._outbox.task_done()
+
+    def _ask_for_work(self) -> None:
+        """Keep the engine's queue just non-empty: ask for prompts to fill its free slots."""
+        if self._draining:
+            return
+        slots, n_init = self._config.actors.slots, self._config.gate.n_init
+        requests = sum(work.num_waiting for work in self._works.values())
+        want = max(0, math.ceil((slots * QUEUE_AHEAD - requests) / n_init))
+        if abs(want - self._want_sent) * n_init >= max(n_init, slots // 16):
+            self._want_sent = want
+            self._say(m.WantWork(num_prompts=want, counts=self._counts()))
+
+    async def _report(self) -> None:
+        while True:
+            self._ask_for_work()
+            stats = self._engine.stats
+            gauges = {
+                "slots_busy": float(stats.num_running),
+                "num_slots": float(stats.num_slots),
+                "num_waiting": float(stats.num_waiting),
+                "policy_version": float(stats.policy_version),
+                "loop_lag_s": self._loop_lag_s,
+            }
+            self._say(m.ActorReport(gauges=gauges, counts=self._counts()))
+            expected_s = self._clock() + REPORT_INTERVAL_S
+            await asyncio.sleep(REPORT_INTERVAL_S)
+            self._loop_lag_s = self._clock() - expected_s
+
+    def _counts(self) -> ActorCounts:
+        stats = self._engine.stats
+        held = sum(work.num_tokens for work in self._works.values())
+        return ActorCounts(
+            groups_leased=self._groups_leased,
+            groups_in_flight=len(self._works),
+            completions_generated=self._completions_generated,
+            tokens_generated=stats.tokens_generated,
+            tokens_in_flight=stats.tokens_running + held,
+        )
+
+    # --- weights and the end -----------------------------------------------------------------
+
+    async def _apply(self, offer: m.OfferWeights) -> None:
+        async with self._applying:
+            version, error = offer.policy_version, ""
+            pause_s = transfer_s = 0.0
+            try:
+                report = await self._engine.update_weights(_offer(offer))
+                pause_s, transfer_s = report.pause_s, report.transfer_s
+            except (WeightSyncError, DeadlineExceeded) as failure:
+                version, error = -1, str(failure)
+            self._say(
+                m.WeightsApplied(
+                    policy_version=version,
+                    epoch=offer.epoch,
+                    pause_s=pause_s,
+                    transfer_s=transfer_s,
+                    error=error,
+                    counts=self._counts(),
+                )
+            )
+
+    async def _drain(self) -> None:
+        self._draining = True
+        await self._engine.pause(abort=True)
+        self._maybe_drained()
+
+    def _maybe_drained(self) -> None:
+        if self._draining and not self._works and not self._unacked:
+            self._drained.set()
+
+
+def _offer(message: m.OfferWeights) -> WeightOffer:
+    return WeightOffer(
+        policy_version=message.policy_version,
+        epoch=message.epoch,
+        rank=message.rank,
+        world_size=message.world_size,
+        store_host=message.store_host,
+        store_port=message.store_port,
+        backend="nccl" if message.backend == "nccl" else "gloo",
+        deadline_s=message.deadline_s,
+    )
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first real error inside a task group's bundle."""
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

@@ -1,0 +1,142 @@
+"""A Hugging Face folder: checked, then loaded as model, tokenizer and context length."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speed_async.errors import ModelError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    model: Any  # transformers.PreTrainedModel, in eval mode
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    context_length: int
+    """Prompt plus completion tokens of one sequence."""
+    eos_token_ids: tuple[int, ...]
+
+
+def load_model_folder(
+    path: str | Path,
+    *,
+    context_length: int | None = None,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> LoadedModel:
+    """Load a folder onto a device ("auto": CUDA when there is one).
+
+    `dtype` None means float32 on a CPU and the folder's own dtype on CUDA. Raises ModelError
+    naming the folder and the remedy.
+    """
+    folder = Path(path)
+    check_model_folder(folder)
+    from transformers import AutoModelForCausalLM  # seconds to import: after the cheap checks
+
+    tokenizer = load_tokenizer(folder)
+    target = resolve_device(device)
+    if dtype is None:
+        dtype_choice: torch.dtype | str = torch.float32 if target.type == "cpu" else "auto"
+    else:
+        dtype_choice = dtype
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype_choice, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model folder {folder} does not load: {error}") from error
+    model = model.to(target).eval().requires_grad_(False)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        context_length=usable_context(folder, model.config, context_length),
+        eos_token_ids=eos_token_ids(model, tokenizer),
+    )
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises ModelError when the folder cannot hold a model; reads no weights."""
+    if not folder.is_dir():
+        raise ModelError(f"model folder {folder} does not exist: set model.path to a local folder")
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"model folder {folder} has no config.json: it must be a folder written by "
+            "save_pretrained or downloaded whole from a model hub"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"model folder {folder} has no *.safetensors file: download the weights, or convert "
+            "others with model.save_pretrained(folder)"
+        )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer. Raises ModelError when it is missing or has no EOS token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model folder {folder} has no usable tokenizer ({error}): save one there with "
+            "tokenizer.save_pretrained(folder)"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer in {folder} has no EOS token, so no completion could end: set "
+            "eos_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def usable_context(folder: Path, config: Any, wanted: int | None) -> int:
+    """Context length to run with. Raises ModelError when the model cannot serve the wish."""
+    text_config = config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None) or wanted
+    if limit is None:
+        raise ModelError(f"config.json in {folder} names no context length: set model.context_length")
+    if wanted is not None and wanted > limit:
+        raise ModelError(
+            f"model.context_length = {wanted}, but the model in {folder} holds {limit} tokens: "
+            f"set at most {limit}"
+        )
+    length = wanted or limit
+    _check_attention(folder, text_config, length)
+    return length
+
+
+def _check_attention(folder: Path, text_config: Any, length: int) -> None:
+    """The engine passes one full causal mask to every layer."""
+    window = getattr(text_config, "sliding_window", None)
+    kinds = set(getattr(text_config, "layer_types", None) or ())
+    is_sliding = window is not None and (not kinds or "sliding_attention" in kinds)
+    if is_sliding and window < length:
+        raise ModelError(
+            f"the model in {folder} attends over a window of {window} tokens and the torch "
+            f'engine over all: set model.context_length to at most {window}, or engine = "vllm"'
+        )
+    others = kinds - {"full_attention", "sliding_attention"}
+    if others:
+        raise ModelError(
+            f"the model in {folder} has layers of kind {', '.join(sorted(others))}, which the "
+            'torch engine cannot serve: use engine = "vllm"'
+        )
+
+
+def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """EOS ids of generation config, model config and tokenizer together, ascending."""
+    found: set[int] = {int(tokenizer.eos_token_id)}
+    for source in (getattr(model, "generation_config", None), model.config):
+        value = getattr(source, "eos_token_id", None)
+        if value is not None:
+            found.update([value] if isinstance(value, int) else value)
+    return tuple(sorted(found))
+
+
+def resolve_device(device: str) -> torch.device:
+    """Raises ModelError when CUDA is asked for and absent."""
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ModelError('device = "cuda", but torch sees no CUDA device: use "auto" or "cpu"')
+    return torch.device("cuda" if has_cuda and device != "cpu" else "cpu")

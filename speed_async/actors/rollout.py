@@ -1,0 +1,148 @@
+"""One lease from its prompt to its result: screen, gate, continue, score."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from speed_async.actors.engine import Engine, GenerationRequest
+from speed_async.actors.gate import Gate, num_passed
+from speed_async.config.schema import Config
+from speed_async.types import (
+    Completion,
+    Group,
+    Int32Array,
+    Lease,
+    LeaseKind,
+    Phase,
+    Prompt,
+    Sampled,
+)
+
+PRIORITY = {Phase.EVALUATION: 0, Phase.CONTINUATION: 1, Phase.SCREENING: 2}
+"""Lower goes first: finishing a group beats beginning one."""
+
+
+class Scorer(Protocol):
+    """Scores all completions of one prompt's phase; raises TaskError (tasks/verifier.py)."""
+
+    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[float]: ...
+
+
+class Codec(Protocol):
+    """Text to tokens and back (actors/prompt_codec.py)."""
+
+    def encode(self, text: str) -> Int32Array: ...
+    def decode(self, token_ids: Int32Array) -> str: ...
+
+
+class Aborted(Exception):
+    """The engine gave a completion back unfinished: the actor drains."""
+
+
+@dataclass(slots=True)
+class LeaseWork:
+    """What one lease has produced so far. Its tokens are in flight until its result is sent."""
+
+    lease: Lease
+    samples: list[Sampled] = field(default_factory=list)
+    num_waiting: int = 0
+    """Requests that the engine has not answered yet."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(sample.num_tokens for sample in self.samples)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refused:
+    """Screened, and not of moderate difficulty."""
+
+    num_passed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """An evaluation lease's completions."""
+
+    num_passed: int
+    oldest_version: int
+    newest_version: int
+
+
+class Rollout:
+    """Runs leases against the engine and the verifier. Holds no state between leases."""
+
+    def __init__(self, config: Config, engine: Engine, scorer: Scorer, codec: Codec) -> None:
+        self._config = config
+        self._engine = engine
+        self._scorer = scorer
+        self._codec = codec
+        self._gate = Gate(low=config.gate.low, high=config.gate.high)
+
+    async def run(self, work: LeaseWork, prompt: Prompt) -> Group | Refused | Scored:
+        """Raises TaskError (verifier), ModelError (prompt does not fit) or Aborted."""
+        tokens = self._codec.encode(prompt.text)
+        if work.lease.kind is LeaseKind.EVALUATION:
+            return await self._evaluate(work, prompt, tokens)
+        gate = self._config.gate
+        rewards = await self._phase(work, prompt, tokens, Phase.SCREENING, gate.n_init)
+        if not self._gate.admits(rewards):
+            return Refused(num_passed=num_passed(rewards))
+        rewards += await self._phase(work, prompt, tokens, Phase.CONTINUATION, gate.n_cont)
+        completions = tuple(
+            Completion(sampled=sample, reward=reward)
+            for sample, reward in zip(work.samples, rewards, strict=True)
+        )
+        return Group(
+            lease_id=work.lease.lease_id,
+            prompt_id=prompt.prompt_id,
+            prompt_token_ids=tokens,
+            completions=completions,
+            num_screening=gate.n_init,
+        )
+
+    async def _evaluate(self, work: LeaseWork, prompt: Prompt, tokens: Int32Array) -> Scored:
+        rewards = await self._phase(work, prompt, tokens, Phase.EVALUATION, work.lease.num_samples)
+        versions = np.concatenate([sample.policy_versions for sample in work.samples])
+        return Scored(
+            num_passed=num_passed(rewards),
+            oldest_version=int(versions.min(initial=np.iinfo(np.int32).max)),
+            newest_version=int(versions.max(initial=0)),
+        )
+
+    async def _phase(
+        self, work: LeaseWork, prompt: Prompt, tokens: Int32Array, phase: Phase, count: int
+    ) -> list[float]:
+        """Generate and score `count` completions; returns their rewards in order."""
+        request = GenerationRequest(
+            prompt_token_ids=tokens,
+            max_new_tokens=self._config.actors.max_new_tokens,
+            temperature=self._config.actors.temperature,
+            top_p=self._config.actors.top_p,
+            priority=PRIORITY[phase],
+        )
+        work.num_waiting += count
+        answers = await asyncio.gather(
+            *(self._one(work, request) for _ in range(count)), return_exceptions=True
+        )
+        samples: list[Sampled] = []
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+            samples.append(answer)
+        if any(sample.finish_reason == "abort" for sample in samples):
+            raise Aborted
+        texts = [self._codec.decode(sample.token_ids) for sample in samples]
+        return await self._scorer.score(prompt, texts)
+
+    async def _one(self, work: LeaseWork, request: GenerationRequest) -> Sampled:
+        try:
+            sample = await self._engine.generate(request)
+        finally:
+            work.num_waiting -= 1
+        # No await between the engine's return and this: the token counts stay in step.
+        work.samples.append(sample)
+        return sample

@@ -1,0 +1,51 @@
+"""Sampling one token for every row, with its log-probability exactly as sampled.
+
+Shape legend: N rows, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+
+def sample(
+    logits_NV: Tensor,
+    *,
+    temperature_N: Tensor | None,
+    top_p_N: Tensor | None,
+    random: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Draw a token (N,) int64 and its log mu (N,) float32 for every row.
+
+    log mu = log_softmax(logits / temperature), renormalised over the nucleus where top_p < 1.
+    None stands for all ones and skips the work. A row with non-finite logits yields a
+    non-finite log mu: the caller must look.
+    """
+    logits_NV = logits_NV.float()
+    if temperature_N is not None:
+        logits_NV = logits_NV / temperature_N[:, None]
+    logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
+    if top_p_N is not None:
+        logprobs_NV = keep_nucleus(logprobs_NV, top_p_N)
+    # Exponential race: argmax of p / Exp(1) is distributed as p, needs no cumulative sum (whose
+    # rounding could pick a token of probability zero) and no synchronisation with the host.
+    race_NV = torch.empty_like(logprobs_NV).exponential_(generator=random)
+    tokens_N = logprobs_NV.exp().div_(race_NV).argmax(dim=-1)
+    return tokens_N, logprobs_NV.gather(1, tokens_N[:, None]).squeeze(1)
+
+
+def keep_nucleus(logprobs_NV: Tensor, top_p_N: Tensor) -> Tensor:
+    """Renormalised log-probabilities (N, V) of the smallest set of mass >= top_p in each row.
+
+    Nucleus sampling, Holtzman et al. 2020 (arXiv 1904.09751), section 3.1. The likeliest token
+    always stays; rows with top_p = 1 keep everything.
+    """
+    sorted_NV, order_NV = logprobs_NV.sort(dim=-1, descending=True)
+    probs_NV = sorted_NV.exp()
+    mass_before_NV = probs_NV.cumsum(dim=-1) - probs_NV
+    dropped_NV = (mass_before_NV >= top_p_N[:, None]) & (top_p_N[:, None] < 1)
+    dropped_NV[:, 0] = False
+    sorted_NV = sorted_NV.masked_fill(dropped_NV, -torch.inf)
+    sorted_NV = sorted_NV - sorted_NV.logsumexp(dim=-1, keepdim=True)
+    kept_NV = torch.empty_like(sorted_NV).scatter_(1, order_NV, sorted_NV)
+    # Exact for untruncated rows: renormalising would only add rounding.
+    return torch.where(top_p_N[:, None] < 1, kept_NV, logprobs_NV)

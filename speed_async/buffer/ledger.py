@@ -1,0 +1,139 @@
+"""The ledger: every group and every token ends exactly once, and the books close.
+
+Three parties count on their own: engines count tokens where they sample them, actors count what
+they hold, the service counts what reaches it, and the learner counts what it trained. `checks`
+compares them.
+"""
+
+from dataclasses import dataclass, field
+
+from speed_async.types import ActorCounts, GroupEnd
+
+
+@dataclass(slots=True)
+class Tally:
+    """Groups and generated tokens that came to one end."""
+
+    groups: int = 0
+    tokens: int = 0
+
+    def add(self, tokens: int, groups: int = 1) -> None:
+        self.groups += groups
+        self.tokens += tokens
+
+
+@dataclass(slots=True)
+class ActorBook:
+    """The service's view of one actor, beside that actor's own last word."""
+
+    leases_granted: int = 0
+    leases_ended: int = 0
+    tokens_reported: int = 0
+    last_counts: ActorCounts = field(default_factory=ActorCounts)
+    lost: bool = False
+
+    @property
+    def balanced(self) -> bool:
+        """The actor's counts explain exactly what the service has received from it."""
+        counts = self.last_counts
+        return (
+            counts.tokens_generated == self.tokens_reported + counts.tokens_in_flight
+            and counts.groups_leased == self.leases_ended + counts.groups_in_flight
+        )
+
+
+class Ledger:
+    def __init__(self) -> None:
+        self.ends: dict[GroupEnd, Tally] = {end: Tally() for end in GroupEnd}
+        self.evaluation = Tally()
+        self.buffered = Tally()
+        self.taken = Tally()
+        self.groups_granted = 0
+        self.learner_trained = Tally()
+        self.failures: dict[str, int] = {}
+        self._actors: dict[str, ActorBook] = {}
+
+    def actor(self, name: str) -> ActorBook:
+        return self._actors.setdefault(name, ActorBook())
+
+    def granted(self, name: str, *, training: bool) -> None:
+        self.actor(name).leases_granted += 1
+        self.groups_granted += training
+
+    def heard(self, name: str, counts: ActorCounts) -> None:
+        self.actor(name).last_counts = counts
+
+    def reported(self, name: str, tokens: int) -> None:
+        """A lease of this actor ended with this many generated tokens."""
+        book = self.actor(name)
+        book.leases_ended += 1
+        book.tokens_reported += tokens
+
+    def failed(self, reason: str, tokens: int, groups: int = 1) -> None:
+        self.ends[GroupEnd.FAILED].add(tokens, groups)
+        kind = reason.split(":", 1)[0]
+        self.failures[kind] = self.failures.get(kind, 0) + 1
+
+    def lose(self, name: str, num_training: int, num_other: int) -> None:
+        """The actor died: what it last said to hold ends as failed."""
+        book = self.actor(name)
+        held = book.last_counts.tokens_in_flight
+        book.lost = True
+        book.tokens_reported += held
+        book.leases_ended += num_training + num_other
+        counts = book.last_counts
+        book.last_counts = ActorCounts(
+            groups_leased=book.leases_granted,
+            groups_in_flight=0,
+            completions_generated=counts.completions_generated,
+            tokens_generated=counts.tokens_generated,
+            tokens_in_flight=0,
+        )
+        self.failed("actor lost", held, num_training)
+
+    @property
+    def tokens_generated(self) -> int:
+        """As counted by the engines."""
+        return sum(book.last_counts.tokens_generated for book in self._actors.values())
+
+    @property
+    def completions_generated(self) -> int:
+        return sum(book.last_counts.completions_generated for book in self._actors.values())
+
+    @property
+    def tokens_in_flight(self) -> int:
+        return sum(book.last_counts.tokens_in_flight for book in self._actors.values())
+
+    def checks(self, groups_in_flight: int) -> dict[str, bool]:
+        """Each named equation of the books. `groups_in_flight`: open training leases."""
+        ended_groups = sum(tally.groups for tally in self.ends.values())
+        ended_tokens = sum(tally.tokens for tally in self.ends.values())
+        held_tokens = self.buffered.tokens + self.taken.tokens + self.tokens_in_flight
+        trained = self.ends[GroupEnd.TRAINED]
+        return {
+            "groups: granted = ended + buffered + in training + in flight": self.groups_granted
+            == ended_groups + self.buffered.groups + self.taken.groups + groups_in_flight,
+            "tokens: engines' generated = ended + evaluation + held": self.tokens_generated
+            == ended_tokens + self.evaluation.tokens + held_tokens,
+            "trained: learner's count = service's count": self.learner_trained == trained,
+            "actors: own counts = what the service received": all(
+                book.balanced for book in self._actors.values()
+            ),
+        }
+
+    def table(self, groups_in_flight: int) -> dict[str, object]:
+        """The ledger of `summary.json`."""
+        rows = {str(end): tally for end, tally in self.ends.items()}
+        rows |= {"buffered": self.buffered, "in_training": self.taken}
+        checks = self.checks(groups_in_flight)
+        return {
+            "groups": {"generated": self.groups_granted}
+            | {name: tally.groups for name, tally in rows.items()}
+            | {"in_flight": groups_in_flight, "evaluation": self.evaluation.groups},
+            "tokens": {"generated": self.tokens_generated}
+            | {name: tally.tokens for name, tally in rows.items()}
+            | {"in_flight": self.tokens_in_flight, "evaluation": self.evaluation.tokens},
+            "failures": dict(self.failures),
+            "checks": checks,
+            "closes": all(checks.values()),
+        }

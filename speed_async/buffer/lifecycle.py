@@ -1,0 +1,250 @@
+"""The life of every group, from its lease to its one end.
+
+Owns curriculum, leases, priority buffer and ledger, and keeps them in step: whatever happens to
+a group happens here, once, in all four.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from speed_async.buffer.curriculum import Curriculum
+from speed_async.buffer.leases import LeaseBook, OpenLease
+from speed_async.buffer.ledger import Ledger
+from speed_async.buffer.priority import BufferedGroup, PriorityBuffer
+from speed_async.buffer.statistics import RunStatistics
+from speed_async.config.schema import Config
+from speed_async.errors import ProtocolError
+from speed_async.types import GroupEnd, LeaseKind
+from speed_async.wire import messages as m
+from speed_async.wire.groups import unpack_group
+
+
+class Accuracy(Protocol):
+    """Outcome of one whole evaluation (evaluate/plan.py has the record)."""
+
+    @property
+    def accuracy(self) -> float: ...
+    @property
+    def policy_version(self) -> int: ...
+    @property
+    def num_passed(self) -> int: ...
+    @property
+    def num_completions(self) -> int: ...
+    @property
+    def oldest_version(self) -> int: ...
+    @property
+    def newest_version(self) -> int: ...
+
+
+class Evaluations(Protocol):
+    """Held-out evaluation, seen from the service (evaluate/plan.py is the real one)."""
+
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def target_version(self) -> int | None: ...
+    def due(self, policy_version: int) -> bool: ...
+    def start(self, policy_version: int) -> None: ...
+    def next_prompt(self) -> int | None: ...
+    def give_back(self, prompt_id: int) -> None: ...
+    def record(
+        self, num_passed: int, num_completions: int, oldest_version: int, newest_version: int
+    ) -> Accuracy | None: ...
+
+
+class Lifecycle:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        curriculum: Curriculum,
+        evaluations: Evaluations,
+        statistics: RunStatistics,
+    ) -> None:
+        self.ledger = Ledger()
+        self.leases = LeaseBook()
+        self.buffer = PriorityBuffer(
+            capacity_groups=config.buffer.capacity_groups,
+            capacity_bytes=config.buffer.capacity_bytes,
+            freshness_decay=config.buffer.freshness_decay,
+            max_passed_over=config.buffer.max_passed_over,
+        )
+        self.in_training: dict[int, BufferedGroup] = {}
+        self._config = config
+        self._curriculum = curriculum
+        self._evaluations = evaluations
+        self._statistics = statistics
+        self._policy_version = 0
+
+    # --- granting --------------------------------------------------------------------------
+
+    @property
+    def credits_left(self) -> int:
+        """Training leases that may still be granted."""
+        used = self.leases.num_training + len(self.buffer) + len(self.in_training)
+        return self._config.max_credits - used
+
+    def grant_training(self, holder: str, most: int) -> list[OpenLease]:
+        granted = [
+            self.leases.grant(holder, self._curriculum.next_prompt(), LeaseKind.TRAINING)
+            for _ in range(min(most, self.credits_left))
+        ]
+        for _ in granted:
+            self.ledger.granted(holder, training=True)
+        return granted
+
+    def grant_evaluation(self, holder: str, most: int) -> list[OpenLease]:
+        granted = []
+        samples = self._evaluations.num_samples
+        while len(granted) < most and (prompt_id := self._evaluations.next_prompt()) is not None:
+            entry = self.leases.grant(holder, prompt_id, LeaseKind.EVALUATION, samples)
+            self.ledger.granted(holder, training=False)
+            granted.append(entry)
+        return granted
+
+    # --- results ---------------------------------------------------------------------------
+
+    def group_finished(self, holder: str, message: m.GroupFinished) -> str | None:
+        """Take in a full group. Returns why it was refused, if it was; it then ends as failed."""
+        num_tokens = len(message.token_ids)
+        entry = self._close(holder, message.lease_id, num_tokens)
+        if entry is None:
+            return None
+        try:
+            group = unpack_group(message)
+            self._check_against_lease(entry, message)
+        except ProtocolError as error:
+            self._without_result(entry, "invalid group", num_tokens)
+            return str(error)
+        screening = group.completions[: group.num_screening]
+        passed = sum(completion.reward >= 1.0 for completion in screening)
+        self._statistics.screened(accepted=True, pass_rate=passed / max(len(screening), 1))
+        self._curriculum.record(entry.lease.prompt_id, group.num_passed, len(group.completions))
+        buffered = BufferedGroup(
+            message=message,
+            pass_rate=group.pass_rate,
+            oldest_version=group.oldest_version,
+            mean_version=float(np.mean(message.policy_versions)),
+            num_tokens=num_tokens,
+            num_bytes=12 * num_tokens + 4 * len(message.prompt_token_ids),
+        )
+        if buffered.oldest_version < self._oldest_allowed:
+            self.ledger.ends[GroupEnd.STALE].add(num_tokens)
+            return None
+        self.ledger.buffered.add(num_tokens)
+        for evicted in self.buffer.insert(buffered):
+            self._leave_buffer(evicted, GroupEnd.EVICTED)
+        return None
+
+    def screened_out(self, holder: str, message: m.ScreenedOut) -> None:
+        entry = self._close(holder, message.lease_id, message.num_tokens)
+        if entry is None:
+            return
+        self._curriculum.record(entry.lease.prompt_id, message.num_passed, message.num_completions)
+        pass_rate = message.num_passed / max(message.num_completions, 1)
+        self._statistics.screened(accepted=False, pass_rate=pass_rate)
+        self.ledger.ends[GroupEnd.SCREENED_OUT].add(message.num_tokens)
+
+    def failed(self, holder: str, message: m.LeaseFailed) -> None:
+        entry = self._close(holder, message.lease_id, message.num_tokens)
+        if entry is not None:
+            self._without_result(entry, message.reason, message.num_tokens)
+
+    def evaluated(self, holder: str, message: m.Evaluated) -> Accuracy | None:
+        entry = self._close(holder, message.lease_id, message.num_tokens)
+        if entry is None:
+            return None
+        self.ledger.evaluation.add(message.num_tokens)
+        return self._evaluations.record(
+            message.num_passed,
+            message.num_completions,
+            message.oldest_version,
+            message.newest_version,
+        )
+
+    def holder_left(self, holder: str) -> None:
+        """The actor said goodbye: leases still on their way to it end as failed, unstarted."""
+        for entry in self.leases.of_holder(holder):
+            self.leases.end(entry.lease.lease_id)
+            self._without_result(entry, "drained", 0)
+
+    def holder_lost(self, holder: str) -> None:
+        """The actor died: its leases end as failed, with the tokens it last said to hold."""
+        entries = self.leases.of_holder(holder)
+        training = sum(entry.lease.kind is LeaseKind.TRAINING for entry in entries)
+        for entry in entries:
+            self.leases.end(entry.lease.lease_id)
+            self._offer_again(entry)
+        self.ledger.lose(holder, training, len(entries) - training)
+
+    # --- training --------------------------------------------------------------------------
+
+    def take(self, num_groups: int) -> list[BufferedGroup] | None:
+        """A whole batch, or None while there are too few groups."""
+        if len(self.buffer) < num_groups:
+            return None
+        taken = self.buffer.take(num_groups)
+        for group in taken:
+            self.ledger.buffered.add(-group.num_tokens, -1)
+            self.ledger.taken.add(group.num_tokens)
+            self.in_training[group.lease_id] = group
+        self._statistics.batch_taken(taken, self._policy_version)
+        return taken
+
+    def trained(self, message: m.Trained) -> None:
+        """An update is done; its groups end, and those grown too old leave the buffer."""
+        for lease_id in message.lease_ids:
+            group = self.in_training.pop(lease_id)
+            self.ledger.taken.add(-group.num_tokens, -1)
+            if message.skipped:
+                self.ledger.failed("non-finite update", group.num_tokens)
+            else:
+                self.ledger.ends[GroupEnd.TRAINED].add(group.num_tokens)
+        learner = self.ledger.learner_trained
+        learner.groups, learner.tokens = message.groups_trained, message.tokens_trained
+        self._policy_version = message.policy_version
+        for group in self.buffer.drop_older_than(self._oldest_allowed):
+            self._leave_buffer(group, GroupEnd.STALE)
+
+    @property
+    def _oldest_allowed(self) -> int:
+        return self._policy_version - self._config.buffer.max_staleness
+
+    # --- ends ------------------------------------------------------------------------------
+
+    def _close(self, holder: str, lease_id: int, num_tokens: int) -> OpenLease | None:
+        """End a lease; None when it had ended before, so a resent result counts once."""
+        if not self.leases.holds(holder, lease_id):
+            return None
+        self.ledger.reported(holder, num_tokens)
+        return self.leases.end(lease_id)
+
+    def _check_against_lease(self, entry: OpenLease, message: m.GroupFinished) -> None:
+        if message.prompt_id != entry.lease.prompt_id:
+            raise ProtocolError(
+                f"lease {message.lease_id} is for prompt {entry.lease.prompt_id}, "
+                f"not {message.prompt_id}"
+            )
+        if len(message.lengths) != self._config.gate.group_size or not len(message.token_ids):
+            raise ProtocolError(
+                f"group of {len(message.lengths)} completions and {len(message.token_ids)} tokens; "
+                f"expected {self._config.gate.group_size} completions"
+            )
+
+    def _leave_buffer(self, group: BufferedGroup, end: GroupEnd) -> None:
+        self.ledger.buffered.add(-group.num_tokens, -1)
+        self.ledger.ends[end].add(group.num_tokens)
+
+    def _without_result(self, entry: OpenLease, reason: str, num_tokens: int) -> None:
+        if entry.lease.kind is LeaseKind.TRAINING:
+            self.ledger.failed(reason, num_tokens)
+        else:
+            self.ledger.evaluation.add(num_tokens)
+        self._offer_again(entry)
+
+    def _offer_again(self, entry: OpenLease) -> None:
+        if entry.lease.kind is LeaseKind.TRAINING:
+            self._curriculum.give_back(entry.lease.prompt_id)
+        else:
+            self._evaluations.give_back(entry.lease.prompt_id)

@@ -1,0 +1,347 @@
+"""The buffer service as a pure state machine: messages in, messages and events out.
+
+It touches no socket, clock or file: `handle` and `tick` are given the time, and their results
+wait in `outbox` and `events` for the shell (server.py) to send.
+
+consumes   messages of actors and of the learner
+waits for  nothing
+answers    a TakeBatch when enough fresh groups are buffered and the first evaluation is done;
+           a FinishRun when the last evaluation is done and every actor said goodbye
+"""
+
+from collections.abc import Callable
+
+from speed_async.buffer.curriculum import Curriculum
+from speed_async.buffer.lifecycle import Accuracy, Evaluations, Lifecycle
+from speed_async.buffer.membership import ActorState, Membership
+from speed_async.buffer.statistics import RunStatistics, UpdateTimes
+from speed_async.buffer.status import status_values, summary_values
+from speed_async.config.schema import Config
+from speed_async.observe.metrics import Event, EventKind, Value
+from speed_async.types import GroupEnd, LeaseKind
+from speed_async.wire import messages as m
+from speed_async.wire.groups import batch_group
+
+
+class BufferService:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        curriculum: Curriculum,
+        evaluations: Evaluations,
+        fingerprint: str,
+        started_s: float,
+    ) -> None:
+        self.outbox: list[tuple[str, m.Message]] = []
+        self.events: list[Event] = []
+        self.ended = False
+        """Everything was said; the shell may flush and leave."""
+        self.phase = "starting"
+        self.policy_version = 0
+        self.config = config
+        self.started_s = started_s
+        self.membership = Membership()
+        self.statistics = RunStatistics(started_s)
+        self.lifecycle = Lifecycle(
+            config, curriculum=curriculum, evaluations=evaluations, statistics=self.statistics
+        )
+        self.loop_lag_s = 0.0
+        self._evaluations = evaluations
+        self._fingerprint = fingerprint
+        self._baseline_done = False
+        self._open_take: tuple[m.TakeBatch, float] | None = None
+        self._starved_s = 0.0
+        self._finish: m.FinishRun | None = None
+        self._finish_since_s = 0.0
+        self._evaluated_version: int | None = None
+        self._draining_since_s: float | None = None
+        self._handlers: dict[type[m.Message], Callable[..., None]] = {
+            m.Hello: self._on_hello,
+            m.Failure: self._on_failure,
+            m.WantWork: self._on_want,
+            m.GroupFinished: self._on_group,
+            m.ScreenedOut: self._on_screened_out,
+            m.LeaseFailed: self._on_lease_failed,
+            m.Evaluated: self._on_evaluated,
+            m.ActorReport: self._on_report,
+            m.WeightsApplied: self._on_applied,
+            m.Goodbye: self._on_goodbye,
+            m.TakeBatch: self._on_take,
+            m.Trained: self._on_trained,
+            m.PublishWeights: self._on_publish,
+            m.WeightsPublished: self._on_published,
+            m.FinishRun: self._on_finish,
+        }
+        evaluations.start(0)
+
+    # --- the two entrances -----------------------------------------------------------------
+
+    def handle(self, peer: str, message: m.Message, now_s: float) -> None:
+        """Take in one message of `peer`; a message that is out of place is answered, not raised."""
+        refusal = self._refusal(peer, message)
+        if refusal is not None:
+            self._send(peer, m.Rejected(reason=refusal))
+            return
+        if isinstance(message, m.Counted):
+            self.membership.actors[peer].last_heard_s = now_s
+            self.lifecycle.ledger.heard(peer, message.counts)
+        self._handlers[type(message)](peer, message, now_s)
+        self._advance(now_s)
+
+    def tick(self, now_s: float, loop_lag_s: float = 0.0) -> None:
+        """Passing of time: silent actors, the drain's deadline, rates, a status event."""
+        self.loop_lag_s = loop_lag_s
+        for state in self.membership.silent(now_s, self.config.cluster.peer_timeout_s):
+            self._lose(state, f"silent for {self.config.cluster.peer_timeout_s:.0f} s")
+        ledger = self.lifecycle.ledger
+        trained = ledger.ends[GroupEnd.TRAINED].tokens
+        self.statistics.tokens(now_s, ledger.tokens_generated, trained)
+        self._advance(now_s)
+        self._emit("status", now_s, {})
+
+    def _refusal(self, peer: str, message: m.Message) -> str | None:
+        kind = type(message).__name__
+        if type(message) not in self._handlers:
+            return f"{kind} is not for the service"
+        if isinstance(message, m.Counted) and peer not in self.membership.actors:
+            return "unknown actor: say Hello first (or this incarnation was given up as lost)"
+        if isinstance(message, m.Hello) and peer in self.membership.lost:
+            return "this incarnation was given up as lost: start a new one"
+        open_to_all = isinstance(message, m.Counted | m.Hello | m.Failure)
+        if not open_to_all and peer != self.membership.learner:
+            return f"{kind} is the learner's to send"
+        if isinstance(message, m.Hello) and message.fingerprint != self._fingerprint:
+            return (
+                f"its task data (fingerprint {message.fingerprint}) differ from the service's "
+                f"({self._fingerprint}): give every node the same config and data files"
+            )
+        return None
+
+    # --- peers -----------------------------------------------------------------------------
+
+    def _on_hello(self, peer: str, hello: m.Hello, now_s: float) -> None:
+        if hello.role == "learner":
+            self.membership.learner = peer
+        elif peer not in self.membership.actors:
+            for state in self.membership.join(peer, hello, now_s):
+                self._lose(state, "restarted")
+            if self.policy_version > 0:
+                self._send_learner(m.MembershipChanged(reason=f"{peer} joined"))
+        self._send(peer, m.Welcome(policy_version=self.policy_version))
+
+    def _on_failure(self, peer: str, failure: m.Failure, now_s: float) -> None:
+        self._emit("end", now_s, {"ok": False, "reason": f"{failure.role}: {failure.message}"})
+        abort = m.Abort(role=failure.role, message=failure.message)
+        for state in self.membership.present():
+            if state.name != peer:
+                self._send(state.name, abort)
+        if self.membership.learner != peer:
+            self._send_learner(abort)
+        self.ended = True
+
+    def _on_want(self, peer: str, want: m.WantWork, now_s: float) -> None:
+        self.membership.actors[peer].want = want.num_prompts
+
+    def _on_report(self, peer: str, report: m.ActorReport, now_s: float) -> None:
+        self.membership.actors[peer].gauges = report.gauges
+
+    def _on_goodbye(self, peer: str, goodbye: m.Goodbye, now_s: float) -> None:
+        self.membership.actors[peer].said_goodbye = True
+        self.lifecycle.holder_left(peer)
+
+    def _lose(self, state: ActorState, reason: str) -> None:
+        self.membership.lose(state.name)
+        self.lifecycle.holder_lost(state.name)
+        self._send_learner(m.MembershipChanged(reason=f"{state.name} lost: {reason}"))
+
+    # --- results ---------------------------------------------------------------------------
+
+    def _on_group(self, peer: str, message: m.GroupFinished, now_s: float) -> None:
+        refusal = self.lifecycle.group_finished(peer, message)
+        self._send(peer, m.Ack(lease_id=message.lease_id))
+        if refusal is not None:
+            self._send(peer, m.Rejected(reason=refusal))
+
+    def _on_screened_out(self, peer: str, message: m.ScreenedOut, now_s: float) -> None:
+        self.lifecycle.screened_out(peer, message)
+        self._send(peer, m.Ack(lease_id=message.lease_id))
+
+    def _on_lease_failed(self, peer: str, message: m.LeaseFailed, now_s: float) -> None:
+        self.lifecycle.failed(peer, message)
+        self._send(peer, m.Ack(lease_id=message.lease_id))
+
+    def _on_evaluated(self, peer: str, message: m.Evaluated, now_s: float) -> None:
+        whole = self.lifecycle.evaluated(peer, message)
+        self._send(peer, m.Ack(lease_id=message.lease_id))
+        if whole is not None:
+            self._evaluation_done(whole, now_s)
+
+    def _evaluation_done(self, whole: Accuracy, now_s: float) -> None:
+        self._baseline_done = True
+        self._evaluated_version = whole.policy_version
+        self.statistics.evaluated(whole.accuracy)
+        values: dict[str, Value] = {
+            "policy_version": whole.policy_version,
+            "num_passed": whole.num_passed,
+            "num_completions": whole.num_completions,
+            "oldest_version": whole.oldest_version,
+            "newest_version": whole.newest_version,
+        }
+        self._emit("evaluation", now_s, values)
+
+    # --- the learner -----------------------------------------------------------------------
+
+    def _on_take(self, peer: str, take: m.TakeBatch, now_s: float) -> None:
+        self._open_take = (take, now_s)
+
+    def _on_trained(self, peer: str, message: m.Trained, now_s: float) -> None:
+        self.lifecycle.trained(message)
+        self.policy_version = message.policy_version
+        metrics = message.metrics
+        self.statistics.updated(
+            UpdateTimes(
+                wait_s=metrics.get("time/wait_s", 0.0),
+                starved_s=self._starved_s,
+                train_s=metrics.get("time/train_s", 0.0),
+                sync_s=metrics.get("time/sync_s", 0.0),
+            )
+        )
+        self._emit("step", now_s, dict(metrics))
+
+    def _on_publish(self, peer: str, publish: m.PublishWeights, now_s: float) -> None:
+        names = self.membership.form_group()
+        epoch = self.membership.epoch
+        for rank, name in enumerate(names, start=1):
+            offer = m.OfferWeights(
+                policy_version=publish.policy_version,
+                epoch=epoch,
+                rank=rank,
+                world_size=len(names) + 1,
+                store_host=publish.store_host,
+                store_port=publish.store_port,
+                backend=publish.backend,
+                deadline_s=publish.deadline_s,
+            )
+            self._send(name, offer)
+        self._send_learner(
+            m.WeightMembers(
+                policy_version=publish.policy_version, epoch=epoch, actor_names=list(names)
+            )
+        )
+
+    def _on_published(self, peer: str, message: m.WeightsPublished, now_s: float) -> None:
+        if message.error:
+            self.membership.break_group()
+        elif self._evaluations.due(message.policy_version) and self._finish is None:
+            self._evaluations.start(message.policy_version)
+
+    def _on_applied(self, peer: str, message: m.WeightsApplied, now_s: float) -> None:
+        state = self.membership.actors[peer]
+        if message.error:
+            self.membership.break_group()
+        else:
+            state.applied_version = message.policy_version
+
+    def _on_finish(self, peer: str, finish: m.FinishRun, now_s: float) -> None:
+        self._finish, self._finish_since_s = finish, now_s
+        self._open_take = None
+
+    # --- what follows from the present state -------------------------------------------------
+
+    def _advance(self, now_s: float) -> None:
+        """Do whatever has become possible."""
+        if self.ended:
+            return
+        self.phase = self._present_phase()
+        if self._finish is not None:
+            self._advance_finish(self._finish, now_s)
+        if self._draining_since_s is None:
+            self._grant()
+        self._answer_take(now_s)
+
+    def _present_phase(self) -> str:
+        if self._draining_since_s is not None:
+            return "draining"
+        if not self._baseline_done or self._finish is not None:
+            return "evaluating" if self.membership.present() else "starting"
+        return "training"
+
+    def _grant(self) -> None:
+        target = self._evaluations.target_version
+        slack = self.config.buffer.max_staleness
+        for state in self.membership.present():
+            if target is not None and state.applied_version >= target:
+                self._send_leases(state, LeaseKind.EVALUATION)
+            if self._finish is None and state.applied_version >= self.policy_version - slack:
+                self._send_leases(state, LeaseKind.TRAINING)
+
+    def _send_leases(self, state: ActorState, kind: LeaseKind) -> None:
+        if state.want <= 0:
+            return
+        if kind is LeaseKind.EVALUATION:
+            granted = self.lifecycle.grant_evaluation(state.name, state.want)
+        else:
+            granted = self.lifecycle.grant_training(state.name, state.want)
+        if not granted:
+            return
+        state.want -= len(granted)
+        leases = m.Leases(
+            lease_ids=[entry.lease.lease_id for entry in granted],
+            prompt_ids=[entry.lease.prompt_id for entry in granted],
+            kind=str(kind),
+            num_samples=granted[0].lease.num_samples,
+        )
+        self._send(state.name, leases)
+
+    def _answer_take(self, now_s: float) -> None:
+        if self._open_take is None or not self._baseline_done:
+            return
+        take, asked_s = self._open_take
+        groups = self.lifecycle.take(take.num_groups)
+        if groups is None:
+            return
+        self._open_take = None
+        self._starved_s = now_s - asked_s
+        for group in groups:
+            self._send_learner(batch_group(group.message))
+        lease_ids = [group.lease_id for group in groups]
+        self._send_learner(m.BatchReady(policy_version=take.policy_version, lease_ids=lease_ids))
+
+    def _advance_finish(self, finish: m.FinishRun, now_s: float) -> None:
+        """Last evaluation, then drain, then the summary."""
+        config = self.config.cluster
+        if self._draining_since_s is None:
+            patient = now_s - self._finish_since_s < config.stall_timeout_s
+            if finish.evaluate and patient and self._still_evaluating(finish.policy_version):
+                return
+            self._draining_since_s = now_s
+            for state in self.membership.present():
+                self._send(state.name, m.Drain(reason=finish.reason))
+        if now_s - self._draining_since_s > config.drain_timeout_s:
+            for state in self.membership.present():
+                self._lose(state, "did not drain in time")
+        if not self.membership.present():
+            self._emit("end", now_s, {"ok": True, "reason": finish.reason})
+            self._send_learner(m.Summary(fields=summary_values(self, now_s)))
+            self.ended = True
+
+    def _still_evaluating(self, policy_version: int) -> bool:
+        """Whether the last version's accuracy is still to come; starts its evaluation."""
+        if self._evaluated_version == policy_version:
+            return False
+        if self._evaluations.target_version is None:
+            self._evaluations.start(policy_version)
+        return True
+
+    # --- out -------------------------------------------------------------------------------
+
+    def _send(self, peer: str, message: m.Message) -> None:
+        self.outbox.append((peer, message))
+
+    def _send_learner(self, message: m.Message) -> None:
+        if self.membership.learner is not None:
+            self.outbox.append((self.membership.learner, message))
+
+    def _emit(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> None:
+        self.events.append(Event(kind=kind, values=status_values(self, now_s) | values))

@@ -1,0 +1,127 @@
+"""What the service knows of the run's speed and health: counters, windows and shares."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from speed_async.buffer.priority import BufferedGroup
+from speed_async.observe.rates import WindowedMean, WindowedRate
+
+RATE_WINDOW_S = 10.0
+ACCEPTANCE_WINDOW = 256
+"""Screened prompts in the running acceptance rate."""
+SHARE_WINDOW = 10
+"""Updates in the running shares of the learner's time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateTimes:
+    """Where one update's time went, as the learner saw it, except `starved_s`."""
+
+    wait_s: float
+    starved_s: float
+    """Part of the wait in which the buffer had too few groups (the service's own count)."""
+    train_s: float
+    sync_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.wait_s + self.train_s + self.sync_s
+
+
+class RunStatistics:
+    def __init__(self, started_s: float) -> None:
+        self._generated = WindowedRate(window_s=RATE_WINDOW_S, start_s=started_s)
+        self._trained = WindowedRate(window_s=RATE_WINDOW_S, start_s=started_s)
+        self._tokens_generated = 0
+        self._tokens_trained = 0
+        self.first_token_s: float | None = None
+        self.num_screened = 0
+        self.num_accepted = 0
+        self.accuracy_first: float | None = None
+        self.accuracy_last: float | None = None
+        self.staleness_last_mean = 0.0
+        self.staleness_max = 0
+        self._recent_accepted = WindowedMean(num_values=ACCEPTANCE_WINDOW)
+        self._recent_pass_rates = WindowedMean(num_values=ACCEPTANCE_WINDOW)
+        self._recent_times: deque[UpdateTimes] = deque(maxlen=SHARE_WINDOW)
+        self._staleness_sum = 0.0
+        self._staleness_tokens = 0
+
+    def screened(self, *, accepted: bool, pass_rate: float) -> None:
+        self.num_screened += 1
+        self.num_accepted += accepted
+        self._recent_accepted.add(accepted)
+        self._recent_pass_rates.add(pass_rate)
+
+    def tokens(self, now_s: float, generated: int, trained: int) -> None:
+        """Take note of the ledger's growing counts."""
+        if generated and self.first_token_s is None:
+            self.first_token_s = now_s
+        self._generated.add(now_s, generated - self._tokens_generated)
+        self._trained.add(now_s, trained - self._tokens_trained)
+        self._tokens_generated, self._tokens_trained = generated, trained
+
+    def generated_per_s(self, now_s: float) -> float:
+        return self._generated.per_s(now_s)
+
+    def trained_per_s(self, now_s: float) -> float:
+        return self._trained.per_s(now_s)
+
+    def batch_taken(self, groups: list[BufferedGroup], policy_version: int) -> None:
+        tokens = sum(group.num_tokens for group in groups)
+        total = sum((policy_version - group.mean_version) * group.num_tokens for group in groups)
+        self._staleness_sum += total
+        self._staleness_tokens += tokens
+        self.staleness_last_mean = total / max(tokens, 1)
+        oldest = min(group.oldest_version for group in groups)
+        self.staleness_max = max(self.staleness_max, policy_version - oldest)
+
+    def updated(self, times: UpdateTimes) -> None:
+        self._recent_times.append(times)
+
+    def evaluated(self, accuracy: float) -> None:
+        if self.accuracy_first is None:
+            self.accuracy_first = accuracy
+        self.accuracy_last = accuracy
+
+    @property
+    def gate_acceptance(self) -> float | None:
+        return self._recent_accepted.mean
+
+    @property
+    def gate_acceptance_overall(self) -> float | None:
+        return self.num_accepted / self.num_screened if self.num_screened else None
+
+    @property
+    def reward_mean(self) -> float | None:
+        """Mean pass rate of screening samples: the prompt distribution, before the gate."""
+        return self._recent_pass_rates.mean
+
+    @property
+    def staleness_mean(self) -> float | None:
+        """Mean age in versions of all tokens taken for training so far."""
+        return self._staleness_sum / self._staleness_tokens if self._staleness_tokens else None
+
+    def shares(self) -> dict[str, float]:
+        """Share of the learner's recent time held up by each part; they sum to 1."""
+        total = sum(times.total_s for times in self._recent_times)
+        if total <= 0:
+            return {}
+        starved = sum(min(times.starved_s, times.wait_s) for times in self._recent_times)
+        wait = sum(times.wait_s for times in self._recent_times)
+        return {
+            "actor": starved / total,
+            "buffer": (wait - starved) / total,
+            "learner": sum(times.train_s for times in self._recent_times) / total,
+            "sync": sum(times.sync_s for times in self._recent_times) / total,
+        }
+
+    def bottleneck(self) -> str:
+        shares = self.shares()
+        return max(shares, key=lambda name: shares[name]) if shares else "starting"
+
+    def eta_s(self, updates_left: int) -> float | None:
+        if not self._recent_times:
+            return None
+        mean = sum(times.total_s for times in self._recent_times) / len(self._recent_times)
+        return mean * updates_left

@@ -1,0 +1,73 @@
+"""What the service says of itself: the values of an event, and the fields of the summary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from speed_async.observe.metrics import Value
+from speed_async.types import GroupEnd
+
+if TYPE_CHECKING:
+    from speed_async.buffer.service import BufferService
+
+
+def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
+    """Gauges that every event carries (keys: observe/metrics.py)."""
+    lifecycle, statistics = service.lifecycle, service.statistics
+    config = service.config
+    present = service.membership.present()
+    checks = lifecycle.ledger.checks(lifecycle.leases.num_training)
+    values: dict[str, Value] = {
+        "wall_s": round(now_s - service.started_s, 3),
+        "policy_version": service.policy_version,
+        "updates_total": config.run.updates,
+        "phase": service.phase,
+        "generated_tokens_per_s": statistics.generated_per_s(now_s),
+        "trained_tokens_per_s": statistics.trained_per_s(now_s),
+        "tokens_generated": lifecycle.ledger.tokens_generated,
+        "gate_acceptance": statistics.gate_acceptance,
+        "buffer_groups": len(lifecycle.buffer),
+        "buffer_capacity": config.buffer.capacity_groups,
+        "in_flight_groups": lifecycle.leases.num_training,
+        "credits": config.max_credits,
+        "staleness_mean": statistics.staleness_last_mean,
+        "staleness_max": statistics.staleness_max,
+        "max_staleness": config.buffer.max_staleness,
+        "actors_alive": len(present),
+        "actors_slots_busy": sum(state.gauges.get("slots_busy", 0.0) for state in present),
+        "actors_slots": sum(state.gauges.get("num_slots", 0.0) for state in present),
+        "reward_mean": statistics.reward_mean,
+        "accuracy": statistics.accuracy_last,
+        "accuracy_before": statistics.accuracy_first,
+        "bottleneck": statistics.bottleneck(),
+        "eta_s": statistics.eta_s(config.run.updates - service.policy_version),
+        "groups_failed": lifecycle.ledger.ends[GroupEnd.FAILED].groups,
+        "groups_stale": lifecycle.ledger.ends[GroupEnd.STALE].groups,
+        "groups_evicted": lifecycle.ledger.ends[GroupEnd.EVICTED].groups,
+        "ledger_closes": all(checks.values()),
+        "loop_lag_s": service.loop_lag_s,
+    }
+    shares = statistics.shares()
+    values |= {f"share_{name}": share for name, share in shares.items()}
+    return values
+
+
+def summary_values(service: BufferService, now_s: float) -> dict[str, object]:
+    """The service's part of summary.json."""
+    lifecycle, statistics = service.lifecycle, service.statistics
+    first_s = statistics.first_token_s
+    generating_s = now_s - first_s if first_s is not None else 0.0
+    tokens = lifecycle.ledger.tokens_generated
+    return {
+        "accuracy_before": statistics.accuracy_first,
+        "accuracy_after": statistics.accuracy_last,
+        "wall_s": now_s - service.started_s,
+        "tokens_generated": tokens,
+        "completions_generated": lifecycle.ledger.completions_generated,
+        "tokens_per_s": tokens / generating_s if generating_s > 0 else 0.0,
+        "prompts_screened": statistics.num_screened,
+        "gate_acceptance": statistics.gate_acceptance_overall,
+        "staleness_mean": statistics.staleness_mean,
+        "staleness_max": statistics.staleness_max,
+        "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
+    }

@@ -1,0 +1,98 @@
+"""Combinations of values that could never run, refused before anything heavy is imported."""
+
+from pathlib import Path
+
+from speed_async.config.schema import Config
+from speed_async.errors import ConfigError
+
+BYTES_PER_TOKEN = 12
+"""Token id, log-probability and policy version: four bytes each."""
+
+
+def check_combinations(config: Config) -> None:
+    """Raise ConfigError for the first combination that cannot work."""
+    _check_gate(config)
+    _check_buffer(config)
+    _check_lengths(config)
+    _check_roles(config)
+    _check_files(config)
+
+
+def _check_gate(config: Config) -> None:
+    gate = config.gate
+    if gate.low >= gate.high:
+        raise ConfigError("gate.low", gate.low, f"must be below gate.high = {gate.high}")
+    if not any(gate.low < k / gate.n_init < gate.high for k in range(gate.n_init + 1)):
+        raise ConfigError(
+            "gate.n_init",
+            gate.n_init,
+            f"no pass rate k/{gate.n_init} lies strictly between gate.low = {gate.low} and "
+            f"gate.high = {gate.high}, so no prompt could pass; raise gate.n_init (2 at least) "
+            "or widen the band",
+        )
+
+
+def _check_buffer(config: Config) -> None:
+    batch = config.learner.groups_per_update
+    if config.max_credits < batch:
+        raise ConfigError(
+            "buffer.credits",
+            config.max_credits,
+            f"fewer credits than learner.groups_per_update = {batch}: a batch could never fill; "
+            f"set at least {batch}",
+        )
+    if config.buffer.capacity_groups < batch:
+        raise ConfigError(
+            "buffer.capacity_groups",
+            config.buffer.capacity_groups,
+            f"smaller than learner.groups_per_update = {batch}: a batch could never fill; "
+            f"set at least {batch}",
+        )
+    group_bytes = config.gate.group_size * config.actors.max_new_tokens * BYTES_PER_TOKEN
+    if group_bytes * batch > config.buffer.capacity_bytes:
+        raise ConfigError(
+            "buffer.capacity_bytes",
+            config.buffer.capacity_bytes,
+            f"a group of {config.gate.group_size} completions of actors.max_new_tokens = "
+            f"{config.actors.max_new_tokens} takes {group_bytes} bytes and a batch has {batch} "
+            f"groups; set at least {group_bytes * batch}",
+        )
+
+
+def _check_lengths(config: Config) -> None:
+    context = config.model.context_length
+    if context is not None and config.actors.max_new_tokens >= context:
+        raise ConfigError(
+            "actors.max_new_tokens",
+            config.actors.max_new_tokens,
+            f"leaves no room for a prompt in model.context_length = {context}",
+        )
+
+
+def _check_roles(config: Config) -> None:
+    if config.cluster.learners != 1:
+        raise ConfigError(
+            "cluster.learners",
+            config.cluster.learners,
+            "one learner rank is supported so far; set 1",
+        )
+    if config.actors.engine == "vllm":
+        raise ConfigError(
+            "actors.engine", "vllm", "this engine is not part of this version yet; set 'torch'"
+        )
+    if config.task.name == "jsonl" and config.task.path is None:
+        raise ConfigError("task.path", None, "task.name = 'jsonl' needs a data file")
+
+
+def _check_files(config: Config) -> None:
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        raise ConfigError("model.path", config.model.path, "no such folder")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            "model.path",
+            config.model.path,
+            "not a Hugging Face model folder: it has no config.json",
+        )
+    if config.task.path is not None and not Path(config.task.path).is_file():
+        raise ConfigError("task.path", config.task.path, "no such file")

@@ -1,0 +1,84 @@
+"""One torchrun rank: gives it its role and runs it.
+
+    torchrun --nproc-per-node 3 -m speed_async.launch CONFIG [--section.field value ...]
+
+Ranks below `cluster.learners` learn; every further rank supervises an actor. Errors go to the
+terminal in one line and to torchrun's error file.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from speed_async.config.load import load_config
+from speed_async.config.schema import Config
+from speed_async.errors import ConfigError, SpeedAsyncError
+from speed_async.runtime.event_loop import run
+from speed_async.runtime.failure import EXIT_FAILED, EXIT_INTERRUPTED, describe
+from speed_async.runtime.rendezvous import Rank
+
+USAGE = "usage: torchrun ... -m speed_async.launch CONFIG [--section.field value ...]"
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status of this rank: 0 done, 130 stopped by a signal, 1 failed."""
+    role = "launch"
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            raise SpeedAsyncError(USAGE)
+        rank = Rank.from_environment()
+        role = f"rank {rank.rank}"
+        config = load_config(arguments[0], arguments[1:])
+        _check_world(config, rank)
+        return run_rank(config, rank)
+    except SpeedAsyncError as error:
+        return fail(describe(role, error))
+
+
+def run_rank(config: Config, rank: Rank) -> int:
+    if rank.rank < config.cluster.learners:
+        from speed_async.runtime.learner_role import lead_run
+
+        return 0 if run(lead_run(config, rank)) else EXIT_INTERRUPTED
+    from speed_async.runtime.supervisor import supervise_actor
+
+    run(supervise_actor(config, rank))
+    return 0
+
+
+def fail(text: str) -> int:
+    """Hand the error to torchrun, which prints the first one of all ranks when it ends.
+
+    Outside torchrun there is nobody to hand it to, and it is printed here.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file is None:
+        sys.stderr.write(f"error: {text}\n")
+    else:
+        record = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(error_file).write_text(json.dumps({"message": record}))
+    return EXIT_FAILED
+
+
+def _check_world(config: Config, rank: Rank) -> None:
+    if rank.world_size <= config.cluster.learners:
+        raise ConfigError(
+            "cluster.learners",
+            config.cluster.learners,
+            f"leaves no rank for an actor among {rank.world_size}; start at least "
+            f"{config.cluster.learners + 1} processes (torchrun --nproc-per-node)",
+        )
+    many_nodes = rank.world_size > rank.local_world_size
+    if many_nodes and config.cluster.host in ("127.0.0.1", "localhost", "::1"):
+        raise ConfigError(
+            "cluster.host",
+            config.cluster.host,
+            "this run has several nodes, and actors on other nodes cannot reach a loopback "
+            "address; set the address of the node of rank 0",
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

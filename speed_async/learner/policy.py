@@ -1,0 +1,134 @@
+"""log pi of sampled tokens, computed only where it is needed.
+
+Shape legend: B rows, L positions, N completion tokens, H hidden size, V vocabulary.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from speed_async.errors import ModelError
+from speed_async.learner.batch import MicroBatch, make_micro_batch
+from speed_async.learner.model import embedding_table, output_head
+from speed_async.learner.rows import MAX_PACKED_TOKENS, LayoutCost, Row, TrainingSample
+
+MAX_LOGITS = 1 << 26
+"""Logits in one chunk (N x V): 256 MiB in float32, whatever the vocabulary."""
+PAIR_PENALTY = 2.0
+"""Masked attention reaches about half the FLOP/s of a matrix product (measured on a CPU)."""
+PROBE_TOLERANCE = 1e-3
+"""Largest difference in log-probability, in float32, between ways to compute the same."""
+
+
+def layout_cost(model: PreTrainedModel) -> LayoutCost:
+    """Forward FLOPs: 2 for a weight and position, 4 x H x layers for a mask entry."""
+    config = model.config.get_text_config()
+    tables = {id(table): table for table in (embedding_table(model), output_head(model).weight)}
+    embedded = sum(table.numel() for table in tables.values())
+    return LayoutCost(
+        per_token=2.0 * (model.num_parameters() - embedded),
+        per_pair=PAIR_PENALTY * 4.0 * config.hidden_size * config.num_hidden_layers,
+    )
+
+
+class Policy(nn.Module):
+    """log pi of the sampled tokens: the base model on all positions, the head on N of them."""
+
+    def __init__(self, causal_lm: PreTrainedModel, *, temperature: float) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.temperature = temperature
+
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (N,) with gradient, and entropies (N,) without, both of
+        softmax(logits / temperature) over the whole vocabulary, in float32.
+
+        On a GPU matrix products run in bfloat16; parameters and log-softmax stay float32.
+        """
+        device_type = batch.input_ids_BL.device.type
+        with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
+            return self.score(batch)
+
+    def score(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """`forward` in the precision of the parameters."""
+        hidden_NH = self._hidden(batch)
+        chunk = max(1, MAX_LOGITS // output_head(self.causal_lm).out_features)
+        if len(hidden_NH) <= chunk:
+            return self._score_chunk(hidden_NH, batch.target_ids_N)
+        parts = [
+            checkpoint(self._score_chunk, hidden, targets, use_reentrant=False)
+            for hidden, targets in zip(
+                hidden_NH.split(chunk), batch.target_ids_N.split(chunk), strict=True
+            )
+        ]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def _hidden(self, batch: MicroBatch) -> Tensor:
+        layout = {}
+        if batch.mask_B1LL is not None:
+            layout = {"attention_mask": batch.mask_B1LL, "position_ids": batch.position_ids_BL}
+        hidden_BLH = self.causal_lm.base_model(
+            input_ids=batch.input_ids_BL, use_cache=False, **layout
+        ).last_hidden_state
+        # An embedding lookup, because its backward adds duplicates in a fixed order on a GPU too.
+        return F.embedding(batch.predictor_index_N, hidden_BLH.flatten(0, 1))
+
+    def _score_chunk(self, hidden_NH: Tensor, target_ids_N: Tensor) -> tuple[Tensor, Tensor]:
+        logits_NV = output_head(self.causal_lm)(hidden_NH).float() / self.temperature
+        logprobs_NV = logits_NV.log_softmax(-1)
+        with torch.no_grad():
+            entropies_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+        return logprobs_NV.gather(-1, target_ids_N[:, None])[:, 0], entropies_N
+
+
+def check_policy(policy: Policy) -> bool:
+    """Try a few tokens in every layout. Returns whether siblings may share a row.
+
+    Raises ModelError when log pi is not what the whole model gives (families that scale or cap
+    their logits): training would then follow another policy than the engine samples from.
+    """
+    model = policy.causal_lm
+    apart, together = _probes(embedding_table(model))
+    with torch.no_grad():
+        try:
+            logprobs_N, _ = policy.score(apart)
+        except AttributeError as error:
+            raise ModelError(
+                f"{type(model).__name__} has no base model and head: {error}"
+            ) from error
+        logits_NV = model(input_ids=apart.input_ids_BL).logits.flatten(0, 1)
+        logits_NV = logits_NV[apart.predictor_index_N].float() / policy.temperature
+        expected_N = -F.cross_entropy(logits_NV, apart.target_ids_N, reduction="none")
+        if not torch.allclose(logprobs_N, expected_N, atol=PROBE_TOLERANCE):
+            raise ModelError(
+                f"{type(model).__name__} changes its logits after the head (scaling or capping), "
+                "which the learner does not do: choose another model family"
+            )
+        window = getattr(model.config.get_text_config(), "sliding_window", None)
+        if window is not None and window < MAX_PACKED_TOKENS:
+            return False
+        try:
+            shared_N, _ = policy.score(together)
+        except (TypeError, ValueError, RuntimeError):
+            return False  # no 4-D masks or position ids in this family: rows of one completion
+    return torch.allclose(shared_N, expected_N, atol=PROBE_TOLERANCE)
+
+
+def _probes(table: Tensor) -> tuple[MicroBatch, MicroBatch]:
+    """Two completions of one prompt, in rows of their own and in one row."""
+    prompt, *completions = (
+        np.array(ids, dtype=np.int32) % len(table) for ids in ((1, 2, 3), (4, 5, 6), (7, 8))
+    )
+    samples = [
+        TrainingSample(token_ids=ids, logprobs=np.zeros(len(ids), np.float32), advantage=0.0)
+        for ids in completions
+    ]
+    layouts = [[samples[:1], samples[1:]], [samples]]
+    apart, together = (
+        make_micro_batch([Row(prompt_token_ids=prompt, samples=tuple(row)) for row in layout])
+        for layout in layouts
+    )
+    return apart.to(table.device), together.to(table.device)

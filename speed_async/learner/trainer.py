@@ -1,0 +1,209 @@
+"""One optimiser update from one batch of groups."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from speed_async.config.schema import Config
+from speed_async.errors import ModelError
+from speed_async.learner.advantages import rloo
+from speed_async.learner.batch import MicroBatch, make_micro_batch
+from speed_async.learner.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+from speed_async.learner.diagnostics import Diagnostics
+from speed_async.learner.losses import LossTokens, PolicyLoss, truncated_importance_sampling
+from speed_async.learner.model import embedding_table
+from speed_async.learner.optimizer import make_optimizer, set_lr, warmed_up_lr
+from speed_async.learner.parallel import Parallel
+from speed_async.learner.policy import Policy, check_policy, layout_cost
+from speed_async.learner.rows import choose_width, rows_of_group, split_rows
+from speed_async.types import Group
+
+CPU_MICRO_BATCH_TOKENS = 2048
+"""Past this, activations leave the cache of a CPU core and every token costs more (measured)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateResult:
+    """What one update did. Metrics are finite; a value that could not be had is absent."""
+
+    skipped: bool
+    skip_reason: str
+    tokens: int
+    completions: int
+    metrics: dict[str, float]
+    train_s: float
+
+
+class Trainer:
+    """Owns policy and optimiser. On a CPU two trainers given the same calls agree bit for bit."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        model: PreTrainedModel,
+        parallel: Parallel,
+        loss: PolicyLoss | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`model` as `load_model` gives it. Raises ModelError when it cannot be trained here."""
+        self.model = model
+        self.num_updates = 0
+        """Calls of `update`, skipped ones too; the warm-up follows it."""
+        self.num_skipped = 0
+        self._config = config.learner
+        self._checkpoints = Path(config.run.folder) / "checkpoints"
+        self._tokenizer_folder = Path(config.model.path)
+        self._parallel = parallel
+        self._clock = clock
+        self._loss = loss or partial(
+            truncated_importance_sampling, max_ratio=config.learner.max_importance_ratio
+        )
+        self._device = next(model.parameters()).device
+        policy = Policy(model, temperature=config.actors.temperature)
+        self._may_share_prompts = check_policy(policy)
+        self._layout_cost = layout_cost(model)
+        self._policy = parallel.wrap(policy)
+        self._optimizer = make_optimizer(model, config.learner)
+
+    def update(self, groups: Sequence[Group]) -> UpdateResult:
+        """One gradient step on all groups, or none when a number is not finite.
+
+        Groups whose rewards are all equal count in the token-mean but are not run: their gradient
+        is zero. Raises ModelError for token ids the model does not have, ValueError for a group
+        of one completion, an empty prompt, or no groups.
+        """
+        started_s = self._clock()
+        if not groups:
+            raise ValueError("an update needs at least one group")
+        self._refuse_unknown_tokens(groups)
+        lr = warmed_up_lr(self._config, self.num_updates)
+        metrics = batch_metrics(groups) | {"lr": lr}
+        reason = "" if _inputs_finite(groups) else "a reward or behaviour log-probability"
+        if not reason:
+            set_lr(self._optimizer, lr)
+            learned = self._step(groups)
+            metrics |= learned
+            if bad := [key for key in ("loss", "grad_norm") if not math.isfinite(learned[key])]:
+                reason = " and ".join(bad)
+        self.num_updates += 1
+        self.num_skipped += bool(reason)
+        metrics["skipped_updates"] = float(self.num_skipped)
+        return UpdateResult(
+            skipped=bool(reason),
+            skip_reason=f"not finite: {reason}" if reason else "",
+            tokens=sum(group.num_tokens for group in groups),
+            completions=sum(len(group.completions) for group in groups),
+            metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
+            train_s=self._clock() - started_s,
+        )
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What actors need: each distinct parameter once, float32, valid until the next update."""
+        return self._parallel.full_tensors(self.model)
+
+    def checkpoint_folder(self, policy_version: int) -> Path:
+        return self._checkpoints / f"version-{policy_version:06d}"
+
+    def save(self, policy_version: int, extra: dict[str, object] | None = None) -> None:
+        """Write `checkpoint_folder(policy_version)` (see `save_checkpoint`). Raises OSError."""
+        save_checkpoint(
+            self.checkpoint_folder(policy_version),
+            model=self.model,
+            state=self._parallel.full_state(self.model, self._optimizer),
+            tokenizer_folder=self._tokenizer_folder,
+            info=CheckpointInfo(
+                policy_version=policy_version,
+                num_updates=self.num_updates,
+                num_skipped=self.num_skipped,
+                extra=extra or {},
+            ),
+        )
+
+    def restore(self, folder: Path) -> CheckpointInfo:
+        """Go on exactly where `save` left off. Raises ModelError."""
+        info = load_checkpoint(folder, model=self.model, optimizer=self._optimizer)
+        self.num_updates = info.num_updates
+        self.num_skipped = info.num_skipped
+        return info
+
+    def _step(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Gradient over all micro-batches, then an optimiser step if everything is finite."""
+        num_tokens = sum(group.num_tokens for group in groups)
+        diagnostics = Diagnostics()
+        self._optimizer.zero_grad(set_to_none=True)
+        for batch in self._micro_batches(groups):
+            logprobs_N, entropies_N = self._policy(batch)
+            tokens = LossTokens(
+                logprobs_N=logprobs_N,
+                behaviour_logprobs_N=batch.behaviour_logprobs_N,
+                advantages_N=batch.advantages_N,
+                sequence_ids_N=batch.sequence_ids_N,
+                num_sequences=batch.num_sequences,
+            )
+            terms = self._loss(tokens)
+            (terms.loss_sum / num_tokens).backward()
+            diagnostics.add(tokens, terms, entropies_N)
+        self._fill_missing_gradients()
+        metrics = diagnostics.metrics(num_tokens)
+        metrics["grad_norm"] = self._parallel.clip_grad_norm(self.model, self._config.grad_clip)
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            self._optimizer.step()
+        return metrics
+
+    def _micro_batches(self, groups: Sequence[Group]) -> Sequence[MicroBatch]:
+        advantages = [rloo([c.reward for c in group.completions]) for group in groups]
+        teaching = [pair for pair in zip(groups, advantages, strict=True) if pair[1].any()]
+        width = 1
+        if self._may_share_prompts:
+            width = choose_width([group for group, _ in teaching], self._layout_cost)
+        rows = list(chain.from_iterable(rows_of_group(g, a, width) for g, a in teaching))
+        max_tokens = self._config.micro_batch_tokens
+        if self._device.type == "cpu":
+            max_tokens = min(max_tokens, CPU_MICRO_BATCH_TOKENS)
+        return [make_micro_batch(part).to(self._device) for part in split_rows(rows, max_tokens)]
+
+    def _fill_missing_gradients(self) -> None:
+        """A batch without any signal is still a step: momentum and weight decay act on it."""
+        for parameter in self.model.parameters():
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _refuse_unknown_tokens(self, groups: Sequence[Group]) -> None:
+        arrays = [group.prompt_token_ids for group in groups]
+        arrays += [c.sampled.token_ids for group in groups for c in group.completions]
+        token_ids = np.concatenate(arrays)
+        num_token_ids = embedding_table(self.model).shape[0]
+        if token_ids.min() < 0 or token_ids.max() >= num_token_ids:
+            raise ModelError(
+                f"a group holds token ids {token_ids.min()}..{token_ids.max()}, the model has "
+                f"{num_token_ids}: actors and learner must use the same model folder"
+            )
+
+
+def batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What can be said of a batch before training on it."""
+    completions = [c for group in groups for c in group.completions]
+    rewards = np.array([c.reward for c in completions])
+    flat = [len({c.reward for c in group.completions}) == 1 for group in groups]
+    return {
+        "reward_mean": float(rewards.mean()),
+        "pass_rate_mean": float(np.mean([group.pass_rate for group in groups])),
+        "zero_signal_groups": float(sum(flat)),
+        "completion_tokens_mean": float(np.mean([c.num_tokens for c in completions])),
+    }
+
+
+def _inputs_finite(groups: Sequence[Group]) -> bool:
+    completions = [c for group in groups for c in group.completions]
+    logprobs = np.concatenate([c.sampled.logprobs for c in completions])
+    return bool(np.isfinite(logprobs).all()) and all(math.isfinite(c.reward) for c in completions)

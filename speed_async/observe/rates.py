@@ -1,0 +1,59 @@
+"""Figures over a running window. Pure: the time is passed in, in seconds of any monotonic clock."""
+
+from collections import deque
+
+
+class WindowedRate:
+    """Amount per second over the last `window_s` seconds (fewer at the beginning).
+
+    Amounts are merged into steps of `window_s` / 64, so memory is bounded and the window's edge
+    is exact to one such step. Choose a window of several arrivals when amounts come in lumps.
+    """
+
+    def __init__(self, *, window_s: float, start_s: float) -> None:
+        self._window_s = window_s
+        self._start_s = start_s
+        self._step_s = window_s / 64
+        self._amounts: deque[tuple[float, float]] = deque()  # (time of first amount, sum)
+        self._sum = 0.0
+
+    def add(self, now_s: float, amount: float) -> None:
+        if self._amounts and now_s - self._amounts[-1][0] < self._step_s:
+            first_s, merged = self._amounts[-1]
+            self._amounts[-1] = (first_s, merged + amount)
+        else:
+            self._amounts.append((now_s, amount))
+        self._sum += amount
+        self._forget(now_s)
+
+    def per_s(self, now_s: float) -> float:
+        """0.0 before any time has passed."""
+        self._forget(now_s)
+        elapsed_s = min(self._window_s, now_s - self._start_s)
+        return self._sum / elapsed_s if elapsed_s > 0 else 0.0
+
+    def _forget(self, now_s: float) -> None:
+        while self._amounts and self._amounts[0][0] <= now_s - self._window_s:
+            self._sum -= self._amounts.popleft()[1]
+        if not self._amounts:
+            self._sum = 0.0  # the rounding of many additions must not outlive them
+
+
+class WindowedMean:
+    """Mean and maximum of the last `num_values` values; of 0s and 1s, the mean is a share."""
+
+    def __init__(self, *, num_values: int) -> None:
+        self._values: deque[float] = deque(maxlen=num_values)
+
+    def add(self, value: float) -> None:
+        self._values.append(value)
+
+    @property
+    def mean(self) -> float | None:
+        """None before the first value."""
+        return sum(self._values) / len(self._values) if self._values else None
+
+    @property
+    def maximum(self) -> float | None:
+        """None before the first value."""
+        return max(self._values, default=None)

@@ -1,0 +1,122 @@
+"""The closing words of a run, for its terminal."""
+
+from collections.abc import Mapping
+
+from speed_async.observe.notation import DASH, count, decimal, duration, finite, percent
+
+ENDS = (
+    "trained",
+    "screened_out",
+    "stale",
+    "evicted",
+    "failed",
+    "evaluation",
+    "buffered",
+    "in_training",
+    "in_flight",
+)
+"""Order of the ledger's rows; ends the ledger adds come after."""
+WHOLE = "generated"
+"""The ledger row that the others add up to; evaluation is no group of training, so not there."""
+
+
+def summary_text(summary: Mapping[str, object]) -> str:
+    """The closing summary for a terminal: plain text of at most 80 columns (paths excepted).
+
+    Keys as the service and the learner report them; what is missing is a dash.
+    """
+    facts = [
+        ("accuracy", _accuracy_change(summary)),
+        ("wall time", duration(_number(summary, "wall_s"))),
+        (
+            "trained",
+            f"{_count(summary, 'optimizer_updates')} updates"
+            f" of {_count(summary, 'completions_trained')} completions in all",
+        ),
+        (
+            "generated",
+            f"{_count(summary, 'tokens_generated')} tokens,"
+            f" {count(_number(summary, 'tokens_per_s'))} tokens/s",
+        ),
+        ("gate", f"{percent(_number(summary, 'gate_acceptance'))} of screened prompts continued"),
+        (
+            "staleness",
+            f"mean {decimal(_number(summary, 'staleness_mean'), 2)},"
+            f" max {decimal(_number(summary, 'staleness_max'), 0)} versions",
+        ),
+    ]
+    lines = [f"run ended: {summary.get('reason') or DASH}", ""]
+    lines += [f"  {name:<12}{text}" for name, text in facts]
+    lines += ["", *_ledger_lines(summary.get("ledger")), ""]
+    lines.append(f"  {'files':<12}{summary.get('run_folder') or DASH}")
+    return "\n".join(lines) + "\n"
+
+
+def _accuracy_change(summary: Mapping[str, object]) -> str:
+    before, after = _number(summary, "accuracy_before"), _number(summary, "accuracy_after")
+    text = f"{_accuracy(before)} -> {_accuracy(after)}"
+    if before is None or after is None:
+        return text
+    return f"{text}  ({100 * (after - before):+.1f} points)"
+
+
+def _accuracy(share: float | None) -> str:
+    return DASH if share is None else f"{100 * share:.1f} %"
+
+
+def _ledger_lines(ledger: object) -> list[str]:
+    if not isinstance(ledger, Mapping):
+        return [f"  {'ledger':<12}{DASH}"]
+    groups, tokens = _table(ledger, "groups"), _table(ledger, "tokens")
+    seen = dict.fromkeys((*groups, *tokens))
+    ends = [end for end in ENDS if end in seen]
+    ends += [end for end in seen if end not in ENDS and end != WHOLE]
+    total = sum(int(tokens.get(end, 0)) for end in ends)
+    lines = [f"  {'ledger':<16}{'groups':>12}{'tokens':>16}{'share':>10}"]
+    for end in ends:
+        share = percent(tokens[end] / total) if total and end in tokens else DASH
+        lines.append(
+            f"    {end.replace('_', ' '):<14}{_cell(groups, end):>12}{_cell(tokens, end):>16}"
+            f"{share:>10}"
+        )
+    if WHOLE in seen:
+        lines.append(f"    {WHOLE:<14}{_cell(groups, WHOLE):>12}{_cell(tokens, WHOLE):>16}")
+    failures = _table(ledger, "failures")
+    if failures:
+        reasons = ", ".join(f"{reason} ({_cell(failures, reason)})" for reason in failures)
+        lines.append(f"  {'failures':<12}{reasons}")
+    return [*lines, *_verdict(ledger)]
+
+
+def _verdict(ledger: Mapping[object, object]) -> list[str]:
+    checks = ledger.get("checks")
+    named = checks if isinstance(checks, Mapping) else {}
+    broken = [str(name) for name, holds in named.items() if not holds]
+    if broken or ledger.get("closes") is False:
+        return [f"  {'closes':<12}NO", *(f"    does not hold: {name}" for name in broken)]
+    if ledger.get("closes") is None:
+        return [f"  {'closes':<12}{DASH}"]
+    return [f"  {'closes':<12}yes" + (f" ({len(named)} checks hold)" if named else "")]
+
+
+def _table(ledger: Mapping[object, object], name: str) -> dict[str, float]:
+    table = ledger.get(name)
+    if not isinstance(table, Mapping):
+        return {}
+    return {str(end): item for end, item in table.items() if isinstance(item, (int, float))}
+
+
+def _cell(table: Mapping[str, float], end: str) -> str:
+    return f"{int(table[end]):,}" if end in table else DASH
+
+
+def _number(summary: Mapping[str, object], key: str) -> float | None:
+    value = summary.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return finite(value)
+
+
+def _count(summary: Mapping[str, object], key: str) -> str:
+    number = _number(summary, key)
+    return DASH if number is None else f"{number:,.0f}"

@@ -1,0 +1,114 @@
+"""The wandb sink. The only importer of wandb: import this module only where a run asks for it."""
+
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import wandb
+
+from speed_async.errors import ConfigError
+from speed_async.observe.metrics import Event
+
+LEGACY_HOST = "api.wandb.ai"
+INIT_TIMEOUT_S = 30.0
+AXES = ("policy_version", "wall_s")
+EVALUATION_KEYS = ("accuracy", "num_passed", "num_completions", "oldest_version", "newest_version")
+"""The gauges an evaluation event carries besides are those of the steps around it."""
+
+
+class WandbSink:
+    """Logs steps and evaluations to wandb, without a word on the terminal and without a prompt.
+
+    Offline when no API key is found (WANDB_API_KEY, or a netrc entry for the server); WANDB_MODE
+    is obeyed, save that `online` without a key means offline. Files lie in `run_folder`/wandb.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_folder: Path,
+        project: str,
+        config: Mapping[str, object],
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        """`config` is the resolved configuration as plain values.
+
+        Raises ConfigError (`observe.wandb`) when there is a key and the server refuses it or
+        does not answer within 30 s.
+        """
+        environ = os.environ if environ is None else environ
+        run_folder.mkdir(parents=True, exist_ok=True)
+        settings = wandb.Settings(
+            silent=True, console="off", init_timeout=INIT_TIMEOUT_S, disable_git=True
+        )
+        api_key = find_api_key(environ, host=urlsplit(settings.base_url).netloc)
+        self.mode = choose_mode(environ, has_key=api_key is not None)
+        if self.mode == "online":
+            settings.api_key = api_key
+        self._run: wandb.Run | None = _init(run_folder, project, config, self.mode, settings)
+        self._run.define_metric("*", step_metric="policy_version")
+
+    def write(self, event: Event) -> None:
+        run = self._run
+        if run is None or event.kind == "status":
+            return
+        if event.kind == "end":
+            run.summary.update({f"end/{key}": item for key, item in event.values.items()})
+            return
+        keys = EVALUATION_KEYS if event.kind == "evaluation" else event.values
+        named = {f"{event.kind}/{key}": event.values.get(key) for key in keys if key not in AXES}
+        axes = {key: event.values.get(key) for key in AXES}
+        run.log({key: item for key, item in (axes | named).items() if item is not None})
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+
+def choose_mode(environ: Mapping[str, str], *, has_key: bool) -> str:
+    """`online`, `offline` or `disabled`."""
+    asked = environ.get("WANDB_MODE", "online")
+    if asked in ("offline", "dryrun"):
+        return "offline"
+    if asked == "disabled":
+        return "disabled"
+    return "online" if has_key else "offline"
+
+
+def find_api_key(environ: Mapping[str, str], *, host: str) -> str | None:
+    """The key from the environment or from netrc; None when there is none to be read."""
+    if key := environ.get("WANDB_API_KEY"):
+        return key
+    path = Path(environ.get("NETRC") or Path(environ.get("HOME", "~")).expanduser() / ".netrc")
+    try:
+        entries = netrc.netrc(path)
+    except (OSError, netrc.NetrcParseError):
+        return None
+    # `hosts`, not `authenticators`: a netrc `default` entry is no key of wandb's.
+    entry = entries.hosts.get(host) or entries.hosts.get(LEGACY_HOST)
+    return entry[2] or None if entry else None
+
+
+def _init(
+    run_folder: Path,
+    project: str,
+    config: Mapping[str, object],
+    mode: str,
+    settings: wandb.Settings,
+) -> wandb.Run:
+    try:
+        return wandb.init(
+            project=project,
+            name=run_folder.resolve().name,
+            dir=str(run_folder),
+            config=dict(config),
+            mode=mode,  # pyright: ignore[reportArgumentType]
+            settings=settings,
+        )
+    except wandb.Error as error:
+        raise ConfigError(
+            "observe.wandb", True, f"wandb cannot start ({error}); set WANDB_MODE=offline"
+        ) from error

@@ -1,0 +1,89 @@
+"""The actor's process: wires engine, verifier, task and link to the loop."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from functools import partial
+
+import numpy as np
+
+from speed_async.actors.loop import ActorLoop
+from speed_async.actors.model_folder import resolve_device
+from speed_async.actors.prompt_codec import PromptCodec
+from speed_async.actors.rollout import Rollout
+from speed_async.actors.torch_engine import TorchEngine
+from speed_async.config.schema import Config
+from speed_async.errors import GivenUp, SpeedAsyncError, WeightSyncError
+from speed_async.runtime.failure import describe
+from speed_async.tasks.registry import make_task
+from speed_async.tasks.task import fingerprint
+from speed_async.tasks.verifier import VerifierPool
+from speed_async.weights.broadcast import TorchReceiver
+from speed_async.wire import messages as m
+from speed_async.wire.transport import Link
+from speed_async.wire.zeromq import open_link
+
+
+async def run_actor(
+    config: Config,
+    *,
+    index: int,
+    incarnation: int,
+    host: str,
+    port: int,
+) -> None:
+    """Work until the service drains this actor, or SIGTERM does."""
+    name = f"actor-{index}"
+    link = await open_link(host, port, f"{name}.{incarnation}")
+    try:
+        await _work(config, name, index, incarnation, link)
+    except (GivenUp, WeightSyncError):
+        raise  # the supervisor starts another incarnation: no matter for the other roles
+    except Exception as error:  # the role's boundary: told to the others, then raised on
+        await _tell(link, name, describe(name, error))
+        raise
+    finally:
+        await link.close()
+
+
+async def _work(config: Config, name: str, index: int, incarnation: int, link: Link) -> None:
+    task = make_task(config.task)
+    verifier = VerifierPool(
+        partial(make_task, config.task),
+        config.actors.verifier_workers,
+        config.actors.verifier_timeout_s,
+    )
+    seeds = np.random.SeedSequence([config.run.seed, index, incarnation])
+    engine = TorchEngine(
+        config.model,
+        config.actors,
+        seed=int(seeds.generate_state(1)[0]),
+        receiver=TorchReceiver(device=resolve_device(config.actors.device)),
+    )
+    async with verifier, engine:
+        codec = PromptCodec(engine.loaded.tokenizer, chat_template=config.model.chat_template)
+        loop = ActorLoop(
+            config,
+            name=name,
+            link=link,
+            engine=engine,
+            rollout=Rollout(config, engine, verifier, codec),
+            task=task,
+        )
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, loop.request_drain)
+        await loop.run(
+            m.Hello(
+                role="actor",
+                index=index,
+                incarnation=incarnation,
+                fingerprint=fingerprint(task),
+                process_id=os.getpid(),
+            )
+        )
+
+
+async def _tell(link: Link, role: str, text: str) -> None:
+    """Let the service stop the others; the error itself travels by the error file as well."""
+    with contextlib.suppress(SpeedAsyncError):
+        await link.send(m.Failure(role=role, message=text))

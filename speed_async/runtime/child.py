@@ -1,0 +1,70 @@
+"""Entry of every child process: `python -m speed_async.runtime.child ROLE ...` (internal)."""
+
+import argparse
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from speed_async.config.load import read_resolved
+from speed_async.errors import GivenUp, WeightSyncError
+from speed_async.runtime.event_loop import run
+from speed_async.runtime.failure import EXIT_FAILED, EXIT_GIVEN_UP, record
+from speed_async.runtime.processes import die_with_parent
+from speed_async.runtime.run_folder import RunFolder
+
+
+def main() -> int:
+    arguments = _parse()
+    die_with_parent(arguments.parent)
+    role = f"actor-{arguments.index}" if arguments.role == "actor" else arguments.role
+    folder = RunFolder(path=Path(arguments.run_folder))
+    try:
+        run(_role(arguments))
+    except (GivenUp, WeightSyncError) as error:
+        record(folder.error(role), role, error)
+        return EXIT_GIVEN_UP  # a new incarnation may do better
+    except Exception as error:  # a process's boundary: said in its error file, traced in its log
+        record(folder.error(role), role, error)
+        return EXIT_FAILED
+    return 0
+
+
+def _role(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
+    """Each role imports only what it needs: the service and the console never load torch."""
+    if arguments.role == "console":
+        from speed_async.runtime.console_role import follow_feed
+
+        title = Path(arguments.run_folder).name
+        return follow_feed(arguments.host, arguments.port, title)
+    config = read_resolved(Path(arguments.config))
+    if arguments.role == "service":
+        from speed_async.runtime.service_role import run_service
+
+        return run_service(config, Path(arguments.run_folder))
+    from speed_async.runtime.actor_role import run_actor
+
+    return run_actor(
+        config,
+        index=arguments.index,
+        incarnation=arguments.incarnation,
+        host=arguments.host,
+        port=arguments.port,
+    )
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("role", choices=("service", "actor", "console"))
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--run-folder", required=True)
+    parser.add_argument("--config")
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--index", type=int)
+    parser.add_argument("--incarnation", type=int)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

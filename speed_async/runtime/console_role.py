@@ -1,0 +1,39 @@
+"""The console: follows a feed and shows it, as a panel on a terminal and as lines elsewhere."""
+
+import sys
+
+from rich.console import Console
+
+from speed_async.errors import DeadlineExceeded
+from speed_async.observe.lines import Lines
+from speed_async.observe.panel import Panel, can_show
+from speed_async.wire.feed import FeedSubscriber
+
+SILENCE_S = 30.0
+
+
+async def follow_feed(host: str, port: int, title: str) -> None:
+    """Show events until the run's end event. Raises DeadlineExceeded when the feed is silent."""
+    subscriber = FeedSubscriber(host, port)
+    terminal = Console()
+    try:
+        if can_show(terminal):
+            with Panel(terminal, title) as panel:
+                await _follow(subscriber, panel, f"{host}:{port}")
+        else:
+            await _follow(subscriber, Lines(sys.stdout), f"{host}:{port}")
+    finally:
+        await subscriber.close()
+
+
+async def _follow(subscriber: FeedSubscriber, view: Panel | Lines, where: str) -> None:
+    while True:
+        try:
+            event = await subscriber.receive(SILENCE_S)
+        except DeadlineExceeded:
+            raise DeadlineExceeded(
+                f"the metrics feed at {where}", "any event; is the run still alive?", SILENCE_S
+            ) from None
+        view.update(event)
+        if event.kind == "end":
+            return

@@ -1,0 +1,33 @@
+"""How a role's error reaches the end of the run: one line of text in a file of its own."""
+
+import sys
+import traceback
+from pathlib import Path
+
+from speed_async.errors import ConfigError, RoleError, SpeedAsyncError
+
+EXIT_FAILED = 1
+EXIT_GIVEN_UP = 75
+"""An actor given up as lost, or without whole weights: its supervisor starts another."""
+EXIT_INTERRUPTED = 130
+
+
+def describe(role: str, error: BaseException) -> str:
+    """One paragraph for the user; a stack trace only where the error was not foreseen."""
+    if isinstance(error, RoleError | ConfigError):
+        return str(error)
+    if isinstance(error, SpeedAsyncError):
+        return f"{role}: {error}"
+    return f"{role}: unexpected {type(error).__name__}: {error}"
+
+
+def record(path: Path, role: str, error: BaseException) -> str:
+    """Write the description for the parent, the trace to this process's own log."""
+    traceback.print_exception(error, file=sys.stderr)
+    text = describe(role, error)
+    path.write_text(text)
+    return text
+
+
+def recorded(path: Path) -> str | None:
+    return path.read_text() if path.is_file() else None

@@ -1,0 +1,72 @@
+"""Child processes that cannot outlive their parent, and are ended within a deadline."""
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from speed_async.errors import DeadlineExceeded
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_id: int) -> None:
+    """Have the kernel kill this process when its parent ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent_id:
+            os._exit(1)
+
+
+async def start_role(
+    role: str,
+    arguments: Sequence[str],
+    *,
+    log: Path,
+    stdout: int | None = asyncio.subprocess.PIPE,
+    environment: Mapping[str, str] | None = None,
+) -> asyncio.subprocess.Process:
+    """Start `python -m speed_async.runtime.child ROLE ...` in a session of its own.
+
+    A session of its own keeps the terminal's Ctrl-C away from it: roles end by protocol.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "speed_async.runtime.child",
+            role,
+            "--parent",
+            str(os.getpid()),
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=file,
+            env=os.environ | dict(environment or {}),
+            start_new_session=True,
+        )
+
+
+async def wait_ended(process: asyncio.subprocess.Process, who: str, deadline_s: float) -> int:
+    """Exit status of the process. Raises DeadlineExceeded."""
+    try:
+        return await asyncio.wait_for(process.wait(), deadline_s)
+    except TimeoutError:
+        raise DeadlineExceeded(who, "its process to end", deadline_s) from None
+
+
+async def end_process(process: asyncio.subprocess.Process, grace_s: float) -> None:
+    """Give the process `grace_s` to end by itself, then SIGTERM, then SIGKILL."""
+    for act in (None, process.terminate, process.kill):
+        if process.returncode is not None:
+            return
+        if act is not None:
+            act()
+        try:
+            await asyncio.wait_for(process.wait(), grace_s)
+        except TimeoutError:
+            continue

@@ -1,0 +1,79 @@
+"""How ranks find the service: one key in the store that torchrun's agent already serves.
+
+Torch is imported here for the store's client only.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+from torch.distributed import (
+    DistStoreError,
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
+
+from speed_async.errors import DeadlineExceeded, SpeedAsyncError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceAddress:
+    host: str
+    port: int
+    feed_port: int
+    run_folder: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rank:
+    """This process's place, as torchrun set it in the environment."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    restart: int
+
+    @staticmethod
+    def from_environment() -> "Rank":
+        try:
+            return Rank(
+                rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]),
+                local_rank=int(os.environ["LOCAL_RANK"]),
+                local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
+                restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            )
+        except KeyError as missing:
+            raise SpeedAsyncError(
+                f"environment variable {missing} is not set: start this module with torchrun "
+                "(torchrun --nproc-per-node 3 -m speed_async.launch CONFIG), "
+                "or use `speed-async train CONFIG`"
+            ) from None
+
+
+class Rendezvous:
+    """Publishes and finds the service's address. Values are JSON, never pickles."""
+
+    def __init__(self, rank: Rank, timeout_s: float) -> None:
+        self._key = f"speed_async/service/{rank.restart}"
+        self._timeout_s = timeout_s
+        self._store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=timeout_s),
+        )
+
+    def publish(self, address: ServiceAddress) -> None:
+        self._store.set(self._key, json.dumps(asdict(address)))
+
+    def find(self) -> ServiceAddress:
+        """Blocks until the learner has published. Raises DeadlineExceeded."""
+        try:
+            text = self._store.get(self._key)
+        except DistStoreError:
+            raise DeadlineExceeded(
+                "the learner (rank 0)", "the buffer service's address", self._timeout_s
+            ) from None
+        return ServiceAddress(**json.loads(text))

@@ -1,0 +1,64 @@
+"""The buffer service's process: wires the core to sockets, sinks and the task's size."""
+
+import asyncio
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from speed_async.buffer.curriculum import UniformCurriculum
+from speed_async.buffer.server import serve
+from speed_async.buffer.service import BufferService
+from speed_async.config.schema import Config
+from speed_async.evaluate.plan import EvaluationPlan
+from speed_async.observe.sinks import JsonlSink, Sink
+from speed_async.tasks.registry import make_task
+from speed_async.tasks.task import fingerprint
+from speed_async.wire.feed import FeedPublisher
+from speed_async.wire.zeromq import open_hub
+
+
+async def run_service(config: Config, run_folder: Path) -> None:
+    """Bind, say on stdout where (one JSON line), serve until the run has ended."""
+    loop = asyncio.get_running_loop()
+    # The learner ends this process by protocol, or by dying: signals to the group are not for it.
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(ignored, lambda: None)
+    task = make_task(config.task)
+    service = BufferService(
+        config,
+        curriculum=UniformCurriculum(
+            len(task.train_prompts), np.random.default_rng(config.run.seed)
+        ),
+        evaluations=EvaluationPlan(
+            num_prompts=len(task.held_out_prompts),
+            num_samples=config.evaluate.num_samples,
+            every=config.evaluate.every,
+        ),
+        fingerprint=fingerprint(task),
+        started_s=time.monotonic(),
+    )
+    hub = await open_hub(config.cluster.host, config.cluster.service_port)
+    feed = FeedPublisher(config.cluster.host, config.cluster.feed_port)
+    sinks = make_sinks(config, run_folder)
+    sys.stdout.write(json.dumps({"port": hub.port, "feed_port": feed.port}) + "\n")
+    sys.stdout.flush()
+    await serve(service, hub, feed, sinks)
+
+
+def make_sinks(config: Config, run_folder: Path) -> list[Sink]:
+    sinks: list[Sink] = [JsonlSink(run_folder)]
+    if config.observe.wandb:
+        from speed_async.observe.wandb_sink import WandbSink
+
+        sinks.append(
+            WandbSink(
+                run_folder=run_folder,
+                project=config.observe.wandb_project,
+                config=config.model_dump(),
+            )
+        )
+    return sinks

@@ -1,0 +1,94 @@
+"""An actor rank: a thin supervisor whose child is the actor.
+
+consumes   the child's exit, signals
+waits for  the service's address, then the child
+restarts   a child that was killed by a signal or given up as lost, with back-off; an actor that
+           failed with an error of its own ends the run instead, because it would fail again
+"""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+from speed_async.config.schema import Config
+from speed_async.errors import RoleError
+from speed_async.runtime.failure import EXIT_GIVEN_UP, recorded
+from speed_async.runtime.processes import end_process, start_role
+from speed_async.runtime.rendezvous import Rank, Rendezvous
+from speed_async.runtime.run_folder import RunFolder
+
+FIRST_BACKOFF_S = 0.5
+
+
+async def supervise_actor(config: Config, rank: Rank) -> None:
+    """Run one actor to its end. Raises RoleError with the actor's own words."""
+    rendezvous = Rendezvous(rank, config.cluster.connect_timeout_s)
+    address = await asyncio.to_thread(rendezvous.find)
+    folder = RunFolder(path=Path(address.run_folder))
+    role = f"actor-{rank.rank}"
+    stopping = asyncio.Event()
+    for stopper in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(stopper, stopping.set)
+    arguments = ["--config", str(folder.config), "--run-folder", str(folder.path)]
+    arguments += ["--host", address.host, "--port", str(address.port)]
+    arguments += ["--index", str(rank.rank)]
+    status = 0
+    for incarnation in range(config.actors.max_restarts + 1):
+        process = await start_role(
+            "actor",
+            [*arguments, "--incarnation", str(incarnation)],
+            log=folder.log(role),
+            stdout=asyncio.subprocess.DEVNULL,
+            environment=_own_gpu(rank),
+        )
+        status = await _wait_or_stop(process, stopping, config.cluster.drain_timeout_s)
+        if status == 0 or stopping.is_set():
+            return
+        if status > 0 and status != EXIT_GIVEN_UP:
+            text = recorded(folder.error(role)) or f"{role}: exit status {status}"
+            raise RoleError.quoting(text)
+        await _stop_or_sleep(stopping, FIRST_BACKOFF_S * 2**incarnation)
+        if stopping.is_set():
+            return
+    raise RoleError(
+        role,
+        f"died {config.actors.max_restarts + 1} times (last: {_how(status)}); raise "
+        f"actors.max_restarts or read {folder.log(role)}",
+    )
+
+
+async def _wait_or_stop(
+    process: asyncio.subprocess.Process, stopping: asyncio.Event, grace_s: float
+) -> int:
+    """Exit status of the child. On a stop signal the child is asked to drain, then made to."""
+    ended = asyncio.create_task(process.wait(), name="child")
+    stop = asyncio.create_task(stopping.wait(), name="stop")
+    await asyncio.wait((ended, stop), return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if not ended.done():
+        process.send_signal(signal.SIGTERM)
+        await end_process(process, grace_s)
+    return await ended
+
+
+async def _stop_or_sleep(stopping: asyncio.Event, delay_s: float) -> None:
+    try:
+        await asyncio.wait_for(stopping.wait(), delay_s)
+    except TimeoutError:
+        return
+
+
+def _own_gpu(rank: Rank) -> dict[str, str]:
+    """Let the actor see one GPU, its local rank's; nothing changes where there is none."""
+    count = torch.cuda.device_count()
+    if count == 0:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    return {"CUDA_VISIBLE_DEVICES": visible[rank.local_rank % len(visible)]}
+
+
+def _how(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"exit status {status}"

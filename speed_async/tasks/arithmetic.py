@@ -1,0 +1,109 @@
+"""Sums whose difficulty is the number of carries: the task of the quickstart.
+
+`max_digits` = W digits an operand, zero-padded, least significant digit first, so that a model
+can write the answer in the order in which it is computed: 57 + 68 = 125 at W = 3 is
+`750+860=` with the answer `5210` (W + 1 digits).
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+
+from speed_async.errors import TaskError
+from speed_async.types import Prompt
+
+_DIGIT_PAIRS = {
+    (carry, carries): [
+        (a, b) for a in range(10) for b in range(10) if (a + b + carry >= 10) == carries
+    ]
+    for carry in (0, 1)
+    for carries in (False, True)
+}
+"""Pairs of digits by what was carried into them and by whether they carry."""
+
+
+def level_cycle(rng: random.Random, max_digits: int) -> Iterator[int]:
+    """Endless levels (numbers of carries, 0..W): of every 3 W, W are 0 and 2 are each of 1..W.
+
+    A third of the prompts is thus easy for whoever can add digits, and shares are exact in
+    every data set, however small.
+    """
+    block = [0] * max_digits + [*range(1, max_digits + 1)] * 2
+    while True:
+        yield from rng.sample(block, len(block))
+
+
+def draw_sum(rng: random.Random, *, num_digits: int, num_carries: int) -> tuple[str, str]:
+    """(prompt text, answer) of a sum with exactly `num_carries` carries.
+
+    The positions that carry are a uniform subset; the digits of each position are uniform over
+    the pairs that carry, or do not, given what was carried into it.
+    """
+    carrying = set(rng.sample(range(num_digits), num_carries))
+    left, right, total = "", "", ""
+    carry = 0
+    for position in range(num_digits):
+        a, b = rng.choice(_DIGIT_PAIRS[carry, position in carrying])
+        left += str(a)
+        right += str(b)
+        total += str((a + b + carry) % 10)
+        carry = int(position in carrying)
+    return f"{left}+{right}=", total + str(carry)
+
+
+class ArithmeticTask:
+    """Addition with carries, made from `seed` alone; see the module's text for the format.
+
+    All prompts are distinct, so training and held-out prompts are disjoint. Each prompt's
+    `level` is `"carries=K"`. Raises TaskError when there are fewer sums than prompts asked for.
+    """
+
+    def __init__(self, *, num_prompts: int, num_held_out: int, max_digits: int, seed: int) -> None:
+        # Half of all sums, so that drawing until a new one comes stays cheap.
+        num_available = 100**max_digits // 2
+        if num_prompts + num_held_out > num_available:
+            raise TaskError(
+                f"arithmetic with task.max_digits = {max_digits} offers {num_available} distinct "
+                f"prompts, and num_prompts + num_held_out = {num_prompts + num_held_out} were "
+                "asked for: raise max_digits or ask for fewer"
+            )
+        sums = _distinct_sums(random.Random(seed), max_digits)
+        self._held_out_prompts = _take(sums, num_held_out, held_out=True)
+        self._train_prompts = _take(sums, num_prompts, held_out=False)
+
+    @property
+    def train_prompts(self) -> Sequence[Prompt]:
+        return self._train_prompts
+
+    @property
+    def held_out_prompts(self) -> Sequence[Prompt]:
+        return self._held_out_prompts
+
+    def score(self, prompt: Prompt, completion: str) -> float:
+        """1.0 when the completion, white space at its ends aside, is the answer; else 0.0."""
+        return float(completion.strip() == prompt.answer)
+
+
+def _distinct_sums(rng: random.Random, max_digits: int) -> Iterator[tuple[str, str, int]]:
+    """Endless (text, answer, carries), no text twice."""
+    seen: set[str] = set()
+    for num_carries in level_cycle(rng, max_digits):
+        text, answer = draw_sum(rng, num_digits=max_digits, num_carries=num_carries)
+        while text in seen:
+            text, answer = draw_sum(rng, num_digits=max_digits, num_carries=num_carries)
+        seen.add(text)
+        yield text, answer, num_carries
+
+
+def _take(
+    sums: Iterator[tuple[str, str, int]], count: int, *, held_out: bool
+) -> tuple[Prompt, ...]:
+    return tuple(
+        Prompt(
+            prompt_id=prompt_id,
+            text=text,
+            answer=answer,
+            level=f"carries={num_carries}",
+            held_out=held_out,
+        )
+        for prompt_id, (text, answer, num_carries) in zip(range(count), sums, strict=False)
+    )

@@ -1,0 +1,36 @@
+r"""Where in a text its final answer stands: `<answer>` tags, `\boxed{}`, or after `####`."""
+
+import re
+
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_BRACE = re.compile(r"\\boxed\{|(?<!\\)[{}]")
+_MARK = "####"
+
+
+def last_tagged(text: str) -> str | None:
+    """Stripped content of the last `<answer>...</answer>`, or None."""
+    contents = _TAGGED.findall(text)
+    return contents[-1].strip() if contents else None
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Stripped content of the last `\boxed{...}` whose braces close, or None."""
+    open_braces: list[re.Match[str]] = []
+    last: tuple[int, int] | None = None
+    for brace in _BRACE.finditer(text):  # one pass: a policy may write thousands of open boxes
+        if brace.group().endswith("{"):
+            open_braces.append(brace)
+        elif open_braces:
+            opened = open_braces.pop()
+            if opened.group() != "{" and (last is None or opened.end() > last[0]):
+                last = (opened.end(), brace.start())
+    return None if last is None else text[slice(*last)].strip()
+
+
+def final_answer(text: str) -> str:
+    r"""The last `\boxed{}`, else what follows the last `####`, else the whole text; stripped."""
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed
+    _, _, tail = text.rpartition(_MARK)
+    return tail.strip()

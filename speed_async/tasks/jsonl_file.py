@@ -1,0 +1,135 @@
+"""Reading of the `jsonl` task's data file: every fault is reported with its line and a remedy."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from speed_async.errors import DataError
+
+MAX_LISTED_LINES = 5
+_EXAMPLE = '{"prompt": "2 + 2 =", "answer": "4"}'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One usable line; `extra` holds its keys other than prompt and answer."""
+
+    line: int
+    prompt: str
+    answer: str
+    extra: dict[str, object]
+
+    @property
+    def key(self) -> str:
+        """Text by which two prompts are the same: white space does not count."""
+        return " ".join(self.prompt.split())
+
+
+class _BadLine(Exception):
+    """Why a line cannot be used."""
+
+
+def read_rows(path: Path, check_answer: Callable[[str], str]) -> list[Row]:
+    """Distinct rows of the file in file order; a repeated prompt with the same answer counts once.
+
+    `check_answer` returns why an answer cannot be matched, or "". Raises DataError naming the
+    file and up to 5 bad lines.
+    """
+    rows: dict[str, Row] = {}
+    faults: list[str] = []
+    for line, raw in _lines(path):
+        try:
+            row = _parse(line, raw, check_answer)
+            _check_duplicate(row, rows.setdefault(row.key, row))
+        except _BadLine as error:
+            faults.append(f"line {line}: {error}")
+    if faults:
+        raise DataError(_describe(path, faults))
+    if not rows:
+        raise DataError(f"data file '{path}' is empty: give it one object a line, as {_EXAMPLE}")
+    return list(rows.values())
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with path.open("rb") as file:
+            for line, raw in enumerate(file, start=1):
+                content = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
+                if content.strip():
+                    yield line, content
+    except FileNotFoundError:
+        raise DataError(f"data file '{path}' does not exist: correct task.path") from None
+    except OSError as error:
+        raise DataError(
+            f"data file '{path}' cannot be read ({error.strerror}): correct task.path"
+        ) from error
+
+
+def _parse(line: int, raw: bytes, check_answer: Callable[[str], str]) -> Row:
+    record = _decode(raw)
+    prompt, answer = _prompt(record), _answer(record)
+    fault = check_answer(answer)
+    if fault:
+        raise _BadLine(fault)
+    extra = {key: value for key, value in record.items() if key not in ("prompt", "answer")}
+    return Row(line=line, prompt=prompt, answer=answer, extra=extra)
+
+
+def _decode(raw: bytes) -> dict[str, object]:
+    try:
+        record = json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        raise _BadLine(f"not UTF-8 (byte {error.start + 1})") from None
+    except (ValueError, RecursionError) as error:
+        raise _BadLine(f"not valid JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise _BadLine(f"not a JSON object but {type(record).__name__}")
+    return record
+
+
+def _prompt(record: dict[str, object]) -> str:
+    prompt = _required(record, "prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise _BadLine(f"'prompt' must be a string that is not blank, not {_shown(prompt)}")
+    return prompt
+
+
+def _answer(record: dict[str, object]) -> str:
+    answer = _required(record, "answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
+        return str(answer)
+    if not isinstance(answer, str) or not answer.strip():
+        raise _BadLine(f"'answer' must be a number or a non-blank string, not {_shown(answer)}")
+    return answer
+
+
+def _required(record: dict[str, object], key: str) -> object:
+    if key not in record:
+        raise _BadLine(f"key '{key}' is missing")
+    return record[key]
+
+
+def _check_duplicate(row: Row, first: Row) -> None:
+    if row.answer.strip() != first.answer.strip():
+        raise _BadLine(
+            f"same prompt as line {first.line} with another answer: {_shown(row.answer)} here, "
+            f"{_shown(first.answer)} there"
+        )
+
+
+def _describe(path: Path, faults: list[str]) -> str:
+    listed = "".join(f"\n  {fault}" for fault in faults[:MAX_LISTED_LINES])
+    num_more = len(faults) - MAX_LISTED_LINES
+    more = f"\n  and {num_more} more" if num_more > 0 else ""
+    noun = "line that" if len(faults) == 1 else "lines that"
+    return (
+        f"data file '{path}' has {len(faults)} {noun} cannot be used:{listed}{more}\n"
+        f"Correct or remove them; each line is one object, as {_EXAMPLE}"
+    )
+
+
+def _shown(value: object, num_characters: int = 40) -> str:
+    text = repr(value)
+    return text if len(text) <= num_characters else text[: num_characters - 3] + "..."

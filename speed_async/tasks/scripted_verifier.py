@@ -1,0 +1,24 @@
+"""A verifier for tests: rewards by a given function, in this process; every call is recorded."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from speed_async.types import Prompt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifierCall:
+    prompt: Prompt
+    completions: tuple[str, ...]
+
+
+class ScriptedVerifier:
+    """`reward` may raise (TaskError, as a pool would); `calls` lists every call in order."""
+
+    def __init__(self, reward: Callable[[Prompt, str], float]) -> None:
+        self._reward = reward
+        self.calls: list[VerifierCall] = []
+
+    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[float]:
+        self.calls.append(VerifierCall(prompt=prompt, completions=tuple(completions)))
+        return [self._reward(prompt, completion) for completion in completions]

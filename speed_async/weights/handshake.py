@@ -1,0 +1,184 @@
+"""The talk around the bytes: meeting, manifest and verdicts, and who is to blame afterwards.
+
+Every word is a key in the sender's store: `epoch-3/joined/0/2` says that rank 2 is there for the
+first transfer of epoch 3. Receivers only set keys and wait for them; the sender reads.
+
+Shape legend: B bytes of one message.
+"""
+
+import struct
+from collections.abc import Callable, Sequence
+
+import torch
+from torch._C._distributed_c10d import Store
+
+from speed_async.errors import WeightSyncError
+from speed_async.types import WeightOffer
+from speed_async.weights.channel import NamedTensor
+from speed_async.weights.manifest import (
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    accept_manifest,
+    encode_manifest,
+)
+from speed_async.weights.membership import EpochGroup, StageFailed, wait_for_keys
+from speed_async.weights.process_group import reach_store
+
+LENGTH = struct.Struct("<Q")
+HEAD_BYTES = 32 * 1024
+"""Size of the first message, so that most manifests take one broadcast and not two."""
+GRACE_S = 0.5
+"""How long, after a failure, the other side may take to say what it saw."""
+
+
+def collect(group: EpochGroup, stage: str, word: str, absence: str) -> dict[int, str]:
+    """One text from every receiver, by rank. Raises StageFailed naming who gave none."""
+    keys = _keys_by_rank(group, word)
+
+    def call(store: Store) -> dict[int, str]:
+        if not wait_for_keys(store, [*keys.values()], group.offer.deadline_s):
+            absent = [rank for rank, key in keys.items() if not store.check([key])]
+            raise RuntimeError(f"{_ranks(absent)} {absence}")
+        answers = store.multi_get([*keys.values()])
+        return {
+            rank: answer.decode(errors="replace")
+            for rank, answer in zip(keys, answers, strict=True)
+        }
+
+    return group.wait(stage, group.on_store(call))
+
+
+def gather_members(group: EpochGroup, store: Store) -> None:
+    """Sender: wait until every receiver is there, then make the process group with them."""
+    stage = "rendezvous"
+    group.wait(stage, group.connect(lambda: store))
+    collect(group, stage, "joined", "never joined")
+    group.wait(stage, group.on_store(lambda store: store.set(group.key("go"), "")))
+    group.wait(stage, group.build())
+    group.formed = True
+
+
+def announce(group: EpochGroup, manifest: Manifest) -> None:
+    """Sender: broadcast the manifest and hear every receiver's verdict on it."""
+    for part in _manifest_parts(encode_manifest(manifest)):
+        message_B = torch.frombuffer(bytearray(part), dtype=torch.uint8)
+        group.wait("manifest", group.broadcast(group.placed(message_B)))
+    verdicts = collect(group, "manifest", "verdict", "did not answer")
+    refusals = [f"rank {rank} refused: {text}" for rank, text in verdicts.items() if text]
+    if refusals:
+        raise sync_error(group.offer, f"manifest: {'; '.join(refusals)}")
+
+
+def forget_verdicts(group: EpochGroup) -> None:
+    """Sender: free the keys of this transfer, which nobody waits for."""
+    keys = _keys_by_rank(group, "verdict")
+    group.on_store(lambda store: [store.delete_key(key) for key in keys.values()])
+
+
+def say_done(group: EpochGroup) -> None:
+    """Receiver: leave word that it is through with this transfer, for a sender that failed."""
+    done, transfer = group.key("done", group.offer.rank), str(group.num_transfers)
+    group.on_store(lambda store: store.set(done, transfer))
+
+
+def join_epoch(group: EpochGroup) -> None:
+    """Receiver: say that it is there, wait for the go, make the process group."""
+    group.wait("rendezvous", group.connect(lambda: reach_store(group.offer)))
+
+    def call(store: Store) -> str:
+        store.set(group.key("joined", 0, group.offer.rank), "")
+        if not wait_for_keys(store, [group.key("go")], group.offer.deadline_s):
+            raise RuntimeError("the sender did not start this epoch")
+        return store.get(group.key("go")).decode(errors="replace")
+
+    refusal = group.wait("rendezvous", group.on_store(call))
+    if refusal:
+        raise sync_error(group.offer, f"rendezvous: the sender said: {refusal}")
+    group.wait("rendezvous", group.build())
+    group.formed = True
+
+
+def receive_manifest(group: EpochGroup, expected: Sequence[NamedTensor]) -> Manifest:
+    """Receiver: the announced manifest, with this receiver's verdict on it sent."""
+
+    def receive(num_bytes: int) -> bytes:
+        message_B = group.placed(torch.empty(num_bytes, dtype=torch.uint8))
+        group.wait("manifest", group.broadcast(message_B))
+        return message_B.cpu().numpy().tobytes()
+
+    def answer(verdict: str) -> None:
+        key = group.key("verdict", group.num_transfers, group.offer.rank)
+        group.wait("manifest", group.on_store(lambda store: store.set(key, verdict)))
+
+    head = receive(HEAD_BYTES)
+    (num_bytes,) = LENGTH.unpack_from(head)
+    if num_bytes > MAX_MANIFEST_BYTES:
+        raise sync_error(group.offer, f"manifest: {num_bytes} bytes are announced")
+    num_left = LENGTH.size + num_bytes - HEAD_BYTES
+    payload = head[LENGTH.size :] + (receive(num_left) if num_left > 0 else b"")
+    try:
+        manifest = accept_manifest(payload[:num_bytes], group.offer.policy_version, expected)
+    except WeightSyncError as error:
+        answer(str(error))
+        raise sync_error(group.offer, f"manifest: {error}") from error
+    answer("")
+    return manifest
+
+
+def who_is_silent(group: EpochGroup, reason: str) -> str:
+    """Sender, after a failure: receivers that neither finished the transfer nor say they live."""
+    left = {rank: group.key("left", rank) for rank in group.receiver_ranks}
+
+    def ask(store: Store) -> str:
+        finished = str(group.num_transfers).encode()
+        for rank in group.receiver_ranks:
+            done = group.key("done", rank)
+            if store.check([done]) and store.get(done) == finished:
+                del left[rank]
+        if not left or wait_for_keys(store, [*left.values()], GRACE_S):
+            return ""
+        return f"; no sign of life from {_ranks([r for r in left if not store.check([left[r]])])}"
+
+    group.announce_end(reason)
+    return _ask(group, ask)
+
+
+def what_sender_said(group: EpochGroup, reason: str) -> str:
+    """Receiver, after a failure: what the sender gives as its end of this epoch, if anything."""
+
+    def ask(store: Store) -> str:
+        over = group.key("over")
+        said = wait_for_keys(store, [over], GRACE_S)
+        return f"; it said: {store.get(over).decode(errors='replace')}" if said else ""
+
+    group.announce_end(reason)
+    return _ask(group, ask)
+
+
+def _ask(group: EpochGroup, question: Callable[[Store], str]) -> str:
+    """Answer of a store that may be out of reach: then nothing."""
+    if group.stuck:
+        return ""
+    try:
+        return group.wait("account", group.on_store(question), GRACE_S)
+    except StageFailed:
+        return ""
+
+
+def _manifest_parts(payload: bytes) -> list[bytes]:
+    """Length and payload, cut after HEAD_BYTES; the head is padded, the rest may be missing."""
+    message = LENGTH.pack(len(payload)) + payload
+    head, rest = message[:HEAD_BYTES].ljust(HEAD_BYTES, b"\0"), message[HEAD_BYTES:]
+    return [head, rest] if rest else [head]
+
+
+def _keys_by_rank(group: EpochGroup, word: str) -> dict[int, str]:
+    return {rank: group.key(word, group.num_transfers, rank) for rank in group.receiver_ranks}
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def sync_error(offer: WeightOffer, text: str) -> WeightSyncError:
+    return WeightSyncError(f"policy version {offer.policy_version}, epoch {offer.epoch}, {text}")

@@ -1,0 +1,190 @@
+"""What one broadcast announces before its first byte: names, shapes, dtypes and bucket size.
+
+The manifest travels as JSON and is validated field by field. Which bucket a tensor is in follows
+from the manifest alone (see `buckets.plan_buckets`), so both ends derive the same layout.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from speed_async.errors import WeightSyncError
+from speed_async.weights.channel import NamedTensor
+
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 16 * 1024 * 1024
+MAX_NAMES_SHOWN = 5
+
+DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    policy_version: int
+    bucket_bytes: int
+    tensors: tuple[TensorSpec, ...]
+
+
+def named_weights(model: nn.Module) -> Iterator[NamedTensor]:
+    """Each distinct parameter and buffer of the state dict once, detached, in layer order.
+
+    A tied tensor appears under the first of its names.
+    """
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor.detach()
+
+
+def describe(tensors: Sequence[NamedTensor], cast: torch.dtype | None) -> tuple[TensorSpec, ...]:
+    """Specs as they will travel; `cast` replaces the dtype of floating-point tensors.
+
+    Raises WeightSyncError for a name given twice and for a dtype that cannot be sent.
+    """
+    specs = tuple(
+        TensorSpec(
+            name=name,
+            dtype=cast if cast is not None and tensor.is_floating_point() else tensor.dtype,
+            shape=tuple(tensor.shape),
+        )
+        for name, tensor in tensors
+    )
+    _check_names(specs)
+    for spec in specs:
+        if spec.dtype not in DTYPES.values():
+            raise WeightSyncError(f"tensor '{spec.name}' has dtype {spec.dtype}: cannot be sent")
+    return specs
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """JSON bytes. Raises WeightSyncError when they exceed MAX_MANIFEST_BYTES."""
+    payload = json.dumps(
+        {
+            "format": FORMAT_VERSION,
+            "policy_version": manifest.policy_version,
+            "bucket_bytes": manifest.bucket_bytes,
+            "tensors": [
+                [spec.name, str(spec.dtype).removeprefix("torch."), list(spec.shape)]
+                for spec in manifest.tensors
+            ],
+        }
+    ).encode()
+    if len(payload) > MAX_MANIFEST_BYTES:
+        raise WeightSyncError(
+            f"manifest of {len(manifest.tensors)} tensors takes {len(payload)} bytes,"
+            f" more than {MAX_MANIFEST_BYTES}"
+        )
+    return payload
+
+
+def decode_manifest(payload: bytes) -> Manifest:
+    """Inverse of `encode_manifest`. Raises WeightSyncError for anything malformed."""
+    if len(payload) > MAX_MANIFEST_BYTES:
+        raise WeightSyncError(f"manifest of {len(payload)} bytes, more than {MAX_MANIFEST_BYTES}")
+    try:
+        match json.loads(payload):
+            case {
+                "format": 1,
+                "policy_version": int(policy_version),
+                "bucket_bytes": int(bucket_bytes),
+                "tensors": list(rows),
+            } if bucket_bytes > 0:
+                specs = tuple(_decode_spec(row) for row in rows)
+            case _:
+                raise WeightSyncError(f"manifest is not of format {FORMAT_VERSION}")
+    except (ValueError, RecursionError) as error:
+        raise WeightSyncError(f"manifest is not JSON: {error}") from error
+    _check_names(specs)
+    return Manifest(policy_version=policy_version, bucket_bytes=bucket_bytes, tensors=specs)
+
+
+def accept_manifest(
+    payload: bytes, policy_version: int, expected: Sequence[NamedTensor]
+) -> Manifest:
+    """The manifest, if it is what this receiver waits for; WeightSyncError says why not."""
+    manifest = decode_manifest(payload)
+    if manifest.policy_version != policy_version:
+        raise WeightSyncError(
+            f"policy version {manifest.policy_version} came, {policy_version} was offered"
+        )
+    if differs := difference(manifest.tensors, expected):
+        raise WeightSyncError(differs)
+    return manifest
+
+
+def difference(announced: Sequence[TensorSpec], expected: Sequence[NamedTensor]) -> str:
+    """How the announced tensors differ from the expected ones; empty when they do not.
+
+    Order does not matter: tensors are loaded by name.
+    """
+    theirs = {spec.name: spec for spec in announced}
+    ours = {spec.name: spec for spec in describe(expected, None)}
+    differing = [
+        f"{name} is {theirs[name]}, expected {spec}"
+        for name, spec in ours.items()
+        if name in theirs and theirs[name] != spec
+    ]
+    parts = {
+        "missing": [name for name in ours if name not in theirs],
+        "not expected": [name for name in theirs if name not in ours],
+        "different": differing,
+    }
+    return "; ".join(f"{label}: {_shorten(names)}" for label, names in parts.items() if names)
+
+
+def _decode_spec(row: object) -> TensorSpec:
+    match row:
+        case [str(name), str(dtype), list(shape)] if dtype in DTYPES and all(
+            type(extent) is int and extent >= 0 for extent in shape
+        ):
+            return TensorSpec(name=name, dtype=DTYPES[dtype], shape=tuple(shape))
+        case _:
+            raise WeightSyncError(f"manifest has a malformed entry: {str(row)[:200]}")
+
+
+def _check_names(specs: Sequence[TensorSpec]) -> None:
+    seen: set[str] = set()
+    for spec in specs:
+        if spec.name in seen:
+            raise WeightSyncError(f"tensor '{spec.name}' is announced twice")
+        seen.add(spec.name)
+
+
+def _shorten(names: Sequence[str]) -> str:
+    more = len(names) - MAX_NAMES_SHOWN
+    return ", ".join(names[:MAX_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

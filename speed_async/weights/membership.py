@@ -1,0 +1,260 @@
+"""Who takes part: one group for each epoch, and how a member leaves without blocking anyone.
+
+torch's store and process groups can block past every timeout they are given (a store whose host
+process is stopped never answers a cancelled wait; destructors join their threads). So one daemon
+thread, the lane, owns store and group, and whoever uses them only waits on futures. A lane that
+is stuck is left behind with what it holds.
+
+Shape legend: B bytes of one bucket or message.
+"""
+
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from datetime import timedelta
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from speed_async.errors import WeightSyncError
+from speed_async.types import WeightOffer
+from speed_async.weights.buckets import Bucket, BufferPair
+from speed_async.weights.process_group import broadcast_from_sender, make_group
+
+T = TypeVar("T")
+
+SLACK_S = 0.25
+"""Torch's own timeout is given this much to fire before its lane is taken for stuck."""
+CLOSE_S = 1.0
+MAX_REASON = 1000
+
+
+class StageFailed(Exception):
+    """One stage of a transfer ended badly; sender and receiver add whom they waited for."""
+
+    def __init__(self, stage: str, waited_s: float, reason: str) -> None:
+        super().__init__(f"{stage} failed after {waited_s:.1f} s ({reason})")
+
+
+class Lane:
+    """A daemon thread that runs calls one after another. `stop` never waits."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, call: Callable[[], T]) -> "Future[T]":
+        future: Future[T] = Future()
+        self._calls.put((call, future))
+        return future
+
+    def stop(self) -> None:
+        self._calls.put(None)
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (item := self._calls.get()) is not None:
+            call, future = item
+            try:
+                future.set_result(call())
+            except Exception as error:  # a task boundary: the error belongs to who waits
+                # The frames below hold the process group, which must be freed to wake its members.
+                traceback.clear_frames(error.__traceback__)
+                future.set_exception(error)
+            del item, call, future  # or the last call's buffer would live until the next
+
+
+class EpochGroup:
+    """The members of one epoch: store, process group, and the deadline of every stage."""
+
+    def __init__(self, offer: WeightOffer, device: torch.device) -> None:
+        self.offer = offer
+        self.formed = False
+        self.stuck = False
+        self.num_transfers = 0
+        self._device = device
+        self._store: Store | None = None  # this and the group are touched by the lane alone
+        self._group: Any = None
+        self._lane = Lane(f"weights-epoch-{offer.epoch}-rank-{offer.rank}")
+
+    @property
+    def receiver_ranks(self) -> range:
+        return range(1, self.offer.world_size)
+
+    def key(self, *parts: object) -> str:
+        return "/".join(map(str, (f"epoch-{self.offer.epoch}", *parts)))
+
+    def connect(self, make_store: Callable[[], Store]) -> "Future[None]":
+        def call() -> None:
+            self._store = make_store()
+
+        return self._lane.submit(call)
+
+    def on_store(self, call: Callable[[Store], T]) -> "Future[T]":
+        def with_store() -> T:
+            if self._store is None:
+                raise RuntimeError("the store was not reached")
+            return call(self._store)
+
+        return self._lane.submit(with_store)
+
+    def build(self) -> "Future[None]":
+        """Make the process group; every member has to take part."""
+
+        def call(store: Store) -> None:
+            prefixed = PrefixStore(self.key("group"), store)
+            self._group = make_group(prefixed, self.offer, self._device)
+
+        return self.on_store(call)
+
+    def broadcast(self, buffer_B: Tensor) -> "Future[None]":
+        """Send from rank 0, or receive into `buffer_B`, (B,) uint8. Nothing for B = 0."""
+
+        def call() -> None:
+            offer = self.offer
+            broadcast_from_sender(self._group, buffer_B, offer.deadline_s, offer.backend)
+
+        return self._lane.submit(call if buffer_B.numel() else lambda: None)
+
+    def placed(self, message_B: Tensor) -> Tensor:
+        """The message where the backend can take it from or put it."""
+        return message_B.to(self._device) if self.offer.backend == "nccl" else message_B
+
+    def wait(self, stage: str, future: "Future[T]", deadline_s: float | None = None) -> T:
+        """Result of a call. Raises StageFailed when it fails or outlasts the deadline."""
+        began_s = time.monotonic()
+        try:
+            return future.result((deadline_s or self.offer.deadline_s) + SLACK_S)
+        except TimeoutError as error:
+            self.stuck = True
+            raise StageFailed(stage, time.monotonic() - began_s, "no answer") from error
+        except RuntimeError as error:  # what torch.distributed raises for all its failures
+            reason = str(error).partition("\n")[0][:200] or type(error).__name__
+            raise StageFailed(stage, time.monotonic() - began_s, reason) from error
+
+    def announce_end(self, reason: str) -> "Future[None]":
+        """Tell the others why this member takes part no more, and free the process group.
+
+        Freeing it closes its connections, which wakes whoever waits for this member.
+        """
+        words = ("over", "go") if self.offer.rank == 0 else (f"left/{self.offer.rank}",)
+
+        def call(store: Store) -> None:
+            for word in words:
+                store.set(self.key(word), reason[:MAX_REASON])
+            self._free_group()
+
+        return self.on_store(call)
+
+    def drop(self) -> None:
+        """Let the lane free group and store, and end. Never waits."""
+
+        def call() -> None:
+            self._free_group()
+            self._store = None
+
+        self._lane.submit(call)
+        self._lane.stop()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for a dropped group to be gone, but no longer than `timeout_s`."""
+        self._lane.join(timeout_s)
+
+    def _free_group(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()
+
+
+class Membership:
+    """The present epoch's group and the buffers that outlive it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers = BufferPair()
+        self._group: EpochGroup | None = None
+        self._lost: tuple[int, str] | None = None
+
+    @contextmanager
+    def taking_part(self, offer: WeightOffer) -> Iterator[EpochGroup]:
+        """The offer's group, new or as it was. Any exception inside makes its epoch unusable."""
+        group = self._enter(offer)
+        finished = False
+        try:
+            yield group
+            group.num_transfers += 1
+            finished = True
+        finally:
+            if not finished:
+                reason = str(sys.exception()) or type(sys.exception()).__name__
+                self._lost = (offer.epoch, reason)
+                self._leave(reason)
+
+    def reserve(self, group: EpochGroup, buckets: Sequence[Bucket]) -> BufferPair:
+        """Buffers for these buckets: host memory for gloo, device memory for NCCL."""
+        on_device = group.offer.backend == "nccl"
+        device = self._device if on_device else torch.device("cpu")
+        pinned = self._device.type == "cuda" and not on_device
+        self._buffers.reserve(buckets, device, pinned=pinned)
+        return self._buffers
+
+    def settle(self) -> None:
+        """Wait until copies queued on the GPU are done, so that their buffer may be used."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def close(self) -> None:
+        """Waits at most CLOSE_S for the group to be freed."""
+        group = self._group
+        self._leave("it was closed")
+        if group is not None:
+            group.join(CLOSE_S)
+
+    def _enter(self, offer: WeightOffer) -> EpochGroup:
+        if self._lost is not None and self._lost[0] == offer.epoch:
+            raise WeightSyncError(
+                f"epoch {offer.epoch} is unusable, a new one is needed: {self._lost[1]}"
+            )
+        present = self._group
+        if present is not None and present.offer.epoch == offer.epoch:
+            if _members(present.offer) != _members(offer):
+                raise WeightSyncError(
+                    f"epoch {offer.epoch} has {_members(present.offer)}, but the offer says"
+                    f" {_members(offer)}: other members need a new epoch"
+                )
+            present.offer = offer
+            return present
+        self._leave(f"epoch {offer.epoch} follows")
+        self._group = EpochGroup(offer, self._device)
+        return self._group
+
+    def _leave(self, reason: str) -> None:
+        if self._group is None:
+            return
+        self._group.announce_end(reason)
+        self._group.drop()
+        self._group = None
+        self._buffers.discard()  # the lane may still write into them
+
+
+def wait_for_keys(store: Store, keys: Sequence[str], timeout_s: float) -> bool:
+    """Whether all keys were set in time."""
+    try:
+        store.wait(list(keys), timedelta(seconds=timeout_s))
+    except RuntimeError:
+        return store.check(list(keys))
+    return True
+
+
+def _members(offer: WeightOffer) -> str:
+    return f"rank {offer.rank} of {offer.world_size} over {offer.backend}"

@@ -1,0 +1,76 @@
+"""What a field of a message may hold: one check for each annotation, strict on both ends.
+
+A `bool` is never an `int`; an `int` may stand for a `float`. A float field of its own is finite;
+metrics (`dict[str, float]`, `dict[str, object]`) may hold NaN, since a bad step must be reportable.
+"""
+
+import math
+from collections.abc import Callable
+
+Check = Callable[[object], bool]
+
+MIN_INT, MAX_INT = -(2**63), 2**63 - 1
+MAX_DEPTH = 8
+"""Nesting of lists and maps allowed inside one metrics value."""
+
+
+def is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and MIN_INT <= value <= MAX_INT
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, float) or is_int(value)
+
+
+def is_finite(value: object) -> bool:
+    return math.isfinite(value) if isinstance(value, float) else is_int(value)
+
+
+def is_str(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def is_scalar(value: object) -> bool:
+    """None, bool, int, float or str: what one metric may be."""
+    return value is None or isinstance(value, bool | str) or is_number(value)
+
+
+def is_plain(value: object, depth: int = MAX_DEPTH) -> bool:
+    """A scalar, or lists and string-keyed maps of plain values, at most `depth` deep."""
+    if is_scalar(value):
+        return True
+    if depth == 0:
+        return False
+    if isinstance(value, list):
+        return all(is_plain(item, depth - 1) for item in value)
+    if isinstance(value, dict):
+        return all(is_str(key) and is_plain(item, depth - 1) for key, item in value.items())
+    return False
+
+
+def list_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def map_of(check: Check) -> Check:
+    return lambda value: (
+        isinstance(value, dict) and all(map(is_str, value)) and all(map(check, value.values()))
+    )
+
+
+CHECKS: dict[object, Check] = {
+    bool: is_bool,
+    int: is_int,
+    float: is_finite,
+    str: is_str,
+    list[bool]: list_of(is_bool),
+    list[int]: list_of(is_int),
+    list[float]: list_of(is_finite),
+    list[str]: list_of(is_str),
+    dict[str, float]: map_of(is_number),
+    dict[str, object]: map_of(lambda value: is_plain(value, MAX_DEPTH)),
+}

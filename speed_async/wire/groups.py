@@ -1,0 +1,107 @@
+"""A group as one message: its completions packed end to end, and what makes such a message true.
+
+The finish reason does not travel (training does not use it): unpacked completions say "stop".
+
+Shape legend: P prompt tokens, N completions, S sum of completion lengths.
+"""
+
+import numpy as np
+
+from speed_async.errors import ProtocolError
+from speed_async.types import ActorCounts, Completion, Group, Sampled
+from speed_async.wire.messages import BatchGroup, GroupFinished
+
+MAX_LOGPROB = 1e-4
+"""A log-probability is at most 0; engines round it to a little above."""
+
+
+def pack_group(group: Group, counts: ActorCounts) -> GroupFinished:
+    """The message that reports `group`, with the actor's `counts` at that moment."""
+    samples = [completion.sampled for completion in group.completions]
+    rewards = [completion.reward for completion in group.completions]
+    return GroupFinished(
+        counts=counts,
+        lease_id=group.lease_id,
+        prompt_id=group.prompt_id,
+        num_screening=group.num_screening,
+        prompt_token_ids=group.prompt_token_ids,  # (P,)
+        lengths=np.array([sampled.num_tokens for sampled in samples], np.int32),  # (N,)
+        rewards=np.array(rewards, np.float32),  # (N,)
+        token_ids=np.concatenate([sampled.token_ids for sampled in samples]),  # (S,)
+        logprobs=np.concatenate([sampled.logprobs for sampled in samples]),  # (S,)
+        policy_versions=np.concatenate([sampled.policy_versions for sampled in samples]),  # (S,)
+    )
+
+
+def unpack_group(message: GroupFinished | BatchGroup) -> Group:
+    """The group of a message; its arrays are views of the message's.
+
+    Raises ProtocolError when the numbers contradict each other or cannot be what they claim.
+    """
+    _check_group(message)
+    ends = np.cumsum(message.lengths, dtype=np.int64).tolist()
+    starts = [0, *ends[:-1]]
+    completions = tuple(
+        Completion(
+            sampled=Sampled(
+                token_ids=message.token_ids[start:end],
+                logprobs=message.logprobs[start:end],
+                policy_versions=message.policy_versions[start:end],
+                finish_reason="stop",
+            ),
+            reward=reward,
+        )
+        for start, end, reward in zip(starts, ends, message.rewards.tolist(), strict=True)
+    )
+    return Group(
+        lease_id=message.lease_id,
+        prompt_id=message.prompt_id,
+        prompt_token_ids=message.prompt_token_ids,
+        completions=completions,
+        num_screening=message.num_screening,
+    )
+
+
+def batch_group(message: GroupFinished) -> BatchGroup:
+    """The same group on its way to the learner; nothing is copied."""
+    return BatchGroup(
+        lease_id=message.lease_id,
+        prompt_id=message.prompt_id,
+        num_screening=message.num_screening,
+        prompt_token_ids=message.prompt_token_ids,
+        lengths=message.lengths,
+        rewards=message.rewards,
+        token_ids=message.token_ids,
+        logprobs=message.logprobs,
+        policy_versions=message.policy_versions,
+    )
+
+
+def _check_group(message: GroupFinished | BatchGroup) -> None:
+    num_completions = len(message.lengths)
+    num_tokens = len(message.token_ids)
+    lengths, rewards, logprobs = message.lengths, message.rewards, message.logprobs
+    truths = {
+        "it has completions": num_completions >= 1,
+        "it has tokens": num_tokens >= 1,
+        "lease_id >= 0": message.lease_id >= 0,
+        "prompt_id >= 0": message.prompt_id >= 0,
+        "0 <= num_screening <= completions": 0 <= message.num_screening <= num_completions,
+        "lengths >= 0": bool((lengths >= 0).all()),
+        "lengths sum to the tokens": int(lengths.sum(dtype=np.int64)) == num_tokens,
+        "one reward a completion": len(rewards) == num_completions,
+        "one logprob a token": len(logprobs) == num_tokens,
+        "one policy version a token": len(message.policy_versions) == num_tokens,
+        # A comparison with NaN is false, so these refuse NaN as well.
+        "rewards in [0, 1]": bool(((rewards >= 0.0) & (rewards <= 1.0)).all()),
+        "logprobs finite and <= 0": bool(
+            (logprobs <= MAX_LOGPROB).all() and np.isfinite(logprobs).all()
+        ),
+        "policy versions >= 0": bool((message.policy_versions >= 0).all()),
+        "token ids >= 0": bool(
+            (message.token_ids >= 0).all() and (message.prompt_token_ids >= 0).all()
+        ),
+    }
+    broken = [truth for truth, holds in truths.items() if not holds]
+    if broken:
+        raise ProtocolError(f"group of lease {message.lease_id} breaks: {'; '.join(broken)}")

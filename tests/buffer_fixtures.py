@@ -1,0 +1,49 @@
+"""Small groups and messages for tests of the buffer room."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from speed_async.config.load import build_config
+from speed_async.config.schema import Config
+from speed_async.types import ActorCounts
+from speed_async.wire.messages import GroupFinished
+
+
+def make_config(tmp_model: str, **sections: dict[str, object]) -> Config:
+    tree: dict[str, dict[str, object]] = {
+        "model": {"path": tmp_model},
+        "task": {"name": "arithmetic"},
+        "gate": {"n_init": 2, "n_cont": 2},
+        "learner": {"groups_per_update": 2},
+        "buffer": {"capacity_groups": 8, "max_staleness": 1},
+        "evaluate": {"every": 0},
+        "run": {"updates": 2},
+    }
+    for name, fields in sections.items():
+        tree.setdefault(name, {}).update(fields)
+    return build_config(tree)
+
+
+def make_group(
+    lease_id: int,
+    prompt_id: int,
+    *,
+    rewards: Sequence[float] = (1, 0, 0, 1),
+    version: int = 0,
+    tokens_each: int = 3,
+    counts: ActorCounts | None = None,
+) -> GroupFinished:
+    total = tokens_each * len(rewards)
+    return GroupFinished(
+        lease_id=lease_id,
+        prompt_id=prompt_id,
+        num_screening=2,
+        prompt_token_ids=np.array([5, 6], np.int32),
+        lengths=np.full(len(rewards), tokens_each, np.int32),
+        rewards=np.array(rewards, np.float32),
+        token_ids=np.arange(total, dtype=np.int32),
+        logprobs=np.full(total, -0.5, np.float32),
+        policy_versions=np.full(total, version, np.int32),
+        counts=counts or ActorCounts(),
+    )

@@ -1,0 +1,93 @@
+"""Tiny models and groups for the learner's tests."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from speed_async.config.schema import (
+    ActorsConfig,
+    Config,
+    LearnerConfig,
+    ModelConfig,
+    RunConfig,
+    TaskConfig,
+)
+from speed_async.types import Completion, Group, Sampled
+
+VOCABULARY = 11
+
+
+def save_tiny_llama(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    settings: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,  # far from uniform, so that a wrong mask shows
+    }
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(**(settings | changes))).save_pretrained(folder)
+    return folder
+
+
+def make_config(folder: Path, *, temperature: float = 1.0, **learner: Any) -> Config:
+    return Config(
+        run=RunConfig(folder=str(folder / "run")),
+        model=ModelConfig(path=str(folder)),
+        task=TaskConfig(name="arithmetic"),
+        actors=ActorsConfig(temperature=temperature),
+        learner=LearnerConfig(device="cpu", **learner),
+    )
+
+
+def make_completion(
+    token_ids: list[int], reward: float, logprobs: list[float] | None = None
+) -> Completion:
+    return Completion(
+        sampled=Sampled(
+            token_ids=np.array(token_ids, dtype=np.int32),
+            logprobs=np.array(
+                logprobs if logprobs is not None else [-2.0] * len(token_ids), dtype=np.float32
+            ),
+            policy_versions=np.zeros(len(token_ids), dtype=np.int32),
+            finish_reason="stop",
+        ),
+        reward=reward,
+    )
+
+
+def make_group(prompt: list[int], *completions: Completion, lease_id: int = 0) -> Group:
+    return Group(
+        lease_id=lease_id,
+        prompt_id=lease_id,
+        prompt_token_ids=np.array(prompt, dtype=np.int32),
+        completions=completions,
+        num_screening=0,
+    )
+
+
+def random_groups(seed: int, *, num_groups: int = 3) -> list[Group]:
+    """Groups of 2 to 6 completions of 1 to 7 tokens, rewards 0 or 1 and never all equal."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for lease_id in range(num_groups):
+        completions = []
+        for i in range(int(rng.integers(2, 7))):
+            length = int(rng.integers(1, 8))
+            completions.append(
+                make_completion(
+                    rng.integers(0, VOCABULARY, length).tolist(),
+                    float(rng.integers(0, 2)) if i > 1 else float(i),
+                    (-rng.uniform(0.5, 4.0, length)).tolist(),
+                )
+            )
+        prompt = rng.integers(0, VOCABULARY, int(rng.integers(1, 9))).tolist()
+        groups.append(make_group(prompt, *completions, lease_id=lease_id))
+    return groups

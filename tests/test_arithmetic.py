@@ -1,0 +1,152 @@
+"""The quickstart's task and starting checkpoint."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from speed_async.errors import TaskError
+from speed_async.tasks.arithmetic import ArithmeticTask, draw_sum, level_cycle
+from speed_async.tasks.task import fingerprint
+from speed_async.types import Prompt
+
+MODEL_FOLDER = Path(__file__).resolve().parents[1] / "quickstart" / "model"
+
+
+def make_task(
+    *, num_prompts: int = 1200, num_held_out: int = 120, max_digits: int = 4, seed: int = 0
+) -> ArithmeticTask:
+    return ArithmeticTask(
+        num_prompts=num_prompts, num_held_out=num_held_out, max_digits=max_digits, seed=seed
+    )
+
+
+def count_carries(text: str) -> int:
+    left, right = text.rstrip("=").split("+")
+    carry, num_carries = 0, 0
+    for a, b in zip(left, right, strict=True):
+        carry = int(a) + int(b) + carry >= 10
+        num_carries += carry
+    return num_carries
+
+
+def test_prompts_are_numbered_and_marked_by_their_list() -> None:
+    task = make_task()
+    assert [p.prompt_id for p in task.train_prompts] == list(range(1200))
+    assert [p.prompt_id for p in task.held_out_prompts] == list(range(120))
+    assert not any(p.held_out for p in task.train_prompts)
+    assert all(p.held_out for p in task.held_out_prompts)
+
+
+def test_all_prompts_of_both_lists_are_distinct() -> None:
+    # Two-digit sums are few enough (4,000 drawn of 10,000) that an unchecked draw would repeat.
+    task = make_task(num_prompts=3600, num_held_out=400, max_digits=2)
+    texts = [p.text for p in (*task.train_prompts, *task.held_out_prompts)]
+    assert len(set(texts)) == 4000
+
+
+def test_the_same_seed_makes_the_same_prompts_and_another_seed_others() -> None:
+    assert fingerprint(make_task(seed=3)) == fingerprint(make_task(seed=3))
+    assert fingerprint(make_task(seed=3)) != fingerprint(make_task(seed=4))
+
+
+def test_held_out_prompts_do_not_depend_on_the_number_of_training_prompts() -> None:
+    few, many = make_task(num_prompts=12), make_task(num_prompts=1200)
+    assert few.held_out_prompts == many.held_out_prompts
+
+
+def test_answers_are_sums_written_least_digit_first() -> None:
+    task = make_task()
+    for prompt in task.train_prompts:
+        left, right = prompt.text.rstrip("=").split("+")
+        assert len(left) == len(right) == 4
+        assert len(prompt.answer) == 5
+        assert int(left[::-1]) + int(right[::-1]) == int(prompt.answer[::-1])
+
+
+def test_levels_count_the_carries_and_have_exact_shares() -> None:
+    task = make_task()
+    for prompt in task.train_prompts:
+        assert prompt.level == f"carries={count_carries(prompt.text)}"
+    levels = [p.level for p in task.train_prompts]
+    # 1,200 prompts: a third without a carry, a sixth at each of 1, 2, 3 and 4 carries.
+    assert {level: levels.count(level) for level in set(levels)} == {
+        "carries=0": 400,
+        "carries=1": 200,
+        "carries=2": 200,
+        "carries=3": 200,
+        "carries=4": 200,
+    }
+
+
+def test_a_cycle_at_two_digits_holds_two_of_each_level() -> None:
+    levels = level_cycle(random.Random(0), 2)
+    assert sorted(next(levels) for _ in range(6)) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_drawn_sum_has_exactly_the_carries_asked_for() -> None:
+    rng = random.Random(0)
+    for num_carries in (0, 1, 2, 3):
+        for _ in range(50):
+            text, answer = draw_sum(rng, num_digits=3, num_carries=num_carries)
+            assert count_carries(text) == num_carries
+            assert len(answer) == 4
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("5210", 1.0),  # 57 + 68 = 125, least digit first
+        (" 5210\n", 1.0),
+        ("0125", 0.0),  # most significant digit first
+        ("521", 0.0),
+        ("52100", 0.0),
+        ("52 10", 0.0),
+        ("5110", 0.0),  # the carry into the tens forgotten
+        ("", 0.0),
+    ],
+)
+def test_only_the_whole_answer_scores(completion: str, reward: float) -> None:
+    prompt = Prompt(prompt_id=0, text="750+860=", answer="5210")
+    assert make_task(num_prompts=1, num_held_out=1).score(prompt, completion) == reward
+
+
+def test_asking_for_more_prompts_than_there_are_sums_names_the_remedy() -> None:
+    with pytest.raises(TaskError, match="max_digits = 1 offers 50 distinct prompts"):
+        make_task(num_prompts=50, num_held_out=1, max_digits=1)
+    assert len(make_task(num_prompts=49, num_held_out=1, max_digits=1).train_prompts) == 49
+
+
+def test_the_quickstart_model_loads_offline_and_answers_sums_without_carries() -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.set_num_threads(1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_FOLDER, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, local_files_only=True)
+    task = make_task()
+    easy = [p for p in task.held_out_prompts if p.level == "carries=0"]
+    inputs = tokenizer([p.text for p in easy], return_tensors="pt", return_token_type_ids=False)
+    assert inputs["input_ids"][0, 0] == tokenizer.bos_token_id
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=8)[
+        :, inputs["input_ids"].shape[1] :
+    ]
+    assert (output == model.config.eos_token_id).any(dim=1).all()
+    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+    num_right = sum(task.score(p, text) for p, text in zip(easy, texts, strict=True))
+    assert num_right >= 0.9 * len(easy)
+
+
+def test_the_quickstart_tokenizer_returns_every_printable_text_unchanged() -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_FOLDER, local_files_only=True)
+    text = "1250+8740=  Is it 9990?\n{[ok]} ~"
+    token_ids = tokenizer(text)["input_ids"]
+    assert len(token_ids) == len(text) + 1  # one a character, and the beginning of sequence
+    assert tokenizer.decode(token_ids, skip_special_tokens=True) == text
+    assert tokenizer.eos_token_id not in token_ids
+    assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
+
+
+def test_the_quickstart_model_folder_is_small() -> None:
+    num_bytes = sum(path.stat().st_size for path in MODEL_FOLDER.rglob("*") if path.is_file())
+    assert 0 < num_bytes < 4 * 1024 * 1024

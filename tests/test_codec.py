@@ -1,0 +1,314 @@
+"""The codec: what goes in comes out, and nothing but ProtocolError leaves on bad bytes."""
+
+from dataclasses import fields
+from typing import get_type_hints
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wire_samples import as_bytes, group_message
+
+from speed_async.errors import ProtocolError
+from speed_async.types import ActorCounts, Float32Array, Int32Array
+from speed_async.wire import messages
+from speed_async.wire.codec import (
+    MAGIC,
+    MAX_HEADER_BYTES,
+    MAX_MESSAGE_BYTES,
+    decode,
+    encode,
+)
+from speed_async.wire.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    ActorReport,
+    Counted,
+    GroupFinished,
+    Leases,
+    Message,
+    OfferWeights,
+    Summary,
+    Trained,
+)
+
+ABSTRACT = {Message, Counted}
+MESSAGE_TYPES = sorted(
+    (
+        value
+        for value in vars(messages).values()
+        if isinstance(value, type) and issubclass(value, Message) and value not in ABSTRACT
+    ),
+    key=lambda record: record.__name__,
+)
+
+INTS = st.integers(-(2**63), 2**63 - 1)
+PLAIN = st.recursive(
+    st.none() | st.booleans() | INTS | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+VALUES = {
+    int: INTS,
+    float: st.floats(allow_nan=False, allow_infinity=False),
+    str: st.text(max_size=20),
+    bool: st.booleans(),
+    list[int]: st.lists(INTS, max_size=5),
+    list[str]: st.lists(st.text(max_size=5), max_size=5),
+    dict[str, float]: st.dictionaries(st.text(max_size=5), st.floats(allow_nan=False), max_size=4),
+    dict[str, object]: st.dictionaries(st.text(max_size=5), PLAIN, max_size=4),
+    ActorCounts: st.builds(ActorCounts, **dict.fromkeys(get_type_hints(ActorCounts), INTS)),
+    Int32Array: st.lists(st.integers(-(2**31), 2**31 - 1), max_size=9).map(
+        lambda items: np.array(items, np.int32)
+    ),
+    Float32Array: st.binary(max_size=36).map(
+        lambda raw: np.frombuffer(raw[: len(raw) // 4 * 4], np.float32)
+    ),
+}
+ANY_MESSAGE = st.sampled_from(MESSAGE_TYPES).flatmap(
+    lambda record: st.builds(
+        record, **{name: VALUES[hint] for name, hint in get_type_hints(record).items()}
+    )
+)
+
+
+def with_header(message: Message, change) -> list[bytes]:
+    """Frames of `message` after `change` worked on its unpacked header in place."""
+    header, *arrays = as_bytes(message)
+    parts = msgpack.unpackb(header)
+    change(parts)
+    return [msgpack.packb(parts), *arrays]
+
+
+def same(left: object, right: object) -> bool:
+    if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
+        return left.dtype == right.dtype and left.tobytes() == right.tobytes()
+    return type(left) is type(right) and left == right
+
+
+@settings(max_examples=200, deadline=None)
+@given(ANY_MESSAGE)
+def test_every_message_comes_out_as_it_went_in(message):
+    decoded = decode(as_bytes(message))
+    assert type(decoded) is type(message)
+    for field in fields(message):
+        assert same(getattr(message, field.name), getattr(decoded, field.name)), field.name
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.binary(max_size=64), max_size=5))
+def test_random_frames_raise_nothing_but_protocol_error(frames):
+    with pytest.raises(ProtocolError):
+        decode(frames)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ANY_MESSAGE, st.data())
+def test_damaged_frames_raise_nothing_but_protocol_error(message, data):
+    frames = as_bytes(message)
+    which = data.draw(st.integers(0, len(frames) - 1))
+    at = data.draw(st.integers(0, len(frames[which])))
+    removed = data.draw(st.integers(0, 4))
+    inserted = data.draw(st.binary(max_size=4))
+    frames[which] = frames[which][:at] + inserted + frames[which][at + removed :]
+    try:
+        decoded = decode(frames)
+    except ProtocolError:
+        return
+    # Damage that leaves a valid message must leave a wholly valid one: it can be sent again.
+    encode(decoded)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from([record.__name__ for record in MESSAGE_TYPES]),
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=8,
+    ),
+    st.lists(st.lists(st.text() | st.integers(0, 99) | st.lists(st.integers(0, 9)))),
+)
+def test_headers_of_arbitrary_values_raise_nothing_but_protocol_error(name, values, specs):
+    header = msgpack.packb([MAGIC, PROTOCOL_VERSION, name, values, specs])
+    with pytest.raises(ProtocolError):
+        decode([header, b"\0\0\0\0"])
+
+
+def test_decoded_arrays_are_read_only_views_of_the_frames():
+    frames = as_bytes(group_message())
+    message = decode(frames)
+    assert isinstance(message, GroupFinished)
+    assert not message.logprobs.flags.writeable
+    assert np.shares_memory(message.logprobs, np.frombuffer(frames[5], np.float32))
+    with pytest.raises(ValueError, match="read-only"):
+        message.logprobs[0] = 0.0
+
+
+def test_an_array_in_writable_memory_is_read_only_once_decoded():
+    header, *arrays = as_bytes(group_message())
+    message = decode([header, *(memoryview(bytearray(array)) for array in arrays)])
+    assert isinstance(message, GroupFinished)
+    assert not message.token_ids.flags.writeable
+
+
+def test_frames_at_odd_addresses_decode_to_aligned_arrays():
+    header, *arrays = as_bytes(group_message())
+    shifted = [memoryview(b"x" + array)[1:] for array in arrays]
+    message = decode([header, *shifted])
+    assert isinstance(message, GroupFinished)
+    assert message.token_ids.flags.aligned
+    assert message.token_ids.tolist() == [10, 11, 12]
+
+
+def test_a_foreign_version_is_refused_naming_both():
+    def other_version(parts):
+        parts[1] = 999
+        parts[3:] = ["a layout this release cannot know"]
+
+    with pytest.raises(ProtocolError, match=rf"version int 999, this process {PROTOCOL_VERSION}"):
+        decode(with_header(Ack(lease_id=1), other_version))
+
+
+@pytest.mark.parametrize(
+    ("message", "change", "complaint"),
+    [
+        (Ack(lease_id=1), lambda h: h.__setitem__(0, "other"), "begin with 'speed_async'"),
+        (Ack(lease_id=1), lambda h: h.__setitem__(1, True), "protocol version bool True"),
+        (Ack(lease_id=1), lambda h: h.__setitem__(2, "Nope"), "unknown message type str 'Nope'"),
+        (Ack(lease_id=1), lambda h: h.__setitem__(2, "Message"), "unknown message type"),
+        (Ack(lease_id=1), lambda h: h.__setitem__(2, ["Ack"]), "unknown message type list"),
+        (Ack(lease_id=1), lambda h: h.append(0), "a header of 6 parts"),
+        (Ack(lease_id=1), lambda h: h.__setitem__(3, [1]), "Ack holds no map"),
+        (Ack(lease_id=1), lambda h: h[3].clear(), "Ack lacks field 'lease_id'"),
+        (Ack(lease_id=1), lambda h: h[3].update(more=1), "Ack has unknown field str 'more'"),
+        (Ack(lease_id=1), lambda h: h[3].update(lease_id=True), "Ack.lease_id must be int"),
+        (Ack(lease_id=1), lambda h: h[3].update(lease_id=1.0), "Ack.lease_id must be int"),
+        (Ack(lease_id=1), lambda h: h[3].update(lease_id=2**63), "Ack.lease_id must be int"),
+        (Ack(lease_id=1), lambda h: h.__setitem__(4, [["x", "<i4", [0]]]), "announces no 0"),
+        (group_message(), lambda h: h[3]["counts"].pop("groups_leased"), "GroupFinished.counts l"),
+        (group_message(), lambda h: h[3]["counts"].update(x=1), "counts has unknown field"),
+        (group_message(), lambda h: h[3].update(counts=[1, 2]), "counts holds no map"),
+        (group_message(), lambda h: h[4][0].__setitem__(0, "lengths"), "prompt_token_ids is no"),
+        (group_message(), lambda h: h[4][0].__setitem__(1, "<i8"), "prompt_token_ids is no <i4"),
+        (group_message(), lambda h: h[4][0].__setitem__(1, "|O"), "prompt_token_ids is no <i4"),
+        (group_message(), lambda h: h[4][0].__setitem__(2, [3, 1]), "not one-dimensional"),
+        (group_message(), lambda h: h[4][0].__setitem__(2, [True]), "not one-dimensional"),
+        (group_message(), lambda h: h[4][0].__setitem__(2, [4]), "4 items of 4 bytes but has 12"),
+        (group_message(), lambda h: h[4][0].__setitem__(2, [-3]), "announced with -3"),
+        (group_message(), lambda h: h[4].pop(), "announces no 6"),
+    ],
+)
+def test_a_header_that_breaks_the_schema_is_refused_naming_the_field(message, change, complaint):
+    with pytest.raises(ProtocolError, match=complaint):
+        decode(with_header(message, change))
+
+
+def test_missing_and_surplus_frames_are_refused():
+    frames = as_bytes(group_message())
+    for wrong in (frames[:-1], [*frames, b""], frames[:1]):
+        with pytest.raises(ProtocolError, match="array frames"):
+            decode(wrong)
+    with pytest.raises(ProtocolError, match="without frames"):
+        decode([])
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        msgpack.packb([MAGIC, PROTOCOL_VERSION, "Ack", {"lease_id": msgpack.ExtType(5, b"")}, []]),
+        msgpack.packb([MAGIC, PROTOCOL_VERSION, "Ack", {"lease_id": msgpack.Timestamp(1)}, []]),
+        msgpack.packb([MAGIC, PROTOCOL_VERSION, "Ack", {"lease_id": b"raw"}, []]),
+        msgpack.packb([MAGIC, PROTOCOL_VERSION, "Ack", {1: 2}, []]),
+        b"\x91" * 5000,
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdf\x7f\xff\xff\xff",
+        b"\xa5\xff\xfe\xfd\xfc\xfb",
+    ],
+    ids=["empty", "ext", "timestamp", "bytes", "int-key", "deep", "huge-list", "huge-map", "utf8"],
+)
+def test_msgpack_beyond_plain_values_is_refused(header):
+    with pytest.raises(ProtocolError):
+        decode([header])
+
+
+def test_size_bounds_hold_on_both_ends():
+    long = Trained(
+        policy_version=1,
+        lease_ids=[2**62] * (MAX_HEADER_BYTES // 9 + 1),
+        skipped=False,
+        groups_trained=1,
+        completions_trained=1,
+        tokens_trained=1,
+        metrics={},
+    )
+    with pytest.raises(ProtocolError, match="a header of"):
+        encode(long)
+    with pytest.raises(ProtocolError, match="a header of"):
+        decode([bytes(MAX_HEADER_BYTES + 1)])
+    tokens = np.zeros(MAX_MESSAGE_BYTES // 4, np.int32)
+    with pytest.raises(ProtocolError, match="GroupFinished of"):
+        encode(group_message(token_ids=tokens))
+    frames = as_bytes(group_message())
+    frames[4] = memoryview(tokens).cast("B")  # untouched zero pages: no memory is spent
+    with pytest.raises(ProtocolError, match="GroupFinished of"):
+        decode(frames)
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (Ack(lease_id=np.int64(3)), "Ack.lease_id must be int, not int64"),  # type: ignore
+        (Ack(lease_id=True), "Ack.lease_id must be int, not bool"),
+        (Ack(lease_id=2**63), "Ack.lease_id must be int"),
+        (group_message(lengths=np.array([2, 1])), "lengths must be one-dimensional <i4 array"),
+        (group_message(lengths=[2, 1]), "lengths must be one-dimensional <i4 array, not list"),
+        (group_message(token_ids=np.zeros((3, 1), np.int32)), "token_ids must be one-dim"),
+        (group_message(counts=None), "counts must be ActorCounts, not NoneType"),
+        (ActorReport(counts=ActorCounts(), gauges={"a": "b"}), "gauges must be"),  # type: ignore
+        (Summary(fields={"a": (1, 2)}), "fields must be"),
+        (Summary(fields={"a": {1: 2}}), "fields must be"),
+        (Leases(lease_ids=[1], prompt_ids=[1.0], kind="", num_samples=0), "prompt_ids"),  # type: ignore
+        (Message(), "Message is not a message type"),
+        (Counted(counts=ActorCounts()), "Counted is not a message type"),
+    ],
+)
+def test_an_unfit_message_is_refused_where_it_is_made(message, complaint):
+    with pytest.raises(ProtocolError, match=complaint):
+        encode(message)
+
+
+def offer(deadline_s: float) -> OfferWeights:
+    return OfferWeights(
+        policy_version=1,
+        epoch=1,
+        rank=1,
+        world_size=2,
+        store_host="h",
+        store_port=1,
+        backend="gloo",
+        deadline_s=deadline_s,
+    )
+
+
+def test_an_int_may_stand_for_a_float_but_a_float_of_its_own_is_finite():
+    assert decode(as_bytes(offer(5))) == offer(5)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ProtocolError, match="deadline_s must be float"):
+            encode(offer(value))
+
+
+def test_metrics_may_report_nan():
+    decoded = decode(as_bytes(ActorReport(counts=ActorCounts(), gauges={"loss": float("nan")})))
+    assert isinstance(decoded, ActorReport)
+    assert np.isnan(decoded.gauges["loss"])
+
+
+def test_strided_arrays_travel_as_their_values():
+    message = decode(as_bytes(group_message(token_ids=np.arange(6, dtype=np.int32)[::2])))
+    assert isinstance(message, GroupFinished)
+    assert message.token_ids.tolist() == [0, 2, 4]

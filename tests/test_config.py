@@ -1,0 +1,114 @@
+"""Config: what a user may write, and what he is told when it cannot work."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from speed_async.config.load import load_config, read_resolved, save_config
+from speed_async.errors import ConfigError
+
+MINIMAL = """
+[model]
+path = "model"
+[task]
+name = "arithmetic"
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    path = tmp_path / "config.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_relative_paths_in_the_file_are_taken_from_its_folder(config_file: Path) -> None:
+    assert load_config(config_file).model.path == str(config_file.parent / "model")
+
+
+def test_relative_paths_in_overrides_are_taken_from_the_current_directory(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "elsewhere" / "other"
+    other.mkdir(parents=True)
+    (other / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_config(config_file, ["--model.path", "other"]).model.path == str(other)
+
+
+def test_overrides_take_toml_values_both_spellings(config_file: Path) -> None:
+    config = load_config(
+        config_file,
+        ["--learner.lr", "1e-4", "--run.seed=3", "--observe.wandb", "true", "--run.folder", "a/b"],
+    )
+    assert config.learner.lr == 1e-4
+    assert config.run.seed == 3
+    assert config.observe.wandb is True
+    assert config.run.folder == "a/b"
+
+
+def test_the_resolved_config_survives_a_round_trip(config_file: Path, tmp_path: Path) -> None:
+    config = load_config(config_file, ["--gate.n_init", "3"])
+    save_config(config, tmp_path / "resolved.json")
+    assert read_resolved(tmp_path / "resolved.json") == config
+    assert json.loads((tmp_path / "resolved.json").read_text())["gate"]["n_init"] == 3
+
+
+def test_default_credits_are_two_batches_for_each_version_of_the_staleness_window(
+    config_file: Path,
+) -> None:
+    config = load_config(
+        config_file, ["--buffer.max_staleness", "1", "--learner.groups_per_update", "5"]
+    )
+    assert config.max_credits == 2 * (1 + 1) * 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "said"),
+    [
+        (["--learner.learning_rate", "1"], "learner.learning_rate", "unknown key"),
+        (["--learner.groups_per_updat", "1"], "learner.groups_per_updat", "groups_per_update"),
+        (["--learnr.lr", "1"], "learnr", "did you mean 'learner'"),
+        (["--learner.lr", "fast"], "learner.lr", "number"),
+        (["--run.seed", "1.5"], "run.seed", "int"),
+        (["--learner.lr", "0"], "learner.lr", "greater than 0"),
+        (["--buffer.credits", "15"], "buffer.credits", "set at least 16"),
+        (["--buffer.capacity_groups", "15"], "buffer.capacity_groups", "set at least 16"),
+        (["--buffer.capacity_bytes", "1000"], "buffer.capacity_bytes", "takes 18432 bytes"),
+        (["--gate.low", "0.9", "--gate.high", "0.5"], "gate.low", "gate.high"),
+        (["--gate.n_init", "1"], "gate.n_init", "2 at least"),
+        (["--gate.low", "0.3", "--gate.high", "0.4"], "gate.n_init", "widen"),
+        (["--model.context_length", "64"], "actors.max_new_tokens", "no room"),
+        (["--model.path", "/nowhere"], "model.path", "no such folder"),
+        (["--cluster.learners", "2"], "cluster.learners", "set 1"),
+        (["--task.name", "jsonl"], "task.path", "needs a data file"),
+        (["--learner.lr"], "learner.lr", "no value"),
+        (["learner.lr=1"], "learner.lr=1", "--section.field"),
+    ],
+)
+def test_a_bad_value_is_refused_with_field_value_and_remedy(
+    config_file: Path, overrides: list[str], field: str, said: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, overrides)
+    assert caught.value.field == field
+    assert said in str(caught.value)
+
+
+def test_a_missing_or_broken_file_is_said_plainly(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[run\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(broken)
+
+
+def test_a_required_field_that_is_missing_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('[model]\npath = "."\n')
+    with pytest.raises(ConfigError, match="'task'"):
+        load_config(path)

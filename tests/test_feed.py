@@ -1,0 +1,273 @@
+"""The metrics feed: events reach who listens, and no subscriber can disturb the publisher."""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+
+import msgpack
+import pytest
+import uvloop
+import zmq
+import zmq.asyncio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speed_async.errors import ConfigError, DeadlineExceeded, ProtocolError, TransportClosed
+from speed_async.observe.metrics import Event
+from speed_async.wire.codec import MAGIC
+from speed_async.wire.feed import (
+    QUEUED_EVENTS,
+    FeedPublisher,
+    FeedSubscriber,
+    decode_event,
+    encode_event,
+)
+from speed_async.wire.messages import PROTOCOL_VERSION
+
+HOST = "127.0.0.1"
+SOON_S = 10.0
+
+STATUS = Event(
+    kind="status",
+    values={"wall_s": 1.5, "updates_total": 3, "phase": "training", "ok": True, "accuracy": None},
+)
+
+
+def play(scene: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(3 * SOON_S):
+            await scene()
+
+    uvloop.run(bounded())
+
+
+async def listening(publisher: FeedPublisher) -> FeedSubscriber:
+    """A subscriber that has received its first event (joining takes a moment)."""
+    subscriber = FeedSubscriber(HOST, publisher.port)
+    async with asyncio.timeout(SOON_S):
+        while True:
+            await publisher.publish(Event(kind="status", values={"joining": True}))
+            try:
+                await subscriber.receive(0.02)
+                break
+            except DeadlineExceeded:
+                continue
+    return subscriber
+
+
+async def next_step(subscriber: FeedSubscriber) -> Event:
+    """Skips what was published while the subscriber joined."""
+    while True:
+        event = await subscriber.receive(SOON_S)
+        if "joining" not in event.values:
+            return event
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(["status", "step", "evaluation", "end"]),
+    st.dictionaries(
+        st.text(max_size=8),
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**63), 2**63 - 1)
+        | st.floats(allow_nan=False)
+        | st.text(max_size=8),
+    ),
+)
+def test_every_event_comes_out_as_it_went_in(kind, values):
+    event = Event(kind=kind, values=values)
+    decoded = decode_event(encode_event(event))
+    assert decoded == event
+    assert {key: type(value) for key, value in decoded.values.items()} == {
+        key: type(value) for key, value in values.items()
+    }
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=64), st.data())
+def test_damaged_events_raise_nothing_but_protocol_error(noise, data):
+    frame = encode_event(STATUS)
+    at = data.draw(st.integers(0, len(frame)))
+    for damaged in (noise, frame[:at] + noise + frame[at:], frame[:at] + noise):
+        try:
+            encode_event(decode_event(damaged))
+        except ProtocolError:
+            continue
+
+
+@pytest.mark.parametrize(
+    ("header", "complaint"),
+    [
+        ([MAGIC, 99, "status", {}], "protocol version int 99, this process 1"),
+        ([MAGIC, PROTOCOL_VERSION, "news", {}], "unknown event kind 'news'"),
+        ([MAGIC, PROTOCOL_VERSION, ["status"], {}], "unknown event kind"),
+        ([MAGIC, PROTOCOL_VERSION, "status"], "an event of 3 parts"),
+        ([MAGIC, PROTOCOL_VERSION, "status", {"a": [1]}], "no map of plain scalars"),
+        ([MAGIC, PROTOCOL_VERSION, "status", [1]], "no map of plain scalars"),
+    ],
+)
+def test_an_event_that_breaks_the_schema_is_refused(header, complaint):
+    with pytest.raises(ProtocolError, match=complaint):
+        decode_event(msgpack.packb(header))
+
+
+def test_events_reach_every_subscriber_in_order():
+    async def scene() -> None:
+        publisher = FeedPublisher(HOST, 0)
+        subscribers = [await listening(publisher) for _ in range(3)]
+        events = [Event(kind="step", values={"updates_total": number}) for number in range(50)]
+        for event in events:
+            await publisher.publish(event)
+        for subscriber in subscribers:
+            received = [await next_step(subscriber)]
+            received += [await subscriber.receive(SOON_S) for _ in events[1:]]
+            assert received == events
+            await subscriber.close()
+        await publisher.close()
+
+    play(scene)
+
+
+def test_a_late_subscriber_gets_the_next_event():
+    async def scene() -> None:
+        publisher = FeedPublisher(HOST, 0)
+        for number in range(1000):
+            await publisher.publish(Event(kind="step", values={"updates_total": number}))
+        subscriber = await listening(publisher)
+        await publisher.publish(STATUS)
+        assert await next_step(subscriber) == STATUS
+        await subscriber.close()
+        await publisher.close()
+
+    play(scene)
+
+
+def test_a_subscriber_may_come_before_the_publisher():
+    async def scene() -> None:
+        first = FeedPublisher(HOST, 0)
+        await first.close()
+        subscriber = FeedSubscriber(HOST, first.port)
+        with pytest.raises(DeadlineExceeded, match=r"metrics feed at .*: an event"):
+            await subscriber.receive(0.02)
+        publisher = FeedPublisher(HOST, first.port)
+        async with asyncio.timeout(SOON_S):
+            received = None
+            while received is None:
+                await publisher.publish(STATUS)
+                try:
+                    received = await subscriber.receive(0.02)
+                except DeadlineExceeded:
+                    continue
+        assert received == STATUS
+        await subscriber.close()
+        await publisher.close()
+
+    play(scene)
+
+
+def test_a_subscriber_that_never_reads_costs_bounded_memory_and_delays_nobody():
+    async def scene() -> None:
+        publisher = FeedPublisher(HOST, 0)
+        stalled = await listening(publisher)
+        reader = await listening(publisher)
+        text = "x" * 100_000
+        num_published = 2000  # 200 MB: more than queues and socket buffers hold
+
+        async def publish() -> None:
+            for number in range(num_published):
+                await publisher.publish(
+                    Event(kind="status", values={"number": number, "text": text})
+                )
+                await asyncio.sleep(0)
+            await publisher.publish(Event(kind="end", values={"ok": True}))
+
+        async def read_on() -> None:
+            while (await reader.receive(SOON_S)).kind != "end":
+                await publisher.publish(Event(kind="end", values={"ok": True}))
+
+        await publish()
+        await read_on()
+        held = []
+        with pytest.raises(DeadlineExceeded):
+            while True:
+                held.append(await stalled.receive(0.2))
+        assert QUEUED_EVENTS <= len(held) < num_published
+        for used in (stalled, reader, publisher):
+            await used.close()
+
+    play(scene)
+
+
+def test_what_a_subscriber_sends_is_ignored():
+    async def scene() -> None:
+        publisher = FeedPublisher(HOST, 0)
+        subscriber = await listening(publisher)
+        context = zmq.asyncio.Context()
+        rude = context.socket(zmq.XSUB)
+        rude.connect(f"tcp://{HOST}:{publisher.port}")
+        await rude.send(b"\x01")
+        await rude.send(b"stop the run")
+        await rude.send(b"\x01" + b"x" * 10_000)
+        with socket.create_connection((HOST, publisher.port)) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
+            for number in range(20):
+                await publisher.publish(Event(kind="step", values={"updates_total": number}))
+        assert (await next_step(subscriber)).values == {"updates_total": 0}
+        context.destroy(linger=0)
+        await subscriber.close()
+        await publisher.close()
+
+    play(scene)
+
+
+def test_a_foreign_version_on_the_feed_is_told_to_the_user():
+    async def scene() -> None:
+        context = zmq.asyncio.Context()
+        stranger = context.socket(zmq.PUB)
+        port = stranger.bind_to_random_port(f"tcp://{HOST}")
+        subscriber = FeedSubscriber(HOST, port)
+        with pytest.raises(ProtocolError, match="version int 99, this process 1"):
+            async with asyncio.timeout(SOON_S):
+                while True:
+                    await stranger.send(msgpack.packb([MAGIC, 99, "status", {}]))
+                    try:
+                        await subscriber.receive(0.02)
+                    except DeadlineExceeded:
+                        continue
+        await subscriber.close()
+        context.destroy(linger=0)
+
+    play(scene)
+
+
+def test_closing_twice_is_fine_and_ends_waits():
+    async def scene() -> None:
+        publisher = FeedPublisher(HOST, 0)
+        subscriber = FeedSubscriber(HOST, publisher.port)
+        waiting = asyncio.ensure_future(subscriber.receive(SOON_S))
+        await asyncio.sleep(0)
+        for _ in range(2):
+            await subscriber.close()
+            await publisher.close()
+        with pytest.raises(TransportClosed):
+            await waiting
+        with pytest.raises(TransportClosed):
+            await publisher.publish(STATUS)
+
+    play(scene)
+
+
+def test_a_feed_port_in_use_is_a_config_error():
+    with socket.create_server((HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match="choose another port") as refused:
+            FeedPublisher(HOST, port)
+    assert refused.value.field == "cluster.feed_port"
+
+
+def test_an_unfit_event_is_refused_where_it_is_made():
+    with pytest.raises(ProtocolError, match="no map of plain scalars"):
+        encode_event(Event(kind="status", values={"a": [1]}))  # type: ignore
+    with pytest.raises(ProtocolError, match="unknown event kind"):
+        encode_event(Event(kind="news", values={}))  # type: ignore

@@ -1,0 +1,56 @@
+"""The gate's strict band, and the evaluation plan's arithmetic."""
+
+import numpy as np
+import pytest
+
+from speed_async.actors.gate import Gate
+from speed_async.buffer.curriculum import UniformCurriculum
+from speed_async.evaluate.plan import EvaluationPlan
+
+
+@pytest.mark.parametrize(
+    ("rewards", "admitted"),
+    [([0, 0, 0, 0], False), ([1, 0, 0, 0], True), ([1, 1, 1, 0], True), ([1, 1, 1, 1], False)],
+)
+def test_the_default_band_admits_every_mixed_outcome(rewards: list[float], admitted: bool) -> None:
+    assert Gate(low=0.0, high=1.0).admits(rewards) is admitted
+
+
+def test_both_thresholds_are_strict() -> None:
+    gate = Gate(low=0.25, high=0.75)
+    assert not gate.admits([1, 0, 0, 0])
+    assert gate.admits([1, 1, 0, 0])
+    assert not gate.admits([1, 1, 1, 0])
+
+
+def test_partial_credit_is_not_a_pass() -> None:
+    assert not Gate(low=0.0, high=1.0).admits([0.9, 0.5])
+
+
+def test_uniform_curriculum_visits_every_prompt_once_an_epoch_and_returned_ones_first() -> None:
+    curriculum = UniformCurriculum(5, np.random.default_rng(0))
+    first = [curriculum.next_prompt() for _ in range(3)]
+    curriculum.give_back(first[1])
+    assert curriculum.next_prompt() == first[1]
+    rest = [curriculum.next_prompt() for _ in range(2)]
+    assert sorted(first + rest) == [0, 1, 2, 3, 4]
+    assert sorted(curriculum.next_prompt() for _ in range(5)) == [0, 1, 2, 3, 4]
+
+
+def test_an_evaluation_ends_with_its_last_prompt_and_sums_what_came() -> None:
+    plan = EvaluationPlan(num_prompts=2, num_samples=4, every=5)
+    assert plan.due(10)
+    assert not plan.due(11)
+    plan.start(10)
+    assert not plan.due(15)
+    prompts = [plan.next_prompt(), plan.next_prompt()]
+    assert plan.next_prompt() is None
+    plan.give_back(1)
+    assert plan.next_prompt() == 1
+    assert sorted(p for p in prompts if p is not None) == [0, 1]
+    assert plan.record(3, 4, 10, 10) is None
+    whole = plan.record(0, 4, 10, 11)
+    assert whole is not None
+    assert (whole.accuracy, whole.policy_version) == (3 / 8, 10)
+    assert (whole.oldest_version, whole.newest_version) == (10, 11)
+    assert plan.target_version is None

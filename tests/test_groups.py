@@ -1,0 +1,94 @@
+"""A group as one message: packing, unpacking, and which messages are refused."""
+
+import numpy as np
+import pytest
+from wire_samples import as_bytes, group_message
+
+from speed_async.errors import ProtocolError
+from speed_async.types import ActorCounts, Completion, Group, Sampled
+from speed_async.wire.codec import decode
+from speed_async.wire.groups import batch_group, pack_group, unpack_group
+
+
+def sampled(token_ids, logprobs, versions, finish_reason="stop") -> Sampled:
+    return Sampled(
+        token_ids=np.array(token_ids, np.int32),
+        logprobs=np.array(logprobs, np.float32),
+        policy_versions=np.array(versions, np.int32),
+        finish_reason=finish_reason,
+    )
+
+
+def test_a_group_packs_end_to_end_and_unpacks_to_itself():
+    group = Group(
+        lease_id=7,
+        prompt_id=11,
+        prompt_token_ids=np.array([1, 2, 3], np.int32),
+        completions=(
+            Completion(sampled=sampled([10, 11], [-0.5, -0.25], [4, 5]), reward=1.0),
+            Completion(sampled=sampled([], [], [], "abort"), reward=0.0),
+            Completion(sampled=sampled([12], [-2.0], [5], "length"), reward=0.25),
+        ),
+        num_screening=1,
+    )
+    counts = ActorCounts(tokens_generated=3)
+    message = pack_group(group, counts)
+    assert message.counts == counts
+    assert message.lengths.tolist() == [2, 0, 1]
+    assert message.token_ids.tolist() == [10, 11, 12]
+    assert message.logprobs.tolist() == [-0.5, -0.25, -2.0]
+    assert message.policy_versions.tolist() == [4, 5, 5]
+    for carried in (message, batch_group(message)):
+        again = unpack_group(decode(as_bytes(carried)))  # type: ignore
+        assert (again.lease_id, again.prompt_id, again.num_screening) == (7, 11, 1)
+        assert again.prompt_token_ids.tolist() == [1, 2, 3]
+        assert [one.reward for one in again.completions] == [1.0, 0.0, 0.25]
+        assert [one.sampled.token_ids.tolist() for one in again.completions] == [[10, 11], [], [12]]
+        assert again.completions[0].sampled.logprobs.tolist() == [-0.5, -0.25]
+        assert again.completions[2].sampled.policy_versions.tolist() == [5]
+        assert again.oldest_version == 4
+        assert {one.sampled.finish_reason for one in again.completions} == {"stop"}
+
+
+INT, FLOAT = np.int32, np.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"lengths": np.array([2, 2], INT)}, "lengths sum to the tokens"),
+        ({"lengths": np.array([4, -1], INT)}, "lengths >= 0"),
+        ({"lengths": np.array([2**31 - 1, 2**31 - 1], INT)}, "lengths sum to the tokens"),
+        ({"lengths": np.array([], INT)}, "it has completions"),
+        ({"rewards": np.array([1.0], FLOAT)}, "one reward a completion"),
+        ({"rewards": np.array([1.0, 1.5], FLOAT)}, "rewards in"),
+        ({"rewards": np.array([1.0, -0.5], FLOAT)}, "rewards in"),
+        ({"rewards": np.array([1.0, np.nan], FLOAT)}, "rewards in"),
+        ({"logprobs": np.array([-1.0, -1.0], FLOAT)}, "one logprob a token"),
+        ({"logprobs": np.array([-1.0, -1.0, 0.001], FLOAT)}, "logprobs finite"),
+        ({"logprobs": np.array([-1.0, -1.0, np.nan], FLOAT)}, "logprobs finite"),
+        ({"logprobs": np.array([-1.0, -1.0, -np.inf], FLOAT)}, "logprobs finite"),
+        ({"policy_versions": np.array([0, 1], INT)}, "one policy version a token"),
+        ({"policy_versions": np.array([0, 1, -1], INT)}, "policy versions >= 0"),
+        ({"token_ids": np.array([1, 2, -3], INT)}, "token ids >= 0"),
+        ({"prompt_token_ids": np.array([-1], INT)}, "token ids >= 0"),
+        ({"num_screening": 3}, "num_screening"),
+        ({"num_screening": -1}, "num_screening"),
+        ({"prompt_id": -1}, "prompt_id >= 0"),
+    ],
+)
+def test_a_group_that_contradicts_itself_is_refused(changes, complaint):
+    with pytest.raises(ProtocolError, match=f"lease 7 breaks: .*{complaint}"):
+        unpack_group(group_message(**changes))
+
+
+def test_a_group_without_any_token_is_refused():
+    empty = {name: np.array([], INT) for name in ("token_ids", "policy_versions")}
+    message = group_message(**empty, logprobs=np.array([], FLOAT), lengths=np.array([0, 0], INT))
+    with pytest.raises(ProtocolError, match="it has tokens"):
+        unpack_group(message)
+
+
+def test_a_logprob_rounded_to_just_above_zero_is_allowed():
+    group = unpack_group(group_message(logprobs=np.array([-1.0, -1.0, 0.00005], FLOAT)))
+    assert group.num_tokens == 3

@@ -1,0 +1,171 @@
+"""The jsonl task: reading, splitting and matching, from real files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from speed_async.errors import ConfigError, DataError
+from speed_async.tasks.jsonl import JsonlTask
+from speed_async.tasks.task import fingerprint
+
+
+def write(path: Path, *records: object) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def numbered(path: Path, num_rows: int) -> str:
+    return write(path, *({"prompt": f"{i} + 0 =", "answer": i} for i in range(num_rows)))
+
+
+def load(path: str, match: str = "exact", num_held_out: int = 1, seed: int = 0) -> JsonlTask:
+    assert match in ("exact", "numeric")
+    return JsonlTask(path=path, match=match, num_held_out=num_held_out, seed=seed)
+
+
+def fault(path: str, match: str = "exact") -> str:
+    with pytest.raises(DataError) as caught:
+        load(path, match)
+    return str(caught.value)
+
+
+def test_prompts_keep_text_answer_level_and_other_keys(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"prompt": f"p{i}", "answer": answer, "level": 2, "source": ["a"]}
+        for i, answer in enumerate(["x", 3, 2.5])
+    ]
+    task = load(write(path, *rows))
+    prompts = sorted([*task.train_prompts, *task.held_out_prompts], key=lambda p: p.text)
+    assert [prompt.text for prompt in prompts] == ["p0", "p1", "p2"]
+    assert [prompt.answer for prompt in prompts] == ["x", "3", "2.5"]
+    assert {prompt.level for prompt in prompts} == {"2"}
+    assert prompts[0].metadata == {"level": 2, "source": ["a"]}
+
+
+def test_ids_count_from_zero_on_either_side_of_the_split(tmp_path: Path) -> None:
+    task = load(numbered(tmp_path / "data.jsonl", 10), num_held_out=4)
+    assert [prompt.prompt_id for prompt in task.train_prompts] == list(range(6))
+    assert [prompt.prompt_id for prompt in task.held_out_prompts] == list(range(4))
+    assert not any(prompt.held_out for prompt in task.train_prompts)
+    assert all(prompt.held_out for prompt in task.held_out_prompts)
+
+
+def test_the_split_follows_the_seed_and_loses_no_prompt(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "data.jsonl", 40)
+    one, again, other = (load(path, num_held_out=10, seed=seed) for seed in (1, 1, 2))
+    assert fingerprint(one) == fingerprint(again) != fingerprint(other)
+    texts = {p.text for p in one.train_prompts} | {p.text for p in one.held_out_prompts}
+    assert texts == {f"{i} + 0 =" for i in range(40)}
+
+
+def test_repeated_prompts_count_once_so_none_is_on_both_sides(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "answer": "1"} for i in range(6)]
+    spaced = [{"prompt": f" q{i}\n", "answer": "1"} for i in range(6)]
+    task = load(write(tmp_path / "data.jsonl", *rows, *rows, *spaced), num_held_out=3)
+    train = {prompt.text.strip() for prompt in task.train_prompts}
+    held_out = {prompt.text.strip() for prompt in task.held_out_prompts}
+    assert len(train) == len(task.train_prompts) == 3
+    assert len(held_out) == len(task.held_out_prompts) == 3
+    assert not train & held_out
+
+
+def test_blank_lines_and_a_byte_order_mark_are_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps({"prompt": f"é{i}", "answer": "ü"}, ensure_ascii=False) for i in range(3)]
+    path.write_bytes(b"\xef\xbb\xbf\n" + "\n\n  \r\n".join(lines).encode())
+    task = load(str(path))
+    assert len(task.train_prompts) + len(task.held_out_prompts) == 3
+
+
+def test_exact_match_compares_stripped_text_boxes_and_marks(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "answer": " blue sky "} for i in range(3)]
+    task = load(write(tmp_path / "data.jsonl", *rows))
+    prompt = task.train_prompts[0]
+    good = ["blue sky", " blue sky\n", r"it is \boxed{blue sky}", "because\n#### blue sky"]
+    bad = ["Blue sky", "the blue sky", r"blue sky \boxed{red}", "", r"\boxed{blue sky} \boxed{}"]
+    assert [task.score(prompt, completion) for completion in good] == [1.0] * 4
+    assert [task.score(prompt, completion) for completion in bad] == [0.0] * 5
+
+
+def test_numeric_match_compares_the_last_numbers(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "answer": "work: 3 * 6 = 18\n#### 1,800"},
+        {"prompt": "b", "answer": "1800"},
+        {"prompt": "c", "answer": 1800.0},
+    ]
+    task = load(write(tmp_path / "data.jsonl", *rows), match="numeric")
+    for prompt in (*task.train_prompts, *task.held_out_prompts):
+        good = ["1800", "so 2 + 2 gives 1,800.", r"\boxed{1.8e3}", "7 #### 1800", "3600/2"]
+        bad = ["1801", "1800 or 7", r"1800 \boxed{18}", "", "none", "1799 + 1"]
+        assert [task.score(prompt, completion) for completion in good] == [1.0] * 5
+        assert [task.score(prompt, completion) for completion in bad] == [0.0] * 6
+
+
+def test_each_kind_of_bad_line_is_named_with_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    good = b'{"prompt": "p", "answer": "1"}\n'
+    cases: list[tuple[bytes, str]] = [
+        (b"{oops\n", "not valid JSON"),
+        (b'["p", "1"]\n', "not a JSON object but list"),
+        (b'{"answer": "1"}\n', "key 'prompt' is missing"),
+        (b'{"prompt": "q"}\n', "key 'answer' is missing"),
+        (b'{"prompt": 3, "answer": "1"}\n', "'prompt' must be a string that is not blank, not 3"),
+        (b'{"prompt": " ", "answer": "1"}\n', "'prompt' must be a string that is not blank"),
+        (b'{"prompt": "q", "answer": true}\n', "'answer' must be a number"),
+        (b'{"prompt": "q", "answer": null}\n', "'answer' must be a number"),
+        (b'{"prompt": "q", "answer": NaN}\n', "'answer' must be a number"),
+        (b'{"prompt": "q", "answer": ""}\n', "'answer' must be a number or a non-blank string"),
+        (b'{"prompt": "\xff", "answer": "1"}\n', "not UTF-8 (byte 13)"),
+        (b"[" * 100_000 + b"\n", "not valid JSON"),
+        (b'{"prompt": " p", "answer": "2"}\n', "same prompt as line 1 with another answer: '2'"),
+    ]
+    for raw, text in cases:
+        path.write_bytes(good + b"\n" + raw + good)
+        message = fault(str(path))
+        assert f"line 3: {text}" in message
+        assert str(path) in message
+        assert "1 line that cannot be used" in message
+        assert "Correct or remove them" in message
+
+
+def test_at_most_five_bad_lines_are_listed_in_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("bad\n" * 7)
+    message = fault(str(path))
+    assert "7 lines that cannot be used" in message
+    assert "line 5:" in message
+    assert "line 6:" not in message
+    assert "and 2 more" in message
+
+
+def test_an_answer_without_a_number_is_refused_only_when_numbers_are_matched(
+    tmp_path: Path,
+) -> None:
+    rows = [{"prompt": f"p{i}", "answer": answer} for i, answer in enumerate(["1", "2", "blue"])]
+    path = write(tmp_path / "data.jsonl", *rows)
+    message = fault(path, match="numeric")
+    assert "line 3: 'answer' 'blue' holds no number" in message
+    assert "task.match = 'exact'" in message
+    assert len(load(path).train_prompts) == 2
+
+
+def test_a_missing_empty_or_unreadable_file_is_named_with_a_remedy(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.jsonl")
+    assert fault(missing) == f"data file '{missing}' does not exist: correct task.path"
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n \n")
+    assert "is empty: give it one object a line" in fault(str(empty))
+    assert "cannot be read (Is a directory)" in fault(str(tmp_path))
+
+
+def test_a_file_too_small_for_the_split_says_what_it_can_give(tmp_path: Path) -> None:
+    two = numbered(tmp_path / "two.jsonl", 2)
+    assert "has 2 distinct prompts: give it 3 or more" in fault(two)
+    ten = numbered(tmp_path / "ten.jsonl", 10)
+    assert len(load(ten, num_held_out=8).train_prompts) == 2
+    with pytest.raises(ConfigError) as caught:
+        load(ten, num_held_out=9)
+    assert caught.value.field == "task.num_held_out"
+    assert "10 distinct prompts; set it to 8 or less" in str(caught.value)

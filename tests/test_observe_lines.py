@@ -1,0 +1,87 @@
+import io
+
+from speed_async.observe.lines import Lines
+from speed_async.observe.metrics import Event, Value
+
+GAUGES: dict[str, Value] = {
+    "wall_s": 30.0,
+    "policy_version": 12,
+    "updates_total": 100,
+    "reward_mean": 0.412,
+    "accuracy": 0.52,
+    "generated_tokens_per_s": 5300.4,
+    "trained_tokens_per_s": 2100.0,
+    "gate_acceptance": 0.38,
+    "staleness_mean": 0.8,
+    "staleness_max": 2,
+    "buffer_groups": 12,
+    "buffer_capacity": 64,
+    "bottleneck": "actor",
+    "eta_s": 62.0,
+    "actors_alive": 2,
+    "credits": 96,
+    "ledger_closes": True,
+}
+
+
+def printed(*events: Event) -> list[str]:
+    stream = io.StringIO()
+    lines = Lines(stream)
+    for event in events:
+        lines.update(event)
+    return stream.getvalue().splitlines()
+
+
+def test_a_step_is_one_line_to_grep_after_the_start_line() -> None:
+    assert printed(Event(kind="step", values=GAUGES)) == [
+        "start v12 updates 100 actors 2 credits 96 buffer 64",
+        "step 12/100 v12 reward 0.41 acc 0.52 gen 5300 tok/s train 2100 tok/s accept 0.38"
+        " stale 0.8/2 buffer 12/64 bound actor eta 1m02s",
+    ]
+
+
+def test_status_makes_no_line_but_the_start() -> None:
+    status = Event(kind="status", values=GAUGES)
+    assert len(printed(status, status, status)) == 1
+
+
+def test_an_evaluation_and_the_end_have_their_lines() -> None:
+    evaluation: dict[str, Value] = {
+        "policy_version": 10,
+        "accuracy": 0.5196,
+        "num_passed": 133,
+        "num_completions": 256,
+        "oldest_version": 10,
+        "newest_version": 11,
+        "wall_s": 3725.0,
+    }
+    end: dict[str, Value] = {"ok": False, "reason": "actor-1: killed\nby signal 9", "wall_s": 7.0}
+    start, evaluated, ended = printed(
+        Event(kind="evaluation", values=evaluation), Event(kind="end", values=end)
+    )
+    assert start.startswith("start ")
+    assert evaluated == ("evaluation v10 accuracy 0.520 passed 133/256 versions 10..11 at 1h02m")
+    assert ended == "end failed v- at 7s: actor-1: killed by signal 9"
+
+
+def test_missing_figures_are_dashes() -> None:
+    assert printed(Event(kind="step", values={}))[1] == (
+        "step -/- v- reward - acc - gen - tok/s train - tok/s accept - stale -/- buffer -/-"
+        " bound - eta -"
+    )
+
+
+def test_an_open_ledger_and_a_new_warning_are_told_once_each_time() -> None:
+    warned = Event(kind="status", values=GAUGES | {"warning": "actor-1.0 lost"})
+    broken = Event(kind="step", values=GAUGES | {"ledger_closes": False})
+    lines = printed(warned, warned, broken)
+    assert lines[1] == "warning actor-1.0 lost"
+    assert lines[2].endswith("eta 1m02s LEDGER DOES NOT CLOSE")
+    assert len(lines) == 3
+
+
+def test_a_stream_that_knows_only_ascii_does_not_end_the_run() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    Lines(stream).update(Event(kind="end", values={"ok": True, "reason": "π done"}))
+    assert raw.getvalue().decode().splitlines()[1] == "end ok v- at -: ? done"

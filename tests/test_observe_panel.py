@@ -1,0 +1,214 @@
+import io
+import re
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from speed_async.observe.metrics import Event, Value
+from speed_async.observe.panel_state import HISTORY_LIMIT, History, PanelState, Recent
+from speed_async.observe.panel_view import render
+
+GAUGES: dict[str, Value] = {
+    "wall_s": 62.0,
+    "policy_version": 12,
+    "updates_total": 100,
+    "generated_tokens_per_s": 5300.0,
+    "trained_tokens_per_s": 2100.0,
+    "gate_acceptance": 0.38,
+    "buffer_groups": 16,
+    "buffer_capacity": 64,
+    "in_flight_groups": 48,
+    "credits": 96,
+    "staleness_mean": 0.8,
+    "staleness_max": 2,
+    "actors_alive": 2,
+    "reward_mean": 0.41,
+    "accuracy": None,
+    "bottleneck": "learner",
+    "eta_s": 450.0,
+    "share_actor": 0.2,
+    "share_buffer": 0.1,
+    "share_learner": 0.6,
+    "share_sync": 0.1,
+    "ledger_closes": True,
+    "phase": "training",
+}
+EVALUATION: dict[str, Value] = {
+    "wall_s": 60.0,
+    "policy_version": 10,
+    "accuracy": 0.52,
+    "num_passed": 133,
+    "num_completions": 256,
+}
+
+
+def state_after(*events: Event) -> PanelState:
+    state = PanelState("runs/[red]demo[/red]")
+    for event in events:
+        state.update(event)
+    return state
+
+
+def shown(state: PanelState, width: int, height: int | None = None, **console: object) -> list[str]:
+    stream = io.StringIO()
+    Console(file=stream, width=width, **console).print(render(state, width, height))  # pyright: ignore[reportArgumentType]
+    return stream.getvalue().splitlines()
+
+
+def full_state() -> PanelState:
+    return state_after(
+        Event(kind="evaluation", values=EVALUATION | {"wall_s": 1.0, "accuracy": 0.28}),
+        Event(kind="step", values=GAUGES | {"wall_s": 30.0, "reward_mean": 0.3}),
+        Event(kind="evaluation", values=EVALUATION),
+        Event(kind="step", values=GAUGES),
+    )
+
+
+# --- state --------------------------------------------------------------------------------------
+
+
+def test_state_keeps_first_best_and_last_of_reward_and_accuracy() -> None:
+    state = state_after(
+        *(
+            Event(kind="step", values={"wall_s": at_s, "reward_mean": reward})
+            for at_s, reward in ((1.0, 0.3), (2.0, 0.6), (3.0, 0.5), (4.0, float("nan")))
+        ),
+        Event(kind="status", values={"wall_s": 5.0, "reward_mean": 0.9, "accuracy": None}),
+        Event(kind="evaluation", values=EVALUATION),
+    )
+    assert state.reward.points == [(1.0, 0.3), (2.0, 0.6), (3.0, 0.5)]
+    assert (state.reward.first, state.reward.best, state.reward.last) == (0.3, 0.6, 0.5)
+    assert state.accuracy.points == [(60.0, 0.52)]
+    assert state.last_event == "1m00s  held-out 0.520 at v10, 133/256 passed"
+
+
+def test_an_evaluation_of_an_older_version_does_not_turn_the_version_back() -> None:
+    assert full_state().values["policy_version"] == 12
+
+
+def test_the_end_is_remembered_with_its_reason() -> None:
+    end: dict[str, Value] = {"wall_s": 70.0, "ok": False, "reason": "actor-1:\x1b[2J lost"}
+    state = state_after(Event(kind="status", values=GAUGES), Event(kind="end", values=end))
+    assert state.ended_ok is False
+    assert state.values["eta_s"] is None
+    assert state.last_event == "1m10s  failed: actor-1: [2J lost"
+
+
+def test_a_long_history_is_halved_by_averaging_neighbours() -> None:
+    history = History()
+    for index in range(HISTORY_LIMIT):
+        history.add(float(index), index % 2)
+    assert len(history.points) == HISTORY_LIMIT // 2
+    assert history.points[:2] == [(0.5, 0.5), (2.5, 0.5)]
+    assert (history.first, history.best, history.last) == (0, 1, 1)
+
+
+def test_recent_rates_forget_what_is_two_minutes_old_but_not_the_peak() -> None:
+    recent = Recent()
+    for at_s, rate in ((0.0, 900.0), (60.0, 500.0), (120.0, 600.0)):
+        recent.add(at_s, rate)
+    assert recent.points == [(60.0, 500.0), (120.0, 600.0)]
+    assert recent.peak == 900.0
+
+
+# --- picture ------------------------------------------------------------------------------------
+
+FIGURES = (
+    *("12/100", "1m02s", "7m30s", "training", "actors 2"),
+    *("0.410", "0.520", "best 0.52", "5,300", "2,100", "38 %"),
+    *("16/64", "48/96", "0.80", "max 2", "learner 60%", "actor 20%", "sync 10%"),
+    *("✓ closes", "held-out 0.520 at v10"),
+)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "num_lines"), [(60, 20, 16), (80, 24, 20), (120, 40, 20)]
+)
+def test_every_figure_is_there_and_the_picture_fits(
+    width: int, height: int, num_lines: int
+) -> None:
+    lines = shown(full_state(), width, height)
+    assert {cell_len(line) for line in lines} == {width}
+    assert len(lines) == num_lines < height
+    text = "\n".join(lines)
+    assert [figure for figure in FIGURES if figure not in text] == []
+    assert "runs/[red]demo[/red]" in text
+
+
+def test_a_wide_picture_spells_its_notes_out() -> None:
+    text = "\n".join(shown(full_state(), 80))
+    assert "first 0.28  best 0.52" in text
+    assert " 12 %  training" in text
+    assert " 25 % full" in text
+    assert " 50 % of credits" in text
+
+
+def test_the_picture_is_never_wider_than_120_columns_and_survives_very_narrow_ones() -> None:
+    assert {cell_len(line) for line in shown(full_state(), 200)} == {120}
+    for width in range(24, 60):
+        assert max(cell_len(line) for line in shown(full_state(), width)) <= width
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"wall_s": None, "phase": None, "policy_version": "x", "updates_total": 0},
+        {"wall_s": float("nan"), "buffer_groups": 3, "buffer_capacity": 0, "share_actor": -1.0},
+        dict.fromkeys(GAUGES),
+    ],
+)
+def test_missing_and_strange_figures_are_drawn_as_dashes(values: dict[str, Value]) -> None:
+    state = state_after(
+        Event(kind="status", values=values),
+        Event(kind="step", values=values),
+        Event(kind="evaluation", values=values),
+    )
+    lines = shown(state, 80)
+    assert {cell_len(line) for line in lines} == {80}
+    (reward,) = [line for line in lines if "reward" in line]
+    assert re.search(r"reward +- train", reward)
+
+
+def test_trouble_is_said_in_words_and_not_only_in_colour() -> None:
+    trouble: dict[str, Value] = {
+        "ledger_closes": False,
+        "warning": "actor-1.0 lost\nrestart 1 of 3",
+        "actors_alive": 1,
+        "actors_total": 2,
+        "max_staleness": 1,
+    }
+    text = "\n".join(shown(state_after(Event(kind="status", values=GAUGES | trouble)), 80))
+    assert "✗ does not close" in text
+    assert "! actor-1.0 lost restart 1 of 3" in text
+    assert "actors 1/2" in text
+    assert "max 2 of 1" in text
+
+
+def test_no_color_leaves_the_text_and_no_colour_code() -> None:
+    plain = "\n".join(shown(full_state(), 80))
+    coloured = "\n".join(
+        shown(full_state(), 80, force_terminal=True, color_system="standard", no_color=False)
+    )
+    no_color = "\n".join(
+        shown(full_state(), 80, force_terminal=True, color_system="standard", no_color=True)
+    )
+    colour_code = re.compile(r"\x1b\[(?:\d+;)*(?:3\d|4\d|9\d)m")
+    assert colour_code.search(coloured)
+    assert not colour_code.search(no_color)
+    assert re.sub(r"\x1b\[[\d;]*m", "", no_color) == plain
+
+
+def test_notes_stand_in_one_column_whatever_the_graphic() -> None:
+    lines = shown(full_state(), 80)
+    notes = ("actors 2", "first 0.28", "peak 5,300", "of prompts", " 25 % full", "max 2")
+    columns = [line.index(note) for note in notes for line in lines if note in line]
+    assert columns == [56] * len(notes)
+
+
+def test_a_long_warning_is_cut_and_not_wrapped() -> None:
+    warned: dict[str, Value] = {"warning": "actor lost " * 40}
+    lines = shown(state_after(Event(kind="status", values=GAUGES | warned)), 80, 24)
+    assert len(lines) == 21
+    assert lines[-2].endswith("… │")

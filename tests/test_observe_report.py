@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from speed_async.errors import DataError
+from speed_async.observe.metrics import Event
+from speed_async.observe.report import plot_accuracy, summary_text
+from speed_async.observe.sinks import JsonlSink
+
+
+def run_with(folder: Path, num_evaluations: int, num_steps: int) -> Path:
+    sink = JsonlSink(folder)
+    for index in range(num_steps):
+        values = {"wall_s": index + 1.0, "reward_mean": 0.3 + 0.01 * index}
+        sink.write(Event(kind="step", values=dict(values)))
+    for index in range(num_evaluations):
+        values = {"wall_s": 5.0 * index, "accuracy": 0.2 + 0.1 * index}
+        sink.write(Event(kind="evaluation", values=dict(values)))
+    sink.close()
+    return folder
+
+
+def num_pixels_like(path: Path, red: float, green: float, blue: float) -> int:
+    pixels = imread(path)  # (height, width, 4)
+    distance = abs(pixels[:, :, :3] - [red, green, blue]).max(axis=2)
+    return int((distance < 0.05).sum())
+
+
+BLUE = (0x0B / 255, 0x5F / 255, 0xA5 / 255)
+
+
+def test_the_figure_shows_both_lines(tmp_path: Path) -> None:
+    path = plot_accuracy(run_with(tmp_path, num_evaluations=5, num_steps=20))
+    assert path == tmp_path / "accuracy.png"
+    assert imread(path).shape == (675, 1200, 4)
+    assert num_pixels_like(path, *BLUE) > 3000
+    faint_orange = [0.45 + 0.55 * c / 255 for c in (0xD9, 0x8A, 0x29)]
+    assert num_pixels_like(path, *faint_orange) > 500
+
+
+def test_more_evaluations_draw_more_and_none_draws_none(tmp_path: Path) -> None:
+    none = plot_accuracy(run_with(tmp_path / "none", num_evaluations=0, num_steps=0))
+    single = plot_accuracy(run_with(tmp_path / "single", num_evaluations=1, num_steps=0))
+    several = plot_accuracy(run_with(tmp_path / "several", num_evaluations=3, num_steps=0))
+    blues = [num_pixels_like(path, *BLUE) for path in (none, single, several)]
+    assert blues[0] == 0
+    assert 0 < blues[1] < blues[2]
+
+
+def test_a_run_without_metrics_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"metrics\.jsonl: no such file"):
+        plot_accuracy(tmp_path)
+
+
+SUMMARY: dict[str, object] = {
+    "reason": "100 updates done",
+    "accuracy_before": 0.283,
+    "accuracy_after": 0.512,
+    "wall_s": 244.2,
+    "optimizer_updates": 100,
+    "completions_trained": 38400,
+    "tokens_generated": 512345,
+    "tokens_per_s": 2098.1,
+    "gate_acceptance": 0.38,
+    "staleness_mean": 0.8,
+    "staleness_max": 2,
+    "ledger": {
+        "groups": {"generated": 12, "trained": 8, "screened_out": 4, "evaluation": 5},
+        "tokens": {"generated": 1000, "trained": 700, "screened_out": 200, "evaluation": 100},
+        "closes": True,
+        "checks": {"groups add up": True, "tokens add up": True},
+    },
+    "run_folder": "runs/arithmetic",
+}
+
+
+def test_the_closing_summary_in_full() -> None:
+    assert (
+        summary_text(SUMMARY)
+        == """\
+run ended: 100 updates done
+
+  accuracy    28.3 % -> 51.2 %  (+22.9 points)
+  wall time   4m04s
+  trained     100 updates of 38,400 completions in all
+  generated   512,345 tokens, 2,098 tokens/s
+  gate        38 % of screened prompts continued
+  staleness   mean 0.80, max 2 versions
+
+  ledger                groups          tokens     share
+    trained                  8             700      70 %
+    screened out             4             200      20 %
+    evaluation               5             100      10 %
+    generated               12           1,000
+  closes      yes (2 checks hold)
+
+  files       runs/arithmetic
+"""
+    )
+
+
+def test_a_ledger_that_does_not_close_names_the_broken_check_and_the_failures() -> None:
+    ledger = {
+        "groups": {"failed": 3},
+        "tokens": {"failed": 40},
+        "failures": {"actor lost": 3},
+        "closes": False,
+        "checks": {"groups add up": True, "tokens add up": False},
+    }
+    text = summary_text({"ledger": ledger})
+    assert "  failures    actor lost (3)\n" in text
+    assert "  closes      NO\n    does not hold: tokens add up\n" in text
+    assert "groups add up" not in text
+
+
+def test_an_empty_summary_is_all_dashes() -> None:
+    text = summary_text({})
+    assert "  accuracy    - -> -\n" in text
+    assert "  ledger      -\n" in text

@@ -1,0 +1,364 @@
+"""The service's state machine: leases, credits, staleness, evaluation, ends and the ledger."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from buffer_fixtures import make_config, make_group
+
+from speed_async.buffer.curriculum import UniformCurriculum
+from speed_async.buffer.service import BufferService
+from speed_async.evaluate.plan import EvaluationPlan
+from speed_async.types import ActorCounts, GroupEnd
+from speed_async.wire import messages as m
+
+
+class Desk:
+    """A service with time in hand and its answers sorted by peer."""
+
+    def __init__(self, folder: Path, num_held_out: int = 1, **sections: dict[str, object]) -> None:
+        (folder / "config.json").write_text("{}")
+        self.config = make_config(str(folder), **sections)
+        self.service = BufferService(
+            self.config,
+            curriculum=UniformCurriculum(100, np.random.default_rng(0)),
+            evaluations=EvaluationPlan(
+                num_prompts=num_held_out, num_samples=1, every=self.config.evaluate.every
+            ),
+            fingerprint="f",
+            started_s=0.0,
+        )
+        self.now_s = 0.0
+
+    def say(self, peer: str, message: m.Message) -> list[tuple[str, m.Message]]:
+        self.service.handle(peer, message, self.now_s)
+        answers, self.service.outbox = self.service.outbox, []
+        return answers
+
+    def wait(self, seconds: float) -> list[tuple[str, m.Message]]:
+        self.now_s += seconds
+        self.service.tick(self.now_s)
+        answers, self.service.outbox = self.service.outbox, []
+        return answers
+
+    def hello(self, peer: str, index: int, incarnation: int = 0) -> list[tuple[str, m.Message]]:
+        role = "learner" if peer == "learner" else "actor"
+        return self.say(
+            peer,
+            m.Hello(role=role, index=index, incarnation=incarnation, fingerprint="f", process_id=1),
+        )
+
+    def past_baseline(self, actor: str = "actor-1.0") -> None:
+        """Bring learner and actor in and answer the first evaluation (one prompt, one token)."""
+        self.hello("learner", 0)
+        self.hello(actor, 1)
+        [(_, leases)] = self.say(actor, m.WantWork(num_prompts=1, counts=ActorCounts()))
+        assert isinstance(leases, m.Leases)
+        assert leases.kind == "evaluation"
+        self.say(
+            actor,
+            m.Evaluated(
+                lease_id=leases.lease_ids[0],
+                num_passed=1,
+                num_completions=1,
+                num_tokens=1,
+                oldest_version=0,
+                newest_version=0,
+                counts=ActorCounts(groups_leased=1, tokens_generated=1),
+            ),
+        )
+
+    def lease(self, count: int, actor: str = "actor-1.0") -> m.Leases:
+        answers = self.say(actor, m.WantWork(num_prompts=count, counts=self.counts(actor)))
+        [leases] = [message for _, message in answers if isinstance(message, m.Leases)]
+        return leases
+
+    def counts(self, actor: str) -> ActorCounts:
+        return self.service.lifecycle.ledger.actor(actor).last_counts
+
+    def ends(self) -> dict[str, tuple[int, int]]:
+        tallies = self.service.lifecycle.ledger.ends
+        return {str(end): (t.groups, t.tokens) for end, t in tallies.items() if t.groups}
+
+
+def kinds(answers: list[tuple[str, m.Message]]) -> list[str]:
+    return [type(message).__name__ for _, message in answers]
+
+
+def trained(version: int, lease_ids: list[int], groups: int, tokens: int) -> m.Trained:
+    return m.Trained(
+        policy_version=version,
+        lease_ids=lease_ids,
+        skipped=False,
+        groups_trained=groups,
+        completions_trained=4 * groups,
+        tokens_trained=tokens,
+        metrics={},
+    )
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+def test_evaluation_of_the_start_goes_before_any_training_batch(desk: Desk) -> None:
+    desk.hello("learner", 0)
+    desk.hello("actor-1.0", 1)
+    desk.say("learner", m.TakeBatch(policy_version=0, num_groups=2))
+    [(_, first)] = desk.say("actor-1.0", m.WantWork(num_prompts=1, counts=ActorCounts()))
+    assert isinstance(first, m.Leases)
+    assert first.kind == "evaluation"
+    leases = desk.lease(2)
+    for lease_id, prompt_id in zip(leases.lease_ids, leases.prompt_ids, strict=True):
+        assert "BatchReady" not in kinds(desk.say("actor-1.0", make_group(lease_id, prompt_id)))
+    answers = desk.say(
+        "actor-1.0",
+        m.Evaluated(
+            lease_id=first.lease_ids[0],
+            num_passed=1,
+            num_completions=1,
+            num_tokens=1,
+            oldest_version=0,
+            newest_version=0,
+            counts=ActorCounts(),
+        ),
+    )
+    assert kinds(answers) == ["Ack", "BatchGroup", "BatchGroup", "BatchReady"]
+
+
+def test_credits_are_charged_at_the_grant_and_refunded_when_the_group_ends(desk: Desk) -> None:
+    desk.past_baseline()
+    assert desk.config.max_credits == 8  # 2 * (1 + 1) * 2
+    leases = desk.lease(20)
+    assert len(leases.lease_ids) == 8
+    # The actor still wants 12; one refusal frees one credit, which is granted at once.
+    answers = desk.say(
+        "actor-1.0",
+        m.ScreenedOut(
+            lease_id=leases.lease_ids[0],
+            num_passed=0,
+            num_completions=2,
+            num_tokens=6,
+            counts=ActorCounts(),
+        ),
+    )
+    [refill] = [message for _, message in answers if isinstance(message, m.Leases)]
+    assert len(refill.lease_ids) == 1
+    # A buffered group keeps its credit.
+    answers = desk.say("actor-1.0", make_group(leases.lease_ids[1], leases.prompt_ids[1]))
+    assert kinds(answers) == ["Ack"]
+
+
+def test_a_result_that_is_sent_twice_counts_once(desk: Desk) -> None:
+    desk.past_baseline()
+    leases = desk.lease(1)
+    group = make_group(leases.lease_ids[0], leases.prompt_ids[0])
+    assert kinds(desk.say("actor-1.0", group)) == ["Ack"]
+    assert kinds(desk.say("actor-1.0", group)) == ["Ack"]
+    assert desk.service.lifecycle.ledger.buffered.groups == 1
+
+
+def test_every_end_is_counted_and_the_books_close(desk: Desk) -> None:
+    desk.past_baseline()
+    leases = desk.lease(6)
+    ids, prompts = leases.lease_ids, leases.prompt_ids
+    generated = 1  # of the first evaluation
+
+    def counts(ended: int) -> ActorCounts:
+        return ActorCounts(groups_leased=7, groups_in_flight=6 - ended, tokens_generated=generated)
+
+    for ended, (lease_id, prompt_id) in enumerate(zip(ids[:3], prompts[:3], strict=True), 1):
+        generated += 12
+        desk.say("actor-1.0", make_group(lease_id, prompt_id, counts=counts(ended)))
+    generated += 6
+    desk.say(
+        "actor-1.0",
+        m.ScreenedOut(
+            lease_id=ids[3], num_passed=2, num_completions=2, num_tokens=6, counts=counts(4)
+        ),
+    )
+    generated += 5
+    desk.say(
+        "actor-1.0",
+        m.LeaseFailed(
+            lease_id=ids[4], reason="verifier: x", num_completions=2, num_tokens=5, counts=counts(5)
+        ),
+    )
+    answers = desk.say("learner", m.TakeBatch(policy_version=0, num_groups=2))
+    ready = answers[-1][1]
+    assert isinstance(ready, m.BatchReady)
+    desk.say("learner", trained(1, ready.lease_ids, groups=2, tokens=24))
+    # Version 2: the third group (version 0) is now older than max_staleness = 1.
+    desk.say("learner", trained(2, [], groups=2, tokens=24))
+    assert desk.ends() == {
+        "trained": (2, 24),
+        "stale": (1, 12),
+        "screened_out": (1, 6),
+        "failed": (1, 5),
+    }
+    ledger = desk.service.lifecycle.ledger
+    assert ledger.checks(desk.service.lifecycle.leases.num_training) == dict.fromkeys(
+        ledger.checks(1), True
+    )
+    assert ledger.failures == {"verifier": 1}
+
+
+def test_a_token_that_nobody_accounts_for_opens_the_books(desk: Desk) -> None:
+    desk.past_baseline()
+    leases = desk.lease(1)
+    lost_one = ActorCounts(groups_leased=2, groups_in_flight=0, tokens_generated=1 + 12 + 1)
+    desk.say("actor-1.0", make_group(leases.lease_ids[0], leases.prompt_ids[0], counts=lost_one))
+    checks = desk.service.lifecycle.ledger.checks(0)
+    assert [name for name, holds in checks.items() if not holds] == [
+        "tokens: engines' generated = ended + evaluation + held",
+        "actors: own counts = what the service received",
+    ]
+
+
+def test_a_group_that_comes_too_old_ends_as_stale_at_once(desk: Desk) -> None:
+    desk.past_baseline()
+    leases = desk.lease(1)
+    desk.say("learner", trained(2, [], groups=0, tokens=0))
+    desk.say("actor-1.0", make_group(leases.lease_ids[0], leases.prompt_ids[0], version=0))
+    assert desk.ends() == {"stale": (1, 12)}
+
+
+def test_a_silent_actor_is_lost_and_its_prompts_are_offered_again(desk: Desk) -> None:
+    desk.past_baseline()
+    leases = desk.lease(2)
+    desk.wait(desk.config.cluster.peer_timeout_s + 1)
+    assert desk.ends() == {"failed": (2, 0)}
+    assert desk.service.lifecycle.ledger.checks(0) == dict.fromkeys(
+        desk.service.lifecycle.ledger.checks(0), True
+    )
+    desk.hello("actor-1.1", 1, incarnation=1)
+    again = desk.lease(2, "actor-1.1")
+    assert sorted(again.prompt_ids) == sorted(leases.prompt_ids)
+    # The lost incarnation wakes up: it is told so, and nothing it says counts.
+    [(peer, answer)] = desk.say("actor-1.0", make_group(leases.lease_ids[0], leases.prompt_ids[0]))
+    assert peer == "actor-1.0"
+    assert isinstance(answer, m.Rejected)
+
+
+def test_a_new_incarnation_replaces_the_old_one_at_once(desk: Desk) -> None:
+    desk.past_baseline()
+    desk.lease(3)
+    answers = desk.hello("actor-1.1", 1, incarnation=1)
+    assert kinds(answers) == ["MembershipChanged", "Welcome"]
+    assert desk.ends() == {"failed": (3, 0)}
+
+
+def test_a_group_for_another_prompt_or_of_another_size_ends_as_failed(desk: Desk) -> None:
+    desk.past_baseline()
+    leases = desk.lease(2)
+    wrong_prompt = make_group(leases.lease_ids[0], leases.prompt_ids[0] + 1)
+    assert kinds(desk.say("actor-1.0", wrong_prompt))[:2] == ["Ack", "Rejected"]
+    wrong_size = make_group(leases.lease_ids[1], leases.prompt_ids[1], rewards=(1, 0))
+    assert kinds(desk.say("actor-1.0", wrong_size))[:2] == ["Ack", "Rejected"]
+    assert desk.ends() == {"failed": (2, 12 + 6)}
+
+
+def test_other_task_data_are_refused_at_the_door(desk: Desk) -> None:
+    hello = m.Hello(role="actor", index=1, incarnation=0, fingerprint="other", process_id=1)
+    [(_, answer)] = desk.say("actor-1.0", hello)
+    assert isinstance(answer, m.Rejected)
+    assert "same config and data" in answer.reason
+
+
+def test_an_offer_names_ranks_in_order_and_opens_an_epoch_only_when_members_change(
+    desk: Desk,
+) -> None:
+    desk.hello("learner", 0)
+    desk.hello("actor-2.0", 2)
+    desk.hello("actor-1.0", 1)
+    publish = m.PublishWeights(
+        policy_version=1, store_host="h", store_port=1, backend="gloo", deadline_s=1.0
+    )
+    answers = desk.say("learner", publish)
+    offers = {peer: offer for peer, offer in answers if isinstance(offer, m.OfferWeights)}
+    assert {peer: (offer.rank, offer.world_size) for peer, offer in offers.items()} == {
+        "actor-1.0": (1, 3),
+        "actor-2.0": (2, 3),
+    }
+    members = answers[-1][1]
+    assert isinstance(members, m.WeightMembers)
+    first_epoch = members.epoch
+
+    def epoch() -> int:
+        message = desk.say("learner", publish)[-1][1]
+        assert isinstance(message, m.WeightMembers)
+        return message.epoch
+
+    assert epoch() == first_epoch
+    desk.hello("actor-3.0", 3)
+    assert epoch() == first_epoch + 1
+    failed = m.WeightsPublished(
+        policy_version=1, epoch=first_epoch + 1, transfer_s=0.0, num_bytes=0, error="x"
+    )
+    desk.say("learner", failed)
+    assert epoch() == first_epoch + 2
+
+
+def test_the_end_is_evaluate_drain_goodbye_summary(desk: Desk) -> None:
+    desk.past_baseline()
+    applied = m.WeightsApplied(
+        policy_version=2, epoch=1, pause_s=0, transfer_s=0, error="", counts=ActorCounts()
+    )
+    finish = m.FinishRun(policy_version=2, evaluate=True, reason="completed")
+    desk.say("learner", trained(2, [], groups=0, tokens=0))
+    assert kinds(desk.say("learner", finish)) == []
+    # Only an actor that holds version 2 may evaluate it.
+    assert kinds(desk.say("actor-1.0", m.WantWork(num_prompts=4, counts=ActorCounts()))) == []
+    [(_, leases)] = desk.say("actor-1.0", applied)
+    assert isinstance(leases, m.Leases)
+    assert (leases.kind, len(leases.lease_ids)) == ("evaluation", 1)
+    done = m.Evaluated(
+        lease_id=leases.lease_ids[0],
+        num_passed=0,
+        num_completions=1,
+        num_tokens=2,
+        oldest_version=2,
+        newest_version=2,
+        counts=ActorCounts(groups_leased=2, tokens_generated=3),
+    )
+    assert kinds(desk.say("actor-1.0", done)) == ["Ack", "Drain"]
+    goodbye = m.Goodbye(counts=ActorCounts(groups_leased=2, tokens_generated=3))
+    [(peer, summary)] = desk.say("actor-1.0", goodbye)
+    assert peer == "learner"
+    assert isinstance(summary, m.Summary)
+    assert summary.fields["accuracy_before"] == 1.0
+    assert summary.fields["accuracy_after"] == 0.0
+    ledger = summary.fields["ledger"]
+    assert isinstance(ledger, dict)
+    assert ledger["closes"] is True
+    assert desk.service.ended
+
+
+def test_an_actor_that_does_not_drain_is_given_up_after_the_deadline(desk: Desk) -> None:
+    desk.past_baseline()
+    desk.lease(2)
+    stop = m.FinishRun(policy_version=0, evaluate=False, reason="stopped")
+    assert kinds(desk.say("learner", stop)) == ["Drain"]
+    assert desk.wait(desk.config.cluster.drain_timeout_s - 1) == []
+    assert kinds(desk.wait(2)) == ["MembershipChanged", "Summary"]
+    assert desk.ends() == {str(GroupEnd.FAILED): (2, 0)}
+
+
+def test_a_failure_reaches_every_other_role_and_ends_the_service(desk: Desk) -> None:
+    desk.past_baseline()
+    desk.hello("actor-2.0", 2)
+    answers = desk.say("actor-1.0", m.Failure(role="actor-1", message="broken"))
+    assert [(peer, type(message)) for peer, message in answers] == [
+        ("actor-2.0", m.Abort),
+        ("learner", m.Abort),
+    ]
+    assert desk.service.ended
+
+
+def test_only_the_learner_may_speak_for_the_learner(desk: Desk) -> None:
+    desk.past_baseline()
+    [(_, answer)] = desk.say("actor-1.0", m.TakeBatch(policy_version=0, num_groups=1))
+    assert isinstance(answer, m.Rejected)
+    [(_, answer)] = desk.say("stranger", m.WantWork(num_prompts=1, counts=ActorCounts()))
+    assert isinstance(answer, m.Rejected)

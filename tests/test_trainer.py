@@ -1,0 +1,310 @@
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learner_samples import make_completion, make_config, make_group, random_groups, save_tiny_llama
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GraniteConfig,
+    MistralConfig,
+    PreTrainedConfig,
+)
+
+from speed_async.errors import ConfigError, ModelError
+from speed_async.learner.losses import LossTerms, LossTokens
+from speed_async.learner.model import load_model, resolve_device
+from speed_async.learner.parallel import SingleRank
+from speed_async.learner.policy import Policy, check_policy
+from speed_async.learner.trainer import Trainer
+from speed_async.types import Group
+
+UNLIMITED = 1e9
+
+
+def make_trainer(folder: Path, *, seed: int = 0, temperature: float = 1.0, **learner: Any):
+    save_tiny_llama(folder, seed=seed)
+    config = make_config(folder, temperature=temperature, **learner)
+    return Trainer(config=config, model=load_model(folder, device="cpu"), parallel=SingleRank())
+
+
+def parameters(trainer: Trainer) -> list[torch.Tensor]:
+    return [tensor.clone() for _, tensor in trainer.weights()]
+
+
+def gradients(trainer: Trainer) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+
+
+def dense_loss(
+    model: torch.nn.Module, groups: Sequence[Group], *, temperature: float, cap: float
+) -> torch.Tensor:
+    """The definition, sequence by sequence and token by token."""
+    loss, num_tokens = torch.zeros(()), 0
+    for group in groups:
+        rewards = [completion.reward for completion in group.completions]
+        for i, completion in enumerate(group.completions):
+            others = rewards[:i] + rewards[i + 1 :]
+            advantage = rewards[i] - sum(others) / len(others)
+            token_ids = completion.sampled.token_ids.tolist()
+            prompt = group.prompt_token_ids.tolist()
+            logits_LV = model(input_ids=torch.tensor([prompt + token_ids])).logits[0]
+            for t, token in enumerate(token_ids):
+                logprob = (logits_LV[len(prompt) + t - 1] / temperature).log_softmax(-1)[token]
+                ratio = (logprob.detach() - float(completion.sampled.logprobs[t])).exp()
+                loss = loss - ratio.clamp(max=cap) * advantage * logprob
+                num_tokens += 1
+    return loss / num_tokens
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("micro_batch_tokens", [16, 8192])
+def test_the_gradient_is_that_of_the_dense_definition(
+    tmp_path: Path, seed: int, micro_batch_tokens: int
+):
+    trainer = make_trainer(
+        tmp_path, seed=seed, temperature=0.8, micro_batch_tokens=micro_batch_tokens,
+        grad_clip=UNLIMITED, max_importance_ratio=1.5,
+    )  # fmt: skip
+    groups = random_groups(seed)
+    flat = make_group([1, 2], make_completion([3], 1.0), make_completion([4, 5], 1.0))
+    reference = load_model(tmp_path, device="cpu")
+    loss = dense_loss(reference, [*groups, flat], temperature=0.8, cap=1.5)
+    loss.backward()
+
+    result = trainer.update([*groups, flat])
+
+    assert result.metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert result.metrics["zero_signal_groups"] == 1.0
+    expected = [p.grad for p in reference.parameters()]
+    for ours, theirs in zip(gradients(trainer), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    norm = torch.stack([g.square().sum() for g in expected if g is not None]).sum().sqrt()
+    assert result.metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_metrics_of_a_written_out_batch(tmp_path: Path):
+    trainer = make_trainer(tmp_path)
+    first = make_group([1], make_completion([2, 3], 1.0), make_completion([4], 0.0))
+    second = make_group([1], make_completion([2], 0.5), make_completion([4, 5], 0.25))
+
+    result = trainer.update([first, second])
+
+    assert (result.skipped, result.skip_reason) == (False, "")
+    assert (result.tokens, result.completions) == (6, 4)
+    assert result.metrics["reward_mean"] == pytest.approx(1.75 / 4)
+    assert result.metrics["pass_rate_mean"] == pytest.approx(0.25)
+    assert result.metrics["completion_tokens_mean"] == pytest.approx(1.5)
+    assert result.metrics["zero_signal_groups"] == 0.0
+    assert result.metrics["skipped_updates"] == 0.0
+    assert set(result.metrics) == {
+        "loss", "grad_norm", "lr", "ratio_mean", "ratio_max", "truncated_share", "kl_k1", "kl_k3",
+        "effective_sample_size", "entropy", "reward_mean", "pass_rate_mean", "zero_signal_groups",
+        "completion_tokens_mean", "skipped_updates",
+    }  # fmt: skip
+
+
+def test_groups_without_signal_dilute_the_gradient_though_they_are_not_run(tmp_path: Path):
+    taught = make_group([1], make_completion([2, 3], 1.0), make_completion([4, 5], 0.0))
+    flat = make_group([1], make_completion([6, 7], 1.0), make_completion([8, 9], 1.0))
+    alone = make_trainer(tmp_path / "a", grad_clip=UNLIMITED)
+    diluted = make_trainer(tmp_path / "b", grad_clip=UNLIMITED)
+
+    alone.update([taught])
+    diluted.update([taught, flat])
+
+    for whole, half in zip(gradients(alone), gradients(diluted), strict=True):
+        torch.testing.assert_close(half, whole / 2)
+
+
+def test_a_batch_without_any_signal_is_a_step_with_zero_gradient(tmp_path: Path):
+    trainer = make_trainer(tmp_path, lr=0.01, weight_decay=0.5, warmup_updates=0)
+    before = parameters(trainer)
+
+    result = trainer.update([make_group([1], make_completion([2], 1.0), make_completion([3], 1.0))])
+
+    assert not result.skipped
+    assert result.metrics["loss"] == 0.0
+    assert result.metrics["grad_norm"] == 0.0
+    assert "ratio_mean" not in result.metrics
+    for old, new in zip(before, parameters(trainer), strict=True):
+        # Decay alone moves the parameters, and only those of two dimensions (norms stay).
+        torch.testing.assert_close(new, old * (1 - 0.01 * 0.5) if old.dim() >= 2 else old)
+
+
+def test_learning_rate_warms_up_linearly_and_stays(tmp_path: Path):
+    trainer = make_trainer(tmp_path, lr=0.4e-3, warmup_updates=4)
+    rates = [trainer.update(random_groups(i)).metrics["lr"] for i in range(6)]
+    assert rates == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 4e-4, 4e-4])
+
+
+def test_a_behaviour_log_probability_that_is_not_finite_skips_the_update(tmp_path: Path):
+    trainer = make_trainer(tmp_path, lr=0.1)
+    before = parameters(trainer)
+    poisoned = make_group([1], make_completion([2], 1.0, [float("nan")]), make_completion([3], 0.0))
+
+    result = trainer.update([poisoned])
+
+    assert result.skipped
+    assert "behaviour log-probability" in result.skip_reason
+    assert result.metrics["skipped_updates"] == 1.0
+    assert "loss" not in result.metrics
+    for old, new in zip(before, parameters(trainer), strict=True):
+        assert torch.equal(old, new)
+    later = trainer.update(random_groups(0))
+    assert not later.skipped
+    assert later.metrics["skipped_updates"] == 1.0
+
+
+def test_a_gradient_that_is_not_finite_leaves_parameters_and_moments_alone(tmp_path: Path):
+    poison = False
+
+    def sometimes_infinite(tokens: LossTokens) -> LossTerms:
+        scale = float("inf") if poison else 1.0
+        return LossTerms(
+            loss_sum=(tokens.logprobs_N * scale).sum(),
+            truncated_N=torch.zeros_like(tokens.logprobs_N, dtype=torch.bool),
+        )
+
+    trainers = []
+    for name in ("poisoned", "clean"):
+        folder = save_tiny_llama(tmp_path / name)
+        config = make_config(folder, lr=0.01, warmup_updates=0)
+        trainers.append(
+            Trainer(
+                config=config, model=load_model(folder, device="cpu"), parallel=SingleRank(),
+                loss=sometimes_infinite,
+            )
+        )  # fmt: skip
+    for trainer in trainers:
+        trainer.update(random_groups(0))
+    poison = True
+    result = trainers[0].update(random_groups(1))
+    poison = False
+    for trainer in trainers:
+        trainer.update(random_groups(2))
+
+    assert result.skipped
+    assert result.skip_reason == "not finite: loss and grad_norm"
+    assert np.isfinite(list(result.metrics.values())).all()
+    for one, other in zip(parameters(trainers[0]), parameters(trainers[1]), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_two_trainers_given_the_same_batches_agree_bit_for_bit(tmp_path: Path):
+    one, other = (make_trainer(tmp_path / name, lr=0.01) for name in ("one", "other"))
+    for seed in range(3):
+        assert one.update(random_groups(seed)).metrics == other.update(random_groups(seed)).metrics
+    for a, b in zip(parameters(one), parameters(other), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_token_ids_the_model_does_not_have_are_refused(tmp_path: Path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ModelError, match=r"token ids 1\.\.11, the model has 11"):
+        trainer.update([make_group([1], make_completion([11], 1.0), make_completion([2], 0.0))])
+
+
+def test_a_tied_weight_is_sent_once_in_layer_order(tmp_path: Path):
+    names = [name for name, _ in make_trainer(tmp_path).weights()]
+    assert names[0] == "model.embed_tokens.weight"
+    assert names[1].startswith("model.layers.0.")
+    assert names[-1] == "model.norm.weight"
+    assert "lm_head.weight" not in names
+    assert len(set(names)) == len(names)
+
+
+def test_rewarded_tokens_become_likely(tmp_path: Path):
+    """Samples come from the current policy; token 7 as the first token is worth 1."""
+    trainer = make_trainer(tmp_path, lr=0.02, warmup_updates=0, weight_decay=0.0)
+    random = torch.Generator().manual_seed(0)
+
+    def first_token_logprobs() -> torch.Tensor:
+        with torch.no_grad():
+            return trainer.model(input_ids=torch.tensor([[1, 2]])).logits[0, -1].log_softmax(-1)
+
+    before = first_token_logprobs().exp()[7].item()
+    for _ in range(40):
+        logprobs_V = first_token_logprobs()
+        tokens = torch.multinomial(logprobs_V.exp(), 32, replacement=True, generator=random)
+        completions = [
+            make_completion([token], float(token == 7), [logprobs_V[token].item()])
+            for token in tokens.tolist()
+        ]
+        result = trainer.update([make_group([1, 2], *completions)])
+        if result.metrics["zero_signal_groups"] == 0.0:
+            assert result.metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert before < 0.3
+    assert first_token_logprobs().exp()[7].item() > 0.9
+
+
+def make_policy(config: PreTrainedConfig) -> Policy:
+    torch.manual_seed(0)
+    return Policy(AutoModelForCausalLM.from_config(config).eval(), temperature=1.0)
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 11,
+}
+
+
+def test_a_family_that_scales_its_logits_is_refused():
+    scaled = GraniteConfig(**SMALL, logits_scaling=8.0, initializer_range=0.5)
+    with pytest.raises(ModelError, match="changes its logits after the head"):
+        check_policy(make_policy(scaled))
+
+
+def test_learned_positions_allow_shared_prompts_and_a_short_window_does_not():
+    assert check_policy(make_policy(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=11)))
+    assert not check_policy(make_policy(MistralConfig(**SMALL, sliding_window=64)))
+
+
+def test_a_missing_model_folder_is_named(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"no config\.json: set model\.path"):
+        load_model(tmp_path / "absent", device="cpu")
+
+
+def test_truncated_and_incomplete_weights_are_refused(tmp_path: Path):
+    folder = save_tiny_llama(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(folder, device="cpu")
+
+    weights.write_bytes(whole)
+    config = folder / "config.json"
+    config.write_text(
+        config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
+    with pytest.raises(ModelError, match=r"lacks \d+ of its weights, such as model\.layers\.2"):
+        load_model(folder, device="cpu")
+
+
+def test_gradient_checkpointing_changes_no_gradient_even_with_dropout(tmp_path: Path):
+    folder = save_tiny_llama(tmp_path, attention_dropout=0.5)
+    updates = []
+    for flag in (False, True):
+        trainer = Trainer(
+            config=make_config(folder, grad_clip=UNLIMITED),
+            model=load_model(folder, device="cpu", gradient_checkpointing=flag),
+            parallel=SingleRank(),
+        )
+        trainer.update(random_groups(0))
+        updates.append(gradients(trainer))
+    for plain, recomputed in zip(*updates, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_asking_for_a_gpu_where_there_is_none_names_the_field():
+    with pytest.raises(ConfigError, match=r"learner\.device"):
+        resolve_device("cuda")

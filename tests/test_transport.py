@@ -1,0 +1,403 @@
+"""What every transport promises its users."""
+
+import asyncio
+
+import numpy as np
+import pytest
+from transport_contract import SOON_S, Stage, on_every_transport
+from wire_samples import as_bytes, group_message
+
+from speed_async.errors import DeadlineExceeded, ProtocolError, TransportClosed
+from speed_async.types import ActorCounts
+from speed_async.wire.codec import encode
+from speed_async.wire.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    BatchGroup,
+    GroupFinished,
+    Rejected,
+    WantWork,
+    Welcome,
+)
+
+
+def want(num_prompts: int) -> WantWork:
+    return WantWork(counts=ActorCounts(), num_prompts=num_prompts)
+
+
+async def meet(stage: Stage, name: str):
+    """A link the hub already knows."""
+    link = await stage.link(name)
+    await link.send(want(0))
+    assert await stage.hub.receive(SOON_S) == (name, want(0))
+    return link
+
+
+@on_every_transport(queued_messages=8)
+async def test_messages_arrive_whole_and_in_order_in_both_directions(stage: Stage):
+    link = await meet(stage, "actor-1.0")
+    total = 500
+
+    async def talk() -> None:
+        for number in range(total):
+            await link.send(want(number))
+
+    async def answer() -> list[int]:
+        numbers = []
+        for _ in range(total):
+            peer, message = await stage.hub.receive(SOON_S)
+            assert isinstance(message, WantWork)
+            numbers.append(message.num_prompts)
+            await stage.hub.send(peer, Ack(lease_id=message.num_prompts))
+        return numbers
+
+    async def listen() -> list[int]:
+        answers = [await link.receive(SOON_S) for _ in range(total)]
+        return [message.lease_id for message in answers if isinstance(message, Ack)]
+
+    _, received, answered = await asyncio.gather(talk(), answer(), listen())
+    assert received == list(range(total))
+    assert answered == list(range(total))
+
+
+@on_every_transport()
+async def test_arrays_arrive_bit_for_bit(stage: Stage):
+    link = await meet(stage, "actor-1.0")
+    patterns = np.array([0, 1 << 31, 1, 0x7F800000, 0x7FC00001, 0xFFFFFFFF], np.uint32)
+    message = group_message(
+        logprobs=patterns.view(np.float32),  # 0, -0, a denormal, infinity, two NaNs with payloads
+        token_ids=np.array([-(2**31), 2**31 - 1], np.int32),
+        prompt_token_ids=np.array([], np.int32),
+    )
+    await link.send(message)
+    _, received = await stage.hub.receive(SOON_S)
+    assert isinstance(received, GroupFinished)
+    assert received.logprobs.view(np.uint32).tolist() == patterns.tolist()
+    assert received.token_ids.tolist() == [-(2**31), 2**31 - 1]
+    assert received.prompt_token_ids.dtype == np.int32
+    assert len(received.prompt_token_ids) == 0
+    assert received.counts == message.counts
+
+
+@on_every_transport()
+async def test_what_arrived_does_not_change_with_what_was_sent(stage: Stage):
+    link = await meet(stage, "actor-1.0")
+    token_ids = np.array([10, 11, 12], np.int32)
+    await link.send(group_message(token_ids=token_ids))
+    token_ids[:] = 0
+    _, received = await stage.hub.receive(SOON_S)
+    assert isinstance(received, GroupFinished)
+    assert received.token_ids.tolist() == [10, 11, 12]
+    assert not received.token_ids.flags.writeable
+
+
+@on_every_transport()
+async def test_replies_reach_the_right_one_of_many_peers(stage: Stage):
+    names = [f"actor-{index}.0" for index in range(12)]
+    links = [await stage.link(name) for name in names]
+    rounds = 20
+
+    async def serve() -> None:
+        seen = dict.fromkeys(names, 0)
+        for _ in range(rounds * len(names)):
+            peer, message = await stage.hub.receive(SOON_S)
+            assert isinstance(message, WantWork)
+            assert message.num_prompts == seen[peer]
+            seen[peer] += 1
+            answer = 1000 * names.index(peer) + message.num_prompts
+            await stage.hub.send(peer, Ack(lease_id=answer))
+
+    async def ask(index: int) -> None:
+        for number in range(rounds):
+            await links[index].send(want(number))
+            assert await links[index].receive(SOON_S) == Ack(lease_id=1000 * index + number)
+
+    await asyncio.gather(serve(), *(ask(index) for index in range(len(names))))
+
+
+@on_every_transport()
+async def test_malformed_input_is_answered_and_counted_and_others_go_on(stage: Stage):
+    good = await meet(stage, "good-1.0")
+    bad = await stage.raw_peer("bad-1.0")
+    header, *arrays = as_bytes(group_message())
+    rubbish = [
+        [b""],
+        [b"\xc1" * 40],
+        [header],
+        [header, *arrays[:-1], arrays[-1][:-1]],
+        [header] * 200,
+    ]
+    for frames in rubbish:
+        await bad.send_frames(frames)
+    await bad.send_frames(encode(Ack(lease_id=5)))
+    assert await stage.hub.receive(SOON_S) == ("bad-1.0", Ack(lease_id=5))
+    assert stage.hub.rejected == len(rubbish)
+    for _ in rubbish:
+        answer = await bad.receive(SOON_S)
+        assert isinstance(answer, Rejected)
+        assert answer.reason
+    await good.send(want(3))
+    assert await stage.hub.receive(SOON_S) == ("good-1.0", want(3))
+
+
+@on_every_transport()
+async def test_another_protocol_version_is_told_both_versions(stage: Stage):
+    bad = await stage.raw_peer("old-1.0")
+    header = as_bytes(Ack(lease_id=1))[0]
+    at = header.index(b"speed_async") + len(b"speed_async")
+    assert header[at] == PROTOCOL_VERSION
+    await bad.send_frames([header[:at] + b"\x63" + header[at + 1 :]])
+    await bad.send_frames([header])
+    assert await stage.hub.receive(SOON_S) == ("old-1.0", Ack(lease_id=1))
+    answer = await bad.receive(SOON_S)
+    assert isinstance(answer, Rejected)
+    assert "version int 99, this process 1" in answer.reason
+
+
+@on_every_transport()
+async def test_a_link_returns_rejected_like_any_message(stage: Stage):
+    link = await meet(stage, "actor-1.0")
+    await stage.hub.send("actor-1.0", Rejected(reason="other data"))
+    assert await link.receive(SOON_S) == Rejected(reason="other data")
+
+
+@on_every_transport()
+async def test_a_passed_deadline_names_whom_what_and_how_long(stage: Stage):
+    link = await stage.link("actor-1.0")
+    with pytest.raises(DeadlineExceeded, match=r"for the .*service.*: a message") as at_link:
+        await link.receive(0.05)
+    assert 0.05 <= at_link.value.waited_s < 1.0
+    with pytest.raises(DeadlineExceeded, match=r"any peer: a message") as at_hub:
+        await stage.hub.receive(0.05)
+    assert 0.05 <= at_hub.value.waited_s < 1.0
+
+
+@on_every_transport()
+async def test_a_deadline_of_zero_takes_what_is_there_and_never_waits(stage: Stage):
+    link = await meet(stage, "actor-1.0")
+    await link.send(want(1))
+    await link.send(want(2))
+    assert await stage.hub.receive(SOON_S) == ("actor-1.0", want(1))
+    async with asyncio.timeout(SOON_S):
+        while True:  # the second may still be on its way
+            try:
+                second = await stage.hub.receive(0.0)
+                break
+            except DeadlineExceeded:
+                await asyncio.sleep(0)
+    assert second == ("actor-1.0", want(2))
+
+
+@on_every_transport()
+async def test_closing_twice_is_fine_and_ends_every_use(stage: Stage):
+    link = await meet(stage, "actor-1.0")
+    waiting = asyncio.ensure_future(link.receive(SOON_S))
+    serving = asyncio.ensure_future(stage.hub.receive(SOON_S))
+    await asyncio.sleep(0)
+    await link.close()
+    await link.close()
+    with pytest.raises(TransportClosed):
+        await waiting
+    with pytest.raises(TransportClosed):
+        await link.send(want(1))
+    await stage.hub.close()
+    await stage.hub.close()
+    with pytest.raises(TransportClosed):
+        await serving
+    with pytest.raises(TransportClosed):
+        await stage.hub.send("actor-1.0", Ack(lease_id=1))
+
+
+@on_every_transport()
+async def test_closing_a_link_flushes_what_it_sent(stage: Stage):
+    link = await stage.link("actor-1.0")
+    for number in range(40):
+        await link.send(want(number))
+    await link.close()
+    received = [await stage.hub.receive(SOON_S) for _ in range(40)]
+    assert received == [("actor-1.0", want(number)) for number in range(40)]
+
+
+@on_every_transport()
+async def test_closing_the_hub_flushes_what_it_sent(stage: Stage):
+    link = await meet(stage, "actor-1.0")
+    for number in range(40):
+        await stage.hub.send("actor-1.0", Ack(lease_id=number))
+    await stage.hub.close()
+    received = [await link.receive(SOON_S) for _ in range(40)]
+    assert received == [Ack(lease_id=number) for number in range(40)]
+
+
+@on_every_transport()
+async def test_sending_to_a_gone_peer_is_no_error(stage: Stage):
+    await stage.hub.send("never-1.0", Ack(lease_id=1))
+    assert stage.hub.undelivered == 1
+    gone = await meet(stage, "gone-1.0")
+    stays = await meet(stage, "stays-1.0")
+    await gone.close()
+    async with asyncio.timeout(SOON_S):
+        while stage.hub.undelivered < 2:  # a closed connection is noticed a moment later
+            await stage.hub.send("gone-1.0", Ack(lease_id=1))
+            await asyncio.sleep(0)
+    await stage.hub.send("stays-1.0", Ack(lease_id=2))
+    assert await stays.receive(SOON_S) == Ack(lease_id=2)
+
+
+@on_every_transport()
+async def test_a_peer_that_comes_back_under_its_name_takes_its_place(stage: Stage):
+    old = await meet(stage, "actor-1.0")
+    new = await meet(stage, "actor-1.0")
+    await stage.hub.send("actor-1.0", Ack(lease_id=9))
+    assert await new.receive(SOON_S) == Ack(lease_id=9)
+    with pytest.raises(DeadlineExceeded):
+        await old.receive(0.05)
+
+
+@on_every_transport()
+async def test_fifty_megabytes_pass_in_both_directions(stage: Stage):
+    link = await meet(stage, "actor-1.0")
+    num_tokens = 50_000_000 // 12
+    arrays = {
+        "token_ids": np.arange(num_tokens, dtype=np.int32),
+        "logprobs": np.arange(num_tokens, dtype=np.float32),
+        "policy_versions": np.arange(num_tokens, dtype=np.int32),
+    }
+    _, (_, received) = await asyncio.gather(
+        link.send(group_message(**arrays)), stage.hub.receive(SOON_S)
+    )
+    assert isinstance(received, GroupFinished)
+    small = {"lengths": received.lengths, "rewards": received.rewards}
+    back = BatchGroup(
+        lease_id=1,
+        prompt_id=1,
+        num_screening=1,
+        prompt_token_ids=received.prompt_token_ids,
+        **small,
+        **{name: getattr(received, name) for name in arrays},
+    )
+    _, returned = await asyncio.gather(stage.hub.send("actor-1.0", back), link.receive(SOON_S))
+    assert isinstance(returned, BatchGroup)
+    for name, array in arrays.items():
+        assert np.array_equal(getattr(returned, name), array)
+
+
+def megabyte(number: int) -> BatchGroup:
+    quarter = np.full(262_144, number, np.int32)
+    one = np.array([1], np.int32)
+    return BatchGroup(
+        lease_id=number,
+        prompt_id=1,
+        num_screening=1,
+        prompt_token_ids=one,
+        lengths=one,
+        rewards=np.array([1.0], np.float32),
+        token_ids=quarter,
+        logprobs=np.array([-1.0], np.float32),
+        policy_versions=one,
+    )
+
+
+async def fill(send) -> tuple[int, DeadlineExceeded]:
+    """Sends until the queue is full; how many went, and the error that said so."""
+    for number in range(100):
+        try:
+            await send(megabyte(number))
+        except DeadlineExceeded as error:
+            return number, error
+    pytest.fail("100 MB were taken with nobody reading")
+
+
+@on_every_transport(queued_messages=4, send_deadline_s=0.5)
+async def test_a_link_waits_for_a_slow_hub_with_bounded_memory(stage: Stage):
+    link = await meet(stage, "actor-1.0")
+    num_sent, error = await fill(link.send)
+    assert "service" in error.whom
+    assert error.what.startswith("room ")
+    assert error.waited_s >= 0.5
+    for number in range(num_sent):
+        _, message = await stage.hub.receive(SOON_S)
+        assert isinstance(message, BatchGroup)
+        assert message.token_ids[-1] == number
+    await link.send(want(1))
+    assert await stage.hub.receive(SOON_S) == ("actor-1.0", want(1))
+
+
+@on_every_transport(queued_messages=4, send_deadline_s=0.5)
+async def test_the_hub_waits_for_a_slow_link_while_others_go_on(stage: Stage):
+    slow = await meet(stage, "slow-1.0")
+    quick = await meet(stage, "quick-1.0")
+
+    async def echo() -> None:
+        for number in range(200):
+            await stage.hub.send("quick-1.0", Ack(lease_id=number))
+            assert await quick.receive(SOON_S) == Ack(lease_id=number)
+
+    async def send_to_slow(message: BatchGroup) -> None:
+        await stage.hub.send("slow-1.0", message)
+
+    (num_sent, error), _ = await asyncio.gather(fill(send_to_slow), echo())
+    assert error.whom == "slow-1.0"
+    assert error.what == "room for BatchGroup in its queue"
+
+    async def drain() -> None:
+        for number in range(num_sent + 1):
+            message = await slow.receive(SOON_S)
+            assert isinstance(message, BatchGroup | Welcome)
+            if isinstance(message, BatchGroup):
+                assert message.token_ids[-1] == number
+
+    draining = asyncio.ensure_future(drain())
+    await stage.hub.send("slow-1.0", Welcome(policy_version=1))
+    await draining
+
+
+@on_every_transport()
+async def test_a_busy_hub_lets_other_tasks_run(stage: Stage):
+    link = await stage.link("actor-1.0")
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def talk() -> None:
+        for number in range(2000):
+            await link.send(want(number))
+
+    talking = asyncio.ensure_future(talk())
+    counting = asyncio.ensure_future(count_turns())
+    for _ in range(2000):
+        await stage.hub.receive(SOON_S)
+    counting.cancel()
+    await talking
+    assert turns >= 2000 // 64
+
+
+@on_every_transport()
+async def test_a_cancelled_receive_loses_no_message(stage: Stage):
+    link = await meet(stage, "actor-1.0")
+    received = []
+    for number in range(100):
+        receiving = asyncio.ensure_future(stage.hub.receive(SOON_S))
+        await asyncio.sleep(0)
+        await link.send(want(number))
+        receiving.cancel()
+        outcome = (await asyncio.gather(receiving, return_exceptions=True))[0]
+        if not isinstance(outcome, BaseException):
+            received.append(outcome[1].num_prompts)
+    while len(received) < 100:
+        _, message = await stage.hub.receive(SOON_S)
+        assert isinstance(message, WantWork)
+        received.append(message.num_prompts)
+    assert received == list(range(100))
+
+
+@on_every_transport()
+async def test_an_unfit_message_is_refused_before_it_is_sent(stage: Stage):
+    link = await meet(stage, "actor-1.0")
+    with pytest.raises(ProtocolError, match="num_prompts must be int"):
+        await link.send(want("3"))  # type: ignore
+    with pytest.raises(ProtocolError, match="lease_id must be int"):
+        await stage.hub.send("actor-1.0", Ack(lease_id=1.5))  # type: ignore

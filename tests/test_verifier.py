@@ -1,0 +1,333 @@
+"""The verifier pool with real processes: verifiers that hang, raise, die, and good ones beside."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from speed_async.errors import DataError, TaskError
+from speed_async.tasks.scripted_verifier import ScriptedVerifier
+from speed_async.tasks.verifier import Verifier, VerifierPool
+from speed_async.tasks.verifier_worker import describe, score_all
+from speed_async.types import Prompt
+
+LIMIT_S = 60.0
+T = TypeVar("T")
+
+
+class ForeignTimeout(BaseException):
+    """As some libraries derive their own time-outs; needs two arguments, so cannot unpickle."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} {two}")
+
+
+@dataclass(frozen=True)
+class MoodyTask:
+    """Does what the prompt's text says; else right means equal to the answer."""
+
+    train_prompts: Sequence[Prompt] = ()
+    held_out_prompts: Sequence[Prompt] = ()
+
+    def score(self, prompt: Prompt, completion: str) -> float:
+        mood = prompt.text
+        if mood == "hang":
+            while True:
+                pass
+        if mood == "hang in C":
+            pow(10, 10**9)
+        if mood == "raise":
+            raise ValueError("cannot parse this")
+        if mood == "raise foreign":
+            raise ForeignTimeout("too", "slow")
+        if mood == "exit":
+            os._exit(3)
+        if mood == "system exit":
+            sys.exit(2)
+        if mood == "two":
+            return 2.0
+        if mood == "nan":
+            return float("nan")
+        if mood == "none":
+            return None  # pyright: ignore[reportReturnType]
+        if mood == "pid":
+            Path(prompt.answer).write_text(str(os.getpid()))
+            return 1.0
+        if mood == "pid and hang":
+            Path(prompt.answer).write_text(str(os.getpid()))
+            while True:
+                pass
+        return float(completion == prompt.answer)
+
+
+def make_moody() -> MoodyTask:
+    return MoodyTask()
+
+
+def make_failing() -> MoodyTask:
+    raise DataError("data file 'x.jsonl' does not exist: correct task.path")
+
+
+def make_exiting() -> MoodyTask:
+    os._exit(5)
+
+
+def make_hanging() -> MoodyTask:
+    while True:
+        pass
+
+
+def make_once(marker: Path) -> MoodyTask:
+    """Leaves one file for every process in which it was called."""
+    (marker / str(os.getpid())).touch()
+    return MoodyTask()
+
+
+def prompt(text: str, answer: str = "7", prompt_id: int = 0) -> Prompt:
+    return Prompt(prompt_id=prompt_id, text=text, answer=answer)
+
+
+def run(scenario: Callable[[], Coroutine[object, object, T]]) -> T:
+    async def bounded() -> T:
+        async with asyncio.timeout(LIMIT_S):
+            return await scenario()
+
+    return asyncio.run(bounded())
+
+
+async def failure(pool: Verifier, bad: Prompt) -> str:
+    with pytest.raises(TaskError) as caught:
+        await pool.score(bad, ["x"])
+    return str(caught.value)
+
+
+def is_gone(process_id: int) -> bool:
+    try:
+        state = Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return True
+    return state == "Z"
+
+
+def has_text(path: Path) -> bool:
+    return path.exists() and path.read_text() != ""
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "condition not met in time"
+        time.sleep(0.01)
+
+
+def test_a_phase_is_scored_in_one_call_with_a_reward_for_each_completion() -> None:
+    async def scenario() -> None:
+        async with VerifierPool(make_moody, 1, 5.0) as pool:
+            assert await pool.score(prompt("sum"), ["7", "8", "", "7"]) == [1.0, 0.0, 0.0, 1.0]
+            assert await pool.score(prompt("sum"), []) == []
+
+    run(scenario)
+
+
+def test_every_way_to_fail_is_told_apart_and_leaves_the_pool_working() -> None:
+    expected = {
+        "raise": "the verifier of training prompt 4 raised ValueError: cannot parse this",
+        "raise foreign": "the verifier of training prompt 4 raised ForeignTimeout: too slow",
+        "system exit": "the verifier of training prompt 4 raised SystemExit: 2",
+        "two": "returned 2.0, which is not a finite number in [0, 1]",
+        "nan": "returned nan, which is not",
+        "none": "returned a NoneType, which is not",
+        "exit": "the verifier of training prompt 4 ended its worker process (exit code 3)",
+    }
+
+    async def scenario() -> None:
+        async with VerifierPool(make_moody, 1, 5.0) as pool:
+            for mood, text in expected.items():
+                assert text in await failure(pool, prompt(mood, prompt_id=4))
+                assert await pool.score(prompt("sum"), ["7"]) == [1.0]
+
+    run(scenario)
+
+
+def test_a_hang_fails_only_its_own_call_and_calls_behind_it_are_scored() -> None:
+    async def scenario() -> None:
+        async with VerifierPool(make_moody, 1, 0.5) as pool:
+            hanging = asyncio.create_task(failure(pool, prompt("hang", prompt_id=9)))
+            await asyncio.sleep(0)  # first in the queue
+            good = [pool.score(prompt("sum"), ["7", "1"]) for _ in range(20)]
+            assert await asyncio.gather(*good) == [[1.0, 0.0]] * 20
+            text = await hanging
+        assert "training prompt 9 gave no answer within 0.5 s" in text
+        assert "actors.verifier_timeout_s" in text
+
+    run(scenario)
+
+
+def test_a_hang_that_holds_the_interpreter_is_killed_at_its_time() -> None:
+    async def scenario() -> float:
+        async with VerifierPool(make_moody, 1, 0.4) as pool:
+            began = time.monotonic()
+            await failure(pool, prompt("hang in C"))
+            return time.monotonic() - began
+
+    assert 0.4 <= run(scenario) < 2.4
+
+
+def test_another_worker_goes_on_while_one_hangs() -> None:
+    async def scenario() -> None:
+        async with VerifierPool(make_moody, 2, 30.0) as pool:
+            hanging = asyncio.create_task(pool.score(prompt("hang"), ["x"]))
+            await asyncio.sleep(0)
+            for _ in range(50):
+                assert await pool.score(prompt("sum"), ["7"]) == [1.0]
+            assert not hanging.done()
+            hanging.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await hanging
+
+    run(scenario)
+
+
+def test_the_event_loop_runs_on_while_a_worker_hangs_and_is_replaced() -> None:
+    async def scenario() -> float:
+        async with VerifierPool(make_moody, 1, 0.8) as pool:
+            scoring = asyncio.create_task(failure(pool, prompt("hang")))
+            lag_s = 0.0
+            while not scoring.done():
+                began = time.monotonic()
+                await asyncio.sleep(0.005)
+                lag_s = max(lag_s, time.monotonic() - began - 0.005)
+            await pool.score(prompt("sum"), ["7"])
+            return lag_s
+
+    assert run(scenario) < 0.5
+
+
+def test_a_worker_killed_while_idle_is_replaced(tmp_path: Path) -> None:
+    written = tmp_path / "pid"
+
+    async def scenario() -> None:
+        async with VerifierPool(make_moody, 1, 5.0) as pool:
+            await pool.score(prompt("pid", str(written)), ["x"])
+            first = int(written.read_text())
+            os.kill(first, signal.SIGKILL)
+            await asyncio.to_thread(wait_until, partial(is_gone, first))
+            await pool.score(prompt("pid", str(written)), ["x"])
+            assert int(written.read_text()) != first
+
+    run(scenario)
+
+
+def test_a_worker_makes_its_task_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with VerifierPool(partial(make_once, tmp_path), 1, 5.0) as pool:
+            for _ in range(5):
+                await pool.score(prompt("sum"), ["7"])
+
+    run(scenario)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert not (tmp_path / str(os.getpid())).exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (make_failing, "could not start: data file 'x.jsonl' does not exist: correct task.path"),
+        (make_exiting, "could not start: its worker process ended at once"),
+        (make_hanging, "could not start: no worker made its task within 1 s"),
+        (lambda: MoodyTask(), "is not picklable"),
+    ],
+)
+def test_a_task_that_cannot_be_made_fails_the_start(
+    make: Callable[[], MoodyTask], text: str
+) -> None:
+    async def scenario() -> str:
+        limit_s = 1.0 if make is make_hanging else 20.0
+        with pytest.raises(TaskError) as caught:
+            async with VerifierPool(make, 1, 5.0, start_timeout_s=limit_s):
+                pass
+        return str(caught.value)
+
+    assert text in run(scenario)
+
+
+def test_closing_ends_waiting_calls_and_leaves_no_process(tmp_path: Path) -> None:
+    written = tmp_path / "pid"
+
+    async def scenario() -> None:
+        async with VerifierPool(make_moody, 1, 30.0) as pool:
+            hanging = asyncio.create_task(failure(pool, prompt("pid and hang", str(written))))
+            queued = asyncio.create_task(failure(pool, prompt("sum")))
+            await asyncio.to_thread(wait_until, partial(has_text, written))
+        assert "was closed" in await hanging
+        assert "was closed" in await queued
+        assert is_gone(int(written.read_text()))
+        assert "not open" in await failure(pool, prompt("sum"))
+
+    run(scenario)
+
+
+def test_a_hanging_worker_dies_with_its_killed_parent(tmp_path: Path) -> None:
+    written = tmp_path / "pid"
+    program = (
+        "import asyncio, sys\n"
+        "from test_verifier import make_moody, prompt\n"
+        "from speed_async.tasks.verifier import VerifierPool\n"
+        "async def main():\n"
+        "    async with VerifierPool(make_moody, 1, 60.0) as pool:\n"
+        "        await pool.score(prompt('pid and hang', sys.argv[1]), ['x'])\n"
+        "if __name__ == '__main__':\n"
+        "    asyncio.run(main())\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    parent = subprocess.Popen([sys.executable, str(script), str(written)], env=environment)
+    try:
+        wait_until(partial(has_text, written), limit_s=30.0)
+    finally:
+        parent.kill()
+        parent.wait(timeout=10)
+    wait_until(partial(is_gone, int(written.read_text())))
+
+
+def test_what_a_worker_imports_holds_no_torch() -> None:
+    program = (
+        "import sys, speed_async.tasks.verifier, speed_async.tasks.registry, "
+        "speed_async.tasks.jsonl, speed_async.tasks.gym\n"
+        "print([m for m in ('torch', 'transformers', 'reasoning_gym') if m in sys.modules])"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert output.stdout.strip() == "[]"
+
+
+def test_an_error_without_readable_text_is_still_described() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no")
+
+    assert describe(Mute()) == "Mute: (it has no text)"
+
+
+def test_scoring_stops_at_the_first_failure() -> None:
+    reply = score_all(MoodyTask(), prompt("raise"), ["a", "b"])
+    assert reply == "raised ValueError: cannot parse this"
+
+
+def test_the_scripted_verifier_rewards_by_its_function_and_records_calls() -> None:
+    scripted = ScriptedVerifier(lambda prompt, completion: float(completion == prompt.answer))
+    verifier: Verifier = scripted
+    assert asyncio.run(verifier.score(prompt("sum"), ["7", "8"])) == [1.0, 0.0]
+    assert [call.completions for call in scripted.calls] == [("7", "8")]
+    assert scripted.calls[0].prompt.answer == "7"

@@ -1,0 +1,540 @@
+"""Weights arrive bit for bit, and nobody waits past a deadline for those who do not."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import weights_process
+from torch import Tensor, nn
+from weights_contract import (
+    Channel,
+    Loaded,
+    TorchStage,
+    channel,
+    on_every_channel,
+    open_channel,
+    same_bits,
+)
+
+from speed_async.errors import ConfigError, WeightSyncError
+from speed_async.types import WeightOffer
+from speed_async.weights.broadcast import TorchReceiver, TorchSender
+from speed_async.weights.buckets import BufferPair, pack, plan_buckets, unpack
+from speed_async.weights.channel import NamedTensor, TransferReport
+from speed_async.weights.manifest import (
+    Manifest,
+    TensorSpec,
+    decode_manifest,
+    describe,
+    encode_manifest,
+    named_weights,
+)
+from speed_async.weights.memory_channel import MemoryReceiver, MemorySender, MemoryStore
+from speed_async.weights.process_group import choose_backend, host_store
+
+__all__ = ["channel"]
+
+CHILD_STARTS_S = 60.0
+CPU = torch.device("cpu")
+
+
+def mixed_tensors() -> list[NamedTensor]:
+    """Everything that may be in a state dict; with 1,024-byte buckets one is larger than that."""
+    generator = torch.Generator().manual_seed(7)
+    return [
+        ("embed", torch.randn(40, 10, generator=generator)),  # 1,600 bytes
+        ("norm", torch.tensor([0.5, -0.0, float("nan"), 3e38]).to(torch.bfloat16)),
+        ("steps", torch.tensor(2**40 + 1)),
+        ("empty", torch.empty(0, 8)),
+        ("transposed", torch.randn(6, 8, generator=generator).t()),
+        ("flags", torch.tensor([True, False, True])),
+        ("ids", torch.arange(-3, 60, dtype=torch.int64)),
+        ("head", torch.randn(12, 12, generator=generator).to(torch.bfloat16)),
+    ]
+
+
+def send_to(
+    channel: Channel, offer: WeightOffer, tensors: Sequence[NamedTensor]
+) -> dict[int, Loaded]:
+    """A transfer to all ranks that has to succeed; what each of them loaded."""
+    loaded = {rank: Loaded() for rank in range(1, offer.world_size)}
+    expected = dict.fromkeys(loaded, tensors)
+    outcomes = channel.transfer(
+        offer, tensors, expected, {rank: each.load for rank, each in loaded.items()}
+    )
+    assert [type(outcomes[rank]) for rank in range(offer.world_size)] == (
+        [TransferReport] * offer.world_size
+    ), outcomes
+    return loaded
+
+
+def assert_arrived(loaded: Loaded, tensors: Sequence[NamedTensor]) -> None:
+    assert set(loaded.tensors) == {name for name, _ in tensors}
+    for name, tensor in tensors:
+        assert same_bits(loaded.tensors[name], tensor), name
+
+
+@on_every_channel()
+def test_mixed_tensors_arrive_bit_for_bit_at_two_receivers(channel: Channel):
+    loaded = send_to(channel, channel.offer(1, world_size=3), mixed_tensors())
+    for rank in (1, 2):
+        assert_arrived(loaded[rank], mixed_tensors())
+    # embed: 1,600 bytes, alone. Then norm ends at 8, steps 16..24, transposed 32..224, flags
+    # 224..227, ids 240..744; head would take 752..1,040.
+    assert loaded[1].buckets == [
+        ["embed"],
+        ["norm", "steps", "empty", "transposed", "flags", "ids"],
+        ["head"],
+    ]
+
+
+@on_every_channel()
+def test_consecutive_versions_reuse_an_epoch_and_report_their_bytes(channel: Channel):
+    for policy_version in (1, 2, 3):
+        tensors = [("w", torch.full((512,), float(policy_version))), ("b", torch.ones(3))]
+        offer = channel.offer(policy_version)
+        loaded = Loaded()
+        outcomes = channel.transfer(offer, tensors, {1: tensors}, {1: loaded.load})
+        assert_arrived(loaded, tensors)
+        for rank in (0, 1):
+            report = outcomes[rank]
+            assert isinstance(report, TransferReport)
+            assert (report.num_bytes, report.num_buckets) == (2048 + 12, 2)
+
+
+@on_every_channel()
+def test_a_new_epoch_may_have_more_or_fewer_members(channel: Channel):
+    for epoch, world_size in enumerate((2, 4, 3), start=1):
+        tensors = [("w", torch.full((300,), float(epoch)))]
+        offer = channel.offer(epoch, epoch=epoch, world_size=world_size)
+        for loaded in send_to(channel, offer, tensors).values():
+            assert_arrived(loaded, tensors)
+
+
+@on_every_channel()
+def test_without_receivers_nothing_moves(channel: Channel):
+    report = channel.sender.send(channel.offer(1, world_size=1), mixed_tensors())
+    assert (report.num_bytes, report.num_buckets) == (0, 0)
+
+
+@on_every_channel(cast=torch.bfloat16)
+def test_the_sender_casts_floating_point_tensors_only(channel: Channel):
+    tensors = [("w", torch.tensor([1.0, 1.00390625])), ("n", torch.tensor([2**40 + 1]))]
+    expected = [("w", torch.empty(2, dtype=torch.bfloat16)), ("n", torch.empty_like(tensors[1][1]))]
+    loaded = Loaded()
+    channel.transfer(channel.offer(1), tensors, {1: expected}, {1: loaded.load})
+    # bfloat16 has 8 significant bits: 1 + 2**-8 lies halfway and rounds to even, 1.0.
+    assert same_bits(loaded.tensors["w"], torch.tensor([1.0, 1.0], dtype=torch.bfloat16))
+    assert loaded.tensors["n"].tolist() == [2**40 + 1]
+
+
+@on_every_channel()
+def test_a_refused_manifest_names_the_tensors_at_both_ends_and_loads_nothing(channel: Channel):
+    sent = [("a", torch.ones(2)), ("b", torch.ones(2, 3)), ("c", torch.ones(1))]
+    wanted = [
+        ("a", torch.ones(2, dtype=torch.float16)),
+        ("b", torch.ones(3, 2)),
+        ("d", torch.ones(1)),
+    ]
+    loaded = {1: Loaded(), 2: Loaded()}
+    outcomes = channel.transfer(
+        channel.offer(1, world_size=3),
+        sent,
+        {1: sent, 2: wanted},
+        {rank: each.load for rank, each in loaded.items()},
+    )
+    difference = (
+        "missing: d; not expected: c; different: a is float32[2], expected float16[2],"
+        " b is float32[2, 3], expected float32[3, 2]"
+    )
+    assert isinstance(outcomes[2], WeightSyncError) and difference in str(outcomes[2])
+    assert isinstance(outcomes[0], WeightSyncError)
+    assert f"rank 2 refused: {difference}" in str(outcomes[0])
+    assert loaded[2].tensors == {}
+    with pytest.raises(WeightSyncError, match="epoch 1 is unusable"):
+        channel.sender.send(channel.offer(2, world_size=3), sent)
+    send_to(channel, channel.offer(2, epoch=2, world_size=3), sent)
+
+
+@on_every_channel()
+def test_a_receiver_refuses_another_version_than_the_offered_one(channel: Channel):
+    tensors = [("w", torch.ones(4))]
+    errors: list[str] = []
+
+    def receive() -> None:
+        with pytest.raises(WeightSyncError) as caught:
+            channel.receiver(1).receive(channel.offer(5, 1), tensors, Loaded().load)
+        errors.append(str(caught.value))
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    with pytest.raises(WeightSyncError, match="rank 1 refused: policy version 6 came, 5 was"):
+        channel.sender.send(channel.offer(6), tensors)
+    thread.join(CHILD_STARTS_S)
+    assert "policy version 6 came, 5 was offered" in errors[0]
+
+
+@on_every_channel()
+def test_a_receiver_that_never_joins_is_named_and_the_others_go_on(channel: Channel):
+    tensors = [("w", torch.ones(4))]
+    loaded = Loaded()
+    began_s = time.monotonic()
+    outcomes = channel.transfer(
+        channel.offer(1, world_size=3, deadline_s=1.0), tensors, {1: tensors}, {1: loaded.load}
+    )
+    assert time.monotonic() - began_s < 5.0
+    error = outcomes[0]
+    assert isinstance(error, WeightSyncError)
+    assert "rendezvous failed after 1." in str(error) and "rank 2 never joined" in str(error)
+    assert isinstance(outcomes[1], WeightSyncError) and "rendezvous" in str(outcomes[1])
+    assert loaded.tensors == {}
+    send_to(channel, channel.offer(1, epoch=2), tensors)
+
+
+@on_every_channel()
+def test_a_receiver_without_a_sender_stops_at_the_deadline(channel: Channel):
+    offer = channel.offer(1, 1, deadline_s=1.0)
+    began_s = time.monotonic()
+    with pytest.raises(WeightSyncError, match="rendezvous failed after 1"):
+        channel.receiver(1).receive(offer, [("w", torch.ones(4))], Loaded().load)
+    assert 1.0 <= time.monotonic() - began_s < 4.0
+
+
+@on_every_channel()
+def test_an_error_in_load_propagates_and_ends_the_epoch(channel: Channel):
+    tensors = [(f"w{index}", torch.ones(256)) for index in range(6)]  # a bucket each
+
+    def fail(_: Sequence[NamedTensor]) -> None:
+        raise LookupError("no such parameter")
+
+    outcomes = channel.transfer(channel.offer(1), tensors, {1: tensors}, {1: fail})
+    assert isinstance(outcomes[1], LookupError)
+    with pytest.raises(WeightSyncError, match="epoch 1"):
+        channel.sender.send(channel.offer(2, deadline_s=1.0), tensors)
+    send_to(channel, channel.offer(2, epoch=2), tensors)
+
+
+@on_every_channel()
+def test_a_name_sent_twice_is_refused(channel: Channel):
+    with pytest.raises(WeightSyncError, match="'w' is announced twice"):
+        channel.sender.send(channel.offer(1), [("w", torch.ones(1)), ("w", torch.ones(1))])
+
+
+def test_the_memory_channel_records_its_calls_and_spoils_kept_tensors():
+    store = MemoryStore()
+    sender, receiver = MemorySender(store, bucket_bytes=64), MemoryReceiver(store)
+    host, port = sender.store_address
+    offer = WeightOffer(
+        policy_version=1,
+        epoch=1,
+        rank=0,
+        world_size=2,
+        store_host=host,
+        store_port=port,
+        backend="gloo",
+        deadline_s=5.0,
+    )
+    tensors = [("w", torch.ones(3))]
+    kept: list[Tensor] = []
+    theirs = replace(offer, rank=1)
+    thread = threading.Thread(
+        target=lambda: receiver.receive(theirs, tensors, lambda ts: kept.append(ts[0][1]))
+    )
+    thread.start()
+    sender.send(offer, tensors)
+    thread.join(CHILD_STARTS_S)
+    assert [(call.offer, call.names) for call in sender.calls] == [(offer, ("w",))]
+    assert [(call.offer, call.expected_names) for call in receiver.calls] == [(theirs, ("w",))]
+    assert kept[0].tolist() == [0.0, 0.0, 0.0]
+
+
+# --- real processes that end in mid-transfer ----------------------------------------------------
+
+
+@contextmanager
+def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The other end of a transfer; stopped or not, it is gone when the block ends."""
+    command = [sys.executable, weights_process.__file__, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folder = Path(weights_process.__file__).parent
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(CHILD_STARTS_S)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("fatal_signal", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_receiver_that_ends_in_mid_transfer_is_named_and_the_next_epoch_works(fatal_signal):
+    with open_channel(TorchStage(weights_process.BUCKET_BYTES, None)) as channel:
+        first = channel.offer(1, world_size=3, deadline_s=CHILD_STARTS_S)
+        second = channel.offer(2, world_size=3, deadline_s=1.5)
+        offers = json.dumps([asdict(replace(offer, rank=2)) for offer in (first, second)])
+        with child("receive", offers, "2", str(int(fatal_signal))):
+            loaded = Loaded()
+            ours = weights_process.sample_weights(1)
+            outcomes = channel.transfer(first, ours, {1: ours}, {1: loaded.load})
+            assert isinstance(outcomes[0], TransferReport), outcomes
+            began_s = time.monotonic()
+            ours = weights_process.sample_weights(2)
+            outcomes = channel.transfer(second, ours, {1: ours}, {1: loaded.load})
+            waited_s = time.monotonic() - began_s
+            error = str(outcomes[0])
+            assert isinstance(outcomes[0], WeightSyncError)
+            assert "policy version 2, epoch 1, bucket" in error
+            assert error.endswith("no sign of life from rank 2")
+            assert isinstance(outcomes[1], WeightSyncError)
+            assert waited_s < 5.0
+            # The stopped process still holds its end: neither this nor closing may wait for it.
+            third = channel.offer(3, epoch=2, deadline_s=5.0)
+            ours = weights_process.sample_weights(3)
+            assert_arrived(send_to(channel, third, ours)[1], ours)
+            began_s = time.monotonic()
+            channel.close()
+            assert time.monotonic() - began_s < 2.5
+
+
+@pytest.mark.parametrize("fatal_signal", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_sender_that_ends_in_mid_transfer_is_named_and_the_receiver_joins_another(fatal_signal):
+    receiver = TorchReceiver(device=CPU)
+    expected = weights_process.sample_weights(0)
+    with child("send", "2", "60") as process:
+        assert process.stdout is not None
+        assert select.select([process.stdout], [], [], CHILD_STARTS_S)[0]
+        offer = WeightOffer(
+            policy_version=1,
+            epoch=1,
+            rank=1,
+            world_size=2,
+            store_host="127.0.0.1",
+            store_port=int(process.stdout.readline()),
+            backend="gloo",
+            deadline_s=20.0,
+        )
+        receiver.receive(offer, expected, Loaded().load)
+        second = replace(offer, policy_version=2, deadline_s=1.5)
+        began_s = time.monotonic()
+        with pytest.raises(WeightSyncError, match=r"bucket \d of 6 failed .* waiting for rank 0"):
+            receiver.receive(second, expected, lambda _: process.send_signal(fatal_signal))
+        assert time.monotonic() - began_s < 5.0
+        # A killed store refuses; a stopped one accepts, and never answers.
+        began_s = time.monotonic()
+        with pytest.raises(WeightSyncError, match="epoch 2, rendezvous failed after"):
+            receiver.receive(replace(second, epoch=2), expected, Loaded().load)
+        assert time.monotonic() - began_s < 5.0
+        with open_channel(TorchStage(weights_process.BUCKET_BYTES, None)) as channel:
+            channel.receivers[1] = receiver
+            ours = weights_process.sample_weights(3)
+            third = channel.offer(3, epoch=3, deadline_s=5.0)
+            assert_arrived(send_to(channel, third, ours)[1], ours)
+
+
+# --- the parts ----------------------------------------------------------------------------------
+
+
+def test_tied_parameters_are_named_once_and_in_layer_order():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(5, 3)
+            self.norm = nn.BatchNorm1d(3)
+            self.register_buffer("scratch", torch.ones(2), persistent=False)
+            self.head = nn.Linear(3, 5)
+            self.head.weight = self.embed.weight
+
+    named = list(named_weights(Tied()))
+    assert [name for name, _ in named] == [
+        "embed.weight",
+        "norm.weight",
+        "norm.bias",
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+        "head.bias",
+    ]
+    assert not any(tensor.requires_grad for _, tensor in named)
+
+
+def test_buckets_are_filled_in_order_and_aligned():
+    specs = describe(
+        [("a", torch.ones(5)), ("b", torch.ones(4)), ("c", torch.ones(100)), ("d", torch.ones(1))],
+        None,
+    )
+    plan = plan_buckets(specs, 64)
+    starts = [[(span.spec.name, span.start) for span in bucket.spans] for bucket in plan]
+    # a: 0..20, b from 32 to 48; c has 400 bytes and is alone; d starts the next.
+    assert starts == [[("a", 0), ("b", 32)], [("c", 0)], [("d", 0)]]
+    assert [bucket.num_bytes for bucket in plan] == [48, 400, 4]
+
+
+def test_a_bucket_packs_what_it_unpacks_and_a_lone_tensor_is_not_copied():
+    tensors = dict(mixed_tensors())
+    buffers = BufferPair()
+    plan = plan_buckets(describe(list(tensors.items()), None), 1024)
+    buffers.reserve(plan, CPU, pinned=False)
+    for index, bucket in enumerate(plan):
+        packed_B = pack(bucket, tensors, buffers.get(index))
+        assert packed_B.numel() == bucket.num_bytes
+        for name, tensor in unpack(bucket, packed_B):
+            assert same_bits(tensor, tensors[name])
+    assert pack(plan[0], tensors, buffers.get(0)).data_ptr() == tensors["embed"].data_ptr()
+    assert buffers.get(0) is buffers.get(2) and buffers.get(0) is not buffers.get(1)
+
+
+def test_the_manifest_survives_the_wire():
+    manifest = Manifest(policy_version=9, bucket_bytes=64, tensors=describe(mixed_tensors(), None))
+    assert decode_manifest(encode_manifest(manifest)) == manifest
+
+
+@pytest.mark.parametrize(
+    ("payload", "complaint"),
+    [
+        (b"\x80\x04N.", "not JSON"),
+        (b"[]", "not of format 1"),
+        (b'{"format": 2, "policy_version": 1, "bucket_bytes": 1, "tensors": []}', "format 1"),
+        (b'{"format": 1, "policy_version": 1, "bucket_bytes": 0, "tensors": []}', "format 1"),
+        (
+            b'{"format": 1, "policy_version": 1, "bucket_bytes": 1,'
+            b' "tensors": [["w", "object", [1]]]}',
+            r"malformed entry: \['w', 'object'",
+        ),
+        (
+            b'{"format": 1, "policy_version": 1, "bucket_bytes": 1,'
+            b' "tensors": [["w", "float32", [-1]]]}',
+            "malformed entry",
+        ),
+        (
+            b'{"format": 1, "policy_version": 1, "bucket_bytes": 1,'
+            b' "tensors": [["w", "float32", [1]], ["w", "float32", [1]]]}',
+            "'w' is announced twice",
+        ),
+    ],
+)
+def test_a_malformed_manifest_is_refused(payload: bytes, complaint: str):
+    with pytest.raises(WeightSyncError, match=complaint):
+        decode_manifest(payload)
+
+
+def test_a_manifest_beyond_its_bound_is_refused():
+    spec = TensorSpec(name="w" * (17 * 1024 * 1024), dtype=torch.float32, shape=(1,))
+    manifest = Manifest(policy_version=1, bucket_bytes=64, tensors=(spec,))
+    with pytest.raises(WeightSyncError, match="more than 16777216"):
+        encode_manifest(manifest)
+
+
+def test_the_store_is_served_at_one_address_and_gone_after_close():
+    sender = TorchSender(host="127.0.0.1", bucket_bytes=64, device=CPU)
+    _, port = sender.store_address
+    connected = subprocess.run(
+        [sys.executable, "-c", CONNECT, str(port)], capture_output=True, text=True, timeout=60
+    )
+    assert connected.stdout.split() == ["127.0.0.1", "open", "127.0.0.2", "refused"]
+    sender.close()
+    with pytest.raises(WeightSyncError, match="closed"):
+        sender.send(offer_of(sender), [("w", torch.ones(1))])
+
+
+CONNECT = """
+import socket, sys
+for host in ("127.0.0.1", "127.0.0.2"):
+    try:
+        socket.create_connection((host, int(sys.argv[1])), 5).close()
+        print(host, "open")
+    except ConnectionRefusedError:
+        print(host, "refused")
+"""
+
+
+def offer_of(sender: TorchSender) -> WeightOffer:
+    host, port = sender.store_address
+    return WeightOffer(
+        policy_version=1,
+        epoch=1,
+        rank=0,
+        world_size=2,
+        store_host=host,
+        store_port=port,
+        backend="gloo",
+        deadline_s=1.0,
+    )
+
+
+def test_a_store_host_of_another_machine_is_refused_with_the_field_to_change():
+    with pytest.raises(WeightSyncError, match=r"'192\.0\.2\.1'.*cluster\.host"):
+        host_store("192.0.2.1", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("configured", "device", "num_visible_gpus", "num_local_ranks", "chosen"),
+    [
+        ("auto", "cpu", 0, 2, "gloo"),
+        ("auto", "cpu", 8, 2, "gloo"),
+        ("auto", "cuda", 1, 2, "gloo"),
+        ("auto", "cuda:0", 2, 2, "nccl"),
+        ("auto", "cuda:0", 2, 3, "gloo"),
+        ("gloo", "cuda:0", 8, 2, "gloo"),
+        ("nccl", "cuda:0", 8, 8, "nccl"),
+    ],
+)
+def test_nccl_is_chosen_when_every_rank_has_a_gpu(
+    configured: str, device: str, num_visible_gpus: int, num_local_ranks: int, chosen: str
+):
+    backend = choose_backend(
+        configured, device, num_visible_gpus=num_visible_gpus, num_local_ranks=num_local_ranks
+    )
+    assert backend == chosen
+
+
+def test_nccl_on_one_gpu_is_a_configuration_error():
+    with pytest.raises(ConfigError, match=r"weights\.backend.*'auto'"):
+        choose_backend("nccl", "cuda:0", num_visible_gpus=1)
+
+
+# --- GPUs ---------------------------------------------------------------------------------------
+
+
+class GpuStage:
+    def __init__(self, devices: Sequence[str]) -> None:
+        self._devices = iter(devices)
+        device = torch.device(next(self._devices))
+        self.sender = TorchSender(host="127.0.0.1", bucket_bytes=1024, device=device)
+
+    def make_receiver(self) -> TorchReceiver:
+        return TorchReceiver(device=torch.device(next(self._devices)))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="no GPU here")
+def test_gloo_stages_gpu_tensors_through_host_memory():
+    with open_channel(GpuStage(["cuda:0", "cuda:0"])) as channel:
+        tensors = [(name, tensor.cuda()) for name, tensor in mixed_tensors()]
+        for policy_version in (1, 2):
+            loaded = send_to(channel, channel.offer(policy_version), tensors)
+            assert_arrived(loaded[1], mixed_tensors())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each rank")
+def test_nccl_moves_gpu_tensors_between_gpus():
+    with open_channel(GpuStage(["cuda:0", "cuda:1"])) as channel:
+        tensors = [(name, tensor.to("cuda:0")) for name, tensor in mixed_tensors()]
+        for policy_version in (1, 2):
+            offer = channel.offer(policy_version, deadline_s=60.0, backend="nccl")
+            loaded = send_to(channel, offer, tensors)[1]
+            assert all(tensor.is_cuda for tensor in loaded.tensors.values())
+            arrived = Loaded(tensors={name: t.cpu() for name, t in loaded.tensors.items()})
+            assert_arrived(arrived, mixed_tensors())

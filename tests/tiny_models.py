@@ -1,0 +1,57 @@
+"""Tiny random causal LMs of two families, tied and untied, and a folder holding one."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCABULARY = ("<pad>", "<bos>", "<eos>", "<unk>", *"0123456789+=abcdefghijklmnopqrstuvwxyz ")
+EOS_TOKEN_ID = 2
+CONTEXT_LENGTH = 96
+FAMILIES = [("llama", True), ("llama", False), ("qwen3", True), ("qwen3", False)]
+
+
+def tiny_model(family: str, *, tied: bool, seed: int = 0) -> Any:
+    """A float32 model of two layers, two KV heads under four query heads, in eval mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "tie_word_embeddings": tied,
+        # Large, so that the distributions are far from uniform and errors show.
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": EOS_TOKEN_ID,
+    }
+    torch.manual_seed(seed)
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    return Qwen3ForCausalLM(Qwen3Config(**sizes)).eval()
+
+
+def save_tokenizer(folder: Path, *, eos: bool = True) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>")
+    )
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    names = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<bos>"}
+    if eos:
+        names["eos_token"] = "<eos>"
+    PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(folder)
+
+
+def save_tiny_folder(folder: Path, *, family: str = "llama", tied: bool = True) -> Path:
+    tiny_model(family, tied=tied).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder

@@ -1,0 +1,173 @@
+"""Two stages for one play: the same contract runs in process and over real sockets."""
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from typing import Protocol
+
+import pytest
+import uvloop
+import zmq
+import zmq.asyncio
+
+from speed_async.wire.codec import Frame, decode
+from speed_async.wire.inprocess import InProcessHub, InProcessLink
+from speed_async.wire.messages import Message
+from speed_async.wire.transport import Hub, Link
+from speed_async.wire.zeromq import ZmqHub, open_hub, open_link
+
+TEST_DEADLINE_S = 30.0
+SOON_S = 10.0
+"""Bound of a wait that a correct transport ends at once."""
+
+
+class CountingHub(Hub, Protocol):
+    rejected: int
+    undelivered: int
+
+
+class RawPeer(Protocol):
+    """A peer that may send any frames at all."""
+
+    async def send_frames(self, frames: Sequence[Frame]) -> None: ...
+
+    async def receive(self, deadline_s: float) -> Message: ...
+
+
+class Stage(Protocol):
+    """A hub and the means to connect to it; everything is closed at the end of the test."""
+
+    hub: CountingHub
+
+    async def link(self, name: str) -> Link: ...
+
+    async def raw_peer(self, name: str) -> RawPeer: ...
+
+
+class InProcessStage:
+    def __init__(self, queued_messages: int, send_deadline_s: float) -> None:
+        self.hub = InProcessHub(queued_messages=queued_messages, send_deadline_s=send_deadline_s)
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> "InProcessStage":
+        self._stack.push_async_callback(self.hub.close)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def link(self, name: str) -> InProcessLink:
+        link = self.hub.connect(name)
+        self._stack.push_async_callback(link.close)
+        return link
+
+    async def raw_peer(self, name: str) -> InProcessLink:
+        return await self.link(name)
+
+
+class ZmqStage:
+    hub: ZmqHub
+
+    def __init__(self, queued_messages: int, send_deadline_s: float) -> None:
+        self._queued_messages = queued_messages
+        self._send_deadline_s = send_deadline_s
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> "ZmqStage":
+        self.hub = await open_hub(
+            "127.0.0.1",
+            0,
+            outbox_messages=self._queued_messages,
+            inbox_messages=self._queued_messages,
+            send_deadline_s=self._send_deadline_s,
+        )
+        self._stack.push_async_callback(self.hub.close)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def link(self, name: str) -> Link:
+        link = await open_link(
+            "127.0.0.1",
+            self.hub.port,
+            name,
+            outbox_messages=self._queued_messages,
+            inbox_messages=self._queued_messages,
+            send_deadline_s=self._send_deadline_s,
+        )
+        self._stack.push_async_callback(link.close)
+        return link
+
+    async def raw_peer(self, name: str) -> "ZmqRawPeer":
+        peer = ZmqRawPeer(name, self.hub.port)
+        self._stack.callback(peer.close)
+        return peer
+
+
+class ZmqRawPeer:
+    def __init__(self, name: str, port: int) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.IDENTITY = name.encode("latin-1")
+        self._socket.connect(f"tcp://127.0.0.1:{port}")
+
+    async def send_frames(self, frames: Sequence[Frame]) -> None:
+        await self._socket.send_multipart(frames)
+
+    async def receive(self, deadline_s: float) -> Message:
+        async with asyncio.timeout(deadline_s):
+            return decode(await self._socket.recv_multipart())
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+
+Scene = Callable[..., Awaitable[None]]
+RUNNERS = {"asyncio": asyncio.run, "uvloop": uvloop.run}
+SETTINGS = {
+    "in-process": (InProcessStage, "asyncio"),
+    "zeromq-asyncio": (ZmqStage, "asyncio"),
+    "zeromq-uvloop": (ZmqStage, "uvloop"),
+}
+
+
+def on_every_transport(
+    *, queued_messages: int = 64, send_deadline_s: float = SOON_S
+) -> Callable[[Scene], Callable[..., None]]:
+    """Runs an async test once on each transport and event loop, within a deadline."""
+    return _staged(list(SETTINGS), queued_messages, send_deadline_s)
+
+
+def over_sockets(
+    *, queued_messages: int = 64, send_deadline_s: float = SOON_S
+) -> Callable[[Scene], Callable[..., None]]:
+    """The same for what only sockets can do: restart, die, be late."""
+    zmq_settings = [name for name, (stage, _) in SETTINGS.items() if stage is ZmqStage]
+    return _staged(zmq_settings, queued_messages, send_deadline_s)
+
+
+def _staged(
+    names: list[str], queued_messages: int, send_deadline_s: float
+) -> Callable[[Scene], Callable[..., None]]:
+    def decorate(scene: Scene) -> Callable[..., None]:
+        @pytest.mark.parametrize("setting", names)
+        def run(setting: str) -> None:
+            stage_type, loop = SETTINGS[setting]
+
+            async def play() -> None:
+                async with (
+                    asyncio.timeout(TEST_DEADLINE_S),
+                    stage_type(queued_messages, send_deadline_s) as stage,
+                ):
+                    await scene(stage)
+
+            RUNNERS[loop](play())
+
+        # Not functools.wraps: pytest would read the scene's signature and seek a `stage` fixture.
+        functools.update_wrapper(run, scene)
+        del run.__wrapped__
+        return run
+
+    return decorate

@@ -1,0 +1,174 @@
+"""Two stages for one play: the same contract runs in memory and over real process groups."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+import pytest
+import torch
+from torch import Tensor
+
+from speed_async.errors import SpeedAsyncError
+from speed_async.types import WeightOffer
+from speed_async.weights.broadcast import TorchReceiver, TorchSender
+from speed_async.weights.channel import (
+    LoadTensors,
+    NamedTensor,
+    TransferReport,
+    WeightReceiver,
+    WeightSender,
+)
+from speed_async.weights.memory_channel import MemoryReceiver, MemorySender, MemoryStore
+
+JOIN_S = 30.0
+"""Bound of a wait for a thread that its own deadlines end much earlier."""
+Outcome = TransferReport | Exception
+
+
+@dataclass(kw_only=True)
+class Loaded:
+    """What one receiver's `load` was given: copies by name, and the names of each bucket."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    buckets: list[list[str]] = field(default_factory=list)
+
+    def load(self, tensors: Sequence[NamedTensor]) -> None:
+        self.buckets.append([name for name, _ in tensors])
+        self.tensors.update({name: tensor.clone() for name, tensor in tensors})
+
+
+class Stage(Protocol):
+    """A sender and as many receivers as asked for; `close` is called at the end of the test."""
+
+    @property
+    def sender(self) -> WeightSender: ...
+
+    def make_receiver(self) -> WeightReceiver: ...
+
+
+class TorchStage:
+    def __init__(self, bucket_bytes: int, cast: torch.dtype | None) -> None:
+        cpu = torch.device("cpu")
+        self.sender = TorchSender(
+            host="127.0.0.1", bucket_bytes=bucket_bytes, device=cpu, cast=cast
+        )
+
+    def make_receiver(self) -> TorchReceiver:
+        return TorchReceiver(device=torch.device("cpu"))
+
+
+class MemoryStage:
+    def __init__(self, bucket_bytes: int, cast: torch.dtype | None) -> None:
+        self._store = MemoryStore()
+        self.sender = MemorySender(self._store, bucket_bytes=bucket_bytes, cast=cast)
+
+    def make_receiver(self) -> MemoryReceiver:
+        return MemoryReceiver(self._store)
+
+
+class Channel:
+    """Runs transfers of one stage: the sender here, every receiver in a thread of its own."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.sender = stage.sender
+        self._make_receiver = stage.make_receiver
+        self.receivers: dict[int, WeightReceiver] = {}
+
+    def receiver(self, index: int) -> WeightReceiver:
+        if index not in self.receivers:
+            self.receivers[index] = self._make_receiver()
+        return self.receivers[index]
+
+    def offer(
+        self,
+        policy_version: int,
+        rank: int = 0,
+        *,
+        epoch: int = 1,
+        world_size: int = 2,
+        deadline_s: float = 10.0,
+        backend: Literal["gloo", "nccl"] = "gloo",
+    ) -> WeightOffer:
+        host, port = self.sender.store_address
+        return WeightOffer(
+            policy_version=policy_version,
+            epoch=epoch,
+            rank=rank,
+            world_size=world_size,
+            store_host=host,
+            store_port=port,
+            backend=backend,
+            deadline_s=deadline_s,
+        )
+
+    def transfer(
+        self,
+        offer: WeightOffer,
+        tensors: Iterable[NamedTensor],
+        expected: dict[int, Sequence[NamedTensor]],
+        load: dict[int, LoadTensors],
+    ) -> dict[int, Outcome]:
+        """One transfer in which the ranks of `expected` receive; how it ended, by rank."""
+        outcomes: dict[int, Outcome] = {}
+
+        def receive(rank: int) -> None:
+            theirs = replace(offer, rank=rank)
+            receiver = self.receiver(rank)
+            attempt(outcomes, rank, lambda: receiver.receive(theirs, expected[rank], load[rank]))
+
+        threads = [threading.Thread(target=receive, args=(rank,)) for rank in expected]
+        for thread in threads:
+            thread.start()
+        attempt(outcomes, 0, lambda: self.sender.send(offer, tensors))
+        for thread in threads:
+            thread.join(JOIN_S)
+            assert not thread.is_alive()
+        return outcomes
+
+    def close(self) -> None:
+        for end in (self.sender, *self.receivers.values()):
+            end.close()
+            end.close()
+
+
+def attempt(outcomes: dict[int, Outcome], rank: int, call: Callable[[], TransferReport]) -> None:
+    try:
+        outcomes[rank] = call()
+    except (SpeedAsyncError, LookupError) as error:
+        outcomes[rank] = error
+
+
+@contextmanager
+def open_channel(stage: Stage) -> Iterator[Channel]:
+    channel = Channel(stage)
+    try:
+        yield channel
+    finally:
+        channel.close()
+
+
+def on_every_channel(*, bucket_bytes: int = 1024, cast: torch.dtype | None = None):
+    """Runs the test with a `channel` over memory, then over gloo."""
+    makers: dict[str, Callable[[], Stage]] = {
+        "memory": lambda: MemoryStage(bucket_bytes, cast),
+        "gloo": lambda: TorchStage(bucket_bytes, cast),
+    }
+    return pytest.mark.parametrize(
+        "make_stage", [pytest.param(make, id=name) for name, make in makers.items()]
+    )
+
+
+@pytest.fixture
+def channel(make_stage: Callable[[], Stage]) -> Iterator[Channel]:
+    with open_channel(make_stage()) as opened:
+        yield opened
+
+
+def same_bits(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal dtype, shape and bytes: NaN equals itself, and -0.0 is not 0.0."""
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return False
+    flat = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (ours, theirs))
+    return torch.equal(*flat)

@@ -1,0 +1,67 @@
+"""The other end of a transfer, in a process of its own that may be killed or stopped.
+
+`receive OFFERS FATAL_VERSION SIGNAL` takes every offer in turn, and ends itself by SIGNAL in the
+load of the first bucket of FATAL_VERSION. `send NUM_VERSIONS DEADLINE_S` prints its port and
+sends to one receiver.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from speed_async.types import WeightOffer
+from speed_async.weights.broadcast import TorchReceiver, TorchSender
+from speed_async.weights.channel import NamedTensor
+
+NUM_BUCKETS = 6
+BUCKET_BYTES = 1024 * 1024
+CPU = torch.device("cpu")
+
+
+def sample_weights(policy_version: int) -> list[NamedTensor]:
+    """One tensor a bucket; its numbers say which version and which tensor it is."""
+    num_elements = BUCKET_BYTES // 4
+    return [
+        (f"layer.{index}", torch.full((num_elements,), float(10 * policy_version + index)))
+        for index in range(NUM_BUCKETS)
+    ]
+
+
+def receive(offers: list[dict], fatal_version: int, signal_number: int) -> None:
+    def die(_: Sequence[NamedTensor]) -> None:
+        os.kill(os.getpid(), signal_number)
+
+    receiver = TorchReceiver(device=CPU)
+    for offer in (WeightOffer(**fields) for fields in offers):
+        load = die if offer.policy_version == fatal_version else lambda _: None
+        receiver.receive(offer, sample_weights(0), load)
+
+
+def send(num_versions: int, deadline_s: float) -> None:
+    sender = TorchSender(host="127.0.0.1", bucket_bytes=BUCKET_BYTES, device=CPU)
+    host, port = sender.store_address
+    print(port, flush=True)
+    for policy_version in range(1, num_versions + 1):
+        offer = WeightOffer(
+            policy_version=policy_version,
+            epoch=1,
+            rank=0,
+            world_size=2,
+            store_host=host,
+            store_port=port,
+            backend="gloo",
+            deadline_s=deadline_s,
+        )
+        sender.send(offer, sample_weights(policy_version))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    match sys.argv[1:]:
+        case ["receive", offers, fatal_version, signal_number]:
+            receive(json.loads(offers), int(fatal_version), int(signal_number))
+        case ["send", num_versions, deadline_s]:
+            send(int(num_versions), float(deadline_s))
