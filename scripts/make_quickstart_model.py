@@ -76,7 +76,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    pad, bos, eos = tokenizer.convert_tokens_to_ids(["<pad>", "<bos>", "<eos>"])
+    pad, bos, eos = map(SPECIAL.index, ("<pad>", "<bos>", "<eos>"))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,

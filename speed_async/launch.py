@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from speed_async.config.load import load_config
@@ -34,6 +35,9 @@ def main(arguments: list[str]) -> int:
         _check_world(config, rank)
         return run_rank(config, rank)
     except SpeedAsyncError as error:
+        return fail(describe(role, error))
+    except Exception as error:  # the rank's boundary: its trace is in the run folder's logs
+        traceback.print_exc()
         return fail(describe(role, error))
 
 

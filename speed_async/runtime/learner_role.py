@@ -20,7 +20,7 @@ from speed_async.learner.parallel import SingleRank
 from speed_async.learner.trainer import Trainer
 from speed_async.observe.report import plot_accuracy, summary_text
 from speed_async.runtime.failure import describe, recorded
-from speed_async.runtime.processes import end_process, start_role
+from speed_async.runtime.processes import end_process, log_to, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
 from speed_async.runtime.run_folder import RunFolder, make_run_folder
 from speed_async.tasks.registry import make_task
@@ -41,6 +41,7 @@ async def lead_run(config: Config, rank: Rank) -> bool:
     for stopper in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(stopper, stop.set)
     folder, config = make_run_folder(config)
+    log_to(folder.log(ROLE))
     service, ports = await _start_service(config, folder)
     console: asyncio.subprocess.Process | None = None
     try:

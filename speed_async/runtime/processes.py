@@ -21,6 +21,14 @@ def die_with_parent(parent_id: int) -> None:
             os._exit(1)
 
 
+def log_to(path: Path) -> None:
+    """From here on, whatever this process or its libraries write to stderr goes to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.flush()
+    with path.open("a") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+
+
 async def start_role(
     role: str,
     arguments: Sequence[str],

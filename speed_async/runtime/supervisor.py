@@ -16,7 +16,7 @@ import torch
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
 from speed_async.runtime.failure import EXIT_GIVEN_UP, recorded
-from speed_async.runtime.processes import end_process, start_role
+from speed_async.runtime.processes import end_process, log_to, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous
 from speed_async.runtime.run_folder import RunFolder
 
@@ -29,6 +29,7 @@ async def supervise_actor(config: Config, rank: Rank) -> None:
     address = await asyncio.to_thread(rendezvous.find)
     folder = RunFolder(path=Path(address.run_folder))
     role = f"actor-{rank.rank}"
+    log_to(folder.log(f"{role}-supervisor"))
     stopping = asyncio.Event()
     for stopper in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(stopper, stopping.set)

@@ -134,9 +134,9 @@ class PolledSocket:
                 raise TransportClosed(f"closed while waiting for {whom}: {what}")
             with suppress(zmq.Again):
                 result = operation()
-                self._wake_waiting()
+                if self._readers or self._writers:
+                    self._wake()
                 return result
-            self._wake_waiting()
             waited_s = self._loop.time() - started_s
             if waited_s >= deadline_s:
                 raise DeadlineExceeded(whom, what, waited_s)
@@ -149,15 +149,14 @@ class PolledSocket:
         waiter = self._loop.create_future()
         waiters.add(waiter)
         timer = self._loop.call_later(timeout_s, _resolve, waiter)
+        # Only now: the failed operation may have eaten a signal that was meant for any waiter,
+        # this one included.
+        self._wake()
         try:
             await waiter
         finally:
             timer.cancel()
             waiters.discard(waiter)
-
-    def _wake_waiting(self) -> None:
-        if self._readers or self._writers:
-            self._wake()
 
     def _wake(self) -> None:
         # Reading EVENTS also clears the descriptor, which would else keep the loop spinning.

@@ -1,0 +1,251 @@
+"""What every engine must do; each engine's test file runs all of CONTRACT.
+
+`start(model_limit)` makes an engine, not yet entered, with two slots and a context of 96, whose
+completions never stop by themselves before `max_new_tokens`.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import numpy as np
+import pytest
+
+from speed_async.actors.engine import GenerationRequest
+from speed_async.actors.stepped_engine import SteppedEngine
+from speed_async.errors import ConfigError, ModelError, SpeedAsyncError
+from speed_async.types import Sampled, WeightOffer
+
+CONTEXT_LENGTH = 96
+WAIT_S = 20.0
+
+
+class StartEngine(Protocol):
+    def __call__(self) -> SteppedEngine: ...
+
+
+def request(max_new_tokens: int, *, priority: int = 0, num_prompt: int = 5) -> GenerationRequest:
+    return GenerationRequest(
+        prompt_token_ids=np.arange(4, 4 + num_prompt, dtype=np.int32) % 40,
+        max_new_tokens=max_new_tokens,
+        temperature=1.0,
+        top_p=1.0,
+        priority=priority,
+    )
+
+
+def offer(policy_version: int) -> WeightOffer:
+    return WeightOffer(
+        policy_version=policy_version,
+        epoch=0,
+        rank=1,
+        world_size=2,
+        store_host="127.0.0.1",
+        store_port=1,
+        backend="gloo",
+        deadline_s=WAIT_S,
+    )
+
+
+async def until(engine: SteppedEngine, condition: Callable[[], bool]) -> None:
+    """Let the engine work until something holds; each look is one turn of the event loop."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+def start_all(engine: SteppedEngine, requests: list[GenerationRequest]) -> list[asyncio.Task]:
+    return [asyncio.create_task(engine.generate(one)) for one in requests]
+
+
+async def gathered(tasks: list[asyncio.Task]) -> list[Sampled]:
+    async with asyncio.timeout(WAIT_S):
+        return await asyncio.gather(*tasks)
+
+
+async def a_completion_is_as_long_as_asked_and_carries_its_provenance(start: StartEngine) -> None:
+    async with start() as engine:
+        [sampled] = await gathered(start_all(engine, [request(7)]))
+    assert sampled.num_tokens == 7 and sampled.finish_reason == "length"
+    assert sampled.token_ids.dtype == np.int32 and sampled.token_ids.shape == (7,)
+    assert sampled.logprobs.dtype == np.float32 and (sampled.logprobs < 0).all()
+    assert sampled.policy_versions.tolist() == [0] * 7
+
+
+async def more_requests_than_slots_all_return(start: StartEngine) -> None:
+    lengths = [1, 9, 3, 30, 2, 2, 17, 5]
+    async with start() as engine:
+        results = await gathered(start_all(engine, [request(length) for length in lengths]))
+        stats = engine.stats
+    assert [sampled.num_tokens for sampled in results] == lengths
+    assert stats.tokens_generated == sum(lengths)
+    assert (stats.tokens_running, stats.num_running, stats.num_waiting) == (0, 0, 0)
+
+
+async def lower_priority_values_go_first_and_equals_in_order(start: StartEngine) -> None:
+    order: list[str] = []
+
+    async def named(engine: SteppedEngine, name: str, priority: int) -> None:
+        await engine.generate(request(4, priority=priority))
+        order.append(name)
+
+    async with start() as engine:
+        await engine.pause(abort=False)
+        names = [("screen-1", 1), ("screen-2", 1), ("continue-1", 0), ("continue-2", 0)]
+        tasks = [asyncio.create_task(named(engine, *each)) for each in names]
+        await until(engine, lambda: engine.stats.num_waiting == 4)
+        await engine.resume()
+        await gathered(tasks)
+    assert order == ["continue-1", "continue-2", "screen-1", "screen-2"]
+
+
+async def max_new_tokens_is_cut_to_the_context(start: StartEngine) -> None:
+    async with start() as engine:
+        [sampled] = await gathered(start_all(engine, [request(500, num_prompt=90)]))
+    assert sampled.num_tokens == CONTEXT_LENGTH - 90 and sampled.finish_reason == "length"
+
+
+async def unservable_requests_are_refused_at_once(start: StartEngine) -> None:
+    async with start() as engine:
+        with pytest.raises(ModelError, match="96 tokens and the context holds 96"):
+            await engine.generate(request(4, num_prompt=CONTEXT_LENGTH))
+        with pytest.raises(ConfigError, match="max_new_tokens"):
+            await engine.generate(request(0))
+        assert engine.stats.tokens_generated == 0
+
+
+async def counts_close_at_every_moment(start: StartEngine) -> None:
+    returned = 0
+
+    async def count(engine: SteppedEngine, length: int) -> None:
+        nonlocal returned
+        sampled = await engine.generate(request(length))
+        returned += sampled.num_tokens
+
+    async with start() as engine:
+        tasks = [asyncio.create_task(count(engine, 3 + 2 * i)) for i in range(10)]
+        victims = [asyncio.create_task(count(engine, 80)) for _ in range(4)]
+        num_looks = 0
+        async with asyncio.timeout(WAIT_S):
+            while not all(task.done() for task in tasks + victims):
+                stats = engine.stats
+                counted = returned + engine.tokens_cancelled + stats.tokens_running
+                assert stats.tokens_generated == counted
+                num_looks += 1
+                if all(task.done() for task in tasks) and stats.tokens_running > 20:
+                    for task in victims:
+                        task.cancel()
+                await asyncio.sleep(0)
+        await until(engine, lambda: engine.stats.num_running == 0)
+        assert num_looks > 20 and engine.tokens_cancelled > 20
+        assert engine.stats.tokens_generated == returned + engine.tokens_cancelled
+
+
+async def cancelling_frees_the_slot(start: StartEngine) -> None:
+    async with start() as engine:
+        hogs = start_all(engine, [request(90), request(90)])
+        await until(engine, lambda: engine.stats.num_running == 2)
+        [waiting] = start_all(engine, [request(3)])
+        hogs[0].cancel()
+        await gathered([waiting])
+        assert not hogs[1].done(), "the short one must have run beside the other long one"
+        hogs[1].cancel()
+        await until(engine, lambda: engine.stats.num_running == 0)
+        assert engine.stats.num_waiting == 0
+
+
+async def a_cancelled_request_that_only_waits_never_runs(start: StartEngine) -> None:
+    async with start() as engine:
+        await engine.pause(abort=False)
+        first, second = start_all(engine, [request(3), request(3)])
+        await until(engine, lambda: engine.stats.num_waiting == 2)
+        first.cancel()
+        await engine.resume()
+        await gathered([second])
+        assert engine.stats.tokens_generated == 3
+
+
+async def pause_with_abort_returns_what_there_is(start: StartEngine) -> None:
+    async with start() as engine:
+        running = start_all(engine, [request(80), request(80)])
+        await until(engine, lambda: engine.stats.num_running == 2)
+        waiting = start_all(engine, [request(80)])
+        await until(engine, lambda: engine.stats.tokens_running >= 6)
+        async with asyncio.timeout(WAIT_S):
+            await engine.pause(abort=True)
+        results = await gathered(running + waiting)
+        assert [sampled.finish_reason for sampled in results] == ["abort"] * 3
+        assert results[0].num_tokens >= 3 and results[2].num_tokens == 0
+        assert engine.stats.tokens_generated == sum(sampled.num_tokens for sampled in results)
+        await engine.resume()
+        [after] = await gathered(start_all(engine, [request(2)]))
+        assert after.finish_reason == "length"
+
+
+async def nothing_is_sampled_while_paused(start: StartEngine) -> None:
+    async with start() as engine:
+        [task] = start_all(engine, [request(60)])
+        await until(engine, lambda: engine.stats.tokens_running > 2)
+        await engine.pause(abort=False)
+        before = engine.stats.tokens_generated
+        # An update is a full turn of the worker thread: steps would show in between.
+        for version in (1, 2, 3):
+            await engine.update_weights(offer(version))
+        assert engine.stats.tokens_generated == before and not task.done()
+        await engine.resume()
+        [sampled] = await gathered([task])
+        assert sampled.num_tokens == 60
+        assert sorted(set(sampled.policy_versions.tolist())) == [0, 3]
+
+
+async def an_update_in_flight_splits_the_versions_once(start: StartEngine) -> None:
+    async with start() as engine:
+        tasks = start_all(engine, [request(60), request(70), request(5)])
+        await until(engine, lambda: engine.stats.tokens_running > 10)
+        async with asyncio.timeout(WAIT_S):
+            report = await engine.update_weights(offer(7))
+        assert engine.stats.policy_version == 7
+        assert report.policy_version == 7 and report.pause_s >= report.transfer_s >= 0
+        results = await gathered(tasks)
+    for sampled in results[:2]:
+        versions = sampled.policy_versions.tolist()
+        assert versions == sorted(versions) and set(versions) == {0, 7}
+    assert set(results[2].policy_versions.tolist()) <= {0, 7}
+
+
+async def the_event_loop_runs_on_while_the_engine_works(start: StartEngine) -> None:
+    async with start() as engine:
+        [task] = start_all(engine, [request(80)])
+        num_turns = 0
+        async with asyncio.timeout(WAIT_S):
+            while not task.done():
+                num_turns += 1
+                await asyncio.sleep(0)
+    assert num_turns > 80
+
+
+async def leaving_ends_running_requests_with_an_error(start: StartEngine) -> None:
+    async with start() as engine:
+        [task] = start_all(engine, [request(90)])
+        await until(engine, lambda: engine.stats.num_running == 1)
+    with pytest.raises(SpeedAsyncError, match="closed"):
+        await gathered([task])
+    with pytest.raises(SpeedAsyncError, match="closed"):
+        await engine.generate(request(3))
+
+
+CONTRACT: list[Callable[[StartEngine], Awaitable[None]]] = [
+    a_completion_is_as_long_as_asked_and_carries_its_provenance,
+    more_requests_than_slots_all_return,
+    lower_priority_values_go_first_and_equals_in_order,
+    max_new_tokens_is_cut_to_the_context,
+    unservable_requests_are_refused_at_once,
+    counts_close_at_every_moment,
+    cancelling_frees_the_slot,
+    a_cancelled_request_that_only_waits_never_runs,
+    pause_with_abort_returns_what_there_is,
+    nothing_is_sampled_while_paused,
+    an_update_in_flight_splits_the_versions_once,
+    the_event_loop_runs_on_while_the_engine_works,
+    leaving_ends_running_requests_with_an_error,
+]

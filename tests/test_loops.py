@@ -1,0 +1,317 @@
+"""Actor, service and learner together, over the in-process transport and the shipped fakes.
+
+Everything here is the real code of the three loops; only the model (a scripted engine), the
+verifier (a scripted one) and the optimiser (which counts) are stand-ins.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from buffer_fixtures import make_config
+
+from speed_async.actors.engine import GenerationRequest
+from speed_async.actors.loop import ActorLoop
+from speed_async.actors.rollout import Rollout
+from speed_async.actors.scripted_engine import ScriptedEngine
+from speed_async.buffer.curriculum import UniformCurriculum
+from speed_async.buffer.server import serve
+from speed_async.buffer.service import BufferService
+from speed_async.config.schema import Config
+from speed_async.errors import RoleError, TaskError
+from speed_async.evaluate.plan import EvaluationPlan
+from speed_async.learner.loop import Finished, LearnerLoop
+from speed_async.learner.trainer import UpdateResult
+from speed_async.observe.sinks import RecordingSink
+from speed_async.tasks.task import fingerprint
+from speed_async.types import Group, Int32Array, Prompt
+from speed_async.weights.memory_channel import MemoryReceiver, MemorySender, MemoryStore
+from speed_async.wire import messages as m
+from speed_async.wire.feed import FeedPublisher
+from speed_async.wire.inprocess import InProcessHub
+
+NUM_PROMPTS = 30
+
+
+class DigitTask:
+    """Prompt i asks for a completion that ends in 1 (i even) or is hopeless (i odd)."""
+
+    def __init__(self) -> None:
+        self.train_prompts = [
+            Prompt(prompt_id=i, text=f"p{i}", answer=str(i % 2)) for i in range(NUM_PROMPTS)
+        ]
+        self.held_out_prompts = [
+            Prompt(prompt_id=i, text=f"h{i}", answer="0", held_out=True) for i in range(4)
+        ]
+
+    def score(self, prompt: Prompt, completion: str) -> float:
+        return float(completion.endswith("1")) if prompt.answer == "0" else 0.0
+
+
+class InlineVerifier:
+    """Scores at once; raises or never answers for the prompts it is told to."""
+
+    def __init__(self, task: DigitTask) -> None:
+        self.task = task
+        self.broken_prompts: set[int] = set()
+
+    async def score(self, prompt: Prompt, completions: list[str]) -> list[float]:
+        if not prompt.held_out and prompt.prompt_id in self.broken_prompts:
+            raise TaskError(f"the verifier of prompt {prompt.prompt_id} raised")
+        return [self.task.score(prompt, completion) for completion in completions]
+
+
+class CharCodec:
+    def encode(self, text: str) -> Int32Array:
+        return np.array([ord(c) % 50 for c in text], np.int32)
+
+    def decode(self, token_ids: Int32Array) -> str:
+        return "".join(map(str, token_ids.tolist()))
+
+
+def alternate(request: GenerationRequest, num_started: int) -> list[int]:
+    """Every second request ends in 1; lengths differ."""
+    return [7] * (num_started % 4) + [num_started % 2]
+
+
+class CountingUpdates:
+    """Stands where the trainer does: remembers the groups, keeps one weight."""
+
+    def __init__(self, act: Callable[[int], None] = lambda n: None) -> None:
+        self.batches: list[list[Group]] = []
+        self.saved: list[int] = []
+        self._act = act
+
+    def update(self, groups: list[Group]) -> UpdateResult:
+        self.batches.append(groups)
+        self._act(len(self.batches))
+        return UpdateResult(
+            skipped=False,
+            skip_reason="",
+            tokens=sum(group.num_tokens for group in groups),
+            completions=sum(len(group.completions) for group in groups),
+            metrics={"loss": 0.0},
+            train_s=0.0,
+        )
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "weight", torch.tensor([float(len(self.batches))])
+
+    def save(self, policy_version: int) -> None:
+        self.saved.append(policy_version)
+
+
+class Run:
+    """One whole run inside one event loop."""
+
+    def __init__(self, config: Config, num_actors: int = 2) -> None:
+        self.config = config
+        self.task = DigitTask()
+        self.verifier = InlineVerifier(self.task)
+        self.sink = RecordingSink()
+        self.stop = asyncio.Event()
+        self.updates = CountingUpdates()
+        self.num_actors = num_actors
+        self.engines: list[ScriptedEngine] = []
+        self.service = BufferService(
+            config,
+            curriculum=UniformCurriculum(NUM_PROMPTS, np.random.default_rng(0)),
+            evaluations=EvaluationPlan(num_prompts=4, num_samples=2, every=config.evaluate.every),
+            fingerprint=fingerprint(self.task),
+            started_s=0.0,
+        )
+
+    async def execute(self) -> Finished:
+        hub = InProcessHub()
+        feed = FeedPublisher("127.0.0.1", 0)
+        store = MemoryStore()
+        async with asyncio.TaskGroup() as tasks:
+            serving = tasks.create_task(serve(self.service, hub, feed, [self.sink]))
+            for index in range(1, self.num_actors + 1):
+                tasks.create_task(self._act(hub, index, store))
+            learner = LearnerLoop(
+                self.config,
+                name="learner",
+                link=hub.connect("learner"),
+                updates=self.updates,
+                sender=MemorySender(store, bucket_bytes=1024),
+                backend="gloo",
+                stop=self.stop,
+            )
+            finished = await learner.run(self._hello("learner", 0))
+            await serving
+        return finished
+
+    async def _act(self, hub: InProcessHub, index: int, store: MemoryStore) -> None:
+        expected = [("weight", torch.zeros(1))]
+        receiver = MemoryReceiver(store)
+
+        def receive(offer: Any) -> float:
+            return receiver.receive(offer, expected, lambda tensors: None).transfer_s
+
+        engine = ScriptedEngine(alternate, num_slots=self.config.actors.slots, receive=receive)
+        self.engines.append(engine)
+        name = f"actor-{index}"
+        async with engine:
+            loop = ActorLoop(
+                self.config,
+                name=name,
+                link=hub.connect(f"{name}.0"),
+                engine=engine,
+                rollout=Rollout(self.config, engine, self.verifier, CharCodec()),
+                task=self.task,
+            )
+            await loop.run(self._hello("actor", index))
+
+    def _hello(self, role: str, index: int) -> m.Hello:
+        return m.Hello(
+            role=role,
+            index=index,
+            incarnation=0,
+            fingerprint=fingerprint(self.task),
+            process_id=index,
+        )
+
+
+def execute(run: Run) -> Finished:
+    return asyncio.run(asyncio.wait_for(run.execute(), 30))
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Run]:
+    (tmp_path / "config.json").write_text("{}")
+
+    def make(num_actors: int = 2, **sections: dict[str, object]) -> Run:
+        sections.setdefault("run", {"updates": 5})
+        sections.setdefault("actors", {"slots": 16, "max_new_tokens": 8})
+        sections.setdefault("evaluate", {"every": 2, "num_samples": 2})
+        return Run(make_config(str(tmp_path), **sections), num_actors)
+
+    return make
+
+
+def test_a_run_trains_every_batch_and_closes_its_books(make_run: Callable[..., Run]) -> None:
+    run = make_run()
+    finished = execute(run)
+    assert finished.completed
+    assert finished.optimizer_updates == 5
+    assert run.updates.saved == [5]
+    ledger = finished.service_fields["ledger"]
+    assert isinstance(ledger, dict)
+    assert ledger["checks"] == dict.fromkeys(ledger["checks"], True)
+    assert ledger["groups"]["trained"] == 10
+    trained = sum(group.num_tokens for batch in run.updates.batches for group in batch)
+    assert ledger["tokens"]["trained"] == trained == finished.tokens_trained
+    # The engines' own counts are the ledger's "generated".
+    assert ledger["tokens"]["generated"] == sum(e.stats.tokens_generated for e in run.engines)
+
+
+def test_only_prompts_of_moderate_difficulty_are_continued(make_run: Callable[..., Run]) -> None:
+    run = make_run()
+    finished = execute(run)
+    trained = {group.prompt_id for batch in run.updates.batches for group in batch}
+    assert trained
+    assert all(prompt_id % 2 == 0 for prompt_id in trained)
+    for batch in run.updates.batches:
+        for group in batch:
+            assert len(group.completions) == 4
+            screening = [completion.reward for completion in group.completions[:2]]
+            assert 0 < sum(screening) < 2
+    acceptance = finished.service_fields["gate_acceptance"]
+    assert isinstance(acceptance, float)
+    assert 0 < acceptance < 1
+
+
+def test_no_token_is_trained_past_the_staleness_bound(make_run: Callable[..., Run]) -> None:
+    run = make_run(run={"updates": 12}, buffer={"max_staleness": 1, "capacity_groups": 8})
+    execute(run)
+    for policy_version, batch in enumerate(run.updates.batches):
+        for group in batch:
+            assert policy_version - group.oldest_version <= 1
+
+
+def test_continuations_go_before_screening_and_evaluations_before_both(
+    make_run: Callable[..., Run],
+) -> None:
+    run = make_run(num_actors=1)
+    execute(run)
+    priorities = {request.priority for request in run.engines[0].requests}
+    assert priorities == {0, 1, 2}
+
+
+def test_first_and_last_version_are_evaluated_on_prompts_that_are_never_trained(
+    make_run: Callable[..., Run],
+) -> None:
+    run = make_run()
+    finished = execute(run)
+    evaluated = [e.values for e in run.sink.events if e.kind == "evaluation"]
+    assert evaluated[0]["policy_version"] == 0
+    assert evaluated[0]["newest_version"] == 0
+    assert evaluated[-1]["policy_version"] == 5
+    assert evaluated[-1]["oldest_version"] == 5
+    assert finished.service_fields["accuracy_before"] is not None
+    assert finished.service_fields["accuracy_after"] is not None
+
+
+def test_a_verifier_that_fails_costs_its_group_and_nothing_else(
+    make_run: Callable[..., Run],
+) -> None:
+    run = make_run()
+    run.verifier.broken_prompts = {0, 2, 4, 6}
+    finished = execute(run)
+    assert finished.completed
+    ledger = finished.service_fields["ledger"]
+    assert isinstance(ledger, dict)
+    assert ledger["failures"]["verifier"] >= 1
+    assert ledger["closes"] is True
+
+
+def test_a_stop_drains_saves_and_keeps_the_books_closed(make_run: Callable[..., Run]) -> None:
+    run = make_run(run={"updates": 10_000})
+
+    async def stopped() -> Finished:
+        loop = asyncio.get_running_loop()
+
+        def stop_after_three(num_updates: int) -> None:
+            if num_updates == 3:
+                loop.call_soon_threadsafe(run.stop.set)
+
+        run.updates = CountingUpdates(stop_after_three)
+        return await run.execute()
+
+    finished = asyncio.run(asyncio.wait_for(stopped(), 30))
+    assert not finished.completed
+    assert finished.reason == "stopped by a signal"
+    assert 3 <= finished.policy_version <= 4
+    assert run.updates.saved == [finished.policy_version]
+    ledger = finished.service_fields["ledger"]
+    assert isinstance(ledger, dict)
+    assert ledger["closes"] is True
+    assert ledger["groups"]["in_flight"] == 0
+
+
+def test_an_error_of_the_learner_reaches_the_actors_by_name(make_run: Callable[..., Run]) -> None:
+    run = make_run()
+
+    async def broken() -> None:
+        hub = InProcessHub()
+        feed = FeedPublisher("127.0.0.1", 0)
+        store = MemoryStore()
+        serving = asyncio.create_task(serve(run.service, hub, feed, []))
+        acting = asyncio.create_task(run._act(hub, 1, store))  # pyright: ignore[reportPrivateUsage]
+        link = hub.connect("learner")
+        await link.send(run._hello("learner", 0))  # pyright: ignore[reportPrivateUsage]
+        await link.send(m.TakeBatch(policy_version=0, num_groups=2))
+        while not isinstance(await link.receive(10), m.BatchReady):
+            pass  # the actor is at work once it has filled a batch
+        await link.send(m.Failure(role="learner", message="learner: out of memory"))
+        await serving
+        with pytest.raises(RoleError, match="learner: out of memory"):
+            await acting
+
+    limited: Coroutine[Any, Any, None] = asyncio.wait_for(broken(), 30)
+    asyncio.run(limited)

@@ -1,0 +1,80 @@
+"""The scripted engine: the engine contract, and what makes it a fake."""
+
+import asyncio
+
+import pytest
+from engine_contract import CONTRACT, StartEngine, gathered, offer, request, start_all, until
+
+from speed_async.actors.scripted_engine import SCRIPTED_LOGPROB, ScriptedEngine
+from speed_async.errors import WeightSyncError
+
+
+def start() -> ScriptedEngine:
+    return ScriptedEngine(lambda request, index: [9] * 200, num_slots=2, context_length=96)
+
+
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
+def test_the_scripted_engine_keeps_the_contract(check) -> None:
+    asyncio.run(check(start))
+
+
+def test_the_script_decides_tokens_and_ending() -> None:
+    async def run() -> None:
+        scripts = [[5, 6, 2], [7] * 10]
+        async with ScriptedEngine(lambda request, index: scripts[index]) as engine:
+            first, second = await gathered(start_all(engine, [request(4), request(4)]))
+        assert first.token_ids.tolist() == [5, 6, 2] and first.finish_reason == "stop"
+        assert second.token_ids.tolist() == [7, 7, 7, 7] and second.finish_reason == "length"
+        assert first.logprobs.tolist() == [SCRIPTED_LOGPROB] * 3
+
+    asyncio.run(run())
+
+
+def test_every_call_is_recorded() -> None:
+    async def run() -> None:
+        async with start() as engine:
+            asked = request(2)
+            await gathered(start_all(engine, [asked]))
+            await engine.update_weights(offer(3))
+            await engine.pause(abort=True)
+            await engine.resume()
+        assert engine.requests == [asked] and engine.offers == [offer(3)]
+        assert engine.pauses == [True] and engine.num_resumes == 1
+
+    asyncio.run(run())
+
+
+def test_an_error_in_a_step_reaches_every_caller_and_every_later_call() -> None:
+    def script(request, index: int) -> list[int]:
+        if index == 1:
+            raise ZeroDivisionError("scripted")
+        return [9] * 200
+
+    async def run() -> None:
+        async with ScriptedEngine(script, num_slots=2, context_length=96) as engine:
+            [running] = start_all(engine, [request(90)])
+            await until(engine, lambda: engine.stats.num_running == 1)
+            [culprit, waiting] = start_all(engine, [request(3), request(3)])
+            for task in (running, culprit, waiting):
+                with pytest.raises(ZeroDivisionError, match="scripted"):
+                    await gathered([task])
+            with pytest.raises(ZeroDivisionError, match="scripted"):
+                await engine.generate(request(3))
+            with pytest.raises(ZeroDivisionError, match="scripted"):
+                await engine.update_weights(offer(1))
+
+    asyncio.run(run())
+
+
+def test_a_failed_update_leaves_the_old_version_serving() -> None:
+    def receive(offer) -> float:
+        raise WeightSyncError("no sender")
+
+    async def run(start: StartEngine) -> None:
+        async with start() as engine:
+            with pytest.raises(WeightSyncError, match="no sender"):
+                await engine.update_weights(offer(1))
+            [sampled] = await gathered(start_all(engine, [request(2)]))
+        assert sampled.policy_versions.tolist() == [0, 0]
+
+    asyncio.run(run(lambda: ScriptedEngine(lambda request, index: [9] * 9, receive=receive)))

@@ -1,0 +1,327 @@
+"""The torch engine: the engine contract, exact log-probabilities, updates, model folders."""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_contract import CONTRACT, gathered, offer, request, start_all, until
+from tiny_models import (
+    CONTEXT_LENGTH,
+    EOS_TOKEN_ID,
+    FAMILIES,
+    save_tiny_folder,
+    save_tokenizer,
+    tiny_model,
+)
+
+from speed_async.actors.engine import GenerationRequest
+from speed_async.actors.model_folder import load_model_folder
+from speed_async.actors.sampling import keep_nucleus, sample
+from speed_async.actors.stepped_engine import SteppedEngine
+from speed_async.actors.torch_engine import TorchEngine
+from speed_async.actors.torch_generator import TorchGenerator
+from speed_async.config.schema import ActorsConfig, ModelConfig
+from speed_async.errors import ModelError, SpeedAsyncError, WeightSyncError
+from speed_async.types import Sampled, WeightOffer
+from speed_async.weights.channel import LoadTensors, NamedTensor, TransferReport
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class MemoryReceiver:
+    """Hands over a model's parameters, in buckets of two tensors."""
+
+    def __init__(self, source: Any, *, stop_after: int | None = None) -> None:
+        self.tensors = dict(source.named_parameters())
+        self.stop_after = stop_after
+        self.expected_names: list[str] = []
+
+    def receive(
+        self, offer: WeightOffer, expected: Sequence[NamedTensor], load: LoadTensors
+    ) -> TransferReport:
+        self.expected_names = [name for name, _ in expected]
+        pairs = [(name, self.tensors[name].detach().clone()) for name in self.expected_names]
+        for start in range(0, len(pairs), 2):
+            if self.stop_after is not None and start >= self.stop_after:
+                raise WeightSyncError("the sender went away")
+            load(pairs[start : start + 2])
+        return TransferReport(num_bytes=1, num_buckets=1, transfer_s=0.0)
+
+    def close(self) -> None: ...
+
+
+def generator(model: Any, *, num_slots: int = 2, eos: Sequence[int] = (), **more: Any):
+    return TorchGenerator(
+        model,
+        num_slots=num_slots,
+        context_length=CONTEXT_LENGTH,
+        eos_token_ids=eos,
+        random=torch.Generator().manual_seed(0),
+        **more,
+    )
+
+
+def start() -> SteppedEngine:
+    model = tiny_model("llama", tied=True)
+    return SteppedEngine(lambda: generator(model, receiver=MemoryReceiver(model)))
+
+
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
+def test_the_torch_engine_keeps_the_contract(check) -> None:
+    asyncio.run(check(start))
+
+
+def run_to_end(core: TorchGenerator) -> dict[int, Sampled]:
+    finished: dict[int, Sampled] = {}
+    while core.has_work:
+        finished.update({each.key: each.sampled for each in core.step()})
+    return finished
+
+
+def mixed_requests(count: int, seed: int = 0, **more: float) -> list[GenerationRequest]:
+    """Prompts of 1..20 tokens, every third one like its predecessor; lengths 1..60."""
+    random = np.random.default_rng(seed)
+    prompts: list[np.ndarray] = []
+    for i in range(count):
+        fresh = random.integers(3, 40, random.integers(1, 21), np.int32)
+        prompts.append(prompts[-1] if i % 3 == 1 else fresh)
+    return [
+        GenerationRequest(
+            prompt_token_ids=prompt,
+            max_new_tokens=int(random.integers(1, 61)),
+            temperature=more.get("temperature", 1.0),
+            top_p=more.get("top_p", 1.0),
+            priority=i % 2,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def forced_logprobs(model: Any, one: GenerationRequest, sampled: Sampled) -> torch.Tensor:
+    """log mu (T,) by a plain forward pass over the whole sequence, without any cache."""
+    tokens = np.concatenate([one.prompt_token_ids, sampled.token_ids]).astype(np.int64)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens)[None], use_cache=False).logits[0]
+    logprobs = keep_nucleus(
+        torch.log_softmax(logits / one.temperature, -1), torch.full((len(tokens),), one.top_p)
+    )
+    num_prompt = len(one.prompt_token_ids)
+    return logprobs[num_prompt - 1 : -1].gather(1, torch.from_numpy(tokens)[num_prompt:, None])[:, 0]
+
+
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+@pytest.mark.parametrize("num_slots", [3, 40])
+def test_logprobs_equal_a_plain_forward_pass(family: str, tied: bool, num_slots: int) -> None:
+    core = generator(tiny_model(family, tied=tied), num_slots=num_slots)
+    requests = mixed_requests(60) + mixed_requests(8, seed=1, temperature=0.7, top_p=0.8)
+    for key, one in enumerate(requests):
+        core.submit(key, one)
+    finished = run_to_end(core)
+    plain = tiny_model(family, tied=tied)
+    for key, one in enumerate(requests):
+        assert finished[key].num_tokens == one.max_new_tokens
+        expected = forced_logprobs(plain, one, finished[key])
+        np.testing.assert_allclose(finished[key].logprobs, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_an_update_in_flight_switches_logprobs_to_the_new_weights(family: str, tied: bool) -> None:
+    old, new = tiny_model(family, tied=tied), tiny_model(family, tied=tied, seed=1)
+    receiver = MemoryReceiver(new)
+    core = generator(tiny_model(family, tied=tied), num_slots=6, receiver=receiver)
+    requests = mixed_requests(24)
+    for key, one in enumerate(requests):
+        core.submit(key, one)
+    finished = {each.key: each.sampled for _ in range(30) for each in core.step()}
+    core.load_weights(offer(5))
+    finished.update(run_to_end(core))
+    assert ("lm_head.weight" in receiver.expected_names) is not tied
+    num_split = 0
+    for key, one in enumerate(requests):
+        sampled = finished[key]
+        is_new = sampled.policy_versions == 5
+        num_split += 0 < is_new.sum() < len(is_new)
+        by_old = forced_logprobs(old, one, sampled).numpy()
+        by_new = forced_logprobs(new, one, sampled).numpy()
+        np.testing.assert_allclose(
+            sampled.logprobs, np.where(is_new, by_new, by_old), atol=1e-4, rtol=0
+        )
+        assert np.abs(by_new - by_old).max() > 1e-2, "the two models must differ to test anything"
+    assert num_split >= 4
+
+
+def test_a_row_that_joins_beside_its_twin_copies_the_prompt() -> None:
+    model = tiny_model("llama", tied=True)
+    core = generator(model, num_slots=4)
+    num_passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal num_passes
+        num_passes += 1
+
+    model.base_model.register_forward_hook(count)
+    one = mixed_requests(1)[0]
+    for key in range(3):
+        core.submit(key, one)
+    core.step()
+    assert num_passes == 2, "one prefill for three equal prompts, and one decode step"
+    core.submit(3, one)
+    num_steps = core.stats().steps
+    finished = run_to_end(core)
+    assert num_passes == 2 + core.stats().steps - num_steps, "the fourth needs no prefill"
+    plain = tiny_model("llama", tied=True)
+    for sampled in finished.values():
+        expected = forced_logprobs(plain, one, sampled)
+        np.testing.assert_allclose(sampled.logprobs, expected, atol=1e-4, rtol=0)
+
+
+def test_an_eos_token_ends_a_completion_and_belongs_to_it() -> None:
+    core = generator(tiny_model("llama", tied=True), num_slots=16, eos=[EOS_TOKEN_ID, 7])
+    for key in range(60):
+        core.submit(key, request(60))
+    finished = run_to_end(core)
+    stopped = [sampled for sampled in finished.values() if sampled.finish_reason == "stop"]
+    assert len(stopped) > 10
+    for sampled in finished.values():
+        ends = np.flatnonzero(np.isin(sampled.token_ids, [EOS_TOKEN_ID, 7])).tolist()
+        last = sampled.num_tokens - 1
+        assert ends == ([last] if sampled.finish_reason == "stop" else [])
+
+
+def test_the_same_seed_samples_the_same_tokens() -> None:
+    runs = []
+    for _ in range(2):
+        core = generator(tiny_model("qwen3", tied=True), num_slots=5)
+        for key, one in enumerate(mixed_requests(12)):
+            core.submit(key, one)
+        runs.append([s.token_ids.tolist() for _, s in sorted(run_to_end(core).items())])
+    assert runs[0] == runs[1]
+
+
+def test_sampling_follows_the_distribution() -> None:
+    probs = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    count = 40_000
+    tokens, logprobs = sample(
+        (probs.log() * 2).expand(count, -1),
+        temperature_N=torch.full((count,), 2.0),
+        top_p_N=None,
+        random=torch.Generator().manual_seed(1),
+    )
+    shares = torch.bincount(tokens, minlength=4) / count
+    # Four standard deviations of a share are at most 4 * 0.5 / 200 = 0.01.
+    assert (shares - probs).abs().max() < 0.01
+    assert torch.allclose(logprobs, probs.log()[tokens], atol=1e-6)
+
+
+def test_a_nucleus_is_cut_by_hand_computed_mass() -> None:
+    logprobs = torch.tensor([0.1, 0.5, 0.15, 0.25]).log().expand(4, -1)
+    kept = keep_nucleus(logprobs, torch.tensor([0.5, 0.7, 0.76, 1.0])).exp()
+    expected = [
+        [0, 1, 0, 0],
+        [0, 2 / 3, 0, 1 / 3],
+        [0, 0.5 / 0.9, 0.15 / 0.9, 0.25 / 0.9],
+        [0.1, 0.5, 0.15, 0.25],
+    ]
+    assert torch.allclose(kept, torch.tensor(expected), atol=1e-6)
+
+
+def test_non_finite_weights_are_never_sampled_from() -> None:
+    model = tiny_model("llama", tied=True)
+    core = generator(model, num_slots=2)
+    core.submit(0, request(30))
+    core.step()
+    with torch.no_grad():
+        model.model.norm.weight[3] = math.nan
+    with pytest.raises(SpeedAsyncError, match=r"policy version 0 .* non-finite logits for 1 of 1"):
+        core.step()
+    assert not core.is_whole
+
+
+def test_an_update_that_breaks_off_halfway_ends_the_engine() -> None:
+    async def run() -> None:
+        model = tiny_model("llama", tied=True)
+        receiver = MemoryReceiver(model, stop_after=2)
+        async with SteppedEngine(lambda: generator(model, receiver=receiver)) as engine:
+            [task] = start_all(engine, [request(90)])
+            await until(engine, lambda: engine.stats.num_running == 1)
+            with pytest.raises(WeightSyncError, match="went away"):
+                await engine.update_weights(offer(1))
+            with pytest.raises(WeightSyncError, match="went away"):
+                await gathered([task])
+            with pytest.raises(WeightSyncError, match="went away"):
+                await engine.generate(request(3))
+
+    asyncio.run(run())
+
+
+def test_an_update_that_fails_before_any_byte_leaves_the_old_version() -> None:
+    async def run() -> None:
+        model = tiny_model("llama", tied=True)
+        receiver = MemoryReceiver(model, stop_after=0)
+        async with SteppedEngine(lambda: generator(model, receiver=receiver)) as engine:
+            [task] = start_all(engine, [request(40)])
+            with pytest.raises(WeightSyncError, match="went away"):
+                await engine.update_weights(offer(1))
+            [sampled] = await gathered([task])
+            assert set(sampled.policy_versions.tolist()) == {0}
+
+    asyncio.run(run())
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_an_engine_starts_from_a_folder(tmp_path: Path, family: str, tied: bool) -> None:
+    save_tiny_folder(tmp_path, family=family, tied=tied)
+
+    async def run() -> None:
+        actors = ActorsConfig(slots=4, device="cpu")
+        async with TorchEngine(ModelConfig(path=str(tmp_path)), actors, seed=3) as engine:
+            [sampled] = await gathered(start_all(engine, [request(8)]))
+            assert sampled.num_tokens == 8 or sampled.finish_reason == "stop"
+            loaded = engine.loaded
+        assert loaded.context_length == CONTEXT_LENGTH
+        assert loaded.eos_token_ids == (EOS_TOKEN_ID,)
+        assert next(loaded.model.parameters()).dtype == torch.float32
+
+    asyncio.run(run())
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    async def run() -> None:
+        model = ModelConfig(path=str(tmp_path / "absent"))
+        with pytest.raises(ModelError, match=r"absent does not exist: set model\.path"):
+            async with TorchEngine(model, ActorsConfig(), seed=0):
+                pass
+
+    asyncio.run(run())
+
+
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    save_tiny_folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no \*\.safetensors file: download"):
+        load_model_folder(tmp_path)
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
+    save_tiny_folder(tmp_path)
+    save_tokenizer(tmp_path, eos=False)
+    with pytest.raises(ModelError, match="no EOS token"):
+        load_model_folder(tmp_path)
+
+
+def test_a_context_beyond_the_model_is_refused_and_a_shorter_one_taken(tmp_path: Path) -> None:
+    save_tiny_folder(tmp_path)
+    with pytest.raises(ModelError, match=r"context_length = 97, but .* holds 96"):
+        load_model_folder(tmp_path, context_length=97, device="cpu")
+    assert load_model_folder(tmp_path, context_length=40, device="cpu").context_length == 40
