@@ -160,6 +160,8 @@ async def a_cancelled_request_that_only_waits_never_runs(start: StartEngine) -> 
         first, second = start_all(engine, [request(3), request(3)])
         await until(engine, lambda: engine.stats.num_waiting == 2)
         first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
         await engine.resume()
         await gathered([second])
         assert engine.stats.tokens_generated == 3

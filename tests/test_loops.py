@@ -53,15 +53,19 @@ class DigitTask:
 
 
 class InlineVerifier:
-    """Scores at once; raises or never answers for the prompts it is told to."""
+    """Scores at its next turn; raises for the prompts it is told to."""
 
     def __init__(self, task: DigitTask) -> None:
         self.task = task
         self.broken_prompts: set[int] = set()
+        self.on_score: Callable[[], Coroutine[Any, Any, None]] | None = None
 
     async def score(self, prompt: Prompt, completions: list[str]) -> list[float]:
         if not prompt.held_out and prompt.prompt_id in self.broken_prompts:
             raise TaskError(f"the verifier of prompt {prompt.prompt_id} raised")
+        await asyncio.sleep(0)
+        if self.on_score is not None:
+            await self.on_score()
         return [self.task.score(prompt, completion) for completion in completions]
 
 
@@ -292,6 +296,29 @@ def test_a_stop_drains_saves_and_keeps_the_books_closed(make_run: Callable[..., 
     assert isinstance(ledger, dict)
     assert ledger["closes"] is True
     assert ledger["groups"]["in_flight"] == 0
+
+
+def test_a_lease_that_is_being_scored_when_the_drain_comes_ends_too(
+    make_run: Callable[..., Run],
+) -> None:
+    run = make_run(num_actors=1, run={"updates": 10_000})
+
+    async def stopped() -> Finished:
+        async def score_until_paused() -> None:
+            """The third update's scores come only after the engine was paused for good."""
+            if len(run.updates.batches) >= 3:
+                run.stop.set()
+                while not run.engines[0].pauses:
+                    await asyncio.sleep(0)
+
+        run.verifier.on_score = score_until_paused
+        return await run.execute()
+
+    finished = asyncio.run(asyncio.wait_for(stopped(), 15))
+    ledger = finished.service_fields["ledger"]
+    assert isinstance(ledger, dict)
+    assert ledger["failures"]["drained"] >= 1
+    assert ledger["closes"] is True
 
 
 def test_an_error_of_the_learner_reaches_the_actors_by_name(make_run: Callable[..., Run]) -> None:

@@ -1,6 +1,7 @@
 """What every transport promises its users."""
 
 import asyncio
+import functools
 
 import numpy as np
 import pytest
@@ -58,6 +59,30 @@ async def test_messages_arrive_whole_and_in_order_in_both_directions(stage: Stag
     _, received, answered = await asyncio.gather(talk(), answer(), listen())
     assert received == list(range(total))
     assert answered == list(range(total))
+
+
+@on_every_transport(queued_messages=2)
+async def test_a_sender_and_a_receiver_on_one_end_never_sleep_through_each_others_signal(
+    stage: Stage,
+):
+    # Full queues both ways: every wake-up meant for one waiter can be eaten by the other's try.
+    link = await meet(stage, "actor-1.0")
+    total = 3000
+
+    async def talk(send) -> None:
+        for number in range(total):
+            await send(Ack(lease_id=number))
+
+    async def listen(receive) -> None:
+        for _ in range(total):
+            await receive(SOON_S)
+
+    await asyncio.gather(
+        talk(link.send),
+        listen(link.receive),
+        talk(functools.partial(stage.hub.send, "actor-1.0")),
+        listen(stage.hub.receive),
+    )
 
 
 @on_every_transport()

@@ -121,7 +121,7 @@ class ActorLoop:
             lease = Lease(
                 lease_id=lease_id, prompt_id=prompt_id, kind=kind, num_samples=leases.num_samples
             )
-            work = LeaseWork(lease=lease)
+            work = LeaseWork(lease=lease, stopped=self._draining)
             self._works[lease_id] = work
             self._groups_leased += 1
             self._want_sent -= 1
@@ -133,8 +133,6 @@ class ActorLoop:
         prompts = self._task.held_out_prompts if evaluation else self._task.train_prompts
         result: Group | Refused | Scored | str
         try:
-            if self._draining:
-                raise Aborted
             result = await self._rollout.run(work, prompts[lease.prompt_id])
         except Aborted:
             result = "drained"
@@ -258,6 +256,8 @@ class ActorLoop:
 
     async def _drain(self) -> None:
         self._draining = True
+        for work in self._works.values():
+            work.stopped = True
         await self._engine.pause(abort=True)
         self._maybe_drained()
 

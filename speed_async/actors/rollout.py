@@ -50,6 +50,8 @@ class LeaseWork:
     samples: list[Sampled] = field(default_factory=list)
     num_waiting: int = 0
     """Requests that the engine has not answered yet."""
+    stopped: bool = False
+    """Submit nothing more: the engine is, or will be, paused for good."""
 
     @property
     def num_tokens(self) -> int:
@@ -140,6 +142,8 @@ class Rollout:
 
     async def _one(self, work: LeaseWork, request: GenerationRequest) -> Sampled:
         try:
+            if work.stopped:
+                raise Aborted
             sample = await self._engine.generate(request)
         finally:
             work.num_waiting -= 1

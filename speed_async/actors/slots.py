@@ -7,6 +7,7 @@ Shape legend: S slots, N rows in use, C cache positions, L attended positions, U
 prefill, P prefilled positions, H key/value heads, D head dimension.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,20 @@ from speed_async.types import FinishReason, Float32Array, Int32Array, Sampled
 Int64Array = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
+Span = tuple[int, int, int]
+"""First row, end row, and how many positions these rows attend over."""
+
 _GRANULE = 32
-"""Capacity grows in such steps; attended lengths are cut to the quarter of one."""
+"""Capacity grows in such steps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Moves:
+    """Rows that changed place; the cache must follow."""
+
+    sources: Int64Array  # (U,)
+    destinations: Int64Array  # (U,)
+    longest: int
 
 
 class SlotCache(Cache):
@@ -54,18 +67,14 @@ class SlotCache(Cache):
         """The next forward pass writes positions 0..P-1 of these rows."""
         self._rows_U = rows_U
 
-    def begin_decode(self, positions_N: Tensor, attended: int) -> int:
-        """The next forward pass writes one position for each of the first N rows.
-
-        Returns L, the number of positions it will attend over (at least `attended`).
-        """
+    def begin_decode(self, positions_N: Tensor, attended: int) -> None:
+        """The next forward pass writes one position for each of the first N rows, and attends
+        over the first `attended` (L)."""
         self._rows_U = None
         self._num_rows = len(positions_N)
-        # Whole vectors for the attention kernel: eight floats.
-        self._attended = min(-(-attended // 8) * 8, self._capacity)
+        self._attended = attended
         self._first_position_N = positions_N
         self._write_index.clear()
-        return self._attended
 
     def copy_rows(self, sources_U: Tensor, destinations_U: Tensor, length: int) -> None:
         """Copy the first `length` positions of some rows onto others (disjoint sets)."""
@@ -119,6 +128,7 @@ class SlotTable:
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
+        self.block = max(16, num_slots // 8)
         self.num_rows = 0
         """Rows a decode step computes; a few of them may be vacant."""
         self.num_active = 0
@@ -143,8 +153,43 @@ class SlotTable:
                 setattr(self, name, np.pad(getattr(self, name), ((0, 0), (0, missing))))
 
     def vacant_rows(self, count: int) -> Int64Array:
-        """The lowest `count` rows without a sequence, (count,)."""
-        return np.flatnonzero(~self.active)[:count]
+        """`count` rows without a sequence, those of the shortest blocks first, (count,)."""
+        vacant = np.flatnonzero(~self.active)
+        shortest_first = np.argsort(self._block_lengths()[vacant // self.block], kind="stable")
+        return vacant[shortest_first[:count]]
+
+    def spans(self) -> list[Span]:
+        """Cut the rows in use into runs of blocks of similar length."""
+        spans: list[Span] = []
+        for block, length in enumerate(self._block_lengths()[: -(-self.num_rows // self.block)]):
+            start, end = block * self.block, min((block + 1) * self.block, self.num_rows)
+            # Whole vectors for the attention kernel: eight floats.
+            attended = -(-int(length) // 8) * 8
+            if spans and abs(spans[-1][2] - attended) <= 8:
+                start, attended = spans[-1][0], max(spans[-1][2], attended)
+                spans.pop()
+            spans.append((start, end, attended))
+        return spans
+
+    def clear_block(self, count: int) -> Moves:
+        """Gather vacancies for `count` newcomers in one block, so that lengths stay alike in it.
+
+        Moves the sequences of the emptiest block into vacancies of the others, long to long.
+        """
+        vacant = np.flatnonzero(~self.active)
+        home = np.bincount(vacant // self.block, minlength=-(-self.num_slots // self.block)).argmax()
+        elsewhere = vacant[vacant // self.block != home]
+        inside = np.arange(home * self.block, min((home + 1) * self.block, self.num_slots))
+        stayers = inside[self.active[inside]]
+        missing = count - (len(inside) - len(stayers))
+        num_moves = max(0, min(missing, len(stayers), len(elsewhere)))
+        longest_first = np.argsort(-self.length[stayers], kind="stable")
+        by_block = np.argsort(-self._block_lengths()[elsewhere // self.block], kind="stable")
+        return self._move(stayers[longest_first[:num_moves]], elsewhere[by_block[:num_moves]])
+
+    def _block_lengths(self) -> Int64Array:
+        """Longest sequence of every block (1 where there is none)."""
+        return np.maximum.reduceat(self.length, np.arange(0, self.num_slots, self.block))
 
     def occupy(
         self,
@@ -187,11 +232,7 @@ class SlotTable:
             policy_versions=self.versions[row, span].copy(),
             finish_reason=finish_reason,
         )
-        self.active[row] = False
-        # A vacant row is still computed until it is filled or cut off: keep it cheap and harmless.
-        self.length[row], self.num_prompt[row], self.limit[row] = 1, 1, 0
-        self.temperature[row] = self.top_p[row] = 1.0
-        self.feed[1, row] = 0
+        self._vacate(row)
         self.num_active -= 1
         self.tokens_running -= sampled.num_tokens
         return sampled
@@ -201,20 +242,28 @@ class SlotTable:
         occupied = np.flatnonzero(self.active[: self.num_rows])
         self.num_rows = int(occupied[-1]) + 1 if len(occupied) else 0
 
-    def close_gaps(self) -> tuple[Int64Array, Int64Array, int]:
-        """Move the last rows into vacant ones in front.
-
-        Returns sources, destinations (both (U,)) and the longest length moved, for the cache.
-        """
+    def close_gaps(self) -> Moves:
+        """Move the last rows into vacant ones in front."""
         active = self.active[: self.num_rows]
         sources = np.flatnonzero(active[self.num_active :]) + self.num_active
-        destinations = np.flatnonzero(~active[: self.num_active])
+        moves = self._move(sources, np.flatnonzero(~active[: self.num_active]))
+        self.num_rows = self.num_active
+        return moves
+
+    def _move(self, sources: Int64Array, destinations: Int64Array) -> Moves:
         longest = int(self.length[sources].max(initial=0))
         for name in ("tokens", "logprobs", "versions"):
             getattr(self, name)[destinations] = getattr(self, name)[sources]
         for name in ("keys", "length", "num_prompt", "limit", "temperature", "top_p", "active"):
             getattr(self, name)[destinations] = getattr(self, name)[sources]
         self.feed[:, destinations] = self.feed[:, sources]
-        self.active[sources] = False
-        self.num_rows = self.num_active
-        return sources, destinations, longest
+        self._vacate(sources)
+        self.num_rows = max(self.num_rows, int(destinations.max(initial=-1)) + 1)
+        return Moves(sources=sources, destinations=destinations, longest=longest)
+
+    def _vacate(self, rows: int | Int64Array) -> None:
+        self.active[rows] = False
+        # A vacant row is still computed until it is filled or cut off: keep it cheap and harmless.
+        self.length[rows] = self.num_prompt[rows] = 1
+        self.temperature[rows] = self.top_p[rows] = 1.0
+        self.feed[1, rows] = 0

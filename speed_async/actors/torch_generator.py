@@ -18,7 +18,8 @@ from torch import Tensor
 from speed_async.actors.admission import AdmissionPrice, WaitingLine, sequence_limit
 from speed_async.actors.engine import EngineStats, GenerationRequest
 from speed_async.actors.sampling import sample
-from speed_async.actors.slots import Int64Array, SlotCache, SlotTable
+from speed_async.actors.slots import Int64Array, Moves, SlotCache, SlotTable
+from speed_async.actors.span_attention import SPANS_KEYWORD, attend_by_span
 from speed_async.actors.stepper import Finished
 from speed_async.errors import SpeedAsyncError, WeightSyncError
 from speed_async.types import FinishReason, Float32Array, Sampled, WeightOffer
@@ -61,6 +62,7 @@ class TorchGenerator:
         self._tokens_generated = 0
         self._num_steps = 0
         self._is_whole = True
+        self._attends_by_span = attend_by_span(self.model)
 
     @property
     def has_work(self) -> bool:
@@ -137,6 +139,7 @@ class TorchGenerator:
         self._cache.reserve(max(limits))
         # A row that already holds this prompt serves as its prefill: its prompt positions were
         # computed under the present weights (updates recompute every running row).
+        self._follow(self._table.clear_block(count))
         holders = self._prompts_held()
         prefilled: list[int] = []
         copies: list[tuple[int, int]] = []
@@ -205,7 +208,9 @@ class TorchGenerator:
         table, count = self._table, self._table.num_rows
         feed_2N = self._to_device(table.feed[:, :count])
         positions_N = feed_2N[1]
-        attended = self._cache.begin_decode(positions_N, int(table.length[:count].max()))
+        spans = table.spans()
+        attended = max(span[2] for span in spans)
+        self._cache.begin_decode(positions_N, attended)
         mask_NL = torch.where(
             torch.arange(attended, device=self._device) <= positions_N[:, None], 0.0, -torch.inf
         ).to(self._dtype)
@@ -215,6 +220,7 @@ class TorchGenerator:
             attention_mask=mask_NL[:, None, None],
             past_key_values=self._cache,
             use_cache=True,
+            **({SPANS_KEYWORD: spans} if self._attends_by_span else {}),
         ).logits
         temperature, top_p = table.temperature[:count], table.top_p[:count]
         tokens_N, logprobs_N = sample(
@@ -261,8 +267,12 @@ class TorchGenerator:
         table.cut_tail()
         # Moving a row costs about as much as a few steps of computing it for nothing.
         if 8 * (table.num_rows - table.num_active) > table.num_rows:
-            sources, destinations, longest = table.close_gaps()
-            self._cache.copy_rows(self._to_device(sources), self._to_device(destinations), longest)
+            self._follow(table.close_gaps())
+
+    def _follow(self, moves: Moves) -> None:
+        if len(moves.sources):
+            sources, destinations = map(self._to_device, (moves.sources, moves.destinations))
+            self._cache.copy_rows(sources, destinations, moves.longest)
 
     # --- weights ------------------------------------------------------------------------------
 

@@ -137,7 +137,8 @@ def who_is_silent(group: EpochGroup, reason: str) -> str:
                 del left[rank]
         if not left or wait_for_keys(store, [*left.values()], GRACE_S):
             return ""
-        return f"; no sign of life from {_ranks([r for r in left if not store.check([left[r]])])}"
+        silent = [rank for rank, key in left.items() if not store.check([key])]
+        return f"; no sign of life from {_ranks(silent)}" if silent else ""
 
     group.announce_end(reason)
     return _ask(group, ask)

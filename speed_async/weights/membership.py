@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed import DistStoreError
 
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
@@ -82,6 +83,7 @@ class EpochGroup:
         self.formed = False
         self.stuck = False
         self.num_transfers = 0
+        self._announced = False
         self._device = device
         self._store: Store | None = None  # this and the group are touched by the lane alone
         self._group: Any = None
@@ -142,11 +144,14 @@ class EpochGroup:
             reason = str(error).partition("\n")[0][:200] or type(error).__name__
             raise StageFailed(stage, time.monotonic() - began_s, reason) from error
 
-    def announce_end(self, reason: str) -> "Future[None]":
-        """Tell the others why this member takes part no more, and free the process group.
+    def announce_end(self, reason: str) -> None:
+        """Tell the others, once, why this member takes part no more; free the process group.
 
         Freeing it closes its connections, which wakes whoever waits for this member.
         """
+        if self._announced:
+            return
+        self._announced = True
         words = ("over", "go") if self.offer.rank == 0 else (f"left/{self.offer.rank}",)
 
         def call(store: Store) -> None:
@@ -154,7 +159,7 @@ class EpochGroup:
                 store.set(self.key(word), reason[:MAX_REASON])
             self._free_group()
 
-        return self.on_store(call)
+        self.on_store(call)
 
     def drop(self) -> None:
         """Let the lane free group and store, and end. Never waits."""
@@ -198,7 +203,8 @@ class Membership:
             if not finished:
                 reason = str(sys.exception()) or type(sys.exception()).__name__
                 self._lost = (offer.epoch, reason)
-                self._leave(reason)
+                group.announce_end(reason)
+                self._leave()
 
     def reserve(self, group: EpochGroup, buckets: Sequence[Bucket]) -> BufferPair:
         """Buffers for these buckets: host memory for gloo, device memory for NCCL."""
@@ -216,7 +222,7 @@ class Membership:
     def close(self) -> None:
         """Waits at most CLOSE_S for the group to be freed."""
         group = self._group
-        self._leave("it was closed")
+        self._leave()
         if group is not None:
             group.join(CLOSE_S)
 
@@ -234,25 +240,24 @@ class Membership:
                 )
             present.offer = offer
             return present
-        self._leave(f"epoch {offer.epoch} follows")
+        self._leave()
         self._group = EpochGroup(offer, self._device)
         return self._group
 
-    def _leave(self, reason: str) -> None:
+    def _leave(self) -> None:
         if self._group is None:
             return
-        self._group.announce_end(reason)
         self._group.drop()
         self._group = None
         self._buffers.discard()  # the lane may still write into them
 
 
 def wait_for_keys(store: Store, keys: Sequence[str], timeout_s: float) -> bool:
-    """Whether all keys were set in time."""
+    """Whether all keys were set in time. Raises RuntimeError when the store is gone."""
     try:
         store.wait(list(keys), timedelta(seconds=timeout_s))
-    except RuntimeError:
-        return store.check(list(keys))
+    except DistStoreError:
+        return False
     return True
 
 
