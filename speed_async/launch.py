@@ -61,8 +61,7 @@ def fail(text: str) -> int:
     if error_file is None:
         sys.stderr.write(f"error: {text}\n")
     else:
-        record = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(error_file).write_text(json.dumps({"message": record}))
+        Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
     return EXIT_FAILED
 
 

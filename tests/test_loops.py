@@ -308,7 +308,7 @@ def test_a_lease_that_is_being_scored_when_the_drain_comes_ends_too(
             """The third update's scores come only after the engine was paused for good."""
             if len(run.updates.batches) >= 3:
                 run.stop.set()
-                while not run.engines[0].pauses:
+                while not run.engines[0].pauses:  # noqa: ASYNC110 - the fake has no event
                     await asyncio.sleep(0)
 
         run.verifier.on_score = score_until_paused

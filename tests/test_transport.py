@@ -377,30 +377,6 @@ async def test_the_hub_waits_for_a_slow_link_while_others_go_on(stage: Stage):
 
 
 @on_every_transport()
-async def test_a_busy_hub_lets_other_tasks_run(stage: Stage):
-    link = await stage.link("actor-1.0")
-    turns = 0
-
-    async def count_turns() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    async def talk() -> None:
-        for number in range(2000):
-            await link.send(want(number))
-
-    talking = asyncio.ensure_future(talk())
-    counting = asyncio.ensure_future(count_turns())
-    for _ in range(2000):
-        await stage.hub.receive(SOON_S)
-    counting.cancel()
-    await talking
-    assert turns >= 2000 // 64
-
-
-@on_every_transport()
 async def test_a_cancelled_receive_loses_no_message(stage: Stage):
     link = await meet(stage, "actor-1.0")
     received = []
@@ -411,7 +387,9 @@ async def test_a_cancelled_receive_loses_no_message(stage: Stage):
         receiving.cancel()
         outcome = (await asyncio.gather(receiving, return_exceptions=True))[0]
         if not isinstance(outcome, BaseException):
-            received.append(outcome[1].num_prompts)
+            _, message = outcome
+            assert isinstance(message, WantWork)
+            received.append(message.num_prompts)
     while len(received) < 100:
         _, message = await stage.hub.receive(SOON_S)
         assert isinstance(message, WantWork)

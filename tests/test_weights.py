@@ -32,6 +32,7 @@ from speed_async.types import WeightOffer
 from speed_async.weights.broadcast import TorchReceiver, TorchSender
 from speed_async.weights.buckets import BufferPair, pack, plan_buckets, unpack
 from speed_async.weights.channel import NamedTensor, TransferReport
+from speed_async.weights.handshake import HEAD_BYTES
 from speed_async.weights.manifest import (
     Manifest,
     TensorSpec,
@@ -120,6 +121,16 @@ def test_a_new_epoch_may_have_more_or_fewer_members(channel: Channel):
         offer = channel.offer(epoch, epoch=epoch, world_size=world_size)
         for loaded in send_to(channel, offer, tensors).values():
             assert_arrived(loaded, tensors)
+
+
+@on_every_channel(bucket_bytes=64 * 1024)
+def test_a_manifest_larger_than_its_first_message_arrives_whole(channel: Channel):
+    tensors = [(f"model.layers.{index}.weight", torch.full((3,), index)) for index in range(2000)]
+    size = len(
+        encode_manifest(Manifest(policy_version=1, bucket_bytes=1, tensors=describe(tensors, None)))
+    )
+    assert size > HEAD_BYTES
+    assert_arrived(send_to(channel, channel.offer(1), tensors)[1], tensors)
 
 
 @on_every_channel()

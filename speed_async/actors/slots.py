@@ -152,12 +152,6 @@ class SlotTable:
             for name in ("tokens", "logprobs", "versions"):
                 setattr(self, name, np.pad(getattr(self, name), ((0, 0), (0, missing))))
 
-    def vacant_rows(self, count: int) -> Int64Array:
-        """`count` rows without a sequence, those of the shortest blocks first, (count,)."""
-        vacant = np.flatnonzero(~self.active)
-        shortest_first = np.argsort(self._block_lengths()[vacant // self.block], kind="stable")
-        return vacant[shortest_first[:count]]
-
     def spans(self) -> list[Span]:
         """Cut the rows in use into runs of blocks of similar length."""
         spans: list[Span] = []
@@ -170,22 +164,6 @@ class SlotTable:
                 spans.pop()
             spans.append((start, end, attended))
         return spans
-
-    def clear_block(self, count: int) -> Moves:
-        """Gather vacancies for `count` newcomers in one block, so that lengths stay alike in it.
-
-        Moves the sequences of the emptiest block into vacancies of the others, long to long.
-        """
-        vacant = np.flatnonzero(~self.active)
-        home = np.bincount(vacant // self.block, minlength=-(-self.num_slots // self.block)).argmax()
-        elsewhere = vacant[vacant // self.block != home]
-        inside = np.arange(home * self.block, min((home + 1) * self.block, self.num_slots))
-        stayers = inside[self.active[inside]]
-        missing = count - (len(inside) - len(stayers))
-        num_moves = max(0, min(missing, len(stayers), len(elsewhere)))
-        longest_first = np.argsort(-self.length[stayers], kind="stable")
-        by_block = np.argsort(-self._block_lengths()[elsewhere // self.block], kind="stable")
-        return self._move(stayers[longest_first[:num_moves]], elsewhere[by_block[:num_moves]])
 
     def _block_lengths(self) -> Int64Array:
         """Longest sequence of every block (1 where there is none)."""
@@ -242,24 +220,35 @@ class SlotTable:
         occupied = np.flatnonzero(self.active[: self.num_rows])
         self.num_rows = int(occupied[-1]) + 1 if len(occupied) else 0
 
-    def close_gaps(self) -> Moves:
-        """Move the last rows into vacant ones in front."""
-        active = self.active[: self.num_rows]
-        sources = np.flatnonzero(active[self.num_active :]) + self.num_active
-        moves = self._move(sources, np.flatnonzero(~active[: self.num_active]))
-        self.num_rows = self.num_active
-        return moves
+    def close_gaps(self) -> list[Moves]:
+        """Shift sequences forward over vacant rows, keeping their order.
 
-    def _move(self, sources: Int64Array, destinations: Int64Array) -> Moves:
-        longest = int(self.length[sources].max(initial=0))
-        for name in ("tokens", "logprobs", "versions"):
+        Order is age, so rows of one block stay alike in length. Moves are to be done in turn:
+        none overwrites the source of a later one.
+        """
+        sources = np.flatnonzero(self.active[: self.num_rows])
+        destinations = np.arange(self.num_active)
+        self.num_rows = self.num_active
+        shifted = sources != destinations
+        sources, destinations = sources[shifted], destinations[shifted]
+        if not len(sources):
+            return []
+        moves = [
+            Moves(
+                sources=sources[start : start + self.block],
+                destinations=destinations[start : start + self.block],
+                longest=int(self.length[sources[start : start + self.block]].max()),
+            )
+            for start in range(0, len(sources), self.block)
+        ]
+        for name in ("tokens", "logprobs", "versions", "keys", "length", "num_prompt", "limit"):
             getattr(self, name)[destinations] = getattr(self, name)[sources]
-        for name in ("keys", "length", "num_prompt", "limit", "temperature", "top_p", "active"):
+        for name in ("temperature", "top_p"):
             getattr(self, name)[destinations] = getattr(self, name)[sources]
         self.feed[:, destinations] = self.feed[:, sources]
-        self._vacate(sources)
-        self.num_rows = max(self.num_rows, int(destinations.max(initial=-1)) + 1)
-        return Moves(sources=sources, destinations=destinations, longest=longest)
+        self.active[: self.num_active] = True
+        self._vacate(np.arange(self.num_active, sources[-1] + 1))
+        return moves
 
     def _vacate(self, rows: int | Int64Array) -> None:
         self.active[rows] = False

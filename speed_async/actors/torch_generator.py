@@ -18,7 +18,7 @@ from torch import Tensor
 from speed_async.actors.admission import AdmissionPrice, WaitingLine, sequence_limit
 from speed_async.actors.engine import EngineStats, GenerationRequest
 from speed_async.actors.sampling import sample
-from speed_async.actors.slots import Int64Array, Moves, SlotCache, SlotTable
+from speed_async.actors.slots import Int64Array, SlotCache, SlotTable
 from speed_async.actors.span_attention import SPANS_KEYWORD, attend_by_span
 from speed_async.actors.stepper import Finished
 from speed_async.errors import SpeedAsyncError, WeightSyncError
@@ -139,11 +139,11 @@ class TorchGenerator:
         self._cache.reserve(max(limits))
         # A row that already holds this prompt serves as its prefill: its prompt positions were
         # computed under the present weights (updates recompute every running row).
-        self._follow(self._table.clear_block(count))
+        self._close_gaps()
         holders = self._prompts_held()
         prefilled: list[int] = []
         copies: list[tuple[int, int]] = []
-        rows = self._table.vacant_rows(count).tolist()
+        rows = range(self._table.num_rows, self._table.num_rows + count)
         for row, (key, request), limit in zip(rows, entering, limits, strict=True):
             prompt = request.prompt_token_ids
             self._table.occupy(row, key, prompt, limit, request.temperature, request.top_p)
@@ -262,17 +262,18 @@ class TorchGenerator:
 
     def _compact(self) -> None:
         table = self._table
-        if table.num_active == table.num_rows:
-            return
         table.cut_tail()
-        # Moving a row costs about as much as a few steps of computing it for nothing.
-        if 8 * (table.num_rows - table.num_active) > table.num_rows:
-            self._follow(table.close_gaps())
+        # Moving a row costs about as much as a few steps of computing it for nothing, and the
+        # next admission closes all gaps anyhow.
+        num_gaps = table.num_rows - table.num_active
+        if not len(self._waiting) and 8 * num_gaps > table.num_rows:
+            self._close_gaps()
 
-    def _follow(self, moves: Moves) -> None:
-        if len(moves.sources):
-            sources, destinations = map(self._to_device, (moves.sources, moves.destinations))
-            self._cache.copy_rows(sources, destinations, moves.longest)
+    def _close_gaps(self) -> None:
+        for moves in self._table.close_gaps():
+            self._cache.copy_rows(
+                self._to_device(moves.sources), self._to_device(moves.destinations), moves.longest
+            )
 
     # --- weights ------------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ ENVIRONMENT = {
     # Roles set their own thread counts; OpenMP's spinning threads would fight over the cores.
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Gloo reports peers that left on stderr, in C++ stack traces; our errors say it in words.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
 

@@ -1,0 +1,220 @@
+"""A whole actor against the bare engine, in tokens per second, counted where they are sampled.
+
+actor   ActorLoop, Rollout, TorchEngine and VerifierPool in this process, linked over ZeroMQ to a
+        real buffer service; service, verifier and a stand-in learner are processes of their own.
+        It screens, gates, continues, scores, packs and reports; nothing is broadcast.
+bare    another TorchEngine of the same settings in this process, given the requests that the
+        actor made, in the same order, by as many callers as the actor asks for (slots x 1.25),
+        so its queue never runs dry. Results are dropped: no loop, verifier, messages or decoding.
+
+Both are started, then run in turns: one is paused between two steps while the other runs, so both
+meet the same machine within one repeat, where their ratio is taken.
+
+Usage: python -m benchmarks.actor [num_threads] [--repeats N] [--turn-s S] [--config PATH]
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks.harness import report
+from benchmarks.stand_in_learner import learn_nothing
+from speed_async.actors.engine import GenerationRequest
+from speed_async.actors.loop import QUEUE_AHEAD, ActorLoop
+from speed_async.actors.prompt_codec import PromptCodec
+from speed_async.actors.rollout import Rollout
+from speed_async.actors.torch_engine import TorchEngine
+from speed_async.config.load import load_config, save_config
+from speed_async.config.schema import Config
+from speed_async.runtime.event_loop import run
+from speed_async.runtime.processes import start_role
+from speed_async.runtime.run_folder import RunFolder
+from speed_async.tasks.registry import make_task
+from speed_async.tasks.task import fingerprint
+from speed_async.tasks.verifier import VerifierPool
+from speed_async.types import Sampled
+from speed_async.wire import messages as m
+from speed_async.wire.zeromq import open_link
+
+QUICKSTART = Path(__file__).parent.parent / "quickstart" / "config.toml"
+WARM_UP_S = 4.0
+SETTLE_S = 0.2
+END_TIMEOUT_S = 60.0
+
+
+class RecordingEngine(TorchEngine):
+    """Keeps the requests it was given."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.model, config.actors, seed=0)
+        self.recorded: list[GenerationRequest] = []
+
+    async def generate(self, request: GenerationRequest) -> Sampled:
+        self.recorded.append(request)
+        return await super().generate(request)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    tokens_per_s: float
+    slots_busy: float
+    steps_per_s: float
+
+
+async def take_turn(engine: TorchEngine, duration_s: float) -> Turn:
+    """Let a paused engine run for a while, and pause it again."""
+    before, began_s = engine.stats, time.perf_counter()
+    await engine.resume()
+    await asyncio.sleep(duration_s)
+    await engine.pause(abort=False)
+    elapsed_s, after = time.perf_counter() - began_s, engine.stats
+    await asyncio.sleep(SETTLE_S)
+    num_tokens = after.tokens_generated - before.tokens_generated
+    num_steps = after.steps - before.steps
+    return Turn(
+        tokens_per_s=num_tokens / elapsed_s,
+        slots_busy=num_tokens / num_steps,
+        steps_per_s=num_steps / elapsed_s,
+    )
+
+
+@asynccontextmanager
+async def acting(config: Config, engine: RecordingEngine) -> AsyncIterator[None]:
+    """An actor at work on `engine`, beyond its first evaluation; drained on leaving."""
+    task = make_task(config.task)
+    folder = RunFolder(path=Path(config.run.folder))
+    save_config(config, folder.config)
+    arguments = ["--config", str(folder.config), "--run-folder", str(folder.path)]
+    service = await start_role("service", arguments, log=folder.log("service"))
+    assert service.stdout is not None
+    port = json.loads(await service.stdout.readline())["port"]
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    learner = context.Process(
+        target=learn_nothing,
+        args=(port, fingerprint(task), config.learner.groups_per_update, stop),
+        daemon=True,
+    )
+    learner.start()
+    link = await open_link("127.0.0.1", port, "actor-1.0")
+    actors = config.actors
+    make = partial(make_task, config.task)
+    verifier = VerifierPool(make, actors.verifier_workers, actors.verifier_timeout_s)
+    codec = PromptCodec(engine.loaded.tokenizer, chat_template=config.model.chat_template)
+    async with verifier:
+        rollout = Rollout(config, engine, verifier, codec)
+        loop = ActorLoop(
+            config, name="actor-1", link=link, engine=engine, rollout=rollout, task=task
+        )
+        hello = m.Hello(
+            role="actor",
+            index=1,
+            incarnation=0,
+            fingerprint=fingerprint(task),
+            process_id=os.getpid(),
+        )
+        working = asyncio.create_task(loop.run(hello))
+        try:
+            yield
+        finally:
+            stop.set()
+            await asyncio.wait_for(working, END_TIMEOUT_S)
+            await link.close()
+            await asyncio.wait_for(service.wait(), END_TIMEOUT_S)
+            await asyncio.to_thread(learner.join, END_TIMEOUT_S)
+    assert learner.exitcode == 0, "the stand-in learner failed"
+
+
+@asynccontextmanager
+async def replaying(
+    engine: TorchEngine, recorded: list[GenerationRequest], num_callers: int
+) -> AsyncIterator[None]:
+    """`num_callers` callers that ask `engine` for the recorded requests, over and over."""
+
+    def endless() -> Iterator[GenerationRequest]:
+        while True:
+            yield from recorded  # grows meanwhile
+
+    requests = endless()
+
+    async def call() -> None:
+        for request in requests:
+            await engine.generate(request)
+
+    callers = [asyncio.create_task(call()) for _ in range(num_callers)]
+    try:
+        yield
+    finally:
+        for caller in callers:
+            caller.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*callers)
+
+
+async def compare(config: Config, num_repeats: int, turn_s: float) -> dict[str, object]:
+    engines = {"actor": RecordingEngine(config), "bare": RecordingEngine(config)}
+    actor, bare = engines["actor"], engines["bare"]
+    num_callers = round(config.actors.slots * QUEUE_AHEAD)
+    turns: dict[str, list[Turn]] = {name: [] for name in engines}
+    async with actor, bare, acting(config, actor):
+        await asyncio.sleep(WARM_UP_S)
+        await actor.pause(abort=False)
+        await bare.pause(abort=False)
+        async with replaying(bare, actor.recorded, num_callers):
+            await take_turn(bare, WARM_UP_S / 4)
+            for repeat in range(num_repeats):
+                for name in sorted(engines, reverse=bool(repeat % 2)):
+                    turns[name].append(await take_turn(engines[name], turn_s))
+    return row_of(config, turns)
+
+
+def row_of(config: Config, turns: dict[str, list[Turn]]) -> dict[str, object]:
+    row: dict[str, object] = {
+        "slots": config.actors.slots,
+        "torch_threads": config.actors.num_threads,
+    }
+    for field in Turn.__slots__:
+        for name, of_name in turns.items():
+            row[f"{name}_{field}"] = statistics.median(getattr(turn, field) for turn in of_name)
+    pairs = zip(turns["actor"], turns["bare"], strict=True)
+    ratios = [over.tokens_per_s / under.tokens_per_s for over, under in pairs]
+    row["actor_over_bare"] = statistics.median(ratios)
+    row["lowest"], row["highest"] = min(ratios), max(ratios)
+    row["repeats"] = len(ratios)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("num_threads", type=int, nargs="?", default=1)
+    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--turn-s", type=float, default=4.0)
+    parser.add_argument("--config", default=str(QUICKSTART))
+    arguments, overrides = parser.parse_known_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with tempfile.TemporaryDirectory() as folder:
+        # A short first evaluation: training leases start after it.
+        fixed = ["--run.folder", folder, "--task.num_held_out", "16"]
+        fixed += ["--actors.num_threads", str(arguments.num_threads)]
+        config = load_config(arguments.config, [*overrides, *fixed])
+        row = run(compare(config, arguments.repeats, arguments.turn_s))
+    title = (
+        "Tokens/s of a whole actor (loop, rollout, verifier, ZeroMQ to a buffer service) and of "
+        "the bare engine replaying its requests with as many callers, in turns in one process, "
+        f"{arguments.turn_s:g} s each; quickstart model"
+    )
+    report("actor", title, [row])
+
+
+if __name__ == "__main__":
+    main()

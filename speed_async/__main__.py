@@ -1,0 +1,6 @@
+"""`python -m speed_async` is the `speed-async` command."""
+
+from speed_async.cli import main
+
+if __name__ == "__main__":
+    main()

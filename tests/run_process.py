@@ -1,0 +1,140 @@
+"""Whole runs as a user starts them: real processes, followed through their run folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MODEL = REPOSITORY / "quickstart" / "model"
+DEADLINE_S = 90.0
+
+SMALL = """
+[run]
+folder = "run"
+updates = 3
+[model]
+path = "{model}"
+[task]
+name = "arithmetic"
+max_digits = 4
+num_prompts = 512
+num_held_out = 8
+[gate]
+n_init = 2
+n_cont = 2
+[actors]
+slots = 16
+max_new_tokens = 8
+[learner]
+groups_per_update = 2
+lr = 1e-4
+[evaluate]
+every = 0
+[cluster]
+drain_timeout_s = 10
+connect_timeout_s = 60
+"""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A started run. Its whole process group is this test's to end."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+    def wait_for(self, what: str, happened: Callable[[], object]) -> None:
+        """Look until it has happened; fails when the run ends or the deadline passes first."""
+        ends_s = time.monotonic() + DEADLINE_S
+        while not happened():
+            assert self.process.poll() is None, f"the run ended before {what}: {self.finish()}"
+            assert time.monotonic() < ends_s, f"no {what} within {DEADLINE_S} s"
+            time.sleep(0.05)
+
+    def wait_for_steps(self, count: int) -> None:
+        self.wait_for(f"{count} updates", lambda: len(self.events("step")) >= count)
+
+    def finish(self) -> tuple[int, str, str]:
+        """Exit status, stdout, stderr."""
+        try:
+            out, err = self.process.communicate(timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        return self.process.returncode, out, err
+
+    def interrupt(self) -> None:
+        """Ctrl-C: SIGINT to the group in the terminal's foreground."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def processes(self) -> dict[int, str]:
+        """Live processes of this run (zombies are dead), by id."""
+        mark = str(self.folder.parent)
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if mark in command:
+                found[int(entry.name)] = command
+        return found
+
+    def child(self, role: str) -> int:
+        """Process id of a role's child."""
+        [found] = [
+            pid for pid, command in self.processes().items() if f"runtime.child {role}" in command
+        ]
+        return found
+
+
+def write_config(folder: Path, text: str = SMALL, model: Path = MODEL) -> Path:
+    path = folder / "config.toml"
+    path.write_text(text.format(model=model))
+    return path
+
+
+def start_train(folder: Path, *overrides: str, config: Path | None = None) -> Run:
+    """`speed-async train` in `folder`."""
+    config = config or write_config(folder)
+    command = [sys.executable, "-m", "speed_async", "train", str(config), *overrides]
+    return _start(folder, command)
+
+
+def start_torchrun(folder: Path, nproc: int, *overrides: str) -> Run:
+    config = write_config(folder)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command += ["-m", "speed_async.launch", str(config), *overrides]
+    return _start(folder, command)
+
+
+def _start(folder: Path, command: list[str]) -> Run:
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    return Run(process=process, folder=folder / "run")

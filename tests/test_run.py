@@ -1,0 +1,204 @@
+"""Whole runs, as a user starts them: what they leave behind, and what they say when they cannot."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_process import MODEL, start_torchrun, start_train, write_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.timeout(240)
+
+SUMMARY_KEYS = {
+    "accuracy_before",
+    "accuracy_after",
+    "wall_s",
+    "optimizer_updates",
+    "completions_trained",
+    "tokens_generated",
+    "tokens_per_s",
+    "gate_acceptance",
+    "staleness_mean",
+    "staleness_max",
+    "ledger",
+}
+
+
+def test_train_leaves_config_metrics_summary_picture_and_a_loadable_checkpoint(
+    tmp_path: Path,
+) -> None:
+    run = start_train(tmp_path)
+    status, out, err = run.finish()
+    assert status == 0, err
+    summary = run.summary()
+    assert set(summary) >= SUMMARY_KEYS
+    assert summary["optimizer_updates"] == 3
+    assert summary["completions_trained"] == 3 * 2 * 4
+    assert summary["ledger"]["closes"] is True
+    assert summary["ledger"]["groups"]["in_flight"] == 0
+    assert summary["staleness_max"] <= 2
+    assert len(run.events("step")) == 3
+    assert [event["policy_version"] for event in run.events("evaluation")] == [0, 3]
+    assert json.loads((run.folder / "config.json").read_text())["gate"]["n_init"] == 2
+    assert (run.folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    checkpoint = run.folder / "checkpoints" / "version-000003"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert AutoTokenizer.from_pretrained(checkpoint).eos_token_id is not None
+    before = AutoModelForCausalLM.from_pretrained(MODEL).state_dict()
+    assert any(not before[name].equal(tensor) for name, tensor in model.state_dict().items())
+    # Without a terminal: a line for each step, and the summary last.
+    assert sum(line.startswith("step ") for line in out.splitlines()) == 3
+    assert "closes" in out.split("run ended", 1)[1]
+    assert run.processes() == {}
+
+
+def test_torchrun_takes_the_same_path_with_two_actors(tmp_path: Path) -> None:
+    run = start_torchrun(tmp_path, 3)
+    status, _, err = run.finish()
+    assert status == 0, err
+    assert run.summary()["ledger"]["closes"] is True
+    assert {path.name for path in (run.folder / "logs").glob("actor-?.log")} == {
+        "actor-1.log",
+        "actor-2.log",
+    }
+    assert run.processes() == {}
+
+
+def test_ctrl_c_drains_saves_and_leaves_no_process(tmp_path: Path) -> None:
+    run = start_train(tmp_path, "--run.updates", "100000")
+    run.wait_for_steps(2)
+    run.interrupt()
+    status, out, _ = run.finish()
+    assert status == 130
+    assert "stopped by a signal" in out
+    summary = run.summary()
+    assert summary["ledger"]["closes"] is True
+    assert summary["policy_version"] >= 2
+    saved = run.folder / "checkpoints" / f"version-{summary['policy_version']:06d}"
+    assert (saved / "model.safetensors").is_file()
+    assert run.processes() == {}
+
+
+def test_sigterm_does_the_same(tmp_path: Path) -> None:
+    run = start_train(tmp_path, "--run.updates", "100000")
+    run.wait_for_steps(1)
+    run.process.send_signal(signal.SIGTERM)
+    status, _, _ = run.finish()
+    assert status == 130
+    assert run.summary()["ledger"]["closes"] is True
+    assert run.processes() == {}
+
+
+def test_a_killed_actor_is_started_again_and_the_run_completes(tmp_path: Path) -> None:
+    run = start_train(tmp_path, "--run.updates", "12", "--weights.deadline_s", "5")
+    run.wait_for_steps(2)
+    os.kill(run.child("actor"), signal.SIGKILL)
+    status, _, err = run.finish()
+    assert status == 0, err
+    summary = run.summary()
+    assert summary["optimizer_updates"] == 12
+    assert summary["ledger"]["closes"] is True
+    assert summary["ledger"]["failures"]["actor lost"] >= 1
+    assert run.processes() == {}
+
+
+def test_a_killed_service_ends_the_run_with_its_name_last(tmp_path: Path) -> None:
+    run = start_train(tmp_path, "--run.updates", "100000")
+    run.wait_for_steps(1)
+    os.kill(run.child("service"), signal.SIGKILL)
+    status, _, err = run.finish()
+    assert status == 1
+    assert err.strip().splitlines()[-1].startswith("error: buffer service")
+    assert run.processes() == {}
+
+
+def test_an_error_of_an_actor_is_the_last_thing_printed(tmp_path: Path) -> None:
+    model = tmp_path / "no_eos"
+    model.mkdir()
+    for source in MODEL.iterdir():
+        (model / source.name).write_bytes(source.read_bytes())
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("eos_token")
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    run = start_train(tmp_path, config=write_config(tmp_path, model=model))
+    status, out, err = run.finish()
+    assert status == 1
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "EOS" in last
+    assert "Traceback" not in out + err
+    assert run.processes() == {}
+
+
+def test_a_port_in_use_is_named_with_its_field(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        run = start_train(tmp_path, "--cluster.service_port", str(port))
+        status, _, err = run.finish()
+    assert status == 1
+    assert err.strip().splitlines()[-1].startswith("error: config field 'cluster.service_port'")
+    assert run.processes() == {}
+
+
+def test_prompts_longer_than_the_context_are_counted_failed_and_the_rest_trains(
+    tmp_path: Path,
+) -> None:
+    rows = [{"prompt": f"{a}000+{b}000=", "answer": f"{a + b}"} for a in range(9) for b in range(9)]
+    rows += [{"prompt": "9" * 500 + str(i), "answer": "1"} for i in range(3)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    # Any completion of one digit or more passes sometimes: exact match against short answers.
+    overrides = ["--task.name", "jsonl", "--task.path", str(data), "--task.match", "numeric"]
+    run = start_train(tmp_path, *overrides, "--run.updates", "100000")
+    run.wait_for(
+        "a failed group", lambda: any(event["groups_failed"] for event in run.events("step"))
+    )
+    run.interrupt()
+    status, _, _ = run.finish()
+    assert status == 130
+    assert run.summary()["ledger"]["failures"]["prompt"] >= 1
+    assert run.summary()["ledger"]["closes"] is True
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["--learner.lrr", "1"], "error: config field 'learner.lrr'"),
+        (["--buffer.credits", "1"], "error: config field 'buffer.credits' = 1"),
+        (["--task.name", "jsonl", "--task.path", "none.jsonl"], "no such file"),
+    ],
+)
+def test_a_bad_config_is_refused_in_one_line_before_torch_loads(
+    tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    arguments = ["train", str(write_config(tmp_path)), *overrides]
+    code = (
+        "import sys\nfrom speed_async.cli import main\n"
+        f"sys.argv = ['speed-async', *{arguments!r}]\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_loads_neither_torch_nor_zmq_nor_wandb(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom speed_async.cli import main\nsys.argv = ['speed-async', '--help']\n"
+        "try:\n    main()\nfinally:\n"
+        "    print(sorted({'torch', 'zmq', 'wandb', 'vllm'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.strip().endswith("[]")
