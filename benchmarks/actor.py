@@ -30,7 +30,7 @@ from pathlib import Path
 from benchmarks.harness import report
 from benchmarks.stand_in_learner import learn_nothing
 from speed_async.actors.engine import GenerationRequest
-from speed_async.actors.loop import QUEUE_AHEAD, ActorLoop
+from speed_async.actors.loop import ActorLoop
 from speed_async.actors.prompt_codec import PromptCodec
 from speed_async.actors.rollout import Rollout
 from speed_async.actors.torch_engine import TorchEngine
@@ -49,6 +49,8 @@ from speed_async.wire.zeromq import open_link
 QUICKSTART = Path(__file__).parent.parent / "quickstart" / "config.toml"
 WARM_UP_S = 4.0
 SETTLE_S = 0.2
+CALLERS_PER_SLOT = 2
+"""At least as many requests as the actor has in flight, so that the bare engine is never emptier."""
 END_TIMEOUT_S = 60.0
 
 
@@ -69,6 +71,8 @@ class Turn:
     tokens_per_s: float
     slots_busy: float
     steps_per_s: float
+    slots_asked: float
+    """Requests running or waiting when the turn ended."""
 
 
 async def take_turn(engine: TorchEngine, duration_s: float) -> Turn:
@@ -85,6 +89,7 @@ async def take_turn(engine: TorchEngine, duration_s: float) -> Turn:
         tokens_per_s=num_tokens / elapsed_s,
         slots_busy=num_tokens / num_steps,
         steps_per_s=num_steps / elapsed_s,
+        slots_asked=after.num_running + after.num_waiting,
     )
 
 
@@ -161,10 +166,10 @@ async def replaying(
             await asyncio.gather(*callers)
 
 
-async def compare(config: Config, num_repeats: int, turn_s: float) -> dict[str, object]:
+async def compare(config: Config, num_repeats: int, turn_s: float) -> list[dict[str, object]]:
     engines = {"actor": RecordingEngine(config), "bare": RecordingEngine(config)}
     actor, bare = engines["actor"], engines["bare"]
-    num_callers = round(config.actors.slots * QUEUE_AHEAD)
+    num_callers = CALLERS_PER_SLOT * config.actors.slots
     turns: dict[str, list[Turn]] = {name: [] for name in engines}
     async with actor, bare, acting(config, actor):
         await asyncio.sleep(WARM_UP_S)
@@ -175,23 +180,24 @@ async def compare(config: Config, num_repeats: int, turn_s: float) -> dict[str, 
             for repeat in range(num_repeats):
                 for name in sorted(engines, reverse=bool(repeat % 2)):
                     turns[name].append(await take_turn(engines[name], turn_s))
-    return row_of(config, turns)
+    return [row_of(name, of_name, turns["bare"]) for name, of_name in turns.items()]
 
 
-def row_of(config: Config, turns: dict[str, list[Turn]]) -> dict[str, object]:
-    row: dict[str, object] = {
-        "slots": config.actors.slots,
-        "torch_threads": config.actors.num_threads,
+def row_of(name: str, turns: list[Turn], bare: list[Turn]) -> dict[str, object]:
+    ratios = [turn.tokens_per_s / base.tokens_per_s for turn, base in zip(turns, bare, strict=True)]
+    medians = {
+        field: statistics.median(getattr(turn, field) for turn in turns)
+        for field in ("tokens_per_s", "slots_busy", "steps_per_s", "slots_asked")
     }
-    for field in Turn.__slots__:
-        for name, of_name in turns.items():
-            row[f"{name}_{field}"] = statistics.median(getattr(turn, field) for turn in of_name)
-    pairs = zip(turns["actor"], turns["bare"], strict=True)
-    ratios = [over.tokens_per_s / under.tokens_per_s for over, under in pairs]
-    row["actor_over_bare"] = statistics.median(ratios)
-    row["lowest"], row["highest"] = min(ratios), max(ratios)
-    row["repeats"] = len(ratios)
-    return row
+    lower, _, upper = statistics.quantiles(ratios, n=4)
+    return {
+        "side": name,
+        **medians,
+        "over_bare": statistics.median(ratios),
+        "lower_quartile": lower,
+        "upper_quartile": upper,
+        "repeats": len(ratios),
+    }
 
 
 def main() -> None:
@@ -207,13 +213,13 @@ def main() -> None:
         fixed = ["--run.folder", folder, "--task.num_held_out", "16"]
         fixed += ["--actors.num_threads", str(arguments.num_threads)]
         config = load_config(arguments.config, [*overrides, *fixed])
-        row = run(compare(config, arguments.repeats, arguments.turn_s))
+        rows = run(compare(config, arguments.repeats, arguments.turn_s))
     title = (
         "Tokens/s of a whole actor (loop, rollout, verifier, ZeroMQ to a buffer service) and of "
         "the bare engine replaying its requests with as many callers, in turns in one process, "
         f"{arguments.turn_s:g} s each; quickstart model"
     )
-    report("actor", title, [row])
+    report("actor", title, rows)
 
 
 if __name__ == "__main__":

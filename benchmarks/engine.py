@@ -26,7 +26,8 @@ from speed_async.actors.torch_generator import TorchGenerator
 
 NUM_PROMPT_TOKENS = 14
 MIN_NEW_TOKENS, MAX_NEW_TOKENS = 4, 64
-NUM_REPEATS = 5
+SEQUENCES_PER_SLOT = 6
+NUM_REPEATS = 3
 VOCABULARY_SIZE = 32
 
 
@@ -46,18 +47,19 @@ def small_llama() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def mixed_requests(count: int, seed: int) -> list[GenerationRequest]:
-    """Distinct prompts, forced lengths uniform in 4..64."""
+def mixed_requests(count: int, seed: int, per_prompt: int = 1) -> list[GenerationRequest]:
+    """`per_prompt` requests for each random prompt; forced lengths uniform in 4..64."""
     random = np.random.default_rng(seed)
+    prompts = random.integers(1, VOCABULARY_SIZE, (count, NUM_PROMPT_TOKENS), np.int32)
     return [
         GenerationRequest(
-            prompt_token_ids=random.integers(1, VOCABULARY_SIZE, NUM_PROMPT_TOKENS, np.int32),
+            prompt_token_ids=prompts[i // per_prompt],
             max_new_tokens=int(random.integers(MIN_NEW_TOKENS, MAX_NEW_TOKENS + 1)),
             temperature=1.0,
             top_p=1.0,
             priority=0,
         )
-        for _ in range(count)
+        for i in range(count)
     ]
 
 
@@ -117,11 +119,11 @@ def tokens_per_s(contestant: Callable[[], int]) -> float:
     return num_tokens / (time.perf_counter() - begun_s)
 
 
-def compare(num_slots: int, num_threads: int) -> dict[str, object]:
+def compare(num_slots: int, per_prompt: int, num_threads: int) -> dict[str, object]:
     # A model for each side: the generator prepares its own for decoding.
     plain, owned = small_llama(), small_llama()
     generator = new_generator(owned, num_slots)
-    requests = mixed_requests(4 * num_slots, seed=1)
+    requests = mixed_requests(SEQUENCES_PER_SLOT * num_slots, 1, per_prompt)
     contestants: dict[str, Callable[[], int]] = {
         "generate": lambda: by_generate(plain, requests, num_slots),
         "core": lambda: by_core(generator, requests),
@@ -136,10 +138,11 @@ def compare(num_slots: int, num_threads: int) -> dict[str, object]:
             rates[name].append(tokens_per_s(contestants[name]))
     return {
         "slots": num_slots,
-        "torch_threads": num_threads,
-        "generate_tokens_per_s": statistics.median(rates["generate"]),
-        "core_tokens_per_s": statistics.median(rates["core"]),
-        "engine_tokens_per_s": statistics.median(rates["engine"]),
+        "per_prompt": per_prompt,
+        "threads": num_threads,
+        "generate": statistics.median(rates["generate"]),
+        "core": statistics.median(rates["core"]),
+        "engine": statistics.median(rates["engine"]),
         "engine_over_generate": _ratio(rates["engine"], rates["generate"]),
         "engine_over_core": _ratio(rates["engine"], rates["core"]),
         "repeats": NUM_REPEATS,
@@ -153,11 +156,15 @@ def _ratio(over: list[float], under: list[float]) -> float:
 def main() -> None:
     num_threads = int(sys.argv[1]) if len(sys.argv) > 1 else 1
     torch.set_num_threads(num_threads)
-    rows = [compare(num_slots, num_threads) for num_slots in (64, 256)]
+    rows = [
+        compare(num_slots, per_prompt, num_threads)
+        for num_slots in (64, 256)
+        for per_prompt in (1, 4)
+    ]
     title = (
         f"Useful tokens/s, 0.8 M Llama, prompts of {NUM_PROMPT_TOKENS}, completions of "
-        f"{MIN_NEW_TOKENS}..{MAX_NEW_TOKENS} tokens, 4 sequences a slot (generate counts only "
-        "the tokens asked for)"
+        f"{MIN_NEW_TOKENS}..{MAX_NEW_TOKENS} tokens, {SEQUENCES_PER_SLOT} sequences a slot "
+        "(generate runs each batch to its longest; only tokens asked for count)"
     )
     report("engine", title, rows)
 

@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def report(name: str, title: str, rows: list[dict[str, object]]) -> None:
     """Print `rows` (all with the same keys) and write them to results/NAME.json."""
-    table = Table(title=title)
+    table = Table(title=title, title_justify="left")
     for column in rows[0]:
         table.add_column(column.replace("_", " "), justify="right")
     for row in rows:

@@ -9,7 +9,7 @@ import pytest
 import uvloop
 import zmq
 import zmq.asyncio
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from speed_async.errors import ConfigError, DeadlineExceeded, ProtocolError, TransportClosed
@@ -24,6 +24,7 @@ from speed_async.wire.feed import (
 )
 from speed_async.wire.messages import PROTOCOL_VERSION
 
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 HOST = "127.0.0.1"
 SOON_S = 10.0
 
@@ -63,7 +64,7 @@ async def next_step(subscriber: FeedSubscriber) -> Event:
             return event
 
 
-@settings(max_examples=100, deadline=None)
+@settings(PATIENT, max_examples=100)
 @given(
     st.sampled_from(["status", "step", "evaluation", "end"]),
     st.dictionaries(
@@ -84,7 +85,7 @@ def test_every_event_comes_out_as_it_went_in(kind, values):
     }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(PATIENT, max_examples=150)
 @given(st.binary(max_size=64), st.data())
 def test_damaged_events_raise_nothing_but_protocol_error(noise, data):
     frame = encode_event(STATUS)
@@ -109,7 +110,7 @@ def test_damaged_events_raise_nothing_but_protocol_error(noise, data):
 )
 def test_an_event_that_breaks_the_schema_is_refused(header, complaint):
     with pytest.raises(ProtocolError, match=complaint):
-        decode_event(msgpack.packb(header))
+        decode_event(msgpack.packb(header))  # type: ignore
 
 
 def test_events_reach_every_subscriber_in_order():

@@ -5,12 +5,12 @@ import pytest
 from wire_samples import as_bytes, group_message
 
 from speed_async.errors import ProtocolError
-from speed_async.types import ActorCounts, Completion, Group, Sampled
+from speed_async.types import ActorCounts, Completion, FinishReason, Group, Sampled
 from speed_async.wire.codec import decode
 from speed_async.wire.groups import batch_group, pack_group, unpack_group
 
 
-def sampled(token_ids, logprobs, versions, finish_reason="stop") -> Sampled:
+def sampled(token_ids, logprobs, versions, finish_reason: FinishReason = "stop") -> Sampled:
     return Sampled(
         token_ids=np.array(token_ids, np.int32),
         logprobs=np.array(logprobs, np.float32),

@@ -12,6 +12,8 @@ import pytest
 from run_process import MODEL, start_torchrun, start_train, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from speed_async.tasks.arithmetic import ArithmeticTask
+
 pytestmark = pytest.mark.timeout(240)
 
 SUMMARY_KEYS = {
@@ -108,7 +110,7 @@ def test_a_killed_actor_is_started_again_and_the_run_completes(tmp_path: Path) -
 
 
 def test_a_killed_service_ends_the_run_with_its_name_last(tmp_path: Path) -> None:
-    run = start_train(tmp_path, "--run.updates", "100000")
+    run = start_train(tmp_path, "--run.updates", "100000", "--cluster.drain_timeout_s", "2")
     run.wait_for_steps(1)
     os.kill(run.child("service"), signal.SIGKILL)
     status, _, err = run.finish()
@@ -150,12 +152,13 @@ def test_a_port_in_use_is_named_with_its_field(tmp_path: Path) -> None:
 def test_prompts_longer_than_the_context_are_counted_failed_and_the_rest_trains(
     tmp_path: Path,
 ) -> None:
-    rows = [{"prompt": f"{a}000+{b}000=", "answer": f"{a + b}"} for a in range(9) for b in range(9)]
-    rows += [{"prompt": "9" * 500 + str(i), "answer": "1"} for i in range(3)]
+    task = ArithmeticTask(num_prompts=60, num_held_out=8, max_digits=4, seed=0)
+    prompts = [*task.train_prompts, *task.held_out_prompts]
+    rows = [{"prompt": prompt.text, "answer": prompt.answer} for prompt in prompts]
+    rows += [{"prompt": "9" * 500 + str(i), "answer": "1"} for i in range(20)]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    # Any completion of one digit or more passes sometimes: exact match against short answers.
-    overrides = ["--task.name", "jsonl", "--task.path", str(data), "--task.match", "numeric"]
+    overrides = ["--task.name", "jsonl", "--task.path", str(data), "--task.num_held_out", "4"]
     run = start_train(tmp_path, *overrides, "--run.updates", "100000")
     run.wait_for(
         "a failed group", lambda: any(event["groups_failed"] for event in run.events("step"))

@@ -114,7 +114,9 @@ def forced_logprobs(model: Any, one: GenerationRequest, sampled: Sampled) -> tor
         torch.log_softmax(logits / one.temperature, -1), torch.full((len(tokens),), one.top_p)
     )
     num_prompt = len(one.prompt_token_ids)
-    return logprobs[num_prompt - 1 : -1].gather(1, torch.from_numpy(tokens)[num_prompt:, None])[:, 0]
+    return logprobs[num_prompt - 1 : -1].gather(1, torch.from_numpy(tokens)[num_prompt:, None])[
+        :, 0
+    ]
 
 
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)

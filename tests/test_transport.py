@@ -67,7 +67,7 @@ async def test_a_sender_and_a_receiver_on_one_end_never_sleep_through_each_other
 ):
     # Full queues both ways: every wake-up meant for one waiter can be eaten by the other's try.
     link = await meet(stage, "actor-1.0")
-    total = 3000
+    total = 1000
 
     async def talk(send) -> None:
         for number in range(total):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import uvloop
-from transport_contract import SOON_S, Stage, ZmqStage, over_sockets
+from transport_contract import SOON_S, ZmqStage, over_sockets
 
 from speed_async.errors import ConfigError, DeadlineExceeded, ProtocolError
 from speed_async.types import ActorCounts
@@ -82,8 +82,7 @@ asyncio.run(play())
 
 
 @over_sockets()
-async def test_a_killed_process_is_a_gone_peer_and_its_successor_is_served(stage: Stage):
-    assert isinstance(stage, ZmqStage)
+async def test_a_killed_process_is_a_gone_peer_and_its_successor_is_served(stage: ZmqStage):
     stays = await stage.link("stays-1.0")
     for incarnation in (1, 2):
         child = subprocess.Popen(  # noqa: ASYNC220 (starting it is quick)
@@ -103,8 +102,7 @@ async def test_a_killed_process_is_a_gone_peer_and_its_successor_is_served(stage
 
 
 @over_sockets()
-async def test_a_peer_with_an_unfit_name_is_refused(stage: Stage):
-    assert isinstance(stage, ZmqStage)
+async def test_a_peer_with_an_unfit_name_is_refused(stage: ZmqStage):
     peer = await stage.raw_peer("not a name\xff")
     await peer.send_frames(encode(Ack(lease_id=1)))
     with pytest.raises(DeadlineExceeded, match=r"waited 0\.2 s for any peer"):

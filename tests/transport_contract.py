@@ -167,7 +167,7 @@ def _staged(
 
         # Not functools.wraps: pytest would read the scene's signature and seek a `stage` fixture.
         functools.update_wrapper(run, scene)
-        del run.__wrapped__
+        vars(run).pop("__wrapped__")
         return run
 
     return decorate

@@ -74,7 +74,7 @@ class ActorLoop:
                 receiver = tasks.create_task(self._receive(tasks), name="receiver")
                 await self._drain_requested.wait()
                 await self._drain()
-                await self._drained.wait()
+                await self._await_drained()
                 reporter.cancel()
                 self._say(m.Goodbye(counts=self._counts()))
                 await self._outbox.join()
@@ -260,6 +260,14 @@ class ActorLoop:
             work.stopped = True
         await self._engine.pause(abort=True)
         self._maybe_drained()
+
+    async def _await_drained(self) -> None:
+        deadline_s = self._config.cluster.drain_timeout_s
+        try:
+            await asyncio.wait_for(self._drained.wait(), deadline_s)
+        except TimeoutError:
+            what = f"{len(self._unacked)} acknowledgements, {len(self._works)} leases to end"
+            raise DeadlineExceeded("the buffer service", what, deadline_s) from None
 
     def _maybe_drained(self) -> None:
         if self._draining and not self._works and not self._unacked:

@@ -95,7 +95,9 @@ def usable_context(folder: Path, config: Any, wanted: int | None) -> int:
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or wanted
     if limit is None:
-        raise ModelError(f"config.json in {folder} names no context length: set model.context_length")
+        raise ModelError(
+            f"config.json in {folder} names no context length: set model.context_length"
+        )
     if wanted is not None and wanted > limit:
         raise ModelError(
             f"model.context_length = {wanted}, but the model in {folder} holds {limit} tokens: "

@@ -33,7 +33,8 @@ ZERO_COPY_BYTES = 64 * 1024
 MAX_BURST = 32
 """Operations in a row without yielding to the event loop."""
 FULL_PEER_RETRY_S = 0.005
-"""A ROUTER does not tell which peer has room again, so its waiting senders look this often."""
+"""A ROUTER never says which peer has room again: its senders look at every signal, and this often
+in case another operation consumed the signal."""
 
 _SEND_LAST = int(zmq.NOBLOCK)
 _SEND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -62,7 +63,7 @@ class PolledSocket:
         self._burst = 0
         self._closed = False
         self._descriptor = self._socket.FD
-        self._loop.add_reader(self._descriptor, self._wake)
+        self._loop.add_reader(self._descriptor, self._on_signal)
 
     @property
     def raw(self) -> zmq.Socket:
@@ -157,6 +158,12 @@ class PolledSocket:
         finally:
             timer.cancel()
             waiters.discard(waiter)
+
+    def _on_signal(self) -> None:
+        if not self._has_exact_pollout:
+            for waiter in self._writers:
+                _resolve(waiter)
+        self._wake()
 
     def _wake(self) -> None:
         # Reading EVENTS also clears the descriptor, which would else keep the loop spinning.
