@@ -15,6 +15,9 @@ Float32Array = NDArray[np.float32]
 
 FinishReason = Literal["stop", "length", "abort"]
 
+PASS_REWARD = 1.0
+"""A completion passes when its reward reaches this; partial credit is not a pass."""
+
 
 class Phase(StrEnum):
     """Why a completion is generated; continuation goes before screening in the engine."""
@@ -96,11 +99,17 @@ class Group:
 
     @property
     def num_passed(self) -> int:
-        return sum(completion.reward >= 1.0 for completion in self.completions)
+        return sum(completion.reward >= PASS_REWARD for completion in self.completions)
 
     @property
     def pass_rate(self) -> float:
         return self.num_passed / len(self.completions)
+
+    @property
+    def screening_pass_rate(self) -> float:
+        """What the gate saw; 0 for a group that was not screened."""
+        screened = self.completions[: self.num_screening]
+        return sum(c.reward >= PASS_REWARD for c in screened) / max(len(screened), 1)
 
     @property
     def oldest_version(self) -> int:

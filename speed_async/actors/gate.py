@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-PASS_REWARD = 1.0
-"""A completion passes when its reward reaches this; partial credit is not a pass."""
+from speed_async.types import PASS_REWARD
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -41,7 +41,7 @@ def load_model_folder(
     else:
         dtype_choice = dtype
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype_choice, local_files_only=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -112,8 +112,9 @@ def _check_attention(folder: Path, text_config: Any, length: int) -> None:
     """The engine passes one full causal mask to every layer."""
     window = getattr(text_config, "sliding_window", None)
     kinds = set(getattr(text_config, "layer_types", None) or ())
-    is_sliding = window is not None and (not kinds or "sliding_attention" in kinds)
-    if is_sliding and window < length:
+    if kinds and "sliding_attention" not in kinds:
+        window = None
+    if window is not None and window < length:
         raise ModelError(
             f"the model in {folder} attends over a window of {window} tokens and the torch "
             f'engine over all: set model.context_length to at most {window}, or engine = "vllm"'

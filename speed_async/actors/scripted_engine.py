@@ -79,8 +79,11 @@ class ScriptedStepper:
                 row.policy_versions.append(self._policy_version)
                 self._tokens_generated += 1
         self._num_steps += 1
-        ended = {key: row.finish_reason for key, row in self._rows.items()}
-        return [self._end(key, reason) for key, reason in ended.items() if reason is not None]
+        return [
+            self._end(key, finish_reason)
+            for key, row in list(self._rows.items())
+            if (finish_reason := row.finish_reason) is not None
+        ]
 
     def abort(self) -> list[Finished]:
         while len(self._waiting):

@@ -215,6 +215,12 @@ class SlotTable:
         self.tokens_running -= sampled.num_tokens
         return sampled
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether closing gaps is worth its copies: a move costs about as much as a few steps
+        that compute a vacant row for nothing."""
+        return 8 * (self.num_rows - self.num_active) > self.num_rows
+
     def cut_tail(self) -> None:
         """Drop vacant rows at the end from `num_rows`."""
         occupied = np.flatnonzero(self.active[: self.num_rows])

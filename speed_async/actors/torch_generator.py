@@ -4,29 +4,24 @@ A step decodes one token for every running row. Sequences join and leave between
 enters the KV cache up to its last token; that token is the row's first decode input, so every
 sampled token comes from the same code, and rows with equal prompts share one prefill.
 
-Shape legend: N rows in use, U rows in one prefill, P prefilled positions, L attended positions,
-V vocabulary.
+Shape legend: N rows in use, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from speed_async.actors.admission import AdmissionPrice, WaitingLine, sequence_limit
 from speed_async.actors.engine import EngineStats, GenerationRequest
 from speed_async.actors.sampling import sample
-from speed_async.actors.slots import Int64Array, SlotCache, SlotTable
-from speed_async.actors.span_attention import SPANS_KEYWORD, attend_by_span
+from speed_async.actors.slot_model import SlotModel
+from speed_async.actors.slots import Int64Array, Moves, SlotTable
 from speed_async.actors.stepper import Finished
 from speed_async.errors import SpeedAsyncError, WeightSyncError
 from speed_async.types import FinishReason, Float32Array, Sampled, WeightOffer
-from speed_async.weights.channel import NamedTensor, WeightReceiver
-
-_PREFILL_TOKENS = 16384
-"""Padded tokens in one prefill pass; bounds its activations."""
+from speed_async.weights.channel import WeightReceiver
 
 
 class TorchGenerator:
@@ -47,22 +42,17 @@ class TorchGenerator:
         receiver: WeightReceiver | None = None,
         policy_version: int = 0,
     ) -> None:
-        self.model = model.eval()
         self.context_length = context_length
+        self._model = SlotModel(model, num_slots)
         self._eos_token_ids = tuple(eos_token_ids)
         self._random = random
         self._receiver = receiver
         self._policy_version = policy_version
-        parameter = next(model.parameters())
-        self._device, self._dtype = parameter.device, parameter.dtype
         self._waiting = WaitingLine()
         self._price = AdmissionPrice()
         self._table = SlotTable(num_slots)
-        self._cache = SlotCache(num_slots)
         self._tokens_generated = 0
         self._num_steps = 0
-        self._is_whole = True
-        self._attends_by_span = attend_by_span(self.model)
 
     @property
     def has_work(self) -> bool:
@@ -70,7 +60,7 @@ class TorchGenerator:
 
     @property
     def is_whole(self) -> bool:
-        return self._is_whole
+        return self._model.is_whole
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -96,17 +86,14 @@ class TorchGenerator:
 
     def abort(self) -> list[Finished]:
         finished = self._release(np.flatnonzero(self._table.active), "abort")
-        self._table.cut_tail()
-        nothing = np.zeros(0, np.int32)
+        nothing = Sampled(
+            token_ids=np.zeros(0, np.int32),
+            logprobs=np.zeros(0, np.float32),
+            policy_versions=np.zeros(0, np.int32),
+            finish_reason="abort",
+        )
         while len(self._waiting):
-            key, _ = self._waiting.pop()
-            sampled = Sampled(
-                token_ids=nothing,
-                logprobs=np.zeros(0, np.float32),
-                policy_versions=nothing,
-                finish_reason="abort",
-            )
-            finished.append(Finished(key=key, sampled=sampled))
+            finished.append(Finished(key=self._waiting.pop()[0], sampled=nothing))
         return finished
 
     @torch.inference_mode()
@@ -120,7 +107,9 @@ class TorchGenerator:
         num_enterable = min(num_free, len(self._waiting))
         if self._price.is_due(num_running=table.num_active, num_enterable=num_enterable):
             self._admit(num_enterable)
-        self._compact()
+        table.cut_tail()
+        if not len(self._waiting) and table.is_sparse:  # else the next admission does it
+            self._close_gaps()
         if not table.num_active:
             return []
         tokens_N, logprobs_N = self._decode()
@@ -130,16 +119,25 @@ class TorchGenerator:
         self._num_steps += 1
         return self._collect(tokens_N)
 
+    @torch.inference_mode()
+    def load_weights(self, offer: WeightOffer) -> float:
+        if self._receiver is None:
+            raise WeightSyncError("this engine was made without a weight receiver")
+        transfer_s = self._model.load(offer, self._receiver)
+        self._policy_version = offer.policy_version
+        self._prefill(np.flatnonzero(self._table.active))
+        return transfer_s
+
     # --- joining ------------------------------------------------------------------------------
 
     def _admit(self, count: int) -> None:
         entering = [self._waiting.pop() for _ in range(count)]
         limits = [sequence_limit(request, self.context_length) for _, request in entering]
         self._table.reserve(max(limits))
-        self._cache.reserve(max(limits))
+        self._model.reserve(max(limits))
+        self._close_gaps()
         # A row that already holds this prompt serves as its prefill: its prompt positions were
         # computed under the present weights (updates recompute every running row).
-        self._close_gaps()
         holders = self._prompts_held()
         prefilled: list[int] = []
         copies: list[tuple[int, int]] = []
@@ -153,7 +151,10 @@ class TorchGenerator:
             else:
                 copies.append((holder, row))
         self._prefill(np.array(prefilled, np.int64))
-        self._copy_prompts(copies)
+        if copies:
+            sources, destinations = np.array(copies, np.int64).T
+            longest = int(self._table.num_prompt[destinations].max())
+            self._model.move(Moves(sources=sources, destinations=destinations, longest=longest))
 
     def _prompts_held(self) -> dict[bytes, int]:
         table = self._table
@@ -162,71 +163,24 @@ class TorchGenerator:
             for row in np.flatnonzero(table.active).tolist()
         }
 
-    def _copy_prompts(self, copies: list[tuple[int, int]]) -> None:
-        if copies:
-            sources, destinations = np.array(copies, np.int64).T
-            length = int(self._table.num_prompt[destinations].max()) - 1
-            self._cache.copy_rows(self._to_device(sources), self._to_device(destinations), length)
-
     def _prefill(self, rows: Int64Array) -> None:
-        """Compute the KV of all but the newest token of these rows, in bounded passes."""
-        for chunk in self._prefill_chunks(rows):
-            num_positions = int(self._table.length[chunk].max()) - 1
-            tokens_UP = self._table.tokens[chunk, :num_positions].astype(np.int64)
-            positions_1P = torch.arange(num_positions, device=self._device)[None]
-            mask_11PP = torch.full(
-                (1, 1, num_positions, num_positions),
-                -torch.inf,
-                dtype=self._dtype,
-                device=self._device,
-            ).triu_(1)
-            self._cache.begin_prefill(self._to_device(chunk))
-            # The body alone: no logits are wanted here.
-            self.model.base_model(
-                input_ids=self._to_device(tokens_UP),
-                position_ids=positions_1P.expand(len(chunk), -1),
-                attention_mask=mask_11PP,
-                past_key_values=self._cache,
-                use_cache=True,
-            )
+        """Cache all but the newest token of these rows."""
+        self._model.prefill(rows, self._table.tokens, self._table.length[rows] - 1)
 
-    def _prefill_chunks(self, rows: Int64Array) -> Iterator[Int64Array]:
-        lengths = self._table.length[rows] - 1
-        rows, lengths = rows[lengths > 0], lengths[lengths > 0]
-        order = np.argsort(lengths, kind="stable")
-        rows, lengths = rows[order], lengths[order]
-        while len(rows):
-            # Ascending lengths: the last row of a chunk sets its width.
-            widths = lengths * np.arange(1, len(rows) + 1)
-            count = max(1, int(np.searchsorted(widths, _PREFILL_TOKENS, side="right")))
-            yield rows[:count]
-            rows, lengths = rows[count:], lengths[count:]
+    def _close_gaps(self) -> None:
+        for moves in self._table.close_gaps():
+            self._model.move(moves)
 
     # --- stepping -----------------------------------------------------------------------------
 
     def _decode(self) -> tuple[Int64Array, Float32Array]:
         table, count = self._table, self._table.num_rows
-        feed_2N = self._to_device(table.feed[:, :count])
-        positions_N = feed_2N[1]
-        spans = table.spans()
-        attended = max(span[2] for span in spans)
-        self._cache.begin_decode(positions_N, attended)
-        mask_NL = torch.where(
-            torch.arange(attended, device=self._device) <= positions_N[:, None], 0.0, -torch.inf
-        ).to(self._dtype)
-        logits_N1V = self.model(
-            input_ids=feed_2N[0][:, None],
-            position_ids=positions_N[:, None],
-            attention_mask=mask_NL[:, None, None],
-            past_key_values=self._cache,
-            use_cache=True,
-            **({SPANS_KEYWORD: spans} if self._attends_by_span else {}),
-        ).logits
+        logits_NV = self._model.decode(table.feed[:, :count], table.spans())
         temperature, top_p = table.temperature[:count], table.top_p[:count]
         tokens_N, logprobs_N = sample(
-            logits_N1V[:, 0],
-            temperature_N=None if (temperature == 1).all() else self._to_device(temperature),
-            top_p_N=None if (top_p == 1).all() else self._to_device(top_p),
+            logits_NV,
+            temperature_N=None if (temperature == 1).all() else self._model.to_device(temperature),
+            top_p_N=None if (top_p == 1).all() else self._model.to_device(top_p),
             random=self._random,
         )
         return tokens_N.cpu().numpy(), logprobs_N.cpu().numpy()
@@ -234,7 +188,6 @@ class TorchGenerator:
     def _check_finite(self, logprobs_N: Float32Array) -> None:
         wrong_N = ~np.isfinite(logprobs_N) & self._table.active[: len(logprobs_N)]
         if wrong_N.any():
-            self._is_whole = False
             # Not a ModelError: that one is about a single request, and this ends the engine.
             raise SpeedAsyncError(
                 f"the model of policy version {self._policy_version} gave non-finite logits for "
@@ -259,52 +212,3 @@ class TorchGenerator:
             )
             for row in rows.tolist()
         ]
-
-    def _compact(self) -> None:
-        table = self._table
-        table.cut_tail()
-        # Moving a row costs about as much as a few steps of computing it for nothing, and the
-        # next admission closes all gaps anyhow.
-        num_gaps = table.num_rows - table.num_active
-        if not len(self._waiting) and 8 * num_gaps > table.num_rows:
-            self._close_gaps()
-
-    def _close_gaps(self) -> None:
-        for moves in self._table.close_gaps():
-            self._cache.copy_rows(
-                self._to_device(moves.sources), self._to_device(moves.destinations), moves.longest
-            )
-
-    # --- weights ------------------------------------------------------------------------------
-
-    def load_weights(self, offer: WeightOffer) -> float:
-        if self._receiver is None:
-            raise WeightSyncError("this engine was made without a weight receiver")
-        # Tied weights are one parameter here, under its first name.
-        parameters = dict(self.model.named_parameters())
-        missing = set(parameters)
-
-        def load(bucket: Sequence[NamedTensor]) -> None:
-            self._is_whole = False
-            for name, tensor in bucket:
-                parameters[name].copy_(tensor, non_blocking=True)
-                missing.discard(name)
-            if self._device.type == "cuda":  # the tensors are only lent for this call
-                torch.cuda.current_stream(self._device).synchronize()
-
-        with torch.no_grad():
-            expected = [(name, parameter.detach()) for name, parameter in parameters.items()]
-            report = self._receiver.receive(offer, expected, load)
-            if missing:
-                raise WeightSyncError(
-                    f"policy version {offer.policy_version} came without {len(missing)} of "
-                    f"{len(parameters)} tensors, first {min(missing)}"
-                )
-        self._is_whole = True
-        self._policy_version = offer.policy_version
-        with torch.inference_mode():
-            self._prefill(np.flatnonzero(self._table.active))
-        return report.transfer_s
-
-    def _to_device(self, array: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)

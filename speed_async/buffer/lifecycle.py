@@ -85,22 +85,32 @@ class Lifecycle:
         used = self.leases.num_training + len(self.buffer) + len(self.in_training)
         return self._config.max_credits - used
 
-    def grant_training(self, holder: str, most: int) -> list[OpenLease]:
-        granted = [
+    def grant(self, holder: str, kind: LeaseKind, most: int) -> m.Leases | None:
+        """Up to `most` new leases for an actor, or None when there is nothing to grant."""
+        training = kind is LeaseKind.TRAINING
+        granted = self._training(holder, most) if training else self._evaluation(holder, most)
+        if not granted:
+            return None
+        for _ in granted:
+            self.ledger.granted(holder, training=training)
+        return m.Leases(
+            lease_ids=[entry.lease.lease_id for entry in granted],
+            prompt_ids=[entry.lease.prompt_id for entry in granted],
+            kind=str(kind),
+            num_samples=granted[0].lease.num_samples,
+        )
+
+    def _training(self, holder: str, most: int) -> list[OpenLease]:
+        return [
             self.leases.grant(holder, self._curriculum.next_prompt(), LeaseKind.TRAINING)
             for _ in range(min(most, self.credits_left))
         ]
-        for _ in granted:
-            self.ledger.granted(holder, training=True)
-        return granted
 
-    def grant_evaluation(self, holder: str, most: int) -> list[OpenLease]:
+    def _evaluation(self, holder: str, most: int) -> list[OpenLease]:
         granted = []
         samples = self._evaluations.num_samples
         while len(granted) < most and (prompt_id := self._evaluations.next_prompt()) is not None:
-            entry = self.leases.grant(holder, prompt_id, LeaseKind.EVALUATION, samples)
-            self.ledger.granted(holder, training=False)
-            granted.append(entry)
+            granted.append(self.leases.grant(holder, prompt_id, LeaseKind.EVALUATION, samples))
         return granted
 
     # --- results ---------------------------------------------------------------------------
@@ -117,9 +127,7 @@ class Lifecycle:
         except ProtocolError as error:
             self._without_result(entry, "invalid group", num_tokens)
             return str(error)
-        screening = group.completions[: group.num_screening]
-        passed = sum(completion.reward >= 1.0 for completion in screening)
-        self._statistics.screened(accepted=True, pass_rate=passed / max(len(screening), 1))
+        self._statistics.screened(accepted=True, pass_rate=group.screening_pass_rate)
         self._curriculum.record(entry.lease.prompt_id, group.num_passed, len(group.completions))
         buffered = BufferedGroup(
             message=message,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from speed_async.wire.messages import Hello
+from speed_async.wire.messages import Hello, OfferWeights, PublishWeights
 
 
 @dataclass(slots=True)
@@ -54,14 +54,30 @@ class Membership:
     def silent(self, now_s: float, timeout_s: float) -> list[ActorState]:
         return [state for state in self.present() if now_s - state.last_heard_s > timeout_s]
 
-    def form_group(self) -> tuple[str, ...]:
-        """Members of the next broadcast, in rank order; a changed list opens a new epoch."""
+    def form_group(self, publish: PublishWeights) -> list[tuple[str, OfferWeights]]:
+        """Offers of the next broadcast, in rank order; a changed list of members, or a broken
+        group, opens a new epoch."""
         names = tuple(state.name for state in self.present())
         if names != self.members or self._group_broken:
             self.epoch += 1
             self.members = names
             self._group_broken = False
-        return names
+        return [
+            (
+                name,
+                OfferWeights(
+                    policy_version=publish.policy_version,
+                    epoch=self.epoch,
+                    rank=rank,
+                    world_size=len(names) + 1,
+                    store_host=publish.store_host,
+                    store_port=publish.store_port,
+                    backend=publish.backend,
+                    deadline_s=publish.deadline_s,
+                ),
+            )
+            for rank, name in enumerate(names, start=1)
+        ]
 
     def break_group(self) -> None:
         """The last broadcast failed: its process group must not be used again."""

@@ -56,7 +56,10 @@ async def _flush(
 ) -> None:
     outbox, service.outbox = service.outbox, []
     for peer, message in outbox:
-        await hub.send(peer, message)
+        try:
+            await hub.send(peer, message)
+        except DeadlineExceeded as error:
+            service.unreachable(peer, str(error))
     events, service.events = service.events, []
     for event in events:
         await feed.publish(event)

@@ -12,10 +12,11 @@ answers    a TakeBatch when enough fresh groups are buffered and the first evalu
 from collections.abc import Callable
 
 from speed_async.buffer.curriculum import Curriculum
+from speed_async.buffer.ending import Ending, Step
 from speed_async.buffer.lifecycle import Accuracy, Evaluations, Lifecycle
 from speed_async.buffer.membership import ActorState, Membership
 from speed_async.buffer.statistics import RunStatistics, UpdateTimes
-from speed_async.buffer.status import status_values, summary_values
+from speed_async.buffer.status import evaluation_values, status_values, summary_values
 from speed_async.config.schema import Config
 from speed_async.observe.metrics import Event, EventKind, Value
 from speed_async.types import GroupEnd, LeaseKind
@@ -52,10 +53,8 @@ class BufferService:
         self._baseline_done = False
         self._open_take: tuple[m.TakeBatch, float] | None = None
         self._starved_s = 0.0
-        self._finish: m.FinishRun | None = None
-        self._finish_since_s = 0.0
+        self._ending = Ending(config.cluster)
         self._evaluated_version: int | None = None
-        self._draining_since_s: float | None = None
         self._handlers: dict[type[m.Message], Callable[..., None]] = {
             m.Hello: self._on_hello,
             m.Failure: self._on_failure,
@@ -99,6 +98,12 @@ class BufferService:
         self.statistics.tokens(now_s, ledger.tokens_generated, trained)
         self._advance(now_s)
         self._emit("status", now_s, {})
+
+    def unreachable(self, peer: str, reason: str) -> None:
+        """A peer takes no messages any more. For an actor that is death; a learner may recover."""
+        state = self.membership.actors.get(peer)
+        if state is not None and not state.said_goodbye:
+            self._lose(state, reason)
 
     def _refusal(self, peer: str, message: m.Message) -> str | None:
         kind = type(message).__name__
@@ -181,14 +186,7 @@ class BufferService:
         self._baseline_done = True
         self._evaluated_version = whole.policy_version
         self.statistics.evaluated(whole.accuracy)
-        values: dict[str, Value] = {
-            "policy_version": whole.policy_version,
-            "num_passed": whole.num_passed,
-            "num_completions": whole.num_completions,
-            "oldest_version": whole.oldest_version,
-            "newest_version": whole.newest_version,
-        }
-        self._emit("evaluation", now_s, values)
+        self._emit("evaluation", now_s, evaluation_values(whole))
 
     # --- the learner -----------------------------------------------------------------------
 
@@ -210,30 +208,20 @@ class BufferService:
         self._emit("step", now_s, dict(metrics))
 
     def _on_publish(self, peer: str, publish: m.PublishWeights, now_s: float) -> None:
-        names = self.membership.form_group()
-        epoch = self.membership.epoch
-        for rank, name in enumerate(names, start=1):
-            offer = m.OfferWeights(
-                policy_version=publish.policy_version,
-                epoch=epoch,
-                rank=rank,
-                world_size=len(names) + 1,
-                store_host=publish.store_host,
-                store_port=publish.store_port,
-                backend=publish.backend,
-                deadline_s=publish.deadline_s,
-            )
+        for name, offer in self.membership.form_group(publish):
             self._send(name, offer)
         self._send_learner(
             m.WeightMembers(
-                policy_version=publish.policy_version, epoch=epoch, actor_names=list(names)
+                policy_version=publish.policy_version,
+                epoch=self.membership.epoch,
+                actor_names=list(self.membership.members),
             )
         )
 
     def _on_published(self, peer: str, message: m.WeightsPublished, now_s: float) -> None:
         if message.error:
             self.membership.break_group()
-        elif self._evaluations.due(message.policy_version) and self._finish is None:
+        elif self._evaluations.due(message.policy_version) and self._ending.finish is None:
             self._evaluations.start(message.policy_version)
 
     def _on_applied(self, peer: str, message: m.WeightsApplied, now_s: float) -> None:
@@ -244,7 +232,7 @@ class BufferService:
             state.applied_version = message.policy_version
 
     def _on_finish(self, peer: str, finish: m.FinishRun, now_s: float) -> None:
-        self._finish, self._finish_since_s = finish, now_s
+        self._ending.ask(finish, now_s)
         self._open_take = None
 
     # --- what follows from the present state -------------------------------------------------
@@ -253,19 +241,48 @@ class BufferService:
         """Do whatever has become possible."""
         if self.ended:
             return
+        self._advance_ending(now_s)
         self.phase = self._present_phase()
-        if self._finish is not None:
-            self._advance_finish(self._finish, now_s)
-        if self._draining_since_s is None:
+        if not self._ending.draining:
             self._grant()
         self._answer_take(now_s)
 
+    def _advance_ending(self, now_s: float) -> None:
+        present = self.membership.present()
+        step = self._ending.next_step(
+            now_s,
+            evaluating_version=self._evaluations.target_version,
+            evaluated_version=self._evaluated_version,
+            num_present=len(present),
+        )
+        finish = self._ending.finish
+        if finish is None:
+            return
+        match step:
+            case Step.EVALUATE:
+                self._evaluations.start(finish.policy_version)
+            case Step.DRAIN:
+                for state in present:
+                    self._send(state.name, m.Drain(reason=finish.reason))
+                self._advance_ending(now_s)
+            case Step.GIVE_UP:
+                for state in present:
+                    self._lose(state, "did not drain in time")
+                self._advance_ending(now_s)
+            case Step.END:
+                self._emit("end", now_s, {"ok": True, "reason": finish.reason})
+                self._send_learner(m.Summary(fields=summary_values(self, now_s)))
+                self.ended = True
+            case _:
+                pass
+
     def _present_phase(self) -> str:
-        if self._draining_since_s is not None:
+        if self._ending.draining:
             return "draining"
-        if not self._baseline_done or self._finish is not None:
-            return "evaluating" if self.membership.present() else "starting"
-        return "training"
+        if not self.membership.present():
+            return "starting"
+        ending = self._ending.finish is not None
+        return "evaluating" if ending or not self._baseline_done else "training"
 
     def _grant(self) -> None:
         target = self._evaluations.target_version
@@ -273,26 +290,14 @@ class BufferService:
         for state in self.membership.present():
             if target is not None and state.applied_version >= target:
                 self._send_leases(state, LeaseKind.EVALUATION)
-            if self._finish is None and state.applied_version >= self.policy_version - slack:
+            if self._ending.finish is None and state.applied_version >= self.policy_version - slack:
                 self._send_leases(state, LeaseKind.TRAINING)
 
     def _send_leases(self, state: ActorState, kind: LeaseKind) -> None:
-        if state.want <= 0:
-            return
-        if kind is LeaseKind.EVALUATION:
-            granted = self.lifecycle.grant_evaluation(state.name, state.want)
-        else:
-            granted = self.lifecycle.grant_training(state.name, state.want)
-        if not granted:
-            return
-        state.want -= len(granted)
-        leases = m.Leases(
-            lease_ids=[entry.lease.lease_id for entry in granted],
-            prompt_ids=[entry.lease.prompt_id for entry in granted],
-            kind=str(kind),
-            num_samples=granted[0].lease.num_samples,
-        )
-        self._send(state.name, leases)
+        leases = self.lifecycle.grant(state.name, kind, state.want)
+        if leases is not None:
+            state.want -= len(leases.lease_ids)
+            self._send(state.name, leases)
 
     def _answer_take(self, now_s: float) -> None:
         if self._open_take is None or not self._baseline_done:
@@ -307,32 +312,6 @@ class BufferService:
             self._send_learner(batch_group(group.message))
         lease_ids = [group.lease_id for group in groups]
         self._send_learner(m.BatchReady(policy_version=take.policy_version, lease_ids=lease_ids))
-
-    def _advance_finish(self, finish: m.FinishRun, now_s: float) -> None:
-        """Last evaluation, then drain, then the summary."""
-        config = self.config.cluster
-        if self._draining_since_s is None:
-            patient = now_s - self._finish_since_s < config.stall_timeout_s
-            if finish.evaluate and patient and self._still_evaluating(finish.policy_version):
-                return
-            self._draining_since_s = now_s
-            for state in self.membership.present():
-                self._send(state.name, m.Drain(reason=finish.reason))
-        if now_s - self._draining_since_s > config.drain_timeout_s:
-            for state in self.membership.present():
-                self._lose(state, "did not drain in time")
-        if not self.membership.present():
-            self._emit("end", now_s, {"ok": True, "reason": finish.reason})
-            self._send_learner(m.Summary(fields=summary_values(self, now_s)))
-            self.ended = True
-
-    def _still_evaluating(self, policy_version: int) -> bool:
-        """Whether the last version's accuracy is still to come; starts its evaluation."""
-        if self._evaluated_version == policy_version:
-            return False
-        if self._evaluations.target_version is None:
-            self._evaluations.start(policy_version)
-        return True
 
     # --- out -------------------------------------------------------------------------------
 

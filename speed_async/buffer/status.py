@@ -8,6 +8,7 @@ from speed_async.observe.metrics import Value
 from speed_async.types import GroupEnd
 
 if TYPE_CHECKING:
+    from speed_async.buffer.lifecycle import Accuracy
     from speed_async.buffer.service import BufferService
 
 
@@ -50,6 +51,17 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
     shares = statistics.shares()
     values |= {f"share_{name}": share for name, share in shares.items()}
     return values
+
+
+def evaluation_values(whole: Accuracy) -> dict[str, Value]:
+    """What an evaluation event adds."""
+    return {
+        "policy_version": whole.policy_version,
+        "num_passed": whole.num_passed,
+        "num_completions": whole.num_completions,
+        "oldest_version": whole.oldest_version,
+        "newest_version": whole.newest_version,
+    }
 
 
 def summary_values(service: BufferService, now_s: float) -> dict[str, object]:

@@ -6,7 +6,7 @@ from typing import Any, Literal, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from speed_async.errors import ConfigError, ModelError
@@ -23,6 +23,12 @@ def resolve_device(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
             "learner.device", choice, "no CUDA device is visible; use 'auto' or 'cpu'"
         )
     return torch.device("cuda" if available and choice != "cpu" else "cpu")
+
+
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """Parameter type of the folder's own weights: what an actor on a GPU samples with."""
+    dtype = AutoConfig.from_pretrained(path, local_files_only=True).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def load_model(

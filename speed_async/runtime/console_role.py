@@ -1,5 +1,7 @@
 """The console: follows a feed and shows it, as a panel on a terminal and as lines elsewhere."""
 
+import asyncio
+import signal
 import sys
 
 from rich.console import Console
@@ -16,12 +18,18 @@ async def follow_feed(host: str, port: int, title: str) -> None:
     """Show events until the run's end event. Raises DeadlineExceeded when the feed is silent."""
     subscriber = FeedSubscriber(host, port)
     terminal = Console()
+    this_task = asyncio.current_task()
+    assert this_task is not None
+    # A cancelled task leaves the panel in order: last picture drawn, cursor and echo given back.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this_task.cancel)
     try:
         if can_show(terminal):
             with Panel(terminal, title) as panel:
                 await _follow(subscriber, panel, f"{host}:{port}")
         else:
             await _follow(subscriber, Lines(sys.stdout), f"{host}:{port}")
+    except asyncio.CancelledError:
+        return
     finally:
         await subscriber.close()
 

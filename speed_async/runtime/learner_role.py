@@ -15,7 +15,7 @@ import torch
 from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded, RoleError, SpeedAsyncError
 from speed_async.learner.loop import Finished, LearnerLoop
-from speed_async.learner.model import load_model
+from speed_async.learner.model import load_model, stored_dtype
 from speed_async.learner.parallel import SingleRank
 from speed_async.learner.trainer import Trainer
 from speed_async.observe.report import plot_accuracy, summary_text
@@ -33,6 +33,8 @@ from speed_async.wire.zeromq import open_link
 
 ROLE = "learner"
 CHILD_GRACE_S = 5.0
+"""After the last message, service and console end by themselves within this."""
+FAILED_GRACE_S = 1.0
 
 
 async def lead_run(config: Config, rank: Rank) -> bool:
@@ -44,6 +46,7 @@ async def lead_run(config: Config, rank: Rank) -> bool:
     log_to(folder.log(ROLE))
     service, ports = await _start_service(config, folder)
     console: asyncio.subprocess.Process | None = None
+    grace_s = FAILED_GRACE_S
     try:
         address = ServiceAddress(
             host=config.cluster.host,
@@ -56,10 +59,11 @@ async def lead_run(config: Config, rank: Rank) -> bool:
         console = await _start_console(address, folder)
         watch = asyncio.create_task(service.wait(), name="service")
         finished = await _train(config, rank, address, folder, stop, watch)
+        grace_s = CHILD_GRACE_S
     finally:
-        await end_process(service, CHILD_GRACE_S)
+        await end_process(service, grace_s)
         if console is not None:
-            await end_process(console, CHILD_GRACE_S)
+            await end_process(console, grace_s)
     _write_results(finished, folder)
     return finished.completed
 
@@ -134,6 +138,7 @@ async def _learn(
         host=config.cluster.host,
         bucket_bytes=config.weights.bucket_bytes,
         device=device,
+        cast=stored_dtype(config.model.path) if device.type == "cuda" else None,
         store_timeout_s=config.weights.deadline_s,
     )
     backend = choose_backend(

@@ -20,6 +20,9 @@ from speed_async.tasks.task import fingerprint
 from speed_async.wire.feed import FeedPublisher
 from speed_async.wire.zeromq import open_hub
 
+SEND_DEADLINE_S = 2.0
+"""A peer whose queue stays full this long is given up: the others must not wait for it."""
+
 
 async def run_service(config: Config, run_folder: Path) -> None:
     """Bind, say on stdout where (one JSON line), serve until the run has ended."""
@@ -41,7 +44,9 @@ async def run_service(config: Config, run_folder: Path) -> None:
         fingerprint=fingerprint(task),
         started_s=time.monotonic(),
     )
-    hub = await open_hub(config.cluster.host, config.cluster.service_port)
+    hub = await open_hub(
+        config.cluster.host, config.cluster.service_port, send_deadline_s=SEND_DEADLINE_S
+    )
     feed = FeedPublisher(config.cluster.host, config.cluster.feed_port)
     sinks = make_sinks(config, run_folder)
     sys.stdout.write(json.dumps({"port": hub.port, "feed_port": feed.port}) + "\n")

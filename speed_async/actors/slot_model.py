@@ -1,0 +1,131 @@
+"""A causal LM over slots: prefill, decode and weight loading, with its KV cache.
+
+Shape legend: N rows in use, U rows in one prefill, P prefilled positions, L attended positions,
+V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speed_async.actors.slots import Int64Array, Moves, SlotCache, Span
+from speed_async.actors.span_attention import SPANS_KEYWORD, attend_by_span
+from speed_async.errors import WeightSyncError
+from speed_async.types import Int32Array, WeightOffer
+from speed_async.weights.channel import NamedTensor, WeightReceiver
+
+PREFILL_TOKENS = 16384
+"""Padded tokens in one prefill pass; bounds its activations."""
+
+
+class SlotModel:
+    """Owns a model (its weights are loaded in place) and the cache of `num_slots` rows."""
+
+    def __init__(self, model: Any, num_slots: int) -> None:
+        self._model = model.eval()
+        parameter = next(model.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
+        self._cache = SlotCache(num_slots)
+        self._attends_by_span = attend_by_span(model)
+        self.is_whole = True
+        """False once an update broke off halfway: the weights are then of no version."""
+
+    def to_device(self, array: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def reserve(self, length: int) -> None:
+        """Make room for sequences of `length` positions."""
+        self._cache.reserve(length)
+
+    def move(self, moves: Moves) -> None:
+        """Copy cached positions from rows to rows."""
+        sources, destinations = self.to_device(moves.sources), self.to_device(moves.destinations)
+        self._cache.copy_rows(sources, destinations, moves.longest)
+
+    def prefill(self, rows: Int64Array, tokens: Int32Array, lengths: Int64Array) -> None:
+        """Cache the first `lengths[i]` (U,) of `tokens[rows[i]]` (S, C) for each of `rows` (U,)."""
+        for chunk, num_positions in prefill_chunks(rows, lengths):
+            tokens_UP = tokens[chunk, :num_positions].astype(np.int64)
+            positions_1P = torch.arange(num_positions, device=self._device)[None]
+            # Rows shorter than P carry junk behind their end: causal, so nobody sees it.
+            mask_11PP = torch.full(
+                (1, 1, num_positions, num_positions),
+                -torch.inf,
+                dtype=self._dtype,
+                device=self._device,
+            ).triu_(1)
+            self._cache.begin_prefill(self.to_device(chunk))
+            self._model.base_model(  # the body alone: no logits are wanted here
+                input_ids=self.to_device(tokens_UP),
+                position_ids=positions_1P.expand(len(chunk), -1),
+                attention_mask=mask_11PP,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+
+    def decode(self, feed: Int64Array, spans: Sequence[Span]) -> Tensor:
+        """Logits (N, V) after each row's newest token; `feed` (2, N): tokens, their positions."""
+        feed_2N = self.to_device(feed)
+        positions_N = feed_2N[1]
+        if not self._attends_by_span or self._device.type != "cpu":
+            # One launch beats shorter reads where launches are what costs.
+            spans = [(0, len(positions_N), max(length for _, _, length in spans))]
+        attended = max(length for _, _, length in spans)
+        self._cache.begin_decode(positions_N, attended)
+        mask_NL = torch.where(
+            torch.arange(attended, device=self._device) <= positions_N[:, None], 0.0, -torch.inf
+        ).to(self._dtype)
+        logits_N1V = self._model(
+            input_ids=feed_2N[0][:, None],
+            position_ids=positions_N[:, None],
+            attention_mask=mask_NL[:, None, None],
+            past_key_values=self._cache,
+            use_cache=True,
+            **({SPANS_KEYWORD: spans} if self._attends_by_span else {}),
+        ).logits
+        return logits_N1V[:, 0]
+
+    @torch.no_grad()
+    def load(self, offer: WeightOffer, receiver: WeightReceiver) -> float:
+        """Receive every parameter (tied ones once, under their first name); seconds it took.
+
+        Raises WeightSyncError or DeadlineExceeded; see `is_whole`.
+        """
+        parameters = dict(self._model.named_parameters())
+        missing = set(parameters)
+
+        def copy_bucket(bucket: Sequence[NamedTensor]) -> None:
+            self.is_whole = False
+            for name, tensor in bucket:
+                parameters[name].copy_(tensor, non_blocking=True)
+                missing.discard(name)
+            if self._device.type == "cuda":  # the tensors are only lent for this call
+                torch.cuda.current_stream(self._device).synchronize()
+
+        expected = [(name, parameter.detach()) for name, parameter in parameters.items()]
+        report = receiver.receive(offer, expected, copy_bucket)
+        if missing:
+            raise WeightSyncError(
+                f"policy version {offer.policy_version} came without {len(missing)} of "
+                f"{len(parameters)} tensors, first {min(missing)}"
+            )
+        self.is_whole = True
+        return report.transfer_s
+
+
+def prefill_chunks(rows: Int64Array, lengths: Int64Array) -> Iterator[tuple[Int64Array, int]]:
+    """Split rows with anything to prefill into passes of at most PREFILL_TOKENS padded tokens.
+
+    Yields rows (U,) of similar length and the longest of these lengths.
+    """
+    order = np.argsort(lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    while len(order):
+        # Ascending lengths: the last row of a pass sets its width.
+        num_padded = lengths[order] * np.arange(1, len(order) + 1)
+        count = max(1, int(np.searchsorted(num_padded, PREFILL_TOKENS, side="right")))
+        yield rows[order[:count]], int(lengths[order[count - 1]])
+        order = order[count:]
