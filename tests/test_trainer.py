@@ -95,14 +95,14 @@ def test_metrics_of_a_written_out_batch(tmp_path: Path):
 
     assert (result.skipped, result.skip_reason) == (False, "")
     assert (result.tokens, result.completions) == (6, 4)
-    assert result.metrics["reward_mean"] == pytest.approx(1.75 / 4)
+    assert result.metrics["trained_reward_mean"] == pytest.approx(1.75 / 4)
     assert result.metrics["pass_rate_mean"] == pytest.approx(0.25)
     assert result.metrics["completion_tokens_mean"] == pytest.approx(1.5)
     assert result.metrics["zero_signal_groups"] == 0.0
     assert result.metrics["skipped_updates"] == 0.0
     assert set(result.metrics) == {
         "loss", "grad_norm", "lr", "ratio_mean", "ratio_max", "truncated_share", "kl_k1", "kl_k3",
-        "effective_sample_size", "entropy", "reward_mean", "pass_rate_mean", "zero_signal_groups",
+        "effective_sample_size", "entropy", "trained_reward_mean", "pass_rate_mean", "zero_signal_groups",
         "completion_tokens_mean", "skipped_updates",
     }  # fmt: skip
 

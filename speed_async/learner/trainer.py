@@ -196,7 +196,7 @@ def batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
     rewards = np.array([c.reward for c in completions])
     flat = [len({c.reward for c in group.completions}) == 1 for group in groups]
     return {
-        "reward_mean": float(rewards.mean()),
+        "trained_reward_mean": float(rewards.mean()),
         "pass_rate_mean": float(np.mean([group.pass_rate for group in groups])),
         "zero_signal_groups": float(sum(flat)),
         "completion_tokens_mean": float(np.mean([c.num_tokens for c in completions])),

@@ -22,7 +22,8 @@ class Event:
     status and step: `updates_total`, `generated_tokens_per_s`, `trained_tokens_per_s`,
       `gate_acceptance` (share of screened prompts continued, running window),
       `buffer_groups`, `buffer_capacity`, `in_flight_groups`, `credits`, `staleness_mean`,
-      `staleness_max`, `actors_alive`, `reward_mean`, `accuracy` (last held-out, or None),
+      `staleness_max`, `actors_alive`, `accuracy` (last held-out, or None),
+      `reward_mean` (pass rate of screened prompts: the prompt distribution, before the gate),
       `bottleneck` ("actor" | "buffer" | "learner" | "sync" | "starting"), `eta_s`,
       `share_actor`, `share_buffer`, `share_learner`, `share_sync` (of the learner's last updates),
       `ledger_closes`, `phase` ("starting" | "training" | "evaluating" | "draining").

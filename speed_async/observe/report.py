@@ -63,7 +63,7 @@ def _draw_reward(axes: "Axes", points: Sequence[Point]) -> None:
             color=REWARD_COLOUR,
             alpha=0.55,
             linewidth=1.0,
-            label="reward of the trained groups",
+            label="pass rate of screened prompts (training, before the gate)",
             zorder=2,
         )
 
