@@ -37,7 +37,7 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
 @commands.command()
 @click.argument("address")
 def console(address: str) -> None:
-    """Watch a run: ADDRESS is its metrics feed, tcp://HOST:PORT (see logs/service.log)."""
+    """Watch a run: ADDRESS is its metrics feed, tcp://HOST:PORT (it stands in logs/learner.log)."""
     parts = urlsplit(address if "//" in address else f"tcp://{address}")
     if parts.hostname is None or parts.port is None:
         raise SpeedAsyncError(f"'{address}' is no feed address; it looks like tcp://HOST:PORT")

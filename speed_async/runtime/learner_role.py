@@ -54,6 +54,7 @@ async def lead_run(config: Config, rank: Rank) -> bool:
             feed_port=ports["feed_port"],
             run_folder=str(folder.path),
         )
+        sys.stderr.write(f"metrics feed at tcp://{address.host}:{address.feed_port}\n")
         rendezvous = Rendezvous(rank, config.cluster.connect_timeout_s)
         await asyncio.to_thread(rendezvous.publish, address)
         console = await _start_console(address, folder)
