@@ -50,7 +50,7 @@ QUICKSTART = Path(__file__).parent.parent / "quickstart" / "config.toml"
 WARM_UP_S = 4.0
 SETTLE_S = 0.2
 CALLERS_PER_SLOT = 2
-"""At least as many requests as the actor has in flight, so that the bare engine is never emptier."""
+"""At least as many requests as the actor has in flight, so the bare engine is never emptier."""
 END_TIMEOUT_S = 60.0
 
 

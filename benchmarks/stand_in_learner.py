@@ -24,9 +24,7 @@ def learn_nothing(port: int, fingerprint: str, num_groups: int, stop: Event) -> 
 
 async def _serve(port: int, fingerprint: str, num_groups: int, stop: Event) -> None:
     link = await open_link("127.0.0.1", port, NAME)
-    hello = m.Hello(
-        role="learner", index=0, incarnation=0, fingerprint=fingerprint, process_id=0
-    )
+    hello = m.Hello(role="learner", index=0, incarnation=0, fingerprint=fingerprint, process_id=0)
     await link.send(hello)
     groups_trained = completions_trained = tokens_trained = 0
     while (batch := await _take(link, num_groups, stop)) is not None:

@@ -102,8 +102,8 @@ def test_metrics_of_a_written_out_batch(tmp_path: Path):
     assert result.metrics["skipped_updates"] == 0.0
     assert set(result.metrics) == {
         "loss", "grad_norm", "lr", "ratio_mean", "ratio_max", "truncated_share", "kl_k1", "kl_k3",
-        "effective_sample_size", "entropy", "trained_reward_mean", "pass_rate_mean", "zero_signal_groups",
-        "completion_tokens_mean", "skipped_updates",
+        "effective_sample_size", "entropy", "trained_reward_mean", "pass_rate_mean",
+        "zero_signal_groups", "completion_tokens_mean", "skipped_updates",
     }  # fmt: skip
 
 

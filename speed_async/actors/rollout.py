@@ -48,14 +48,16 @@ class LeaseWork:
 
     lease: Lease
     samples: list[Sampled] = field(default_factory=list)
+    num_tokens: int = 0
+    """Of all samples; kept, because every message's counts ask for it."""
     num_waiting: int = 0
     """Requests that the engine has not answered yet."""
     stopped: bool = False
     """Submit nothing more: the engine is, or will be, paused for good."""
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(sample.num_tokens for sample in self.samples)
+    def add(self, sample: Sampled) -> None:
+        self.samples.append(sample)
+        self.num_tokens += sample.num_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,5 +150,5 @@ class Rollout:
         finally:
             work.num_waiting -= 1
         # No await between the engine's return and this: the token counts stay in step.
-        work.samples.append(sample)
+        work.add(sample)
         return sample

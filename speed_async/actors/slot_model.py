@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speed_async.actors.slots import Int64Array, Moves, SlotCache, Span
+from speed_async.actors.slot_cache import Int64Array, SlotCache
 from speed_async.actors.span_attention import SPANS_KEYWORD, attend_by_span
 from speed_async.errors import WeightSyncError
 from speed_async.types import Int32Array, WeightOffer
@@ -28,8 +28,11 @@ class SlotModel:
         self._model = model.eval()
         parameter = next(model.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
-        self._cache = SlotCache(num_slots)
-        self._attends_by_span = attend_by_span(model)
+        self._attends_by_span = self._device.type == "cpu" and attend_by_span(model)
+        if self._attends_by_span:
+            self._cache = SlotCache(num_slots, block=max(16, num_slots // 8), granule=16)
+        else:  # one launch beats shorter reads where launches are what costs
+            self._cache = SlotCache(num_slots, block=num_slots, granule=64)
         self.is_whole = True
         """False once an update broke off halfway: the weights are then of no version."""
 
@@ -40,14 +43,23 @@ class SlotModel:
         """Make room for sequences of `length` positions."""
         self._cache.reserve(length)
 
-    def move(self, moves: Moves) -> None:
-        """Copy cached positions from rows to rows."""
-        sources, destinations = self.to_device(moves.sources), self.to_device(moves.destinations)
-        self._cache.copy_rows(sources, destinations, moves.longest)
+    def fit(self, length: Int64Array) -> None:
+        """Prepare the cache for rows of these lengths (N,)."""
+        self._cache.fit(length)
+
+    def rearrange(self, sources: Int64Array, length: Int64Array) -> None:
+        """Row i takes the cached positions of row `sources[i]` >= i; lengths (N,) after it."""
+        self._cache.rearrange(sources, length)
+
+    def copy_prefixes(
+        self, sources: Int64Array, destinations: Int64Array, lengths: Int64Array
+    ) -> None:
+        """Copy the first `lengths[i]` cached positions from rows to rows (all (U,))."""
+        self._cache.copy_prefixes(sources, destinations, lengths)
 
     def prefill(self, rows: Int64Array, tokens: Int32Array, lengths: Int64Array) -> None:
         """Cache the first `lengths[i]` (U,) of `tokens[rows[i]]` (S, C) for each of `rows` (U,)."""
-        for chunk, num_positions in prefill_chunks(rows, lengths):
+        for chunk, num_positions in prefill_chunks(rows, lengths, self._cache.block):
             tokens_UP = tokens[chunk, :num_positions].astype(np.int64)
             positions_1P = torch.arange(num_positions, device=self._device)[None]
             # Rows shorter than P carry junk behind their end: causal, so nobody sees it.
@@ -57,7 +69,7 @@ class SlotModel:
                 dtype=self._dtype,
                 device=self._device,
             ).triu_(1)
-            self._cache.begin_prefill(self.to_device(chunk))
+            self._cache.begin_prefill(chunk, num_positions)
             self._model.base_model(  # the body alone: no logits are wanted here
                 input_ids=self.to_device(tokens_UP),
                 position_ids=positions_1P.expand(len(chunk), -1),
@@ -66,15 +78,12 @@ class SlotModel:
                 use_cache=True,
             )
 
-    def decode(self, feed: Int64Array, spans: Sequence[Span]) -> Tensor:
+    def decode(self, feed: Int64Array) -> Tensor:
         """Logits (N, V) after each row's newest token; `feed` (2, N): tokens, their positions."""
         feed_2N = self.to_device(feed)
         positions_N = feed_2N[1]
-        if not self._attends_by_span or self._device.type != "cpu":
-            # One launch beats shorter reads where launches are what costs.
-            spans = [(0, len(positions_N), max(length for _, _, length in spans))]
-        attended = max(length for _, _, length in spans)
-        self._cache.begin_decode(positions_N, attended)
+        spans = self._cache.begin_decode(feed[1])
+        attended = max(span.capacity for span in spans)
         mask_NL = torch.where(
             torch.arange(attended, device=self._device) <= positions_N[:, None], 0.0, -torch.inf
         ).to(self._dtype)
@@ -116,16 +125,20 @@ class SlotModel:
         return report.transfer_s
 
 
-def prefill_chunks(rows: Int64Array, lengths: Int64Array) -> Iterator[tuple[Int64Array, int]]:
+def prefill_chunks(
+    rows: Int64Array, lengths: Int64Array, block: int
+) -> Iterator[tuple[Int64Array, int]]:
     """Split rows with anything to prefill into passes of at most PREFILL_TOKENS padded tokens.
 
-    Yields rows (U,) of similar length and the longest of these lengths.
+    Yields rows (U,) of one block and the longest of their lengths (padding must not reach beyond
+    the block's capacity).
     """
-    order = np.argsort(lengths, kind="stable")
+    order = np.lexsort((lengths, rows // block))
     order = order[lengths[order] > 0]
     while len(order):
+        same_block = int(np.argmin(np.append(rows[order] // block, -1) == rows[order[0]] // block))
         # Ascending lengths: the last row of a pass sets its width.
-        num_padded = lengths[order] * np.arange(1, len(order) + 1)
+        num_padded = lengths[order[:same_block]] * np.arange(1, same_block + 1)
         count = max(1, int(np.searchsorted(num_padded, PREFILL_TOKENS, side="right")))
         yield rows[order[:count]], int(lengths[order[count - 1]])
         order = order[count:]

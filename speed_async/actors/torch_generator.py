@@ -17,7 +17,7 @@ from speed_async.actors.admission import AdmissionPrice, WaitingLine, sequence_l
 from speed_async.actors.engine import EngineStats, GenerationRequest
 from speed_async.actors.sampling import sample
 from speed_async.actors.slot_model import SlotModel
-from speed_async.actors.slots import Int64Array, Moves, SlotTable
+from speed_async.actors.slots import Int64Array, SlotTable
 from speed_async.actors.stepper import Finished
 from speed_async.errors import SpeedAsyncError, WeightSyncError
 from speed_async.types import FinishReason, Float32Array, Sampled, WeightOffer
@@ -150,11 +150,12 @@ class TorchGenerator:
                 prefilled.append(row)
             else:
                 copies.append((holder, row))
+        self._model.fit(self._table.length[: self._table.num_rows])
         self._prefill(np.array(prefilled, np.int64))
         if copies:
             sources, destinations = np.array(copies, np.int64).T
-            longest = int(self._table.num_prompt[destinations].max())
-            self._model.move(Moves(sources=sources, destinations=destinations, longest=longest))
+            lengths = self._table.num_prompt[destinations] - 1
+            self._model.copy_prefixes(sources, destinations, lengths)
 
     def _prompts_held(self) -> dict[bytes, int]:
         table = self._table
@@ -168,14 +169,15 @@ class TorchGenerator:
         self._model.prefill(rows, self._table.tokens, self._table.length[rows] - 1)
 
     def _close_gaps(self) -> None:
-        for moves in self._table.close_gaps():
-            self._model.move(moves)
+        sources = self._table.close_gaps()
+        self._model.rearrange(sources, self._table.length[: len(sources)])
 
     # --- stepping -----------------------------------------------------------------------------
 
     def _decode(self) -> tuple[Int64Array, Float32Array]:
         table, count = self._table, self._table.num_rows
-        logits_NV = self._model.decode(table.feed[:, :count], table.spans())
+        self._model.fit(table.length[:count])
+        logits_NV = self._model.decode(table.feed[:, :count])
         temperature, top_p = table.temperature[:count], table.top_p[:count]
         tokens_N, logprobs_N = sample(
             logits_NV,
