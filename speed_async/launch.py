@@ -8,17 +8,21 @@ terminal in one line and to torchrun's error file.
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from speed_async.config.load import load_config
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, SpeedAsyncError
 from speed_async.runtime.event_loop import run
 from speed_async.runtime.failure import EXIT_FAILED, EXIT_INTERRUPTED, describe
-from speed_async.runtime.rendezvous import Rank
+
+if TYPE_CHECKING:
+    from speed_async.runtime.rendezvous import Rank
 
 USAGE = "usage: torchrun ... -m speed_async.launch CONFIG [--section.field value ...]"
 
@@ -26,12 +30,17 @@ USAGE = "usage: torchrun ... -m speed_async.launch CONFIG [--section.field value
 def main(arguments: list[str]) -> int:
     """Exit status of this rank: 0 done, 130 stopped by a signal, 1 failed."""
     role = "launch"
+    # Until the role has its own handlers, a signal ends this process without a trace.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             raise SpeedAsyncError(USAGE)
+        from speed_async.runtime.rendezvous import Rank  # torch: seconds to import
+
         rank = Rank.from_environment()
-        role = f"rank {rank.rank}"
         config = load_config(arguments[0], arguments[1:])
+        leads = rank.rank < config.cluster.learners
+        role = "learner" if leads else f"actor-{rank.rank}"
         _check_world(config, rank)
         return run_rank(config, rank)
     except SpeedAsyncError as error:
@@ -41,7 +50,7 @@ def main(arguments: list[str]) -> int:
         return fail(describe(role, error))
 
 
-def run_rank(config: Config, rank: Rank) -> int:
+def run_rank(config: Config, rank: "Rank") -> int:
     if rank.rank < config.cluster.learners:
         from speed_async.runtime.learner_role import lead_run
 
@@ -65,7 +74,7 @@ def fail(text: str) -> int:
     return EXIT_FAILED
 
 
-def _check_world(config: Config, rank: Rank) -> None:
+def _check_world(config: Config, rank: "Rank") -> None:
     if rank.world_size <= config.cluster.learners:
         raise ConfigError(
             "cluster.learners",

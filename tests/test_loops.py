@@ -139,7 +139,6 @@ class Run:
                 tasks.create_task(self._act(hub, index, store))
             learner = LearnerLoop(
                 self.config,
-                name="learner",
                 link=hub.connect("learner"),
                 updates=self.updates,
                 sender=MemorySender(store, bucket_bytes=1024),

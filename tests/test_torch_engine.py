@@ -3,7 +3,6 @@
 import asyncio
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,19 +13,14 @@ from tiny_models import (
     CONTEXT_LENGTH,
     EOS_TOKEN_ID,
     FAMILIES,
-    save_tiny_folder,
-    save_tokenizer,
     tiny_model,
 )
 
 from speed_async.actors.engine import GenerationRequest
-from speed_async.actors.model_folder import load_model_folder
 from speed_async.actors.sampling import keep_nucleus, sample
 from speed_async.actors.stepped_engine import SteppedEngine
-from speed_async.actors.torch_engine import TorchEngine
 from speed_async.actors.torch_generator import TorchGenerator
-from speed_async.config.schema import ActorsConfig, ModelConfig
-from speed_async.errors import ModelError, SpeedAsyncError, WeightSyncError
+from speed_async.errors import SpeedAsyncError, WeightSyncError
 from speed_async.types import Sampled, WeightOffer
 from speed_async.weights.channel import LoadTensors, NamedTensor, TransferReport
 
@@ -130,6 +124,18 @@ def test_logprobs_equal_a_plain_forward_pass(family: str, tied: bool, num_slots:
     plain = tiny_model(family, tied=tied)
     for key, one in enumerate(requests):
         assert finished[key].num_tokens == one.max_new_tokens
+        expected = forced_logprobs(plain, one, finished[key])
+        np.testing.assert_allclose(finished[key].logprobs, expected, atol=1e-4, rtol=0)
+
+
+def test_eager_attention_gives_the_same_logprobs() -> None:
+    core = generator(tiny_model("llama", tied=True, attention="eager"), num_slots=20)
+    requests = mixed_requests(24)
+    for key, one in enumerate(requests):
+        core.submit(key, one)
+    finished = run_to_end(core)
+    plain = tiny_model("llama", tied=True)
+    for key, one in enumerate(requests):
         expected = forced_logprobs(plain, one, finished[key])
         np.testing.assert_allclose(finished[key].logprobs, expected, atol=1e-4, rtol=0)
 
@@ -275,54 +281,3 @@ def test_an_update_that_fails_before_any_byte_leaves_the_old_version() -> None:
             assert set(sampled.policy_versions.tolist()) == {0}
 
     asyncio.run(run())
-
-
-# --- folders ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("family", "tied"), FAMILIES)
-def test_an_engine_starts_from_a_folder(tmp_path: Path, family: str, tied: bool) -> None:
-    save_tiny_folder(tmp_path, family=family, tied=tied)
-
-    async def run() -> None:
-        actors = ActorsConfig(slots=4, device="cpu")
-        async with TorchEngine(ModelConfig(path=str(tmp_path)), actors, seed=3) as engine:
-            [sampled] = await gathered(start_all(engine, [request(8)]))
-            assert sampled.num_tokens == 8 or sampled.finish_reason == "stop"
-            loaded = engine.loaded
-        assert loaded.context_length == CONTEXT_LENGTH
-        assert loaded.eos_token_ids == (EOS_TOKEN_ID,)
-        assert next(loaded.model.parameters()).dtype == torch.float32
-
-    asyncio.run(run())
-
-
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    async def run() -> None:
-        model = ModelConfig(path=str(tmp_path / "absent"))
-        with pytest.raises(ModelError, match=r"absent does not exist: set model\.path"):
-            async with TorchEngine(model, ActorsConfig(), seed=0):
-                pass
-
-    asyncio.run(run())
-
-
-def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
-    save_tiny_folder(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"has no \*\.safetensors file: download"):
-        load_model_folder(tmp_path)
-
-
-def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
-    save_tiny_folder(tmp_path)
-    save_tokenizer(tmp_path, eos=False)
-    with pytest.raises(ModelError, match="no EOS token"):
-        load_model_folder(tmp_path)
-
-
-def test_a_context_beyond_the_model_is_refused_and_a_shorter_one_taken(tmp_path: Path) -> None:
-    save_tiny_folder(tmp_path)
-    with pytest.raises(ModelError, match=r"context_length = 97, but .* holds 96"):
-        load_model_folder(tmp_path, context_length=97, device="cpu")
-    assert load_model_folder(tmp_path, context_length=40, device="cpu").context_length == 40

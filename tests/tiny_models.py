@@ -11,7 +11,7 @@ CONTEXT_LENGTH = 96
 FAMILIES = [("llama", True), ("llama", False), ("qwen3", True), ("qwen3", False)]
 
 
-def tiny_model(family: str, *, tied: bool, seed: int = 0) -> Any:
+def tiny_model(family: str, *, tied: bool, seed: int = 0, attention: str = "sdpa") -> Any:
     """A float32 model of two layers, two KV heads under four query heads, in eval mode."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -27,6 +27,7 @@ def tiny_model(family: str, *, tied: bool, seed: int = 0) -> Any:
         "tie_word_embeddings": tied,
         # Large, so that the distributions are far from uniform and errors show.
         "initializer_range": 0.3,
+        "attn_implementation": attention,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": EOS_TOKEN_ID,

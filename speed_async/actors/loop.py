@@ -52,6 +52,7 @@ class ActorLoop:
         self._task = task
         self._clock = clock
         self._works: dict[int, LeaseWork] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
         self._outbox: asyncio.Queue[m.Message] = asyncio.Queue()
         self._unacked: set[int] = set()
         self._groups_leased = 0
@@ -86,7 +87,7 @@ class ActorLoop:
     async def _welcome(self) -> None:
         answer = await self._link.receive(self._config.cluster.connect_timeout_s)
         if isinstance(answer, m.Rejected):
-            raise GivenUp(f"{self._name}: the service refused this actor: {answer.reason}")
+            raise RoleError(self._name, f"the service refused this actor: {answer.reason}")
 
     def request_drain(self) -> None:
         """Drain by own decision (a signal), as if the service had asked for it."""
@@ -125,7 +126,8 @@ class ActorLoop:
             self._works[lease_id] = work
             self._groups_leased += 1
             self._want_sent -= 1
-            tasks.create_task(self._run_lease(work), name=f"lease-{lease_id}")
+            name = f"lease-{lease_id}"
+            self._tasks[lease_id] = tasks.create_task(self._run_lease(work), name=name)
 
     async def _run_lease(self, work: LeaseWork) -> None:
         lease = work.lease
@@ -135,7 +137,11 @@ class ActorLoop:
         try:
             result = await self._rollout.run(work, prompts[lease.prompt_id])
         except Aborted:
-            result = "drained"
+            result = m.DRAINED
+        except asyncio.CancelledError:
+            if not self._draining:
+                raise
+            result = m.DRAINED
         except TaskError as error:
             result = f"verifier: {error}"
         except ModelError as error:
@@ -144,7 +150,7 @@ class ActorLoop:
 
     def _end_lease(self, work: LeaseWork, result: Group | Refused | Scored | str) -> None:
         lease_id = work.lease.lease_id
-        del self._works[lease_id]
+        del self._works[lease_id], self._tasks[lease_id]
         self._completions_generated += len(work.samples)
         counts, num_tokens, num_completions = self._counts(), work.num_tokens, len(work.samples)
         message: m.Message
@@ -243,6 +249,8 @@ class ActorLoop:
                 pause_s, transfer_s = report.pause_s, report.transfer_s
             except (WeightSyncError, DeadlineExceeded) as failure:
                 version, error = -1, str(failure)
+                if not self._draining:
+                    await self._engine.resume()  # raises when no whole version is left
             self._say(
                 m.WeightsApplied(
                     policy_version=version,
@@ -259,6 +267,9 @@ class ActorLoop:
         for work in self._works.values():
             work.stopped = True
         await self._engine.pause(abort=True)
+        for lease_id, work in self._works.items():
+            if work.scoring:  # all its samples are in: nothing is lost that the ledger counts
+                self._tasks[lease_id].cancel()
         self._maybe_drained()
 
     async def _await_drained(self) -> None:
@@ -267,7 +278,7 @@ class ActorLoop:
             await asyncio.wait_for(self._drained.wait(), deadline_s)
         except TimeoutError:
             what = f"{len(self._unacked)} acknowledgements, {len(self._works)} leases to end"
-            raise DeadlineExceeded("the buffer service", what, deadline_s) from None
+            raise GivenUp(f"{self._name} did not drain within {deadline_s:.0f} s: {what}") from None
 
     def _maybe_drained(self) -> None:
         if self._draining and not self._works and not self._unacked:

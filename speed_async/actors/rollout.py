@@ -54,6 +54,8 @@ class LeaseWork:
     """Requests that the engine has not answered yet."""
     stopped: bool = False
     """Submit nothing more: the engine is, or will be, paused for good."""
+    scoring: bool = False
+    """Waits for the verifier, with no request in the engine."""
 
     def add(self, sample: Sampled) -> None:
         self.samples.append(sample)
@@ -140,7 +142,11 @@ class Rollout:
         if any(sample.finish_reason == "abort" for sample in samples):
             raise Aborted
         texts = [self._codec.decode(sample.token_ids) for sample in samples]
-        return await self._scorer.score(prompt, texts)
+        work.scoring = True
+        try:
+            return await self._scorer.score(prompt, texts)
+        finally:
+            work.scoring = False
 
     async def _one(self, work: LeaseWork, request: GenerationRequest) -> Sampled:
         try:

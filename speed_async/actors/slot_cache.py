@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-Int64Array = NDArray[np.int64]
+from speed_async.actors.slots import Int64Array
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

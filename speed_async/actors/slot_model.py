@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speed_async.actors.slot_cache import Int64Array, SlotCache
+from speed_async.actors.slot_cache import SlotCache
+from speed_async.actors.slots import Int64Array
 from speed_async.actors.span_attention import SPANS_KEYWORD, attend_by_span
 from speed_async.errors import WeightSyncError
 from speed_async.types import Int32Array, WeightOffer
@@ -28,8 +29,8 @@ class SlotModel:
         self._model = model.eval()
         parameter = next(model.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
-        self._attends_by_span = self._device.type == "cpu" and attend_by_span(model)
-        if self._attends_by_span:
+        self._attends_by_span = attend_by_span(model)
+        if self._attends_by_span and self._device.type == "cpu":
             self._cache = SlotCache(num_slots, block=max(16, num_slots // 8), granule=16)
         else:  # one launch beats shorter reads where launches are what costs
             self._cache = SlotCache(num_slots, block=num_slots, granule=64)

@@ -23,7 +23,6 @@ SPANS_KEYWORD = "slot_spans"
 """Passed to the model's forward, which hands it on to every attention layer."""
 
 _IMPLEMENTATION = "speed_async_spans"
-_UNDERSTOOD = {"dropout", "sliding_window", "position_ids", "use_cache", "is_causal"}
 
 
 def attend_by_span(model: Any) -> bool:
@@ -52,18 +51,17 @@ def span_attention(
     """Attention of query (N, Q, 1, D) over the stores of a SlotCache: (N, 1, Q, D).
 
     `key` and `value` are (1, H, V / H, D), or with one block (N, H, capacity, D);
-    `attention_mask` is additive, (N, 1, 1, L). Without spans it is plain SDPA. Raises ModelError
-    for attention variants it does not know.
+    `attention_mask` is additive, (N, 1, 1, L). Without spans it is plain SDPA; keywords that
+    SDPA honours and this does not raise ModelError.
     """
     if slot_spans is None or attention_mask is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    unknown = {name for name, given in kwargs.items() if given is not None} - _UNDERSTOOD
-    if unknown:
+    if kwargs.get("position_bias") is not None:
         raise ModelError(
-            f"{type(module).__name__} attends with {', '.join(sorted(unknown))}, which the torch "
-            'engine does not know: use engine = "vllm"'
+            f"{type(module).__name__} attends with a position bias, which the torch engine "
+            'cannot serve: use engine = "vllm"'
         )
     num_rows, num_query_heads, _, dim = query.shape
     num_heads = key.shape[1]

@@ -154,10 +154,22 @@ class Lifecycle:
         self._statistics.screened(accepted=False, pass_rate=pass_rate)
         self.ledger.ends[GroupEnd.SCREENED_OUT].add(message.num_tokens)
 
-    def failed(self, holder: str, message: m.LeaseFailed) -> None:
+    def failed(self, holder: str, message: m.LeaseFailed) -> Accuracy | None:
+        """A lease without a result. Only a drain says nothing about the prompt, which then is
+        offered again; a prompt that fails would fail again, so it waits for its next epoch, and
+        in an evaluation it counts as not passed (then this may be the one that completes it)."""
         entry = self._close(holder, message.lease_id, message.num_tokens)
-        if entry is not None:
+        if entry is None:
+            return None
+        if message.reason == m.DRAINED:
             self._without_result(entry, message.reason, message.num_tokens)
+            self._offer_again(entry)
+            return None
+        self._without_result(entry, message.reason, message.num_tokens)
+        version = self._evaluations.target_version
+        if entry.lease.kind is LeaseKind.TRAINING or version is None:
+            return None
+        return self._evaluations.record(0, entry.lease.num_samples, version, version)
 
     def evaluated(self, holder: str, message: m.Evaluated) -> Accuracy | None:
         entry = self._close(holder, message.lease_id, message.num_tokens)
@@ -175,7 +187,8 @@ class Lifecycle:
         """The actor said goodbye: leases still on their way to it end as failed, unstarted."""
         for entry in self.leases.of_holder(holder):
             self.leases.end(entry.lease.lease_id)
-            self._without_result(entry, "drained", 0)
+            self._without_result(entry, m.DRAINED, 0)
+            self._offer_again(entry)
 
     def holder_lost(self, holder: str) -> None:
         """The actor died: its leases end as failed, with the tokens it last said to hold."""
@@ -249,7 +262,6 @@ class Lifecycle:
             self.ledger.failed(reason, num_tokens)
         else:
             self.ledger.evaluation.add(num_tokens)
-        self._offer_again(entry)
 
     def _offer_again(self, entry: OpenLease) -> None:
         if entry.lease.kind is LeaseKind.TRAINING:

@@ -98,10 +98,6 @@ class PriorityBuffer:
         ]
         return [self._remove(lease_id) for lease_id in stale]
 
-    def versions(self) -> list[int]:
-        """Oldest version of every group held."""
-        return [group.oldest_version for group, _ in self._groups.values()]
-
     def _key(self, group: BufferedGroup) -> float:
         signal = max(group.pass_rate * (1 - group.pass_rate), SIGNAL_FLOOR)
         return math.log(signal) + group.oldest_version * self._log_freshness

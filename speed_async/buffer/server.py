@@ -57,7 +57,8 @@ async def _flush(
     outbox, service.outbox = service.outbox, []
     for peer, message in outbox:
         try:
-            await hub.send(peer, message)
+            if not await hub.send(peer, message):
+                service.unreachable(peer, "its connection is gone")
         except DeadlineExceeded as error:
             service.unreachable(peer, str(error))
     events, service.events = service.events, []

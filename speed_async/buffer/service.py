@@ -16,12 +16,19 @@ from speed_async.buffer.ending import Ending, Step
 from speed_async.buffer.lifecycle import Accuracy, Evaluations, Lifecycle
 from speed_async.buffer.membership import ActorState, Membership
 from speed_async.buffer.statistics import RunStatistics, UpdateTimes
-from speed_async.buffer.status import evaluation_values, status_values, summary_values
+from speed_async.buffer.status import (
+    evaluation_values,
+    stall_reason,
+    status_values,
+    summary_values,
+)
 from speed_async.config.schema import Config
 from speed_async.observe.metrics import Event, EventKind, Value
 from speed_async.types import GroupEnd, LeaseKind
 from speed_async.wire import messages as m
 from speed_async.wire.groups import batch_group
+
+ROLE = "buffer service"
 
 
 class BufferService:
@@ -48,6 +55,8 @@ class BufferService:
             config, curriculum=curriculum, evaluations=evaluations, statistics=self.statistics
         )
         self.loop_lag_s = 0.0
+        self.warning = ""
+        """The latest thing a person should know of."""
         self._evaluations = evaluations
         self._fingerprint = fingerprint
         self._baseline_done = False
@@ -97,6 +106,7 @@ class BufferService:
         trained = ledger.ends[GroupEnd.TRAINED].tokens
         self.statistics.tokens(now_s, ledger.tokens_generated, trained)
         self._advance(now_s)
+        self._check_stalled(now_s)
         self._emit("status", now_s, {})
 
     def unreachable(self, peer: str, reason: str) -> None:
@@ -134,6 +144,8 @@ class BufferService:
             if self.policy_version > 0:
                 self._send_learner(m.MembershipChanged(reason=f"{peer} joined"))
         self._send(peer, m.Welcome(policy_version=self.policy_version))
+        if self._ending.draining:
+            self._send(peer, m.Drain(reason="the run is ending"))
 
     def _on_failure(self, peer: str, failure: m.Failure, now_s: float) -> None:
         self._emit("end", now_s, {"ok": False, "reason": f"{failure.role}: {failure.message}"})
@@ -158,7 +170,7 @@ class BufferService:
     def _lose(self, state: ActorState, reason: str) -> None:
         self.membership.lose(state.name)
         self.lifecycle.holder_lost(state.name)
-        self._send_learner(m.MembershipChanged(reason=f"{state.name} lost: {reason}"))
+        self.warning = f"{state.name} lost: {reason}"
 
     # --- results ---------------------------------------------------------------------------
 
@@ -173,8 +185,10 @@ class BufferService:
         self._send(peer, m.Ack(lease_id=message.lease_id))
 
     def _on_lease_failed(self, peer: str, message: m.LeaseFailed, now_s: float) -> None:
-        self.lifecycle.failed(peer, message)
+        whole = self.lifecycle.failed(peer, message)
         self._send(peer, m.Ack(lease_id=message.lease_id))
+        if whole is not None:
+            self._evaluation_done(whole, now_s)
 
     def _on_evaluated(self, peer: str, message: m.Evaluated, now_s: float) -> None:
         whole = self.lifecycle.evaluated(peer, message)
@@ -221,15 +235,20 @@ class BufferService:
     def _on_published(self, peer: str, message: m.WeightsPublished, now_s: float) -> None:
         if message.error:
             self.membership.break_group()
-        elif self._evaluations.due(message.policy_version) and self._ending.finish is None:
+            return
+        evaluated = self._evaluated_version == message.policy_version  # published once more
+        due = self._evaluations.due(message.policy_version) and not evaluated
+        if due and self._ending.finish is None:
             self._evaluations.start(message.policy_version)
 
     def _on_applied(self, peer: str, message: m.WeightsApplied, now_s: float) -> None:
         state = self.membership.actors[peer]
-        if message.error:
-            self.membership.break_group()
-        else:
+        if not message.error:
             state.applied_version = message.policy_version
+        elif message.epoch == self.membership.epoch:  # else a late word about a group now gone
+            self.membership.break_group()
+            reason = f"{peer} has not got the weights: {message.error}"
+            self._send_learner(m.MembershipChanged(reason=reason))
 
     def _on_finish(self, peer: str, finish: m.FinishRun, now_s: float) -> None:
         self._ending.ask(finish, now_s)
@@ -246,6 +265,15 @@ class BufferService:
         if not self._ending.draining:
             self._grant()
         self._answer_take(now_s)
+
+    def _check_stalled(self, now_s: float) -> None:
+        """A batch that does not come ends the run, with all that is known of why."""
+        stall_s = self.config.cluster.stall_timeout_s
+        if self._open_take is None or now_s - self._open_take[1] < stall_s:
+            return
+        self._open_take = None
+        text = f"no batch could be filled within {stall_s:.0f} s: {stall_reason(self)}"
+        self._on_failure("", m.Failure(role=ROLE, message=f"{ROLE}: {text}"), now_s)
 
     def _advance_ending(self, now_s: float) -> None:
         present = self.membership.present()
@@ -271,7 +299,9 @@ class BufferService:
                 self._advance_ending(now_s)
             case Step.END:
                 self._emit("end", now_s, {"ok": True, "reason": finish.reason})
-                self._send_learner(m.Summary(fields=summary_values(self, now_s)))
+                final = self._evaluated_version == finish.policy_version
+                fields = summary_values(self, now_s, final_evaluated=final)
+                self._send_learner(m.Summary(fields=fields))
                 self.ended = True
             case _:
                 pass

@@ -47,6 +47,8 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
         "groups_evicted": lifecycle.ledger.ends[GroupEnd.EVICTED].groups,
         "ledger_closes": all(checks.values()),
         "loop_lag_s": service.loop_lag_s,
+        "actors_total": config.cluster.actors,
+        "warning": service.warning,
     }
     shares = statistics.shares()
     values |= {f"share_{name}": share for name, share in shares.items()}
@@ -64,15 +66,39 @@ def evaluation_values(whole: Accuracy) -> dict[str, Value]:
     }
 
 
-def summary_values(service: BufferService, now_s: float) -> dict[str, object]:
-    """The service's part of summary.json."""
+def stall_reason(service: BufferService) -> str:
+    """What a person needs to know when the learner gets no batch."""
+    lifecycle, statistics = service.lifecycle, service.statistics
+    present = service.membership.present()
+    failures = ", ".join(f"{n} x {kind}" for kind, n in lifecycle.ledger.failures.items())
+    facts = [
+        f"{len(present)} actors present",
+        f"{statistics.num_screened} prompts screened",
+        f"{statistics.num_accepted} passed the gate",
+        f"pass rate of the last ones {statistics.reward_mean or 0.0:.3f}",
+        f"failed groups: {failures or 'none'}",
+    ]
+    if not present:
+        remedy = "no actor joined or stayed; read logs/actor-*.log"
+    elif statistics.num_screened and not statistics.num_accepted:
+        remedy = "every prompt is too hard or too easy: other prompts, or a wider gate"
+    else:
+        remedy = "raise cluster.stall_timeout_s, or lower learner.groups_per_update"
+    return "; ".join(facts) + f". Remedy: {remedy}"
+
+
+def summary_values(
+    service: BufferService, now_s: float, *, final_evaluated: bool
+) -> dict[str, object]:
+    """The service's part of summary.json. `accuracy_after` is the last version's, or None."""
     lifecycle, statistics = service.lifecycle, service.statistics
     first_s = statistics.first_token_s
     generating_s = now_s - first_s if first_s is not None else 0.0
     tokens = lifecycle.ledger.tokens_generated
     return {
         "accuracy_before": statistics.accuracy_first,
-        "accuracy_after": statistics.accuracy_last,
+        "accuracy_after": statistics.accuracy_last if final_evaluated else None,
+        "accuracy_last": statistics.accuracy_last,
         "wall_s": now_s - service.started_s,
         "tokens_generated": tokens,
         "completions_generated": lifecycle.ledger.completions_generated,

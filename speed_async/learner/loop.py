@@ -7,6 +7,7 @@ unblocked by  the service; a stop request takes effect between two steps
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -21,6 +22,8 @@ from speed_async.wire.groups import unpack_group
 from speed_async.wire.transport import Link
 
 BROADCAST_ATTEMPTS = 3
+SERVICE_GRACE_S = 10.0
+"""How much longer than the service's own deadlines the learner waits for the service."""
 
 M = TypeVar("M", bound=m.Message)
 
@@ -44,6 +47,8 @@ class Finished:
     completions_trained: int
     tokens_trained: int
     skipped_updates: int
+    save_error: str
+    """Why the last checkpoint is missing; empty when it is there."""
     service_fields: dict[str, object]
 
 
@@ -52,7 +57,6 @@ class LearnerLoop:
         self,
         config: Config,
         *,
-        name: str,
         link: Link,
         updates: Updates,
         sender: WeightSender,
@@ -61,7 +65,6 @@ class LearnerLoop:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
-        self._name = name
         self._link = link
         self._updates = updates
         self._sender = sender
@@ -73,7 +76,7 @@ class LearnerLoop:
         self._completions_trained = 0
         self._tokens_trained = 0
         self._skipped = 0
-        self._republish = False
+        self._set_aside: deque[m.Message] = deque()
 
     async def run(self, hello: m.Hello) -> Finished:
         """Train until `run.updates` or a stop; raises what ends the run badly."""
@@ -81,8 +84,6 @@ class LearnerLoop:
         await self._expect(m.Welcome, self._config.cluster.connect_timeout_s, "its welcome")
         wait_s = sync_s = 0.0
         while self._version < self._config.run.updates and not self._stop.is_set():
-            if self._republish:
-                await self._publish()
             began_s = self._clock()
             groups = await self._take_batch()
             if groups is None:
@@ -97,15 +98,17 @@ class LearnerLoop:
             policy_version=self._version, num_groups=self._config.learner.groups_per_update
         )
         await self._link.send(take)
+        # The service speaks first when no batch comes: it knows why.
+        patience_s = self._config.cluster.stall_timeout_s + SERVICE_GRACE_S
         groups: list[Group] = []
         while True:
-            message = await self._next_or_stop(self._config.cluster.stall_timeout_s)
+            message = await self._next_or_stop(patience_s)
             if message is None:
                 return None
             if isinstance(message, m.BatchGroup):
                 groups.append(unpack_group(message))
             elif isinstance(message, m.BatchReady):
-                return groups
+                return _whole(groups, message)
             elif isinstance(message, m.MembershipChanged):
                 await self._publish()
 
@@ -151,7 +154,6 @@ class LearnerLoop:
     async def _publish(self) -> None:
         """Broadcast the present version to whoever is there; a failed group is built anew."""
         error = ""
-        self._republish = False
         for _ in range(BROADCAST_ATTEMPTS):
             error = await self._broadcast_once()
             if not error:
@@ -215,7 +217,11 @@ class LearnerLoop:
             asyncio.to_thread(self._updates.save, self._version), name="save"
         )
         summary = await self._await_summary(evaluate=completed)
-        await saving
+        save_error = ""
+        try:
+            await saving
+        except OSError as error:  # the run's results are still to be written
+            save_error = f"the last checkpoint could not be saved: {error}"
         return Finished(
             reason=reason,
             completed=completed,
@@ -224,13 +230,14 @@ class LearnerLoop:
             completions_trained=self._completions_trained,
             tokens_trained=self._tokens_trained,
             skipped_updates=self._skipped,
+            save_error=save_error,
             service_fields=summary.fields,
         )
 
     async def _await_summary(self, *, evaluate: bool) -> m.Summary:
         """The last evaluation may need weights for an actor that joined late."""
         cluster = self._config.cluster
-        patience_s = cluster.drain_timeout_s + 10.0
+        patience_s = cluster.drain_timeout_s + SERVICE_GRACE_S
         if evaluate:
             patience_s += cluster.stall_timeout_s
         ends_s = self._clock() + patience_s
@@ -245,7 +252,13 @@ class LearnerLoop:
     # --- in ----------------------------------------------------------------------------------
 
     async def _next(self, deadline_s: float) -> m.Message:
-        """Next message; another role's failure is raised here."""
+        """Next message, first those that came while another was expected."""
+        if self._set_aside:
+            return self._set_aside.popleft()
+        return await self._receive(deadline_s)
+
+    async def _receive(self, deadline_s: float) -> m.Message:
+        """Another role's failure is raised here."""
         message = await self._link.receive(deadline_s)
         if isinstance(message, m.Abort):
             raise RoleError(message.role, message.message)
@@ -266,14 +279,21 @@ class LearnerLoop:
         return None
 
     async def _expect(self, kind: type[M], deadline_s: float, what: str) -> M:
-        """The next message of this kind; a change of members on the way is acted on later."""
+        """The next message of this kind; whatever else comes on the way is kept for later."""
         ends_s = self._clock() + deadline_s
         while True:
             left_s = ends_s - self._clock()
             if left_s <= 0:
                 raise DeadlineExceeded("the buffer service", what, deadline_s)
-            message = await self._next(left_s)
+            message = await self._receive(left_s)
             if isinstance(message, kind):
                 return message
-            if isinstance(message, m.MembershipChanged):
-                self._republish = True
+            self._set_aside.append(message)
+
+
+def _whole(groups: list[Group], ready: m.BatchReady) -> list[Group]:
+    """The batch, when every group that was announced has come."""
+    missing = set(ready.lease_ids) - {group.lease_id for group in groups}
+    if missing:
+        raise RoleError("buffer service", f"announced groups {sorted(missing)} that never came")
+    return groups

@@ -34,6 +34,8 @@ from speed_async.wire.zeromq import open_link
 ROLE = "learner"
 CHILD_GRACE_S = 5.0
 """After the last message, service and console end by themselves within this."""
+UPLOAD_GRACE_S = 60.0
+"""The same where wandb may still have to upload."""
 FAILED_GRACE_S = 1.0
 
 
@@ -60,12 +62,15 @@ async def lead_run(config: Config, rank: Rank) -> bool:
         console = await _start_console(address, folder)
         watch = asyncio.create_task(service.wait(), name="service")
         finished = await _train(config, rank, address, folder, stop, watch)
-        grace_s = CHILD_GRACE_S
+        await asyncio.to_thread(rendezvous.end)
+        grace_s = UPLOAD_GRACE_S if config.observe.wandb else CHILD_GRACE_S
     finally:
         await end_process(service, grace_s)
         if console is not None:
             await end_process(console, grace_s)
     _write_results(finished, folder)
+    if finished.save_error:
+        raise RoleError(ROLE, finished.save_error)
     return finished.completed
 
 
@@ -118,7 +123,7 @@ async def _train(
             training.cancel()
             raise _service_error(folder)
         return await training
-    except SpeedAsyncError as error:
+    except Exception as error:  # the role's boundary: told to the others, then raised on
         with contextlib.suppress(SpeedAsyncError):
             await link.send(m.Failure(role=ROLE, message=describe(ROLE, error)))
         raise
@@ -150,7 +155,6 @@ async def _learn(
     )
     loop = LearnerLoop(
         config,
-        name=ROLE,
         link=link,
         updates=trainer,
         sender=sender,

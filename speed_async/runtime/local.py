@@ -20,12 +20,17 @@ ENVIRONMENT = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
+STOP_GRACE_S = 60
+"""On top of the drain: an update under way may end and a checkpoint be written."""
+
 
 def launch_local(config: Config, arguments: Sequence[str]) -> int:
     """Run all ranks on this machine; returns the exit status of the run."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -36,7 +41,7 @@ def launch_local(config: Config, arguments: Sequence[str]) -> int:
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(),
-        shutdown_timeout=int(config.cluster.drain_timeout_s) + 15,
+        shutdown_timeout=int(config.cluster.drain_timeout_s) + STOP_GRACE_S,
     )
     start = elastic_launch(launch, sys.executable)
     try:

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from speed_async.errors import DeadlineExceeded
-
 PR_SET_PDEATHSIG = 1
 
 
@@ -57,14 +55,6 @@ async def start_role(
             env=os.environ | dict(environment or {}),
             start_new_session=True,
         )
-
-
-async def wait_ended(process: asyncio.subprocess.Process, who: str, deadline_s: float) -> int:
-    """Exit status of the process. Raises DeadlineExceeded."""
-    try:
-        return await asyncio.wait_for(process.wait(), deadline_s)
-    except TimeoutError:
-        raise DeadlineExceeded(who, "its process to end", deadline_s) from None
 
 
 async def end_process(process: asyncio.subprocess.Process, grace_s: float) -> None:

@@ -3,17 +3,19 @@
 Torch is imported here for the store's client only.
 """
 
+import asyncio
+import contextlib
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
-from torch.distributed import (
-    DistStoreError,
-    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
-)
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from speed_async.errors import DeadlineExceeded, SpeedAsyncError
+
+POLL_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,12 +70,26 @@ class Rendezvous:
     def publish(self, address: ServiceAddress) -> None:
         self._store.set(self._key, json.dumps(asdict(address)))
 
-    def find(self) -> ServiceAddress:
-        """Blocks until the learner has published. Raises DeadlineExceeded."""
-        try:
-            text = self._store.get(self._key)
-        except DistStoreError:
-            raise DeadlineExceeded(
-                "the learner (rank 0)", "the buffer service's address", self._timeout_s
-            ) from None
-        return ServiceAddress(**json.loads(text))
+    def end(self) -> None:
+        """The run is over: no actor need be started again."""
+        self._store.set(f"{self._key}/ended", "yes")
+
+    def ended(self) -> bool:
+        return self._store.check([f"{self._key}/ended"])
+
+    async def find(self, stopping: asyncio.Event) -> ServiceAddress | None:
+        """Wait until the learner has published; None when a stop came first.
+
+        Raises DeadlineExceeded.
+        """
+        ends_s = time.monotonic() + self._timeout_s
+        while not stopping.is_set():
+            if self._store.check([self._key]):
+                return ServiceAddress(**json.loads(self._store.get(self._key)))
+            if time.monotonic() > ends_s:
+                raise DeadlineExceeded(
+                    "the learner (rank 0)", "the buffer service's address", self._timeout_s
+                )
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), POLL_S)
+        return None

@@ -21,10 +21,6 @@ class RunFolder:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
     def log(self, role: str) -> Path:
         return self.path / "logs" / f"{role}.log"
 
@@ -43,11 +39,10 @@ def make_run_folder(config: Config) -> tuple[RunFolder, Config]:
     wanted = Path(config.run.folder).expanduser().resolve()
     path = wanted
     number = 1
-    while path.exists() and any(path.iterdir()):
-        number += 1
-        path = wanted.with_name(f"{wanted.name}-{number}")
     try:
-        (path / "logs").mkdir(parents=True, exist_ok=True)
+        while not _claim(path):
+            number += 1
+            path = wanted.with_name(f"{wanted.name}-{number}")
     except OSError as error:
         raise ConfigError(
             "run.folder", config.run.folder, f"cannot be made ({error.strerror})"
@@ -57,3 +52,18 @@ def make_run_folder(config: Config) -> tuple[RunFolder, Config]:
     resolved = config.model_copy(update={"run": run})
     save_config(resolved, folder.config)
     return folder, resolved
+
+
+def _claim(path: Path) -> bool:
+    """Make the folder ours; False when something is there already. One call of two wins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not (path.is_dir() and not any(path.iterdir())):
+        try:
+            path.mkdir()
+        except FileExistsError:
+            return False
+    try:
+        (path / "logs").mkdir()
+    except FileExistsError:
+        return False
+    return True

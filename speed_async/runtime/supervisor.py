@@ -25,19 +25,22 @@ FIRST_BACKOFF_S = 0.5
 
 async def supervise_actor(config: Config, rank: Rank) -> None:
     """Run one actor to its end. Raises RoleError with the actor's own words."""
-    rendezvous = Rendezvous(rank, config.cluster.connect_timeout_s)
-    address = await asyncio.to_thread(rendezvous.find)
-    folder = RunFolder(path=Path(address.run_folder))
-    role = f"actor-{rank.rank}"
-    log_to(folder.log(f"{role}-supervisor"))
     stopping = asyncio.Event()
     for stopper in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(stopper, stopping.set)
+    rendezvous = Rendezvous(rank, config.cluster.connect_timeout_s)
+    address = await rendezvous.find(stopping)
+    if address is None:
+        return
+    folder = RunFolder(path=Path(address.run_folder))
+    role = f"actor-{rank.rank}"
+    log_to(folder.log(f"{role}-supervisor"))
     arguments = ["--config", str(folder.config), "--run-folder", str(folder.path)]
     arguments += ["--host", address.host, "--port", str(address.port)]
     arguments += ["--index", str(rank.rank)]
     status = 0
     for incarnation in range(config.actors.max_restarts + 1):
+        folder.error(role).unlink(missing_ok=True)
         process = await start_role(
             "actor",
             [*arguments, "--incarnation", str(incarnation)],
@@ -46,18 +49,19 @@ async def supervise_actor(config: Config, rank: Rank) -> None:
             environment=_own_gpu(rank),
         )
         status = await _wait_or_stop(process, stopping, config.cluster.drain_timeout_s)
-        if status == 0 or stopping.is_set():
+        if status == 0 or stopping.is_set() or rendezvous.ended():
             return
         if status > 0 and status != EXIT_GIVEN_UP:
             text = recorded(folder.error(role)) or f"{role}: exit status {status}"
             raise RoleError.quoting(text)
         await _stop_or_sleep(stopping, FIRST_BACKOFF_S * 2**incarnation)
-        if stopping.is_set():
+        if stopping.is_set() or rendezvous.ended():
             return
+    last_words = recorded(folder.error(role)) or f"read {folder.log(role)}"
     raise RoleError(
         role,
-        f"died {config.actors.max_restarts + 1} times (last: {_how(status)}); raise "
-        f"actors.max_restarts or read {folder.log(role)}",
+        f"died {config.actors.max_restarts + 1} times, as often as actors.max_restarts allows "
+        f"(last: {_how(status)}): {last_words}",
     )
 
 

@@ -37,7 +37,7 @@ class InProcessHub:
         self._outboxes[name] = _Mailbox(self._queued_messages)
         return InProcessLink(name, self._inbox, self._outboxes[name], self._send_deadline_s)
 
-    async def send(self, peer: PeerName, message: Message) -> None:
+    async def send(self, peer: PeerName, message: Message) -> bool:
         """Queue a message; waits while the peer's queue is full, then raises DeadlineExceeded."""
         frames = _as_bytes(encode(message))
         outbox = self._outboxes.get(peer)
@@ -50,6 +50,8 @@ class InProcessHub:
             if self._inbox.closed:
                 raise
             self.undelivered += 1
+            return False
+        return True
 
     async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:
         """Next valid message of any peer. Raises DeadlineExceeded or TransportClosed."""

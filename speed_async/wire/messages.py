@@ -13,6 +13,9 @@ from speed_async.types import ActorCounts, Float32Array, Int32Array
 
 PROTOCOL_VERSION = 1
 
+DRAINED = "drained"
+"""The reason of a LeaseFailed that says nothing about its prompt."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:

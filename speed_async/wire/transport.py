@@ -32,8 +32,9 @@ class Link(Protocol):
 class Hub(Protocol):
     """The service's side: many peers, told apart by name."""
 
-    async def send(self, peer: PeerName, message: Message) -> None:
-        """Queue a message to a peer; a peer that is gone is no error (its leases expire)."""
+    async def send(self, peer: PeerName, message: Message) -> bool:
+        """Queue a message to a peer; False when the peer is gone or never was, which is no
+        error. Raises DeadlineExceeded when the peer's queue stays full."""
         ...
 
     async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:

@@ -35,10 +35,10 @@ class ZmqHub:
         self._socket = socket
         self._send_deadline_s = send_deadline_s
 
-    async def send(self, peer: PeerName, message: Message) -> None:
+    async def send(self, peer: PeerName, message: Message) -> bool:
         """Queue a message; waits while the peer's queue is full, then raises DeadlineExceeded.
 
-        A peer that is gone, or never was, is no error: `undelivered` counts it.
+        False for a peer that is gone, or never was; `undelivered` counts those.
         """
         what = f"room for {type(message).__name__} in its queue"
         frames: list[Frame] = [peer.encode(), *encode(message)]
@@ -48,6 +48,8 @@ class ZmqHub:
             if error.errno not in _GONE:
                 raise
             self.undelivered += 1
+            return False
+        return True
 
     async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:
         """Next valid message of any peer. Raises DeadlineExceeded or TransportClosed."""

@@ -1,0 +1,166 @@
+"""A whole training loop against TRL's RLOOTrainer, in completions per second, in turns.
+
+Each side runs in processes of its own, one side at a time, and may use both cores. Start-up and
+the first updates of every run are left out.
+
+Usage: python -m benchmarks.trl [--repeats N] [--trl-steps N] [--updates N] [--section.field value]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from benchmarks.harness import report
+from speed_async.config.load import load_config
+from speed_async.config.schema import Config
+
+QUICKSTART = Path(__file__).parent.parent / "quickstart" / "config.toml"
+NUM_LEFT_OUT = 2
+"""Updates at the start of each run that are not measured."""
+TUNING_STEPS = 5
+TIMEOUT_S = 900.0
+TRL_THREADS = (1, 2)
+TRL_MICRO_BATCHES = (384, 192, 96, 48)
+
+EQUAL = """\
+equal    model (fp32, CPU), training prompts, reward (exact match), completions per update, group
+         size, temperature 1, longest completion, learning rate and warm-up, gradient clip, AdamW,
+         one gradient step per batch, no KL term; both may use every core
+TRL      fresh uniform prompts; every completion is trained on, of which groups without spread
+         give no gradient; one model.generate of the whole batch, then {micro_batch} completions
+         per forward and backward pass, {threads} torch thread(s): the fastest of
+         {num_tried} settings tried first; beta 0, no gradient checkpointing, no evaluation, no logs
+ours     as `speed-async train` runs it: also screens prompts and drops those always or never
+         solved (its trained groups all have spread), evaluates {num_held_out} held-out prompts
+         every {every} updates, broadcasts weights, keeps the ledger, checks staleness;
+         "generated" counts screened-out and evaluation completions too
+measured from the end of update {left_out} to the last one's; ratios are of neighbouring runs"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Per second, in the steady state of one run."""
+
+    trained: float
+    generated: float
+    updates: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrlSetting:
+    threads: int
+    micro_batch: int
+
+
+def run_trl(config: Config, setting: TrlSetting, num_steps: int, arguments: list[str]) -> Rates:
+    command = [sys.executable, "-m", "benchmarks.trl_arm", *arguments]
+    command += ["--threads", str(setting.threads), "--micro-batch", str(setting.micro_batch)]
+    command += ["--steps", str(num_steps)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(setting.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    if ended.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{ended.stderr[-2000:]}")
+    ends_s = json.loads(ended.stdout.splitlines()[-1])["ends_s"]
+    updates = (len(ends_s) - NUM_LEFT_OUT) / (ends_s[-1] - ends_s[NUM_LEFT_OUT - 1])
+    completions = updates * config.learner.groups_per_update * config.gate.group_size
+    return Rates(trained=completions, generated=completions, updates=updates)
+
+
+def run_ours(num_updates: int, arguments: list[str]) -> Rates:
+    """As a user runs it, but for its folder and length."""
+    environment = {name: os.environ[name] for name in os.environ if name != "OMP_NUM_THREADS"}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "run"
+        command = [sys.executable, "-m", "speed_async", "train", *arguments]
+        command += ["--run.folder", str(folder), "--run.updates", str(num_updates)]
+        ended = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+        if ended.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{ended.stderr[-2000:]}")
+        summary = json.loads((folder / "summary.json").read_text())
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+    steps = [event for event in map(json.loads, lines) if event["kind"] == "step"]
+    first, last = steps[NUM_LEFT_OUT - 1], steps[-1]
+    elapsed_s = last["wall_s"] - first["wall_s"]
+    tokens_per_completion = summary["tokens_generated"] / summary["completions_generated"]
+    num_tokens = last["tokens_generated"] - first["tokens_generated"]
+    return Rates(
+        trained=(last["completions_trained"] - first["completions_trained"]) / elapsed_s,
+        generated=num_tokens / tokens_per_completion / elapsed_s,
+        updates=(last["policy_version"] - first["policy_version"]) / elapsed_s,
+    )
+
+
+def fastest_trl(config: Config, arguments: list[str]) -> TrlSetting:
+    num_completions = config.learner.groups_per_update * config.gate.group_size
+    tried: dict[TrlSetting, float] = {}
+    for threads, micro_batch in product(TRL_THREADS, TRL_MICRO_BATCHES):
+        if num_completions % micro_batch == 0:
+            setting = TrlSetting(threads=threads, micro_batch=micro_batch)
+            tried[setting] = run_trl(config, setting, TUNING_STEPS, arguments).trained
+            print(f"TRL with {setting}: {tried[setting]:,.0f} completions/s", flush=True)
+    return max(tried, key=lambda setting: tried[setting])
+
+
+def row_of(side: str, rates: Sequence[Rates], trl: Sequence[Rates]) -> dict[str, object]:
+    pairs = list(zip(rates, trl, strict=True))
+    return {
+        "side": side,
+        "trained_completions_per_s": statistics.median(r.trained for r in rates),
+        "generated_completions_per_s": statistics.median(r.generated for r in rates),
+        "updates_per_s": statistics.median(r.updates for r in rates),
+        "trained_over_trl": statistics.median(r.trained / base.trained for r, base in pairs),
+        "lowest": min(r.trained / base.trained for r, base in pairs),
+        "generated_over_trl": statistics.median(r.generated / base.generated for r, base in pairs),
+        "runs": len(rates),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--trl-steps", type=int, default=12)
+    parser.add_argument("--updates", type=int, default=40)
+    parser.add_argument("--config", default=str(QUICKSTART))
+    options, overrides = parser.parse_known_args()
+    arguments = [options.config, *overrides]
+    config = load_config(options.config, overrides)
+    setting = fastest_trl(config, arguments)
+    trl: list[Rates] = []
+    ours: list[Rates] = []
+    for _ in range(options.repeats):
+        trl.append(run_trl(config, setting, options.trl_steps, arguments))
+        ours.append(run_ours(options.updates, arguments))
+        print(f"TRL {trl[-1]}\nours {ours[-1]}", flush=True)
+    notes = EQUAL.format(
+        micro_batch=setting.micro_batch,
+        threads=setting.threads,
+        num_tried=len(TRL_THREADS) * len(TRL_MICRO_BATCHES),
+        num_held_out=config.task.num_held_out,
+        every=config.evaluate.every,
+        left_out=NUM_LEFT_OUT,
+    )
+    title = (
+        f"Completions/s of a whole loop: TRL 1.16.0 RLOOTrainer and speed_async, quickstart model, "
+        f"{config.learner.groups_per_update} x {config.gate.group_size} completions an update"
+    )
+    report("trl", f"{title}\n{notes}", [row_of("TRL", trl, trl), row_of("speed_async", ours, trl)])
+
+
+if __name__ == "__main__":
+    main()
