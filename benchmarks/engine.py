@@ -27,7 +27,7 @@ from speed_async.actors.torch_generator import TorchGenerator
 
 NUM_PROMPT_TOKENS = 14
 MIN_NEW_TOKENS, MAX_NEW_TOKENS = 4, 64
-SEQUENCES_PER_SLOT = 4
+SEQUENCES_PER_SLOT = 8
 NUM_REPEATS = 3
 VOCABULARY_SIZE = 32
 

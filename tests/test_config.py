@@ -7,6 +7,7 @@ import pytest
 
 from speed_async.config.load import load_config, read_resolved, save_config
 from speed_async.errors import ConfigError
+from speed_async.runtime.run_folder import make_run_folder
 
 MINIMAL = """
 [model]
@@ -112,3 +113,19 @@ def test_a_required_field_that_is_missing_is_named(tmp_path: Path) -> None:
     path.write_text('[model]\npath = "."\n')
     with pytest.raises(ConfigError, match="'task'"):
         load_config(path)
+
+
+def test_two_runs_of_one_name_get_folders_of_their_own(config_file: Path, tmp_path: Path) -> None:
+    config = load_config(config_file, ["--run.folder", str(tmp_path / "runs" / "a")])
+    first, resolved = make_run_folder(config)
+    second, _ = make_run_folder(config)
+    assert (first.path.name, second.path.name) == ("a", "a-2")
+    assert read_resolved(first.config) == resolved
+    assert resolved.run.folder == str(first.path)
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = load_config(config_file, ["--run.folder", str(tmp_path / "file" / "a")])
+    with pytest.raises(ConfigError, match=r"run\.folder"):
+        make_run_folder(config)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from buffer_fixtures import make_config
+from buffer_fixtures import make_config, make_group
 
 from speed_async.actors.engine import GenerationRequest
 from speed_async.actors.loop import ActorLoop
@@ -32,6 +32,7 @@ from speed_async.types import Group, Int32Array, Prompt
 from speed_async.weights.memory_channel import MemoryReceiver, MemorySender, MemoryStore
 from speed_async.wire import messages as m
 from speed_async.wire.feed import FeedPublisher
+from speed_async.wire.groups import batch_group
 from speed_async.wire.inprocess import InProcessHub
 
 NUM_PROMPTS = 30
@@ -341,3 +342,88 @@ def test_an_error_of_the_learner_reaches_the_actors_by_name(make_run: Callable[.
 
     limited: Coroutine[Any, Any, None] = asyncio.wait_for(broken(), 30)
     asyncio.run(limited)
+
+
+class ScriptedLink:
+    """A link whose service says what is written down."""
+
+    def __init__(self, said: list[m.Message]) -> None:
+        self.said = said
+        self.heard: list[m.Message] = []
+
+    async def send(self, message: m.Message) -> None:
+        self.heard.append(message)
+
+    async def receive(self, deadline_s: float) -> m.Message:
+        return self.said.pop(0)
+
+    async def close(self) -> None:
+        pass
+
+
+def test_a_batch_that_comes_while_weights_are_published_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(str(tmp_path), run={"updates": 1}, learner={"groups_per_update": 1})
+    group = batch_group(make_group(5, 3))
+    nobody = m.WeightMembers(policy_version=0, epoch=1, actor_names=[])
+    link = ScriptedLink(
+        [
+            m.Welcome(policy_version=0),
+            m.MembershipChanged(reason="actor-2.0 joined"),
+            group,
+            m.BatchReady(policy_version=0, lease_ids=[5]),
+            nobody,
+            nobody,
+            m.Summary(fields={}),
+        ]
+    )
+    updates = CountingUpdates()
+    loop = LearnerLoop(
+        config,
+        link=link,
+        updates=updates,
+        sender=MemorySender(MemoryStore(), bucket_bytes=1024),
+        backend="gloo",
+        stop=asyncio.Event(),
+    )
+    hello = m.Hello(role="learner", index=0, incarnation=0, fingerprint="f", process_id=1)
+    finished = asyncio.run(asyncio.wait_for(loop.run(hello), 10))
+    assert finished.completed
+    assert [[g.lease_id for g in batch] for batch in updates.batches] == [[5]]
+
+
+def test_a_batch_with_a_group_missing_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(str(tmp_path), run={"updates": 1}, learner={"groups_per_update": 1})
+    link = ScriptedLink(
+        [m.Welcome(policy_version=0), m.BatchReady(policy_version=0, lease_ids=[5])]
+    )
+    loop = LearnerLoop(
+        config,
+        link=link,
+        updates=CountingUpdates(),
+        sender=MemorySender(MemoryStore(), bucket_bytes=1024),
+        backend="gloo",
+        stop=asyncio.Event(),
+    )
+    hello = m.Hello(role="learner", index=0, incarnation=0, fingerprint="f", process_id=1)
+    with pytest.raises(RoleError, match=r"groups \[5\]"):
+        asyncio.run(asyncio.wait_for(loop.run(hello), 10))
+
+
+def test_a_hanging_verifier_does_not_hold_up_the_drain(make_run: Callable[..., Run]) -> None:
+    run = make_run(num_actors=1, run={"updates": 10_000})
+
+    async def stopped() -> Finished:
+        async def hang() -> None:
+            if len(run.updates.batches) >= 2:
+                run.stop.set()
+                await asyncio.Event().wait()
+
+        run.verifier.on_score = hang
+        return await run.execute()
+
+    finished = asyncio.run(asyncio.wait_for(stopped(), 15))
+    ledger = finished.service_fields["ledger"]
+    assert isinstance(ledger, dict)
+    assert ledger["closes"] is True

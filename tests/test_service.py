@@ -362,3 +362,135 @@ def test_only_the_learner_may_speak_for_the_learner(desk: Desk) -> None:
     assert isinstance(answer, m.Rejected)
     [(_, answer)] = desk.say("stranger", m.WantWork(num_prompts=1, counts=ActorCounts()))
     assert isinstance(answer, m.Rejected)
+
+
+def published(version: int, error: str = "") -> m.WeightsPublished:
+    return m.WeightsPublished(
+        policy_version=version, epoch=0, transfer_s=0.0, num_bytes=0, error=error
+    )
+
+
+def test_a_prompt_that_fails_waits_for_its_next_epoch(desk: Desk) -> None:
+    desk.past_baseline()
+    seen = []
+    for _ in range(99):
+        leases = desk.lease(1)
+        seen += leases.prompt_ids
+        desk.say(
+            "actor-1.0",
+            m.LeaseFailed(
+                lease_id=leases.lease_ids[0],
+                reason="verifier: raised",
+                num_completions=0,
+                num_tokens=0,
+                counts=ActorCounts(),
+            ),
+        )
+    assert len(set(seen)) == 99
+
+
+def test_a_held_out_prompt_that_fails_counts_as_not_passed(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, num_held_out=2)
+    desk.hello("learner", 0)
+    desk.hello("actor-1.0", 1)
+    leases = desk.lease(2)
+    assert leases.kind == "evaluation"
+    desk.say(
+        "actor-1.0",
+        m.LeaseFailed(
+            lease_id=leases.lease_ids[0],
+            reason="prompt: too long",
+            num_completions=0,
+            num_tokens=0,
+            counts=ActorCounts(),
+        ),
+    )
+    desk.say(
+        "actor-1.0",
+        m.Evaluated(
+            lease_id=leases.lease_ids[1],
+            num_passed=1,
+            num_completions=1,
+            num_tokens=1,
+            oldest_version=0,
+            newest_version=0,
+            counts=ActorCounts(),
+        ),
+    )
+    [done] = [event for event in desk.service.events if event.kind == "evaluation"]
+    assert (done.values["num_passed"], done.values["num_completions"]) == (1, 2)
+
+
+def test_weights_that_did_not_arrive_are_offered_again_in_a_new_epoch(desk: Desk) -> None:
+    desk.past_baseline()
+    publish = m.PublishWeights(
+        policy_version=1, store_host="h", store_port=1, backend="gloo", deadline_s=1.0
+    )
+    desk.say("learner", publish)
+    epoch = desk.service.membership.epoch
+
+    def failed(epoch: int) -> m.WeightsApplied:
+        return m.WeightsApplied(
+            policy_version=-1,
+            epoch=epoch,
+            pause_s=0,
+            transfer_s=0,
+            error="cut off",
+            counts=ActorCounts(),
+        )
+
+    assert kinds(desk.say("actor-1.0", failed(epoch))) == ["MembershipChanged"]
+    desk.say("learner", publish)
+    assert desk.service.membership.epoch == epoch + 1
+    # A late word about the old group leaves the new one alone.
+    assert kinds(desk.say("actor-1.0", failed(epoch))) == []
+    desk.say("learner", publish)
+    assert desk.service.membership.epoch == epoch + 1
+
+
+def test_a_version_that_is_published_once_more_is_not_evaluated_again(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, evaluate={"every": 1})
+    desk.past_baseline()
+    desk.say("learner", published(0))
+    leases = desk.lease(1)
+    assert leases.kind == "training"
+
+
+def test_an_actor_that_comes_while_the_run_ends_is_told_to_drain(desk: Desk) -> None:
+    desk.past_baseline()
+    desk.say("learner", m.FinishRun(policy_version=0, evaluate=False, reason="stopped"))
+    assert kinds(desk.hello("actor-2.0", 2)) == ["Welcome", "Drain"]
+
+
+def test_an_actor_whose_connection_is_gone_is_lost_at_once(desk: Desk) -> None:
+    desk.past_baseline()
+    desk.lease(2)
+    desk.service.unreachable("actor-1.0", "its connection is gone")
+    assert desk.ends() == {"failed": (2, 0)}
+    assert desk.service.warning == "actor-1.0 lost: its connection is gone"
+
+
+def test_a_batch_that_does_not_come_ends_the_run_with_the_reason(desk: Desk) -> None:
+    desk.past_baseline()
+    leases = desk.lease(1)
+    desk.say("learner", m.TakeBatch(policy_version=0, num_groups=2))
+    desk.say(
+        "actor-1.0",
+        m.ScreenedOut(
+            lease_id=leases.lease_ids[0],
+            num_passed=0,
+            num_completions=2,
+            num_tokens=6,
+            counts=ActorCounts(),
+        ),
+    )
+    desk.wait(desk.config.cluster.peer_timeout_s - 1)
+    desk.say("actor-1.0", m.WantWork(num_prompts=0, counts=ActorCounts()))
+    answers: list[tuple[str, m.Message]] = []
+    while not desk.service.ended:
+        answers = desk.wait(30)
+        desk.say("actor-1.0", m.WantWork(num_prompts=0, counts=ActorCounts()))
+    [abort] = [message for peer, message in answers if peer == "learner"]
+    assert isinstance(abort, m.Abort)
+    assert "1 prompts screened; 0 passed the gate" in abort.message
+    assert "too hard or too easy" in abort.message
