@@ -10,7 +10,7 @@ bare    another TorchEngine of the same settings in this process, given the requ
 Both are started, then run in turns: one is paused between two steps while the other runs, so both
 meet the same machine within one repeat, where their ratio is taken.
 
-Usage: python -m benchmarks.actor [num_threads] [--repeats N] [--turn-s S] [--config PATH]
+Usage: python -m benchmarks.actor [--repeats N] [--turn-s S] [--section.field value]
 """
 
 import argparse
@@ -202,7 +202,6 @@ def row_of(name: str, turns: list[Turn], bare: list[Turn]) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("num_threads", type=int, nargs="?", default=1)
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--turn-s", type=float, default=4.0)
     parser.add_argument("--config", default=str(QUICKSTART))
@@ -211,7 +210,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         # A short first evaluation: training leases start after it.
         fixed = ["--run.folder", folder, "--task.num_held_out", "16"]
-        fixed += ["--actors.num_threads", str(arguments.num_threads)]
         config = load_config(arguments.config, [*overrides, *fixed])
         rows = run(compare(config, arguments.repeats, arguments.turn_s))
     title = (

@@ -28,7 +28,7 @@ from speed_async.wire.groups import pack_group
 from speed_async.wire.transport import Link
 
 REPORT_INTERVAL_S = 0.5
-QUEUE_AHEAD = 1.25
+QUEUE_AHEAD = 2.0
 """Requests asked for, as a multiple of the engine's slots, so that no slot waits for a lease."""
 
 
