@@ -63,7 +63,7 @@ class TrlSetting:
 def run_trl(config: Config, setting: TrlSetting, num_steps: int, arguments: list[str]) -> Rates:
     command = [sys.executable, "-m", "benchmarks.trl_arm", *arguments]
     command += ["--threads", str(setting.threads), "--micro-batch", str(setting.micro_batch)]
-    command += ["--steps", str(num_steps)]
+    command += ["--steps", str(num_steps), "--evaluate.every", "0"]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(setting.threads),
         "TOKENIZERS_PARALLELISM": "false",

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from speed_async.buffer.posterior import PosteriorCurriculum
 from speed_async.config.load import build_config
-from speed_async.config.schema import Config
+from speed_async.config.schema import Config, CurriculumConfig, GateConfig
 from speed_async.types import ActorCounts
 from speed_async.wire.messages import GroupFinished
 
@@ -42,8 +43,33 @@ def make_group(
         prompt_token_ids=np.array([5, 6], np.int32),
         lengths=np.full(len(rewards), tokens_each, np.int32),
         rewards=np.array(rewards, np.float32),
+        cut=np.zeros(len(rewards), np.int32),
         token_ids=np.arange(total, dtype=np.int32),
         logprobs=np.full(total, -0.5, np.float32),
         policy_versions=np.full(total, version, np.int32),
         counts=counts or ActorCounts(),
     )
+
+
+def screened(theta: float, rng: np.random.Generator) -> tuple[int, int]:
+    """(passed, completions) of one lease at pass rate theta: 4, and 20 more when 4 are mixed."""
+    passed = int(rng.binomial(4, theta))
+    return (passed + int(rng.binomial(20, theta)), 24) if 0 < passed < 4 else (passed, 4)
+
+
+def posterior(
+    num_prompts: int,
+    *,
+    seed: int = 0,
+    half_life_updates: float = 20.0,
+    uniform_share: float = 0.1,
+    candidates: int = 4,
+) -> PosteriorCurriculum:
+    settings = CurriculumConfig(
+        kind="posterior",
+        half_life_updates=half_life_updates,
+        uniform_share=uniform_share,
+        candidates=candidates,
+    )
+    rng = np.random.default_rng(seed)
+    return PosteriorCurriculum(num_prompts, rng, gate=GateConfig(), settings=settings)

@@ -10,12 +10,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from speed_async.config.schema import (
     ActorsConfig,
     Config,
+    GateConfig,
     LearnerConfig,
     ModelConfig,
+    ObjectiveConfig,
     RunConfig,
     TaskConfig,
 )
-from speed_async.types import Completion, Group, Sampled
+from speed_async.learner.loss_tokens import LossTokens
+from speed_async.types import Completion, FinishReason, Group, Sampled
 
 VOCABULARY = 11
 
@@ -37,18 +40,33 @@ def save_tiny_llama(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
-def make_config(folder: Path, *, temperature: float = 1.0, **learner: Any) -> Config:
+def make_config(
+    folder: Path,
+    *,
+    temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    objective: ObjectiveConfig | None = None,
+    gate: GateConfig | None = None,
+    **learner: Any,
+) -> Config:
     return Config(
         run=RunConfig(folder=str(folder / "run")),
         model=ModelConfig(path=str(folder)),
         task=TaskConfig(name="arithmetic"),
-        actors=ActorsConfig(temperature=temperature),
+        gate=gate or GateConfig(),
+        actors=ActorsConfig(temperature=temperature, max_new_tokens=max_new_tokens),
+        objective=objective or ObjectiveConfig(),
         learner=LearnerConfig(device="cpu", **learner),
     )
 
 
 def make_completion(
-    token_ids: list[int], reward: float, logprobs: list[float] | None = None
+    token_ids: list[int],
+    reward: float,
+    logprobs: list[float] | None = None,
+    *,
+    policy_version: int = 0,
+    finish_reason: FinishReason = "stop",
 ) -> Completion:
     return Completion(
         sampled=Sampled(
@@ -56,20 +74,42 @@ def make_completion(
             logprobs=np.array(
                 logprobs if logprobs is not None else [-2.0] * len(token_ids), dtype=np.float32
             ),
-            policy_versions=np.zeros(len(token_ids), dtype=np.int32),
-            finish_reason="stop",
+            policy_versions=np.full(len(token_ids), policy_version, dtype=np.int32),
+            finish_reason=finish_reason,
         ),
         reward=reward,
     )
 
 
-def make_group(prompt: list[int], *completions: Completion, lease_id: int = 0) -> Group:
+def make_loss_tokens(
+    pi: list[float],
+    mu: list[float],
+    advantages: list[float],
+    *,
+    ages: list[int] | None = None,
+    sequences: list[int] | None = None,
+) -> LossTokens:
+    """Probabilities, not logarithms; by default each token is a sequence of its own."""
+    sequences = sequences or list(range(len(pi)))
+    return LossTokens(
+        logprobs_N=torch.tensor(pi, dtype=torch.float64).log().requires_grad_(),
+        behaviour_logprobs_N=torch.tensor(mu, dtype=torch.float64).log(),
+        advantages_N=torch.tensor(advantages, dtype=torch.float64),
+        ages_N=torch.tensor(ages or [0] * len(pi)),
+        sequence_ids_N=torch.tensor(sequences),
+        num_sequences=max(sequences) + 1,
+    )
+
+
+def make_group(
+    prompt: list[int], *completions: Completion, lease_id: int = 0, num_screening: int = 0
+) -> Group:
     return Group(
         lease_id=lease_id,
         prompt_id=lease_id,
         prompt_token_ids=np.array(prompt, dtype=np.int32),
         completions=completions,
-        num_screening=0,
+        num_screening=num_screening,
     )
 
 

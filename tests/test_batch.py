@@ -10,19 +10,28 @@ from speed_async.learner import policy as policy_file
 from speed_async.learner.batch import MicroBatch, make_micro_batch
 from speed_async.learner.model import load_model
 from speed_async.learner.policy import Policy, check_policy, layout_cost
-from speed_async.learner.rows import LayoutCost, choose_width, rows_of_group, split_rows
+from speed_async.learner.rows import LayoutCost, Row, choose_width, narrow, split_rows, taught_row
 from speed_async.types import Group
 
 LONG = make_completion([5, 6, 7], 1.0, [-0.1, -0.2, -0.3])
 SHORT = make_completion([8, 9], 0.0, [-0.4, -0.5])
 
 
-def batch_of(groups: list[Group], width: int) -> MicroBatch:
-    """Each token's advantage is its completion's number, so that equal layouts can be matched."""
-    rows = []
-    for group in groups:
-        rows += rows_of_group(group, range(len(group.completions)), width)
-    return make_micro_batch(rows)
+def whole_row(group: Group, advantages: list[float] | None = None) -> Row:
+    """Every completion kept; its advantage, if not given, its number from 1 on, so that equal
+    layouts can be matched, and its weight a tenth of that."""
+    numbers_N = np.arange(1.0, len(group.completions) + 1)
+    return taught_row(
+        group,
+        advantages_N=numbers_N if advantages is None else np.array(advantages),
+        weights_N=numbers_N / 10,
+        kept_N=np.ones(len(group.completions), dtype=np.bool_),
+    )
+
+
+def batch_of(groups: list[Group], width: int, policy_version: int = 0) -> MicroBatch:
+    rows = [row for group in groups for row in narrow(whole_row(group), width)]
+    return make_micro_batch(rows, policy_version=policy_version)
 
 
 def test_one_completion_a_row_is_padded_on_the_right_without_its_last_token():
@@ -33,7 +42,9 @@ def test_one_completion_a_row_is_padded_on_the_right_without_its_last_token():
     assert batch.mask_B1LL is None
     assert batch.target_ids_N.tolist() == [8, 9, 5, 6, 7]
     assert batch.predictor_index_N.tolist() == [1, 2, 4 + 1, 4 + 2, 4 + 3]
-    assert batch.advantages_N.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert batch.advantages_N.tolist() == [2.0, 2.0, 1.0, 1.0, 1.0]
+    assert batch.weights_N.tolist() == pytest.approx([0.2, 0.2, 0.1, 0.1, 0.1])
+    assert batch.ages_N.tolist() == [0] * 5
     np.testing.assert_allclose(batch.behaviour_logprobs_N, [-0.4, -0.5, -0.1, -0.2, -0.3])
     assert batch.sequence_ids_N.tolist() == [0, 0, 1, 1, 1]
     assert batch.num_sequences == 2
@@ -57,17 +68,36 @@ def test_siblings_share_their_prompt_and_do_not_see_each_other():
     ]
 
 
-def test_empty_completions_give_no_row_and_an_empty_prompt_is_refused():
-    empty = make_completion([], 0.0)
-    assert list(rows_of_group(make_group([1], empty), [0.0], 1)) == []
+def test_the_age_of_a_token_is_the_versions_since_and_never_negative():
+    mixed = make_completion([5, 6, 7], 1.0)
+    mixed.sampled.policy_versions[:] = [3, 5, 9]
+    assert batch_of([make_group([1], mixed)], 1, policy_version=7).ages_N.tolist() == [4, 2, 0]
+
+
+def test_only_kept_completions_with_an_advantage_and_a_token_are_run():
+    group = make_group([1], LONG, SHORT, LONG, make_completion([], 0.0))
+    row = taught_row(
+        group,
+        advantages_N=np.array([0.5, -0.5, 0.0, 1.0]),
+        weights_N=np.array([0.1, 0.2, 0.3, 0.4]),
+        kept_N=np.array([True, False, True, True]),
+    )
+    assert [(s.token_ids.tolist(), s.advantage, s.weight) for s in row.samples] == [
+        ([5, 6, 7], 0.5, 0.1)
+    ]
+
+
+def test_a_group_without_anything_to_learn_gives_no_row_and_an_empty_prompt_is_refused():
+    assert list(narrow(whole_row(make_group([1], LONG), [0.0]), 1)) == []
+    assert list(narrow(whole_row(make_group([1], make_completion([], 0.0))), 2)) == []
     with pytest.raises(ValueError, match="prompt 0 has no tokens"):
-        list(rows_of_group(make_group([], LONG), [0.0], 1))
+        whole_row(make_group([], LONG))
 
 
 def test_micro_batches_hold_at_most_the_given_padded_tokens():
     lengths = [6, 1, 3, 3, 9, 2]  # fed tokens of a row: prompt 2 + length - 1
     groups = [make_group([1, 2], make_completion([3] * n, 0.0)) for n in lengths]
-    rows = [row for group in groups for row in rows_of_group(group, [0.0], 1)]
+    rows = [whole_row(group) for group in groups]
 
     parts = split_rows(rows, max_tokens=9)
 
@@ -79,9 +109,10 @@ def test_prompts_are_shared_when_long_against_their_completions_and_never_for_lo
     short = make_group([1] * 14, *[make_completion([1] * 7, 0.0)] * 24)
     long = make_group([1] * 200, *[make_completion([1] * 3000, 0.0)] * 24)
 
-    assert choose_width([short], cost) > 1
-    assert choose_width([long], cost) == 1
+    assert choose_width([whole_row(short)], cost) > 1
+    assert choose_width([whole_row(long)], cost) == 1
     assert choose_width([], cost) == 1
+    assert choose_width([whole_row(short, [0.0] * 24)], cost) == 1
 
 
 def score(policy: Policy, batch: MicroBatch) -> list[tuple[int, int, float]]:
@@ -94,7 +125,7 @@ def score(policy: Policy, batch: MicroBatch) -> list[tuple[int, int, float]]:
 def gradients(policy: Policy, batch: MicroBatch) -> list[torch.Tensor]:
     policy.zero_grad()
     logprobs_N, _ = policy(batch)
-    ((batch.advantages_N - 1.5) * logprobs_N).sum().backward()
+    ((batch.advantages_N - 2.5) * logprobs_N).sum().backward()
     return [p.grad.clone() for p in policy.parameters() if p.grad is not None]
 
 
@@ -150,4 +181,4 @@ def test_the_cost_of_the_quickstart_shape_chooses_shared_prompts(tmp_path: Path)
     )
     group = make_group([1] * 14, *[make_completion([1] * n, 0.0) for n in (4, 5, 6, 8, 9, 10)] * 4)
     assert check_policy(Policy(model, temperature=1.0))
-    assert choose_width([group], layout_cost(model)) in (8, 12, 24)
+    assert choose_width([whole_row(group)], layout_cost(model)) in (8, 12, 24)

@@ -151,7 +151,7 @@ def test_decoded_arrays_are_read_only_views_of_the_frames():
     message = decode(frames)
     assert isinstance(message, GroupFinished)
     assert not message.logprobs.flags.writeable
-    assert np.shares_memory(message.logprobs, np.frombuffer(frames[5], np.float32))
+    assert np.shares_memory(message.logprobs, np.frombuffer(frames[6], np.float32))
     with pytest.raises(ValueError, match="read-only"):
         message.logprobs[0] = 0.0
 
@@ -207,7 +207,7 @@ def test_a_foreign_version_is_refused_naming_both():
         (group_message(), lambda h: h[4][0].__setitem__(2, [True]), "not one-dimensional"),
         (group_message(), lambda h: h[4][0].__setitem__(2, [4]), "4 items of 4 bytes but has 12"),
         (group_message(), lambda h: h[4][0].__setitem__(2, [-3]), "announced with -3"),
-        (group_message(), lambda h: h[4].pop(), "announces no 6"),
+        (group_message(), lambda h: h[4].pop(), "announces no 7"),
     ],
 )
 def test_a_header_that_breaks_the_schema_is_refused_naming_the_field(message, change, complaint):

@@ -64,7 +64,7 @@ def test_default_credits_are_two_batches_for_each_version_of_the_staleness_windo
     config = load_config(
         config_file, ["--buffer.max_staleness", "1", "--learner.groups_per_update", "5"]
     )
-    assert config.max_credits == 2 * (1 + 1) * 5
+    assert config.max_credits == (1 + 1) * 5
 
 
 @pytest.mark.parametrize(

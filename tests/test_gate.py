@@ -1,10 +1,8 @@
 """The gate's strict band, and the evaluation plan's arithmetic."""
 
-import numpy as np
 import pytest
 
 from speed_async.actors.gate import Gate
-from speed_async.buffer.curriculum import UniformCurriculum
 from speed_async.evaluate.plan import EvaluationPlan
 
 
@@ -25,16 +23,6 @@ def test_both_thresholds_are_strict() -> None:
 
 def test_partial_credit_is_not_a_pass() -> None:
     assert not Gate(low=0.0, high=1.0).admits([0.9, 0.5])
-
-
-def test_uniform_curriculum_visits_every_prompt_once_an_epoch_and_returned_ones_first() -> None:
-    curriculum = UniformCurriculum(5, np.random.default_rng(0))
-    first = [curriculum.next_prompt() for _ in range(3)]
-    curriculum.give_back(first[1])
-    assert curriculum.next_prompt() == first[1]
-    rest = [curriculum.next_prompt() for _ in range(2)]
-    assert sorted(first + rest) == [0, 1, 2, 3, 4]
-    assert sorted(curriculum.next_prompt() for _ in range(5)) == [0, 1, 2, 3, 4]
 
 
 def test_an_evaluation_ends_with_its_last_prompt_and_sums_what_came() -> None:

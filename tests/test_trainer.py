@@ -1,6 +1,8 @@
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,9 +16,11 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from speed_async.config.schema import GateConfig, ObjectiveConfig
 from speed_async.errors import ConfigError, ModelError
-from speed_async.learner.losses import LossTerms, LossTokens
+from speed_async.learner.loss_tokens import Corrected, LossTokens, TokenLosses
 from speed_async.learner.model import load_model, resolve_device
+from speed_async.learner.objective import make_objective
 from speed_async.learner.parallel import SingleRank
 from speed_async.learner.policy import Policy, check_policy
 from speed_async.learner.trainer import Trainer
@@ -25,9 +29,10 @@ from speed_async.types import Group
 UNLIMITED = 1e9
 
 
-def make_trainer(folder: Path, *, seed: int = 0, temperature: float = 1.0, **learner: Any):
+def make_trainer(folder: Path, *, seed: int = 0, **settings: Any):
+    """`settings` are those of `make_config`."""
     save_tiny_llama(folder, seed=seed)
-    config = make_config(folder, temperature=temperature, **learner)
+    config = make_config(folder, **settings)
     return Trainer(config=config, model=load_model(folder, device="cpu"), parallel=SingleRank())
 
 
@@ -67,7 +72,7 @@ def test_the_gradient_is_that_of_the_dense_definition(
 ):
     trainer = make_trainer(
         tmp_path, seed=seed, temperature=0.8, micro_batch_tokens=micro_batch_tokens,
-        grad_clip=UNLIMITED, max_importance_ratio=1.5,
+        grad_clip=UNLIMITED, objective=ObjectiveConfig(max_ratio=1.5),
     )  # fmt: skip
     groups = random_groups(seed)
     flat = make_group([1, 2], make_completion([3], 1.0), make_completion([4, 5], 1.0))
@@ -86,24 +91,30 @@ def test_the_gradient_is_that_of_the_dense_definition(
     assert result.metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
-def test_metrics_of_a_written_out_batch(tmp_path: Path):
-    trainer = make_trainer(tmp_path)
-    first = make_group([1], make_completion([2, 3], 1.0), make_completion([4], 0.0))
+def test_metrics_of_an_update(tmp_path: Path):
+    trainer = make_trainer(tmp_path, objective=ObjectiveConfig(screening_samples="none"))
+    first = make_group(
+        [1], *[make_completion([2, 3], 1.0), make_completion([4], 0.0)] * 2, num_screening=1
+    )
     second = make_group([1], make_completion([2], 0.5), make_completion([4, 5], 0.25))
 
     result = trainer.update([first, second])
 
     assert (result.skipped, result.skip_reason) == (False, "")
-    assert (result.tokens, result.completions) == (6, 4)
-    assert result.metrics["trained_reward_mean"] == pytest.approx(1.75 / 4)
+    assert (result.tokens, result.completions) == (9, 6)
+    assert result.metrics["trained_reward_mean"] == pytest.approx(2.75 / 6)
     assert result.metrics["pass_rate_mean"] == pytest.approx(0.25)
-    assert result.metrics["completion_tokens_mean"] == pytest.approx(1.5)
-    assert result.metrics["zero_signal_groups"] == 0.0
+    assert result.metrics["pivotal_share"] == 1.0
     assert result.metrics["skipped_updates"] == 0.0
-    assert set(result.metrics) == {
-        "loss", "grad_norm", "lr", "ratio_mean", "ratio_max", "truncated_share", "kl_k1", "kl_k3",
-        "effective_sample_size", "entropy", "trained_reward_mean", "pass_rate_mean",
-        "zero_signal_groups", "completion_tokens_mean", "skipped_updates",
+    assert result.metrics["optimizer_updates"] == 1.0
+    histogram = {key for key in result.metrics if key.startswith("pass_rate_histogram/")}
+    assert len(histogram) == 12
+    assert set(result.metrics) - histogram == {
+        "loss", "grad_norm", "lr", "ratio_mean", "ratio_max", "clipped_share", "truncated_share",
+        "masked_share", "kl_k1", "kl_k3", "effective_sample_size", "entropy",
+        "trained_reward_mean", "pass_rate_mean", "zero_signal_groups", "zero_signal_share",
+        "completion_tokens_mean", "empty_completions", "cut_completions", "pivotal_share",
+        "skipped_updates", "optimizer_updates",
     }  # fmt: skip
 
 
@@ -162,11 +173,10 @@ def test_a_behaviour_log_probability_that_is_not_finite_skips_the_update(tmp_pat
 def test_a_gradient_that_is_not_finite_leaves_parameters_and_moments_alone(tmp_path: Path):
     poison = False
 
-    def sometimes_infinite(tokens: LossTokens) -> LossTerms:
+    def sometimes_infinite(tokens: LossTokens, corrected: Corrected) -> TokenLosses:
         scale = float("inf") if poison else 1.0
-        return LossTerms(
-            loss_sum=(tokens.logprobs_N * scale).sum(),
-            truncated_N=torch.zeros_like(tokens.logprobs_N, dtype=torch.bool),
+        return TokenLosses(
+            losses_N=tokens.logprobs_N * scale, clipped_N=torch.zeros_like(corrected.masked_N)
         )
 
     trainers = []
@@ -176,7 +186,7 @@ def test_a_gradient_that_is_not_finite_leaves_parameters_and_moments_alone(tmp_p
         trainers.append(
             Trainer(
                 config=config, model=load_model(folder, device="cpu"), parallel=SingleRank(),
-                loss=sometimes_infinite,
+                objective=replace(make_objective(config), policy_loss=sometimes_infinite),
             )
         )  # fmt: skip
     for trainer in trainers:
@@ -189,9 +199,156 @@ def test_a_gradient_that_is_not_finite_leaves_parameters_and_moments_alone(tmp_p
 
     assert result.skipped
     assert result.skip_reason == "not finite: loss and grad_norm"
+    assert result.metrics["optimizer_updates"] == 1.0
     assert np.isfinite(list(result.metrics.values())).all()
     for one, other in zip(parameters(trainers[0]), parameters(trainers[1]), strict=True):
         assert torch.equal(one, other)
+
+
+def logprob(model: torch.nn.Module, prompt: list[int], token_ids: list[int]) -> torch.Tensor:
+    """log pi of each token of a completion (T,), with gradient."""
+    logits_LV = model(input_ids=torch.tensor([prompt + token_ids])).logits[0]
+    logprobs_TV = logits_LV[len(prompt) - 1 : -1].log_softmax(-1)
+    return logprobs_TV.gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
+
+
+def on_policy_groups(folder: Path, seed: int) -> list[Group]:
+    """`random_groups`, with log mu those of the model in `folder`."""
+    model, groups = load_model(folder, device="cpu"), []
+    for group in random_groups(seed):
+        prompt = group.prompt_token_ids.tolist()
+        completions = []
+        for completion in group.completions:
+            token_ids = completion.sampled.token_ids.tolist()
+            with torch.no_grad():
+                logprobs = logprob(model, prompt, token_ids).tolist()
+            completions.append(make_completion(token_ids, completion.reward, logprobs))
+        groups.append(make_group(prompt, *completions))
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("choice", "coefficients"),
+    [
+        # rewards 1 0 0 | 1 0, RLOO advantages 3/4 -1/2 -1/2 3/4 -1/2; one pass among three
+        # screening samples is pivotal
+        ("all", [0.75, -0.5, -0.5, 0.75, -0.5]),
+        ("unbiased", [0.0, -0.5, -0.5, 0.75, -0.5]),
+        ("none", [0.0, 0.0, 0.0, 0.75, -0.5]),
+    ],
+)
+def test_the_choice_of_screening_samples_is_that_of_the_gradient(
+    tmp_path: Path, choice: Any, coefficients: list[float]
+):
+    trainer = make_trainer(
+        tmp_path, grad_clip=UNLIMITED, gate=GateConfig(n_init=3, n_cont=2),
+        objective=ObjectiveConfig(screening_samples=choice, correction="none"),
+    )  # fmt: skip
+    sampled = [[2, 3], [4], [5, 6], [7], [8, 9]]
+    group = make_group(
+        [1], *[make_completion(s, r) for s, r in zip(sampled, [1, 0, 0, 1, 0], strict=True)],
+        num_screening=3,
+    )  # fmt: skip
+    reference = load_model(tmp_path, device="cpu")
+    loss = sum(
+        -coefficient * logprob(reference, [1], token_ids).sum() / 8  # tokens of the update
+        for coefficient, token_ids in zip(coefficients, sampled, strict=True)
+        if coefficient
+    )
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
+
+    result = trainer.update([group])
+
+    assert result.metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert result.metrics["pivotal_share"] == pytest.approx(coefficients[:3].count(0.0) / 3)
+    for ours, theirs in zip(gradients(trainer), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+def choices(field: str) -> tuple[str, ...]:
+    return get_args(ObjectiveConfig.model_fields[field].annotation)
+
+
+COMBINATIONS = list(product(choices("policy_loss"), choices("correction")))
+
+
+def objective_trainer(
+    folder: Path, objective: ObjectiveConfig, *, age: int = 0, **learner: Any
+) -> Trainer:
+    """Another trainer of the model in `folder`; tokens of version 0 have this age."""
+    config = make_config(folder, objective=objective, **learner)
+    trainer = Trainer(config=config, model=load_model(folder, device="cpu"), parallel=SingleRank())
+    trainer.num_updates = age
+    return trainer
+
+
+@pytest.mark.parametrize(("loss", "correction"), COMBINATIONS)
+def test_every_loss_takes_a_finite_step_under_every_correction(
+    tmp_path: Path, loss: Any, correction: Any
+):
+    chosen = ObjectiveConfig(
+        policy_loss=loss, correction=correction, min_ratio=0.05, max_ratio=20.0,
+        aggregation="sequence_mean",
+    )  # fmt: skip
+    save_tiny_llama(tmp_path)
+    runs = []
+    for micro_batch_tokens in (16, 8192):
+        trainer = objective_trainer(
+            tmp_path, chosen, age=2, lr=1e-3, warmup_updates=0, grad_clip=UNLIMITED,
+            micro_batch_tokens=micro_batch_tokens,
+        )  # fmt: skip
+        before = parameters(trainer)
+        result = trainer.update(random_groups(3))
+        assert not result.skipped
+        assert result.metrics["grad_norm"] > 0
+        pairs = zip(before, parameters(trainer), strict=True)
+        assert any(not torch.equal(old, new) for old, new in pairs)
+        runs.append(gradients(trainer))
+    for cut, whole in zip(*runs, strict=True):  # no sequence is torn apart
+        torch.testing.assert_close(cut, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_on_policy_every_loss_and_correction_gives_the_plain_policy_gradient(tmp_path: Path):
+    save_tiny_llama(tmp_path)
+    groups = on_policy_groups(tmp_path, 4)
+
+    def gradient_under(loss: Any, correction: Any) -> list[torch.Tensor]:
+        chosen = ObjectiveConfig(policy_loss=loss, correction=correction)
+        trainer = objective_trainer(tmp_path, chosen, grad_clip=UNLIMITED)
+        trainer.update(groups)
+        return gradients(trainer)
+
+    plain = gradient_under("policy_gradient", "none")
+    assert max(float(gradient.abs().max()) for gradient in plain) > 1e-2
+    for loss, correction in COMBINATIONS:
+        for ours, theirs in zip(gradient_under(loss, correction), plain, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("age", [0, 1])
+def test_interpolated_anchors_follow_the_age_of_the_tokens(tmp_path: Path, age: int):
+    """At age 1 the proximal policy is mu, and the weight is 1; at age 0 it is the policy itself,
+    and the weight is rho. Weights are cut at 0.5, which tells the two apart."""
+    save_tiny_llama(tmp_path)
+    chosen = ObjectiveConfig(
+        policy_loss="cispo", clip_high=1e6, correction="decoupled_log_linear", max_ratio=0.5
+    )
+    trainer = objective_trainer(tmp_path, chosen, age=age, grad_clip=UNLIMITED)
+    reference, loss = load_model(tmp_path, device="cpu"), torch.zeros(())
+    for token, advantage in ((2, 1.0), (3, -1.0)):
+        of_token = logprob(reference, [1], [token])[0]
+        rho = (of_token.detach() + 4.0).exp()
+        factor = 0.5 * rho if age else rho.clamp(max=0.5)
+        loss = loss - factor * advantage * of_token / 2
+    loss.backward()
+
+    trainer.update(
+        [make_group([1], make_completion([2], 1.0, [-4.0]), make_completion([3], 0.0, [-4.0]))]
+    )
+
+    for ours, theirs in zip(gradients(trainer), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_two_trainers_given_the_same_batches_agree_bit_for_bit(tmp_path: Path):

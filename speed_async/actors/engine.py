@@ -33,6 +33,10 @@ class EngineStats:
     num_slots: int
     policy_version: int
     steps: int
+    sampling_s: float = 0.0
+    """Time spent in steps, prefills included."""
+    updating_s: float = 0.0
+    """Time spent on weights and on what else runs between steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

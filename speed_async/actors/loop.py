@@ -63,6 +63,7 @@ class ActorLoop:
         self._drained = asyncio.Event()
         self._applying = asyncio.Lock()
         self._loop_lag_s = 0.0
+        self._started_s = clock()
 
     async def run(self, hello: m.Hello) -> None:
         """Work until the service says drain. Raises what ends the run."""
@@ -204,10 +205,11 @@ class ActorLoop:
         """Keep the engine's queue just non-empty: ask for prompts to fill its free slots."""
         if self._draining:
             return
-        slots, n_init = self._config.actors.slots, self._config.gate.n_init
+        slots, gate = self._config.actors.slots, self._config.gate
+        first_phase = gate.num_screening or gate.group_size  # completions a new lease begins with
         requests = sum(work.num_waiting for work in self._works.values())
-        want = max(0, math.ceil((slots * QUEUE_AHEAD - requests) / n_init))
-        if abs(want - self._want_sent) * n_init >= max(n_init, slots // 16):
+        want = max(0, math.ceil((slots * QUEUE_AHEAD - requests) / first_phase))
+        if abs(want - self._want_sent) * first_phase >= max(first_phase, slots // 16):
             self._want_sent = want
             self._say(m.WantWork(num_prompts=want, counts=self._counts()))
 
@@ -221,6 +223,9 @@ class ActorLoop:
                 "num_waiting": float(stats.num_waiting),
                 "policy_version": float(stats.policy_version),
                 "loop_lag_s": self._loop_lag_s,
+                "sampling_s": stats.sampling_s,
+                "updating_s": stats.updating_s,
+                "uptime_s": self._clock() - self._started_s,
             }
             self._say(m.ActorReport(gauges=gauges, counts=self._counts()))
             expected_s = self._clock() + REPORT_INTERVAL_S

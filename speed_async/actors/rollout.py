@@ -93,11 +93,14 @@ class Rollout:
         tokens = self._codec.encode(prompt.text)
         if work.lease.kind is LeaseKind.EVALUATION:
             return await self._evaluate(work, prompt, tokens)
-        gate = self._config.gate
-        rewards = await self._phase(work, prompt, tokens, Phase.SCREENING, gate.n_init)
-        if not self._gate.admits(rewards):
-            return Refused(num_passed=num_passed(rewards))
-        rewards += await self._phase(work, prompt, tokens, Phase.CONTINUATION, gate.n_cont)
+        gate, rewards = self._config.gate, []
+        if gate.num_screening:
+            rewards = await self._phase(work, prompt, tokens, Phase.SCREENING, gate.num_screening)
+            if not self._gate.admits(rewards):
+                return Refused(num_passed=num_passed(rewards))
+        num_left = gate.group_size - gate.num_screening
+        if num_left:
+            rewards += await self._phase(work, prompt, tokens, Phase.CONTINUATION, num_left)
         completions = tuple(
             Completion(sampled=sample, reward=reward)
             for sample, reward in zip(work.samples, rewards, strict=True)
@@ -107,7 +110,7 @@ class Rollout:
             prompt_id=prompt.prompt_id,
             prompt_token_ids=tokens,
             completions=completions,
-            num_screening=gate.n_init,
+            num_screening=gate.num_screening,
         )
 
     async def _evaluate(self, work: LeaseWork, prompt: Prompt, tokens: Int32Array) -> Scored:

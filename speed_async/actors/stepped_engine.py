@@ -68,6 +68,7 @@ class SteppedEngine:
         self._is_paused = False
         self._is_closing = False
         self._failure: Exception | None = None
+        self._sampling_s = self._updating_s = 0.0
         self._tokens_cancelled = 0
         self._tokens_unseen = 0  # of resolved futures whose callers have not run yet
 
@@ -105,6 +106,8 @@ class SteppedEngine:
             self._stats,
             tokens_running=self._stats.tokens_running + self._tokens_unseen,
             num_waiting=max(0, len(self._callers) - self._stats.num_running),
+            sampling_s=self._sampling_s,
+            updating_s=self._updating_s,
         )
 
     @property
@@ -195,6 +198,7 @@ class SteppedEngine:
         for key, request in inbox.arrivals:
             stepper.submit(key, request)
         tokens_cancelled = sum(stepper.cancel(key) for key in inbox.cancelled)
+        begun_s = self._clock()
         for command, _ in inbox.commands:
             try:
                 answers.append(command(finished))
@@ -202,8 +206,11 @@ class SteppedEngine:
                 if not stepper.is_whole:
                     raise
                 answers.append(error)
+        stepping_s = self._clock()
         if may_sample and stepper.has_work:
             finished += stepper.step()
+        self._updating_s += stepping_s - begun_s
+        self._sampling_s += self._clock() - stepping_s
         return _TurnResult(
             finished=finished,
             answers=answers,

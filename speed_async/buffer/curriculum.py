@@ -1,22 +1,32 @@
-"""Which prompt is leased next."""
+"""Which prompts are leased next."""
 
 from collections import deque
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+
+from speed_async.buffer.posterior import PosteriorCurriculum
+from speed_async.buffer.random_state import pack_rng, unpack_rng
+from speed_async.config.schema import Config
 
 
 class Curriculum(Protocol):
-    def next_prompt(self) -> int:
-        """The prompt to work on next; there always is one."""
+    def choose(self, num_prompts: int) -> list[int]:
+        """Exactly that many prompts to lease; none twice in one call while there are enough."""
         ...
 
     def give_back(self, prompt_id: int) -> None:
-        """The lease of this prompt failed: offer it again soon."""
+        """The lease of this prompt came to nothing: offer it again soon."""
         ...
 
     def record(self, prompt_id: int, num_passed: int, num_completions: int) -> None:
-        """What sampling this prompt showed."""
+        """The lease ended with these completions, screening and continuation together; none
+        when it failed in a way it would fail again."""
+        ...
+
+    def advance(self, policy_version: int) -> None:
+        """There is a new policy version."""
         ...
 
 
@@ -29,7 +39,21 @@ class UniformCurriculum:
         self._epoch: deque[int] = deque()
         self._returned: deque[int] = deque()
 
-    def next_prompt(self) -> int:
+    def choose(self, num_prompts: int) -> list[int]:
+        chosen: list[int] = []
+        taken: set[int] = set()
+        twice: list[int] = []
+        while len(chosen) < num_prompts:
+            prompt_id = self._next()
+            if prompt_id in taken and len(taken) < self._num_prompts:
+                twice.append(prompt_id)
+            else:
+                chosen.append(prompt_id)
+                taken.add(prompt_id)
+        self._epoch.extendleft(reversed(twice))
+        return chosen
+
+    def _next(self) -> int:
         if self._returned:
             return self._returned.popleft()
         if not self._epoch:
@@ -41,3 +65,34 @@ class UniformCurriculum:
 
     def record(self, prompt_id: int, num_passed: int, num_completions: int) -> None:
         """Uniform choice does not look at results."""
+
+    def advance(self, policy_version: int) -> None:
+        """Nor at versions."""
+
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """Everything, random generator included."""
+        return {
+            "num_prompts": np.array(self._num_prompts),
+            "epoch": np.array(self._epoch, np.int64),
+            "returned": np.array(self._returned, np.int64),
+            "rng": pack_rng(self._rng),
+        }
+
+    def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
+        """Go on exactly where `state()` was taken. ValueError: it is of another data set."""
+        if int(state["num_prompts"]) != self._num_prompts:
+            raise ValueError(
+                f"curriculum state of {int(state['num_prompts'])} prompts, not {self._num_prompts}"
+            )
+        self._epoch = deque(state["epoch"].tolist())
+        self._returned = deque(state["returned"].tolist())
+        unpack_rng(self._rng, state["rng"])
+
+
+def make_curriculum(
+    config: Config, num_prompts: int, rng: np.random.Generator
+) -> UniformCurriculum | PosteriorCurriculum:
+    """The curriculum that `curriculum.kind` names."""
+    if config.curriculum.kind == "uniform":
+        return UniformCurriculum(num_prompts, rng)
+    return PosteriorCurriculum(num_prompts, rng, gate=config.gate, settings=config.curriculum)

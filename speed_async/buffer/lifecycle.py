@@ -19,6 +19,9 @@ from speed_async.types import GroupEnd, LeaseKind
 from speed_async.wire import messages as m
 from speed_async.wire.groups import unpack_group
 
+MIN_PRICE = 1 / 16
+"""Keeps the number of leases bounded where hardly any prompt passes."""
+
 
 class Accuracy(Protocol):
     """Outcome of one whole evaluation (evaluate/plan.py has the record)."""
@@ -69,6 +72,7 @@ class Lifecycle:
             capacity_bytes=config.buffer.capacity_bytes,
             freshness_decay=config.buffer.freshness_decay,
             max_passed_over=config.buffer.max_passed_over,
+            signal_weight=config.buffer.signal_weight,
         )
         self.in_training: dict[int, BufferedGroup] = {}
         self._config = config
@@ -81,9 +85,17 @@ class Lifecycle:
 
     @property
     def credits_left(self) -> int:
-        """Training leases that may still be granted."""
-        used = self.leases.num_training + len(self.buffer) + len(self.in_training)
-        return self._config.max_credits - used
+        """Training leases that may still be granted.
+
+        A lease is charged what it is expected to yield, the share of screened prompts that the
+        gate lets pass; a group in the buffer or in training is charged whole. So a batch for each
+        version of the staleness window is under way whatever the gate refuses, and no more.
+        """
+        price = 1.0
+        if self._config.gate.mode != "off":
+            price = max(self._statistics.expected_yield, MIN_PRICE)
+        held = len(self.buffer) + len(self.in_training)
+        return max(0, int((self._config.max_credits - held) / price) - self.leases.num_training)
 
     def grant(self, holder: str, kind: LeaseKind, most: int) -> m.Leases | None:
         """Up to `most` new leases for an actor, or None when there is nothing to grant."""
@@ -102,8 +114,8 @@ class Lifecycle:
 
     def _training(self, holder: str, most: int) -> list[OpenLease]:
         return [
-            self.leases.grant(holder, self._curriculum.next_prompt(), LeaseKind.TRAINING)
-            for _ in range(min(most, self.credits_left))
+            self.leases.grant(holder, prompt_id, LeaseKind.TRAINING)
+            for prompt_id in self._curriculum.choose(min(most, self.credits_left))
         ]
 
     def _evaluation(self, holder: str, most: int) -> list[OpenLease]:
@@ -126,6 +138,7 @@ class Lifecycle:
             self._check_against_lease(entry, message)
         except ProtocolError as error:
             self._without_result(entry, "invalid group", num_tokens)
+            self._learn_nothing(entry)
             return str(error)
         self._statistics.screened(accepted=True, pass_rate=group.screening_pass_rate)
         self._curriculum.record(entry.lease.prompt_id, group.num_passed, len(group.completions))
@@ -166,6 +179,7 @@ class Lifecycle:
             self._offer_again(entry)
             return None
         self._without_result(entry, message.reason, message.num_tokens)
+        self._learn_nothing(entry)
         version = self._evaluations.target_version
         if entry.lease.kind is LeaseKind.TRAINING or version is None:
             return None
@@ -225,6 +239,7 @@ class Lifecycle:
         learner = self.ledger.learner_trained
         learner.groups, learner.tokens = message.groups_trained, message.tokens_trained
         self._policy_version = message.policy_version
+        self._curriculum.advance(message.policy_version)
         for group in self.buffer.drop_older_than(self._oldest_allowed):
             self._leave_buffer(group, GroupEnd.STALE)
 
@@ -262,6 +277,10 @@ class Lifecycle:
             self.ledger.failed(reason, num_tokens)
         else:
             self.ledger.evaluation.add(num_tokens)
+
+    def _learn_nothing(self, entry: OpenLease) -> None:
+        if entry.lease.kind is LeaseKind.TRAINING:
+            self._curriculum.record(entry.lease.prompt_id, 0, 0)
 
     def _offer_again(self, entry: OpenLease) -> None:
         if entry.lease.kind is LeaseKind.TRAINING:

@@ -1,8 +1,13 @@
 """The priority buffer: what to take next, what to evict, what is too old.
 
-Priority of a group = p(1 - p) * decay^age, p its pass rate, age = present version - its oldest
-token's version. Because every group ages alike, the order between two groups never changes, so
-log(p(1 - p)) + oldest_version * log(1 / decay) is a fixed key and heaps need no rebuild.
+Priority of a group = (p(1 - p))^w * decay^age, p its pass rate, w the signal weight, age = present
+version - its oldest token's version. Because every group ages alike, the order between two groups
+never changes, so w log(p(1 - p)) + oldest_version * log(1 / decay) is a fixed key and heaps need
+no rebuild.
+
+A choice by p looks at the outcomes of the group itself; it biases the gradient where groups are
+left to go stale or are evicted, and not where each is only trained sooner or later
+(docs/estimators.md).
 """
 
 import heapq
@@ -42,11 +47,13 @@ class PriorityBuffer:
         capacity_bytes: int,
         freshness_decay: float,
         max_passed_over: int,
+        signal_weight: float = 1.0,
     ) -> None:
         self._capacity_groups = capacity_groups
         self._capacity_bytes = capacity_bytes
         self._log_freshness = -math.log(freshness_decay)
         self._max_passed_over = max_passed_over
+        self._signal_weight = signal_weight
         self._num_takes = 0
         self._num_bytes = 0
         # Insertion order, with the number of takes that had happened before the insertion.
@@ -100,7 +107,7 @@ class PriorityBuffer:
 
     def _key(self, group: BufferedGroup) -> float:
         signal = max(group.pass_rate * (1 - group.pass_rate), SIGNAL_FLOOR)
-        return math.log(signal) + group.oldest_version * self._log_freshness
+        return self._signal_weight * math.log(signal) + group.oldest_version * self._log_freshness
 
     def _overdue(self, limit: int) -> list[int]:
         overdue = []

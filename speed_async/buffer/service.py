@@ -11,6 +11,7 @@ answers    a TakeBatch when enough fresh groups are buffered and the first evalu
 
 from collections.abc import Callable
 
+from speed_async.buffer.batches import Batches
 from speed_async.buffer.curriculum import Curriculum
 from speed_async.buffer.ending import Ending, Step
 from speed_async.buffer.lifecycle import Accuracy, Evaluations, Lifecycle
@@ -60,8 +61,8 @@ class BufferService:
         self._evaluations = evaluations
         self._fingerprint = fingerprint
         self._baseline_done = False
-        self._open_take: tuple[m.TakeBatch, float] | None = None
-        self._starved_s = 0.0
+        self._batches = Batches(config, self.lifecycle, self.statistics)
+        self._target_reached = False
         self._ending = Ending(config.cluster)
         self._evaluated_version: int | None = None
         self._handlers: dict[type[m.Message], Callable[..., None]] = {
@@ -126,6 +127,10 @@ class BufferService:
         open_to_all = isinstance(message, m.Counted | m.Hello | m.Failure)
         if not open_to_all and peer != self.membership.learner:
             return f"{kind} is the learner's to send"
+        if isinstance(message, m.ScreenedOut | m.Evaluated):
+            passed, sampled = message.num_passed, message.num_completions
+            if not 0 <= passed <= sampled:
+                return f"{kind} says that {passed} of {sampled} completions passed"
         if isinstance(message, m.Hello) and message.fingerprint != self._fingerprint:
             return (
                 f"its task data (fingerprint {message.fingerprint}) differ from the service's "
@@ -201,11 +206,17 @@ class BufferService:
         self._evaluated_version = whole.policy_version
         self.statistics.evaluated(whole.accuracy)
         self._emit("evaluation", now_s, evaluation_values(whole))
+        target = self.config.run.stop_at_accuracy
+        if target is not None and whole.accuracy >= target and not self._target_reached:
+            self._target_reached = True
+            self._send_learner(
+                m.TargetReached(accuracy=whole.accuracy, policy_version=whole.policy_version)
+            )
 
     # --- the learner -----------------------------------------------------------------------
 
     def _on_take(self, peer: str, take: m.TakeBatch, now_s: float) -> None:
-        self._open_take = (take, now_s)
+        self._batches.ask(take, now_s)
 
     def _on_trained(self, peer: str, message: m.Trained, now_s: float) -> None:
         self.lifecycle.trained(message)
@@ -214,7 +225,7 @@ class BufferService:
         self.statistics.updated(
             UpdateTimes(
                 wait_s=metrics.get("time/wait_s", 0.0),
-                starved_s=self._starved_s,
+                starved_s=self._batches.starved_s,
                 train_s=metrics.get("time/train_s", 0.0),
                 sync_s=metrics.get("time/sync_s", 0.0),
             )
@@ -252,7 +263,7 @@ class BufferService:
 
     def _on_finish(self, peer: str, finish: m.FinishRun, now_s: float) -> None:
         self._ending.ask(finish, now_s)
-        self._open_take = None
+        self._batches.withdraw()
 
     # --- what follows from the present state -------------------------------------------------
 
@@ -268,10 +279,12 @@ class BufferService:
 
     def _check_stalled(self, now_s: float) -> None:
         """A batch that does not come ends the run, with all that is known of why."""
-        stall_s = self.config.cluster.stall_timeout_s
-        if self._open_take is None or now_s - self._open_take[1] < stall_s:
+        if starving := self._batches.starving_reason(now_s):
+            self.warning = starving
+        if not self._batches.stalled(now_s):
             return
-        self._open_take = None
+        self._batches.withdraw()
+        stall_s = self.config.cluster.stall_timeout_s
         text = f"no batch could be filled within {stall_s:.0f} s: {stall_reason(self)}"
         self._on_failure("", m.Failure(role=ROLE, message=f"{ROLE}: {text}"), now_s)
 
@@ -316,28 +329,30 @@ class BufferService:
 
     def _grant(self) -> None:
         target = self._evaluations.target_version
-        slack = self.config.buffer.max_staleness
+        slack = self.config.buffer.max_staleness if self.config.run.overlap else 0
         for state in self.membership.present():
             if target is not None and state.applied_version >= target:
-                self._send_leases(state, LeaseKind.EVALUATION)
+                self._send_leases(state, LeaseKind.EVALUATION, state.want)
             if self._ending.finish is None and state.applied_version >= self.policy_version - slack:
-                self._send_leases(state, LeaseKind.TRAINING)
+                num_leases = min(state.want, self._batches.num_grantable)
+                self._batches.granted(self._send_leases(state, LeaseKind.TRAINING, num_leases))
 
-    def _send_leases(self, state: ActorState, kind: LeaseKind) -> None:
-        leases = self.lifecycle.grant(state.name, kind, state.want)
-        if leases is not None:
-            state.want -= len(leases.lease_ids)
-            self._send(state.name, leases)
+    def _send_leases(self, state: ActorState, kind: LeaseKind, most: int) -> int:
+        leases = self.lifecycle.grant(state.name, kind, most)
+        if leases is None:
+            return 0
+        state.want -= len(leases.lease_ids)
+        self._send(state.name, leases)
+        return len(leases.lease_ids)
 
     def _answer_take(self, now_s: float) -> None:
-        if self._open_take is None or not self._baseline_done:
+        if not self._baseline_done:
             return
-        take, asked_s = self._open_take
-        groups = self.lifecycle.take(take.num_groups)
-        if groups is None:
+        evaluating = self._evaluations.target_version is not None
+        answer = self._batches.answer(now_s, evaluating=evaluating)
+        if answer is None:
             return
-        self._open_take = None
-        self._starved_s = now_s - asked_s
+        take, groups = answer
         for group in groups:
             self._send_learner(batch_group(group.message))
         lease_ids = [group.lease_id for group in groups]

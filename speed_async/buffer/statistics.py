@@ -9,6 +9,15 @@ from speed_async.observe.rates import WindowedMean, WindowedRate
 RATE_WINDOW_S = 10.0
 ACCEPTANCE_WINDOW = 256
 """Screened prompts in the running acceptance rate."""
+PRIOR_ACCEPTANCE = 0.5
+PRIOR_PROMPTS = 16
+"""The acceptance expected before anything is known, and how many prompts that belief weighs."""
+LEARNER_PARTS = (
+    "waiting for groups",
+    "receiving the batch",
+    "training",
+    "publishing weights",
+)
 SHARE_WINDOW = 10
 """Updates in the running shares of the learner's time."""
 
@@ -44,6 +53,8 @@ class RunStatistics:
         self._recent_accepted = WindowedMean(num_values=ACCEPTANCE_WINDOW)
         self._recent_pass_rates = WindowedMean(num_values=ACCEPTANCE_WINDOW)
         self._recent_times: deque[UpdateTimes] = deque(maxlen=SHARE_WINDOW)
+        self.learner_times = dict.fromkeys(LEARNER_PARTS, 0.0)
+        """Seconds of the learner's whole training, by what they went into."""
         self._staleness_sum = 0.0
         self._staleness_tokens = 0
 
@@ -78,6 +89,11 @@ class RunStatistics:
 
     def updated(self, times: UpdateTimes) -> None:
         self._recent_times.append(times)
+        starved_s = min(times.starved_s, times.wait_s)
+        self.learner_times["waiting for groups"] += starved_s
+        self.learner_times["receiving the batch"] += times.wait_s - starved_s
+        self.learner_times["training"] += times.train_s
+        self.learner_times["publishing weights"] += times.sync_s
 
     def evaluated(self, accuracy: float) -> None:
         if self.accuracy_first is None:
@@ -87,6 +103,14 @@ class RunStatistics:
     @property
     def gate_acceptance(self) -> float | None:
         return self._recent_accepted.mean
+
+    @property
+    def expected_yield(self) -> float:
+        """Groups to expect of one more lease: the running acceptance, drawn to PRIOR_ACCEPTANCE
+        while few prompts were screened."""
+        seen = len(self._recent_accepted)
+        accepted = seen * (self._recent_accepted.mean or 0.0)
+        return (accepted + PRIOR_ACCEPTANCE * PRIOR_PROMPTS) / (seen + PRIOR_PROMPTS)
 
     @property
     def gate_acceptance_overall(self) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from speed_async.buffer.batches import gate_remedy
 from speed_async.observe.metrics import Value
 from speed_async.types import GroupEnd
 
@@ -26,6 +27,7 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
         "generated_tokens_per_s": statistics.generated_per_s(now_s),
         "trained_tokens_per_s": statistics.trained_per_s(now_s),
         "tokens_generated": lifecycle.ledger.tokens_generated,
+        "tokens_evaluation": lifecycle.ledger.evaluation.tokens,
         "gate_acceptance": statistics.gate_acceptance,
         "buffer_groups": len(lifecycle.buffer),
         "buffer_capacity": config.buffer.capacity_groups,
@@ -81,7 +83,7 @@ def stall_reason(service: BufferService) -> str:
     if not present:
         remedy = "no actor joined or stayed; read logs/actor-*.log"
     elif statistics.num_screened and not statistics.num_accepted:
-        remedy = "every prompt is too hard or too easy: other prompts, or a wider gate"
+        remedy = gate_remedy(service.config, statistics.reward_mean or 0.0)
     else:
         remedy = "raise cluster.stall_timeout_s, or lower learner.groups_per_update"
     return "; ".join(facts) + f". Remedy: {remedy}"
@@ -108,4 +110,18 @@ def summary_values(
         "staleness_mean": statistics.staleness_mean,
         "staleness_max": statistics.staleness_max,
         "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
+        "breakdown": {"learner": statistics.learner_times, "actors": _actor_times(service)},
+    }
+
+
+def _actor_times(service: BufferService) -> dict[str, float]:
+    """Seconds of all actors' engines, by what they went into, as last reported."""
+    gauges = [state.gauges for state in service.membership.actors.values()]
+    sampling_s = sum(gauge.get("sampling_s", 0.0) for gauge in gauges)
+    updating_s = sum(gauge.get("updating_s", 0.0) for gauge in gauges)
+    uptime_s = sum(gauge.get("uptime_s", 0.0) for gauge in gauges)
+    return {
+        "sampling": sampling_s,
+        "taking in weights": updating_s,
+        "idle": max(0.0, uptime_s - sampling_s - updating_s),
     }

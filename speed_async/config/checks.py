@@ -12,6 +12,7 @@ BYTES_PER_TOKEN = 12
 def check_combinations(config: Config) -> None:
     """Raise ConfigError for the first combination that cannot work."""
     _check_gate(config)
+    _check_objective(config)
     _check_buffer(config)
     _check_lengths(config)
     _check_roles(config)
@@ -19,16 +20,67 @@ def check_combinations(config: Config) -> None:
 
 
 def _check_gate(config: Config) -> None:
-    gate = config.gate
+    gate, num_seen = config.gate, config.gate.num_screening
+    if gate.group_size < 2:
+        raise ConfigError(
+            "gate.n_cont",
+            gate.n_cont,
+            f"with gate.n_init = {gate.n_init} a group has one completion, and no sibling to "
+            "compare it with; set n_init + n_cont to 2 or more",
+        )
     if gate.low >= gate.high:
         raise ConfigError("gate.low", gate.low, f"must be below gate.high = {gate.high}")
-    if not any(gate.low < k / gate.n_init < gate.high for k in range(gate.n_init + 1)):
+    passing = [k for k in range(num_seen + 1) if gate.low < k / max(num_seen, 1) < gate.high]
+    if num_seen and not passing:
         raise ConfigError(
             "gate.n_init",
             gate.n_init,
-            f"no pass rate k/{gate.n_init} lies strictly between gate.low = {gate.low} and "
+            f"no pass rate k/{num_seen} lies strictly between gate.low = {gate.low} and "
             f"gate.high = {gate.high}, so no prompt could pass; raise gate.n_init (2 at least) "
             "or widen the band",
+        )
+    if gate.mode == "screen" and gate.n_cont == 0:
+        raise ConfigError(
+            "gate.n_cont",
+            gate.n_cont,
+            "nothing would be continued; set 1 or more, or gate.mode = 'filter'",
+        )
+    if gate.mode == "off" and config.curriculum.kind == "posterior":
+        raise ConfigError(
+            "curriculum.kind",
+            "posterior",
+            "it chooses prompts that pass the gate, and gate.mode = 'off' has none; set 'uniform', "
+            "or an algorithm with a gate (speed-rloo, dapo)",
+        )
+
+
+def _check_objective(config: Config) -> None:
+    objective = config.objective
+    if objective.policy_loss == "policy_gradient" and objective.correction.startswith("decoupled"):
+        raise ConfigError(
+            "objective.correction",
+            objective.correction,
+            "a decoupled correction needs a loss with a ratio of its own: set "
+            "objective.policy_loss = 'ppo_clip', 'cispo' or 'gspo', or correction = 'token_tis'",
+        )
+    if objective.correction.endswith("mask") and objective.min_ratio >= objective.max_ratio:
+        raise ConfigError(
+            "objective.min_ratio",
+            objective.min_ratio,
+            f"must be below objective.max_ratio = {objective.max_ratio}",
+        )
+    if objective.screening_samples != "all" and config.gate.mode == "off":
+        raise ConfigError(
+            "objective.screening_samples",
+            objective.screening_samples,
+            "there are no screening samples with gate.mode = 'off'; set 'all'",
+        )
+    if objective.screening_samples == "none" and config.gate.mode == "filter":
+        raise ConfigError(
+            "objective.screening_samples",
+            "none",
+            "gate.mode = 'filter' looks at every sample, so none would be trained on; set "
+            "'unbiased' or 'all'",
         )
 
 

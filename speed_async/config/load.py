@@ -10,10 +10,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from speed_async.config.checks import check_combinations
+from speed_async.config.presets import with_preset
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError
 
 PATH_FIELDS = (("model", "path"), ("task", "path"))
+ROOT_FIELDS = frozenset({"algorithm"})
+"""Fields that stand in no section."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -27,6 +30,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     changes = parse_overrides(overrides)
     _absolute_paths(changes, Path.cwd())
     for section, values in changes.items():
+        if section in ROOT_FIELDS:
+            tree[section] = values
+            continue
         merged = tree.setdefault(section, {})
         if not isinstance(merged, dict) or not isinstance(values, dict):
             raise ConfigError(section, values, "a section holds fields, such as --learner.lr 1e-4")
@@ -37,7 +43,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def build_config(tree: dict[str, Any]) -> Config:
     """Validate a nested dict. Raises ConfigError for the first thing that is wrong."""
     try:
-        config = Config.model_validate(tree)
+        config = Config.model_validate(with_preset(tree, Config.model_fields["algorithm"].default))
     except ValidationError as error:
         raise _first_error(error) from None
     check_combinations(config)
@@ -53,18 +59,21 @@ def read_resolved(path: Path) -> Config:
     return build_config(json.loads(path.read_text()))
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """`["--learner.lr", "1e-4", "--run.seed=3"]` to a nested dict. Raises ConfigError."""
-    changes: dict[str, dict[str, Any]] = {}
+    changes: dict[str, Any] = {}
     remaining = iter(arguments)
     for argument in remaining:
-        if not argument.startswith("--") or "." not in argument:
-            raise ConfigError(argument, "", "an override looks like --section.field value")
         name, equals, text = argument[2:].partition("=")
+        if not argument.startswith("--") or ("." not in name and name not in ROOT_FIELDS):
+            raise ConfigError(argument, "", "an override looks like --section.field value")
         if not equals:
             text = next(remaining, None)
             if text is None:
                 raise ConfigError(name, "", "this override has no value")
+        if name in ROOT_FIELDS:
+            changes[name] = text
+            continue
         section, _, field = name.partition(".")
         changes.setdefault(section, {})[field.replace("-", "_")] = _parse_value(text)
     return changes

@@ -7,6 +7,17 @@ from pydantic import BaseModel, ConfigDict, Field
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Algorithm = Literal[
+    "rloo",
+    "grpo",
+    "dr-grpo",
+    "reinforce++",
+    "cispo",
+    "gspo",
+    "dapo",
+    "speed-rloo",
+    "speed-dapo",
+]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -20,6 +31,11 @@ class RunConfig(Section):
     seed: NonNegativeInt = 0
     updates: PositiveInt = 100
     """Optimiser updates of the whole run."""
+    overlap: bool = True
+    """False: generate and train in turns, each batch by the newest policy (but for a surplus of
+    earlier rounds). For comparisons."""
+    stop_at_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
+    """End the run at the first held-out accuracy that reaches this."""
 
 
 class ModelConfig(Section):
@@ -50,10 +66,14 @@ class TaskConfig(Section):
 
 
 class GateConfig(Section):
+    mode: Literal["screen", "filter", "off"] = "screen"
+    """`screen`: n_init completions first, n_cont more when their pass rate is moderate (SPEED).
+    `filter`: the whole group at once, kept when its pass rate is moderate (DAPO's dynamic
+    sampling). `off`: every prompt gets its whole group, and every group is kept."""
     n_init: PositiveInt = 4
     """Completions that screen a prompt."""
-    n_cont: PositiveInt = 20
-    """Completions added when its pass rate is moderate."""
+    n_cont: NonNegativeInt = 20
+    """Completions added when its pass rate is moderate. A group is n_init + n_cont in any mode."""
     low: Fraction = 0.0
     high: Fraction = 1.0
     """Moderate means low < pass rate < high, both strict."""
@@ -61,6 +81,63 @@ class GateConfig(Section):
     @property
     def group_size(self) -> int:
         return self.n_init + self.n_cont
+
+    @property
+    def num_screening(self) -> int:
+        """Completions of a group that the gate looks at."""
+        return {"screen": self.n_init, "filter": self.group_size, "off": 0}[self.mode]
+
+
+class CurriculumConfig(Section):
+    kind: Literal["uniform", "posterior"] = "uniform"
+    """`uniform`: shuffled epochs. `posterior`: Thompson sampling of the prompts most likely to
+    pass the gate."""
+    half_life_updates: PositiveFloat = 40.0
+    """Updates after which an outcome counts half (the policy has moved since)."""
+    uniform_share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of prompts chosen in shuffled order whatever is known of them, so that none starves."""
+    candidates: PositiveInt = 4
+    """Candidates drawn for each prompt chosen; more is greedier and repeats prompts sooner."""
+
+
+class ObjectiveConfig(Section):
+    """What is maximised. `algorithm` sets these; a value given here goes before the preset's."""
+
+    advantage: Literal["rloo", "grpo", "dr_grpo", "batch"] = "rloo"
+    policy_loss: Literal["policy_gradient", "ppo_clip", "cispo", "gspo"] = "policy_gradient"
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    """Ratios leave [1 - clip_low, 1 + clip_high] without gradient (cispo: are cut at the top)."""
+    aggregation: Literal["token_mean", "sequence_mean", "prompt_mean", "fixed_length"] = (
+        "token_mean"
+    )
+    """How token losses add up: each token, each completion or each prompt counts the same;
+    `fixed_length` divides by completions x actors.max_new_tokens (Dr. GRPO)."""
+    correction: Literal[
+        "none",
+        "token_tis",
+        "sequence_tis",
+        "token_mask",
+        "sequence_mask",
+        "decoupled_recomputed",
+        "decoupled_log_linear",
+        "negative_sequence_mask",
+    ] = "token_tis"
+    """What is done about tokens sampled by an older policy mu (learner/corrections.py)."""
+    min_ratio: Annotated[float, Field(ge=0)] = 0.5
+    """Masks keep pi_theta / mu in [min_ratio, max_ratio]."""
+    max_ratio: PositiveFloat = 2.0
+    """Cap of the importance weight (tis, decoupled), upper edge of the masks."""
+    max_negative_kl: PositiveFloat = 0.1
+    """`negative_sequence_mask` drops a completion of negative advantage past this mean
+    log(mu / pi_theta)."""
+    overlong_share: Fraction = 0.0
+    """Last share of actors.max_new_tokens over which the reward falls linearly; 0 is off."""
+    overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
+    """What the reward has lost at the limit."""
+    screening_samples: Literal["all", "unbiased", "none"] = "all"
+    """Which screening samples enter the gradient (all serve in baselines). The gate has looked
+    at them: `unbiased` drops those whose flipped reward would have flipped the gate."""
 
 
 class ActorsConfig(Section):
@@ -85,11 +162,14 @@ class BufferConfig(Section):
     capacity_bytes: PositiveInt = 1024 * 1024 * 1024
     """Array bytes held at once, likewise."""
     credits: PositiveInt | None = None
-    """Groups leased, buffered or in training at once; None derives it (see `max_credits`)."""
+    """Groups expected of leases, buffered or in training at once; None derives it (see
+    `max_credits`)."""
     max_staleness: NonNegativeInt = 2
     """No token older than this many policy versions is trained on."""
     freshness_decay: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Factor on a group's priority for each version of age."""
+    signal_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Power of p(1 - p), p the group's own pass rate, in its priority; 0 looks at age only."""
     max_passed_over: PositiveInt = 4
     """A group passed over by this many takes is taken next."""
 
@@ -100,8 +180,6 @@ class LearnerConfig(Section):
     warmup_updates: NonNegativeInt = 10
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     grad_clip: PositiveFloat = 1.0
-    max_importance_ratio: PositiveFloat = 2.0
-    """Cap of the per-token ratio pi_theta / mu (truncated importance sampling)."""
     micro_batch_tokens: PositiveInt = 8192
     """Padded tokens in one forward and backward pass."""
     checkpoint_every: NonNegativeInt = 0
@@ -147,19 +225,25 @@ class ClusterConfig(Section):
 
 class ObserveConfig(Section):
     status_interval_s: PositiveFloat = 0.5
+    breakdown: bool = False
+    """Close with a table of where the time went (summary.json always has it)."""
     wandb: bool = False
     """Log to wandb; offline when there is no key."""
     wandb_project: str = "speed_async"
 
 
 class Config(Section):
+    algorithm: Algorithm = "speed-rloo"
+    """Names a preset of `gate.mode` and `objective` (config/presets.py)."""
     run: RunConfig = RunConfig()
     model: ModelConfig
     task: TaskConfig
     gate: GateConfig = GateConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
     actors: ActorsConfig = ActorsConfig()
     buffer: BufferConfig = BufferConfig()
     learner: LearnerConfig = LearnerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     weights: WeightsConfig = WeightsConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -167,11 +251,8 @@ class Config(Section):
 
     @property
     def max_credits(self) -> int:
-        """Groups that may be leased, buffered or in training at once.
-
-        A batch for every version in the staleness window, and as much again for prompts under
-        screening, most of which the gate will refuse.
-        """
+        """Groups that may be expected from leases, buffered or in training at once: a batch for
+        every version in the staleness window, so that none need grow stale."""
         if self.buffer.credits is not None:
             return self.buffer.credits
-        return 2 * (self.buffer.max_staleness + 1) * self.learner.groups_per_update
+        return (self.buffer.max_staleness + 1) * self.learner.groups_per_update

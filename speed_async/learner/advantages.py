@@ -1,35 +1,96 @@
-"""How good each completion of a group was, compared with its siblings.
+"""How good each completion was, compared with others of the same update.
 
-Shape legend: N completions of one group.
+Shape legend: N completions of one group. A list has one entry for each group of the update; groups
+need not be of equal size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Float64Array = NDArray[np.float64]
+Advantages = Callable[[Sequence[Float64Array]], list[Float64Array]]
+
+STD_FLOOR = 1e-4
+"""Added to a standard deviation before dividing by it, as TRL does."""
 
 
-def rloo(rewards: Sequence[float] | NDArray[np.floating]) -> Float64Array:
-    """Leave-one-out advantages of one group: A_i = r_i - mean of the other rewards.
+def rloo(rewards: Sequence[Float64Array]) -> list[Float64Array]:
+    """Leave-one-out: A_i = r_i - mean of the other rewards of the group.
 
     The baseline of completion i does not depend on completion i, so the gradient estimate stays
     unbiased even when siblings were sampled under other policy versions.
     Source: Ahmadian et al. 2024, "Back to Basics" (arXiv 2402.14740), equation 7; first in
     Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!".
 
-    Args: rewards (N,). Returns: advantages (N,), float64, exactly zero when all rewards are equal.
-    Raises ValueError for fewer than two rewards: there is no other to compare with.
+    Args: rewards (N,) of each group. Returns: advantages (N,) of each group, float64, exactly
+    zero where all rewards of a group are equal.
+    Raises ValueError for a group of one: there is no other to compare with.
     """
-    rewards_N = np.asarray(rewards, dtype=np.float64)
-    num_completions = rewards_N.size
-    if num_completions < 2:
+    return [_less(rewards_N, _mean_of_others(rewards_N)) for rewards_N in map(_checked, rewards)]
+
+
+def grpo(rewards: Sequence[Float64Array]) -> list[Float64Array]:
+    """A_i = (r_i - mean) / (std + 1e-4) over the group, the standard deviation with n - 1.
+
+    Source: Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), section 4.1.2; n - 1 and 1e-4 as
+    in TRL. Dividing by the deviation lifts prompts that are nearly always or nearly never solved.
+
+    Args, returns and errors as `rloo`.
+    """
+    return [
+        _less(rewards_N, rewards_N.mean()) / (rewards_N.std(ddof=1) + STD_FLOOR)
+        for rewards_N in map(_checked, rewards)
+    ]
+
+
+def dr_grpo(rewards: Sequence[Float64Array]) -> list[Float64Array]:
+    """A_i = r_i - mean over the group: GRPO without the division.
+
+    Source: Liu et al. 2025, "Understanding R1-Zero-Like Training" (arXiv 2503.20783), section 3.1.
+
+    Args, returns and errors as `rloo`.
+    """
+    return [_less(rewards_N, rewards_N.mean()) for rewards_N in map(_checked, rewards)]
+
+
+def batch(rewards: Sequence[Float64Array]) -> list[Float64Array]:
+    """A_i = (r_i - mean) / (std + 1e-4) over all completions of the update, deviation with n - 1.
+
+    Source: Hu et al. 2025, "REINFORCE++" (arXiv 2501.03262), global advantage normalisation,
+    without its KL term. Every group counts, also one whose rewards are all equal; groups of one
+    are allowed. Zero for every completion when all rewards of the update are equal.
+
+    Args: rewards (N,) of each group. Returns: advantages (N,) of each group, float64.
+    Raises ValueError when the update has fewer than two completions.
+    """
+    sizes = [len(rewards_N) for rewards_N in rewards]
+    rewards_all = np.concatenate(rewards).astype(np.float64)
+    if len(rewards_all) < 2:
+        raise ValueError("an update needs at least 2 completions to compare")
+    if (rewards_all == rewards_all[0]).all():
+        return [np.zeros(size) for size in sizes]
+    normal_all = (rewards_all - rewards_all.mean()) / (rewards_all.std(ddof=1) + STD_FLOOR)
+    return np.split(normal_all, np.cumsum(sizes)[:-1])
+
+
+def _checked(rewards_N: Float64Array) -> Float64Array:
+    if len(rewards_N) < 2:
         raise ValueError(
-            f"RLOO needs at least 2 completions in a group, got {num_completions}: "
+            f"an advantage needs at least 2 completions in a group, got {len(rewards_N)}: "
             "raise gate.n_init + gate.n_cont"
         )
-    if (rewards_N == rewards_N[0]).all():  # a rounding residue would pass for a training signal
+    return np.asarray(rewards_N, dtype=np.float64)
+
+
+def _mean_of_others(rewards_N: Float64Array) -> Float64Array:
+    return (rewards_N.sum() - rewards_N) / (len(rewards_N) - 1)
+
+
+def _less(rewards_N: Float64Array, baseline: Float64Array | np.float64) -> Float64Array:
+    """The difference, exactly zero for equal rewards: a rounding residue would pass for a
+    training signal."""
+    if (rewards_N == rewards_N[0]).all():
         return np.zeros_like(rewards_N)
-    others_mean_N = (rewards_N.sum() - rewards_N) / (num_completions - 1)
-    return rewards_N - others_mean_N
+    return rewards_N - baseline

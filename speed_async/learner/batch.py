@@ -31,6 +31,8 @@ class MicroBatch:
     target_ids_N: Tensor  # int64
     behaviour_logprobs_N: Tensor  # float32
     advantages_N: Tensor  # float32
+    weights_N: Tensor  # float32, factors on the tokens' losses
+    ages_N: Tensor  # int64, versions since the token was sampled; >= 0
     sequence_ids_N: Tensor  # int64 in [0, num_sequences)
     num_sequences: int
 
@@ -43,12 +45,16 @@ class MicroBatch:
         return replace(self, **tensors)
 
 
-def make_micro_batch(rows: Sequence[Row]) -> MicroBatch:
-    """Lay rows out as tensors; no loop over tokens."""
+def make_micro_batch(rows: Sequence[Row], *, policy_version: int) -> MicroBatch:
+    """Lay rows out as tensors, under the present `policy_version`; no loop over tokens.
+
+    A token of a later version (its lineage was rolled back) has age 0.
+    """
     samples = [sample for row in rows for sample in row.samples]
     places = _place(rows, samples)
     targets_N = np.concatenate([sample.token_ids for sample in samples]).astype(np.int64)
     prompts = np.concatenate([row.prompt_token_ids for row in rows]).astype(np.int64)
+    versions_N = np.concatenate([sample.policy_versions for sample in samples]).astype(np.int64)
     position_ids_BL = mask_B1LL = None
     if len(samples) > len(rows):
         segments_N = places.sample_N[places.fed_N] + 1
@@ -63,9 +69,9 @@ def make_micro_batch(rows: Sequence[Row]) -> MicroBatch:
         behaviour_logprobs_N=torch.from_numpy(
             np.concatenate([sample.logprobs for sample in samples]).astype(np.float32)
         ),
-        advantages_N=torch.from_numpy(
-            np.array([sample.advantage for sample in samples], dtype=np.float32)[places.sample_N]
-        ),
+        advantages_N=places.spread([sample.advantage for sample in samples]),
+        weights_N=places.spread([sample.weight for sample in samples]),
+        ages_N=torch.from_numpy(np.maximum(policy_version - versions_N, 0)),
         sequence_ids_N=torch.from_numpy(places.sample_N),
         num_sequences=len(samples),
     )
@@ -88,6 +94,10 @@ class _Places:
         grid_BL[self.prompt_at] = of_prompts
         grid_BL[self.fed_at] = of_fed
         return torch.from_numpy(grid_BL)
+
+    def spread(self, of_samples: Sequence[float]) -> Tensor:
+        """A value of each completion (C,) over its tokens (N,), float32."""
+        return torch.from_numpy(np.array(of_samples, dtype=np.float32)[self.sample_N])
 
 
 def _place(rows: Sequence[Row], samples: Sequence[TrainingSample]) -> _Places:

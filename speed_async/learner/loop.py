@@ -76,6 +76,7 @@ class LearnerLoop:
         self._completions_trained = 0
         self._tokens_trained = 0
         self._skipped = 0
+        self._reached: m.TargetReached | None = None
         self._set_aside: deque[m.Message] = deque()
 
     async def run(self, hello: m.Hello) -> Finished:
@@ -111,6 +112,9 @@ class LearnerLoop:
                 return _whole(groups, message)
             elif isinstance(message, m.MembershipChanged):
                 await self._publish()
+            elif isinstance(message, m.TargetReached):
+                self._reached = message
+                return None
 
     async def _update(self, groups: list[Group], wait_s: float, last_sync_s: float) -> float:
         """One optimiser update and its broadcast; returns the seconds the broadcast took."""
@@ -208,15 +212,18 @@ class LearnerLoop:
     # --- the end -----------------------------------------------------------------------------
 
     async def _finish(self) -> Finished:
-        completed = self._version >= self._config.run.updates
+        evaluate = self._version >= self._config.run.updates
+        completed = evaluate or self._reached is not None
         reason = "completed" if completed else "stopped by a signal"
+        if not evaluate and (reached := self._reached) is not None:
+            reason = f"accuracy {reached.accuracy:.3f} reached at version {reached.policy_version}"
         await self._link.send(
-            m.FinishRun(policy_version=self._version, evaluate=completed, reason=reason)
+            m.FinishRun(policy_version=self._version, evaluate=evaluate, reason=reason)
         )
         saving = asyncio.create_task(
             asyncio.to_thread(self._updates.save, self._version), name="save"
         )
-        summary = await self._await_summary(evaluate=completed)
+        summary = await self._await_summary(evaluate=evaluate)
         save_error = ""
         try:
             await saving

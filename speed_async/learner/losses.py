@@ -1,68 +1,79 @@
-"""Policy-gradient losses with off-policy correction.
+"""Policy losses by token: what is descended on, before aggregation.
 
-Every loss is one function of one signature (`PolicyLoss`): it sees the completion tokens of one
-micro-batch and returns a SUM over them. The trainer divides by the completion tokens of the whole
-update (token-mean over the global batch, as DAPO does), so how an update is cut into
-micro-batches, and which zero-advantage groups were left out, cannot change its gradient.
-
-pi is the distribution under training at the sampling temperature over the full vocabulary; mu is
-the one the token was drawn from. With top_p = 1 both are normalised over the same set and
-rho = pi / mu has mean 1 under mu when the weights agree. With top_p < 1 mu is renormalised over
-the nucleus, whose mass Z lies in [top_p, 1]: rho is then (pi / pi_mu) * Z for tokens in the
-nucleus, so it is too small by the factor Z, and tokens outside it are never seen. The gradient is
-that of the full-vocabulary policy restricted to the nuclei, shrunk by at most 1 - top_p.
+Every loss has one signature (`PolicyLoss`). It takes its ratio to the anchor that the correction
+chose and multiplies by the correction's weight. A token of zero advantage adds nothing.
 
 Shape legend: N completion tokens of one micro-batch, one after another; S sequences.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
+import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0
-"""Ratios above e^20 are reported (and truncated) as e^20, so that no metric overflows."""
+from speed_async.learner.corrections import sequence_means
+from speed_async.learner.loss_tokens import MAX_LOG_RATIO, Corrected, LossTokens, TokenLosses
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossTokens:
-    """What a loss may use. Sequences are whole: none is split over two micro-batches."""
+def policy_gradient(tokens: LossTokens, corrected: Corrected) -> TokenLosses:
+    """-weight A log pi. It has no ratio of its own; the anchor is not used.
 
-    logprobs_N: Tensor  # log pi_theta, with gradient
-    behaviour_logprobs_N: Tensor  # log mu
-    advantages_N: Tensor  # each sequence's advantage, repeated over its tokens
-    sequence_ids_N: Tensor  # int64 in [0, S)
-    num_sequences: int
-
-    @property
-    def log_ratios_N(self) -> Tensor:
-        """log rho = log pi - log mu, with gradient."""
-        return (self.logprobs_N - self.behaviour_logprobs_N).clamp(max=MAX_LOG_RATIO)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossTerms:
-    """`loss_sum` is a scalar with gradient; `truncated_N` marks tokens whose ratio was cut."""
-
-    loss_sum: Tensor  # ()
-    truncated_N: Tensor  # bool
-
-
-PolicyLoss = Callable[[LossTokens], LossTerms]
-
-
-def truncated_importance_sampling(tokens: LossTokens, *, max_ratio: float) -> LossTerms:
-    """Token-level truncated importance sampling: -sum of min(rho, cap).detach() * A * log pi.
-
-    The gradient is that of the off-policy policy gradient with its weights cut at the cap: biased
-    for tokens above it, with bounded variance. A token with zero advantage adds nothing.
-    Source: Ionides 2008, "Truncated Importance Sampling"; as a token-level correction between
-    engine and trainer: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
-    Off-Policy RL Training"; IMPALA's clipped rho, Espeholt et al. 2018 (arXiv 1802.01561).
+    Source: Williams 1992, "REINFORCE".
     """
-    ratios_N = tokens.log_ratios_N.detach().exp()
-    weights_N = ratios_N.clamp(max=max_ratio) * tokens.advantages_N
-    return LossTerms(
-        loss_sum=-(weights_N * tokens.logprobs_N).sum(),
-        truncated_N=ratios_N > max_ratio,
+    return TokenLosses(
+        losses_N=-corrected.weights_N * tokens.advantages_N * tokens.logprobs_N,
+        clipped_N=torch.zeros_like(tokens.logprobs_N, dtype=torch.bool),
     )
+
+
+def ppo_clip(
+    tokens: LossTokens, corrected: Corrected, *, clip_low: float, clip_high: float
+) -> TokenLosses:
+    """-weight min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = pi / anchor.
+
+    Source: Schulman et al. 2017, "PPO" (arXiv 1707.06347), equation 7; two bounds: Yu et al. 2025,
+    "DAPO" (arXiv 2503.14476), equation 10.
+    """
+    ratios_N = _log_ratios(tokens, corrected).exp()
+    return _clipped(tokens, corrected, ratios_N, clip_low, clip_high)
+
+
+def cispo(tokens: LossTokens, corrected: Corrected, *, clip_high: float) -> TokenLosses:
+    """-weight sg[min(r, 1 + clip_high)] A log pi, r = pi / anchor: the ratio is cut, and the token
+    keeps its gradient. (TRL's `epsilon_high` is 1 + clip_high here.)
+
+    Source: MiniMax 2025, "MiniMax-M1" (arXiv 2506.13585), equations 4 and 5, without a lower cut.
+    """
+    ratios_N = _log_ratios(tokens, corrected).detach().exp()
+    factors_N = corrected.weights_N * ratios_N.clamp(max=1.0 + clip_high) * tokens.advantages_N
+    return TokenLosses(
+        losses_N=-factors_N * tokens.logprobs_N,
+        clipped_N=ratios_N > 1.0 + clip_high,
+    )
+
+
+def gspo(
+    tokens: LossTokens, corrected: Corrected, *, clip_low: float, clip_high: float
+) -> TokenLosses:
+    """`ppo_clip` with the sequence's ratio s = exp(mean of log r) on each of its tokens,
+    s_t = sg[s] pi / sg[pi].
+
+    Source: Zheng et al. 2025, "GSPO" (arXiv 2507.18071), equation 7, and equation 14 for the
+    form by token (equal gradients as A is the same for all tokens of a sequence).
+    """
+    log_s_N = sequence_means(tokens, _log_ratios(tokens, corrected).detach())
+    ratios_N = (log_s_N + tokens.logprobs_N - tokens.logprobs_N.detach()).exp()
+    return _clipped(tokens, corrected, ratios_N, clip_low, clip_high)
+
+
+def _log_ratios(tokens: LossTokens, corrected: Corrected) -> Tensor:
+    """log r = log pi - log anchor, with gradient."""
+    return (tokens.logprobs_N - corrected.anchor_logprobs_N).clamp(max=MAX_LOG_RATIO)
+
+
+def _clipped(
+    tokens: LossTokens, corrected: Corrected, ratios_N: Tensor, clip_low: float, clip_high: float
+) -> TokenLosses:
+    advantages_N, low, high = tokens.advantages_N, 1.0 - clip_low, 1.0 + clip_high
+    gains_N = torch.minimum(ratios_N * advantages_N, ratios_N.clamp(low, high) * advantages_N)
+    too_high_N = (advantages_N > 0) & (ratios_N.detach() > high)
+    too_low_N = (advantages_N < 0) & (ratios_N.detach() < low)
+    return TokenLosses(losses_N=-corrected.weights_N * gains_N, clipped_N=too_high_N | too_low_N)

@@ -123,12 +123,20 @@ def _probes(table: Tensor) -> tuple[MicroBatch, MicroBatch]:
         np.array(ids, dtype=np.int32) % len(table) for ids in ((1, 2, 3), (4, 5, 6), (7, 8))
     )
     samples = [
-        TrainingSample(token_ids=ids, logprobs=np.zeros(len(ids), np.float32), advantage=0.0)
+        TrainingSample(
+            token_ids=ids,
+            logprobs=np.zeros(len(ids), np.float32),
+            policy_versions=np.zeros(len(ids), np.int32),
+            advantage=0.0,
+            weight=1.0,
+        )
         for ids in completions
     ]
     layouts = [[samples[:1], samples[1:]], [samples]]
     apart, together = (
-        make_micro_batch([Row(prompt_token_ids=prompt, samples=tuple(row)) for row in layout])
+        make_micro_batch(
+            [Row(prompt_token_ids=prompt, samples=tuple(row)) for row in layout], policy_version=0
+        )
         for layout in layouts
     )
     return apart.to(table.device), together.to(table.device)

@@ -4,13 +4,14 @@ A row is one prompt followed by the completions of `width` siblings, so a prompt
 for all of them. Width 1 is the usual padded batch. The last token of a completion predicts
 nothing and is not fed.
 
-Shape legend: P prompt tokens, T completion tokens.
+Shape legend: P prompt tokens, T completion tokens, N completions of one group.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from speed_async.types import Float32Array, Group, Int32Array
 
@@ -26,7 +27,10 @@ class TrainingSample:
 
     token_ids: Int32Array  # (T,)
     logprobs: Float32Array  # (T,) log mu
+    policy_versions: Int32Array  # (T,)
     advantage: float
+    weight: float
+    """Factor on each token's loss (learner/aggregation.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +55,15 @@ class LayoutCost:
         return float(self.per_token * lengths.sum() + self.per_pair * (lengths**2).sum())
 
 
-def rows_of_group(group: Group, advantages: Iterable[float], width: int) -> Iterator[Row]:
-    """Completions in order of length, `width` to a row; empty completions give no row.
+def taught_row(
+    group: Group,
+    *,
+    advantages_N: NDArray[np.float64],
+    weights_N: NDArray[np.float64],
+    kept_N: NDArray[np.bool_],
+) -> Row:
+    """All of a group that has a gradient, as one row: completions that are kept, of an advantage
+    other than 0, and not empty, in order of length. The row may hold none.
 
     Raises ValueError for an empty prompt, whose first completion token has no predictor.
     """
@@ -62,32 +73,33 @@ def rows_of_group(group: Group, advantages: Iterable[float], width: int) -> Iter
         TrainingSample(
             token_ids=completion.sampled.token_ids,
             logprobs=completion.sampled.logprobs,
+            policy_versions=completion.sampled.policy_versions,
             advantage=float(advantage),
+            weight=float(weight),
         )
-        for completion, advantage in zip(group.completions, advantages, strict=True)
-        if completion.num_tokens
+        for completion, advantage, weight, kept in zip(
+            group.completions, advantages_N, weights_N, kept_N, strict=True
+        )
+        if kept and advantage != 0.0 and completion.num_tokens
     ]
     samples.sort(key=lambda sample: len(sample.token_ids))
-    for start in range(0, len(samples), width):
-        yield Row(
-            prompt_token_ids=group.prompt_token_ids,
-            samples=tuple(samples[start : start + width]),
-        )
+    return Row(prompt_token_ids=group.prompt_token_ids, samples=tuple(samples))
 
 
-def choose_width(groups: Sequence[Group], cost: LayoutCost) -> int:
-    """How many siblings share a row: the cheapest of a few, or 1 when sharing gains too little."""
-    fed = [sorted(c.num_tokens - 1 for c in g.completions if c.num_tokens) for g in groups]
-    prompts = [len(group.prompt_token_ids) for group in groups]
-    largest = max(map(len, fed), default=1)
+def narrow(row: Row, width: int) -> Iterator[Row]:
+    """The same completions, `width` to a row; none give no row."""
+    for start in range(0, len(row.samples), width):
+        yield Row(prompt_token_ids=row.prompt_token_ids, samples=row.samples[start : start + width])
+
+
+def choose_width(rows: Sequence[Row], cost: LayoutCost) -> int:
+    """How many siblings share a row, given whole groups: the cheapest of a few, or 1 when sharing
+    gains too little."""
+    largest = max((len(row.samples) for row in rows), default=1)
     costs: dict[int, float] = {}
     for parts in (largest, 1, 2, 3, 4, 6, 8):
         width = max(1, -(-largest // max(parts, 1)))
-        lengths = [
-            prompt + sum(lengths[start : start + width])
-            for prompt, lengths in zip(prompts, fed, strict=True)
-            for start in range(0, len(lengths), width)
-        ]
+        lengths = [part.num_tokens for row in rows for part in narrow(row, width)]
         if width == 1 or max(lengths, default=0) <= MAX_PACKED_TOKENS:
             costs[width] = cost.of(lengths)
     best = min(costs, key=lambda width: costs[width])

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -15,16 +14,16 @@ from transformers import PreTrainedModel
 
 from speed_async.config.schema import Config
 from speed_async.errors import ModelError
-from speed_async.learner.advantages import rloo
 from speed_async.learner.batch import MicroBatch, make_micro_batch
 from speed_async.learner.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
-from speed_async.learner.diagnostics import Diagnostics
-from speed_async.learner.losses import LossTokens, PolicyLoss, truncated_importance_sampling
+from speed_async.learner.diagnostics import Diagnostics, batch_metrics, screening_metrics
+from speed_async.learner.loss_tokens import LossTokens
 from speed_async.learner.model import embedding_table
+from speed_async.learner.objective import GroupSignal, Objective, judge, make_objective
 from speed_async.learner.optimizer import make_optimizer, set_lr, warmed_up_lr
 from speed_async.learner.parallel import Parallel
 from speed_async.learner.policy import Policy, check_policy, layout_cost
-from speed_async.learner.rows import choose_width, rows_of_group, split_rows
+from speed_async.learner.rows import choose_width, narrow, split_rows, taught_row
 from speed_async.types import Group
 
 CPU_MICRO_BATCH_TOKENS = 2048
@@ -52,22 +51,23 @@ class Trainer:
         config: Config,
         model: PreTrainedModel,
         parallel: Parallel,
-        loss: PolicyLoss | None = None,
+        objective: Objective | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`model` as `load_model` gives it. Raises ModelError when it cannot be trained here."""
+        """`model` as `load_model` gives it; `objective` None makes the one of the config.
+
+        Raises ModelError when the model cannot be trained here.
+        """
         self.model = model
         self.num_updates = 0
-        """Calls of `update`, skipped ones too; the warm-up follows it."""
+        """Calls of `update`, skipped ones too: the policy version, which the warm-up follows."""
         self.num_skipped = 0
         self._config = config.learner
         self._checkpoints = Path(config.run.folder) / "checkpoints"
         self._tokenizer_folder = Path(config.model.path)
         self._parallel = parallel
         self._clock = clock
-        self._loss = loss or partial(
-            truncated_importance_sampling, max_ratio=config.learner.max_importance_ratio
-        )
+        self._objective = objective or make_objective(config)
         self._device = next(model.parameters()).device
         policy = Policy(model, temperature=config.actors.temperature)
         self._may_share_prompts = check_policy(policy)
@@ -78,9 +78,10 @@ class Trainer:
     def update(self, groups: Sequence[Group]) -> UpdateResult:
         """One gradient step on all groups, or none when a number is not finite.
 
-        Groups whose rewards are all equal count in the token-mean but are not run: their gradient
-        is zero. Raises ModelError for token ids the model does not have, ValueError for a group
-        of one completion, an empty prompt, or no groups.
+        Completions of zero advantage, and screening samples that are dropped, count in the
+        aggregation's denominators but are not run: they have no gradient. Raises ModelError for
+        token ids the model does not have, ValueError for a group of one completion, an empty
+        prompt, or no groups.
         """
         started_s = self._clock()
         if not groups:
@@ -91,13 +92,15 @@ class Trainer:
         reason = "" if _inputs_finite(groups) else "a reward or behaviour log-probability"
         if not reason:
             set_lr(self._optimizer, lr)
-            learned = self._step(groups)
-            metrics |= learned
+            signals = judge(self._objective, groups)
+            learned = self._step(groups, signals)
+            metrics |= screening_metrics(groups, signals) | learned
             if bad := [key for key in ("loss", "grad_norm") if not math.isfinite(learned[key])]:
                 reason = " and ".join(bad)
         self.num_updates += 1
         self.num_skipped += bool(reason)
         metrics["skipped_updates"] = float(self.num_skipped)
+        metrics["optimizer_updates"] = float(self.num_updates - self.num_skipped)
         return UpdateResult(
             skipped=bool(reason),
             skip_reason=f"not finite: {reason}" if reason else "",
@@ -136,41 +139,53 @@ class Trainer:
         self.num_skipped = info.num_skipped
         return info
 
-    def _step(self, groups: Sequence[Group]) -> dict[str, float]:
+    def _step(self, groups: Sequence[Group], signals: Sequence[GroupSignal]) -> dict[str, float]:
         """Gradient over all micro-batches, then an optimiser step if everything is finite."""
-        num_tokens = sum(group.num_tokens for group in groups)
         diagnostics = Diagnostics()
         self._optimizer.zero_grad(set_to_none=True)
-        for batch in self._micro_batches(groups):
+        for batch in self._micro_batches(groups, signals):
             logprobs_N, entropies_N = self._policy(batch)
             tokens = LossTokens(
                 logprobs_N=logprobs_N,
                 behaviour_logprobs_N=batch.behaviour_logprobs_N,
                 advantages_N=batch.advantages_N,
+                ages_N=batch.ages_N,
                 sequence_ids_N=batch.sequence_ids_N,
                 num_sequences=batch.num_sequences,
             )
-            terms = self._loss(tokens)
-            (terms.loss_sum / num_tokens).backward()
-            diagnostics.add(tokens, terms, entropies_N)
+            corrected = self._objective.correction(tokens)
+            losses = self._objective.policy_loss(tokens, corrected)
+            loss = (batch.weights_N * losses.losses_N).sum()
+            loss.backward()
+            diagnostics.add(tokens, corrected, losses, loss=loss, entropies_N=entropies_N)
         self._fill_missing_gradients()
-        metrics = diagnostics.metrics(num_tokens)
+        metrics = diagnostics.metrics()
         metrics["grad_norm"] = self._parallel.clip_grad_norm(self.model, self._config.grad_clip)
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
             self._optimizer.step()
         return metrics
 
-    def _micro_batches(self, groups: Sequence[Group]) -> Sequence[MicroBatch]:
-        advantages = [rloo([c.reward for c in group.completions]) for group in groups]
-        teaching = [pair for pair in zip(groups, advantages, strict=True) if pair[1].any()]
-        width = 1
-        if self._may_share_prompts:
-            width = choose_width([group for group, _ in teaching], self._layout_cost)
-        rows = list(chain.from_iterable(rows_of_group(g, a, width) for g, a in teaching))
+    def _micro_batches(
+        self, groups: Sequence[Group], signals: Sequence[GroupSignal]
+    ) -> Sequence[MicroBatch]:
+        taught = [
+            taught_row(
+                group,
+                advantages_N=signal.advantages_N,
+                weights_N=signal.weights_N,
+                kept_N=signal.kept_N,
+            )
+            for group, signal in zip(groups, signals, strict=True)
+        ]
+        width = choose_width(taught, self._layout_cost) if self._may_share_prompts else 1
+        rows = list(chain.from_iterable(narrow(row, width) for row in taught))
         max_tokens = self._config.micro_batch_tokens
         if self._device.type == "cpu":
             max_tokens = min(max_tokens, CPU_MICRO_BATCH_TOKENS)
-        return [make_micro_batch(part).to(self._device) for part in split_rows(rows, max_tokens)]
+        return [
+            make_micro_batch(part, policy_version=self.num_updates).to(self._device)
+            for part in split_rows(rows, max_tokens)
+        ]
 
     def _fill_missing_gradients(self) -> None:
         """A batch without any signal is still a step: momentum and weight decay act on it."""
@@ -188,19 +203,6 @@ class Trainer:
                 f"a group holds token ids {token_ids.min()}..{token_ids.max()}, the model has "
                 f"{num_token_ids}: actors and learner must use the same model folder"
             )
-
-
-def batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What can be said of a batch before training on it."""
-    completions = [c for group in groups for c in group.completions]
-    rewards = np.array([c.reward for c in completions])
-    flat = [len({c.reward for c in group.completions}) == 1 for group in groups]
-    return {
-        "trained_reward_mean": float(rewards.mean()),
-        "pass_rate_mean": float(np.mean([group.pass_rate for group in groups])),
-        "zero_signal_groups": float(sum(flat)),
-        "completion_tokens_mean": float(np.mean([c.num_tokens for c in completions])),
-    }
 
 
 def _inputs_finite(groups: Sequence[Group]) -> bool:

@@ -48,6 +48,9 @@ class WindowedMean:
     def add(self, value: float) -> None:
         self._values.append(value)
 
+    def __len__(self) -> int:
+        return len(self._values)
+
     @property
     def mean(self) -> float | None:
         """None before the first value."""

@@ -20,10 +20,11 @@ WHOLE = "generated"
 """The ledger row that the others add up to; evaluation is no group of training, so not there."""
 
 
-def summary_text(summary: Mapping[str, object]) -> str:
+def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> str:
     """The closing summary for a terminal: plain text of at most 80 columns (paths excepted).
 
-    Keys as the service and the learner report them; what is missing is a dash.
+    Keys as the service and the learner report them; what is missing is a dash. `breakdown` adds
+    where the time of learner and actors went.
     """
     facts = [
         ("accuracy", _accuracy_change(summary)),
@@ -48,8 +49,23 @@ def summary_text(summary: Mapping[str, object]) -> str:
     lines = [f"run ended: {summary.get('reason') or DASH}", ""]
     lines += [f"  {name:<12}{text}" for name, text in facts]
     lines += ["", *_ledger_lines(summary.get("ledger")), ""]
+    if breakdown:
+        lines += [*_breakdown_lines(summary.get("breakdown")), ""]
     lines.append(f"  {'files':<12}{summary.get('run_folder') or DASH}")
     return "\n".join(lines) + "\n"
+
+
+def _breakdown_lines(breakdown: object) -> list[str]:
+    roles = breakdown if isinstance(breakdown, Mapping) else {}
+    lines = [f"  {'time':<28}{'seconds':>12}{'share':>10}"]
+    for role in roles:
+        parts = _table(roles, role)
+        total = sum(parts.values())
+        lines.append(f"    {role}")
+        for part, seconds in parts.items():
+            share = percent(seconds / total) if total else DASH
+            lines.append(f"      {part:<24}{decimal(seconds, 1):>12}{share:>10}")
+    return lines
 
 
 def _accuracy_change(summary: Mapping[str, object]) -> str:

@@ -68,7 +68,7 @@ async def lead_run(config: Config, rank: Rank) -> bool:
         await end_process(service, grace_s)
         if console is not None:
             await end_process(console, grace_s)
-    _write_results(finished, folder)
+    _write_results(finished, folder, breakdown=config.observe.breakdown)
     if finished.save_error:
         raise RoleError(ROLE, finished.save_error)
     return finished.completed
@@ -175,7 +175,7 @@ async def _learn(
         sender.close()
 
 
-def _write_results(finished: Finished, folder: RunFolder) -> None:
+def _write_results(finished: Finished, folder: RunFolder, *, breakdown: bool) -> None:
     summary = finished.service_fields | {
         "reason": finished.reason,
         "optimizer_updates": finished.optimizer_updates,
@@ -187,5 +187,5 @@ def _write_results(finished: Finished, folder: RunFolder) -> None:
     }
     folder.write_summary(summary)
     plot_accuracy(folder.path)
-    sys.stdout.write(summary_text(summary) + "\n")
+    sys.stdout.write(summary_text(summary, breakdown=breakdown) + "\n")
     sys.stdout.flush()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speed_async.buffer.curriculum import UniformCurriculum
+from speed_async.buffer.curriculum import make_curriculum
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
 from speed_async.config.schema import Config
@@ -33,8 +33,8 @@ async def run_service(config: Config, run_folder: Path) -> None:
     task = make_task(config.task)
     service = BufferService(
         config,
-        curriculum=UniformCurriculum(
-            len(task.train_prompts), np.random.default_rng(config.run.seed)
+        curriculum=make_curriculum(
+            config, len(task.train_prompts), np.random.default_rng(config.run.seed)
         ),
         evaluations=EvaluationPlan(
             num_prompts=len(task.held_out_prompts),

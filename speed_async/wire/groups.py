@@ -1,7 +1,5 @@
 """A group as one message: its completions packed end to end, and what makes such a message true.
 
-The finish reason does not travel (training does not use it): unpacked completions say "stop".
-
 Shape legend: P prompt tokens, N completions, S sum of completion lengths.
 """
 
@@ -27,6 +25,7 @@ def pack_group(group: Group, counts: ActorCounts) -> GroupFinished:
         prompt_token_ids=group.prompt_token_ids,  # (P,)
         lengths=np.array([sampled.num_tokens for sampled in samples], np.int32),  # (N,)
         rewards=np.array(rewards, np.float32),  # (N,)
+        cut=np.array([sampled.finish_reason == "length" for sampled in samples], np.int32),  # (N,)
         token_ids=np.concatenate([sampled.token_ids for sampled in samples]),  # (S,)
         logprobs=np.concatenate([sampled.logprobs for sampled in samples]),  # (S,)
         policy_versions=np.concatenate([sampled.policy_versions for sampled in samples]),  # (S,)
@@ -47,11 +46,13 @@ def unpack_group(message: GroupFinished | BatchGroup) -> Group:
                 token_ids=message.token_ids[start:end],
                 logprobs=message.logprobs[start:end],
                 policy_versions=message.policy_versions[start:end],
-                finish_reason="stop",
+                finish_reason="length" if cut else "stop",
             ),
             reward=reward,
         )
-        for start, end, reward in zip(starts, ends, message.rewards.tolist(), strict=True)
+        for start, end, reward, cut in zip(
+            starts, ends, message.rewards.tolist(), message.cut.tolist(), strict=True
+        )
     )
     return Group(
         lease_id=message.lease_id,
@@ -71,6 +72,7 @@ def batch_group(message: GroupFinished) -> BatchGroup:
         prompt_token_ids=message.prompt_token_ids,
         lengths=message.lengths,
         rewards=message.rewards,
+        cut=message.cut,
         token_ids=message.token_ids,
         logprobs=message.logprobs,
         policy_versions=message.policy_versions,
@@ -90,6 +92,8 @@ def _check_group(message: GroupFinished | BatchGroup) -> None:
         "lengths >= 0": bool((lengths >= 0).all()),
         "lengths sum to the tokens": int(lengths.sum(dtype=np.int64)) == num_tokens,
         "one reward a completion": len(rewards) == num_completions,
+        "one cut mark of 0 or 1 a completion": len(message.cut) == num_completions
+        and bool(((message.cut == 0) | (message.cut == 1)).all()),
         "one logprob a token": len(logprobs) == num_tokens,
         "one policy version a token": len(message.policy_versions) == num_tokens,
         # A comparison with NaN is false, so these refuse NaN as well.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from speed_async.types import ActorCounts, Float32Array, Int32Array
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 DRAINED = "drained"
 """The reason of a LeaseFailed that says nothing about its prompt."""
@@ -69,6 +69,7 @@ class GroupFinished(Counted):
     prompt_token_ids: Int32Array  # (P,)
     lengths: Int32Array  # (N,)
     rewards: Float32Array  # (N,)
+    cut: Int32Array  # (N,) 1 where the completion ran into a length limit, else 0
     token_ids: Int32Array  # (S,)
     logprobs: Float32Array  # (S,)
     policy_versions: Int32Array  # (S,)
@@ -252,6 +253,7 @@ class BatchGroup(Message):
     prompt_token_ids: Int32Array  # (P,)
     lengths: Int32Array  # (N,)
     rewards: Float32Array  # (N,)
+    cut: Int32Array  # (N,) 1 where the completion ran into a length limit, else 0
     token_ids: Int32Array  # (S,)
     logprobs: Float32Array  # (S,)
     policy_versions: Int32Array  # (S,)
@@ -279,6 +281,14 @@ class MembershipChanged(Message):
     """An actor joined or left; the learner publishes its present version again."""
 
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetReached(Message):
+    """The held-out accuracy that `run.stop_at_accuracy` asks for was measured."""
+
+    accuracy: float
+    policy_version: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

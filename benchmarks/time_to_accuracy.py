@@ -1,0 +1,234 @@
+"""Which way of training reaches an accuracy first, at equal completions per update.
+
+Every arm starts from the same model, on the same prompts, with the same optimiser. First each arm
+picks its learning rate from one grid by one rule, on a seed of its own; then every arm runs with
+every seed, in shuffled order, one run at a time on the whole machine. Each run ends when it has
+reached the highest target, or its updates. Every run is one line of the results file, so a
+benchmark that was interrupted goes on where it stopped.
+
+    python -m benchmarks.time_to_accuracy run [--spread real] [--seeds 5] [--arms a,b] [--only-tune]
+    python -m benchmarks.time_to_accuracy report     table and figure into docs/
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.spreads import SPREADS, write_prompts
+from benchmarks.time_to_accuracy_report import OUTSIDE_ARM, TARGETS, Point, Run, write_report
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "quickstart" / "config.toml"
+RESULTS = ROOT / "benchmarks" / "data" / "time_to_accuracy.jsonl"
+NUM_PROMPTS, NUM_HELD_OUT = 2560, 384
+DATA_SEED = 5
+TUNING_SEED = 100
+LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+MAX_UPDATES = 100
+EVALUATE_EVERY = 5
+TIMEOUT_S = 900.0
+
+IN_TURNS = ["--run.overlap", "false", "--cluster.actors", "2", "--learner.num_threads", "2"]
+"""Without overlap learner and actors compute in turns, so each side has both cores."""
+POSTERIOR = ["--curriculum.kind", "posterior"]
+SPEED = ["--algorithm", "speed-rloo"]
+
+ARMS: Mapping[str, list[str]] = {
+    "sync-rloo": ["--algorithm", "rloo", *IN_TURNS],
+    "sync-dapo": ["--algorithm", "dapo", *IN_TURNS],
+    "sync-speed": [*SPEED, *IN_TURNS],
+    "async-rloo": ["--algorithm", "rloo"],
+    "async-speed": SPEED,
+    "async-posterior": [*SPEED, *POSTERIOR],
+    "async-posterior-unbiased": [*SPEED, *POSTERIOR, "--objective.screening_samples", "unbiased"],
+    "async-posterior-none": [*SPEED, *POSTERIOR, "--objective.screening_samples", "none"],
+    "async-speed-uncorrected": [*SPEED, "--objective.correction", "none"],
+    OUTSIDE_ARM: ["--algorithm", "rloo"],
+}
+TRL_SETTING = ["--threads", "2", "--micro-batch", "384"]
+"""The fastest of benchmarks/trl.py on this machine."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    spread: str
+    arm: str
+    lr: float
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, str, float, int]:
+        return (self.spread, self.arm, self.lr, self.seed)
+
+
+def run_job(job: Job, prompts: Path) -> Run:
+    arguments = [
+        *[str(QUICKSTART), "--task.name", "jsonl", "--task.path", str(prompts)],
+        *["--task.num_held_out", str(NUM_HELD_OUT), "--evaluate.every", str(EVALUATE_EVERY)],
+        *[
+            "--run.updates",
+            str(MAX_UPDATES),
+            "--run.stop_at_accuracy",
+            str(max(TARGETS[job.spread])),
+        ],
+        *["--run.seed", str(job.seed), "--learner.lr", str(job.lr), *ARMS[job.arm]],
+    ]
+    began_s = time.monotonic()
+    points = _trl_points(arguments) if job.arm == OUTSIDE_ARM else _our_points(arguments)
+    return Run(**asdict(job), points=points, process_s=time.monotonic() - began_s)
+
+
+def _our_points(arguments: Sequence[str]) -> list[Point]:
+    """An evaluation belongs to the moment its version was made. Time runs from the end of the
+    first evaluation, and later evaluations are in it; their tokens are not counted."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "run"
+        _finish([sys.executable, "-m", "speed_async", "train", *arguments, "--run.folder", folder])
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    made = {e["policy_version"]: e for e in events if e["kind"] == "step"}
+    evaluations = [e for e in events if e["kind"] == "evaluation"]
+    made[0] = start = evaluations[0]
+    return [
+        Point(
+            updates=evaluation["policy_version"],
+            wall_s=made[evaluation["policy_version"]]["wall_s"] - start["wall_s"],
+            tokens=_training_tokens(made[evaluation["policy_version"]]) - _training_tokens(start),
+            accuracy=evaluation["accuracy"],
+        )
+        for evaluation in evaluations
+    ]
+
+
+def _training_tokens(event: Mapping[str, int]) -> int:
+    return event["tokens_generated"] - event["tokens_evaluation"]
+
+
+def _trl_points(arguments: Sequence[str]) -> list[Point]:
+    """Time runs from the end of the first evaluation; no evaluation is in it."""
+    command = [sys.executable, "-m", "benchmarks.trl_arm", *arguments, *TRL_SETTING]
+    output = _finish([*command, "--steps", str(MAX_UPDATES)])
+    results = json.loads(output.splitlines()[-1])
+    ends_s, tokens = [0.0, *results["ends_s"]], [0, *results["tokens"]]
+    return [
+        Point(updates=int(step), wall_s=ends_s[int(step)], tokens=tokens[int(step)], accuracy=value)
+        for step, value in results["accuracies"].items()
+    ]
+
+
+def _finish(command: Sequence[str | Path]) -> str:
+    environment = os.environ | {
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    texts = list(map(str, command))
+    ended = subprocess.run(
+        texts, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    if ended.returncode:
+        raise RuntimeError(f"{' '.join(texts)} failed:\n{ended.stderr[-2000:]}")
+    return ended.stdout
+
+
+class Ledger:
+    """The results file: what was run, and what it gave."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.runs = [Run.from_json(json.loads(line)) for line in lines]
+
+    def find(self, job: Job) -> Run | None:
+        return next((run for run in self.runs if run.key == job.key), None)
+
+    def run(self, job: Job, prompts: Path) -> Run:
+        if (done := self.find(job)) is not None:
+            return done
+        run = run_job(job, prompts)
+        self.runs.append(run)
+        with self._path.open("a") as file:
+            file.write(json.dumps(run.to_json()) + "\n")
+        crossings = {target: run.reach(target) for target in TARGETS[job.spread]}
+        reached = "  ".join(
+            f"{target:.0%} {f'{c.updates:.0f} updates {c.wall_s:.0f} s' if c else 'never'}"
+            for target, c in crossings.items()
+        )
+        print(
+            f"{job.spread:5} {job.arm:25} lr {job.lr:.0e} seed {job.seed:3}  {reached}  "
+            f"last {run.points[-1].accuracy:.3f} after {run.points[-1].updates} "
+            f"({run.process_s:.0f} s)",
+            flush=True,
+        )
+        return run
+
+
+def best_lr(runs: Sequence[Run]) -> float:
+    """The rule: fewest updates to the highest target that any of an arm's rates reached; where
+    none reached any, the best last accuracy."""
+    for target in sorted(TARGETS[runs[0].spread], reverse=True):
+        reached = {run.lr: c.updates for run in runs if (c := run.reach(target)) is not None}
+        if reached:
+            return min(reached, key=lambda lr: reached[lr])
+    return max(runs, key=lambda run: run.points[-1].accuracy).lr
+
+
+def run_all(
+    spread: str, arms: Sequence[str], num_seeds: int, *, only_tune: bool, ledger: Ledger
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / f"{spread}.jsonl"
+        shares = write_prompts(
+            prompts,
+            model_folder=QUICKSTART.parent / "model",
+            spread=SPREADS[spread],
+            num_prompts=NUM_PROMPTS + NUM_HELD_OUT,
+            seed=DATA_SEED,
+        )
+        print(f"{spread}: {shares}", flush=True)
+        chosen: dict[str, float] = {}
+        for arm in arms:
+            tuning = [
+                ledger.run(Job(spread=spread, arm=arm, lr=lr, seed=TUNING_SEED), prompts)
+                for lr in LEARNING_RATES
+            ]
+            chosen[arm] = best_lr(tuning)
+            print(f"{arm}: lr {chosen[arm]:.0e}", flush=True)
+        if only_tune:
+            return
+        for seed in range(num_seeds):
+            for arm in random.Random(seed).sample(list(arms), len(arms)):
+                ledger.run(Job(spread=spread, arm=arm, lr=chosen[arm], seed=seed), prompts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("--spread", choices=list(SPREADS), default="real")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--only-tune", action="store_true")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    ledger = Ledger(options.results)
+    if options.what == "run":
+        arms = options.arms.split(",")
+        run_all(options.spread, arms, options.seeds, only_tune=options.only_tune, ledger=ledger)
+    else:
+        tuning = {TUNING_SEED}
+        write_report(
+            [run for run in ledger.runs if run.seed not in tuning], list(ARMS), ROOT / "docs"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""What the runs of benchmarks/time_to_accuracy.py say: crossings, bootstrap intervals, a table and
+a figure. Pure, but for the two files it writes."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+TARGETS = {"real": (0.40, 0.50, 0.58), "mild": (0.50, 0.70, 0.85)}
+"""Low, mid and high, in held-out accuracy. At the real spread 35 % of the held-out prompts are out
+of reach, so 0.65 is the ceiling."""
+BASE_ARM = "sync-rloo"
+OUTSIDE_ARM = "trl-rloo"
+NUM_RESAMPLES = 10_000
+INTERVAL = (2.5, 97.5)
+MARKER = "<!-- made by `python -m benchmarks.time_to_accuracy report` -->"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """A held-out accuracy and what it took: since the end of the first evaluation."""
+
+    updates: float
+    wall_s: float
+    tokens: float  # generated for training: trained, screened out, stale and unfinished
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    spread: str
+    arm: str
+    lr: float
+    seed: int
+    points: list[Point]
+    process_s: float
+
+    @property
+    def key(self) -> tuple[str, str, float, int]:
+        return (self.spread, self.arm, self.lr, self.seed)
+
+    def reach(self, target: float) -> Point | None:
+        """Where the line through the evaluations first reaches `target`; None if it never does."""
+        for before, after in zip(self.points, self.points[1:], strict=False):
+            if before.accuracy < target <= after.accuracy:
+                part = (target - before.accuracy) / (after.accuracy - before.accuracy)
+                return _between(before, after, part)
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        points = [Point(**point) for point in value.pop("points")]
+        return cls(**value, points=points)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """A median over seeds and its bootstrap interval; infinite where seeds never got there."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if math.isinf(self.median):
+            return "not reached"
+        return f"{_number(self.median)} ({_number(self.low)} to {_number(self.high)})"
+
+
+def _between(before: Point, after: Point, part: float) -> Point:
+    def at(of: Callable[[Point], float]) -> float:
+        return of(before) + part * (of(after) - of(before))
+
+    return Point(
+        updates=at(lambda p: p.updates),
+        wall_s=at(lambda p: p.wall_s),
+        tokens=at(lambda p: p.tokens),
+        accuracy=at(lambda p: p.accuracy),
+    )
+
+
+def costs(runs: Sequence[Run], target: float, of: Callable[[Point], float]) -> list[float]:
+    """One cost a run; infinity where the target was not reached."""
+    points = [run.reach(target) for run in runs]
+    return [math.inf if point is None else of(point) for point in points]
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Median of the seeds, and the percentile bootstrap of that median (Efron 1979)."""
+    array = np.array(values)
+    medians = _resampled_medians(array, np.random.default_rng(0))
+    low, high = np.percentile(medians, INTERVAL, method="nearest")
+    return Interval(median=float(np.median(array)), low=float(low), high=float(high))
+
+
+def ratio_interval(values: Sequence[float], base: Sequence[float]) -> Interval:
+    """Ratio of medians, both sides resampled independently. Infinite over infinite is infinite."""
+    rng = np.random.default_rng(0)
+    above, below = np.array(values), np.array(base)
+    with np.errstate(invalid="ignore"):
+        ratios = _resampled_medians(above, rng) / _resampled_medians(below, rng)
+        median = float(np.median(above) / np.median(below))
+    ratios = np.nan_to_num(ratios, nan=math.inf, posinf=math.inf)
+    low, high = np.percentile(ratios, INTERVAL, method="nearest")
+    median = math.inf if math.isnan(median) else median
+    return Interval(median=median, low=float(low), high=float(high))
+
+
+def _resampled_medians(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    drawn = rng.integers(len(values), size=(NUM_RESAMPLES, len(values)))
+    return np.sort(values[drawn], axis=1)[:, (len(values) - 1) // 2]
+
+
+def _number(value: float) -> str:
+    if math.isinf(value):
+        return "never"
+    if value >= 1e4:
+        return f"{value / 1e3:.0f}k"
+    return f"{value:.0f}" if value >= 20 else f"{value:.2g}"
+
+
+# --- table ------------------------------------------------------------------------------------
+
+
+def table(runs: Sequence[Run], arms: Sequence[str], targets: Sequence[float]) -> list[str]:
+    """Markdown: one row an arm, medians over seeds with their intervals."""
+    _, mid, _ = targets
+    base = [run for run in runs if run.arm == BASE_ARM]
+    outside = [run for run in runs if run.arm == OUTSIDE_ARM]
+    head = ["arm", "lr", "seeds", *(f"s to {target:.0%}" for target in targets)]
+    head += [f"updates to {mid:.0%}", f"tokens to {mid:.0%}"]
+    head += [f"wall-clock to {mid:.0%} / {BASE_ARM}", f"/ {OUTSIDE_ARM}"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for arm in arms:
+        own = [run for run in runs if run.arm == arm]
+        if not own:
+            continue
+        cells = [arm, f"{own[0].lr:.0e}".replace("e-0", "e-"), str(len(own))]
+        cells += [str(interval(costs(own, t, lambda p: p.wall_s))) for t in targets]
+        cells.append(str(interval(costs(own, mid, lambda p: p.updates))))
+        cells.append(str(interval(costs(own, mid, lambda p: p.tokens))))
+        walls = costs(own, mid, lambda p: p.wall_s)
+        for other in (base, outside):
+            others = costs(other, mid, lambda p: p.wall_s)
+            cells.append(str(ratio_interval(walls, others)) if others else "")
+        lines.append(_row(cells))
+    return lines
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def write_report(runs: Sequence[Run], arms: Sequence[str], docs: Path) -> None:
+    """Put the tables into docs/time_to_accuracy.md behind its marker, and draw the figure."""
+    path = docs / "time_to_accuracy.md"
+    text, found, _ = path.read_text().partition(MARKER)
+    if not found:
+        raise ValueError(f"{path} has lost its marker line: {MARKER}")
+    lines = [MARKER]
+    spreads = sorted({run.spread for run in runs}, reverse=True)
+    for spread in spreads:
+        own = [run for run in runs if run.spread == spread]
+        lines += ["", f"### Spread: {spread}", "", *table(own, arms, TARGETS[spread])]
+    path.write_text(text + "\n".join(lines) + "\n")
+    draw(runs, arms, spreads, docs / "time_to_accuracy.png")
+
+
+# --- figure -----------------------------------------------------------------------------------
+
+
+def draw(runs: Sequence[Run], arms: Sequence[str], spreads: Sequence[str], path: Path) -> None:
+    """Median accuracy over seeds against wall-clock and against generated tokens."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.6 * len(spreads)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(spreads), 2, squeeze=False)
+    colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    for row, spread in zip(grid, spreads, strict=True):
+        for axes, name, of in (
+            (row[0], "wall-clock since training began (s)", lambda p: p.wall_s),
+            (row[1], "tokens generated for training", lambda p: p.tokens),
+        ):
+            for colour, arm in zip(colours, arms, strict=False):
+                own = [run for run in runs if (run.spread, run.arm) == (spread, arm)]
+                if own:
+                    style = "--" if arm.startswith("sync") else ":" if arm == OUTSIDE_ARM else "-"
+                    xs, ys = median_curve(own, of)
+                    axes.plot(xs, ys, style, color=colour, label=arm, linewidth=1.8)
+            for target in TARGETS[spread]:
+                axes.axhline(target, color="0.85", linewidth=0.8, zorder=0)
+            axes.set_xlabel(name)
+            axes.set_ylabel("held-out accuracy")
+            axes.set_title(f"{spread} spread", loc="left", fontweight="bold")
+            axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def median_curve(
+    runs: Sequence[Run], of: Callable[[Point], float]
+) -> tuple[list[float], list[float]]:
+    """Median over seeds at equal cost, as far as the cheapest-ended seed goes."""
+    end = min(of(run.points[-1]) for run in runs)
+    xs = np.linspace(0.0, end, 60)
+    ys = [
+        np.interp(xs, [of(p) for p in run.points], [p.accuracy for p in run.points]) for run in runs
+    ]
+    return xs.tolist(), np.median(ys, axis=0).tolist()

@@ -1,0 +1,210 @@
+"""Makes tests/parity/trl.json: what TRL answers to the formulas it shares with this project.
+
+    python scripts/make_parity_vectors_trl.py      in an environment with trl 1.16.0
+
+The numbers come out of GRPOTrainer's own `_generate_and_score_completions` (advantages,
+importance ratios) and `_compute_loss`, and of `get_soft_overlong_punishment`, in float64. Only
+what needs a model is given: completions, their log-probabilities and their rewards.
+
+Shape legend: B sequences, C completion tokens (padded to the longest).
+"""
+
+import tempfile
+from typing import Any
+
+import torch
+from parity_inputs import (
+    CLIP_HIGH,
+    CLIP_LOW,
+    MAX_TOKENS,
+    Batch,
+    Case,
+    grouped,
+    make_batch,
+    save,
+    short,
+)
+from torch import Tensor
+from trl.rewards.other_rewards import get_soft_overlong_punishment
+from trl.trainer.grpo_config import GRPOConfig
+from trl_given_rollouts import TOKEN, GivenRollouts, padded
+
+GSPO_CLIP = 0.1
+CISPO_HIGH = 0.5
+MIN_RATIO, MAX_RATIO = 0.5, 2.0
+MAX_NEGATIVE_KL = 0.05
+PPO = ["ppo_clip", {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH}]
+GSPO = ["gspo", {"clip_low": GSPO_CLIP, "clip_high": GSPO_CLIP}]
+CISPO = ["cispo", {"clip_high": CISPO_HIGH}]
+PLAIN = ["none", {}]
+CLIPS = {"epsilon": CLIP_LOW, "epsilon_high": CLIP_HIGH}
+AGGREGATIONS = {
+    "dapo": ["token_mean", {}],
+    "bnpo": ["token_mean", {}],
+    "grpo": ["sequence_mean", {}],
+    "dr_grpo": ["fixed_length", {"max_new_tokens": MAX_TOKENS}],
+}
+
+
+def trainer(batch: Batch, *, num_generations: int | None = None, **options: Any) -> GivenRollouts:
+    num_sequences = len(batch["lengths"])
+    with tempfile.TemporaryDirectory() as folder:
+        args = GRPOConfig(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            beta=0.0,
+            per_device_train_batch_size=num_sequences,
+            num_generations=num_generations or batch["group_sizes"][0],
+            max_completion_length=MAX_TOKENS,
+            **options,
+        )
+    return GivenRollouts(batch, args)
+
+
+def loss_inputs(batch: Batch) -> dict[str, Tensor]:
+    """What `_compute_loss` takes: log mu stands as the old log-probabilities."""
+    mask_BC = padded([[1] * n for n in batch["lengths"]]).long()
+    return {
+        "prompt_ids": torch.full((len(mask_BC), 1), TOKEN),
+        "prompt_mask": torch.ones(len(mask_BC), 1, dtype=torch.long),
+        "completion_ids": mask_BC * TOKEN,
+        "completion_mask": mask_BC,
+        "advantages": torch.tensor(batch["advantages"]),
+        "old_per_token_logps": padded(batch["behaviour_logprobs"]),
+        "num_items_in_batch": mask_BC.sum(),
+    }
+
+
+def case(formula: str, call: dict[str, Any], ours: Case, note: str = "", **answers: Any) -> Case:
+    listed = ", ".join(f"{name}={value}" for name, value in call.items())
+    return {"formula": formula, "call": listed, "note": note, "ours": ours, **answers}
+
+
+def advantage_cases(batch: Batch) -> list[Case]:
+    together = {**batch, "group_sizes": [len(batch["lengths"])]}
+    centred = "TRL centres by group and scales by the batch; on one group that is our `batch`"
+    cases = []
+    for ours, scale, name, note in (
+        ("grpo", "group", "ragged", ""),
+        ("dr_grpo", "none", "ragged", ""),
+        ("batch", "batch", "one_group", centred),
+    ):
+        one = together if name == "one_group" else batch
+        advantages = trainer(one, scale_rewards=scale).score()["advantages"].tolist()
+        cases.append(
+            case(
+                f"advantage {ours}",
+                {"scale_rewards": scale},
+                {"advantage": [ours, {}]},
+                note,
+                batch=name,
+                advantages=grouped(short(advantages), one["group_sizes"]),
+            )
+        )
+    return cases
+
+
+def loss_cases(name: str, batch: Batch) -> list[Case]:
+    """The losses with the ratio to mu: what we choose beside what TRL is told."""
+    cases = []
+    for formula, ours, options in (
+        *aggregation_choices(),
+        (
+            "gspo",
+            {"policy_loss": GSPO, "aggregation": AGGREGATIONS["grpo"]},
+            {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": GSPO_CLIP},
+        ),
+        (
+            "cispo (TRL's epsilon_high is our 1 + clip_high)",
+            {"policy_loss": CISPO, "aggregation": AGGREGATIONS["dapo"]},
+            {"loss_type": "cispo", "epsilon_high": 1 + CISPO_HIGH},
+        ),
+        (
+            "ppo_clip negative_sequence_mask",
+            {
+                "policy_loss": PPO,
+                "aggregation": AGGREGATIONS["dapo"],
+                "correction": ["negative_sequence_mask", {"max_negative_kl": MAX_NEGATIVE_KL}],
+            },
+            {"loss_type": "dapo", "off_policy_mask_threshold": MAX_NEGATIVE_KL, **CLIPS},
+        ),
+    ):
+        loss, gradient = trainer(batch, **options).loss_and_gradient(loss_inputs(batch))
+        answers = {"batch": name, "loss": short(loss), "gradient": short(gradient)}
+        cases.append(case(formula, options, {"correction": PLAIN, **ours}, **answers))
+    return cases
+
+
+def aggregation_choices() -> list[tuple[str, Case, dict[str, Any]]]:
+    return [
+        (
+            f"ppo_clip {loss_type}",
+            {"policy_loss": PPO, "aggregation": aggregation},
+            {"loss_type": loss_type, **CLIPS},
+        )
+        for loss_type, aggregation in AGGREGATIONS.items()
+    ]
+
+
+def importance_cases(batch: Batch) -> list[Case]:
+    """Weights on pi / mu as TRL applies them between trainer and vLLM: the ratio of the loss
+    itself is 1, so the loss is -w A and its gradient -w A too."""
+    high = {"max_ratio": MAX_RATIO}
+    both = {"min_ratio": MIN_RATIO, **high}
+    modes = {
+        "token_truncate": ["token_tis", high],
+        "token_mask": ["token_mask", both],
+        "sequence_truncate": ["sequence_tis", high],
+        "sequence_mask": ["sequence_mask", both],
+    }
+    cases = []
+    for mode, correction in modes.items():
+        options = {
+            "use_vllm": True,
+            "loss_type": "dapo",
+            "vllm_importance_sampling_mode": mode,
+            "vllm_importance_sampling_clip_max": MAX_RATIO,
+            "vllm_importance_sampling_clip_min": MIN_RATIO if mode.endswith("mask") else None,
+        }
+        library = trainer(batch, **options)
+        inputs = library.score() | {"advantages": torch.tensor(batch["advantages"])}
+        loss, gradient = library.loss_and_gradient(inputs)
+        ours = {"correction": correction, "policy_loss": PPO, "aggregation": ["token_mean", {}]}
+        answers = {"batch": "ragged", "loss": short(loss), "gradient": short(gradient)}
+        note = "the ratios of _generate_and_score_completions, through _compute_loss"
+        cases.append(case(f"ppo_clip {correction[0]}", options, ours, note, **answers))
+    return cases
+
+
+def overlong_case() -> Case:
+    lengths = [0, 1, 79, 80, 81, 90, 99, 100, 101, 150]
+    punish = get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)
+    return case(
+        "soft_overlong_punishment",
+        {"max_completion_len": 100, "soft_punish_cache": 20},
+        {"overlong": {"max_length": 100, "buffer": 20}},
+        lengths=lengths,
+        punishments=punish(completion_ids=[[TOKEN] * n for n in lengths]),
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    batch = make_batch(21, group_sizes=[4, 4, 4])
+    empty = make_batch(22, group_sizes=[4, 4], num_empty=1)
+    cases = [
+        overlong_case(),
+        *advantage_cases(batch),
+        *loss_cases("ragged", batch),
+        *loss_cases("with_an_empty_completion", empty),
+        *importance_cases(batch),
+    ]
+    one_group = {**batch, "group_sizes": [len(batch["lengths"])]}
+    batches = {"ragged": batch, "one_group": one_group, "with_an_empty_completion": empty}
+    save("trl", batches=batches, cases=cases)
+
+
+if __name__ == "__main__":
+    main()

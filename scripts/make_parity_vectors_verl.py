@@ -1,0 +1,270 @@
+"""Makes tests/parity/verl.json: what verl answers to the formulas it shares with this project.
+
+    python scripts/make_parity_vectors_verl.py      in an environment with verl 0.9.1
+
+Every number comes out of verl's own functions, in float64: `compute_*_outcome_advantage`, the
+registered policy losses, `compute_policy_loss_bypass_mode` for importance weights. verl's options
+are set so that the formula is the same; where a default differs from ours, `note` says so.
+
+Shape legend: S sequences, T tokens (padded to the longest).
+"""
+# pyright: reportMissingImports=false
+# (verl is no dependency of this project.)
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from parity_inputs import (
+    CLIP_HIGH,
+    CLIP_LOW,
+    GRPO_STD_FLOOR,
+    MAX_TOKENS,
+    Batch,
+    Case,
+    grouped,
+    make_batch,
+    save,
+    short,
+    without_padding,
+)
+from torch import Tensor
+from verl.trainer.config.algorithm import RolloutCorrectionConfig
+from verl.trainer.ppo import core_algos, rollout_corr_helper
+from verl.workers.config import ActorConfig
+from verl.workers.config.actor import PolicyLossConfig
+
+NO_DUAL_CLIP = 1e9
+GSPO_CLIP = 0.1
+CISPO_HIGH = 0.5
+MAX_RATIO = 2.0
+Ours = dict[str, list[Any]]
+AGGREGATIONS: dict[str, list[Any]] = {
+    "token-mean": ["token_mean", {}],
+    "seq-mean-token-mean": ["sequence_mean", {}],
+    "seq-mean-token-sum-norm": ["fixed_length", {"max_new_tokens": MAX_TOKENS}],
+}
+PLAIN = ["none", {}]
+
+
+def padded(rows: list[list[float]]) -> Tensor:
+    """(S, ragged) -> (S, T) float64, zeros behind."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [0.0] * (width - len(row)) for row in rows], dtype=torch.float64)
+
+
+def mask_of(batch: Batch) -> Tensor:
+    """(S, T) float64, 1 at tokens."""
+    return padded([[1.0] * length for length in batch["lengths"]])
+
+
+def actor_config(aggregation: str, **options: Any) -> ActorConfig:
+    scale = {"loss_scale_factor": MAX_TOKENS} if aggregation.endswith("norm") else {}
+    return ActorConfig(
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        loss_agg_mode=aggregation,
+        clip_ratio_c=NO_DUAL_CLIP,
+        global_batch_info=scale,
+        **options,
+    )
+
+
+def advantage_cases(batch: Batch) -> list[Case]:
+    sizes = batch["group_sizes"]
+    mask_ST = mask_of(batch)
+    index = np.repeat(np.arange(len(sizes)), sizes)
+
+    def answer(function: Callable[..., Any], **options: Any) -> list[list[float]]:
+        rewards_ST = torch.zeros_like(mask_ST)
+        rewards_ST[:, 0] = torch.tensor(batch["rewards"], dtype=torch.float64)
+        advantages_ST, _ = function(rewards_ST, mask_ST, index, **options)
+        return grouped(short(advantages_ST[:, 0].tolist()), sizes)
+
+    def case(ours: str, theirs: str, note: str = "", **options: Any) -> Case:
+        expected = answer(getattr(core_algos, theirs), **options)
+        call = f"{theirs}({', '.join(f'{k}={v}' for k, v in options.items())})"
+        return {
+            "formula": f"advantage {ours} {theirs}",
+            "call": call,
+            "note": note,
+            "batch": "ragged",
+            "ours": {"advantage": [ours, {}]},
+            "advantages": expected,
+        }
+
+    return [
+        case("rloo", "compute_rloo_outcome_advantage"),
+        case("rloo", "compute_rloo_vectorized_outcome_advantage"),
+        case(
+            "grpo",
+            "compute_grpo_outcome_advantage",
+            note="verl's own floor is 1e-6; we follow TRL's 1e-4",
+            epsilon=GRPO_STD_FLOOR,
+        ),
+        case("dr_grpo", "compute_grpo_outcome_advantage", norm_adv_by_std_in_grpo=False),
+    ]
+
+
+def loss_case(
+    batch: Batch,
+    *,
+    formula: str,
+    loss: str,
+    config: ActorConfig,
+    ours: Ours,
+    note: str = "",
+    anchor_ST: Tensor | None = None,
+    weights_ST: Tensor | None = None,
+) -> Case:
+    """The registered policy loss `loss` on the batch: its value, and its gradient with respect
+    to log pi. The anchor is mu when none is given."""
+    mask_ST = mask_of(batch)
+    logprobs_ST = padded(batch["logprobs"]).requires_grad_()
+    value, _ = core_algos.get_policy_loss_fn(loss)(
+        old_log_prob=padded(batch["behaviour_logprobs"]) if anchor_ST is None else anchor_ST,
+        log_prob=logprobs_ST,
+        advantages=torch.tensor(batch["advantages"], dtype=torch.float64)[:, None] * mask_ST,
+        response_mask=mask_ST,
+        loss_agg_mode=config.loss_agg_mode,
+        config=config,
+        rollout_is_weights=weights_ST,
+    )
+    (gradient_ST,) = torch.autograd.grad(value, logprobs_ST)
+    return {
+        "formula": formula,
+        "call": f"get_policy_loss_fn({loss!r}), loss_agg_mode={config.loss_agg_mode}",
+        "note": note,
+        "batch": "ragged",
+        "ours": {"aggregation": AGGREGATIONS[config.loss_agg_mode], **ours},
+        "loss": short(value.item()),
+        "gradient": short(without_padding(gradient_ST.tolist(), batch["lengths"])),
+    }
+
+
+def clipped_cases(batch: Batch) -> list[Case]:
+    clips = {"clip_ratio_low": CLIP_LOW, "clip_ratio_high": CLIP_HIGH}
+    ppo = ["ppo_clip", {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH}]
+    gspo = ["gspo", {"clip_low": GSPO_CLIP, "clip_high": GSPO_CLIP}]
+    cases = [
+        loss_case(
+            batch,
+            formula=f"ppo_clip {mode}",
+            loss="vanilla",
+            config=actor_config(mode, **clips),
+            ours={"correction": PLAIN, "policy_loss": ppo},
+            note="verl's dual clip is on by default; here clip_ratio_c is 1e9",
+        )
+        for mode in AGGREGATIONS
+    ]
+    cases.append(
+        loss_case(
+            batch,
+            formula="gspo",
+            loss="gspo",
+            config=actor_config(
+                "seq-mean-token-mean", clip_ratio_low=GSPO_CLIP, clip_ratio_high=GSPO_CLIP
+            ),
+            ours={"correction": PLAIN, "policy_loss": gspo},
+        )
+    )
+    cases.append(
+        loss_case(
+            batch,
+            formula="cispo",
+            loss="cispo",
+            config=actor_config("token-mean", clip_ratio_low=1.0, clip_ratio_high=CISPO_HIGH),
+            ours={"correction": PLAIN, "policy_loss": ["cispo", {"clip_high": CISPO_HIGH}]},
+            note="verl also cuts at 1 - clip_ratio_low; ours has no lower cut, so that is 0 here",
+        )
+    )
+    return cases
+
+
+def importance_cases(batch: Batch) -> list[Case]:
+    """REINFORCE with weights on pi / mu, through verl's bypass mode."""
+    low = {"min_ratio": 0.5}
+    kinds = {
+        "token_tis": ("token", MAX_RATIO, {}),
+        "sequence_tis": ("sequence", MAX_RATIO, {}),
+        "token_mask": ("token", f"0.5_{MAX_RATIO}", low),
+        "sequence_mask": ("sequence", f"0.5_{MAX_RATIO}", low),
+        "none": (None, None, None),
+    }
+    cases = []
+    for name, (level, threshold, more) in kinds.items():
+        rollout = RolloutCorrectionConfig(
+            loss_type="reinforce",
+            rollout_is=level,
+            rollout_is_threshold=threshold,
+            bypass_mode=True,
+        )
+        correction = [name, {} if more is None else {"max_ratio": MAX_RATIO, **more}]
+        cases.append(
+            loss_case(
+                batch,
+                formula=f"policy_gradient {name}",
+                loss="bypass_mode",
+                config=actor_config(
+                    "token-mean", policy_loss=PolicyLossConfig(rollout_correction=rollout)
+                ),
+                ours={"correction": correction, "policy_loss": ["policy_gradient", {}]},
+                note=f"loss_type=reinforce, rollout_is={level}, threshold={threshold}",
+            )
+        )
+    return cases
+
+
+def decoupled_cases(batch: Batch) -> list[Case]:
+    """The clipped loss with an anchor other than mu, and verl's weights on anchor / mu.
+
+    The anchors are given to verl, which has no interpolation of its own: pi_theta, and
+    log mu + (age - 1) / age x (log pi - log mu), pi_theta at age 0.
+    """
+    log_mu_ST, log_pi_ST = padded(batch["behaviour_logprobs"]), padded(batch["logprobs"])
+    ages_ST = padded(batch["ages"])
+    alpha_ST = torch.where(ages_ST > 0, (ages_ST - 1) / ages_ST.clamp(min=1), 1.0)
+    anchors = {
+        "decoupled_recomputed": log_pi_ST,
+        "decoupled_log_linear": log_mu_ST + alpha_ST * (log_pi_ST - log_mu_ST),
+    }
+    clips = {"clip_ratio_low": CLIP_LOW, "clip_ratio_high": CLIP_HIGH}
+    cases = []
+    for name, anchor_ST in anchors.items():
+        weights_ST, _ = rollout_corr_helper.compute_rollout_correction_weights(
+            anchor_ST - log_mu_ST, mask_of(batch), "token", MAX_RATIO
+        )
+        cases.append(
+            loss_case(
+                batch,
+                formula=f"ppo_clip {name}",
+                loss="vanilla",
+                config=actor_config("token-mean", **clips),
+                ours={
+                    "correction": [name, {"max_ratio": MAX_RATIO}],
+                    "policy_loss": ["ppo_clip", {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH}],
+                },
+                anchor_ST=anchor_ST,
+                weights_ST=weights_ST,
+                note="the anchor is an input; weights by compute_rollout_correction_weights",
+            )
+        )
+    return cases
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    batch = make_batch(20, group_sizes=[5, 3, 4])
+    cases = [
+        *advantage_cases(batch),
+        *clipped_cases(batch),
+        *importance_cases(batch),
+        *decoupled_cases(batch),
+    ]
+    save("verl", batches={"ragged": batch}, cases=cases)
+
+
+if __name__ == "__main__":
+    main()

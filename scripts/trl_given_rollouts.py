@@ -1,0 +1,84 @@
+"""TRL's GRPOTrainer with given rollouts in place of a model, for make_parity_vectors_trl.py.
+
+Shape legend: B sequences, C completion tokens (padded to the longest).
+"""
+
+import dataclasses
+from collections import defaultdict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from parity_inputs import Batch, without_padding
+from torch import Tensor
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+PAD, TOKEN = 0, 1
+
+
+class Model(torch.nn.Module):
+    """In training mode, and nothing else: no forward pass is run."""
+
+    is_gradient_checkpointing = False
+
+
+class Tokenizer:
+    pad_token_id = PAD
+
+
+class GivenRollouts(GRPOTrainer):
+    """GRPOTrainer without a model: log pi, log mu, completions and rewards are the batch's.
+
+    `__init__` sets what the trainer's own sets before training; the options are GRPOConfig's.
+    """
+
+    def __init__(self, batch: Batch, args: GRPOConfig) -> None:
+        options = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+        self.__dict__.update(options)
+        self.args = args
+        self.batch = batch
+        self.logprobs_BC = padded(batch["logprobs"])
+        self.accelerator = Accelerator(cpu=True)
+        self.model = Model().train()
+        self._tokenizer = Tokenizer()
+        self.epsilon_low = args.epsilon
+        self.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+        self.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+        self.reward_weights = torch.ones(1)
+        self.reward_funcs, self.reward_func_names = [None], ["given"]
+        self.environment_factories = self.environments = self.tools = None
+        self.aux_loss_enabled = self._entropy_bonus_enabled = self._is_vlm = False
+        self._metrics = {"train": defaultdict(list)}
+        self._logs = {name: [] for name in ("prompt", "completion", "advantages")}
+        self._logs |= {"rewards": defaultdict(list), "extra": defaultdict(list)}
+        self._pending_extra_logs, self._pending_metrics = {}, {}
+
+    def _generate(self, prompts: list[str]) -> tuple[Any, ...]:
+        ids = [[TOKEN] * length for length in self.batch["lengths"]]
+        texts = ["" for _ in ids]
+        behaviour = self.batch["behaviour_logprobs"]
+        return [[TOKEN] for _ in ids], ids, None, texts, behaviour, {}, None, None
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        return self.logprobs_BC, torch.zeros_like(self.logprobs_BC), None
+
+    def _calculate_rewards(self, *args: Any) -> Tensor:
+        return torch.tensor(self.batch["rewards"])[:, None]
+
+    def score(self) -> dict[str, Tensor]:
+        """What the trainer hands from generation to the loss."""
+        return self._generate_and_score_completions([{"prompt": ""} for _ in self.batch["rewards"]])
+
+    def loss_and_gradient(self, inputs: dict[str, Tensor]) -> tuple[float, list[list[float]]]:
+        """Loss, and its gradient (B, ragged) with respect to log pi."""
+        self.logprobs_BC = self.logprobs_BC.detach().requires_grad_()
+        loss = self._compute_loss(self.model, inputs)
+        (gradient_BC,) = torch.autograd.grad(loss, self.logprobs_BC)
+        return loss.item(), without_padding(gradient_BC.tolist(), self.batch["lengths"])
+
+
+def padded(rows: list[list[float]]) -> Tensor:
+    """(B, ragged) -> (B, C) float64, zeros behind."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [0.0] * (width - len(row)) for row in rows])

@@ -1,0 +1,195 @@
+"""What is believed of each prompt's pass rate theta, and how likely that makes it to pass the gate.
+
+Shape legend: N all prompts, K some of them, S screening completions, G completions of a group.
+"""
+
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speed_async.config.schema import GateConfig
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.floating]
+
+PRIOR_WEIGHT = 8.0
+"""Prompts that the start, Beta(1, 1), counts for in the fit of the shared prior."""
+WEAKEST_PRIOR, STRONGEST_PRIOR = 0.05, 50.0
+"""Pseudo-completions of the shared prior: moments of few prompts may ask for any number."""
+NEVER = -1
+
+
+class GateOdds:
+    """P(gate passes | theta) = sum of Binomial(S, k, theta) over k with low < k / S < high."""
+
+    def __init__(self, gate: GateConfig) -> None:
+        size = gate.num_screening
+        passing = [k for k in range(size + 1) if gate.low < k / size < gate.high]
+        refused = [k for k in range(size + 1) if k not in passing]
+        self._size = size
+        self.passing = passing
+        # The shorter sum: a wide gate on large groups refuses only two of its outcomes.
+        self._complement = len(refused) < len(passing)
+        self._terms = refused if self._complement else passing
+
+    def __call__(self, theta_K: FloatArray) -> FloatArray:
+        """(K,) probabilities from (K,) pass rates."""
+        rest_K = 1.0 - theta_K
+        total_K = np.zeros_like(theta_K)
+        for k in self._terms:
+            total_K += comb(self._size, k) * theta_K**k * rest_K ** (self._size - k)
+        return 1.0 - total_K if self._complement else total_K
+
+
+class SharedPrior:
+    """Beta(a, b) over the prompts' pass rates, fitted on line by moments and slowly forgotten.
+
+    Of a prompt with k passes among S completions, k / S and k(k - 1) / (S(S - 1)) estimate theta
+    and theta^2 without bias; their means m1, m2 over prompts give a = m1 s, b = (1 - m1) s with
+    s = (m1 - m2) / (m2 - m1^2) (the factorial moments of the beta-binomial: Skellam 1948). Only
+    prompts that were not chosen for their own outcomes may be added.
+
+    An accepted group's continuation happened because the gate liked its k, so counts over the
+    whole group are biased. Given the group's total, each order of its outcomes that passes the
+    gate is equally likely under any theta; hence the screening part's expected moments (Rao and
+    Blackwell) are hypergeometric, cut to the passing k.
+    """
+
+    def __init__(self, gate: GateConfig, half_life_updates: float) -> None:
+        self._half_life = half_life_updates
+        self._size = gate.num_screening
+        self._refused_moments = [self._moments_of(k) for k in range(self._size + 1)]
+        self._group_size = gate.group_size
+        self._group_moments = _screening_moments(gate, self._refused_moments)
+        self.sums = np.array([PRIOR_WEIGHT, PRIOR_WEIGHT / 2, PRIOR_WEIGHT / 3])
+        """Discounted number of prompts, and sums of their two moments; at first, Beta(1, 1)."""
+
+    def _moments_of(self, passed: int) -> tuple[float, float]:
+        size = self._size
+        return passed / size, passed * (passed - 1) / max(size * (size - 1), 1)
+
+    def add(self, num_passed: int, num_completions: int) -> None:
+        """One prompt's outcome: of its screening, or of a whole group that passed the gate."""
+        if num_completions == self._size:
+            moments = self._refused_moments[num_passed]
+        elif num_completions == self._group_size:
+            moments = self._group_moments[num_passed]
+        else:
+            return
+        self.sums += (1.0, *moments)
+
+    def forget(self, num_updates: int) -> None:
+        """Discount as outcomes are discounted; what is lost goes back to the start."""
+        start = np.array([PRIOR_WEIGHT, PRIOR_WEIGHT / 2, PRIOR_WEIGHT / 3])
+        self.sums = start + (self.sums - start) * 0.5 ** (num_updates / self._half_life)
+
+    @property
+    def parameters(self) -> tuple[float, float]:
+        """(a, b)."""
+        weight, first, second = self.sums.tolist()
+        mean, square = first / weight, second / weight
+        spread = max(square - mean * mean, 1e-9)
+        strength = min(max((mean - square) / spread, WEAKEST_PRIOR), STRONGEST_PRIOR)
+        mean = min(max(mean, 1e-3), 1 - 1e-3)
+        return mean * strength, (1 - mean) * strength
+
+
+def _screening_moments(
+    gate: GateConfig, moments: list[tuple[float, float]]
+) -> list[tuple[float, float]]:
+    """Expected moments of the screening part for 0 .. G passes of a group that passed the gate."""
+    rest = gate.group_size - gate.num_screening
+    passing = GateOdds(gate).passing
+    table = []
+    for total in range(gate.group_size + 1):
+        ways = {
+            k: comb(gate.num_screening, k) * comb(rest, total - k) for k in passing if k <= total
+        }
+        orders = max(sum(ways.values()), 1)
+        first = sum(moments[k][0] * count for k, count in ways.items()) / orders
+        second = sum(moments[k][1] * count for k, count in ways.items()) / orders
+        table.append((first, second))
+    return table
+
+
+class Beliefs:
+    """A discounted Beta posterior of every prompt: 12 bytes each, and 4 to list those seen.
+
+    Effective counts are stored x 2^(-(version - last) / half_life_updates). Each completion
+    counts, of refused and accepted groups alike: which of them were drawn depended on earlier
+    outcomes only, and such a stopping rule leaves the likelihood of theta as it is.
+    """
+
+    def __init__(self, num_prompts: int, gate: GateConfig, half_life_updates: float) -> None:
+        self.num_prompts = num_prompts
+        self.policy_version = 0
+        self.prior = SharedPrior(gate, half_life_updates)
+        self._half_life = half_life_updates
+        self._passes_N = np.zeros(num_prompts, np.float32)
+        self._fails_N = np.zeros(num_prompts, np.float32)
+        self._last_version_N = np.full(num_prompts, NEVER, np.int32)
+        self._seen_N = np.zeros(num_prompts, np.int32)
+        self._num_seen = 0
+
+    @property
+    def num_bytes(self) -> int:
+        arrays = (self._passes_N, self._fails_N, self._last_version_N, self._seen_N)
+        return sum(array.nbytes for array in arrays)
+
+    @property
+    def seen(self) -> NDArray[np.int32]:
+        """Prompts with any outcome, by first outcome."""
+        return self._seen_N[: self._num_seen]
+
+    def unseen(self, prompts_K: IntArray) -> NDArray[np.bool_]:
+        return self._last_version_N[prompts_K] == NEVER
+
+    def advance(self, policy_version: int) -> None:
+        """Move to a newer version; one that is not newer changes nothing."""
+        newer = policy_version - self.policy_version
+        if newer > 0:
+            self.prior.forget(newer)
+            self.policy_version = policy_version
+
+    def add(self, prompt_id: int, num_passed: int, num_completions: int) -> None:
+        last = int(self._last_version_N[prompt_id])
+        if last == NEVER:
+            self._seen_N[self._num_seen] = prompt_id
+            self._num_seen += 1
+        kept = 0.5 ** ((self.policy_version - last) / self._half_life)
+        num_failed = num_completions - num_passed
+        self._passes_N[prompt_id] = self._passes_N[prompt_id] * kept + num_passed
+        self._fails_N[prompt_id] = self._fails_N[prompt_id] * kept + num_failed
+        self._last_version_N[prompt_id] = self.policy_version
+
+    def posterior(self, prompts_K: IntArray) -> tuple[FloatArray, FloatArray]:
+        """(K,) alpha and (K,) beta of the Beta posteriors of (K,) prompts, as of now."""
+        a, b = self.prior.parameters
+        age_K = self.policy_version - self._last_version_N[prompts_K]
+        kept_K = np.exp2(-age_K / self._half_life)
+        return a + self._passes_N[prompts_K] * kept_K, b + self._fails_N[prompts_K] * kept_K
+
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """Copies of what was learned; its size goes with the prompts seen, not with all."""
+        seen = self.seen.copy()
+        return {
+            "seen": seen,
+            "passes": self._passes_N[seen],
+            "fails": self._fails_N[seen],
+            "last_version": self._last_version_N[seen],
+            "prior": self.prior.sums.copy(),
+            "policy_version": np.array(self.policy_version),
+        }
+
+    def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
+        """Take over a `state()`, in place of whatever was learned here."""
+        self._passes_N[:], self._fails_N[:], self._last_version_N[:] = 0, 0, NEVER
+        seen = state["seen"].astype(np.int32)
+        self._num_seen = len(seen)
+        self._seen_N[: self._num_seen] = seen
+        self._passes_N[seen] = state["passes"]
+        self._fails_N[seen] = state["fails"]
+        self._last_version_N[seen] = state["last_version"]
+        self.prior.sums = state["prior"].astype(np.float64)
+        self.policy_version = int(state["policy_version"])

@@ -1,0 +1,146 @@
+import math
+
+import pytest
+import torch
+from learner_samples import make_loss_tokens
+
+from speed_async.learner import corrections
+from speed_async.learner.loss_tokens import Corrected, LossTokens
+
+# Ratios 2, 0.5, 1 of one token each.
+PI, MU = [0.5, 0.25, 0.1], [0.25, 0.5, 0.1]
+# Two sequences: ratios 2, 0.5, 2 (together 2) and 0.5, 0.5 (together 0.25).
+LONG_PI, LONG_MU = [0.4, 0.1, 0.4, 0.1, 0.1], [0.2, 0.2, 0.2, 0.2, 0.2]
+LONG_SEQUENCES = [0, 0, 0, 1, 1]
+
+
+def single() -> LossTokens:
+    return make_loss_tokens(PI, MU, [1.0, 1.0, 1.0])
+
+
+def double(advantages: list[float] | None = None) -> LossTokens:
+    return make_loss_tokens(LONG_PI, LONG_MU, advantages or [1.0] * 5, sequences=LONG_SEQUENCES)
+
+
+def weights(corrected: Corrected) -> list[float]:
+    return [round(weight, 12) for weight in corrected.weights_N.tolist()]
+
+
+def anchors(corrected: Corrected) -> list[float]:
+    return corrected.anchor_logprobs_N.exp().tolist()
+
+
+def test_none_weighs_every_token_alike_and_takes_ratios_to_the_sampling_policy():
+    corrected = corrections.none(single())
+
+    assert weights(corrected) == [1.0, 1.0, 1.0]
+    assert anchors(corrected) == pytest.approx(MU)
+    assert not corrected.truncated_N.any()
+    assert not corrected.masked_N.any()
+
+
+def test_token_truncation_cuts_each_ratio_at_the_cap():
+    corrected = corrections.token_tis(single(), max_ratio=1.5)
+
+    assert weights(corrected) == [1.5, 0.5, 1.0]
+    assert anchors(corrected) == pytest.approx(PI)
+    assert corrected.truncated_N.tolist() == [True, False, False]
+    assert not corrected.masked_N.any()
+
+
+def test_sequence_truncation_gives_every_token_the_ratio_of_its_sequence():
+    corrected = corrections.sequence_tis(double(), max_ratio=1.5)
+
+    assert weights(corrected) == [1.5, 1.5, 1.5, 0.25, 0.25]
+    assert anchors(corrected) == pytest.approx(LONG_PI)
+    assert corrected.truncated_N.tolist() == [True, True, True, False, False]
+
+
+def test_the_token_mask_keeps_ratios_inside_the_band_with_their_weight():
+    corrected = corrections.token_mask(single(), min_ratio=0.6, max_ratio=2.5)
+
+    assert weights(corrected) == [2.0, 0.0, 1.0]
+    assert anchors(corrected) == pytest.approx(PI)
+    assert corrected.masked_N.tolist() == [False, True, False]
+    assert not corrected.truncated_N.any()
+
+
+def test_the_edges_of_the_band_are_kept():
+    corrected = corrections.token_mask(
+        make_loss_tokens([0.5, 0.25], [0.25, 0.5], [1.0, 1.0]), min_ratio=0.5, max_ratio=2.0
+    )
+    assert weights(corrected) == [2.0, 0.5]
+
+
+def test_the_sequence_mask_keeps_or_drops_whole_sequences():
+    corrected = corrections.sequence_mask(double(), min_ratio=0.5, max_ratio=2.5)
+
+    assert weights(corrected) == [2.0, 2.0, 2.0, 0.0, 0.0]
+    assert corrected.masked_N.tolist() == [False, False, False, True, True]
+
+
+def test_a_recomputed_proximal_policy_is_the_policy_itself():
+    corrected = corrections.decoupled_recomputed(single(), max_ratio=1.5)
+
+    assert anchors(corrected) == pytest.approx(PI)
+    assert weights(corrected) == [1.5, 0.5, 1.0]
+    assert corrected.truncated_N.tolist() == [True, False, False]
+
+
+def test_the_interpolated_proximal_policy_lies_one_version_back():
+    # pi = 0.8, mu = 0.1, ratio 8; alpha = (age - 1) / age is 0, 1/2, 2/3 at ages 1, 2, 3
+    tokens = make_loss_tokens([0.8] * 4, [0.1] * 4, [1.0] * 4, ages=[0, 1, 2, 3])
+
+    corrected = corrections.decoupled_log_linear(tokens, max_ratio=3.0)
+
+    assert anchors(corrected) == pytest.approx([0.8, 0.1, 0.1 * math.sqrt(8), 0.1 * 4])
+    assert corrected.weights_N.tolist() == pytest.approx([3.0, 1.0, math.sqrt(8), 3.0])
+    assert corrected.truncated_N.tolist() == [True, False, False, True]
+
+
+def test_bad_sequences_that_the_policy_has_left_are_masked():
+    # mean log(mu / pi): -log(2)/3 in the first sequence, log 2 in the second
+    bad, good = double([-1.0] * 5), double([1.0] * 5)
+
+    corrected = corrections.negative_sequence_mask(bad, max_negative_kl=0.6)
+
+    assert weights(corrected) == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert corrected.masked_N.tolist() == [False, False, False, True, True]
+    assert anchors(corrected) == pytest.approx(LONG_MU)
+    assert weights(corrections.negative_sequence_mask(bad, max_negative_kl=0.7)) == [1.0] * 5
+    assert weights(corrections.negative_sequence_mask(good, max_negative_kl=0.6)) == [1.0] * 5
+
+
+def test_nothing_a_correction_decides_has_a_gradient():
+    tokens = double([-1.0] * 5)
+    for corrected in (
+        corrections.none(tokens),
+        corrections.token_tis(tokens, max_ratio=2.0),
+        corrections.sequence_tis(tokens, max_ratio=2.0),
+        corrections.token_mask(tokens, min_ratio=0.5, max_ratio=2.0),
+        corrections.sequence_mask(tokens, min_ratio=0.5, max_ratio=2.0),
+        corrections.decoupled_recomputed(tokens, max_ratio=2.0),
+        corrections.decoupled_log_linear(tokens, max_ratio=2.0),
+        corrections.negative_sequence_mask(tokens, max_negative_kl=0.1),
+    ):
+        assert not corrected.weights_N.requires_grad
+        assert not corrected.anchor_logprobs_N.requires_grad
+
+
+def test_ratios_beyond_float_range_stay_finite():
+    tokens = LossTokens(
+        logprobs_N=torch.tensor([-1.0, -1.0]),
+        behaviour_logprobs_N=torch.tensor([-500.0, -500.0]),
+        advantages_N=torch.tensor([1.0, 1.0]),
+        ages_N=torch.tensor([2, 0]),
+        sequence_ids_N=torch.tensor([0, 0]),
+        num_sequences=1,
+    )
+    for corrected in (
+        corrections.token_tis(tokens, max_ratio=2.0),
+        corrections.sequence_tis(tokens, max_ratio=2.0),
+        corrections.decoupled_log_linear(tokens, max_ratio=2.0),
+    ):
+        assert corrected.weights_N.tolist() == [2.0, 2.0]
+    assert corrections.token_mask(tokens, min_ratio=0.5, max_ratio=2.0).masked_N.all()
+    assert corrections.sequence_mask(tokens, min_ratio=0.5, max_ratio=2.0).masked_N.all()

@@ -1,0 +1,166 @@
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from learner_samples import make_completion, make_config, make_group, make_loss_tokens
+
+from speed_async.config.schema import GateConfig, ObjectiveConfig
+from speed_async.learner.objective import judge, make_objective
+from speed_async.learner.screening import Choice, kept
+from speed_async.types import Group
+
+
+def kept_of(passed: list[int], choice: Choice, *, num_screening: int = 4, **gate: Any) -> list[int]:
+    return (
+        kept(np.array(passed, dtype=np.bool_), num_screening, GateConfig(**gate), choice)
+        .astype(int)
+        .tolist()
+    )
+
+
+def test_every_sample_is_kept_on_request_and_no_screening_sample_likewise():
+    assert kept_of([1, 0, 0, 0, 1, 0], "all") == [1, 1, 1, 1, 1, 1]
+    assert kept_of([1, 0, 0, 0, 1, 0], "none") == [0, 0, 0, 0, 1, 1]
+
+
+def test_the_only_pass_and_the_only_failure_are_pivotal_at_the_default_gate():
+    assert kept_of([1, 0, 0, 0, 1, 0], "unbiased") == [0, 1, 1, 1, 1, 1]
+    assert kept_of([1, 1, 0, 1, 1, 0], "unbiased") == [1, 1, 0, 1, 1, 1]
+    assert kept_of([1, 1, 0, 0, 1, 0], "unbiased") == [1, 1, 1, 1, 1, 1]
+
+
+def test_with_two_screening_samples_both_are_pivotal():
+    assert kept_of([1, 0, 1], "unbiased", num_screening=2) == [0, 0, 1]
+
+
+def test_pivots_follow_general_thresholds():
+    # open at 2 of 4 only: a flip either way shuts it
+    assert kept_of([1, 1, 0, 0, 0], "unbiased", low=0.25, high=0.75) == [0, 0, 0, 0, 1]
+    # open at 2, 3 and 4 of 4: passes are pivotal at 2, nothing is at 3 or 4
+    assert kept_of([1, 1, 0, 0], "unbiased", low=0.3, high=1.0) == [0, 0, 1, 1]
+    # open at 2 and 3: at 3 the failure is pivotal (4 is not below 1)
+    assert kept_of([1, 1, 1, 0], "unbiased", low=0.3, high=1.0) == [1, 1, 1, 0]
+
+
+def test_samples_of_a_group_that_was_not_screened_are_all_kept():
+    for choice in ("all", "unbiased", "none"):
+        assert kept_of([1, 0, 0], choice, num_screening=0) == [1, 1, 1]
+
+
+def example(num_screening: int = 0) -> Group:
+    return make_group(
+        [1],
+        make_completion([2] * 4, 1.0),
+        make_completion([2] * 8, 0.0),
+        make_completion([2] * 10, 1.0),
+        num_screening=num_screening,
+    )
+
+
+def objective_of(folder: Path, **chosen: Any):
+    return make_objective(
+        make_config(folder, max_new_tokens=10, objective=ObjectiveConfig(**chosen))
+    )
+
+
+def test_rewards_are_shaped_before_advantages_are_taken(tmp_path: Path):
+    objective = objective_of(
+        tmp_path, advantage="dr_grpo", overlong_share=0.4, overlong_penalty=0.5,
+        aggregation="sequence_mean",
+    )  # fmt: skip
+
+    (signal,) = judge(objective, [example()])
+
+    # rewards 1, 0 - 0.5 * 2/4, 1 - 0.5: mean 1.25 / 3
+    mean = 1.25 / 3
+    assert signal.advantages_N.tolist() == pytest.approx([1 - mean, -0.25 - mean, 0.5 - mean])
+    assert signal.weights_N.tolist() == pytest.approx([1 / 12, 1 / 24, 1 / 30])
+    assert signal.kept_N.all()
+
+
+def test_the_choice_looks_at_raw_rewards_and_the_baseline_at_all_of_them(tmp_path: Path):
+    # the long pass falls to 0 once shaped, and is a pass to the gate nevertheless
+    shaped = {"overlong_share": 0.4, "screening_samples": "unbiased", "advantage": "dr_grpo"}
+
+    (signal,) = judge(objective_of(tmp_path, **shaped), [example(num_screening=3)])
+
+    assert signal.kept_N.tolist() == [True, False, True]  # 2 of 3 pass: the failure is pivotal
+    assert signal.advantages_N.tolist() == pytest.approx([5 / 6, -4 / 6, -1 / 6])
+
+
+def test_denominators_count_what_is_not_trained_on(tmp_path: Path):
+    flat = make_group([1], make_completion([2] * 3, 0.0), make_completion([], 0.0))
+    objective = objective_of(tmp_path, screening_samples="none", aggregation="token_mean")
+
+    first, second = judge(objective, [example(num_screening=2), flat])
+
+    assert first.kept_N.tolist() == [False, False, True]
+    assert first.weights_N.tolist() == [1 / 25] * 3
+    assert second.weights_N.tolist() == [1 / 25] * 2
+    assert second.advantages_N.tolist() == [0.0, 0.0]
+
+
+def test_every_name_of_the_configuration_has_its_strategy_and_parameters(tmp_path: Path):
+    tokens = make_loss_tokens([0.4, 0.1], [0.1, 0.1], [1.0, 1.0])  # ratios 4 and 1
+    factors = {}
+    for correction in get_args(ObjectiveConfig.model_fields["correction"].annotation):
+        objective = objective_of(
+            tmp_path, correction=correction, min_ratio=0.5, max_ratio=3.0, max_negative_kl=0.1
+        )
+        factors[correction] = objective.correction(tokens).weights_N.tolist()
+    assert factors == {
+        "none": [1.0, 1.0],
+        "token_tis": pytest.approx([3.0, 1.0]),
+        "sequence_tis": pytest.approx([3.0, 1.0]),
+        "token_mask": pytest.approx([0.0, 1.0]),
+        "sequence_mask": pytest.approx([0.0, 1.0]),
+        "decoupled_recomputed": pytest.approx([3.0, 1.0]),
+        "decoupled_log_linear": pytest.approx([3.0, 1.0]),
+        "negative_sequence_mask": [1.0, 1.0],
+    }
+
+    clipped = {}
+    for name in ("policy_gradient", "ppo_clip", "cispo", "gspo"):
+        objective = objective_of(
+            tmp_path, policy_loss=name, correction="none", clip_low=0.1, clip_high=4.0
+        )
+        losses = objective.policy_loss(tokens, objective.correction(tokens))
+        clipped[name] = losses.clipped_N.tolist()
+        tight = objective_of(tmp_path, policy_loss=name, correction="none", clip_high=0.5)
+        losses = tight.policy_loss(tokens, tight.correction(tokens))
+        clipped[name] += losses.clipped_N.tolist()
+    assert clipped == {
+        "policy_gradient": [False] * 4,
+        "ppo_clip": [False, False, True, False],
+        "cispo": [False, False, True, False],
+        "gspo": [False, False, True, False],
+    }
+
+
+@pytest.mark.parametrize(
+    ("advantage", "expected"),
+    [
+        ("rloo", [0.5, -1.0, 0.5]),
+        ("grpo", [(1 / 3) / ((1 / 3) ** 0.5 + 1e-4), -(2 / 3) / ((1 / 3) ** 0.5 + 1e-4)]),
+        ("dr_grpo", [1 / 3, -2 / 3]),
+        ("batch", [(1 / 3) / ((1 / 3) ** 0.5 + 1e-4)]),
+    ],
+)
+def test_advantages_by_name(tmp_path: Path, advantage: str, expected: list[float]):
+    (signal,) = judge(objective_of(tmp_path, advantage=advantage), [example()])
+    assert signal.advantages_N.tolist()[: len(expected)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("token_mean", [1 / 22, 1 / 22, 1 / 22]),
+        ("sequence_mean", [1 / 12, 1 / 24, 1 / 30]),
+        ("prompt_mean", [1 / 22, 1 / 22, 1 / 22]),
+        ("fixed_length", [1 / 30, 1 / 30, 1 / 30]),
+    ],
+)
+def test_aggregations_by_name(tmp_path: Path, aggregation: str, expected: list[float]):
+    (signal,) = judge(objective_of(tmp_path, aggregation=aggregation), [example()])
+    assert signal.weights_N.tolist() == pytest.approx(expected)

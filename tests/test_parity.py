@@ -1,0 +1,199 @@
+"""Our formulas against those of other libraries, on the vectors in tests/parity.
+
+Each file was written by a script that runs the library itself (scripts/make_parity_vectors_*.py)
+and names the library's version. Neither library is needed here.
+
+Shape legend: G groups, S sequences, N tokens of all sequences, one sequence after another.
+"""
+
+import json
+import re
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from speed_async.config.schema import ObjectiveConfig
+from speed_async.learner import advantages, aggregation, corrections, losses, rewards
+from speed_async.learner.loss_tokens import LossTokens
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "tests" / "parity").glob("*.json"))
+VERSIONS = {"trl": "1.16.0", "verl": "0.9.1"}
+OURS_ALONE = {"aggregation": {"prompt_mean"}}
+ANCHORED_AT_MU = {"none", "decoupled_log_linear", "negative_sequence_mask"}
+NO_LIMIT = {
+    "min_ratio": 0.0,
+    "max_ratio": 1e9,
+    "max_negative_kl": 1e9,
+    "clip_low": 1e9,
+    "clip_high": 1e9,
+}
+TOLERANCE = 1e-6
+Case = dict[str, Any]
+Batch = dict[str, Any]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def cases_with(answer: str) -> list[Any]:
+    """Every (batch, case) that has this answer, named by library, version and formula."""
+    return [
+        pytest.param(
+            vectors["batches"][case["batch"]],
+            case,
+            id=f"{vectors['library']} {vectors['version']}: {case['formula']} {case['batch']}",
+        )
+        for vectors in map(read, FILES)
+        for case in vectors["cases"]
+        if answer in case
+    ]
+
+
+def assert_close(ours: Any, theirs: Any) -> None:
+    """To 1e-6 of the value, not of the largest: a gradient of 1e-3 must agree to 1e-9."""
+    np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE**2)
+
+
+def bound(module: Any, choice: list[Any]) -> Any:
+    name, options = choice
+    return partial(getattr(module, name), **options)
+
+
+def flat(rows: list[list[float]]) -> Tensor:
+    """(S, ragged) -> (N,) float64."""
+    return torch.tensor(list(chain.from_iterable(rows)), dtype=torch.float64)
+
+
+def grouped(values: list[Any], batch: Batch) -> list[np.ndarray]:
+    """(S,) -> (G, ragged)."""
+    return np.split(np.asarray(values), np.cumsum(batch["group_sizes"])[:-1])
+
+
+def loss_tokens(batch: Batch) -> LossTokens:
+    lengths_S = torch.tensor(batch["lengths"])
+    num_sequences = len(lengths_S)
+    advantages_S = torch.tensor(batch["advantages"], dtype=torch.float64)
+    return LossTokens(
+        logprobs_N=flat(batch["logprobs"]).requires_grad_(),
+        behaviour_logprobs_N=flat(batch["behaviour_logprobs"]),
+        advantages_N=advantages_S.repeat_interleave(lengths_S),
+        ages_N=flat(batch["ages"]).long(),
+        sequence_ids_N=torch.arange(num_sequences).repeat_interleave(lengths_S),
+        num_sequences=num_sequences,
+    )
+
+
+def loss_and_gradient(batch: Batch, ours: dict[str, list[Any]]) -> tuple[float, Tensor]:
+    """Our loss over the batch as one update, and its gradient (N,) with respect to log pi."""
+    tokens = loss_tokens(batch)
+    corrected = bound(corrections, ours["correction"])(tokens)
+    token_losses = bound(losses, ours["policy_loss"])(tokens, corrected)
+    weights_S = np.concatenate(
+        bound(aggregation, ours["aggregation"])(grouped(batch["lengths"], batch))
+    )
+    weights_N = torch.from_numpy(np.repeat(weights_S, batch["lengths"]))
+    loss = (weights_N * token_losses.losses_N).sum()
+    (gradient_N,) = torch.autograd.grad(loss, tokens.logprobs_N)
+    return loss.item(), gradient_N
+
+
+def limits_in_force() -> list[Any]:
+    """Every limit of every loss vector; a clip only where the anchor is not pi itself, for at a
+    ratio of 1 it does nothing."""
+    return [
+        pytest.param(*one.values, stage, limit, id=f"{one.id}: {limit}")
+        for one in cases_with("gradient")
+        for stage in ("correction", "policy_loss")
+        for limit in one.values[1]["ours"][stage][1]
+        if stage == "correction" or one.values[1]["ours"]["correction"][0] in ANCHORED_AT_MU
+    ]
+
+
+@pytest.mark.parametrize(("batch", "case"), cases_with("advantages"))
+def test_our_advantages_are_the_library_s(batch: Batch, case: Case) -> None:
+    ours = bound(advantages, case["ours"]["advantage"])(grouped(batch["rewards"], batch))
+    assert [len(group) for group in ours] == [len(group) for group in case["advantages"]]
+    for ours_N, theirs_N in zip(ours, case["advantages"], strict=True):
+        assert_close(ours_N, theirs_N)
+
+
+@pytest.mark.parametrize(("batch", "case"), cases_with("gradient"))
+def test_our_loss_and_its_gradient_are_the_library_s(batch: Batch, case: Case) -> None:
+    loss, gradient_N = loss_and_gradient(batch, case["ours"])
+    assert_close(gradient_N, flat(case["gradient"]))
+    assert_close(loss, case["loss"])
+
+
+@pytest.mark.parametrize(("batch", "case", "stage", "limit"), limits_in_force())
+def test_without_this_limit_the_gradient_would_not_be_the_library_s(
+    batch: Batch, case: Case, stage: str, limit: str
+) -> None:
+    """Else the formula could lose its clip or its mask and still agree."""
+    name, options = case["ours"][stage]
+    ours = case["ours"] | {stage: [name, options | {limit: NO_LIMIT[limit]}]}
+    _, gradient_N = loss_and_gradient(batch, ours)
+    assert not np.allclose(gradient_N, flat(case["gradient"]), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=f"{vectors['library']} {vectors['version']}: {case['formula']}")
+        for vectors in map(read, FILES)
+        for case in vectors["cases"]
+        if "punishments" in case
+    ],
+)
+def test_our_overlong_punishment_is_the_library_s(case: Case) -> None:
+    ours_N = rewards.soft_overlong_punishment(np.array(case["lengths"]), **case["ours"]["overlong"])
+    assert_close(ours_N, case["punishments"])
+
+
+def test_policy_gradient_with_weights_has_trl_s_gradient_though_not_its_value() -> None:
+    (vectors,) = (read(path) for path in FILES if path.stem == "trl")
+    case = next(one for one in vectors["cases"] if one["formula"] == "ppo_clip token_tis")
+    ours = case["ours"] | {"policy_loss": ["policy_gradient", {}]}
+    loss, gradient_N = loss_and_gradient(vectors["batches"][case["batch"]], ours)
+    assert_close(gradient_N, flat(case["gradient"]))
+    assert loss != pytest.approx(case["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "choice", ["advantage", "policy_loss", "aggregation", "correction"], ids=str
+)
+def test_every_choice_of_the_configuration_has_a_vector_unless_it_is_ours_alone(
+    choice: str,
+) -> None:
+    compared = {
+        case["ours"][choice][0]
+        for vectors in map(read, FILES)
+        for case in vectors["cases"]
+        if choice in case["ours"]
+    }
+    offered = set(get_args(ObjectiveConfig.model_fields[choice].annotation))
+    assert offered - compared == OURS_ALONE.get(choice, set())
+
+
+def test_each_library_has_its_vectors() -> None:
+    assert {path.stem for path in FILES} == set(VERSIONS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_vector_file_names_the_library_s_version_and_a_script_that_names_it_too(
+    path: Path,
+) -> None:
+    vectors = read(path)
+    assert vectors["library"] == path.stem
+    assert vectors["version"] == VERSIONS[path.stem]
+    assert re.fullmatch(r"scripts/make_parity_vectors_\w+\.py", vectors["script"])
+    script = (ROOT / vectors["script"]).read_text()
+    assert f"{path.stem} {vectors['version']}" in script
+    assert f"tests/parity/{path.name}" in script
