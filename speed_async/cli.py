@@ -34,6 +34,14 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     sys.exit(launch_local(resolved, [str(config), *overrides]))
 
 
+@commands.command(name="config", context_settings=PASS_ON)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def show_config(config: Path, overrides: tuple[str, ...]) -> None:
+    """Print CONFIG as a run would resolve it: presets, defaults and OVERRIDES in full."""
+    click.echo(load_config(config, overrides).model_dump_json(indent=2))
+
+
 @commands.command()
 @click.argument("address")
 def console(address: str) -> None:

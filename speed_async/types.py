@@ -141,6 +141,8 @@ class ActorCounts:
 
     groups_leased: int = 0
     groups_in_flight: int = 0
+    groups_continuing: int = 0
+    """Of those in flight, training groups that have passed the gate."""
     completions_generated: int = 0
     tokens_generated: int = 0
     tokens_in_flight: int = 0

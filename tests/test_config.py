@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from speed_async.config.load import load_config, read_resolved, save_config
+from speed_async.config.presets import PRESETS
+from speed_async.config.schema import Algorithm
 from speed_async.errors import ConfigError
 from speed_async.runtime.run_folder import make_run_folder
 
@@ -58,7 +61,7 @@ def test_the_resolved_config_survives_a_round_trip(config_file: Path, tmp_path: 
     assert json.loads((tmp_path / "resolved.json").read_text())["gate"]["n_init"] == 3
 
 
-def test_default_credits_are_two_batches_for_each_version_of_the_staleness_window(
+def test_default_credits_are_a_batch_for_each_version_of_the_staleness_window(
     config_file: Path,
 ) -> None:
     config = load_config(
@@ -129,3 +132,72 @@ def test_a_run_folder_that_cannot_be_made_is_named(config_file: Path, tmp_path: 
     config = load_config(config_file, ["--run.folder", str(tmp_path / "file" / "a")])
     with pytest.raises(ConfigError, match=r"run\.folder"):
         make_run_folder(config)
+
+
+def test_an_algorithm_sets_the_parts_that_nothing_else_sets(config_file: Path) -> None:
+    config = load_config(config_file, ["--algorithm", "dapo", "--objective.clip_high", "0.4"])
+    assert config.gate.mode == "filter"
+    assert (config.objective.advantage, config.objective.policy_loss) == ("grpo", "ppo_clip")
+    assert (config.objective.clip_low, config.objective.clip_high) == (0.2, 0.4)
+    assert config.objective.overlong_share == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize("algorithm", get_args(Algorithm))
+def test_every_algorithm_is_a_preset_that_resolves_in_full(
+    algorithm: str, config_file: Path, tmp_path: Path
+) -> None:
+    config = load_config(config_file, ["--algorithm", algorithm])
+    assert config.algorithm == algorithm
+    for section, parts in PRESETS[algorithm].items():
+        resolved = getattr(config, section).model_dump()
+        assert {name: resolved[name] for name in parts} == parts
+    save_config(config, tmp_path / "resolved.json")
+    assert read_resolved(tmp_path / "resolved.json") == config
+
+
+def test_the_group_is_of_one_size_whatever_the_gate_looks_at(config_file: Path) -> None:
+    seen = {
+        mode: load_config(config_file, ["--gate.mode", mode]).gate
+        for mode in ("screen", "filter", "off")
+    }
+    assert {mode: gate.num_screening for mode, gate in seen.items()} == {
+        "screen": 4,
+        "filter": 24,
+        "off": 0,
+    }
+    assert {gate.group_size for gate in seen.values()} == {24}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "remedy"),
+    [
+        (["--gate.n_init", "1", "--gate.n_cont", "0"], "gate.n_cont", "set n_init + n_cont to 2"),
+        (["--gate.n_cont", "0"], "gate.n_cont", "gate.mode = 'filter'"),
+        (["--objective.correction", "decoupled_recomputed"], "objective.correction", "ppo_clip"),
+        (
+            ["--objective.correction", "token_mask", "--objective.min_ratio", "3.0"],
+            "objective.min_ratio",
+            "below objective.max_ratio = 2.0",
+        ),
+        (
+            ["--gate.mode", "off", "--objective.screening_samples", "none"],
+            "objective.screening_samples",
+            "set 'all'",
+        ),
+        (
+            ["--gate.mode", "filter", "--objective.screening_samples", "none"],
+            "objective.screening_samples",
+            "none would be trained on",
+        ),
+        (["--gate.mode", "off", "--curriculum.kind", "posterior"], "curriculum.kind", "uniform"),
+        (["--algorithm", "speed-grpo"], "algorithm", "input should be 'rloo'"),
+        (["--objective.clip_high", "none"], "objective.clip_high", "valid number"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(
+    overrides: list[str], field: str, remedy: str, config_file: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, overrides)
+    assert field in str(caught.value)
+    assert remedy in str(caught.value)

@@ -230,6 +230,76 @@ def test_only_prompts_of_moderate_difficulty_are_continued(make_run: Callable[..
     assert 0 < acceptance < 1
 
 
+def test_a_filter_samples_whole_groups_and_keeps_the_mixed_ones(
+    make_run: Callable[..., Run],
+) -> None:
+    run = make_run(gate={"mode": "filter"})
+    finished = execute(run)
+    groups = [group for batch in run.updates.batches for group in batch]
+    assert len(groups) == 10
+    for group in groups:
+        assert group.num_screening == len(group.completions) == 4
+        assert 0 < group.num_passed < 4
+    ledger = finished.service_fields["ledger"]
+    assert isinstance(ledger, dict)
+    assert ledger["groups"]["screened_out"] > 0
+    assert ledger["checks"] == dict.fromkeys(ledger["checks"], True)
+
+
+def test_with_the_gate_off_hopeless_prompts_are_trained_on_as_well(
+    make_run: Callable[..., Run],
+) -> None:
+    run = make_run(gate={"mode": "off"})
+    finished = execute(run)
+    groups = [group for batch in run.updates.batches for group in batch]
+    assert {group.num_screening for group in groups} == {0}
+    assert {group.prompt_id % 2 for group in groups} == {0, 1}
+    ledger = finished.service_fields["ledger"]
+    assert isinstance(ledger, dict)
+    assert ledger["groups"]["screened_out"] == 0
+
+
+def test_without_overlap_every_token_is_of_the_version_that_trains_on_it(
+    make_run: Callable[..., Run],
+) -> None:
+    run = make_run(run={"updates": 6, "overlap": False}, gate={"mode": "off"})
+    finished = execute(run)
+    assert finished.completed
+    for policy_version, batch in enumerate(run.updates.batches):
+        for group in batch:
+            for completion in group.completions:
+                versions = completion.sampled.policy_versions
+                assert versions.tolist() == [policy_version] * len(versions)
+
+
+def test_a_run_without_overlap_keeps_the_surplus_of_its_rounds(
+    make_run: Callable[..., Run],
+) -> None:
+    run = make_run(run={"updates": 8, "overlap": False})
+    finished = execute(run)
+    assert finished.completed
+    ages = {
+        policy_version - group.oldest_version
+        for policy_version, batch in enumerate(run.updates.batches)
+        for group in batch
+    }
+    assert ages <= {0, 1}
+    ledger = finished.service_fields["ledger"]
+    assert isinstance(ledger, dict)
+    assert ledger["checks"] == dict.fromkeys(ledger["checks"], True)
+
+
+def test_a_run_ends_at_the_accuracy_it_was_asked_for(make_run: Callable[..., Run]) -> None:
+    run = make_run(run={"updates": 10_000, "stop_at_accuracy": 0.01})
+    finished = execute(run)
+    assert finished.completed
+    assert finished.policy_version < 10_000
+    assert finished.reason.startswith("accuracy 0.")
+    assert "reached at version" in finished.reason
+    assert finished.service_fields["accuracy_last"] is not None
+    assert run.updates.saved == [finished.policy_version]
+
+
 def test_no_token_is_trained_past_the_staleness_bound(make_run: Callable[..., Run]) -> None:
     run = make_run(run={"updates": 12}, buffer={"max_staleness": 1, "capacity_groups": 8})
     execute(run)

@@ -118,3 +118,17 @@ def test_an_empty_summary_is_all_dashes() -> None:
     text = summary_text({})
     assert "  accuracy    - -> -\n" in text
     assert "  ledger      -\n" in text
+
+
+def test_a_breakdown_is_told_when_it_is_asked_for() -> None:
+    summary = {
+        "breakdown": {
+            "learner": {"waiting for groups": 3.0, "training": 1.0},
+            "actors": {"sampling": 0.0},
+        }
+    }
+    assert "waiting for groups" not in summary_text(summary)
+    lines = summary_text(summary, breakdown=True).splitlines()
+    assert "      waiting for groups               3.0      75 %" in lines
+    assert "      training                         1.0      25 %" in lines
+    assert any(line.startswith("      sampling") and line.endswith(" -") for line in lines)

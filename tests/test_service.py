@@ -2,99 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from buffer_fixtures import make_config, make_group
+from buffer_fixtures import make_group
+from service_desk import Desk, kinds, trained
 
-from speed_async.buffer.curriculum import UniformCurriculum
-from speed_async.buffer.service import BufferService
-from speed_async.evaluate.plan import EvaluationPlan
 from speed_async.types import ActorCounts, GroupEnd
 from speed_async.wire import messages as m
-
-
-class Desk:
-    """A service with time in hand and its answers sorted by peer."""
-
-    def __init__(self, folder: Path, num_held_out: int = 1, **sections: dict[str, object]) -> None:
-        (folder / "config.json").write_text("{}")
-        self.config = make_config(str(folder), **sections)
-        self.service = BufferService(
-            self.config,
-            curriculum=UniformCurriculum(100, np.random.default_rng(0)),
-            evaluations=EvaluationPlan(
-                num_prompts=num_held_out, num_samples=1, every=self.config.evaluate.every
-            ),
-            fingerprint="f",
-            started_s=0.0,
-        )
-        self.now_s = 0.0
-
-    def say(self, peer: str, message: m.Message) -> list[tuple[str, m.Message]]:
-        self.service.handle(peer, message, self.now_s)
-        answers, self.service.outbox = self.service.outbox, []
-        return answers
-
-    def wait(self, seconds: float) -> list[tuple[str, m.Message]]:
-        self.now_s += seconds
-        self.service.tick(self.now_s)
-        answers, self.service.outbox = self.service.outbox, []
-        return answers
-
-    def hello(self, peer: str, index: int, incarnation: int = 0) -> list[tuple[str, m.Message]]:
-        role = "learner" if peer == "learner" else "actor"
-        return self.say(
-            peer,
-            m.Hello(role=role, index=index, incarnation=incarnation, fingerprint="f", process_id=1),
-        )
-
-    def past_baseline(self, actor: str = "actor-1.0") -> None:
-        """Bring learner and actor in and answer the first evaluation (one prompt, one token)."""
-        self.hello("learner", 0)
-        self.hello(actor, 1)
-        [(_, leases)] = self.say(actor, m.WantWork(num_prompts=1, counts=ActorCounts()))
-        assert isinstance(leases, m.Leases)
-        assert leases.kind == "evaluation"
-        self.say(
-            actor,
-            m.Evaluated(
-                lease_id=leases.lease_ids[0],
-                num_passed=1,
-                num_completions=1,
-                num_tokens=1,
-                oldest_version=0,
-                newest_version=0,
-                counts=ActorCounts(groups_leased=1, tokens_generated=1),
-            ),
-        )
-
-    def lease(self, count: int, actor: str = "actor-1.0") -> m.Leases:
-        answers = self.say(actor, m.WantWork(num_prompts=count, counts=self.counts(actor)))
-        [leases] = [message for _, message in answers if isinstance(message, m.Leases)]
-        return leases
-
-    def counts(self, actor: str) -> ActorCounts:
-        return self.service.lifecycle.ledger.actor(actor).last_counts
-
-    def ends(self) -> dict[str, tuple[int, int]]:
-        tallies = self.service.lifecycle.ledger.ends
-        return {str(end): (t.groups, t.tokens) for end, t in tallies.items() if t.groups}
-
-
-def kinds(answers: list[tuple[str, m.Message]]) -> list[str]:
-    return [type(message).__name__ for _, message in answers]
-
-
-def trained(version: int, lease_ids: list[int], groups: int, tokens: int) -> m.Trained:
-    return m.Trained(
-        policy_version=version,
-        lease_ids=lease_ids,
-        skipped=False,
-        groups_trained=groups,
-        completions_trained=4 * groups,
-        tokens_trained=tokens,
-        metrics={},
-    )
 
 
 @pytest.fixture

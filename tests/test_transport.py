@@ -176,7 +176,7 @@ async def test_another_protocol_version_is_told_both_versions(stage: Stage):
     assert await stage.hub.receive(SOON_S) == ("old-1.0", Ack(lease_id=1))
     answer = await bad.receive(SOON_S)
     assert isinstance(answer, Rejected)
-    assert "version int 99, this process 1" in answer.reason
+    assert "version int 99, this process 2" in answer.reason
 
 
 @on_every_transport()
@@ -291,7 +291,7 @@ async def test_fifty_megabytes_pass_in_both_directions(stage: Stage):
         link.send(group_message(**arrays)), stage.hub.receive(SOON_S)
     )
     assert isinstance(received, GroupFinished)
-    small = {"lengths": received.lengths, "rewards": received.rewards}
+    small = {name: getattr(received, name) for name in ("lengths", "rewards", "cut")}
     back = BatchGroup(
         lease_id=1,
         prompt_id=1,
@@ -316,6 +316,7 @@ def megabyte(number: int) -> BatchGroup:
         prompt_token_ids=one,
         lengths=one,
         rewards=np.array([1.0], np.float32),
+        cut=np.zeros(1, np.int32),
         token_ids=quarter,
         logprobs=np.array([-1.0], np.float32),
         policy_versions=one,

@@ -238,6 +238,7 @@ class ActorLoop:
         return ActorCounts(
             groups_leased=self._groups_leased,
             groups_in_flight=len(self._works),
+            groups_continuing=sum(work.continuing for work in self._works.values()),
             completions_generated=self._completions_generated,
             tokens_generated=stats.tokens_generated,
             tokens_in_flight=stats.tokens_running + held,

@@ -56,6 +56,8 @@ class LeaseWork:
     """Submit nothing more: the engine is, or will be, paused for good."""
     scoring: bool = False
     """Waits for the verifier, with no request in the engine."""
+    continuing: bool = False
+    """A training group past the gate."""
 
     def add(self, sample: Sampled) -> None:
         self.samples.append(sample)
@@ -98,6 +100,7 @@ class Rollout:
             rewards = await self._phase(work, prompt, tokens, Phase.SCREENING, gate.num_screening)
             if not self._gate.admits(rewards):
                 return Refused(num_passed=num_passed(rewards))
+        work.continuing = True
         num_left = gate.group_size - gate.num_screening
         if num_left:
             rewards += await self._phase(work, prompt, tokens, Phase.CONTINUATION, num_left)

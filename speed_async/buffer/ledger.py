@@ -101,6 +101,11 @@ class Ledger:
         return sum(book.last_counts.completions_generated for book in self._actors.values())
 
     @property
+    def groups_continuing(self) -> int:
+        """Groups past the gate that their actors still generate."""
+        return sum(book.last_counts.groups_continuing for book in self._actors.values())
+
+    @property
     def tokens_in_flight(self) -> int:
         return sum(book.last_counts.tokens_in_flight for book in self._actors.values())
 

@@ -87,15 +87,18 @@ class Lifecycle:
     def credits_left(self) -> int:
         """Training leases that may still be granted.
 
-        A lease is charged what it is expected to yield, the share of screened prompts that the
-        gate lets pass; a group in the buffer or in training is charged whole. So a batch for each
-        version of the staleness window is under way whatever the gate refuses, and no more.
+        A prompt under screening is charged what it is expected to yield, the share that the gate
+        lets pass; a group that is continued, buffered or in training is charged whole. So a batch
+        for each version of the staleness window is under way whatever the gate refuses, and no
+        more.
         """
         price = 1.0
         if self._config.gate.mode != "off":
             price = max(self._statistics.expected_yield, MIN_PRICE)
-        held = len(self.buffer) + len(self.in_training)
-        return max(0, int((self._config.max_credits - held) / price) - self.leases.num_training)
+        num_leased = self.leases.num_training
+        continuing = min(self.ledger.groups_continuing, num_leased)
+        certain = len(self.buffer) + len(self.in_training) + continuing
+        return max(0, int((self._config.max_credits - certain) / price) - num_leased + continuing)
 
     def grant(self, holder: str, kind: LeaseKind, most: int) -> m.Leases | None:
         """Up to `most` new leases for an actor, or None when there is nothing to grant."""

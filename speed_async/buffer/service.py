@@ -14,6 +14,7 @@ from collections.abc import Callable
 from speed_async.buffer.batches import Batches
 from speed_async.buffer.curriculum import Curriculum
 from speed_async.buffer.ending import Ending, Step
+from speed_async.buffer.gatekeeper import Gatekeeper
 from speed_async.buffer.lifecycle import Accuracy, Evaluations, Lifecycle
 from speed_async.buffer.membership import ActorState, Membership
 from speed_async.buffer.statistics import RunStatistics, UpdateTimes
@@ -59,7 +60,6 @@ class BufferService:
         self.warning = ""
         """The latest thing a person should know of."""
         self._evaluations = evaluations
-        self._fingerprint = fingerprint
         self._baseline_done = False
         self._batches = Batches(config, self.lifecycle, self.statistics)
         self._target_reached = False
@@ -82,13 +82,14 @@ class BufferService:
             m.WeightsPublished: self._on_published,
             m.FinishRun: self._on_finish,
         }
+        self._gatekeeper = Gatekeeper(self.membership, fingerprint, self._handlers.keys())
         evaluations.start(0)
 
     # --- the two entrances -----------------------------------------------------------------
 
     def handle(self, peer: str, message: m.Message, now_s: float) -> None:
         """Take in one message of `peer`; a message that is out of place is answered, not raised."""
-        refusal = self._refusal(peer, message)
+        refusal = self._gatekeeper.refusal(peer, message)
         if refusal is not None:
             self._send(peer, m.Rejected(reason=refusal))
             return
@@ -115,28 +116,6 @@ class BufferService:
         state = self.membership.actors.get(peer)
         if state is not None and not state.said_goodbye:
             self._lose(state, reason)
-
-    def _refusal(self, peer: str, message: m.Message) -> str | None:
-        kind = type(message).__name__
-        if type(message) not in self._handlers:
-            return f"{kind} is not for the service"
-        if isinstance(message, m.Counted) and peer not in self.membership.actors:
-            return "unknown actor: say Hello first (or this incarnation was given up as lost)"
-        if isinstance(message, m.Hello) and peer in self.membership.lost:
-            return "this incarnation was given up as lost: start a new one"
-        open_to_all = isinstance(message, m.Counted | m.Hello | m.Failure)
-        if not open_to_all and peer != self.membership.learner:
-            return f"{kind} is the learner's to send"
-        if isinstance(message, m.ScreenedOut | m.Evaluated):
-            passed, sampled = message.num_passed, message.num_completions
-            if not 0 <= passed <= sampled:
-                return f"{kind} says that {passed} of {sampled} completions passed"
-        if isinstance(message, m.Hello) and message.fingerprint != self._fingerprint:
-            return (
-                f"its task data (fingerprint {message.fingerprint}) differ from the service's "
-                f"({self._fingerprint}): give every node the same config and data files"
-            )
-        return None
 
     # --- peers -----------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
         "buffer_groups": len(lifecycle.buffer),
         "buffer_capacity": config.buffer.capacity_groups,
         "in_flight_groups": lifecycle.leases.num_training,
-        "credits": config.max_credits,
+        "credits": lifecycle.leases.num_training + lifecycle.credits_left,
         "staleness_mean": statistics.staleness_last_mean,
         "staleness_max": statistics.staleness_max,
         "max_staleness": config.buffer.max_staleness,

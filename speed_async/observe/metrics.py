@@ -27,7 +27,7 @@ class Event:
       `bottleneck` ("actor" | "buffer" | "learner" | "sync" | "starting"), `eta_s`,
       `share_actor`, `share_buffer`, `share_learner`, `share_sync` (of the learner's last updates),
       `ledger_closes`, `phase` ("starting" | "training" | "evaluating" | "draining").
-      `credits` is the ceiling of groups in flight, buffered and in training together.
+      `credits` is how many training leases may be in flight now, those that are included.
     Shown where they are told: `max_staleness` (the bound), `accuracy_before` (first held-out),
       `actors_total` (wanted), `warning` (latest one, for people; one line).
     step: also `loss`, `grad_norm`, `ratio_mean`, `ratio_max`, `kl_k1`, `kl_k3`, ... (learner's).

@@ -1,0 +1,177 @@
+"""Turns without overlap, the price of a lease, a starving gate, the accuracy that ends a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from buffer_fixtures import make_group
+from service_desk import Desk, kinds, trained
+
+from speed_async.types import ActorCounts
+from speed_async.wire import messages as m
+
+ACTOR = "actor-1.0"
+
+
+@pytest.fixture
+def in_turns(tmp_path: Path) -> Desk:
+    """No overlap, no gate: a round is exactly a batch of two."""
+    desk = Desk(
+        tmp_path,
+        run={"overlap": False},
+        gate={"mode": "off"},
+        objective={"screening_samples": "all"},
+    )
+    desk.past_baseline(ACTOR)
+    return desk
+
+
+def leases_in(answers: list[tuple[str, m.Message]]) -> list[m.Leases]:
+    return [message for _, message in answers if isinstance(message, m.Leases)]
+
+
+def refuse(desk: Desk, lease_id: int, num_passed: int = 0) -> list[tuple[str, m.Message]]:
+    return desk.say(
+        ACTOR,
+        m.ScreenedOut(
+            lease_id=lease_id,
+            num_passed=num_passed,
+            num_completions=2,
+            num_tokens=6,
+            counts=ActorCounts(),
+        ),
+    )
+
+
+def test_without_overlap_nothing_is_granted_until_the_learner_waits(in_turns: Desk) -> None:
+    want = m.WantWork(num_prompts=20, counts=ActorCounts())
+    assert leases_in(in_turns.say(ACTOR, want)) == []
+    answers = in_turns.say("learner", m.TakeBatch(policy_version=0, num_groups=2))
+    [leases] = leases_in(answers)
+    assert len(leases.lease_ids) == 2
+
+
+def test_without_overlap_the_batch_waits_until_nothing_is_generated(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, run={"overlap": False})
+    desk.past_baseline(ACTOR)
+    desk.say(ACTOR, m.WantWork(num_prompts=20, counts=ActorCounts()))
+    [leases] = leases_in(desk.say("learner", m.TakeBatch(policy_version=0, num_groups=2)))
+    # Half of the prompts are expected to pass, so a round is 2 x 1.15 / 0.5, rounded up.
+    assert len(leases.lease_ids) == 5
+    for lease_id, prompt_id in zip(leases.lease_ids[:4], leases.prompt_ids[:4], strict=True):
+        answers = desk.say(ACTOR, make_group(lease_id, prompt_id))
+        assert "BatchReady" not in kinds(answers)
+        assert leases_in(answers) == []
+    answers = refuse(desk, leases.lease_ids[4])
+    assert kinds(answers) == ["Ack", "BatchGroup", "BatchGroup", "BatchReady"]
+    assert len(desk.service.lifecycle.buffer) == 2  # the surplus is kept
+
+
+def test_without_overlap_a_round_that_yields_too_little_is_followed_by_another(
+    in_turns: Desk,
+) -> None:
+    in_turns.say(ACTOR, m.WantWork(num_prompts=20, counts=ActorCounts()))
+    [leases] = leases_in(in_turns.say("learner", m.TakeBatch(policy_version=0, num_groups=2)))
+    first, second = leases.lease_ids
+    assert leases_in(in_turns.say(ACTOR, make_group(first, leases.prompt_ids[0]))) == []
+    failed = m.LeaseFailed(
+        lease_id=second, reason="verifier: x", num_completions=0, num_tokens=0, counts=ActorCounts()
+    )
+    [again] = leases_in(in_turns.say(ACTOR, failed))
+    assert len(again.lease_ids) == 1
+    answers = in_turns.say(ACTOR, make_group(again.lease_ids[0], again.prompt_ids[0]))
+    assert kinds(answers) == ["Ack", "BatchGroup", "BatchGroup", "BatchReady"]
+
+
+def test_without_overlap_the_next_round_waits_for_the_new_weights(in_turns: Desk) -> None:
+    in_turns.say(ACTOR, m.WantWork(num_prompts=20, counts=ActorCounts()))
+    [leases] = leases_in(in_turns.say("learner", m.TakeBatch(policy_version=0, num_groups=2)))
+    for lease_id, prompt_id in zip(leases.lease_ids, leases.prompt_ids, strict=True):
+        in_turns.say(ACTOR, make_group(lease_id, prompt_id))
+    in_turns.say("learner", trained(1, leases.lease_ids, 2, 24))
+    assert leases_in(in_turns.say("learner", m.TakeBatch(policy_version=1, num_groups=2))) == []
+    applied = m.WeightsApplied(
+        policy_version=1, epoch=1, pause_s=0.0, transfer_s=0.0, error="", counts=ActorCounts()
+    )
+    [granted] = leases_in(in_turns.say(ACTOR, applied))
+    assert len(granted.lease_ids) == 2
+
+
+@pytest.mark.parametrize(("num_passed", "remedy"), [(0, "easier prompts"), (2, "harder prompts")])
+def test_a_starving_gate_says_so_within_a_minute_and_what_to_change(
+    tmp_path: Path, num_passed: int, remedy: str
+) -> None:
+    desk = Desk(tmp_path)
+    desk.past_baseline(ACTOR)
+    desk.say("learner", m.TakeBatch(policy_version=0, num_groups=2))
+    for _ in range(80):
+        leases = desk.lease(1)
+        refuse(desk, leases.lease_ids[0], num_passed)
+    desk.wait(5)
+    assert desk.service.warning == ""
+    desk.say(ACTOR, m.WantWork(num_prompts=0, counts=ActorCounts()))
+    desk.wait(30)
+    assert desk.service.warning.startswith("the gate starves: 80 prompts screened in 35 s")
+    assert remedy in desk.service.warning
+
+
+def test_a_gate_that_lets_enough_pass_does_not_starve(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, buffer={"credits": 64, "capacity_groups": 64})
+    desk.past_baseline(ACTOR)
+    for number in range(80):
+        leases = desk.lease(1)
+        if number % 20:
+            refuse(desk, leases.lease_ids[0])
+        else:
+            desk.say(ACTOR, make_group(leases.lease_ids[0], leases.prompt_ids[0]))
+        if number == 1:
+            desk.say("learner", m.TakeBatch(policy_version=0, num_groups=8))
+    desk.wait(30)
+    assert desk.service.warning == ""
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path) -> Callable[[float], list[tuple[str, m.Message]]]:
+    """What the service says when its first evaluation (one prompt, passed) meets this target."""
+
+    def answers(target: float, num_passed: int = 1) -> list[tuple[str, m.Message]]:
+        desk = Desk(tmp_path, run={"stop_at_accuracy": target})
+        desk.hello("learner", 0)
+        desk.hello(ACTOR, 1)
+        leases = desk.lease(1)
+        return desk.say(
+            ACTOR,
+            m.Evaluated(
+                lease_id=leases.lease_ids[0],
+                num_passed=num_passed,
+                num_completions=2,
+                num_tokens=2,
+                oldest_version=0,
+                newest_version=0,
+                counts=ActorCounts(),
+            ),
+        )
+
+    return answers
+
+
+def test_an_accuracy_that_reaches_the_target_is_told_to_the_learner(
+    evaluated: Callable[[float], list[tuple[str, m.Message]]],
+) -> None:
+    told = [message for peer, message in evaluated(0.5) if peer == "learner"]
+    assert told == [m.TargetReached(accuracy=0.5, policy_version=0)]
+
+
+def test_an_accuracy_under_the_target_is_not(
+    evaluated: Callable[[float], list[tuple[str, m.Message]]],
+) -> None:
+    assert "TargetReached" not in kinds(evaluated(0.51))
+
+
+def test_more_passes_than_completions_are_refused(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.past_baseline(ACTOR)
+    leases = desk.lease(1)
+    [(_, answer)] = refuse(desk, leases.lease_ids[0], num_passed=3)
+    assert isinstance(answer, m.Rejected)
+    assert "3 of 2 completions passed" in answer.reason
