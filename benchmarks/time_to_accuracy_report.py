@@ -148,7 +148,12 @@ def table(runs: Sequence[Run], arms: Sequence[str], targets: Sequence[float]) ->
         walls = costs(own, mid, lambda p: p.wall_s)
         for other in (base, outside):
             others = costs(other, mid, lambda p: p.wall_s)
-            cells.append(str(ratio_interval(walls, others)) if others else "")
+            if not others:
+                cells.append("not run")
+            elif math.isinf(np.median(others)) and not math.isinf(np.median(walls)):
+                cells.append("it never got there")
+            else:
+                cells.append(str(ratio_interval(walls, others)))
         lines.append(_row(cells))
     return lines
 
