@@ -189,7 +189,7 @@ def draw(runs: Sequence[Run], arms: Sequence[str], spreads: Sequence[str], path:
     figure = Figure(figsize=(12, 4.6 * len(spreads)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(spreads), 2, squeeze=False)
-    colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    colours = colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2]  # type: ignore[attr-defined]
     for row, spread in zip(grid, spreads, strict=True):
         for axes, name, of in (
             (row[0], "wall-clock since training began (s)", lambda p: p.wall_s),
