@@ -57,7 +57,7 @@ def test_only_a_terminal_that_can_draw_gets_the_panel() -> None:
 
 
 IN_A_TERMINAL = """
-import sys, time
+import os, sys, time
 from rich.console import Console
 from speed_async.observe.metrics import Event
 from speed_async.observe.panel import Panel
@@ -65,6 +65,8 @@ with Panel(Console(width=80, height=24), "demo") as panel:
     panel.update(Event(kind="status", values={"wall_s": 1.0, "phase": "training"}))
     if sys.argv[1] == "raise":
         raise RuntimeError("boom")
+    # An interrupt in the middle of drawing may fall where Python swallows it (a destructor).
+    os.write(int(sys.argv[2]), b"drawn")
     time.sleep(30)
 """
 
@@ -72,8 +74,10 @@ with Panel(Console(width=80, height=24), "demo") as panel:
 @pytest.mark.parametrize("ending", ["raise", "interrupt"])
 def test_the_terminal_is_given_back_after_an_error_and_an_interrupt(ending: str) -> None:
     master, slave = pty.openpty()
+    drawn, draws = os.pipe()
     with subprocess.Popen(
-        [sys.executable, "-c", IN_A_TERMINAL, ending],
+        [sys.executable, "-c", IN_A_TERMINAL, ending, str(draws)],
+        pass_fds=(draws,),
         stdin=slave,
         stdout=slave,
         stderr=slave,
@@ -84,6 +88,7 @@ def test_the_terminal_is_given_back_after_an_error_and_an_interrupt(ending: str)
         try:
             output = read_until(master, b"training", deadline_s=30.0)
             if ending == "interrupt":
+                read_until(drawn, b"drawn", deadline_s=30.0)
                 assert not termios.tcgetattr(slave)[3] & termios.ECHO
                 process.send_signal(signal.SIGINT)
             last_word = b"boom" if ending == "raise" else b"KeyboardInterrupt"
@@ -94,8 +99,8 @@ def test_the_terminal_is_given_back_after_an_error_and_an_interrupt(ending: str)
             assert termios.tcgetattr(slave)[3] & termios.ECHO
         finally:
             process.kill()
-            os.close(master)
-            os.close(slave)
+            for descriptor in (master, slave, drawn, draws):
+                os.close(descriptor)
     picture, after = output.rsplit(b"\x1b[?25h", 1)
     assert b"\x1b[?25l" in picture
     assert b"\x1b[?25l" not in after
