@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.harness import report
+from benchmarks.harness import QUICKSTART, report
 from benchmarks.stand_in_learner import learn_nothing
 from speed_async.actors.engine import GenerationRequest
 from speed_async.actors.loop import ActorLoop
@@ -46,7 +46,6 @@ from speed_async.types import Sampled
 from speed_async.wire import messages as m
 from speed_async.wire.zeromq import open_link
 
-QUICKSTART = Path(__file__).parent.parent / "quickstart" / "config.toml"
 WARM_UP_S = 4.0
 SETTLE_S = 0.2
 CALLERS_PER_SLOT = 2

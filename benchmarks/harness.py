@@ -3,13 +3,29 @@
 import json
 import os
 import platform
+import subprocess
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "quickstart" / "config.toml"
+RESULTS = ROOT / "benchmarks" / "results"
+TIMEOUT_S = 900.0
+
+
+def output_of(command: Sequence[str | Path], environment: Mapping[str, str]) -> str:
+    """Run another program to its end; its stdout. RuntimeError with its last words if it fails."""
+    texts = list(map(str, command))
+    ended = subprocess.run(
+        texts, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    if ended.returncode:
+        raise RuntimeError(f"{' '.join(texts)} failed:\n{ended.stderr[-2000:]}")
+    return ended.stdout
 
 
 def report(name: str, title: str, rows: list[dict[str, object]]) -> None:

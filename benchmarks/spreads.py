@@ -73,9 +73,11 @@ def write_prompts(
     pool = ArithmeticTask(
         num_prompts=4 * num_prompts, num_held_out=0, max_digits=NUM_DIGITS, seed=seed
     ).train_prompts
-    rates_Q = pass_rates(model_folder, pool)
     num_hard, num_easy = round(spread.hard * num_prompts), round(spread.easy * num_prompts)
     products = draw_products(random.Random(seed), round(spread.out_of_reach * num_prompts))
+    drawn = [*pool, *products]
+    all_rates = pass_rates(model_folder, drawn)
+    rates_Q = all_rates[: len(pool)]
     num_between = num_prompts - num_hard - num_easy - len(products)
     parts = [
         (rates_Q < HARD, num_hard),
@@ -83,10 +85,8 @@ def write_prompts(
         ((rates_Q >= HARD) & (rates_Q <= EASY), num_between),
     ]
     chosen = np.concatenate([_first(where, count) for where, count in parts]).tolist()
-    prompts = [pool[q] for q in chosen] + products
-    rates = rates_Q[chosen]
-    if products:
-        rates = np.concatenate([rates, pass_rates(model_folder, products)])
+    chosen += range(len(pool), len(drawn))
+    prompts, rates = [drawn[q] for q in chosen], all_rates[chosen]
     random.Random(seed).shuffle(prompts)
     lines = [json.dumps({"prompt": p.text, "answer": p.answer, "level": p.level}) for p in prompts]
     path.write_text("\n".join(lines) + "\n")

@@ -14,19 +14,24 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.harness import QUICKSTART, ROOT, output_of
 from benchmarks.spreads import SPREADS, write_prompts
-from benchmarks.time_to_accuracy_report import OUTSIDE_ARM, TARGETS, Point, Run, write_report
+from benchmarks.time_to_accuracy_report import (
+    OUTSIDE_ARM,
+    TARGETS,
+    Job,
+    Point,
+    Run,
+    write_report,
+)
 
-ROOT = Path(__file__).parent.parent
-QUICKSTART = ROOT / "quickstart" / "config.toml"
 RESULTS = ROOT / "benchmarks" / "data" / "time_to_accuracy.jsonl"
 NUM_PROMPTS, NUM_HELD_OUT = 2560, 384
 DATA_SEED = 5
@@ -35,7 +40,6 @@ LEARNING_RATES = (1e-4, 2e-4)
 NEARLY = 1.2
 MAX_UPDATES = 60
 EVALUATE_EVERY = 5
-TIMEOUT_S = 900.0
 
 IN_TURNS = ["--run.overlap", "false", "--cluster.actors", "2", "--learner.num_threads", "2"]
 """Without overlap learner and actors compute in turns, so each side has both cores."""
@@ -64,18 +68,6 @@ INHERITED_LR = {
 """Variants differ from an arm in one part, and take its rate."""
 TRL_SETTING = ["--threads", "2", "--micro-batch", "384"]
 """The fastest of benchmarks/trl.py on this machine."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    spread: str
-    arm: str
-    lr: float
-    seed: int
-
-    @property
-    def key(self) -> tuple[str, str, float, int]:
-        return (self.spread, self.arm, self.lr, self.seed)
 
 
 def run_job(job: Job, prompts: Path) -> Run:
@@ -139,13 +131,7 @@ def _finish(command: Sequence[str | Path]) -> str:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
-    texts = list(map(str, command))
-    ended = subprocess.run(
-        texts, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
-    )
-    if ended.returncode:
-        raise RuntimeError(f"{' '.join(texts)} failed:\n{ended.stderr[-2000:]}")
-    return ended.stdout
+    return output_of(command, environment)
 
 
 class Ledger:

@@ -30,17 +30,25 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class Job:
+    """What is to be run."""
+
     spread: str
     arm: str
     lr: float
     seed: int
-    points: list[Point]
-    process_s: float
 
     @property
     def key(self) -> tuple[str, str, float, int]:
         return (self.spread, self.arm, self.lr, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run(Job):
+    """A job that was run, and what it gave."""
+
+    points: list[Point]
+    process_s: float
 
     def reach(self, target: float) -> Point | None:
         """Where the line through the evaluations first reaches `target`; None if it never does."""

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,15 +17,13 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from benchmarks.harness import report
+from benchmarks.harness import QUICKSTART, output_of, report
 from speed_async.config.load import load_config
 from speed_async.config.schema import Config
 
-QUICKSTART = Path(__file__).parent.parent / "quickstart" / "config.toml"
 NUM_LEFT_OUT = 2
 """Updates at the start of each run that are not measured."""
 TUNING_STEPS = 5
-TIMEOUT_S = 900.0
 TRL_THREADS = (1, 2)
 TRL_MICRO_BATCHES = (384, 192, 96, 48)
 
@@ -69,12 +66,7 @@ def run_trl(config: Config, setting: TrlSetting, num_steps: int, arguments: list
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
-    ended = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
-    )
-    if ended.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{ended.stderr[-2000:]}")
-    ends_s = json.loads(ended.stdout.splitlines()[-1])["ends_s"]
+    ends_s = json.loads(output_of(command, environment).splitlines()[-1])["ends_s"]
     updates = (len(ends_s) - NUM_LEFT_OUT) / (ends_s[-1] - ends_s[NUM_LEFT_OUT - 1])
     completions = updates * config.learner.groups_per_update * config.gate.group_size
     return Rates(trained=completions, generated=completions, updates=updates)
@@ -87,11 +79,7 @@ def run_ours(num_updates: int, arguments: list[str]) -> Rates:
         folder = Path(temporary) / "run"
         command = [sys.executable, "-m", "speed_async", "train", *arguments]
         command += ["--run.folder", str(folder), "--run.updates", str(num_updates)]
-        ended = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
-        )
-        if ended.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{ended.stderr[-2000:]}")
+        output_of(command, environment)
         summary = json.loads((folder / "summary.json").read_text())
         lines = (folder / "metrics.jsonl").read_text().splitlines()
     steps = [event for event in map(json.loads, lines) if event["kind"] == "step"]

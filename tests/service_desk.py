@@ -54,18 +54,8 @@ class Desk:
         [(_, leases)] = self.say(actor, m.WantWork(num_prompts=1, counts=ActorCounts()))
         assert isinstance(leases, m.Leases)
         assert leases.kind == "evaluation"
-        self.say(
-            actor,
-            m.Evaluated(
-                lease_id=leases.lease_ids[0],
-                num_passed=1,
-                num_completions=1,
-                num_tokens=1,
-                oldest_version=0,
-                newest_version=0,
-                counts=ActorCounts(groups_leased=1, tokens_generated=1),
-            ),
-        )
+        counts = ActorCounts(groups_leased=1, tokens_generated=1)
+        self.say(actor, evaluated(leases.lease_ids[0], counts=counts))
 
     def lease(self, count: int, actor: str = "actor-1.0") -> m.Leases:
         answers = self.say(actor, m.WantWork(num_prompts=count, counts=self.counts(actor)))
@@ -93,4 +83,37 @@ def trained(version: int, lease_ids: list[int], groups: int, tokens: int) -> m.T
         completions_trained=4 * groups,
         tokens_trained=tokens,
         metrics={},
+    )
+
+
+def screened_out(lease_id: int, num_passed: int = 0) -> m.ScreenedOut:
+    """Two completions of three tokens."""
+    return m.ScreenedOut(
+        lease_id=lease_id,
+        num_passed=num_passed,
+        num_completions=2,
+        num_tokens=6,
+        counts=ActorCounts(),
+    )
+
+
+def evaluated(
+    lease_id: int, *, num_completions: int = 1, counts: ActorCounts | None = None
+) -> m.Evaluated:
+    """Completions of one token of version 0, one of which passed."""
+    return m.Evaluated(
+        lease_id=lease_id,
+        num_passed=1,
+        num_completions=num_completions,
+        num_tokens=num_completions,
+        oldest_version=0,
+        newest_version=0,
+        counts=counts or ActorCounts(),
+    )
+
+
+def failed(lease_id: int, reason: str) -> m.LeaseFailed:
+    """A lease that ended before anything was generated."""
+    return m.LeaseFailed(
+        lease_id=lease_id, reason=reason, num_completions=0, num_tokens=0, counts=ActorCounts()
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from buffer_fixtures import make_group
-from service_desk import Desk, kinds, trained
+from service_desk import Desk, evaluated, failed, kinds, screened_out, trained
 
 from speed_async.types import ActorCounts
 from speed_async.wire import messages as m
@@ -31,16 +31,7 @@ def leases_in(answers: list[tuple[str, m.Message]]) -> list[m.Leases]:
 
 
 def refuse(desk: Desk, lease_id: int, num_passed: int = 0) -> list[tuple[str, m.Message]]:
-    return desk.say(
-        ACTOR,
-        m.ScreenedOut(
-            lease_id=lease_id,
-            num_passed=num_passed,
-            num_completions=2,
-            num_tokens=6,
-            counts=ActorCounts(),
-        ),
-    )
+    return desk.say(ACTOR, screened_out(lease_id, num_passed))
 
 
 def test_without_overlap_nothing_is_granted_until_the_learner_waits(in_turns: Desk) -> None:
@@ -74,10 +65,7 @@ def test_without_overlap_a_round_that_yields_too_little_is_followed_by_another(
     [leases] = leases_in(in_turns.say("learner", m.TakeBatch(policy_version=0, num_groups=2)))
     first, second = leases.lease_ids
     assert leases_in(in_turns.say(ACTOR, make_group(first, leases.prompt_ids[0]))) == []
-    failed = m.LeaseFailed(
-        lease_id=second, reason="verifier: x", num_completions=0, num_tokens=0, counts=ActorCounts()
-    )
-    [again] = leases_in(in_turns.say(ACTOR, failed))
+    [again] = leases_in(in_turns.say(ACTOR, failed(second, "verifier: x")))
     assert len(again.lease_ids) == 1
     answers = in_turns.say(ACTOR, make_group(again.lease_ids[0], again.prompt_ids[0]))
     assert kinds(answers) == ["Ack", "BatchGroup", "BatchGroup", "BatchReady"]
@@ -131,41 +119,30 @@ def test_a_gate_that_lets_enough_pass_does_not_starve(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def evaluated(tmp_path: Path) -> Callable[[float], list[tuple[str, m.Message]]]:
+def at_target(tmp_path: Path) -> Callable[[float], list[tuple[str, m.Message]]]:
     """What the service says when its first evaluation (one prompt, passed) meets this target."""
 
-    def answers(target: float, num_passed: int = 1) -> list[tuple[str, m.Message]]:
+    def answers(target: float) -> list[tuple[str, m.Message]]:
         desk = Desk(tmp_path, run={"stop_at_accuracy": target})
         desk.hello("learner", 0)
         desk.hello(ACTOR, 1)
         leases = desk.lease(1)
-        return desk.say(
-            ACTOR,
-            m.Evaluated(
-                lease_id=leases.lease_ids[0],
-                num_passed=num_passed,
-                num_completions=2,
-                num_tokens=2,
-                oldest_version=0,
-                newest_version=0,
-                counts=ActorCounts(),
-            ),
-        )
+        return desk.say(ACTOR, evaluated(leases.lease_ids[0], num_completions=2))
 
     return answers
 
 
 def test_an_accuracy_that_reaches_the_target_is_told_to_the_learner(
-    evaluated: Callable[[float], list[tuple[str, m.Message]]],
+    at_target: Callable[[float], list[tuple[str, m.Message]]],
 ) -> None:
-    told = [message for peer, message in evaluated(0.5) if peer == "learner"]
+    told = [message for peer, message in at_target(0.5) if peer == "learner"]
     assert told == [m.TargetReached(accuracy=0.5, policy_version=0)]
 
 
 def test_an_accuracy_under_the_target_is_not(
-    evaluated: Callable[[float], list[tuple[str, m.Message]]],
+    at_target: Callable[[float], list[tuple[str, m.Message]]],
 ) -> None:
-    assert "TargetReached" not in kinds(evaluated(0.51))
+    assert "TargetReached" not in kinds(at_target(0.51))
 
 
 def test_more_passes_than_completions_are_refused(tmp_path: Path) -> None:

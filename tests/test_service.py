@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from buffer_fixtures import make_group
-from service_desk import Desk, kinds, trained
+from service_desk import Desk, evaluated, failed, kinds, screened_out, trained
 
 from speed_async.types import ActorCounts, GroupEnd
 from speed_async.wire import messages as m
@@ -27,15 +27,7 @@ def test_evaluation_of_the_start_goes_before_any_training_batch(desk: Desk) -> N
         assert "BatchReady" not in kinds(desk.say("actor-1.0", make_group(lease_id, prompt_id)))
     answers = desk.say(
         "actor-1.0",
-        m.Evaluated(
-            lease_id=first.lease_ids[0],
-            num_passed=1,
-            num_completions=1,
-            num_tokens=1,
-            oldest_version=0,
-            newest_version=0,
-            counts=ActorCounts(),
-        ),
+        evaluated(first.lease_ids[0]),
     )
     assert kinds(answers) == ["Ack", "BatchGroup", "BatchGroup", "BatchReady"]
 
@@ -49,13 +41,7 @@ def test_credits_are_charged_at_the_grant_and_refunded_when_the_group_ends(desk:
     # yield to 8 of 17, so 4 * 17 / 8 = 8.5 leases may run: one more.
     answers = desk.say(
         "actor-1.0",
-        m.ScreenedOut(
-            lease_id=leases.lease_ids[0],
-            num_passed=0,
-            num_completions=2,
-            num_tokens=6,
-            counts=ActorCounts(),
-        ),
+        screened_out(leases.lease_ids[0]),
     )
     [refill] = [message for _, message in answers if isinstance(message, m.Leases)]
     assert len(refill.lease_ids) == 1
@@ -292,13 +278,7 @@ def test_a_prompt_that_fails_waits_for_its_next_epoch(desk: Desk) -> None:
         seen += leases.prompt_ids
         desk.say(
             "actor-1.0",
-            m.LeaseFailed(
-                lease_id=leases.lease_ids[0],
-                reason="verifier: raised",
-                num_completions=0,
-                num_tokens=0,
-                counts=ActorCounts(),
-            ),
+            failed(leases.lease_ids[0], "verifier: raised"),
         )
     assert len(set(seen)) == 99
 
@@ -311,25 +291,11 @@ def test_a_held_out_prompt_that_fails_counts_as_not_passed(tmp_path: Path) -> No
     assert leases.kind == "evaluation"
     desk.say(
         "actor-1.0",
-        m.LeaseFailed(
-            lease_id=leases.lease_ids[0],
-            reason="prompt: too long",
-            num_completions=0,
-            num_tokens=0,
-            counts=ActorCounts(),
-        ),
+        failed(leases.lease_ids[0], "prompt: too long"),
     )
     desk.say(
         "actor-1.0",
-        m.Evaluated(
-            lease_id=leases.lease_ids[1],
-            num_passed=1,
-            num_completions=1,
-            num_tokens=1,
-            oldest_version=0,
-            newest_version=0,
-            counts=ActorCounts(),
-        ),
+        evaluated(leases.lease_ids[1]),
     )
     [done] = [event for event in desk.service.events if event.kind == "evaluation"]
     assert (done.values["num_passed"], done.values["num_completions"]) == (1, 2)
@@ -390,13 +356,7 @@ def test_a_batch_that_does_not_come_ends_the_run_with_the_reason(desk: Desk) -> 
     desk.say("learner", m.TakeBatch(policy_version=0, num_groups=2))
     desk.say(
         "actor-1.0",
-        m.ScreenedOut(
-            lease_id=leases.lease_ids[0],
-            num_passed=0,
-            num_completions=2,
-            num_tokens=6,
-            counts=ActorCounts(),
-        ),
+        screened_out(leases.lease_ids[0]),
     )
     desk.wait(desk.config.cluster.peer_timeout_s - 1)
     desk.say("actor-1.0", m.WantWork(num_prompts=0, counts=ActorCounts()))

@@ -9,7 +9,7 @@ and nothing is being generated. What a round yields beyond the batch is kept for
 
 import math
 
-from speed_async.buffer.lifecycle import MIN_PRICE, Lifecycle
+from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.priority import BufferedGroup
 from speed_async.buffer.statistics import RunStatistics
 from speed_async.config.schema import Config
@@ -60,8 +60,7 @@ class Batches:
     def _round_of(self, missing: int) -> int:
         if self._config.gate.mode == "off":
             return missing
-        expected = max(self._statistics.expected_yield, MIN_PRICE)
-        return math.ceil(missing * ROUND_MARGIN / expected)
+        return math.ceil(missing * ROUND_MARGIN / self._lifecycle.lease_price)
 
     def answer(
         self, now_s: float, *, evaluating: bool

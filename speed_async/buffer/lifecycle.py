@@ -92,13 +92,18 @@ class Lifecycle:
         for each version of the staleness window is under way whatever the gate refuses, and no
         more.
         """
-        price = 1.0
-        if self._config.gate.mode != "off":
-            price = max(self._statistics.expected_yield, MIN_PRICE)
         num_leased = self.leases.num_training
         continuing = min(self.ledger.groups_continuing, num_leased)
         certain = len(self.buffer) + len(self.in_training) + continuing
-        return max(0, int((self._config.max_credits - certain) / price) - num_leased + continuing)
+        uncertain = int((self._config.max_credits - certain) / self.lease_price)
+        return max(0, uncertain - num_leased + continuing)
+
+    @property
+    def lease_price(self) -> float:
+        """Credits for a prompt under screening: the groups to expect of it."""
+        if self._config.gate.mode == "off":
+            return 1.0
+        return max(self._statistics.expected_yield, MIN_PRICE)
 
     def grant(self, holder: str, kind: LeaseKind, most: int) -> m.Leases | None:
         """Up to `most` new leases for an actor, or None when there is nothing to grant."""

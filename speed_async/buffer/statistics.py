@@ -1,6 +1,6 @@
 """What the service knows of the run's speed and health: counters, windows and shares."""
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from speed_async.buffer.priority import BufferedGroup
@@ -12,12 +12,6 @@ ACCEPTANCE_WINDOW = 256
 PRIOR_ACCEPTANCE = 0.5
 PRIOR_PROMPTS = 16
 """The acceptance expected before anything is known, and how many prompts that belief weighs."""
-LEARNER_PARTS = (
-    "waiting for groups",
-    "receiving the batch",
-    "training",
-    "publishing weights",
-)
 SHARE_WINDOW = 10
 """Updates in the running shares of the learner's time."""
 
@@ -36,6 +30,17 @@ class UpdateTimes:
     def total_s(self) -> float:
         return self.wait_s + self.train_s + self.sync_s
 
+    @property
+    def parts_s(self) -> dict[str, float]:
+        """The whole time, by what held the learner up."""
+        starved_s = min(self.starved_s, self.wait_s)
+        return {
+            "actor": starved_s,
+            "buffer": self.wait_s - starved_s,
+            "learner": self.train_s,
+            "sync": self.sync_s,
+        }
+
 
 class RunStatistics:
     def __init__(self, started_s: float) -> None:
@@ -53,8 +58,8 @@ class RunStatistics:
         self._recent_accepted = WindowedMean(num_values=ACCEPTANCE_WINDOW)
         self._recent_pass_rates = WindowedMean(num_values=ACCEPTANCE_WINDOW)
         self._recent_times: deque[UpdateTimes] = deque(maxlen=SHARE_WINDOW)
-        self.learner_times = dict.fromkeys(LEARNER_PARTS, 0.0)
-        """Seconds of the learner's whole training, by what they went into."""
+        self.learner_parts_s: Counter[str] = Counter()
+        """`UpdateTimes.parts_s` of all updates together."""
         self._staleness_sum = 0.0
         self._staleness_tokens = 0
 
@@ -89,11 +94,7 @@ class RunStatistics:
 
     def updated(self, times: UpdateTimes) -> None:
         self._recent_times.append(times)
-        starved_s = min(times.starved_s, times.wait_s)
-        self.learner_times["waiting for groups"] += starved_s
-        self.learner_times["receiving the batch"] += times.wait_s - starved_s
-        self.learner_times["training"] += times.train_s
-        self.learner_times["publishing weights"] += times.sync_s
+        self.learner_parts_s.update(times.parts_s)
 
     def evaluated(self, accuracy: float) -> None:
         if self.accuracy_first is None:
@@ -128,17 +129,11 @@ class RunStatistics:
 
     def shares(self) -> dict[str, float]:
         """Share of the learner's recent time held up by each part; they sum to 1."""
-        total = sum(times.total_s for times in self._recent_times)
-        if total <= 0:
-            return {}
-        starved = sum(min(times.starved_s, times.wait_s) for times in self._recent_times)
-        wait = sum(times.wait_s for times in self._recent_times)
-        return {
-            "actor": starved / total,
-            "buffer": (wait - starved) / total,
-            "learner": sum(times.train_s for times in self._recent_times) / total,
-            "sync": sum(times.sync_s for times in self._recent_times) / total,
-        }
+        parts_s: Counter[str] = Counter()
+        for times in self._recent_times:
+            parts_s.update(times.parts_s)
+        total_s = sum(parts_s.values())
+        return {name: part_s / total_s for name, part_s in parts_s.items()} if total_s > 0 else {}
 
     def bottleneck(self) -> str:
         shares = self.shares()

@@ -110,7 +110,18 @@ def summary_values(
         "staleness_mean": statistics.staleness_mean,
         "staleness_max": statistics.staleness_max,
         "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
-        "breakdown": {"learner": statistics.learner_times, "actors": _actor_times(service)},
+        "breakdown": {"learner": _learner_times(service), "actors": _actor_times(service)},
+    }
+
+
+def _learner_times(service: BufferService) -> dict[str, float]:
+    """Seconds of the learner's whole training, by what they went into."""
+    parts_s = service.statistics.learner_parts_s
+    return {
+        "waiting for groups": parts_s["actor"],
+        "receiving the batch": parts_s["buffer"],
+        "training": parts_s["learner"],
+        "publishing weights": parts_s["sync"],
     }
 
 
