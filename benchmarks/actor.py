@@ -1,9 +1,9 @@
 """A whole actor against the bare engine, in tokens per second, counted where they are sampled.
 
-actor   ActorLoop, Rollout, TorchEngine and VerifierPool in this process, linked over ZeroMQ to a
-        real buffer service; service, verifier and a stand-in learner are processes of their own.
+actor   ActorLoop, Rollout and VerifierPool in this process, its engine in another, linked over
+        ZeroMQ to a real buffer service; service, verifier and a stand-in learner are processes too.
         It screens, gates, continues, scores, packs and reports; nothing is broadcast.
-bare    another TorchEngine of the same settings in this process, given the requests that the
+bare    another engine process of the same settings, given the requests that the
         actor made, in the same order, by as many callers as the actor asks for (slots x 1.25),
         so its queue never runs dry. Results are dropped: no loop, verifier, messages or decoding.
 
@@ -31,11 +31,13 @@ from benchmarks.harness import QUICKSTART, report
 from benchmarks.stand_in_learner import learn_nothing
 from speed_async.actors.engine import GenerationRequest
 from speed_async.actors.loop import ActorLoop
+from speed_async.actors.model_folder import load_tokenizer
 from speed_async.actors.prompt_codec import PromptCodec
 from speed_async.actors.rollout import Rollout
-from speed_async.actors.torch_engine import TorchEngine
+from speed_async.actors.stepped_engine import SteppedEngine
 from speed_async.config.load import load_config, save_config
 from speed_async.config.schema import Config
+from speed_async.runtime.actor_role import start_engine
 from speed_async.runtime.event_loop import run
 from speed_async.runtime.processes import start_role
 from speed_async.runtime.run_folder import RunFolder
@@ -53,11 +55,11 @@ CALLERS_PER_SLOT = 2
 END_TIMEOUT_S = 60.0
 
 
-class RecordingEngine(TorchEngine):
+class RecordingEngine(SteppedEngine):
     """Keeps the requests it was given."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config.model, config.actors, seed=0)
+        super().__init__(start_engine(config, index=1, incarnation=0))
         self.recorded: list[GenerationRequest] = []
 
     async def generate(self, request: GenerationRequest) -> Sampled:
@@ -74,7 +76,7 @@ class Turn:
     """Requests running or waiting when the turn ended."""
 
 
-async def take_turn(engine: TorchEngine, duration_s: float) -> Turn:
+async def take_turn(engine: SteppedEngine, duration_s: float) -> Turn:
     """Let a paused engine run for a while, and pause it again."""
     before, began_s = engine.stats, time.perf_counter()
     await engine.resume()
@@ -114,7 +116,8 @@ async def acting(config: Config, engine: RecordingEngine) -> AsyncIterator[None]
     actors = config.actors
     make = partial(make_task, config.task)
     verifier = VerifierPool(make, actors.verifier_workers, actors.verifier_timeout_s)
-    codec = PromptCodec(engine.loaded.tokenizer, chat_template=config.model.chat_template)
+    tokenizer = load_tokenizer(Path(config.model.path))
+    codec = PromptCodec(tokenizer, chat_template=config.model.chat_template)
     async with verifier:
         rollout = Rollout(config, engine, verifier, codec)
         loop = ActorLoop(
@@ -141,7 +144,7 @@ async def acting(config: Config, engine: RecordingEngine) -> AsyncIterator[None]
 
 @asynccontextmanager
 async def replaying(
-    engine: TorchEngine, recorded: list[GenerationRequest], num_callers: int
+    engine: SteppedEngine, recorded: list[GenerationRequest], num_callers: int
 ) -> AsyncIterator[None]:
     """`num_callers` callers that ask `engine` for the recorded requests, over and over."""
 
@@ -165,8 +168,9 @@ async def replaying(
             await asyncio.gather(*callers)
 
 
-async def compare(config: Config, num_repeats: int, turn_s: float) -> list[dict[str, object]]:
-    engines = {"actor": RecordingEngine(config), "bare": RecordingEngine(config)}
+async def compare(
+    config: Config, engines: dict[str, RecordingEngine], num_repeats: int, turn_s: float
+) -> list[dict[str, object]]:
     actor, bare = engines["actor"], engines["bare"]
     num_callers = CALLERS_PER_SLOT * config.actors.slots
     turns: dict[str, list[Turn]] = {name: [] for name in engines}
@@ -210,7 +214,8 @@ def main() -> None:
         # A short first evaluation: training leases start after it.
         fixed = ["--run.folder", folder, "--task.num_held_out", "16"]
         config = load_config(arguments.config, [*overrides, *fixed])
-        rows = run(compare(config, arguments.repeats, arguments.turn_s))
+        engines = {name: RecordingEngine(config) for name in ("actor", "bare")}  # before the loop
+        rows = run(compare(config, engines, arguments.repeats, arguments.turn_s))
     title = (
         "Tokens/s of a whole actor (loop, rollout, verifier, ZeroMQ to a buffer service) and of "
         "the bare engine replaying its requests with as many callers, in turns in one process, "

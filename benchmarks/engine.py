@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import report
 from speed_async.actors.engine import GenerationRequest
+from speed_async.actors.engine_worker import ThreadWorker
 from speed_async.actors.stepped_engine import SteppedEngine
 from speed_async.actors.torch_generator import TorchGenerator
 
@@ -107,7 +108,7 @@ def by_engine(generator: TorchGenerator, requests: list[GenerationRequest]) -> i
     """Through the asynchronous shell, one task a request."""
 
     async def run() -> int:
-        async with SteppedEngine(lambda: generator) as engine:
+        async with SteppedEngine(ThreadWorker(lambda: generator)) as engine:
             results = await asyncio.gather(*(engine.generate(request) for request in requests))
         return sum(sampled.num_tokens for sampled in results)
 

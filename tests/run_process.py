@@ -98,11 +98,15 @@ class Run:
         return found
 
     def child(self, role: str) -> int:
-        """Process id of a role's child."""
-        [found] = [
-            pid for pid, command in self.processes().items() if f"runtime.child {role}" in command
-        ]
-        return found
+        """Process id of a role's child; the `engine` is a child of the actor's."""
+        mark = "runtime.child " + ("actor" if role == "engine" else role)
+        found = [pid for pid, command in self.processes().items() if mark in command]
+        [child] = [pid for pid in found if (parent_of(pid) in found) == (role == "engine")]
+        return child
+
+
+def parent_of(process_id: int) -> int:
+    return int(Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def write_config(folder: Path, text: str = SMALL, model: Path = MODEL) -> Path:

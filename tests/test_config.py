@@ -173,7 +173,14 @@ def test_the_group_is_of_one_size_whatever_the_gate_looks_at(config_file: Path) 
     [
         (["--gate.n_init", "1", "--gate.n_cont", "0"], "gate.n_cont", "set n_init + n_cont to 2"),
         (["--gate.n_cont", "0"], "gate.n_cont", "gate.mode = 'filter'"),
-        (["--objective.correction", "decoupled_recomputed"], "objective.correction", "ppo_clip"),
+        (
+            [
+                *("--objective.correction", "decoupled_recomputed"),
+                *("--objective.policy_loss", "policy_gradient"),
+            ],
+            "objective.correction",
+            "ppo_clip",
+        ),
         (
             ["--objective.correction", "token_mask", "--objective.min_ratio", "3.0"],
             "objective.min_ratio",

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from engine_contract import gathered, request, start_all
 from tiny_models import CONTEXT_LENGTH, EOS_TOKEN_ID, FAMILIES, save_tiny_folder, save_tokenizer
 
+from speed_async.actors.engine_worker import ThreadWorker
 from speed_async.actors.model_folder import load_model_folder
-from speed_async.actors.torch_engine import TorchEngine
+from speed_async.actors.stepped_engine import SteppedEngine
+from speed_async.actors.torch_engine import load_torch_generator
 from speed_async.config.schema import ActorsConfig, ModelConfig
 from speed_async.errors import ModelError
 
@@ -21,10 +24,11 @@ def test_an_engine_starts_from_a_folder(tmp_path: Path, family: str, tied: bool)
 
     async def run() -> None:
         actors = ActorsConfig(slots=4, device="cpu")
-        async with TorchEngine(ModelConfig(path=str(tmp_path)), actors, seed=3) as engine:
+        make = partial(load_torch_generator, ModelConfig(path=str(tmp_path)), actors, seed=3)
+        async with SteppedEngine(ThreadWorker(make)) as engine:
             [sampled] = await gathered(start_all(engine, [request(8)]))
             assert sampled.num_tokens == 8 or sampled.finish_reason == "stop"
-            loaded = engine.loaded
+        loaded = load_model_folder(tmp_path, device="cpu")
         assert loaded.context_length == CONTEXT_LENGTH
         assert loaded.eos_token_ids == (EOS_TOKEN_ID,)
         assert next(loaded.model.parameters()).dtype == torch.float32
@@ -33,13 +37,8 @@ def test_an_engine_starts_from_a_folder(tmp_path: Path, family: str, tied: bool)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    async def run() -> None:
-        model = ModelConfig(path=str(tmp_path / "absent"))
-        with pytest.raises(ModelError, match=r"absent does not exist: set model\.path"):
-            async with TorchEngine(model, ActorsConfig(), seed=0):
-                pass
-
-    asyncio.run(run())
+    with pytest.raises(ModelError, match=r"absent does not exist: set model\.path"):
+        load_torch_generator(ModelConfig(path=str(tmp_path / "absent")), ActorsConfig(), seed=0)
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:

@@ -96,10 +96,11 @@ def test_sigterm_does_the_same(tmp_path: Path) -> None:
     assert run.processes() == {}
 
 
-def test_a_killed_actor_is_started_again_and_the_run_completes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["actor", "engine"])
+def test_a_killed_actor_is_started_again_and_the_run_completes(tmp_path: Path, victim: str) -> None:
     run = start_train(tmp_path, "--run.updates", "12", "--weights.deadline_s", "5")
     run.wait_for_steps(2)
-    os.kill(run.child("actor"), signal.SIGKILL)
+    os.kill(run.child(victim), signal.SIGKILL)
     status, _, err = run.finish()
     assert status == 0, err
     summary = run.summary()

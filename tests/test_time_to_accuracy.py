@@ -80,6 +80,15 @@ def test_the_rate_is_the_smallest_that_is_nearly_as_fast_as_the_fastest():
     assert best_lr([run_of(0.2, 0.3, lr=1e-4), run_of(0.2, 0.25, lr=2e-4)]) == 1e-4
 
 
+def test_a_rate_counts_only_when_every_tuning_seed_reached_the_target():
+    steady = [run_of(0.2, 0.4, 0.5, 0.6, lr=1e-4, seed=s) for s in (100, 101)]
+    fast = run_of(0.2, 0.6, lr=2e-4, seed=100)
+    collapsed = run_of(0.2, 0.01, lr=2e-4, seed=101)
+    assert best_lr([*steady, fast, collapsed]) == 1e-4
+    # Means over seeds are compared: 10 updates against 5 and 7.
+    assert best_lr([*steady, fast, run_of(0.2, 0.5, 0.7, lr=2e-4, seed=101)]) == 2e-4
+
+
 def test_a_run_survives_its_line_in_the_results_file():
     run = run_of(0.2, 0.4)
     assert Run.from_json(run.to_json()) == run

@@ -16,7 +16,9 @@ from tiny_models import (
     tiny_model,
 )
 
+from speed_async.actors import slot_model
 from speed_async.actors.engine import GenerationRequest
+from speed_async.actors.engine_worker import ThreadWorker
 from speed_async.actors.sampling import keep_nucleus, sample
 from speed_async.actors.stepped_engine import SteppedEngine
 from speed_async.actors.torch_generator import TorchGenerator
@@ -65,7 +67,7 @@ def generator(model: Any, *, num_slots: int = 2, eos: Sequence[int] = (), **more
 
 def start() -> SteppedEngine:
     model = tiny_model("llama", tied=True)
-    return SteppedEngine(lambda: generator(model, receiver=MemoryReceiver(model)))
+    return SteppedEngine(ThreadWorker(lambda: generator(model, receiver=MemoryReceiver(model))))
 
 
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
@@ -166,6 +168,66 @@ def test_an_update_in_flight_switches_logprobs_to_the_new_weights(family: str, t
     assert num_split >= 4
 
 
+def logprobs_over_old_keys(old: Any, new: Any, one: GenerationRequest, sampled: Sampled, version):
+    """log mu (T,) where the new weights take over in mid-sequence, over the old ones' cache."""
+    tokens = torch.from_numpy(np.concatenate([one.prompt_token_ids, sampled.token_ids])).long()
+    num_prompt = len(one.prompt_token_ids)
+    num_old = num_prompt + int((sampled.policy_versions != version).sum())
+    with torch.no_grad():
+        # The newest token's keys are computed by the step that it is fed to: a new one's.
+        first = old(tokens[None, : num_old - 1], use_cache=True)
+        rest = new(tokens[None, num_old - 1 :], past_key_values=first.past_key_values)
+    logits = torch.cat([first.logits[0], rest.logits[0]])
+    logprobs = torch.log_softmax(logits[num_prompt - 1 : -1], -1)
+    return logprobs.gather(1, tokens[num_prompt:, None])[:, 0]
+
+
+def test_kept_sequences_go_on_over_the_keys_they_have() -> None:
+    old, new = tiny_model("llama", tied=True), tiny_model("llama", tied=True, seed=1)
+    core = generator(
+        tiny_model("llama", tied=True),
+        num_slots=6,
+        receiver=MemoryReceiver(new),
+        recompute_at_update=False,
+    )
+    requests = mixed_requests(6)
+    for key, one in enumerate(requests):
+        core.submit(key, one)
+    finished = {each.key: each.sampled for _ in range(6) for each in core.step()}
+    core.load_weights(offer(5))
+    # Twins of all that runs enter now, and must not copy a prompt of the old version.
+    requests += requests
+    for key, one in enumerate(requests[6:], start=6):
+        core.submit(key, one)
+    finished.update(run_to_end(core))
+    num_split = 0
+    for key, one in enumerate(requests):
+        versions = finished[key].policy_versions
+        split = 0 < (versions == 5).sum() < len(versions)
+        num_split += split
+        expected = (
+            logprobs_over_old_keys(old, new, one, finished[key], 5)
+            if split
+            else forced_logprobs(new if versions[0] == 5 else old, one, finished[key])
+        )
+        np.testing.assert_allclose(finished[key].logprobs, expected, atol=1e-4, rtol=0)
+    assert num_split >= 4
+
+
+def test_an_update_recomputes_rows_of_all_blocks_in_one_pass(monkeypatch) -> None:
+    monkeypatch.setitem(slot_model.PREFILL_TOKENS, "cpu", 16384)
+    model = tiny_model("llama", tied=True)
+    core = generator(model, num_slots=40, receiver=MemoryReceiver(model))
+    for key, one in enumerate(mixed_requests(40)):
+        core.submit(key, one)
+    core.step()
+    assert core.stats().num_running > 2 * 16, "blocks are of 16 rows"
+    passes: list[int] = []
+    model.base_model.register_forward_hook(lambda *_: passes.append(1))
+    core.load_weights(offer(1))
+    assert len(passes) == 1
+
+
 def test_a_row_that_joins_beside_its_twin_copies_the_prompt() -> None:
     model = tiny_model("llama", tied=True)
     core = generator(model, num_slots=4)
@@ -256,7 +318,9 @@ def test_an_update_that_breaks_off_halfway_ends_the_engine() -> None:
     async def run() -> None:
         model = tiny_model("llama", tied=True)
         receiver = MemoryReceiver(model, stop_after=2)
-        async with SteppedEngine(lambda: generator(model, receiver=receiver)) as engine:
+        async with SteppedEngine(
+            ThreadWorker(lambda: generator(model, receiver=receiver))
+        ) as engine:
             [task] = start_all(engine, [request(90)])
             await until(engine, lambda: engine.stats.num_running == 1)
             with pytest.raises(WeightSyncError, match="went away"):
@@ -273,7 +337,9 @@ def test_an_update_that_fails_before_any_byte_leaves_the_old_version() -> None:
     async def run() -> None:
         model = tiny_model("llama", tied=True)
         receiver = MemoryReceiver(model, stop_after=0)
-        async with SteppedEngine(lambda: generator(model, receiver=receiver)) as engine:
+        async with SteppedEngine(
+            ThreadWorker(lambda: generator(model, receiver=receiver))
+        ) as engine:
             [task] = start_all(engine, [request(40)])
             with pytest.raises(WeightSyncError, match="went away"):
                 await engine.update_weights(offer(1))

@@ -72,7 +72,10 @@ def test_the_gradient_is_that_of_the_dense_definition(
 ):
     trainer = make_trainer(
         tmp_path, seed=seed, temperature=0.8, micro_batch_tokens=micro_batch_tokens,
-        grad_clip=UNLIMITED, objective=ObjectiveConfig(max_ratio=1.5),
+        grad_clip=UNLIMITED,
+        objective=ObjectiveConfig(
+            policy_loss="policy_gradient", correction="token_tis", max_ratio=1.5
+        ),
     )  # fmt: skip
     groups = random_groups(seed)
     flat = make_group([1, 2], make_completion([3], 1.0), make_completion([4, 5], 1.0))
@@ -242,7 +245,7 @@ def test_the_choice_of_screening_samples_is_that_of_the_gradient(
 ):
     trainer = make_trainer(
         tmp_path, grad_clip=UNLIMITED, gate=GateConfig(n_init=3, n_cont=2),
-        objective=ObjectiveConfig(screening_samples=choice, correction="none"),
+        objective=ObjectiveConfig(screening_samples=choice, policy_loss="policy_gradient"),
     )  # fmt: skip
     sampled = [[2, 3], [4], [5, 6], [7], [8, 9]]
     group = make_group(

@@ -63,9 +63,10 @@ class Engine(Protocol):
     async def update_weights(self, offer: WeightOffer) -> UpdateReport:
         """Receive and load the offered version between two decode steps.
 
-        Running sequences go on; their next tokens are sampled under the new version from a
-        KV cache recomputed under it. Raises WeightSyncError or DeadlineExceeded; the engine
-        then still holds a whole, known version or is unusable and says so on the next call.
+        Running sequences go on; their next tokens are sampled under the new version, over the
+        keys and values they have or over new ones (`actors.running_at_update`). Raises
+        WeightSyncError or DeadlineExceeded; the engine then still holds a whole, known version or
+        is unusable and says so on the next call.
         """
         ...
 

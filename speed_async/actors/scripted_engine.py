@@ -7,6 +7,7 @@ import numpy as np
 
 from speed_async.actors.admission import WaitingLine, sequence_limit
 from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateReport
+from speed_async.actors.engine_worker import ThreadWorker
 from speed_async.actors.stepped_engine import SteppedEngine
 from speed_async.actors.stepper import Finished
 from speed_async.types import FinishReason, Sampled, WeightOffer
@@ -141,11 +142,12 @@ class ScriptedEngine(SteppedEngine):
         context_length: int = 1024,
         receive: Callable[[WeightOffer], float] = lambda offer: 0.0,
     ) -> None:
-        super().__init__(
-            lambda: ScriptedStepper(
+        def make_stepper() -> ScriptedStepper:
+            return ScriptedStepper(
                 script, num_slots=num_slots, context_length=context_length, receive=receive
             )
-        )
+
+        super().__init__(ThreadWorker(make_stepper))
         self.requests: list[GenerationRequest] = []
         self.offers: list[WeightOffer] = []
         self.pauses: list[bool] = []

@@ -32,6 +32,22 @@ class Span:
     """Where the block begins, in vectors of one head."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Writes:
+    """Where the states of one forward pass go, the same in every layer."""
+
+    destinations: Tensor
+    """(vectors written,) into a store."""
+    sources: Tensor | None
+    """(vectors written,) out of the states, row by head by position; None: all of them."""
+
+    def copy(self, states: Tensor, store_VD: Tensor) -> None:
+        vectors = states.reshape(-1, store_VD.shape[1])
+        if self.sources is not None:
+            vectors = vectors.index_select(0, self.sources)
+        store_VD.index_copy_(0, self.destinations, vectors)
+
+
 class SlotCache(Cache):
     """Keys and values, one preallocated (V, D) pair for each layer.
 
@@ -51,8 +67,9 @@ class SlotCache(Cache):
         self._num_heads: dict[int, int] = {}  # layer -> H
         self._rows: Int64Array = np.zeros(0, np.int64)
         self._positions: Int64Array = np.zeros((0, 0), np.int64)
-        self._is_decoding = False
-        self._write_index: dict[int, Tensor] = {}  # heads -> (rows * heads * positions,)
+        self._lengths: Int64Array | None = None
+        """Of the rows in a prefill; None in a decode step."""
+        self._writes: dict[int, _Writes] = {}  # by number of heads
 
     def reserve(self, length: int) -> None:
         """Make room for sequences of `length` positions; keeps what is stored."""
@@ -96,17 +113,18 @@ class SlotCache(Cache):
                 values = store.index_select(0, self._index(sources, positions, heads, store))
                 store.index_copy_(0, self._index(destinations, positions, heads, store), values)
 
-    def begin_prefill(self, rows: Int64Array, num_positions: int) -> None:
-        """The next forward pass writes positions 0..P-1 of these rows (U,)."""
-        self._is_decoding = False
+    def begin_prefill(self, rows: Int64Array, lengths: Int64Array) -> None:
+        """The next forward pass is P = max(lengths) wide; of each of these rows (U,) only its
+        first `lengths[i]` positions are written, so padding needs no room."""
+        num_positions = int(lengths.max())
         self._begin(rows, np.broadcast_to(np.arange(num_positions), (len(rows), num_positions)))
+        self._lengths = lengths
 
     def begin_decode(self, positions: Int64Array) -> list[Span]:
         """The next forward pass writes one position for each of the first N rows.
 
         Returns the blocks it attends over.
         """
-        self._is_decoding = True
         num_rows = len(positions)
         self._begin(np.arange(num_rows), positions[:, None])
         return [
@@ -132,13 +150,12 @@ class SlotCache(Cache):
             self._pairs[layer_idx] = (self._new_store(key_states), self._new_store(value_states))
         keys, values = self._pairs[layer_idx]
         num_heads = key_states.shape[1]
-        index = self._write_index.get(num_heads)
-        if index is None:
-            index = self._index(self._rows, self._positions, num_heads, keys)
-            self._write_index[num_heads] = index
-        keys.index_copy_(0, index, key_states.reshape(-1, keys.shape[1]))
-        values.index_copy_(0, index, value_states.reshape(-1, values.shape[1]))
-        if not self._is_decoding:
+        writes = self._writes.get(num_heads)
+        if writes is None:
+            writes = self._writes[num_heads] = self._plan_writes(num_heads, keys)
+        writes.copy(key_states, keys)
+        writes.copy(value_states, values)
+        if self._lengths is not None:
             return key_states, value_states
         return self._attended(keys, num_heads), self._attended(values, num_heads)
 
@@ -147,8 +164,18 @@ class SlotCache(Cache):
         return 0
 
     def _begin(self, rows: Int64Array, positions: Int64Array) -> None:
-        self._rows, self._positions = rows, positions
-        self._write_index.clear()
+        self._rows, self._positions, self._lengths = rows, positions, None
+        self._writes.clear()
+
+    def _plan_writes(self, num_heads: int, store_VD: Tensor) -> "_Writes":
+        destinations = self._index(self._rows, self._positions, num_heads, store_VD)
+        if self._lengths is None or (self._lengths == self._lengths[0]).all():
+            return _Writes(destinations=destinations, sources=None)
+        in_row = (self._positions < self._lengths[:, None])[:, None, :]
+        shape = (len(self._rows), num_heads, self._positions.shape[1])
+        sources = np.flatnonzero(np.broadcast_to(in_row, shape))
+        sources = torch.from_numpy(sources).to(store_VD.device)
+        return _Writes(destinations=destinations[sources], sources=sources)
 
     def _attended(self, store_VD: Tensor, num_heads: int) -> Tensor:
         if self._num_blocks > 1:

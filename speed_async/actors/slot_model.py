@@ -18,8 +18,9 @@ from speed_async.errors import WeightSyncError
 from speed_async.types import Int32Array, WeightOffer
 from speed_async.weights.channel import NamedTensor, WeightReceiver
 
-PREFILL_TOKENS = 16384
-"""Padded tokens in one prefill pass; bounds its activations."""
+PREFILL_TOKENS = {"cpu": 512, "cuda": 16384}
+"""Padded tokens in one prefill pass. On a GPU it bounds the activations; a CPU is fastest while
+they stay in its cache."""
 
 
 class SlotModel:
@@ -60,8 +61,9 @@ class SlotModel:
 
     def prefill(self, rows: Int64Array, tokens: Int32Array, lengths: Int64Array) -> None:
         """Cache the first `lengths[i]` (U,) of `tokens[rows[i]]` (S, C) for each of `rows` (U,)."""
-        for chunk, num_positions in prefill_chunks(rows, lengths, self._cache.block):
-            tokens_UP = tokens[chunk, :num_positions].astype(np.int64)
+        for part in prefill_parts(lengths, PREFILL_TOKENS[self._device.type]):
+            num_positions = int(lengths[part].max())
+            tokens_UP = tokens[rows[part], :num_positions].astype(np.int64)
             positions_1P = torch.arange(num_positions, device=self._device)[None]
             # Rows shorter than P carry junk behind their end: causal, so nobody sees it.
             mask_11PP = torch.full(
@@ -70,10 +72,10 @@ class SlotModel:
                 dtype=self._dtype,
                 device=self._device,
             ).triu_(1)
-            self._cache.begin_prefill(chunk, num_positions)
+            self._cache.begin_prefill(rows[part], lengths[part])
             self._model.base_model(  # the body alone: no logits are wanted here
                 input_ids=self.to_device(tokens_UP),
-                position_ids=positions_1P.expand(len(chunk), -1),
+                position_ids=positions_1P.expand(len(part), -1),
                 attention_mask=mask_11PP,
                 past_key_values=self._cache,
                 use_cache=True,
@@ -126,20 +128,14 @@ class SlotModel:
         return report.transfer_s
 
 
-def prefill_chunks(
-    rows: Int64Array, lengths: Int64Array, block: int
-) -> Iterator[tuple[Int64Array, int]]:
-    """Split rows with anything to prefill into passes of at most PREFILL_TOKENS padded tokens.
-
-    Yields rows (U,) of one block and the longest of their lengths (padding must not reach beyond
-    the block's capacity).
-    """
-    order = np.lexsort((lengths, rows // block))
+def prefill_parts(lengths: Int64Array, max_tokens: int) -> Iterator[Int64Array]:
+    """Split rows with anything to prefill (lengths (U,) > 0) into passes of at most `max_tokens`
+    padded tokens, rows of like length together; yields indices into `lengths`."""
+    order = np.argsort(lengths, kind="stable")
     order = order[lengths[order] > 0]
     while len(order):
-        same_block = int(np.argmin(np.append(rows[order] // block, -1) == rows[order[0]] // block))
         # Ascending lengths: the last row of a pass sets its width.
-        num_padded = lengths[order[:same_block]] * np.arange(1, same_block + 1)
-        count = max(1, int(np.searchsorted(num_padded, PREFILL_TOKENS, side="right")))
-        yield rows[order[:count]], int(lengths[order[count - 1]])
+        num_padded = lengths[order] * np.arange(1, len(order) + 1)
+        count = max(1, int(np.searchsorted(num_padded, max_tokens, side="right")))
+        yield order[:count]
         order = order[count:]

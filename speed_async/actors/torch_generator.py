@@ -41,6 +41,7 @@ class TorchGenerator:
         random: torch.Generator,
         receiver: WeightReceiver | None = None,
         policy_version: int = 0,
+        recompute_at_update: bool = True,
     ) -> None:
         self.context_length = context_length
         self._model = SlotModel(model, num_slots)
@@ -48,6 +49,7 @@ class TorchGenerator:
         self._random = random
         self._receiver = receiver
         self._policy_version = policy_version
+        self._recompute_at_update = recompute_at_update
         self._waiting = WaitingLine()
         self._price = AdmissionPrice()
         self._table = SlotTable(num_slots)
@@ -125,7 +127,8 @@ class TorchGenerator:
             raise WeightSyncError("this engine was made without a weight receiver")
         transfer_s = self._model.load(offer, self._receiver)
         self._policy_version = offer.policy_version
-        self._prefill(np.flatnonzero(self._table.active))
+        if self._recompute_at_update:
+            self._prefill(np.flatnonzero(self._table.active))
         return transfer_s
 
     # --- joining ------------------------------------------------------------------------------
@@ -136,8 +139,7 @@ class TorchGenerator:
         self._table.reserve(max(limits))
         self._model.reserve(max(limits))
         self._close_gaps()
-        # A row that already holds this prompt serves as its prefill: its prompt positions were
-        # computed under the present weights (updates recompute every running row).
+        # A row that holds this prompt, computed under the present weights, serves as its prefill.
         holders = self._prompts_held()
         prefilled: list[int] = []
         copies: list[tuple[int, int]] = []
@@ -159,10 +161,11 @@ class TorchGenerator:
 
     def _prompts_held(self) -> dict[bytes, int]:
         table = self._table
-        return {
-            table.tokens[row, : table.num_prompt[row]].tobytes(): row
-            for row in np.flatnonzero(table.active).tolist()
-        }
+        rows = np.flatnonzero(table.active)
+        if not self._recompute_at_update:  # a row's prompt is of the version of its first token
+            first_versions = table.versions[rows, table.num_prompt[rows]]
+            rows = rows[first_versions == self._policy_version]
+        return {table.tokens[row, : table.num_prompt[row]].tobytes(): row for row in rows.tolist()}
 
     def _prefill(self, rows: Int64Array) -> None:
         """Cache all but the newest token of these rows."""

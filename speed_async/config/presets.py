@@ -1,8 +1,8 @@
 """What each `algorithm` stands for: parts of `gate` and `objective`; the resolved config has all.
 
 Every algorithm keeps the surplus of accepted groups for the next update, and every one may run
-asynchronously. `rloo` and what is built on it correct stale tokens by truncated importance
-sampling; the clipped losses take their ratio to the policy that sampled.
+asynchronously: the clipped losses take their ratio to the policy that sampled. On-policy, `rloo`
+is the plain policy gradient: with one update a batch, nothing is clipped.
 """
 
 from collections.abc import Mapping
@@ -12,13 +12,15 @@ Parts = dict[str, dict[str, Any]]
 
 RLOO = {
     "advantage": "rloo",
-    "policy_loss": "policy_gradient",
+    "policy_loss": "ppo_clip",
+    "clip_high": 0.28,
     "aggregation": "token_mean",
-    "correction": "token_tis",
+    "correction": "none",
 }
 GRPO = {
     "advantage": "grpo",
     "policy_loss": "ppo_clip",
+    "clip_high": 0.2,
     "aggregation": "sequence_mean",
     "correction": "none",
 }

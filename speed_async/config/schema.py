@@ -104,9 +104,11 @@ class ObjectiveConfig(Section):
     """What is maximised. `algorithm` sets these; a value given here goes before the preset's."""
 
     advantage: Literal["rloo", "grpo", "dr_grpo", "batch"] = "rloo"
-    policy_loss: Literal["policy_gradient", "ppo_clip", "cispo", "gspo"] = "policy_gradient"
+    policy_loss: Literal["policy_gradient", "ppo_clip", "cispo", "gspo"] = "ppo_clip"
+    """All but `policy_gradient` have a ratio to the policy that sampled; that one needs a
+    `correction` unless all data is of the newest policy."""
     clip_low: PositiveFloat = 0.2
-    clip_high: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.28
     """Ratios leave [1 - clip_low, 1 + clip_high] without gradient (cispo: are cut at the top)."""
     aggregation: Literal["token_mean", "sequence_mean", "prompt_mean", "fixed_length"] = (
         "token_mean"
@@ -122,7 +124,7 @@ class ObjectiveConfig(Section):
         "decoupled_recomputed",
         "decoupled_log_linear",
         "negative_sequence_mask",
-    ] = "token_tis"
+    ] = "none"
     """What is done about tokens sampled by an older policy mu (learner/corrections.py)."""
     min_ratio: Annotated[float, Field(ge=0)] = 0.5
     """Masks keep pi_theta / mu in [min_ratio, max_ratio]."""
@@ -147,6 +149,10 @@ class ActorsConfig(Section):
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: PositiveInt = 64
+    running_at_update: Literal["keep", "recompute"] = "keep"
+    """What becomes of running sequences when weights change. `keep`: they go on over the keys and
+    values they have. `recompute`: these are computed anew under the new weights. Either way mu is
+    recorded as sampled, so importance ratios are exact."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: PositiveInt = 1
     """Torch threads of one actor on a CPU."""

@@ -2,27 +2,43 @@
 
 import asyncio
 import contextlib
+import gc
+import importlib
 import os
 import signal
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
+from speed_async.actors.engine_process import ProcessWorker
 from speed_async.actors.loop import ActorLoop
-from speed_async.actors.model_folder import resolve_device
+from speed_async.actors.model_folder import check_model_folder, load_tokenizer
 from speed_async.actors.prompt_codec import PromptCodec
 from speed_async.actors.rollout import Rollout
-from speed_async.actors.torch_engine import TorchEngine
+from speed_async.actors.stepped_engine import SteppedEngine
+from speed_async.actors.torch_engine import load_torch_generator
 from speed_async.config.schema import Config
 from speed_async.errors import GivenUp, SpeedAsyncError, WeightSyncError
 from speed_async.runtime.failure import describe
 from speed_async.tasks.registry import make_task
 from speed_async.tasks.task import fingerprint
 from speed_async.tasks.verifier import VerifierPool
-from speed_async.weights.broadcast import TorchReceiver
 from speed_async.wire import messages as m
 from speed_async.wire.transport import Link
 from speed_async.wire.zeromq import open_link
+
+
+def start_engine(config: Config, *, index: int, incarnation: int) -> ProcessWorker:
+    """Fork the engine's process. To be called before there is an event loop or a thread."""
+    importlib.import_module("transformers.models.auto")  # once for both processes: it takes seconds
+    seeds = np.random.SeedSequence([config.run.seed, index, incarnation])
+    seed = int(seeds.generate_state(1)[0])
+    gc.freeze()  # full collections need not go through all that was imported: 170 ms each
+    return ProcessWorker(
+        partial(load_torch_generator, config.model, config.actors, seed=seed),
+        load_timeout_s=config.cluster.stall_timeout_s,
+    )
 
 
 async def run_actor(
@@ -32,12 +48,13 @@ async def run_actor(
     incarnation: int,
     host: str,
     port: int,
+    engine: ProcessWorker,
 ) -> None:
     """Work until the service drains this actor, or SIGTERM does."""
     name = f"actor-{index}"
     link = await open_link(host, port, f"{name}.{incarnation}")
     try:
-        await _work(config, name, index, incarnation, link)
+        await _work(config, name, index, incarnation, link, SteppedEngine(engine))
     except (GivenUp, WeightSyncError):
         raise  # the supervisor starts another incarnation: no matter for the other roles
     except Exception as error:  # the role's boundary: told to the others, then raised on
@@ -47,22 +64,19 @@ async def run_actor(
         await link.close()
 
 
-async def _work(config: Config, name: str, index: int, incarnation: int, link: Link) -> None:
+async def _work(
+    config: Config, name: str, index: int, incarnation: int, link: Link, engine: SteppedEngine
+) -> None:
     task = make_task(config.task)
     verifier = VerifierPool(
         partial(make_task, config.task),
         config.actors.verifier_workers,
         config.actors.verifier_timeout_s,
     )
-    seeds = np.random.SeedSequence([config.run.seed, index, incarnation])
-    engine = TorchEngine(
-        config.model,
-        config.actors,
-        seed=int(seeds.generate_state(1)[0]),
-        receiver=TorchReceiver(device=resolve_device(config.actors.device)),
-    )
+    folder = Path(config.model.path)
+    check_model_folder(folder)
+    codec = PromptCodec(load_tokenizer(folder), chat_template=config.model.chat_template)
     async with verifier, engine:
-        codec = PromptCodec(engine.loaded.tokenizer, chat_template=config.model.chat_template)
         loop = ActorLoop(
             config,
             name=name,

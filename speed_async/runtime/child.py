@@ -42,15 +42,11 @@ def _role(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
         from speed_async.runtime.service_role import run_service
 
         return run_service(config, Path(arguments.run_folder))
-    from speed_async.runtime.actor_role import run_actor
+    from speed_async.runtime.actor_role import run_actor, start_engine
 
-    return run_actor(
-        config,
-        index=arguments.index,
-        incarnation=arguments.incarnation,
-        host=arguments.host,
-        port=arguments.port,
-    )
+    who = {"index": arguments.index, "incarnation": arguments.incarnation}
+    engine = start_engine(config, **who)
+    return run_actor(config, **who, host=arguments.host, port=arguments.port, engine=engine)
 
 
 def _parse() -> argparse.Namespace:

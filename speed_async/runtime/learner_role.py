@@ -5,31 +5,24 @@ waits for  the service's ports, the service's messages (learner/loop.py), the ch
 
 import asyncio
 import contextlib
+import importlib
 import json
-import os
 import signal
 import sys
-
-import torch
+from typing import TYPE_CHECKING
 
 from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded, RoleError, SpeedAsyncError
-from speed_async.learner.loop import Finished, LearnerLoop
-from speed_async.learner.model import load_model, stored_dtype
-from speed_async.learner.parallel import SingleRank
-from speed_async.learner.trainer import Trainer
 from speed_async.observe.report import plot_accuracy, summary_text
 from speed_async.runtime.failure import describe, recorded
 from speed_async.runtime.processes import end_process, log_to, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
 from speed_async.runtime.run_folder import RunFolder, make_run_folder
-from speed_async.tasks.registry import make_task
-from speed_async.tasks.task import fingerprint
-from speed_async.weights.broadcast import TorchSender
-from speed_async.weights.process_group import choose_backend
 from speed_async.wire import messages as m
-from speed_async.wire.transport import Link
 from speed_async.wire.zeromq import open_link
+
+if TYPE_CHECKING:
+    from speed_async.learner.loop import Finished
 
 ROLE = "learner"
 CHILD_GRACE_S = 5.0
@@ -110,10 +103,12 @@ async def _train(
     folder: RunFolder,
     stop: asyncio.Event,
     watch: asyncio.Task[int],
-) -> Finished:
+) -> "Finished":
     """Train; a service that dies meanwhile ends it."""
+    # Seconds to import, while the actors, which wait for the service alone, do the same.
+    work = await asyncio.to_thread(importlib.import_module, "speed_async.runtime.learner_work")
     link = await open_link(address.host, address.port, ROLE)
-    training = asyncio.create_task(_learn(config, rank, link, folder, stop), name=ROLE)
+    training = asyncio.create_task(work.learn(config, rank, link, stop), name=ROLE)
     try:
         await asyncio.wait((training, watch), return_when=asyncio.FIRST_COMPLETED)
         if not training.done():
@@ -131,51 +126,7 @@ async def _train(
         await link.close()
 
 
-async def _learn(
-    config: Config, rank: Rank, link: Link, folder: RunFolder, stop: asyncio.Event
-) -> Finished:
-    torch.set_num_threads(config.learner.num_threads)
-    torch.manual_seed(config.run.seed)
-    task = make_task(config.task)
-    model = await asyncio.to_thread(load_model, config.model.path, device=config.learner.device)
-    trainer = Trainer(config=config, model=model, parallel=SingleRank())
-    device = next(model.parameters()).device
-    sender = TorchSender(
-        host=config.cluster.host,
-        bucket_bytes=config.weights.bucket_bytes,
-        device=device,
-        cast=stored_dtype(config.model.path) if device.type == "cuda" else None,
-        store_timeout_s=config.weights.deadline_s,
-    )
-    backend = choose_backend(
-        config.weights.backend,
-        device.type,
-        num_visible_gpus=torch.cuda.device_count(),
-        num_local_ranks=rank.local_world_size,
-    )
-    loop = LearnerLoop(
-        config,
-        link=link,
-        updates=trainer,
-        sender=sender,
-        backend=backend,
-        stop=stop,
-    )
-    try:
-        return await loop.run(
-            m.Hello(
-                role=ROLE,
-                index=rank.rank,
-                incarnation=rank.restart,
-                fingerprint=fingerprint(task),
-                process_id=os.getpid(),
-            )
-        )
-    finally:
-        sender.close()
-
-
-def _write_results(finished: Finished, folder: RunFolder, *, breakdown: bool) -> None:
+def _write_results(finished: "Finished", folder: RunFolder, *, breakdown: bool) -> None:
     summary = finished.service_fields | {
         "reason": finished.reason,
         "optimizer_updates": finished.optimizer_updates,

@@ -1,0 +1,67 @@
+"""The first learner rank's training: wires model, trainer, weights and link to the loop.
+
+Apart from learner_role.py, because what it imports takes seconds.
+"""
+
+import asyncio
+import gc
+import os
+
+import torch
+
+from speed_async.config.schema import Config
+from speed_async.learner.loop import Finished, LearnerLoop
+from speed_async.learner.model import load_model, stored_dtype
+from speed_async.learner.parallel import SingleRank
+from speed_async.learner.trainer import Trainer
+from speed_async.runtime.rendezvous import Rank
+from speed_async.tasks.registry import make_task
+from speed_async.tasks.task import fingerprint
+from speed_async.weights.broadcast import TorchSender
+from speed_async.weights.process_group import choose_backend
+from speed_async.wire import messages as m
+from speed_async.wire.transport import Link
+
+
+async def learn(config: Config, rank: Rank, link: Link, stop: asyncio.Event) -> Finished:
+    """Train to the end of the run, or until `stop` is set."""
+    torch.set_num_threads(config.learner.num_threads)
+    torch.manual_seed(config.run.seed)
+    task = make_task(config.task)
+    model = await asyncio.to_thread(load_model, config.model.path, device=config.learner.device)
+    trainer = Trainer(config=config, model=model, parallel=SingleRank())
+    device = next(model.parameters()).device
+    sender = TorchSender(
+        host=config.cluster.host,
+        bucket_bytes=config.weights.bucket_bytes,
+        device=device,
+        cast=stored_dtype(config.model.path) if device.type == "cuda" else None,
+        store_timeout_s=config.weights.deadline_s,
+    )
+    backend = choose_backend(
+        config.weights.backend,
+        device.type,
+        num_visible_gpus=torch.cuda.device_count(),
+        num_local_ranks=rank.local_world_size,
+    )
+    loop = LearnerLoop(
+        config,
+        link=link,
+        updates=trainer,
+        sender=sender,
+        backend=backend,
+        stop=stop,
+    )
+    gc.freeze()  # full collections need not go through all that was imported
+    try:
+        return await loop.run(
+            m.Hello(
+                role="learner",
+                index=rank.rank,
+                incarnation=rank.restart,
+                fingerprint=fingerprint(task),
+                process_id=os.getpid(),
+            )
+        )
+    finally:
+        sender.close()

@@ -1,0 +1,202 @@
+"""The engine in a process of its own: the whole contract, and what becomes of it when one dies."""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from engine_contract import CONTRACT, WAIT_S, gathered, offer, request, start_all, until
+
+from speed_async.actors.engine import EngineStats, UpdateReport
+from speed_async.actors.engine_core import Inbox, Pause, Resume, TurnResult, Update
+from speed_async.actors.engine_frames import pack_inbox, pack_result, unpack_inbox, unpack_result
+from speed_async.actors.engine_process import ProcessWorker
+from speed_async.actors.scripted_engine import ScriptedStepper
+from speed_async.actors.stepped_engine import SteppedEngine
+from speed_async.actors.stepper import Finished, Stepper
+from speed_async.errors import DeadlineExceeded, GivenUp, ModelError, SpeedAsyncError
+from speed_async.types import Sampled, WeightOffer
+
+CONTEXT_LENGTH = 96
+STEP_S = 0.01
+"""Long enough for the parent to see sequences run: the process does not wait for it."""
+
+
+class SlowStepper(ScriptedStepper):
+    def step(self) -> list[Finished]:
+        time.sleep(STEP_S)
+        return super().step()
+
+
+def slow_stepper(receive: Callable[[WeightOffer], float] = lambda _: 0.0) -> SlowStepper:
+    return SlowStepper(
+        lambda request, index: [9] * 200,
+        num_slots=2,
+        context_length=CONTEXT_LENGTH,
+        receive=receive,
+    )
+
+
+def start(make_stepper: Callable[[], Stepper] = slow_stepper) -> SteppedEngine:
+    return SteppedEngine(ProcessWorker(make_stepper, load_timeout_s=WAIT_S))
+
+
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
+def test_the_engine_process_keeps_the_contract(check) -> None:
+    asyncio.run(check(start))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_fails_every_caller_in_a_way_that_restarts_the_actor(how) -> None:
+    async def run() -> None:
+        worker = ProcessWorker(slow_stepper, load_timeout_s=WAIT_S)
+        async with SteppedEngine(worker) as engine:
+            [task] = start_all(engine, [request(90)])
+            await until(engine, lambda: engine.stats.num_running == 1)
+            assert worker.process.pid is not None
+            os.kill(worker.process.pid, how)
+            with pytest.raises(GivenUp, match=rf"engine process died \({how.name}\)"):
+                await gathered([task])
+            with pytest.raises(GivenUp, match="engine process died"):
+                await engine.update_weights(offer(1))
+
+    asyncio.run(run())
+
+
+def test_what_loading_raises_is_raised_by_entering() -> None:
+    def fail() -> Stepper:
+        raise ModelError("model folder nowhere does not exist: set model.path")
+
+    async def run() -> None:
+        with pytest.raises(ModelError, match="nowhere does not exist"):
+            async with start(fail):
+                pass
+
+    asyncio.run(run())
+
+
+def test_a_process_that_never_loads_is_given_up_at_its_deadline() -> None:
+    def hang() -> Stepper:
+        time.sleep(1000)
+        raise AssertionError
+
+    async def run() -> None:
+        worker = ProcessWorker(hang, load_timeout_s=0.2)
+        with pytest.raises(DeadlineExceeded, match="the engine process: loading the model"):
+            async with SteppedEngine(worker):
+                pass
+        assert not worker.process.is_alive()
+
+    asyncio.run(run())
+
+
+def test_a_fault_in_a_step_is_told_by_its_name(capfd) -> None:
+    class Faulty(SlowStepper):
+        def step(self) -> list[Finished]:
+            raise ZeroDivisionError("scripted")
+
+    def make() -> Stepper:
+        return Faulty(lambda *_: [1], num_slots=1, context_length=8, receive=lambda _: 0.0)
+
+    async def run() -> None:
+        async with start(make) as engine:
+            with pytest.raises(SpeedAsyncError, match="ZeroDivisionError: scripted"):
+                await gathered(start_all(engine, [request(2, num_prompt=3)]))
+
+    asyncio.run(run())
+    assert "Traceback" in capfd.readouterr().err, "the log shows where"
+
+
+def test_the_process_ends_when_its_actor_is_killed() -> None:
+    """Also in the middle of a turn, and without anybody waiting for it."""
+
+    def act(answer) -> None:
+        multiprocessing.current_process().daemon = False  # daemons may have no children
+
+        async def run() -> None:
+            worker = ProcessWorker(slow_stepper, load_timeout_s=WAIT_S)
+            async with SteppedEngine(worker) as engine:
+                start_all(engine, [request(90)])
+                await until(engine, lambda: engine.stats.num_running == 1)
+                answer.send(worker.process.pid)
+                await asyncio.sleep(WAIT_S)
+
+        asyncio.run(run())
+
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    actor = context.Process(target=act, args=(theirs,))
+    actor.start()
+    assert ours.poll(WAIT_S)
+    engine_id = ours.recv()
+    actor.kill()
+    actor.join(WAIT_S)
+    deadline_s = time.monotonic() + WAIT_S
+    while os.path.exists(f"/proc/{engine_id}") and not is_zombie(engine_id):
+        assert time.monotonic() < deadline_s, "the engine process outlived its actor"
+        time.sleep(0.01)
+
+
+def is_zombie(process_id: int) -> bool:
+    """Ended, but its new parent has not asked how."""
+    try:
+        with open(f"/proc/{process_id}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_frames_carry_inboxes_and_results_unchanged() -> None:
+    inbox = Inbox(
+        arrivals=[(3, request(5, priority=1)), (4, request(7))],
+        cancelled=[2],
+        commands=[Update(offer=offer(9)), Pause(abort=True), Resume()],
+    )
+    back = unpack_inbox(pack_inbox(inbox))
+    assert back.cancelled == [2] and back.commands == inbox.commands
+    for (key, sent), (key_back, came) in zip(inbox.arrivals, back.arrivals, strict=True):
+        assert key == key_back and came.prompt_token_ids.dtype == np.int32
+        assert came.prompt_token_ids.tolist() == sent.prompt_token_ids.tolist()
+        assert (came.max_new_tokens, came.priority) == (sent.max_new_tokens, sent.priority)
+
+    sampled = Sampled(
+        token_ids=np.array([1, 2], np.int32),
+        logprobs=np.array([-0.25, -1.5], np.float32),
+        policy_versions=np.array([4, 5], np.int32),
+        finish_reason="stop",
+    )
+    stats = EngineStats(
+        tokens_generated=9,
+        tokens_running=1,
+        num_running=1,
+        num_waiting=0,
+        num_slots=2,
+        policy_version=5,
+        steps=8,
+        sampling_s=0.5,
+        updating_s=0.25,
+    )
+    report = UpdateReport(policy_version=5, transfer_s=0.125, pause_s=0.25)
+    result = unpack_result(
+        pack_result(
+            TurnResult(
+                finished=[Finished(key=3, sampled=sampled)],
+                answers=[report, None, DeadlineExceeded("rank 0", "a bucket", 2.0)],
+                tokens_cancelled=6,
+                stats=stats,
+            )
+        )
+    )
+    assert result.stats == stats and result.tokens_cancelled == 6
+    assert result.answers[:2] == [report, None]
+    assert isinstance(result.answers[2], DeadlineExceeded)
+    assert str(result.answers[2]) == "waited 2.0 s for rank 0: a bucket"
+    [finished] = result.finished
+    assert finished.key == 3 and finished.sampled.finish_reason == "stop"
+    for name in ("token_ids", "logprobs", "policy_versions"):
+        came, sent = getattr(finished.sampled, name), getattr(sampled, name)
+        assert came.dtype == sent.dtype and came.tolist() == sent.tolist()
