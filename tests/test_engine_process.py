@@ -6,11 +6,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from engine_contract import CONTRACT, WAIT_S, gathered, offer, request, start_all, until
 
+from speed_async.actors import engine_process
 from speed_async.actors.engine import EngineStats, UpdateReport
 from speed_async.actors.engine_core import Inbox, Pause, Resume, TurnResult, Update
 from speed_async.actors.engine_frames import pack_inbox, pack_result, unpack_inbox, unpack_result
@@ -41,8 +43,12 @@ def slow_stepper(receive: Callable[[WeightOffer], float] = lambda _: 0.0) -> Slo
     )
 
 
+def forked(make_stepper: Callable[[], Stepper], load_timeout_s: float = WAIT_S) -> ProcessWorker:
+    return ProcessWorker(make_stepper, load_timeout_s=load_timeout_s, fork=True)
+
+
 def start(make_stepper: Callable[[], Stepper] = slow_stepper) -> SteppedEngine:
-    return SteppedEngine(ProcessWorker(make_stepper, load_timeout_s=WAIT_S))
+    return SteppedEngine(forked(make_stepper))
 
 
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
@@ -50,10 +56,37 @@ def test_the_engine_process_keeps_the_contract(check) -> None:
     asyncio.run(check(start))
 
 
+def test_a_spawned_process_does_the_same() -> None:
+    """What a machine with a GPU gets: nothing is shared, the factory travels."""
+
+    async def run() -> None:
+        worker = ProcessWorker(slow_stepper, load_timeout_s=WAIT_S, fork=False)
+        async with SteppedEngine(worker) as engine:
+            [sampled] = await gathered(start_all(engine, [request(7)]))
+        assert sampled.num_tokens == 7
+        assert not worker.process.is_alive()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("device", "has_gpu", "expected"),
+    [("auto", False, True), ("cpu", True, True), ("auto", True, False), ("cuda", True, False)],
+)
+def test_an_engine_that_may_use_cuda_is_not_forked(
+    monkeypatch, tmp_path: Path, device: str, has_gpu: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(engine_process.sys, "platform", "linux")
+    monkeypatch.setattr(
+        engine_process, "NVIDIA_DEVICE", tmp_path if has_gpu else tmp_path / "absent"
+    )
+    assert engine_process.may_fork(device) is expected
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_process_fails_every_caller_in_a_way_that_restarts_the_actor(how) -> None:
     async def run() -> None:
-        worker = ProcessWorker(slow_stepper, load_timeout_s=WAIT_S)
+        worker = forked(slow_stepper)
         async with SteppedEngine(worker) as engine:
             [task] = start_all(engine, [request(90)])
             await until(engine, lambda: engine.stats.num_running == 1)
@@ -85,7 +118,7 @@ def test_a_process_that_never_loads_is_given_up_at_its_deadline() -> None:
         raise AssertionError
 
     async def run() -> None:
-        worker = ProcessWorker(hang, load_timeout_s=0.2)
+        worker = forked(hang, load_timeout_s=0.2)
         with pytest.raises(DeadlineExceeded, match="the engine process: loading the model"):
             async with SteppedEngine(worker):
                 pass
@@ -118,7 +151,7 @@ def test_the_process_ends_when_its_actor_is_killed() -> None:
         multiprocessing.current_process().daemon = False  # daemons may have no children
 
         async def run() -> None:
-            worker = ProcessWorker(slow_stepper, load_timeout_s=WAIT_S)
+            worker = forked(slow_stepper)
             async with SteppedEngine(worker) as engine:
                 start_all(engine, [request(90)])
                 await until(engine, lambda: engine.stats.num_running == 1)

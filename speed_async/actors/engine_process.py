@@ -1,7 +1,7 @@
 """An engine in a process of its own: sampling then shares no interpreter lock with the actor.
 
-The process is forked before the actor has an event loop or threads, so that both share what was
-imported. It lives on a socket pair: when either end dies, the other one sees the socket close.
+It is started before the actor has an event loop or threads, and lives on a socket pair: when either
+end dies, the other one sees the socket close.
 
 | loop | consumes | waits for | unblocked by |
 | --- | --- | --- | --- |
@@ -21,6 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -44,25 +45,33 @@ from speed_async.errors import DeadlineExceeded, GivenUp, SpeedAsyncError
 STATS_INTERVAL_S = 0.05
 """Turns in which nothing ended are told of this often, for their counts."""
 END_GRACE_S = 5.0
-if sys.platform == "linux":
-    _CONTEXT = multiprocessing.get_context("fork")
-else:
-    _CONTEXT = multiprocessing.get_context("spawn")
+NVIDIA_DEVICE = Path("/dev/nvidiactl")
+FORK, SPAWN = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
+
+
+def may_fork(device: str) -> bool:
+    """Whether an engine on `actors.device` may be forked: it then shares what was imported. CUDA
+    does not survive a fork once a library has as much as counted the GPUs."""
+    return sys.platform == "linux" and (device == "cpu" or not NVIDIA_DEVICE.exists())
 
 
 class ProcessWorker:
     """Implements `Worker`. `make_stepper` runs in the process, which starts at once.
 
-    Make it before the event loop and before any thread: it forks. A process that dies raises
+    Make it before the event loop and before any thread: it may fork. A process that dies raises
     GivenUp, so that the actor is started anew.
     """
 
-    def __init__(self, make_stepper: Callable[[], Stepper], *, load_timeout_s: float) -> None:
+    def __init__(
+        self, make_stepper: Callable[[], Stepper], *, load_timeout_s: float, fork: bool
+    ) -> None:
         self._load_timeout_s = load_timeout_s
         self._socket, theirs = socket.socketpair()
-        self.process = _CONTEXT.Process(
-            target=_main, args=(theirs, self._socket, make_stepper), daemon=True, name="engine"
-        )
+        arguments = (theirs, self._socket, make_stepper)
+        if fork:
+            self.process = FORK.Process(target=_main, args=arguments, daemon=True, name="engine")
+        else:
+            self.process = SPAWN.Process(target=_main, args=arguments, daemon=True, name="engine")
         self.process.start()
         theirs.close()
         self._writer: asyncio.StreamWriter | None = None

@@ -148,8 +148,9 @@ class Lifecycle:
             self._without_result(entry, "invalid group", num_tokens)
             self._learn_nothing(entry)
             return str(error)
-        self._statistics.screened(accepted=True, pass_rate=group.screening_pass_rate)
-        self._curriculum.record(entry.lease.prompt_id, group.num_passed, len(group.completions))
+        prompt_id = entry.lease.prompt_id
+        self._statistics.screened(prompt_id, accepted=True, pass_rate=group.screening_pass_rate)
+        self._curriculum.record(prompt_id, group.num_passed, len(group.completions))
         buffered = BufferedGroup(
             message=message,
             pass_rate=group.pass_rate,
@@ -170,9 +171,10 @@ class Lifecycle:
         entry = self._close(holder, message.lease_id, message.num_tokens)
         if entry is None:
             return
-        self._curriculum.record(entry.lease.prompt_id, message.num_passed, message.num_completions)
+        prompt_id = entry.lease.prompt_id
+        self._curriculum.record(prompt_id, message.num_passed, message.num_completions)
         pass_rate = message.num_passed / max(message.num_completions, 1)
-        self._statistics.screened(accepted=False, pass_rate=pass_rate)
+        self._statistics.screened(prompt_id, accepted=False, pass_rate=pass_rate)
         self.ledger.ends[GroupEnd.SCREENED_OUT].add(message.num_tokens)
 
     def failed(self, holder: str, message: m.LeaseFailed) -> Accuracy | None:

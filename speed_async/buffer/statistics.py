@@ -51,6 +51,8 @@ class RunStatistics:
         self.first_token_s: float | None = None
         self.num_screened = 0
         self.num_accepted = 0
+        self.prompts_seen: set[int] = set()
+        self.prompts_accepted: set[int] = set()
         self.accuracy_first: float | None = None
         self.accuracy_last: float | None = None
         self.staleness_last_mean = 0.0
@@ -63,9 +65,12 @@ class RunStatistics:
         self._staleness_sum = 0.0
         self._staleness_tokens = 0
 
-    def screened(self, *, accepted: bool, pass_rate: float) -> None:
+    def screened(self, prompt_id: int, *, accepted: bool, pass_rate: float) -> None:
         self.num_screened += 1
         self.num_accepted += accepted
+        self.prompts_seen.add(prompt_id)
+        if accepted:
+            self.prompts_accepted.add(prompt_id)
         self._recent_accepted.add(accepted)
         self._recent_pass_rates.add(pass_rate)
 

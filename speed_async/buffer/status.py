@@ -106,6 +106,8 @@ def summary_values(
         "completions_generated": lifecycle.ledger.completions_generated,
         "tokens_per_s": tokens / generating_s if generating_s > 0 else 0.0,
         "prompts_screened": statistics.num_screened,
+        "distinct_prompts_screened": len(statistics.prompts_seen),
+        "distinct_prompts_accepted": len(statistics.prompts_accepted),
         "gate_acceptance": statistics.gate_acceptance_overall,
         "staleness_mean": statistics.staleness_mean,
         "staleness_max": statistics.staleness_max,

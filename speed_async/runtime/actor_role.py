@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speed_async.actors.engine_process import ProcessWorker
+from speed_async.actors.engine_process import ProcessWorker, may_fork
 from speed_async.actors.loop import ActorLoop
 from speed_async.actors.model_folder import check_model_folder, load_tokenizer
 from speed_async.actors.prompt_codec import PromptCodec
@@ -30,14 +30,17 @@ from speed_async.wire.zeromq import open_link
 
 
 def start_engine(config: Config, *, index: int, incarnation: int) -> ProcessWorker:
-    """Fork the engine's process. To be called before there is an event loop or a thread."""
-    importlib.import_module("transformers.models.auto")  # once for both processes: it takes seconds
+    """Start the engine's process. To be called before there is an event loop or a thread."""
+    fork = may_fork(config.actors.device)
+    if fork:
+        importlib.import_module("transformers.models.auto")  # seconds; once for both processes
     seeds = np.random.SeedSequence([config.run.seed, index, incarnation])
     seed = int(seeds.generate_state(1)[0])
     gc.freeze()  # full collections need not go through all that was imported: 170 ms each
     return ProcessWorker(
         partial(load_torch_generator, config.model, config.actors, seed=seed),
         load_timeout_s=config.cluster.stall_timeout_s,
+        fork=fork,
     )
 
 

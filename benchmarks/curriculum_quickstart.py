@@ -1,0 +1,65 @@
+"""Uniform against posterior choice of prompts on the quickstart itself, at equal updates.
+
+Acceptance is the share of screened prompts that the gate let pass; screening tokens per accepted
+group are those of refused prompts and the group's own screening samples; coverage is the share of
+all prompts screened at least once. Two sizes of the prompt set: at the quickstart's own a run
+hardly meets a prompt twice, so there is little to predict from. Medians over seeds.
+
+Usage: python -m benchmarks.curriculum_quickstart [num_seeds]
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.harness import QUICKSTART, output_of, report
+from speed_async.config.load import load_config
+
+SIZES = (4096, 512)
+KINDS = ("uniform", "posterior")
+
+
+def run_once(kind: str, num_prompts: int, seed: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "run"
+        overrides = ["--run.folder", str(folder), "--run.seed", str(seed)]
+        overrides += ["--curriculum.kind", kind, "--task.num_prompts", str(num_prompts)]
+        gate = load_config(QUICKSTART, overrides).gate
+        output_of(
+            [sys.executable, "-m", "speed_async", "train", str(QUICKSTART), *overrides],
+            os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+        )
+        summary = json.loads((folder / "summary.json").read_text())
+    groups, tokens = summary["ledger"]["groups"], summary["ledger"]["tokens"]
+    kept = [end for end in ("trained", "stale", "evicted", "buffered") if groups[end]]
+    own = gate.n_init / gate.group_size * sum(tokens[end] for end in kept)
+    num_accepted = sum(groups[end] for end in kept)
+    return {
+        "acceptance": summary["gate_acceptance"],
+        "screening_tokens_per_group": (tokens["screened_out"] + own) / num_accepted,
+        "tokens_per_group": tokens["generated"] / num_accepted,
+        "coverage": summary["distinct_prompts_screened"] / num_prompts,
+        "distinct_prompts_trained": summary["distinct_prompts_accepted"],
+        "accuracy_after": summary["accuracy_after"],
+        "wall_s": summary["wall_s"],
+    }
+
+
+def main() -> None:
+    num_seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    rows: list[dict[str, object]] = []
+    for num_prompts in SIZES:
+        runs = {
+            kind: [run_once(kind, num_prompts, seed) for seed in range(num_seeds)] for kind in KINDS
+        }
+        for kind, of_kind in runs.items():
+            medians = {key: statistics.median(run[key] for run in of_kind) for key in of_kind[0]}
+            rows.append({"prompts": num_prompts, "curriculum": kind, **medians})
+    report("curriculum_quickstart", f"The quickstart, medians of {num_seeds} seeds", rows)
+
+
+if __name__ == "__main__":
+    main()
