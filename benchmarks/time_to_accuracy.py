@@ -6,7 +6,8 @@ every seed, in shuffled order, one run at a time on the whole machine. Each run 
 reached the highest target, or its updates. Every run is one line of the results file, so a
 benchmark that was interrupted goes on where it stopped.
 
-    python -m benchmarks.time_to_accuracy run [--spread real] [--seeds 5] [--arms a,b] [--only-tune]
+    python -m benchmarks.time_to_accuracy run [--spread real] [--seeds 5] [--arms a,b]
+        --only-tune: no further than the choice of rates; --every-rate: seeds for every rate
     python -m benchmarks.time_to_accuracy report     table and figure into docs/
 """
 
@@ -37,7 +38,7 @@ RESULTS = ROOT / "benchmarks" / "data" / "time_to_accuracy.jsonl"
 NUM_PROMPTS, NUM_HELD_OUT = 2560, 384
 DATA_SEED = 5
 TUNING_SEEDS = (100, 101)
-LEARNING_RATES = (1e-4, 2e-4, 4e-4)
+LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 NEARLY = 1.2
 MAX_UPDATES = 60
 EVALUATE_EVERY = 5
@@ -75,6 +76,7 @@ INHERITED_LR = {
     },
 }
 """Variants that leave the policy loss as it is take the rate of the arm that they vary."""
+VARIANTS = ("async-speed-", "async-posterior-")
 TRL_SETTING = ["--threads", "2", "--micro-batch", "384"]
 """The fastest of benchmarks/trl.py on this machine."""
 
@@ -197,8 +199,23 @@ def best_lr(runs: Sequence[Run]) -> float:
     return max(by_lr, key=lambda lr: statistics.fmean(run.points[-1].accuracy for run in by_lr[lr]))
 
 
+def chosen_lr(spread: str, arm: str, runs: Sequence[Run]) -> float:
+    """What the rule gives an arm, from its tuning runs."""
+    tuned = INHERITED_LR.get(arm, arm)
+    tuning = [
+        run for run in runs if run.seed in TUNING_SEEDS and (run.spread, run.arm) == (spread, tuned)
+    ]
+    return best_lr(tuning)
+
+
 def run_all(
-    spread: str, arms: Sequence[str], num_seeds: int, *, only_tune: bool, ledger: Ledger
+    spread: str,
+    arms: Sequence[str],
+    num_seeds: int,
+    *,
+    only_tune: bool,
+    every_rate: bool,
+    ledger: Ledger,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / f"{spread}.jsonl"
@@ -210,23 +227,18 @@ def run_all(
             seed=DATA_SEED,
         )
         print(f"{spread}: {shares}", flush=True)
-        chosen: dict[str, float] = {}
         for arm in dict.fromkeys(INHERITED_LR.get(arm, arm) for arm in arms):
-            tuning = [
-                ledger.run(Job(spread=spread, arm=arm, lr=lr, seed=seed), prompts)
-                for lr in LEARNING_RATES
-                for seed in TUNING_SEEDS
-            ]
-            chosen[arm] = best_lr(tuning)
-            print(f"{arm}: lr {chosen[arm]:.0e}", flush=True)
+            for lr in LEARNING_RATES:
+                for seed in TUNING_SEEDS:
+                    ledger.run(Job(spread=spread, arm=arm, lr=lr, seed=seed), prompts)
+            print(f"{arm}: lr {chosen_lr(spread, arm, ledger.runs):.0e}", flush=True)
         if only_tune:
             return
         for seed in range(num_seeds):
             for arm in random.Random(seed).sample(list(arms), len(arms)):
-                ledger.run(
-                    Job(spread=spread, arm=arm, lr=chosen[INHERITED_LR.get(arm, arm)], seed=seed),
-                    prompts,
-                )
+                chosen = chosen_lr(spread, arm, ledger.runs)
+                for lr in LEARNING_RATES if every_rate else (chosen,):
+                    ledger.run(Job(spread=spread, arm=arm, lr=lr, seed=seed), prompts)
 
 
 def main() -> None:
@@ -236,15 +248,29 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--only-tune", action="store_true")
+    parser.add_argument("--every-rate", action="store_true", help="not only the one chosen")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     ledger = Ledger(options.results)
     if options.what == "run":
         arms = options.arms.split(",")
-        run_all(options.spread, arms, options.seeds, only_tune=options.only_tune, ledger=ledger)
+        run_all(
+            options.spread,
+            arms,
+            options.seeds,
+            only_tune=options.only_tune,
+            every_rate=options.every_rate,
+            ledger=ledger,
+        )
     else:
         deciding = [run for run in ledger.runs if run.seed not in TUNING_SEEDS]
-        write_report(deciding, list(ARMS), ROOT / "docs")
+        chosen = {
+            (spread, arm): chosen_lr(spread, arm, ledger.runs)
+            for spread, arm in {(run.spread, run.arm) for run in deciding}
+        }
+        variants = [arm for arm in ARMS if arm.startswith(VARIANTS)]
+        arms = [arm for arm in ARMS if arm not in variants]
+        write_report(deciding, chosen, arms, variants, ROOT / "docs")
 
 
 if __name__ == "__main__":

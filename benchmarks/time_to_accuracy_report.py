@@ -2,7 +2,7 @@
 a figure. Pure, but for the two files it writes."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -136,22 +136,29 @@ def _number(value: float) -> str:
 # --- table ------------------------------------------------------------------------------------
 
 
-def table(runs: Sequence[Run], arms: Sequence[str], targets: Sequence[float]) -> list[str]:
-    """Markdown: one row an arm, medians over seeds with their intervals."""
-    _, mid, _ = targets
-    base = [run for run in runs if run.arm == BASE_ARM]
-    outside = [run for run in runs if run.arm == OUTSIDE_ARM]
+def table(
+    runs: Sequence[Run],
+    rows: Sequence[tuple[str, float]],
+    targets: Sequence[float],
+    *,
+    base_lr: float,
+    outside_lr: float,
+) -> list[str]:
+    """Markdown: one row an arm and learning rate, medians over seeds with their intervals."""
+    _, mid, high = targets
+    base = [run for run in runs if (run.arm, run.lr) == (BASE_ARM, base_lr)]
+    outside = [run for run in runs if (run.arm, run.lr) == (OUTSIDE_ARM, outside_lr)]
     head = ["arm", "lr", "seeds", *(f"s to {target:.0%}" for target in targets)]
-    head += [f"updates to {mid:.0%}", f"tokens to {mid:.0%}"]
+    head += [f"updates to {mid:.0%}", f"updates to {high:.0%}", f"tokens to {mid:.0%}"]
     head += [f"wall-clock to {mid:.0%} / {BASE_ARM}", f"/ {OUTSIDE_ARM}"]
     lines = [_row(head), _row(["---"] * len(head))]
-    for arm in arms:
-        own = [run for run in runs if run.arm == arm]
+    for arm, lr in rows:
+        own = [run for run in runs if (run.arm, run.lr) == (arm, lr)]
         if not own:
             continue
-        cells = [arm, f"{own[0].lr:.0e}".replace("e-0", "e-"), str(len(own))]
+        cells = [arm, f"{lr:.0e}".replace("e-0", "e-"), str(len(own))]
         cells += [str(interval(costs(own, t, lambda p: p.wall_s))) for t in targets]
-        cells.append(str(interval(costs(own, mid, lambda p: p.updates))))
+        cells += [str(interval(costs(own, t, lambda p: p.updates))) for t in (mid, high)]
         cells.append(str(interval(costs(own, mid, lambda p: p.tokens))))
         walls = costs(own, mid, lambda p: p.wall_s)
         for other in (base, outside):
@@ -170,8 +177,18 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def write_report(runs: Sequence[Run], arms: Sequence[str], docs: Path) -> None:
-    """Put the tables into docs/time_to_accuracy.md behind its marker, and draw the figure."""
+def write_report(
+    runs: Sequence[Run],
+    chosen: Mapping[tuple[str, str], float],
+    arms: Sequence[str],
+    variants: Sequence[str],
+    docs: Path,
+) -> None:
+    """Put the tables into docs/time_to_accuracy.md behind its marker, and draw the figure.
+
+    `chosen` gives the learning rate of a spread and arm. Ratios are to the base and outside arms
+    at the rate that was best for them in hindsight, so their tuning cannot flatter the others.
+    """
     path = docs / "time_to_accuracy.md"
     text, found, _ = path.read_text().partition(MARKER)
     if not found:
@@ -180,9 +197,42 @@ def write_report(runs: Sequence[Run], arms: Sequence[str], docs: Path) -> None:
     spreads = sorted({run.spread for run in runs}, reverse=True)
     for spread in spreads:
         own = [run for run in runs if run.spread == spread]
-        lines += ["", f"### Spread: {spread}", "", *table(own, arms, TARGETS[spread])]
+        rates = {arm: sorted({run.lr for run in own if run.arm == arm}) for arm in arms}
+        references = {
+            "base_lr": hindsight_lr(own, BASE_ARM),
+            "outside_lr": hindsight_lr(own, OUTSIDE_ARM),
+        }
+        parts = {
+            "": arms,
+            f"Variants of asynchronous SPEED, {spread} spread": variants,
+        }
+        for title, some in parts.items():
+            rows = [(arm, chosen[spread, arm]) for arm in some if (spread, arm) in chosen]
+            lines += ["", f"### {title or f'Spread: {spread}'}", ""] if rows else []
+            lines += table(own, rows, TARGETS[spread], **references) if rows else []
+        every = [(arm, lr) for arm in arms for lr in rates[arm] if len(rates[arm]) > 1]
+        if every:
+            lines += ["", f"### References at every learning rate, {spread} spread", ""]
+            lines += table(own, every, TARGETS[spread], **references)
     path.write_text(text + "\n".join(lines) + "\n")
-    draw(runs, arms, spreads, docs / "time_to_accuracy.png")
+    shown = [run for run in runs if run.lr == chosen[run.spread, run.arm]]
+    draw(shown, arms, spreads, docs / "time_to_accuracy.png")
+
+
+def hindsight_lr(runs: Sequence[Run], arm: str) -> float:
+    """The rate whose seeds reached the mid target first (else the best last accuracy); 0 when the
+    arm was not run."""
+    of_arm = [run for run in runs if run.arm == arm]
+    if not of_arm:
+        return 0.0
+    _, mid, _ = TARGETS[of_arm[0].spread]
+
+    def merit(lr: float) -> tuple[float, float]:
+        own = [run for run in of_arm if run.lr == lr]
+        last = float(np.median([run.points[-1].accuracy for run in own]))
+        return float(np.median(costs(own, mid, lambda p: p.wall_s))), -last
+
+    return min({run.lr for run in of_arm}, key=merit)
 
 
 # --- figure -----------------------------------------------------------------------------------

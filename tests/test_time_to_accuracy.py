@@ -97,16 +97,22 @@ def test_a_run_survives_its_line_in_the_results_file():
 def test_the_table_compares_with_the_baseline_and_the_report_keeps_the_text(tmp_path: Path):
     runs = [run_of(0.2, 0.4, 0.6, seed=s) for s in range(3)]
     runs += [run_of(0.2, 0.4, 0.6, arm="async-speed", seed=s, pace_s=1.0) for s in range(3)]
-    lines = table(runs, ["sync-rloo", "async-speed", "absent"], (0.3, 0.5, 0.58))
+    rows = [("sync-rloo", 1e-4), ("async-speed", 1e-4), ("absent", 1e-4)]
+    lines = table(runs, rows, (0.3, 0.5, 0.58), base_lr=1e-4, outside_lr=0.0)
     assert len(lines) == 4
     assert lines[3].startswith("| async-speed | 1e-4 | 3 |")
     assert "| 0.5 (0.5 to 0.5) |" in lines[3]
     page = tmp_path / "time_to_accuracy.md"
     page.write_text(f"prose\n{MARKER}\nold table\n")
-    write_report(runs, ["sync-rloo", "async-speed"], tmp_path)
+    runs += [run_of(0.2, 0.3, lr=2e-4, seed=s) for s in range(3)]
+    chosen = {("real", "sync-rloo"): 2e-4, ("real", "async-speed"): 1e-4}
+    write_report(runs, chosen, ["sync-rloo", "async-speed"], [], tmp_path)
     assert page.read_text().startswith("prose\n")
     assert "old table" not in page.read_text()
     assert "### Spread: real" in page.read_text()
+    # The base arm's rate was badly chosen: ratios are to the better one all the same.
+    assert "| async-speed | 1e-4 | 3 |" in page.read_text() and "| 0.5 (0.5" in page.read_text()
+    assert "References at every learning rate" in page.read_text()
     assert (tmp_path / "time_to_accuracy.png").stat().st_size > 10_000
 
 
