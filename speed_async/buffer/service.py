@@ -235,10 +235,15 @@ class BufferService:
         state = self.membership.actors[peer]
         if not message.error:
             state.applied_version = message.policy_version
+            return
+        reason = f"{peer} has not got the weights: {message.error}"
+        if not message.usable:  # its next incarnation will ask for weights
+            self._lose(state, message.error)
         elif message.epoch == self.membership.epoch:  # else a late word about a group now gone
             self.membership.break_group()
-            reason = f"{peer} has not got the weights: {message.error}"
             self._send_learner(m.MembershipChanged(reason=reason))
+        self.warning = reason
+        self._emit("status", now_s, {})  # now: a later warning must not hide this one
 
     def _on_finish(self, peer: str, finish: m.FinishRun, now_s: float) -> None:
         self._ending.ask(finish, now_s)

@@ -200,6 +200,10 @@ class WeightsConfig(Section):
     bucket_bytes: PositiveInt = 64 * 1024 * 1024
     deadline_s: PositiveFloat = 60.0
     """Longest wait at any stage of one transfer."""
+    canary_tolerance: PositiveFloat | None = None
+    """Nats a token by which an engine's log-probabilities of the canary may differ from the
+    learner's, in the mean; past it the version is refused. None takes 1e-3 where the engine
+    computes in float32, and 0.1 otherwise (rounding of bfloat16 in two kernels)."""
 
 
 class EvaluateConfig(Section):

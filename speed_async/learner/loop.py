@@ -16,6 +16,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded, RoleError, WeightSyncError
 from speed_async.learner.trainer import UpdateResult
 from speed_async.types import Group, WeightOffer
+from speed_async.weights.canary import Canary
 from speed_async.weights.channel import NamedTensor, WeightSender
 from speed_async.wire import messages as m
 from speed_async.wire.groups import unpack_group
@@ -33,6 +34,7 @@ class Updates(Protocol):
 
     def update(self, groups: list[Group]) -> UpdateResult: ...
     def weights(self) -> Iterable[NamedTensor]: ...
+    def canary(self) -> Canary: ...
     def save(self, policy_version: int) -> None: ...
 
 
@@ -158,8 +160,10 @@ class LearnerLoop:
     async def _publish(self) -> None:
         """Broadcast the present version to whoever is there; a failed group is built anew."""
         error = ""
+        # Before the actors are asked: they stop sampling as soon as they are.
+        canary = await asyncio.to_thread(self._updates.canary)
         for _ in range(BROADCAST_ATTEMPTS):
-            error = await self._broadcast_once()
+            error = await self._broadcast_once(canary)
             if not error:
                 return
         raise WeightSyncError(
@@ -167,7 +171,7 @@ class LearnerLoop:
             f"the last failed with: {error}"
         )
 
-    async def _broadcast_once(self) -> str:
+    async def _broadcast_once(self, canary: Canary) -> str:
         """Returns the error's text, or nothing when all went well."""
         host, port = self._sender.store_address
         deadline_s = self._config.weights.deadline_s
@@ -194,7 +198,9 @@ class LearnerLoop:
                 deadline_s=deadline_s,
             )
             try:
-                report = await asyncio.to_thread(self._sender.send, offer, self._updates.weights())
+                report = await asyncio.to_thread(
+                    self._sender.send, offer, self._updates.weights(), canary
+                )
                 num_bytes = report.num_bytes
             except WeightSyncError as failure:
                 error = f"{failure} (members by rank: {', '.join(members.actor_names)})"

@@ -38,7 +38,13 @@ def start_engine(config: Config, *, index: int, incarnation: int) -> ProcessWork
     seed = int(seeds.generate_state(1)[0])
     gc.freeze()  # full collections need not go through all that was imported: 170 ms each
     return ProcessWorker(
-        partial(load_torch_generator, config.model, config.actors, seed=seed),
+        partial(
+            load_torch_generator,
+            config.model,
+            config.actors,
+            seed=seed,
+            canary_tolerance=config.weights.canary_tolerance,
+        ),
         load_timeout_s=config.cluster.stall_timeout_s,
         fork=fork,
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from speed_async.types import ActorCounts, Float32Array, Int32Array
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 DRAINED = "drained"
 """The reason of a LeaseFailed that says nothing about its prompt."""
@@ -116,13 +116,15 @@ class ActorReport(Counted):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsApplied(Counted):
-    """The actor now samples under this version. A negative version: its transfer failed."""
+    """The actor now samples under this version. A negative version: `error` says why not."""
 
     policy_version: int
     epoch: int
     pause_s: float
     transfer_s: float
     error: str
+    usable: bool = True
+    """False: the engine holds no whole version any more, and this actor ends."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
