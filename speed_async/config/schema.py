@@ -142,8 +142,26 @@ class ObjectiveConfig(Section):
     at them: `unbiased` drops those whose flipped reward would have flipped the gate."""
 
 
+class VllmConfig(Section):
+    """Of `actors.engine = "vllm"`."""
+
+    tensor_parallel: PositiveInt = 1
+    """GPUs that one actor's model is split over."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that vLLM takes."""
+    kv_cache_bytes: PositiveInt | None = None
+    """Of one GPU's, or on a CPU one worker's, KV cache. None: on a GPU what is left of its share,
+    on a CPU what `actors.slots` whole sequences take."""
+    enforce_eager: bool = False
+    """Neither compile nor capture graphs: starts sooner, decodes slower."""
+    arguments: dict[str, object] = Field(default_factory=dict)
+    """Further arguments of vLLM's `AsyncEngineArgs`."""
+
+
 class ActorsConfig(Section):
     engine: Literal["torch", "vllm"] = "torch"
+    """`torch` is embedded here and needs nothing else; `vllm` is what clusters use."""
+    vllm: VllmConfig = VllmConfig()
     slots: PositiveInt = 64
     """Sequences decoded at once by one actor."""
     temperature: PositiveFloat = 1.0

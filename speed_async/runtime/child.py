@@ -42,7 +42,8 @@ def _role(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
         from speed_async.runtime.service_role import run_service
 
         return run_service(config, Path(arguments.run_folder))
-    from speed_async.runtime.actor_role import run_actor, start_engine
+    from speed_async.actors.engine_choice import start_engine
+    from speed_async.runtime.actor_role import run_actor
 
     who = {"index": arguments.index, "incarnation": arguments.incarnation}
     engine = start_engine(config, **who)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from speed_async.actors.engine_choice import engine_environment
 from speed_async.config.schema import Config
-from speed_async.errors import RoleError
+from speed_async.errors import ConfigError, RoleError
 from speed_async.runtime.failure import EXIT_GIVEN_UP, recorded
 from speed_async.runtime.processes import end_process, log_to, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous
@@ -46,7 +47,7 @@ async def supervise_actor(config: Config, rank: Rank) -> None:
             [*arguments, "--incarnation", str(incarnation)],
             log=folder.log(role),
             stdout=asyncio.subprocess.DEVNULL,
-            environment=_own_gpu(rank),
+            environment=_own_gpus(config, rank) | engine_environment(config),
         )
         status = await _wait_or_stop(process, stopping, config.cluster.drain_timeout_s)
         if status == 0 or stopping.is_set() or rendezvous.ended():
@@ -86,13 +87,26 @@ async def _stop_or_sleep(stopping: asyncio.Event, delay_s: float) -> None:
         return
 
 
-def _own_gpu(rank: Rank) -> dict[str, str]:
-    """Let the actor see one GPU, its local rank's; nothing changes where there is none."""
+def _own_gpus(config: Config, rank: Rank) -> dict[str, str]:
+    """Let the actor see the GPUs that its model is split over; nothing changes where there is no
+    GPU. Learners on this node have the first ones, and with one GPU an actor they may be shared.
+    """
     count = torch.cuda.device_count()
     if count == 0:
         return {}
+    each = config.actors.vllm.tensor_parallel if config.actors.engine == "vllm" else 1
+    num_learners = max(0, config.cluster.learners - (rank.rank - rank.local_rank))
+    first = num_learners + (rank.local_rank - num_learners) * each
+    if each > 1 and first + each > count:
+        raise ConfigError(
+            "actors.vllm.tensor_parallel",
+            each,
+            f"rank {rank.rank} would need GPUs {first} to {first + each - 1} of its node, which "
+            f"has {count}; start fewer processes a node, or split over fewer GPUs",
+        )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    return {"CUDA_VISIBLE_DEVICES": visible[rank.local_rank % len(visible)]}
+    chosen = [visible[(first + i) % len(visible)] for i in range(each)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}
 
 
 def _how(status: int) -> str:
