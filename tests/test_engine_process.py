@@ -144,8 +144,10 @@ def test_a_fault_in_a_step_is_told_by_its_name(capfd) -> None:
     assert "Traceback" in capfd.readouterr().err, "the log shows where"
 
 
-def test_the_process_ends_when_its_actor_is_killed() -> None:
-    """Also in the middle of a turn, and without anybody waiting for it."""
+@pytest.mark.parametrize("unread", [False, True], ids=["all read", "results unread"])
+def test_the_process_ends_when_its_actor_is_killed(unread: bool) -> None:
+    """Also in the middle of a turn, and without anybody waiting for it. Results that the actor has
+    not read make its end a reset of the connection."""
 
     def act(answer) -> None:
         multiprocessing.current_process().daemon = False  # daemons may have no children
@@ -153,9 +155,11 @@ def test_the_process_ends_when_its_actor_is_killed() -> None:
         async def run() -> None:
             worker = forked(slow_stepper)
             async with SteppedEngine(worker) as engine:
-                start_all(engine, [request(90)])
+                start_all(engine, [request(20 if unread else 90)])
                 await until(engine, lambda: engine.stats.num_running == 1)
                 answer.send(worker.process.pid)
+                if unread:  # the engine finishes, tells, and idles
+                    time.sleep(WAIT_S)  # noqa: ASYNC251 (the loop must not read)
                 await asyncio.sleep(WAIT_S)
 
         asyncio.run(run())
@@ -166,6 +170,8 @@ def test_the_process_ends_when_its_actor_is_killed() -> None:
     actor.start()
     assert ours.poll(WAIT_S)
     engine_id = ours.recv()
+    if unread:
+        time.sleep(1.0)
     actor.kill()
     actor.join(WAIT_S)
     deadline_s = time.monotonic() + WAIT_S
