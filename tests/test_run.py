@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -149,7 +150,8 @@ def test_a_version_that_fails_its_canary_ends_the_run_with_the_canary_s_words(
     assert status == 1
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: actor-1: died 2 times")
-    assert "policy version 1 is refused, its canary failed" in last or "version 2 is" in last
+    # All groups are of version 0: staleness lets the learner get to version 3 by them, no further.
+    assert re.search(r"actor-1: policy version [123] is refused, its canary failed", last)
     assert "the tolerance of 1e-12" in last
     assert "use one model folder for all roles, or raise that field" in last
     assert "warning actor-1.0 has not got the weights: policy version 1 is refused" in out
