@@ -89,6 +89,7 @@ def test_default_credits_are_a_batch_for_each_version_of_the_staleness_window(
         (["--model.path", "/nowhere"], "model.path", "no such folder"),
         (["--cluster.learners", "2"], "cluster.learners", "set 1"),
         (["--task.name", "jsonl"], "task.path", "needs a data file"),
+        (["--weights.canary_tolerance", "0"], "weights.canary_tolerance", "greater than 0"),
         (["--learner.lr"], "learner.lr", "no value"),
         (["learner.lr=1"], "learner.lr=1", "--section.field"),
     ],
