@@ -111,7 +111,7 @@ def constants() -> list[str]:
 
 
 def line(fit: tuple[float, float]) -> str:
-    return f"{1000 * fit[0]:.1f} ms + {1000 * fit[1]:.2f} ms x n"
+    return f"{1000 * fit[0]:.1f} ms + {1000 * fit[1]:.3f} ms x n"
 
 
 def engines() -> list[str]:
