@@ -79,6 +79,8 @@ def test_default_credits_are_a_batch_for_each_version_of_the_staleness_window(
         (["--learner.lr", "fast"], "learner.lr", "number"),
         (["--run.seed", "1.5"], "run.seed", "int"),
         (["--learner.lr", "0"], "learner.lr", "greater than 0"),
+        (["--learner.lr", "nan"], "learner.lr", "finite"),
+        (["--learner.lr", "inf"], "learner.lr", "finite"),
         (["--buffer.credits", "15"], "buffer.credits", "set at least 16"),
         (["--buffer.capacity_groups", "15"], "buffer.capacity_groups", "set at least 16"),
         (["--buffer.capacity_bytes", "1000"], "buffer.capacity_bytes", "takes 18432 bytes"),

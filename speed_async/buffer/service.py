@@ -25,6 +25,7 @@ from speed_async.buffer.status import (
     summary_values,
 )
 from speed_async.config.schema import Config
+from speed_async.errors import RoleError
 from speed_async.observe.metrics import Event, EventKind, Value
 from speed_async.types import GroupEnd, LeaseKind
 from speed_async.wire import messages as m
@@ -132,7 +133,8 @@ class BufferService:
             self._send(peer, m.Drain(reason="the run is ending"))
 
     def _on_failure(self, peer: str, failure: m.Failure, now_s: float) -> None:
-        self._emit("end", now_s, {"ok": False, "reason": f"{failure.role}: {failure.message}"})
+        reason = str(RoleError(failure.role, failure.message))
+        self._emit("end", now_s, {"ok": False, "reason": reason})
         abort = m.Abort(role=failure.role, message=failure.message)
         for state in self.membership.present():
             if state.name != peer:
@@ -263,7 +265,7 @@ class BufferService:
 
     def _check_stalled(self, now_s: float) -> None:
         """A batch that does not come ends the run, with all that is known of why."""
-        if starving := self._batches.starving_reason(now_s):
+        if starving := self._batches.newly_starving(now_s):
             self.warning = starving
         if not self._batches.stalled(now_s):
             return
@@ -336,6 +338,8 @@ class BufferService:
         answer = self._batches.answer(now_s, evaluating=evaluating)
         if answer is None:
             return
+        if self.warning == self._batches.starving:
+            self.warning = ""
         take, groups = answer
         for group in groups:
             self._send_learner(batch_group(group.message))
