@@ -30,8 +30,8 @@ class WeightSender(Protocol):
         ...
 
     def send(self, offer: WeightOffer, tensors: Iterable[NamedTensor]) -> TransferReport:
-        """Broadcast all tensors to ranks 1..world_size-1. Raises WeightSyncError naming the
-        stage and, when known, the missing rank; the group of this epoch is then unusable."""
+        """Broadcast all tensors to ranks 1..world_size-1. Raises WeightSyncError naming the stage
+        and, when known, the `missing_ranks`; the group of this epoch is then unusable."""
         ...
 
     def close(self) -> None: ...
