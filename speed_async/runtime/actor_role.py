@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from speed_async.actors.model_folder import check_model_folder, load_tokenizer
 from speed_async.actors.prompt_codec import PromptCodec
 from speed_async.actors.rollout import Rollout
 from speed_async.actors.stepped_engine import SteppedEngine
+from speed_async.actors.stepper import Stepper
 from speed_async.actors.torch_engine import load_torch_generator
 from speed_async.config.schema import Config
 from speed_async.errors import GivenUp, SpeedAsyncError, WeightSyncError
 from speed_async.runtime.failure import describe
+from speed_async.runtime.processes import die_with_parent
 from speed_async.tasks.registry import make_task
 from speed_async.tasks.task import fingerprint
 from speed_async.tasks.verifier import VerifierPool
@@ -37,11 +40,18 @@ def start_engine(config: Config, *, index: int, incarnation: int) -> ProcessWork
     seeds = np.random.SeedSequence([config.run.seed, index, incarnation])
     seed = int(seeds.generate_state(1)[0])
     gc.freeze()  # full collections need not go through all that was imported: 170 ms each
+    load = partial(load_torch_generator, config.model, config.actors, seed=seed)
     return ProcessWorker(
-        partial(load_torch_generator, config.model, config.actors, seed=seed),
+        partial(_in_child_of, os.getpid(), load),
         load_timeout_s=config.cluster.stall_timeout_s,
         fork=fork,
     )
+
+
+def _in_child_of(actor_id: int, load: Callable[[], Stepper]) -> Stepper:
+    """A stopped engine does not see its actor's socket close; the kernel ends it all the same."""
+    die_with_parent(actor_id)
+    return load()
 
 
 async def run_actor(
@@ -51,9 +61,13 @@ async def run_actor(
     incarnation: int,
     host: str,
     port: int,
+    joined: bool,
     engine: ProcessWorker,
 ) -> None:
-    """Work until the service drains this actor, or SIGTERM does."""
+    """Work until the service drains this actor, or SIGTERM does.
+
+    An error of its own ends the run, unless it has `joined` the run by itself.
+    """
     name = f"actor-{index}"
     link = await open_link(host, port, f"{name}.{incarnation}")
     try:
@@ -61,7 +75,8 @@ async def run_actor(
     except (GivenUp, WeightSyncError):
         raise  # the supervisor starts another incarnation: no matter for the other roles
     except Exception as error:  # the role's boundary: told to the others, then raised on
-        await _tell(link, name, describe(name, error))
+        if not joined:
+            await _tell(link, name, describe(name, error))
         raise
     finally:
         await link.close()

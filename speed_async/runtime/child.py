@@ -46,7 +46,8 @@ def _role(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
 
     who = {"index": arguments.index, "incarnation": arguments.incarnation}
     engine = start_engine(config, **who)
-    return run_actor(config, **who, host=arguments.host, port=arguments.port, engine=engine)
+    place = {"host": arguments.host, "port": arguments.port, "joined": arguments.joined}
+    return run_actor(config, **who, **place, engine=engine)
 
 
 def _parse() -> argparse.Namespace:
@@ -59,6 +60,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--port", type=int)
     parser.add_argument("--index", type=int)
     parser.add_argument("--incarnation", type=int)
+    parser.add_argument("--joined", action="store_true")
     return parser.parse_args()
 
 

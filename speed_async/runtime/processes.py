@@ -9,6 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+ENVIRONMENT = {
+    # Roles set their own thread counts; OpenMP's spinning threads would fight over the cores.
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Gloo reports peers that left on stderr, in C++ stack traces; our errors say it in words.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+"""What a command that starts roles sets for them, where the user has not."""
 
 
 def die_with_parent(parent_id: int) -> None:
