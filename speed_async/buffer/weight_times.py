@@ -28,6 +28,7 @@ class WeightTimes:
 
     num_failed: int = 0
     _began_s: float | None = None
+    _published_version: int = 0
     _version: int = 0
     """The newest version that any actor has applied."""
     _pauses_s: list[float] = field(default_factory=list)
@@ -46,7 +47,9 @@ class WeightTimes:
         self._began_s = None
         if message.error:
             self.num_failed += 1
-        elif message.num_bytes:
+            return
+        self._published_version = message.policy_version
+        if message.num_bytes:
             self._transfer_s = message.transfer_s
             self._bytes_per_s = message.num_bytes / max(message.transfer_s, 1e-9)
             self._all_transfers.add(message.transfer_s)
@@ -81,7 +84,7 @@ class WeightTimes:
             "weights/publishing_s": round(publishing_s, 3),
             "weights/failed": self.num_failed,
             "weights/lag_max": max(lags.values(), default=None),
-            "weights/newest": sum(lag == 0 for lag in lags.values()),
+            "weights/newest": sum(s.applied_version >= self._published_version for s in present),
         }
         return values | {f"weights/lag/{name}": lag for name, lag in lags.items()}
 

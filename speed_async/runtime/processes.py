@@ -65,6 +65,13 @@ async def start_role(
         )
 
 
+async def kill_process(process: asyncio.subprocess.Process) -> None:
+    """End the process now, unless it has ended; a stopped one as well."""
+    if process.returncode is None:
+        process.kill()
+        await process.wait()
+
+
 async def end_process(process: asyncio.subprocess.Process, grace_s: float) -> None:
     """Give the process `grace_s` to end by itself, then SIGTERM, then SIGKILL."""
     for act in (None, process.terminate, process.kill):

@@ -16,7 +16,7 @@ from typing import Any
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
 from speed_async.runtime.failure import EXIT_GIVEN_UP, recorded
-from speed_async.runtime.processes import end_process, start_role
+from speed_async.runtime.processes import end_process, kill_process, start_role
 from speed_async.runtime.run_folder import RunFolder
 
 FIRST_BACKOFF_S = 0.5
@@ -88,9 +88,12 @@ async def _supervise(
         )
         ended = asyncio.create_task(process.wait(), name="child")
         await asyncio.wait((ended, over, stop), return_when=asyncio.FIRST_COMPLETED)
-        if not ended.done() and stop.done():
+        if stop.done() and not ended.done():
             process.send_signal(signal.SIGTERM)  # it drains
-        await end_process(process, config.cluster.drain_timeout_s if stop.done() else OVER_GRACE_S)
+            await end_process(process, config.cluster.drain_timeout_s)
+        elif over.done():
+            await asyncio.wait((ended,), timeout=OVER_GRACE_S)
+            await kill_process(process)
         status = await ended
         if status == 0 or over.done() or stop.done():
             return
