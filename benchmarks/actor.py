@@ -30,6 +30,7 @@ from pathlib import Path
 from benchmarks.harness import QUICKSTART, report
 from benchmarks.stand_in_learner import learn_nothing
 from speed_async.actors.engine import GenerationRequest
+from speed_async.actors.engine_choice import start_torch_worker
 from speed_async.actors.loop import ActorLoop
 from speed_async.actors.model_folder import load_tokenizer
 from speed_async.actors.prompt_codec import PromptCodec
@@ -37,7 +38,6 @@ from speed_async.actors.rollout import Rollout
 from speed_async.actors.stepped_engine import SteppedEngine
 from speed_async.config.load import load_config, save_config
 from speed_async.config.schema import Config
-from speed_async.runtime.actor_role import start_engine
 from speed_async.runtime.event_loop import run
 from speed_async.runtime.processes import start_role
 from speed_async.runtime.run_folder import RunFolder
@@ -59,7 +59,7 @@ class RecordingEngine(SteppedEngine):
     """Keeps the requests it was given."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(start_engine(config, index=1, incarnation=0))
+        super().__init__(start_torch_worker(config, seed=config.run.seed))
         self.recorded: list[GenerationRequest] = []
 
     async def generate(self, request: GenerationRequest) -> Sampled:

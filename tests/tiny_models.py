@@ -11,7 +11,9 @@ CONTEXT_LENGTH = 96
 FAMILIES = [("llama", True), ("llama", False), ("qwen3", True), ("qwen3", False)]
 
 
-def tiny_model(family: str, *, tied: bool, seed: int = 0, attention: str = "sdpa") -> Any:
+def tiny_model(
+    family: str, *, tied: bool, seed: int = 0, attention: str = "sdpa", head_dim: int = 8
+) -> Any:
     """A float32 model of two layers, two KV heads under four query heads, in eval mode."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -22,7 +24,7 @@ def tiny_model(family: str, *, tied: bool, seed: int = 0, attention: str = "sdpa
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
+        "head_dim": head_dim,
         "max_position_embeddings": CONTEXT_LENGTH,
         "tie_word_embeddings": tied,
         # Large, so that the distributions are far from uniform and errors show.
@@ -52,7 +54,9 @@ def save_tokenizer(folder: Path, *, eos: bool = True) -> None:
     PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(folder)
 
 
-def save_tiny_folder(folder: Path, *, family: str = "llama", tied: bool = True) -> Path:
-    tiny_model(family, tied=tied).save_pretrained(folder)
+def save_tiny_folder(
+    folder: Path, *, family: str = "llama", tied: bool = True, head_dim: int = 8
+) -> Path:
+    tiny_model(family, tied=tied, head_dim=head_dim).save_pretrained(folder)
     save_tokenizer(folder)
     return folder

@@ -13,6 +13,7 @@ from torch import Tensor
 from speed_async.errors import SpeedAsyncError
 from speed_async.types import WeightOffer
 from speed_async.weights.broadcast import TorchReceiver, TorchSender
+from speed_async.weights.canary import Canary
 from speed_async.weights.channel import (
     LoadTensors,
     NamedTensor,
@@ -109,6 +110,7 @@ class Channel:
         tensors: Iterable[NamedTensor],
         expected: dict[int, Sequence[NamedTensor]],
         load: dict[int, LoadTensors],
+        canary: Canary | None = None,
     ) -> dict[int, Outcome]:
         """One transfer in which the ranks of `expected` receive; how it ended, by rank."""
         outcomes: dict[int, Outcome] = {}
@@ -121,7 +123,7 @@ class Channel:
         threads = [threading.Thread(target=receive, args=(rank,)) for rank in expected]
         for thread in threads:
             thread.start()
-        attempt(outcomes, 0, lambda: self.sender.send(offer, tensors))
+        attempt(outcomes, 0, lambda: self.sender.send(offer, tensors, canary))
         for thread in threads:
             thread.join(JOIN_S)
             assert not thread.is_alive()

@@ -4,7 +4,8 @@ Shape legend: P prompt tokens, T completion tokens.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
 from speed_async.types import Int32Array, Sampled, WeightOffer
 
@@ -55,7 +56,6 @@ class Engine(Protocol):
 
     `generate` returns when the sequence ended (EOS: "stop", limit: "length") or was aborted
     ("abort", with the tokens so far). An exception in the engine reaches every waiting caller.
-    Engines are async context managers: entering loads the model, leaving frees everything.
     """
 
     async def generate(self, request: GenerationRequest) -> Sampled: ...
@@ -79,3 +79,22 @@ class Engine(Protocol):
 
     @property
     def stats(self) -> EngineStats: ...
+
+
+class OwnedEngine(Engine, Protocol):
+    """An engine with its life: entering loads the model, leaving frees everything."""
+
+    @property
+    def tokens_cancelled(self) -> int:
+        """Tokens sampled for callers that were cancelled. At every instant:
+        tokens_generated = tokens returned + tokens_cancelled + tokens_running."""
+        ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...

@@ -18,6 +18,7 @@ from speed_async.errors import (
     GivenUp,
     ModelError,
     RoleError,
+    SpeedAsyncError,
     TaskError,
     WeightSyncError,
 )
@@ -152,6 +153,9 @@ class ActorLoop:
             result = f"verifier: {error}"
         except ModelError as error:
             result = f"prompt: {error}"
+        except (WeightSyncError, DeadlineExceeded):
+            async with self._applying:  # what broke the engine is told to the service first
+                raise
         self._end_lease(work, result)
 
     def _end_lease(self, work: LeaseWork, result: Group | Refused | Scored | str) -> None:
@@ -253,15 +257,14 @@ class ActorLoop:
 
     async def _apply(self, offer: m.OfferWeights) -> None:
         async with self._applying:
-            version, error = offer.policy_version, ""
+            version, error, usable = offer.policy_version, "", True
             pause_s = transfer_s = 0.0
             try:
                 report = await self._engine.update_weights(_offer(offer))
                 pause_s, transfer_s = report.pause_s, report.transfer_s
             except (WeightSyncError, DeadlineExceeded) as failure:
                 version, error = -1, str(failure)
-                if not self._draining:
-                    await self._engine.resume()  # raises when no whole version is left
+                usable = self._draining or await self._engine_goes_on()
             self._say(
                 m.WeightsApplied(
                     policy_version=version,
@@ -269,9 +272,21 @@ class ActorLoop:
                     pause_s=pause_s,
                     transfer_s=transfer_s,
                     error=error,
+                    usable=usable,
                     counts=self._counts(),
                 )
             )
+            if not usable:
+                await self._outbox.join()
+                raise WeightSyncError(error)
+
+    async def _engine_goes_on(self) -> bool:
+        """Whether the engine still holds a whole version after a failed update."""
+        try:
+            await self._engine.resume()
+        except SpeedAsyncError:
+            return False
+        return True
 
     async def _drain(self) -> None:
         self._draining = True

@@ -47,10 +47,12 @@ def load_model_folder(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"model folder {folder} does not load: {error}") from error
     model = model.to(target).eval().requires_grad_(False)
+    length = usable_context(folder, model.config, context_length)
+    check_attention(folder, model.config, length)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        context_length=usable_context(folder, model.config, context_length),
+        context_length=length,
         eos_token_ids=eos_token_ids(model, tokenizer),
     )
 
@@ -103,13 +105,13 @@ def usable_context(folder: Path, config: Any, wanted: int | None) -> int:
             f"model.context_length = {wanted}, but the model in {folder} holds {limit} tokens: "
             f"set at most {limit}"
         )
-    length = wanted or limit
-    _check_attention(folder, text_config, length)
-    return length
+    return wanted or limit
 
 
-def _check_attention(folder: Path, text_config: Any, length: int) -> None:
-    """The engine passes one full causal mask to every layer."""
+def check_attention(folder: Path, config: Any, length: int) -> None:
+    """The torch engine passes one full causal mask to every layer. Raises ModelError when the
+    model has layers of another kind."""
+    text_config = config.get_text_config()
     window = getattr(text_config, "sliding_window", None)
     kinds = set(getattr(text_config, "layer_types", None) or ())
     if kinds and "sliding_attention" not in kinds:

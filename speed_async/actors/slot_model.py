@@ -1,7 +1,7 @@
 """A causal LM over slots: prefill, decode and weight loading, with its KV cache.
 
 Shape legend: N rows in use, U rows in one prefill, P prefilled positions, L attended positions,
-V vocabulary.
+V vocabulary, T canary tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,7 @@ from speed_async.actors.slots import Int64Array
 from speed_async.actors.span_attention import SPANS_KEYWORD, attend_by_span
 from speed_async.errors import WeightSyncError
 from speed_async.types import Int32Array, WeightOffer
+from speed_async.weights.canary import Canary, canary_tolerance, verify
 from speed_async.weights.channel import NamedTensor, WeightReceiver
 
 PREFILL_TOKENS = {"cpu": 512, "cuda": 16384}
@@ -26,17 +27,22 @@ they stay in its cache."""
 class SlotModel:
     """Owns a model (its weights are loaded in place) and the cache of `num_slots` rows."""
 
-    def __init__(self, model: Any, num_slots: int) -> None:
+    def __init__(
+        self, model: Any, num_slots: int, *, canary_tolerance_nats: float | None = None
+    ) -> None:
+        """`canary_tolerance_nats` as in `weights.canary_tolerance`."""
         self._model = model.eval()
         parameter = next(model.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
+        self._canary_tolerance = canary_tolerance(canary_tolerance_nats, self._dtype)
         self._attends_by_span = attend_by_span(model)
         if self._attends_by_span and self._device.type == "cpu":
             self._cache = SlotCache(num_slots, block=max(16, num_slots // 8), granule=16)
         else:  # one launch beats shorter reads where launches are what costs
             self._cache = SlotCache(num_slots, block=num_slots, granule=64)
         self.is_whole = True
-        """False once an update broke off halfway: the weights are then of no version."""
+        """False once an update broke off halfway, or failed its canary: the weights are then of no
+        version."""
 
     def to_device(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -102,7 +108,8 @@ class SlotModel:
 
     @torch.no_grad()
     def load(self, offer: WeightOffer, receiver: WeightReceiver) -> float:
-        """Receive every parameter (tied ones once, under their first name); seconds it took.
+        """Receive every parameter (tied ones once, under their first name), and verify them by
+        the canary that came along; seconds the transfer took.
 
         Raises WeightSyncError or DeadlineExceeded; see `is_whole`.
         """
@@ -124,8 +131,31 @@ class SlotModel:
                 f"policy version {offer.policy_version} came without {len(missing)} of "
                 f"{len(parameters)} tensors, first {min(missing)}"
             )
+        if report.canary is not None:
+            verify(
+                report.canary,
+                self._logprobs(report.canary),
+                tolerance=self._canary_tolerance,
+                policy_version=offer.policy_version,
+            )
         self.is_whole = True
         return report.transfer_s
+
+    def _logprobs(self, canary: Canary) -> list[float]:
+        """Of tokens 1..T-1, (T-1,), by a plain pass over all of them that leaves the cache alone.
+
+        Raises WeightSyncError for token ids that this model does not have.
+        """
+        num_token_ids = self._model.get_input_embeddings().weight.shape[0]
+        if (largest := max(canary.token_ids)) >= num_token_ids:
+            raise WeightSyncError(
+                f"the canary has token id {largest} and this model {num_token_ids} ids: all roles "
+                "must use the same model folder"
+            )
+        tokens_T = torch.tensor(canary.token_ids, device=self._device)
+        logits_TV = self._model(input_ids=tokens_T[None], use_cache=False).logits[0].float()
+        logprobs_TV = logits_TV[:-1].log_softmax(-1)
+        return logprobs_TV.gather(1, tokens_T[1:, None])[:, 0].tolist()
 
 
 def prefill_parts(lengths: Int64Array, max_tokens: int) -> Iterator[Int64Array]:

@@ -11,7 +11,12 @@ from speed_async.weights.broadcast import TorchReceiver
 
 
 def load_torch_generator(
-    model: ModelConfig, actors: ActorsConfig, *, seed: int, dtype: torch.dtype | None = None
+    model: ModelConfig,
+    actors: ActorsConfig,
+    *,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    canary_tolerance: float | None = None,
 ) -> TorchGenerator:
     """Load the model and get ready to receive weights. Raises ModelError when the folder cannot
     serve. Sets this process's torch threads."""
@@ -29,4 +34,5 @@ def load_torch_generator(
         random=torch.Generator(device).manual_seed(seed),
         receiver=TorchReceiver(device=device),
         recompute_at_update=actors.running_at_update == "recompute",
+        canary_tolerance=canary_tolerance,
     )

@@ -42,9 +42,10 @@ class TorchGenerator:
         receiver: WeightReceiver | None = None,
         policy_version: int = 0,
         recompute_at_update: bool = True,
+        canary_tolerance: float | None = None,
     ) -> None:
         self.context_length = context_length
-        self._model = SlotModel(model, num_slots)
+        self._model = SlotModel(model, num_slots, canary_tolerance_nats=canary_tolerance)
         self._eos_token_ids = tuple(eos_token_ids)
         self._random = random
         self._receiver = receiver

@@ -265,9 +265,17 @@ class BufferService:
 
     def _on_applied(self, peer: str, message: m.WeightsApplied, now_s: float) -> None:
         self.weight_times.applied(message)
-        if self.weight_group.applied(self.membership.actors[peer], message):
-            reason = f"{peer} has not got the weights: {message.error}"
+        state = self.membership.actors[peer]
+        needs_more = self.weight_group.applied(state, message)
+        if not message.error:
+            return
+        reason = f"{peer} has not got the weights: {message.error}"
+        if not message.usable:  # its next incarnation will ask for weights
+            self._lose(state, message.error)
+        elif needs_more:
             self._send_learner(m.MembershipChanged(reason=reason))
+        self.warning = reason
+        self._emit("status", now_s, {})  # now: a later warning must not hide this one
 
     def _on_finish(self, peer: str, finish: m.FinishRun, now_s: float) -> None:
         self._ending.ask(finish, now_s)

@@ -1,5 +1,6 @@
 """Combinations of values that could never run, refused before anything heavy is imported."""
 
+import importlib.util
 from pathlib import Path
 
 from speed_async.config.schema import Config
@@ -128,9 +129,12 @@ def _check_roles(config: Config) -> None:
             config.cluster.learners,
             "one learner rank is supported so far; set 1",
         )
-    if config.actors.engine == "vllm":
+    if config.actors.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "actors.engine", "vllm", "this engine is not part of this version yet; set 'torch'"
+            "actors.engine",
+            "vllm",
+            "vLLM is not installed here: pip install 'speed_async[vllm]' (on a CPU: "
+            "scripts/install_vllm_cpu.sh), or set 'torch'",
         )
     if config.task.name == "jsonl" and config.task.path is None:
         raise ConfigError("task.path", None, "task.name = 'jsonl' needs a data file")

@@ -34,9 +34,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             tree[section] = values
             continue
         merged = tree.setdefault(section, {})
-        if not isinstance(merged, dict) or not isinstance(values, dict):
-            raise ConfigError(section, values, "a section holds fields, such as --learner.lr 1e-4")
-        merged.update(values)
+        if not isinstance(merged, dict):
+            raise ConfigError(section, merged, "a section holds fields, such as --learner.lr 1e-4")
+        _merge(merged, values)
     return build_config(tree)
 
 
@@ -74,9 +74,24 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if name in ROOT_FIELDS:
             changes[name] = text
             continue
-        section, _, field = name.partition(".")
-        changes.setdefault(section, {})[field.replace("-", "_")] = _parse_value(text)
+        *sections, field = name.split(".")
+        place = changes
+        for section in sections:
+            place = place.setdefault(section.replace("-", "_"), {})
+            if not isinstance(place, dict):
+                raise ConfigError(name, text, "a part of it was given a value of its own before")
+        place[field.replace("-", "_")] = _parse_value(text)
     return changes
+
+
+def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Put changes into the tree, sections within sections too."""
+    for name, value in changes.items():
+        present = tree.get(name)
+        if isinstance(value, dict) and isinstance(present, dict):
+            _merge(present, value)
+        else:
+            tree[name] = value
 
 
 def _parse_value(text: str) -> Any:

@@ -142,8 +142,26 @@ class ObjectiveConfig(Section):
     at them: `unbiased` drops those whose flipped reward would have flipped the gate."""
 
 
+class VllmConfig(Section):
+    """Of `actors.engine = "vllm"`."""
+
+    tensor_parallel: PositiveInt = 1
+    """GPUs that one actor's model is split over."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that vLLM takes."""
+    kv_cache_bytes: PositiveInt | None = None
+    """Of one GPU's, or on a CPU one worker's, KV cache. None: on a GPU what is left of its share,
+    on a CPU what `actors.slots` whole sequences take."""
+    enforce_eager: bool = False
+    """Neither compile nor capture graphs: starts sooner, decodes slower."""
+    arguments: dict[str, object] = Field(default_factory=dict)
+    """Further arguments of vLLM's `AsyncEngineArgs`."""
+
+
 class ActorsConfig(Section):
     engine: Literal["torch", "vllm"] = "torch"
+    """`torch` is embedded here and needs nothing else; `vllm` is what clusters use."""
+    vllm: VllmConfig = VllmConfig()
     slots: PositiveInt = 64
     """Sequences decoded at once by one actor."""
     temperature: PositiveFloat = 1.0
@@ -160,6 +178,11 @@ class ActorsConfig(Section):
     verifier_timeout_s: PositiveFloat = 10.0
     max_restarts: NonNegativeInt = 3
     """How often one actor may be restarted after it was killed by a signal."""
+
+    @property
+    def weight_ranks(self) -> int:
+        """Ranks of the weight group that one actor takes: each part of its model receives."""
+        return self.vllm.tensor_parallel if self.engine == "vllm" else 1
 
 
 class BufferConfig(Section):
@@ -200,6 +223,10 @@ class WeightsConfig(Section):
     bucket_bytes: PositiveInt = 64 * 1024 * 1024
     deadline_s: PositiveFloat = 60.0
     """Longest wait at any stage of one transfer."""
+    canary_tolerance: PositiveFloat | None = None
+    """Nats a token by which an engine's log-probabilities of the canary may differ from the
+    learner's, in the mean; past it the version is refused. None takes 1e-3 where the engine
+    computes in float32, and 0.1 otherwise (rounding of bfloat16 in two kernels)."""
 
 
 class EvaluateConfig(Section):

@@ -17,6 +17,7 @@ from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox
 from speed_async.learner.publishing import Publisher
 from speed_async.learner.trainer import UpdateResult
 from speed_async.types import Group
+from speed_async.weights.canary import Canary
 from speed_async.weights.channel import NamedTensor, WeightSender
 from speed_async.wire import messages as m
 from speed_async.wire.groups import unpack_group
@@ -28,6 +29,7 @@ class Updates(Protocol):
 
     def update(self, groups: list[Group]) -> UpdateResult: ...
     def weights(self) -> Iterable[NamedTensor]: ...
+    def canary(self) -> Canary: ...
     def save(self, policy_version: int) -> None: ...
 
 
@@ -69,7 +71,7 @@ class LearnerLoop:
             config.weights,
             link=link,
             inbox=self._inbox,
-            weights=updates.weights,
+            updates=updates,
             sender=sender,
             backend=backend,
             clock=clock,

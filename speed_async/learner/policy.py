@@ -42,24 +42,30 @@ class Policy(nn.Module):
         self.causal_lm = causal_lm
         self.temperature = temperature
 
-    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: MicroBatch, *, plain: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probabilities (N,) with gradient, and entropies (N,) without, both of
         softmax(logits / temperature) over the whole vocabulary, in float32.
 
         On a GPU matrix products run in bfloat16; parameters and log-softmax stay float32.
+        `plain`: at temperature 1, and in the precision of the parameters throughout.
         """
+        if plain:
+            return self.score(batch, temperature=1.0)
         device_type = batch.input_ids_BL.device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
             return self.score(batch)
 
-    def score(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """`forward` in the precision of the parameters."""
+    def score(
+        self, batch: MicroBatch, *, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` in the precision of the parameters; `temperature` None is the policy's own."""
+        temperature = temperature or self.temperature
         hidden_NH = self._hidden(batch)
         chunk = max(1, MAX_LOGITS // output_head(self.causal_lm).out_features)
         if len(hidden_NH) <= chunk:
-            return self._score_chunk(hidden_NH, batch.target_ids_N)
+            return self._score_chunk(hidden_NH, batch.target_ids_N, temperature)
         parts = [
-            checkpoint(self._score_chunk, hidden, targets, use_reentrant=False)
+            checkpoint(self._score_chunk, hidden, targets, temperature, use_reentrant=False)
             for hidden, targets in zip(
                 hidden_NH.split(chunk), batch.target_ids_N.split(chunk), strict=True
             )
@@ -76,8 +82,10 @@ class Policy(nn.Module):
         # An embedding lookup, because its backward adds duplicates in a fixed order on a GPU too.
         return F.embedding(batch.predictor_index_N, hidden_BLH.flatten(0, 1))
 
-    def _score_chunk(self, hidden_NH: Tensor, target_ids_N: Tensor) -> tuple[Tensor, Tensor]:
-        logits_NV = output_head(self.causal_lm)(hidden_NH).float() / self.temperature
+    def _score_chunk(
+        self, hidden_NH: Tensor, target_ids_N: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        logits_NV = output_head(self.causal_lm)(hidden_NH).float() / temperature
         logprobs_NV = logits_NV.log_softmax(-1)
         with torch.no_grad():
             entropies_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)

@@ -10,11 +10,13 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from speed_async.config.schema import WeightsConfig
 from speed_async.errors import WeightSyncError
 from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox
 from speed_async.types import WeightOffer
+from speed_async.weights.canary import Canary
 from speed_async.weights.channel import NamedTensor, WeightSender
 from speed_async.wire import messages as m
 from speed_async.wire.transport import Link
@@ -30,6 +32,13 @@ class Failed:
     """Names of the actors to blame."""
 
 
+class Published(Protocol):
+    """What is published of the trainer."""
+
+    def weights(self) -> Iterable[NamedTensor]: ...
+    def canary(self) -> Canary: ...
+
+
 class Publisher:
     def __init__(
         self,
@@ -37,7 +46,7 @@ class Publisher:
         *,
         link: Link,
         inbox: Inbox,
-        weights: Callable[[], Iterable[NamedTensor]],
+        updates: Published,
         sender: WeightSender,
         backend: str,
         clock: Callable[[], float] = time.monotonic,
@@ -45,7 +54,7 @@ class Publisher:
         self._deadline_s = config.deadline_s
         self._link = link
         self._inbox = inbox
-        self._weights = weights
+        self._updates = updates
         self._sender = sender
         self._backend = backend
         self._clock = clock
@@ -57,7 +66,9 @@ class Publisher:
         Raises WeightSyncError when attempts go on failing and nobody is to blame.
         """
         num_unexplained = 0
-        while (failed := await self._broadcast(policy_version)) is not None:
+        # Before the actors are asked: they stop sampling as soon as they are.
+        canary = await asyncio.to_thread(self._updates.canary)
+        while (failed := await self._broadcast(policy_version, canary)) is not None:
             num_unexplained += not failed.missing
             if num_unexplained == UNEXPLAINED_ATTEMPTS:
                 raise WeightSyncError(
@@ -65,7 +76,7 @@ class Publisher:
                     f" with nobody to blame; the last failed with: {failed.error}"
                 )
 
-    async def _broadcast(self, policy_version: int) -> Failed | None:
+    async def _broadcast(self, policy_version: int, canary: Canary) -> Failed | None:
         """One attempt, told to the service however it ends."""
         host, port = self._sender.store_address
         await self._link.send(
@@ -93,7 +104,9 @@ class Publisher:
                 deadline_s=self._deadline_s,
             )
             try:
-                report = await asyncio.to_thread(self._sender.send, offer, self._weights())
+                report = await asyncio.to_thread(
+                    self._sender.send, offer, self._updates.weights(), canary
+                )
                 num_bytes = report.num_bytes
             except WeightSyncError as failure:
                 failed = _blame(failure, members)

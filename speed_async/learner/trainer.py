@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from speed_async.config.schema import Config
 from speed_async.errors import ModelError
 from speed_async.learner.batch import MicroBatch, make_micro_batch
+from speed_async.learner.canary import CanaryProbe
 from speed_async.learner.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
 from speed_async.learner.diagnostics import Diagnostics, batch_metrics, screening_metrics
 from speed_async.learner.loss_tokens import LossTokens
@@ -25,6 +26,7 @@ from speed_async.learner.parallel import Parallel
 from speed_async.learner.policy import Policy, check_policy, layout_cost
 from speed_async.learner.rows import choose_width, narrow, split_rows, taught_row
 from speed_async.types import Group
+from speed_async.weights.canary import Canary
 
 CPU_MICRO_BATCH_TOKENS = 2048
 """Past this, activations leave the cache of a CPU core and every token costs more (measured)."""
@@ -72,6 +74,9 @@ class Trainer:
         policy = Policy(model, temperature=config.actors.temperature)
         self._may_share_prompts = check_policy(policy)
         self._layout_cost = layout_cost(model)
+        self._canary_probe = CanaryProbe(
+            model, context_length=config.model.context_length, seed=config.run.seed
+        )
         self._policy = parallel.wrap(policy)
         self._optimizer = make_optimizer(model, config.learner)
 
@@ -113,6 +118,11 @@ class Trainer:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """What actors need: each distinct parameter once, float32, valid until the next update."""
         return self._parallel.full_tensors(self.model)
+
+    def canary(self) -> Canary:
+        """What receivers of the present weights are to measure; one short forward pass, in which
+        all learner ranks take part. Raises ModelError when the weights have diverged."""
+        return self._canary_probe.measure(self._policy)
 
     def checkpoint_folder(self, policy_version: int) -> Path:
         return self._checkpoints / f"version-{policy_version:06d}"

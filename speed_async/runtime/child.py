@@ -1,8 +1,10 @@
 """Entry of every child process: `python -m speed_async.runtime.child ROLE ...` (internal)."""
 
 import argparse
+import os
 import sys
 from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,12 @@ def _role(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
         from speed_async.runtime.service_role import run_service
 
         return run_service(config, Path(arguments.run_folder))
-    from speed_async.runtime.actor_role import run_actor, start_engine
+    from speed_async.actors.engine_choice import start_engine
+    from speed_async.runtime.actor_role import run_actor
 
     who = {"index": arguments.index, "incarnation": arguments.incarnation}
-    engine = start_engine(config, **who)
+    # An engine that is stopped does not see its actor's socket close; the kernel ends it anyway.
+    engine = start_engine(config, **who, begin=partial(die_with_parent, os.getpid()))
     place = {"host": arguments.host, "port": arguments.port, "joined": arguments.joined}
     return run_actor(config, **who, **place, engine=engine)
 

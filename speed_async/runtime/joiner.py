@@ -102,7 +102,14 @@ async def _take_part(
     wanted = run_folder or Path("runs") / name
     config = _local_config(accepted.config, model=model, data=data, run_folder=wanted)
     folder, config = make_run_folder(config)
-    plan = ActorPlan(index=accepted.index, host=host, port=port, folder=folder.path, joined=True)
+    plan = ActorPlan(
+        index=accepted.index,
+        host=host,
+        port=port,
+        folder=folder.path,
+        joined=True,
+        environment=_engine_environment(config),
+    )
     print(f"joined tcp://{host}:{port} as {name}; its logs are in {folder.path / 'logs'}")
     sys.stdout.flush()
     feed = FeedSubscriber(host, accepted.feed_port)
@@ -132,6 +139,14 @@ def _local_config(text: str, *, model: Path | None, data: Path | None, run_folde
             remedy = f"{error.remedy} on this machine; give its place here with {option}"
             raise ConfigError(error.field, error.value, remedy) from None
         raise
+
+
+def _engine_environment(config: Config) -> dict[str, str]:
+    if config.actors.engine == "torch":
+        return {}  # and no torch is loaded to find that out
+    from speed_async.actors.engine_choice import engine_environment
+
+    return engine_environment(config)
 
 
 async def _until_end(feed: FeedSubscriber, silence_s: float) -> None:

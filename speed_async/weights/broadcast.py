@@ -25,6 +25,7 @@ from torch._C._distributed_c10d import Store
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
 from speed_async.weights.buckets import Bucket, pack, plan_buckets, unpack
+from speed_async.weights.canary import Canary
 from speed_async.weights.channel import LoadTensors, NamedTensor, TransferReport
 from speed_async.weights.handshake import (
     announce,
@@ -70,7 +71,9 @@ class TorchSender:
     def store_address(self) -> tuple[str, int]:
         return self._address
 
-    def send(self, offer: WeightOffer, tensors: Iterable[NamedTensor]) -> TransferReport:
+    def send(
+        self, offer: WeightOffer, tensors: Iterable[NamedTensor], canary: Canary | None = None
+    ) -> TransferReport:
         """Broadcast all tensors; they must not change meanwhile. World size 1 moves nothing.
 
         Raises WeightSyncError naming the stage and the ranks to blame.
@@ -83,6 +86,7 @@ class TorchSender:
             policy_version=offer.policy_version,
             bucket_bytes=self._bucket_bytes,
             tensors=describe(named, self._cast),
+            canary=canary,
         )
         if offer.world_size == 1:
             return TransferReport(num_bytes=0, num_buckets=0, transfer_s=0.0)
@@ -161,7 +165,7 @@ class TorchReceiver:
                 where = f", waiting for rank 0 at {offer.store_host}:{offer.store_port}"
                 said = what_sender_said(group, str(failure))
                 raise sync_error(offer, f"{failure}{where}{said}") from failure
-        return _report(buckets, self._clock() - began_s)
+        return _report(buckets, self._clock() - began_s, manifest.canary)
 
     def close(self) -> None:
         """Free the group. Never waits long, whatever the peers do; may be called twice."""
@@ -186,6 +190,12 @@ def _stage(index: int, buckets: Sequence[Bucket]) -> str:
     return f"bucket {index + 1} of {len(buckets)}"
 
 
-def _report(buckets: Sequence[Bucket], transfer_s: float) -> TransferReport:
-    num_bytes = sum(bucket.num_bytes for bucket in buckets)
-    return TransferReport(num_bytes=num_bytes, num_buckets=len(buckets), transfer_s=transfer_s)
+def _report(
+    buckets: Sequence[Bucket], transfer_s: float, canary: Canary | None = None
+) -> TransferReport:
+    return TransferReport(
+        num_bytes=sum(bucket.num_bytes for bucket in buckets),
+        num_buckets=len(buckets),
+        transfer_s=transfer_s,
+        canary=canary,
+    )

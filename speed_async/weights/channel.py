@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from speed_async.types import WeightOffer
+from speed_async.weights.canary import Canary
 
 NamedTensor = tuple[str, Tensor]
 LoadTensors = Callable[[Sequence[NamedTensor]], None]
@@ -21,6 +22,8 @@ class TransferReport:
     num_bytes: int
     num_buckets: int
     transfer_s: float
+    canary: Canary | None = None
+    """At receivers: what to check the loaded version against; None when the sender gave none."""
 
 
 class WeightSender(Protocol):
@@ -29,9 +32,12 @@ class WeightSender(Protocol):
         """Where receivers find the store of this sender."""
         ...
 
-    def send(self, offer: WeightOffer, tensors: Iterable[NamedTensor]) -> TransferReport:
-        """Broadcast all tensors to ranks 1..world_size-1. Raises WeightSyncError naming the stage
-        and, when known, the `missing_ranks`; the group of this epoch is then unusable."""
+    def send(
+        self, offer: WeightOffer, tensors: Iterable[NamedTensor], canary: Canary | None = None
+    ) -> TransferReport:
+        """Broadcast all tensors to ranks 1..world_size-1, and the canary that receivers are to
+        verify them by (None: they verify nothing). Raises WeightSyncError naming the stage and,
+        when known, the `missing_ranks`; the group of this epoch is then unusable."""
         ...
 
     def close(self) -> None: ...

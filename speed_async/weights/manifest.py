@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from speed_async.errors import WeightSyncError
+from speed_async.weights.canary import MAX_CANARY_TOKENS, Canary
 from speed_async.weights.channel import NamedTensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 MAX_NAMES_SHOWN = 5
 
@@ -57,6 +58,7 @@ class Manifest:
     policy_version: int
     bucket_bytes: int
     tensors: tuple[TensorSpec, ...]
+    canary: Canary | None = None
 
 
 def named_weights(model: nn.Module) -> Iterator[NamedTensor]:
@@ -102,6 +104,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
                 [spec.name, str(spec.dtype).removeprefix("torch."), list(spec.shape)]
                 for spec in manifest.tensors
             ],
+            "canary": _encode_canary(manifest.canary),
         }
     ).encode()
     if len(payload) > MAX_MANIFEST_BYTES:
@@ -119,18 +122,22 @@ def decode_manifest(payload: bytes) -> Manifest:
     try:
         match json.loads(payload):
             case {
-                "format": 1,
+                "format": 2,
                 "policy_version": int(policy_version),
                 "bucket_bytes": int(bucket_bytes),
                 "tensors": list(rows),
+                "canary": canary_value,
             } if bucket_bytes > 0:
                 specs = tuple(_decode_spec(row) for row in rows)
+                canary = _decode_canary(canary_value)
             case _:
                 raise WeightSyncError(f"manifest is not of format {FORMAT_VERSION}")
     except (ValueError, RecursionError) as error:
         raise WeightSyncError(f"manifest is not JSON: {error}") from error
     _check_names(specs)
-    return Manifest(policy_version=policy_version, bucket_bytes=bucket_bytes, tensors=specs)
+    return Manifest(
+        policy_version=policy_version, bucket_bytes=bucket_bytes, tensors=specs, canary=canary
+    )
 
 
 def accept_manifest(
@@ -175,6 +182,25 @@ def _decode_spec(row: object) -> TensorSpec:
             return TensorSpec(name=name, dtype=DTYPES[dtype], shape=tuple(shape))
         case _:
             raise WeightSyncError(f"manifest has a malformed entry: {str(row)[:200]}")
+
+
+def _encode_canary(canary: Canary | None) -> dict[str, object] | None:
+    """A float survives JSON bit for bit: it is written with as many digits as that takes."""
+    if canary is None:
+        return None
+    return {"token_ids": list(canary.token_ids), "logprobs": list(canary.logprobs)}
+
+
+def _decode_canary(value: object) -> Canary | None:
+    match value:
+        case None:
+            return None
+        case {"token_ids": list(token_ids), "logprobs": list(logprobs)} if (
+            len(token_ids) <= MAX_CANARY_TOKENS
+        ):
+            return Canary(token_ids=tuple(token_ids), logprobs=tuple(logprobs))
+        case _:
+            raise WeightSyncError(f"manifest has a malformed canary: {str(value)[:200]}")
 
 
 def _check_names(specs: Sequence[TensorSpec]) -> None:

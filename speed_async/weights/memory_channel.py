@@ -17,6 +17,7 @@ from torch import Tensor
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
 from speed_async.weights.buckets import plan_buckets
+from speed_async.weights.canary import Canary
 from speed_async.weights.channel import LoadTensors, NamedTensor, TransferReport
 from speed_async.weights.manifest import Manifest, accept_manifest, describe, encode_manifest
 from speed_async.weights.membership import name_ranks
@@ -123,13 +124,18 @@ class MemorySender:
     def store_address(self) -> tuple[str, int]:
         return ADDRESS
 
-    def send(self, offer: WeightOffer, tensors: Iterable[NamedTensor]) -> TransferReport:
+    def send(
+        self, offer: WeightOffer, tensors: Iterable[NamedTensor], canary: Canary | None = None
+    ) -> TransferReport:
         began_s = self._clock()
         named = list(tensors)
         self.calls.append(SendCall(offer=offer, names=tuple(name for name, _ in named)))
         specs = describe(named, self._cast)
         manifest = Manifest(
-            policy_version=offer.policy_version, bucket_bytes=self._bucket_bytes, tensors=specs
+            policy_version=offer.policy_version,
+            bucket_bytes=self._bucket_bytes,
+            tensors=specs,
+            canary=canary,
         )
         if offer.world_size == 1:
             return TransferReport(num_bytes=0, num_buckets=0, transfer_s=0.0)
@@ -198,7 +204,7 @@ class MemoryReceiver:
                     reason = f"rank {offer.rank} failed to load: {sys.exception()}"
                     self._store.give_up(offer, transfer, reason)
         self._store.finish(offer, transfer)
-        return _report(manifest, self._clock() - began_s)
+        return _report(manifest, self._clock() - began_s, manifest.canary)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -239,7 +245,11 @@ def _load(manifest: Manifest, transfer: _Transfer, load: LoadTensors) -> None:
             copy.zero_()  # as a reused buffer would: who keeps the tensors is found out
 
 
-def _report(manifest: Manifest, transfer_s: float) -> TransferReport:
+def _report(manifest: Manifest, transfer_s: float, canary: Canary | None = None) -> TransferReport:
     buckets = plan_buckets(manifest.tensors, manifest.bucket_bytes)
-    num_bytes = sum(bucket.num_bytes for bucket in buckets)
-    return TransferReport(num_bytes=num_bytes, num_buckets=len(buckets), transfer_s=transfer_s)
+    return TransferReport(
+        num_bytes=sum(bucket.num_bytes for bucket in buckets),
+        num_buckets=len(buckets),
+        transfer_s=transfer_s,
+        canary=canary,
+    )

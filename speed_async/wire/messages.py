@@ -118,13 +118,15 @@ class ActorReport(Counted):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsApplied(Counted):
-    """The actor now samples under this version. A negative version: its transfer failed."""
+    """The actor now samples under this version. A negative version: `error` says why not."""
 
     policy_version: int
     epoch: int
     pause_s: float
     transfer_s: float
     error: str
+    usable: bool = True
+    """False: the engine holds no whole version any more, and this actor ends."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,53 @@
+"""The learner's side of the canary: its log-probabilities under the present weights.
+
+Shape legend: T canary tokens, N = T-1 predicted ones.
+"""
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from speed_async.errors import ModelError
+from speed_async.learner.batch import make_micro_batch
+from speed_async.learner.model import embedding_table
+from speed_async.learner.rows import Row, TrainingSample
+from speed_async.weights.canary import CANARY_TOKENS, Canary, canary_token_ids
+
+
+class CanaryProbe:
+    """One row of fixed tokens, laid out once."""
+
+    def __init__(
+        self, model: PreTrainedModel, *, context_length: int | None = None, seed: int = 0
+    ) -> None:
+        table = embedding_table(model)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", CANARY_TOKENS)
+        self._token_ids = canary_token_ids(
+            len(table), context_length=context_length or limit, seed=seed
+        )
+        first, *rest = np.array_split(np.array(self._token_ids, np.int32), [1])
+        sample = TrainingSample(
+            token_ids=rest[0],
+            logprobs=np.zeros(len(rest[0]), np.float32),
+            policy_versions=np.zeros(len(rest[0]), np.int32),
+            advantage=0.0,
+            weight=1.0,
+        )
+        row = Row(prompt_token_ids=first, samples=(sample,))
+        self._batch = make_micro_batch([row], policy_version=0).to(table.device)
+
+    @torch.no_grad()
+    def measure(self, policy: nn.Module) -> Canary:
+        """By one forward pass of `policy` (a `Policy`, as the parallelism seam wrapped it).
+
+        In the precision of the parameters, so before any cast that the sender makes: what that
+        takes away is in the receivers' tolerance. Raises ModelError when a value is not finite.
+        """
+        logprobs_N, _ = policy(self._batch, plain=True)
+        if not logprobs_N.isfinite().all():
+            raise ModelError(
+                "the updated weights give non-finite log-probabilities: training has diverged; "
+                "lower learner.lr or learner.grad_clip"
+            )
+        return Canary(token_ids=self._token_ids, logprobs=tuple(logprobs_N.tolist()))
