@@ -33,6 +33,9 @@ GAUGES: dict[str, Value] = {
     "share_sync": 0.1,
     "ledger_closes": True,
     "phase": "training",
+    "weights/newest": 1,
+    "weights/lag_max": 3,
+    "weights/pause_max_s": 0.0125,
 }
 EVALUATION: dict[str, Value] = {
     "wall_s": 60.0,
@@ -118,12 +121,13 @@ FIGURES = (
     *("12/100", "1m02s", "7m30s", "training", "actors 2"),
     *("0.410", "0.520", "best 0.52", "5,300", "2,100", "38 %"),
     *("16/64", "48/96", "0.80", "max 2", "learner 60%", "actor 20%", "sync 10%"),
+    *("1/2 newest", "lag 3"),
     *("✓ closes", "held-out 0.520 at v10"),
 )
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "num_lines"), [(60, 20, 16), (80, 24, 20), (120, 40, 20)]
+    ("width", "height", "num_lines"), [(60, 20, 17), (80, 24, 21), (120, 40, 21)]
 )
 def test_every_figure_is_there_and_the_picture_fits(
     width: int, height: int, num_lines: int
@@ -142,6 +146,7 @@ def test_a_wide_picture_spells_its_notes_out() -> None:
     assert " 12 %  training" in text
     assert " 25 % full" in text
     assert " 50 % of credits" in text
+    assert "pause 12 ms  lag 3" in text
 
 
 def test_the_picture_is_never_wider_than_120_columns_and_survives_very_narrow_ones() -> None:
@@ -210,5 +215,5 @@ def test_notes_stand_in_one_column_whatever_the_graphic() -> None:
 def test_a_long_warning_is_cut_and_not_wrapped() -> None:
     warned: dict[str, Value] = {"warning": "actor lost " * 40}
     lines = shown(state_after(Event(kind="status", values=GAUGES | warned)), 80, 24)
-    assert len(lines) == 21
+    assert len(lines) == 22
     assert lines[-2].endswith("… │")

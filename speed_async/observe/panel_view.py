@@ -17,12 +17,12 @@ from speed_async.observe.panel_rows import (
 from speed_async.observe.panel_state import RECENT_S, PanelState
 
 MAX_WIDTH = 120
-FULL_HEIGHT = 22
+FULL_HEIGHT = 23
 """Below it the section rules are left out."""
 
 
 def render(state: PanelState, width: int, height: int | None = None) -> RenderableType:
-    """The panel for a terminal of `width` x `height`: 20 lines, or 16 below `FULL_HEIGHT`.
+    """The panel for a terminal of `width` x `height`: 21 lines, or 17 below `FULL_HEIGHT`.
 
     A warning adds one line. No line is wider than `width`.
     """

@@ -1,4 +1,4 @@
-"""Every message of the protocol: flat, frozen records of plain values and arrays.
+"""Every message of the protocol but those of joining.py: flat, frozen, of plain values and arrays.
 
 Fields are int, float, str, bool, list of those, `dict[str, float]`, `dict[str, object]` of plain
 values (metrics), or numpy arrays (which travel as raw frames). Packed arrays of a group hold its
