@@ -46,12 +46,68 @@ def show_config(config: Path, overrides: tuple[str, ...]) -> None:
 @click.argument("address")
 def console(address: str) -> None:
     """Watch a run: ADDRESS is its metrics feed, tcp://HOST:PORT (it stands in logs/learner.log)."""
-    parts = urlsplit(address if "//" in address else f"tcp://{address}")
-    if parts.hostname is None or parts.port is None:
-        raise SpeedAsyncError(f"'{address}' is no feed address; it looks like tcp://HOST:PORT")
+    host, port = _host_and_port(address)
     from speed_async.runtime.console_role import follow_feed
 
-    run(follow_feed(parts.hostname, parts.port, address))
+    run(follow_feed(host, port, address))
+
+
+@commands.command()
+@click.option(
+    "--join",
+    "address",
+    required=True,
+    metavar="tcp://HOST:PORT",
+    help="The run's service. Its address stands in the run's logs/learner.log.",
+)
+@click.option("--model", type=click.Path(path_type=Path), help="Model folder on this machine.")
+@click.option("--data", type=click.Path(path_type=Path), help="Data file on this machine.")
+@click.option(
+    "--run-folder",
+    type=click.Path(path_type=Path),
+    help="Where this actor's logs go.  [default: runs/actor-N]",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait for the run's answer.",
+)
+def actor(
+    address: str,
+    model: Path | None,
+    data: Path | None,
+    run_folder: Path | None,
+    timeout_s: float,
+) -> None:
+    """Add an actor to a run that is under way.
+
+    It gets the run's configuration and newest weights, works until the run ends, and is started
+    again if it is killed. Ctrl-C drains it alone; the run goes on. On a machine with several GPUs
+    CUDA_VISIBLE_DEVICES says which one it takes.
+    """
+    host, port = _host_and_port(address)
+    from speed_async.runtime.failure import EXIT_INTERRUPTED
+    from speed_async.runtime.joiner import join_run
+
+    joining = join_run(
+        host, port, model=model, data=data, run_folder=run_folder, timeout_s=timeout_s
+    )
+    sys.exit(0 if run(joining) else EXIT_INTERRUPTED)
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    wrong = SpeedAsyncError(f"'{address}' is no address of a run; it looks like tcp://HOST:PORT")
+    try:
+        parts = urlsplit(address if "//" in address else f"tcp://{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise wrong from None
+    if host is None or port is None:
+        raise wrong
+    return host, port
 
 
 def main() -> None:

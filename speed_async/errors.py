@@ -1,5 +1,7 @@
 """Every error a user can meet. Its text is complete: what, which value, what to do."""
 
+from collections.abc import Sequence
+
 
 class SpeedAsyncError(Exception):
     """Base of all errors raised on purpose. `str(error)` is fit to be shown to a user."""
@@ -42,7 +44,14 @@ class TransportClosed(SpeedAsyncError):
 
 
 class WeightSyncError(SpeedAsyncError):
-    """A weight transfer failed or delivered something else than was announced."""
+    """A weight transfer failed or delivered something else than was announced.
+
+    `missing_ranks`, at the sender: who did not take part to the end, or refused to.
+    """
+
+    def __init__(self, message: str, *, missing_ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.missing_ranks = tuple(missing_ranks)
 
 
 class TaskError(SpeedAsyncError):

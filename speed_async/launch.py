@@ -55,9 +55,9 @@ def run_rank(config: Config, rank: "Rank") -> int:
         from speed_async.runtime.learner_role import lead_run
 
         return 0 if run(lead_run(config, rank)) else EXIT_INTERRUPTED
-    from speed_async.runtime.supervisor import supervise_actor
+    from speed_async.runtime.actor_rank import supervise_rank
 
-    run(supervise_actor(config, rank))
+    run(supervise_rank(config, rank))
     return 0
 
 

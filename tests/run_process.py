@@ -1,15 +1,20 @@
 """Whole runs as a user starts them: real processes, followed through their run folder."""
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from speed_async.wire.feed import FeedSubscriber
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODEL = REPOSITORY / "quickstart" / "model"
@@ -97,12 +102,55 @@ class Run:
                 found[int(entry.name)] = command
         return found
 
-    def child(self, role: str) -> int:
-        """Process id of a role's child; the `engine` is a child of the actor's."""
-        mark = "runtime.child " + ("actor" if role == "engine" else role)
-        found = [pid for pid, command in self.processes().items() if mark in command]
+    def child(self, role: str, index: int | None = None) -> int:
+        """Process id of a role's child, of the actor of that index; the `engine` is a child of
+        the actor's."""
+        marks = ["runtime.child " + ("actor" if role == "engine" else role)]
+        marks += [f"--index {index} "] if index is not None else []
+        commands = self.processes().items()
+        found = [pid for pid, command in commands if all(mark in command for mark in marks)]
         [child] = [pid for pid in found if (parent_of(pid) in found) == (role == "engine")]
         return child
+
+    def address(self, after: str) -> str:
+        """tcp://HOST:PORT that stands in the learner's log after these words."""
+        log = (self.folder / "logs" / "learner.log").read_text()
+        return next(line for line in log.splitlines() if line.startswith(after)).split()[-1]
+
+    def hear(self, what: str, happened: Callable[[dict[str, Any]], object]) -> None:
+        """Follow the metrics feed until an event's values say that it has happened."""
+
+        async def follow() -> None:
+            host, _, port = self.address("metrics feed at").removeprefix("tcp://").rpartition(":")
+            feed = FeedSubscriber(host, int(port))
+            try:
+                while not happened((await feed.receive(DEADLINE_S)).values):
+                    assert self.process.poll() is None, f"the run ended before {what}"
+            finally:
+                await feed.close()
+
+        asyncio.run(asyncio.wait_for(follow(), DEADLINE_S))
+
+    @contextmanager
+    def slowly(self) -> Iterator[None]:
+        """The learner runs a tenth of the time, so that a short run lasts until a process has
+        started, however long that takes on this machine."""
+        learner, over = parent_of(self.child("service")), threading.Event()
+
+        def hold_up() -> None:
+            while not over.is_set():
+                os.kill(learner, signal.SIGSTOP)
+                over.wait(0.45)
+                os.kill(learner, signal.SIGCONT)
+                over.wait(0.05)
+
+        holding = threading.Thread(target=hold_up)
+        holding.start()
+        try:
+            yield
+        finally:
+            over.set()
+            holding.join()
 
 
 def parent_of(process_id: int) -> int:
@@ -130,8 +178,19 @@ def start_torchrun(folder: Path, nproc: int, *overrides: str) -> Run:
     return _start(folder, command)
 
 
+def start_actor(run: Run, *options: str) -> Run:
+    """`speed-async actor --join`, from a folder beside the run's own."""
+    command = [sys.executable, "-m", "speed_async", "actor"]
+    command += ["--join", run.address("actors join at"), *options]
+    return Run(process=_open(run.folder.parent, command), folder=run.folder)
+
+
 def _start(folder: Path, command: list[str]) -> Run:
-    process = subprocess.Popen(
+    return Run(process=_open(folder, command), folder=folder / "run")
+
+
+def _open(folder: Path, command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         command,
         cwd=folder,
         stdin=subprocess.DEVNULL,
@@ -141,4 +200,3 @@ def _start(folder: Path, command: list[str]) -> Run:
         start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    return Run(process=process, folder=folder / "run")

@@ -455,7 +455,7 @@ def test_a_batch_that_comes_while_weights_are_published_is_trained(tmp_path: Pat
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), run={"updates": 1}, learner={"groups_per_update": 1})
     group = batch_group(make_group(5, 3))
-    nobody = m.WeightMembers(policy_version=0, epoch=1, actor_names=[])
+    nobody = m.WeightMembers(policy_version=0, epoch=1, actor_names=[], ranks_each=[], world_size=1)
     link = ScriptedLink(
         [
             m.Welcome(policy_version=0),

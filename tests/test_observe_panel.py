@@ -35,6 +35,9 @@ GAUGES: dict[str, Value] = {
     "share_sync": 0.1,
     "ledger_closes": True,
     "phase": "training",
+    "weights/newest": 1,
+    "weights/lag_max": 3,
+    "weights/pause_max_s": 0.0125,
 }
 EVALUATION: dict[str, Value] = {
     "wall_s": 60.0,
@@ -120,12 +123,13 @@ FIGURES = (
     *("12/100", "1m02s", "7m30s", "training", "actors 2"),
     *("0.410", "0.520", "best 0.52", "5,300", "2,100", "38 %"),
     *("16/64", "48/96", "0.80", "max 2", "learner 60%", "actor 20%", "sync 10%"),
+    *("1/2 newest", "lag 3"),
     *("✓ closes", "held-out 0.520 at v10"),
 )
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "num_lines"), [(60, 20, 16), (80, 24, 20), (120, 40, 20)]
+    ("width", "height", "num_lines"), [(60, 20, 17), (80, 24, 21), (120, 40, 21)]
 )
 def test_every_figure_is_there_and_the_picture_fits(
     width: int, height: int, num_lines: int
@@ -144,6 +148,7 @@ def test_a_wide_picture_spells_its_notes_out() -> None:
     assert " 12 %  training" in text
     assert " 25 % full" in text
     assert " 50 % of credits" in text
+    assert "pause 12 ms  lag 3" in text
 
 
 def test_the_picture_is_never_wider_than_120_columns_and_survives_very_narrow_ones() -> None:
@@ -209,7 +214,7 @@ def test_notes_stand_in_one_column_whatever_the_graphic() -> None:
     assert columns == [56] * len(notes)
 
 
-@pytest.mark.parametrize(("height", "num_lines"), [(24, 3), (23, 2), (22, 1), (20, 3), (16, 1)])
+@pytest.mark.parametrize(("height", "num_lines"), [(25, 3), (24, 3), (21, 3), (20, 2), (16, 1)])
 def test_a_long_warning_takes_the_lines_there_are_and_is_then_cut(
     height: int, num_lines: int
 ) -> None:

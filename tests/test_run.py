@@ -218,9 +218,11 @@ def test_a_bad_config_is_refused_in_one_line_before_torch_loads(
     assert not (tmp_path / "run").exists()
 
 
-def test_help_loads_neither_torch_nor_zmq_nor_wandb(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["actor", "--help"]])
+def test_help_loads_neither_torch_nor_zmq_nor_wandb(arguments: list[str]) -> None:
     code = (
-        "import sys\nfrom speed_async.cli import main\nsys.argv = ['speed-async', '--help']\n"
+        "import sys\nfrom speed_async.cli import main\n"
+        f"sys.argv = ['speed-async', *{arguments!r}]\n"
         "try:\n    main()\nfinally:\n"
         "    print(sorted({'torch', 'zmq', 'wandb', 'vllm'} & set(sys.modules)))\n"
     )

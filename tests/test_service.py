@@ -194,7 +194,7 @@ def test_an_offer_names_ranks_in_order_and_opens_an_epoch_only_when_members_chan
     desk.hello("actor-3.0", 3)
     assert epoch() == first_epoch + 1
     failed = m.WeightsPublished(
-        policy_version=1, epoch=first_epoch + 1, transfer_s=0.0, num_bytes=0, error="x"
+        policy_version=1, epoch=first_epoch + 1, transfer_s=0.0, num_bytes=0, error="x", missing=[]
     )
     desk.say("learner", failed)
     assert epoch() == first_epoch + 2
@@ -266,7 +266,7 @@ def test_only_the_learner_may_speak_for_the_learner(desk: Desk) -> None:
 
 def published(version: int, error: str = "") -> m.WeightsPublished:
     return m.WeightsPublished(
-        policy_version=version, epoch=0, transfer_s=0.0, num_bytes=0, error=error
+        policy_version=version, epoch=0, transfer_s=0.0, num_bytes=0, error=error, missing=[]
     )
 
 
@@ -307,7 +307,7 @@ def test_weights_that_did_not_arrive_are_offered_again_in_a_new_epoch(desk: Desk
         policy_version=1, store_host="h", store_port=1, backend="gloo", deadline_s=1.0
     )
     desk.say("learner", publish)
-    epoch = desk.service.membership.epoch
+    epoch = desk.service.weight_group.epoch
 
     def failed(epoch: int) -> m.WeightsApplied:
         return m.WeightsApplied(
@@ -321,11 +321,11 @@ def test_weights_that_did_not_arrive_are_offered_again_in_a_new_epoch(desk: Desk
 
     assert kinds(desk.say("actor-1.0", failed(epoch))) == ["MembershipChanged"]
     desk.say("learner", publish)
-    assert desk.service.membership.epoch == epoch + 1
+    assert desk.service.weight_group.epoch == epoch + 1
     # A late word about the old group leaves the new one alone.
     assert kinds(desk.say("actor-1.0", failed(epoch))) == []
     desk.say("learner", publish)
-    assert desk.service.membership.epoch == epoch + 1
+    assert desk.service.weight_group.epoch == epoch + 1
 
 
 def test_an_actor_without_whole_weights_is_lost_at_once_and_the_run_says_why(desk: Desk) -> None:

@@ -188,6 +188,7 @@ def test_a_refused_manifest_names_the_tensors_at_both_ends_and_loads_nothing(cha
     assert isinstance(outcomes[2], WeightSyncError) and difference in str(outcomes[2])
     assert isinstance(outcomes[0], WeightSyncError)
     assert f"rank 2 refused: {difference}" in str(outcomes[0])
+    assert outcomes[0].missing_ranks == (2,)
     assert loaded[2].tensors == {}
     with pytest.raises(WeightSyncError, match="epoch 1 is unusable"):
         channel.sender.send(channel.offer(2, world_size=3), sent)
@@ -224,6 +225,7 @@ def test_a_receiver_that_never_joins_is_named_and_the_others_go_on(channel: Chan
     error = outcomes[0]
     assert isinstance(error, WeightSyncError)
     assert "rendezvous failed after 1." in str(error) and "rank 2 never joined" in str(error)
+    assert error.missing_ranks == (2,)
     assert isinstance(outcomes[1], WeightSyncError) and "rendezvous" in str(outcomes[1])
     assert loaded.tensors == {}
     send_to(channel, channel.offer(1, epoch=2), tensors)
@@ -326,6 +328,7 @@ def test_a_receiver_that_ends_in_mid_transfer_is_named_and_the_next_epoch_works(
             assert isinstance(outcomes[0], WeightSyncError)
             assert "policy version 2, epoch 1, bucket" in error
             assert error.endswith("no sign of life from rank 2")
+            assert outcomes[0].missing_ranks == (2,)
             assert isinstance(outcomes[1], WeightSyncError)
             assert waited_s < 5.0
             # The stopped process still holds its end: neither this nor closing may wait for it.

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -10,21 +11,24 @@ import torch
 from speed_async.actors.engine import OwnedEngine
 from speed_async.actors.engine_process import ProcessWorker, may_fork
 from speed_async.actors.stepped_engine import SteppedEngine
+from speed_async.actors.stepper import Stepper
 from speed_async.actors.torch_engine import load_torch_generator
 from speed_async.actors.vllm_options import process_environment
 from speed_async.config.schema import Config
 
 
-def start_engine(config: Config, *, index: int, incarnation: int) -> OwnedEngine:
+def start_engine(
+    config: Config, *, index: int, incarnation: int, begin: Callable[[], None]
+) -> OwnedEngine:
     """An engine to be entered. To be called before there is an event loop or a thread: the
-    embedded one starts its process at once, perhaps by a fork."""
+    embedded one starts its process at once, perhaps by a fork, and calls `begin` there first."""
     seeds = np.random.SeedSequence([config.run.seed, index, incarnation])
     seed = int(seeds.generate_state(1)[0])
     if config.actors.engine == "vllm":
         from speed_async.actors.vllm_start import make_vllm_engine
 
         return make_vllm_engine(config, seed=seed)
-    return SteppedEngine(start_torch_worker(config, seed=seed))
+    return SteppedEngine(start_torch_worker(config, seed=seed, begin=begin))
 
 
 def engine_environment(config: Config) -> dict[str, str]:
@@ -34,7 +38,9 @@ def engine_environment(config: Config) -> dict[str, str]:
     return process_environment(config, on_cpu=not torch.cuda.is_available())
 
 
-def start_torch_worker(config: Config, *, seed: int) -> ProcessWorker:
+def start_torch_worker(
+    config: Config, *, seed: int, begin: Callable[[], None] | None = None
+) -> ProcessWorker:
     """The process of an embedded engine, begun."""
     fork = may_fork(config.actors.device)
     if fork:
@@ -47,4 +53,10 @@ def start_torch_worker(config: Config, *, seed: int) -> ProcessWorker:
         seed=seed,
         canary_tolerance=config.weights.canary_tolerance,
     )
-    return ProcessWorker(make_generator, load_timeout_s=config.cluster.stall_timeout_s, fork=fork)
+    make_stepper = partial(_after, begin, make_generator) if begin else make_generator
+    return ProcessWorker(make_stepper, load_timeout_s=config.cluster.stall_timeout_s, fork=fork)
+
+
+def _after(begin: Callable[[], None], make_generator: Callable[[], Stepper]) -> Stepper:
+    begin()
+    return make_generator()

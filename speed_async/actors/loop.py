@@ -26,9 +26,12 @@ from speed_async.tasks.task import Task
 from speed_async.types import ActorCounts, Group, Lease, LeaseKind, WeightOffer
 from speed_async.wire import messages as m
 from speed_async.wire.groups import pack_group
+from speed_async.wire.joining import Leaving
 from speed_async.wire.transport import Link
 
 REPORT_INTERVAL_S = 0.5
+LEAVE_GRACE_S = 2.0
+"""How long an actor that was told to stop waits for the service's consent."""
 QUEUE_AHEAD = 2.0
 """Requests asked for, as a multiple of the engine's slots, so that no slot waits for a lease."""
 
@@ -92,8 +95,10 @@ class ActorLoop:
             raise RoleError(self._name, f"the service refused this actor: {answer.reason}")
 
     def request_drain(self) -> None:
-        """Drain by own decision (a signal), as if the service had asked for it."""
-        self._drain_requested.set()
+        """Drain by own decision (a signal). The service is told first: weights that it offered
+        before it answers are still taken, for the others wait for this actor's part in them."""
+        self._say(Leaving(counts=self._counts()))
+        asyncio.get_running_loop().call_later(LEAVE_GRACE_S, self._drain_requested.set)
 
     # --- in --------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from speed_async.buffer.membership import Membership
 from speed_async.wire import messages as m
+from speed_async.wire.joining import Join
 
 
 class Gatekeeper:
@@ -20,8 +21,8 @@ class Gatekeeper:
         if type(message) not in self._accepted:
             return f"{kind} is not for the service"
         if isinstance(message, m.Counted) and peer not in self._membership.actors:
-            return "unknown actor: say Hello first (or this incarnation was given up as lost)"
-        open_to_all = isinstance(message, m.Counted | m.Hello | m.Failure)
+            return self._lost(peer) or "unknown actor: say Hello first"
+        open_to_all = isinstance(message, m.Counted | m.Hello | m.Failure | Join)
         if not open_to_all and peer != self._membership.learner:
             return f"{kind} is the learner's to send"
         match message:
@@ -35,14 +36,20 @@ class Gatekeeper:
                 return None
 
     def _stranger(self, peer: str, hello: m.Hello) -> str | None:
-        if peer in self._membership.lost:
-            return "this incarnation was given up as lost: start a new one"
+        if lost := self._lost(peer):
+            return lost
+        if hello.weight_ranks < 1:
+            return f"Hello.weight_ranks is {hello.weight_ranks}: an engine has 1 at least"
         if hello.fingerprint != self._fingerprint:
             return (
                 f"its task data (fingerprint {hello.fingerprint}) differ from the service's "
                 f"({self._fingerprint}): give every node the same config and data files"
             )
         return None
+
+    def _lost(self, peer: str) -> str | None:
+        reason = self._membership.lost.get(peer)
+        return reason and f"this incarnation was given up as lost ({reason}): start a new one"
 
 
 def _impossible(kind: str, num_passed: int, num_completions: int) -> str | None:

@@ -126,6 +126,17 @@ class Ledger:
             ),
         }
 
+    def by_actor(self) -> dict[str, object]:
+        """What each incarnation of each actor did, for `summary.json`."""
+        return {
+            name: {
+                "leases": book.leases_ended,
+                "tokens_generated": book.last_counts.tokens_generated,
+                "lost": book.lost,
+            }
+            for name, book in self._actors.items()
+        }
+
     def table(self, groups_in_flight: int) -> dict[str, object]:
         """The ledger of `summary.json`."""
         rows = {str(end): tally for end, tally in self.ends.items()}

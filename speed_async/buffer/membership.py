@@ -1,8 +1,9 @@
-"""Who takes part in the run: actors, the learner, and the epochs of the weight group."""
+"""Who takes part in the run: actors, the learner, and actors that came by themselves."""
 
 from dataclasses import dataclass, field
 
-from speed_async.wire.messages import Hello, OfferWeights, PublishWeights
+from speed_async.config.schema import ClusterConfig
+from speed_async.wire.messages import Hello
 
 
 @dataclass(slots=True)
@@ -11,26 +12,35 @@ class ActorState:
     index: int
     incarnation: int
     last_heard_s: float
+    weight_ranks: int = 1
+    """Consecutive ranks of the weight group its engine takes."""
     want: int = 0
     """Leases the actor can take now."""
     applied_version: int = 0
+    sent_version: int = 0
+    """Newest version of which all bytes went out to it; it may still be loading them."""
+    awaits_weights: bool = False
+    """It came when training had begun, and has nothing fit to sample with yet."""
+    leaving: bool = False
+    """It was told to stop: no more leases and offers."""
     said_goodbye: bool = False
     gauges: dict[str, float] = field(default_factory=dict)
 
 
 class Membership:
-    """Pure bookkeeping: who is here, and which of them share the present weight group."""
+    """Pure bookkeeping of who is here, and who is to be."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: ClusterConfig) -> None:
         self.actors: dict[str, ActorState] = {}
-        self.lost: set[str] = set()
-        """Names given up for dead; such an incarnation may not come back."""
+        self.lost: dict[str, str] = {}
+        """Names given up for dead, and why; such an incarnation may not come back."""
         self.learner: str | None = None
-        self.epoch = 0
-        self.members: tuple[str, ...] = ()
-        self._group_broken = False
+        self._num_configured = config.actors
+        self._first_free_index = config.learners + config.actors
+        self._admitted: dict[str, int] = {}  # index by supervisor, of all that ever joined
+        self._expected: set[int] = set()  # of those, who is here or may come back
 
-    def join(self, name: str, hello: Hello, now_s: float) -> list[ActorState]:
+    def join(self, name: str, hello: Hello, now_s: float, policy_version: int) -> list[ActorState]:
         """Add an actor; returns older incarnations of the same rank, which are thereby dead."""
         replaced = [
             state
@@ -38,47 +48,51 @@ class Membership:
             if state.index == hello.index and not state.said_goodbye
         ]
         self.actors[name] = ActorState(
-            name=name, index=hello.index, incarnation=hello.incarnation, last_heard_s=now_s
+            name=name,
+            index=hello.index,
+            incarnation=hello.incarnation,
+            last_heard_s=now_s,
+            weight_ranks=hello.weight_ranks,
+            awaits_weights=policy_version > 0,
         )
+        if hello.index in self._admitted.values():
+            self._expected.add(hello.index)
         return replaced
 
-    def lose(self, name: str) -> None:
+    def lose(self, name: str, reason: str) -> None:
         del self.actors[name]
-        self.lost.add(name)
+        self.lost[name] = reason
+
+    def leave(self, state: ActorState) -> None:
+        """The actor said goodbye."""
+        state.said_goodbye = True
+        self._expected.discard(state.index)
 
     def present(self) -> list[ActorState]:
-        """Actors that take work and weights, by rank."""
+        """Actors that have not said goodbye, by rank."""
         here = [state for state in self.actors.values() if not state.said_goodbye]
         return sorted(here, key=lambda state: state.index)
 
     def silent(self, now_s: float, timeout_s: float) -> list[ActorState]:
         return [state for state in self.present() if now_s - state.last_heard_s > timeout_s]
 
-    def form_group(self, publish: PublishWeights) -> list[tuple[str, OfferWeights]]:
-        """Offers of the next broadcast, in rank order; a changed list of members, or a broken
-        group, opens a new epoch."""
-        names = tuple(state.name for state in self.present())
-        if names != self.members or self._group_broken:
-            self.epoch += 1
-            self.members = names
-            self._group_broken = False
-        return [
-            (
-                name,
-                OfferWeights(
-                    policy_version=publish.policy_version,
-                    epoch=self.epoch,
-                    rank=rank,
-                    world_size=len(names) + 1,
-                    store_host=publish.store_host,
-                    store_port=publish.store_port,
-                    backend=publish.backend,
-                    deadline_s=publish.deadline_s,
-                ),
-            )
-            for rank, name in enumerate(names, start=1)
-        ]
+    # --- actors that come by themselves ------------------------------------------------------
 
-    def break_group(self) -> None:
-        """The last broadcast failed: its process group must not be used again."""
-        self._group_broken = True
+    @property
+    def num_wanted(self) -> int:
+        """Actors the run would have if none were missing."""
+        return self._num_configured + len(self._expected)
+
+    def admit(self, supervisor: str) -> int:
+        """The index of this supervisor's actor: a new one, or the one it has."""
+        if supervisor not in self._admitted:
+            self._admitted[supervisor] = self._first_free_index + len(self._admitted)
+        return self._admitted[supervisor]
+
+    def withdraw(self, supervisor: str) -> list[ActorState] | None:
+        """Its actor will not come back. Returns what is here of it; None for no such supervisor."""
+        index = self._admitted.get(supervisor)
+        if index is None:
+            return None
+        self._expected.discard(index)
+        return [state for state in self.present() if state.index == index]

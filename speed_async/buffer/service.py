@@ -15,6 +15,7 @@ from speed_async.buffer.batches import Batches
 from speed_async.buffer.curriculum import Curriculum
 from speed_async.buffer.ending import Ending, Step
 from speed_async.buffer.gatekeeper import Gatekeeper
+from speed_async.buffer.grants import Grants
 from speed_async.buffer.lifecycle import Accuracy, Evaluations, Lifecycle
 from speed_async.buffer.membership import ActorState, Membership
 from speed_async.buffer.statistics import RunStatistics, UpdateTimes
@@ -24,12 +25,15 @@ from speed_async.buffer.status import (
     status_values,
     summary_values,
 )
+from speed_async.buffer.weight_group import WeightGroup
+from speed_async.buffer.weight_times import WeightTimes
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
 from speed_async.observe.metrics import Event, EventKind, Value
-from speed_async.types import GroupEnd, LeaseKind
+from speed_async.types import GroupEnd
 from speed_async.wire import messages as m
 from speed_async.wire.groups import batch_group
+from speed_async.wire.joining import Join, JoinAccepted, Leaving
 
 ROLE = "buffer service"
 
@@ -43,6 +47,7 @@ class BufferService:
         evaluations: Evaluations,
         fingerprint: str,
         started_s: float,
+        feed_port: int = 0,
     ) -> None:
         self.outbox: list[tuple[str, m.Message]] = []
         self.events: list[Event] = []
@@ -52,7 +57,9 @@ class BufferService:
         self.policy_version = 0
         self.config = config
         self.started_s = started_s
-        self.membership = Membership()
+        self.membership = Membership(config.cluster)
+        self.weight_group = WeightGroup(self.membership)
+        self.weight_times = WeightTimes()
         self.statistics = RunStatistics(started_s)
         self.lifecycle = Lifecycle(
             config, curriculum=curriculum, evaluations=evaluations, statistics=self.statistics
@@ -63,10 +70,13 @@ class BufferService:
         self._evaluations = evaluations
         self._baseline_done = False
         self._batches = Batches(config, self.lifecycle, self.statistics)
+        self._grants = Grants(config, self.lifecycle, self._batches, evaluations)
+        self._feed_port = feed_port
         self._target_reached = False
         self._ending = Ending(config.cluster)
         self._evaluated_version: int | None = None
         self._handlers: dict[type[m.Message], Callable[..., None]] = {
+            Join: self._on_join,
             m.Hello: self._on_hello,
             m.Failure: self._on_failure,
             m.WantWork: self._on_want,
@@ -76,6 +86,7 @@ class BufferService:
             m.Evaluated: self._on_evaluated,
             m.ActorReport: self._on_report,
             m.WeightsApplied: self._on_applied,
+            Leaving: self._on_leaving,
             m.Goodbye: self._on_goodbye,
             m.TakeBatch: self._on_take,
             m.Trained: self._on_trained,
@@ -120,11 +131,22 @@ class BufferService:
 
     # --- peers -----------------------------------------------------------------------------
 
+    def _on_join(self, peer: str, join: Join, now_s: float) -> None:
+        if self._ending.finish is not None:
+            self._send(peer, m.Rejected(reason="this run is ending"))
+            return
+        accepted = JoinAccepted(
+            index=self.membership.admit(peer),
+            config=self.config.model_dump_json(),
+            feed_port=self._feed_port,
+        )
+        self._send(peer, accepted)
+
     def _on_hello(self, peer: str, hello: m.Hello, now_s: float) -> None:
         if hello.role == "learner":
             self.membership.learner = peer
         elif peer not in self.membership.actors:
-            for state in self.membership.join(peer, hello, now_s):
+            for state in self.membership.join(peer, hello, now_s, self.policy_version):
                 self._lose(state, "restarted")
             if self.policy_version > 0:
                 self._send_learner(m.MembershipChanged(reason=f"{peer} joined"))
@@ -133,6 +155,13 @@ class BufferService:
             self._send(peer, m.Drain(reason="the run is ending"))
 
     def _on_failure(self, peer: str, failure: m.Failure, now_s: float) -> None:
+        """An actor that came by itself fails for itself; any other role's failure ends the run."""
+        withdrawn = self.membership.withdraw(peer)
+        if withdrawn is not None:
+            for state in withdrawn:
+                self._lose(state, "its supervisor gave up")
+            self.warning = f"{failure.role} left: {failure.message}"
+            return
         reason = str(RoleError(failure.role, failure.message))
         self._emit("end", now_s, {"ok": False, "reason": reason})
         abort = m.Abort(role=failure.role, message=failure.message)
@@ -149,12 +178,16 @@ class BufferService:
     def _on_report(self, peer: str, report: m.ActorReport, now_s: float) -> None:
         self.membership.actors[peer].gauges = report.gauges
 
+    def _on_leaving(self, peer: str, leaving: Leaving, now_s: float) -> None:
+        self.membership.actors[peer].leaving = True
+        self._send(peer, m.Drain(reason="it was told to stop"))
+
     def _on_goodbye(self, peer: str, goodbye: m.Goodbye, now_s: float) -> None:
-        self.membership.actors[peer].said_goodbye = True
+        self.membership.leave(self.membership.actors[peer])
         self.lifecycle.holder_left(peer)
 
     def _lose(self, state: ActorState, reason: str) -> None:
-        self.membership.lose(state.name)
+        self.membership.lose(state.name, reason)
         self.lifecycle.holder_lost(state.name)
         self.warning = f"{state.name} lost: {reason}"
 
@@ -211,22 +244,21 @@ class BufferService:
                 sync_s=metrics.get("time/sync_s", 0.0),
             )
         )
+        self.weight_times.stepped(self.policy_version, self.membership.present())
         self._emit("step", now_s, dict(metrics))
 
     def _on_publish(self, peer: str, publish: m.PublishWeights, now_s: float) -> None:
-        for name, offer in self.membership.form_group(publish):
+        self.weight_times.began(now_s)
+        offers, members = self.weight_group.form(publish)
+        for name, offer in offers:
             self._send(name, offer)
-        self._send_learner(
-            m.WeightMembers(
-                policy_version=publish.policy_version,
-                epoch=self.membership.epoch,
-                actor_names=list(self.membership.members),
-            )
-        )
+        self._send_learner(members)
 
     def _on_published(self, peer: str, message: m.WeightsPublished, now_s: float) -> None:
+        self.weight_times.ended(message)
+        for state in self.weight_group.published(message):
+            self._lose(state, f"it held up the weights: {message.error}")
         if message.error:
-            self.membership.break_group()
             return
         evaluated = self._evaluated_version == message.policy_version  # published once more
         due = self._evaluations.due(message.policy_version) and not evaluated
@@ -234,15 +266,15 @@ class BufferService:
             self._evaluations.start(message.policy_version)
 
     def _on_applied(self, peer: str, message: m.WeightsApplied, now_s: float) -> None:
+        self.weight_times.applied(message)
         state = self.membership.actors[peer]
+        needs_more = self.weight_group.applied(state, message)
         if not message.error:
-            state.applied_version = message.policy_version
             return
         reason = f"{peer} has not got the weights: {message.error}"
         if not message.usable:  # its next incarnation will ask for weights
             self._lose(state, message.error)
-        elif message.epoch == self.membership.epoch:  # else a late word about a group now gone
-            self.membership.break_group()
+        elif needs_more:
             self._send_learner(m.MembershipChanged(reason=reason))
         self.warning = reason
         self._emit("status", now_s, {})  # now: a later warning must not hide this one
@@ -314,22 +346,10 @@ class BufferService:
         return "evaluating" if ending or not self._baseline_done else "training"
 
     def _grant(self) -> None:
-        target = self._evaluations.target_version
-        slack = self.config.buffer.max_staleness if self.config.run.overlap else 0
-        for state in self.membership.present():
-            if target is not None and state.applied_version >= target:
-                self._send_leases(state, LeaseKind.EVALUATION, state.want)
-            if self._ending.finish is None and state.applied_version >= self.policy_version - slack:
-                num_leases = min(state.want, self._batches.num_grantable)
-                self._batches.granted(self._send_leases(state, LeaseKind.TRAINING, num_leases))
-
-    def _send_leases(self, state: ActorState, kind: LeaseKind, most: int) -> int:
-        leases = self.lifecycle.grant(state.name, kind, most)
-        if leases is None:
-            return 0
-        state.want -= len(leases.lease_ids)
-        self._send(state.name, leases)
-        return len(leases.lease_ids)
+        training = self._ending.finish is None
+        present = self.membership.present()
+        for name, leases in self._grants.next(present, self.policy_version, training=training):
+            self._send(name, leases)
 
     def _answer_take(self, now_s: float) -> None:
         if not self._baseline_done:

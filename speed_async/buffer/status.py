@@ -49,12 +49,12 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
         "groups_evicted": lifecycle.ledger.ends[GroupEnd.EVICTED].groups,
         "ledger_closes": all(checks.values()),
         "loop_lag_s": service.loop_lag_s,
-        "actors_total": config.cluster.actors,
+        "actors_total": service.membership.num_wanted,
         "warning": service.warning,
     }
     shares = statistics.shares()
     values |= {f"share_{name}": share for name, share in shares.items()}
-    return values
+    return values | service.weight_times.values(service.policy_version, present, now_s)
 
 
 def evaluation_values(whole: Accuracy) -> dict[str, Value]:
@@ -111,6 +111,8 @@ def summary_values(
         "gate_acceptance": statistics.gate_acceptance_overall,
         "staleness_mean": statistics.staleness_mean,
         "staleness_max": statistics.staleness_max,
+        "weights": service.weight_times.summary(),
+        "actors": lifecycle.ledger.by_actor(),
         "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
         "breakdown": {"learner": _learner_times(service), "actors": _actor_times(service)},
     }

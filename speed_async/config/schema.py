@@ -179,6 +179,11 @@ class ActorsConfig(Section):
     max_restarts: NonNegativeInt = 3
     """How often one actor may be restarted after it was killed by a signal."""
 
+    @property
+    def weight_ranks(self) -> int:
+        """Ranks of the weight group that one actor takes: each part of its model receives."""
+        return self.vllm.tensor_parallel if self.engine == "vllm" else 1
+
 
 class BufferConfig(Section):
     capacity_groups: PositiveInt = 256

@@ -29,7 +29,15 @@ class Event:
       `ledger_closes`, `phase` ("starting" | "training" | "evaluating" | "draining").
       `credits` is how many training leases may be in flight now, those that are included.
     Shown where they are told: `max_staleness` (the bound), `accuracy_before` (first held-out),
-      `actors_total` (wanted), `warning` (latest one, for people; one line).
+      `actors_total` (wanted: the ranks, and actors that joined and have not left),
+      `warning` (latest one, for people; one line).
+    status and step, of weights: `weights/pause_s` and `weights/pause_max_s` (mean and longest over
+      the actors that hold the newest version any of them has), `weights/transfer_s` and
+      `weights/bytes_per_s` (of the last broadcast that reached anyone), `weights/publishing_s` (age
+      of a broadcast under way, else 0), `weights/failed` (broadcasts so far), `weights/newest`
+      (actors that hold the last version published), `weights/lag/actor-N` and `weights/lag_max`
+      (`policy_version` minus the version the actor has applied; a step is told before its own
+      version is published, so that 1 is as good as it gets there). What is not known is None.
     step: also `loss`, `grad_norm`, `ratio_mean`, `ratio_max`, `kl_k1`, `kl_k3`, ... (learner's).
     evaluation: `accuracy`, `num_passed`, `num_completions`, `oldest_version`, `newest_version`.
     end: `reason`, `ok`.

@@ -131,7 +131,22 @@ def flow_rows(state: PanelState, layout: Layout) -> list[Text]:
             graphic=bar(mean_share, layout.graphic, "blue"),
             note=Text(stale, ALARM if over else "dim"),
         ),
+        _weights_row(values, layout),
     ]
+
+
+def _weights_row(values: dict[str, Value], layout: Layout) -> Text:
+    """How many actors hold the newest version, and how far the last one is behind."""
+    holders, alive = values.get("weights/newest"), values.get("actors_alive")
+    pause_s = finite(values.get("weights/pause_max_s"))
+    pause = f"pause {count(1000 * pause_s)} ms  " if layout.wide and pause_s is not None else ""
+    return layout.row(
+        "weights",
+        f"{count(holders)}/{count(alive)}",
+        unit="newest",
+        graphic=bar(_ratio(holders, alive), layout.graphic, "blue"),
+        note=f"{pause}lag {count(values.get('weights/lag_max'))}",
+    )
 
 
 def _fill_row(

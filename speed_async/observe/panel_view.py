@@ -19,17 +19,15 @@ from speed_async.observe.panel_rows import (
 from speed_async.observe.panel_state import RECENT_S, PanelState
 
 MAX_WIDTH = 120
-FULL_HEIGHT = 22
-"""Below it the section rules are left out."""
 FRAME_LINES = 3
 """Top, bottom, and the line that the cursor stands in."""
 
 
 def render(state: PanelState, width: int, height: int | None = None) -> RenderableType:
-    """The panel for a terminal of `width` x `height`: 20 lines, or 16 below `FULL_HEIGHT`.
+    """The panel for a terminal of `width` x `height`: 22 lines, or 18 without the rules.
 
-    A warning adds one to `MAX_WARNING_LINES` lines, as the height allows. No line is wider than
-    `width`.
+    A warning adds one to `MAX_WARNING_LINES` lines, as the height allows; the rules give way to
+    it. No line is wider than `width`.
     """
     layout = Layout.of_width(min(width, MAX_WIDTH) - 4)
     sections = [
@@ -39,7 +37,9 @@ def render(state: PanelState, width: int, height: int | None = None) -> Renderab
         (rule("flow", "groups", layout), flow_rows(state, layout)),
         (rule("learner's time", "last updates", layout), bottleneck_rows(state, layout)),
     ]
-    ruled = height is None or height >= FULL_HEIGHT
+    num_rows = sum(len(rows) + (heading is not None) for heading, rows in sections)
+    num_wanted = num_rows + len(warning_rows(state, layout, MAX_WARNING_LINES)) + FRAME_LINES
+    ruled = height is None or height >= num_wanted
     lines: list[Text] = []
     for heading, rows in sections:
         lines += [heading] if ruled and heading else []

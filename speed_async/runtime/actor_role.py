@@ -30,9 +30,13 @@ async def run_actor(
     incarnation: int,
     host: str,
     port: int,
+    joined: bool,
     engine: OwnedEngine,
 ) -> None:
-    """Work until the service drains this actor, or SIGTERM does."""
+    """Work until the service drains this actor, or SIGTERM does.
+
+    An error of its own ends the run, unless it has `joined` the run by itself.
+    """
     name = f"actor-{index}"
     link = await open_link(host, port, f"{name}.{incarnation}")
     try:
@@ -40,7 +44,8 @@ async def run_actor(
     except (GivenUp, WeightSyncError):
         raise  # the supervisor starts another incarnation: no matter for the other roles
     except Exception as error:  # the role's boundary: told to the others, then raised on
-        await _tell(link, name, describe(name, error))
+        if not joined:
+            await _tell(link, name, describe(name, error))
         raise
     finally:
         await link.close()
@@ -75,6 +80,7 @@ async def _work(
                 incarnation=incarnation,
                 fingerprint=fingerprint(task),
                 process_id=os.getpid(),
+                weight_ranks=config.actors.weight_ranks,
             )
         )
 

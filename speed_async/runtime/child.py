@@ -1,8 +1,10 @@
 """Entry of every child process: `python -m speed_async.runtime.child ROLE ...` (internal)."""
 
 import argparse
+import os
 import sys
 from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,10 @@ def _role(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
     from speed_async.runtime.actor_role import run_actor
 
     who = {"index": arguments.index, "incarnation": arguments.incarnation}
-    engine = start_engine(config, **who)
-    return run_actor(config, **who, host=arguments.host, port=arguments.port, engine=engine)
+    # An engine that is stopped does not see its actor's socket close; the kernel ends it anyway.
+    engine = start_engine(config, **who, begin=partial(die_with_parent, os.getpid()))
+    place = {"host": arguments.host, "port": arguments.port, "joined": arguments.joined}
+    return run_actor(config, **who, **place, engine=engine)
 
 
 def _parse() -> argparse.Namespace:
@@ -60,6 +64,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--port", type=int)
     parser.add_argument("--index", type=int)
     parser.add_argument("--incarnation", type=int)
+    parser.add_argument("--joined", action="store_true")
     return parser.parse_args()
 
 

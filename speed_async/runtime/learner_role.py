@@ -37,7 +37,10 @@ async def lead_run(config: Config, rank: Rank) -> bool:
     stop = asyncio.Event()
     for stopper in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(stopper, stop.set)
-    folder, config = make_run_folder(config)
+    # torchrun decides how many actors there are, whatever the file says.
+    num_actors = rank.world_size - config.cluster.learners
+    cluster = config.cluster.model_copy(update={"actors": num_actors})
+    folder, config = make_run_folder(config.model_copy(update={"cluster": cluster}))
     log_to(folder.log(ROLE))
     service, ports = await _start_service(config, folder)
     console: asyncio.subprocess.Process | None = None
@@ -50,6 +53,7 @@ async def lead_run(config: Config, rank: Rank) -> bool:
             run_folder=str(folder.path),
         )
         sys.stderr.write(f"metrics feed at tcp://{address.host}:{address.feed_port}\n")
+        sys.stderr.write(f"actors join at tcp://{address.host}:{address.port}\n")
         rendezvous = Rendezvous(rank, config.cluster.connect_timeout_s)
         await asyncio.to_thread(rendezvous.publish, address)
         console = await _start_console(address, folder)

@@ -11,14 +11,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from speed_async.config.schema import Config
 from speed_async.runtime.failure import EXIT_FAILED, EXIT_INTERRUPTED
-
-ENVIRONMENT = {
-    # Roles set their own thread counts; OpenMP's spinning threads would fight over the cores.
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    # Gloo reports peers that left on stderr, in C++ stack traces; our errors say it in words.
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-}
+from speed_async.runtime.processes import ENVIRONMENT
 
 STOP_GRACE_S = 60
 """On top of the drain: an update under way may end and a checkpoint be written."""

@@ -9,6 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+ENVIRONMENT = {
+    # Roles set their own thread counts; OpenMP's spinning threads would fight over the cores.
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Gloo reports peers that left on stderr, in C++ stack traces; our errors say it in words.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+"""What a command that starts roles sets for them, where the user has not."""
 
 
 def die_with_parent(parent_id: int) -> None:
@@ -55,6 +63,13 @@ async def start_role(
             env=os.environ | dict(environment or {}),
             start_new_session=True,
         )
+
+
+async def kill_process(process: asyncio.subprocess.Process) -> None:
+    """End the process now, unless it has ended; a stopped one as well."""
+    if process.returncode is None:
+        process.kill()
+        await process.wait()
 
 
 async def end_process(process: asyncio.subprocess.Process, grace_s: float) -> None:

@@ -16,6 +16,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from speed_async.errors import DeadlineExceeded, SpeedAsyncError
 
 POLL_S = 0.1
+ENDED_POLL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,8 +75,16 @@ class Rendezvous:
         """The run is over: no actor need be started again."""
         self._store.set(f"{self._key}/ended", "yes")
 
-    def ended(self) -> bool:
-        return self._store.check([f"{self._key}/ended"])
+    async def until_ended(self) -> None:
+        """Return when the run is over."""
+        while not await asyncio.to_thread(self._has_ended):  # noqa: ASYNC110 - a store to ask
+            await asyncio.sleep(ENDED_POLL_S)
+
+    def _has_ended(self) -> bool:
+        try:
+            return self._store.check([f"{self._key}/ended"])
+        except RuntimeError:  # the store is out of reach: then torchrun ends this rank
+            return False
 
     async def find(self, stopping: asyncio.Event) -> ServiceAddress | None:
         """Wait until the learner has published; None when a stop came first.

@@ -31,6 +31,10 @@ async def run_service(config: Config, run_folder: Path) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(ignored, lambda: None)
     task = make_task(config.task)
+    hub = await open_hub(
+        config.cluster.host, config.cluster.service_port, send_deadline_s=SEND_DEADLINE_S
+    )
+    feed = FeedPublisher(config.cluster.host, config.cluster.feed_port)
     service = BufferService(
         config,
         curriculum=make_curriculum(
@@ -43,11 +47,8 @@ async def run_service(config: Config, run_folder: Path) -> None:
         ),
         fingerprint=fingerprint(task),
         started_s=time.monotonic(),
+        feed_port=feed.port,
     )
-    hub = await open_hub(
-        config.cluster.host, config.cluster.service_port, send_deadline_s=SEND_DEADLINE_S
-    )
-    feed = FeedPublisher(config.cluster.host, config.cluster.feed_port)
     sinks = make_sinks(config, run_folder)
     sys.stdout.write(json.dumps({"port": hub.port, "feed_port": feed.port}) + "\n")
     sys.stdout.flush()

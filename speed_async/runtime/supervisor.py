@@ -1,112 +1,114 @@
-"""An actor rank: a thin supervisor whose child is the actor.
+"""Supervision of one actor: a child process that may die, hang, or be told to stop.
 
-consumes   the child's exit, signals
-waits for  the service's address, then the child
+consumes   the child's exit, the end of the run, a stop signal
 restarts   a child that was killed by a signal or given up as lost, with back-off; an actor that
-           failed with an error of its own ends the run instead, because it would fail again
+           failed with an error of its own is not started again, because it would fail again
+ends       the child a moment after the run, also one that hangs
 """
 
 import asyncio
-import os
 import signal
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from speed_async.actors.engine_choice import engine_environment
 from speed_async.config.schema import Config
-from speed_async.errors import ConfigError, RoleError
+from speed_async.errors import RoleError
 from speed_async.runtime.failure import EXIT_GIVEN_UP, recorded
-from speed_async.runtime.processes import end_process, log_to, start_role
-from speed_async.runtime.rendezvous import Rank, Rendezvous
+from speed_async.runtime.processes import end_process, kill_process, start_role
 from speed_async.runtime.run_folder import RunFolder
 
 FIRST_BACKOFF_S = 0.5
+OVER_GRACE_S = 6.0
+"""After the run's end its actors, long drained, have this long to free their engines."""
 
 
-async def supervise_actor(config: Config, rank: Rank) -> None:
-    """Run one actor to its end. Raises RoleError with the actor's own words."""
-    stopping = asyncio.Event()
-    for stopper in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(stopper, stopping.set)
-    rendezvous = Rendezvous(rank, config.cluster.connect_timeout_s)
-    address = await rendezvous.find(stopping)
-    if address is None:
-        return
-    folder = RunFolder(path=Path(address.run_folder))
-    role = f"actor-{rank.rank}"
-    log_to(folder.log(f"{role}-supervisor"))
-    arguments = ["--config", str(folder.config), "--run-folder", str(folder.path)]
-    arguments += ["--host", address.host, "--port", str(address.port)]
-    arguments += ["--index", str(rank.rank)]
-    status = 0
-    for incarnation in range(config.actors.max_restarts + 1):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActorPlan:
+    """What a supervisor starts, and where."""
+
+    index: int
+    host: str
+    port: int
+    """Of the service."""
+    folder: Path
+    """A run folder: it holds `config.json`, and takes logs and errors."""
+    joined: bool = False
+    """It came by itself: no torchrun rank, and its failure is no matter for the others."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def role(self) -> str:
+        return f"actor-{self.index}"
+
+    def arguments(self, incarnation: int) -> list[str]:
+        folder = RunFolder(path=self.folder)
+        arguments = ["--config", str(folder.config), "--run-folder", str(folder.path)]
+        arguments += ["--host", self.host, "--port", str(self.port)]
+        arguments += ["--index", str(self.index), "--incarnation", str(incarnation)]
+        return [*arguments, "--joined"] if self.joined else arguments
+
+
+async def supervise(
+    config: Config,
+    plan: ActorPlan,
+    *,
+    stopping: asyncio.Event,
+    run_over: Coroutine[Any, Any, None],
+) -> None:
+    """Run one actor until it drained, `stopping` is set, or `run_over` returns.
+
+    Raises RoleError with the actor's own words, or what `run_over` raises.
+    """
+    over = asyncio.create_task(run_over, name="run-over")
+    stop = asyncio.create_task(stopping.wait(), name="stop")
+    try:
+        await _supervise(config, plan, over, stop)
+        if over.done():
+            await over
+    finally:
+        over.cancel()
+        stop.cancel()
+
+
+async def _supervise(
+    config: Config, plan: ActorPlan, over: asyncio.Task[None], stop: asyncio.Task[Any]
+) -> None:
+    folder, role = RunFolder(path=plan.folder), plan.role
+    max_restarts, status = config.actors.max_restarts, 0
+    for incarnation in range(max_restarts + 1):
         folder.error(role).unlink(missing_ok=True)
         process = await start_role(
             "actor",
-            [*arguments, "--incarnation", str(incarnation)],
+            plan.arguments(incarnation),
             log=folder.log(role),
             stdout=asyncio.subprocess.DEVNULL,
-            environment=_own_gpus(config, rank) | engine_environment(config),
+            environment=plan.environment,
         )
-        status = await _wait_or_stop(process, stopping, config.cluster.drain_timeout_s)
-        if status == 0 or stopping.is_set() or rendezvous.ended():
+        ended = asyncio.create_task(process.wait(), name="child")
+        await asyncio.wait((ended, over, stop), return_when=asyncio.FIRST_COMPLETED)
+        if stop.done() and not ended.done():
+            process.send_signal(signal.SIGTERM)  # it drains
+            await end_process(process, config.cluster.drain_timeout_s)
+        elif over.done():
+            await asyncio.wait((ended,), timeout=OVER_GRACE_S)
+            await kill_process(process)
+        status = await ended
+        if status == 0 or over.done() or stop.done():
             return
         if status > 0 and status != EXIT_GIVEN_UP:
-            text = recorded(folder.error(role)) or f"{role}: exit status {status}"
-            raise RoleError.quoting(text)
-        await _stop_or_sleep(stopping, FIRST_BACKOFF_S * 2**incarnation)
-        if stopping.is_set() or rendezvous.ended():
+            raise RoleError.quoting(recorded(folder.error(role)) or f"{role}: exit status {status}")
+        backoff_s = FIRST_BACKOFF_S * 2**incarnation
+        await asyncio.wait((over, stop), timeout=backoff_s, return_when=asyncio.FIRST_COMPLETED)
+        if over.done() or stop.done():
             return
     last_words = recorded(folder.error(role)) or f"read {folder.log(role)}"
     raise RoleError(
         role,
-        f"died {config.actors.max_restarts + 1} times, as often as actors.max_restarts allows "
+        f"died {max_restarts + 1} times, as often as actors.max_restarts allows "
         f"(last: {_how(status)}): {last_words}",
     )
-
-
-async def _wait_or_stop(
-    process: asyncio.subprocess.Process, stopping: asyncio.Event, grace_s: float
-) -> int:
-    """Exit status of the child. On a stop signal the child is asked to drain, then made to."""
-    ended = asyncio.create_task(process.wait(), name="child")
-    stop = asyncio.create_task(stopping.wait(), name="stop")
-    await asyncio.wait((ended, stop), return_when=asyncio.FIRST_COMPLETED)
-    stop.cancel()
-    if not ended.done():
-        process.send_signal(signal.SIGTERM)
-        await end_process(process, grace_s)
-    return await ended
-
-
-async def _stop_or_sleep(stopping: asyncio.Event, delay_s: float) -> None:
-    try:
-        await asyncio.wait_for(stopping.wait(), delay_s)
-    except TimeoutError:
-        return
-
-
-def _own_gpus(config: Config, rank: Rank) -> dict[str, str]:
-    """Let the actor see the GPUs that its model is split over; nothing changes where there is no
-    GPU. Learners on this node have the first ones, and with one GPU an actor they may be shared.
-    """
-    count = torch.cuda.device_count()
-    if count == 0:
-        return {}
-    each = config.actors.vllm.tensor_parallel if config.actors.engine == "vllm" else 1
-    num_learners = max(0, config.cluster.learners - (rank.rank - rank.local_rank))
-    first = num_learners + (rank.local_rank - num_learners) * each
-    if each > 1 and first + each > count:
-        raise ConfigError(
-            "actors.vllm.tensor_parallel",
-            each,
-            f"rank {rank.rank} would need GPUs {first} to {first + each - 1} of its node, which "
-            f"has {count}; start fewer processes a node, or split over fewer GPUs",
-        )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    chosen = [visible[(first + i) % len(visible)] for i in range(each)]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}
 
 
 def _how(status: int) -> str:

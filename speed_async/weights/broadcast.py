@@ -39,7 +39,7 @@ from speed_async.weights.handshake import (
     who_is_silent,
 )
 from speed_async.weights.manifest import Manifest, describe
-from speed_async.weights.membership import EpochGroup, Membership, StageFailed
+from speed_async.weights.membership import EpochGroup, Membership, StageFailed, name_ranks
 from speed_async.weights.process_group import host_store
 
 
@@ -99,7 +99,9 @@ class TorchSender:
                 self._send_buckets(group, buckets, weights)
             except StageFailed as failure:
                 silent = who_is_silent(group, str(failure))
-                raise sync_error(offer, f"{failure}{silent}") from failure
+                blame = f"; no sign of life from {name_ranks(silent)}" if silent else ""
+                missing = failure.missing_ranks or silent  # the former are sure, the latter likely
+                raise sync_error(offer, f"{failure}{blame}", missing_ranks=missing) from failure
         return _report(buckets, self._clock() - began_s)
 
     def close(self) -> None:

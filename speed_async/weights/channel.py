@@ -37,7 +37,7 @@ class WeightSender(Protocol):
     ) -> TransferReport:
         """Broadcast all tensors to ranks 1..world_size-1, and the canary that receivers are to
         verify them by (None: they verify nothing). Raises WeightSyncError naming the stage and,
-        when known, the missing rank; the group of this epoch is then unusable."""
+        when known, the `missing_ranks`; the group of this epoch is then unusable."""
         ...
 
     def close(self) -> None: ...

@@ -8,6 +8,7 @@ Shape legend: B bytes of one message.
 
 import struct
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -21,8 +22,10 @@ from speed_async.weights.manifest import (
     accept_manifest,
     encode_manifest,
 )
-from speed_async.weights.membership import EpochGroup, StageFailed, wait_for_keys
+from speed_async.weights.membership import Absent, EpochGroup, StageFailed, wait_for_keys
 from speed_async.weights.process_group import reach_store
+
+T = TypeVar("T")
 
 LENGTH = struct.Struct("<Q")
 HEAD_BYTES = 32 * 1024
@@ -38,7 +41,7 @@ def collect(group: EpochGroup, stage: str, word: str, absence: str) -> dict[int,
     def call(store: Store) -> dict[int, str]:
         if not wait_for_keys(store, [*keys.values()], group.offer.deadline_s):
             absent = [rank for rank, key in keys.items() if not store.check([key])]
-            raise RuntimeError(f"{_ranks(absent)} {absence}")
+            raise Absent(absent, absence)
         answers = store.multi_get([*keys.values()])
         return {
             rank: answer.decode(errors="replace")
@@ -64,9 +67,10 @@ def announce(group: EpochGroup, manifest: Manifest) -> None:
         message_B = torch.frombuffer(bytearray(part), dtype=torch.uint8)
         group.wait("manifest", group.broadcast(group.placed(message_B)))
     verdicts = collect(group, "manifest", "verdict", "did not answer")
-    refusals = [f"rank {rank} refused: {text}" for rank, text in verdicts.items() if text]
+    refusals = {rank: f"rank {rank} refused: {text}" for rank, text in verdicts.items() if text}
     if refusals:
-        raise sync_error(group.offer, f"manifest: {'; '.join(refusals)}")
+        reason = f"manifest: {'; '.join(refusals.values())}"
+        raise sync_error(group.offer, reason, missing_ranks=[*refusals])
 
 
 def forget_verdicts(group: EpochGroup) -> None:
@@ -125,23 +129,22 @@ def receive_manifest(group: EpochGroup, expected: Sequence[NamedTensor]) -> Mani
     return manifest
 
 
-def who_is_silent(group: EpochGroup, reason: str) -> str:
+def who_is_silent(group: EpochGroup, reason: str) -> list[int]:
     """Sender, after a failure: receivers that neither finished the transfer nor say they live."""
     left = {rank: group.key("left", rank) for rank in group.receiver_ranks}
 
-    def ask(store: Store) -> str:
+    def ask(store: Store) -> list[int]:
         finished = str(group.num_transfers).encode()
         for rank in group.receiver_ranks:
             done = group.key("done", rank)
             if store.check([done]) and store.get(done) == finished:
                 del left[rank]
         if not left or wait_for_keys(store, [*left.values()], GRACE_S):
-            return ""
-        silent = [rank for rank, key in left.items() if not store.check([key])]
-        return f"; no sign of life from {_ranks(silent)}" if silent else ""
+            return []
+        return [rank for rank, key in left.items() if not store.check([key])]
 
     group.announce_end(reason)
-    return _ask(group, ask)
+    return _ask(group, ask, [])
 
 
 def what_sender_said(group: EpochGroup, reason: str) -> str:
@@ -153,17 +156,17 @@ def what_sender_said(group: EpochGroup, reason: str) -> str:
         return f"; it said: {store.get(over).decode(errors='replace')}" if said else ""
 
     group.announce_end(reason)
-    return _ask(group, ask)
+    return _ask(group, ask, "")
 
 
-def _ask(group: EpochGroup, question: Callable[[Store], str]) -> str:
-    """Answer of a store that may be out of reach: then nothing."""
+def _ask(group: EpochGroup, question: Callable[[Store], T], nothing: T) -> T:
+    """Answer of a store that may be out of reach: then `nothing`."""
     if group.stuck:
-        return ""
+        return nothing
     try:
         return group.wait("account", group.on_store(question), GRACE_S)
     except StageFailed:
-        return ""
+        return nothing
 
 
 def _manifest_parts(payload: bytes) -> list[bytes]:
@@ -177,9 +180,10 @@ def _keys_by_rank(group: EpochGroup, word: str) -> dict[int, str]:
     return {rank: group.key(word, group.num_transfers, rank) for rank in group.receiver_ranks}
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def sync_error(offer: WeightOffer, text: str) -> WeightSyncError:
-    return WeightSyncError(f"policy version {offer.policy_version}, epoch {offer.epoch}, {text}")
+def sync_error(
+    offer: WeightOffer, text: str, *, missing_ranks: Sequence[int] = ()
+) -> WeightSyncError:
+    return WeightSyncError(
+        f"policy version {offer.policy_version}, epoch {offer.epoch}, {text}",
+        missing_ranks=missing_ranks,
+    )

@@ -40,8 +40,19 @@ MAX_REASON = 1000
 class StageFailed(Exception):
     """One stage of a transfer ended badly; sender and receiver add whom they waited for."""
 
-    def __init__(self, stage: str, waited_s: float, reason: str) -> None:
+    def __init__(
+        self, stage: str, waited_s: float, reason: str, missing_ranks: Sequence[int] = ()
+    ) -> None:
         super().__init__(f"{stage} failed after {waited_s:.1f} s ({reason})")
+        self.missing_ranks = tuple(missing_ranks)
+
+
+class Absent(RuntimeError):
+    """These ranks gave no word within the deadline."""
+
+    def __init__(self, ranks: Sequence[int], absence: str) -> None:
+        super().__init__(f"{name_ranks(ranks)} {absence}")
+        self.ranks = tuple(ranks)
 
 
 class Lane:
@@ -142,7 +153,8 @@ class EpochGroup:
             raise StageFailed(stage, time.monotonic() - began_s, "no answer") from error
         except RuntimeError as error:  # what torch.distributed raises for all its failures
             reason = str(error).partition("\n")[0][:200] or type(error).__name__
-            raise StageFailed(stage, time.monotonic() - began_s, reason) from error
+            ranks = error.ranks if isinstance(error, Absent) else ()
+            raise StageFailed(stage, time.monotonic() - began_s, reason, ranks) from error
 
     def announce_end(self, reason: str) -> None:
         """Tell the others, once, why this member takes part no more; free the process group.
@@ -259,6 +271,10 @@ def wait_for_keys(store: Store, keys: Sequence[str], timeout_s: float) -> bool:
     except DistStoreError:
         return False
     return True
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _members(offer: WeightOffer) -> str:

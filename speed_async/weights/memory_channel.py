@@ -20,6 +20,7 @@ from speed_async.weights.buckets import plan_buckets
 from speed_async.weights.canary import Canary
 from speed_async.weights.channel import LoadTensors, NamedTensor, TransferReport
 from speed_async.weights.manifest import Manifest, accept_manifest, describe, encode_manifest
+from speed_async.weights.membership import name_ranks
 
 ADDRESS = ("memory", 0)
 
@@ -91,13 +92,15 @@ class MemoryStore:
         """Members meet in the n-th transfer of an epoch, as in a process group."""
         return offer.epoch, self._num_finished[offer.epoch, offer.rank]
 
-    def give_up(self, offer: WeightOffer, transfer: _Transfer, reason: str) -> WeightSyncError:
+    def give_up(
+        self, offer: WeightOffer, transfer: _Transfer, reason: str, missing: Sequence[int] = ()
+    ) -> WeightSyncError:
         """End the epoch for everyone; returns the error to raise (`changed` is held)."""
         text = f"policy version {offer.policy_version}, epoch {offer.epoch}, {reason}"
         self._transfers.pop(self._key(offer), None)
         transfer.over = self._lost[offer.epoch] = text
         self.changed.notify_all()
-        return WeightSyncError(text)
+        return WeightSyncError(text, missing_ranks=missing)
 
 
 class MemorySender:
@@ -146,9 +149,10 @@ class MemorySender:
             transfer.payload = encode_manifest(manifest)
             self._store.changed.notify_all()
             self._await_all(offer, transfer, "manifest", transfer.verdicts, "did not answer")
-            refusals = [f"rank {r} refused: {why}" for r, why in transfer.verdicts.items() if why]
+            refusals = {r: f"rank {r} refused: {y}" for r, y in transfer.verdicts.items() if y}
             if refusals:
-                raise self._store.give_up(offer, transfer, f"manifest: {'; '.join(refusals)}")
+                reason = f"manifest: {'; '.join(refusals.values())}"
+                raise self._store.give_up(offer, transfer, reason, [*refusals])
         self._store.finish(offer, transfer)
         return _report(manifest, self._clock() - began_s)
 
@@ -165,10 +169,11 @@ class MemorySender:
     ) -> None:
         ranks = range(1, offer.world_size)
         if not self._store.wait(offer, transfer, stage, lambda: all(r in present for r in ranks)):
-            absent = [str(rank) for rank in ranks if rank not in present]
-            reason = f"{stage} failed after {offer.deadline_s:.1f} s"
-            who = f"rank{'s' if len(absent) > 1 else ''} {', '.join(absent)}"
-            raise self._store.give_up(offer, transfer, f"{reason} ({who} {absence})")
+            absent = [rank for rank in ranks if rank not in present]
+            reason = (
+                f"{stage} failed after {offer.deadline_s:.1f} s ({name_ranks(absent)} {absence})"
+            )
+            raise self._store.give_up(offer, transfer, reason, absent)
 
 
 class MemoryReceiver:

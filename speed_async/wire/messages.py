@@ -1,4 +1,4 @@
-"""Every message of the protocol: flat, frozen records of plain values and arrays.
+"""Every message of the protocol but those of joining.py: flat, frozen, of plain values and arrays.
 
 Fields are int, float, str, bool, list of those, `dict[str, float]`, `dict[str, object]` of plain
 values (metrics), or numpy arrays (which travel as raw frames). Packed arrays of a group hold its
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from speed_async.types import ActorCounts, Float32Array, Int32Array
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 DRAINED = "drained"
 """The reason of a LeaseFailed that says nothing about its prompt."""
@@ -34,6 +34,8 @@ class Hello(Message):
     incarnation: int  # grows with every restart of the same rank
     fingerprint: str
     process_id: int
+    weight_ranks: int = 1
+    """Consecutive ranks of the weight group that an actor's engine takes (tensor parallelism)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +163,7 @@ class Ack(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OfferWeights(Message):
-    """Take part in a broadcast; fields as in `types.WeightOffer`."""
+    """Take part in a broadcast; fields as in `types.WeightOffer`. `rank` is the actor's first."""
 
     policy_version: int
     epoch: int
@@ -224,13 +226,14 @@ class PublishWeights(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsPublished(Message):
-    """A broadcast ended; `error` is empty when it succeeded."""
+    """A broadcast ended; `error` is empty when it succeeded, `missing` names who is to blame."""
 
     policy_version: int
     epoch: int
     transfer_s: float
     num_bytes: int
     error: str
+    missing: list[str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,16 +274,21 @@ class BatchReady(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightMembers(Message):
-    """Answer to PublishWeights: actors in rank order (rank 1 first); new epoch, new group."""
+    """Answer to PublishWeights: actors in rank order (rank 1 first); new epoch, new group.
+
+    Actor i takes `ranks_each[i]` ranks; `world_size` counts all ranks and the learner's own.
+    """
 
     policy_version: int
     epoch: int
     actor_names: list[str]
+    ranks_each: list[int]
+    world_size: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MembershipChanged(Message):
-    """An actor joined or left; the learner publishes its present version again."""
+    """An actor needs weights; the learner publishes its present version to those without it."""
 
     reason: str
 

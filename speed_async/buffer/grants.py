@@ -1,0 +1,49 @@
+"""Which actor is given how many leases."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from speed_async.buffer.batches import Batches
+from speed_async.buffer.lifecycle import Evaluations, Lifecycle
+from speed_async.buffer.membership import ActorState
+from speed_async.config.schema import Config
+from speed_async.types import LeaseKind
+from speed_async.wire.messages import Leases
+
+
+class Grants:
+    def __init__(
+        self, config: Config, lifecycle: Lifecycle, batches: Batches, evaluations: Evaluations
+    ) -> None:
+        self._slack = config.buffer.max_staleness if config.run.overlap else 0
+        self._lifecycle = lifecycle
+        self._batches = batches
+        self._evaluations = evaluations
+
+    def next(
+        self, present: Sequence[ActorState], policy_version: int, *, training: bool
+    ) -> Iterator[tuple[str, Leases]]:
+        """All leases that may be granted now. Evaluation goes to actors that hold its version;
+        training, in equal shares, to those that are not too far behind."""
+        ready = [state for state in present if not (state.leaving or state.awaits_weights)]
+        target = self._evaluations.target_version
+        if target is not None:
+            for state in ready:
+                if state.applied_version >= target:
+                    yield from self._grant(state, LeaseKind.EVALUATION, state.want)
+        if not training:
+            return
+        oldest = policy_version - self._slack
+        fresh = [state for state in ready if state.applied_version >= oldest]
+        fresh.sort(key=lambda state: -state.want)  # what a needy one leaves, others may take
+        for place, state in enumerate(fresh):
+            share = math.ceil(self._batches.num_grantable / (len(fresh) - place))
+            for name, leases in self._grant(state, LeaseKind.TRAINING, min(state.want, share)):
+                self._batches.granted(len(leases.lease_ids))
+                yield name, leases
+
+    def _grant(self, state: ActorState, kind: LeaseKind, most: int) -> Iterator[tuple[str, Leases]]:
+        leases = self._lifecycle.grant(state.name, kind, most)
+        if leases is not None:
+            state.want -= len(leases.lease_ids)
+            yield state.name, leases

@@ -1,0 +1,94 @@
+"""The epochs of the weight group: who takes part in the next broadcast.
+
+A broadcast goes to every actor that lacks its version. For a new version that is everyone; for one
+that is published again it is whoever came meanwhile or missed it, in an epoch of their own, and
+nobody else notices. An actor that is still loading what was sent lacks nothing.
+"""
+
+from speed_async.buffer.membership import ActorState, Membership
+from speed_async.wire.messages import (
+    OfferWeights,
+    PublishWeights,
+    WeightMembers,
+    WeightsApplied,
+    WeightsPublished,
+)
+
+
+class WeightGroup:
+    def __init__(self, membership: Membership) -> None:
+        self.epoch = 0
+        self._membership = membership
+        self._members: list[tuple[str, int]] = []  # of the epoch: name and ranks, in rank order
+        self._broken = False
+        self._invited: list[str] = []  # to the broadcast under way
+        self._last_epochs: dict[str, int] = {}  # in which each actor was last invited
+
+    def form(self, publish: PublishWeights) -> tuple[list[tuple[str, OfferWeights]], WeightMembers]:
+        """Offers in rank order, and the learner's answer. Other members than the last time, or a
+        broken group, open a new epoch; a broadcast to nobody leaves everything as it is."""
+        lacking = [
+            state
+            for state in self._membership.present()
+            if not state.leaving
+            and max(state.applied_version, state.sent_version) < publish.policy_version
+        ]
+        members = [(state.name, state.weight_ranks) for state in lacking]
+        if members and (self._broken or members != self._members):
+            self.epoch += 1
+            self._members, self._broken = members, False
+        self._invited = [state.name for state in lacking]
+        self._last_epochs |= dict.fromkeys(self._invited, self.epoch)
+        ranks_each = [state.weight_ranks for state in lacking]
+        answer = WeightMembers(
+            policy_version=publish.policy_version,
+            epoch=self.epoch,
+            actor_names=list(self._invited),
+            ranks_each=ranks_each,
+            world_size=1 + sum(ranks_each),
+        )
+        first_ranks = [1 + sum(ranks_each[:place]) for place in range(len(lacking))]
+        offers = [
+            (state.name, _offer(publish, answer, rank))
+            for state, rank in zip(lacking, first_ranks, strict=True)
+        ]
+        return offers, answer
+
+    def published(self, message: WeightsPublished) -> list[ActorState]:
+        """The broadcast ended. Returns the actors that are to blame for its failure."""
+        actors = self._membership.actors
+        invited, self._invited = self._invited, []
+        if not message.error:
+            for name in invited:
+                if name in actors:
+                    actors[name].sent_version = message.policy_version
+            return []
+        self._broken = True
+        return [actors[name] for name in message.missing if name in actors]
+
+    def applied(self, state: ActorState, message: WeightsApplied) -> bool:
+        """An actor has loaded a version, or could not. Returns whether it needs it once more."""
+        if not message.error:
+            state.applied_version = message.policy_version
+            state.awaits_weights = False
+            return False
+        if self._last_epochs.get(state.name) != message.epoch:
+            return False  # a late word: it was invited again since
+        state.sent_version = state.applied_version
+        if state.name in self._invited:
+            self._invited.remove(state.name)
+        self._broken = self._broken or message.epoch == self.epoch
+        return True
+
+
+def _offer(publish: PublishWeights, members: WeightMembers, rank: int) -> OfferWeights:
+    return OfferWeights(
+        policy_version=publish.policy_version,
+        epoch=members.epoch,
+        rank=rank,
+        world_size=members.world_size,
+        store_host=publish.store_host,
+        store_port=publish.store_port,
+        backend=publish.backend,
+        deadline_s=publish.deadline_s,
+    )

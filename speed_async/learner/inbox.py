@@ -1,0 +1,66 @@
+"""What the service says to the learner: in order, and when it is asked for.
+
+consumes   messages of the service
+waits for  the next message, with a deadline
+raises     another role's failure, as RoleError
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+from speed_async.errors import DeadlineExceeded, RoleError
+from speed_async.wire import messages as m
+from speed_async.wire.transport import Link
+
+SERVICE_GRACE_S = 10.0
+"""How much longer than the service's own deadlines the learner waits for the service."""
+
+M = TypeVar("M", bound=m.Message)
+
+
+class Inbox:
+    def __init__(self, link: Link, clock: Callable[[], float] = time.monotonic) -> None:
+        self._link = link
+        self._clock = clock
+        self._set_aside: deque[m.Message] = deque()
+
+    async def next(self, deadline_s: float) -> m.Message:
+        """Next message, first those that came while another was expected."""
+        if self._set_aside:
+            return self._set_aside.popleft()
+        return await self._receive(deadline_s)
+
+    async def next_or_stop(self, stop: asyncio.Event, deadline_s: float) -> m.Message | None:
+        """Next message, or None when a stop is asked for first."""
+        receiving = asyncio.create_task(self.next(deadline_s), name="receive")
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        await asyncio.wait((receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if receiving.done():
+            return await receiving
+        receiving.cancel()
+        await asyncio.wait((receiving,))
+        return None
+
+    async def expect(self, kind: type[M], deadline_s: float, what: str) -> M:
+        """The next message of this kind; whatever else comes on the way is kept for later."""
+        ends_s = self._clock() + deadline_s
+        while True:
+            left_s = ends_s - self._clock()
+            if left_s <= 0:
+                raise DeadlineExceeded("the buffer service", what, deadline_s)
+            message = await self._receive(left_s)
+            if isinstance(message, kind):
+                return message
+            self._set_aside.append(message)
+
+    async def _receive(self, deadline_s: float) -> m.Message:
+        message = await self._link.receive(deadline_s)
+        if isinstance(message, m.Abort):
+            raise RoleError(message.role, message.message)
+        if isinstance(message, m.Rejected):
+            raise RoleError("buffer service", f"refused a message of the learner: {message.reason}")
+        return message

@@ -1,0 +1,118 @@
+"""The learner's broadcasts when members fail: who is named, who is left out, when the run ends."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+
+import pytest
+import torch
+
+from speed_async.config.schema import WeightsConfig
+from speed_async.errors import WeightSyncError
+from speed_async.learner.inbox import Inbox
+from speed_async.learner.publishing import UNEXPLAINED_ATTEMPTS, Publisher
+from speed_async.types import WeightOffer
+from speed_async.weights.canary import Canary
+from speed_async.weights.channel import NamedTensor, TransferReport
+from speed_async.wire import messages as m
+
+
+class Service:
+    """A link to a service that leaves out whoever was missing the last time."""
+
+    def __init__(self, ranks: dict[str, int]) -> None:
+        self.ranks = ranks
+        self.published: list[m.WeightsPublished] = []
+        self._epoch = 0
+
+    async def send(self, message: m.Message) -> None:
+        if isinstance(message, m.WeightsPublished):
+            self.published.append(message)
+            for name in message.missing:
+                del self.ranks[name]
+
+    async def receive(self, deadline_s: float) -> m.Message:
+        self._epoch += 1
+        return m.WeightMembers(
+            policy_version=3,
+            epoch=self._epoch,
+            actor_names=[*self.ranks],
+            ranks_each=[*self.ranks.values()],
+            world_size=1 + sum(self.ranks.values()),
+        )
+
+    async def close(self) -> None:
+        pass
+
+
+class FailingSender:
+    """Fails as often as it is told, each time naming these ranks."""
+
+    store_address = ("127.0.0.1", 1)
+
+    def __init__(self, failures: list[Sequence[int]]) -> None:
+        self.failures = failures
+        self.offers: list[WeightOffer] = []
+
+    def send(
+        self, offer: WeightOffer, tensors: Iterable[NamedTensor], canary: Canary | None = None
+    ) -> TransferReport:
+        self.offers.append(offer)
+        if self.failures:
+            raise WeightSyncError("manifest failed", missing_ranks=self.failures.pop(0))
+        return TransferReport(num_bytes=8, num_buckets=1, transfer_s=0.0)
+
+    def close(self) -> None:
+        pass
+
+
+class Weights:
+    def weights(self) -> Iterable[NamedTensor]:
+        return [("w", torch.ones(2))]
+
+    def canary(self) -> Canary:
+        return Canary(token_ids=(1, 2), logprobs=(-0.5,))
+
+
+def publish(service: Service, sender: FailingSender) -> None:
+    publisher = Publisher(
+        WeightsConfig(),
+        link=service,
+        inbox=Inbox(service),
+        updates=Weights(),
+        sender=sender,
+        backend="gloo",
+    )
+    asyncio.run(publisher.publish(3))
+
+
+def test_whoever_is_missing_is_left_out_and_the_others_get_the_version() -> None:
+    service = Service({"actor-1.0": 1, "actor-2.0": 1, "actor-3.0": 1})
+    sender = FailingSender([[2], [2]])
+    publish(service, sender)
+    assert [message.missing for message in service.published] == [["actor-2.0"], ["actor-3.0"], []]
+    assert [offer.world_size for offer in sender.offers] == [4, 3, 2]
+    assert service.published[-1].error == ""
+    assert service.published[-1].num_bytes == 8
+    assert "rank 2 is actor-2.0" in service.published[0].error
+
+
+def test_ranks_of_one_engine_are_one_actor() -> None:
+    service = Service({"actor-1.0": 1, "actor-2.0": 3, "actor-3.0": 1})
+    publish(service, sender := FailingSender([[2, 4]]))
+    assert service.published[0].missing == ["actor-2.0"]
+    assert [offer.world_size for offer in sender.offers] == [6, 3]
+
+
+def test_when_nobody_is_left_there_is_nothing_to_send() -> None:
+    service = Service({"actor-1.0": 1})
+    publish(service, sender := FailingSender([[1]]))
+    assert len(sender.offers) == 1
+    assert service.published[-1].error == ""
+
+
+def test_failures_that_nobody_is_to_blame_for_end_the_run() -> None:
+    service = Service({"actor-1.0": 1})
+    sender = FailingSender([[], [], [], []])
+    with pytest.raises(WeightSyncError, match=r"nobody to blame.*manifest failed"):
+        publish(service, sender)
+    assert len(sender.offers) == UNEXPLAINED_ATTEMPTS == 3
