@@ -338,7 +338,7 @@ def test_an_actor_without_whole_weights_is_lost_at_once_and_the_run_says_why(des
     desk.service.events.clear()
     refused = m.WeightsApplied(
         policy_version=-1,
-        epoch=desk.service.membership.epoch,
+        epoch=desk.service.weight_group.epoch,
         pause_s=0,
         transfer_s=0,
         error="policy version 1 is refused, its canary failed",

@@ -1,6 +1,7 @@
 """A real vLLM on the CPU keeps the engine's contract, and its mu is what a forward pass says."""
 
 import asyncio
+import copy
 import os
 import signal
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ def fresh(stage: Stage) -> Stage:
     """The stage with the weights that it started with."""
     stage.weights = lambda version: vllm_model(tied=stage.tied)
     stage.canary = lambda version: canary_of(stage.weights(version))
+    canary_of(vllm_model(tied=stage.tied, seed=1))
     stage.errors.clear()
     return stage
 
@@ -124,7 +126,7 @@ def test_a_canary_that_disagrees_refuses_the_version_and_nothing_sampled_under_i
 def test_a_manifest_that_does_not_fit_is_refused_by_name_and_the_old_version_stays(
     fresh: Stage,
 ) -> None:
-    wrong = vllm_model(tied=fresh.tied)
+    wrong = copy.deepcopy(vllm_model(tied=fresh.tied))
     wrong.model.norm.weight = torch.nn.Parameter(torch.ones(7))
     fresh.weights = lambda version: wrong if version == 5 else vllm_model(tied=fresh.tied)
     fresh.canary = lambda version: canary_of(vllm_model(tied=fresh.tied))
