@@ -11,6 +11,7 @@ end dies, the other one sees the socket close.
 """
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -185,7 +186,8 @@ def _nothing(stats: EngineStats) -> TurnResult:
 
 
 def _read(ours: socket.socket, inboxes: "queue.SimpleQueue[Inbox]") -> None:
-    with ours.makefile("rb") as stream:
+    # Reset rather than ended: the actor went with something of ours unread.
+    with ours.makefile("rb") as stream, contextlib.suppress(ConnectionResetError):
         while len(header := stream.read(LENGTH.size)) == LENGTH.size:
             body = stream.read(*LENGTH.unpack(header))
             inboxes.put(unpack_inbox(msgpack.unpackb(body)))
