@@ -86,6 +86,32 @@ def test_mu_equals_a_forward_pass_before_and_across_an_update(
     assert num_split >= 1
 
 
+def test_a_model_split_over_two_workers_receives_whole_and_samples_right(tmp_path: Path) -> None:
+    config = vllm_config(tmp_path, tied=True, tensor_parallel=2)
+    old, new = vllm_model(tied=True), vllm_model(tied=True, seed=1)
+    requests = mixed_requests(8)
+    with vllm_environment(config):
+        stage = Stage(config, tied=True)
+        stage.weights = lambda version: new
+
+        async def run() -> list[Any]:
+            async with stage.start() as engine:
+                tasks = start_all(engine, requests)
+                await until(engine, lambda: engine.stats.tokens_generated >= 40)
+                await engine.update_weights(offer(5))
+                return await gathered(tasks)
+
+        results = stage.run(run())
+        stage.close()
+    assert stage.errors == []
+    assert {int(v) for sampled in results for v in sampled.policy_versions} == {0, 5}
+    for one, sampled in zip(requests, results, strict=True):
+        by_old = forced_logprobs(old, one, sampled).numpy()
+        by_new = forced_logprobs(new, one, sampled).numpy()
+        expected = np.where(sampled.policy_versions == 5, by_new, by_old)
+        np.testing.assert_allclose(sampled.logprobs, expected, atol=1e-3, rtol=0)
+
+
 def test_an_eos_token_ends_a_completion_and_belongs_to_it(fresh: Stage) -> None:
     eos = (2, 7)
 
