@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded, RoleError, WeightSyncError
 from speed_async.learner.trainer import UpdateResult
-from speed_async.types import Group, WeightOffer
+from speed_async.types import Group, WeightBackend, WeightOffer
 from speed_async.weights.channel import NamedTensor, WeightSender
 from speed_async.wire import messages as m
 from speed_async.wire.groups import unpack_group
@@ -60,7 +60,7 @@ class LearnerLoop:
         link: Link,
         updates: Updates,
         sender: WeightSender,
-        backend: str,
+        backend: WeightBackend,
         stop: asyncio.Event,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -190,7 +190,7 @@ class LearnerLoop:
                 world_size=len(members.actor_names) + 1,
                 store_host=host,
                 store_port=port,
-                backend="nccl" if self._backend == "nccl" else "gloo",
+                backend=self._backend,
                 deadline_s=deadline_s,
             )
             try:

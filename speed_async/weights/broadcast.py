@@ -1,11 +1,16 @@
-"""TorchSender and TorchReceiver: weights over a torch.distributed group, bucket by bucket.
+"""TorchSender and TorchReceiver: weights from one process to the others, bucket by bucket.
+
+They travel over a torch.distributed group (gloo, nccl) or through shared memory (ipc).
 
 Stages of one transfer; every wait in them has the offer's deadline:
 
 1. rendezvous (first transfer of an epoch): every receiver says "joined" in the sender's store,
    the sender answers "go", all build the process group;
-2. manifest: broadcast as bytes; every receiver answers in the store: accepted, or why not;
-3. bucket k of n: broadcast while the sender packs, and the receiver loads, its neighbour.
+2. manifest: broadcast as bytes; every receiver answers in the store: accepted, or why not. The
+   sender waits for that before the first bucket when the tensors are news, and after the last
+   when it has announced them before in this epoch;
+3. bucket k of n: travels while the sender packs, and the receiver loads, its neighbour. What lies
+   in memory as it travels (`flat.py`) is neither packed nor loaded where the backend allows it.
 
 There is no final acknowledgement: the learner does not wait for actors to load. An actor reports
 that over the wire (`WeightsApplied`). A receiver that dies after its last bucket reached its
@@ -16,7 +21,6 @@ Shape legend: B bytes of one bucket or message.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 
 import torch
 from torch import Tensor
@@ -24,22 +28,28 @@ from torch._C._distributed_c10d import Store
 
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
-from speed_async.weights.buckets import Bucket, pack, plan_buckets, unpack
+from speed_async.weights.buckets import Bucket, pack
 from speed_async.weights.channel import LoadTensors, NamedTensor, TransferReport
+from speed_async.weights.flat import as_it_lies
 from speed_async.weights.handshake import (
     announce,
     forget_verdicts,
     gather_members,
+    hear_verdicts,
     join_epoch,
     receive_manifest,
+    refusals_of,
+    refuse,
     say_done,
     sync_error,
     what_sender_said,
     who_is_silent,
 )
-from speed_async.weights.manifest import Manifest, describe
+from speed_async.weights.manifest import Manifest, TensorSpec, describe, describes
 from speed_async.weights.membership import EpochGroup, Membership, StageFailed
 from speed_async.weights.process_group import host_store
+from speed_async.weights.shared_memory import MemoryRefused, SharedIncoming, SharedOutgoing
+from speed_async.weights.travel import GroupIncoming, GroupOutgoing, Incoming, Outgoing
 
 
 class TorchSender:
@@ -62,6 +72,8 @@ class TorchSender:
         self._bucket_bytes = bucket_bytes
         self._cast = cast
         self._clock = clock
+        self._device = device
+        self._specs: tuple[TensorSpec, ...] = ()
         self._membership = Membership(device)
         self._store: Store | None = (store := host_store(host, store_timeout_s))
         self._address = (host, store.port)
@@ -79,23 +91,31 @@ class TorchSender:
         if offer.rank != 0:
             raise WeightSyncError(f"the sender was offered rank {offer.rank}: it is rank 0")
         weights = dict(named := list(tensors))
+        if not describes(self._specs, named, self._cast):
+            self._specs = describe(named, self._cast)
         manifest = Manifest(
             policy_version=offer.policy_version,
             bucket_bytes=self._bucket_bytes,
-            tensors=describe(named, self._cast),
+            tensors=self._specs,
         )
         if offer.world_size == 1:
             return TransferReport(num_bytes=0, num_buckets=0, transfer_s=0.0)
-        buckets = plan_buckets(manifest.tensors, manifest.bucket_bytes)
         with self._membership.taking_part(offer) as group:
+            buckets = group.plan(manifest)
             try:
                 if not group.formed:
                     gather_members(group, self._open_store())
-                announce(group, manifest)
+                if are_news := announce(group, manifest):
+                    hear_verdicts(group)
                 self._send_buckets(group, buckets, weights)
+                if not are_news:
+                    hear_verdicts(group)
             except StageFailed as failure:
                 silent = who_is_silent(group, str(failure))
+                if refused := refusals_of(group):
+                    raise sync_error(offer, f"{refused} ({failure})") from failure
                 raise sync_error(offer, f"{failure}{silent}") from failure
+            forget_verdicts(group)
         return _report(buckets, self._clock() - began_s)
 
     def close(self) -> None:
@@ -111,25 +131,45 @@ class TorchSender:
     def _send_buckets(
         self, group: EpochGroup, buckets: Sequence[Bucket], weights: dict[str, Tensor]
     ) -> None:
-        buffers = self._membership.reserve(group, buckets)
-        in_flight: list[Future[None]] = []
+        members, outgoing = self._membership, self._outgoing(group, buckets)
         for index, bucket in enumerate(buckets):
-            if index >= 2:  # the buffer's last bucket has to be gone before it is packed again
-                group.wait(_stage(index - 2, buckets), in_flight[index - 2])
-            packed_B = pack(bucket, weights, buffers.get(index))
-            self._membership.settle()
-            in_flight.append(group.broadcast(packed_B))
-        for index in range(max(0, len(buckets) - 2), len(buckets)):
-            group.wait(_stage(index, buckets), in_flight[index])
-        forget_verdicts(group)
+            packed_B = as_it_lies(bucket, weights)
+            if packed_B is None or not (
+                outgoing.takes_views and packed_B.device == members.travels_from(group)
+            ):
+                buffer_B = outgoing.borrow(index)
+                if packed_B is None:
+                    pack(weights, members.views.of(index, bucket, buffer_B))
+                else:
+                    buffer_B[: bucket.num_bytes].copy_(packed_B, non_blocking=True)
+                packed_B = buffer_B[: bucket.num_bytes]
+            members.settle()
+            outgoing.pass_on(index, packed_B)
+        outgoing.finish()
+
+    def _outgoing(self, group: EpochGroup, buckets: Sequence[Bucket]) -> Outgoing:
+        if group.offer.backend == "ipc":
+            return SharedOutgoing(group, buckets, self._device)
+        return GroupOutgoing(group, buckets, self._membership.reserve(group, buckets))
 
 
 class TorchReceiver:
     """Any rank but 0; satisfies `WeightReceiver`. The sender decides the bucket size."""
 
     def __init__(
-        self, *, device: torch.device, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        device: torch.device,
+        in_place: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`in_place`: write straight into `expected` where it lies in memory as it travels.
+
+        `load` is then called with no tensors before the first byte is written, and is given the
+        very tensors of `expected` when their bucket has come.
+        """
+        self._device = device
+        self._in_place = in_place
         self._clock = clock
         self._membership = Membership(device)
 
@@ -138,7 +178,8 @@ class TorchReceiver:
     ) -> TransferReport:
         """Take part in one broadcast; `load` gets whole tensors, bucket by bucket.
 
-        They are host memory with gloo (pinned when the device is a GPU), device memory with NCCL.
+        They are host memory with gloo (pinned when the device is a GPU), device memory with NCCL,
+        and with ipc what the sender shares.
         Raises WeightSyncError naming the stage, or what differs from `expected` (then nothing was
         loaded). An exception of `load` ends this member's epoch and propagates.
         """
@@ -153,8 +194,11 @@ class TorchReceiver:
                 if not group.formed:
                     join_epoch(group)
                 manifest = receive_manifest(group, expected)
-                buckets = plan_buckets(manifest.tensors, manifest.bucket_bytes)
-                self._load_buckets(group, buckets, load)
+                buckets = group.plan(manifest)
+                self._load_buckets(group, buckets, dict(expected), load)
+                say_done(group)
+            except MemoryRefused as reason:
+                raise refuse(group, f"shared memory: {reason}", str(reason)) from reason
             except StageFailed as failure:
                 where = f", waiting for rank 0 at {offer.store_host}:{offer.store_port}"
                 said = what_sender_said(group, str(failure))
@@ -166,22 +210,40 @@ class TorchReceiver:
         self._membership.close()
 
     def _load_buckets(
-        self, group: EpochGroup, buckets: Sequence[Bucket], load: LoadTensors
+        self,
+        group: EpochGroup,
+        buckets: Sequence[Bucket],
+        ours: dict[str, Tensor],
+        load: LoadTensors,
     ) -> None:
+        members = self._membership
+        homes = [as_it_lies(bucket, ours) if self._in_place else None for bucket in buckets]
+        if any(home is not None for home in homes):
+            load([])
+        incoming = self._incoming(group, buckets, homes)
+        for index, (bucket, home) in enumerate(zip(buckets, homes, strict=True)):
+            came_B = incoming.take(index)
+            if home is None:
+                load(members.views.of(index, bucket, came_B))
+            else:
+                if came_B is not home:
+                    home.copy_(came_B[: bucket.num_bytes], non_blocking=True)
+                load([(span.spec.name, ours[span.spec.name]) for span in bucket.spans])
+            members.settle()
+            incoming.release(index)
+
+    def _incoming(
+        self, group: EpochGroup, buckets: Sequence[Bucket], homes: Sequence[Tensor | None]
+    ) -> Incoming:
+        if group.offer.backend == "ipc":
+            return SharedIncoming(group, buckets, self._device)
+        device = self._membership.travels_from(group)
         buffers = self._membership.reserve(group, buckets)
-        incoming = [buffers.get(index)[: bucket.num_bytes] for index, bucket in enumerate(buckets)]
-        in_flight = [group.broadcast(buffer_B) for buffer_B in incoming[:2]]
-        for index, bucket in enumerate(buckets):
-            group.wait(_stage(index, buckets), in_flight[index])
-            load(unpack(bucket, incoming[index]))
-            self._membership.settle()
-            if index + 2 < len(buckets):
-                in_flight.append(group.broadcast(incoming[index + 2]))
-        say_done(group)
-
-
-def _stage(index: int, buckets: Sequence[Bucket]) -> str:
-    return f"bucket {index + 1} of {len(buckets)}"
+        places = [
+            home if home is not None and home.device == device else buffers.get(index)
+            for index, home in enumerate(homes)
+        ]
+        return GroupIncoming(group, buckets, places)
 
 
 def _report(buckets: Sequence[Bucket], transfer_s: float) -> TransferReport:

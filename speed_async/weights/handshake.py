@@ -15,18 +15,22 @@ from torch._C._distributed_c10d import Store
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
 from speed_async.weights.channel import NamedTensor
+from speed_async.weights.ipc_group import machine_identity, same_machine
 from speed_async.weights.manifest import (
     MAX_MANIFEST_BYTES,
+    Agreement,
     Manifest,
     accept_manifest,
+    describe,
+    digest_of,
     encode_manifest,
 )
 from speed_async.weights.membership import EpochGroup, StageFailed, wait_for_keys
 from speed_async.weights.process_group import reach_store
 
 LENGTH = struct.Struct("<Q")
-HEAD_BYTES = 32 * 1024
-"""Size of the first message, so that most manifests take one broadcast and not two."""
+HEAD_BYTES = 4 * 1024
+"""Size of the first message: all of a manifest that names its tensors by digest."""
 GRACE_S = 0.5
 """How long, after a failure, the other side may take to say what it saw."""
 
@@ -52,21 +56,52 @@ def gather_members(group: EpochGroup, store: Store) -> None:
     """Sender: wait until every receiver is there, then make the process group with them."""
     stage = "rendezvous"
     group.wait(stage, group.connect(lambda: store))
-    collect(group, stage, "joined", "never joined")
+    identities = collect(group, stage, "joined", "never joined")
+    if group.offer.backend == "ipc":
+        ours = machine_identity()
+        wrong = {rank: same_machine(ours, theirs) for rank, theirs in identities.items()}
+        if elsewhere := [f"rank {rank} {why}" for rank, why in wrong.items() if why]:
+            raise sync_error(group.offer, f"rendezvous: {'; '.join(elsewhere)}")
     group.wait(stage, group.on_store(lambda store: store.set(group.key("go"), "")))
     group.wait(stage, group.build())
     group.formed = True
 
 
-def announce(group: EpochGroup, manifest: Manifest) -> None:
-    """Sender: broadcast the manifest and hear every receiver's verdict on it."""
-    for part in _manifest_parts(encode_manifest(manifest)):
+def announce(group: EpochGroup, manifest: Manifest) -> bool:
+    """Sender: broadcast the manifest; whether its tensors are news to the receivers.
+
+    When they are, their verdicts have to be heard before the first byte; otherwise any time.
+    """
+    for part in _manifest_parts(encode_manifest(manifest, group.agreed)):
         message_B = torch.frombuffer(bytearray(part), dtype=torch.uint8)
         group.wait("manifest", group.broadcast(group.placed(message_B)))
+    if group.agreed is not None and group.agreed.tensors == manifest.tensors:
+        return False
+    group.agreed = Agreement(tensors=manifest.tensors, digest=digest_of(manifest.tensors))
+    return True
+
+
+def hear_verdicts(group: EpochGroup) -> None:
+    """Sender: wait for every receiver's verdict on the manifest; WeightSyncError for a refusal."""
     verdicts = collect(group, "manifest", "verdict", "did not answer")
     refusals = [f"rank {rank} refused: {text}" for rank, text in verdicts.items() if text]
     if refusals:
         raise sync_error(group.offer, f"manifest: {'; '.join(refusals)}")
+
+
+def refusals_of(group: EpochGroup) -> str:
+    """Sender, after a failure: who refused this transfer meanwhile, and why; mostly nobody."""
+    keys = _keys_by_rank(group, "verdict")
+
+    def ask(store: Store) -> str:
+        given = {rank: store.get(key) for rank, key in keys.items() if store.check([key])}
+        return "; ".join(
+            f"rank {rank} refused: {text.decode(errors='replace')}"
+            for rank, text in given.items()
+            if text
+        )
+
+    return _ask(group, ask)
 
 
 def forget_verdicts(group: EpochGroup) -> None:
@@ -86,7 +121,8 @@ def join_epoch(group: EpochGroup) -> None:
     group.wait("rendezvous", group.connect(lambda: reach_store(group.offer)))
 
     def call(store: Store) -> str:
-        store.set(group.key("joined", 0, group.offer.rank), "")
+        identity = machine_identity() if group.offer.backend == "ipc" else ""
+        store.set(group.key("joined", 0, group.offer.rank), identity)
         if not wait_for_keys(store, [group.key("go")], group.offer.deadline_s):
             raise RuntimeError("the sender did not start this epoch")
         return store.get(group.key("go")).decode(errors="replace")
@@ -106,10 +142,6 @@ def receive_manifest(group: EpochGroup, expected: Sequence[NamedTensor]) -> Mani
         group.wait("manifest", group.broadcast(message_B))
         return message_B.cpu().numpy().tobytes()
 
-    def answer(verdict: str) -> None:
-        key = group.key("verdict", group.num_transfers, group.offer.rank)
-        group.wait("manifest", group.on_store(lambda store: store.set(key, verdict)))
-
     head = receive(HEAD_BYTES)
     (num_bytes,) = LENGTH.unpack_from(head)
     if num_bytes > MAX_MANIFEST_BYTES:
@@ -117,12 +149,29 @@ def receive_manifest(group: EpochGroup, expected: Sequence[NamedTensor]) -> Mani
     num_left = LENGTH.size + num_bytes - HEAD_BYTES
     payload = head[LENGTH.size :] + (receive(num_left) if num_left > 0 else b"")
     try:
-        manifest = accept_manifest(payload[:num_bytes], group.offer.policy_version, expected)
+        version = group.offer.policy_version
+        manifest = accept_manifest(payload[:num_bytes], version, expected, group.agreed)
     except WeightSyncError as error:
-        answer(str(error))
-        raise sync_error(group.offer, f"manifest: {error}") from error
-    answer("")
+        raise refuse(group, f"manifest: {error}", str(error)) from error
+    if group.agreed is None or group.agreed.tensors is not manifest.tensors:
+        group.agreed = Agreement(
+            tensors=manifest.tensors,
+            digest=digest_of(manifest.tensors),
+            expected=describe(expected, None),
+        )
+    _answer(group, "")
     return manifest
+
+
+def refuse(group: EpochGroup, text: str, verdict: str) -> WeightSyncError:
+    """Receiver: tell the sender why it takes no part in this transfer; the error to raise."""
+    _answer(group, verdict)
+    return sync_error(group.offer, text)
+
+
+def _answer(group: EpochGroup, verdict: str) -> None:
+    key = group.key("verdict", group.num_transfers, group.offer.rank)
+    group.wait("manifest", group.on_store(lambda store: store.set(key, verdict)))
 
 
 def who_is_silent(group: EpochGroup, reason: str) -> str:

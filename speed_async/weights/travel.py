@@ -1,0 +1,106 @@
+"""How buckets get from the sender to the receivers: one pair of ends for each way.
+
+The sender borrows a buffer, fills it and passes it on; a receiver takes a bucket and releases it
+when it is loaded. The ends over a process group are here, those over shared memory in
+`shared_memory.py`.
+
+Shape legend: B bytes of one bucket.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+from torch import Tensor
+
+from speed_async.weights.buckets import NUM_BUFFERS, Bucket, BufferRing
+from speed_async.weights.membership import EpochGroup
+
+
+class Outgoing(Protocol):
+    """The sender's end for the buckets of one transfer, taken in order."""
+
+    takes_views: bool
+    """Whether any memory can be passed on, not only what was borrowed."""
+
+    def borrow(self, index: int) -> Tensor:
+        """A buffer, at least (B,) uint8, for this bucket; waits until one is free.
+
+        Raises StageFailed naming who holds it.
+        """
+        ...
+
+    def pass_on(self, index: int, packed_B: Tensor) -> None:
+        """Let the receivers have bucket `index`; it must not change until `finish`."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until every bucket has left. Raises StageFailed."""
+        ...
+
+
+class Incoming(Protocol):
+    """A receiver's end for the buckets of one transfer, taken in order."""
+
+    def take(self, index: int) -> Tensor:
+        """Bucket `index`, at least (B,) uint8, valid until released. Raises StageFailed."""
+        ...
+
+    def release(self, index: int) -> None:
+        """The bucket was loaded. Raises StageFailed."""
+        ...
+
+
+class GroupOutgoing:
+    """Broadcasts over the epoch's process group; satisfies `Outgoing`."""
+
+    takes_views = True
+
+    def __init__(self, group: EpochGroup, buckets: Sequence[Bucket], buffers: BufferRing) -> None:
+        self._group, self._buckets, self._buffers = group, buckets, buffers
+        self._in_flight: list[Future[None]] = []
+        self._num_gone = 0
+
+    def borrow(self, index: int) -> Tensor:
+        self._wait_until_gone(index - NUM_BUFFERS)
+        return self._buffers.get(index)
+
+    def pass_on(self, index: int, packed_B: Tensor) -> None:
+        self._in_flight.append(self._group.broadcast(packed_B))
+
+    def finish(self) -> None:
+        self._wait_until_gone(len(self._buckets) - 1)
+
+    def _wait_until_gone(self, last: int) -> None:
+        for index in range(self._num_gone, last + 1):
+            self._group.wait(stage_of(index, self._buckets), self._in_flight[index])
+            self._num_gone += 1
+
+
+class GroupIncoming:
+    """Receives broadcasts of the epoch's process group; satisfies `Incoming`."""
+
+    def __init__(
+        self, group: EpochGroup, buckets: Sequence[Bucket], places: Sequence[Tensor]
+    ) -> None:
+        """`places`: where each bucket is received to, at least (B,) uint8."""
+        self._group, self._buckets, self._places = group, buckets, places
+        self._in_flight: list[Future[None]] = []
+        for index in range(min(NUM_BUFFERS, len(buckets))):
+            self._post(index)
+
+    def take(self, index: int) -> Tensor:
+        self._group.wait(stage_of(index, self._buckets), self._in_flight[index])
+        return self._places[index]
+
+    def release(self, index: int) -> None:
+        if index + NUM_BUFFERS < len(self._buckets):
+            self._post(index + NUM_BUFFERS)
+
+    def _post(self, index: int) -> None:
+        num_bytes = self._buckets[index].num_bytes
+        self._in_flight.append(self._group.broadcast(self._places[index][:num_bytes]))
+
+
+def stage_of(index: int, buckets: Sequence[Bucket]) -> str:
+    return f"bucket {index + 1} of {len(buckets)}"
