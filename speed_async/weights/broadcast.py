@@ -33,6 +33,7 @@ from speed_async.weights.channel import LoadTensors, NamedTensor, TransferReport
 from speed_async.weights.flat import as_it_lies
 from speed_async.weights.handshake import (
     announce,
+    ask_verdicts,
     forget_verdicts,
     gather_members,
     hear_verdicts,
@@ -105,11 +106,14 @@ class TorchSender:
             try:
                 if not group.formed:
                     gather_members(group, self._open_store())
-                if are_news := announce(group, manifest):
-                    hear_verdicts(group)
-                self._send_buckets(group, buckets, weights)
-                if not are_news:
-                    hear_verdicts(group)
+                if announce(group, manifest):
+                    hear_verdicts(group, ask_verdicts(group))
+                    self._pass_on(group, buckets, weights).finish()
+                else:
+                    outgoing = self._pass_on(group, buckets, weights)
+                    verdicts = ask_verdicts(group)
+                    outgoing.finish()
+                    hear_verdicts(group, verdicts)
             except StageFailed as failure:
                 silent = who_is_silent(group, str(failure))
                 if refused := refusals_of(group):
@@ -128,9 +132,10 @@ class TorchSender:
             raise WeightSyncError("the weight sender is closed")
         return self._store
 
-    def _send_buckets(
+    def _pass_on(
         self, group: EpochGroup, buckets: Sequence[Bucket], weights: dict[str, Tensor]
-    ) -> None:
+    ) -> Outgoing:
+        """All buckets are on their way when this returns."""
         members, outgoing = self._membership, self._outgoing(group, buckets)
         for index, bucket in enumerate(buckets):
             packed_B = as_it_lies(bucket, weights)
@@ -145,7 +150,7 @@ class TorchSender:
                 packed_B = buffer_B[: bucket.num_bytes]
             members.settle()
             outgoing.pass_on(index, packed_B)
-        outgoing.finish()
+        return outgoing
 
     def _outgoing(self, group: EpochGroup, buckets: Sequence[Bucket]) -> Outgoing:
         if group.offer.backend == "ipc":

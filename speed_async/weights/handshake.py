@@ -8,6 +8,7 @@ Shape legend: B bytes of one message.
 
 import struct
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -22,6 +23,7 @@ from speed_async.weights.manifest import (
     Manifest,
     accept_manifest,
     describe,
+    describes,
     digest_of,
     encode_manifest,
 )
@@ -35,8 +37,8 @@ GRACE_S = 0.5
 """How long, after a failure, the other side may take to say what it saw."""
 
 
-def collect(group: EpochGroup, stage: str, word: str, absence: str) -> dict[int, str]:
-    """One text from every receiver, by rank. Raises StageFailed naming who gave none."""
+def ask_all(group: EpochGroup, word: str, absence: str) -> "Future[dict[int, str]]":
+    """One text from every receiver, by rank; fails naming who gave none."""
     keys = _keys_by_rank(group, word)
 
     def call(store: Store) -> dict[int, str]:
@@ -49,14 +51,14 @@ def collect(group: EpochGroup, stage: str, word: str, absence: str) -> dict[int,
             for rank, answer in zip(keys, answers, strict=True)
         }
 
-    return group.wait(stage, group.on_store(call))
+    return group.on_store(call)
 
 
 def gather_members(group: EpochGroup, store: Store) -> None:
     """Sender: wait until every receiver is there, then make the process group with them."""
     stage = "rendezvous"
     group.wait(stage, group.connect(lambda: store))
-    identities = collect(group, stage, "joined", "never joined")
+    identities = group.wait(stage, ask_all(group, "joined", "never joined"))
     if group.offer.backend == "ipc":
         ours = machine_identity()
         wrong = {rank: same_machine(ours, theirs) for rank, theirs in identities.items()}
@@ -70,20 +72,29 @@ def gather_members(group: EpochGroup, store: Store) -> None:
 def announce(group: EpochGroup, manifest: Manifest) -> bool:
     """Sender: broadcast the manifest; whether its tensors are news to the receivers.
 
-    When they are, their verdicts have to be heard before the first byte; otherwise any time.
+    When they are, their verdicts have to be heard before the first byte. Otherwise the manifest is
+    only on its way when this returns, and buckets may follow it.
     """
+    are_news = group.agreed is None or group.agreed.tensors != manifest.tensors
+    sent: list[Future[None]] = []
     for part in _manifest_parts(encode_manifest(manifest, group.agreed)):
         message_B = torch.frombuffer(bytearray(part), dtype=torch.uint8)
-        group.wait("manifest", group.broadcast(group.placed(message_B)))
-    if group.agreed is not None and group.agreed.tensors == manifest.tensors:
-        return False
-    group.agreed = Agreement(tensors=manifest.tensors, digest=digest_of(manifest.tensors))
-    return True
+        sent.append(group.broadcast(group.placed(message_B)))
+    if are_news:
+        for future in sent:
+            group.wait("manifest", future)
+        group.agreed = Agreement(tensors=manifest.tensors, digest=digest_of(manifest.tensors))
+    return are_news
 
 
-def hear_verdicts(group: EpochGroup) -> None:
-    """Sender: wait for every receiver's verdict on the manifest; WeightSyncError for a refusal."""
-    verdicts = collect(group, "manifest", "verdict", "did not answer")
+def ask_verdicts(group: EpochGroup) -> "Future[dict[int, str]]":
+    """Sender: every receiver's verdict on the manifest; the answer is for `hear_verdicts`."""
+    return ask_all(group, "verdict", "did not answer")
+
+
+def hear_verdicts(group: EpochGroup, asked: "Future[dict[int, str]]") -> None:
+    """Sender: wait for the verdicts. Raises WeightSyncError for a refusal."""
+    verdicts = group.wait("manifest", asked)
     refusals = [f"rank {rank} refused: {text}" for rank, text in verdicts.items() if text]
     if refusals:
         raise sync_error(group.offer, f"manifest: {'; '.join(refusals)}")
@@ -142,6 +153,8 @@ def receive_manifest(group: EpochGroup, expected: Sequence[NamedTensor]) -> Mani
         group.wait("manifest", group.broadcast(message_B))
         return message_B.cpu().numpy().tobytes()
 
+    known = group.agreed
+    is_as_before = known is not None and describes(known.expected, expected, None)
     head = receive(HEAD_BYTES)
     (num_bytes,) = LENGTH.unpack_from(head)
     if num_bytes > MAX_MANIFEST_BYTES:
@@ -150,28 +163,30 @@ def receive_manifest(group: EpochGroup, expected: Sequence[NamedTensor]) -> Mani
     payload = head[LENGTH.size :] + (receive(num_left) if num_left > 0 else b"")
     try:
         version = group.offer.policy_version
-        manifest = accept_manifest(payload[:num_bytes], version, expected, group.agreed)
+        manifest = accept_manifest(
+            payload[:num_bytes], version, expected, known, is_as_before=is_as_before
+        )
     except WeightSyncError as error:
         raise refuse(group, f"manifest: {error}", str(error)) from error
-    if group.agreed is None or group.agreed.tensors is not manifest.tensors:
+    if known is None or known.tensors is not manifest.tensors:
         group.agreed = Agreement(
             tensors=manifest.tensors,
             digest=digest_of(manifest.tensors),
             expected=describe(expected, None),
         )
-    _answer(group, "")
+    _answer(group, "")  # nobody here waits for it
     return manifest
 
 
 def refuse(group: EpochGroup, text: str, verdict: str) -> WeightSyncError:
     """Receiver: tell the sender why it takes no part in this transfer; the error to raise."""
-    _answer(group, verdict)
+    group.wait("manifest", _answer(group, verdict))
     return sync_error(group.offer, text)
 
 
-def _answer(group: EpochGroup, verdict: str) -> None:
+def _answer(group: EpochGroup, verdict: str) -> "Future[None]":
     key = group.key("verdict", group.num_transfers, group.offer.rank)
-    group.wait("manifest", group.on_store(lambda store: store.set(key, verdict)))
+    return group.on_store(lambda store: store.set(key, verdict))
 
 
 def who_is_silent(group: EpochGroup, reason: str) -> str:

@@ -167,15 +167,19 @@ def accept_manifest(
     policy_version: int,
     expected: Sequence[NamedTensor],
     known: Agreement | None = None,
+    *,
+    is_as_before: bool = False,
 ) -> Manifest:
-    """The manifest, if it is what this receiver waits for; WeightSyncError says why not."""
+    """The manifest, if it is what this receiver waits for; WeightSyncError says why not.
+
+    `is_as_before` says that `expected` is what it was when the list of `known` was accepted.
+    """
     manifest = decode_manifest(payload, known)
     if manifest.policy_version != policy_version:
         raise WeightSyncError(
             f"policy version {manifest.policy_version} came, {policy_version} was offered"
         )
-    agreed = known is not None and manifest.tensors is known.tensors
-    if agreed and describes(known.expected, expected, None):
+    if is_as_before and known is not None and manifest.tensors is known.tensors:
         return manifest
     if differs := difference(manifest.tensors, expected):
         raise WeightSyncError(differs)

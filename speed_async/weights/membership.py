@@ -141,12 +141,17 @@ class EpochGroup:
         return self.on_store(call)
 
     def broadcast(self, buffer_B: Tensor) -> "Future[None]":
-        """Send from rank 0, or receive into `buffer_B`, (B,) uint8. Nothing for B = 0."""
+        """Send from rank 0, or receive into `buffer_B`, (B,) uint8. Nothing for B = 0.
+
+        With ipc it is done when this returns: what follows uses the same sockets, from here.
+        """
 
         def call() -> None:
             offer = self.offer
             broadcast_from_sender(self._group, buffer_B, offer.deadline_s, offer.backend)
 
+        if self.offer.backend == "ipc":
+            return done_here(call)
         return self._lane.submit(call if buffer_B.numel() else lambda: None)
 
     def placed(self, message_B: Tensor) -> Tensor:
@@ -284,6 +289,16 @@ class Membership:
         self._group = None
         self._buffers.discard()  # the lane may still write into them
         self.views.discard()
+
+
+def done_here(call: Callable[[], T]) -> "Future[T]":
+    """The future of a call that was made by this thread."""
+    future: Future[T] = Future()
+    try:
+        future.set_result(call())
+    except RuntimeError as error:
+        future.set_exception(error)
+    return future
 
 
 def wait_for_keys(store: Store, keys: Sequence[str], timeout_s: float) -> bool:
