@@ -80,7 +80,8 @@ def measure(
     """Seconds of every repeat by contestant; all ranks run this in step."""
     group = make_group(PrefixStore("raw", store), raw_offer, CPU)
     flat, scattered = make_weights(case, flat=True), make_weights(case, flat=False)
-    one, other = (torch.ones(case.num_bytes, dtype=torch.uint8) for _ in range(2))
+    # Memory of their own: what another contestant has just touched is still in a cache.
+    one, source, copy = (torch.ones(case.num_bytes, dtype=torch.uint8) for _ in range(3))
 
     def send_each() -> None:
         for _, tensor in scattered:
@@ -89,7 +90,7 @@ def measure(
     contestants: dict[str, Callable[[], object]] = {
         "flat": lambda: broadcast_from_sender(group, one, DEADLINE_S, "gloo"),
         "each": send_each,
-        "memcpy": lambda: raw_offer.rank == 0 and other.copy_(one),
+        "memcpy": lambda: raw_offer.rank == 0 and copy.copy_(source),
     }
     for backend in BACKENDS:
         give = transfers[backend]

@@ -21,6 +21,7 @@ Shape legend: B bytes of one bucket or message.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -158,6 +159,14 @@ class TorchSender:
         return GroupOutgoing(group, buckets, self._membership.reserve(group, buckets))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """Where a receiver's own tensors lie just as their bucket travels."""
+
+    home_B: Tensor
+    tensors: list[NamedTensor]
+
+
 class TorchReceiver:
     """Any rank but 0; satisfies `WeightReceiver`. The sender decides the bucket size."""
 
@@ -198,9 +207,12 @@ class TorchReceiver:
             try:
                 if not group.formed:
                     join_epoch(group)
-                manifest = receive_manifest(group, expected)
-                buckets = group.plan(manifest)
-                self._load_buckets(group, buckets, dict(expected), load)
+                likely = group.last_plan  # worked out while the sender is waited for anyway
+                targets = self._targets(likely, expected)
+                buckets = group.plan(receive_manifest(group, expected))
+                if buckets is not likely:
+                    targets = self._targets(buckets, expected)
+                self._load_buckets(group, buckets, targets, load)
                 say_done(group)
             except MemoryRefused as reason:
                 raise refuse(group, f"shared memory: {reason}", str(reason)) from reason
@@ -218,35 +230,51 @@ class TorchReceiver:
         self,
         group: EpochGroup,
         buckets: Sequence[Bucket],
-        ours: dict[str, Tensor],
+        targets: Sequence[Target | None],
         load: LoadTensors,
     ) -> None:
         members = self._membership
-        homes = [as_it_lies(bucket, ours) if self._in_place else None for bucket in buckets]
-        if any(home is not None for home in homes):
+        if any(targets):
             load([])
-        incoming = self._incoming(group, buckets, homes)
-        for index, (bucket, home) in enumerate(zip(buckets, homes, strict=True)):
+        incoming = self._incoming(group, buckets, targets)
+        for index, (bucket, target) in enumerate(zip(buckets, targets, strict=True)):
             came_B = incoming.take(index)
-            if home is None:
+            if target is None:
                 load(members.views.of(index, bucket, came_B))
             else:
-                if came_B is not home:
-                    home.copy_(came_B[: bucket.num_bytes], non_blocking=True)
-                load([(span.spec.name, ours[span.spec.name]) for span in bucket.spans])
+                if came_B is not target.home_B:
+                    target.home_B.copy_(came_B[: bucket.num_bytes], non_blocking=True)
+                load(target.tensors)
             members.settle()
             incoming.release(index)
 
+    def _targets(
+        self, buckets: Sequence[Bucket], expected: Sequence[NamedTensor]
+    ) -> list[Target | None]:
+        """For each bucket its own place in `expected`, where there is one to write into."""
+        if not self._in_place:
+            return [None] * len(buckets)
+        ours = dict(expected)
+        targets: list[Target | None] = []
+        for bucket in buckets:
+            names = [span.spec.name for span in bucket.spans]
+            home_B = as_it_lies(bucket, ours) if all(name in ours for name in names) else None
+            if home_B is None:
+                targets.append(None)
+            else:
+                targets.append(Target(home_B=home_B, tensors=[(n, ours[n]) for n in names]))
+        return targets
+
     def _incoming(
-        self, group: EpochGroup, buckets: Sequence[Bucket], homes: Sequence[Tensor | None]
+        self, group: EpochGroup, buckets: Sequence[Bucket], targets: Sequence[Target | None]
     ) -> Incoming:
         if group.offer.backend == "ipc":
             return SharedIncoming(group, buckets, self._device)
         device = self._membership.travels_from(group)
         buffers = self._membership.reserve(group, buckets)
         places = [
-            home if home is not None and home.device == device else buffers.get(index)
-            for index, home in enumerate(homes)
+            target.home_B if target and target.home_B.device == device else buffers.get(index)
+            for index, target in enumerate(targets)
         ]
         return GroupIncoming(group, buckets, places)
 

@@ -34,11 +34,13 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bucket:
+    """Tensors that travel together; `spans` in ascending order, one at least."""
+
     spans: tuple[Span, ...]
 
     @property
     def num_bytes(self) -> int:
-        return max(span.stop for span in self.spans)
+        return self.spans[-1].stop
 
 
 def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int) -> tuple[Bucket, ...]:

@@ -40,26 +40,30 @@ def as_it_lies(bucket: Bucket, tensors: Mapping[str, Tensor]) -> Tensor | None:
     dtypes, at the bucket's distances. The gaps between them (each under ALIGNMENT_BYTES) are part
     of the view.
     """
-    spans = [span for span in bucket.spans if span.spec.num_bytes]
-    if not spans:
-        return None
-    first = tensors[spans[0].spec.name]
-    base, storage = first.data_ptr() - spans[0].start, first.untyped_storage()
-    for span in spans:
-        tensor = tensors[span.spec.name]
+    first, base, home = None, 0, 0
+    for span in bucket.spans:
+        spec = span.spec
+        tensor = tensors[spec.name]
+        address = tensor.data_ptr()
+        if not address:  # a tensor without elements lies nowhere
+            continue
+        if first is None:
+            first, base, home = tensor, address - span.start, _address_of_storage(tensor)
         if (
-            tensor.data_ptr() != base + span.start
-            or tensor.dtype != span.spec.dtype
+            address != base + span.start
+            or tensor.dtype != spec.dtype
             or not tensor.is_contiguous()
-            or tensor.device != first.device
-            or tensor.untyped_storage().data_ptr() != storage.data_ptr()
+            or _address_of_storage(tensor) != home
         ):
             return None
-    start = base - storage.data_ptr()
-    if start < 0:
+    if first is None or base < home:
         return None
     view_B = torch.empty(0, dtype=torch.uint8, device=first.device)
-    return view_B.set_(storage, start, (bucket.num_bytes,), (1,))
+    return view_B.set_(first.untyped_storage(), base - home, (bucket.num_bytes,), (1,))
+
+
+def _address_of_storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _starts(tensors: Sequence[Tensor]) -> list[int]:

@@ -103,6 +103,11 @@ class EpochGroup:
         assert isinstance(self._group, IpcGroup)
         return self._group
 
+    @property
+    def last_plan(self) -> tuple[Bucket, ...]:
+        """The buckets of the transfer before this one; none in the first of an epoch."""
+        return self._plan[1] if self._plan else ()
+
     def plan(self, manifest: Manifest) -> tuple[Bucket, ...]:
         """Buckets of these tensors; the very same ones while the manifest stays what it was."""
         kept = self._plan
