@@ -35,7 +35,6 @@ from speed_async.weights.channel import LoadTensors, NamedTensor, TransferReport
 from speed_async.weights.flat import as_it_lies
 from speed_async.weights.handshake import (
     announce,
-    ask_verdicts,
     forget_verdicts,
     gather_members,
     hear_verdicts,
@@ -112,13 +111,12 @@ class TorchSender:
                 if not group.formed:
                     gather_members(group, self._open_store())
                 if announce(group, manifest):
-                    hear_verdicts(group, ask_verdicts(group))
+                    hear_verdicts(group)
                     self._pass_on(group, buckets, weights).finish()
                 else:
-                    outgoing = self._pass_on(group, buckets, weights)
-                    verdicts = ask_verdicts(group)
-                    outgoing.finish()
-                    hear_verdicts(group, verdicts)
+                    self._pass_on(group, buckets, weights).finish()
+                    # Asked no earlier: the lane must be free for other questions when that fails.
+                    hear_verdicts(group)
             except StageFailed as failure:
                 silent = who_is_silent(group, str(failure))
                 if refusals := refusals_of(group):

@@ -90,14 +90,9 @@ def announce(group: EpochGroup, manifest: Manifest) -> bool:
     return are_news
 
 
-def ask_verdicts(group: EpochGroup) -> "Future[dict[int, str]]":
-    """Sender: every receiver's verdict on the manifest; the answer is for `hear_verdicts`."""
-    return ask_all(group, "verdict", "did not answer")
-
-
-def hear_verdicts(group: EpochGroup, asked: "Future[dict[int, str]]") -> None:
-    """Sender: wait for the verdicts. Raises WeightSyncError for a refusal."""
-    verdicts = group.wait("manifest", asked)
+def hear_verdicts(group: EpochGroup) -> None:
+    """Sender: every receiver's verdict on the manifest. Raises WeightSyncError for a refusal."""
+    verdicts = group.wait("manifest", ask_all(group, "verdict", "did not answer"))
     refusals = {rank: f"rank {rank} refused: {text}" for rank, text in verdicts.items() if text}
     if refusals:
         reason = f"manifest: {'; '.join(refusals.values())}"

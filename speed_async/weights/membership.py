@@ -99,6 +99,7 @@ class EpochGroup:
         self.agreed: Agreement | None = None
         self._plan: tuple[Manifest, tuple[Bucket, ...]] | None = None
         self._announced = False
+        self._broken = ""
         self._device = device
         self._store: Store | None = None  # this and the group are touched by the lane alone
         self._group: Any = None
@@ -171,10 +172,13 @@ class EpochGroup:
         def call() -> None:
             offer, travelling = self.offer, [buffers_B[index] for index in full]
             try:
+                if self._broken:  # the lane has better things to do than to wait once more
+                    raise RuntimeError(f"an earlier broadcast failed: {self._broken}")
                 broadcast_from_sender(
                     self._group, travelling, offer.deadline_s, offer.backend, moved
                 )
             except RuntimeError as error:
+                self._broken = self._broken or str(error).partition("\n")[0]
                 # The frames below hold the process group, which must be freed to wake its members.
                 traceback.clear_frames(error.__traceback__)
                 for future in futures:
