@@ -3,12 +3,16 @@
 actor   ActorLoop, Rollout and VerifierPool in this process, its engine in another, linked over
         ZeroMQ to a real buffer service; service, verifier and a stand-in learner are processes too.
         It screens, gates, continues, scores, packs and reports; nothing is broadcast.
-bare    another engine process of the same settings, given the requests that the
-        actor made, in the same order, by as many callers as the actor asks for (slots x 1.25),
-        so its queue never runs dry. Results are dropped: no loop, verifier, messages or decoding.
+bare    another engine of the same settings, given the requests that the actor made, in the same
+        order, by twice as many callers as it has slots, so its queue never runs dry. Results are
+        dropped: no loop, verifier, messages or decoding. With actors.engine = "vllm" it is vLLM's
+        own AsyncLLM, called as its documentation does.
 
 Both are started, then run in turns: one is paused between two steps while the other runs, so both
 meet the same machine within one repeat, where their ratio is taken.
+
+`--random-model 512x8` takes a model of that hidden size and number of layers with random weights,
+whose completions are as long as `actors.max_new_tokens` allows; use it with --gate.mode off.
 
 Usage: python -m benchmarks.actor [--repeats N] [--turn-s S] [--section.field value]
 """
@@ -18,6 +22,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -26,16 +31,18 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Self
+
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import QUICKSTART, report
 from benchmarks.stand_in_learner import learn_nothing
-from speed_async.actors.engine import GenerationRequest
-from speed_async.actors.engine_choice import start_torch_worker
+from speed_async.actors.engine import GenerationRequest, OwnedEngine
+from speed_async.actors.engine_choice import engine_environment, start_engine
 from speed_async.actors.loop import ActorLoop
 from speed_async.actors.model_folder import load_tokenizer
 from speed_async.actors.prompt_codec import PromptCodec
 from speed_async.actors.rollout import Rollout
-from speed_async.actors.stepped_engine import SteppedEngine
 from speed_async.config.load import load_config, save_config
 from speed_async.config.schema import Config
 from speed_async.runtime.event_loop import run
@@ -55,16 +62,34 @@ CALLERS_PER_SLOT = 2
 END_TIMEOUT_S = 60.0
 
 
-class RecordingEngine(SteppedEngine):
-    """Keeps the requests it was given."""
+class RecordingEngine:
+    """Keeps the requests that its engine is given."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(start_torch_worker(config, seed=config.run.seed))
+    def __init__(self, engine: OwnedEngine) -> None:
+        self._engine = engine
         self.recorded: list[GenerationRequest] = []
 
     async def generate(self, request: GenerationRequest) -> Sampled:
         self.recorded.append(request)
-        return await super().generate(request)
+        return await self._engine.generate(request)
+
+    async def __aenter__(self) -> Self:
+        await self._engine.__aenter__()
+        return self
+
+    async def __aexit__(self, *details: Any) -> None:
+        await self._engine.__aexit__(*details)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def bare_engine(config: Config) -> OwnedEngine:
+    if config.actors.engine == "vllm":
+        from benchmarks.bare_vllm import BareVllm
+
+        return BareVllm(config)
+    return start_engine(config, index=2, incarnation=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +101,7 @@ class Turn:
     """Requests running or waiting when the turn ended."""
 
 
-async def take_turn(engine: SteppedEngine, duration_s: float) -> Turn:
+async def take_turn(engine: OwnedEngine, duration_s: float) -> Turn:
     """Let a paused engine run for a while, and pause it again."""
     before, began_s = engine.stats, time.perf_counter()
     await engine.resume()
@@ -88,7 +113,7 @@ async def take_turn(engine: SteppedEngine, duration_s: float) -> Turn:
     num_steps = after.steps - before.steps
     return Turn(
         tokens_per_s=num_tokens / elapsed_s,
-        slots_busy=num_tokens / num_steps,
+        slots_busy=num_tokens / max(num_steps, 1),
         steps_per_s=num_steps / elapsed_s,
         slots_asked=after.num_running + after.num_waiting,
     )
@@ -144,7 +169,7 @@ async def acting(config: Config, engine: RecordingEngine) -> AsyncIterator[None]
 
 @asynccontextmanager
 async def replaying(
-    engine: SteppedEngine, recorded: list[GenerationRequest], num_callers: int
+    engine: OwnedEngine, recorded: list[GenerationRequest], num_callers: int
 ) -> AsyncIterator[None]:
     """`num_callers` callers that ask `engine` for the recorded requests, over and over."""
 
@@ -169,9 +194,9 @@ async def replaying(
 
 
 async def compare(
-    config: Config, engines: dict[str, RecordingEngine], num_repeats: int, turn_s: float
+    config: Config, actor: RecordingEngine, bare: OwnedEngine, num_repeats: int, turn_s: float
 ) -> list[dict[str, object]]:
-    actor, bare = engines["actor"], engines["bare"]
+    engines = {"actor": actor, "bare": bare}
     num_callers = CALLERS_PER_SLOT * config.actors.slots
     turns: dict[str, list[Turn]] = {name: [] for name in engines}
     async with actor, bare, acting(config, actor):
@@ -203,23 +228,53 @@ def row_of(name: str, turns: list[Turn], bare: list[Turn]) -> dict[str, object]:
     }
 
 
+def save_random_model(folder: Path, size: str) -> Path:
+    """A Llama with random weights, "HIDDENxLAYERS", and the quickstart's tokenizer."""
+    hidden, layers = map(int, size.split("x"))
+    source = QUICKSTART.parent / "model"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    known = AutoConfig.from_pretrained(source)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=known.vocab_size,
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=max(1, hidden // 128),
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            eos_token_id=known.eos_token_id,
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--turn-s", type=float, default=4.0)
     parser.add_argument("--config", default=str(QUICKSTART))
+    parser.add_argument("--random-model", default="", help="HIDDENxLAYERS")
     arguments, overrides = parser.parse_known_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as folder:
         # A short first evaluation: training leases start after it.
         fixed = ["--run.folder", folder, "--task.num_held_out", "16"]
+        if arguments.random_model:
+            model = save_random_model(Path(folder) / "model", arguments.random_model)
+            fixed += ["--model.path", str(model)]
         config = load_config(arguments.config, [*overrides, *fixed])
-        engines = {name: RecordingEngine(config) for name in ("actor", "bare")}  # before the loop
-        rows = run(compare(config, engines, arguments.repeats, arguments.turn_s))
+        os.environ.update(engine_environment(config))
+        actor = RecordingEngine(start_engine(config, index=1, incarnation=0))  # before the loop
+        bare = bare_engine(config)
+        rows = run(compare(config, actor, bare, arguments.repeats, arguments.turn_s))
     title = (
         "Tokens/s of a whole actor (loop, rollout, verifier, ZeroMQ to a buffer service) and of "
         "the bare engine replaying its requests with as many callers, in turns in one process, "
-        f"{arguments.turn_s:g} s each; quickstart model"
+        f"{arguments.turn_s:g} s each; {config.actors.engine} engine, {config.actors.slots} slots, "
+        f"at most {config.actors.max_new_tokens} tokens a completion, "
+        f"{arguments.random_model or 'quickstart'} model"
     )
     report("actor", title, rows)
 

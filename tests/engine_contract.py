@@ -6,6 +6,7 @@ completions never stop by themselves before `max_new_tokens`.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -201,7 +202,7 @@ async def nothing_is_sampled_while_paused(start: StartEngine) -> None:
 
 async def an_update_in_flight_splits_the_versions_once(start: StartEngine) -> None:
     async with start() as engine:
-        tasks = start_all(engine, [request(60), request(70), request(5)])
+        tasks = start_all(engine, [request(80), request(85), request(5)])
         await until(engine, lambda: engine.stats.tokens_running > 10)
         async with asyncio.timeout(WAIT_S):
             report = await engine.update_weights(offer(7))
@@ -212,6 +213,34 @@ async def an_update_in_flight_splits_the_versions_once(start: StartEngine) -> No
         versions = sampled.policy_versions.tolist()
         assert versions == sorted(versions) and set(versions) == {0, 7}
     assert set(results[2].policy_versions.tolist()) <= {0, 7}
+
+
+async def an_update_ends_what_is_too_old_for_it(start: StartEngine) -> None:
+    async with start() as engine:
+        ageless = replace(request(85), max_staleness=None)
+        young = replace(request(85), max_staleness=1)
+        running = start_all(engine, [ageless, young])
+        await until(engine, lambda: engine.stats.num_running == 2)
+        await engine.pause(abort=False)
+        waiting = start_all(
+            engine,
+            [
+                replace(request(3), max_staleness=1, oldest_version=0),  # of an old group
+                replace(request(3), max_staleness=1),  # has nothing old yet
+            ],
+        )
+        await engine.update_weights(offer(1))
+        assert not any(task.done() for task in running + waiting)
+        async with asyncio.timeout(WAIT_S):
+            await engine.update_weights(offer(2))
+            await engine.resume()
+            kept, aborted = await asyncio.gather(*running)
+            old_group, fresh = await asyncio.gather(*waiting)
+    assert (kept.finish_reason, kept.num_tokens) == ("length", 85)
+    assert aborted.finish_reason == "abort" and 0 < aborted.num_tokens < 85
+    assert set(aborted.policy_versions.tolist()) <= {0, 1}
+    assert (old_group.finish_reason, old_group.num_tokens) == ("abort", 0)
+    assert fresh.finish_reason == "length" and fresh.num_tokens == 3
 
 
 async def the_event_loop_runs_on_while_the_engine_works(start: StartEngine) -> None:
@@ -247,6 +276,7 @@ CONTRACT: list[Callable[[StartEngine], Awaitable[None]]] = [
     pause_with_abort_returns_what_there_is,
     nothing_is_sampled_while_paused,
     an_update_in_flight_splits_the_versions_once,
+    an_update_ends_what_is_too_old_for_it,
     the_event_loop_runs_on_while_the_engine_works,
     leaving_ends_running_requests_with_an_error,
 ]

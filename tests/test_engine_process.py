@@ -3,6 +3,7 @@
 import asyncio
 import multiprocessing
 import os
+import select
 import signal
 import time
 from collections.abc import Callable
@@ -172,6 +173,18 @@ def test_the_process_ends_when_its_actor_is_killed() -> None:
     while os.path.exists(f"/proc/{engine_id}") and not is_zombie(engine_id):
         assert time.monotonic() < deadline_s, "the engine process outlived its actor"
         time.sleep(0.01)
+
+
+def test_an_idle_process_ends_when_its_actor_goes_without_reading_the_last_result() -> None:
+    """A socket that is closed over unread bytes is reset, not ended."""
+    worker = forked(slow_stepper)
+    ours = worker._socket  # pyright: ignore[reportPrivateUsage]
+    assert select.select([ours], [], [], WAIT_S)[0], "the first counts must lie there unread"
+    ours.close()
+    worker.process.join(WAIT_S)
+    ended = not worker.process.is_alive()
+    worker.process.kill()
+    assert ended, "the engine process outlived its actor"
 
 
 def is_zombie(process_id: int) -> bool:

@@ -15,26 +15,28 @@ import torch
 from buffer_fixtures import make_config, make_group
 
 from speed_async.actors.engine import GenerationRequest
+from speed_async.actors.engine_worker import ThreadWorker
 from speed_async.actors.loop import ActorLoop
 from speed_async.actors.rollout import Rollout
-from speed_async.actors.scripted_engine import ScriptedEngine
+from speed_async.actors.scripted_engine import ScriptedEngine, ScriptedStepper
+from speed_async.actors.stepped_engine import SteppedEngine
 from speed_async.buffer.curriculum import UniformCurriculum
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
 from speed_async.config.schema import Config
-from speed_async.errors import RoleError, TaskError
+from speed_async.errors import RoleError, TaskError, WeightSyncError
 from speed_async.evaluate.plan import EvaluationPlan
 from speed_async.learner.loop import Finished, LearnerLoop
 from speed_async.learner.trainer import UpdateResult
 from speed_async.observe.sinks import RecordingSink
 from speed_async.tasks.task import fingerprint
-from speed_async.types import Group, Int32Array, Prompt
+from speed_async.types import Group, Int32Array, Prompt, WeightOffer
 from speed_async.weights.canary import Canary
 from speed_async.weights.memory_channel import MemoryReceiver, MemorySender, MemoryStore
 from speed_async.wire import messages as m
 from speed_async.wire.feed import FeedPublisher
 from speed_async.wire.groups import batch_group
-from speed_async.wire.inprocess import InProcessHub
+from speed_async.wire.inprocess import InProcessHub, InProcessLink
 
 NUM_PROMPTS = 30
 
@@ -126,6 +128,8 @@ class Run:
         self.updates = CountingUpdates()
         self.num_actors = num_actors
         self.engines: list[ScriptedEngine] = []
+        self.canaries: dict[int, Canary | None] = {}
+        """What came along with each version."""
         self.service = BufferService(
             config,
             curriculum=UniformCurriculum(NUM_PROMPTS, np.random.default_rng(0)),
@@ -159,7 +163,9 @@ class Run:
         receiver = MemoryReceiver(store)
 
         def receive(offer: Any) -> float:
-            return receiver.receive(offer, expected, lambda tensors: None).transfer_s
+            report = receiver.receive(offer, expected, lambda tensors: None)
+            self.canaries[offer.policy_version] = report.canary
+            return report.transfer_s
 
         engine = ScriptedEngine(alternate, num_slots=self.config.actors.slots, receive=receive)
         self.engines.append(engine)
@@ -216,6 +222,16 @@ def test_a_run_trains_every_batch_and_closes_its_books(make_run: Callable[..., R
     assert ledger["tokens"]["trained"] == trained == finished.tokens_trained
     # The engines' own counts are the ledger's "generated".
     assert ledger["tokens"]["generated"] == sum(e.stats.tokens_generated for e in run.engines)
+
+
+def test_every_version_is_published_with_the_canary_of_its_own_weights(
+    make_run: Callable[..., Run],
+) -> None:
+    run = make_run()
+    execute(run)
+    assert run.canaries == {
+        version: Canary(token_ids=(0, 1), logprobs=(-float(version),)) for version in range(1, 6)
+    }
 
 
 def test_only_prompts_of_moderate_difficulty_are_continued(make_run: Callable[..., Run]) -> None:
@@ -501,3 +517,100 @@ def test_a_hanging_verifier_does_not_hold_up_the_drain(make_run: Callable[..., R
     ledger = finished.service_fields["ledger"]
     assert isinstance(ledger, dict)
     assert ledger["closes"] is True
+
+
+class BrokenStepper(ScriptedStepper):
+    """Refuses every version it is offered, and has then no whole weights."""
+
+    broken = False
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.broken
+
+    def load_weights(self, offer: WeightOffer) -> float:
+        self.broken = True
+        raise WeightSyncError(f"policy version {offer.policy_version} is refused")
+
+
+class SlowLink:
+    """A link that takes many turns of the event loop to send, as one with a full outbox does."""
+
+    def __init__(self, link: InProcessLink) -> None:
+        self._link = link
+
+    async def send(self, message: m.Message) -> None:
+        for _ in range(50):
+            await asyncio.sleep(0)
+        await self._link.send(message)
+
+    async def receive(self, deadline_s: float) -> m.Message:
+        return await self._link.receive(deadline_s)
+
+    async def close(self) -> None:
+        await self._link.close()
+
+
+def test_an_actor_whose_engine_refused_a_version_tells_the_service_before_it_ends(
+    tmp_path: Path,
+) -> None:
+    """Its running leases fail in the same moment, and none of them may cut the message short."""
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(str(tmp_path), actors={"slots": 4, "max_new_tokens": 90_000})
+    task = DigitTask()
+    offer = m.OfferWeights(
+        policy_version=1,
+        epoch=3,
+        rank=1,
+        world_size=2,
+        store_host="h",
+        store_port=1,
+        backend="gloo",
+        deadline_s=5.0,
+    )
+
+    def never_ends(request: GenerationRequest, num_started: int) -> list[int]:
+        return [7] * 1_000_000
+
+    def make_stepper() -> BrokenStepper:
+        return BrokenStepper(
+            never_ends, num_slots=4, context_length=1_000_000, receive=lambda offer: 0.0
+        )
+
+    async def run() -> list[m.Message]:
+        hub = InProcessHub()
+        async with SteppedEngine(ThreadWorker(make_stepper)) as engine:
+            loop = ActorLoop(
+                config,
+                name="actor-1",
+                link=SlowLink(hub.connect("actor-1.0")),
+                engine=engine,
+                rollout=Rollout(config, engine, InlineVerifier(task), CharCodec()),
+                task=task,
+            )
+            hello = m.Hello(role="actor", index=1, incarnation=0, fingerprint="f", process_id=1)
+            acting = asyncio.create_task(loop.run(hello))
+            await hub.send("actor-1.0", m.Welcome(policy_version=0))
+            leases = m.Leases(
+                lease_ids=[1, 2, 3], prompt_ids=[0, 1, 2], kind="training", num_samples=0
+            )
+            await hub.send("actor-1.0", leases)
+            while engine.stats.num_running < 4:  # noqa: ASYNC110 - the engine has no event for it
+                await asyncio.sleep(0)
+            await hub.send("actor-1.0", offer)
+            heard: list[m.Message] = []
+            while not heard or not isinstance(heard[-1], m.WeightsApplied):
+                heard.append((await hub.receive(10))[1])
+            with pytest.raises(WeightSyncError, match="policy version 1 is refused"):
+                await acting
+        return heard
+
+    heard = asyncio.run(asyncio.wait_for(run(), 30))
+    applied = heard[-1]
+    assert isinstance(applied, m.WeightsApplied)
+    assert (applied.policy_version, applied.epoch, applied.usable) == (-1, 3, False)
+    assert applied.error == "policy version 1 is refused"
+    # Nothing was reported as ended: all that the engine sampled is still in flight.
+    assert not any(isinstance(message, m.GroupFinished | m.LeaseFailed) for message in heard)
+    assert applied.counts.groups_in_flight == 3
+    assert applied.counts.tokens_generated == applied.counts.tokens_in_flight > 0

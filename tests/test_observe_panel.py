@@ -5,6 +5,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from speed_async.buffer.batches import gate_starves
+from speed_async.config.schema import GateConfig
 from speed_async.observe.metrics import Event, Value
 from speed_async.observe.panel_state import HISTORY_LIMIT, History, PanelState, Recent
 from speed_async.observe.panel_view import render
@@ -212,8 +214,20 @@ def test_notes_stand_in_one_column_whatever_the_graphic() -> None:
     assert columns == [56] * len(notes)
 
 
-def test_a_long_warning_is_cut_and_not_wrapped() -> None:
+@pytest.mark.parametrize(("height", "num_lines"), [(25, 3), (24, 3), (21, 3), (20, 2), (16, 1)])
+def test_a_long_warning_takes_the_lines_there_are_and_is_then_cut(
+    height: int, num_lines: int
+) -> None:
     warned: dict[str, Value] = {"warning": "actor lost " * 40}
-    lines = shown(state_after(Event(kind="status", values=GAUGES | warned)), 80, 24)
-    assert len(lines) == 22
+    lines = shown(state_after(Event(kind="status", values=GAUGES | warned)), 80, height)
+    assert sum("lost actor" in line for line in lines) == num_lines
     assert lines[-2].endswith("… │")
+
+
+def test_a_starving_gate_shows_its_remedy() -> None:
+    told = gate_starves(
+        num_screened=14905, waited_s=20.0, acceptance=0.0, pass_rate=0.0, gate=GateConfig()
+    )
+    values: dict[str, Value] = GAUGES | {"warning": told}
+    text = "".join(shown(state_after(Event(kind="status", values=values)), 80, 24))
+    assert "Remedy: easier prompts, a larger gate.n_init" in text.replace(" ││           ", " ")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -135,6 +136,26 @@ def test_an_error_of_an_actor_is_the_last_thing_printed(tmp_path: Path) -> None:
     assert last.startswith("error: ")
     assert "EOS" in last
     assert "Traceback" not in out + err
+    assert run.processes() == {}
+
+
+def test_a_version_that_fails_its_canary_ends_the_run_with_the_canary_s_words(
+    tmp_path: Path,
+) -> None:
+    """The two roles lay the same forward pass out differently: their float32 sums differ in the
+    last digits, which this tolerance does not forgive."""
+    overrides = ["--weights.canary_tolerance", "1e-12", "--actors.max_restarts", "1"]
+    run = start_train(tmp_path, *overrides, "--run.updates", "100000")
+    status, out, err = run.finish()
+    assert status == 1
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: actor-1: died 2 times")
+    # All groups are of version 0: staleness lets the learner get to version 3 by them, no further.
+    assert re.search(r"actor-1: policy version [123] is refused, its canary failed", last)
+    assert "the tolerance of 1e-12" in last
+    assert "use one model folder for all roles, or raise that field" in last
+    assert "warning actor-1.0 has not got the weights: policy version 1 is refused" in out
+    assert "WeightSyncError: policy version 1" in (run.folder / "logs/actor-1.log").read_text()
     assert run.processes() == {}
 
 

@@ -328,6 +328,53 @@ def test_weights_that_did_not_arrive_are_offered_again_in_a_new_epoch(desk: Desk
     assert desk.service.weight_group.epoch == epoch + 1
 
 
+def test_an_actor_without_whole_weights_is_lost_at_once_and_the_run_says_why(desk: Desk) -> None:
+    desk.past_baseline()
+    desk.lease(2)
+    publish = m.PublishWeights(
+        policy_version=1, store_host="h", store_port=1, backend="gloo", deadline_s=1.0
+    )
+    desk.say("learner", publish)
+    desk.service.events.clear()
+    refused = m.WeightsApplied(
+        policy_version=-1,
+        epoch=desk.service.weight_group.epoch,
+        pause_s=0,
+        transfer_s=0,
+        error="policy version 1 is refused, its canary failed",
+        usable=False,
+        counts=desk.counts("actor-1.0"),
+    )
+    assert kinds(desk.say("actor-1.0", refused)) == []
+    assert desk.ends() == {"failed": (2, 0)}
+    [event] = desk.service.events
+    assert (event.kind, event.values["actors_alive"]) == ("status", 0)
+    assert "actor-1.0 has not got the weights: policy version 1 is" in str(event.values["warning"])
+    # The learner waits for nobody who is gone, and the next incarnation gets the weights.
+    [(_, members)] = desk.say("learner", publish)
+    assert isinstance(members, m.WeightMembers) and members.actor_names == []
+    desk.hello("actor-1.1", 1, incarnation=1)
+    offered = kinds(desk.say("learner", publish))
+    assert offered == ["OfferWeights", "WeightMembers"]
+
+
+def test_weights_that_did_not_arrive_show_as_a_warning_at_once(desk: Desk) -> None:
+    desk.past_baseline()
+    desk.service.events.clear()
+    failed = m.WeightsApplied(
+        policy_version=-1,
+        epoch=99,
+        pause_s=0,
+        transfer_s=0,
+        error="cut off",
+        counts=desk.counts("actor-1.0"),
+    )
+    desk.say("actor-1.0", failed)
+    [event] = desk.service.events
+    assert event.values["warning"] == "actor-1.0 has not got the weights: cut off"
+    assert event.values["actors_alive"] == 1
+
+
 def test_a_version_that_is_published_once_more_is_not_evaluated_again(tmp_path: Path) -> None:
     desk = Desk(tmp_path, evaluate={"every": 1})
     desk.past_baseline()

@@ -13,6 +13,7 @@ from tiny_models import (
     CONTEXT_LENGTH,
     EOS_TOKEN_ID,
     FAMILIES,
+    VOCABULARY,
     tiny_model,
 )
 
@@ -23,7 +24,10 @@ from speed_async.actors.sampling import keep_nucleus, sample
 from speed_async.actors.stepped_engine import SteppedEngine
 from speed_async.actors.torch_generator import TorchGenerator
 from speed_async.errors import SpeedAsyncError, WeightSyncError
+from speed_async.learner.canary import CanaryProbe
+from speed_async.learner.policy import Policy
 from speed_async.types import Sampled, WeightOffer
+from speed_async.weights.canary import Canary
 from speed_async.weights.channel import LoadTensors, NamedTensor, TransferReport
 
 
@@ -33,11 +37,14 @@ def one_thread() -> None:
 
 
 class MemoryReceiver:
-    """Hands over a model's parameters, in buckets of two tensors."""
+    """Hands over a model's parameters, in buckets of two tensors; `canary` is its own or none."""
 
-    def __init__(self, source: Any, *, stop_after: int | None = None) -> None:
+    def __init__(
+        self, source: Any, *, stop_after: int | None = None, canary: Canary | None = None
+    ) -> None:
         self.tensors = dict(source.named_parameters())
         self.stop_after = stop_after
+        self.canary = canary
         self.expected_names: list[str] = []
 
     def receive(
@@ -49,7 +56,7 @@ class MemoryReceiver:
             if self.stop_after is not None and start >= self.stop_after:
                 raise WeightSyncError("the sender went away")
             load(pairs[start : start + 2])
-        return TransferReport(num_bytes=1, num_buckets=1, transfer_s=0.0)
+        return TransferReport(num_bytes=1, num_buckets=1, transfer_s=0.0, canary=self.canary)
 
     def close(self) -> None: ...
 
@@ -345,5 +352,128 @@ def test_an_update_that_fails_before_any_byte_leaves_the_old_version() -> None:
                 await engine.update_weights(offer(1))
             [sampled] = await gathered([task])
             assert set(sampled.policy_versions.tolist()) == {0}
+
+    asyncio.run(run())
+
+
+# --- the canary ---------------------------------------------------------------------------------
+
+
+def canary_of(model: Any) -> Canary:
+    """As the learner measures it; the temperature of its policy has no part in it."""
+    return CanaryProbe(model).measure(Policy(model, temperature=0.7))
+
+
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_version_whose_canary_agrees_is_taken_in_by_running_sequences(
+    family: str, tied: bool, attention: str
+) -> None:
+    new = tiny_model(family, tied=tied, seed=1)
+    core = generator(
+        tiny_model(family, tied=tied, attention=attention),
+        num_slots=6,
+        receiver=MemoryReceiver(new, canary=canary_of(new)),
+    )
+    requests = mixed_requests(12)
+    for key, one in enumerate(requests):
+        core.submit(key, one)
+    finished = {each.key: each.sampled for _ in range(10) for each in core.step()}
+    core.load_weights(offer(5))
+    assert core.is_whole
+    finished.update(run_to_end(core))
+    num_new = 0
+    for key, one in enumerate(requests):
+        is_new = finished[key].policy_versions == 5
+        num_new += is_new.sum()
+        by_new = forced_logprobs(new, one, finished[key]).numpy()
+        np.testing.assert_allclose(finished[key].logprobs[is_new], by_new[is_new], atol=1e-4)
+    assert num_new > 100
+
+
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_a_wrong_tensor_is_refused_whichever_it_is(family: str, tied: bool) -> None:
+    """Each in turn arrives with its rows in reverse order (norms: a tenth too large)."""
+    new = tiny_model(family, tied=tied, seed=1)
+    canary = canary_of(new)
+    names = [name for name, _ in new.named_parameters()]
+    assert len(names) > 15
+    for name in names:
+        receiver = MemoryReceiver(new, canary=canary)
+        right = receiver.tensors[name]
+        receiver.tensors[name] = right.flip(0) if right.dim() > 1 else right * 1.1
+        core = generator(tiny_model(family, tied=tied), receiver=receiver)
+        with pytest.raises(WeightSyncError, match="version 5 is refused, its canary failed"):
+            core.load_weights(offer(5))
+        assert not core.is_whole, name
+        assert core.stats().policy_version == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_tied_head_that_keeps_its_packed_copy_is_refused(family: str) -> None:
+    """Every tensor arrives bit for bit, and still the engine computes with an old one."""
+    new, ours = tiny_model(family, tied=True, seed=1), tiny_model(family, tied=True)
+    packed = ours.lm_head.weight.detach().clone()
+    ours.lm_head.forward = lambda hidden: torch.nn.functional.linear(hidden, packed)
+    core = generator(ours, receiver=MemoryReceiver(new, canary=canary_of(new)))
+    with pytest.raises(
+        WeightSyncError, match=r"by [1-9][\d.]* nats a token .* tied or packed copy"
+    ):
+        core.load_weights(offer(5))
+    for name, tensor in new.named_parameters():
+        assert torch.equal(dict(ours.named_parameters())[name], tensor), name
+
+
+def test_rounding_of_half_precision_passes_and_the_configured_tolerance_decides() -> None:
+    new = tiny_model("llama", tied=True, seed=1)
+    canary = canary_of(new)
+
+    def load(canary_tolerance: float | None) -> TorchGenerator:
+        ours = tiny_model("llama", tied=True).to(torch.bfloat16)
+        receiver = MemoryReceiver(new, canary=canary)
+        core = generator(ours, receiver=receiver, canary_tolerance=canary_tolerance)
+        core.load_weights(offer(1))
+        return core
+
+    assert load(None).stats().policy_version == 1
+    with pytest.raises(WeightSyncError, match=r"more than the tolerance of 0\.001"):
+        load(1e-3)
+
+
+def test_a_canary_of_another_vocabulary_is_refused_by_its_token_ids() -> None:
+    model = tiny_model("llama", tied=True)
+    size = len(VOCABULARY)
+    canary = Canary(token_ids=(1, size), logprobs=(-1.0,))
+    core = generator(model, receiver=MemoryReceiver(model, canary=canary))
+    with pytest.raises(WeightSyncError, match=f"token id {size} and this model {size} ids"):
+        core.load_weights(offer(1))
+    assert not core.is_whole
+
+
+def test_an_engine_that_refused_a_version_never_samples_again() -> None:
+    async def run() -> None:
+        new = tiny_model("llama", tied=True, seed=1)
+        wrong = canary_of(tiny_model("llama", tied=True, seed=2))
+        receiver = MemoryReceiver(new, canary=wrong)
+        worker = ThreadWorker(lambda: generator(tiny_model("llama", tied=True), receiver=receiver))
+        async with SteppedEngine(worker) as engine:
+            tasks = start_all(engine, [request(90), request(90), request(90)])
+            await until(engine, lambda: engine.stats.num_running == 2)
+            with pytest.raises(WeightSyncError, match="canary"):
+                await engine.update_weights(offer(1))
+            counted = engine.stats.tokens_generated
+            for task in tasks:
+                with pytest.raises(WeightSyncError, match="canary"):
+                    await gathered([task])
+            for call in (
+                engine.generate(request(3)),
+                engine.resume(),
+                engine.pause(abort=False),
+                engine.update_weights(offer(2)),
+            ):
+                with pytest.raises(WeightSyncError, match="policy version 1 is refused"):
+                    await call
+            assert engine.stats.policy_version == 0
+            assert engine.stats.tokens_generated == counted
 
     asyncio.run(run())

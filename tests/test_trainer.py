@@ -18,6 +18,7 @@ from transformers import (
 
 from speed_async.config.schema import GateConfig, ObjectiveConfig
 from speed_async.errors import ConfigError, ModelError
+from speed_async.learner.canary import CanaryProbe
 from speed_async.learner.loss_tokens import Corrected, LossTokens, TokenLosses
 from speed_async.learner.model import load_model, resolve_device
 from speed_async.learner.objective import make_objective
@@ -468,3 +469,47 @@ def test_gradient_checkpointing_changes_no_gradient_even_with_dropout(tmp_path: 
 def test_asking_for_a_gpu_where_there_is_none_names_the_field():
     with pytest.raises(ConfigError, match=r"learner\.device"):
         resolve_device("cuda")
+
+
+# --- the canary ---------------------------------------------------------------------------------
+
+
+def test_the_canary_is_the_plain_model_s_at_temperature_one_and_follows_every_update(
+    tmp_path: Path,
+):
+    trainer = make_trainer(tmp_path, temperature=0.5, lr=1e-2, warmup_updates=0)
+    before = trainer.canary()
+    trainer.update(random_groups(0))
+    after = trainer.canary()
+    assert after.token_ids == before.token_ids and after.logprobs != before.logprobs
+    token_ids = torch.tensor(after.token_ids)
+    with torch.no_grad():
+        logits_LV = trainer.model(input_ids=token_ids[None], use_cache=False).logits[0]
+    expected = logits_LV[:-1].log_softmax(-1).gather(1, token_ids[1:, None])[:, 0]
+    assert torch.allclose(torch.tensor(after.logprobs), expected, atol=1e-5)
+
+
+def test_measuring_the_canary_changes_nothing_about_training(tmp_path: Path):
+    ours, theirs = make_trainer(tmp_path), make_trainer(tmp_path)
+    for seed in range(2):
+        ours.update(random_groups(seed))
+        theirs.update(random_groups(seed))
+        assert theirs.canary() == theirs.canary()
+    for mine, yours in zip(parameters(ours), parameters(theirs), strict=True):
+        assert torch.equal(mine, yours)
+
+
+def test_the_canary_is_never_longer_than_the_context(tmp_path: Path):
+    save_tiny_llama(tmp_path, max_position_embeddings=20)
+    model = load_model(tmp_path, device="cpu")
+    policy = Policy(model, temperature=1.0)
+    assert len(CanaryProbe(model).measure(policy).token_ids) == 20
+    assert len(CanaryProbe(model, context_length=7).measure(policy).token_ids) == 7
+
+
+def test_weights_that_have_diverged_have_no_canary(tmp_path: Path):
+    trainer = make_trainer(tmp_path)
+    with torch.no_grad():
+        next(trainer.model.parameters())[0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"non-finite .* diverged; lower learner\.lr"):
+        trainer.canary()

@@ -1,6 +1,7 @@
 """A real vLLM on the CPU keeps the engine's contract, and its mu is what a forward pass says."""
 
 import asyncio
+import copy
 import os
 import signal
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ def fresh(stage: Stage) -> Stage:
     """The stage with the weights that it started with."""
     stage.weights = lambda version: vllm_model(tied=stage.tied)
     stage.canary = lambda version: canary_of(stage.weights(version))
+    canary_of(vllm_model(tied=stage.tied, seed=1))
     stage.errors.clear()
     return stage
 
@@ -84,6 +86,32 @@ def test_mu_equals_a_forward_pass_before_and_across_an_update(
     assert num_split >= 1
 
 
+def test_a_model_split_over_two_workers_receives_whole_and_samples_right(tmp_path: Path) -> None:
+    config = vllm_config(tmp_path, tied=True, tensor_parallel=2)
+    old, new = vllm_model(tied=True), vllm_model(tied=True, seed=1)
+    requests = mixed_requests(8)
+    with vllm_environment(config):
+        stage = Stage(config, tied=True)
+        stage.weights = lambda version: new
+
+        async def run() -> list[Any]:
+            async with stage.start() as engine:
+                tasks = start_all(engine, requests)
+                await until(engine, lambda: engine.stats.tokens_generated >= 40)
+                await engine.update_weights(offer(5))
+                return await gathered(tasks)
+
+        results = stage.run(run())
+        stage.close()
+    assert stage.errors == []
+    assert {int(v) for sampled in results for v in sampled.policy_versions} == {0, 5}
+    for one, sampled in zip(requests, results, strict=True):
+        by_old = forced_logprobs(old, one, sampled).numpy()
+        by_new = forced_logprobs(new, one, sampled).numpy()
+        expected = np.where(sampled.policy_versions == 5, by_new, by_old)
+        np.testing.assert_allclose(sampled.logprobs, expected, atol=1e-3, rtol=0)
+
+
 def test_an_eos_token_ends_a_completion_and_belongs_to_it(fresh: Stage) -> None:
     eos = (2, 7)
 
@@ -124,7 +152,7 @@ def test_a_canary_that_disagrees_refuses_the_version_and_nothing_sampled_under_i
 def test_a_manifest_that_does_not_fit_is_refused_by_name_and_the_old_version_stays(
     fresh: Stage,
 ) -> None:
-    wrong = vllm_model(tied=fresh.tied)
+    wrong = copy.deepcopy(vllm_model(tied=fresh.tied))
     wrong.model.norm.weight = torch.nn.Parameter(torch.ones(7))
     fresh.weights = lambda version: wrong if version == 5 else vllm_model(tied=fresh.tied)
     fresh.canary = lambda version: canary_of(vllm_model(tied=fresh.tied))

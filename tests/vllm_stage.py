@@ -5,6 +5,7 @@ makes it as good as new, leaving leaves nothing of it behind.
 """
 
 import asyncio
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,9 @@ HEAD_DIM = 32
 CPU = torch.device("cpu")
 
 
+@functools.cache
 def vllm_model(*, tied: bool, seed: int = 0) -> Any:
+    """Made once: making one takes as long as a whole completion."""
     return tiny_model("llama", tied=tied, seed=seed, head_dim=HEAD_DIM)
 
 
@@ -60,6 +63,7 @@ def vllm_environment(config: Config) -> Iterator[None]:
         os.environ.update(before)
 
 
+@functools.cache
 def canary_of(model: Any) -> Canary:
     """What a learner with this model would send along."""
     token_ids = canary_token_ids(model.config.vocab_size, context_length=CONTEXT_LENGTH)

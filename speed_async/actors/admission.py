@@ -54,6 +54,14 @@ class WaitingLine:
             if key in self._requests:
                 return key, self._requests.pop(key)
 
+    def too_old(self, policy_version: int) -> list[int]:
+        """Keys of those whose group is too old for this version already."""
+        return [
+            key
+            for key, request in self._requests.items()
+            if request.is_too_old(None, policy_version)
+        ]
+
     def remove(self, key: int) -> bool:
         """Take a request out wherever it stands; False when it does not wait here."""
         return self._requests.pop(key, None) is not None

@@ -19,6 +19,18 @@ class GenerationRequest:
     temperature: float
     top_p: float
     priority: int
+    max_staleness: int | None = None
+    """Tokens older than this many versions are worth nothing; None: age does not matter."""
+    oldest_version: int | None = None
+    """Of the tokens that its group has already."""
+
+    def is_too_old(self, first_version: int | None, policy_version: int) -> bool:
+        """Whether nothing that includes this completion may be used at `policy_version`.
+        `first_version` is that of its own first token, None when it has none."""
+        known = [v for v in (first_version, self.oldest_version) if v is not None]
+        if self.max_staleness is None or not known:
+            return False
+        return policy_version - min(known) > self.max_staleness
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +76,8 @@ class Engine(Protocol):
         """Receive and load the offered version between two decode steps.
 
         Running sequences go on; their next tokens are sampled under the new version, over the
-        keys and values they have or over new ones (`actors.running_at_update`). Raises
+        keys and values they have or over new ones (`actors.running_at_update`). Before, requests
+        that are too old for the offered version return what they have, as an "abort". Raises
         WeightSyncError or DeadlineExceeded; the engine then still holds a whole, known version or
         is unusable and says so on the next call.
         """

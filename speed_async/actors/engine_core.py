@@ -122,6 +122,7 @@ class EngineCore:
         match command:
             case Update(offer=offer):
                 begun_s = self._clock()
+                finished += self._stepper.abort_stale(offer.policy_version)
                 transfer_s = self._stepper.load_weights(offer)
                 return UpdateReport(
                     policy_version=offer.policy_version,

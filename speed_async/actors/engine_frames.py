@@ -27,6 +27,7 @@ from speed_async.errors import SpeedAsyncError
 from speed_async.types import Sampled, WeightOffer
 
 LENGTH = struct.Struct("<I")
+REQUEST_FIELDS = [field.name for field in dataclasses.fields(GenerationRequest)]  # prompt first
 
 
 def frame(value: Any) -> bytes:
@@ -88,25 +89,13 @@ def unpack_error(kind: str, text: str) -> SpeedAsyncError:
 
 
 def _pack_request(request: GenerationRequest) -> tuple[Any, ...]:
-    return (
-        request.prompt_token_ids.tobytes(),
-        request.max_new_tokens,
-        request.temperature,
-        request.top_p,
-        request.priority,
-    )
+    prompt, *rest = (getattr(request, name) for name in REQUEST_FIELDS)
+    return prompt.tobytes(), *rest
 
 
-def _unpack_request(
-    prompt: bytes, max_new_tokens: int, temperature: float, top_p: float, priority: int
-) -> GenerationRequest:
-    return GenerationRequest(
-        prompt_token_ids=np.frombuffer(prompt, np.int32),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        priority=priority,
-    )
+def _unpack_request(prompt: bytes, *rest: Any) -> GenerationRequest:
+    values: tuple[Any, ...] = (np.frombuffer(prompt, np.int32), *rest)
+    return GenerationRequest(**dict(zip(REQUEST_FIELDS, values, strict=True)))
 
 
 def _pack_sampled(sampled: Sampled) -> tuple[Any, ...]:

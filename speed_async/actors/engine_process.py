@@ -185,11 +185,13 @@ def _nothing(stats: EngineStats) -> TurnResult:
 
 
 def _read(ours: socket.socket, inboxes: "queue.SimpleQueue[Inbox]") -> None:
-    with ours.makefile("rb") as stream:
-        while len(header := stream.read(LENGTH.size)) == LENGTH.size:
-            body = stream.read(*LENGTH.unpack(header))
-            inboxes.put(unpack_inbox(msgpack.unpackb(body)))
-    os._exit(0)  # the actor has gone, or wants no more of this process
+    try:
+        with ours.makefile("rb") as stream:
+            while len(header := stream.read(LENGTH.size)) == LENGTH.size:
+                body = stream.read(*LENGTH.unpack(header))
+                inboxes.put(unpack_inbox(msgpack.unpackb(body)))
+    finally:  # an actor that is killed with results unread resets the connection
+        os._exit(0)  # the actor has gone, or wants no more of this process
 
 
 def _tell(ours: socket.socket, error: SpeedAsyncError) -> None:

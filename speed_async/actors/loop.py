@@ -144,7 +144,7 @@ class ActorLoop:
         try:
             result = await self._rollout.run(work, prompts[lease.prompt_id])
         except Aborted:
-            result = m.DRAINED
+            result = m.DRAINED if self._draining else m.STALE
         except asyncio.CancelledError:
             if not self._draining:
                 raise

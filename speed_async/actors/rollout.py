@@ -39,7 +39,8 @@ class Codec(Protocol):
 
 
 class Aborted(Exception):
-    """The engine gave a completion back unfinished: the actor drains."""
+    """The engine gave a completion back unfinished: the actor drains, or its group is too old to
+    be trained on."""
 
 
 @dataclass(slots=True)
@@ -58,6 +59,12 @@ class LeaseWork:
     """Waits for the verifier, with no request in the engine."""
     continuing: bool = False
     """A training group past the gate."""
+
+    @property
+    def oldest_version(self) -> int | None:
+        """Of the tokens of all samples; None when there are none."""
+        versions = [int(s.policy_versions.min()) for s in self.samples if s.num_tokens]
+        return min(versions, default=None)
 
     def add(self, sample: Sampled) -> None:
         self.samples.append(sample)
@@ -129,8 +136,11 @@ class Rollout:
         self, work: LeaseWork, prompt: Prompt, tokens: Int32Array, phase: Phase, count: int
     ) -> list[float]:
         """Generate and score `count` completions; returns their rewards in order."""
+        trained_on = phase is not Phase.EVALUATION
         request = GenerationRequest(
             prompt_token_ids=tokens,
+            max_staleness=self._config.buffer.max_staleness if trained_on else None,
+            oldest_version=work.oldest_version if trained_on else None,
             max_new_tokens=self._config.actors.max_new_tokens,
             temperature=self._config.actors.temperature,
             top_p=self._config.actors.top_p,

@@ -9,7 +9,7 @@ from speed_async.actors.admission import WaitingLine, sequence_limit
 from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateReport
 from speed_async.actors.engine_worker import ThreadWorker
 from speed_async.actors.stepped_engine import SteppedEngine
-from speed_async.actors.stepper import Finished
+from speed_async.actors.stepper import Finished, nothing_sampled
 from speed_async.types import FinishReason, Sampled, WeightOffer
 
 Script = Callable[[GenerationRequest, int], Sequence[int]]
@@ -23,9 +23,14 @@ SCRIPTED_LOGPROB = -0.5
 class _Row:
     """A running request: its whole script, and the versions of the tokens sampled so far."""
 
+    request: GenerationRequest
     script: list[int]
     limit: int
     policy_versions: list[int] = field(default_factory=list)
+
+    @property
+    def first_version(self) -> int | None:
+        return self.policy_versions[0] if self.policy_versions else None
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -87,9 +92,21 @@ class ScriptedStepper:
         ]
 
     def abort(self) -> list[Finished]:
+        finished = [self._end(key, "abort") for key in list(self._rows)]
         while len(self._waiting):
-            self._rows[self._waiting.pop()[0]] = _Row(script=[], limit=0)
-        return [self._end(key, "abort") for key in list(self._rows)]
+            finished.append(Finished(key=self._waiting.pop()[0], sampled=nothing_sampled()))
+        return finished
+
+    def abort_stale(self, policy_version: int) -> list[Finished]:
+        finished = [
+            self._end(key, "abort")
+            for key, row in list(self._rows.items())
+            if row.request.is_too_old(row.first_version, policy_version)
+        ]
+        for key in self._waiting.too_old(policy_version):
+            self._waiting.remove(key)
+            finished.append(Finished(key=key, sampled=nothing_sampled()))
+        return finished
 
     def load_weights(self, offer: WeightOffer) -> float:
         transfer_s = self._receive(offer)
@@ -110,7 +127,7 @@ class ScriptedStepper:
     def _start(self, key: int, request: GenerationRequest) -> None:
         limit = sequence_limit(request, self.context_length) - len(request.prompt_token_ids)
         script = list(self._script(request, self._num_started))
-        self._rows[key] = _Row(script=script, limit=limit)
+        self._rows[key] = _Row(request=request, script=script, limit=limit)
         self._num_started += 1
 
     def _end(self, key: int, finish_reason: FinishReason) -> Finished:

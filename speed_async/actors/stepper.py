@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from speed_async.actors.engine import EngineStats, GenerationRequest
 from speed_async.types import Sampled, WeightOffer
 
@@ -13,6 +15,16 @@ class Finished:
 
     key: int
     sampled: Sampled
+
+
+def nothing_sampled() -> Sampled:
+    """Of a request that ended before it began."""
+    return Sampled(
+        token_ids=np.zeros(0, np.int32),
+        logprobs=np.zeros(0, np.float32),
+        policy_versions=np.zeros(0, np.int32),
+        finish_reason="abort",
+    )
 
 
 class Stepper(Protocol):
@@ -33,6 +45,10 @@ class Stepper(Protocol):
 
     def abort(self) -> list[Finished]:
         """End every request, running or waiting, with what it has."""
+        ...
+
+    def abort_stale(self, policy_version: int) -> list[Finished]:
+        """End every request that is too old for this version (`GenerationRequest.is_too_old`)."""
         ...
 
     def load_weights(self, offer: WeightOffer) -> float:

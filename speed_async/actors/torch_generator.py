@@ -18,9 +18,9 @@ from speed_async.actors.engine import EngineStats, GenerationRequest
 from speed_async.actors.sampling import sample
 from speed_async.actors.slot_model import SlotModel
 from speed_async.actors.slots import Int64Array, SlotTable
-from speed_async.actors.stepper import Finished
+from speed_async.actors.stepper import Finished, nothing_sampled
 from speed_async.errors import SpeedAsyncError, WeightSyncError
-from speed_async.types import FinishReason, Float32Array, Sampled, WeightOffer
+from speed_async.types import FinishReason, Float32Array, WeightOffer
 from speed_async.weights.channel import WeightReceiver
 
 
@@ -52,6 +52,7 @@ class TorchGenerator:
         self._policy_version = policy_version
         self._recompute_at_update = recompute_at_update
         self._waiting = WaitingLine()
+        self._requests: dict[int, GenerationRequest] = {}  # of the rows in use
         self._price = AdmissionPrice()
         self._table = SlotTable(num_slots)
         self._tokens_generated = 0
@@ -85,18 +86,30 @@ class TorchGenerator:
         if self._waiting.remove(key):
             return 0
         rows = np.flatnonzero(self._table.active & (self._table.keys == key))
-        return sum(self._table.release(int(row), "abort").num_tokens for row in rows)
+        return sum(each.sampled.num_tokens for each in self._release(rows, "abort"))
 
     def abort(self) -> list[Finished]:
         finished = self._release(np.flatnonzero(self._table.active), "abort")
-        nothing = Sampled(
-            token_ids=np.zeros(0, np.int32),
-            logprobs=np.zeros(0, np.float32),
-            policy_versions=np.zeros(0, np.int32),
-            finish_reason="abort",
-        )
         while len(self._waiting):
-            finished.append(Finished(key=self._waiting.pop()[0], sampled=nothing))
+            finished.append(Finished(key=self._waiting.pop()[0], sampled=nothing_sampled()))
+        return finished
+
+    def abort_stale(self, policy_version: int) -> list[Finished]:
+        table = self._table
+        rows = np.flatnonzero(table.active)
+        begun = table.length[rows] > table.num_prompt[rows]
+        first_versions = table.versions[rows, table.num_prompt[rows] * begun]
+        stale = [
+            row
+            for row, first, has_any in zip(rows, first_versions.tolist(), begun, strict=True)
+            if self._requests[int(table.keys[row])].is_too_old(
+                first if has_any else None, policy_version
+            )
+        ]
+        finished = self._release(np.array(stale, np.int64), "abort")
+        for key in self._waiting.too_old(policy_version):
+            self._waiting.remove(key)
+            finished.append(Finished(key=key, sampled=nothing_sampled()))
         return finished
 
     @torch.inference_mode()
@@ -147,6 +160,7 @@ class TorchGenerator:
         rows = range(self._table.num_rows, self._table.num_rows + count)
         for row, (key, request), limit in zip(rows, entering, limits, strict=True):
             prompt = request.prompt_token_ids
+            self._requests[key] = request
             self._table.occupy(row, key, prompt, limit, request.temperature, request.top_p)
             holder = holders.setdefault(prompt.tobytes(), row)
             if holder == row:
@@ -212,9 +226,12 @@ class TorchGenerator:
         return finished + self._release(np.flatnonzero(full_N), "length")
 
     def _release(self, rows: Int64Array, finish_reason: FinishReason) -> list[Finished]:
-        return [
+        finished = [
             Finished(
                 key=int(self._table.keys[row]), sampled=self._table.release(row, finish_reason)
             )
             for row in rows.tolist()
         ]
+        for each in finished:
+            del self._requests[each.key]
+        return finished

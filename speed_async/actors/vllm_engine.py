@@ -49,8 +49,12 @@ class OpenLlm:
 class _Live:
     """A request that has not returned."""
 
+    request: GenerationRequest | None  # None: the canary
     queue: Any  # vllm's RequestOutputCollector
     state: Any  # vllm's RequestState; None when it had finished before it could be looked at
+
+    first_version: int | None = None
+    """That of its first token, known from the first update after it."""
 
     @property
     def num_tokens(self) -> int:
@@ -174,6 +178,7 @@ class VllmEngine:
         self._check_usable()
         async with self._updating:
             begun_s = self._clock()
+            await self._abort_stale(offer.policy_version)
             await self._call(
                 self._llm.pause_generation(mode="keep", clear_cache=self._recompute_at_update)
             )
@@ -218,7 +223,8 @@ class VllmEngine:
                 f"request-{next(self._ids)}", prompt, params, priority=request.priority
             )
         )
-        live = _Live(queue, self._llm.output_processor.request_states.get(queue.request_id))
+        state = self._llm.output_processor.request_states.get(queue.request_id)
+        live = _Live(request, queue, state)
         if not self._live:
             self._busy_since_s = self._clock()
         self._live[queue.request_id] = live
@@ -245,6 +251,18 @@ class VllmEngine:
         return 0.0 if self._busy_since_s is None else self._clock() - self._busy_since_s
 
     # --- weights -----------------------------------------------------------------------------
+
+    async def _abort_stale(self, policy_version: int) -> None:
+        stale = []
+        for request_id, live in self._live.items():
+            if live.first_version is None and live.is_running:
+                live.first_version = self._policy_version  # else an earlier update had seen it
+            if live.request is not None and live.request.is_too_old(
+                live.first_version, policy_version
+            ):
+                stale.append(request_id)
+        if stale:
+            await self._llm.abort(stale, internal=True)
 
     async def _transfer(self, offer: WeightOffer) -> list[dict[str, Any]]:
         """Let all workers receive; their outcomes. Raises what went wrong: then vLLM holds the
@@ -319,7 +337,7 @@ class VllmEngine:
                 priority=CANARY_PRIORITY,
             )
         )
-        output = await self._get(_Live(queue, None))
+        output = await self._get(_Live(None, queue, None))
         pairs = zip(canary.token_ids[1:], output.prompt_logprobs[1:], strict=True)
         return [float(position[token_id].logprob) for token_id, position in pairs]
 

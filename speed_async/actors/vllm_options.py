@@ -35,7 +35,9 @@ CPU_ENVIRONMENT = {
     "GOMP_SPINCOUNT": "0",
     "KMP_BLOCKTIME": "0",
 }
-SPARE_BLOCKS = 2
+SPARE_BLOCKS = 8
+"""Of the KV cache: the canary, and what a request that just ended has not given back, must not
+push a running one out."""
 
 
 def process_environment(config: Config, *, on_cpu: bool) -> dict[str, str]:

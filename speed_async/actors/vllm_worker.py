@@ -60,9 +60,10 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
+        more_config: Any = self.vllm_config.additional_config
         has_core_above = self.parallel_config.distributed_executor_backend == "mp"
         end_with_actor(
-            self.vllm_config.additional_config["actor_process_id"],
+            more_config["actor_process_id"],
             core_id=os.getppid() if has_core_above else None,
         )
         self._receiver = TorchReceiver(device=self.device)
@@ -101,10 +102,9 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if not self._reloading:
             initialize_layerwise_reload(self.model)
             self._reloading = True
+        model: Any = self.model
         # vLLM keeps what it is given until a layer is complete; the bucket is only lent.
-        self.model.load_weights(
-            [(name, tensor.to(self.device, copy=True)) for name, tensor in tensors]
-        )
+        model.load_weights([(name, tensor.to(self.device, copy=True)) for name, tensor in tensors])
 
     def _expect(self) -> list[NamedTensor]:
         """Names, shapes and dtypes as the learner has them: of the model that Hugging Face makes

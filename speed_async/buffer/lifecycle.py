@@ -184,6 +184,11 @@ class Lifecycle:
         entry = self._close(holder, message.lease_id, message.num_tokens)
         if entry is None:
             return None
+        training = entry.lease.kind is LeaseKind.TRAINING
+        if training and message.reason == m.STALE:
+            self.ledger.ends[GroupEnd.STALE].add(message.num_tokens)
+            self._learn_nothing(entry)
+            return None
         if message.reason == m.DRAINED:
             self._without_result(entry, message.reason, message.num_tokens)
             self._offer_again(entry)
@@ -191,7 +196,7 @@ class Lifecycle:
         self._without_result(entry, message.reason, message.num_tokens)
         self._learn_nothing(entry)
         version = self._evaluations.target_version
-        if entry.lease.kind is LeaseKind.TRAINING or version is None:
+        if training or version is None:
             return None
         return self._evaluations.record(0, entry.lease.num_samples, version, version)
 

@@ -28,6 +28,7 @@ from speed_async.buffer.status import (
 from speed_async.buffer.weight_group import WeightGroup
 from speed_async.buffer.weight_times import WeightTimes
 from speed_async.config.schema import Config
+from speed_async.errors import RoleError
 from speed_async.observe.metrics import Event, EventKind, Value
 from speed_async.types import GroupEnd
 from speed_async.wire import messages as m
@@ -161,7 +162,8 @@ class BufferService:
                 self._lose(state, "its supervisor gave up")
             self.warning = f"{failure.role} left: {failure.message}"
             return
-        self._emit("end", now_s, {"ok": False, "reason": f"{failure.role}: {failure.message}"})
+        reason = str(RoleError(failure.role, failure.message))
+        self._emit("end", now_s, {"ok": False, "reason": reason})
         abort = m.Abort(role=failure.role, message=failure.message)
         for state in self.membership.present():
             if state.name != peer:
@@ -295,7 +297,7 @@ class BufferService:
 
     def _check_stalled(self, now_s: float) -> None:
         """A batch that does not come ends the run, with all that is known of why."""
-        if starving := self._batches.starving_reason(now_s):
+        if starving := self._batches.newly_starving(now_s):
             self.warning = starving
         if not self._batches.stalled(now_s):
             return
@@ -356,6 +358,8 @@ class BufferService:
         answer = self._batches.answer(now_s, evaluating=evaluating)
         if answer is None:
             return
+        if self.warning == self._batches.starving:
+            self.warning = ""
         take, groups = answer
         for group in groups:
             self._send_learner(batch_group(group.message))

@@ -74,7 +74,7 @@ def stall_reason(service: BufferService) -> str:
     present = service.membership.present()
     failures = ", ".join(f"{n} x {kind}" for kind, n in lifecycle.ledger.failures.items())
     facts = [
-        f"{len(present)} actors present",
+        f"{len(present)} actor{'s' if len(present) != 1 else ''} present",
         f"{statistics.num_screened} prompts screened",
         f"{statistics.num_accepted} passed the gate",
         f"pass rate of the last ones {statistics.reward_mean or 0.0:.3f}",
@@ -83,7 +83,7 @@ def stall_reason(service: BufferService) -> str:
     if not present:
         remedy = "no actor joined or stayed; read logs/actor-*.log"
     elif statistics.num_screened and not statistics.num_accepted:
-        remedy = gate_remedy(service.config, statistics.reward_mean or 0.0)
+        remedy = gate_remedy(service.config.gate, statistics.reward_mean or 0.0)
     else:
         remedy = "raise cluster.stall_timeout_s, or lower learner.groups_per_update"
     return "; ".join(facts) + f". Remedy: {remedy}"

@@ -3,6 +3,8 @@
 Colour is never alone in saying something, and no colour is used that vanishes on a light ground.
 """
 
+import textwrap
+
 from rich.text import Text
 
 from speed_async.observe.glyphs import SHARE_GLYPHS, bar, sparkline, stacked_bar
@@ -20,6 +22,7 @@ from speed_async.observe.panel_layout import FIGURE, GAP, LABEL, Layout, text_ro
 from speed_async.observe.panel_state import RECENT_S, History, PanelState, Recent
 
 ALARM = "bold red"
+MAX_WARNING_LINES = 3
 ROLES = ("actor", "buffer", "learner", "sync")
 ROLE_STYLES = ("cyan", "blue", "green", "magenta")
 
@@ -178,9 +181,20 @@ def bottleneck_rows(state: PanelState, layout: Layout) -> list[Text]:
     head.append("  ").append_text(stacked_bar(shares, ROLE_STYLES, bar_width))
     lines = [head, legend, _ledger_row(state)]
     lines.append(text_row("last", Text(state.last_event or DASH)))
-    if warning := state.values.get("warning"):
-        lines.append(text_row("warning", Text(f"! {single_line(warning)}", ALARM)))
     return lines
+
+
+def warning_rows(state: PanelState, layout: Layout, most: int) -> list[Text]:
+    """The warning in at most `most` lines, the last one open where there is more of it."""
+    warning = state.values.get("warning")
+    if not warning or most < 1:
+        return []
+    first, *others = textwrap.wrap(f"! {single_line(warning)}", layout.inner - LABEL)
+    told = [first, *others[: most - 1]]
+    if rest := others[most - 1 :]:
+        told[-1] = " ".join([told[-1], *rest])
+    labels = ["warning", *[""] * len(others)]
+    return [text_row(label, Text(part, ALARM)) for label, part in zip(labels, told, strict=False)]
 
 
 def _ledger_row(state: PanelState) -> Text:

@@ -8,23 +8,26 @@ from rich.text import Text
 from speed_async.observe.notation import single_line
 from speed_async.observe.panel_layout import Layout, rule
 from speed_async.observe.panel_rows import (
+    MAX_WARNING_LINES,
     bottleneck_rows,
     flow_rows,
     learning_rows,
     progress_rows,
     rate_rows,
+    warning_rows,
 )
 from speed_async.observe.panel_state import RECENT_S, PanelState
 
 MAX_WIDTH = 120
-FULL_HEIGHT = 23
-"""Below it the section rules are left out."""
+FRAME_LINES = 3
+"""Top, bottom, and the line that the cursor stands in."""
 
 
 def render(state: PanelState, width: int, height: int | None = None) -> RenderableType:
-    """The panel for a terminal of `width` x `height`: 21 lines, or 17 below `FULL_HEIGHT`.
+    """The panel for a terminal of `width` x `height`: 22 lines, or 18 without the rules.
 
-    A warning adds one line. No line is wider than `width`.
+    A warning adds one to `MAX_WARNING_LINES` lines, as the height allows; the rules give way to
+    it. No line is wider than `width`.
     """
     layout = Layout.of_width(min(width, MAX_WIDTH) - 4)
     sections = [
@@ -34,11 +37,15 @@ def render(state: PanelState, width: int, height: int | None = None) -> Renderab
         (rule("flow", "groups", layout), flow_rows(state, layout)),
         (rule("learner's time", "last updates", layout), bottleneck_rows(state, layout)),
     ]
-    ruled = height is None or height >= FULL_HEIGHT
+    num_rows = sum(len(rows) + (heading is not None) for heading, rows in sections)
+    num_wanted = num_rows + len(warning_rows(state, layout, MAX_WARNING_LINES)) + FRAME_LINES
+    ruled = height is None or height >= num_wanted
     lines: list[Text] = []
     for heading, rows in sections:
         lines += [heading] if ruled and heading else []
         lines += rows
+    room = MAX_WARNING_LINES if height is None else height - len(lines) - FRAME_LINES
+    lines += warning_rows(state, layout, max(1, min(room, MAX_WARNING_LINES)))
     for line in lines:
         line.truncate(layout.inner, overflow="ellipsis", pad=True)
     return Frame(

@@ -15,6 +15,8 @@ PROTOCOL_VERSION = 4
 
 DRAINED = "drained"
 """The reason of a LeaseFailed that says nothing about its prompt."""
+STALE = "stale"
+"""The reason of a LeaseFailed whose tokens grew too old before the group was whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

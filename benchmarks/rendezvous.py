@@ -1,0 +1,125 @@
+"""How long the talk around a weight transfer takes, by the number of receivers.
+
+The store's part of it, with the calls of `speed_async/weights/handshake.py`: at the rendezvous
+every receiver says that it is there and waits for the go; in every transfer it leaves its verdict
+on the manifest, which the sender gathers. Receivers are threads of four processes on this
+machine, so their work shares its cores with the store's. Connecting is timed apart: torch looks
+up the name of every peer's address, and where the name server does not answer a burst of such
+questions at once, that takes its timeout (5 s). Making the process group, and the broadcasts, are
+not in it.
+
+Usage: python -m benchmarks.rendezvous
+"""
+
+import multiprocessing
+import statistics
+import threading
+import time
+from multiprocessing.synchronize import Barrier
+
+import numpy as np
+from torch._C._distributed_c10d import Store
+
+from benchmarks.harness import report
+from speed_async.types import WeightOffer
+from speed_async.weights.membership import wait_for_keys
+from speed_async.weights.process_group import host_store, reach_store
+
+NUM_RECEIVERS = (8, 16, 32, 64, 128)
+NUM_PROCESSES = 4
+NUM_REPEATS = 7
+DEADLINE_S = 60.0
+
+
+def receive(offer: WeightOffer, ranks: list[int], barrier: Barrier) -> None:
+    """All receivers of one process, in step with the sender."""
+    threads = [
+        threading.Thread(target=_one_receiver, args=(offer, rank, barrier)) for rank in ranks
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _one_receiver(offer: WeightOffer, rank: int, barrier: Barrier) -> None:
+    for repeat in range(NUM_REPEATS):
+        barrier.wait(DEADLINE_S)
+        store = reach_store(offer)
+        barrier.wait(DEADLINE_S)
+        barrier.wait(DEADLINE_S)
+        store.set(f"{repeat}/joined/{rank}", "")
+        assert wait_for_keys(store, [f"{repeat}/go"], DEADLINE_S)
+        store.get(f"{repeat}/go")
+        barrier.wait(DEADLINE_S)
+        barrier.wait(DEADLINE_S)
+        store.set(f"{repeat}/verdict/{rank}", "")
+
+
+def gather(store: Store, num_receivers: int, barrier: Barrier) -> dict[str, list[float]]:
+    """Seconds of every repeat: connecting, the rendezvous, the verdicts."""
+    times_s: dict[str, list[float]] = {"connect": [], "rendezvous": [], "verdicts": []}
+    for repeat in range(NUM_REPEATS):
+        barrier.wait(DEADLINE_S)
+        began_s = time.perf_counter()
+        barrier.wait(DEADLINE_S)
+        times_s["connect"].append(time.perf_counter() - began_s)
+        barrier.wait(DEADLINE_S)
+        began_s = time.perf_counter()
+        _collect(store, [f"{repeat}/joined/{rank}" for rank in range(num_receivers)])
+        store.set(f"{repeat}/go", "")
+        barrier.wait(DEADLINE_S)
+        times_s["rendezvous"].append(time.perf_counter() - began_s)
+        barrier.wait(DEADLINE_S)
+        began_s = time.perf_counter()
+        keys = [f"{repeat}/verdict/{rank}" for rank in range(num_receivers)]
+        _collect(store, keys)
+        times_s["verdicts"].append(time.perf_counter() - began_s)
+        for key in keys:
+            store.delete_key(key)
+    return times_s
+
+
+def _collect(store: Store, keys: list[str]) -> None:
+    assert wait_for_keys(store, keys, DEADLINE_S)
+    store.multi_get(keys)
+
+
+def measure(num_receivers: int) -> dict[str, object]:
+    store = host_store("127.0.0.1", DEADLINE_S)
+    offer = WeightOffer(
+        policy_version=1,
+        epoch=1,
+        rank=1,
+        world_size=num_receivers + 1,
+        store_host="127.0.0.1",
+        store_port=store.port,
+        backend="gloo",
+        deadline_s=DEADLINE_S,
+    )
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(num_receivers + 1)
+    shares = [list(range(first, num_receivers, NUM_PROCESSES)) for first in range(NUM_PROCESSES)]
+    peers = [
+        context.Process(target=receive, args=(offer, ranks, barrier), daemon=True)
+        for ranks in shares
+    ]
+    for peer in peers:
+        peer.start()
+    times_s = gather(store, num_receivers, barrier)
+    for peer in peers:
+        peer.join(DEADLINE_S)
+    medians = {f"{what}_ms": 1000 * statistics.median(of) for what, of in times_s.items()}
+    return {"receivers": num_receivers, **medians}
+
+
+def main() -> None:
+    rows = [measure(num_receivers) for num_receivers in NUM_RECEIVERS]
+    for what in ("rendezvous_ms", "verdicts_ms"):
+        slope, start = np.polyfit(NUM_RECEIVERS, [float(str(row[what])) for row in rows], 1)
+        print(f"{what}: {start:.2f} + {slope:.3f} for each receiver")
+    report("rendezvous", f"The store's share of a transfer, medians of {NUM_REPEATS}", rows)
+
+
+if __name__ == "__main__":
+    main()
