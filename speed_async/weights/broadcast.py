@@ -6,9 +6,8 @@ Stages of one transfer; every wait in them has the offer's deadline:
 
 1. rendezvous (first transfer of an epoch): every receiver says "joined" in the sender's store,
    the sender answers "go", all build the process group;
-2. manifest: broadcast as bytes; every receiver answers in the store: accepted, or why not. The
-   sender waits for that before the first bucket when the tensors are news, and after the last
-   when it has announced them before in this epoch;
+2. manifest: broadcast as bytes; every receiver answers in the store: accepted, or why not. Its
+   list of tensors travels once an epoch;
 3. bucket k of n: travels while the sender packs, and the receiver loads, its neighbour. What lies
    in memory as it travels (`flat.py`) is neither packed nor loaded where the backend allows it.
 
@@ -110,13 +109,10 @@ class TorchSender:
             try:
                 if not group.formed:
                     gather_members(group, self._open_store())
-                if announce(group, manifest):
-                    hear_verdicts(group)
-                    self._pass_on(group, buckets, weights).finish()
-                else:
-                    self._pass_on(group, buckets, weights).finish()
-                    # Asked no earlier: the lane must be free for other questions when that fails.
-                    hear_verdicts(group)
+                announce(group, manifest)
+                # A member that is gone is found out here, when no other has lost its old weights.
+                hear_verdicts(group)
+                self._pass_on(group, buckets, weights).finish()
             except StageFailed as failure:
                 silent = who_is_silent(group, str(failure))
                 if refusals := refusals_of(group):
@@ -185,10 +181,10 @@ class TorchReceiver:
         in_place: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`in_place`: write straight into `expected` where it lies in memory as it travels.
+        """`in_place`: copy a bucket as a whole into `expected` where that lies as it travels.
 
-        `load` is then called with no tensors before the first byte is written, and is given the
-        very tensors of `expected` when their bucket has come.
+        `load` is then called with no tensors before the bucket's first byte is written, and is
+        given the very tensors of `expected` afterwards.
         """
         self._device = device
         self._in_place = in_place
@@ -243,16 +239,14 @@ class TorchReceiver:
         load: LoadTensors,
     ) -> None:
         members = self._membership
-        if any(targets):
-            load([])
-        incoming = self._incoming(group, buckets, targets)
+        incoming = self._incoming(group, buckets)
         for index, (bucket, target) in enumerate(zip(buckets, targets, strict=True)):
             came_B = incoming.take(index)
             if target is None:
                 load(members.views.of(index, bucket, came_B))
             else:
-                if came_B is not target.home_B:
-                    target.home_B.copy_(came_B[: bucket.num_bytes], non_blocking=True)
+                load([])
+                target.home_B.copy_(came_B[: bucket.num_bytes], non_blocking=True)
                 load(target.tensors)
             members.settle()
             incoming.release(index)
@@ -274,17 +268,10 @@ class TorchReceiver:
                 targets.append(Target(home_B=home_B, tensors=[(n, ours[n]) for n in names]))
         return targets
 
-    def _incoming(
-        self, group: EpochGroup, buckets: Sequence[Bucket], targets: Sequence[Target | None]
-    ) -> Incoming:
+    def _incoming(self, group: EpochGroup, buckets: Sequence[Bucket]) -> Incoming:
         if group.offer.backend == "ipc":
             return SharedIncoming(group, buckets, self._device)
-        device = self._membership.travels_from(group)
-        homes = [
-            target.home_B if target and target.home_B.device == device else None
-            for target in targets
-        ]
-        return GroupIncoming(group, buckets, homes, self._membership.reserve(group, buckets))
+        return GroupIncoming(group, buckets, self._membership.reserve(group, buckets))
 
 
 def _report(

@@ -72,22 +72,14 @@ def gather_members(group: EpochGroup, store: Store) -> None:
     group.formed = True
 
 
-def announce(group: EpochGroup, manifest: Manifest) -> bool:
-    """Sender: broadcast the manifest; whether its tensors are news to the receivers.
-
-    When they are, their verdicts have to be heard before the first byte. Otherwise the manifest is
-    only on its way when this returns, and buckets may follow it.
-    """
-    are_news = group.agreed is None or group.agreed.tensors != manifest.tensors
-    sent: list[Future[None]] = []
-    for part in _manifest_parts(encode_manifest(manifest, group.agreed)):
-        message_B = torch.frombuffer(bytearray(part), dtype=torch.uint8)
-        sent += group.broadcast(group.placed(message_B))
-    if are_news:
-        for future in sent:
-            group.wait("manifest", future)
+def announce(group: EpochGroup, manifest: Manifest) -> None:
+    """Sender: broadcast the manifest; its tensors by digest where the receivers know them."""
+    parts = _manifest_parts(encode_manifest(manifest, group.agreed))
+    messages_B = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts]
+    for future in group.broadcast(*map(group.placed, messages_B)):
+        group.wait("manifest", future)
+    if group.agreed is None or group.agreed.tensors != manifest.tensors:
         group.agreed = Agreement(tensors=manifest.tensors, digest=digest_of(manifest.tensors))
-    return are_news
 
 
 def hear_verdicts(group: EpochGroup) -> None:

@@ -95,11 +95,11 @@ class GroupIncoming:
         self,
         group: EpochGroup,
         buckets: Sequence[Bucket],
-        homes: Sequence[Tensor | None],
         buffers: BufferRing,
     ) -> None:
-        """`homes`: where each bucket is received to, (B,) uint8; None: into a buffer."""
-        self._group, self._buckets, self._homes, self._buffers = group, buckets, homes, buffers
+        """Received into buffers, never straight into a model: a transfer that breaks off before
+        its first bucket is whole must leave the old weights whole."""
+        self._group, self._buckets, self._buffers = group, buckets, buffers
         self._in_flight: list[Future[None]] = []
         self._places: list[Tensor] = []
         self._num_released = 0
@@ -116,11 +116,8 @@ class GroupIncoming:
     def _post(self) -> None:
         """Let come all buckets, in order, for which there is a place."""
         first = len(self._places)
-        for index in range(first, len(self._buckets)):
-            home_B = self._homes[index]
-            if home_B is None and index >= self._num_released + NUM_BUFFERS:
-                break
-            self._places.append(self._buffers.get(index) if home_B is None else home_B)
+        last = min(len(self._buckets), self._num_released + NUM_BUFFERS)
+        self._places += [self._buffers.get(index) for index in range(first, last)]
         news = zip(self._buckets[first:], self._places[first:], strict=False)
         if len(self._places) > first:
             self._in_flight += self._group.broadcast(
