@@ -1,26 +1,34 @@
-"""Packed broadcast against one flat tensor of the same bytes, and against one call a tensor.
+"""Ways to get a model's weights to its receivers, side by side, on loopback.
 
-All contestants use gloo on loopback between the same processes; the packed one also announces,
-checks, packs and loads, the others only move bytes. Each time ends when every process has all of
-it (a barrier, which is in every contestant's time). The contestants take turns within one repeat,
-where all met the same machine.
+- gloo, ipc: as in a run: both ends keep their parameters flat (`lay_flat`); announced, checked,
+  loaded. With gloo nothing is copied but by the kernel, with ipc once in and once out.
+- gloo scattered, ipc scattered: the same, for models whose tensors lie anywhere: packed and loaded
+  one by one.
+- flat: one bare gloo broadcast of one tensor of the same bytes. each: one for each tensor.
+- memcpy: the sender copies the bytes once within itself.
 
-Usage: python -m benchmarks.weights
+Each time ends when every process has all of it (a barrier, which is in every contestant's time).
+The contestants take turns within one repeat, where all met the same machine.
+
+Usage: python -m benchmarks.weights [CASE ...]
 """
 
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from torch._C._distributed_c10d import PrefixStore
 
 from benchmarks.harness import report
-from speed_async.types import WeightOffer
+from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weights.broadcast import TorchReceiver, TorchSender
 from speed_async.weights.channel import NamedTensor
+from speed_async.weights.flat import lay_flat
 from speed_async.weights.process_group import (
     broadcast_from_sender,
     host_store,
@@ -32,6 +40,9 @@ MIB = 1024 * 1024
 BUCKET_BYTES = 64 * MIB
 DEADLINE_S = 120.0
 CPU = torch.device("cpu")
+BACKENDS: tuple[WeightBackend, ...] = ("gloo", "ipc")
+
+Transfer = Callable[[list[NamedTensor]], object]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,32 +59,43 @@ class Case:
 
 
 CASES = (
-    Case(name="large", num_tensors=128, tensor_bytes=4 * MIB, num_receivers=1, num_repeats=5),
-    Case(name="many", num_tensors=300, tensor_bytes=64 * 1024, num_receivers=1, num_repeats=15),
+    Case(name="large", num_tensors=128, tensor_bytes=4 * MIB, num_receivers=1, num_repeats=9),
+    Case(name="many", num_tensors=300, tensor_bytes=64 * 1024, num_receivers=1, num_repeats=25),
     Case(name="tiny", num_tensors=40, tensor_bytes=80_000, num_receivers=1, num_repeats=50),
-    Case(name="tiny", num_tensors=40, tensor_bytes=80_000, num_receivers=2, num_repeats=50),
+    Case(name="tiny2", num_tensors=40, tensor_bytes=80_000, num_receivers=2, num_repeats=50),
 )
 
 
+def make_weights(case: Case, *, flat: bool) -> list[NamedTensor]:
+    values = [torch.ones(case.tensor_bytes // 4) for _ in range(case.num_tensors)]
+    model = nn.ParameterList(values)
+    if flat:
+        assert lay_flat(model) >= case.num_bytes
+    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+
+
 def measure(
-    case: Case, raw_offer: WeightOffer, store, packed: Callable[[list[NamedTensor]], object]
+    case: Case, raw_offer: WeightOffer, store, transfers: dict[WeightBackend, Transfer]
 ) -> dict[str, list[float]]:
     """Seconds of every repeat by contestant; all ranks run this in step."""
     group = make_group(PrefixStore("raw", store), raw_offer, CPU)
-    named = [
-        (f"layer.{index}.weight", torch.ones(case.tensor_bytes // 4))
-        for index in range(case.num_tensors)
-    ]
-    flat = torch.ones(case.num_bytes, dtype=torch.uint8)
-
-    def send_flat() -> None:
-        broadcast_from_sender(group, flat, DEADLINE_S, "gloo")
+    flat, scattered = make_weights(case, flat=True), make_weights(case, flat=False)
+    # Memory of their own: what another contestant has just touched is still in a cache.
+    one, source, copy = (torch.ones(case.num_bytes, dtype=torch.uint8) for _ in range(3))
 
     def send_each() -> None:
-        for _, tensor in named:
-            broadcast_from_sender(group, tensor, DEADLINE_S, "gloo")
+        for _, tensor in scattered:
+            broadcast_from_sender(group, [tensor], DEADLINE_S, "gloo")
 
-    contestants = {"packed": lambda: packed(named), "flat": send_flat, "each": send_each}
+    contestants: dict[str, Callable[[], object]] = {
+        "flat": lambda: broadcast_from_sender(group, [one], DEADLINE_S, "gloo"),
+        "each": send_each,
+        "memcpy": lambda: raw_offer.rank == 0 and copy.copy_(source),
+    }
+    for backend in BACKENDS:
+        give = transfers[backend]
+        contestants[backend] = lambda give=give: give(flat)
+        contestants[f"{backend} scattered"] = lambda give=give: give(scattered)
     times_s: dict[str, list[float]] = {name: [] for name in contestants}
     for repeat in range(case.num_repeats + 1):
         for name in sorted(contestants, reverse=bool(repeat % 2)):
@@ -86,40 +108,37 @@ def measure(
     return times_s
 
 
-def receive(case: Case, rank: int, raw_offer: WeightOffer, first: WeightOffer) -> None:
+def receive(case: Case, rank: int, raw_offer: WeightOffer, firsts: list[WeightOffer]) -> None:
     torch.set_num_threads(1)
-    receiver = TorchReceiver(device=CPU)
-    num_received = 0
+    receivers = [TorchReceiver(device=CPU, in_place=True) for _ in firsts]
 
-    def take(named: list[NamedTensor]) -> None:
-        nonlocal num_received
-        num_received += 1
-        offer = replace(first, policy_version=num_received, rank=rank)
-        ours = dict(named)
+    def taking(receiver: TorchReceiver, first: WeightOffer) -> Transfer:
+        num_received = 0
 
-        def load(tensors) -> None:
-            for name, tensor in tensors:
-                ours[name].copy_(tensor)
+        def take(named: list[NamedTensor]) -> None:
+            nonlocal num_received
+            num_received += 1
+            ours = dict(named)
 
-        receiver.receive(offer, named, load)
+            def load(tensors) -> None:
+                for name, tensor in tensors:
+                    ours[name].copy_(tensor)
+
+            receiver.receive(replace(first, policy_version=num_received, rank=rank), named, load)
+
+        return take
 
     raw_offer = replace(raw_offer, rank=rank)
-    measure(case, raw_offer, reach_store(raw_offer), take)
-    receiver.close()
+    transfers = {
+        first.backend: taking(receiver, first)
+        for receiver, first in zip(receivers, firsts, strict=True)
+    }
+    measure(case, raw_offer, reach_store(raw_offer), transfers)
+    for receiver in receivers:
+        receiver.close()
 
 
-def play(case: Case) -> dict[str, object]:
-    sender = TorchSender(host="127.0.0.1", bucket_bytes=BUCKET_BYTES, device=CPU)
-    raw_store = host_store("127.0.0.1", DEADLINE_S)
-    first = offer_for(case, sender.store_address[1])
-    raw_offer = offer_for(case, raw_store.port)
-    context = multiprocessing.get_context("spawn")
-    peers = [
-        context.Process(target=receive, args=(case, rank, raw_offer, first), daemon=True)
-        for rank in range(1, case.num_receivers + 1)
-    ]
-    for peer in peers:
-        peer.start()
+def giving(sender: TorchSender, first: WeightOffer) -> Transfer:
     num_sent = 0
 
     def give(named: list[NamedTensor]) -> None:
@@ -127,31 +146,59 @@ def play(case: Case) -> dict[str, object]:
         num_sent += 1
         sender.send(replace(first, policy_version=num_sent), named)
 
-    times_s = measure(case, raw_offer, raw_store, give)
+    return give
+
+
+def play(case: Case) -> list[dict[str, object]]:
+    senders = [
+        TorchSender(host="127.0.0.1", bucket_bytes=BUCKET_BYTES, device=CPU) for _ in BACKENDS
+    ]
+    raw_store = host_store("127.0.0.1", DEADLINE_S)
+    firsts = [
+        offer_for(case, sender.store_address[1], backend)
+        for sender, backend in zip(senders, BACKENDS, strict=True)
+    ]
+    raw_offer = offer_for(case, raw_store.port, "gloo")
+    context = multiprocessing.get_context("spawn")
+    peers = [
+        context.Process(target=receive, args=(case, rank, raw_offer, firsts), daemon=True)
+        for rank in range(1, case.num_receivers + 1)
+    ]
+    for peer in peers:
+        peer.start()
+    transfers = {
+        first.backend: giving(sender, first) for sender, first in zip(senders, firsts, strict=True)
+    }
+    times_s = measure(case, raw_offer, raw_store, transfers)
     for peer in peers:
         peer.join(DEADLINE_S)
-    sender.close()
-    return row_of(case, times_s)
+    for sender in senders:
+        sender.close()
+    return [row_of(case, times_s, name) for name in times_s]
 
 
-def row_of(case: Case, times_s: dict[str, list[float]]) -> dict[str, object]:
-    packed, flat, each = times_s["packed"], times_s["flat"], times_s["each"]
-    seconds = statistics.median(packed)
+def row_of(case: Case, times_s: dict[str, list[float]], name: str) -> dict[str, object]:
+    """Ratios are medians over repeats of neighbours in time."""
+
+    def speed_over(other: str) -> float:
+        pairs = zip(times_s[other], times_s[name], strict=True)
+        return statistics.median(theirs / ours for theirs, ours in pairs)
+
+    seconds = statistics.median(times_s[name])
     return {
-        "case": case.name,
-        "tensors": case.num_tensors,
-        "mib": case.num_bytes / MIB,
+        "case": f"{case.num_tensors} x {case.tensor_bytes // 1024} KiB",
         "receivers": case.num_receivers,
-        "packed_ms": 1000 * seconds,
-        "packed_gib_per_s": case.num_bytes / seconds / (1024 * MIB),
-        "flat_ms": 1000 * statistics.median(flat),
-        "each_ms": 1000 * statistics.median(each),
-        "speed_over_flat": statistics.median(f / p for f, p in zip(flat, packed, strict=True)),
-        "speed_over_each": statistics.median(e / p for e, p in zip(each, packed, strict=True)),
+        "way": name,
+        "ms": 1000 * seconds,
+        "best_ms": 1000 * min(times_s[name]),
+        "gb_per_s": case.num_bytes / seconds / 1e9,
+        "over_flat": speed_over("flat"),
+        "over_each": speed_over("each"),
+        "over_memcpy": speed_over("memcpy"),
     }
 
 
-def offer_for(case: Case, port: int) -> WeightOffer:
+def offer_for(case: Case, port: int, backend: WeightBackend) -> WeightOffer:
     return WeightOffer(
         policy_version=1,
         epoch=1,
@@ -159,18 +206,16 @@ def offer_for(case: Case, port: int) -> WeightOffer:
         world_size=case.num_receivers + 1,
         store_host="127.0.0.1",
         store_port=port,
-        backend="gloo",
+        backend=backend,
         deadline_s=DEADLINE_S,
     )
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    title = (
-        "Weight broadcast, gloo on loopback: packed (announced, checked, packed, loaded) against"
-        " one flat tensor and against one broadcast a tensor (both bare)"
-    )
-    report("weights", title, [play(case) for case in CASES])
+    cases = [case for case in CASES if case.name in sys.argv[1:]] or list(CASES)
+    title = "Weights to their receivers (announced, checked, loaded) against bare broadcasts"
+    report("weights", title, [row for case in cases for row in play(case)])
 
 
 if __name__ == "__main__":

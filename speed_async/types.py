@@ -10,10 +10,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from speed_async.errors import WeightSyncError
+
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
 
 FinishReason = Literal["stop", "length", "abort"]
+WeightBackend = Literal["gloo", "nccl", "ipc"]
 
 PASS_REWARD = 1.0
 """A completion passes when its reward reaches this; partial credit is not a pass."""
@@ -161,5 +164,14 @@ class WeightOffer:
     world_size: int
     store_host: str
     store_port: int
-    backend: Literal["gloo", "nccl"]
+    backend: WeightBackend
     deadline_s: float
+
+
+def weight_backend(text: str) -> WeightBackend:
+    """The backend that a message names. Raises WeightSyncError for one that is not known."""
+    if text == "gloo" or text == "nccl" or text == "ipc":
+        return text
+    raise WeightSyncError(
+        f"weight backend '{text[:40]}' is not known: do all ranks run the same version?"
+    )

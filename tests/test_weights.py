@@ -28,9 +28,9 @@ from weights_contract import (
 )
 
 from speed_async.errors import ConfigError, WeightSyncError
-from speed_async.types import WeightOffer
+from speed_async.types import WeightBackend, WeightOffer, weight_backend
 from speed_async.weights.broadcast import TorchReceiver, TorchSender
-from speed_async.weights.buckets import BufferPair, pack, plan_buckets, unpack
+from speed_async.weights.buckets import NUM_BUFFERS, BufferRing, pack, plan_buckets, unpack
 from speed_async.weights.canary import Canary
 from speed_async.weights.channel import NamedTensor, TransferReport
 from speed_async.weights.handshake import HEAD_BYTES
@@ -310,12 +310,15 @@ def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("fatal_signal", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_receiver_that_ends_in_mid_transfer_is_named_and_the_next_epoch_works(fatal_signal):
-    with open_channel(TorchStage(weights_process.BUCKET_BYTES, None)) as channel:
+@pytest.mark.parametrize("backend", ["gloo", "ipc"])
+def test_a_receiver_that_ends_in_mid_transfer_is_named_and_the_next_epoch_works(
+    backend: WeightBackend, fatal_signal: signal.Signals
+):
+    with open_channel(TorchStage(backend, weights_process.BUCKET_BYTES)) as channel:
         first = channel.offer(1, world_size=3, deadline_s=CHILD_STARTS_S)
         second = channel.offer(2, world_size=3, deadline_s=1.5)
         offers = json.dumps([asdict(replace(offer, rank=2)) for offer in (first, second)])
-        with child("receive", offers, "2", str(int(fatal_signal))):
+        with child("receive", offers, "2", str(int(fatal_signal)), "cpu"):
             loaded = Loaded()
             ours = weights_process.sample_weights(1)
             outcomes = channel.transfer(first, ours, {1: ours}, {1: loaded.load})
@@ -340,11 +343,20 @@ def test_a_receiver_that_ends_in_mid_transfer_is_named_and_the_next_epoch_works(
             assert time.monotonic() - began_s < 2.5
 
 
+def end(process: subprocess.Popen[str], fatal_signal: signal.Signals) -> None:
+    """Returns when the process has in fact stopped, or is gone; it may have been before."""
+    os.kill(process.pid, fatal_signal)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+
 @pytest.mark.parametrize("fatal_signal", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_sender_that_ends_in_mid_transfer_is_named_and_the_receiver_joins_another(fatal_signal):
+@pytest.mark.parametrize("backend", ["gloo", "ipc"])
+def test_a_sender_that_ends_in_mid_transfer_is_named_and_the_receiver_joins_another(
+    backend: WeightBackend, fatal_signal: signal.Signals
+):
     receiver = TorchReceiver(device=CPU)
     expected = weights_process.sample_weights(0)
-    with child("send", "2", "60") as process:
+    with child("send", backend, "2", "60") as process:
         assert process.stdout is not None
         assert select.select([process.stdout], [], [], CHILD_STARTS_S)[0]
         offer = WeightOffer(
@@ -354,21 +366,21 @@ def test_a_sender_that_ends_in_mid_transfer_is_named_and_the_receiver_joins_anot
             world_size=2,
             store_host="127.0.0.1",
             store_port=int(process.stdout.readline()),
-            backend="gloo",
+            backend=backend,
             deadline_s=20.0,
         )
         receiver.receive(offer, expected, Loaded().load)
         second = replace(offer, policy_version=2, deadline_s=1.5)
         began_s = time.monotonic()
         with pytest.raises(WeightSyncError, match=r"bucket \d of 6 failed .* waiting for rank 0"):
-            receiver.receive(second, expected, lambda _: process.send_signal(fatal_signal))
+            receiver.receive(second, expected, lambda _: end(process, fatal_signal))
         assert time.monotonic() - began_s < 5.0
         # A killed store refuses; a stopped one accepts, and never answers.
         began_s = time.monotonic()
         with pytest.raises(WeightSyncError, match="epoch 2, rendezvous failed after"):
             receiver.receive(replace(second, epoch=2), expected, Loaded().load)
         assert time.monotonic() - began_s < 5.0
-        with open_channel(TorchStage(weights_process.BUCKET_BYTES, None)) as channel:
+        with open_channel(TorchStage(backend, weights_process.BUCKET_BYTES)) as channel:
             channel.receivers[1] = receiver
             ours = weights_process.sample_weights(3)
             third = channel.offer(3, epoch=3, deadline_s=5.0)
@@ -413,18 +425,17 @@ def test_buckets_are_filled_in_order_and_aligned():
     assert [bucket.num_bytes for bucket in plan] == [48, 400, 4]
 
 
-def test_a_bucket_packs_what_it_unpacks_and_a_lone_tensor_is_not_copied():
+def test_a_bucket_packs_what_it_unpacks():
     tensors = dict(mixed_tensors())
-    buffers = BufferPair()
+    buffers = BufferRing()
     plan = plan_buckets(describe(list(tensors.items()), None), 1024)
     buffers.reserve(plan, CPU, pinned=False)
     for index, bucket in enumerate(plan):
-        packed_B = pack(bucket, tensors, buffers.get(index))
-        assert packed_B.numel() == bucket.num_bytes
-        for name, tensor in unpack(bucket, packed_B):
+        views = unpack(bucket, buffers.get(index))
+        pack(tensors, views)
+        for name, tensor in views:
             assert same_bits(tensor, tensors[name])
-    assert pack(plan[0], tensors, buffers.get(0)).data_ptr() == tensors["embed"].data_ptr()
-    assert buffers.get(0) is buffers.get(2) and buffers.get(0) is not buffers.get(1)
+    assert buffers.get(0) is buffers.get(NUM_BUFFERS) and buffers.get(0) is not buffers.get(1)
 
 
 def test_the_manifest_survives_the_wire():
@@ -518,29 +529,62 @@ def test_a_store_host_of_another_machine_is_refused_with_the_field_to_change():
 
 
 @pytest.mark.parametrize(
-    ("configured", "device", "num_visible_gpus", "num_local_ranks", "chosen"),
+    ("configured", "device", "num_visible_gpus", "num_local_ranks", "num_ranks", "chosen"),
     [
-        ("auto", "cpu", 0, 2, "gloo"),
-        ("auto", "cpu", 8, 2, "gloo"),
-        ("auto", "cuda", 1, 2, "gloo"),
-        ("auto", "cuda:0", 2, 2, "nccl"),
-        ("auto", "cuda:0", 2, 3, "gloo"),
-        ("gloo", "cuda:0", 8, 2, "gloo"),
-        ("nccl", "cuda:0", 8, 8, "nccl"),
+        ("auto", "cpu", 0, 2, 2, "gloo"),
+        ("auto", "cpu", 8, 2, None, "gloo"),
+        ("auto", "cuda", 1, 2, None, "ipc"),
+        ("auto", "cuda", 1, 2, 2, "ipc"),
+        ("auto", "cuda", 1, 2, 4, "gloo"),
+        ("auto", "cuda:0", 2, 2, 4, "nccl"),
+        ("auto", "cuda:0", 2, 3, 3, "ipc"),
+        ("gloo", "cuda:0", 8, 2, 2, "gloo"),
+        ("nccl", "cuda:0", 8, 8, 8, "nccl"),
+        ("ipc", "cuda:0", 8, 8, 8, "ipc"),
+        ("ipc", "cpu", 0, 3, 3, "ipc"),
     ],
 )
-def test_nccl_is_chosen_when_every_rank_has_a_gpu(
-    configured: str, device: str, num_visible_gpus: int, num_local_ranks: int, chosen: str
+def test_the_backend_follows_from_what_the_ranks_have(
+    configured: str,
+    device: str,
+    num_visible_gpus: int,
+    num_local_ranks: int,
+    num_ranks: int | None,
+    chosen: str,
 ):
     backend = choose_backend(
-        configured, device, num_visible_gpus=num_visible_gpus, num_local_ranks=num_local_ranks
+        configured,
+        device,
+        num_visible_gpus=num_visible_gpus,
+        num_local_ranks=num_local_ranks,
+        num_ranks=num_ranks,
     )
     assert backend == chosen
+
+
+def test_actors_on_the_cpu_do_not_share_the_learners_gpu():
+    def choose(configured: str) -> str:
+        return choose_backend(configured, "cuda", num_visible_gpus=1, actors_device="cpu")
+
+    assert choose("auto") == "gloo"
+    with pytest.raises(ConfigError, match=r"weights\.backend.*actors\.device = 'cpu'"):
+        choose("ipc")
 
 
 def test_nccl_on_one_gpu_is_a_configuration_error():
     with pytest.raises(ConfigError, match=r"weights\.backend.*'auto'"):
         choose_backend("nccl", "cuda:0", num_visible_gpus=1)
+
+
+def test_ipc_over_several_nodes_is_a_configuration_error():
+    with pytest.raises(ConfigError, match=r"weights\.backend.*several nodes; use 'auto'"):
+        choose_backend("ipc", "cpu", num_visible_gpus=0, num_local_ranks=2, num_ranks=4)
+
+
+def test_a_message_names_a_known_backend_or_is_refused():
+    assert [weight_backend(name) for name in ("gloo", "nccl", "ipc")] == ["gloo", "nccl", "ipc"]
+    with pytest.raises(WeightSyncError, match="'mpi' is not known"):
+        weight_backend("mpi")
 
 
 # --- GPUs ---------------------------------------------------------------------------------------

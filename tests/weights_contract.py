@@ -1,17 +1,17 @@
-"""Two stages for one play: the same contract runs in memory and over real process groups."""
+"""Stages for one play: the same contract runs in memory and over every real backend."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import pytest
 import torch
 from torch import Tensor
 
 from speed_async.errors import SpeedAsyncError
-from speed_async.types import WeightOffer
+from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weights.broadcast import TorchReceiver, TorchSender
 from speed_async.weights.canary import Canary
 from speed_async.weights.channel import (
@@ -25,6 +25,11 @@ from speed_async.weights.memory_channel import MemoryReceiver, MemorySender, Mem
 
 JOIN_S = 30.0
 """Bound of a wait for a thread that its own deadlines end much earlier."""
+MAX_MEMBERS = 4
+NEEDS_GPUS = pytest.mark.skipif(
+    torch.cuda.device_count() < MAX_MEMBERS,
+    reason=f"nccl needs a GPU for each of {MAX_MEMBERS} members",
+)
 Outcome = TransferReport | Exception
 
 
@@ -37,7 +42,7 @@ class Loaded:
 
     def load(self, tensors: Sequence[NamedTensor]) -> None:
         self.buckets.append([name for name, _ in tensors])
-        self.tensors.update({name: tensor.clone() for name, tensor in tensors})
+        self.tensors.update({name: tensor.to("cpu", copy=True) for name, tensor in tensors})
 
 
 class Stage(Protocol):
@@ -46,21 +51,41 @@ class Stage(Protocol):
     @property
     def sender(self) -> WeightSender: ...
 
+    @property
+    def backend(self) -> WeightBackend: ...
+
     def make_receiver(self) -> WeightReceiver: ...
 
 
 class TorchStage:
-    def __init__(self, bucket_bytes: int, cast: torch.dtype | None) -> None:
-        cpu = torch.device("cpu")
+    """All members on the CPU; with nccl each on a GPU of its own."""
+
+    def __init__(
+        self,
+        backend: WeightBackend,
+        bucket_bytes: int,
+        cast: torch.dtype | None = None,
+        *,
+        in_place: bool = False,
+    ) -> None:
+        self.backend: WeightBackend = backend
+        self._num_devices = 0
+        self._in_place = in_place
         self.sender = TorchSender(
-            host="127.0.0.1", bucket_bytes=bucket_bytes, device=cpu, cast=cast
+            host="127.0.0.1", bucket_bytes=bucket_bytes, device=self._next_device(), cast=cast
         )
 
     def make_receiver(self) -> TorchReceiver:
-        return TorchReceiver(device=torch.device("cpu"))
+        return TorchReceiver(device=self._next_device(), in_place=self._in_place)
+
+    def _next_device(self) -> torch.device:
+        self._num_devices += 1
+        return torch.device(f"cuda:{self._num_devices - 1}" if self.backend == "nccl" else "cpu")
 
 
 class MemoryStage:
+    backend: WeightBackend = "gloo"
+
     def __init__(self, bucket_bytes: int, cast: torch.dtype | None) -> None:
         self._store = MemoryStore()
         self.sender = MemorySender(self._store, bucket_bytes=bucket_bytes, cast=cast)
@@ -74,6 +99,7 @@ class Channel:
 
     def __init__(self, stage: Stage) -> None:
         self.sender = stage.sender
+        self._backend: WeightBackend = stage.backend
         self._make_receiver = stage.make_receiver
         self.receivers: dict[int, WeightReceiver] = {}
 
@@ -90,7 +116,6 @@ class Channel:
         epoch: int = 1,
         world_size: int = 2,
         deadline_s: float = 10.0,
-        backend: Literal["gloo", "nccl"] = "gloo",
     ) -> WeightOffer:
         host, port = self.sender.store_address
         return WeightOffer(
@@ -100,7 +125,7 @@ class Channel:
             world_size=world_size,
             store_host=host,
             store_port=port,
-            backend=backend,
+            backend=self._backend,
             deadline_s=deadline_s,
         )
 
@@ -152,13 +177,17 @@ def open_channel(stage: Stage) -> Iterator[Channel]:
 
 
 def on_every_channel(*, bucket_bytes: int = 1024, cast: torch.dtype | None = None):
-    """Runs the test with a `channel` over memory, then over gloo."""
-    makers: dict[str, Callable[[], Stage]] = {
-        "memory": lambda: MemoryStage(bucket_bytes, cast),
-        "gloo": lambda: TorchStage(bucket_bytes, cast),
-    }
+    """Runs the test with a `channel` over memory, then over each backend."""
     return pytest.mark.parametrize(
-        "make_stage", [pytest.param(make, id=name) for name, make in makers.items()]
+        "make_stage",
+        [
+            pytest.param(lambda: MemoryStage(bucket_bytes, cast), id="memory"),
+            pytest.param(lambda: TorchStage("gloo", bucket_bytes, cast), id="gloo"),
+            pytest.param(lambda: TorchStage("ipc", bucket_bytes, cast), id="ipc"),
+            pytest.param(
+                lambda: TorchStage("nccl", bucket_bytes, cast), id="nccl", marks=NEEDS_GPUS
+            ),
+        ],
     )
 
 

@@ -1,18 +1,19 @@
 """The other end of a transfer, in a process of its own that may be killed or stopped.
 
-`receive OFFERS FATAL_VERSION SIGNAL` takes every offer in turn, and ends itself by SIGNAL in the
-load of the first bucket of FATAL_VERSION. `send NUM_VERSIONS DEADLINE_S` prints its port and
-sends to one receiver.
+`receive OFFERS FATAL_VERSION SIGNAL DEVICE` takes every offer in turn, checks what came, and ends
+itself by SIGNAL in the load of the first bucket of FATAL_VERSION. `send BACKEND NUM_VERSIONS
+DEADLINE_S` prints its port and sends to one receiver.
 """
 
 import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
-from speed_async.types import WeightOffer
+from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weights.broadcast import TorchReceiver, TorchSender
 from speed_async.weights.channel import NamedTensor
 
@@ -30,17 +31,24 @@ def sample_weights(policy_version: int) -> list[NamedTensor]:
     ]
 
 
-def receive(offers: list[dict], fatal_version: int, signal_number: int) -> None:
+def receive(offers: list[dict], fatal_version: int, signal_number: int, device: str) -> None:
     def die(_: Sequence[NamedTensor]) -> None:
         os.kill(os.getpid(), signal_number)
 
-    receiver = TorchReceiver(device=CPU)
+    receiver = TorchReceiver(device=torch.device(device))
     for offer in (WeightOffer(**fields) for fields in offers):
-        load = die if offer.policy_version == fatal_version else lambda _: None
+        came: dict[str, torch.Tensor] = {}
+
+        def keep(tensors: Sequence[NamedTensor], came: dict[str, torch.Tensor] = came) -> None:
+            came.update({name: tensor.to("cpu", copy=True) for name, tensor in tensors})
+
+        load = die if offer.policy_version == fatal_version else keep
         receiver.receive(offer, sample_weights(0), load)
+        for name, tensor in sample_weights(offer.policy_version):
+            assert torch.equal(came[name], tensor), name
 
 
-def send(num_versions: int, deadline_s: float) -> None:
+def send(backend: WeightBackend, num_versions: int, deadline_s: float) -> None:
     sender = TorchSender(host="127.0.0.1", bucket_bytes=BUCKET_BYTES, device=CPU)
     host, port = sender.store_address
     print(port, flush=True)
@@ -52,7 +60,7 @@ def send(num_versions: int, deadline_s: float) -> None:
             world_size=2,
             store_host=host,
             store_port=port,
-            backend="gloo",
+            backend=backend,
             deadline_s=deadline_s,
         )
         sender.send(offer, sample_weights(policy_version))
@@ -61,7 +69,7 @@ def send(num_versions: int, deadline_s: float) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     match sys.argv[1:]:
-        case ["receive", offers, fatal_version, signal_number]:
-            receive(json.loads(offers), int(fatal_version), int(signal_number))
-        case ["send", num_versions, deadline_s]:
-            send(int(num_versions), float(deadline_s))
+        case ["receive", offers, fatal_version, signal_number, device]:
+            receive(json.loads(offers), int(fatal_version), int(signal_number), device)
+        case ["send", backend, num_versions, deadline_s] if backend in get_args(WeightBackend):
+            send(backend, int(num_versions), float(deadline_s))

@@ -23,7 +23,7 @@ from speed_async.errors import (
     WeightSyncError,
 )
 from speed_async.tasks.task import Task
-from speed_async.types import ActorCounts, Group, Lease, LeaseKind, WeightOffer
+from speed_async.types import ActorCounts, Group, Lease, LeaseKind, WeightOffer, weight_backend
 from speed_async.wire import messages as m
 from speed_async.wire.groups import pack_group
 from speed_async.wire.joining import Leaving
@@ -319,7 +319,7 @@ def _offer(message: m.OfferWeights) -> WeightOffer:
         world_size=message.world_size,
         store_host=message.store_host,
         store_port=message.store_port,
-        backend="nccl" if message.backend == "nccl" else "gloo",
+        backend=weight_backend(message.backend),
         deadline_s=message.deadline_s,
     )
 

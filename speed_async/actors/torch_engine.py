@@ -8,6 +8,7 @@ from speed_async.actors.model_folder import load_model_folder, resolve_device
 from speed_async.actors.torch_generator import TorchGenerator
 from speed_async.config.schema import ActorsConfig, ModelConfig
 from speed_async.weights.broadcast import TorchReceiver
+from speed_async.weights.flat import lay_flat
 
 
 def load_torch_generator(
@@ -26,13 +27,14 @@ def load_torch_generator(
     loaded = load_model_folder(
         Path(model.path), context_length=model.context_length, device=actors.device, dtype=dtype
     )
+    lay_flat(loaded.model)  # as the learner's does: weights arrive where they belong
     return TorchGenerator(
         loaded.model,
         num_slots=actors.slots,
         context_length=loaded.context_length,
         eos_token_ids=loaded.eos_token_ids,
         random=torch.Generator(device).manual_seed(seed),
-        receiver=TorchReceiver(device=device),
+        receiver=TorchReceiver(device=device, in_place=True),
         recompute_at_update=actors.running_at_update == "recompute",
         canary_tolerance=canary_tolerance,
     )

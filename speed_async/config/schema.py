@@ -219,7 +219,10 @@ class LearnerConfig(Section):
 
 
 class WeightsConfig(Section):
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
+    """How weights travel. `gloo`: over the network, from and to host memory. `nccl`: between GPUs,
+    one for each rank. `ipc`: within one machine, through memory that all ranks there share (a GPU's
+    own when learner and actors share it). `auto` chooses among them by what the ranks have."""
     bucket_bytes: PositiveInt = 64 * 1024 * 1024
     deadline_s: PositiveFloat = 60.0
     """Longest wait at any stage of one transfer."""

@@ -16,7 +16,7 @@ from speed_async.errors import DeadlineExceeded, RoleError
 from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox
 from speed_async.learner.publishing import Publisher
 from speed_async.learner.trainer import UpdateResult
-from speed_async.types import Group
+from speed_async.types import Group, WeightBackend
 from speed_async.weights.canary import Canary
 from speed_async.weights.channel import NamedTensor, WeightSender
 from speed_async.wire import messages as m
@@ -57,7 +57,7 @@ class LearnerLoop:
         link: Link,
         updates: Updates,
         sender: WeightSender,
-        backend: str,
+        backend: WeightBackend,
         stop: asyncio.Event,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

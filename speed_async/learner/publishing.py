@@ -15,7 +15,7 @@ from typing import Protocol
 from speed_async.config.schema import WeightsConfig
 from speed_async.errors import WeightSyncError
 from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox
-from speed_async.types import WeightOffer
+from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weights.canary import Canary
 from speed_async.weights.channel import NamedTensor, WeightSender
 from speed_async.wire import messages as m
@@ -48,7 +48,7 @@ class Publisher:
         inbox: Inbox,
         updates: Published,
         sender: WeightSender,
-        backend: str,
+        backend: WeightBackend,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._deadline_s = config.deadline_s
@@ -56,7 +56,7 @@ class Publisher:
         self._inbox = inbox
         self._updates = updates
         self._sender = sender
-        self._backend = backend
+        self._backend: WeightBackend = backend
         self._clock = clock
 
     async def publish(self, policy_version: int) -> None:
@@ -100,7 +100,7 @@ class Publisher:
                 world_size=members.world_size,
                 store_host=host,
                 store_port=port,
-                backend="nccl" if self._backend == "nccl" else "gloo",
+                backend=self._backend,
                 deadline_s=self._deadline_s,
             )
             try:

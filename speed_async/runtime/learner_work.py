@@ -18,6 +18,7 @@ from speed_async.runtime.rendezvous import Rank
 from speed_async.tasks.registry import make_task
 from speed_async.tasks.task import fingerprint
 from speed_async.weights.broadcast import TorchSender
+from speed_async.weights.flat import lay_flat
 from speed_async.weights.process_group import choose_backend
 from speed_async.wire import messages as m
 from speed_async.wire.transport import Link
@@ -29,6 +30,7 @@ async def learn(config: Config, rank: Rank, link: Link, stop: asyncio.Event) -> 
     torch.manual_seed(config.run.seed)
     task = make_task(config.task)
     model = await asyncio.to_thread(load_model, config.model.path, device=config.learner.device)
+    lay_flat(model)  # before the optimiser is made; what lies flat is sent without being packed
     trainer = Trainer(config=config, model=model, parallel=SingleRank())
     device = next(model.parameters()).device
     sender = TorchSender(
@@ -43,6 +45,8 @@ async def learn(config: Config, rank: Rank, link: Link, stop: asyncio.Event) -> 
         device.type,
         num_visible_gpus=torch.cuda.device_count(),
         num_local_ranks=rank.local_world_size,
+        num_ranks=rank.world_size,
+        actors_device=config.actors.device,
     )
     loop = LearnerLoop(
         config,

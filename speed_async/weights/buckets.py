@@ -16,6 +16,8 @@ from speed_async.weights.manifest import TensorSpec
 
 ALIGNMENT_BYTES = 16
 """Every tensor starts at a multiple of this, so that its bytes can be viewed as its dtype."""
+NUM_BUFFERS = 2
+"""Buckets on their way at once: one is packed, or loaded, while another travels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,11 +34,13 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bucket:
+    """Tensors that travel together; `spans` in ascending order, one at least."""
+
     spans: tuple[Span, ...]
 
     @property
     def num_bytes(self) -> int:
-        return max(span.stop for span in self.spans)
+        return self.spans[-1].stop
 
 
 def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int) -> tuple[Bucket, ...]:
@@ -56,25 +60,16 @@ def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int) -> tuple[Bucket
     return tuple(buckets)
 
 
-def pack(bucket: Bucket, tensors: Mapping[str, Tensor], buffer_B: Tensor) -> Tensor:
-    """Bytes of one bucket, (B,) uint8, on the device of `buffer_B`.
+def pack(tensors: Mapping[str, Tensor], views: Sequence[NamedTensor]) -> None:
+    """Copy a bucket's tensors into its views of a buffer, as `unpack` makes them.
 
-    A lone tensor that is laid out as it travels is returned as a view of itself, not copied.
     Conversion to the announced dtype and the move between devices happen in the copy.
     """
-    first = bucket.spans[0]
-    tensor = tensors[first.spec.name]
-    if (
-        len(bucket.spans) == 1
-        and tensor.is_contiguous()
-        and tensor.dtype == first.spec.dtype
-        and tensor.device == buffer_B.device
-    ):
-        return tensor.reshape(-1).view(torch.uint8)
-    for span in bucket.spans:
-        source = tensors[span.spec.name]
-        _view(buffer_B, span).copy_(source, non_blocking=True)
-    return buffer_B[: bucket.num_bytes]
+    targets = [view for _, view in views]
+    sources = [tensors[name] for name, _ in views]
+    torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+        targets, sources, non_blocking=True
+    )
 
 
 def unpack(bucket: Bucket, buffer_B: Tensor) -> list[NamedTensor]:
@@ -82,14 +77,14 @@ def unpack(bucket: Bucket, buffer_B: Tensor) -> list[NamedTensor]:
     return [(span.spec.name, _view(buffer_B, span)) for span in bucket.spans]
 
 
-class BufferPair:
-    """Two reused buffers: one is filled while the other travels."""
+class BufferRing:
+    """Reused buffers of equal size: one is filled while the others travel."""
 
     def __init__(self) -> None:
         self._buffers_B: list[Tensor] = []
 
     def reserve(self, buckets: Sequence[Bucket], device: torch.device, *, pinned: bool) -> None:
-        """Make both buffers hold the largest bucket; what is large enough is kept."""
+        """Make each buffer hold the largest bucket; what is large enough is kept."""
         num_bytes = max((bucket.num_bytes for bucket in buckets), default=0)
         kept = self._buffers_B
         if kept and kept[0].numel() >= num_bytes and kept[0].device.type == device.type:
@@ -97,16 +92,33 @@ class BufferPair:
         self._buffers_B = []
         self._buffers_B = [
             torch.empty(num_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
-            for _ in range(2)
+            for _ in range(NUM_BUFFERS)
         ]
 
     def get(self, bucket_index: int) -> Tensor:
         """The whole buffer, at least (B,), whose turn it is."""
-        return self._buffers_B[bucket_index % 2]
+        return self._buffers_B[bucket_index % NUM_BUFFERS]
 
     def discard(self) -> None:
-        """Let go of both: an aborted transfer may still write into them."""
+        """Let go of all: an aborted transfer may still write into them."""
         self._buffers_B = []
+
+
+class Views:
+    """Tensors in reused buffers: made once for each bucket, as long as the buffer stays."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Bucket, Tensor, list[NamedTensor]]] = {}
+
+    def of(self, bucket_index: int, bucket: Bucket, buffer_B: Tensor) -> list[NamedTensor]:
+        made = self._made.get(bucket_index)
+        if made is None or made[0] is not bucket or made[1] is not buffer_B:
+            made = bucket, buffer_B, unpack(bucket, buffer_B)
+            self._made[bucket_index] = made
+        return made[2]
+
+    def discard(self) -> None:
+        self._made = {}
 
 
 def _view(buffer_B: Tensor, span: Span) -> Tensor:

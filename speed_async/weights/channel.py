@@ -14,7 +14,10 @@ from speed_async.weights.canary import Canary
 
 NamedTensor = tuple[str, Tensor]
 LoadTensors = Callable[[Sequence[NamedTensor]], None]
-"""Copies one bucket of tensors into a model; the tensors are only valid during the call."""
+"""Copies one bucket of tensors into a model; the tensors are only valid during the call.
+
+A receiver that was made to write in place calls it with no tensors before it begins to.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

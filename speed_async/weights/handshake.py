@@ -8,6 +8,7 @@ Shape legend: B bytes of one message.
 
 import struct
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
@@ -16,10 +17,15 @@ from torch._C._distributed_c10d import Store
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
 from speed_async.weights.channel import NamedTensor
+from speed_async.weights.ipc_group import machine_identity, same_machine
 from speed_async.weights.manifest import (
     MAX_MANIFEST_BYTES,
+    Agreement,
     Manifest,
     accept_manifest,
+    describe,
+    describes,
+    digest_of,
     encode_manifest,
 )
 from speed_async.weights.membership import Absent, EpochGroup, StageFailed, wait_for_keys
@@ -28,14 +34,14 @@ from speed_async.weights.process_group import reach_store
 T = TypeVar("T")
 
 LENGTH = struct.Struct("<Q")
-HEAD_BYTES = 32 * 1024
-"""Size of the first message, so that most manifests take one broadcast and not two."""
+HEAD_BYTES = 4 * 1024
+"""Size of the first message: all of a manifest that names its tensors by digest."""
 GRACE_S = 0.5
 """How long, after a failure, the other side may take to say what it saw."""
 
 
-def collect(group: EpochGroup, stage: str, word: str, absence: str) -> dict[int, str]:
-    """One text from every receiver, by rank. Raises StageFailed naming who gave none."""
+def ask_all(group: EpochGroup, word: str, absence: str) -> "Future[dict[int, str]]":
+    """One text from every receiver, by rank; fails naming who gave none."""
     keys = _keys_by_rank(group, word)
 
     def call(store: Store) -> dict[int, str]:
@@ -48,29 +54,56 @@ def collect(group: EpochGroup, stage: str, word: str, absence: str) -> dict[int,
             for rank, answer in zip(keys, answers, strict=True)
         }
 
-    return group.wait(stage, group.on_store(call))
+    return group.on_store(call)
 
 
 def gather_members(group: EpochGroup, store: Store) -> None:
     """Sender: wait until every receiver is there, then make the process group with them."""
     stage = "rendezvous"
     group.wait(stage, group.connect(lambda: store))
-    collect(group, stage, "joined", "never joined")
+    identities = group.wait(stage, ask_all(group, "joined", "never joined"))
+    if group.offer.backend == "ipc":
+        ours = machine_identity()
+        wrong = {rank: same_machine(ours, theirs) for rank, theirs in identities.items()}
+        if elsewhere := [f"rank {rank} {why}" for rank, why in wrong.items() if why]:
+            raise sync_error(group.offer, f"rendezvous: {'; '.join(elsewhere)}")
     group.wait(stage, group.on_store(lambda store: store.set(group.key("go"), "")))
     group.wait(stage, group.build())
     group.formed = True
 
 
 def announce(group: EpochGroup, manifest: Manifest) -> None:
-    """Sender: broadcast the manifest and hear every receiver's verdict on it."""
-    for part in _manifest_parts(encode_manifest(manifest)):
-        message_B = torch.frombuffer(bytearray(part), dtype=torch.uint8)
-        group.wait("manifest", group.broadcast(group.placed(message_B)))
-    verdicts = collect(group, "manifest", "verdict", "did not answer")
+    """Sender: broadcast the manifest; its tensors by digest where the receivers know them."""
+    parts = _manifest_parts(encode_manifest(manifest, group.agreed))
+    messages_B = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts]
+    for future in group.broadcast(*map(group.placed, messages_B)):
+        group.wait("manifest", future)
+    if group.agreed is None or group.agreed.tensors != manifest.tensors:
+        group.agreed = Agreement(tensors=manifest.tensors, digest=digest_of(manifest.tensors))
+
+
+def hear_verdicts(group: EpochGroup) -> None:
+    """Sender: every receiver's verdict on the manifest. Raises WeightSyncError for a refusal."""
+    verdicts = group.wait("manifest", ask_all(group, "verdict", "did not answer"))
     refusals = {rank: f"rank {rank} refused: {text}" for rank, text in verdicts.items() if text}
     if refusals:
         reason = f"manifest: {'; '.join(refusals.values())}"
         raise sync_error(group.offer, reason, missing_ranks=[*refusals])
+
+
+def refusals_of(group: EpochGroup) -> dict[int, str]:
+    """Sender, after a failure: who refused this transfer meanwhile, and why; mostly nobody."""
+    keys = _keys_by_rank(group, "verdict")
+
+    def ask(store: Store) -> dict[int, str]:
+        given = {rank: store.get(key) for rank, key in keys.items() if store.check([key])}
+        return {
+            rank: f"rank {rank} refused: {text.decode(errors='replace')}"
+            for rank, text in given.items()
+            if text
+        }
+
+    return _ask(group, ask, {})
 
 
 def forget_verdicts(group: EpochGroup) -> None:
@@ -90,7 +123,8 @@ def join_epoch(group: EpochGroup) -> None:
     group.wait("rendezvous", group.connect(lambda: reach_store(group.offer)))
 
     def call(store: Store) -> str:
-        store.set(group.key("joined", 0, group.offer.rank), "")
+        identity = machine_identity() if group.offer.backend == "ipc" else ""
+        store.set(group.key("joined", 0, group.offer.rank), identity)
         if not wait_for_keys(store, [group.key("go")], group.offer.deadline_s):
             raise RuntimeError("the sender did not start this epoch")
         return store.get(group.key("go")).decode(errors="replace")
@@ -107,13 +141,12 @@ def receive_manifest(group: EpochGroup, expected: Sequence[NamedTensor]) -> Mani
 
     def receive(num_bytes: int) -> bytes:
         message_B = group.placed(torch.empty(num_bytes, dtype=torch.uint8))
-        group.wait("manifest", group.broadcast(message_B))
+        [came] = group.broadcast(message_B)
+        group.wait("manifest", came)
         return message_B.cpu().numpy().tobytes()
 
-    def answer(verdict: str) -> None:
-        key = group.key("verdict", group.num_transfers, group.offer.rank)
-        group.wait("manifest", group.on_store(lambda store: store.set(key, verdict)))
-
+    known = group.agreed
+    is_as_before = known is not None and describes(known.expected, expected, None)
     head = receive(HEAD_BYTES)
     (num_bytes,) = LENGTH.unpack_from(head)
     if num_bytes > MAX_MANIFEST_BYTES:
@@ -121,12 +154,31 @@ def receive_manifest(group: EpochGroup, expected: Sequence[NamedTensor]) -> Mani
     num_left = LENGTH.size + num_bytes - HEAD_BYTES
     payload = head[LENGTH.size :] + (receive(num_left) if num_left > 0 else b"")
     try:
-        manifest = accept_manifest(payload[:num_bytes], group.offer.policy_version, expected)
+        version = group.offer.policy_version
+        manifest = accept_manifest(
+            payload[:num_bytes], version, expected, known, is_as_before=is_as_before
+        )
     except WeightSyncError as error:
-        answer(str(error))
-        raise sync_error(group.offer, f"manifest: {error}") from error
-    answer("")
+        raise refuse(group, f"manifest: {error}", str(error)) from error
+    if known is None or known.tensors is not manifest.tensors:
+        group.agreed = Agreement(
+            tensors=manifest.tensors,
+            digest=digest_of(manifest.tensors),
+            expected=describe(expected, None),
+        )
+    _answer(group, "")  # nobody here waits for it
     return manifest
+
+
+def refuse(group: EpochGroup, text: str, verdict: str) -> WeightSyncError:
+    """Receiver: tell the sender why it takes no part in this transfer; the error to raise."""
+    group.wait("manifest", _answer(group, verdict))
+    return sync_error(group.offer, text)
+
+
+def _answer(group: EpochGroup, verdict: str) -> "Future[None]":
+    key = group.key("verdict", group.num_transfers, group.offer.rank)
+    return group.on_store(lambda store: store.set(key, verdict))
 
 
 def who_is_silent(group: EpochGroup, reason: str) -> list[int]:

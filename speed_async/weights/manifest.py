@@ -1,9 +1,11 @@
 """What one broadcast announces before its first byte: names, shapes, dtypes and bucket size.
 
 The manifest travels as JSON and is validated field by field. Which bucket a tensor is in follows
-from the manifest alone (see `buckets.plan_buckets`), so both ends derive the same layout.
+from the manifest alone (see `buckets.plan_buckets`), so both ends derive the same layout. The list
+of tensors, which is the long part, travels once an epoch; later manifests name it by its digest.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -61,6 +63,15 @@ class Manifest:
     canary: Canary | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agreement:
+    """The list of tensors that all members of an epoch know, and what its receiver expected."""
+
+    tensors: tuple[TensorSpec, ...]
+    digest: str
+    expected: tuple[TensorSpec, ...] = ()
+
+
 def named_weights(model: nn.Module) -> Iterator[NamedTensor]:
     """Each distinct parameter and buffer of the state dict once, detached, in layer order.
 
@@ -93,17 +104,36 @@ def describe(tensors: Sequence[NamedTensor], cast: torch.dtype | None) -> tuple[
     return specs
 
 
-def encode_manifest(manifest: Manifest) -> bytes:
-    """JSON bytes. Raises WeightSyncError when they exceed MAX_MANIFEST_BYTES."""
+def describes(
+    specs: Sequence[TensorSpec], tensors: Sequence[NamedTensor], cast: torch.dtype | None
+) -> bool:
+    """Whether `describe` would give these specs, much sooner than by asking it."""
+    return len(specs) == len(tensors) and all(
+        spec.name == name
+        and spec.shape == tensor.shape
+        and spec.dtype
+        == (cast if cast is not None and tensor.is_floating_point() else tensor.dtype)
+        for spec, (name, tensor) in zip(specs, tensors, strict=True)
+    )
+
+
+def digest_of(specs: Sequence[TensorSpec]) -> str:
+    """SHA-256 of a list of tensors, in hexadecimal."""
+    return hashlib.sha256(json.dumps(_rows(specs)).encode()).hexdigest()
+
+
+def encode_manifest(manifest: Manifest, known: Agreement | None = None) -> bytes:
+    """JSON bytes; the tensors' digest stands for them when they are those of `known`.
+
+    Raises WeightSyncError when the bytes exceed MAX_MANIFEST_BYTES.
+    """
+    digest = known.digest if known is not None and known.tensors == manifest.tensors else None
     payload = json.dumps(
         {
             "format": FORMAT_VERSION,
             "policy_version": manifest.policy_version,
             "bucket_bytes": manifest.bucket_bytes,
-            "tensors": [
-                [spec.name, str(spec.dtype).removeprefix("torch."), list(spec.shape)]
-                for spec in manifest.tensors
-            ],
+            "tensors": _rows(manifest.tensors) if digest is None else digest,
             "canary": _encode_canary(manifest.canary),
         }
     ).encode()
@@ -115,7 +145,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return payload
 
 
-def decode_manifest(payload: bytes) -> Manifest:
+def decode_manifest(payload: bytes, known: Agreement | None = None) -> Manifest:
     """Inverse of `encode_manifest`. Raises WeightSyncError for anything malformed."""
     if len(payload) > MAX_MANIFEST_BYTES:
         raise WeightSyncError(f"manifest of {len(payload)} bytes, more than {MAX_MANIFEST_BYTES}")
@@ -125,30 +155,39 @@ def decode_manifest(payload: bytes) -> Manifest:
                 "format": 2,
                 "policy_version": int(policy_version),
                 "bucket_bytes": int(bucket_bytes),
-                "tensors": list(rows),
+                "tensors": list() | str() as tensors,
                 "canary": canary_value,
             } if bucket_bytes > 0:
-                specs = tuple(_decode_spec(row) for row in rows)
+                specs = _decode_tensors(tensors, known)
                 canary = _decode_canary(canary_value)
             case _:
                 raise WeightSyncError(f"manifest is not of format {FORMAT_VERSION}")
     except (ValueError, RecursionError) as error:
         raise WeightSyncError(f"manifest is not JSON: {error}") from error
-    _check_names(specs)
     return Manifest(
         policy_version=policy_version, bucket_bytes=bucket_bytes, tensors=specs, canary=canary
     )
 
 
 def accept_manifest(
-    payload: bytes, policy_version: int, expected: Sequence[NamedTensor]
+    payload: bytes,
+    policy_version: int,
+    expected: Sequence[NamedTensor],
+    known: Agreement | None = None,
+    *,
+    is_as_before: bool = False,
 ) -> Manifest:
-    """The manifest, if it is what this receiver waits for; WeightSyncError says why not."""
-    manifest = decode_manifest(payload)
+    """The manifest, if it is what this receiver waits for; WeightSyncError says why not.
+
+    `is_as_before` says that `expected` is what it was when the list of `known` was accepted.
+    """
+    manifest = decode_manifest(payload, known)
     if manifest.policy_version != policy_version:
         raise WeightSyncError(
             f"policy version {manifest.policy_version} came, {policy_version} was offered"
         )
+    if is_as_before and known is not None and manifest.tensors is known.tensors:
+        return manifest
     if differs := difference(manifest.tensors, expected):
         raise WeightSyncError(differs)
     return manifest
@@ -172,6 +211,20 @@ def difference(announced: Sequence[TensorSpec], expected: Sequence[NamedTensor])
         "different": differing,
     }
     return "; ".join(f"{label}: {_shorten(names)}" for label, names in parts.items() if names)
+
+
+def _rows(specs: Sequence[TensorSpec]) -> list[list[object]]:
+    return [[spec.name, str(spec.dtype).removeprefix("torch."), list(spec.shape)] for spec in specs]
+
+
+def _decode_tensors(tensors: list[object] | str, known: Agreement | None) -> tuple[TensorSpec, ...]:
+    if isinstance(tensors, str):
+        if known is None or tensors != known.digest:
+            raise WeightSyncError(f"manifest names tensors {tensors[:64]}: not announced before")
+        return known.tensors
+    specs = tuple(_decode_spec(row) for row in tensors)
+    _check_names(specs)
+    return specs
 
 
 def _decode_spec(row: object) -> TensorSpec:

@@ -26,7 +26,9 @@ from torch.distributed import DistStoreError
 
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
-from speed_async.weights.buckets import Bucket, BufferPair
+from speed_async.weights.buckets import Bucket, BufferRing, Views, plan_buckets
+from speed_async.weights.ipc_group import IpcGroup
+from speed_async.weights.manifest import Agreement, Manifest
 from speed_async.weights.process_group import broadcast_from_sender, make_group
 
 T = TypeVar("T")
@@ -94,7 +96,10 @@ class EpochGroup:
         self.formed = False
         self.stuck = False
         self.num_transfers = 0
+        self.agreed: Agreement | None = None
+        self._plan: tuple[Manifest, tuple[Bucket, ...]] | None = None
         self._announced = False
+        self._broken = ""
         self._device = device
         self._store: Store | None = None  # this and the group are touched by the lane alone
         self._group: Any = None
@@ -103,6 +108,28 @@ class EpochGroup:
     @property
     def receiver_ranks(self) -> range:
         return range(1, self.offer.world_size)
+
+    @property
+    def ipc(self) -> IpcGroup:
+        """The members' sockets, once formed: their calls keep deadlines and need no lane."""
+        assert isinstance(self._group, IpcGroup)
+        return self._group
+
+    @property
+    def last_plan(self) -> tuple[Bucket, ...]:
+        """The buckets of the transfer before this one; none in the first of an epoch."""
+        return self._plan[1] if self._plan else ()
+
+    def plan(self, manifest: Manifest) -> tuple[Bucket, ...]:
+        """Buckets of these tensors; the very same ones while the manifest stays what it was."""
+        kept = self._plan
+        if kept is None or (kept[0].tensors, kept[0].bucket_bytes) != (
+            manifest.tensors,
+            manifest.bucket_bytes,
+        ):
+            kept = manifest, plan_buckets(manifest.tensors, manifest.bucket_bytes)
+            self._plan = kept
+        return kept[1]
 
     def key(self, *parts: object) -> str:
         return "/".join(map(str, (f"epoch-{self.offer.epoch}", *parts)))
@@ -130,14 +157,41 @@ class EpochGroup:
 
         return self.on_store(call)
 
-    def broadcast(self, buffer_B: Tensor) -> "Future[None]":
-        """Send from rank 0, or receive into `buffer_B`, (B,) uint8. Nothing for B = 0."""
+    def broadcast(self, *buffers_B: Tensor) -> "list[Future[None]]":
+        """Send from rank 0, or receive into `buffers_B`, (B,) uint8 each; a future for each.
+
+        Empty ones do not travel. With ipc all is done when this returns: what follows uses the
+        same sockets, from here.
+        """
+        futures: list[Future[None]] = [Future() for _ in buffers_B]
+        full = [index for index, buffer_B in enumerate(buffers_B) if buffer_B.numel()]
+
+        def moved(place: int) -> None:
+            futures[full[place]].set_result(None)
 
         def call() -> None:
-            offer = self.offer
-            broadcast_from_sender(self._group, buffer_B, offer.deadline_s, offer.backend)
+            offer, travelling = self.offer, [buffers_B[index] for index in full]
+            try:
+                if self._broken:  # the lane has better things to do than to wait once more
+                    raise RuntimeError(f"an earlier broadcast failed: {self._broken}")
+                broadcast_from_sender(
+                    self._group, travelling, offer.deadline_s, offer.backend, moved
+                )
+            except RuntimeError as error:
+                self._broken = self._broken or str(error).partition("\n")[0]
+                # The frames below hold the process group, which must be freed to wake its members.
+                traceback.clear_frames(error.__traceback__)
+                for future in futures:
+                    if not future.done():
+                        future.set_exception(error)
 
-        return self._lane.submit(call if buffer_B.numel() else lambda: None)
+        for index in set(range(len(buffers_B))).difference(full):
+            futures[index].set_result(None)
+        if self.offer.backend == "ipc":
+            call()
+        else:
+            self._lane.submit(call)
+        return futures
 
     def placed(self, message_B: Tensor) -> Tensor:
         """The message where the backend can take it from or put it."""
@@ -155,6 +209,14 @@ class EpochGroup:
             reason = str(error).partition("\n")[0][:200] or type(error).__name__
             ranks = error.ranks if isinstance(error, Absent) else ()
             raise StageFailed(stage, time.monotonic() - began_s, reason, ranks) from error
+
+    def attempt(self, stage: str, call: Callable[[], T]) -> T:
+        """Result of a call that keeps its own deadline. Raises StageFailed when it fails."""
+        began_s = time.monotonic()
+        try:
+            return call()
+        except RuntimeError as error:
+            raise StageFailed(stage, time.monotonic() - began_s, str(error)[:200]) from error
 
     def announce_end(self, reason: str) -> None:
         """Tell the others, once, why this member takes part no more; free the process group.
@@ -198,7 +260,8 @@ class Membership:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._buffers = BufferPair()
+        self.views = Views()
+        self._buffers = BufferRing()
         self._group: EpochGroup | None = None
         self._lost: tuple[int, str] | None = None
 
@@ -218,11 +281,14 @@ class Membership:
                 group.announce_end(reason)
                 self._leave()
 
-    def reserve(self, group: EpochGroup, buckets: Sequence[Bucket]) -> BufferPair:
-        """Buffers for these buckets: host memory for gloo, device memory for NCCL."""
-        on_device = group.offer.backend == "nccl"
-        device = self._device if on_device else torch.device("cpu")
-        pinned = self._device.type == "cuda" and not on_device
+    def travels_from(self, group: EpochGroup) -> torch.device:
+        """Where bytes lie when they leave or arrive: host memory for gloo, a GPU's for NCCL."""
+        return torch.device("cpu") if group.offer.backend == "gloo" else self._device
+
+    def reserve(self, group: EpochGroup, buckets: Sequence[Bucket]) -> BufferRing:
+        """Buffers for these buckets, where they travel from."""
+        device = self.travels_from(group)
+        pinned = self._device.type == "cuda" and device.type == "cpu"
         self._buffers.reserve(buckets, device, pinned=pinned)
         return self._buffers
 
@@ -262,6 +328,7 @@ class Membership:
         self._group.drop()
         self._group = None
         self._buffers.discard()  # the lane may still write into them
+        self.views.discard()
 
 
 def wait_for_keys(store: Store, keys: Sequence[str], timeout_s: float) -> bool:

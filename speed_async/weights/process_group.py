@@ -1,37 +1,50 @@
 """torch.distributed groups made without `init_process_group`, and the store they meet at."""
 
 import socket
+import sys
 import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroupGloo, Store, TCPStore
 
 from speed_async.errors import ConfigError, WeightSyncError
-from speed_async.types import WeightOffer
+from speed_async.types import WeightBackend, WeightOffer
+from speed_async.weights.ipc_group import host_ipc, join_ipc
 
-Backend = Literal["gloo", "nccl"]
-
+NUM_UNDER_WAY = 2
 NCCL_POLL_S = 0.0005
 NCCL_WATCHDOG_FACTOR = 10
 """The NCCL watchdog ends the whole process at its timeout, so it must never come first."""
 
 
 def choose_backend(
-    configured: str, learner_device: str, *, num_visible_gpus: int, num_local_ranks: int = 2
-) -> Backend:
-    """Backend of all epochs of a run.
+    configured: str,
+    learner_device: str,
+    *,
+    num_visible_gpus: int,
+    num_local_ranks: int = 2,
+    num_ranks: int | None = None,
+    actors_device: str = "auto",
+) -> WeightBackend:
+    """Backend of all epochs of a run; `num_ranks` None means that all ranks are local.
 
     "auto" is nccl when every local rank can have a GPU of its own (NCCL refuses two ranks on
-    one), gloo otherwise. Raises ConfigError when nccl is asked for and cannot work.
+    one); ipc when learner and actors, all on one machine, share GPUs; gloo otherwise. On a CPU ipc
+    is faster (docs/figures.md), but serves one machine only, which late joiners need not be on.
+    Raises ConfigError when nccl or ipc is asked for and cannot work.
     """
     own_gpus = learner_device.startswith("cuda") and num_visible_gpus >= num_local_ranks
+    one_machine = num_ranks is None or num_ranks == num_local_ranks
     match configured:
-        case "auto":
-            return "nccl" if own_gpus else "gloo"
-        case "gloo":
+        case "auto" if own_gpus:
+            return "nccl"
+        case "auto" if learner_device.startswith("cuda") and one_machine and actors_device != "cpu":
+            return "ipc"
+        case "auto" | "gloo":
             return "gloo"
         case "nccl" if own_gpus:
             return "nccl"
@@ -42,8 +55,22 @@ def choose_backend(
                 f"needs a GPU for each of {num_local_ranks} ranks, but the learner runs on"
                 f" '{learner_device}' and {num_visible_gpus} GPUs are visible; use 'auto'",
             )
+        case "ipc":
+            return _check_ipc(learner_device, one_machine=one_machine, actors_device=actors_device)
         case _:
-            raise ConfigError("weights.backend", configured, "use 'auto', 'gloo' or 'nccl'")
+            raise ConfigError("weights.backend", configured, "use 'auto', 'gloo', 'nccl' or 'ipc'")
+
+
+def _check_ipc(learner_device: str, *, one_machine: bool, actors_device: str) -> WeightBackend:
+    if not sys.platform.startswith("linux"):
+        remedy = f"needs Linux, and this is '{sys.platform}'; use 'auto'"
+    elif not one_machine:
+        remedy = "needs all ranks on one machine, and this run has several nodes; use 'auto'"
+    elif learner_device.startswith("cuda") and actors_device == "cpu":
+        remedy = "would share GPU memory with actors.device = 'cpu'; use 'auto'"
+    else:
+        return "ipc"
+    raise ConfigError("weights.backend", "ipc", remedy)
 
 
 def host_store(host: str, timeout_s: float) -> TCPStore:
@@ -88,6 +115,8 @@ def make_group(store: Store, offer: WeightOffer, device: torch.device) -> Any:
     """
     if offer.backend == "nccl":
         return _nccl_group(store, offer, device)
+    if offer.backend == "ipc":
+        return join_ipc(store, offer) if offer.rank else host_ipc(store, offer)
     # Gloo's default device is whatever the machine's own name resolves to, which other nodes
     # often cannot reach; the interface that reaches the store is one they can.
     gloo: Any = ProcessGroupGloo  # its options are missing from the stubs
@@ -97,13 +126,34 @@ def make_group(store: Store, offer: WeightOffer, device: torch.device) -> Any:
     return gloo(store, offer.rank, offer.world_size, options)
 
 
-def broadcast_from_sender(group: Any, buffer_B: Tensor, deadline_s: float, backend: str) -> None:
-    """Send from rank 0, or receive into `buffer_B`, (B,) uint8; blocks until done.
+def broadcast_from_sender(
+    group: Any,
+    buffers_B: Sequence[Tensor],
+    deadline_s: float,
+    backend: str,
+    moved: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Send from rank 0, or receive into `buffers_B`, (B,) uint8 each; blocks until all are done.
 
-    Raises RuntimeError when a member is lost or the deadline passes.
+    Two are under way at once, so that the wire does not wait for the next one to be started.
+    `moved` is called with the index of each, in order, as soon as it is through.
+    Raises RuntimeError when a member is lost or the deadline of one of them passes.
     """
+    if backend == "ipc":
+        for index, buffer_B in enumerate(buffers_B):
+            group.broadcast(buffer_B, deadline_s)
+            moved(index)
+        return
     timeout = timedelta(seconds=deadline_s)
-    work = group.broadcast(buffer_B, 0, timeout)
+    works: list[Any] = []
+    for index in range(len(buffers_B)):
+        for buffer_B in buffers_B[len(works) : index + NUM_UNDER_WAY]:
+            works.append(group.broadcast(buffer_B, 0, timeout))
+        _await_work(works[index], deadline_s, backend)
+        moved(index)
+
+
+def _await_work(work: Any, deadline_s: float, backend: str) -> None:
     if backend == "nccl":
         # NCCL's own wait only orders streams; the caller needs to know that bytes have moved.
         end_s = time.monotonic() + deadline_s
@@ -111,7 +161,7 @@ def broadcast_from_sender(group: Any, buffer_B: Tensor, deadline_s: float, backe
             if time.monotonic() > end_s:
                 raise RuntimeError("Operation timed out!")
             time.sleep(NCCL_POLL_S)
-    work.wait(timeout)
+    work.wait(timedelta(seconds=deadline_s))
 
 
 def _nccl_group(store: Store, offer: WeightOffer, device: torch.device) -> Any:
