@@ -85,10 +85,10 @@ def measure(
 
     def send_each() -> None:
         for _, tensor in scattered:
-            broadcast_from_sender(group, tensor, DEADLINE_S, "gloo")
+            broadcast_from_sender(group, [tensor], DEADLINE_S, "gloo")
 
     contestants: dict[str, Callable[[], object]] = {
-        "flat": lambda: broadcast_from_sender(group, one, DEADLINE_S, "gloo"),
+        "flat": lambda: broadcast_from_sender(group, [one], DEADLINE_S, "gloo"),
         "each": send_each,
         "memcpy": lambda: raw_offer.rank == 0 and copy.copy_(source),
     }

@@ -170,10 +170,8 @@ class WeightOffer:
 
 def weight_backend(text: str) -> WeightBackend:
     """The backend that a message names. Raises WeightSyncError for one that is not known."""
-    match text:
-        case "gloo" | "nccl" | "ipc":
-            return text
-        case _:
-            raise WeightSyncError(
-                f"weight backend '{text[:40]}' is not known: do all ranks run the same version?"
-            )
+    if text == "gloo" or text == "nccl" or text == "ipc":
+        return text
+    raise WeightSyncError(
+        f"weight backend '{text[:40]}' is not known: do all ranks run the same version?"
+    )

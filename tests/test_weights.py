@@ -324,6 +324,12 @@ def test_a_receiver_that_ends_in_mid_transfer_is_named_and_the_next_epoch_works(
             assert time.monotonic() - began_s < 2.5
 
 
+def end(process: subprocess.Popen[str], fatal_signal: signal.Signals) -> None:
+    """Returns when the process has in fact stopped, or is gone; it may have been before."""
+    os.kill(process.pid, fatal_signal)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+
 @pytest.mark.parametrize("fatal_signal", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
 def test_a_sender_that_ends_in_mid_transfer_is_named_and_the_receiver_joins_another(
@@ -348,7 +354,7 @@ def test_a_sender_that_ends_in_mid_transfer_is_named_and_the_receiver_joins_anot
         second = replace(offer, policy_version=2, deadline_s=1.5)
         began_s = time.monotonic()
         with pytest.raises(WeightSyncError, match=r"bucket \d of 6 failed .* waiting for rank 0"):
-            receiver.receive(second, expected, lambda _: process.send_signal(fatal_signal))
+            receiver.receive(second, expected, lambda _: end(process, fatal_signal))
         assert time.monotonic() - began_s < 5.0
         # A killed store refuses; a stopped one accepts, and never answers.
         began_s = time.monotonic()

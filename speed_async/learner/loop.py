@@ -68,7 +68,7 @@ class LearnerLoop:
         self._link = link
         self._updates = updates
         self._sender = sender
-        self._backend = backend
+        self._backend: WeightBackend = backend
         self._stop = stop
         self._clock = clock
         self._version = 0

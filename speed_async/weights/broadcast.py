@@ -151,6 +151,7 @@ class TorchSender:
                 packed_B = buffer_B[: bucket.num_bytes]
             members.settle()
             outgoing.pass_on(index, packed_B)
+        outgoing.flush()
         return outgoing
 
     def _outgoing(self, group: EpochGroup, buckets: Sequence[Bucket]) -> Outgoing:
@@ -271,12 +272,11 @@ class TorchReceiver:
         if group.offer.backend == "ipc":
             return SharedIncoming(group, buckets, self._device)
         device = self._membership.travels_from(group)
-        buffers = self._membership.reserve(group, buckets)
-        places = [
-            target.home_B if target and target.home_B.device == device else buffers.get(index)
-            for index, target in enumerate(targets)
+        homes = [
+            target.home_B if target and target.home_B.device == device else None
+            for target in targets
         ]
-        return GroupIncoming(group, buckets, places)
+        return GroupIncoming(group, buckets, homes, self._membership.reserve(group, buckets))
 
 
 def _report(buckets: Sequence[Bucket], transfer_s: float) -> TransferReport:

@@ -67,7 +67,9 @@ def pack(tensors: Mapping[str, Tensor], views: Sequence[NamedTensor]) -> None:
     """
     targets = [view for _, view in views]
     sources = [tensors[name] for name, _ in views]
-    torch._foreach_copy_(targets, sources, non_blocking=True)
+    torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+        targets, sources, non_blocking=True
+    )
 
 
 def unpack(bucket: Bucket, buffer_B: Tensor) -> list[NamedTensor]:

@@ -79,7 +79,7 @@ def announce(group: EpochGroup, manifest: Manifest) -> bool:
     sent: list[Future[None]] = []
     for part in _manifest_parts(encode_manifest(manifest, group.agreed)):
         message_B = torch.frombuffer(bytearray(part), dtype=torch.uint8)
-        sent.append(group.broadcast(group.placed(message_B)))
+        sent += group.broadcast(group.placed(message_B))
     if are_news:
         for future in sent:
             group.wait("manifest", future)
@@ -150,7 +150,8 @@ def receive_manifest(group: EpochGroup, expected: Sequence[NamedTensor]) -> Mani
 
     def receive(num_bytes: int) -> bytes:
         message_B = group.placed(torch.empty(num_bytes, dtype=torch.uint8))
-        group.wait("manifest", group.broadcast(message_B))
+        [came] = group.broadcast(message_B)
+        group.wait("manifest", came)
         return message_B.cpu().numpy().tobytes()
 
     known = group.agreed

@@ -125,13 +125,13 @@ def encode_manifest(manifest: Manifest, known: Agreement | None = None) -> bytes
 
     Raises WeightSyncError when the bytes exceed MAX_MANIFEST_BYTES.
     """
-    is_known = known is not None and known.tensors == manifest.tensors
+    digest = known.digest if known is not None and known.tensors == manifest.tensors else None
     payload = json.dumps(
         {
             "format": FORMAT_VERSION,
             "policy_version": manifest.policy_version,
             "bucket_bytes": manifest.bucket_bytes,
-            "tensors": known.digest if is_known else _rows(manifest.tensors),
+            "tensors": _rows(manifest.tensors) if digest is None else digest,
         }
     ).encode()
     if len(payload) > MAX_MANIFEST_BYTES:

@@ -145,19 +145,38 @@ class EpochGroup:
 
         return self.on_store(call)
 
-    def broadcast(self, buffer_B: Tensor) -> "Future[None]":
-        """Send from rank 0, or receive into `buffer_B`, (B,) uint8. Nothing for B = 0.
+    def broadcast(self, *buffers_B: Tensor) -> "list[Future[None]]":
+        """Send from rank 0, or receive into `buffers_B`, (B,) uint8 each; a future for each.
 
-        With ipc it is done when this returns: what follows uses the same sockets, from here.
+        Empty ones do not travel. With ipc all is done when this returns: what follows uses the
+        same sockets, from here.
         """
+        futures: list[Future[None]] = [Future() for _ in buffers_B]
+        full = [index for index, buffer_B in enumerate(buffers_B) if buffer_B.numel()]
+
+        def moved(place: int) -> None:
+            futures[full[place]].set_result(None)
 
         def call() -> None:
-            offer = self.offer
-            broadcast_from_sender(self._group, buffer_B, offer.deadline_s, offer.backend)
+            offer, travelling = self.offer, [buffers_B[index] for index in full]
+            try:
+                broadcast_from_sender(
+                    self._group, travelling, offer.deadline_s, offer.backend, moved
+                )
+            except RuntimeError as error:
+                # The frames below hold the process group, which must be freed to wake its members.
+                traceback.clear_frames(error.__traceback__)
+                for future in futures:
+                    if not future.done():
+                        future.set_exception(error)
 
+        for index in set(range(len(buffers_B))).difference(full):
+            futures[index].set_result(None)
         if self.offer.backend == "ipc":
-            return done_here(call)
-        return self._lane.submit(call if buffer_B.numel() else lambda: None)
+            call()
+        else:
+            self._lane.submit(call)
+        return futures
 
     def placed(self, message_B: Tensor) -> Tensor:
         """The message where the backend can take it from or put it."""
@@ -294,16 +313,6 @@ class Membership:
         self._group = None
         self._buffers.discard()  # the lane may still write into them
         self.views.discard()
-
-
-def done_here(call: Callable[[], T]) -> "Future[T]":
-    """The future of a call that was made by this thread."""
-    future: Future[T] = Future()
-    try:
-        future.set_result(call())
-    except RuntimeError as error:
-        future.set_exception(error)
-    return future
 
 
 def wait_for_keys(store: Store, keys: Sequence[str], timeout_s: float) -> bool:

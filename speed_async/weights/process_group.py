@@ -3,6 +3,7 @@
 import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ from speed_async.errors import ConfigError, WeightSyncError
 from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weights.ipc_group import host_ipc, join_ipc
 
+NUM_UNDER_WAY = 2
 NCCL_POLL_S = 0.0005
 NCCL_WATCHDOG_FACTOR = 10
 """The NCCL watchdog ends the whole process at its timeout, so it must never come first."""
@@ -124,16 +126,34 @@ def make_group(store: Store, offer: WeightOffer, device: torch.device) -> Any:
     return gloo(store, offer.rank, offer.world_size, options)
 
 
-def broadcast_from_sender(group: Any, buffer_B: Tensor, deadline_s: float, backend: str) -> None:
-    """Send from rank 0, or receive into `buffer_B`, (B,) uint8; blocks until done.
+def broadcast_from_sender(
+    group: Any,
+    buffers_B: Sequence[Tensor],
+    deadline_s: float,
+    backend: str,
+    moved: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Send from rank 0, or receive into `buffers_B`, (B,) uint8 each; blocks until all are done.
 
-    Raises RuntimeError when a member is lost or the deadline passes.
+    Two are under way at once, so that the wire does not wait for the next one to be started.
+    `moved` is called with the index of each, in order, as soon as it is through.
+    Raises RuntimeError when a member is lost or the deadline of one of them passes.
     """
     if backend == "ipc":
-        group.broadcast(buffer_B, deadline_s)
+        for index, buffer_B in enumerate(buffers_B):
+            group.broadcast(buffer_B, deadline_s)
+            moved(index)
         return
     timeout = timedelta(seconds=deadline_s)
-    work = group.broadcast(buffer_B, 0, timeout)
+    works: list[Any] = []
+    for index in range(len(buffers_B)):
+        for buffer_B in buffers_B[len(works) : index + NUM_UNDER_WAY]:
+            works.append(group.broadcast(buffer_B, 0, timeout))
+        _await_work(works[index], deadline_s, backend)
+        moved(index)
+
+
+def _await_work(work: Any, deadline_s: float, backend: str) -> None:
     if backend == "nccl":
         # NCCL's own wait only orders streams; the caller needs to know that bytes have moved.
         end_s = time.monotonic() + deadline_s
@@ -141,7 +161,7 @@ def broadcast_from_sender(group: Any, buffer_B: Tensor, deadline_s: float, backe
             if time.monotonic() > end_s:
                 raise RuntimeError("Operation timed out!")
             time.sleep(NCCL_POLL_S)
-    work.wait(timeout)
+    work.wait(timedelta(seconds=deadline_s))
 
 
 def _nccl_group(store: Store, offer: WeightOffer, device: torch.device) -> Any:

@@ -61,6 +61,9 @@ class SharedOutgoing:
         self._ipc.num_passed_on += 1
         self._ipc.num_passed_on_at[index % NUM_BUFFERS] = self._ipc.num_passed_on
 
+    def flush(self) -> None:
+        """Nothing is held back."""
+
     def finish(self) -> None:
         """Nothing: who still loads the last buckets may, while the sender goes on."""
 

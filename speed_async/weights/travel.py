@@ -34,6 +34,10 @@ class Outgoing(Protocol):
         """Let the receivers have bucket `index`; it must not change until `finish`."""
         ...
 
+    def flush(self) -> None:
+        """Let nothing that was passed on wait for more."""
+        ...
+
     def finish(self) -> None:
         """Wait until every bucket has left. Raises StageFailed."""
         ...
@@ -59,14 +63,21 @@ class GroupOutgoing:
     def __init__(self, group: EpochGroup, buckets: Sequence[Bucket], buffers: BufferRing) -> None:
         self._group, self._buckets, self._buffers = group, buckets, buffers
         self._in_flight: list[Future[None]] = []
+        self._held: list[Tensor] = []
         self._num_gone = 0
 
     def borrow(self, index: int) -> Tensor:
+        self.flush()
         self._wait_until_gone(index - NUM_BUFFERS)
         return self._buffers.get(index)
 
     def pass_on(self, index: int, packed_B: Tensor) -> None:
-        self._in_flight.append(self._group.broadcast(packed_B))
+        self._held.append(packed_B)  # what needs no packing leaves in one go
+
+    def flush(self) -> None:
+        if self._held:
+            self._in_flight += self._group.broadcast(*self._held)
+            self._held = []
 
     def finish(self) -> None:
         self._wait_until_gone(len(self._buckets) - 1)
@@ -81,25 +92,40 @@ class GroupIncoming:
     """Receives broadcasts of the epoch's process group; satisfies `Incoming`."""
 
     def __init__(
-        self, group: EpochGroup, buckets: Sequence[Bucket], places: Sequence[Tensor]
+        self,
+        group: EpochGroup,
+        buckets: Sequence[Bucket],
+        homes: Sequence[Tensor | None],
+        buffers: BufferRing,
     ) -> None:
-        """`places`: where each bucket is received to, at least (B,) uint8."""
-        self._group, self._buckets, self._places = group, buckets, places
+        """`homes`: where each bucket is received to, (B,) uint8; None: into a buffer."""
+        self._group, self._buckets, self._homes, self._buffers = group, buckets, homes, buffers
         self._in_flight: list[Future[None]] = []
-        for index in range(min(NUM_BUFFERS, len(buckets))):
-            self._post(index)
+        self._places: list[Tensor] = []
+        self._num_released = 0
+        self._post()
 
     def take(self, index: int) -> Tensor:
         self._group.wait(stage_of(index, self._buckets), self._in_flight[index])
         return self._places[index]
 
     def release(self, index: int) -> None:
-        if index + NUM_BUFFERS < len(self._buckets):
-            self._post(index + NUM_BUFFERS)
+        self._num_released = index + 1
+        self._post()
 
-    def _post(self, index: int) -> None:
-        num_bytes = self._buckets[index].num_bytes
-        self._in_flight.append(self._group.broadcast(self._places[index][:num_bytes]))
+    def _post(self) -> None:
+        """Let come all buckets, in order, for which there is a place."""
+        first = len(self._places)
+        for index in range(first, len(self._buckets)):
+            home_B = self._homes[index]
+            if home_B is None and index >= self._num_released + NUM_BUFFERS:
+                break
+            self._places.append(self._buffers.get(index) if home_B is None else home_B)
+        news = zip(self._buckets[first:], self._places[first:], strict=False)
+        if len(self._places) > first:
+            self._in_flight += self._group.broadcast(
+                *(place_B[: bucket.num_bytes] for bucket, place_B in news)
+            )
 
 
 def stage_of(index: int, buckets: Sequence[Bucket]) -> str:
