@@ -39,10 +39,48 @@ class Loaded:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     buckets: list[list[str]] = field(default_factory=list)
+    devices: set[str] = field(default_factory=set)
 
     def load(self, tensors: Sequence[NamedTensor]) -> None:
         self.buckets.append([name for name, _ in tensors])
+        self.devices |= {tensor.device.type for _, tensor in tensors}
         self.tensors.update({name: tensor.to("cpu", copy=True) for name, tensor in tensors})
+
+
+def mixed_tensors() -> list[NamedTensor]:
+    """Everything that may be in a state dict; with 1,024-byte buckets one is larger than that."""
+    generator = torch.Generator().manual_seed(7)
+    return [
+        ("embed", torch.randn(40, 10, generator=generator)),  # 1,600 bytes
+        ("norm", torch.tensor([0.5, -0.0, float("nan"), 3e38]).to(torch.bfloat16)),
+        ("steps", torch.tensor(2**40 + 1)),
+        ("empty", torch.empty(0, 8)),
+        ("transposed", torch.randn(6, 8, generator=generator).t()),
+        ("flags", torch.tensor([True, False, True])),
+        ("ids", torch.arange(-3, 60, dtype=torch.int64)),
+        ("head", torch.randn(12, 12, generator=generator).to(torch.bfloat16)),
+    ]
+
+
+def send_to(
+    channel: "Channel", offer: WeightOffer, tensors: Sequence[NamedTensor]
+) -> dict[int, Loaded]:
+    """A transfer to all ranks that has to succeed; what each of them loaded."""
+    loaded = {rank: Loaded() for rank in range(1, offer.world_size)}
+    expected = dict.fromkeys(loaded, tensors)
+    outcomes = channel.transfer(
+        offer, tensors, expected, {rank: each.load for rank, each in loaded.items()}
+    )
+    assert [type(outcomes[rank]) for rank in range(offer.world_size)] == (
+        [TransferReport] * offer.world_size
+    ), outcomes
+    return loaded
+
+
+def assert_arrived(loaded: Loaded, tensors: Sequence[NamedTensor]) -> None:
+    assert set(loaded.tensors) == {name for name, _ in tensors}
+    for name, tensor in tensors:
+        assert same_bits(loaded.tensors[name], tensor), name
 
 
 class Stage(Protocol):
@@ -58,7 +96,7 @@ class Stage(Protocol):
 
 
 class TorchStage:
-    """All members on the CPU; with nccl each on a GPU of its own."""
+    """Members on the devices given: by default on the CPU, with nccl each on a GPU of its own."""
 
     def __init__(
         self,
@@ -67,9 +105,12 @@ class TorchStage:
         cast: torch.dtype | None = None,
         *,
         in_place: bool = False,
+        devices: Sequence[str] = (),
     ) -> None:
         self.backend: WeightBackend = backend
-        self._num_devices = 0
+        self._devices = iter(
+            devices or [f"cuda:{i}" if backend == "nccl" else "cpu" for i in range(MAX_MEMBERS)]
+        )
         self._in_place = in_place
         self.sender = TorchSender(
             host="127.0.0.1", bucket_bytes=bucket_bytes, device=self._next_device(), cast=cast
@@ -79,8 +120,7 @@ class TorchStage:
         return TorchReceiver(device=self._next_device(), in_place=self._in_place)
 
     def _next_device(self) -> torch.device:
-        self._num_devices += 1
-        return torch.device(f"cuda:{self._num_devices - 1}" if self.backend == "nccl" else "cpu")
+        return torch.device(next(self._devices))
 
 
 class MemoryStage:

@@ -239,15 +239,17 @@ class TorchReceiver:
         load: LoadTensors,
     ) -> None:
         members = self._membership
-        incoming = self._incoming(group, buckets)
+        incoming, begun = self._incoming(group, buckets), False
         for index, (bucket, target) in enumerate(zip(buckets, targets, strict=True)):
             came_B = incoming.take(index)
             if target is None:
                 load(members.views.of(index, bucket, came_B))
             else:
-                load([])
+                if not begun:
+                    load([])
                 target.home_B.copy_(came_B[: bucket.num_bytes], non_blocking=True)
                 load(target.tensors)
+            begun = True
             members.settle()
             incoming.release(index)
 

@@ -2,21 +2,18 @@
 
 torch's store and process groups can block past every timeout they are given (a store whose host
 process is stopped never answers a cancelled wait; destructors join their threads). So one daemon
-thread, the lane, owns store and group, and whoever uses them only waits on futures. A lane that
-is stuck is left behind with what it holds.
+thread, the lane, owns store and group, and whoever uses them only waits on futures.
 
 Shape legend: B bytes of one bucket or message.
 """
 
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +25,7 @@ from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
 from speed_async.weights.buckets import Bucket, BufferRing, Views, plan_buckets
 from speed_async.weights.ipc_group import IpcGroup
+from speed_async.weights.lane import Lane
 from speed_async.weights.manifest import Agreement, Manifest
 from speed_async.weights.process_group import broadcast_from_sender, make_group
 
@@ -55,37 +53,6 @@ class Absent(RuntimeError):
     def __init__(self, ranks: Sequence[int], absence: str) -> None:
         super().__init__(f"{name_ranks(ranks)} {absence}")
         self.ranks = tuple(ranks)
-
-
-class Lane:
-    """A daemon thread that runs calls one after another. `stop` never waits."""
-
-    def __init__(self, name: str) -> None:
-        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(self, call: Callable[[], T]) -> "Future[T]":
-        future: Future[T] = Future()
-        self._calls.put((call, future))
-        return future
-
-    def stop(self) -> None:
-        self._calls.put(None)
-
-    def join(self, timeout_s: float) -> None:
-        self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        while (item := self._calls.get()) is not None:
-            call, future = item
-            try:
-                future.set_result(call())
-            except Exception as error:  # a task boundary: the error belongs to who waits
-                # The frames below hold the process group, which must be freed to wake its members.
-                traceback.clear_frames(error.__traceback__)
-                future.set_exception(error)
-            del item, call, future  # or the last call's buffer would live until the next
 
 
 class EpochGroup:

@@ -1,0 +1,95 @@
+"""Nothing from the network is unpickled: not in the code, and not when it runs."""
+
+import ast
+import pickle
+from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import pytest
+import torch
+from weights_contract import TorchStage, assert_arrived, mixed_tensors, open_channel, send_to
+
+import speed_async
+from speed_async.types import WeightBackend
+from speed_async.wire import messages as m
+from speed_async.wire.codec import decode, encode
+
+ROOMS = ("weights", "wire")
+MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+CALLS = {"load", "loads", "Unpickler", "StatelessProcessGroup", "allow_pickle"}
+JSON = {"json.loads", "json.load"}
+
+
+def offences(source: str) -> Iterator[str]:
+    """Imports and names of one module through which a pickle could be read."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                yield from (a.name for a in names if a.name.split(".")[0] in MODULES)
+                yield from (a.name for a in names if "multiprocessing" in a.name)
+            case ast.ImportFrom(module=str(module), names=names):
+                if module.split(".")[0] in MODULES or "multiprocessing" in module:
+                    yield module
+                yield from (f"{module}.{a.name}" for a in names if a.name in MODULES | CALLS)
+            case ast.Attribute() if ast.unparse(node) not in JSON:
+                if node.attr in CALLS or "_object" in node.attr:
+                    yield ast.unparse(node)
+            case ast.keyword(arg="allow_pickle"):
+                yield "allow_pickle"
+            case _:
+                pass
+
+
+def test_the_search_finds_what_it_looks_for():
+    for source in (
+        "import pickle",
+        "from torch.multiprocessing import reductions",
+        "torch.load(file)",
+        "dist.broadcast_object_list(things)",
+        "from pickle import loads",
+        "np.frombuffer(data, allow_pickle=True)",
+    ):
+        assert list(offences(source)), source
+    assert list(offences("import json\njson.loads(text)\nmodel.load_weights(x)")) == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_module_of_the_wire_or_the_weights_can_read_a_pickle(room: str):
+    files = sorted((Path(speed_async.__file__).parent / room).glob("*.py"))
+    assert len(files) > 5
+    assert {file.name: found for file in files if (found := list(offences(file.read_text())))} == {}
+
+
+class Trapped(Exception):
+    pass
+
+
+@pytest.fixture
+def trapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise Trapped
+
+    for name in ("loads", "load", "Unpickler", "_loads", "_load", "_Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(ForkingPickler, "loads", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(Trapped):
+        pickle.loads(b"\x80\x04N.")
+
+
+@pytest.mark.usefixtures("trapped")
+@pytest.mark.parametrize("backend", ["gloo", "ipc"])
+def test_a_transfer_unpickles_nothing(backend: WeightBackend):
+    with open_channel(TorchStage(backend, 1024)) as channel:
+        for policy_version in (1, 2):
+            loaded = send_to(channel, channel.offer(policy_version), mixed_tensors())
+            assert_arrived(loaded[1], mixed_tensors())
+
+
+@pytest.mark.usefixtures("trapped")
+def test_a_message_unpickles_nothing():
+    message = m.PublishWeights(
+        policy_version=3, store_host="h", store_port=1, backend="ipc", deadline_s=1.0
+    )
+    assert decode(encode(message)) == message

@@ -1,0 +1,125 @@
+"""What lies in memory as it travels is neither packed nor loaded, and nothing else is touched."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from weights_contract import TorchStage, open_channel, same_bits
+
+from speed_async.errors import WeightSyncError
+from speed_async.types import WeightBackend
+from speed_async.weights.buckets import plan_buckets
+from speed_async.weights.channel import NamedTensor, TransferReport
+from speed_async.weights.flat import as_it_lies, lay_flat
+from speed_async.weights.manifest import describe
+
+BUCKET_BYTES = 1024
+
+
+class Tied(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(50, 6)  # 1,200 bytes: larger than a bucket
+        self.norm = nn.LayerNorm(5)  # 20 bytes each: there is a gap behind
+        self.half = nn.Linear(6, 5, dtype=torch.bfloat16)
+        self.head = nn.Linear(6, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def named(model: nn.Module) -> list[NamedTensor]:
+    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+
+
+def copies(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in named(model)}
+
+
+def test_laying_flat_keeps_values_ties_and_optimisers():
+    flat, plain = Tied(1), Tied(1)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in (flat, plain)]
+    # 1,200, then 20 -> 32 twice, 60 -> 64, 10 -> 16.
+    assert lay_flat(flat) == 1200 + 32 + 32 + 64 + 16
+    assert flat.head.weight is flat.embed.weight
+    for model, optimizer in zip((flat, plain), optimizers, strict=True):
+        model.head(model.embed(torch.tensor([3, 7]))).square().sum().backward()
+        optimizer.step()
+    for (_, ours), (_, theirs) in zip(named(flat), named(plain), strict=True):
+        assert same_bits(ours, theirs)
+    assert len({tensor.untyped_storage().data_ptr() for _, tensor in named(flat)}) == 1
+
+
+def test_parameters_that_share_a_storage_stay_where_they_are():
+    both = torch.ones(2, 8)
+    model = nn.ParameterList([nn.Parameter(both[0]), nn.Parameter(both[1])])
+    assert lay_flat(model) == 0
+    assert model[0].data_ptr() == both.data_ptr()
+
+
+def test_only_a_bucket_that_lies_as_it_travels_is_seen_as_one():
+    model = Tied(2)
+    scattered = dict(named(model))
+    plan = plan_buckets(describe(list(scattered.items()), None), BUCKET_BYTES)
+    assert [len(bucket.spans) for bucket in plan] == [1, 4]
+    assert as_it_lies(plan[1], scattered) is None
+    lay_flat(model)
+    flat = dict(named(model))
+    for bucket in plan:
+        view_B = as_it_lies(bucket, flat)
+        assert view_B is not None and view_B.shape == (bucket.num_bytes,)
+        assert view_B.data_ptr() == flat[bucket.spans[0].spec.name].data_ptr()
+    turned = flat | {"half.weight": flat["half.weight"].clone().t().contiguous().t()}
+    assert as_it_lies(plan[1], turned) is None
+    assert as_it_lies(plan[1], flat | {"norm.bias": flat["norm.weight"]}) is None
+    assert as_it_lies(plan[1], flat | {"norm.bias": flat["norm.bias"].view(torch.int32)}) is None
+
+
+@pytest.mark.parametrize("backend", ["gloo", "ipc"])
+@pytest.mark.parametrize("sender_is_flat", [True, False])
+def test_flat_weights_are_received_in_place(backend: WeightBackend, sender_is_flat: bool):
+    learner, actor = Tied(3), Tied(4)
+    lay_flat(actor)
+    if sender_is_flat:
+        lay_flat(learner)
+    theirs = copies(learner)
+    expected = named(actor)
+    given: list[list[str]] = []
+
+    def load(tensors: Sequence[NamedTensor]) -> None:
+        if not given:  # before the first byte
+            assert tensors == [] and not same_bits(actor.embed.weight, theirs["embed.weight"])
+        given.append([name for name, _ in tensors])
+        for name, tensor in tensors:
+            assert tensor is dict(expected)[name]  # no copy of it
+            assert same_bits(tensor, theirs[name])
+
+    with open_channel(TorchStage(backend, BUCKET_BYTES, in_place=True)) as channel:
+        for policy_version in (1, 2):
+            given.clear()
+            outcomes = channel.transfer(
+                channel.offer(policy_version), named(learner), {1: expected}, {1: load}
+            )
+            assert isinstance(outcomes[0], TransferReport), outcomes
+            assert isinstance(outcomes[1], TransferReport), outcomes
+            names = [name for name, _ in expected]
+            assert given == [[], names[:1], names[1:]]
+            with torch.no_grad():
+                learner.embed.weight.add_(1.0)
+                actor.embed.weight.zero_()
+            theirs = copies(learner)
+
+
+@pytest.mark.parametrize("backend", ["gloo", "ipc"])
+def test_a_refused_manifest_leaves_flat_weights_alone(backend: WeightBackend):
+    learner, actor = Tied(5), Tied(6)
+    lay_flat(actor)
+    before = copies(actor)
+    calls: list[Sequence[NamedTensor]] = []
+    with open_channel(TorchStage(backend, BUCKET_BYTES, in_place=True)) as channel:
+        outcomes = channel.transfer(
+            channel.offer(1), named(learner)[1:], {1: named(actor)}, {1: calls.append}
+        )
+    assert isinstance(outcomes[1], WeightSyncError) and "missing: embed.weight" in str(outcomes[1])
+    assert calls == []
+    assert all(same_bits(tensor, before[name]) for name, tensor in named(actor))
