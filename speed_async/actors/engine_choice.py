@@ -18,7 +18,7 @@ from speed_async.config.schema import Config
 
 
 def start_engine(
-    config: Config, *, index: int, incarnation: int, begin: Callable[[], None]
+    config: Config, *, index: int, incarnation: int, begin: Callable[[], None] | None = None
 ) -> OwnedEngine:
     """An engine to be entered. To be called before there is an event loop or a thread: the
     embedded one starts its process at once, perhaps by a fork, and calls `begin` there first."""
