@@ -193,6 +193,15 @@ class BufferConfig(Section):
     credits: PositiveInt | None = None
     """Groups expected of leases, buffered or in training at once; None derives it (see
     `max_credits`)."""
+    durability: Literal["none", "batched", "every"] = "batched"
+    """What a dying service or machine may cost. `batched`: a killed process costs nothing, a power
+    cut at most the last second. `every`: nothing either way; each acknowledgement waits for the
+    disk. `none`: no journal, and no run can be resumed."""
+    spill: bool = False
+    """Groups past `capacity_bytes` wait in the journal on disk instead of holding the actors up."""
+    lease_timeout_s: PositiveFloat = 3600.0
+    """A prompt not finished by then is offered to another actor; the late result still counts
+    once."""
     max_staleness: NonNegativeInt = 2
     """No token older than this many policy versions is trained on."""
     freshness_decay: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -211,8 +220,10 @@ class LearnerConfig(Section):
     grad_clip: PositiveFloat = 1.0
     micro_batch_tokens: PositiveInt = 8192
     """Padded tokens in one forward and backward pass."""
-    checkpoint_every: NonNegativeInt = 0
-    """Updates between checkpoints; 0 saves only at the end."""
+    checkpoint_every: NonNegativeInt = 20
+    """Updates between checkpoints; 0 saves only at the end (the journal then keeps every batch)."""
+    keep_last: PositiveInt = 2
+    """Checkpoints kept; a damaged one falls back to the one before."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: PositiveInt = 1
     """Torch threads of one learner on a CPU."""
@@ -250,6 +261,13 @@ class ClusterConfig(Section):
     """0 picks a free port."""
     feed_port: NonNegativeInt = 0
     """Read-only metrics feed; 0 picks a free port."""
+    max_restarts: NonNegativeInt = 0
+    """How often `speed-async train` starts all ranks again, from the last checkpoint, after one
+    died (torchrun has its own --max-restarts)."""
+    security: Literal["auto", "curve", "plain-and-open-to-anyone-who-reaches-it"] = "auto"
+    """`auto`: sockets beyond loopback speak CURVE, with the keys of `keys`; on loopback none do."""
+    keys: str | None = None
+    """Folder made by `speed-async keys`."""
     connect_timeout_s: PositiveFloat = 120.0
     """How long roles wait for each other at the start."""
     peer_timeout_s: PositiveFloat = 60.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from speed_async.types import ActorCounts, Float32Array, Int32Array
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 DRAINED = "drained"
 """The reason of a LeaseFailed that says nothing about its prompt."""
@@ -21,7 +21,12 @@ STALE = "stale"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """Base of all messages."""
+    """Base of all messages. The two numbers belong to the session (wire/session.py)."""
+
+    number: int = 0
+    """Place in what its sender tells this peer, from 1; 0 stands outside of the count."""
+    heard: int = 0
+    """Every message of the other side up to this number has come."""
 
 
 # --- anyone -> service -------------------------------------------------------------------------
@@ -239,6 +244,39 @@ class WeightsPublished(Message):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Resumed(Message):
+    """The learner goes on from a checkpoint: what that checkpoint knows of the run so far.
+
+    Sent after Welcome, before the first TakeBatch. A service whose journal reaches further offers
+    the batches of the missing updates again, the same ones in the same order.
+    """
+
+    policy_version: int
+    service_sequence: int
+    """Of the journal, when the checkpoint was made."""
+    groups_trained: int
+    completions_trained: int
+    tokens_trained: int
+    recent_lease_ids: list[int]
+    """Groups trained by the last updates; a journal that lost its tail may still hold them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareCheckpoint(Message):
+    """A checkpoint is to be made: what led to it must be durable first. See JournalDurable."""
+
+    policy_version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSaved(Message):
+    """A checkpoint is durable. What led to the oldest one that is kept is not needed any more."""
+
+    policy_version: int
+    oldest_kept_version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FinishRun(Message):
     """No more training: evaluate the last version if asked, drain the actors, send Summary."""
 
@@ -264,6 +302,14 @@ class BatchGroup(Message):
     token_ids: Int32Array  # (S,)
     logprobs: Float32Array  # (S,)
     policy_versions: Int32Array  # (S,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalDurable(Message):
+    """Answer to PrepareCheckpoint: the journal is on disk up to this place (0: none is kept)."""
+
+    policy_version: int
+    service_sequence: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
