@@ -19,6 +19,7 @@ from speed_async.runtime.processes import end_process, log_to, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
 from speed_async.runtime.run_folder import RunFolder, make_run_folder
 from speed_async.wire import messages as m
+from speed_async.wire.session import SessionLink
 from speed_async.wire.zeromq import open_link
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ async def _train(
     """Train; a service that dies meanwhile ends it."""
     # Seconds to import, while the actors, which wait for the service alone, do the same.
     work = await asyncio.to_thread(importlib.import_module, "speed_async.runtime.learner_work")
-    link = await open_link(address.host, address.port, ROLE)
+    link = SessionLink(await open_link(address.host, address.port, ROLE))
     training = asyncio.create_task(work.learn(config, rank, link, stop), name=ROLE)
     try:
         await asyncio.wait((training, watch), return_when=asyncio.FIRST_COMPLETED)

@@ -10,10 +10,11 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from speed_async.errors import DeadlineExceeded, GivenUp
+from speed_async.errors import DeadlineExceeded, GivenUp, SpeedAsyncError
 from speed_async.wire.messages import Message
 from speed_async.wire.transport import Link
 
@@ -114,6 +115,10 @@ class Session:
         self.queued = min(self.queued, heard)
         return True
 
+    def rewind_unheard(self) -> None:
+        """Say again whatever was not heard: nobody knows what left the socket."""
+        self.queued = self.sent - len(self._kept)
+
     def forget_all(self) -> None:
         """The peer is gone for good."""
         self._kept.clear()
@@ -181,6 +186,10 @@ class SessionLink:
             ) from None
 
     async def close(self) -> None:
+        """Let the service know what was heard, then close."""
+        if self._session.owes_word:
+            with suppress(SpeedAsyncError):
+                await self._answer()
         await self._link.close()
 
     async def _is_news(self, message: Message) -> bool:
