@@ -153,6 +153,7 @@ class Lifecycle:
         self._curriculum.record(prompt_id, group.num_passed, len(group.completions))
         buffered = BufferedGroup(
             message=message,
+            lease_id=message.lease_id,
             pass_rate=group.pass_rate,
             oldest_version=group.oldest_version,
             mean_version=float(np.mean(message.policy_versions)),
