@@ -16,8 +16,11 @@ class LeaseBook:
     """All open leases, by id and by holder. Ids grow and are never used again."""
 
     def __init__(self) -> None:
+        self.num_training = 0
+        """Open training leases."""
         self._next_id = 0
         self._open: dict[int, OpenLease] = {}
+        self._of_holder: dict[str, dict[int, OpenLease]] = {}
 
     def grant(
         self, holder: str, prompt_id: int, kind: LeaseKind, num_samples: int = 0
@@ -28,6 +31,8 @@ class LeaseBook:
         self._next_id += 1
         entry = OpenLease(lease=lease, holder=holder)
         self._open[lease.lease_id] = entry
+        self._of_holder.setdefault(holder, {})[lease.lease_id] = entry
+        self.num_training += kind is LeaseKind.TRAINING
         return entry
 
     def holds(self, holder: str, lease_id: int) -> bool:
@@ -37,11 +42,14 @@ class LeaseBook:
 
     def end(self, lease_id: int) -> OpenLease:
         """Close a lease. Raises KeyError when it is not open: each lease ends once."""
-        return self._open.pop(lease_id)
+        entry = self._open.pop(lease_id)
+        self.num_training -= entry.lease.kind is LeaseKind.TRAINING
+        held = self._of_holder[entry.holder]
+        del held[lease_id]
+        if not held:
+            del self._of_holder[entry.holder]
+        return entry
 
     def of_holder(self, holder: str) -> list[OpenLease]:
-        return [entry for entry in self._open.values() if entry.holder == holder]
-
-    @property
-    def num_training(self) -> int:
-        return sum(entry.lease.kind is LeaseKind.TRAINING for entry in self._open.values())
+        """Oldest first."""
+        return list(self._of_holder.get(holder, {}).values())
