@@ -3,9 +3,9 @@
 import math
 import tracemalloc
 
-from benchmarks.priority_buffer import inserts, make_groups, takes, timed
 from buffer_fixtures import make_group
 
+from benchmarks.priority_buffer import inserts, make_groups, takes, timed
 from speed_async.buffer.priority import BufferedGroup, PriorityBuffer
 
 

@@ -27,8 +27,12 @@ class Grants:
     ) -> Iterator[tuple[str, Leases]]:
         """All leases that may be granted now. Evaluation goes to actors that hold its version;
         training, in equal shares, to those that are not too far behind."""
-        ready = [state for state in present if not (state.leaving or state.awaits_weights)]
         target = self._evaluations.target_version
+        if target is None and not (training and self._batches.num_grantable > 0):
+            return
+        if not any(state.want for state in present):
+            return
+        ready = [state for state in present if not (state.leaving or state.awaits_weights)]
         if target is not None:
             for state in ready:
                 if state.applied_version >= target:
@@ -39,6 +43,8 @@ class Grants:
         fresh = [state for state in ready if state.applied_version >= oldest]
         fresh.sort(key=lambda state: -state.want)  # what a needy one leaves, others may take
         for place, state in enumerate(fresh):
+            if not state.want:
+                break
             share = math.ceil(self._batches.num_grantable / (len(fresh) - place))
             most = min(state.want, share)
             for name, leases in self._grant(state, LeaseKind.TRAINING, most, now_s):

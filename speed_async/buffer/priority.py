@@ -114,7 +114,7 @@ class PriorityBuffer:
     def drop_older_than(self, oldest_version: int) -> list[BufferedGroup]:
         """Remove and return every group with a token from before `oldest_version`: the oldest
         version first, and each in order of arrival."""
-        versions = sorted(version for version in self._of_version if version <= oldest_version)
+        versions = sorted(version for version in self._of_version if version < oldest_version)
         numbers = [number for version in versions for number in self._of_version.pop(version)]
         return [self._remove(number) for number in numbers if self._is_here(number)]
 
