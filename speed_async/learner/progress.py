@@ -57,6 +57,15 @@ class Progress:
         return [lease_id for update in self.recent_updates for lease_id in update.lease_ids]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Restored:
+    """What a learner goes on from."""
+
+    progress: Progress
+    notices: tuple[str, ...]
+    """Of checkpoints that were passed over."""
+
+
 def _newest(updates: tuple[Update, ...]) -> tuple[Update, ...]:
     """As many of the newest as may be remembered."""
     sizes = accumulate(len(update.lease_ids) for update in reversed(updates))
