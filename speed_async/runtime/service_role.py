@@ -24,8 +24,11 @@ SEND_DEADLINE_S = 2.0
 """A peer whose queue stays full this long is given up: the others must not wait for it."""
 
 
-async def run_service(config: Config, run_folder: Path) -> None:
-    """Bind, say on stdout where (one JSON line), serve until the run has ended."""
+async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
+    """Bind, say on stdout where (one JSON line), serve until the run has ended.
+
+    `life` is the run's: in another than before, all actors of the one before are lost.
+    """
     loop = asyncio.get_running_loop()
     # The learner ends this process by protocol, or by dying: signals to the group are not for it.
     for ignored in (signal.SIGINT, signal.SIGTERM):
