@@ -270,16 +270,17 @@ class BufferService:
         """The learner stands at a checkpoint. It gets the batches since then once more, or, where
         the journal does not have them, the service goes on from there as well."""
         version, journal_version = resumed.policy_version, self.policy_version
+        notice = f"{resumed.notice}; " if resumed.notice else ""
         missing = range(version, journal_version)
         if version <= journal_version and all(map(self.lifecycle.repeated, missing)):
-            self.warning = f"resumed from version {version}"
+            self.warning = f"{notice}resumed from version {version}"
             if missing:
                 self.warning += f"; updates to {journal_version} are trained again, as recorded"
             return
         self.lifecycle.adopt(resumed)
         self.policy_version = version
         self.warning = (
-            f"resumed from version {version}, of which the journal (at {journal_version}) "
+            f"{notice}resumed from version {version}, of which the journal (at {journal_version}) "
             "lacks a part: groups are counted by the learner's word"
         )
         self._send(peer, m.Welcome(policy_version=version))
@@ -314,6 +315,8 @@ class BufferService:
             self.num_repeated_alike += then == now
 
     def _on_trained(self, peer: str, message: m.Trained, now_s: float) -> None:
+        if message.notice:
+            self.warning = message.notice
         if message.policy_version <= self.policy_version:
             self._repeated(message)
             return

@@ -22,8 +22,11 @@ from speed_async.wire.feed import FeedPublisher
 from speed_async.wire.zeromq import open_hub
 
 
-async def run_service(config: Config, run_folder: Path, *, life: int = 0) -> None:
-    """Bind, say on stdout where (one JSON line), serve until the run has ended."""
+async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
+    """Bind, say on stdout where (one JSON line), serve until the run has ended.
+
+    `life` is the run's: in another than before, all actors of the one before are lost.
+    """
     loop = asyncio.get_running_loop()
     # The learner ends this process by protocol, or by dying: signals to the group are not for it.
     for ignored in (signal.SIGINT, signal.SIGTERM):
