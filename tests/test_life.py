@@ -118,7 +118,7 @@ def test_each_life_has_the_folder_of_the_first_and_the_next_number(config: Confi
     longer = config.model_copy(update={"run": config.run.model_copy(update={"updates": 11})})
     second = begin(longer, resume=True)
     assert (second.number, second.folder) == (1, first.folder)
-    assert second.first_words() == [f"resuming {first.folder.path} from its start (life 1)"]
+    assert second.first_words() == [f"resuming {first.folder.path} from its start (life 1)\n"]
     assert read_resolved(first.folder.config) == longer  # what children read
     restarted = begin(config, begun_in=first.folder.path)
     assert (restarted.number, restarted.config) == (2, longer)  # not the file it was started with
