@@ -54,8 +54,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
     await asyncio.to_thread(rendezvous.begin, folder.path)
     sys.stderr.writelines(life.first_words())  # on the terminal, while nothing is drawn there yet
     log_to(folder.log(ROLE))
-    sys.stderr.writelines([f"life {life.number}
-", *life.first_words()])
+    sys.stderr.writelines([f"life {life.number}\n", *life.first_words()])
     service = ServiceProcess(config, folder, life=life.number)
     await service.start(life.ports)
     ports = service.ports
