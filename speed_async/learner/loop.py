@@ -132,7 +132,7 @@ class LearnerLoop:
         patience_s = self._config.cluster.connect_timeout_s
         welcome = await self._inbox.expect(m.Welcome, patience_s, "its welcome")
         self._catch_up_version = welcome.policy_version
-        if self._restored is not None:
+        if self._restored is not None or welcome.policy_version > 0:
             progress = self._progress
             await self._link.send(
                 m.Resumed(
@@ -142,7 +142,7 @@ class LearnerLoop:
                     completions_trained=progress.completions_trained,
                     tokens_trained=progress.tokens_trained,
                     recent_lease_ids=progress.recent_lease_ids,
-                    notice="; ".join(self._restored.notices),
+                    notice="; ".join(self._notices),
                 )
             )
         if self._is_catching_up:
@@ -176,6 +176,10 @@ class LearnerLoop:
                 groups.append(unpack_group(message))
             elif isinstance(message, m.BatchReady):
                 return _whole(groups, message)
+            elif isinstance(message, m.Welcome):  # its journal could not follow: it follows us
+                self._catch_up_version = message.policy_version
+                if self._version > 0:
+                    await self._publisher.publish(self._version)
             elif isinstance(message, m.MembershipChanged):
                 if not self._is_catching_up:  # then all are given the version that is come to
                     await self._publisher.publish(self._version)

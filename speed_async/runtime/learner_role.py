@@ -6,20 +6,21 @@ waits for  the service's ports, the service's messages (learner/loop.py), the ch
 import asyncio
 import contextlib
 import importlib
-import json
 import signal
 import sys
 from typing import TYPE_CHECKING
 
 from speed_async.config.schema import Config
-from speed_async.errors import DeadlineExceeded, RoleError, SpeedAsyncError
+from speed_async.errors import RoleError, SpeedAsyncError
 from speed_async.observe.report import plot_accuracy, summary_text
-from speed_async.runtime.failure import describe, recorded
-from speed_async.runtime.life import Life, Ports, begin_life, remember_ports
+from speed_async.runtime.failure import describe
+from speed_async.runtime.life import Life, begin_life, remember_ports
 from speed_async.runtime.processes import end_process, log_to, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
 from speed_async.runtime.run_folder import RunFolder
+from speed_async.runtime.service_process import ServiceProcess
 from speed_async.wire import messages as m
+from speed_async.wire.session import SessionLink
 from speed_async.wire.zeromq import open_link
 
 if TYPE_CHECKING:
@@ -54,15 +55,17 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
     sys.stderr.writelines(life.first_words())  # on the terminal, while nothing is drawn there yet
     log_to(folder.log(ROLE))
     sys.stderr.writelines([f"life {life.number}\n", *life.first_words()])
-    service, ports = await _start_service(config, folder, life=life.number, ports=life.ports)
+    service = ServiceProcess(config, folder, life=life.number)
+    await service.start(life.ports)
     console: asyncio.subprocess.Process | None = None
+    watch: asyncio.Task[None] | None = None
     grace_s = FAILED_GRACE_S
     try:
-        remember_ports(life, ports)
+        remember_ports(life, service.ports)
         address = ServiceAddress(
             host=config.cluster.host,
-            port=ports.service,
-            feed_port=ports.feed,
+            port=service.ports.service,
+            feed_port=service.ports.feed,
             run_folder=str(folder.path),
             life=life.number,
         )
@@ -70,46 +73,21 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
         sys.stderr.write(f"actors join at tcp://{address.host}:{address.port}\n")
         await asyncio.to_thread(rendezvous.publish, address)
         console = await _start_console(address, folder)
-        watch = asyncio.create_task(service.wait(), name="service")
-        finished = await _train(life, rank, address, stop, watch)
+        watch = asyncio.create_task(service.watch(), name="service")
+        finished = await _train(life, rank, address, stop, service, watch)
         await asyncio.to_thread(rendezvous.end, life.number)
         grace_s = UPLOAD_GRACE_S if config.observe.wandb else CHILD_GRACE_S
     finally:
-        await end_process(service, grace_s)
+        if watch is not None:
+            await asyncio.wait((watch,), timeout=grace_s)  # it ends by itself after its last word
+            watch.cancel()
+        await service.end(FAILED_GRACE_S)
         if console is not None:
             await end_process(console, grace_s)
     _write_results(finished, folder, breakdown=config.observe.breakdown)
     if finished.save_error:
         raise RoleError(ROLE, finished.save_error)
     return finished.completed
-
-
-async def _start_service(
-    config: Config, folder: RunFolder, *, life: int, ports: Ports
-) -> tuple[asyncio.subprocess.Process, Ports]:
-    """The service's process, and the ports it has bound: `ports`, where those are not 0."""
-    folder.error("service").unlink(missing_ok=True)  # of an earlier one
-    arguments = ["--config", str(folder.config), "--run-folder", str(folder.path)]
-    arguments += ["--life", str(life)]
-    arguments += ["--port", str(ports.service), "--feed-port", str(ports.feed)]
-    process = await start_role("service", arguments, log=folder.log("service"))
-    assert process.stdout is not None
-    deadline_s = config.cluster.connect_timeout_s
-    try:
-        line = await asyncio.wait_for(process.stdout.readline(), deadline_s)
-    except TimeoutError:
-        await end_process(process, 0.1)
-        raise DeadlineExceeded("the buffer service", "its ports", deadline_s) from None
-    if not line:
-        await process.wait()
-        raise _service_error(folder)
-    bound = json.loads(line)
-    return process, Ports(service=bound["port"], feed=bound["feed_port"])
-
-
-def _service_error(folder: RunFolder) -> RoleError:
-    text = recorded(folder.error("service"))
-    return RoleError.quoting(text or f"buffer service: died; read {folder.log('service')}")
 
 
 async def _start_console(address: ServiceAddress, folder: RunFolder) -> asyncio.subprocess.Process:
@@ -123,12 +101,13 @@ async def _train(
     rank: Rank,
     address: ServiceAddress,
     stop: asyncio.Event,
-    watch: asyncio.Task[int],
+    service: ServiceProcess,
+    watch: asyncio.Task[None],
 ) -> "Finished":
     """Train; a service that dies meanwhile ends it."""
     # Seconds to import, while the actors, which wait for the service alone, do the same.
     work = await asyncio.to_thread(importlib.import_module, "speed_async.runtime.learner_work")
-    link = await open_link(address.host, address.port, ROLE)
+    link = SessionLink(await open_link(address.host, address.port, ROLE))
     training = asyncio.create_task(work.learn(life, rank, link, stop), name=ROLE)
     try:
         await asyncio.wait((training, watch), return_when=asyncio.FIRST_COMPLETED)
@@ -137,7 +116,9 @@ async def _train(
             await asyncio.wait((training,), timeout=CHILD_GRACE_S)
         if not training.done():
             training.cancel()
-            raise _service_error(life.folder)
+            if watch.exception() is not None:
+                await watch
+            raise service.error()
         return await training
     except Exception as error:  # the role's boundary: told to the others, then raised on
         with contextlib.suppress(SpeedAsyncError):

@@ -162,13 +162,6 @@ class Leases(Message):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ack(Message):
-    """The service has taken charge of this lease's result."""
-
-    lease_id: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class OfferWeights(Message):
     """Take part in a broadcast; fields as in `types.WeightOffer`. `rank` is the actor's first."""
 
