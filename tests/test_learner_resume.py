@@ -238,7 +238,7 @@ def test_a_learner_behind_the_service_replays_in_silence_then_publishes_once_and
     assert finished.completions_trained == 8 + 6 * 2 * 4
 
 
-def test_a_learner_without_a_checkpoint_says_where_it_stands_and_replays_from_the_start(
+def test_a_learner_without_a_checkpoint_replays_from_the_start(
     make_stage: Callable[..., Stage],
 ) -> None:
     async def run() -> Stage:

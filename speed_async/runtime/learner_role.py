@@ -57,16 +57,15 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
     sys.stderr.writelines([f"life {life.number}\n", *life.first_words()])
     service = ServiceProcess(config, folder, life=life.number)
     await service.start(life.ports)
-    ports = service.ports
     console: asyncio.subprocess.Process | None = None
     watch: asyncio.Task[None] | None = None
     grace_s = FAILED_GRACE_S
     try:
-        remember_ports(life, ports)
+        remember_ports(life, service.ports)
         address = ServiceAddress(
             host=config.cluster.host,
-            port=ports.service,
-            feed_port=ports.feed,
+            port=service.ports.service,
+            feed_port=service.ports.feed,
             run_folder=str(folder.path),
             life=life.number,
         )
