@@ -19,6 +19,7 @@ from speed_async.runtime.processes import end_process, log_to, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
 from speed_async.runtime.run_folder import RunFolder, make_run_folder
 from speed_async.wire import messages as m
+from speed_async.wire.curve import client_keys
 from speed_async.wire.zeromq import open_link
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ async def lead_run(config: Config, rank: Rank) -> bool:
         sys.stderr.write(f"actors join at tcp://{address.host}:{address.port}\n")
         rendezvous = Rendezvous(rank, config.cluster.connect_timeout_s)
         await asyncio.to_thread(rendezvous.publish, address)
-        console = await _start_console(address, folder)
+        console = await _start_console(config, address, folder)
         watch = asyncio.create_task(service.wait(), name="service")
         finished = await _train(config, rank, address, folder, stop, watch)
         await asyncio.to_thread(rendezvous.end)
@@ -94,9 +95,11 @@ def _service_error(folder: RunFolder) -> RoleError:
     return RoleError.quoting(text or f"buffer service: died; read {folder.log('service')}")
 
 
-async def _start_console(address: ServiceAddress, folder: RunFolder) -> asyncio.subprocess.Process:
+async def _start_console(
+    config: Config, address: ServiceAddress, folder: RunFolder
+) -> asyncio.subprocess.Process:
     arguments = ["--host", address.host, "--port", str(address.feed_port)]
-    arguments += ["--run-folder", str(folder.path)]
+    arguments += ["--config", str(folder.config), "--run-folder", str(folder.path)]
     return await start_role("console", arguments, log=folder.log("console"), stdout=None)
 
 
@@ -111,7 +114,8 @@ async def _train(
     """Train; a service that dies meanwhile ends it."""
     # Seconds to import, while the actors, which wait for the service alone, do the same.
     work = await asyncio.to_thread(importlib.import_module, "speed_async.runtime.learner_work")
-    link = await open_link(address.host, address.port, ROLE)
+    keys = client_keys(config.cluster)
+    link = await open_link(address.host, address.port, ROLE, keys=keys)
     training = asyncio.create_task(work.learn(config, rank, link, stop), name=ROLE)
     try:
         await asyncio.wait((training, watch), return_when=asyncio.FIRST_COMPLETED)

@@ -17,6 +17,7 @@ from speed_async.evaluate.plan import EvaluationPlan
 from speed_async.observe.sinks import JsonlSink, Sink
 from speed_async.tasks.registry import make_task
 from speed_async.tasks.task import fingerprint
+from speed_async.wire.curve import server_keys
 from speed_async.wire.feed import FeedPublisher
 from speed_async.wire.zeromq import open_hub
 
@@ -31,10 +32,14 @@ async def run_service(config: Config, run_folder: Path) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(ignored, lambda: None)
     task = make_task(config.task)
+    keys = server_keys(config.cluster)
     hub = await open_hub(
-        config.cluster.host, config.cluster.service_port, send_deadline_s=SEND_DEADLINE_S
+        config.cluster.host,
+        config.cluster.service_port,
+        send_deadline_s=SEND_DEADLINE_S,
+        keys=keys,
     )
-    feed = FeedPublisher(config.cluster.host, config.cluster.feed_port)
+    feed = FeedPublisher(config.cluster.host, config.cluster.feed_port, keys=keys)
     service = BufferService(
         config,
         curriculum=make_curriculum(

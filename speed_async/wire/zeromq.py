@@ -12,6 +12,7 @@ import zmq
 
 from speed_async.errors import DeadlineExceeded, ProtocolError
 from speed_async.wire.codec import Frame, decode, encode
+from speed_async.wire.curve import ClientKeys, Keys, ServerKeys, why_silent
 from speed_async.wire.messages import Message, Rejected
 from speed_async.wire.sockets import PolledSocket, bind, endpoint_at
 from speed_async.wire.transport import PeerName
@@ -82,8 +83,11 @@ class ZmqHub:
 class ZmqLink:
     """A peer's end. It may be opened before the hub; what is sent waits for it."""
 
-    def __init__(self, socket: PolledSocket, endpoint: str, send_deadline_s: float) -> None:
+    def __init__(
+        self, socket: PolledSocket, endpoint: str, send_deadline_s: float, keys: Keys | None
+    ) -> None:
         self._socket = socket
+        self._silence = f"a message (none has come; {why_silent(keys)})"
         self._whom = f"the service at {endpoint}"
         self._send_deadline_s = send_deadline_s
 
@@ -97,8 +101,9 @@ class ZmqLink:
     async def receive(self, deadline_s: float) -> Message:
         """Next message. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
         frames = await self._socket.receive(
-            deadline_s=deadline_s, whom=self._whom, what="a message"
+            deadline_s=deadline_s, whom=self._whom, what=self._silence
         )
+        self._silence = "a message"
         return decode(frames)
 
     async def close(self) -> None:
@@ -112,13 +117,16 @@ async def open_hub(
     outbox_messages: int = QUEUED_MESSAGES,
     inbox_messages: int = QUEUED_MESSAGES,
     send_deadline_s: float = SEND_DEADLINE_S,
+    keys: ServerKeys | None = None,
 ) -> ZmqHub:
     """Bind at `host`; port 0 picks a free one (`hub.port`). Queues are bounded for each peer.
+
+    With `keys` none but allowed clients can connect; without, anyone who reaches the address.
 
     Raises ConfigError when the address cannot be bound.
     """
     socket = PolledSocket(
-        zmq.ROUTER, outbox_messages=outbox_messages, inbox_messages=inbox_messages
+        zmq.ROUTER, outbox_messages=outbox_messages, inbox_messages=inbox_messages, keys=keys
     )
     # Mandatory routing makes a full queue wait and a gone peer known; else both drop silently.
     socket.raw.ROUTER_MANDATORY = 1
@@ -139,6 +147,7 @@ async def open_link(
     outbox_messages: int = QUEUED_MESSAGES,
     inbox_messages: int = QUEUED_MESSAGES,
     send_deadline_s: float = SEND_DEADLINE_S,
+    keys: ClientKeys | None = None,
 ) -> ZmqLink:
     """Connect to the hub under `name`, now or whenever it is there.
 
@@ -146,12 +155,12 @@ async def open_link(
     """
     _peer_name(name.encode())
     socket = PolledSocket(
-        zmq.DEALER, outbox_messages=outbox_messages, inbox_messages=inbox_messages
+        zmq.DEALER, outbox_messages=outbox_messages, inbox_messages=inbox_messages, keys=keys
     )
     socket.raw.IDENTITY = name.encode()
     endpoint = endpoint_at(socket.raw, host, port)
     socket.raw.connect(endpoint)
-    return ZmqLink(socket, endpoint, send_deadline_s)
+    return ZmqLink(socket, endpoint, send_deadline_s, keys)
 
 
 def _peer_name(identity: bytes) -> PeerName:
