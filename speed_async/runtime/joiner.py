@@ -88,8 +88,8 @@ async def _ask(
         raise DeadlineExceeded(
             f"a run at {address}",
             "nobody answers there. The address stands in the run's logs/learner.log (\"actors join "
-            "at\"; not the metrics feed's), cluster.host must be one that reaches this machine, and "
-            "a run that has keys answers allowed clients alone: give this one's with --keys",
+            "at\"; not the metrics feed's), cluster.host must be one that reaches this machine, "
+            "and a run that has keys answers allowed clients alone: give this one's as --keys",
             timeout_s,
         ) from None
     except ProtocolError as error:
