@@ -76,6 +76,11 @@ class Membership:
     def silent(self, now_s: float, timeout_s: float) -> list[ActorState]:
         return [state for state in self.present() if now_s - state.last_heard_s > timeout_s]
 
+    @property
+    def num_known(self) -> int:
+        """Names of which something is kept, those that left included."""
+        return len(self.actors) + len(self.lost) + len(self._admitted)
+
     # --- actors that come by themselves ------------------------------------------------------
 
     @property

@@ -54,6 +54,10 @@ async def serve(
 async def _flush(
     service: BufferService, hub: Hub, feed: FeedPublisher, sinks: Sequence[Sink]
 ) -> None:
+    guard = service.gatekeeper
+    while guard.to_mute:
+        hub.mute(guard.to_mute.pop())
+    guard.num_malformed, guard.num_muted = hub.rejected, hub.muted.num_muted
     outbox, service.outbox = service.outbox, []
     for peer, message in outbox:
         try:

@@ -16,6 +16,7 @@ from speed_async.buffer.curriculum import Curriculum
 from speed_async.buffer.ending import Ending, Step
 from speed_async.buffer.gatekeeper import Gatekeeper
 from speed_async.buffer.grants import Grants
+from speed_async.buffer.inspection import Inspection
 from speed_async.buffer.lifecycle import Accuracy, Evaluations, Lifecycle
 from speed_async.buffer.membership import ActorState, Membership
 from speed_async.buffer.statistics import RunStatistics, UpdateTimes
@@ -36,6 +37,7 @@ from speed_async.wire.groups import batch_group
 from speed_async.wire.joining import Join, JoinAccepted, Leaving
 
 ROLE = "buffer service"
+MAX_REASON_CHARS = 500
 
 
 class BufferService:
@@ -48,6 +50,7 @@ class BufferService:
         fingerprint: str,
         started_s: float,
         feed_port: int = 0,
+        vocab_size: int | None = None,
     ) -> None:
         self.outbox: list[tuple[str, m.Message]] = []
         self.events: list[Event] = []
@@ -94,16 +97,23 @@ class BufferService:
             m.WeightsPublished: self._on_published,
             m.FinishRun: self._on_finish,
         }
-        self._gatekeeper = Gatekeeper(self.membership, fingerprint, self._handlers.keys())
+        self.gatekeeper = Gatekeeper(
+            self.membership,
+            fingerprint,
+            self._handlers.keys(),
+            Inspection(config, vocab_size),
+            self.lifecycle,
+        )
         evaluations.start(0)
 
     # --- the two entrances -----------------------------------------------------------------
 
     def handle(self, peer: str, message: m.Message, now_s: float) -> None:
         """Take in one message of `peer`; a message that is out of place is answered, not raised."""
-        refusal = self._gatekeeper.refusal(peer, message)
+        refusal = self.gatekeeper.refusal(peer, message, self.policy_version)
         if refusal is not None:
-            self._send(peer, m.Rejected(reason=refusal))
+            self._refuse(peer, refusal)
+            self._advance(now_s)
             return
         if isinstance(message, m.Counted):
             self.membership.actors[peer].last_heard_s = now_s
@@ -186,6 +196,14 @@ class BufferService:
         self.membership.leave(self.membership.actors[peer])
         self.lifecycle.holder_left(peer)
 
+    def _refuse(self, peer: str, reason: str) -> None:
+        """Say so once; an actor is lost with it, and its prompts return."""
+        self._send(peer, m.Rejected(reason=reason[:MAX_REASON_CHARS]))
+        self.gatekeeper.refused(peer)
+        state = self.membership.actors.get(peer)
+        if state is not None and not state.said_goodbye:
+            self._lose(state, f"a message of it was refused: {reason}")
+
     def _lose(self, state: ActorState, reason: str) -> None:
         self.membership.lose(state.name, reason)
         self.lifecycle.holder_lost(state.name)
@@ -197,7 +215,7 @@ class BufferService:
         refusal = self.lifecycle.group_finished(peer, message)
         self._send(peer, m.Ack(lease_id=message.lease_id))
         if refusal is not None:
-            self._send(peer, m.Rejected(reason=refusal))
+            self._refuse(peer, refusal)
 
     def _on_screened_out(self, peer: str, message: m.ScreenedOut, now_s: float) -> None:
         self.lifecycle.screened_out(peer, message)

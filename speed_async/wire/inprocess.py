@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 from speed_async.errors import DeadlineExceeded, ProtocolError, TransportClosed
 from speed_async.wire.codec import Frame, decode, encode
 from speed_async.wire.messages import Message, Rejected
+from speed_async.wire.muting import MuteTable
 from speed_async.wire.transport import PeerName
 
 Item = TypeVar("Item")
@@ -27,6 +28,7 @@ class InProcessHub:
     ) -> None:
         self.rejected = 0
         self.undelivered = 0
+        self.muted = MuteTable()
         self._queued_messages = queued_messages
         self._send_deadline_s = send_deadline_s
         self._inbox: _Mailbox[tuple[PeerName, list[bytes]]] = _Mailbox(queued_messages)
@@ -63,12 +65,18 @@ class InProcessHub:
                 peer, frames = await self._inbox.get(remaining_s, whom="any peer", what="a message")
             except DeadlineExceeded as error:
                 raise DeadlineExceeded(error.whom, error.what, deadline_s) from None
+            if peer.encode() in self.muted:
+                continue
             try:
                 return peer, decode(frames)
             except ProtocolError as error:
                 self.rejected += 1
+                self.mute(peer)
                 answer = _as_bytes(encode(Rejected(reason=str(error))))
                 await self._outboxes[peer].put_if_room(answer)
+
+    def mute(self, peer: PeerName) -> None:
+        self.muted.add(peer.encode())
 
     async def close(self) -> None:
         """Links still receive what was sent to them, then TransportClosed."""

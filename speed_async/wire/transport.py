@@ -2,12 +2,14 @@
 
 Guarantees both implementations give (and one contract suite checks): messages between one link
 and the hub arrive whole, in order, at most once per send; malformed input from a peer is answered
-with `Rejected`, counted, and never raises out of the hub; every wait has a deadline.
+with `Rejected`, counted, and never raises out of the hub; that peer is muted, its further frames
+dropped unread; every wait has a deadline, whatever comes meanwhile.
 """
 
 from typing import Protocol
 
 from speed_async.wire.messages import Message
+from speed_async.wire.muting import MuteTable
 
 PeerName = str
 """Unique name a link announces, such as `actor-1.0` (role, rank, incarnation)."""
@@ -32,6 +34,10 @@ class Link(Protocol):
 class Hub(Protocol):
     """The service's side: many peers, told apart by name."""
 
+    rejected: int
+    """Malformed messages so far."""
+    muted: MuteTable
+
     async def send(self, peer: PeerName, message: Message) -> bool:
         """Queue a message to a peer; False when the peer is gone or never was, which is no
         error. Raises DeadlineExceeded when the peer's queue stays full."""
@@ -39,6 +45,10 @@ class Hub(Protocol):
 
     async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:
         """Next valid message of any peer. Raises DeadlineExceeded or TransportClosed."""
+        ...
+
+    def mute(self, peer: PeerName) -> None:
+        """Listen to this peer no more; what is said to it still goes out."""
         ...
 
     async def close(self) -> None: ...

@@ -14,6 +14,7 @@ from speed_async.errors import DeadlineExceeded, ProtocolError
 from speed_async.wire.codec import Frame, decode, encode
 from speed_async.wire.curve import ClientKeys, Keys, ServerKeys, why_silent
 from speed_async.wire.messages import Message, Rejected
+from speed_async.wire.muting import MuteTable
 from speed_async.wire.sockets import PolledSocket, bind, endpoint_at
 from speed_async.wire.transport import PeerName
 
@@ -27,12 +28,14 @@ _GONE = (zmq.EHOSTUNREACH, zmq.ENOTCONN)
 
 
 class ZmqHub:
-    """The service's end. `rejected` counts refused messages, `undelivered` those to gone peers."""
+    """The service's end. `rejected` counts refused messages, `undelivered` those to gone peers,
+    `muted` holds the peers that are not listened to."""
 
     def __init__(self, socket: PolledSocket, port: int, send_deadline_s: float) -> None:
         self.port = port
         self.rejected = 0
         self.undelivered = 0
+        self.muted = MuteTable()
         self._socket = socket
         self._send_deadline_s = send_deadline_s
 
@@ -59,22 +62,37 @@ class ZmqHub:
         while True:
             remaining_s = max(0.0, ends_s - clock())
             try:
-                identity, *frames = await self._socket.receive(
+                frames = await self._socket.receive(
                     deadline_s=remaining_s, whom="any peer", what="a message"
                 )
             except DeadlineExceeded as error:
                 raise DeadlineExceeded(error.whom, error.what, deadline_s) from None
-            try:
-                return _peer_name(bytes(identity)), decode(frames)
-            except ProtocolError as error:
-                self._reject(bytes(identity), str(error))
+            if (received := self._opened(frames)) is not None:
+                return received
+            if clock() >= ends_s:  # rubbish that never ends must not keep the caller
+                raise DeadlineExceeded("any peer", "a message", deadline_s)
+
+    def mute(self, peer: PeerName) -> None:
+        self.muted.add(peer.encode())
 
     async def close(self) -> None:
         await self._socket.close()
 
+    def _opened(self, frames: list[Frame]) -> tuple[PeerName, Message] | None:
+        """Name and message; None when it is malformed, which its peer is told, or unread."""
+        identity, *rest = frames
+        if self.muted and bytes(identity) in self.muted:
+            return None
+        try:
+            return _peer_name(bytes(identity)), decode(rest)
+        except ProtocolError as error:
+            self._reject(bytes(identity), str(error))
+            return None
+
     def _reject(self, identity: bytes, reason: str) -> None:
         """Answer at once or not at all: a peer that sends rubbish may hold nobody up."""
         self.rejected += 1
+        self.muted.add(identity)
         answer = encode(Rejected(reason=reason[:MAX_REASON_CHARS]))
         with suppress(zmq.ZMQError):
             self._socket.send_now([identity, *answer])
