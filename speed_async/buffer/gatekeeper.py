@@ -51,7 +51,7 @@ class Gatekeeper:
         self.num_refused += 1
         self.to_mute.append(peer)
 
-    def refusal(self, peer: str, message: m.Message, policy_version: int) -> str | None:
+    def refusal(self, peer: str, message: m.Message, newest_version: int) -> str | None:
         """Why `message` of `peer` is out of place, or None when it is welcome. Changes nothing."""
         kind = type(message).__name__
         if type(message) not in self._accepted:
@@ -65,9 +65,9 @@ class Gatekeeper:
             return f"this run has seen {MAX_KNOWN} actors, and takes no more"
         if isinstance(message, m.Hello) and (reason := self._stranger(peer, message)):
             return reason
-        if fault := self._inspection.fault(message, policy_version):
+        if fault := self._inspection.fault(message, newest_version):
             return fault
-        if isinstance(message, m.Trained) and message.policy_version > policy_version:
+        if isinstance(message, m.Trained) and message.policy_version > newest_version:
             unknown = [i for i in message.lease_ids if i not in self._training.in_training]
             if unknown:
                 return f"Trained: lease {unknown[0]} is not in training"

@@ -37,7 +37,7 @@ class Inspection:
         self._capacity_groups = config.buffer.capacity_groups
 
     def fault(self, message: m.Message, policy_version: int) -> str | None:
-        """The first thing that cannot be true, at this version of the policy; None for none."""
+        """The first thing that cannot be true while this is the newest version; None for none."""
         wrong = next(self._faults(message, policy_version), None)
         return wrong and f"{type(message).__name__}: {wrong}"
 
@@ -74,7 +74,7 @@ class Inspection:
                 if not all(map(math.isfinite, gauges.values())):
                     yield "gauges must be finite"
             case _:
-                yield from self._other_faults(message, policy_version)
+                yield from self._other_faults(message)
 
     def _group_faults(self, message: m.GroupFinished, policy_version: int) -> Iterator[str]:
         """What groups.unpack_group, which looks at each group for itself, cannot know."""
@@ -101,7 +101,7 @@ class Inspection:
                 f"completions of actors.max_new_tokens = {self._max_tokens} have"
             )
 
-    def _other_faults(self, message: m.Message, policy_version: int) -> Iterator[str]:
+    def _other_faults(self, message: m.Message) -> Iterator[str]:
         match message:
             case m.Hello():
                 if message.role not in ROLES:
@@ -117,15 +117,11 @@ class Inspection:
                 if not 1 <= asked <= self._capacity_groups:
                     yield f"num_groups must be between 1 and {self._capacity_groups}"
             case m.Trained():
-                if message.policy_version > policy_version + 1:
-                    yield _future("policy_version", message.policy_version, policy_version + 1)
                 if len(set(message.lease_ids)) != len(message.lease_ids):
                     yield "a group is trained twice"
                 yield from _metric_faults("metrics", message.metrics)
             case m.PublishWeights():
-                if message.policy_version > policy_version:
-                    yield _future("policy_version", message.policy_version, policy_version)
-                if not 1 <= message.store_port <= 65535:
+                if message.store_port > 65535:
                     yield f"store_port {message.store_port} is no port"
             case _:
                 return

@@ -110,7 +110,8 @@ class BufferService:
 
     def handle(self, peer: str, message: m.Message, now_s: float) -> None:
         """Take in one message of `peer`; a message that is out of place is answered, not raised."""
-        refusal = self.gatekeeper.refusal(peer, message, self.policy_version)
+        newest_version = max(self.policy_version, self.weight_group.newest_version)
+        refusal = self.gatekeeper.refusal(peer, message, newest_version)
         if refusal is not None:
             self._refuse(peer, refusal)
             self._advance(now_s)

@@ -53,11 +53,25 @@ async def run_service(config: Config, run_folder: Path) -> None:
         fingerprint=fingerprint(task),
         started_s=time.monotonic(),
         feed_port=feed.port,
+        vocab_size=vocab_size(Path(config.model.path)),
     )
     sinks = make_sinks(config, run_folder)
     sys.stdout.write(json.dumps({"port": hub.port, "feed_port": feed.port}) + "\n")
     sys.stdout.flush()
     await serve(service, hub, feed, sinks)
+
+
+def vocab_size(folder: Path) -> int | None:
+    """Tokens that the model of this folder has; None where its config.json does not tell."""
+    try:
+        facts = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    for place in (facts, facts.get("text_config") if isinstance(facts, dict) else None):
+        size = place.get("vocab_size") if isinstance(place, dict) else None
+        if isinstance(size, int) and size > 0:
+            return size
+    return None
 
 
 def make_sinks(config: Config, run_folder: Path) -> list[Sink]:
