@@ -1,5 +1,6 @@
-"""Whole runs over CURVE: every role and whoever joins needs a key; who has none is told so."""
+"""Whole runs over CURVE, where every role and whoever joins needs a key; and a run under watch."""
 
+import json
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pickle_trap import SITECUSTOMIZE
 from run_process import Run, start_actor, start_train
 
 from speed_async.config.schema import ClusterConfig
@@ -46,7 +48,7 @@ def test_a_run_between_hosts_is_for_the_holders_of_keys(tmp_path: Path) -> None:
     assert ClusterConfig(host="192.0.2.1").speaks_curve
     run = start_train(
         tmp_path,
-        *("--cluster.host", host, "--cluster.keys", "keys", "--run.updates", "40"),
+        *("--cluster.host", host, "--cluster.keys", "keys", "--run.updates", "150"),
         *("--cluster.security", "auto" if host != "127.0.0.1" else "curve"),
     )
     try:
@@ -70,7 +72,7 @@ def test_a_run_between_hosts_is_for_the_holders_of_keys(tmp_path: Path) -> None:
         assert any(line.startswith("step ") for line in out.splitlines())
         summary = run.summary()
         assert summary["ledger"]["closes"] is True
-        assert summary["optimizer_updates"] == 40
+        assert summary["optimizer_updates"] == 150
         assert summary["actors"]["actor-2.0"]["tokens_generated"] > 0
         assert run.processes() == {}
     finally:
@@ -78,3 +80,30 @@ def test_a_run_between_hosts_is_for_the_holders_of_keys(tmp_path: Path) -> None:
             os.kill(process_id, signal.SIGKILL)
         run.process.kill()
         run.process.wait()
+
+
+def test_a_run_unpickles_nothing_and_survives_completions_that_kill_their_verifier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    log = tmp_path / "trap.log"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    monkeypatch.setenv("TRAP_LOG", str(log))
+    monkeypatch.setenv("TRAP_KILLS", "1")
+    run = start_train(tmp_path, "--run.updates", "8")
+    status, _, err = run.finish()
+    assert status == 0, err
+    summary = run.summary()
+    assert summary["ledger"]["closes"] is True
+    assert (summary["messages_refused"], summary["peers_muted"]) == (0, 0)
+    lines = log.read_text().splitlines()
+    assert [line for line in lines if "TRAPPED" in line] == []
+    assert {line.split()[0] for line in lines} == {"actor"}  # its own verifiers' answers
+    failed = (run.folder / "failed" / "actor-1.jsonl").read_text().splitlines()
+    kept = [json.loads(line) for line in failed]
+    assert len(kept) == summary["ledger"]["failures"]["verifier"] > 0
+    deadly = [record for record in kept if record["prompt_id"] % 16 == 0]
+    assert len(kept) - 1 <= len(deadly)  # pebble may lay two deaths in a row on a neighbour
+    for record in deadly:
+        assert len(record["completions"]) == 2
+        assert "ended its worker process" in record["error"]
