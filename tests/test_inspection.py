@@ -200,3 +200,15 @@ def test_the_mute_table_is_bounded_and_counts_on() -> None:
         table.add(name)
     assert [name in table for name in (b"a", b"b", b"c")] == [False, True, True]
     assert (len(table), table.num_muted) == (2, 3)
+
+
+def test_a_stranger_s_failure_does_not_end_the_run(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.past_baseline()
+    for peer, role in (("stranger", "learner"), ("stranger", "stranger"), ("actor-9.0", "actor-9")):
+        assert kinds(desk.say(peer, m.Failure(role=role, message="stop"))) == ["Rejected"]
+    assert not desk.service.ended
+    # A rank that fails before its first word is believed.
+    early = Desk(tmp_path)
+    early.say("actor-1.0", m.Failure(role="actor-1", message="no such model"))
+    assert early.service.ended

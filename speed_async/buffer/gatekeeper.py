@@ -61,6 +61,8 @@ class Gatekeeper:
         open_to_all = isinstance(message, m.Counted | m.Hello | m.Failure | Join)
         if not open_to_all and peer != self._membership.learner:
             return f"{kind} is the learner's to send"
+        if isinstance(message, m.Failure) and not self._speaks_for_itself(peer, message):
+            return f"a failure of {message.role[:40]!r} is not for it to tell"
         if isinstance(message, m.Hello | Join) and self._membership.num_known >= MAX_KNOWN:
             return f"this run has seen {MAX_KNOWN} actors, and takes no more"
         if isinstance(message, m.Hello) and (reason := self._stranger(peer, message)):
@@ -72,6 +74,14 @@ class Gatekeeper:
             if unknown:
                 return f"Trained: lease {unknown[0]} is not in training"
         return None
+
+    def _speaks_for_itself(self, peer: str, failure: m.Failure) -> bool:
+        """A failure ends the run, so it is believed of those who are here, and of a rank of this
+        run before its first word."""
+        membership = self._membership
+        if peer in membership.actors or peer == membership.learner or membership.admitted(peer):
+            return True
+        return peer.partition(".")[0] == failure.role and membership.is_rank(failure.role)
 
     def _stranger(self, peer: str, hello: m.Hello) -> str | None:
         if lost := self._lost(peer):

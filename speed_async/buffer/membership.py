@@ -76,6 +76,16 @@ class Membership:
     def silent(self, now_s: float, timeout_s: float) -> list[ActorState]:
         return [state for state in self.present() if now_s - state.last_heard_s > timeout_s]
 
+    def admitted(self, supervisor: str) -> bool:
+        """Whether an actor of this supervisor was let in."""
+        return supervisor in self._admitted
+
+    def is_rank(self, role: str) -> bool:
+        """Whether this is the learner, or an actor that torchrun started."""
+        kind, _, index = role.partition("-")
+        is_actor = kind == "actor" and index.isdecimal() and len(index) < 10
+        return role == "learner" or (is_actor and int(index) < self._first_free_index)
+
     @property
     def num_known(self) -> int:
         """Names of which something is kept, those that left included."""
