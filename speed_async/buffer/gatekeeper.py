@@ -46,12 +46,20 @@ class Gatekeeper:
         self._inspection = inspection
         self._training = training
 
+    def knows(self, peer: str) -> bool:
+        """Whether this peer takes part in the run."""
+        membership = self._membership
+        is_here = peer in membership.actors or peer == membership.learner
+        return is_here or membership.admitted(peer)
+
     def refused(self, peer: str) -> None:
         """A message of this peer was refused; its next ones need not be read."""
         self.num_refused += 1
         self.to_mute.append(peer)
 
-    def refusal(self, peer: str, message: m.Message, newest_version: int) -> str | None:
+    def refusal(
+        self, peer: str, message: m.Message, *, policy_version: int, newest_version: int
+    ) -> str | None:
         """Why `message` of `peer` is out of place, or None when it is welcome. Changes nothing."""
         kind = type(message).__name__
         if type(message) not in self._accepted:
@@ -69,7 +77,7 @@ class Gatekeeper:
             return reason
         if fault := self._inspection.fault(message, newest_version):
             return fault
-        if isinstance(message, m.Trained) and message.policy_version > newest_version:
+        if isinstance(message, m.Trained) and message.policy_version > policy_version:
             unknown = [i for i in message.lease_ids if i not in self._training.in_training]
             if unknown:
                 return f"Trained: lease {unknown[0]} is not in training"
@@ -78,10 +86,10 @@ class Gatekeeper:
     def _speaks_for_itself(self, peer: str, failure: m.Failure) -> bool:
         """A failure ends the run, so it is believed of those who are here, and of a rank of this
         run before its first word."""
-        membership = self._membership
-        if peer in membership.actors or peer == membership.learner or membership.admitted(peer):
+        if self.knows(peer):
             return True
-        return peer.partition(".")[0] == failure.role and membership.is_rank(failure.role)
+        is_rank = self._membership.is_rank(failure.role)
+        return is_rank and peer.partition(".")[0] == failure.role
 
     def _stranger(self, peer: str, hello: m.Hello) -> str | None:
         if lost := self._lost(peer):

@@ -22,6 +22,7 @@ from speed_async.tasks.task import fingerprint
 from speed_async.tasks.verifier import VerifierPool
 from speed_async.wire import messages as m
 from speed_async.wire.curve import client_keys
+from speed_async.wire.session import SessionLink
 from speed_async.wire.transport import Link
 from speed_async.wire.zeromq import open_link
 
@@ -42,7 +43,7 @@ async def run_actor(
     """
     name = f"actor-{index}"
     keys = client_keys(config.cluster)
-    link = await open_link(host, port, f"{name}.{incarnation}", keys=keys)
+    link = SessionLink(await open_link(host, port, f"{name}.{incarnation}", keys=keys))
     try:
         await _work(config, name, index, incarnation, link, engine)
     except (GivenUp, WeightSyncError):
@@ -56,7 +57,7 @@ async def run_actor(
 
 
 async def _work(
-    config: Config, name: str, index: int, incarnation: int, link: Link, engine: OwnedEngine
+    config: Config, name: str, index: int, incarnation: int, link: SessionLink, engine: OwnedEngine
 ) -> None:
     task = make_task(config.task)
     verifier = VerifierPool(

@@ -6,6 +6,7 @@ with `Rejected`, counted, and never raises out of the hub; that peer is muted, i
 dropped unread; every wait has a deadline, whatever comes meanwhile.
 """
 
+from enum import Enum, auto
 from typing import Protocol
 
 from speed_async.wire.messages import Message
@@ -13,6 +14,14 @@ from speed_async.wire.muting import MuteTable
 
 PeerName = str
 """Unique name a link announces, such as `actor-1.0` (role, rank, incarnation)."""
+
+
+class Delivery(Enum):
+    QUEUED = auto()
+    FULL = auto()
+    """The peer's queue has no room now."""
+    GONE = auto()
+    """The peer has no connection now."""
 
 
 class Link(Protocol):
@@ -38,13 +47,16 @@ class Hub(Protocol):
     """Malformed messages so far."""
     muted: MuteTable
 
-    async def send(self, peer: PeerName, message: Message) -> bool:
-        """Queue a message to a peer; False when the peer is gone or never was, which is no
-        error. Raises DeadlineExceeded when the peer's queue stays full."""
+    def offer(self, peer: PeerName, message: Message) -> Delivery:
+        """Queue a message to a peer, if that can be done at once."""
         ...
 
     async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:
         """Next valid message of any peer. Raises DeadlineExceeded or TransportClosed."""
+        ...
+
+    def receive_now(self) -> tuple[PeerName, Message] | None:
+        """The same, if there is one already."""
         ...
 
     def mute(self, peer: PeerName) -> None:

@@ -16,12 +16,14 @@ from speed_async.wire.curve import ClientKeys, Keys, ServerKeys, why_silent
 from speed_async.wire.messages import Message, Rejected
 from speed_async.wire.muting import MuteTable
 from speed_async.wire.sockets import PolledSocket, bind, endpoint_at
-from speed_async.wire.transport import PeerName
+from speed_async.wire.transport import Delivery, PeerName
 
 QUEUED_MESSAGES = 64
 """Default bound of each queue of each peer, in messages; it bounds memory under a slow reader."""
 SEND_DEADLINE_S = 30.0
 MAX_REASON_CHARS = 500
+MAX_DROPPED = 64
+"""Messages dropped in a row before the event loop has its turn."""
 
 _PEER_NAME = re.compile(r"[A-Za-z0-9._:-]{1,100}")
 _GONE = (zmq.EHOSTUNREACH, zmq.ENOTCONN)
@@ -54,6 +56,29 @@ class ZmqHub:
             self.undelivered += 1
             return False
         return True
+
+    def offer(self, peer: PeerName, message: Message) -> Delivery:
+        """Queue a message if that can be done at once; `undelivered` counts gone peers."""
+        try:
+            self._socket.send_now([peer.encode(), *encode(message)])
+        except zmq.Again:
+            return Delivery.FULL
+        except zmq.ZMQError as error:
+            if error.errno not in _GONE:
+                raise
+            self.undelivered += 1
+            return Delivery.GONE
+        return Delivery.QUEUED
+
+    def receive_now(self) -> tuple[PeerName, Message] | None:
+        """The next valid message of any peer, if there is one already."""
+        for _ in range(MAX_DROPPED):
+            frames = self._socket.receive_now()
+            if frames is None:
+                return None
+            if (received := self._opened(frames)) is not None:
+                return received
+        return None  # the rest of a flood of rubbish can wait
 
     async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:
         """Next valid message of any peer. Raises DeadlineExceeded or TransportClosed."""
