@@ -14,6 +14,11 @@ from speed_async.runtime.event_loop import run
 from speed_async.runtime.life import check_resumable
 
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+KEYS = click.option(
+    "--keys",
+    type=click.Path(path_type=Path),
+    help="This client's folder of keys, for a run that has keys.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -62,13 +67,35 @@ def show_config(config: Path, overrides: tuple[str, ...]) -> None:
 
 
 @commands.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--client", metavar="NAME", help="Add a client to the keys that are there.")
+def keys(folder: Path, client: str | None) -> None:
+    """Make FOLDER, the keys of a run whose sockets are reached from other machines.
+
+    Set cluster.keys to it on every node of the run. A machine that joins later, or watches, needs a
+    client of its own: --client makes FOLDER/clients/NAME, to be carried there and given as --keys.
+    Whose key is in FOLDER/allowed may connect, also while a run goes on.
+    """
+    from speed_async.wire.key_making import add_client, make_keys
+
+    if client is not None:
+        click.echo(f"carry {add_client(folder, client)} to its machine, and give it as --keys")
+        return
+    make_keys(folder)
+    click.echo(f"made {folder}: set cluster.keys to it; keep it as secret as an ssh key")
+
+
+@commands.command()
 @click.argument("address")
-def console(address: str) -> None:
+@KEYS
+def console(address: str, keys: Path | None) -> None:
     """Watch a run: ADDRESS is its metrics feed, tcp://HOST:PORT (it stands in logs/learner.log)."""
     host, port = _host_and_port(address)
     from speed_async.runtime.console_role import follow_feed
+    from speed_async.wire.curve import load_client_keys
 
-    run(follow_feed(host, port, address))
+    curve = load_client_keys(keys) if keys is not None else None
+    run(follow_feed(host, port, address, curve))
 
 
 @commands.command()
@@ -94,12 +121,14 @@ def console(address: str) -> None:
     show_default=True,
     help="Seconds to wait for the run's answer.",
 )
+@KEYS
 def actor(
     address: str,
     model: Path | None,
     data: Path | None,
     run_folder: Path | None,
     timeout_s: float,
+    keys: Path | None,
 ) -> None:
     """Add an actor to a run that is under way.
 
@@ -112,7 +141,7 @@ def actor(
     from speed_async.runtime.joiner import join_run
 
     joining = join_run(
-        host, port, model=model, data=data, run_folder=run_folder, timeout_s=timeout_s
+        host, port, model=model, data=data, run_folder=run_folder, timeout_s=timeout_s, keys=keys
     )
     sys.exit(0 if run(joining) else EXIT_INTERRUPTED)
 

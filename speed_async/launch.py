@@ -98,7 +98,7 @@ def _check_world(config: Config, rank: "Rank") -> None:
             f"{config.cluster.learners + 1} processes (torchrun --nproc-per-node)",
         )
     many_nodes = rank.world_size > rank.local_world_size
-    if many_nodes and config.cluster.host in ("127.0.0.1", "localhost", "::1"):
+    if many_nodes and config.cluster.is_loopback:
         raise ConfigError(
             "cluster.host",
             config.cluster.host,

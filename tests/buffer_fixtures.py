@@ -34,12 +34,13 @@ def make_group(
     version: int = 0,
     tokens_each: int = 3,
     counts: ActorCounts | None = None,
+    num_screening: int = 2,
 ) -> GroupFinished:
     total = tokens_each * len(rewards)
     return GroupFinished(
         lease_id=lease_id,
         prompt_id=prompt_id,
-        num_screening=2,
+        num_screening=num_screening,
         prompt_token_ids=np.array([5, 6], np.int32),
         lengths=np.full(len(rewards), tokens_each, np.int32),
         rewards=np.array(rewards, np.float32),

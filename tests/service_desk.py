@@ -22,7 +22,9 @@ class Desk:
             self.config,
             curriculum=UniformCurriculum(100, np.random.default_rng(0)),
             evaluations=EvaluationPlan(
-                num_prompts=num_held_out, num_samples=1, every=self.config.evaluate.every
+                num_prompts=num_held_out,
+                num_samples=self.config.evaluate.num_samples,
+                every=self.config.evaluate.every,
             ),
             fingerprint="f",
             started_s=0.0,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,10 @@ def in_turns(tmp_path: Path) -> Desk:
     )
     desk.past_baseline(ACTOR)
     return desk
+
+
+whole_group = partial(make_group, num_screening=0)
+"""Of a run without a gate."""
 
 
 def leases_in(answers: list[tuple[str, m.Message]]) -> list[m.Leases]:
@@ -65,10 +70,10 @@ def test_without_overlap_a_round_that_yields_too_little_is_followed_by_another(
     in_turns.say(ACTOR, m.WantWork(num_prompts=20, counts=ActorCounts()))
     [leases] = leases_in(in_turns.say("learner", m.TakeBatch(policy_version=0, num_groups=2)))
     first, second = leases.lease_ids
-    assert leases_in(in_turns.say(ACTOR, make_group(first, leases.prompt_ids[0]))) == []
+    assert leases_in(in_turns.say(ACTOR, whole_group(first, leases.prompt_ids[0]))) == []
     [again] = leases_in(in_turns.say(ACTOR, failed(second, "verifier: x")))
     assert len(again.lease_ids) == 1
-    answers = in_turns.say(ACTOR, make_group(again.lease_ids[0], again.prompt_ids[0]))
+    answers = in_turns.say(ACTOR, whole_group(again.lease_ids[0], again.prompt_ids[0]))
     assert kinds(answers) == ["BatchGroup", "BatchGroup", "BatchReady"]
 
 
@@ -76,7 +81,7 @@ def test_without_overlap_the_next_round_waits_for_the_new_weights(in_turns: Desk
     in_turns.say(ACTOR, m.WantWork(num_prompts=20, counts=ActorCounts()))
     [leases] = leases_in(in_turns.say("learner", m.TakeBatch(policy_version=0, num_groups=2)))
     for lease_id, prompt_id in zip(leases.lease_ids, leases.prompt_ids, strict=True):
-        in_turns.say(ACTOR, make_group(lease_id, prompt_id))
+        in_turns.say(ACTOR, whole_group(lease_id, prompt_id))
     in_turns.say("learner", trained(1, leases.lease_ids, 2, 24))
     assert leases_in(in_turns.say("learner", m.TakeBatch(policy_version=1, num_groups=2))) == []
     applied = m.WeightsApplied(
@@ -145,7 +150,7 @@ def at_target(tmp_path: Path) -> Callable[[float], list[tuple[str, m.Message]]]:
     """What the service says when its first evaluation (one prompt, passed) meets this target."""
 
     def answers(target: float) -> list[tuple[str, m.Message]]:
-        desk = Desk(tmp_path, run={"stop_at_accuracy": target})
+        desk = Desk(tmp_path, run={"stop_at_accuracy": target}, evaluate={"num_samples": 2})
         desk.hello("learner", 0)
         desk.hello(ACTOR, 1)
         leases = desk.lease(1)

@@ -11,6 +11,7 @@ from speed_async.config.presets import PRESETS
 from speed_async.config.schema import Algorithm
 from speed_async.errors import ConfigError
 from speed_async.runtime.run_folder import make_run_folder
+from speed_async.wire.key_making import make_keys
 
 MINIMAL = """
 [model]
@@ -211,3 +212,34 @@ def test_parts_that_do_not_go_together_are_refused(
         load_config(config_file, overrides)
     assert field in str(caught.value)
     assert remedy in str(caught.value)
+
+
+def test_a_bind_beyond_loopback_without_keys_is_refused_with_both_remedies(
+    config_file: Path,
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(config_file, ["--cluster.host", "10.1.2.3"])
+    assert (refused.value.field, refused.value.value) == ("cluster.host", "10.1.2.3")
+    assert "speed-async keys FOLDER" in refused.value.remedy
+    assert "'plain-and-open-to-anyone-who-reaches-it'" in refused.value.remedy
+    open_to_all = ["--cluster.security", "plain-and-open-to-anyone-who-reaches-it"]
+    load_config(config_file, ["--cluster.host", "10.1.2.3", *open_to_all])
+
+
+def test_curve_needs_keys_that_only_their_owner_can_read(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.keys' = None: .* needs keys"):
+        load_config(config_file, ["--cluster.security", "curve"])
+    monkeypatch.chdir(tmp_path)
+    curve = ["--cluster.security", "curve", "--cluster.keys", "keys"]
+    with pytest.raises(ConfigError, match=r"cluster\.keys' = '/.*no such folder"):
+        load_config(config_file, curve)
+    make_keys(tmp_path / "keys")
+    assert load_config(config_file, curve).cluster.keys == str(tmp_path / "keys")
+    (tmp_path / "keys" / "client.key_secret").chmod(0o604)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        load_config(config_file, curve)
+    (tmp_path / "keys" / "server.key").unlink()
+    with pytest.raises(ConfigError, match=r"it has no server\.key; `speed-async keys`"):
+        load_config(config_file, curve)

@@ -1,4 +1,9 @@
-"""Nothing from the network is unpickled: not in the code, and not when it runs."""
+"""Nothing from the network is unpickled or evaluated: not in the code, and not when it runs.
+
+The boundary: an actor's verifier pool and its engine are processes of its own, started by it
+through multiprocessing, which pickles what goes between them. No byte from the network takes that
+way as a pickle: it is decoded, checked, and made into plain records before.
+"""
 
 import ast
 import pickle
@@ -19,6 +24,19 @@ ROOMS = ("weights", "wire")
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 CALLS = {"load", "loads", "Unpickler", "StatelessProcessGroup", "allow_pickle"}
 JSON = {"json.loads", "json.load"}
+EVALUATORS = {"eval", "exec", "compile", "__import__"}
+READERS = {"pickle", "torch", "np", "numpy", "marshal", "yaml", "joblib", "dill", "shelve", "runpy"}
+"""Modules whose `load` and the like may run what they read."""
+OWN_PROCESSES = {
+    "actors/engine_process.py": {"multiprocessing"},
+    "runtime/local.py": {
+        "torch.distributed.elastic.multiprocessing",
+        "torch.distributed.elastic.multiprocessing.errors",
+    },
+    "tasks/verifier.py": {"pickle", "multiprocessing"},
+    "tasks/verifier_worker.py": {"pickle", "multiprocessing", "pickle.loads"},
+}
+"""Who may, and why: see above. (What local.py takes from there are the launcher's errors.)"""
 
 
 def offences(source: str) -> Iterator[str]:
@@ -41,7 +59,52 @@ def offences(source: str) -> Iterator[str]:
                 pass
 
 
-def test_the_search_finds_what_it_looks_for():
+def evaluations(source: str) -> Iterator[str]:
+    """Ways of one module to run what it reads, whatever room it is in."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                yield from (a.name for a in names if a.name.split(".")[0] in MODULES | {"yaml"})
+                yield from (a.name for a in names if a.name.startswith("multiprocessing"))
+            case ast.ImportFrom(module=str(module), names=names):
+                if module.split(".")[0] in MODULES | {"yaml"} or "multiprocessing" in module:
+                    yield module
+                yield from (a.name for a in names if a.name in {"literal_eval", "Unpickler"})
+            case ast.Call(func=ast.Name(id=name)) if name in EVALUATORS:
+                yield name
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *_]):
+                if name.startswith("__"):
+                    yield f"getattr {name}"
+            case ast.Attribute(value=ast.Name(id=module), attr=attribute) if module in READERS:
+                if attribute in CALLS:
+                    yield f"{module}.{attribute}"
+            case ast.keyword(arg="allow_pickle" | "trust_remote_code" | "shell"):
+                yield str(node.arg)
+            case _:
+                pass
+
+
+def test_the_searches_find_what_they_look_for():
+    for source in (
+        "eval(text)",
+        "exec(text)",
+        "compile(text, '', 'eval')",
+        "__import__(name)",
+        "import yaml",
+        "import marshal",
+        "from pickle import loads",
+        "from ast import literal_eval",
+        "torch.load(file)",
+        "np.load(file, allow_pickle=True)",
+        "AutoModel.from_pretrained(folder, trust_remote_code=True)",
+        "subprocess.run(text, shell=True)",
+        "getattr(thing, '__class__')",
+    ):
+        assert list(evaluations(source)), source
+    harmless = (
+        "model.eval()\nre.compile(x)\njson.loads(x)\ncurriculum.load(state)\ngetattr(x, name)"
+    )
+    assert list(evaluations(harmless)) == []
     for source in (
         "import pickle",
         "from torch.multiprocessing import reductions",
@@ -59,6 +122,15 @@ def test_no_module_of_the_wire_or_the_weights_can_read_a_pickle(room: str):
     files = sorted((Path(speed_async.__file__).parent / room).glob("*.py"))
     assert len(files) > 5
     assert {file.name: found for file in files if (found := list(offences(file.read_text())))} == {}
+
+
+def test_no_module_can_run_what_it_reads():
+    root = Path(speed_async.__file__).parent
+    files = sorted(root.rglob("*.py"))
+    assert len(files) > 100
+    found = {str(file.relative_to(root)): set(evaluations(file.read_text())) for file in files}
+    surplus = {name: kinds - OWN_PROCESSES.get(name, set()) for name, kinds in found.items()}
+    assert {name: kinds for name, kinds in surplus.items() if kinds} == {}
 
 
 class Trapped(Exception):

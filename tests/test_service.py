@@ -152,11 +152,13 @@ def test_a_new_incarnation_replaces_the_old_one_at_once(desk: Desk) -> None:
 
 def test_a_group_for_another_prompt_or_of_another_size_ends_as_failed(desk: Desk) -> None:
     desk.past_baseline()
-    leases = desk.lease(2)
+    desk.hello("actor-2.0", 2)
+    leases = desk.lease(1)
+    others = desk.lease(1, "actor-2.0")
     wrong_prompt = make_group(leases.lease_ids[0], leases.prompt_ids[0] + 1)
     assert kinds(desk.say("actor-1.0", wrong_prompt))[:1] == ["Rejected"]
-    wrong_size = make_group(leases.lease_ids[1], leases.prompt_ids[1], rewards=(1, 0))
-    assert kinds(desk.say("actor-1.0", wrong_size))[:1] == ["Rejected"]
+    wrong_size = make_group(others.lease_ids[0], others.prompt_ids[0], rewards=(1, 0))
+    assert kinds(desk.say("actor-2.0", wrong_size))[:1] == ["Rejected"]
     assert desk.ends() == {"failed": (2, 12 + 6)}
 
 

@@ -143,7 +143,6 @@ async def test_replies_reach_the_right_one_of_many_peers(stage: Stage):
 @on_every_transport()
 async def test_malformed_input_is_answered_and_counted_and_others_go_on(stage: Stage):
     good = await meet(stage, "good-1.0")
-    bad = await stage.raw_peer("bad-1.0")
     header, *arrays = as_bytes(group_message())
     rubbish = [
         [b""],
@@ -152,17 +151,71 @@ async def test_malformed_input_is_answered_and_counted_and_others_go_on(stage: S
         [header, *arrays[:-1], arrays[-1][:-1]],
         [header] * 200,
     ]
-    for frames in rubbish:
+    for number, frames in enumerate(rubbish):
+        bad = await stage.raw_peer(f"bad-{number}.0")
         await bad.send_frames(frames)
-    await bad.send_frames(encode(Probe(sent=5)))
-    assert await stage.hub.receive(SOON_S) == ("bad-1.0", Probe(sent=5))
-    assert stage.hub.rejected == len(rubbish)
-    for _ in rubbish:
+        await good.send(want(number))
+        assert await stage.hub.receive(SOON_S) == ("good-1.0", want(number))
+        if stage.hub.rejected == number:  # the other one's came first
+            with pytest.raises(DeadlineExceeded):
+                await stage.hub.receive(0.2)
+        assert stage.hub.rejected == stage.hub.muted.num_muted == number + 1
         answer = await bad.receive(SOON_S)
         assert isinstance(answer, Rejected)
         assert answer.reason
+
+
+@on_every_transport()
+async def test_a_peer_that_was_refused_once_is_not_read_again(stage: Stage):
+    good = await meet(stage, "good-1.0")
+    bad = await stage.raw_peer("bad-1.0")
+    for frames in ([b"rubbish"], [b"more"], encode(Probe(sent=5)), [b""]):
+        await bad.send_frames(frames)
+    with pytest.raises(DeadlineExceeded):
+        await stage.hub.receive(0.3)
+    assert (stage.hub.rejected, stage.hub.muted.num_muted) == (1, 1)
+    assert isinstance(await bad.receive(SOON_S), Rejected)
+    with pytest.raises((DeadlineExceeded, TimeoutError)):
+        await bad.receive(0.1)
     await good.send(want(3))
     assert await stage.hub.receive(SOON_S) == ("good-1.0", want(3))
+    stage.hub.mute("good-1.0")
+    await good.send(want(4))
+    with pytest.raises(DeadlineExceeded):
+        await stage.hub.receive(0.2)
+    await stage.hub.send("good-1.0", Rejected(reason="because"))
+    assert await good.receive(SOON_S) == Rejected(reason="because")
+
+
+@on_every_transport(queued_messages=8)
+async def test_a_flood_of_rubbish_keeps_nobody_from_being_heard_and_no_deadline_from_passing(
+    stage: Stage,
+):
+    good = await meet(stage, "good-1.0")
+    bad = await stage.raw_peer("bad-1.0")
+    flooding = True
+
+    async def flood() -> None:
+        while flooding:
+            await bad.send_frames([b"rubbish"])
+            await asyncio.sleep(0)
+
+    flood_task = asyncio.create_task(flood())
+    try:
+        for number in range(5):
+            started_s = asyncio.get_running_loop().time()
+            with pytest.raises(DeadlineExceeded):
+                await stage.hub.receive(0.05)
+            assert asyncio.get_running_loop().time() - started_s < 1.0
+            await good.send(want(number))
+            assert await stage.hub.receive(SOON_S) == ("good-1.0", want(number))
+    finally:
+        flooding = False
+        draining = asyncio.create_task(stage.hub.receive(0.5))
+        await flood_task
+        with pytest.raises(DeadlineExceeded):
+            await draining
+    assert stage.hub.rejected == 1
 
 
 @on_every_transport()
@@ -172,8 +225,8 @@ async def test_another_protocol_version_is_told_both_versions(stage: Stage):
     at = header.index(b"speed_async") + len(b"speed_async")
     assert header[at] == PROTOCOL_VERSION
     await bad.send_frames([header[:at] + b"\x63" + header[at + 1 :]])
-    await bad.send_frames([header])
-    assert await stage.hub.receive(SOON_S) == ("old-1.0", Probe(sent=1))
+    with pytest.raises(DeadlineExceeded):
+        await stage.hub.receive(0.2)
     answer = await bad.receive(SOON_S)
     assert isinstance(answer, Rejected)
     assert f"version int 99, this process {PROTOCOL_VERSION}" in answer.reason

@@ -189,7 +189,7 @@ def test_an_actor_may_take_several_ranks(tmp_path: Path) -> None:
     )
     [(_, refusal)] = desk.say("actor-4.0", none)
     assert isinstance(refusal, m.Rejected)
-    assert "weight_ranks is 0" in refusal.reason
+    assert "weight_ranks must be between 1 and" in refusal.reason
 
 
 def test_leases_are_shared_by_those_who_want_them(desk: Desk) -> None:

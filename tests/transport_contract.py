@@ -14,6 +14,7 @@ import zmq.asyncio
 from speed_async.wire.codec import Frame, decode
 from speed_async.wire.inprocess import InProcessHub, InProcessLink
 from speed_async.wire.messages import Message
+from speed_async.wire.muting import MuteTable
 from speed_async.wire.transport import Hub, Link
 from speed_async.wire.zeromq import ZmqHub, open_hub, open_link
 
@@ -25,6 +26,7 @@ SOON_S = 10.0
 class CountingHub(Hub, Protocol):
     rejected: int
     undelivered: int
+    muted: MuteTable
 
 
 class RawPeer(Protocol):

@@ -8,8 +8,10 @@ from typing import Protocol
 import numpy as np
 
 from speed_async.actors.engine import Engine, GenerationRequest
+from speed_async.actors.failed_completions import FailedCompletions
 from speed_async.actors.gate import Gate, num_passed
 from speed_async.config.schema import Config
+from speed_async.errors import TaskError
 from speed_async.types import (
     Completion,
     Group,
@@ -90,11 +92,21 @@ class Scored:
 class Rollout:
     """Runs leases against the engine and the verifier. Holds no state between leases."""
 
-    def __init__(self, config: Config, engine: Engine, scorer: Scorer, codec: Codec) -> None:
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        scorer: Scorer,
+        codec: Codec,
+        *,
+        failures: FailedCompletions | None = None,
+    ) -> None:
+        """`failures` keeps what could not be scored."""
         self._config = config
         self._engine = engine
         self._scorer = scorer
         self._codec = codec
+        self._failures = failures
         self._gate = Gate(low=config.gate.low, high=config.gate.high)
 
     async def run(self, work: LeaseWork, prompt: Prompt) -> Group | Refused | Scored:
@@ -161,6 +173,10 @@ class Rollout:
         work.scoring = True
         try:
             return await self._scorer.score(prompt, texts)
+        except TaskError as error:
+            if self._failures is not None:
+                await asyncio.to_thread(self._failures.keep, prompt, texts, str(error))
+            raise
         finally:
             work.scoring = False
 

@@ -1,22 +1,66 @@
-"""Which messages the service will not take, and what their senders are told."""
+"""Which messages the service will not take, and what their senders are told.
 
-from collections.abc import Collection
+A sender is told once: whoever is refused is muted, and an actor is lost with that. All roles give
+up at a refusal, so one that goes on is broken or hostile.
+"""
 
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+from speed_async.buffer.inspection import Inspection
 from speed_async.buffer.membership import Membership
 from speed_async.wire import messages as m
 from speed_async.wire.joining import Join
 
+MAX_KNOWN = 65536
+"""Actors and supervisors that a run takes in, those that left included."""
+
+
+class Training(Protocol):
+    """What the learner has to train, by lease (buffer/lifecycle.py)."""
+
+    @property
+    def in_training(self) -> Mapping[int, object]: ...
+
 
 class Gatekeeper:
     def __init__(
-        self, membership: Membership, fingerprint: str, accepted: Collection[type[m.Message]]
+        self,
+        membership: Membership,
+        fingerprint: str,
+        accepted: Collection[type[m.Message]],
+        inspection: Inspection,
+        training: Training,
     ) -> None:
+        self.num_refused = 0
+        """Messages refused here."""
+        self.num_malformed = 0
+        """Messages that the hub refused, as the shell last said."""
+        self.num_muted = 0
+        """Peers that the hub does not listen to any more, likewise."""
+        self.to_mute: list[str] = []
+        """Peers for the shell to mute."""
         self._membership = membership
         self._fingerprint = fingerprint
         self._accepted = accepted
+        self._inspection = inspection
+        self._training = training
 
-    def refusal(self, peer: str, message: m.Message) -> str | None:
-        """Why `message` of `peer` is out of place, or None when it is welcome."""
+    def knows(self, peer: str) -> bool:
+        """Whether this peer takes part in the run."""
+        membership = self._membership
+        is_here = peer in membership.actors or peer == membership.learner
+        return is_here or membership.admitted(peer)
+
+    def refused(self, peer: str) -> None:
+        """A message of this peer was refused; its next ones need not be read."""
+        self.num_refused += 1
+        self.to_mute.append(peer)
+
+    def refusal(
+        self, peer: str, message: m.Message, *, policy_version: int, newest_version: int
+    ) -> str | None:
+        """Why `message` of `peer` is out of place, or None when it is welcome. Changes nothing."""
         kind = type(message).__name__
         if type(message) not in self._accepted:
             return f"{kind} is not for the service"
@@ -25,34 +69,41 @@ class Gatekeeper:
         open_to_all = isinstance(message, m.Counted | m.Hello | m.Failure | Join)
         if not open_to_all and peer != self._membership.learner:
             return f"{kind} is the learner's to send"
-        match message:
-            case m.Hello():
-                return self._stranger(peer, message)
-            case m.ScreenedOut(num_passed=passed, num_completions=sampled):
-                return _impossible(kind, passed, sampled)
-            case m.Evaluated(num_passed=passed, num_completions=sampled):
-                return _impossible(kind, passed, sampled)
-            case _:
-                return None
+        if isinstance(message, m.Failure) and not self._speaks_for_itself(peer, message):
+            return f"a failure of {message.role[:40]!r} is not for it to tell"
+        if isinstance(message, m.Hello | Join) and self._membership.num_known >= MAX_KNOWN:
+            return f"this run has seen {MAX_KNOWN} actors, and takes no more"
+        if isinstance(message, m.Hello) and (reason := self._stranger(peer, message)):
+            return reason
+        if fault := self._inspection.fault(message, newest_version):
+            return fault
+        if isinstance(message, m.Trained) and message.policy_version > policy_version:
+            unknown = [i for i in message.lease_ids if i not in self._training.in_training]
+            if unknown:
+                return f"Trained: lease {unknown[0]} is not in training"
+        return None
+
+    def _speaks_for_itself(self, peer: str, failure: m.Failure) -> bool:
+        """A failure ends the run, so it is believed of those who are here, and of a rank of this
+        run before its first word."""
+        if self.knows(peer):
+            return True
+        is_rank = self._membership.is_rank(failure.role)
+        return is_rank and peer.partition(".")[0] == failure.role
 
     def _stranger(self, peer: str, hello: m.Hello) -> str | None:
         if lost := self._lost(peer):
             return lost
-        if hello.weight_ranks < 1:
-            return f"Hello.weight_ranks is {hello.weight_ranks}: an engine has 1 at least"
         if hello.fingerprint != self._fingerprint:
             return (
-                f"its task data (fingerprint {hello.fingerprint}) differ from the service's "
+                f"its task data (fingerprint {hello.fingerprint[:40]}) differ from the service's "
                 f"({self._fingerprint}): give every node the same config and data files"
             )
+        learner = self._membership.learner
+        if hello.role == "learner" and learner not in (None, peer):
+            return f"the run has a learner ({learner})"
         return None
 
     def _lost(self, peer: str) -> str | None:
         reason = self._membership.lost.get(peer)
         return reason and f"this incarnation was given up as lost ({reason}): start a new one"
-
-
-def _impossible(kind: str, num_passed: int, num_completions: int) -> str | None:
-    if 0 <= num_passed <= num_completions:
-        return None
-    return f"{kind} says that {num_passed} of {num_completions} completions passed"

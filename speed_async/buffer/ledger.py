@@ -12,6 +12,9 @@ from speed_async.types import ActorCounts, GroupEnd
 BEFORE_THE_CUT = "before-the-cut"
 """Stands for actors whose work is known by the learner's word alone."""
 
+MAX_KINDS, MAX_KIND_CHARS = 64, 100
+"""Kinds of failure told apart: an actor words them."""
+
 
 @dataclass(slots=True)
 class Tally:
@@ -86,7 +89,9 @@ class Ledger:
 
     def failed(self, reason: str, tokens: int, groups: int = 1) -> None:
         self.ends[GroupEnd.FAILED].add(tokens, groups)
-        kind = reason.split(":", 1)[0]
+        kind = reason.split(":", 1)[0][:MAX_KIND_CHARS]
+        if kind not in self.failures and len(self.failures) >= MAX_KINDS:
+            kind = "other"
         self.failures[kind] = self.failures.get(kind, 0) + 1
 
     def lose(self, name: str, num_training: int, num_other: int) -> None:

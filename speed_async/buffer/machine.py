@@ -32,6 +32,10 @@ class Machine:
         """What a peer said. Control messages and repetitions are dealt with and not recorded."""
         if not self.conversations.admit(peer, message, now_s):
             return
+        turned_away = self.service.turned_away(peer, message)
+        if turned_away is not None:
+            self.conversations.replies.append((peer, turned_away))
+            return
         place = None
         if self.journal is not None:
             place = self.journal.append("message", now_s, peer=peer, frames=encode(message))

@@ -95,6 +95,21 @@ class Membership:
             or (state.gone_since_s is not None and now_s - state.gone_since_s > RECONNECT_S)
         ]
 
+    def admitted(self, supervisor: str) -> bool:
+        """Whether an actor of this supervisor was let in."""
+        return supervisor in self._admitted
+
+    def is_rank(self, role: str) -> bool:
+        """Whether this is the learner, or an actor that torchrun started."""
+        kind, _, index = role.partition("-")
+        is_actor = kind == "actor" and index.isdecimal() and len(index) < 10
+        return role == "learner" or (is_actor and int(index) < self._first_free_index)
+
+    @property
+    def num_known(self) -> int:
+        """Names of which something is kept, those that left included."""
+        return len(self.actors) + len(self.lost) + len(self._admitted)
+
     # --- actors that come by themselves ------------------------------------------------------
 
     @property

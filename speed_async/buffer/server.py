@@ -113,6 +113,7 @@ class _Shell:
                 self._offer(peer, probe)
         await self._make_safe()
         self._send_all()
+        self._mute()
         await self._publish()
         await self._maybe_snapshot()
 
@@ -157,6 +158,13 @@ class _Shell:
             if count == BATCH_MESSAGES or pending > BATCH_BYTES or machine.service.ended:
                 return
             received = self._hub.receive_now()
+
+    def _mute(self) -> None:
+        """Whoever was refused was told why just now."""
+        guard = self._machine.service.gatekeeper
+        while guard.to_mute:
+            self._hub.mute(guard.to_mute.pop())
+        guard.num_malformed, guard.num_muted = self._hub.rejected, self._hub.muted.num_muted
 
     # --- disk ----------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from speed_async.buffer.ending import Ending, Step
 from speed_async.buffer.gatekeeper import Gatekeeper
 from speed_async.buffer.grants import Grants
 from speed_async.buffer.group_table import BufferedGroup
+from speed_async.buffer.inspection import Inspection
 from speed_async.buffer.lifecycle import Accuracy, Evaluations, Lifecycle
 from speed_async.buffer.membership import ActorState, Membership
 from speed_async.buffer.statistics import RunStatistics, UpdateTimes
@@ -37,10 +38,11 @@ from speed_async.wire import messages as m
 from speed_async.wire.joining import Join, JoinAccepted, Leaving
 
 ROLE = "buffer service"
+MAX_REASON_CHARS = 500
 
 
 class BufferService:
-    CONFIGURED = ("_handlers", "_gatekeeper", "_feed_port", "outbox", "events", "place")
+    CONFIGURED = ("_handlers", "gatekeeper", "_feed_port", "outbox", "events", "place")
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class BufferService:
         fingerprint: str,
         started_s: float,
         feed_port: int = 0,
+        vocab_size: int | None = None,
     ) -> None:
         self.outbox: list[tuple[str, m.Message]] = []
         self.events: list[Event] = []
@@ -114,16 +117,23 @@ class BufferService:
             m.PrepareCheckpoint: self._on_prepare,
             m.CheckpointSaved: self._on_saved,
         }
-        self._gatekeeper = Gatekeeper(self.membership, fingerprint, self._handlers.keys())
+        self.gatekeeper = Gatekeeper(
+            self.membership,
+            fingerprint,
+            self._handlers.keys(),
+            Inspection(config, vocab_size),
+            self.lifecycle,
+        )
         evaluations.start(0)
 
     # --- the two entrances -----------------------------------------------------------------
 
     def handle(self, peer: str, message: m.Message, now_s: float) -> None:
         """Take in one message of `peer`; a message that is out of place is answered, not raised."""
-        refusal = self._gatekeeper.refusal(peer, message)
+        refusal = self._refusal(peer, message)
         if refusal is not None:
-            self._send(peer, m.Rejected(reason=refusal))
+            self._refuse(peer, refusal)
+            self._advance(now_s)
             return
         if isinstance(message, m.Counted):
             state = self.membership.actors[peer]
@@ -131,6 +141,17 @@ class BufferService:
             self.lifecycle.ledger.heard(peer, message.counts)
         self._handlers[type(message)](peer, message, now_s)
         self._advance(now_s)
+
+    def turned_away(self, peer: str, message: m.Message) -> m.Rejected | None:
+        """The answer to a stranger that is not let in. Nothing of it is kept, so there is nothing
+        to record; None for whoever is known, and for a stranger that is welcome."""
+        if self.gatekeeper.knows(peer):
+            return None
+        refusal = self._refusal(peer, message)
+        if refusal is None:
+            return None
+        self.gatekeeper.refused(peer)
+        return m.Rejected(reason=refusal[:MAX_REASON_CHARS])
 
     def tick(self, now_s: float, loop_lag_s: float = 0.0) -> None:
         """Passing of time: silent actors, the drain's deadline, rates, a status event."""
@@ -226,6 +247,22 @@ class BufferService:
         self.membership.leave(self.membership.actors[peer])
         self.lifecycle.holder_left(peer)
 
+    def _refusal(self, peer: str, message: m.Message) -> str | None:
+        return self.gatekeeper.refusal(
+            peer,
+            message,
+            policy_version=self.policy_version,
+            newest_version=max(self.policy_version, self.weight_group.newest_version),
+        )
+
+    def _refuse(self, peer: str, reason: str) -> None:
+        """Say so once; an actor is lost with it, and its prompts return."""
+        self._send(peer, m.Rejected(reason=reason[:MAX_REASON_CHARS]))
+        self.gatekeeper.refused(peer)
+        state = self.membership.actors.get(peer)
+        if state is not None and not state.said_goodbye:
+            self._lose(state, f"a message of it was refused: {reason}")
+
     def _lose(self, state: ActorState, reason: str) -> None:
         self.membership.lose(state.name, reason)
         self.given_up.append(state.name)
@@ -237,7 +274,7 @@ class BufferService:
     def _on_group(self, peer: str, message: m.GroupFinished, now_s: float) -> None:
         refusal = self.lifecycle.group_finished(peer, message, self.place)
         if refusal is not None:
-            self._send(peer, m.Rejected(reason=refusal))
+            self._refuse(peer, refusal)
 
     def _on_screened_out(self, peer: str, message: m.ScreenedOut, now_s: float) -> None:
         self.lifecycle.screened_out(peer, message)

@@ -51,6 +51,8 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
         "loop_lag_s": service.loop_lag_s,
         "actors_total": service.membership.num_wanted,
         "warning": service.warning,
+        "peers_muted": service.gatekeeper.num_muted,
+        "messages_refused": service.gatekeeper.num_refused + service.gatekeeper.num_malformed,
     }
     shares = statistics.shares()
     values |= {f"share_{name}": share for name, share in shares.items()}
@@ -112,6 +114,8 @@ def summary_values(
         "staleness_mean": statistics.staleness_mean,
         "staleness_max": statistics.staleness_max,
         "weights": service.weight_times.summary(),
+        "peers_muted": service.gatekeeper.num_muted,
+        "messages_refused": service.gatekeeper.num_refused + service.gatekeeper.num_malformed,
         "actors": lifecycle.ledger.by_actor(),
         "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
         "breakdown": {"learner": _learner_times(service), "actors": _actor_times(service)},

@@ -18,6 +18,8 @@ from speed_async.wire.messages import (
 class WeightGroup:
     def __init__(self, membership: Membership) -> None:
         self.epoch = 0
+        self.newest_version = 0
+        """Of all that the learner ever began to broadcast."""
         self._membership = membership
         self._members: list[tuple[str, int]] = []  # of the epoch: name and ranks, in rank order
         self._broken = False
@@ -27,6 +29,7 @@ class WeightGroup:
     def form(self, publish: PublishWeights) -> tuple[list[tuple[str, OfferWeights]], WeightMembers]:
         """Offers in rank order, and the learner's answer. Other members than the last time, or a
         broken group, open a new epoch; a broadcast to nobody leaves everything as it is."""
+        self.newest_version = max(self.newest_version, publish.policy_version)
         lacking = [
             state
             for state in self._membership.present()

@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+from speed_async.config.key_folder import check_client_files
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError
 
@@ -18,6 +19,7 @@ def check_combinations(config: Config) -> None:
     _check_lengths(config)
     _check_roles(config)
     _check_files(config)
+    _check_security(config)
 
 
 def _check_gate(config: Config) -> None:
@@ -152,3 +154,21 @@ def _check_files(config: Config) -> None:
         )
     if config.task.path is not None and not Path(config.task.path).is_file():
         raise ConfigError("task.path", config.task.path, "no such file")
+
+
+def _check_security(config: Config) -> None:
+    cluster = config.cluster
+    if not cluster.speaks_curve:
+        return
+    if cluster.keys is not None:
+        check_client_files(Path(cluster.keys))
+        return
+    make = "make keys with `speed-async keys FOLDER` and set cluster.keys = 'FOLDER'"
+    if cluster.security == "curve":
+        raise ConfigError("cluster.keys", None, f"cluster.security = 'curve' needs keys; {make}")
+    raise ConfigError(
+        "cluster.host",
+        cluster.host,
+        f"it lies beyond loopback, and cluster.keys = None: {make}, or say cluster.security = "
+        "'plain-and-open-to-anyone-who-reaches-it'",
+    )

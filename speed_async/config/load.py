@@ -14,7 +14,7 @@ from speed_async.config.presets import with_preset
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError
 
-PATH_FIELDS = (("model", "path"), ("task", "path"))
+PATH_FIELDS = (("model", "path"), ("task", "path"), ("cluster", "keys"))
 ROOT_FIELDS = frozenset({"algorithm"})
 """Fields that stand in no section."""
 
@@ -22,8 +22,8 @@ ROOT_FIELDS = frozenset({"algorithm"})
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path`, apply overrides such as `--learner.lr 1e-4`, check everything.
 
-    Relative model and data paths in the file are taken from the file's folder; relative paths in
-    overrides from the current directory. Raises ConfigError.
+    Relative paths in the file (model, data, keys) are taken from the file's folder; relative paths
+    in overrides from the current directory. Raises ConfigError.
     """
     tree = _read_toml(Path(path))
     _absolute_paths(tree, Path(path).resolve().parent)

@@ -1,5 +1,6 @@
 """The configuration: one frozen tree. Units are in the names; derived values are properties."""
 
+import ipaddress
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -275,6 +276,20 @@ class ClusterConfig(Section):
     stall_timeout_s: PositiveFloat = 600.0
     """Longest wait of the learner for one batch."""
     drain_timeout_s: PositiveFloat = 20.0
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether `host` is reached from its own machine alone; a name other than localhost may be
+        reached from anywhere."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def speaks_curve(self) -> bool:
+        """Whether sockets are encrypted, and open to allowed keys alone."""
+        return self.security == "curve" or (self.security == "auto" and not self.is_loopback)
 
 
 class ObserveConfig(Section):

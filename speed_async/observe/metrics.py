@@ -30,7 +30,8 @@ class Event:
       `credits` is how many training leases may be in flight now, those that are included.
     Shown where they are told: `max_staleness` (the bound), `accuracy_before` (first held-out),
       `actors_total` (wanted: the ranks, and actors that joined and have not left),
-      `warning` (latest one, for people; one line).
+      `warning` (latest one, for people; one line), `messages_refused` (malformed, or not to be
+      believed) and `peers_muted` (not listened to any more, for having sent one).
     status and step, of weights: `weights/pause_s` and `weights/pause_max_s` (mean and longest over
       the actors that hold the newest version any of them has), `weights/transfer_s` and
       `weights/bytes_per_s` (of the last broadcast that reached anyone), `weights/publishing_s` (age

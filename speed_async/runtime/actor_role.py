@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from speed_async.actors.engine import OwnedEngine
+from speed_async.actors.failed_completions import FailedCompletions
 from speed_async.actors.loop import ActorLoop
 from speed_async.actors.model_folder import check_model_folder, load_tokenizer
 from speed_async.actors.prompt_codec import PromptCodec
@@ -15,10 +16,12 @@ from speed_async.actors.rollout import Rollout
 from speed_async.config.schema import Config
 from speed_async.errors import GivenUp, SpeedAsyncError, WeightSyncError
 from speed_async.runtime.failure import describe
+from speed_async.runtime.run_folder import RunFolder
 from speed_async.tasks.registry import make_task
 from speed_async.tasks.task import fingerprint
 from speed_async.tasks.verifier import VerifierPool
 from speed_async.wire import messages as m
+from speed_async.wire.curve import client_keys
 from speed_async.wire.session import SessionLink
 from speed_async.wire.transport import Link
 from speed_async.wire.zeromq import open_link
@@ -39,7 +42,8 @@ async def run_actor(
     An error of its own ends the run, unless it has `joined` the run by itself.
     """
     name = f"actor-{index}"
-    link = SessionLink(await open_link(host, port, f"{name}.{incarnation}"))
+    keys = client_keys(config.cluster)
+    link = SessionLink(await open_link(host, port, f"{name}.{incarnation}", keys=keys))
     try:
         await _work(config, name, index, incarnation, link, engine)
     except (GivenUp, WeightSyncError):
@@ -64,13 +68,14 @@ async def _work(
     folder = Path(config.model.path)
     check_model_folder(folder)
     codec = PromptCodec(load_tokenizer(folder), chat_template=config.model.chat_template)
+    failures = FailedCompletions(RunFolder(path=Path(config.run.folder)).failed(name))
     async with verifier, engine:
         loop = ActorLoop(
             config,
             name=name,
             link=link,
             engine=engine,
-            rollout=Rollout(config, engine, verifier, codec),
+            rollout=Rollout(config, engine, verifier, codec, failures=failures),
             task=task,
         )
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, loop.request_drain)

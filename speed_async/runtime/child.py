@@ -34,12 +34,13 @@ def main() -> int:
 
 def _role(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
     """Each role imports only what it needs: the service and the console never load torch."""
+    config = read_resolved(Path(arguments.config))
     if arguments.role == "console":
         from speed_async.runtime.console_role import follow_feed
+        from speed_async.wire.curve import client_keys
 
         title = Path(arguments.run_folder).name
-        return follow_feed(arguments.host, arguments.port, title)
-    config = read_resolved(Path(arguments.config))
+        return follow_feed(arguments.host, arguments.port, title, client_keys(config.cluster))
     if arguments.role == "service":
         from speed_async.runtime.service_role import run_service
 

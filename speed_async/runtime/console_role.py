@@ -9,14 +9,15 @@ from rich.console import Console
 from speed_async.errors import DeadlineExceeded
 from speed_async.observe.lines import Lines
 from speed_async.observe.panel import Panel, can_show
+from speed_async.wire.curve import ClientKeys
 from speed_async.wire.feed import FeedSubscriber
 
 SILENCE_S = 30.0
 
 
-async def follow_feed(host: str, port: int, title: str) -> None:
+async def follow_feed(host: str, port: int, title: str, keys: ClientKeys | None = None) -> None:
     """Show events until the run's end event. Raises DeadlineExceeded when the feed is silent."""
-    subscriber = FeedSubscriber(host, port)
+    subscriber = FeedSubscriber(host, port, keys=keys)
     terminal = Console()
     this_task = asyncio.current_task()
     assert this_task is not None
@@ -38,9 +39,9 @@ async def _follow(subscriber: FeedSubscriber, view: Panel | Lines, where: str) -
     while True:
         try:
             event = await subscriber.receive(SILENCE_S)
-        except DeadlineExceeded:
+        except DeadlineExceeded as error:
             raise DeadlineExceeded(
-                f"the metrics feed at {where}", "any event; is the run still alive?", SILENCE_S
+                f"the metrics feed at {where}", f"{error.what}; is the run still alive?", SILENCE_S
             ) from None
         view.update(event)
         if event.kind == "end":

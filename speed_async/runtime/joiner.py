@@ -20,6 +20,7 @@ from speed_async.runtime.processes import ENVIRONMENT
 from speed_async.runtime.run_folder import make_run_folder
 from speed_async.runtime.supervisor import ActorPlan, supervise
 from speed_async.wire import messages as m
+from speed_async.wire.curve import ClientKeys, load_client_keys
 from speed_async.wire.feed import FeedSubscriber
 from speed_async.wire.joining import Join, JoinAccepted
 from speed_async.wire.transport import Link
@@ -34,23 +35,33 @@ async def join_run(
     data: Path | None,
     run_folder: Path | None,
     timeout_s: float,
+    keys: Path | None = None,
 ) -> bool:
     """Take part in the run whose service is at this address, until it ends or a signal comes.
 
-    True when the run ended, False when this actor was told to stop. Raises SpeedAsyncError.
+    `keys`: this client's folder, for a run that has keys. True when the run ended, False when this
+    actor was told to stop. Raises SpeedAsyncError.
     """
+    curve = load_client_keys(keys) if keys is not None else None
     stopping = asyncio.Event()
     for stopper in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(stopper, stopping.set)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    link = await open_link(host, port, f"join-{uuid.uuid4().hex}")
+    link = await open_link(host, port, f"join-{uuid.uuid4().hex}", keys=curve)
     try:
         accepted = await _ask(link, stopping, f"tcp://{host}:{port}", timeout_s)
         if accepted is None:
             return False
         try:
-            await _take_part(host, port, accepted, stopping, model, data, run_folder)
+            config = _local_config(
+                accepted.config,
+                model=model,
+                data=data,
+                run_folder=run_folder or Path("runs") / f"actor-{accepted.index}",
+                keys=keys,
+            )
+            await _take_part(host, port, accepted, stopping, config, curve)
         except SpeedAsyncError as error:
             await link.send(m.Failure(role=f"actor-{accepted.index}", message=str(error)))
             raise
@@ -77,7 +88,8 @@ async def _ask(
         raise DeadlineExceeded(
             f"a run at {address}",
             "nobody answers there. The address stands in the run's logs/learner.log (\"actors join "
-            "at\"; not the metrics feed's), and cluster.host must be one that reaches this machine",
+            "at\"; not the metrics feed's), cluster.host must be one that reaches this machine, "
+            "and a run that has keys answers allowed clients alone: give this one's as --keys",
             timeout_s,
         ) from None
     except ProtocolError as error:
@@ -94,13 +106,10 @@ async def _take_part(
     port: int,
     accepted: JoinAccepted,
     stopping: asyncio.Event,
-    model: Path | None,
-    data: Path | None,
-    run_folder: Path | None,
+    config: Config,
+    curve: ClientKeys | None,
 ) -> None:
     name = f"actor-{accepted.index}"
-    wanted = run_folder or Path("runs") / name
-    config = _local_config(accepted.config, model=model, data=data, run_folder=wanted)
     folder, config = make_run_folder(config)
     plan = ActorPlan(
         index=accepted.index,
@@ -112,7 +121,7 @@ async def _take_part(
     )
     print(f"joined tcp://{host}:{port} as {name}; its logs are in {folder.path / 'logs'}")
     sys.stdout.flush()
-    feed = FeedSubscriber(host, accepted.feed_port)
+    feed = FeedSubscriber(host, accepted.feed_port, keys=curve)
     try:
         run_over = _until_end(feed, config.cluster.peer_timeout_s)
         await supervise(config, plan, stopping=stopping, run_over=run_over)
@@ -120,7 +129,9 @@ async def _take_part(
         await feed.close()
 
 
-def _local_config(text: str, *, model: Path | None, data: Path | None, run_folder: Path) -> Config:
+def _local_config(
+    text: str, *, model: Path | None, data: Path | None, run_folder: Path, keys: Path | None
+) -> Config:
     """The run's configuration with this machine's paths. Raises ConfigError for a missing one."""
     try:
         tree = json.loads(text)
@@ -129,6 +140,7 @@ def _local_config(text: str, *, model: Path | None, data: Path | None, run_folde
             tree["model"]["path"] = str(model.expanduser().resolve())
         if data is not None:
             tree["task"]["path"] = str(data.expanduser().resolve())
+        tree["cluster"]["keys"] = str(keys.expanduser().resolve()) if keys is not None else None
     except (ValueError, TypeError, KeyError) as error:
         raise ProtocolError(f"the run's configuration is malformed: {error}") from None
     try:

@@ -20,6 +20,7 @@ from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
 from speed_async.runtime.run_folder import RunFolder
 from speed_async.runtime.service_process import ServiceProcess
 from speed_async.wire import messages as m
+from speed_async.wire.curve import client_keys
 from speed_async.wire.session import SessionLink
 from speed_async.wire.zeromq import open_link
 
@@ -92,7 +93,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
 
 async def _start_console(address: ServiceAddress, folder: RunFolder) -> asyncio.subprocess.Process:
     arguments = ["--host", address.host, "--port", str(address.feed_port)]
-    arguments += ["--run-folder", str(folder.path)]
+    arguments += ["--config", str(folder.config), "--run-folder", str(folder.path)]
     return await start_role("console", arguments, log=folder.log("console"), stdout=None)
 
 
@@ -107,7 +108,8 @@ async def _train(
     """Train; a service that dies meanwhile ends it."""
     # Seconds to import, while the actors, which wait for the service alone, do the same.
     work = await asyncio.to_thread(importlib.import_module, "speed_async.runtime.learner_work")
-    link = SessionLink(await open_link(address.host, address.port, ROLE))
+    keys = client_keys(life.config.cluster)
+    link = SessionLink(await open_link(address.host, address.port, ROLE, keys=keys))
     training = asyncio.create_task(work.learn(life, rank, link, stop), name=ROLE)
     try:
         await asyncio.wait((training, watch), return_when=asyncio.FIRST_COMPLETED)

@@ -45,6 +45,10 @@ class RunFolder:
     def error(self, role: str) -> Path:
         return self.path / "logs" / f"{role}.error"
 
+    def failed(self, role: str) -> Path:
+        """Completions that this actor's verifier could not score."""
+        return self.path / "failed" / f"{role}.jsonl"
+
     def write_summary(self, fields: dict[str, object]) -> None:
         self.write(self.summary, json.dumps(fields, indent=2) + "\n")
 

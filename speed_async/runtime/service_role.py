@@ -18,6 +18,7 @@ from speed_async.evaluate.plan import EvaluationPlan
 from speed_async.observe.sinks import JsonlSink, Sink
 from speed_async.tasks.registry import make_task
 from speed_async.tasks.task import fingerprint
+from speed_async.wire.curve import server_keys
 from speed_async.wire.feed import FeedPublisher
 from speed_async.wire.zeromq import open_hub
 
@@ -32,8 +33,9 @@ async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(ignored, lambda: None)
     task = make_task(config.task)
-    hub = await open_hub(config.cluster.host, config.cluster.service_port)
-    feed = FeedPublisher(config.cluster.host, config.cluster.feed_port)
+    keys = server_keys(config.cluster)
+    hub = await open_hub(config.cluster.host, config.cluster.service_port, keys=keys)
+    feed = FeedPublisher(config.cluster.host, config.cluster.feed_port, keys=keys)
     task_fingerprint = fingerprint(task)
 
     def build(settings: Config) -> BufferService:
@@ -50,6 +52,7 @@ async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
             fingerprint=task_fingerprint,
             started_s=time.monotonic(),
             feed_port=feed.port,
+            vocab_size=vocab_size(Path(config.model.path)),
         )
 
     keeps_journal = config.buffer.durability != "none"
@@ -63,6 +66,19 @@ async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
     sys.stdout.write(json.dumps({"port": hub.port, "feed_port": feed.port}) + "\n")
     sys.stdout.flush()
     await serve(machine, hub, feed, sinks)
+
+
+def vocab_size(folder: Path) -> int | None:
+    """Tokens that the model of this folder has; None where its config.json does not tell."""
+    try:
+        facts = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    for place in (facts, facts.get("text_config") if isinstance(facts, dict) else None):
+        size = place.get("vocab_size") if isinstance(place, dict) else None
+        if isinstance(size, int) and size > 0:
+            return size
+    return None
 
 
 def make_sinks(config: Config, run_folder: Path) -> list[Sink]:

@@ -29,6 +29,9 @@ from speed_async.types import Prompt
 
 MAX_ATTEMPTS = 3
 """Pools one call may break, or lose to another call, before it is given up."""
+DEATHS_OF_ITS_OWN = 2
+"""Workers that die over a call before it is to blame: pebble also lays a death on the call before,
+whose answer was still on its way."""
 STOP_TIMEOUT_S = 15.0
 _GRACE_S = 5.0
 
@@ -102,6 +105,7 @@ class VerifierPool:
         return reply
 
     async def _score_packed(self, payload: bytes, whose: str) -> Reply:
+        num_deaths = 0
         for _ in range(MAX_ATTEMPTS):
             pool = self._pool
             if pool is None:
@@ -116,6 +120,9 @@ class VerifierPool:
                     "(actors.verifier_timeout_s); its worker was killed"
                 ) from None
             except ProcessExpired as error:
+                num_deaths += 1
+                if num_deaths < DEATHS_OF_ITS_OWN:
+                    continue
                 raise TaskError(
                     f"the verifier of {whose} ended its worker process (exit code {error.exitcode})"
                 ) from None

@@ -20,6 +20,8 @@ MakeTask = Callable[[], Task]
 Reply = list[float] | str
 """Rewards, or what went wrong. Foreign exceptions never travel: they may not unpickle."""
 
+MAX_ERROR_CHARS = 1000
+"""Of a foreign error's text, which may hold a whole completion."""
 _PR_SET_PDEATHSIG = 1
 _NOT_STARTED = "worker was not initialised"
 
@@ -74,7 +76,7 @@ def describe(error: BaseException) -> str:
 
 def _text(error: BaseException) -> str:
     try:
-        return str(error)
+        return str(error)[:MAX_ERROR_CHARS]
     except Exception:  # a foreign class may break its own text
         return "(it has no text)"
 

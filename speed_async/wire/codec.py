@@ -7,6 +7,7 @@ found where it is made. Nothing is unpickled. Arrays are little-endian and one-d
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
+from reprlib import Repr
 from typing import NoReturn, get_type_hints
 
 import msgpack
@@ -26,6 +27,9 @@ MAX_FRAMES = 64
 MAX_SHOWN_CHARS = 60
 """How much of a refused value an error shows."""
 
+_brief = Repr()
+"""A plain `repr` of what a stranger nested deeply enough would exhaust the stack."""
+_brief.maxlevel, _brief.maxstring, _brief.maxother = 2, MAX_SHOWN_CHARS, MAX_SHOWN_CHARS
 _ARRAY_DTYPES = {Int32Array: np.dtype("<i4"), Float32Array: np.dtype("<f4")}
 
 
@@ -234,7 +238,7 @@ def _wrong_value(where: str, field: str, annotation: str, value: object) -> Prot
 
 
 def _shown(value: object) -> str:
-    text = f"{type(value).__name__} {value!r}"
+    text = f"{type(value).__name__} {_brief.repr(value)}"
     return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."
 
 

@@ -13,8 +13,16 @@ from speed_async.errors import ProtocolError, TransportClosed
 from speed_async.observe.metrics import Event, EventKind
 from speed_async.wire import fields
 from speed_async.wire.codec import MAGIC, MAX_HEADER_BYTES, Frame, pack_header, unpack_header
+from speed_async.wire.curve import ClientKeys, ServerKeys, secure, why_silent
 from speed_async.wire.messages import PROTOCOL_VERSION
-from speed_async.wire.sockets import LINGER_S, PolledSocket, bind, endpoint_at, set_common_options
+from speed_async.wire.sockets import (
+    LINGER_S,
+    PolledSocket,
+    bind,
+    end_context,
+    endpoint_at,
+    set_common_options,
+)
 
 QUEUED_EVENTS = 256
 """Events held for one slow subscriber, and by it."""
@@ -44,15 +52,17 @@ def decode_event(frame: Frame) -> Event:
 class FeedPublisher:
     """Binds at once; `port` is the one in use. Raises ConfigError when it cannot be bound."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, *, keys: ServerKeys | None = None) -> None:
         self._context: zmq.Context = zmq.Context(io_threads=1)
         self._socket: zmq.Socket = self._context.socket(zmq.PUB)
         self._socket.SNDHWM = QUEUED_EVENTS
         set_common_options(self._socket, max_frame_bytes=MAX_SUBSCRIPTION_BYTES)
+        self._authenticator = secure(self._socket, keys)
         try:
             self.port = bind(self._socket, host, port, field="cluster.feed_port")
         except BaseException:
-            self._context.destroy(linger=0)
+            self._socket.close(linger=0)
+            end_context(self._context, self._authenticator)
             raise
 
     async def publish(self, event: Event) -> None:
@@ -68,19 +78,21 @@ class FeedPublisher:
         """Flush for at most LINGER_S. May be called twice."""
         if not self._socket.closed:
             self._socket.close(linger=int(LINGER_S * 1000))
-            await asyncio.shield(asyncio.to_thread(self._context.term))
+            await asyncio.shield(asyncio.to_thread(end_context, self._context, self._authenticator))
 
 
 class FeedSubscriber:
     """Made in a running event loop; connects now or whenever the publisher is there."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, *, keys: ClientKeys | None = None) -> None:
         self._socket = PolledSocket(
             zmq.SUB,
             outbox_messages=QUEUED_EVENTS,
             inbox_messages=QUEUED_EVENTS,
             max_frame_bytes=MAX_HEADER_BYTES,
+            keys=keys,
         )
+        self._silence = f"an event (none has come; {why_silent(keys)})"
         endpoint = endpoint_at(self._socket.raw, host, port)
         self._whom = f"the metrics feed at {endpoint}"
         self._socket.raw.SUBSCRIBE = b""
@@ -88,7 +100,10 @@ class FeedSubscriber:
 
     async def receive(self, deadline_s: float) -> Event:
         """Next event. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
-        frames = await self._socket.receive(deadline_s=deadline_s, whom=self._whom, what="an event")
+        frames = await self._socket.receive(
+            deadline_s=deadline_s, whom=self._whom, what=self._silence
+        )
+        self._silence = "an event"
         return decode_event(frames[0])
 
     async def close(self) -> None:

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 from speed_async.errors import DeadlineExceeded, ProtocolError, TransportClosed
 from speed_async.wire.codec import Frame, decode, encode
 from speed_async.wire.messages import Message, Rejected
+from speed_async.wire.muting import MuteTable
 from speed_async.wire.transport import Delivery, PeerName
 
 Item = TypeVar("Item")
@@ -27,6 +28,7 @@ class InProcessHub:
     ) -> None:
         self.rejected = 0
         self.undelivered = 0
+        self.muted = MuteTable()
         self._queued_messages = queued_messages
         self._send_deadline_s = send_deadline_s
         self._inbox: _Mailbox[tuple[PeerName, list[bytes]]] = _Mailbox(queued_messages)
@@ -84,11 +86,17 @@ class InProcessHub:
             if (received := self._opened(peer, frames)) is not None:
                 return received
 
+    def mute(self, peer: PeerName) -> None:
+        self.muted.add(peer.encode())
+
     def _opened(self, peer: PeerName, frames: list[bytes]) -> tuple[PeerName, Message] | None:
+        if peer.encode() in self.muted:
+            return None
         try:
             return peer, decode(frames)
         except ProtocolError as error:
             self.rejected += 1
+            self.mute(peer)
             self._outboxes[peer].put_now(_as_bytes(encode(Rejected(reason=str(error)))))
             return None
 

@@ -4,7 +4,8 @@ Operations are tried at once and awaited only when the socket has nothing to giv
 through an edge-triggered descriptor that any operation may consume, so each operation re-checks on
 behalf of whoever waits for the other direction.
 
-libzmq bounds the bytes of one frame (`MAXMSGSIZE`), not the number of frames of one message.
+libzmq bounds the bytes of one frame (`MAXMSGSIZE`), not the number of frames of one message: of a
+message that is too large only so much is kept that the codec sees it, and refuses it.
 """
 
 import asyncio
@@ -16,9 +17,11 @@ from contextlib import suppress
 from typing import TypeVar
 
 import zmq
+from zmq.auth.thread import ThreadAuthenticator
 
 from speed_async.errors import ConfigError, DeadlineExceeded, TransportClosed
 from speed_async.wire.codec import MAX_FRAMES, MAX_MESSAGE_BYTES, Frame
+from speed_async.wire.curve import Keys, secure
 
 T = TypeVar("T")
 
@@ -50,13 +53,16 @@ class PolledSocket:
         outbox_messages: int,
         inbox_messages: int,
         max_frame_bytes: int = MAX_MESSAGE_BYTES,
+        keys: Keys | None = None,
     ) -> None:
+        """`keys`: speak CURVE, as the service (ServerKeys) or towards it (ClientKeys)."""
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context = zmq.Context(io_threads=1)
         self._socket: zmq.Socket = self._context.socket(kind)
         self._socket.SNDHWM = outbox_messages
         self._socket.RCVHWM = inbox_messages
         set_common_options(self._socket, max_frame_bytes=max_frame_bytes)
+        self._authenticator = secure(self._socket, keys)
         self._has_exact_pollout = kind != zmq.ROUTER
         self._readers: set[asyncio.Future[None]] = set()
         self._writers: set[asyncio.Future[None]] = set()
@@ -115,17 +121,18 @@ class PolledSocket:
         for waiter in self._readers | self._writers:
             _resolve(waiter)
         self._socket.close(linger=int(LINGER_S * 1000))
-        await asyncio.shield(asyncio.to_thread(self._context.term))
+        await asyncio.shield(asyncio.to_thread(end_context, self._context, self._authenticator))
 
     def _receive_now(self) -> list[Frame]:
         # Frame objects say `more` themselves; asking the socket for RCVMORE costs three times that.
         frames: list[Frame] = []
-        has_more = True
+        num_bytes, has_more = 0, True
         while has_more:
             frame = self._socket.recv(zmq.NOBLOCK, copy=False)
             has_more = frame.more
-            if len(frames) <= MAX_FRAMES:
+            if len(frames) <= MAX_FRAMES and num_bytes <= MAX_MESSAGE_BYTES:
                 frames.append(frame.buffer)
+                num_bytes += len(frame)
         return frames
 
     async def _retried(
@@ -202,6 +209,13 @@ def set_common_options(socket: zmq.Socket, *, max_frame_bytes: int) -> None:
     socket.HEARTBEAT_TTL = int(HEARTBEAT_TIMEOUT_S * 1000)
     socket.RECONNECT_IVL = int(RECONNECT_FIRST_S * 1000)
     socket.RECONNECT_IVL_MAX = int(RECONNECT_LONGEST_S * 1000)
+
+
+def end_context(context: zmq.Context, authenticator: ThreadAuthenticator | None) -> None:
+    """Free a context whose sockets are closed; blocks while the last bytes leave."""
+    if authenticator is not None:
+        authenticator.stop()
+    context.term()
 
 
 def bind(socket: zmq.Socket, host: str, port: int, *, field: str) -> int:

@@ -2,13 +2,15 @@
 
 Guarantees both implementations give (and one contract suite checks): messages between one link
 and the hub arrive whole, in order, at most once per send; malformed input from a peer is answered
-with `Rejected`, counted, and never raises out of the hub; every wait has a deadline.
+with `Rejected`, counted, and never raises out of the hub; that peer is muted, its further frames
+dropped unread; every wait has a deadline, whatever comes meanwhile.
 """
 
 from enum import Enum, auto
 from typing import Protocol
 
 from speed_async.wire.messages import Message
+from speed_async.wire.muting import MuteTable
 
 PeerName = str
 """Unique name a link announces, such as `actor-1.0` (role, rank, incarnation)."""
@@ -41,6 +43,10 @@ class Link(Protocol):
 class Hub(Protocol):
     """The service's side: many peers, told apart by name."""
 
+    rejected: int
+    """Malformed messages so far."""
+    muted: MuteTable
+
     def offer(self, peer: PeerName, message: Message) -> Delivery:
         """Queue a message to a peer, if that can be done at once."""
         ...
@@ -51,6 +57,10 @@ class Hub(Protocol):
 
     def receive_now(self) -> tuple[PeerName, Message] | None:
         """The same, if there is one already."""
+        ...
+
+    def mute(self, peer: PeerName) -> None:
+        """Listen to this peer no more; what is said to it still goes out."""
         ...
 
     async def close(self) -> None: ...

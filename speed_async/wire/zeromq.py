@@ -12,7 +12,9 @@ import zmq
 
 from speed_async.errors import DeadlineExceeded, ProtocolError
 from speed_async.wire.codec import Frame, decode, encode
+from speed_async.wire.curve import ClientKeys, Keys, ServerKeys, why_silent
 from speed_async.wire.messages import Message, Rejected
+from speed_async.wire.muting import MuteTable
 from speed_async.wire.sockets import PolledSocket, bind, endpoint_at
 from speed_async.wire.transport import Delivery, PeerName
 
@@ -20,18 +22,22 @@ QUEUED_MESSAGES = 64
 """Default bound of each queue of each peer, in messages; it bounds memory under a slow reader."""
 SEND_DEADLINE_S = 30.0
 MAX_REASON_CHARS = 500
+MAX_DROPPED = 64
+"""Messages dropped in a row before the event loop has its turn."""
 
 _PEER_NAME = re.compile(r"[A-Za-z0-9._:-]{1,100}")
 _GONE = (zmq.EHOSTUNREACH, zmq.ENOTCONN)
 
 
 class ZmqHub:
-    """The service's end. `rejected` counts refused messages, `undelivered` those to gone peers."""
+    """The service's end. `rejected` counts refused messages, `undelivered` those to gone peers,
+    `muted` holds the peers that are not listened to."""
 
     def __init__(self, socket: PolledSocket, port: int, send_deadline_s: float) -> None:
         self.port = port
         self.rejected = 0
         self.undelivered = 0
+        self.muted = MuteTable()
         self._socket = socket
         self._send_deadline_s = send_deadline_s
 
@@ -66,10 +72,13 @@ class ZmqHub:
 
     def receive_now(self) -> tuple[PeerName, Message] | None:
         """The next valid message of any peer, if there is one already."""
-        while (frames := self._socket.receive_now()) is not None:
+        for _ in range(MAX_DROPPED):
+            frames = self._socket.receive_now()
+            if frames is None:
+                return None
             if (received := self._opened(frames)) is not None:
                 return received
-        return None
+        return None  # the rest of a flood of rubbish can wait
 
     async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:
         """Next valid message of any peer. Raises DeadlineExceeded or TransportClosed."""
@@ -85,13 +94,20 @@ class ZmqHub:
                 raise DeadlineExceeded(error.whom, error.what, deadline_s) from None
             if (received := self._opened(frames)) is not None:
                 return received
+            if clock() >= ends_s:  # rubbish that never ends must not keep the caller
+                raise DeadlineExceeded("any peer", "a message", deadline_s)
+
+    def mute(self, peer: PeerName) -> None:
+        self.muted.add(peer.encode())
 
     async def close(self) -> None:
         await self._socket.close()
 
     def _opened(self, frames: list[Frame]) -> tuple[PeerName, Message] | None:
-        """Name and message; None when it is malformed, which its peer is told."""
+        """Name and message; None when it is malformed, which its peer is told, or unread."""
         identity, *rest = frames
+        if self.muted and bytes(identity) in self.muted:
+            return None
         try:
             return _peer_name(bytes(identity)), decode(rest)
         except ProtocolError as error:
@@ -101,6 +117,7 @@ class ZmqHub:
     def _reject(self, identity: bytes, reason: str) -> None:
         """Answer at once or not at all: a peer that sends rubbish may hold nobody up."""
         self.rejected += 1
+        self.muted.add(identity)
         answer = encode(Rejected(reason=reason[:MAX_REASON_CHARS]))
         with suppress(zmq.ZMQError):
             self._socket.send_now([identity, *answer])
@@ -109,8 +126,11 @@ class ZmqHub:
 class ZmqLink:
     """A peer's end. It may be opened before the hub; what is sent waits for it."""
 
-    def __init__(self, socket: PolledSocket, endpoint: str, send_deadline_s: float) -> None:
+    def __init__(
+        self, socket: PolledSocket, endpoint: str, send_deadline_s: float, keys: Keys | None
+    ) -> None:
         self._socket = socket
+        self._silence = f"a message (none has come; {why_silent(keys)})"
         self._whom = f"the service at {endpoint}"
         self._send_deadline_s = send_deadline_s
 
@@ -124,8 +144,9 @@ class ZmqLink:
     async def receive(self, deadline_s: float) -> Message:
         """Next message. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
         frames = await self._socket.receive(
-            deadline_s=deadline_s, whom=self._whom, what="a message"
+            deadline_s=deadline_s, whom=self._whom, what=self._silence
         )
+        self._silence = "a message"
         return decode(frames)
 
     async def close(self) -> None:
@@ -139,13 +160,16 @@ async def open_hub(
     outbox_messages: int = QUEUED_MESSAGES,
     inbox_messages: int = QUEUED_MESSAGES,
     send_deadline_s: float = SEND_DEADLINE_S,
+    keys: ServerKeys | None = None,
 ) -> ZmqHub:
     """Bind at `host`; port 0 picks a free one (`hub.port`). Queues are bounded for each peer.
+
+    With `keys` none but allowed clients can connect; without, anyone who reaches the address.
 
     Raises ConfigError when the address cannot be bound.
     """
     socket = PolledSocket(
-        zmq.ROUTER, outbox_messages=outbox_messages, inbox_messages=inbox_messages
+        zmq.ROUTER, outbox_messages=outbox_messages, inbox_messages=inbox_messages, keys=keys
     )
     # Mandatory routing makes a full queue wait and a gone peer known; else both drop silently.
     socket.raw.ROUTER_MANDATORY = 1
@@ -166,6 +190,7 @@ async def open_link(
     outbox_messages: int = QUEUED_MESSAGES,
     inbox_messages: int = QUEUED_MESSAGES,
     send_deadline_s: float = SEND_DEADLINE_S,
+    keys: ClientKeys | None = None,
 ) -> ZmqLink:
     """Connect to the hub under `name`, now or whenever it is there.
 
@@ -173,12 +198,12 @@ async def open_link(
     """
     _peer_name(name.encode())
     socket = PolledSocket(
-        zmq.DEALER, outbox_messages=outbox_messages, inbox_messages=inbox_messages
+        zmq.DEALER, outbox_messages=outbox_messages, inbox_messages=inbox_messages, keys=keys
     )
     socket.raw.IDENTITY = name.encode()
     endpoint = endpoint_at(socket.raw, host, port)
     socket.raw.connect(endpoint)
-    return ZmqLink(socket, endpoint, send_deadline_s)
+    return ZmqLink(socket, endpoint, send_deadline_s, keys)
 
 
 def _peer_name(identity: bytes) -> PeerName:

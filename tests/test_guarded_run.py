@@ -1,0 +1,109 @@
+"""Whole runs over CURVE, where every role and whoever joins needs a key; and a run under watch."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pickle_trap import SITECUSTOMIZE
+from run_process import Run, start_actor, start_train
+
+from speed_async.config.schema import ClusterConfig
+from speed_async.wire.key_making import add_client, make_keys
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def own_address() -> str:
+    """An address of this machine that others can reach; loopback where there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent: only the route is looked up
+            address = str(probe.getsockname()[0])
+        except OSError:
+            address = "127.0.0.1"
+    return address
+
+
+def start_console(run: Run, keys: Path) -> Run:
+    command = [sys.executable, "-m", "speed_async", "console", run.address("metrics feed at")]
+    process = subprocess.Popen(
+        [*command, "--keys", str(keys)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return Run(process=process, folder=run.folder)
+
+
+def test_a_run_between_hosts_is_for_the_holders_of_keys(tmp_path: Path) -> None:
+    make_keys(tmp_path / "keys")
+    late = add_client(tmp_path / "keys", "late")
+    make_keys(tmp_path / "strange")
+    host = own_address()
+    assert ClusterConfig(host="192.0.2.1").speaks_curve
+    run = start_train(
+        tmp_path,
+        *("--cluster.host", host, "--cluster.keys", "keys", "--run.updates", "150"),
+        *("--cluster.security", "auto" if host != "127.0.0.1" else "curve"),
+    )
+    try:
+        run.wait_for_steps(2)
+        with run.slowly():
+            console = start_console(run, late)
+            joined = start_actor(run, "--keys", str(late), "--run-folder", "joined")
+            refused = [
+                start_actor(run, "--timeout", "2", *options)
+                for options in ((), ("--keys", str(tmp_path / "strange")))
+            ]
+            for one in refused:
+                status, _, err = one.finish()
+                assert (status, len(err.splitlines())) == (1, 1)
+                assert err.startswith(f"error: waited 2.0 s for a run at tcp://{host}:")
+                assert "a run that has keys answers allowed clients alone" in err
+            run.wait_for("it", lambda: run.events("step")[-1]["actors_alive"] == 2)
+        for one in (run, joined, console):
+            status, out, err = one.finish()
+            assert status == 0, err
+        assert any(line.startswith("step ") for line in out.splitlines())
+        summary = run.summary()
+        assert summary["ledger"]["closes"] is True
+        assert summary["optimizer_updates"] == 150
+        assert summary["actors"]["actor-2.0"]["tokens_generated"] > 0
+        assert run.processes() == {}
+    finally:
+        for process_id in run.processes():
+            os.kill(process_id, signal.SIGKILL)
+        run.process.kill()
+        run.process.wait()
+
+
+def test_a_run_unpickles_nothing_and_survives_completions_that_kill_their_verifier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    log = tmp_path / "trap.log"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    monkeypatch.setenv("TRAP_LOG", str(log))
+    monkeypatch.setenv("TRAP_KILLS", "1")
+    run = start_train(tmp_path, "--run.updates", "8")
+    status, _, err = run.finish()
+    assert status == 0, err
+    summary = run.summary()
+    assert summary["ledger"]["closes"] is True
+    assert (summary["messages_refused"], summary["peers_muted"]) == (0, 0)
+    lines = log.read_text().splitlines()
+    assert [line for line in lines if "TRAPPED" in line] == []
+    assert {line.split()[0] for line in lines} == {"actor"}  # its own verifiers' answers
+    failed = (run.folder / "failed" / "actor-1.jsonl").read_text().splitlines()
+    kept = [json.loads(line) for line in failed]
+    assert len(kept) == summary["ledger"]["failures"]["verifier"] > 0
+    deadly = [record for record in kept if record["prompt_id"] % 16 == 0]
+    assert len(kept) - 1 <= len(deadly)  # pebble may lay two deaths in a row on a neighbour
+    for record in deadly:
+        assert len(record["completions"]) == 2
+        assert "ended its worker process" in record["error"]
