@@ -27,6 +27,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import RoleError, TaskError, WeightSyncError
 from speed_async.evaluate.plan import EvaluationPlan
 from speed_async.learner.loop import Finished, LearnerLoop
+from speed_async.learner.progress import Progress
 from speed_async.learner.trainer import UpdateResult
 from speed_async.observe.sinks import RecordingSink
 from speed_async.tasks.task import fingerprint
@@ -112,8 +113,9 @@ class CountingUpdates:
     def canary(self) -> Canary:
         return Canary(token_ids=(0, 1), logprobs=(-float(len(self.batches)),))
 
-    def save(self, policy_version: int) -> None:
-        self.saved.append(policy_version)
+    def save(self, progress: Progress) -> int:
+        self.saved.append(progress.policy_version)
+        return progress.policy_version
 
 
 class Run:
@@ -464,6 +466,7 @@ def test_a_batch_that_comes_while_weights_are_published_is_trained(tmp_path: Pat
             m.BatchReady(policy_version=0, lease_ids=[5]),
             nobody,
             nobody,
+            m.JournalDurable(policy_version=1, service_sequence=3),
             m.Summary(fields={}),
         ]
     )

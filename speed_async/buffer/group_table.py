@@ -8,6 +8,7 @@ the garbage collector never walks it.
 import struct
 from array import array
 from dataclasses import dataclass
+from typing import ClassVar
 
 from speed_async.wire.messages import GroupFinished
 
@@ -19,6 +20,8 @@ _NOWHERE = (-1, -1)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BufferedGroup:
     """A finished group and what the buffer needs to know of it."""
+
+    UNSAVED: ClassVar = ("message",)
 
     message: GroupFinished | None
     """None while it waits on disk, at `place`."""

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 from speed_async.types import ActorCounts, GroupEnd
 
+BEFORE_THE_CUT = "before-the-cut"
+"""Stands for actors whose work is known by the learner's word alone."""
+
 
 @dataclass(slots=True)
 class Tally:
@@ -103,6 +106,30 @@ class Ledger:
         )
         self.heard(name, last_word)
         self.failed("actor lost", held, num_training)
+
+    def follow_learner(self, groups_trained: int, tokens_trained: int) -> None:
+        """The journal was cut: what the learner trained beyond what is known here was generated
+        by actors of which nothing is known; what it has not trained after all is lost."""
+        trained = self.ends[GroupEnd.TRAINED]
+        groups, tokens = groups_trained - trained.groups, tokens_trained - trained.tokens
+        trained.add(tokens, groups)
+        self.learner_trained = Tally(groups_trained, tokens_trained)
+        if groups < 0:
+            self.failed("journal cut", -tokens, -groups)
+        elif groups > 0:
+            book = self.actor(BEFORE_THE_CUT)
+            counts = book.last_counts
+            book.leases_granted += groups
+            book.leases_ended += groups
+            book.tokens_reported += tokens
+            self.groups_granted += groups
+            self.heard(
+                BEFORE_THE_CUT,
+                ActorCounts(
+                    groups_leased=counts.groups_leased + groups,
+                    tokens_generated=counts.tokens_generated + tokens,
+                ),
+            )
 
     def checks(self, groups_in_flight: int) -> dict[str, bool]:
         """Each named equation of the books. `groups_in_flight`: open training leases."""

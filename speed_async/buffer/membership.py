@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from speed_async.config.schema import ClusterConfig
 from speed_async.wire.messages import Hello
 
+RECONNECT_S = 10.0
+"""Connections that are cut come back well within this; a dead actor's does not."""
+
 
 @dataclass(slots=True)
 class ActorState:
@@ -12,6 +15,8 @@ class ActorState:
     index: int
     incarnation: int
     last_heard_s: float
+    gone_since_s: float | None = None
+    """When its connection was first found to be gone, unless it was heard since."""
     weight_ranks: int = 1
     """Consecutive ranks of the weight group its engine takes."""
     want: int = 0
@@ -29,6 +34,8 @@ class ActorState:
 
 class Membership:
     """Pure bookkeeping of who is here, and who is to be."""
+
+    CONFIGURED = ("_num_configured", "_first_free_index", "_present")
 
     def __init__(self, config: ClusterConfig) -> None:
         self.actors: dict[str, ActorState] = {}
@@ -80,7 +87,13 @@ class Membership:
         return self._present
 
     def silent(self, now_s: float, timeout_s: float) -> list[ActorState]:
-        return [state for state in self.present() if now_s - state.last_heard_s > timeout_s]
+        """Not heard for this long, or without a connection for RECONNECT_S."""
+        return [
+            state
+            for state in self.present()
+            if now_s - state.last_heard_s > timeout_s
+            or (state.gone_since_s is not None and now_s - state.gone_since_s > RECONNECT_S)
+        ]
 
     # --- actors that come by themselves ------------------------------------------------------
 

@@ -18,8 +18,9 @@ Lines from which groups could be taken out anywhere cost more for each group, in
 import heapq
 import math
 import struct
+import sys
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from speed_async.buffer.group_table import BufferedGroup, GroupTable
 
@@ -122,6 +123,23 @@ class PriorityBuffer:
         for number in self._those_here(self._arrived):
             slot = number & _SLOT_MASK
             yield self._table.read(slot), self._num_takes - self._table.num_takes_before(slot)
+
+    def remove_where(self, unwanted: Callable[[BufferedGroup], bool]) -> list[BufferedGroup]:
+        """Remove and return groups by a look at each: slow, for rare events."""
+        numbers = self._those_here(self._arrived)
+        return [self._remove(n) for n in numbers if unwanted(self._table.read(n & _SLOT_MASK))]
+
+    def saved(self) -> list[tuple[BufferedGroup, int]]:
+        """State for a snapshot; groups that lie in the journal leave their arrays there."""
+        return list(self.waiting())
+
+    def load(self, groups: list[tuple[BufferedGroup, int]]) -> None:
+        """Fill an empty buffer with `saved()`. What is too much is evicted at the next insert."""
+        bounds = self._capacity_groups, self._capacity_bytes
+        self._capacity_groups = self._capacity_bytes = sys.maxsize
+        for group, num_passed_over in groups:
+            self.insert(group, num_passed_over=num_passed_over)
+        self._capacity_groups, self._capacity_bytes = bounds
 
     # --- one number for each group -----------------------------------------------------------
 

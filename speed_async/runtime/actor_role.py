@@ -19,6 +19,7 @@ from speed_async.tasks.registry import make_task
 from speed_async.tasks.task import fingerprint
 from speed_async.tasks.verifier import VerifierPool
 from speed_async.wire import messages as m
+from speed_async.wire.session import SessionLink
 from speed_async.wire.transport import Link
 from speed_async.wire.zeromq import open_link
 
@@ -38,7 +39,7 @@ async def run_actor(
     An error of its own ends the run, unless it has `joined` the run by itself.
     """
     name = f"actor-{index}"
-    link = await open_link(host, port, f"{name}.{incarnation}")
+    link = SessionLink(await open_link(host, port, f"{name}.{incarnation}"))
     try:
         await _work(config, name, index, incarnation, link, engine)
     except (GivenUp, WeightSyncError):
@@ -52,7 +53,7 @@ async def run_actor(
 
 
 async def _work(
-    config: Config, name: str, index: int, incarnation: int, link: Link, engine: OwnedEngine
+    config: Config, name: str, index: int, incarnation: int, link: SessionLink, engine: OwnedEngine
 ) -> None:
     task = make_task(config.task)
     verifier = VerifierPool(
