@@ -19,7 +19,7 @@ def main() -> None:
     settings, folder, *profile = sys.argv[1:]
     config = Config.model_validate_json(Path(settings).read_text())
     if not profile:
-        run(run_service(config, Path(folder)))
+        run(run_service(config, Path(folder), life=0))
         return
     profiler = cProfile.Profile()
 
@@ -29,7 +29,7 @@ def main() -> None:
         os._exit(0)
 
     signal.signal(signal.SIGUSR1, leave)
-    profiler.runcall(run, run_service(config, Path(folder)))
+    profiler.runcall(run, run_service(config, Path(folder), life=0))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Who works on what. A training lease holds one credit from its grant to its group's end, or until
 it expires."""
 
-from collections import defaultdict
 from dataclasses import dataclass, replace
 
 from speed_async.types import Lease, LeaseKind
@@ -34,7 +33,7 @@ class LeaseBook:
         """Of those, the ones that have not expired: each holds a credit."""
         self._next_id = 0
         self._open: dict[int, OpenLease] = {}  # in the order of their grants
-        self._ids_of: defaultdict[str, set[int]] = defaultdict(set)
+        self._ids_of: dict[str, set[int]] = {}
 
     def grant(
         self,
@@ -51,7 +50,7 @@ class LeaseBook:
         self._next_id += 1
         entry = OpenLease(lease=lease, holder=holder, granted_s=now_s)
         self._open[lease.lease_id] = entry
-        self._ids_of[holder].add(lease.lease_id)
+        self._ids_of.setdefault(holder, set()).add(lease.lease_id)
         self.num_training += entry.is_training
         self.num_charged += entry.is_training
         return entry
