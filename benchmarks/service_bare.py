@@ -18,7 +18,7 @@ from benchmarks.service_peers import (
     send_frames,
     set_client_options,
 )
-from speed_async.wire.codec import MAX_MESSAGE_BYTES, encode
+from speed_async.wire.codec import MAX_MESSAGE_BYTES
 from speed_async.wire.sockets import set_common_options
 from speed_async.wire.zeromq import QUEUED_MESSAGES
 
@@ -56,7 +56,7 @@ def send(port: int, tokens_each: int, credits: int, keys: Keys | None) -> None:
     socket: zmq.Socket = zmq.Context().socket(zmq.DEALER)
     set_client_options(socket, "actor-1.0", keys)
     socket.connect(f"tcp://127.0.0.1:{port}")
-    frames = encode(make_group(tokens_each))
+    frames = make_group(tokens_each).frames({})
     room = credits
     while True:
         while room > 0:

@@ -5,10 +5,11 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import zmq
 
@@ -18,19 +19,19 @@ from speed_async.tasks.task import fingerprint
 from speed_async.types import ActorCounts
 from speed_async.wire import messages as m
 from speed_async.wire.codec import MAX_MESSAGE_BYTES, Frame, decode, encode
+from speed_async.wire.session import Heard, Missing, Probe
 from speed_async.wire.sockets import ZERO_COPY_BYTES, set_common_options
 from speed_async.wire.zeromq import QUEUED_MESSAGES
 
 GROUP_SIZE = 24
 GROUPS_A_BATCH = 16
-BATCHES_A_CHECKPOINT = 4
+BATCHES_A_CHECKPOINT = 20
 """The learner calls a checkpoint durable this often; until then the journal keeps its groups."""
 PROMPT_TOKENS = 128
+TELL_AFTER = 16
+"""Messages that may come before the service is told that they came."""
 FOREVER = 10**9
 TASK: dict[str, object] = {"name": "arithmetic", "num_prompts": 4096, "num_held_out": 1}
-
-ACKS_BY_LEASE = hasattr(m, "Ack")
-"""Before sessions, results are acknowledged one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,42 @@ def receive_frames(socket: zmq.Socket, flags: int = 0) -> list[Frame]:
     return [frame.buffer for frame in socket.recv_multipart(flags, copy=False)]
 
 
+class PackedGroup:
+    """A group ready to be sent many times, each time under another header. Peers are as light as
+    bare ZeroMQ's, so that what is measured is the service."""
+
+    def __init__(self, group: m.GroupFinished) -> None:
+        header, *self._arrays = encode(group)
+        self._header = msgpack.unpackb(header)
+        self.num_tokens = len(group.token_ids)
+
+    def frames(self, values: dict[str, object]) -> list[Frame]:
+        magic, version, kind, before, specs = self._header
+        header = msgpack.packb([magic, version, kind, before | values, specs])
+        assert header is not None
+        return [header, *self._arrays]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeenGroup(m.Message):
+    """A group of a batch of which only the header was read."""
+
+    lease_id: int
+    num_tokens: int
+
+
+def _opened(frames: list[Frame]) -> m.Message:
+    if len(frames) < 8:
+        return decode(frames)
+    _, _, _, values, _ = msgpack.unpackb(frames[0])
+    return SeenGroup(
+        number=values["number"],
+        heard=values["heard"],
+        lease_id=values["lease_id"],
+        num_tokens=len(frames[5]) // 4,
+    )
+
+
 class Peer:
     """An actor's or learner's end of a conversation, on a socket that blocks."""
 
@@ -80,13 +117,20 @@ class Peer:
         self._heard = 0
         self._told = 0
 
-    def say(self, message: m.Message, *, awaited: bool = False) -> None:
+    def say(self, message: m.Message) -> None:
+        number, heard = self._next_number()
+        send_frames(self.socket, encode(replace(message, number=number, heard=heard)))
+
+    def say_group(self, group: "PackedGroup", values: dict[str, object]) -> None:
+        """A group whose arrays are packed already; `values` go into its header."""
+        number, heard = self._next_number()
+        self.unheard.append((number, time.perf_counter()))
+        send_frames(self.socket, group.frames(values | {"number": number, "heard": heard}))
+
+    def _next_number(self) -> tuple[int, int]:
         self._number += 1
         self._told = self._heard
-        if awaited:
-            self.unheard.append((self._number, time.perf_counter()))
-        numbered = replace(message, number=self._number, heard=self._heard)
-        send_frames(self.socket, encode(numbered))
+        return self._number, self._heard
 
     def hear(self, timeout_s: float) -> m.Message | None:
         """The next message that is not the session's own; None when there is none in time."""
@@ -95,18 +139,17 @@ class Peer:
             left_ms = max(0, int(1000 * (ends_s - time.perf_counter())))
             if not self.socket.poll(left_ms):
                 return None
-            message = decode(receive_frames(self.socket))
+            message = _opened(receive_frames(self.socket))
             self._acknowledge(message)
-            kind = type(message).__name__
-            if kind in ("Missing", "Rejected") and not ACKS_BY_LEASE:
+            if isinstance(message, Missing | m.Rejected):
                 raise RuntimeError(f"{self.name} was told {message}")
-            if kind == "Probe":
+            if isinstance(message, Probe):
                 self._send_heard()
             elif message.number:
                 self._heard = message.number
-                if self._heard - self._told > 16:
+                if self._heard - self._told > TELL_AFTER:
                     self._send_heard()
-            if kind not in ("Heard", "Probe", "Ack"):
+            if not isinstance(message, Heard | Probe):
                 return message
 
     def close(self) -> None:
@@ -114,14 +157,10 @@ class Peer:
 
     def _acknowledge(self, message: m.Message) -> None:
         now_s = time.perf_counter()
-        if ACKS_BY_LEASE and self.unheard and type(message).__name__ == "Ack":
-            self.latencies_s.append(now_s - self.unheard.popleft()[1])
         while self.unheard and self.unheard[0][0] <= message.heard:
             self.latencies_s.append(now_s - self.unheard.popleft()[1])
 
     def _send_heard(self) -> None:
-        from speed_async.wire.session import Heard
-
         self._told = self._heard
         send_frames(self.socket, encode(Heard(heard=self._heard)))
 
@@ -130,7 +169,7 @@ class SimulatedActor:
     """Takes leases and answers each with the same made-up group, at most `window` of them
     unacknowledged. `make` sends as many as it may."""
 
-    def __init__(self, peer: Peer, index: int, group: m.GroupFinished, window: int) -> None:
+    def __init__(self, peer: Peer, index: int, group: PackedGroup, window: int) -> None:
         self.peer = peer
         self.num_leases = 0
         self.num_sent = 0
@@ -170,9 +209,10 @@ class SimulatedActor:
     def send_one(self) -> None:
         lease_id, prompt_id = self._waiting.popleft()
         self.num_sent += 1
-        self._tokens_sent += len(self._group.token_ids)
-        group = replace(self._group, lease_id=lease_id, prompt_id=prompt_id, counts=self._counts())
-        self.peer.say(group, awaited=True)
+        self._tokens_sent += self._group.num_tokens
+        counts = asdict(self._counts())
+        values = {"lease_id": lease_id, "prompt_id": prompt_id, "counts": counts}
+        self.peer.say_group(self._group, values)
         if self._wanted + len(self._waiting) < self._window // 2:
             self.want()
 
@@ -204,9 +244,9 @@ class SimulatedLearner:
 
     def hear(self, timeout_s: float) -> None:
         message = self.peer.hear(timeout_s)
-        if isinstance(message, m.BatchGroup):
+        if isinstance(message, SeenGroup):
             self.num_groups += 1
-            self.num_tokens += len(message.token_ids)
+            self.num_tokens += message.num_tokens
         elif isinstance(message, m.BatchReady):
             self._train(message)
 
@@ -259,11 +299,11 @@ def evaluated(lease_id: int, counts: ActorCounts) -> m.Evaluated:
     )
 
 
-def make_group(tokens_each: int, group_size: int = GROUP_SIZE) -> m.GroupFinished:
+def make_group(tokens_each: int, group_size: int = GROUP_SIZE) -> PackedGroup:
     """A group whose first half passed."""
     total = tokens_each * group_size
     rng = np.random.default_rng(0)
-    return m.GroupFinished(
+    group = m.GroupFinished(
         counts=ActorCounts(),
         lease_id=0,
         prompt_id=0,
@@ -276,3 +316,4 @@ def make_group(tokens_each: int, group_size: int = GROUP_SIZE) -> m.GroupFinishe
         logprobs=-rng.random(total).astype(np.float32),
         policy_versions=np.zeros(total, np.int32),
     )
+    return PackedGroup(group)
