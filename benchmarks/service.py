@@ -30,14 +30,8 @@ import zmq
 from benchmarks import service_bare as bare
 from benchmarks.harness import report
 from benchmarks.service_harness import make_curve_keys, service, service_config
-from benchmarks.service_peers import (
-    GROUP_SIZE,
-    Keys,
-    Peer,
-    SimulatedActor,
-    SimulatedLearner,
-    make_group,
-)
+from benchmarks.service_peers import Keys, Peer
+from benchmarks.service_roles import GROUP_SIZE, SimulatedActor, SimulatedLearner, make_group
 
 TOKENS = (256, 4096, 32_768)
 CREDITS = 64
@@ -47,7 +41,7 @@ WARM_UP_S = 1.0
 DEADLINE_S = 120.0
 AIMS = {"batched": 0.5, "none": 0.8}
 
-_SPAWN = multiprocessing.get_context("spawn")
+SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +96,7 @@ def measure(middle_pid: int, num_groups: "Synchronized[int]", seconds: float) ->
 @contextmanager
 def started(*works: tuple[Callable, tuple]) -> Iterator[list[int]]:
     """Processes at work; killed at the end."""
-    processes = [_SPAWN.Process(target=work, args=args, daemon=True) for work, args in works]
+    processes = [SPAWN.Process(target=work, args=args, daemon=True) for work, args in works]
     for process in processes:
         process.start()
     try:
@@ -114,7 +108,7 @@ def started(*works: tuple[Callable, tuple]) -> Iterator[list[int]]:
 
 
 def run_bare(arm: Arm, keys: Keys | None, seconds: float) -> Measured:
-    num_groups, port = _SPAWN.Value("Q", 0), _SPAWN.Value("i", 0)
+    num_groups, port = SPAWN.Value("Q", 0), SPAWN.Value("i", 0)
     server = zmq.curve_keypair() if arm.curve else None
     if server is not None:
         public, secret = zmq.curve_keypair()
@@ -132,7 +126,7 @@ def run_bare(arm: Arm, keys: Keys | None, seconds: float) -> Measured:
 
 def run_service_arm(arm: Arm, keys: Keys | None, seconds: float) -> Measured:
     config = service_config(durability=arm.kind, credits=CREDITS, keys=keys)
-    num_groups = _SPAWN.Value("Q", 0)
+    num_groups = SPAWN.Value("Q", 0)
     with service(config) as running:
         learning = (learn, (running.port, num_groups, keys, arm.kind != "none"))
         acting = (act, (running.port, arm.tokens_each, keys))

@@ -6,18 +6,18 @@ group on as it came, and gives the sender room for 16 more when the taker has ac
 bounds, options and the rule of what is copied are those of the project's sockets.
 """
 
+from contextlib import suppress
 from multiprocessing.sharedctypes import Synchronized
 
 import zmq
 
 from benchmarks.service_peers import (
-    GROUPS_A_BATCH,
     Keys,
-    make_group,
     receive_frames,
     send_frames,
     set_client_options,
 )
+from benchmarks.service_roles import GROUPS_A_BATCH, make_group
 from speed_async.wire.codec import MAX_MESSAGE_BYTES
 from speed_async.wire.sockets import set_common_options
 from speed_async.wire.zeromq import QUEUED_MESSAGES
@@ -38,6 +38,11 @@ def route(port: "Synchronized[int]", server: tuple[bytes, bytes] | None) -> None
         socket.CURVE_SERVER = 1
         socket.CURVE_PUBLICKEY, socket.CURVE_SECRETKEY = server
     port.value = socket.bind_to_random_port("tcp://127.0.0.1")
+    with suppress(zmq.ZMQError):  # the other ends are gone: all was measured
+        _pass_on(socket)
+
+
+def _pass_on(socket: zmq.Socket) -> None:
     sender = b""
     while True:
         identity, *frames = socket.recv_multipart(copy=False)

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness import QUICKSTART, ROOT
-from benchmarks.service_peers import FOREVER, GROUP_SIZE, GROUPS_A_BATCH, TASK, Keys
+from benchmarks.service_peers import Keys
+from benchmarks.service_roles import GROUP_SIZE, GROUPS_A_BATCH, TASK
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config
 
 START_S = 60.0
+FOREVER = 10**9
 
 
 def make_curve_keys(folder: Path) -> Keys | None:
