@@ -42,6 +42,7 @@ DEADLINE_S = 120.0
 AIMS = {"batched": 0.5, "none": 0.8}
 
 SPAWN = multiprocessing.get_context("spawn")
+Work = tuple[Callable, tuple]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def measure(middle_pid: int, num_groups: "Synchronized[int]", seconds: float) ->
 
 
 @contextmanager
-def started(*works: tuple[Callable, tuple]) -> Iterator[list[int]]:
+def started(*works: Work) -> Iterator[list[int]]:
     """Processes at work; killed at the end."""
     processes = [SPAWN.Process(target=work, args=args, daemon=True) for work, args in works]
     for process in processes:

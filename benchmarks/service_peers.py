@@ -99,6 +99,7 @@ class Peer:
         self.unheard: deque[tuple[int, float]] = deque()
         """Groups sent and not acknowledged: number of the message, and when it was sent."""
         self.latencies_s: list[float] = []
+        self.descriptor = int(self.socket.get(zmq.FD))
         self._number = 0
         self._heard = 0
         self._told = 0
@@ -131,7 +132,7 @@ class Peer:
 
     def hear_now(self) -> m.Message | None:
         """Likewise, without waiting. None says that all was read."""
-        while self.socket.get(zmq.EVENTS) & zmq.POLLIN:
+        while int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
             message = _opened(receive_frames(self.socket))
             self._acknowledge(message)
             if isinstance(message, Missing | m.Rejected):

@@ -23,7 +23,7 @@ import psutil
 import zmq
 
 from benchmarks.harness import report
-from benchmarks.service import SPAWN, learn, started
+from benchmarks.service import SPAWN, Work, learn, started
 from benchmarks.service_harness import Running, service, service_config
 from benchmarks.service_peers import Peer
 from benchmarks.service_roles import SimulatedActor, make_group
@@ -55,8 +55,8 @@ def act(
     actors: dict[int, SimulatedActor] = {}
     for index in indices:
         peer = Peer(context, port, f"actor-{index}.0", None)
-        actors[peer.socket.get(zmq.FD)] = SimulatedActor(peer, index, group, LEASES_EACH)
-        epoll.register(peer.socket.get(zmq.FD), select.EPOLLIN)
+        actors[peer.descriptor] = SimulatedActor(peer, index, group, LEASES_EACH)
+        epoll.register(peer.descriptor, select.EPOLLIN)
     out.send(Crowd(epoll, actors).run(groups_per_s, starts_at_s, seconds))
     time.sleep(600)  # connected until it is killed
 
@@ -64,13 +64,8 @@ def act(
 class Crowd:
     """Actors that take turns: each sends a group, and each a heartbeat, when it is due."""
 
-    def __init__(
-        self,
-        actors: list[SimulatedActor],
-        epoll: select.epoll,
-        by_socket: dict[int, SimulatedActor],
-    ) -> None:
-        self._actors = actors
+    def __init__(self, epoll: select.epoll, by_socket: dict[int, SimulatedActor]) -> None:
+        self._actors = list(by_socket.values())
         self._epoll = epoll
         self._by_socket = by_socket
 
@@ -135,7 +130,8 @@ def measure(num_actors: int, completions_per_s: float, seconds: float, connect_s
     with service(config) as running:
         num_groups = SPAWN.Value("Q", 0)
         starts_at_s = time.monotonic() + connect_s
-        works, ends = [(learn, (running.port, num_groups, None, True))], []
+        works: list[Work] = [(learn, (running.port, num_groups, None, True))]
+        ends = []
         for first in range(1, num_actors + 1, each):
             end, other = SPAWN.Pipe()
             ends.append(end)
