@@ -58,7 +58,8 @@ class Run:
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
+        # What stands after the last end of a line is still being written.
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
         return [event for event in map(json.loads, lines) if event["kind"] == kind]
 
     def wait_for(self, what: str, happened: Callable[[], object]) -> None:

@@ -4,21 +4,34 @@ The loop, the publisher and the checkpoints' order are the real ones; the traine
 """
 
 import asyncio
+import shutil
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from buffer_fixtures import make_config, make_group
+from learner_samples import make_config as make_learner_config
+from learner_samples import random_groups, save_tiny_llama
 from test_loops import CountingUpdates
 
 from speed_async.config.schema import Config
 from speed_async.learner.loop import Finished, LearnerLoop
+from speed_async.learner.loop import Updates as TrainerSeam
+from speed_async.learner.model import load_model
+from speed_async.learner.optimizer import named_state
+from speed_async.learner.parallel import SingleRank
 from speed_async.learner.progress import Progress, Restored, Update
+from speed_async.learner.shelf import checkpoint_folder, kept_versions, newest_whole
+from speed_async.learner.trainer import Trainer
+from speed_async.types import ActorCounts
 from speed_async.weights.memory_channel import MemorySender, MemoryStore
 from speed_async.wire import messages as m
-from speed_async.wire.groups import batch_group
+from speed_async.wire.groups import batch_group, pack_group
 from speed_async.wire.inprocess import InProcessHub
 
 PEER = "learner"
@@ -63,6 +76,9 @@ class Service:
         self.on_heard: Callable[[m.Message], Awaitable[None]] | None = None
         self.drains_until: type[m.Message] = m.FinishRun
         """The summary comes when this was heard, and the end was asked for."""
+        self.make_group: Callable[[int], m.GroupFinished] = lambda lease_id: make_group(
+            lease_id, lease_id
+        )
         self._hub = hub
         self._version = policy_version
 
@@ -86,7 +102,7 @@ class Service:
                 return [m.Welcome(policy_version=self._version)]
             case m.TakeBatch(policy_version=version):
                 ids = [10 * version, 10 * version + 1]
-                groups = [batch_group(make_group(lease_id, lease_id)) for lease_id in ids]
+                groups = [batch_group(self.make_group(lease_id)) for lease_id in ids]
                 return [*groups, m.BatchReady(policy_version=version, lease_ids=ids)]
             case m.PublishWeights(policy_version=version):
                 return [
@@ -117,12 +133,14 @@ class Service:
 
 
 class Stage:
-    def __init__(self, config: Config, updates: Updates, version: int, restored: Restored | None):
+    def __init__(
+        self, config: Config, updates: TrainerSeam, version: int, restored: Restored | None
+    ) -> None:
         self.hub = InProcessHub()
         self.link = self.hub.connect(PEER)
         self.service = Service(self.hub, version)
         self.stop = asyncio.Event()
-        self.updates = updates
+        self.updates: Any = updates
         self.service.drains_until = m.CheckpointSaved
         self.loop = LearnerLoop(
             config,
@@ -439,3 +457,68 @@ def test_damaged_checkpoints_are_told_to_the_service_and_in_the_end(
     assert resumed.notice == "version-000004 is damaged; and version-000003"
     assert finished.notices == ("version-000004 is damaged", "and version-000003")
     assert "going on from version 2, replaying to 4" in capsys.readouterr().err
+
+
+# --- with a real trainer -------------------------------------------------------------------------
+
+
+def recorded_group(lease_id: int) -> m.GroupFinished:
+    """The same group whenever it is asked for, as a journal has it."""
+    [group] = random_groups(lease_id, num_groups=1)
+    return pack_group(replace(group, lease_id=lease_id), ActorCounts())
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    optimizer = trainer._optimizer  # pyright: ignore[reportPrivateUsage]
+    state = named_state(optimizer, trainer.model) | dict(trainer.weights())
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def live(folder: Path, *, service_at: int) -> tuple[dict[int, dict[str, torch.Tensor]], Finished]:
+    """One life, from the newest whole checkpoint if there is one: the state of model and optimiser
+    at every version that was published, and how it ended."""
+    learner = {"lr": 0.01, "warmup_updates": 3, "checkpoint_every": 2, "keep_last": 9}
+    config = make_learner_config(folder, **learner)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"updates": 7})})
+    model = load_model(folder, device="cpu")
+    trainer = Trainer(config=config, model=model, parallel=SingleRank())
+    found, restored = newest_whole(Path(config.run.folder) / "checkpoints"), None
+    if found is not None:
+        progress = trainer.restore(found.folder)
+        restored = Restored(progress=progress, notices=found.notices)
+    states: dict[int, dict[str, torch.Tensor]] = {}
+
+    async def run() -> Finished:
+        stage = Stage(config, trainer, service_at, restored)
+        stage.service.make_group = recorded_group
+
+        async def remember(message: m.Message) -> None:
+            if isinstance(message, m.PublishWeights):  # the learner waits for the answer
+                states[message.policy_version] = state_of(trainer)
+
+        stage.service.on_heard = remember
+        return await stage.run()
+
+    return states, asyncio.run(run())
+
+
+@pytest.mark.parametrize(("checkpoint", "service_at"), [(4, 4), (4, 5), (2, 6), (None, 3), (4, 7)])
+def test_what_is_published_after_a_replay_is_bit_for_bit_what_was_published_before(
+    tmp_path: Path, checkpoint: int | None, service_at: int
+) -> None:
+    folder = save_tiny_llama(tmp_path / "model")
+    before, straight = live(folder, service_at=0)
+    root = folder / "run" / "checkpoints"
+    assert kept_versions(root) == [2, 4, 6, 7]
+    for version in kept_versions(root):
+        if checkpoint is None or version > checkpoint:
+            shutil.rmtree(checkpoint_folder(root, version))
+
+    after, resumed = live(folder, service_at=service_at)
+
+    assert list(after) == list(range(service_at, 8))
+    for version, state in after.items():
+        assert before[version].keys() == state.keys()
+        different = [name for name in state if not torch.equal(state[name], before[version][name])]
+        assert different == [], f"at version {version}"
+    assert resumed == straight  # counts as well

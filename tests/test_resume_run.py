@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -179,3 +181,26 @@ def test_a_run_under_way_cannot_be_resumed_nor_one_that_has_reached_its_end(
     assert status == 1
     assert err.startswith(f"error: the run in '{run.folder}' has reached its {reached} updates: ")
     assert "raise --run.updates" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "error: --resume '"),
+        (["--learner.lr", "1e-4"], "no run is there"),
+    ],
+)
+def test_a_folder_without_a_run_is_refused_in_one_line_before_torch_loads(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    command = ["speed-async", "train", "--resume", str(tmp_path), *arguments]
+    code = (
+        "import sys\nfrom speed_async.cli import main\n"
+        f"sys.argv = {command!r}\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ import pytest
 from buffer_fixtures import make_group
 from service_desk import Desk, evaluated, failed, kinds, screened_out, trained
 
+from speed_async.buffer.membership import RECONNECT_S
 from speed_async.types import ActorCounts, GroupEnd
 from speed_async.wire import messages as m
 
@@ -389,12 +390,24 @@ def test_an_actor_that_comes_while_the_run_ends_is_told_to_drain(desk: Desk) -> 
     assert kinds(desk.hello("actor-2.0", 2)) == ["Welcome", "Drain"]
 
 
-def test_an_actor_whose_connection_is_gone_is_lost_at_once(desk: Desk) -> None:
+def test_an_actor_whose_connection_stays_gone_is_lost(desk: Desk) -> None:
     desk.past_baseline()
     desk.lease(2)
-    desk.service.unreachable("actor-1.0", "its connection is gone")
+    desk.service.gone("actor-1.0", desk.now_s)
+    desk.wait(RECONNECT_S - 1)
+    assert desk.ends() == {}
+    desk.wait(2)
     assert desk.ends() == {"failed": (2, 0)}
-    assert desk.service.warning == "actor-1.0 lost: its connection is gone"
+
+
+def test_an_actor_whose_connection_comes_back_is_kept(desk: Desk) -> None:
+    desk.past_baseline()
+    desk.lease(2)
+    desk.service.gone("actor-1.0", desk.now_s)
+    desk.wait(RECONNECT_S - 1)
+    desk.say("actor-1.0", m.WantWork(num_prompts=0, counts=desk.counts("actor-1.0")))
+    desk.wait(RECONNECT_S - 1)
+    assert desk.ends() == {}
 
 
 def test_a_batch_that_does_not_come_ends_the_run_with_the_reason(desk: Desk) -> None:

@@ -81,6 +81,8 @@ class _Writer:
         return ["object", *_name(type(value)), self._attributes(value, where)]
 
     def _items(self, value: Any, where: str) -> list[object]:
+        if isinstance(value, set):
+            value = sorted(value)
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         items = [(self.tree(k, where), self.tree(v, f"{where}[{k}]")) for k, v in pairs]
         return [list(item) for item in items] if isinstance(value, dict) else [v for _, v in items]
@@ -138,7 +140,7 @@ def _container(tag: str, items: list[Any], current: object) -> object:
     if issubclass(kind, dict):
         there = current if isinstance(current, dict) else {}
         pairs = ((_value(key, None), value) for key, value in items)
-        return kind([(key, _value(value, there.get(key))) for key, value in pairs])
+        return kind({key: _value(value, there.get(key)) for key, value in pairs})
     return kind([_value(item, None) for item in items])
 
 

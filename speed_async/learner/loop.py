@@ -11,6 +11,7 @@ weights are what actors hold already, nothing is published and no checkpoint is 
 """
 
 import asyncio
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -238,8 +239,9 @@ class LearnerLoop:
         self._untold = notice
 
     def _log(self, text: str) -> None:
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
 
     # --- the end -----------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from speed_async.errors import ModelError
 from speed_async.learner.checksums import damage, flush
 
 _NAME = re.compile(r"version-(\d{6,})")
-_LEFTOVER = re.compile(r"\.(.+)\.(partial|replaced|removed)")
+_LEFTOVER = re.compile(r"\.(version-\d{6,})\.(partial|replaced|removed)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,18 +52,17 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
     life = await asyncio.to_thread(begin_life, config, begun_in=begun_in, resume=resume)
     config, folder = life.config, life.folder
     await asyncio.to_thread(rendezvous.begin, folder.path)
-    for line in life.first_words():  # on the terminal, while nothing is drawn there yet
-        sys.stderr.write(f"{line}\n")
+    sys.stderr.writelines(life.first_words())  # on the terminal, while nothing is drawn there yet
     log_to(folder.log(ROLE))
-    sys.stderr.write("".join(f"{line}\n" for line in [f"life {life.number}", *life.first_words()]))
+    sys.stderr.writelines([f"life {life.number}\n", *life.first_words()])
     service = ServiceProcess(config, folder, life=life.number)
     await service.start(life.ports)
     ports = service.ports
-    remember_ports(life, ports)
     console: asyncio.subprocess.Process | None = None
     watch: asyncio.Task[None] | None = None
     grace_s = FAILED_GRACE_S
     try:
+        remember_ports(life, ports)
         address = ServiceAddress(
             host=config.cluster.host,
             port=ports.service,

@@ -44,12 +44,13 @@ class Life:
     """An open descriptor; the lock goes when it is closed, at the latest with this process."""
 
     def first_words(self) -> list[str]:
-        """What to tell the user of a run that goes on; nothing at its first start."""
+        """Lines that tell the user of a run that goes on; none at its first start."""
         if self.number == 0:
             return []
         place = self.checkpoint.folder.name if self.checkpoint else "its start"
         notices = self.checkpoint.notices if self.checkpoint else ()
-        return [*notices, f"resuming {self.folder.path} from {place} (life {self.number})"]
+        words = [*notices, f"resuming {self.folder.path} from {place} (life {self.number})"]
+        return [f"{line}\n" for line in words]
 
 
 def begin_life(config: Config, *, begun_in: Path | None, resume: bool) -> Life:

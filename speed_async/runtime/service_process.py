@@ -1,8 +1,8 @@
 """The buffer service's process, seen from the leading learner that starts it.
 
 consumes   the process's exit
-restarts   a service that was killed by a signal: it goes on from its journal, at the same ports; one
-           that failed with an error of its own would fail again
+restarts   a service that was killed by a signal: it goes on from its journal at the same ports;
+           one that failed with an error of its own would fail again
 """
 
 import asyncio

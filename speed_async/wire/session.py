@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from speed_async.errors import DeadlineExceeded, GivenUp, SpeedAsyncError
@@ -51,18 +51,18 @@ class Arrival(Enum):
     """Not numbered: control, or a peer that holds no session."""
 
 
+@dataclass(kw_only=True, slots=True)
 class Session:
     """One side's view of a conversation with one peer. Pure state, no I/O."""
 
-    def __init__(self) -> None:
-        self.sent = 0
-        """Number of the last message there is; it may still wait for room in a queue."""
-        self.heard = 0
-        """Everything of the peer up to this number has come."""
-        self.queued = 0
-        """Everything up to this number was handed to the transport."""
-        self._told = 0
-        self._kept: deque[Message] = deque()  # said and not heard, in order
+    sent: int = 0
+    """Number of the last message there is; it may still wait for room in a queue."""
+    heard: int = 0
+    """Everything of the peer up to this number has come."""
+    queued: int = 0
+    """Everything up to this number was handed to the transport."""
+    _told: int = 0
+    _kept: deque[Message] = field(default_factory=deque)  # said and not heard, in order
 
     @property
     def num_unheard(self) -> int:
@@ -117,7 +117,7 @@ class Session:
 
     def rewind_unheard(self) -> None:
         """Say again whatever was not heard: nobody knows what left the socket."""
-        self.queued = self.sent - len(self._kept)
+        self.queued, self._told = self.sent - len(self._kept), 0
 
     def forget_all(self) -> None:
         """The peer is gone for good."""
