@@ -27,7 +27,7 @@ WARM_UP_S = 2.0
 
 try:
     import ray
-    from ray.util.queue import Queue
+    from ray.util.queue import Empty, Queue
 except ImportError as error:
     print(json.dumps({"skipped": f"Ray is not installed here ({error})"}))
     sys.exit(0)
@@ -70,7 +70,10 @@ class Consumer:
     def _take(self, queue: Queue, seconds: float) -> int:
         moved, ends_s = 0, time.perf_counter() + seconds
         while time.perf_counter() < ends_s:
-            references = [queue.get()[0] for _ in range(GROUPS_A_BATCH)]
+            try:
+                references = [one[0] for one in queue.get_nowait_batch(GROUPS_A_BATCH)]
+            except Empty:  # fewer than that
+                references = [queue.get()[0]]
             moved += len(ray.get(references))
         return moved
 
