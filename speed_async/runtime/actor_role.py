@@ -19,6 +19,7 @@ from speed_async.tasks.registry import make_task
 from speed_async.tasks.task import fingerprint
 from speed_async.tasks.verifier import VerifierPool
 from speed_async.wire import messages as m
+from speed_async.wire.tap import tapped
 from speed_async.wire.transport import Link
 from speed_async.wire.zeromq import open_link
 
@@ -38,7 +39,8 @@ async def run_actor(
     An error of its own ends the run, unless it has `joined` the run by itself.
     """
     name = f"actor-{index}"
-    link = await open_link(host, port, f"{name}.{incarnation}")
+    peer = f"{name}.{incarnation}"
+    link = tapped(await open_link(host, port, peer), config.observe.trace, peer)
     try:
         await _work(config, name, index, incarnation, link, engine)
     except (GivenUp, WeightSyncError):

@@ -19,6 +19,7 @@ from speed_async.runtime.processes import end_process, log_to, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
 from speed_async.runtime.run_folder import RunFolder, make_run_folder
 from speed_async.wire import messages as m
+from speed_async.wire.tap import tapped
 from speed_async.wire.zeromq import open_link
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ async def lead_run(config: Config, rank: Rank) -> bool:
     try:
         address = ServiceAddress(
             host=config.cluster.host,
-            port=ports["port"],
+            port=config.cluster.advertised_port or ports["port"],
             feed_port=ports["feed_port"],
             run_folder=str(folder.path),
         )
@@ -112,6 +113,7 @@ async def _train(
     # Seconds to import, while the actors, which wait for the service alone, do the same.
     work = await asyncio.to_thread(importlib.import_module, "speed_async.runtime.learner_work")
     link = await open_link(address.host, address.port, ROLE)
+    link = tapped(link, config.observe.trace, ROLE)
     training = asyncio.create_task(work.learn(config, rank, link, stop), name=ROLE)
     try:
         await asyncio.wait((training, watch), return_when=asyncio.FIRST_COMPLETED)
