@@ -5,6 +5,7 @@ and shapes. Nothing is ever evaluated with them, so there is no canary to measur
 """
 
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from speed_async.actors.engine import GenerationRequest
 from speed_async.actors.model_folder import load_model_folder
 from speed_async.actors.scripted_engine import Script, ScriptedStepper
+from speed_async.actors.stepper import Finished
 from speed_async.config.schema import ActorsConfig, ModelConfig
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
@@ -21,7 +23,17 @@ from speed_async.weights.channel import NamedTensor, WeightReceiver
 from speed_async.weights.flat import lay_flat
 
 
-def load_scripted_stepper(model: ModelConfig, actors: ActorsConfig, *, seed: int) -> ScriptedStepper:
+STEP_S = 0.004
+"""A step takes this long, as a model's would: the rest of the machine has room to work."""
+
+
+class PacedStepper(ScriptedStepper):
+    def step(self) -> list[Finished]:
+        time.sleep(STEP_S)
+        return super().step()
+
+
+def load_scripted_stepper(model: ModelConfig, actors: ActorsConfig, *, seed: int) -> PacedStepper:
     """A stepper that draws token ids of this model's vocabulary, a few for each completion.
 
     Raises ModelError when the folder cannot serve. Sets this process's torch threads.
@@ -35,7 +47,7 @@ def load_scripted_stepper(model: ModelConfig, actors: ActorsConfig, *, seed: int
     device = next(iter(parameters.values())).device
     weights = KeptWeights(parameters, TorchReceiver(device=device, in_place=True))
     num_token_ids = loaded.model.get_input_embeddings().weight.shape[0]
-    return ScriptedStepper(
+    return PacedStepper(
         drawn_script(random.Random(seed), num_token_ids),
         num_slots=actors.slots,
         context_length=loaded.context_length,

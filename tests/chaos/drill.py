@@ -49,7 +49,7 @@ n_init = 2
 n_cont = 2
 [actors]
 engine = "scripted"
-slots = 32
+slots = 8
 max_new_tokens = 4
 max_restarts = 100000
 [buffer]
