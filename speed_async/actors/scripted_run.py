@@ -22,7 +22,6 @@ from speed_async.weights.broadcast import TorchReceiver
 from speed_async.weights.channel import NamedTensor, WeightReceiver
 from speed_async.weights.flat import lay_flat
 
-
 STEP_S = 0.004
 """A step takes this long, as a model's would: the rest of the machine has room to work."""
 

@@ -44,6 +44,7 @@ class TracedLink:
         self._link = link
         self._heard = 0
         self._traced = 0
+        self._received = 0
         self._taken: dict[int, tuple[str, int]] = {}
 
     async def send(self, message: m.Message) -> None:
@@ -52,16 +53,7 @@ class TracedLink:
 
     async def receive(self, deadline_s: float) -> m.Message:
         message = await self._link.receive(deadline_s)
-        if message.heard > self._heard:
-            self._heard = message.heard
-            self._write("heard", number=message.heard)
-        if isinstance(message, m.BatchGroup):
-            self._taken[message.lease_id] = (digest_of(message), len(message.token_ids))
-        elif isinstance(message, m.BatchReady):
-            groups = [self._taken[lease_id][0] for lease_id in message.lease_ids]
-            self._write("taken", policy_version=message.policy_version, groups=groups)
-        elif isinstance(message, m.Rejected):
-            self._write("refused", reason=message.reason)
+        self._trace_received(message)
         return message
 
     async def close(self) -> None:
@@ -69,6 +61,24 @@ class TracedLink:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+    def _trace_received(self, message: m.Message) -> None:
+        if message.heard > self._heard:
+            self._heard = message.heard
+            self._write("heard", number=message.heard)
+        if message.number not in (0, self._received + 1):
+            return  # it came before, or comes again after what is missing before it
+        self._received = max(self._received, message.number)
+        match message:
+            case m.BatchGroup():
+                self._taken[message.lease_id] = (digest_of(message), len(message.token_ids))
+            case m.BatchReady():
+                groups = [self._taken[lease_id][0] for lease_id in message.lease_ids]
+                self._write("taken", policy_version=message.policy_version, groups=groups)
+            case m.Rejected():
+                self._write("refused", reason=message.reason)
+            case _:
+                pass
 
     def _trace_sent(self, message: m.Message) -> None:
         if 0 < message.number <= self._traced:

@@ -58,7 +58,9 @@ def small_disk(folder: Path, num_bytes: int) -> Iterator[SmallDisk | LimitedFile
     folder.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
     try:
-        mounted = sys.platform == "linux" and not subprocess.run(mount, capture_output=True).returncode
+        mounted = (
+            sys.platform == "linux" and not subprocess.run(mount, capture_output=True).returncode
+        )
     except OSError:
         mounted = False
     if not mounted:

@@ -1,7 +1,7 @@
 """A drill: a real run, faults at random instants, a deadline for each recovery, and the witness.
 
-    run ──► wait until it trains ──► [ fault ──► recovered? ──► witness, memory ] ... ──► its end
-                                                                                  ──► witness
+run ──► wait until it trains ──► [ fault ──► recovered? ──► witness, memory ] ... ──► its end
+                                                                              ──► witness
 """
 
 import os
@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from run_process import MODEL
+
 from chaos.disk import small_disk
 from chaos.faults import Fault
 from chaos.injector import Injector, NoTarget
@@ -22,8 +24,6 @@ from chaos.targets import MARK, Targets, resident_bytes
 from chaos.traces import read_traces
 from chaos.watcher import Watcher
 from chaos.witness import Verdict, judge_ended, judge_so_far
-from run_process import MODEL
-
 from speed_async.observe.metrics import Event
 
 START_DEADLINE_S = 90.0
@@ -237,7 +237,9 @@ class _Drill:
         try:
             self.process.wait(END_DEADLINE_S)
         except subprocess.TimeoutExpired:
-            self.fail(f"no end within {END_DEADLINE_S:.0f} s; the latest is {self.watcher.latest()}")
+            self.fail(
+                f"no end within {END_DEADLINE_S:.0f} s; the latest is {self.watcher.latest()}"
+            )
         self.is_over()
         _wait_for(lambda: not self.targets.commands(), 10.0)
         if left := self.targets.commands():

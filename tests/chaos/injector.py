@@ -148,7 +148,7 @@ class Injector:
         with self._stopped("learner"):
             learner = self._process("learner")
             newest = self._newest(folder, _is_checkpoint)
-            files = sorted(newest.glob("*.safetensors")) + [newest / "trainer.json"]
+            files = [*sorted(newest.glob("*.safetensors")), newest / "trainer.json"]
             victim = random.Random(share).choice(files)
             with victim.open("r+b") as file:
                 file.seek(int(share * victim.stat().st_size))
