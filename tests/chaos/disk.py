@@ -58,9 +58,8 @@ def small_disk(folder: Path, num_bytes: int) -> Iterator[SmallDisk | LimitedFile
     folder.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
     try:
-        mounted = (
-            sys.platform == "linux" and not subprocess.run(mount, capture_output=True).returncode
-        )
+        tried = subprocess.run(mount, capture_output=True) if sys.platform == "linux" else None
+        mounted = tried is not None and tried.returncode == 0
     except OSError:
         mounted = False
     if not mounted:

@@ -5,13 +5,14 @@ run ──► wait until it trains ──► [ fault ──► recovered? ──
 """
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from run_process import MODEL
@@ -32,6 +33,7 @@ END_DEADLINE_S = 300.0
 DISK_BYTES = 256 * 1024 * 1024
 PEER_TIMEOUT_S = 3.0
 WEIGHTS_DEADLINE_S = 3.0
+GROUPS_PER_UPDATE = 16
 
 CONFIG = """
 [run]
@@ -89,7 +91,7 @@ class Plan:
     seed: int
     updates: int
     num_actors: int = 2
-    groups_per_update: int = 16
+    groups_per_update: int = GROUPS_PER_UPDATE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +144,9 @@ def run_drill(folder: Path, plan: Plan, say: Callable[[str], None] = print) -> R
             drill.one_round(injector, faults, result, say)
         result.left = faults
         drill.await_end()
-        result.verdict = judge_ended(drill.trace_folder, drill.run_folder, plan.updates)
+        result.verdict = judge_ended(
+            drill.trace_folder, drill.run_folder, plan.updates, injector.lost
+        )
         result.warnings = drill.watcher.warnings
         result.seconds = time.monotonic() - began_s
         if result.verdict.findings:
@@ -336,3 +340,31 @@ def medians(rounds: Iterable[Round]) -> dict[str, tuple[int, float, float]]:
         kind: (len(times), sorted(times)[len(times) // 2], max(times))
         for kind, times in sorted(by_kind.items())
     }
+
+
+def run_drills(
+    folder: Path, plan: Plan, faults_a_run: int, say: Callable[[str], None] = print
+) -> list[Result]:
+    """All faults of `plan`, in as many runs as they take: each sees at most `faults_a_run` of
+    them, and the rest of its own where it ended sooner. Raises DrillFailed."""
+    results: list[Result] = []
+    faults = [*plan.faults]
+    while faults:
+        number = len(results) + 1
+        ours, faults = faults[:faults_a_run], faults[faults_a_run:]
+        place = folder / f"run-{number}"
+        place.mkdir()
+        say(f"run {number}: {len(ours)} faults, {plan.updates} updates")
+        result = run_drill(place, replace(plan, faults=ours, seed=plan.seed + number), say)
+        say(f"run {number}: kept its promises, {result.seconds:.0f} s, {result.verdict.numbers}")
+        faults = result.left + faults
+        results.append(result)
+        shutil.rmtree(place)
+    return results
+
+
+def service_growth(rounds: list[Round]) -> float:
+    """Largest memory of the service in the last third of a drill over that in the first."""
+    sizes = [each.service_bytes for each in rounds if each.service_bytes]
+    third = max(1, len(sizes) // 3)
+    return max(sizes[-third:], default=1) / max(sizes[:third], default=1)

@@ -2,15 +2,17 @@
 
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from chaos.disk import LimitedFiles, SmallDisk
 from chaos.faults import Fault
+from chaos.lost_records import LostRecords
 from chaos.proxy import Proxy
 from chaos.targets import Targets
 
@@ -32,6 +34,8 @@ class Injector:
     run_folder: Path
     num_actors: int
     peer_timeout_s: float
+    lost: LostRecords = field(default_factory=LostRecords)
+    """What was cut from the journal, for the witness."""
 
     def inject(self, fault: Fault) -> str:
         """Make the fault and, where it has an end, wait for that; says what was hit.
@@ -137,6 +141,7 @@ class Injector:
             segment = self._newest(self.run_folder / "journal", lambda path: path.is_file())
             size = segment.stat().st_size
             lost = min(size, 1 + int(share * NEWEST_RECORDS_BYTES))
+            self.lost.add(segment, size - lost)
             os.truncate(segment, size - lost)
         return f"{lost} bytes of {segment.name}"
 
@@ -166,7 +171,7 @@ class Injector:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return path.name.startswith("version-") and (path / "trainer.json").is_file()
+    return re.fullmatch(r"version-\d+", path.name) is not None and path.is_dir()
 
 
 def _signal(process_id: int, which: signal.Signals) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chaos.lost_records import LostRecords
 from chaos.traces import Traces, read_traces
 
 
@@ -73,9 +74,9 @@ def judge_so_far(traces: Traces) -> list[str]:
 
 
 def judge_ended(
-    trace_folder: Path, run_folder: Path, num_updates: int, *, may_lose: set[str] | None = None
+    trace_folder: Path, run_folder: Path, num_updates: int, lost: LostRecords | None = None
 ) -> Verdict:
-    """Of a run that ended by itself. `may_lose`: groups that a fault cut from the journal."""
+    """Of a run that ended by itself. `lost`: what faults cut from its journal."""
     verdict, traces = Verdict(), read_traces(trace_folder)
     _judge_lineage(verdict, traces)
     summary = json.loads((run_folder / "summary.json").read_text())
@@ -90,7 +91,7 @@ def judge_ended(
         summary["policy_version"] == num_updates,
         f"it ended at version {summary['policy_version']}, not at {num_updates}",
     )
-    _judge_ledger(verdict, summary["ledger"], traces, counts, may_lose or set())
+    _judge_ledger(verdict, summary["ledger"], traces, counts, lost or LostRecords())
     _judge_metrics(verdict, run_folder, num_updates)
     return verdict
 
@@ -112,7 +113,7 @@ def _judge_lineage(verdict: Verdict, traces: Traces) -> None:
 
 
 def _judge_ledger(
-    verdict: Verdict, ledger: dict[str, Any], traces: Traces, counts: Counts, may_lose: set[str]
+    verdict: Verdict, ledger: dict[str, Any], traces: Traces, counts: Counts, lost: LostRecords
 ) -> None:
     groups, tokens = ledger["groups"], ledger["tokens"]
     verdict.hold(ledger["closes"] is True, f"the ledger does not close: {ledger['checks']}")
@@ -129,7 +130,7 @@ def _judge_ledger(
         f"the ledger has {tokens['trained']} tokens as trained, the trace {tokens_trained}",
     )
     kept = sum(groups[end] for end in ("buffered", "in_training", "stale", "evicted"))
-    missing = counts.accepted - trained - may_lose
+    missing = counts.accepted - trained - lost.groups
     verdict.hold(
         len(missing) <= kept,
         f"{len(missing)} accepted groups were not trained, and only {kept} are kept or ended "
@@ -141,10 +142,11 @@ def _judge_ledger(
         if end == "evaluation":  # a lost or failed lease of an evaluation counts there as well
             most += counts.surely["failed"] + counts.perhaps["failed"]
         verdict.hold(
-            least - len(may_lose) <= groups[end] <= most,
+            least - lost.results[name] <= groups[end] <= most,
             f"the ledger has {groups[end]} as {end}, the actors sent {least} to {most}",
         )
     least, most = counts.generated_least, counts.generated_most
+    least = 0 if lost.num_cuts else least  # the counts that came last went with the tail
     verdict.hold(
         least <= tokens["generated"] <= most,
         f"the ledger has {tokens['generated']} tokens as generated, the actors {least} to {most}",

@@ -1,0 +1,31 @@
+"""A short drill on every test run: the long one is `python -m benchmarks.chaos --faults 500`."""
+
+from pathlib import Path
+
+import pytest
+
+from chaos.drill import GROUPS_PER_UPDATE, Plan, run_drills, service_growth
+from chaos.faults import KINDS, plan
+
+SEED = 20261124
+NUM_FAULTS = 20
+UPDATES = 500
+GROWTH = 1.15
+"""The service's memory at the end over that after its first faults; buffers, books of actor lives
+and the allocator's own habits are in it. The long drill holds it to less."""
+
+
+@pytest.mark.timeout(420)
+def test_twenty_faults_lose_no_group_train_none_twice_and_the_run_reaches_its_end(
+    tmp_path: Path,
+) -> None:
+    print(f"seed {SEED}")
+    faults = plan(SEED, NUM_FAULTS, KINDS, overlapping=0.4)
+    results = run_drills(tmp_path, Plan(faults=faults, seed=SEED, updates=UPDATES), NUM_FAULTS)
+    rounds = [each for result in results for each in result.rounds]
+    skipped = [text for result in results for text in result.skipped]
+    assert len(rounds) + len(skipped) == NUM_FAULTS
+    assert len(skipped) <= 2, skipped
+    for result in results:
+        assert result.verdict.numbers["groups_trained"] == UPDATES * GROUPS_PER_UPDATE
+        assert service_growth(result.rounds) < GROWTH
