@@ -62,11 +62,11 @@ class Traces:
 def read_traces(folder: Path) -> Traces:
     """All lines in `folder` so far; a last line that is not whole is left out."""
     traces = Traces()
-    for path in sorted(folder.glob("*.jsonl")):
-        if path.name.startswith("learner"):
-            _read_learner(path, traces)
-        else:
-            traces.actors.append(_read_actor(path))
+    # The learner's first: what it trained by then, its actors had written before.
+    for path in sorted(folder.glob("learner*.jsonl")):
+        _read_learner(path, traces)
+    for path in sorted(folder.glob("actor*.jsonl")):
+        traces.actors.append(_read_actor(path))
     traces.updates.sort(key=lambda update: update.time_s)
     traces.batches.sort(key=lambda line: line["time_s"])
     return traces
