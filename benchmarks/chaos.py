@@ -17,8 +17,10 @@ from benchmarks.harness import RESULTS, ROOT, report
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from chaos.drill import DrillFailed, Plan, Result, medians, run_drills, service_growth
+from chaos.drill import DrillFailed, run_drills
 from chaos.faults import KINDS, plan
+from chaos.results import Result, medians, service_growth
+from chaos.settings import Plan
 
 
 def main() -> int:

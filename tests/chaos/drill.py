@@ -10,114 +10,30 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-from run_process import MODEL
 
 from chaos.disk import small_disk
 from chaos.faults import Fault
 from chaos.injector import Injector, NoTarget
 from chaos.proxy import Proxy
+from chaos.results import Result, Round
+from chaos.settings import DISK_BYTES, PEER_TIMEOUT_S, Plan, write_config
 from chaos.targets import MARK, Targets, resident_bytes
 from chaos.traces import read_traces
 from chaos.watcher import Watcher
-from chaos.witness import Verdict, judge_ended, judge_so_far
+from chaos.witness import judge_ended, judge_so_far
 from speed_async.observe.metrics import Event
 
 START_DEADLINE_S = 90.0
 RECOVERY_DEADLINE_S = 90.0
 END_DEADLINE_S = 300.0
-DISK_BYTES = 256 * 1024 * 1024
-PEER_TIMEOUT_S = 3.0
-WEIGHTS_DEADLINE_S = 3.0
-GROUPS_PER_UPDATE = 16
-
-CONFIG = """
-[run]
-folder = "{run_folder}"
-seed = {seed}
-updates = {updates}
-[model]
-path = "{model}"
-[task]
-name = "scripted"
-num_prompts = 4096
-num_held_out = 8
-[gate]
-n_init = 2
-n_cont = 2
-[actors]
-engine = "scripted"
-slots = 8
-max_new_tokens = 4
-max_restarts = 100000
-[buffer]
-credits = {credits}
-capacity_groups = 1000000
-max_staleness = 1000000
-[learner]
-groups_per_update = {groups_per_update}
-checkpoint_every = 20
-[evaluate]
-every = 0
-[weights]
-deadline_s = {weights_deadline_s}
-[cluster]
-actors = {num_actors}
-service_port = {service_port}
-advertised_port = {advertised_port}
-feed_port = {feed_port}
-peer_timeout_s = {peer_timeout_s}
-stall_timeout_s = 120
-connect_timeout_s = 60
-drain_timeout_s = 10
-max_restarts = 100000
-[observe]
-trace = "{trace_folder}"
-"""
-"""No group grows stale and none is evicted: each accepted one is trained, or left at the end."""
 
 
 class DrillFailed(AssertionError):
     """The run did not keep its promises; the text says which, and where to look."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    faults: list[Fault]
-    seed: int
-    updates: int
-    num_actors: int = 2
-    groups_per_update: int = GROUPS_PER_UPDATE
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Round:
-    """One fault and what came of it."""
-
-    kind: str
-    what: str
-    recovered_s: float
-    """From the fault until the run was whole again and past every version from before."""
-    from_version: int
-    to_version: int
-    service_bytes: int
-    """Resident memory of the service afterwards."""
-
-
-@dataclass(kw_only=True)
-class Result:
-    rounds: list[Round] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    """Faults that had nothing to hit."""
-    left: list[Fault] = field(default_factory=list)
-    """Faults for which the run ended too soon."""
-    warnings: list[str] = field(default_factory=list)
-    verdict: Verdict = field(default_factory=Verdict)
-    seconds: float = 0.0
 
 
 def run_drill(folder: Path, plan: Plan, say: Callable[[str], None] = print) -> Result:
@@ -265,22 +181,14 @@ def _started(folder: Path, run_folder: Path, plan: Plan) -> Iterator[_Drill]:
     trace_folder.mkdir()
     targets = Targets(mark=str(folder))
     with Proxy(service_port) as proxy, Watcher(feed_port) as watcher:
-        config.write_text(
-            CONFIG.format(
-                run_folder=run_folder,
-                seed=plan.seed,
-                updates=plan.updates,
-                model=MODEL,
-                credits=4 * plan.groups_per_update,
-                groups_per_update=plan.groups_per_update,
-                weights_deadline_s=WEIGHTS_DEADLINE_S,
-                num_actors=plan.num_actors,
-                service_port=service_port,
-                advertised_port=proxy.port,
-                feed_port=feed_port,
-                peer_timeout_s=PEER_TIMEOUT_S,
-                trace_folder=trace_folder,
-            )
+        write_config(
+            config,
+            plan,
+            run_folder=run_folder,
+            trace_folder=trace_folder,
+            service_port=service_port,
+            advertised_port=proxy.port,
+            feed_port=feed_port,
         )
         with (folder / "stdout.txt").open("w") as out, (folder / "stderr.txt").open("w") as err:
             process = subprocess.Popen(
@@ -331,17 +239,6 @@ def _tail(path: Path, num_lines: int = 12) -> str:
     return "\n  ".join(path.read_text(errors="replace").splitlines()[-num_lines:])
 
 
-def medians(rounds: Iterable[Round]) -> dict[str, tuple[int, float, float]]:
-    """(how many, median, longest recovery in seconds) by kind."""
-    by_kind: dict[str, list[float]] = {}
-    for each in rounds:
-        by_kind.setdefault(each.kind, []).append(each.recovered_s)
-    return {
-        kind: (len(times), sorted(times)[len(times) // 2], max(times))
-        for kind, times in sorted(by_kind.items())
-    }
-
-
 def run_drills(
     folder: Path, plan: Plan, faults_a_run: int, say: Callable[[str], None] = print
 ) -> list[Result]:
@@ -361,10 +258,3 @@ def run_drills(
         results.append(result)
         shutil.rmtree(place)
     return results
-
-
-def service_growth(rounds: list[Round]) -> float:
-    """Largest memory of the service in the last third of a drill over that in the first."""
-    sizes = [each.service_bytes for each in rounds if each.service_bytes]
-    third = max(1, len(sizes) // 3)
-    return max(sizes[-third:], default=1) / max(sizes[:third], default=1)

@@ -26,7 +26,7 @@ class Targets:
         found: dict[str, int] = {}
         commands = self.commands()
         for process_id, command in commands.items():
-            with suppress(OSError, ValueError, IndexError):
+            with suppress(OSError, ValueError, LookupError):  # it may be ending
                 if name := _name(process_id, command, commands):
                     found[name] = process_id
         return found

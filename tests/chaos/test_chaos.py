@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from chaos.drill import GROUPS_PER_UPDATE, Plan, run_drills, service_growth
+from chaos.drill import run_drills
 from chaos.faults import KINDS, plan
+from chaos.results import service_growth
+from chaos.settings import GROUPS_PER_UPDATE, Plan
 
 SEED = 20261124
 NUM_FAULTS = 20
