@@ -17,10 +17,11 @@ from benchmarks.harness import RESULTS, ROOT, report
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from chaos.drill import DrillFailed, run_drills
+from chaos.drill import run_drills
 from chaos.faults import KINDS, plan
 from chaos.results import Result, medians, service_growth
 from chaos.settings import Plan
+from chaos.started_run import DrillFailed
 
 
 def main() -> int:
