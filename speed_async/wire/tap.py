@@ -63,6 +63,8 @@ class TracedLink:
             self._file = -1
 
     def _trace_received(self, message: m.Message) -> None:
+        if isinstance(message, m.Rejected):  # before its `heard`: what was refused was not taken
+            self._write("refused", reason=message.reason)
         if message.heard > self._heard:
             self._heard = message.heard
             self._write("heard", number=message.heard)
@@ -73,10 +75,8 @@ class TracedLink:
             case m.BatchGroup():
                 self._taken[message.lease_id] = (digest_of(message), len(message.token_ids))
             case m.BatchReady():
-                groups = [self._taken[lease_id][0] for lease_id in message.lease_ids]
+                groups = [self._known(lease_id)[0] for lease_id in message.lease_ids]
                 self._write("taken", policy_version=message.policy_version, groups=groups)
-            case m.Rejected():
-                self._write("refused", reason=message.reason)
             case _:
                 pass
 
@@ -94,7 +94,8 @@ class TracedLink:
             case m.LeaseFailed():
                 self._sent(message, "failed", message.num_tokens, reason=message.reason)
             case m.Trained():
-                taken = [self._taken.pop(lease_id) for lease_id in message.lease_ids]
+                taken = [self._known(lease_id) for lease_id in message.lease_ids]
+                self._taken.clear()
                 self._write(
                     "trained",
                     number=message.number,
@@ -108,6 +109,10 @@ class TracedLink:
                 self._write("counted", number=message.number, generated=generated)
             case _:
                 pass
+
+    def _known(self, lease_id: int) -> tuple[str, int]:
+        """Digest and tokens; a group that never came is written as such, for the witness."""
+        return self._taken.get(lease_id, (f"{lease_id}.never-came", 0))
 
     def _sent(self, message: m.Counted, end: str, tokens: int, **fields: str) -> None:
         generated = message.counts.tokens_generated
