@@ -83,7 +83,7 @@ class TracedLink:
     def _trace_sent(self, message: m.Message) -> None:
         if 0 < message.number <= self._traced:
             return  # sent again, after a connection was lost
-        self._traced = message.number
+        self._traced = max(self._traced, message.number)
         match message:
             case m.GroupFinished():
                 self._sent(message, "group", len(message.token_ids), group=digest_of(message))
