@@ -7,12 +7,22 @@ are sent to it by `cluster.advertised_port`.
 import asyncio
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 CHUNK_BYTES = 64 * 1024
 QUEUED_CHUNKS = 64
 START_DEADLINE_S = 10.0
+LOOK_S = 0.1
+
+
+def is_listened_at(port: int) -> bool:
+    """Whether a process of this machine listens at this port of an IPv4 address."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    fields = (line.split() for line in lines)
+    return any(each[3] == "0A" and int(each[1].split(":")[1], 16) == port for each in fields)
 
 
 class Proxy:
@@ -101,7 +111,15 @@ class Proxy:
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
-        await self._over.wait()
+        while not self._over.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), LOOK_S)
+            # Whoever knocks here must find nobody while nobody is behind it.
+            listens = await asyncio.to_thread(is_listened_at, self._target_port)
+            if listens != server.is_serving():
+                server.close()
+                if listens:
+                    server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
         server.close()
         self._abort_all()
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from chaos.disk import LimitedFiles, SmallDisk, small_disk
 from chaos.faults import KINDS, plan
-from chaos.proxy import Proxy
+from chaos.proxy import Proxy, is_listened_at
 from chaos.targets import MARK, Targets
 from chaos.traces import read_traces
 from chaos.witness import judge_ended, judge_so_far
@@ -263,6 +263,21 @@ def test_a_delay_is_latency_both_ways_and_ends() -> None:
         began_s = time.monotonic()
         assert said_back(client)
         assert time.monotonic() - began_s < 0.3
+
+
+def test_nobody_listens_at_the_proxy_while_nobody_is_behind_it() -> None:
+    with socket.socket() as service:
+        service.bind(("127.0.0.1", 0))
+        with Proxy(service.getsockname()[1]) as proxy:
+            wait_until(lambda: not is_listened_at(proxy.port))
+            service.listen()
+            wait_until(lambda: is_listened_at(proxy.port))
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    ends_s = time.monotonic() + 10.0
+    while not happened():
+        assert time.monotonic() < ends_s
 
 
 # --- the disk ----------------------------------------------------------------------------------
