@@ -1,12 +1,13 @@
 """A run with everything around it that a drill needs, and no trace of it afterwards."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,15 +145,16 @@ def started(folder: Path, plan: Plan) -> Iterator[StartedRun]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Free a moment ago; nothing but a drill's own processes takes them on purpose."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Free now, and outside of the range that the system gives to connections: a service that is
+    started again finds its port."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20000, 32000), 1000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise DrillFailed("no free ports between 20000 and 32000")
 
 
 def _wait_for(happened: Callable[[], bool], timeout_s: float) -> None:
