@@ -51,7 +51,7 @@ class Drill:
         past_version = watcher.newest_version
         run.await_whole(RECOVERY_DEADLINE_S, since_s=time.monotonic(), past_version=past_version)
         recovered_s = time.monotonic() - began_s
-        if findings := judge_so_far(read_traces(run.trace_folder)):
+        if findings := judge_so_far(read_traces(run.trace_folder), run.injector.lost):
             run.fail(f"after {hit}: " + "; ".join(findings))
         service = run.targets.all().get("service")
         rounds = [

@@ -37,6 +37,11 @@ class Injector:
     lost: LostRecords = field(default_factory=LostRecords)
     """What was cut from the journal, for the witness."""
 
+    @property
+    def limits_files(self) -> bool:
+        """No disk of its own could be mounted here: files are kept from growing instead."""
+        return isinstance(self.disk, LimitedFiles)
+
     def inject(self, fault: Fault) -> str:
         """Make the fault and, where it has an end, wait for that; says what was hit.
 

@@ -1,5 +1,6 @@
 """Which results lay in the part of a journal that a drill cuts off: only those may be missing."""
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,8 @@ ENDS: dict[type[m.Message], str] = {
 
 @dataclass(kw_only=True)
 class LostRecords:
-    num_cuts: int = 0
+    times_s: list[float] = field(default_factory=list)
+    """When it was cut, by the wall clock."""
     groups: set[str] = field(default_factory=set)
     """Digests (wire/tap.py)."""
     results: Counter[str] = field(default_factory=Counter)
@@ -28,7 +30,7 @@ class LostRecords:
         """All records of this segment that are not whole in its first `end` bytes."""
         from speed_async.buffer.journal import read_segment, record_end
 
-        self.num_cuts += 1
+        self.times_s.append(time.time())
         for place, record in read_segment(segment.parent, int(segment.stem)):
             if record.kind != "message" or record_end(place, record) <= end:
                 continue

@@ -39,6 +39,8 @@ class Update:
     tokens: int
     skipped: bool
     time_s: float
+    is_heard: bool = False
+    """The service has said that it knows of it."""
 
 
 @dataclass(kw_only=True)
@@ -89,12 +91,19 @@ def _read_actor(path: Path) -> ActorTrace:
 
 
 def _read_learner(path: Path, traces: Traces) -> None:
+    unheard: list[tuple[int, Update]] = []
     for line in _lines(path):
-        if line["kind"] == "taken":
-            traces.batches.append(line)
-        elif line["kind"] == "trained":
-            fields = ("policy_version", "groups", "tokens", "skipped", "time_s")
-            traces.updates.append(Update(**{name: line[name] for name in fields}))
+        match line["kind"]:
+            case "taken":
+                traces.batches.append(line)
+            case "trained":
+                fields = ("policy_version", "groups", "tokens", "skipped", "time_s")
+                update = Update(**{name: line[name] for name in fields})
+                unheard.append((line["number"], update))
+                traces.updates.append(update)
+            case "heard":
+                while unheard and unheard[0][0] <= line["number"]:
+                    unheard.pop(0)[1].is_heard = True
 
 
 def _lines(path: Path) -> Iterator[Line]:

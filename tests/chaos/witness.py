@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos.lost_records import LostRecords
-from chaos.traces import Traces, read_traces
+from chaos.traces import Traces, Update, read_traces
 
 
 @dataclass(kw_only=True)
@@ -66,10 +66,12 @@ def count(traces: Traces) -> Counts:
     )
 
 
-def judge_so_far(traces: Traces) -> list[str]:
-    """What must hold at any instant: no group twice in the lineage, no update from nowhere."""
+def judge_so_far(traces: Traces, lost: LostRecords | None = None) -> list[str]:
+    """What must hold at any instant: no group twice in the lineage, no update from nowhere, none
+    that was trained again otherwise than before."""
     verdict = Verdict()
     _judge_lineage(verdict, traces)
+    _judge_replays(verdict, traces, lost or LostRecords())
     return verdict.findings
 
 
@@ -78,7 +80,9 @@ def judge_ended(
 ) -> Verdict:
     """Of a run that ended by itself. `lost`: what faults cut from its journal."""
     verdict, traces = Verdict(), read_traces(trace_folder)
+    lost = lost or LostRecords()
     _judge_lineage(verdict, traces)
+    _judge_replays(verdict, traces, lost)
     summary = json.loads((run_folder / "summary.json").read_text())
     lineage, counts = traces.lineage(), count(traces)
     versions = sorted(lineage)
@@ -91,7 +95,7 @@ def judge_ended(
         summary["policy_version"] == num_updates,
         f"it ended at version {summary['policy_version']}, not at {num_updates}",
     )
-    _judge_ledger(verdict, summary["ledger"], traces, counts, lost or LostRecords())
+    _judge_ledger(verdict, summary["ledger"], traces, counts, lost)
     _judge_metrics(verdict, run_folder, num_updates)
     return verdict
 
@@ -110,6 +114,23 @@ def _judge_lineage(verdict: Verdict, traces: Traces) -> None:
             len(set(update.groups)) == len(update.groups),
             f"version {version} holds a group twice",
         )
+
+
+def _judge_replays(verdict: Verdict, traces: Traces, lost: LostRecords) -> None:
+    """An update of which the service knew is trained again with the same groups in their order,
+    unless its record went with a cut tail between the two."""
+    known: dict[int, Update] = {}
+    for update in traces.updates:
+        before = known.get(update.policy_version)
+        if before is not None and not any(
+            before.time_s <= cut_s <= update.time_s for cut_s in lost.times_s
+        ):
+            verdict.hold(
+                before.groups == update.groups,
+                f"version {update.policy_version} was trained again with other groups",
+            )
+        if update.is_heard:
+            known[update.policy_version] = update
 
 
 def _judge_ledger(
@@ -146,7 +167,7 @@ def _judge_ledger(
             f"the ledger has {groups[end]} as {end}, the actors sent {least} to {most}",
         )
     least, most = counts.generated_least, counts.generated_most
-    least = 0 if lost.num_cuts else least  # the counts that came last went with the tail
+    least = 0 if lost.times_s else least  # the counts that came last went with the tail
     verdict.hold(
         least <= tokens["generated"] <= most,
         f"the ledger has {tokens['generated']} tokens as generated, the actors {least} to {most}",
