@@ -4,7 +4,7 @@ Real runs (processes, ZeroMQ through a proxy, gloo, a journal on a small disk) w
 engine; faults at random instants from a seed; tests/chaos says how each is made, and who decides.
 Ends at the first broken promise, with status 1 and the words of the witness.
 
-Usage: python -m benchmarks.chaos [--faults 500] [--seed N] [--faults-a-run 50] [--updates 1500]
+Usage: python -m benchmarks.chaos [--faults 500] [--seed N] [--faults-a-run 50]
 """
 
 import argparse
@@ -29,12 +29,11 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=500)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--faults-a-run", type=int, default=50)
-    parser.add_argument("--updates", type=int, default=1500)
     parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
     arguments = parser.parse_args()
     say(f"seed {arguments.seed}")
     faults = plan(arguments.seed, arguments.faults, arguments.kinds.split(","))
-    drill = Plan(faults=faults, seed=arguments.seed, updates=arguments.updates)
+    drill = Plan(faults=faults, seed=arguments.seed)
     with tempfile.TemporaryDirectory(prefix="speed_async-chaos-") as folder:
         try:
             results = run_drills(Path(folder), drill, arguments.faults_a_run, say)

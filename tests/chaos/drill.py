@@ -22,6 +22,7 @@ from chaos.witness import judge_ended, judge_so_far
 
 START_DEADLINE_S = 90.0
 RECOVERY_DEADLINE_S = 90.0
+MORE_UPDATES = 20
 
 
 @dataclass(kw_only=True)
@@ -72,11 +73,13 @@ class Drill:
         return rounds
 
     def see_to_its_end(self) -> None:
-        """Wait for the last update, and let the witness decide. Raises DrillFailed."""
+        """Stop the run, resume it for some updates more, and let the witness decide when it has
+        ended by itself. Raises DrillFailed."""
         run, result = self.run, self.result
-        run.await_end()
+        num_updates = run.stop() + MORE_UPDATES
+        run.resume(num_updates)
         result.verdict = judge_ended(
-            run.trace_folder, run.run_folder, run.plan.updates, run.injector.lost
+            run.trace_folder, run.run_folder, num_updates, run.injector.lost
         )
         result.warnings = run.watcher.warnings
         if result.verdict.findings:
@@ -93,16 +96,15 @@ def drilling(folder: Path, plan: Plan, say: Callable[[str], None] = print) -> It
 
 
 def run_drill(folder: Path, plan: Plan, say: Callable[[str], None] = print) -> Result:
-    """Make all faults of `plan` in one run, and see it to its last update. Raises DrillFailed."""
+    """Make all faults of `plan` in one run, and see it to its end. Raises DrillFailed."""
     began_s = time.monotonic()
     with drilling(folder, plan, say) as drill:
         faults = [*plan.faults]
-        while faults and not drill.run.is_over():
+        while faults:
             chosen = [faults.pop(0)]
             while faults and faults[0].overlaps:
                 chosen.append(faults.pop(0))
             drill.make(*chosen)
-        drill.result.left = faults
         drill.see_to_its_end()
     drill.result.seconds = time.monotonic() - began_s
     return drill.result
@@ -111,19 +113,15 @@ def run_drill(folder: Path, plan: Plan, say: Callable[[str], None] = print) -> R
 def run_drills(
     folder: Path, plan: Plan, faults_a_run: int, say: Callable[[str], None] = print
 ) -> list[Result]:
-    """All faults of `plan`, in as many runs as they take: each sees at most `faults_a_run` of
-    them, and the rest of its own where it ended sooner. Raises DrillFailed."""
+    """All faults of `plan`, each run seeing `faults_a_run` of them. Raises DrillFailed."""
     results: list[Result] = []
-    faults = [*plan.faults]
-    while faults:
-        number = len(results) + 1
-        ours, faults = faults[:faults_a_run], faults[faults_a_run:]
+    for first in range(0, len(plan.faults), faults_a_run):
+        number, ours = len(results) + 1, plan.faults[first : first + faults_a_run]
         place = folder / f"run-{number}"
         place.mkdir()
-        say(f"run {number}: {len(ours)} faults, {plan.updates} updates")
+        say(f"run {number}: {len(ours)} faults")
         result = run_drill(place, replace(plan, faults=ours, seed=plan.seed + number), say)
         say(f"run {number}: kept its promises, {result.seconds:.0f} s, {result.verdict.numbers}")
-        faults = result.left + faults
         results.append(result)
         shutil.rmtree(place)
     return results

@@ -139,8 +139,8 @@ class Injector:
 
     def _truncate(self, share: float) -> str:
         """Kill the service and cut its journal while whoever would start it again is held."""
+        service = self._process("service")  # there before its learner is held: that one starts it
         with self._stopped("learner"):
-            service = self._process("service")
             _signal(service, signal.SIGKILL)
             _wait_until_gone(service)
             segment = self._newest(self.run_folder / "journal", lambda path: path.is_file())

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from chaos.faults import Fault
 from chaos.witness import Verdict
 
 
@@ -26,8 +25,6 @@ class Result:
     rounds: list[Round] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     """Faults that had nothing to hit."""
-    left: list[Fault] = field(default_factory=list)
-    """Faults for which the run ended too soon."""
     warnings: list[str] = field(default_factory=list)
     verdict: Verdict = field(default_factory=Verdict)
     seconds: float = 0.0

@@ -11,6 +11,8 @@ DISK_BYTES = 256 * 1024 * 1024
 PEER_TIMEOUT_S = 3.0
 WEIGHTS_DEADLINE_S = 3.0
 GROUPS_PER_UPDATE = 16
+ENDLESS = 1_000_000
+"""Updates: a drill stops its run when it has made its faults, and resumes it for the last ones."""
 
 CONFIG = """
 [run]
@@ -62,7 +64,6 @@ trace = "{trace_folder}"
 class Plan:
     faults: list[Fault]
     seed: int
-    updates: int
     num_actors: int = 2
     groups_per_update: int = GROUPS_PER_UPDATE
 
@@ -81,7 +82,7 @@ def write_config(
         CONFIG.format(
             run_folder=run_folder,
             seed=plan.seed,
-            updates=plan.updates,
+            updates=ENDLESS,
             model=MODEL,
             credits=4 * plan.groups_per_update,
             groups_per_update=plan.groups_per_update,

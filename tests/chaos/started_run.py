@@ -1,7 +1,9 @@
 """A run with everything around it that a drill needs, and no trace of it afterwards."""
 
+import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from chaos.settings import DISK_BYTES, PEER_TIMEOUT_S, Plan, write_config
 from chaos.targets import MARK, Targets
 from chaos.watcher import Watcher
 from speed_async.observe.metrics import Event
+from speed_async.runtime.failure import EXIT_INTERRUPTED
 
 END_DEADLINE_S = 300.0
 
@@ -29,7 +32,7 @@ class DrillFailed(AssertionError):
 @dataclass(kw_only=True)
 class StartedRun:
     plan: Plan
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     targets: Targets
     watcher: Watcher
     injector: Injector
@@ -53,28 +56,37 @@ class StartedRun:
 
         ends_s = time.monotonic() + timeout_s
         while not self.watcher.wait(is_whole, since_s, 0.25) or wanted - set(self.targets.all()):
-            if self.is_over():
-                return
+            self.check_running()
             if time.monotonic() > ends_s:
                 latest = self.watcher.latest()
                 there = sorted(self.targets.all())
                 self.fail(f"not whole within {timeout_s:.0f} s: {there}, {latest}")
 
-    def is_over(self) -> bool:
-        """Whether the run has ended. Raises DrillFailed when it did not end well."""
-        status = self.process.poll()
-        if status:
+    def check_running(self) -> None:
+        """Raises DrillFailed when the run has ended."""
+        if (status := self.process.poll()) is not None:
             self.fail(f"the run ended with status {status}")
-        return status == 0
 
-    def await_end(self) -> None:
+    def stop(self) -> int:
+        """Ctrl-C; returns the policy version that the run has come to. Raises DrillFailed."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        self._await_end(status=EXIT_INTERRUPTED)
+        return int(json.loads((self.run_folder / "summary.json").read_text())["policy_version"])
+
+    def resume(self, num_updates: int) -> None:
+        """Go on to this many updates in all, and see the run end by itself. Raises DrillFailed."""
+        folder = str(self.run_folder)
+        self.process = _open(self.targets, "--resume", folder, "--run.updates", str(num_updates))
+        self._await_end(status=0)
+
+    def _await_end(self, *, status: int) -> None:
         try:
-            self.process.wait(END_DEADLINE_S)
+            ended = self.process.wait(END_DEADLINE_S)
         except subprocess.TimeoutExpired:
-            self.fail(
-                f"no end within {END_DEADLINE_S:.0f} s; the latest is {self.watcher.latest()}"
-            )
-        self.is_over()
+            self.fail(f"no end within {END_DEADLINE_S:.0f} s; latest: {self.watcher.latest()}")
+            return
+        if ended != status:
+            self.fail(f"the run ended with status {ended}, not {status}")
         _wait_for(lambda: not self.targets.commands(), 10.0)
         if left := self.targets.commands():
             self.fail(f"processes outlive the run: {left}")
@@ -109,39 +121,44 @@ def started(folder: Path, plan: Plan) -> Iterator[StartedRun]:
             advertised_port=proxy.port,
             feed_port=feed_port,
         )
-        with (folder / "stdout.txt").open("w") as out, (folder / "stderr.txt").open("w") as err:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "speed_async", "train", str(config)],
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                text=True,
-                start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", MARK: targets.mark},
-            )
+        injector = Injector(
+            targets=targets,
+            proxy=proxy,
+            disk=disk,
+            run_folder=run_folder,
+            num_actors=plan.num_actors,
+            peer_timeout_s=PEER_TIMEOUT_S,
+        )
+        run = StartedRun(
+            plan=plan,
+            process=_open(targets, str(config)),
+            targets=targets,
+            watcher=watcher,
+            injector=injector,
+            run_folder=run_folder,
+            trace_folder=trace_folder,
+        )
         try:
-            injector = Injector(
-                targets=targets,
-                proxy=proxy,
-                disk=disk,
-                run_folder=run_folder,
-                num_actors=plan.num_actors,
-                peer_timeout_s=PEER_TIMEOUT_S,
-            )
-            yield StartedRun(
-                plan=plan,
-                process=process,
-                targets=targets,
-                watcher=watcher,
-                injector=injector,
-                run_folder=run_folder,
-                trace_folder=trace_folder,
-            )
+            yield run
         finally:
-            process.kill()
-            process.wait()
+            run.process.kill()
+            run.process.wait()
             targets.end_all()
+
+
+def _open(targets: Targets, *arguments: str) -> subprocess.Popen[bytes]:
+    """`speed-async train` in a session of its own, in the folder that marks its processes."""
+    folder = Path(targets.mark)
+    with (folder / "stdout.txt").open("ab") as out, (folder / "stderr.txt").open("ab") as err:
+        return subprocess.Popen(
+            [sys.executable, "-m", "speed_async", "train", *arguments],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", MARK: targets.mark},
+        )
 
 
 def _free_ports(count: int) -> list[int]:
