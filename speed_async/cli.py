@@ -8,8 +8,10 @@ import click
 
 from speed_async import __version__
 from speed_async.config.load import load_config
+from speed_async.config.resumed import load_resumed
 from speed_async.errors import SpeedAsyncError
 from speed_async.runtime.event_loop import run
+from speed_async.runtime.life import check_resumable
 
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -21,17 +23,34 @@ def commands() -> None:
 
 
 @commands.command(context_settings=PASS_ON)
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", required=False)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def train(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--resume",
+    "run_folder",
+    metavar="RUN_DIR",
+    type=click.Path(path_type=Path),
+    help="Go on with the run in this folder, from its newest whole checkpoint.",
+)
+def train(config: str | None, overrides: tuple[str, ...], run_folder: Path | None) -> None:
     """Train on this machine as CONFIG says. OVERRIDES look like --learner.lr 1e-4.
 
-    Starts one learner and cluster.actors actors under torchrun's elastic launcher.
+    Starts one learner and cluster.actors actors under torchrun's elastic launcher. With --resume
+    there is no CONFIG: the run has its own, and bears some overrides, such as --run.updates 200.
     """
-    resolved = load_config(config, overrides)
+    if run_folder is None:
+        if config is None:
+            raise click.UsageError("give a CONFIG, or --resume RUN_DIR")
+        resolved, arguments = load_config(config, overrides), [config, *overrides]
+    else:
+        # What stands first is an override here.
+        overrides = (config, *overrides) if config is not None else ()
+        resolved = load_resumed(run_folder, overrides)
+        check_resumable(resolved)
+        arguments = ["--resume", str(run_folder), *overrides]
     from speed_async.runtime.local import launch_local
 
-    sys.exit(launch_local(resolved, [str(config), *overrides]))
+    sys.exit(launch_local(resolved, arguments))
 
 
 @commands.command(name="config", context_settings=PASS_ON)

@@ -74,3 +74,7 @@ class RoleError(SpeedAsyncError):
 
 class GivenUp(SpeedAsyncError):
     """The service took this incarnation of an actor for dead; a new one may take its place."""
+
+
+class JournalError(SpeedAsyncError):
+    """The journal of a run cannot be read, written, or continued."""

@@ -1,6 +1,7 @@
 """One torchrun rank: gives it its role and runs it.
 
     torchrun --nproc-per-node 3 -m speed_async.launch CONFIG [--section.field value ...]
+    torchrun --nproc-per-node 3 -m speed_async.launch --resume RUN_DIR [--section.field value ...]
 
 Ranks below `cluster.learners` learn; every further rank supervises an actor. Errors go to the
 terminal in one line and to torchrun's error file.
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speed_async.config.load import load_config
+from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, SpeedAsyncError
 from speed_async.runtime.event_loop import run
@@ -24,7 +26,8 @@ from speed_async.runtime.failure import EXIT_FAILED, EXIT_INTERRUPTED, describe
 if TYPE_CHECKING:
     from speed_async.runtime.rendezvous import Rank
 
-USAGE = "usage: torchrun ... -m speed_async.launch CONFIG [--section.field value ...]"
+USAGE = "usage: torchrun ... -m speed_async.launch CONFIG|--resume RUN_DIR [--section.field value]"
+RESUME = "--resume"
 
 
 def main(arguments: list[str]) -> int:
@@ -38,11 +41,11 @@ def main(arguments: list[str]) -> int:
         from speed_async.runtime.rendezvous import Rank  # torch: seconds to import
 
         rank = Rank.from_environment()
-        config = load_config(arguments[0], arguments[1:])
+        config, resume = _read_config(arguments)
         leads = rank.rank < config.cluster.learners
         role = "learner" if leads else f"actor-{rank.rank}"
         _check_world(config, rank)
-        return run_rank(config, rank)
+        return run_rank(config, rank, resume=resume)
     except SpeedAsyncError as error:
         return fail(describe(role, error))
     except Exception as error:  # the rank's boundary: its trace is in the run folder's logs
@@ -50,11 +53,23 @@ def main(arguments: list[str]) -> int:
         return fail(describe(role, error))
 
 
-def run_rank(config: Config, rank: "Rank") -> int:
+def _read_config(arguments: list[str]) -> tuple[Config, bool]:
+    """The configuration, and whether it is that of a run to go on with."""
+    first, *rest = arguments
+    if first == RESUME and rest:
+        return load_resumed(Path(rest[0]), rest[1:]), True
+    if first.startswith(f"{RESUME}="):
+        return load_resumed(Path(first.partition("=")[2]), rest), True
+    if first == RESUME:
+        raise SpeedAsyncError(USAGE)
+    return load_config(first, rest), False
+
+
+def run_rank(config: Config, rank: "Rank", *, resume: bool) -> int:
     if rank.rank < config.cluster.learners:
         from speed_async.runtime.learner_role import lead_run
 
-        return 0 if run(lead_run(config, rank)) else EXIT_INTERRUPTED
+        return 0 if run(lead_run(config, rank, resume=resume)) else EXIT_INTERRUPTED
     from speed_async.runtime.actor_rank import supervise_rank
 
     run(supervise_rank(config, rank))

@@ -1,6 +1,7 @@
 """Whole runs as a user starts them: real processes, followed through their run folder."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -57,7 +58,8 @@ class Run:
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
+        # What stands after the last end of a line is still being written.
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
         return [event for event in map(json.loads, lines) if event["kind"] == kind]
 
     def wait_for(self, what: str, happened: Callable[[], object]) -> None:
@@ -112,6 +114,21 @@ class Run:
         [child] = [pid for pid in found if (parent_of(pid) in found) == (role == "engine")]
         return child
 
+    def learner(self) -> int:
+        """Process id of the first learner rank."""
+        return parent_of(self.child("service"))
+
+    def kill(self) -> None:
+        """What a power cut does: every process of the run ends at once, whatever it was at."""
+        for process_id in (self.process.pid, *self.processes()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGKILL)
+        self.process.wait()
+
+    def versions(self) -> list[int]:
+        """Of the updates that were reported, in order."""
+        return [event["policy_version"] for event in self.events("step")]
+
     def address(self, after: str) -> str:
         """tcp://HOST:PORT that stands in the learner's log after these words."""
         log = (self.folder / "logs" / "learner.log").read_text()
@@ -135,7 +152,7 @@ class Run:
     def slowly(self) -> Iterator[None]:
         """The learner runs a tenth of the time, so that a short run lasts until a process has
         started, however long that takes on this machine."""
-        learner, over = parent_of(self.child("service")), threading.Event()
+        learner, over = self.learner(), threading.Event()
 
         def hold_up() -> None:
             while not over.is_set():
@@ -170,12 +187,21 @@ def start_train(folder: Path, *overrides: str, config: Path | None = None) -> Ru
     return _start(folder, command)
 
 
-def start_torchrun(folder: Path, nproc: int, *overrides: str) -> Run:
+def resume_train(run: Run, *overrides: str) -> Run:
+    """`speed-async train --resume` of a run that has ended."""
+    command = [sys.executable, "-m", "speed_async", "train", "--resume", str(run.folder)]
+    return _start(run.folder.parent, [*command, *overrides])
+
+
+def start_torchrun(
+    folder: Path, nproc: int, *overrides: str, max_restarts: int = 0, resume: bool = False
+) -> Run:
     config = write_config(folder)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command += ["-m", "speed_async.launch", str(config), *overrides]
-    return _start(folder, command)
+    command += ["--max-restarts", str(max_restarts), "-m", "speed_async.launch"]
+    command += ["--resume", str(folder / "run")] if resume else [str(config)]
+    return _start(folder, [*command, *overrides])
 
 
 def start_actor(run: Run, *options: str) -> Run:

@@ -55,7 +55,7 @@ def test_without_overlap_the_batch_waits_until_nothing_is_generated(tmp_path: Pa
         assert "BatchReady" not in kinds(answers)
         assert leases_in(answers) == []
     answers = refuse(desk, leases.lease_ids[4])
-    assert kinds(answers) == ["Ack", "BatchGroup", "BatchGroup", "BatchReady"]
+    assert kinds(answers) == ["BatchGroup", "BatchGroup", "BatchReady"]
     assert len(desk.service.lifecycle.buffer) == 2  # the surplus is kept
 
 
@@ -69,7 +69,7 @@ def test_without_overlap_a_round_that_yields_too_little_is_followed_by_another(
     [again] = leases_in(in_turns.say(ACTOR, failed(second, "verifier: x")))
     assert len(again.lease_ids) == 1
     answers = in_turns.say(ACTOR, make_group(again.lease_ids[0], again.prompt_ids[0]))
-    assert kinds(answers) == ["Ack", "BatchGroup", "BatchGroup", "BatchReady"]
+    assert kinds(answers) == ["BatchGroup", "BatchGroup", "BatchReady"]
 
 
 def test_without_overlap_the_next_round_waits_for_the_new_weights(in_turns: Desk) -> None:

@@ -1,5 +1,17 @@
+"""A checkpoint: training goes on from it bit for bit, it is whole or not there, damage shows."""
+
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from learner_samples import make_config, random_groups, save_tiny_llama
@@ -9,16 +21,18 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from speed_async.errors import ModelError
-from speed_async.learner.checkpoint import (
-    CheckpointInfo,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from speed_async.learner import checkpoint, shelf
+from speed_async.learner.checkpoint import load_checkpoint
+from speed_async.learner.checksums import damage
 from speed_async.learner.model import load_model
-from speed_async.learner.optimizer import make_optimizer
+from speed_async.learner.optimizer import make_optimizer, named_state
 from speed_async.learner.parallel import SingleRank
+from speed_async.learner.progress import Progress, Update
+from speed_async.learner.shelf import checkpoint_folder, kept_versions, newest_whole
 from speed_async.learner.trainer import Trainer
+from speed_async.weights.flat import lay_flat
+
+TESTS = Path(__file__).resolve().parent
 
 
 @pytest.fixture
@@ -30,44 +44,117 @@ def model_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def make_trainer(folder: Path) -> Trainer:
-    config = make_config(folder, lr=0.01, warmup_updates=3)
-    return Trainer(config=config, model=load_model(folder, device="cpu"), parallel=SingleRank())
+def make_trainer(folder: Path, **learner: object) -> Trainer:
+    """As a run makes one: laid flat, warming up over the first five updates."""
+    config = make_config(folder, **({"lr": 0.01, "warmup_updates": 5} | learner))
+    model = load_model(folder, device="cpu")
+    lay_flat(model)
+    return Trainer(config=config, model=model, parallel=SingleRank())
 
 
-def test_training_goes_on_after_a_restore_as_if_nothing_had_happened(model_folder: Path):
+def root_of(model_folder: Path) -> Path:
+    return model_folder / "run" / "checkpoints"
+
+
+def at(policy_version: int) -> Progress:
+    return Progress(policy_version=policy_version)
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Weights and optimiser, by name."""
+    optimizer = trainer._optimizer  # pyright: ignore[reportPrivateUsage]
+    state = named_state(optimizer, trainer.model) | dict(trainer.weights())
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 3, 6])
+def test_training_goes_on_after_a_restore_bit_for_bit(model_folder: Path, num_before: int):
+    """The last part of the warm-up lies after the checkpoint, or all of it before."""
     straight = make_trainer(model_folder)
-    straight.update(random_groups(0))
-    straight.save(1, extra={"groups_trained": 3})
-    expected = straight.update(random_groups(1))
+    for seed in range(num_before):
+        straight.update(random_groups(seed))
+    straight.save(at(num_before))
+    later = range(num_before, num_before + 4)
+    expected = [straight.update(random_groups(seed)).metrics for seed in later]
 
     resumed = make_trainer(model_folder)
-    info = resumed.restore(straight.checkpoint_folder(1))
-    actual = resumed.update(random_groups(1))
+    resumed.update(random_groups(99))  # a past of its own, of which nothing may remain
+    resumed.restore(checkpoint_folder(root_of(model_folder), num_before))
+    actual = [resumed.update(random_groups(seed)).metrics for seed in later]
 
-    assert info == CheckpointInfo(
-        policy_version=1, num_updates=1, num_skipped=0, extra={"groups_trained": 3}
-    )
-    assert actual.metrics == expected.metrics
-    for (name, one), (_, other) in zip(straight.weights(), resumed.weights(), strict=True):
-        assert torch.equal(one, other), name
+    assert actual == expected
+    assert len({metrics["lr"] for metrics in expected}) == {0: 4, 1: 4, 3: 2, 6: 1}[num_before]
+    assert_equal(state_of(resumed), state_of(straight))
 
 
-def test_a_checkpoint_taken_before_the_first_update_can_be_restored(model_folder: Path):
+def test_skipped_updates_are_counted_on(model_folder: Path):
     straight, resumed = make_trainer(model_folder), make_trainer(model_folder)
-    straight.save(0)
-    resumed.update(random_groups(5))
+    straight.save(Progress(policy_version=7, num_skipped=2))
+    progress = resumed.restore(checkpoint_folder(root_of(model_folder), 7))
+    assert progress == Progress(policy_version=7, num_skipped=2)
+    metrics = resumed.update(random_groups(0)).metrics
+    assert (metrics["skipped_updates"], metrics["optimizer_updates"]) == (2, 6)
 
-    resumed.restore(straight.checkpoint_folder(0))
 
-    assert straight.update(random_groups(0)).metrics == resumed.update(random_groups(0)).metrics
+def test_progress_comes_back_as_it_was(model_folder: Path):
+    progress = Progress(
+        policy_version=3,
+        service_sequence=1_234,
+        num_skipped=1,
+        groups_trained=4,
+        completions_trained=24,
+        tokens_trained=99,
+        recent_updates=(
+            Update(policy_version=2, lease_ids=(5, 6)),
+            Update(policy_version=3, lease_ids=(9,)),
+        ),
+    )
+    trainer = make_trainer(model_folder)
+    trainer.save(progress)
+    assert trainer.restore(checkpoint_folder(root_of(model_folder), 3)) == progress
+
+
+def draw() -> tuple[list[float], ...]:
+    """From each generator; the normal ones hold a second number back."""
+    return (
+        [random.gauss(0, 1), random.random()],
+        [float(np.random.standard_normal()), float(np.random.rand())],
+        torch.rand(3).tolist(),
+    )
+
+
+def test_random_states_go_on_where_they_were(model_folder: Path):
+    trainer = make_trainer(model_folder)
+    draw()
+    trainer.save(at(0))
+    expected = draw()
+    resumed = make_trainer(model_folder)
+    torch.manual_seed(0)
+    assert draw() != expected
+    resumed.restore(checkpoint_folder(root_of(model_folder), 0))
+    assert draw() == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+def test_random_states_of_gpus_go_on_where_they_were(model_folder: Path):
+    torch.rand(1, device="cuda")
+    trainer = make_trainer(model_folder)
+    trainer.save(at(0))
+    expected = torch.rand(3, device="cuda")
+    trainer.restore(checkpoint_folder(root_of(model_folder), 0))
+    assert torch.equal(torch.rand(3, device="cuda"), expected)
 
 
 def test_a_checkpoint_is_a_hugging_face_folder_without_pickles(model_folder: Path):
     trainer = make_trainer(model_folder)
     trainer.update(random_groups(0))
-    trainer.save(1)
-    folder = trainer.checkpoint_folder(1)
+    trainer.save(at(1))
+    folder = checkpoint_folder(root_of(model_folder), 1)
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -76,87 +163,283 @@ def test_a_checkpoint_is_a_hugging_face_folder_without_pickles(model_folder: Pat
     ids = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(model(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
     names = {path.name for path in folder.iterdir()}
-    assert {"model.safetensors", "config.json", "generation_config.json"} <= names
+    assert {"model.safetensors", "config.json", "generation_config.json", "SHA256SUMS"} <= names
     assert not [name for name in names if name.endswith((".pt", ".bin", ".pkl"))]
 
 
-def test_latest_names_the_newest_checkpoint(model_folder: Path, tmp_path: Path):
-    assert latest_checkpoint(tmp_path / "nowhere") is None
+def test_a_checkpoint_of_another_model_is_refused(model_folder: Path, tmp_path: Path):
+    make_trainer(model_folder).save(at(1))
+    other = load_model(save_tiny_llama(tmp_path / "other", hidden_size=32), device="cpu")
+    optimizer = make_optimizer(other, make_config(model_folder).learner)
+    folder = checkpoint_folder(root_of(model_folder), 1)
+    with pytest.raises(ModelError, match="cannot be restored"):
+        load_checkpoint(folder, model=other, optimizer=optimizer)
+
+
+# --- damage ----------------------------------------------------------------------------------
+
+
+def damages(path: Path) -> dict[str, Callable[[], None]]:
+    content = path.read_bytes()
+
+    def flip(place: int) -> None:
+        changed = bytearray(content)
+        changed[place] ^= 1 << (place % 8)
+        path.write_bytes(changed)
+
+    return {
+        "gone": path.unlink,
+        "emptied": lambda: path.write_bytes(b""),
+        "cut in half": lambda: path.write_bytes(content[: len(content) // 2]),
+        "cut by a byte": lambda: path.write_bytes(content[:-1]),
+        "cut at a line": lambda: path.write_bytes(b"".join(content.splitlines(True)[:-1])),
+        "first bit": lambda: flip(0),
+        "middle bit": lambda: flip(len(content) // 2),
+        "last bit": lambda: flip(len(content) - 1),
+        "grown": lambda: path.write_bytes(content + b"\n"),
+    }
+
+
+def test_every_damage_to_every_file_is_seen_and_refused_by_name(model_folder: Path):
     trainer = make_trainer(model_folder)
-    for version in (1, 2):
-        trainer.save(version)
-        root = trainer.checkpoint_folder(version).parent
-        assert latest_checkpoint(root) == trainer.checkpoint_folder(version)
-    assert sorted(path.name for path in root.iterdir()) == [
-        "latest", "version-000001", "version-000002",
-    ]  # fmt: skip
+    trainer.update(random_groups(0))
+    trainer.save(at(1))
+    folder = checkpoint_folder(root_of(model_folder), 1)
+    before = state_of(trainer)
+    paths = sorted(folder.iterdir())
+    assert len(paths) >= 8
+    for path in paths:
+        content = path.read_bytes()
+        for name, harm in damages(path).items():
+            harm()
+            assert path.name in damage(folder), f"{path.name} {name}"
+            with pytest.raises(ModelError, match=f"{folder}.*cannot be restored: {path.name}"):
+                trainer.restore(folder)
+            path.write_bytes(content)
+        assert damage(folder) == ""
+    assert_equal(state_of(trainer), before)
 
 
-def save_with_extra(trainer: Trainer, folder: Path, extra: dict[str, object]) -> None:
-    optimizer = make_optimizer(trainer.model, make_config(folder).learner)
-    save_checkpoint(
-        folder,
-        model=trainer.model,
-        state=SingleRank().full_state(trainer.model, optimizer),
-        tokenizer_folder=folder,
-        info=CheckpointInfo(policy_version=1, num_updates=1, num_skipped=0, extra=extra),
+def test_the_checksums_are_those_of_the_program_of_that_name(model_folder: Path):
+    make_trainer(model_folder).save(at(1))
+    folder = checkpoint_folder(root_of(model_folder), 1)
+    command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    assert subprocess.run(command, cwd=folder, capture_output=True, timeout=60).returncode == 0
+    (folder / "notes.txt").write_text("a person's own file harms nothing")
+    assert damage(folder) == ""
+
+
+# --- writing that fails ------------------------------------------------------------------------
+
+
+class Breaks:
+    """Lets the calls of a file system through until the n-th, which fails as a full disk does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, last_good: int) -> None:
+        self.num_calls = 0
+        self._last_good = last_good
+        self.broken = ""
+        for owner, name in (
+            (os, "fsync"),
+            (os, "rename"),
+            (os, "mkdir"),
+            (Path, "write_text"),
+            (checkpoint.shutil, "copyfile"),
+            (checkpoint, "save_file"),
+        ):
+            monkeypatch.setattr(owner, name, self._counted(name, getattr(owner, name)))
+
+    def _counted(self, name: str, call: Callable[..., object]) -> Callable[..., object]:
+        def counted(*arguments: object, **named: object) -> object:
+            self.num_calls += 1
+            if self.num_calls > self._last_good:
+                self.broken = self.broken or name
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return call(*arguments, **named)
+
+        return counted
+
+
+def test_whichever_call_fails_there_is_a_whole_checkpoint_before_and_after(model_folder: Path):
+    trainer = make_trainer(model_folder, keep_last=2)
+    root = root_of(model_folder)
+    trainer.save(at(0))
+    trainer.update(random_groups(0))
+    broken: list[str] = []
+    for last_good in range(200):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            breaks = Breaks(monkeypatch, last_good)
+            try:
+                trainer.save(at(1))
+            except OSError:
+                broken.append(breaks.broken)
+        found = newest_whole(root)
+        assert found is not None
+        assert found.notices == ()
+        names = {path.name for path in root.iterdir()}
+        assert names in ({"version-000000"}, {"version-000000", "version-000001"})
+        if found.policy_version == 1 and not breaks.broken:
+            break
+    assert set(broken) >= {"mkdir", "copyfile", "save_file", "write_text", "fsync", "rename"}
+    resumed = make_trainer(model_folder)
+    resumed.restore(checkpoint_folder(root, 1))
+    assert_equal(state_of(resumed), state_of(trainer))
+
+
+def test_a_disk_that_is_full_is_an_os_error_and_gets_its_room_back(model_folder: Path):
+    """A limit on the size of files, which every writer meets as one meets a full disk."""
+    trainer = make_trainer(model_folder)
+    trainer.update(random_groups(0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (100, 5_000, 20_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(OSError):
+                trainer.save(at(1))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert list(root_of(model_folder).iterdir()) == []
+    trainer.save(at(1))
+    assert kept_versions(root_of(model_folder)) == [1]
+
+
+SAVER = """
+import sys
+from pathlib import Path
+from test_checkpoint import at, make_trainer, random_groups
+trainer = make_trainer(Path(sys.argv[1]), keep_last=2)
+version = int(sys.argv[2])
+print("ready", flush=True)
+while True:
+    trainer.save(at(version))
+    trainer.save(at(version))  # in place of itself
+    version += 1
+"""
+
+
+def test_a_process_killed_at_any_instant_leaves_a_whole_checkpoint(model_folder: Path):
+    root, rng, version = root_of(model_folder), random.Random(5), 0
+    for round_number in range(6):
+        command = [sys.executable, "-c", SAVER, str(model_folder), str(version)]
+        environment = os.environ | {"PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"}
+        saver = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, cwd=TESTS.parent)
+        assert saver.stdout is not None
+        assert saver.stdout.readline() == b"ready\n"
+        if round_number == 0:
+            while not kept_versions(root):  # from here on one must always be there
+                time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, 0.15))
+        saver.send_signal(signal.SIGKILL)
+        saver.wait()
+        found = newest_whole(root)
+        assert found is not None
+        assert found.notices == ()
+        assert found.policy_version >= version - 1
+        assert not [path for path in root.iterdir() if path.name.startswith(".")]
+        version = found.policy_version + 1
+
+
+# --- the shelf ---------------------------------------------------------------------------------
+
+
+def test_only_the_newest_are_kept_and_the_oldest_of_them_is_told(model_folder: Path):
+    trainer = make_trainer(model_folder, keep_last=3)
+    oldest = [trainer.save(at(version)) for version in (2, 4, 6, 8, 1_000_000)]
+    assert oldest == [2, 2, 2, 4, 6]
+    names = {path.name for path in root_of(model_folder).iterdir()}
+    assert names == {"version-000006", "version-000008", "version-1000000"}
+
+
+def test_older_ones_go_only_when_the_new_one_has_its_name(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = make_trainer(model_folder, keep_last=1)
+    trainer.save(at(1))
+    monkeypatch.setattr(shelf, "flush", lambda path: (_ for _ in ()).throw(OSError("no disk")))
+    with pytest.raises(OSError, match="no disk"):
+        trainer.save(at(2))
+    assert 1 in kept_versions(root_of(model_folder))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(model_folder: Path):
+    trainer, root = make_trainer(model_folder, keep_last=3), root_of(model_folder)
+    for version in (1, 2, 3):
+        trainer.save(at(version))
+    (root / "version-000003" / "model.safetensors").write_bytes(b"")
+    (root / "version-000002" / "SHA256SUMS").unlink()
+    found = newest_whole(root)
+    assert found is not None
+    assert (found.folder, found.policy_version) == (root / "version-000001", 1)
+    first, second = found.notices
+    assert first.startswith("checkpoint version-000003 is damaged (model.safetensors is not as")
+    assert "going on from version-000001" in first
+    assert second.startswith("checkpoint version-000002 is damaged (SHA256SUMS cannot be read")
+    assert kept_versions(root) == [1]  # the damaged ones do not count among those kept
+    assert (root / "version-000003.damaged").is_dir()
+    trainer.save(at(3))
+    assert newest_whole(root) == shelf.Found(
+        folder=root / "version-000003", policy_version=3, notices=()
     )
 
 
-def test_a_save_that_fails_half_way_leaves_the_old_checkpoint_and_is_cleared_later(
-    model_folder: Path, tmp_path: Path
-):
-    trainer, root = make_trainer(model_folder), tmp_path / "checkpoints"
-    save_with_extra(trainer, root / "version-1", {"mark": "old"})
-
-    for name in ("version-1", "version-2"):
-        with pytest.raises(TypeError, match="not JSON serializable"):
-            save_with_extra(trainer, root / name, {"mark": object()})
-
-    assert not (root / "version-2").exists()
-    assert latest_checkpoint(root) == root / "version-1"
-    assert '"mark": "old"' in (root / "version-1" / "trainer.json").read_text()
-    save_with_extra(trainer, root / "version-1", {"mark": "new"})
-    save_with_extra(trainer, root / "version-2", {"mark": "newer"})
-    assert '"mark": "new"' in (root / "version-1" / "trainer.json").read_text()
-    assert sorted(path.name for path in root.iterdir()) == ["latest", "version-1", "version-2"]
+def test_when_all_are_damaged_that_is_an_error_which_names_each(model_folder: Path):
+    trainer, root = make_trainer(model_folder), root_of(model_folder)
+    for version in (1, 2):
+        trainer.save(at(version))
+        (checkpoint_folder(root, version) / "trainer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"every checkpoint .*000002: trainer.json .*01: tr"):
+        newest_whole(root)
+    assert kept_versions(root) == [1, 2]
 
 
-def test_a_kill_while_replacing_a_checkpoint_loses_neither_the_old_nor_the_new(
-    model_folder: Path, tmp_path: Path
-):
-    """The state between the two renames: the old one aside, the new one not yet in place."""
-    trainer, root = make_trainer(model_folder), tmp_path / "checkpoints"
-    save_with_extra(trainer, root / "version-1", {})
-    (root / "version-1").rename(root / ".version-1.replaced")
-    assert latest_checkpoint(root) == root / ".version-1.replaced"
-
-    with pytest.raises(TypeError):
-        save_with_extra(trainer, root / "version-1", {"mark": object()})
-    assert latest_checkpoint(root) == root / "version-1"
+def test_there_is_nothing_to_go_on_from_where_nothing_was_saved(tmp_path: Path):
+    assert newest_whole(tmp_path / "nowhere") is None
+    (tmp_path / ".version-000001.partial").mkdir()
+    assert newest_whole(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_pointer_to_nothing_is_an_error(tmp_path: Path):
-    (tmp_path / "latest").write_text("version-000009\n")
-    with pytest.raises(ModelError, match="version-000009"):
-        latest_checkpoint(tmp_path)
+def test_a_checkpoint_set_aside_for_one_that_never_came_is_brought_back(model_folder: Path):
+    """Killed between the two renames: the old one aside, the new one not yet in place."""
+    root = root_of(model_folder)
+    make_trainer(model_folder).save(at(1))
+    (root / "version-000001").rename(root / ".version-000001.replaced")
+    found = newest_whole(root)
+    assert found is not None
+    assert found.folder == root / "version-000001"
 
 
-@pytest.mark.parametrize("broken", ["trainer.json", "optimizer.safetensors", "model.safetensors"])
-def test_a_damaged_checkpoint_is_refused_by_name(model_folder: Path, broken: str):
-    trainer = make_trainer(model_folder)
-    trainer.update(random_groups(0))
-    trainer.save(1)
-    path = trainer.checkpoint_folder(1) / broken
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(ModelError, match=f"{trainer.checkpoint_folder(1)}.*cannot be"):
-        trainer.restore(trainer.checkpoint_folder(1))
+def test_the_search_for_a_checkpoint_loads_no_torch():
+    code = "import sys, speed_async.learner.shelf\nassert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_a_checkpoint_of_another_model_is_refused(model_folder: Path, tmp_path: Path):
-    trainer = make_trainer(model_folder)
-    trainer.save(1)
-    other = load_model(save_tiny_llama(tmp_path / "other", hidden_size=32), device="cpu")
-    optimizer = make_optimizer(other, make_config(model_folder).learner)
-    with pytest.raises(ModelError, match="cannot be restored"):
-        load_checkpoint(trainer.checkpoint_folder(1), model=other, optimizer=optimizer)
+# --- progress ----------------------------------------------------------------------------------
+
+
+def test_progress_counts_what_was_trained_and_remembers_whose_groups():
+    progress = Progress().updated([1, 2], skipped=False, completions=8, tokens=50)
+    progress = progress.updated([3], skipped=True, completions=4, tokens=9)
+    assert progress == Progress(
+        policy_version=2,
+        num_skipped=1,
+        groups_trained=2,
+        completions_trained=8,
+        tokens_trained=50,
+        recent_updates=(
+            Update(policy_version=1, lease_ids=(1, 2)),
+            Update(policy_version=2, lease_ids=(3,)),
+        ),
+    )
+    assert progress.recent_lease_ids == [1, 2, 3]
+    assert progress.since(1).recent_lease_ids == [3]
+    assert progress.since(2).recent_lease_ids == []
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("speed_async.learner.progress.MAX_RECENT_LEASES", 5)
+    progress = Progress()
+    for version in range(10):
+        ids = [2 * version, 2 * version + 1]
+        progress = progress.updated(ids, skipped=False, completions=1, tokens=1)
+    assert progress.recent_lease_ids == [16, 17, 18, 19]

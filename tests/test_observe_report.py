@@ -132,3 +132,12 @@ def test_a_breakdown_is_told_when_it_is_asked_for() -> None:
     assert "      waiting for groups               3.0      75 %" in lines
     assert "      training                         1.0      25 %" in lines
     assert any(line.startswith("      sampling") and line.endswith(" -") for line in lines)
+
+
+def test_what_a_person_should_know_is_told_again_in_80_columns() -> None:
+    notice = "checkpoint version-000006 is damaged (model.safetensors is not as it was written)"
+    text = summary_text({"notices": [notice]})
+    [first, second] = [line for line in text.splitlines() if "damaged" in line or "written" in line]
+    assert first.startswith("  note        checkpoint version-000006 is damaged")
+    assert second == "              was written)"
+    assert "note" not in summary_text({"notices": []})

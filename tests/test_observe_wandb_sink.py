@@ -50,6 +50,18 @@ def test_without_a_key_a_silent_offline_run_is_written_into_the_run_folder(tmp_p
     assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == ["run"]
 
 
+def test_a_run_that_is_resumed_goes_on_as_the_same_run_of_wandb(tmp_path: Path) -> None:
+    environ = {name: value for name, value in os.environ.items() if "WANDB" not in name}
+    environ |= {"HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", OFFLINE_RUN, str(tmp_path / "run")]
+    for _ in range(2):
+        done = subprocess.run(command, env=environ, capture_output=True, timeout=60, cwd=tmp_path)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    records = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    run_id = (tmp_path / "run" / "wandb-run-id").read_text().strip()
+    assert {record.stem for record in records} == {f"run-{run_id}"}
+
+
 def test_the_key_is_found_in_the_environment_or_in_netrc(tmp_path: Path) -> None:
     file = tmp_path / "netrc"
     file.write_text(f"machine wandb.example.org\n  login user\n  password {KEY}\n")

@@ -1,15 +1,18 @@
 """Priority, eviction, staleness and fairness of the buffer, on numbers worked out by hand."""
 
 import math
+import tracemalloc
 
 from buffer_fixtures import make_group
 
+from benchmarks.priority_buffer import inserts, make_groups, takes, timed
 from speed_async.buffer.priority import BufferedGroup, PriorityBuffer
 
 
 def buffered(lease_id: int, *, pass_rate: float = 0.5, version: int = 0) -> BufferedGroup:
     return BufferedGroup(
         message=make_group(lease_id, 0),
+        lease_id=lease_id,
         pass_rate=pass_rate,
         oldest_version=version,
         mean_version=float(version),
@@ -104,3 +107,21 @@ def test_the_heaps_do_not_grow_with_what_has_left() -> None:
             buffer.take(1)
     assert len(buffer._best) < 200  # pyright: ignore[reportPrivateUsage]
     assert len(buffer._worst) < 200  # pyright: ignore[reportPrivateUsage]
+
+
+def test_a_group_costs_less_than_300_bytes_and_20_microseconds() -> None:
+    """`python -m benchmarks.priority_buffer` says the same of a million."""
+    num_groups = 40_000
+    tracemalloc.start()
+    buffer = make_buffer(capacity_groups=num_groups, capacity_bytes=1 << 62)
+    for group in make_groups(num_groups, 0, 0):
+        buffer.insert(group)
+    num_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(buffer) == num_groups
+    assert num_bytes / num_groups < 300
+    insert_us, _ = timed(inserts(buffer, make_groups(num_groups // 2, num_groups, 1)))
+    take_us, _ = timed(takes(buffer, num_groups // 16), 16)
+    assert len(buffer) == 0
+    assert insert_us < 20  # each evicts another
+    assert take_us < 20

@@ -44,6 +44,7 @@ def test_eviction_from_the_real_buffer_changes_what_a_sample_counts() -> None:
         for lease_id, pass_rate in ((2, rival_passes / 4), (1, float(rewards_N.mean()))):
             group = BufferedGroup(
                 message=make_group(lease_id, 0),
+                lease_id=lease_id,
                 pass_rate=pass_rate,
                 oldest_version=0,
                 mean_version=0.0,

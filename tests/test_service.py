@@ -6,6 +6,7 @@ import pytest
 from buffer_fixtures import make_group
 from service_desk import Desk, evaluated, failed, kinds, screened_out, trained
 
+from speed_async.buffer.membership import RECONNECT_S
 from speed_async.types import ActorCounts, GroupEnd
 from speed_async.wire import messages as m
 
@@ -29,7 +30,7 @@ def test_evaluation_of_the_start_goes_before_any_training_batch(desk: Desk) -> N
         "actor-1.0",
         evaluated(first.lease_ids[0]),
     )
-    assert kinds(answers) == ["Ack", "BatchGroup", "BatchGroup", "BatchReady"]
+    assert kinds(answers) == ["BatchGroup", "BatchGroup", "BatchReady"]
 
 
 def test_credits_are_charged_at_the_grant_and_refunded_when_the_group_ends(desk: Desk) -> None:
@@ -47,15 +48,15 @@ def test_credits_are_charged_at_the_grant_and_refunded_when_the_group_ends(desk:
     assert len(refill.lease_ids) == 1
     # A buffered group keeps its credit.
     answers = desk.say("actor-1.0", make_group(leases.lease_ids[1], leases.prompt_ids[1]))
-    assert kinds(answers) == ["Ack"]
+    assert kinds(answers) == []
 
 
 def test_a_result_that_is_sent_twice_counts_once(desk: Desk) -> None:
     desk.past_baseline()
     leases = desk.lease(1)
     group = make_group(leases.lease_ids[0], leases.prompt_ids[0])
-    assert kinds(desk.say("actor-1.0", group)) == ["Ack"]
-    assert kinds(desk.say("actor-1.0", group)) == ["Ack"]
+    assert kinds(desk.say("actor-1.0", group)) == []
+    assert kinds(desk.say("actor-1.0", group)) == []
     assert desk.service.lifecycle.ledger.buffered.groups == 1
 
 
@@ -153,9 +154,9 @@ def test_a_group_for_another_prompt_or_of_another_size_ends_as_failed(desk: Desk
     desk.past_baseline()
     leases = desk.lease(2)
     wrong_prompt = make_group(leases.lease_ids[0], leases.prompt_ids[0] + 1)
-    assert kinds(desk.say("actor-1.0", wrong_prompt))[:2] == ["Ack", "Rejected"]
+    assert kinds(desk.say("actor-1.0", wrong_prompt))[:1] == ["Rejected"]
     wrong_size = make_group(leases.lease_ids[1], leases.prompt_ids[1], rewards=(1, 0))
-    assert kinds(desk.say("actor-1.0", wrong_size))[:2] == ["Ack", "Rejected"]
+    assert kinds(desk.say("actor-1.0", wrong_size))[:1] == ["Rejected"]
     assert desk.ends() == {"failed": (2, 12 + 6)}
 
 
@@ -222,7 +223,7 @@ def test_the_end_is_evaluate_drain_goodbye_summary(desk: Desk) -> None:
         newest_version=2,
         counts=ActorCounts(groups_leased=2, tokens_generated=3),
     )
-    assert kinds(desk.say("actor-1.0", done)) == ["Ack", "Drain"]
+    assert kinds(desk.say("actor-1.0", done)) == ["Drain"]
     goodbye = m.Goodbye(counts=ActorCounts(groups_leased=2, tokens_generated=3))
     [(peer, summary)] = desk.say("actor-1.0", goodbye)
     assert peer == "learner"
@@ -389,12 +390,24 @@ def test_an_actor_that_comes_while_the_run_ends_is_told_to_drain(desk: Desk) -> 
     assert kinds(desk.hello("actor-2.0", 2)) == ["Welcome", "Drain"]
 
 
-def test_an_actor_whose_connection_is_gone_is_lost_at_once(desk: Desk) -> None:
+def test_an_actor_whose_connection_stays_gone_is_lost(desk: Desk) -> None:
     desk.past_baseline()
     desk.lease(2)
-    desk.service.unreachable("actor-1.0", "its connection is gone")
+    desk.service.gone("actor-1.0", desk.now_s)
+    desk.wait(RECONNECT_S - 1)
+    assert desk.ends() == {}
+    desk.wait(2)
     assert desk.ends() == {"failed": (2, 0)}
-    assert desk.service.warning == "actor-1.0 lost: its connection is gone"
+
+
+def test_an_actor_whose_connection_comes_back_is_kept(desk: Desk) -> None:
+    desk.past_baseline()
+    desk.lease(2)
+    desk.service.gone("actor-1.0", desk.now_s)
+    desk.wait(RECONNECT_S - 1)
+    desk.say("actor-1.0", m.WantWork(num_prompts=0, counts=desk.counts("actor-1.0")))
+    desk.wait(RECONNECT_S - 1)
+    assert desk.ends() == {}
 
 
 def test_a_batch_that_does_not_come_ends_the_run_with_the_reason(desk: Desk) -> None:

@@ -13,13 +13,13 @@ from speed_async.types import ActorCounts
 from speed_async.wire.codec import encode
 from speed_async.wire.messages import (
     PROTOCOL_VERSION,
-    Ack,
     BatchGroup,
     GroupFinished,
     Rejected,
     WantWork,
     Welcome,
 )
+from speed_async.wire.session import Probe
 
 
 def want(num_prompts: int) -> WantWork:
@@ -49,12 +49,12 @@ async def test_messages_arrive_whole_and_in_order_in_both_directions(stage: Stag
             peer, message = await stage.hub.receive(SOON_S)
             assert isinstance(message, WantWork)
             numbers.append(message.num_prompts)
-            await stage.hub.send(peer, Ack(lease_id=message.num_prompts))
+            await stage.hub.send(peer, Probe(sent=message.num_prompts))
         return numbers
 
     async def listen() -> list[int]:
         answers = [await link.receive(SOON_S) for _ in range(total)]
-        return [message.lease_id for message in answers if isinstance(message, Ack)]
+        return [message.sent for message in answers if isinstance(message, Probe)]
 
     _, received, answered = await asyncio.gather(talk(), answer(), listen())
     assert received == list(range(total))
@@ -71,7 +71,7 @@ async def test_a_sender_and_a_receiver_on_one_end_never_sleep_through_each_other
 
     async def talk(send) -> None:
         for number in range(total):
-            await send(Ack(lease_id=number))
+            await send(Probe(sent=number))
 
     async def listen(receive) -> None:
         for _ in range(total):
@@ -130,12 +130,12 @@ async def test_replies_reach_the_right_one_of_many_peers(stage: Stage):
             assert message.num_prompts == seen[peer]
             seen[peer] += 1
             answer = 1000 * names.index(peer) + message.num_prompts
-            await stage.hub.send(peer, Ack(lease_id=answer))
+            await stage.hub.send(peer, Probe(sent=answer))
 
     async def ask(index: int) -> None:
         for number in range(rounds):
             await links[index].send(want(number))
-            assert await links[index].receive(SOON_S) == Ack(lease_id=1000 * index + number)
+            assert await links[index].receive(SOON_S) == Probe(sent=1000 * index + number)
 
     await asyncio.gather(serve(), *(ask(index) for index in range(len(names))))
 
@@ -154,8 +154,8 @@ async def test_malformed_input_is_answered_and_counted_and_others_go_on(stage: S
     ]
     for frames in rubbish:
         await bad.send_frames(frames)
-    await bad.send_frames(encode(Ack(lease_id=5)))
-    assert await stage.hub.receive(SOON_S) == ("bad-1.0", Ack(lease_id=5))
+    await bad.send_frames(encode(Probe(sent=5)))
+    assert await stage.hub.receive(SOON_S) == ("bad-1.0", Probe(sent=5))
     assert stage.hub.rejected == len(rubbish)
     for _ in rubbish:
         answer = await bad.receive(SOON_S)
@@ -168,12 +168,12 @@ async def test_malformed_input_is_answered_and_counted_and_others_go_on(stage: S
 @on_every_transport()
 async def test_another_protocol_version_is_told_both_versions(stage: Stage):
     bad = await stage.raw_peer("old-1.0")
-    header = as_bytes(Ack(lease_id=1))[0]
+    header = as_bytes(Probe(sent=1))[0]
     at = header.index(b"speed_async") + len(b"speed_async")
     assert header[at] == PROTOCOL_VERSION
     await bad.send_frames([header[:at] + b"\x63" + header[at + 1 :]])
     await bad.send_frames([header])
-    assert await stage.hub.receive(SOON_S) == ("old-1.0", Ack(lease_id=1))
+    assert await stage.hub.receive(SOON_S) == ("old-1.0", Probe(sent=1))
     answer = await bad.receive(SOON_S)
     assert isinstance(answer, Rejected)
     assert f"version int 99, this process {PROTOCOL_VERSION}" in answer.reason
@@ -230,7 +230,7 @@ async def test_closing_twice_is_fine_and_ends_every_use(stage: Stage):
     with pytest.raises(TransportClosed):
         await serving
     with pytest.raises(TransportClosed):
-        await stage.hub.send("actor-1.0", Ack(lease_id=1))
+        await stage.hub.send("actor-1.0", Probe(sent=1))
 
 
 @on_every_transport()
@@ -247,33 +247,33 @@ async def test_closing_a_link_flushes_what_it_sent(stage: Stage):
 async def test_closing_the_hub_flushes_what_it_sent(stage: Stage):
     link = await meet(stage, "actor-1.0")
     for number in range(40):
-        await stage.hub.send("actor-1.0", Ack(lease_id=number))
+        await stage.hub.send("actor-1.0", Probe(sent=number))
     await stage.hub.close()
     received = [await link.receive(SOON_S) for _ in range(40)]
-    assert received == [Ack(lease_id=number) for number in range(40)]
+    assert received == [Probe(sent=number) for number in range(40)]
 
 
 @on_every_transport()
 async def test_sending_to_a_gone_peer_is_no_error(stage: Stage):
-    await stage.hub.send("never-1.0", Ack(lease_id=1))
+    await stage.hub.send("never-1.0", Probe(sent=1))
     assert stage.hub.undelivered == 1
     gone = await meet(stage, "gone-1.0")
     stays = await meet(stage, "stays-1.0")
     await gone.close()
     async with asyncio.timeout(SOON_S):
         while stage.hub.undelivered < 2:  # a closed connection is noticed a moment later
-            await stage.hub.send("gone-1.0", Ack(lease_id=1))
+            await stage.hub.send("gone-1.0", Probe(sent=1))
             await asyncio.sleep(0)
-    await stage.hub.send("stays-1.0", Ack(lease_id=2))
-    assert await stays.receive(SOON_S) == Ack(lease_id=2)
+    await stage.hub.send("stays-1.0", Probe(sent=2))
+    assert await stays.receive(SOON_S) == Probe(sent=2)
 
 
 @on_every_transport()
 async def test_a_peer_that_comes_back_under_its_name_takes_its_place(stage: Stage):
     old = await meet(stage, "actor-1.0")
     new = await meet(stage, "actor-1.0")
-    await stage.hub.send("actor-1.0", Ack(lease_id=9))
-    assert await new.receive(SOON_S) == Ack(lease_id=9)
+    await stage.hub.send("actor-1.0", Probe(sent=9))
+    assert await new.receive(SOON_S) == Probe(sent=9)
     with pytest.raises(DeadlineExceeded):
         await old.receive(0.05)
 
@@ -355,8 +355,8 @@ async def test_the_hub_waits_for_a_slow_link_while_others_go_on(stage: Stage):
 
     async def echo() -> None:
         for number in range(200):
-            await stage.hub.send("quick-1.0", Ack(lease_id=number))
-            assert await quick.receive(SOON_S) == Ack(lease_id=number)
+            await stage.hub.send("quick-1.0", Probe(sent=number))
+            assert await quick.receive(SOON_S) == Probe(sent=number)
 
     async def send_to_slow(message: BatchGroup) -> None:
         await stage.hub.send("slow-1.0", message)
@@ -403,5 +403,5 @@ async def test_an_unfit_message_is_refused_before_it_is_sent(stage: Stage):
     link = await meet(stage, "actor-1.0")
     with pytest.raises(ProtocolError, match="num_prompts must be int"):
         await link.send(want("3"))  # type: ignore
-    with pytest.raises(ProtocolError, match="lease_id must be int"):
-        await stage.hub.send("actor-1.0", Ack(lease_id=1.5))  # type: ignore
+    with pytest.raises(ProtocolError, match="sent must be int"):
+        await stage.hub.send("actor-1.0", Probe(sent=1.5))  # type: ignore

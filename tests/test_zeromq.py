@@ -13,7 +13,8 @@ from transport_contract import SOON_S, ZmqStage, over_sockets
 from speed_async.errors import ConfigError, DeadlineExceeded, ProtocolError
 from speed_async.types import ActorCounts
 from speed_async.wire.codec import encode
-from speed_async.wire.messages import Ack, Rejected, WantWork
+from speed_async.wire.messages import Rejected, WantWork
+from speed_async.wire.session import Probe
 from speed_async.wire.sockets import LINGER_S
 from speed_async.wire.zeromq import open_hub, open_link
 
@@ -41,8 +42,8 @@ def test_a_link_may_be_opened_before_its_hub():
         hub = await open_hub(HOST, port)
         received = [await hub.receive(SOON_S) for _ in range(10)]
         assert received == [("early-1.0", want(number)) for number in range(10)]
-        await hub.send("early-1.0", Ack(lease_id=1))
-        assert await link.receive(SOON_S) == Ack(lease_id=1)
+        await hub.send("early-1.0", Probe(sent=1))
+        assert await link.receive(SOON_S) == Probe(sent=1)
         await link.close()
         await hub.close()
 
@@ -59,8 +60,8 @@ def test_a_link_finds_a_restarted_hub_by_itself():
         second = await open_hub(HOST, first.port)
         await link.send(want(2))
         assert await second.receive(SOON_S) == ("actor-1.0", want(2))
-        await second.send("actor-1.0", Ack(lease_id=2))
-        assert await link.receive(SOON_S) == Ack(lease_id=2)
+        await second.send("actor-1.0", Probe(sent=2))
+        assert await link.receive(SOON_S) == Probe(sent=2)
         await link.close()
         await second.close()
 
@@ -69,12 +70,12 @@ def test_a_link_finds_a_restarted_hub_by_itself():
 
 CHILD = """
 import asyncio, sys
-from speed_async.wire.messages import Ack
+from speed_async.wire.session import Probe
 from speed_async.wire.zeromq import open_link
 
 async def play():
     link = await open_link("127.0.0.1", int(sys.argv[1]), "child-1.0")
-    await link.send(Ack(lease_id=1))
+    await link.send(Probe(sent=1))
     await link.receive(60.0)
 
 asyncio.run(play())
@@ -89,13 +90,13 @@ async def test_a_killed_process_is_a_gone_peer_and_its_successor_is_served(stage
             [sys.executable, "-c", CHILD, str(stage.hub.port)]
         )
         try:
-            assert await stage.hub.receive(SOON_S) == ("child-1.0", Ack(lease_id=1))
+            assert await stage.hub.receive(SOON_S) == ("child-1.0", Probe(sent=1))
         finally:
             child.send_signal(signal.SIGKILL)
             child.wait(SOON_S)
         async with asyncio.timeout(SOON_S):
             while stage.hub.undelivered < incarnation:
-                await stage.hub.send("child-1.0", Ack(lease_id=0))
+                await stage.hub.send("child-1.0", Probe(sent=0))
                 await asyncio.sleep(0)
     await stays.send(want(7))
     assert await stage.hub.receive(SOON_S) == ("stays-1.0", want(7))
@@ -104,7 +105,7 @@ async def test_a_killed_process_is_a_gone_peer_and_its_successor_is_served(stage
 @over_sockets()
 async def test_a_peer_with_an_unfit_name_is_refused(stage: ZmqStage):
     peer = await stage.raw_peer("not a name\xff")
-    await peer.send_frames(encode(Ack(lease_id=1)))
+    await peer.send_frames(encode(Probe(sent=1)))
     with pytest.raises(DeadlineExceeded, match=r"waited 0\.2 s for any peer"):
         await stage.hub.receive(0.2)
     answer = await peer.receive(SOON_S)

@@ -6,6 +6,7 @@ unblocked by  the service's grants, which its WantWork asks for
 """
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -27,9 +28,13 @@ from speed_async.types import ActorCounts, Group, Lease, LeaseKind, WeightOffer,
 from speed_async.wire import messages as m
 from speed_async.wire.groups import pack_group
 from speed_async.wire.joining import Leaving
-from speed_async.wire.transport import Link
+from speed_async.wire.session import SessionLink
 
 REPORT_INTERVAL_S = 0.5
+SERVICE_SILENCE_S = 5.0
+"""A service that was not heard this long while the actor drains is dead: nothing waits for it."""
+DRAIN_POLL_S = 0.02
+GOODBYE_S = 5.0
 LEAVE_GRACE_S = 2.0
 """How long an actor that was told to stop waits for the service's consent."""
 QUEUE_AHEAD = 2.0
@@ -42,7 +47,7 @@ class ActorLoop:
         config: Config,
         *,
         name: str,
-        link: Link,
+        link: SessionLink,
         engine: Engine,
         rollout: Rollout,
         task: Task,
@@ -58,7 +63,6 @@ class ActorLoop:
         self._works: dict[int, LeaseWork] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._outbox: asyncio.Queue[m.Message] = asyncio.Queue()
-        self._unacked: set[int] = set()
         self._groups_leased = 0
         self._completions_generated = 0
         self._want_sent = 0
@@ -84,6 +88,7 @@ class ActorLoop:
                 reporter.cancel()
                 self._say(m.Goodbye(counts=self._counts()))
                 await self._outbox.join()
+                await self._link.settle(GOODBYE_S)
                 sender.cancel()
                 receiver.cancel()
         except BaseExceptionGroup as group:
@@ -107,8 +112,6 @@ class ActorLoop:
         while True:
             message = await self._link.receive(silence_s)
             match message:
-                case m.Ack(lease_id=lease_id):
-                    self._unacked.discard(lease_id)
                 case m.Leases():
                     self._start(message, tasks)
                 case m.OfferWeights():
@@ -193,7 +196,6 @@ class ActorLoop:
                     num_tokens=num_tokens,
                     counts=counts,
                 )
-        self._unacked.add(lease_id)
         self._say(message)
         self._ask_for_work()
         self._maybe_drained()
@@ -299,15 +301,26 @@ class ActorLoop:
         self._maybe_drained()
 
     async def _await_drained(self) -> None:
+        """Until every lease has ended and the service has heard of it."""
         deadline_s = self._config.cluster.drain_timeout_s
-        try:
-            await asyncio.wait_for(self._drained.wait(), deadline_s)
-        except TimeoutError:
-            what = f"{len(self._unacked)} acknowledgements, {len(self._works)} leases to end"
-            raise GivenUp(f"{self._name} did not drain within {deadline_s:.0f} s: {what}") from None
+        ends_s = self._clock() + deadline_s
+        while not self._drained.is_set() or self._outbox.qsize() or self._link.num_unheard:
+            silent_s = self._clock() - self._link.last_heard_s
+            if self._clock() > ends_s or silent_s > SERVICE_SILENCE_S:
+                what = (
+                    f"{len(self._works)} leases to end, {self._link.num_unheard} messages unheard"
+                )
+                raise GivenUp(
+                    f"{self._name} did not drain within {deadline_s:.0f} s: {what}; the service "
+                    f"was last heard {silent_s:.0f} s ago"
+                )
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), DRAIN_POLL_S)
+            if self._drained.is_set():
+                await asyncio.sleep(DRAIN_POLL_S)
 
     def _maybe_drained(self) -> None:
-        if self._draining and not self._works and not self._unacked:
+        if self._draining and not self._works:
             self._drained.set()
 
 

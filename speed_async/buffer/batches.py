@@ -55,7 +55,7 @@ class Batches:
         if self._take is None:
             return 0
         missing = self._take.num_groups - len(self._lifecycle.buffer)
-        if not self._round_left and missing > 0 and not self._lifecycle.leases.num_training:
+        if not self._round_left and missing > 0 and not self._lifecycle.leases.num_charged:
             self._round_left = self._round_of(missing)
         return min(self._round_left, credits_left)
 
@@ -73,7 +73,7 @@ class Batches:
         """The batch that was asked for, once it may be given."""
         if self._take is None:
             return None
-        if not self._config.run.overlap and (evaluating or self._lifecycle.leases.num_training):
+        if not self._config.run.overlap and (evaluating or self._lifecycle.leases.num_charged):
             return None
         groups = self._lifecycle.take(self._take.num_groups)
         if groups is None:

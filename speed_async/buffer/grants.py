@@ -12,6 +12,8 @@ from speed_async.wire.messages import Leases
 
 
 class Grants:
+    CONFIGURED = ("_slack",)
+
     def __init__(
         self, config: Config, lifecycle: Lifecycle, batches: Batches, evaluations: Evaluations
     ) -> None:
@@ -21,29 +23,38 @@ class Grants:
         self._evaluations = evaluations
 
     def next(
-        self, present: Sequence[ActorState], policy_version: int, *, training: bool
+        self, present: Sequence[ActorState], policy_version: int, now_s: float, *, training: bool
     ) -> Iterator[tuple[str, Leases]]:
         """All leases that may be granted now. Evaluation goes to actors that hold its version;
         training, in equal shares, to those that are not too far behind."""
-        ready = [state for state in present if not (state.leaving or state.awaits_weights)]
         target = self._evaluations.target_version
+        if target is None and not (training and self._batches.num_grantable > 0):
+            return
+        if not any(state.want for state in present):
+            return
+        ready = [state for state in present if not (state.leaving or state.awaits_weights)]
         if target is not None:
             for state in ready:
                 if state.applied_version >= target:
-                    yield from self._grant(state, LeaseKind.EVALUATION, state.want)
+                    yield from self._grant(state, LeaseKind.EVALUATION, state.want, now_s)
         if not training:
             return
         oldest = policy_version - self._slack
         fresh = [state for state in ready if state.applied_version >= oldest]
         fresh.sort(key=lambda state: -state.want)  # what a needy one leaves, others may take
         for place, state in enumerate(fresh):
+            if not state.want:
+                break
             share = math.ceil(self._batches.num_grantable / (len(fresh) - place))
-            for name, leases in self._grant(state, LeaseKind.TRAINING, min(state.want, share)):
+            most = min(state.want, share)
+            for name, leases in self._grant(state, LeaseKind.TRAINING, most, now_s):
                 self._batches.granted(len(leases.lease_ids))
                 yield name, leases
 
-    def _grant(self, state: ActorState, kind: LeaseKind, most: int) -> Iterator[tuple[str, Leases]]:
-        leases = self._lifecycle.grant(state.name, kind, most)
+    def _grant(
+        self, state: ActorState, kind: LeaseKind, most: int, now_s: float
+    ) -> Iterator[tuple[str, Leases]]:
+        leases = self._lifecycle.grant(state.name, kind, most, now_s)
         if leases is not None:
             state.want -= len(leases.lease_ids)
             yield state.name, leases

@@ -1,8 +1,12 @@
-"""Who works on what. A training lease holds one credit from its grant to its group's end."""
+"""Who works on what. A training lease holds one credit from its grant to its group's end, or until
+it expires."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from speed_async.types import Lease, LeaseKind
+
+SKIPPED_IDS = 1 << 20
+"""More leases than are ever granted between two checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -10,25 +14,50 @@ class OpenLease:
     lease: Lease
     holder: str
     """Name of the actor that works on it."""
+    granted_s: float
+    expired: bool = False
+    """Its prompt was offered again and its credit given back; a late result still counts once."""
+
+    @property
+    def is_training(self) -> bool:
+        return self.lease.kind is LeaseKind.TRAINING
 
 
 class LeaseBook:
     """All open leases, by id and by holder. Ids grow and are never used again."""
 
     def __init__(self) -> None:
+        self.num_training = 0
+        """Open training leases."""
+        self.num_charged = 0
+        """Of those, the ones that have not expired: each holds a credit."""
         self._next_id = 0
-        self._open: dict[int, OpenLease] = {}
+        self._open: dict[int, OpenLease] = {}  # in the order of their grants
+        self._ids_of: dict[str, set[int]] = {}
 
     def grant(
-        self, holder: str, prompt_id: int, kind: LeaseKind, num_samples: int = 0
+        self,
+        holder: str,
+        prompt_id: int,
+        kind: LeaseKind,
+        num_samples: int = 0,
+        *,
+        now_s: float = 0.0,
     ) -> OpenLease:
         lease = Lease(
             lease_id=self._next_id, prompt_id=prompt_id, kind=kind, num_samples=num_samples
         )
         self._next_id += 1
-        entry = OpenLease(lease=lease, holder=holder)
+        entry = OpenLease(lease=lease, holder=holder, granted_s=now_s)
         self._open[lease.lease_id] = entry
+        self._ids_of.setdefault(holder, set()).add(lease.lease_id)
+        self.num_training += entry.is_training
+        self.num_charged += entry.is_training
         return entry
+
+    def skip_past(self, lease_id: int) -> None:
+        """Use no id up to this one, nor those that may have been granted soon after it."""
+        self._next_id = max(self._next_id, lease_id + 1 + SKIPPED_IDS)
 
     def holds(self, holder: str, lease_id: int) -> bool:
         """Whether this actor may still report a result for this lease."""
@@ -37,11 +66,26 @@ class LeaseBook:
 
     def end(self, lease_id: int) -> OpenLease:
         """Close a lease. Raises KeyError when it is not open: each lease ends once."""
-        return self._open.pop(lease_id)
+        entry = self._open.pop(lease_id)
+        self._ids_of[entry.holder].discard(lease_id)
+        if not self._ids_of[entry.holder]:
+            del self._ids_of[entry.holder]
+        self.num_training -= entry.is_training
+        self.num_charged -= entry.is_training and not entry.expired
+        return entry
+
+    def expire(self, before_s: float) -> list[OpenLease]:
+        """Mark and return the leases granted before this time that have not expired yet."""
+        late: list[OpenLease] = []
+        for entry in self._open.values():
+            if entry.granted_s >= before_s:
+                break
+            if not entry.expired:
+                late.append(entry)
+        for entry in late:
+            self._open[entry.lease.lease_id] = replace(entry, expired=True)
+            self.num_charged -= entry.is_training
+        return late
 
     def of_holder(self, holder: str) -> list[OpenLease]:
-        return [entry for entry in self._open.values() if entry.holder == holder]
-
-    @property
-    def num_training(self) -> int:
-        return sum(entry.lease.kind is LeaseKind.TRAINING for entry in self._open.values())
+        return [self._open[lease_id] for lease_id in sorted(self._ids_of.get(holder, ()))]

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 from speed_async.types import ActorCounts, GroupEnd
 
+BEFORE_THE_CUT = "before-the-cut"
+"""Stands for actors whose work is known by the learner's word alone."""
+
 
 @dataclass(slots=True)
 class Tally:
@@ -51,6 +54,13 @@ class Ledger:
         self.groups_granted = 0
         self.learner_trained = Tally()
         self.failures: dict[str, int] = {}
+        # Sums of the actors' last words, which come with every message of every actor.
+        self.tokens_generated = 0
+        """As counted by the engines."""
+        self.completions_generated = 0
+        self.groups_continuing = 0
+        """Groups past the gate that their actors still generate."""
+        self.tokens_in_flight = 0
         self._actors: dict[str, ActorBook] = {}
 
     def actor(self, name: str) -> ActorBook:
@@ -61,7 +71,12 @@ class Ledger:
         self.groups_granted += training
 
     def heard(self, name: str, counts: ActorCounts) -> None:
-        self.actor(name).last_counts = counts
+        book = self.actor(name)
+        before, book.last_counts = book.last_counts, counts
+        self.tokens_generated += counts.tokens_generated - before.tokens_generated
+        self.completions_generated += counts.completions_generated - before.completions_generated
+        self.groups_continuing += counts.groups_continuing - before.groups_continuing
+        self.tokens_in_flight += counts.tokens_in_flight - before.tokens_in_flight
 
     def reported(self, name: str, tokens: int) -> None:
         """A lease of this actor ended with this many generated tokens."""
@@ -82,32 +97,39 @@ class Ledger:
         book.tokens_reported += held
         book.leases_ended += num_training + num_other
         counts = book.last_counts
-        book.last_counts = ActorCounts(
+        last_word = ActorCounts(
             groups_leased=book.leases_granted,
             groups_in_flight=0,
             completions_generated=counts.completions_generated,
             tokens_generated=counts.tokens_generated,
             tokens_in_flight=0,
         )
+        self.heard(name, last_word)
         self.failed("actor lost", held, num_training)
 
-    @property
-    def tokens_generated(self) -> int:
-        """As counted by the engines."""
-        return sum(book.last_counts.tokens_generated for book in self._actors.values())
-
-    @property
-    def completions_generated(self) -> int:
-        return sum(book.last_counts.completions_generated for book in self._actors.values())
-
-    @property
-    def groups_continuing(self) -> int:
-        """Groups past the gate that their actors still generate."""
-        return sum(book.last_counts.groups_continuing for book in self._actors.values())
-
-    @property
-    def tokens_in_flight(self) -> int:
-        return sum(book.last_counts.tokens_in_flight for book in self._actors.values())
+    def follow_learner(self, groups_trained: int, tokens_trained: int) -> None:
+        """The journal was cut: what the learner trained beyond what is known here was generated
+        by actors of which nothing is known; what it has not trained after all is lost."""
+        trained = self.ends[GroupEnd.TRAINED]
+        groups, tokens = groups_trained - trained.groups, tokens_trained - trained.tokens
+        trained.add(tokens, groups)
+        self.learner_trained = Tally(groups_trained, tokens_trained)
+        if groups < 0:
+            self.failed("journal cut", -tokens, -groups)
+        elif groups > 0:
+            book = self.actor(BEFORE_THE_CUT)
+            counts = book.last_counts
+            book.leases_granted += groups
+            book.leases_ended += groups
+            book.tokens_reported += tokens
+            self.groups_granted += groups
+            self.heard(
+                BEFORE_THE_CUT,
+                ActorCounts(
+                    groups_leased=counts.groups_leased + groups,
+                    tokens_generated=counts.tokens_generated + tokens,
+                ),
+            )
 
     def checks(self, groups_in_flight: int) -> dict[str, bool]:
         """Each named equation of the books. `groups_in_flight`: open training leases."""

@@ -4,14 +4,17 @@ Owns curriculum, leases, priority buffer and ledger, and keeps them in step: wha
 a group happens here, once, in all four.
 """
 
+from collections import deque
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from speed_async.buffer.curriculum import Curriculum
+from speed_async.buffer.group_table import BufferedGroup
 from speed_async.buffer.leases import LeaseBook, OpenLease
 from speed_async.buffer.ledger import Ledger
-from speed_async.buffer.priority import BufferedGroup, PriorityBuffer
+from speed_async.buffer.priority import PriorityBuffer
 from speed_async.buffer.statistics import RunStatistics
 from speed_async.config.schema import Config
 from speed_async.errors import ProtocolError
@@ -56,6 +59,22 @@ class Evaluations(Protocol):
     ) -> Accuracy | None: ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedBatch:
+    """An update that a checkpoint may have to repeat: its groups, in the order of the batch."""
+
+    policy_version: int
+    """After the update."""
+    groups: tuple[BufferedGroup, ...]
+    skipped: bool
+    loss: float | None
+    grad_norm: float | None
+
+    @property
+    def lease_ids(self) -> list[int]:
+        return [group.lease_id for group in self.groups]
+
+
 class Lifecycle:
     def __init__(
         self,
@@ -75,6 +94,8 @@ class Lifecycle:
             signal_weight=config.buffer.signal_weight,
         )
         self.in_training: dict[int, BufferedGroup] = {}
+        self.history: deque[TrainedBatch] = deque()
+        """Updates that the oldest kept checkpoint does not hold, oldest first."""
         self._config = config
         self._curriculum = curriculum
         self._evaluations = evaluations
@@ -92,7 +113,7 @@ class Lifecycle:
         for each version of the staleness window is under way whatever the gate refuses, and no
         more.
         """
-        num_leased = self.leases.num_training
+        num_leased = self.leases.num_charged
         continuing = min(self.ledger.groups_continuing, num_leased)
         certain = len(self.buffer) + len(self.in_training) + continuing
         uncertain = int((self._config.max_credits - certain) / self.lease_price)
@@ -105,10 +126,11 @@ class Lifecycle:
             return 1.0
         return max(self._statistics.expected_yield, MIN_PRICE)
 
-    def grant(self, holder: str, kind: LeaseKind, most: int) -> m.Leases | None:
+    def grant(self, holder: str, kind: LeaseKind, most: int, now_s: float = 0.0) -> m.Leases | None:
         """Up to `most` new leases for an actor, or None when there is nothing to grant."""
         training = kind is LeaseKind.TRAINING
-        granted = self._training(holder, most) if training else self._evaluation(holder, most)
+        give = self._training if training else self._evaluation
+        granted = give(holder, most, now_s)
         if not granted:
             return None
         for _ in granted:
@@ -120,23 +142,27 @@ class Lifecycle:
             num_samples=granted[0].lease.num_samples,
         )
 
-    def _training(self, holder: str, most: int) -> list[OpenLease]:
+    def _training(self, holder: str, most: int, now_s: float) -> list[OpenLease]:
         return [
-            self.leases.grant(holder, prompt_id, LeaseKind.TRAINING)
+            self.leases.grant(holder, prompt_id, LeaseKind.TRAINING, now_s=now_s)
             for prompt_id in self._curriculum.choose(min(most, self.credits_left))
         ]
 
-    def _evaluation(self, holder: str, most: int) -> list[OpenLease]:
+    def _evaluation(self, holder: str, most: int, now_s: float) -> list[OpenLease]:
         granted = []
         samples = self._evaluations.num_samples
         while len(granted) < most and (prompt_id := self._evaluations.next_prompt()) is not None:
-            granted.append(self.leases.grant(holder, prompt_id, LeaseKind.EVALUATION, samples))
+            kind = LeaseKind.EVALUATION
+            granted.append(self.leases.grant(holder, prompt_id, kind, samples, now_s=now_s))
         return granted
 
     # --- results ---------------------------------------------------------------------------
 
-    def group_finished(self, holder: str, message: m.GroupFinished) -> str | None:
-        """Take in a full group. Returns why it was refused, if it was; it then ends as failed."""
+    def group_finished(
+        self, holder: str, message: m.GroupFinished, place: tuple[int, int] | None = None
+    ) -> str | None:
+        """Take in a full group, which lies at `place` in the journal. Returns why it was refused,
+        if it was; it then ends as failed."""
         num_tokens = len(message.token_ids)
         entry = self._close(holder, message.lease_id, num_tokens)
         if entry is None:
@@ -151,13 +177,19 @@ class Lifecycle:
         prompt_id = entry.lease.prompt_id
         self._statistics.screened(prompt_id, accepted=True, pass_rate=group.screening_pass_rate)
         self._curriculum.record(prompt_id, group.num_passed, len(group.completions))
+        num_bytes = 12 * num_tokens + 4 * len(message.prompt_token_ids)
+        capacity = self._config.buffer.capacity_bytes
+        spilled = place is not None and self._config.buffer.spill
+        spilled = spilled and self.buffer.num_bytes + num_bytes > capacity
         buffered = BufferedGroup(
-            message=message,
+            message=None if spilled else message,
+            lease_id=message.lease_id,
+            place=place,
             pass_rate=group.pass_rate,
             oldest_version=group.oldest_version,
             mean_version=float(np.mean(message.policy_versions)),
             num_tokens=num_tokens,
-            num_bytes=12 * num_tokens + 4 * len(message.prompt_token_ids),
+            num_bytes=0 if spilled else num_bytes,
         )
         if buffered.oldest_version < self._oldest_allowed:
             self.ledger.ends[GroupEnd.STALE].add(num_tokens)
@@ -196,7 +228,7 @@ class Lifecycle:
         self._without_result(entry, message.reason, message.num_tokens)
         self._learn_nothing(entry)
         version = self._evaluations.target_version
-        if training or version is None:
+        if training or version is None or entry.expired:
             return None
         return self._evaluations.record(0, entry.lease.num_samples, version, version)
 
@@ -205,12 +237,21 @@ class Lifecycle:
         if entry is None:
             return None
         self.ledger.evaluation.add(message.num_tokens)
+        if entry.expired:  # its prompt was given to another
+            return None
         return self._evaluations.record(
             message.num_passed,
             message.num_completions,
             message.oldest_version,
             message.newest_version,
         )
+
+    def expire(self, before_s: float) -> int:
+        """Offer again the prompts of leases granted before this; returns how many there were."""
+        late = self.leases.expire(before_s)
+        for entry in late:
+            self._offer_again(entry)
+        return len(late)
 
     def holder_left(self, holder: str) -> None:
         """The actor said goodbye: leases still on their way to it end as failed, unstarted."""
@@ -242,21 +283,82 @@ class Lifecycle:
         self._statistics.batch_taken(taken, self._policy_version)
         return taken
 
+    def is_training(self, lease_ids: list[int]) -> bool:
+        """Whether the learner has these groups, for the first time."""
+        return all(lease_id in self.in_training for lease_id in lease_ids)
+
     def trained(self, message: m.Trained) -> None:
         """An update is done; its groups end, and those grown too old leave the buffer."""
-        for lease_id in message.lease_ids:
-            group = self.in_training.pop(lease_id)
+        groups = [self.in_training.pop(lease_id) for lease_id in message.lease_ids]
+        for group in groups:
             self.ledger.taken.add(-group.num_tokens, -1)
             if message.skipped:
                 self.ledger.failed("non-finite update", group.num_tokens)
             else:
                 self.ledger.ends[GroupEnd.TRAINED].add(group.num_tokens)
+        if groups and all(group.place is not None for group in groups):
+            self.history.append(
+                TrainedBatch(
+                    policy_version=message.policy_version,
+                    groups=tuple(replace(group, message=None) for group in groups),
+                    skipped=message.skipped,
+                    loss=message.metrics.get("loss"),
+                    grad_norm=message.metrics.get("grad_norm"),
+                )
+            )
         learner = self.ledger.learner_trained
         learner.groups, learner.tokens = message.groups_trained, message.tokens_trained
         self._policy_version = message.policy_version
         self._curriculum.advance(message.policy_version)
+        self._drop_stale()
+
+    def checkpoint_saved(self, oldest_kept_version: int) -> None:
+        """What the oldest kept checkpoint holds need not be repeated by anybody."""
+        while self.history and self.history[0].policy_version <= oldest_kept_version:
+            self.history.popleft()
+
+    def repeated(self, policy_version: int) -> TrainedBatch | None:
+        """The recorded batch of the update that leads from `policy_version` to the next."""
+        return next((b for b in self.history if b.policy_version == policy_version + 1), None)
+
+    # --- another life of the run -------------------------------------------------------------
+
+    def return_untrained(self) -> None:
+        """The learner died over these groups, and no checkpoint can hold them: offered again."""
+        for group in self.in_training.values():
+            self.ledger.taken.add(-group.num_tokens, -1)
+            self.ledger.buffered.add(group.num_tokens)
+            for evicted in self.buffer.insert(group):
+                self._leave_buffer(evicted, GroupEnd.EVICTED)
+        self.in_training.clear()
+
+    def adopt(self, resumed: m.Resumed) -> None:
+        """Go on where the learner stands, though the journal tells another story: its tail, or
+        the batches after that checkpoint, were lost. The books follow the learner."""
+        known = set(resumed.recent_lease_ids)
+        for group in self.buffer.remove_where(lambda group: group.lease_id in known):
+            self._leave_buffer(group, GroupEnd.TRAINED)
+        if resumed.recent_lease_ids:
+            self.leases.skip_past(max(known))
+        version = resumed.policy_version
+        for group in self.buffer.remove_where(lambda group: group.mean_version > version):
+            self._leave_buffer(group, GroupEnd.STALE)
+        self.ledger.follow_learner(resumed.groups_trained, resumed.tokens_trained)
+        self.history.clear()
+        self._policy_version = resumed.policy_version
+        self._drop_stale()
+
+    def _drop_stale(self) -> None:
         for group in self.buffer.drop_older_than(self._oldest_allowed):
             self._leave_buffer(group, GroupEnd.STALE)
+
+    @property
+    def needed_segments(self) -> set[int]:
+        """Journal segments in which a group lies that still counts."""
+        groups = [group for group, _ in self.buffer.waiting()]
+        groups += self.in_training.values()
+        groups += [group for batch in self.history for group in batch.groups]
+        return {group.place[0] for group in groups if group.place is not None}
 
     @property
     def _oldest_allowed(self) -> int:
@@ -298,6 +400,8 @@ class Lifecycle:
             self._curriculum.record(entry.lease.prompt_id, 0, 0)
 
     def _offer_again(self, entry: OpenLease) -> None:
+        if entry.expired:
+            return  # it was, when it expired
         if entry.lease.kind is LeaseKind.TRAINING:
             self._curriculum.give_back(entry.lease.prompt_id)
         else:

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from speed_async.config.schema import ClusterConfig
 from speed_async.wire.messages import Hello
 
+RECONNECT_S = 10.0
+"""Connections that are cut come back well within this; a dead actor's does not."""
+
 
 @dataclass(slots=True)
 class ActorState:
@@ -12,6 +15,8 @@ class ActorState:
     index: int
     incarnation: int
     last_heard_s: float
+    gone_since_s: float | None = None
+    """When its connection was first found to be gone, unless it was heard since."""
     weight_ranks: int = 1
     """Consecutive ranks of the weight group its engine takes."""
     want: int = 0
@@ -30,6 +35,8 @@ class ActorState:
 class Membership:
     """Pure bookkeeping of who is here, and who is to be."""
 
+    CONFIGURED = ("_num_configured", "_first_free_index", "_present")
+
     def __init__(self, config: ClusterConfig) -> None:
         self.actors: dict[str, ActorState] = {}
         self.lost: dict[str, str] = {}
@@ -39,6 +46,7 @@ class Membership:
         self._first_free_index = config.learners + config.actors
         self._admitted: dict[str, int] = {}  # index by supervisor, of all that ever joined
         self._expected: set[int] = set()  # of those, who is here or may come back
+        self._present: tuple[ActorState, ...] | None = None  # until somebody comes or goes
 
     def join(self, name: str, hello: Hello, now_s: float, policy_version: int) -> list[ActorState]:
         """Add an actor; returns older incarnations of the same rank, which are thereby dead."""
@@ -47,6 +55,7 @@ class Membership:
             for state in self.actors.values()
             if state.index == hello.index and not state.said_goodbye
         ]
+        self._present = None
         self.actors[name] = ActorState(
             name=name,
             index=hello.index,
@@ -61,20 +70,30 @@ class Membership:
 
     def lose(self, name: str, reason: str) -> None:
         del self.actors[name]
+        self._present = None
         self.lost[name] = reason
 
     def leave(self, state: ActorState) -> None:
         """The actor said goodbye."""
         state.said_goodbye = True
+        self._present = None
         self._expected.discard(state.index)
 
-    def present(self) -> list[ActorState]:
+    def present(self) -> tuple[ActorState, ...]:
         """Actors that have not said goodbye, by rank."""
-        here = [state for state in self.actors.values() if not state.said_goodbye]
-        return sorted(here, key=lambda state: state.index)
+        if self._present is None:
+            here = [state for state in self.actors.values() if not state.said_goodbye]
+            self._present = tuple(sorted(here, key=lambda state: state.index))
+        return self._present
 
     def silent(self, now_s: float, timeout_s: float) -> list[ActorState]:
-        return [state for state in self.present() if now_s - state.last_heard_s > timeout_s]
+        """Not heard for this long, or without a connection for RECONNECT_S."""
+        return [
+            state
+            for state in self.present()
+            if now_s - state.last_heard_s > timeout_s
+            or (state.gone_since_s is not None and now_s - state.gone_since_s > RECONNECT_S)
+        ]
 
     # --- actors that come by themselves ------------------------------------------------------
 

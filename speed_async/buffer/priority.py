@@ -8,33 +8,31 @@ no rebuild.
 A choice by p looks at the outcomes of the group itself; it biases the gradient where groups are
 left to go stale or are evicted, and not where each is only trained sooner or later
 (docs/estimators.md).
+
+One integer stands for each group, in four lines: a heap of the best, a heap of the worst, the order
+of arrival, and a list for each oldest version. A group that leaves by one of them stays in the
+others as a number without a group, to be passed by; when most numbers are such, all are swept.
+Lines from which groups could be taken out anywhere cost more for each group, in bytes and time.
 """
 
 import heapq
 import math
-from collections import OrderedDict
-from dataclasses import dataclass
+import struct
+import sys
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 
-from speed_async.wire.messages import GroupFinished
+from speed_async.buffer.group_table import BufferedGroup, GroupTable
 
 SIGNAL_FLOOR = 1e-6
 """Stands in for p(1 - p) of a group whose final pass rate is 0 or 1, so that its log exists."""
+FEW = 64
+"""So many departed groups are never worth a sweep."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BufferedGroup:
-    """A finished group and what the buffer needs to know of it."""
-
-    message: GroupFinished
-    pass_rate: float
-    oldest_version: int
-    mean_version: float
-    num_tokens: int
-    num_bytes: int
-
-    @property
-    def lease_id(self) -> int:
-        return self.message.lease_id
+_SLOT_BITS, _LEASE_BITS = 32, 64
+_SLOT_MASK = (1 << _SLOT_BITS) - 1
+_SIGN = 1 << 63
+_AS_FLOAT, _AS_INT = struct.Struct(">d"), struct.Struct(">Q")
 
 
 class PriorityBuffer:
@@ -55,33 +53,49 @@ class PriorityBuffer:
         self._max_passed_over = max_passed_over
         self._signal_weight = signal_weight
         self._num_takes = 0
+        self._num_groups = 0
         self._num_bytes = 0
-        # Insertion order, with the number of takes that had happened before the insertion.
-        self._groups: OrderedDict[int, tuple[BufferedGroup, int]] = OrderedDict()
-        self._best: list[tuple[float, int]] = []
-        self._worst: list[tuple[float, int]] = []
+        self._num_tokens = 0
+        self._num_departed = 0  # since the last sweep
+        self._table = GroupTable()
+        self._at: list[int] = []  # by slot: the number of the group there, -1 for none
+        self._best: list[int] = []
+        self._worst: list[int] = []  # the same numbers, negated
+        self._arrived: deque[int] = deque()
+        self._of_version: defaultdict[int, list[int]] = defaultdict(list)
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return self._num_groups
 
     @property
     def num_tokens(self) -> int:
-        return sum(group.num_tokens for group, _ in self._groups.values())
+        return self._num_tokens
 
     @property
     def num_bytes(self) -> int:
         return self._num_bytes
 
-    def insert(self, group: BufferedGroup) -> list[BufferedGroup]:
-        """Add a group; returns those evicted to stay within capacity (least useful first)."""
-        key = self._key(group)
-        self._groups[group.lease_id] = (group, self._num_takes)
+    def insert(self, group: BufferedGroup, *, num_passed_over: int = 0) -> list[BufferedGroup]:
+        """Add a group; returns those evicted to stay within capacity (least useful first).
+
+        `num_passed_over`: takes it has waited through before, for a buffer that is filled again
+        with what was `waiting`, in the same order.
+        """
+        slot = self._table.add(group, self._num_takes - num_passed_over)
+        number = self._number(group, slot)
+        if slot == len(self._at):
+            self._at.append(number)
+        else:
+            self._at[slot] = number
+        self._num_groups += 1
         self._num_bytes += group.num_bytes
-        # Ties: the oldest lease is taken first and evicted last.
-        heapq.heappush(self._best, (-key, group.lease_id))
-        heapq.heappush(self._worst, (key, -group.lease_id))
+        self._num_tokens += group.num_tokens
+        heapq.heappush(self._best, number)
+        heapq.heappush(self._worst, -number)
+        self._arrived.append(number)
+        self._of_version[group.oldest_version].append(number)
         evicted = []
-        while len(self._groups) > self._capacity_groups or self._num_bytes > self._capacity_bytes:
+        while self._num_groups > self._capacity_groups or self._num_bytes > self._capacity_bytes:
             evicted.append(self._remove(self._pop_worst()))
         return evicted
 
@@ -90,50 +104,107 @@ class PriorityBuffer:
 
         Returns fewer when there are fewer.
         """
-        taken = [self._remove(lease_id) for lease_id in self._overdue(num_groups)]
-        while len(taken) < num_groups and self._groups:
-            taken.append(self._remove(self._pop_best()))
+        taken = []
+        while len(taken) < num_groups and self._num_groups:
+            number = self._pop_overdue()
+            taken.append(self._remove(self._pop_best() if number is None else number))
         self._num_takes += 1
         return taken
 
     def drop_older_than(self, oldest_version: int) -> list[BufferedGroup]:
-        """Remove and return every group with a token from before `oldest_version`."""
-        stale = [
-            lease_id
-            for lease_id, (group, _) in self._groups.items()
-            if group.oldest_version < oldest_version
-        ]
-        return [self._remove(lease_id) for lease_id in stale]
+        """Remove and return every group with a token from before `oldest_version`: the oldest
+        version first, and each in order of arrival."""
+        versions = sorted(version for version in self._of_version if version < oldest_version)
+        numbers = [number for version in versions for number in self._of_version.pop(version)]
+        return [self._remove(number) for number in numbers if self._is_here(number)]
+
+    def waiting(self) -> Iterator[tuple[BufferedGroup, int]]:
+        """Every group in order of arrival, with the number of takes that have passed it over."""
+        for number in self._those_here(self._arrived):
+            slot = number & _SLOT_MASK
+            yield self._table.read(slot), self._num_takes - self._table.num_takes_before(slot)
+
+    def remove_where(self, unwanted: Callable[[BufferedGroup], bool]) -> list[BufferedGroup]:
+        """Remove and return groups by a look at each: slow, for rare events."""
+        numbers = self._those_here(self._arrived)
+        return [self._remove(n) for n in numbers if unwanted(self._table.read(n & _SLOT_MASK))]
+
+    def saved(self) -> list[tuple[BufferedGroup, int]]:
+        """State for a snapshot; groups that lie in the journal leave their arrays there."""
+        return list(self.waiting())
+
+    def load(self, groups: list[tuple[BufferedGroup, int]]) -> None:
+        """Fill an empty buffer with `saved()`. What is too much is evicted at the next insert."""
+        bounds = self._capacity_groups, self._capacity_bytes
+        self._capacity_groups = self._capacity_bytes = sys.maxsize
+        for group, num_passed_over in groups:
+            self.insert(group, num_passed_over=num_passed_over)
+        self._capacity_groups, self._capacity_bytes = bounds
+
+    # --- one number for each group -----------------------------------------------------------
+
+    def _number(self, group: BufferedGroup, slot: int) -> int:
+        """The smaller, the sooner taken: by key, then by lease (ties: the oldest is taken first
+        and evicted last). The slot says where the group is."""
+        rank = _rank(-self._key(group))
+        return ((rank << _LEASE_BITS | group.lease_id) << _SLOT_BITS) | slot
 
     def _key(self, group: BufferedGroup) -> float:
         signal = max(group.pass_rate * (1 - group.pass_rate), SIGNAL_FLOOR)
         return self._signal_weight * math.log(signal) + group.oldest_version * self._log_freshness
 
-    def _overdue(self, limit: int) -> list[int]:
-        overdue = []
-        for lease_id, (_, takes_before) in self._groups.items():
-            if len(overdue) == limit or self._num_takes - takes_before < self._max_passed_over:
-                break
-            overdue.append(lease_id)
-        return overdue
+    def _is_here(self, number: int) -> bool:
+        return self._at[number & _SLOT_MASK] == number
 
     def _pop_best(self) -> int:
-        while (lease_id := heapq.heappop(self._best)[1]) not in self._groups:
+        while not self._is_here(number := heapq.heappop(self._best)):
             pass
-        return lease_id
+        return number
 
     def _pop_worst(self) -> int:
-        while (lease_id := -heapq.heappop(self._worst)[1]) not in self._groups:
+        while not self._is_here(number := -heapq.heappop(self._worst)):
             pass
-        return lease_id
+        return number
 
-    def _remove(self, lease_id: int) -> BufferedGroup:
-        group, _ = self._groups.pop(lease_id)
+    def _pop_overdue(self) -> int | None:
+        """The group that waits longest, if it was passed over too often."""
+        while not self._is_here(self._arrived[0]):
+            self._arrived.popleft()
+        before = self._table.num_takes_before(self._arrived[0] & _SLOT_MASK)
+        overdue = self._num_takes - before >= self._max_passed_over
+        return self._arrived.popleft() if overdue else None
+
+    def _remove(self, number: int) -> BufferedGroup:
+        slot = number & _SLOT_MASK
+        group = self._table.pop(slot)
+        self._at[slot] = -1
+        self._num_groups -= 1
         self._num_bytes -= group.num_bytes
-        if len(self._best) > 2 * len(self._groups) + 64:
-            self._best = [entry for entry in self._best if entry[1] in self._groups]
-            heapq.heapify(self._best)
-        if len(self._worst) > 2 * len(self._groups) + 64:
-            self._worst = [entry for entry in self._worst if -entry[1] in self._groups]
-            heapq.heapify(self._worst)
+        self._num_tokens -= group.num_tokens
+        self._num_departed += 1
+        if self._num_departed > self._num_groups + FEW:
+            self._sweep()
         return group
+
+    def _sweep(self) -> None:
+        """Forget the numbers of departed groups."""
+        self._num_departed = 0
+        self._arrived = deque(self._those_here(self._arrived))
+        self._best = self._those_here(self._best)
+        heapq.heapify(self._best)
+        self._worst = [-number for number in self._best]
+        heapq.heapify(self._worst)
+        for version, numbers in list(self._of_version.items()):
+            self._of_version[version] = self._those_here(numbers)
+            if not self._of_version[version]:
+                del self._of_version[version]
+
+    def _those_here(self, numbers: Iterable[int]) -> list[int]:
+        at, mask = self._at, _SLOT_MASK
+        return [number for number in numbers if at[number & mask] == number]
+
+
+def _rank(value: float) -> int:
+    """A float as a number of 64 bits in the same order (IEEE 754 by sign and magnitude)."""
+    bits = _AS_INT.unpack(_AS_FLOAT.pack(value + 0.0))[0]  # no negative zero
+    return bits ^ (2 * _SIGN - 1) if bits & _SIGN else bits | _SIGN

@@ -9,13 +9,14 @@ answers    a TakeBatch when enough fresh groups are buffered and the first evalu
            a FinishRun when the last evaluation is done and every actor said goodbye
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from speed_async.buffer.batches import Batches
 from speed_async.buffer.curriculum import Curriculum
 from speed_async.buffer.ending import Ending, Step
 from speed_async.buffer.gatekeeper import Gatekeeper
 from speed_async.buffer.grants import Grants
+from speed_async.buffer.group_table import BufferedGroup
 from speed_async.buffer.lifecycle import Accuracy, Evaluations, Lifecycle
 from speed_async.buffer.membership import ActorState, Membership
 from speed_async.buffer.statistics import RunStatistics, UpdateTimes
@@ -25,6 +26,7 @@ from speed_async.buffer.status import (
     status_values,
     summary_values,
 )
+from speed_async.buffer.stored import batch_message
 from speed_async.buffer.weight_group import WeightGroup
 from speed_async.buffer.weight_times import WeightTimes
 from speed_async.config.schema import Config
@@ -32,13 +34,14 @@ from speed_async.errors import RoleError
 from speed_async.observe.metrics import Event, EventKind, Value
 from speed_async.types import GroupEnd
 from speed_async.wire import messages as m
-from speed_async.wire.groups import batch_group
 from speed_async.wire.joining import Join, JoinAccepted, Leaving
 
 ROLE = "buffer service"
 
 
 class BufferService:
+    CONFIGURED = ("_handlers", "_gatekeeper", "_feed_port", "outbox", "events", "place")
+
     def __init__(
         self,
         config: Config,
@@ -51,8 +54,22 @@ class BufferService:
     ) -> None:
         self.outbox: list[tuple[str, m.Message]] = []
         self.events: list[Event] = []
+        self.given_up: list[str] = []
+        """Peers to which nothing need be said any more; for the conversations to take note of."""
         self.ended = False
         """Everything was said; the shell may flush and leave."""
+        self.snapshot_due = False
+        """A checkpoint is durable, or a life began: what lies before a snapshot is not needed."""
+        self.life = 0
+        """How often this run was started again."""
+        self.num_repeated = 0
+        """Updates trained again from the journal, in all lives."""
+        self.num_repeated_alike = 0
+        """Of those, updates with the same loss and gradient norm, bit for bit."""
+        self.sequence = 0
+        """Of the present input in the journal."""
+        self.place: tuple[int, int] | None = None
+        """Where it lies."""
         self.phase = "starting"
         self.policy_version = 0
         self.config = config
@@ -93,6 +110,9 @@ class BufferService:
             m.PublishWeights: self._on_publish,
             m.WeightsPublished: self._on_published,
             m.FinishRun: self._on_finish,
+            m.Resumed: self._on_resumed,
+            m.PrepareCheckpoint: self._on_prepare,
+            m.CheckpointSaved: self._on_saved,
         }
         self._gatekeeper = Gatekeeper(self.membership, fingerprint, self._handlers.keys())
         evaluations.start(0)
@@ -106,7 +126,8 @@ class BufferService:
             self._send(peer, m.Rejected(reason=refusal))
             return
         if isinstance(message, m.Counted):
-            self.membership.actors[peer].last_heard_s = now_s
+            state = self.membership.actors[peer]
+            state.last_heard_s, state.gone_since_s = now_s, None
             self.lifecycle.ledger.heard(peer, message.counts)
         self._handlers[type(message)](peer, message, now_s)
         self._advance(now_s)
@@ -115,7 +136,10 @@ class BufferService:
         """Passing of time: silent actors, the drain's deadline, rates, a status event."""
         self.loop_lag_s = loop_lag_s
         for state in self.membership.silent(now_s, self.config.cluster.peer_timeout_s):
-            self._lose(state, f"silent for {self.config.cluster.peer_timeout_s:.0f} s")
+            silent_s = now_s - state.last_heard_s
+            self._lose(state, f"silent for {silent_s:.0f} s")
+        if self.lifecycle.expire(now_s - self.config.buffer.lease_timeout_s):
+            self.warning = "leases expired (buffer.lease_timeout_s); their prompts go to others"
         ledger = self.lifecycle.ledger
         trained = ledger.ends[GroupEnd.TRAINED].tokens
         self.statistics.tokens(now_s, ledger.tokens_generated, trained)
@@ -123,11 +147,27 @@ class BufferService:
         self._check_stalled(now_s)
         self._emit("status", now_s, {})
 
-    def unreachable(self, peer: str, reason: str) -> None:
-        """A peer takes no messages any more. For an actor that is death; a learner may recover."""
+    def gone(self, peer: str, now_s: float) -> None:
+        """A peer has no connection now. It may come back; `tick` loses an actor that does not."""
         state = self.membership.actors.get(peer)
-        if state is not None and not state.said_goodbye:
-            self._lose(state, reason)
+        if state is not None and state.gone_since_s is None:
+            state.gone_since_s = now_s
+
+    def begin_life(self, life: int, now_s: float) -> None:
+        """All processes were started again: of the old ones nobody comes back."""
+        self.life = life
+        self.ended = False
+        for state in self.membership.present():
+            self._lose(state, "the run was started again")
+        self.membership.learner = None
+        self._batches.withdraw()
+        self.lifecycle.return_untrained()
+        self._ending = Ending(self.config.cluster)
+        self._target_reached = False
+        self.weight_group.forget()
+        self.snapshot_due = True
+        self.warning = f"started again (life {life}) at version {self.policy_version}"
+        self.phase = self._present_phase()
 
     # --- peers -----------------------------------------------------------------------------
 
@@ -188,30 +228,27 @@ class BufferService:
 
     def _lose(self, state: ActorState, reason: str) -> None:
         self.membership.lose(state.name, reason)
+        self.given_up.append(state.name)
         self.lifecycle.holder_lost(state.name)
         self.warning = f"{state.name} lost: {reason}"
 
     # --- results ---------------------------------------------------------------------------
 
     def _on_group(self, peer: str, message: m.GroupFinished, now_s: float) -> None:
-        refusal = self.lifecycle.group_finished(peer, message)
-        self._send(peer, m.Ack(lease_id=message.lease_id))
+        refusal = self.lifecycle.group_finished(peer, message, self.place)
         if refusal is not None:
             self._send(peer, m.Rejected(reason=refusal))
 
     def _on_screened_out(self, peer: str, message: m.ScreenedOut, now_s: float) -> None:
         self.lifecycle.screened_out(peer, message)
-        self._send(peer, m.Ack(lease_id=message.lease_id))
 
     def _on_lease_failed(self, peer: str, message: m.LeaseFailed, now_s: float) -> None:
         whole = self.lifecycle.failed(peer, message)
-        self._send(peer, m.Ack(lease_id=message.lease_id))
         if whole is not None:
             self._evaluation_done(whole, now_s)
 
     def _on_evaluated(self, peer: str, message: m.Evaluated, now_s: float) -> None:
         whole = self.lifecycle.evaluated(peer, message)
-        self._send(peer, m.Ack(lease_id=message.lease_id))
         if whole is not None:
             self._evaluation_done(whole, now_s)
 
@@ -229,10 +266,60 @@ class BufferService:
 
     # --- the learner -----------------------------------------------------------------------
 
+    def _on_resumed(self, peer: str, resumed: m.Resumed, now_s: float) -> None:
+        """The learner stands at a checkpoint. It gets the batches since then once more, or, where
+        the journal does not have them, the service goes on from there as well."""
+        version, journal_version = resumed.policy_version, self.policy_version
+        notice = f"{resumed.notice}; " if resumed.notice else ""
+        missing = range(version, journal_version)
+        if version <= journal_version and all(map(self.lifecycle.repeated, missing)):
+            self.warning = f"{notice}resumed from version {version}"
+            if missing:
+                self.warning += f"; updates to {journal_version} are trained again, as recorded"
+            return
+        self.lifecycle.adopt(resumed)
+        self.policy_version = version
+        self.warning = (
+            f"{notice}resumed from version {version}, of which the journal (at {journal_version}) "
+            "lacks a part: groups are counted by the learner's word"
+        )
+        self._send(peer, m.Welcome(policy_version=version))
+
+    def _on_prepare(self, peer: str, message: m.PrepareCheckpoint, now_s: float) -> None:
+        """The shell holds the answer back until the disk has everything up to here."""
+        answer = m.JournalDurable(
+            policy_version=message.policy_version, service_sequence=self.sequence
+        )
+        self._send(peer, answer)
+
+    def _on_saved(self, peer: str, saved: m.CheckpointSaved, now_s: float) -> None:
+        self.lifecycle.checkpoint_saved(saved.oldest_kept_version)
+        self.snapshot_due = True
+
     def _on_take(self, peer: str, take: m.TakeBatch, now_s: float) -> None:
-        self._batches.ask(take, now_s)
+        if take.policy_version >= self.policy_version:
+            self._batches.ask(take, now_s)
+        elif batch := self.lifecycle.repeated(take.policy_version):
+            self._send_batch(take.policy_version, batch.groups)
+        else:
+            reason = f"version {take.policy_version} is past: the service is at "
+            self._send(peer, m.Rejected(reason=reason + str(self.policy_version)))
+
+    def _repeated(self, message: m.Trained) -> None:
+        """A recorded update was trained again."""
+        batch = self.lifecycle.repeated(message.policy_version - 1)
+        self.num_repeated += 1
+        if batch is not None and batch.lease_ids == message.lease_ids:
+            then = (batch.loss, batch.grad_norm, batch.skipped)
+            now = (message.metrics.get("loss"), message.metrics.get("grad_norm"), message.skipped)
+            self.num_repeated_alike += then == now
 
     def _on_trained(self, peer: str, message: m.Trained, now_s: float) -> None:
+        if message.notice:
+            self.warning = message.notice
+        if not self.lifecycle.is_training(message.lease_ids):
+            self._repeated(message)
+            return
         self.lifecycle.trained(message)
         self.policy_version = message.policy_version
         metrics = message.metrics
@@ -292,7 +379,7 @@ class BufferService:
         self._advance_ending(now_s)
         self.phase = self._present_phase()
         if not self._ending.draining:
-            self._grant()
+            self._grant(now_s)
         self._answer_take(now_s)
 
     def _check_stalled(self, now_s: float) -> None:
@@ -345,10 +432,11 @@ class BufferService:
         ending = self._ending.finish is not None
         return "evaluating" if ending or not self._baseline_done else "training"
 
-    def _grant(self) -> None:
+    def _grant(self, now_s: float) -> None:
+        version = self.policy_version
         training = self._ending.finish is None
         present = self.membership.present()
-        for name, leases in self._grants.next(present, self.policy_version, training=training):
+        for name, leases in self._grants.next(present, version, now_s, training=training):
             self._send(name, leases)
 
     def _answer_take(self, now_s: float) -> None:
@@ -361,10 +449,13 @@ class BufferService:
         if self.warning == self._batches.starving:
             self.warning = ""
         take, groups = answer
+        self._send_batch(take.policy_version, groups)
+
+    def _send_batch(self, policy_version: int, groups: Sequence[BufferedGroup]) -> None:
         for group in groups:
-            self._send_learner(batch_group(group.message))
+            self._send_learner(batch_message(group))
         lease_ids = [group.lease_id for group in groups]
-        self._send_learner(m.BatchReady(policy_version=take.policy_version, lease_ids=lease_ids))
+        self._send_learner(m.BatchReady(policy_version=policy_version, lease_ids=lease_ids))
 
     # --- out -------------------------------------------------------------------------------
 
@@ -374,6 +465,10 @@ class BufferService:
     def _send_learner(self, message: m.Message) -> None:
         if self.membership.learner is not None:
             self.outbox.append((self.membership.learner, message))
+
+    def present_status(self, now_s: float) -> Event:
+        """What a status event would say now."""
+        return Event(kind="status", values=status_values(self, now_s))
 
     def _emit(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> None:
         self.events.append(Event(kind=kind, values=status_values(self, now_s) | values))

@@ -54,6 +54,11 @@ class WeightGroup:
         ]
         return offers, answer
 
+    def forget(self) -> None:
+        """The learner and all actors were started again: the next broadcast needs a new epoch."""
+        self._broken = True
+        self._invited = []
+
     def published(self, message: WeightsPublished) -> list[ActorState]:
         """The broadcast ended. Returns the actors that are to blame for its failure."""
         actors = self._membership.actors

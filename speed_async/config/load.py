@@ -27,6 +27,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     tree = _read_toml(Path(path))
     _absolute_paths(tree, Path(path).resolve().parent)
+    return build_config(apply_overrides(tree, overrides))
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`tree` (which is changed) under dotted overrides. Raises ConfigError."""
     changes = parse_overrides(overrides)
     _absolute_paths(changes, Path.cwd())
     for section, values in changes.items():
@@ -37,7 +42,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not isinstance(merged, dict):
             raise ConfigError(section, merged, "a section holds fields, such as --learner.lr 1e-4")
         _merge(merged, values)
-    return build_config(tree)
+    return tree
 
 
 def build_config(tree: dict[str, Any]) -> Config:
@@ -51,7 +56,10 @@ def build_config(tree: dict[str, Any]) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    path.write_text(json.dumps(config.model_dump(), indent=2) + "\n")
+    """Write `config`, whole or not at all. Raises OSError."""
+    pending = path.with_name(f".{path.name}.partial")
+    pending.write_text(json.dumps(config.model_dump(), indent=2) + "\n")
+    pending.replace(path)
 
 
 def read_resolved(path: Path) -> Config:

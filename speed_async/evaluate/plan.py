@@ -23,6 +23,8 @@ class Accuracy:
 class EvaluationPlan:
     """One evaluation at a time; a version that falls due while one runs is left out."""
 
+    CONFIGURED = ("num_samples", "_every")
+
     def __init__(self, *, num_prompts: int, num_samples: int, every: int) -> None:
         self._num_prompts = num_prompts
         self.num_samples = num_samples

@@ -1,14 +1,16 @@
-"""Checkpoints: a Hugging Face model folder with the optimiser's state beside it, no pickles.
+"""One checkpoint: a Hugging Face model folder with all else that training goes on from beside it.
 
-A checkpoint is written under a temporary name, flushed to disk, then renamed: under its final name
-it is always whole. `latest`, in the folder of all checkpoints, names the newest.
+Written under a temporary name, sealed with checksums (checksums.py), then renamed: under its final
+name it is always whole. What it holds besides the model: the optimiser's tensors, the random
+states of the process, and the learner's progress. The learning rate is no state: it follows from
+the number of updates (`warmed_up_lr`). No pickles.
 """
 
 import json
-import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,14 +18,18 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from speed_async.errors import ModelError
+from speed_async.learner.checksums import damage, seal
 from speed_async.learner.model import load_model
 from speed_async.learner.optimizer import load_named_state
 from speed_async.learner.parallel import FullState
+from speed_async.learner.progress import Progress, Update
+from speed_async.learner.random_states import random_states, restore_random_states
+from speed_async.learner.shelf import put, tidy
 
-FORMAT = 1
-LATEST = "latest"
+FORMAT = 2
 OPTIMIZER_FILE = "optimizer.safetensors"
 TRAINER_FILE = "trainer.json"
+RANDOM_FILE = "random.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,106 +44,73 @@ TOKENIZER_FILES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointInfo:
-    policy_version: int
-    num_updates: int
-    num_skipped: int
-    extra: dict[str, object]
-    """Plain data of the caller; must survive JSON."""
-
-
 def save_checkpoint(
     folder: Path,
     *,
     model: PreTrainedModel,
     state: FullState,
     tokenizer_folder: Path,
-    info: CheckpointInfo,
-) -> Path:
-    """Write `folder` whole or not at all, then point `latest` beside it to it; returns it.
+    progress: Progress,
+) -> None:
+    """Write `folder` whole or not at all; one of the same name is replaced.
 
-    A checkpoint of the same name (of a lineage that was rolled back) is replaced.
-    Raises OSError when the disk is full or not writable; the old state is then untouched.
+    Raises OSError when the disk is full or not writable: what was there before is then untouched.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    tidy(folder.parent)
     partial = folder.with_name(f".{folder.name}.partial")
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    if replaced.exists() and not folder.exists():  # killed between the two renames below
-        replaced.rename(folder)
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
-    model.save_pretrained(partial, state_dict=state.model)
-    for name in TOKENIZER_FILES:
-        if (source := tokenizer_folder / name).is_file():
-            shutil.copyfile(source, partial / name)
-    optimizer = {key: value.detach().contiguous() for key, value in state.optimizer.items()}
-    save_file(optimizer, partial / OPTIMIZER_FILE)
-    record = {"format": FORMAT, **asdict(info)}
-    (partial / TRAINER_FILE).write_text(json.dumps(record, indent=2), encoding="utf-8")
-    _flush(partial)
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    _flush_one(folder.parent)
-    _point_latest(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-    return folder
-
-
-def latest_checkpoint(root: Path) -> Path | None:
-    """The checkpoint that `latest` names, or None when there is none.
-
-    Raises ModelError when it names a folder that is gone.
-    """
-    pointer = root / LATEST
-    if not pointer.is_file():
-        return None
-    name = pointer.read_text(encoding="utf-8").strip()
-    for folder in (root / name, root / f".{name}.replaced"):  # killed while replacing it
-        if (folder / TRAINER_FILE).is_file():
-            return folder
-    raise ModelError(f"'{pointer}' names checkpoint '{name}', which is not there: remove the file")
+    try:
+        model.save_pretrained(partial, state_dict=state.model)
+        for name in TOKENIZER_FILES:
+            if (source := tokenizer_folder / name).is_file():
+                shutil.copyfile(source, partial / name)
+        optimizer = {key: value.detach().contiguous() for key, value in state.optimizer.items()}
+        save_file(optimizer, partial / OPTIMIZER_FILE)
+        _write_json(partial / RANDOM_FILE, random_states())
+        _write_json(partial / TRAINER_FILE, {"format": FORMAT, **asdict(progress)})
+        seal(partial)
+        put(partial, folder)
+    except SafetensorError as error:  # its writer's own word for a full disk
+        raise OSError(f"checkpoint '{folder}' cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its room back
 
 
 def load_checkpoint(
     folder: Path, *, model: PreTrainedModel, optimizer: torch.optim.Optimizer
-) -> CheckpointInfo:
-    """Restore parameters and optimiser state bit for bit.
+) -> Progress:
+    """Restore parameters, optimiser and random states bit for bit.
 
-    Raises ModelError when the folder is no checkpoint, or one of another model.
+    Raises ModelError when the folder is no checkpoint, a damaged one, or one of another model.
     """
+    if what := damage(folder):
+        raise ModelError(f"checkpoint '{folder}' cannot be restored: {what}")
     try:
-        record = json.loads((folder / TRAINER_FILE).read_text(encoding="utf-8"))
-        if (version := record.pop("format")) != FORMAT:
-            raise ModelError(f"checkpoint '{folder}' has format {version}, not {FORMAT}")
-        info = CheckpointInfo(**record)
+        progress = _read_progress(folder)
         saved = load_model(folder, device="cpu")
         model.load_state_dict(saved.state_dict())
         load_named_state(optimizer, model, load_file(folder / OPTIMIZER_FILE))
+        restore_random_states(_read_json(folder / RANDOM_FILE))  # last: loading draws numbers
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"checkpoint '{folder}' cannot be restored: {error}") from error
-    return info
+    return progress
 
 
-def _point_latest(folder: Path) -> None:
-    pending = folder.with_name(f".{LATEST}.partial")
-    pending.write_text(folder.name + "\n", encoding="utf-8")
-    _flush_one(pending)
-    pending.replace(folder.with_name(LATEST))
-    _flush_one(folder.parent)
+def _read_progress(folder: Path) -> Progress:
+    record = _read_json(folder / TRAINER_FILE)
+    if (version := record.pop("format")) != FORMAT:
+        raise ModelError(f"checkpoint '{folder}' has format {version}, not {FORMAT}")
+    updates = [
+        Update(policy_version=update["policy_version"], lease_ids=tuple(update["lease_ids"]))
+        for update in record.pop("recent_updates")
+    ]
+    return Progress(**record, recent_updates=tuple(updates))
 
 
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _flush_one(path)
-    _flush_one(folder)
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record), encoding="utf-8")
 
 
-def _flush_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -57,6 +57,11 @@ class Inbox:
                 return message
             self._set_aside.append(message)
 
+    def forget(self, kind: type[m.Message]) -> None:
+        """Drop what was kept for later of this kind."""
+        kept = [message for message in self._set_aside if not isinstance(message, kind)]
+        self._set_aside = deque(kept)
+
     async def _receive(self, deadline_s: float) -> m.Message:
         message = await self._link.receive(deadline_s)
         if isinstance(message, m.Abort):

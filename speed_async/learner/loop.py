@@ -1,11 +1,18 @@
 """The learner's loop: take a batch, update, broadcast, until done or told to stop.
 
 consumes   batches and news of actors that need weights (from the service)
-waits for  a batch (stall deadline), the broadcast (publishing.py), the last summary
+waits for  a batch (stall deadline), the broadcast (publishing.py), the journal before a checkpoint,
+           the last summary
 unblocked by  the service; a stop request takes effect between two steps
+
+A learner that was started again catches up first: the service stands at a version that the last
+checkpoint has not come to, and hands out the batches of the missing updates again. Until their
+weights are what actors hold already, nothing is published and no checkpoint is made.
 """
 
 import asyncio
+import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +20,9 @@ from typing import Protocol
 
 from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded, RoleError
+from speed_async.learner.checkpointing import Checkpointer
 from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox
+from speed_async.learner.progress import Progress, Restored
 from speed_async.learner.publishing import Publisher
 from speed_async.learner.trainer import UpdateResult
 from speed_async.types import Group, WeightBackend
@@ -30,7 +39,7 @@ class Updates(Protocol):
     def update(self, groups: list[Group]) -> UpdateResult: ...
     def weights(self) -> Iterable[NamedTensor]: ...
     def canary(self) -> Canary: ...
-    def save(self, policy_version: int) -> None: ...
+    def save(self, progress: Progress) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +55,8 @@ class Finished:
     skipped_updates: int
     save_error: str
     """Why the last checkpoint is missing; empty when it is there."""
+    notices: tuple[str, ...]
+    """What a person should know of, besides."""
     service_fields: dict[str, object]
 
 
@@ -59,8 +70,10 @@ class LearnerLoop:
         sender: WeightSender,
         backend: WeightBackend,
         stop: asyncio.Event,
+        restored: Restored | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`restored`: the checkpoint that `updates` was brought back to; None starts anew."""
         self._config = config
         self._link = link
         self._updates = updates
@@ -76,19 +89,35 @@ class LearnerLoop:
             backend=backend,
             clock=clock,
         )
-        self._version = 0
-        self._groups_trained = 0
-        self._completions_trained = 0
-        self._tokens_trained = 0
-        self._skipped = 0
+        self._restored = restored
+        self._progress = restored.progress if restored else Progress()
+        self._checkpointer = Checkpointer(
+            link=link,
+            inbox=self._inbox,
+            updates=updates,
+            deadline_s=config.cluster.connect_timeout_s,
+            saved_version=self._version if restored else None,
+        )
+        self._catch_up_version = 0
+        """Where the service stands: versions below it are trained again, unpublished."""
         self._reached: m.TargetReached | None = None
+        self._notices = list(restored.notices) if restored else []
+        self._untold = ""
+        """A notice that the service has not been told yet."""
+
+    @property
+    def _version(self) -> int:
+        return self._progress.policy_version
+
+    @property
+    def _is_catching_up(self) -> bool:
+        return self._version < self._catch_up_version
 
     async def run(self, hello: m.Hello) -> Finished:
         """Train until `run.updates` or a stop; raises what ends the run badly."""
-        await self._link.send(hello)
-        await self._inbox.expect(m.Welcome, self._config.cluster.connect_timeout_s, "its welcome")
+        await self._begin(hello)
         wait_s = sync_s = 0.0
-        while self._version < self._config.run.updates and not self._stop.is_set():
+        while self._goes_on and not self._stop.is_set():
             began_s = self._clock()
             groups = await self._take_batch()
             if groups is None:
@@ -96,6 +125,39 @@ class LearnerLoop:
             wait_s = self._clock() - began_s
             sync_s = await self._update(groups, wait_s, sync_s)
         return await self._finish()
+
+    async def _begin(self, hello: m.Hello) -> None:
+        """Say hello; where there is a version already, give it to the actors that wait for it."""
+        await self._link.send(hello)
+        patience_s = self._config.cluster.connect_timeout_s
+        welcome = await self._inbox.expect(m.Welcome, patience_s, "its welcome")
+        self._catch_up_version = welcome.policy_version
+        if self._restored is not None or welcome.policy_version > 0:
+            progress = self._progress
+            await self._link.send(
+                m.Resumed(
+                    policy_version=progress.policy_version,
+                    service_sequence=progress.service_sequence,
+                    groups_trained=progress.groups_trained,
+                    completions_trained=progress.completions_trained,
+                    tokens_trained=progress.tokens_trained,
+                    recent_lease_ids=progress.recent_lease_ids,
+                    notice="; ".join(self._notices),
+                )
+            )
+        if self._is_catching_up:
+            self._log(
+                f"going on from version {self._version}, replaying to {welcome.policy_version}"
+            )
+        elif self._version > 0:
+            self._log(f"going on from version {self._version}")
+            await self._publisher.publish(self._version)
+
+    @property
+    def _goes_on(self) -> bool:
+        if self._is_catching_up:
+            return True
+        return self._version < self._config.run.updates and self._reached is None
 
     async def _take_batch(self) -> list[Group] | None:
         """The next batch; None when a stop came first."""
@@ -114,48 +176,72 @@ class LearnerLoop:
                 groups.append(unpack_group(message))
             elif isinstance(message, m.BatchReady):
                 return _whole(groups, message)
+            elif isinstance(message, m.Welcome):  # its journal could not follow: it follows us
+                self._catch_up_version = message.policy_version
+                if self._version > 0:
+                    await self._publisher.publish(self._version)
             elif isinstance(message, m.MembershipChanged):
-                await self._publisher.publish(self._version)
+                if not self._is_catching_up:  # then all are given the version that is come to
+                    await self._publisher.publish(self._version)
             elif isinstance(message, m.TargetReached):
                 self._reached = message
-                return None
+                if not self._is_catching_up:
+                    return None
 
     async def _update(self, groups: list[Group], wait_s: float, last_sync_s: float) -> float:
         """One optimiser update and its broadcast; returns the seconds the broadcast took."""
         result = await asyncio.to_thread(self._updates.update, groups)
-        self._version += 1
-        if result.skipped:
-            self._skipped += 1
-        else:
-            self._groups_trained += len(groups)
-            self._completions_trained += result.completions
-            self._tokens_trained += result.tokens
+        lease_ids = [group.lease_id for group in groups]
+        self._progress = self._progress.updated(
+            lease_ids, skipped=result.skipped, completions=result.completions, tokens=result.tokens
+        )
         metrics = dict(result.metrics)
         metrics |= {
             "time/wait_s": wait_s,
             "time/train_s": result.train_s,
             "time/sync_s": last_sync_s,
             "completions_per_update": float(result.completions),
-            "completions_trained": float(self._completions_trained),
+            "completions_trained": float(self._progress.completions_trained),
         }
+        notice, self._untold = self._untold, ""
         await self._link.send(
             m.Trained(
                 policy_version=self._version,
-                lease_ids=[group.lease_id for group in groups],
+                lease_ids=lease_ids,
                 skipped=result.skipped,
-                groups_trained=self._groups_trained,
-                completions_trained=self._completions_trained,
-                tokens_trained=self._tokens_trained,
+                groups_trained=self._progress.groups_trained,
+                completions_trained=self._progress.completions_trained,
+                tokens_trained=self._progress.tokens_trained,
                 metrics=metrics,
+                notice=notice,
             )
         )
+        if self._is_catching_up:
+            return 0.0
         began_s = self._clock()
         await self._publisher.publish(self._version)
         sync_s = self._clock() - began_s
         every = self._config.learner.checkpoint_every
         if every and self._version % every == 0 and self._version < self._config.run.updates:
-            await asyncio.to_thread(self._updates.save, self._version)
+            self._progress = await self._checkpointer.prepare(self._progress)
+            try:
+                self._progress = await self._checkpointer.save(self._progress)
+            except OSError as error:
+                text = f"checkpoint of version {self._version} could not be saved: {error}"
+                self._tell(f"{text}; training goes on")
         return sync_s
+
+    def _tell(self, notice: str) -> None:
+        """A person should know: in the log now, on the terminal with the next update, and again
+        in the closing words."""
+        self._log(notice)
+        self._notices.append(notice)
+        self._untold = notice
+
+    def _log(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
 
     # --- the end -----------------------------------------------------------------------------
 
@@ -165,27 +251,33 @@ class LearnerLoop:
         reason = "completed" if completed else "stopped by a signal"
         if not evaluate and (reached := self._reached) is not None:
             reason = f"accuracy {reached.accuracy:.3f} reached at version {reached.policy_version}"
+        # While catching up, the older checkpoint and the journal are what the run goes on from.
+        is_due = self._version != self._checkpointer.saved_version and not self._is_catching_up
+        if is_due:
+            self._progress = await self._checkpointer.prepare(self._progress)
         await self._link.send(
             m.FinishRun(policy_version=self._version, evaluate=evaluate, reason=reason)
         )
-        saving = asyncio.create_task(
-            asyncio.to_thread(self._updates.save, self._version), name="save"
-        )
-        summary = await self._await_summary(evaluate=evaluate)
+        summarising = asyncio.create_task(self._await_summary(evaluate=evaluate), name="summary")
         save_error = ""
-        try:
-            await saving
-        except OSError as error:  # the run's results are still to be written
-            save_error = f"the last checkpoint could not be saved: {error}"
+        if is_due:
+            try:
+                await self._checkpointer.save(
+                    self._progress, service_stays=lambda: not summarising.done()
+                )
+            except OSError as error:  # the run's results are still to be written
+                save_error = f"the last checkpoint could not be saved: {error}"
+        summary = await summarising
         return Finished(
             reason=reason,
             completed=completed,
             policy_version=self._version,
-            optimizer_updates=self._version - self._skipped,
-            completions_trained=self._completions_trained,
-            tokens_trained=self._tokens_trained,
-            skipped_updates=self._skipped,
+            optimizer_updates=self._version - self._progress.num_skipped,
+            completions_trained=self._progress.completions_trained,
+            tokens_trained=self._progress.tokens_trained,
+            skipped_updates=self._progress.num_skipped,
             save_error=save_error,
+            notices=tuple(self._notices),
             service_fields=summary.fields,
         )
 

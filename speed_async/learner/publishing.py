@@ -91,6 +91,7 @@ class Publisher:
         patience_s = self._deadline_s + SERVICE_GRACE_S
         what = "the members of the weight group"
         members = await self._inbox.expect(m.WeightMembers, patience_s, what)
+        self._inbox.forget(m.MembershipChanged)  # said before: these are members now
         began_s, num_bytes, failed = self._clock(), 0, None
         if members.actor_names:
             offer = WeightOffer(

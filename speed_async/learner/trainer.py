@@ -16,7 +16,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import ModelError
 from speed_async.learner.batch import MicroBatch, make_micro_batch
 from speed_async.learner.canary import CanaryProbe
-from speed_async.learner.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+from speed_async.learner.checkpoint import load_checkpoint, save_checkpoint
 from speed_async.learner.diagnostics import Diagnostics, batch_metrics, screening_metrics
 from speed_async.learner.loss_tokens import LossTokens
 from speed_async.learner.model import embedding_table
@@ -24,7 +24,9 @@ from speed_async.learner.objective import GroupSignal, Objective, judge, make_ob
 from speed_async.learner.optimizer import make_optimizer, set_lr, warmed_up_lr
 from speed_async.learner.parallel import Parallel
 from speed_async.learner.policy import Policy, check_policy, layout_cost
+from speed_async.learner.progress import Progress
 from speed_async.learner.rows import choose_width, narrow, split_rows, taught_row
+from speed_async.learner.shelf import checkpoint_folder, prune
 from speed_async.types import Group
 from speed_async.weights.canary import Canary
 
@@ -124,30 +126,27 @@ class Trainer:
         all learner ranks take part. Raises ModelError when the weights have diverged."""
         return self._canary_probe.measure(self._policy)
 
-    def checkpoint_folder(self, policy_version: int) -> Path:
-        return self._checkpoints / f"version-{policy_version:06d}"
+    def save(self, progress: Progress) -> int:
+        """Write a checkpoint of the present state, then remove all but the newest
+        `learner.keep_last`. Returns the oldest version that is kept.
 
-    def save(self, policy_version: int, extra: dict[str, object] | None = None) -> None:
-        """Write `checkpoint_folder(policy_version)` (see `save_checkpoint`). Raises OSError."""
+        Raises OSError: older checkpoints are then all there still.
+        """
         save_checkpoint(
-            self.checkpoint_folder(policy_version),
+            checkpoint_folder(self._checkpoints, progress.policy_version),
             model=self.model,
             state=self._parallel.full_state(self.model, self._optimizer),
             tokenizer_folder=self._tokenizer_folder,
-            info=CheckpointInfo(
-                policy_version=policy_version,
-                num_updates=self.num_updates,
-                num_skipped=self.num_skipped,
-                extra=extra or {},
-            ),
+            progress=progress,
         )
+        return prune(self._checkpoints, self._config.keep_last)
 
-    def restore(self, folder: Path) -> CheckpointInfo:
+    def restore(self, folder: Path) -> Progress:
         """Go on exactly where `save` left off. Raises ModelError."""
-        info = load_checkpoint(folder, model=self.model, optimizer=self._optimizer)
-        self.num_updates = info.num_updates
-        self.num_skipped = info.num_skipped
-        return info
+        progress = load_checkpoint(folder, model=self.model, optimizer=self._optimizer)
+        self.num_updates = progress.policy_version
+        self.num_skipped = progress.num_skipped
+        return progress
 
     def _step(self, groups: Sequence[Group], signals: Sequence[GroupSignal]) -> dict[str, float]:
         """Gradient over all micro-batches, then an optimiser step if everything is finite."""

@@ -1,5 +1,6 @@
 """The closing words of a run, for its terminal."""
 
+import textwrap
 from collections.abc import Mapping
 
 from speed_async.observe.notation import DASH, count, decimal, duration, finite, percent
@@ -51,6 +52,10 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
     lines += ["", *_ledger_lines(summary.get("ledger")), ""]
     if breakdown:
         lines += [*_breakdown_lines(summary.get("breakdown")), ""]
+    notices = summary.get("notices")
+    for notice in notices if isinstance(notices, list) else ():
+        head = f"  {'note':<12}"
+        lines += [*textwrap.wrap(head + str(notice), 80, subsequent_indent=" " * len(head)), ""]
     lines.append(f"  {'files':<12}{summary.get('run_folder') or DASH}")
     return "\n".join(lines) + "\n"
 

@@ -2,6 +2,7 @@
 
 import netrc
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,6 +14,8 @@ from speed_async.observe.metrics import Event
 
 LEGACY_HOST = "api.wandb.ai"
 INIT_TIMEOUT_S = 30.0
+ID_FILE = "wandb-run-id"
+"""In the run folder: a run that is resumed goes on as the same run of wandb."""
 AXES = ("policy_version", "wall_s")
 EVALUATION_KEYS = ("accuracy", "num_passed", "num_completions", "oldest_version", "newest_version")
 """The gauges an evaluation event carries besides are those of the steps around it."""
@@ -92,6 +95,16 @@ def find_api_key(environ: Mapping[str, str], *, host: str) -> str | None:
     return entry[2] or None if entry else None
 
 
+def _run_id(run_folder: Path) -> str:
+    """The one of this run folder, made when it is first asked for."""
+    path = run_folder / ID_FILE
+    if not path.is_file():
+        pending = path.with_name(f".{ID_FILE}.partial")
+        pending.write_text(uuid.uuid4().hex[:12] + "\n")
+        pending.replace(path)
+    return path.read_text().strip()
+
+
 def _init(
     run_folder: Path,
     project: str,
@@ -103,6 +116,8 @@ def _init(
         return wandb.init(
             project=project,
             name=run_folder.resolve().name,
+            id=_run_id(run_folder),
+            resume="allow",
             dir=str(run_folder),
             config=dict(config),
             mode=mode,  # pyright: ignore[reportArgumentType]

@@ -21,19 +21,24 @@ async def supervise_rank(config: Config, rank: Rank) -> None:
     stopping = asyncio.Event()
     for stopper in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(stopper, stopping.set)
-    rendezvous = Rendezvous(rank, config.cluster.connect_timeout_s)
-    address = await rendezvous.find(stopping)
-    if address is None:
-        return
-    plan = ActorPlan(
-        index=rank.rank,
-        host=address.host,
-        port=address.port,
-        folder=Path(address.run_folder),
-        environment=_own_gpus(config, rank) | engine_environment(config),
-    )
-    log_to(RunFolder(path=plan.folder).log(f"{plan.role}-supervisor"))
-    await supervise(config, plan, stopping=stopping, run_over=rendezvous.until_ended())
+    rendezvous = Rendezvous(config.cluster.connect_timeout_s)
+    environment = _own_gpus(config, rank) | engine_environment(config)
+    # Once, but for ranks of several nodes, whose agents start them again at different times: a
+    # learner of another life than was found at first may come.
+    while (address := await rendezvous.find(stopping)) is not None:
+        plan = ActorPlan(
+            index=rank.rank,
+            host=address.host,
+            port=address.port,
+            folder=Path(address.run_folder),
+            life=address.life,
+            environment=environment,
+        )
+        log_to(RunFolder(path=plan.folder).log(f"{plan.role}-supervisor"))
+        run_over = rendezvous.until_over(address.life)
+        await supervise(config, plan, stopping=stopping, run_over=run_over)
+        if stopping.is_set() or not rendezvous.is_replaced(address.life):
+            return
 
 
 def _own_gpus(config: Config, rank: Rank) -> dict[str, str]:

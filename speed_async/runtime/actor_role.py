@@ -19,6 +19,7 @@ from speed_async.tasks.registry import make_task
 from speed_async.tasks.task import fingerprint
 from speed_async.tasks.verifier import VerifierPool
 from speed_async.wire import messages as m
+from speed_async.wire.session import SessionLink
 from speed_async.wire.tap import tapped
 from speed_async.wire.transport import Link
 from speed_async.wire.zeromq import open_link
@@ -40,7 +41,7 @@ async def run_actor(
     """
     name = f"actor-{index}"
     peer = f"{name}.{incarnation}"
-    link = tapped(await open_link(host, port, peer), config.observe.trace, peer)
+    link = SessionLink(tapped(await open_link(host, port, peer), config.observe.trace, peer))
     try:
         await _work(config, name, index, incarnation, link, engine)
     except (GivenUp, WeightSyncError):
@@ -54,7 +55,7 @@ async def run_actor(
 
 
 async def _work(
-    config: Config, name: str, index: int, incarnation: int, link: Link, engine: OwnedEngine
+    config: Config, name: str, index: int, incarnation: int, link: SessionLink, engine: OwnedEngine
 ) -> None:
     task = make_task(config.task)
     verifier = VerifierPool(

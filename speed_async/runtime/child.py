@@ -44,7 +44,11 @@ def _role(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
     if arguments.role == "service":
         from speed_async.runtime.service_role import run_service
 
-        return run_service(config, Path(arguments.run_folder))
+        ports = {"service_port": arguments.port, "feed_port": arguments.feed_port}
+        given = {name: port for name, port in ports.items() if port}
+        cluster = config.cluster.model_copy(update=given)
+        config = config.model_copy(update={"cluster": cluster})
+        return run_service(config, Path(arguments.run_folder), life=arguments.life)
     from speed_async.actors.engine_choice import start_engine
     from speed_async.runtime.actor_role import run_actor
 
@@ -63,6 +67,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--config")
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--feed-port", type=int)
+    parser.add_argument("--life", type=int, default=0)
     parser.add_argument("--index", type=int)
     parser.add_argument("--incarnation", type=int)
     parser.add_argument("--joined", action="store_true")

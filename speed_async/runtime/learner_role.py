@@ -6,19 +6,21 @@ waits for  the service's ports, the service's messages (learner/loop.py), the ch
 import asyncio
 import contextlib
 import importlib
-import json
 import signal
 import sys
 from typing import TYPE_CHECKING
 
 from speed_async.config.schema import Config
-from speed_async.errors import DeadlineExceeded, RoleError, SpeedAsyncError
+from speed_async.errors import RoleError, SpeedAsyncError
 from speed_async.observe.report import plot_accuracy, summary_text
-from speed_async.runtime.failure import describe, recorded
+from speed_async.runtime.failure import describe
+from speed_async.runtime.life import Life, begin_life, remember_ports
 from speed_async.runtime.processes import end_process, log_to, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
-from speed_async.runtime.run_folder import RunFolder, make_run_folder
+from speed_async.runtime.run_folder import RunFolder
+from speed_async.runtime.service_process import ServiceProcess
 from speed_async.wire import messages as m
+from speed_async.wire.session import SessionLink
 from speed_async.wire.tap import tapped
 from speed_async.wire.zeromq import open_link
 
@@ -33,66 +35,61 @@ UPLOAD_GRACE_S = 60.0
 FAILED_GRACE_S = 1.0
 
 
-async def lead_run(config: Config, rank: Rank) -> bool:
-    """The whole run, seen from its first rank. True when it was completed, False when stopped."""
+async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
+    """One life of a run, seen from its first rank: of a new one, or (`resume`, and after a restart
+    of the ranks) of one that was begun before.
+
+    True when the run was completed, False when it was stopped.
+    """
     stop = asyncio.Event()
     for stopper in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(stopper, stop.set)
     # torchrun decides how many actors there are, whatever the file says.
     num_actors = rank.world_size - config.cluster.learners
     cluster = config.cluster.model_copy(update={"actors": num_actors})
-    folder, config = make_run_folder(config.model_copy(update={"cluster": cluster}))
+    config = config.model_copy(update={"cluster": cluster})
+    rendezvous = Rendezvous(config.cluster.connect_timeout_s)
+    begun_in = await asyncio.to_thread(rendezvous.begun_in)
+    life = await asyncio.to_thread(begin_life, config, begun_in=begun_in, resume=resume)
+    config, folder = life.config, life.folder
+    await asyncio.to_thread(rendezvous.begin, folder.path)
+    sys.stderr.writelines(life.first_words())  # on the terminal, while nothing is drawn there yet
     log_to(folder.log(ROLE))
-    service, ports = await _start_service(config, folder)
+    sys.stderr.writelines([f"life {life.number}\n", *life.first_words()])
+    service = ServiceProcess(config, folder, life=life.number)
+    await service.start(life.ports)
+    ports = service.ports
     console: asyncio.subprocess.Process | None = None
+    watch: asyncio.Task[None] | None = None
     grace_s = FAILED_GRACE_S
     try:
+        remember_ports(life, ports)
         address = ServiceAddress(
             host=config.cluster.host,
-            port=config.cluster.advertised_port or ports["port"],
-            feed_port=ports["feed_port"],
+            port=config.cluster.advertised_port or ports.service,
+            feed_port=ports.feed,
             run_folder=str(folder.path),
+            life=life.number,
         )
         sys.stderr.write(f"metrics feed at tcp://{address.host}:{address.feed_port}\n")
         sys.stderr.write(f"actors join at tcp://{address.host}:{address.port}\n")
-        rendezvous = Rendezvous(rank, config.cluster.connect_timeout_s)
         await asyncio.to_thread(rendezvous.publish, address)
         console = await _start_console(address, folder)
-        watch = asyncio.create_task(service.wait(), name="service")
-        finished = await _train(config, rank, address, folder, stop, watch)
-        await asyncio.to_thread(rendezvous.end)
+        watch = asyncio.create_task(service.watch(), name="service")
+        finished = await _train(life, rank, address, stop, service, watch)
+        await asyncio.to_thread(rendezvous.end, life.number)
         grace_s = UPLOAD_GRACE_S if config.observe.wandb else CHILD_GRACE_S
     finally:
-        await end_process(service, grace_s)
+        if watch is not None:
+            await asyncio.wait((watch,), timeout=grace_s)  # it ends by itself after its last word
+            watch.cancel()
+        await service.end(FAILED_GRACE_S)
         if console is not None:
             await end_process(console, grace_s)
     _write_results(finished, folder, breakdown=config.observe.breakdown)
     if finished.save_error:
         raise RoleError(ROLE, finished.save_error)
     return finished.completed
-
-
-async def _start_service(
-    config: Config, folder: RunFolder
-) -> tuple[asyncio.subprocess.Process, dict[str, int]]:
-    arguments = ["--config", str(folder.config), "--run-folder", str(folder.path)]
-    process = await start_role("service", arguments, log=folder.log("service"))
-    assert process.stdout is not None
-    deadline_s = config.cluster.connect_timeout_s
-    try:
-        line = await asyncio.wait_for(process.stdout.readline(), deadline_s)
-    except TimeoutError:
-        await end_process(process, 0.1)
-        raise DeadlineExceeded("the buffer service", "its ports", deadline_s) from None
-    if not line:
-        await process.wait()
-        raise _service_error(folder)
-    return process, json.loads(line)
-
-
-def _service_error(folder: RunFolder) -> RoleError:
-    text = recorded(folder.error("service"))
-    return RoleError.quoting(text or f"buffer service: died; read {folder.log('service')}")
 
 
 async def _start_console(address: ServiceAddress, folder: RunFolder) -> asyncio.subprocess.Process:
@@ -102,19 +99,19 @@ async def _start_console(address: ServiceAddress, folder: RunFolder) -> asyncio.
 
 
 async def _train(
-    config: Config,
+    life: Life,
     rank: Rank,
     address: ServiceAddress,
-    folder: RunFolder,
     stop: asyncio.Event,
-    watch: asyncio.Task[int],
+    service: ServiceProcess,
+    watch: asyncio.Task[None],
 ) -> "Finished":
     """Train; a service that dies meanwhile ends it."""
     # Seconds to import, while the actors, which wait for the service alone, do the same.
     work = await asyncio.to_thread(importlib.import_module, "speed_async.runtime.learner_work")
-    link = await open_link(address.host, address.port, ROLE)
-    link = tapped(link, config.observe.trace, ROLE)
-    training = asyncio.create_task(work.learn(config, rank, link, stop), name=ROLE)
+    raw_link = await open_link(address.host, address.port, ROLE)
+    link = SessionLink(tapped(raw_link, life.config.observe.trace, ROLE))
+    training = asyncio.create_task(work.learn(life, rank, link, stop), name=ROLE)
     try:
         await asyncio.wait((training, watch), return_when=asyncio.FIRST_COMPLETED)
         if not training.done():
@@ -122,7 +119,9 @@ async def _train(
             await asyncio.wait((training,), timeout=CHILD_GRACE_S)
         if not training.done():
             training.cancel()
-            raise _service_error(folder)
+            if watch.exception() is not None:
+                await watch
+            raise service.error()
         return await training
     except Exception as error:  # the role's boundary: told to the others, then raised on
         with contextlib.suppress(SpeedAsyncError):
@@ -141,6 +140,7 @@ def _write_results(finished: "Finished", folder: RunFolder, *, breakdown: bool) 
         "completions_trained": finished.completions_trained,
         "tokens_trained": finished.tokens_trained,
         "run_folder": str(folder.path),
+        "notices": list(finished.notices),
     }
     folder.write_summary(summary)
     plot_accuracy(folder.path)

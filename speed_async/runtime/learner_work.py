@@ -9,11 +9,12 @@ import os
 
 import torch
 
-from speed_async.config.schema import Config
 from speed_async.learner.loop import Finished, LearnerLoop
 from speed_async.learner.model import load_model, stored_dtype
 from speed_async.learner.parallel import SingleRank
+from speed_async.learner.progress import Restored
 from speed_async.learner.trainer import Trainer
+from speed_async.runtime.life import Life
 from speed_async.runtime.rendezvous import Rank
 from speed_async.tasks.registry import make_task
 from speed_async.tasks.task import fingerprint
@@ -24,14 +25,19 @@ from speed_async.wire import messages as m
 from speed_async.wire.transport import Link
 
 
-async def learn(config: Config, rank: Rank, link: Link, stop: asyncio.Event) -> Finished:
+async def learn(life: Life, rank: Rank, link: Link, stop: asyncio.Event) -> Finished:
     """Train to the end of the run, or until `stop` is set."""
+    config = life.config
     torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.run.seed)
     task = make_task(config.task)
     model = await asyncio.to_thread(load_model, config.model.path, device=config.learner.device)
     lay_flat(model)  # before the optimiser is made; what lies flat is sent without being packed
     trainer = Trainer(config=config, model=model, parallel=SingleRank())
+    restored = None
+    if (found := life.checkpoint) is not None:
+        progress = await asyncio.to_thread(trainer.restore, found.folder)
+        restored = Restored(progress=progress, notices=found.notices)
     device = next(model.parameters()).device
     sender = TorchSender(
         host=config.cluster.host,
@@ -55,6 +61,7 @@ async def learn(config: Config, rank: Rank, link: Link, stop: asyncio.Event) -> 
         sender=sender,
         backend=backend,
         stop=stop,
+        restored=restored,
     )
     gc.freeze()  # full collections need not go through all that was imported
     try:
@@ -62,7 +69,7 @@ async def learn(config: Config, rank: Rank, link: Link, stop: asyncio.Event) -> 
             m.Hello(
                 role="learner",
                 index=rank.rank,
-                incarnation=rank.restart,
+                incarnation=life.number,
                 fingerprint=fingerprint(task),
                 process_id=os.getpid(),
             )

@@ -31,7 +31,7 @@ def launch_local(config: Config, arguments: Sequence[str]) -> int:
         run_id=f"speed_async-{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=config.cluster.max_restarts,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(),
         shutdown_timeout=int(config.cluster.drain_timeout_s) + STOP_GRACE_S,

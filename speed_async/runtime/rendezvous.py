@@ -1,6 +1,9 @@
-"""How ranks find the service: one key in the store that torchrun's agent already serves.
+"""How ranks find the service: a few keys in the store that torchrun's agent already serves.
 
-Torch is imported here for the store's client only.
+The store outlives ranks that are started again, and so does what an earlier life wrote there: an
+address is good only while its service listens, and until another takes its place. (Nothing else
+tells: agents of several nodes count restarts each for itself.) The run folder's key is how a
+restarted learner knows where to go on. Torch is imported here for the store's client only.
 """
 
 import asyncio
@@ -10,13 +13,19 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from speed_async.errors import DeadlineExceeded, SpeedAsyncError
+from speed_async.runtime.ports import listens
 
 POLL_S = 0.1
 ENDED_POLL_S = 0.5
+CONNECT_TIMEOUT_S = 2.0
+FOLDER_KEY = "speed_async/run_folder"
+ADDRESS_KEY = "speed_async/service"
+ENDED_KEY = "speed_async/ended"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +34,7 @@ class ServiceAddress:
     port: int
     feed_port: int
     run_folder: str
+    life: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +45,6 @@ class Rank:
     world_size: int
     local_rank: int
     local_world_size: int
-    restart: int
 
     @staticmethod
     def from_environment() -> "Rank":
@@ -45,7 +54,6 @@ class Rank:
                 world_size=int(os.environ["WORLD_SIZE"]),
                 local_rank=int(os.environ["LOCAL_RANK"]),
                 local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
-                restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
             )
         except KeyError as missing:
             raise SpeedAsyncError(
@@ -56,10 +64,9 @@ class Rank:
 
 
 class Rendezvous:
-    """Publishes and finds the service's address. Values are JSON, never pickles."""
+    """Publishes and finds the service's address. Values are text and JSON, never pickles."""
 
-    def __init__(self, rank: Rank, timeout_s: float) -> None:
-        self._key = f"speed_async/service/{rank.restart}"
+    def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._store = TCPStore(
             os.environ["MASTER_ADDR"],
@@ -68,33 +75,40 @@ class Rendezvous:
             timeout=timedelta(seconds=timeout_s),
         )
 
+    # --- the leading learner -------------------------------------------------------------------
+
+    def begun_in(self) -> Path | None:
+        """The run folder that these ranks had before they were started again."""
+        if not self._store.check([FOLDER_KEY]):
+            return None
+        return Path(self._store.get(FOLDER_KEY).decode())
+
+    def begin(self, run_folder: Path) -> None:
+        """Note where this run is, and that nobody serves it yet."""
+        self._store.delete_key(ADDRESS_KEY)
+        self._store.set(FOLDER_KEY, str(run_folder))
+
     def publish(self, address: ServiceAddress) -> None:
-        self._store.set(self._key, json.dumps(asdict(address)))
+        self._store.set(ADDRESS_KEY, json.dumps(asdict(address)))
 
-    def end(self) -> None:
+    def end(self, life: int) -> None:
         """The run is over: no actor need be started again."""
-        self._store.set(f"{self._key}/ended", "yes")
+        self._store.set(f"{ENDED_KEY}/{life}", "yes")
 
-    async def until_ended(self) -> None:
-        """Return when the run is over."""
-        while not await asyncio.to_thread(self._has_ended):  # noqa: ASYNC110 - a store to ask
-            await asyncio.sleep(ENDED_POLL_S)
-
-    def _has_ended(self) -> bool:
-        try:
-            return self._store.check([f"{self._key}/ended"])
-        except RuntimeError:  # the store is out of reach: then torchrun ends this rank
-            return False
+    # --- everybody else ------------------------------------------------------------------------
 
     async def find(self, stopping: asyncio.Event) -> ServiceAddress | None:
-        """Wait until the learner has published; None when a stop came first.
+        """Wait until the learner has published a service that listens; None when a stop came first.
 
         Raises DeadlineExceeded.
         """
         ends_s = time.monotonic() + self._timeout_s
         while not stopping.is_set():
-            if self._store.check([self._key]):
-                return ServiceAddress(**json.loads(self._store.get(self._key)))
+            address = self._published()
+            if address is not None and await listens(
+                address.host, address.port, timeout_s=CONNECT_TIMEOUT_S
+            ):
+                return address
             if time.monotonic() > ends_s:
                 raise DeadlineExceeded(
                     "the learner (rank 0)", "the buffer service's address", self._timeout_s
@@ -102,3 +116,24 @@ class Rendezvous:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), POLL_S)
         return None
+
+    async def until_over(self, life: int) -> None:
+        """Return when this life has ended, or another has taken its place."""
+        while not await asyncio.to_thread(self._is_over, life):  # noqa: ASYNC110 - a store to ask
+            await asyncio.sleep(ENDED_POLL_S)
+
+    def is_replaced(self, life: int) -> bool:
+        """Whether the service of another life has been published."""
+        address = self._published()
+        return address is not None and address.life != life
+
+    def _is_over(self, life: int) -> bool:
+        try:
+            return self._store.check([f"{ENDED_KEY}/{life}"]) or self.is_replaced(life)
+        except RuntimeError:  # the store is out of reach: then torchrun ends this rank
+            return False
+
+    def _published(self) -> ServiceAddress | None:
+        if not self._store.check([ADDRESS_KEY]):
+            return None
+        return ServiceAddress(**json.loads(self._store.get(ADDRESS_KEY)))

@@ -1,12 +1,18 @@
 """The run folder: who writes what where."""
 
+import fcntl
 import json
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from speed_async.config.load import save_config
+from speed_async.config.resumed import CONFIG_FILE
 from speed_async.config.schema import Config
-from speed_async.errors import ConfigError
+from speed_async.errors import ConfigError, SpeedAsyncError
+
+LOCK_POLL_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,11 +21,23 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        return self.path / "config.json"
+        return self.path / CONFIG_FILE
 
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def life(self) -> Path:
+        return self.path / "life.json"
+
+    @property
+    def address(self) -> Path:
+        return self.path / "address.json"
 
     def log(self, role: str) -> Path:
         return self.path / "logs" / f"{role}.log"
@@ -28,7 +46,40 @@ class RunFolder:
         return self.path / "logs" / f"{role}.error"
 
     def write_summary(self, fields: dict[str, object]) -> None:
-        self.summary.write_text(json.dumps(fields, indent=2) + "\n")
+        self.write(self.summary, json.dumps(fields, indent=2) + "\n")
+
+    def write(self, path: Path, text: str) -> None:
+        """Write a file of this folder whole or not at all. Raises OSError."""
+        pending = path.with_name(f".{path.name}.partial")
+        with pending.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        pending.replace(path)
+
+    def take_lock(self, grace_s: float) -> int:
+        """Have this run to oneself; returns an open descriptor that no child inherits.
+
+        Raises SpeedAsyncError when another process has it still after `grace_s`.
+        """
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        ends_s = time.monotonic() + grace_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < ends_s:
+                    time.sleep(LOCK_POLL_S)
+                    continue
+                os.close(descriptor)
+                raise SpeedAsyncError(
+                    f"the run in '{self.path}' is under way: stop it first (Ctrl-C), or start "
+                    "another in a folder of its own"
+                ) from None
+            return descriptor
+
+    def release_lock(self, descriptor: int) -> None:
+        os.close(descriptor)
 
 
 def make_run_folder(config: Config) -> tuple[RunFolder, Config]:

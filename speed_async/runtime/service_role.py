@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from speed_async.buffer.curriculum import make_curriculum
+from speed_async.buffer.recovery import open_machine
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
 from speed_async.config.schema import Config
@@ -20,39 +21,48 @@ from speed_async.tasks.task import fingerprint
 from speed_async.wire.feed import FeedPublisher
 from speed_async.wire.zeromq import open_hub
 
-SEND_DEADLINE_S = 2.0
-"""A peer whose queue stays full this long is given up: the others must not wait for it."""
 
+async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
+    """Bind, say on stdout where (one JSON line), serve until the run has ended.
 
-async def run_service(config: Config, run_folder: Path) -> None:
-    """Bind, say on stdout where (one JSON line), serve until the run has ended."""
+    `life` is the run's: in another than before, all actors of the one before are lost.
+    """
     loop = asyncio.get_running_loop()
     # The learner ends this process by protocol, or by dying: signals to the group are not for it.
     for ignored in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(ignored, lambda: None)
     task = make_task(config.task)
-    hub = await open_hub(
-        config.cluster.host, config.cluster.service_port, send_deadline_s=SEND_DEADLINE_S
-    )
+    hub = await open_hub(config.cluster.host, config.cluster.service_port)
     feed = FeedPublisher(config.cluster.host, config.cluster.feed_port)
-    service = BufferService(
-        config,
-        curriculum=make_curriculum(
-            config, len(task.train_prompts), np.random.default_rng(config.run.seed)
-        ),
-        evaluations=EvaluationPlan(
-            num_prompts=len(task.held_out_prompts),
-            num_samples=config.evaluate.num_samples,
-            every=config.evaluate.every,
-        ),
-        fingerprint=fingerprint(task),
-        started_s=time.monotonic(),
-        feed_port=feed.port,
-    )
+    task_fingerprint = fingerprint(task)
+
+    def build(settings: Config) -> BufferService:
+        return BufferService(
+            settings,
+            curriculum=make_curriculum(
+                settings, len(task.train_prompts), np.random.default_rng(settings.run.seed)
+            ),
+            evaluations=EvaluationPlan(
+                num_prompts=len(task.held_out_prompts),
+                num_samples=settings.evaluate.num_samples,
+                every=settings.evaluate.every,
+            ),
+            fingerprint=task_fingerprint,
+            started_s=time.monotonic(),
+            feed_port=feed.port,
+        )
+
+    keeps_journal = config.buffer.durability != "none"
+    folder = run_folder / "journal" if keeps_journal else None
+    machine, notes = open_machine(folder, config, build, life=life)
+    for note in notes:
+        sys.stderr.write(note + "\n")
+    if notes:
+        machine.service.warning = "; ".join(notes)
     sinks = make_sinks(config, run_folder)
     sys.stdout.write(json.dumps({"port": hub.port, "feed_port": feed.port}) + "\n")
     sys.stdout.flush()
-    await serve(service, hub, feed, sinks)
+    await serve(machine, hub, feed, sinks)
 
 
 def make_sinks(config: Config, run_folder: Path) -> list[Sink]:

@@ -3,11 +3,13 @@
 consumes   the child's exit, the end of the run, a stop signal
 restarts   a child that was killed by a signal or given up as lost, with back-off; an actor that
            failed with an error of its own is not started again, because it would fail again
-ends       the child a moment after the run, also one that hangs
+ends       the child a moment after the run, also one that hangs; a child that drains towards a
+           service that is gone at once
 """
 
 import asyncio
 import signal
+from asyncio import FIRST_COMPLETED
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,8 @@ from typing import Any
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
 from speed_async.runtime.failure import EXIT_GIVEN_UP, recorded
-from speed_async.runtime.processes import end_process, kill_process, start_role
+from speed_async.runtime.ports import listens
+from speed_async.runtime.processes import kill_process, start_role
 from speed_async.runtime.run_folder import RunFolder
 
 FIRST_BACKOFF_S = 0.5
@@ -26,6 +29,12 @@ WELL_S = 10.0
 it."""
 OVER_GRACE_S = 6.0
 """After the run's end its actors, long drained, have this long to free their engines."""
+GONE_GRACE_S = 1.0
+"""A service that nobody listens for any more has either ended the run, which is heard within this,
+or died."""
+PROBE_INTERVAL_S = 0.5
+INCARNATIONS_A_LIFE = 1000
+"""So that no actor of one life of a run has a name of an earlier one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +47,8 @@ class ActorPlan:
     """Of the service."""
     folder: Path
     """A run folder: it holds `config.json`, and takes logs and errors."""
+    life: int = 0
+    """Of the run: incarnations are numbered on from it."""
     joined: bool = False
     """It came by itself: no torchrun rank, and its failure is no matter for the others."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -81,7 +92,8 @@ async def _supervise(
 ) -> None:
     folder, role = RunFolder(path=plan.folder), plan.role
     max_restarts, status, backoff_s = config.actors.max_restarts, 0, FIRST_BACKOFF_S
-    for incarnation in range(max_restarts + 1):
+    for restart in range(max_restarts + 1):
+        incarnation = plan.life * INCARNATIONS_A_LIFE + restart
         folder.error(role).unlink(missing_ok=True)
         process = await start_role(
             "actor",
@@ -92,10 +104,9 @@ async def _supervise(
         )
         started_s = asyncio.get_running_loop().time()
         ended = asyncio.create_task(process.wait(), name="child")
-        await asyncio.wait((ended, over, stop), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((ended, over, stop), return_when=FIRST_COMPLETED)
         if stop.done() and not ended.done():
-            process.send_signal(signal.SIGTERM)  # it drains
-            await end_process(process, config.cluster.drain_timeout_s)
+            await _drain(process, ended, over, plan, config.cluster.drain_timeout_s)
         elif over.done():
             await asyncio.wait((ended,), timeout=OVER_GRACE_S)
             await kill_process(process)
@@ -106,7 +117,7 @@ async def _supervise(
             raise RoleError.quoting(recorded(folder.error(role)) or f"{role}: exit status {status}")
         if asyncio.get_running_loop().time() - started_s > WELL_S:
             backoff_s = FIRST_BACKOFF_S
-        await asyncio.wait((over, stop), timeout=backoff_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((over, stop), timeout=backoff_s, return_when=FIRST_COMPLETED)
         if over.done() or stop.done():
             return
         backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
@@ -116,6 +127,27 @@ async def _supervise(
         f"died {max_restarts + 1} times, as often as actors.max_restarts allows "
         f"(last: {_how(status)}): {last_words}",
     )
+
+
+async def _drain(
+    process: asyncio.subprocess.Process,
+    ended: asyncio.Task[int],
+    over: asyncio.Task[None],
+    plan: ActorPlan,
+    timeout_s: float,
+) -> None:
+    """Have the child drain, for as long as there is a service that it can tell about it."""
+    process.send_signal(signal.SIGTERM)
+    loop = asyncio.get_running_loop()
+    ends_s = loop.time() + timeout_s
+    while not ended.done() and loop.time() < ends_s:
+        if not await listens(plan.host, plan.port, timeout_s=GONE_GRACE_S):
+            await asyncio.wait((ended, over), timeout=GONE_GRACE_S, return_when=FIRST_COMPLETED)
+            if over.done():
+                await asyncio.wait((ended,), timeout=OVER_GRACE_S)
+            break
+        await asyncio.wait((ended,), timeout=PROBE_INTERVAL_S)
+    await kill_process(process)
 
 
 def _how(status: int) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from speed_async.errors import ProtocolError
 from speed_async.types import Float32Array, Int32Array
-from speed_async.wire import fields, joining, messages
+from speed_async.wire import fields, joining, messages, session
 from speed_async.wire.messages import PROTOCOL_VERSION, Message
 
 Frame = bytes | memoryview
@@ -65,7 +65,7 @@ def _message_types(base: type[Message]) -> Iterator[type[Message]]:
         yield from _message_types(child)
 
 
-MESSAGE_MODULES = (messages, joining)
+MESSAGE_MODULES = (messages, joining, session)
 """Importing them makes their messages known."""
 
 _LAYOUTS = {record.__name__: _layout_of(record) for record in _message_types(Message)}

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from speed_async.errors import DeadlineExceeded, ProtocolError, TransportClosed
 from speed_async.wire.codec import Frame, decode, encode
 from speed_async.wire.messages import Message, Rejected
-from speed_async.wire.transport import PeerName
+from speed_async.wire.transport import Delivery, PeerName
 
 Item = TypeVar("Item")
 
@@ -53,6 +53,24 @@ class InProcessHub:
             return False
         return True
 
+    def offer(self, peer: PeerName, message: Message) -> Delivery:
+        """Queue a message if that can be done at once; `undelivered` counts gone peers."""
+        if self._inbox.closed:
+            raise TransportClosed("the in-process service is closed")
+        outbox = self._outboxes.get(peer)
+        if outbox is None or outbox.closed:
+            self.undelivered += 1
+            return Delivery.GONE
+        put = outbox.put_now(_as_bytes(encode(message)))
+        return Delivery.QUEUED if put else Delivery.FULL
+
+    def receive_now(self) -> tuple[PeerName, Message] | None:
+        """The next valid message of any peer, if there is one already."""
+        while (item := self._inbox.get_now()) is not None:
+            if (received := self._opened(*item)) is not None:
+                return received
+        return None
+
     async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:
         """Next valid message of any peer. Raises DeadlineExceeded or TransportClosed."""
         clock = asyncio.get_running_loop().time
@@ -63,12 +81,16 @@ class InProcessHub:
                 peer, frames = await self._inbox.get(remaining_s, whom="any peer", what="a message")
             except DeadlineExceeded as error:
                 raise DeadlineExceeded(error.whom, error.what, deadline_s) from None
-            try:
-                return peer, decode(frames)
-            except ProtocolError as error:
-                self.rejected += 1
-                answer = _as_bytes(encode(Rejected(reason=str(error))))
-                await self._outboxes[peer].put_if_room(answer)
+            if (received := self._opened(peer, frames)) is not None:
+                return received
+
+    def _opened(self, peer: PeerName, frames: list[bytes]) -> tuple[PeerName, Message] | None:
+        try:
+            return peer, decode(frames)
+        except ProtocolError as error:
+            self.rejected += 1
+            self._outboxes[peer].put_now(_as_bytes(encode(Rejected(reason=str(error)))))
+            return None
 
     async def close(self) -> None:
         """Links still receive what was sent to them, then TransportClosed."""
@@ -123,49 +145,62 @@ class _Mailbox(Generic[Item]):
         self.closed = False
         self._capacity = capacity
         self._items: deque[Item] = deque()
-        self._changed = asyncio.Condition()
+        self._waiters: set[asyncio.Future[None]] = set()
 
     async def put(self, item: Item, deadline_s: float, *, whom: str, what: str) -> None:
-        async with self._changed:
-            await self._until(lambda: len(self._items) < self._capacity, deadline_s, whom, what)
-            if self.closed:
-                raise TransportClosed(f"closed while waiting for {whom}: {what}")
-            self._items.append(item)
-            self._changed.notify_all()
+        await self._until(lambda: len(self._items) < self._capacity, deadline_s, whom, what)
+        if not self.put_now(item):
+            raise TransportClosed(f"closed while waiting for {whom}: {what}")
 
     async def get(self, deadline_s: float, *, whom: str, what: str) -> Item:
-        async with self._changed:
-            await self._until(lambda: len(self._items) > 0, deadline_s, whom, what)
-            if not self._items:
-                raise TransportClosed(f"closed while waiting for {whom}: {what}")
-            item = self._items.popleft()
-            self._changed.notify_all()
-            return item
+        await self._until(lambda: len(self._items) > 0, deadline_s, whom, what)
+        item = self.get_now()
+        if item is None:
+            raise TransportClosed(f"closed while waiting for {whom}: {what}")
+        return item
 
-    async def put_if_room(self, item: Item) -> None:
-        """Put at once or not at all."""
-        async with self._changed:
-            if not self.closed and len(self._items) < self._capacity:
-                self._items.append(item)
-                self._changed.notify_all()
+    def put_now(self, item: Item) -> bool:
+        """Put at once, or not at all: then False."""
+        if self.closed or len(self._items) >= self._capacity:
+            return False
+        self._items.append(item)
+        self._tell()
+        return True
+
+    def get_now(self) -> Item | None:
+        if not self._items:
+            return None
+        item = self._items.popleft()
+        self._tell()
+        return item
 
     async def close(self, *, keep_items: bool) -> None:
-        async with self._changed:
-            self.closed = True
-            if not keep_items:
-                self._items.clear()
-            self._changed.notify_all()
+        self.closed = True
+        if not keep_items:
+            self._items.clear()
+        self._tell()
+
+    def _tell(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     async def _until(
         self, is_ready: Callable[[], bool], deadline_s: float, whom: str, what: str
     ) -> None:
-        started_s = asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout(deadline_s):
-                await self._changed.wait_for(lambda: self.closed or is_ready())
-        except TimeoutError:
-            waited_s = asyncio.get_running_loop().time() - started_s
-            raise DeadlineExceeded(whom, what, waited_s) from None
+        """Return when `is_ready`, or when closed. Raises DeadlineExceeded."""
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        while not (self.closed or is_ready()):
+            waiter = loop.create_future()
+            self._waiters.add(waiter)
+            try:
+                async with asyncio.timeout(max(0.0, deadline_s - (loop.time() - started_s))):
+                    await waiter
+            except TimeoutError:
+                raise DeadlineExceeded(whom, what, loop.time() - started_s) from None
+            finally:
+                self._waiters.discard(waiter)
 
 
 def _as_bytes(frames: Sequence[Frame]) -> list[bytes]:

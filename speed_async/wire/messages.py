@@ -162,13 +162,6 @@ class Leases(Message):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ack(Message):
-    """The service has taken charge of this lease's result."""
-
-    lease_id: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class OfferWeights(Message):
     """Take part in a broadcast; fields as in `types.WeightOffer`. `rank` is the actor's first."""
 
@@ -218,6 +211,8 @@ class Trained(Message):
     completions_trained: int
     tokens_trained: int
     metrics: dict[str, float]
+    notice: str = ""
+    """Something that a person should know of, such as a checkpoint that could not be written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,6 +254,8 @@ class Resumed(Message):
     tokens_trained: int
     recent_lease_ids: list[int]
     """Groups trained by the last updates; a journal that lost its tail may still hold them."""
+    notice: str = ""
+    """What a person should know of: newer checkpoints were damaged and passed over."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

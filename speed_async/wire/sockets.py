@@ -87,6 +87,18 @@ class PolledSocket:
             self._receive_now, self._readers, deadline_s, whom=whom, what=what
         )
 
+    def receive_now(self) -> list[Frame] | None:
+        """The frames of the next message, or None. Raises TransportClosed."""
+        if self._closed:
+            raise TransportClosed("the socket is closed")
+        try:
+            frames = self._receive_now()
+        except zmq.Again:
+            return None
+        if self._readers or self._writers:
+            self._wake()
+        return frames
+
     def send_now(self, frames: Sequence[Frame]) -> None:
         """Queue one message or raise zmq.Again."""
         last = len(frames) - 1

@@ -5,12 +5,21 @@ and the hub arrive whole, in order, at most once per send; malformed input from 
 with `Rejected`, counted, and never raises out of the hub; every wait has a deadline.
 """
 
+from enum import Enum, auto
 from typing import Protocol
 
 from speed_async.wire.messages import Message
 
 PeerName = str
 """Unique name a link announces, such as `actor-1.0` (role, rank, incarnation)."""
+
+
+class Delivery(Enum):
+    QUEUED = auto()
+    FULL = auto()
+    """The peer's queue has no room now."""
+    GONE = auto()
+    """The peer has no connection now."""
 
 
 class Link(Protocol):
@@ -32,13 +41,16 @@ class Link(Protocol):
 class Hub(Protocol):
     """The service's side: many peers, told apart by name."""
 
-    async def send(self, peer: PeerName, message: Message) -> bool:
-        """Queue a message to a peer; False when the peer is gone or never was, which is no
-        error. Raises DeadlineExceeded when the peer's queue stays full."""
+    def offer(self, peer: PeerName, message: Message) -> Delivery:
+        """Queue a message to a peer, if that can be done at once."""
         ...
 
     async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:
         """Next valid message of any peer. Raises DeadlineExceeded or TransportClosed."""
+        ...
+
+    def receive_now(self) -> tuple[PeerName, Message] | None:
+        """The same, if there is one already."""
         ...
 
     async def close(self) -> None: ...

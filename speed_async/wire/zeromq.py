@@ -14,7 +14,7 @@ from speed_async.errors import DeadlineExceeded, ProtocolError
 from speed_async.wire.codec import Frame, decode, encode
 from speed_async.wire.messages import Message, Rejected
 from speed_async.wire.sockets import PolledSocket, bind, endpoint_at
-from speed_async.wire.transport import PeerName
+from speed_async.wire.transport import Delivery, PeerName
 
 QUEUED_MESSAGES = 64
 """Default bound of each queue of each peer, in messages; it bounds memory under a slow reader."""
@@ -51,6 +51,26 @@ class ZmqHub:
             return False
         return True
 
+    def offer(self, peer: PeerName, message: Message) -> Delivery:
+        """Queue a message if that can be done at once; `undelivered` counts gone peers."""
+        try:
+            self._socket.send_now([peer.encode(), *encode(message)])
+        except zmq.Again:
+            return Delivery.FULL
+        except zmq.ZMQError as error:
+            if error.errno not in _GONE:
+                raise
+            self.undelivered += 1
+            return Delivery.GONE
+        return Delivery.QUEUED
+
+    def receive_now(self) -> tuple[PeerName, Message] | None:
+        """The next valid message of any peer, if there is one already."""
+        while (frames := self._socket.receive_now()) is not None:
+            if (received := self._opened(frames)) is not None:
+                return received
+        return None
+
     async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:
         """Next valid message of any peer. Raises DeadlineExceeded or TransportClosed."""
         clock = asyncio.get_running_loop().time
@@ -58,18 +78,25 @@ class ZmqHub:
         while True:
             remaining_s = max(0.0, ends_s - clock())
             try:
-                identity, *frames = await self._socket.receive(
+                frames = await self._socket.receive(
                     deadline_s=remaining_s, whom="any peer", what="a message"
                 )
             except DeadlineExceeded as error:
                 raise DeadlineExceeded(error.whom, error.what, deadline_s) from None
-            try:
-                return _peer_name(bytes(identity)), decode(frames)
-            except ProtocolError as error:
-                self._reject(bytes(identity), str(error))
+            if (received := self._opened(frames)) is not None:
+                return received
 
     async def close(self) -> None:
         await self._socket.close()
+
+    def _opened(self, frames: list[Frame]) -> tuple[PeerName, Message] | None:
+        """Name and message; None when it is malformed, which its peer is told."""
+        identity, *rest = frames
+        try:
+            return _peer_name(bytes(identity)), decode(rest)
+        except ProtocolError as error:
+            self._reject(bytes(identity), str(error))
+            return None
 
     def _reject(self, identity: bytes, reason: str) -> None:
         """Answer at once or not at all: a peer that sends rubbish may hold nobody up."""

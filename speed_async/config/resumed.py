@@ -1,0 +1,97 @@
+"""The configuration of a run that is resumed: its own, with the few changes that it can bear.
+
+What is fixed is what the journal is replayed under (the service would decide otherwise the second
+time) and what the recorded groups were sampled under.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from speed_async.config.load import apply_overrides, build_config
+from speed_async.config.schema import Config
+from speed_async.errors import ConfigError, SpeedAsyncError
+
+CONFIG_FILE = "config.json"
+FIXED = (
+    "algorithm",
+    "run.folder",
+    "run.seed",
+    "run.overlap",
+    "model",
+    "task",
+    "gate",
+    "curriculum",
+    "actors.temperature",
+    "actors.top_p",
+    "actors.max_new_tokens",
+    "buffer",
+    "learner.groups_per_update",
+    "evaluate",
+    "cluster.learners",
+)
+"""Fields, and sections with all their fields."""
+CHANGEABLE = ("buffer.durability",)
+"""Exceptions from the above."""
+
+
+def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in run folder `folder`, under overrides such as `--run.updates 200`.
+
+    Raises SpeedAsyncError when no run that can be resumed is there, and ConfigError for a change
+    that it cannot bear.
+    """
+    folder = folder.expanduser().resolve()
+    tree = _read(folder)
+    began = build_config(tree)
+    config = build_config(apply_overrides(tree, overrides))
+    before = dict(_leaves(began.model_dump()))
+    for field, value in _leaves(config.model_dump()):
+        if before.get(field) != value and _is_fixed(field):
+            raise ConfigError(
+                field,
+                value,
+                f"this run began with {before.get(field)!r}, which its journal and its groups rest "
+                "on; leave it as it is, or start a new run",
+            )
+    if config.buffer.durability == "none":
+        raise ConfigError(
+            "buffer.durability",
+            "none",
+            f"a run without a journal cannot be resumed; start a new run from a checkpoint: "
+            f"--model.path {folder / 'checkpoints'}/version-N",
+        )
+    # A run folder may have been moved.
+    return config.model_copy(update={"run": config.run.model_copy(update={"folder": str(folder)})})
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise SpeedAsyncError(
+            f"--resume '{folder}': no run is there (it has no {CONFIG_FILE}); give the folder of a "
+            "run, such as runs/default"
+        )
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpeedAsyncError(f"--resume '{folder}': {path} cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise SpeedAsyncError(f"--resume '{folder}': {path} holds no configuration")
+    return tree
+
+
+def _leaves(tree: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        field = f"{place}.{name}" if place else name
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, field)
+        else:
+            yield field, value
+
+
+def _is_fixed(field: str) -> bool:
+    return field not in CHANGEABLE and any(
+        field == fixed or field.startswith(f"{fixed}.") for fixed in FIXED
+    )

@@ -1,0 +1,121 @@
+"""All checkpoints of a run in one folder: which is the newest whole one, and how many are kept.
+
+Torch-free, so that a run can say where it goes on from before anything heavy is imported. Names
+that begin with a dot are on their way in or out, and no checkpoints:
+
+.NAME.partial    being written; worth nothing
+.NAME.replaced   a checkpoint, set aside for one of the same name; it comes back if that never came
+.NAME.removed    one too many, being deleted
+"""
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from speed_async.errors import ModelError
+from speed_async.learner.checksums import damage, flush
+
+_NAME = re.compile(r"version-(\d{6,})")
+_LEFTOVER = re.compile(r"\.(version-\d{6,})\.(partial|replaced|removed)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """The checkpoint to go on from, and what a person should know about those passed over."""
+
+    folder: Path
+    policy_version: int
+    notices: tuple[str, ...]
+
+
+def checkpoint_folder(root: Path, policy_version: int) -> Path:
+    return root / f"version-{policy_version:06d}"
+
+
+def kept_versions(root: Path) -> list[int]:
+    """Versions under their final names, oldest first; whether they are whole is not looked at."""
+    names = (path.name for path in root.iterdir()) if root.is_dir() else ()
+    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+
+
+def tidy(root: Path) -> None:
+    """Undo what a process that was killed left half done. Raises OSError."""
+    for path in sorted(root.glob(".*")):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None:
+            continue
+        final = root / match[1]
+        if match[2] == "replaced" and not final.exists():
+            path.rename(final)
+        else:
+            shutil.rmtree(path)
+
+
+def put(partial: Path, folder: Path) -> None:
+    """Give a whole checkpoint its final name, in place of one of the same name. Raises OSError."""
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    if folder.exists():
+        folder.rename(replaced)
+    partial.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def prune(root: Path, keep_last: int) -> int:
+    """Remove all but the newest `keep_last`; returns the oldest version that is left.
+
+    One that cannot be removed now is removed another time.
+    """
+    for version in kept_versions(root)[:-keep_last]:
+        folder = checkpoint_folder(root, version)
+        removed = folder.with_name(f".{folder.name}.removed")
+        try:
+            folder.rename(removed)
+        except OSError:
+            continue
+        shutil.rmtree(removed, ignore_errors=True)
+    return kept_versions(root)[0]
+
+
+def newest_whole(root: Path) -> Found | None:
+    """The newest checkpoint of which every byte is as it was written; None when there is none.
+
+    Damaged ones that are newer are set aside under another name (NAME.damaged), and named in the
+    notices. Raises ModelError when there are checkpoints and all are damaged.
+    """
+    if not root.is_dir():
+        return None
+    try:
+        tidy(root)
+    except OSError as error:
+        raise ModelError(f"checkpoints in '{root}' cannot be put in order: {error}") from error
+    damaged: list[tuple[Path, str]] = []
+    for version in reversed(kept_versions(root)):
+        folder = checkpoint_folder(root, version)
+        what = damage(folder)
+        if not what:
+            notices = [_set_aside(bad, why, instead=folder) for bad, why in damaged]
+            return Found(folder=folder, policy_version=version, notices=tuple(notices))
+        damaged.append((folder, what))
+    if damaged:
+        each = "; ".join(f"{folder.name}: {what}" for folder, what in damaged)
+        raise ModelError(
+            f"every checkpoint in '{root}' is damaged ({each}): bring one back from a copy, or "
+            "start a new run"
+        )
+    return None
+
+
+def _set_aside(folder: Path, what: str, *, instead: Path) -> str:
+    """Out of the way of the checkpoints to come; returns what to say about it."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    except OSError as error:
+        raise ModelError(f"damaged checkpoint '{folder}' cannot be set aside: {error}") from error
+    return (
+        f"checkpoint {folder.name} is damaged ({what}); going on from {instead.name}, "
+        f"the damaged one is kept as {aside.name}"
+    )

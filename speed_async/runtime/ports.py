@@ -1,0 +1,38 @@
+"""TCP ports: whether anybody listens at one, and whether one can be bound."""
+
+import asyncio
+import socket
+import time
+
+POLL_S = 0.05
+
+
+async def listens(host: str, port: int, *, timeout_s: float) -> bool:
+    """Whether something accepts connections at this address."""
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), timeout_s)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
+def becomes_free(host: str, port: int, *, timeout_s: float) -> bool:
+    """Whether this port can be bound, now or within `timeout_s`: who had it may just be dying."""
+    ends_s = time.monotonic() + timeout_s
+    while not _can_bind(host, port):
+        if time.monotonic() >= ends_s:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def _can_bind(host: str, port: int) -> bool:
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as ZeroMQ does
+            probe.bind(address)
+    except OSError:
+        return False
+    return True

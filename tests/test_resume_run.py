@@ -1,0 +1,206 @@
+"""Runs that are stopped, killed and begun again: each goes on in its folder, from where it was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from run_process import Run, resume_train, start_torchrun, start_train
+
+pytestmark = pytest.mark.timeout(300)
+
+OFTEN = ("--learner.checkpoint_every", "2")
+FOR_EVER = ("--run.updates", "100000")
+GROUPS, COMPLETIONS = 2, 8
+"""Of one update."""
+
+
+def actors(run: Run) -> list[str]:
+    return [command for command in run.processes().values() if "runtime.child actor" in command]
+
+
+def life_of(run: Run) -> int:
+    return json.loads((run.folder / "life.json").read_text())["life"]
+
+
+def assert_whole(run: Run, status: int, err: str, *, updates: int) -> None:
+    """One lineage from the first update to the last, in one folder, and all books closed."""
+    assert status == 0, err
+    summary = run.summary()
+    assert summary["policy_version"] == updates
+    assert summary["optimizer_updates"] + summary["skipped_updates"] == updates
+    assert summary["completions_trained"] == COMPLETIONS * summary["optimizer_updates"]
+    assert summary["ledger"]["groups"]["trained"] == GROUPS * summary["optimizer_updates"]
+    assert summary["ledger"]["checks"] == dict.fromkeys(summary["ledger"]["checks"], True)
+    assert sorted(set(run.versions())) == list(range(1, updates + 1))
+    assert sorted(path.name for path in run.folder.parent.iterdir()) == ["config.toml", "run"]
+    assert (run.folder / "checkpoints" / f"version-{updates:06d}" / "SHA256SUMS").is_file()
+    assert run.processes() == {}
+
+
+def test_a_run_stopped_by_ctrl_c_goes_on_to_its_end(tmp_path: Path) -> None:
+    first = start_train(tmp_path, *FOR_EVER, *OFTEN)
+    first.wait_for_steps(3)
+    first.interrupt()
+    assert first.finish()[0] == 130
+    stopped_at = first.summary()["policy_version"]
+    ports = json.loads((first.folder / "address.json").read_text())
+
+    second = resume_train(first, "--run.updates", str(stopped_at + 3))
+    second.wait_for("an actor", lambda: "--incarnation 1000" in " ".join(actors(second)))
+    status, _, err = second.finish()
+    assert_whole(second, status, err, updates=stopped_at + 3)
+    assert second.versions() == list(range(1, stopped_at + 4))  # none was trained twice
+    assert f"resuming {second.folder} from version-{stopped_at:06d} (life 1)" in err
+    assert life_of(second) == 1
+    assert json.loads((second.folder / "address.json").read_text()) == ports
+    log = (second.folder / "logs" / "learner.log").read_text()
+    assert log.index("life 0") < log.index("life 1")
+    assert json.loads((second.folder / "config.json").read_text())["run"]["updates"] == (
+        stopped_at + 3
+    )
+
+
+def wait_for_version(run: Run, version: int) -> None:
+    run.wait_for(f"version {version}", lambda: max(run.versions(), default=0) >= version)
+
+
+def test_a_run_of_which_everything_was_killed_goes_on_to_its_end(tmp_path: Path) -> None:
+    run = start_train(tmp_path, *FOR_EVER, *OFTEN)
+    for updates in (5, 10):  # what was replayed once can be replayed again
+        wait_for_version(run, updates)
+        run.kill()
+        run = resume_train(run)
+    wait_for_version(run, max(run.versions()) + 1)
+    run.interrupt()
+    assert run.finish()[0] == 130
+    last = run.summary()["policy_version"] + 2
+    run = resume_train(run, "--run.updates", str(last))
+    status, _, err = run.finish()
+    assert_whole(run, status, err, updates=last)
+    assert life_of(run) == 3
+
+
+def test_a_run_killed_before_its_first_checkpoint_replays_from_the_start(tmp_path: Path) -> None:
+    run = start_train(tmp_path, *FOR_EVER, "--learner.checkpoint_every", "0")
+    run.wait_for_steps(3)
+    run.kill()
+    reached = max(run.versions())
+    run = resume_train(run, "--run.updates", str(reached + 2))
+    status, _, err = run.finish()
+    assert_whole(run, status, err, updates=reached + 2)
+    assert "from its start (life 1)" in err
+
+
+def kill_learner(run: Run, after: int) -> None:
+    run.wait_for_steps(after)
+    os.kill(run.learner(), signal.SIGKILL)
+
+
+def test_train_starts_all_ranks_again_when_the_learner_dies(tmp_path: Path) -> None:
+    run = start_train(tmp_path, "--run.updates", "12", *OFTEN, "--cluster.max_restarts", "1")
+    kill_learner(run, after=5)
+    status, _, err = run.finish()
+    assert_whole(run, status, err, updates=12)
+    assert life_of(run) == 1
+    assert "resuming" in err
+
+
+def test_torchrun_starts_all_ranks_again_when_the_learner_dies(tmp_path: Path) -> None:
+    run = start_torchrun(tmp_path, 3, "--run.updates", "12", *OFTEN, max_restarts=2)
+    kill_learner(run, after=5)
+    run.wait_for("its second life", lambda: life_of(run) == 1 and max(run.versions()) >= 8)
+    os.kill(run.learner(), signal.SIGKILL)
+    status, _, err = run.finish()
+    assert_whole(run, status, err, updates=12)
+    assert life_of(run) == 2
+
+
+def test_torchrun_resumes_a_run_as_well(tmp_path: Path) -> None:
+    first = start_torchrun(tmp_path, 2, "--run.updates", "4")
+    assert first.finish()[0] == 0
+    second = start_torchrun(tmp_path, 3, "--run.updates", "6", resume=True)
+    status, _, err = second.finish()
+    assert_whole(second, status, err, updates=6)
+
+
+def test_ranks_end_at_once_when_the_learner_has_died_for_good(tmp_path: Path) -> None:
+    """They do not drain for as long as they may, towards a service that died with the learner."""
+    run = start_train(tmp_path, *FOR_EVER, "--cluster.drain_timeout_s", "60")
+    run.wait_for_steps(2)
+    began_s = time.monotonic()
+    os.kill(run.learner(), signal.SIGKILL)
+    status, _, _ = run.finish()
+    assert status == 1
+    assert time.monotonic() - began_s < 20
+    assert run.processes() == {}
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path: Path) -> None:
+    first = start_train(tmp_path, *FOR_EVER, *OFTEN)
+    first.wait_for_steps(5)
+    first.interrupt()
+    assert first.finish()[0] == 130
+    stopped_at = first.summary()["policy_version"]
+    folder = first.folder / "checkpoints" / f"version-{stopped_at:06d}"
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"damage")
+
+    second = resume_train(first, "--run.updates", str(stopped_at + 2))
+    status, out, err = second.finish()
+    assert_whole(second, status, err, updates=stopped_at + 2)
+    said = f"checkpoint version-{stopped_at:06d} is damaged (model.safetensors is not as it was"
+    assert said in err.splitlines()[0]
+    assert any(said in notice for notice in second.summary()["notices"])
+    assert "note" in out.split("run ended", 1)[1]
+    log = (second.folder / "logs" / "learner.log").read_text()
+    assert said in log
+    assert f", replaying to {stopped_at}\n" in log
+
+
+def test_a_run_under_way_cannot_be_resumed_nor_one_that_has_reached_its_end(
+    tmp_path: Path,
+) -> None:
+    run = start_train(tmp_path, *FOR_EVER)
+    run.wait_for_steps(1)
+    status, _, err = resume_train(run).finish()
+    assert status == 1
+    assert err == (
+        f"error: the run in '{run.folder}' is under way: stop it first (Ctrl-C), or start another "
+        "in a folder of its own\n"
+    )
+    run.interrupt()
+    assert run.finish()[0] == 130
+    reached = run.summary()["policy_version"]
+    status, _, err = resume_train(run, "--run.updates", str(reached)).finish()
+    assert status == 1
+    assert err.startswith(f"error: the run in '{run.folder}' has reached its {reached} updates: ")
+    assert "raise --run.updates" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "error: --resume '"),
+        (["--learner.lr", "1e-4"], "no run is there"),
+    ],
+)
+def test_a_folder_without_a_run_is_refused_in_one_line_before_torch_loads(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    command = ["speed-async", "train", "--resume", str(tmp_path), *arguments]
+    code = (
+        "import sys\nfrom speed_async.cli import main\n"
+        f"sys.argv = {command!r}\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
