@@ -69,6 +69,7 @@ def fuzz(num_frames: int, seed: int, model: Path) -> bool:
         f"memory: {warm_mib:.1f} MiB after {WARM_SHARE:.0%}, {resident_mib():.1f} MiB at the end "
         f"({growth:+.2%}), most {largest_mib:.1f} MiB"
     )
+    print(f"joined by a valid Join: {outer.machine.service.membership.num_known - 2}")
     print(f"mute table: {outer.muted.num_muted:,} muted, {len(outer.muted):,} held")
     for reason, count in reasons.most_common():
         print(f"  {count:>9,}  {reason}")

@@ -63,7 +63,7 @@ class Target:
         self._begin()
 
     def digest(self) -> str:
-        """All that a stranger may not touch, as text."""
+        """All that a stranger may not touch, as text. It may ask to join: see `num_known`."""
         service = self.machine.service
         life, members = service.lifecycle, service.membership
         ledger = life.ledger
@@ -74,7 +74,7 @@ class Target:
             [entry for name in (HONEST, LIAR) for entry in life.leases.of_holder(name)],
             [(len(life.buffer), life.buffer.num_bytes), sorted(life.in_training)],
             [members.actors[name] for name in sorted(members.actors)],
-            (sorted(members.lost), members.learner, members.num_known),
+            (sorted(members.lost), members.learner),
             (service.policy_version, service.phase, service.ended, service.warning),
         )
         return repr(parts)
