@@ -92,7 +92,12 @@ def main() -> None:
             data = packed(frames[:15])
             if len(data) <= MAX_INPUT_BYTES:
                 (seeds / f"{number}").write_bytes(data)
-        options = [f"-runs={num_frames}", f"-max_len={MAX_INPUT_BYTES}", "-rss_limit_mb=4096"]
+        options = [
+            f"-artifact_prefix={folder}/",
+            f"-runs={num_frames}",
+            f"-max_len={MAX_INPUT_BYTES}",
+            "-rss_limit_mb=4096",
+        ]
         fire = Fire(num_frames, model)
         atheris.Setup([sys.argv[0], *options, "-verbosity=0", str(seeds)], fire.shoot)
         atheris.Fuzz()
