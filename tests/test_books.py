@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from speed_async.buffer.capture import capture, restore
 from speed_async.buffer.leases import LeaseBook
 from speed_async.buffer.ledger import Ledger
 from speed_async.types import ActorCounts, LeaseKind
@@ -47,3 +48,18 @@ def test_a_holder_has_its_own_leases_oldest_first_until_they_end() -> None:
     book.end(0)
     assert book.of_holder("actor-0") == []
     assert [entry.lease.prompt_id for entry in book.of_holder("actor-1")] == [1, 3, 5]
+
+
+def test_open_leases_go_into_a_snapshot_and_come_back() -> None:
+    book = LeaseBook()
+    for prompt_id in range(4):
+        book.grant(f"actor-{prompt_id % 2}", prompt_id, LeaseKind.TRAINING)
+    book.end(0)
+    again = LeaseBook()
+    restore(again, capture(book))
+    assert again.of_holder("actor-1") == book.of_holder("actor-1")
+    assert again.of_holder("actor-0") == book.of_holder("actor-0") != []
+    assert again.num_training == 3
+    again.end(3)
+    assert [entry.lease.prompt_id for entry in again.of_holder("actor-1")] == [1]
+    assert again.grant("actor-0", 9, LeaseKind.TRAINING).lease.lease_id == 4

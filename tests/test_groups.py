@@ -7,7 +7,7 @@ from wire_samples import as_bytes, group_message
 from speed_async.errors import ProtocolError
 from speed_async.types import ActorCounts, Completion, FinishReason, Group, Sampled
 from speed_async.wire.codec import decode
-from speed_async.wire.groups import batch_group, pack_group, unpack_group
+from speed_async.wire.groups import batch_group, pack_group, unpack_group, weigh_group
 
 
 def sampled(token_ids, logprobs, versions, finish_reason: FinishReason = "stop") -> Sampled:
@@ -47,6 +47,11 @@ def test_a_group_packs_end_to_end_and_unpacks_to_itself():
         assert again.completions[0].sampled.logprobs.tolist() == [-0.5, -0.25]
         assert again.completions[2].sampled.policy_versions.tolist() == [5]
         assert again.oldest_version == 4
+        facts = weigh_group(carried)
+        assert (facts.num_completions, facts.num_passed, facts.oldest_version) == (3, 1, 4)
+        assert facts.pass_rate == again.pass_rate == pytest.approx(1 / 3)
+        assert facts.screening_pass_rate == again.screening_pass_rate == 1.0
+        assert facts.mean_version == pytest.approx(14 / 3)
         # Of the finish reason, what training counts is whether a length limit cut it.
         assert [one.sampled.finish_reason for one in again.completions] == [
             "stop",

@@ -238,7 +238,7 @@ def test_a_learner_behind_the_service_replays_in_silence_then_publishes_once_and
     assert finished.completions_trained == 8 + 6 * 2 * 4
 
 
-def test_a_learner_without_a_checkpoint_replays_from_the_start_and_says_no_resumed(
+def test_a_learner_without_a_checkpoint_replays_from_the_start(
     make_stage: Callable[..., Stage],
 ) -> None:
     async def run() -> Stage:
@@ -247,6 +247,7 @@ def test_a_learner_without_a_checkpoint_replays_from_the_start_and_says_no_resum
         return stage
 
     assert asyncio.run(run()).service.story() == [
+        "Resumed 0",
         "Trained 1",
         "Trained 2",
         "Trained 3",

@@ -40,6 +40,11 @@ def test_a_step_is_one_line_to_grep_after_the_start_line() -> None:
     ]
 
 
+def test_a_step_says_how_late_the_services_loop_is() -> None:
+    [_, line] = printed(Event(kind="step", values=GAUGES | {"loop_lag_s": 0.0213}))
+    assert line.endswith(" eta 1m02s lag 21 ms")
+
+
 def test_status_makes_no_line_but_the_start() -> None:
     status = Event(kind="status", values=GAUGES)
     assert len(printed(status, status, status)) == 1

@@ -70,6 +70,13 @@ def full_state() -> PanelState:
     )
 
 
+def test_the_lag_of_the_services_loop_stands_beside_the_time_left() -> None:
+    state = state_after(Event(kind="step", values=GAUGES | {"loop_lag_s": 0.0123}))
+    [row] = [line for line in shown(state, 100) if line.startswith("│ time")]
+    assert "left 7m30s  service lag 12 ms" in row
+    assert "service lag" not in "".join(shown(full_state(), 100))
+
+
 # --- state --------------------------------------------------------------------------------------
 
 

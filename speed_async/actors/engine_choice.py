@@ -10,6 +10,7 @@ import torch
 
 from speed_async.actors.engine import OwnedEngine
 from speed_async.actors.engine_process import ProcessWorker, may_fork
+from speed_async.actors.scripted_run import load_scripted_stepper
 from speed_async.actors.stepped_engine import SteppedEngine
 from speed_async.actors.stepper import Stepper
 from speed_async.actors.torch_engine import load_torch_generator
@@ -28,7 +29,7 @@ def start_engine(
         from speed_async.actors.vllm_start import make_vllm_engine
 
         return make_vllm_engine(config, seed=seed)
-    return SteppedEngine(start_torch_worker(config, seed=seed, begin=begin))
+    return SteppedEngine(start_stepper(config, seed=seed, begin=begin))
 
 
 def engine_environment(config: Config) -> dict[str, str]:
@@ -38,25 +39,32 @@ def engine_environment(config: Config) -> dict[str, str]:
     return process_environment(config, on_cpu=not torch.cuda.is_available())
 
 
-def start_torch_worker(
+def start_stepper(
     config: Config, *, seed: int, begin: Callable[[], None] | None = None
 ) -> ProcessWorker:
-    """The process of an embedded engine, begun."""
+    """The process of an embedded or a scripted engine, begun."""
     fork = may_fork(config.actors.device)
     if fork:
         importlib.import_module("transformers.models.auto")  # seconds; once for both processes
     gc.freeze()  # full collections need not go through all that was imported: 170 ms each
-    make_generator = partial(
+    make_stepper = _stepper_maker(config, seed=seed)
+    if begin is not None:
+        make_stepper = partial(_after, begin, make_stepper)
+    return ProcessWorker(make_stepper, load_timeout_s=config.cluster.stall_timeout_s, fork=fork)
+
+
+def _stepper_maker(config: Config, *, seed: int) -> Callable[[], Stepper]:
+    if config.actors.engine == "scripted":
+        return partial(load_scripted_stepper, config.model, config.actors, seed=seed)
+    return partial(
         load_torch_generator,
         config.model,
         config.actors,
         seed=seed,
         canary_tolerance=config.weights.canary_tolerance,
     )
-    make_stepper = partial(_after, begin, make_generator) if begin else make_generator
-    return ProcessWorker(make_stepper, load_timeout_s=config.cluster.stall_timeout_s, fork=fork)
 
 
-def _after(begin: Callable[[], None], make_generator: Callable[[], Stepper]) -> Stepper:
+def _after(begin: Callable[[], None], make_stepper: Callable[[], Stepper]) -> Stepper:
     begin()
-    return make_generator()
+    return make_stepper()

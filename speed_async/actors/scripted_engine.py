@@ -49,10 +49,12 @@ class ScriptedStepper:
         num_slots: int,
         context_length: int,
         receive: Callable[[WeightOffer], float],
+        is_whole: Callable[[], bool] = lambda: True,
     ) -> None:
         self.context_length = context_length
         self._script = script
         self._receive = receive
+        self._is_whole = is_whole
         self._num_slots = num_slots
         self._waiting = WaitingLine()
         self._rows: dict[int, _Row] = {}
@@ -67,7 +69,7 @@ class ScriptedStepper:
 
     @property
     def is_whole(self) -> bool:
-        return True
+        return self._is_whole()
 
     def submit(self, key: int, request: GenerationRequest) -> None:
         self._waiting.push(key, request)

@@ -46,6 +46,8 @@ class Grants:
             if not state.want:
                 break
             share = math.ceil(self._batches.num_grantable / (len(fresh) - place))
+            if share < 1:
+                break
             most = min(state.want, share)
             for name, leases in self._grant(state, LeaseKind.TRAINING, most, now_s):
                 self._batches.granted(len(leases.lease_ids))

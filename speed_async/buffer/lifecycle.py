@@ -8,8 +8,6 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-
 from speed_async.buffer.curriculum import Curriculum
 from speed_async.buffer.group_table import BufferedGroup
 from speed_async.buffer.leases import LeaseBook, OpenLease
@@ -20,7 +18,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import ProtocolError
 from speed_async.types import GroupEnd, LeaseKind
 from speed_async.wire import messages as m
-from speed_async.wire.groups import unpack_group
+from speed_async.wire.groups import weigh_group
 
 MIN_PRICE = 1 / 16
 """Keeps the number of leases bounded where hardly any prompt passes."""
@@ -168,15 +166,15 @@ class Lifecycle:
         if entry is None:
             return None
         try:
-            group = unpack_group(message)
+            facts = weigh_group(message)
             self._check_against_lease(entry, message)
         except ProtocolError as error:
             self._without_result(entry, "invalid group", num_tokens)
             self._learn_nothing(entry)
             return str(error)
         prompt_id = entry.lease.prompt_id
-        self._statistics.screened(prompt_id, accepted=True, pass_rate=group.screening_pass_rate)
-        self._curriculum.record(prompt_id, group.num_passed, len(group.completions))
+        self._statistics.screened(prompt_id, accepted=True, pass_rate=facts.screening_pass_rate)
+        self._curriculum.record(prompt_id, facts.num_passed, facts.num_completions)
         num_bytes = 12 * num_tokens + 4 * len(message.prompt_token_ids)
         capacity = self._config.buffer.capacity_bytes
         spilled = place is not None and self._config.buffer.spill
@@ -185,9 +183,9 @@ class Lifecycle:
             message=None if spilled else message,
             lease_id=message.lease_id,
             place=place,
-            pass_rate=group.pass_rate,
-            oldest_version=group.oldest_version,
-            mean_version=float(np.mean(message.policy_versions)),
+            pass_rate=facts.pass_rate,
+            oldest_version=facts.oldest_version,
+            mean_version=facts.mean_version,
             num_tokens=num_tokens,
             num_bytes=0 if spilled else num_bytes,
         )

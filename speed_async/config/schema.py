@@ -50,7 +50,8 @@ class ModelConfig(Section):
 
 class TaskConfig(Section):
     name: str
-    """`arithmetic`, `jsonl`, or `reasoning_gym:<data set>`."""
+    """`arithmetic`, `jsonl`, or `reasoning_gym:<data set>`; `scripted` for fault drills: prompts
+    that pass at random, each at its own rate."""
     path: str | None = None
     """Data file of `jsonl`: one object a line with `prompt` and `answer`."""
     match: Literal["exact", "numeric"] = "exact"
@@ -160,8 +161,9 @@ class VllmConfig(Section):
 
 
 class ActorsConfig(Section):
-    engine: Literal["torch", "vllm"] = "torch"
-    """`torch` is embedded here and needs nothing else; `vllm` is what clusters use."""
+    engine: Literal["torch", "vllm", "scripted"] = "torch"
+    """`torch` is embedded here and needs nothing else; `vllm` is what clusters use. `scripted` is
+    for tests and fault drills: it asks no model and draws tokens at random."""
     vllm: VllmConfig = VllmConfig()
     slots: PositiveInt = 64
     """Sequences decoded at once by one actor."""
@@ -260,6 +262,9 @@ class ClusterConfig(Section):
     """Address of the first learner's node, at which the service binds."""
     service_port: NonNegativeInt = 0
     """0 picks a free port."""
+    advertised_port: NonNegativeInt = 0
+    """Where a forwarder stands before the service (a tunnel, a proxy): its port on `host`, to which
+    actors and learner are sent; 0: the service's own."""
     feed_port: NonNegativeInt = 0
     """Read-only metrics feed; 0 picks a free port."""
     max_restarts: NonNegativeInt = 0
@@ -296,6 +301,9 @@ class ObserveConfig(Section):
     status_interval_s: PositiveFloat = 0.5
     breakdown: bool = False
     """Close with a table of where the time went (summary.json always has it)."""
+    trace: str | None = None
+    """Folder to which actors and learner write every group they sent or trained; for fault
+    drills."""
     wandb: bool = False
     """Log to wandb; offline when there is no key."""
     wandb_project: str = "speed_async"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from speed_async.observe.metrics import Event, Value
-from speed_async.observe.notation import decimal, duration, single_line
+from speed_async.observe.notation import count, decimal, duration, finite, single_line
 
 
 class Lines:
@@ -52,6 +52,7 @@ def start_line(values: Mapping[str, Value]) -> str:
 def step_line(values: Mapping[str, Value]) -> str:
     n = _whole_numbers(values)
     version = n("policy_version")
+    lag_s = finite(values.get("loop_lag_s"))
     return (
         f"step {version}/{n('updates_total')} v{version}"
         f" reward {decimal(values.get('reward_mean'), 2)}"
@@ -63,6 +64,7 @@ def step_line(values: Mapping[str, Value]) -> str:
         f" buffer {n('buffer_groups')}/{n('buffer_capacity')}"
         f" bound {single_line(values.get('bottleneck'))}"
         f" eta {duration(values.get('eta_s'))}"
+        + ("" if lag_s is None else f" lag {count(1000 * lag_s)} ms")
         + ("" if values.get("ledger_closes") is not False else " LEDGER DOES NOT CLOSE")
     )
 

@@ -28,6 +28,7 @@ class Event:
       `share_actor`, `share_buffer`, `share_learner`, `share_sync` (of the learner's last updates),
       `ledger_closes`, `phase` ("starting" | "training" | "evaluating" | "draining").
       `credits` is how many training leases may be in flight now, those that are included.
+      `loop_lag_s` is how late the service came to its last tick; None where nobody measures it.
     Shown where they are told: `max_staleness` (the bound), `accuracy_before` (first held-out),
       `actors_total` (wanted: the ranks, and actors that joined and have not left),
       `warning` (latest one, for people; one line), `messages_refused` (malformed, or not to be

@@ -23,6 +23,8 @@ from speed_async.observe.panel_state import RECENT_S, History, PanelState, Recen
 
 ALARM = "bold red"
 MAX_WARNING_LINES = 3
+LATE_S = 0.25
+"""A service whose loop comes this late is too busy."""
 ROLES = ("actor", "buffer", "learner", "sync")
 ROLE_STYLES = ("cyan", "blue", "green", "magenta")
 
@@ -34,7 +36,6 @@ def progress_rows(state: PanelState, layout: Layout) -> list[Text]:
     alive, wanted = values.get("actors_alive"), values.get("actors_total")
     lost = (finite(alive) or 0) < (finite(wanted) or 0)
     actors = count(alive) + (f"/{count(wanted)}" if wanted is not None else "")
-    left = f"left {duration(values.get('eta_s'))}"
     return [
         layout.row(
             "updates",
@@ -47,10 +48,22 @@ def progress_rows(state: PanelState, layout: Layout) -> list[Text]:
         layout.row(
             "time",
             duration(values.get("wall_s")),
-            graphic=Text(left if state.ended_ok is None else ""),
+            graphic=_time_left(state),
             note=Text(f"actors {actors}", ALARM if lost else "dim"),
         ),
     ]
+
+
+def _time_left(state: PanelState) -> Text:
+    """And how late the service's loop is: whatever waits for the service waits that long."""
+    if state.ended_ok is not None:
+        return Text("")
+    told = Text(f"left {duration(state.values.get('eta_s'))}")
+    lag_s = finite(state.values.get("loop_lag_s"))
+    if lag_s is not None:
+        style = ALARM if lag_s > LATE_S else "dim"
+        told.append(f"  service lag {count(1000 * lag_s)} ms", style)
+    return told
 
 
 def _phase(state: PanelState) -> Text:

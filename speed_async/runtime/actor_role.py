@@ -23,6 +23,7 @@ from speed_async.tasks.verifier import VerifierPool
 from speed_async.wire import messages as m
 from speed_async.wire.curve import client_keys
 from speed_async.wire.session import SessionLink
+from speed_async.wire.tap import tapped
 from speed_async.wire.transport import Link
 from speed_async.wire.zeromq import open_link
 
@@ -43,7 +44,9 @@ async def run_actor(
     """
     name = f"actor-{index}"
     keys = client_keys(config.cluster)
-    link = SessionLink(await open_link(host, port, f"{name}.{incarnation}", keys=keys))
+    peer = f"{name}.{incarnation}"
+    wire = tapped(await open_link(host, port, peer, keys=keys), config.observe.trace, peer)
+    link = SessionLink(wire)
     try:
         await _work(config, name, index, incarnation, link, engine)
     except (GivenUp, WeightSyncError):

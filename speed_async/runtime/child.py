@@ -12,13 +12,14 @@ from speed_async.config.load import read_resolved
 from speed_async.errors import GivenUp, WeightSyncError
 from speed_async.runtime.event_loop import run
 from speed_async.runtime.failure import EXIT_FAILED, EXIT_GIVEN_UP, record
-from speed_async.runtime.processes import die_with_parent
+from speed_async.runtime.processes import die_with_parent, never_fail_to_log
 from speed_async.runtime.run_folder import RunFolder
 
 
 def main() -> int:
     arguments = _parse()
     die_with_parent(arguments.parent)
+    never_fail_to_log()
     role = f"actor-{arguments.index}" if arguments.role == "actor" else arguments.role
     folder = RunFolder(path=Path(arguments.run_folder))
     try:

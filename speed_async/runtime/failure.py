@@ -1,5 +1,6 @@
 """How a role's error reaches the end of the run: one line of text in a file of its own."""
 
+import contextlib
 import sys
 import traceback
 from pathlib import Path
@@ -25,7 +26,8 @@ def record(path: Path, role: str, error: BaseException) -> str:
     """Write the description for the parent, the trace to this process's own log."""
     traceback.print_exception(error, file=sys.stderr)
     text = describe(role, error)
-    path.write_text(text)
+    with contextlib.suppress(OSError):  # no room: the exit status still says it
+        path.write_text(text)
     return text
 
 

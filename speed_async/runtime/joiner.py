@@ -154,7 +154,7 @@ def _local_config(
 
 
 def _engine_environment(config: Config) -> dict[str, str]:
-    if config.actors.engine == "torch":
+    if config.actors.engine != "vllm":
         return {}  # and no torch is loaded to find that out
     from speed_async.actors.engine_choice import engine_environment
 

@@ -22,6 +22,7 @@ from speed_async.runtime.service_process import ServiceProcess
 from speed_async.wire import messages as m
 from speed_async.wire.curve import client_keys
 from speed_async.wire.session import SessionLink
+from speed_async.wire.tap import tapped
 from speed_async.wire.zeromq import open_link
 
 if TYPE_CHECKING:
@@ -58,16 +59,15 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
     sys.stderr.writelines([f"life {life.number}\n", *life.first_words()])
     service = ServiceProcess(config, folder, life=life.number)
     await service.start(life.ports)
-    ports = service.ports
     console: asyncio.subprocess.Process | None = None
     watch: asyncio.Task[None] | None = None
     grace_s = FAILED_GRACE_S
     try:
-        remember_ports(life, ports)
+        remember_ports(life, service.ports)
         address = ServiceAddress(
             host=config.cluster.host,
-            port=ports.service,
-            feed_port=ports.feed,
+            port=config.cluster.advertised_port or service.ports.service,
+            feed_port=service.ports.feed,
             run_folder=str(folder.path),
             life=life.number,
         )
@@ -110,7 +110,8 @@ async def _train(
     # Seconds to import, while the actors, which wait for the service alone, do the same.
     work = await asyncio.to_thread(importlib.import_module, "speed_async.runtime.learner_work")
     keys = client_keys(life.config.cluster)
-    link = SessionLink(await open_link(address.host, address.port, ROLE, keys=keys))
+    wire = await open_link(address.host, address.port, ROLE, keys=keys)
+    link = SessionLink(tapped(wire, life.config.observe.trace, ROLE))
     training = asyncio.create_task(work.learn(life, rank, link, stop), name=ROLE)
     try:
         await asyncio.wait((training, watch), return_when=asyncio.FIRST_COMPLETED)

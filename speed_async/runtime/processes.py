@@ -1,7 +1,9 @@
 """Child processes that cannot outlive their parent, and are ended within a deadline."""
 
 import asyncio
+import contextlib
 import ctypes
+import io
 import os
 import signal
 import sys
@@ -33,6 +35,28 @@ def log_to(path: Path) -> None:
     sys.stderr.flush()
     with path.open("a") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
+    never_fail_to_log()
+
+
+class _Log(io.TextIOWrapper):
+    """A log that loses what there is no room for: a full disk must not end who tells of it."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+            super().flush()
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+def never_fail_to_log() -> None:
+    """From here on, writing to stderr raises nothing."""
+    raw = os.fdopen(sys.stderr.fileno(), "wb", buffering=0, closefd=False)
+    # Unbuffered: what did not fit once must not be tried again before every later line.
+    sys.stderr = _Log(raw, errors="backslashreplace", write_through=True)
 
 
 async def start_role(

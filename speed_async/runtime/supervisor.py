@@ -23,6 +23,10 @@ from speed_async.runtime.processes import kill_process, start_role
 from speed_async.runtime.run_folder import RunFolder
 
 FIRST_BACKOFF_S = 0.5
+LONGEST_BACKOFF_S = 30.0
+WELL_S = 10.0
+"""An actor that lived for this long is started again at once: it is not what it does that kills
+it."""
 OVER_GRACE_S = 6.0
 """After the run's end its actors, long drained, have this long to free their engines."""
 GONE_GRACE_S = 1.0
@@ -87,7 +91,7 @@ async def _supervise(
     config: Config, plan: ActorPlan, over: asyncio.Task[None], stop: asyncio.Task[Any]
 ) -> None:
     folder, role = RunFolder(path=plan.folder), plan.role
-    max_restarts, status = config.actors.max_restarts, 0
+    max_restarts, status, backoff_s = config.actors.max_restarts, 0, FIRST_BACKOFF_S
     for restart in range(max_restarts + 1):
         incarnation = plan.life * INCARNATIONS_A_LIFE + restart
         folder.error(role).unlink(missing_ok=True)
@@ -98,6 +102,7 @@ async def _supervise(
             stdout=asyncio.subprocess.DEVNULL,
             environment=plan.environment,
         )
+        started_s = asyncio.get_running_loop().time()
         ended = asyncio.create_task(process.wait(), name="child")
         await asyncio.wait((ended, over, stop), return_when=FIRST_COMPLETED)
         if stop.done() and not ended.done():
@@ -110,10 +115,12 @@ async def _supervise(
             return
         if status > 0 and status != EXIT_GIVEN_UP:
             raise RoleError.quoting(recorded(folder.error(role)) or f"{role}: exit status {status}")
-        backoff_s = FIRST_BACKOFF_S * 2**restart
+        if asyncio.get_running_loop().time() - started_s > WELL_S:
+            backoff_s = FIRST_BACKOFF_S
         await asyncio.wait((over, stop), timeout=backoff_s, return_when=FIRST_COMPLETED)
         if over.done() or stop.done():
             return
+        backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
     last_words = recorded(folder.error(role)) or f"read {folder.log(role)}"
     raise RoleError(
         role,

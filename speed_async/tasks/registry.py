@@ -11,7 +11,7 @@ _GYM = "reasoning_gym"
 
 def known_tasks() -> tuple[str, ...]:
     """Names `task.name` may have; `<name>` stands for any reasoning-gym data set."""
-    return ("arithmetic", "jsonl", f"{_GYM}:<name>")
+    return ("arithmetic", "jsonl", f"{_GYM}:<name>", "scripted")
 
 
 def make_task(config: TaskConfig) -> Task:
@@ -27,6 +27,8 @@ def make_task(config: TaskConfig) -> Task:
         return _make_arithmetic(config)
     if config.name == "jsonl":
         return _make_jsonl(config)
+    if config.name == "scripted":
+        return _make_scripted(config)
     raise ConfigError("task.name", config.name, _remedy(config.name))
 
 
@@ -52,6 +54,12 @@ def _make_jsonl(config: TaskConfig) -> Task:
         num_held_out=config.num_held_out,
         seed=config.seed,
     )
+
+
+def _make_scripted(config: TaskConfig) -> Task:
+    from speed_async.tasks.scripted_task import ScriptedTask
+
+    return ScriptedTask(num_prompts=config.num_prompts, num_held_out=config.num_held_out)
 
 
 def _make_gym(config: TaskConfig, data_set: str) -> Task:

@@ -3,14 +3,18 @@
 Shape legend: P prompt tokens, N completions, S sum of completion lengths.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from speed_async.errors import ProtocolError
-from speed_async.types import ActorCounts, Completion, Group, Sampled
+from speed_async.types import PASS_REWARD, ActorCounts, Completion, Group, Sampled
 from speed_async.wire.messages import BatchGroup, GroupFinished
 
 MAX_LOGPROB = 1e-4
 """A log-probability is at most 0; engines round it to a little above."""
+MIN_LOGPROB = float(np.finfo(np.float32).min)
+"""The lowest finite one."""
 
 
 def pack_group(group: Group, counts: ActorCounts) -> GroupFinished:
@@ -29,6 +33,37 @@ def pack_group(group: Group, counts: ActorCounts) -> GroupFinished:
         token_ids=np.concatenate([sampled.token_ids for sampled in samples]),  # (S,)
         logprobs=np.concatenate([sampled.logprobs for sampled in samples]),  # (S,)
         policy_versions=np.concatenate([sampled.policy_versions for sampled in samples]),  # (S,)
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupFacts:
+    """What the service needs to know of a group; each as the property of `Group` of that name."""
+
+    num_completions: int
+    num_passed: int
+    screening_pass_rate: float
+    oldest_version: int
+    mean_version: float
+    """Over the tokens."""
+
+    @property
+    def pass_rate(self) -> float:
+        return self.num_passed / self.num_completions
+
+
+def weigh_group(message: GroupFinished | BatchGroup) -> GroupFacts:
+    """The facts of a group, without making its completions. Raises ProtocolError as `unpack_group`
+    does."""
+    _check_group(message)
+    passed = message.rewards >= PASS_REWARD
+    num_screening = message.num_screening
+    return GroupFacts(
+        num_completions=len(passed),
+        num_passed=int(np.count_nonzero(passed)),
+        screening_pass_rate=int(np.count_nonzero(passed[:num_screening])) / max(num_screening, 1),
+        oldest_version=int(message.policy_versions.min()),
+        mean_version=float(message.policy_versions.mean()),
     )
 
 
@@ -89,23 +124,26 @@ def _check_group(message: GroupFinished | BatchGroup) -> None:
         "lease_id >= 0": message.lease_id >= 0,
         "prompt_id >= 0": message.prompt_id >= 0,
         "0 <= num_screening <= completions": 0 <= message.num_screening <= num_completions,
-        "lengths >= 0": bool((lengths >= 0).all()),
+        "lengths >= 0": _within(lengths, 0),
         "lengths sum to the tokens": int(lengths.sum(dtype=np.int64)) == num_tokens,
         "one reward a completion": len(rewards) == num_completions,
         "one cut mark of 0 or 1 a completion": len(message.cut) == num_completions
-        and bool(((message.cut == 0) | (message.cut == 1)).all()),
+        and _within(message.cut, 0, 1),
         "one logprob a token": len(logprobs) == num_tokens,
         "one policy version a token": len(message.policy_versions) == num_tokens,
-        # A comparison with NaN is false, so these refuse NaN as well.
-        "rewards in [0, 1]": bool(((rewards >= 0.0) & (rewards <= 1.0)).all()),
-        "logprobs finite and <= 0": bool(
-            (logprobs <= MAX_LOGPROB).all() and np.isfinite(logprobs).all()
-        ),
-        "policy versions >= 0": bool((message.policy_versions >= 0).all()),
-        "token ids >= 0": bool(
-            (message.token_ids >= 0).all() and (message.prompt_token_ids >= 0).all()
-        ),
+        "rewards in [0, 1]": _within(rewards, 0.0, 1.0),
+        "logprobs finite and <= 0": _within(logprobs, MIN_LOGPROB, MAX_LOGPROB),
+        "policy versions >= 0": _within(message.policy_versions, 0),
+        "token ids >= 0": _within(message.token_ids, 0) and _within(message.prompt_token_ids, 0),
     }
     broken = [truth for truth, holds in truths.items() if not holds]
     if broken:
         raise ProtocolError(f"group of lease {message.lease_id} breaks: {'; '.join(broken)}")
+
+
+def _within(values: np.ndarray, low: float, high: float | None = None) -> bool:
+    """Whether all lie in [low, high]. Extremes take no room, as comparing all values would. The
+    extreme of values with a NaN among them is NaN, which is in no range."""
+    if not values.size:
+        return True
+    return bool(low <= values.min()) and (high is None or bool(values.max() <= high))

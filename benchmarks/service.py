@@ -1,0 +1,188 @@
+"""Groups through the whole service, as a ratio of bare ZeroMQ moving the same frames.
+
+The service (its own process, started as a run starts it) receives groups of 24 from an actor,
+decodes and validates them, writes its journal, orders them, acknowledges, and hands batches of 16
+to a learner, who says that it trained on them. Bare ZeroMQ is described in service_bare.py. Both
+move groups between the same three processes over loopback, with as many groups under way.
+
+Arms take turns, so that whatever else the machine does meets all alike; each row is the median of
+its repeats, with quartiles. `cpu us` is the processor time of the middle process for each group,
+ZeroMQ's own threads included.
+
+Usage: python -m benchmarks.service [--repeats 5] [--seconds 3] [--tokens 256 4096 32768] [--plain]
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+import numpy as np
+import psutil
+import zmq
+
+from benchmarks import service_bare as bare
+from benchmarks.harness import report
+from benchmarks.service_harness import make_curve_keys, service, service_config
+from benchmarks.service_peers import Keys, Peer
+from benchmarks.service_roles import GROUP_SIZE, SimulatedActor, SimulatedLearner, make_group
+
+TOKENS = (256, 4096, 32_768)
+CREDITS = 64
+WINDOW = 48
+WARM_UP_GROUPS = 32
+WARM_UP_S = 1.0
+DEADLINE_S = 120.0
+AIMS = {"batched": 0.5, "none": 0.8}
+
+SPAWN = multiprocessing.get_context("spawn")
+Work = tuple[Callable, tuple]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    tokens_each: int
+    kind: str  # "bare" | a value of buffer.durability
+    curve: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    groups_per_s: float
+    cpu_us: float
+    """Of the middle process, for each group."""
+
+
+def act(port: int, tokens_each: int, keys: Keys | None) -> None:
+    peer = Peer(zmq.Context(), port, "actor-1.0", keys)
+    actor = SimulatedActor(peer, 1, make_group(tokens_each), WINDOW)
+    while True:
+        while actor.may_send:
+            actor.send_one()
+        message = peer.hear(1.0)
+        if message is not None:
+            actor.take(message)
+
+
+def learn(port: int, num_groups: "Synchronized[int]", keys: Keys | None, journals: bool) -> None:
+    learner = SimulatedLearner(Peer(zmq.Context(), port, "learner", keys), journals=journals)
+    while True:
+        learner.hear(1.0)
+        num_groups.value = learner.num_groups
+
+
+def measure(middle_pid: int, num_groups: "Synchronized[int]", seconds: float) -> Measured:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while num_groups.value < WARM_UP_GROUPS:
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"only {num_groups.value} groups came in {DEADLINE_S:.0f} s")
+        time.sleep(0.02)
+    time.sleep(WARM_UP_S)
+    middle = psutil.Process(middle_pid)
+    groups, cpu, began_s = num_groups.value, sum(middle.cpu_times()[:2]), time.perf_counter()
+    time.sleep(seconds)
+    took_s = time.perf_counter() - began_s
+    groups, cpu = num_groups.value - groups, sum(middle.cpu_times()[:2]) - cpu
+    if groups == 0:
+        raise RuntimeError(f"nothing came in {took_s:.1f} s")
+    return Measured(groups_per_s=groups / took_s, cpu_us=1e6 * cpu / groups)
+
+
+@contextmanager
+def started(*works: Work) -> Iterator[list[int]]:
+    """Processes at work; killed at the end."""
+    processes = [SPAWN.Process(target=work, args=args, daemon=True) for work, args in works]
+    for process in processes:
+        process.start()
+    try:
+        yield [process.pid or 0 for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def run_bare(arm: Arm, keys: Keys | None, seconds: float) -> Measured:
+    num_groups, port = SPAWN.Value("Q", 0), SPAWN.Value("i", 0)
+    server = zmq.curve_keypair() if arm.curve else None
+    if server is not None:
+        public, secret = zmq.curve_keypair()
+        keys = Keys(folder=Path(), server_public=server[0], public=public, secret=secret)
+    else:
+        keys = None
+    with started((bare.route, (port, server))) as [router]:
+        while not port.value:
+            time.sleep(0.01)
+        with started((bare.take, (port.value, num_groups, keys))):
+            time.sleep(0.5)  # the router refuses to send to a taker that is not there
+            with started((bare.send, (port.value, arm.tokens_each, CREDITS, keys))):
+                return measure(router, num_groups, seconds)
+
+
+def run_service_arm(arm: Arm, keys: Keys | None, seconds: float) -> Measured:
+    config = service_config(durability=arm.kind, credits=CREDITS, keys=keys)
+    num_groups = SPAWN.Value("Q", 0)
+    with service(config) as running:
+        learning = (learn, (running.port, num_groups, keys, arm.kind != "none"))
+        acting = (act, (running.port, arm.tokens_each, keys))
+        with started(learning, acting):
+            return measure(running.process.pid, num_groups, seconds)
+
+
+def run_arm(arm: Arm, keys: Keys | None, seconds: float) -> Measured:
+    work = run_bare if arm.kind == "bare" else run_service_arm
+    return work(arm, keys if arm.curve else None, seconds)
+
+
+def row(arm: Arm, results: dict[Arm, list[Measured]]) -> dict[str, object]:
+    of_bare = Arm(tokens_each=arm.tokens_each, kind="bare", curve=arm.curve)
+    rates = [measured.groups_per_s for measured in results[arm]]
+    pairs = zip(results[arm], results[of_bare], strict=True)
+    ratios = [mine.groups_per_s / theirs.groups_per_s for mine, theirs in pairs]
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    megabytes = 12 * arm.tokens_each * GROUP_SIZE / 1e6
+    return {
+        "tokens": arm.tokens_each,
+        "curve": "on" if arm.curve else "off",
+        "what": arm.kind if arm.kind == "bare" else f"journal {arm.kind}",
+        "groups_per_s": statistics.median(rates),
+        "mb_per_s": megabytes * statistics.median(rates),
+        "cpu_us": statistics.median(measured.cpu_us for measured in results[arm]),
+        "ratio": float(middle),
+        "quartiles": f"{low:.2f} .. {high:.2f}",
+        "aim": AIMS.get(arm.kind, 1.0),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--plain", action="store_true", help="without CURVE")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        keys = None if arguments.plain else make_curve_keys(Path(folder) / "keys")
+        arms = [
+            Arm(tokens_each=tokens, kind=kind, curve=curve)
+            for tokens in arguments.tokens
+            for curve in ((False, True) if keys else (False,))
+            for kind in ("bare", "none", "batched")
+        ]
+        results: dict[Arm, list[Measured]] = {arm: [] for arm in arms}
+        for repeat in range(arguments.repeats):
+            for arm in arms:
+                results[arm].append(run_arm(arm, keys, arguments.seconds))
+            print(f"repeat {repeat + 1} of {arguments.repeats}", flush=True)
+    title = f"Through the service, of bare ZeroMQ; medians of {arguments.repeats} repeats"
+    report("service", title, [row(arm, results) for arm in arms])
+
+
+if __name__ == "__main__":
+    main()

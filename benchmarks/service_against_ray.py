@@ -1,0 +1,65 @@
+"""The service and Ray handing over the same groups, in turns, on this machine.
+
+Usage: python -m benchmarks.service_against_ray --ray /somewhere/bin/python [--repeats 3]
+What Ray does is described in service_ray.py. The service writes its journal or keeps none.
+"""
+
+import argparse
+import json
+import os
+import statistics
+
+import numpy as np
+
+from benchmarks.harness import output_of, report
+from benchmarks.service import Arm, run_service_arm
+from benchmarks.service_roles import GROUP_SIZE
+
+AIM = 5.0
+
+
+def run_ray(python: str, tokens: int, seconds: float) -> float:
+    """Groups a second. RuntimeError where Ray is missing."""
+    command = [python, "benchmarks/service_ray.py", "--tokens", tokens, "--seconds", seconds]
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    told = json.loads(output_of([str(word) for word in command], environment).splitlines()[-1])
+    if "skipped" in told:
+        raise RuntimeError(told["skipped"])
+    return told["groups_per_s"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ray", required=True, help="the Python that has Ray")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 4096, 32_768])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    arguments = parser.parse_args()
+    rows: list[dict[str, object]] = []
+    for tokens in arguments.tokens:
+        rates: dict[str, list[float]] = {"ray": [], "none": [], "batched": []}
+        for _ in range(arguments.repeats):
+            rates["ray"].append(run_ray(arguments.ray, tokens, arguments.seconds))
+            for kind in ("none", "batched"):
+                arm = Arm(tokens_each=tokens, kind=kind, curve=False)
+                measured = run_service_arm(arm, None, arguments.seconds)
+                rates[kind].append(measured.groups_per_s)
+        for kind, figures in rates.items():
+            ratios = np.array(figures) / np.array(rates["ray"])
+            low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "what": "Ray" if kind == "ray" else f"service, journal {kind}",
+                    "groups_per_s": statistics.median(figures),
+                    "mb_per_s": 12e-6 * tokens * GROUP_SIZE * statistics.median(figures),
+                    "times_ray": float(middle),
+                    "quartiles": f"{low:.1f} .. {high:.1f}",
+                    "aim": 1.0 if kind == "ray" else AIM,
+                }
+            )
+    report("service_against_ray", f"Against Ray, medians of {arguments.repeats}", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Bare ROUTER and DEALER moving the frames that the service moves, over the same hops.
+
+One ROUTER, one DEALER that sends groups, one that takes them; plain blocking loops. The router
+looks at nothing: it answers every group with a frame of the size of an acknowledgement, passes the
+group on as it came, and gives the sender room for 16 more when the taker has acknowledged 16. Queue
+bounds, options and the rule of what is copied are those of the project's sockets.
+"""
+
+from contextlib import suppress
+from multiprocessing.sharedctypes import Synchronized
+
+import zmq
+
+from benchmarks.service_peers import (
+    Keys,
+    receive_frames,
+    send_frames,
+    set_client_options,
+)
+from benchmarks.service_roles import GROUPS_A_BATCH, make_group
+from speed_async.wire.codec import MAX_MESSAGE_BYTES
+from speed_async.wire.sockets import set_common_options
+from speed_async.wire.zeromq import QUEUED_MESSAGES
+
+ACKNOWLEDGED = b"a" * 64
+MORE_ROOM = b"m" * 64
+TAKER = b"learner"
+HELLO = b"h"
+
+
+def route(port: "Synchronized[int]", server: tuple[bytes, bytes] | None) -> None:
+    """`server`: the public and the secret key of a CURVE server."""
+    socket: zmq.Socket = zmq.Context().socket(zmq.ROUTER)
+    socket.SNDHWM = socket.RCVHWM = QUEUED_MESSAGES
+    socket.ROUTER_MANDATORY = 1
+    set_common_options(socket, max_frame_bytes=MAX_MESSAGE_BYTES)
+    if server is not None:
+        socket.CURVE_SERVER = 1
+        socket.CURVE_PUBLICKEY, socket.CURVE_SECRETKEY = server
+    port.value = socket.bind_to_random_port("tcp://127.0.0.1")
+    with suppress(zmq.ZMQError):  # the other ends are gone: all was measured
+        _pass_on(socket)
+
+
+def _pass_on(socket: zmq.Socket) -> None:
+    sender = b""
+    while True:
+        identity, *frames = socket.recv_multipart(copy=False)
+        if identity.bytes == TAKER:
+            if len(frames[0]) == len(ACKNOWLEDGED):
+                socket.send_multipart([sender, MORE_ROOM])
+            continue
+        sender = identity.bytes
+        if len(frames) == 1:
+            continue
+        socket.send_multipart([sender, ACKNOWLEDGED])
+        send_frames(socket, [TAKER, *[frame.buffer for frame in frames]])
+
+
+def send(port: int, tokens_each: int, credits: int, keys: Keys | None) -> None:
+    socket: zmq.Socket = zmq.Context().socket(zmq.DEALER)
+    set_client_options(socket, "actor-1.0", keys)
+    socket.connect(f"tcp://127.0.0.1:{port}")
+    frames = make_group(tokens_each).frames({})
+    room = credits
+    while True:
+        while room > 0:
+            send_frames(socket, frames)
+            room -= 1
+        if socket.recv() == MORE_ROOM:
+            room += GROUPS_A_BATCH
+
+
+def take(port: int, num_groups: "Synchronized[int]", keys: Keys | None) -> None:
+    socket: zmq.Socket = zmq.Context().socket(zmq.DEALER)
+    set_client_options(socket, TAKER.decode(), keys)
+    socket.connect(f"tcp://127.0.0.1:{port}")
+    socket.send(HELLO)
+    while True:
+        receive_frames(socket)
+        num_groups.value += 1
+        if num_groups.value % GROUPS_A_BATCH == 0:
+            socket.send(ACKNOWLEDGED)

@@ -1,0 +1,36 @@
+"""The buffer service by itself, as benchmarks start it.
+
+Usage: python -m benchmarks.service_process SETTINGS.json RUN_FOLDER [PROFILE]
+With PROFILE it runs under cProfile, which it writes there at SIGUSR1, and leaves.
+"""
+
+import cProfile
+import os
+import signal
+import sys
+from pathlib import Path
+
+from speed_async.config.schema import Config
+from speed_async.runtime.event_loop import run
+from speed_async.runtime.service_role import run_service
+
+
+def main() -> None:
+    settings, folder, *profile = sys.argv[1:]
+    config = Config.model_validate_json(Path(settings).read_text())
+    if not profile:
+        run(run_service(config, Path(folder), life=0))
+        return
+    profiler = cProfile.Profile()
+
+    def leave(*_: object) -> None:
+        profiler.disable()
+        profiler.dump_stats(profile[0])
+        os._exit(0)
+
+    signal.signal(signal.SIGUSR1, leave)
+    profiler.runcall(run, run_service(config, Path(folder), life=0))
+
+
+if __name__ == "__main__":
+    main()

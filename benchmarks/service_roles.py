@@ -1,0 +1,180 @@
+"""Actors and learners that talk as real ones do, but make up their groups."""
+
+import os
+from collections import deque
+from dataclasses import asdict
+from functools import cache
+
+import numpy as np
+
+from benchmarks.service_peers import PackedGroup, Peer, SeenGroup
+from speed_async.config.schema import TaskConfig
+from speed_async.tasks.registry import make_task
+from speed_async.tasks.task import fingerprint
+from speed_async.types import ActorCounts
+from speed_async.wire import messages as m
+
+GROUP_SIZE = 24
+GROUPS_A_BATCH = 16
+BATCHES_A_CHECKPOINT = 20
+"""The learner calls a checkpoint durable this often; until then the journal keeps its groups."""
+PROMPT_TOKENS = 128
+TASK: dict[str, object] = {"name": "arithmetic", "num_prompts": 4096, "num_held_out": 1}
+
+
+class SimulatedActor:
+    """Takes leases and answers each with the same made-up group, at most `window` of them
+    unacknowledged."""
+
+    def __init__(self, peer: Peer, index: int, group: PackedGroup, window: int) -> None:
+        self.peer = peer
+        self.num_leases = 0
+        self.num_sent = 0
+        self._group = group
+        self._window = window
+        self._waiting: deque[tuple[int, int]] = deque()
+        self._wanted = 0
+        self._tokens_sent = 0
+        peer.say(hello("actor", index))
+        self.want()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting)
+
+    @property
+    def may_send(self) -> bool:
+        return self.has_work and len(self.peer.unheard) < self._window
+
+    def want(self) -> None:
+        """Ask for a window's worth of prompts, those that wait included."""
+        want = self._window - len(self._waiting)
+        if want - self._wanted >= max(1, self._window // 2):
+            self._wanted = want
+            self.peer.say(m.WantWork(num_prompts=want, counts=self._counts()))
+
+    def take(self, message: m.Message) -> None:
+        if not isinstance(message, m.Leases):
+            return
+        self.num_leases += len(message.lease_ids)
+        if message.kind == "evaluation":
+            for _ in message.lease_ids:
+                self.num_sent += 1
+            self._tokens_sent += len(message.lease_ids)
+            for lease_id in message.lease_ids:
+                self.peer.say(evaluated(lease_id, self._counts()))
+        else:
+            self._waiting.extend(zip(message.lease_ids, message.prompt_ids, strict=True))
+        self._wanted -= len(message.lease_ids)
+        self.want()
+
+    def send_one(self, due_s: float | None = None) -> None:
+        lease_id, prompt_id = self._waiting.popleft()
+        self.num_sent += 1
+        self._tokens_sent += self._group.num_tokens
+        counts = asdict(self._counts())
+        values = {"lease_id": lease_id, "prompt_id": prompt_id, "counts": counts}
+        self.peer.say_group(self._group, values, due_s)
+        self.want()
+
+    def report(self) -> None:
+        """The heartbeat."""
+        gauges = {"slots_busy": 1.0, "num_slots": 1.0, "loop_lag_s": 0.0}
+        self.peer.say(m.ActorReport(gauges=gauges, counts=self._counts()))
+
+    def _counts(self) -> ActorCounts:
+        return ActorCounts(
+            groups_leased=self.num_leases,
+            groups_in_flight=self.num_leases - self.num_sent,
+            completions_generated=GROUP_SIZE * self.num_sent,
+            tokens_generated=self._tokens_sent,
+        )
+
+
+class SimulatedLearner:
+    """Takes batches and says that it trained on them."""
+
+    def __init__(self, peer: Peer, *, journals: bool) -> None:
+        self.peer = peer
+        self.version = 0
+        self.num_groups = 0
+        self.num_tokens = 0
+        self._journals = journals
+        peer.say(hello("learner", 0))
+        self._take()
+
+    def hear(self, timeout_s: float) -> None:
+        message = self.peer.hear(timeout_s)
+        if isinstance(message, SeenGroup):
+            self.num_groups += 1
+            self.num_tokens += message.num_tokens
+        elif isinstance(message, m.BatchReady):
+            self._train(message)
+
+    def _take(self) -> None:
+        self.peer.say(m.TakeBatch(policy_version=self.version, num_groups=GROUPS_A_BATCH))
+
+    def _train(self, ready: m.BatchReady) -> None:
+        self.version += 1
+        trained = m.Trained(
+            policy_version=self.version,
+            lease_ids=ready.lease_ids,
+            skipped=False,
+            groups_trained=self.num_groups,
+            completions_trained=GROUP_SIZE * self.num_groups,
+            tokens_trained=self.num_tokens,
+            metrics={"loss": 0.0, "grad_norm": 0.0},
+        )
+        self.peer.say(trained)
+        if self._journals and self.version % BATCHES_A_CHECKPOINT == 0:
+            self.peer.say(
+                m.CheckpointSaved(policy_version=self.version, oldest_kept_version=self.version)
+            )
+        self._take()
+
+
+def hello(role: str, index: int) -> m.Hello:
+    return m.Hello(
+        role=role,
+        index=index,
+        incarnation=0,
+        fingerprint=task_fingerprint(),
+        process_id=os.getpid(),
+    )
+
+
+@cache
+def task_fingerprint() -> str:
+    return fingerprint(make_task(TaskConfig.model_validate(TASK)))
+
+
+def evaluated(lease_id: int, counts: ActorCounts) -> m.Evaluated:
+    return m.Evaluated(
+        lease_id=lease_id,
+        num_passed=1,
+        num_completions=1,
+        num_tokens=1,
+        oldest_version=0,
+        newest_version=0,
+        counts=counts,
+    )
+
+
+def make_group(tokens_each: int, group_size: int = GROUP_SIZE) -> PackedGroup:
+    """A group whose first half passed."""
+    total = tokens_each * group_size
+    rng = np.random.default_rng(0)
+    group = m.GroupFinished(
+        counts=ActorCounts(),
+        lease_id=0,
+        prompt_id=0,
+        num_screening=0,
+        prompt_token_ids=rng.integers(0, 256, PROMPT_TOKENS).astype(np.int32),
+        lengths=np.full(group_size, tokens_each, np.int32),
+        rewards=(np.arange(group_size) < group_size // 2).astype(np.float32),
+        cut=np.zeros(group_size, np.int32),
+        token_ids=rng.integers(0, 256, total).astype(np.int32),
+        logprobs=-rng.random(total).astype(np.float32),
+        policy_versions=np.zeros(total, np.int32),
+    )
+    return PackedGroup(group)

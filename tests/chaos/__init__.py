@@ -1,0 +1,1 @@
+"""Fault drills: real runs whose processes, links and files are broken at random instants."""

@@ -1,0 +1,41 @@
+"""Which results lay in the part of a journal that a drill cuts off: only those may be missing."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from speed_async.wire import messages as m
+from speed_async.wire.codec import decode
+from speed_async.wire.tap import digest_of
+
+ENDS: dict[type[m.Message], str] = {
+    m.GroupFinished: "group",
+    m.ScreenedOut: "screened_out",
+    m.Evaluated: "evaluated",
+    m.LeaseFailed: "failed",
+}
+
+
+@dataclass(kw_only=True)
+class LostRecords:
+    times_s: list[float] = field(default_factory=list)
+    """When it was cut, by the wall clock."""
+    groups: set[str] = field(default_factory=set)
+    """Digests (wire/tap.py)."""
+    results: Counter[str] = field(default_factory=Counter)
+    """By end, as the tap names them."""
+
+    def add(self, segment: Path, end: int) -> None:
+        """All records of this segment that are not whole in its first `end` bytes."""
+        from speed_async.buffer.journal import read_segment, record_end
+
+        self.times_s.append(time.time())
+        for place, record in read_segment(segment.parent, int(segment.stem)):
+            if record.kind != "message" or record_end(place, record) <= end:
+                continue
+            message = decode(record.frames)
+            if (kind := ENDS.get(type(message))) is not None:
+                self.results[kind] += 1
+            if isinstance(message, m.GroupFinished):
+                self.groups.add(digest_of(message))

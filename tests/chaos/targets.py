@@ -1,0 +1,82 @@
+"""The processes of a run, by what they do in it; read from /proc at the moment of asking."""
+
+import os
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from run_process import parent_of
+
+CHILD = "speed_async.runtime.child "
+RANK = "speed_async.launch "
+MARK = "CHAOS_DRILL"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """`actor`, `engine` and `supervisor` are told apart by the rank's number: `actor-1`."""
+
+    mark: str
+    """Value of MARK in the environment of every process of this run, and of no other."""
+
+    def all(self) -> dict[str, int]:
+        """Process id by name. A process that is about to be started is not there yet."""
+        found: dict[str, int] = {}
+        commands = self.commands()
+        for process_id, command in commands.items():
+            with suppress(OSError, ValueError, LookupError):  # it may be ending
+                if name := _name(process_id, command, commands):
+                    found[name] = process_id
+        return found
+
+    def commands(self) -> dict[int, str]:
+        """Command lines of all live processes of this run (a zombie has none), by id; those of
+        the verifier's workers as well."""
+        found: dict[int, str] = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                process_id = int(entry.name)
+                with suppress(OSError):
+                    if environment_of(process_id).get(MARK) == self.mark:
+                        command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                        if command:
+                            found[process_id] = command
+        return found
+
+    def end_all(self) -> None:
+        """SIGKILL to everything; several times, for whoever starts another one meanwhile."""
+        for _ in range(50):
+            left = self.commands()
+            if not left:
+                return
+            for process_id in left:
+                with suppress(ProcessLookupError):
+                    os.kill(process_id, signal.SIGKILL)
+            time.sleep(0.02)
+
+
+def _name(process_id: int, command: str, commands: dict[int, str]) -> str | None:
+    words = command.split()
+    if RANK in command:
+        rank = int(environment_of(process_id)["RANK"])
+        return "learner" if rank == 0 else f"supervisor-{rank}"
+    if CHILD not in command:
+        return None
+    role = command.partition(CHILD)[2].split()[0]
+    if role != "actor":
+        return role
+    index = words[words.index("--index") + 1]
+    is_engine = CHILD + "actor" in commands.get(parent_of(process_id), "")
+    return f"{'engine' if is_engine else 'actor'}-{index}"
+
+
+def environment_of(process_id: int) -> dict[str, str]:
+    entries = Path(f"/proc/{process_id}/environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def resident_bytes(process_id: int) -> int:
+    pages = int(Path(f"/proc/{process_id}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,30 @@
+"""A short drill on every test run: the long one is `python -m benchmarks.chaos --faults 500`."""
+
+from pathlib import Path
+
+import pytest
+
+from chaos.drill import run_drills
+from chaos.faults import KINDS, plan
+from chaos.results import service_growth
+from chaos.settings import GROUPS_PER_UPDATE, Plan
+
+SEED = 20261124
+NUM_FAULTS = 20
+GROWTH = 1.15
+"""The service's memory at the end over that after its first faults; buffers, books of actor lives
+and the allocator's own habits are in it. The long drill holds it to less."""
+
+
+@pytest.mark.timeout(420)
+def test_twenty_faults_lose_no_group_train_none_twice_and_the_run_reaches_its_end(
+    tmp_path: Path,
+) -> None:
+    print(f"seed {SEED}")
+    faults = plan(SEED, NUM_FAULTS, KINDS, overlapping=0.6)
+    [result] = run_drills(tmp_path, Plan(faults=faults, seed=SEED), NUM_FAULTS)
+    assert len(result.rounds) + len(result.skipped) == NUM_FAULTS
+    assert len(result.skipped) <= 2, result.skipped
+    numbers = result.verdict.numbers
+    assert numbers["groups_trained"] == numbers["updates"] * GROUPS_PER_UPDATE
+    assert service_growth(result.rounds) < GROWTH

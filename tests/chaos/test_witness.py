@@ -1,0 +1,165 @@
+"""The witness of a drill sees what is wrong, in counts that the tap has left."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chaos.traces import read_traces
+from chaos.witness import judge_ended, judge_so_far
+from speed_async.types import ActorCounts
+from speed_async.wire import messages as m
+from speed_async.wire.inprocess import InProcessHub
+from speed_async.wire.tap import digest_of, tapped
+
+
+def sent(number: int, group: str = "", tokens: int = 10) -> dict[str, Any]:
+    fields = {"end": "group", "group": group} if group else {"end": "screened_out"}
+    return {"kind": "sent", "number": number, "tokens": tokens, "generated": 10 * number, **fields}
+
+
+def trained(version: int, *groups: str) -> dict[str, Any]:
+    return {
+        "kind": "trained",
+        "number": version,
+        "policy_version": version,
+        "groups": list(groups),
+        "tokens": 10 * len(groups),
+        "skipped": False,
+    }
+
+
+HEARD_ALL = {"kind": "heard", "number": 99}
+GOOD_ACTOR = [sent(1, "a"), sent(2, "b"), sent(3), sent(4, "c"), HEARD_ALL]
+GOOD_LEARNER = [trained(1, "a"), trained(2, "b")]
+
+
+def write_run(folder: Path, actor: list[dict], learner: list[dict], **groups: int) -> None:
+    """Traces, and the files of a run of two updates whose books say what `groups` say."""
+    (folder / "trace").mkdir(parents=True)
+    for name, lines in (("actor-1.0", actor), ("learner", learner)):
+        texts = [json.dumps({"time_s": float(at), **line}) for at, line in enumerate(lines)]
+        (folder / "trace" / f"{name}-1.jsonl").write_text("".join(f"{text}\n" for text in texts))
+    ends = ["trained", "stale", "evicted", "screened_out", "failed", "buffered", "in_training"]
+    book = dict.fromkeys([*ends, "in_flight", "evaluation"], 0)
+    book |= {"generated": 4, "trained": 2, "screened_out": 1, "buffered": 1} | groups
+    ledger = {"closes": True, "checks": {}, "groups": book}
+    ledger["tokens"] = {"trained": 20, "generated": 40}
+    (folder / "summary.json").write_text(json.dumps({"policy_version": 2, "ledger": ledger}))
+    events = [{"kind": "step", "policy_version": 2}, {"kind": "end", "ok": True}]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+
+
+def findings(folder: Path, **wrong: Any) -> str:
+    actor, learner = wrong.pop("actor", GOOD_ACTOR), wrong.pop("learner", GOOD_LEARNER)
+    write_run(folder, actor, learner, **wrong)
+    return "; ".join(judge_ended(folder / "trace", folder, 2).findings)
+
+
+def test_the_witness_has_nothing_to_say_of_a_run_that_kept_its_promises(tmp_path: Path) -> None:
+    assert findings(tmp_path) == ""
+
+
+def test_the_witness_sees_a_group_trained_twice(tmp_path: Path) -> None:
+    assert "trained twice: versions 1, 2" in findings(
+        tmp_path, learner=[trained(1, "a"), trained(2, "a")]
+    )
+
+
+def test_an_update_that_was_rolled_back_counts_for_nothing(tmp_path: Path) -> None:
+    rolled_back = [trained(1, "a"), trained(2, "c"), trained(2, "b")]
+    assert findings(tmp_path, learner=rolled_back) == ""
+    taken_back_and_lost = [trained(1, "c"), trained(2, "b"), trained(1, "a")]
+    assert "not each of 1 to 2" in findings(tmp_path / "lost", learner=taken_back_and_lost)
+
+
+def test_the_witness_sees_a_group_that_was_accepted_and_lost(tmp_path: Path) -> None:
+    assert "1 are lost, such as ['c']" in findings(tmp_path, buffered=0, generated=3)
+
+
+def test_the_witness_sees_an_update_that_is_trained_again_otherwise(tmp_path: Path) -> None:
+    otherwise = [trained(1, "a"), {"kind": "heard", "number": 1}, trained(1, "c"), trained(2, "b")]
+    said = "version 1 was trained again with other groups"
+    assert said in findings(tmp_path / "known", learner=otherwise)
+    unknown = [otherwise[0], *otherwise[2:]]
+    assert findings(tmp_path / "unknown", learner=unknown) == ""
+
+
+def test_a_group_that_the_service_never_confirmed_may_be_missing(tmp_path: Path) -> None:
+    unheard = [*GOOD_ACTOR[:3], {"kind": "heard", "number": 3}, GOOD_ACTOR[3]]
+    assert findings(tmp_path, actor=unheard, buffered=0, generated=3) == ""
+
+
+def test_the_witness_sees_groups_from_nowhere_and_books_that_are_made_up(tmp_path: Path) -> None:
+    learner = [trained(1, "a"), trained(2, "z")]
+    assert "trained z, which nobody sent" in findings(tmp_path / "0", learner=learner)
+    assert "as screened_out" in findings(tmp_path / "1", screened_out=2, generated=5)
+    assert "3 groups as trained" in findings(tmp_path / "2", trained=3, generated=5)
+    assert "9 groups were granted" in findings(tmp_path / "3", generated=9)
+
+
+def test_the_witness_s_first_look_needs_no_summary(tmp_path: Path) -> None:
+    write_run(tmp_path, GOOD_ACTOR, [trained(1, "a"), trained(2, "a")])
+    assert len(judge_so_far(read_traces(tmp_path / "trace"))) == 1
+
+
+# --- the tap -----------------------------------------------------------------------------------
+
+
+def finished_group(number: int) -> m.GroupFinished:
+    return m.GroupFinished(
+        number=number,
+        counts=ActorCounts(tokens_generated=5),
+        lease_id=3,
+        prompt_id=1,
+        num_screening=1,
+        prompt_token_ids=np.array([7], np.int32),
+        lengths=np.array([2, 1], np.int32),
+        rewards=np.array([0, 1], np.float32),
+        cut=np.zeros(2, np.int32),
+        token_ids=np.array([4, 5, 6], np.int32),
+        logprobs=np.zeros(3, np.float32),
+        policy_versions=np.zeros(3, np.int32),
+    )
+
+
+def test_both_ends_know_a_group_by_the_same_digest_and_a_message_sent_again_counts_once(
+    tmp_path: Path,
+) -> None:
+    async def run() -> None:
+        hub = InProcessHub()
+        actor = tapped(hub.connect("actor-1.0"), str(tmp_path), "actor-1.0")
+        learner = tapped(hub.connect("learner"), str(tmp_path), "learner")
+        message = finished_group(1)
+        for _ in range(2):
+            await actor.send(message)
+        await hub.send("actor-1.0", m.Welcome(policy_version=0, heard=1))
+        await actor.receive(1.0)
+        fields = {name: getattr(message, name) for name in m.BatchGroup.__slots__}
+        await hub.send("learner", m.BatchGroup(**fields | {"number": 1, "heard": 0}))
+        await hub.send("learner", m.BatchReady(policy_version=0, lease_ids=[3]))
+        for _ in range(2):
+            await learner.receive(1.0)
+        await learner.send(
+            m.Trained(
+                policy_version=1,
+                lease_ids=[3],
+                skipped=False,
+                groups_trained=1,
+                completions_trained=2,
+                tokens_trained=3,
+                metrics={},
+            )
+        )
+        for link in (actor, learner):
+            await link.close()
+
+    asyncio.run(run())
+    traces = read_traces(tmp_path)
+    [actor], [update], [batch] = traces.actors, traces.updates, traces.batches
+    assert [line["group"] for line in actor.sent] == [digest_of(finished_group(1))]
+    assert actor.is_accepted(actor.sent[0])
+    assert update.groups == batch["groups"] == [actor.sent[0]["group"]]
+    assert update.tokens == 3
