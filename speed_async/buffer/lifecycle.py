@@ -283,6 +283,10 @@ class Lifecycle:
         self._statistics.batch_taken(taken, self._policy_version)
         return taken
 
+    def is_training(self, lease_ids: list[int]) -> bool:
+        """Whether the learner has these groups, for the first time."""
+        return all(lease_id in self.in_training for lease_id in lease_ids)
+
     def trained(self, message: m.Trained) -> None:
         """An update is done; its groups end, and those grown too old leave the buffer."""
         groups = [self.in_training.pop(lease_id) for lease_id in message.lease_ids]

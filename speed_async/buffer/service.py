@@ -317,7 +317,7 @@ class BufferService:
     def _on_trained(self, peer: str, message: m.Trained, now_s: float) -> None:
         if message.notice:
             self.warning = message.notice
-        if message.policy_version <= self.policy_version:
+        if not self.lifecycle.is_training(message.lease_ids):
             self._repeated(message)
             return
         self.lifecycle.trained(message)

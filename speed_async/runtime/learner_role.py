@@ -57,15 +57,16 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
     sys.stderr.writelines([f"life {life.number}\n", *life.first_words()])
     service = ServiceProcess(config, folder, life=life.number)
     await service.start(life.ports)
+    ports = service.ports
     console: asyncio.subprocess.Process | None = None
     watch: asyncio.Task[None] | None = None
     grace_s = FAILED_GRACE_S
     try:
-        remember_ports(life, service.ports)
+        remember_ports(life, ports)
         address = ServiceAddress(
             host=config.cluster.host,
-            port=service.ports.service,
-            feed_port=service.ports.feed,
+            port=ports.service,
+            feed_port=ports.feed,
             run_folder=str(folder.path),
             life=life.number,
         )
