@@ -111,7 +111,7 @@ class Inspection:
                 if not 1 <= message.weight_ranks <= MAX_WEIGHT_RANKS:
                     yield f"weight_ranks must be between 1 and {MAX_WEIGHT_RANKS}"
             case Join():
-                if not message.machine.isprintable():
+                if not (message.machine and message.machine.isprintable()):
                     yield "machine is no name"
             case m.TakeBatch(num_groups=asked):
                 if not 1 <= asked <= self._capacity_groups:

@@ -31,6 +31,7 @@ class Machine:
     def message(self, peer: str, message: m.Message, now_s: float) -> None:
         """What a peer said. Control messages and repetitions are dealt with and not recorded."""
         if not self.conversations.admit(peer, message, now_s):
+            self._note_refusal(peer)
             return
         turned_away = self.service.turned_away(peer, message)
         if turned_away is not None:
@@ -76,6 +77,12 @@ class Machine:
             case _:
                 return
         self.events.clear()
+
+    def _note_refusal(self, peer: str) -> None:
+        """The conversations may just have turned this peer away for good."""
+        replies = self.conversations.replies
+        if replies and replies[-1][0] == peer and isinstance(replies[-1][1], m.Rejected):
+            self.service.gatekeeper.refused(peer)
 
     # --- what they do ----------------------------------------------------------------------------
 

@@ -1,0 +1,107 @@
+"""The same target under atheris: libFuzzer chooses inputs by what new code they reach.
+
+    python -m benchmarks.fuzz_atheris FRAMES
+
+An input is a number of frames, their lengths, and their bytes. A tenth comes from an insider.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import atheris  # type: ignore[import-not-found]
+
+with atheris.instrument_imports(include=["speed_async.wire", "speed_async.buffer"]):
+    from benchmarks.fuzz_frames import Frames, Spoiler, corpus
+    from benchmarks.fuzz_target import LIAR, Strangers, Target, books_close
+    from speed_async.wire.codec import encode
+
+from benchmarks.fuzz import ALLOWED_GROWTH, resident_mib
+
+MAX_INPUT_BYTES = 4096
+
+
+def packed(frames: Frames) -> bytes:
+    """Frames as an input."""
+    lengths = b"".join(len(frame).to_bytes(2, "little") for frame in frames)
+    return bytes([len(frames)]) + lengths + b"".join(frames)
+
+
+def unpacked(data: bytes) -> Frames:
+    """An input as frames, whatever it is."""
+    count = data[0] % 16 if data else 0
+    lengths = [int.from_bytes(data[1 + 2 * i : 3 + 2 * i], "little") for i in range(count)]
+    frames, at = [], 1 + 2 * count
+    for length in lengths:
+        frames.append(data[at : at + length])
+        at += length
+    return frames
+
+
+class Fire:
+    def __init__(self, num_frames: int, model: Path) -> None:
+        self._num_frames = num_frames
+        self._model = model
+        self._outer, self._inner = Target(model), Target(model)
+        self._before = self._outer.digest()
+        self._strangers = Strangers(0)
+        self._number = 0
+        self._warm_mib = 0.0
+        self._began_s = time.perf_counter()
+
+    def shoot(self, data: bytes) -> None:
+        self._number += 1
+        frames = unpacked(data)
+        if self._number % 10:
+            self._outer.receive(self._strangers.next(), frames)
+        else:
+            self._inner.receive(LIAR, frames)
+            if LIAR.encode() in self._inner.muted:
+                assert books_close(self._inner)
+                self._inner = Target(self._model)
+        if self._number % 10_000 == 0:
+            assert self._outer.digest() == self._before
+        if self._number == self._num_frames // 5:
+            self._warm_mib = resident_mib()
+        if self._number == self._num_frames:
+            self._report()
+
+    def _report(self) -> None:
+        wall_s = time.perf_counter() - self._began_s
+        growth = resident_mib() / self._warm_mib - 1
+        print(f"{self._number:,} inputs in {wall_s:.0f} s, {self._number / wall_s:,.0f} inputs/s")
+        print(f"exceptions: 0; state untouched: {self._outer.digest() == self._before}")
+        print(f"memory {self._warm_mib:.1f} MiB after 20%, then {growth:+.2%}", flush=True)
+        for reason, count in self._outer.reasons.most_common(40):
+            print(f"  {count:>9,}  {reason}")
+        assert growth < 5 * ALLOWED_GROWTH  # libFuzzer's own corpus grows with what it finds
+        sys.stdout.flush()
+
+
+def main() -> None:
+    num_frames = int(sys.argv[1])
+    with tempfile.TemporaryDirectory() as folder:
+        model, seeds = Path(folder) / "model", Path(folder) / "seeds"
+        model.mkdir()
+        seeds.mkdir()
+        (model / "config.json").write_text("{}")
+        spoiler = Spoiler(1)
+        whole = [[bytes(frame) for frame in encode(message)] for message in corpus()]
+        for number, frames in enumerate([*whole, *(spoiler.next() for _ in range(500))]):
+            data = packed(frames[:15])
+            if len(data) <= MAX_INPUT_BYTES:
+                (seeds / f"{number}").write_bytes(data)
+        options = [
+            f"-artifact_prefix={folder}/",
+            f"-runs={num_frames}",
+            f"-max_len={MAX_INPUT_BYTES}",
+            "-rss_limit_mb=4096",
+        ]
+        fire = Fire(num_frames, model)
+        atheris.Setup([sys.argv[0], *options, "-verbosity=0", str(seeds)], fire.shoot)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Frames that no honest peer sends: a corpus of every message, and ways to spoil it."""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+import msgpack
+import numpy as np
+
+from speed_async.types import ActorCounts, Float32Array, Int32Array
+from speed_async.wire import joining, messages, session
+from speed_async.wire.codec import encode
+from speed_async.wire.messages import Counted, Message
+
+Frames = list[bytes]
+
+NASTY: tuple[object, ...] = (
+    *(None, True, False, 0, 1, -1, 2**31 - 1, 2**31, -(2**31), 2**63 - 1, -(2**63), 2**64 - 1),
+    *(0.0, -0.0, 1e308, math.nan, math.inf, -math.inf, "", "x" * 5000, "\x00", "\ud7ff", b"raw"),
+    *([], {}, [[]], {"a": []}, [0] * 5000, {str(i): i for i in range(500)}, "<i8", "|O", [-1]),
+)
+NASTY_DEEP = b"\x91" * 1000 + b"\x90"
+NASTY_FLOATS = (math.nan, math.inf, -math.inf, 1.0, 1e38, -1e38)
+NASTY_INTS = (-1, -(2**31), 2**31 - 1, 100, 65)
+
+
+def corpus() -> list[Message]:
+    """One whole message of every type, as a peer of the service or the service itself sends it."""
+    found = []
+    for module in (messages, joining, session):
+        for kind in vars(module).values():
+            is_message = isinstance(kind, type) and issubclass(kind, Message)
+            if is_message and kind not in (Message, Counted) and kind.__module__ == module.__name__:
+                found.append(_sample(kind))
+    return found
+
+
+def _sample(kind: type[Any]) -> Any:
+    values: dict[str, object] = {}
+    for field in fields(kind):
+        hint = get_type_hints(kind)[field.name]
+        values[field.name] = _value(field.name, hint)
+    return kind(**values)
+
+
+def _value(name: str, hint: object) -> object:
+    arrays = {"lengths": [2, 1], "cut": [0, 1], "prompt_token_ids": [5, 6]}
+    texts = {"role": "actor", "kind": "training", "backend": "gloo", "fingerprint": "not this one"}
+    plain: dict[object, object] = {
+        int: 0 if name in ("number", "heard") else 1,
+        float: 0.5,
+        bool: False,
+        str: texts.get(name, "\n"),  # unprintable: a stranger's Join is refused
+        list[int]: [1, 2],
+        list[str]: ["actor-1.0"],
+        dict[str, float]: {"time/wait_s": 0.5},
+        dict[str, object]: {"a": [1, {"b": None}]},
+        Float32Array: np.array([0.5, 0.5] if name == "rewards" else [-0.5] * 3, np.float32),
+        Int32Array: np.array(arrays.get(name, [1, 2, 3]), np.int32),
+    }
+    if isinstance(hint, type) and is_dataclass(hint):
+        return ActorCounts(groups_leased=1, groups_in_flight=1)
+    return plain[hint]
+
+
+class Spoiler:
+    """Spoiled frames of the corpus, the same ones for one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._whole: list[Frames] = [
+            [bytes(frame) for frame in encode(message)] for message in corpus()
+        ]
+        self._ways: list[Callable[[Frames], Frames]] = [
+            *(self._flip, self._cut, self._splice, self._repeat, self._rubbish),
+            *(self._leaf, self._leaf, self._leaf, self._array, self._whole_as_it_is, self._deep),
+        ]
+
+    def __iter__(self) -> Iterator[Frames]:
+        while True:
+            yield self.next()
+
+    def next(self) -> Frames:
+        frames = list(self._random.choice(self._whole))
+        for _ in range(self._random.choice((1, 1, 1, 2, 4))):
+            if frames:
+                frames = self._random.choice(self._ways)(frames)
+        return frames
+
+    def _flip(self, frames: Frames) -> Frames:
+        place = self._random.randrange(len(frames))
+        data = bytearray(frames[place])
+        for _ in range(self._random.randint(1, 8) if data else 0):
+            data[self._random.randrange(len(data))] ^= 1 << self._random.randrange(8)
+        frames[place] = bytes(data)
+        return frames
+
+    def _cut(self, frames: Frames) -> Frames:
+        place = self._random.randrange(len(frames))
+        data, at = frames[place], self._random.randint(0, len(frames[place]))
+        new = self._random.randbytes(self._random.randint(0, 9))
+        frames[place] = data[:at] + new + data[at + self._random.randint(0, 9) :]
+        return frames
+
+    def _splice(self, frames: Frames) -> Frames:
+        other = self._random.choice(self._whole)
+        return frames[: self._random.randint(0, len(frames))] + other[1:]
+
+    def _repeat(self, frames: Frames) -> Frames:
+        return frames * self._random.choice((2, 3, 40)) if len(frames) < 100 else frames[:1]
+
+    def _rubbish(self, frames: Frames) -> Frames:
+        count = self._random.randint(0, 5)
+        return [self._random.randbytes(self._random.choice((0, 1, 7, 300))) for _ in range(count)]
+
+    def _whole_as_it_is(self, frames: Frames) -> Frames:
+        return frames
+
+    def _deep(self, frames: Frames) -> Frames:
+        """A value nested as deep as msgpack takes it in some field's place."""
+        header = frames[0]
+        at = header.find(b"\xa5heard")
+        if at > 0:
+            frames[0] = header[: at + 6] + NASTY_DEEP + header[at + 7 :]
+        return frames
+
+    def _leaf(self, frames: Frames) -> Frames:
+        """Another value somewhere in the header, which stays valid msgpack."""
+        try:
+            header: Any = msgpack.unpackb(frames[0], strict_map_key=False)
+        except (ValueError, TypeError, msgpack.UnpackException):
+            return frames
+        place: Any = header
+        while isinstance(place, list | dict) and place:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            key = self._random.choice(keys)
+            inner = place[key]
+            if not isinstance(inner, list | dict) or not inner or self._random.random() < 0.2:
+                place[key] = self._random.choice(NASTY)
+                break
+            place = inner
+        try:
+            frames[0] = msgpack.packb(header) or b""
+        except (ValueError, TypeError, OverflowError):
+            return frames
+        return frames
+
+    def _array(self, frames: Frames) -> Frames:
+        """Another number in one of its arrays."""
+        if len(frames) < 2:
+            return frames
+        place = self._random.randrange(1, len(frames))
+        data = bytearray(frames[place])
+        if len(data) >= 4:
+            floats = self._random.random() < 0.5
+            number = (
+                np.float32(self._random.choice(NASTY_FLOATS))
+                if floats
+                else np.int32(self._random.choice(NASTY_INTS))
+            )
+            at = 4 * self._random.randrange(len(data) // 4)
+            data[at : at + 4] = number.tobytes()
+        frames[place] = bytes(data)
+        return frames

@@ -1,0 +1,155 @@
+"""Frames that no honest peer sends: nothing but refusals comes of them, and nothing stays behind.
+
+The long form is `python -m benchmarks.fuzz`.
+"""
+
+import asyncio
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import uvloop
+import zmq
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.fuzz import fuzz
+from benchmarks.fuzz_frames import NASTY_DEEP, Spoiler, corpus
+from benchmarks.fuzz_target import HONEST, LIAR, Strangers, Target, books_close
+from speed_async.errors import DeadlineExceeded, ProtocolError
+from speed_async.types import ActorCounts
+from speed_async.wire.codec import _LAYOUTS, MAGIC, decode, encode
+from speed_async.wire.messages import PROTOCOL_VERSION, Goodbye, WantWork
+from speed_async.wire.zeromq import open_hub, open_link
+
+HOST = "127.0.0.1"
+SOON_S = 20.0
+PATIENT = settings(
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_the_corpus_holds_every_message_of_the_protocol():
+    assert {type(message).__name__ for message in corpus()} == set(_LAYOUTS)
+    for message in corpus():
+        assert type(decode(encode(message))) is type(message)
+
+
+@PATIENT
+@given(st.integers(0, 2**32), st.integers(1, 30))
+def test_spoiled_frames_are_refused_or_whole(seed: int, count: int):
+    spoiler = Spoiler(seed)
+    for _ in range(count):
+        try:
+            message = decode(spoiler.next())
+        except ProtocolError as error:
+            assert len(str(error)) < 1000
+            continue
+        encode(message)  # what is let through is a message that could have been sent
+
+
+def test_what_is_nested_too_deeply_to_be_shown_is_refused():
+    start = b"\x95" + b"\xab" + MAGIC.encode() + bytes([PROTOCOL_VERSION])
+    for header in (start + NASTY_DEEP + b"\x80\x90", start + b"\xa5Probe" + NASTY_DEEP + b"\x90"):
+        with pytest.raises(ProtocolError):
+            decode([header])
+
+
+@settings(PATIENT, max_examples=40)
+@given(seed=st.integers(0, 2**32))
+def test_strangers_change_nothing_and_insiders_only_what_is_theirs(model: Path, seed: int):
+    spoiler, strangers = Spoiler(seed), Strangers(seed)
+    target = Target(model)
+    before = target.digest()
+    for _ in range(100):
+        target.receive(strangers.next(), spoiler.next())
+    assert target.digest() == before
+    sessions = len(target.machine.conversations._sessions)
+    assert sessions <= 3
+    honest = target.machine.service.lifecycle.leases.of_holder(HONEST)
+    for _ in range(20):
+        target.receive(LIAR, spoiler.next())
+    assert books_close(target)
+    after = target.machine.service.lifecycle.leases.of_holder(HONEST)
+    assert [entry.lease for entry in after][: len(honest)] == [entry.lease for entry in honest]
+    served, want = target.num_taken_in, WantWork(num_prompts=1, counts=ActorCounts())
+    target.receive(HONEST, [bytes(frame) for frame in encode(want)])
+    assert target.num_taken_in == served + 1
+
+
+def test_a_flood_under_new_names_grows_nothing(model: Path):
+    spoiler, strangers, target = Spoiler(0), Strangers(0), Target(model)
+    frames = [spoiler.next() for _ in range(500)]
+
+    def flood() -> None:
+        for number in range(5000):
+            target.receive(strangers.next(), frames[number % 500])
+        target.reasons.clear()
+
+    tracemalloc.start()
+    try:
+        for _ in range(2):  # tables that are bounded fill up
+            flood()
+        before, _ = tracemalloc.get_traced_memory()
+        flood()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 128 * 1024
+    assert len(target.muted) == 4096
+
+
+def test_the_command_says_what_it_saw(model: Path, capsys: pytest.CaptureFixture[str]):
+    assert fuzz(200, 1, model) in (True, False)  # growth is no matter for 200 frames
+    out = capsys.readouterr().out
+    assert "state untouched by strangers: True" in out
+    assert "books open or leases taken: 0" in out
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_a_hub_under_fire_serves_the_others(run):
+    """Real sockets: connection after connection under new names, each with frames of its own."""
+
+    async def play() -> None:
+        hub = await open_hub(HOST, 0)
+        good = await open_link(HOST, hub.port, "actor-1.0")
+        context = zmq.Context()
+        spoiler, goodbye = Spoiler(3), Goodbye(counts=ActorCounts())
+        heard = 0
+        try:
+            for number in range(150):
+                bad = context.socket(zmq.DEALER)
+                bad.LINGER = 0
+                bad.IDENTITY = f"bad-{number}".encode()
+                bad.connect(f"tcp://{HOST}:{hub.port}")
+                for _ in range(3):
+                    bad.send_multipart(spoiler.next() or [b""])
+                if number % 10 == 0:
+                    await good.send(goodbye)
+                    while True:
+                        peer, message = await hub.receive(SOON_S)
+                        if peer == "actor-1.0":
+                            assert message == goodbye
+                            heard += 1
+                            break
+                bad.close()
+            with pytest.raises(DeadlineExceeded):
+                while True:
+                    await hub.receive(0.1)
+            assert heard == 15
+            assert 0 < hub.rejected <= hub.muted.num_muted
+        finally:
+            context.destroy(linger=0)
+            await good.close()
+            await hub.close()
+
+    run(asyncio.wait_for(play(), 3 * SOON_S))
