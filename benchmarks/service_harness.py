@@ -54,7 +54,8 @@ def service_config(
         cluster |= {"security": "curve", "keys": str(keys.folder)}
     tree: dict[str, dict[str, object]] = {
         "run": {"updates": FOREVER},
-        "model": {"path": str(QUICKSTART.parent / "model")},
+        "model": {"path": str(QUICKSTART.parent / "model"), "context_length": 1 << 20},
+        "actors": {"max_new_tokens": 1 << 16},
         "task": TASK,
         "gate": {"mode": "off", "n_init": group_size, "n_cont": 0},
         "learner": {"groups_per_update": GROUPS_A_BATCH},

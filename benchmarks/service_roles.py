@@ -19,6 +19,8 @@ GROUPS_A_BATCH = 16
 BATCHES_A_CHECKPOINT = 20
 """The learner calls a checkpoint durable this often; until then the journal keeps its groups."""
 PROMPT_TOKENS = 128
+VOCABULARY = 8
+"""Token ids that any model has."""
 TASK: dict[str, object] = {"name": "arithmetic", "num_prompts": 4096, "num_held_out": 1}
 
 
@@ -169,11 +171,11 @@ def make_group(tokens_each: int, group_size: int = GROUP_SIZE) -> PackedGroup:
         lease_id=0,
         prompt_id=0,
         num_screening=0,
-        prompt_token_ids=rng.integers(0, 256, PROMPT_TOKENS).astype(np.int32),
+        prompt_token_ids=rng.integers(0, VOCABULARY, PROMPT_TOKENS).astype(np.int32),
         lengths=np.full(group_size, tokens_each, np.int32),
         rewards=(np.arange(group_size) < group_size // 2).astype(np.float32),
         cut=np.zeros(group_size, np.int32),
-        token_ids=rng.integers(0, 256, total).astype(np.int32),
+        token_ids=rng.integers(0, VOCABULARY, total).astype(np.int32),
         logprobs=-rng.random(total).astype(np.float32),
         policy_versions=np.zeros(total, np.int32),
     )

@@ -22,6 +22,7 @@ from speed_async.actors.scripted_engine import ScriptedEngine, ScriptedStepper
 from speed_async.actors.stepped_engine import SteppedEngine
 from speed_async.buffer.curriculum import UniformCurriculum
 from speed_async.buffer.machine import Machine
+from speed_async.buffer.recovery import open_machine
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
 from speed_async.config.schema import Config
@@ -142,12 +143,15 @@ class Run:
             started_s=0.0,
         )
 
-    async def execute(self) -> Finished:
+    async def execute(self, machine: Machine | None = None) -> Finished:
+        """The whole run; `machine`, for one with a journal, is of this run's service."""
         hub = InProcessHub()
         feed = FeedPublisher("127.0.0.1", 0)
         store = MemoryStore()
         async with asyncio.TaskGroup() as tasks:
-            serving = tasks.create_task(serve(Machine(self.service), hub, feed, [self.sink]))
+            serving = tasks.create_task(
+                serve(machine or Machine(self.service), hub, feed, [self.sink])
+            )
             for index in range(1, self.num_actors + 1):
                 tasks.create_task(self._act(hub, index, store))
             learner = LearnerLoop(
@@ -210,6 +214,38 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
         return Run(make_config(str(tmp_path), **sections), num_actors)
 
     return make
+
+
+@pytest.mark.parametrize("durability", ["batched", "every"])
+def test_groups_past_the_memory_bound_wait_in_the_journal_and_are_trained_from_there(
+    make_run: Callable[..., Run], tmp_path: Path, durability: str
+) -> None:
+    buffer = {"capacity_groups": 8, "spill": True, "durability": durability}
+    run = make_run(buffer=buffer)
+    buffer_config = run.config.buffer.model_copy(update={"capacity_bytes": 1})
+    config = run.config.model_copy(update={"buffer": buffer_config})
+    run.config = config
+    service = remade(config, run.task)
+    machine, _ = open_machine(tmp_path / "journal", config, lambda _: service, life=0)
+    finished = asyncio.run(asyncio.wait_for(run.execute(machine), 30))
+    assert finished.completed
+    assert len(run.updates.batches) == 5
+    lease_ids = [group.lease_id for batch in run.updates.batches for group in batch]
+    assert len(set(lease_ids)) == len(lease_ids)
+    assert machine.service.lifecycle.buffer.num_bytes == 0
+    table = finished.service_fields["ledger"]
+    assert isinstance(table, dict) and table["closes"]
+
+
+def remade(config: Config, task: DigitTask) -> BufferService:
+    """The same service under other settings."""
+    return BufferService(
+        config,
+        curriculum=UniformCurriculum(NUM_PROMPTS, np.random.default_rng(0)),
+        evaluations=EvaluationPlan(num_prompts=4, num_samples=2, every=config.evaluate.every),
+        fingerprint=fingerprint(task),
+        started_s=0.0,
+    )
 
 
 def test_a_run_trains_every_batch_and_closes_its_books(make_run: Callable[..., Run]) -> None:

@@ -430,3 +430,37 @@ def test_a_batch_that_does_not_come_ends_the_run_with_the_reason(desk: Desk) -> 
     assert isinstance(abort, m.Abort)
     assert "1 prompts screened; 0 passed the gate" in abort.message
     assert "easier prompts" in abort.message
+
+
+def test_actors_are_held_back_before_the_memory_bound_is_passed(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, buffer={"credits": 100, "capacity_groups": 200})
+    desk.past_baseline()
+    leases = desk.lease(100)
+    room = desk.service.lifecycle.credits_left
+    buffer = desk.config.buffer.model_copy(update={"capacity_bytes": 1000})
+    desk.service.lifecycle._config = desk.config.model_copy(  # pyright: ignore
+        update={"buffer": buffer}
+    )
+    for lease_id, prompt_id in zip(leases.lease_ids[:40], leases.prompt_ids[:40], strict=True):
+        desk.say("actor-1.0", make_group(lease_id, prompt_id))  # 152 bytes each
+    lifecycle = desk.service.lifecycle
+    assert room > 0
+    assert lifecycle.credits_left == 0
+
+
+def test_an_expired_lease_is_offered_again_and_its_late_result_still_counts_once(
+    tmp_path: Path,
+) -> None:
+    desk = Desk(tmp_path, buffer={"lease_timeout_s": 10.0})
+    desk.past_baseline()
+    leases = desk.lease(1)
+    [lease_id], [prompt_id] = leases.lease_ids, leases.prompt_ids
+    charged = desk.service.lifecycle.leases.num_charged
+    desk.wait(11)
+    assert desk.service.lifecycle.leases.num_charged == charged - 1
+    assert "leases expired" in desk.service.warning
+    assert desk.lease(1).prompt_ids[0] == prompt_id  # offered to whoever asks next
+    group = make_group(lease_id, prompt_id)
+    desk.say("actor-1.0", group)
+    desk.say("actor-1.0", group)
+    assert len(desk.service.lifecycle.buffer) == 1

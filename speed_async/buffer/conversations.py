@@ -9,6 +9,7 @@ from speed_async.wire.session import Arrival, Heard, Missing, Probe, Session
 
 PROBE_S = 1.0
 GIVEN_UP = "this incarnation was given up as lost: start a new one"
+FORGOTTEN = "the service has lost a part of what it told this peer: start a new incarnation"
 UNKNOWN = "the service does not know this peer: start a new incarnation"
 
 
@@ -30,6 +31,9 @@ class Conversations:
         session = self._sessions.get(peer)
         if session is None:
             return self._admit_stranger(peer, message)
+        if message.heard > session.sent:  # it heard what went with the journal's tail
+            self.replies.append((peer, m.Rejected(reason=FORGOTTEN)))
+            return False
         if isinstance(message, Missing):
             if session.rewind(message.heard):
                 self.unsent.append(peer)
@@ -64,6 +68,11 @@ class Conversations:
             self._sessions[peer] = Session()
         if session := self._sessions.get(peer):
             session.arrived(message)
+
+    def overheard(self, peer: str, message: m.Message) -> None:
+        """Note what the peer has heard, of a message that is not taken in any more."""
+        if session := self._sessions.get(peer):
+            session.forget(message.heard)
 
     def say(self, peer: str, message: m.Message) -> None:
         """To be sent by the shell, and kept until it was heard."""

@@ -22,6 +22,7 @@ from typing import Literal, Self
 
 import msgpack
 
+from speed_async.buffer.direct_file import BLOCK_BYTES, DirectFile, is_padding
 from speed_async.errors import JournalError
 from speed_async.wire.codec import Frame
 
@@ -29,8 +30,6 @@ FORMAT = 1
 SEGMENT_BYTES = 256 * 1024 * 1024
 """A segment past this is closed at the next chance to take a snapshot."""
 MAX_RECORD_BYTES = 1 << 40
-MAX_BUFFERS = 512
-"""Buffers in one system call; Linux allows 1024."""
 
 RecordKind = Literal["opened", "snapshot", "message", "tick", "gone", "life"]
 Place = tuple[int, int]
@@ -56,29 +55,28 @@ class Record:
 class Journal:
     """The open end of the log. Not thread-safe, but `sync` may run in another thread."""
 
-    def __init__(self, folder: Path, segment: int, sequence: int, end: int) -> None:
+    def __init__(self, folder: Path, segment: int, sequence: int) -> None:
         self.folder = folder
         self.sequence = sequence
         """Of the last record appended."""
         self.segment = segment
-        self._end = end  # of what is written, in bytes
         self._pending: list[Frame] = []
         self._pending_bytes = 0
-        self._file = os.open(_path(folder, segment), os.O_RDWR | os.O_CREAT, 0o600)
+        self._file = DirectFile(_path(folder, segment))
 
     @classmethod
     def begin(cls, folder: Path, segment: int, sequence: int) -> Self:
         """A new, empty segment after those in the folder. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         _path(folder, segment).unlink(missing_ok=True)
-        journal = cls(folder, segment, sequence, 0)
+        journal = cls(folder, segment, sequence)
         _sync_folder(folder)
         return journal
 
     @property
     def num_bytes(self) -> int:
         """Of this segment, what is not yet written included."""
-        return self._end + self._pending_bytes
+        return self._file.end + self._pending_bytes
 
     def append(
         self,
@@ -113,24 +111,17 @@ class Journal:
 
         Raises OSError (a full disk); everything is kept, and the next call tries again.
         """
-        at = self._end
-        try:
-            for start in range(0, len(self._pending), MAX_BUFFERS):
-                at += _write_all(self._file, self._pending[start : start + MAX_BUFFERS], at)
-        except OSError:
-            os.ftruncate(self._file, self._end)
-            raise
-        self._end = at
+        self._file.append(self._pending)
         self._pending, self._pending_bytes = [], 0
 
     def sync(self) -> None:
         """Wait until the disk has what was written. Raises OSError."""
-        os.fdatasync(self._file)
+        self._file.sync()
 
     def read(self, place: Place) -> Record:
         """A record of this or an older segment. Raises JournalError when it is damaged or gone."""
         segment, offset = place
-        if segment == self.segment and offset >= self._end:
+        if segment == self.segment and offset >= self._file.end:
             self.write()
         try:
             with _path(self.folder, segment).open("rb") as file:
@@ -149,7 +140,7 @@ class Journal:
                 _path(self.folder, segment).unlink(missing_ok=True)
 
     def close(self) -> None:
-        os.close(self._file)
+        self._file.close()
 
     def remove(self) -> None:
         """Take back a segment that could not be begun."""
@@ -177,10 +168,13 @@ def read_segment(folder: Path, segment: int) -> Iterator[tuple[Place, Record]]:
 def cut(folder: Path, segment: int, end: int) -> int:
     """Cut a segment after its last whole record; returns how many bytes were damaged."""
     path = _path(folder, segment)
+    with path.open("rb") as file:
+        file.seek(end)
+        padded = is_padding(file.read(BLOCK_BYTES))
     damaged = path.stat().st_size - end
     if damaged > 0:
         os.truncate(path, end)
-    return damaged
+    return 0 if padded else damaged
 
 
 def record_end(place: Place, record: Record) -> int:
@@ -228,18 +222,6 @@ def _read_record(read: Callable[[int], bytes]) -> Record | None:
         value=value,
         frames=tuple(frames),
     )
-
-
-def _write_all(file: int, parts: Sequence[Frame], at: int) -> int:
-    """Write every byte at this offset; returns how many."""
-    total = sum(map(len, parts))
-    written = os.pwritev(file, parts, at)
-    if written < total:  # a full disk takes a part, and refuses the rest
-        rest = b"".join(parts)[written:]
-        while rest:
-            count = os.pwrite(file, rest, at + written)
-            written, rest = written + count, rest[count:]
-    return total
 
 
 def _path(folder: Path, segment: int) -> Path:

@@ -118,7 +118,11 @@ class _Shell:
         await self._maybe_snapshot()
 
     async def linger(self) -> None:
-        """Everything was said: wait a moment until everybody has heard it."""
+        """Everything was said: wait a moment until everybody has heard it.
+
+        What peers say is not taken in any more, and so not heard either: another life of the run
+        must not lack what this one said to have.
+        """
         ends_s = self._now() + LINGER_S
         conversations, service = self._machine.conversations, self._machine.service
         await self._make_safe()
@@ -130,8 +134,7 @@ class _Shell:
             except DeadlineExceeded:
                 continue
             if conversations.admit(peer, message, self._now()):
-                conversations.took_in(peer, message)
-            self._spoke.add(peer)
+                conversations.overheard(peer, message)
         self._send_all()
 
     # --- in ------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ class Session:
 
     def arrived(self, message: Message) -> Arrival:
         """Take note of a message's numbers."""
-        self._forget(message.heard)
+        self.forget(message.heard)
         if message.number == 0:
             return Arrival.OUTSIDE
         if message.number <= self.heard:
@@ -109,7 +109,7 @@ class Session:
 
     def rewind(self, heard: int) -> bool:
         """Say again everything after `heard`; False when that is not kept any more."""
-        self._forget(heard)
+        self.forget(heard)
         if heard < self.sent - len(self._kept):
             return False
         self.queued = min(self.queued, heard)
@@ -124,7 +124,8 @@ class Session:
         self._kept.clear()
         self.queued = self.sent
 
-    def _forget(self, heard: int) -> None:
+    def forget(self, heard: int) -> None:
+        """The peer has heard everything up to this number."""
         while self._kept and self._kept[0].number <= heard:
             self._kept.popleft()
         self.queued = max(self.queued, min(heard, self.sent))
