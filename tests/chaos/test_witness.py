@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from chaos.lost_records import LostRecords
 from chaos.traces import read_traces
 from chaos.witness import judge_ended, judge_so_far
+from speed_async.buffer.journal import Journal
 from speed_async.types import ActorCounts
 from speed_async.wire import messages as m
+from speed_async.wire.codec import encode
 from speed_async.wire.inprocess import InProcessHub
 from speed_async.wire.tap import digest_of, tapped
 
@@ -163,3 +166,21 @@ def test_both_ends_know_a_group_by_the_same_digest_and_a_message_sent_again_coun
     assert actor.is_accepted(actor.sent[0])
     assert update.groups == batch["groups"] == [actor.sent[0]["group"]]
     assert update.tokens == 3
+
+
+def test_what_a_cut_takes_from_the_journal_is_known_before_it_is_made(tmp_path: Path) -> None:
+    journal = Journal.begin(tmp_path, 1, 0)
+    for number in (1, 2):
+        message = finished_group(number)
+        journal.append("message", 0.0, peer="actor-1.0", frames=encode(message))
+    journal.write()
+    journal.close()
+    segment = tmp_path / "00000001.journal"
+    size, lost = segment.stat().st_size, LostRecords()
+    lost.add(segment, size)
+    assert (lost.groups, len(lost.times_s)) == (set(), 1)
+    lost.add(segment, size - 1)
+    assert lost.results == {"group": 1}
+    lost.add(segment, size // 2 - 1)
+    assert lost.results == {"group": 3}
+    assert lost.groups == {digest_of(finished_group(1))}
