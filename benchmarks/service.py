@@ -119,10 +119,9 @@ def run_bare(arm: Arm, keys: Keys | None, seconds: float) -> Measured:
     with started((bare.route, (port, server))) as [router]:
         while not port.value:
             time.sleep(0.01)
-        with started((bare.take, (port.value, num_groups, keys))):
-            time.sleep(0.5)  # the router refuses to send to a taker that is not there
-            with started((bare.send, (port.value, arm.tokens_each, CREDITS, keys))):
-                return measure(router, num_groups, seconds)
+        sending = (bare.send, (port.value, arm.tokens_each, CREDITS, keys))
+        with started(sending, (bare.take, (port.value, num_groups, keys))):
+            return measure(router, num_groups, seconds)
 
 
 def run_service_arm(arm: Arm, keys: Keys | None, seconds: float) -> Measured:

@@ -142,3 +142,9 @@ def test_what_a_person_should_know_is_told_again_in_80_columns() -> None:
     assert second == "              it was written)"
     assert len(first) <= 80
     assert "note" not in summary_text({"notices": []})
+
+
+def test_the_closing_words_say_what_was_repeated_after_a_restart() -> None:
+    text = summary_text({"updates_repeated": 7, "updates_repeated_alike": 7})
+    assert "  repeated    7 updates as the journal has them, 7 bit for bit alike" in text
+    assert "repeated" not in summary_text({"updates_repeated": 0})
