@@ -178,9 +178,8 @@ def main() -> None:
         for repeat in range(arguments.repeats):
             for arm in arms:
                 results[arm].append(run_arm(arm, keys, arguments.seconds))
-            print(f"repeat {repeat + 1} of {arguments.repeats}", flush=True)
-    title = f"Through the service, of bare ZeroMQ; medians of {arguments.repeats} repeats"
-    report("service", title, [row(arm, results) for arm in arms])
+            title = f"Through the service, of bare ZeroMQ; medians of {repeat + 1} repeats"
+            report("service", title, [row(arm, results) for arm in arms])
 
 
 if __name__ == "__main__":
