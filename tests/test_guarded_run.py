@@ -66,6 +66,7 @@ def test_a_run_between_hosts_is_for_the_holders_of_keys(tmp_path: Path) -> None:
                 assert err.startswith(f"error: waited 2.0 s for a run at tcp://{host}:")
                 assert "a run that has keys answers allowed clients alone" in err
             run.wait_for("it", lambda: run.events("step")[-1]["actors_alive"] == 2)
+        os.kill(run.child("service"), signal.SIGKILL)  # its successor has the same keys and ports
         for one in (run, joined, console):
             status, out, err = one.finish()
             assert status == 0, err

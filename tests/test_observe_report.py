@@ -139,5 +139,11 @@ def test_what_a_person_should_know_is_told_again_in_80_columns() -> None:
     text = summary_text({"notices": [notice]})
     [first, second] = [line for line in text.splitlines() if "damaged" in line or "written" in line]
     assert first.startswith("  note        checkpoint version-000006 is damaged")
-    assert second == "              was written)"
+    assert second == "              it was written)"
     assert "note" not in summary_text({"notices": []})
+
+
+def test_the_closing_words_say_what_was_repeated_after_a_restart() -> None:
+    text = summary_text({"updates_repeated": 7, "updates_repeated_alike": 7})
+    assert "  repeated    7 updates as the journal has them, 7 bit for bit alike" in text
+    assert "repeated" not in summary_text({"updates_repeated": 0})

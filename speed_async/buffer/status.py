@@ -118,6 +118,9 @@ def summary_values(
         "messages_refused": service.gatekeeper.num_refused + service.gatekeeper.num_malformed,
         "actors": lifecycle.ledger.by_actor(),
         "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
+        "lives": service.life + 1,
+        "updates_repeated": service.num_repeated,
+        "updates_repeated_alike": service.num_repeated_alike,
         "breakdown": {"learner": _learner_times(service), "actors": _actor_times(service)},
     }
 

@@ -47,6 +47,10 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
             f" max {decimal(_number(summary, 'staleness_max'), 0)} versions",
         ),
     ]
+    if (repeated := _number(summary, "updates_repeated")) is not None and repeated > 0:
+        alike = count(_number(summary, "updates_repeated_alike"))
+        text = f"{count(repeated)} updates as the journal has them, {alike} bit for bit alike"
+        facts.append(("repeated", text))
     lines = [f"run ended: {summary.get('reason') or DASH}", ""]
     lines += [f"  {name:<12}{text}" for name, text in facts]
     lines += ["", *_ledger_lines(summary.get("ledger")), ""]
