@@ -39,7 +39,7 @@ capacity_groups = 1000000
 max_staleness = 1000000
 [learner]
 groups_per_update = {groups_per_update}
-checkpoint_every = 20
+checkpoint_every = 10
 [evaluate]
 every = 0
 [weights]
