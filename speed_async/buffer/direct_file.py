@@ -12,7 +12,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 BLOCK_BYTES = 4096
@@ -44,6 +44,19 @@ class DirectFile:
 
     def sync(self) -> None:
         os.fdatasync(self._descriptor)
+
+    def syncer(self) -> Callable[[], None]:
+        """To be called once, in any thread: `sync`, though the file may be written or closed
+        meanwhile."""
+        descriptor = os.dup(self._descriptor)
+
+        def sync() -> None:
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+
+        return sync
 
     def close(self) -> None:
         """The padding goes."""
