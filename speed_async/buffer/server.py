@@ -234,7 +234,9 @@ class _Shell:
         async with self._disk:
             try:
                 journal.write()
-                fresh = begin_segment(journal.folder, machine, journal.segment + 1)
+                # In a thread for the disk's sake; nothing is taken in meanwhile.
+                number = journal.segment + 1
+                fresh = await asyncio.to_thread(begin_segment, journal.folder, machine, number)
             except OSError:
                 machine.service.snapshot_due = True
                 self._next_snapshot_s = self._now() + 10.0
