@@ -119,10 +119,9 @@ def run_bare(arm: Arm, keys: Keys | None, seconds: float) -> Measured:
     with started((bare.route, (port, server))) as [router]:
         while not port.value:
             time.sleep(0.01)
-        with started((bare.take, (port.value, num_groups, keys))):
-            time.sleep(0.5)  # the router refuses to send to a taker that is not there
-            with started((bare.send, (port.value, arm.tokens_each, CREDITS, keys))):
-                return measure(router, num_groups, seconds)
+        sending = (bare.send, (port.value, arm.tokens_each, CREDITS, keys))
+        with started(sending, (bare.take, (port.value, num_groups, keys))):
+            return measure(router, num_groups, seconds)
 
 
 def run_service_arm(arm: Arm, keys: Keys | None, seconds: float) -> Measured:
@@ -179,9 +178,8 @@ def main() -> None:
         for repeat in range(arguments.repeats):
             for arm in arms:
                 results[arm].append(run_arm(arm, keys, arguments.seconds))
-            print(f"repeat {repeat + 1} of {arguments.repeats}", flush=True)
-    title = f"Through the service, of bare ZeroMQ; medians of {arguments.repeats} repeats"
-    report("service", title, [row(arm, results) for arm in arms])
+            title = f"Through the service, of bare ZeroMQ; medians of {repeat + 1} repeats"
+            report("service", title, [row(arm, results) for arm in arms])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ ACKNOWLEDGED = b"a" * 64
 MORE_ROOM = b"m" * 64
 TAKER = b"learner"
 HELLO = b"h"
+GO = b"g"
 
 
 def route(port: "Synchronized[int]", server: tuple[bytes, bytes] | None) -> None:
@@ -43,15 +44,13 @@ def route(port: "Synchronized[int]", server: tuple[bytes, bytes] | None) -> None
 
 
 def _pass_on(socket: zmq.Socket) -> None:
-    sender = b""
+    names = {socket.recv_multipart()[0], socket.recv_multipart()[0]}  # both said hello
+    (sender,) = names - {TAKER}
+    socket.send_multipart([sender, GO])
     while True:
         identity, *frames = socket.recv_multipart(copy=False)
         if identity.bytes == TAKER:
-            if len(frames[0]) == len(ACKNOWLEDGED):
-                socket.send_multipart([sender, MORE_ROOM])
-            continue
-        sender = identity.bytes
-        if len(frames) == 1:
+            socket.send_multipart([sender, MORE_ROOM])
             continue
         socket.send_multipart([sender, ACKNOWLEDGED])
         send_frames(socket, [TAKER, *[frame.buffer for frame in frames]])
@@ -62,6 +61,8 @@ def send(port: int, tokens_each: int, credits: int, keys: Keys | None) -> None:
     set_client_options(socket, "actor-1.0", keys)
     socket.connect(f"tcp://127.0.0.1:{port}")
     frames = make_group(tokens_each).frames({})
+    socket.send(HELLO)
+    assert socket.recv() == GO
     room = credits
     while True:
         while room > 0:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from speed_async.config.schema import Config
 from speed_async.runtime.event_loop import run
+from speed_async.runtime.processes import die_with_parent
 from speed_async.runtime.service_role import run_service
 
 
 def main() -> None:
+    die_with_parent(os.getppid())
     settings, folder, *profile = sys.argv[1:]
     config = Config.model_validate_json(Path(settings).read_text())
     if not profile:

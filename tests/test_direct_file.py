@@ -8,7 +8,20 @@ import pytest
 from speed_async.buffer import direct_file
 from speed_async.buffer.direct_file import BLOCK_BYTES, BUFFER_BYTES, DirectFile, is_padding
 
-SIZES = (1, 0, 100, BLOCK_BYTES - 101, BLOCK_BYTES, 3 * BLOCK_BYTES + 7, BUFFER_BYTES + 5, 12, 4000)
+SIZES = (
+    1,
+    0,
+    100,
+    BLOCK_BYTES - 101,
+    BLOCK_BYTES,
+    3 * BLOCK_BYTES + 7,
+    BUFFER_BYTES + 5,
+    12,
+    4000,
+    90_000,
+    3,
+    9000,
+)
 
 
 def pieces() -> list[bytes]:
@@ -43,8 +56,9 @@ def test_an_append_that_fails_leaves_the_file_as_it_was(
     file = DirectFile(path)
     file.append([b"a" * 5000])
     monkeypatch.setattr(os, "pwrite", lambda *_: 512)  # the disk takes a part of a block
-    with pytest.raises(OSError, match="No space"):
-        file.append([b"b" * 9000])
+    for size in (9000, 200_000):
+        with pytest.raises(OSError, match="No space"):
+            file.append([b"b" * size])
     assert path.read_bytes() == b"a" * 5000
     monkeypatch.undo()
     file.append([b"c" * 9000])

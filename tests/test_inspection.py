@@ -11,6 +11,7 @@ from service_desk import Desk, evaluated, failed, kinds, screened_out, trained
 from speed_async.buffer.gatekeeper import MAX_KNOWN
 from speed_async.buffer.inspection import MAX_TEXT, Inspection
 from speed_async.buffer.ledger import MAX_KINDS
+from speed_async.buffer.machine import Machine
 from speed_async.types import ActorCounts
 from speed_async.wire import messages as m
 from speed_async.wire.joining import Join, Leaving
@@ -212,3 +213,20 @@ def test_a_stranger_s_failure_does_not_end_the_run(tmp_path: Path) -> None:
     early = Desk(tmp_path)
     early.say("actor-1.0", m.Failure(role="actor-1", message="no such model"))
     assert early.service.ended
+
+
+def test_a_stranger_that_is_turned_away_leaves_no_session_and_no_record(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.past_baseline()
+    machine = Machine(desk.service)
+    want = m.WantWork(counts=COUNTS, num_prompts=1)
+    for number in (0, 1, 7):  # outside a session, the first of one, in the midst of one
+        machine.message(f"stranger-{number}", replace(want, number=number), 0.0)
+        [(peer, answer)] = machine.conversations.replies
+        assert (peer, type(answer)) == (f"stranger-{number}", m.Rejected)
+        machine.conversations.replies.clear()
+        assert not machine.conversations.has_unsent(peer)
+        assert peer not in machine.conversations._sessions
+    guard = desk.service.gatekeeper
+    assert guard.to_mute == ["stranger-0", "stranger-1", "stranger-7"]
+    assert guard.num_refused == 3

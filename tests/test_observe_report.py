@@ -140,6 +140,7 @@ def test_what_a_person_should_know_is_told_again_in_80_columns() -> None:
     [first, second] = [line for line in text.splitlines() if "damaged" in line or "written" in line]
     assert first.startswith("  note        checkpoint version-000006 is damaged")
     assert second == "              it was written)"
+    assert len(first) <= 80
     assert "note" not in summary_text({"notices": []})
 
 

@@ -248,7 +248,11 @@ def test_a_learner_that_comes_back_is_given_the_same_batches_again(tmp_path: Pat
     assert offered == batches[:3]
     assert again.service.policy_version == 3
     assert again.service.lifecycle.ledger.table(0) == before
-    assert again.service.num_repeated_alike == again.service.num_repeated == 3
+    assert (
+        again.service.lifecycle.lineage.num_repeated_alike
+        == again.service.lifecycle.lineage.num_repeated
+        == 3
+    )
 
 
 def test_a_damaged_tail_is_cut_and_told_and_the_books_still_close(tmp_path: Path) -> None:

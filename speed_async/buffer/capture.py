@@ -29,6 +29,7 @@ _CONTAINERS = {
     "ordered": OrderedDict,
     "counter": Counter,
 }
+_SCALARS = frozenset((bool, int, float, str, type(None)))
 _TAGS = {kind: tag for tag, kind in _CONTAINERS.items()}
 
 
@@ -57,7 +58,7 @@ class _Writer:
         self._seen: set[int] = set()
 
     def tree(self, value: object, where: str) -> object:
-        if value is None or type(value) in (bool, int, float, str):
+        if type(value) in _SCALARS:
             return value
         if tag := _TAGS.get(type(value)):
             return [tag, self._items(value, where)]
@@ -83,6 +84,8 @@ class _Writer:
     def _items(self, value: Any, where: str) -> list[object]:
         if isinstance(value, set):
             value = sorted(value)
+        if not isinstance(value, dict) and all(type(item) in _SCALARS for item in value):
+            return list(value)
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         items = [(self.tree(k, where), self.tree(v, f"{where}[{k}]")) for k, v in pairs]
         return [list(item) for item in items] if isinstance(value, dict) else [v for _, v in items]

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from speed_async.buffer.batches import Batches
-from speed_async.buffer.lifecycle import Evaluations, Lifecycle
+from speed_async.buffer.evaluations import Evaluations
+from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import ActorState
 from speed_async.config.schema import Config
 from speed_async.types import LeaseKind

@@ -118,6 +118,10 @@ class Journal:
         """Wait until the disk has what was written. Raises OSError."""
         self._file.sync()
 
+    def syncer(self) -> Callable[[], None]:
+        """To be called once, in any thread: what is written now is then on disk."""
+        return self._file.syncer()
+
     def read(self, place: Place) -> Record:
         """A record of this or an older segment. Raises JournalError when it is damaged or gone."""
         segment, offset = place

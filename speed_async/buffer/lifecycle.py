@@ -4,14 +4,12 @@ Owns curriculum, leases, priority buffer and ledger, and keeps them in step: wha
 a group happens here, once, in all four.
 """
 
-from collections import deque
-from dataclasses import dataclass, replace
-from typing import Protocol
-
 from speed_async.buffer.curriculum import Curriculum
+from speed_async.buffer.evaluations import Accuracy, Evaluations
 from speed_async.buffer.group_table import BufferedGroup
 from speed_async.buffer.leases import LeaseBook, OpenLease
 from speed_async.buffer.ledger import Ledger
+from speed_async.buffer.lineage import Lineage
 from speed_async.buffer.priority import PriorityBuffer
 from speed_async.buffer.statistics import RunStatistics
 from speed_async.config.schema import Config
@@ -24,55 +22,6 @@ BYTES_WINDOW = 16
 """Groups over which the running mean of their bytes forgets."""
 MIN_PRICE = 1 / 16
 """Keeps the number of leases bounded where hardly any prompt passes."""
-
-
-class Accuracy(Protocol):
-    """Outcome of one whole evaluation (evaluate/plan.py has the record)."""
-
-    @property
-    def accuracy(self) -> float: ...
-    @property
-    def policy_version(self) -> int: ...
-    @property
-    def num_passed(self) -> int: ...
-    @property
-    def num_completions(self) -> int: ...
-    @property
-    def oldest_version(self) -> int: ...
-    @property
-    def newest_version(self) -> int: ...
-
-
-class Evaluations(Protocol):
-    """Held-out evaluation, seen from the service (evaluate/plan.py is the real one)."""
-
-    @property
-    def num_samples(self) -> int: ...
-    @property
-    def target_version(self) -> int | None: ...
-    def due(self, policy_version: int) -> bool: ...
-    def start(self, policy_version: int) -> None: ...
-    def next_prompt(self) -> int | None: ...
-    def give_back(self, prompt_id: int) -> None: ...
-    def record(
-        self, num_passed: int, num_completions: int, oldest_version: int, newest_version: int
-    ) -> Accuracy | None: ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainedBatch:
-    """An update that a checkpoint may have to repeat: its groups, in the order of the batch."""
-
-    policy_version: int
-    """After the update."""
-    groups: tuple[BufferedGroup, ...]
-    skipped: bool
-    loss: float | None
-    grad_norm: float | None
-
-    @property
-    def lease_ids(self) -> list[int]:
-        return [group.lease_id for group in self.groups]
 
 
 class Lifecycle:
@@ -94,8 +43,7 @@ class Lifecycle:
             signal_weight=config.buffer.signal_weight,
         )
         self.in_training: dict[int, BufferedGroup] = {}
-        self.history: deque[TrainedBatch] = deque()
-        """Updates that the oldest kept checkpoint does not hold, oldest first."""
+        self.lineage = Lineage()
         self._config = config
         self._curriculum = curriculum
         self._evaluations = evaluations
@@ -309,30 +257,12 @@ class Lifecycle:
                 self.ledger.failed("non-finite update", group.num_tokens)
             else:
                 self.ledger.ends[GroupEnd.TRAINED].add(group.num_tokens)
-        if groups and all(group.place is not None for group in groups):
-            self.history.append(
-                TrainedBatch(
-                    policy_version=message.policy_version,
-                    groups=tuple(replace(group, message=None) for group in groups),
-                    skipped=message.skipped,
-                    loss=message.metrics.get("loss"),
-                    grad_norm=message.metrics.get("grad_norm"),
-                )
-            )
+        self.lineage.trained(message, groups)
         learner = self.ledger.learner_trained
         learner.groups, learner.tokens = message.groups_trained, message.tokens_trained
         self._policy_version = message.policy_version
         self._curriculum.advance(message.policy_version)
         self._drop_stale()
-
-    def checkpoint_saved(self, oldest_kept_version: int) -> None:
-        """What the oldest kept checkpoint holds need not be repeated by anybody."""
-        while self.history and self.history[0].policy_version <= oldest_kept_version:
-            self.history.popleft()
-
-    def repeated(self, policy_version: int) -> TrainedBatch | None:
-        """The recorded batch of the update that leads from `policy_version` to the next."""
-        return next((b for b in self.history if b.policy_version == policy_version + 1), None)
 
     # --- another life of the run -------------------------------------------------------------
 
@@ -357,7 +287,7 @@ class Lifecycle:
         for group in self.buffer.remove_where(lambda group: group.mean_version > version):
             self._leave_buffer(group, GroupEnd.STALE)
         self.ledger.follow_learner(resumed.groups_trained, resumed.tokens_trained)
-        self.history.clear()
+        self.lineage.clear()
         self._policy_version = resumed.policy_version
         self._drop_stale()
 
@@ -370,7 +300,7 @@ class Lifecycle:
         """Journal segments in which a group lies that still counts."""
         groups = [group for group, _ in self.buffer.waiting()]
         groups += self.in_training.values()
-        groups += [group for batch in self.history for group in batch.groups]
+        groups += self.lineage.groups
         return {group.place[0] for group in groups if group.place is not None}
 
     @property

@@ -214,15 +214,14 @@ class _Shell:
 
     async def keep_synced(self) -> None:
         """What a power cut may cost, with `batched`: about one second."""
-        journal_synced = -1
+        synced = -1
         while True:
             await asyncio.sleep(SYNC_INTERVAL_S)
-            async with self._disk:
-                journal = self._machine.journal
-                if journal is not None and journal.sequence != journal_synced:
-                    journal_synced = journal.sequence
-                    with suppress(OSError):  # the next write will say it
-                        await asyncio.to_thread(journal.sync)
+            journal = self._machine.journal
+            if journal is not None and journal.sequence != synced:
+                synced = journal.sequence
+                with suppress(OSError):  # the next write will say it
+                    await asyncio.to_thread(journal.syncer())
 
     async def _maybe_snapshot(self) -> None:
         machine, journal = self._machine, self._machine.journal

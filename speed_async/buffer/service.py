@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from speed_async.buffer.batches import Batches
 from speed_async.buffer.curriculum import Curriculum
 from speed_async.buffer.ending import Ending, Step
+from speed_async.buffer.evaluations import Accuracy, Evaluations
 from speed_async.buffer.gatekeeper import Gatekeeper
 from speed_async.buffer.grants import Grants
 from speed_async.buffer.group_table import BufferedGroup
 from speed_async.buffer.inspection import Inspection
-from speed_async.buffer.lifecycle import Accuracy, Evaluations, Lifecycle
+from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import ActorState, Membership
 from speed_async.buffer.statistics import RunStatistics, UpdateTimes
 from speed_async.buffer.status import (
@@ -65,10 +66,6 @@ class BufferService:
         """A checkpoint is durable, or a life began: what lies before a snapshot is not needed."""
         self.life = 0
         """How often this run was started again."""
-        self.num_repeated = 0
-        """Updates trained again from the journal, in all lives."""
-        self.num_repeated_alike = 0
-        """Of those, updates with the same loss and gradient norm, bit for bit."""
         self.sequence = 0
         """Of the present input in the journal."""
         self.place: tuple[int, int] | None = None
@@ -308,10 +305,9 @@ class BufferService:
         the journal does not have them, the service goes on from there as well."""
         version, journal_version = resumed.policy_version, self.policy_version
         notice = f"{resumed.notice}; " if resumed.notice else ""
-        missing = range(version, journal_version)
-        if version <= journal_version and all(map(self.lifecycle.repeated, missing)):
+        if self.lifecycle.lineage.leads(version, journal_version):
             self.warning = f"{notice}resumed from version {version}"
-            if missing:
+            if version < journal_version:
                 self.warning += f"; updates to {journal_version} are trained again, as recorded"
             return
         self.lifecycle.adopt(resumed)
@@ -330,32 +326,23 @@ class BufferService:
         self._send(peer, answer)
 
     def _on_saved(self, peer: str, saved: m.CheckpointSaved, now_s: float) -> None:
-        self.lifecycle.checkpoint_saved(saved.oldest_kept_version)
+        self.lifecycle.lineage.forget_to(saved.oldest_kept_version)
         self.snapshot_due = True
 
     def _on_take(self, peer: str, take: m.TakeBatch, now_s: float) -> None:
         if take.policy_version >= self.policy_version:
             self._batches.ask(take, now_s)
-        elif batch := self.lifecycle.repeated(take.policy_version):
+        elif batch := self.lifecycle.lineage.after(take.policy_version):
             self._send_batch(take.policy_version, batch.groups)
         else:
             reason = f"version {take.policy_version} is past: the service is at "
             self._send(peer, m.Rejected(reason=reason + str(self.policy_version)))
 
-    def _repeated(self, message: m.Trained) -> None:
-        """A recorded update was trained again."""
-        batch = self.lifecycle.repeated(message.policy_version - 1)
-        self.num_repeated += 1
-        if batch is not None and batch.lease_ids == message.lease_ids:
-            then = (batch.loss, batch.grad_norm, batch.skipped)
-            now = (message.metrics.get("loss"), message.metrics.get("grad_norm"), message.skipped)
-            self.num_repeated_alike += then == now
-
     def _on_trained(self, peer: str, message: m.Trained, now_s: float) -> None:
         if message.notice:
             self.warning = message.notice
         if not self.lifecycle.is_training(message.lease_ids):
-            self._repeated(message)
+            self.lifecycle.lineage.repeated(message)
             return
         self.lifecycle.trained(message)
         self.policy_version = message.policy_version

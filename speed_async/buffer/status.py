@@ -9,7 +9,7 @@ from speed_async.observe.metrics import Value
 from speed_async.types import GroupEnd
 
 if TYPE_CHECKING:
-    from speed_async.buffer.lifecycle import Accuracy
+    from speed_async.buffer.evaluations import Accuracy
     from speed_async.buffer.service import BufferService
 
 
@@ -119,8 +119,8 @@ def summary_values(
         "actors": lifecycle.ledger.by_actor(),
         "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
         "lives": service.life + 1,
-        "updates_repeated": service.num_repeated,
-        "updates_repeated_alike": service.num_repeated_alike,
+        "updates_repeated": service.lifecycle.lineage.num_repeated,
+        "updates_repeated_alike": service.lifecycle.lineage.num_repeated_alike,
         "breakdown": {"learner": _learner_times(service), "actors": _actor_times(service)},
     }
 

@@ -5,7 +5,6 @@ The dataclass annotations are the schema; both ends hold every field to them, so
 found where it is made. Nothing is unpickled. Arrays are little-endian and one-dimensional.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from reprlib import Repr
@@ -62,17 +61,18 @@ def _layout_of(record: type) -> _Layout:
 
 
 def _message_types(base: type[Message]) -> Iterator[type[Message]]:
-    """The leaves of the class tree; `Message` and `Counted` themselves are never sent."""
+    """The leaves of the class tree; `Message` and `Counted` themselves are never sent, nor what
+    others derive from it for use inside one process."""
     children = base.__subclasses__()
     # `slots=True` makes each record twice, and the first one lives on until it is collected.
-    if not children and vars(sys.modules[base.__module__])[base.__name__] is base:
+    if not children and any(vars(module).get(base.__name__) is base for module in MESSAGE_MODULES):
         yield base
     for child in children:
         yield from _message_types(child)
 
 
 MESSAGE_MODULES = (messages, joining, session)
-"""Importing them makes their messages known."""
+"""Their messages are the protocol."""
 
 _LAYOUTS = {record.__name__: _layout_of(record) for record in _message_types(Message)}
 
