@@ -12,7 +12,7 @@ from chaos.drill import Drill, drilling
 from chaos.faults import Fault
 from chaos.settings import Plan
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(420)
 
 
 def make(drill: Drill, kind: str, share: float = 0.3) -> float:
