@@ -111,8 +111,27 @@ def test_a_killed_actor_is_started_again_and_the_run_completes(tmp_path: Path, v
     assert run.processes() == {}
 
 
-def test_a_killed_service_ends_the_run_with_its_name_last(tmp_path: Path) -> None:
-    run = start_train(tmp_path, "--run.updates", "100000", "--cluster.drain_timeout_s", "2")
+def test_a_killed_service_goes_on_from_its_journal_and_nobody_else_is_replaced(
+    tmp_path: Path,
+) -> None:
+    run = start_train(tmp_path, "--run.updates", "12")
+    run.wait_for_steps(2)
+    os.kill(run.child("service"), signal.SIGKILL)
+    status, _, err = run.finish()
+    assert status == 0, err
+    summary = run.summary()
+    assert summary["optimizer_updates"] == 12
+    assert summary["ledger"]["closes"] is True
+    assert "actor lost" not in summary["ledger"]["failures"]
+    assert list(summary["actors"]) == ["actor-1.0"]
+    assert run.processes() == {}
+
+
+def test_a_killed_service_without_a_journal_ends_the_run_with_its_name_last(
+    tmp_path: Path,
+) -> None:
+    forever = ("--run.updates", "100000", "--cluster.drain_timeout_s", "2")
+    run = start_train(tmp_path, *forever, "--buffer.durability", "none")
     run.wait_for_steps(1)
     os.kill(run.child("service"), signal.SIGKILL)
     status, _, err = run.finish()
