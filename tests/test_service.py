@@ -464,3 +464,14 @@ def test_an_expired_lease_is_offered_again_and_its_late_result_still_counts_once
     desk.say("actor-1.0", group)
     desk.say("actor-1.0", group)
     assert len(desk.service.lifecycle.buffer) == 1
+
+
+def test_a_service_that_was_held_up_takes_nobody_s_silence_for_death(desk: Desk) -> None:
+    desk.past_baseline()
+    desk.lease(1)
+    held_up_s = 2 * desk.config.cluster.peer_timeout_s
+    desk.now_s += held_up_s
+    desk.service.tick(desk.now_s, loop_lag_s=held_up_s)
+    assert [state.name for state in desk.service.membership.present()] == ["actor-1.0"]
+    desk.wait(desk.config.cluster.peer_timeout_s + 1)  # it listens again, and hears nothing
+    assert desk.service.membership.present() == ()

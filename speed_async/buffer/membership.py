@@ -86,6 +86,13 @@ class Membership:
             self._present = tuple(sorted(here, key=lambda state: state.index))
         return self._present
 
+    def not_listened(self, seconds: float) -> None:
+        """For so long nobody could be heard: that is nobody's silence."""
+        for state in self.present():
+            state.last_heard_s += seconds
+            if state.gone_since_s is not None:
+                state.gone_since_s += seconds
+
     def silent(self, now_s: float, timeout_s: float) -> list[ActorState]:
         """Not heard for this long, or without a connection for RECONNECT_S."""
         return [

@@ -39,6 +39,8 @@ from speed_async.wire import messages as m
 from speed_async.wire.joining import Join, JoinAccepted, Leaving
 
 ROLE = "buffer service"
+HELD_UP_S = 1.0
+"""A tick this late means that the service was stopped or starved, and heard nobody meanwhile."""
 MAX_REASON_CHARS = 500
 
 
@@ -153,6 +155,8 @@ class BufferService:
     def tick(self, now_s: float, loop_lag_s: float = 0.0) -> None:
         """Passing of time: silent actors, the drain's deadline, rates, a status event."""
         self.loop_lag_s = loop_lag_s
+        if loop_lag_s > HELD_UP_S:
+            self.membership.not_listened(loop_lag_s)
         for state in self.membership.silent(now_s, self.config.cluster.peer_timeout_s):
             silent_s = now_s - state.last_heard_s
             self._lose(state, f"silent for {silent_s:.0f} s")
