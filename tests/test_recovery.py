@@ -202,6 +202,25 @@ def test_replaying_the_journal_gives_the_very_same_service(
     )
 
 
+def test_time_goes_on_from_the_run_s_own_start(tmp_path: Path) -> None:
+    """Each process has a start of its own; the run's is that of the first."""
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(str(tmp_path))
+
+    def begun(at_s: float) -> BufferService:
+        service = builder()(config)
+        service.started_s = at_s
+        return service
+
+    first, _ = open_machine(tmp_path / "journal", config, lambda _: begun(0.5), life=0)
+    first.tick(2.0, 0.0)
+    assert first.journal is not None
+    first.journal.write()
+    first.journal.close()
+    again, _ = open_machine(tmp_path / "journal", config, lambda _: begun(1000.0), life=0)
+    assert again.service.started_s == 0.5
+
+
 def test_a_snapshot_fills_a_new_machine(tmp_path: Path) -> None:
     play = Play(tmp_path, 3, "posterior")
     for _ in range(150):

@@ -3,8 +3,8 @@
 An append-only log in segments. A record is a header (magic, length, sequence, CRC-32 of the body)
 and a body (msgpack of its facts, then the raw frames of its message). Reading stops at the first
 record that is not whole, so whatever a crash or a bad disk did to the tail, a good prefix remains.
-Each segment begins with the configuration and, but for the first, with a snapshot of the state;
-older segments are kept as long as a group that still counts lies in one of them.
+Each segment begins with the configuration and a snapshot of the state; older segments are kept as
+long as a group that still counts lies in one of them.
 
 Why not SQLite: measured on the project's machine, 1 MB groups go into a WAL database at 270 MB/s
 and then once more into its main file; they leave it only by deletes, page by page. Here they are

@@ -33,13 +33,13 @@ def open_machine(
     else:
         machine, notes = _recovered(folder, config, build)
         last = max(segments(folder), default=0)
-        machine.journal = begin_segment(folder, machine, last + 1, fresh=machine.last_s == 0.0)
+        machine.journal = begin_segment(folder, machine, last + 1)
     if life > machine.service.life:
         machine.begin_life(life, machine.last_s)
     return machine, notes
 
 
-def begin_segment(folder: Path, machine: Machine, number: int, *, fresh: bool = False) -> Journal:
+def begin_segment(folder: Path, machine: Machine, number: int) -> Journal:
     """A new segment that holds the machine's present state, on disk. Raises OSError."""
     sequence = machine.service.sequence
     if machine.journal is not None:
@@ -49,8 +49,7 @@ def begin_segment(folder: Path, machine: Machine, number: int, *, fresh: bool = 
         facts = json.dumps({"protocol": PROTOCOL_VERSION, "sequence": sequence})
         settings = machine.service.config.model_dump_json().encode()
         journal.append("opened", machine.last_s, text=facts, frames=[settings])
-        if not fresh:
-            journal.append("snapshot", machine.last_s, frames=[capture(machine)])
+        journal.append("snapshot", machine.last_s, frames=[capture(machine)])
         journal.write()
         journal.sync()
     except OSError:
@@ -90,7 +89,7 @@ def _read(folder: Path, number: int, build: Build, notes: list[str]) -> Machine 
         )
     machine = Machine(build(build_config(json.loads(bytes(first.frames[0])))))
     machine.service.sequence = facts["sequence"]
-    end, whole = record_end(place, first), facts["sequence"] == 0
+    end, whole = record_end(place, first), False
     for place, record in records:
         end = record_end(place, record)
         if record.kind == "snapshot":
