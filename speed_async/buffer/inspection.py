@@ -77,7 +77,7 @@ class Inspection:
                 yield from self._other_faults(message)
 
     def _group_faults(self, message: m.GroupFinished, policy_version: int) -> Iterator[str]:
-        """What groups.unpack_group, which looks at each group for itself, cannot know."""
+        """What groups.weigh_group, which looks at each group for itself, cannot know."""
         if message.num_screening != self._num_screening:
             yield f"num_screening must be {self._num_screening}"
         if message.lengths.max(initial=0) > self._max_tokens:

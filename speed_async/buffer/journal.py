@@ -26,7 +26,6 @@ from speed_async.buffer.direct_file import BLOCK_BYTES, DirectFile, is_padding
 from speed_async.errors import JournalError
 from speed_async.wire.codec import Frame
 
-FORMAT = 1
 SEGMENT_BYTES = 256 * 1024 * 1024
 """A segment past this is closed at the next chance to take a snapshot."""
 MAX_RECORD_BYTES = 1 << 40
