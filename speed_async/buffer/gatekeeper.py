@@ -8,19 +8,34 @@ from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from speed_async.buffer.inspection import Inspection
+from speed_async.buffer.leases import LeaseBook
 from speed_async.buffer.membership import Membership
+from speed_async.types import LeaseKind
 from speed_async.wire import messages as m
+from speed_async.wire.groups import GroupFacts
 from speed_async.wire.joining import Join
 
 MAX_KNOWN = 65536
 """Actors and supervisors that a run takes in, those that left included."""
 
 
-class Training(Protocol):
-    """What the learner has to train, by lease (buffer/lifecycle.py)."""
+_LEASED_AS: dict[type[m.Message], LeaseKind] = {
+    m.GroupFinished: LeaseKind.TRAINING,
+    m.ScreenedOut: LeaseKind.TRAINING,
+    m.Evaluated: LeaseKind.EVALUATION,
+}
+
+
+class Books(Protocol):
+    """Who works on what (buffer/lifecycle.py)."""
 
     @property
-    def in_training(self) -> Mapping[int, object]: ...
+    def leases(self) -> LeaseBook: ...
+
+    @property
+    def in_training(self) -> Mapping[int, object]:
+        """What the learner has to train, by lease."""
+        ...
 
 
 class Gatekeeper:
@@ -30,7 +45,7 @@ class Gatekeeper:
         fingerprint: str,
         accepted: Collection[type[m.Message]],
         inspection: Inspection,
-        training: Training,
+        books: Books,
     ) -> None:
         self.num_refused = 0
         """Messages refused here."""
@@ -44,7 +59,7 @@ class Gatekeeper:
         self._fingerprint = fingerprint
         self._accepted = accepted
         self._inspection = inspection
-        self._training = training
+        self._books = books
 
     def knows(self, peer: str) -> bool:
         """Whether this peer takes part in the run."""
@@ -77,10 +92,31 @@ class Gatekeeper:
             return reason
         if fault := self._inspection.fault(message, newest_version):
             return fault
+        if isinstance(message, m.GroupFinished | m.ScreenedOut | m.Evaluated) and (
+            misfit := self._misfit(peer, message)
+        ):
+            return misfit
         if isinstance(message, m.Trained) and message.policy_version > policy_version:
-            unknown = [i for i in message.lease_ids if i not in self._training.in_training]
+            unknown = [i for i in message.lease_ids if i not in self._books.in_training]
             if unknown:
                 return f"Trained: lease {unknown[0]} is not in training"
+        return None
+
+    def weigh(self, group: m.GroupFinished, newest_version: int) -> GroupFacts:
+        """What the service needs to know of a group that is not refused for what stands in it.
+        Raises ProtocolError for one that is."""
+        return self._inspection.weigh(group, newest_version)
+
+    def _misfit(self, peer: str, result: m.GroupFinished | m.ScreenedOut | m.Evaluated) -> str | None:
+        """Why this is no result of its lease; of a lease that has ended, lifecycle takes none."""
+        lease = self._books.leases.held_by(peer, result.lease_id)
+        if lease is None:
+            return None
+        if lease.kind is not _LEASED_AS[type(result)]:
+            return f"{type(result).__name__}: lease {lease.lease_id} is for {lease.kind}"
+        if isinstance(result, m.GroupFinished) and result.prompt_id != lease.prompt_id:
+            prompts = f"prompt {lease.prompt_id}, not {result.prompt_id}"
+            return f"GroupFinished: lease {lease.lease_id} is for {prompts}"
         return None
 
     def _speaks_for_itself(self, peer: str, failure: m.Failure) -> bool:

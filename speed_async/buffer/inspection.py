@@ -3,15 +3,15 @@ model has, nothing from the future. Pure; gatekeeper.py asks."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from typing import get_type_hints
 
-import numpy as np
-
 from speed_async.config.schema import Config
+from speed_async.errors import ProtocolError
 from speed_async.types import ActorCounts
 from speed_async.wire import messages as m
+from speed_async.wire.groups import GroupBounds, GroupFacts, weigh_group
 from speed_async.wire.joining import Join
 
 MAX_COUNT = 2**53
@@ -29,8 +29,10 @@ class Inspection:
     """`vocab_size`: tokens of the model are below it; None where that is not known."""
 
     def __init__(self, config: Config, vocab_size: int | None = None) -> None:
-        self._vocab_size = vocab_size
         self._max_tokens = config.actors.max_new_tokens
+        self._bounds = GroupBounds(completion_tokens=self._max_tokens)
+        if vocab_size is not None:
+            self._bounds = replace(self._bounds, largest_token_id=vocab_size - 1)
         self._num_screening = config.gate.num_screening
         self._group_size = config.gate.group_size
         self._num_evaluated = config.evaluate.num_samples
@@ -41,13 +43,30 @@ class Inspection:
         wrong = next(self._faults(message, policy_version), None)
         return wrong and f"{type(message).__name__}: {wrong}"
 
+    def weigh(self, message: m.GroupFinished, policy_version: int) -> GroupFacts:
+        """The facts of a group that can be true while this is the newest version. Raises
+        ProtocolError."""
+        kind = type(message).__name__
+        if message.num_screening != self._num_screening:
+            raise ProtocolError(f"{kind}: num_screening must be {self._num_screening}")
+        if len(message.lengths) != self._group_size:
+            raise ProtocolError(
+                f"{kind}: {len(message.lengths)} completions; a group has {self._group_size}"
+            )
+        if not len(message.prompt_token_ids):
+            raise ProtocolError(f"{kind}: it has no prompt")
+        if policy_version != self._bounds.newest_version:
+            self._bounds = replace(self._bounds, newest_version=policy_version)
+        try:
+            return weigh_group(message, self._bounds)
+        except ProtocolError as error:
+            raise ProtocolError(f"{kind}: {error}") from error
+
     def _faults(self, message: m.Message, policy_version: int) -> Iterator[str]:
         yield from _plain_faults(message)
         if isinstance(message, m.Counted):
             yield from _count_faults(message.counts)
         match message:
-            case m.GroupFinished():
-                yield from self._group_faults(message, policy_version)
             case m.ScreenedOut():
                 yield from _passed_faults(message)
                 if message.num_completions > max(self._num_screening, self._group_size):
@@ -75,24 +94,6 @@ class Inspection:
                     yield "gauges must be finite"
             case _:
                 yield from self._other_faults(message)
-
-    def _group_faults(self, message: m.GroupFinished, policy_version: int) -> Iterator[str]:
-        """What groups.weigh_group, which looks at each group for itself, cannot know."""
-        if message.num_screening != self._num_screening:
-            yield f"num_screening must be {self._num_screening}"
-        if message.lengths.max(initial=0) > self._max_tokens:
-            yield f"a completion is longer than actors.max_new_tokens = {self._max_tokens}"
-        if (newest := message.policy_versions.max(initial=0)) > policy_version:
-            yield _future("a token's version", int(newest), policy_version)
-        if not len(message.prompt_token_ids):
-            yield "it has no prompt"
-        for tokens in (message.token_ids, message.prompt_token_ids):
-            if self._vocab_size is not None and tokens.max(initial=0) >= self._vocab_size:
-                yield f"token {tokens.max()} is not in the vocabulary of {self._vocab_size}"
-            if tokens.min(initial=0) < 0:
-                yield f"token {tokens.min()} is none"
-        if not np.isfinite(message.logprobs).all():
-            yield "a log-probability is not finite"
 
     def _token_faults(self, message: m.ScreenedOut | m.LeaseFailed | m.Evaluated) -> Iterator[str]:
         if message.num_tokens > message.num_completions * self._max_tokens:

@@ -59,10 +59,10 @@ class LeaseBook:
         """Use no id up to this one, nor those that may have been granted soon after it."""
         self._next_id = max(self._next_id, lease_id + 1 + SKIPPED_IDS)
 
-    def holds(self, holder: str, lease_id: int) -> bool:
-        """Whether this actor may still report a result for this lease."""
+    def held_by(self, holder: str, lease_id: int) -> Lease | None:
+        """The lease, if this actor may still report a result for it."""
         entry = self._open.get(lease_id)
-        return entry is not None and entry.holder == holder
+        return entry.lease if entry is not None and entry.holder == holder else None
 
     def end(self, lease_id: int) -> OpenLease:
         """Close a lease. Raises KeyError when it is not open: each lease ends once."""

@@ -13,10 +13,9 @@ from speed_async.buffer.lineage import Lineage
 from speed_async.buffer.priority import PriorityBuffer
 from speed_async.buffer.statistics import RunStatistics
 from speed_async.config.schema import Config
-from speed_async.errors import ProtocolError
 from speed_async.types import GroupEnd, LeaseKind
 from speed_async.wire import messages as m
-from speed_async.wire.groups import weigh_group
+from speed_async.wire.groups import GroupFacts
 
 BYTES_WINDOW = 16
 """Groups over which the running mean of their bytes forgets."""
@@ -119,21 +118,17 @@ class Lifecycle:
     # --- results ---------------------------------------------------------------------------
 
     def group_finished(
-        self, holder: str, message: m.GroupFinished, place: tuple[int, int] | None = None
-    ) -> str | None:
-        """Take in a full group, which lies at `place` in the journal. Returns why it was refused,
-        if it was; it then ends as failed."""
+        self,
+        holder: str,
+        message: m.GroupFinished,
+        facts: GroupFacts,
+        place: tuple[int, int] | None = None,
+    ) -> None:
+        """Take in a full group, which lies at `place` in the journal."""
         num_tokens = len(message.token_ids)
         entry = self._close(holder, message.lease_id, num_tokens)
         if entry is None:
-            return None
-        try:
-            facts = weigh_group(message)
-            self._check_against_lease(entry, message)
-        except ProtocolError as error:
-            self._without_result(entry, "invalid group", num_tokens)
-            self._learn_nothing(entry)
-            return str(error)
+            return
         prompt_id = entry.lease.prompt_id
         self._statistics.screened(prompt_id, accepted=True, pass_rate=facts.screening_pass_rate)
         self._curriculum.record(prompt_id, facts.num_passed, facts.num_completions)
@@ -154,11 +149,10 @@ class Lifecycle:
         )
         if buffered.oldest_version < self._oldest_allowed:
             self.ledger.ends[GroupEnd.STALE].add(num_tokens)
-            return None
+            return
         self.ledger.buffered.add(num_tokens)
         for evicted in self.buffer.insert(buffered):
             self._leave_buffer(evicted, GroupEnd.EVICTED)
-        return None
 
     def screened_out(self, holder: str, message: m.ScreenedOut) -> None:
         entry = self._close(holder, message.lease_id, message.num_tokens)
@@ -311,22 +305,10 @@ class Lifecycle:
 
     def _close(self, holder: str, lease_id: int, num_tokens: int) -> OpenLease | None:
         """End a lease; None when it had ended before, so a resent result counts once."""
-        if not self.leases.holds(holder, lease_id):
+        if self.leases.held_by(holder, lease_id) is None:
             return None
         self.ledger.reported(holder, num_tokens)
         return self.leases.end(lease_id)
-
-    def _check_against_lease(self, entry: OpenLease, message: m.GroupFinished) -> None:
-        if message.prompt_id != entry.lease.prompt_id:
-            raise ProtocolError(
-                f"lease {message.lease_id} is for prompt {entry.lease.prompt_id}, "
-                f"not {message.prompt_id}"
-            )
-        if len(message.lengths) != self._config.gate.group_size or not len(message.token_ids):
-            raise ProtocolError(
-                f"group of {len(message.lengths)} completions and {len(message.token_ids)} tokens; "
-                f"expected {self._config.gate.group_size} completions"
-            )
 
     def _leave_buffer(self, group: BufferedGroup, end: GroupEnd) -> None:
         self.ledger.buffered.add(-group.num_tokens, -1)

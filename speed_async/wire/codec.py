@@ -40,7 +40,7 @@ class _Layout:
     record: type
     plain: tuple[tuple[str, str, fields.Check], ...]  # (field, annotation, check)
     nested: "tuple[tuple[str, _Layout], ...]"
-    arrays: tuple[tuple[str, np.dtype], ...]
+    arrays: tuple[tuple[str, np.dtype, str, int], ...]  # (field, dtype, its name, bytes an item)
 
     @property
     def name(self) -> str:
@@ -51,7 +51,8 @@ def _layout_of(record: type) -> _Layout:
     plain, nested, arrays = [], [], []
     for name, hint in get_type_hints(record).items():
         if hint in _ARRAY_DTYPES:
-            arrays.append((name, _ARRAY_DTYPES[hint]))
+            dtype = _ARRAY_DTYPES[hint]
+            arrays.append((name, dtype, dtype.str, dtype.itemsize))
         elif isinstance(hint, type) and is_dataclass(hint):
             nested.append((name, _layout_of(hint)))
         else:
@@ -86,11 +87,11 @@ def encode(message: Message) -> list[Frame]:
     layout = _LAYOUTS.get(name)
     if layout is None or type(message) is not layout.record:
         raise ProtocolError(f"{name} is not a message type of this protocol")
-    arrays = [_checked_array(name, field, dtype, message) for field, dtype in layout.arrays]
-    specs = [
-        [field, dtype.str, [len(array)]]
-        for (field, dtype), array in zip(layout.arrays, arrays, strict=True)
-    ]
+    arrays, specs = [], []
+    for field, dtype, shown, _ in layout.arrays:
+        array = _checked_array(name, field, dtype, message)
+        arrays.append(array)
+        specs.append([field, shown, [len(array)]])
     header = pack_header([MAGIC, PROTOCOL_VERSION, name, _to_plain(layout, message), specs])
     frames: list[Frame] = [header, *(array.view(np.uint8).data for array in arrays)]
     _check_total_size(name, frames)
@@ -204,22 +205,33 @@ def _arrays_from(
         raise ProtocolError(
             f"{layout.name} came with {len(frames)} array frames, not {len(layout.arrays)}"
         )
-    for (field, dtype), spec, frame in zip(layout.arrays, specs, frames, strict=True):
-        if not isinstance(spec, list) or len(spec) != 3 or spec[:2] != [field, dtype.str]:
-            raise ProtocolError(f"{layout.name}.{field} is no {dtype.str} array: {_shown(spec)}")
-        shape = spec[2]
-        if not isinstance(shape, list) or len(shape) != 1 or not fields.is_int(shape[0]):
-            raise ProtocolError(f"{layout.name}.{field} is not one-dimensional: {_shown(shape)}")
-        if shape[0] * dtype.itemsize != len(frame):
-            raise ProtocolError(
-                f"{layout.name}.{field} is announced with {shape[0]} items of {dtype.itemsize} "
-                f"bytes but has {len(frame)} bytes"
-            )
+    for (field, dtype, shown, item_bytes), spec, frame in zip(
+        layout.arrays, specs, frames, strict=True
+    ):
+        num_items, rest = divmod(len(frame), item_bytes)
+        if rest or spec != [field, shown, [num_items]] or type(spec[2][0]) is not int:
+            raise _wrong_array(f"{layout.name}.{field}", [field, shown], item_bytes, spec, frame)
         array = np.frombuffer(frame, dtype)
-        if not array.flags.aligned:
+        flags = array.flags
+        if not flags.aligned:
             array = array.copy()
-        array.flags.writeable = False
+            flags = array.flags
+        flags.writeable = False
         yield field, array
+
+
+def _wrong_array(
+    where: str, announced: list[str], item_bytes: int, spec: object, frame: Frame
+) -> ProtocolError:
+    if not isinstance(spec, list) or len(spec) != 3 or spec[:2] != announced:
+        return ProtocolError(f"{where} is no {announced[1]} array: {_shown(spec)}")
+    shape = spec[2]
+    if not isinstance(shape, list) or len(shape) != 1 or not fields.is_int(shape[0]):
+        return ProtocolError(f"{where} is not one-dimensional: {_shown(shape)}")
+    return ProtocolError(
+        f"{where} is announced with {shape[0]} items of {item_bytes} bytes but has "
+        f"{len(frame)} bytes"
+    )
 
 
 def _checked_array(name: str, field: str, dtype: np.dtype, message: Message) -> np.ndarray:

@@ -19,7 +19,7 @@ def is_bool(value: object) -> bool:
 
 
 def is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and MIN_INT <= value <= MAX_INT
+    return type(value) is int and MIN_INT <= value <= MAX_INT
 
 
 def is_number(value: object) -> bool:

@@ -13,8 +13,21 @@ from speed_async.wire.messages import BatchGroup, GroupFinished
 
 MAX_LOGPROB = 1e-4
 """A log-probability is at most 0; engines round it to a little above."""
-MIN_LOGPROB = float(np.finfo(np.float32).min)
-"""The lowest finite one."""
+_MAX_LOGPROB_BITS = int(np.float32(MAX_LOGPROB).view(np.int32))
+_MIN_LOGPROB_BITS = int(np.finfo(np.float32).min.view(np.uint32))
+_NO_BOUND = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupBounds:
+    """What only the service can hold a group to; the default is what an int32 can hold."""
+
+    completion_tokens: int = _NO_BOUND
+    largest_token_id: int = _NO_BOUND
+    newest_version: int = _NO_BOUND
+
+
+NO_BOUNDS = GroupBounds()
 
 
 def pack_group(group: Group, counts: ActorCounts) -> GroupFinished:
@@ -52,18 +65,20 @@ class GroupFacts:
         return self.num_passed / self.num_completions
 
 
-def weigh_group(message: GroupFinished | BatchGroup) -> GroupFacts:
+def weigh_group(message: GroupFinished | BatchGroup, bounds: GroupBounds = NO_BOUNDS) -> GroupFacts:
     """The facts of a group, without making its completions. Raises ProtocolError as `unpack_group`
-    does."""
-    _check_group(message)
-    passed = message.rewards >= PASS_REWARD
+    does, and where the group passes the bounds."""
+    _check_group(message, bounds)
+    versions = message.policy_versions
+    oldest, newest = int(_smallest(versions)), int(_largest(versions))
+    passed = [reward >= PASS_REWARD for reward in message.rewards.tolist()]
     num_screening = message.num_screening
     return GroupFacts(
         num_completions=len(passed),
-        num_passed=int(np.count_nonzero(passed)),
-        screening_pass_rate=int(np.count_nonzero(passed[:num_screening])) / max(num_screening, 1),
-        oldest_version=int(message.policy_versions.min()),
-        mean_version=float(message.policy_versions.mean()),
+        num_passed=sum(passed),
+        screening_pass_rate=sum(passed[:num_screening]) / max(num_screening, 1),
+        oldest_version=oldest,
+        mean_version=float(oldest if oldest == newest else versions.mean()),
     )
 
 
@@ -72,7 +87,7 @@ def unpack_group(message: GroupFinished | BatchGroup) -> Group:
 
     Raises ProtocolError when the numbers contradict each other or cannot be what they claim.
     """
-    _check_group(message)
+    _check_group(message, NO_BOUNDS)
     ends = np.cumsum(message.lengths, dtype=np.int64).tolist()
     starts = [0, *ends[:-1]]
     completions = tuple(
@@ -98,9 +113,11 @@ def unpack_group(message: GroupFinished | BatchGroup) -> Group:
     )
 
 
-def batch_group(message: GroupFinished) -> BatchGroup:
+def batch_group(message: GroupFinished, *, number: int = 0, heard: int = 0) -> BatchGroup:
     """The same group on its way to the learner; nothing is copied."""
     return BatchGroup(
+        number=number,
+        heard=heard,
         lease_id=message.lease_id,
         prompt_id=message.prompt_id,
         num_screening=message.num_screening,
@@ -114,36 +131,80 @@ def batch_group(message: GroupFinished) -> BatchGroup:
     )
 
 
-def _check_group(message: GroupFinished | BatchGroup) -> None:
-    num_completions = len(message.lengths)
+_smallest, _largest = np.minimum.reduce, np.maximum.reduce
+
+
+def _check_group(message: GroupFinished | BatchGroup, bounds: GroupBounds) -> None:
+    broken = _first_fault(message, bounds)
+    if broken is not None:
+        raise ProtocolError(f"group of lease {message.lease_id} breaks: {broken}")
+
+
+def _first_fault(message: GroupFinished | BatchGroup, bounds: GroupBounds) -> str | None:
+    """What cannot be true; None for a sound group. The service does this for every group, so it
+    reads each long array as seldom as it can; short ones are quicker as lists."""
     num_tokens = len(message.token_ids)
-    lengths, rewards, logprobs = message.lengths, message.rewards, message.logprobs
-    truths = {
-        "it has completions": num_completions >= 1,
-        "it has tokens": num_tokens >= 1,
-        "lease_id >= 0": message.lease_id >= 0,
-        "prompt_id >= 0": message.prompt_id >= 0,
-        "0 <= num_screening <= completions": 0 <= message.num_screening <= num_completions,
-        "lengths >= 0": _within(lengths, 0),
-        "lengths sum to the tokens": int(lengths.sum(dtype=np.int64)) == num_tokens,
-        "one reward a completion": len(rewards) == num_completions,
-        "one cut mark of 0 or 1 a completion": len(message.cut) == num_completions
-        and _within(message.cut, 0, 1),
-        "one logprob a token": len(logprobs) == num_tokens,
-        "one policy version a token": len(message.policy_versions) == num_tokens,
-        "rewards in [0, 1]": _within(rewards, 0.0, 1.0),
-        "logprobs finite and <= 0": _within(logprobs, MIN_LOGPROB, MAX_LOGPROB),
-        "policy versions >= 0": _within(message.policy_versions, 0),
-        "token ids >= 0": _within(message.token_ids, 0) and _within(message.prompt_token_ids, 0),
-    }
-    broken = [truth for truth, holds in truths.items() if not holds]
-    if broken:
-        raise ProtocolError(f"group of lease {message.lease_id} breaks: {'; '.join(broken)}")
+    lengths, rewards, cut = message.lengths.tolist(), message.rewards.tolist(), message.cut.tolist()
+    if not lengths:
+        return "it has completions"
+    if not num_tokens:
+        return "it has tokens"
+    if message.lease_id < 0 or message.prompt_id < 0:
+        return "lease_id >= 0, prompt_id >= 0"
+    if not 0 <= message.num_screening <= len(lengths):
+        return "0 <= num_screening <= completions"
+    if min(lengths) < 0:
+        return "lengths >= 0"
+    if sum(lengths) != num_tokens:
+        return "lengths sum to the tokens"
+    if max(lengths) > bounds.completion_tokens:
+        return f"a completion is longer than actors.max_new_tokens = {bounds.completion_tokens}"
+    if len(rewards) != len(lengths):
+        return "one reward a completion"
+    if len(cut) != len(lengths) or not _MARKS.issuperset(cut):
+        return "one cut mark of 0 or 1 a completion"
+    if len(message.logprobs) != num_tokens:
+        return "one logprob a token"
+    if len(message.policy_versions) != num_tokens:
+        return "one policy version a token"
+    if not all(0.0 <= reward <= 1.0 for reward in rewards):
+        return "rewards in [0, 1]"
+    if not _are_logprobs(message.logprobs):
+        return "logprobs finite and <= 0"
+    return _token_fault(message, bounds)
 
 
-def _within(values: np.ndarray, low: float, high: float | None = None) -> bool:
-    """Whether all lie in [low, high]. Extremes take no room, as comparing all values would. The
-    extreme of values with a NaN among them is NaN, which is in no range."""
-    if not values.size:
-        return True
-    return bool(low <= values.min()) and (high is None or bool(values.max() <= high))
+_MARKS = frozenset((0, 1))
+
+
+def _token_fault(message: GroupFinished | BatchGroup, bounds: GroupBounds) -> str | None:
+    # As unsigned numbers negative ones are above every bound.
+    newest = int(_largest(message.policy_versions.view(np.uint32)))
+    if newest > _NO_BOUND:
+        return "policy versions >= 0"
+    if newest > bounds.newest_version:
+        policy = f"the policy is at version {bounds.newest_version}"
+        return f"a token's version = {newest} is from the future: {policy}"
+    for token_ids in (message.token_ids, message.prompt_token_ids):
+        largest = int(_largest(token_ids.view(np.uint32), initial=0))
+        if largest > _NO_BOUND:
+            return "token ids >= 0"
+        if largest > bounds.largest_token_id:
+            vocabulary = f"the vocabulary of {bounds.largest_token_id + 1}"
+            return f"token {largest} is not in {vocabulary}"
+    return None
+
+
+def _are_logprobs(values: np.ndarray) -> bool:
+    """Whether all are finite and at most MAX_LOGPROB, read from their bits (IEEE 754).
+
+    As signed integers positive floats are ordered as they are, infinity and NaN above them, and
+    negative ones lie below zero. As unsigned integers negative ones lie above positive ones, and
+    grow with their magnitude, to minus infinity and the NaNs of that sign.
+    """
+    highest = _largest(values.view(np.int32))
+    if highest > _MAX_LOGPROB_BITS:
+        return False
+    if highest < 0:  # all are negative, so signed and unsigned order are alike
+        return int(highest) + 2**32 <= _MIN_LOGPROB_BITS
+    return bool(_largest(values.view(np.uint32)) <= _MIN_LOGPROB_BITS)
