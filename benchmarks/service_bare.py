@@ -14,12 +14,11 @@ import zmq
 from benchmarks.service_peers import (
     Keys,
     receive_frames,
-    send_frames,
     set_client_options,
 )
 from benchmarks.service_roles import GROUPS_A_BATCH, make_group
 from speed_async.wire.codec import MAX_MESSAGE_BYTES
-from speed_async.wire.sockets import set_common_options
+from speed_async.wire.sockets import send_frames, set_common_options
 from speed_async.wire.zeromq import QUEUED_MESSAGES
 
 ACKNOWLEDGED = b"a" * 64

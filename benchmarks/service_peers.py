@@ -3,7 +3,6 @@ groups."""
 
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import zmq
 from speed_async.wire import messages as m
 from speed_async.wire.codec import MAX_MESSAGE_BYTES, Frame, decode, encode
 from speed_async.wire.session import Heard, Missing, Probe
-from speed_async.wire.sockets import ZERO_COPY_BYTES, set_common_options
+from speed_async.wire.sockets import send_frames, set_common_options
 from speed_async.wire.zeromq import QUEUED_MESSAGES
 
 TELL_AFTER = 16
@@ -38,14 +37,6 @@ def set_client_options(socket: zmq.Socket, name: str, keys: Keys | None) -> None
     if keys is not None:
         socket.CURVE_SERVERKEY = keys.server_public
         socket.CURVE_PUBLICKEY, socket.CURVE_SECRETKEY = keys.public, keys.secret
-
-
-def send_frames(socket: zmq.Socket, frames: Sequence[Frame], flags: int = 0) -> None:
-    """As the wire does it: small frames are copied, large ones are not."""
-    last = len(frames) - 1
-    for index, frame in enumerate(frames):
-        more = zmq.SNDMORE if index < last else 0
-        socket.send(frame, flags | more, copy=len(frame) < ZERO_COPY_BYTES)
 
 
 def receive_frames(socket: zmq.Socket, flags: int = 0) -> list[Frame]:

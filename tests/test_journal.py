@@ -11,7 +11,6 @@ from speed_async.buffer.journal import (
     Journal,
     cut,
     read_segment,
-    record_end,
     segments,
 )
 from speed_async.errors import JournalError
@@ -50,7 +49,7 @@ def test_any_cut_or_flipped_bit_leaves_a_prefix(
     folder = tmp_path_factory.mktemp("journal")
     written(folder).close()
     path = folder / "00000001.journal"
-    ends = [record_end(place, record) for place, record in read_segment(folder, 1)]
+    ends = [record.end for _, record in read_segment(folder, 1)]
     whole = path.read_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
     if data.draw(st.booleans()):

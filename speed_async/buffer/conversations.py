@@ -2,7 +2,13 @@
 
 A peer that numbers its first message 1 holds a session; one that numbers nothing is answered
 unnumbered and once.
+
+While the journal is written, the next messages are taken in already. What they lead to, and that
+they came, may not be told before they lie in the journal, too: with `holding` all of it stays here,
+until what was sealed is released.
 """
+
+from dataclasses import dataclass
 
 from speed_async.wire import messages as m
 from speed_async.wire.session import Arrival, Heard, Missing, Probe, Session
@@ -13,10 +19,26 @@ FORGOTTEN = "the service has lost a part of what it told this peer: start a new 
 UNKNOWN = "the service does not know this peer: start a new incarnation"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sealed:
+    """What some inputs led to, that may be told when they lie in the journal."""
+
+    told: dict[str, tuple[int, int]]
+    """By peer: number of the last message that is said to it, and of the last heard of it."""
+    once: list[tuple[str, m.Message]]
+    """To peers that hold no session."""
+    replies: list[tuple[str, m.Message]]
+    unsent: list[str]
+
+
 class Conversations:
-    CONFIGURED = ("replies", "unsent", "_asked_s", "_probed_s")
+    CONFIGURED = ("replies", "unsent", "holding", "_held", "_held_once", "_asked_s", "_probed_s")
 
     def __init__(self) -> None:
+        self.holding = False
+        """Nothing may be told that was not released."""
+        self._held: set[str] = set()
+        self._held_once: list[tuple[str, m.Message]] = []
         self.replies: list[tuple[str, m.Message]] = []
         """Control messages for the shell to send, unnumbered and if they can be sent at once."""
         self.unsent: list[str] = []
@@ -67,6 +89,7 @@ class Conversations:
         if message.number == 1 and peer not in self._sessions:
             self._sessions[peer] = Session()
         if session := self._sessions.get(peer):
+            self._hold(peer, session)
             session.arrived(message)
 
     def overheard(self, peer: str, message: m.Message) -> None:
@@ -77,10 +100,36 @@ class Conversations:
     def say(self, peer: str, message: m.Message) -> None:
         """To be sent by the shell, and kept until it was heard."""
         if session := self._sessions.get(peer):
+            self._hold(peer, session)
             session.say(message)
+        elif self.holding:
+            self._held_once.append((peer, message))
         else:
             self._once.setdefault(peer, []).append(message)
         self.unsent.append(peer)
+
+    def seal(self) -> Sealed:
+        """All that was held since the last seal."""
+        peers, self._held = self._held, set()
+        once, self._held_once = self._held_once, []
+        replies, self.replies = self.replies, []
+        unsent, self.unsent = self.unsent, []
+        marks = ((peer, self._sessions.get(peer)) for peer in peers)
+        told = {peer: (session.sent, session.heard) for peer, session in marks if session}
+        return Sealed(told=told, once=once, replies=replies, unsent=unsent)
+
+    def release(self, sealed: Sealed) -> None:
+        """What was sealed may be told; seals are released in their order."""
+        for peer, upto in sealed.told.items():
+            if session := self._sessions.get(peer):
+                session.release(upto)
+        for peer, message in sealed.once:
+            self._once.setdefault(peer, []).append(message)
+
+    def _hold(self, peer: str, session: Session) -> None:
+        if self.holding:
+            self._held.add(peer)
+            session.hold()
 
     def next_unsent(self, peer: str) -> m.Message | None:
         session = self._sessions.get(peer)
@@ -120,7 +169,7 @@ class Conversations:
                 self.unsent.append(peer)
             elif now_s - self._probed_s.setdefault(peer, now_s) >= PROBE_S:
                 self._probed_s[peer] = now_s
-                due.append((peer, Probe(sent=session.sent, heard=session.heard)))
+                due.append((peer, session.probe()))
         return due
 
     def num_unheard(self, peer: str) -> int:
@@ -145,6 +194,7 @@ class Conversations:
         """After a restart nobody knows what left the sockets: all that was not heard goes again."""
         for session in self._sessions.values():
             session.rewind_unheard()
+        self.replies.clear()
         self.unsent = [*self._sessions, *self._once]
 
     def _ask(self, peer: str, session: Session, now_s: float) -> None:

@@ -12,8 +12,10 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 BLOCK_BYTES = 4096
 BUFFER_BYTES = 4 * 1024 * 1024
@@ -22,13 +24,15 @@ DIRECT_BYTES = 64 * 1024
 
 
 class DirectFile:
-    """A new file, open for appending. Not thread-safe, but `sync` may run in another thread."""
+    """A new file, open for appending. Not thread-safe, but `sync` may run in another thread; copies
+    and writes let other threads run."""
 
     def __init__(self, path: Path) -> None:
         self.end = 0
         """Bytes appended."""
         self._tail = b""  # of the last block, which is not full
-        self._buffer = mmap.mmap(-1, BUFFER_BYTES)
+        self._memory = mmap.mmap(-1, BUFFER_BYTES)
+        self._buffer = np.frombuffer(self._memory, np.uint8)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         self._flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
         self._can_bypass = self._bypass_cache(True)
@@ -45,24 +49,12 @@ class DirectFile:
     def sync(self) -> None:
         os.fdatasync(self._descriptor)
 
-    def syncer(self) -> Callable[[], None]:
-        """To be called once, in any thread: `sync`, though the file may be written or closed
-        meanwhile."""
-        descriptor = os.dup(self._descriptor)
-
-        def sync() -> None:
-            try:
-                os.fdatasync(descriptor)
-            finally:
-                os.close(descriptor)
-
-        return sync
-
     def close(self) -> None:
         """The padding goes."""
         os.ftruncate(self._descriptor, self.end)
         os.close(self._descriptor)
-        self._buffer.close()
+        del self._buffer
+        self._memory.close()
 
     def _append_bytes(self, parts: Sequence[bytes | memoryview]) -> None:
         self._bypass_cache(False)
@@ -76,9 +68,9 @@ class DirectFile:
     def _append_blocks(self, parts: Sequence[bytes | memoryview]) -> None:
         self._bypass_cache(True)
         buffer, fill, at = self._buffer, len(self._tail), self.end - len(self._tail)
-        buffer[:fill] = self._tail
+        buffer[:fill] = np.frombuffer(self._tail, np.uint8)
         for part in parts:
-            view, taken = memoryview(part).cast("B"), 0
+            view, taken = np.frombuffer(part, np.uint8), 0
             while taken < len(view):
                 count = min(len(view) - taken, BUFFER_BYTES - fill)
                 buffer[fill : fill + count] = view[taken : taken + count]
@@ -87,9 +79,9 @@ class DirectFile:
                     self._write(BUFFER_BYTES, at)
                     at, fill = at + BUFFER_BYTES, 0
         whole = fill - fill % BLOCK_BYTES
-        tail = bytes(buffer[whole:fill])
+        tail = buffer[whole:fill].tobytes()
         padded = -(-fill // BLOCK_BYTES) * BLOCK_BYTES
-        buffer[fill:padded] = bytes(padded - fill)
+        buffer[fill:padded] = 0
         self._write(padded, at)
         self.end, self._tail = at + fill, tail
 
@@ -105,13 +97,11 @@ class DirectFile:
         return bool(flag)
 
     def _write(self, count: int, at: int) -> None:
-        with memoryview(self._buffer) as view:
-            written = 0
-            while written < count:  # a full disk takes a part, and refuses the rest
-                with view[written:count] as rest:
-                    written += os.pwrite(self._descriptor, rest, at + written)
-                if written % BLOCK_BYTES:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = 0
+        while written < count:  # a full disk takes a part, and refuses the rest
+            written += os.pwrite(self._descriptor, self._buffer[written:count].data, at + written)
+            if written % BLOCK_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def is_padding(rest: bytes) -> bool:

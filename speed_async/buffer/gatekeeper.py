@@ -19,6 +19,7 @@ MAX_KNOWN = 65536
 """Actors and supervisors that a run takes in, those that left included."""
 
 
+Result = m.GroupFinished | m.ScreenedOut | m.Evaluated
 _LEASED_AS: dict[type[m.Message], LeaseKind] = {
     m.GroupFinished: LeaseKind.TRAINING,
     m.ScreenedOut: LeaseKind.TRAINING,
@@ -92,9 +93,7 @@ class Gatekeeper:
             return reason
         if fault := self._inspection.fault(message, newest_version):
             return fault
-        if isinstance(message, m.GroupFinished | m.ScreenedOut | m.Evaluated) and (
-            misfit := self._misfit(peer, message)
-        ):
+        if isinstance(message, Result) and (misfit := self._misfit(peer, message)):
             return misfit
         if isinstance(message, m.Trained) and message.policy_version > policy_version:
             unknown = [i for i in message.lease_ids if i not in self._books.in_training]
@@ -107,7 +106,9 @@ class Gatekeeper:
         Raises ProtocolError for one that is."""
         return self._inspection.weigh(group, newest_version)
 
-    def _misfit(self, peer: str, result: m.GroupFinished | m.ScreenedOut | m.Evaluated) -> str | None:
+    def _misfit(
+        self, peer: str, result: m.GroupFinished | m.ScreenedOut | m.Evaluated
+    ) -> str | None:
         """Why this is no result of its lease; of a lease that has ended, lifecycle takes none."""
         lease = self._books.leases.held_by(peer, result.lease_id)
         if lease is None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from speed_async.buffer.capture import capture, restore
-from speed_async.buffer.journal import Journal, cut, read_segment, record_end, segments
+from speed_async.buffer.journal import Journal, cut, read_segment, segments
 from speed_async.buffer.machine import Machine
 from speed_async.buffer.service import BufferService
 from speed_async.config.load import build_config
@@ -34,13 +34,14 @@ def open_machine(
         machine, notes = _recovered(folder, config, build)
         last = max(segments(folder), default=0)
         machine.journal = begin_segment(folder, machine, last + 1)
+        machine.journal.sync()
     if life > machine.service.life:
         machine.begin_life(life, machine.last_s)
     return machine, notes
 
 
 def begin_segment(folder: Path, machine: Machine, number: int) -> Journal:
-    """A new segment that holds the machine's present state, on disk. Raises OSError."""
+    """A new segment that holds the machine's present state; to be synced. Raises OSError."""
     sequence = machine.service.sequence
     if machine.journal is not None:
         sequence = machine.journal.sequence
@@ -51,7 +52,6 @@ def begin_segment(folder: Path, machine: Machine, number: int) -> Journal:
         journal.append("opened", machine.last_s, text=facts, frames=[settings])
         journal.append("snapshot", machine.last_s, frames=[capture(machine)])
         journal.write()
-        journal.sync()
     except OSError:
         journal.close()
         journal.remove()
@@ -89,9 +89,9 @@ def _read(folder: Path, number: int, build: Build, notes: list[str]) -> Machine 
         )
     machine = Machine(build(build_config(json.loads(bytes(first.frames[0])))))
     machine.service.sequence = facts["sequence"]
-    end, whole = record_end(place, first), False
+    end, whole = first.end, False
     for place, record in records:
-        end = record_end(place, record)
+        end = record.end
         if record.kind == "snapshot":
             restore(machine, record.frames[0])
             whole = True

@@ -5,17 +5,21 @@ waits for  the next message or the next tick; the disk, where an answer promises
 ends       when the core has said everything and it was heard, or when it is cancelled
 
 The order that nothing may change: an input is in the journal before anything that follows from it
-leaves this process.
+leaves this process. Where there is much to write, the next inputs are taken in meanwhile.
 """
 
 import asyncio
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass
 
-from speed_async.buffer.journal import SEGMENT_BYTES
+from speed_async.buffer.conversations import Sealed
+from speed_async.buffer.journal import SEGMENT_BYTES, Journal
 from speed_async.buffer.machine import Machine
 from speed_async.buffer.recovery import begin_segment
 from speed_async.buffer.stored import StoredGroup
@@ -26,18 +30,22 @@ from speed_async.wire import messages as m
 from speed_async.wire.codec import decode
 from speed_async.wire.feed import FeedPublisher
 from speed_async.wire.groups import batch_group
-from speed_async.wire.transport import Delivery, Hub
+from speed_async.wire.transport import Delivery, Hub, PeerName
 
 KEPT_KINDS = ("step", "evaluation", "end")
 """Status events are for the live feed only."""
 BATCH_MESSAGES = 64
-BATCH_BYTES = 16 * 1024 * 1024
+BATCH_BYTES = 4 * 1024 * 1024
 """Messages taken in before what they led to is sent: the journal is written once for them all."""
-INLINE_BYTES = 1024 * 1024
+MAX_TURNS = 4
+"""Turns of taking in that may wait for the disk."""
+INLINE_BYTES = 256 * 1024
 """Smaller writes are not worth another thread."""
 SNAPSHOT_BYTES = 4 * 1024 * 1024
 """A journal shorter than this is read again faster than a snapshot pays."""
 SYNC_INTERVAL_S = 1.0
+MEANWHILE_S = 0.001
+"""While the disk is busy: wait so long for a message before looking whether it still is."""
 FULL_RETRY_S = 0.005
 """A peer's queue that is full is looked at again this soon, for as long as PATIENCE_S."""
 PATIENCE_S = 1.0
@@ -71,8 +79,18 @@ async def serve(
         await feed.close()
         for sink in sinks:
             sink.close()
-        if machine.journal is not None:
-            machine.journal.close()
+        await shell.close_journal()
+
+
+@dataclass(kw_only=True)
+class _Turn:
+    """What was taken in together, and may be told when it lies in the journal."""
+
+    sealed: Sealed
+    spoke: set[str]
+    events: list[Event]
+    syncs: bool
+    writing: "Future[None] | None" = None
 
 
 class _Shell:
@@ -96,8 +114,13 @@ class _Shell:
         self._next_tick_s = self._now() + self._interval_s
         self._unsent: dict[str, float] = {}  # peers to be told more, and since when they are full
         self._spoke: set[str] = set()
-        self._disk = asyncio.Lock()
+        self._turns: deque[_Turn] = deque()  # taken in, and not told yet
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._next_snapshot_s = 0.0
+        self._ended: list[Journal] = []  # segments before the present one, not yet synced
+        self._needed: set[int] = set()
+        self._syncing = threading.Lock()
+        machine.conversations.holding = machine.journal is not None
 
     def _now(self) -> float:
         return self._clock() - self._behind_s
@@ -111,11 +134,43 @@ class _Shell:
             self._next_tick_s = self._now() + self._interval_s
             for peer, probe in self._machine.conversations.probes(now_s):
                 self._offer(peer, probe)
-        await self._make_safe()
-        self._send_all()
-        self._mute()
-        await self._publish()
+        turn, journal = self._taken_in(), self._machine.journal
+        if journal is not None and (
+            self._turns or turn.syncs or journal.pending_bytes > INLINE_BYTES
+        ):
+            turn.writing = self._writer.submit(self._write, turn)
+        self._turns.append(turn)
+        while self._turns and (len(self._turns) > MAX_TURNS or not self._is_writing):
+            await self._finish_turn()
         await self._maybe_snapshot()
+
+    def _taken_in(self) -> _Turn:
+        machine, journal = self._machine, self._machine.journal
+        every = self._config.buffer.durability == "every"
+        events, machine.events = machine.events, []
+        spoke, self._spoke = self._spoke, set()
+        turn = _Turn(
+            sealed=machine.conversations.seal(),
+            spoke=spoke,
+            events=events,
+            syncs=journal is not None
+            and (machine.needs_sync or (every and journal.pending_bytes > 0)),
+        )
+        machine.needs_sync = False
+        return turn
+
+    async def _finish_turn(self) -> None:
+        """Wait until the first turn lies in the journal, then say what follows from it."""
+        turn = self._turns[0]
+        await self._written(turn)
+        self._turns.popleft()
+        self._tell(turn.sealed, turn.spoke)
+        self._mute()
+        await self._publish(turn.events)
+
+    async def _finish_turns(self) -> None:
+        while self._turns:
+            await self._finish_turn()
 
     async def linger(self) -> None:
         """Everything was said: wait a moment until everybody has heard it.
@@ -125,42 +180,57 @@ class _Shell:
         """
         ends_s = self._now() + LINGER_S
         conversations, service = self._machine.conversations, self._machine.service
-        await self._make_safe()
+        await self._finish_turns()
         peers = [*service.membership.actors, service.membership.learner or ""]
         while any(map(conversations.num_unheard, peers)) and (left_s := ends_s - self._now()) > 0:
-            self._send_all()
+            self._tell(conversations.seal(), set())
             try:
                 peer, message = await self._hub.receive(min(left_s, 0.1))
             except DeadlineExceeded:
                 continue
             if conversations.admit(peer, message, self._now()):
                 conversations.overheard(peer, message)
-        self._send_all()
+        self._tell(conversations.seal(), set())
 
     # --- in ------------------------------------------------------------------------------------
 
     async def _take_in(self) -> None:
-        """The next message, and those that wait behind it."""
+        """The next message, and those that wait behind it; while the disk is busy with the turn
+        before, also those that come meanwhile."""
+        wait_s = MEANWHILE_S if self._is_writing else self._longest_wait_s()
+        received = await self._next_message(wait_s)
+        machine, count = self._machine, 0
+        while received is not None or self._is_writing:
+            if received is not None:
+                peer, message = received
+                machine.message(peer, message, self._now())
+                self._spoke.add(peer)
+                count += 1
+                pending = machine.journal.pending_bytes if machine.journal is not None else 0
+                if count == BATCH_MESSAGES or pending > BATCH_BYTES or machine.service.ended:
+                    return
+            received = self._hub.receive_now()
+            if received is None and self._is_writing:
+                received = await self._next_message(MEANWHILE_S)
+
+    async def _next_message(self, wait_s: float) -> tuple[PeerName, m.Message] | None:
+        try:
+            return await self._hub.receive(wait_s)
+        except DeadlineExceeded:
+            return None
+
+    def _longest_wait_s(self) -> float:
         now_s = self._now()
         wait_s = max(0.0, self._next_tick_s - now_s)
         if any(now_s - since_s < PATIENCE_S for since_s in self._unsent.values()):
-            wait_s = min(wait_s, FULL_RETRY_S)
-        try:
-            received = await self._hub.receive(wait_s)
-        except DeadlineExceeded:
-            return
-        machine, count = self._machine, 0
-        while received is not None:
-            peer, message = received
-            machine.message(peer, message, self._now())
-            self._spoke.add(peer)
-            if machine.conversations.has_unsent(peer):
-                self._unsent.setdefault(peer, self._now())
-            count += 1
-            pending = machine.journal.pending_bytes if machine.journal is not None else 0
-            if count == BATCH_MESSAGES or pending > BATCH_BYTES or machine.service.ended:
-                return
-            received = self._hub.receive_now()
+            return min(wait_s, FULL_RETRY_S)
+        return wait_s
+
+    @property
+    def _is_writing(self) -> bool:
+        """Whether the disk is busy with the first turn."""
+        writing = self._turns[0].writing if self._turns else None
+        return writing is not None and not writing.done()
 
     def _mute(self) -> None:
         """Whoever was refused was told why just now."""
@@ -171,29 +241,26 @@ class _Shell:
 
     # --- disk ----------------------------------------------------------------------------------
 
-    async def _make_safe(self) -> None:
-        """Nothing that follows from an input may leave before this returns."""
+    def _write(self, turn: _Turn) -> None:
+        """May run in another thread. Raises OSError."""
         journal = self._machine.journal
-        if journal is None:
-            self._machine.needs_sync = False
-            return
-        every = self._config.buffer.durability == "every" and journal.pending_bytes > 0
-        async with self._disk:
-            if journal.pending_bytes > INLINE_BYTES:
-                await self._with_room(lambda: asyncio.to_thread(journal.write))
-            elif journal.pending_bytes:
-                await self._with_room(lambda: _done(journal.write))
-            if every or self._machine.needs_sync:
-                await self._with_room(lambda: asyncio.to_thread(journal.sync))
-                self._machine.needs_sync = False
+        assert journal is not None
+        journal.write()
+        if turn.syncs:
+            self._sync(journal)
 
-    async def _with_room(self, write: Callable[[], object]) -> None:
-        """Try until the disk takes it. Meanwhile nothing is answered, so nobody goes on; and no
-        time passes for the machine, so nobody is taken for dead."""
+    async def _written(self, turn: _Turn) -> None:
+        """Wait until the disk has taken a turn. Meanwhile nothing is answered, so nobody goes on;
+        and no time passes for the machine, so nobody is taken for dead."""
+        if self._machine.journal is None:
+            return
         began_s = self._clock()
         while True:
             try:
-                await write()  # type: ignore[misc]
+                if turn.writing is None:
+                    self._write(turn)
+                else:
+                    await asyncio.shield(asyncio.wrap_future(turn.writing))
                 break
             except OSError as error:
                 waited_s = self._clock() - began_s
@@ -208,9 +275,19 @@ class _Shell:
                 self._machine.service.warning = text
                 await self._feed.publish(self._machine.service.present_status(self._now()))
                 await asyncio.sleep(ROOM_RETRY_S)
+                for waiting in self._turns:
+                    waiting.writing = self._writer.submit(self._write, waiting)
         waited_s = self._clock() - began_s
         if waited_s > ROOM_RETRY_S:
             self._behind_s += waited_s
+
+    async def close_journal(self) -> None:
+        """Once nothing of it is in another thread's hands any more."""
+        await asyncio.to_thread(self._writer.shutdown)
+        with self._syncing:
+            for journal in (*self._ended, self._machine.journal):
+                if journal is not None:
+                    journal.close()
 
     async def keep_synced(self) -> None:
         """What a power cut may cost, with `batched`: about one second."""
@@ -221,7 +298,21 @@ class _Shell:
             if journal is not None and journal.sequence != synced:
                 synced = journal.sequence
                 with suppress(OSError):  # the next write will say it
-                    await asyncio.to_thread(journal.syncer())
+                    await asyncio.to_thread(self._sync, journal)
+
+    def _sync(self, journal: Journal) -> None:
+        """First the segments before it, then this one; then what nobody needs may go. Runs in
+        another thread. Raises OSError."""
+        with self._syncing:
+            before = self._ended[:]
+            for ended in before:
+                ended.sync()
+            journal.sync()
+            for ended in before:
+                ended.close()
+            del self._ended[: len(before)]
+        if before:
+            journal.drop(self._needed)
 
     async def _maybe_snapshot(self) -> None:
         machine, journal = self._machine, self._machine.journal
@@ -230,36 +321,34 @@ class _Shell:
         wanted = SNAPSHOT_BYTES if machine.service.snapshot_due else SEGMENT_BYTES
         if journal.num_bytes < wanted:
             return
+        await self._finish_turns()
         machine.service.snapshot_due = False
-        async with self._disk:
-            try:
-                journal.write()
-                # In a thread for the disk's sake; nothing is taken in meanwhile.
-                number = journal.segment + 1
-                fresh = await asyncio.to_thread(begin_segment, journal.folder, machine, number)
-            except OSError:
-                machine.service.snapshot_due = True
-                self._next_snapshot_s = self._now() + 10.0
-                return
-            machine.journal = fresh
-            journal.close()
-            needed = machine.service.lifecycle.needed_segments
-            fresh.drop(needed | {journal.segment})
+        try:
+            journal.write()
+            fresh = begin_segment(journal.folder, machine, journal.segment + 1)
+        except OSError:
+            machine.service.snapshot_due = True
+            self._next_snapshot_s = self._now() + 10.0
+            return
+        machine.journal = fresh
+        self._ended.append(journal)
+        # Later on none of these is needed that is not now, and none goes before the next `_sync`.
+        self._needed = machine.service.lifecycle.needed_segments | {journal.segment}
 
     # --- out -----------------------------------------------------------------------------------
 
-    def _send_all(self) -> None:
-        """Say what there is room for."""
+    def _tell(self, sealed: Sealed, spoke: set[str]) -> None:
+        """Say what may be said now, as far as there is room, and to `spoke` that it was heard."""
         conversations = self._machine.conversations
-        replies, conversations.replies = conversations.replies, []
-        for peer, reply in replies:
+        conversations.release(sealed)
+        for peer, reply in sealed.replies:
             self._hub.offer(peer, reply)
-        unsent, conversations.unsent = conversations.unsent, []
-        for peer in unsent:
+        for peer in sealed.unsent:
+            self._unsent.setdefault(peer, self._now())
+        for peer in filter(conversations.has_unsent, spoke):  # it may have been gone
             self._unsent.setdefault(peer, self._now())
         for peer in list(self._unsent):
             self._send_to(peer)
-        spoke, self._spoke = self._spoke, set()
         for peer, word in conversations.words(spoke):
             self._hub.offer(peer, word)
 
@@ -292,10 +381,9 @@ class _Shell:
             stored = decode(self._machine.journal.read(message.place).frames)
             assert isinstance(stored, m.GroupFinished)
             group = stored
-        return replace(batch_group(group), number=message.number, heard=message.heard)
+        return batch_group(group, number=message.number, heard=message.heard)
 
-    async def _publish(self) -> None:
-        events, self._machine.events = self._machine.events, []
+    async def _publish(self, events: list[Event]) -> None:
         for event in events:
             await self._feed.publish(event)
             self._keep(event)
@@ -308,7 +396,3 @@ class _Shell:
                 sink.write(event)
             except OSError as error:
                 self._machine.service.warning = f"metrics could not be written: {error}"
-
-
-async def _done(operation: Callable[[], None]) -> None:
-    operation()

@@ -93,7 +93,7 @@ def encode(message: Message) -> list[Frame]:
         arrays.append(array)
         specs.append([field, shown, [len(array)]])
     header = pack_header([MAGIC, PROTOCOL_VERSION, name, _to_plain(layout, message), specs])
-    frames: list[Frame] = [header, *(array.view(np.uint8).data for array in arrays)]
+    frames: list[Frame] = [header, *map(_bytes_of, arrays)]
     _check_total_size(name, frames)
     return frames
 
@@ -239,6 +239,14 @@ def _checked_array(name: str, field: str, dtype: np.dtype, message: Message) -> 
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
         raise _wrong_value(name, field, f"one-dimensional {dtype.str} array", array)
     return np.ascontiguousarray(array)
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    """The frame that it came in, if it did, so that it can be passed on as it is."""
+    base = array.base
+    if type(base) is memoryview and base.nbytes == array.nbytes and base.format == "B":
+        return base
+    return array.view(np.uint8).data
 
 
 def _check_total_size(name: str, frames: Sequence[Frame]) -> None:

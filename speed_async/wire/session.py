@@ -62,6 +62,8 @@ class Session:
     queued: int = 0
     """Everything up to this number was handed to the transport."""
     _told: int = 0
+    _held_at: tuple[int, int] | None = None
+    """What was said past the first number, and heard past the second, is not to be told yet."""
     _kept: deque[Message] = field(default_factory=deque)  # said and not heard, in order
 
     @property
@@ -70,12 +72,25 @@ class Session:
 
     @property
     def has_unsent(self) -> bool:
-        return self.queued < self.sent
+        return self.queued < (self.sent if self._held_at is None else self._held_at[0])
 
     @property
     def owes_word(self) -> bool:
         """The peer has not been told yet what has come of it."""
-        return self._told < self.heard
+        return self._told < self._may_confirm
+
+    @property
+    def _may_confirm(self) -> int:
+        return self.heard if self._held_at is None else self._held_at[1]
+
+    def hold(self) -> None:
+        """What is said and heard from now on stays here until `release`."""
+        if self._held_at is None:
+            self._held_at = (self.sent, self.heard)
+
+    def release(self, upto: tuple[int, int]) -> None:
+        """Let go what was said and heard up to these numbers; all of it where there is no more."""
+        self._held_at = None if upto == (self.sent, self.heard) else upto
 
     def say(self, message: Message) -> None:
         """Number and keep a message; `next_unsent` gives it out."""
@@ -85,15 +100,18 @@ class Session:
     def next_unsent(self) -> Message:
         """The first message not handed to the transport; `queued_one` says when it was."""
         first = self.sent - len(self._kept) + 1
-        return replace(self._kept[self.queued + 1 - first], heard=self.heard)
+        return replace(self._kept[self.queued + 1 - first], heard=self._may_confirm)
 
     def queued_one(self) -> None:
         self.queued += 1
-        self._told = self.heard
+        self._told = self._may_confirm
 
     def word(self) -> Heard:
-        self._told = self.heard
-        return Heard(heard=self.heard)
+        self._told = self._may_confirm
+        return Heard(heard=self._told)
+
+    def probe(self) -> Probe:
+        return Probe(sent=self.queued, heard=self._may_confirm)
 
     def arrived(self, message: Message) -> Arrival:
         """Take note of a message's numbers."""
@@ -117,7 +135,7 @@ class Session:
 
     def rewind_unheard(self) -> None:
         """Say again whatever was not heard: nobody knows what left the socket."""
-        self.queued, self._told = self.sent - len(self._kept), 0
+        self.queued, self._told, self._held_at = self.sent - len(self._kept), 0, None
 
     def forget_all(self) -> None:
         """The peer is gone for good."""
@@ -228,7 +246,7 @@ class SessionLink:
         if self._session.has_unsent:
             await self._send_unsent()
         elif self._session.num_unheard:
-            await self._link.send(Probe(sent=self._session.sent, heard=self._session.heard))
+            await self._link.send(self._session.probe())
         elif self._session.owes_word:
             await self._answer()
 

@@ -39,8 +39,7 @@ FULL_PEER_RETRY_S = 0.005
 """A ROUTER never says which peer has room again: its senders look at every signal, and this often
 in case another operation consumed the signal."""
 
-_SEND_LAST = int(zmq.NOBLOCK)
-_SEND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+_MORE = int(zmq.SNDMORE)
 
 
 class PolledSocket:
@@ -107,10 +106,7 @@ class PolledSocket:
 
     def send_now(self, frames: Sequence[Frame]) -> None:
         """Queue one message or raise zmq.Again."""
-        last = len(frames) - 1
-        for index, frame in enumerate(frames):
-            flags = _SEND_MORE if index < last else _SEND_LAST
-            self._socket.send(frame, flags, copy=len(frame) < ZERO_COPY_BYTES)
+        send_frames(self._socket, frames, int(zmq.NOBLOCK))
 
     async def close(self) -> None:
         """Flush for at most LINGER_S, then free everything. May be called twice."""
@@ -198,6 +194,19 @@ class PolledSocket:
 def _resolve(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
+
+
+def send_frames(socket: zmq.Socket, frames: Sequence[Frame], flags: int = 0) -> None:
+    """Send one message. A frame that came from a socket goes on as it came: libzmq counts who
+    holds it, where memory of Python's is given back by a thread that wants the interpreter."""
+    last = len(frames) - 1
+    for index, frame in enumerate(frames):
+        more = flags | _MORE if index < last else flags
+        came = frame.obj if type(frame) is memoryview else None
+        if type(came) is zmq.Frame and len(came) == len(frame):
+            socket.send(came, more, copy=False)
+        else:
+            socket.send(frame, more, copy=len(frame) < ZERO_COPY_BYTES)
 
 
 def set_common_options(socket: zmq.Socket, *, max_frame_bytes: int) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from speed_async.buffer.journal import read_segment, record_end
+from speed_async.buffer.journal import read_segment
 from speed_async.wire import messages as m
 from speed_async.wire.codec import decode
 from speed_async.wire.tap import digest_of
@@ -30,8 +30,8 @@ class LostRecords:
     def add(self, segment: Path, end: int) -> None:
         """All records of this segment that are not whole in its first `end` bytes."""
         self.times_s.append(time.time())
-        for place, record in read_segment(segment.parent, int(segment.stem)):
-            if record.kind != "message" or record_end(place, record) <= end:
+        for _, record in read_segment(segment.parent, int(segment.stem)):
+            if record.kind != "message" or record.end <= end:
                 continue
             message = decode(record.frames)
             if (kind := ENDS.get(type(message))) is not None:
