@@ -1,13 +1,24 @@
 """A group as one message: packing, unpacking, and which messages are refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from wire_samples import as_bytes, group_message
 
 from speed_async.errors import ProtocolError
 from speed_async.types import ActorCounts, Completion, FinishReason, Group, Sampled
 from speed_async.wire.codec import decode
-from speed_async.wire.groups import batch_group, pack_group, unpack_group, weigh_group
+from speed_async.wire.groups import (
+    MAX_LOGPROB,
+    GroupBounds,
+    batch_group,
+    pack_group,
+    unpack_group,
+    weigh_group,
+)
 
 
 def sampled(token_ids, logprobs, versions, finish_reason: FinishReason = "stop") -> Sampled:
@@ -102,3 +113,46 @@ def test_a_group_without_any_token_is_refused():
 def test_a_logprob_rounded_to_just_above_zero_is_allowed():
     group = unpack_group(group_message(logprobs=np.array([-1.0, -1.0, 0.00005], FLOAT)))
     assert group.num_tokens == 3
+
+
+@given(
+    values=st.lists(
+        st.one_of(
+            st.floats(width=32),
+            st.floats(max_value=0.0, width=32),
+            st.sampled_from([0.0, -0.0, 1e-4, MAX_LOGPROB, -3.4028234663852886e38]),
+            st.integers(0, 2**32 - 1).map(lambda bits: np.uint32(bits).view(np.float32)),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_the_bits_of_log_probabilities_say_what_their_values_say(values):
+    logprobs = np.array(values, FLOAT)
+    plainly = bool(np.all(np.isfinite(logprobs)) and np.all(logprobs <= np.float32(MAX_LOGPROB)))
+    size = len(logprobs)
+    message = group_message(
+        token_ids=np.zeros(size, INT),
+        policy_versions=np.zeros(size, INT),
+        lengths=np.array([size, 0], INT),
+        logprobs=logprobs,
+    )
+    if plainly:
+        assert weigh_group(message).num_completions == 2
+    else:
+        with pytest.raises(ProtocolError, match="logprobs finite"):
+            weigh_group(message)
+
+
+def test_only_bounds_make_a_token_or_a_version_impossible():
+    message = group_message()
+    largest, newest = int(message.token_ids.max()), int(message.policy_versions.max())
+    within = GroupBounds(completion_tokens=3, largest_token_id=largest, newest_version=newest)
+    assert weigh_group(message, within).num_completions == len(message.lengths)
+    for name, value, complaint in (
+        ("largest_token_id", largest - 1, f"token {largest} is not in the vocabulary"),
+        ("newest_version", newest - 1, "from the future"),
+        ("completion_tokens", int(message.lengths.max()) - 1, "longer than"),
+    ):
+        with pytest.raises(ProtocolError, match=complaint):
+            weigh_group(message, replace(within, **{name: value}))

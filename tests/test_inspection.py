@@ -1,5 +1,6 @@
 """What a message must say to be believed: every lie that an actor could tell is named."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from speed_async.buffer.gatekeeper import MAX_KNOWN
 from speed_async.buffer.inspection import MAX_TEXT, Inspection
 from speed_async.buffer.ledger import MAX_KINDS
 from speed_async.buffer.machine import Machine
+from speed_async.errors import ProtocolError
 from speed_async.types import ActorCounts
 from speed_async.wire import messages as m
 from speed_async.wire.joining import Join, Leaving
@@ -42,6 +44,18 @@ def with_value(array: np.ndarray, value: float) -> np.ndarray:
     return changed
 
 
+def fault_of(inspection: Inspection, message: m.Message) -> str | None:
+    """What the gatekeeper finds, and then, of a group, its weighing."""
+    fault = inspection.fault(message, NEWEST)
+    if fault is not None or not isinstance(message, m.GroupFinished):
+        return fault
+    try:
+        inspection.weigh(message, NEWEST)
+    except ProtocolError as error:
+        return str(error)
+    return None
+
+
 @pytest.fixture
 def inspection(tmp_path: Path) -> Inspection:
     (tmp_path / "config.json").write_text("{}")
@@ -56,19 +70,21 @@ def test_what_honest_roles_say_is_believed(inspection: Inspection) -> None:
     honest += [m.TakeBatch(policy_version=3, num_groups=2), Leaving(counts=COUNTS)]
     honest += [Join(machine="node-7", process_id=3), m.Failure(role="learner", message="x" * 9999)]
     honest += [replace(REPORT, gauges={"loop_lag_s": -1e-6})]
-    assert [inspection.fault(message, NEWEST) for message in honest] == [None] * len(honest)
+    assert [fault_of(inspection, message) for message in honest] == [None] * len(honest)
 
 
 @pytest.mark.parametrize(
     ("message", "said"),
     [
         (replace(GROUP, token_ids=with_value(GROUP.token_ids, 100)), "token 100 is not in the voc"),
-        (replace(GROUP, token_ids=with_value(GROUP.token_ids, -1)), "token -1 is none"),
+        (replace(GROUP, token_ids=with_value(GROUP.token_ids, -1)), "token ids >= 0"),
         (replace(GROUP, prompt_token_ids=int32(5, 2**31 - 1)), "token 2147483647 is not in"),
         (replace(GROUP, prompt_token_ids=int32()), "it has no prompt"),
-        (replace(GROUP, logprobs=with_value(GROUP.logprobs, np.nan)), "not finite"),
-        (replace(GROUP, logprobs=with_value(GROUP.logprobs, -np.inf)), "not finite"),
+        (replace(GROUP, logprobs=with_value(GROUP.logprobs, np.nan)), "logprobs finite"),
+        (replace(GROUP, logprobs=with_value(GROUP.logprobs, -np.inf)), "logprobs finite"),
         (replace(GROUP, policy_versions=with_value(GROUP.policy_versions, 5)), "from the future"),
+        (replace(GROUP, policy_versions=with_value(GROUP.policy_versions, -1)), "versions >= 0"),
+        (make_group(0, 0, rewards=(1, 0, 0)), "3 completions; a group has 4"),
         (make_group(0, 0, tokens_each=65), "longer than actors.max_new_tokens = 64"),
         (replace(GROUP, num_screening=4), "num_screening must be 2"),
         (replace(GROUP, lease_id=-1), "lease_id = -1 cannot be"),
@@ -114,7 +130,7 @@ def test_what_honest_roles_say_is_believed(inspection: Inspection) -> None:
     ],
 )
 def test_what_cannot_be_is_named(inspection: Inspection, message: m.Message, said: str) -> None:
-    fault = inspection.fault(message, NEWEST)
+    fault = fault_of(inspection, message)
     assert fault is not None
     assert fault.startswith(f"{type(message).__name__}: ")
     assert said in fault
@@ -139,6 +155,35 @@ def test_a_refused_actor_is_told_once_muted_and_its_prompts_return(tmp_path: Pat
     desk.wait(0.1)
     fields = desk.service.events[-1].values
     assert fields["messages_refused"] == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "result", "said"),
+    [
+        ("evaluation", lambda lease: make_group(lease, 0), "is for evaluation"),
+        ("evaluation", screened_out, "is for evaluation"),
+        ("training", evaluated, "is for training"),
+        ("training", lambda lease: make_group(lease, 77), "is for prompt "),
+    ],
+)
+def test_a_result_that_is_not_of_its_lease_is_refused_and_the_books_close(
+    tmp_path: Path, kind: str, result: Callable[[int], m.Message], said: str
+) -> None:
+    desk = Desk(tmp_path)
+    if kind == "training":
+        desk.past_baseline()
+        leases = desk.lease(1)
+    else:
+        desk.hello("learner", 0)
+        desk.hello("actor-1.0", 1)
+        leases = desk.lease(1)
+    assert leases.kind == kind
+    answers = desk.say("actor-1.0", result(leases.lease_ids[0]))
+    [refused] = [message for _, message in answers if isinstance(message, m.Rejected)]
+    assert said in refused.reason
+    lifecycle = desk.service.lifecycle
+    assert all(lifecycle.ledger.checks(lifecycle.leases.num_training).values())
+    assert not desk.service.membership.present()
 
 
 def test_the_learner_trains_what_it_was_given_and_nothing_else(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Protocol
 from speed_async.buffer.inspection import Inspection
 from speed_async.buffer.leases import LeaseBook
 from speed_async.buffer.membership import Membership
+from speed_async.errors import ProtocolError
 from speed_async.types import LeaseKind
 from speed_async.wire import messages as m
 from speed_async.wire.groups import GroupFacts
@@ -56,6 +57,8 @@ class Gatekeeper:
         """Peers that the hub does not listen to any more, likewise."""
         self.to_mute: list[str] = []
         """Peers for the shell to mute."""
+        self.weighed: GroupFacts | None = None
+        """Of the last group that was let in: each long array is read once."""
         self._membership = membership
         self._fingerprint = fingerprint
         self._accepted = accepted
@@ -76,7 +79,8 @@ class Gatekeeper:
     def refusal(
         self, peer: str, message: m.Message, *, policy_version: int, newest_version: int
     ) -> str | None:
-        """Why `message` of `peer` is out of place, or None when it is welcome. Changes nothing."""
+        """Why `message` of `peer` is out of place, or None when it is welcome. Changes nothing but
+        `weighed`."""
         kind = type(message).__name__
         if type(message) not in self._accepted:
             return f"{kind} is not for the service"
@@ -95,16 +99,16 @@ class Gatekeeper:
             return fault
         if isinstance(message, Result) and (misfit := self._misfit(peer, message)):
             return misfit
+        if isinstance(message, m.GroupFinished):
+            try:
+                self.weighed = self._inspection.weigh(message, newest_version)
+            except ProtocolError as error:
+                return str(error)
         if isinstance(message, m.Trained) and message.policy_version > policy_version:
             unknown = [i for i in message.lease_ids if i not in self._books.in_training]
             if unknown:
                 return f"Trained: lease {unknown[0]} is not in training"
         return None
-
-    def weigh(self, group: m.GroupFinished, newest_version: int) -> GroupFacts:
-        """What the service needs to know of a group that is not refused for what stands in it.
-        Raises ProtocolError for one that is."""
-        return self._inspection.weigh(group, newest_version)
 
     def _misfit(
         self, peer: str, result: m.GroupFinished | m.ScreenedOut | m.Evaluated

@@ -32,7 +32,7 @@ from speed_async.buffer.stored import batch_message
 from speed_async.buffer.weight_group import WeightGroup
 from speed_async.buffer.weight_times import WeightTimes
 from speed_async.config.schema import Config
-from speed_async.errors import ProtocolError, RoleError
+from speed_async.errors import RoleError
 from speed_async.observe.metrics import Event, EventKind, Value
 from speed_async.types import GroupEnd
 from speed_async.wire import messages as m
@@ -253,13 +253,8 @@ class BufferService:
             peer,
             message,
             policy_version=self.policy_version,
-            newest_version=self._newest_version,
+            newest_version=max(self.policy_version, self.weight_group.newest_version),
         )
-
-    @property
-    def _newest_version(self) -> int:
-        """Of all that may be sampled with: published, or on its way."""
-        return max(self.policy_version, self.weight_group.newest_version)
 
     def _refuse(self, peer: str, reason: str) -> None:
         """Say so once; an actor is lost with it, and its prompts return."""
@@ -278,11 +273,8 @@ class BufferService:
     # --- results ---------------------------------------------------------------------------
 
     def _on_group(self, peer: str, message: m.GroupFinished, now_s: float) -> None:
-        try:
-            facts = self.gatekeeper.weigh(message, self._newest_version)
-        except ProtocolError as error:
-            self._refuse(peer, str(error))
-            return
+        facts = self.gatekeeper.weighed
+        assert facts is not None, "a group that the gatekeeper has not seen"
         self.lifecycle.group_finished(peer, message, facts, self.place)
 
     def _on_screened_out(self, peer: str, message: m.ScreenedOut, now_s: float) -> None:
