@@ -460,6 +460,19 @@ def test_damaged_checkpoints_are_told_to_the_service_and_in_the_end(
     assert "going on from version 2, replaying to 4" in capsys.readouterr().err
 
 
+def test_a_learner_that_fell_back_to_the_start_says_why_and_replays_from_there(
+    make_stage: Callable[..., Stage],
+) -> None:
+    async def run() -> tuple[Stage, Finished]:
+        restored = restored_at(0, notices=("version-000002 is damaged",))
+        stage = make_stage(updates=3, service_at=2, restored=restored)
+        return stage, await stage.run()
+
+    stage, finished = asyncio.run(run())
+    assert stage.service.story()[:4] == ["Resumed 0", "Trained 1", "Trained 2", "PublishWeights 2"]
+    assert finished.notices == ("version-000002 is damaged",)
+
+
 # --- with a real trainer -------------------------------------------------------------------------
 
 
@@ -483,8 +496,8 @@ def live(folder: Path, *, service_at: int) -> tuple[dict[int, dict[str, torch.Te
     config = config.model_copy(update={"run": config.run.model_copy(update={"updates": 7})})
     model = load_model(folder, device="cpu")
     trainer = Trainer(config=config, model=model, parallel=SingleRank())
-    found, restored = newest_whole(Path(config.run.folder) / "checkpoints"), None
-    if found is not None:
+    found, restored = newest_whole(Path(config.run.folder) / "checkpoints", 9), None
+    if found is not None and found.folder is not None:
         progress = trainer.restore(found.folder)
         restored = Restored(progress=progress, notices=found.notices)
     states: dict[int, dict[str, torch.Tensor]] = {}

@@ -163,6 +163,27 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path: Path) -> None
     assert f", replaying to {stopped_at}\n" in log
 
 
+def test_a_run_of_which_all_checkpoints_so_far_are_damaged_goes_back_to_its_start(
+    tmp_path: Path,
+) -> None:
+    first = start_train(tmp_path, *FOR_EVER, *OFTEN, "--learner.keep_last", "100000")
+    wait_for_version(first, 5)
+    first.kill()
+    reached = max(first.versions())
+    for model in first.folder.glob("checkpoints/version-*/model.safetensors"):
+        model.write_bytes(b"")
+    damaged = sorted(path.name for path in first.folder.glob("checkpoints/version-*"))
+    assert damaged
+
+    second = resume_train(first, "--run.updates", str(reached + 2))
+    status, _, err = second.finish()
+    assert_whole(second, status, err, updates=reached + 2)
+    assert "going on from the start (version 0, the first model)" in err.splitlines()[0]
+    assert len(second.summary()["notices"]) == len(damaged)
+    log = (second.folder / "logs" / "learner.log").read_text()
+    assert f"going on from version 0, replaying to {reached}\n" in log
+
+
 def test_a_run_under_way_cannot_be_resumed_nor_one_that_has_reached_its_end(
     tmp_path: Path,
 ) -> None:

@@ -78,13 +78,18 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, *, model: PreTrainedModel, optimizer: torch.optim.Optimizer
+    folder: Path,
+    *,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    is_whole: bool = False,
 ) -> Progress:
     """Restore parameters, optimiser and random states bit for bit.
 
+    `is_whole`: its checksums were compared just now (`newest_whole`), and need not be again.
     Raises ModelError when the folder is no checkpoint, a damaged one, or one of another model.
     """
-    if what := damage(folder):
+    if not is_whole and (what := damage(folder)):
         raise ModelError(f"checkpoint '{folder}' cannot be restored: {what}")
     try:
         progress = _read_progress(folder)

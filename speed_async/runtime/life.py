@@ -47,7 +47,8 @@ class Life:
         """Lines that tell the user of a run that goes on; none at its first start."""
         if self.number == 0:
             return []
-        place = self.checkpoint.folder.name if self.checkpoint else "its start"
+        folder = self.checkpoint.folder if self.checkpoint else None
+        place = folder.name if folder else "its start"
         notices = self.checkpoint.notices if self.checkpoint else ()
         words = [*notices, f"resuming {self.folder.path} from {place} (life {self.number})"]
         return [f"{line}\n" for line in words]
@@ -75,7 +76,7 @@ def begin_life(config: Config, *, begun_in: Path | None, resume: bool) -> Life:
     if goes_on:
         refuse_reached(config, folder)
         save_config(config, folder.config)
-        checkpoint = newest_whole(folder.checkpoints)
+        checkpoint = newest_whole(folder.checkpoints, config.learner.keep_last)
     number = _next_number(folder, goes_on=goes_on)
     ports = _ports(config, folder) if goes_on else Ports()
     return Life(
