@@ -53,6 +53,8 @@ class Finished:
     completions_trained: int
     tokens_trained: int
     skipped_updates: int
+    accuracy_reached: float | None
+    """The held-out accuracy that ended the run (`run.stop_at_accuracy`), if one did."""
     save_error: str
     """Why the last checkpoint is missing; empty when it is there."""
     notices: tuple[str, ...]
@@ -276,6 +278,7 @@ class LearnerLoop:
             completions_trained=self._progress.completions_trained,
             tokens_trained=self._progress.tokens_trained,
             skipped_updates=self._progress.num_skipped,
+            accuracy_reached=self._reached.accuracy if self._reached else None,
             save_error=save_error,
             notices=tuple(self._notices),
             service_fields=summary.fields,
