@@ -454,3 +454,44 @@ def test_a_file_of_the_run_folder_is_written_whole_or_not_at_all(
     with pytest.raises(OSError, match="full"):
         folder.write(folder.life, json.dumps({"life": 2}))
     assert json.loads(folder.life.read_text()) == {"life": 1}
+
+
+@pytest.fixture
+def to_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what is flushed or renamed, as it happens."""
+    story: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def flushed(descriptor: int) -> None:
+        story.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        story.append(f"rename {path.name} {target.name}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    return story
+
+
+def test_a_file_of_the_run_folder_outlives_a_power_cut_and_so_does_its_name(
+    tmp_path: Path, to_disk: list[str]
+) -> None:
+    """A life whose number is lost would be taken for one that was."""
+    folder = RunFolder(path=tmp_path)
+    folder.write(folder.life, "{}")
+    kept = ["flush .life.json.partial", "rename .life.json.partial life.json"]
+    assert to_disk == [*kept, f"flush {tmp_path.name}"]
+
+
+def test_a_new_run_s_configuration_is_on_disk_before_it_begins(
+    config: Config, begin, to_disk: list[str]
+) -> None:
+    begin()
+    assert to_disk[:4] == [
+        "flush .config.json.partial",
+        "rename .config.json.partial config.json",
+        "flush run",
+        f"flush {Path(config.run.folder).parent.name}",
+    ]

@@ -249,6 +249,8 @@ class BufferService:
         self.lifecycle.holder_left(peer)
 
     def _refusal(self, peer: str, message: m.Message) -> str | None:
+        if isinstance(message, m.Hello) and (displaced := self.membership.displaced(message)):
+            return displaced
         return self.gatekeeper.refusal(
             peer,
             message,

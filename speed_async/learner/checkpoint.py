@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from speed_async.config.whole_file import flush
 from speed_async.errors import ModelError
 from speed_async.learner.checksums import damage, seal
 from speed_async.learner.model import load_model
@@ -56,7 +57,9 @@ def save_checkpoint(
 
     Raises OSError when the disk is full or not writable: what was there before is then untouched.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.parent.is_dir():
+        folder.parent.mkdir(parents=True)
+        flush(folder.parent.parent)
     tidy(folder.parent)
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir()

@@ -13,8 +13,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from speed_async.config.whole_file import flush
 from speed_async.errors import ModelError
-from speed_async.learner.checksums import damage, flush
+from speed_async.learner.checksums import damage
 
 _NAME = re.compile(r"version-(\d{6,})")
 _LEFTOVER = re.compile(r"\.(version-\d{6,})\.(partial|replaced|removed)")
