@@ -19,7 +19,9 @@ from learner_samples import make_config as make_learner_config
 from learner_samples import random_groups, save_tiny_llama
 from test_loops import CountingUpdates
 
+from speed_async.buffer.conversations import FORGOTTEN
 from speed_async.config.schema import Config
+from speed_async.errors import RoleError
 from speed_async.learner.loop import Finished, LearnerLoop
 from speed_async.learner.loop import Updates as TrainerSeam
 from speed_async.learner.model import load_model
@@ -471,6 +473,49 @@ def test_a_learner_that_fell_back_to_the_start_says_why_and_replays_from_there(
     stage, finished = asyncio.run(run())
     assert stage.service.story()[:4] == ["Resumed 0", "Trained 1", "Trained 2", "PublishWeights 2"]
     assert finished.notices == ("version-000002 is damaged",)
+
+
+def test_a_learner_that_is_refused_says_how_the_run_goes_on(
+    make_stage: Callable[..., Stage],
+) -> None:
+    """The service lost the tail of its journal, and with it what it told the learner."""
+
+    async def run() -> None:
+        stage = make_stage(updates=4, service_at=0)
+
+        async def refuse(message: m.Message) -> None:
+            if isinstance(message, m.TakeBatch):
+                await stage.service.say(m.Rejected(reason=FORGOTTEN))
+
+        stage.service.on_heard = refuse
+        async with asyncio.timeout(DEADLINE_S):
+            serving = asyncio.create_task(stage.service.serve())
+            try:
+                await stage.loop.run(HELLO)
+            finally:
+                serving.cancel()
+
+    with pytest.raises(RoleError) as caught:
+        asyncio.run(run())
+    assert str(caught.value) == (
+        f"buffer service: refused a message of the learner: {FORGOTTEN}; `speed-async train "
+        "--resume runs/default` goes on from the newest checkpoint (with cluster.max_restarts the "
+        "run does so by itself)"
+    )
+
+
+def test_a_learner_that_is_not_let_in_is_not_told_to_resume(
+    make_stage: Callable[..., Stage],
+) -> None:
+    async def run() -> None:
+        stage = make_stage(updates=4, service_at=0)
+        await stage.service.say(m.Rejected(reason="the run has a learner (learner)"))
+        await stage.loop.run(HELLO)
+
+    with pytest.raises(RoleError) as caught:
+        asyncio.run(run())
+    said = "buffer service: refused a message of the learner: the run has a learner (learner)"
+    assert str(caught.value) == said
 
 
 # --- with a real trainer -------------------------------------------------------------------------

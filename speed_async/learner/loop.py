@@ -81,7 +81,7 @@ class LearnerLoop:
         self._updates = updates
         self._stop = stop
         self._clock = clock
-        self._inbox = Inbox(link, clock)
+        self._inbox = Inbox(link, clock, run_folder=config.run.folder)
         self._publisher = Publisher(
             config.weights,
             link=link,
