@@ -35,6 +35,7 @@ from speed_async.weights.memory_channel import MemorySender, MemoryStore
 from speed_async.wire import messages as m
 from speed_async.wire.groups import batch_group, pack_group
 from speed_async.wire.inprocess import InProcessHub
+from speed_async.wire.transport import Link
 
 PEER = "learner"
 HELLO = m.Hello(role="learner", index=0, incarnation=2, fingerprint="f", process_id=1)
@@ -144,14 +145,18 @@ class Stage:
         self.stop = asyncio.Event()
         self.updates: Any = updates
         self.service.drains_until = m.CheckpointSaved
-        self.loop = LearnerLoop(
-            config,
-            link=self.link,
-            updates=updates,
+        self._config, self._restored = config, restored
+        self.loop = self.learner(self.link)
+
+    def learner(self, link: Link) -> LearnerLoop:
+        return LearnerLoop(
+            self._config,
+            link=link,
+            updates=self.updates,
             sender=MemorySender(MemoryStore(), bucket_bytes=1024),
             backend="gloo",
             stop=self.stop,
-            restored=restored,
+            restored=self._restored,
         )
 
     async def run(self) -> Finished:
@@ -516,6 +521,43 @@ def test_a_learner_that_is_not_let_in_is_not_told_to_resume(
         asyncio.run(run())
     said = "buffer service: refused a message of the learner: the run has a learner (learner)"
     assert str(caught.value) == said
+
+
+class WaitsForRoom:
+    """A service whose disk is full while it is asked for these: what it is waited for is noted."""
+
+    def __init__(self, link: Link) -> None:
+        self.waited_s: dict[str, float] = {}
+        self._link = link
+        self._asked = ""
+
+    async def send(self, message: m.Message) -> None:
+        self._asked = type(message).__name__
+        await self._link.send(message)
+
+    async def receive(self, deadline_s: float) -> m.Message:
+        self.waited_s[self._asked] = max(deadline_s, self.waited_s.get(self._asked, 0.0))
+        return await self._link.receive(deadline_s)
+
+    async def close(self) -> None:
+        await self._link.close()
+
+
+def test_a_service_that_waits_for_room_is_waited_for_as_long_as_it_may(
+    make_stage: Callable[..., Stage],
+) -> None:
+    """It says nothing until its journal can be written, up to cluster.stall_timeout_s."""
+
+    async def run() -> dict[str, float]:
+        stage = make_stage(updates=3, service_at=0)
+        link = WaitsForRoom(stage.link)
+        stage.loop = stage.learner(link)
+        await stage.run()
+        return link.waited_s
+
+    waited_s = asyncio.run(run())
+    for asked in ("TakeBatch", "PublishWeights", "PrepareCheckpoint"):
+        assert waited_s[asked] >= 600.0, asked
 
 
 # --- with a real trainer -------------------------------------------------------------------------

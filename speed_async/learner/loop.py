@@ -89,6 +89,7 @@ class LearnerLoop:
             updates=updates,
             sender=sender,
             backend=backend,
+            patience_s=config.cluster.stall_timeout_s,
             clock=clock,
         )
         self._restored = restored
@@ -97,7 +98,7 @@ class LearnerLoop:
             link=link,
             inbox=self._inbox,
             updates=updates,
-            deadline_s=config.cluster.connect_timeout_s,
+            patience_s=config.cluster.stall_timeout_s,
             saved_version=self._version if restored else None,
         )
         self._catch_up_version = 0
