@@ -262,6 +262,17 @@ def test_one_that_joined_goes_on_in_the_next_life_with_its_index(
         assert newcomer.index == 4  # not that of one who is here
 
 
+def test_one_that_joins_a_run_that_has_fewer_ranks_now_is_not_taken_for_one_of_them(
+    desk: Desk, tmp_path: Path
+) -> None:
+    """The rank's name was given up as lost, and whoever bears it is refused."""
+    again = next_life(desk, tmp_path, actors=1)
+    newcomer = join(again, "join-a")
+    assert isinstance(newcomer, JoinAccepted)
+    assert newcomer.index == 3
+    assert "Welcome" in kinds(again.hello("actor-3.0", 3))
+
+
 def test_one_that_joined_gives_way_to_a_rank_that_has_its_index_now(
     desk: Desk, tmp_path: Path
 ) -> None:

@@ -45,6 +45,8 @@ class Membership:
         self.learner: str | None = None
         self._num_configured = config.actors
         self._first_free_index = config.learners + config.actors
+        self._last_rank = 0
+        """The highest index that a rank ever had, also in lives with more of them than now."""
         self._admitted: dict[str, int] = {}  # index by supervisor, of all that ever joined
         self._expected: set[int] = set()  # of those, who is here or may come back
         self._present: tuple[ActorState, ...] | None = None  # until somebody comes or goes
@@ -65,6 +67,8 @@ class Membership:
             weight_ranks=hello.weight_ranks,
             awaits_weights=policy_version > 0,
         )
+        if not self._is_free(hello.index):
+            self._last_rank = max(self._last_rank, hello.index)
         if hello.index in self._admitted.values():
             self._expected.add(hello.index)
         return replaced
@@ -128,8 +132,8 @@ class Membership:
     def admit(self, supervisor: str) -> int:
         """The index of this supervisor's actor: a new one, or the one it has."""
         if supervisor not in self._admitted:
-            past = max(self._admitted.values(), default=0) + 1
-            self._admitted[supervisor] = max(self._first_free_index, past)
+            last = max(self._last_rank, *self._admitted.values(), 0)
+            self._admitted[supervisor] = max(self._first_free_index, last + 1)
         return self._admitted[supervisor]
 
     def displaced(self, hello: Hello) -> str | None:
