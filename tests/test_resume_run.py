@@ -225,6 +225,12 @@ def test_a_run_stopped_at_what_becomes_its_last_update_is_evaluated_and_then_is_
     assert (run.summary(), life_of(run), run.events("end")) == before
     assert run.processes() == {}
 
+    (run.folder / "summary.json").unlink()  # as if it had died just before it wrote that
+    status, _, err = resume_train(run).finish()
+    assert_whole(run, status, err, updates=reached)
+    assert run.summary()["accuracy_after"] == before[0]["accuracy_after"]
+    assert run.versions() == list(range(1, reached + 1))
+
 
 def test_a_run_that_reached_its_accuracy_is_finished_until_a_higher_one_is_asked_for(
     tmp_path: Path,
