@@ -9,7 +9,7 @@ import click
 from speed_async import __version__
 from speed_async.config.load import load_config
 from speed_async.config.resumed import load_resumed
-from speed_async.errors import SpeedAsyncError
+from speed_async.errors import RunFinished, SpeedAsyncError
 from speed_async.runtime.event_loop import run
 from speed_async.runtime.life import check_resumable
 
@@ -51,7 +51,11 @@ def train(config: str | None, overrides: tuple[str, ...], run_folder: Path | Non
         # What stands first is an override here.
         overrides = (config, *overrides) if config is not None else ()
         resolved = load_resumed(run_folder, overrides)
-        check_resumable(resolved)
+        try:
+            check_resumable(resolved)
+        except RunFinished as finished:
+            click.echo(finished)
+            return
         arguments = ["--resume", str(run_folder), *overrides]
     from speed_async.runtime.local import launch_local
 

@@ -76,5 +76,9 @@ class GivenUp(SpeedAsyncError):
     """The service took this incarnation of an actor for dead; a new one may take its place."""
 
 
+class RunFinished(SpeedAsyncError):
+    """A run that was to go on has nothing left to do (the text says what would make it go on)."""
+
+
 class JournalError(SpeedAsyncError):
     """The journal of a run cannot be read, written, or continued."""

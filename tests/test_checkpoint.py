@@ -1,6 +1,7 @@
 """A checkpoint: training goes on from it bit for bit, it is whole or not there, damage shows."""
 
 import errno
+import hashlib
 import os
 import random
 import resource
@@ -220,6 +221,24 @@ def test_every_damage_to_every_file_is_seen_and_refused_by_name(model_folder: Pa
     assert_equal(state_of(trainer), before)
 
 
+def test_a_checkpoint_that_was_found_whole_is_not_read_for_it_again(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = make_trainer(model_folder)
+    trainer.save(at(1))
+    digested: list[object] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, name: digested.append(file.name) or digest(file, name)
+    )
+    found = newest_whole(root_of(model_folder), 2)
+    assert found is not None
+    assert found.folder is not None
+    assert trainer.restore(found.folder, is_whole=True) == at(1)
+    assert digested
+    assert len(digested) == len(set(digested))
+
+
 def test_the_checksums_are_those_of_the_program_of_that_name(model_folder: Path):
     make_trainer(model_folder).save(at(1))
     folder = checkpoint_folder(root_of(model_folder), 1)
@@ -273,7 +292,7 @@ def test_whichever_call_fails_there_is_a_whole_checkpoint_before_and_after(model
                 trainer.save(at(1))
             except OSError:
                 broken.append(breaks.broken)
-        found = newest_whole(root)
+        found = newest_whole(root, 2)
         assert found is not None
         assert found.notices == ()
         names = {path.name for path in root.iterdir()}
@@ -331,7 +350,7 @@ def test_a_process_killed_at_any_instant_leaves_a_whole_checkpoint(model_folder:
         time.sleep(rng.uniform(0.0, 0.15))
         saver.send_signal(signal.SIGKILL)
         saver.wait()
-        found = newest_whole(root)
+        found = newest_whole(root, 2)
         assert found is not None
         assert found.notices == ()
         assert found.policy_version >= version - 1
@@ -345,7 +364,7 @@ def test_a_process_killed_at_any_instant_leaves_a_whole_checkpoint(model_folder:
 def test_only_the_newest_are_kept_and_the_oldest_of_them_is_told(model_folder: Path):
     trainer = make_trainer(model_folder, keep_last=3)
     oldest = [trainer.save(at(version)) for version in (2, 4, 6, 8, 1_000_000)]
-    assert oldest == [2, 2, 2, 4, 6]
+    assert oldest == [0, 0, 2, 4, 6]  # 0: until there are three, the start is one of them
     names = {path.name for path in root_of(model_folder).iterdir()}
     assert names == {"version-000006", "version-000008", "version-1000000"}
 
@@ -367,7 +386,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(model_fol
         trainer.save(at(version))
     (root / "version-000003" / "model.safetensors").write_bytes(b"")
     (root / "version-000002" / "SHA256SUMS").unlink()
-    found = newest_whole(root)
+    found = newest_whole(root, 2)
     assert found is not None
     assert (found.folder, found.policy_version) == (root / "version-000001", 1)
     first, second = found.notices
@@ -377,7 +396,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(model_fol
     assert kept_versions(root) == [1]  # the damaged ones do not count among those kept
     assert (root / "version-000003.damaged").is_dir()
     trainer.save(at(3))
-    assert newest_whole(root) == shelf.Found(
+    assert newest_whole(root, 2) == shelf.Found(
         folder=root / "version-000003", policy_version=3, notices=()
     )
 
@@ -387,15 +406,37 @@ def test_when_all_are_damaged_that_is_an_error_which_names_each(model_folder: Pa
     for version in (1, 2):
         trainer.save(at(version))
         (checkpoint_folder(root, version) / "trainer.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"every checkpoint .*000002: trainer.json .*01: tr"):
-        newest_whole(root)
+    with pytest.raises(
+        ModelError,
+        match=r"every checkpoint .*000002: trainer.json .*01: tr.* from a copy, or start a new run",
+    ):
+        newest_whole(root, 2)
     assert kept_versions(root) == [1, 2]
 
 
+def test_while_there_are_fewer_than_are_kept_the_start_is_fallen_back_to(model_folder: Path):
+    trainer, root = make_trainer(model_folder, keep_last=3), root_of(model_folder)
+    for version in (1, 2):
+        trainer.save(at(version))
+        (checkpoint_folder(root, version) / "trainer.json").write_text("{}")
+    found = newest_whole(root, 3)
+    assert found is not None
+    assert (found.folder, found.policy_version) == (None, 0)
+    newer, older = found.notices
+    assert newer == (
+        "checkpoint version-000002 is damaged (trainer.json is not as it was written); going on "
+        "from the start (version 0, the first model), the damaged one is kept as "
+        "version-000002.damaged"
+    )
+    assert "version-000001.damaged" in older
+    assert kept_versions(root) == []
+    assert newest_whole(root, 3) is None
+
+
 def test_there_is_nothing_to_go_on_from_where_nothing_was_saved(tmp_path: Path):
-    assert newest_whole(tmp_path / "nowhere") is None
+    assert newest_whole(tmp_path / "nowhere", 2) is None
     (tmp_path / ".version-000001.partial").mkdir()
-    assert newest_whole(tmp_path) is None
+    assert newest_whole(tmp_path, 2) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -404,7 +445,7 @@ def test_a_checkpoint_set_aside_for_one_that_never_came_is_brought_back(model_fo
     root = root_of(model_folder)
     make_trainer(model_folder).save(at(1))
     (root / "version-000001").rename(root / ".version-000001.replaced")
-    found = newest_whole(root)
+    found = newest_whole(root, 2)
     assert found is not None
     assert found.folder == root / "version-000001"
 

@@ -91,6 +91,7 @@ def test_default_credits_are_a_batch_for_each_version_of_the_staleness_window(
         (["--model.context_length", "64"], "actors.max_new_tokens", "no room"),
         (["--model.path", "/nowhere"], "model.path", "no such folder"),
         (["--cluster.learners", "2"], "cluster.learners", "set 1"),
+        (["--actors.max_restarts", "1000"], "actors.max_restarts", "set 999 at most"),
         (["--task.name", "jsonl"], "task.path", "needs a data file"),
         (["--weights.canary_tolerance", "0"], "weights.canary_tolerance", "greater than 0"),
         (["--learner.lr"], "learner.lr", "no value"),

@@ -19,7 +19,9 @@ from learner_samples import make_config as make_learner_config
 from learner_samples import random_groups, save_tiny_llama
 from test_loops import CountingUpdates
 
+from speed_async.buffer.conversations import FORGOTTEN
 from speed_async.config.schema import Config
+from speed_async.errors import RoleError
 from speed_async.learner.loop import Finished, LearnerLoop
 from speed_async.learner.loop import Updates as TrainerSeam
 from speed_async.learner.model import load_model
@@ -33,6 +35,7 @@ from speed_async.weights.memory_channel import MemorySender, MemoryStore
 from speed_async.wire import messages as m
 from speed_async.wire.groups import batch_group, pack_group
 from speed_async.wire.inprocess import InProcessHub
+from speed_async.wire.transport import Link
 
 PEER = "learner"
 HELLO = m.Hello(role="learner", index=0, incarnation=2, fingerprint="f", process_id=1)
@@ -142,14 +145,18 @@ class Stage:
         self.stop = asyncio.Event()
         self.updates: Any = updates
         self.service.drains_until = m.CheckpointSaved
-        self.loop = LearnerLoop(
-            config,
-            link=self.link,
-            updates=updates,
+        self._config, self._restored = config, restored
+        self.loop = self.learner(self.link)
+
+    def learner(self, link: Link) -> LearnerLoop:
+        return LearnerLoop(
+            self._config,
+            link=link,
+            updates=self.updates,
             sender=MemorySender(MemoryStore(), bucket_bytes=1024),
             backend="gloo",
             stop=self.stop,
-            restored=restored,
+            restored=self._restored,
         )
 
     async def run(self) -> Finished:
@@ -460,6 +467,99 @@ def test_damaged_checkpoints_are_told_to_the_service_and_in_the_end(
     assert "going on from version 2, replaying to 4" in capsys.readouterr().err
 
 
+def test_a_learner_that_fell_back_to_the_start_says_why_and_replays_from_there(
+    make_stage: Callable[..., Stage],
+) -> None:
+    async def run() -> tuple[Stage, Finished]:
+        restored = restored_at(0, notices=("version-000002 is damaged",))
+        stage = make_stage(updates=3, service_at=2, restored=restored)
+        return stage, await stage.run()
+
+    stage, finished = asyncio.run(run())
+    assert stage.service.story()[:4] == ["Resumed 0", "Trained 1", "Trained 2", "PublishWeights 2"]
+    assert finished.notices == ("version-000002 is damaged",)
+
+
+def test_a_learner_that_is_refused_says_how_the_run_goes_on(
+    make_stage: Callable[..., Stage],
+) -> None:
+    """The service lost the tail of its journal, and with it what it told the learner."""
+
+    async def run() -> None:
+        stage = make_stage(updates=4, service_at=0)
+
+        async def refuse(message: m.Message) -> None:
+            if isinstance(message, m.TakeBatch):
+                await stage.service.say(m.Rejected(reason=FORGOTTEN))
+
+        stage.service.on_heard = refuse
+        async with asyncio.timeout(DEADLINE_S):
+            serving = asyncio.create_task(stage.service.serve())
+            try:
+                await stage.loop.run(HELLO)
+            finally:
+                serving.cancel()
+
+    with pytest.raises(RoleError) as caught:
+        asyncio.run(run())
+    assert str(caught.value) == (
+        f"buffer service: refused a message of the learner: {FORGOTTEN}; `speed-async train "
+        "--resume runs/default` goes on from the newest checkpoint (with cluster.max_restarts the "
+        "run does so by itself)"
+    )
+
+
+def test_a_learner_that_is_not_let_in_is_not_told_to_resume(
+    make_stage: Callable[..., Stage],
+) -> None:
+    async def run() -> None:
+        stage = make_stage(updates=4, service_at=0)
+        await stage.service.say(m.Rejected(reason="the run has a learner (learner)"))
+        await stage.loop.run(HELLO)
+
+    with pytest.raises(RoleError) as caught:
+        asyncio.run(run())
+    said = "buffer service: refused a message of the learner: the run has a learner (learner)"
+    assert str(caught.value) == said
+
+
+class WaitsForRoom:
+    """A service whose disk is full while it is asked for these: what it is waited for is noted."""
+
+    def __init__(self, link: Link) -> None:
+        self.waited_s: dict[str, float] = {}
+        self._link = link
+        self._asked = ""
+
+    async def send(self, message: m.Message) -> None:
+        self._asked = type(message).__name__
+        await self._link.send(message)
+
+    async def receive(self, deadline_s: float) -> m.Message:
+        self.waited_s[self._asked] = max(deadline_s, self.waited_s.get(self._asked, 0.0))
+        return await self._link.receive(deadline_s)
+
+    async def close(self) -> None:
+        await self._link.close()
+
+
+def test_a_service_that_waits_for_room_is_waited_for_as_long_as_it_may(
+    make_stage: Callable[..., Stage],
+) -> None:
+    """It says nothing until its journal can be written, up to cluster.stall_timeout_s."""
+
+    async def run() -> dict[str, float]:
+        stage = make_stage(updates=3, service_at=0)
+        link = WaitsForRoom(stage.link)
+        stage.loop = stage.learner(link)
+        await stage.run()
+        return link.waited_s
+
+    waited_s = asyncio.run(run())
+    for asked in ("TakeBatch", "PublishWeights", "PrepareCheckpoint"):
+        assert waited_s[asked] >= 600.0, asked
+
+
 # --- with a real trainer -------------------------------------------------------------------------
 
 
@@ -483,8 +583,8 @@ def live(folder: Path, *, service_at: int) -> tuple[dict[int, dict[str, torch.Te
     config = config.model_copy(update={"run": config.run.model_copy(update={"updates": 7})})
     model = load_model(folder, device="cpu")
     trainer = Trainer(config=config, model=model, parallel=SingleRank())
-    found, restored = newest_whole(Path(config.run.folder) / "checkpoints"), None
-    if found is not None:
+    found, restored = newest_whole(Path(config.run.folder) / "checkpoints", 9), None
+    if found is not None and found.folder is not None:
         progress = trainer.restore(found.folder)
         restored = Restored(progress=progress, notices=found.notices)
     states: dict[int, dict[str, torch.Tensor]] = {}

@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 from speed_async.config.load import build_config, read_resolved
 from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
-from speed_async.errors import ConfigError, DeadlineExceeded, SpeedAsyncError
+from speed_async.errors import ConfigError, DeadlineExceeded, RunFinished, SpeedAsyncError
 from speed_async.runtime.life import Ports, begin_life, check_resumable, remember_ports
 from speed_async.runtime.ports import becomes_free, listens
 from speed_async.runtime.rendezvous import Rendezvous, ServiceAddress
@@ -179,14 +179,73 @@ def test_no_child_inherits_the_lock(config: Config) -> None:
         child.wait()
 
 
-def test_a_run_that_has_reached_its_end_is_refused(config: Config, begin) -> None:
+def under(config: Config, **run: object) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update=run)})
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+MADE = {"completed": True, "policy_version": 9, "accuracy_reached": None}
+REACHED = {"completed": True, "policy_version": 4, "accuracy_reached": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("summary", "target", "said"),
+    [
+        (MADE, None, "it has made its 9 updates; to train on, add a larger --run.updates"),
+        (MADE, 0.9, "it has made its 9 updates; to train on, add a larger --run.updates"),
+        (
+            REACHED,
+            0.75,
+            "accuracy 0.750 was reached at version 4; to train on, add a higher "
+            "--run.stop_at_accuracy",
+        ),
+    ],
+)
+def test_a_run_that_came_to_its_end_is_finished_and_left_as_it_is(
+    config: Config, begin, summary: dict[str, object], target: float | None, said: str
+) -> None:
     folder = begin().folder
-    (folder.checkpoints / "version-000009").mkdir(parents=True)
-    for attempt in (lambda: check_resumable(config), lambda: begin(resume=True)):
-        with pytest.raises(
-            SpeedAsyncError, match=r"has reached its 9 updates: raise --run\.updates"
-        ):
+    folder.write_summary(summary)
+    before = content(folder.path)
+    config = under(config, stop_at_accuracy=target)
+    for attempt in (
+        lambda: check_resumable(config),
+        lambda: begin(config, resume=True),
+        lambda: begin(config, resume=True),  # the lock was let go
+    ):
+        with pytest.raises(RunFinished) as caught:
             attempt()
+        assert str(caught.value) == f"the run in '{folder.path}' is finished: {said}"
+    assert content(folder.path) == before
+
+
+@pytest.mark.parametrize(
+    ("summary", "run"),
+    [
+        (MADE, {"updates": 10}),
+        (REACHED, {"stop_at_accuracy": 0.76}),
+        (REACHED, {"stop_at_accuracy": None}),
+        (MADE | {"completed": False}, {}),  # stopped, or without its last checkpoint
+        ({"policy_version": 9}, {}),
+        ([], {}),
+    ],
+)
+def test_a_run_of_which_something_is_left_to_do_goes_on(
+    config: Config, begin, summary: dict[str, object], run: dict[str, object]
+) -> None:
+    begin().folder.write_summary(summary)
+    check_resumable(under(config, **run))
+    assert begin(under(config, **run), resume=True).number == 1
+
+
+def test_a_run_that_died_between_its_last_checkpoint_and_its_summary_is_not_finished(
+    config: Config, begin
+) -> None:
+    (begin().folder.checkpoints / "version-000009").mkdir(parents=True)
+    check_resumable(config)
 
 
 # --- ports -------------------------------------------------------------------------------------
@@ -295,6 +354,17 @@ def test_a_life_is_over_when_it_ends_and_no_other_life_by_it(rendezvous: Rendezv
     asyncio.run(asyncio.wait_for(rendezvous.until_over(3), 5))
 
 
+def test_who_waits_for_a_run_that_was_finished_before_goes_home(rendezvous: Rendezvous) -> None:
+    async def find() -> ServiceAddress | None:
+        finding = asyncio.create_task(rendezvous.find(asyncio.Event()))
+        done, _ = await asyncio.wait((finding,), timeout=0.3)
+        assert not done
+        rendezvous.nothing_to_do()
+        return await asyncio.wait_for(finding, 5)
+
+    assert asyncio.run(find()) is None
+
+
 def test_a_new_life_withdraws_the_address_of_the_one_before(
     rendezvous: Rendezvous, tmp_path: Path
 ) -> None:
@@ -384,3 +454,44 @@ def test_a_file_of_the_run_folder_is_written_whole_or_not_at_all(
     with pytest.raises(OSError, match="full"):
         folder.write(folder.life, json.dumps({"life": 2}))
     assert json.loads(folder.life.read_text()) == {"life": 1}
+
+
+@pytest.fixture
+def to_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what is flushed or renamed, as it happens."""
+    story: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def flushed(descriptor: int) -> None:
+        story.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        story.append(f"rename {path.name} {target.name}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    return story
+
+
+def test_a_file_of_the_run_folder_outlives_a_power_cut_and_so_does_its_name(
+    tmp_path: Path, to_disk: list[str]
+) -> None:
+    """A life whose number is lost would be taken for one that was."""
+    folder = RunFolder(path=tmp_path)
+    folder.write(folder.life, "{}")
+    kept = ["flush .life.json.partial", "rename .life.json.partial life.json"]
+    assert to_disk == [*kept, f"flush {tmp_path.name}"]
+
+
+def test_a_new_run_s_configuration_is_on_disk_before_it_begins(
+    config: Config, begin, to_disk: list[str]
+) -> None:
+    begin()
+    assert to_disk[:4] == [
+        "flush .config.json.partial",
+        "rename .config.json.partial config.json",
+        "flush run",
+        f"flush {Path(config.run.folder).parent.name}",
+    ]

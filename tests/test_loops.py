@@ -356,6 +356,8 @@ def test_a_run_ends_at_the_accuracy_it_was_asked_for(make_run: Callable[..., Run
     assert finished.policy_version < 10_000
     assert finished.reason.startswith("accuracy 0.")
     assert "reached at version" in finished.reason
+    assert finished.accuracy_reached is not None
+    assert 0.01 <= finished.accuracy_reached <= 1
     assert finished.service_fields["accuracy_last"] is not None
     assert run.updates.saved == [finished.policy_version]
 

@@ -81,6 +81,7 @@ def publish(service: Service, sender: FailingSender) -> None:
         updates=Weights(),
         sender=sender,
         backend="gloo",
+        patience_s=20.0,
     )
     asyncio.run(publisher.publish(3))
 

@@ -313,6 +313,42 @@ def test_a_checkpoint_ahead_of_a_cut_journal_is_followed(tmp_path: Path) -> None
     assert entry.lease.lease_id > 1003
 
 
+def test_a_learner_without_a_checkpoint_cannot_go_back_past_what_the_journal_holds(
+    tmp_path: Path,
+) -> None:
+    play = Play(tmp_path, 8)
+    while play.version < 3:
+        play.act()
+    play.say("learner", m.CheckpointSaved(policy_version=3, oldest_kept_version=2))
+    play.die()
+    again, _ = open_machine(play.folder, play.config, play.build, life=1)
+    hello = m.Hello(role="learner", index=0, incarnation=1, fingerprint="f", process_id=1)
+    again.message("learner", replace(hello, number=1), play.now_s)
+    resumed = m.Resumed(
+        policy_version=0,
+        service_sequence=0,
+        groups_trained=0,
+        completions_trained=0,
+        tokens_trained=0,
+        recent_lease_ids=[],
+        notice="version-000003 is damaged",
+    )
+    again.message("learner", replace(resumed, number=2), play.now_s)
+    said = []
+    while (message := again.conversations.next_unsent("learner")) is not None:
+        again.conversations.queued_one("learner")
+        said.append(message)
+    assert isinstance(said[-1], m.Abort)
+    assert said[-1].role == "buffer service"
+    assert said[-1].message == (
+        "version-000003 is damaged; no checkpoint is left to go on from, and the journal does not "
+        "hold the updates from the start to 3 any more: bring a checkpoint back from a copy into "
+        "the run's checkpoints/, or start a new run"
+    )
+    assert again.service.ended
+    assert again.service.policy_version == 3  # nothing was thrown away
+
+
 def test_a_damaged_beginning_falls_back_to_the_segment_before(tmp_path: Path) -> None:
     play = Play(tmp_path, 9)
     for _ in range(60):

@@ -163,9 +163,28 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path: Path) -> None
     assert f", replaying to {stopped_at}\n" in log
 
 
-def test_a_run_under_way_cannot_be_resumed_nor_one_that_has_reached_its_end(
+def test_a_run_of_which_all_checkpoints_so_far_are_damaged_goes_back_to_its_start(
     tmp_path: Path,
 ) -> None:
+    first = start_train(tmp_path, *FOR_EVER, *OFTEN, "--learner.keep_last", "100000")
+    wait_for_version(first, 5)
+    first.kill()
+    reached = max(first.versions())
+    for model in first.folder.glob("checkpoints/version-*/model.safetensors"):
+        model.write_bytes(b"")
+    damaged = sorted(path.name for path in first.folder.glob("checkpoints/version-*"))
+    assert damaged
+
+    second = resume_train(first, "--run.updates", str(reached + 2))
+    status, _, err = second.finish()
+    assert_whole(second, status, err, updates=reached + 2)
+    assert "going on from the start (version 0, the first model)" in err.splitlines()[0]
+    assert len(second.summary()["notices"]) == len(damaged)
+    log = (second.folder / "logs" / "learner.log").read_text()
+    assert f"going on from version 0, replaying to {reached}\n" in log
+
+
+def test_a_run_under_way_cannot_be_resumed(tmp_path: Path) -> None:
     run = start_train(tmp_path, *FOR_EVER)
     run.wait_for_steps(1)
     status, _, err = resume_train(run).finish()
@@ -176,11 +195,59 @@ def test_a_run_under_way_cannot_be_resumed_nor_one_that_has_reached_its_end(
     )
     run.interrupt()
     assert run.finish()[0] == 130
+
+
+def test_a_run_stopped_at_what_becomes_its_last_update_is_evaluated_and_then_is_finished(
+    tmp_path: Path,
+) -> None:
+    run = start_train(tmp_path, *FOR_EVER)
+    run.wait_for_steps(2)
+    run.interrupt()
+    assert run.finish()[0] == 130
     reached = run.summary()["policy_version"]
+    assert run.summary()["accuracy_after"] is None
     status, _, err = resume_train(run, "--run.updates", str(reached)).finish()
-    assert status == 1
-    assert err.startswith(f"error: the run in '{run.folder}' has reached its {reached} updates: ")
-    assert "raise --run.updates" in err
+    assert_whole(run, status, err, updates=reached)
+    assert run.summary()["accuracy_after"] is not None
+    assert run.versions() == list(range(1, reached + 1))
+    before = run.summary(), life_of(run), run.events("end")
+
+    again = resume_train(run)
+    status, out, err = again.finish()
+    assert (status, err) == (0, "")
+    assert out == (
+        f"the run in '{run.folder}' is finished: it has made its {reached} updates; to train on, "
+        "add a larger --run.updates\n"
+    )
+    status, out, err = start_torchrun(tmp_path, 3, resume=True).finish()
+    assert status == 0, err
+    assert f"the run in '{run.folder}' is finished" in out
+    assert (run.summary(), life_of(run), run.events("end")) == before
+    assert run.processes() == {}
+
+    (run.folder / "summary.json").unlink()  # as if it had died just before it wrote that
+    status, _, err = resume_train(run).finish()
+    assert_whole(run, status, err, updates=reached)
+    assert run.summary()["accuracy_after"] == before[0]["accuracy_after"]
+    assert run.versions() == list(range(1, reached + 1))
+
+
+def test_a_run_that_reached_its_accuracy_is_finished_until_a_higher_one_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    soon = ("--run.stop_at_accuracy", "0.01", "--evaluate.every", "1")
+    run = start_train(tmp_path, *FOR_EVER, *soon)
+    assert run.finish()[0] == 0
+    reached = run.summary()
+    assert reached["accuracy_reached"] >= 0.01
+    status, out, _ = resume_train(run).finish()
+    assert status == 0
+    assert "was reached at version" in out
+    last = reached["policy_version"] + 2
+    further = ("--run.stop_at_accuracy", "1", "--run.updates", str(last))
+    status, _, err = resume_train(run, *further).finish()
+    assert_whole(run, status, err, updates=run.summary()["policy_version"])
+    assert run.summary()["policy_version"] > reached["policy_version"]
 
 
 @pytest.mark.parametrize(

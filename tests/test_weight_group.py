@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from service_desk import Desk, kinds, trained
 
+from speed_async.buffer.capture import capture, restore
 from speed_async.types import ActorCounts
 from speed_async.wire import messages as m
 from speed_async.wire.joining import Join, JoinAccepted, Leaving
@@ -237,6 +238,62 @@ def test_those_who_joined_are_counted_until_they_leave(desk: Desk) -> None:
     assert list(publish(desk, 6)[0]) == ["actor-1.0", "actor-2.0"]
     desk.say("actor-3.0", m.Goodbye(counts=ActorCounts()))
     assert totals(desk) == (2, 2)
+
+
+def next_life(desk: Desk, folder: Path, *, actors: int) -> Desk:
+    """The same run, started again with another number of ranks."""
+    again = Desk(folder, cluster={"actors": actors}, run={"updates": 100})
+    restore(again.service, capture(desk.service))
+    again.service.begin_life(1, 0.0)
+    again.hello("learner", 0, incarnation=1)
+    return again
+
+
+def test_one_that_joined_goes_on_in_the_next_life_with_its_index(
+    desk: Desk, tmp_path: Path
+) -> None:
+    join(desk, "join-a")
+    desk.hello("actor-3.0", 3)
+    for actors in (1, 2):
+        again = next_life(desk, tmp_path, actors=actors)
+        assert "Welcome" in kinds(again.hello("actor-3.1", 3, incarnation=1))
+        newcomer = join(again, "join-b")
+        assert isinstance(newcomer, JoinAccepted)
+        assert newcomer.index == 4  # not that of one who is here
+
+
+def test_one_that_joins_a_run_that_has_fewer_ranks_now_is_not_taken_for_one_of_them(
+    desk: Desk, tmp_path: Path
+) -> None:
+    """The rank's name was given up as lost, and whoever bears it is refused."""
+    again = next_life(desk, tmp_path, actors=1)
+    newcomer = join(again, "join-a")
+    assert isinstance(newcomer, JoinAccepted)
+    assert newcomer.index == 3
+    assert "Welcome" in kinds(again.hello("actor-3.0", 3))
+
+
+def test_one_that_joined_gives_way_to_a_rank_that_has_its_index_now(
+    desk: Desk, tmp_path: Path
+) -> None:
+    join(desk, "join-a")
+    desk.hello("actor-3.0", 3)
+    again = next_life(desk, tmp_path, actors=3)
+    assert "Welcome" in kinds(again.hello("actor-3.1000", 3, incarnation=1000))
+    [(peer, refusal)] = again.hello("actor-3.1", 3, incarnation=1)
+    assert peer == "actor-3.1"
+    assert isinstance(refusal, m.Rejected)
+    assert refusal.reason == (
+        "the run goes on with more ranks, one of which is actor-3 now: join again to be given "
+        "another index"
+    )
+    again.say("join-a", m.Failure(role="actor-3", message=refusal.reason))
+    assert not again.service.ended
+    assert [state.name for state in again.service.membership.present()] == ["actor-3.1000"]
+    assert totals(again) == (1, 3)
+    newcomer = join(again, "join-b")
+    assert isinstance(newcomer, JoinAccepted)
+    assert newcomer.index == 4
 
 
 def test_the_failure_of_one_that_joined_is_its_own(desk: Desk) -> None:

@@ -4,6 +4,7 @@ These are the updates that its oldest kept checkpoint does not hold, each with i
 arrays are in the journal.
 """
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ class Lineage:
         """Updates trained again from the journal, in all lives."""
         self.num_repeated_alike = 0
         """Of those, updates with the same groups, loss and gradient norm, bit for bit."""
-        self._batches: deque[TrainedBatch] = deque()  # oldest first
+        self._batches: deque[TrainedBatch] = deque()  # oldest first: versions ascend
 
     def trained(self, message: Trained, groups: Sequence[BufferedGroup]) -> None:
         """Note an update; without a journal there is nothing to come back to."""
@@ -51,7 +52,9 @@ class Lineage:
 
     def after(self, policy_version: int) -> TrainedBatch | None:
         """The update that led from this version to the next."""
-        return next((b for b in self._batches if b.policy_version == policy_version + 1), None)
+        place = bisect_left(self._batches, policy_version + 1, key=lambda b: b.policy_version)
+        found = self._batches[place] if place < len(self._batches) else None
+        return found if found and found.policy_version == policy_version + 1 else None
 
     def leads(self, version: int, to_version: int) -> bool:
         """Whether every update between the two can be trained again."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from speed_async.config.checks import INCARNATIONS_A_LIFE
 from speed_async.config.schema import ClusterConfig
 from speed_async.wire.messages import Hello
 
@@ -44,6 +45,8 @@ class Membership:
         self.learner: str | None = None
         self._num_configured = config.actors
         self._first_free_index = config.learners + config.actors
+        self._last_rank = 0
+        """The highest index that a rank ever had, also in lives with more of them than now."""
         self._admitted: dict[str, int] = {}  # index by supervisor, of all that ever joined
         self._expected: set[int] = set()  # of those, who is here or may come back
         self._present: tuple[ActorState, ...] | None = None  # until somebody comes or goes
@@ -64,6 +67,8 @@ class Membership:
             weight_ranks=hello.weight_ranks,
             awaits_weights=policy_version > 0,
         )
+        if not self._is_free(hello.index):
+            self._last_rank = max(self._last_rank, hello.index)
         if hello.index in self._admitted.values():
             self._expected.add(hello.index)
         return replaced
@@ -122,13 +127,26 @@ class Membership:
     @property
     def num_wanted(self) -> int:
         """Actors the run would have if none were missing."""
-        return self._num_configured + len(self._expected)
+        return self._num_configured + sum(map(self._is_free, self._expected))
 
     def admit(self, supervisor: str) -> int:
         """The index of this supervisor's actor: a new one, or the one it has."""
         if supervisor not in self._admitted:
-            self._admitted[supervisor] = self._first_free_index + len(self._admitted)
+            last = max(self._last_rank, *self._admitted.values(), 0)
+            self._admitted[supervisor] = max(self._first_free_index, last + 1)
         return self._admitted[supervisor]
+
+    def displaced(self, hello: Hello) -> str | None:
+        """Why an actor that came by itself cannot come back: in this life of the run, which has
+        more ranks, one of them has its index."""
+        came_by_itself = hello.incarnation < INCARNATIONS_A_LIFE
+        came_by_itself = came_by_itself and hello.index in self._admitted.values()
+        if hello.role != "actor" or self._is_free(hello.index) or not came_by_itself:
+            return None
+        return (
+            f"the run goes on with more ranks, one of which is actor-{hello.index} now: join again "
+            "to be given another index"
+        )
 
     def withdraw(self, supervisor: str) -> list[ActorState] | None:
         """Its actor will not come back. Returns what is here of it; None for no such supervisor."""
@@ -136,4 +154,10 @@ class Membership:
         if index is None:
             return None
         self._expected.discard(index)
+        if not self._is_free(index):  # a rank has its place
+            return []
         return [state for state in self.present() if state.index == index]
+
+    def _is_free(self, index: int) -> bool:
+        """Whether no rank has this index."""
+        return index >= self._first_free_index

@@ -249,6 +249,8 @@ class BufferService:
         self.lifecycle.holder_left(peer)
 
     def _refusal(self, peer: str, message: m.Message) -> str | None:
+        if isinstance(message, m.Hello) and (displaced := self.membership.displaced(message)):
+            return displaced
         return self.gatekeeper.refusal(
             peer,
             message,
@@ -306,13 +308,22 @@ class BufferService:
 
     def _on_resumed(self, peer: str, resumed: m.Resumed, now_s: float) -> None:
         """The learner stands at a checkpoint. It gets the batches since then once more, or, where
-        the journal does not have them, the service goes on from there as well."""
+        the journal does not have them, the service goes on from there as well; but not from
+        nothing."""
         version, journal_version = resumed.policy_version, self.policy_version
         notice = f"{resumed.notice}; " if resumed.notice else ""
         if self.lifecycle.lineage.leads(version, journal_version):
             self.warning = f"{notice}resumed from version {version}"
             if version < journal_version:
                 self.warning += f"; updates to {journal_version} are trained again, as recorded"
+            return
+        if version == 0:
+            text = (
+                f"{notice}no checkpoint is left to go on from, and the journal does not hold the "
+                f"updates from the start to {journal_version} any more: bring a checkpoint back "
+                "from a copy into the run's checkpoints/, or start a new run"
+            )
+            self._on_failure("", m.Failure(role=ROLE, message=text), now_s)
             return
         self.lifecycle.adopt(resumed)
         self.policy_version = version

@@ -94,7 +94,8 @@ def stall_reason(service: BufferService) -> str:
 def summary_values(
     service: BufferService, now_s: float, *, final_evaluated: bool
 ) -> dict[str, object]:
-    """The service's part of summary.json. `accuracy_after` is the last version's, or None."""
+    """The service's part of summary.json. `accuracy_after` is the last version's, or None. `wall_s`
+    is the machine's time, which stands still while nobody can go on (observe/metrics.py)."""
     lifecycle, statistics = service.lifecycle, service.statistics
     first_s = statistics.first_token_s
     generating_s = now_s - first_s if first_s is not None else 0.0

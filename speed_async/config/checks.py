@@ -7,6 +7,9 @@ from speed_async.config.key_folder import check_client_files
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError
 
+INCARNATIONS_A_LIFE = 1000
+"""A rank's incarnations are numbered on from its life times this, so that no actor of one life of a
+run has a name of an earlier one; those of an actor that came by itself, from 0."""
 BYTES_PER_TOKEN = 12
 """Token id, log-probability and policy version: four bytes each."""
 
@@ -130,6 +133,13 @@ def _check_roles(config: Config) -> None:
             "cluster.learners",
             config.cluster.learners,
             "one learner rank is supported so far; set 1",
+        )
+    if config.actors.max_restarts >= INCARNATIONS_A_LIFE:
+        raise ConfigError(
+            "actors.max_restarts",
+            config.actors.max_restarts,
+            f"actors of a run that is resumed are numbered on from {INCARNATIONS_A_LIFE}; set "
+            f"{INCARNATIONS_A_LIFE - 1} at most",
         )
     if config.actors.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(

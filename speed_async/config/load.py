@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from speed_async.config.checks import check_combinations
 from speed_async.config.presets import with_preset
 from speed_async.config.schema import Config
+from speed_async.config.whole_file import write_whole
 from speed_async.errors import ConfigError
 
 PATH_FIELDS = (("model", "path"), ("task", "path"), ("cluster", "keys"))
@@ -57,9 +58,7 @@ def build_config(tree: dict[str, Any]) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write `config`, whole or not at all. Raises OSError."""
-    pending = path.with_name(f".{path.name}.partial")
-    pending.write_text(json.dumps(config.model_dump(), indent=2) + "\n")
-    pending.replace(path)
+    write_whole(path, json.dumps(config.model_dump(), indent=2) + "\n")
 
 
 def read_resolved(path: Path) -> Config:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from speed_async.config.whole_file import flush
 from speed_async.errors import ModelError
 from speed_async.learner.checksums import damage, seal
 from speed_async.learner.model import load_model
@@ -56,7 +57,9 @@ def save_checkpoint(
 
     Raises OSError when the disk is full or not writable: what was there before is then untouched.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.parent.is_dir():
+        folder.parent.mkdir(parents=True)
+        flush(folder.parent.parent)
     tidy(folder.parent)
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir()
@@ -78,13 +81,18 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, *, model: PreTrainedModel, optimizer: torch.optim.Optimizer
+    folder: Path,
+    *,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    is_whole: bool = False,
 ) -> Progress:
     """Restore parameters, optimiser and random states bit for bit.
 
+    `is_whole`: its checksums were compared just now (`newest_whole`), and need not be again.
     Raises ModelError when the folder is no checkpoint, a damaged one, or one of another model.
     """
-    if what := damage(folder):
+    if not is_whole and (what := damage(folder)):
         raise ModelError(f"checkpoint '{folder}' cannot be restored: {what}")
     try:
         progress = _read_progress(folder)

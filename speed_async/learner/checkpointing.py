@@ -1,7 +1,7 @@
 """Making a checkpoint together with the service: its journal first, the checkpoint after it.
 
 consumes   the word that the journal is durable (from the service)
-waits for  that word (connect deadline and grace), the disk
+waits for  that word (stall deadline and grace: the service may be waiting for room), the disk
 goes on    without a checkpoint that cannot be written: the caller says what that means
 """
 
@@ -29,7 +29,7 @@ class Checkpointer:
         link: Link,
         inbox: Inbox,
         updates: Saved,
-        deadline_s: float,
+        patience_s: float,
         saved_version: int | None,
     ) -> None:
         """`saved_version`: of the checkpoint that this learner goes on from."""
@@ -37,7 +37,7 @@ class Checkpointer:
         self._link = link
         self._inbox = inbox
         self._updates = updates
-        self._deadline_s = deadline_s + SERVICE_GRACE_S
+        self._patience_s = patience_s + SERVICE_GRACE_S
 
     async def prepare(self, progress: Progress) -> Progress:
         """Wait until all that led here is on the service's disk, and note up to which place.
@@ -46,7 +46,7 @@ class Checkpointer:
         """
         await self._link.send(m.PrepareCheckpoint(policy_version=progress.policy_version))
         what = "its journal to be durable"
-        durable = await self._inbox.expect(m.JournalDurable, self._deadline_s, what)
+        durable = await self._inbox.expect(m.JournalDurable, self._patience_s, what)
         return replace(progress, service_sequence=durable.service_sequence)
 
     async def save(

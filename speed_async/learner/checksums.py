@@ -5,9 +5,10 @@ checksum of the lines above, so that none can go missing unseen.
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from speed_async.config.whole_file import flush
 
 CHECKSUM_FILE = "SHA256SUMS"
 OWN = "# of the lines above: "
@@ -49,15 +50,6 @@ def damage(folder: Path) -> str:
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return ""
-
-
-def flush(path: Path) -> None:
-    """Have the kernel write a file, or the entries of a folder, to disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -22,9 +22,17 @@ M = TypeVar("M", bound=m.Message)
 
 
 class Inbox:
-    def __init__(self, link: Link, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        link: Link,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        run_folder: str = "RUN_DIR",
+    ) -> None:
         self._link = link
         self._clock = clock
+        self._run_folder = run_folder
+        self._is_welcome = False
         self._set_aside: deque[m.Message] = deque()
 
     async def next(self, deadline_s: float) -> m.Message:
@@ -67,5 +75,12 @@ class Inbox:
         if isinstance(message, m.Abort):
             raise RoleError(message.role, message.message)
         if isinstance(message, m.Rejected):
-            raise RoleError("buffer service", f"refused a message of the learner: {message.reason}")
+            text = f"refused a message of the learner: {message.reason}"
+            if self._is_welcome:  # it was in step once; a service that lost a part of it is not
+                text += (
+                    f"; `speed-async train --resume {self._run_folder}` goes on from the newest "
+                    "checkpoint (with cluster.max_restarts the run does so by itself)"
+                )
+            raise RoleError("buffer service", text)
+        self._is_welcome = self._is_welcome or isinstance(message, m.Welcome)
         return message

@@ -53,6 +53,8 @@ class Finished:
     completions_trained: int
     tokens_trained: int
     skipped_updates: int
+    accuracy_reached: float | None
+    """The held-out accuracy that ended the run (`run.stop_at_accuracy`), if one did."""
     save_error: str
     """Why the last checkpoint is missing; empty when it is there."""
     notices: tuple[str, ...]
@@ -79,7 +81,7 @@ class LearnerLoop:
         self._updates = updates
         self._stop = stop
         self._clock = clock
-        self._inbox = Inbox(link, clock)
+        self._inbox = Inbox(link, clock, run_folder=config.run.folder)
         self._publisher = Publisher(
             config.weights,
             link=link,
@@ -87,6 +89,7 @@ class LearnerLoop:
             updates=updates,
             sender=sender,
             backend=backend,
+            patience_s=config.cluster.stall_timeout_s,
             clock=clock,
         )
         self._restored = restored
@@ -95,7 +98,7 @@ class LearnerLoop:
             link=link,
             inbox=self._inbox,
             updates=updates,
-            deadline_s=config.cluster.connect_timeout_s,
+            patience_s=config.cluster.stall_timeout_s,
             saved_version=self._version if restored else None,
         )
         self._catch_up_version = 0
@@ -276,6 +279,7 @@ class LearnerLoop:
             completions_trained=self._progress.completions_trained,
             tokens_trained=self._progress.tokens_trained,
             skipped_updates=self._progress.num_skipped,
+            accuracy_reached=self._reached.accuracy if self._reached else None,
             save_error=save_error,
             notices=tuple(self._notices),
             service_fields=summary.fields,

@@ -1,7 +1,8 @@
 """Broadcasting a version to the actors that lack it, whatever becomes of some of them.
 
 consumes   weight members (from the service)
-waits for  the members (weights deadline and grace), each stage of a transfer (weights deadline)
+waits for  the members (stall deadline and grace: the service may be waiting for room on its disk),
+           each stage of a transfer (weights deadline)
 goes on    without a member that is missing or refuses: the service gives it up, its supervisor
            starts another, and that one is sent a snapshot when it comes
 """
@@ -49,9 +50,11 @@ class Publisher:
         updates: Published,
         sender: WeightSender,
         backend: WeightBackend,
+        patience_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._deadline_s = config.deadline_s
+        self._patience_s = patience_s + SERVICE_GRACE_S
         self._link = link
         self._inbox = inbox
         self._updates = updates
@@ -88,9 +91,8 @@ class Publisher:
                 deadline_s=self._deadline_s,
             )
         )
-        patience_s = self._deadline_s + SERVICE_GRACE_S
         what = "the members of the weight group"
-        members = await self._inbox.expect(m.WeightMembers, patience_s, what)
+        members = await self._inbox.expect(m.WeightMembers, self._patience_s, what)
         self._inbox.forget(m.MembershipChanged)  # said before: these are members now
         began_s, num_bytes, failed = self._clock(), 0, None
         if members.actor_names:

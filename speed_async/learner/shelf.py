@@ -13,8 +13,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from speed_async.config.whole_file import flush
 from speed_async.errors import ModelError
-from speed_async.learner.checksums import damage, flush
+from speed_async.learner.checksums import damage
 
 _NAME = re.compile(r"version-(\d{6,})")
 _LEFTOVER = re.compile(r"\.(version-\d{6,})\.(partial|replaced|removed)")
@@ -24,7 +25,8 @@ _LEFTOVER = re.compile(r"\.(version-\d{6,})\.(partial|replaced|removed)")
 class Found:
     """The checkpoint to go on from, and what a person should know about those passed over."""
 
-    folder: Path
+    folder: Path | None
+    """None: the run's first model, since the only checkpoints are damaged."""
     policy_version: int
     notices: tuple[str, ...]
 
@@ -63,9 +65,10 @@ def put(partial: Path, folder: Path) -> None:
 
 
 def prune(root: Path, keep_last: int) -> int:
-    """Remove all but the newest `keep_last`; returns the oldest version that is left.
+    """Remove all but the newest `keep_last`; returns the oldest version that may be gone on from.
 
-    One that cannot be removed now is removed another time.
+    That is 0, the first model, until there are `keep_last`: each of them must have something to
+    fall back to. One that cannot be removed now is removed another time.
     """
     for version in kept_versions(root)[:-keep_last]:
         folder = checkpoint_folder(root, version)
@@ -75,14 +78,17 @@ def prune(root: Path, keep_last: int) -> int:
         except OSError:
             continue
         shutil.rmtree(removed, ignore_errors=True)
-    return kept_versions(root)[0]
+    kept = kept_versions(root)
+    return kept[0] if len(kept) >= keep_last else 0
 
 
-def newest_whole(root: Path) -> Found | None:
+def newest_whole(root: Path, keep_last: int) -> Found | None:
     """The newest checkpoint of which every byte is as it was written; None when there is none.
 
     Damaged ones that are newer are set aside under another name (NAME.damaged), and named in the
-    notices. Raises ModelError when there are checkpoints and all are damaged.
+    notices. When all are damaged, the first model is what is found, as long as there are fewer than
+    `keep_last`: until then the journal keeps the batches from the start. Raises ModelError when
+    there were as many.
     """
     if not root.is_dir():
         return None
@@ -95,19 +101,24 @@ def newest_whole(root: Path) -> Found | None:
         folder = checkpoint_folder(root, version)
         what = damage(folder)
         if not what:
-            notices = [_set_aside(bad, why, instead=folder) for bad, why in damaged]
+            notices = [_set_aside(bad, why, instead=folder.name) for bad, why in damaged]
             return Found(folder=folder, policy_version=version, notices=tuple(notices))
         damaged.append((folder, what))
-    if damaged:
+    if len(damaged) >= keep_last:
         each = "; ".join(f"{folder.name}: {what}" for folder, what in damaged)
         raise ModelError(
-            f"every checkpoint in '{root}' is damaged ({each}): bring one back from a copy, or "
-            "start a new run"
+            f"every checkpoint in '{root}' is damaged ({each}), and the journal does not go back "
+            "to the start: bring one back from a copy, or start a new run (a larger "
+            "learner.keep_last keeps more to fall back to)"
         )
+    if damaged:
+        start = "the start (version 0, the first model)"
+        notices = [_set_aside(bad, why, instead=start) for bad, why in damaged]
+        return Found(folder=None, policy_version=0, notices=tuple(notices))
     return None
 
 
-def _set_aside(folder: Path, what: str, *, instead: Path) -> str:
+def _set_aside(folder: Path, what: str, *, instead: str) -> str:
     """Out of the way of the checkpoints to come; returns what to say about it."""
     aside = folder.with_name(f"{folder.name}.damaged")
     try:
@@ -116,6 +127,6 @@ def _set_aside(folder: Path, what: str, *, instead: Path) -> str:
     except OSError as error:
         raise ModelError(f"damaged checkpoint '{folder}' cannot be set aside: {error}") from error
     return (
-        f"checkpoint {folder.name} is damaged ({what}); going on from {instead.name}, "
+        f"checkpoint {folder.name} is damaged ({what}); going on from {instead}, "
         f"the damaged one is kept as {aside.name}"
     )

@@ -141,9 +141,14 @@ class Trainer:
         )
         return prune(self._checkpoints, self._config.keep_last)
 
-    def restore(self, folder: Path) -> Progress:
-        """Go on exactly where `save` left off. Raises ModelError."""
-        progress = load_checkpoint(folder, model=self.model, optimizer=self._optimizer)
+    def restore(self, folder: Path, *, is_whole: bool = False) -> Progress:
+        """Go on exactly where `save` left off; `is_whole` as for `load_checkpoint`.
+
+        Raises ModelError.
+        """
+        progress = load_checkpoint(
+            folder, model=self.model, optimizer=self._optimizer, is_whole=is_whole
+        )
         self.num_updates = progress.policy_version
         self.num_skipped = progress.num_skipped
         return progress

@@ -18,7 +18,9 @@ class Event:
     """`values` keys use slashes for families: `actor/tokens_per_s`, `learner/loss`.
 
     Keys every consumer may rely on, where the kind has them:
-    all: `wall_s` (since the run began), `policy_version`.
+    all: `wall_s` (seconds that the run has gone on for, in all its lives: without those between
+      lives, while its service was dead, or while it waited for room on the disk),
+      `policy_version`.
     status and step: `updates_total`, `generated_tokens_per_s`, `trained_tokens_per_s`,
       `gate_acceptance` (share of screened prompts continued, running window),
       `buffer_groups`, `buffer_capacity`, `in_flight_groups`, `credits`, `staleness_mean`,

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from speed_async.config.schema import Config
-from speed_async.errors import RoleError, SpeedAsyncError
+from speed_async.errors import RoleError, RunFinished, SpeedAsyncError
 from speed_async.observe.report import plot_accuracy, summary_text
 from speed_async.runtime.failure import describe
 from speed_async.runtime.life import Life, begin_life, remember_ports
@@ -51,7 +51,12 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
     config = config.model_copy(update={"cluster": cluster})
     rendezvous = Rendezvous(config.cluster.connect_timeout_s)
     begun_in = await asyncio.to_thread(rendezvous.begun_in)
-    life = await asyncio.to_thread(begin_life, config, begun_in=begun_in, resume=resume)
+    try:
+        life = await asyncio.to_thread(begin_life, config, begun_in=begun_in, resume=resume)
+    except RunFinished as finished:
+        await asyncio.to_thread(rendezvous.nothing_to_do)
+        sys.stdout.write(f"{finished}\n")
+        return True
     config, folder = life.config, life.folder
     await asyncio.to_thread(rendezvous.begin, folder.path)
     sys.stderr.writelines(life.first_words())  # on the terminal, while nothing is drawn there yet
@@ -135,6 +140,9 @@ async def _train(
 def _write_results(finished: "Finished", folder: RunFolder, *, breakdown: bool) -> None:
     summary = finished.service_fields | {
         "reason": finished.reason,
+        # A run that lacks its last checkpoint can be resumed for it.
+        "completed": finished.completed and not finished.save_error,
+        "accuracy_reached": finished.accuracy_reached,
         "optimizer_updates": finished.optimizer_updates,
         "skipped_updates": finished.skipped_updates,
         "policy_version": finished.policy_version,

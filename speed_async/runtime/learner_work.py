@@ -12,7 +12,7 @@ import torch
 from speed_async.learner.loop import Finished, LearnerLoop
 from speed_async.learner.model import load_model, stored_dtype
 from speed_async.learner.parallel import SingleRank
-from speed_async.learner.progress import Restored
+from speed_async.learner.progress import Progress, Restored
 from speed_async.learner.trainer import Trainer
 from speed_async.runtime.life import Life
 from speed_async.runtime.rendezvous import Rank
@@ -36,7 +36,9 @@ async def learn(life: Life, rank: Rank, link: Link, stop: asyncio.Event) -> Fini
     trainer = Trainer(config=config, model=model, parallel=SingleRank())
     restored = None
     if (found := life.checkpoint) is not None:
-        progress = await asyncio.to_thread(trainer.restore, found.folder)
+        progress = Progress()
+        if found.folder is not None:
+            progress = await asyncio.to_thread(trainer.restore, found.folder, is_whole=True)
         restored = Restored(progress=progress, notices=found.notices)
     device = next(model.parameters()).device
     sender = TorchSender(

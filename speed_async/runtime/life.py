@@ -13,8 +13,8 @@ from pathlib import Path
 from speed_async.config.load import save_config
 from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
-from speed_async.errors import SpeedAsyncError
-from speed_async.learner.shelf import Found, kept_versions, newest_whole
+from speed_async.errors import RunFinished, SpeedAsyncError
+from speed_async.learner.shelf import Found, newest_whole
 from speed_async.runtime.ports import becomes_free
 from speed_async.runtime.run_folder import RunFolder, make_run_folder
 
@@ -47,7 +47,8 @@ class Life:
         """Lines that tell the user of a run that goes on; none at its first start."""
         if self.number == 0:
             return []
-        place = self.checkpoint.folder.name if self.checkpoint else "its start"
+        folder = self.checkpoint.folder if self.checkpoint else None
+        place = folder.name if folder else "its start"
         notices = self.checkpoint.notices if self.checkpoint else ()
         words = [*notices, f"resuming {self.folder.path} from {place} (life {self.number})"]
         return [f"{line}\n" for line in words]
@@ -58,7 +59,7 @@ def begin_life(config: Config, *, begun_in: Path | None, resume: bool) -> Life:
 
     `begun_in`: where these ranks' run began, when they were started again; it goes on there, with
     the configuration it has. With `resume` it goes on in `run.folder`. Otherwise a new folder is
-    made. Raises SpeedAsyncError.
+    made. Raises RunFinished when the run that is there has nothing left to do, or SpeedAsyncError.
     """
     if begun_in is not None:
         num_actors = config.cluster.actors
@@ -72,12 +73,16 @@ def begin_life(config: Config, *, begun_in: Path | None, resume: bool) -> Life:
         folder, config = make_run_folder(config)
     lock = folder.take_lock(LOCK_GRACE_S if begun_in is not None else 0.0)
     checkpoint = None
-    if goes_on:
-        refuse_reached(config, folder)
-        save_config(config, folder.config)
-        checkpoint = newest_whole(folder.checkpoints)
-    number = _next_number(folder, goes_on=goes_on)
-    ports = _ports(config, folder) if goes_on else Ports()
+    try:
+        if goes_on:
+            refuse_finished(config, folder)
+            checkpoint = newest_whole(folder.checkpoints, config.learner.keep_last)
+            save_config(config, folder.config)
+        number = _next_number(folder, goes_on=goes_on)
+        ports = _ports(config, folder) if goes_on else Ports()
+    except BaseException:
+        folder.release_lock(lock)
+        raise
     return Life(
         number=number,
         config=config,
@@ -89,19 +94,32 @@ def begin_life(config: Config, *, begun_in: Path | None, resume: bool) -> Life:
 
 
 def check_resumable(config: Config) -> None:
-    """Raise SpeedAsyncError, before any rank is started, when `run.folder` cannot be resumed."""
+    """Raise SpeedAsyncError, before any rank is started, when `run.folder` cannot be resumed, and
+    RunFinished when it need not be."""
     folder = RunFolder(path=Path(config.run.folder))
     folder.release_lock(folder.take_lock(0.0))
-    refuse_reached(config, folder)
+    refuse_finished(config, folder)
 
 
-def refuse_reached(config: Config, folder: RunFolder) -> None:
-    versions = kept_versions(folder.checkpoints)
-    if versions and versions[-1] >= config.run.updates:
-        raise SpeedAsyncError(
-            f"the run in '{folder.path}' has reached its {config.run.updates} updates: raise "
-            f"--run.updates to train on (checkpoint {versions[-1]} is there)"
+def refuse_finished(config: Config, folder: RunFolder) -> None:
+    """Raise RunFinished for a run whose summary says that it came to its end, where no limit has
+    been raised since. One that died between its last checkpoint and its summary did not."""
+    try:
+        summary = json.loads(folder.summary.read_text())
+        completed, version = bool(summary["completed"]), int(summary["policy_version"])
+        accuracy = summary["accuracy_reached"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    updates, target, how = config.run.updates, config.run.stop_at_accuracy, ""
+    if completed and version >= updates:
+        how = f"it has made its {updates} updates; to train on, add a larger --run.updates"
+    elif completed and accuracy is not None and target is not None and accuracy >= target:
+        how = (
+            f"accuracy {accuracy:.3f} was reached at version {version}; to train on, add a higher "
+            "--run.stop_at_accuracy"
         )
+    if how:
+        raise RunFinished(f"the run in '{folder.path}' is finished: {how}")
 
 
 def remember_ports(life: Life, ports: Ports) -> None:

@@ -26,6 +26,7 @@ CONNECT_TIMEOUT_S = 2.0
 FOLDER_KEY = "speed_async/run_folder"
 ADDRESS_KEY = "speed_async/service"
 ENDED_KEY = "speed_async/ended"
+FINISHED_KEY = "speed_async/finished"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,15 +96,20 @@ class Rendezvous:
         """The run is over: no actor need be started again."""
         self._store.set(f"{ENDED_KEY}/{life}", "yes")
 
+    def nothing_to_do(self) -> None:
+        """The run was finished before these ranks came: nobody will serve them."""
+        self._store.set(FINISHED_KEY, "yes")
+
     # --- everybody else ------------------------------------------------------------------------
 
     async def find(self, stopping: asyncio.Event) -> ServiceAddress | None:
-        """Wait until the learner has published a service that listens; None when a stop came first.
+        """Wait until the learner has published a service that listens; None when a stop came first,
+        and where there is nothing to do.
 
         Raises DeadlineExceeded.
         """
         ends_s = time.monotonic() + self._timeout_s
-        while not stopping.is_set():
+        while not stopping.is_set() and not self._store.check([FINISHED_KEY]):
             address = self._published()
             if address is not None and await listens(
                 address.host, address.port, timeout_s=CONNECT_TIMEOUT_S

@@ -10,6 +10,7 @@ from pathlib import Path
 from speed_async.config.load import save_config
 from speed_async.config.resumed import CONFIG_FILE
 from speed_async.config.schema import Config
+from speed_async.config.whole_file import flush, write_whole
 from speed_async.errors import ConfigError, SpeedAsyncError
 
 LOCK_POLL_S = 0.05
@@ -54,12 +55,7 @@ class RunFolder:
 
     def write(self, path: Path, text: str) -> None:
         """Write a file of this folder whole or not at all. Raises OSError."""
-        pending = path.with_name(f".{path.name}.partial")
-        with pending.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        pending.replace(path)
+        write_whole(path, text)
 
     def take_lock(self, grace_s: float) -> int:
         """Have this run to oneself; returns an open descriptor that no child inherits.
@@ -106,6 +102,7 @@ def make_run_folder(config: Config) -> tuple[RunFolder, Config]:
     run = config.run.model_copy(update={"folder": str(path)})
     resolved = config.model_copy(update={"run": run})
     save_config(resolved, folder.config)
+    flush(path.parent)
     return folder, resolved
 
 

@@ -33,7 +33,16 @@ class ServiceProcess:
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self, ports: Ports) -> None:
-        """Start it, at these ports where they are not 0. Raises RoleError with its own words."""
+        """Start it, at these ports where they are not 0; one that is killed before it has said
+        which it has is started again. Raises RoleError with its own words."""
+        for _ in range(MAX_HASTY_DEATHS + 1):
+            if await self._has_started(ports):
+                return
+            await asyncio.sleep(RESTART_PAUSE_S)
+        raise self.error()
+
+    async def _has_started(self, ports: Ports) -> bool:
+        """False when it was killed first."""
         folder = self._folder
         folder.error("service").unlink(missing_ok=True)  # of an earlier one
         arguments = ["--config", str(folder.config), "--run-folder", str(folder.path)]
@@ -51,9 +60,10 @@ class ServiceProcess:
         if line:
             bound = json.loads(line)
             self.ports = Ports(service=bound["port"], feed=bound["feed_port"])
-            return
-        if await process.wait() > 0 or not self._may_restart:
+            return True
+        if await process.wait() >= 0 or not self._may_restart:
             raise self.error()
+        return False
 
     async def watch(self) -> None:
         """Return when it has ended for good; start it again whenever it is killed."""

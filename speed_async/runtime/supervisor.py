@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from speed_async.config.checks import INCARNATIONS_A_LIFE
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
 from speed_async.runtime.failure import EXIT_GIVEN_UP, recorded
@@ -33,8 +34,6 @@ GONE_GRACE_S = 1.0
 """A service that nobody listens for any more has either ended the run, which is heard within this,
 or died."""
 PROBE_INTERVAL_S = 0.5
-INCARNATIONS_A_LIFE = 1000
-"""So that no actor of one life of a run has a name of an earlier one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

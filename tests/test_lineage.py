@@ -1,0 +1,60 @@
+"""What a learner that comes back may have to train again is found by its version."""
+
+import time
+
+from buffer_fixtures import make_group
+from service_desk import trained
+
+from speed_async.buffer.group_table import BufferedGroup
+from speed_async.buffer.lineage import Lineage
+
+
+def group(lease_id: int) -> BufferedGroup:
+    message = make_group(lease_id, lease_id)
+    return BufferedGroup(
+        message=message,
+        lease_id=lease_id,
+        place=(1, 0),
+        pass_rate=0.5,
+        oldest_version=0,
+        mean_version=0.0,
+        num_tokens=12,
+        num_bytes=144,
+    )
+
+
+def lineage(*versions: int) -> Lineage:
+    lineage, one = Lineage(), group(0)
+    for version in versions:
+        lineage.trained(trained(version, [0], 0, 0), [one])
+    return lineage
+
+
+def test_it_leads_from_each_version_that_it_holds_the_updates_after() -> None:
+    lines = lineage(*range(1, 9))
+    assert [lines.after(version).policy_version for version in range(8)] == [*range(1, 9)]  # type: ignore[union-attr]
+    assert lines.after(8) is None
+    assert lines.leads(0, 8)
+    assert lines.leads(8, 8)
+    assert not lines.leads(9, 8)
+    assert not lines.leads(0, 9)
+    lines.forget_to(3)
+    assert lines.after(2) is None
+    assert not lines.leads(2, 8)
+    assert lines.leads(3, 8)
+
+
+def test_a_gap_leads_nowhere() -> None:
+    lines = lineage(1, 2, 4)
+    assert lines.after(2) is None
+    assert lines.leads(0, 2)
+    assert not lines.leads(0, 4)
+    assert lines.leads(3, 4)
+
+
+def test_a_run_that_kept_every_batch_is_looked_through_at_once() -> None:
+    """`learner.checkpoint_every = 0`: the service answers nobody meanwhile."""
+    lines = lineage(*range(1, 30_001))
+    began_s = time.process_time()
+    assert lines.leads(0, 30_000)
+    assert time.process_time() - began_s < 2.0
