@@ -36,3 +36,47 @@ def test_what_is_overheard_is_not_confirmed_and_what_its_sender_heard_is_noted()
     assert conversations.num_unheard("actor-1.0") == 1
     assert conversations.words({"actor-1.0"}) == []  # nothing new to be told of
     assert conversations.admit("actor-1.0", late, 0.0)  # it would be taken in still
+
+
+def test_what_is_held_leaves_in_the_order_of_its_seals() -> None:
+    conversations = talking(num_said=1)
+    conversations.holding = True
+    peer = "actor-1.0"
+
+    def take_in(number: int) -> None:
+        message = m.TakeBatch(number=number, heard=1, policy_version=0, num_groups=1)
+        assert conversations.admit(peer, message, 0.0)
+        conversations.took_in(peer, message)
+        conversations.say(peer, m.Welcome(policy_version=number))
+
+    take_in(2)
+    assert conversations.next_unsent(peer) is None
+    first = conversations.seal()
+    take_in(3)
+    conversations.say("stranger", m.Rejected(reason="no"))
+    second = conversations.seal()
+    assert conversations.next_unsent(peer) is None
+    assert conversations.words({peer}) == []
+    conversations.release(first)
+    said = conversations.next_unsent(peer)
+    assert said == m.Welcome(policy_version=2, number=2, heard=2)
+    conversations.queued_one(peer)
+    assert conversations.next_unsent(peer) is None
+    assert conversations.words({peer}) == []
+    assert not conversations.has_unsent("stranger")
+    conversations.release(second)
+    assert conversations.next_unsent(peer) == m.Welcome(policy_version=3, number=3, heard=3)
+    assert conversations.next_unsent("stranger") == m.Rejected(reason="no")
+
+
+def test_a_peer_first_heard_behind_a_seal_is_not_confirmed_with_it() -> None:
+    conversations = talking(num_said=0)
+    conversations.holding = True
+    sealed = conversations.seal()
+    late = m.TakeBatch(number=2, policy_version=0, num_groups=1)
+    conversations.took_in("actor-1.0", late)
+    conversations.say("actor-1.0", m.Welcome(policy_version=7))
+    conversations.release(sealed)
+    assert conversations.next_unsent("actor-1.0") is None
+    word = conversations.words({"actor-1.0"})
+    assert [heard for _, heard in word] in ([], [Heard(heard=1)])

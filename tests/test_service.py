@@ -159,7 +159,7 @@ def test_a_group_for_another_prompt_or_of_another_size_ends_as_failed(desk: Desk
     assert kinds(desk.say("actor-1.0", wrong_prompt))[:1] == ["Rejected"]
     wrong_size = make_group(others.lease_ids[0], others.prompt_ids[0], rewards=(1, 0))
     assert kinds(desk.say("actor-2.0", wrong_size))[:1] == ["Rejected"]
-    assert desk.ends() == {"failed": (2, 12 + 6)}
+    assert desk.ends() == {"failed": (2, 0)}  # with their actors: nothing that they said counts
 
 
 def test_other_task_data_are_refused_at_the_door(desk: Desk) -> None:

@@ -1,0 +1,143 @@
+"""The service's shell: what it says was written before, though it goes on listening meanwhile."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from buffer_fixtures import make_config
+
+from speed_async.buffer.curriculum import UniformCurriculum
+from speed_async.buffer.journal import Journal, read_segment, segments
+from speed_async.buffer.machine import Machine
+from speed_async.buffer.recovery import open_machine
+from speed_async.buffer.server import serve
+from speed_async.buffer.service import BufferService
+from speed_async.config.schema import Config
+from speed_async.evaluate.plan import EvaluationPlan
+from speed_async.types import ActorCounts
+from speed_async.wire import messages as m
+from speed_async.wire.codec import decode
+from speed_async.wire.feed import FeedPublisher
+from speed_async.wire.inprocess import InProcessHub
+from speed_async.wire.session import SessionLink
+from speed_async.wire.transport import Delivery
+
+MOST_REPORTS = 5000
+PATIENCE_S = 20.0
+
+
+def build(config: Config) -> BufferService:
+    return BufferService(
+        config,
+        curriculum=UniformCurriculum(100, np.random.default_rng(0)),
+        evaluations=EvaluationPlan(num_prompts=1, num_samples=1, every=0),
+        fingerprint="f",
+        started_s=0.0,
+    )
+
+
+def written(folder: Path) -> dict[str, int]:
+    """By peer: the last of its messages that a recovery would find."""
+    last: dict[str, int] = {}
+    for number in segments(folder):
+        for _, record in read_segment(folder, number):
+            if record.kind == "message":
+                last[record.peer] = decode(record.frames).number
+    return last
+
+
+class WatchedHub(InProcessHub):
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.too_early: list[m.Message] = []
+        self.num_said = 0
+
+    def offer(self, peer: str, message: m.Message) -> Delivery:
+        if message.heard > written(self.folder).get(peer, 0):
+            self.too_early.append(message)
+        self.num_said += 1
+        return super().offer(peer, message)
+
+
+class SlowDisk:
+    """A write that lasts until more was taken in, and the next one does not begin before what the
+    first one allowed was said."""
+
+    def __init__(self, hub: WatchedHub, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.overlapped = False
+        self.more_to_come = False
+        write = Journal.write
+
+        def slow_write(journal: Journal) -> None:
+            if self.overlapped:
+                said = hub.num_said
+                wait_until(lambda: hub.num_said > said, 0.3)
+            at = journal.sequence
+            write(journal)
+            if self.more_to_come and not self.overlapped:
+                self.overlapped = wait_until(lambda: journal.sequence > at, 5.0)
+
+        monkeypatch.setattr(Journal, "write", slow_write)
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float) -> bool:
+    pause = threading.Event()
+    for _ in range(int(1000 * seconds)):
+        if is_so():
+            return True
+        pause.wait(0.001)
+    return False
+
+
+def report(number: int) -> m.ActorReport:
+    return m.ActorReport(counts=ActorCounts(), gauges={"slots_busy": float(number)})
+
+
+def hello(role: str, index: int) -> m.Hello:
+    return m.Hello(role=role, index=index, incarnation=0, fingerprint="f", process_id=1)
+
+
+async def conversation(machine: Machine, hub: WatchedHub, disk: SlowDisk) -> int:
+    """Returns how many messages the actor sent."""
+    feed = FeedPublisher("127.0.0.1", 0)
+    serving = asyncio.create_task(serve(machine, hub, feed, []))
+    actor, learner = (SessionLink(hub.connect(name)) for name in ("actor-1.0", "learner"))
+    await actor.send(hello("actor", 1))
+    assert isinstance(await actor.receive(PATIENCE_S), m.Welcome)
+    hearing = asyncio.create_task(actor.receive(PATIENCE_S))
+    disk.more_to_come = True
+    num_sent = 1
+    while not disk.overlapped and num_sent < MOST_REPORTS:
+        await actor.send(report(num_sent))
+        num_sent += 1
+        await asyncio.sleep(0)
+    disk.more_to_come = False
+    await actor.settle(PATIENCE_S)
+    hearing.cancel()
+    await learner.send(m.Failure(role="learner", message="that is all"))
+    await serving
+    return num_sent
+
+
+def test_nothing_is_said_before_what_it_follows_from_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    folder = tmp_path / "journal"
+    config = make_config(str(tmp_path), buffer={"durability": "every"})
+    machine, _ = open_machine(folder, config, build, life=0)
+    hub = WatchedHub(folder)
+    disk = SlowDisk(hub, monkeypatch)
+    talk = conversation(machine, hub, disk)
+    num_sent = asyncio.run(asyncio.wait_for(talk, 2 * PATIENCE_S))
+    assert hub.too_early == []
+    assert hub.num_said > 0
+    assert disk.overlapped
+    assert written(folder)["actor-1.0"] == num_sent
+    again, notes = open_machine(folder, config, build, life=0)
+    assert notes == []
+    assert again.conversations.admit("actor-1.0", m.Message(number=num_sent + 1), 0.0)
