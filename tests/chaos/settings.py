@@ -32,7 +32,7 @@ n_cont = 2
 engine = "scripted"
 slots = 8
 max_new_tokens = 4
-max_restarts = 100000
+max_restarts = 999
 [buffer]
 credits = {credits}
 capacity_groups = 1000000
