@@ -1,8 +1,10 @@
 """CURVE over real sockets: who has an allowed key gets in, and nobody else does."""
 
 import asyncio
+import os
 import shutil
 import stat
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from speed_async.errors import ConfigError, DeadlineExceeded, SpeedAsyncError
 from speed_async.observe.metrics import Event
 from speed_async.wire.codec import encode
 from speed_async.wire.curve import (
+    AllowList,
     ClientKeys,
     ServerKeys,
     client_keys,
@@ -217,6 +220,37 @@ def test_nothing_of_a_message_is_readable_on_the_way(folder: Path):
     play(scene)
 
 
+def test_a_key_that_is_written_over_is_the_one_that_counts(folder: Path, strangers: Path):
+    old, new = load_client_keys(folder).public, load_client_keys(strangers).public
+    allow_list, file = AllowList(folder / "allowed"), folder / "allowed" / "client.key"
+    assert allow_list.callback("", old) and not allow_list.callback("", new)
+    file.write_bytes((strangers / "allowed" / "client.key").read_bytes())
+    assert allow_list.callback("", new) and not allow_list.callback("", old)
+
+
+def test_what_is_no_key_file_holds_nobody_up(folder: Path):
+    os.mkfifo(folder / "allowed" / "pipe.key")
+    (folder / "allowed" / "gone.key").symlink_to(folder / "nowhere")
+    (folder / "allowed" / "folder.key").mkdir()
+    allow_list = AllowList(folder / "allowed")
+    answers: list[bool] = []
+    public = load_client_keys(folder).public
+    asking = threading.Thread(
+        target=lambda: answers.append(allow_list.callback("", public)), daemon=True
+    )
+    asking.start()
+    asking.join(SOON_S)
+    assert answers == [True]
+
+
+@pytest.mark.parametrize("name", ["", "server.key", "allowed/client.key"])
+def test_keys_that_others_may_replace_are_refused(folder: Path, name: str):
+    place = folder / name
+    place.chmod(place.stat().st_mode | stat.S_IWGRP)
+    with pytest.raises(ConfigError, match="others may write"):
+        (load_client_keys if name == "server.key" else load_server_keys)(folder)
+
+
 def test_the_feed_is_for_allowed_clients_alone(folder: Path, strangers: Path):
     async def scene() -> None:
         publisher = FeedPublisher(HOST, 0, keys=load_server_keys(folder))
@@ -315,7 +349,7 @@ def test_secrets_that_others_may_read_are_refused(folder: Path):
         secret.chmod(0o600)
         load(folder)
     (folder / "allowed").chmod(0o777)
-    with pytest.raises(ConfigError, match="let anyone in; chmod 700"):
+    with pytest.raises(ConfigError, match="let anyone in; chmod go-w"):
         load_server_keys(folder)
 
 

@@ -27,6 +27,8 @@ def check_client_files(folder: Path) -> None:
             remedy = f"it has no {name}; `speed-async keys` makes whole folders of keys"
             raise wrong_keys(folder, remedy)
     check_hidden(folder, folder / CLIENT_SECRET)
+    for place in (folder, folder / SERVER_PUBLIC):
+        _check_own(folder, place)
 
 
 def check_server_files(folder: Path) -> None:
@@ -41,9 +43,8 @@ def check_server_files(folder: Path) -> None:
     check_hidden(folder, secret)
     if not allowed.is_dir():
         raise wrong_keys(folder, f"it has no folder {ALLOWED} of the public keys that may connect")
-    if allowed.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        remedy = f"others may write into {allowed}, and so let anyone in; chmod 700 {allowed}"
-        raise wrong_keys(folder, remedy)
+    for place in (folder, allowed, *allowed.glob("*.key")):
+        _check_own(folder, place)
 
 
 def check_hidden(folder: Path, secret: Path) -> None:
@@ -51,6 +52,13 @@ def check_hidden(folder: Path, secret: Path) -> None:
     mode = stat.S_IMODE(secret.stat().st_mode)
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         remedy = f"others may read {secret} (mode {mode:04o}), a secret key; chmod 600 {secret}"
+        raise wrong_keys(folder, remedy)
+
+
+def _check_own(folder: Path, place: Path) -> None:
+    """Raises ConfigError when others may replace what is read here, and so let anyone in."""
+    if place.exists() and place.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        remedy = f"others may write to {place}, and so let anyone in; chmod go-w {place}"
         raise wrong_keys(folder, remedy)
 
 

@@ -5,6 +5,7 @@ It runs in a thread, so a busy event loop keeps nobody waiting at the door. Wher
 authenticator nobody gets in: libzmq would let everybody in, unless the domain is enforced.
 """
 
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,16 +72,17 @@ class AllowList:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._read_at_ns = -1
+        self._files: dict[Path, tuple[int, ...]] = {}
         self._keys: frozenset[bytes] = frozenset()
 
     def callback(self, domain: str, key: bytes) -> bool:
         """The authenticator's question, in its thread. Must not raise: that would end it."""
         try:
-            changed_ns = self._folder.stat().st_mtime_ns
-            if changed_ns != self._read_at_ns:
-                found = [_public_key(path) for path in self._folder.glob("*.key")]
-                self._keys, self._read_at_ns = frozenset(filter(None, found)), changed_ns
+            # The folder's own time stands still when a file in it is written over.
+            files = {path: facts for path in self._folder.glob("*.key") if (facts := _facts(path))}
+            if files != self._files:
+                self._keys = frozenset(filter(None, map(_public_key, files)))
+                self._files = files
         except OSError:
             return False
         return key in self._keys
@@ -136,6 +138,17 @@ def _certificate(folder: Path, name: str) -> tuple[bytes, bytes | None]:
     if len(public) != 40:
         raise names.wrong_keys(folder, f"the public key in {name} is not of 40 characters")
     return public, secret
+
+
+def _facts(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file does; None for what is no file, which a reader may wait at."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _public_key(path: Path) -> bytes | None:

@@ -95,6 +95,10 @@ def test_a_group_that_the_service_never_confirmed_may_be_missing(tmp_path: Path)
     assert findings(tmp_path, actor=unheard, buffered=0, generated=3) == ""
 
 
+def test_the_witness_does_not_clear_a_run_whose_confirmations_are_gone(tmp_path: Path) -> None:
+    assert "of no group that it was confirmed" in findings(tmp_path, actor=GOOD_ACTOR[:-1])
+
+
 def test_the_witness_sees_groups_from_nowhere_and_books_that_are_made_up(tmp_path: Path) -> None:
     learner = [trained(1, "a"), trained(2, "z")]
     assert "trained z, which nobody sent" in findings(tmp_path / "0", learner=learner)

@@ -151,6 +151,8 @@ def _judge_ledger(
         f"the ledger has {tokens['trained']} tokens as trained, the trace {tokens_trained}",
     )
     kept = sum(groups[end] for end in ("buffered", "in_training", "stale", "evicted"))
+    # Nothing can be missed of what nobody confirmed: without this, lost words are a clean verdict.
+    verdict.hold(bool(counts.accepted), "the traces say of no group that it was confirmed")
     missing = counts.accepted - trained - lost.groups
     verdict.hold(
         len(missing) <= kept,
