@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,3 +142,39 @@ def test_nothing_is_said_before_what_it_follows_from_is_written(
     again, notes = open_machine(folder, config, build, life=0)
     assert notes == []
     assert again.conversations.admit("actor-1.0", m.Message(number=num_sent + 1), 0.0)
+
+
+async def rubbish(machine: Machine, hub: InProcessHub) -> m.Leases:
+    """What another actor is leased, after the one that held all leases spoke rubbish."""
+    feed = FeedPublisher("127.0.0.1", 0)
+    serving = asyncio.create_task(serve(machine, hub, feed, []))
+    names = ("actor-1.0", "actor-2.0", "learner")
+    first, second, learner = (SessionLink(hub.connect(name)) for name in names)
+    want = m.WantWork(counts=ActorCounts(), num_prompts=1)
+    await first.send(hello("actor", 1))
+    await first.send(want)
+    while not isinstance(await first.receive(PATIENCE_S), m.Leases):
+        pass
+    await second.send(hello("actor", 2))
+    await second.send(replace(want, num_prompts=1000))
+    hub._inbox.put_now(("actor-1.0", [b"rubbish"]))  # pyright: ignore[reportPrivateUsage]
+    leases: m.Message = m.Drain(reason="")
+    while not (isinstance(leases, m.Leases) and leases.kind == "evaluation"):
+        leases = await second.receive(PATIENCE_S)
+    await learner.send(m.Failure(role="learner", message="that is all"))
+    await serving
+    return leases
+
+
+def test_an_actor_that_speaks_rubbish_is_lost_at_once_and_its_prompts_go_to_others(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(str(tmp_path), cluster={"peer_timeout_s": 10_000.0})
+    machine, _ = open_machine(tmp_path / "journal", config, build, life=0)
+    leases = asyncio.run(asyncio.wait_for(rubbish(machine, InProcessHub()), 2 * PATIENCE_S))
+    assert leases.prompt_ids == [0]
+    assert list(machine.service.membership.lost) == ["actor-1.0"]
+    again, notes = open_machine(tmp_path / "journal", config, build, life=0)
+    assert notes == []
+    assert again.service.membership.lost == machine.service.membership.lost

@@ -160,6 +160,7 @@ async def test_malformed_input_is_answered_and_counted_and_others_go_on(stage: S
             with pytest.raises(DeadlineExceeded):
                 await stage.hub.receive(0.2)
         assert stage.hub.rejected == stage.hub.muted.num_muted == number + 1
+        assert len(stage.hub.newly_rejected) == number + 1
         answer = await bad.receive(SOON_S)
         assert isinstance(answer, Rejected)
         assert answer.reason

@@ -25,6 +25,7 @@ SOON_S = 10.0
 
 class CountingHub(Hub, Protocol):
     rejected: int
+    newly_rejected: list[str]
     undelivered: int
     muted: MuteTable
 

@@ -31,7 +31,7 @@ SEGMENT_BYTES = 512 * 1024 * 1024
 """A segment past this is closed at the next chance to take a snapshot."""
 MAX_RECORD_BYTES = 1 << 40
 
-RecordKind = Literal["opened", "snapshot", "message", "tick", "gone", "life"]
+RecordKind = Literal["opened", "snapshot", "message", "tick", "gone", "refused", "life"]
 Place = tuple[int, int]
 """Segment and offset of a record."""
 

@@ -31,7 +31,7 @@ class Machine:
     def message(self, peer: str, message: m.Message, now_s: float) -> None:
         """What a peer said. Control messages and repetitions are dealt with and not recorded."""
         if not self.conversations.admit(peer, message, now_s):
-            self._note_refusal(peer)
+            self._note_refusal(peer, now_s)
             return
         turned_away = self.service.turned_away(peer, message)
         if turned_away is not None:
@@ -57,6 +57,15 @@ class Machine:
             self.journal.append("gone", now_s, peer=peer)
         self._gone(peer, now_s)
 
+    def refused(self, peer: str, reason: str, now_s: float) -> None:
+        """This peer was turned away before its message could be taken in: nobody listens to it any
+        more, and if it is an actor, it is lost."""
+        if peer not in self.service.membership.actors:
+            return
+        if self.journal is not None:
+            self.journal.append("refused", now_s, peer=peer, text=reason)
+        self._refused(peer, reason, now_s)
+
     def begin_life(self, life: int, now_s: float) -> None:
         if self.journal is not None:
             self.journal.append("life", now_s, value=float(life))
@@ -72,17 +81,23 @@ class Machine:
                 self._tick(record.now_s, record.value)
             case "gone":
                 self._gone(record.peer, record.now_s)
+            case "refused":
+                self._refused(record.peer, record.text, record.now_s)
             case "life":
                 self._begin_life(int(record.value), record.now_s)
             case _:
                 return
         self.events.clear()
 
-    def _note_refusal(self, peer: str) -> None:
+    def _note_refusal(self, peer: str, now_s: float) -> None:
         """The conversations may just have turned this peer away for good."""
         replies = self.conversations.replies
-        if replies and replies[-1][0] == peer and isinstance(replies[-1][1], m.Rejected):
+        if not replies or replies[-1][0] != peer:
+            return
+        answer = replies[-1][1]
+        if isinstance(answer, m.Rejected):
             self.service.gatekeeper.refused(peer)
+            self.refused(peer, answer.reason, now_s)
 
     # --- what they do ----------------------------------------------------------------------------
 
@@ -103,6 +118,10 @@ class Machine:
     def _gone(self, peer: str, now_s: float) -> None:
         self.service.gone(peer, now_s)
         self.conversations.drop_unnumbered(peer)
+        self._after(now_s)
+
+    def _refused(self, peer: str, reason: str, now_s: float) -> None:
+        self.service.refused(peer, reason, now_s)
         self._after(now_s)
 
     def _begin_life(self, life: int, now_s: float) -> None:

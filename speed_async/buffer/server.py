@@ -129,6 +129,8 @@ class _Shell:
         """Take in what is there, make it safe, say what follows."""
         await self._take_in()
         now_s = self._now()
+        while self._hub.newly_rejected:
+            self._machine.refused(self._hub.newly_rejected.pop(), "it was malformed", now_s)
         if now_s >= self._next_tick_s:
             self._machine.tick(now_s, now_s - self._next_tick_s)
             self._next_tick_s = self._now() + self._interval_s

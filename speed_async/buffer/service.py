@@ -175,6 +175,11 @@ class BufferService:
         if state is not None and state.gone_since_s is None:
             state.gone_since_s = now_s
 
+    def refused(self, peer: str, reason: str, now_s: float) -> None:
+        """The hub or the conversations have turned this peer away."""
+        self._lose_refused(peer, reason)
+        self._advance(now_s)
+
     def begin_life(self, life: int, now_s: float) -> None:
         """All processes were started again: of the old ones nobody comes back."""
         self.life = life
@@ -262,6 +267,9 @@ class BufferService:
         """Say so once; an actor is lost with it, and its prompts return."""
         self._send(peer, m.Rejected(reason=reason[:MAX_REASON_CHARS]))
         self.gatekeeper.refused(peer)
+        self._lose_refused(peer, reason)
+
+    def _lose_refused(self, peer: str, reason: str) -> None:
         state = self.membership.actors.get(peer)
         if state is not None and not state.said_goodbye:
             self._lose(state, f"a message of it was refused: {reason}")

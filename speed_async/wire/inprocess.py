@@ -29,6 +29,7 @@ class InProcessHub:
         self.rejected = 0
         self.undelivered = 0
         self.muted = MuteTable()
+        self.newly_rejected: list[PeerName] = []
         self._queued_messages = queued_messages
         self._send_deadline_s = send_deadline_s
         self._inbox: _Mailbox[tuple[PeerName, list[bytes]]] = _Mailbox(queued_messages)
@@ -97,6 +98,7 @@ class InProcessHub:
         except ProtocolError as error:
             self.rejected += 1
             self.mute(peer)
+            self.newly_rejected.append(peer)
             self._outboxes[peer].put_now(_as_bytes(encode(Rejected(reason=str(error)))))
             return None
 

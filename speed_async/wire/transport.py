@@ -46,6 +46,8 @@ class Hub(Protocol):
     rejected: int
     """Malformed messages so far."""
     muted: MuteTable
+    newly_rejected: list[PeerName]
+    """Peers of whom malformed messages came, for the service to take note of and clear."""
 
     def offer(self, peer: PeerName, message: Message) -> Delivery:
         """Queue a message to a peer, if that can be done at once."""

@@ -22,6 +22,8 @@ QUEUED_MESSAGES = 64
 """Default bound of each queue of each peer, in messages; it bounds memory under a slow reader."""
 SEND_DEADLINE_S = 30.0
 MAX_REASON_CHARS = 500
+MAX_NAMED = 4096
+"""Rejected peers that the service is told of by name, at most, before it looks again."""
 MAX_DROPPED = 64
 """Messages dropped in a row before the event loop has its turn."""
 
@@ -38,6 +40,7 @@ class ZmqHub:
         self.rejected = 0
         self.undelivered = 0
         self.muted = MuteTable()
+        self.newly_rejected: list[PeerName] = []
         self._socket = socket
         self._send_deadline_s = send_deadline_s
 
@@ -118,6 +121,8 @@ class ZmqHub:
         """Answer at once or not at all: a peer that sends rubbish may hold nobody up."""
         self.rejected += 1
         self.muted.add(identity)
+        if len(self.newly_rejected) < MAX_NAMED:
+            self.newly_rejected.append(identity.decode("ascii", "replace"))
         answer = encode(Rejected(reason=reason[:MAX_REASON_CHARS]))
         with suppress(zmq.ZMQError):
             self._socket.send_now([identity, *answer])
