@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from chaos.faults import Fault
+from chaos.held_groups import held_groups
 from chaos.injector import NoTarget
 from chaos.results import Result, Round
 from chaos.settings import Plan
@@ -79,7 +80,11 @@ class Drill:
         num_updates = run.stop() + MORE_UPDATES
         run.resume(num_updates)
         result.verdict = judge_ended(
-            run.trace_folder, run.run_folder, num_updates, run.injector.lost
+            run.trace_folder,
+            run.run_folder,
+            num_updates,
+            held_groups(run.run_folder),
+            run.injector.lost,
         )
         result.warnings = run.watcher.warnings
         if result.verdict.findings:

@@ -57,8 +57,9 @@ def write_run(folder: Path, actor: list[dict], learner: list[dict], **groups: in
 
 def findings(folder: Path, **wrong: Any) -> str:
     actor, learner = wrong.pop("actor", GOOD_ACTOR), wrong.pop("learner", GOOD_LEARNER)
+    held = wrong.pop("held", {"c"})
     write_run(folder, actor, learner, **wrong)
-    return "; ".join(judge_ended(folder / "trace", folder, 2).findings)
+    return "; ".join(judge_ended(folder / "trace", folder, 2, held).findings)
 
 
 def test_the_witness_has_nothing_to_say_of_a_run_that_kept_its_promises(tmp_path: Path) -> None:
@@ -79,7 +80,13 @@ def test_an_update_that_was_rolled_back_counts_for_nothing(tmp_path: Path) -> No
 
 
 def test_the_witness_sees_a_group_that_was_accepted_and_lost(tmp_path: Path) -> None:
-    assert "1 are lost, such as ['c']" in findings(tmp_path, buffered=0, generated=3)
+    said = "1 accepted groups were neither trained nor are they held: they are lost, such as ['c']"
+    assert said in findings(tmp_path / "0", held=set(), buffered=0, generated=3)
+    # Another group that is held does not make up for it.
+    assert said in findings(tmp_path / "1", held={"d"})
+    assert "trained and are held still" in findings(tmp_path / "2", held={"b", "c"}, buffered=2)
+    assert "holds 1 groups, the journal 0" in findings(tmp_path / "3", held=set())
+    assert "1 groups ended as stale" in findings(tmp_path / "4", stale=1, generated=5)
 
 
 def test_the_witness_sees_an_update_that_is_trained_again_otherwise(tmp_path: Path) -> None:
@@ -87,12 +94,12 @@ def test_the_witness_sees_an_update_that_is_trained_again_otherwise(tmp_path: Pa
     said = "version 1 was trained again with other groups"
     assert said in findings(tmp_path / "known", learner=otherwise)
     unknown = [otherwise[0], *otherwise[2:]]
-    assert findings(tmp_path / "unknown", learner=unknown) == ""
+    assert findings(tmp_path / "unknown", learner=unknown, held={"a"}) == ""
 
 
 def test_a_group_that_the_service_never_confirmed_may_be_missing(tmp_path: Path) -> None:
     unheard = [*GOOD_ACTOR[:3], {"kind": "heard", "number": 3}, GOOD_ACTOR[3]]
-    assert findings(tmp_path, actor=unheard, buffered=0, generated=3) == ""
+    assert findings(tmp_path, actor=unheard, held=set(), buffered=0, generated=3) == ""
 
 
 def test_the_witness_does_not_clear_a_run_whose_confirmations_are_gone(tmp_path: Path) -> None:

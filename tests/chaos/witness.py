@@ -76,9 +76,14 @@ def judge_so_far(traces: Traces, lost: LostRecords | None = None) -> list[str]:
 
 
 def judge_ended(
-    trace_folder: Path, run_folder: Path, num_updates: int, lost: LostRecords | None = None
+    trace_folder: Path,
+    run_folder: Path,
+    num_updates: int,
+    held: set[str],
+    lost: LostRecords | None = None,
 ) -> Verdict:
-    """Of a run that ended by itself. `lost`: what faults cut from its journal."""
+    """Of a run that ended by itself. `held`: groups that its journal still holds; `lost`: what
+    faults cut from it."""
     verdict, traces = Verdict(), read_traces(trace_folder)
     lost = lost or LostRecords()
     _judge_lineage(verdict, traces)
@@ -96,6 +101,8 @@ def judge_ended(
         f"it ended at version {summary['policy_version']}, not at {num_updates}",
     )
     _judge_ledger(verdict, summary["ledger"], traces, counts, lost)
+    trained = {group for update in lineage.values() for group in update.groups}
+    _judge_held(verdict, summary["ledger"]["groups"], trained, held, counts.accepted - lost.groups)
     _judge_metrics(verdict, run_folder, num_updates)
     return verdict
 
@@ -133,13 +140,34 @@ def _judge_replays(verdict: Verdict, traces: Traces, lost: LostRecords) -> None:
             known[update.policy_version] = update
 
 
+def _judge_held(
+    verdict: Verdict, groups: dict[str, int], trained: set[str], held: set[str], accepted: set[str]
+) -> None:
+    """Each group that the service confirmed was trained, or lies in the journal to be trained."""
+    # Nothing can be missed of what nobody confirmed: without this, lost words are a clean verdict.
+    verdict.hold(bool(accepted), "the traces say of no group that it was confirmed")
+    missing = accepted - trained - held
+    verdict.hold(
+        not missing,
+        f"{len(missing)} accepted groups were neither trained nor are they held: they are lost, "
+        f"such as {sorted(missing)[:3]}",
+    )
+    twice = trained & held
+    verdict.hold(not twice, f"{len(twice)} groups were trained and are held still")
+    dropped = groups["stale"] + groups["evicted"]
+    verdict.hold(dropped == 0, f"{dropped} groups ended as stale or evicted: no drill does that")
+    counted = groups["buffered"] + groups["in_training"]
+    verdict.hold(
+        counted == len(held), f"the ledger holds {counted} groups, the journal {len(held)}"
+    )
+
+
 def _judge_ledger(
     verdict: Verdict, ledger: dict[str, Any], traces: Traces, counts: Counts, lost: LostRecords
 ) -> None:
     groups, tokens = ledger["groups"], ledger["tokens"]
     verdict.hold(ledger["closes"] is True, f"the ledger does not close: {ledger['checks']}")
     updates = [update for update in traces.lineage().values() if not update.skipped]
-    trained = {group for update in traces.lineage().values() for group in update.groups}
     num_trained = sum(len(update.groups) for update in updates)
     verdict.hold(
         groups["trained"] == num_trained,
@@ -149,15 +177,6 @@ def _judge_ledger(
     verdict.hold(
         tokens["trained"] == tokens_trained,
         f"the ledger has {tokens['trained']} tokens as trained, the trace {tokens_trained}",
-    )
-    kept = sum(groups[end] for end in ("buffered", "in_training", "stale", "evicted"))
-    # Nothing can be missed of what nobody confirmed: without this, lost words are a clean verdict.
-    verdict.hold(bool(counts.accepted), "the traces say of no group that it was confirmed")
-    missing = counts.accepted - trained - lost.groups
-    verdict.hold(
-        len(missing) <= kept,
-        f"{len(missing)} accepted groups were not trained, and only {kept} are kept or ended "
-        f"otherwise: {len(missing) - kept} are lost, such as {sorted(missing)[:3]}",
     )
     for end in ("screened_out", "evaluation"):
         name = "evaluated" if end == "evaluation" else end
@@ -185,7 +204,7 @@ def _judge_ledger(
         "updates_taken_back": len(traces.updates) - len(traces.lineage()),
         "groups_trained": num_trained,
         "groups_accepted": len(counts.accepted),
-        "groups_kept": kept,
+        "groups_kept": groups["buffered"] + groups["in_training"],
         "results": sum(counts.surely.values()) + sum(counts.perhaps.values()),
         "actor_lives": len(traces.actors),
     }

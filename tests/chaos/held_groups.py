@@ -1,0 +1,56 @@
+"""What the journal of a run that has ended still holds, by the groups themselves."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from speed_async.buffer.curriculum import make_curriculum
+from speed_async.buffer.recovery import open_machine
+from speed_async.buffer.service import BufferService
+from speed_async.config.load import build_config
+from speed_async.config.schema import Config
+from speed_async.evaluate.plan import EvaluationPlan
+from speed_async.tasks.registry import make_task
+from speed_async.tasks.task import fingerprint
+from speed_async.wire import messages as m
+from speed_async.wire.codec import decode
+from speed_async.wire.tap import digest_of
+
+
+def held_groups(run_folder: Path) -> set[str]:
+    """Digests (wire/tap.py) of the groups that a service recovered from this journal would have
+    buffered or in training, each read from the record that it points to."""
+    config = build_config(json.loads((run_folder / "config.json").read_text()))
+    with tempfile.TemporaryDirectory() as copy:
+        folder = Path(copy) / "journal"
+        shutil.copytree(run_folder / "journal", folder)
+        machine, _ = open_machine(folder, config, _build, life=0)
+        journal, lifecycle = machine.journal, machine.service.lifecycle
+        assert journal is not None
+        waiting = [group for group, _ in lifecycle.buffer.waiting()]
+        held: set[str] = set()
+        for group in [*waiting, *lifecycle.in_training.values()]:
+            assert group.place is not None
+            message = decode(journal.read(group.place).frames)
+            assert isinstance(message, m.GroupFinished)
+            held.add(digest_of(message))
+        journal.close()
+        return held
+
+
+def _build(config: Config) -> BufferService:
+    task = make_task(config.task)
+    return BufferService(
+        config,
+        curriculum=make_curriculum(config, len(task.train_prompts), np.random.default_rng(0)),
+        evaluations=EvaluationPlan(
+            num_prompts=len(task.held_out_prompts),
+            num_samples=config.evaluate.num_samples,
+            every=config.evaluate.every,
+        ),
+        fingerprint=fingerprint(task),
+        started_s=0.0,
+    )
