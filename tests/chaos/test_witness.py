@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from chaos.lost_records import LostRecords
 from chaos.traces import read_traces
@@ -59,7 +60,12 @@ def findings(folder: Path, **wrong: Any) -> str:
     actor, learner = wrong.pop("actor", GOOD_ACTOR), wrong.pop("learner", GOOD_LEARNER)
     held = wrong.pop("held", {"c"})
     write_run(folder, actor, learner, **wrong)
-    return "; ".join(judge_ended(folder / "trace", folder, 2, held).findings)
+    return "; ".join(judge(folder, held))
+
+
+def judge(folder: Path, held: set[str] | None = None) -> list[str]:
+    held = {"c"} if held is None else held
+    return judge_ended(folder / "trace", folder, 2, held).findings
 
 
 def test_the_witness_has_nothing_to_say_of_a_run_that_kept_its_promises(tmp_path: Path) -> None:
@@ -112,6 +118,47 @@ def test_the_witness_sees_groups_from_nowhere_and_books_that_are_made_up(tmp_pat
     assert "as screened_out" in findings(tmp_path / "1", screened_out=2, generated=5)
     assert "3 groups as trained" in findings(tmp_path / "2", trained=3, generated=5)
     assert "9 groups were granted" in findings(tmp_path / "3", generated=9)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        (("ledger", "closes"), False, "the ledger does not close"),
+        (("ledger", "tokens", "trained"), 21, "21 tokens as trained, the trace 20"),
+        (("ledger", "tokens", "generated"), 41, "41 tokens as generated, the actors 40 to 40"),
+        (("ledger", "tokens", "generated"), 39, "39 tokens as generated, the actors 40 to 40"),
+        (("ledger", "groups", "evaluation"), 1, "1 as evaluation, the actors sent 0 to 0"),
+        (("policy_version",), 1, "it ended at version 1, not at 2"),
+    ],
+)
+def test_the_witness_holds_every_book_of_the_summary(
+    tmp_path: Path, where: tuple[str, ...], value: object, said: str
+) -> None:
+    write_run(tmp_path, GOOD_ACTOR, GOOD_LEARNER)
+    path = tmp_path / "summary.json"
+    summary = json.loads(path.read_text())
+    *sections, name = where
+    book = summary
+    for section in sections:
+        book = book[section]
+    book[name] = value
+    path.write_text(json.dumps(summary))
+    assert said in "; ".join(judge(tmp_path))
+
+
+def test_the_witness_wants_a_log_that_ends_well_and_has_the_last_step(tmp_path: Path) -> None:
+    write_run(tmp_path, GOOD_ACTOR, GOOD_LEARNER)
+    log = tmp_path / "metrics.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text(lines[0] + "\n")
+    assert "metrics.jsonl ends with step" in "; ".join(judge(tmp_path))
+    log.write_text(lines[1] + "\n")
+    assert judge(tmp_path) == ["metrics.jsonl has no step of version 2"]
+
+
+def test_the_witness_sees_a_group_that_is_in_one_update_twice(tmp_path: Path) -> None:
+    said = findings(tmp_path, learner=[trained(1, "a", "a"), trained(2, "b")], trained=3)
+    assert "version 1 holds a group twice" in said
 
 
 def test_the_witness_s_first_look_needs_no_summary(tmp_path: Path) -> None:
