@@ -184,6 +184,24 @@ def test_a_run_of_which_all_checkpoints_so_far_are_damaged_goes_back_to_its_star
     assert f"going on from version 0, replaying to {reached}\n" in log
 
 
+def test_a_run_whose_journal_was_moved_away_goes_on_from_its_last_checkpoint(
+    tmp_path: Path,
+) -> None:
+    first = start_train(tmp_path, *FOR_EVER, *OFTEN)
+    first.wait_for_steps(5)
+    first.interrupt()
+    assert first.finish()[0] == 130
+    stopped_at = first.summary()["policy_version"]
+    (first.folder / "journal").rename(tmp_path.parent / f"{tmp_path.name}-journal")
+
+    second = resume_train(first, "--run.updates", str(stopped_at + 2))
+    status, _, err = second.finish()
+    assert_whole(second, status, err, updates=stopped_at + 2)
+    # Of what was generated before, the new journal knows what was trained, by the learner's word.
+    groups = second.summary()["ledger"]["groups"]
+    assert groups["generated"] >= groups["trained"] == GROUPS * (stopped_at + 2)
+
+
 def test_a_run_under_way_cannot_be_resumed(tmp_path: Path) -> None:
     run = start_train(tmp_path, *FOR_EVER)
     run.wait_for_steps(1)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from buffer_fixtures import make_config
+from buffer_fixtures import make_config, make_group
+from service_desk import evaluated
 
 from speed_async.buffer.curriculum import UniformCurriculum
 from speed_async.buffer.journal import Journal, read_segment, segments
@@ -17,6 +18,7 @@ from speed_async.buffer.recovery import open_machine
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
 from speed_async.config.schema import Config
+from speed_async.errors import JournalError
 from speed_async.evaluate.plan import EvaluationPlan
 from speed_async.types import ActorCounts
 from speed_async.wire import messages as m
@@ -102,6 +104,18 @@ def hello(role: str, index: int) -> m.Hello:
     return m.Hello(role=role, index=index, incarnation=0, fingerprint="f", process_id=1)
 
 
+async def settle(link: SessionLink) -> None:
+    """Wait until all that was said was heard."""
+    hearing = asyncio.create_task(hear_all(link))
+    await link.settle(PATIENCE_S)
+    hearing.cancel()
+
+
+async def hear_all(link: SessionLink) -> None:
+    while True:
+        await link.receive(PATIENCE_S)
+
+
 async def conversation(machine: Machine, hub: WatchedHub, disk: SlowDisk) -> int:
     """Returns how many messages the actor sent."""
     feed = FeedPublisher("127.0.0.1", 0)
@@ -109,7 +123,6 @@ async def conversation(machine: Machine, hub: WatchedHub, disk: SlowDisk) -> int
     actor, learner = (SessionLink(hub.connect(name)) for name in ("actor-1.0", "learner"))
     await actor.send(hello("actor", 1))
     assert isinstance(await actor.receive(PATIENCE_S), m.Welcome)
-    hearing = asyncio.create_task(actor.receive(PATIENCE_S))
     disk.more_to_come = True
     num_sent = 1
     while not disk.overlapped and num_sent < MOST_REPORTS:
@@ -117,8 +130,7 @@ async def conversation(machine: Machine, hub: WatchedHub, disk: SlowDisk) -> int
         num_sent += 1
         await asyncio.sleep(0)
     disk.more_to_come = False
-    await actor.settle(PATIENCE_S)
-    hearing.cancel()
+    await settle(actor)
     await learner.send(m.Failure(role="learner", message="that is all"))
     await serving
     return num_sent
@@ -178,3 +190,42 @@ def test_an_actor_that_speaks_rubbish_is_lost_at_once_and_its_prompts_go_to_othe
     again, notes = open_machine(tmp_path / "journal", config, build, life=0)
     assert notes == []
     assert again.service.membership.lost == machine.service.membership.lost
+
+
+async def spoiled(machine: Machine, hub: InProcessHub) -> None:
+    """A learner asks for a batch whose groups wait on a disk that has spoiled them."""
+    feed = FeedPublisher("127.0.0.1", 0)
+    serving = asyncio.create_task(serve(machine, hub, feed, []))
+    actor, learner = (SessionLink(hub.connect(name)) for name in ("actor-1.0", "learner"))
+    want = m.WantWork(counts=ActorCounts(), num_prompts=8)
+    await learner.send(hello("learner", 0))
+    await actor.send(hello("actor", 1))
+    await actor.send(want)
+    num_groups = 0
+    while num_groups < 2:
+        message = await actor.receive(PATIENCE_S)
+        if not isinstance(message, m.Leases):
+            continue
+        for lease_id, prompt_id in zip(message.lease_ids, message.prompt_ids, strict=True):
+            if message.kind == "evaluation":
+                await actor.send(evaluated(lease_id, counts=ActorCounts()))
+            else:
+                await actor.send(make_group(lease_id, prompt_id))
+                num_groups += 1
+    await settle(actor)
+    journal = machine.journal
+    assert journal is not None
+    path = journal.folder / f"{journal.segment:08d}.journal"
+    path.write_bytes(bytes(path.stat().st_size))
+    await learner.send(m.TakeBatch(policy_version=0, num_groups=2))
+    await serving
+
+
+def test_a_group_that_the_disk_has_spoiled_ends_the_run_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(str(tmp_path), buffer={"spill": True})
+    no_room = config.buffer.model_copy(update={"capacity_bytes": 1})
+    config = config.model_copy(update={"buffer": no_room})
+    machine, _ = open_machine(tmp_path / "journal", config, build, life=0)
+    with pytest.raises(JournalError, match=r"Move '.*journal' away and resume"):
+        asyncio.run(asyncio.wait_for(spoiled(machine, InProcessHub()), 2 * PATIENCE_S))

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from speed_async.buffer.conversations import Sealed
-from speed_async.buffer.journal import SEGMENT_BYTES, Journal
+from speed_async.buffer.journal import SEGMENT_BYTES, Journal, Place
 from speed_async.buffer.machine import Machine
 from speed_async.buffer.recovery import begin_segment
 from speed_async.buffer.stored import StoredGroup
@@ -379,11 +379,23 @@ class _Shell:
         held = self._machine.service.lifecycle.in_training.get(message.lease_id)
         group = held.message if held is not None else None
         if group is None:
-            assert self._machine.journal is not None
-            stored = decode(self._machine.journal.read(message.place).frames)
-            assert isinstance(stored, m.GroupFinished)
-            group = stored
+            group = self._read(message.place)
         return batch_group(group, number=message.number, heard=message.heard)
+
+    def _read(self, place: Place) -> m.GroupFinished:
+        """A group from the journal. Raises JournalError, with the remedy."""
+        journal = self._machine.journal
+        assert journal is not None
+        try:
+            group = decode(journal.read(place).frames)
+        except JournalError as error:
+            raise JournalError(
+                f"a group that is to be trained cannot be read: {error}. Move '{journal.folder}' "
+                "away and resume: the run then goes on from its last checkpoint, without the "
+                "groups that were not trained yet"
+            ) from error
+        assert isinstance(group, m.GroupFinished)
+        return group
 
     async def _publish(self, events: list[Event]) -> None:
         for event in events:
