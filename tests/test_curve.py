@@ -31,6 +31,7 @@ from speed_async.wire.feed import FeedPublisher, FeedSubscriber
 from speed_async.wire.key_making import add_client, make_keys
 from speed_async.wire.messages import Welcome
 from speed_async.wire.session import Probe
+from speed_async.wire.transport import Delivery
 from speed_async.wire.zeromq import ZmqHub, ZmqLink, open_hub, open_link
 
 HOST = "127.0.0.1"
@@ -83,7 +84,7 @@ async def assert_served(hub: ZmqHub, keys: ClientKeys | None, name: str) -> None
     link = await link_to(hub.port, name, keys)
     await link.send(Probe(sent=1))
     assert await hub.receive(SOON_S) == (name, Probe(sent=1))
-    assert await hub.send(name, Welcome(policy_version=3))
+    assert hub.offer(name, Welcome(policy_version=3)) is Delivery.QUEUED
     assert await link.receive(SOON_S) == Welcome(policy_version=3)
 
 
@@ -95,7 +96,7 @@ async def assert_refused(hub: ZmqHub, keys: ClientKeys | None, name: str, says: 
         await hub.receive(REFUSED_S)
     with pytest.raises(DeadlineExceeded, match=says):
         await link.receive(0.0)
-    assert not await hub.send(name, Welcome(policy_version=3))  # no such peer
+    assert hub.offer(name, Welcome(policy_version=3)) is Delivery.GONE
 
 
 def test_an_allowed_client_is_served(folder: Path):
@@ -134,7 +135,7 @@ def test_whoever_is_not_allowed_never_reaches_the_hub_and_nobody_notices(
         assert hub.rejected == 0
         await stays.send(Probe(sent=1))
         assert await hub.receive(SOON_S) == ("stays-1.0", Probe(sent=1))
-        assert await hub.send("stays-1.0", Welcome(policy_version=4))
+        assert hub.offer("stays-1.0", Welcome(policy_version=4)) is Delivery.QUEUED
         assert await stays.receive(SOON_S) == Welcome(policy_version=4)
 
     play(scene)

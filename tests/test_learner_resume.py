@@ -35,7 +35,7 @@ from speed_async.weights.memory_channel import MemorySender, MemoryStore
 from speed_async.wire import messages as m
 from speed_async.wire.groups import batch_group, pack_group
 from speed_async.wire.inprocess import InProcessHub
-from speed_async.wire.transport import Link
+from speed_async.wire.transport import Delivery, Link
 
 PEER = "learner"
 HELLO = m.Hello(role="learner", index=0, incarnation=2, fingerprint="f", process_id=1)
@@ -97,7 +97,7 @@ class Service:
         await self.say(m.Summary(fields={}))
 
     async def say(self, message: m.Message) -> None:
-        await self._hub.send(PEER, message)
+        assert self._hub.offer(PEER, message) is Delivery.QUEUED
 
     def _answers(self, message: m.Message) -> list[m.Message]:
         match message:

@@ -633,14 +633,14 @@ def test_an_actor_whose_engine_refused_a_version_tells_the_service_before_it_end
             )
             hello = m.Hello(role="actor", index=1, incarnation=0, fingerprint="f", process_id=1)
             acting = asyncio.create_task(loop.run(hello))
-            await hub.send("actor-1.0", m.Welcome(policy_version=0))
+            hub.offer("actor-1.0", m.Welcome(policy_version=0))
             leases = m.Leases(
                 lease_ids=[1, 2, 3], prompt_ids=[0, 1, 2], kind="training", num_samples=0
             )
-            await hub.send("actor-1.0", leases)
+            hub.offer("actor-1.0", leases)
             while engine.stats.num_running < 4:  # noqa: ASYNC110 - the engine has no event for it
                 await asyncio.sleep(0)
-            await hub.send("actor-1.0", offer)
+            hub.offer("actor-1.0", offer)
             heard: list[m.Message] = []
             while not heard or not isinstance(heard[-1], m.WeightsApplied):
                 message = (await hub.receive(10))[1]

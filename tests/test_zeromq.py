@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import uvloop
-from transport_contract import SOON_S, ZmqStage, over_sockets
+from transport_contract import SOON_S, ZmqStage, over_sockets, say
 
 from speed_async.errors import ConfigError, DeadlineExceeded, ProtocolError
 from speed_async.types import ActorCounts
@@ -42,7 +42,7 @@ def test_a_link_may_be_opened_before_its_hub():
         hub = await open_hub(HOST, port)
         received = [await hub.receive(SOON_S) for _ in range(10)]
         assert received == [("early-1.0", want(number)) for number in range(10)]
-        await hub.send("early-1.0", Probe(sent=1))
+        await say(hub, "early-1.0", Probe(sent=1))
         assert await link.receive(SOON_S) == Probe(sent=1)
         await link.close()
         await hub.close()
@@ -60,7 +60,7 @@ def test_a_link_finds_a_restarted_hub_by_itself():
         second = await open_hub(HOST, first.port)
         await link.send(want(2))
         assert await second.receive(SOON_S) == ("actor-1.0", want(2))
-        await second.send("actor-1.0", Probe(sent=2))
+        await say(second, "actor-1.0", Probe(sent=2))
         assert await link.receive(SOON_S) == Probe(sent=2)
         await link.close()
         await second.close()
@@ -96,7 +96,7 @@ async def test_a_killed_process_is_a_gone_peer_and_its_successor_is_served(stage
             child.wait(SOON_S)
         async with asyncio.timeout(SOON_S):
             while stage.hub.undelivered < incarnation:
-                await stage.hub.send("child-1.0", Probe(sent=0))
+                await say(stage.hub, "child-1.0", Probe(sent=0))
                 await asyncio.sleep(0)
     await stays.send(want(7))
     assert await stage.hub.receive(SOON_S) == ("stays-1.0", want(7))

@@ -15,7 +15,7 @@ from speed_async.wire.codec import Frame, decode
 from speed_async.wire.inprocess import InProcessHub, InProcessLink
 from speed_async.wire.messages import Message
 from speed_async.wire.muting import MuteTable
-from speed_async.wire.transport import Hub, Link
+from speed_async.wire.transport import Delivery, Hub, Link
 from speed_async.wire.zeromq import ZmqHub, open_hub, open_link
 
 TEST_DEADLINE_S = 30.0
@@ -28,6 +28,14 @@ class CountingHub(Hub, Protocol):
     newly_rejected: list[str]
     undelivered: int
     muted: MuteTable
+
+
+async def say(hub: Hub, peer: str, message: Message) -> Delivery:
+    """Offer a message until there is room for it."""
+    async with asyncio.timeout(SOON_S):
+        while (delivery := hub.offer(peer, message)) is Delivery.FULL:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)  # a hub tells nobody of room
+    return delivery
 
 
 class RawPeer(Protocol):
@@ -83,7 +91,6 @@ class ZmqStage:
             0,
             outbox_messages=self._queued_messages,
             inbox_messages=self._queued_messages,
-            send_deadline_s=self._send_deadline_s,
         )
         self._stack.push_async_callback(self.hub.close)
         return self

@@ -40,22 +40,6 @@ class InProcessHub:
         self._outboxes[name] = _Mailbox(self._queued_messages)
         return InProcessLink(name, self._inbox, self._outboxes[name], self._send_deadline_s)
 
-    async def send(self, peer: PeerName, message: Message) -> bool:
-        """Queue a message; waits while the peer's queue is full, then raises DeadlineExceeded."""
-        frames = _as_bytes(encode(message))
-        outbox = self._outboxes.get(peer)
-        try:
-            if outbox is None:
-                raise TransportClosed(f"{peer} is not connected")
-            what = f"room for {type(message).__name__} in its queue"
-            await outbox.put(frames, self._send_deadline_s, whom=peer, what=what)
-        except TransportClosed:
-            if self._inbox.closed:
-                raise
-            self.undelivered += 1
-            return False
-        return True
-
     def offer(self, peer: PeerName, message: Message) -> Delivery:
         """Queue a message if that can be done at once; `undelivered` counts gone peers."""
         if self._inbox.closed:

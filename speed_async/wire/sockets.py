@@ -35,10 +35,6 @@ ZERO_COPY_BYTES = 64 * 1024
 """Frames this large are handed to libzmq as they are; tracking smaller ones costs more."""
 MAX_BURST = 32
 """Operations in a row without yielding to the event loop."""
-FULL_PEER_RETRY_S = 0.005
-"""A ROUTER never says which peer has room again: its senders look at every signal, and this often
-in case another operation consumed the signal."""
-
 _MORE = int(zmq.SNDMORE)
 
 
@@ -62,13 +58,12 @@ class PolledSocket:
         self._socket.RCVHWM = inbox_messages
         set_common_options(self._socket, max_frame_bytes=max_frame_bytes)
         self._authenticator = secure(self._socket, keys)
-        self._has_exact_pollout = kind != zmq.ROUTER
         self._readers: set[asyncio.Future[None]] = set()
         self._writers: set[asyncio.Future[None]] = set()
         self._burst = 0
         self._closed = False
         self._descriptor = self._socket.FD
-        self._loop.add_reader(self._descriptor, self._on_signal)
+        self._loop.add_reader(self._descriptor, self._wake)
 
     @property
     def raw(self) -> zmq.Socket:
@@ -78,10 +73,8 @@ class PolledSocket:
     async def send(
         self, frames: Sequence[Frame], *, deadline_s: float, whom: str, what: str
     ) -> None:
-        """Queue one message, waiting up to `deadline_s` for room.
-
-        Raises DeadlineExceeded, TransportClosed, or zmq.ZMQError for an unknown ROUTER peer.
-        """
+        """Queue one message, waiting up to `deadline_s` for room; not for a ROUTER, which never
+        says which peer has room again. Raises DeadlineExceeded or TransportClosed."""
         await self._retried(
             lambda: self.send_now(frames), self._writers, deadline_s, whom=whom, what=what
         )
@@ -105,7 +98,10 @@ class PolledSocket:
         return frames
 
     def send_now(self, frames: Sequence[Frame]) -> None:
-        """Queue one message or raise zmq.Again."""
+        """Queue one message or raise zmq.Again; zmq.ZMQError for a peer that a ROUTER lacks;
+        TransportClosed."""
+        if self._closed:
+            raise TransportClosed("the socket is closed")
         send_frames(self._socket, frames, int(zmq.NOBLOCK))
 
     async def close(self) -> None:
@@ -160,8 +156,6 @@ class PolledSocket:
             await self._wait(waiters, deadline_s - waited_s)
 
     async def _wait(self, waiters: set[asyncio.Future[None]], timeout_s: float) -> None:
-        if waiters is self._writers and not self._has_exact_pollout:
-            timeout_s = min(timeout_s, FULL_PEER_RETRY_S)
         waiter = self._loop.create_future()
         waiters.add(waiter)
         timer = self._loop.call_later(timeout_s, _resolve, waiter)
@@ -174,19 +168,13 @@ class PolledSocket:
             timer.cancel()
             waiters.discard(waiter)
 
-    def _on_signal(self) -> None:
-        if not self._has_exact_pollout:
-            for waiter in self._writers:
-                _resolve(waiter)
-        self._wake()
-
     def _wake(self) -> None:
         # Reading EVENTS also clears the descriptor, which would else keep the loop spinning.
         events = int(self._socket.get(zmq.EVENTS))
         if events & zmq.POLLIN:
             for waiter in self._readers:
                 _resolve(waiter)
-        if events & zmq.POLLOUT and self._has_exact_pollout:
+        if events & zmq.POLLOUT:
             for waiter in self._writers:
                 _resolve(waiter)
 

@@ -35,30 +35,13 @@ class ZmqHub:
     """The service's end. `rejected` counts refused messages, `undelivered` those to gone peers,
     `muted` holds the peers that are not listened to."""
 
-    def __init__(self, socket: PolledSocket, port: int, send_deadline_s: float) -> None:
+    def __init__(self, socket: PolledSocket, port: int) -> None:
         self.port = port
         self.rejected = 0
         self.undelivered = 0
         self.muted = MuteTable()
         self.newly_rejected: list[PeerName] = []
         self._socket = socket
-        self._send_deadline_s = send_deadline_s
-
-    async def send(self, peer: PeerName, message: Message) -> bool:
-        """Queue a message; waits while the peer's queue is full, then raises DeadlineExceeded.
-
-        False for a peer that is gone, or never was; `undelivered` counts those.
-        """
-        what = f"room for {type(message).__name__} in its queue"
-        frames: list[Frame] = [peer.encode(), *encode(message)]
-        try:
-            await self._socket.send(frames, deadline_s=self._send_deadline_s, whom=peer, what=what)
-        except zmq.ZMQError as error:
-            if error.errno not in _GONE:
-                raise
-            self.undelivered += 1
-            return False
-        return True
 
     def offer(self, peer: PeerName, message: Message) -> Delivery:
         """Queue a message if that can be done at once; `undelivered` counts gone peers."""
@@ -164,7 +147,6 @@ async def open_hub(
     *,
     outbox_messages: int = QUEUED_MESSAGES,
     inbox_messages: int = QUEUED_MESSAGES,
-    send_deadline_s: float = SEND_DEADLINE_S,
     keys: ServerKeys | None = None,
 ) -> ZmqHub:
     """Bind at `host`; port 0 picks a free one (`hub.port`). Queues are bounded for each peer.
@@ -176,7 +158,7 @@ async def open_hub(
     socket = PolledSocket(
         zmq.ROUTER, outbox_messages=outbox_messages, inbox_messages=inbox_messages, keys=keys
     )
-    # Mandatory routing makes a full queue wait and a gone peer known; else both drop silently.
+    # Mandatory routing makes a full queue and a gone peer known; else both drop silently.
     socket.raw.ROUTER_MANDATORY = 1
     socket.raw.ROUTER_HANDOVER = 1
     try:
@@ -184,7 +166,7 @@ async def open_hub(
     except BaseException:
         await socket.close()
         raise
-    return ZmqHub(socket, bound_port, send_deadline_s)
+    return ZmqHub(socket, bound_port)
 
 
 async def open_link(

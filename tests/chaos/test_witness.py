@@ -196,11 +196,11 @@ def test_both_ends_know_a_group_by_the_same_digest_and_a_message_sent_again_coun
         message = finished_group(1)
         for _ in range(2):
             await actor.send(message)
-        await hub.send("actor-1.0", m.Welcome(policy_version=0, heard=1))
+        hub.offer("actor-1.0", m.Welcome(policy_version=0, heard=1))
         await actor.receive(1.0)
         fields = {name: getattr(message, name) for name in m.BatchGroup.__slots__}
-        await hub.send("learner", m.BatchGroup(**fields | {"number": 1, "heard": 0}))
-        await hub.send("learner", m.BatchReady(policy_version=0, lease_ids=[3]))
+        hub.offer("learner", m.BatchGroup(**fields | {"number": 1, "heard": 0}))
+        hub.offer("learner", m.BatchReady(policy_version=0, lease_ids=[3]))
         for _ in range(2):
             await learner.receive(1.0)
         await learner.send(
