@@ -438,7 +438,7 @@ def test_actors_are_held_back_before_the_memory_bound_is_passed(tmp_path: Path) 
     leases = desk.lease(100)
     room = desk.service.lifecycle.credits_left
     buffer = desk.config.buffer.model_copy(update={"capacity_bytes": 1000})
-    desk.service.lifecycle._config = desk.config.model_copy(  # pyright: ignore
+    desk.service.lifecycle.credit._config = desk.config.model_copy(  # pyright: ignore
         update={"buffer": buffer}
     )
     for lease_id, prompt_id in zip(leases.lease_ids[:40], leases.prompt_ids[:40], strict=True):
