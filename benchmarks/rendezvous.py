@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import Store
 
 from benchmarks.harness import report
 from speed_async.types import WeightOffer
-from speed_async.weights.membership import wait_for_keys
+from speed_async.weights.epoch_group import wait_for_keys
 from speed_async.weights.process_group import host_store, reach_store
 
 NUM_RECEIVERS = (8, 16, 32, 64, 128)

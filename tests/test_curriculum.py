@@ -16,6 +16,7 @@ from speed_async.config.schema import GateConfig
 from speed_async.evaluate.plan import EvaluationPlan
 from speed_async.types import ActorCounts, LeaseKind
 from speed_async.wire import messages as m
+from speed_async.wire.groups import weigh_group
 
 GATE = GateConfig()
 
@@ -226,7 +227,8 @@ def test_the_service_tells_the_curriculum_every_end_and_every_version(tmp_path: 
     ids, prompts = leases.lease_ids, leases.prompt_ids
     assert sorted(prompts) == [0, 1, 2, 3]
     counts = ActorCounts()
-    life.group_finished("a", make_group(ids[0], prompts[0], rewards=(1, 0, 0, 0)))
+    group = make_group(ids[0], prompts[0], rewards=(1, 0, 0, 0))
+    life.group_finished("a", group, weigh_group(group))
     life.screened_out(
         "a",
         m.ScreenedOut(

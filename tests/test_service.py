@@ -310,7 +310,7 @@ def test_weights_that_did_not_arrive_are_offered_again_in_a_new_epoch(desk: Desk
         policy_version=1, store_host="h", store_port=1, backend="gloo", deadline_s=1.0
     )
     desk.say("learner", publish)
-    epoch = desk.service.weight_group.epoch
+    epoch = desk.service.learner.weight_group.epoch
 
     def failed(epoch: int) -> m.WeightsApplied:
         return m.WeightsApplied(
@@ -324,11 +324,11 @@ def test_weights_that_did_not_arrive_are_offered_again_in_a_new_epoch(desk: Desk
 
     assert kinds(desk.say("actor-1.0", failed(epoch))) == ["MembershipChanged"]
     desk.say("learner", publish)
-    assert desk.service.weight_group.epoch == epoch + 1
+    assert desk.service.learner.weight_group.epoch == epoch + 1
     # A late word about the old group leaves the new one alone.
     assert kinds(desk.say("actor-1.0", failed(epoch))) == []
     desk.say("learner", publish)
-    assert desk.service.weight_group.epoch == epoch + 1
+    assert desk.service.learner.weight_group.epoch == epoch + 1
 
 
 def test_an_actor_without_whole_weights_is_lost_at_once_and_the_run_says_why(desk: Desk) -> None:
@@ -341,7 +341,7 @@ def test_an_actor_without_whole_weights_is_lost_at_once_and_the_run_says_why(des
     desk.service.events.clear()
     refused = m.WeightsApplied(
         policy_version=-1,
-        epoch=desk.service.weight_group.epoch,
+        epoch=desk.service.learner.weight_group.epoch,
         pause_s=0,
         transfer_s=0,
         error="policy version 1 is refused, its canary failed",
@@ -438,7 +438,7 @@ def test_actors_are_held_back_before_the_memory_bound_is_passed(tmp_path: Path) 
     leases = desk.lease(100)
     room = desk.service.lifecycle.credits_left
     buffer = desk.config.buffer.model_copy(update={"capacity_bytes": 1000})
-    desk.service.lifecycle._config = desk.config.model_copy(  # pyright: ignore
+    desk.service.lifecycle.credit._config = desk.config.model_copy(  # pyright: ignore
         update={"buffer": buffer}
     )
     for lease_id, prompt_id in zip(leases.lease_ids[:40], leases.prompt_ids[:40], strict=True):

@@ -77,7 +77,7 @@ def not_applied(desk: Desk, actor: str, epoch: int) -> list[str]:
 
 
 def test_a_late_joiner_gets_a_snapshot_of_its_own_and_no_lease_before_it(desk: Desk) -> None:
-    before = desk.service.weight_group.epoch
+    before = desk.service.learner.weight_group.epoch
     answers = desk.hello("actor-3.0", 3)
     assert kinds(answers) == ["MembershipChanged", "Welcome"]
     assert kinds(desk.say("actor-3.0", m.WantWork(num_prompts=2, counts=ActorCounts()))) == []
@@ -114,7 +114,7 @@ def test_a_joiner_gets_no_lease_even_while_the_first_versions_are_fresh_enough(
 
 
 def test_publishing_again_to_nobody_keeps_the_epoch_for_the_next_version(desk: Desk) -> None:
-    before = desk.service.weight_group.epoch
+    before = desk.service.learner.weight_group.epoch
     offers, members = publish(desk, 5)
     assert (offers, members.actor_names, members.world_size) == ({}, [], 1)
     published(desk, 5)
@@ -336,7 +336,7 @@ def test_pauses_transfers_and_lags_are_told(desk: Desk) -> None:
         "weights/lag/actor-2": 1,
     }
     # Pauses: 0.25 twice (version 5), 0.5, 1.5. Lags: two of 5 (the first update), four of 1.
-    assert desk.service.weight_times.summary() == {
+    assert desk.service.learner.weight_times.summary() == {
         "pause_s": 0.625,
         "transfer_s": 0.5,
         "bytes_per_s": 2000.0,

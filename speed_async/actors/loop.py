@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 
 from speed_async.actors.engine import Engine
-from speed_async.actors.rollout import Aborted, LeaseWork, Refused, Rollout, Scored
+from speed_async.actors.lease_result import Result, result_message
+from speed_async.actors.rollout import Aborted, LeaseWork, Rollout
 from speed_async.config.schema import Config
 from speed_async.errors import (
     DeadlineExceeded,
@@ -24,9 +25,8 @@ from speed_async.errors import (
     WeightSyncError,
 )
 from speed_async.tasks.task import Task
-from speed_async.types import ActorCounts, Group, Lease, LeaseKind, WeightOffer, weight_backend
+from speed_async.types import ActorCounts, Lease, LeaseKind, WeightOffer, weight_backend
 from speed_async.wire import messages as m
-from speed_async.wire.groups import pack_group
 from speed_async.wire.joining import Leaving
 from speed_async.wire.session import SessionLink
 
@@ -143,7 +143,7 @@ class ActorLoop:
         lease = work.lease
         evaluation = lease.kind is LeaseKind.EVALUATION
         prompts = self._task.held_out_prompts if evaluation else self._task.train_prompts
-        result: Group | Refused | Scored | str
+        result: Result
         try:
             result = await self._rollout.run(work, prompts[lease.prompt_id])
         except Aborted:
@@ -161,42 +161,11 @@ class ActorLoop:
                 raise
         self._end_lease(work, result)
 
-    def _end_lease(self, work: LeaseWork, result: Group | Refused | Scored | str) -> None:
+    def _end_lease(self, work: LeaseWork, result: Result) -> None:
         lease_id = work.lease.lease_id
         del self._works[lease_id], self._tasks[lease_id]
         self._completions_generated += len(work.samples)
-        counts, num_tokens, num_completions = self._counts(), work.num_tokens, len(work.samples)
-        message: m.Message
-        match result:
-            case Group():
-                message = pack_group(result, counts)
-            case Refused():
-                message = m.ScreenedOut(
-                    lease_id=lease_id,
-                    num_passed=result.num_passed,
-                    num_completions=num_completions,
-                    num_tokens=num_tokens,
-                    counts=counts,
-                )
-            case Scored():
-                message = m.Evaluated(
-                    lease_id=lease_id,
-                    num_passed=result.num_passed,
-                    num_completions=num_completions,
-                    num_tokens=num_tokens,
-                    oldest_version=result.oldest_version,
-                    newest_version=result.newest_version,
-                    counts=counts,
-                )
-            case str():
-                message = m.LeaseFailed(
-                    lease_id=lease_id,
-                    reason=result,
-                    num_completions=num_completions,
-                    num_tokens=num_tokens,
-                    counts=counts,
-                )
-        self._say(message)
+        self._say(result_message(work, result, self._counts()))
         self._ask_for_work()
         self._maybe_drained()
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from speed_async.types import FinishReason, Float32Array, Int32Array, Sampled
 
 Int64Array = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 
 _GRANULE = 32
 """Room for tokens grows in such steps."""

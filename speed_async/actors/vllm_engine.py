@@ -15,17 +15,22 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-from vllm import SamplingParams, TokensPrompt
+from vllm import TokensPrompt
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from speed_async.actors.admission import sequence_limit
 from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateReport
 from speed_async.actors.engine_frames import unpack_error
+from speed_async.actors.vllm_requests import (
+    LiveRequest,
+    canary_logprobs,
+    canary_params,
+    sampled,
+    sampling_params,
+)
 from speed_async.errors import DeadlineExceeded, GivenUp, SpeedAsyncError, WeightSyncError
-from speed_async.types import FinishReason, Sampled, WeightOffer
+from speed_async.types import Sampled, WeightOffer
 from speed_async.weights.canary import Canary, canary_tolerance, verify
 
 STAGES = 4
@@ -43,26 +48,6 @@ class OpenLlm:
     num_slots: int
     dtype: str
     close: Callable[[], None]
-
-
-@dataclass(slots=True)
-class _Live:
-    """A request that has not returned."""
-
-    request: GenerationRequest | None  # None: the canary
-    queue: Any  # vllm's RequestOutputCollector
-    state: Any  # vllm's RequestState; None when it had finished before it could be looked at
-
-    first_version: int | None = None
-    """That of its first token, known from the first update after it."""
-
-    @property
-    def num_tokens(self) -> int:
-        return 0 if self.state is None else self.state.detokenizer.num_output_tokens()
-
-    @property
-    def is_running(self) -> bool:
-        return self.state is not None and not self.state.is_prefilling
 
 
 class VllmEngine:
@@ -87,7 +72,7 @@ class VllmEngine:
         self._tolerance = canary_tolerance_nats
         self._clock = clock
         self._ids = itertools.count()
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, LiveRequest] = {}
         self._failure: Exception | None = None
         self._policy_version = 0
         self._paused = False
@@ -154,7 +139,7 @@ class VllmEngine:
             raise
         self._forget(live)
         self._tokens_returned += len(output.token_ids)
-        return _sampled(output)
+        return sampled(output)
 
     async def pause(self, *, abort: bool) -> None:
         self._check_usable()
@@ -199,20 +184,8 @@ class VllmEngine:
 
     # --- requests ----------------------------------------------------------------------------
 
-    async def _add(self, request: GenerationRequest, limit: int) -> _Live:
-        num_prompt = len(request.prompt_token_ids)
-        params = SamplingParams(
-            max_tokens=limit - num_prompt,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            logprobs=0,
-            flat_logprobs=True,
-            stop_token_ids=list(self._opened.eos_token_ids),
-            ignore_eos=True,  # but for the ids above
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,
-        )
+    async def _add(self, request: GenerationRequest, limit: int) -> LiveRequest:
+        params = sampling_params(request, limit, self._opened.eos_token_ids)
         prompt = TokensPrompt(
             prompt_token_ids=request.prompt_token_ids.tolist(),
             # Keys and values of an older version are nobody's prefix.
@@ -224,16 +197,16 @@ class VllmEngine:
             )
         )
         state = self._llm.output_processor.request_states.get(queue.request_id)
-        live = _Live(request, queue, state)
+        live = LiveRequest(request, queue, state)
         if not self._live:
             self._busy_since_s = self._clock()
         self._live[queue.request_id] = live
         return live
 
-    async def _get(self, live: _Live) -> Any:
+    async def _get(self, live: LiveRequest) -> Any:
         return await self._call(live.queue.get())
 
-    async def _cancel(self, live: _Live) -> None:
+    async def _cancel(self, live: LiveRequest) -> None:
         """The caller is gone: free the request, and count what it had sampled."""
         self._forget(live)
         num_tokens = live.num_tokens
@@ -241,7 +214,7 @@ class VllmEngine:
             await self._llm.abort(live.queue.request_id, internal=True)
         self._tokens_cancelled += num_tokens
 
-    def _forget(self, live: _Live) -> None:
+    def _forget(self, live: LiveRequest) -> None:
         self._live.pop(live.queue.request_id, None)
         if not self._live:
             self._busy_s += self._busy_now_s()
@@ -323,23 +296,16 @@ class VllmEngine:
 
     async def _measure(self, canary: Canary) -> list[float]:
         """Log-probabilities (T-1,) of the canary's tokens 1..T-1."""
-        params = SamplingParams(
-            max_tokens=1,
-            prompt_logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
         queue = await self._call(
             self._llm.add_request(
                 f"canary-{next(self._ids)}",
                 TokensPrompt(prompt_token_ids=list(canary.token_ids)),
-                params,
+                canary_params(),
                 priority=CANARY_PRIORITY,
             )
         )
-        output = await self._get(_Live(None, queue, None))
-        pairs = zip(canary.token_ids[1:], output.prompt_logprobs[1:], strict=True)
-        return [float(position[token_id].logprob) for token_id, position in pairs]
+        output = await self._get(LiveRequest(None, queue, None))
+        return canary_logprobs(canary, output)
 
     # --- failure -----------------------------------------------------------------------------
 
@@ -372,26 +338,3 @@ class VllmEngine:
     def _check_usable(self) -> None:
         if self._failure is not None:
             raise self._failure
-
-
-def _sampled(output: Any) -> Sampled:
-    """From vLLM's `CompletionOutput`, with its log-probabilities flat."""
-    token_ids = np.asarray(output.token_ids, np.int32)
-    spans = output.weight_versions or ()
-    return Sampled(
-        token_ids=token_ids,
-        logprobs=np.asarray(output.logprobs.logprobs if len(token_ids) else (), np.float32),
-        policy_versions=np.repeat(
-            np.array([int(span.version) for span in spans], np.int32),
-            [span.end - span.start for span in spans],
-        ),
-        finish_reason=_finish_reason(output.finish_reason),
-    )
-
-
-def _finish_reason(reason: str | None) -> FinishReason:
-    match reason:
-        case "stop" | "length" | "abort":
-            return reason
-        case _:
-            raise SpeedAsyncError(f"vLLM ended a request with '{reason}'; see the actor's log")

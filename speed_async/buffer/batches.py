@@ -65,7 +65,7 @@ class Batches:
     def _round_of(self, missing: int) -> int:
         if self._config.gate.mode == "off":
             return missing
-        return math.ceil(missing * ROUND_MARGIN / self._lifecycle.lease_price)
+        return math.ceil(missing * ROUND_MARGIN / self._lifecycle.credit.price)
 
     def answer(
         self, now_s: float, *, evaluating: bool

@@ -4,6 +4,7 @@ Owns curriculum, leases, priority buffer and ledger, and keeps them in step: wha
 a group happens here, once, in all four.
 """
 
+from speed_async.buffer.credit import Credit
 from speed_async.buffer.curriculum import Curriculum
 from speed_async.buffer.evaluations import Accuracy, Evaluations
 from speed_async.buffer.group_table import BufferedGroup
@@ -16,11 +17,6 @@ from speed_async.config.schema import Config
 from speed_async.types import GroupEnd, LeaseKind
 from speed_async.wire import messages as m
 from speed_async.wire.groups import GroupFacts
-
-BYTES_WINDOW = 16
-"""Groups over which the running mean of their bytes forgets."""
-MIN_PRICE = 1 / 16
-"""Keeps the number of leases bounded where hardly any prompt passes."""
 
 
 class Lifecycle:
@@ -41,6 +37,13 @@ class Lifecycle:
             max_passed_over=config.buffer.max_passed_over,
             signal_weight=config.buffer.signal_weight,
         )
+        self.credit = Credit(
+            config,
+            leases=self.leases,
+            ledger=self.ledger,
+            buffer=self.buffer,
+            statistics=statistics,
+        )
         self.in_training: dict[int, BufferedGroup] = {}
         self.lineage = Lineage()
         self._config = config
@@ -48,42 +51,13 @@ class Lifecycle:
         self._evaluations = evaluations
         self._statistics = statistics
         self._policy_version = 0
-        self._bytes_a_group = 0.0
-        """Running mean; it starts low, and so do the first groups."""
 
     # --- granting --------------------------------------------------------------------------
 
     @property
     def credits_left(self) -> int:
-        """Training leases that may still be granted.
-
-        A prompt under screening is charged what it is expected to yield, the share that the gate
-        lets pass; a group that is continued, buffered or in training is charged whole. So a batch
-        for each version of the staleness window is under way whatever the gate refuses, and no
-        more. Where that would not fit `buffer.capacity_bytes`, actors are held back before it.
-        """
-        num_leased = self.leases.num_charged
-        continuing = min(self.ledger.groups_continuing, num_leased)
-        certain = len(self.buffer) + len(self.in_training) + continuing
-        uncertain = int((self._most_groups - certain) / self.lease_price)
-        return max(0, uncertain - num_leased + continuing)
-
-    @property
-    def _most_groups(self) -> int:
-        """Groups that may be on their way, buffered or in training: by number, and, unless what
-        is too much waits on disk, by their bytes as they have been lately."""
-        most = self._config.max_credits
-        if self._config.buffer.spill or not self._bytes_a_group:
-            return most
-        fitting = int(self._config.buffer.capacity_bytes / self._bytes_a_group)
-        return min(most, max(fitting, self._config.learner.groups_per_update))
-
-    @property
-    def lease_price(self) -> float:
-        """Credits for a prompt under screening: the groups to expect of it."""
-        if self._config.gate.mode == "off":
-            return 1.0
-        return max(self._statistics.expected_yield, MIN_PRICE)
+        """Training leases that may still be granted."""
+        return self.credit.left(len(self.in_training))
 
     def grant(self, holder: str, kind: LeaseKind, most: int, now_s: float = 0.0) -> m.Leases | None:
         """Up to `most` new leases for an actor, or None when there is nothing to grant."""
@@ -133,7 +107,7 @@ class Lifecycle:
         self._statistics.screened(prompt_id, accepted=True, pass_rate=facts.screening_pass_rate)
         self._curriculum.record(prompt_id, facts.num_passed, facts.num_completions)
         num_bytes = 12 * num_tokens + 4 * len(message.prompt_token_ids)
-        self._bytes_a_group += (num_bytes - self._bytes_a_group) / BYTES_WINDOW
+        self.credit.weighed(num_bytes)
         capacity = self._config.buffer.capacity_bytes
         spilled = place is not None and self._config.buffer.spill
         spilled = spilled and self.buffer.num_bytes + num_bytes > capacity

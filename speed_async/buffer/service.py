@@ -9,28 +9,24 @@ answers    a TakeBatch when enough fresh groups are buffered and the first evalu
            a FinishRun when the last evaluation is done and every actor said goodbye
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from speed_async.buffer.batches import Batches
 from speed_async.buffer.curriculum import Curriculum
 from speed_async.buffer.ending import Ending, Step
 from speed_async.buffer.evaluations import Accuracy, Evaluations
 from speed_async.buffer.gatekeeper import Gatekeeper
 from speed_async.buffer.grants import Grants
-from speed_async.buffer.group_table import BufferedGroup
 from speed_async.buffer.inspection import Inspection
+from speed_async.buffer.learner_desk import LearnerDesk
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import ActorState, Membership
-from speed_async.buffer.statistics import RunStatistics, UpdateTimes
+from speed_async.buffer.statistics import RunStatistics
 from speed_async.buffer.status import (
     evaluation_values,
     stall_reason,
     status_values,
     summary_values,
 )
-from speed_async.buffer.stored import batch_message
-from speed_async.buffer.weight_group import WeightGroup
-from speed_async.buffer.weight_times import WeightTimes
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
 from speed_async.observe.metrics import Event, EventKind, Value
@@ -73,23 +69,26 @@ class BufferService:
         self.place: tuple[int, int] | None = None
         """Where it lies."""
         self.phase = "starting"
-        self.policy_version = 0
         self.config = config
         self.started_s = started_s
         self.membership = Membership(config.cluster)
-        self.weight_group = WeightGroup(self.membership)
-        self.weight_times = WeightTimes()
         self.statistics = RunStatistics(started_s)
         self.lifecycle = Lifecycle(
             config, curriculum=curriculum, evaluations=evaluations, statistics=self.statistics
+        )
+        self.learner = LearnerDesk(
+            config,
+            self,
+            membership=self.membership,
+            lifecycle=self.lifecycle,
+            statistics=self.statistics,
         )
         self.loop_lag_s = 0.0
         self.warning = ""
         """The latest thing a person should know of."""
         self._evaluations = evaluations
         self._baseline_done = False
-        self._batches = Batches(config, self.lifecycle, self.statistics)
-        self._grants = Grants(config, self.lifecycle, self._batches, evaluations)
+        self._grants = Grants(config, self.lifecycle, self.learner.batches, evaluations)
         self._feed_port = feed_port
         self._target_reached = False
         self._ending = Ending(config.cluster)
@@ -107,15 +106,11 @@ class BufferService:
             m.WeightsApplied: self._on_applied,
             Leaving: self._on_leaving,
             m.Goodbye: self._on_goodbye,
-            m.TakeBatch: self._on_take,
-            m.Trained: self._on_trained,
-            m.PublishWeights: self._on_publish,
             m.WeightsPublished: self._on_published,
             m.FinishRun: self._on_finish,
-            m.Resumed: self._on_resumed,
             m.PrepareCheckpoint: self._on_prepare,
             m.CheckpointSaved: self._on_saved,
-        }
+        } | self.learner.handlers
         self.gatekeeper = Gatekeeper(
             self.membership,
             fingerprint,
@@ -159,7 +154,7 @@ class BufferService:
             self.membership.not_listened(loop_lag_s)
         for state in self.membership.silent(now_s, self.config.cluster.peer_timeout_s):
             silent_s = now_s - state.last_heard_s
-            self._lose(state, f"silent for {silent_s:.0f} s")
+            self.lose(state, f"silent for {silent_s:.0f} s")
         if self.lifecycle.expire(now_s - self.config.buffer.lease_timeout_s):
             self.warning = "leases expired (buffer.lease_timeout_s); their prompts go to others"
         ledger = self.lifecycle.ledger
@@ -167,7 +162,7 @@ class BufferService:
         self.statistics.tokens(now_s, ledger.tokens_generated, trained)
         self._advance(now_s)
         self._check_stalled(now_s)
-        self._emit("status", now_s, {})
+        self.emit("status", now_s, {})
 
     def gone(self, peer: str, now_s: float) -> None:
         """A peer has no connection now. It may come back; `tick` loses an actor that does not."""
@@ -185,59 +180,65 @@ class BufferService:
         self.life = life
         self.ended = False
         for state in self.membership.present():
-            self._lose(state, "the run was started again")
-        self.membership.learner = None
-        self._batches.withdraw()
-        self.lifecycle.return_untrained()
+            self.lose(state, "the run was started again")
+        self.learner.begin_life()
         self._ending = Ending(self.config.cluster)
         self._target_reached = False
-        self.weight_group.forget()
         self.snapshot_due = True
         self.warning = f"started again (life {life}) at version {self.policy_version}"
         self.phase = self._present_phase()
+
+    @property
+    def policy_version(self) -> int:
+        """The newest that was trained."""
+        return self.learner.policy_version
 
     # --- peers -----------------------------------------------------------------------------
 
     def _on_join(self, peer: str, join: Join, now_s: float) -> None:
         if self._ending.finish is not None:
-            self._send(peer, m.Rejected(reason="this run is ending"))
+            self.send(peer, m.Rejected(reason="this run is ending"))
             return
         accepted = JoinAccepted(
             index=self.membership.admit(peer),
             config=self.config.model_dump_json(),
             feed_port=self._feed_port,
         )
-        self._send(peer, accepted)
+        self.send(peer, accepted)
 
     def _on_hello(self, peer: str, hello: m.Hello, now_s: float) -> None:
         if hello.role == "learner":
             self.membership.learner = peer
         elif peer not in self.membership.actors:
             for state in self.membership.join(peer, hello, now_s, self.policy_version):
-                self._lose(state, "restarted")
+                self.lose(state, "restarted")
             if self.policy_version > 0:
-                self._send_learner(m.MembershipChanged(reason=f"{peer} joined"))
-        self._send(peer, m.Welcome(policy_version=self.policy_version))
+                self.learner.say(m.MembershipChanged(reason=f"{peer} joined"))
+        self.send(peer, m.Welcome(policy_version=self.policy_version))
         if self._ending.draining:
-            self._send(peer, m.Drain(reason="the run is ending"))
+            self.send(peer, m.Drain(reason="the run is ending"))
 
     def _on_failure(self, peer: str, failure: m.Failure, now_s: float) -> None:
         """An actor that came by itself fails for itself; any other role's failure ends the run."""
         withdrawn = self.membership.withdraw(peer)
         if withdrawn is not None:
             for state in withdrawn:
-                self._lose(state, "its supervisor gave up")
+                self.lose(state, "its supervisor gave up")
             self.warning = f"{failure.role} left: {failure.message}"
             return
         reason = str(RoleError(failure.role, failure.message))
-        self._emit("end", now_s, {"ok": False, "reason": reason})
+        self.emit("end", now_s, {"ok": False, "reason": reason})
         abort = m.Abort(role=failure.role, message=failure.message)
         for state in self.membership.present():
             if state.name != peer:
-                self._send(state.name, abort)
+                self.send(state.name, abort)
         if self.membership.learner != peer:
-            self._send_learner(abort)
+            self.learner.say(abort)
         self.ended = True
+
+    def fail(self, text: str, now_s: float) -> None:
+        """End the run for a reason of the service's own."""
+        self._on_failure("", m.Failure(role=ROLE, message=text), now_s)
 
     def _on_want(self, peer: str, want: m.WantWork, now_s: float) -> None:
         self.membership.actors[peer].want = want.num_prompts
@@ -247,7 +248,7 @@ class BufferService:
 
     def _on_leaving(self, peer: str, leaving: Leaving, now_s: float) -> None:
         self.membership.actors[peer].leaving = True
-        self._send(peer, m.Drain(reason="it was told to stop"))
+        self.send(peer, m.Drain(reason="it was told to stop"))
 
     def _on_goodbye(self, peer: str, goodbye: m.Goodbye, now_s: float) -> None:
         self.membership.leave(self.membership.actors[peer])
@@ -260,21 +261,21 @@ class BufferService:
             peer,
             message,
             policy_version=self.policy_version,
-            newest_version=max(self.policy_version, self.weight_group.newest_version),
+            newest_version=max(self.policy_version, self.learner.weight_group.newest_version),
         )
 
     def _refuse(self, peer: str, reason: str) -> None:
         """Say so once; an actor is lost with it, and its prompts return."""
-        self._send(peer, m.Rejected(reason=reason[:MAX_REASON_CHARS]))
+        self.send(peer, m.Rejected(reason=reason[:MAX_REASON_CHARS]))
         self.gatekeeper.refused(peer)
         self._lose_refused(peer, reason)
 
     def _lose_refused(self, peer: str, reason: str) -> None:
         state = self.membership.actors.get(peer)
         if state is not None and not state.said_goodbye:
-            self._lose(state, f"a message of it was refused: {reason}")
+            self.lose(state, f"a message of it was refused: {reason}")
 
-    def _lose(self, state: ActorState, reason: str) -> None:
+    def lose(self, state: ActorState, reason: str) -> None:
         self.membership.lose(state.name, reason)
         self.given_up.append(state.name)
         self.lifecycle.holder_lost(state.name)
@@ -304,94 +305,29 @@ class BufferService:
         self._baseline_done = True
         self._evaluated_version = whole.policy_version
         self.statistics.evaluated(whole.accuracy)
-        self._emit("evaluation", now_s, evaluation_values(whole))
+        self.emit("evaluation", now_s, evaluation_values(whole))
         target = self.config.run.stop_at_accuracy
         if target is not None and whole.accuracy >= target and not self._target_reached:
             self._target_reached = True
-            self._send_learner(
+            self.learner.say(
                 m.TargetReached(accuracy=whole.accuracy, policy_version=whole.policy_version)
             )
 
-    # --- the learner -----------------------------------------------------------------------
-
-    def _on_resumed(self, peer: str, resumed: m.Resumed, now_s: float) -> None:
-        """The learner stands at a checkpoint. It gets the batches since then once more, or, where
-        the journal does not have them, the service goes on from there as well; but not from
-        nothing."""
-        version, journal_version = resumed.policy_version, self.policy_version
-        notice = f"{resumed.notice}; " if resumed.notice else ""
-        if self.lifecycle.lineage.leads(version, journal_version):
-            self.warning = f"{notice}resumed from version {version}"
-            if version < journal_version:
-                self.warning += f"; updates to {journal_version} are trained again, as recorded"
-            return
-        if version == 0:
-            text = (
-                f"{notice}no checkpoint is left to go on from, and the journal does not hold the "
-                f"updates from the start to {journal_version} any more: bring a checkpoint back "
-                "from a copy into the run's checkpoints/, or start a new run"
-            )
-            self._on_failure("", m.Failure(role=ROLE, message=text), now_s)
-            return
-        self.lifecycle.adopt(resumed)
-        self.policy_version = version
-        self.warning = (
-            f"{notice}resumed from version {version}, of which the journal (at {journal_version}) "
-            "lacks a part: groups are counted by the learner's word"
-        )
-        self._send(peer, m.Welcome(policy_version=version))
+    # --- checkpoints and weights -------------------------------------------------------------
 
     def _on_prepare(self, peer: str, message: m.PrepareCheckpoint, now_s: float) -> None:
         """The shell holds the answer back until the disk has everything up to here."""
         answer = m.JournalDurable(
             policy_version=message.policy_version, service_sequence=self.sequence
         )
-        self._send(peer, answer)
+        self.send(peer, answer)
 
     def _on_saved(self, peer: str, saved: m.CheckpointSaved, now_s: float) -> None:
         self.lifecycle.lineage.forget_to(saved.oldest_kept_version)
         self.snapshot_due = True
 
-    def _on_take(self, peer: str, take: m.TakeBatch, now_s: float) -> None:
-        if take.policy_version >= self.policy_version:
-            self._batches.ask(take, now_s)
-        elif batch := self.lifecycle.lineage.after(take.policy_version):
-            self._send_batch(take.policy_version, batch.groups)
-        else:
-            reason = f"version {take.policy_version} is past: the service is at "
-            self._send(peer, m.Rejected(reason=reason + str(self.policy_version)))
-
-    def _on_trained(self, peer: str, message: m.Trained, now_s: float) -> None:
-        if message.notice:
-            self.warning = message.notice
-        if not self.lifecycle.is_training(message.lease_ids):
-            self.lifecycle.lineage.repeated(message)
-            return
-        self.lifecycle.trained(message)
-        self.policy_version = message.policy_version
-        metrics = message.metrics
-        self.statistics.updated(
-            UpdateTimes(
-                wait_s=metrics.get("time/wait_s", 0.0),
-                starved_s=self._batches.starved_s,
-                train_s=metrics.get("time/train_s", 0.0),
-                sync_s=metrics.get("time/sync_s", 0.0),
-            )
-        )
-        self.weight_times.stepped(self.policy_version, self.membership.present())
-        self._emit("step", now_s, dict(metrics))
-
-    def _on_publish(self, peer: str, publish: m.PublishWeights, now_s: float) -> None:
-        self.weight_times.began(now_s)
-        offers, members = self.weight_group.form(publish)
-        for name, offer in offers:
-            self._send(name, offer)
-        self._send_learner(members)
-
     def _on_published(self, peer: str, message: m.WeightsPublished, now_s: float) -> None:
-        self.weight_times.ended(message)
-        for state in self.weight_group.published(message):
-            self._lose(state, f"it held up the weights: {message.error}")
+        self.learner.published(message)
         if message.error:
             return
         evaluated = self._evaluated_version == message.policy_version  # published once more
@@ -400,22 +336,20 @@ class BufferService:
             self._evaluations.start(message.policy_version)
 
     def _on_applied(self, peer: str, message: m.WeightsApplied, now_s: float) -> None:
-        self.weight_times.applied(message)
-        state = self.membership.actors[peer]
-        needs_more = self.weight_group.applied(state, message)
+        needs_more = self.learner.applied(peer, message)
         if not message.error:
             return
         reason = f"{peer} has not got the weights: {message.error}"
         if not message.usable:  # its next incarnation will ask for weights
-            self._lose(state, message.error)
+            self.lose(self.membership.actors[peer], message.error)
         elif needs_more:
-            self._send_learner(m.MembershipChanged(reason=reason))
+            self.learner.say(m.MembershipChanged(reason=reason))
         self.warning = reason
-        self._emit("status", now_s, {})  # now: a later warning must not hide this one
+        self.emit("status", now_s, {})  # now: a later warning must not hide this one
 
     def _on_finish(self, peer: str, finish: m.FinishRun, now_s: float) -> None:
         self._ending.ask(finish, now_s)
-        self._batches.withdraw()
+        self.learner.batches.withdraw()
 
     # --- what follows from the present state -------------------------------------------------
 
@@ -427,18 +361,20 @@ class BufferService:
         self.phase = self._present_phase()
         if not self._ending.draining:
             self._grant(now_s)
-        self._answer_take(now_s)
+        if self._baseline_done:
+            evaluating = self._evaluations.target_version is not None
+            self.learner.answer_take(now_s, evaluating=evaluating)
 
     def _check_stalled(self, now_s: float) -> None:
         """A batch that does not come ends the run, with all that is known of why."""
-        if starving := self._batches.newly_starving(now_s):
+        if starving := self.learner.batches.newly_starving(now_s):
             self.warning = starving
-        if not self._batches.stalled(now_s):
+        if not self.learner.batches.stalled(now_s):
             return
-        self._batches.withdraw()
+        self.learner.batches.withdraw()
         stall_s = self.config.cluster.stall_timeout_s
         text = f"no batch could be filled within {stall_s:.0f} s: {stall_reason(self)}"
-        self._on_failure("", m.Failure(role=ROLE, message=f"{ROLE}: {text}"), now_s)
+        self.fail(f"{ROLE}: {text}", now_s)
 
     def _advance_ending(self, now_s: float) -> None:
         present = self.membership.present()
@@ -456,17 +392,17 @@ class BufferService:
                 self._evaluations.start(finish.policy_version)
             case Step.DRAIN:
                 for state in present:
-                    self._send(state.name, m.Drain(reason=finish.reason))
+                    self.send(state.name, m.Drain(reason=finish.reason))
                 self._advance_ending(now_s)
             case Step.GIVE_UP:
                 for state in present:
-                    self._lose(state, "did not drain in time")
+                    self.lose(state, "did not drain in time")
                 self._advance_ending(now_s)
             case Step.END:
-                self._emit("end", now_s, {"ok": True, "reason": finish.reason})
+                self.emit("end", now_s, {"ok": True, "reason": finish.reason})
                 final = self._evaluated_version == finish.policy_version
                 fields = summary_values(self, now_s, final_evaluated=final)
-                self._send_learner(m.Summary(fields=fields))
+                self.learner.say(m.Summary(fields=fields))
                 self.ended = True
             case _:
                 pass
@@ -484,38 +420,16 @@ class BufferService:
         training = self._ending.finish is None
         present = self.membership.present()
         for name, leases in self._grants.next(present, version, now_s, training=training):
-            self._send(name, leases)
-
-    def _answer_take(self, now_s: float) -> None:
-        if not self._baseline_done:
-            return
-        evaluating = self._evaluations.target_version is not None
-        answer = self._batches.answer(now_s, evaluating=evaluating)
-        if answer is None:
-            return
-        if self.warning == self._batches.starving:
-            self.warning = ""
-        take, groups = answer
-        self._send_batch(take.policy_version, groups)
-
-    def _send_batch(self, policy_version: int, groups: Sequence[BufferedGroup]) -> None:
-        for group in groups:
-            self._send_learner(batch_message(group))
-        lease_ids = [group.lease_id for group in groups]
-        self._send_learner(m.BatchReady(policy_version=policy_version, lease_ids=lease_ids))
+            self.send(name, leases)
 
     # --- out -------------------------------------------------------------------------------
 
-    def _send(self, peer: str, message: m.Message) -> None:
+    def send(self, peer: str, message: m.Message) -> None:
         self.outbox.append((peer, message))
-
-    def _send_learner(self, message: m.Message) -> None:
-        if self.membership.learner is not None:
-            self.outbox.append((self.membership.learner, message))
 
     def present_status(self, now_s: float) -> Event:
         """What a status event would say now."""
         return Event(kind="status", values=status_values(self, now_s))
 
-    def _emit(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> None:
+    def emit(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> None:
         self.events.append(Event(kind=kind, values=status_values(self, now_s) | values))

@@ -56,7 +56,7 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
     }
     shares = statistics.shares()
     values |= {f"share_{name}": share for name, share in shares.items()}
-    return values | service.weight_times.values(service.policy_version, present, now_s)
+    return values | service.learner.weight_times.values(service.policy_version, present, now_s)
 
 
 def evaluation_values(whole: Accuracy) -> dict[str, Value]:
@@ -114,7 +114,7 @@ def summary_values(
         "gate_acceptance": statistics.gate_acceptance_overall,
         "staleness_mean": statistics.staleness_mean,
         "staleness_max": statistics.staleness_max,
-        "weights": service.weight_times.summary(),
+        "weights": service.learner.weight_times.summary(),
         "peers_muted": service.gatekeeper.num_muted,
         "messages_refused": service.gatekeeper.num_refused + service.gatekeeper.num_malformed,
         "actors": lifecycle.ledger.by_actor(),

@@ -31,6 +31,7 @@ from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weights.buckets import Bucket, pack
 from speed_async.weights.canary import Canary
 from speed_async.weights.channel import LoadTensors, NamedTensor, TransferReport
+from speed_async.weights.epoch_group import EpochGroup, StageFailed, name_ranks
 from speed_async.weights.flat import as_it_lies
 from speed_async.weights.handshake import (
     announce,
@@ -47,7 +48,7 @@ from speed_async.weights.handshake import (
     who_is_silent,
 )
 from speed_async.weights.manifest import Manifest, TensorSpec, describe, describes
-from speed_async.weights.membership import EpochGroup, Membership, StageFailed, name_ranks
+from speed_async.weights.membership import Membership
 from speed_async.weights.process_group import host_store
 from speed_async.weights.shared_memory import MemoryRefused, SharedIncoming, SharedOutgoing
 from speed_async.weights.travel import GroupIncoming, GroupOutgoing, Incoming, Outgoing

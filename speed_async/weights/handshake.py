@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import Store
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
 from speed_async.weights.channel import NamedTensor
+from speed_async.weights.epoch_group import Absent, EpochGroup, StageFailed, wait_for_keys
 from speed_async.weights.ipc_group import machine_identity, same_machine
 from speed_async.weights.manifest import (
     MAX_MANIFEST_BYTES,
@@ -28,7 +29,6 @@ from speed_async.weights.manifest import (
     digest_of,
     encode_manifest,
 )
-from speed_async.weights.membership import Absent, EpochGroup, StageFailed, wait_for_keys
 from speed_async.weights.process_group import reach_store
 
 T = TypeVar("T")

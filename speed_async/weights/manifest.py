@@ -7,12 +7,11 @@ of tensors, which is the long part, travels once an epoch; later manifests name 
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import Tensor, nn
 
 from speed_async.errors import WeightSyncError
 from speed_async.weights.canary import MAX_CANARY_TOKENS, Canary
@@ -70,18 +69,6 @@ class Agreement:
     tensors: tuple[TensorSpec, ...]
     digest: str
     expected: tuple[TensorSpec, ...] = ()
-
-
-def named_weights(model: nn.Module) -> Iterator[NamedTensor]:
-    """Each distinct parameter and buffer of the state dict once, detached, in layer order.
-
-    A tied tensor appears under the first of its names.
-    """
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor.detach()
 
 
 def describe(tensors: Sequence[NamedTensor], cast: torch.dtype | None) -> tuple[TensorSpec, ...]:

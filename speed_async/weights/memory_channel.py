@@ -19,8 +19,8 @@ from speed_async.types import WeightOffer
 from speed_async.weights.buckets import plan_buckets
 from speed_async.weights.canary import Canary
 from speed_async.weights.channel import LoadTensors, NamedTensor, TransferReport
+from speed_async.weights.epoch_group import name_ranks
 from speed_async.weights.manifest import Manifest, accept_manifest, describe, encode_manifest
-from speed_async.weights.membership import name_ranks
 
 ADDRESS = ("memory", 0)
 

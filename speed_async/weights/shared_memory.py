@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from speed_async.weights.buckets import NUM_BUFFERS, Bucket
+from speed_async.weights.epoch_group import EpochGroup
 from speed_async.weights.ipc_group import Kind
-from speed_async.weights.membership import EpochGroup
 from speed_async.weights.travel import stage_of
 
 

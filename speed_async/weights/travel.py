@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from speed_async.weights.buckets import NUM_BUFFERS, Bucket, BufferRing
-from speed_async.weights.membership import EpochGroup
+from speed_async.weights.epoch_group import EpochGroup
 
 
 class Outgoing(Protocol):

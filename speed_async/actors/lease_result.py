@@ -1,0 +1,43 @@
+"""How a lease ended, as the message that tells the service."""
+
+from speed_async.actors.rollout import LeaseWork, Refused, Scored
+from speed_async.types import ActorCounts, Group
+from speed_async.wire import messages as m
+from speed_async.wire.groups import pack_group
+
+Result = Group | Refused | Scored | str
+"""Text: why there is none."""
+
+
+def result_message(work: LeaseWork, result: Result, counts: ActorCounts) -> m.Message:
+    """`counts`: the actor's, without this lease's among those in flight."""
+    lease_id, num_tokens, num_completions = work.lease.lease_id, work.num_tokens, len(work.samples)
+    match result:
+        case Group():
+            return pack_group(result, counts)
+        case Refused():
+            return m.ScreenedOut(
+                lease_id=lease_id,
+                num_passed=result.num_passed,
+                num_completions=num_completions,
+                num_tokens=num_tokens,
+                counts=counts,
+            )
+        case Scored():
+            return m.Evaluated(
+                lease_id=lease_id,
+                num_passed=result.num_passed,
+                num_completions=num_completions,
+                num_tokens=num_tokens,
+                oldest_version=result.oldest_version,
+                newest_version=result.newest_version,
+                counts=counts,
+            )
+        case str():
+            return m.LeaseFailed(
+                lease_id=lease_id,
+                reason=result,
+                num_completions=num_completions,
+                num_tokens=num_tokens,
+                counts=counts,
+            )
