@@ -475,3 +475,15 @@ def test_a_service_that_was_held_up_takes_nobody_s_silence_for_death(desk: Desk)
     assert [state.name for state in desk.service.membership.present()] == ["actor-1.0"]
     desk.wait(desk.config.cluster.peer_timeout_s + 1)  # it listens again, and hears nothing
     assert desk.service.membership.present() == ()
+
+
+def test_what_was_lost_before_stays_in_sight_whatever_is_warned_of_later(desk: Desk) -> None:
+    desk.past_baseline()
+    desk.service.notes = "the journal's tail was damaged"
+    desk.service.refused("actor-1.0", "it was malformed", desk.now_s)
+    desk.wait(0.1)
+    said = desk.service.events[-1].values["warning"]
+    assert said == (
+        "the journal's tail was damaged; actor-1.0 lost: a message of it was refused: it was "
+        "malformed"
+    )

@@ -41,7 +41,7 @@ MAX_REASON_CHARS = 500
 
 
 class BufferService:
-    CONFIGURED = ("_handlers", "gatekeeper", "_feed_port", "outbox", "events", "place")
+    CONFIGURED = ("_handlers", "gatekeeper", "_feed_port", "outbox", "events", "place", "notes")
 
     def __init__(
         self,
@@ -84,6 +84,8 @@ class BufferService:
             statistics=self.statistics,
         )
         self.loop_lag_s = 0.0
+        self.notes = ""
+        """What was lost before this process began; it stands before every warning."""
         self.warning = ""
         """The latest thing a person should know of."""
         self._evaluations = evaluations

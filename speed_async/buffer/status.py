@@ -50,7 +50,7 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
         "ledger_closes": all(checks.values()),
         "loop_lag_s": service.loop_lag_s,
         "actors_total": service.membership.num_wanted,
-        "warning": service.warning,
+        "warning": "; ".join(filter(None, (service.notes, service.warning))),
         "peers_muted": service.gatekeeper.num_muted,
         "messages_refused": service.gatekeeper.num_refused + service.gatekeeper.num_malformed,
     }

@@ -15,6 +15,7 @@ from chaos.faults import Fault
 from chaos.lost_records import LostRecords
 from chaos.proxy import Proxy
 from chaos.targets import Targets
+from speed_async.buffer.journal import read_segment
 
 TARGET_DEADLINE_S = 20.0
 """A victim that is just being started again is waited for this long."""
@@ -144,7 +145,7 @@ class Injector:
             _signal(service, signal.SIGKILL)
             _wait_until_gone(service)
             segment = self._newest(self.run_folder / "journal", lambda path: path.is_file())
-            size = segment.stat().st_size
+            size = _end_of_records(segment)
             lost = min(size, 1 + int(share * NEWEST_RECORDS_BYTES))
             self.lost.add(segment, size - lost)
             os.truncate(segment, size - lost)
@@ -173,6 +174,12 @@ class Injector:
         if not found:
             raise NoTarget(f"nothing in {folder}")
         return max(found, key=lambda path: path.name)
+
+
+def _end_of_records(segment: Path) -> int:
+    """Behind it a killed service may have left padding, of which to cut some would harm nobody."""
+    ends = [record.end for _, record in read_segment(segment.parent, int(segment.stem))]
+    return ends[-1] if ends else segment.stat().st_size
 
 
 def _is_checkpoint(path: Path) -> bool:
