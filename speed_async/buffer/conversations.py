@@ -194,7 +194,6 @@ class Conversations:
         """After a restart nobody knows what left the sockets: all that was not heard goes again."""
         for session in self._sessions.values():
             session.rewind_unheard()
-        self.replies.clear()
         self.unsent = [*self._sessions, *self._once]
 
     def _ask(self, peer: str, session: Session, now_s: float) -> None:

@@ -110,9 +110,7 @@ class Gatekeeper:
                 return f"Trained: lease {unknown[0]} is not in training"
         return None
 
-    def _misfit(
-        self, peer: str, result: m.GroupFinished | m.ScreenedOut | m.Evaluated
-    ) -> str | None:
+    def _misfit(self, peer: str, result: Result) -> str | None:
         """Why this is no result of its lease; of a lease that has ended, lifecycle takes none."""
         lease = self._books.leases.held_by(peer, result.lease_id)
         if lease is None:

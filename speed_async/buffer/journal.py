@@ -24,6 +24,7 @@ import msgpack
 import xxhash
 
 from speed_async.buffer.direct_file import BLOCK_BYTES, DirectFile, is_padding
+from speed_async.config.whole_file import flush
 from speed_async.errors import JournalError
 from speed_async.wire.codec import Frame
 
@@ -128,7 +129,7 @@ class Journal:
         """Wait until the disk has what was written, and the file's name. Raises OSError."""
         self._file.sync()
         if not self._is_named:
-            _sync_folder(self.folder)
+            flush(self.folder)
             self._is_named = True
 
     def read(self, place: Place) -> Record:
@@ -232,11 +233,3 @@ def _read_record(read: Callable[[int], bytes], offset: int) -> Record | None:
 
 def _path(folder: Path, segment: int) -> Path:
     return folder / f"{segment:08d}.journal"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

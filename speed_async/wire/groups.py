@@ -68,9 +68,9 @@ class GroupFacts:
 def weigh_group(message: GroupFinished | BatchGroup, bounds: GroupBounds = NO_BOUNDS) -> GroupFacts:
     """The facts of a group, without making its completions. Raises ProtocolError as `unpack_group`
     does, and where the group passes the bounds."""
-    _check_group(message, bounds)
+    newest = _check_group(message, bounds)
     versions = message.policy_versions
-    oldest, newest = int(_smallest(versions)), int(_largest(versions))
+    oldest = int(_smallest(versions))
     passed = [reward >= PASS_REWARD for reward in message.rewards.tolist()]
     num_screening = message.num_screening
     return GroupFacts(
@@ -134,13 +134,19 @@ def batch_group(message: GroupFinished, *, number: int = 0, heard: int = 0) -> B
 _smallest, _largest = np.minimum.reduce, np.maximum.reduce
 
 
-def _check_group(message: GroupFinished | BatchGroup, bounds: GroupBounds) -> None:
-    broken = _first_fault(message, bounds)
+def _check_group(message: GroupFinished | BatchGroup, bounds: GroupBounds) -> int:
+    """The newest version of its tokens. Raises ProtocolError."""
+    # As unsigned numbers negative ones are above every bound.
+    newest = int(_largest(message.policy_versions.view(np.uint32), initial=0))
+    broken = _first_fault(message, bounds, newest)
     if broken is not None:
         raise ProtocolError(f"group of lease {message.lease_id} breaks: {broken}")
+    return newest
 
 
-def _first_fault(message: GroupFinished | BatchGroup, bounds: GroupBounds) -> str | None:
+def _first_fault(
+    message: GroupFinished | BatchGroup, bounds: GroupBounds, newest: int
+) -> str | None:
     """What cannot be true; None for a sound group. The service does this for every group, so it
     reads each long array as seldom as it can; short ones are quicker as lists."""
     num_tokens = len(message.token_ids)
@@ -171,15 +177,15 @@ def _first_fault(message: GroupFinished | BatchGroup, bounds: GroupBounds) -> st
         return "rewards in [0, 1]"
     if not _are_logprobs(message.logprobs):
         return "logprobs finite and <= 0"
-    return _token_fault(message, bounds)
+    return _token_fault(message, bounds, newest)
 
 
 _MARKS = frozenset((0, 1))
 
 
-def _token_fault(message: GroupFinished | BatchGroup, bounds: GroupBounds) -> str | None:
-    # As unsigned numbers negative ones are above every bound.
-    newest = int(_largest(message.policy_versions.view(np.uint32)))
+def _token_fault(
+    message: GroupFinished | BatchGroup, bounds: GroupBounds, newest: int
+) -> str | None:
     if newest > _NO_BOUND:
         return "policy versions >= 0"
     if newest > bounds.newest_version:
