@@ -10,18 +10,17 @@ leaves this process. Where there is much to write, the next inputs are taken in 
 
 import asyncio
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 
 from speed_async.buffer.conversations import Sealed
-from speed_async.buffer.journal import SEGMENT_BYTES, Journal, Place
+from speed_async.buffer.journal import Place
 from speed_async.buffer.machine import Machine
-from speed_async.buffer.recovery import begin_segment
+from speed_async.buffer.segments import Segments
 from speed_async.buffer.stored import StoredGroup
 from speed_async.errors import DeadlineExceeded, JournalError
 from speed_async.observe.metrics import Event
@@ -41,9 +40,6 @@ MAX_TURNS = 4
 """Turns of taking in that may wait for the disk."""
 INLINE_BYTES = 256 * 1024
 """Smaller writes are not worth another thread."""
-SNAPSHOT_BYTES = 4 * 1024 * 1024
-"""A journal shorter than this is read again faster than a snapshot pays."""
-SYNC_INTERVAL_S = 1.0
 MEANWHILE_S = 0.001
 """While the disk is busy: wait so long for a message before looking whether it still is."""
 FULL_RETRY_S = 0.005
@@ -65,8 +61,9 @@ async def serve(
 
     Raises JournalError when the disk stays full for cluster.stall_timeout_s.
     """
-    shell = _Shell(machine, hub, feed, sinks, clock)
-    syncing = asyncio.create_task(shell.keep_synced(), name="sync")
+    segments = Segments(machine)
+    shell = _Shell(machine, hub, feed, sinks, clock, segments)
+    syncing = asyncio.create_task(segments.keep_synced(), name="sync")
     try:
         while not machine.service.ended:
             await shell.step()
@@ -79,7 +76,7 @@ async def serve(
         await feed.close()
         for sink in sinks:
             sink.close()
-        await shell.close_journal()
+        await segments.close()
 
 
 @dataclass(kw_only=True)
@@ -101,6 +98,7 @@ class _Shell:
         feed: FeedPublisher,
         sinks: Sequence[Sink],
         clock: Callable[[], float],
+        segments: Segments,
     ) -> None:
         self._machine = machine
         self._hub = hub
@@ -115,11 +113,7 @@ class _Shell:
         self._unsent: dict[str, float] = {}  # peers to be told more, and since when they are full
         self._spoke: set[str] = set()
         self._turns: deque[_Turn] = deque()  # taken in, and not told yet
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
-        self._next_snapshot_s = 0.0
-        self._ended: list[Journal] = []  # segments before the present one, not yet synced
-        self._needed: set[int] = set()
-        self._syncing = threading.Lock()
+        self._segments = segments
         machine.conversations.holding = machine.journal is not None
 
     def _now(self) -> float:
@@ -140,11 +134,13 @@ class _Shell:
         if journal is not None and (
             self._turns or turn.syncs or journal.pending_bytes > INLINE_BYTES
         ):
-            turn.writing = self._writer.submit(self._write, turn)
+            turn.writing = self._segments.start_writing(syncs=turn.syncs)
         self._turns.append(turn)
         while self._turns and (len(self._turns) > MAX_TURNS or not self._is_writing):
             await self._finish_turn()
-        await self._maybe_snapshot()
+        if self._segments.is_due(self._now()):
+            await self._finish_turns()
+            self._segments.begin(self._now())
 
     def _taken_in(self) -> _Turn:
         machine, journal = self._machine, self._machine.journal
@@ -243,14 +239,6 @@ class _Shell:
 
     # --- disk ----------------------------------------------------------------------------------
 
-    def _write(self, turn: _Turn) -> None:
-        """May run in another thread. Raises OSError."""
-        journal = self._machine.journal
-        assert journal is not None
-        journal.write()
-        if turn.syncs:
-            self._sync(journal)
-
     async def _written(self, turn: _Turn) -> None:
         """Wait until the disk has taken a turn. Meanwhile nothing is answered, so nobody goes on;
         and no time passes for the machine, so nobody is taken for dead."""
@@ -260,7 +248,7 @@ class _Shell:
         while True:
             try:
                 if turn.writing is None:
-                    self._write(turn)
+                    self._segments.write(syncs=turn.syncs)
                 else:
                     await asyncio.shield(asyncio.wrap_future(turn.writing))
                 break
@@ -278,64 +266,10 @@ class _Shell:
                 await self._feed.publish(self._machine.service.present_status(self._now()))
                 await asyncio.sleep(ROOM_RETRY_S)
                 for waiting in self._turns:
-                    waiting.writing = self._writer.submit(self._write, waiting)
+                    waiting.writing = self._segments.start_writing(syncs=waiting.syncs)
         waited_s = self._clock() - began_s
         if waited_s > ROOM_RETRY_S:
             self._behind_s += waited_s
-
-    async def close_journal(self) -> None:
-        """Once nothing of it is in another thread's hands any more."""
-        await asyncio.to_thread(self._writer.shutdown)
-        with self._syncing:
-            for journal in (*self._ended, self._machine.journal):
-                if journal is not None:
-                    journal.close()
-
-    async def keep_synced(self) -> None:
-        """What a power cut may cost, with `batched`: about one second."""
-        synced = -1
-        while True:
-            await asyncio.sleep(SYNC_INTERVAL_S)
-            journal = self._machine.journal
-            if journal is not None and journal.sequence != synced:
-                synced = journal.sequence
-                with suppress(OSError):  # the next write will say it
-                    await asyncio.to_thread(self._sync, journal)
-
-    def _sync(self, journal: Journal) -> None:
-        """First the segments before it, then this one; then what nobody needs may go. Runs in
-        another thread. Raises OSError."""
-        with self._syncing:
-            before = self._ended[:]
-            for ended in before:
-                ended.sync()
-            journal.sync()
-            for ended in before:
-                ended.close()
-            del self._ended[: len(before)]
-        if before:
-            journal.drop(self._needed)
-
-    async def _maybe_snapshot(self) -> None:
-        machine, journal = self._machine, self._machine.journal
-        if journal is None or self._now() < self._next_snapshot_s:
-            return
-        wanted = SNAPSHOT_BYTES if machine.service.snapshot_due else SEGMENT_BYTES
-        if journal.num_bytes < wanted:
-            return
-        await self._finish_turns()
-        machine.service.snapshot_due = False
-        try:
-            journal.write()
-            fresh = begin_segment(journal.folder, machine, journal.segment + 1)
-        except OSError:
-            machine.service.snapshot_due = True
-            self._next_snapshot_s = self._now() + 10.0
-            return
-        machine.journal = fresh
-        self._ended.append(journal)
-        # Later on none of these is needed that is not now, and none goes before the next `_sync`.
-        self._needed = machine.service.lifecycle.needed_segments | {journal.segment}
 
     # --- out -----------------------------------------------------------------------------------
 
