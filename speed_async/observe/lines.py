@@ -28,7 +28,7 @@ class Lines:
         if warning and warning != self._warning:
             self._warning = warning
             self._print(f"warning {single_line(warning)}")
-        if event.kind != "status":
+        if event.kind in LINE_OF_KIND:
             self._print(LINE_OF_KIND[event.kind](values))
 
     def _print(self, line: str) -> None:

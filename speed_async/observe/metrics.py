@@ -1,15 +1,16 @@
-"""What a run tells about itself: four kinds of event, flat and plain, torch-free.
+"""What a run tells about itself: five kinds of event, flat and plain, torch-free.
 
 - `status`: gauges of this moment, a few times a second; only the live feed carries it.
 - `step`: one line for each optimiser update; kept in metrics.jsonl.
 - `evaluation`: held-out accuracy of one policy version; kept in metrics.jsonl.
+- `sample`: one completion with its prompt and reward, for people; kept in samples.jsonl.
 - `end`: how the run ended; kept in metrics.jsonl.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-EventKind = Literal["status", "step", "evaluation", "end"]
+EventKind = Literal["status", "step", "evaluation", "sample", "end"]
 Value = float | int | str | bool | None
 
 
@@ -33,7 +34,9 @@ class Event:
       `loop_lag_s` is how late the service came to its last tick; None where nobody measures it.
     Shown where they are told: `max_staleness` (the bound), `accuracy_before` (first held-out),
       `actors_total` (wanted: the ranks, and actors that joined and have not left),
-      `warning` (latest one, for people; one line), `messages_refused` (malformed, or not to be
+      `warning` (latest one, for people; one line), `diagnoses` (why the run cannot learn, while it
+      cannot: one sentence a line, each with what, how much, since when and what to change; empty
+      when there is nothing to say), `messages_refused` (malformed, or not to be
       believed) and `peers_muted` (not listened to any more, for having sent one).
     status and step, of weights: `weights/pause_s` and `weights/pause_max_s` (mean and longest over
       the actors that hold the newest version any of them has), `weights/transfer_s` and
@@ -44,7 +47,12 @@ class Event:
       version is published, so that 1 is as good as it gets there). What is not known is None.
     step: also `loss`, `grad_norm`, `ratio_mean`, `ratio_max`, `kl_k1`, `kl_k3`, ... (learner's).
     evaluation: `accuracy`, `num_passed`, `num_completions`, `oldest_version`, `newest_version`.
-    end: `reason`, `ok`.
+    sample: `policy_version` (the newest among its tokens), `actor`, `prompt_id`, `held_out`,
+      `decision` ("continued" | "screened out" | "kept" | "evaluated"), `reward`, `extracted` (what
+      the verifier took for the answer, or None), `truncated` (cut off by a length limit),
+      `num_tokens`, `prompt`, `completion` (long texts are shortened in the middle).
+    end: `reason`, `outcome` ("completed" | "stopped" | "nothing_learned" | "failed"), `ok` (whether
+      the outcome is "completed").
     """
 
     kind: EventKind

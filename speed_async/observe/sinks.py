@@ -36,7 +36,7 @@ class JsonlSink:
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, event: Event) -> None:
-        if event.kind == "status":
+        if event.kind in ("status", "sample"):
             return
         line = {"kind": event.kind} | {key: _finite(item) for key, item in event.values.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")

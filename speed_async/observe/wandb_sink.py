@@ -55,7 +55,7 @@ class WandbSink:
 
     def write(self, event: Event) -> None:
         run = self._run
-        if run is None or event.kind == "status":
+        if run is None or event.kind in ("status", "sample"):
             return
         if event.kind == "end":
             run.summary.update({f"end/{key}": item for key, item in event.values.items()})

@@ -8,9 +8,14 @@ from pathlib import Path
 from speed_async.errors import ConfigError, RoleError, SpeedAsyncError
 
 EXIT_FAILED = 1
+EXIT_NOTHING_LEARNED = 3
+"""All updates were made, and not one had a gradient to follow."""
+EXIT_LOST_RUN = 69
+"""This node has lost the run: nobody answers for it any more."""
 EXIT_GIVEN_UP = 75
 """An actor given up as lost, or without whole weights: its supervisor starts another."""
 EXIT_INTERRUPTED = 130
+"""Stopped by a signal, in order: with a checkpoint and a summary."""
 
 
 def describe(role: str, error: BaseException) -> str:
