@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import random
 import resource
@@ -16,16 +17,18 @@ import numpy as np
 import pytest
 import torch
 from learner_samples import make_config, random_groups, save_tiny_llama
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from speed_async.errors import ModelError
+from speed_async.errors import ModelError, SpeedAsyncError
 from speed_async.learner import checkpoint, shelf
 from speed_async.learner.checkpoint import load_checkpoint
-from speed_async.learner.checksums import damage
-from speed_async.learner.model import load_model
+from speed_async.learner.checksums import damage, seal
+from speed_async.learner.model import load_model, stored_dtype
+from speed_async.learner.model_files import read_model_files
 from speed_async.learner.optimizer import make_optimizer, named_state
 from speed_async.learner.parallel import SingleRank
 from speed_async.learner.progress import Progress, Update
@@ -163,9 +166,155 @@ def test_a_checkpoint_is_a_hugging_face_folder_without_pickles(model_folder: Pat
     assert tokenizer("two one")["input_ids"] == [1, 0]
     ids = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(model(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
-    names = {path.name for path in folder.iterdir()}
-    assert {"model.safetensors", "config.json", "generation_config.json", "SHA256SUMS"} <= names
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    first = {path.name for path in model_folder.iterdir() if path.is_file()}
+    training = {f"training/{name}" for name in ("optimizer.tensors", "random.json", "trainer.json")}
+    assert names == first | {"SHA256SUMS", "training"} | training
     assert not [name for name in names if name.endswith((".pt", ".bin", ".pkl"))]
+
+
+def test_whatever_looks_for_weights_however_deep_finds_the_model_alone(model_folder: Path):
+    """The patterns that vLLM and others look for, in sub-folders too."""
+    make_trainer(model_folder).save(at(1))
+    folder = checkpoint_folder(root_of(model_folder), 1)
+    patterns = ("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "h5", "msgpack", "onnx", "npz")
+    found = [path for kind in patterns for path in folder.rglob(f"*.{kind}")]
+    assert found == [folder / "model.safetensors"]
+    saved = load_file(folder / "model.safetensors")
+    assert not [name for name in saved if name not in make_trainer(model_folder).model.state_dict()]
+
+
+def test_other_users_may_read_a_checkpoint_as_far_as_the_umask_lets_them(model_folder: Path):
+    before = os.umask(0o027)
+    try:
+        make_trainer(model_folder).save(at(1))
+    finally:
+        os.umask(before)
+    folder = checkpoint_folder(root_of(model_folder), 1)
+    modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+    assert modes == {0o640}
+
+
+def test_a_checkpoint_of_the_former_layout_is_gone_on_from(model_folder: Path):
+    """Format 2 kept everything beside the model."""
+    straight = make_trainer(model_folder)
+    straight.update(random_groups(0))
+    straight.save(at(1))
+    folder = checkpoint_folder(root_of(model_folder), 1)
+    for path in (folder / "training").iterdir():
+        path.rename(folder / path.name)
+    (folder / "training").rmdir()
+    (folder / "optimizer.tensors").rename(folder / "optimizer.safetensors")
+    record = json.loads((folder / "trainer.json").read_text())
+    (folder / "trainer.json").write_text(json.dumps(record | {"format": 2}))
+    seal(folder)
+    resumed = make_trainer(model_folder)
+    assert resumed.restore(folder) == at(1)
+    assert_equal(state_of(resumed), state_of(straight))
+    # As the first model of another run, it gives that run's checkpoints nothing but its model.
+    assert not {"trainer.json", "random.json"} & read_model_files(folder).keys()
+
+
+# --- what describes the model ------------------------------------------------------------------
+
+
+def add_to_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_what_transformers_refuses_to_save_is_saved_as_it_came(model_folder: Path):
+    """Sampling flags without sampling: many a folder on the hub has them."""
+    add_to_json(model_folder / "generation_config.json", do_sample=False, temperature=0.6)
+    trainer = make_trainer(model_folder)
+    with pytest.raises(ValueError, match="temperature"):
+        trainer.model.save_pretrained(model_folder / "refused")
+    trainer.try_save()
+    trainer.save(at(1))
+    folder = checkpoint_folder(root_of(model_folder), 1)
+    name = "generation_config.json"
+    assert (folder / name).read_bytes() == (model_folder / name).read_bytes()
+    make_trainer(folder).try_save()
+
+
+def test_a_checkpoint_describes_its_model_by_the_bytes_of_the_first_one(model_folder: Path):
+    add_to_json(model_folder / "config.json", dtype="bfloat16", a_key_of_some_other_tool=[1])
+    (model_folder / "generation_config.json").unlink()
+    templates = model_folder / "additional_chat_templates"
+    templates.mkdir()
+    described = {
+        "config.json": (model_folder / "config.json").read_bytes(),
+        "additional_chat_templates/tools.jinja": b"{{ tools }}",
+        **dict.fromkeys(("spiece.model", "qwen.tiktoken", "vocab.bpe", "modeling.py"), b"\x00\xff"),
+        **dict.fromkeys(("preprocessor_config.json", "LICENSE"), b"{}"),
+    }
+    for name, content in described.items():
+        (model_folder / name).write_bytes(content)
+    (model_folder / "model.safetensors.index.json").write_text("{}")
+    (model_folder / "events.out").write_text("of another tool")
+    trainer = make_trainer(model_folder)
+    for path in model_folder.rglob("*"):  # from here on nothing is asked of the first folder
+        if path.is_file():
+            path.unlink()
+    trainer.save(at(1))
+    folder = checkpoint_folder(root_of(model_folder), 1)
+    assert {name: (folder / name).read_bytes() for name in described} == described
+    names = {path.name for path in folder.rglob("*")}
+    assert not {"events.out", "generation_config.json", "model.safetensors.index.json"} & names
+    # The tensors are those that were trained; the folder says what to compute with.
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {
+        torch.float32
+    }
+    assert stored_dtype(folder) == torch.bfloat16
+
+
+def test_a_part_of_what_the_first_folder_describes_gets_a_description_of_its_own(
+    model_folder: Path,
+):
+    add_to_json(model_folder / "config.json", architectures=["LlamaForConditionalGeneration"])
+    make_trainer(model_folder).save(at(1))
+    folder = checkpoint_folder(root_of(model_folder), 1)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_config_that_cannot_be_saved_is_named_before_training(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = make_trainer(model_folder)
+    monkeypatch.setattr(trainer.model.config, "validate", lambda: float("no number"))
+    with pytest.raises(ModelError, match=r"refuses to save it .*no number.*; mend that file in"):
+        trainer.try_save()
+    assert list(root_of(model_folder).iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_training(model_folder: Path):
+    trainer = make_trainer(model_folder)
+    root_of(model_folder).parent.mkdir()
+    root_of(model_folder).write_text("a file where the folder has to be")
+    with pytest.raises(SpeedAsyncError, match=r"could be written to '.*checkpoints'.*run\.folder"):
+        trainer.try_save()
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_named_before_training(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = make_trainer(model_folder)
+    trainer.update(random_groups(0))
+    trainer.save(at(1))
+    tensor_files = [*root_of(model_folder).rglob("*.safetensors")]
+    tensor_files += root_of(model_folder).rglob("*.tensors")
+    size = sum(path.stat().st_size for path in tensor_files)
+    tensors = 12 * sum(each.numel() for each in trainer.model.parameters())
+    assert 0 <= size - tensors < 40_000, "what it is compared with is what it takes"
+    usage = checkpoint.shutil.disk_usage(model_folder)
+    monkeypatch.setattr(
+        checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=tensors - 1)
+    )
+    with pytest.raises(
+        SpeedAsyncError, match=r"one takes 0\.0 GB and 0\.0 GB are free there; make"
+    ):
+        trainer.try_save()
+    assert kept_versions(root_of(model_folder)) == [1]
 
 
 def test_a_checkpoint_of_another_model_is_refused(model_folder: Path, tmp_path: Path):
@@ -207,14 +356,14 @@ def test_every_damage_to_every_file_is_seen_and_refused_by_name(model_folder: Pa
     trainer.save(at(1))
     folder = checkpoint_folder(root_of(model_folder), 1)
     before = state_of(trainer)
-    paths = sorted(folder.iterdir())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     assert len(paths) >= 8
     for path in paths:
-        content = path.read_bytes()
+        content, file = path.read_bytes(), path.relative_to(folder).as_posix()
         for name, harm in damages(path).items():
             harm()
-            assert path.name in damage(folder), f"{path.name} {name}"
-            with pytest.raises(ModelError, match=f"{folder}.*cannot be restored: {path.name}"):
+            assert file in damage(folder), f"{file} {name}"
+            with pytest.raises(ModelError, match=f"{folder}.*cannot be restored: {file}"):
                 trainer.restore(folder)
             path.write_bytes(content)
         assert damage(folder) == ""
@@ -263,7 +412,7 @@ class Breaks:
             (os, "rename"),
             (os, "mkdir"),
             (Path, "write_text"),
-            (checkpoint.shutil, "copyfile"),
+            (Path, "write_bytes"),
             (checkpoint, "save_file"),
         ):
             monkeypatch.setattr(owner, name, self._counted(name, getattr(owner, name)))
@@ -299,7 +448,7 @@ def test_whichever_call_fails_there_is_a_whole_checkpoint_before_and_after(model
         assert names in ({"version-000000"}, {"version-000000", "version-000001"})
         if found.policy_version == 1 and not breaks.broken:
             break
-    assert set(broken) >= {"mkdir", "copyfile", "save_file", "write_text", "fsync", "rename"}
+    assert set(broken) >= {"mkdir", "write_bytes", "save_file", "write_text", "fsync", "rename"}
     resumed = make_trainer(model_folder)
     resumed.restore(checkpoint_folder(root, 1))
     assert_equal(state_of(resumed), state_of(trainer))
@@ -405,10 +554,10 @@ def test_when_all_are_damaged_that_is_an_error_which_names_each(model_folder: Pa
     trainer, root = make_trainer(model_folder), root_of(model_folder)
     for version in (1, 2):
         trainer.save(at(version))
-        (checkpoint_folder(root, version) / "trainer.json").write_text("{}")
+        (checkpoint_folder(root, version) / "training" / "trainer.json").write_text("{}")
     with pytest.raises(
         ModelError,
-        match=r"every checkpoint .*000002: trainer.json .*01: tr.* from a copy, or start a new run",
+        match=r"every .*000002: training/trainer.json .*01: tr.* from a copy, or start a new run",
     ):
         newest_whole(root, 2)
     assert kept_versions(root) == [1, 2]
@@ -418,14 +567,14 @@ def test_while_there_are_fewer_than_are_kept_the_start_is_fallen_back_to(model_f
     trainer, root = make_trainer(model_folder, keep_last=3), root_of(model_folder)
     for version in (1, 2):
         trainer.save(at(version))
-        (checkpoint_folder(root, version) / "trainer.json").write_text("{}")
+        (checkpoint_folder(root, version) / "training" / "trainer.json").write_text("{}")
     found = newest_whole(root, 3)
     assert found is not None
     assert (found.folder, found.policy_version) == (None, 0)
     newer, older = found.notices
     assert newer == (
-        "checkpoint version-000002 is damaged (trainer.json is not as it was written); going on "
-        "from the start (version 0, the first model), the damaged one is kept as "
+        "checkpoint version-000002 is damaged (training/trainer.json is not as it was written); "
+        "going on from the start (version 0, the first model), the damaged one is kept as "
         "version-000002.damaged"
     )
     assert "version-000001.damaged" in older

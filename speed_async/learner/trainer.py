@@ -16,10 +16,11 @@ from speed_async.config.schema import Config
 from speed_async.errors import ModelError
 from speed_async.learner.batch import MicroBatch, make_micro_batch
 from speed_async.learner.canary import CanaryProbe
-from speed_async.learner.checkpoint import load_checkpoint, save_checkpoint
+from speed_async.learner.checkpoint import load_checkpoint, save_checkpoint, try_checkpoint
 from speed_async.learner.diagnostics import Diagnostics, batch_metrics, screening_metrics
 from speed_async.learner.loss_tokens import LossTokens
 from speed_async.learner.model import embedding_table
+from speed_async.learner.model_files import read_model_files
 from speed_async.learner.objective import GroupSignal, Objective, judge, make_objective
 from speed_async.learner.optimizer import make_optimizer, set_lr, warmed_up_lr
 from speed_async.learner.parallel import Parallel
@@ -68,7 +69,7 @@ class Trainer:
         self.num_skipped = 0
         self._config = config.learner
         self._checkpoints = Path(config.run.folder) / "checkpoints"
-        self._tokenizer_folder = Path(config.model.path)
+        self._model_files = read_model_files(Path(config.model.path))
         self._parallel = parallel
         self._clock = clock
         self._objective = objective or make_objective(config)
@@ -126,6 +127,14 @@ class Trainer:
         all learner ranks take part. Raises ModelError when the weights have diverged."""
         return self._canary_probe.measure(self._policy)
 
+    def try_save(self) -> None:
+        """Try what a checkpoint needs besides tensors, before there is anything to lose.
+
+        Raises SpeedAsyncError that names what stands in the way, and the remedy.
+        """
+        folder = checkpoint_folder(self._checkpoints, self.num_updates)
+        try_checkpoint(folder, model=self.model, model_files=self._model_files)
+
     def save(self, progress: Progress) -> int:
         """Write a checkpoint of the present state, then remove all but the newest
         `learner.keep_last`. Returns the oldest version that is kept.
@@ -136,7 +145,7 @@ class Trainer:
             checkpoint_folder(self._checkpoints, progress.policy_version),
             model=self.model,
             state=self._parallel.full_state(self.model, self._optimizer),
-            tokenizer_folder=self._tokenizer_folder,
+            model_files=self._model_files,
             progress=progress,
         )
         return prune(self._checkpoints, self._config.keep_last)

@@ -159,7 +159,12 @@ class Injector:
         with self._stopped("learner"):
             learner = self._process("learner")
             newest = self._newest(folder, _is_checkpoint)
-            files = [*sorted(newest.glob("*.safetensors")), newest / "trainer.json"]
+            training = newest / "training"
+            files = [
+                *sorted(newest.glob("*.safetensors")),
+                training / "optimizer.tensors",
+                training / "trainer.json",
+            ]
             victim = random.Random(share).choice(files)
             with victim.open("r+b") as file:
                 file.seek(int(share * victim.stat().st_size))
