@@ -79,6 +79,26 @@ def test_rewards_are_shaped_before_advantages_are_taken(tmp_path: Path):
     assert signal.kept_N.all()
 
 
+def test_the_punishment_is_measured_from_where_the_context_cuts(tmp_path: Path):
+    """Far from actors.max_new_tokens: 16 tokens of context, 6 or 8 of them the prompt's."""
+    config = make_config(
+        tmp_path,
+        max_new_tokens=1000,
+        objective=ObjectiveConfig(advantage="dr_grpo", overlong_share=0.5, overlong_penalty=1.0),
+    )
+    completions = [make_completion([2] * length, 1.0) for length in (4, 7, 8)]
+    groups = [make_group([1] * length, *completions) for length in (6, 8)]
+
+    first, second = judge(make_objective(config, context_length=16), groups)
+
+    shaped = np.array([1, 1 - 2 / 5, 1 - 3 / 5])  # cut at 10, punished over the last 5
+    assert first.advantages_N.tolist() == pytest.approx((shaped - shaped.mean()).tolist())
+    shaped = np.array([1, 1 - 3 / 4, 0])  # cut at 8, punished over the last 4
+    assert second.advantages_N.tolist() == pytest.approx((shaped - shaped.mean()).tolist())
+    flat, _ = judge(make_objective(config), groups)  # no context known: nobody is near the limit
+    assert flat.advantages_N.tolist() == [0, 0, 0]
+
+
 def test_the_choice_looks_at_raw_rewards_and_the_baseline_at_all_of_them(tmp_path: Path):
     # the long pass falls to 0 once shaped, and is a pass to the gate nevertheless
     shaped = {"overlong_share": 0.4, "screening_samples": "unbiased", "advantage": "dr_grpo"}

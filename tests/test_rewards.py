@@ -1,7 +1,11 @@
 import numpy as np
 import pytest
 
-from speed_async.learner.rewards import overlong_buffer, soft_overlong_punishment
+from speed_async.learner.rewards import (
+    completion_limit,
+    overlong_buffer,
+    soft_overlong_punishment,
+)
 
 
 def test_the_punishment_falls_over_the_buffer_and_stays_at_the_limit():
@@ -24,6 +28,14 @@ def test_a_buffer_of_zero_is_off_even_at_the_limit():
 def test_a_buffer_of_the_whole_length_punishes_from_the_first_token():
     punishment = soft_overlong_punishment(np.array([0, 1, 4]), max_length=4, buffer=4)
     assert punishment.tolist() == [0.0, -0.25, -1.0]
+
+
+def test_a_completion_is_cut_at_its_own_limit_or_at_the_contexts_end():
+    assert completion_limit(1000, context_length=96, num_prompt_tokens=20) == 76
+    assert completion_limit(50, context_length=96, num_prompt_tokens=20) == 50
+    assert completion_limit(50, context_length=96, num_prompt_tokens=60) == 36
+    assert completion_limit(1000, context_length=96) == 96
+    assert completion_limit(1000, context_length=None, num_prompt_tokens=20) == 1000
 
 
 def test_the_share_rounds_to_tokens():

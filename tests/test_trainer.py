@@ -355,6 +355,40 @@ def test_interpolated_anchors_follow_the_age_of_the_tokens(tmp_path: Path, age: 
         torch.testing.assert_close(ours, theirs.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("max_new_tokens", "model", "wanted"), [(64, 16, None), (1000, 16, None), (1000, 64, 16)]
+)
+def test_limits_past_the_context_train_as_the_context_does(
+    tmp_path: Path, max_new_tokens: int, model: int, wanted: int | None
+):
+    """Dr. GRPO's divisor and the over-long punishment, from the model's own limit or the one that
+    the run sets; the whole gradient is theirs."""
+
+    def gradient(max_new_tokens: int, model: int, wanted: int | None) -> list[torch.Tensor]:
+        save_tiny_llama(tmp_path, max_position_embeddings=model)
+        config = make_config(
+            tmp_path,
+            max_new_tokens=max_new_tokens,
+            objective=ObjectiveConfig(
+                advantage="dr_grpo", aggregation="fixed_length", overlong_share=0.5
+            ),
+        )
+        chosen = config.model.model_copy(update={"context_length": wanted})
+        trainer = Trainer(
+            config=config.model_copy(update={"model": chosen}),
+            model=load_model(tmp_path, device="cpu"),
+            parallel=SingleRank(),
+        )
+        cut = make_completion([2] * 10, 1.0, finish_reason="length")
+        trainer.update([make_group([1] * 6, cut, make_completion([3] * 4, 1.0))])
+        return gradients(trainer)
+
+    by_hand = gradient(16, 16, None)
+    assert any(each.any() for each in by_hand), "both passed: only the punishment tells them apart"
+    for one, other in zip(gradient(max_new_tokens, model, wanted), by_hand, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_two_trainers_given_the_same_batches_agree_bit_for_bit(tmp_path: Path):
     one, other = (make_trainer(tmp_path / name, lr=0.01) for name in ("one", "other"))
     for seed in range(3):
@@ -504,7 +538,7 @@ def test_the_canary_is_never_longer_than_the_context(tmp_path: Path):
     model = load_model(tmp_path, device="cpu")
     policy = Policy(model, temperature=1.0)
     assert len(CanaryProbe(model).measure(policy).token_ids) == 20
-    assert len(CanaryProbe(model, context_length=7).measure(policy).token_ids) == 7
+    assert len(CanaryProbe(model, wanted=7).measure(policy).token_ids) == 7
 
 
 def test_weights_that_have_diverged_have_no_canary(tmp_path: Path):

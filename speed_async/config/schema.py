@@ -116,7 +116,8 @@ class ObjectiveConfig(Section):
         "token_mean"
     )
     """How token losses add up: each token, each completion or each prompt counts the same;
-    `fixed_length` divides by completions x actors.max_new_tokens (Dr. GRPO)."""
+    `fixed_length` divides by completions x actors.max_new_tokens, or the context where that is
+    less (Dr. GRPO)."""
     correction: Literal[
         "none",
         "token_tis",
@@ -136,7 +137,8 @@ class ObjectiveConfig(Section):
     """`negative_sequence_mask` drops a completion of negative advantage past this mean
     log(mu / pi_theta)."""
     overlong_share: Fraction = 0.0
-    """Last share of actors.max_new_tokens over which the reward falls linearly; 0 is off."""
+    """Last share of a completion's limit over which the reward falls linearly; 0 is off. The limit
+    is actors.max_new_tokens, or what the context leaves after the prompt where that is less."""
     overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
     """What the reward has lost at the limit."""
     screening_samples: Literal["all", "unbiased", "none"] = "all"

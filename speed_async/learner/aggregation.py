@@ -55,7 +55,8 @@ def prompt_mean(lengths: Sequence[IntArray]) -> list[Float64Array]:
 
 
 def fixed_length(lengths: Sequence[IntArray], *, max_new_tokens: int) -> list[Float64Array]:
-    """1 / (C x max_new_tokens): a constant that no outcome moves.
+    """1 / (C x max_new_tokens): a constant that no outcome moves. `max_new_tokens` is the most that
+    any completion of the run can have (`rewards.completion_limit`).
 
     Source: Liu et al. 2025, "Understanding R1-Zero-Like Training" (Dr. GRPO, arXiv 2503.20783),
     section 3.1. Args and returns as `token_mean`.

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from speed_async.errors import ModelError
 from speed_async.learner.batch import make_micro_batch
-from speed_async.learner.model import embedding_table
+from speed_async.learner.model import context_length, embedding_table
 from speed_async.learner.rows import Row, TrainingSample
 from speed_async.weights.canary import CANARY_TOKENS, Canary, canary_token_ids
 
@@ -18,14 +18,11 @@ from speed_async.weights.canary import CANARY_TOKENS, Canary, canary_token_ids
 class CanaryProbe:
     """One row of fixed tokens, laid out once."""
 
-    def __init__(
-        self, model: PreTrainedModel, *, context_length: int | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, *, wanted: int | None = None, seed: int = 0) -> None:
+        """`wanted`: `model.context_length`."""
         table = embedding_table(model)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", CANARY_TOKENS)
-        self._token_ids = canary_token_ids(
-            len(table), context_length=context_length or limit, seed=seed
-        )
+        limit = context_length(model, wanted) or CANARY_TOKENS
+        self._token_ids = canary_token_ids(len(table), context_length=limit, seed=seed)
         first, *rest = np.array_split(np.array(self._token_ids, np.int32), [1])
         sample = TrainingSample(
             token_ids=rest[0],

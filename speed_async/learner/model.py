@@ -82,6 +82,12 @@ def _set_mode(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
                 setattr(module, "dropout", 0.0)  # noqa: B010 - a float, where the class says Module
 
 
+def context_length(model: PreTrainedModel, wanted: int | None) -> int | None:
+    """Prompt plus completion tokens that actors sample at most: `model.context_length`, or the
+    model's own limit. None for a model without one."""
+    return wanted or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def embedding_table(model: PreTrainedModel) -> Tensor:
     """Input embeddings (token ids, H): its first dimension bounds the ids that may be fed."""
     return cast(Tensor, model.get_input_embeddings().weight)

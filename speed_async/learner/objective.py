@@ -19,12 +19,16 @@ from speed_async.learner import advantages, aggregation, corrections, losses
 from speed_async.learner.advantages import Advantages
 from speed_async.learner.aggregation import Aggregation
 from speed_async.learner.loss_tokens import Correction, PolicyLoss
-from speed_async.learner.rewards import overlong_buffer, soft_overlong_punishment
+from speed_async.learner.rewards import (
+    completion_limit,
+    overlong_buffer,
+    soft_overlong_punishment,
+)
 from speed_async.learner.screening import kept
 from speed_async.types import PASS_REWARD, Group
 
-Shaping = Callable[[NDArray[np.int64]], NDArray[np.float64]]
-"""Lengths (N,) in tokens to what is added to the raw rewards (N,)."""
+Shaping = Callable[[NDArray[np.int64], int], NDArray[np.float64]]
+"""Lengths (N,) and the prompt's length in tokens to what is added to the raw rewards (N,)."""
 Selection = Callable[[NDArray[np.bool_], int], NDArray[np.bool_]]
 """Raw passes (N,) and the number of screening samples to the completions kept (N,)."""
 
@@ -48,16 +52,16 @@ class GroupSignal:
     kept_N: NDArray[np.bool_]  # whether the completion enters the gradient
 
 
-def make_objective(config: Config) -> Objective:
-    """The parts that `objective`, `gate` and `actors` name, with their parameters bound."""
-    chosen, max_length = config.objective, config.actors.max_new_tokens
+def make_objective(config: Config, *, context_length: int | None = None) -> Objective:
+    """The parts that `objective`, `gate` and `actors` name, with their parameters bound.
+
+    `context_length`: of the run's model; it cuts completions before `actors.max_new_tokens` when
+    their prompts are long.
+    """
+    chosen = config.objective
+    limit = partial(completion_limit, config.actors.max_new_tokens, context_length=context_length)
     return Objective(
-        shaping=partial(
-            soft_overlong_punishment,
-            max_length=max_length,
-            buffer=overlong_buffer(chosen.overlong_share, max_length),
-            penalty=chosen.overlong_penalty,
-        ),
+        shaping=partial(_overlong, chosen=chosen, limit=limit),
         advantages={
             "rloo": advantages.rloo,
             "grpo": advantages.grpo,
@@ -69,7 +73,7 @@ def make_objective(config: Config) -> Objective:
             "token_mean": aggregation.token_mean,
             "sequence_mean": aggregation.sequence_mean,
             "prompt_mean": aggregation.prompt_mean,
-            "fixed_length": partial(aggregation.fixed_length, max_new_tokens=max_length),
+            "fixed_length": partial(aggregation.fixed_length, max_new_tokens=limit()),
         }[chosen.aggregation],
         correction=_correction(chosen),
         policy_loss=_policy_loss(chosen),
@@ -86,7 +90,8 @@ def judge(objective: Objective, groups: Sequence[Group]) -> list[GroupSignal]:
     lengths = [np.array([c.num_tokens for c in g.completions], np.int64) for g in groups]
     raw = [np.array([c.reward for c in group.completions], np.float64) for group in groups]
     shaped = [
-        raw_N + objective.shaping(lengths_N) for raw_N, lengths_N in zip(raw, lengths, strict=True)
+        raw_N + objective.shaping(lengths_N, len(group.prompt_token_ids))
+        for group, raw_N, lengths_N in zip(groups, raw, lengths, strict=True)
     ]
     return [
         GroupSignal(
@@ -98,6 +103,21 @@ def judge(objective: Objective, groups: Sequence[Group]) -> list[GroupSignal]:
             groups, raw, objective.advantages(shaped), objective.aggregation(lengths), strict=True
         )
     ]
+
+
+def _overlong(
+    lengths_N: NDArray[np.int64],
+    num_prompt_tokens: int,
+    *,
+    chosen: ObjectiveConfig,
+    limit: Callable[..., int],
+) -> NDArray[np.float64]:
+    """Measured from where these completions are cut."""
+    max_length = limit(num_prompt_tokens=num_prompt_tokens)
+    buffer = overlong_buffer(chosen.overlong_share, max_length)
+    return soft_overlong_punishment(
+        lengths_N, max_length=max_length, buffer=buffer, penalty=chosen.overlong_penalty
+    )
 
 
 def _correction(chosen: ObjectiveConfig) -> Correction:

@@ -27,6 +27,16 @@ def soft_overlong_punishment(
     return -penalty * (excess_N / buffer)
 
 
+def completion_limit(
+    max_new_tokens: int, *, context_length: int | None, num_prompt_tokens: int = 0
+) -> int:
+    """Tokens at which a completion after this prompt is cut. `context_length` None: the model has
+    no limit of its own."""
+    if context_length is None:
+        return max_new_tokens
+    return max(min(max_new_tokens, context_length - num_prompt_tokens), 1)
+
+
 def overlong_buffer(share: float, max_length: int) -> int:
     """Tokens over which the punishment grows: the nearest whole number to share x max_length."""
     return round(share * max_length)

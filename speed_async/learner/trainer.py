@@ -19,7 +19,7 @@ from speed_async.learner.canary import CanaryProbe
 from speed_async.learner.checkpoint import load_checkpoint, save_checkpoint, try_checkpoint
 from speed_async.learner.diagnostics import Diagnostics, batch_metrics, screening_metrics
 from speed_async.learner.loss_tokens import LossTokens
-from speed_async.learner.model import embedding_table
+from speed_async.learner.model import context_length, embedding_table
 from speed_async.learner.model_files import read_model_files
 from speed_async.learner.objective import GroupSignal, Objective, judge, make_objective
 from speed_async.learner.optimizer import make_optimizer, set_lr, warmed_up_lr
@@ -72,13 +72,14 @@ class Trainer:
         self._model_files = read_model_files(Path(config.model.path))
         self._parallel = parallel
         self._clock = clock
-        self._objective = objective or make_objective(config)
+        context = context_length(model, config.model.context_length)
+        self._objective = objective or make_objective(config, context_length=context)
         self._device = next(model.parameters()).device
         policy = Policy(model, temperature=config.actors.temperature)
         self._may_share_prompts = check_policy(policy)
         self._layout_cost = layout_cost(model)
         self._canary_probe = CanaryProbe(
-            model, context_length=config.model.context_length, seed=config.run.seed
+            model, wanted=config.model.context_length, seed=config.run.seed
         )
         self._policy = parallel.wrap(policy)
         self._optimizer = make_optimizer(model, config.learner)

@@ -13,7 +13,9 @@ from speed_async.buffer.curriculum import make_curriculum
 from speed_async.buffer.recovery import open_machine
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
+from speed_async.config.model_facts import read_model_facts
 from speed_async.config.schema import Config
+from speed_async.errors import ModelError
 from speed_async.evaluate.plan import EvaluationPlan
 from speed_async.observe.sinks import JsonlSink, Sink
 from speed_async.tasks.registry import make_task
@@ -70,14 +72,9 @@ async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
 def vocab_size(folder: Path) -> int | None:
     """Tokens that the model of this folder has; None where its config.json does not tell."""
     try:
-        facts = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        return read_model_facts(folder).vocab_size
+    except ModelError:
         return None
-    for place in (facts, facts.get("text_config") if isinstance(facts, dict) else None):
-        size = place.get("vocab_size") if isinstance(place, dict) else None
-        if isinstance(size, int) and size > 0:
-            return size
-    return None
 
 
 def make_sinks(config: Config, run_folder: Path) -> list[Sink]:
