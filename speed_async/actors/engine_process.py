@@ -41,6 +41,7 @@ from speed_async.actors.engine_frames import (
 )
 from speed_async.actors.stepper import Stepper
 from speed_async.errors import DeadlineExceeded, GivenUp, SpeedAsyncError
+from speed_async.observe.first_error import LogSince, one_line
 
 STATS_INTERVAL_S = 0.05
 """Turns in which nothing ended are told of this often, for their counts."""
@@ -66,6 +67,7 @@ class ProcessWorker:
         self, make_stepper: Callable[[], Stepper], *, load_timeout_s: float, fork: bool
     ) -> None:
         self._load_timeout_s = load_timeout_s
+        self._log = LogSince()
         self._socket, theirs = socket.socketpair()
         arguments = (theirs, self._socket, make_stepper)
         if fork:
@@ -123,8 +125,10 @@ class ProcessWorker:
             value = msgpack.unpackb(await self._reader.readexactly(*LENGTH.unpack(header)))
         except (asyncio.IncompleteReadError, ConnectionError):
             await asyncio.to_thread(self.process.join, END_GRACE_S)
+            how, cause = _ending(self.process.exitcode), self._log.first_error()
             raise GivenUp(
-                f"the engine process died ({_ending(self.process.exitcode)}); see the actor's log"
+                f"the engine process died ({how}){f': {cause}' if cause else ''}; "
+                "see the actor's log"
             ) from None
         if "error" in value:
             raise unpack_error(*value["error"])
@@ -149,7 +153,8 @@ def _main(ours: socket.socket, theirs: socket.socket, make_stepper: Callable[[],
         _tell(ours, error)
     except Exception as error:  # a process's boundary: traced in the log, told to the actor
         traceback.print_exc()
-        _tell(ours, SpeedAsyncError(f"the engine failed: {type(error).__name__}: {error}"))
+        text = one_line(f"{type(error).__name__}: {error}")
+        _tell(ours, SpeedAsyncError(f"the engine failed: {text}"))
 
 
 def _serve(ours: socket.socket, make_stepper: Callable[[], Stepper]) -> None:

@@ -30,6 +30,7 @@ from speed_async.actors.vllm_requests import (
     sampling_params,
 )
 from speed_async.errors import DeadlineExceeded, GivenUp, SpeedAsyncError, WeightSyncError
+from speed_async.observe.first_error import LogSince, one_line
 from speed_async.types import Sampled, WeightOffer
 from speed_async.weights.canary import Canary, canary_tolerance, verify
 
@@ -85,6 +86,7 @@ class VllmEngine:
         self._verified = asyncio.Event()
         self._verified.set()
         self._updating = asyncio.Lock()
+        self._log = LogSince()
         self._opened = await asyncio.to_thread(self._open_llm)
         self._llm = self._opened.llm
         await self._llm.update_weight_version(str(self._policy_version))
@@ -317,12 +319,14 @@ class VllmEngine:
         except EngineDeadError:
             raise self._died() from None
         except (RuntimeError, ValueError, TypeError) as error:
-            failure = GivenUp(f"vLLM failed: {error}; see the actor's log")
+            failure = GivenUp(f"vLLM failed: {one_line(str(error))} (see the actor's log)")
             self._fail(failure)
             raise failure from error
 
     def _died(self) -> Exception:
-        self._fail(GivenUp("the vLLM engine died; see the actor's log"))
+        cause = self._log.first_error()
+        why = f": {cause} (all of it is in the actor's log)" if cause else "; see the actor's log"
+        self._fail(GivenUp(f"the vLLM engine died{why}"))
         assert self._failure is not None
         return self._failure
 

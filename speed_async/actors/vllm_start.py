@@ -9,9 +9,10 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from speed_async.actors.vllm_engine import OpenLlm, VllmEngine
-from speed_async.actors.vllm_options import TRANSFER_BACKEND, ModelFacts, engine_arguments
+from speed_async.actors.vllm_options import TRANSFER_BACKEND, ServingFacts, engine_arguments
 from speed_async.config.schema import Config
 from speed_async.errors import SpeedAsyncError
+from speed_async.observe.first_error import LogSince, one_line, points_elsewhere
 
 SHUTDOWN_S = 5.0
 
@@ -27,8 +28,9 @@ def make_vllm_engine(config: Config, *, seed: int) -> VllmEngine:
 
 def open_llm(config: Config, *, seed: int) -> OpenLlm:
     """Start vLLM and wait until it serves. Raises ModelError, ConfigError or SpeedAsyncError."""
-    facts = ModelFacts(config)
+    facts = ServingFacts(config)
     arguments = engine_arguments(config, facts, seed=seed, on_cpu=current_platform.is_cpu())
+    log = LogSince()
     try:
         llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
@@ -36,7 +38,11 @@ def open_llm(config: Config, *, seed: int) -> OpenLlm:
             )
         )
     except (RuntimeError, ValueError, TypeError, OSError) as error:  # what vLLM raises at start
-        raise SpeedAsyncError(f"vLLM did not start ({error}); the actor's log says why") from error
+        own = one_line(f"{type(error).__name__}: {error}")
+        cause = log.first_error() if points_elsewhere(own) else ""
+        raise SpeedAsyncError(
+            f"vLLM did not start: {cause or own} (all of it is in the actor's log)"
+        ) from error
     return OpenLlm(
         llm=llm,
         context_length=facts.context_length,

@@ -6,7 +6,10 @@ import traceback
 from pathlib import Path
 
 from speed_async.errors import ConfigError, RoleError, SpeedAsyncError
+from speed_async.observe.first_error import one_line
 
+MAX_CHARS = 2000
+"""Of an error that was not foreseen: some libraries list all that they know."""
 EXIT_FAILED = 1
 EXIT_NOTHING_LEARNED = 3
 """All updates were made, and not one had a gradient to follow."""
@@ -24,7 +27,7 @@ def describe(role: str, error: BaseException) -> str:
         return str(error)
     if isinstance(error, SpeedAsyncError):
         return f"{role}: {error}"
-    return f"{role}: unexpected {type(error).__name__}: {error}"
+    return f"{role}: unexpected {type(error).__name__}: {one_line(str(error), MAX_CHARS)}"
 
 
 def record(path: Path, role: str, error: BaseException) -> str:

@@ -18,6 +18,7 @@ from pebble import ProcessExpired, ProcessPool
 from pebble.common.types import MultiprocessingContext
 
 from speed_async.errors import TaskError
+from speed_async.observe.first_error import LogSince
 from speed_async.tasks.verifier_worker import (
     MakeTask,
     Reply,
@@ -164,6 +165,7 @@ class VerifierPool:
 
     async def _start(self) -> ProcessPool:
         _check_picklable(self._make)
+        log = LogSince()
         pool = ProcessPool(
             self._num_workers,
             initializer=start_worker,
@@ -176,7 +178,8 @@ class VerifierPool:
         except TimeoutError:
             fault = f"no worker made its task within {self._start_timeout_s:g} s"
         except BrokenProcessPool:
-            fault = "its worker process ended at once; what it wrote to stderr says why"
+            cause = log.first_error() or "what it wrote to stderr says why"
+            fault = f"its worker process ended at once: {cause}"
         except BaseException:
             await self._stop(pool)
             raise

@@ -1,0 +1,146 @@
+"""The first real error of a log: recorded from vLLM's processes, and from ones that die here."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from speed_async.actors.engine_process import ProcessWorker
+from speed_async.errors import GivenUp, TaskError
+from speed_async.observe.first_error import LogSince, first_error, one_line, points_elsewhere
+from speed_async.runtime.failure import describe
+from speed_async.tasks.verifier import VerifierPool
+
+LOGS = Path(__file__).parent / "logs"
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (
+            "vllm_stray_weights.log",
+            "ValueError: Attempted to load nested weight 'lm_head.weight.exp_avg' into a single "
+            "parameter 'lm_head.weight'",
+        ),
+        (
+            "vllm_two_workers.log",
+            "ValueError: Attempted to load nested weight 'lm_head.weight.exp_avg' into a single "
+            "parameter 'lm_head.weight'",
+        ),
+        (
+            "vllm_no_kv_memory.log",
+            "ValueError: No available memory for the cache blocks. Try increasing "
+            "`gpu_memory_utilization` when initializing the engine (this flag also controls CPU "
+            "memory reservation on the CPU backend, despite its name). See "
+            "https://docs.vllm.ai/en/latest/configuration/conserving_memory/ for more details.",
+        ),
+    ],
+)
+def test_the_root_of_a_recorded_failure_is_found(log: str, expected: str) -> None:
+    assert first_error((LOGS / log).read_text()) == expected
+
+
+def test_errors_that_only_point_at_others_are_passed_over() -> None:
+    trace = "Traceback (most recent call last):\n  File 'x.py', line 1, in f\n    g()\n"
+    pointing = trace + "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    assert first_error(pointing) == ""
+    assert first_error(f"{pointing}\n{trace}MemoryError\n") == "MemoryError"
+    assert points_elsewhere("EngineDeadError: See stack trace (above) for the root cause.")
+    assert points_elsewhere("RuntimeError: please check the stack trace above for the root cause")
+
+
+def test_a_log_without_a_traceback_has_no_error() -> None:
+    assert first_error("") == ""
+    assert first_error("INFO 11-29 01:57:14 [core.py:1] ready\nERROR: a library's own word\n") == ""
+    assert first_error("Traceback (most recent call last):\n  File 'cut off") == ""
+
+
+def test_a_message_of_several_lines_is_one_line_up_to_a_limit() -> None:
+    log = (
+        "Traceback (most recent call last):\n  File 'x'\nValueError: first\n  second\n\nafter it\n"
+    )
+    assert first_error(log) == "ValueError: first second"
+    assert one_line("a\n b" + "x" * 500, 20) == "a b" + "x" * 14 + "..."
+    text = describe("actor-1", KeyError("x\n" * 50_000))
+    assert len(text) < 2100
+    assert "\n" not in text
+
+
+def test_only_what_was_written_since_counts(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    trace = "Traceback (most recent call last):\n  File 'x'\n"
+    log.write_text(f"{trace}ValueError: of an earlier actor\n")
+    since = LogSince(log)
+    assert since.first_error() == ""
+    with log.open("a") as file:
+        file.write(f"{trace}KeyError: 'mine'\n")
+    assert since.first_error() == "KeyError: 'mine'"
+    log.unlink()
+    assert since.first_error() == ""
+
+
+def test_a_stderr_that_is_no_file_is_not_read() -> None:
+    """A terminal, or a pipe: reading it would wait for ever."""
+    code = "from speed_async.observe.first_error import LogSince\nprint([LogSince().first_error()])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "['']\n"
+
+
+# --- processes that die ----------------------------------------------------------------------------
+
+
+class DiesOnArrival:
+    """Cannot be unpickled: the process that it is sent to dies with a traceback of Python's own."""
+
+    def __call__(self) -> Any:
+        raise AssertionError("nobody comes this far")
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return partial(exec, "raise OSError('the disk with the model is gone')"), ()
+
+
+@contextmanager
+def stderr_in(path: Path) -> Iterator[None]:
+    """As an actor's goes to its log."""
+    before = os.dup(2)
+    with path.open("ab") as log:
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+def test_an_engine_process_that_dies_says_in_the_error_what_it_died_of(tmp_path: Path) -> None:
+    async def run() -> None:
+        worker = ProcessWorker(DiesOnArrival(), load_timeout_s=60.0, fork=False)
+        try:
+            await worker.start()
+        finally:
+            await worker.close()
+
+    with (
+        stderr_in(tmp_path / "log"),
+        pytest.raises(GivenUp, match=r"died \(exit status 1\): OSError: the disk with the model"),
+    ):
+        asyncio.run(run())
+
+
+def test_a_verifier_that_dies_says_in_the_error_what_it_died_of(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with VerifierPool(DiesOnArrival(), 1, 5.0):
+            pass
+
+    with (
+        stderr_in(tmp_path / "log"),
+        pytest.raises(TaskError, match="ended at once: OSError: the disk with the model is gone"),
+    ):
+        asyncio.run(run())
