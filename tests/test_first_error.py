@@ -93,7 +93,7 @@ def test_a_stderr_that_is_no_file_is_not_read() -> None:
     assert done.stdout == "['']\n"
 
 
-# --- processes that die ----------------------------------------------------------------------------
+# --- processes that die -----------------------------------------------------------------------
 
 
 class DiesOnArrival:
