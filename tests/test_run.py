@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_process import MODEL, start_torchrun, start_train, write_config
+from run_process import MODEL, resume_train, start_torchrun, start_train, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from speed_async.tasks.arithmetic import ArithmeticTask
@@ -58,6 +59,26 @@ def test_train_leaves_config_metrics_summary_picture_and_a_loadable_checkpoint(
     assert sum(line.startswith("step ") for line in out.splitlines()) == 3
     assert "closes" in out.split("run ended", 1)[1]
     assert run.processes() == {}
+
+
+def test_a_model_that_transformers_refuses_to_save_is_trained_saved_and_resumed(
+    tmp_path: Path,
+) -> None:
+    """Sampling flags without sampling: transformers loads such a folder and saves none."""
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    flags = model / "generation_config.json"
+    refused = json.loads(flags.read_text()) | {"do_sample": False, "temperature": 0.6}
+    flags.write_text(json.dumps(refused))
+    arguments = ("--learner.checkpoint_every", "1", "--run.updates", "2")
+    run = start_train(tmp_path, *arguments, config=write_config(tmp_path, model=model))
+    status, _, err = run.finish()
+    assert status == 0, err
+    run = resume_train(run, "--run.updates", "3")
+    status, _, err = run.finish()
+    assert status == 0, err
+    saved = run.folder / "checkpoints" / "version-000003" / "generation_config.json"
+    assert json.loads(saved.read_text()) == refused
 
 
 def test_torchrun_takes_the_same_path_with_two_actors(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ async def learn(life: Life, rank: Rank, link: Link, stop: asyncio.Event) -> Fini
         if found.folder is not None:
             progress = await asyncio.to_thread(trainer.restore, found.folder, is_whole=True)
         restored = Restored(progress=progress, notices=found.notices)
-    await asyncio.to_thread(trainer.try_save)
+    if life.number == 0:  # a run that goes on may wait for room, as it may at any later checkpoint
+        await asyncio.to_thread(trainer.try_save)
     device = next(model.parameters()).device
     sender = TorchSender(
         host=config.cluster.host,
