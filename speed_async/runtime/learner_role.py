@@ -14,6 +14,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import RoleError, RunFinished, SpeedAsyncError
 from speed_async.observe.report import plot_accuracy, summary_text
 from speed_async.runtime.failure import describe
+from speed_async.runtime.identity import DATA
 from speed_async.runtime.life import Life, begin_life, remember_ports
 from speed_async.runtime.processes import end_process, log_to, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
@@ -62,12 +63,14 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
     sys.stderr.writelines(life.first_words())  # on the terminal, while nothing is drawn there yet
     log_to(folder.log(ROLE))
     sys.stderr.writelines([f"life {life.number}\n", *life.first_words()])
+    identifying = asyncio.create_task(asyncio.to_thread(life.identified), name="identity")
     service = ServiceProcess(config, folder, life=life.number)
     await service.start(life.ports)
     console: asyncio.subprocess.Process | None = None
     watch: asyncio.Task[None] | None = None
     grace_s = FAILED_GRACE_S
     try:
+        identity = await identifying  # before an actor can find the service, and be given work
         remember_ports(life, service.ports)
         address = ServiceAddress(
             host=config.cluster.host,
@@ -81,7 +84,8 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
         await asyncio.to_thread(rendezvous.publish, address)
         console = await _start_console(address, folder)
         watch = asyncio.create_task(service.watch(), name="service")
-        finished = await _train(life, rank, address, stop, service, watch)
+        data = identity.things[DATA].digest
+        finished = await _train(life, rank, address, stop, service, watch, fingerprint=data)
         await asyncio.to_thread(rendezvous.end, life.number)
         grace_s = UPLOAD_GRACE_S if config.observe.wandb else CHILD_GRACE_S
     finally:
@@ -110,6 +114,8 @@ async def _train(
     stop: asyncio.Event,
     service: ServiceProcess,
     watch: asyncio.Task[None],
+    *,
+    fingerprint: str,
 ) -> "Finished":
     """Train; a service that dies meanwhile ends it."""
     # Seconds to import, while the actors, which wait for the service alone, do the same.
@@ -117,7 +123,7 @@ async def _train(
     keys = client_keys(life.config.cluster)
     wire = await open_link(address.host, address.port, ROLE, keys=keys)
     link = SessionLink(tapped(wire, life.config.observe.trace, ROLE))
-    training = asyncio.create_task(work.learn(life, rank, link, stop), name=ROLE)
+    training = asyncio.create_task(work.learn(life, rank, link, stop, fingerprint), name=ROLE)
     try:
         await asyncio.wait((training, watch), return_when=asyncio.FIRST_COMPLETED)
         if not training.done():
