@@ -25,11 +25,10 @@ from speed_async.learner.optimizer import load_named_state
 from speed_async.learner.parallel import FullState
 from speed_async.learner.progress import Progress, Update
 from speed_async.learner.random_states import random_states, restore_random_states
-from speed_async.learner.shelf import put, tidy
+from speed_async.learner.shelf import TRAINER_FILE, put, tidy
 
 FORMAT = 2
 OPTIMIZER_FILE = "optimizer.safetensors"
-TRAINER_FILE = "trainer.json"
 RANDOM_FILE = "random.json"
 TOKENIZER_FILES = (
     "tokenizer.json",

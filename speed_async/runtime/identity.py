@@ -5,6 +5,7 @@ Kept in the run folder as `identity.json`. Nothing here loads torch.
 
 import importlib.metadata
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ class Thing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
+    run_id: str
+    """Each checkpoint of the run bears it."""
     release: str
     """Of this package, for the reader's information."""
     settings: Mapping[str, Any]
@@ -60,7 +63,9 @@ class Identity:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
 
 
-def identify(config: Config, known: Mapping[str, Digested] | None = None) -> Identity:
+def identify(
+    config: Config, *, run_id: str, known: Mapping[str, Digested] | None = None
+) -> Identity:
     """Read all that a run with this configuration stands on.
 
     `known`: digests of weights, of an earlier time. Raises ConfigError, DataError or TaskError when
@@ -81,8 +86,16 @@ def identify(config: Config, known: Mapping[str, Digested] | None = None) -> Ide
     except OSError as error:
         raise IdentityError(f"what this run stands on cannot be read: {error}") from error
     return Identity(
-        release=__version__, settings=fixed_settings(config), things=things, weights=weights
+        run_id=run_id,
+        release=__version__,
+        settings=fixed_settings(config),
+        things=things,
+        weights=weights,
     )
+
+
+def new_run_id() -> str:
+    return uuid.uuid4().hex
 
 
 def read_identity(path: Path) -> Identity | None:

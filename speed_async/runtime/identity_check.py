@@ -8,7 +8,8 @@ from speed_async.buffer.opened import check_segments
 from speed_async.config.resumed import fixed_settings
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, DataError, IdentityError, TaskError
-from speed_async.learner.shelf import checkpoint_folder, kept_versions
+from speed_async.learner.shelf import checkpoint_folder, kept_versions, run_ids
+from speed_async.runtime.content import Digested
 from speed_async.runtime.identity import (
     DATA,
     MODEL,
@@ -18,6 +19,7 @@ from speed_async.runtime.identity import (
     Identity,
     Thing,
     identify,
+    new_run_id,
     read_identity,
 )
 from speed_async.runtime.model_files import model_fingerprint
@@ -43,9 +45,13 @@ def check_identity(config: Config, folder: RunFolder) -> Identity:
     configuration was edited, and JournalRefused when its journal is of another run or release.
     """
     then = read_identity(folder.identity)
+    makers = run_ids(folder.checkpoints)
     if then is not None:
         _check_settings(then, config, folder)
-    now = _identify(config, then, folder)
+        _check_checkpoints(then, makers, folder)
+        now = _identify(config, folder, then.run_id, then.weights)
+    else:
+        now = _identify(config, folder, next(reversed(makers.values()), new_run_id()))
     if then is not None and (differences := dict(_differences(then, now, config))):
         raise IdentityError(_refusal(differences, folder))
     fingerprint = model_fingerprint(
@@ -74,9 +80,22 @@ def _check_settings(then: Identity, config: Config, folder: RunFolder) -> None:
             )
 
 
-def _identify(config: Config, then: Identity | None, folder: RunFolder) -> Identity:
+def _check_checkpoints(then: Identity, makers: Mapping[str, str], folder: RunFolder) -> None:
+    for name, maker in makers.items():
+        if maker != then.run_id:
+            path = folder.checkpoints / name
+            raise IdentityError(
+                f"checkpoint '{path}' is of another run ({maker[:SHOWN]}, this one is "
+                f"{then.run_id[:SHOWN]}): move it away; to train on from it, start a new run: "
+                f"speed-async train CONFIG --model.path '{path}'"
+            )
+
+
+def _identify(
+    config: Config, folder: RunFolder, run_id: str, known: Mapping[str, Digested] | None = None
+) -> Identity:
     try:
-        return identify(config, then.weights if then is not None else None)
+        return identify(config, run_id=run_id, known=known)
     except (ConfigError, DataError, TaskError) as error:
         raise IdentityError(
             f"the data of the run in '{folder.path}' cannot be made again: {error}"

@@ -14,7 +14,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import RoleError, RunFinished, SpeedAsyncError
 from speed_async.observe.report import plot_accuracy, summary_text
 from speed_async.runtime.failure import describe
-from speed_async.runtime.identity import DATA
+from speed_async.runtime.identity import Identity
 from speed_async.runtime.life import Life, begin_life, remember_ports
 from speed_async.runtime.processes import end_process, log_to, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
@@ -84,8 +84,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
         await asyncio.to_thread(rendezvous.publish, address)
         console = await _start_console(address, folder)
         watch = asyncio.create_task(service.watch(), name="service")
-        data = identity.things[DATA].digest
-        finished = await _train(life, rank, address, stop, service, watch, fingerprint=data)
+        finished = await _train(life, identity, rank, address, stop, service, watch)
         await asyncio.to_thread(rendezvous.end, life.number)
         grace_s = UPLOAD_GRACE_S if config.observe.wandb else CHILD_GRACE_S
     finally:
@@ -109,13 +108,12 @@ async def _start_console(address: ServiceAddress, folder: RunFolder) -> asyncio.
 
 async def _train(
     life: Life,
+    identity: Identity,
     rank: Rank,
     address: ServiceAddress,
     stop: asyncio.Event,
     service: ServiceProcess,
     watch: asyncio.Task[None],
-    *,
-    fingerprint: str,
 ) -> "Finished":
     """Train; a service that dies meanwhile ends it."""
     # Seconds to import, while the actors, which wait for the service alone, do the same.
@@ -123,7 +121,7 @@ async def _train(
     keys = client_keys(life.config.cluster)
     wire = await open_link(address.host, address.port, ROLE, keys=keys)
     link = SessionLink(tapped(wire, life.config.observe.trace, ROLE))
-    training = asyncio.create_task(work.learn(life, rank, link, stop, fingerprint), name=ROLE)
+    training = asyncio.create_task(work.learn(life, rank, link, stop, identity), name=ROLE)
     try:
         await asyncio.wait((training, watch), return_when=asyncio.FIRST_COMPLETED)
         if not training.done():

@@ -15,6 +15,7 @@ from speed_async.learner.model import load_model, stored_dtype
 from speed_async.learner.parallel import SingleRank
 from speed_async.learner.progress import Progress, Restored
 from speed_async.learner.trainer import Trainer
+from speed_async.runtime.identity import DATA, Identity
 from speed_async.runtime.life import Life
 from speed_async.runtime.model_files import model_fingerprint
 from speed_async.runtime.rendezvous import Rank
@@ -26,15 +27,15 @@ from speed_async.wire.transport import Link
 
 
 async def learn(
-    life: Life, rank: Rank, link: Link, stop: asyncio.Event, fingerprint: str
+    life: Life, rank: Rank, link: Link, stop: asyncio.Event, identity: Identity
 ) -> Finished:
-    """Train to the end of the run, or until `stop` is set. `fingerprint`: of the task's data."""
+    """Train to the end of the run, or until `stop` is set."""
     config = life.config
     torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.run.seed)
     model = await asyncio.to_thread(load_model, config.model.path, device=config.learner.device)
     lay_flat(model)  # before the optimiser is made; what lies flat is sent without being packed
-    trainer = Trainer(config=config, model=model, parallel=SingleRank())
+    trainer = Trainer(config=config, model=model, parallel=SingleRank(), run_id=identity.run_id)
     restored = None
     if (found := life.checkpoint) is not None:
         progress = Progress()
@@ -73,7 +74,7 @@ async def learn(
                 role="learner",
                 index=rank.rank,
                 incarnation=life.number,
-                fingerprint=fingerprint,
+                fingerprint=identity.things[DATA].digest,
                 model_fingerprint=model_fingerprint(
                     Path(config.model.path), chat_template=config.model.chat_template
                 ),

@@ -15,7 +15,7 @@ from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
 from speed_async.errors import RunFinished, SpeedAsyncError
 from speed_async.learner.shelf import Found, newest_whole
-from speed_async.runtime.identity import Identity, identify
+from speed_async.runtime.identity import Identity, identify, new_run_id
 from speed_async.runtime.identity_check import check_identity
 from speed_async.runtime.ports import becomes_free
 from speed_async.runtime.run_folder import RunFolder, make_run_folder
@@ -50,7 +50,7 @@ class Life:
     def identified(self) -> Identity:
         """What the run stands on, written down. It has to be before anything is generated. Reads
         whole weights at a run's first start. Raises SpeedAsyncError or OSError."""
-        identity = self.identity or identify(self.config)
+        identity = self.identity or identify(self.config, run_id=new_run_id())
         self.folder.write(self.folder.identity, identity.text())
         return identity
 
