@@ -82,3 +82,12 @@ class RunFinished(SpeedAsyncError):
 
 class JournalError(SpeedAsyncError):
     """The journal of a run cannot be read, written, or continued."""
+
+
+class JournalRefused(JournalError):
+    """A journal that is not damaged, and that this run cannot go on from. Nothing in it was changed
+    (the text says why it is refused, and what to do)."""
+
+
+class IdentityError(SpeedAsyncError):
+    """A run that is resumed does not find what it began with."""

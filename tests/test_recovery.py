@@ -19,6 +19,7 @@ from speed_async.buffer.machine import Machine
 from speed_async.buffer.recovery import begin_segment, open_machine
 from speed_async.buffer.service import BufferService
 from speed_async.config.schema import Config
+from speed_async.errors import JournalRefused
 from speed_async.evaluate.plan import EvaluationPlan
 from speed_async.types import ActorCounts
 from speed_async.wire import messages as m
@@ -377,3 +378,117 @@ def test_settings_may_change_over_a_resume(tmp_path: Path) -> None:
     assert again.service.config.buffer.capacity_groups == 99
     assert again.service.policy_version == play.machine.service.policy_version
     assert again.service.lifecycle.ledger.table(0) == play.machine.service.lifecycle.ledger.table(0)
+
+
+# --- what is whole and does not fit ------------------------------------------------------------
+
+
+def ended_play(tmp_path: Path) -> tuple[Play, dict[str, bytes]]:
+    """A machine that died, and the bytes of its journal."""
+    play = Play(tmp_path, 8)
+    for _ in range(60):
+        play.act()
+    play.snapshot()
+    for _ in range(60):
+        play.act()
+    play.die()
+    return play, {path.name: path.read_bytes() for path in play.folder.iterdir()}
+
+
+def assert_refused(play: Play, before: dict[str, bytes], said: str, build=None) -> None:
+    with pytest.raises(JournalRefused) as caught:
+        open_machine(play.folder, play.config, build or play.build, life=1)
+    assert said in str(caught.value)
+    assert "Nothing in it was changed" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in play.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fingerprint", "data"), ("model_fingerprint", "model")]
+)
+def test_a_journal_of_other_data_or_another_model_is_refused(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    play, before = ended_play(tmp_path)
+
+    def build(config: Config) -> BufferService:
+        service = play.build(config)
+        setattr(service, name, "other")
+        return service
+
+    assert_refused(play, before, f"was written with another {kind} (fingerprint ", build)
+
+
+def test_a_journal_of_another_protocol_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play, before = ended_play(tmp_path)
+    monkeypatch.setattr("speed_async.buffer.opened.PROTOCOL_VERSION", 99)
+    assert_refused(play, before, "was written by another release (it has protocol version")
+
+
+def test_a_journal_in_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
+    play, before = ended_play(tmp_path)
+    [*_, newest] = sorted(before)
+    before[newest] = b"saj1" + before[newest][4:]
+    (play.folder / newest).write_bytes(before[newest])
+    assert_refused(play, before, "it has format saj1")
+
+
+def test_a_record_that_cannot_be_replayed_refuses_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of this release: it must not cost what another one would recover."""
+    play, before = ended_play(tmp_path)
+
+    def broken(service: BufferService, *_: object) -> None:
+        raise KeyError("peer")
+
+    monkeypatch.setattr(BufferService, "tick", broken)
+    assert_refused(play, before, "cannot go on from it (KeyError: 'peer')")
+
+
+def test_a_snapshot_that_does_not_fit_refuses_the_journal(tmp_path: Path) -> None:
+    play, before = ended_play(tmp_path)
+    assert_refused(play, before, "snapshot does not fit", builder("posterior"))
+
+
+def test_settings_that_do_not_fit_refuse_the_journal(tmp_path: Path) -> None:
+    play, before = ended_play(tmp_path)
+
+    run = play.config.run.model_copy(update={"updates": 7})
+    play.config = play.config.model_copy(update={"run": run})
+
+    def build(config: Config) -> BufferService:
+        return builder("posterior" if config == play.config else "uniform")(config)
+
+    assert_refused(play, before, "snapshot does not fit", build)
+
+
+def test_a_torn_tail_is_cut_only_once_the_rest_was_taken_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play, before = ended_play(tmp_path)
+    [*_, newest] = sorted(before)
+    before[newest] = before[newest].rstrip(b"\0")[:-3]
+    (play.folder / newest).write_bytes(before[newest])
+    with monkeypatch.context() as patch:
+        patch.setattr("speed_async.buffer.opened.PROTOCOL_VERSION", 99)
+        assert_refused(play, before, "another release")
+    _, [note] = open_machine(play.folder, play.config, play.build, life=1)
+    assert "tail was damaged" in note
+
+
+def test_paths_of_the_time_of_the_journal_need_not_be_there_any_more(tmp_path: Path) -> None:
+    play, _ = ended_play(tmp_path)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (tmp_path / "config.json").rename(moved / "config.json")
+    model = play.config.model.model_copy(update={"path": str(moved)})
+    (tmp_path / "journal").rename(moved / "journal")
+    config = play.config.model_copy(update={"model": model})
+    again, notes = open_machine(moved / "journal", config, play.build, life=0)
+    assert notes == []
+    assert again.service.config == config
+    assert again.service.policy_version == play.machine.service.policy_version

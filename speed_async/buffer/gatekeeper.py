@@ -45,6 +45,7 @@ class Gatekeeper:
         self,
         membership: Membership,
         fingerprint: str,
+        model_fingerprint: str,
         accepted: Collection[type[m.Message]],
         inspection: Inspection,
         books: Books,
@@ -61,6 +62,7 @@ class Gatekeeper:
         """Of the last group that was let in: each long array is read once."""
         self._membership = membership
         self._fingerprint = fingerprint
+        self._model_fingerprint = model_fingerprint
         self._accepted = accepted
         self._inspection = inspection
         self._books = books
@@ -137,6 +139,12 @@ class Gatekeeper:
             return (
                 f"its task data (fingerprint {hello.fingerprint[:40]}) differ from the service's "
                 f"({self._fingerprint}): give every node the same config and data files"
+            )
+        if hello.model_fingerprint != self._model_fingerprint:
+            return (
+                f"its model folder (fingerprint {hello.model_fingerprint[:40]}) differs from the "
+                f"service's ({self._model_fingerprint}): give every node the same model, tokenizer "
+                "and chat template"
             )
         learner = self._membership.learner
         if hello.role == "learner" and learner not in (None, peer):

@@ -13,6 +13,7 @@ not say so.
 """
 
 import os
+import re
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ _HEAD = struct.Struct("<4sQQQ")
 """Magic, checksum (XXH3, 64 bits) of all that follows it, length of the body, sequence."""
 _SUMMED = struct.Struct("<QQ")
 _MAGIC = b"saj2"
+_ANY_MAGIC = re.compile(rb"saj\d")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +179,15 @@ def read_segment(folder: Path, segment: int) -> Iterator[tuple[Place, Record]]:
                 return
             sequence = record.sequence
             yield place, record
+
+
+def format_of(folder: Path, segment: int) -> tuple[str, str]:
+    """The format that a segment is in, and the one that is written today; a beginning that is in
+    none counts as the latter (it is damaged, then). Raises OSError."""
+    with _path(folder, segment).open("rb") as file:
+        magic = file.read(len(_MAGIC))
+    found = magic if _ANY_MAGIC.fullmatch(magic) else _MAGIC
+    return found.decode(), _MAGIC.decode()
 
 
 def cut(folder: Path, segment: int, end: int) -> int:

@@ -41,7 +41,17 @@ MAX_REASON_CHARS = 500
 
 
 class BufferService:
-    CONFIGURED = ("_handlers", "gatekeeper", "_feed_port", "outbox", "events", "place", "notes")
+    CONFIGURED = (
+        "fingerprint",
+        "model_fingerprint",
+        "_handlers",
+        "gatekeeper",
+        "_feed_port",
+        "outbox",
+        "events",
+        "place",
+        "notes",
+    )
 
     def __init__(
         self,
@@ -51,9 +61,14 @@ class BufferService:
         evaluations: Evaluations,
         fingerprint: str,
         started_s: float,
+        model_fingerprint: str = "",
         feed_port: int = 0,
         vocab_size: int | None = None,
     ) -> None:
+        self.fingerprint = fingerprint
+        """Of the task's data."""
+        self.model_fingerprint = model_fingerprint
+        """Of the model folder."""
         self.outbox: list[tuple[str, m.Message]] = []
         self.events: list[Event] = []
         self.given_up: list[str] = []
@@ -116,6 +131,7 @@ class BufferService:
         self.gatekeeper = Gatekeeper(
             self.membership,
             fingerprint,
+            model_fingerprint,
             self._handlers.keys(),
             Inspection(config, vocab_size),
             self.lifecycle,

@@ -48,12 +48,20 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 def build_config(tree: dict[str, Any]) -> Config:
     """Validate a nested dict. Raises ConfigError for the first thing that is wrong."""
-    try:
-        config = Config.model_validate(with_preset(tree, Config.model_fields["algorithm"].default))
-    except ValidationError as error:
-        raise _first_error(error) from None
+    config = parse_config(tree)
     check_combinations(config)
     return config
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """A nested dict as a Config, each field valid by itself. Raises ConfigError.
+
+    For a configuration that was checked before: what its paths lead to may be gone since.
+    """
+    try:
+        return Config.model_validate(with_preset(tree, Config.model_fields["algorithm"].default))
+    except ValidationError as error:
+        raise _first_error(error) from None
 
 
 def save_config(config: Config, path: Path) -> None:

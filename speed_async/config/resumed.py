@@ -1,7 +1,8 @@
 """The configuration of a run that is resumed: its own, with the few changes that it can bear.
 
 What is fixed is what the journal is replayed under (the service would decide otherwise the second
-time) and what the recorded groups were sampled under.
+time) and what the recorded groups were sampled under. Model and data may lie in a new place: their
+content tells whether they are the same (runtime/identity.py).
 """
 
 import json
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from speed_async.config.load import apply_overrides, build_config
+from speed_async.config.load import apply_overrides, build_config, parse_config
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, SpeedAsyncError
 
@@ -32,8 +33,10 @@ FIXED = (
     "cluster.learners",
 )
 """Fields, and sections with all their fields."""
-CHANGEABLE = ("buffer.durability",)
+CHANGEABLE = ("buffer.durability", "model.path", "task.path")
 """Exceptions from the above."""
+PLACES = {"model.path": "--model.path FOLDER", "task.path": "--task.path FILE"}
+"""How a run is told where something was moved to."""
 
 
 def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> Config:
@@ -44,8 +47,8 @@ def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> Config:
     """
     folder = folder.expanduser().resolve()
     tree = _read(folder)
-    began = build_config(tree)
-    config = build_config(apply_overrides(tree, overrides))
+    began = parse_config(tree)
+    config = _build(apply_overrides(tree, overrides))
     before = dict(_leaves(began.model_dump()))
     for field, value in _leaves(config.model_dump()):
         if before.get(field) != value and _is_fixed(field):
@@ -64,6 +67,22 @@ def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> Config:
         )
     # A run folder may have been moved.
     return config.model_copy(update={"run": config.run.model_copy(update={"folder": str(folder)})})
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """Every field that a resumed run has to keep, and its value; the run folder may be moved."""
+    leaves = _leaves(config.model_dump(mode="json"))
+    return {field: value for field, value in leaves if _is_fixed(field) and field != "run.folder"}
+
+
+def _build(tree: dict[str, Any]) -> Config:
+    try:
+        return build_config(tree)
+    except ConfigError as error:
+        if option := PLACES.get(error.field):
+            remedy = f"{error.remedy}; if it was moved, give its new place: {option}"
+            raise ConfigError(error.field, error.value, remedy) from None
+        raise
 
 
 def _read(folder: Path) -> dict[str, Any]:

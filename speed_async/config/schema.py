@@ -37,6 +37,9 @@ class RunConfig(Section):
     earlier rounds). For comparisons."""
     stop_at_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     """End the run at the first held-out accuracy that reaches this."""
+    accept_scoring: str | None = None
+    """Digest of the code that scores, when a resumed run is to go on with other code than it began
+    with. The refusal of that code names its digest."""
 
 
 class ModelConfig(Section):

@@ -29,16 +29,14 @@ from speed_async.learner.optimizer import load_named_state
 from speed_async.learner.parallel import FullState
 from speed_async.learner.progress import Progress, Update
 from speed_async.learner.random_states import random_states, restore_random_states
-from speed_async.learner.shelf import put, tidy
+from speed_async.learner.shelf import TRAINER_FILE, TRAINING_FOLDER, put, tidy
 
 FORMAT = 3
 FORMER_FORMAT = 2
 """It kept everything beside the model; runs that were begun with it go on."""
-TRAINING_FOLDER = "training"
 OPTIMIZER_FILE = "optimizer.tensors"
 """In the format of safetensors."""
 FORMER_OPTIMIZER_FILE = "optimizer.safetensors"
-TRAINER_FILE = "trainer.json"
 RANDOM_FILE = "random.json"
 GENERATION_FILE = "generation_config.json"
 BYTES_PER_PARAMETER = 12

@@ -8,6 +8,8 @@ that begin with a dot are on their way in or out, and no checkpoints:
 .NAME.removed    one too many, being deleted
 """
 
+import contextlib
+import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ from speed_async.config.whole_file import flush
 from speed_async.errors import ModelError
 from speed_async.learner.checksums import damage
 
+TRAINING_FOLDER = "training"
+"""In a checkpoint: all that is not the model. Format 2 kept it beside the model."""
+TRAINER_FILE = "trainer.json"
 _NAME = re.compile(r"version-(\d{6,})")
 _LEFTOVER = re.compile(r"\.(version-\d{6,})\.(partial|replaced|removed)")
 
@@ -39,6 +44,19 @@ def kept_versions(root: Path) -> list[int]:
     """Versions under their final names, oldest first; whether they are whole is not looked at."""
     names = (path.name for path in root.iterdir()) if root.is_dir() else ()
     return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+
+
+def run_ids(root: Path) -> dict[str, str]:
+    """By checkpoint, oldest first, the run that made it; one that does not say is left out."""
+    found = {}
+    for version in kept_versions(root):
+        folder = checkpoint_folder(root, version)
+        training = folder / TRAINING_FOLDER
+        path = (training if training.is_dir() else folder) / TRAINER_FILE
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            if run_id := str(json.loads(path.read_text())["run_id"]):
+                found[folder.name] = run_id
+    return found
 
 
 def tidy(root: Path) -> None:

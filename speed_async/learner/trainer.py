@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -58,8 +58,10 @@ class Trainer:
         parallel: Parallel,
         objective: Objective | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        run_id: str = "",
     ) -> None:
-        """`model` as `load_model` gives it; `objective` None makes the one of the config.
+        """`model` as `load_model` gives it; `objective` None makes the one of the config. `run_id`
+        is noted in every checkpoint.
 
         Raises ModelError when the model cannot be trained here.
         """
@@ -67,6 +69,7 @@ class Trainer:
         self.num_updates = 0
         """Calls of `update`, skipped ones too: the policy version, which the warm-up follows."""
         self.num_skipped = 0
+        self._run_id = run_id
         self._config = config.learner
         self._checkpoints = Path(config.run.folder) / "checkpoints"
         self._model_files = read_model_files(Path(config.model.path))
@@ -142,6 +145,7 @@ class Trainer:
 
         Raises OSError: older checkpoints are then all there still.
         """
+        progress = replace(progress, run_id=self._run_id)
         save_checkpoint(
             checkpoint_folder(self._checkpoints, progress.policy_version),
             model=self.model,

@@ -16,6 +16,7 @@ from speed_async.actors.rollout import Rollout
 from speed_async.config.schema import Config
 from speed_async.errors import GivenUp, SpeedAsyncError, WeightSyncError
 from speed_async.runtime.failure import describe
+from speed_async.runtime.model_files import model_fingerprint
 from speed_async.runtime.run_folder import RunFolder
 from speed_async.tasks.registry import make_task
 from speed_async.tasks.task import fingerprint
@@ -88,6 +89,9 @@ async def _work(
                 index=index,
                 incarnation=incarnation,
                 fingerprint=fingerprint(task),
+                model_fingerprint=model_fingerprint(
+                    folder, chat_template=config.model.chat_template
+                ),
                 process_id=os.getpid(),
                 weight_ranks=config.actors.weight_ranks,
             )

@@ -14,6 +14,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import RoleError, RunFinished, SpeedAsyncError
 from speed_async.observe.report import plot_accuracy, summary_text
 from speed_async.runtime.failure import describe
+from speed_async.runtime.identity import Identity
 from speed_async.runtime.life import Life, begin_life, remember_ports
 from speed_async.runtime.processes import end_process, log_to, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
@@ -62,12 +63,14 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
     sys.stderr.writelines(life.first_words())  # on the terminal, while nothing is drawn there yet
     log_to(folder.log(ROLE))
     sys.stderr.writelines([f"life {life.number}\n", *life.first_words()])
+    identifying = asyncio.create_task(asyncio.to_thread(life.identified), name="identity")
     service = ServiceProcess(config, folder, life=life.number)
     await service.start(life.ports)
     console: asyncio.subprocess.Process | None = None
     watch: asyncio.Task[None] | None = None
     grace_s = FAILED_GRACE_S
     try:
+        identity = await identifying  # before an actor can find the service, and be given work
         remember_ports(life, service.ports)
         address = ServiceAddress(
             host=config.cluster.host,
@@ -81,7 +84,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
         await asyncio.to_thread(rendezvous.publish, address)
         console = await _start_console(address, folder)
         watch = asyncio.create_task(service.watch(), name="service")
-        finished = await _train(life, rank, address, stop, service, watch)
+        finished = await _train(life, identity, rank, address, stop, service, watch)
         await asyncio.to_thread(rendezvous.end, life.number)
         grace_s = UPLOAD_GRACE_S if config.observe.wandb else CHILD_GRACE_S
     finally:
@@ -105,6 +108,7 @@ async def _start_console(address: ServiceAddress, folder: RunFolder) -> asyncio.
 
 async def _train(
     life: Life,
+    identity: Identity,
     rank: Rank,
     address: ServiceAddress,
     stop: asyncio.Event,
@@ -117,7 +121,7 @@ async def _train(
     keys = client_keys(life.config.cluster)
     wire = await open_link(address.host, address.port, ROLE, keys=keys)
     link = SessionLink(tapped(wire, life.config.observe.trace, ROLE))
-    training = asyncio.create_task(work.learn(life, rank, link, stop), name=ROLE)
+    training = asyncio.create_task(work.learn(life, rank, link, stop, identity), name=ROLE)
     try:
         await asyncio.wait((training, watch), return_when=asyncio.FIRST_COMPLETED)
         if not training.done():

@@ -6,6 +6,7 @@ Apart from learner_role.py, because what it imports takes seconds.
 import asyncio
 import gc
 import os
+from pathlib import Path
 
 import torch
 
@@ -14,10 +15,10 @@ from speed_async.learner.model import load_model, stored_dtype
 from speed_async.learner.parallel import SingleRank
 from speed_async.learner.progress import Progress, Restored
 from speed_async.learner.trainer import Trainer
+from speed_async.runtime.identity import DATA, Identity
 from speed_async.runtime.life import Life
+from speed_async.runtime.model_files import model_fingerprint
 from speed_async.runtime.rendezvous import Rank
-from speed_async.tasks.registry import make_task
-from speed_async.tasks.task import fingerprint
 from speed_async.weights.broadcast import TorchSender
 from speed_async.weights.flat import lay_flat
 from speed_async.weights.process_group import choose_backend
@@ -25,15 +26,16 @@ from speed_async.wire import messages as m
 from speed_async.wire.transport import Link
 
 
-async def learn(life: Life, rank: Rank, link: Link, stop: asyncio.Event) -> Finished:
+async def learn(
+    life: Life, rank: Rank, link: Link, stop: asyncio.Event, identity: Identity
+) -> Finished:
     """Train to the end of the run, or until `stop` is set."""
     config = life.config
     torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.run.seed)
-    task = make_task(config.task)
     model = await asyncio.to_thread(load_model, config.model.path, device=config.learner.device)
     lay_flat(model)  # before the optimiser is made; what lies flat is sent without being packed
-    trainer = Trainer(config=config, model=model, parallel=SingleRank())
+    trainer = Trainer(config=config, model=model, parallel=SingleRank(), run_id=identity.run_id)
     restored = None
     if (found := life.checkpoint) is not None:
         progress = Progress()
@@ -74,7 +76,10 @@ async def learn(life: Life, rank: Rank, link: Link, stop: asyncio.Event) -> Fini
                 role="learner",
                 index=rank.rank,
                 incarnation=life.number,
-                fingerprint=fingerprint(task),
+                fingerprint=identity.things[DATA].digest,
+                model_fingerprint=model_fingerprint(
+                    Path(config.model.path), chat_template=config.model.chat_template
+                ),
                 process_id=os.getpid(),
             )
         )

@@ -15,6 +15,8 @@ from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
 from speed_async.errors import RunFinished, SpeedAsyncError
 from speed_async.learner.shelf import Found, newest_whole
+from speed_async.runtime.identity import Identity, identify, new_run_id
+from speed_async.runtime.identity_check import check_identity
 from speed_async.runtime.ports import becomes_free
 from speed_async.runtime.run_folder import RunFolder, make_run_folder
 
@@ -39,9 +41,18 @@ class Life:
     folder: RunFolder
     checkpoint: Found | None
     """What is gone on from; None starts from the run's first model."""
+    identity: Identity | None
+    """What the run stands on; None at its first start, which does not wait for it to be read."""
     ports: Ports
     lock: int
     """An open descriptor; the lock goes when it is closed, at the latest with this process."""
+
+    def identified(self) -> Identity:
+        """What the run stands on, written down. It has to be before anything is generated. Reads
+        whole weights at a run's first start. Raises SpeedAsyncError or OSError."""
+        identity = self.identity or identify(self.config, run_id=new_run_id())
+        self.folder.write(self.folder.identity, identity.text())
+        return identity
 
     def first_words(self) -> list[str]:
         """Lines that tell the user of a run that goes on; none at its first start."""
@@ -72,10 +83,11 @@ def begin_life(config: Config, *, begun_in: Path | None, resume: bool) -> Life:
     else:
         folder, config = make_run_folder(config)
     lock = folder.take_lock(LOCK_GRACE_S if begun_in is not None else 0.0)
-    checkpoint = None
+    checkpoint, identity = None, None
     try:
         if goes_on:
             refuse_finished(config, folder)
+            identity = check_identity(config, folder)
             checkpoint = newest_whole(folder.checkpoints, config.learner.keep_last)
             save_config(config, folder.config)
         number = _next_number(folder, goes_on=goes_on)
@@ -88,6 +100,7 @@ def begin_life(config: Config, *, begun_in: Path | None, resume: bool) -> Life:
         config=config,
         folder=folder,
         checkpoint=checkpoint,
+        identity=identity,
         ports=ports,
         lock=lock,
     )
@@ -95,10 +108,11 @@ def begin_life(config: Config, *, begun_in: Path | None, resume: bool) -> Life:
 
 def check_resumable(config: Config) -> None:
     """Raise SpeedAsyncError, before any rank is started, when `run.folder` cannot be resumed, and
-    RunFinished when it need not be."""
+    RunFinished when it need not be. Changes nothing."""
     folder = RunFolder(path=Path(config.run.folder))
     folder.release_lock(folder.take_lock(0.0))
     refuse_finished(config, folder)
+    check_identity(config, folder)
 
 
 def refuse_finished(config: Config, folder: RunFolder) -> None:

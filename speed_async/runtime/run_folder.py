@@ -37,6 +37,15 @@ class RunFolder:
         return self.path / "life.json"
 
     @property
+    def identity(self) -> Path:
+        """What the run stands on (identity.py)."""
+        return self.path / "identity.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal"
+
+    @property
     def address(self) -> Path:
         return self.path / "address.json"
 

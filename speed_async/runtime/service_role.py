@@ -18,6 +18,8 @@ from speed_async.config.schema import Config
 from speed_async.errors import ModelError
 from speed_async.evaluate.plan import EvaluationPlan
 from speed_async.observe.sinks import JsonlSink, Sink
+from speed_async.runtime.model_files import model_fingerprint
+from speed_async.runtime.run_folder import RunFolder
 from speed_async.tasks.registry import make_task
 from speed_async.tasks.task import fingerprint
 from speed_async.wire.curve import server_keys
@@ -38,7 +40,8 @@ async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
     keys = server_keys(config.cluster)
     hub = await open_hub(config.cluster.host, config.cluster.service_port, keys=keys)
     feed = FeedPublisher(config.cluster.host, config.cluster.feed_port, keys=keys)
-    task_fingerprint = fingerprint(task)
+    task_fingerprint, model_folder = fingerprint(task), Path(config.model.path)
+    folder_fingerprint = model_fingerprint(model_folder, chat_template=config.model.chat_template)
 
     def build(settings: Config) -> BufferService:
         return BufferService(
@@ -52,13 +55,14 @@ async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
                 every=settings.evaluate.every,
             ),
             fingerprint=task_fingerprint,
+            model_fingerprint=folder_fingerprint,
             started_s=time.monotonic(),
             feed_port=feed.port,
-            vocab_size=vocab_size(Path(config.model.path)),
+            vocab_size=vocab_size(model_folder),
         )
 
     keeps_journal = config.buffer.durability != "none"
-    folder = run_folder / "journal" if keeps_journal else None
+    folder = RunFolder(path=run_folder).journal if keeps_journal else None
     machine, notes = open_machine(folder, config, build, life=life)
     for note in notes:
         sys.stderr.write(note + "\n")

@@ -34,13 +34,15 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hello(Message):
-    """First message of a peer. An actor's fingerprint says which data it holds."""
+    """First message of a peer. Its fingerprints say which data and which model it holds."""
 
     role: str  # "actor" | "learner"
     index: int  # torchrun rank
     incarnation: int  # grows with every restart of the same rank
     fingerprint: str
     process_id: int
+    model_fingerprint: str = ""
+    """Of the model folder's settings, tokenizer and samples of its weights."""
     weight_ranks: int = 1
     """Consecutive ranks of the weight group that an actor's engine takes (tensor parallelism)."""
 

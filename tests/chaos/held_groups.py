@@ -13,6 +13,7 @@ from speed_async.buffer.service import BufferService
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config
 from speed_async.evaluate.plan import EvaluationPlan
+from speed_async.runtime.model_files import model_fingerprint
 from speed_async.tasks.registry import make_task
 from speed_async.tasks.task import fingerprint
 from speed_async.wire import messages as m
@@ -52,5 +53,8 @@ def _build(config: Config) -> BufferService:
             every=config.evaluate.every,
         ),
         fingerprint=fingerprint(task),
+        model_fingerprint=model_fingerprint(
+            Path(config.model.path), chat_template=config.model.chat_template
+        ),
         started_s=0.0,
     )

@@ -1,0 +1,82 @@
+"""Digests of files by their content; a large file that was not touched since is not read again."""
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import xxhash
+
+REMEMBERED_BYTES = 16 * 1024 * 1024
+"""Smaller files are always read."""
+READERS = 4
+CHUNK_BYTES = 8 * 1024 * 1024
+NUM_SAMPLES = 64
+SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Digested:
+    digest: str
+    """XXH3, 128 bits, in hex."""
+    stamp: tuple[int, ...]
+    """Device, inode, size, and times (ns) of the last change of content and of anything."""
+
+
+def digest_files(
+    paths: Sequence[Path], known: Mapping[str, Digested] = MappingProxyType({})
+) -> dict[str, Digested]:
+    """Digests by path, of several files at once. `known`: of an earlier time; a large file that
+    has its stamp still is not read. Raises OSError."""
+
+    def digested(path: Path) -> Digested:
+        facts = path.stat()
+        stamp = (
+            facts.st_dev,
+            facts.st_ino,
+            facts.st_size,
+            facts.st_mtime_ns,
+            facts.st_ctime_ns,
+        )
+        before = known.get(str(path))
+        if before is not None and before.stamp == stamp and facts.st_size >= REMEMBERED_BYTES:
+            return before
+        return Digested(digest=_digest(path), stamp=stamp)
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="digest") as readers:
+        return dict(zip(map(str, paths), readers.map(digested, paths), strict=True))
+
+
+def digest_text(*texts: str) -> str:
+    """Of these texts in this order; where one ends counts."""
+    digest = xxhash.xxh3_128()
+    for text in texts:
+        content = text.encode(errors="surrogatepass")
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def sample_digest(path: Path) -> str:
+    """Of a file's size, beginning and end, and of samples evenly spaced between: of 256 KiB in all,
+    so that each of many processes can afford it. Raises OSError."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(size.to_bytes(8, "little"))
+        last = max(0, size - SAMPLE_BYTES)
+        for index in range(NUM_SAMPLES):
+            file.seek(last * index // (NUM_SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    buffer = bytearray(CHUNK_BYTES)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+    return digest.hexdigest()

@@ -1,0 +1,352 @@
+"""Runs that are resumed after something they stand on was changed: refused by name, left as is."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from run_process import MODEL, REPOSITORY, SMALL, Run, resume_train, start_torchrun, start_train
+from safetensors.numpy import load_file, save_file
+
+from speed_async.buffer.journal import Journal, segments
+from speed_async.tasks.arithmetic import ArithmeticTask
+
+pytestmark = pytest.mark.timeout(300)
+
+# Without a gate every group is trained on, whatever the model makes of the prompts.
+CONFIG = 'algorithm = "rloo"' + SMALL.replace(
+    'name = "arithmetic"\nmax_digits = 4\nnum_prompts = 512\n',
+    'name = "jsonl"\npath = "data.jsonl"\n',
+)
+NUM_TRAIN, NUM_HELD_OUT = 47, 8
+TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def make_parts(folder: Path) -> None:
+    """A configuration with data and model of its own beside it."""
+    shutil.copytree(MODEL, folder / "model")
+    path = folder / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
+    task = ArithmeticTask(
+        num_prompts=NUM_TRAIN + NUM_HELD_OUT, num_held_out=1, max_digits=4, seed=1
+    )
+    rows = [{"prompt": prompt.text, "answer": prompt.answer} for prompt in task.train_prompts]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.toml").write_text(CONFIG.format(model="model"))
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of three updates, whose chat template is in use."""
+    folder = tmp_path_factory.mktemp("ended")
+    make_parts(folder)
+    chat = ("--model.chat_template", "true")
+    run = start_train(folder, *chat, config=folder / "config.toml")
+    status, _, err = run.finish()
+    assert status == 0, err
+    return run
+
+
+def content(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@contextmanager
+def changed(path: Path, new: bytes) -> Iterator[None]:
+    old = path.read_bytes()
+    assert new != old
+    path.write_bytes(new)
+    try:
+        yield
+    finally:
+        path.write_bytes(old)
+
+
+def refusal(run: Run, *overrides: str) -> str:
+    """What is said to a resume that changes nothing in the run folder."""
+    before = content(run.folder)
+    status, out, err = resume_train(run, "--run.updates", "5", *overrides).finish()
+    assert (status, out) == (1, "")
+    assert content(run.folder) == before
+    assert len(err.splitlines()) == 1
+    return err
+
+
+def without_a_line(data: bytes) -> bytes:
+    lines = data.splitlines(keepends=True)
+    return b"".join(lines[:4] + lines[5:])
+
+
+def reversed_lines(data: bytes) -> bytes:
+    return b"".join(reversed(data.splitlines(keepends=True)))
+
+
+def with_another_answer(data: bytes) -> bytes:
+    first, rest = data.split(b"\n", 1)
+    return json.dumps(json.loads(first) | {"answer": "1"}).encode() + b"\n" + rest
+
+
+def with_another_prompt(data: bytes) -> bytes:
+    first, rest = data.split(b"\n", 1)
+    return json.dumps(json.loads(first) | {"prompt": "1+1="}).encode() + b"\n" + rest
+
+
+@pytest.mark.parametrize(
+    ("change", "how"),
+    [
+        (without_a_line, "other numbers of prompts"),
+        (reversed_lines, "the same prompts in another order"),
+        (with_another_answer, "the same prompts with other answers"),
+        (with_another_prompt, "other prompts"),
+    ],
+)
+def test_changed_data_are_refused_with_what_they_were_and_are(
+    ended: Run, change: Callable[[bytes], bytes], how: str
+) -> None:
+    path = ended.folder.parent / "data.jsonl"
+    with changed(path, change(path.read_bytes())):
+        said = refusal(ended)
+    assert f"error: the run in '{ended.folder}' cannot be resumed, and nothing in it was" in said
+    assert f"the data in '{path}' differ ({how}): {NUM_TRAIN} prompts and {NUM_HELD_OUT}" in said
+    assert "(from another place: --task.path FILE)" in said
+    assert f"--model.path '{ended.folder / 'checkpoints' / 'version-000003'}'" in said
+
+
+def test_data_that_are_too_few_now_are_refused_as_changed_data(ended: Run) -> None:
+    with changed(ended.folder.parent / "data.jsonl", b'{"prompt": "1+1=", "answer": "2"}\n'):
+        assert f"the data of the run in '{ended.folder}' cannot be made again" in refusal(ended)
+
+
+def test_white_space_in_the_data_file_is_no_change(ended: Run, tmp_path: Path) -> None:
+    path = ended.folder.parent / "data.jsonl"
+    rewritten = path.read_bytes().replace(b'": "', b'":"').replace(b"\n", b"\r\n\r\n")
+    with changed(path, rewritten):
+        copy = Run(process=ended.process, folder=tmp_path / "run")
+        shutil.copytree(ended.folder, copy.folder)
+        status, _, err = resume_train(copy, "--run.updates", "4").finish()
+    assert status == 0, err
+    assert copy.summary()["policy_version"] == 4
+
+
+def weights_times_two(folder: Path) -> bytes:
+    """Another model of the same shape, in a file of the same size."""
+    path = folder / "twice.safetensors"
+    tensors = load_file(folder / "model" / "model.safetensors")
+    save_file({name: 2 * value for name, value in tensors.items()}, path, {"format": "pt"})
+    content = path.read_bytes()
+    path.unlink()
+    return content
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "thing"),
+    [
+        ("model.safetensors", None, "model"),
+        ("config.json", lambda old: old + b" ", "model"),
+        ("generation_config.json", lambda old: old + b" ", "model"),
+        ("tokenizer.json", lambda old: old + b" ", "tokenizer"),
+        (
+            "tokenizer_config.json",
+            lambda old: json.dumps(json.loads(old) | {"add_bos_token": True}).encode(),
+            "tokenizer",
+        ),
+        (
+            "tokenizer_config.json",
+            lambda old: json.dumps(
+                json.loads(old) | {"chat_template": "Solve: " + TEMPLATE}
+            ).encode(),
+            "chat template",
+        ),
+    ],
+)
+def test_another_model_tokenizer_or_template_is_refused_by_file(
+    ended: Run, file: str, change: Callable[[bytes], bytes] | None, thing: str
+) -> None:
+    path = ended.folder.parent / "model" / file
+    old = path.read_bytes()
+    new = change(old) if change is not None else weights_times_two(ended.folder.parent)
+    with changed(path, new):
+        said = refusal(ended)
+    assert f"the {thing} in '{path.parent}' differs: {file} was " in said
+    assert "(from another place: --model.path FOLDER)" in said
+    kept = json.loads((ended.folder / "identity.json").read_text())["things"][thing]
+    assert f"{file} was {kept['parts'][file][:8]}, is " in said
+
+
+def test_all_that_differs_is_said_at_once(ended: Run) -> None:
+    data, tokenizer = (
+        ended.folder.parent / name for name in ("data.jsonl", "model/tokenizer.json")
+    )
+    before = content(ended.folder)
+    with (
+        changed(data, without_a_line(data.read_bytes())),
+        changed(tokenizer, tokenizer.read_bytes() + b" "),
+    ):
+        _, _, err = resume_train(ended, "--run.updates", "5").finish()
+    assert content(ended.folder) == before
+    assert "\n  the data in " in err
+    assert "\n  the tokenizer in " in err
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("data.jsonl", "--task.path"), ("model", "--model.path")]
+)
+def test_another_place_of_other_content_is_refused(ended: Run, name: str, option: str) -> None:
+    place = ended.folder.parent / name
+    other = ended.folder.parent / "elsewhere"
+    if place.is_dir():
+        shutil.copytree(place, other)
+        (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    else:
+        other.write_bytes(without_a_line(place.read_bytes()))
+    try:
+        said = refusal(ended, option, str(other))
+    finally:
+        shutil.rmtree(other) if other.is_dir() else other.unlink()
+    assert f"in '{other}' (it was in '{place}') differ" in said
+
+
+def test_a_configuration_edited_in_the_run_folder_is_refused(ended: Run) -> None:
+    path = ended.folder / "config.json"
+    tree = json.loads(path.read_text())
+    tree["gate"]["n_cont"] = 4
+    with changed(path, json.dumps(tree).encode()):
+        said = refusal(ended)
+    assert said == (
+        f"error: config field 'gate.n_cont' = 4: this run began with 2, and '{path}' was edited "
+        "since; set it back, or start a new run\n"
+    )
+
+
+def test_a_checkpoint_of_another_run_is_refused(ended: Run) -> None:
+    """Its numbers would fit: only the run that made it tells."""
+    folder = ended.folder / "checkpoints" / "version-000003"
+    trainer = folder / "trainer.json"
+    record = json.loads(trainer.read_text())
+    assert record["run_id"] == json.loads((ended.folder / "identity.json").read_text())["run_id"]
+    with changed(trainer, json.dumps(record | {"run_id": 32 * "0"}).encode()):
+        assert f"checkpoint '{folder}' is of another run (00000000, " in refusal(ended)
+
+
+def test_an_identity_that_cannot_be_read_is_an_error_with_a_remedy(ended: Run) -> None:
+    path = ended.folder / "identity.json"
+    with changed(path, path.read_bytes()[:-9]):
+        assert f"error: '{path}' cannot be read" in refusal(ended)
+
+
+def test_without_an_identity_the_journal_still_tells_the_data_and_the_model(ended: Run) -> None:
+    path, data = ended.folder / "identity.json", ended.folder.parent / "data.jsonl"
+    tokenizer = ended.folder.parent / "model" / "tokenizer.json"
+    identity = path.read_bytes()
+    path.unlink()
+    try:
+        with changed(data, reversed_lines(data.read_bytes())):
+            assert "was written with another data (fingerprint" in refusal(ended)
+        with changed(tokenizer, tokenizer.read_bytes() + b" "):
+            assert "was written with another model (fingerprint" in refusal(ended)
+    finally:
+        path.write_bytes(identity)
+
+
+def test_a_journal_in_the_format_of_another_release_is_refused_at_once(ended: Run) -> None:
+    [*_, newest] = sorted((ended.folder / "journal").glob("*.journal"))
+    with changed(newest, b"saj1" + newest.read_bytes()[4:]):
+        assert "was written by another release (it has format saj1" in refusal(ended)
+
+
+def test_a_journal_in_the_protocol_of_another_release_is_refused_at_once(ended: Run) -> None:
+    folder = ended.folder / "journal"
+    journal = Journal.begin(folder, max(segments(folder)) + 1, 0)
+    try:
+        journal.append("opened", 0.0, text=json.dumps({"protocol": 99}), frames=[b"{}"])
+        journal.write()
+        journal.close()
+        assert "was written by another release (it has protocol version 99" in refusal(ended)
+    finally:
+        journal.remove()
+
+
+def test_torchrun_refuses_changed_data_as_well(ended: Run) -> None:
+    path = ended.folder.parent / "data.jsonl"
+    before = content(ended.folder)
+    with changed(path, without_a_line(path.read_bytes())):
+        run = start_torchrun(ended.folder.parent, 2, "--run.updates", "5", resume=True)
+        status, _, err = run.finish()
+    assert status != 0
+    assert f"the data in '{path}' differ (other numbers of prompts)" in err
+    assert content(ended.folder) == before
+    assert run.processes() == {}
+
+
+def test_ranks_that_are_started_again_refuse_data_that_changed_meanwhile(tmp_path: Path) -> None:
+    make_parts(tmp_path)
+    often = ("--run.updates", "100000", "--learner.checkpoint_every", "2")
+    run = start_train(
+        tmp_path, *often, "--cluster.max_restarts", "1", config=tmp_path / "config.toml"
+    )
+    run.wait_for_steps(3)
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(without_a_line(data.read_bytes()))
+    os.kill(run.learner(), signal.SIGKILL)
+    status, _, err = run.finish()
+    assert status == 1
+    assert f"the data in '{data}' differ (other numbers of prompts)" in err
+    assert json.loads((run.folder / "life.json").read_text()) == {"life": 0}
+    assert run.processes() == {}
+
+
+def test_moved_data_and_model_are_asked_for_and_taken_at_their_new_place(
+    ended: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(ended.folder, tmp_path / "run")
+    moved = Run(process=ended.process, folder=tmp_path / "run")
+    parts = ended.folder.parent
+    shutil.copytree(parts / "model", tmp_path / "other-model")
+    shutil.copyfile(parts / "data.jsonl", tmp_path / "other-data")
+    (parts / "model").rename(parts / "gone")
+    try:
+        said = refusal(moved)
+        assert "config field 'model.path'" in said
+        assert "if it was moved, give its new place: --model.path FOLDER" in said
+        places = ("--model.path", "other-model", "--task.path", "other-data")
+        status, _, err = resume_train(moved, "--run.updates", "4", *places).finish()
+        assert status == 0, err
+        (parts / "data.jsonl").rename(parts / "gone-data")  # it knows the new place from here on
+        status, _, err = resume_train(moved, "--run.updates", "5").finish()
+    finally:
+        (parts / "gone").rename(parts / "model")
+        if (parts / "gone-data").exists():
+            (parts / "gone-data").rename(parts / "data.jsonl")
+    assert status == 0, err
+    assert moved.versions() == [1, 2, 3, 4, 5]
+    assert "the journal begins anew" not in (moved.folder / "logs" / "service.log").read_text()
+
+
+def test_changed_code_that_scores_is_refused_until_it_is_accepted(
+    ended: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(ended.folder, tmp_path / "run")
+    run = Run(process=ended.process, folder=tmp_path / "run")
+    # Python takes a package in the current directory first.
+    shutil.copytree(REPOSITORY / "speed_async", tmp_path / "speed_async")
+    answers = tmp_path / "speed_async" / "tasks" / "final_answer.py"
+    answers.write_text(answers.read_text() + "# mended\n")
+    said = refusal(run)
+    assert (
+        "the code that scores (speed_async.tasks.jsonl.JsonlTask) differs: final_answer.py" in said
+    )
+    option, value = said.partition("add ")[2].partition(")")[0].split()
+    assert option == "--run.accept_scoring"
+    assert "differs: final_answer.py" in refusal(run, option, "code-00000000")
+    status, _, err = resume_train(run, "--run.updates", "4", option, value).finish()
+    assert status == 0, err
+    answers.write_text(answers.read_text() + "# and again\n")
+    assert "differs: final_answer.py" in refusal(run)  # what was accepted is that code alone
