@@ -1,17 +1,21 @@
 """The `speed-async` command. Parses and hands over; imports nothing heavy before it must."""
 
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import click
 
 from speed_async import __version__
-from speed_async.config.load import load_config
+from speed_async.config.load import examine_config, load_config
 from speed_async.config.resumed import load_resumed
-from speed_async.errors import RunFinished, SpeedAsyncError
+from speed_async.config.schema import Config
+from speed_async.errors import ConfigErrors, RunFinished, SpeedAsyncError
 from speed_async.runtime.event_loop import run
 from speed_async.runtime.life import check_resumable
+from speed_async.runtime.preflight.findings import CHECKED
 
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 KEYS = click.option(
@@ -46,20 +50,44 @@ def train(config: str | None, overrides: tuple[str, ...], run_folder: Path | Non
     if run_folder is None:
         if config is None:
             raise click.UsageError("give a CONFIG, or --resume RUN_DIR")
-        resolved, arguments = load_config(config, overrides), [config, *overrides]
+        resolved, arguments = _checked(config, overrides), [config, *overrides]
     else:
         # What stands first is an override here.
         overrides = (config, *overrides) if config is not None else ()
+        from speed_async.runtime.preflight.checks import refuse_what_cannot_run
+
         resolved = load_resumed(run_folder, overrides)
         try:
             check_resumable(resolved)
         except RunFinished as finished:
             click.echo(finished)
             return
+        _warn(refuse_what_cannot_run(resolved, resume=True))
         arguments = ["--resume", str(run_folder), *overrides]
     from speed_async.runtime.local import launch_local
 
+    os.environ[CHECKED] = "yes"
     sys.exit(launch_local(resolved, arguments))
+
+
+@commands.command(context_settings=PASS_ON)
+@click.argument("config")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def check(config: str, overrides: tuple[str, ...]) -> None:
+    """Say in seconds what is wrong with CONFIG, and show what a run of it would do.
+
+    Looks at everything that can be known before a model is loaded, on this machine, and writes
+    nothing. Ends with `ok` (exit status 0) or the number of errors (1). `train` checks the same.
+    """
+    from speed_async.runtime.failure import EXIT_FAILED
+    from speed_async.runtime.preflight.checks import find_all
+    from speed_async.runtime.preflight.findings import Findings
+    from speed_async.runtime.preflight.report import report
+
+    resolved, errors = examine_config(config, overrides)
+    findings = find_all(resolved, errors) if resolved else Findings(errors=list(errors))
+    click.echo(report(findings))
+    sys.exit(EXIT_FAILED if findings.errors else 0)
 
 
 @commands.command(name="config", context_settings=PASS_ON)
@@ -148,6 +176,28 @@ def actor(
         host, port, model=model, data=data, run_folder=run_folder, timeout_s=timeout_s, keys=keys
     )
     sys.exit(0 if run(joining) else EXIT_INTERRUPTED)
+
+
+def _checked(path: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a run that can start here. Raises SpeedAsyncError with all errors."""
+    from speed_async.runtime.preflight.checks import as_one, find_all
+
+    config, errors = examine_config(path, overrides)
+    if config is None:
+        raise ConfigErrors.of(errors)
+    findings = find_all(config, errors)
+    if findings.errors:
+        raise as_one(findings.errors)
+    _warn(findings.warnings)
+    return config
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    """What a person should know before the run takes the terminal."""
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if not warnings:
+        click.echo("checked: nothing is wrong", err=True)
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
