@@ -31,7 +31,21 @@ def commands() -> None:
     """Asynchronous actor-learner RL for reasoning models, with pass-rate screening."""
 
 
-@commands.command(context_settings=PASS_ON)
+class WithOverrides(click.Command):
+    """A command whose help lists all fields that an override may name."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from speed_async.config.names import fields_by_section
+
+        with formatter.section("Overrides, each as --section.field value"):
+            formatter.write_dl(
+                [(section, ", ".join(fields)) for section, fields in fields_by_section().items()]
+            )
+        with formatter.indentation():
+            formatter.write_text("`speed-async config CONFIG` prints what they mean.")
+
+
+@commands.command(cls=WithOverrides, context_settings=PASS_ON)
 @click.argument("config", required=False)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 @click.option(
@@ -70,7 +84,7 @@ def train(config: str | None, overrides: tuple[str, ...], run_folder: Path | Non
     sys.exit(launch_local(resolved, arguments))
 
 
-@commands.command(context_settings=PASS_ON)
+@commands.command(cls=WithOverrides, context_settings=PASS_ON)
 @click.argument("config")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def check(config: str, overrides: tuple[str, ...]) -> None:
@@ -90,12 +104,19 @@ def check(config: str, overrides: tuple[str, ...]) -> None:
     sys.exit(EXIT_FAILED if findings.errors else 0)
 
 
-@commands.command(name="config", context_settings=PASS_ON)
+@commands.command(name="config", cls=WithOverrides, context_settings=PASS_ON)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def show_config(config: Path, overrides: tuple[str, ...]) -> None:
-    """Print CONFIG as a run would resolve it: presets, defaults and OVERRIDES in full."""
-    click.echo(load_config(config, overrides).model_dump_json(indent=2))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of TOML.")
+def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Print CONFIG as a run would resolve it: presets, defaults and OVERRIDES in full.
+
+    It is a configuration that `train` takes, with the meaning of every field.
+    """
+    from speed_async.config.toml_text import to_toml
+
+    resolved = load_config(config, overrides)
+    click.echo(resolved.model_dump_json(indent=2) if as_json else to_toml(resolved), nl=as_json)
 
 
 @commands.command()

@@ -56,6 +56,15 @@ def all_sections() -> dict[str, type[BaseModel]]:
     return dict(_sections(Config, ""))
 
 
+def fields_by_section() -> dict[str, list[str]]:
+    """Names of fields under `--section.` of each section, and of those that stand in none."""
+    sections: dict[str, list[str]] = {}
+    for field in all_fields():
+        section, _, name = field.rpartition(".")
+        sections.setdefault(f"--{section}." if section else "--", []).append(name)
+    return sections
+
+
 def takes_text(field: str) -> bool:
     """Whether this field holds text, so that an override's value is never read as a number."""
     annotation = all_fields().get(field)
