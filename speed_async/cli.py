@@ -1,17 +1,21 @@
 """The `speed-async` command. Parses and hands over; imports nothing heavy before it must."""
 
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import click
 
 from speed_async import __version__
-from speed_async.config.load import load_config
+from speed_async.config.load import examine_config, load_config
 from speed_async.config.resumed import load_resumed
-from speed_async.errors import RunFinished, SpeedAsyncError
+from speed_async.config.schema import Config
+from speed_async.errors import ConfigErrors, RunFinished, SpeedAsyncError
 from speed_async.runtime.event_loop import run
 from speed_async.runtime.life import check_resumable
+from speed_async.runtime.preflight.findings import CHECKED
 
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 KEYS = click.option(
@@ -27,7 +31,21 @@ def commands() -> None:
     """Asynchronous actor-learner RL for reasoning models, with pass-rate screening."""
 
 
-@commands.command(context_settings=PASS_ON)
+class WithOverrides(click.Command):
+    """A command whose help lists all fields that an override may name."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from speed_async.config.names import fields_by_section
+
+        with formatter.section("Overrides, each as --section.field value"):
+            formatter.write_dl(
+                [(section, ", ".join(fields)) for section, fields in fields_by_section().items()]
+            )
+        with formatter.indentation():
+            formatter.write_text("`speed-async config CONFIG` prints what they mean.")
+
+
+@commands.command(cls=WithOverrides, context_settings=PASS_ON)
 @click.argument("config", required=False)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 @click.option(
@@ -46,28 +64,59 @@ def train(config: str | None, overrides: tuple[str, ...], run_folder: Path | Non
     if run_folder is None:
         if config is None:
             raise click.UsageError("give a CONFIG, or --resume RUN_DIR")
-        resolved, arguments = load_config(config, overrides), [config, *overrides]
+        resolved, arguments = _checked(config, overrides), [config, *overrides]
     else:
         # What stands first is an override here.
         overrides = (config, *overrides) if config is not None else ()
+        from speed_async.runtime.preflight.checks import refuse_what_cannot_run
+
         resolved = load_resumed(run_folder, overrides)
         try:
             check_resumable(resolved)
         except RunFinished as finished:
             click.echo(finished)
             return
+        _warn(refuse_what_cannot_run(resolved, resume=True))
         arguments = ["--resume", str(run_folder), *overrides]
     from speed_async.runtime.local import launch_local
 
+    os.environ[CHECKED] = "yes"
     sys.exit(launch_local(resolved, arguments))
 
 
-@commands.command(name="config", context_settings=PASS_ON)
+@commands.command(cls=WithOverrides, context_settings=PASS_ON)
+@click.argument("config")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def check(config: str, overrides: tuple[str, ...]) -> None:
+    """Say in seconds what is wrong with CONFIG, and show what a run of it would do.
+
+    Looks at everything that can be known before a model is loaded, on this machine, and writes
+    nothing. Ends with `ok` (exit status 0) or the number of errors (1). `train` checks the same.
+    """
+    from speed_async.runtime.failure import EXIT_FAILED
+    from speed_async.runtime.preflight.checks import find_all
+    from speed_async.runtime.preflight.findings import Findings
+    from speed_async.runtime.preflight.report import report
+
+    resolved, errors = examine_config(config, overrides)
+    findings = find_all(resolved, errors) if resolved else Findings(errors=list(errors))
+    click.echo(report(findings))
+    sys.exit(EXIT_FAILED if findings.errors else 0)
+
+
+@commands.command(name="config", cls=WithOverrides, context_settings=PASS_ON)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def show_config(config: Path, overrides: tuple[str, ...]) -> None:
-    """Print CONFIG as a run would resolve it: presets, defaults and OVERRIDES in full."""
-    click.echo(load_config(config, overrides).model_dump_json(indent=2))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of TOML.")
+def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Print CONFIG as a run would resolve it: presets, defaults and OVERRIDES in full.
+
+    It is a configuration that `train` takes, with the meaning of every field.
+    """
+    from speed_async.config.toml_text import to_toml
+
+    resolved = load_config(config, overrides)
+    click.echo(resolved.model_dump_json(indent=2) if as_json else to_toml(resolved), nl=as_json)
 
 
 @commands.command()
@@ -148,6 +197,28 @@ def actor(
         host, port, model=model, data=data, run_folder=run_folder, timeout_s=timeout_s, keys=keys
     )
     sys.exit(0 if run(joining) else EXIT_INTERRUPTED)
+
+
+def _checked(path: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a run that can start here. Raises SpeedAsyncError with all errors."""
+    from speed_async.runtime.preflight.checks import as_one, find_all
+
+    config, errors = examine_config(path, overrides)
+    if config is None:
+        raise ConfigErrors.of(errors)
+    findings = find_all(config, errors)
+    if findings.errors:
+        raise as_one(findings.errors)
+    _warn(findings.warnings)
+    return config
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    """What a person should know before the run takes the terminal."""
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if not warnings:
+        click.echo("checked: nothing is wrong", err=True)
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

@@ -16,6 +16,32 @@ class ConfigError(SpeedAsyncError):
         self.value = value
         self.remedy = remedy
 
+    @property
+    def errors(self) -> "Sequence[ConfigError]":
+        """This error, or all that one error holds."""
+        return (self,)
+
+
+class ConfigErrors(ConfigError):
+    """Several values cannot be used; field, value and remedy are those of the first."""
+
+    def __init__(self, errors: Sequence[ConfigError]) -> None:
+        super().__init__(errors[0].field, errors[0].value, errors[0].remedy)
+        self._errors = tuple(errors)
+
+    @property
+    def errors(self) -> Sequence[ConfigError]:
+        return self._errors
+
+    def __str__(self) -> str:
+        listed = "".join(f"\n  {error}" for error in self._errors)
+        return f"{len(self._errors)} config values cannot be used:{listed}"
+
+    @staticmethod
+    def of(errors: Sequence[ConfigError]) -> ConfigError:
+        """The only error itself, or one that holds them all."""
+        return errors[0] if len(errors) == 1 else ConfigErrors(errors)
+
 
 class DataError(SpeedAsyncError):
     """A data file is missing, empty, or has a malformed line (the text names file and line)."""

@@ -22,6 +22,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, SpeedAsyncError
 from speed_async.runtime.event_loop import run
 from speed_async.runtime.failure import EXIT_FAILED, EXIT_INTERRUPTED, describe
+from speed_async.runtime.preflight.findings import CHECKED
 
 if TYPE_CHECKING:
     from speed_async.runtime.rendezvous import Rank
@@ -45,6 +46,8 @@ def main(arguments: list[str]) -> int:
         leads = rank.rank < config.cluster.learners
         role = "learner" if leads else f"actor-{rank.rank}"
         _check_world(config, rank)
+        if rank.rank == 0:
+            _check_run(config, rank, resume=resume)
         return run_rank(config, rank, resume=resume)
     except SpeedAsyncError as error:
         return fail(describe(role, error))
@@ -87,6 +90,20 @@ def fail(text: str) -> int:
     else:
         Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
     return EXIT_FAILED
+
+
+def _check_run(config: Config, rank: "Rank", *, resume: bool) -> None:
+    """Raise SpeedAsyncError with all that would keep this run from working, before it has a folder.
+
+    `speed-async train` has done so before it started any rank, and so has a life before this one.
+    """
+    if os.environ.get(CHECKED) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
+    from speed_async.runtime.preflight.checks import refuse_what_cannot_run
+
+    actors_here = rank.world_size == rank.local_world_size
+    warnings = refuse_what_cannot_run(config, resume=resume, actors_here=actors_here)
+    sys.stderr.writelines(f"warning: {warning}\n" for warning in warnings)
 
 
 def _check_world(config: Config, rank: "Rank") -> None:

@@ -79,7 +79,8 @@ def test_default_credits_are_a_batch_for_each_version_of_the_staleness_window(
         (["--learnr.lr", "1"], "learnr", "did you mean 'learner'"),
         (["--learner.lr", "fast"], "learner.lr", "number"),
         (["--run.seed", "1.5"], "run.seed", "int"),
-        (["--learner.lr", "0"], "learner.lr", "greater than 0"),
+        (["--learner.lr", "-1"], "learner.lr", "greater than or equal to 0"),
+        (["--run.updates", "-1"], "run.updates", "greater than or equal to 0"),
         (["--learner.lr", "nan"], "learner.lr", "finite"),
         (["--learner.lr", "inf"], "learner.lr", "finite"),
         (["--buffer.credits", "15"], "buffer.credits", "set at least 16"),
@@ -105,6 +106,111 @@ def test_a_bad_value_is_refused_with_field_value_and_remedy(
         load_config(config_file, overrides)
     assert caught.value.field == field
     assert said in str(caught.value)
+
+
+def test_everything_that_is_wrong_is_said_at_once(config_file: Path) -> None:
+    """Schema, unknown keys, combinations, files, and what is no override, in one error."""
+    config_file.write_text(
+        MINIMAL.replace('"model"', '"nowhere"')
+        + '[learner]\nlr = "fast"\n[gate]\nlow = 0.9\nhigh = 0.1\n'
+    )
+    overrides = ["--lr", "1", "--buffer.credits", "1", "--actors.slot", "1"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, overrides)
+    fields = {error.field for error in caught.value.errors}
+    assert fields == {
+        "--lr",
+        "learner.lr",
+        "gate.low",
+        "model.path",
+        "buffer.credits",
+        "actors.slot",
+    }
+    assert str(caught.value).startswith("6 config values cannot be used:\n")
+    assert all(str(error) in str(caught.value) for error in caught.value.errors)
+
+
+def test_a_combination_is_not_judged_by_a_section_with_a_refused_value(config_file: Path) -> None:
+    """The misspelt cluster.keys is the fault, not the host that would need them."""
+    overrides = ["--cluster.host", "10.1.2.3", "--cluster.kyes", "keys"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, overrides)
+    assert [error.field for error in caught.value.errors] == ["cluster.kyes"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["--lr", "1e-4"], "did you mean --learner.lr 1e-4?"),
+        (["--lr=1e-4"], "did you mean --learner.lr 1e-4?"),
+        (["learner.lr=1"], "did you mean --learner.lr 1?"),
+        (["learner.lr", "1"], "did you mean --learner.lr 1?"),
+        (["-learner.lr", "1"], "did you mean --learner.lr 1?"),
+        (["--learner-lr", "1"], "did you mean --learner.lr 1?"),
+        (["--learner_lr", "1"], "did you mean --learner.lr 1?"),
+        (["--max-new-tokens", "9"], "did you mean --actors.max_new_tokens 9?"),
+        (["--max_new_token", "9"], "did you mean --actors.max_new_tokens 9?"),
+        (["--device", "cpu"], "did you mean --actors.device cpu or --learner.device cpu?"),
+        (["--learning-rate", "1"], "did you mean --learner.lr 1?"),
+        (["--learner.learning_rate", "1"], "did you mean 'learner.lr'?"),
+        (["--actors.lr", "1"], "did you mean 'learner.lr'?"),
+        (["--learn.lr", "1"], "did you mean 'learner'?"),
+        (["--model", "x"], "'model' is a section; did you mean --model.path x?"),
+        (["--task", "jsonl"], "'task' is a section; did you mean --task.name jsonl?"),
+        (["--actors.vllm", "3"], "a section; set its fields: tensor_parallel"),
+        (["--learner.lr", "--run.seed", "3"], "'learner.lr' = '': this override has no value"),
+        (["other.toml"], "it is no override"),
+        (["--nonsense", "3"], "`speed-async train --help` lists all fields"),
+        (["--algorithm", "speed_rloo"], "did you mean 'speed-rloo'?"),
+        (["--gate.mode", "screening"], "did you mean 'screen'?"),
+        (["--observe.wandb", "True"], "true or false"),
+    ],
+)
+def test_what_is_nearly_an_override_gets_the_one_that_was_meant(
+    config_file: Path, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, overrides)
+    assert len(caught.value.errors) == 1
+    assert said in str(caught.value)
+
+
+def test_a_field_in_no_section_of_the_file_gets_the_section_it_belongs_to(
+    config_file: Path,
+) -> None:
+    config_file.write_text("lr = 1e-4\n" + MINIMAL)
+    with pytest.raises(
+        ConfigError, match=r"'lr' = 0\.0001: unknown key; did you mean 'learner.lr'"
+    ):
+        load_config(config_file)
+
+
+@pytest.mark.parametrize("text", ["2026", "2026-11-28", "true", "1e5"])
+def test_text_that_looks_like_another_value_stays_text_where_text_is_wanted(
+    config_file: Path, text: str
+) -> None:
+    assert load_config(config_file, ["--run.folder", text]).run.folder == text
+    assert load_config(config_file, ["--run.folder", f"'{text}'"]).run.folder == text
+
+
+def test_a_folder_in_place_of_the_file_is_said_with_what_to_give(
+    config_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean .*/config\.toml\?"):
+        load_config(tmp_path)
+    run, _ = make_run_folder(load_config(config_file, ["--run.folder", str(tmp_path / "a")]))
+    with pytest.raises(ConfigError, match=f"--resume {run.path}"):
+        load_config(run.path)
+    with pytest.raises(ConfigError, match=r"CONFIG comes first"):
+        load_config("--learner.lr", ["1", str(config_file)])
+
+
+def test_a_resolved_configuration_is_read_from_its_json_too(
+    config_file: Path, tmp_path: Path
+) -> None:
+    config = load_config(config_file, ["--gate.n_init", "3"])
+    save_config(config, tmp_path / "resolved.json")
+    assert load_config(tmp_path / "resolved.json") == config
 
 
 def test_a_missing_or_broken_file_is_said_plainly(tmp_path: Path) -> None:

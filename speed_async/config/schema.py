@@ -30,8 +30,8 @@ class RunConfig(Section):
     folder: str = "runs/default"
     """Run folder; a relative path is taken from the current directory."""
     seed: NonNegativeInt = 0
-    updates: PositiveInt = 100
-    """Optimiser updates of the whole run."""
+    updates: NonNegativeInt = 100
+    """Optimiser updates of the whole run; 0 measures the model's held-out accuracy and ends."""
     overlap: bool = True
     """False: generate and train in turns, each batch by the newest policy (but for a surplus of
     earlier rounds). For comparisons."""
@@ -222,7 +222,8 @@ class BufferConfig(Section):
 
 class LearnerConfig(Section):
     groups_per_update: PositiveInt = 16
-    lr: PositiveFloat = 1e-6
+    lr: Annotated[float, Field(ge=0)] = 1e-6
+    """0 changes no weight: a trial of everything else."""
     warmup_updates: NonNegativeInt = 10
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     grad_clip: PositiveFloat = 1.0

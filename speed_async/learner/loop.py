@@ -256,6 +256,8 @@ class LearnerLoop:
             reason = f"accuracy {reached.accuracy:.3f} reached at version {reached.policy_version}"
         # While catching up, the older checkpoint and the journal are what the run goes on from.
         is_due = self._version != self._checkpointer.saved_version and not self._is_catching_up
+        if self._config.run.updates == 0:  # evaluated only: the model is what was given
+            is_due = False
         if is_due:
             self._progress = await self._checkpointer.prepare(self._progress)
         await self._link.send(

@@ -15,7 +15,13 @@ from pathlib import Path
 
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config
-from speed_async.errors import ConfigError, DeadlineExceeded, ProtocolError, SpeedAsyncError
+from speed_async.errors import (
+    ConfigError,
+    ConfigErrors,
+    DeadlineExceeded,
+    ProtocolError,
+    SpeedAsyncError,
+)
 from speed_async.runtime.processes import ENVIRONMENT
 from speed_async.runtime.run_folder import make_run_folder
 from speed_async.runtime.supervisor import ActorPlan, supervise
@@ -146,11 +152,15 @@ def _local_config(
     try:
         return build_config(tree)
     except ConfigError as error:
-        remedies = {"model.path": "--model", "task.path": "--data"}
-        if option := remedies.get(error.field):
-            remedy = f"{error.remedy} on this machine; give its place here with {option}"
-            raise ConfigError(error.field, error.value, remedy) from None
-        raise
+        raise ConfigErrors.of([_on_this_machine(each) for each in error.errors]) from None
+
+
+def _on_this_machine(error: ConfigError) -> ConfigError:
+    option = {"model.path": "--model", "task.path": "--data"}.get(error.field)
+    if option is None:
+        return error
+    remedy = f"{error.remedy} on this machine; give its place here with {option}"
+    return ConfigError(error.field, error.value, remedy)
 
 
 def _engine_environment(config: Config) -> dict[str, str]:

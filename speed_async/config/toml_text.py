@@ -1,0 +1,85 @@
+"""A resolved configuration as TOML that `train` takes, each field with what it means."""
+
+import ast
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, time
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+
+from speed_async.config import schema
+from speed_async.config.schema import Config
+
+WIDTH = 100
+HEADER = """\
+# Resolved: presets, defaults and overrides in full. What `algorithm` stands for is written out, so
+# naming another one changes nothing here."""
+
+
+def to_toml(config: Config) -> str:
+    """Every field in its section; a field without a value is a comment, for TOML has no null."""
+    return "\n".join([HEADER, "", *_section(config, "")]) + "\n"
+
+
+def _section(section: BaseModel, path: str) -> Iterator[str]:
+    """The section's own fields, then the sections in it: TOML wants this order."""
+    if path:
+        yield from ("", f"[{path}]")
+    inner: list[tuple[str, BaseModel]] = []
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            inner.append((name, value))
+            continue
+        yield from _comment(_meanings(type(section).__name__).get(name, ""))
+        yield f"# {name} =" if value is None else f"{name} = {_value(value)}"
+    for name, value in inner:
+        yield from _section(value, f"{path}.{name}" if path else name)
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), WIDTH, initial_indent="# ", subsequent_indent="# ")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for a character that JSON leaves as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        pairs = [
+            f"{_value(str(key))} = {_value(each)}"
+            for key, each in value.items()
+            if each is not None
+        ]
+        return f"{{ {', '.join(pairs)} }}" if pairs else "{}"
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(_value, value))}]"
+    raise TypeError(f"{value!r} has no form in TOML")
+
+
+@cache
+def _meanings(section: str) -> dict[str, str]:
+    """Each field's docstring, which stands below it in the schema's source."""
+    tree = ast.parse(inspect.getsource(schema))
+    found = next(each for each in tree.body if getattr(each, "name", "") == section)
+    assert isinstance(found, ast.ClassDef)
+    meanings: dict[str, str] = {}
+    for field, below in zip(found.body, found.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
+            meanings[field.target.id] = str(below.value.value)
+    return meanings

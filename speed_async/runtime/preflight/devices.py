@@ -1,0 +1,67 @@
+"""Whether torch will find a GPU, found out without importing torch."""
+
+import ctypes
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from speed_async.config.schema import Config
+from speed_async.errors import ConfigError
+from speed_async.runtime.preflight.findings import Findings
+
+DRIVER = "libcuda.so.1"
+ROCM_DEVICE = Path("/dev/kfd")
+USE_ANOTHER = "use 'auto' or 'cpu'"
+
+
+def check_devices(config: Config, findings: Findings, *, actors_here: bool = True) -> None:
+    """Raises nothing; `cuda` on a machine without a usable GPU is an error."""
+    fields = [("learner.device", config.learner.device)]
+    if actors_here and config.actors.engine != "vllm":  # which looks for itself
+        fields.append(("actors.device", config.actors.device))
+    asked = [field for field, device in fields if device == "cuda"]
+    if asked and (fault := why_no_gpu()):
+        findings.errors += [ConfigError(field, "cuda", fault) for field in asked]
+
+
+def why_no_gpu() -> str:
+    """Empty when torch has a GPU to use."""
+    build = _torch_build()
+    if build == "cpu":
+        return (
+            f"the installed torch is built for CPUs alone; install one for CUDA, or {USE_ANOTHER}"
+        )
+    if build == "hip":
+        found = ROCM_DEVICE.exists()
+        return "" if found else f"no ROCm device is here ({ROCM_DEVICE}); {USE_ANOTHER}"
+    if num_cuda_gpus() > 0:
+        return ""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    why = f" (CUDA_VISIBLE_DEVICES = {hidden!r})" if hidden is not None else ""
+    return f"no CUDA device is visible{why}; {USE_ANOTHER}"
+
+
+def num_cuda_gpus() -> int:
+    """As the driver counts them, under CUDA_VISIBLE_DEVICES; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL(DRIVER)
+        count = ctypes.c_int(0)
+        if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+            return 0
+    except (OSError, AttributeError):
+        return 0
+    return count.value
+
+
+def _torch_build() -> str:
+    """`cpu`, `cuda` or `hip`, from the file that torch's own build writes."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return "cpu"
+    version = Path(found.origin).with_name("version.py")
+    text = version.read_text() if version.is_file() else ""
+    for build in ("hip", "cuda"):
+        if re.search(rf"^{build}\b[^=\n]*=\s*['\"]", text, re.MULTILINE):
+            return build
+    return "cpu" if re.search(r"^cuda\b[^=\n]*=\s*None", text, re.MULTILINE) else "cuda"

@@ -1,0 +1,386 @@
+"""`speed-async check`, and the same checks before `train`: what is said, what is left behind."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from run_process import MODEL, start_torchrun, start_train, write_config
+
+from speed_async.config.schema import Config
+from speed_async.runtime.preflight import devices
+from speed_async.runtime.preflight import task as task_check
+from speed_async.runtime.preflight.findings import Findings
+from speed_async.types import Prompt
+
+MINIMAL = """
+[model]
+path = "{model}"
+[task]
+name = "arithmetic"
+max_digits = 4
+[actors]
+max_new_tokens = 8
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(MODEL, tmp_path / "model"))
+
+
+def check(folder: Path, *overrides: str, text: str = MINIMAL) -> tuple[int, list[str]]:
+    """Exit status and lines of `speed-async check` of the model in `folder`."""
+    config = write_config(folder, text, folder / "model")
+    before = everything_in(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "speed_async", "check", str(config), *overrides],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    assert everything_in(folder) == before
+    return done.returncode, (done.stdout + done.stderr).splitlines()
+
+
+def everything_in(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def the_error(status: int, lines: list[str]) -> str:
+    assert status == 1
+    assert lines[-1] == "1 error", lines
+    return next(line for line in lines if line.startswith("error: "))
+
+
+def warnings(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.startswith("warning: ")]
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
+    """A data file, and the overrides that take it."""
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--task.name", "jsonl", "--task.path", str(data), "--task.num_held_out", "2"]
+
+
+def edit(path: Path, **values: object) -> None:
+    record = json.loads(path.read_text())
+    record.update(values)
+    path.write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+
+
+def test_check_shows_the_first_prompt_a_score_lengths_and_memory_and_ends_with_ok(
+    model: Path, tmp_path: Path
+) -> None:
+    status, lines = check(tmp_path)
+    assert (status, lines[-1]) == (0, "ok")
+    out = "\n".join(lines)
+    assert "11 tokens: '<bos>'" in out
+    assert "token ids: 1 " in out
+    assert "scores 1\n  an empty completion scores 0" in out
+    assert "training: 4,096 prompts of 11 to 11 tokens, median 11" in out
+    assert "353,920 parameters" in out
+    # 64 slots x 128 tokens x 2 layers x (keys, values) x 4 heads x 32 numbers x 4 bytes
+    assert "16.0 MiB of KV cache (64 slots x 128 tokens)" in out
+    assert not warnings(lines)
+
+
+def test_check_says_every_error_at_once(model: Path, tmp_path: Path) -> None:
+    (model / "model.safetensors").write_bytes((MODEL / "model.safetensors").read_bytes()[:-1])
+    edit(model / "tokenizer_config.json", eos_token=None)
+    (tmp_path / "taken").write_text("")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        status, lines = check(
+            tmp_path,
+            *("--learner.lr", "fast", "--buffer.credits", "1", "--lr", "1"),
+            *("--cluster.feed_port", str(port), "--run.folder", "taken/run"),
+            *("--actors.device", "cuda", "--learner.device", "cuda"),
+            *write_rows(tmp_path, [{"prompt": "a"}, {"answer": "b"}]),
+        )
+    errors = "\n".join(line for line in lines if not line.startswith("warning"))
+    assert status == 1
+    for said in (
+        "'--lr' = '1': no such override; did you mean --learner.lr 1?",
+        "'learner.lr' = 'fast'",
+        "'buffer.credits' = 1",
+        f"'cluster.feed_port' = {port}: it is taken",
+        "'run.folder' = 'taken/run': cannot be made",
+        "it is damaged or was not downloaded to its end",
+        "has no EOS token",
+        "2 lines that cannot be used",
+    ):
+        assert said in errors
+    num_devices = 2 if devices.why_no_gpu() else 0
+    assert lines[-1] == f"{8 + num_devices} errors"
+
+
+def lose_weights(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "other.safetensors")
+
+
+def lose_shard(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    places = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def lose_weight_of_shard(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    places = {"absent.weight": "model-00001-of-00001.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def make_pointer(model: Path) -> None:
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
+
+
+def lose_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+
+
+def break_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").write_text("{}")
+
+
+def make_other_kind(model: Path) -> None:
+    edit(model / "config.json", model_type=None)
+
+
+def look_back_a_little(model: Path) -> None:
+    edit(model / "config.json", sliding_window=16)
+
+
+def add_state_space_layer(model: Path) -> None:
+    edit(model / "config.json", layer_types=["full_attention", "mamba"])
+
+
+def need_system_message(model: Path) -> None:
+    template = "{{ raise_exception('a system message is needed') }}"
+    (model / "chat_template.jinja").write_text(template)
+
+
+OPEN = ("--cluster.security", "plain-and-open-to-anyone-who-reaches-it")
+CHAT = ("--model.chat_template", "true")
+
+
+@pytest.mark.parametrize(
+    ("damage", "overrides", "said"),
+    [
+        (lose_weights, (), "other.safetensors is no name that loaders read"),
+        (lose_shard, (), "lacks 1 of the 2 files that model.safetensors.index.json names: model-0"),
+        (lose_weight_of_shard, (), "lack 1 of the weights"),
+        (make_pointer, (), "git lfs pull"),
+        (lose_tokenizer, (), "has no tokenizer"),
+        (break_tokenizer, (), "tokenizer.json' cannot be read"),
+        (make_other_kind, (), "names no model_type"),
+        (look_back_a_little, (), "set model.context_length to at most 16"),
+        (add_state_space_layer, (), "layers of kind mamba"),
+        (None, CHAT, "'model.chat_template' = True: this model's tokenizer has no chat template"),
+        (need_system_message, CHAT, "a system message is needed"),
+        (None, ("--actors.max_new_tokens", "128"), "no room for a prompt in the model's context"),
+        (None, ("--model.context_length", "256"), "holds 128 tokens; set at most 128"),
+        (None, ("--model.context_length", "11"), "not one of the training prompts fits"),
+        (None, ("--cluster.host", "192.0.2.1", *OPEN), "no address of this machine"),
+        (None, ("--task.name", "arithmetics"), "did you mean arithmetic?"),
+    ],
+)  # fmt: skip
+def test_check_names_what_is_wrong_and_its_remedy(
+    model: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None] | None,
+    overrides: tuple[str, ...],
+    said: str,
+) -> None:
+    if damage is not None:
+        damage(model)
+    status, lines = check(tmp_path, *overrides)
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert status == 1
+    assert any(said in line for line in errors), lines
+
+
+def test_a_chat_template_is_rendered_before_prompts_are_counted(
+    model: Path, tmp_path: Path
+) -> None:
+    template = (
+        "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        "{% generation %}{% if add_generation_prompt %}=={% endif %}{% endgeneration %}"
+    )
+    (model / "chat_template.jinja").write_text(template)
+    status, lines = check(tmp_path, *CHAT)
+    assert (status, lines[-1]) == (0, "ok")
+    [tokens] = [line for line in lines if " tokens: " in line]
+    assert tokens.strip().startswith("13 tokens: '<bos>'")
+    assert tokens.endswith("'=' '=' '='")
+
+
+def test_prompts_that_do_not_fit_are_counted_by_reason_with_the_first_example(
+    model: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{n}+1=", "answer": n + 1} for n in range(20)]
+    rows += [{"prompt": "9" * 200 + str(n), "answer": 1} for n in range(5)]
+    rows += [{"prompt": "8" * 121 + str(n), "answer": 1} for n in range(4)]
+    status, lines = check(tmp_path, *write_rows(tmp_path, rows))
+    assert (status, lines[-1]) == (0, "ok")
+    said = "\n".join(warnings(lines))
+    lost = r"(\d) of \d+ [-\w]+ prompts (?:cannot be trained on|count as wrong) \(too long\)"
+    assert sum(map(int, re.findall(lost, said))) == 5
+    assert "202 tokens and no room for a completion" in said
+    cut = r"(\d) of \d+ [-\w]+ prompts leave less room than actors.max_new_tokens = 8"
+    assert sum(map(int, re.findall(cut, said))) == 4
+    assert "5 tokens for the longest prompt that fits" in said  # 128 - (1 + 121 + 1)
+
+
+def test_many_prompts_are_judged_by_a_sample_and_that_is_said(model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n:0120d}"[:120], "answer": 1} for n in range(70_000)]
+    status, lines = check(tmp_path, *write_rows(tmp_path, rows))
+    assert status == 0
+    assert any("69,998 prompts" in line and "in a sample of" in line for line in lines)
+
+
+def test_a_configuration_that_cannot_be_read_further_is_one_error(tmp_path: Path) -> None:
+    error = the_error(*check(tmp_path, text='[task]\nname = "arithmetic"\n'))
+    assert "'model' = None: this field is required" in error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("--actors.max_new_tokens", "500"), "leaves no room for a prompt"),
+        (("--cluster.host", "192.0.2.1"), "beyond loopback"),
+        pytest.param(
+            ("--actors.device", "cuda"),
+            "'actors.device' = 'cuda'",
+            marks=pytest.mark.skipif(not devices.why_no_gpu(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_before_torch_loads_and_leaves_no_folder(
+    tmp_path: Path, overrides: tuple[str, ...], said: str
+) -> None:
+    arguments = ["train", str(write_config(tmp_path)), *overrides]
+    code = (
+        "import sys\nfrom speed_async.cli import main\n"
+        f"sys.argv = ['speed-async', *{arguments!r}]\n"
+        "try:\n    main()\nfinally:\n"
+        "    assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "AssertionError" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
+@pytest.mark.timeout(240)
+def test_under_torchrun_too_the_checks_come_before_the_folder(tmp_path: Path) -> None:
+    run = start_torchrun(tmp_path, 2, "--actors.max_new_tokens", "500")
+    status, _, err = run.finish()
+    assert status == 1
+    assert "leaves no room for a prompt" in err
+    assert not run.folder.exists()
+    assert run.processes() == {}
+
+
+@pytest.mark.timeout(240)
+def test_a_run_of_no_updates_measures_the_model_and_trains_nothing(tmp_path: Path) -> None:
+    run = start_train(tmp_path, "--run.updates", "0")
+    status, _, err = run.finish()
+    assert status == 0, err
+    summary = run.summary()
+    assert summary["completed"] is True
+    assert 0 <= summary["accuracy_after"] <= 1
+    assert summary["optimizer_updates"] == summary["prompts_screened"] == 0
+    assert [event["policy_version"] for event in run.events("evaluation")] == [0]
+    assert not (run.folder / "checkpoints").exists()
+    assert run.processes() == {}
+
+
+@pytest.mark.timeout(240)
+def test_a_learning_rate_of_zero_runs_everything_and_changes_no_weight(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    run = start_train(tmp_path, "--learner.lr", "0", "--run.updates", "2")
+    status, _, err = run.finish()
+    assert status == 0, err
+    assert run.summary()["optimizer_updates"] == 2
+    trained = load_file(run.folder / "checkpoints" / "version-000002" / "model.safetensors")
+    given = load_file(MODEL / "model.safetensors")
+    assert all((trained[name] == given[name]).all() for name in given)
+    assert run.processes() == {}
+
+
+def test_a_gpu_is_looked_for_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_torch_build", lambda: "cuda")
+    monkeypatch.setattr(devices, "num_cuda_gpus", lambda: 0)
+    monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "")
+    assert "no CUDA device is visible (CUDA_VISIBLE_DEVICES = '')" in devices.why_no_gpu()
+    monkeypatch.setattr(devices, "num_cuda_gpus", lambda: 1)
+    assert devices.why_no_gpu() == ""
+
+
+class Scoring:
+    """A task of three prompts, whose verifier does what it is told to."""
+
+    held_out_prompts: ClassVar[list[Prompt]] = []
+    train_prompts: ClassVar[list[Prompt]] = [
+        Prompt(prompt_id=n, text="?", answer="1") for n in range(3)
+    ]
+
+    def __init__(self, score: Callable[[str], float]) -> None:
+        self._score = score
+
+    def score(self, prompt: Prompt, completion: str) -> float:
+        return self._score(completion)
+
+
+def fail(completion: str) -> float:
+    raise RuntimeError("broken scorer")
+
+
+def hang(completion: str) -> float:
+    threading.Event().wait()
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("score", "said"),
+    [
+        (lambda completion: 1.0, "pays 1 for an empty completion to training prompt 0"),
+        (lambda completion: 0.0, "refuses the reference answer of each of the first 3 prompts"),
+        (lambda completion: 2.0, "is not a finite number in [0, 1]"),
+        (fail, "raised RuntimeError: broken scorer"),
+        (hang, "gave no answer within 0.2 s"),
+        (lambda completion: float(completion == "1"), ""),
+    ],
+)
+def test_a_verifier_must_tell_the_reference_answer_from_nothing(
+    monkeypatch: pytest.MonkeyPatch, score: Callable[[str], float], said: str
+) -> None:
+    monkeypatch.setattr(task_check, "make_task", lambda _: Scoring(score))
+    config = Config.model_validate(
+        {
+            "model": {"path": str(MODEL)},
+            "task": {"name": "arithmetic"},
+            "actors": {"verifier_timeout_s": 0.2},
+        }
+    )
+    findings = Findings()
+    task_check.check_task(config, findings)
+    assert [said in str(error) for error in findings.errors] == ([True] if said else [])
