@@ -138,7 +138,9 @@ class ZmqHub:
         if not self._has_keys:
             return ""
         assert isinstance(frame, memoryview)
-        return str(frame.obj.get("User-Id"))
+        received = frame.obj
+        assert isinstance(received, zmq.Frame)
+        return str(received.get("User-Id"))
 
 
 class ZmqLink:
