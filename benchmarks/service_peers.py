@@ -11,6 +11,7 @@ import zmq
 
 from speed_async.wire import messages as m
 from speed_async.wire.codec import MAX_MESSAGE_BYTES, Frame, decode, encode
+from speed_async.wire.peer_names import new_identity
 from speed_async.wire.session import Heard, Missing, Probe
 from speed_async.wire.sockets import send_frames, set_common_options
 from speed_async.wire.zeromq import QUEUED_MESSAGES
@@ -30,7 +31,7 @@ class Keys:
 
 
 def set_client_options(socket: zmq.Socket, name: str, keys: Keys | None) -> None:
-    socket.IDENTITY = name.encode()
+    socket.IDENTITY = new_identity(name)
     socket.SNDHWM = socket.RCVHWM = QUEUED_MESSAGES
     set_common_options(socket, max_frame_bytes=MAX_MESSAGE_BYTES)
     socket.LINGER = 0

@@ -21,6 +21,7 @@ from speed_async.errors import DeadlineExceeded, ProtocolError
 from speed_async.types import ActorCounts
 from speed_async.wire.codec import _LAYOUTS, MAGIC, decode, encode
 from speed_async.wire.messages import PROTOCOL_VERSION, Goodbye, WantWork
+from speed_async.wire.peer_names import new_identity
 from speed_async.wire.zeromq import open_hub, open_link
 
 HOST = "127.0.0.1"
@@ -131,7 +132,7 @@ def test_a_hub_under_fire_serves_the_others(run):
             for number in range(150):
                 bad = context.socket(zmq.DEALER)
                 bad.LINGER = 0
-                bad.IDENTITY = f"bad-{number}".encode()
+                bad.IDENTITY = new_identity(f"bad-{number}")
                 bad.connect(f"tcp://{HOST}:{hub.port}")
                 for _ in range(3):
                     bad.send_multipart(spoiler.next() or [b""])

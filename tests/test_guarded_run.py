@@ -1,5 +1,6 @@
 """Whole runs over CURVE, where every role and whoever joins needs a key; and a run under watch."""
 
+import asyncio
 import json
 import os
 import signal
@@ -13,7 +14,11 @@ from pickle_trap import SITECUSTOMIZE
 from run_process import Run, start_actor, start_train
 
 from speed_async.config.schema import ClusterConfig
+from speed_async.types import ActorCounts
+from speed_async.wire import messages as m
+from speed_async.wire.curve import load_client_keys
 from speed_async.wire.key_making import add_client, make_keys
+from speed_async.wire.zeromq import open_link
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -81,6 +86,52 @@ def test_a_run_between_hosts_is_for_the_holders_of_keys(tmp_path: Path) -> None:
             os.kill(process_id, signal.SIGKILL)
         run.process.kill()
         run.process.wait()
+
+
+async def steal(host: str, port: int, keys: Path) -> list[str]:
+    """Try to take the place of the learner and of an actor with another allowed key: under their
+    names, and as a later incarnation. Returns the refusals."""
+    hello = m.Hello(role="actor", index=1, incarnation=7, fingerprint="f", process_id=1)
+    reasons = []
+    for name, message in (
+        ("actor-1.0", hello),
+        ("actor-1.0", m.Goodbye(counts=ActorCounts())),
+        ("learner", m.FinishRun(policy_version=1, evaluate=False, reason="stolen")),
+        ("actor-1.7", hello),
+        ("actor-1.7", m.Failure(role="actor-1", message="stolen")),
+    ):
+        link = await open_link(host, port, name, keys=load_client_keys(keys))
+        await link.send(message)
+        answer = await link.receive(60.0)
+        assert isinstance(answer, m.Rejected)
+        reasons.append(answer.reason)
+        await link.close()
+    return reasons
+
+
+def test_another_allowed_key_takes_nobody_s_place_in_a_run(tmp_path: Path) -> None:
+    make_keys(tmp_path / "keys")
+    late = add_client(tmp_path / "keys", "late")
+    run = start_train(
+        tmp_path,
+        *("--cluster.keys", "keys", "--cluster.security", "curve", "--run.updates", "60"),
+    )
+    try:
+        run.wait_for_steps(2)
+        host, _, port = run.address("actors join at").removeprefix("tcp://").rpartition(":")
+        reasons = asyncio.run(steal(host, int(port), late))
+        assert [reason.partition(" ")[0] for reason in reasons] == ["the"] * 3 + ["actor-1", "a"]
+        assert all("another key" in reason for reason in reasons[:4])
+        status, _, err = run.finish()
+        assert status == 0, err
+        summary = run.summary()
+        assert summary["optimizer_updates"] == 60
+        assert summary["ledger"]["closes"] is True
+        assert list(summary["actors"]) == ["actor-1.0"]
+        assert not summary["actors"]["actor-1.0"]["lost"]
+        assert (summary["messages_refused"], summary["peers_muted"]) == (5, 5)
+    finally:
+        run.kill()
 
 
 def test_a_run_unpickles_nothing_and_survives_completions_that_kill_their_verifier(

@@ -13,8 +13,8 @@ from transport_contract import SOON_S, ZmqStage, over_sockets, say
 from speed_async.errors import ConfigError, DeadlineExceeded, ProtocolError
 from speed_async.types import ActorCounts
 from speed_async.wire.codec import encode
-from speed_async.wire.messages import Rejected, WantWork
-from speed_async.wire.session import Probe
+from speed_async.wire.messages import Drain, Rejected, WantWork
+from speed_async.wire.session import Heard, Probe, SessionLink
 from speed_async.wire.sockets import LINGER_S
 from speed_async.wire.zeromq import open_hub, open_link
 
@@ -62,6 +62,28 @@ def test_a_link_finds_a_restarted_hub_by_itself():
         assert await second.receive(SOON_S) == ("actor-1.0", want(2))
         await say(second, "actor-1.0", Probe(sent=2))
         assert await link.receive(SOON_S) == Probe(sent=2)
+        await link.close()
+        await second.close()
+
+    uvloop.run(play())
+
+
+def test_a_restarted_hub_reaches_a_peer_that_has_nothing_to_say():
+    async def play() -> None:
+        first = await open_hub(HOST, 0)
+        link = SessionLink(await open_link(HOST, first.port, "learner"))
+        await link.send(want(1))
+        peer, message = await first.receive(SOON_S)
+        await say(first, peer, Heard(heard=message.number))
+        with pytest.raises(DeadlineExceeded):
+            await link.receive(0.2)
+        assert link.num_unheard == 0
+        await first.close()
+        second = await open_hub(HOST, first.port)
+        waiting = asyncio.create_task(link.receive(SOON_S))
+        assert await second.receive(SOON_S) == ("learner", Heard())
+        await say(second, "learner", Drain(number=1, reason="the end"))
+        assert await waiting == Drain(number=1, reason="the end")
         await link.close()
         await second.close()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Protocol
@@ -120,7 +121,7 @@ class ZmqRawPeer:
     def __init__(self, name: str, port: int) -> None:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        self._socket.IDENTITY = name.encode("latin-1")
+        self._socket.IDENTITY = f"{name}/{secrets.token_hex(16)}".encode("latin-1")
         self._socket.connect(f"tcp://127.0.0.1:{port}")
 
     async def send_frames(self, frames: Sequence[Frame]) -> None:

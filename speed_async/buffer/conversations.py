@@ -182,6 +182,11 @@ class Conversations:
             session.forget_all()
         self._once.pop(peer, None)
 
+    def forget(self, peer: str) -> None:
+        """Nothing was ever heard of this peer but its first message."""
+        for kept in (self._sessions, self._once, self._asked_s, self._probed_s):
+            kept.pop(peer, None)
+
     def forget_all(self) -> None:
         """A new life: no peer of the old one comes back."""
         self._sessions.clear()

@@ -18,6 +18,9 @@ from speed_async.wire.joining import Join
 
 MAX_KNOWN = 65536
 """Actors and supervisors that a run takes in, those that left included."""
+MAX_AWAITED = 1024
+MAX_AWAITED_A_KEY = 256
+"""Joins whose actor has not said Hello yet."""
 
 
 Result = m.GroupFinished | m.ScreenedOut | m.Evaluated
@@ -79,7 +82,13 @@ class Gatekeeper:
         self.to_mute.append(peer)
 
     def refusal(
-        self, peer: str, message: m.Message, *, policy_version: int, newest_version: int
+        self,
+        peer: str,
+        message: m.Message,
+        *,
+        policy_version: int,
+        newest_version: int,
+        key: str = "",
     ) -> str | None:
         """Why `message` of `peer` is out of place, or None when it is welcome. Changes nothing but
         `weighed`."""
@@ -91,11 +100,13 @@ class Gatekeeper:
         open_to_all = isinstance(message, m.Counted | m.Hello | m.Failure | Join)
         if not open_to_all and peer != self._membership.learner:
             return f"{kind} is the learner's to send"
-        if isinstance(message, m.Failure) and not self._speaks_for_itself(peer, message):
+        if isinstance(message, m.Failure) and not self._speaks_for_itself(peer, message, key):
             return f"a failure of {message.role[:40]!r} is not for it to tell"
         if isinstance(message, m.Hello | Join) and self._membership.num_known >= MAX_KNOWN:
             return f"this run has seen {MAX_KNOWN} actors, and takes no more"
-        if isinstance(message, m.Hello) and (reason := self._stranger(peer, message)):
+        if isinstance(message, Join) and (reason := self._too_many(key)):
+            return reason
+        if isinstance(message, m.Hello) and (reason := self._stranger(peer, message, key)):
             return reason
         if fault := self._inspection.fault(message, newest_version):
             return fault
@@ -124,17 +135,32 @@ class Gatekeeper:
             return f"GroupFinished: lease {lease.lease_id} is for {prompts}"
         return None
 
-    def _speaks_for_itself(self, peer: str, failure: m.Failure) -> bool:
+    def _speaks_for_itself(self, peer: str, failure: m.Failure, key: str) -> bool:
         """A failure ends the run, so it is believed of those who are here, and of a rank of this
         run before its first word."""
         if self.knows(peer):
             return True
-        is_rank = self._membership.is_rank(failure.role)
-        return is_rank and peer.partition(".")[0] == failure.role
+        role = failure.role
+        if not self._membership.is_rank(role) or peer.partition(".")[0] != role:
+            return False
+        index = role.removeprefix("actor-")
+        owner = self._membership.belongs_to(int(index)) if index.isdecimal() else None
+        return owner in (None, key)
 
-    def _stranger(self, peer: str, hello: m.Hello) -> str | None:
+    def _too_many(self, key: str) -> str | None:
+        """Why nobody more may join now."""
+        for_key = self._membership.num_awaited(key) >= MAX_AWAITED_A_KEY
+        if not for_key and self._membership.num_awaited() < MAX_AWAITED:
+            return None
+        of_whom = "of its key " if for_key and key else ""
+        return f"too many actors {of_whom}joined and have not started yet: try again in a minute"
+
+    def _stranger(self, peer: str, hello: m.Hello, key: str) -> str | None:
         if lost := self._lost(peer):
             return lost
+        owner = self._membership.belongs_to(hello.index) if hello.role == "actor" else None
+        if owner not in (None, key):
+            return f"actor-{hello.index} belongs to another key"
         if hello.fingerprint != self._fingerprint:
             return (
                 f"its task data (fingerprint {hello.fingerprint[:40]}) differ from the service's "

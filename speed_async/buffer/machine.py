@@ -28,19 +28,21 @@ class Machine:
 
     # --- inputs: recorded, then taken in -------------------------------------------------------
 
-    def message(self, peer: str, message: m.Message, now_s: float) -> None:
-        """What a peer said. Control messages and repetitions are dealt with and not recorded."""
+    def message(self, peer: str, message: m.Message, now_s: float, key: str = "") -> None:
+        """What a peer said, whose connection has this public key. Control messages and repetitions
+        are dealt with and not recorded."""
         if not self.conversations.admit(peer, message, now_s):
             self._note_refusal(peer, now_s)
             return
-        turned_away = self.service.turned_away(peer, message)
-        if turned_away is not None:
-            self.conversations.replies.append((peer, turned_away))
+        answer = self.service.at_once(peer, message, key)
+        if answer is not None:
+            self.conversations.replies.append((peer, answer))
             return
         place = None
         if self.journal is not None:
-            place = self.journal.append("message", now_s, peer=peer, frames=encode(message))
-        self._message(peer, message, now_s, place)
+            frames = encode(message)
+            place = self.journal.append("message", now_s, peer=peer, text=key, frames=frames)
+        self._message(peer, message, now_s, place, key)
 
     def tick(self, now_s: float, loop_lag_s: float) -> None:
         if self.journal is not None:
@@ -76,7 +78,8 @@ class Machine:
         match record.kind:
             case "message":
                 message = decode(record.frames)
-                self._message(record.peer, message, record.now_s, place, record.sequence)
+                sequence = record.sequence
+                self._message(record.peer, message, record.now_s, place, record.text, sequence)
             case "tick":
                 self._tick(record.now_s, record.value)
             case "gone":
@@ -102,13 +105,19 @@ class Machine:
     # --- what they do ----------------------------------------------------------------------------
 
     def _message(
-        self, peer: str, message: m.Message, now_s: float, place: Place | None, sequence: int = 0
+        self,
+        peer: str,
+        message: m.Message,
+        now_s: float,
+        place: Place | None,
+        key: str,
+        sequence: int = 0,
     ) -> None:
         self.conversations.took_in(peer, message)
         service = self.service
         service.place = place
         service.sequence = self.journal.sequence if self.journal is not None else sequence
-        service.handle(peer, message, now_s)
+        service.handle(peer, message, now_s, key)
         self._after(now_s)
 
     def _tick(self, now_s: float, loop_lag_s: float) -> None:
@@ -136,6 +145,9 @@ class Machine:
         for peer in service.given_up:
             self.conversations.give_up(peer)
         service.given_up.clear()
+        for peer in service.forgotten:
+            self.conversations.forget(peer)
+        service.forgotten.clear()
         if service.outbox:
             for peer, message in service.outbox:
                 self.needs_sync = self.needs_sync or isinstance(message, m.JournalDurable)

@@ -8,6 +8,18 @@ from speed_async.wire.messages import Hello
 
 RECONNECT_S = 10.0
 """Connections that are cut come back well within this; a dead actor's does not."""
+JOIN_KEPT_S = 60.0
+"""A join whose actor has not said Hello by then is forgotten. An actor that says it later, because
+its engine starts slowly, is taken in all the same."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Joined:
+    """What is known of a supervisor that joined."""
+
+    index: int
+    key: str
+    asked_s: float
 
 
 @dataclass(slots=True)
@@ -45,13 +57,19 @@ class Membership:
         self.learner: str | None = None
         self._num_configured = config.actors
         self._first_free_index = config.learners + config.actors
-        self._last_rank = 0
-        """The highest index that a rank ever had, also in lives with more of them than now."""
-        self._admitted: dict[str, int] = {}  # index by supervisor, of all that ever joined
+        self._last_index = 0
+        """The highest index that a rank ever had, also in lives with more of them than now, or that
+        was ever given to a supervisor: none is given twice."""
+        self._awaited: dict[str, Joined] = {}  # by supervisor, whose actor has not said Hello
+        self._admitted: dict[str, int] = {}  # index by supervisor, whose actor has
+        self._came: set[int] = set()  # indices of actors that came by themselves
         self._expected: set[int] = set()  # of those, who is here or may come back
+        self._keys: dict[int, str] = {}  # to which key an index belongs
         self._present: tuple[ActorState, ...] | None = None  # until somebody comes or goes
 
-    def join(self, name: str, hello: Hello, now_s: float, policy_version: int) -> list[ActorState]:
+    def join(
+        self, name: str, hello: Hello, now_s: float, policy_version: int, *, key: str = ""
+    ) -> list[ActorState]:
         """Add an actor; returns older incarnations of the same rank, which are thereby dead."""
         replaced = [
             state
@@ -67,11 +85,22 @@ class Membership:
             weight_ranks=hello.weight_ranks,
             awaits_weights=policy_version > 0,
         )
+        self._keys[hello.index] = key
         if not self._is_free(hello.index):
-            self._last_rank = max(self._last_rank, hello.index)
-        if hello.index in self._admitted.values():
+            self._last_index = max(self._last_index, hello.index)
+        elif hello.index <= self._last_index:
+            self._came.add(hello.index)
             self._expected.add(hello.index)
+            self._followed(hello.index)
         return replaced
+
+    def _followed(self, index: int) -> None:
+        """The actor of a join is here."""
+        for supervisor, joined in self._awaited.items():
+            if joined.index == index:
+                self._admitted[supervisor] = index
+                del self._awaited[supervisor]
+                return
 
     def lose(self, name: str, reason: str) -> None:
         del self.actors[name]
@@ -109,7 +138,7 @@ class Membership:
 
     def admitted(self, supervisor: str) -> bool:
         """Whether an actor of this supervisor was let in."""
-        return supervisor in self._admitted
+        return supervisor in self._admitted or supervisor in self._awaited
 
     def is_rank(self, role: str) -> bool:
         """Whether this is the learner, or an actor that torchrun started."""
@@ -120,7 +149,15 @@ class Membership:
     @property
     def num_known(self) -> int:
         """Names of which something is kept, those that left included."""
-        return len(self.actors) + len(self.lost) + len(self._admitted)
+        return len(self.actors) + len(self.lost) + len(self._admitted) + len(self._awaited)
+
+    def belongs_to(self, index: int) -> str | None:
+        """The key that the actor of this index has to have; None for any."""
+        return self._keys.get(index)
+
+    def begin_life(self) -> None:
+        """Ranks are started again, perhaps on hosts with other keys."""
+        self._keys = {i: key for i, key in self._keys.items() if self._is_free(i)}
 
     # --- actors that come by themselves ------------------------------------------------------
 
@@ -129,27 +166,65 @@ class Membership:
         """Actors the run would have if none were missing."""
         return self._num_configured + sum(map(self._is_free, self._expected))
 
-    def admit(self, supervisor: str) -> int:
+    def num_awaited(self, key: str | None = None) -> int:
+        """Supervisors, of this key or of all, that joined and whose actor has not said Hello."""
+        if key is None:
+            return len(self._awaited)
+        return sum(joined.key == key for joined in self._awaited.values())
+
+    def admit(self, supervisor: str, key: str, now_s: float) -> int:
         """The index of this supervisor's actor: a new one, or the one it has."""
-        if supervisor not in self._admitted:
-            last = max(self._last_rank, *self._admitted.values(), 0)
-            self._admitted[supervisor] = max(self._first_free_index, last + 1)
-        return self._admitted[supervisor]
+        if (index := self.index_of(supervisor)) is not None:
+            return index
+        index = max(self._first_free_index, self._last_index + 1)
+        while index in self._keys:  # of an actor that named it without being given it
+            index += 1
+        self._last_index = index
+        self._awaited[supervisor] = Joined(index=index, key=key, asked_s=now_s)
+        self._keys[index] = key
+        return index
+
+    def index_of(self, supervisor: str) -> int | None:
+        """The index of this supervisor's actor."""
+        joined = self._awaited.get(supervisor)
+        return joined.index if joined is not None else self._admitted.get(supervisor)
+
+    def forget_joins(self, now_s: float) -> list[str]:
+        """Forget the joins that nothing followed; returns their supervisors."""
+        late = [name for name, j in self._awaited.items() if now_s - j.asked_s > JOIN_KEPT_S]
+        for name in late:
+            self._forget_join(name)
+        return late
+
+    def _forget_join(self, supervisor: str) -> None:
+        index = self._awaited.pop(supervisor).index
+        if self._is_free(index):  # else a rank has it now
+            self._keys.pop(index, None)
 
     def displaced(self, hello: Hello) -> str | None:
-        """Why an actor that came by itself cannot come back: in this life of the run, which has
-        more ranks, one of them has its index."""
-        came_by_itself = hello.incarnation < INCARNATIONS_A_LIFE
-        came_by_itself = came_by_itself and hello.index in self._admitted.values()
-        if hello.role != "actor" or self._is_free(hello.index) or not came_by_itself:
+        """Why an actor cannot have the index that it names: a later incarnation has it, or in this
+        life of the run, which has more ranks, one of them has it."""
+        if hello.role != "actor":
             return None
-        return (
-            f"the run goes on with more ranks, one of which is actor-{hello.index} now: join again "
-            "to be given another index"
+        index = hello.index
+        came_by_itself = hello.incarnation < INCARNATIONS_A_LIFE and (
+            index in self._came or any(joined.index == index for joined in self._awaited.values())
         )
+        if came_by_itself and not self._is_free(index):
+            return (
+                f"the run goes on with more ranks, one of which is actor-{index} now: join again "
+                "to be given another index"
+            )
+        here = [state for state in self.present() if state.index == index]
+        if any(state.incarnation > hello.incarnation for state in here):
+            return f"a later incarnation of actor-{index} is here"
+        return None
 
     def withdraw(self, supervisor: str) -> list[ActorState] | None:
         """Its actor will not come back. Returns what is here of it; None for no such supervisor."""
+        if supervisor in self._awaited:
+            self._forget_join(supervisor)
+            return []
         index = self._admitted.get(supervisor)
         if index is None:
             return None

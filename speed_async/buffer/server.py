@@ -201,7 +201,7 @@ class _Shell:
         while received is not None or self._is_writing:
             if received is not None:
                 peer, message = received
-                machine.message(peer, message, self._now())
+                machine.message(peer, message, self._now(), self._hub.key_of(peer))
                 self._spoke.add(peer)
                 count += 1
                 pending = machine.journal.pending_bytes if machine.journal is not None else 0

@@ -73,6 +73,8 @@ class BufferService:
         self.events: list[Event] = []
         self.given_up: list[str] = []
         """Peers to which nothing need be said any more; for the conversations to take note of."""
+        self.forgotten: list[str] = []
+        """Peers that joined, and of whom nothing followed; likewise."""
         self.ended = False
         """Everything was said; the shell may flush and leave."""
         self.snapshot_due = False
@@ -111,8 +113,6 @@ class BufferService:
         self._ending = Ending(config.cluster)
         self._evaluated_version: int | None = None
         self._handlers: dict[type[m.Message], Callable[..., None]] = {
-            Join: self._on_join,
-            m.Hello: self._on_hello,
             m.Failure: self._on_failure,
             m.WantWork: self._on_want,
             m.GroupFinished: self._on_group,
@@ -132,7 +132,7 @@ class BufferService:
             self.membership,
             fingerprint,
             model_fingerprint,
-            self._handlers.keys(),
+            {Join, m.Hello, *self._handlers},
             Inspection(config, vocab_size),
             self.lifecycle,
         )
@@ -140,9 +140,10 @@ class BufferService:
 
     # --- the two entrances -----------------------------------------------------------------
 
-    def handle(self, peer: str, message: m.Message, now_s: float) -> None:
-        """Take in one message of `peer`; a message that is out of place is answered, not raised."""
-        refusal = self._refusal(peer, message)
+    def handle(self, peer: str, message: m.Message, now_s: float, key: str = "") -> None:
+        """Take in one message of `peer`, which has this key; a message that is out of place is
+        answered, not raised."""
+        refusal = self._refusal(peer, message, key)
         if refusal is not None:
             self._refuse(peer, refusal)
             self._advance(now_s)
@@ -151,15 +152,25 @@ class BufferService:
             state = self.membership.actors[peer]
             state.last_heard_s, state.gone_since_s = now_s, None
             self.lifecycle.ledger.heard(peer, message.counts)
-        self._handlers[type(message)](peer, message, now_s)
+        match message:
+            case Join():
+                self._on_join(peer, now_s, key)
+            case m.Hello():
+                self._on_hello(peer, message, now_s, key)
+            case _:
+                self._handlers[type(message)](peer, message, now_s)
         self._advance(now_s)
 
-    def turned_away(self, peer: str, message: m.Message) -> m.Rejected | None:
-        """The answer to a stranger that is not let in. Nothing of it is kept, so there is nothing
-        to record; None for whoever is known, and for a stranger that is welcome."""
+    def at_once(self, peer: str, message: m.Message, key: str) -> m.Message | None:
+        """The answer to what changes nothing, so that there is nothing to record: to a stranger
+        that is not let in, and to a supervisor that joins once more."""
+        if isinstance(message, Join) and self._ending.finish is None:
+            index = self.membership.index_of(peer)
+            if index is not None:
+                return self._accepted(index)
         if self.gatekeeper.knows(peer):
             return None
-        refusal = self._refusal(peer, message)
+        refusal = self._refusal(peer, message, key)
         if refusal is None:
             return None
         self.gatekeeper.refused(peer)
@@ -173,6 +184,7 @@ class BufferService:
         for state in self.membership.silent(now_s, self.config.cluster.peer_timeout_s):
             silent_s = now_s - state.last_heard_s
             self.lose(state, f"silent for {silent_s:.0f} s")
+        self.forgotten += self.membership.forget_joins(now_s)
         if self.lifecycle.expire(now_s - self.config.buffer.lease_timeout_s):
             self.warning = "leases expired (buffer.lease_timeout_s); their prompts go to others"
         ledger = self.lifecycle.ledger
@@ -199,6 +211,7 @@ class BufferService:
         self.ended = False
         for state in self.membership.present():
             self.lose(state, "the run was started again")
+        self.membership.begin_life()
         self.learner.begin_life()
         self._ending = Ending(self.config.cluster)
         self._target_reached = False
@@ -213,22 +226,21 @@ class BufferService:
 
     # --- peers -----------------------------------------------------------------------------
 
-    def _on_join(self, peer: str, join: Join, now_s: float) -> None:
+    def _on_join(self, peer: str, now_s: float, key: str) -> None:
         if self._ending.finish is not None:
             self.send(peer, m.Rejected(reason="this run is ending"))
             return
-        accepted = JoinAccepted(
-            index=self.membership.admit(peer),
-            config=self.config.model_dump_json(),
-            feed_port=self._feed_port,
-        )
-        self.send(peer, accepted)
+        self.send(peer, self._accepted(self.membership.admit(peer, key, now_s)))
 
-    def _on_hello(self, peer: str, hello: m.Hello, now_s: float) -> None:
+    def _accepted(self, index: int) -> JoinAccepted:
+        config = self.config.model_dump_json()
+        return JoinAccepted(index=index, config=config, feed_port=self._feed_port)
+
+    def _on_hello(self, peer: str, hello: m.Hello, now_s: float, key: str) -> None:
         if hello.role == "learner":
             self.membership.learner = peer
         elif peer not in self.membership.actors:
-            for state in self.membership.join(peer, hello, now_s, self.policy_version):
+            for state in self.membership.join(peer, hello, now_s, self.policy_version, key=key):
                 self.lose(state, "restarted")
             if self.policy_version > 0:
                 self.learner.say(m.MembershipChanged(reason=f"{peer} joined"))
@@ -272,7 +284,7 @@ class BufferService:
         self.membership.leave(self.membership.actors[peer])
         self.lifecycle.holder_left(peer)
 
-    def _refusal(self, peer: str, message: m.Message) -> str | None:
+    def _refusal(self, peer: str, message: m.Message, key: str) -> str | None:
         if isinstance(message, m.Hello) and (displaced := self.membership.displaced(message)):
             return displaced
         return self.gatekeeper.refusal(
@@ -280,6 +292,7 @@ class BufferService:
             message,
             policy_version=self.policy_version,
             newest_version=max(self.policy_version, self.learner.weight_group.newest_version),
+            key=key,
         )
 
     def _refuse(self, peer: str, reason: str) -> None:

@@ -71,6 +71,9 @@ class InProcessHub:
             if (received := self._opened(peer, frames)) is not None:
                 return received
 
+    def key_of(self, peer: PeerName) -> str:
+        return ""
+
     def mute(self, peer: PeerName) -> None:
         self.muted.add(peer.encode())
 

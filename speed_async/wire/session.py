@@ -247,7 +247,7 @@ class SessionLink:
             await self._send_unsent()
         elif self._session.num_unheard:
             await self._link.send(self._session.probe())
-        elif self._session.owes_word:
+        else:  # a service that was restarted can tell nothing to a peer that is silent
             await self._answer()
 
     async def _answer(self) -> None:

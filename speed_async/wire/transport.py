@@ -49,6 +49,10 @@ class Hub(Protocol):
     newly_rejected: list[PeerName]
     """Peers of whom malformed messages came, for the service to take note of and clear."""
 
+    def key_of(self, peer: PeerName) -> str:
+        """The public key of the peer's connection; "" where connections have none."""
+        ...
+
     def offer(self, peer: PeerName, message: Message) -> Delivery:
         """Queue a message to a peer, if that can be done at once."""
         ...

@@ -1,11 +1,11 @@
 """The transport over ZeroMQ: the service binds a ROUTER, every peer connects a DEALER.
 
-A peer's name is its routing identity; a peer that reconnects under its name takes its place again.
+A peer that reconnects takes its place again (wire/peer_names.py says to whom a name belongs). After
+a restart of the service a peer can be told nothing before it has sent something.
 Frames of 64 KiB and more leave without a copy, so arrays of a sent message must not change.
 """
 
 import asyncio
-import re
 from contextlib import suppress
 
 import zmq
@@ -15,6 +15,8 @@ from speed_async.wire.codec import Frame, decode, encode
 from speed_async.wire.curve import ClientKeys, Keys, ServerKeys, why_silent
 from speed_async.wire.messages import Message, Rejected
 from speed_async.wire.muting import MuteTable
+from speed_async.wire.peer_names import PeerNames, named_in, new_identity
+from speed_async.wire.session import Heard
 from speed_async.wire.sockets import PolledSocket, bind, endpoint_at
 from speed_async.wire.transport import Delivery, PeerName
 
@@ -27,34 +29,33 @@ MAX_NAMED = 4096
 MAX_DROPPED = 64
 """Messages dropped in a row before the event loop has its turn."""
 
-_PEER_NAME = re.compile(r"[A-Za-z0-9._:-]{1,100}")
 _GONE = (zmq.EHOSTUNREACH, zmq.ENOTCONN)
 
 
 class ZmqHub:
     """The service's end. `rejected` counts refused messages, `undelivered` those to gone peers,
-    `muted` holds the peers that are not listened to."""
+    `muted` holds the identities that are not listened to."""
 
-    def __init__(self, socket: PolledSocket, port: int) -> None:
+    def __init__(self, socket: PolledSocket, port: int, *, has_keys: bool) -> None:
         self.port = port
         self.rejected = 0
         self.undelivered = 0
         self.muted = MuteTable()
         self.newly_rejected: list[PeerName] = []
         self._socket = socket
+        self._has_keys = has_keys
+        self._names = PeerNames(self._is_connected)
 
     def offer(self, peer: PeerName, message: Message) -> Delivery:
         """Queue a message if that can be done at once; `undelivered` counts gone peers."""
-        try:
-            self._socket.send_now([peer.encode(), *encode(message)])
-        except zmq.Again:
-            return Delivery.FULL
-        except zmq.ZMQError as error:
-            if error.errno not in _GONE:
-                raise
-            self.undelivered += 1
-            return Delivery.GONE
-        return Delivery.QUEUED
+        owner = self._names.owner(peer)
+        delivery = Delivery.GONE if owner is None else self._send(owner.identity, message)
+        self.undelivered += delivery is Delivery.GONE
+        return delivery
+
+    def key_of(self, peer: PeerName) -> str:
+        owner = self._names.owner(peer)
+        return "" if owner is None else owner.key
 
     def receive_now(self) -> tuple[PeerName, Message] | None:
         """The next valid message of any peer, if there is one already."""
@@ -84,31 +85,62 @@ class ZmqHub:
                 raise DeadlineExceeded("any peer", "a message", deadline_s)
 
     def mute(self, peer: PeerName) -> None:
-        self.muted.add(peer.encode())
+        owner = self._names.owner(peer)
+        if owner is not None:
+            self.muted.add(owner.identity)
 
     async def close(self) -> None:
         await self._socket.close()
 
     def _opened(self, frames: list[Frame]) -> tuple[PeerName, Message] | None:
-        """Name and message; None when it is malformed, which its peer is told, or unread."""
-        identity, *rest = frames
-        if self.muted and bytes(identity) in self.muted:
+        """Name and message; None when it is malformed or under another's name, which its sender is
+        told, or unread."""
+        identity = bytes(frames[0])
+        if self.muted and identity in self.muted:
             return None
         try:
-            return _peer_name(bytes(identity)), decode(rest)
+            message = decode(frames[1:])
+            name = self._names.name(identity)
+            return name or self._names.claim(identity, self._key(frames[0])), message
         except ProtocolError as error:
-            self._reject(bytes(identity), str(error))
+            self._reject(identity, str(error))
             return None
 
     def _reject(self, identity: bytes, reason: str) -> None:
         """Answer at once or not at all: a peer that sends rubbish may hold nobody up."""
         self.rejected += 1
         self.muted.add(identity)
-        if len(self.newly_rejected) < MAX_NAMED:
-            self.newly_rejected.append(identity.decode("ascii", "replace"))
-        answer = encode(Rejected(reason=reason[:MAX_REASON_CHARS]))
+        with suppress(ProtocolError):
+            name = named_in(identity)
+            owner = self._names.owner(name)
+            is_owner = owner is None or owner.identity == identity
+            if is_owner and len(self.newly_rejected) < MAX_NAMED:
+                self.newly_rejected.append(name)
         with suppress(zmq.ZMQError):
-            self._socket.send_now([identity, *answer])
+            self._send(identity, Rejected(reason=reason[:MAX_REASON_CHARS]))
+
+    def _send(self, identity: bytes, message: Message) -> Delivery:
+        try:
+            self._socket.send_now([identity, *encode(message)])
+        except zmq.Again:
+            return Delivery.FULL
+        except zmq.ZMQError as error:
+            if error.errno not in _GONE:
+                raise
+            return Delivery.GONE
+        return Delivery.QUEUED
+
+    def _is_connected(self, identity: bytes) -> bool:
+        return self._send(identity, Heard()) is not Delivery.GONE
+
+    def _key(self, frame: Frame) -> str:
+        """The public key that a received frame came with, as the authenticator found it."""
+        if not self._has_keys:
+            return ""
+        assert isinstance(frame, memoryview)
+        received = frame.obj
+        assert isinstance(received, zmq.Frame)
+        return str(received.get("User-Id"))
 
 
 class ZmqLink:
@@ -158,7 +190,8 @@ async def open_hub(
     socket = PolledSocket(
         zmq.ROUTER, outbox_messages=outbox_messages, inbox_messages=inbox_messages, keys=keys
     )
-    # Mandatory routing makes a full queue and a gone peer known; else both drop silently.
+    # Mandatory routing makes a full queue and a gone peer known; else both drop silently. With
+    # handover a peer can reconnect before its old connection is found to be dead.
     socket.raw.ROUTER_MANDATORY = 1
     socket.raw.ROUTER_HANDOVER = 1
     try:
@@ -166,7 +199,7 @@ async def open_hub(
     except BaseException:
         await socket.close()
         raise
-    return ZmqHub(socket, bound_port)
+    return ZmqHub(socket, bound_port, has_keys=keys is not None)
 
 
 async def open_link(
@@ -183,18 +216,11 @@ async def open_link(
 
     Raises ProtocolError for a name the hub would refuse.
     """
-    _peer_name(name.encode())
+    identity = new_identity(name)
     socket = PolledSocket(
         zmq.DEALER, outbox_messages=outbox_messages, inbox_messages=inbox_messages, keys=keys
     )
-    socket.raw.IDENTITY = name.encode()
+    socket.raw.IDENTITY = identity
     endpoint = endpoint_at(socket.raw, host, port)
     socket.raw.connect(endpoint)
     return ZmqLink(socket, endpoint, send_deadline_s, keys)
-
-
-def _peer_name(identity: bytes) -> PeerName:
-    name = identity.decode("ascii", "replace")
-    if not _PEER_NAME.fullmatch(name):
-        raise ProtocolError(f"{identity[:100]!r} is no peer name: use letters, digits and . _ : -")
-    return name

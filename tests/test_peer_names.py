@@ -1,0 +1,218 @@
+"""Who may use a peer's name: over real sockets, and the table behind it."""
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import uvloop
+import zmq
+from transport_contract import SOON_S, ZmqStage, over_sockets, say
+
+from speed_async.errors import DeadlineExceeded, ProtocolError
+from speed_async.wire import peer_names
+from speed_async.wire.codec import encode
+from speed_async.wire.curve import ClientKeys, load_client_keys, load_server_keys
+from speed_async.wire.key_making import add_client, make_keys
+from speed_async.wire.messages import Rejected, Welcome
+from speed_async.wire.peer_names import MAX_NAMES_A_KEY, PeerNames, new_identity
+from speed_async.wire.session import Heard, Probe
+from speed_async.wire.transport import Delivery, Link
+from speed_async.wire.zeromq import ZmqHub, open_hub, open_link
+
+HOST = "127.0.0.1"
+NAME = "actor-1.0"
+
+
+async def assert_served(hub: ZmqHub, link: Link, number: int) -> None:
+    """Both ways, under NAME."""
+    await link.send(Probe(sent=number))
+    assert await hub.receive(SOON_S) == (NAME, Probe(sent=number))
+    assert await say(hub, NAME, Welcome(policy_version=number)) is Delivery.QUEUED
+    assert await heard(link) == Welcome(policy_version=number)
+
+
+async def heard(link: Link):
+    """The next message that is no control message."""
+    while True:
+        message = await link.receive(SOON_S)
+        if type(message).__name__ != "Heard":
+            return message
+
+
+async def assert_refused(hub: ZmqHub, link: Link, why: str) -> None:
+    """It is told why, counted and muted; none of its messages comes in."""
+    before = hub.rejected, hub.muted.num_muted
+    for number in range(3):
+        await link.send(Probe(sent=66 + number))
+    with pytest.raises(DeadlineExceeded):
+        await hub.receive(0.3)
+    answer = await link.receive(SOON_S)
+    assert isinstance(answer, Rejected)
+    assert why in answer.reason
+    assert (hub.rejected, hub.muted.num_muted) == (before[0] + 1, before[1] + 1)
+    assert hub.newly_rejected == []  # nothing is laid at the owner's door
+
+
+async def until_heard(hub: ZmqHub, link: Link) -> None:
+    """What is sent while a connection breaks may be lost; later it is not."""
+    async with asyncio.timeout(SOON_S):
+        while True:
+            await link.send(Heard())
+            with suppress(DeadlineExceeded):
+                assert (await hub.receive(0.1))[0] == NAME
+                break
+    with suppress(DeadlineExceeded):
+        while True:
+            await hub.receive(0.1)
+
+
+async def wait_until_gone(hub: ZmqHub) -> None:
+    async with asyncio.timeout(SOON_S):
+        while await say(hub, NAME, Welcome(policy_version=0)) is not Delivery.GONE:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+@over_sockets()
+async def test_a_second_link_under_a_name_in_use_is_refused_and_the_first_goes_on(stage: ZmqStage):
+    owner = await stage.link(NAME)
+    await assert_served(stage.hub, owner, 1)
+    for _ in range(3):
+        await assert_refused(stage.hub, await stage.link(NAME), "another connection, which is open")
+    await assert_served(stage.hub, owner, 2)
+
+
+@over_sockets()
+async def test_what_is_malformed_under_another_s_name_is_not_laid_at_its_door(stage: ZmqStage):
+    owner = await stage.link(NAME)
+    await assert_served(stage.hub, owner, 1)
+    thief = await stage.raw_peer(NAME)
+    await thief.send_frames([b"rubbish"])
+    with pytest.raises(DeadlineExceeded):
+        await stage.hub.receive(0.3)
+    assert (stage.hub.rejected, stage.hub.newly_rejected) == (1, [])
+    await assert_served(stage.hub, owner, 2)
+
+
+@over_sockets()
+async def test_a_bare_name_is_no_identity(stage: ZmqStage):
+    context: zmq.Context = zmq.Context()
+    try:
+        peer = context.socket(zmq.DEALER)
+        peer.IDENTITY = NAME.encode()
+        peer.connect(f"tcp://{HOST}:{stage.hub.port}")
+        peer.send_multipart(encode(Probe(sent=1)))
+        with pytest.raises(DeadlineExceeded):
+            await stage.hub.receive(0.3)
+        assert stage.hub.rejected == 1
+    finally:
+        context.destroy(linger=0)
+
+
+def test_a_name_belongs_to_the_key_that_opened_it(tmp_path: Path):
+    """Another allowed key does not get it, also when its owner has no connection; the same key
+    does, but only then."""
+    make_keys(tmp_path / "keys")
+    server, own = load_server_keys(tmp_path / "keys"), load_client_keys(tmp_path / "keys")
+    other = load_client_keys(add_client(tmp_path / "keys", "other"))
+    assert own.public != other.public
+
+    async def scene() -> None:
+        hub = await open_hub(HOST, 0, keys=server)
+        links: list[Link] = []
+
+        async def link(keys: ClientKeys, name: str = NAME) -> Link:
+            links.append(await open_link(HOST, hub.port, name, keys=keys))
+            return links[-1]
+
+        try:
+            owner = await link(own)
+            await assert_served(hub, owner, 1)
+            assert hub.key_of(NAME) == own.public.decode()
+            await assert_refused(hub, await link(other), "belongs to another key")
+            await assert_refused(hub, await link(own), "another connection, which is open")
+            await assert_served(hub, owner, 2)
+            beside = await link(own, "actor-2.0")  # many names of one key
+            await beside.send(Probe(sent=5))
+            assert await hub.receive(SOON_S) == ("actor-2.0", Probe(sent=5))
+            await owner.close()
+            await wait_until_gone(hub)
+            await assert_refused(hub, await link(other), "belongs to another key")
+            await assert_served(hub, await link(own), 3)
+        finally:
+            for each in links:
+                await each.close()
+            await hub.close()
+
+    uvloop.run(asyncio.wait_for(scene(), 6 * SOON_S))
+
+
+def test_an_owner_whose_connection_is_cut_has_its_name_again(tmp_path: Path):
+    """It reconnects through a relay that cuts its connection; nobody else gets the name meanwhile
+    and nothing of it is refused."""
+    make_keys(tmp_path / "keys")
+    server, own = load_server_keys(tmp_path / "keys"), load_client_keys(tmp_path / "keys")
+
+    async def scene() -> None:
+        hub = await open_hub(HOST, 0, keys=server)
+        writers: list[asyncio.StreamWriter] = []
+
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            far_reader, far_writer = await asyncio.open_connection(HOST, hub.port)
+            writers.extend([writer, far_writer])
+
+            async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+                while data := await source.read(65536):
+                    sink.write(data)
+
+            await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))
+
+        relaying = await asyncio.start_server(relay, HOST, 0)
+        link = await open_link(HOST, relaying.sockets[0].getsockname()[1], NAME, keys=own)
+        try:
+            for number in range(1, 4):
+                await until_heard(hub, link)
+                await assert_served(hub, link, number)
+                while writers:
+                    writers.pop().transport.abort()
+            await until_heard(hub, link)
+            assert hub.rejected == 0
+        finally:
+            await link.close()
+            relaying.close()
+            await hub.close()
+
+    uvloop.run(asyncio.wait_for(scene(), 6 * SOON_S))
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+
+def test_one_key_s_names_never_push_out_another_s():
+    names = PeerNames(lambda identity: True)
+    first = new_identity(NAME)
+    assert names.claim(first, "a") == NAME
+    for number in range(3 * MAX_NAMES_A_KEY):
+        names.claim(new_identity(f"join-{number}"), "b")
+    assert len(names) == MAX_NAMES_A_KEY + 1
+    assert names.name(first) == NAME
+    with pytest.raises(ProtocolError, match="belongs to another key"):
+        names.claim(new_identity(NAME), "b")
+
+
+def test_names_in_use_stay_when_a_key_opens_too_many(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peer_names, "MAX_NAMES_A_KEY", 4)
+    names = PeerNames(lambda identity: True)
+    used = new_identity(NAME)
+    names.claim(used, "")
+    for number in range(20):
+        assert names.name(used) == NAME
+        names.claim(new_identity(f"join-{number}"), "")
+    assert len(names) == 4
+    assert names.name(used) == NAME
+
+
+def test_identities_of_one_name_are_never_alike():
+    assert len({new_identity(NAME) for _ in range(100)}) == 100
+    with pytest.raises(ProtocolError, match="is no peer name"):
+        new_identity("no name")
