@@ -172,21 +172,38 @@ class Rollout:
             samples.append(answer)
         if any(sample.finish_reason == "abort" for sample in samples):
             raise Aborted
-        texts = [self._codec.decode(sample.token_ids) for sample in samples]
+        rewards = await self._score(work, prompt, samples)
+        # `samples` and not `work.samples`: these are in the order in which they ended.
+        return [
+            Completion(sampled=sample, reward=reward)
+            for sample, reward in zip(samples, rewards, strict=True)
+        ]
+
+    async def _score(
+        self, work: LeaseWork, prompt: Prompt, samples: Sequence[Sampled]
+    ) -> list[float]:
+        """Rewards of all samples; one that was cut off earns 0 and is not verified."""
+        rewards = [0.0] * len(samples)
+        verified = [
+            place
+            for place, sample in enumerate(samples)
+            if sample.finish_reason != "length" or self._config.task.score_truncated
+        ]
+        if not verified:
+            return rewards
+        texts = [self._codec.decode(samples[place].token_ids) for place in verified]
         work.scoring = True
         try:
-            rewards = await self._scorer.score(prompt, texts)
+            scores = await self._scorer.score(prompt, texts)
         except TaskError as error:
             if self._failures is not None:
                 await asyncio.to_thread(self._failures.keep, prompt, texts, str(error))
             raise
         finally:
             work.scoring = False
-        # `samples` and not `work.samples`: these are in the order in which they ended.
-        return [
-            Completion(sampled=sample, reward=reward)
-            for sample, reward in zip(samples, rewards, strict=True)
-        ]
+        for place, score in zip(verified, scores, strict=True):
+            rewards[place] = score
+        return rewards
 
     async def _one(self, work: LeaseWork, request: GenerationRequest) -> Sampled:
         try:
