@@ -1,6 +1,7 @@
 """What every engine must do; each engine's test file runs all of CONTRACT.
 
-`start(model_limit)` makes an engine, not yet entered, with two slots and a context of 96, whose
+`start(model_limit)` makes an engine, not yet entered, with two slots, a context of 96 and the
+vocabulary of the tiny models, whose
 completions never stop by themselves before `max_new_tokens`.
 """
 
@@ -11,12 +12,14 @@ from typing import Protocol
 
 import numpy as np
 import pytest
+from tiny_models import VOCABULARY
 
 from speed_async.actors.engine import GenerationRequest, OwnedEngine
 from speed_async.errors import ConfigError, ModelError, SpeedAsyncError
 from speed_async.types import Sampled, WeightOffer
 
 CONTEXT_LENGTH = 96
+NUM_TOKEN_IDS = len(VOCABULARY)
 WAIT_S = 20.0
 
 
@@ -112,6 +115,20 @@ async def unservable_requests_are_refused_at_once(start: StartEngine) -> None:
         with pytest.raises(ConfigError, match="max_new_tokens"):
             await engine.generate(request(0))
         assert engine.stats.tokens_generated == 0
+
+
+async def a_token_id_that_the_model_does_not_have_is_that_requests_failure_alone(
+    start: StartEngine,
+) -> None:
+    strange = request(4)
+    strange = replace(strange, prompt_token_ids=np.array([4, 5, NUM_TOKEN_IDS], np.int32))
+    highest = replace(strange, prompt_token_ids=np.array([4, 5, NUM_TOKEN_IDS - 1], np.int32))
+    async with start() as engine:
+        running = start_all(engine, [request(20)])
+        with pytest.raises(ModelError, match=f"token id {NUM_TOKEN_IDS} .* {NUM_TOKEN_IDS} token"):
+            await engine.generate(strange)
+        results = await gathered(running + start_all(engine, [highest]))
+    assert [sampled.num_tokens for sampled in results] == [20, 4]
 
 
 async def counts_close_at_every_moment(start: StartEngine) -> None:
@@ -270,6 +287,7 @@ CONTRACT: list[Callable[[StartEngine], Awaitable[None]]] = [
     lower_priority_values_go_first_and_equals_in_order,
     max_new_tokens_is_cut_to_the_context,
     unservable_requests_are_refused_at_once,
+    a_token_id_that_the_model_does_not_have_is_that_requests_failure_alone,
     counts_close_at_every_moment,
     cancelling_frees_the_slot,
     a_cancelled_request_that_only_waits_never_runs,

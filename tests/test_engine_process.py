@@ -11,7 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_contract import CONTRACT, WAIT_S, gathered, offer, request, start_all, until
+from engine_contract import (
+    CONTRACT,
+    NUM_TOKEN_IDS,
+    WAIT_S,
+    gathered,
+    offer,
+    request,
+    start_all,
+    until,
+)
 
 from speed_async.actors import engine_process
 from speed_async.actors.engine import EngineStats, UpdateReport
@@ -40,6 +49,7 @@ def slow_stepper(receive: Callable[[WeightOffer], float] = lambda _: 0.0) -> Slo
         lambda request, index: [9] * 200,
         num_slots=2,
         context_length=CONTEXT_LENGTH,
+        num_token_ids=NUM_TOKEN_IDS,
         receive=receive,
     )
 

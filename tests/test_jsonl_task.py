@@ -116,6 +116,10 @@ def test_each_kind_of_bad_line_is_named_with_its_number(tmp_path: Path) -> None:
         (b'{"prompt": "q", "answer": true}\n', "'answer' must be a number"),
         (b'{"prompt": "q", "answer": null}\n', "'answer' must be a number"),
         (b'{"prompt": "q", "answer": NaN}\n', "'answer' must be a number"),
+        (b'{"prompt": "q", "answer": Infinity}\n', "'answer' must be a number"),
+        (b'{"prompt": "q", "answer": -1e999}\n', "'answer' must be a number"),
+        (b'{"prompt": "q\\ud800", "answer": "1"}\n', "'prompt' holds half a surrogate pair"),
+        (b'{"prompt": "q", "answer": "\\udfff"}\n', "'answer' holds half a surrogate pair"),
         (b'{"prompt": "q", "answer": ""}\n', "'answer' must be a number or a non-blank string"),
         (b'{"prompt": "\xff", "answer": "1"}\n', "not UTF-8 (byte 13)"),
         (b"[" * 100_000 + b"\n", "not valid JSON"),
@@ -140,15 +144,56 @@ def test_at_most_five_bad_lines_are_listed_in_one_error(tmp_path: Path) -> None:
     assert "and 2 more" in message
 
 
-def test_an_answer_without_a_number_is_refused_only_when_numbers_are_matched(
+def test_an_answer_that_is_no_number_is_refused_only_when_numbers_are_matched(
     tmp_path: Path,
 ) -> None:
     rows = [{"prompt": f"p{i}", "answer": answer} for i, answer in enumerate(["1", "2", "blue"])]
     path = write(tmp_path / "data.jsonl", *rows)
     message = fault(path, match="numeric")
-    assert "line 3: 'answer' 'blue' holds no number" in message
+    assert "line 3: 'answer' 'blue' is not one whole number" in message
     assert "task.match = 'exact'" in message
     assert len(load(path).train_prompts) == 2
+
+
+@pytest.mark.parametrize("answer", ["(15,-29)", r"11\\sqrt2", r"-\\frac{\\pi}{6}", "52_8", "x=5"])
+def test_ground_truth_is_never_shrunk_to_a_number_inside_it(tmp_path: Path, answer: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(
+        '{"prompt": "p", "answer": "1"}\n{"prompt": "q", "answer": "2"}\n'
+        f'{{"prompt": "r", "answer": "{answer}"}}\n{{"prompt": "s", "answer": "3"}}\n'
+    )
+    message = fault(str(path), match="numeric")
+    assert "line 3" in message and "is not one whole number" in message
+
+
+@pytest.mark.parametrize("match", ["exact", "numeric"])
+@pytest.mark.parametrize("answer", ["3 * 6 = 18\n####", "#### ", r"it is \boxed{}", r"\boxed{ }"])
+def test_a_row_with_an_empty_final_answer_is_refused(
+    tmp_path: Path, match: str, answer: str
+) -> None:
+    rows = [{"prompt": f"p{i}", "answer": each} for i, each in enumerate(["1", answer, "2", "3"])]
+    message = fault(write(tmp_path / "data.jsonl", *rows), match=match)
+    assert "line 2: 'answer'" in message
+    assert "has an empty final answer: give the row one, or remove it" in message
+
+
+@pytest.mark.parametrize("match", ["exact", "numeric"])
+def test_an_empty_completion_earns_nothing(tmp_path: Path, match: str) -> None:
+    task = load(numbered(tmp_path / "data.jsonl", 3), match=match)
+    for completion in ("", " \n", "####", r"\boxed{}"):
+        assert task.score(task.train_prompts[0], completion) == 0.0
+
+
+def test_a_json_number_is_the_number_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    numbers = ["18.0", "18", "-0.0", "2.5", "1e3", "1e22", "-7.0", "1" + "0" * 400]
+    path.write_text(
+        "".join(f'{{"prompt": "p{i:02}", "answer": {n}}}\n' for i, n in enumerate(numbers))
+    )
+    task = load(str(path))
+    prompts = sorted([*task.train_prompts, *task.held_out_prompts], key=lambda p: p.text)
+    answers = ["18", "18", "0", "2.5", "1000", "1e+22", "-7", "1" + "0" * 400]
+    assert [prompt.answer for prompt in prompts] == answers
 
 
 def test_a_missing_empty_or_unreadable_file_is_named_with_a_remedy(tmp_path: Path) -> None:

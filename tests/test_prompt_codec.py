@@ -1,12 +1,14 @@
 """Prompts to tokens: the short way through the Rust tokenizer gives what transformers gives."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from speed_async.actors.prompt_codec import PromptCodec
-from speed_async.errors import ConfigError
+from speed_async.errors import ConfigError, ModelError
 
 MODEL = Path(__file__).parent.parent / "quickstart" / "model"
 TEMPLATE = "{% for m in messages %}<bos>{{ m.content }}{% endfor %}|"
@@ -46,3 +48,78 @@ def test_a_missing_chat_template_is_said(tokenizer):
 def test_decoding_drops_special_tokens(tokenizer):
     codec = PromptCodec(tokenizer, chat_template=False)
     assert codec.decode(codec.encode("12+3=")) == "12+3="
+
+
+VOCABULARY = ("<unk>", "<s>", "</s>", "<|end|>", *"abc12+=|.")
+
+
+def made_tokenizer(pattern: str, **more: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters that puts special tokens where `pattern` says."""
+    ids = {token: number for number, token in enumerate(VOCABULARY)}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.post_processor = processors.TemplateProcessing(
+        single=pattern, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<|end|>"],
+        **more,
+    )
+
+
+def tokens(codec: PromptCodec, text: str) -> list[str]:
+    return [VOCABULARY[number] for number in codec.encode(text)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "front"),
+    [("<s> $A", ["<s>"]), ("<s> $A </s>", ["<s>"]), ("$A </s>", []), ("$A", [])],
+)
+def test_a_prompt_has_what_the_tokenizer_puts_in_front_and_nothing_behind(
+    pattern: str, front: list[str]
+) -> None:
+    codec = PromptCodec(made_tokenizer(pattern), chat_template=False)
+    assert tokens(codec, "1+2=") == [*front, *"1+2="]
+
+
+def test_a_text_that_begins_with_bos_has_one() -> None:
+    codec = PromptCodec(made_tokenizer("<s> $A </s>"), chat_template=False)
+    assert tokens(codec, "<s>1+2=") == ["<s>", *"1+2="]
+
+
+@pytest.mark.parametrize("front", [["<s>"], []])
+def test_with_a_chat_template_the_template_alone_puts_special_tokens(front: list[str]) -> None:
+    template = "".join(front) + "{{ messages[0].content }}|"
+    tokenizer = made_tokenizer("<s> $A </s>", chat_template=template)
+    assert tokens(PromptCodec(tokenizer, chat_template=True), "1+") == [*front, *"1+|"]
+
+
+def test_a_special_tokens_string_inside_a_prompt_is_that_token_as_when_serving() -> None:
+    plain = PromptCodec(made_tokenizer("<s> $A"), chat_template=False)
+    assert tokens(plain, "a<|end|>b</s>") == ["<s>", "a", "<|end|>", "b", "</s>"]
+    tokenizer = made_tokenizer("<s> $A", chat_template="<s>{{ messages[0].content }}|")
+    chat = PromptCodec(tokenizer, chat_template=True)
+    served: Any = tokenizer.apply_chat_template([{"role": "user", "content": "a<|end|>b"}])
+    assert chat.encode("a<|end|>b").tolist() == served["input_ids"]
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_that_prompts_failure() -> None:
+    template = (
+        "{% if '1' in messages[0].content %}{{ raise_exception('no ones here') }}{% endif %}"
+        "{{ messages[0].content }}"
+    )
+    codec = PromptCodec(made_tokenizer("$A", chat_template=template), chat_template=True)
+    with pytest.raises(ModelError, match=r"chat template refuses it .*no ones here"):
+        codec.encode("1+2=")
+    assert tokens(codec, "a+b") == ["a", "+", "b"]
+
+
+def test_a_text_that_the_tokenizer_cannot_take_is_that_prompts_failure() -> None:
+    codec = PromptCodec(made_tokenizer("$A"), chat_template=False)
+    with pytest.raises(ModelError, match="tokenizer cannot encode it"):
+        codec.encode("a\ud800")
+    assert tokens(codec, "a") == ["a"]

@@ -3,14 +3,28 @@
 import asyncio
 
 import pytest
-from engine_contract import CONTRACT, StartEngine, gathered, offer, request, start_all, until
+from engine_contract import (
+    CONTRACT,
+    NUM_TOKEN_IDS,
+    StartEngine,
+    gathered,
+    offer,
+    request,
+    start_all,
+    until,
+)
 
 from speed_async.actors.scripted_engine import SCRIPTED_LOGPROB, ScriptedEngine
 from speed_async.errors import WeightSyncError
 
 
 def start() -> ScriptedEngine:
-    return ScriptedEngine(lambda request, index: [9] * 200, num_slots=2, context_length=96)
+    return ScriptedEngine(
+        lambda request, index: [9] * 200,
+        num_slots=2,
+        context_length=96,
+        num_token_ids=NUM_TOKEN_IDS,
+    )
 
 
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)

@@ -4,16 +4,29 @@ Shape legend: P prompt tokens.
 """
 
 import heapq
+from dataclasses import dataclass
 
 from speed_async.actors.engine import GenerationRequest
 from speed_async.errors import ConfigError, ModelError
 
 
-def sequence_limit(request: GenerationRequest, context_length: int) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelLimits:
+    """What a model can take."""
+
+    context_length: int
+    """Prompt plus completion tokens of one sequence."""
+    num_token_ids: int
+    """Rows of its embedding table: token ids are below this."""
+
+
+def sequence_limit(request: GenerationRequest, limits: ModelLimits) -> int:
     """Largest length (prompt plus completion tokens) this request may reach.
 
-    Raises ModelError when the prompt leaves no room, ConfigError for unusable sampling values.
+    Raises ModelError when the model cannot take the prompt, ConfigError for unusable sampling
+    values.
     """
+    context_length = limits.context_length
     num_prompt = len(request.prompt_token_ids)
     if num_prompt == 0:
         raise ModelError("the prompt has no tokens: give at least one (a BOS token will do)")
@@ -21,6 +34,13 @@ def sequence_limit(request: GenerationRequest, context_length: int) -> int:
         raise ModelError(
             f"the prompt has {num_prompt} tokens and the context holds {context_length}: "
             "no room for a completion; shorten the prompt or raise model.context_length"
+        )
+    largest = int(request.prompt_token_ids.max())
+    if largest >= limits.num_token_ids:  # a lookup would end the engine, or the whole device
+        raise ModelError(
+            f"the prompt has token id {largest} and the model's embedding holds "
+            f"{limits.num_token_ids} token ids: its tokenizer knows tokens that the model does "
+            "not; take the text out of the prompt, or give the model its own tokenizer"
         )
     if request.max_new_tokens < 1:
         raise ConfigError("actors.max_new_tokens", request.max_new_tokens, "must be at least 1")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from speed_async.actors.admission import ModelLimits
 from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateReport
 from speed_async.actors.stepper import Finished, Stepper
 from speed_async.errors import SpeedAsyncError
@@ -76,8 +77,8 @@ class EngineCore:
         self._sampling_s = self._updating_s = 0.0
 
     @property
-    def context_length(self) -> int:
-        return self._stepper.context_length
+    def limits(self) -> ModelLimits:
+        return self._stepper.limits
 
     @property
     def has_work(self) -> bool:

@@ -21,11 +21,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
+from speed_async.actors.admission import ModelLimits
 from speed_async.actors.engine import EngineStats
 from speed_async.actors.engine_core import EngineCore, Inbox, TurnResult
 from speed_async.actors.engine_frames import (
@@ -78,7 +80,7 @@ class ProcessWorker:
         theirs.close()
         self._writer: asyncio.StreamWriter | None = None
 
-    async def start(self) -> tuple[int, EngineStats]:
+    async def start(self) -> tuple[ModelLimits, EngineStats]:
         self._reader, self._writer = await asyncio.open_connection(sock=self._socket)
         try:
             value = await asyncio.wait_for(self._receive(), self._load_timeout_s)
@@ -86,7 +88,7 @@ class ProcessWorker:
             raise DeadlineExceeded(
                 "the engine process", "loading the model", self._load_timeout_s
             ) from None
-        return value["context_length"], unpack_stats(value["stats"])
+        return ModelLimits(**value["limits"]), unpack_stats(value["stats"])
 
     async def run(
         self,
@@ -163,7 +165,7 @@ def _serve(ours: socket.socket, make_stepper: Callable[[], Stepper]) -> None:
     threading.Thread(target=_read, args=(ours, inboxes), name="inbox", daemon=True).start()
     core = EngineCore(make_stepper())
     stats = pack_result(_nothing(core.stats))["stats"]
-    ours.sendall(frame({"context_length": core.context_length, "stats": stats}))
+    ours.sendall(frame({"limits": asdict(core.limits), "stats": stats}))
     untold, told_s = _nothing(core.stats), time.monotonic()
     while True:
         untold = untold.followed_by(core.turn(_next(inboxes, wait=not core.has_work)))

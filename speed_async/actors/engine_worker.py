@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from speed_async.actors.admission import ModelLimits
 from speed_async.actors.engine import EngineStats
 from speed_async.actors.engine_core import Clock, EngineCore, Inbox, TurnResult
 from speed_async.actors.stepper import Stepper
@@ -19,8 +20,8 @@ from speed_async.actors.stepper import Stepper
 class Worker(Protocol):
     """Takes turns for one `SteppedEngine`."""
 
-    async def start(self) -> tuple[int, EngineStats]:
-        """Load; returns the context length and the first counts. Raises what loading raises."""
+    async def start(self) -> tuple[ModelLimits, EngineStats]:
+        """Load; returns the limits of requests and the first counts. Raises what loading raises."""
         ...
 
     async def run(
@@ -49,11 +50,11 @@ class ThreadWorker:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._core: EngineCore | None = None
 
-    async def start(self) -> tuple[int, EngineStats]:
+    async def start(self) -> tuple[ModelLimits, EngineStats]:
         loop = asyncio.get_running_loop()
         stepper = await loop.run_in_executor(self._thread, self._make_stepper)
         self._core = EngineCore(stepper, clock=self._clock)
-        return self._core.context_length, self._core.stats
+        return self._core.limits, self._core.stats
 
     async def run(
         self,

@@ -155,7 +155,7 @@ class ActorLoop:
         except TaskError as error:
             result = f"verifier: {error}"
         except ModelError as error:
-            result = f"prompt: {error}"
+            result = f"{m.UNUSABLE}: {error}"
         except (WeightSyncError, DeadlineExceeded):
             async with self._applying:  # what broke the engine is told to the service first
                 raise

@@ -51,6 +51,7 @@ class LeaseWork:
 
     lease: Lease
     samples: list[Sampled] = field(default_factory=list)
+    """In the order in which they ended."""
     num_tokens: int = 0
     """Of all samples; kept, because every message's counts ask for it."""
     num_waiting: int = 0
@@ -114,40 +115,42 @@ class Rollout:
         tokens = self._codec.encode(prompt.text)
         if work.lease.kind is LeaseKind.EVALUATION:
             return await self._evaluate(work, prompt, tokens)
-        gate, rewards = self._config.gate, []
+        gate = self._config.gate
+        completions: list[Completion] = []
         if gate.num_screening:
-            rewards = await self._phase(work, prompt, tokens, Phase.SCREENING, gate.num_screening)
+            completions = await self._phase(
+                work, prompt, tokens, Phase.SCREENING, gate.num_screening
+            )
+            rewards = [completion.reward for completion in completions]
             if not self._gate.admits(rewards):
                 return Refused(num_passed=num_passed(rewards))
         work.continuing = True
         num_left = gate.group_size - gate.num_screening
         if num_left:
-            rewards += await self._phase(work, prompt, tokens, Phase.CONTINUATION, num_left)
-        completions = tuple(
-            Completion(sampled=sample, reward=reward)
-            for sample, reward in zip(work.samples, rewards, strict=True)
-        )
+            completions += await self._phase(work, prompt, tokens, Phase.CONTINUATION, num_left)
         return Group(
             lease_id=work.lease.lease_id,
             prompt_id=prompt.prompt_id,
             prompt_token_ids=tokens,
-            completions=completions,
+            completions=tuple(completions),
             num_screening=gate.num_screening,
         )
 
     async def _evaluate(self, work: LeaseWork, prompt: Prompt, tokens: Int32Array) -> Scored:
-        rewards = await self._phase(work, prompt, tokens, Phase.EVALUATION, work.lease.num_samples)
+        completions = await self._phase(
+            work, prompt, tokens, Phase.EVALUATION, work.lease.num_samples
+        )
         versions = np.concatenate([sample.policy_versions for sample in work.samples])
         return Scored(
-            num_passed=num_passed(rewards),
+            num_passed=num_passed([completion.reward for completion in completions]),
             oldest_version=int(versions.min(initial=np.iinfo(np.int32).max)),
             newest_version=int(versions.max(initial=0)),
         )
 
     async def _phase(
         self, work: LeaseWork, prompt: Prompt, tokens: Int32Array, phase: Phase, count: int
-    ) -> list[float]:
-        """Generate and score `count` completions; returns their rewards in order."""
+    ) -> list[Completion]:
+        """Generate and score `count` completions."""
         trained_on = phase is not Phase.EVALUATION
         request = GenerationRequest(
             prompt_token_ids=tokens,
@@ -169,16 +172,38 @@ class Rollout:
             samples.append(answer)
         if any(sample.finish_reason == "abort" for sample in samples):
             raise Aborted
-        texts = [self._codec.decode(sample.token_ids) for sample in samples]
+        rewards = await self._score(work, prompt, samples)
+        # `samples` and not `work.samples`: these are in the order in which they ended.
+        return [
+            Completion(sampled=sample, reward=reward)
+            for sample, reward in zip(samples, rewards, strict=True)
+        ]
+
+    async def _score(
+        self, work: LeaseWork, prompt: Prompt, samples: Sequence[Sampled]
+    ) -> list[float]:
+        """Rewards of all samples; one that was cut off earns 0 and is not verified."""
+        rewards = [0.0] * len(samples)
+        verified = [
+            place
+            for place, sample in enumerate(samples)
+            if sample.finish_reason != "length" or self._config.task.score_truncated
+        ]
+        if not verified:
+            return rewards
+        texts = [self._codec.decode(samples[place].token_ids) for place in verified]
         work.scoring = True
         try:
-            return await self._scorer.score(prompt, texts)
+            scores = await self._scorer.score(prompt, texts)
         except TaskError as error:
             if self._failures is not None:
                 await asyncio.to_thread(self._failures.keep, prompt, texts, str(error))
             raise
         finally:
             work.scoring = False
+        for place, score in zip(verified, scores, strict=True):
+            rewards[place] = score
+        return rewards
 
     async def _one(self, work: LeaseWork, request: GenerationRequest) -> Sampled:
         try:

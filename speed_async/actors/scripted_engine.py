@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from speed_async.actors.admission import WaitingLine, sequence_limit
+from speed_async.actors.admission import ModelLimits, WaitingLine, sequence_limit
 from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateReport
 from speed_async.actors.engine_worker import ThreadWorker
 from speed_async.actors.stepped_engine import SteppedEngine
@@ -15,6 +15,7 @@ from speed_async.types import FinishReason, Sampled, WeightOffer
 Script = Callable[[GenerationRequest, int], Sequence[int]]
 """Token ids for a request; the number says how many requests started before it."""
 
+ANY_TOKEN_ID = 2**31
 SCRIPTED_LOGPROB = -0.5
 """log mu of every scripted token."""
 
@@ -50,8 +51,9 @@ class ScriptedStepper:
         context_length: int,
         receive: Callable[[WeightOffer], float],
         is_whole: Callable[[], bool] = lambda: True,
+        num_token_ids: int = ANY_TOKEN_ID,
     ) -> None:
-        self.context_length = context_length
+        self.limits = ModelLimits(context_length=context_length, num_token_ids=num_token_ids)
         self._script = script
         self._receive = receive
         self._is_whole = is_whole
@@ -127,7 +129,7 @@ class ScriptedStepper:
         )
 
     def _start(self, key: int, request: GenerationRequest) -> None:
-        limit = sequence_limit(request, self.context_length) - len(request.prompt_token_ids)
+        limit = sequence_limit(request, self.limits) - len(request.prompt_token_ids)
         script = list(self._script(request, self._num_started))
         self._rows[key] = _Row(request=request, script=script, limit=limit)
         self._num_started += 1
@@ -159,11 +161,16 @@ class ScriptedEngine(SteppedEngine):
         *,
         num_slots: int = 64,
         context_length: int = 1024,
+        num_token_ids: int = ANY_TOKEN_ID,
         receive: Callable[[WeightOffer], float] = lambda offer: 0.0,
     ) -> None:
         def make_stepper() -> ScriptedStepper:
             return ScriptedStepper(
-                script, num_slots=num_slots, context_length=context_length, receive=receive
+                script,
+                num_slots=num_slots,
+                context_length=context_length,
+                num_token_ids=num_token_ids,
+                receive=receive,
             )
 
         super().__init__(ThreadWorker(make_stepper))

@@ -50,6 +50,7 @@ def load_scripted_stepper(model: ModelConfig, actors: ActorsConfig, *, seed: int
         drawn_script(random.Random(seed), num_token_ids),
         num_slots=actors.slots,
         context_length=loaded.context_length,
+        num_token_ids=num_token_ids,
         receive=weights.receive,
         is_whole=lambda: weights.is_whole,
     )

@@ -39,7 +39,7 @@ class SteppedEngine:
     async def __aenter__(self) -> Self:
         self._wake = asyncio.Event()
         try:
-            self._context_length, self._stats = await self._worker.start()
+            self._limits, self._stats = await self._worker.start()
         except BaseException:
             await self._worker.close()
             raise
@@ -77,7 +77,7 @@ class SteppedEngine:
         Cancelling it frees the request's slot before the next step.
         """
         self._check_usable()
-        sequence_limit(request, self._context_length)
+        sequence_limit(request, self._limits)
         key = next(self._keys)
         future: asyncio.Future[Sampled] = asyncio.get_running_loop().create_future()
         self._callers[key] = future

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
+from speed_async.actors.admission import ModelLimits
 from speed_async.actors.engine import EngineStats, GenerationRequest
 from speed_async.types import Sampled, WeightOffer
 
@@ -30,7 +31,7 @@ def nothing_sampled() -> Sampled:
 class Stepper(Protocol):
     """Advances all its requests by one token a step. Used by one thread at a time."""
 
-    context_length: int
+    limits: ModelLimits
 
     @property
     def has_work(self) -> bool: ...

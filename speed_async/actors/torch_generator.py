@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from speed_async.actors.admission import AdmissionPrice, WaitingLine, sequence_limit
+from speed_async.actors.admission import AdmissionPrice, ModelLimits, WaitingLine, sequence_limit
 from speed_async.actors.engine import EngineStats, GenerationRequest
 from speed_async.actors.sampling import sample
 from speed_async.actors.slot_model import SlotModel
@@ -44,7 +44,10 @@ class TorchGenerator:
         recompute_at_update: bool = True,
         canary_tolerance: float | None = None,
     ) -> None:
-        self.context_length = context_length
+        self.limits = ModelLimits(
+            context_length=context_length,
+            num_token_ids=model.get_input_embeddings().weight.shape[0],
+        )
         self._model = SlotModel(model, num_slots, canary_tolerance_nats=canary_tolerance)
         self._eos_token_ids = tuple(eos_token_ids)
         self._random = random
@@ -79,7 +82,7 @@ class TorchGenerator:
 
     def submit(self, key: int, request: GenerationRequest) -> None:
         """Raises ModelError or ConfigError when the request cannot be served."""
-        sequence_limit(request, self.context_length)
+        sequence_limit(request, self.limits)
         self._waiting.push(key, request)
 
     def cancel(self, key: int) -> int:
@@ -149,7 +152,7 @@ class TorchGenerator:
 
     def _admit(self, count: int) -> None:
         entering = [self._waiting.pop() for _ in range(count)]
-        limits = [sequence_limit(request, self.context_length) for _, request in entering]
+        limits = [sequence_limit(request, self.limits) for _, request in entering]
         self._table.reserve(max(limits))
         self._model.reserve(max(limits))
         self._close_gaps()

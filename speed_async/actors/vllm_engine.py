@@ -19,7 +19,7 @@ from vllm import TokensPrompt
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from speed_async.actors.admission import sequence_limit
+from speed_async.actors.admission import ModelLimits, sequence_limit
 from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateReport
 from speed_async.actors.engine_frames import unpack_error
 from speed_async.actors.vllm_requests import (
@@ -44,7 +44,7 @@ class OpenLlm:
     """A started AsyncLLM (`vllm_start.open_llm`) and what requests have to respect."""
 
     llm: Any  # vllm.v1.engine.async_llm.AsyncLLM
-    context_length: int
+    limits: ModelLimits
     eos_token_ids: tuple[int, ...]
     num_slots: int
     dtype: str
@@ -127,7 +127,7 @@ class VllmEngine:
     async def generate(self, request: GenerationRequest) -> Sampled:
         """Raises ModelError or ConfigError at once when the request cannot be served."""
         self._check_usable()
-        limit = sequence_limit(request, self._opened.context_length)
+        limit = sequence_limit(request, self._opened.limits)
         # Not to be cancelled halfway: vLLM would keep a request that nobody knows.
         adding = asyncio.ensure_future(self._add(request, limit))
         try:

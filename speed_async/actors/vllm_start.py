@@ -8,6 +8,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from speed_async.actors.admission import ModelLimits
 from speed_async.actors.vllm_engine import OpenLlm, VllmEngine
 from speed_async.actors.vllm_options import TRANSFER_BACKEND, ServingFacts, engine_arguments
 from speed_async.config.schema import Config
@@ -45,7 +46,10 @@ def open_llm(config: Config, *, seed: int) -> OpenLlm:
         ) from error
     return OpenLlm(
         llm=llm,
-        context_length=facts.context_length,
+        limits=ModelLimits(
+            context_length=facts.context_length,
+            num_token_ids=facts.hf_config.get_text_config().vocab_size,
+        ),
         eos_token_ids=facts.eos_token_ids,
         num_slots=config.actors.slots,
         dtype=str(llm.model_config.dtype),

@@ -13,6 +13,7 @@ from speed_async.buffer.ledger import Ledger
 from speed_async.buffer.lineage import Lineage
 from speed_async.buffer.priority import PriorityBuffer
 from speed_async.buffer.statistics import RunStatistics
+from speed_async.buffer.unusable import UnusablePrompts
 from speed_async.config.schema import Config
 from speed_async.types import GroupEnd, LeaseKind
 from speed_async.wire import messages as m
@@ -44,6 +45,7 @@ class Lifecycle:
             buffer=self.buffer,
             statistics=statistics,
         )
+        self.unusable = UnusablePrompts()
         self.in_training: dict[int, BufferedGroup] = {}
         self.lineage = Lineage()
         self._config = config
@@ -51,6 +53,11 @@ class Lifecycle:
         self._evaluations = evaluations
         self._statistics = statistics
         self._policy_version = 0
+
+    @property
+    def is_exhausted(self) -> bool:
+        """No prompt is left that could be leased for training."""
+        return self._curriculum.num_left == 0
 
     # --- granting --------------------------------------------------------------------------
 
@@ -140,8 +147,9 @@ class Lifecycle:
 
     def failed(self, holder: str, message: m.LeaseFailed) -> Accuracy | None:
         """A lease without a result. Only a drain says nothing about the prompt, which then is
-        offered again; a prompt that fails would fail again, so it waits for its next epoch, and
-        in an evaluation it counts as not passed (then this may be the one that completes it)."""
+        offered again; a prompt that fails would fail again, so it waits for its next epoch, or for
+        ever when the model cannot take it, and in an evaluation it counts as not passed (then this
+        may be the one that completes it)."""
         entry = self._close(holder, message.lease_id, message.num_tokens)
         if entry is None:
             return None
@@ -156,6 +164,11 @@ class Lifecycle:
             return None
         self._without_result(entry, message.reason, message.num_tokens)
         self._learn_nothing(entry)
+        kind, _, why = message.reason.partition(": ")
+        if kind == m.UNUSABLE:
+            self.unusable.add(entry.lease.prompt_id, why, training=training)
+            if training:
+                self._curriculum.retire(entry.lease.prompt_id)
         version = self._evaluations.target_version
         if training or version is None or entry.expired:
             return None

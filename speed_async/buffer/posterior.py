@@ -13,8 +13,9 @@ from speed_async.buffer.beliefs import Beliefs, GateOdds, IntArray
 from speed_async.buffer.random_state import pack_rng, unpack_rng
 from speed_async.config.schema import CurriculumConfig, GateConfig
 
-FREE, CHOSEN, BLIND = 0, 1, 2
-"""A prompt's lease: none, one owed to its own outcomes, one that does not look at them."""
+FREE, CHOSEN, BLIND, RETIRED = 0, 1, 2, 3
+"""A prompt's lease: none, one owed to its own outcomes, one that does not look at them; or the
+prompt cannot be leased any more."""
 MIN_SEEN = 1024
 """Prompts to have seen before half of the candidates are drawn from them. Fewer would be
 trained again and again while millions wait."""
@@ -74,7 +75,7 @@ class PosteriorCurriculum:
         self._settings = settings
         self._walk = FullCycleWalk(num_prompts, rng)
         self._lease_N = np.zeros(num_prompts, np.uint8)
-        self._num_leased = 0
+        self._num_leased = self._num_retired = 0
         self._returned: deque[int] = deque()
         self._num_chosen = self._num_walked = 0
 
@@ -83,13 +84,19 @@ class PosteriorCurriculum:
         """Bytes of all arrays."""
         return self.beliefs.num_bytes + self._lease_N.nbytes
 
+    @property
+    def num_left(self) -> int:
+        return self._num_prompts - self._num_retired
+
     def choose(self, num_prompts: int) -> list[int]:
         """Returned prompts first, then the floor's share, then the best of random candidates.
 
         Prompts under lease come again only when nothing else is left.
         """
+        if not self.num_left:
+            return []
         chosen = [self._returned.popleft() for _ in range(min(num_prompts, len(self._returned)))]
-        num_fresh = min(num_prompts - len(chosen), self._num_prompts - self._num_leased)
+        num_fresh = min(num_prompts - len(chosen), self._num_free)
         num_walked = self._floor_share(num_fresh)
         chosen += self._walk.take(num_walked, self._lease_N).tolist()
         self._num_leased += num_walked
@@ -98,7 +105,7 @@ class PosteriorCurriculum:
 
     def give_back(self, prompt_id: int) -> None:
         """Goes first in the next choice, and meanwhile to nobody else."""
-        if self._lease_N[prompt_id] != FREE and prompt_id not in self._returned:
+        if self._is_leased(prompt_id):
             self._returned.append(prompt_id)
 
     def record(self, prompt_id: int, num_passed: int, num_completions: int) -> None:
@@ -107,12 +114,30 @@ class PosteriorCurriculum:
             if self._lease_N[prompt_id] == BLIND:
                 self.beliefs.prior.add(num_passed, num_completions)
             self.beliefs.add(prompt_id, num_passed, num_completions)
-        if self._lease_N[prompt_id] != FREE and prompt_id not in self._returned:
+        if self._is_leased(prompt_id):
             self._lease_N[prompt_id] = FREE
             self._num_leased -= 1
 
+    def retire(self, prompt_id: int) -> None:
+        """Takes the prompt out of whatever state it is in."""
+        if self._lease_N[prompt_id] == RETIRED:
+            return
+        if prompt_id in self._returned:
+            self._returned.remove(prompt_id)
+        self._num_leased -= bool(self._lease_N[prompt_id] != FREE)
+        self._lease_N[prompt_id] = RETIRED
+        self._num_retired += 1
+
     def advance(self, policy_version: int) -> None:
         self.beliefs.advance(policy_version)
+
+    @property
+    def _num_free(self) -> int:
+        return self._num_prompts - self._num_leased - self._num_retired
+
+    def _is_leased(self, prompt_id: int) -> bool:
+        """To an actor; a prompt that was given back waits for the next choice."""
+        return self._lease_N[prompt_id] in (CHOSEN, BLIND) and prompt_id not in self._returned
 
     def _floor_share(self, num_fresh: int) -> int:
         """How many of these choices are the floor's; fractions wait for later choices."""
@@ -138,7 +163,7 @@ class PosteriorCurriculum:
     def _candidates(self, num: int) -> IntArray:
         """At least `num` (as many must be free) and about candidates x num free prompts, (K,)."""
         wanted = self._settings.candidates * num
-        num_free = self._num_prompts - self._num_leased
+        num_free = self._num_free
         if 2 * wanted > num_free or 2 * num_free < self._num_prompts:
             free = np.flatnonzero(self._lease_N == FREE)
             return self._rng.choice(free, min(wanted, num_free), replace=False, shuffle=False)
@@ -161,15 +186,14 @@ class PosteriorCurriculum:
         """For more leases than prompts: the rest of the prompts, and then any again."""
         if num <= 0:
             return []
-        others = np.setdiff1d(np.arange(self._num_prompts), chosen)
-        again = np.concatenate(
-            (self._rng.permutation(others), self._rng.permutation(self._num_prompts))
-        )
+        usable = np.flatnonzero(self._lease_N != RETIRED)
+        others = np.setdiff1d(usable, chosen)
+        again = np.concatenate((self._rng.permutation(others), self._rng.permutation(usable)))
         return np.resize(again, num).tolist()
 
     def state(self) -> dict[str, NDArray[np.generic]]:
         """Everything, random generator included; leases that are open now stay open in it."""
-        leased = np.flatnonzero(self._lease_N)
+        leased = np.flatnonzero(self._lease_N)  # and those retired
         return self.beliefs.state() | {
             "num_prompts": np.array(self._num_prompts),
             "leased": leased,
@@ -188,7 +212,8 @@ class PosteriorCurriculum:
         self.beliefs.restore(state)
         self._lease_N[:] = FREE
         self._lease_N[state["leased"].astype(np.int64)] = state["lease"]
-        self._num_leased = len(state["leased"])
+        self._num_retired = int((state["lease"] == RETIRED).sum())
+        self._num_leased = len(state["leased"]) - self._num_retired
         self._returned = deque(state["returned"].tolist())
         self._num_chosen, self._num_walked, *self._walk.place = state["floor"].tolist()
         unpack_rng(self._rng, state["rng"])

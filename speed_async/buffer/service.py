@@ -323,8 +323,14 @@ class BufferService:
         self.lifecycle.screened_out(peer, message)
 
     def _on_lease_failed(self, peer: str, message: m.LeaseFailed, now_s: float) -> None:
+        known = self.lifecycle.unusable.describe()
         whole = self.lifecycle.failed(peer, message)
-        if whole is not None:
+        unusable = self.lifecycle.unusable.describe()
+        if unusable != known:
+            self.warning = unusable
+        if self.lifecycle.is_exhausted and self._ending.finish is None:
+            self.fail(self.lifecycle.unusable.describe_exhausted(), now_s)
+        elif whole is not None:
             self._evaluation_done(whole, now_s)
 
     def _on_evaluated(self, peer: str, message: m.Evaluated, now_s: float) -> None:

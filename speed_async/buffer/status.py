@@ -82,6 +82,8 @@ def stall_reason(service: BufferService) -> str:
         f"pass rate of the last ones {statistics.reward_mean or 0.0:.3f}",
         f"failed groups: {failures or 'none'}",
     ]
+    if unusable := lifecycle.unusable.describe():
+        facts.append(unusable)
     if not present:
         remedy = "no actor joined or stayed; read logs/actor-*.log"
     elif statistics.num_screened and not statistics.num_accepted:

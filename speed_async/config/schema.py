@@ -58,6 +58,12 @@ class TaskConfig(Section):
     path: str | None = None
     """Data file of `jsonl`: one object a line with `prompt` and `answer`."""
     match: Literal["exact", "numeric"] = "exact"
+    """How `jsonl` compares the final answers of completion and row. `exact`: as text, whatever the
+    spacing (tasks/exact_answer.py has the rules). `numeric`: as numbers; a row whose answer is not
+    one whole number is refused (tasks/whole_number.py)."""
+    score_truncated: bool = False
+    """Whether a completion that a length limit cut off is scored like any other. False: it earns 0,
+    in training and in evaluation, whatever number it happens to end in."""
     num_prompts: PositiveInt = 4096
     """Training prompts to make (tasks that make their own)."""
     num_held_out: PositiveInt = 256

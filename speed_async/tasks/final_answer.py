@@ -27,10 +27,16 @@ def last_boxed(text: str) -> str | None:
     return None if last is None else text[slice(*last)].strip()
 
 
-def final_answer(text: str) -> str:
-    r"""The last `\boxed{}`, else what follows the last `####`, else the whole text; stripped."""
+def marked_answer(text: str) -> str | None:
+    r"""The last `\boxed{}`, else what follows the last `####`, stripped; None without either."""
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
-    _, _, tail = text.rpartition(_MARK)
-    return tail.strip()
+    _, mark, tail = text.rpartition(_MARK)
+    return tail.strip() if mark else None
+
+
+def final_answer(text: str) -> str:
+    """What is marked as the answer, else the whole text; stripped."""
+    marked = marked_answer(text)
+    return text.strip() if marked is None else marked

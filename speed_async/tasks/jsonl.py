@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from speed_async.errors import ConfigError, DataError
-from speed_async.tasks.final_answer import final_answer
+from speed_async.tasks.exact_answer import exact_answer, same_answer
 from speed_async.tasks.jsonl_file import Row, read_rows
-from speed_async.tasks.numeric_answer import last_number, same_number
+from speed_async.tasks.numeric_answer import (
+    answer_number,
+    last_number,
+    same_number,
+)
 from speed_async.types import Prompt
 
 MIN_TRAIN_PROMPTS = 2
@@ -17,8 +21,9 @@ MIN_TRAIN_PROMPTS = 2
 class JsonlTask:
     r"""One object a line: `prompt` (string), `answer` (string or number), other keys as metadata.
 
-    Match "exact" compares stripped text, "numeric" the last number; both look first into the
-    last `\boxed{}`, then after the last `####`. The held-out prompts are a choice by seed.
+    Match "exact" compares texts (rules: exact_answer.py), "numeric" numbers (numeric_answer.py);
+    both look first into the last `\boxed{}`, then after the last `####`, of answer and completion
+    alike. The held-out prompts are a choice by seed.
     """
 
     def __init__(
@@ -26,7 +31,7 @@ class JsonlTask:
     ) -> None:
         """Raises DataError (the file) or ConfigError (more held-out prompts than it can give)."""
         self._match = match
-        rows = read_rows(Path(path), _why_not_numeric if match == "numeric" else _accept_any)
+        rows = read_rows(Path(path), _why_not_numeric if match == "numeric" else _why_not_exact)
         _check_size(path, len(rows), num_held_out)
         chosen = set(random.Random(seed).sample(range(len(rows)), num_held_out))
         train = [row for index, row in enumerate(rows) if index not in chosen]
@@ -45,25 +50,30 @@ class JsonlTask:
     def score(self, prompt: Prompt, completion: str) -> float:
         """1.0 when the completion's final answer matches, else 0.0."""
         if self._match == "exact":
-            return float(_matches_exactly(completion, prompt.answer))
-        given, answer = last_number(completion), last_number(prompt.answer)
+            return float(same_answer(exact_answer(completion), exact_answer(prompt.answer)))
+        given, answer = last_number(completion), answer_number(prompt.answer)
         return float(given is not None and answer is not None and same_number(given, answer))
 
 
-def _matches_exactly(completion: str, answer: str) -> bool:
-    if completion.strip() == answer.strip():
-        return True
-    return final_answer(completion) == final_answer(answer)
-
-
-def _accept_any(answer: str) -> str:
-    return ""
+def _why_not_exact(answer: str) -> str:
+    if exact_answer(answer):
+        return ""
+    return f"'answer' {_end(answer)} has an empty final answer: give the row one, or remove it"
 
 
 def _why_not_numeric(answer: str) -> str:
-    if last_number(answer) is not None:
+    if fault := _why_not_exact(answer):
+        return fault
+    if answer_number(answer) is not None:
         return ""
-    return f"'answer' {answer[:40]!r} holds no number: correct it, or set task.match = 'exact'"
+    return (
+        f"'answer' {_end(answer)} is not one whole number: correct or remove the row, or set "
+        "task.match = 'exact'"
+    )
+
+
+def _end(answer: str) -> str:
+    return repr(answer if len(answer) <= 40 else "..." + answer[-37:])
 
 
 def _check_size(path: str, num_rows: int, num_held_out: int) -> None:

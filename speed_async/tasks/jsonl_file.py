@@ -93,16 +93,28 @@ def _prompt(record: dict[str, object]) -> str:
     prompt = _required(record, "prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise _BadLine(f"'prompt' must be a string that is not blank, not {_shown(prompt)}")
-    return prompt
+    return _text("prompt", prompt)
 
 
 def _answer(record: dict[str, object]) -> str:
     answer = _required(record, "answer")
-    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
+    if isinstance(answer, float) and math.isfinite(answer):
+        is_exact_integer = answer.is_integer() and abs(answer) < 2**53
+        return str(int(answer) if is_exact_integer else answer)  # 18.0 is 18, -0.0 is 0
+    if isinstance(answer, int) and not isinstance(answer, bool):
         return str(answer)
     if not isinstance(answer, str) or not answer.strip():
         raise _BadLine(f"'answer' must be a number or a non-blank string, not {_shown(answer)}")
-    return answer
+    return _text("answer", answer)
+
+
+def _text(key: str, text: str) -> str:
+    """JSON can hold half a surrogate pair, which is no text that could be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _BadLine(f"'{key}' holds half a surrogate pair: {_shown(text)}") from None
+    return text
 
 
 def _required(record: dict[str, object], key: str) -> object:

@@ -15,6 +15,8 @@ PROTOCOL_VERSION = 6
 
 DRAINED = "drained"
 """The reason of a LeaseFailed that says nothing about its prompt."""
+UNUSABLE = "prompt"
+"""Kind of the reason (`kind: text`) of a LeaseFailed whose prompt the model cannot take."""
 STALE = "stale"
 """The reason of a LeaseFailed whose tokens grew too old before the group was whole."""
 
