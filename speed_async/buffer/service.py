@@ -31,6 +31,7 @@ from speed_async.buffer.status import (
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
 from speed_async.observe.metrics import Event, EventKind, Value
+from speed_async.observe.summary import STOPPING
 from speed_async.types import GroupEnd, LeaseKind
 from speed_async.wire import messages as m
 from speed_async.wire.joining import Join, JoinAccepted, Leaving
@@ -374,7 +375,7 @@ class BufferService:
 
     def _on_stop_asked(self, peer: str, asked: m.StopAsked, now_s: float) -> None:
         self._stop_asked = True
-        self.warning = asked.remark
+        self.warning = STOPPING
         self.phase = self._present_phase()
         self.emit("status", now_s, {})  # now: whoever pressed Ctrl-C waits for an answer
 

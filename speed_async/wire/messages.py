@@ -292,8 +292,6 @@ class FinishRun(Message):
 class StopAsked(Message):
     """A signal came: FinishRun follows when the update under way is done. For people to see."""
 
-    remark: str
-
 
 # --- service -> learner -------------------------------------------------------------------------
 
