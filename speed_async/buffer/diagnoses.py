@@ -119,7 +119,8 @@ class Diagnoses:
         made, skipped = updates.num_made, updates.num_skipped
         parts = [f"{made - skipped} had no gradient"] if made > skipped else []
         parts += [f"{skipped} had numbers that are not finite and were skipped"] if skipped else []
-        causes = "".join(f"; {text}" for text in self.active)
+        active = [each.finding.facts for each in self._occurred.values() if each.active]
+        causes = "".join(f"; {facts}" for facts in active)
         return f"nothing was learned: of {made} updates, {' and '.join(parts)}{causes}"
 
     def record(self) -> list[dict[str, object]]:

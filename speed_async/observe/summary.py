@@ -59,7 +59,7 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
         alike = count(_number(summary, "updates_repeated_alike"))
         text = f"{count(repeated)} updates as the journal has them, {alike} bit for bit alike"
         facts.append(("repeated", text))
-    lines = [f"run ended: {summary.get('reason') or DASH}", ""]
+    lines = [*textwrap.wrap(f"run ended: {summary.get('reason') or DASH}", 80), ""]
     lines += [f"  {name:<12}{text}" for name, text in facts]
     lines += ["", *_ledger_lines(summary.get("ledger")), ""]
     if breakdown:
