@@ -155,6 +155,7 @@ def evaluated(lease_id: int, counts: ActorCounts) -> m.Evaluated:
         lease_id=lease_id,
         num_passed=1,
         num_completions=1,
+        num_truncated=0,
         num_tokens=1,
         oldest_version=0,
         newest_version=0,

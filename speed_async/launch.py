@@ -21,7 +21,7 @@ from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, SpeedAsyncError
 from speed_async.runtime.event_loop import run
-from speed_async.runtime.failure import EXIT_FAILED, EXIT_INTERRUPTED, describe
+from speed_async.runtime.failure import EXIT_FAILED, EXIT_STATUS, describe
 from speed_async.runtime.preflight.findings import CHECKED
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ RESUME = "--resume"
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status of this rank: 0 done, 130 stopped by a signal, 1 failed."""
+    """Exit status of this rank: 0 done, 130 stopped by a signal, 3 nothing learned, 1 failed."""
     role = "launch"
     # Until the role has its own handlers, a signal ends this process without a trace.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -72,7 +72,7 @@ def run_rank(config: Config, rank: "Rank", *, resume: bool) -> int:
     if rank.rank < config.cluster.learners:
         from speed_async.runtime.learner_role import lead_run
 
-        return 0 if run(lead_run(config, rank, resume=resume)) else EXIT_INTERRUPTED
+        return EXIT_STATUS[run(lead_run(config, rank, resume=resume))]
     from speed_async.runtime.actor_rank import supervise_rank
 
     run(supervise_rank(config, rank))

@@ -109,10 +109,12 @@ class Group:
         return self.num_passed / len(self.completions)
 
     @property
-    def screening_pass_rate(self) -> float:
-        """What the gate saw; 0 for a group that was not screened."""
+    def screening_pass_rate(self) -> float | None:
+        """What the gate saw; None for a group that was not screened."""
         screened = self.completions[: self.num_screening]
-        return sum(c.reward >= PASS_REWARD for c in screened) / max(len(screened), 1)
+        if not screened:
+            return None
+        return sum(c.reward >= PASS_REWARD for c in screened) / len(screened)
 
     @property
     def oldest_version(self) -> int:

@@ -88,12 +88,13 @@ def trained(version: int, lease_ids: list[int], groups: int, tokens: int) -> m.T
     )
 
 
-def screened_out(lease_id: int, num_passed: int = 0) -> m.ScreenedOut:
+def screened_out(lease_id: int, num_passed: int = 0, num_truncated: int = 0) -> m.ScreenedOut:
     """Two completions of three tokens."""
     return m.ScreenedOut(
         lease_id=lease_id,
         num_passed=num_passed,
         num_completions=2,
+        num_truncated=num_truncated,
         num_tokens=6,
         counts=ActorCounts(),
     )
@@ -107,6 +108,7 @@ def evaluated(
         lease_id=lease_id,
         num_passed=1,
         num_completions=num_completions,
+        num_truncated=0,
         num_tokens=num_completions,
         oldest_version=0,
         newest_version=0,

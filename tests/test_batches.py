@@ -1,6 +1,5 @@
-"""Turns without overlap, the price of a lease, a starving gate, the accuracy that ends a run."""
+"""Turns without overlap, the price of a lease, the accuracy that ends a run."""
 
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -89,60 +88,6 @@ def test_without_overlap_the_next_round_waits_for_the_new_weights(in_turns: Desk
     )
     [granted] = leases_in(in_turns.say(ACTOR, applied))
     assert len(granted.lease_ids) == 2
-
-
-@pytest.mark.parametrize(("num_passed", "remedy"), [(0, "easier prompts"), (2, "harder prompts")])
-def test_a_starving_gate_says_so_within_a_minute_and_what_to_change(
-    tmp_path: Path, num_passed: int, remedy: str
-) -> None:
-    desk = Desk(tmp_path)
-    desk.past_baseline(ACTOR)
-    desk.say("learner", m.TakeBatch(policy_version=0, num_groups=2))
-    for _ in range(80):
-        leases = desk.lease(1)
-        refuse(desk, leases.lease_ids[0], num_passed)
-    desk.wait(5)
-    assert desk.service.warning == ""
-    desk.say(ACTOR, m.WantWork(num_prompts=0, counts=ActorCounts()))
-    desk.wait(30)
-    assert desk.service.warning.startswith("the gate starves: 80 prompts screened in 35 s")
-    assert remedy in desk.service.warning
-
-
-def test_a_starving_gate_is_said_again_when_the_wait_has_doubled_and_no_more_once_fed(
-    tmp_path: Path,
-) -> None:
-    desk = Desk(tmp_path)
-    desk.past_baseline(ACTOR)
-    desk.say("learner", m.TakeBatch(policy_version=0, num_groups=2))
-    for _ in range(80):
-        refuse(desk, desk.lease(1).lease_ids[0])
-    told: list[str] = []
-    for _ in range(14):
-        desk.wait(5)
-        desk.say(ACTOR, m.WantWork(num_prompts=0, counts=ActorCounts()))
-        told += [text for text in [desk.service.warning] if text not in told]
-    waits = [re.findall(r"in (\d+) s", text)[0] for text in told if text]
-    assert waits == ["20", "40"]
-    for _ in range(2):
-        leases = desk.lease(1)
-        desk.say(ACTOR, make_group(leases.lease_ids[0], leases.prompt_ids[0]))
-    assert desk.service.warning == ""
-
-
-def test_a_gate_that_lets_enough_pass_does_not_starve(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, buffer={"credits": 64, "capacity_groups": 64})
-    desk.past_baseline(ACTOR)
-    for number in range(80):
-        leases = desk.lease(1)
-        if number % 20:
-            refuse(desk, leases.lease_ids[0])
-        else:
-            desk.say(ACTOR, make_group(leases.lease_ids[0], leases.prompt_ids[0]))
-        if number == 1:
-            desk.say("learner", m.TakeBatch(policy_version=0, num_groups=8))
-    desk.wait(30)
-    assert desk.service.warning == ""
 
 
 @pytest.fixture

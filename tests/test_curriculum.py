@@ -232,7 +232,12 @@ def test_the_service_tells_the_curriculum_every_end_and_every_version(tmp_path: 
     life.screened_out(
         "a",
         m.ScreenedOut(
-            lease_id=ids[1], num_passed=2, num_completions=2, num_tokens=4, counts=counts
+            lease_id=ids[1],
+            num_passed=2,
+            num_completions=2,
+            num_truncated=0,
+            num_tokens=4,
+            counts=counts,
         ),
     )
     for lease_id, reason in ((ids[2], "verifier: x"), (ids[3], m.DRAINED)):

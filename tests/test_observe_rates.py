@@ -22,9 +22,9 @@ def test_what_left_the_window_counts_no_more() -> None:
 
 def test_no_time_and_no_amount_is_no_rate() -> None:
     rate = WindowedRate(window_s=10.0, start_s=5.0)
-    assert rate.per_s(5.0) == 0.0
+    assert rate.per_s(5.0) is None
     rate.add(5.0, 100)
-    assert rate.per_s(5.0) == 0.0
+    assert rate.per_s(5.0) is None
     assert rate.per_s(15.1) == 0.0
 
 

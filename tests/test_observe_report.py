@@ -56,7 +56,10 @@ def test_a_run_without_metrics_is_an_error_that_names_the_file(tmp_path: Path) -
 SUMMARY: dict[str, object] = {
     "reason": "100 updates done",
     "accuracy_before": 0.283,
+    "accuracy_before_version": 0,
     "accuracy_after": 0.512,
+    "accuracy_last": 0.512,
+    "accuracy_last_version": 100,
     "wall_s": 244.2,
     "optimizer_updates": 100,
     "completions_trained": 38400,
@@ -116,7 +119,7 @@ def test_a_ledger_that_does_not_close_names_the_broken_check_and_the_failures() 
 
 def test_an_empty_summary_is_all_dashes() -> None:
     text = summary_text({})
-    assert "  accuracy    - -> -\n" in text
+    assert "  accuracy    -\n" in text
     assert "  ledger      -\n" in text
 
 

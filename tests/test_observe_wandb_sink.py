@@ -1,9 +1,11 @@
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from wandb_record import history
 
 from speed_async.errors import ConfigError
 from speed_async.observe.wandb_sink import WandbSink, choose_mode, find_api_key
@@ -11,19 +13,37 @@ from speed_async.observe.wandb_sink import WandbSink, choose_mode, find_api_key
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 OFFLINE_RUN = """
+import os
 import sys
 from pathlib import Path
 from speed_async.observe.metrics import Event
+from speed_async.observe.sinks import JsonlSink
 from speed_async.observe.wandb_sink import WandbSink
 
-sink = WandbSink(
+lines = JsonlSink(Path(sys.argv[1]))
+wandb_sink = WandbSink(
     run_folder=Path(sys.argv[1]), project="tests", config={"run": {"seed": 41}},
 )
+
+class sink:  # as the service's shell does: one sink after the other
+    mode = wandb_sink.mode
+    close = wandb_sink.close
+    def write(event):
+        lines.write(event)
+        wandb_sink.write(event)
+
 assert sink.mode == "offline", sink.mode
 sink.write(Event(kind="status", values={"wall_s": 0.1, "secret_gauge": 1.0}))
 sink.write(Event(kind="step", values={"wall_s": 1.0, "policy_version": 1, "loss": 0.5}))
+for number in range(100):
+    sample = {"policy_version": 1, "prompt_id": number, "reward": 0.5, "prompt": "1+1="}
+    sink.write(Event(kind="sample", values=sample | {"extracted": "2" if number % 2 else None}))
+step = {"wall_s": 1.5, "policy_version": 2, "diagnoses": "no reward: x"}
+sink.write(Event(kind="step", values=step))
+if len(sys.argv) > 2:
+    os._exit(0)  # what a kill does
 sink.write(Event(kind="evaluation", values={"wall_s": 2.0, "policy_version": 1, "accuracy": 0.25}))
-sink.write(Event(kind="end", values={"ok": True, "reason": "done"}))
+sink.write(Event(kind="end", values={"wall_s": 3.0, "ok": True, "reason": "done"}))
 sink.close()
 sink.close()
 """
@@ -50,16 +70,50 @@ def test_without_a_key_a_silent_offline_run_is_written_into_the_run_folder(tmp_p
     assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == ["run"]
 
 
-def test_a_run_that_is_resumed_goes_on_as_the_same_run_of_wandb(tmp_path: Path) -> None:
+def offline_lives(folder: Path, *arguments: list[str]) -> list[list[dict[str, object]]]:
+    """The rows that each life of a run has left, one process after the other."""
     environ = {name: value for name, value in os.environ.items() if "WANDB" not in name}
-    environ |= {"HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", OFFLINE_RUN, str(tmp_path / "run")]
-    for _ in range(2):
-        done = subprocess.run(command, env=environ, capture_output=True, timeout=60, cwd=tmp_path)
+    environ |= {"HOME": str(folder / "home")}
+    lives: dict[Path, list[dict[str, object]]] = {}
+    for extra in arguments:
+        command = [sys.executable, "-c", OFFLINE_RUN, str(folder / "run"), *extra]
+        done = subprocess.run(command, env=environ, capture_output=True, timeout=60, cwd=folder)
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    records = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
-    run_id = (tmp_path / "run" / "wandb-run-id").read_text().strip()
-    assert {record.stem for record in records} == {f"run-{run_id}"}
+        for record in (folder / "run" / "wandb").glob("offline-run-*/run-*.wandb"):
+            lives.setdefault(record, history(record))
+    run_id = (folder / "run" / "wandb-run-id").read_text().strip()
+    assert {record.stem for record in lives} == {f"run-{run_id}"}
+    assert len(lives) == len(arguments)
+    return list(lives.values())
+
+
+def test_a_run_that_is_resumed_goes_on_as_the_same_run_with_the_step_after_its_last(
+    tmp_path: Path,
+) -> None:
+    first, second = offline_lives(tmp_path, [], [])
+    assert [row["_step"] for row in first] == [0, 1, 2, 3]
+    assert [row["_step"] for row in second] == [4, 5, 6, 7]
+    assert [row.get("step/loss") for row in second] == [0.5, None, None, None]
+
+
+def test_the_life_after_a_kill_writes_over_no_step(tmp_path: Path) -> None:
+    killed, second = offline_lives(tmp_path, ["killed"], [])
+    steps = [row["_step"] for row in killed]
+    assert steps == [0, 1][: len(steps)]  # a killed wandb may lose its tail
+    assert [row["_step"] for row in second] == [2, 3, 4, 5]
+
+
+def test_samples_come_as_a_bounded_table_and_diagnoses_as_text(tmp_path: Path) -> None:
+    [rows] = offline_lives(tmp_path, [])
+    assert rows[1]["step/diagnoses"] == "no reward: x"
+    # Nested keys of a value are separate items of a row.
+    assert ["samples.path" in row for row in rows] == [False, False, True, False]
+    assert (rows[2]["samples.nrows"], rows[2]["samples.ncols"]) == (64, 10)
+    pattern = f"offline-run-*/files/{rows[2]['samples.path']}"
+    [file] = (tmp_path / "run" / "wandb").glob(pattern)
+    content = json.loads(file.read_text())
+    last = dict(zip(content["columns"], content["data"][-1], strict=True))
+    assert (last["prompt_id"], last["prompt"], last["extracted"]) == (99, "1+1=", "2")
 
 
 def test_the_key_is_found_in_the_environment_or_in_netrc(tmp_path: Path) -> None:

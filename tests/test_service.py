@@ -76,7 +76,12 @@ def test_every_end_is_counted_and_the_books_close(desk: Desk) -> None:
     desk.say(
         "actor-1.0",
         m.ScreenedOut(
-            lease_id=ids[3], num_passed=2, num_completions=2, num_tokens=6, counts=counts(4)
+            lease_id=ids[3],
+            num_passed=2,
+            num_completions=2,
+            num_truncated=0,
+            num_tokens=6,
+            counts=counts(4),
         ),
     )
     generated += 5
@@ -220,6 +225,7 @@ def test_the_end_is_evaluate_drain_goodbye_summary(desk: Desk) -> None:
         lease_id=leases.lease_ids[0],
         num_passed=0,
         num_completions=1,
+        num_truncated=0,
         num_tokens=2,
         oldest_version=2,
         newest_version=2,

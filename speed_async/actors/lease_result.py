@@ -12,6 +12,7 @@ Result = Group | Refused | Scored | str
 def result_message(work: LeaseWork, result: Result, counts: ActorCounts) -> m.Message:
     """`counts`: the actor's, without this lease's among those in flight."""
     lease_id, num_tokens, num_completions = work.lease.lease_id, work.num_tokens, len(work.samples)
+    num_truncated = sum(sample.finish_reason == "length" for sample in work.samples)
     match result:
         case Group():
             return pack_group(result, counts)
@@ -20,6 +21,7 @@ def result_message(work: LeaseWork, result: Result, counts: ActorCounts) -> m.Me
                 lease_id=lease_id,
                 num_passed=result.num_passed,
                 num_completions=num_completions,
+                num_truncated=num_truncated,
                 num_tokens=num_tokens,
                 counts=counts,
             )
@@ -28,9 +30,10 @@ def result_message(work: LeaseWork, result: Result, counts: ActorCounts) -> m.Me
                 lease_id=lease_id,
                 num_passed=result.num_passed,
                 num_completions=num_completions,
+                num_truncated=num_truncated,
                 num_tokens=num_tokens,
-                oldest_version=result.oldest_version,
-                newest_version=result.newest_version,
+                oldest_version=result.oldest_version if num_tokens else 0,
+                newest_version=result.newest_version if num_tokens else 0,
                 counts=counts,
             )
         case str():

@@ -165,6 +165,8 @@ def _count_faults(counts: ActorCounts) -> Iterator[str]:
 def _passed_faults(message: m.ScreenedOut | m.Evaluated) -> Iterator[str]:
     if message.num_passed > message.num_completions:
         yield f"{message.num_passed} of {message.num_completions} completions passed"
+    if message.num_truncated > message.num_completions:
+        yield f"{message.num_truncated} of {message.num_completions} completions truncated"
 
 
 def _metric_faults(name: str, metrics: dict[str, float]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from speed_async.buffer.batches import Batches
+from speed_async.buffer.evidence import Updates
 from speed_async.buffer.group_table import BufferedGroup
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import ActorState, Membership
@@ -44,16 +45,18 @@ class LearnerDesk:
         membership: Membership,
         lifecycle: Lifecycle,
         statistics: RunStatistics,
+        updates: Updates,
     ) -> None:
         self.policy_version = 0
         """The newest that was trained."""
-        self.batches = Batches(config, lifecycle, statistics)
+        self.batches = Batches(config, lifecycle)
         self.weight_group = WeightGroup(membership)
         self.weight_times = WeightTimes()
         self._house = house
         self._membership = membership
         self._lifecycle = lifecycle
         self._statistics = statistics
+        self._updates = updates
         self.handlers: dict[type[m.Message], Callable[..., None]] = {
             m.Resumed: self._on_resumed,
             m.TakeBatch: self._on_take,
@@ -80,8 +83,6 @@ class LearnerDesk:
         answer = self.batches.answer(now_s, evaluating=evaluating)
         if answer is None:
             return
-        if self._house.warning == self.batches.starving:
-            self._house.warning = ""
         take, groups = answer
         self._send_batch(take.policy_version, groups)
 
@@ -119,6 +120,7 @@ class LearnerDesk:
             self._house.fail(text, now_s)
             return
         self._lifecycle.adopt(resumed)
+        self._updates.all_known = False
         self.policy_version = version
         self._house.warning = (
             f"{notice}resumed from version {version}, of which the journal (at {journal_version}) "
@@ -148,6 +150,7 @@ class LearnerDesk:
             self._lifecycle.lineage.repeated(message)
             return
         self._lifecycle.trained(message)
+        self._updates.add(message)
         self.policy_version = message.policy_version
         metrics = message.metrics
         self._statistics.updated(

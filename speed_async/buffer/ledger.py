@@ -12,8 +12,13 @@ from speed_async.types import ActorCounts, GroupEnd
 BEFORE_THE_CUT = "before-the-cut"
 """Stands for actors whose work is known by the learner's word alone."""
 
-MAX_KINDS, MAX_KIND_CHARS = 64, 100
-"""Kinds of failure told apart: an actor words them."""
+MAX_KINDS, MAX_KIND_CHARS, MAX_EXAMPLE_CHARS = 64, 100, 500
+"""Kinds of failure told apart, and what is kept of them: an actor words them."""
+
+
+def failure_kind(reason: str) -> str:
+    """What stands before the first colon of a reason."""
+    return reason.split(":", 1)[0][:MAX_KIND_CHARS]
 
 
 @dataclass(slots=True)
@@ -57,6 +62,10 @@ class Ledger:
         self.groups_granted = 0
         self.learner_trained = Tally()
         self.failures: dict[str, int] = {}
+        """Failed training leases by kind."""
+        self.held_out_failures: dict[str, int] = {}
+        self.failure_examples: dict[str, str] = {}
+        """The first reason of each kind of either, in full."""
         # Sums of the actors' last words, which come with every message of every actor.
         self.tokens_generated = 0
         """As counted by the engines."""
@@ -89,12 +98,21 @@ class Ledger:
 
     def failed(self, reason: str, tokens: int, groups: int = 1) -> None:
         self.ends[GroupEnd.FAILED].add(tokens, groups)
-        kind = reason.split(":", 1)[0][:MAX_KIND_CHARS]
-        if kind not in self.failures and len(self.failures) >= MAX_KINDS:
-            kind = "other"
-        self.failures[kind] = self.failures.get(kind, 0) + 1
+        self._count_failure(self.failures, reason)
 
-    def lose(self, name: str, num_training: int, num_other: int) -> None:
+    def held_out_failed(self, reason: str, tokens: int) -> None:
+        self.evaluation.add(tokens)
+        self._count_failure(self.held_out_failures, reason)
+
+    def _count_failure(self, failures: dict[str, int], reason: str) -> None:
+        kind = failure_kind(reason)
+        if kind not in failures and len(failures) >= MAX_KINDS:
+            kind = "other"
+        failures[kind] = failures.get(kind, 0) + 1
+        if len(self.failure_examples) <= 2 * MAX_KINDS:
+            self.failure_examples.setdefault(kind, reason[:MAX_EXAMPLE_CHARS])
+
+    def lose(self, name: str, num_training: int, num_other: int, why: str = "") -> None:
         """The actor died: what it last said to hold ends as failed."""
         book = self.actor(name)
         held = book.last_counts.tokens_in_flight
@@ -110,7 +128,7 @@ class Ledger:
             tokens_in_flight=0,
         )
         self.heard(name, last_word)
-        self.failed("actor lost", held, num_training)
+        self.failed(f"actor lost: {name}: {why}" if why else "actor lost", held, num_training)
 
     def follow_learner(self, groups_trained: int, tokens_trained: int) -> None:
         """The journal was cut: what the learner trained beyond what is known here was generated
@@ -177,6 +195,8 @@ class Ledger:
             | {name: tally.tokens for name, tally in rows.items()}
             | {"in_flight": self.tokens_in_flight, "evaluation": self.evaluation.tokens},
             "failures": dict(self.failures),
+            "held_out_failures": dict(self.held_out_failures),
+            "failure_examples": dict(self.failure_examples),
             "checks": checks,
             "closes": all(checks.values()),
         }

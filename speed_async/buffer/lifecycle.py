@@ -111,7 +111,7 @@ class Lifecycle:
         if entry is None:
             return
         prompt_id = entry.lease.prompt_id
-        self._statistics.screened(prompt_id, accepted=True, pass_rate=facts.screening_pass_rate)
+        self._statistics.screened(prompt_id, accepted=True, pass_rate=facts.unselected_pass_rate)
         self._curriculum.record(prompt_id, facts.num_passed, facts.num_completions)
         num_bytes = 12 * num_tokens + 4 * len(message.prompt_token_ids)
         self.credit.weighed(num_bytes)
@@ -172,7 +172,7 @@ class Lifecycle:
         version = self._evaluations.target_version
         if training or version is None or entry.expired:
             return None
-        return self._evaluations.record(0, entry.lease.num_samples, version, version)
+        return self._evaluations.record(0, entry.lease.num_samples, None, None)
 
     def evaluated(self, holder: str, message: m.Evaluated) -> Accuracy | None:
         entry = self._close(holder, message.lease_id, message.num_tokens)
@@ -181,11 +181,12 @@ class Lifecycle:
         self.ledger.evaluation.add(message.num_tokens)
         if entry.expired:  # its prompt was given to another
             return None
+        has_tokens = message.num_tokens > 0
         return self._evaluations.record(
             message.num_passed,
             message.num_completions,
-            message.oldest_version,
-            message.newest_version,
+            message.oldest_version if has_tokens else None,
+            message.newest_version if has_tokens else None,
         )
 
     def expire(self, before_s: float) -> int:
@@ -202,14 +203,14 @@ class Lifecycle:
             self._without_result(entry, m.DRAINED, 0)
             self._offer_again(entry)
 
-    def holder_lost(self, holder: str) -> None:
+    def holder_lost(self, holder: str, why: str = "") -> None:
         """The actor died: its leases end as failed, with the tokens it last said to hold."""
         entries = self.leases.of_holder(holder)
         training = sum(entry.lease.kind is LeaseKind.TRAINING for entry in entries)
         for entry in entries:
             self.leases.end(entry.lease.lease_id)
             self._offer_again(entry)
-        self.ledger.lose(holder, training, len(entries) - training)
+        self.ledger.lose(holder, training, len(entries) - training, why)
 
     # --- training --------------------------------------------------------------------------
 
@@ -304,8 +305,10 @@ class Lifecycle:
     def _without_result(self, entry: OpenLease, reason: str, num_tokens: int) -> None:
         if entry.lease.kind is LeaseKind.TRAINING:
             self.ledger.failed(reason, num_tokens)
-        else:
+        elif reason == m.DRAINED:  # its prompt is sampled again
             self.ledger.evaluation.add(num_tokens)
+        else:
+            self.ledger.held_out_failed(reason, num_tokens)
 
     def _learn_nothing(self, entry: OpenLease) -> None:
         if entry.lease.kind is LeaseKind.TRAINING:

@@ -12,6 +12,7 @@ answers    a TakeBatch when enough fresh groups are buffered and the first evalu
 from collections.abc import Callable
 
 from speed_async.buffer.curriculum import Curriculum
+from speed_async.buffer.diagnoses import Diagnoses
 from speed_async.buffer.ending import Ending, Step
 from speed_async.buffer.evaluations import Accuracy, Evaluations
 from speed_async.buffer.gatekeeper import Gatekeeper
@@ -30,7 +31,8 @@ from speed_async.buffer.status import (
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
 from speed_async.observe.metrics import Event, EventKind, Value
-from speed_async.types import GroupEnd
+from speed_async.observe.summary import STOPPING
+from speed_async.types import GroupEnd, LeaseKind
 from speed_async.wire import messages as m
 from speed_async.wire.joining import Join, JoinAccepted, Leaving
 
@@ -90,6 +92,7 @@ class BufferService:
         self.started_s = started_s
         self.membership = Membership(config.cluster)
         self.statistics = RunStatistics(started_s)
+        self.diagnoses = Diagnoses(config, self.statistics, started_s)
         self.lifecycle = Lifecycle(
             config, curriculum=curriculum, evaluations=evaluations, statistics=self.statistics
         )
@@ -99,8 +102,10 @@ class BufferService:
             membership=self.membership,
             lifecycle=self.lifecycle,
             statistics=self.statistics,
+            updates=self.diagnoses.evidence.updates,
         )
-        self.loop_lag_s = 0.0
+        self.loop_lag_s: float | None = None
+        """How late the last tick came; None before the first."""
         self.notes = ""
         """What was lost before this process began; it stands before every warning."""
         self.warning = ""
@@ -110,6 +115,7 @@ class BufferService:
         self._grants = Grants(config, self.lifecycle, self.learner.batches, evaluations)
         self._feed_port = feed_port
         self._target_reached = False
+        self._stop_asked = False
         self._ending = Ending(config.cluster)
         self._evaluated_version: int | None = None
         self._handlers: dict[type[m.Message], Callable[..., None]] = {
@@ -124,6 +130,7 @@ class BufferService:
             Leaving: self._on_leaving,
             m.Goodbye: self._on_goodbye,
             m.WeightsPublished: self._on_published,
+            m.StopAsked: self._on_stop_asked,
             m.FinishRun: self._on_finish,
             m.PrepareCheckpoint: self._on_prepare,
             m.CheckpointSaved: self._on_saved,
@@ -191,6 +198,7 @@ class BufferService:
         trained = ledger.ends[GroupEnd.TRAINED].tokens
         self.statistics.tokens(now_s, ledger.tokens_generated, trained)
         self._advance(now_s)
+        self._diagnose(now_s)
         self._check_stalled(now_s)
         self.emit("status", now_s, {})
 
@@ -214,7 +222,7 @@ class BufferService:
         self.membership.begin_life()
         self.learner.begin_life()
         self._ending = Ending(self.config.cluster)
-        self._target_reached = False
+        self._target_reached = self._stop_asked = False
         self.snapshot_due = True
         self.warning = f"started again (life {life}) at version {self.policy_version}"
         self.phase = self._present_phase()
@@ -257,7 +265,8 @@ class BufferService:
             self.warning = f"{failure.role} left: {failure.message}"
             return
         reason = str(RoleError(failure.role, failure.message))
-        self.emit("end", now_s, {"ok": False, "reason": reason})
+        self._diagnose(now_s)
+        self._emit_end(now_s, "failed", reason)
         abort = m.Abort(role=failure.role, message=failure.message)
         for state in self.membership.present():
             if state.name != peer:
@@ -309,7 +318,7 @@ class BufferService:
     def lose(self, state: ActorState, reason: str) -> None:
         self.membership.lose(state.name, reason)
         self.given_up.append(state.name)
-        self.lifecycle.holder_lost(state.name)
+        self.lifecycle.holder_lost(state.name, reason)
         self.warning = f"{state.name} lost: {reason}"
 
     # --- results ---------------------------------------------------------------------------
@@ -317,13 +326,25 @@ class BufferService:
     def _on_group(self, peer: str, message: m.GroupFinished, now_s: float) -> None:
         facts = self.gatekeeper.weighed
         assert facts is not None, "a group that the gatekeeper has not seen"
+        if self._is_leased(peer, message):
+            self.diagnoses.evidence.group(facts, now_s)
         self.lifecycle.group_finished(peer, message, facts, self.place)
 
+    def _is_leased(self, peer: str, message: m.GroupFinished | m.ScreenedOut | m.Evaluated) -> bool:
+        """Whether this result is the first of its lease."""
+        return self.lifecycle.leases.held_by(peer, message.lease_id) is not None
+
     def _on_screened_out(self, peer: str, message: m.ScreenedOut, now_s: float) -> None:
+        if self._is_leased(peer, message):
+            self.diagnoses.evidence.screened_out(message, now_s)
         self.lifecycle.screened_out(peer, message)
 
     def _on_lease_failed(self, peer: str, message: m.LeaseFailed, now_s: float) -> None:
         known = self.lifecycle.unusable.describe()
+        lease = self.lifecycle.leases.held_by(peer, message.lease_id)
+        if lease is not None:
+            training = lease.kind is LeaseKind.TRAINING
+            self.diagnoses.evidence.failed(message.reason, training=training)
         whole = self.lifecycle.failed(peer, message)
         unusable = self.lifecycle.unusable.describe()
         if unusable != known:
@@ -334,6 +355,8 @@ class BufferService:
             self._evaluation_done(whole, now_s)
 
     def _on_evaluated(self, peer: str, message: m.Evaluated, now_s: float) -> None:
+        if self._is_leased(peer, message):
+            self.diagnoses.evidence.evaluated(message, now_s)
         whole = self.lifecycle.evaluated(peer, message)
         if whole is not None:
             self._evaluation_done(whole, now_s)
@@ -341,7 +364,8 @@ class BufferService:
     def _evaluation_done(self, whole: Accuracy, now_s: float) -> None:
         self._baseline_done = True
         self._evaluated_version = whole.policy_version
-        self.statistics.evaluated(whole.accuracy)
+        self.statistics.evaluated(whole.accuracy, whole.policy_version)
+        self.diagnoses.evaluated(whole.accuracy, whole.num_completions, whole.policy_version)
         self.emit("evaluation", now_s, evaluation_values(whole))
         target = self.config.run.stop_at_accuracy
         if target is not None and whole.accuracy >= target and not self._target_reached:
@@ -384,6 +408,12 @@ class BufferService:
         self.warning = reason
         self.emit("status", now_s, {})  # now: a later warning must not hide this one
 
+    def _on_stop_asked(self, peer: str, asked: m.StopAsked, now_s: float) -> None:
+        self._stop_asked = True
+        self.warning = STOPPING
+        self.phase = self._present_phase()
+        self.emit("status", now_s, {})  # now: whoever pressed Ctrl-C waits for an answer
+
     def _on_finish(self, peer: str, finish: m.FinishRun, now_s: float) -> None:
         self._ending.ask(finish, now_s)
         self.learner.batches.withdraw()
@@ -402,10 +432,12 @@ class BufferService:
             evaluating = self._evaluations.target_version is not None
             self.learner.answer_take(now_s, evaluating=evaluating)
 
+    def _diagnose(self, now_s: float) -> None:
+        waited_s = self.learner.batches.waited_s(now_s)
+        self.diagnoses.look(now_s, self.policy_version, waited_s=waited_s)
+
     def _check_stalled(self, now_s: float) -> None:
         """A batch that does not come ends the run, with all that is known of why."""
-        if starving := self.learner.batches.newly_starving(now_s):
-            self.warning = starving
         if not self.learner.batches.stalled(now_s):
             return
         self.learner.batches.withdraw()
@@ -436,17 +468,27 @@ class BufferService:
                     self.lose(state, "did not drain in time")
                 self._advance_ending(now_s)
             case Step.END:
-                self.emit("end", now_s, {"ok": True, "reason": finish.reason})
-                final = self._evaluated_version == finish.policy_version
-                fields = summary_values(self, now_s, final_evaluated=final)
-                self.learner.say(m.Summary(fields=fields))
-                self.ended = True
+                self._end(finish, now_s)
             case _:
                 pass
+
+    def _end(self, finish: m.FinishRun, now_s: float) -> None:
+        """The last event and the last message."""
+        self._diagnose(now_s)
+        outcome, reason = "stopped" if finish.stopped else "completed", finish.reason
+        if not finish.stopped and (nothing := self.diagnoses.nothing_learned()):
+            outcome, reason = "nothing_learned", nothing
+        self._emit_end(now_s, outcome, reason)
+        final = self._evaluated_version == finish.policy_version
+        fields = summary_values(self, now_s, final_evaluated=final)
+        self.learner.say(m.Summary(fields=fields | {"outcome": outcome, "reason": reason}))
+        self.ended = True
 
     def _present_phase(self) -> str:
         if self._ending.draining:
             return "draining"
+        if self._stop_asked:
+            return "stopping"
         if not self.membership.present():
             return "starting"
         ending = self._ending.finish is not None
@@ -463,6 +505,10 @@ class BufferService:
 
     def send(self, peer: str, message: m.Message) -> None:
         self.outbox.append((peer, message))
+
+    def _emit_end(self, now_s: float, outcome: str, reason: str) -> None:
+        ok = outcome == "completed"
+        self.emit("end", now_s, {"ok": ok, "outcome": outcome, "reason": reason})
 
     def present_status(self, now_s: float) -> Event:
         """What a status event would say now."""

@@ -54,9 +54,11 @@ class RunStatistics:
         self.prompts_seen: set[int] = set()
         self.prompts_accepted: set[int] = set()
         self.accuracy_first: float | None = None
+        self.accuracy_first_version: int | None = None
         self.accuracy_last: float | None = None
-        self.staleness_last_mean = 0.0
-        self.staleness_max = 0
+        self.accuracy_last_version: int | None = None
+        self.staleness_last_mean: float | None = None
+        self.staleness_max: int | None = None
         self._recent_accepted = WindowedMean(num_values=ACCEPTANCE_WINDOW)
         self._recent_pass_rates = WindowedMean(num_values=ACCEPTANCE_WINDOW)
         self._recent_times: deque[UpdateTimes] = deque(maxlen=SHARE_WINDOW)
@@ -82,10 +84,10 @@ class RunStatistics:
         self._trained.add(now_s, trained - self._tokens_trained)
         self._tokens_generated, self._tokens_trained = generated, trained
 
-    def generated_per_s(self, now_s: float) -> float:
+    def generated_per_s(self, now_s: float) -> float | None:
         return self._generated.per_s(now_s)
 
-    def trained_per_s(self, now_s: float) -> float:
+    def trained_per_s(self, now_s: float) -> float | None:
         return self._trained.per_s(now_s)
 
     def batch_taken(self, groups: list[BufferedGroup], policy_version: int) -> None:
@@ -95,20 +97,25 @@ class RunStatistics:
         self._staleness_tokens += tokens
         self.staleness_last_mean = total / max(tokens, 1)
         oldest = min(group.oldest_version for group in groups)
-        self.staleness_max = max(self.staleness_max, policy_version - oldest)
+        self.staleness_max = max(self.staleness_max or 0, policy_version - oldest)
 
     def updated(self, times: UpdateTimes) -> None:
         self._recent_times.append(times)
         self.learner_parts_s.update(times.parts_s)
 
-    def evaluated(self, accuracy: float) -> None:
+    def evaluated(self, accuracy: float, policy_version: int) -> None:
         if self.accuracy_first is None:
-            self.accuracy_first = accuracy
-        self.accuracy_last = accuracy
+            self.accuracy_first, self.accuracy_first_version = accuracy, policy_version
+        self.accuracy_last, self.accuracy_last_version = accuracy, policy_version
 
     @property
     def gate_acceptance(self) -> float | None:
         return self._recent_accepted.mean
+
+    @property
+    def num_recently_screened(self) -> int:
+        """Prompts that `gate_acceptance` and `reward_mean` are of."""
+        return len(self._recent_accepted)
 
     @property
     def expected_yield(self) -> float:
@@ -124,7 +131,8 @@ class RunStatistics:
 
     @property
     def reward_mean(self) -> float | None:
-        """Mean pass rate of screening samples: the prompt distribution, before the gate."""
+        """Mean pass rate of the last prompts before the gate selects: of the screening samples, or
+        of whole groups where there is no gate. None before the first."""
         return self._recent_pass_rates.mean
 
     @property

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from speed_async.buffer.batches import gate_remedy
+from speed_async.buffer.diagnoses import gate_remedy, shortened
 from speed_async.observe.metrics import Value
 from speed_async.types import GroupEnd
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from speed_async.buffer.evaluations import Accuracy
+    from speed_async.buffer.membership import ActorState
     from speed_async.buffer.service import BufferService
+    from speed_async.config.schema import Config
 
 
 def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
@@ -28,7 +32,7 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
         "trained_tokens_per_s": statistics.trained_per_s(now_s),
         "tokens_generated": lifecycle.ledger.tokens_generated,
         "tokens_evaluation": lifecycle.ledger.evaluation.tokens,
-        "gate_acceptance": statistics.gate_acceptance,
+        "gate_acceptance": statistics.gate_acceptance if has_gate(config) else None,
         "buffer_groups": len(lifecycle.buffer),
         "buffer_capacity": config.buffer.capacity_groups,
         "in_flight_groups": lifecycle.leases.num_training,
@@ -37,10 +41,12 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
         "staleness_max": statistics.staleness_max,
         "max_staleness": config.buffer.max_staleness,
         "actors_alive": len(present),
-        "actors_slots_busy": sum(state.gauges.get("slots_busy", 0.0) for state in present),
-        "actors_slots": sum(state.gauges.get("num_slots", 0.0) for state in present),
+        "actors_slots_busy": _gauge_sum(present, "slots_busy"),
+        "actors_slots": _gauge_sum(present, "num_slots"),
         "reward_mean": statistics.reward_mean,
+        "diagnoses": "\n".join(service.diagnoses.active),
         "accuracy": statistics.accuracy_last,
+        "accuracy_version": statistics.accuracy_last_version,
         "accuracy_before": statistics.accuracy_first,
         "bottleneck": statistics.bottleneck(),
         "eta_s": statistics.eta_s(config.run.updates - service.policy_version),
@@ -59,6 +65,17 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
     return values | service.learner.weight_times.values(service.policy_version, present, now_s)
 
 
+def has_gate(config: Config) -> bool:
+    """Whether prompts are screened at all: without a gate there is no share that passes it."""
+    return config.gate.mode != "off"
+
+
+def _gauge_sum(present: Sequence[ActorState], name: str) -> float | None:
+    """Over the actors that reported it; None when nobody did."""
+    told = [state.gauges[name] for state in present if name in state.gauges]
+    return sum(told) if told else None
+
+
 def evaluation_values(whole: Accuracy) -> dict[str, Value]:
     """What an evaluation event adds."""
     return {
@@ -75,45 +92,62 @@ def stall_reason(service: BufferService) -> str:
     lifecycle, statistics = service.lifecycle, service.statistics
     present = service.membership.present()
     failures = ", ".join(f"{n} x {kind}" for kind, n in lifecycle.ledger.failures.items())
-    facts = [
-        f"{len(present)} actor{'s' if len(present) != 1 else ''} present",
-        f"{statistics.num_screened} prompts screened",
-        f"{statistics.num_accepted} passed the gate",
-        f"pass rate of the last ones {statistics.reward_mean or 0.0:.3f}",
-        f"failed groups: {failures or 'none'}",
-    ]
+    facts = [f"{len(present)} actor{'s' if len(present) != 1 else ''} present"]
+    if has_gate(service.config):
+        facts += [f"{statistics.num_screened} prompts screened"]
+        facts += [f"{statistics.num_accepted} passed the gate"]
+    else:
+        facts += [f"{statistics.num_screened} prompts sampled"]
+    if statistics.reward_mean is not None:
+        facts += [f"pass rate of the last ones {statistics.reward_mean:.3f}"]
+    facts += [f"failed groups: {failures or 'none'}"]
     if unusable := lifecycle.unusable.describe():
         facts.append(unusable)
-    if not present:
-        remedy = "no actor joined or stayed; read logs/actor-*.log"
-    elif statistics.num_screened and not statistics.num_accepted:
-        remedy = gate_remedy(service.config.gate, statistics.reward_mean or 0.0)
-    else:
-        remedy = "raise cluster.stall_timeout_s, or lower learner.groups_per_update"
-    return "; ".join(facts) + f". Remedy: {remedy}"
+    return "; ".join(facts) + f". {_stall_remedy(service, len(present))}"
+
+
+def _stall_remedy(service: BufferService, num_present: int) -> str:
+    """The diagnoses that hold, or what the counts alone suggest."""
+    statistics, ledger = service.statistics, service.lifecycle.ledger
+    if not num_present:
+        return "Remedy: no actor joined or stayed; read logs/actor-*.log"
+    if active := service.diagnoses.active:
+        return "; ".join(active)
+    failed = ledger.failures
+    if failed and sum(failed.values()) >= statistics.num_screened:
+        kind = max(failed, key=lambda kind: failed[kind])
+        example = shortened(ledger.failure_examples.get(kind, kind))
+        return f"Remedy: prompts fail, for example: {example}"
+    if statistics.num_screened and not statistics.num_accepted:
+        return f"Remedy: {gate_remedy(service.config.gate, statistics.reward_mean or 0.0)}"
+    return "Remedy: raise cluster.stall_timeout_s, or lower learner.groups_per_update"
 
 
 def summary_values(
     service: BufferService, now_s: float, *, final_evaluated: bool
 ) -> dict[str, object]:
-    """The service's part of summary.json. `accuracy_after` is the last version's, or None. `wall_s`
-    is the machine's time, which stands still while nobody can go on (observe/metrics.py)."""
+    """The service's part of summary.json. `accuracy_after` is the last version's, or None where
+    that was not measured or no update was made. `wall_s` is the machine's time, which stands still
+    while nobody can go on (observe/metrics.py)."""
     lifecycle, statistics = service.lifecycle, service.statistics
     first_s = statistics.first_token_s
     generating_s = now_s - first_s if first_s is not None else 0.0
     tokens = lifecycle.ledger.tokens_generated
+    is_later = statistics.accuracy_last_version != statistics.accuracy_first_version
     return {
         "accuracy_before": statistics.accuracy_first,
-        "accuracy_after": statistics.accuracy_last if final_evaluated else None,
+        "accuracy_before_version": statistics.accuracy_first_version,
+        "accuracy_after": statistics.accuracy_last if final_evaluated and is_later else None,
         "accuracy_last": statistics.accuracy_last,
+        "accuracy_last_version": statistics.accuracy_last_version,
         "wall_s": now_s - service.started_s,
         "tokens_generated": tokens,
         "completions_generated": lifecycle.ledger.completions_generated,
-        "tokens_per_s": tokens / generating_s if generating_s > 0 else 0.0,
+        "tokens_per_s": tokens / generating_s if generating_s > 0 else None,
         "prompts_screened": statistics.num_screened,
         "distinct_prompts_screened": len(statistics.prompts_seen),
         "distinct_prompts_accepted": len(statistics.prompts_accepted),
-        "gate_acceptance": statistics.gate_acceptance_overall,
+        "gate_acceptance": statistics.gate_acceptance_overall if has_gate(service.config) else None,
         "staleness_mean": statistics.staleness_mean,
         "staleness_max": statistics.staleness_max,
         "weights": service.learner.weight_times.summary(),
@@ -121,6 +155,7 @@ def summary_values(
         "messages_refused": service.gatekeeper.num_refused + service.gatekeeper.num_malformed,
         "actors": lifecycle.ledger.by_actor(),
         "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
+        "diagnoses": service.diagnoses.record(),
         "lives": service.life + 1,
         "updates_repeated": service.lifecycle.lineage.num_repeated,
         "updates_repeated_alike": service.lifecycle.lineage.num_repeated_alike,
@@ -141,7 +176,9 @@ def _learner_times(service: BufferService) -> dict[str, float]:
 
 def _actor_times(service: BufferService) -> dict[str, float]:
     """Seconds of all actors' engines, by what they went into, as last reported."""
-    gauges = [state.gauges for state in service.membership.actors.values()]
+    gauges = [state.gauges for state in service.membership.actors.values() if state.gauges]
+    if not gauges:
+        return {}
     sampling_s = sum(gauge.get("sampling_s", 0.0) for gauge in gauges)
     updating_s = sum(gauge.get("updating_s", 0.0) for gauge in gauges)
     uptime_s = sum(gauge.get("uptime_s", 0.0) for gauge in gauges)

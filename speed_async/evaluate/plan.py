@@ -1,6 +1,7 @@
 """Held-out evaluation as leases: when it is due, what is left to sample, what came out."""
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -12,8 +13,9 @@ class Accuracy:
     """The version that was asked for."""
     num_passed: int
     num_completions: int
-    oldest_version: int
-    newest_version: int
+    oldest_version: int | None
+    """Of the tokens; None when there are none."""
+    newest_version: int | None
 
     @property
     def accuracy(self) -> float:
@@ -57,7 +59,11 @@ class EvaluationPlan:
         self._pending.append(prompt_id)
 
     def record(
-        self, num_passed: int, num_completions: int, oldest_version: int, newest_version: int
+        self,
+        num_passed: int,
+        num_completions: int,
+        oldest_version: int | None,
+        newest_version: int | None,
     ) -> Accuracy | None:
         """Count one prompt; returns the accuracy when it was the last one."""
         assert self._target is not None, "no evaluation runs"
@@ -77,8 +83,12 @@ class EvaluationPlan:
             policy_version=self._target,
             num_passed=sum(part.num_passed for part in self._results),
             num_completions=sum(part.num_completions for part in self._results),
-            oldest_version=min(part.oldest_version for part in self._results),
-            newest_version=max(part.newest_version for part in self._results),
+            oldest_version=min(_known(part.oldest_version for part in self._results), default=None),
+            newest_version=max(_known(part.newest_version for part in self._results), default=None),
         )
         self._target = None
         return whole
+
+
+def _known(versions: Iterable[int | None]) -> list[int]:
+    return [version for version in versions if version is not None]

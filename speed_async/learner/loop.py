@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from speed_async.config.schema import Config
-from speed_async.errors import DeadlineExceeded, RoleError
+from speed_async.errors import DeadlineExceeded, RoleError, SpeedAsyncError
 from speed_async.learner.checkpointing import Checkpointer
 from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox
 from speed_async.learner.progress import Progress, Restored
 from speed_async.learner.publishing import Publisher
 from speed_async.learner.trainer import UpdateResult
+from speed_async.observe.summary import STOPPING
 from speed_async.types import Group, WeightBackend
 from speed_async.weights.canary import Canary
 from speed_async.weights.channel import NamedTensor, WeightSender
@@ -47,7 +48,8 @@ class Finished:
     """How the run ended."""
 
     reason: str
-    completed: bool
+    outcome: str
+    """"completed", "stopped" or "nothing_learned" (observe/metrics.py)."""
     policy_version: int
     optimizer_updates: int
     completions_trained: int
@@ -60,6 +62,10 @@ class Finished:
     notices: tuple[str, ...]
     """What a person should know of, besides."""
     service_fields: dict[str, object]
+
+    @property
+    def completed(self) -> bool:
+        return self.outcome == "completed"
 
 
 class LearnerLoop:
@@ -107,6 +113,7 @@ class LearnerLoop:
         self._notices = list(restored.notices) if restored else []
         self._untold = ""
         """A notice that the service has not been told yet."""
+        self._told_of_skipping = False
 
     @property
     def _version(self) -> int:
@@ -119,15 +126,25 @@ class LearnerLoop:
     async def run(self, hello: m.Hello) -> Finished:
         """Train until `run.updates` or a stop; raises what ends the run badly."""
         await self._begin(hello)
-        wait_s = sync_s = 0.0
-        while self._goes_on and not self._stop.is_set():
-            began_s = self._clock()
-            groups = await self._take_batch()
-            if groups is None:
-                break
-            wait_s = self._clock() - began_s
-            sync_s = await self._update(groups, wait_s, sync_s)
-        return await self._finish()
+        announcing = asyncio.create_task(self._announce_stop(), name="stop")
+        try:
+            sync_s: float | None = None
+            while self._goes_on and not self._stop.is_set():
+                began_s = self._clock()
+                groups = await self._take_batch()
+                if groups is None:
+                    break
+                sync_s = await self._update(groups, self._clock() - began_s, sync_s)
+            return await self._finish()
+        finally:
+            announcing.cancel()
+
+    async def _announce_stop(self) -> None:
+        """An update may take minutes: whoever asked for a stop sees at once that it was heard."""
+        await self._stop.wait()
+        self._log(STOPPING)
+        with contextlib.suppress(SpeedAsyncError):  # the run may have ended meanwhile
+            await self._link.send(m.StopAsked())
 
     async def _begin(self, hello: m.Hello) -> None:
         """Say hello; where there is a version already, give it to the actors that wait for it."""
@@ -191,8 +208,11 @@ class LearnerLoop:
                 if not self._is_catching_up:
                     return None
 
-    async def _update(self, groups: list[Group], wait_s: float, last_sync_s: float) -> float:
-        """One optimiser update and its broadcast; returns the seconds the broadcast took."""
+    async def _update(
+        self, groups: list[Group], wait_s: float, last_sync_s: float | None
+    ) -> float | None:
+        """One optimiser update and its broadcast; returns the seconds the broadcast took, or None
+        when there was none."""
         result = await asyncio.to_thread(self._updates.update, groups)
         lease_ids = [group.lease_id for group in groups]
         self._progress = self._progress.updated(
@@ -202,10 +222,14 @@ class LearnerLoop:
         metrics |= {
             "time/wait_s": wait_s,
             "time/train_s": result.train_s,
-            "time/sync_s": last_sync_s,
             "completions_per_update": float(result.completions),
             "completions_trained": float(self._progress.completions_trained),
         }
+        if last_sync_s is not None:
+            metrics["time/sync_s"] = last_sync_s
+        if result.skipped and not self._told_of_skipping:
+            self._told_of_skipping = True
+            self._tell(f"update {self._version} was skipped, {result.skip_reason}")
         notice, self._untold = self._untold, ""
         await self._link.send(
             m.Trained(
@@ -220,7 +244,7 @@ class LearnerLoop:
             )
         )
         if self._is_catching_up:
-            return 0.0
+            return None
         began_s = self._clock()
         await self._publisher.publish(self._version)
         sync_s = self._clock() - began_s
@@ -261,7 +285,12 @@ class LearnerLoop:
         if is_due:
             self._progress = await self._checkpointer.prepare(self._progress)
         await self._link.send(
-            m.FinishRun(policy_version=self._version, evaluate=evaluate, reason=reason)
+            m.FinishRun(
+                policy_version=self._version,
+                evaluate=evaluate,
+                reason=reason,
+                stopped=not completed,
+            )
         )
         summarising = asyncio.create_task(self._await_summary(evaluate=evaluate), name="summary")
         save_error = ""
@@ -274,8 +303,8 @@ class LearnerLoop:
                 save_error = f"the last checkpoint could not be saved: {error}"
         summary = await summarising
         return Finished(
-            reason=reason,
-            completed=completed,
+            reason=str(summary.fields.get("reason", reason)),
+            outcome=str(summary.fields.get("outcome", "completed" if completed else "stopped")),
             policy_version=self._version,
             optimizer_updates=self._version - self._progress.num_skipped,
             completions_trained=self._progress.completions_trained,

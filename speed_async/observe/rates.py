@@ -26,11 +26,11 @@ class WindowedRate:
         self._sum += amount
         self._forget(now_s)
 
-    def per_s(self, now_s: float) -> float:
-        """0.0 before any time has passed."""
+    def per_s(self, now_s: float) -> float | None:
+        """None before any time has passed."""
         self._forget(now_s)
         elapsed_s = min(self._window_s, now_s - self._start_s)
-        return self._sum / elapsed_s if elapsed_s > 0 else 0.0
+        return self._sum / elapsed_s if elapsed_s > 0 else None
 
     def _forget(self, now_s: float) -> None:
         while self._amounts and self._amounts[0][0] <= now_s - self._window_s:

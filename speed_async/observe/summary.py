@@ -1,5 +1,6 @@
 """The closing words of a run, for its terminal."""
 
+import shlex
 import textwrap
 from collections.abc import Mapping
 
@@ -19,6 +20,12 @@ ENDS = (
 """Order of the ledger's rows; ends the ledger adds come after."""
 WHOLE = "generated"
 """The ledger row that the others add up to; evaluation is no group of training, so not there."""
+MAX_EXAMPLE_CHARS = 240
+STOPPING = (
+    "stopping: the update under way is finished, then a checkpoint and the summary are written; "
+    "press Ctrl-C again to end at once without them"
+)
+"""The answer to the first Ctrl-C."""
 
 
 def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> str:
@@ -27,6 +34,7 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
     Keys as the service and the learner report them; what is missing is a dash. `breakdown` adds
     where the time of learner and actors went.
     """
+    gate = _number(summary, "gate_acceptance")
     facts = [
         ("accuracy", _accuracy_change(summary)),
         ("wall time", duration(_number(summary, "wall_s"))),
@@ -40,7 +48,7 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
             f"{_count(summary, 'tokens_generated')} tokens,"
             f" {count(_number(summary, 'tokens_per_s'))} tokens/s",
         ),
-        ("gate", f"{percent(_number(summary, 'gate_acceptance'))} of screened prompts continued"),
+        ("gate", DASH if gate is None else f"{percent(gate)} of screened prompts continued"),
         (
             "staleness",
             f"mean {decimal(_number(summary, 'staleness_mean'), 2)},"
@@ -51,17 +59,45 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
         alike = count(_number(summary, "updates_repeated_alike"))
         text = f"{count(repeated)} updates as the journal has them, {alike} bit for bit alike"
         facts.append(("repeated", text))
-    lines = [f"run ended: {summary.get('reason') or DASH}", ""]
+    lines = [*textwrap.wrap(f"run ended: {summary.get('reason') or DASH}", 80), ""]
     lines += [f"  {name:<12}{text}" for name, text in facts]
     lines += ["", *_ledger_lines(summary.get("ledger")), ""]
     if breakdown:
         lines += [*_breakdown_lines(summary.get("breakdown")), ""]
-    notices = summary.get("notices")
-    for notice in notices if isinstance(notices, list) else ():
-        head = f"  {'note':<12}"
-        lines += [*textwrap.wrap(head + str(notice), 80, subsequent_indent=" " * len(head)), ""]
-    lines.append(f"  {'files':<12}{summary.get('run_folder') or DASH}")
+    for diagnosis in _items(summary, "diagnoses"):
+        lines += [*_paragraph("diagnosis", _diagnosis(diagnosis)), ""]
+    for notice in _items(summary, "notices"):
+        lines += [*_paragraph("note", str(notice)), ""]
+    folder = summary.get("run_folder")
+    lines.append(f"  {'files':<12}{folder or DASH}")
+    if folder and summary.get("completed") is False:
+        lines.append(resume_line(str(folder)))
     return "\n".join(lines) + "\n"
+
+
+def resume_line(run_folder: str) -> str:
+    """The command that goes on with a run that is not finished."""
+    return f"  {'resume':<12}speed-async train --resume {shlex.quote(run_folder)}"
+
+
+def _items(summary: Mapping[str, object], key: str) -> list[object]:
+    value = summary.get(key)
+    return value if isinstance(value, list) else []
+
+
+def _paragraph(label: str, text: str) -> list[str]:
+    head = f"  {label:<12}"
+    return textwrap.wrap(head + " ".join(text.split()), 80, subsequent_indent=" " * len(head))
+
+
+def _diagnosis(diagnosis: object) -> str:
+    """Its text, and when it was over if it was not there to the end."""
+    if not isinstance(diagnosis, Mapping):
+        return str(diagnosis)
+    text, version = str(diagnosis.get("text")), diagnosis.get("last_version")
+    if diagnosis.get("active_at_end") is False:
+        text += f" (over since {duration(diagnosis.get('last_s'))}, version {version})"
+    return text
 
 
 def _breakdown_lines(breakdown: object) -> list[str]:
@@ -78,11 +114,17 @@ def _breakdown_lines(breakdown: object) -> list[str]:
 
 
 def _accuracy_change(summary: Mapping[str, object]) -> str:
-    before, after = _number(summary, "accuracy_before"), _number(summary, "accuracy_after")
-    text = f"{_accuracy(before)} -> {_accuracy(after)}"
-    if before is None or after is None:
-        return text
-    return f"{text}  ({100 * (after - before):+.1f} points)"
+    """From the first measured to the last measured, which need not be the last version's."""
+    before, last = _number(summary, "accuracy_before"), _number(summary, "accuracy_last")
+    if before is None or last is None:
+        return DASH
+    first_version = summary.get("accuracy_before_version")
+    last_version = summary.get("accuracy_last_version")
+    if first_version == last_version:
+        return f"{_accuracy(before)} at version {first_version}, the only one measured"
+    change = f"{_accuracy(before)} -> {_accuracy(last)}  ({100 * (last - before):+.1f} points)"
+    is_final = _number(summary, "accuracy_after") is not None
+    return change if is_final else f"{change} at version {last_version}, the last one measured"
 
 
 def _accuracy(share: float | None) -> str:
@@ -106,11 +148,27 @@ def _ledger_lines(ledger: object) -> list[str]:
         )
     if WHOLE in seen:
         lines.append(f"    {WHOLE:<14}{_cell(groups, WHOLE):>12}{_cell(tokens, WHOLE):>16}")
-    failures = _table(ledger, "failures")
-    if failures:
-        reasons = ", ".join(f"{reason} ({_cell(failures, reason)})" for reason in failures)
-        lines.append(f"  {'failures':<12}{reasons}")
+    lines += _failure_lines(ledger, "failures", "failures")
+    lines += _failure_lines(ledger, "held_out_failures", "held-out")
     return [*lines, *_verdict(ledger)]
+
+
+def _failure_lines(ledger: Mapping[object, object], key: str, label: str) -> list[str]:
+    """Each kind with its count, and its first example where that says more."""
+    failures, examples = _table(ledger, key), ledger.get("failure_examples")
+    if not failures:
+        return []
+    reasons = ", ".join(f"{reason} ({_cell(failures, reason)})" for reason in failures)
+    lines = _paragraph(label, reasons if label == "failures" else f"failed: {reasons}")
+    for kind in failures:
+        example = examples.get(kind) if isinstance(examples, Mapping) else None
+        if example and example != kind:
+            lines += _paragraph("", f"first: {_short(str(example))}")
+    return lines
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(text, MAX_EXAMPLE_CHARS, placeholder=" ...")
 
 
 def _verdict(ledger: Mapping[object, object]) -> list[str]:

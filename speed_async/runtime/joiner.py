@@ -176,5 +176,5 @@ async def _until_end(feed: FeedSubscriber, silence_s: float) -> None:
     DeadlineExceeded when the feed falls silent."""
     while (event := await feed.receive(silence_s)).kind != "end":
         pass
-    if event.values.get("ok") is not True:
+    if event.values.get("outcome") == "failed":
         raise SpeedAsyncError(f"the run failed: {event.values.get('reason')}")

@@ -6,7 +6,6 @@ waits for  the service's ports, the service's messages (learner/loop.py), the ch
 import asyncio
 import contextlib
 import importlib
-import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,11 +14,12 @@ from speed_async.errors import RoleError, RunFinished, SpeedAsyncError
 from speed_async.observe.report import plot_accuracy, summary_text
 from speed_async.runtime.failure import describe
 from speed_async.runtime.identity import Identity
-from speed_async.runtime.life import Life, begin_life, remember_ports
+from speed_async.runtime.life import Life, begin_life, recorded_outcome, remember_ports
 from speed_async.runtime.processes import end_process, log_to, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
 from speed_async.runtime.run_folder import RunFolder
 from speed_async.runtime.service_process import ServiceProcess
+from speed_async.runtime.stopping import Stopping
 from speed_async.wire import messages as m
 from speed_async.wire.curve import client_keys
 from speed_async.wire.session import SessionLink
@@ -37,15 +37,14 @@ UPLOAD_GRACE_S = 60.0
 FAILED_GRACE_S = 1.0
 
 
-async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
+async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
     """One life of a run, seen from its first rank: of a new one, or (`resume`, and after a restart
     of the ranks) of one that was begun before.
 
-    True when the run was completed, False when it was stopped.
+    Returns its outcome (observe/metrics.py); one that failed raises.
     """
-    stop = asyncio.Event()
-    for stopper in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(stopper, stop.set)
+    stopping = Stopping()
+    stopping.listen()
     # torchrun decides how many actors there are, whatever the file says.
     num_actors = rank.world_size - config.cluster.learners
     cluster = config.cluster.model_copy(update={"actors": num_actors})
@@ -57,7 +56,8 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
     except RunFinished as finished:
         await asyncio.to_thread(rendezvous.nothing_to_do)
         sys.stdout.write(f"{finished}\n")
-        return True
+        # Ranks that were started again after the end, and not by a person, end as the run did.
+        return recorded_outcome(begun_in) if begun_in is not None else "completed"
     config, folder = life.config, life.folder
     await asyncio.to_thread(rendezvous.begin, folder.path)
     sys.stderr.writelines(life.first_words())  # on the terminal, while nothing is drawn there yet
@@ -83,8 +83,9 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
         sys.stderr.write(f"actors join at tcp://{address.host}:{address.port}\n")
         await asyncio.to_thread(rendezvous.publish, address)
         console = await _start_console(address, folder)
+        stopping.shown_by(console, folder)
         watch = asyncio.create_task(service.watch(), name="service")
-        finished = await _train(life, identity, rank, address, stop, service, watch)
+        finished = await _train(life, identity, rank, address, stopping.asked, service, watch)
         await asyncio.to_thread(rendezvous.end, life.number)
         grace_s = UPLOAD_GRACE_S if config.observe.wandb else CHILD_GRACE_S
     finally:
@@ -97,7 +98,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
     _write_results(finished, folder, breakdown=config.observe.breakdown)
     if finished.save_error:
         raise RoleError(ROLE, finished.save_error)
-    return finished.completed
+    return finished.outcome
 
 
 async def _start_console(address: ServiceAddress, folder: RunFolder) -> asyncio.subprocess.Process:
@@ -143,9 +144,10 @@ async def _train(
 
 def _write_results(finished: "Finished", folder: RunFolder, *, breakdown: bool) -> None:
     summary = finished.service_fields | {
-        "reason": finished.reason,
-        # A run that lacks its last checkpoint can be resumed for it.
-        "completed": finished.completed and not finished.save_error,
+        "reason": finished.save_error or finished.reason,
+        "outcome": "failed" if finished.save_error else finished.outcome,
+        # Whether there is nothing left to resume for: all updates were made, and saved.
+        "completed": finished.outcome != "stopped" and not finished.save_error,
         "accuracy_reached": finished.accuracy_reached,
         "optimizer_updates": finished.optimizer_updates,
         "skipped_updates": finished.skipped_updates,

@@ -136,6 +136,14 @@ def refuse_finished(config: Config, folder: RunFolder) -> None:
         raise RunFinished(f"the run in '{folder.path}' is finished: {how}")
 
 
+def recorded_outcome(path: Path) -> str:
+    """How the run in this folder ended, by its summary."""
+    try:
+        return str(json.loads(RunFolder(path=path).summary.read_text())["outcome"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return "completed"
+
+
 def remember_ports(life: Life, ports: Ports) -> None:
     """For the next life. Raises OSError."""
     address = {"host": life.config.cluster.host, "port": ports.service, "feed_port": ports.feed}

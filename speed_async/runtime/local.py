@@ -10,7 +10,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from speed_async.config.schema import Config
-from speed_async.runtime.failure import EXIT_FAILED, EXIT_INTERRUPTED
+from speed_async.runtime.failure import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NOTHING_LEARNED
 from speed_async.runtime.processes import ENVIRONMENT
 
 STOP_GRACE_S = 60
@@ -41,8 +41,8 @@ def launch_local(config: Config, arguments: Sequence[str]) -> int:
         start("-m", "speed_async.launch", *arguments)
     except ChildFailedError as failed:
         _, failure = failed.get_first_failure()
-        if failure.exitcode == EXIT_INTERRUPTED:
-            return EXIT_INTERRUPTED
+        if failure.exitcode in (EXIT_INTERRUPTED, EXIT_NOTHING_LEARNED):
+            return failure.exitcode
         sys.stderr.write(f"error: {failure.message}\n")
         return EXIT_FAILED
     except SignalException:

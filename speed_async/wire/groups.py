@@ -55,7 +55,12 @@ class GroupFacts:
 
     num_completions: int
     num_passed: int
-    screening_pass_rate: float
+    screening_pass_rate: float | None
+    num_rewarded: int
+    """Completions with a reward above 0."""
+    num_truncated: int
+    lowest_reward: float
+    highest_reward: float
     oldest_version: int
     mean_version: float
     """Over the tokens."""
@@ -64,6 +69,13 @@ class GroupFacts:
     def pass_rate(self) -> float:
         return self.num_passed / self.num_completions
 
+    @property
+    def unselected_pass_rate(self) -> float:
+        """Of the completions that were sampled whatever the gate decided: those of screening, or
+        all where there is no gate."""
+        screened = self.screening_pass_rate
+        return self.pass_rate if screened is None else screened
+
 
 def weigh_group(message: GroupFinished | BatchGroup, bounds: GroupBounds = NO_BOUNDS) -> GroupFacts:
     """The facts of a group, without making its completions. Raises ProtocolError as `unpack_group`
@@ -71,12 +83,17 @@ def weigh_group(message: GroupFinished | BatchGroup, bounds: GroupBounds = NO_BO
     newest = _check_group(message, bounds)
     versions = message.policy_versions
     oldest = int(_smallest(versions))
-    passed = [reward >= PASS_REWARD for reward in message.rewards.tolist()]
+    rewards = message.rewards.tolist()
+    passed = [reward >= PASS_REWARD for reward in rewards]
     num_screening = message.num_screening
     return GroupFacts(
         num_completions=len(passed),
         num_passed=sum(passed),
-        screening_pass_rate=sum(passed[:num_screening]) / max(num_screening, 1),
+        screening_pass_rate=sum(passed[:num_screening]) / num_screening if num_screening else None,
+        num_rewarded=sum(reward > 0.0 for reward in rewards),
+        num_truncated=sum(message.cut.tolist()),
+        lowest_reward=min(rewards),
+        highest_reward=max(rewards),
         oldest_version=oldest,
         mean_version=float(oldest if oldest == newest else versions.mean()),
     )

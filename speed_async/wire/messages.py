@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from speed_async.types import ActorCounts, Float32Array, Int32Array
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 DRAINED = "drained"
 """The reason of a LeaseFailed that says nothing about its prompt."""
@@ -95,6 +95,8 @@ class ScreenedOut(Counted):
     lease_id: int
     num_passed: int
     num_completions: int
+    num_truncated: int
+    """Completions that ran into a length limit."""
     num_tokens: int
 
 
@@ -115,8 +117,10 @@ class Evaluated(Counted):
     lease_id: int
     num_passed: int
     num_completions: int
+    num_truncated: int
     num_tokens: int
     oldest_version: int
+    """Of the tokens; of no meaning, and 0, when there are none."""
     newest_version: int
 
 
@@ -284,6 +288,13 @@ class FinishRun(Message):
     policy_version: int
     evaluate: bool
     reason: str
+    stopped: bool = False
+    """A person or a scheduler asked for it before the run was complete."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StopAsked(Message):
+    """A signal came: FinishRun follows when the update under way is done. For people to see."""
 
 
 # --- service -> learner -------------------------------------------------------------------------

@@ -1,0 +1,47 @@
+"""Reads what wandb wrote offline: a log file as LevelDB has it, of protobuf messages."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from wandb.proto import wandb_internal_pb2
+
+HEADER_BYTES = 7
+"""Of the file, and of each part of a record."""
+BLOCK_BYTES = 32 * 1024
+FULL, FIRST, LAST = 1, 2, 4
+
+
+def history(path: Path) -> list[dict[str, object]]:
+    """The rows of a `run-ID.wandb`, in order."""
+    rows = []
+    for payload in _payloads(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(payload)
+        if record.WhichOneof("record_type") == "history":
+            rows.append({_key(item): json.loads(item.value_json) for item in record.history.item})
+    return rows
+
+
+def _key(item: wandb_internal_pb2.HistoryItem) -> str:
+    return item.key or ".".join(item.nested_key)
+
+
+def _payloads(content: bytes) -> Iterator[bytes]:
+    place, payload = HEADER_BYTES, b""
+    while place + HEADER_BYTES <= len(content):
+        left = BLOCK_BYTES - place % BLOCK_BYTES
+        if left < HEADER_BYTES:  # the end of a block is padding
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + HEADER_BYTES])
+        place += HEADER_BYTES
+        payload = (
+            content[place : place + length]
+            if kind in (FULL, FIRST)
+            else (payload + content[place : place + length])
+        )
+        place += length
+        if kind in (FULL, LAST):
+            yield payload
