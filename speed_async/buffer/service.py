@@ -198,13 +198,16 @@ class BufferService:
     # --- peers -----------------------------------------------------------------------------
 
     def _on_join(self, peer: str, join: Join, now_s: float) -> None:
-        if self._ending.finish is not None:
+        if self._ending.finish is not None and not join.has_rank:
             self.send(peer, m.Rejected(reason="this run is ending"))
             return
+        index = join.rank if join.has_rank else self.membership.admit(peer)
+        life = self.life if join.has_rank else 0
         accepted = JoinAccepted(
-            index=self.membership.admit(peer),
+            index=index,
             config=self.config.model_dump_json(),
             feed_port=self._feed_port,
+            incarnation=self.membership.next_incarnation(index, life),
         )
         self.send(peer, accepted)
 

@@ -1,11 +1,12 @@
 """How a role's error reaches the end of the run: one line of text in a file of its own."""
 
 import contextlib
+import shlex
 import sys
 import traceback
 from pathlib import Path
 
-from speed_async.errors import ConfigError, RoleError, SpeedAsyncError
+from speed_async.errors import ConfigError, LostRun, RoleError, SpeedAsyncError
 
 EXIT_FAILED = 1
 EXIT_NOTHING_LEARNED = 3
@@ -16,6 +17,10 @@ EXIT_GIVEN_UP = 75
 """An actor given up as lost, or without whole weights: its supervisor starts another."""
 EXIT_INTERRUPTED = 130
 """Stopped by a signal, in order: with a checkpoint and a summary."""
+
+
+def exit_status(error: BaseException) -> int:
+    return EXIT_LOST_RUN if isinstance(error, LostRun) else EXIT_FAILED
 
 
 def describe(role: str, error: BaseException) -> str:
@@ -38,3 +43,8 @@ def record(path: Path, role: str, error: BaseException) -> str:
 
 def recorded(path: Path) -> str | None:
     return path.read_text() if path.is_file() else None
+
+
+def to_go_on(run_folder: Path | str) -> str:
+    """What resumes this run."""
+    return f"to go on: speed-async train --resume {shlex.quote(str(run_folder))}"

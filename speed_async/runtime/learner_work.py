@@ -15,7 +15,7 @@ from speed_async.learner.parallel import SingleRank
 from speed_async.learner.progress import Progress, Restored
 from speed_async.learner.trainer import Trainer
 from speed_async.runtime.life import Life
-from speed_async.runtime.rendezvous import Rank
+from speed_async.runtime.rank import Rank
 from speed_async.tasks.registry import make_task
 from speed_async.tasks.task import fingerprint
 from speed_async.weights.broadcast import TorchSender
