@@ -14,6 +14,7 @@ from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigErrors, RunFinished, SpeedAsyncError
 from speed_async.runtime.event_loop import run
+from speed_async.runtime.failure import exit_status
 from speed_async.runtime.life import check_resumable
 from speed_async.runtime.preflight.findings import CHECKED
 
@@ -55,11 +56,37 @@ class WithOverrides(click.Command):
     type=click.Path(path_type=Path),
     help="Go on with the run in this folder, from its newest whole checkpoint.",
 )
-def train(config: str | None, overrides: tuple[str, ...], run_folder: Path | None) -> None:
-    """Train on this machine as CONFIG says. OVERRIDES look like --learner.lr 1e-4.
+@click.option(
+    "--nnodes",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Machines of this run; start this command on each of them.  [default: 1]",
+)
+@click.option(
+    "--node-rank",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Which of them this machine is; the learner is on 0.  [default: 0]",
+)
+@click.option(
+    "--nproc-per-node",
+    type=click.IntRange(min=1),
+    help="Processes on each of them; the first one of all learns.  [default: cluster.learners and "
+    "cluster.actors, shared evenly]",
+)
+def train(
+    config: str | None,
+    overrides: tuple[str, ...],
+    run_folder: Path | None,
+    nnodes: int,
+    node_rank: int,
+    nproc_per_node: int | None,
+) -> None:
+    """Train as CONFIG says. OVERRIDES look like --learner.lr 1e-4.
 
-    Starts one learner and cluster.actors actors under torchrun's elastic launcher. With --resume
-    there is no CONFIG: the run has its own, and bears some overrides, such as --run.updates 200.
+    Starts one learner and cluster.actors actors on this machine, or this machine's share of them
+    with --nnodes and --node-rank. With --resume there is no CONFIG: the run has its own, and bears
+    some overrides, such as --run.updates 200.
     """
     if run_folder is None:
         if config is None:
@@ -78,10 +105,11 @@ def train(config: str | None, overrides: tuple[str, ...], run_folder: Path | Non
             return
         _warn(refuse_what_cannot_run(resolved, resume=True))
         arguments = ["--resume", str(run_folder), *overrides]
-    from speed_async.runtime.local import launch_local
+    from speed_async.runtime.launcher import launch_node, node_of
 
     os.environ[CHECKED] = "yes"
-    sys.exit(launch_local(resolved, arguments))
+    node = node_of(resolved, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)
+    sys.exit(launch_node(resolved, arguments, node))
 
 
 @commands.command(cls=WithOverrides, context_settings=PASS_ON)
@@ -238,7 +266,7 @@ def main() -> None:
         commands(standalone_mode=False)
     except SpeedAsyncError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        sys.exit(exit_status(error))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

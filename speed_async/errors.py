@@ -102,6 +102,10 @@ class GivenUp(SpeedAsyncError):
     """The service took this incarnation of an actor for dead; a new one may take its place."""
 
 
+class LostRun(SpeedAsyncError):
+    """Nobody answers for the run any more, or ever did."""
+
+
 class RunFinished(SpeedAsyncError):
     """A run that was to go on has nothing left to do (the text says what would make it go on)."""
 

@@ -1,10 +1,10 @@
-"""One torchrun rank: gives it its role and runs it.
+"""One rank of a run: gives it its role and runs it.
 
     torchrun --nproc-per-node 3 -m speed_async.launch CONFIG [--section.field value ...]
     torchrun --nproc-per-node 3 -m speed_async.launch --resume RUN_DIR [--section.field value ...]
 
-Ranks below `cluster.learners` learn; every further rank supervises an actor. Errors go to the
-terminal in one line and to torchrun's error file.
+Ranks below `cluster.learners` learn; every further rank supervises an actor. A rank whose launcher
+dies drains, as at SIGTERM. Errors go to the launcher in one line: torchrun's error file.
 """
 
 import json
@@ -14,46 +14,46 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from speed_async.config.load import load_config
 from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
-from speed_async.errors import ConfigError, SpeedAsyncError
+from speed_async.errors import SpeedAsyncError
 from speed_async.runtime.event_loop import run
-from speed_async.runtime.failure import EXIT_FAILED, EXIT_STATUS, describe
+from speed_async.runtime.failure import EXIT_FAILED, EXIT_STATUS, describe, exit_status
+from speed_async.runtime.launcher import PROCESS_VARIABLE
 from speed_async.runtime.preflight.findings import CHECKED
-
-if TYPE_CHECKING:
-    from speed_async.runtime.rendezvous import Rank
+from speed_async.runtime.processes import die_with_parent
+from speed_async.runtime.rank import Rank, check_world, refuse_elastic
 
 USAGE = "usage: torchrun ... -m speed_async.launch CONFIG|--resume RUN_DIR [--section.field value]"
 RESUME = "--resume"
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status of this rank: 0 done, 130 stopped by a signal, 3 nothing learned, 1 failed."""
+    """Exit status of this rank: that of the run's outcome, 69 when the run is lost, 1 failed."""
     role = "launch"
     # Until the role has its own handlers, a signal ends this process without a trace.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    launcher = os.environ.get(PROCESS_VARIABLE)
+    die_with_parent(int(launcher) if launcher else None, signal.SIGTERM)
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             raise SpeedAsyncError(USAGE)
-        from speed_async.runtime.rendezvous import Rank  # torch: seconds to import
-
         rank = Rank.from_environment()
+        refuse_elastic()
         config, resume = _read_config(arguments)
         leads = rank.rank < config.cluster.learners
         role = "learner" if leads else f"actor-{rank.rank}"
-        _check_world(config, rank)
+        check_world(config, rank)
         if rank.rank == 0:
             _check_run(config, rank, resume=resume)
         return run_rank(config, rank, resume=resume)
     except SpeedAsyncError as error:
-        return fail(describe(role, error))
+        return fail(describe(role, error), exit_status(error))
     except Exception as error:  # the rank's boundary: its trace is in the run folder's logs
         traceback.print_exc()
-        return fail(describe(role, error))
+        return fail(describe(role, error), EXIT_FAILED)
 
 
 def _read_config(arguments: list[str]) -> tuple[Config, bool]:
@@ -68,31 +68,31 @@ def _read_config(arguments: list[str]) -> tuple[Config, bool]:
     return load_config(first, rest), False
 
 
-def run_rank(config: Config, rank: "Rank", *, resume: bool) -> int:
+def run_rank(config: Config, rank: Rank, *, resume: bool) -> int:
     if rank.rank < config.cluster.learners:
         from speed_async.runtime.learner_role import lead_run
 
         return EXIT_STATUS[run(lead_run(config, rank, resume=resume))]
-    from speed_async.runtime.actor_rank import supervise_rank
+    from speed_async.runtime.actor_rank import supervise_rank  # torch: seconds to import
 
     run(supervise_rank(config, rank))
     return 0
 
 
-def fail(text: str) -> int:
-    """Hand the error to torchrun, which prints the first one of all ranks when it ends.
+def fail(text: str, status: int) -> int:
+    """Hand the error to the launcher, which prints the first one of all ranks when it ends.
 
-    Outside torchrun there is nobody to hand it to, and it is printed here.
+    Outside of a launcher there is nobody to hand it to, and it is printed here.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file is None:
         sys.stderr.write(f"error: {text}\n")
     else:
         Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
-    return EXIT_FAILED
+    return status
 
 
-def _check_run(config: Config, rank: "Rank", *, resume: bool) -> None:
+def _check_run(config: Config, rank: Rank, *, resume: bool) -> None:
     """Raise SpeedAsyncError with all that would keep this run from working, before it has a folder.
 
     `speed-async train` has done so before it started any rank, and so has a life before this one.
@@ -101,27 +101,8 @@ def _check_run(config: Config, rank: "Rank", *, resume: bool) -> None:
         return
     from speed_async.runtime.preflight.checks import refuse_what_cannot_run
 
-    actors_here = rank.world_size == rank.local_world_size
-    warnings = refuse_what_cannot_run(config, resume=resume, actors_here=actors_here)
+    warnings = refuse_what_cannot_run(config, resume=resume, actors_here=not rank.has_many_nodes)
     sys.stderr.writelines(f"warning: {warning}\n" for warning in warnings)
-
-
-def _check_world(config: Config, rank: "Rank") -> None:
-    if rank.world_size <= config.cluster.learners:
-        raise ConfigError(
-            "cluster.learners",
-            config.cluster.learners,
-            f"leaves no rank for an actor among {rank.world_size}; start at least "
-            f"{config.cluster.learners + 1} processes (torchrun --nproc-per-node)",
-        )
-    many_nodes = rank.world_size > rank.local_world_size
-    if many_nodes and config.cluster.is_loopback:
-        raise ConfigError(
-            "cluster.host",
-            config.cluster.host,
-            "this run has several nodes, and actors on other nodes cannot reach a loopback "
-            "address; set the address of the node of rank 0",
-        )
 
 
 if __name__ == "__main__":

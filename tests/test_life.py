@@ -403,7 +403,7 @@ def supervised(
 
     monkeypatch.setattr("speed_async.runtime.supervisor.start_role", start_role)
     (tmp_path / "logs").mkdir()
-    plan = ActorPlan(index=3, host="127.0.0.1", port=port, folder=tmp_path, life=2)
+    plan = ActorPlan(index=3, host="127.0.0.1", port=port, folder=tmp_path, first_incarnation=2000)
 
     async def run() -> float:
         stopping = asyncio.Event()

@@ -102,6 +102,8 @@ class Gatekeeper:
             return f"{kind} is the learner's to send"
         if isinstance(message, m.Failure) and not self._speaks_for_itself(peer, message, key):
             return f"a failure of {message.role[:40]!r} is not for it to tell"
+        if isinstance(message, Join) and message.has_rank:  # nothing is kept of it
+            return self._no_rank(message.rank, key)
         if isinstance(message, m.Hello | Join) and self._membership.num_known >= MAX_KNOWN:
             return f"this run has seen {MAX_KNOWN} actors, and takes no more"
         if isinstance(message, Join) and (reason := self._too_many(key)):
@@ -146,6 +148,14 @@ class Gatekeeper:
         index = role.removeprefix("actor-")
         owner = self._membership.belongs_to(int(index)) if index.isdecimal() else None
         return owner in (None, key)
+
+    def _no_rank(self, rank: int, key: str) -> str | None:
+        """Why a supervisor with this key has not this rank."""
+        if not self._membership.is_rank(f"actor-{rank}"):
+            return f"this run has no actor of rank {rank}"
+        if self._membership.belongs_to(rank) not in (None, key):
+            return f"actor-{rank} belongs to another key"
+        return None
 
     def _too_many(self, key: str) -> str | None:
         """Why nobody more may join now."""

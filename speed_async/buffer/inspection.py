@@ -114,6 +114,8 @@ class Inspection:
             case Join():
                 if not (message.machine and message.machine.isprintable()):
                     yield "machine is no name"
+                if message.rank > MAX_INDEX:
+                    yield f"rank {message.rank} is no rank"
             case m.TakeBatch(num_groups=asked):
                 if not 1 <= asked <= self._capacity_groups:
                     yield f"num_groups must be between 1 and {self._capacity_groups}"

@@ -201,6 +201,17 @@ class Membership:
         if self._is_free(index):  # else a rank has it now
             self._keys.pop(index, None)
 
+    def next_incarnation(self, index: int, life: int) -> int:
+        """The first of an actor whose supervisor begins in this life of the run."""
+        known = [state.incarnation for state in self.actors.values() if state.index == index]
+        for name in self.lost:
+            actor, _, number = name.partition(".")
+            if actor == f"actor-{index}" and number.isdecimal():
+                known.append(int(number))
+        first = life * INCARNATIONS_A_LIFE
+        of_this_life = [number for number in known if number // INCARNATIONS_A_LIFE == life]
+        return max([first, *(number + 1 for number in of_this_life)])
+
     def displaced(self, hello: Hello) -> str | None:
         """Why an actor cannot have the index that it names: a later incarnation has it, or in this
         life of the run, which has more ranks, one of them has it."""

@@ -170,7 +170,7 @@ class BufferService:
 
     def at_once(self, peer: str, message: m.Message, key: str) -> m.Message | None:
         """The answer to what changes nothing, so that there is nothing to record: to a stranger
-        that is not let in, and to a supervisor that joins once more."""
+        that is not let in, to a supervisor that joins once more, and to that of a rank."""
         if isinstance(message, Join) and self._ending.finish is None:
             index = self.membership.index_of(peer)
             if index is not None:
@@ -178,10 +178,12 @@ class BufferService:
         if self.gatekeeper.knows(peer):
             return None
         refusal = self._refusal(peer, message, key)
-        if refusal is None:
-            return None
-        self.gatekeeper.refused(peer)
-        return m.Rejected(reason=refusal[:MAX_REASON_CHARS])
+        if refusal is not None:
+            self.gatekeeper.refused(peer)
+            return m.Rejected(reason=refusal[:MAX_REASON_CHARS])
+        if isinstance(message, Join) and message.has_rank:
+            return self._accepted(message.rank, self.life)
+        return None
 
     def tick(self, now_s: float, loop_lag_s: float = 0.0) -> None:
         """Passing of time: silent actors, the drain's deadline, rates, a status event."""
@@ -240,9 +242,14 @@ class BufferService:
             return
         self.send(peer, self._accepted(self.membership.admit(peer, key, now_s)))
 
-    def _accepted(self, index: int) -> JoinAccepted:
-        config = self.config.model_dump_json()
-        return JoinAccepted(index=index, config=config, feed_port=self._feed_port)
+    def _accepted(self, index: int, life: int = 0) -> JoinAccepted:
+        """`life`: of the run, for one of its ranks."""
+        return JoinAccepted(
+            index=index,
+            config=self.config.model_dump_json(),
+            feed_port=self._feed_port,
+            incarnation=self.membership.next_incarnation(index, life),
+        )
 
     def _on_hello(self, peer: str, hello: m.Hello, now_s: float, key: str) -> None:
         if hello.role == "learner":

@@ -76,8 +76,12 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
 
 
 def resume_line(run_folder: str) -> str:
+    return f"  {'resume':<12}{resume_command(run_folder)}"
+
+
+def resume_command(run_folder: str) -> str:
     """The command that goes on with a run that is not finished."""
-    return f"  {'resume':<12}speed-async train --resume {shlex.quote(run_folder)}"
+    return f"speed-async train --resume {shlex.quote(run_folder)}"
 
 
 def _items(summary: Mapping[str, object], key: str) -> list[object]:

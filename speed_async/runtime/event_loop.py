@@ -1,6 +1,7 @@
-"""One event loop a process: uvloop where it is there, asyncio's elsewhere."""
+"""One event loop a process: uvloop where it is there, asyncio's elsewhere; and its stop signals."""
 
 import asyncio
+import signal
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -13,3 +14,17 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     except ImportError:
         return asyncio.run(main)
     return uvloop.run(main)
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Signals that ask a run to drain. SIGHUP is none of them where it is ignored (nohup)."""
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hangs_up else ()))
+
+
+def stop_event() -> asyncio.Event:
+    """An event of the running loop that every stop signal sets."""
+    stopping = asyncio.Event()
+    for stopper in stop_signals():
+        asyncio.get_running_loop().add_signal_handler(stopper, stopping.set)
+    return stopping

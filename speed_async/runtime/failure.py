@@ -5,8 +5,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from speed_async.errors import ConfigError, RoleError, SpeedAsyncError
+from speed_async.errors import ConfigError, LostRun, RoleError, SpeedAsyncError
 from speed_async.observe.first_error import one_line
+from speed_async.observe.summary import resume_command
 
 MAX_CHARS = 2000
 """Of an error that was not foreseen: some libraries list all that they know."""
@@ -26,6 +27,10 @@ EXIT_STATUS = {
     "failed": EXIT_FAILED,
 }
 """By the outcome of a run (observe/metrics.py)."""
+
+
+def exit_status(error: BaseException) -> int:
+    return EXIT_LOST_RUN if isinstance(error, LostRun) else EXIT_FAILED
 
 
 def describe(role: str, error: BaseException) -> str:
@@ -48,3 +53,8 @@ def record(path: Path, role: str, error: BaseException) -> str:
 
 def recorded(path: Path) -> str | None:
     return path.read_text() if path.is_file() else None
+
+
+def to_go_on(run_folder: Path | str) -> str:
+    """What resumes this run."""
+    return f"to go on: {resume_command(str(run_folder))}"

@@ -6,17 +6,21 @@ waits for  the service's ports, the service's messages (learner/loop.py), the ch
 import asyncio
 import contextlib
 import importlib
+import os
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError, RunFinished, SpeedAsyncError
 from speed_async.observe.report import plot_accuracy, summary_text
-from speed_async.runtime.failure import describe
+from speed_async.runtime.failure import describe, to_go_on
 from speed_async.runtime.identity import Identity
 from speed_async.runtime.life import Life, begin_life, recorded_outcome, remember_ports
-from speed_async.runtime.processes import end_process, log_to, start_role
-from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
+from speed_async.runtime.notice import Notice, notice_of_node
+from speed_async.runtime.processes import end_process, log_to, say, start_role
+from speed_async.runtime.rank import Rank
 from speed_async.runtime.run_folder import RunFolder
 from speed_async.runtime.service_process import ServiceProcess
 from speed_async.runtime.stopping import Stopping
@@ -37,29 +41,37 @@ UPLOAD_GRACE_S = 60.0
 FAILED_GRACE_S = 1.0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceAddress:
+    host: str
+    port: int
+    feed_port: int
+
+
 async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
     """One life of a run, seen from its first rank: of a new one, or (`resume`, and after a restart
     of the ranks) of one that was begun before.
 
     Returns its outcome (observe/metrics.py); one that failed raises.
     """
-    stopping = Stopping()
+    stopping, launcher = Stopping(), os.getppid()
     stopping.listen()
-    # torchrun decides how many actors there are, whatever the file says.
+    # The launcher decides how many actors there are, whatever the file says.
     num_actors = rank.world_size - config.cluster.learners
     cluster = config.cluster.model_copy(update={"actors": num_actors})
     config = config.model_copy(update={"cluster": cluster})
-    rendezvous = Rendezvous(config.cluster.connect_timeout_s)
-    begun_in = await asyncio.to_thread(rendezvous.begun_in)
+    notice = notice_of_node()
+    begun_in = Path(noted) if (noted := notice.read().run_folder) else None
+    notice.write(Notice(run_folder=noted))  # nobody serves yet
     try:
         life = await asyncio.to_thread(begin_life, config, begun_in=begun_in, resume=resume)
     except RunFinished as finished:
-        await asyncio.to_thread(rendezvous.nothing_to_do)
-        sys.stdout.write(f"{finished}\n")
+        notice.change(nothing_to_do=True)
+        say(f"{finished}\n")
         # Ranks that were started again after the end, and not by a person, end as the run did.
         return recorded_outcome(begun_in) if begun_in is not None else "completed"
     config, folder = life.config, life.folder
-    await asyncio.to_thread(rendezvous.begin, folder.path)
+    notice.change(run_folder=str(folder.path))
     sys.stderr.writelines(life.first_words())  # on the terminal, while nothing is drawn there yet
     log_to(folder.log(ROLE))
     sys.stderr.writelines([f"life {life.number}\n", *life.first_words()])
@@ -76,17 +88,14 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
             host=config.cluster.host,
             port=config.cluster.advertised_port or service.ports.service,
             feed_port=service.ports.feed,
-            run_folder=str(folder.path),
-            life=life.number,
         )
         sys.stderr.write(f"metrics feed at tcp://{address.host}:{address.feed_port}\n")
         sys.stderr.write(f"actors join at tcp://{address.host}:{address.port}\n")
-        await asyncio.to_thread(rendezvous.publish, address)
+        notice.change(host=address.host, port=address.port)
         console = await _start_console(address, folder)
         stopping.shown_by(console, folder)
         watch = asyncio.create_task(service.watch(), name="service")
         finished = await _train(life, identity, rank, address, stopping.asked, service, watch)
-        await asyncio.to_thread(rendezvous.end, life.number)
         grace_s = UPLOAD_GRACE_S if config.observe.wandb else CHILD_GRACE_S
     finally:
         if watch is not None:
@@ -96,6 +105,10 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
         if console is not None:
             await end_process(console, grace_s)
     _write_results(finished, folder, breakdown=config.observe.breakdown)
+    if os.getppid() != launcher:
+        text = f"the launcher of this run has died; {to_go_on(folder.path)}\n"
+        sys.stderr.write(text)
+        say(text)
     if finished.save_error:
         raise RoleError(ROLE, finished.save_error)
     return finished.outcome
@@ -159,5 +172,4 @@ def _write_results(finished: "Finished", folder: RunFolder, *, breakdown: bool) 
     }
     folder.write_summary(summary)
     plot_accuracy(folder.path)
-    sys.stdout.write(summary_text(summary, breakdown=breakdown) + "\n")
-    sys.stdout.flush()
+    say(summary_text(summary, breakdown=breakdown) + "\n")

@@ -18,7 +18,7 @@ from speed_async.learner.trainer import Trainer
 from speed_async.runtime.identity import DATA, Identity
 from speed_async.runtime.life import Life
 from speed_async.runtime.model_files import model_fingerprint
-from speed_async.runtime.rendezvous import Rank
+from speed_async.runtime.rank import Rank
 from speed_async.weights.broadcast import TorchSender
 from speed_async.weights.flat import lay_flat
 from speed_async.weights.process_group import choose_backend

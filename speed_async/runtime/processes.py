@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 PR_SET_PDEATHSIG = 1
 ENVIRONMENT = {
@@ -21,12 +22,27 @@ ENVIRONMENT = {
 """What a command that starts roles sets for them, where the user has not."""
 
 
-def die_with_parent(parent_id: int) -> None:
-    """Have the kernel kill this process when its parent ends (Linux)."""
+def die_with_parent(parent_id: int | None, how: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent ends (Linux): when the thread that
+    started it does, which is its parent's main thread everywhere here.
+
+    `parent_id`: who the parent was when this process was started, to notice a parent that has ended
+    already; None where nobody told.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent_id:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, how)
+        if parent_id is not None and os.getppid() != parent_id:
             os._exit(1)
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Write to the terminal (stdout, or `stream`) if there still is one."""
+    terminal: TextIO = sys.stdout if stream is None else stream
+    try:
+        terminal.write(text)
+        terminal.flush()
+    except OSError:  # what is left in the buffer must not fail once more when this process ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), terminal.fileno())
 
 
 def log_to(path: Path) -> None:

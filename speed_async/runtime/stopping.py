@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from speed_async.observe.summary import STOPPING, resume_line
+from speed_async.runtime.event_loop import stop_signals
 from speed_async.runtime.failure import EXIT_INTERRUPTED
 from speed_async.runtime.processes import end_process
 from speed_async.runtime.run_folder import RunFolder
@@ -30,8 +31,9 @@ class Stopping:
 
     def listen(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self.interrupted)
-        loop.add_signal_handler(signal.SIGTERM, self.terminated)
+        for stopper in stop_signals():
+            is_ctrl_c = stopper == signal.SIGINT
+            loop.add_signal_handler(stopper, self.interrupted if is_ctrl_c else self.terminated)
 
     def shown_by(self, console: asyncio.subprocess.Process, folder: RunFolder) -> None:
         """From here on the console draws on the terminal, and shows what the service says."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speed_async.config.checks import INCARNATIONS_A_LIFE
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
+from speed_async.runtime.admission import RunEnd
 from speed_async.runtime.failure import EXIT_GIVEN_UP, recorded
 from speed_async.runtime.ports import listens
 from speed_async.runtime.processes import kill_process, start_role
@@ -45,11 +45,12 @@ class ActorPlan:
     port: int
     """Of the service."""
     folder: Path
-    """A run folder: it holds `config.json`, and takes logs and errors."""
-    life: int = 0
-    """Of the run: incarnations are numbered on from it."""
+    """A run folder: it takes logs and errors."""
+    config: Path | None = None
+    """The actor's configuration; None is the run folder's."""
+    first_incarnation: int = 0
     joined: bool = False
-    """It came by itself: no torchrun rank, and its failure is no matter for the others."""
+    """It came by itself: no rank, and its failure is no matter for the others."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -57,8 +58,8 @@ class ActorPlan:
         return f"actor-{self.index}"
 
     def arguments(self, incarnation: int) -> list[str]:
-        folder = RunFolder(path=self.folder)
-        arguments = ["--config", str(folder.config), "--run-folder", str(folder.path)]
+        config = self.config or RunFolder(path=self.folder).config
+        arguments = ["--config", str(config), "--run-folder", str(self.folder)]
         arguments += ["--host", self.host, "--port", str(self.port)]
         arguments += ["--index", str(self.index), "--incarnation", str(incarnation)]
         return [*arguments, "--joined"] if self.joined else arguments
@@ -69,30 +70,31 @@ async def supervise(
     plan: ActorPlan,
     *,
     stopping: asyncio.Event,
-    run_over: Coroutine[Any, Any, None],
-) -> None:
+    run_over: Coroutine[Any, Any, RunEnd],
+) -> RunEnd | None:
     """Run one actor until it drained, `stopping` is set, or `run_over` returns.
 
-    Raises RoleError with the actor's own words, or what `run_over` raises.
+    How the run ended; None where only this actor did, or nobody told. Raises RoleError with the
+    actor's own words, or what `run_over` raises.
     """
     over = asyncio.create_task(run_over, name="run-over")
     stop = asyncio.create_task(stopping.wait(), name="stop")
     try:
         await _supervise(config, plan, over, stop)
-        if over.done():
-            await over
+        if not stop.done():  # the actor has drained, and the run's last event is on its way
+            await asyncio.wait((over, stop), timeout=OVER_GRACE_S, return_when=FIRST_COMPLETED)
+        return await over if over.done() else None
     finally:
         over.cancel()
         stop.cancel()
 
 
 async def _supervise(
-    config: Config, plan: ActorPlan, over: asyncio.Task[None], stop: asyncio.Task[Any]
+    config: Config, plan: ActorPlan, over: asyncio.Task[RunEnd], stop: asyncio.Task[Any]
 ) -> None:
     folder, role = RunFolder(path=plan.folder), plan.role
     max_restarts, status, backoff_s = config.actors.max_restarts, 0, FIRST_BACKOFF_S
-    for restart in range(max_restarts + 1):
-        incarnation = plan.life * INCARNATIONS_A_LIFE + restart
+    for incarnation in range(plan.first_incarnation, plan.first_incarnation + max_restarts + 1):
         folder.error(role).unlink(missing_ok=True)
         process = await start_role(
             "actor",
@@ -131,7 +133,7 @@ async def _supervise(
 async def _drain(
     process: asyncio.subprocess.Process,
     ended: asyncio.Task[int],
-    over: asyncio.Task[None],
+    over: asyncio.Task[RunEnd],
     plan: ActorPlan,
     timeout_s: float,
 ) -> None:

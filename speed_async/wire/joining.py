@@ -1,4 +1,4 @@
-"""Messages of actors that come and go by themselves, outside torchrun's ranks."""
+"""Messages of the supervisors of actors: how they find their place in a run, and leave it."""
 
 from dataclasses import dataclass
 
@@ -11,6 +11,10 @@ class Join(Message):
 
     machine: str
     process_id: int
+    has_rank: bool = False
+    """A launcher started it as a rank of this run; otherwise it came by itself."""
+    rank: int = 0
+    """With `has_rank`: which one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,11 +22,13 @@ class JoinAccepted(Message):
     """Service -> supervisor: what its actor is to be. A run that ends answers with Rejected."""
 
     index: int
-    """Beyond all torchrun ranks, and never given twice."""
+    """Its rank; of one that came by itself beyond all ranks, and never given twice."""
     config: str
     """The resolved configuration as JSON text."""
     feed_port: int
     """The metrics feed, on the service's host: it tells when the run has ended."""
+    incarnation: int = 0
+    """Of its next actor: greater than any that the service knows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

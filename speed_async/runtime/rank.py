@@ -1,0 +1,109 @@
+"""A rank's place among the ranks of a run, as its launcher set it in the environment."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from speed_async.config.schema import Config
+from speed_async.errors import ConfigError, SpeedAsyncError
+
+_RANGE = re.compile(r"(\d+):(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rank:
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @property
+    def is_on_first_node(self) -> bool:
+        """Whether the learner and the service run on this machine."""
+        return self.rank == self.local_rank
+
+    @property
+    def has_many_nodes(self) -> bool:
+        return self.world_size > self.local_world_size
+
+    @staticmethod
+    def from_environment() -> "Rank":
+        try:
+            return Rank(
+                rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]),
+                local_rank=int(os.environ["LOCAL_RANK"]),
+                local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
+            )
+        except KeyError as missing:
+            raise SpeedAsyncError(
+                f"environment variable {missing} is not set: start this module with torchrun "
+                "(torchrun --nproc-per-node 3 -m speed_async.launch CONFIG), "
+                "or use `speed-async train CONFIG`"
+            ) from None
+
+
+def check_world(config: Config, rank: Rank) -> None:
+    """Raise ConfigError when this number of ranks and nodes cannot run as configured."""
+    cluster = config.cluster
+    if rank.world_size <= cluster.learners:
+        raise ConfigError(
+            "cluster.learners",
+            cluster.learners,
+            f"leaves no rank for an actor among {rank.world_size}; start at least "
+            f"{cluster.learners + 1} processes (--nproc-per-node)",
+        )
+    if not rank.has_many_nodes:
+        return
+    if cluster.is_loopback:
+        raise ConfigError(
+            "cluster.host",
+            cluster.host,
+            "this run has several nodes, and actors on other nodes cannot reach a loopback "
+            "address; set the address of the node of rank 0",
+        )
+    if not (cluster.advertised_port or cluster.service_port):
+        raise ConfigError(
+            "cluster.service_port",
+            0,
+            "this run has several nodes, and actors on other nodes have to know the service's "
+            "port; set one that is free on the node of rank 0, the same on every node "
+            "(--cluster.service_port 29411)",
+        )
+
+
+def refuse_elastic() -> None:
+    """Raise SpeedAsyncError when torchrun may change the number of nodes during the run.
+
+    torchrun does not tell its ranks; its command line (or PET_NNODES) does.
+    """
+    nnodes = os.environ.get("PET_NNODES", "")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        nnodes = _nnodes_option(_command_of(os.getppid())) or nnodes
+    found = _RANGE.fullmatch(nnodes)
+    if found and found[1] != found[2]:
+        raise SpeedAsyncError(
+            f"--nnodes {nnodes}: the number of nodes of a run cannot change while it goes on; give "
+            "torchrun one number, and add machines later with `speed-async actor --join`"
+        )
+
+
+def _nnodes_option(command: list[str]) -> str:
+    """Value of torchrun's --nnodes, which may be abbreviated; empty where it is not given."""
+    for word, after in zip(command, [*command[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if len(name) > len("--n") and "--nnodes".startswith(name):
+            return value if equals else after
+        if word == "speed_async.launch":
+            break  # what follows is ours
+    return ""
+
+
+def _command_of(process_id: int) -> list[str]:
+    """Words of a process's command line; none where they cannot be read."""
+    try:
+        line = Path(f"/proc/{process_id}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return [word.decode(errors="replace") for word in line.split(b"\0")[:-1]]
