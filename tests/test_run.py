@@ -181,8 +181,9 @@ def test_a_run_whose_completions_are_all_cut_off_names_the_limit_in_its_last_lin
     tmp_path: Path,
 ) -> None:
     run = start_train(tmp_path, "--actors.max_new_tokens", "1", "--cluster.stall_timeout_s", "20")
-    status, _, err = run.finish()
+    status, out, err = run.finish()
     assert status == 1
+    assert out.endswith(f"  resume      speed-async train --resume {run.folder}\n")
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: buffer service: no batch could be filled within 20 s")
     assert "completions are truncated: 512 of the last 512 ran into a length limit" in last

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError, RunFinished, SpeedAsyncError
 from speed_async.observe.report import plot_accuracy, summary_text
+from speed_async.observe.summary import resume_line
 from speed_async.runtime.failure import describe
 from speed_async.runtime.life import Life, begin_life, recorded_outcome, remember_ports
 from speed_async.runtime.processes import end_process, log_to, start_role
@@ -67,6 +68,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
     console: asyncio.subprocess.Process | None = None
     watch: asyncio.Task[None] | None = None
     grace_s = FAILED_GRACE_S
+    has_failed = True
     try:
         remember_ports(life, service.ports)
         address = ServiceAddress(
@@ -83,6 +85,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
         stopping.shown_by(console, folder)
         watch = asyncio.create_task(service.watch(), name="service")
         finished = await _train(life, rank, address, stopping.asked, service, watch)
+        has_failed = False
         await asyncio.to_thread(rendezvous.end, life.number)
         grace_s = UPLOAD_GRACE_S if config.observe.wandb else CHILD_GRACE_S
     finally:
@@ -92,6 +95,9 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
         await service.end(FAILED_GRACE_S)
         if console is not None:
             await end_process(console, grace_s)
+        if has_failed:
+            sys.stdout.write(f"{resume_line(str(folder.path))}\n")
+            sys.stdout.flush()
     _write_results(finished, folder, breakdown=config.observe.breakdown)
     if finished.save_error:
         raise RoleError(ROLE, finished.save_error)
