@@ -120,7 +120,7 @@ def test_the_last_accuracy_that_was_measured_is_told_with_its_version(tmp_path: 
     )
     answers = desk.say(ACTOR, applied)
     answers += desk.say(ACTOR, m.WantWork(num_prompts=1, counts=desk.counts(ACTOR)))
-    leases = [message for _, message in answers if isinstance(message, m.Leases)][0]
+    leases = next(message for _, message in answers if isinstance(message, m.Leases))
     message = evaluated(leases.lease_ids[0], counts=desk.counts(ACTOR))
     desk.say(ACTOR, replace(message, num_passed=0, oldest_version=2, newest_version=2))
     fields = summary_values(desk.service, 1.0, final_evaluated=False)
