@@ -104,6 +104,13 @@ class Run:
                 found[int(entry.name)] = command
         return found
 
+    def wait_for_no_process(self) -> None:
+        """What the kernel ends with its parent is gone a moment after it."""
+        ends_s = time.monotonic() + DEADLINE_S
+        while left := self.processes():
+            assert time.monotonic() < ends_s, f"still there: {left}"
+            time.sleep(0.05)
+
     def child(self, role: str, index: int | None = None) -> int:
         """Process id of a role's child, of the actor of that index; the `engine` is a child of
         the actor's."""

@@ -103,6 +103,50 @@ run ended: 100 updates done
     )
 
 
+def test_a_stopped_run_shows_the_last_measured_accuracy_and_how_to_go_on() -> None:
+    stopped = SUMMARY | {
+        "accuracy_after": None,
+        "accuracy_last_version": 80,
+        "completed": False,
+        "run_folder": "my runs/a",
+    }
+    text = summary_text(stopped)
+    assert (
+        "  accuracy    28.3 % -> 51.2 %  (+22.9 points) at version 80, the last one measured\n"
+    ) in text
+    assert text.endswith("  resume      speed-async train --resume 'my runs/a'\n")
+    assert "resume" not in summary_text(SUMMARY | {"completed": True})
+
+
+def test_one_measured_accuracy_is_no_change() -> None:
+    text = summary_text(SUMMARY | {"accuracy_after": None, "accuracy_last_version": 0})
+    assert "  accuracy    28.3 % at version 0, the only one measured\n" in text
+    assert "points" not in text
+
+
+def test_diagnoses_and_the_first_example_of_each_failure_are_told_in_80_columns() -> None:
+    ledger = {
+        "groups": {"failed": 3},
+        "failures": {"prompt": 2, "actor lost": 1},
+        "held_out_failures": {"prompt": 4},
+        "failure_examples": {
+            "prompt": "prompt: " + "it is too long " * 9,
+            "actor lost": "actor lost",
+        },
+    }
+    diagnoses = [
+        {"text": "no reward: none passed. Change: x", "active_at_end": True},
+        {"text": "the gate starves", "active_at_end": False, "last_s": 62.0, "last_version": 9},
+    ]
+    text = summary_text({"ledger": ledger, "diagnoses": diagnoses})
+    assert "  failures    prompt (2), actor lost (1)\n              first: prompt: it is" in text
+    assert "  held-out    failed: prompt (4)\n" in text
+    assert "first: actor lost" not in text
+    assert "  diagnosis   no reward: none passed. Change: x\n" in text
+    assert "  diagnosis   the gate starves (over since 1m02s, version 9)\n" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_a_ledger_that_does_not_close_names_the_broken_check_and_the_failures() -> None:
     ledger = {
         "groups": {"failed": 3},

@@ -1,5 +1,6 @@
 """Whole runs, as a user starts them: what they leave behind, and what they say when they cannot."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,18 +96,125 @@ def test_torchrun_takes_the_same_path_with_two_actors(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_drains_saves_and_leaves_no_process(tmp_path: Path) -> None:
-    run = start_train(tmp_path, "--run.updates", "100000")
+    run = start_train(tmp_path, "--run.updates", "100000", "--evaluate.every", "1")
     run.wait_for_steps(2)
+    run.wait_for("a second evaluation", lambda: len(run.events("evaluation")) > 1)
     run.interrupt()
     status, out, _ = run.finish()
     assert status == 130
-    assert "stopped by a signal" in out
+    # Acknowledged at once, and then the end: neither completed nor failed.
+    told, closing = out.split("run ended: ", 1)
+    assert "press Ctrl-C again to end at once" in told
+    assert closing.startswith("stopped by a signal\n")
+    assert f"\n  resume      speed-async train --resume {run.folder}\n" in closing
+    [end] = run.events("end")
+    assert (end["outcome"], end["ok"]) == ("stopped", False)
     summary = run.summary()
+    assert (summary["outcome"], summary["completed"]) == ("stopped", False)
+    # What was measured is shown, though the last version was not evaluated.
+    last = run.events("evaluation")[-1]
+    version, accuracy = last["policy_version"], 100 * last["accuracy"]
+    assert f"-> {accuracy:.1f} %" in closing
+    if summary["accuracy_after"] is None:
+        assert f"points) at version {version}, the last one measured" in closing
     assert summary["ledger"]["closes"] is True
     assert summary["policy_version"] >= 2
     saved = run.folder / "checkpoints" / f"version-{summary['policy_version']:06d}"
     assert (saved / "model.safetensors").is_file()
     assert run.processes() == {}
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once_and_leaves_what_can_be_resumed(
+    tmp_path: Path,
+) -> None:
+    """At the leading learner, to which a launcher hands it on."""
+    slow_end = ("--cluster.drain_timeout_s", "60", "--learner.checkpoint_every", "1")
+    run = start_train(tmp_path, "--run.updates", "100000", *slow_end)
+    run.wait_for_steps(2)
+    learner = run.learner()
+    os.kill(run.child("actor"), signal.SIGSTOP)  # it will not drain
+    os.kill(learner, signal.SIGINT)
+    run.hear("a stop", lambda values: values["phase"] in ("stopping", "draining"))
+    began_s = time.monotonic()
+    while learner in run.processes():
+        assert time.monotonic() - began_s < 30  # not the minute of the drain
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(learner, signal.SIGINT)
+        time.sleep(0.25)
+    status, out, _ = run.finish()
+    assert status == 130
+    assert out.endswith(
+        "stopped at once by a second Ctrl-C, without a last checkpoint and a summary\n"
+        f"  resume      speed-async train --resume {run.folder}\n"
+    )
+    assert not (run.folder / "summary.json").exists()
+    run.wait_for_no_process()
+    status, _, err = resume_train(run, "--run.updates", str(run.versions()[-1] + 1)).finish()
+    assert status == 0, err
+
+
+def test_a_run_without_updates_says_the_accuracy_that_it_measured_and_no_change(
+    tmp_path: Path,
+) -> None:
+    run = start_train(tmp_path, "--run.updates", "100000")
+    run.wait_for("the first evaluation", lambda: run.events("evaluation"))
+    os.kill(run.learner(), signal.SIGINT)
+    _, out, _ = run.finish()
+    if run.summary()["policy_version"] == 0:
+        assert "at version 0, the only one measured" in out
+        assert "points" not in out
+
+
+def data_file(folder: Path, *answers: str) -> tuple[str, ...]:
+    """Options for a task of additions whose answers these are."""
+    rows = [{"prompt": f"{n}+{n}=", "answer": answers[n % len(answers)]} for n in range(100)]
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return ("--task.name", "jsonl", "--task.path", str(path), "--task.num_held_out", "4")
+
+
+def test_a_run_that_no_reward_comes_to_says_so_and_ends_as_nothing_learned(tmp_path: Path) -> None:
+    options = data_file(tmp_path, "never")
+    run = start_train(tmp_path, *options, "--algorithm", "rloo", "--run.updates", "40")
+    status, out, err = run.finish()
+    assert status == 3, err
+    closing = out.split("run ended: ", 1)[1]
+    assert closing.startswith("nothing was learned: of 40 updates, 40 had no gradient; no reward")
+    assert "  diagnosis   no reward: none of the last " in closing
+    [end] = run.events("end")
+    assert (end["outcome"], end["ok"]) == ("nothing_learned", False)
+    summary = run.summary()
+    assert (summary["outcome"], summary["completed"]) == ("nothing_learned", True)
+    assert "no_reward" in [diagnosis["what"] for diagnosis in summary["diagnoses"]]
+    # Measured, and 0; nobody screened anything.
+    assert run.events("step")[-1]["reward_mean"] == 0.0
+    assert run.events("step")[-1]["gate_acceptance"] is None
+    assert run.processes() == {}
+
+
+def test_a_run_whose_completions_are_all_cut_off_names_the_limit_in_its_last_line(
+    tmp_path: Path,
+) -> None:
+    run = start_train(tmp_path, "--actors.max_new_tokens", "1", "--cluster.stall_timeout_s", "20")
+    status, out, err = run.finish()
+    assert status == 1
+    assert out.endswith(f"  resume      speed-async train --resume {run.folder}\n")
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: buffer service: no batch could be filled within 20 s")
+    assert "completions are truncated: 512 of the last 512 ran into a length limit" in last
+    assert "raise actors.max_new_tokens (now 1)" in last
+
+
+def test_without_a_gate_the_reward_of_a_step_is_that_of_whole_groups(tmp_path: Path) -> None:
+    run = start_train(tmp_path, "--algorithm", "rloo", "--run.updates", "4")
+    status, _, err = run.finish()
+    assert status == 0, err
+    steps = run.events("step")
+    assert any(step["trained_reward_mean"] > 0 for step in steps)
+    assert any(step["reward_mean"] > 0 for step in steps)
+    assert {step["gate_acceptance"] for step in steps} == {None}
+    assert "time/sync_s" not in steps[0]
+    assert run.summary()["gate_acceptance"] is None
 
 
 def test_sigterm_does_the_same(tmp_path: Path) -> None:
@@ -226,9 +335,12 @@ def test_prompts_longer_than_the_context_are_counted_failed_and_the_rest_trains(
         "a failed group", lambda: any(event["groups_failed"] for event in run.events("step"))
     )
     run.interrupt()
-    status, _, _ = run.finish()
+    status, out, _ = run.finish()
     assert status == 130
-    assert run.summary()["ledger"]["failures"]["prompt"] >= 1
+    ledger = run.summary()["ledger"]
+    assert ledger["failures"]["prompt"] >= 1
+    assert "tokens and the context holds" in ledger["failure_examples"]["prompt"]
+    assert "first: prompt: the prompt has 50" in re.sub(r"\s+", " ", out)
     assert run.summary()["ledger"]["closes"] is True
 
 

@@ -70,7 +70,7 @@ class ActorLoop:
         self._drain_requested = asyncio.Event()
         self._drained = asyncio.Event()
         self._applying = asyncio.Lock()
-        self._loop_lag_s = 0.0
+        self._loop_lag_s: float | None = None
         self._started_s = clock()
 
     async def run(self, hello: m.Hello) -> None:
@@ -202,11 +202,12 @@ class ActorLoop:
                 "num_slots": float(stats.num_slots),
                 "num_waiting": float(stats.num_waiting),
                 "policy_version": float(stats.policy_version),
-                "loop_lag_s": self._loop_lag_s,
                 "sampling_s": stats.sampling_s,
                 "updating_s": stats.updating_s,
                 "uptime_s": self._clock() - self._started_s,
             }
+            if self._loop_lag_s is not None:
+                gauges["loop_lag_s"] = self._loop_lag_s
             self._say(m.ActorReport(gauges=gauges, counts=self._counts()))
             expected_s = self._clock() + REPORT_INTERVAL_S
             await asyncio.sleep(REPORT_INTERVAL_S)

@@ -22,14 +22,16 @@ class Event:
     all: `wall_s` (seconds that the run has gone on for, in all its lives: without those between
       lives, while its service was dead, or while it waited for room on the disk),
       `policy_version`.
-    status and step: `updates_total`, `generated_tokens_per_s`, `trained_tokens_per_s`,
+    status and step (a value that nobody has measured is None; so is `gate_acceptance` without a
+      gate): `updates_total`, `generated_tokens_per_s`, `trained_tokens_per_s`,
       `gate_acceptance` (share of screened prompts continued, running window),
       `buffer_groups`, `buffer_capacity`, `in_flight_groups`, `credits`, `staleness_mean`,
       `staleness_max`, `actors_alive`, `accuracy` (last held-out, or None),
-      `reward_mean` (pass rate of screened prompts: the prompt distribution, before the gate),
+      `accuracy_version` (that it was measured of), `reward_mean` (pass rate of the last prompts
+      before the gate selects: of screening samples, or of whole groups where there is no gate),
       `bottleneck` ("actor" | "buffer" | "learner" | "sync" | "starting"), `eta_s`,
       `share_actor`, `share_buffer`, `share_learner`, `share_sync` (of the learner's last updates),
-      `ledger_closes`, `phase` ("starting" | "training" | "evaluating" | "draining").
+      `ledger_closes`, `phase` ("starting" | "training" | "evaluating" | "stopping" | "draining").
       `credits` is how many training leases may be in flight now, those that are included.
       `loop_lag_s` is how late the service came to its last tick; None where nobody measures it.
     Shown where they are told: `max_staleness` (the bound), `accuracy_before` (first held-out),

@@ -63,7 +63,7 @@ def _draw_reward(axes: "Axes", points: Sequence[Point]) -> None:
             color=REWARD_COLOUR,
             alpha=0.55,
             linewidth=1.0,
-            label="pass rate of screened prompts (training, before the gate)",
+            label="pass rate of training prompts, before the gate",
             zorder=2,
         )
 

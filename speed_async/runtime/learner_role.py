@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError, RunFinished, SpeedAsyncError
 from speed_async.observe.report import plot_accuracy, summary_text
+from speed_async.observe.summary import resume_line
 from speed_async.runtime.failure import describe, to_go_on
 from speed_async.runtime.identity import Identity
 from speed_async.runtime.life import Life, begin_life, recorded_outcome, remember_ports
@@ -81,6 +82,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
     console: asyncio.subprocess.Process | None = None
     watch: asyncio.Task[None] | None = None
     grace_s = FAILED_GRACE_S
+    has_failed = True
     try:
         identity = await identifying  # before an actor can find the service, and be given work
         remember_ports(life, service.ports)
@@ -96,6 +98,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
         stopping.shown_by(console, folder)
         watch = asyncio.create_task(service.watch(), name="service")
         finished = await _train(life, identity, rank, address, stopping.asked, service, watch)
+        has_failed = False
         grace_s = UPLOAD_GRACE_S if config.observe.wandb else CHILD_GRACE_S
     finally:
         if watch is not None:
@@ -104,6 +107,8 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
         await service.end(FAILED_GRACE_S)
         if console is not None:
             await end_process(console, grace_s)
+        if has_failed:
+            say(f"{resume_line(str(folder.path))}\n")
     _write_results(finished, folder, breakdown=config.observe.breakdown)
     if os.getppid() != launcher:
         text = f"the launcher of this run has died; {to_go_on(folder.path)}\n"

@@ -1,0 +1,128 @@
+"""A value that nobody has measured is None, in events and in the summary, and never 0."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from buffer_fixtures import make_group
+from service_desk import Desk, evaluated, screened_out, trained
+
+from speed_async.actors.lease_result import result_message
+from speed_async.actors.rollout import LeaseWork, Scored
+from speed_async.buffer.status import status_values, summary_values
+from speed_async.types import ActorCounts, Lease, LeaseKind
+from speed_async.wire import messages as m
+from speed_async.wire.groups import weigh_group
+
+ACTOR = "actor-1.0"
+UNKNOWN_AT_THE_START = (
+    "generated_tokens_per_s",
+    "trained_tokens_per_s",
+    "gate_acceptance",
+    "staleness_mean",
+    "staleness_max",
+    "actors_slots_busy",
+    "actors_slots",
+    "reward_mean",
+    "accuracy",
+    "accuracy_version",
+    "accuracy_before",
+    "eta_s",
+    "loop_lag_s",
+    "weights/pause_s",
+    "weights/pause_max_s",
+    "weights/transfer_s",
+    "weights/bytes_per_s",
+    "weights/lag_max",
+)
+
+
+def test_before_anything_was_measured_nothing_is_zero(tmp_path: Path) -> None:
+    values = status_values(Desk(tmp_path).service, 0.0)
+    assert [values[key] for key in UNKNOWN_AT_THE_START] == [None] * len(UNKNOWN_AT_THE_START)
+    assert not any(key.startswith("share_") for key in values)
+
+
+def test_the_summary_of_a_run_that_did_nothing_has_no_rate_and_no_times(tmp_path: Path) -> None:
+    fields = summary_values(Desk(tmp_path).service, 1.0, final_evaluated=False)
+    unknown = (
+        "tokens_per_s",
+        "gate_acceptance",
+        "staleness_mean",
+        "staleness_max",
+        "accuracy_last",
+    )
+    assert [fields[key] for key in unknown] == [None] * len(unknown)
+    breakdown = fields["breakdown"]
+    assert isinstance(breakdown, dict)
+    assert breakdown["actors"] == {}
+
+
+@pytest.mark.parametrize(("rewards", "mean"), [((1, 0, 0, 0), 0.25), ((0, 0, 0, 0), 0.0)])
+def test_without_a_gate_the_reward_is_that_of_whole_groups_and_there_is_no_acceptance(
+    tmp_path: Path, rewards: tuple[float, ...], mean: float
+) -> None:
+    desk = Desk(tmp_path, gate={"mode": "off"})
+    desk.past_baseline(ACTOR)
+    leases = desk.lease(1)
+    group = make_group(leases.lease_ids[0], leases.prompt_ids[0], rewards=rewards, num_screening=0)
+    desk.say(ACTOR, group)
+    values = status_values(desk.service, 1.0)
+    assert (values["reward_mean"], values["gate_acceptance"]) == (mean, None)
+    assert summary_values(desk.service, 1.0, final_evaluated=False)["gate_acceptance"] is None
+
+
+def test_with_a_gate_the_reward_is_that_of_the_screening_samples(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.past_baseline(ACTOR)
+    leases = desk.lease(2)
+    desk.say(ACTOR, screened_out(leases.lease_ids[0]))
+    group = make_group(leases.lease_ids[1], leases.prompt_ids[1], rewards=(1, 0, 1, 1))
+    desk.say(ACTOR, group)
+    values = status_values(desk.service, 1.0)
+    assert (values["reward_mean"], values["gate_acceptance"]) == (0.25, 0.5)
+    assert weigh_group(replace(group, num_screening=0)).screening_pass_rate is None
+
+
+def test_an_evaluation_of_empty_completions_has_no_versions(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.hello("learner", 0)
+    desk.hello(ACTOR, 1)
+    lease_id = desk.lease(1).lease_ids[0]
+    work = LeaseWork(lease=Lease(lease_id=lease_id, prompt_id=0, kind=LeaseKind.EVALUATION))
+    nothing = Scored(num_passed=0, oldest_version=2**31 - 1, newest_version=0)
+    message = result_message(work, nothing, ActorCounts())
+    assert isinstance(message, m.Evaluated)
+    desk.say(ACTOR, replace(message, num_completions=1))
+    [event] = [event for event in desk.service.events if event.kind == "evaluation"]
+    assert (event.values["oldest_version"], event.values["newest_version"]) == (None, None)
+
+
+def test_a_run_without_updates_has_no_accuracy_after(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.past_baseline(ACTOR)
+    fields = summary_values(desk.service, 1.0, final_evaluated=True)
+    assert (fields["accuracy_before"], fields["accuracy_before_version"]) == (1.0, 0)
+    assert fields["accuracy_after"] is None
+    assert (fields["accuracy_last"], fields["accuracy_last_version"]) == (1.0, 0)
+
+
+def test_the_last_accuracy_that_was_measured_is_told_with_its_version(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, evaluate={"every": 2})
+    desk.past_baseline(ACTOR)
+    desk.say("learner", trained(2, [], groups=0, tokens=0))
+    published = m.WeightsPublished(
+        policy_version=2, epoch=1, transfer_s=0.1, num_bytes=1, error="", missing=[]
+    )
+    desk.say("learner", published)
+    applied = m.WeightsApplied(
+        policy_version=2, epoch=1, pause_s=0, transfer_s=0, error="", counts=desk.counts(ACTOR)
+    )
+    answers = desk.say(ACTOR, applied)
+    answers += desk.say(ACTOR, m.WantWork(num_prompts=1, counts=desk.counts(ACTOR)))
+    leases = next(message for _, message in answers if isinstance(message, m.Leases))
+    message = evaluated(leases.lease_ids[0], counts=desk.counts(ACTOR))
+    desk.say(ACTOR, replace(message, num_passed=0, oldest_version=2, newest_version=2))
+    fields = summary_values(desk.service, 1.0, final_evaluated=False)
+    assert (fields["accuracy_last"], fields["accuracy_last_version"]) == (0.0, 2)
+    assert fields["accuracy_after"] is None
