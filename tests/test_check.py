@@ -326,6 +326,29 @@ def test_a_learning_rate_of_zero_runs_everything_and_changes_no_weight(tmp_path:
     assert run.processes() == {}
 
 
+def test_what_needs_gpus_is_refused_where_there_are_too_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(num_gpus: int, **sections: dict[str, Any]) -> list[str]:
+        monkeypatch.setattr(devices, "_torch_build", lambda: "cuda")
+        monkeypatch.setattr(devices, "num_cuda_gpus", lambda: num_gpus)
+        base = {"model": {"path": str(MODEL)}, "task": {"name": "arithmetic"}}
+        findings = Findings()
+        devices.check_devices(Config.model_validate(base | sections), findings)
+        return [getattr(error, "field", "") for error in findings.errors]
+
+    nccl, both = {"backend": "nccl"}, ["learner.device", "actors.device"]
+    cuda = {"learner": {"device": "cuda"}, "actors": {"device": "cuda"}}
+    assert refused(0, **cuda) == both
+    assert refused(1, **cuda) == []
+    assert refused(0, weights=nccl) == refused(1, weights=nccl) == ["weights.backend"]
+    assert refused(2, weights=nccl) == []
+    assert refused(2, weights=nccl, learner={"device": "cpu"}) == ["weights.backend"]
+    split = {"engine": "vllm", "vllm": {"tensor_parallel": 4}}
+    assert refused(2, actors=split) == ["actors.vllm.tensor_parallel"]
+    assert refused(4, actors=split) == refused(0, actors=split) == []
+
+
 def test_a_gpu_is_looked_for_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "_torch_build", lambda: "cuda")
     monkeypatch.setattr(devices, "num_cuda_gpus", lambda: 0)
