@@ -15,10 +15,13 @@ from typing import Any, ClassVar
 import pytest
 from run_process import MODEL, start_torchrun, start_train, write_config
 
+from speed_async.actors.model_folder import load_tokenizer
+from speed_async.actors.prompt_codec import PromptCodec
 from speed_async.config.schema import Config
 from speed_async.runtime.preflight import devices
 from speed_async.runtime.preflight import task as task_check
 from speed_async.runtime.preflight.findings import Findings
+from speed_async.runtime.preflight.tokenizer import check_tokenizer
 from speed_async.types import Prompt
 
 MINIMAL = """
@@ -226,6 +229,30 @@ def test_a_chat_template_is_rendered_before_prompts_are_counted(
     [tokens] = [line for line in lines if " tokens: " in line]
     assert tokens.strip().startswith("13 tokens: '<bos>'")
     assert tokens.endswith("'=' '=' '='")
+
+
+@pytest.mark.parametrize("chat_template", [False, True])
+def test_prompts_are_encoded_as_the_actors_will_encode_them(
+    model: Path, chat_template: bool
+) -> None:
+    template = (
+        "{{ bos_token }}{% for message in messages %}\n  {% if message.role == 'user' %}\n"
+        "{{ message['content'] | tojson }}{% endif %}\n{% endfor %}\n"
+        "{% if tools is not none or documents %}9{% endif %}{% if add_generation_prompt %}"
+        "{% generation %}={% endgeneration %}{% endif %}{{ eos_token }}"
+    )
+    (model / "chat_template.jinja").write_text(template)
+    config = Config.model_validate(
+        {
+            "model": {"path": str(model), "chat_template": chat_template},
+            "task": {"name": "arithmetic"},
+        }
+    )
+    tokenizer = check_tokenizer(config, Findings())
+    codec = PromptCodec(load_tokenizer(model), chat_template=chat_template)
+    prompts = ["12+34=", "<eos>", "", " 7 \n", "8\u00e9"]
+    assert tokenizer is not None
+    assert tokenizer.encode(prompts) == [codec.encode(prompt).tolist() for prompt in prompts]
 
 
 def test_prompts_that_do_not_fit_are_counted_by_reason_with_the_first_example(

@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import os
 import re
+from functools import cache
 from pathlib import Path
 
 from speed_async.config.schema import Config
@@ -25,8 +26,11 @@ def check_devices(config: Config, findings: Findings, *, actors_here: bool = Tru
         findings.errors += [ConfigError(field, "cuda", fault) for field in asked]
     if config.weights.backend == "nccl" and (fault := _why_no_nccl(config, actors_here)):
         findings.errors.append(ConfigError("weights.backend", "nccl", f"{fault}; use 'auto'"))
-    split, visible = config.actors.vllm.tensor_parallel, num_cuda_gpus()
-    if actors_here and config.actors.engine == "vllm" and 0 < visible < split:
+    split = config.actors.vllm.tensor_parallel
+    if not (actors_here and config.actors.engine == "vllm" and split > 1):
+        return
+    visible = num_cuda_gpus()
+    if 0 < visible < split:
         findings.errors.append(
             ConfigError(
                 "actors.vllm.tensor_parallel",
@@ -65,6 +69,7 @@ def why_no_gpu() -> str:
     return f"no CUDA device is visible{why}; {USE_ANOTHER}"
 
 
+@cache
 def num_cuda_gpus() -> int:
     """As the driver counts them, under CUDA_VISIBLE_DEVICES; 0 without a driver."""
     try:
