@@ -238,6 +238,8 @@ def _checked(path: str, overrides: Sequence[str]) -> Config:
     if findings.errors:
         raise as_one(findings.errors)
     _warn(findings.warnings)
+    if not findings.warnings:
+        click.echo("checked: nothing is wrong", err=True)
     return config
 
 
@@ -245,8 +247,6 @@ def _warn(warnings: Sequence[str]) -> None:
     """What a person should know before the run takes the terminal."""
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
-    if not warnings:
-        click.echo("checked: nothing is wrong", err=True)
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

@@ -15,10 +15,13 @@ from typing import Any, ClassVar
 import pytest
 from run_process import MODEL, start_torchrun, start_train, write_config
 
+from speed_async.actors.model_folder import load_tokenizer
+from speed_async.actors.prompt_codec import PromptCodec
 from speed_async.config.schema import Config
 from speed_async.runtime.preflight import devices
 from speed_async.runtime.preflight import task as task_check
 from speed_async.runtime.preflight.findings import Findings
+from speed_async.runtime.preflight.tokenizer import check_tokenizer
 from speed_async.types import Prompt
 
 MINIMAL = """
@@ -228,6 +231,30 @@ def test_a_chat_template_is_rendered_before_prompts_are_counted(
     assert tokens.endswith("'=' '=' '='")
 
 
+@pytest.mark.parametrize("chat_template", [False, True])
+def test_prompts_are_encoded_as_the_actors_will_encode_them(
+    model: Path, chat_template: bool
+) -> None:
+    template = (
+        "{{ bos_token }}{% for message in messages %}\n  {% if message.role == 'user' %}\n"
+        "{{ message['content'] | tojson }}{% endif %}\n{% endfor %}\n"
+        "{% if tools is not none or documents %}9{% endif %}{% if add_generation_prompt %}"
+        "{% generation %}={% endgeneration %}{% endif %}{{ eos_token }}"
+    )
+    (model / "chat_template.jinja").write_text(template)
+    config = Config.model_validate(
+        {
+            "model": {"path": str(model), "chat_template": chat_template},
+            "task": {"name": "arithmetic"},
+        }
+    )
+    tokenizer = check_tokenizer(config, Findings())
+    codec = PromptCodec(load_tokenizer(model), chat_template=chat_template)
+    prompts = ["12+34=", "<eos>", "", " 7 \n", "8\u00e9"]
+    assert tokenizer is not None
+    assert tokenizer.encode(prompts) == [codec.encode(prompt).tolist() for prompt in prompts]
+
+
 def test_prompts_that_do_not_fit_are_counted_by_reason_with_the_first_example(
     model: Path, tmp_path: Path
 ) -> None:
@@ -324,6 +351,29 @@ def test_a_learning_rate_of_zero_runs_everything_and_changes_no_weight(tmp_path:
     given = load_file(MODEL / "model.safetensors")
     assert all((trained[name] == given[name]).all() for name in given)
     assert run.processes() == {}
+
+
+def test_what_needs_gpus_is_refused_where_there_are_too_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(num_gpus: int, **sections: dict[str, Any]) -> list[str]:
+        monkeypatch.setattr(devices, "_torch_build", lambda: "cuda")
+        monkeypatch.setattr(devices, "num_cuda_gpus", lambda: num_gpus)
+        base = {"model": {"path": str(MODEL)}, "task": {"name": "arithmetic"}}
+        findings = Findings()
+        devices.check_devices(Config.model_validate(base | sections), findings)
+        return [getattr(error, "field", "") for error in findings.errors]
+
+    nccl, both = {"backend": "nccl"}, ["learner.device", "actors.device"]
+    cuda = {"learner": {"device": "cuda"}, "actors": {"device": "cuda"}}
+    assert refused(0, **cuda) == both
+    assert refused(1, **cuda) == []
+    assert refused(0, weights=nccl) == refused(1, weights=nccl) == ["weights.backend"]
+    assert refused(2, weights=nccl) == []
+    assert refused(2, weights=nccl, learner={"device": "cpu"}) == ["weights.backend"]
+    split = {"engine": "vllm", "vllm": {"tensor_parallel": 4}}
+    assert refused(2, actors=split) == ["actors.vllm.tensor_parallel"]
+    assert refused(4, actors=split) == refused(0, actors=split) == []
 
 
 def test_a_gpu_is_looked_for_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,19 +271,20 @@ def test_a_killed_service_without_a_journal_ends_the_run_with_its_name_last(
 
 
 def test_an_error_of_an_actor_is_the_last_thing_printed(tmp_path: Path) -> None:
-    model = tmp_path / "no_eos"
+    """One that only the library which the actor loads it with can find."""
+    model = tmp_path / "odd_tokenizer"
     model.mkdir()
     for source in MODEL.iterdir():
         (model / source.name).write_bytes(source.read_bytes())
     settings = json.loads((model / "tokenizer_config.json").read_text())
-    settings.pop("eos_token")
+    settings["padding_side"] = "up"
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     run = start_train(tmp_path, config=write_config(tmp_path, model=model))
     status, out, err = run.finish()
     assert status == 1
     last = err.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert "EOS" in last
+    assert last.startswith("error: actor-1: ")
+    assert "has no usable tokenizer" in last
     assert "Traceback" not in out + err
     assert run.processes() == {}
 

@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import os
 import re
+from functools import cache
 from pathlib import Path
 
 from speed_async.config.schema import Config
@@ -23,6 +24,32 @@ def check_devices(config: Config, findings: Findings, *, actors_here: bool = Tru
     asked = [field for field, device in fields if device == "cuda"]
     if asked and (fault := why_no_gpu()):
         findings.errors += [ConfigError(field, "cuda", fault) for field in asked]
+    if config.weights.backend == "nccl" and (fault := _why_no_nccl(config, actors_here)):
+        findings.errors.append(ConfigError("weights.backend", "nccl", f"{fault}; use 'auto'"))
+    split = config.actors.vllm.tensor_parallel
+    if not (actors_here and config.actors.engine == "vllm" and split > 1):
+        return
+    visible = num_cuda_gpus()
+    if 0 < visible < split:
+        findings.errors.append(
+            ConfigError(
+                "actors.vllm.tensor_parallel",
+                split,
+                f"more than the {visible} GPUs that are visible; set at most {visible}",
+            )
+        )
+
+
+def _why_no_nccl(config: Config, actors_here: bool) -> str:
+    """NCCL wants a GPU for each rank."""
+    if config.learner.device == "cpu":
+        return "weights go by NCCL between GPUs, and learner.device = 'cpu'"
+    if why_no_gpu():
+        return "weights go by NCCL between GPUs, and there is none to use here"
+    ranks, visible = config.cluster.learners + config.cluster.actors, num_cuda_gpus()
+    if actors_here and 0 < visible < ranks:
+        return f"it needs a GPU for each of {ranks} ranks, and {visible} are visible"
+    return ""
 
 
 def why_no_gpu() -> str:
@@ -42,6 +69,7 @@ def why_no_gpu() -> str:
     return f"no CUDA device is visible{why}; {USE_ANOTHER}"
 
 
+@cache
 def num_cuda_gpus() -> int:
     """As the driver counts them, under CUDA_VISIBLE_DEVICES; 0 without a driver."""
     try:
