@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from speed_async.config.schema import Config
-from speed_async.errors import RoleError, RunFinished, SpeedAsyncError
+from speed_async.errors import DataError, RoleError, RunFinished, SpeedAsyncError
 from speed_async.observe.report import plot_accuracy, summary_text
 from speed_async.runtime.failure import describe
 from speed_async.runtime.identity import Identity
@@ -156,6 +156,9 @@ def _write_results(finished: "Finished", folder: RunFolder, *, breakdown: bool) 
         "notices": list(finished.notices),
     }
     folder.write_summary(summary)
-    plot_accuracy(folder.path)
+    try:
+        plot_accuracy(folder.path)
+    except DataError as error:  # the run is over and its results are written: this is no failure
+        sys.stdout.write(f"accuracy.png was not drawn: {error}\n")
     sys.stdout.write(summary_text(summary, breakdown=breakdown) + "\n")
     sys.stdout.flush()
