@@ -102,9 +102,9 @@ def test_a_chat_template_counts_where_it_is_used(model: Path) -> None:
 
 
 def test_the_optimizer_of_a_checkpoint_is_no_part_of_the_model(model: Path) -> None:
-    began = identify(config_of(name="arithmetic"), run_id="r").things[MODEL_NAME].digest
-    (model / "optimizer.safetensors").write_bytes(b"state")
     config = config_of(name="arithmetic")
+    began = identify(config, run_id="r").things[MODEL_NAME].digest
+    (model / "optimizer.safetensors").write_bytes(b"state")
     moved = config.model_copy(
         update={"model": config.model.model_copy(update={"path": str(model)})}
     )

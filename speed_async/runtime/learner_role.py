@@ -71,6 +71,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
     grace_s = FAILED_GRACE_S
     try:
         identity = await identifying  # before an actor can find the service, and be given work
+        weighing = asyncio.create_task(asyncio.to_thread(life.add_weights, identity))
         remember_ports(life, service.ports)
         address = ServiceAddress(
             host=config.cluster.host,
@@ -85,6 +86,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
         console = await _start_console(address, folder)
         watch = asyncio.create_task(service.watch(), name="service")
         finished = await _train(life, identity, rank, address, stop, service, watch)
+        await weighing
         await asyncio.to_thread(rendezvous.end, life.number)
         grace_s = UPLOAD_GRACE_S if config.observe.wandb else CHILD_GRACE_S
     finally:
