@@ -6,6 +6,7 @@ times of the updates in metrics.jsonl.
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_process import Run, start_actor, start_train
+from run_process import MODEL, Run, start_actor, start_train
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -182,6 +183,23 @@ def test_actors_join_contribute_and_leave_and_a_stopped_one_does_not_outlive_the
         assert summary["weights"]["failed"] == 1  # the stopped one's: joining disturbed nobody
         assert list((tmp_path / "stayer" / "logs").glob("actor-?.log"))
     assert_nobody_answers(address)
+
+
+def test_an_actor_of_another_tokenizer_is_refused_and_the_run_goes_on(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(MODEL, other)
+    tokenizer = other / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    run = start_train(tmp_path, "--run.updates", "100000")
+    run.wait_for_steps(1)
+    status, _, err = start_actor(run, "--model", str(other)).finish()
+    assert status == 1
+    assert "its model folder (fingerprint " in err
+    assert "give every node the same model, tokenizer and chat template" in err
+    assert len(err.splitlines()) == 1
+    run.wait_for_steps(len(run.events("step")) + 1)
+    run.interrupt()
+    assert run.finish()[0] == 130
 
 
 def assert_nobody_answers(address: str) -> None:

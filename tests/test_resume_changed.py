@@ -13,6 +13,7 @@ from run_process import MODEL, REPOSITORY, SMALL, Run, resume_train, start_torch
 from safetensors.numpy import load_file, save_file
 
 from speed_async.buffer.journal import Journal, segments
+from speed_async.runtime.content import NUM_SAMPLES, SAMPLE_BYTES, sample_digest
 from speed_async.tasks.arithmetic import ArithmeticTask
 
 pytestmark = pytest.mark.timeout(300)
@@ -46,6 +47,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Run:
     make_parts(folder)
     chat = ("--model.chat_template", "true")
     run = start_train(folder, *chat, config=folder / "config.toml")
+    run.wait_for_steps(1)
     status, _, err = run.finish()
     assert status == 0, err
     return run
@@ -115,7 +117,7 @@ def test_changed_data_are_refused_with_what_they_were_and_are(
     with changed(path, change(path.read_bytes())):
         said = refusal(ended)
     assert f"error: the run in '{ended.folder}' cannot be resumed, and nothing in it was" in said
-    assert f"the data in '{path}' differ ({how}): {NUM_TRAIN} prompts and {NUM_HELD_OUT}" in said
+    assert f"the data in '{path}' changed ({how}): {NUM_TRAIN} prompts and {NUM_HELD_OUT}" in said
     assert "(from another place: --task.path FILE)" in said
     assert f"--model.path '{ended.folder / 'checkpoints' / 'version-000003'}'" in said
 
@@ -175,10 +177,23 @@ def test_another_model_tokenizer_or_template_is_refused_by_file(
     new = change(old) if change is not None else weights_times_two(ended.folder.parent)
     with changed(path, new):
         said = refusal(ended)
-    assert f"the {thing} in '{path.parent}' differs: {file} was " in said
+    assert f"the {thing} in '{path.parent}' changed: {file} was " in said
     assert "(from another place: --model.path FOLDER)" in said
     kept = json.loads((ended.folder / "identity.json").read_text())["things"][thing]
     assert f"{file} was {kept['parts'][file][:8]}, is " in said
+
+
+def test_whole_weights_are_compared_and_not_samples_alone(ended: Run) -> None:
+    path = ended.folder.parent / "model" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    step = (len(content) - SAMPLE_BYTES) // (NUM_SAMPLES - 1)
+    assert step > 2 * SAMPLE_BYTES
+    content[step + step // 2] ^= 1  # between two samples
+    before = sample_digest(path)
+    with changed(path, bytes(content)):
+        assert sample_digest(path) == before
+        said = refusal(ended)
+    assert f"the model weights in '{path.parent}' changed: model.safetensors was " in said
 
 
 def test_all_that_differs_is_said_at_once(ended: Run) -> None:
@@ -211,7 +226,7 @@ def test_another_place_of_other_content_is_refused(ended: Run, name: str, option
         said = refusal(ended, option, str(other))
     finally:
         shutil.rmtree(other) if other.is_dir() else other.unlink()
-    assert f"in '{other}' (it was in '{place}') differ" in said
+    assert f"in '{other}' (it was in '{place}') changed" in said
 
 
 def test_a_configuration_edited_in_the_run_folder_is_refused(ended: Run) -> None:
@@ -281,7 +296,7 @@ def test_torchrun_refuses_changed_data_as_well(ended: Run) -> None:
         run = start_torchrun(ended.folder.parent, 2, "--run.updates", "5", resume=True)
         status, _, err = run.finish()
     assert status != 0
-    assert f"the data in '{path}' differ (other numbers of prompts)" in err
+    assert f"the data in '{path}' changed (other numbers of prompts)" in err
     assert content(ended.folder) == before
     assert run.processes() == {}
 
@@ -298,7 +313,7 @@ def test_ranks_that_are_started_again_refuse_data_that_changed_meanwhile(tmp_pat
     os.kill(run.learner(), signal.SIGKILL)
     status, _, err = run.finish()
     assert status == 1
-    assert f"the data in '{data}' differ (other numbers of prompts)" in err
+    assert f"the data in '{data}' changed (other numbers of prompts)" in err
     assert json.loads((run.folder / "life.json").read_text()) == {"life": 0}
     assert run.processes() == {}
 
@@ -341,12 +356,12 @@ def test_changed_code_that_scores_is_refused_until_it_is_accepted(
     answers.write_text(answers.read_text() + "# mended\n")
     said = refusal(run)
     assert (
-        "the code that scores (speed_async.tasks.jsonl.JsonlTask) differs: final_answer.py" in said
+        "the code that scores (speed_async.tasks.jsonl.JsonlTask) changed: final_answer.py" in said
     )
     option, value = said.partition("add ")[2].partition(")")[0].split()
     assert option == "--run.accept_scoring"
-    assert "differs: final_answer.py" in refusal(run, option, "code-00000000")
+    assert "changed: final_answer.py" in refusal(run, option, "code-00000000")
     status, _, err = resume_train(run, "--run.updates", "4", option, value).finish()
     assert status == 0, err
     answers.write_text(answers.read_text() + "# and again\n")
-    assert "differs: final_answer.py" in refusal(run)  # what was accepted is that code alone
+    assert "changed: final_answer.py" in refusal(run)  # what was accepted is that code alone

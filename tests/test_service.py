@@ -174,6 +174,20 @@ def test_other_task_data_are_refused_at_the_door(desk: Desk) -> None:
     assert "same config and data" in answer.reason
 
 
+def test_another_model_folder_is_refused_at_the_door(desk: Desk) -> None:
+    hello = m.Hello(
+        role="actor",
+        index=1,
+        incarnation=0,
+        fingerprint="f",
+        process_id=1,
+        model_fingerprint="other",
+    )
+    [(_, answer)] = desk.say("actor-1.0", hello)
+    assert isinstance(answer, m.Rejected)
+    assert "give every node the same model, tokenizer and chat template" in answer.reason
+
+
 def test_an_offer_names_ranks_in_order_and_opens_an_epoch_only_when_members_change(
     desk: Desk,
 ) -> None:

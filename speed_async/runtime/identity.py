@@ -7,8 +7,9 @@ import importlib.metadata
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from speed_async import __version__
@@ -17,7 +18,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import IdentityError
 from speed_async.runtime.content import Digested, digest_files, digest_text
 from speed_async.runtime.model_files import (
-    settings_files,
+    model_parts,
     template_parts,
     tokenizer_parts,
     weight_files,
@@ -27,13 +28,16 @@ from speed_async.tasks.source import scoring_files
 from speed_async.tasks.task import Task, fingerprint
 
 FORMAT = 1
-DATA, MODEL, TOKENIZER, TEMPLATE, SCORING = (
+DATA, MODEL, WEIGHTS, TOKENIZER, TEMPLATE, SCORING = (
     "data",
     "model",
+    "model weights",
     "tokenizer",
     "chat template",
     "code that scores",
 )
+"""The model's weights are sampled in `model`, which takes no time, and read whole in `model
+weights`, which is added while the run begins."""
 GYM = "reasoning_gym:"
 GYM_LIBRARY = "reasoning-gym"
 
@@ -63,35 +67,46 @@ class Identity:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
 
 
-def identify(
-    config: Config, *, run_id: str, known: Mapping[str, Digested] | None = None
-) -> Identity:
-    """Read all that a run with this configuration stands on.
+def identify(config: Config, *, run_id: str) -> Identity:
+    """All that a run with this configuration stands on, but for whole weights.
 
-    `known`: digests of weights, of an earlier time. Raises ConfigError, DataError or TaskError when
-    the task cannot be made, and IdentityError when a file cannot be read.
+    Raises ConfigError, DataError or TaskError when the task cannot be made, and IdentityError when
+    a file cannot be read.
     """
     task = make_task(config.task)
     folder = Path(config.model.path)
     try:
-        weights = digest_files(weight_files(folder), known or {})
         things = {
             DATA: _data(config, task),
-            MODEL: _model(folder, weights),
+            MODEL: _thing(folder, model_parts(folder)),
             TOKENIZER: _thing(folder, tokenizer_parts(folder)),
             SCORING: _scoring(config, task),
         }
         if config.model.chat_template:
             things[TEMPLATE] = _thing(folder, template_parts(folder))
     except OSError as error:
-        raise IdentityError(f"what this run stands on cannot be read: {error}") from error
+        raise _unreadable(error) from error
     return Identity(
         run_id=run_id,
         release=__version__,
         settings=fixed_settings(config),
         things=things,
-        weights=weights,
+        weights={},
     )
+
+
+def with_weights(
+    identity: Identity, folder: Path, known: Mapping[str, Digested] = MappingProxyType({})
+) -> Identity:
+    """The same with the whole weights of this model folder. `known`: their digests of an earlier
+    time. Raises IdentityError."""
+    try:
+        weights = digest_files(weight_files(folder), known)
+    except OSError as error:
+        raise _unreadable(error) from error
+    parts = {Path(path).name: found.digest for path, found in weights.items()}
+    things = {**identity.things, WEIGHTS: _thing(folder, parts)}
+    return replace(identity, things=things, weights=weights)
 
 
 def new_run_id() -> str:
@@ -119,9 +134,8 @@ def read_identity(path: Path) -> Identity | None:
         ) from None
 
 
-def _model(folder: Path, weights: Mapping[str, Digested]) -> Thing:
-    files = {**digest_files(settings_files(folder)), **weights}
-    return _thing(folder, {Path(path).name: found.digest for path, found in files.items()})
+def _unreadable(error: OSError) -> IdentityError:
+    return IdentityError(f"what this run stands on cannot be read: {error}")
 
 
 def _data(config: Config, task: Task) -> Thing:

@@ -9,18 +9,19 @@ from speed_async.config.resumed import fixed_settings
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, DataError, IdentityError, TaskError
 from speed_async.learner.shelf import checkpoint_folder, kept_versions, run_ids
-from speed_async.runtime.content import Digested
 from speed_async.runtime.identity import (
     DATA,
     MODEL,
     SCORING,
     TEMPLATE,
     TOKENIZER,
+    WEIGHTS,
     Identity,
     Thing,
     identify,
     new_run_id,
     read_identity,
+    with_weights,
 )
 from speed_async.runtime.model_files import model_fingerprint
 from speed_async.runtime.run_folder import RunFolder
@@ -33,6 +34,7 @@ ACCEPTED = "code-"
 PLACES = {
     DATA: "--task.path FILE",
     MODEL: "--model.path FOLDER",
+    WEIGHTS: "--model.path FOLDER",
     TOKENIZER: "--model.path FOLDER",
     TEMPLATE: "--model.path FOLDER",
 }
@@ -46,17 +48,18 @@ def check_identity(config: Config, folder: RunFolder) -> Identity:
     """
     then = read_identity(folder.identity)
     makers = run_ids(folder.checkpoints)
-    if then is not None:
+    model = Path(config.model.path)
+    if then is None:
+        now = _identify(config, folder, next(reversed(makers.values()), new_run_id()))
+    else:
         _check_settings(then, config, folder)
         _check_checkpoints(then, makers, folder)
-        now = _identify(config, folder, then.run_id, then.weights)
-    else:
-        now = _identify(config, folder, next(reversed(makers.values()), new_run_id()))
-    if then is not None and (differences := dict(_differences(then, now, config))):
-        raise IdentityError(_refusal(differences, folder))
-    fingerprint = model_fingerprint(
-        Path(config.model.path), chat_template=config.model.chat_template
-    )
+        now = _identify(config, folder, then.run_id)
+        _check_things(then, now, config, folder)
+        if WEIGHTS in then.things:
+            now = with_weights(now, model, then.weights)
+            _check_things(then, now, config, folder)
+    fingerprint = model_fingerprint(model, chat_template=config.model.chat_template)
     check_segments(folder.journal, data=now.things[DATA].digest, model=fingerprint)
     if then is None:
         return now
@@ -91,34 +94,38 @@ def _check_checkpoints(then: Identity, makers: Mapping[str, str], folder: RunFol
             )
 
 
-def _identify(
-    config: Config, folder: RunFolder, run_id: str, known: Mapping[str, Digested] | None = None
-) -> Identity:
+def _identify(config: Config, folder: RunFolder, run_id: str) -> Identity:
     try:
-        return identify(config, run_id=run_id, known=known)
+        return identify(config, run_id=run_id)
     except (ConfigError, DataError, TaskError) as error:
         raise IdentityError(
             f"the data of the run in '{folder.path}' cannot be made again: {error}"
         ) from error
 
 
+def _check_things(then: Identity, now: Identity, config: Config, folder: RunFolder) -> None:
+    if differences := dict(_differences(then, now, config)):
+        raise IdentityError(_refusal(differences, folder))
+
+
 def _differences(then: Identity, now: Identity, config: Config) -> Iterator[tuple[str, str]]:
     """Names of what differs, and how."""
     for name, before in then.things.items():
-        after = now.things[name]
-        if after.digest == before.digest:
+        after = now.things.get(name)
+        if after is None or after.digest == before.digest:
             continue
         if name == DATA:
             yield name, _other_data(before, after)
         elif name != SCORING:
-            yield name, f"the {name} in {_places(before, after)} differs: {_files(before, after)}"
+            place = _places(before, after)
+            yield name, f"the {name} in {place} changed: {_files(before, after)}"
         elif not _is_accepted(config.run.accept_scoring, after):
             yield name, _other_code(before, after)
 
 
 def _other_code(before: Thing, after: Thing) -> str:
     return (
-        f"the code that scores ({after.place}) differs: {_files(before, after)}; rewards before "
+        f"the code that scores ({after.place}) changed: {_files(before, after)}; rewards before "
         "and after would not compare (to go on with the changed code, add --run.accept_scoring "
         f"{ACCEPTED}{after.digest[:SHOWN]})"
     )
@@ -140,7 +147,7 @@ def _other_data(before: Thing, after: Thing) -> str:
     else:
         how = "other prompts"
     return (
-        f"the data in {_places(before, after)} differ ({how}): {_counted(before)} then, "
+        f"the data in {_places(before, after)} changed ({how}): {_counted(before)} then, "
         f"{_counted(after)} now; recorded prompt ids would name other prompts, and held-out "
         "prompts may have been trained on"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speed_async.config.schema import Config
-from speed_async.errors import RoleError, RunFinished, SpeedAsyncError
+from speed_async.errors import DataError, RoleError, RunFinished, SpeedAsyncError
 from speed_async.observe.report import plot_accuracy, summary_text
 from speed_async.observe.summary import resume_line
 from speed_async.runtime.failure import describe, to_go_on
@@ -85,6 +85,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
     has_failed = True
     try:
         identity = await identifying  # before an actor can find the service, and be given work
+        weighing = asyncio.create_task(asyncio.to_thread(life.add_weights, identity))
         remember_ports(life, service.ports)
         address = ServiceAddress(
             host=config.cluster.host,
@@ -99,6 +100,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
         watch = asyncio.create_task(service.watch(), name="service")
         finished = await _train(life, identity, rank, address, stopping.asked, service, watch)
         has_failed = False
+        await weighing
         grace_s = UPLOAD_GRACE_S if config.observe.wandb else CHILD_GRACE_S
     finally:
         if watch is not None:
@@ -176,5 +178,8 @@ def _write_results(finished: "Finished", folder: RunFolder, *, breakdown: bool) 
         "notices": list(finished.notices),
     }
     folder.write_summary(summary)
-    plot_accuracy(folder.path)
+    try:
+        plot_accuracy(folder.path)
+    except DataError as error:  # the run is over and its results are written: this is no failure
+        say(f"accuracy.png was not drawn: {error}\n")
     say(summary_text(summary, breakdown=breakdown) + "\n")

@@ -7,6 +7,7 @@ themselves, and consoles, find the service again.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
 from speed_async.errors import RunFinished, SpeedAsyncError
 from speed_async.learner.shelf import Found, newest_whole
-from speed_async.runtime.identity import Identity, identify, new_run_id
+from speed_async.runtime.identity import WEIGHTS, Identity, identify, new_run_id, with_weights
 from speed_async.runtime.identity_check import check_identity
 from speed_async.runtime.ports import becomes_free
 from speed_async.runtime.run_folder import RunFolder, make_run_folder
@@ -42,17 +43,28 @@ class Life:
     checkpoint: Found | None
     """What is gone on from; None starts from the run's first model."""
     identity: Identity | None
-    """What the run stands on; None at its first start, which does not wait for it to be read."""
+    """What the run stands on, as far as it was read; None at its first start."""
     ports: Ports
     lock: int
     """An open descriptor; the lock goes when it is closed, at the latest with this process."""
 
     def identified(self) -> Identity:
-        """What the run stands on, written down. It has to be before anything is generated. Reads
-        whole weights at a run's first start. Raises SpeedAsyncError or OSError."""
+        """What the run stands on, written down: it has to be before anything is generated. Raises
+        SpeedAsyncError or OSError."""
         identity = self.identity or identify(self.config, run_id=new_run_id())
         self.folder.write(self.folder.identity, identity.text())
         return identity
+
+    def add_weights(self, identity: Identity) -> None:
+        """Complete it while the run begins: whole weights take a while to be read. Where that
+        fails, a resume compares samples of them alone."""
+        if WEIGHTS in identity.things:
+            return
+        try:
+            whole = with_weights(identity, Path(self.config.model.path))
+            self.folder.write(self.folder.identity, whole.text())
+        except (SpeedAsyncError, OSError) as error:
+            sys.stderr.write(f"the model's weights were not identified: {error}\n")
 
     def first_words(self) -> list[str]:
         """Lines that tell the user of a run that goes on; none at its first start."""

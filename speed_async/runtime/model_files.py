@@ -27,8 +27,10 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _TEMPLATE_KEY = "chat_template"
 
 
-def settings_files(folder: Path) -> list[Path]:
-    return _matching(folder, SETTINGS)
+def model_parts(folder: Path) -> dict[str, str]:
+    """Digest by file; of weights a digest of samples. Raises OSError."""
+    sampled = {path.name: sample_digest(path) for path in weight_files(folder)}
+    return _digests(folder, _matching(folder, SETTINGS)) | sampled
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -55,10 +57,7 @@ def template_parts(folder: Path) -> dict[str, str]:
 def model_fingerprint(folder: Path, *, chat_template: bool) -> str:
     """Digest of all that has to be alike on every node. Of weights it takes samples only: another
     model is told apart, a single wrong byte is not. Raises OSError."""
-    parts = _digests(folder, settings_files(folder)) | {
-        path.name: sample_digest(path) for path in weight_files(folder)
-    }
-    texts = [*_flat(parts), *_flat(tokenizer_parts(folder))]
+    texts = [*_flat(model_parts(folder)), *_flat(tokenizer_parts(folder))]
     if chat_template:
         texts += _flat(template_parts(folder))
     return digest_text(*texts)[:16]
