@@ -15,10 +15,11 @@ from speed_async.errors import RoleError, RunFinished, SpeedAsyncError
 from speed_async.observe.report import plot_accuracy, summary_text
 from speed_async.runtime.failure import describe
 from speed_async.runtime.life import Life, begin_life, remember_ports
-from speed_async.runtime.processes import end_process, log_to, start_role
+from speed_async.runtime.processes import end_process, log_to, never_fail_to_log, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
 from speed_async.runtime.run_folder import RunFolder
 from speed_async.runtime.service_process import ServiceProcess
+from speed_async.runtime.standard_streams import tell
 from speed_async.wire import messages as m
 from speed_async.wire.curve import client_keys
 from speed_async.wire.session import SessionLink
@@ -55,10 +56,11 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
         life = await asyncio.to_thread(begin_life, config, begun_in=begun_in, resume=resume)
     except RunFinished as finished:
         await asyncio.to_thread(rendezvous.nothing_to_do)
-        sys.stdout.write(f"{finished}\n")
+        tell(f"{finished}\n")
         return True
     config, folder = life.config, life.folder
     await asyncio.to_thread(rendezvous.begin, folder.path)
+    never_fail_to_log()
     sys.stderr.writelines(life.first_words())  # on the terminal, while nothing is drawn there yet
     log_to(folder.log(ROLE))
     sys.stderr.writelines([f"life {life.number}\n", *life.first_words()])
@@ -153,5 +155,4 @@ def _write_results(finished: "Finished", folder: RunFolder, *, breakdown: bool) 
     }
     folder.write_summary(summary)
     plot_accuracy(folder.path)
-    sys.stdout.write(summary_text(summary, breakdown=breakdown) + "\n")
-    sys.stdout.flush()
+    tell(summary_text(summary, breakdown=breakdown) + "\n")
