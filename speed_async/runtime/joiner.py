@@ -16,6 +16,7 @@ from pathlib import Path
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, DeadlineExceeded, ProtocolError, SpeedAsyncError
+from speed_async.runtime.ports import address_at
 from speed_async.runtime.processes import ENVIRONMENT
 from speed_async.runtime.run_folder import make_run_folder
 from speed_async.runtime.supervisor import ActorPlan, supervise
@@ -50,7 +51,7 @@ async def join_run(
         os.environ.setdefault(name, value)
     link = await open_link(host, port, f"join-{uuid.uuid4().hex}", keys=curve)
     try:
-        accepted = await _ask(link, stopping, f"tcp://{host}:{port}", timeout_s)
+        accepted = await _ask(link, stopping, address_at(host, port), timeout_s)
         if accepted is None:
             return False
         try:
@@ -119,7 +120,7 @@ async def _take_part(
         joined=True,
         environment=_engine_environment(config),
     )
-    print(f"joined tcp://{host}:{port} as {name}; its logs are in {folder.path / 'logs'}")
+    print(f"joined {address_at(host, port)} as {name}; its logs are in {folder.path / 'logs'}")
     sys.stdout.flush()
     feed = FeedSubscriber(host, accepted.feed_port, keys=curve)
     try:

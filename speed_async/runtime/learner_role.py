@@ -15,6 +15,7 @@ from speed_async.errors import RoleError, RunFinished, SpeedAsyncError
 from speed_async.observe.report import plot_accuracy, summary_text
 from speed_async.runtime.failure import describe
 from speed_async.runtime.life import Life, begin_life, remember_ports
+from speed_async.runtime.ports import address_at
 from speed_async.runtime.processes import end_process, log_to, never_fail_to_log, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
 from speed_async.runtime.run_folder import RunFolder
@@ -78,8 +79,8 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
             run_folder=str(folder.path),
             life=life.number,
         )
-        sys.stderr.write(f"metrics feed at tcp://{address.host}:{address.feed_port}\n")
-        sys.stderr.write(f"actors join at tcp://{address.host}:{address.port}\n")
+        sys.stderr.write(f"metrics feed at {address_at(address.host, address.feed_port)}\n")
+        sys.stderr.write(f"actors join at {address_at(address.host, address.port)}\n")
         await asyncio.to_thread(rendezvous.publish, address)
         console = await _start_console(address, folder)
         watch = asyncio.create_task(service.watch(), name="service")
