@@ -17,6 +17,7 @@ from speed_async.runtime.event_loop import run
 from speed_async.runtime.failure import exit_status
 from speed_async.runtime.life import check_resumable
 from speed_async.runtime.preflight.findings import CHECKED
+from speed_async.runtime.standard_streams import forget_stdout, open_standard_streams
 
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 KEYS = click.option(
@@ -262,6 +263,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 
 def main() -> None:
+    open_standard_streams()
     try:
         commands(standalone_mode=False)
     except SpeedAsyncError as error:
@@ -270,5 +272,8 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # such as `| head -1`
+        forget_stdout()
+        sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)

@@ -1,6 +1,7 @@
 """Config: what a user may write, and what he is told when it cannot work."""
 
 import json
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -243,6 +244,15 @@ def test_a_run_folder_that_cannot_be_made_is_named(config_file: Path, tmp_path: 
     config = load_config(config_file, ["--run.folder", str(tmp_path / "file" / "a")])
     with pytest.raises(ConfigError, match=r"run\.folder"):
         make_run_folder(config)
+
+
+def test_a_run_folder_whose_name_is_no_text_is_refused(config_file: Path, tmp_path: Path) -> None:
+    """Linux allows any bytes in a name; Python hands over what is not UTF-8 as surrogates."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff/run")
+    config = load_config(config_file, ["--run.folder", folder])
+    with pytest.raises(ConfigError, match="is not UTF-8: use another folder") as refused:
+        make_run_folder(config)
+    str(refused.value).encode()  # it can be printed
 
 
 def test_an_algorithm_sets_the_parts_that_nothing_else_sets(config_file: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from speed_async.runtime.rendezvous import Rendezvous, ServiceAddress
 from torch.distributed import TCPStore
 
 from speed_async.config.load import build_config, read_resolved
@@ -19,7 +20,6 @@ from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, DeadlineExceeded, RunFinished, SpeedAsyncError
 from speed_async.runtime.life import Ports, begin_life, check_resumable, remember_ports
 from speed_async.runtime.ports import becomes_free, listens
-from speed_async.runtime.rendezvous import Rendezvous, ServiceAddress
 from speed_async.runtime.run_folder import RunFolder
 from speed_async.runtime.supervisor import ActorPlan, supervise
 

@@ -192,6 +192,36 @@ def test_an_actor_that_speaks_rubbish_is_lost_at_once_and_its_prompts_go_to_othe
     assert again.service.membership.lost == machine.service.membership.lost
 
 
+async def without_folder(machine: Machine, hub: InProcessHub) -> str:
+    feed = FeedPublisher("127.0.0.1", 0)
+    serving = asyncio.create_task(serve(machine, hub, feed, []))
+    folder = Path(machine.service.config.run.folder)
+    learner = SessionLink(hub.connect("learner"))
+    await learner.send(hello("learner", 0))
+    assert isinstance(await learner.receive(PATIENCE_S), m.Welcome)
+    async with asyncio.timeout(PATIENCE_S):
+        began_s = machine.last_s
+        while machine.last_s < began_s + 1.2:  # noqa: ASYNC110 (two ticks)
+            await asyncio.sleep(0.01)
+        assert machine.service.warning == ""
+        folder.rename(folder.with_name("elsewhere"))  # noqa: ASYNC240
+        while not machine.service.warning:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await learner.send(m.Failure(role="learner", message="that is all"))
+    await serving
+    return machine.service.warning
+
+
+def test_a_run_folder_that_is_removed_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    named = {"folder": str(folder)}
+    config = make_config(str(folder), run=named, buffer={"durability": "none"})
+    warning = asyncio.run(without_folder(Machine(build(config)), InProcessHub()))
+    assert f"the run folder '{folder}' was removed or moved" in warning
+
+
 async def spoiled(machine: Machine, hub: InProcessHub) -> None:
     """A learner asks for a batch whose groups wait on a disk that has spoiled them."""
     feed = FeedPublisher("127.0.0.1", 0)

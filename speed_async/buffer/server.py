@@ -16,12 +16,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from speed_async.buffer.conversations import Sealed
 from speed_async.buffer.journal import Place
 from speed_async.buffer.machine import Machine
 from speed_async.buffer.segments import Segments
 from speed_async.buffer.stored import StoredGroup
+from speed_async.config.resumed import CONFIG_FILE
 from speed_async.errors import DeadlineExceeded, JournalError
 from speed_async.observe.metrics import Event
 from speed_async.observe.sinks import Sink
@@ -114,6 +116,7 @@ class _Shell:
         self._spoke: set[str] = set()
         self._turns: deque[_Turn] = deque()  # taken in, and not told yet
         self._segments = segments
+        self._had_folder = False
         machine.conversations.holding = machine.journal is not None
 
     def _now(self) -> float:
@@ -127,6 +130,7 @@ class _Shell:
             self._machine.refused(self._hub.newly_rejected.pop(), "it was malformed", now_s)
         if now_s >= self._next_tick_s:
             self._machine.tick(now_s, now_s - self._next_tick_s)
+            self._look_for_folder()
             self._next_tick_s = self._now() + self._interval_s
             for peer, probe in self._machine.conversations.probes(now_s):
                 self._offer(peer, probe)
@@ -270,6 +274,17 @@ class _Shell:
         waited_s = self._clock() - began_s
         if waited_s > ROOM_RETRY_S:
             self._behind_s += waited_s
+
+    def _look_for_folder(self) -> None:
+        """Files that are open can be written also when their folder has been removed, so nothing
+        else would tell."""
+        folder = Path(self._config.run.folder)
+        had_folder, self._had_folder = self._had_folder, (folder / CONFIG_FILE).exists()
+        if had_folder and not self._had_folder:
+            self._machine.service.warning = (
+                f"the run folder '{folder}' was removed or moved: this run's metrics and journal "
+                "are lost and it cannot be resumed; stop it, or let it go on for its checkpoints"
+            )
 
     # --- out -----------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from speed_async.errors import (
 )
 from speed_async.runtime.admission import Admitted, ask_for_place, until_end
 from speed_async.runtime.event_loop import stop_event
+from speed_async.runtime.ports import address_at
 from speed_async.runtime.processes import ENVIRONMENT
 from speed_async.runtime.run_folder import make_run_folder
 from speed_async.runtime.supervisor import ActorPlan, supervise
@@ -94,7 +95,7 @@ async def _take_part(
         joined=True,
         environment=_engine_environment(config),
     )
-    address = f"tcp://{place.host}:{place.port}"
+    address = address_at(place.host, place.port)
     print(f"joined {address} as {name}; its logs are in {folder.path / 'logs'}")
     sys.stdout.flush()
     feed = FeedSubscriber(place.host, place.accepted.feed_port, keys=curve)

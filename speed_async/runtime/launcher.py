@@ -32,8 +32,9 @@ from speed_async.runtime.failure import (
     to_go_on,
 )
 from speed_async.runtime.notice import FOLDER_VARIABLE, Notice, NoticeFile
-from speed_async.runtime.processes import ENVIRONMENT, say
+from speed_async.runtime.processes import ENVIRONMENT
 from speed_async.runtime.rank import Rank, check_world
+from speed_async.runtime.standard_streams import STDERR, tell
 
 PROCESS_VARIABLE = "SPEED_ASYNC_LAUNCHER"
 """Process id of the launcher, for its ranks."""
@@ -150,7 +151,7 @@ class _Launcher:
                 if not failed or self._stopped_by or restarts == self._config.cluster.max_restarts:
                     break
                 restarts += 1
-                say(f"{end.text}; starting all ranks again (restart {restarts})\n", sys.stderr)
+                tell(f"{end.text}; starting all ranks again (restart {restarts})\n", STDERR)
                 # Where the run goes on; nobody serves it at the old address.
                 folder = self._read_notice().run_folder
                 self._notice = NoticeFile(self._notice.path.parent)
@@ -282,12 +283,12 @@ class _Launcher:
             parts = [f"stopped by {self._stopped_by.name if self._stopped_by else 'a signal'}"]
             parts += [end.text] if end.text else []
             parts += [to_go_on(noted.run_folder)] if noted.run_folder else []
-            say("; ".join(parts) + "\n", sys.stderr)
+            tell("; ".join(parts) + "\n", STDERR)
         elif end.text:
-            say(f"error: {end.text}\n", sys.stderr)
+            tell(f"error: {end.text}\n", STDERR)
         elif not self._leads:
             how = noted.outcome.replace("_", " ") or "ended; its learner's node says how"
-            say(f"the run has ended on node 0: {how}\n", sys.stderr)
+            tell(f"the run has ended on node 0: {how}\n", STDERR)
         return end.status
 
     # --- files -----------------------------------------------------------------------------------

@@ -20,10 +20,12 @@ from speed_async.runtime.failure import describe, to_go_on
 from speed_async.runtime.identity import Identity
 from speed_async.runtime.life import Life, begin_life, recorded_outcome, remember_ports
 from speed_async.runtime.notice import Notice, notice_of_node
-from speed_async.runtime.processes import end_process, log_to, say, start_role
+from speed_async.runtime.ports import address_at
+from speed_async.runtime.processes import end_process, log_to, never_fail_to_log, start_role
 from speed_async.runtime.rank import Rank
 from speed_async.runtime.run_folder import RunFolder
 from speed_async.runtime.service_process import ServiceProcess
+from speed_async.runtime.standard_streams import tell
 from speed_async.runtime.stopping import Stopping
 from speed_async.wire import messages as m
 from speed_async.wire.curve import client_keys
@@ -68,11 +70,12 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
         life = await asyncio.to_thread(begin_life, config, begun_in=begun_in, resume=resume)
     except RunFinished as finished:
         notice.change(nothing_to_do=True)
-        say(f"{finished}\n")
+        tell(f"{finished}\n")
         # Ranks that were started again after the end, and not by a person, end as the run did.
         return recorded_outcome(begun_in) if begun_in is not None else "completed"
     config, folder = life.config, life.folder
     notice.change(run_folder=str(folder.path))
+    never_fail_to_log()
     sys.stderr.writelines(life.first_words())  # on the terminal, while nothing is drawn there yet
     log_to(folder.log(ROLE))
     sys.stderr.writelines([f"life {life.number}\n", *life.first_words()])
@@ -92,8 +95,8 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
             port=config.cluster.advertised_port or service.ports.service,
             feed_port=service.ports.feed,
         )
-        sys.stderr.write(f"metrics feed at tcp://{address.host}:{address.feed_port}\n")
-        sys.stderr.write(f"actors join at tcp://{address.host}:{address.port}\n")
+        sys.stderr.write(f"metrics feed at {address_at(address.host, address.feed_port)}\n")
+        sys.stderr.write(f"actors join at {address_at(address.host, address.port)}\n")
         notice.change(host=address.host, port=address.port)
         console = await _start_console(address, folder)
         stopping.shown_by(console, folder)
@@ -110,12 +113,12 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
         if console is not None:
             await end_process(console, grace_s)
         if has_failed:
-            say(f"{resume_line(str(folder.path))}\n")
+            tell(f"{resume_line(str(folder.path))}\n")
     _write_results(finished, folder, breakdown=config.observe.breakdown)
     if os.getppid() != launcher:
         text = f"the launcher of this run has died; {to_go_on(folder.path)}\n"
         sys.stderr.write(text)
-        say(text)
+        tell(text)
     if finished.save_error:
         raise RoleError(ROLE, finished.save_error)
     return finished.outcome
@@ -181,5 +184,5 @@ def _write_results(finished: "Finished", folder: RunFolder, *, breakdown: bool) 
     try:
         plot_accuracy(folder.path)
     except DataError as error:  # the run is over and its results are written: this is no failure
-        say(f"accuracy.png was not drawn: {error}\n")
-    say(summary_text(summary, breakdown=breakdown) + "\n")
+        tell(f"accuracy.png was not drawn: {error}\n")
+    tell(summary_text(summary, breakdown=breakdown) + "\n")

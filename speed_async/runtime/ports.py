@@ -1,10 +1,15 @@
-"""TCP ports: whether anybody listens at one, and whether one can be bound."""
+"""TCP ports: how one is written, whether anybody listens at it, and whether it can be bound."""
 
 import asyncio
 import socket
 import time
 
 POLL_S = 0.05
+
+
+def address_at(host: str, port: int) -> str:
+    """tcp://HOST:PORT, as `--join` and `console` take it; an IPv6 address stands in brackets."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 async def listens(host: str, port: int, *, timeout_s: float) -> bool:

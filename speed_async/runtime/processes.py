@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
 
 PR_SET_PDEATHSIG = 1
 ENVIRONMENT = {
@@ -33,16 +32,6 @@ def die_with_parent(parent_id: int | None, how: signal.Signals = signal.SIGKILL)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, how)
         if parent_id is not None and os.getppid() != parent_id:
             os._exit(1)
-
-
-def say(text: str, stream: TextIO | None = None) -> None:
-    """Write to the terminal (stdout, or `stream`) if there still is one."""
-    terminal: TextIO = sys.stdout if stream is None else stream
-    try:
-        terminal.write(text)
-        terminal.flush()
-    except OSError:  # what is left in the buffer must not fail once more when this process ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), terminal.fileno())
 
 
 def log_to(path: Path) -> None:

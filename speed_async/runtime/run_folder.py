@@ -100,6 +100,12 @@ def make_run_folder(config: Config) -> tuple[RunFolder, Config]:
     path = wanted
     number = 1
     try:
+        str(wanted).encode()  # other processes are told it as text
+    except UnicodeEncodeError:
+        raise ConfigError(
+            "run.folder", ascii(config.run.folder), "its path is not UTF-8: use another folder"
+        ) from None
+    try:
         while not _claim(path):
             number += 1
             path = wanted.with_name(f"{wanted.name}-{number}")

@@ -1,0 +1,105 @@
+"""Closed, broken and full standard streams of real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_process import SMALL, Run, write_config
+
+pytestmark = pytest.mark.timeout(240)
+
+TELLS = """
+import sys
+from speed_async.runtime import standard_streams
+standard_streams.TELL_DEADLINE_S = float(sys.argv[1])
+sys.stderr.write(str(standard_streams.tell("x" * int(sys.argv[2]))))
+"""
+CLOSED = 'exec "$@" <&- >&- 2>&-'
+
+
+def test_a_run_whose_lines_nobody_reads_any_more_is_completed(tmp_path: Path) -> None:
+    """`speed-async train ... | head -1`, with a reader that has gone before the end."""
+    command = [sys.executable, "-m", "speed_async", "train", str(write_config(tmp_path))]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    run = Run(process=process, folder=tmp_path / "run")
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("start ")
+        process.stdout.close()
+        err = process.stderr.read()
+        assert (process.wait(60), err) == (0, "")
+        assert run.summary()["completed"] is True
+        assert run.processes() == {}
+    finally:
+        run.kill()
+
+
+def test_a_run_without_standard_streams_is_completed(tmp_path: Path) -> None:
+    """`speed-async train ... <&- >&- 2>&-`, as some daemons start what they start."""
+    config = write_config(tmp_path, SMALL)
+    command = [sys.executable, "-m", "speed_async", "train", str(config)]
+    process = subprocess.Popen(["sh", "-c", CLOSED, "sh", *command], cwd=tmp_path, text=True)
+    run = Run(process=process, folder=tmp_path / "run")
+    try:
+        assert process.wait(180) == 0
+        assert run.summary()["completed"] is True
+        assert run.processes() == {}
+    finally:
+        run.kill()
+
+
+def test_closed_streams_are_opened_and_open_ones_are_left_alone(tmp_path: Path) -> None:
+    code = (
+        "from speed_async.runtime.standard_streams import open_standard_streams as o; o(); o()\n"
+        "import os, socket; s = socket.socket(); print('lost'); import sys\n"
+        f"open({str(tmp_path / 'found')!r}, 'w').write(\n"
+        "    repr([os.readlink(f'/proc/self/fd/{n}') for n in (0, 1, 2)] + [s.fileno() > 2]))"
+    )
+    done = subprocess.run(["sh", "-c", CLOSED, "sh", sys.executable, "-c", code], timeout=60)
+    assert done.returncode == 0
+    assert (tmp_path / "found").read_text() == repr(["/dev/null"] * 3 + [True])
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60)
+    assert done.stdout == b"lost\n"
+
+
+@pytest.mark.parametrize(("num_bytes", "told"), [(1, True), (10_000_000, False)])
+def test_a_reader_that_does_not_read_is_not_waited_for(num_bytes: int, told: bool) -> None:
+    reading, writing = os.pipe()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", TELLS, "0.2" if not told else "60", str(num_bytes)],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+        assert (done.returncode, done.stderr.decode()) == (0, str(told))
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_a_command_s_reader_may_leave(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "speed_async", "config", str(write_config(tmp_path))]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_telling_nobody_raises_nothing() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", TELLS, "60", "1"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"False")
