@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from speed_async.types import ActorCounts, Float32Array, Int32Array
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 DRAINED = "drained"
 """The reason of a LeaseFailed that says nothing about its prompt."""
@@ -116,6 +116,24 @@ class Evaluated(Counted):
     num_tokens: int
     oldest_version: int
     newest_version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample(Counted):
+    """One completion for people to look at (observe/metrics.py: the `sample` event). It changes
+    nothing in the run. `extracted` is empty where `is_extracted` is False."""
+
+    policy_version: int
+    prompt_id: int
+    held_out: bool
+    decision: str
+    reward: float
+    is_extracted: bool
+    extracted: str
+    truncated: bool
+    num_tokens: int
+    prompt: str
+    completion: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
