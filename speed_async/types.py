@@ -74,11 +74,22 @@ class Sampled:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What a verifier says of one completion."""
+
+    reward: float
+    extracted: str | None = None
+    """What it took for the answer; for people."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
     """A scored sample."""
 
     sampled: Sampled
     reward: float
+    extracted: str | None = None
+    """What the verifier took for the answer. It does not travel with the group."""
 
     @property
     def num_tokens(self) -> int:

@@ -38,6 +38,9 @@ class DeadlyTask:
             raise ValueError(f"cannot parse {completion!r}")
         return 0.0
 
+    def extract(self, completion: str) -> str | None:
+        return None
+
 
 class Words:
     def encode(self, text: str) -> Int32Array:

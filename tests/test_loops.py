@@ -5,7 +5,7 @@ verifier (a scripted one) and the optimiser (which counts) are stand-ins.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from speed_async.learner.progress import Progress
 from speed_async.learner.trainer import UpdateResult
 from speed_async.observe.sinks import RecordingSink
 from speed_async.tasks.task import fingerprint
-from speed_async.types import Group, Int32Array, Prompt, WeightOffer
+from speed_async.types import Group, Int32Array, Prompt, Verdict, WeightOffer
 from speed_async.weights.canary import Canary
 from speed_async.weights.memory_channel import MemoryReceiver, MemorySender, MemoryStore
 from speed_async.wire import messages as m
@@ -59,6 +59,9 @@ class DigitTask:
     def score(self, prompt: Prompt, completion: str) -> float:
         return float(completion.endswith("1")) if prompt.answer == "0" else 0.0
 
+    def extract(self, completion: str) -> str | None:
+        return completion[-1:]
+
 
 class InlineVerifier:
     """Scores at its next turn; raises for the prompts it is told to."""
@@ -68,13 +71,16 @@ class InlineVerifier:
         self.broken_prompts: set[int] = set()
         self.on_score: Callable[[], Coroutine[Any, Any, None]] | None = None
 
-    async def score(self, prompt: Prompt, completions: list[str]) -> list[float]:
+    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
         if not prompt.held_out and prompt.prompt_id in self.broken_prompts:
             raise TaskError(f"the verifier of prompt {prompt.prompt_id} raised")
         await asyncio.sleep(0)
         if self.on_score is not None:
             await self.on_score()
-        return [self.task.score(prompt, completion) for completion in completions]
+        return [
+            Verdict(reward=self.task.score(prompt, text), extracted=self.task.extract(text))
+            for text in completions
+        ]
 
 
 class CharCodec:

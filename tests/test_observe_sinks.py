@@ -1,10 +1,13 @@
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 
 from speed_async.errors import DataError
 from speed_async.observe.metrics import Event
+from speed_async.observe.sample_file import SampleFile
 from speed_async.observe.sinks import JsonlSink, RecordingSink, Sink, read_events
 
 STEP = Event(kind="step", values={"wall_s": 1.5, "policy_version": 1, "phase": "training"})
@@ -35,6 +38,65 @@ def test_gauges_of_a_moment_are_not_kept(tmp_path: Path) -> None:
     sink.write(Event(kind="status", values={"wall_s": 1.0}))
     sink.close()
     assert sink.path.read_text() == ""
+
+
+def sample(number: int) -> Event:
+    text = f"completion {number}\n\u2028 ü"
+    return Event(kind="sample", values={"prompt_id": number, "extracted": None, "completion": text})
+
+
+def samples(folder: Path) -> list[dict[str, object]]:
+    """Lines of samples.jsonl, split at line feeds alone."""
+    text = (folder / "samples.jsonl").read_text()
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def test_samples_have_a_file_of_their_own_that_a_resumed_run_goes_on_with(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path)
+    assert not (tmp_path / "samples.jsonl").exists()
+    for number in range(2):
+        sink.write(sample(number))
+    sink.close()
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"kind": "sample", "prom')  # killed in the middle of a line
+    resumed = JsonlSink(tmp_path)
+    resumed.write(sample(2))
+    resumed.close()
+    assert samples(tmp_path) == [{"kind": "sample"} | sample(n).values for n in range(3)]
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_the_file_of_samples_is_bounded_and_says_once_that_it_is_full(tmp_path: Path) -> None:
+    for _ in range(2):  # the second time as a resumed run
+        file = SampleFile(tmp_path, max_file_bytes=1000)
+        for number in range(30):
+            file.write(sample(number).values)
+    *kept, last = samples(tmp_path)
+    assert last == {"kind": "full", "max_bytes": 1000}
+    assert [line["prompt_id"] for line in kept] == list(range(len(kept))) and len(kept) > 5
+    assert (tmp_path / "samples.jsonl").stat().st_size < 1100
+
+
+def test_a_full_disk_costs_samples_and_leaves_no_half_line(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path)
+    sink.write(sample(0))
+    before = (tmp_path / "samples.jsonl").read_bytes()
+    # The kernel cuts writes at this size, as it does where a disk is full.
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+    try:
+        for number in (1, 2):
+            with pytest.raises(OSError):
+                sink.write(sample(number))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
+    sink.write(sample(3))
+    sink.close()
+    assert [line["prompt_id"] for line in samples(tmp_path)] == [0, 3]
 
 
 def test_numbers_json_cannot_carry_become_null(tmp_path: Path) -> None:

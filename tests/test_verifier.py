@@ -17,7 +17,7 @@ import pytest
 from speed_async.errors import DataError, TaskError
 from speed_async.tasks.scripted_verifier import ScriptedVerifier
 from speed_async.tasks.verifier import Verifier, VerifierPool
-from speed_async.tasks.verifier_worker import describe, score_all
+from speed_async.tasks.verifier_worker import MAX_EXTRACTED_CHARS, describe, score_all
 from speed_async.types import Prompt
 
 LIMIT_S = 60.0
@@ -68,6 +68,19 @@ class MoodyTask:
                 pass
         return float(completion == prompt.answer)
 
+    def extract(self, completion: str) -> str | None:
+        """Does what the completion says; else its last word."""
+        if completion == "raise in extract":
+            raise ValueError("cannot extract from this")
+        if completion == "hang in extract":
+            while True:
+                pass
+        if completion == "exit in extract":
+            os._exit(4)
+        if completion == "extract a number":
+            return 7  # pyright: ignore[reportReturnType]
+        return completion.split()[-1] if completion else None
+
 
 def make_moody() -> MoodyTask:
     return MoodyTask()
@@ -104,9 +117,13 @@ def run(scenario: Callable[[], Coroutine[object, object, T]]) -> T:
     return asyncio.run(bounded())
 
 
-async def failure(pool: Verifier, bad: Prompt) -> str:
+async def rewards(pool: Verifier, scored: Prompt, completions: Sequence[str]) -> list[float]:
+    return [verdict.reward for verdict in await pool.score(scored, completions)]
+
+
+async def failure(pool: Verifier, bad: Prompt, completion: str = "x") -> str:
     with pytest.raises(TaskError) as caught:
-        await pool.score(bad, ["x"])
+        await pool.score(bad, [completion])
     return str(caught.value)
 
 
@@ -132,8 +149,8 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
 def test_a_phase_is_scored_in_one_call_with_a_reward_for_each_completion() -> None:
     async def scenario() -> None:
         async with VerifierPool(make_moody, 1, 5.0) as pool:
-            assert await pool.score(prompt("sum"), ["7", "8", "", "7"]) == [1.0, 0.0, 0.0, 1.0]
-            assert await pool.score(prompt("sum"), []) == []
+            assert await rewards(pool, prompt("sum"), ["7", "8", "", "7"]) == [1.0, 0.0, 0.0, 1.0]
+            assert await rewards(pool, prompt("sum"), []) == []
 
     run(scenario)
 
@@ -153,7 +170,39 @@ def test_every_way_to_fail_is_told_apart_and_leaves_the_pool_working() -> None:
         async with VerifierPool(make_moody, 1, 5.0) as pool:
             for mood, text in expected.items():
                 assert text in await failure(pool, prompt(mood, prompt_id=4))
-                assert await pool.score(prompt("sum"), ["7"]) == [1.0]
+                assert await rewards(pool, prompt("sum"), ["7"]) == [1.0]
+
+    run(scenario)
+
+
+def test_what_the_verifier_extracted_comes_with_each_reward_and_is_bounded() -> None:
+    async def scenario() -> None:
+        async with VerifierPool(make_moody, 1, 5.0) as pool:
+            verdicts = await pool.score(prompt("sum"), ["7", "it is 8", "", "y" * 5000])
+        assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 0.0, 0.0]
+        assert [verdict.extracted for verdict in verdicts] == [
+            "7",
+            "8",
+            None,
+            "y" * MAX_EXTRACTED_CHARS,
+        ]
+
+    run(scenario)
+
+
+def test_an_extraction_that_raises_hangs_or_dies_fails_its_own_call_alone() -> None:
+    expected = {
+        "raise in extract": "raised ValueError: cannot extract from this",
+        "hang in extract": "gave no answer within 1 s",
+        "exit in extract": "ended its worker process (exit code 4)",
+        "extract a number": "extracted 7, which is neither a text nor None",
+    }
+
+    async def scenario() -> None:
+        async with VerifierPool(make_moody, 1, 1.0) as pool:
+            for completion, text in expected.items():
+                assert text in await failure(pool, prompt("sum"), completion)
+                assert await rewards(pool, prompt("sum"), ["7"]) == [1.0]
 
     run(scenario)
 
@@ -163,7 +212,7 @@ def test_a_hang_fails_only_its_own_call_and_calls_behind_it_are_scored() -> None
         async with VerifierPool(make_moody, 1, 0.5) as pool:
             hanging = asyncio.create_task(failure(pool, prompt("hang", prompt_id=9)))
             await asyncio.sleep(0)  # first in the queue
-            good = [pool.score(prompt("sum"), ["7", "1"]) for _ in range(20)]
+            good = [rewards(pool, prompt("sum"), ["7", "1"]) for _ in range(20)]
             assert await asyncio.gather(*good) == [[1.0, 0.0]] * 20
             text = await hanging
         assert "training prompt 9 gave no answer within 0.5 s" in text
@@ -188,7 +237,7 @@ def test_another_worker_goes_on_while_one_hangs() -> None:
             hanging = asyncio.create_task(pool.score(prompt("hang"), ["x"]))
             await asyncio.sleep(0)
             for _ in range(50):
-                assert await pool.score(prompt("sum"), ["7"]) == [1.0]
+                assert await rewards(pool, prompt("sum"), ["7"]) == [1.0]
             assert not hanging.done()
             hanging.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -328,6 +377,6 @@ def test_scoring_stops_at_the_first_failure() -> None:
 def test_the_scripted_verifier_rewards_by_its_function_and_records_calls() -> None:
     scripted = ScriptedVerifier(lambda prompt, completion: float(completion == prompt.answer))
     verifier: Verifier = scripted
-    assert asyncio.run(verifier.score(prompt("sum"), ["7", "8"])) == [1.0, 0.0]
+    assert asyncio.run(rewards(verifier, prompt("sum"), ["7", "8"])) == [1.0, 0.0]
     assert [call.completions for call in scripted.calls] == [("7", "8")]
     assert scripted.calls[0].prompt.answer == "7"

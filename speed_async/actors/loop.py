@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 from speed_async.actors.engine import Engine
 from speed_async.actors.lease_result import Result, result_message
-from speed_async.actors.rollout import Aborted, LeaseWork, Rollout
+from speed_async.actors.rollout import Aborted, LeaseWork, Refused, Rollout, Scored
+from speed_async.actors.sample_choice import SampleChoice
 from speed_async.config.schema import Config
 from speed_async.errors import (
     DeadlineExceeded,
@@ -25,12 +26,22 @@ from speed_async.errors import (
     WeightSyncError,
 )
 from speed_async.tasks.task import Task
-from speed_async.types import ActorCounts, Lease, LeaseKind, WeightOffer, weight_backend
+from speed_async.types import (
+    ActorCounts,
+    Group,
+    Lease,
+    LeaseKind,
+    Prompt,
+    WeightOffer,
+    weight_backend,
+)
 from speed_async.wire import messages as m
 from speed_async.wire.joining import Leaving
 from speed_async.wire.session import SessionLink
 
 REPORT_INTERVAL_S = 0.5
+SAMPLE_INTERVAL_S = 1.0
+"""About so often one of all actors' completions is shown to people."""
 SERVICE_SILENCE_S = 5.0
 """A service that was not heard this long while the actor drains is dead: nothing waits for it."""
 DRAIN_POLL_S = 0.02
@@ -60,6 +71,11 @@ class ActorLoop:
         self._rollout = rollout
         self._task = task
         self._clock = clock
+        self._samples = SampleChoice(
+            SAMPLE_INTERVAL_S * config.cluster.actors,
+            is_gated=config.gate.mode == "screen",
+            clock=clock,
+        )
         self._works: dict[int, LeaseWork] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._outbox: asyncio.Queue[m.Message] = asyncio.Queue()
@@ -143,9 +159,10 @@ class ActorLoop:
         lease = work.lease
         evaluation = lease.kind is LeaseKind.EVALUATION
         prompts = self._task.held_out_prompts if evaluation else self._task.train_prompts
+        prompt = prompts[lease.prompt_id]
         result: Result
         try:
-            result = await self._rollout.run(work, prompts[lease.prompt_id])
+            result = await self._rollout.run(work, prompt)
         except Aborted:
             result = m.DRAINED if self._draining else m.STALE
         except asyncio.CancelledError:
@@ -159,15 +176,27 @@ class ActorLoop:
         except (WeightSyncError, DeadlineExceeded):
             async with self._applying:  # what broke the engine is told to the service first
                 raise
-        self._end_lease(work, result)
+        self._end_lease(work, prompt, result)
 
-    def _end_lease(self, work: LeaseWork, result: Result) -> None:
+    def _end_lease(self, work: LeaseWork, prompt: Prompt, result: Result) -> None:
         lease_id = work.lease.lease_id
         del self._works[lease_id], self._tasks[lease_id]
         self._completions_generated += len(work.samples)
         self._say(result_message(work, result, self._counts()))
+        if not isinstance(result, str):
+            self._show_sample(work, prompt, result)
         self._ask_for_work()
         self._maybe_drained()
+
+    def _show_sample(
+        self, work: LeaseWork, prompt: Prompt, result: Group | Refused | Scored
+    ) -> None:
+        """Now and then, one of the lease's completions for people to look at."""
+        chosen = self._samples.choose(work)
+        if chosen is not None:
+            text = self._rollout.text(chosen.sampled)
+            counts = self._counts()
+            self._say(self._samples.message(chosen, work, prompt, result, text, counts))
 
     # --- out -------------------------------------------------------------------------------
 

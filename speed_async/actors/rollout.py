@@ -21,6 +21,7 @@ from speed_async.types import (
     Phase,
     Prompt,
     Sampled,
+    Verdict,
 )
 
 PRIORITY = {Phase.EVALUATION: 0, Phase.CONTINUATION: 1, Phase.SCREENING: 2}
@@ -30,7 +31,7 @@ PRIORITY = {Phase.EVALUATION: 0, Phase.CONTINUATION: 1, Phase.SCREENING: 2}
 class Scorer(Protocol):
     """Scores all completions of one prompt's phase; raises TaskError (tasks/verifier.py)."""
 
-    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[float]: ...
+    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]: ...
 
 
 class Codec(Protocol):
@@ -52,6 +53,8 @@ class LeaseWork:
     lease: Lease
     samples: list[Sampled] = field(default_factory=list)
     """In the order in which they ended."""
+    completions: list[Completion] = field(default_factory=list)
+    """Those that were scored, in the order in which they were asked for."""
     num_tokens: int = 0
     """Of all samples; kept, because every message's counts ask for it."""
     num_waiting: int = 0
@@ -136,6 +139,10 @@ class Rollout:
             num_screening=gate.num_screening,
         )
 
+    def text(self, sampled: Sampled) -> str:
+        """What a sample says."""
+        return self._codec.decode(sampled.token_ids)
+
     async def _evaluate(self, work: LeaseWork, prompt: Prompt, tokens: Int32Array) -> Scored:
         completions = await self._phase(
             work, prompt, tokens, Phase.EVALUATION, work.lease.num_samples
@@ -172,38 +179,40 @@ class Rollout:
             samples.append(answer)
         if any(sample.finish_reason == "abort" for sample in samples):
             raise Aborted
-        rewards = await self._score(work, prompt, samples)
+        verdicts = await self._score(work, prompt, samples)
         # `samples` and not `work.samples`: these are in the order in which they ended.
-        return [
-            Completion(sampled=sample, reward=reward)
-            for sample, reward in zip(samples, rewards, strict=True)
+        completions = [
+            Completion(sampled=sample, reward=verdict.reward, extracted=verdict.extracted)
+            for sample, verdict in zip(samples, verdicts, strict=True)
         ]
+        work.completions += completions
+        return completions
 
     async def _score(
         self, work: LeaseWork, prompt: Prompt, samples: Sequence[Sampled]
-    ) -> list[float]:
-        """Rewards of all samples; one that was cut off earns 0 and is not verified."""
-        rewards = [0.0] * len(samples)
+    ) -> list[Verdict]:
+        """On all samples; one that was cut off earns 0 and is not verified."""
+        verdicts = [Verdict(reward=0.0)] * len(samples)
         verified = [
             place
             for place, sample in enumerate(samples)
             if sample.finish_reason != "length" or self._config.task.score_truncated
         ]
         if not verified:
-            return rewards
-        texts = [self._codec.decode(samples[place].token_ids) for place in verified]
+            return verdicts
+        texts = [self.text(samples[place]) for place in verified]
         work.scoring = True
         try:
-            scores = await self._scorer.score(prompt, texts)
+            given = await self._scorer.score(prompt, texts)
         except TaskError as error:
             if self._failures is not None:
                 await asyncio.to_thread(self._failures.keep, prompt, texts, str(error))
             raise
         finally:
             work.scoring = False
-        for place, score in zip(verified, scores, strict=True):
-            rewards[place] = score
-        return rewards
+        for place, verdict in zip(verified, given, strict=True):
+            verdicts[place] = verdict
+        return verdicts
 
     async def _one(self, work: LeaseWork, request: GenerationRequest) -> Sampled:
         try:

@@ -22,6 +22,7 @@ MAX_METRICS = 1024
 MAX_WEIGHT_RANKS = 4096
 MAX_INDEX = 2**20
 ROLES = ("actor", "learner")
+DECISIONS = ("continued", "screened out", "kept", "evaluated")
 _COUNTS = tuple(field.name for field in fields(ActorCounts))
 
 
@@ -85,6 +86,15 @@ class Inspection:
                     yield "oldest_version is above newest_version"
                 if message.newest_version > policy_version:
                     yield _future("newest_version", message.newest_version, policy_version)
+            case m.Sample():
+                if message.decision not in DECISIONS:
+                    yield f"decision {message.decision[:20]!r} is none of {DECISIONS}"
+                if message.reward > 1:
+                    yield f"reward = {message.reward} is no reward"
+                if message.num_tokens > self._max_tokens:
+                    yield f"num_tokens = {message.num_tokens} is more than a completion has"
+                if message.policy_version > policy_version:
+                    yield _future("policy_version", message.policy_version, policy_version)
             case m.WeightsApplied(policy_version=applied):
                 if applied > policy_version:
                     yield _future("policy_version", applied, policy_version)

@@ -4,6 +4,8 @@ The same inputs always lead to the same state. So the journal needs to hold inpu
 service that died is had again by taking them in once more.
 """
 
+from dataclasses import replace
+
 from speed_async.buffer.conversations import Conversations
 from speed_async.buffer.journal import Journal, Place, Record
 from speed_async.buffer.service import BufferService
@@ -40,7 +42,7 @@ class Machine:
             return
         place = None
         if self.journal is not None:
-            frames = encode(message)
+            frames = encode(_to_record(message))
             place = self.journal.append("message", now_s, peer=peer, text=key, frames=frames)
         self._message(peer, message, now_s, place, key)
 
@@ -156,3 +158,10 @@ class Machine:
         if service.events:
             self.events += service.events
             service.events.clear()
+
+
+def _to_record(message: m.Message) -> m.Message:
+    """A sample without its texts: nothing follows from them."""
+    if isinstance(message, m.Sample):
+        return replace(message, prompt="", completion="", extracted="")
+    return message

@@ -33,7 +33,7 @@ from speed_async.wire.feed import FeedPublisher
 from speed_async.wire.groups import batch_group
 from speed_async.wire.transport import Delivery, Hub, PeerName
 
-KEPT_KINDS = ("step", "evaluation", "end")
+KEPT_KINDS = ("step", "evaluation", "sample", "end")
 """Status events are for the live feed only."""
 BATCH_MESSAGES = 64
 BATCH_BYTES = 4 * 1024 * 1024

@@ -125,6 +125,7 @@ class BufferService:
             m.ScreenedOut: self._on_screened_out,
             m.LeaseFailed: self._on_lease_failed,
             m.Evaluated: self._on_evaluated,
+            m.Sample: self._on_sample,
             m.ActorReport: self._on_report,
             m.WeightsApplied: self._on_applied,
             Leaving: self._on_leaving,
@@ -291,6 +292,24 @@ class BufferService:
 
     def _on_report(self, peer: str, report: m.ActorReport, now_s: float) -> None:
         self.membership.actors[peer].gauges = report.gauges
+
+    def _on_sample(self, peer: str, sample: m.Sample, now_s: float) -> None:
+        """Shown, and nothing else: no count and no decision follows from it."""
+        values: dict[str, Value] = {
+            "wall_s": round(now_s - self.started_s, 3),
+            "policy_version": sample.policy_version,
+            "actor": peer,
+            "prompt_id": sample.prompt_id,
+            "held_out": sample.held_out,
+            "decision": sample.decision,
+            "reward": sample.reward,
+            "extracted": sample.extracted if sample.is_extracted else None,
+            "truncated": sample.truncated,
+            "num_tokens": sample.num_tokens,
+            "prompt": sample.prompt,
+            "completion": sample.completion,
+        }
+        self.events.append(Event(kind="sample", values=values))
 
     def _on_leaving(self, peer: str, leaving: Leaving, now_s: float) -> None:
         self.membership.actors[peer].leaving = True

@@ -7,6 +7,7 @@ from typing import Protocol, cast, get_args
 
 from speed_async.errors import DataError
 from speed_async.observe.metrics import Event, EventKind, Value
+from speed_async.observe.sample_file import SampleFile
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -22,7 +23,8 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Appends one JSON object a line to `metrics.jsonl`: `kind` first, then the event's values.
+    """Appends one JSON object a line to `metrics.jsonl`: `kind` first, then the event's values;
+    samples go to `samples.jsonl` (sample_file.py).
 
     A line is whole on disk's side of the process as soon as `write` returns, so a reader may
     follow the file and a killed process loses nothing it reported. A number that JSON cannot
@@ -34,9 +36,13 @@ class JsonlSink:
         self.path = run_folder / METRICS_FILE
         _drop_torn_tail(self.path)
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        self._samples = SampleFile(run_folder)
 
     def write(self, event: Event) -> None:
-        if event.kind in ("status", "sample"):
+        if event.kind == "status":
+            return
+        if event.kind == "sample":
+            self._samples.write({key: _finite(item) for key, item in event.values.items()})
             return
         line = {"kind": event.kind} | {key: _finite(item) for key, item in event.values.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")

@@ -82,6 +82,9 @@ class ArithmeticTask:
         """1.0 when the completion, white space at its ends aside, is the answer; else 0.0."""
         return float(completion.strip() == prompt.answer)
 
+    def extract(self, completion: str) -> str | None:
+        return completion.strip()
+
 
 def _distinct_sums(rng: random.Random, max_digits: int) -> Iterator[tuple[str, str, int]]:
     """Endless (text, answer, carries), no text twice."""

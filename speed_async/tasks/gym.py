@@ -86,6 +86,9 @@ class ReasoningGymTask:
                 raise  # the scorer refuses even its own answer: not the completion's fault
             return 0.0
 
+    def extract(self, completion: str) -> str | None:
+        return _extract(completion)
+
     @cached_property
     def _held_out(self) -> Sequence[Prompt]:
         return self._make("held_out", self._num_held_out, exclude=frozenset())

@@ -7,11 +7,13 @@ from typing import Literal
 
 from speed_async.errors import ConfigError, DataError
 from speed_async.tasks.exact_answer import exact_answer, same_answer
+from speed_async.tasks.final_answer import final_answer
 from speed_async.tasks.jsonl_file import Row, read_rows
 from speed_async.tasks.numeric_answer import (
     answer_number,
     last_number,
     same_number,
+    shown_number,
 )
 from speed_async.types import Prompt
 
@@ -53,6 +55,10 @@ class JsonlTask:
             return float(same_answer(exact_answer(completion), exact_answer(prompt.answer)))
         given, answer = last_number(completion), answer_number(prompt.answer)
         return float(given is not None and answer is not None and same_number(given, answer))
+
+    def extract(self, completion: str) -> str | None:
+        """The final answer as the completion wrote it, a number or not."""
+        return final_answer(completion) if self._match == "exact" else shown_number(completion)
 
 
 def _why_not_exact(answer: str) -> str:

@@ -33,6 +33,10 @@ class ScriptedTask:
         digest = hashlib.blake2b(f"{prompt.text}\0{completion}".encode(), digest_size=8).digest()
         return float(int.from_bytes(digest) < float(prompt.answer) * 2**64)
 
+    def extract(self, completion: str) -> str | None:
+        """Nothing: the whole text decides."""
+        return None
+
 
 def _prompts(start: int, count: int, *, held_out: bool) -> tuple[Prompt, ...]:
     return tuple(

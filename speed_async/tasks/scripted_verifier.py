@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from speed_async.types import Prompt
+from speed_async.types import Prompt, Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +19,6 @@ class ScriptedVerifier:
         self._reward = reward
         self.calls: list[VerifierCall] = []
 
-    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[float]:
+    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
         self.calls.append(VerifierCall(prompt=prompt, completions=tuple(completions)))
-        return [self._reward(prompt, completion) for completion in completions]
+        return [Verdict(reward=self._reward(prompt, completion)) for completion in completions]

@@ -24,6 +24,11 @@ class Task(Protocol):
         """Reward in [0, 1]; 1.0 means correct. May raise, may hang: the verifier pool copes."""
         ...
 
+    def extract(self, completion: str) -> str | None:
+        """What `score` takes for the completion's answer, for people to look at; None when it finds
+        none. May raise, may hang."""
+        ...
+
 
 def fingerprint(task: Task) -> str:
     """Digest of all prompts: two processes that lease and serve prompt ids must agree on it."""

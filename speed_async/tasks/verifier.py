@@ -26,7 +26,7 @@ from speed_async.tasks.verifier_worker import (
     score_packed,
     start_worker,
 )
-from speed_async.types import Prompt
+from speed_async.types import Prompt, Verdict
 
 MAX_ATTEMPTS = 3
 """Pools one call may break, or lose to another call, before it is given up."""
@@ -42,8 +42,8 @@ T = TypeVar("T")
 class Verifier(Protocol):
     """Scores completions of one prompt."""
 
-    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[float]:
-        """One reward in [0, 1] for each completion. Raises TaskError."""
+    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
+        """One verdict, its reward in [0, 1], for each completion. Raises TaskError."""
         ...
 
 
@@ -94,11 +94,12 @@ class VerifierPool:
                 await self._stop(pool)
         self._starter.shutdown(wait=False)
 
-    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[float]:
-        """Rewards of all completions of one prompt, in one round trip.
+    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
+        """Verdicts on all completions of one prompt, in one round trip.
 
         Raises TaskError when the verifier raises, hangs past `timeout_s`, kills its process, or
-        returns something else than a finite number in [0, 1]; other calls are not affected.
+        returns something else than a finite number in [0, 1] (its `extract`: than a text or
+        None); other calls are not affected.
         """
         reply = await self._score_packed(_pack(prompt, completions), _name(prompt))
         if isinstance(reply, str):

@@ -14,14 +14,16 @@ import numpy as np
 
 from speed_async.errors import SpeedAsyncError
 from speed_async.tasks.task import Task
-from speed_async.types import Prompt
+from speed_async.types import Prompt, Verdict
 
 MakeTask = Callable[[], Task]
-Reply = list[float] | str
-"""Rewards, or what went wrong. Foreign exceptions never travel: they may not unpickle."""
+Reply = list[Verdict] | str
+"""Verdicts, or what went wrong. Foreign exceptions never travel: they may not unpickle."""
 
 MAX_ERROR_CHARS = 1000
 """Of a foreign error's text, which may hold a whole completion."""
+MAX_EXTRACTED_CHARS = 1000
+"""Of what a completion was taken to answer: people look at it, nothing else does."""
 _PR_SET_PDEATHSIG = 1
 _NOT_STARTED = "worker was not initialised"
 
@@ -47,7 +49,7 @@ def report_start() -> str:
 
 
 def score_packed(payload: bytes) -> Reply:
-    """Rewards of a pickled (prompt, completions)."""
+    """Verdicts on a pickled (prompt, completions)."""
     if isinstance(_worker_task, str):
         return f"could not start: {_worker_task}"
     prompt, completions = pickle.loads(payload)
@@ -55,17 +57,21 @@ def score_packed(payload: bytes) -> Reply:
 
 
 def score_all(task: Task, prompt: Prompt, completions: Sequence[str]) -> Reply:
-    """One reward for each completion, or the first failure."""
-    rewards: list[float] = []
+    """One verdict for each completion, or the first failure."""
+    verdicts: list[Verdict] = []
     for completion in completions:
         try:
             reward: object = task.score(prompt, completion)
+            extracted: object = task.extract(completion)
         except BaseException as error:  # some libraries derive their time-outs from BaseException
             return f"raised {describe(error)}"
         if not _is_reward(reward):
             return f"returned {_shown(reward)}, which is not a finite number in [0, 1]"
-        rewards.append(float(reward))
-    return rewards
+        if extracted is not None and not isinstance(extracted, str):
+            return f"extracted {_shown(extracted)}, which is neither a text nor None"
+        shown = None if extracted is None else str(extracted[:MAX_EXTRACTED_CHARS])
+        verdicts.append(Verdict(reward=float(reward), extracted=shown))
+    return verdicts
 
 
 def describe(error: BaseException) -> str:

@@ -125,6 +125,24 @@ class Evaluated(Counted):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sample(Counted):
+    """One completion for people to look at (observe/metrics.py: the `sample` event). It changes
+    nothing in the run. `extracted` is empty where `is_extracted` is False."""
+
+    policy_version: int
+    prompt_id: int
+    held_out: bool
+    decision: str
+    reward: float
+    is_extracted: bool
+    extracted: str
+    truncated: bool
+    num_tokens: int
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ActorReport(Counted):
     """Heartbeat with gauges (slots_busy, num_slots, waiting, loop_lag_s, policy_version, ...)."""
 
