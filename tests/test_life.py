@@ -11,13 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from speed_async.runtime.rendezvous import Rendezvous, ServiceAddress
-from torch.distributed import TCPStore
 
 from speed_async.config.load import build_config, read_resolved
 from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
-from speed_async.errors import ConfigError, DeadlineExceeded, RunFinished, SpeedAsyncError
+from speed_async.errors import ConfigError, RunFinished, SpeedAsyncError
 from speed_async.runtime.life import Ports, begin_life, check_resumable, remember_ports
 from speed_async.runtime.ports import becomes_free, listens
 from speed_async.runtime.run_folder import RunFolder
@@ -298,82 +296,6 @@ def test_a_port_becomes_free_when_its_process_has_gone() -> None:
     assert becomes_free("127.0.0.1", port, timeout_s=10)
     holder.wait()
     assert not asyncio.run(listens("127.0.0.1", port, timeout_s=5))
-
-
-# --- the rendezvous ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def rendezvous(monkeypatch: pytest.MonkeyPatch) -> Rendezvous:
-    """At a store such as an agent serves: it outlives the ranks."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(store.port))
-    monkeypatch.setattr(Rendezvous, "server", store, raising=False)
-    return Rendezvous(timeout_s=5.0)
-
-
-def address_at(port: int, life: int) -> ServiceAddress:
-    return ServiceAddress(host="127.0.0.1", port=port, feed_port=1, run_folder="/runs/a", life=life)
-
-
-def test_ranks_that_are_started_again_know_where_their_run_began(
-    rendezvous: Rendezvous, tmp_path: Path
-) -> None:
-    assert rendezvous.begun_in() is None
-    rendezvous.begin(tmp_path / "run-2")
-    assert Rendezvous(timeout_s=5.0).begun_in() == tmp_path / "run-2"
-
-
-def test_an_address_of_an_earlier_life_is_not_taken_for_this_one_s(rendezvous: Rendezvous) -> None:
-    with listening() as gone:
-        stale = address_at(port_of(gone), life=0)
-    with listening() as server:
-        fresh = address_at(port_of(server), life=1)
-
-        async def find() -> ServiceAddress | None:
-            rendezvous.publish(stale)  # its service is dead
-            finding = asyncio.create_task(rendezvous.find(asyncio.Event()))
-            done, _ = await asyncio.wait((finding,), timeout=0.3)
-            assert not done
-            rendezvous.publish(fresh)
-            return await asyncio.wait_for(finding, 5)
-
-        assert asyncio.run(find()) == fresh
-    assert not rendezvous.is_replaced(1)
-    assert rendezvous.is_replaced(0)  # who had found the stale one hears of it
-    asyncio.run(asyncio.wait_for(rendezvous.until_over(0), 5))
-
-
-def test_a_life_is_over_when_it_ends_and_no_other_life_by_it(rendezvous: Rendezvous) -> None:
-    rendezvous.publish(address_at(1, life=3))
-    rendezvous.end(2)
-    with pytest.raises(TimeoutError):
-        asyncio.run(asyncio.wait_for(rendezvous.until_over(3), 0.1))
-    rendezvous.end(3)
-    asyncio.run(asyncio.wait_for(rendezvous.until_over(3), 5))
-
-
-def test_who_waits_for_a_run_that_was_finished_before_goes_home(rendezvous: Rendezvous) -> None:
-    async def find() -> ServiceAddress | None:
-        finding = asyncio.create_task(rendezvous.find(asyncio.Event()))
-        done, _ = await asyncio.wait((finding,), timeout=0.3)
-        assert not done
-        rendezvous.nothing_to_do()
-        return await asyncio.wait_for(finding, 5)
-
-    assert asyncio.run(find()) is None
-
-
-def test_a_new_life_withdraws_the_address_of_the_one_before(
-    rendezvous: Rendezvous, tmp_path: Path
-) -> None:
-    with listening() as server:
-        rendezvous.publish(address_at(port_of(server), life=0))
-        rendezvous.begin(tmp_path)
-        short = Rendezvous(timeout_s=0.1)
-        with pytest.raises(DeadlineExceeded, match="the buffer service's address"):
-            asyncio.run(short.find(asyncio.Event()))
 
 
 # --- the supervisor ----------------------------------------------------------------------------

@@ -229,6 +229,27 @@ def test_a_supervisor_that_joins_gets_an_index_beyond_the_ranks_and_the_config(d
     assert "ending" in late.reason
 
 
+def test_a_rank_that_asks_keeps_its_index_and_is_never_given_a_name_twice(
+    desk: Desk, tmp_path: Path
+) -> None:
+    def place(of: Desk, supervisor: str) -> tuple[int, int]:
+        join = Join(machine="there", process_id=1, has_rank=True, rank=2)
+        [(_, answer)] = of.say(supervisor, join)
+        assert isinstance(answer, JoinAccepted)
+        return answer.index, answer.incarnation
+
+    assert place(desk, "actor-2.join-a") == (2, 1)  # actor-2.0 is here
+    desk.hello("actor-2.1", 2, incarnation=1)  # its supervisor was killed
+    assert place(desk, "actor-2.join-b") == (2, 2)
+    assert totals(desk) == (2, 2)  # no actor beside the ranks is expected
+    again = next_life(desk, tmp_path, actors=2)
+    assert place(again, "actor-2.join-c") == (2, 1000)
+    again.say("learner", m.FinishRun(policy_version=5, evaluate=False, reason="stopped"))
+    assert place(again, "actor-2.join-d") == (2, 1000)
+    again.say("actor-2.join-d", m.Failure(role="actor-2", message="no GPU"))
+    assert again.service.ended  # a rank's failure is the run's
+
+
 def test_those_who_joined_are_counted_until_they_leave(desk: Desk) -> None:
     join(desk, "join-a")
     assert totals(desk) == (2, 2)

@@ -1,0 +1,163 @@
+"""What starts and ends the ranks of a run: signals, launchers that die, and who can reach them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from open_sockets import is_loopback, watched
+from run_process import DEADLINE_S, Run, start_torchrun, start_train, write_config
+
+pytestmark = pytest.mark.timeout(240)
+
+FOR_EVER = ("--run.updates", "100000")
+
+
+def wait_until_gone(run: Run) -> None:
+    """Until no process of the run is left, which has lost who started it."""
+    ends_s = time.monotonic() + DEADLINE_S
+    while left := run.processes():
+        assert time.monotonic() < ends_s, f"still there: {left}"
+        time.sleep(0.05)
+
+
+def assert_saved(run: Run) -> None:
+    summary = run.summary()
+    assert summary["ledger"]["closes"] is True
+    saved = run.folder / "checkpoints" / f"version-{summary['policy_version']:06d}"
+    assert (saved / "SHA256SUMS").is_file()
+
+
+def test_nothing_of_a_local_run_listens_beyond_loopback(tmp_path: Path) -> None:
+    run = start_train(tmp_path)
+    with watched(run.process.pid) as seen:
+        status, _, err = run.finish()
+    assert status == 0, err
+    addresses = set().union(*seen.values())
+    assert addresses, f"nobody was seen to listen: {seen}"
+    assert all(map(is_loopback, addresses)), seen
+    # The service's two sockets; the learner's weight store; gloo at both ends.
+    for command in ("speed_async.runtime.child service", "speed_async.launch", "child actor"):
+        assert any(command in one and where for one, where in seen.items()), seen
+
+
+@pytest.mark.parametrize("which", [signal.SIGHUP, signal.SIGTERM])
+def test_a_hangup_drains_as_a_termination_does_and_the_last_line_says_how_to_go_on(
+    tmp_path: Path, which: signal.Signals
+) -> None:
+    run = start_train(tmp_path, *FOR_EVER)
+    run.wait_for_steps(1)
+    run.process.send_signal(which)
+    status, _, err = run.finish()
+    assert status == 130
+    last = err.splitlines()[-1]
+    assert last == (f"stopped by {which.name}; to go on: speed-async train --resume {run.folder}")
+    assert_saved(run)
+    assert run.processes() == {}
+
+
+def test_under_nohup_a_hangup_ends_nothing(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it to its command
+    try:
+        run = start_train(tmp_path, "--run.updates", "6")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    run.wait_for_steps(1)
+    for process_id in (run.process.pid, *run.processes()):
+        os.kill(process_id, signal.SIGHUP)
+    status, _, err = run.finish()
+    assert status == 0, err
+    assert run.summary()["policy_version"] == 6
+
+
+@pytest.mark.parametrize("launcher", ["speed-async", "torchrun"])
+def test_ranks_whose_launcher_was_killed_drain_and_save_by_themselves(
+    tmp_path: Path, launcher: str
+) -> None:
+    start = start_train if launcher == "speed-async" else start_two_ranks
+    run = start(tmp_path, *FOR_EVER)
+    run.wait_for_steps(1)
+    run.process.kill()
+    run.process.wait()
+    run.process.stdout.close()  # and nobody reads what they print
+    run.process.stderr.close()
+    wait_until_gone(run)
+    assert_saved(run)
+    assert "the launcher of this run has died" in (run.folder / "logs/learner.log").read_text()
+    assert "Traceback" not in (run.folder / "logs/learner.log").read_text()
+
+
+def start_two_ranks(folder: Path, *overrides: str) -> Run:
+    return start_torchrun(folder, 2, *overrides)
+
+
+def test_a_second_ctrl_c_ends_all_at_once(tmp_path: Path) -> None:
+    run = start_train(tmp_path, *FOR_EVER)
+    run.wait_for_steps(1)
+    learner = run.learner()
+    os.kill(learner, signal.SIGSTOP)  # it would take its time
+    run.interrupt()
+    time.sleep(1.5)  # sooner, and it may be the same Ctrl-C that came twice
+    run.interrupt()
+    status, _, err = run.finish()
+    assert status == 130
+    assert err.splitlines()[-1].startswith("stopped by SIGINT")
+    wait_until_gone(run)
+
+
+def test_a_rank_that_is_killed_is_named_in_the_last_line(tmp_path: Path) -> None:
+    run = start_train(tmp_path, *FOR_EVER)
+    run.wait_for_steps(1)
+    os.kill(run.learner(), signal.SIGKILL)
+    status, _, err = run.finish()
+    assert status == 1
+    last = err.splitlines()[-1]
+    assert last.startswith("error: learner (rank 0): was killed by SIGKILL")
+    assert last.endswith(f"read {run.folder}/logs")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="no unshare to change the host's name with")
+def test_a_host_name_that_does_not_resolve_delays_nothing(tmp_path: Path) -> None:
+    namespace = ["unshare", "--user", "--map-root-user", "--uts"]
+    probe = subprocess.run([*namespace, "hostname", "x"], capture_output=True, timeout=60)
+    if probe.returncode:
+        pytest.skip("no right to make a namespace for another host name")
+    command = [sys.executable, "-m", "speed_async", "train", str(write_config(tmp_path))]
+    script = 'hostname nowhere-at-all.invalid && exec "$@"'
+    done = subprocess.run(
+        [*namespace, "sh", "-c", script, "sh", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "options", [["--nnodes", "1:2"], ["--nnodes=1:2"], ["--nn", "1:2"], ["PET_NNODES=1:2"]]
+)
+def test_a_number_of_nodes_that_may_change_is_refused_at_the_start(
+    tmp_path: Path, options: list[str]
+) -> None:
+    environment = {"PET_NNODES": "1:2"} if options[0].startswith("PET") else {}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += [] if environment else options
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-conf"]
+    command += ["last_call_timeout=1", "-m", "speed_async.launch", str(write_config(tmp_path))]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+    assert done.returncode != 0
+    assert "--nnodes 1:2: the number of nodes of a run cannot change" in done.stderr
+    assert not (tmp_path / "run").exists()
