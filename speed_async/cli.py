@@ -57,9 +57,12 @@ def train(config: str | None, overrides: tuple[str, ...], run_folder: Path | Non
             click.echo(finished)
             return
         arguments = ["--resume", str(run_folder), *overrides]
+    from speed_async.observe.keyboard import terminal_kept
     from speed_async.runtime.local import launch_local
 
-    sys.exit(launch_local(resolved, arguments))
+    with terminal_kept():
+        status = launch_local(resolved, arguments)
+    sys.exit(status)
 
 
 @commands.command(name="config", context_settings=PASS_ON)
@@ -90,16 +93,25 @@ def keys(folder: Path, client: str | None) -> None:
 
 
 @commands.command()
-@click.argument("address")
+@click.argument("run_folder_or_address")
 @KEYS
-def console(address: str, keys: Path | None) -> None:
-    """Watch a run: ADDRESS is its metrics feed, tcp://HOST:PORT (it stands in logs/learner.log)."""
-    host, port = _host_and_port(address)
-    from speed_async.runtime.console_role import follow_feed
+def console(run_folder_or_address: str, keys: Path | None) -> None:
+    """Watch a run, given its folder or the address of its metrics feed, tcp://HOST:PORT.
+
+    From its folder also what happened before is shown, and the last state of a run that is over.
+    The keys are q to leave, s for samples, h for help; the run goes on whatever is pressed.
+    """
+    from speed_async.runtime.console_role import Source, watch
+    from speed_async.runtime.watched_run import watch_folder
     from speed_async.wire.curve import load_client_keys
 
     curve = load_client_keys(keys) if keys is not None else None
-    run(follow_feed(host, port, address, curve))
+    folder = Path(run_folder_or_address).expanduser()
+    if folder.is_dir():
+        run(watch_folder(folder.resolve(), curve))
+        return
+    host, port = _host_and_port(run_folder_or_address)
+    run(watch(Source(host=host, port=port, title=run_folder_or_address, keys=curve)))
 
 
 @commands.command()
@@ -151,7 +163,9 @@ def actor(
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
-    wrong = SpeedAsyncError(f"'{address}' is no address of a run; it looks like tcp://HOST:PORT")
+    wrong = SpeedAsyncError(
+        f"'{address}' is no address of a run, which looks like tcp://HOST:PORT, and no folder"
+    )
     try:
         parts = urlsplit(address if "//" in address else f"tcp://{address}")
         host, port = parts.hostname, parts.port

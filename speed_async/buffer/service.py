@@ -195,6 +195,11 @@ class BufferService:
         """The newest that was trained."""
         return self.learner.policy_version
 
+    @property
+    def evaluation_progress(self) -> tuple[int, int] | None:
+        """Held-out prompts done and in all; None while none are evaluated."""
+        return self._evaluations.progress
+
     # --- peers -----------------------------------------------------------------------------
 
     def _on_join(self, peer: str, join: Join, now_s: float) -> None:

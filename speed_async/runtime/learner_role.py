@@ -100,7 +100,8 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
 async def _start_console(address: ServiceAddress, folder: RunFolder) -> asyncio.subprocess.Process:
     arguments = ["--host", address.host, "--port", str(address.feed_port)]
     arguments += ["--config", str(folder.config), "--run-folder", str(folder.path)]
-    return await start_role("console", arguments, log=folder.log("console"), stdout=None)
+    log = folder.log("console")
+    return await start_role("console", arguments, log=log, stdin=None, stdout=None)
 
 
 async def _train(

@@ -21,10 +21,10 @@ ENVIRONMENT = {
 """What a command that starts roles sets for them, where the user has not."""
 
 
-def die_with_parent(parent_id: int) -> None:
-    """Have the kernel kill this process when its parent ends (Linux)."""
+def die_with_parent(parent_id: int, last_signal: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process `last_signal` when its parent ends (Linux)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, last_signal)
         if os.getppid() != parent_id:
             os._exit(1)
 
@@ -64,6 +64,7 @@ async def start_role(
     arguments: Sequence[str],
     *,
     log: Path,
+    stdin: int | None = asyncio.subprocess.DEVNULL,
     stdout: int | None = asyncio.subprocess.PIPE,
     environment: Mapping[str, str] | None = None,
 ) -> asyncio.subprocess.Process:
@@ -81,7 +82,7 @@ async def start_role(
             "--parent",
             str(os.getpid()),
             *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=stdin,
             stdout=stdout,
             stderr=file,
             env=os.environ | dict(environment or {}),
