@@ -12,6 +12,7 @@ from speed_async.config.resumed import load_resumed
 from speed_async.errors import RunFinished, SpeedAsyncError
 from speed_async.runtime.event_loop import run
 from speed_async.runtime.life import check_resumable
+from speed_async.runtime.stages import begin, stage
 
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 KEYS = click.option(
@@ -43,6 +44,7 @@ def train(config: str | None, overrides: tuple[str, ...], run_folder: Path | Non
     Starts one learner and cluster.actors actors under torchrun's elastic launcher. With --resume
     there is no CONFIG: the run has its own, and bears some overrides, such as --run.updates 200.
     """
+    begin()
     if run_folder is None:
         if config is None:
             raise click.UsageError("give a CONFIG, or --resume RUN_DIR")
@@ -57,9 +59,12 @@ def train(config: str | None, overrides: tuple[str, ...], run_folder: Path | Non
             click.echo(finished)
             return
         arguments = ["--resume", str(run_folder), *overrides]
+    stage("the configuration is read; loading PyTorch")
     from speed_async.observe.keyboard import terminal_kept
     from speed_async.runtime.local import launch_local
 
+    learners, actors = resolved.cluster.learners, resolved.cluster.actors
+    stage(f"starting {learners} learner and {actors} actor{'s' if actors > 1 else ''}")
     with terminal_kept():
         status = launch_local(resolved, arguments)
     sys.exit(status)

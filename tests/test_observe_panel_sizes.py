@@ -124,7 +124,7 @@ def test_a_large_terminal_is_used() -> None:
     assert "actor-1 v11 holds" in text and "and 33 more" in text
     assert "So it is 71" in text
     newest = list(itertools.islice(reversed(state.recent_events), 8))
-    assert all(event in text for event in newest)
+    assert [event for event in newest if " ".join(event.split()) not in text] == []
 
 
 def test_wide_characters_do_not_break_the_frame() -> None:

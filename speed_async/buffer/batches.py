@@ -31,8 +31,6 @@ class Batches:
         self._lifecycle = lifecycle
         self._statistics = statistics
         self._take: TakeBatch | None = None
-        self.starving = ""
-        """What was last said of a gate that starves this batch."""
         self._asked_s = 0.0
         self._next_warning_s = STARVING_AFTER_S
         self._screened_before = 0
@@ -40,7 +38,7 @@ class Batches:
 
     def ask(self, take: TakeBatch, now_s: float) -> None:
         self._take, self._asked_s = take, now_s
-        self.starving, self._next_warning_s = "", STARVING_AFTER_S
+        self._next_warning_s = STARVING_AFTER_S
         self._screened_before = self._statistics.num_screened
 
     def withdraw(self) -> None:
@@ -99,14 +97,13 @@ class Batches:
         if waited_s < self._next_warning_s or screened < STARVING_MIN_SCREENED:
             return ""
         self._next_warning_s = 2 * waited_s
-        self.starving = gate_starves(
+        return gate_starves(
             num_screened=screened,
             waited_s=waited_s,
             acceptance=acceptance,
             pass_rate=self._statistics.reward_mean or 0.0,
             gate=self._config.gate,
         )
-        return self.starving
 
 
 def gate_starves(

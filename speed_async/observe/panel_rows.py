@@ -20,13 +20,12 @@ from speed_async.observe.notation import (
 from speed_async.observe.outcomes import OUTCOMES
 from speed_async.observe.panel_layout import ALWAYS, FIGURE, GAP, LABEL, Layout, Line, text_row
 from speed_async.observe.panel_notices import ALARM, OUTCOME_STYLES
-from speed_async.observe.panel_state import PanelState, actors_here
+from speed_async.observe.panel_state import ACTOR_LAG, PanelState, actors_here
 
 LATE_S = 0.25
 """A service whose loop comes this late is too busy."""
 SILENT_S = 3.0
 """A feed that gives nothing for this long is said to."""
-ACTOR_LAG = "weights/lag/"
 ROLES = ("actor", "buffer", "learner", "sync")
 ROLE_STYLES = ("cyan", "blue", "green", "magenta")
 
@@ -59,7 +58,8 @@ def progress_rows(state: PanelState, layout: Layout, silent_s: float) -> list[Li
 
 def _actors_row(values: dict[str, Value], layout: Layout) -> Text:
     alive, wanted = finite(values.get("actors_alive")), finite(values.get("actors_total"))
-    is_missing = (alive or 0) < (wanted or 0) and values.get("phase") != "starting"
+    has_begun = values.get("accuracy_before") is not None or bool(values.get("policy_version"))
+    is_missing = (alive or 0) < (wanted or 0) and has_begun
     busy, slots = values.get("actors_slots_busy"), values.get("actors_slots")
     told = f"{count(busy)} of {count(slots)} slots" if layout.wide else "slots busy"
     return layout.row(

@@ -18,6 +18,8 @@ from speed_async.observe.outcomes import identity_of, outcome_of, told_outcome
 
 NUM_RECENT_EVENTS = 64
 NUM_SAMPLES = 3
+ACTOR_LAG = "weights/lag/"
+"""Begins a key for each actor that is here."""
 GAUGE_KINDS = ("status", "step", "end")
 
 
@@ -52,6 +54,8 @@ class PanelState:
             if event.kind != "end":
                 self.outcome, self.reason = None, ""  # a run that was resumed goes on
             self._compare(at_s, event.values)
+            for key in [key for key in self.values if key.startswith(ACTOR_LAG)]:
+                del self.values[key]  # the actor may be gone
             self.values.update(event.values)
             self.generated.add(at_s, event.values.get("generated_tokens_per_s"))
             self.trained.add(at_s, event.values.get("trained_tokens_per_s"))

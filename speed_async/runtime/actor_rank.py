@@ -10,7 +10,7 @@ import torch
 from speed_async.actors.engine_choice import engine_environment
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError
-from speed_async.runtime.processes import log_to
+from speed_async.runtime.logs import log_to
 from speed_async.runtime.rendezvous import Rank, Rendezvous
 from speed_async.runtime.run_folder import RunFolder
 from speed_async.runtime.supervisor import ActorPlan, supervise

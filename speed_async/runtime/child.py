@@ -13,7 +13,8 @@ from speed_async.config.load import read_resolved
 from speed_async.errors import GivenUp, WeightSyncError
 from speed_async.runtime.event_loop import run
 from speed_async.runtime.failure import EXIT_FAILED, EXIT_GIVEN_UP, record
-from speed_async.runtime.processes import die_with_parent, never_fail_to_log
+from speed_async.runtime.logs import log_stderr
+from speed_async.runtime.processes import die_with_parent
 from speed_async.runtime.run_folder import RunFolder
 
 
@@ -22,7 +23,7 @@ def main() -> int:
     # A console has the terminal's modes to give back; its end by SIGTERM takes no time.
     last_signal = signal.SIGTERM if arguments.role == "console" else signal.SIGKILL
     die_with_parent(arguments.parent, last_signal)
-    never_fail_to_log()
+    log_stderr()
     role = f"actor-{arguments.index}" if arguments.role == "actor" else arguments.role
     folder = RunFolder(path=Path(arguments.run_folder))
     try:

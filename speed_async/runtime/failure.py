@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 
 from speed_async.errors import ConfigError, RoleError, SpeedAsyncError
+from speed_async.runtime.logs import logged_as
 
 EXIT_FAILED = 1
 EXIT_NOTHING_LEARNED = 3
@@ -29,7 +30,8 @@ def describe(role: str, error: BaseException) -> str:
 
 def record(path: Path, role: str, error: BaseException) -> str:
     """Write the description for the parent, the trace to this process's own log."""
-    traceback.print_exception(error, file=sys.stderr)
+    with logged_as("ERROR"):
+        traceback.print_exception(error, file=sys.stderr)
     text = describe(role, error)
     with contextlib.suppress(OSError):  # no room: the exit status still says it
         path.write_text(text)

@@ -15,10 +15,12 @@ from speed_async.errors import RoleError, RunFinished, SpeedAsyncError
 from speed_async.observe.report import plot_accuracy, summary_text
 from speed_async.runtime.failure import describe
 from speed_async.runtime.life import Life, begin_life, remember_ports
-from speed_async.runtime.processes import end_process, log_to, start_role
+from speed_async.runtime.logs import log_to
+from speed_async.runtime.processes import end_process, start_role
 from speed_async.runtime.rendezvous import Rank, Rendezvous, ServiceAddress
 from speed_async.runtime.run_folder import RunFolder
 from speed_async.runtime.service_process import ServiceProcess
+from speed_async.runtime.stages import stage
 from speed_async.wire import messages as m
 from speed_async.wire.curve import client_keys
 from speed_async.wire.session import SessionLink
@@ -60,6 +62,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> bool:
     config, folder = life.config, life.folder
     await asyncio.to_thread(rendezvous.begin, folder.path)
     sys.stderr.writelines(life.first_words())  # on the terminal, while nothing is drawn there yet
+    stage(f"run folder {folder.path}; starting the service")
     log_to(folder.log(ROLE))
     sys.stderr.writelines([f"life {life.number}\n", *life.first_words()])
     service = ServiceProcess(config, folder, life=life.number)
