@@ -75,8 +75,8 @@ class Panel:
         self._state.update(event)
         self._silent_s = 0.0
         wall_s = finite(event.values.get("wall_s"))
-        is_gauge = event.kind in ("status", "step")
-        if is_gauge and wall_s is not None and 0 <= wall_s - self._drawn_s < MIN_FRAME_S:
+        may_wait = event.kind not in ("evaluation", "end")
+        if may_wait and wall_s is not None and 0 <= wall_s - self._drawn_s < MIN_FRAME_S:
             return
         self._drawn_s = self._drawn_s if wall_s is None else wall_s
         self._draw()
