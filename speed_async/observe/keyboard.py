@@ -168,7 +168,7 @@ def _controlled_ancestor(descriptor: int) -> int | None:
     except OSError:
         pass
     terminal, process_id = os.fstat(descriptor).st_rdev, os.getppid()
-    while process_id > 1 and (status := _status_of(process_id)) is not None:
+    while process_id > 0 and (status := _status_of(process_id)) is not None:
         if status.terminal == terminal:
             return process_id
         process_id = status.parent
