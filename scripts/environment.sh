@@ -2,12 +2,13 @@
 # usage: prepare_environment "[extras]"; sets $python.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/scripts/progress.sh"
 
 prepare_environment() {
   local extras="$1" venv="$root/.venv" stamp want
   python="$venv/bin/python"
   if [ ! -x "$python" ]; then
-    echo "making $venv"
+    step "making $venv"
     "$(find_python)" -m venv "$venv"
   fi
   # Reinstalled only when the dependencies or the extras change.
@@ -16,10 +17,12 @@ prepare_environment() {
   if [ -f "$stamp" ] && grep -qxF "$want" "$stamp"; then
     return
   fi
-  echo "installing (about 2 minutes the first time)"
   # Torch first and pinned, so that no later requirement can pull another build of it.
-  "$python" -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
-  "$python" -m pip install --quiet --disable-pip-version-check --editable "$root$extras"
+  step "installing torch, the largest part (about 2 minutes for all, the first time)"
+  pip_install "torch==2.13.0"
+  step "installing speed_async$extras and what it needs"
+  pip_install --editable "$root$extras"
+  step "installed"
   echo "$want" >> "$stamp"
 }
 

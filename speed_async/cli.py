@@ -17,6 +17,7 @@ from speed_async.runtime.event_loop import run
 from speed_async.runtime.failure import exit_status
 from speed_async.runtime.life import check_resumable
 from speed_async.runtime.preflight.findings import CHECKED
+from speed_async.runtime.stages import begin, stage
 from speed_async.runtime.standard_streams import forget_stdout, open_standard_streams
 
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -89,6 +90,7 @@ def train(
     with --nnodes and --node-rank. With --resume there is no CONFIG: the run has its own, and bears
     some overrides, such as --run.updates 200.
     """
+    begin()
     if run_folder is None:
         if config is None:
             raise click.UsageError("give a CONFIG, or --resume RUN_DIR")
@@ -106,11 +108,15 @@ def train(
             return
         _warn(refuse_what_cannot_run(resolved, resume=True))
         arguments = ["--resume", str(run_folder), *overrides]
+    from speed_async.observe.keyboard import terminal_kept
     from speed_async.runtime.launcher import launch_node, node_of
 
     os.environ[CHECKED] = "yes"
     node = node_of(resolved, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)
-    sys.exit(launch_node(resolved, arguments, node))
+    stage(f"starting {node.num_ranks} processes; the learner loads PyTorch")
+    with terminal_kept():
+        status = launch_node(resolved, arguments, node)
+    sys.exit(status)
 
 
 @commands.command(cls=WithOverrides, context_settings=PASS_ON)
@@ -168,16 +174,25 @@ def keys(folder: Path, client: str | None) -> None:
 
 
 @commands.command()
-@click.argument("address")
+@click.argument("run_folder_or_address")
 @KEYS
-def console(address: str, keys: Path | None) -> None:
-    """Watch a run: ADDRESS is its metrics feed, tcp://HOST:PORT (it stands in logs/learner.log)."""
-    host, port = _host_and_port(address)
-    from speed_async.runtime.console_role import follow_feed
+def console(run_folder_or_address: str, keys: Path | None) -> None:
+    """Watch a run, given its folder or the address of its metrics feed, tcp://HOST:PORT.
+
+    From its folder also what happened before is shown, and the last state of a run that is over.
+    The keys are q to leave, s for samples, h for help; the run goes on whatever is pressed.
+    """
+    from speed_async.runtime.console_role import Source, watch
+    from speed_async.runtime.watched_run import watch_folder
     from speed_async.wire.curve import load_client_keys
 
     curve = load_client_keys(keys) if keys is not None else None
-    run(follow_feed(host, port, address, curve))
+    folder = Path(run_folder_or_address).expanduser()
+    if folder.is_dir():
+        run(watch_folder(folder.resolve(), curve))
+        return
+    host, port = _host_and_port(run_folder_or_address)
+    run(watch(Source(host=host, port=port, title=run_folder_or_address, keys=curve)))
 
 
 @commands.command()
@@ -251,7 +266,9 @@ def _warn(warnings: Sequence[str]) -> None:
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
-    wrong = SpeedAsyncError(f"'{address}' is no address of a run; it looks like tcp://HOST:PORT")
+    wrong = SpeedAsyncError(
+        f"'{address}' is no address of a run, which looks like tcp://HOST:PORT, and no folder"
+    )
     try:
         parts = urlsplit(address if "//" in address else f"tcp://{address}")
         host, port = parts.hostname, parts.port

@@ -69,6 +69,72 @@ def test_an_evaluation_and_the_end_have_their_lines() -> None:
     assert ended == "end failed v- at 7s: actor-1: killed by signal 9"
 
 
+def test_each_outcome_ends_in_its_word() -> None:
+    for outcome, word in (("completed", "ok"), ("stopped", "stopped"), ("failed", "failed")):
+        end: dict[str, Value] = {"outcome": outcome, "ok": outcome == "completed", "reason": "x"}
+        assert printed(Event(kind="end", values=end))[-1] == f"end {word} v- at -: x"
+
+
+def test_a_diagnosis_is_told_when_it_begins_and_when_it_is_over() -> None:
+    told = (
+        "All rewards are 0 for 40 s. Change: the task.",
+        "All rewards are 0 for 41 s. Change: the task.\nNothing fits 8 tokens.",
+        "Nothing fits 8 tokens.",
+        "",
+    )
+    lines = printed(
+        *(Event(kind="status", values=GAUGES | {"diagnoses": text}) for text in told),
+        Event(kind="status", values=GAUGES),
+    )
+    assert lines[1:] == [
+        "diagnosis All rewards are 0 for 40 s. Change: the task.",
+        "diagnosis Nothing fits 8 tokens.",
+        "diagnosis over: All rewards are 0 for 41 s. Change: the task.",
+        "diagnosis over: Nothing fits 8 tokens.",
+    ]
+
+
+def test_a_warning_that_comes_again_after_it_was_over_is_told_again() -> None:
+    warned = ("actor-1 is lost", "actor-1 is lost", "", "actor-1 is lost")
+    lines = printed(*(Event(kind="status", values=GAUGES | {"warning": text}) for text in warned))
+    assert lines[1:] == ["warning actor-1 is lost"] * 2
+
+
+def sample(number: int, **values: Value) -> Event:
+    known: dict[str, Value] = {
+        "policy_version": number,
+        "reward": 1.0,
+        "decision": "continued",
+        "extracted": "72",
+        "truncated": False,
+        "prompt": f"prompt {number}",
+        "completion": "24\nand 48 is 72",
+    }
+    return Event(kind="sample", values=known | values)
+
+
+def step(version: int) -> Event:
+    return Event(kind="step", values=GAUGES | {"policy_version": version})
+
+
+def test_three_samples_are_told_the_first_one_in_the_middle_and_the_last() -> None:
+    events = [event for n in range(100) for event in (sample(n), step(n))]
+    lines = printed(*events, Event(kind="end", values={"ok": True, "reason": "completed"}))
+    told = [line for line in lines if line.startswith("sample ")]
+    assert [line.split()[1] for line in told] == ["v0", "v52", "v99"]
+    assert told[0] == (
+        'sample v0 reward 1.00 continued prompt "prompt 0" completion "24 and 48 is 72"'
+        ' extracted "72"'
+    )
+    assert lines[-1].startswith("end ok") and lines[-2] == told[-1]
+
+
+def test_a_sample_that_was_cut_off_and_had_no_answer_says_so_and_stays_one_line() -> None:
+    [line] = printed(sample(3, truncated=True, extracted=None, completion="so\n" * 1000))
+    assert " TRUNCATED " in line and line.endswith("extracted -")
+    assert len(line) < 400 and " ... " in line
+
+
 def test_missing_figures_are_dashes() -> None:
     assert printed(Event(kind="step", values={}))[1] == (
         "step -/- v- reward - acc - gen - tok/s train - tok/s accept - stale -/- buffer -/-"

@@ -1,15 +1,17 @@
 """Logs of child processes."""
 
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 FULL = f"""
 import resource, sys
 from pathlib import Path
 from speed_async.runtime.failure import record
-from speed_async.runtime.processes import log_to
+from speed_async.runtime.logs import log_to
 log_to(Path(sys.argv[1]) / "log")
 resource.setrlimit(resource.RLIMIT_FSIZE, (8, {resource.RLIM_INFINITY}))
 sys.stderr.write("before, and far too long\\n")
@@ -25,6 +27,48 @@ def test_a_process_whose_log_has_no_room_goes_on_and_logs_again_when_there_is(
     done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], timeout=60)
     assert done.returncode == 0
     log = (tmp_path / "log").read_text()
-    assert log.startswith("before, ")
-    assert log.endswith("after\n")
-    assert len(log) < 20
+    assert re.fullmatch(r"\d{4}-\d\d-" + rf"{STAMP} INFO    after\n", log)
+
+
+LOGGING = """
+import logging, sys, warnings
+from pathlib import Path
+from speed_async.runtime.failure import record
+from speed_async.runtime.logs import log_to
+log_to(Path(sys.argv[1]) / "log")
+print("one", "line", file=sys.stderr)
+sys.stderr.write("half a line, ")
+sys.stderr.write("and its end\\nand another\\n")
+sys.stderr.write("(EngineCore pid=12) INFO 11-29 02:13:00 [core.py:1] has both\\n")
+logging.getLogger("a.library").warning("a record")
+warnings.warn("a warning")
+try:
+    raise ValueError("why")
+except ValueError as error:
+    record(Path(sys.argv[1]) / "error", "actor-1", error)
+from tqdm import tqdm
+from transformers.utils.logging import tqdm as bar
+for _ in tqdm(range(3)): pass
+for _ in bar(range(3), desc="Loading weights"): pass
+"""
+
+
+def test_every_line_of_a_log_has_its_time_and_level_and_no_progress_bar_is_in_it(
+    tmp_path: Path,
+) -> None:
+    done = subprocess.run([sys.executable, "-c", LOGGING, str(tmp_path)], timeout=120)
+    assert done.returncode == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    told = [re.sub(rf"^{STAMP} ", "", line) for line in lines]
+    assert told[:4] == [
+        "INFO    one line",
+        "INFO    half a line, and its end",
+        "INFO    and another",
+        "(EngineCore pid=12) INFO 11-29 02:13:00 [core.py:1] has both",
+    ]
+    assert told[4] == "WARNING a.library: a record"
+    assert told[5].startswith("WARNING py.warnings: ")
+    assert "ERROR   ValueError: why" in told
+    assert [line for line in lines if "%|" in line or "\r" in line] == []
+    stamped = [line for line in lines if re.match(rf"{STAMP} (INFO|WARNING|ERROR) ", line)]
+    assert len(stamped) == len(lines) - 1

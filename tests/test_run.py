@@ -232,8 +232,11 @@ def test_a_killed_actor_is_started_again_and_the_run_completes(tmp_path: Path, v
     run = start_train(tmp_path, "--run.updates", "12", "--weights.deadline_s", "5")
     run.wait_for_steps(2)
     os.kill(run.child(victim), signal.SIGKILL)
-    status, _, err = run.finish()
+    status, out, err = run.finish()
     assert status == 0, err
+    warned = [line for line in out.splitlines() if line.startswith("warning actor-1")]
+    assert warned, out
+    assert not any(".cc:" in line for line in warned)
     summary = run.summary()
     assert summary["optimizer_updates"] == 12
     assert summary["ledger"]["closes"] is True

@@ -89,6 +89,7 @@ def engine_arguments(
         "logprobs_mode": "processed_logprobs",  # mu as sampled
         "enable_prefix_caching": True,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         "worker_extension_cls": WORKER_EXTENSION,
         "additional_config": {"actor_process_id": os.getpid()},
     }

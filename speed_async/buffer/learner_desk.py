@@ -16,6 +16,7 @@ from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import ActorState, Membership
 from speed_async.buffer.statistics import RunStatistics, UpdateTimes
 from speed_async.buffer.stored import batch_message
+from speed_async.buffer.warnings import Warnings
 from speed_async.buffer.weight_group import WeightGroup
 from speed_async.buffer.weight_times import WeightTimes
 from speed_async.config.schema import Config
@@ -26,10 +27,10 @@ from speed_async.wire import messages as m
 class House(Protocol):
     """What the desk has the service do (service.py)."""
 
-    warning: str
+    warnings: Warnings
 
     def send(self, peer: str, message: m.Message) -> None: ...
-    def lose(self, state: ActorState, reason: str) -> None: ...
+    def lose(self, state: ActorState, reason: str, told: str = "") -> None: ...
     def fail(self, text: str, now_s: float) -> None: ...
     def emit(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> None: ...
 
@@ -90,7 +91,8 @@ class LearnerDesk:
         """A broadcast ended; whoever is to blame for its failure is lost."""
         self.weight_times.ended(message)
         for state in self.weight_group.published(message):
-            self._house.lose(state, f"it held up the weights: {message.error}")
+            told = f"died or was cut off while version {message.policy_version} was sent to it"
+            self._house.lose(state, f"it held up the weights: {message.error}", told)
 
     def applied(self, peer: str, message: m.WeightsApplied) -> bool:
         """An actor has loaded a version, or could not. Returns whether it needs it once more."""
@@ -109,7 +111,7 @@ class LearnerDesk:
             warning = f"{notice}resumed from version {version}"
             if version < journal_version:
                 warning += f"; updates to {journal_version} are trained again, as recorded"
-            self._house.warning = warning
+            self._house.warnings.open("life", warning, fleeting=True)
             return
         if version == 0:
             text = (
@@ -122,10 +124,11 @@ class LearnerDesk:
         self._lifecycle.adopt(resumed)
         self._updates.all_known = False
         self.policy_version = version
-        self._house.warning = (
+        text = (
             f"{notice}resumed from version {version}, of which the journal (at {journal_version}) "
             "lacks a part: groups are counted by the learner's word"
         )
+        self._house.warnings.open("life", text, fleeting=True)
         self._house.send(peer, m.Welcome(policy_version=version))
 
     def _on_take(self, peer: str, take: m.TakeBatch, now_s: float) -> None:
@@ -145,7 +148,7 @@ class LearnerDesk:
 
     def _on_trained(self, peer: str, message: m.Trained, now_s: float) -> None:
         if message.notice:
-            self._house.warning = message.notice
+            self._house.warnings.open("learner", message.notice, fleeting=True)
         if not self._lifecycle.is_training(message.lease_ids):
             self._lifecycle.lineage.repeated(message)
             return

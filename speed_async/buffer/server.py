@@ -264,13 +264,14 @@ class _Shell:
                         f"{waited_s:.0f} s ({error}): make room, then resume the run"
                     ) from error
                 text = f"the journal cannot be written ({error.strerror}): the run waits for room"
-                if self._machine.service.warning != text:
+                if text not in self._machine.service.warning:
                     sys.stderr.write(text + "\n")
-                self._machine.service.warning = text
+                self._machine.service.warnings.open("journal", text)
                 await self._feed.publish(self._machine.service.present_status(self._now()))
                 await asyncio.sleep(ROOM_RETRY_S)
                 for waiting in self._turns:
                     waiting.writing = self._segments.start_writing(syncs=waiting.syncs)
+        self._machine.service.warnings.close("journal")
         waited_s = self._clock() - began_s
         if waited_s > ROOM_RETRY_S:
             self._behind_s += waited_s
@@ -281,10 +282,11 @@ class _Shell:
         folder = Path(self._config.run.folder)
         had_folder, self._had_folder = self._had_folder, (folder / CONFIG_FILE).exists()
         if had_folder and not self._had_folder:
-            self._machine.service.warning = (
+            text = (
                 f"the run folder '{folder}' was removed or moved: this run's metrics and journal "
                 "are lost and it cannot be resumed; stop it, or let it go on for its checkpoints"
             )
+            self._machine.service.warnings.open("folder", text)
 
     # --- out -----------------------------------------------------------------------------------
 
@@ -358,4 +360,5 @@ class _Shell:
             try:
                 sink.write(event)
             except OSError as error:
-                self._machine.service.warning = f"metrics could not be written: {error}"
+                text = f"metrics could not be written: {error}"
+                self._machine.service.warnings.open("metrics", text, fleeting=True)

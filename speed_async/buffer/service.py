@@ -28,6 +28,7 @@ from speed_async.buffer.status import (
     status_values,
     summary_values,
 )
+from speed_async.buffer.warnings import Warnings
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
 from speed_async.observe.metrics import Event, EventKind, Value
@@ -108,8 +109,8 @@ class BufferService:
         """How late the last tick came; None before the first."""
         self.notes = ""
         """What was lost before this process began; it stands before every warning."""
-        self.warning = ""
-        """The latest thing a person should know of."""
+        self.warnings = Warnings()
+        """What a person should know of now."""
         self._evaluations = evaluations
         self._baseline_done = False
         self._grants = Grants(config, self.lifecycle, self.learner.batches, evaluations)
@@ -193,10 +194,11 @@ class BufferService:
             self.membership.not_listened(loop_lag_s)
         for state in self.membership.silent(now_s, self.config.cluster.peer_timeout_s):
             silent_s = now_s - state.last_heard_s
-            self.lose(state, f"silent for {silent_s:.0f} s")
+            self.lose(state, f"silent for {silent_s:.0f} s", f"was silent for {silent_s:.0f} s")
         self.forgotten += self.membership.forget_joins(now_s)
         if self.lifecycle.expire(now_s - self.config.buffer.lease_timeout_s):
-            self.warning = "leases expired (buffer.lease_timeout_s); their prompts go to others"
+            text = "leases expired (buffer.lease_timeout_s); their prompts go to others"
+            self.warnings.open("leases", text, fleeting=True)
         ledger = self.lifecycle.ledger
         trained = ledger.ends[GroupEnd.TRAINED].tokens
         self.statistics.tokens(now_s, ledger.tokens_generated, trained)
@@ -204,6 +206,7 @@ class BufferService:
         self._diagnose(now_s)
         self._check_stalled(now_s)
         self.emit("status", now_s, {})
+        self._close_warnings(now_s)
 
     def gone(self, peer: str, now_s: float) -> None:
         """A peer has no connection now. It may come back; `tick` loses an actor that does not."""
@@ -227,13 +230,23 @@ class BufferService:
         self._ending = Ending(self.config.cluster)
         self._target_reached = self._stop_asked = False
         self.snapshot_due = True
-        self.warning = f"started again (life {life}) at version {self.policy_version}"
+        text = f"started again (life {life}) at version {self.policy_version}"
+        self.warnings.open("life", text, fleeting=True)
         self.phase = self._present_phase()
 
     @property
     def policy_version(self) -> int:
         """The newest that was trained."""
         return self.learner.policy_version
+
+    @property
+    def warning(self) -> str:
+        return self.warnings.text
+
+    @property
+    def evaluation_progress(self) -> tuple[int, int] | None:
+        """Held-out prompts done and in all; None while none are evaluated."""
+        return self._evaluations.progress
 
     # --- peers -----------------------------------------------------------------------------
 
@@ -257,7 +270,7 @@ class BufferService:
             self.membership.learner = peer
         elif peer not in self.membership.actors:
             for state in self.membership.join(peer, hello, now_s, self.policy_version, key=key):
-                self.lose(state, "restarted")
+                self.lose(state, "restarted", "was killed or ended")
             if self.policy_version > 0:
                 self.learner.say(m.MembershipChanged(reason=f"{peer} joined"))
         self.send(peer, m.Welcome(policy_version=self.policy_version))
@@ -270,7 +283,8 @@ class BufferService:
         if withdrawn is not None:
             for state in withdrawn:
                 self.lose(state, "its supervisor gave up")
-            self.warning = f"{failure.role} left: {failure.message}"
+            text = f"{failure.role} left: {failure.message}"
+            self.warnings.open(failure.role, text, fleeting=True)
             return
         reason = str(RoleError(failure.role, failure.message))
         self._diagnose(now_s)
@@ -341,11 +355,21 @@ class BufferService:
         if state is not None and not state.said_goodbye:
             self.lose(state, f"a message of it was refused: {reason}")
 
-    def lose(self, state: ActorState, reason: str) -> None:
+    def lose(self, state: ActorState, reason: str, told: str = "") -> None:
+        """Give an actor up for dead. `told` says it for people, where `reason` does not."""
         self.membership.lose(state.name, reason)
         self.given_up.append(state.name)
         self.lifecycle.holder_lost(state.name, reason)
-        self.warning = f"{state.name} lost: {reason}"
+        text = f"actor-{state.index} {told or f'is lost: {reason}'}; its supervisor starts it again"
+        self.warnings.close(f"weights of {state.name}")
+        self.warnings.open(f"actor-{state.index}", text)
+
+    def _close_warnings(self, now_s: float) -> None:
+        """An actor that is back is no matter any more. Each warning was in an event by now."""
+        for state in self.membership.present():
+            if not state.awaits_weights:
+                self.warnings.close(f"actor-{state.index}")
+        self.warnings.pass_time(now_s)
 
     # --- results ---------------------------------------------------------------------------
 
@@ -374,7 +398,7 @@ class BufferService:
         whole = self.lifecycle.failed(peer, message)
         unusable = self.lifecycle.unusable.describe()
         if unusable != known:
-            self.warning = unusable
+            self.warnings.open("prompts", unusable)
         if self.lifecycle.is_exhausted and self._ending.finish is None:
             self.fail(self.lifecycle.unusable.describe_exhausted(), now_s)
         elif whole is not None:
@@ -425,18 +449,22 @@ class BufferService:
     def _on_applied(self, peer: str, message: m.WeightsApplied, now_s: float) -> None:
         needs_more = self.learner.applied(peer, message)
         if not message.error:
+            self.warnings.close(f"weights of {peer}")
             return
         reason = f"{peer} has not got the weights: {message.error}"
-        if not message.usable:  # its next incarnation will ask for weights
-            self.lose(self.membership.actors[peer], message.error)
-        elif needs_more:
-            self.learner.say(m.MembershipChanged(reason=reason))
-        self.warning = reason
+        state = self.membership.actors[peer]
+        if message.usable:
+            self.warnings.open(f"weights of {peer}", reason)
+            if needs_more:
+                self.learner.say(m.MembershipChanged(reason=reason))
+        else:  # its next incarnation will ask for weights
+            self.lose(state, message.error)
+            self.warnings.open(f"actor-{state.index}", reason)
         self.emit("status", now_s, {})  # now: a later warning must not hide this one
 
     def _on_stop_asked(self, peer: str, asked: m.StopAsked, now_s: float) -> None:
         self._stop_asked = True
-        self.warning = STOPPING
+        self.warnings.open("stop", STOPPING)
         self.phase = self._present_phase()
         self.emit("status", now_s, {})  # now: whoever pressed Ctrl-C waits for an answer
 

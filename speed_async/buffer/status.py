@@ -60,6 +60,9 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
         "peers_muted": service.gatekeeper.num_muted,
         "messages_refused": service.gatekeeper.num_refused + service.gatekeeper.num_malformed,
     }
+    values["learner_here"] = service.membership.learner is not None
+    done, total = service.evaluation_progress or (None, None)
+    values |= {"evaluated_prompts": done, "evaluation_prompts": total}
     shares = statistics.shares()
     values |= {f"share_{name}": share for name, share in shares.items()}
     return values | service.learner.weight_times.values(service.policy_version, present, now_s)

@@ -41,6 +41,13 @@ class EvaluationPlan:
         """Version under evaluation; None when none is."""
         return self._target
 
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """Prompts done and in all, of the evaluation that runs."""
+        if self._target is None:
+            return None
+        return self._num_prompts - self._num_open, self._num_prompts
+
     def due(self, policy_version: int) -> bool:
         return self._target is None and self._every > 0 and policy_version % self._every == 0
 

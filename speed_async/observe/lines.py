@@ -1,35 +1,95 @@
 """One plain ASCII line for each update: what a run prints where there is no terminal."""
 
 from collections.abc import Callable, Mapping
-from typing import TextIO
+from typing import Literal, TextIO
 
 from speed_async.observe.metrics import Event, Value
-from speed_async.observe.notation import count, decimal, duration, finite, single_line
+from speed_async.observe.notation import (
+    count,
+    decimal,
+    duration,
+    finite,
+    shortened,
+    single_line,
+    split_lines,
+)
+from speed_async.observe.outcomes import identity_of, outcome_of
+
+TEXT_CHARS = 240
+"""Of a prompt, and of a completion."""
+ANSWER_CHARS = 60
+DIAGNOSIS_CHARS = 80
 
 
 class Lines:
     """Writes and flushes a line for a step, an evaluation, the start and the end.
 
-    `status` events are ignored, save that the first event of any kind makes the start line and
-    that a new `warning` makes a line of its own.
+    `status` events are ignored, save that the first event of any kind makes the start line, that a
+    new `warning` makes a line of its own, and so do the beginning and the end of a diagnosis. Of
+    the samples three are told: the first, the first in the second half, and the last.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._started = False
         self._warning: Value = None
+        self._diagnoses: dict[str, str] = {}
+        self._num_samples = 0
+        self._sample: Mapping[str, Value] | None = None
+        """The last one, unless it was told."""
+        self._is_late = False
+        """More than half of the updates are made."""
+
+    def look(self, silent_s: float) -> Literal["stay", "leave"]:
+        """Lines have no keys; nobody can leave them."""
+        return "stay"
+
+    def remember(self, event: Event) -> None:
+        """Of what happened before this process began, evaluations and ends are told."""
+        if event.kind in ("evaluation", "end"):
+            self.update(event)
+        elif event.kind == "sample":
+            self._sample = event.values
 
     def update(self, event: Event) -> None:
         values = event.values
+        if event.kind == "sample":
+            self._sampled(values)
+            return
         if not self._started:
             self._started = True
             self._print(start_line(values))
-        warning = values.get("warning")
-        if warning and warning != self._warning:
-            self._warning = warning
-            self._print(f"warning {single_line(warning)}")
+        if event.kind in ("status", "step"):
+            self._is_late = is_late(values)
+            self._compare(values)
+        if event.kind == "end" and self._sample is not None:
+            self._print(sample_line(self._sample))
+            self._sample = None
         if event.kind in LINE_OF_KIND:
             self._print(LINE_OF_KIND[event.kind](values))
+
+    def _compare(self, values: Mapping[str, Value]) -> None:
+        warning = values.get("warning")
+        if warning and warning != self._warning:
+            self._print(f"warning {single_line(warning)}")
+        self._warning = warning
+        if "diagnoses" not in values:
+            return
+        now = {identity_of(text): text for text in split_lines(values["diagnoses"])}
+        for identity, text in now.items():
+            if identity not in self._diagnoses:
+                self._print(f"diagnosis {text}")
+        for identity, text in self._diagnoses.items():
+            if identity not in now:
+                self._print(f"diagnosis over: {shortened(text, DIAGNOSIS_CHARS)}")
+        self._diagnoses = now
+
+    def _sampled(self, values: Mapping[str, Value]) -> None:
+        if self._num_samples == 0 or (self._num_samples == 1 and self._is_late):
+            self._num_samples += 1
+            self._print(sample_line(values))
+        else:
+            self._sample = values
 
     def _print(self, line: str) -> None:
         encoding = self._stream.encoding or "utf-8"
@@ -82,11 +142,30 @@ def evaluation_line(values: Mapping[str, Value]) -> str:
 
 def end_line(values: Mapping[str, Value]) -> str:
     n = _whole_numbers(values)
-    outcome = "ok" if values.get("ok") else "failed"
+    outcome = outcome_of(values)
     return (
-        f"end {outcome} v{n('policy_version')}"
+        f"end {'ok' if outcome == 'completed' else outcome} v{n('policy_version')}"
         f" at {duration(values.get('wall_s'))}: {single_line(values.get('reason'))}"
     )
+
+
+def sample_line(values: Mapping[str, Value]) -> str:
+    n = _whole_numbers(values)
+    answer = values.get("extracted")
+    extracted = "-" if answer is None else f'"{shortened(answer, ANSWER_CHARS)}"'
+    return (
+        f"sample v{n('policy_version')} reward {decimal(values.get('reward'), 2)}"
+        f" {single_line(values.get('decision'))}"
+        + (" TRUNCATED" if values.get("truncated") is True else "")
+        + f' prompt "{shortened(values.get("prompt"), TEXT_CHARS)}"'
+        f' completion "{shortened(values.get("completion"), TEXT_CHARS)}" extracted {extracted}'
+    )
+
+
+def is_late(values: Mapping[str, Value]) -> bool:
+    """Whether more than half of the updates are made."""
+    done, total = finite(values.get("policy_version")), finite(values.get("updates_total"))
+    return done is not None and total is not None and done > total / 2
 
 
 LINE_OF_KIND = {"step": step_line, "evaluation": evaluation_line, "end": end_line}

@@ -36,7 +36,10 @@ class Event:
       `loop_lag_s` is how late the service came to its last tick; None where nobody measures it.
     Shown where they are told: `max_staleness` (the bound), `accuracy_before` (first held-out),
       `actors_total` (wanted: the ranks, and actors that joined and have not left),
-      `warning` (latest one, for people; one line), `diagnoses` (why the run cannot learn, while it
+      `learner_here` (it has loaded the model), `evaluated_prompts` and `evaluation_prompts` (done,
+      and in all, of the evaluation under way; else None),
+      `warning` (what is the matter now, for people; one line),
+      `diagnoses` (why the run cannot learn, while it
       cannot: one sentence a line, each with what, how much, since when and what to change; empty
       when there is nothing to say), `messages_refused` (malformed, or not to be
       believed) and `peers_muted` (not listened to any more, for having sent one).

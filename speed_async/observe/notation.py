@@ -64,3 +64,15 @@ def single_line(value: Value) -> str:
         return DASH
     printable = (char if char.isprintable() else " " for char in str(value))
     return " ".join("".join(printable).split())
+
+
+def split_lines(value: Value) -> list[str]:
+    """The lines of a text of several, each fit for a terminal."""
+    return [single_line(line) for line in str(value or "").splitlines() if line.strip()]
+
+
+def shortened(value: Value, most: int) -> str:
+    """A single line of at most `most` characters, the middle left out where it is longer."""
+    text = single_line(value)
+    num_last = (most - 5) // 2
+    return text if len(text) <= most else f"{text[: most - 5 - num_last]} ... {text[-num_last:]}"

@@ -1,57 +1,31 @@
 """What the panel knows, grown from events alone. No terminal, no clock: time is `wall_s`."""
 
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from speed_async.observe.glyphs import Point
+from speed_async.observe.histories import History, Recent
 from speed_async.observe.metrics import Event, Value
-from speed_async.observe.notation import decimal, duration, finite, single_line
+from speed_async.observe.notation import (
+    count,
+    decimal,
+    duration,
+    finite,
+    single_line,
+    split_lines,
+)
+from speed_async.observe.outcomes import identity_of, outcome_of, told_outcome
 
-RECENT_S = 120.0
-HISTORY_LIMIT = 512
+NUM_RECENT_EVENTS = 64
+NUM_SAMPLES = 3
+ACTOR_LAG = "weights/lag/"
+"""Begins a key for each actor that is here."""
 GAUGE_KINDS = ("status", "step", "end")
 
 
 @dataclass(slots=True)
-class History:
-    """A whole run in at most `HISTORY_LIMIT` points: when full, neighbours are averaged."""
-
-    points: list[Point] = field(default_factory=list)
-    first: float | None = None
-    last: float | None = None
-    best: float | None = None
-
-    def add(self, at_s: float, value: Value) -> None:
-        number = finite(value)
-        if number is None:
-            return
-        self.first = number if self.first is None else self.first
-        self.best = number if self.best is None else max(self.best, number)
-        self.last = number
-        self.points.append((at_s, number))
-        if len(self.points) >= HISTORY_LIMIT:
-            pairs = zip(self.points[::2], self.points[1::2], strict=True)
-            self.points = [((s + t) / 2, (x + y) / 2) for (s, x), (t, y) in pairs]
-
-
-@dataclass(slots=True)
-class Recent:
-    """The last `RECENT_S` seconds, and the peak since the start."""
-
-    points: list[Point] = field(default_factory=list)
-    peak: float | None = None
-
-    def add(self, at_s: float, value: Value) -> None:
-        number = finite(value)
-        if number is None:
-            return
-        self.peak = number if self.peak is None else max(self.peak, number)
-        self.points = [point for point in self.points if point[0] > at_s - RECENT_S]
-        self.points.append((at_s, number))
-
-
-@dataclass(slots=True)
 class PanelState:
-    """Latest value of every key, and the histories behind the sparklines."""
+    """Latest value of every key, the histories behind the sparklines, and what happened."""
 
     title: str
     values: dict[str, Value] = field(default_factory=dict)
@@ -59,14 +33,29 @@ class PanelState:
     accuracy: History = field(default_factory=History)
     generated: Recent = field(default_factory=Recent)
     trained: Recent = field(default_factory=Recent)
-    last_event: str | None = None
-    ended_ok: bool | None = None
+    recent_events: deque[str] = field(default_factory=lambda: deque(maxlen=NUM_RECENT_EVENTS))
+    """One line each, the newest last."""
+    samples: deque[dict[str, Value]] = field(default_factory=lambda: deque(maxlen=NUM_SAMPLES))
+    """Values of the latest sample events, the newest last."""
+    outcome: str | None = None
     """None while the run goes on."""
+    reason: str = ""
+    """Of the outcome."""
+    stage_since_s: float = 0.0
+    """When the present phase began."""
 
     def update(self, event: Event) -> None:
         wall_s = finite(event.values.get("wall_s"))
         at_s = self.wall_s if wall_s is None else wall_s
+        if event.kind == "sample":
+            self.samples.append(event.values)
+            return
         if event.kind in GAUGE_KINDS:
+            if event.kind != "end":
+                self.outcome, self.reason = None, ""  # a run that was resumed goes on
+            self._compare(at_s, event.values)
+            for key in [key for key in self.values if key.startswith(ACTOR_LAG)]:
+                del self.values[key]  # the actor may be gone
             self.values.update(event.values)
             self.generated.add(at_s, event.values.get("generated_tokens_per_s"))
             self.trained.add(at_s, event.values.get("trained_tokens_per_s"))
@@ -84,19 +73,57 @@ class PanelState:
         """Seconds since the run began, as of the last event."""
         return finite(self.values.get("wall_s")) or 0.0
 
-    def _evaluated(self, at_s: float, values: dict[str, Value]) -> None:
+    @property
+    def last_event(self) -> str | None:
+        return self.recent_events[-1] if self.recent_events else None
+
+    @property
+    def warnings(self) -> list[str]:
+        warning = self.values.get("warning")
+        return [single_line(warning)] if warning else []
+
+    @property
+    def diagnoses(self) -> list[str]:
+        return split_lines(self.values.get("diagnoses"))
+
+    def _compare(self, at_s: float, values: Mapping[str, Value]) -> None:
+        """Note what is another than before."""
+        before = self.values
+        if values.get("phase") != before.get("phase"):
+            self.stage_since_s = at_s
+        if values.get("learner_here") and not before.get("learner_here"):
+            self._note(at_s, "the learner has loaded the model")
+        alive, alive_before = values.get("actors_alive"), before.get("actors_alive")
+        if alive is not None and alive != (alive_before or 0):
+            self._note(at_s, f"actors {actors_here(values)}")
+        warning = values.get("warning")
+        if warning and warning != before.get("warning"):
+            self._note(at_s, f"! {single_line(warning)}")
+        known = set(map(identity_of, self.diagnoses))
+        for diagnosis in split_lines(values.get("diagnoses")):
+            if identity_of(diagnosis) not in known:
+                self._note(at_s, f"✗ {diagnosis}")
+
+    def _note(self, at_s: float, text: str) -> None:
+        self.recent_events.append(f"{duration(at_s)}  {text}")
+
+    def _evaluated(self, at_s: float, values: Mapping[str, Value]) -> None:
         accuracy = values.get("accuracy")
         self.accuracy.add(at_s, accuracy)
         self.values["accuracy"] = accuracy
-        self.last_event = (
-            f"{duration(at_s)}  held-out {decimal(accuracy, 3)}"
-            f" at v{decimal(values.get('policy_version'), 0)},"
+        self._note(
+            at_s,
+            f"held-out {decimal(accuracy, 3)} at v{decimal(values.get('policy_version'), 0)},"
             f" {decimal(values.get('num_passed'), 0)}"
-            f"/{decimal(values.get('num_completions'), 0)} passed"
+            f"/{decimal(values.get('num_completions'), 0)} passed",
         )
 
-    def _ended(self, at_s: float, values: dict[str, Value]) -> None:
-        self.ended_ok = values.get("ok") is True
+    def _ended(self, at_s: float, values: Mapping[str, Value]) -> None:
+        self.outcome, self.reason = outcome_of(values), single_line(values.get("reason"))
         self.values["eta_s"] = None
-        word = "finished" if self.ended_ok else "failed"
-        self.last_event = f"{duration(at_s)}  {word}: {single_line(values.get('reason'))}"
+        self._note(at_s, told_outcome(self.outcome, self.reason))
+
+
+def actors_here(values: Mapping[str, Value]) -> str:
+    wanted = values.get("actors_total")
+    return count(values.get("actors_alive")) + (f"/{count(wanted)}" if wanted is not None else "")

@@ -19,8 +19,8 @@ from speed_async.errors import ConfigError, LostRun, RoleError, RunFinished, Spe
 from speed_async.runtime.admission import Admitted, RunEnd, ask_for_place, until_end
 from speed_async.runtime.event_loop import stop_event
 from speed_async.runtime.joiner import localized
+from speed_async.runtime.logs import log_to
 from speed_async.runtime.notice import FOLDER_VARIABLE, notice_of_node
-from speed_async.runtime.processes import log_to
 from speed_async.runtime.rank import Rank
 from speed_async.runtime.run_folder import RunFolder
 from speed_async.runtime.supervisor import ActorPlan, supervise

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Coroutine
 from functools import partial
@@ -12,14 +13,17 @@ from speed_async.config.load import read_resolved
 from speed_async.errors import GivenUp, WeightSyncError
 from speed_async.runtime.event_loop import run
 from speed_async.runtime.failure import EXIT_FAILED, EXIT_GIVEN_UP, record
-from speed_async.runtime.processes import die_with_parent, never_fail_to_log
+from speed_async.runtime.logs import log_stderr
+from speed_async.runtime.processes import die_with_parent
 from speed_async.runtime.run_folder import RunFolder
 
 
 def main() -> int:
     arguments = _parse()
-    die_with_parent(arguments.parent)
-    never_fail_to_log()
+    # A console has the terminal's modes to give back; its end by SIGTERM takes no time.
+    last_signal = signal.SIGTERM if arguments.role == "console" else signal.SIGKILL
+    die_with_parent(arguments.parent, last_signal)
+    log_stderr()
     role = f"actor-{arguments.index}" if arguments.role == "actor" else arguments.role
     folder = RunFolder(path=Path(arguments.run_folder))
     try:
@@ -37,11 +41,19 @@ def _role(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
     """Each role imports only what it needs: the service and the console never load torch."""
     config = read_resolved(Path(arguments.config))
     if arguments.role == "console":
-        from speed_async.runtime.console_role import follow_feed
+        from speed_async.runtime.console_role import Source, accompany
+        from speed_async.runtime.watched_run import history_of
         from speed_async.wire.curve import client_keys
 
-        title = Path(arguments.run_folder).name
-        return follow_feed(arguments.host, arguments.port, title, client_keys(config.cluster))
+        folder = Path(arguments.run_folder)
+        source = Source(
+            host=arguments.host,
+            port=arguments.port,
+            title=folder.name,
+            keys=client_keys(config.cluster),
+            history=history_of(folder),
+        )
+        return accompany(source)
     if arguments.role == "service":
         from speed_async.runtime.service_role import run_service
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from speed_async.errors import ConfigError, LostRun, RoleError, SpeedAsyncError
 from speed_async.observe.first_error import one_line
 from speed_async.observe.summary import resume_command
+from speed_async.runtime.logs import logged_as
 
 MAX_CHARS = 2000
 """Of an error that was not foreseen: some libraries list all that they know."""
@@ -44,7 +45,8 @@ def describe(role: str, error: BaseException) -> str:
 
 def record(path: Path, role: str, error: BaseException) -> str:
     """Write the description for the parent, the trace to this process's own log."""
-    traceback.print_exception(error, file=sys.stderr)
+    with logged_as("ERROR"):
+        traceback.print_exception(error, file=sys.stderr)
     text = describe(role, error)
     with contextlib.suppress(OSError):  # no room: the exit status still says it
         path.write_text(text)

@@ -19,13 +19,15 @@ from speed_async.observe.summary import resume_line
 from speed_async.runtime.failure import describe, to_go_on
 from speed_async.runtime.identity import Identity
 from speed_async.runtime.life import Life, begin_life, recorded_outcome, remember_ports
+from speed_async.runtime.logs import log_to
 from speed_async.runtime.notice import Notice, notice_of_node
 from speed_async.runtime.ports import address_at
-from speed_async.runtime.processes import end_process, log_to, never_fail_to_log, start_role
+from speed_async.runtime.processes import end_process, start_role
 from speed_async.runtime.rank import Rank
 from speed_async.runtime.run_folder import RunFolder
 from speed_async.runtime.service_process import ServiceProcess
-from speed_async.runtime.standard_streams import tell
+from speed_async.runtime.stages import stage
+from speed_async.runtime.standard_streams import STDERR, tell
 from speed_async.runtime.stopping import Stopping
 from speed_async.wire import messages as m
 from speed_async.wire.curve import client_keys
@@ -75,8 +77,8 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
         return recorded_outcome(begun_in) if begun_in is not None else "completed"
     config, folder = life.config, life.folder
     notice.change(run_folder=str(folder.path))
-    never_fail_to_log()
-    sys.stderr.writelines(life.first_words())  # on the terminal, while nothing is drawn there yet
+    tell("".join(life.first_words()), STDERR)  # on the terminal: nothing is drawn there yet
+    stage(f"run folder {folder.path}; starting the service")
     log_to(folder.log(ROLE))
     sys.stderr.writelines([f"life {life.number}\n", *life.first_words()])
     identifying = asyncio.create_task(asyncio.to_thread(life.identified), name="identity")
@@ -127,7 +129,8 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
 async def _start_console(address: ServiceAddress, folder: RunFolder) -> asyncio.subprocess.Process:
     arguments = ["--host", address.host, "--port", str(address.feed_port)]
     arguments += ["--config", str(folder.config), "--run-folder", str(folder.path)]
-    return await start_role("console", arguments, log=folder.log("console"), stdout=None)
+    log = folder.log("console")
+    return await start_role("console", arguments, log=log, stdin=None, stdout=None)
 
 
 async def _train(

@@ -1,14 +1,14 @@
 """Child processes that cannot outlive their parent, and are ended within a deadline."""
 
 import asyncio
-import contextlib
 import ctypes
-import io
 import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from speed_async.runtime.logs import QUIET
 
 PR_SET_PDEATHSIG = 1
 ENVIRONMENT = {
@@ -17,6 +17,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     # Gloo reports peers that left on stderr, in C++ stack traces; our errors say it in words.
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    **QUIET,
 }
 """What a command that starts roles sets for them, where the user has not."""
 
@@ -34,41 +35,12 @@ def die_with_parent(parent_id: int | None, how: signal.Signals = signal.SIGKILL)
             os._exit(1)
 
 
-def log_to(path: Path) -> None:
-    """From here on, whatever this process or its libraries write to stderr goes to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stderr.flush()
-    with path.open("a") as file:
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    never_fail_to_log()
-
-
-class _Log(io.TextIOWrapper):
-    """A log that loses what there is no room for: a full disk must not end who tells of it."""
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            super().write(text)
-            super().flush()
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            super().flush()
-
-
-def never_fail_to_log() -> None:
-    """From here on, writing to stderr raises nothing."""
-    raw = os.fdopen(sys.stderr.fileno(), "wb", buffering=0, closefd=False)
-    # Unbuffered: what did not fit once must not be tried again before every later line.
-    sys.stderr = _Log(raw, errors="backslashreplace", write_through=True)
-
-
 async def start_role(
     role: str,
     arguments: Sequence[str],
     *,
     log: Path,
+    stdin: int | None = asyncio.subprocess.DEVNULL,
     stdout: int | None = asyncio.subprocess.PIPE,
     environment: Mapping[str, str] | None = None,
 ) -> asyncio.subprocess.Process:
@@ -86,7 +58,7 @@ async def start_role(
             "--parent",
             str(os.getpid()),
             *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=stdin,
             stdout=stdout,
             stderr=file,
             env=os.environ | dict(environment or {}),

@@ -7,6 +7,7 @@ thread, the lane, owns store and group, and whoever uses them only waits on futu
 Shape legend: B bytes of one bucket or message.
 """
 
+import re
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -31,6 +32,10 @@ T = TypeVar("T")
 SLACK_S = 0.25
 """Torch's own timeout is given this much to fire before its lane is taken for stuck."""
 MAX_REASON = 1000
+MAX_WORDS = 200
+CLOSED = re.compile(r"closed by peer|reset by peer|Broken pipe", re.IGNORECASE)
+CPP_PLACE = re.compile(r"\[\S+\.(?:cc|cpp|cu|h|hpp):\d+\]")
+"""Where in its C++ an error arose: `[/__w/.../pair.cc:553]`."""
 
 
 class StageFailed(Exception):
@@ -141,7 +146,7 @@ class EpochGroup:
                     self._group, travelling, offer.deadline_s, offer.backend, moved
                 )
             except RuntimeError as error:
-                self._broken = self._broken or str(error).partition("\n")[0]
+                self._broken = self._broken or in_words(error)
                 # The frames below hold the process group, which must be freed to wake its members.
                 traceback.clear_frames(error.__traceback__)
                 for future in futures:
@@ -169,7 +174,7 @@ class EpochGroup:
             self.stuck = True
             raise StageFailed(stage, time.monotonic() - began_s, "no answer") from error
         except RuntimeError as error:  # what torch.distributed raises for all its failures
-            reason = str(error).partition("\n")[0][:200] or type(error).__name__
+            reason = in_words(error)
             ranks = error.ranks if isinstance(error, Absent) else ()
             raise StageFailed(stage, time.monotonic() - began_s, reason, ranks) from error
 
@@ -179,7 +184,7 @@ class EpochGroup:
         try:
             return call()
         except RuntimeError as error:
-            raise StageFailed(stage, time.monotonic() - began_s, str(error)[:200]) from error
+            raise StageFailed(stage, time.monotonic() - began_s, in_words(error)) from error
 
     def announce_end(self, reason: str) -> None:
         """Tell the others, once, why this member takes part no more; free the process group.
@@ -216,6 +221,15 @@ class EpochGroup:
         group, self._group = self._group, None
         if group is not None:
             group.abort()
+
+
+def in_words(error: BaseException) -> str:
+    """What a backend's error says, without the places in its C++ and its guesses."""
+    text = str(error).partition("\n")[0]
+    if CLOSED.search(text):
+        return "the connection was closed by the other side"
+    text = CPP_PLACE.sub("", text).strip()
+    return text[:MAX_WORDS] or type(error).__name__
 
 
 def wait_for_keys(store: Store, keys: Sequence[str], timeout_s: float) -> bool:

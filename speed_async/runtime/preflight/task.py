@@ -53,7 +53,7 @@ def _check_verifier(
             text = f"the verifier of training prompt {prompt.prompt_id} {reply}"
             findings.errors.append(TaskError(f"task.name = {config.task.name!r}: {text}"))
             return None
-        replies.append(reply)
+        replies.append([verdict.reward for verdict in reply])
     answerable = [
         reply for prompt, reply in zip(examples, replies, strict=True) if prompt.answer.strip()
     ]
