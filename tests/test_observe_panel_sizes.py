@@ -7,7 +7,7 @@ import pytest
 from rich.cells import cell_len
 from test_observe_panel import EVALUATION, GAUGES, full_state, shown, state_after
 
-from speed_async.buffer.batches import gate_starves
+from speed_async.buffer.diagnoses import gate_starves
 from speed_async.config.schema import GateConfig
 from speed_async.observe.metrics import Event, Value
 from speed_async.observe.panel_state import PanelState
@@ -91,10 +91,9 @@ def test_a_notice_too_long_for_the_terminal_keeps_its_beginning_and_its_remedy(
 
 
 def test_a_starving_gate_shows_its_remedy_on_the_smallest_terminal() -> None:
-    told = gate_starves(
-        num_screened=14905, waited_s=20.0, acceptance=0.0, pass_rate=0.0, gate=GateConfig()
-    )
-    values: dict[str, Value] = GAUGES | {"warning": told}
+    finding = gate_starves(num_screened=14905, acceptance=0.0, pass_rate=0.0, gate=GateConfig())
+    told = f"{finding.facts}. Change: {finding.change}"
+    values: dict[str, Value] = GAUGES | {"diagnoses": told}
     text = spoken(shown(state_after(Event(kind="status", values=values)), 60, 15))
     assert told in text
 
