@@ -27,6 +27,8 @@ from speed_async.wire.joining import Join, JoinAccepted
 from speed_async.wire.transport import Link
 from speed_async.wire.zeromq import open_link
 
+ASK_AGAIN_S = 5.0
+
 
 async def join_run(
     host: str,
@@ -75,8 +77,7 @@ async def _ask(
     link: Link, stopping: asyncio.Event, address: str, timeout_s: float
 ) -> JoinAccepted | None:
     """The service's answer; None when a stop comes first."""
-    await link.send(Join(machine=socket.gethostname(), process_id=os.getpid()))
-    answering = asyncio.create_task(link.receive(timeout_s), name="answer")
+    answering = asyncio.create_task(_answer(link, timeout_s), name="answer")
     stop = asyncio.create_task(stopping.wait(), name="stop")
     await asyncio.wait((answering, stop), return_when=asyncio.FIRST_COMPLETED)
     stop.cancel()
@@ -100,6 +101,20 @@ async def _ask(
     if not isinstance(answer, JoinAccepted):
         raise ProtocolError(f"{address} answered Join with {type(answer).__name__}")
     return answer
+
+
+async def _answer(link: Link, timeout_s: float) -> m.Message:
+    """Ask until there is an answer: a service that is killed may take the question with it."""
+    clock = asyncio.get_running_loop().time
+    ends_s = clock() + timeout_s
+    while True:
+        await link.send(Join(machine=socket.gethostname(), process_id=os.getpid()))
+        left_s = ends_s - clock()
+        try:
+            return await link.receive(min(left_s, ASK_AGAIN_S))
+        except DeadlineExceeded:
+            if left_s <= ASK_AGAIN_S:
+                raise
 
 
 async def _take_part(
