@@ -21,6 +21,7 @@ from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
 from speed_async.config.schema import Config
 from speed_async.evaluate.plan import EvaluationPlan
+from speed_async.runtime import joiner
 from speed_async.types import ActorCounts
 from speed_async.wire import messages as m
 from speed_async.wire.codec import encode
@@ -270,3 +271,26 @@ def flood(port: int, count: int) -> None:
             peer.close()
     finally:
         context.destroy(linger=0)
+
+
+def test_a_supervisor_asks_again_when_the_service_is_killed_before_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(joiner, "ASK_AGAIN_S", 0.2)
+    accepted = JoinAccepted(index=7, config="{}", feed_port=1)
+
+    async def scene() -> None:
+        first = await open_hub("127.0.0.1", 0)
+        link = await open_link("127.0.0.1", first.port, "join-a")
+        asking = asyncio.create_task(joiner._answer(link, PATIENCE_S))
+        assert (await first.receive(PATIENCE_S))[0] == "join-a"
+        await first.close()
+        second = await open_hub("127.0.0.1", first.port)
+        peer, message = await second.receive(PATIENCE_S)
+        assert isinstance(message, Join)
+        second.offer(peer, accepted)
+        assert await asking == accepted
+        await link.close()
+        await second.close()
+
+    uvloop.run(asyncio.wait_for(scene(), 3 * PATIENCE_S))
