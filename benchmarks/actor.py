@@ -263,7 +263,8 @@ def main() -> None:
         fixed = ["--run.folder", folder, "--task.num_held_out", "16"]
         if arguments.random_model:
             model = save_random_model(Path(folder) / "model", arguments.random_model)
-            fixed += ["--model.path", str(model)]
+            # Its completions are all cut off, and the verifier's work is part of the measurement.
+            fixed += ["--model.path", str(model), "--task.score_truncated", "true"]
         config = load_config(arguments.config, [*overrides, *fixed])
         os.environ.update(engine_environment(config))
         actor = RecordingEngine(start_engine(config, index=1, incarnation=0))  # before the loop

@@ -45,6 +45,8 @@ SAMPLE_INTERVAL_S = 1.0
 SERVICE_SILENCE_S = 5.0
 """A service that was not heard this long while the actor drains is dead: nothing waits for it."""
 DRAIN_POLL_S = 0.02
+SHOWN_CHARS = 40
+"""Of a prompt that the model cannot take, for people to find it by."""
 GOODBYE_S = 5.0
 LEAVE_GRACE_S = 2.0
 """How long an actor that was told to stop waits for the service's consent."""
@@ -172,7 +174,7 @@ class ActorLoop:
         except TaskError as error:
             result = f"verifier: {error}"
         except ModelError as error:
-            result = f"{m.UNUSABLE}: {error}"
+            result = f"{m.UNUSABLE}: {error} (it begins {prompt.text[:SHOWN_CHARS]!r})"
         except (WeightSyncError, DeadlineExceeded):
             async with self._applying:  # what broke the engine is told to the service first
                 raise
