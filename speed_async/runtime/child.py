@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Coroutine
 from functools import partial
@@ -19,6 +20,7 @@ from speed_async.runtime.run_folder import RunFolder
 def main() -> int:
     arguments = _parse()
     die_with_parent(arguments.parent)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # its parent answers, and ends it by protocol
     never_fail_to_log()
     role = f"actor-{arguments.index}" if arguments.role == "actor" else arguments.role
     folder = RunFolder(path=Path(arguments.run_folder))

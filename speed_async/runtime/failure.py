@@ -17,6 +17,13 @@ EXIT_GIVEN_UP = 75
 """An actor given up as lost, or without whole weights: its supervisor starts another."""
 EXIT_INTERRUPTED = 130
 """Stopped by a signal, in order: with a checkpoint and a summary."""
+EXIT_STATUS = {
+    "completed": 0,
+    "stopped": EXIT_INTERRUPTED,
+    "nothing_learned": EXIT_NOTHING_LEARNED,
+    "failed": EXIT_FAILED,
+}
+"""By the outcome of a run (observe/metrics.py)."""
 
 
 def exit_status(error: BaseException) -> int:

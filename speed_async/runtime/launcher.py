@@ -22,12 +22,13 @@ from pathlib import Path
 
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, SpeedAsyncError
-from speed_async.runtime.event_loop import run, stop_signals
+from speed_async.runtime.event_loop import stop_signals
 from speed_async.runtime.failure import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_LOST_RUN,
     EXIT_NOTHING_LEARNED,
+    EXIT_STATUS,
     to_go_on,
 )
 from speed_async.runtime.notice import FOLDER_VARIABLE, Notice, NoticeFile
@@ -42,13 +43,8 @@ END_GRACE_S = 15.0
 """When the run has ended, its actors' ranks have this long to hear of it and to end."""
 NOTICE_POLL_S = 0.5
 INSIST_S = 1.0
-"""A second Ctrl-C, this long after the first one, ends all ranks at once."""
-OUTCOMES = {
-    "completed": 0,
-    "failed": EXIT_FAILED,
-    "nothing_learned": EXIT_NOTHING_LEARNED,
-    "stopped": EXIT_INTERRUPTED,
-}
+"""A second Ctrl-C, this long after the first one, ends the run at once: within INSIST_GRACE_S."""
+INSIST_GRACE_S = 3.0
 IN_ORDER = (0, EXIT_NOTHING_LEARNED, EXIT_INTERRUPTED)
 """Statuses of a learner whose run has ended as it should."""
 
@@ -104,7 +100,8 @@ def launch_node(config: Config, arguments: Sequence[str], node: Node) -> int:
     check_world(config, node.rank(0))
     folder = Path(tempfile.mkdtemp(prefix="speed_async-"))
     try:
-        return run(_Launcher(config, arguments, node, NoticeFile(folder)).run())
+        # Not uvloop, which gives its children back the signals that nohup has taken from them.
+        return asyncio.run(_Launcher(config, arguments, node, NoticeFile(folder)).run())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -232,7 +229,9 @@ class _Launcher:
             self._ranks.signal(which)
             self._changed.set()
         elif which == signal.SIGINT and now_s - self._stopped_s > INSIST_S:
-            self._ranks.signal(signal.SIGKILL)
+            self._ranks.signal(which)
+            loop = asyncio.get_running_loop()
+            loop.call_later(INSIST_GRACE_S, self._ranks.signal, signal.SIGKILL)
 
     # --- what it comes to ------------------------------------------------------------------------
 
@@ -257,7 +256,7 @@ class _Launcher:
         if killed:
             return _End(status=EXIT_FAILED, text="ranks did not end in time and were killed")
         noted = self._read_notice()
-        return _End(status=OUTCOMES.get(noted.outcome, 0))
+        return _End(status=EXIT_STATUS.get(noted.outcome, 0))
 
     def _error_of(self, local: int, life: str, status: int) -> str:
         """What a rank that failed has said, or what is known of it."""
