@@ -4,14 +4,13 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from pickle_trap import SITECUSTOMIZE
-from run_process import Run, start_actor, start_train
+from run_process import Run, own_address, start_actor, start_train
 
 from speed_async.config.schema import ClusterConfig
 from speed_async.types import ActorCounts
@@ -21,17 +20,6 @@ from speed_async.wire.key_making import add_client, make_keys
 from speed_async.wire.zeromq import open_link
 
 pytestmark = pytest.mark.timeout(240)
-
-
-def own_address() -> str:
-    """An address of this machine that others can reach; loopback where there is none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # nothing is sent: only the route is looked up
-            address = str(probe.getsockname()[0])
-        except OSError:
-            address = "127.0.0.1"
-    return address
 
 
 def start_console(run: Run, keys: Path) -> Run:

@@ -23,6 +23,7 @@ def main() -> int:
     # A console has the terminal's modes to give back; its end by SIGTERM takes no time.
     last_signal = signal.SIGTERM if arguments.role == "console" else signal.SIGKILL
     die_with_parent(arguments.parent, last_signal)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # its parent answers, and ends it by protocol
     log_stderr()
     role = f"actor-{arguments.index}" if arguments.role == "actor" else arguments.role
     folder = RunFolder(path=Path(arguments.run_folder))

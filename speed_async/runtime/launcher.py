@@ -22,7 +22,7 @@ from pathlib import Path
 
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, SpeedAsyncError
-from speed_async.runtime.event_loop import run, stop_signals
+from speed_async.runtime.event_loop import stop_signals
 from speed_async.runtime.failure import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -44,9 +44,8 @@ END_GRACE_S = 15.0
 """When the run has ended, its actors' ranks have this long to hear of it and to end."""
 NOTICE_POLL_S = 0.5
 INSIST_S = 1.0
-"""A second Ctrl-C, this long after the first one, ends all ranks at once."""
+"""A second Ctrl-C, this long after the first one, ends the run at once: within INSIST_GRACE_S."""
 INSIST_GRACE_S = 3.0
-"""What "at once" means for ranks that do not end by themselves."""
 IN_ORDER = (0, EXIT_NOTHING_LEARNED, EXIT_INTERRUPTED)
 """Statuses of a learner whose run has ended as it should."""
 
@@ -102,7 +101,8 @@ def launch_node(config: Config, arguments: Sequence[str], node: Node) -> int:
     check_world(config, node.rank(0))
     folder = Path(tempfile.mkdtemp(prefix="speed_async-"))
     try:
-        return run(_Launcher(config, arguments, node, NoticeFile(folder)).run())
+        # Not uvloop, which gives its children back the signals that nohup has taken from them.
+        return asyncio.run(_Launcher(config, arguments, node, NoticeFile(folder)).run())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
