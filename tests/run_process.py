@@ -140,7 +140,7 @@ class Run:
     def address(self, after: str) -> str:
         """tcp://HOST:PORT that stands in the learner's log after these words."""
         log = (self.folder / "logs" / "learner.log").read_text()
-        return next(line for line in log.splitlines() if line.startswith(after)).split()[-1]
+        return next(line for line in log.splitlines() if after in line).split()[-1]
 
     def hear(self, what: str, happened: Callable[[dict[str, Any]], object]) -> None:
         """Follow the metrics feed until an event's values say that it has happened."""

@@ -9,7 +9,12 @@ that print a changed text do not repeat it twice a second.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from speed_async.buffer.evidence import WINDOW_COMPLETIONS, CompletionWindow, Evidence
+from speed_async.buffer.evidence import (
+    WINDOW_COMPLETIONS,
+    CompletionWindow,
+    Evidence,
+    UpdateFacts,
+)
 from speed_async.buffer.statistics import ACCEPTANCE_WINDOW, RunStatistics
 from speed_async.config.schema import Config, GateConfig
 from speed_async.observe.notation import duration
@@ -235,7 +240,9 @@ class Diagnoses:
 
     def _no_reward(self, now_s: float) -> Finding | None:
         window = self._completions()
-        if window.num_rewarded or not _is_enough(window, now_s):
+        if window.num_rewarded or window.num_completions < MIN_COMPLETIONS:
+            return None
+        if not (_is_enough(window, now_s) or self._are_updates_flat()):
             return None
         return Finding(
             facts=f"no reward: none of the last {window.num_completions} completions passed "
@@ -245,13 +252,12 @@ class Diagnoses:
         )
 
     def _no_signal(self) -> Finding | None:
-        recent = list(self.evidence.updates.recent)
-        if any(update.has_gradient for update in recent):
+        if any(update.has_gradient for update in self.evidence.updates.recent):
             return None
-        updates = [update for update in recent if not update.skipped]
         facts = ""
-        if len(updates) >= MIN_UPDATES:
-            facts = f"the last {len(updates)} updates had a gradient of zero"
+        if self._are_updates_flat():
+            num_updates = len(self._steps())
+            facts = f"the last {num_updates} updates had a gradient of zero"
         elif self._groups_are_flat():
             num_groups = len(self.evidence.reward_ranges)
             facts = f"in each of the last {num_groups} groups all completions earned the same"
@@ -264,6 +270,14 @@ class Diagnoses:
             change=f"{self._direction(mean)}, larger groups (gate.n_init + gate.n_cont), or a gate "
             'that keeps prompts of moderate difficulty (algorithm = "speed-rloo")',
         )
+
+    def _are_updates_flat(self) -> bool:
+        """Whether none of the recent updates had a gradient, of some at least."""
+        steps = self._steps()
+        return len(steps) >= MIN_UPDATES and not any(step.has_gradient for step in steps)
+
+    def _steps(self) -> list[UpdateFacts]:
+        return [update for update in self.evidence.updates.recent if not update.skipped]
 
     def _groups_are_flat(self) -> bool:
         ranges = self.evidence.reward_ranges

@@ -103,9 +103,9 @@ def stall_reason(service: BufferService) -> str:
         facts += [f"{statistics.num_screened} prompts sampled"]
     if statistics.reward_mean is not None:
         facts += [f"pass rate of the last ones {statistics.reward_mean:.3f}"]
-    facts += [f"failed groups: {failures or 'none'}"]
     if unusable := lifecycle.unusable.describe():
         facts.append(unusable)
+    facts += [f"failed groups: {failures or 'none'}"]
     return "; ".join(facts) + f". {_stall_remedy(service, len(present))}"
 
 
