@@ -29,6 +29,7 @@ from speed_async.runtime.failure import (
     EXIT_LOST_RUN,
     EXIT_NOTHING_LEARNED,
     EXIT_STATUS,
+    ended_elsewhere,
     to_go_on,
 )
 from speed_async.runtime.notice import FOLDER_VARIABLE, Notice, NoticeFile
@@ -285,8 +286,7 @@ class _Launcher:
         elif end.text:
             say(f"error: {end.text}\n", sys.stderr)
         elif not self._leads:
-            how = noted.outcome.replace("_", " ") or "ended; its learner's node says how"
-            say(f"the run has ended on node 0: {how}\n", sys.stderr)
+            say(ended_elsewhere(noted.outcome), sys.stderr)
         return end.status
 
     # --- files -----------------------------------------------------------------------------------
