@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from speed_async.types import ActorCounts, Float32Array, Int32Array
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 DRAINED = "drained"
 """The reason of a LeaseFailed that says nothing about its prompt."""
