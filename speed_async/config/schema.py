@@ -267,13 +267,14 @@ class EvaluateConfig(Section):
 
 class ClusterConfig(Section):
     learners: PositiveInt = 1
-    """Torchrun ranks that learn; every further rank is an actor."""
+    """Ranks that learn; every further rank is an actor."""
     actors: PositiveInt = 1
-    """Actor ranks that `speed-async train` starts (torchrun decides by its world size)."""
+    """Actor ranks of a run, where the number of processes does not decide (torchrun,
+    --nproc-per-node)."""
     host: str = "127.0.0.1"
     """Address of the first learner's node, at which the service binds."""
     service_port: NonNegativeInt = 0
-    """0 picks a free port."""
+    """0 picks a free port; a run of several nodes needs one that all of them are given."""
     advertised_port: NonNegativeInt = 0
     """Where a forwarder stands before the service (a tunnel, a proxy): its port on `host`, to which
     actors and learner are sent; 0: the service's own."""

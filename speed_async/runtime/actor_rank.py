@@ -18,11 +18,13 @@ from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, LostRun, RoleError, RunFinished, SpeedAsyncError
 from speed_async.runtime.admission import Admitted, RunEnd, ask_for_place, until_end
 from speed_async.runtime.event_loop import stop_event
+from speed_async.runtime.failure import ended_elsewhere
 from speed_async.runtime.joiner import localized
 from speed_async.runtime.logs import log_to
 from speed_async.runtime.notice import FOLDER_VARIABLE, notice_of_node
 from speed_async.runtime.rank import Rank
 from speed_async.runtime.run_folder import RunFolder
+from speed_async.runtime.standard_streams import tell
 from speed_async.runtime.supervisor import ActorPlan, supervise
 from speed_async.wire import messages as m
 from speed_async.wire.curve import client_keys
@@ -57,8 +59,12 @@ async def supervise_rank(config: Config, rank: Rank) -> None:
         await place.link.close()
     if end is not None and end.outcome == "failed":
         raise RoleError.quoting(end.reason)
-    if end is not None and not rank.is_on_first_node and FOLDER_VARIABLE in os.environ:
+    if end is None or rank.is_on_first_node:
+        return
+    if FOLDER_VARIABLE in os.environ:
         notice_of_node().change(outcome=end.outcome, reason=end.reason)
+    elif rank.local_rank == 0:  # torchrun says nothing
+        tell(ended_elsewhere(end.outcome))
 
 
 def _where(config: Config, rank: Rank) -> Callable[[], tuple[str, int] | None]:

@@ -60,3 +60,9 @@ def recorded(path: Path) -> str | None:
 def to_go_on(run_folder: Path | str) -> str:
     """What resumes this run."""
     return f"to go on: {resume_command(str(run_folder))}"
+
+
+def ended_elsewhere(outcome: str) -> str:
+    """The last line on a node without the learner; `outcome` is empty where nobody told."""
+    how = outcome.replace("_", " ") or "its learner's node says how"
+    return f"the run has ended on node 0: {how}\n"

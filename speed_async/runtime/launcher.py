@@ -29,6 +29,7 @@ from speed_async.runtime.failure import (
     EXIT_LOST_RUN,
     EXIT_NOTHING_LEARNED,
     EXIT_STATUS,
+    ended_elsewhere,
     to_go_on,
 )
 from speed_async.runtime.notice import FOLDER_VARIABLE, Notice, NoticeFile
@@ -287,8 +288,7 @@ class _Launcher:
         elif end.text:
             tell(f"error: {end.text}\n", STDERR)
         elif not self._leads:
-            how = noted.outcome.replace("_", " ") or "ended; its learner's node says how"
-            tell(f"the run has ended on node 0: {how}\n", STDERR)
+            tell(ended_elsewhere(noted.outcome), STDERR)
         return end.status
 
     # --- files -----------------------------------------------------------------------------------
