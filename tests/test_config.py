@@ -360,3 +360,14 @@ def test_curve_needs_keys_that_only_their_owner_can_read(
     (tmp_path / "keys" / "server.key").unlink()
     with pytest.raises(ConfigError, match=r"it has no server\.key; `speed-async keys`"):
         load_config(config_file, curve)
+
+
+def test_a_byte_order_mark_before_the_toml_is_read_over(config_file: Path) -> None:
+    marked = config_file.with_name("marked.toml")
+    marked.write_bytes(b"\xef\xbb\xbf" + config_file.read_bytes())
+    assert load_config(marked) == load_config(config_file)
+
+
+def test_a_config_name_that_no_file_can_have_is_refused_in_words() -> None:
+    with pytest.raises(ConfigError, match="cannot be read: File name too long"):
+        load_config("x" * 5000)

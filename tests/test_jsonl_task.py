@@ -1,6 +1,7 @@
 """The jsonl task: reading, splitting and matching, from real files."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,28 @@ def test_a_file_too_small_for_the_split_says_what_it_can_give(tmp_path: Path) ->
         load(ten, num_held_out=9)
     assert caught.value.field == "task.num_held_out"
     assert "10 distinct prompts; set it to 8 or less" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\x1f\x8b\x08\x00", "compressed with gzip"),
+        (b"PAR1\x15\x00", "a parquet file"),
+        ('{"prompt": "1+1=", "answer": "2"}'.encode("utf-16"), "UTF-16 text"),
+        (b'[{"prompt": "1+1=", "answer": "2"}]', "as a JSON array does"),
+    ],
+)
+def test_a_file_of_another_format_is_named_by_its_format(
+    tmp_path: Path, content: bytes, kind: str
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=kind):
+        JsonlTask(path=str(path), match="exact", num_held_out=1, seed=0)
+
+
+def test_a_pipe_as_data_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        JsonlTask(path=str(path), match="exact", num_held_out=1, seed=0)

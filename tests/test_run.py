@@ -217,10 +217,11 @@ def test_without_a_gate_the_reward_of_a_step_is_that_of_whole_groups(tmp_path: P
     assert run.summary()["gate_acceptance"] is None
 
 
-def test_sigterm_does_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
+def test_what_a_scheduler_sends_does_the_same(tmp_path: Path, how: signal.Signals) -> None:
     run = start_train(tmp_path, "--run.updates", "100000")
     run.wait_for_steps(1)
-    run.process.send_signal(signal.SIGTERM)
+    run.process.send_signal(how)
     status, _, _ = run.finish()
     assert status == 130
     assert run.summary()["ledger"]["closes"] is True

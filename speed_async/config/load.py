@@ -156,6 +156,12 @@ def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
 
 def _read_file(path: Path) -> dict[str, Any]:
     """A TOML file, or the JSON of a resolved configuration."""
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:  # a name too long, a NUL byte
+        if not isinstance(error, FileNotFoundError):
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError("CONFIG", str(path), f"cannot be read: {reason}") from None
     if (path / RESOLVED_FILE).is_file() and (path / "logs").is_dir():
         remedy = f"this is the folder of a run; to go on with it: --resume {path}"
         raise ConfigError("CONFIG", str(path), remedy)
@@ -172,7 +178,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError("CONFIG", str(path), remedy)
     kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         tree = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except (ValueError, OSError) as error:
         raise ConfigError("CONFIG", str(path), f"not valid {kind}: {error}") from None

@@ -12,7 +12,7 @@ from typing import Any
 
 from speed_async.config.load import apply_overrides, build_config, parse_config
 from speed_async.config.schema import Config
-from speed_async.errors import ConfigError, SpeedAsyncError
+from speed_async.errors import ConfigError, ConfigErrors, SpeedAsyncError
 
 CONFIG_FILE = "config.json"
 FIXED = (
@@ -50,14 +50,18 @@ def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> Config:
     began = parse_config(tree)
     config = _build(apply_overrides(tree, overrides))
     before = dict(_leaves(began.model_dump()))
-    for field, value in _leaves(config.model_dump()):
-        if before.get(field) != value and _is_fixed(field):
-            raise ConfigError(
-                field,
-                value,
-                f"this run began with {before.get(field)!r}, which its journal and its groups rest "
-                "on; leave it as it is, or start a new run",
-            )
+    changed = [
+        ConfigError(
+            field,
+            value,
+            f"this run began with {before.get(field)!r}, which its journal and its groups rest "
+            "on; leave it as it is, or start a new run",
+        )
+        for field, value in _leaves(config.model_dump())
+        if before.get(field) != value and _is_fixed(field)
+    ]
+    if changed:
+        raise ConfigErrors.of(changed)
     if config.buffer.durability == "none":
         raise ConfigError(
             "buffer.durability",
@@ -79,10 +83,15 @@ def _build(tree: dict[str, Any]) -> Config:
     try:
         return build_config(tree)
     except ConfigError as error:
-        if option := PLACES.get(error.field):
-            remedy = f"{error.remedy}; if it was moved, give its new place: {option}"
-            raise ConfigError(error.field, error.value, remedy) from None
-        raise
+        raise ConfigErrors.of([_with_place(each) for each in error.errors]) from None
+
+
+def _with_place(error: ConfigError) -> ConfigError:
+    option = PLACES.get(error.field)
+    if option is None:
+        return error
+    remedy = f"{error.remedy}; if it was moved, give its new place: {option}"
+    return ConfigError(error.field, error.value, remedy)
 
 
 def _read(folder: Path) -> dict[str, Any]:

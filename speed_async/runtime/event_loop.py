@@ -17,9 +17,11 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Signals that ask a run to drain. SIGHUP is none of them where it is ignored (nohup)."""
+    """Signals that ask a run to drain; schedulers warn by SIGUSR1 and SIGUSR2 before they kill.
+    SIGHUP is none of them where it is ignored (nohup)."""
+    stoppers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-    return (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hangs_up else ()))
+    return (*stoppers, signal.SIGHUP) if hangs_up else stoppers
 
 
 def stop_event() -> asyncio.Event:

@@ -9,6 +9,15 @@ from pathlib import Path
 from speed_async.errors import DataError
 
 MAX_LISTED_LINES = 5
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "compressed with gzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a parquet file",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+"""By what such a file begins with."""
 _EXAMPLE = '{"prompt": "2 + 2 =", "answer": "4"}'
 
 
@@ -37,6 +46,7 @@ def read_rows(path: Path, check_answer: Callable[[str], str]) -> list[Row]:
     `check_answer` returns why an answer cannot be matched, or "". Raises DataError naming the
     file and up to 5 bad lines.
     """
+    _check_format(path)
     rows: dict[str, Row] = {}
     faults: list[str] = []
     for line, raw in _lines(path):
@@ -50,6 +60,28 @@ def read_rows(path: Path, check_answer: Callable[[str], str]) -> list[Row]:
     if not rows:
         raise DataError(f"data file '{path}' is empty: give it one object a line, as {_EXAMPLE}")
     return list(rows.values())
+
+
+def _check_format(path: Path) -> None:
+    """Raises DataError for what is no text of one object a line, by its first bytes."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise DataError(f"data file '{path}' is a pipe or a device: give a file")
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError:
+        return  # said when its lines are read
+    for beginning, kind in _OTHER_FORMATS.items():
+        if start.startswith(beginning):
+            raise DataError(
+                f"data file '{path}' is {kind}: convert it to one JSON object a line (UTF-8), as "
+                f"{_EXAMPLE}"
+            )
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        raise DataError(
+            f"data file '{path}' begins with '[', as a JSON array does: write one object a line, "
+            f"without brackets around and commas between them, as {_EXAMPLE}"
+        )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
