@@ -84,7 +84,8 @@ def train(
             click.echo(finished)
             return
         arguments = ["--resume", str(run_folder), *overrides]
-    from speed_async.runtime.launcher import launch_node, node_of
+    from speed_async.runtime.launcher import launch_node
+    from speed_async.runtime.rank import node_of
 
     node = node_of(resolved, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)
     sys.exit(launch_node(resolved, arguments, node))

@@ -22,7 +22,7 @@ from speed_async.errors import SpeedAsyncError
 from speed_async.runtime.event_loop import run
 from speed_async.runtime.failure import EXIT_FAILED, EXIT_INTERRUPTED, describe, exit_status
 from speed_async.runtime.launcher import PROCESS_VARIABLE
-from speed_async.runtime.processes import die_with_parent
+from speed_async.runtime.processes import die_with_parent, say
 from speed_async.runtime.rank import Rank, check_world, refuse_elastic
 
 USAGE = "usage: torchrun ... -m speed_async.launch CONFIG|--resume RUN_DIR [--section.field value]"
@@ -82,10 +82,11 @@ def fail(text: str, status: int) -> int:
     Outside of a launcher there is nobody to hand it to, and it is printed here.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file is None:
-        sys.stderr.write(f"error: {text}\n")
-    else:
-        Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+    try:
+        record = json.dumps({"message": text, "timestamp": int(time.time())})
+        Path(error_file or "").write_text(record)
+    except OSError:  # none was given, or it cannot be written
+        say(f"error: {text}\n", sys.stderr)
     return status
 
 
