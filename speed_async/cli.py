@@ -109,7 +109,8 @@ def train(
         _warn(refuse_what_cannot_run(resolved, resume=True))
         arguments = ["--resume", str(run_folder), *overrides]
     from speed_async.observe.keyboard import terminal_kept
-    from speed_async.runtime.launcher import launch_node, node_of
+    from speed_async.runtime.launcher import launch_node
+    from speed_async.runtime.rank import node_of
 
     os.environ[CHECKED] = "yes"
     node = node_of(resolved, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)

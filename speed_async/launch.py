@@ -25,6 +25,7 @@ from speed_async.runtime.launcher import PROCESS_VARIABLE
 from speed_async.runtime.preflight.findings import CHECKED
 from speed_async.runtime.processes import die_with_parent
 from speed_async.runtime.rank import Rank, check_world, refuse_elastic
+from speed_async.runtime.standard_streams import STDERR, tell
 
 USAGE = "usage: torchrun ... -m speed_async.launch CONFIG|--resume RUN_DIR [--section.field value]"
 RESUME = "--resume"
@@ -85,10 +86,11 @@ def fail(text: str, status: int) -> int:
     Outside of a launcher there is nobody to hand it to, and it is printed here.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file is None:
-        sys.stderr.write(f"error: {text}\n")
-    else:
-        Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+    try:
+        record = json.dumps({"message": text, "timestamp": int(time.time())})
+        Path(error_file or "").write_text(record)
+    except OSError:  # none was given, or it cannot be written
+        tell(f"error: {text}\n", STDERR)
     return status
 
 

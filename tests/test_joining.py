@@ -1,6 +1,7 @@
 """Joins are bounded for each key and forgotten when nothing follows; an index belongs to a key."""
 
 import asyncio
+import contextlib
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,9 @@ from speed_async.buffer.recovery import open_machine
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
 from speed_async.config.schema import Config
+from speed_async.errors import DeadlineExceeded
 from speed_async.evaluate.plan import EvaluationPlan
-from speed_async.runtime import joiner
+from speed_async.runtime import admission
 from speed_async.types import ActorCounts
 from speed_async.wire import messages as m
 from speed_async.wire.codec import encode
@@ -276,21 +278,33 @@ def flood(port: int, count: int) -> None:
 def test_a_supervisor_asks_again_when_the_service_is_killed_before_it_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(joiner, "ASK_AGAIN_S", 0.2)
+    monkeypatch.setattr(admission, "ASK_AGAIN_S", 0.2)
     accepted = JoinAccepted(index=7, config="{}", feed_port=1)
 
     async def scene() -> None:
         first = await open_hub("127.0.0.1", 0)
-        link = await open_link("127.0.0.1", first.port, "join-a")
-        asking = asyncio.create_task(joiner._answer(link, PATIENCE_S))
-        assert (await first.receive(PATIENCE_S))[0] == "join-a"
+        port = first.port
+        asking = asyncio.create_task(
+            admission.ask_for_place(
+                lambda: ("127.0.0.1", port),
+                stopping=asyncio.Event(),
+                timeout_s=PATIENCE_S,
+                keys=None,
+            )
+        )
+        assert isinstance((await first.receive(PATIENCE_S))[1], Join)
         await first.close()
-        second = await open_hub("127.0.0.1", first.port)
+        second = await open_hub("127.0.0.1", port)
         peer, message = await second.receive(PATIENCE_S)
-        assert isinstance(message, Join)
-        second.offer(peer, accepted)
-        assert await asking == accepted
-        await link.close()
+        while not asking.done():
+            if isinstance(message, Join):
+                second.offer(peer, accepted)
+            with contextlib.suppress(DeadlineExceeded):
+                peer, message = await second.receive(0.1)
+        place = await asking
+        assert place is not None
+        assert place.accepted == accepted
+        await place.link.close()
         await second.close()
 
     uvloop.run(asyncio.wait_for(scene(), 3 * PATIENCE_S))

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from speed_async.config.schema import Config
-from speed_async.errors import ConfigError, SpeedAsyncError
+from speed_async.errors import SpeedAsyncError
 from speed_async.runtime.event_loop import stop_signals
 from speed_async.runtime.failure import (
     EXIT_FAILED,
@@ -34,7 +34,7 @@ from speed_async.runtime.failure import (
 )
 from speed_async.runtime.notice import FOLDER_VARIABLE, Notice, NoticeFile
 from speed_async.runtime.processes import ENVIRONMENT
-from speed_async.runtime.rank import Rank, check_world
+from speed_async.runtime.rank import Node, check_world
 from speed_async.runtime.standard_streams import STDERR, tell
 
 PROCESS_VARIABLE = "SPEED_ASYNC_LAUNCHER"
@@ -52,43 +52,6 @@ IN_ORDER = (0, EXIT_NOTHING_LEARNED, EXIT_INTERRUPTED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Node:
-    """This machine's place among those of a run; all have as many ranks."""
-
-    num_ranks: int
-    index: int = 0
-    num_nodes: int = 1
-
-    def rank(self, local: int) -> Rank:
-        return Rank(
-            rank=self.index * self.num_ranks + local,
-            world_size=self.num_nodes * self.num_ranks,
-            local_rank=local,
-            local_world_size=self.num_ranks,
-        )
-
-
-def node_of(config: Config, *, num_nodes: int, index: int, num_ranks: int | None) -> Node:
-    """The node that these options of `speed-async train` mean. Raises SpeedAsyncError."""
-    if index >= num_nodes:
-        raise SpeedAsyncError(
-            f"--node-rank {index}: nodes are numbered from 0 to {num_nodes - 1} with --nnodes "
-            f"{num_nodes}"
-        )
-    if num_ranks is None:
-        world_size = config.cluster.learners + config.cluster.actors
-        num_ranks, rest = divmod(world_size, num_nodes)
-        if rest:
-            raise ConfigError(
-                "cluster.actors",
-                config.cluster.actors,
-                f"{world_size} ranks cannot be shared evenly by --nnodes {num_nodes}; give "
-                "--nproc-per-node",
-            )
-    return Node(num_ranks=num_ranks, index=index, num_nodes=num_nodes)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _End:
     """How the ranks of this node ended."""
 
@@ -100,7 +63,13 @@ class _End:
 def launch_node(config: Config, arguments: Sequence[str], node: Node) -> int:
     """Run this node's ranks; returns the exit status of the run. Raises ConfigError."""
     check_world(config, node.rank(0))
-    folder = Path(tempfile.mkdtemp(prefix="speed_async-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="speed_async-"))
+    except OSError as error:
+        raise SpeedAsyncError(
+            f"no folder for temporary files can be made ({error}): set TMPDIR to one that can be "
+            "written"
+        ) from None
     try:
         # Not uvloop, which gives its children back the signals that nohup has taken from them.
         return asyncio.run(_Launcher(config, arguments, node, NoticeFile(folder)).run())

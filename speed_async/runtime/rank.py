@@ -1,4 +1,4 @@
-"""A rank's place among the ranks of a run, as its launcher set it in the environment."""
+"""A rank's place among the ranks of a run, and a node's among its nodes."""
 
 import os
 import re
@@ -13,6 +13,8 @@ _RANGE = re.compile(r"(\d+):(\d+)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rank:
+    """As its launcher set it in the environment."""
+
     rank: int
     world_size: int
     local_rank: int
@@ -42,6 +44,43 @@ class Rank:
                 "(torchrun --nproc-per-node 3 -m speed_async.launch CONFIG), "
                 "or use `speed-async train CONFIG`"
             ) from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Node:
+    """This machine's place among those of a run; all have as many ranks."""
+
+    num_ranks: int
+    index: int = 0
+    num_nodes: int = 1
+
+    def rank(self, local: int) -> Rank:
+        return Rank(
+            rank=self.index * self.num_ranks + local,
+            world_size=self.num_nodes * self.num_ranks,
+            local_rank=local,
+            local_world_size=self.num_ranks,
+        )
+
+
+def node_of(config: Config, *, num_nodes: int, index: int, num_ranks: int | None) -> Node:
+    """The node that these options of `speed-async train` mean. Raises SpeedAsyncError."""
+    if index >= num_nodes:
+        raise SpeedAsyncError(
+            f"--node-rank {index}: nodes are numbered from 0 to {num_nodes - 1} with --nnodes "
+            f"{num_nodes}"
+        )
+    if num_ranks is None:
+        world_size = config.cluster.learners + config.cluster.actors
+        num_ranks, rest = divmod(world_size, num_nodes)
+        if rest:
+            raise ConfigError(
+                "cluster.actors",
+                config.cluster.actors,
+                f"{world_size} ranks cannot be shared evenly by --nnodes {num_nodes}; give "
+                "--nproc-per-node",
+            )
+    return Node(num_ranks=num_ranks, index=index, num_nodes=num_nodes)
 
 
 def check_world(config: Config, rank: Rank) -> None:
