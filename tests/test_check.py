@@ -332,7 +332,8 @@ def test_a_run_of_no_updates_measures_the_model_and_trains_nothing(tmp_path: Pat
     assert status == 0, err
     summary = run.summary()
     assert summary["completed"] is True
-    assert 0 <= summary["accuracy_after"] <= 1
+    assert 0 <= summary["accuracy_last"] <= 1
+    assert summary["accuracy_after"] is None  # of no update
     assert summary["optimizer_updates"] == summary["prompts_screened"] == 0
     assert [event["policy_version"] for event in run.events("evaluation")] == [0]
     assert not (run.folder / "checkpoints").exists()
@@ -395,6 +396,9 @@ class Scoring:
 
     def __init__(self, score: Callable[[str], float]) -> None:
         self._score = score
+
+    def extract(self, completion: str) -> str | None:
+        return completion
 
     def score(self, prompt: Prompt, completion: str) -> float:
         return self._score(completion)
