@@ -7,6 +7,7 @@ nothing but the model lies where they look, and the optimiser's tensors bear a s
 rate is no state: it follows from the number of updates (`warmed_up_lr`). No pickles.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -89,6 +90,8 @@ def try_checkpoint(
             free = shutil.disk_usage(partial).free
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it has checkpoints
+                folder.parent.rmdir()
     except OSError as error:
         raise SpeedAsyncError(
             f"{what}: {error}; set run.folder to a disk that this user can write to"
