@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,11 +13,12 @@ from speed_async import __version__
 from speed_async.config.load import examine_config, load_config
 from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
-from speed_async.errors import ConfigErrors, RunFinished, SpeedAsyncError
+from speed_async.errors import ConfigError, ConfigErrors, RunFinished, SpeedAsyncError
 from speed_async.runtime.event_loop import run
 from speed_async.runtime.failure import exit_status
 from speed_async.runtime.life import check_resumable
 from speed_async.runtime.preflight.findings import CHECKED
+from speed_async.runtime.rank import Node, check_world, node_of
 from speed_async.runtime.stages import begin, stage
 from speed_async.runtime.standard_streams import forget_stdout, open_standard_streams
 
@@ -91,29 +93,28 @@ def train(
     some overrides, such as --run.updates 200.
     """
     begin()
+    from speed_async.observe.keyboard import terminal_kept
+    from speed_async.runtime.launcher import launch_node
+
+    place = partial(node_of, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)
     if run_folder is None:
         if config is None:
             raise click.UsageError("give a CONFIG, or --resume RUN_DIR")
-        resolved, arguments = _checked(config, overrides), [config, *overrides]
+        (resolved, errors), arguments = examine_config(config, overrides), [config, *overrides]
+        if resolved is None:
+            raise ConfigErrors.of(errors)
     else:
         # What stands first is an override here.
         overrides = (config, *overrides) if config is not None else ()
-        from speed_async.runtime.preflight.checks import refuse_what_cannot_run
-
-        resolved = load_resumed(run_folder, overrides)
+        resolved, errors = load_resumed(run_folder, overrides), []
         try:
             check_resumable(resolved)
         except RunFinished as finished:
             click.echo(finished)
             return
-        _warn(refuse_what_cannot_run(resolved, resume=True))
         arguments = ["--resume", str(run_folder), *overrides]
-    from speed_async.observe.keyboard import terminal_kept
-    from speed_async.runtime.launcher import launch_node
-    from speed_async.runtime.rank import node_of
-
+    node = _checked(resolved, errors, place, resume=run_folder is not None)
     os.environ[CHECKED] = "yes"
-    node = node_of(resolved, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)
     stage(f"starting {node.num_ranks} processes; the learner loads PyTorch")
     with terminal_kept():
         status = launch_node(resolved, arguments, node)
@@ -244,20 +245,31 @@ def actor(
     sys.exit(0 if run(joining) else EXIT_INTERRUPTED)
 
 
-def _checked(path: str, overrides: Sequence[str]) -> Config:
-    """The configuration of a run that can start here. Raises SpeedAsyncError with all errors."""
+def _checked(
+    config: Config, errors: list[ConfigError], place: Callable[[Config], Node], *, resume: bool
+) -> Node:
+    """This machine's place in a run that can start. Raises SpeedAsyncError with all errors."""
     from speed_async.runtime.preflight.checks import as_one, find_all
 
-    config, errors = examine_config(path, overrides)
-    if config is None:
-        raise ConfigErrors.of(errors)
-    findings = find_all(config, errors)
-    if findings.errors:
+    node = None
+    try:
+        node = place(config)
+        check_world(config, node.rank(0))
+    except ConfigError as error:
+        errors = [*errors, error]
+    findings = find_all(
+        config,
+        errors,
+        resume=resume,
+        actors_here=node is None or node.num_nodes == 1,
+        leads=node is None or node.index == 0,
+    )
+    if findings.errors or node is None:
         raise as_one(findings.errors)
     _warn(findings.warnings)
     if not findings.warnings:
         click.echo("checked: nothing is wrong", err=True)
-    return config
+    return node
 
 
 def _warn(warnings: Sequence[str]) -> None:

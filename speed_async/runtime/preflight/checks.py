@@ -26,14 +26,16 @@ def find_all(
     *,
     resume: bool = False,
     actors_here: bool = True,
+    leads: bool = True,
 ) -> Findings:
     """`errors` are those that the configuration has already. `actors_here` is False where other
-    machines may run all actors."""
+    machines may run all actors; `leads`, where another one has the learner and the service."""
     findings = Findings(errors=list(errors or ()))
     check_devices(config, findings, actors_here=actors_here)
     check_libraries(config, findings)
-    check_keys(config, findings)
-    check_ports(config, findings, resume=resume)
+    if leads:
+        check_keys(config, findings)
+        check_ports(config, findings, resume=resume)
     parent = check_folders(config, findings)
     model = check_model(config, findings)
     tokenizer = check_tokenizer(config, findings)
@@ -45,7 +47,7 @@ def find_all(
     if model is not None and model.weights is not None:
         checkpoint_bytes = CHECKPOINT_BYTES * model.weights.num_parameters
         findings.show("memory", estimate_memory(config, model, findings))
-        if parent is not None:
+        if parent is not None and leads:
             disk = check_disk(config, findings, parent=parent, checkpoint_bytes=checkpoint_bytes)
             findings.show("disk", disk)
     return findings
