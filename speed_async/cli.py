@@ -267,7 +267,7 @@ def _checked(
     if findings.errors or node is None:
         raise as_one(findings.errors)
     _warn(findings.warnings)
-    if not findings.warnings:
+    if not findings.warnings and not resume:
         click.echo("checked: nothing is wrong", err=True)
     return node
 

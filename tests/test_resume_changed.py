@@ -244,7 +244,7 @@ def test_a_configuration_edited_in_the_run_folder_is_refused(ended: Run) -> None
 def test_a_checkpoint_of_another_run_is_refused(ended: Run) -> None:
     """Its numbers would fit: only the run that made it tells."""
     folder = ended.folder / "checkpoints" / "version-000003"
-    trainer = folder / "trainer.json"
+    trainer = folder / "training" / "trainer.json"
     record = json.loads(trainer.read_text())
     assert record["run_id"] == json.loads((ended.folder / "identity.json").read_text())["run_id"]
     with changed(trainer, json.dumps(record | {"run_id": 32 * "0"}).encode()):

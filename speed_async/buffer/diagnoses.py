@@ -26,6 +26,7 @@ MIN_LEASES = 16
 FAILING, STILL_FAILING = 0.2, 0.1
 HELD_OUT_FAILING = 0.02
 TRUNCATED, STILL_TRUNCATED = 0.95, 0.9
+STILL_UNREWARDED = 0.01
 STARVING_AFTER_S = 20.0
 STARVING_MIN_SCREENED = 64
 STARVING_ACCEPTANCE = 0.02
@@ -182,7 +183,7 @@ class Diagnoses:
             "not_finite": self._not_finite,
             "truncated": lambda held: self._truncated(held, now_s),
             "collapsed": self._collapsed,
-            "no_reward": lambda _: self._no_reward(now_s),
+            "no_reward": lambda held: self._no_reward(held, now_s),
             "no_signal": lambda _: self._no_signal(),
             "gate_starves": lambda held: self._gate_starves(held, waited_s),
         }
@@ -238,14 +239,17 @@ class Diagnoses:
             "model.chat_template)",
         )
 
-    def _no_reward(self, now_s: float) -> Finding | None:
+    def _no_reward(self, held: bool, now_s: float) -> Finding | None:
+        """A lucky completion or two do not end it."""
         window = self._completions()
-        if window.num_rewarded or window.num_completions < MIN_COMPLETIONS:
+        most = STILL_UNREWARDED * window.num_completions if held else 0
+        if window.num_rewarded > most or window.num_completions < MIN_COMPLETIONS:
             return None
         if not (_is_enough(window, now_s) or self._are_updates_flat()):
             return None
         return Finding(
-            facts=f"no reward: none of the last {window.num_completions} completions passed "
+            facts=f"no reward: {window.num_rewarded or 'none'} of the last "
+            f"{window.num_completions} completions passed "
             f"({window.num_truncated} of them were truncated)",
             change="look in samples.jsonl whether the verifier reads the answers (task.match); "
             "then easier prompts, a stronger model, or a larger actors.max_new_tokens",

@@ -229,6 +229,7 @@ class BufferService:
         self.learner.begin_life()
         self._ending = Ending(self.config.cluster)
         self._target_reached = self._stop_asked = False
+        self.warnings.close("stop")
         self.snapshot_due = True
         text = f"started again (life {life}) at version {self.policy_version}"
         self.warnings.open("life", text, fleeting=True)
@@ -562,6 +563,7 @@ class BufferService:
 
     def _emit_end(self, now_s: float, outcome: str, reason: str) -> None:
         ok = outcome == "completed"
+        self.warnings.close("stop")
         self.emit("end", now_s, {"ok": ok, "outcome": outcome, "reason": reason})
 
     def present_status(self, now_s: float) -> Event:

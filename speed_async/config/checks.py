@@ -11,6 +11,7 @@ from speed_async.errors import ConfigError
 INCARNATIONS_A_LIFE = 1000
 """A rank's incarnations are numbered on from its life times this, so that no actor of one life of a
 run has a name of an earlier one; those of an actor that came by itself, from 0."""
+MODEL_FOLDER = "give a Hugging Face folder (saved with save_pretrained, or downloaded whole)"
 BYTES_PER_TOKEN = 12
 """Token id, log-probability and policy version: four bytes each."""
 
@@ -161,15 +162,17 @@ def _check_roles(config: Config) -> Iterator[ConfigError]:
 def _check_files(config: Config) -> Iterator[ConfigError]:
     folder = Path(config.model.path)
     if not folder.is_dir():
-        yield ConfigError("model.path", config.model.path, "no such folder")
+        yield ConfigError("model.path", config.model.path, f"no such folder; {MODEL_FOLDER}")
     elif not (folder / "config.json").is_file():
         yield ConfigError(
             "model.path",
             config.model.path,
-            "not a Hugging Face model folder: it has no config.json",
+            f"it has no config.json; {MODEL_FOLDER}",
         )
     if config.task.path is not None and not Path(config.task.path).is_file():
-        yield ConfigError("task.path", config.task.path, "no such file")
+        yield ConfigError(
+            "task.path", config.task.path, "no such file; give the path of a data file"
+        )
 
 
 def _check_security(config: Config) -> Iterator[ConfigError]:

@@ -21,6 +21,9 @@ ANSWER_CHARS = 60
 DIAGNOSIS_CHARS = 80
 
 
+WAITING_S = 30.0
+
+
 class Lines:
     """Writes and flushes a line for a step, an evaluation, the start and the end.
 
@@ -37,6 +40,8 @@ class Lines:
         self._num_samples = 0
         self._sample: Mapping[str, Value] | None = None
         """The last one, unless it was told."""
+        self._told_s: float | None = None
+        """When the last line was told that says how far the run is."""
         self._is_late = False
         """More than half of the updates are made."""
 
@@ -62,11 +67,24 @@ class Lines:
         if event.kind in ("status", "step"):
             self._is_late = is_late(values)
             self._compare(values)
+            self._tell_waiting(values)
         if event.kind == "end" and self._sample is not None:
             self._print(sample_line(self._sample))
             self._sample = None
         if event.kind in LINE_OF_KIND:
             self._print(LINE_OF_KIND[event.kind](values))
+            self._told_s = finite(values.get("wall_s"))
+
+    def _tell_waiting(self, values: Mapping[str, Value]) -> None:
+        """A line for every WAITING_S without one: a run without updates is not a dead one."""
+        wall_s = finite(values.get("wall_s"))
+        if wall_s is None:
+            return
+        if self._told_s is None or self._told_s > wall_s:
+            self._told_s = wall_s
+        if wall_s - self._told_s >= WAITING_S:
+            self._print(waiting_line(values))
+            self._told_s = wall_s
 
     def _compare(self, values: Mapping[str, Value]) -> None:
         warning = values.get("warning")
@@ -106,6 +124,19 @@ def start_line(values: Mapping[str, Value]) -> str:
         f" actors {n('actors_alive')}"
         f" credits {n('credits')}"
         f" buffer {n('buffer_capacity')}"
+    )
+
+
+def waiting_line(values: Mapping[str, Value]) -> str:
+    n = _whole_numbers(values)
+    return (
+        f"waiting v{n('policy_version')}"
+        f" {single_line(values.get('phase'))}"
+        f" gen {n('generated_tokens_per_s')} tok/s"
+        f" accept {decimal(values.get('gate_acceptance'), 2)}"
+        f" buffer {n('buffer_groups')}/{n('buffer_capacity')}"
+        f" actors {n('actors_alive')}/{n('actors_total')}"
+        f" at {duration(values.get('wall_s'))}"
     )
 
 

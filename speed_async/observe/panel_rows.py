@@ -53,13 +53,14 @@ def progress_rows(state: PanelState, layout: Layout, silent_s: float) -> list[Li
     stage = _stage(state, silent_s)
     if stage is not None:
         lines.append(Line(text=text_row("stage", stage)))
-    return [*lines, Line(text=_actors_row(values, layout), rank=3)]
+    return [*lines, Line(text=_actors_row(state, layout), rank=3)]
 
 
-def _actors_row(values: dict[str, Value], layout: Layout) -> Text:
+def _actors_row(state: PanelState, layout: Layout) -> Text:
+    values = state.values
     alive, wanted = finite(values.get("actors_alive")), finite(values.get("actors_total"))
-    has_begun = values.get("accuracy_before") is not None or bool(values.get("policy_version"))
-    is_missing = (alive or 0) < (wanted or 0) and has_begun
+    goes_on = state.outcome is None and state.had_actors
+    is_missing = (alive or 0) < (wanted or 0) and goes_on
     busy, slots = values.get("actors_slots_busy"), values.get("actors_slots")
     told = f"{count(busy)} of {count(slots)} slots" if layout.wide else "slots busy"
     return layout.row(

@@ -43,6 +43,8 @@ class PanelState:
     """Of the outcome."""
     stage_since_s: float = 0.0
     """When the present phase began."""
+    had_actors: bool = False
+    """Since the learner came, or came again: before that none is missing."""
 
     def update(self, event: Event) -> None:
         wall_s = finite(event.values.get("wall_s"))
@@ -57,6 +59,10 @@ class PanelState:
             for key in [key for key in self.values if key.startswith(ACTOR_LAG)]:
                 del self.values[key]  # the actor may be gone
             self.values.update(event.values)
+            if event.values.get("learner_here") is False:
+                self.had_actors = False
+            elif finite(event.values.get("actors_alive")):
+                self.had_actors = True
             self.generated.add(at_s, event.values.get("generated_tokens_per_s"))
             self.trained.add(at_s, event.values.get("trained_tokens_per_s"))
         if event.kind == "step":

@@ -22,10 +22,10 @@ WHOLE = "generated"
 """The ledger row that the others add up to; evaluation is no group of training, so not there."""
 MAX_EXAMPLE_CHARS = 240
 STOPPING = (
-    "stopping: the update under way is finished, then a checkpoint and the summary are written; "
-    "press Ctrl-C again to end at once without them"
+    "stopping: the update under way is finished, then a checkpoint and the summary are written (a "
+    "second Ctrl-C ends the run at once, without them)"
 )
-"""The answer to the first Ctrl-C."""
+"""The answer to the first signal that stops a run."""
 
 
 def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> str:

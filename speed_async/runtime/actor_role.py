@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -73,7 +74,11 @@ async def _work(
     check_model_folder(folder)
     codec = PromptCodec(load_tokenizer(folder), chat_template=config.model.chat_template)
     failures = FailedCompletions(RunFolder(path=Path(config.run.folder)).failed(name))
+    sys.stderr.write(
+        f"{name}.{incarnation}: loading {folder} with the {config.actors.engine} engine\n"
+    )
     async with verifier, engine:
+        sys.stderr.write(f"{name}.{incarnation}: engine and verifier are ready; joining the run\n")
         loop = ActorLoop(
             config,
             name=name,

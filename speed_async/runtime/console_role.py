@@ -18,6 +18,7 @@ from speed_async.observe.lines import Lines
 from speed_async.observe.metrics import Event
 from speed_async.observe.panel import Panel, can_show
 from speed_async.runtime.ports import listens
+from speed_async.runtime.standard_streams import forget_stdout
 from speed_async.wire.curve import ClientKeys, why_silent
 from speed_async.wire.feed import FeedSubscriber
 
@@ -54,6 +55,14 @@ async def accompany(source: Source) -> None:
 
     Raises DeadlineExceeded when the feed is silent.
     """
+    try:
+        await _accompany(source)
+    except BrokenPipeError:  # such as `| head -1`
+        forget_stdout()
+        sys.stderr.write("nobody reads the output any more; the run goes on\n")
+
+
+async def _accompany(source: Source) -> None:
     with_panel = can_show(Console())
     outcome = await _show(source, patience_s=SILENCE_S) if with_panel else "left"
     if outcome == "left":

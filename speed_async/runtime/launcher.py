@@ -254,6 +254,8 @@ class _Launcher:
             parts += [end.text] if end.text else []
             parts += [to_go_on(noted.run_folder)] if noted.run_folder else []
             tell("; ".join(parts) + "\n", STDERR)
+        elif end.status == EXIT_NOTHING_LEARNED:
+            tell("nothing was learned: no update had a gradient to follow (status 3)\n", STDERR)
         elif end.text:
             tell(f"error: {end.text}\n", STDERR)
         elif not self._leads:

@@ -75,8 +75,12 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
         tell(f"{finished}\n")
         # Ranks that were started again after the end, and not by a person, end as the run did.
         return recorded_outcome(begun_in) if begun_in is not None else "completed"
+    wanted = Path(config.run.folder).expanduser().resolve()
     config, folder = life.config, life.folder
     notice.change(run_folder=str(folder.path))
+    if life.number == 0 and folder.path != wanted:
+        text = f"'{wanted}' is in use; this new run is in '{folder.path}' ({to_go_on(wanted)})\n"
+        tell(text, STDERR)
     tell("".join(life.first_words()), STDERR)  # on the terminal: nothing is drawn there yet
     stage(f"run folder {folder.path}; starting the service")
     log_to(folder.log(ROLE))
@@ -105,6 +109,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
         watch = asyncio.create_task(service.watch(), name="service")
         finished = await _train(life, identity, rank, address, stopping.asked, service, watch)
         has_failed = False
+        stopping.over()
         await weighing
         grace_s = UPLOAD_GRACE_S if config.observe.wandb else CHILD_GRACE_S
     finally:

@@ -28,6 +28,7 @@ class Stopping:
         self._console: asyncio.subprocess.Process | None = None
         self._folder: RunFolder | None = None
         self._leaving: asyncio.Task[None] | None = None
+        self._is_over = False
 
     def listen(self) -> None:
         loop = asyncio.get_running_loop()
@@ -38,6 +39,10 @@ class Stopping:
     def shown_by(self, console: asyncio.subprocess.Process, folder: RunFolder) -> None:
         """From here on the console draws on the terminal, and shows what the service says."""
         self._console, self._folder = console, folder
+
+    def over(self) -> None:
+        """The last checkpoint is written: nothing is left to stop."""
+        self._is_over = True
 
     def terminated(self) -> None:
         if self.asked.is_set():
@@ -51,7 +56,11 @@ class Stopping:
     def interrupted(self) -> None:
         if not self.asked.is_set():
             self.terminated()
-        elif self._leaving is None and self._clock() - self._asked_s >= SECOND_AFTER_S:
+        elif (
+            not self._is_over
+            and self._leaving is None
+            and self._clock() - self._asked_s >= SECOND_AFTER_S
+        ):
             self._leaving = asyncio.get_running_loop().create_task(self._leave(), name="leave")
 
     async def _leave(self) -> None:
@@ -60,6 +69,8 @@ class Stopping:
         gives the terminal back."""
         if self._console is not None:
             await end_process(self._console, CONSOLE_GRACE_S)
+        if self._is_over:  # meanwhile
+            return
         text = "stopped at once by a second Ctrl-C, without a last checkpoint and a summary\n"
         if self._folder is not None:
             text += f"{resume_line(str(self._folder.path))}\n"
