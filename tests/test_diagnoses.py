@@ -91,6 +91,8 @@ def test_a_run_without_any_reward_is_said_within_a_minute_and_no_more_once_one_c
     assert told.startswith("no reward: none of the last 128 completions passed (0 of them were tr")
     assert "since 1m29s (version 0). Change: look in samples.jsonl" in told
     desk.refuse(1, num_passed=1)
+    assert desk.diagnoses() == told, "one lucky completion does not end it"
+    desk.refuse(1, num_passed=2)
     assert desk.diagnoses() == ""
 
 
@@ -303,7 +305,7 @@ def test_all_that_occurred_is_in_the_summary_with_its_times(desk: Watched) -> No
     desk.refuse(256)
     desk.status(10)
     desk.status(10)
-    desk.refuse(1, num_passed=1)
+    desk.refuse(4, num_passed=2)
     desk.status(10)
     [record] = desk.service.diagnoses.record()
     assert record["what"] == "no_reward"

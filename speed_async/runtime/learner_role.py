@@ -75,11 +75,11 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
         tell(f"{finished}\n")
         # Ranks that were started again after the end, and not by a person, end as the run did.
         return recorded_outcome(begun_in) if begun_in is not None else "completed"
-    wanted = Path(config.run.folder).expanduser().resolve()
+    wanted = config.run.folder
     config, folder = life.config, life.folder
     notice.change(run_folder=str(folder.path))
-    if life.number == 0 and folder.path != wanted:
-        text = f"'{wanted}' is in use; this new run is in '{folder.path}' ({to_go_on(wanted)})\n"
+    if life.number == 0 and folder.path.name != Path(wanted).name:
+        text = f"'{wanted}' holds a run; this new one is in '{folder.path}' ({to_go_on(wanted)})\n"
         tell(text, STDERR)
     tell("".join(life.first_words()), STDERR)  # on the terminal: nothing is drawn there yet
     stage(f"run folder {folder.path}; starting the service")
