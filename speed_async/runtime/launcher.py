@@ -249,7 +249,9 @@ class _Launcher:
     def _say_how_it_ended(self, end: _End) -> int:
         """The last sentence on this terminal, where a learner's summary is not that already."""
         noted = self._read_notice()
-        if end.status == EXIT_INTERRUPTED:
+        if not (self._leads or self._stopped_by or end.text):
+            tell(ended_elsewhere(noted.outcome), STDERR)
+        elif end.status == EXIT_INTERRUPTED:
             parts = [f"stopped by {self._stopped_by.name if self._stopped_by else 'a signal'}"]
             parts += [end.text] if end.text else []
             parts += [to_go_on(noted.run_folder)] if noted.run_folder else []
@@ -258,8 +260,6 @@ class _Launcher:
             tell("nothing was learned: no update had a gradient to follow (status 3)\n", STDERR)
         elif end.text:
             tell(f"error: {end.text}\n", STDERR)
-        elif not self._leads:
-            tell(ended_elsewhere(noted.outcome), STDERR)
         return end.status
 
     # --- files -----------------------------------------------------------------------------------

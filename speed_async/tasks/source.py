@@ -1,5 +1,6 @@
 """The files of the code that scores: a task's own module, and what that takes from beside it."""
 
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,11 +46,11 @@ def _used(module: ModuleType) -> Iterator[ModuleType]:
         if isinstance(value, ModuleType):
             yield value
             continue
-        name = getattr(value, "__module__", None)
-        if isinstance(name, str) and name in sys.modules:
-            yield sys.modules[name]
+        origin = inspect.getmodule(value) if callable(value) else None
+        if origin is not None:
+            yield origin
 
 
 def _file_of(module: ModuleType) -> Path | None:
-    file = getattr(module, "__file__", None)
+    file = vars(module).get("__file__")
     return Path(file).resolve() if isinstance(file, str) and file.endswith(".py") else None
