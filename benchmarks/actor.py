@@ -46,6 +46,7 @@ from speed_async.actors.rollout import Rollout
 from speed_async.config.load import load_config, save_config
 from speed_async.config.schema import Config
 from speed_async.runtime.event_loop import run
+from speed_async.runtime.model_files import model_fingerprint
 from speed_async.runtime.processes import start_role
 from speed_async.runtime.run_folder import RunFolder
 from speed_async.tasks.registry import make_task
@@ -131,9 +132,10 @@ async def acting(config: Config, engine: RecordingEngine) -> AsyncIterator[None]
     port = json.loads(await service.stdout.readline())["port"]
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
+    model = model_fingerprint(Path(config.model.path), chat_template=config.model.chat_template)
     learner = context.Process(
         target=learn_nothing,
-        args=(port, fingerprint(task), config.learner.groups_per_update, stop),
+        args=(port, fingerprint(task), model, config.learner.groups_per_update, stop),
         daemon=True,
     )
     learner.start()
@@ -153,6 +155,9 @@ async def acting(config: Config, engine: RecordingEngine) -> AsyncIterator[None]
             index=1,
             incarnation=0,
             fingerprint=fingerprint(task),
+            model_fingerprint=model_fingerprint(
+                Path(config.model.path), chat_template=config.model.chat_template
+            ),
             process_id=os.getpid(),
         )
         working = asyncio.create_task(loop.run(hello))

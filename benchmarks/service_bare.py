@@ -44,15 +44,16 @@ def route(port: "Synchronized[int]", server: tuple[bytes, bytes] | None) -> None
 
 def _pass_on(socket: zmq.Socket) -> None:
     names = {socket.recv_multipart()[0], socket.recv_multipart()[0]}  # both said hello
-    (sender,) = names - {TAKER}
+    (taker,) = {name for name in names if name.startswith(TAKER + b"/")}
+    (sender,) = names - {taker}
     socket.send_multipart([sender, GO])
     while True:
         identity, *frames = socket.recv_multipart(copy=False)
-        if identity.bytes == TAKER:
+        if identity.bytes == taker:
             socket.send_multipart([sender, MORE_ROOM])
             continue
         socket.send_multipart([sender, ACKNOWLEDGED])
-        send_frames(socket, [TAKER, *[frame.buffer for frame in frames]])
+        send_frames(socket, [taker, *[frame.buffer for frame in frames]])
 
 
 def send(port: int, tokens_each: int, credits: int, keys: Keys | None) -> None:

@@ -7,8 +7,10 @@ from functools import cache
 
 import numpy as np
 
+from benchmarks.harness import QUICKSTART
 from benchmarks.service_peers import PackedGroup, Peer, SeenGroup
 from speed_async.config.schema import TaskConfig
+from speed_async.runtime.model_files import model_fingerprint
 from speed_async.tasks.registry import make_task
 from speed_async.tasks.task import fingerprint
 from speed_async.types import ActorCounts
@@ -141,8 +143,14 @@ def hello(role: str, index: int) -> m.Hello:
         index=index,
         incarnation=0,
         fingerprint=task_fingerprint(),
+        model_fingerprint=quickstart_fingerprint(),
         process_id=os.getpid(),
     )
+
+
+@cache
+def quickstart_fingerprint() -> str:
+    return model_fingerprint(QUICKSTART.parent / "model", chat_template=False)
 
 
 @cache

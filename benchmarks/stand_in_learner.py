@@ -17,14 +17,25 @@ POLL_S = 0.2
 END_TIMEOUT_S = 60.0
 
 
-def learn_nothing(port: int, fingerprint: str, num_groups: int, stop: Event) -> None:
+def learn_nothing(
+    port: int, fingerprint: str, model_fingerprint: str, num_groups: int, stop: Event
+) -> None:
     """Entry of the process; returns when the run was finished after `stop`."""
-    run(_serve(port, fingerprint, num_groups, stop))
+    run(_serve(port, fingerprint, model_fingerprint, num_groups, stop))
 
 
-async def _serve(port: int, fingerprint: str, num_groups: int, stop: Event) -> None:
+async def _serve(
+    port: int, fingerprint: str, model_fingerprint: str, num_groups: int, stop: Event
+) -> None:
     link = await open_link("127.0.0.1", port, NAME)
-    hello = m.Hello(role="learner", index=0, incarnation=0, fingerprint=fingerprint, process_id=0)
+    hello = m.Hello(
+        role="learner",
+        index=0,
+        incarnation=0,
+        fingerprint=fingerprint,
+        model_fingerprint=model_fingerprint,
+        process_id=0,
+    )
     await link.send(hello)
     groups_trained = completions_trained = tokens_trained = 0
     while (batch := await _take(link, num_groups, stop)) is not None:
