@@ -234,7 +234,7 @@ def test_a_rank_that_asks_keeps_its_index_and_is_never_given_a_name_twice(
 ) -> None:
     def place(of: Desk, supervisor: str) -> tuple[int, int]:
         join = Join(machine="there", process_id=1, has_rank=True, rank=2)
-        [(_, answer)] = of.say(supervisor, join)
+        answer = of.service.at_once(supervisor, join, "")
         assert isinstance(answer, JoinAccepted)
         return answer.index, answer.incarnation
 
