@@ -7,11 +7,16 @@ class SpeedAsyncError(Exception):
     """Base of all errors raised on purpose. `str(error)` is fit to be shown to a user."""
 
 
+CONFIG_FILE = "CONFIG"
+"""In place of a field, where the file itself cannot be used."""
+
+
 class ConfigError(SpeedAsyncError):
     """A configuration value cannot be used."""
 
     def __init__(self, field: str, value: object, remedy: str) -> None:
-        super().__init__(f"config field '{field}' = {value!r}: {remedy}")
+        name = "config" if field == CONFIG_FILE else f"config field '{field}' ="
+        super().__init__(f"{name} {value!r}: {remedy}")
         self.field = field
         self.value = value
         self.remedy = remedy

@@ -36,13 +36,15 @@ class LeaseKind(StrEnum):
 
 
 class GroupEnd(StrEnum):
-    """The five ways in which a training group ends; each group meets exactly one."""
+    """The ways in which a training group ends; each group meets exactly one."""
 
     TRAINED = "trained"
     STALE = "stale"
     EVICTED = "evicted"
     SCREENED_OUT = "screened_out"
     FAILED = "failed"
+    UNFINISHED = "unfinished"
+    """Its actor was stopped before it was complete; nothing is wrong with it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,7 +55,20 @@ def test_the_summary_of_a_run_that_did_nothing_has_no_rate_and_no_times(tmp_path
     assert [fields[key] for key in unknown] == [None] * len(unknown)
     breakdown = fields["breakdown"]
     assert isinstance(breakdown, dict)
-    assert breakdown["actors"] == {}
+    assert breakdown == {"learner": {}, "actors": {}}
+
+
+def test_the_time_of_an_actor_that_is_gone_stays_in_the_books(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.past_baseline(ACTOR)
+    gauges = {"sampling_s": 2.0, "updating_s": 1.0, "uptime_s": 4.0}
+    desk.say(ACTOR, m.ActorReport(counts=desk.counts(ACTOR), gauges=gauges))
+    desk.service.begin_life(1, desk.now_s)
+    desk.hello("actor-1.1000", 1, 1000)
+    desk.say("actor-1.1000", m.ActorReport(counts=ActorCounts(), gauges=gauges))
+    fields = summary_values(desk.service, 1.0, final_evaluated=False)
+    actors = {"sampling": 4.0, "taking in weights": 2.0, "idle": 2.0}
+    assert fields["breakdown"] == {"learner": {}, "actors": actors}
 
 
 @pytest.mark.parametrize(("rewards", "mean"), [((1, 0, 0, 0), 0.25), ((0, 0, 0, 0), 0.0)])

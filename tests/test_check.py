@@ -196,7 +196,7 @@ CHAT = ("--model.chat_template", "true")
         (need_system_message, CHAT, "a system message is needed"),
         (None, ("--actors.max_new_tokens", "128"), "no room for a prompt in the model's context"),
         (None, ("--model.context_length", "256"), "holds 128 tokens; set at most 128"),
-        (None, ("--model.context_length", "11"), "not one of the training prompts fits"),
+        (None, ("--model.context_length", "11"), "the model: give shorter prompts, or a"),
         (None, ("--cluster.host", "192.0.2.1", *OPEN), "no address of this machine"),
         (None, ("--task.name", "arithmetics"), "did you mean arithmetic?"),
     ],

@@ -122,7 +122,7 @@ def test_keys_turn_to_help_and_samples_and_q_leaves_the_terminal_as_it_was() -> 
     def scene(port: int) -> None:
         with terminal([*COMMAND, f"tcp://127.0.0.1:{port}"]) as shown:
             shown.wait_for("12/100")
-            assert not shown.is_as_before
+            assert eventually(lambda: not shown.is_as_before)
             shown.press("h")
             shown.wait_for("page 1 of")
             shown.press("s")
@@ -145,7 +145,7 @@ def test_a_signal_leaves_the_terminal_as_it_was(ending: signal.Signals) -> None:
     def scene(port: int) -> None:
         with terminal([*COMMAND, f"tcp://127.0.0.1:{port}"]) as shown:
             shown.wait_for("12/100")
-            assert not shown.is_as_before
+            assert eventually(lambda: not shown.is_as_before)
             if ending == signal.SIGINT:
                 shown.press("\x03")  # the terminal makes a signal of it, also now
             else:
@@ -186,7 +186,7 @@ def test_the_console_of_a_run_has_keys_though_it_is_in_a_session_of_its_own() ->
         with terminal([sys.executable, "-c", LAUNCHER, str(port)]) as shown:
             shown.wait_for("12/100")
             shown.wait_for("h help")
-            assert not shown.is_as_before
+            assert eventually(lambda: not shown.is_as_before)
             shown.press("h")
             shown.wait_for("page 1 of")
             shown.press("q")
@@ -202,7 +202,7 @@ def test_a_run_whose_learner_is_killed_leaves_the_terminal_as_it_was() -> None:
         with terminal([sys.executable, "-c", LAUNCHER, str(port)]) as shown:
             shown.wait_for("12/100")
             learner = int(shown.seen.partition(b"learner ")[2].split()[0])
-            assert not shown.is_as_before
+            assert eventually(lambda: not shown.is_as_before)
             os.kill(learner, signal.SIGKILL)
             shown.wait_for("launcher done")
             assert eventually(lambda: shown.is_as_before)
@@ -236,7 +236,7 @@ def test_a_background_job_draws_nothing_until_it_has_the_terminal() -> None:
             assert shown.is_as_before
             shown.press("\n")
             shown.wait_for("12/100")
-            assert not shown.is_as_before
+            assert eventually(lambda: not shown.is_as_before)
             shown.press("q")
             shown.wait_for("job done")
             assert shown.is_as_before

@@ -112,6 +112,10 @@ def test_each_kind_of_bad_line_is_named_with_its_number(tmp_path: Path) -> None:
         (b'["p", "1"]\n', "not a JSON object but list"),
         (b'{"answer": "1"}\n', "key 'prompt' is missing"),
         (b'{"prompt": "q"}\n', "key 'answer' is missing"),
+        (
+            b'{"question": "q", "answer": "1"}\n',
+            "key 'prompt' is missing; the keys here are: 'question', 'answer'",
+        ),
         (b'{"prompt": 3, "answer": "1"}\n', "'prompt' must be a string that is not blank, not 3"),
         (b'{"prompt": " ", "answer": "1"}\n', "'prompt' must be a string that is not blank"),
         (b'{"prompt": "q", "answer": true}\n', "'answer' must be a number"),

@@ -89,6 +89,7 @@ def test_ranks_whose_launcher_was_killed_drain_and_save_by_themselves(
     assert_saved(run)
     assert "the launcher of this run has died" in (run.folder / "logs/learner.log").read_text()
     assert "Traceback" not in (run.folder / "logs/learner.log").read_text()
+    assert run.summary()["reason"] == "stopped: the launcher of this run has died"
 
 
 def start_two_ranks(folder: Path, *overrides: str) -> Run:

@@ -22,6 +22,7 @@ from test_loops import CountingUpdates
 from speed_async.buffer.conversations import FORGOTTEN
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
+from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import Finished, LearnerLoop
 from speed_async.learner.loop import Updates as TrainerSeam
 from speed_async.learner.model import load_model
@@ -142,7 +143,7 @@ class Stage:
         self.hub = InProcessHub()
         self.link = self.hub.connect(PEER)
         self.service = Service(self.hub, version)
-        self.stop = asyncio.Event()
+        self.stop = Stop()
         self.updates: Any = updates
         self.service.drains_until = m.CheckpointSaved
         self._config, self._restored = config, restored

@@ -200,6 +200,12 @@ REACHED = {"completed": True, "policy_version": 4, "accuracy_reached": 0.75}
             "accuracy 0.750 was reached at version 4; to train on, add a higher "
             "--run.stop_at_accuracy",
         ),
+        (
+            MADE | {"outcome": "nothing_learned", "reason": "nothing was learned: of 9 updates"},
+            None,
+            "it has made its 9 updates; to train on, add a larger --run.updates (it ended so: "
+            "nothing was learned: of 9 updates)",
+        ),
     ],
 )
 def test_a_run_that_came_to_its_end_is_finished_and_left_as_it_is(

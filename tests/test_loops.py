@@ -28,6 +28,7 @@ from speed_async.buffer.service import BufferService
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError, TaskError, WeightSyncError
 from speed_async.evaluate.plan import EvaluationPlan
+from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import Finished, LearnerLoop
 from speed_async.learner.progress import Progress
 from speed_async.learner.trainer import UpdateResult
@@ -135,7 +136,7 @@ class Run:
         self.task = DigitTask()
         self.verifier = InlineVerifier(self.task)
         self.sink = RecordingSink()
-        self.stop = asyncio.Event()
+        self.stop = Stop()
         self.updates = CountingUpdates()
         self.num_actors = num_actors
         self.engines: list[ScriptedEngine] = []
@@ -455,7 +456,7 @@ def test_a_lease_that_is_being_scored_when_the_drain_comes_ends_too(
     finished = asyncio.run(asyncio.wait_for(stopped(), 15))
     ledger = finished.service_fields["ledger"]
     assert isinstance(ledger, dict)
-    assert ledger["failures"]["drained"] >= 1
+    assert ledger["groups"]["unfinished"] >= 1
     assert ledger["closes"] is True
 
 
@@ -523,7 +524,7 @@ def test_a_batch_that_comes_while_weights_are_published_is_trained(tmp_path: Pat
         updates=updates,
         sender=MemorySender(MemoryStore(), bucket_bytes=1024),
         backend="gloo",
-        stop=asyncio.Event(),
+        stop=Stop(),
     )
     hello = m.Hello(role="learner", index=0, incarnation=0, fingerprint="f", process_id=1)
     finished = asyncio.run(asyncio.wait_for(loop.run(hello), 10))
@@ -543,7 +544,7 @@ def test_a_batch_with_a_group_missing_is_an_error_that_names_it(tmp_path: Path) 
         updates=CountingUpdates(),
         sender=MemorySender(MemoryStore(), bucket_bytes=1024),
         backend="gloo",
-        stop=asyncio.Event(),
+        stop=Stop(),
     )
     hello = m.Hello(role="learner", index=0, incarnation=0, fingerprint="f", process_id=1)
     with pytest.raises(RoleError, match=r"groups \[5\]"):

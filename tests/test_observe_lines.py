@@ -77,8 +77,8 @@ def test_each_outcome_ends_in_its_word() -> None:
 
 def test_a_diagnosis_is_told_when_it_begins_and_when_it_is_over() -> None:
     told = (
-        "All rewards are 0 for 40 s. Change: the task.",
-        "All rewards are 0 for 41 s. Change: the task.\nNothing fits 8 tokens.",
+        "no reward: none of the last 40. Change: the task.",
+        "no reward: none of the last 41. Change: the task.\nNothing fits 8 tokens.",
         "Nothing fits 8 tokens.",
         "",
     )
@@ -87,9 +87,9 @@ def test_a_diagnosis_is_told_when_it_begins_and_when_it_is_over() -> None:
         Event(kind="status", values=GAUGES),
     )
     assert lines[1:] == [
-        "diagnosis All rewards are 0 for 40 s. Change: the task.",
+        "diagnosis no reward: none of the last 40. Change: the task.",
         "diagnosis Nothing fits 8 tokens.",
-        "diagnosis over: All rewards are 0 for 41 s. Change: the task.",
+        "diagnosis over: no reward",
         "diagnosis over: Nothing fits 8 tokens.",
     ]
 

@@ -504,6 +504,6 @@ def test_what_was_lost_before_stays_in_sight_whatever_is_warned_of_later(desk: D
     desk.wait(0.1)
     said = desk.service.events[-1].values["warning"]
     assert said == (
-        "the journal's tail was damaged; actor-1 is lost: a message of it was refused: it was "
+        "the journal's tail was damaged\nactor-1 is lost: a message of it was refused: it was "
         "malformed; its supervisor starts it again"
     )

@@ -17,7 +17,7 @@ from speed_async.buffer.evidence import (
 )
 from speed_async.buffer.statistics import ACCEPTANCE_WINDOW, RunStatistics
 from speed_async.config.schema import Config, GateConfig
-from speed_async.observe.notation import duration
+from speed_async.observe.notation import counted, duration
 
 MIN_COMPLETIONS = 128
 PATIENCE_S = 30.0
@@ -127,7 +127,7 @@ class Diagnoses:
         parts += [f"{skipped} had numbers that are not finite and were skipped"] if skipped else []
         active = [each.finding.facts for each in self._occurred.values() if each.active]
         causes = "".join(f"; {facts}" for facts in active)
-        return f"nothing was learned: of {made} updates, {' and '.join(parts)}{causes}"
+        return f"nothing was learned: of {counted(made, 'update')}, {' and '.join(parts)}{causes}"
 
     def record(self) -> list[dict[str, object]]:
         """All that occurred, for summary.json."""
@@ -196,7 +196,7 @@ class Diagnoses:
         return Finding(
             facts=f"prompts fail: {window.num_failed} of the last {len(window)} training prompts "
             f"gave no result; {times} times, for example: {shortened(example)}",
-            change="mend or remove the prompts that the example tells of, or what scores them",
+            change="correct or remove the prompts that the example tells of, or what scores them",
         )
 
     def _held_out_failures(self, held: bool) -> Finding | None:
@@ -208,7 +208,7 @@ class Diagnoses:
             facts=f"held-out prompts fail: {window.num_failed} of the last {len(window)} count as "
             f"not passed without having been scored; {times} times, for example: "
             f"{shortened(example)}",
-            change="mend or remove these prompts: the accuracy is too low by their share",
+            change="correct or remove these prompts: the accuracy is too low by their share",
         )
 
     def _not_finite(self, held: bool) -> Finding | None:

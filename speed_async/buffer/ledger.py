@@ -21,6 +21,10 @@ def failure_kind(reason: str) -> str:
     return reason.split(":", 1)[0][:MAX_KIND_CHARS]
 
 
+ENGINE_TIMES = ("sampling_s", "updating_s", "uptime_s")
+"""Gauges of an actor's engine, which grow as long as it lives."""
+
+
 @dataclass(slots=True)
 class Tally:
     """Groups and generated tokens that came to one end."""
@@ -41,6 +45,8 @@ class ActorBook:
     leases_ended: int = 0
     tokens_reported: int = 0
     last_counts: ActorCounts = field(default_factory=ActorCounts)
+    engine_times_s: dict[str, float] = field(default_factory=dict)
+    """Its last report's ENGINE_TIMES."""
     lost: bool = False
 
     @property
@@ -170,6 +176,11 @@ class Ledger:
                 book.balanced for book in self._actors.values()
             ),
         }
+
+    def engine_times_s(self) -> dict[str, float]:
+        """ENGINE_TIMES of all actors together; empty while none has reported."""
+        told = [book.engine_times_s for book in self._actors.values() if book.engine_times_s]
+        return {name: sum(times_s[name] for times_s in told) for name in ENGINE_TIMES if told}
 
     def by_actor(self) -> dict[str, object]:
         """What each incarnation of each actor did, for `summary.json`."""

@@ -197,7 +197,7 @@ class Lifecycle:
         return len(late)
 
     def holder_left(self, holder: str) -> None:
-        """The actor said goodbye: leases still on their way to it end as failed, unstarted."""
+        """The actor said goodbye: leases still on their way to it end unfinished."""
         for entry in self.leases.of_holder(holder):
             self.leases.end(entry.lease.lease_id)
             self._without_result(entry, m.DRAINED, 0)
@@ -303,9 +303,12 @@ class Lifecycle:
         self.ledger.ends[end].add(group.num_tokens)
 
     def _without_result(self, entry: OpenLease, reason: str, num_tokens: int) -> None:
-        if entry.lease.kind is LeaseKind.TRAINING:
+        training, is_drained = entry.lease.kind is LeaseKind.TRAINING, reason == m.DRAINED
+        if training and is_drained:
+            self.ledger.ends[GroupEnd.UNFINISHED].add(num_tokens)
+        elif training:
             self.ledger.failed(reason, num_tokens)
-        elif reason == m.DRAINED:  # its prompt is sampled again
+        elif is_drained:  # its prompt is sampled again
             self.ledger.evaluation.add(num_tokens)
         else:
             self.ledger.held_out_failed(reason, num_tokens)

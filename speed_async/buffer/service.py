@@ -19,6 +19,7 @@ from speed_async.buffer.gatekeeper import Gatekeeper
 from speed_async.buffer.grants import Grants
 from speed_async.buffer.inspection import Inspection
 from speed_async.buffer.learner_desk import LearnerDesk
+from speed_async.buffer.ledger import ENGINE_TIMES
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import ActorState, Membership
 from speed_async.buffer.statistics import RunStatistics
@@ -307,6 +308,8 @@ class BufferService:
 
     def _on_report(self, peer: str, report: m.ActorReport, now_s: float) -> None:
         self.membership.actors[peer].gauges = report.gauges
+        times_s = {name: report.gauges.get(name, 0.0) for name in ENGINE_TIMES}
+        self.lifecycle.ledger.actor(peer).engine_times_s = times_s
 
     def _on_sample(self, peer: str, sample: m.Sample, now_s: float) -> None:
         """Shown, and nothing else: no count and no decision follows from it."""

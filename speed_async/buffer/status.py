@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from speed_async.buffer.diagnoses import gate_remedy, shortened
+from speed_async.buffer.ledger import ENGINE_TIMES
 from speed_async.observe.metrics import Value
 from speed_async.types import GroupEnd
 
@@ -56,7 +57,7 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
         "ledger_closes": all(checks.values()),
         "loop_lag_s": service.loop_lag_s,
         "actors_total": service.membership.num_wanted,
-        "warning": "; ".join(filter(None, (service.notes, service.warning))),
+        "warning": "\n".join(filter(None, (service.notes, service.warning))),
         "peers_muted": service.gatekeeper.num_muted,
         "messages_refused": service.gatekeeper.num_refused + service.gatekeeper.num_malformed,
     }
@@ -167,8 +168,10 @@ def summary_values(
 
 
 def _learner_times(service: BufferService) -> dict[str, float]:
-    """Seconds of the learner's whole training, by what they went into."""
+    """Seconds of the learner's whole training, by what they went into; none before an update."""
     parts_s = service.statistics.learner_parts_s
+    if not parts_s:
+        return {}
     return {
         "waiting for groups": parts_s["actor"],
         "receiving the batch": parts_s["buffer"],
@@ -178,13 +181,12 @@ def _learner_times(service: BufferService) -> dict[str, float]:
 
 
 def _actor_times(service: BufferService) -> dict[str, float]:
-    """Seconds of all actors' engines, by what they went into, as last reported."""
-    gauges = [state.gauges for state in service.membership.actors.values() if state.gauges]
-    if not gauges:
+    """Seconds of the engines of all actors that ever were, by what they went into, as last
+    reported."""
+    times_s = service.lifecycle.ledger.engine_times_s()
+    if not times_s:
         return {}
-    sampling_s = sum(gauge.get("sampling_s", 0.0) for gauge in gauges)
-    updating_s = sum(gauge.get("updating_s", 0.0) for gauge in gauges)
-    uptime_s = sum(gauge.get("uptime_s", 0.0) for gauge in gauges)
+    sampling_s, updating_s, uptime_s = (times_s[name] for name in ENGINE_TIMES)
     return {
         "sampling": sampling_s,
         "taking in weights": updating_s,

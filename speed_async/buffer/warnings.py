@@ -1,5 +1,7 @@
 """What a person should know of now: one sentence for each matter, until the matter is over."""
 
+from speed_async.observe.notation import single_line
+
 FLEETING_S = 60.0
 """A warning of what has happened, and needs nothing more, is shown for this long."""
 
@@ -34,5 +36,5 @@ class Warnings:
 
     @property
     def text(self) -> str:
-        """All that is open, the latest last."""
-        return "; ".join(self._texts.values())
+        """All that is open, a line each, the latest last."""
+        return "\n".join(map(single_line, self._texts.values()))

@@ -17,9 +17,21 @@ from speed_async.config.overrides import ROOT_FIELDS, parse_overrides
 from speed_async.config.presets import with_preset
 from speed_async.config.schema import Config
 from speed_async.config.whole_file import write_whole
-from speed_async.errors import ConfigError, ConfigErrors
+from speed_async.errors import CONFIG_FILE, ConfigError, ConfigErrors
 
 PATH_FIELDS = (("model", "path"), ("task", "path"), ("cluster", "keys"))
+WANTED = {
+    "int_": "give a whole number",
+    "float_": "give a number",
+    "bool_": "give true or false",
+    "string_type": "give text in quotes",
+    "finite_number": "give a finite number",
+    "greater_than_equal": "give {} or more",
+    "greater_than": "give more than {}",
+    "less_than_equal": "give {} or less",
+    "less_than": "give less than {}",
+}
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 RESOLVED_FILE = "config.json"
 """Lies in every run folder (config/resumed.py)."""
 
@@ -161,29 +173,29 @@ def _read_file(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # a name too long, a NUL byte
         if not isinstance(error, FileNotFoundError):
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError("CONFIG", str(path), f"cannot be read: {reason}") from None
+            raise ConfigError(CONFIG_FILE, str(path), f"cannot be read: {reason}") from None
     if (path / RESOLVED_FILE).is_file() and (path / "logs").is_dir():
         remedy = f"this is the folder of a run; to go on with it: --resume {path}"
-        raise ConfigError("CONFIG", str(path), remedy)
+        raise ConfigError(CONFIG_FILE, str(path), remedy)
     if path.is_dir():
         found = sorted(each.name for each in path.glob("*.toml"))
         choices = [str(path / name) for name in found]
         raise ConfigError(
-            "CONFIG", str(path), f"a folder; {did_you_mean(choices)}give the path of a TOML file"
+            CONFIG_FILE, str(path), f"a folder; {did_you_mean(choices)}give the path of a TOML file"
         )
     if not path.is_file():
         remedy = "no such file; give the path of a TOML file"
         if str(path).startswith("-"):
             remedy = "CONFIG comes first, its overrides after it: my.toml --learner.lr 1e-4"
-        raise ConfigError("CONFIG", str(path), remedy)
+        raise ConfigError(CONFIG_FILE, str(path), remedy)
     kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
         text = path.read_text(encoding="utf-8-sig")
         tree = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except (ValueError, OSError) as error:
-        raise ConfigError("CONFIG", str(path), f"not valid {kind}: {error}") from None
+        raise ConfigError(CONFIG_FILE, str(path), f"not valid {kind}: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError("CONFIG", str(path), "it holds no sections, such as [model]")
+        raise ConfigError(CONFIG_FILE, str(path), "it holds no sections, such as [model]")
     return tree
 
 
@@ -206,15 +218,25 @@ def _config_error(error: ErrorDetails) -> ConfigError:
     if error["type"] == "model_type":
         fields = ", ".join(all_sections()[field].model_fields)
         return ConfigError(field, value, f"a section; set its fields: {fields}")
-    remedy = error["msg"][0].lower() + error["msg"][1:]
+    remedy = _wanted(error) or error["msg"][0].lower() + error["msg"][1:]
     if error["type"] == "literal_error":
         known = re.findall(r"'([^']*)'", error["msg"])
         close = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0.5)
         hint = did_you_mean([f"'{each}'" for each in close]).strip()
         remedy = f"{remedy}; {hint}" if hint else remedy
-    if error["type"] == "bool_type":
-        remedy += ": true or false"
     return ConfigError(field, value, remedy)
+
+
+def _wanted(error: ErrorDetails) -> str:
+    """What a field takes, by the type of pydantic's error; empty where its own words are best."""
+    kind, value = error["type"], error["input"]
+    for beginning, wanted in WANTED.items():
+        if kind.startswith(beginning):
+            limit = next(iter(error.get("ctx", {}).values()), None)
+            limit = f"{limit:g}" if isinstance(limit, float) else limit
+            is_quoted = isinstance(value, str) and NUMBER.fullmatch(value.strip())
+            return wanted.format(limit) + (", without quotes" if is_quoted else "")
+    return ""
 
 
 def _unknown_key(field: str) -> str:

@@ -19,6 +19,8 @@ SYNONYMS = {
     "max_steps": "run.updates",
     "total_steps": "run.updates",
     "output_dir": "run.folder",
+    "run_dir": "run.folder",
+    "dir": "run.folder",
     "model_name": "model.path",
     "model_name_or_path": "model.path",
     "max_tokens": "actors.max_new_tokens",

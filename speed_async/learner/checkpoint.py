@@ -99,7 +99,7 @@ def try_checkpoint(
     except (ValueError, TypeError) as error:  # transformers' words for what it does not save
         raise ModelError(
             f"{what}: transformers loads the model's {CONFIG_FILE} and refuses to save it "
-            f"({' '.join(str(error).split())}); mend that file in model.path"
+            f"({' '.join(str(error).split())}); repair that file in model.path"
         ) from error
     needed = BYTES_PER_PARAMETER * sum(each.numel() for each in model.parameters())
     if needed > free:

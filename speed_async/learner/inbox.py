@@ -6,6 +6,7 @@ raises     another role's failure, as RoleError
 """
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +20,25 @@ SERVICE_GRACE_S = 10.0
 """How much longer than the service's own deadlines the learner waits for the service."""
 
 M = TypeVar("M", bound=m.Message)
+
+
+class Stop(asyncio.Event):
+    """Set when the run is to be stopped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._launcher = os.getppid()
+
+    @property
+    def has_lost_launcher(self) -> bool:
+        """Whoever started this process has died, and the kernel sent the signal that stops it:
+        a moment before this is true, while threads of the launcher are left."""
+        return os.getppid() != self._launcher
+
+    @property
+    def reason(self) -> str:
+        gone = self.has_lost_launcher
+        return "stopped: the launcher of this run has died" if gone else "stopped by a signal"
 
 
 class Inbox:
@@ -41,7 +61,7 @@ class Inbox:
             return self._set_aside.popleft()
         return await self._receive(deadline_s)
 
-    async def next_or_stop(self, stop: asyncio.Event, deadline_s: float) -> m.Message | None:
+    async def next_or_stop(self, stop: Stop, deadline_s: float) -> m.Message | None:
         """Next message, or None when a stop is asked for first."""
         receiving = asyncio.create_task(self.next(deadline_s), name="receive")
         stopping = asyncio.create_task(stop.wait(), name="stop")

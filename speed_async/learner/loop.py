@@ -21,7 +21,7 @@ from typing import Protocol
 from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded, RoleError, SpeedAsyncError
 from speed_async.learner.checkpointing import Checkpointer
-from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox
+from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox, Stop
 from speed_async.learner.progress import Progress, Restored
 from speed_async.learner.publishing import Publisher
 from speed_async.learner.trainer import UpdateResult
@@ -77,7 +77,7 @@ class LearnerLoop:
         updates: Updates,
         sender: WeightSender,
         backend: WeightBackend,
-        stop: asyncio.Event,
+        stop: Stop,
         restored: Restored | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -275,7 +275,7 @@ class LearnerLoop:
     async def _finish(self) -> Finished:
         evaluate = self._version >= self._config.run.updates
         completed = evaluate or self._reached is not None
-        reason = "completed" if completed else "stopped by a signal"
+        reason = "completed" if completed else self._stop.reason
         if not evaluate and (reached := self._reached) is not None:
             reason = f"accuracy {reached.accuracy:.3f} reached at version {reached.policy_version}"
         # While catching up, the older checkpoint and the journal are what the run goes on from.

@@ -18,7 +18,6 @@ from speed_async.observe.outcomes import identity_of, outcome_of
 TEXT_CHARS = 240
 """Of a prompt, and of a completion."""
 ANSWER_CHARS = 60
-DIAGNOSIS_CHARS = 80
 
 
 WAITING_S = 30.0
@@ -35,7 +34,7 @@ class Lines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._started = False
-        self._warning: Value = None
+        self._warnings: list[str] = []
         self._diagnoses: dict[str, str] = {}
         self._num_samples = 0
         self._sample: Mapping[str, Value] | None = None
@@ -87,10 +86,11 @@ class Lines:
             self._told_s = wall_s
 
     def _compare(self, values: Mapping[str, Value]) -> None:
-        warning = values.get("warning")
-        if warning and warning != self._warning:
-            self._print(f"warning {single_line(warning)}")
-        self._warning = warning
+        warnings = split_lines(values.get("warning"))
+        for warning in warnings:
+            if warning not in self._warnings:
+                self._print(f"warning {warning}")
+        self._warnings = warnings
         if "diagnoses" not in values:
             return
         now = {identity_of(text): text for text in split_lines(values["diagnoses"])}
@@ -99,7 +99,7 @@ class Lines:
                 self._print(f"diagnosis {text}")
         for identity, text in self._diagnoses.items():
             if identity not in now:
-                self._print(f"diagnosis over: {shortened(text, DIAGNOSIS_CHARS)}")
+                self._print(f"diagnosis over: {text.partition(':')[0]}")
         self._diagnoses = now
 
     def _sampled(self, values: Mapping[str, Value]) -> None:

@@ -38,7 +38,7 @@ class Event:
       `actors_total` (wanted: the ranks, and actors that joined and have not left),
       `learner_here` (it has loaded the model), `evaluated_prompts` and `evaluation_prompts` (done,
       and in all, of the evaluation under way; else None),
-      `warning` (what is the matter now, for people; one line),
+      `warning` (what is the matter now, for people; a line each),
       `diagnoses` (why the run cannot learn, while it
       cannot: one sentence a line, each with what, how much, since when and what to change; empty
       when there is nothing to say), `messages_refused` (malformed, or not to be

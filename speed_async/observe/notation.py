@@ -47,6 +47,12 @@ def count(value: Value) -> str:
     return f"{number:,.0f}"
 
 
+def counted(value: Value, noun: str) -> str:
+    """`1 update`, `2 updates`, `1,200 updates`."""
+    number = number_of(value)
+    return f"{DASH if number is None else f'{number:,.0f}'} {noun}{'' if number == 1 else 's'}"
+
+
 def decimal(value: Value, places: int) -> str:
     number = number_of(value)
     return DASH if number is None else f"{number:.{places}f}"

@@ -85,8 +85,7 @@ class PanelState:
 
     @property
     def warnings(self) -> list[str]:
-        warning = self.values.get("warning")
-        return [single_line(warning)] if warning else []
+        return split_lines(self.values.get("warning"))
 
     @property
     def diagnoses(self) -> list[str]:
@@ -102,9 +101,9 @@ class PanelState:
         alive, alive_before = values.get("actors_alive"), before.get("actors_alive")
         if alive is not None and alive != (alive_before or 0):
             self._note(at_s, f"actors {actors_here(values)}")
-        warning = values.get("warning")
-        if warning and warning != before.get("warning"):
-            self._note(at_s, f"! {single_line(warning)}")
+        for warning in split_lines(values.get("warning")):
+            if warning not in self.warnings:
+                self._note(at_s, f"! {warning}")
         known = set(map(identity_of, self.diagnoses))
         for diagnosis in split_lines(values.get("diagnoses")):
             if identity_of(diagnosis) not in known:

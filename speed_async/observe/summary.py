@@ -4,7 +4,7 @@ import shlex
 import textwrap
 from collections.abc import Mapping
 
-from speed_async.observe.notation import DASH, count, decimal, duration, finite, percent
+from speed_async.observe.notation import DASH, count, counted, decimal, duration, finite, percent
 
 ENDS = (
     "trained",
@@ -12,6 +12,7 @@ ENDS = (
     "stale",
     "evicted",
     "failed",
+    "unfinished",
     "evaluation",
     "buffered",
     "in_training",
@@ -40,8 +41,8 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
         ("wall time", duration(_number(summary, "wall_s"))),
         (
             "trained",
-            f"{_count(summary, 'optimizer_updates')} updates"
-            f" of {_count(summary, 'completions_trained')} completions in all",
+            f"{_counted(summary, 'optimizer_updates', 'update')}"
+            f" of {_counted(summary, 'completions_trained', 'completion')} in all",
         ),
         (
             "generated",
@@ -52,12 +53,12 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
         (
             "staleness",
             f"mean {decimal(_number(summary, 'staleness_mean'), 2)},"
-            f" max {decimal(_number(summary, 'staleness_max'), 0)} versions",
+            f" max {_counted(summary, 'staleness_max', 'version')}",
         ),
     ]
     if (repeated := _number(summary, "updates_repeated")) is not None and repeated > 0:
         alike = count(_number(summary, "updates_repeated_alike"))
-        text = f"{count(repeated)} updates as the journal has them, {alike} bit for bit alike"
+        text = f"{counted(repeated, 'update')} as the journal has them, {alike} bit for bit alike"
         facts.append(("repeated", text))
     lines = [*textwrap.wrap(f"run ended: {summary.get('reason') or DASH}", 80), ""]
     lines += [f"  {name:<12}{text}" for name, text in facts]
@@ -202,6 +203,10 @@ def _number(summary: Mapping[str, object], key: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return finite(value)
+
+
+def _counted(summary: Mapping[str, object], key: str, noun: str) -> str:
+    return counted(_number(summary, key), noun)
 
 
 def _count(summary: Mapping[str, object], key: str) -> str:

@@ -6,7 +6,6 @@ waits for  the service's ports, the service's messages (learner/loop.py), the ch
 import asyncio
 import contextlib
 import importlib
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from speed_async.wire.tap import tapped
 from speed_async.wire.zeromq import open_link
 
 if TYPE_CHECKING:
+    from speed_async.learner.inbox import Stop
     from speed_async.learner.loop import Finished
 
 ROLE = "learner"
@@ -59,7 +59,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
 
     Returns its outcome (observe/metrics.py); one that failed raises.
     """
-    stopping, launcher = Stopping(), os.getppid()
+    stopping = Stopping()
     stopping.listen()
     # The launcher decides how many actors there are, whatever the file says.
     num_actors = rank.world_size - config.cluster.learners
@@ -122,7 +122,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
         if has_failed:
             tell(f"{resume_line(str(folder.path))}\n")
     _write_results(finished, folder, breakdown=config.observe.breakdown)
-    if os.getppid() != launcher:
+    if stopping.asked.has_lost_launcher:
         text = f"the launcher of this run has died; {to_go_on(folder.path)}\n"
         sys.stderr.write(text)
         tell(text)
@@ -143,7 +143,7 @@ async def _train(
     identity: Identity,
     rank: Rank,
     address: ServiceAddress,
-    stop: asyncio.Event,
+    stop: "Stop",
     service: ServiceProcess,
     watch: asyncio.Task[None],
 ) -> "Finished":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import Finished, LearnerLoop
 from speed_async.learner.model import load_model, stored_dtype
 from speed_async.learner.parallel import SingleRank
@@ -26,9 +27,7 @@ from speed_async.wire import messages as m
 from speed_async.wire.transport import Link
 
 
-async def learn(
-    life: Life, rank: Rank, link: Link, stop: asyncio.Event, identity: Identity
-) -> Finished:
+async def learn(life: Life, rank: Rank, link: Link, stop: Stop, identity: Identity) -> Finished:
     """Train to the end of the run, or until `stop` is set."""
     config = life.config
     torch.set_num_threads(config.learner.num_threads)

@@ -16,6 +16,7 @@ from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
 from speed_async.errors import RunFinished, SpeedAsyncError
 from speed_async.learner.shelf import Found, newest_whole
+from speed_async.observe.notation import counted
 from speed_async.runtime.identity import WEIGHTS, Identity, identify, new_run_id, with_weights
 from speed_async.runtime.identity_check import check_identity
 from speed_async.runtime.ports import becomes_free
@@ -134,16 +135,21 @@ def refuse_finished(config: Config, folder: RunFolder) -> None:
         summary = json.loads(folder.summary.read_text())
         completed, version = bool(summary["completed"]), int(summary["policy_version"])
         accuracy = summary["accuracy_reached"]
+        learned_nothing = summary.get("outcome") == "nothing_learned"
     except (OSError, ValueError, TypeError, KeyError):
         return
     updates, target, how = config.run.updates, config.run.stop_at_accuracy, ""
     if completed and version >= updates:
-        how = f"it has made its {updates} updates; to train on, add a larger --run.updates"
+        how = (
+            f"it has made its {counted(updates, 'update')}; to train on, add a larger --run.updates"
+        )
     elif completed and accuracy is not None and target is not None and accuracy >= target:
         how = (
             f"accuracy {accuracy:.3f} was reached at version {version}; to train on, add a higher "
             "--run.stop_at_accuracy"
         )
+    if how and learned_nothing:
+        how += f" (it ended so: {summary.get('reason')})"
     if how:
         raise RunFinished(f"the run in '{folder.path}' is finished: {how}")
 

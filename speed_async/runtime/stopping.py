@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from speed_async.learner.inbox import Stop
 from speed_async.observe.summary import STOPPING, resume_line
 from speed_async.runtime.event_loop import stop_signals
 from speed_async.runtime.failure import EXIT_INTERRUPTED
@@ -22,7 +23,7 @@ class Stopping:
     """Takes SIGINT and SIGTERM over. Only SIGINT counts as a second Ctrl-C."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.asked = asyncio.Event()
+        self.asked = Stop()
         self._clock = clock
         self._asked_s = 0.0
         self._console: asyncio.subprocess.Process | None = None

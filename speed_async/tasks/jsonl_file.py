@@ -8,6 +8,7 @@ from pathlib import Path
 
 from speed_async.errors import DataError
 
+MAX_LISTED_KEYS = 8
 MAX_LISTED_LINES = 5
 _OTHER_FORMATS = {
     b"\x1f\x8b": "compressed with gzip",
@@ -151,7 +152,8 @@ def _text(key: str, text: str) -> str:
 
 def _required(record: dict[str, object], key: str) -> object:
     if key not in record:
-        raise _BadLine(f"key '{key}' is missing")
+        found = ", ".join(_shown(each) for each in list(record)[:MAX_LISTED_KEYS]) or "none"
+        raise _BadLine(f"key '{key}' is missing; the keys here are: {found}")
     return record[key]
 
 

@@ -15,9 +15,16 @@ from speed_async.runtime.preflight.tokenizer import PromptTokenizer
 from speed_async.types import Prompt
 
 BATCH = 1024
+MAX_QUOTED = 40
 MAX_CHARACTERS = 4_000_000
 """Past this many, a part's prompts are judged by a sample: some seconds of work."""
 TOO_LONG, EMPTY, UNKNOWN_TOKEN, TEMPLATE = "too long", "empty", "unknown token", "template"
+REMEDIES = {
+    TOO_LONG: "give shorter prompts, or a model with a longer context",
+    EMPTY: "give prompts that have tokens",
+    UNKNOWN_TOKEN: "give a model whose tokenizer is its own",
+    TEMPLATE: "correct the model's chat template, or the prompts",
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -101,7 +108,13 @@ def _fit(
 
 def _note(part: Lengths, reason: str, prompt: Prompt, detail: str) -> None:
     part.misfits[reason] += 1
-    part.firsts.setdefault(reason, f"prompt {prompt.prompt_id}, {prompt.text[:40]!r}: {detail}")
+    part.firsts.setdefault(
+        reason, f"prompt {prompt.prompt_id}, {_beginning(prompt.text)!r}: {detail}"
+    )
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
 
 
 def _sample(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
@@ -136,7 +149,10 @@ def _judge(config: Config, model: CheckedModel, part: Lengths, findings: Finding
         field, value = _field(config, model, reason)
         findings.errors.append(
             ConfigError(
-                field, value, f"not one of the {part.what} prompts fits the model ({first})"
+                field,
+                value,
+                f"not one of the {part.what} prompts fits the model: {REMEDIES[reason]}; the first "
+                f"is {part.what} {first}",
             )
         )
         return
