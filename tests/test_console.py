@@ -27,7 +27,7 @@ from speed_async.observe.metrics import Event
 from speed_async.observe.sinks import JsonlSink
 from speed_async.wire.feed import FeedPublisher
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 COMMAND = [sys.executable, "-m", "speed_async", "console"]
 BUSY = Event(kind="status", values=GAUGES | {"phase": "training"})
 MODEL = Path(__file__).resolve().parents[1] / "quickstart" / "model"

@@ -89,7 +89,7 @@ def test_only_what_was_written_since_counts(tmp_path: Path) -> None:
 def test_a_stderr_that_is_no_file_is_not_read() -> None:
     """A terminal, or a pipe: reading it would wait for ever."""
     code = "from speed_async.observe.first_error import LogSince\nprint([LogSince().first_error()])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.stdout == "['']\n"
 
 

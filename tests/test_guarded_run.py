@@ -19,8 +19,6 @@ from speed_async.wire.curve import load_client_keys
 from speed_async.wire.key_making import add_client, make_keys
 from speed_async.wire.zeromq import open_link
 
-pytestmark = pytest.mark.timeout(240)
-
 
 def start_console(run: Run, keys: Path) -> Run:
     command = [sys.executable, "-m", "speed_async", "console", run.address("metrics feed at")]

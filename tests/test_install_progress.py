@@ -17,7 +17,7 @@ def test_steps_have_times_and_a_failure_of_pip_ends_the_script(
     pip.chmod(0o755)
     script = f'set -euo pipefail; python="{pip}"; source "{PROGRESS}"; '
     script += "step begin; pip_install one two; step done"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=240)
     assert done.returncode == status, done.stderr
     assert done.stdout.split()[-1] == last
     assert done.stdout.split()[1] == "s"

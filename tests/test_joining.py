@@ -34,7 +34,7 @@ from speed_async.wire.zeromq import ZmqHub, open_hub, open_link
 
 JOIN = Join(machine="there", process_id=1)
 COUNTS = ActorCounts()
-PATIENCE_S = 20.0
+PATIENCE_S = 90.0
 
 
 def build(config: Config) -> BufferService:

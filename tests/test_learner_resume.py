@@ -40,7 +40,7 @@ from speed_async.wire.transport import Delivery, Link
 
 PEER = "learner"
 HELLO = m.Hello(role="learner", index=0, incarnation=2, fingerprint="f", process_id=1)
-DEADLINE_S = 20.0
+DEADLINE_S = 90.0
 
 
 class Updates(CountingUpdates):

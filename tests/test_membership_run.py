@@ -15,10 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from run_process import MODEL, Run, start_actor, start_train
-
-pytestmark = pytest.mark.timeout(240)
 
 DEADLINE_S = 3.0
 SLACK_S = 3.0
@@ -204,7 +201,7 @@ def test_an_actor_of_another_tokenizer_is_refused_and_the_run_goes_on(tmp_path: 
 
 def assert_nobody_answers(address: str) -> None:
     command = [sys.executable, "-m", "speed_async", "actor", "--join", address, "--timeout", "1"]
-    late = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    late = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert late.returncode == 1
     assert late.stderr.startswith(f"error: waited 1.0 s for a run at {address}: nobody answers")
     assert len(late.stderr.splitlines()) == 1

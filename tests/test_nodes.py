@@ -13,7 +13,6 @@ from speed_async.runtime.failure import EXIT_LOST_RUN, EXIT_STATUS
 from speed_async.wire.key_making import make_keys
 
 pytestmark = [
-    pytest.mark.timeout(300),
     pytest.mark.skipif(
         own_address() == "127.0.0.1", reason="this machine has no address but loopback"
     ),

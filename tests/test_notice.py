@@ -60,7 +60,7 @@ def test_another_launcher_s_ranks_read_another_file(under_torchrun: Path) -> Non
         "from speed_async.runtime.notice import notice_of_node; print(notice_of_node().read())"
     )
     theirs = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240
     )
     assert theirs.stdout == f"{Notice()}\n", theirs.stderr
 

@@ -86,16 +86,16 @@ def test_the_terminal_is_given_back_after_an_error_and_an_interrupt(ending: str)
         preexec_fn=take_terminal,
     ) as process:
         try:
-            output = read_until(master, b"training", deadline_s=30.0)
+            output = read_until(master, b"training", deadline_s=120.0)
             if ending == "interrupt":
-                read_until(drawn, b"drawn", deadline_s=30.0)
+                read_until(drawn, b"drawn", deadline_s=120.0)
                 assert not termios.tcgetattr(slave)[3] & termios.ECHO
                 process.send_signal(signal.SIGINT)
             last_word = b"boom" if ending == "raise" else b"KeyboardInterrupt"
             output += (
-                read_until(master, last_word, deadline_s=30.0) if last_word not in output else b""
+                read_until(master, last_word, deadline_s=120.0) if last_word not in output else b""
             )
-            process.wait(timeout=30.0)
+            process.wait(timeout=120.0)
             assert termios.tcgetattr(slave)[3] & termios.ECHO
         finally:
             process.kill()

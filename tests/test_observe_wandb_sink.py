@@ -57,7 +57,7 @@ def test_without_a_key_a_silent_offline_run_is_written_into_the_run_folder(tmp_p
         env=environ,
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=60,
+        timeout=240,
         cwd=tmp_path,
         check=False,
     )
@@ -77,7 +77,7 @@ def offline_lives(folder: Path, *arguments: list[str]) -> list[list[dict[str, ob
     lives: dict[Path, list[dict[str, object]]] = {}
     for extra in arguments:
         command = [sys.executable, "-c", OFFLINE_RUN, str(folder / "run"), *extra]
-        done = subprocess.run(command, env=environ, capture_output=True, timeout=60, cwd=folder)
+        done = subprocess.run(command, env=environ, capture_output=True, timeout=240, cwd=folder)
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
         for record in (folder / "run" / "wandb").glob("offline-run-*/run-*.wandb"):
             lives.setdefault(record, history(record))

@@ -12,7 +12,6 @@ def test_a_printed_address_is_one_that_the_commands_take(host: str) -> None:
     assert _host_and_port(address_at(host, 4711)) == (host, 4711)
 
 
-@pytest.mark.timeout(240)
 def test_an_actor_joins_a_run_at_the_ipv6_address_that_it_prints(tmp_path) -> None:
     run = start_train(tmp_path, "--cluster.host", "::1", "--run.updates", "60")
     try:

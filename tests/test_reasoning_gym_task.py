@@ -175,7 +175,7 @@ def test_a_data_set_ordered_by_hashes_asks_for_a_fixed_hash_seed() -> None:
             env={**os.environ, "PYTHONHASHSEED": hash_seed},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             check=True,
         ).stdout.strip()
 

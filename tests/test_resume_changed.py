@@ -16,8 +16,6 @@ from speed_async.buffer.journal import Journal, segments
 from speed_async.runtime.content import NUM_SAMPLES, SAMPLE_BYTES, sample_digest
 from speed_async.tasks.arithmetic import ArithmeticTask
 
-pytestmark = pytest.mark.timeout(300)
-
 # Without a gate every group is trained on, whatever the model makes of the prompts.
 CONFIG = 'algorithm = "rloo"' + SMALL.replace(
     'name = "arithmetic"\nmax_digits = 4\nnum_prompts = 512\n',

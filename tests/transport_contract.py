@@ -19,7 +19,7 @@ from speed_async.wire.muting import MuteTable
 from speed_async.wire.transport import Delivery, Hub, Link
 from speed_async.wire.zeromq import ZmqHub, open_hub, open_link
 
-TEST_DEADLINE_S = 30.0
+TEST_DEADLINE_S = 90.0
 SOON_S = 10.0
 """Bound of a wait that a correct transport ends at once."""
 

@@ -17,7 +17,7 @@ from chaos.proxy import Proxy
 from chaos.targets import Targets
 from speed_async.buffer.journal import read_segment
 
-TARGET_DEADLINE_S = 20.0
+TARGET_DEADLINE_S = 60.0
 """A victim that is just being started again is waited for this long."""
 NEWEST_RECORDS_BYTES = 4096
 """Most that is cut from a journal's tail."""

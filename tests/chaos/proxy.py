@@ -14,7 +14,7 @@ from typing import Self
 
 CHUNK_BYTES = 64 * 1024
 QUEUED_CHUNKS = 64
-START_DEADLINE_S = 10.0
+START_DEADLINE_S = 60.0
 LOOK_S = 0.1
 
 

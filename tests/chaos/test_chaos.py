@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from chaos.drill import run_drills
 from chaos.faults import KINDS, plan
 from chaos.results import service_growth
@@ -16,7 +14,6 @@ GROWTH = 1.15
 and the allocator's own habits are in it. The long drill holds it to less."""
 
 
-@pytest.mark.timeout(420)
 def test_twenty_faults_lose_no_group_train_none_twice_and_the_run_reaches_its_end(
     tmp_path: Path,
 ) -> None:

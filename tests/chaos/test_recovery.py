@@ -12,8 +12,6 @@ from chaos.drill import Drill, drilling
 from chaos.faults import Fault
 from chaos.settings import Plan
 
-pytestmark = pytest.mark.timeout(420)
-
 
 def make(drill: Drill, kind: str, share: float = 0.3) -> float:
     """Seconds until the run was whole again."""
