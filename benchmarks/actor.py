@@ -38,23 +38,23 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from benchmarks.harness import QUICKSTART, report
 from benchmarks.stand_in_learner import learn_nothing
 from speed_async.actors.engine import GenerationRequest, OwnedEngine
-from speed_async.actors.engine_choice import engine_environment, start_engine
 from speed_async.actors.loop import ActorLoop
 from speed_async.actors.model_folder import load_tokenizer
 from speed_async.actors.prompt_codec import PromptCodec
 from speed_async.actors.rollout import Rollout
 from speed_async.config.load import load_config, save_config
 from speed_async.config.schema import Config
-from speed_async.runtime.event_loop import run
-from speed_async.runtime.model_files import model_fingerprint
-from speed_async.runtime.processes import start_role
-from speed_async.runtime.run_folder import RunFolder
-from speed_async.tasks.registry import make_task
-from speed_async.tasks.task import fingerprint
-from speed_async.tasks.verifier import VerifierPool
+from speed_async.environments.registry import make_task
+from speed_async.environments.task import fingerprint
+from speed_async.environments.verifier import VerifierPool
+from speed_async.launcher.event_loop import run
+from speed_async.launcher.identity.model_files import model_fingerprint
+from speed_async.launcher.processes import start_role
+from speed_async.launcher.roles.engine_choice import engine_environment, start_engine
+from speed_async.launcher.run_folder import RunFolder
+from speed_async.transport import messages as m
+from speed_async.transport.zeromq import open_link
 from speed_async.types import Sampled
-from speed_async.wire import messages as m
-from speed_async.wire.zeromq import open_link
 
 WARM_UP_S = 4.0
 SETTLE_S = 0.2

@@ -10,7 +10,7 @@ from vllm import SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
 from speed_async.actors.engine import EngineStats, GenerationRequest
-from speed_async.actors.vllm_start import open_llm
+from speed_async.actors.vllm_engine.start import open_llm
 from speed_async.config.schema import Config
 
 

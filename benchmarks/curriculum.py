@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness import report
-from speed_async.buffer.beliefs import GateOdds
-from speed_async.buffer.curriculum import Curriculum, UniformCurriculum
-from speed_async.buffer.posterior import PosteriorCurriculum
+from speed_async.buffer.curriculum.beliefs import GateOdds
+from speed_async.buffer.curriculum.curriculum import Curriculum, UniformCurriculum
+from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
 from speed_async.config.schema import CurriculumConfig, GateConfig
 
 GATE = GateConfig()

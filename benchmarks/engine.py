@@ -22,9 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import report
 from speed_async.actors.engine import GenerationRequest
-from speed_async.actors.engine_worker import ThreadWorker
-from speed_async.actors.stepped_engine import SteppedEngine
-from speed_async.actors.torch_generator import TorchGenerator
+from speed_async.actors.stepped_engine.engine import SteppedEngine
+from speed_async.actors.stepped_engine.worker import ThreadWorker
+from speed_async.actors.torch_engine.generator import TorchGenerator
 
 NUM_PROMPT_TOKENS = 14
 MIN_NEW_TOKENS, MAX_NEW_TOKENS = 4, 64

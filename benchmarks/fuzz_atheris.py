@@ -12,10 +12,10 @@ from pathlib import Path
 
 import atheris  # type: ignore[import-not-found]
 
-with atheris.instrument_imports(include=["speed_async.wire", "speed_async.buffer"]):
+with atheris.instrument_imports(include=["speed_async.transport", "speed_async.buffer"]):
     from benchmarks.fuzz_frames import Frames, Spoiler, corpus
     from benchmarks.fuzz_target import LIAR, Strangers, Target, books_close
-    from speed_async.wire.codec import encode
+    from speed_async.transport.codec import encode
 
 from benchmarks.fuzz import ALLOWED_GROWTH, resident_mib
 

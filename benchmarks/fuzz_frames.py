@@ -9,10 +9,10 @@ from typing import Any, get_type_hints
 import msgpack
 import numpy as np
 
+from speed_async.transport import joining, messages, session
+from speed_async.transport.codec import encode
+from speed_async.transport.messages import Counted, Message
 from speed_async.types import ActorCounts, Float32Array, Int32Array
-from speed_async.wire import joining, messages, session
-from speed_async.wire.codec import encode
-from speed_async.wire.messages import Counted, Message
 
 Frames = list[bytes]
 

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from speed_async.buffer.curriculum import UniformCurriculum
-from speed_async.buffer.machine import Machine
+from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.service import BufferService
+from speed_async.buffer.state_machine import Machine
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config
 from speed_async.errors import ProtocolError
-from speed_async.evaluate.plan import EvaluationPlan
+from speed_async.evaluation.plan import EvaluationPlan
+from speed_async.transport import messages as m
+from speed_async.transport.codec import decode
+from speed_async.transport.muting import MuteTable
 from speed_async.types import ActorCounts
-from speed_async.wire import messages as m
-from speed_async.wire.codec import decode
-from speed_async.wire.muting import MuteTable
 
 FINGERPRINT = "f"
 HONEST, LIAR = "actor-1.0", "actor-2.0"

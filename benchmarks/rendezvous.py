@@ -1,6 +1,6 @@
 """How long the talk around a weight transfer takes, by the number of receivers.
 
-The store's part of it, with the calls of `speed_async/weights/handshake.py`: at the rendezvous
+The store's part of it, with the calls of `speed_async/weight_sync/handshake.py`: at the rendezvous
 every receiver says that it is there and waits for the go; in every transfer it leaves its verdict
 on the manifest, which the sender gathers. Receivers are threads of four processes on this
 machine, so their work shares its cores with the store's. Connecting is timed apart: torch looks
@@ -22,8 +22,8 @@ from torch._C._distributed_c10d import Store
 
 from benchmarks.harness import report
 from speed_async.types import WeightOffer
-from speed_async.weights.epoch_group import wait_for_keys
-from speed_async.weights.process_group import host_store, reach_store
+from speed_async.weight_sync.epoch_group import wait_for_keys
+from speed_async.weight_sync.process_group import host_store, reach_store
 
 NUM_RECEIVERS = (8, 16, 32, 64, 128)
 NUM_PROCESSES = 4

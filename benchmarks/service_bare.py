@@ -17,9 +17,9 @@ from benchmarks.service_peers import (
     set_client_options,
 )
 from benchmarks.service_roles import GROUPS_A_BATCH, make_group
-from speed_async.wire.codec import MAX_MESSAGE_BYTES
-from speed_async.wire.sockets import send_frames, set_common_options
-from speed_async.wire.zeromq import QUEUED_MESSAGES
+from speed_async.transport.codec import MAX_MESSAGE_BYTES
+from speed_async.transport.sockets import send_frames, set_common_options
+from speed_async.transport.zeromq import QUEUED_MESSAGES
 
 ACKNOWLEDGED = b"a" * 64
 MORE_ROOM = b"m" * 64

@@ -24,8 +24,8 @@ FOREVER = 10**9
 def make_curve_keys(folder: Path) -> Keys | None:
     """Keys of a run, made as `speed-async keys` does. None where this release has no CURVE."""
     try:
-        from speed_async.wire.curve import load_client_keys
-        from speed_async.wire.key_making import make_keys
+        from speed_async.transport.curve import load_client_keys
+        from speed_async.transport.key_making import make_keys
     except ImportError:
         return None
     if not folder.exists():

@@ -9,12 +9,12 @@ from pathlib import Path
 import msgpack
 import zmq
 
-from speed_async.wire import messages as m
-from speed_async.wire.codec import MAX_MESSAGE_BYTES, Frame, decode, encode
-from speed_async.wire.peer_names import new_identity
-from speed_async.wire.session import Heard, Missing, Probe
-from speed_async.wire.sockets import send_frames, set_common_options
-from speed_async.wire.zeromq import QUEUED_MESSAGES
+from speed_async.transport import messages as m
+from speed_async.transport.codec import MAX_MESSAGE_BYTES, Frame, decode, encode
+from speed_async.transport.peer_names import new_identity
+from speed_async.transport.session import Heard, Missing, Probe
+from speed_async.transport.sockets import send_frames, set_common_options
+from speed_async.transport.zeromq import QUEUED_MESSAGES
 
 TELL_AFTER = 16
 """Messages that may come before the service is told that they came."""

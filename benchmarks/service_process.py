@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 from speed_async.config.schema import Config
-from speed_async.runtime.event_loop import run
-from speed_async.runtime.processes import die_with_parent
-from speed_async.runtime.service_role import run_service
+from speed_async.launcher.event_loop import run
+from speed_async.launcher.processes import die_with_parent
+from speed_async.launcher.roles.service_role import run_service
 
 
 def main() -> None:

@@ -10,11 +10,11 @@ import numpy as np
 from benchmarks.harness import QUICKSTART
 from benchmarks.service_peers import PackedGroup, Peer, SeenGroup
 from speed_async.config.schema import TaskConfig
-from speed_async.runtime.model_files import model_fingerprint
-from speed_async.tasks.registry import make_task
-from speed_async.tasks.task import fingerprint
+from speed_async.environments.registry import make_task
+from speed_async.environments.task import fingerprint
+from speed_async.launcher.identity.model_files import model_fingerprint
+from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
-from speed_async.wire import messages as m
 
 GROUP_SIZE = 24
 GROUPS_A_BATCH = 16

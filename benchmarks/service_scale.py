@@ -28,7 +28,7 @@ from benchmarks.service_harness import Running, service, service_config
 from benchmarks.service_peers import Peer
 from benchmarks.service_roles import SimulatedActor, make_group
 from speed_async.errors import DeadlineExceeded
-from speed_async.wire.feed import FeedSubscriber
+from speed_async.transport.feed import FeedSubscriber
 
 NUM_PROCESSES = 4
 COMPLETIONS_A_GROUP = 8

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from speed_async.tasks.arithmetic import ArithmeticTask
+from speed_async.environments.arithmetic import ArithmeticTask
 from speed_async.types import Prompt
 
 CHUNK = 500

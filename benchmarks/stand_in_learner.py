@@ -7,10 +7,10 @@ process of its own, with the real messages over the real link.
 from multiprocessing.synchronize import Event
 
 from speed_async.errors import DeadlineExceeded
-from speed_async.runtime.event_loop import run
-from speed_async.wire import messages as m
-from speed_async.wire.transport import Link
-from speed_async.wire.zeromq import open_link
+from speed_async.launcher.event_loop import run
+from speed_async.transport import messages as m
+from speed_async.transport.transport import Link
+from speed_async.transport.zeromq import open_link
 
 NAME = "learner"
 POLL_S = 0.2

@@ -26,8 +26,8 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 
 from speed_async.config.load import load_config
 from speed_async.config.schema import Config
-from speed_async.tasks.registry import make_task
-from speed_async.tasks.task import Task
+from speed_async.environments.registry import make_task
+from speed_async.environments.task import Task
 
 
 class StepTimes(TrainerCallback):

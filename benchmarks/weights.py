@@ -26,10 +26,10 @@ from torch._C._distributed_c10d import PrefixStore
 
 from benchmarks.harness import report
 from speed_async.types import WeightBackend, WeightOffer
-from speed_async.weights.broadcast import TorchReceiver, TorchSender
-from speed_async.weights.channel import NamedTensor
-from speed_async.weights.flat import lay_flat
-from speed_async.weights.process_group import (
+from speed_async.weight_sync.broadcast import TorchReceiver, TorchSender
+from speed_async.weight_sync.channel import NamedTensor
+from speed_async.weight_sync.contiguous import lay_flat
+from speed_async.weight_sync.process_group import (
     broadcast_from_sender,
     host_store,
     make_group,

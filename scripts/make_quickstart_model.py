@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache
 
-from speed_async.tasks.arithmetic import ArithmeticTask, draw_sum, level_cycle
+from speed_async.environments.arithmetic import ArithmeticTask, draw_sum, level_cycle
 from speed_async.types import Prompt
 
 FOLDER = Path(__file__).resolve().parents[1] / "quickstart" / "model"

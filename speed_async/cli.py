@@ -14,13 +14,13 @@ from speed_async.config.load import examine_config, load_config
 from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, ConfigErrors, RunFinished, SpeedAsyncError
-from speed_async.runtime.event_loop import run
-from speed_async.runtime.failure import exit_status
-from speed_async.runtime.life import check_resumable
-from speed_async.runtime.preflight.findings import CHECKED
-from speed_async.runtime.rank import Node, check_world, node_of
-from speed_async.runtime.stages import begin, stage
-from speed_async.runtime.standard_streams import forget_stdout, open_standard_streams
+from speed_async.launcher.attempt import check_resumable
+from speed_async.launcher.event_loop import run
+from speed_async.launcher.exit_status import exit_status
+from speed_async.launcher.preflight.findings import CHECKED
+from speed_async.launcher.rank import Node, check_world, node_of
+from speed_async.launcher.stages import begin, stage
+from speed_async.launcher.standard_streams import forget_stdout, open_standard_streams
 
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 KEYS = click.option(
@@ -93,8 +93,8 @@ def train(
     some overrides, such as --run.updates 200.
     """
     begin()
-    from speed_async.observe.keyboard import terminal_kept
-    from speed_async.runtime.launcher import launch_node
+    from speed_async.launcher.node_launcher import launch_node
+    from speed_async.observability.panel.keyboard import terminal_kept
 
     place = partial(node_of, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)
     if run_folder is None:
@@ -130,10 +130,10 @@ def check(config: str, overrides: tuple[str, ...]) -> None:
     Looks at everything that can be known before a model is loaded, on this machine, and writes
     nothing. Ends with `ok` (exit status 0) or the number of errors (1). `train` checks the same.
     """
-    from speed_async.runtime.failure import EXIT_FAILED
-    from speed_async.runtime.preflight.checks import find_all
-    from speed_async.runtime.preflight.findings import Findings
-    from speed_async.runtime.preflight.report import report
+    from speed_async.launcher.exit_status import EXIT_FAILED
+    from speed_async.launcher.preflight.checks import find_all
+    from speed_async.launcher.preflight.findings import Findings
+    from speed_async.launcher.preflight.report import report
 
     resolved, errors = examine_config(config, overrides)
     findings = find_all(resolved, errors) if resolved else Findings(errors=list(errors))
@@ -166,7 +166,7 @@ def keys(folder: Path, client: str | None) -> None:
     client of its own: --client makes FOLDER/clients/NAME, to be carried there and given as --keys.
     Whose key is in FOLDER/allowed may connect, also while a run goes on.
     """
-    from speed_async.wire.key_making import add_client, make_keys
+    from speed_async.transport.key_making import add_client, make_keys
 
     if client is not None:
         click.echo(f"carry {add_client(folder, client)} to its machine, and give it as --keys")
@@ -184,9 +184,9 @@ def console(run_folder_or_address: str, keys: Path | None) -> None:
     From its folder also what happened before is shown, and the last state of a run that is over.
     The keys are q to leave, s for samples, h for help; the run goes on whatever is pressed.
     """
-    from speed_async.runtime.console_role import Source, watch
-    from speed_async.runtime.watched_run import watch_folder
-    from speed_async.wire.curve import load_client_keys
+    from speed_async.launcher.roles.console_role import Source, watch
+    from speed_async.launcher.roles.watched_run import watch_folder
+    from speed_async.transport.curve import load_client_keys
 
     curve = load_client_keys(keys) if keys is not None else None
     folder = Path(run_folder_or_address).expanduser()
@@ -236,8 +236,8 @@ def actor(
     CUDA_VISIBLE_DEVICES says which one it takes.
     """
     host, port = _host_and_port(address)
-    from speed_async.runtime.failure import EXIT_INTERRUPTED
-    from speed_async.runtime.joiner import join_run
+    from speed_async.launcher.exit_status import EXIT_INTERRUPTED
+    from speed_async.launcher.roles.joiner import join_run
 
     joining = join_run(
         host, port, model=model, data=data, run_folder=run_folder, timeout_s=timeout_s, keys=keys
@@ -249,7 +249,7 @@ def _checked(
     config: Config, errors: list[ConfigError], place: Callable[[Config], Node], *, resume: bool
 ) -> Node:
     """This machine's place in a run that can start. Raises SpeedAsyncError with all errors."""
-    from speed_async.runtime.preflight.checks import as_one, find_all
+    from speed_async.launcher.preflight.checks import as_one, find_all
 
     node = None
     try:

@@ -19,13 +19,13 @@ from speed_async.config.load import load_config
 from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
 from speed_async.errors import SpeedAsyncError
-from speed_async.runtime.event_loop import run
-from speed_async.runtime.failure import EXIT_FAILED, EXIT_STATUS, describe, exit_status
-from speed_async.runtime.launcher import PROCESS_VARIABLE
-from speed_async.runtime.preflight.findings import CHECKED
-from speed_async.runtime.processes import die_with_parent
-from speed_async.runtime.rank import Rank, check_world, refuse_elastic
-from speed_async.runtime.standard_streams import STDERR, tell
+from speed_async.launcher.event_loop import run
+from speed_async.launcher.exit_status import EXIT_FAILED, EXIT_STATUS, describe, exit_status
+from speed_async.launcher.node_launcher import PROCESS_VARIABLE
+from speed_async.launcher.preflight.findings import CHECKED
+from speed_async.launcher.processes import die_with_parent
+from speed_async.launcher.rank import Rank, check_world, refuse_elastic
+from speed_async.launcher.standard_streams import STDERR, tell
 
 USAGE = "usage: torchrun ... -m speed_async.launch CONFIG|--resume RUN_DIR [--section.field value]"
 RESUME = "--resume"
@@ -71,10 +71,10 @@ def _read_config(arguments: list[str]) -> tuple[Config, bool]:
 
 def run_rank(config: Config, rank: Rank, *, resume: bool) -> int:
     if rank.rank < config.cluster.learners:
-        from speed_async.runtime.learner_role import lead_run
+        from speed_async.launcher.roles.learner_role import lead_run
 
         return EXIT_STATUS[run(lead_run(config, rank, resume=resume))]
-    from speed_async.runtime.actor_rank import supervise_rank  # torch: seconds to import
+    from speed_async.launcher.roles.actor_rank import supervise_rank  # torch: seconds to import
 
     run(supervise_rank(config, rank))
     return 0
@@ -101,7 +101,7 @@ def _check_run(config: Config, rank: Rank, *, resume: bool) -> None:
     """
     if os.environ.get(CHECKED) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
-    from speed_async.runtime.preflight.checks import refuse_what_cannot_run
+    from speed_async.launcher.preflight.checks import refuse_what_cannot_run
 
     warnings = refuse_what_cannot_run(config, resume=resume, actors_here=not rank.has_many_nodes)
     sys.stderr.writelines(f"warning: {warning}\n" for warning in warnings)

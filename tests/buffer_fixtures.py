@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from speed_async.buffer.posterior import PosteriorCurriculum
+from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config, CurriculumConfig, GateConfig
+from speed_async.transport.messages import GroupFinished
 from speed_async.types import ActorCounts
-from speed_async.wire.messages import GroupFinished
 
 
 def make_config(tmp_model: str, **sections: dict[str, object]) -> Config:

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from speed_async.actors.gate import Gate
+from speed_async.algorithms.advantages import Advantages, rloo
+from speed_async.algorithms.gate import Gate
+from speed_async.algorithms.loss_tokens import Correction, LossTokens
+from speed_async.algorithms.screening import Choice, kept
 from speed_async.config.schema import GateConfig
-from speed_async.learner.advantages import Advantages, rloo
-from speed_async.learner.loss_tokens import Correction, LossTokens
-from speed_async.learner.screening import Choice, kept
 from speed_async.types import PASS_REWARD
 
 Floats = NDArray[np.float64]

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from speed_async.algorithms.loss_tokens import LossTokens
 from speed_async.config.schema import (
     ActorsConfig,
     Config,
@@ -17,7 +18,6 @@ from speed_async.config.schema import (
     RunConfig,
     TaskConfig,
 )
-from speed_async.learner.loss_tokens import LossTokens
 from speed_async.types import Completion, FinishReason, Group, Sampled
 
 VOCABULARY = 11

@@ -8,7 +8,7 @@ SITECUSTOMIZE = """
 import os, pickle, signal, sys
 
 ROLES = [role for role in ("service", "actor") if role in sys.orig_argv]
-if "speed_async.runtime.child" in sys.orig_argv and ROLES:
+if "speed_async.launcher.child" in sys.orig_argv and ROLES:
     def look(name):
         frame, files = sys._getframe(2), []
         while frame:
@@ -36,7 +36,7 @@ if "speed_async.runtime.child" in sys.orig_argv and ROLES:
     pickle.Unpickler = Unpickler
 
 if "--multiprocessing-fork" in sys.orig_argv and os.environ.get("TRAP_KILLS"):
-    from speed_async.tasks.arithmetic import ArithmeticTask
+    from speed_async.environments.arithmetic import ArithmeticTask
     score = ArithmeticTask.score
 
     def deadly(self, prompt, completion):

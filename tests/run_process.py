@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speed_async.wire.feed import FeedSubscriber
+from speed_async.transport.feed import FeedSubscriber
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODEL = REPOSITORY / "quickstart" / "model"
@@ -116,7 +116,7 @@ class Run:
     def child(self, role: str, index: int | None = None) -> int:
         """Process id of a role's child, of the actor of that index; the `engine` is a child of
         the actor's."""
-        marks = ["runtime.child " + ("actor" if role == "engine" else role)]
+        marks = ["launcher.child " + ("actor" if role == "engine" else role)]
         marks += [f"--index {index} "] if index is not None else []
         commands = self.processes().items()
         found = [pid for pid, command in commands if all(mark in command for mark in marks)]

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 from buffer_fixtures import make_config
 
-from speed_async.buffer.curriculum import UniformCurriculum
+from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.service import BufferService
-from speed_async.evaluate.plan import EvaluationPlan
+from speed_async.evaluation.plan import EvaluationPlan
+from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
-from speed_async.wire import messages as m
 
 
 class Desk:

@@ -9,10 +9,10 @@ from service_desk import Desk, evaluated, screened_out, trained
 
 from speed_async.actors.lease_result import result_message
 from speed_async.actors.rollout import LeaseWork, Scored
-from speed_async.buffer.status import status_values, summary_values
+from speed_async.buffer.reporting.status import status_values, summary_values
+from speed_async.transport import messages as m
+from speed_async.transport.groups import weigh_group
 from speed_async.types import ActorCounts, Lease, LeaseKind
-from speed_async.wire import messages as m
-from speed_async.wire.groups import weigh_group
 
 ACTOR = "actor-1.0"
 UNKNOWN_AT_THE_START = (

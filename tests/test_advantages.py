@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speed_async.learner.advantages import Advantages, batch, dr_grpo, grpo, rloo
+from speed_async.algorithms.advantages import Advantages, batch, dr_grpo, grpo, rloo
 
 
 def of_one_group(advantages: Advantages, rewards: Sequence[float]) -> np.ndarray:

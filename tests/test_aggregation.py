@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from speed_async.learner.aggregation import (
+from speed_async.algorithms.aggregation import (
     fixed_length,
     prompt_mean,
     sequence_mean,

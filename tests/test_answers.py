@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from speed_async.tasks.final_answer import final_answer, last_boxed, last_tagged
-from speed_async.tasks.numeric_answer import last_number, same_number
+from speed_async.environments.final_answer import final_answer, last_boxed, last_tagged
+from speed_async.environments.numeric_answer import last_number, same_number
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from speed_async.environments.arithmetic import ArithmeticTask, draw_sum, level_cycle
+from speed_async.environments.task import fingerprint
 from speed_async.errors import TaskError
-from speed_async.tasks.arithmetic import ArithmeticTask, draw_sum, level_cycle
-from speed_async.tasks.task import fingerprint
 from speed_async.types import Prompt
 
 MODEL_FOLDER = Path(__file__).resolve().parents[1] / "quickstart" / "model"

@@ -8,8 +8,8 @@ import pytest
 from buffer_fixtures import make_group
 from service_desk import Desk, evaluated, failed, kinds, screened_out, trained
 
+from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
-from speed_async.wire import messages as m
 
 ACTOR = "actor-1.0"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from buffer_fixtures import screened
 
-from speed_async.buffer.beliefs import Beliefs, GateOdds, SharedPrior
+from speed_async.buffer.curriculum.beliefs import Beliefs, GateOdds, SharedPrior
 from speed_async.config.schema import GateConfig
 
 GATE = GateConfig()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from speed_async.buffer.capture import capture, restore
+from speed_async.buffer.durability.snapshot import capture, restore
 from speed_async.buffer.leases import LeaseBook
 from speed_async.buffer.ledger import Ledger
 from speed_async.types import ActorCounts, LeaseKind

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from speed_async.errors import WeightSyncError
-from speed_async.weights.canary import (
+from speed_async.weight_sync.canary import (
     CANARY_TOKENS,
     MAX_CANARY_TOKENS,
     Canary,
@@ -15,7 +15,7 @@ from speed_async.weights.canary import (
     canary_tolerance,
     verify,
 )
-from speed_async.weights.manifest import Manifest, decode_manifest, encode_manifest
+from speed_async.weight_sync.manifest import Manifest, decode_manifest, encode_manifest
 
 CANARY = Canary(token_ids=(3, 1, 2, 0, 3), logprobs=(-1.0, -2.0, -3.0, -4.0))
 

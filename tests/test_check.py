@@ -18,10 +18,10 @@ from run_process import MODEL, start_torchrun, start_train, write_config
 from speed_async.actors.model_folder import load_tokenizer
 from speed_async.actors.prompt_codec import PromptCodec
 from speed_async.config.schema import Config
-from speed_async.runtime.preflight import devices
-from speed_async.runtime.preflight import task as task_check
-from speed_async.runtime.preflight.findings import Findings
-from speed_async.runtime.preflight.tokenizer import check_tokenizer
+from speed_async.launcher.preflight import devices
+from speed_async.launcher.preflight import task as task_check
+from speed_async.launcher.preflight.findings import Findings
+from speed_async.launcher.preflight.tokenizer import check_tokenizer
 from speed_async.types import Prompt
 
 MINIMAL = """

@@ -24,17 +24,18 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from speed_async.errors import ModelError, SpeedAsyncError
-from speed_async.learner import checkpoint, shelf
-from speed_async.learner.checkpoint import load_checkpoint
-from speed_async.learner.checksums import damage, seal
+from speed_async.learner.checkpoint.checksums import damage, seal
+from speed_async.learner.checkpoint.files import files as checkpoint
+from speed_async.learner.checkpoint.files import load_checkpoint
+from speed_async.learner.checkpoint.files import store as shelf
+from speed_async.learner.checkpoint.model_files import read_model_files
+from speed_async.learner.checkpoint.store import checkpoint_folder, kept_versions, newest_whole
 from speed_async.learner.model import load_model, stored_dtype
-from speed_async.learner.model_files import read_model_files
 from speed_async.learner.optimizer import make_optimizer, named_state
 from speed_async.learner.parallel import SingleRank
 from speed_async.learner.progress import Progress, Update
-from speed_async.learner.shelf import checkpoint_folder, kept_versions, newest_whole
 from speed_async.learner.trainer import Trainer
-from speed_async.weights.flat import lay_flat
+from speed_async.weight_sync.contiguous import lay_flat
 
 TESTS = Path(__file__).resolve().parent
 
@@ -600,7 +601,7 @@ def test_a_checkpoint_set_aside_for_one_that_never_came_is_brought_back(model_fo
 
 
 def test_the_search_for_a_checkpoint_loads_no_torch():
-    code = "import sys, speed_async.learner.shelf\nassert 'torch' not in sys.modules"
+    code = "import sys, speed_async.learner.checkpoint.store\nassert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=240).returncode == 0
 
 

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from wire_samples import as_bytes, group_message
 
 from speed_async.errors import ProtocolError
-from speed_async.types import ActorCounts, Float32Array, Int32Array
-from speed_async.wire import messages
-from speed_async.wire.codec import (
+from speed_async.transport import messages
+from speed_async.transport.codec import (
     MAGIC,
     MAX_HEADER_BYTES,
     MAX_MESSAGE_BYTES,
@@ -21,7 +20,7 @@ from speed_async.wire.codec import (
     decode,
     encode,
 )
-from speed_async.wire.messages import (
+from speed_async.transport.messages import (
     PROTOCOL_VERSION,
     ActorReport,
     Counted,
@@ -32,7 +31,8 @@ from speed_async.wire.messages import (
     Summary,
     Trained,
 )
-from speed_async.wire.session import Probe
+from speed_async.transport.session import Probe
+from speed_async.types import ActorCounts, Float32Array, Int32Array
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ABSTRACT = {Message, Counted}

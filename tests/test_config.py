@@ -11,8 +11,8 @@ from speed_async.config.load import load_config, read_resolved, save_config
 from speed_async.config.presets import PRESETS
 from speed_async.config.schema import Algorithm
 from speed_async.errors import ConfigError
-from speed_async.runtime.run_folder import make_run_folder
-from speed_async.wire.key_making import make_keys
+from speed_async.launcher.run_folder import make_run_folder
+from speed_async.transport.key_making import make_keys
 
 MINIMAL = """
 [model]

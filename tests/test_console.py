@@ -23,9 +23,9 @@ from test_observe_panel_live import read_until, take_terminal
 from test_observe_panel_sizes import SAMPLE
 
 from speed_async.config.load import build_config, save_config
-from speed_async.observe.metrics import Event
-from speed_async.observe.sinks import JsonlSink
-from speed_async.wire.feed import FeedPublisher
+from speed_async.observability.metrics import Event
+from speed_async.observability.sinks import JsonlSink
+from speed_async.transport.feed import FeedPublisher
 
 DEADLINE_S = 120.0
 COMMAND = [sys.executable, "-m", "speed_async", "console"]
@@ -159,8 +159,8 @@ def test_a_signal_leaves_the_terminal_as_it_was(ending: signal.Signals) -> None:
 
 CONSOLE_OF_A_RUN = """
 import asyncio, os, signal, sys
-from speed_async.runtime.console_role import Source, accompany
-from speed_async.runtime.processes import die_with_parent
+from speed_async.launcher.roles.console_role import Source, accompany
+from speed_async.launcher.processes import die_with_parent
 die_with_parent(int(sys.argv[2]), signal.SIGTERM)
 asyncio.run(accompany(Source(host="127.0.0.1", port=int(sys.argv[1]), title="demo")))
 """
@@ -171,7 +171,7 @@ subprocess.run(command, start_new_session=True)
 """
 LAUNCHER = f"""
 import subprocess, sys
-from speed_async.observe.keyboard import terminal_kept
+from speed_async.observability.panel.keyboard import terminal_kept
 with terminal_kept():
     command = [sys.executable, "-c", {LEARNER!r}, sys.argv[1]]
     learner = subprocess.Popen(command, start_new_session=True)

@@ -1,8 +1,8 @@
 """The service's conversations: what is confirmed was taken in, and what was told is known."""
 
-from speed_async.buffer.conversations import FORGOTTEN, Conversations
-from speed_async.wire import messages as m
-from speed_async.wire.session import Heard
+from speed_async.buffer.sessions import FORGOTTEN, Conversations
+from speed_async.transport import messages as m
+from speed_async.transport.session import Heard
 
 
 def talking(num_said: int = 3) -> Conversations:

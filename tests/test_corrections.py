@@ -4,8 +4,8 @@ import pytest
 import torch
 from learner_samples import make_loss_tokens
 
-from speed_async.learner import corrections
-from speed_async.learner.loss_tokens import Corrected, LossTokens
+from speed_async.algorithms import corrections
+from speed_async.algorithms.loss_tokens import Corrected, LossTokens
 
 # Ratios 2, 0.5, 1 of one token each.
 PI, MU = [0.5, 0.25, 0.1], [0.25, 0.5, 0.1]

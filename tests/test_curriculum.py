@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from buffer_fixtures import make_config, make_group, posterior, screened
 
-from speed_async.buffer.curriculum import UniformCurriculum, make_curriculum
-from speed_async.buffer.posterior import PosteriorCurriculum
+from speed_async.buffer.curriculum.curriculum import UniformCurriculum, make_curriculum
+from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
 from speed_async.buffer.service import BufferService
 from speed_async.config.schema import GateConfig
-from speed_async.evaluate.plan import EvaluationPlan
+from speed_async.evaluation.plan import EvaluationPlan
+from speed_async.transport import messages as m
+from speed_async.transport.groups import weigh_group
 from speed_async.types import ActorCounts, LeaseKind
-from speed_async.wire import messages as m
-from speed_async.wire.groups import weigh_group
 
 GATE = GateConfig()
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from buffer_fixtures import make_config, posterior, screened
 
-from speed_async.buffer.curriculum import UniformCurriculum, make_curriculum
-from speed_async.buffer.posterior import PosteriorCurriculum
+from speed_async.buffer.curriculum.curriculum import UniformCurriculum, make_curriculum
+from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
 
 
 def test_a_restored_posterior_goes_on_exactly() -> None:

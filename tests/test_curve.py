@@ -16,9 +16,9 @@ from click.testing import CliRunner
 from speed_async.cli import commands
 from speed_async.config.schema import ClusterConfig
 from speed_async.errors import ConfigError, DeadlineExceeded, SpeedAsyncError
-from speed_async.observe.metrics import Event
-from speed_async.wire.codec import encode
-from speed_async.wire.curve import (
+from speed_async.observability.metrics import Event
+from speed_async.transport.codec import encode
+from speed_async.transport.curve import (
     AllowList,
     ClientKeys,
     ServerKeys,
@@ -27,12 +27,12 @@ from speed_async.wire.curve import (
     load_server_keys,
     server_keys,
 )
-from speed_async.wire.feed import FeedPublisher, FeedSubscriber
-from speed_async.wire.key_making import add_client, make_keys
-from speed_async.wire.messages import Welcome
-from speed_async.wire.session import Probe
-from speed_async.wire.transport import Delivery
-from speed_async.wire.zeromq import ZmqHub, ZmqLink, open_hub, open_link
+from speed_async.transport.feed import FeedPublisher, FeedSubscriber
+from speed_async.transport.key_making import add_client, make_keys
+from speed_async.transport.messages import Welcome
+from speed_async.transport.session import Probe
+from speed_async.transport.transport import Delivery
+from speed_async.transport.zeromq import ZmqHub, ZmqLink, open_hub, open_link
 
 HOST = "127.0.0.1"
 SOON_S = 10.0

@@ -9,11 +9,11 @@ import pytest
 from buffer_fixtures import make_group
 from service_desk import Desk, evaluated, failed, screened_out, trained
 
-from speed_async.buffer.capture import capture, restore
+from speed_async.buffer.durability.snapshot import capture, restore
 from speed_async.buffer.ledger import MAX_EXAMPLE_CHARS
-from speed_async.observe.metrics import Event, Value
+from speed_async.observability.metrics import Event, Value
+from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
-from speed_async.wire import messages as m
 
 ACTOR = "actor-1.0"
 NO_GATE: dict[str, dict[str, object]] = {

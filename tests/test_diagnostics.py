@@ -6,16 +6,16 @@ import pytest
 import torch
 from learner_samples import make_completion, make_group, make_loss_tokens
 
-from speed_async.learner.corrections import token_mask, token_tis
-from speed_async.learner.diagnostics import (
+from speed_async.algorithms.corrections import token_mask, token_tis
+from speed_async.algorithms.diagnostics import (
     Diagnostics,
     batch_metrics,
     pass_rate_histogram,
     screening_metrics,
 )
-from speed_async.learner.loss_tokens import Corrected, LossTokens
-from speed_async.learner.losses import ppo_clip
-from speed_async.learner.objective import GroupSignal
+from speed_async.algorithms.loss_tokens import Corrected, LossTokens
+from speed_async.algorithms.losses import ppo_clip
+from speed_async.algorithms.objective import GroupSignal
 from speed_async.types import Group
 
 

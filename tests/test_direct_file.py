@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from speed_async.buffer import direct_file
-from speed_async.buffer.direct_file import BLOCK_BYTES, BUFFER_BYTES, DirectFile, is_padding
+from speed_async.buffer.durability import direct_file
+from speed_async.buffer.durability.direct_file import (
+    BLOCK_BYTES,
+    BUFFER_BYTES,
+    DirectFile,
+    is_padding,
+)
 
 SIZES = (
     1,

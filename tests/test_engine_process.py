@@ -22,15 +22,20 @@ from engine_contract import (
     until,
 )
 
-from speed_async.actors import engine_process
 from speed_async.actors.engine import EngineStats, UpdateReport
-from speed_async.actors.engine_core import Inbox, Pause, Resume, TurnResult, Update
-from speed_async.actors.engine_frames import pack_inbox, pack_result, unpack_inbox, unpack_result
-from speed_async.actors.engine_process import ProcessWorker
-from speed_async.actors.scripted_engine import ScriptedStepper
-from speed_async.actors.stepped_engine import SteppedEngine
-from speed_async.actors.stepper import Finished, Stepper
+from speed_async.actors.stepped_engine.core import Inbox, Pause, Resume, TurnResult, Update
+from speed_async.actors.stepped_engine.engine import SteppedEngine
+from speed_async.actors.stepped_engine.engine import process as engine_process
+from speed_async.actors.stepped_engine.frames import (
+    pack_inbox,
+    pack_result,
+    unpack_inbox,
+    unpack_result,
+)
+from speed_async.actors.stepped_engine.process import ProcessWorker
+from speed_async.actors.stepped_engine.stepper import Finished, Stepper
 from speed_async.errors import DeadlineExceeded, GivenUp, ModelError, SpeedAsyncError
+from speed_async.testing.scripted_engine import ScriptedStepper
 from speed_async.types import Sampled, WeightOffer
 
 CONTEXT_LENGTH = 96

@@ -2,7 +2,7 @@
 
 import pytest
 
-from speed_async.tasks.exact_answer import exact_answer, same_answer
+from speed_async.environments.exact_answer import exact_answer, same_answer
 
 
 def match(given: str, answer: str) -> bool:

@@ -13,9 +13,9 @@ from buffer_fixtures import make_config
 
 from speed_async.actors.failed_completions import MAX_TEXT_CHARS, FailedCompletions
 from speed_async.actors.rollout import LeaseWork, Refused, Rollout
-from speed_async.actors.scripted_engine import ScriptedEngine
+from speed_async.environments.verifier import VerifierPool
 from speed_async.errors import TaskError
-from speed_async.tasks.verifier import VerifierPool
+from speed_async.testing.scripted_engine import ScriptedEngine
 from speed_async.types import Int32Array, Lease, LeaseKind, Prompt
 
 

@@ -13,16 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from speed_async.errors import ConfigError, DeadlineExceeded, ProtocolError, TransportClosed
-from speed_async.observe.metrics import Event
-from speed_async.wire.codec import MAGIC
-from speed_async.wire.feed import (
+from speed_async.observability.metrics import Event
+from speed_async.transport.codec import MAGIC
+from speed_async.transport.feed import (
     QUEUED_EVENTS,
     FeedPublisher,
     FeedSubscriber,
     decode_event,
     encode_event,
 )
-from speed_async.wire.messages import PROTOCOL_VERSION
+from speed_async.transport.messages import PROTOCOL_VERSION
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 HOST = "127.0.0.1"

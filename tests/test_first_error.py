@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from speed_async.actors.engine_process import ProcessWorker
+from speed_async.actors.stepped_engine.process import ProcessWorker
+from speed_async.environments.verifier import VerifierPool
 from speed_async.errors import GivenUp, TaskError
-from speed_async.observe.first_error import LogSince, first_error, one_line, points_elsewhere
-from speed_async.runtime.failure import describe
-from speed_async.tasks.verifier import VerifierPool
+from speed_async.launcher.exit_status import describe
+from speed_async.observability.first_error import LogSince, first_error, one_line, points_elsewhere
 
 LOGS = Path(__file__).parent / "logs"
 
@@ -88,7 +88,10 @@ def test_only_what_was_written_since_counts(tmp_path: Path) -> None:
 
 def test_a_stderr_that_is_no_file_is_not_read() -> None:
     """A terminal, or a pipe: reading it would wait for ever."""
-    code = "from speed_async.observe.first_error import LogSince\nprint([LogSince().first_error()])"
+    code = (
+        "from speed_async.observability.first_error import LogSince\n"
+        "print([LogSince().first_error()])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.stdout == "['']\n"
 

@@ -18,11 +18,11 @@ from benchmarks.fuzz import fuzz
 from benchmarks.fuzz_frames import NASTY_DEEP, Spoiler, corpus
 from benchmarks.fuzz_target import HONEST, LIAR, Strangers, Target, books_close
 from speed_async.errors import DeadlineExceeded, ProtocolError
+from speed_async.transport.codec import _LAYOUTS, MAGIC, decode, encode
+from speed_async.transport.messages import PROTOCOL_VERSION, Goodbye, WantWork
+from speed_async.transport.peer_names import new_identity
+from speed_async.transport.zeromq import open_hub, open_link
 from speed_async.types import ActorCounts
-from speed_async.wire.codec import _LAYOUTS, MAGIC, decode, encode
-from speed_async.wire.messages import PROTOCOL_VERSION, Goodbye, WantWork
-from speed_async.wire.peer_names import new_identity
-from speed_async.wire.zeromq import open_hub, open_link
 
 HOST = "127.0.0.1"
 SOON_S = 20.0

@@ -2,8 +2,8 @@
 
 import pytest
 
-from speed_async.actors.gate import Gate
-from speed_async.evaluate.plan import EvaluationPlan
+from speed_async.algorithms.gate import Gate
+from speed_async.evaluation.plan import EvaluationPlan
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from enumeration import (
 )
 from numpy.typing import NDArray
 
+from speed_async.algorithms.screening import Choice
 from speed_async.config.schema import GateConfig
-from speed_async.learner.screening import Choice
 
 SIZES = [(2, 2), (3, 2), (4, 4), (8, 4)]
 BANDS = [(0.0, 1.0), (0.25, 0.75), (0.0, 0.5), (0.2, 1.0)]

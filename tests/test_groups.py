@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from wire_samples import as_bytes, group_message
 
 from speed_async.errors import ProtocolError
-from speed_async.types import ActorCounts, Completion, FinishReason, Group, Sampled
-from speed_async.wire.codec import decode
-from speed_async.wire.groups import (
+from speed_async.transport.codec import decode
+from speed_async.transport.groups import (
     MAX_LOGPROB,
     GroupBounds,
     batch_group,
@@ -19,6 +18,7 @@ from speed_async.wire.groups import (
     unpack_group,
     weigh_group,
 )
+from speed_async.types import ActorCounts, Completion, FinishReason, Group, Sampled
 
 
 def sampled(token_ids, logprobs, versions, finish_reason: FinishReason = "stop") -> Sampled:

@@ -13,11 +13,11 @@ from pickle_trap import SITECUSTOMIZE
 from run_process import Run, own_address, start_actor, start_train
 
 from speed_async.config.schema import ClusterConfig
+from speed_async.transport import messages as m
+from speed_async.transport.curve import load_client_keys
+from speed_async.transport.key_making import add_client, make_keys
+from speed_async.transport.zeromq import open_link
 from speed_async.types import ActorCounts
-from speed_async.wire import messages as m
-from speed_async.wire.curve import load_client_keys
-from speed_async.wire.key_making import add_client, make_keys
-from speed_async.wire.zeromq import open_link
 
 
 def start_console(run: Run, keys: Path) -> Run:

@@ -13,12 +13,17 @@ from run_process import MODEL
 
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config
-from speed_async.runtime.content import REMEMBERED_BYTES, digest_files, digest_text, sample_digest
-from speed_async.runtime.identity import DATA, SCORING, identify
-from speed_async.runtime.identity import MODEL as MODEL_NAME
-from speed_async.runtime.model_files import model_fingerprint
-from speed_async.tasks.registry import make_task
-from speed_async.tasks.source import scoring_files
+from speed_async.environments.registry import make_task
+from speed_async.environments.scoring_source import scoring_files
+from speed_async.launcher.identity.content import (
+    REMEMBERED_BYTES,
+    digest_files,
+    digest_text,
+    sample_digest,
+)
+from speed_async.launcher.identity.identity import DATA, SCORING, identify
+from speed_async.launcher.identity.identity import MODEL as MODEL_NAME
+from speed_async.launcher.identity.model_files import model_fingerprint
 
 
 def config_of(**task: object) -> Config:
@@ -134,7 +139,7 @@ def test_a_task_of_the_user_s_own_is_followed_to_the_modules_beside_it(
     (tmp_path / "my_rules.py").write_text("def right(text): return text == '4'\n")
     (tmp_path / "my_task.py").write_text(
         "import numpy as np\nimport json\nfrom my_rules import right\n"
-        "from speed_async.tasks.final_answer import final_answer\n"
+        "from speed_async.environments.final_answer import final_answer\n"
         "class MyTask:\n    def score(self, prompt, completion): return right(completion)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

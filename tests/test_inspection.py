@@ -9,15 +9,15 @@ import pytest
 from buffer_fixtures import make_config, make_group
 from service_desk import Desk, evaluated, failed, kinds, screened_out, trained
 
-from speed_async.buffer.gatekeeper import MAX_KNOWN
-from speed_async.buffer.inspection import MAX_TEXT, Inspection
 from speed_async.buffer.ledger import MAX_KINDS
-from speed_async.buffer.machine import Machine
+from speed_async.buffer.state_machine import Machine
+from speed_async.buffer.validation import MAX_KNOWN
+from speed_async.buffer.validation_rules import MAX_TEXT, Inspection
 from speed_async.errors import ProtocolError
+from speed_async.transport import messages as m
+from speed_async.transport.joining import Join, Leaving
+from speed_async.transport.muting import MuteTable
 from speed_async.types import ActorCounts
-from speed_async.wire import messages as m
-from speed_async.wire.joining import Join, Leaving
-from speed_async.wire.muting import MuteTable
 
 NEWEST = 4
 

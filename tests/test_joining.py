@@ -12,25 +12,25 @@ import uvloop
 import zmq
 from buffer_fixtures import make_config
 
-from speed_async.buffer.capture import capture
-from speed_async.buffer.curriculum import UniformCurriculum
-from speed_async.buffer.gatekeeper import MAX_AWAITED, MAX_AWAITED_A_KEY
-from speed_async.buffer.machine import Machine
+from speed_async.buffer.curriculum.curriculum import UniformCurriculum
+from speed_async.buffer.durability.recovery import open_machine
+from speed_async.buffer.durability.snapshot import capture
 from speed_async.buffer.membership import JOIN_KEPT_S
-from speed_async.buffer.recovery import open_machine
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
+from speed_async.buffer.state_machine import Machine
+from speed_async.buffer.validation import MAX_AWAITED, MAX_AWAITED_A_KEY
 from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded
-from speed_async.evaluate.plan import EvaluationPlan
-from speed_async.runtime import admission
+from speed_async.evaluation.plan import EvaluationPlan
+from speed_async.launcher.roles import join as admission
+from speed_async.transport import messages as m
+from speed_async.transport.codec import encode
+from speed_async.transport.feed import FeedPublisher
+from speed_async.transport.joining import Join, JoinAccepted
+from speed_async.transport.peer_names import new_identity
+from speed_async.transport.zeromq import ZmqHub, open_hub, open_link
 from speed_async.types import ActorCounts
-from speed_async.wire import messages as m
-from speed_async.wire.codec import encode
-from speed_async.wire.feed import FeedPublisher
-from speed_async.wire.joining import Join, JoinAccepted
-from speed_async.wire.peer_names import new_identity
-from speed_async.wire.zeromq import ZmqHub, open_hub, open_link
 
 JOIN = Join(machine="there", process_id=1)
 COUNTS = ActorCounts()

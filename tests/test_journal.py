@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_async.buffer.journal import (
+from speed_async.buffer.durability.journal import (
     Journal,
     cut,
     read_segment,

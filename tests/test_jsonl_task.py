@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from speed_async.environments.jsonl import JsonlTask
+from speed_async.environments.task import fingerprint
 from speed_async.errors import ConfigError, DataError
-from speed_async.tasks.jsonl import JsonlTask
-from speed_async.tasks.task import fingerprint
 
 
 def write(path: Path, *records: object) -> str:

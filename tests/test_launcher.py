@@ -39,7 +39,7 @@ def test_nothing_of_a_local_run_listens_beyond_loopback(tmp_path: Path) -> None:
     assert addresses, f"nobody was seen to listen: {seen}"
     assert all(map(is_loopback, addresses)), seen
     # The service's two sockets; the learner's weight store; gloo at both ends.
-    for command in ("speed_async.runtime.child service", "speed_async.launch", "child actor"):
+    for command in ("speed_async.launcher.child service", "speed_async.launch", "child actor"):
         assert any(command in one and where for one, where in seen.items()), seen
 
 

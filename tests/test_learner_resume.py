@@ -19,9 +19,10 @@ from learner_samples import make_config as make_learner_config
 from learner_samples import random_groups, save_tiny_llama
 from test_loops import CountingUpdates
 
-from speed_async.buffer.conversations import FORGOTTEN
+from speed_async.buffer.sessions import FORGOTTEN
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
+from speed_async.learner.checkpoint.store import checkpoint_folder, kept_versions, newest_whole
 from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import Finished, LearnerLoop
 from speed_async.learner.loop import Updates as TrainerSeam
@@ -29,14 +30,13 @@ from speed_async.learner.model import load_model
 from speed_async.learner.optimizer import named_state
 from speed_async.learner.parallel import SingleRank
 from speed_async.learner.progress import Progress, Restored, Update
-from speed_async.learner.shelf import checkpoint_folder, kept_versions, newest_whole
 from speed_async.learner.trainer import Trainer
+from speed_async.testing.inprocess_transport import InProcessHub
+from speed_async.testing.memory_channel import MemorySender, MemoryStore
+from speed_async.transport import messages as m
+from speed_async.transport.groups import batch_group, pack_group
+from speed_async.transport.transport import Delivery, Link
 from speed_async.types import ActorCounts
-from speed_async.weights.memory_channel import MemorySender, MemoryStore
-from speed_async.wire import messages as m
-from speed_async.wire.groups import batch_group, pack_group
-from speed_async.wire.inprocess import InProcessHub
-from speed_async.wire.transport import Delivery, Link
 
 PEER = "learner"
 HELLO = m.Hello(role="learner", index=0, incarnation=2, fingerprint="f", process_id=1)

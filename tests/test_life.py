@@ -16,10 +16,10 @@ from speed_async.config.load import build_config, read_resolved
 from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, RunFinished, SpeedAsyncError
-from speed_async.runtime.life import Ports, begin_life, check_resumable, remember_ports
-from speed_async.runtime.ports import becomes_free, listens
-from speed_async.runtime.run_folder import RunFolder
-from speed_async.runtime.supervisor import ActorPlan, supervise
+from speed_async.launcher.attempt import Ports, begin_life, check_resumable, remember_ports
+from speed_async.launcher.ports import becomes_free, listens
+from speed_async.launcher.roles.supervisor import ActorPlan, supervise
+from speed_async.launcher.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_a_run_under_way_is_refused_until_its_process_is_gone(config: Config, be
     folder = begin().folder.path
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from speed_async.runtime.run_folder import RunFolder\n"
+        "from speed_async.launcher.run_folder import RunFolder\n"
         "RunFolder(path=Path(sys.argv[1])).take_lock(0.0)\n"
         "print('locked', flush=True)\nsys.stdin.read()\n"
     )
@@ -270,7 +270,7 @@ def port_of(server: socket.socket) -> int:
 def test_a_later_life_takes_the_ports_of_the_one_before_where_it_can(
     config: Config, begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("speed_async.runtime.life.PORT_GRACE_S", 0.1)
+    monkeypatch.setattr("speed_async.launcher.attempt.PORT_GRACE_S", 0.1)
     with listening() as one, listening() as other:
         ports = Ports(service=port_of(one), feed=port_of(other))
     first = begin()
@@ -329,7 +329,7 @@ def supervised(
         command = (sys.executable, "-c", HANGS, str(mark), role, *arguments)
         return await asyncio.create_subprocess_exec(*command)
 
-    monkeypatch.setattr("speed_async.runtime.supervisor.start_role", start_role)
+    monkeypatch.setattr("speed_async.launcher.roles.supervisor.start_role", start_role)
     (tmp_path / "logs").mkdir()
     plan = ActorPlan(index=3, host="127.0.0.1", port=port, folder=tmp_path, first_incarnation=2000)
 

@@ -15,33 +15,33 @@ import torch
 from buffer_fixtures import make_config, make_group
 
 from speed_async.actors.engine import GenerationRequest
-from speed_async.actors.engine_worker import ThreadWorker
 from speed_async.actors.loop import ActorLoop
 from speed_async.actors.rollout import Rollout
-from speed_async.actors.scripted_engine import ScriptedEngine, ScriptedStepper
-from speed_async.actors.stepped_engine import SteppedEngine
-from speed_async.buffer.curriculum import UniformCurriculum
-from speed_async.buffer.machine import Machine
-from speed_async.buffer.recovery import open_machine
+from speed_async.actors.stepped_engine.engine import SteppedEngine
+from speed_async.actors.stepped_engine.worker import ThreadWorker
+from speed_async.buffer.curriculum.curriculum import UniformCurriculum
+from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
+from speed_async.buffer.state_machine import Machine
 from speed_async.config.schema import Config
+from speed_async.environments.task import fingerprint
 from speed_async.errors import RoleError, TaskError, WeightSyncError
-from speed_async.evaluate.plan import EvaluationPlan
+from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import Finished, LearnerLoop
 from speed_async.learner.progress import Progress
 from speed_async.learner.trainer import UpdateResult
-from speed_async.observe.sinks import RecordingSink
-from speed_async.tasks.task import fingerprint
+from speed_async.observability.sinks import RecordingSink
+from speed_async.testing.inprocess_transport import InProcessHub, InProcessLink
+from speed_async.testing.memory_channel import MemoryReceiver, MemorySender, MemoryStore
+from speed_async.testing.scripted_engine import ScriptedEngine, ScriptedStepper
+from speed_async.transport import messages as m
+from speed_async.transport.feed import FeedPublisher
+from speed_async.transport.groups import batch_group
+from speed_async.transport.session import SessionLink
 from speed_async.types import Group, Int32Array, Prompt, Verdict, WeightOffer
-from speed_async.weights.canary import Canary
-from speed_async.weights.memory_channel import MemoryReceiver, MemorySender, MemoryStore
-from speed_async.wire import messages as m
-from speed_async.wire.feed import FeedPublisher
-from speed_async.wire.groups import batch_group
-from speed_async.wire.inprocess import InProcessHub, InProcessLink
-from speed_async.wire.session import SessionLink
+from speed_async.weight_sync.canary import Canary
 
 NUM_PROMPTS = 30
 

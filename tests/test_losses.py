@@ -4,9 +4,9 @@ import pytest
 import torch
 from learner_samples import make_loss_tokens
 
-from speed_async.learner import corrections
-from speed_async.learner.loss_tokens import Corrected, LossTokens, TokenLosses
-from speed_async.learner.losses import cispo, gspo, policy_gradient, ppo_clip
+from speed_async.algorithms import corrections
+from speed_async.algorithms.loss_tokens import Corrected, LossTokens, TokenLosses
+from speed_async.algorithms.losses import cispo, gspo, policy_gradient, ppo_clip
 
 
 def weighted(tokens: LossTokens, weights: list[float]) -> Corrected:

@@ -10,10 +10,10 @@ import torch
 from engine_contract import gathered, request, start_all
 from tiny_models import CONTEXT_LENGTH, EOS_TOKEN_ID, FAMILIES, save_tiny_folder, save_tokenizer
 
-from speed_async.actors.engine_worker import ThreadWorker
 from speed_async.actors.model_folder import load_model_folder
-from speed_async.actors.stepped_engine import SteppedEngine
-from speed_async.actors.torch_engine import load_torch_generator
+from speed_async.actors.stepped_engine.engine import SteppedEngine
+from speed_async.actors.stepped_engine.worker import ThreadWorker
+from speed_async.actors.torch_engine.engine import load_torch_generator
 from speed_async.config.schema import ActorsConfig, ModelConfig
 from speed_async.errors import ModelError
 

@@ -16,11 +16,11 @@ import torch
 from weights_contract import TorchStage, assert_arrived, mixed_tensors, open_channel, send_to
 
 import speed_async
+from speed_async.transport import messages as m
+from speed_async.transport.codec import decode, encode
 from speed_async.types import WeightBackend
-from speed_async.wire import messages as m
-from speed_async.wire.codec import decode, encode
 
-ROOMS = ("weights", "wire")
+PACKAGES = ("transport", "weight_sync")
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 CALLS = {"load", "loads", "Unpickler", "StatelessProcessGroup", "allow_pickle"}
 JSON = {"json.loads", "json.load"}
@@ -28,15 +28,11 @@ EVALUATORS = {"eval", "exec", "compile", "__import__"}
 READERS = {"pickle", "torch", "np", "numpy", "marshal", "yaml", "joblib", "dill", "shelve", "runpy"}
 """Modules whose `load` and the like may run what they read."""
 OWN_PROCESSES = {
-    "actors/engine_process.py": {"multiprocessing"},
-    "runtime/local.py": {
-        "torch.distributed.elastic.multiprocessing",
-        "torch.distributed.elastic.multiprocessing.errors",
-    },
-    "tasks/verifier.py": {"pickle", "multiprocessing"},
-    "tasks/verifier_worker.py": {"pickle", "multiprocessing", "pickle.loads"},
+    "actors/stepped_engine/process.py": {"multiprocessing"},
+    "environments/verifier.py": {"pickle", "multiprocessing"},
+    "environments/verifier_worker.py": {"pickle", "multiprocessing", "pickle.loads"},
 }
-"""Who may, and why: see above. (What local.py takes from there are the launcher's errors.)"""
+"""Who may, and why: see above."""
 
 
 def offences(source: str) -> Iterator[str]:
@@ -60,7 +56,7 @@ def offences(source: str) -> Iterator[str]:
 
 
 def evaluations(source: str) -> Iterator[str]:
-    """Ways of one module to run what it reads, whatever room it is in."""
+    """Ways of one module to run what it reads, in any package."""
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import(names=names):
@@ -117,9 +113,9 @@ def test_the_searches_find_what_they_look_for():
     assert list(offences("import json\njson.loads(text)\nmodel.load_weights(x)")) == []
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_no_module_of_the_wire_or_the_weights_can_read_a_pickle(room: str):
-    files = sorted((Path(speed_async.__file__).parent / room).glob("*.py"))
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_module_of_the_transport_or_the_weight_sync_can_read_a_pickle(package: str):
+    files = sorted((Path(speed_async.__file__).parent / package).glob("*.py"))
     assert len(files) > 5
     assert {file.name: found for file in files if (found := list(offences(file.read_text())))} == {}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from run_process import Run, own_address, start_train
 
-from speed_async.runtime.failure import EXIT_LOST_RUN, EXIT_STATUS
-from speed_async.wire.key_making import make_keys
+from speed_async.launcher.exit_status import EXIT_LOST_RUN, EXIT_STATUS
+from speed_async.transport.key_making import make_keys
 
 pytestmark = [
     pytest.mark.skipif(

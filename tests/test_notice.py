@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from speed_async.errors import SpeedAsyncError
-from speed_async.runtime.admission import ask_for_place
-from speed_async.runtime.notice import FOLDER_VARIABLE, Notice, NoticeFile, notice_of_node
-from speed_async.wire.joining import Join, JoinAccepted
-from speed_async.wire.zeromq import open_hub
+from speed_async.launcher.rendezvous import FOLDER_VARIABLE, Notice, NoticeFile, notice_of_node
+from speed_async.launcher.roles.join import ask_for_place
+from speed_async.transport.joining import Join, JoinAccepted
+from speed_async.transport.zeromq import open_hub
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_another_launcher_s_ranks_read_another_file(under_torchrun: Path) -> Non
     notice_of_node().write(Notice(run_folder="/runs/a"))
     code = (
         f"import tempfile; tempfile.tempdir = {str(under_torchrun)!r}\n"
-        "from speed_async.runtime.notice import notice_of_node; print(notice_of_node().read())"
+        "from speed_async.launcher.rendezvous import notice_of_node; print(notice_of_node().read())"
     )
     theirs = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=240
@@ -77,7 +77,7 @@ def test_an_address_of_an_earlier_life_is_left_for_this_one_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody answers at the old one; the notice is looked at again."""
-    monkeypatch.setattr("speed_async.runtime.admission.ASK_AGAIN_S", 0.2)
+    monkeypatch.setattr("speed_async.launcher.roles.join.ASK_AGAIN_S", 0.2)
     file = NoticeFile(tmp_path / "node")
     file.write(Notice(host="127.0.0.1", port=9))
 

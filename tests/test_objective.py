@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from learner_samples import make_completion, make_config, make_group, make_loss_tokens
 
+from speed_async.algorithms.objective import judge, make_objective
+from speed_async.algorithms.screening import Choice, kept
 from speed_async.config.schema import GateConfig, ObjectiveConfig
-from speed_async.learner.objective import judge, make_objective
-from speed_async.learner.screening import Choice, kept
 from speed_async.types import Group
 
 

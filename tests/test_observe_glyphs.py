@@ -1,7 +1,7 @@
 import pytest
 
-from speed_async.observe.glyphs import bar, resample, sparkline, stacked_bar
-from speed_async.observe.notation import count, duration, single_line
+from speed_async.observability.notation import count, duration, single_line
+from speed_async.observability.panel.glyphs import bar, resample, sparkline, stacked_bar
 
 
 def test_columns_are_means_and_gaps_repeat_what_was_before() -> None:

@@ -1,7 +1,7 @@
 import io
 
-from speed_async.observe.lines import Lines
-from speed_async.observe.metrics import Event, Value
+from speed_async.observability.lines import Lines
+from speed_async.observability.metrics import Event, Value
 
 GAUGES: dict[str, Value] = {
     "wall_s": 30.0,

@@ -6,10 +6,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from speed_async.observe.histories import HISTORY_LIMIT, History, Recent
-from speed_async.observe.metrics import Event, Value
-from speed_async.observe.panel_state import PanelState
-from speed_async.observe.panel_view import render
+from speed_async.observability.metrics import Event, Value
+from speed_async.observability.panel.histories import HISTORY_LIMIT, History, Recent
+from speed_async.observability.panel.state import PanelState
+from speed_async.observability.panel.view import render
 
 GAUGES: dict[str, Value] = {
     "wall_s": 62.0,

@@ -13,8 +13,8 @@ import time
 import pytest
 from rich.console import Console
 
-from speed_async.observe.metrics import Event, Value
-from speed_async.observe.panel import Panel, can_show
+from speed_async.observability.metrics import Event, Value
+from speed_async.observability.panel.panel import Panel, can_show
 
 GAUGES: dict[str, Value] = {"wall_s": 62.0, "policy_version": 12, "phase": "training"}
 EVALUATION: dict[str, Value] = {"wall_s": 62.0, "policy_version": 10, "accuracy": 0.52}
@@ -59,8 +59,8 @@ def test_only_a_terminal_that_can_draw_gets_the_panel() -> None:
 IN_A_TERMINAL = """
 import os, sys, time
 from rich.console import Console
-from speed_async.observe.metrics import Event
-from speed_async.observe.panel import Panel
+from speed_async.observability.metrics import Event
+from speed_async.observability.panel.panel import Panel
 with Panel(Console(width=80, height=24), "demo") as panel:
     panel.update(Event(kind="status", values={"wall_s": 1.0, "phase": "training"}))
     if sys.argv[1] == "raise":

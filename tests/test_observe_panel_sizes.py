@@ -7,10 +7,10 @@ import pytest
 from rich.cells import cell_len
 from test_observe_panel import EVALUATION, GAUGES, full_state, shown, state_after
 
-from speed_async.buffer.diagnoses import gate_starves
+from speed_async.buffer.reporting.diagnoses import gate_starves
 from speed_async.config.schema import GateConfig
-from speed_async.observe.metrics import Event, Value
-from speed_async.observe.panel_state import PanelState
+from speed_async.observability.metrics import Event, Value
+from speed_async.observability.panel.state import PanelState
 
 SIZES = [(60, 15), (61, 16), (80, 24), (100, 30), (120, 40), (200, 60), (300, 100)]
 DIAGNOSES = (

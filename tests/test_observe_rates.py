@@ -1,6 +1,6 @@
 import pytest
 
-from speed_async.observe.rates import WindowedMean, WindowedRate
+from speed_async.observability.rates import WindowedMean, WindowedRate
 
 
 def test_before_the_window_is_full_the_rate_is_over_the_time_since_the_start() -> None:

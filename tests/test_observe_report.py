@@ -4,9 +4,9 @@ import pytest
 from matplotlib.image import imread
 
 from speed_async.errors import DataError
-from speed_async.observe.metrics import Event
-from speed_async.observe.report import plot_accuracy, summary_text
-from speed_async.observe.sinks import JsonlSink
+from speed_async.observability.metrics import Event
+from speed_async.observability.report import plot_accuracy, summary_text
+from speed_async.observability.sinks import JsonlSink
 
 
 def run_with(folder: Path, num_evaluations: int, num_steps: int) -> Path:

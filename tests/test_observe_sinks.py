@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from speed_async.errors import DataError
-from speed_async.observe.metrics import Event
-from speed_async.observe.sample_file import SampleFile
-from speed_async.observe.sinks import JsonlSink, RecordingSink, Sink, read_events
+from speed_async.observability.metrics import Event
+from speed_async.observability.sample_file import SampleFile
+from speed_async.observability.sinks import JsonlSink, RecordingSink, Sink, read_events
 
 STEP = Event(kind="step", values={"wall_s": 1.5, "policy_version": 1, "phase": "training"})
 EVALUATION = Event(kind="evaluation", values={"wall_s": 2.0, "accuracy": 0.25, "note": None})

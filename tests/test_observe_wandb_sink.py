@@ -8,7 +8,7 @@ import pytest
 from wandb_record import history
 
 from speed_async.errors import ConfigError
-from speed_async.observe.wandb_sink import WandbSink, choose_mode, find_api_key
+from speed_async.observability.wandb_sink import WandbSink, choose_mode, find_api_key
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -16,9 +16,9 @@ OFFLINE_RUN = """
 import os
 import sys
 from pathlib import Path
-from speed_async.observe.metrics import Event
-from speed_async.observe.sinks import JsonlSink
-from speed_async.observe.wandb_sink import WandbSink
+from speed_async.observability.metrics import Event
+from speed_async.observability.sinks import JsonlSink
+from speed_async.observability.wandb_sink import WandbSink
 
 lines = JsonlSink(Path(sys.argv[1]))
 wandb_sink = WandbSink(

@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from speed_async.algorithms import advantages, aggregation, corrections, losses, rewards
+from speed_async.algorithms.loss_tokens import LossTokens
 from speed_async.config.schema import ObjectiveConfig
-from speed_async.learner import advantages, aggregation, corrections, losses, rewards
-from speed_async.learner.loss_tokens import LossTokens
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "tests" / "parity").glob("*.json"))

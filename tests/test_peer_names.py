@@ -10,15 +10,15 @@ import zmq
 from transport_contract import SOON_S, ZmqStage, over_sockets, say
 
 from speed_async.errors import DeadlineExceeded, ProtocolError
-from speed_async.wire import peer_names
-from speed_async.wire.codec import encode
-from speed_async.wire.curve import ClientKeys, load_client_keys, load_server_keys
-from speed_async.wire.key_making import add_client, make_keys
-from speed_async.wire.messages import Rejected, Welcome
-from speed_async.wire.peer_names import MAX_NAMES_A_KEY, PeerNames, new_identity
-from speed_async.wire.session import Heard, Probe
-from speed_async.wire.transport import Delivery, Link
-from speed_async.wire.zeromq import ZmqHub, open_hub, open_link
+from speed_async.transport import peer_names
+from speed_async.transport.codec import encode
+from speed_async.transport.curve import ClientKeys, load_client_keys, load_server_keys
+from speed_async.transport.key_making import add_client, make_keys
+from speed_async.transport.messages import Rejected, Welcome
+from speed_async.transport.peer_names import MAX_NAMES_A_KEY, PeerNames, new_identity
+from speed_async.transport.session import Heard, Probe
+from speed_async.transport.transport import Delivery, Link
+from speed_async.transport.zeromq import ZmqHub, open_hub, open_link
 
 HOST = "127.0.0.1"
 NAME = "actor-1.0"

@@ -4,7 +4,7 @@ import pytest
 from run_process import start_actor, start_train
 
 from speed_async.cli import _host_and_port
-from speed_async.runtime.ports import address_at
+from speed_async.launcher.ports import address_at
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "fe80::1", "node-7"])

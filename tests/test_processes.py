@@ -10,8 +10,8 @@ STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 FULL = f"""
 import resource, sys
 from pathlib import Path
-from speed_async.runtime.failure import record
-from speed_async.runtime.logs import log_to
+from speed_async.launcher.exit_status import record
+from speed_async.launcher.logs import log_to
 log_to(Path(sys.argv[1]) / "log")
 resource.setrlimit(resource.RLIMIT_FSIZE, (8, {resource.RLIM_INFINITY}))
 sys.stderr.write("before, and far too long\\n")
@@ -33,8 +33,8 @@ def test_a_process_whose_log_has_no_room_goes_on_and_logs_again_when_there_is(
 LOGGING = """
 import logging, sys, warnings
 from pathlib import Path
-from speed_async.runtime.failure import record
-from speed_async.runtime.logs import log_to
+from speed_async.launcher.exit_status import record
+from speed_async.launcher.logs import log_to
 log_to(Path(sys.argv[1]) / "log")
 print("one", "line", file=sys.stderr)
 sys.stderr.write("half a line, ")

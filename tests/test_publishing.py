@@ -9,11 +9,11 @@ import torch
 from speed_async.config.schema import WeightsConfig
 from speed_async.errors import WeightSyncError
 from speed_async.learner.inbox import Inbox
-from speed_async.learner.publishing import UNEXPLAINED_ATTEMPTS, Publisher
+from speed_async.learner.publisher import UNEXPLAINED_ATTEMPTS, Publisher
+from speed_async.transport import messages as m
 from speed_async.types import WeightOffer
-from speed_async.weights.canary import Canary
-from speed_async.weights.channel import NamedTensor, TransferReport
-from speed_async.wire import messages as m
+from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.channel import NamedTensor, TransferReport
 
 
 class Service:

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from speed_async.environments.gym import ReasoningGymTask
+from speed_async.environments.task import fingerprint
 from speed_async.errors import ConfigError, TaskError
-from speed_async.tasks.gym import ReasoningGymTask
-from speed_async.tasks.task import fingerprint
 from speed_async.types import Prompt
 
 reasoning_gym = pytest.importorskip("reasoning_gym")
@@ -158,8 +158,8 @@ def test_making_prompts_leaves_the_global_generator_as_it_was() -> None:
 
 def test_a_data_set_ordered_by_hashes_asks_for_a_fixed_hash_seed() -> None:
     program = (
-        "from speed_async.tasks.gym import ReasoningGymTask\n"
-        "from speed_async.tasks.task import fingerprint\n"
+        "from speed_async.environments.gym import ReasoningGymTask\n"
+        "from speed_async.environments.task import fingerprint\n"
         "from speed_async.errors import TaskError\n"
         "try:\n"
         "    task = ReasoningGymTask(data_set='ransom_note', options={}, num_prompts=20,\n"

@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from service_desk import evaluated, failed, screened_out, trained
 
-from speed_async.buffer.capture import capture, restore
-from speed_async.buffer.curriculum import UniformCurriculum
-from speed_async.buffer.journal import segments
-from speed_async.buffer.machine import Machine
-from speed_async.buffer.recovery import begin_segment, open_machine
+from speed_async.buffer.curriculum.curriculum import UniformCurriculum
+from speed_async.buffer.durability.journal import segments
+from speed_async.buffer.durability.recovery import begin_segment, open_machine
+from speed_async.buffer.durability.snapshot import capture, restore
 from speed_async.buffer.service import BufferService
+from speed_async.buffer.state_machine import Machine
 from speed_async.config.schema import Config
 from speed_async.errors import JournalRefused
-from speed_async.evaluate.plan import EvaluationPlan
+from speed_async.evaluation.plan import EvaluationPlan
+from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
-from speed_async.wire import messages as m
 
 
 def builder(kind: str = "uniform"):
@@ -424,7 +424,7 @@ def test_a_journal_of_another_protocol_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     play, before = ended_play(tmp_path)
-    monkeypatch.setattr("speed_async.buffer.opened.PROTOCOL_VERSION", 99)
+    monkeypatch.setattr("speed_async.buffer.durability.opened.PROTOCOL_VERSION", 99)
     assert_refused(play, before, "was written by another release (it has protocol version")
 
 
@@ -474,7 +474,7 @@ def test_a_torn_tail_is_cut_only_once_the_rest_was_taken_in(
     before[newest] = before[newest].rstrip(b"\0")[:-3]
     (play.folder / newest).write_bytes(before[newest])
     with monkeypatch.context() as patch:
-        patch.setattr("speed_async.buffer.opened.PROTOCOL_VERSION", 99)
+        patch.setattr("speed_async.buffer.durability.opened.PROTOCOL_VERSION", 99)
         assert_refused(play, before, "another release")
     _, [note] = open_machine(play.folder, play.config, play.build, life=1)
     assert "tail was damaged" in note

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from speed_async.config.schema import TaskConfig
+from speed_async.environments.registry import known_tasks, make_task
 from speed_async.errors import ConfigError
-from speed_async.tasks.registry import known_tasks, make_task
 
 
 def refusal(config: TaskConfig) -> ConfigError:
@@ -69,7 +69,7 @@ def test_nothing_heavy_is_imported_before_its_task_is_chosen(tmp_path: Path) -> 
     program = (
         "import sys\n"
         "from speed_async.config.schema import TaskConfig\n"
-        "from speed_async.tasks.registry import make_task\n"
+        "from speed_async.environments.registry import make_task\n"
         f"make_task(TaskConfig(name='jsonl', path={str(path)!r}, num_held_out=1))\n"
         "heavy = ('torch', 'transformers', 'reasoning_gym', 'sympy', 'pebble')\n"
         "print([module for module in heavy if module in sys.modules])\n"

@@ -12,9 +12,9 @@ import pytest
 from run_process import MODEL, REPOSITORY, SMALL, Run, resume_train, start_torchrun, start_train
 from safetensors.numpy import load_file, save_file
 
-from speed_async.buffer.journal import Journal, segments
-from speed_async.runtime.content import NUM_SAMPLES, SAMPLE_BYTES, sample_digest
-from speed_async.tasks.arithmetic import ArithmeticTask
+from speed_async.buffer.durability.journal import Journal, segments
+from speed_async.environments.arithmetic import ArithmeticTask
+from speed_async.launcher.identity.content import NUM_SAMPLES, SAMPLE_BYTES, sample_digest
 
 # Without a gate every group is trained on, whatever the model makes of the prompts.
 CONFIG = 'algorithm = "rloo"' + SMALL.replace(
@@ -350,11 +350,12 @@ def test_changed_code_that_scores_is_refused_until_it_is_accepted(
     run = Run(process=ended.process, folder=tmp_path / "run")
     # Python takes a package in the current directory first.
     shutil.copytree(REPOSITORY / "speed_async", tmp_path / "speed_async")
-    answers = tmp_path / "speed_async" / "tasks" / "final_answer.py"
+    answers = tmp_path / "speed_async" / "environments" / "final_answer.py"
     answers.write_text(answers.read_text() + "# mended\n")
     said = refusal(run)
     assert (
-        "the code that scores (speed_async.tasks.jsonl.JsonlTask) changed: final_answer.py" in said
+        "the code that scores (speed_async.environments.jsonl.JsonlTask) changed: final_answer.py"
+        in said
     )
     option, value = said.partition("add ")[2].partition(")")[0].split()
     assert option == "--run.accept_scoring"

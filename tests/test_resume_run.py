@@ -18,7 +18,7 @@ GROUPS, COMPLETIONS = 2, 8
 
 
 def actors(run: Run) -> list[str]:
-    return [command for command in run.processes().values() if "runtime.child actor" in command]
+    return [command for command in run.processes().values() if "launcher.child actor" in command]
 
 
 def life_of(run: Run) -> int:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from speed_async.learner.rewards import (
+from speed_async.algorithms.rewards import (
     completion_limit,
     overlong_buffer,
     soft_overlong_punishment,

@@ -9,9 +9,9 @@ from buffer_fixtures import make_config
 
 from speed_async.actors.engine import GenerationRequest
 from speed_async.actors.rollout import LeaseWork, Refused, Rollout, Scored
-from speed_async.actors.scripted_engine import ScriptedEngine
 from speed_async.config.schema import Config
-from speed_async.tasks.scripted_verifier import ScriptedVerifier
+from speed_async.testing.scripted_engine import ScriptedEngine
+from speed_async.testing.scripted_verifier import ScriptedVerifier
 from speed_async.types import Group, Int32Array, Lease, LeaseKind, Prompt
 
 PROMPT = Prompt(prompt_id=0, text="p", answer="")

@@ -16,7 +16,7 @@ import pytest
 from run_process import MODEL, resume_train, start_torchrun, start_train, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from speed_async.tasks.arithmetic import ArithmeticTask
+from speed_async.environments.arithmetic import ArithmeticTask
 
 SUMMARY_KEYS = {
     "accuracy_before",

@@ -14,13 +14,13 @@ from test_loops import Run
 
 from speed_async.actors.rollout import LeaseWork, Refused
 from speed_async.actors.sample_choice import MAX_TEXT_CHARS, SampleChoice, shortened
-from speed_async.buffer.inspection import MAX_TEXT
-from speed_async.buffer.journal import read_segment, segments
-from speed_async.buffer.machine import Machine
-from speed_async.buffer.recovery import open_machine
+from speed_async.buffer.durability.journal import read_segment, segments
+from speed_async.buffer.durability.recovery import open_machine
+from speed_async.buffer.state_machine import Machine
+from speed_async.buffer.validation_rules import MAX_TEXT
+from speed_async.transport import messages as m
+from speed_async.transport.codec import decode
 from speed_async.types import ActorCounts, Completion, Lease, LeaseKind, Prompt, Sampled
-from speed_async.wire import messages as m
-from speed_async.wire.codec import decode
 
 KEYS = {
     "wall_s",

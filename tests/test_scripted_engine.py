@@ -14,8 +14,8 @@ from engine_contract import (
     until,
 )
 
-from speed_async.actors.scripted_engine import SCRIPTED_LOGPROB, ScriptedEngine
 from speed_async.errors import WeightSyncError
+from speed_async.testing.scripted_engine import SCRIPTED_LOGPROB, ScriptedEngine
 
 
 def start() -> ScriptedEngine:

@@ -9,12 +9,12 @@ from run_process import start_train
 from torch import tensor, zeros
 
 from speed_async.actors.engine import GenerationRequest
-from speed_async.actors.scripted_run import KeptWeights, drawn_script
 from speed_async.config.schema import TaskConfig
+from speed_async.environments.registry import make_task
 from speed_async.errors import WeightSyncError
-from speed_async.tasks.registry import make_task
-from speed_async.tasks.scripted_task import PASS_RATES
-from speed_async.weights.channel import TransferReport
+from speed_async.testing.scripted_run import KeptWeights, drawn_script
+from speed_async.testing.scripted_task import PASS_RATES
+from speed_async.weight_sync.channel import TransferReport
 
 SCRIPTED = ["--actors.engine", "scripted", "--task.name", "scripted"]
 

@@ -19,11 +19,11 @@ from enumeration import (
     two_tokens,
 )
 
+from speed_async.algorithms.advantages import grpo, rloo
+from speed_async.algorithms.corrections import sequence_tis, token_tis
+from speed_async.algorithms.screening import kept
 from speed_async.buffer.priority import BufferedGroup, PriorityBuffer
 from speed_async.config.schema import GateConfig
-from speed_async.learner.advantages import grpo, rloo
-from speed_async.learner.corrections import sequence_tis, token_tis
-from speed_async.learner.screening import kept
 
 
 def test_dropping_finished_groups_by_their_own_pass_rate_cannot_be_mended_by_masking() -> None:

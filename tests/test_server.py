@@ -11,22 +11,22 @@ import pytest
 from buffer_fixtures import make_config, make_group
 from service_desk import evaluated
 
-from speed_async.buffer.curriculum import UniformCurriculum
-from speed_async.buffer.journal import Journal, read_segment, segments
-from speed_async.buffer.machine import Machine
-from speed_async.buffer.recovery import open_machine
+from speed_async.buffer.curriculum.curriculum import UniformCurriculum
+from speed_async.buffer.durability.journal import Journal, read_segment, segments
+from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
+from speed_async.buffer.state_machine import Machine
 from speed_async.config.schema import Config
 from speed_async.errors import JournalError
-from speed_async.evaluate.plan import EvaluationPlan
+from speed_async.evaluation.plan import EvaluationPlan
+from speed_async.testing.inprocess_transport import InProcessHub
+from speed_async.transport import messages as m
+from speed_async.transport.codec import decode
+from speed_async.transport.feed import FeedPublisher
+from speed_async.transport.session import SessionLink
+from speed_async.transport.transport import Delivery
 from speed_async.types import ActorCounts
-from speed_async.wire import messages as m
-from speed_async.wire.codec import decode
-from speed_async.wire.feed import FeedPublisher
-from speed_async.wire.inprocess import InProcessHub
-from speed_async.wire.session import SessionLink
-from speed_async.wire.transport import Delivery
 
 MOST_REPORTS = 5000
 PATIENCE_S = 90.0

@@ -7,8 +7,8 @@ from buffer_fixtures import make_group
 from service_desk import Desk, evaluated, failed, kinds, screened_out, trained
 
 from speed_async.buffer.membership import RECONNECT_S
+from speed_async.transport import messages as m
 from speed_async.types import ActorCounts, GroupEnd
-from speed_async.wire import messages as m
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pytest
 from buffer_fixtures import make_config
 
 from speed_async.errors import RoleError
-from speed_async.runtime import service_process
-from speed_async.runtime.life import Ports
-from speed_async.runtime.run_folder import RunFolder
-from speed_async.runtime.service_process import ServiceProcess
+from speed_async.launcher.attempt import Ports
+from speed_async.launcher.roles import service_process
+from speed_async.launcher.roles.service_process import ServiceProcess
+from speed_async.launcher.run_folder import RunFolder
 
 KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 SERVES = """

@@ -6,8 +6,8 @@ from collections import deque
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speed_async.wire.messages import Message, Welcome
-from speed_async.wire.session import Arrival, Session
+from speed_async.transport.messages import Message, Welcome
+from speed_async.transport.session import Arrival, Session
 
 
 def said(session: Session, *versions: int) -> None:

@@ -7,8 +7,8 @@ import pytest
 import uvloop
 import zmq
 
-from speed_async.wire.codec import Frame
-from speed_async.wire.sockets import PolledSocket
+from speed_async.transport.codec import Frame
+from speed_async.transport.sockets import PolledSocket
 
 SOON_S = 5.0
 # A sleeper that missed its signal is only helped by its deadline; these waits end before that.

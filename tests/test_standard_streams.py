@@ -10,7 +10,7 @@ from run_process import SMALL, Run, write_config
 
 TELLS = """
 import sys
-from speed_async.runtime import standard_streams
+from speed_async.launcher import standard_streams
 standard_streams.TELL_DEADLINE_S = float(sys.argv[1])
 sys.stderr.write(str(standard_streams.tell("x" * int(sys.argv[2]))))
 """
@@ -53,7 +53,7 @@ def test_a_run_without_standard_streams_is_completed(tmp_path: Path) -> None:
 
 def test_closed_streams_are_opened_and_open_ones_are_left_alone(tmp_path: Path) -> None:
     code = (
-        "from speed_async.runtime.standard_streams import open_standard_streams as o; o(); o()\n"
+        "from speed_async.launcher.standard_streams import open_standard_streams as o; o(); o()\n"
         "import os, socket; s = socket.socket(); print('lost'); import sys\n"
         f"open({str(tmp_path / 'found')!r}, 'w').write(\n"
         "    repr([os.readlink(f'/proc/self/fd/{n}') for n in (0, 1, 2)] + [s.fileno() > 2]))"

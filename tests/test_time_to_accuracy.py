@@ -19,7 +19,7 @@ from benchmarks.time_to_accuracy_report import (
     table,
     write_report,
 )
-from speed_async.tasks.jsonl import JsonlTask
+from speed_async.environments.jsonl import JsonlTask
 from speed_async.types import Prompt
 
 MODEL = Path(__file__).parent.parent / "quickstart" / "model"

@@ -17,18 +17,18 @@ from tiny_models import (
     tiny_model,
 )
 
-from speed_async.actors import slot_model
 from speed_async.actors.engine import GenerationRequest
-from speed_async.actors.engine_worker import ThreadWorker
-from speed_async.actors.sampling import keep_nucleus, sample
-from speed_async.actors.stepped_engine import SteppedEngine
-from speed_async.actors.torch_generator import TorchGenerator
+from speed_async.actors.stepped_engine.engine import SteppedEngine
+from speed_async.actors.stepped_engine.worker import ThreadWorker
+from speed_async.actors.torch_engine.engine import slot_model
+from speed_async.actors.torch_engine.generator import TorchGenerator
+from speed_async.actors.torch_engine.sampling import keep_nucleus, sample
 from speed_async.errors import SpeedAsyncError, WeightSyncError
 from speed_async.learner.canary import CanaryProbe
 from speed_async.learner.policy import Policy
 from speed_async.types import Sampled, WeightOffer
-from speed_async.weights.canary import Canary
-from speed_async.weights.channel import LoadTensors, NamedTensor, TransferReport
+from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferReport
 
 
 @pytest.fixture(autouse=True)

@@ -16,12 +16,12 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from speed_async.algorithms.loss_tokens import Corrected, LossTokens, TokenLosses
+from speed_async.algorithms.objective import make_objective
 from speed_async.config.schema import GateConfig, ObjectiveConfig
 from speed_async.errors import ConfigError, ModelError
 from speed_async.learner.canary import CanaryProbe
-from speed_async.learner.loss_tokens import Corrected, LossTokens, TokenLosses
 from speed_async.learner.model import load_model, resolve_device
-from speed_async.learner.objective import make_objective
 from speed_async.learner.parallel import SingleRank
 from speed_async.learner.policy import Policy, check_policy
 from speed_async.learner.trainer import Trainer

@@ -9,9 +9,8 @@ from transport_contract import SOON_S, Stage, on_every_transport, say
 from wire_samples import as_bytes, group_message
 
 from speed_async.errors import DeadlineExceeded, ProtocolError, TransportClosed
-from speed_async.types import ActorCounts
-from speed_async.wire.codec import encode
-from speed_async.wire.messages import (
+from speed_async.transport.codec import encode
+from speed_async.transport.messages import (
     PROTOCOL_VERSION,
     BatchGroup,
     GroupFinished,
@@ -19,8 +18,9 @@ from speed_async.wire.messages import (
     WantWork,
     Welcome,
 )
-from speed_async.wire.session import Probe
-from speed_async.wire.transport import Delivery
+from speed_async.transport.session import Probe
+from speed_async.transport.transport import Delivery
+from speed_async.types import ActorCounts
 
 
 def want(num_prompts: int) -> WantWork:

@@ -9,14 +9,14 @@ from buffer_fixtures import make_config, posterior
 from service_desk import Desk, failed, kinds
 from test_loops import DigitTask, Run
 
-from speed_async.buffer.curriculum import UniformCurriculum
-from speed_async.buffer.posterior import PosteriorCurriculum
+from speed_async.buffer.curriculum.curriculum import UniformCurriculum
+from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
 from speed_async.buffer.service import BufferService
+from speed_async.environments.task import fingerprint
 from speed_async.errors import RoleError
-from speed_async.evaluate.plan import EvaluationPlan
-from speed_async.tasks.task import fingerprint
+from speed_async.evaluation.plan import EvaluationPlan
+from speed_async.transport import messages as m
 from speed_async.types import Prompt
-from speed_async.wire import messages as m
 
 TOO_LONG = "prompt: the prompt has 120 tokens and the context holds 96"
 CONTEXT_LENGTH = 1024

@@ -14,10 +14,10 @@ from typing import TypeVar
 
 import pytest
 
+from speed_async.environments.verifier import Verifier, VerifierPool
+from speed_async.environments.verifier_worker import MAX_EXTRACTED_CHARS, describe, score_all
 from speed_async.errors import DataError, TaskError
-from speed_async.tasks.scripted_verifier import ScriptedVerifier
-from speed_async.tasks.verifier import Verifier, VerifierPool
-from speed_async.tasks.verifier_worker import MAX_EXTRACTED_CHARS, describe, score_all
+from speed_async.testing.scripted_verifier import ScriptedVerifier
 from speed_async.types import Prompt
 
 LIMIT_S = 60.0
@@ -330,7 +330,7 @@ def test_a_hanging_worker_dies_with_its_killed_parent(tmp_path: Path) -> None:
     program = (
         "import asyncio, sys\n"
         "from test_verifier import make_moody, prompt\n"
-        "from speed_async.tasks.verifier import VerifierPool\n"
+        "from speed_async.environments.verifier import VerifierPool\n"
         "async def main():\n"
         "    async with VerifierPool(make_moody, 1, 60.0) as pool:\n"
         "        await pool.score(prompt('pid and hang', sys.argv[1]), ['x'])\n"
@@ -351,8 +351,8 @@ def test_a_hanging_worker_dies_with_its_killed_parent(tmp_path: Path) -> None:
 
 def test_what_a_worker_imports_holds_no_torch() -> None:
     program = (
-        "import sys, speed_async.tasks.verifier, speed_async.tasks.registry, "
-        "speed_async.tasks.jsonl, speed_async.tasks.gym\n"
+        "import sys, speed_async.environments.verifier, speed_async.environments.registry, "
+        "speed_async.environments.jsonl, speed_async.environments.gym\n"
         "print([m for m in ('torch', 'transformers', 'reasoning_gym') if m in sys.modules])"
     )
     output = subprocess.run(

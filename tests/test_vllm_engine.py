@@ -24,7 +24,7 @@ from vllm_stage import (  # noqa: E402
     vllm_model,
 )
 
-from speed_async.actors.vllm_start import make_vllm_engine  # noqa: E402
+from speed_async.actors.vllm_engine.start import make_vllm_engine  # noqa: E402
 from speed_async.errors import GivenUp, WeightSyncError  # noqa: E402
 
 

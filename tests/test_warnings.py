@@ -3,10 +3,10 @@
 import pytest
 from service_desk import Desk
 
-from speed_async.buffer.warnings import FLEETING_S
+from speed_async.buffer.reporting.warnings import FLEETING_S
+from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
-from speed_async.weights.epoch_group import in_words
-from speed_async.wire import messages as m
+from speed_async.weight_sync.epoch_group import in_words
 
 GLOO = (
     "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by "

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from service_desk import Desk, kinds, trained
 
-from speed_async.buffer.capture import capture, restore
+from speed_async.buffer.durability.snapshot import capture, restore
+from speed_async.transport import messages as m
+from speed_async.transport.joining import Join, JoinAccepted, Leaving
 from speed_async.types import ActorCounts
-from speed_async.wire import messages as m
-from speed_async.wire.joining import Join, JoinAccepted, Leaving
 
 
 @pytest.fixture

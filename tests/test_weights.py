@@ -22,13 +22,14 @@ from weights_contract import (
 )
 
 from speed_async.errors import ConfigError, WeightSyncError
+from speed_async.testing.memory_channel import MemoryReceiver, MemorySender, MemoryStore
 from speed_async.types import WeightOffer, weight_backend
-from speed_async.weights.broadcast import TorchSender
-from speed_async.weights.buckets import NUM_BUFFERS, BufferRing, pack, plan_buckets, unpack
-from speed_async.weights.canary import Canary
-from speed_async.weights.channel import NamedTensor, TransferReport
-from speed_async.weights.handshake import HEAD_BYTES
-from speed_async.weights.manifest import (
+from speed_async.weight_sync.broadcast import TorchSender
+from speed_async.weight_sync.buckets import NUM_BUFFERS, BufferRing, pack, plan_buckets, unpack
+from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.channel import NamedTensor, TransferReport
+from speed_async.weight_sync.handshake import HEAD_BYTES
+from speed_async.weight_sync.manifest import (
     Agreement,
     Manifest,
     TensorSpec,
@@ -37,8 +38,7 @@ from speed_async.weights.manifest import (
     digest_of,
     encode_manifest,
 )
-from speed_async.weights.memory_channel import MemoryReceiver, MemorySender, MemoryStore
-from speed_async.weights.process_group import choose_backend, host_store
+from speed_async.weight_sync.process_group import choose_backend, host_store
 
 __all__ = ["channel"]
 

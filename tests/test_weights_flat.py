@@ -9,10 +9,10 @@ from weights_contract import TorchStage, open_channel, same_bits
 
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightBackend
-from speed_async.weights.buckets import plan_buckets
-from speed_async.weights.channel import NamedTensor, TransferReport
-from speed_async.weights.flat import as_it_lies, lay_flat
-from speed_async.weights.manifest import describe
+from speed_async.weight_sync.buckets import plan_buckets
+from speed_async.weight_sync.channel import NamedTensor, TransferReport
+from speed_async.weight_sync.contiguous import as_it_lies, lay_flat
+from speed_async.weight_sync.manifest import describe
 
 BUCKET_BYTES = 1024
 

@@ -15,9 +15,9 @@ from weights_contract import Loaded, TorchStage, attempt, open_channel
 
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
-from speed_async.weights import ipc_group
-from speed_async.weights.ipc_group import HEADER, SOCKET_KEY, Kind, host_ipc, join_ipc
-from speed_async.weights.shared_memory import MemoryRefused, make_memory, open_memory
+from speed_async.weight_sync import ipc_group
+from speed_async.weight_sync.ipc_group import HEADER, SOCKET_KEY, Kind, host_ipc, join_ipc
+from speed_async.weight_sync.shared_memory import MemoryRefused, make_memory, open_memory
 
 CPU = torch.device("cpu")
 JOIN_S = 30.0

@@ -26,8 +26,8 @@ from weights_contract import (
 
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightBackend, WeightOffer
-from speed_async.weights.broadcast import TorchReceiver
-from speed_async.weights.channel import TransferReport
+from speed_async.weight_sync.broadcast import TorchReceiver
+from speed_async.weight_sync.channel import TransferReport
 
 CHILD_STARTS_S = 60.0
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from speed_async.tasks.numeric_answer import answer_number, last_number
-from speed_async.tasks.whole_number import whole_number
+from speed_async.environments.numeric_answer import answer_number, last_number
+from speed_async.environments.whole_number import whole_number
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ import uvloop
 from transport_contract import SOON_S, ZmqStage, over_sockets, say
 
 from speed_async.errors import ConfigError, DeadlineExceeded, ProtocolError
+from speed_async.transport.codec import encode
+from speed_async.transport.messages import Drain, Rejected, WantWork
+from speed_async.transport.session import Heard, Probe, SessionLink
+from speed_async.transport.sockets import LINGER_S
+from speed_async.transport.zeromq import open_hub, open_link
 from speed_async.types import ActorCounts
-from speed_async.wire.codec import encode
-from speed_async.wire.messages import Drain, Rejected, WantWork
-from speed_async.wire.session import Heard, Probe, SessionLink
-from speed_async.wire.sockets import LINGER_S
-from speed_async.wire.zeromq import open_hub, open_link
 
 HOST = "127.0.0.1"
 
@@ -92,8 +92,8 @@ def test_a_restarted_hub_reaches_a_peer_that_has_nothing_to_say():
 
 CHILD = """
 import asyncio, sys
-from speed_async.wire.session import Probe
-from speed_async.wire.zeromq import open_link
+from speed_async.transport.session import Probe
+from speed_async.transport.zeromq import open_link
 
 async def play():
     link = await open_link("127.0.0.1", int(sys.argv[1]), "child-1.0")

@@ -12,12 +12,12 @@ import uvloop
 import zmq
 import zmq.asyncio
 
-from speed_async.wire.codec import Frame, decode
-from speed_async.wire.inprocess import InProcessHub, InProcessLink
-from speed_async.wire.messages import Message
-from speed_async.wire.muting import MuteTable
-from speed_async.wire.transport import Delivery, Hub, Link
-from speed_async.wire.zeromq import ZmqHub, open_hub, open_link
+from speed_async.testing.inprocess_transport import InProcessHub, InProcessLink
+from speed_async.transport.codec import Frame, decode
+from speed_async.transport.messages import Message
+from speed_async.transport.muting import MuteTable
+from speed_async.transport.transport import Delivery, Hub, Link
+from speed_async.transport.zeromq import ZmqHub, open_hub, open_link
 
 TEST_DEADLINE_S = 90.0
 SOON_S = 10.0

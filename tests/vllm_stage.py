@@ -18,14 +18,14 @@ import torch
 from engine_contract import CONTEXT_LENGTH
 from tiny_models import save_tiny_folder, tiny_model
 
-from speed_async.actors.vllm_engine import OpenLlm, VllmEngine
-from speed_async.actors.vllm_options import process_environment
-from speed_async.actors.vllm_start import open_llm
+from speed_async.actors.vllm_engine.engine import OpenLlm, VllmEngine
+from speed_async.actors.vllm_engine.options import process_environment
+from speed_async.actors.vllm_engine.start import open_llm
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config
 from speed_async.types import WeightOffer
-from speed_async.weights.broadcast import TorchSender
-from speed_async.weights.canary import Canary, canary_token_ids
+from speed_async.weight_sync.broadcast import TorchSender
+from speed_async.weight_sync.canary import Canary, canary_token_ids
 
 HEAD_DIM = 32
 """The smallest that vLLM attends with on a CPU."""

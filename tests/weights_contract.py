@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from speed_async.errors import SpeedAsyncError
+from speed_async.testing.memory_channel import MemoryReceiver, MemorySender, MemoryStore
 from speed_async.types import WeightBackend, WeightOffer
-from speed_async.weights.broadcast import TorchReceiver, TorchSender
-from speed_async.weights.canary import Canary
-from speed_async.weights.channel import (
+from speed_async.weight_sync.broadcast import TorchReceiver, TorchSender
+from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.channel import (
     LoadTensors,
     NamedTensor,
     TransferReport,
     WeightReceiver,
     WeightSender,
 )
-from speed_async.weights.memory_channel import MemoryReceiver, MemorySender, MemoryStore
 
 JOIN_S = 30.0
 """Bound of a wait for a thread that its own deadlines end much earlier."""

@@ -14,8 +14,8 @@ from typing import get_args
 import torch
 
 from speed_async.types import WeightBackend, WeightOffer
-from speed_async.weights.broadcast import TorchReceiver, TorchSender
-from speed_async.weights.channel import NamedTensor
+from speed_async.weight_sync.broadcast import TorchReceiver, TorchSender
+from speed_async.weight_sync.channel import NamedTensor
 
 NUM_BUCKETS = 6
 BUCKET_BYTES = 1024 * 1024

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from speed_async.transport.codec import encode
+from speed_async.transport.messages import GroupFinished, Message
 from speed_async.types import ActorCounts
-from speed_async.wire.codec import encode
-from speed_async.wire.messages import GroupFinished, Message
 
 
 def group_message(**changes: object) -> GroupFinished:

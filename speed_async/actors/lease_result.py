@@ -1,9 +1,9 @@
 """How a lease ended, as the message that tells the service."""
 
 from speed_async.actors.rollout import LeaseWork, Refused, Scored
+from speed_async.transport import messages as m
+from speed_async.transport.groups import pack_group
 from speed_async.types import ActorCounts, Group
-from speed_async.wire import messages as m
-from speed_async.wire.groups import pack_group
 
 Result = Group | Refused | Scored | str
 """Text: why there is none."""

@@ -16,6 +16,7 @@ from speed_async.actors.lease_result import Result, result_message
 from speed_async.actors.rollout import Aborted, LeaseWork, Refused, Rollout, Scored
 from speed_async.actors.sample_choice import SampleChoice
 from speed_async.config.schema import Config
+from speed_async.environments.task import Task
 from speed_async.errors import (
     DeadlineExceeded,
     GivenUp,
@@ -25,7 +26,9 @@ from speed_async.errors import (
     TaskError,
     WeightSyncError,
 )
-from speed_async.tasks.task import Task
+from speed_async.transport import messages as m
+from speed_async.transport.joining import Leaving
+from speed_async.transport.session import SessionLink
 from speed_async.types import (
     ActorCounts,
     Group,
@@ -35,9 +38,6 @@ from speed_async.types import (
     WeightOffer,
     weight_backend,
 )
-from speed_async.wire import messages as m
-from speed_async.wire.joining import Leaving
-from speed_async.wire.session import SessionLink
 
 REPORT_INTERVAL_S = 0.5
 SAMPLE_INTERVAL_S = 1.0

@@ -9,7 +9,7 @@ import numpy as np
 
 from speed_async.actors.engine import Engine, GenerationRequest
 from speed_async.actors.failed_completions import FailedCompletions
-from speed_async.actors.gate import Gate, num_passed
+from speed_async.algorithms.gate import Gate, num_passed
 from speed_async.config.schema import Config
 from speed_async.errors import TaskError
 from speed_async.types import (
@@ -29,7 +29,7 @@ PRIORITY = {Phase.EVALUATION: 0, Phase.CONTINUATION: 1, Phase.SCREENING: 2}
 
 
 class Scorer(Protocol):
-    """Scores all completions of one prompt's phase; raises TaskError (tasks/verifier.py)."""
+    """Scores all completions of one prompt's phase; raises TaskError (environments/verifier.py)."""
 
     async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]: ...
 

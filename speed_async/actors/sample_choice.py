@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable
 
 from speed_async.actors.rollout import LeaseWork, Refused, Scored
+from speed_async.transport import messages as m
 from speed_async.types import PASS_REWARD, ActorCounts, Completion, Group, LeaseKind, Prompt
-from speed_async.wire import messages as m
 
 MAX_TEXT_CHARS = 4000
 """Of a prompt or a completion; a longer one loses its middle."""

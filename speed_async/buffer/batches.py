@@ -12,7 +12,7 @@ import math
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.priority import BufferedGroup
 from speed_async.config.schema import Config
-from speed_async.wire.messages import TakeBatch
+from speed_async.transport.messages import TakeBatch
 
 ROUND_MARGIN = 1.15
 """A round is this much larger than the acceptance rate asks for: a second round costs more."""

@@ -3,7 +3,7 @@
 from speed_async.buffer.leases import LeaseBook
 from speed_async.buffer.ledger import Ledger
 from speed_async.buffer.priority import PriorityBuffer
-from speed_async.buffer.statistics import RunStatistics
+from speed_async.buffer.reporting.statistics import RunStatistics
 from speed_async.config.schema import Config
 
 BYTES_WINDOW = 16

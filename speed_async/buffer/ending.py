@@ -3,7 +3,7 @@
 from enum import Enum, auto
 
 from speed_async.config.schema import ClusterConfig
-from speed_async.wire.messages import FinishRun
+from speed_async.transport.messages import FinishRun
 
 
 class Step(Enum):

@@ -1,10 +1,10 @@
-"""Held-out evaluation as the service sees it: a seam that evaluate/plan.py fills."""
+"""Held-out evaluation as the service sees it: a seam that evaluation/plan.py fills."""
 
 from typing import Protocol
 
 
 class Accuracy(Protocol):
-    """Outcome of one whole evaluation (evaluate/plan.py has the record)."""
+    """Outcome of one whole evaluation (evaluation/plan.py has the record)."""
 
     @property
     def accuracy(self) -> float: ...
@@ -24,7 +24,7 @@ class Accuracy(Protocol):
 
 
 class Evaluations(Protocol):
-    """Held-out evaluation, seen from the service (evaluate/plan.py is the real one)."""
+    """Held-out evaluation, seen from the service (evaluation/plan.py is the real one)."""
 
     @property
     def num_samples(self) -> int: ...

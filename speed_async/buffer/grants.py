@@ -8,8 +8,8 @@ from speed_async.buffer.evaluations import Evaluations
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import ActorState
 from speed_async.config.schema import Config
+from speed_async.transport.messages import Leases
 from speed_async.types import LeaseKind
-from speed_async.wire.messages import Leases
 
 
 class Grants:

@@ -10,7 +10,7 @@ from array import array
 from dataclasses import dataclass
 from typing import ClassVar
 
-from speed_async.wire.messages import GroupFinished
+from speed_async.transport.messages import GroupFinished
 
 _ROW = struct.Struct("<qqqqqqqdd")
 _NUM_TAKES = struct.Struct("<q")

@@ -5,19 +5,19 @@ a group happens here, once, in all four.
 """
 
 from speed_async.buffer.credit import Credit
-from speed_async.buffer.curriculum import Curriculum
+from speed_async.buffer.curriculum.curriculum import Curriculum
 from speed_async.buffer.evaluations import Accuracy, Evaluations
 from speed_async.buffer.group_table import BufferedGroup
 from speed_async.buffer.leases import LeaseBook, OpenLease
 from speed_async.buffer.ledger import Ledger
 from speed_async.buffer.lineage import Lineage
 from speed_async.buffer.priority import PriorityBuffer
-from speed_async.buffer.statistics import RunStatistics
-from speed_async.buffer.unusable import UnusablePrompts
+from speed_async.buffer.reporting.statistics import RunStatistics
+from speed_async.buffer.reporting.unusable import UnusablePrompts
 from speed_async.config.schema import Config
+from speed_async.transport import messages as m
+from speed_async.transport.groups import GroupFacts
 from speed_async.types import GroupEnd, LeaseKind
-from speed_async.wire import messages as m
-from speed_async.wire.groups import GroupFacts
 
 
 class Lifecycle:

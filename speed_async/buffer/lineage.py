@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from speed_async.buffer.group_table import BufferedGroup
-from speed_async.wire.messages import Trained
+from speed_async.transport.messages import Trained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

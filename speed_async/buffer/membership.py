@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from speed_async.config.checks import INCARNATIONS_A_LIFE
 from speed_async.config.schema import ClusterConfig
-from speed_async.wire.messages import Hello
+from speed_async.transport.messages import Hello
 
 RECONNECT_S = 10.0
 """Connections that are cut come back well within this; a dead actor's does not."""

@@ -18,20 +18,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from speed_async.buffer.conversations import Sealed
-from speed_async.buffer.journal import Place
-from speed_async.buffer.machine import Machine
-from speed_async.buffer.segments import Segments
-from speed_async.buffer.stored import StoredGroup
+from speed_async.buffer.durability.journal import Place
+from speed_async.buffer.durability.segments import Segments
+from speed_async.buffer.durability.stored import StoredGroup
+from speed_async.buffer.sessions import Sealed
+from speed_async.buffer.state_machine import Machine
 from speed_async.config.resumed import CONFIG_FILE
 from speed_async.errors import DeadlineExceeded, JournalError
-from speed_async.observe.metrics import Event
-from speed_async.observe.sinks import Sink
-from speed_async.wire import messages as m
-from speed_async.wire.codec import decode
-from speed_async.wire.feed import FeedPublisher
-from speed_async.wire.groups import batch_group
-from speed_async.wire.transport import Delivery, Hub, PeerName
+from speed_async.observability.metrics import Event
+from speed_async.observability.sinks import Sink
+from speed_async.transport import messages as m
+from speed_async.transport.codec import decode
+from speed_async.transport.feed import FeedPublisher
+from speed_async.transport.groups import batch_group
+from speed_async.transport.transport import Delivery, Hub, PeerName
 
 KEPT_KINDS = ("step", "evaluation", "sample", "end")
 """Status events are for the live feed only."""

@@ -11,32 +11,32 @@ answers    a TakeBatch when enough fresh groups are buffered and the first evalu
 
 from collections.abc import Callable
 
-from speed_async.buffer.curriculum import Curriculum
-from speed_async.buffer.diagnoses import Diagnoses
+from speed_async.buffer.curriculum.curriculum import Curriculum
 from speed_async.buffer.ending import Ending, Step
 from speed_async.buffer.evaluations import Accuracy, Evaluations
-from speed_async.buffer.gatekeeper import Gatekeeper
 from speed_async.buffer.grants import Grants
-from speed_async.buffer.inspection import Inspection
-from speed_async.buffer.learner_desk import LearnerDesk
+from speed_async.buffer.learner_handler import LearnerDesk
 from speed_async.buffer.ledger import ENGINE_TIMES
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import ActorState, Membership
-from speed_async.buffer.statistics import RunStatistics
-from speed_async.buffer.status import (
+from speed_async.buffer.reporting.diagnoses import Diagnoses
+from speed_async.buffer.reporting.statistics import RunStatistics
+from speed_async.buffer.reporting.status import (
     evaluation_values,
     stall_reason,
     status_values,
     summary_values,
 )
-from speed_async.buffer.warnings import Warnings
+from speed_async.buffer.reporting.warnings import Warnings
+from speed_async.buffer.validation import Gatekeeper
+from speed_async.buffer.validation_rules import Inspection
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
-from speed_async.observe.metrics import Event, EventKind, Value
-from speed_async.observe.summary import STOPPING
+from speed_async.observability.metrics import Event, EventKind, Value
+from speed_async.observability.summary import STOPPING
+from speed_async.transport import messages as m
+from speed_async.transport.joining import Join, JoinAccepted, Leaving
 from speed_async.types import GroupEnd, LeaseKind
-from speed_async.wire import messages as m
-from speed_async.wire.joining import Join, JoinAccepted, Leaving
 
 ROLE = "buffer service"
 HELD_UP_S = 1.0

@@ -6,7 +6,7 @@ nobody else notices. An actor that is still loading what was sent lacks nothing.
 """
 
 from speed_async.buffer.membership import ActorState, Membership
-from speed_async.wire.messages import (
+from speed_async.transport.messages import (
     OfferWeights,
     PublishWeights,
     WeightMembers,

@@ -2,7 +2,7 @@
 
 What is fixed is what the journal is replayed under (the service would decide otherwise the second
 time) and what the recorded groups were sampled under. Model and data may lie in a new place: their
-content tells whether they are the same (runtime/identity.py).
+content tells whether they are the same (launcher/identity/identity.py).
 """
 
 import json

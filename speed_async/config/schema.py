@@ -59,8 +59,8 @@ class TaskConfig(Section):
     """Data file of `jsonl`: one object a line with `prompt` and `answer`."""
     match: Literal["exact", "numeric"] = "exact"
     """How `jsonl` compares the final answers of completion and row. `exact`: as text, whatever the
-    spacing (tasks/exact_answer.py has the rules). `numeric`: as numbers; a row whose answer is not
-    one whole number is refused (tasks/whole_number.py)."""
+    spacing (rules: environments/exact_answer.py). `numeric`: as numbers; a row whose answer is not
+    one whole number is refused (environments/whole_number.py)."""
     score_truncated: bool = False
     """Whether a completion that a length limit cut off is scored like any other. False: it earns 0,
     in training and in evaluation, whatever number it happens to end in."""
@@ -137,7 +137,7 @@ class ObjectiveConfig(Section):
         "decoupled_log_linear",
         "negative_sequence_mask",
     ] = "none"
-    """What is done about tokens sampled by an older policy mu (learner/corrections.py)."""
+    """What is done about tokens sampled by an older policy mu (algorithms/corrections.py)."""
     min_ratio: Annotated[float, Field(ge=0)] = 0.5
     """Masks keep pi_theta / mu in [min_ratio, max_ratio]."""
     max_ratio: PositiveFloat = 2.0

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from speed_async.errors import DeadlineExceeded, RoleError
-from speed_async.wire import messages as m
-from speed_async.wire.transport import Link
+from speed_async.transport import messages as m
+from speed_async.transport.transport import Link
 
 SERVICE_GRACE_S = 10.0
 """How much longer than the service's own deadlines the learner waits for the service."""

@@ -20,18 +20,18 @@ from typing import Protocol
 
 from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded, RoleError, SpeedAsyncError
-from speed_async.learner.checkpointing import Checkpointer
+from speed_async.learner.checkpoint.checkpointer import Checkpointer
 from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox, Stop
 from speed_async.learner.progress import Progress, Restored
-from speed_async.learner.publishing import Publisher
+from speed_async.learner.publisher import Publisher
 from speed_async.learner.trainer import UpdateResult
-from speed_async.observe.summary import STOPPING
+from speed_async.observability.summary import STOPPING
+from speed_async.transport import messages as m
+from speed_async.transport.groups import unpack_group
+from speed_async.transport.transport import Link
 from speed_async.types import Group, WeightBackend
-from speed_async.weights.canary import Canary
-from speed_async.weights.channel import NamedTensor, WeightSender
-from speed_async.wire import messages as m
-from speed_async.wire.groups import unpack_group
-from speed_async.wire.transport import Link
+from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.channel import NamedTensor, WeightSender
 
 
 class Updates(Protocol):
@@ -49,7 +49,7 @@ class Finished:
 
     reason: str
     outcome: str
-    """"completed", "stopped" or "nothing_learned" (observe/metrics.py)."""
+    """"completed", "stopped" or "nothing_learned" (observability/metrics.py)."""
     policy_version: int
     optimizer_updates: int
     completions_trained: int

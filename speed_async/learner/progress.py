@@ -32,7 +32,7 @@ class Progress:
     """The updates since the oldest checkpoint that is kept, oldest first: a journal that lost its
     tail may still hold their groups."""
     run_id: str = ""
-    """Of the run that made the checkpoint (runtime/identity.py)."""
+    """Of the run that made the checkpoint (launcher/identity/identity.py)."""
 
     def updated(
         self, lease_ids: Sequence[int], *, skipped: bool, completions: int, tokens: int

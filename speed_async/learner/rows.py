@@ -30,7 +30,7 @@ class TrainingSample:
     policy_versions: Int32Array  # (T,)
     advantage: float
     weight: float
-    """Factor on each token's loss (learner/aggregation.py)."""
+    """Factor on each token's loss (algorithms/aggregation.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

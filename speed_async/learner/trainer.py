@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from speed_async.algorithms.diagnostics import Diagnostics, batch_metrics, screening_metrics
+from speed_async.algorithms.loss_tokens import LossTokens
+from speed_async.algorithms.objective import GroupSignal, Objective, judge, make_objective
 from speed_async.config.schema import Config
 from speed_async.errors import ModelError
 from speed_async.learner.batch import MicroBatch, make_micro_batch
 from speed_async.learner.canary import CanaryProbe
-from speed_async.learner.checkpoint import load_checkpoint, save_checkpoint, try_checkpoint
-from speed_async.learner.diagnostics import Diagnostics, batch_metrics, screening_metrics
-from speed_async.learner.loss_tokens import LossTokens
+from speed_async.learner.checkpoint.files import load_checkpoint, save_checkpoint, try_checkpoint
+from speed_async.learner.checkpoint.model_files import read_model_files
+from speed_async.learner.checkpoint.store import checkpoint_folder, prune
 from speed_async.learner.model import context_length, embedding_table
-from speed_async.learner.model_files import read_model_files
-from speed_async.learner.objective import GroupSignal, Objective, judge, make_objective
 from speed_async.learner.optimizer import make_optimizer, set_lr, warmed_up_lr
 from speed_async.learner.parallel import Parallel
 from speed_async.learner.policy import Policy, check_policy, layout_cost
 from speed_async.learner.progress import Progress
 from speed_async.learner.rows import choose_width, narrow, split_rows, taught_row
-from speed_async.learner.shelf import checkpoint_folder, prune
 from speed_async.types import Group
-from speed_async.weights.canary import Canary
+from speed_async.weight_sync.canary import Canary
 
 CPU_MICRO_BATCH_TOKENS = 2048
 """Past this, activations leave the cache of a CPU core and every token costs more (measured)."""

@@ -7,23 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from speed_async.buffer.curriculum import make_curriculum
-from speed_async.buffer.recovery import open_machine
+from speed_async.buffer.curriculum.curriculum import make_curriculum
+from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.service import BufferService
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config
-from speed_async.evaluate.plan import EvaluationPlan
-from speed_async.runtime.model_files import model_fingerprint
-from speed_async.tasks.registry import make_task
-from speed_async.tasks.task import fingerprint
-from speed_async.wire import messages as m
-from speed_async.wire.codec import decode
-from speed_async.wire.tap import digest_of
+from speed_async.environments.registry import make_task
+from speed_async.environments.task import fingerprint
+from speed_async.evaluation.plan import EvaluationPlan
+from speed_async.launcher.identity.model_files import model_fingerprint
+from speed_async.transport import messages as m
+from speed_async.transport.codec import decode
+from speed_async.transport.tracing import digest_of
 
 
 def held_groups(run_folder: Path) -> set[str]:
-    """Digests (wire/tap.py) of the groups that a service recovered from this journal would have
-    buffered or in training, each read from the record that it points to."""
+    """Digests (transport/tracing.py) of the groups that a service recovered from this journal
+    would have buffered or in training, each read from the record that it points to."""
     config = build_config(json.loads((run_folder / "config.json").read_text()))
     with tempfile.TemporaryDirectory() as copy:
         folder = Path(copy) / "journal"

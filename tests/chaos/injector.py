@@ -15,7 +15,7 @@ from chaos.faults import Fault
 from chaos.lost_records import LostRecords
 from chaos.proxy import Proxy
 from chaos.targets import Targets
-from speed_async.buffer.journal import read_segment
+from speed_async.buffer.durability.journal import read_segment
 
 TARGET_DEADLINE_S = 60.0
 """A victim that is just being started again is waited for this long."""

@@ -5,10 +5,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from speed_async.buffer.journal import read_segment
-from speed_async.wire import messages as m
-from speed_async.wire.codec import decode
-from speed_async.wire.tap import digest_of
+from speed_async.buffer.durability.journal import read_segment
+from speed_async.transport import messages as m
+from speed_async.transport.codec import decode
+from speed_async.transport.tracing import digest_of
 
 ENDS: dict[type[m.Message], str] = {
     m.GroupFinished: "group",
@@ -23,7 +23,7 @@ class LostRecords:
     times_s: list[float] = field(default_factory=list)
     """When it was cut, by the wall clock."""
     groups: set[str] = field(default_factory=set)
-    """Digests (wire/tap.py)."""
+    """Digests (transport/tracing.py)."""
     results: Counter[str] = field(default_factory=Counter)
     """By end, as the tap names them."""
 

@@ -19,8 +19,8 @@ from chaos.proxy import Proxy
 from chaos.settings import DISK_BYTES, PEER_TIMEOUT_S, Plan, write_config
 from chaos.targets import MARK, Targets
 from chaos.watcher import Watcher
-from speed_async.observe.metrics import Event
-from speed_async.runtime.failure import EXIT_INTERRUPTED
+from speed_async.launcher.exit_status import EXIT_INTERRUPTED
+from speed_async.observability.metrics import Event
 
 END_DEADLINE_S = 300.0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from run_process import parent_of
 
-CHILD = "speed_async.runtime.child "
+CHILD = "speed_async.launcher.child "
 RANK = "speed_async.launch "
 MARK = "CHAOS_DRILL"
 

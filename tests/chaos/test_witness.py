@@ -11,12 +11,12 @@ import pytest
 from chaos.lost_records import LostRecords
 from chaos.traces import read_traces
 from chaos.witness import judge_ended, judge_so_far
-from speed_async.buffer.journal import Journal
+from speed_async.buffer.durability.journal import Journal
+from speed_async.testing.inprocess_transport import InProcessHub
+from speed_async.transport import messages as m
+from speed_async.transport.codec import encode
+from speed_async.transport.tracing import digest_of, tapped
 from speed_async.types import ActorCounts
-from speed_async.wire import messages as m
-from speed_async.wire.codec import encode
-from speed_async.wire.inprocess import InProcessHub
-from speed_async.wire.tap import digest_of, tapped
 
 
 def sent(number: int, group: str = "", tokens: int = 10) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What actors and learner wrote of the groups that passed (speed_async/wire/tap.py), read back."""
+"""Reads the traces of groups that actors and learner wrote (transport/tracing.py)."""
 
 import json
 from collections.abc import Iterator

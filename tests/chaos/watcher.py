@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Self
 
 from speed_async.errors import DeadlineExceeded
-from speed_async.observe.metrics import Event
-from speed_async.wire.feed import FeedSubscriber
+from speed_async.observability.metrics import Event
+from speed_async.transport.feed import FeedSubscriber
 
 POLL_S = 0.25
 

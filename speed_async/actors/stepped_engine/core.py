@@ -1,0 +1,139 @@
+"""The synchronous heart of an engine: one turn of a stepper, wherever it runs.
+
+What callers ask for gathers in an inbox; a turn applies it, samples once, and tells what came of
+it. Inboxes and results are plain records, so that a turn can be taken in another process.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateReport
+from speed_async.actors.stepped_engine.admission import ModelLimits
+from speed_async.actors.stepped_engine.stepper import Finished, Stepper
+from speed_async.errors import SpeedAsyncError
+from speed_async.types import WeightOffer
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    offer: WeightOffer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pause:
+    abort: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resume:
+    pass
+
+
+Command = Update | Pause | Resume
+Answer = UpdateReport | SpeedAsyncError | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inbox:
+    """What callers asked for since the last turn began."""
+
+    arrivals: list[tuple[int, GenerationRequest]] = field(default_factory=list)
+    cancelled: list[int] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.arrivals or self.cancelled or self.commands)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TurnResult:
+    """What one turn, or several, came to; the counts of `stats` are those after the last."""
+
+    finished: list[Finished]
+    answers: list[Answer]
+    """One a command, in their order; an error is for who asked, the engine goes on."""
+    tokens_cancelled: int
+    stats: EngineStats
+
+    def followed_by(self, later: "TurnResult") -> "TurnResult":
+        return TurnResult(
+            finished=self.finished + later.finished,
+            answers=self.answers + later.answers,
+            tokens_cancelled=self.tokens_cancelled + later.tokens_cancelled,
+            stats=later.stats,
+        )
+
+
+class EngineCore:
+    """Takes turns on a stepper. Used by one thread."""
+
+    def __init__(self, stepper: Stepper, *, clock: Clock = time.monotonic) -> None:
+        self._stepper = stepper
+        self._clock = clock
+        self._is_paused = False
+        self._sampling_s = self._updating_s = 0.0
+
+    @property
+    def limits(self) -> ModelLimits:
+        return self._stepper.limits
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a turn without any inbox would sample."""
+        return self._stepper.has_work and not self._is_paused
+
+    @property
+    def stats(self) -> EngineStats:
+        return replace(
+            self._stepper.stats(), sampling_s=self._sampling_s, updating_s=self._updating_s
+        )
+
+    def turn(self, inbox: Inbox) -> TurnResult:
+        """Raises what the stepper raises, and a failed update that left no whole version."""
+        stepper = self._stepper
+        finished: list[Finished] = []
+        answers: list[Answer] = []
+        for key, request in inbox.arrivals:
+            stepper.submit(key, request)
+        tokens_cancelled = sum(stepper.cancel(key) for key in inbox.cancelled)
+        begun_s = self._clock()
+        for command in inbox.commands:
+            try:
+                answers.append(self._obey(command, finished))
+            except SpeedAsyncError as error:
+                if not stepper.is_whole:
+                    raise
+                answers.append(error)
+        stepping_s = self._clock()
+        if self.has_work:
+            finished += stepper.step()
+        self._updating_s += stepping_s - begun_s
+        self._sampling_s += self._clock() - stepping_s
+        return TurnResult(
+            finished=finished,
+            answers=answers,
+            tokens_cancelled=tokens_cancelled,
+            stats=self.stats,
+        )
+
+    def _obey(self, command: Command, finished: list[Finished]) -> UpdateReport | None:
+        match command:
+            case Update(offer=offer):
+                begun_s = self._clock()
+                finished += self._stepper.abort_stale(offer.policy_version)
+                transfer_s = self._stepper.load_weights(offer)
+                return UpdateReport(
+                    policy_version=offer.policy_version,
+                    transfer_s=transfer_s,
+                    pause_s=self._clock() - begun_s,
+                )
+            case Pause(abort=abort):
+                self._is_paused = True
+                if abort:
+                    finished += self._stepper.abort()
+            case Resume():
+                self._is_paused = False
+        return None

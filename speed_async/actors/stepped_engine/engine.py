@@ -1,0 +1,164 @@
+"""The asynchronous shell: makes an `Engine` of any `Worker`.
+
+What callers ask for gathers in an inbox, which the worker fetches; completions are handed out as
+its results arrive, and their callers run while it computes on.
+"""
+
+import asyncio
+import itertools
+from collections import deque
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateReport
+from speed_async.actors.stepped_engine.admission import sequence_limit
+from speed_async.actors.stepped_engine.core import Command, Inbox, Pause, Resume, TurnResult, Update
+from speed_async.actors.stepped_engine.worker import Worker
+from speed_async.errors import SpeedAsyncError
+from speed_async.types import Sampled, WeightOffer
+
+
+class SteppedEngine:
+    """Implements `Engine`. Entering starts the worker and waits until it has loaded.
+
+    What broke a turn reaches every waiting caller and every later call, and so does a failed
+    weight update that leaves no whole version behind.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._keys = itertools.count()
+        self._inbox = Inbox()
+        self._callers: dict[int, asyncio.Future[Sampled]] = {}
+        self._commands: deque[asyncio.Future[Any]] = deque()  # not answered yet, oldest first
+        self._failure: Exception | None = None
+        self._tokens_cancelled = 0
+        self._tokens_unseen = 0  # of resolved futures whose callers have not run yet
+
+    async def __aenter__(self) -> Self:
+        self._wake = asyncio.Event()
+        try:
+            self._limits, self._stats = await self._worker.start()
+        except BaseException:
+            await self._worker.close()
+            raise
+        self._task = asyncio.create_task(self._run(), name="engine")
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Completions still running fail with SpeedAsyncError."""
+        self._task.cancel()
+        await asyncio.wait((self._task,))
+        await self._worker.close()
+
+    @property
+    def stats(self) -> EngineStats:
+        return replace(
+            self._stats,
+            tokens_running=self._stats.tokens_running + self._tokens_unseen,
+            num_waiting=max(0, len(self._callers) - self._stats.num_running),
+        )
+
+    @property
+    def tokens_cancelled(self) -> int:
+        """Tokens sampled for callers that were cancelled. At every instant:
+        tokens_generated = tokens returned + tokens_cancelled + tokens_running."""
+        return self._tokens_cancelled
+
+    async def generate(self, request: GenerationRequest) -> Sampled:
+        """Raises ModelError or ConfigError at once when the request cannot be served.
+
+        Cancelling it frees the request's slot before the next step.
+        """
+        self._check_usable()
+        sequence_limit(request, self._limits)
+        key = next(self._keys)
+        future: asyncio.Future[Sampled] = asyncio.get_running_loop().create_future()
+        self._callers[key] = future
+        self._inbox.arrivals.append((key, request))
+        self._wake.set()
+        try:
+            sampled = await future
+        except asyncio.CancelledError:
+            self._forget(key, future)
+            raise
+        self._tokens_unseen -= sampled.num_tokens
+        return sampled
+
+    async def update_weights(self, offer: WeightOffer) -> UpdateReport:
+        return await self._command(Update(offer=offer))
+
+    async def pause(self, *, abort: bool) -> None:
+        await self._command(Pause(abort=abort))
+
+    async def resume(self) -> None:
+        await self._command(Resume())
+
+    async def _command(self, command: Command) -> Any:
+        self._check_usable()
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._inbox.commands.append(command)
+        self._commands.append(future)
+        self._wake.set()
+        return await future
+
+    async def _run(self) -> None:
+        try:
+            await self._worker.run(self._wake, self._take, self._deliver)
+        except asyncio.CancelledError:
+            self._fail(SpeedAsyncError("the engine was closed before this request ended"))
+            raise
+        except Exception as error:  # task boundary: whatever broke a turn ends every request
+            self._fail(error)
+
+    def _take(self) -> Inbox:
+        inbox, self._inbox = self._inbox, Inbox()
+        return inbox
+
+    def _deliver(self, result: TurnResult) -> None:
+        self._stats = result.stats
+        self._tokens_cancelled += result.tokens_cancelled
+        for finished in result.finished:
+            future = self._callers.pop(finished.key, None)
+            if future is None or future.done():  # cancelled while this turn was under way
+                self._tokens_cancelled += finished.sampled.num_tokens
+            else:
+                self._tokens_unseen += finished.sampled.num_tokens
+                future.set_result(finished.sampled)
+        for answer in result.answers:
+            future = self._commands.popleft()
+            if future.done():
+                continue
+            if isinstance(answer, SpeedAsyncError):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+
+    def _forget(self, key: int, future: asyncio.Future[Sampled]) -> None:
+        """The caller of this request was cancelled."""
+        if future.cancelled():
+            if self._callers.pop(key, None) is not None:
+                self._inbox.cancelled.append(key)
+                self._wake.set()
+        elif future.exception() is None:
+            num_tokens = future.result().num_tokens
+            self._tokens_unseen -= num_tokens
+            self._tokens_cancelled += num_tokens
+
+    def _fail(self, failure: Exception) -> None:
+        self._failure = failure
+        for future in (*self._callers.values(), *self._commands):
+            if not future.done():
+                future.set_exception(failure)
+        self._callers.clear()
+        self._commands.clear()
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise self._failure

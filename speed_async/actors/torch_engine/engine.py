@@ -1,0 +1,40 @@
+"""The embedded engine's stepper, made of a model folder and the configuration."""
+
+from pathlib import Path
+
+import torch
+
+from speed_async.actors.model_folder import load_model_folder, resolve_device
+from speed_async.actors.torch_engine.generator import TorchGenerator
+from speed_async.config.schema import ActorsConfig, ModelConfig
+from speed_async.weight_sync.broadcast import TorchReceiver
+from speed_async.weight_sync.contiguous import lay_flat
+
+
+def load_torch_generator(
+    model: ModelConfig,
+    actors: ActorsConfig,
+    *,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    canary_tolerance: float | None = None,
+) -> TorchGenerator:
+    """Load the model and get ready to receive weights. Raises ModelError when the folder cannot
+    serve. Sets this process's torch threads."""
+    device = resolve_device(actors.device)
+    if device.type == "cpu":
+        torch.set_num_threads(actors.num_threads)
+    loaded = load_model_folder(
+        Path(model.path), context_length=model.context_length, device=actors.device, dtype=dtype
+    )
+    lay_flat(loaded.model)  # as the learner's does: weights arrive where they belong
+    return TorchGenerator(
+        loaded.model,
+        num_slots=actors.slots,
+        context_length=loaded.context_length,
+        eos_token_ids=loaded.eos_token_ids,
+        random=torch.Generator(device).manual_seed(seed),
+        receiver=TorchReceiver(device=device, in_place=True),
+        recompute_at_update=actors.running_at_update == "recompute",
+        canary_tolerance=canary_tolerance,
+    )

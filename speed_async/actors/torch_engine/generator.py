@@ -1,0 +1,245 @@
+"""Continuous batching over any Hugging Face causal LM: the synchronous, pure core.
+
+A step decodes one token for every running row. Sequences join and leave between steps. A prompt
+enters the KV cache up to its last token; that token is the row's first decode input, so every
+sampled token comes from the same code, and rows with equal prompts share one prefill.
+
+Shape legend: N rows in use, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from speed_async.actors.engine import EngineStats, GenerationRequest
+from speed_async.actors.stepped_engine.admission import (
+    AdmissionPrice,
+    ModelLimits,
+    WaitingLine,
+    sequence_limit,
+)
+from speed_async.actors.stepped_engine.stepper import Finished, nothing_sampled
+from speed_async.actors.torch_engine.sampling import sample
+from speed_async.actors.torch_engine.slot_model import SlotModel
+from speed_async.actors.torch_engine.slots import Int64Array, SlotTable
+from speed_async.errors import SpeedAsyncError, WeightSyncError
+from speed_async.types import FinishReason, Float32Array, WeightOffer
+from speed_async.weight_sync.channel import WeightReceiver
+
+
+class TorchGenerator:
+    """Implements `Stepper` over a causal LM that it owns (weights are loaded in place).
+
+    `random` lives on the model's device. Log-probabilities equal those of a plain forward pass
+    up to rounding of the model's dtype.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        num_slots: int,
+        context_length: int,
+        eos_token_ids: Sequence[int],
+        random: torch.Generator,
+        receiver: WeightReceiver | None = None,
+        policy_version: int = 0,
+        recompute_at_update: bool = True,
+        canary_tolerance: float | None = None,
+    ) -> None:
+        self.limits = ModelLimits(
+            context_length=context_length,
+            num_token_ids=model.get_input_embeddings().weight.shape[0],
+        )
+        self._model = SlotModel(model, num_slots, canary_tolerance_nats=canary_tolerance)
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._random = random
+        self._receiver = receiver
+        self._policy_version = policy_version
+        self._recompute_at_update = recompute_at_update
+        self._waiting = WaitingLine()
+        self._requests: dict[int, GenerationRequest] = {}  # of the rows in use
+        self._price = AdmissionPrice()
+        self._table = SlotTable(num_slots)
+        self._tokens_generated = 0
+        self._num_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._table.num_active or len(self._waiting))
+
+    @property
+    def is_whole(self) -> bool:
+        return self._model.is_whole
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            tokens_generated=self._tokens_generated,
+            tokens_running=self._table.tokens_running,
+            num_running=self._table.num_active,
+            num_waiting=len(self._waiting),
+            num_slots=self._table.num_slots,
+            policy_version=self._policy_version,
+            steps=self._num_steps,
+        )
+
+    def submit(self, key: int, request: GenerationRequest) -> None:
+        """Raises ModelError or ConfigError when the request cannot be served."""
+        sequence_limit(request, self.limits)
+        self._waiting.push(key, request)
+
+    def cancel(self, key: int) -> int:
+        if self._waiting.remove(key):
+            return 0
+        rows = np.flatnonzero(self._table.active & (self._table.keys == key))
+        return sum(each.sampled.num_tokens for each in self._release(rows, "abort"))
+
+    def abort(self) -> list[Finished]:
+        finished = self._release(np.flatnonzero(self._table.active), "abort")
+        while len(self._waiting):
+            finished.append(Finished(key=self._waiting.pop()[0], sampled=nothing_sampled()))
+        return finished
+
+    def abort_stale(self, policy_version: int) -> list[Finished]:
+        table = self._table
+        rows = np.flatnonzero(table.active)
+        begun = table.length[rows] > table.num_prompt[rows]
+        first_versions = table.versions[rows, table.num_prompt[rows] * begun]
+        stale = [
+            row
+            for row, first, has_any in zip(rows, first_versions.tolist(), begun, strict=True)
+            if self._requests[int(table.keys[row])].is_too_old(
+                first if has_any else None, policy_version
+            )
+        ]
+        finished = self._release(np.array(stale, np.int64), "abort")
+        for key in self._waiting.too_old(policy_version):
+            self._waiting.remove(key)
+            finished.append(Finished(key=key, sampled=nothing_sampled()))
+        return finished
+
+    @torch.inference_mode()
+    def step(self) -> list[Finished]:
+        """Admit what is due and sample one token for every running row.
+
+        Raises SpeedAsyncError when the model yields non-finite log-probabilities.
+        """
+        table = self._table
+        num_free = table.num_slots - table.num_active
+        num_enterable = min(num_free, len(self._waiting))
+        if self._price.is_due(num_running=table.num_active, num_enterable=num_enterable):
+            self._admit(num_enterable)
+        table.cut_tail()
+        if not len(self._waiting) and table.is_sparse:  # else the next admission does it
+            self._close_gaps()
+        if not table.num_active:
+            return []
+        tokens_N, logprobs_N = self._decode()
+        self._check_finite(logprobs_N)
+        table.append(tokens_N, logprobs_N, self._policy_version)
+        self._tokens_generated += table.num_active
+        self._num_steps += 1
+        return self._collect(tokens_N)
+
+    @torch.inference_mode()
+    def load_weights(self, offer: WeightOffer) -> float:
+        if self._receiver is None:
+            raise WeightSyncError("this engine was made without a weight receiver")
+        transfer_s = self._model.load(offer, self._receiver)
+        self._policy_version = offer.policy_version
+        if self._recompute_at_update:
+            self._prefill(np.flatnonzero(self._table.active))
+        return transfer_s
+
+    # --- joining ------------------------------------------------------------------------------
+
+    def _admit(self, count: int) -> None:
+        entering = [self._waiting.pop() for _ in range(count)]
+        limits = [sequence_limit(request, self.limits) for _, request in entering]
+        self._table.reserve(max(limits))
+        self._model.reserve(max(limits))
+        self._close_gaps()
+        # A row that holds this prompt, computed under the present weights, serves as its prefill.
+        holders = self._prompts_held()
+        prefilled: list[int] = []
+        copies: list[tuple[int, int]] = []
+        rows = range(self._table.num_rows, self._table.num_rows + count)
+        for row, (key, request), limit in zip(rows, entering, limits, strict=True):
+            prompt = request.prompt_token_ids
+            self._requests[key] = request
+            self._table.occupy(row, key, prompt, limit, request.temperature, request.top_p)
+            holder = holders.setdefault(prompt.tobytes(), row)
+            if holder == row:
+                prefilled.append(row)
+            else:
+                copies.append((holder, row))
+        self._model.fit(self._table.length[: self._table.num_rows])
+        self._prefill(np.array(prefilled, np.int64))
+        if copies:
+            sources, destinations = np.array(copies, np.int64).T
+            lengths = self._table.num_prompt[destinations] - 1
+            self._model.copy_prefixes(sources, destinations, lengths)
+
+    def _prompts_held(self) -> dict[bytes, int]:
+        table = self._table
+        rows = np.flatnonzero(table.active)
+        if not self._recompute_at_update:  # a row's prompt is of the version of its first token
+            first_versions = table.versions[rows, table.num_prompt[rows]]
+            rows = rows[first_versions == self._policy_version]
+        return {table.tokens[row, : table.num_prompt[row]].tobytes(): row for row in rows.tolist()}
+
+    def _prefill(self, rows: Int64Array) -> None:
+        """Cache all but the newest token of these rows."""
+        self._model.prefill(rows, self._table.tokens, self._table.length[rows] - 1)
+
+    def _close_gaps(self) -> None:
+        sources = self._table.close_gaps()
+        self._model.rearrange(sources, self._table.length[: len(sources)])
+
+    # --- stepping -----------------------------------------------------------------------------
+
+    def _decode(self) -> tuple[Int64Array, Float32Array]:
+        table, count = self._table, self._table.num_rows
+        self._model.fit(table.length[:count])
+        logits_NV = self._model.decode(table.feed[:, :count])
+        temperature, top_p = table.temperature[:count], table.top_p[:count]
+        tokens_N, logprobs_N = sample(
+            logits_NV,
+            temperature_N=None if (temperature == 1).all() else self._model.to_device(temperature),
+            top_p_N=None if (top_p == 1).all() else self._model.to_device(top_p),
+            random=self._random,
+        )
+        return tokens_N.cpu().numpy(), logprobs_N.cpu().numpy()
+
+    def _check_finite(self, logprobs_N: Float32Array) -> None:
+        wrong_N = ~np.isfinite(logprobs_N) & self._table.active[: len(logprobs_N)]
+        if wrong_N.any():
+            # Not a ModelError: that one is about a single request, and this ends the engine.
+            raise SpeedAsyncError(
+                f"the model of policy version {self._policy_version} gave non-finite logits for "
+                f"{int(wrong_N.sum())} of {self._table.num_active} sequences: its weights have "
+                "diverged or its dtype overflows"
+            )
+
+    def _collect(self, tokens_N: Int64Array) -> list[Finished]:
+        table, count = self._table, self._table.num_rows
+        stopped_N = np.zeros(count, bool)
+        for eos_token_id in self._eos_token_ids:
+            stopped_N |= tokens_N == eos_token_id
+        stopped_N &= table.active[:count]
+        full_N = table.active[:count] & (table.length[:count] >= table.limit[:count]) & ~stopped_N
+        finished = self._release(np.flatnonzero(stopped_N), "stop")
+        return finished + self._release(np.flatnonzero(full_N), "length")
+
+    def _release(self, rows: Int64Array, finish_reason: FinishReason) -> list[Finished]:
+        finished = [
+            Finished(
+                key=int(self._table.keys[row]), sampled=self._table.release(row, finish_reason)
+            )
+            for row in rows.tolist()
+        ]
+        for each in finished:
+            del self._requests[each.key]
+        return finished

@@ -1,0 +1,171 @@
+"""A causal LM over slots: prefill, decode and weight loading, with its KV cache.
+
+Shape legend: N rows in use, U rows in one prefill, P prefilled positions, L attended positions,
+V vocabulary, T canary tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speed_async.actors.torch_engine.slot_cache import SlotCache
+from speed_async.actors.torch_engine.slots import Int64Array
+from speed_async.actors.torch_engine.span_attention import SPANS_KEYWORD, attend_by_span
+from speed_async.errors import WeightSyncError
+from speed_async.types import Int32Array, WeightOffer
+from speed_async.weight_sync.canary import Canary, canary_tolerance, verify
+from speed_async.weight_sync.channel import NamedTensor, WeightReceiver
+
+PREFILL_TOKENS = {"cpu": 512, "cuda": 16384}
+"""Padded tokens in one prefill pass. On a GPU it bounds the activations; a CPU is fastest while
+they stay in its cache."""
+
+
+class SlotModel:
+    """Owns a model (its weights are loaded in place) and the cache of `num_slots` rows."""
+
+    def __init__(
+        self, model: Any, num_slots: int, *, canary_tolerance_nats: float | None = None
+    ) -> None:
+        """`canary_tolerance_nats` as in `weights.canary_tolerance`."""
+        self._model = model.eval()
+        parameter = next(model.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
+        self._canary_tolerance = canary_tolerance(canary_tolerance_nats, self._dtype)
+        self._attends_by_span = attend_by_span(model)
+        if self._attends_by_span and self._device.type == "cpu":
+            self._cache = SlotCache(num_slots, block=max(16, num_slots // 8), granule=16)
+        else:  # one launch beats shorter reads where launches are what costs
+            self._cache = SlotCache(num_slots, block=num_slots, granule=64)
+        self.is_whole = True
+        """False once an update broke off halfway, or failed its canary: the weights are then of no
+        version."""
+
+    def to_device(self, array: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def reserve(self, length: int) -> None:
+        """Make room for sequences of `length` positions."""
+        self._cache.reserve(length)
+
+    def fit(self, length: Int64Array) -> None:
+        """Prepare the cache for rows of these lengths (N,)."""
+        self._cache.fit(length)
+
+    def rearrange(self, sources: Int64Array, length: Int64Array) -> None:
+        """Row i takes the cached positions of row `sources[i]` >= i; lengths (N,) after it."""
+        self._cache.rearrange(sources, length)
+
+    def copy_prefixes(
+        self, sources: Int64Array, destinations: Int64Array, lengths: Int64Array
+    ) -> None:
+        """Copy the first `lengths[i]` cached positions from rows to rows (all (U,))."""
+        self._cache.copy_prefixes(sources, destinations, lengths)
+
+    def prefill(self, rows: Int64Array, tokens: Int32Array, lengths: Int64Array) -> None:
+        """Cache the first `lengths[i]` (U,) of `tokens[rows[i]]` (S, C) for each of `rows` (U,)."""
+        for part in prefill_parts(lengths, PREFILL_TOKENS[self._device.type]):
+            num_positions = int(lengths[part].max())
+            tokens_UP = tokens[rows[part], :num_positions].astype(np.int64)
+            positions_1P = torch.arange(num_positions, device=self._device)[None]
+            # Rows shorter than P carry junk behind their end: causal, so nobody sees it.
+            mask_11PP = torch.full(
+                (1, 1, num_positions, num_positions),
+                -torch.inf,
+                dtype=self._dtype,
+                device=self._device,
+            ).triu_(1)
+            self._cache.begin_prefill(rows[part], lengths[part])
+            self._model.base_model(  # the body alone: no logits are wanted here
+                input_ids=self.to_device(tokens_UP),
+                position_ids=positions_1P.expand(len(part), -1),
+                attention_mask=mask_11PP,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+
+    def decode(self, feed: Int64Array) -> Tensor:
+        """Logits (N, V) after each row's newest token; `feed` (2, N): tokens, their positions."""
+        feed_2N = self.to_device(feed)
+        positions_N = feed_2N[1]
+        spans = self._cache.begin_decode(feed[1])
+        attended = max(span.capacity for span in spans)
+        mask_NL = torch.where(
+            torch.arange(attended, device=self._device) <= positions_N[:, None], 0.0, -torch.inf
+        ).to(self._dtype)
+        logits_N1V = self._model(
+            input_ids=feed_2N[0][:, None],
+            position_ids=positions_N[:, None],
+            attention_mask=mask_NL[:, None, None],
+            past_key_values=self._cache,
+            use_cache=True,
+            **({SPANS_KEYWORD: spans} if self._attends_by_span else {}),
+        ).logits
+        return logits_N1V[:, 0]
+
+    @torch.no_grad()
+    def load(self, offer: WeightOffer, receiver: WeightReceiver) -> float:
+        """Receive every parameter (tied ones once, under their first name), and verify them by
+        the canary that came along; seconds the transfer took.
+
+        Raises WeightSyncError or DeadlineExceeded; see `is_whole`.
+        """
+        parameters = dict(self._model.named_parameters())
+        missing = set(parameters)
+
+        def copy_bucket(bucket: Sequence[NamedTensor]) -> None:
+            self.is_whole = False
+            for name, tensor in bucket:
+                parameters[name].copy_(tensor, non_blocking=True)
+                missing.discard(name)
+            if self._device.type == "cuda":  # the tensors are only lent for this call
+                torch.cuda.current_stream(self._device).synchronize()
+
+        expected = [(name, parameter.detach()) for name, parameter in parameters.items()]
+        report = receiver.receive(offer, expected, copy_bucket)
+        if missing:
+            raise WeightSyncError(
+                f"policy version {offer.policy_version} came without {len(missing)} of "
+                f"{len(parameters)} tensors, first {min(missing)}"
+            )
+        if report.canary is not None:
+            verify(
+                report.canary,
+                self._logprobs(report.canary),
+                tolerance=self._canary_tolerance,
+                policy_version=offer.policy_version,
+            )
+        self.is_whole = True
+        return report.transfer_s
+
+    def _logprobs(self, canary: Canary) -> list[float]:
+        """Of tokens 1..T-1, (T-1,), by a plain pass over all of them that leaves the cache alone.
+
+        Raises WeightSyncError for token ids that this model does not have.
+        """
+        num_token_ids = self._model.get_input_embeddings().weight.shape[0]
+        if (largest := max(canary.token_ids)) >= num_token_ids:
+            raise WeightSyncError(
+                f"the canary has token id {largest} and this model {num_token_ids} ids: all roles "
+                "must use the same model folder"
+            )
+        tokens_T = torch.tensor(canary.token_ids, device=self._device)
+        logits_TV = self._model(input_ids=tokens_T[None], use_cache=False).logits[0].float()
+        logprobs_TV = logits_TV[:-1].log_softmax(-1)
+        return logprobs_TV.gather(1, tokens_T[1:, None])[:, 0].tolist()
+
+
+def prefill_parts(lengths: Int64Array, max_tokens: int) -> Iterator[Int64Array]:
+    """Split rows with anything to prefill (lengths (U,) > 0) into passes of at most `max_tokens`
+    padded tokens, rows of like length together; yields indices into `lengths`."""
+    order = np.argsort(lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    while len(order):
+        # Ascending lengths: the last row of a pass sets its width.
+        num_padded = lengths[order] * np.arange(1, len(order) + 1)
+        count = max(1, int(np.searchsorted(num_padded, max_tokens, side="right")))
+        yield order[:count]
+        order = order[count:]

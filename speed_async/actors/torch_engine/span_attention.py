@@ -1,0 +1,88 @@
+"""Decode attention that reads only what is there: block by block, grouped heads together.
+
+Decoding one token a row is bound by reading keys and values. The stock path repeats them for
+grouped-query models, and attends with every row over the longest row's length.
+
+Shape legend: N rows in use, Q query heads, H key/value heads, G = Q / H query heads sharing one,
+L largest capacity, D head dimension, V vectors of a SlotCache.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from speed_async.actors.torch_engine.slot_cache import Span
+from speed_async.errors import ModelError
+
+SPANS_KEYWORD = "slot_spans"
+"""Passed to the model's forward, which hands it on to every attention layer."""
+
+_IMPLEMENTATION = "speed_async_spans"
+
+
+def attend_by_span(model: Any) -> bool:
+    """Make a model that uses SDPA attend through `span_attention`; False when it cannot.
+
+    Forward passes without spans compute what they did before.
+    """
+    if model.config._attn_implementation != "sdpa":
+        return False
+    AttentionInterface.register(_IMPLEMENTATION, span_attention)
+    AttentionMaskInterface.register(_IMPLEMENTATION, sdpa_mask)
+    model.set_attn_implementation(_IMPLEMENTATION)
+    return model.config._attn_implementation == _IMPLEMENTATION
+
+
+def span_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    slot_spans: list[Span] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of query (N, Q, 1, D) over the stores of a SlotCache: (N, 1, Q, D).
+
+    `key` and `value` are (1, H, V / H, D), or with one block (N, H, capacity, D);
+    `attention_mask` is additive, (N, 1, 1, L). Without spans it is plain SDPA; keywords that
+    SDPA honours and this does not raise ModelError.
+    """
+    if slot_spans is None or attention_mask is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    if kwargs.get("position_bias") is not None:
+        raise ModelError(
+            f"{type(module).__name__} attends with a position bias, which the torch engine "
+            'cannot serve: use engine = "vllm"'
+        )
+    num_rows, num_query_heads, _, dim = query.shape
+    num_heads = key.shape[1]
+    # Query heads that share keys take the place of query positions: no key is repeated.
+    query_NHGD = query.reshape(num_rows, num_heads, num_query_heads // num_heads, dim)
+    keys_VD, values_VD = key.reshape(-1, key.shape[-1]), value.reshape(-1, value.shape[-1])
+    outputs = []
+    for span in slot_spans:
+        start, end = span.first_row, span.end_row
+        held = slice(
+            num_heads * span.offset, num_heads * (span.offset + (end - start) * span.capacity)
+        )
+        shape = (end - start, num_heads, span.capacity, -1)
+        outputs.append(
+            scaled_dot_product_attention(
+                query_NHGD[start:end],
+                keys_VD[held].view(shape),
+                values_VD[held].view(shape),
+                attn_mask=attention_mask[start:end, :, :, : span.capacity],
+                scale=scaling,
+            )
+        )
+    output_NHGD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return output_NHGD.reshape(num_rows, 1, num_query_heads, value.shape[-1]), None

@@ -1,0 +1,57 @@
+# pyright: reportMissingImports=false
+"""Starting vLLM: from the configuration to a running AsyncLLM."""
+
+from functools import partial
+
+from vllm.config import WeightTransferConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from speed_async.actors.stepped_engine.admission import ModelLimits
+from speed_async.actors.vllm_engine.engine import OpenLlm, VllmEngine
+from speed_async.actors.vllm_engine.options import TRANSFER_BACKEND, ServingFacts, engine_arguments
+from speed_async.config.schema import Config
+from speed_async.errors import SpeedAsyncError
+from speed_async.observability.first_error import LogSince, one_line, points_elsewhere
+
+SHUTDOWN_S = 5.0
+
+
+def make_vllm_engine(config: Config, *, seed: int) -> VllmEngine:
+    """An engine, not yet started. The process's environment is `vllm_options`' business."""
+    return VllmEngine(
+        partial(open_llm, config, seed=seed),
+        recompute_at_update=config.actors.running_at_update == "recompute",
+        canary_tolerance_nats=config.weights.canary_tolerance,
+    )
+
+
+def open_llm(config: Config, *, seed: int) -> OpenLlm:
+    """Start vLLM and wait until it serves. Raises ModelError, ConfigError or SpeedAsyncError."""
+    facts = ServingFacts(config)
+    arguments = engine_arguments(config, facts, seed=seed, on_cpu=current_platform.is_cpu())
+    log = LogSince()
+    try:
+        llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                **arguments, weight_transfer_config=WeightTransferConfig(backend=TRANSFER_BACKEND)
+            )
+        )
+    except (RuntimeError, ValueError, TypeError, OSError) as error:  # what vLLM raises at start
+        own = one_line(f"{type(error).__name__}: {error}")
+        cause = log.first_error() if points_elsewhere(own) else ""
+        raise SpeedAsyncError(
+            f"vLLM did not start: {cause or own} (all of it is in the actor's log)"
+        ) from error
+    return OpenLlm(
+        llm=llm,
+        limits=ModelLimits(
+            context_length=facts.context_length,
+            num_token_ids=facts.hf_config.get_text_config().vocab_size,
+        ),
+        eos_token_ids=facts.eos_token_ids,
+        num_slots=config.actors.slots,
+        dtype=str(llm.model_config.dtype),
+        close=partial(llm.shutdown, timeout=SHUTDOWN_S),
+    )

@@ -1,0 +1,175 @@
+"""What is done about tokens that an older (or another engine's) policy sampled.
+
+A correction decides two things for every token: the anchor, the policy a clipped loss takes its
+ratio to, and a weight on the token's loss. rho = pi_theta / mu, without gradient.
+
+pi is the distribution under training at the sampling temperature over the full vocabulary; mu is
+the one the token was drawn from. With top_p = 1 both are normalised over the same set and rho has
+mean 1 under mu when the weights agree. With top_p < 1 mu is renormalised over the nucleus, whose
+mass Z lies in [top_p, 1]: rho is then (pi / pi_mu) * Z for tokens in the nucleus, so it is too
+small by the factor Z, and tokens outside it are never seen. The gradient is that of the
+full-vocabulary policy restricted to the nuclei, shrunk by at most 1 - top_p.
+
+Shape legend: N completion tokens of one micro-batch, one after another; S sequences.
+"""
+
+import torch
+from torch import Tensor
+
+from speed_async.algorithms.loss_tokens import MAX_LOG_RATIO, Corrected, LossTokens
+
+
+def none(tokens: LossTokens) -> Corrected:
+    """Anchor mu, weight 1: a clipped loss takes its ratio to the policy that sampled, and a loss
+    without a ratio is left uncorrected.
+
+    Source: Schulman et al. 2017, "PPO" (arXiv 1707.06347), equation 7, with pi_old = mu.
+    """
+    return _corrected(
+        tokens, anchor_N=tokens.behaviour_logprobs_N, weights_N=torch.ones_like(_pi(tokens))
+    )
+
+
+def token_tis(tokens: LossTokens, *, max_ratio: float) -> Corrected:
+    """Truncated importance sampling by token: anchor pi_theta, weight min(rho, max_ratio).
+
+    Biased for tokens above the cap, with bounded variance.
+    Source: Ionides 2008, "Truncated Importance Sampling"; between engine and trainer: Yao et al.
+    2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; IMPALA's
+    clipped rho, Espeholt et al. 2018 (arXiv 1802.01561).
+    """
+    return _truncated(tokens, _pi(tokens), _ratios(tokens), max_ratio)
+
+
+def sequence_tis(tokens: LossTokens, *, max_ratio: float) -> Corrected:
+    """As `token_tis`, but with the ratio of the whole sequence, exp(sum of log rho), for each of
+    its tokens: unbiased below the cap, and of a variance that grows with length.
+
+    Source: Liu et al. 2025, "When Speed Kills Stability" (sequence-level truncated importance
+    sampling); the estimator is that of Ionides 2008.
+    """
+    return _truncated(tokens, _pi(tokens), _sequence_ratios(tokens), max_ratio)
+
+
+def token_mask(tokens: LossTokens, *, min_ratio: float, max_ratio: float) -> Corrected:
+    """Anchor pi_theta, weight rho where min_ratio <= rho <= max_ratio, else 0.
+
+    Source: IcePop, Ling Team 2025, "Every Step Evolves" (arXiv 2510.18855).
+    """
+    return _masked(tokens, _ratios(tokens), min_ratio, max_ratio)
+
+
+def sequence_mask(tokens: LossTokens, *, min_ratio: float, max_ratio: float) -> Corrected:
+    """As `token_mask`, with the ratio of the whole sequence: a sequence is kept or dropped whole.
+
+    Source: Liu et al. 2025, "When Speed Kills Stability" (sequence-level masked importance
+    sampling).
+    """
+    return _masked(tokens, _sequence_ratios(tokens), min_ratio, max_ratio)
+
+
+def decoupled_recomputed(tokens: LossTokens, *, max_ratio: float) -> Corrected:
+    """Decoupled PPO with pi_prox recomputed at the start of the update: anchor pi_prox, weight
+    min(pi_prox / mu, max_ratio).
+
+    An update is one optimiser step, so pi_prox is pi_theta itself and needs no forward pass of
+    its own (by values this is `token_tis`; it differs where an update takes several steps).
+    Source: Hilton et al. 2021, "Batch Size-Invariance for Policy Optimization" (arXiv 2110.00641),
+    the decoupled clipped objective; asynchronous: Fu et al. 2025, "AReaL" (arXiv 2505.24298).
+    """
+    return _truncated(tokens, _pi(tokens), _ratios(tokens), max_ratio)
+
+
+def decoupled_log_linear(tokens: LossTokens, *, max_ratio: float) -> Corrected:
+    """Decoupled PPO whose pi_prox, the policy one version back, is interpolated:
+    log pi_prox = log mu + alpha (log pi_theta - log mu), alpha = (v_prox - v_mu) / (v_theta - v_mu)
+    with v_prox = v_theta - 1, so alpha = (age - 1) / age. Tokens of the present version (age 0)
+    take pi_prox = pi_theta. Anchor pi_prox, weight min(pi_prox / mu, max_ratio).
+
+    Source: AReaL documentation, "Proximal Log-Probability Approximation" (method `loglinear`).
+    AReaL's code differs twice: age 0 takes mu there, and weights past the cap are dropped, not cut.
+    """
+    ages_N = tokens.ages_N.to(tokens.behaviour_logprobs_N.dtype)
+    alpha_N = torch.where(ages_N > 0, (ages_N - 1) / ages_N.clamp(min=1), 1.0)
+    log_weights_N = alpha_N * tokens.log_ratios_N.detach()
+    anchor_N = torch.where(ages_N > 0, tokens.behaviour_logprobs_N + log_weights_N, _pi(tokens))
+    return _truncated(tokens, anchor_N, log_weights_N.exp(), max_ratio)
+
+
+def negative_sequence_mask(tokens: LossTokens, *, max_negative_kl: float) -> Corrected:
+    """Anchor mu, weight 0 for sequences of negative advantage whose mean of log mu - log pi_theta
+    exceeds max_negative_kl, else 1: what the policy has left behind and was bad is not unlearned
+    again, as it would push without bound.
+
+    Source: DeepSeek-AI 2025, "DeepSeek-V3.2" (arXiv 2512.02556), section 3.1, "Off-Policy
+    Sequence Masking".
+    """
+    kl_N = -sequence_means(tokens, tokens.log_ratios_N.detach())
+    masked_N = (tokens.advantages_N < 0) & (kl_N > max_negative_kl)
+    weights_N = torch.ones_like(kl_N).masked_fill(masked_N, 0.0)
+    return _corrected(
+        tokens, anchor_N=tokens.behaviour_logprobs_N, weights_N=weights_N, masked_N=masked_N
+    )
+
+
+def sequence_means(tokens: LossTokens, values_N: Tensor) -> Tensor:
+    """Mean of `values_N` over each token's own sequence, (N,)."""
+    lengths_S = _sequence_sums(tokens, torch.ones_like(values_N)).clamp(min=1)
+    return (_sequence_sums(tokens, values_N) / lengths_S)[tokens.sequence_ids_N]
+
+
+def _sequence_sums(tokens: LossTokens, values_N: Tensor) -> Tensor:
+    sums_S = values_N.new_zeros(tokens.num_sequences)
+    return sums_S.index_add(0, tokens.sequence_ids_N, values_N)
+
+
+def _pi(tokens: LossTokens) -> Tensor:
+    return tokens.logprobs_N.detach()
+
+
+def _ratios(tokens: LossTokens) -> Tensor:
+    return tokens.log_ratios_N.detach().exp()
+
+
+def _sequence_ratios(tokens: LossTokens) -> Tensor:
+    """exp(sum of log rho) of each token's own sequence, (N,)."""
+    sums_S = _sequence_sums(tokens, tokens.log_ratios_N.detach())
+    return sums_S.clamp(max=MAX_LOG_RATIO).exp()[tokens.sequence_ids_N]
+
+
+def _truncated(
+    tokens: LossTokens, anchor_N: Tensor, ratios_N: Tensor, max_ratio: float
+) -> Corrected:
+    return _corrected(
+        tokens,
+        anchor_N=anchor_N,
+        weights_N=ratios_N.clamp(max=max_ratio),
+        truncated_N=ratios_N > max_ratio,
+    )
+
+
+def _masked(tokens: LossTokens, ratios_N: Tensor, low: float, high: float) -> Corrected:
+    masked_N = (ratios_N < low) | (ratios_N > high)
+    return _corrected(
+        tokens,
+        anchor_N=_pi(tokens),
+        weights_N=ratios_N.masked_fill(masked_N, 0.0),
+        masked_N=masked_N,
+    )
+
+
+def _corrected(
+    tokens: LossTokens,
+    *,
+    anchor_N: Tensor,
+    weights_N: Tensor,
+    truncated_N: Tensor | None = None,
+    masked_N: Tensor | None = None,
+) -> Corrected:
+    nowhere_N = torch.zeros_like(tokens.logprobs_N, dtype=torch.bool)
+    return Corrected(
+        anchor_logprobs_N=anchor_N,
+        weights_N=weights_N,
+        truncated_N=nowhere_N if truncated_N is None else truncated_N,
+        masked_N=nowhere_N if masked_N is None else masked_N,
+    )

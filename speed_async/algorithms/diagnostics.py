@@ -1,0 +1,133 @@
+"""What to watch while an update runs: how far the policy has moved from the one that sampled, and
+what the batch was made of.
+
+Shape legend: N completion tokens of one micro-batch; in `GroupSignal`, completions of one group.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speed_async.algorithms.loss_tokens import Corrected, LossTokens, TokenLosses
+from speed_async.algorithms.objective import GroupSignal
+from speed_async.types import Group
+
+NUM_BINS = 10
+
+
+class Diagnostics:
+    """Running sums over the micro-batches of one update, kept on the device until `metrics`.
+
+    They cover the tokens that were run: tokens of zero-advantage or dropped completions are not in
+    them.
+    """
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+        self._sums: Tensor | None = None  # (9,) float64
+        self._max_ratio: Tensor | None = None  # ()
+
+    def add(
+        self,
+        tokens: LossTokens,
+        corrected: Corrected,
+        losses: TokenLosses,
+        *,
+        loss: Tensor,
+        entropies_N: Tensor,
+    ) -> None:
+        """Take in one micro-batch; `loss` () is its share of the update's loss."""
+        log_ratios_N = tokens.log_ratios_N.detach().double()
+        ratios_N = log_ratios_N.exp()
+        sums = torch.stack(
+            [
+                loss.detach().double(),
+                ratios_N.sum(),
+                (ratios_N * ratios_N).sum(),
+                losses.clipped_N.sum().double(),
+                corrected.truncated_N.sum().double(),
+                corrected.masked_N.sum().double(),
+                log_ratios_N.sum(),
+                (ratios_N - 1.0 - log_ratios_N).sum(),
+                entropies_N.detach().double().sum(),
+            ]
+        )
+        self._num_tokens += len(log_ratios_N)
+        self._sums = sums if self._sums is None else self._sums + sums
+        largest = ratios_N.max()
+        self._max_ratio = (
+            largest if self._max_ratio is None else torch.maximum(self._max_ratio, largest)
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """`loss` is the sum of what was added, the rest are over the tokens added; ratios are
+        those before any truncation.
+
+        kl_k1 = mean(-log rho) and kl_k3 = mean(rho - 1 - log rho) estimate KL(mu || pi_theta)
+        (Schulman 2020, "Approximating KL Divergence"). effective_sample_size is
+        (sum rho)^2 / (n * sum rho^2), a share in (0, 1] (Kong 1992). Without tokens, only `loss`.
+        """
+        if self._sums is None or self._max_ratio is None:
+            return {"loss": 0.0}
+        count = self._num_tokens
+        loss, ratio, ratio_squared, clipped, truncated, masked, log_ratio, k3, entropy = (
+            self._sums.tolist()
+        )
+        return {
+            "loss": loss,
+            "ratio_mean": ratio / count,
+            "ratio_max": float(self._max_ratio),
+            "clipped_share": clipped / count,
+            "truncated_share": truncated / count,
+            "masked_share": masked / count,
+            "kl_k1": -log_ratio / count,
+            "kl_k3": k3 / count,
+            "effective_sample_size": ratio * ratio / (count * ratio_squared or 1.0),
+            "entropy": entropy / count,
+        }
+
+
+def batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What can be said of a batch before training on it; rewards are the raw ones.
+
+    A group without signal is one whose rewards are all equal. `cut_completions` ended because
+    they reached the length limit.
+    """
+    completions = [c for group in groups for c in group.completions]
+    num_flat = sum(len({c.reward for c in group.completions}) == 1 for group in groups)
+    metrics = {
+        "trained_reward_mean": float(np.mean([c.reward for c in completions])),
+        "pass_rate_mean": float(np.mean([group.pass_rate for group in groups])),
+        "zero_signal_groups": float(num_flat),
+        "zero_signal_share": num_flat / len(groups),
+        "completion_tokens_mean": float(np.mean([c.num_tokens for c in completions])),
+        "empty_completions": float(sum(c.num_tokens == 0 for c in completions)),
+        "cut_completions": float(sum(c.sampled.finish_reason == "length" for c in completions)),
+    }
+    return metrics | pass_rate_histogram(groups)
+
+
+def pass_rate_histogram(groups: Sequence[Group]) -> dict[str, float]:
+    """Number of groups by pass rate: 0, ten bins of width 0.1 (lower edge included) and 1.
+
+    Keys: `pass_rate_histogram/0`, `/0.0-0.1` (above 0) ... `/0.9-1.0` (below 1), `/1`.
+    """
+    bins = ["0", *(f"{k / NUM_BINS:.1f}-{(k + 1) / NUM_BINS:.1f}" for k in range(NUM_BINS)), "1"]
+    counts = dict.fromkeys((f"pass_rate_histogram/{name}" for name in bins), 0.0)
+    for group in groups:
+        num_passed, num_completions = group.num_passed, len(group.completions)
+        name = bins[1 + NUM_BINS * num_passed // num_completions] if num_passed else bins[0]
+        counts[f"pass_rate_histogram/{name}"] += 1.0
+    return counts
+
+
+def screening_metrics(groups: Sequence[Group], signals: Sequence[GroupSignal]) -> dict[str, float]:
+    """`pivotal_share`: screening samples left out of the gradient, as a share of all of them;
+    absent when there are none."""
+    num_screening = sum(group.num_screening for group in groups)
+    if num_screening == 0:
+        return {}
+    num_dropped = sum(int((~signal.kept_N).sum()) for signal in signals)
+    return {"pivotal_share": num_dropped / num_screening}

@@ -1,0 +1,79 @@
+"""Policy losses by token: what is descended on, before aggregation.
+
+Every loss has one signature (`PolicyLoss`). It takes its ratio to the anchor that the correction
+chose and multiplies by the correction's weight. A token of zero advantage adds nothing.
+
+Shape legend: N completion tokens of one micro-batch, one after another; S sequences.
+"""
+
+import torch
+from torch import Tensor
+
+from speed_async.algorithms.corrections import sequence_means
+from speed_async.algorithms.loss_tokens import MAX_LOG_RATIO, Corrected, LossTokens, TokenLosses
+
+
+def policy_gradient(tokens: LossTokens, corrected: Corrected) -> TokenLosses:
+    """-weight A log pi. It has no ratio of its own; the anchor is not used.
+
+    Source: Williams 1992, "REINFORCE".
+    """
+    return TokenLosses(
+        losses_N=-corrected.weights_N * tokens.advantages_N * tokens.logprobs_N,
+        clipped_N=torch.zeros_like(tokens.logprobs_N, dtype=torch.bool),
+    )
+
+
+def ppo_clip(
+    tokens: LossTokens, corrected: Corrected, *, clip_low: float, clip_high: float
+) -> TokenLosses:
+    """-weight min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = pi / anchor.
+
+    Source: Schulman et al. 2017, "PPO" (arXiv 1707.06347), equation 7; two bounds: Yu et al. 2025,
+    "DAPO" (arXiv 2503.14476), equation 10.
+    """
+    ratios_N = _log_ratios(tokens, corrected).exp()
+    return _clipped(tokens, corrected, ratios_N, clip_low, clip_high)
+
+
+def cispo(tokens: LossTokens, corrected: Corrected, *, clip_high: float) -> TokenLosses:
+    """-weight sg[min(r, 1 + clip_high)] A log pi, r = pi / anchor: the ratio is cut, and the token
+    keeps its gradient. (TRL's `epsilon_high` is 1 + clip_high here.)
+
+    Source: MiniMax 2025, "MiniMax-M1" (arXiv 2506.13585), equations 4 and 5, without a lower cut.
+    """
+    ratios_N = _log_ratios(tokens, corrected).detach().exp()
+    factors_N = corrected.weights_N * ratios_N.clamp(max=1.0 + clip_high) * tokens.advantages_N
+    return TokenLosses(
+        losses_N=-factors_N * tokens.logprobs_N,
+        clipped_N=ratios_N > 1.0 + clip_high,
+    )
+
+
+def gspo(
+    tokens: LossTokens, corrected: Corrected, *, clip_low: float, clip_high: float
+) -> TokenLosses:
+    """`ppo_clip` with the sequence's ratio s = exp(mean of log r) on each of its tokens,
+    s_t = sg[s] pi / sg[pi].
+
+    Source: Zheng et al. 2025, "GSPO" (arXiv 2507.18071), equation 7, and equation 14 for the
+    form by token (equal gradients as A is the same for all tokens of a sequence).
+    """
+    log_s_N = sequence_means(tokens, _log_ratios(tokens, corrected).detach())
+    ratios_N = (log_s_N + tokens.logprobs_N - tokens.logprobs_N.detach()).exp()
+    return _clipped(tokens, corrected, ratios_N, clip_low, clip_high)
+
+
+def _log_ratios(tokens: LossTokens, corrected: Corrected) -> Tensor:
+    """log r = log pi - log anchor, with gradient."""
+    return (tokens.logprobs_N - corrected.anchor_logprobs_N).clamp(max=MAX_LOG_RATIO)
+
+
+def _clipped(
+    tokens: LossTokens, corrected: Corrected, ratios_N: Tensor, clip_low: float, clip_high: float
+) -> TokenLosses:
+    advantages_N, low, high = tokens.advantages_N, 1.0 - clip_low, 1.0 + clip_high
+    gains_N = torch.minimum(ratios_N * advantages_N, ratios_N.clamp(low, high) * advantages_N)
+    too_high_N = (advantages_N > 0) & (ratios_N.detach() > high)
+    too_low_N = (advantages_N < 0) & (ratios_N.detach() < low)
+    return TokenLosses(losses_N=-corrected.weights_N * gains_N, clipped_N=too_high_N | too_low_N)

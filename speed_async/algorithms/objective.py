@@ -1,0 +1,149 @@
+"""What an update maximises: one strategy for each question, gathered from the configuration.
+
+    raw rewards -> shaping -> advantages
+    lengths -> aggregation -> weights          passes -> selection -> kept
+    tokens -> correction -> policy loss        (learner/trainer.py, by micro-batch)
+
+Shape legend: N completions of one group.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speed_async.algorithms import advantages, aggregation, corrections, losses
+from speed_async.algorithms.advantages import Advantages
+from speed_async.algorithms.aggregation import Aggregation
+from speed_async.algorithms.loss_tokens import Correction, PolicyLoss
+from speed_async.algorithms.rewards import (
+    completion_limit,
+    overlong_buffer,
+    soft_overlong_punishment,
+)
+from speed_async.algorithms.screening import kept
+from speed_async.config.schema import Config, ObjectiveConfig
+from speed_async.types import PASS_REWARD, Group
+
+Shaping = Callable[[NDArray[np.int64], int], NDArray[np.float64]]
+"""Lengths (N,) and the prompt's length in tokens to what is added to the raw rewards (N,)."""
+Selection = Callable[[NDArray[np.bool_], int], NDArray[np.bool_]]
+"""Raw passes (N,) and the number of screening samples to the completions kept (N,)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    shaping: Shaping
+    advantages: Advantages
+    selection: Selection
+    aggregation: Aggregation
+    correction: Correction
+    policy_loss: PolicyLoss
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupSignal:
+    """What a group's completions are worth to the update."""
+
+    advantages_N: NDArray[np.float64]
+    weights_N: NDArray[np.float64]  # factor on each token's loss
+    kept_N: NDArray[np.bool_]  # whether the completion enters the gradient
+
+
+def make_objective(config: Config, *, context_length: int | None = None) -> Objective:
+    """The parts that `objective`, `gate` and `actors` name, with their parameters bound.
+
+    `context_length`: of the run's model; it cuts completions before `actors.max_new_tokens` when
+    their prompts are long.
+    """
+    chosen = config.objective
+    limit = partial(completion_limit, config.actors.max_new_tokens, context_length=context_length)
+    return Objective(
+        shaping=partial(_overlong, chosen=chosen, limit=limit),
+        advantages={
+            "rloo": advantages.rloo,
+            "grpo": advantages.grpo,
+            "dr_grpo": advantages.dr_grpo,
+            "batch": advantages.batch,
+        }[chosen.advantage],
+        selection=partial(kept, gate=config.gate, choice=chosen.screening_samples),
+        aggregation={
+            "token_mean": aggregation.token_mean,
+            "sequence_mean": aggregation.sequence_mean,
+            "prompt_mean": aggregation.prompt_mean,
+            "fixed_length": partial(aggregation.fixed_length, max_new_tokens=limit()),
+        }[chosen.aggregation],
+        correction=_correction(chosen),
+        policy_loss=_policy_loss(chosen),
+    )
+
+
+def judge(objective: Objective, groups: Sequence[Group]) -> list[GroupSignal]:
+    """Advantages, weights and choice for all groups of an update, in their order.
+
+    Whether a sample is kept is decided on raw rewards, as the gate saw them; advantages are those
+    of shaped rewards, over kept and dropped samples alike.
+    Raises ValueError where the advantage has nothing to compare with.
+    """
+    lengths = [np.array([c.num_tokens for c in g.completions], np.int64) for g in groups]
+    raw = [np.array([c.reward for c in group.completions], np.float64) for group in groups]
+    shaped = [
+        raw_N + objective.shaping(lengths_N, len(group.prompt_token_ids))
+        for group, raw_N, lengths_N in zip(groups, raw, lengths, strict=True)
+    ]
+    return [
+        GroupSignal(
+            advantages_N=advantages_N,
+            weights_N=weights_N,
+            kept_N=objective.selection(raw_N >= PASS_REWARD, group.num_screening),
+        )
+        for group, raw_N, advantages_N, weights_N in zip(
+            groups, raw, objective.advantages(shaped), objective.aggregation(lengths), strict=True
+        )
+    ]
+
+
+def _overlong(
+    lengths_N: NDArray[np.int64],
+    num_prompt_tokens: int,
+    *,
+    chosen: ObjectiveConfig,
+    limit: Callable[..., int],
+) -> NDArray[np.float64]:
+    """Measured from where these completions are cut."""
+    max_length = limit(num_prompt_tokens=num_prompt_tokens)
+    buffer = overlong_buffer(chosen.overlong_share, max_length)
+    return soft_overlong_punishment(
+        lengths_N, max_length=max_length, buffer=buffer, penalty=chosen.overlong_penalty
+    )
+
+
+def _correction(chosen: ObjectiveConfig) -> Correction:
+    cap = {"max_ratio": chosen.max_ratio}
+    band = {"min_ratio": chosen.min_ratio, "max_ratio": chosen.max_ratio}
+    choices: dict[str, Correction] = {
+        "none": corrections.none,
+        "token_tis": partial(corrections.token_tis, **cap),
+        "sequence_tis": partial(corrections.sequence_tis, **cap),
+        "token_mask": partial(corrections.token_mask, **band),
+        "sequence_mask": partial(corrections.sequence_mask, **band),
+        "decoupled_recomputed": partial(corrections.decoupled_recomputed, **cap),
+        "decoupled_log_linear": partial(corrections.decoupled_log_linear, **cap),
+        "negative_sequence_mask": partial(
+            corrections.negative_sequence_mask, max_negative_kl=chosen.max_negative_kl
+        ),
+    }
+    return choices[chosen.correction]
+
+
+def _policy_loss(chosen: ObjectiveConfig) -> PolicyLoss:
+    bounds = {"clip_low": chosen.clip_low, "clip_high": chosen.clip_high}
+    choices: dict[str, PolicyLoss] = {
+        "policy_gradient": losses.policy_gradient,
+        "ppo_clip": partial(losses.ppo_clip, **bounds),
+        "cispo": partial(losses.cispo, clip_high=chosen.clip_high),
+        "gspo": partial(losses.gspo, **bounds),
+    }
+    return choices[chosen.policy_loss]

@@ -1,0 +1,219 @@
+"""Thompson sampling of the prompts most likely to pass the gate, over a floor of uniform walks.
+
+Shape legend: N all prompts, K some of them.
+"""
+
+from collections import deque
+from math import gcd
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speed_async.buffer.curriculum.beliefs import Beliefs, GateOdds, IntArray
+from speed_async.buffer.curriculum.random_state import pack_rng, unpack_rng
+from speed_async.config.schema import CurriculumConfig, GateConfig
+
+FREE, CHOSEN, BLIND, RETIRED = 0, 1, 2, 3
+"""A prompt's lease: none, one owed to its own outcomes, one that does not look at them; or the
+prompt cannot be leased any more."""
+MIN_SEEN = 1024
+"""Prompts to have seen before half of the candidates are drawn from them. Fewer would be
+trained again and again while millions wait."""
+WALK_BLOCK = 64
+
+
+class FullCycleWalk:
+    """Every prompt once an epoch, in an order that needs no memory: start + i x stride mod N.
+
+    A stride that shares no factor with N makes it a full cycle; each epoch draws both anew.
+    """
+
+    def __init__(self, num_prompts: int, rng: np.random.Generator) -> None:
+        self._num_prompts = num_prompts
+        self._rng = rng
+        self.place = [num_prompts, 0, 1]
+        """Next i of this epoch, its start, its stride."""
+
+    def take(self, num: int, lease_N: NDArray[np.uint8]) -> IntArray:
+        """The next `num` prompts that are free, of which there must be as many."""
+        taken: list[IntArray] = []
+        while num > 0:
+            at, start, stride = self._here()
+            steps = np.arange(at, min(at + max(2 * num, WALK_BLOCK), self._num_prompts))
+            prompts = (start + steps * stride) % self._num_prompts
+            free = np.flatnonzero(lease_N[prompts] == FREE)[:num]
+            self.place[0] = int(steps[free[-1]] if len(free) == num else steps[-1]) + 1
+            lease_N[prompts[free]] = BLIND
+            taken.append(prompts[free])
+            num -= len(free)
+        return np.concatenate(taken) if taken else np.zeros(0, np.int64)
+
+    def _here(self) -> list[int]:
+        if self.place[0] == self._num_prompts:
+            stride = int(self._rng.integers(1, self._num_prompts + 1))
+            while gcd(stride, self._num_prompts) != 1:
+                stride = int(self._rng.integers(1, self._num_prompts + 1))
+            self.place = [0, int(self._rng.integers(self._num_prompts)), stride]
+        return self.place
+
+
+class PosteriorCurriculum:
+    """Leases what is likely to teach: 17 bytes a prompt, whatever the number of prompts."""
+
+    def __init__(
+        self,
+        num_prompts: int,
+        rng: np.random.Generator,
+        *,
+        gate: GateConfig,
+        settings: CurriculumConfig,
+    ) -> None:
+        self.beliefs = Beliefs(num_prompts, gate, settings.half_life_updates)
+        self._num_prompts = num_prompts
+        self._rng = rng
+        self._odds = GateOdds(gate)
+        self._settings = settings
+        self._walk = FullCycleWalk(num_prompts, rng)
+        self._lease_N = np.zeros(num_prompts, np.uint8)
+        self._num_leased = self._num_retired = 0
+        self._returned: deque[int] = deque()
+        self._num_chosen = self._num_walked = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.beliefs.num_bytes + self._lease_N.nbytes
+
+    @property
+    def num_left(self) -> int:
+        return self._num_prompts - self._num_retired
+
+    def choose(self, num_prompts: int) -> list[int]:
+        """Returned prompts first, then the floor's share, then the best of random candidates.
+
+        Prompts under lease come again only when nothing else is left.
+        """
+        if not self.num_left:
+            return []
+        chosen = [self._returned.popleft() for _ in range(min(num_prompts, len(self._returned)))]
+        num_fresh = min(num_prompts - len(chosen), self._num_free)
+        num_walked = self._floor_share(num_fresh)
+        chosen += self._walk.take(num_walked, self._lease_N).tolist()
+        self._num_leased += num_walked
+        chosen += self._most_promising(num_fresh - num_walked)
+        return chosen + self._leased_already(num_prompts - len(chosen), chosen)
+
+    def give_back(self, prompt_id: int) -> None:
+        """Goes first in the next choice, and meanwhile to nobody else."""
+        if self._is_leased(prompt_id):
+            self._returned.append(prompt_id)
+
+    def record(self, prompt_id: int, num_passed: int, num_completions: int) -> None:
+        """Learn from every completion of a lease; none at all only ends the lease."""
+        if num_completions:
+            if self._lease_N[prompt_id] == BLIND:
+                self.beliefs.prior.add(num_passed, num_completions)
+            self.beliefs.add(prompt_id, num_passed, num_completions)
+        if self._is_leased(prompt_id):
+            self._lease_N[prompt_id] = FREE
+            self._num_leased -= 1
+
+    def retire(self, prompt_id: int) -> None:
+        """Takes the prompt out of whatever state it is in."""
+        if self._lease_N[prompt_id] == RETIRED:
+            return
+        if prompt_id in self._returned:
+            self._returned.remove(prompt_id)
+        self._num_leased -= bool(self._lease_N[prompt_id] != FREE)
+        self._lease_N[prompt_id] = RETIRED
+        self._num_retired += 1
+
+    def advance(self, policy_version: int) -> None:
+        self.beliefs.advance(policy_version)
+
+    @property
+    def _num_free(self) -> int:
+        return self._num_prompts - self._num_leased - self._num_retired
+
+    def _is_leased(self, prompt_id: int) -> bool:
+        """To an actor; a prompt that was given back waits for the next choice."""
+        return self._lease_N[prompt_id] in (CHOSEN, BLIND) and prompt_id not in self._returned
+
+    def _floor_share(self, num_fresh: int) -> int:
+        """How many of these choices are the floor's; fractions wait for later choices."""
+        self._num_chosen += num_fresh
+        due = int(self._settings.uniform_share * self._num_chosen + 1e-9) - self._num_walked
+        num_walked = min(max(due, 0), num_fresh)
+        self._num_walked += num_walked
+        return num_walked
+
+    def _most_promising(self, num: int) -> list[int]:
+        """One draw of theta from each candidate's posterior (Thompson 1933); the best odds win."""
+        if num == 0:
+            return []
+        pool_K = self._candidates(num)
+        theta_K = self._rng.beta(*self.beliefs.posterior(pool_K))
+        order_K = np.argsort(-self._odds(theta_K), kind="stable")
+        best = pool_K[order_K[:num]]
+        # Of a prompt never seen, no outcome of its own can have spoken for it.
+        self._lease_N[best] = np.where(self.beliefs.unseen(best), BLIND, CHOSEN)
+        self._num_leased += num
+        return best.tolist()
+
+    def _candidates(self, num: int) -> IntArray:
+        """At least `num` (as many must be free) and about candidates x num free prompts, (K,)."""
+        wanted = self._settings.candidates * num
+        num_free = self._num_free
+        if 2 * wanted > num_free or 2 * num_free < self._num_prompts:
+            free = np.flatnonzero(self._lease_N == FREE)
+            return self._rng.choice(free, min(wanted, num_free), replace=False, shuffle=False)
+        pool_K = np.zeros(0, np.int64)
+        while len(pool_K) < num:
+            drawn = np.unique(np.concatenate((pool_K, self._draw(wanted))))
+            pool_K = drawn[self._lease_N[drawn] == FREE]
+        return pool_K
+
+    def _draw(self, num: int) -> IntArray:
+        """Half of all prompts and half of those seen, once these are many."""
+        seen = self.beliefs.seen
+        if len(seen) < MIN_SEEN:
+            return self._rng.integers(self._num_prompts, size=num)
+        known = seen[self._rng.integers(len(seen), size=num // 2)].astype(np.int64)
+        anywhere = self._rng.integers(self._num_prompts, size=num - num // 2)
+        return np.concatenate((anywhere, known))
+
+    def _leased_already(self, num: int, chosen: list[int]) -> list[int]:
+        """For more leases than prompts: the rest of the prompts, and then any again."""
+        if num <= 0:
+            return []
+        usable = np.flatnonzero(self._lease_N != RETIRED)
+        others = np.setdiff1d(usable, chosen)
+        again = np.concatenate((self._rng.permutation(others), self._rng.permutation(usable)))
+        return np.resize(again, num).tolist()
+
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """Everything, random generator included; leases that are open now stay open in it."""
+        leased = np.flatnonzero(self._lease_N)  # and those retired
+        return self.beliefs.state() | {
+            "num_prompts": np.array(self._num_prompts),
+            "leased": leased,
+            "lease": self._lease_N[leased],
+            "returned": np.array(self._returned, np.int64),
+            "floor": np.array([self._num_chosen, self._num_walked, *self._walk.place]),
+            "rng": pack_rng(self._rng),
+        }
+
+    def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
+        """Go on exactly where `state()` was taken. ValueError: it is of another data set."""
+        if int(state["num_prompts"]) != self._num_prompts:
+            raise ValueError(
+                f"curriculum state of {int(state['num_prompts'])} prompts, not {self._num_prompts}"
+            )
+        self.beliefs.restore(state)
+        self._lease_N[:] = FREE
+        self._lease_N[state["leased"].astype(np.int64)] = state["lease"]
+        self._num_retired = int((state["lease"] == RETIRED).sum())
+        self._num_leased = len(state["leased"]) - self._num_retired
+        self._returned = deque(state["returned"].tolist())
+        self._num_chosen, self._num_walked, *self._walk.place = state["floor"].tolist()
+        unpack_rng(self._rng, state["rng"])

@@ -1,0 +1,29 @@
+"""A group on its way to the learner that is still in the journal, or in the buffer's memory."""
+
+from dataclasses import dataclass
+
+from speed_async.buffer.group_table import BufferedGroup
+from speed_async.transport.groups import batch_group
+from speed_async.transport.messages import Message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredGroup(Message):
+    """Stands for a BatchGroup until it is sent. It never travels itself."""
+
+    lease_id: int
+    segment: int
+    offset: int
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return (self.segment, self.offset)
+
+
+def batch_message(group: BufferedGroup) -> Message:
+    """What is said to the learner: arrays stay where they are until there is room in its queue."""
+    if group.place is None:
+        assert group.message is not None, "a group that is neither in memory nor in a journal"
+        return batch_group(group.message)
+    segment, offset = group.place
+    return StoredGroup(lease_id=group.lease_id, segment=segment, offset=offset)

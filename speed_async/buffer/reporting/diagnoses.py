@@ -1,0 +1,395 @@
+"""Diagnoses: why the run cannot learn, while it cannot, in words that a person can act on.
+
+Rules read the evidence at every tick, so that a diagnosis appears within a minute of its beginning
+and disappears when it no longer holds. All that occurred is kept for the summary. The numbers in a
+text are those of its beginning, renewed whenever the time that it has lasted has doubled: views
+that print a changed text do not repeat it twice a second.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from speed_async.buffer.reporting.evidence import (
+    WINDOW_COMPLETIONS,
+    CompletionWindow,
+    Evidence,
+    UpdateFacts,
+)
+from speed_async.buffer.reporting.statistics import ACCEPTANCE_WINDOW, RunStatistics
+from speed_async.config.schema import Config, GateConfig
+from speed_async.observability.notation import counted, duration
+
+MIN_COMPLETIONS = 128
+PATIENCE_S = 30.0
+"""Fewer than WINDOW_COMPLETIONS completions are enough where they took this long."""
+MIN_LEASES = 16
+FAILING, STILL_FAILING = 0.2, 0.1
+HELD_OUT_FAILING = 0.02
+TRUNCATED, STILL_TRUNCATED = 0.95, 0.9
+STILL_UNREWARDED = 0.01
+STARVING_AFTER_S = 20.0
+STARVING_MIN_SCREENED = 64
+STARVING_ACCEPTANCE = 0.02
+MIN_UPDATES = 3
+NOT_FINITE = 0.5
+COLLAPSED, STILL_COLLAPSED = 0.5, 0.7
+"""Of the best: below the first a collapse begins, above the second it is over."""
+MIN_FALL = 0.1
+MIN_EVALUATED = 64
+"""Completions of an evaluation whose accuracy can show a collapse."""
+RENEW_AFTER_S = 20.0
+MAX_EXAMPLE_CHARS = 300
+
+EXPLAINED_BY = {
+    "no_reward": ("truncated", "collapsed"),
+    "gate_starves": ("truncated", "no_reward", "collapsed"),
+    "no_signal": ("truncated", "no_reward", "collapsed", "not_finite"),
+}
+"""What follows from another diagnosis is not said beside it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What is wrong and how much, and what to change; when, is added to it."""
+
+    facts: str
+    change: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Occurrence:
+    """One kind of diagnosis over the whole run."""
+
+    finding: Finding
+    first_s: float
+    first_version: int
+    since_s: float
+    """When it began to hold the last time."""
+    since_version: int
+    last_s: float
+    last_version: int
+    renewed_s: float
+    num_times: int = 1
+    active: bool = True
+
+    @property
+    def text(self) -> str:
+        since = f"since {duration(self.since_s)} (version {self.since_version})"
+        return f"{self.finding.facts}, {since}. Change: {self.finding.change}"
+
+
+class Diagnoses:
+    def __init__(self, config: Config, statistics: RunStatistics, started_s: float) -> None:
+        self.evidence = Evidence(config)
+        self._config = config
+        self._statistics = statistics
+        self._started_s = started_s
+        self._occurred: dict[str, Occurrence] = {}
+        self._best_pass_rate = Best()
+        self._best_accuracy = Best()
+        self._last_accuracy: float | None = None
+
+    @property
+    def active(self) -> list[str]:
+        """One text for each diagnosis that holds now."""
+        return [each.text for each in self._occurred.values() if each.active]
+
+    def evaluated(self, accuracy: float, num_completions: int, policy_version: int) -> None:
+        if num_completions < MIN_EVALUATED:
+            return
+        self._last_accuracy = accuracy
+        self._best_accuracy.see(accuracy, policy_version)
+
+    def look(self, now_s: float, policy_version: int, *, waited_s: float | None) -> None:
+        """Apply every rule. `waited_s`: how long the learner has waited for a batch, if it does."""
+        if (mean := self._windowed_pass_rate()) is not None:
+            self._best_pass_rate.see(mean, policy_version)
+        found: dict[str, Finding] = {}
+        for kind, rule in self._rules(now_s, waited_s).items():
+            finding = rule(kind in self._occurred and self._occurred[kind].active)
+            if finding is not None:
+                found[kind] = finding
+        shown = {
+            kind: finding
+            for kind, finding in found.items()
+            if not any(cause in found for cause in EXPLAINED_BY.get(kind, ()))
+        }
+        for kind in list(self._occurred) + [kind for kind in shown if kind not in self._occurred]:
+            self._note(kind, shown.get(kind), now_s - self._started_s, policy_version)
+
+    def nothing_learned(self) -> str | None:
+        """Why no update of the whole run taught anything; None when one did, or none was made."""
+        updates = self.evidence.updates
+        if not updates.nothing_learned:
+            return None
+        made, skipped = updates.num_made, updates.num_skipped
+        parts = [f"{made - skipped} had no gradient"] if made > skipped else []
+        parts += [f"{skipped} had numbers that are not finite and were skipped"] if skipped else []
+        active = [each.finding.facts for each in self._occurred.values() if each.active]
+        causes = "".join(f"; {facts}" for facts in active)
+        return f"nothing was learned: of {counted(made, 'update')}, {' and '.join(parts)}{causes}"
+
+    def record(self) -> list[dict[str, object]]:
+        """All that occurred, for summary.json."""
+        return [
+            {
+                "what": kind,
+                "text": each.text,
+                "first_s": round(each.first_s, 1),
+                "first_version": each.first_version,
+                "last_s": round(each.last_s, 1),
+                "last_version": each.last_version,
+                "times": each.num_times,
+                "active_at_end": each.active,
+            }
+            for kind, each in self._occurred.items()
+        ]
+
+    def _note(self, kind: str, finding: Finding | None, at_s: float, version: int) -> None:
+        each = self._occurred.get(kind)
+        if finding is None:
+            if each is not None:
+                each.active = False
+            return
+        if each is None:
+            self._occurred[kind] = Occurrence(
+                finding=finding,
+                first_s=at_s,
+                first_version=version,
+                since_s=at_s,
+                since_version=version,
+                last_s=at_s,
+                last_version=version,
+                renewed_s=at_s,
+            )
+            return
+        if not each.active:
+            each.active, each.num_times = True, each.num_times + 1
+            each.since_s, each.since_version = at_s, version
+            each.finding, each.renewed_s = finding, at_s
+        each.last_s, each.last_version = at_s, version
+        lasted_s = each.renewed_s - each.since_s
+        if at_s - each.renewed_s >= max(RENEW_AFTER_S, lasted_s):
+            each.finding, each.renewed_s = finding, at_s
+
+    # --- the rules, causes first; each is told whether it held before ----------------------------
+
+    def _rules(
+        self, now_s: float, waited_s: float | None
+    ) -> dict[str, Callable[[bool], Finding | None]]:
+        return {
+            "failures": self._failures,
+            "held_out_failures": self._held_out_failures,
+            "not_finite": self._not_finite,
+            "truncated": lambda held: self._truncated(held, now_s),
+            "collapsed": self._collapsed,
+            "no_reward": lambda held: self._no_reward(held, now_s),
+            "no_signal": lambda _: self._no_signal(),
+            "gate_starves": lambda held: self._gate_starves(held, waited_s),
+        }
+
+    def _failures(self, held: bool) -> Finding | None:
+        window = self.evidence.training_failures
+        if len(window) < MIN_LEASES or window.share < (STILL_FAILING if held else FAILING):
+            return None
+        times, example = window.commonest()
+        return Finding(
+            facts=f"prompts fail: {window.num_failed} of the last {len(window)} training prompts "
+            f"gave no result; {times} times, for example: {shortened(example)}",
+            change="correct or remove the prompts that the example tells of, or what scores them",
+        )
+
+    def _held_out_failures(self, held: bool) -> Finding | None:
+        window = self.evidence.held_out_failures
+        if len(window) < MIN_LEASES or window.share < HELD_OUT_FAILING:
+            return None
+        times, example = window.commonest()
+        return Finding(
+            facts=f"held-out prompts fail: {window.num_failed} of the last {len(window)} count as "
+            f"not passed without having been scored; {times} times, for example: "
+            f"{shortened(example)}",
+            change="correct or remove these prompts: the accuracy is too low by their share",
+        )
+
+    def _not_finite(self, held: bool) -> Finding | None:
+        recent = self.evidence.updates.recent
+        num_skipped = sum(update.skipped for update in recent)
+        if len(recent) < MIN_UPDATES or num_skipped < NOT_FINITE * len(recent):
+            return None
+        return Finding(
+            facts=f"updates are not finite: {num_skipped} of the last {len(recent)} were skipped, "
+            "because a loss, a gradient or an input was not a finite number",
+            change="lower learner.lr, and resume from a checkpoint before the first of them; check "
+            "the rewards of a task of your own",
+        )
+
+    def _truncated(self, held: bool, now_s: float) -> Finding | None:
+        window = self._completions()
+        share = window.truncated_share
+        if share is None or not _is_enough(window, now_s):
+            return None
+        if share < (STILL_TRUNCATED if held else TRUNCATED):
+            return None
+        return Finding(
+            facts=f"completions are truncated: {window.num_truncated} of the last "
+            f"{window.num_completions} ran into a length limit before they ended, "
+            f"{window.num_rewarded} earned a reward",
+            change=f"raise actors.max_new_tokens (now {self._config.actors.max_new_tokens}) or "
+            "model.context_length, or use a model that ends its answers (its EOS token, "
+            "model.chat_template)",
+        )
+
+    def _no_reward(self, held: bool, now_s: float) -> Finding | None:
+        """A lucky completion or two do not end it."""
+        window = self._completions()
+        most = STILL_UNREWARDED * window.num_completions if held else 0
+        if window.num_rewarded > most or window.num_completions < MIN_COMPLETIONS:
+            return None
+        if not (_is_enough(window, now_s) or self._are_updates_flat()):
+            return None
+        return Finding(
+            facts=f"no reward: {window.num_rewarded or 'none'} of the last "
+            f"{window.num_completions} completions passed "
+            f"({window.num_truncated} of them were truncated)",
+            change="look in samples.jsonl whether the verifier reads the answers (task.match); "
+            "then easier prompts, a stronger model, or a larger actors.max_new_tokens",
+        )
+
+    def _no_signal(self) -> Finding | None:
+        if any(update.has_gradient for update in self.evidence.updates.recent):
+            return None
+        facts = ""
+        if self._are_updates_flat():
+            num_updates = len(self._steps())
+            facts = f"the last {num_updates} updates had a gradient of zero"
+        elif self._groups_are_flat():
+            num_groups = len(self.evidence.reward_ranges)
+            facts = f"in each of the last {num_groups} groups all completions earned the same"
+        if not facts:
+            return None
+        mean = self._statistics.reward_mean
+        known = "" if mean is None else f" (mean pass rate {mean:.3f})"
+        return Finding(
+            facts=f"no signal: {facts}{known}",
+            change=f"{self._direction(mean)}, larger groups (gate.n_init + gate.n_cont), or a gate "
+            'that keeps prompts of moderate difficulty (algorithm = "speed-rloo")',
+        )
+
+    def _are_updates_flat(self) -> bool:
+        """Whether none of the recent updates had a gradient, of some at least."""
+        steps = self._steps()
+        return len(steps) >= MIN_UPDATES and not any(step.has_gradient for step in steps)
+
+    def _steps(self) -> list[UpdateFacts]:
+        return [update for update in self.evidence.updates.recent if not update.skipped]
+
+    def _groups_are_flat(self) -> bool:
+        ranges = self.evidence.reward_ranges
+        if len(ranges) < (ranges.maxlen or 0) or self._config.objective.overlong_share > 0:
+            return False
+        if self._config.objective.advantage == "batch":  # it compares across groups
+            return min(low for low, _ in ranges) == max(high for _, high in ranges)
+        return all(low == high for low, high in ranges)
+
+    def _direction(self, pass_rate: float | None) -> str:
+        return "harder prompts" if (pass_rate or 0.0) > 0.5 else "easier prompts"
+
+    def _gate_starves(self, held: bool, waited_s: float | None) -> Finding | None:
+        acceptance, gate = self._statistics.gate_acceptance, self._config.gate
+        num_screened = self._statistics.num_recently_screened
+        if gate.mode == "off" or num_screened < STARVING_MIN_SCREENED:
+            return None
+        if acceptance is None or acceptance >= STARVING_ACCEPTANCE:
+            return None
+        if not held and (waited_s is None or waited_s < STARVING_AFTER_S):
+            return None
+        pass_rate = self._statistics.reward_mean or 0.0
+        return gate_starves(
+            num_screened=num_screened, acceptance=acceptance, pass_rate=pass_rate, gate=gate
+        )
+
+    def _collapsed(self, held: bool) -> Finding | None:
+        share = STILL_COLLAPSED if held else COLLAPSED
+        change = (
+            "lower learner.lr or buffer.max_staleness, and start again from a checkpoint of before "
+            "the fall"
+        )
+        # A curriculum that learns moves the pass rate by its choice of prompts.
+        is_uniform = self._config.curriculum.kind == "uniform"
+        mean = self._windowed_pass_rate() if is_uniform else None
+        fall, accuracy = self._best_pass_rate.fall(mean, share), self._last_accuracy
+        if fall:
+            return Finding(facts=f"reward collapsed: the mean pass rate {fall}", change=change)
+        if fall := self._best_accuracy.fall(accuracy, share):
+            return Finding(facts=f"reward collapsed: held-out accuracy {fall}", change=change)
+        return None
+
+    def _windowed_pass_rate(self) -> float | None:
+        """Over a whole window, so that chance does not make a best or a fall."""
+        if self._statistics.num_recently_screened < ACCEPTANCE_WINDOW:
+            return None
+        return self._statistics.reward_mean
+
+    def _completions(self) -> CompletionWindow:
+        """Those of training; of the evaluation as long as there is no other."""
+        evidence = self.evidence
+        return evidence.training if evidence.training.num_completions else evidence.held_out
+
+
+class Best:
+    """The best that a figure has been, and when."""
+
+    def __init__(self) -> None:
+        self._value: float | None = None
+        self._version = 0
+
+    def see(self, value: float, policy_version: int) -> None:
+        if self._value is None or value > self._value:
+            self._value, self._version = value, policy_version
+
+    def fall(self, value: float | None, share: float) -> str:
+        """How far it fell, in words; empty while it is above that share of the best, or unknown."""
+        if (
+            value is None
+            or self._value is None
+            or value >= share * self._value
+            or self._value - value < MIN_FALL
+        ):
+            return ""
+        return f"fell from {self._value:.3f} (version {self._version}) to {value:.3f}"
+
+
+def gate_starves(
+    *, num_screened: int, acceptance: float, pass_rate: float, gate: GateConfig
+) -> Finding:
+    return Finding(
+        facts=f"the gate starves: of the last {num_screened} prompts {acceptance:.1%} passed "
+        f"({gate.low} < pass rate < {gate.high}), mean pass rate {pass_rate:.3f}",
+        change=gate_remedy(gate, pass_rate),
+    )
+
+
+def gate_remedy(gate: GateConfig, pass_rate: float) -> str:
+    """Which way to move when hardly any prompt passes; `pass_rate` is the mean of those seen."""
+    if pass_rate <= max(gate.low, 0.1):
+        lower = ", a lower gate.low" if gate.low > 0 else ""
+        return (
+            f"easier prompts, a larger gate.n_init{lower}, or a larger actors.max_new_tokens where "
+            "answers are cut off"
+        )
+    if pass_rate >= min(gate.high, 0.9):
+        higher = ", or a higher gate.high" if gate.high < 1 else ""
+        return f"harder prompts, a larger gate.n_init{higher}"
+    return "a wider band (gate.low, gate.high), or a larger gate.n_init"
+
+
+def shortened(text: str) -> str:
+    """An example for one line, of bounded length."""
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_EXAMPLE_CHARS else line[: MAX_EXAMPLE_CHARS - 3] + "..."
+
+
+def _is_enough(window: CompletionWindow, now_s: float) -> bool:
+    if window.num_completions < MIN_COMPLETIONS:
+        return False
+    return window.num_completions >= WINDOW_COMPLETIONS or window.span_s(now_s) >= PATIENCE_S

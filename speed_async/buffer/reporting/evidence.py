@@ -1,0 +1,172 @@
+"""What recent leases, groups and updates show: bounded windows that the diagnoses read.
+
+Everything is fed by the service, in the order of its journal; nothing here asks for the time.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from speed_async.buffer.ledger import failure_kind
+from speed_async.config.schema import Config
+from speed_async.transport import messages as m
+from speed_async.transport.groups import GroupFacts
+
+WINDOW_COMPLETIONS = 512
+WINDOW_LEASES = 128
+WINDOW_UPDATES = 8
+NOT_THE_PROMPTS = (m.DRAINED, m.STALE)
+"""Reasons of a LeaseFailed that say nothing about a prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """The completions of one lease."""
+
+    at_s: float
+    num_completions: int
+    num_rewarded: int
+    """With a reward above 0, as far as it is known: of a refused prompt, those that passed."""
+    num_truncated: int
+
+
+class CompletionWindow:
+    """The last completions, at least WINDOW_COMPLETIONS of them once there are so many."""
+
+    def __init__(self) -> None:
+        self.num_completions = 0
+        self.num_rewarded = 0
+        self.num_truncated = 0
+        self._outcomes: deque[Outcome] = deque()
+
+    def add(self, outcome: Outcome) -> None:
+        if not outcome.num_completions:
+            return
+        self._outcomes.append(outcome)
+        self._count(outcome, 1)
+        while self.num_completions - self._outcomes[0].num_completions >= WINDOW_COMPLETIONS:
+            self._count(self._outcomes.popleft(), -1)
+
+    def span_s(self, now_s: float) -> float:
+        """Time since the oldest of them."""
+        return now_s - self._outcomes[0].at_s if self._outcomes else 0.0
+
+    @property
+    def truncated_share(self) -> float | None:
+        return self.num_truncated / self.num_completions if self.num_completions else None
+
+    def _count(self, outcome: Outcome, sign: int) -> None:
+        self.num_completions += sign * outcome.num_completions
+        self.num_rewarded += sign * outcome.num_rewarded
+        self.num_truncated += sign * outcome.num_truncated
+
+
+class FailureWindow:
+    """Whether the last leases of one kind gave a result, and if not, the kind of failure."""
+
+    def __init__(self) -> None:
+        self._kinds: deque[str | None] = deque(maxlen=WINDOW_LEASES)
+        self._examples: dict[str, str] = {}
+
+    def add(self, reason: str | None) -> None:
+        """`reason` of a failure, or None for a result."""
+        kind = None if reason is None else failure_kind(reason)
+        self._kinds.append(kind)
+        if reason is not None and kind is not None and kind not in self._examples:
+            self._examples = {k: v for k, v in self._examples.items() if k in self._kinds}
+            self._examples[kind] = reason
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+    @property
+    def num_failed(self) -> int:
+        return sum(kind is not None for kind in self._kinds)
+
+    @property
+    def share(self) -> float:
+        return self.num_failed / len(self._kinds) if self._kinds else 0.0
+
+    def commonest(self) -> tuple[int, str]:
+        """How often the most frequent kind occurred, and the first example of it."""
+        kinds = [kind for kind in self._kinds if kind is not None]
+        kind = max(dict.fromkeys(kinds), key=kinds.count)
+        return kinds.count(kind), self._examples[kind]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateFacts:
+    skipped: bool
+    """Not finite."""
+    has_gradient: bool
+
+
+class Updates:
+    """What all updates of the run had to follow."""
+
+    def __init__(self) -> None:
+        self.num_made = 0
+        self.num_skipped = 0
+        self.num_learned = 0
+        """With a gradient that is finite and not zero."""
+        self.all_known = True
+        """False when the run goes on from a checkpoint whose updates the journal lacks."""
+        self.recent: deque[UpdateFacts] = deque(maxlen=WINDOW_UPDATES)
+
+    def add(self, message: m.Trained) -> None:
+        # A learner that reports no gradient norm is believed to have had a gradient.
+        grad_norm = message.metrics.get("grad_norm")
+        has_gradient = not message.skipped and grad_norm != 0.0
+        self.num_made += 1
+        self.num_skipped += message.skipped
+        self.num_learned += has_gradient
+        self.recent.append(UpdateFacts(skipped=message.skipped, has_gradient=has_gradient))
+
+    @property
+    def nothing_learned(self) -> bool:
+        return self.all_known and self.num_made > 0 and not self.num_learned
+
+
+class Evidence:
+    def __init__(self, config: Config) -> None:
+        self.training = CompletionWindow()
+        self.held_out = CompletionWindow()
+        self.training_failures = FailureWindow()
+        self.held_out_failures = FailureWindow()
+        self.updates = Updates()
+        self.reward_ranges: deque[tuple[float, float]] = deque(
+            maxlen=2 * config.learner.groups_per_update
+        )
+        """Lowest and highest reward of each of the last groups."""
+
+    def group(self, facts: GroupFacts, now_s: float) -> None:
+        self.training_failures.add(None)
+        self.reward_ranges.append((facts.lowest_reward, facts.highest_reward))
+        self.training.add(
+            Outcome(
+                at_s=now_s,
+                num_completions=facts.num_completions,
+                num_rewarded=facts.num_rewarded,
+                num_truncated=facts.num_truncated,
+            )
+        )
+
+    def screened_out(self, message: m.ScreenedOut, now_s: float) -> None:
+        self.training_failures.add(None)
+        self.training.add(_outcome(message, now_s))
+
+    def evaluated(self, message: m.Evaluated, now_s: float) -> None:
+        self.held_out_failures.add(None)
+        self.held_out.add(_outcome(message, now_s))
+
+    def failed(self, reason: str, *, training: bool) -> None:
+        if reason not in NOT_THE_PROMPTS:
+            (self.training_failures if training else self.held_out_failures).add(reason)
+
+
+def _outcome(message: m.ScreenedOut | m.Evaluated, now_s: float) -> Outcome:
+    return Outcome(
+        at_s=now_s,
+        num_completions=message.num_completions,
+        num_rewarded=message.num_passed,
+        num_truncated=message.num_truncated,
+    )

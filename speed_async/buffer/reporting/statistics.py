@@ -1,0 +1,159 @@
+"""What the service knows of the run's speed and health: counters, windows and shares."""
+
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from speed_async.buffer.priority import BufferedGroup
+from speed_async.observability.rates import WindowedMean, WindowedRate
+
+RATE_WINDOW_S = 10.0
+ACCEPTANCE_WINDOW = 256
+"""Screened prompts in the running acceptance rate."""
+PRIOR_ACCEPTANCE = 0.5
+PRIOR_PROMPTS = 16
+"""The acceptance expected before anything is known, and how many prompts that belief weighs."""
+SHARE_WINDOW = 10
+"""Updates in the running shares of the learner's time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateTimes:
+    """Where one update's time went, as the learner saw it, except `starved_s`."""
+
+    wait_s: float
+    starved_s: float
+    """Part of the wait in which the buffer had too few groups (the service's own count)."""
+    train_s: float
+    sync_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.wait_s + self.train_s + self.sync_s
+
+    @property
+    def parts_s(self) -> dict[str, float]:
+        """The whole time, by what held the learner up."""
+        starved_s = min(self.starved_s, self.wait_s)
+        return {
+            "actor": starved_s,
+            "buffer": self.wait_s - starved_s,
+            "learner": self.train_s,
+            "sync": self.sync_s,
+        }
+
+
+class RunStatistics:
+    def __init__(self, started_s: float) -> None:
+        self._generated = WindowedRate(window_s=RATE_WINDOW_S, start_s=started_s)
+        self._trained = WindowedRate(window_s=RATE_WINDOW_S, start_s=started_s)
+        self._tokens_generated = 0
+        self._tokens_trained = 0
+        self.first_token_s: float | None = None
+        self.num_screened = 0
+        self.num_accepted = 0
+        self.prompts_seen: set[int] = set()
+        self.prompts_accepted: set[int] = set()
+        self.accuracy_first: float | None = None
+        self.accuracy_first_version: int | None = None
+        self.accuracy_last: float | None = None
+        self.accuracy_last_version: int | None = None
+        self.staleness_last_mean: float | None = None
+        self.staleness_max: int | None = None
+        self._recent_accepted = WindowedMean(num_values=ACCEPTANCE_WINDOW)
+        self._recent_pass_rates = WindowedMean(num_values=ACCEPTANCE_WINDOW)
+        self._recent_times: deque[UpdateTimes] = deque(maxlen=SHARE_WINDOW)
+        self.learner_parts_s: Counter[str] = Counter()
+        """`UpdateTimes.parts_s` of all updates together."""
+        self._staleness_sum = 0.0
+        self._staleness_tokens = 0
+
+    def screened(self, prompt_id: int, *, accepted: bool, pass_rate: float) -> None:
+        self.num_screened += 1
+        self.num_accepted += accepted
+        self.prompts_seen.add(prompt_id)
+        if accepted:
+            self.prompts_accepted.add(prompt_id)
+        self._recent_accepted.add(accepted)
+        self._recent_pass_rates.add(pass_rate)
+
+    def tokens(self, now_s: float, generated: int, trained: int) -> None:
+        """Take note of the ledger's growing counts."""
+        if generated and self.first_token_s is None:
+            self.first_token_s = now_s
+        self._generated.add(now_s, generated - self._tokens_generated)
+        self._trained.add(now_s, trained - self._tokens_trained)
+        self._tokens_generated, self._tokens_trained = generated, trained
+
+    def generated_per_s(self, now_s: float) -> float | None:
+        return self._generated.per_s(now_s)
+
+    def trained_per_s(self, now_s: float) -> float | None:
+        return self._trained.per_s(now_s)
+
+    def batch_taken(self, groups: list[BufferedGroup], policy_version: int) -> None:
+        tokens = sum(group.num_tokens for group in groups)
+        total = sum((policy_version - group.mean_version) * group.num_tokens for group in groups)
+        self._staleness_sum += total
+        self._staleness_tokens += tokens
+        self.staleness_last_mean = total / max(tokens, 1)
+        oldest = min(group.oldest_version for group in groups)
+        self.staleness_max = max(self.staleness_max or 0, policy_version - oldest)
+
+    def updated(self, times: UpdateTimes) -> None:
+        self._recent_times.append(times)
+        self.learner_parts_s.update(times.parts_s)
+
+    def evaluated(self, accuracy: float, policy_version: int) -> None:
+        if self.accuracy_first is None:
+            self.accuracy_first, self.accuracy_first_version = accuracy, policy_version
+        self.accuracy_last, self.accuracy_last_version = accuracy, policy_version
+
+    @property
+    def gate_acceptance(self) -> float | None:
+        return self._recent_accepted.mean
+
+    @property
+    def num_recently_screened(self) -> int:
+        """Prompts that `gate_acceptance` and `reward_mean` are of."""
+        return len(self._recent_accepted)
+
+    @property
+    def expected_yield(self) -> float:
+        """Groups to expect of one more lease: the running acceptance, drawn to PRIOR_ACCEPTANCE
+        while few prompts were screened."""
+        seen = len(self._recent_accepted)
+        accepted = seen * (self._recent_accepted.mean or 0.0)
+        return (accepted + PRIOR_ACCEPTANCE * PRIOR_PROMPTS) / (seen + PRIOR_PROMPTS)
+
+    @property
+    def gate_acceptance_overall(self) -> float | None:
+        return self.num_accepted / self.num_screened if self.num_screened else None
+
+    @property
+    def reward_mean(self) -> float | None:
+        """Mean pass rate of the last prompts before the gate selects: of the screening samples, or
+        of whole groups where there is no gate. None before the first."""
+        return self._recent_pass_rates.mean
+
+    @property
+    def staleness_mean(self) -> float | None:
+        """Mean age in versions of all tokens taken for training so far."""
+        return self._staleness_sum / self._staleness_tokens if self._staleness_tokens else None
+
+    def shares(self) -> dict[str, float]:
+        """Share of the learner's recent time held up by each part; they sum to 1."""
+        parts_s: Counter[str] = Counter()
+        for times in self._recent_times:
+            parts_s.update(times.parts_s)
+        total_s = sum(parts_s.values())
+        return {name: part_s / total_s for name, part_s in parts_s.items()} if total_s > 0 else {}
+
+    def bottleneck(self) -> str:
+        shares = self.shares()
+        return max(shares, key=lambda name: shares[name]) if shares else "starting"
+
+    def eta_s(self, updates_left: int) -> float | None:
+        if not self._recent_times:
+            return None
+        mean = sum(times.total_s for times in self._recent_times) / len(self._recent_times)
+        return mean * updates_left

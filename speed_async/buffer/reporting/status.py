@@ -1,0 +1,194 @@
+"""What the service says of itself: the values of an event, and the fields of the summary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from speed_async.buffer.ledger import ENGINE_TIMES
+from speed_async.buffer.reporting.diagnoses import gate_remedy, shortened
+from speed_async.observability.metrics import Value
+from speed_async.types import GroupEnd
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from speed_async.buffer.evaluations import Accuracy
+    from speed_async.buffer.membership import ActorState
+    from speed_async.buffer.service import BufferService
+    from speed_async.config.schema import Config
+
+
+def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
+    """Gauges that every event carries (keys: observability/metrics.py)."""
+    lifecycle, statistics = service.lifecycle, service.statistics
+    config = service.config
+    present = service.membership.present()
+    checks = lifecycle.ledger.checks(lifecycle.leases.num_training)
+    values: dict[str, Value] = {
+        "wall_s": round(now_s - service.started_s, 3),
+        "policy_version": service.policy_version,
+        "updates_total": config.run.updates,
+        "phase": service.phase,
+        "generated_tokens_per_s": statistics.generated_per_s(now_s),
+        "trained_tokens_per_s": statistics.trained_per_s(now_s),
+        "tokens_generated": lifecycle.ledger.tokens_generated,
+        "tokens_evaluation": lifecycle.ledger.evaluation.tokens,
+        "gate_acceptance": statistics.gate_acceptance if has_gate(config) else None,
+        "buffer_groups": len(lifecycle.buffer),
+        "buffer_capacity": config.buffer.capacity_groups,
+        "in_flight_groups": lifecycle.leases.num_training,
+        "credits": lifecycle.leases.num_training + lifecycle.credits_left,
+        "staleness_mean": statistics.staleness_last_mean,
+        "staleness_max": statistics.staleness_max,
+        "max_staleness": config.buffer.max_staleness,
+        "actors_alive": len(present),
+        "actors_slots_busy": _gauge_sum(present, "slots_busy"),
+        "actors_slots": _gauge_sum(present, "num_slots"),
+        "reward_mean": statistics.reward_mean,
+        "diagnoses": "\n".join(service.diagnoses.active),
+        "accuracy": statistics.accuracy_last,
+        "accuracy_version": statistics.accuracy_last_version,
+        "accuracy_before": statistics.accuracy_first,
+        "bottleneck": statistics.bottleneck(),
+        "eta_s": statistics.eta_s(config.run.updates - service.policy_version),
+        "groups_failed": lifecycle.ledger.ends[GroupEnd.FAILED].groups,
+        "groups_stale": lifecycle.ledger.ends[GroupEnd.STALE].groups,
+        "groups_evicted": lifecycle.ledger.ends[GroupEnd.EVICTED].groups,
+        "ledger_closes": all(checks.values()),
+        "loop_lag_s": service.loop_lag_s,
+        "actors_total": service.membership.num_wanted,
+        "warning": "\n".join(filter(None, (service.notes, service.warning))),
+        "peers_muted": service.gatekeeper.num_muted,
+        "messages_refused": service.gatekeeper.num_refused + service.gatekeeper.num_malformed,
+    }
+    values["learner_here"] = service.membership.learner is not None
+    done, total = service.evaluation_progress or (None, None)
+    values |= {"evaluated_prompts": done, "evaluation_prompts": total}
+    shares = statistics.shares()
+    values |= {f"share_{name}": share for name, share in shares.items()}
+    return values | service.learner.weight_times.values(service.policy_version, present, now_s)
+
+
+def has_gate(config: Config) -> bool:
+    """Whether prompts are screened at all: without a gate there is no share that passes it."""
+    return config.gate.mode != "off"
+
+
+def _gauge_sum(present: Sequence[ActorState], name: str) -> float | None:
+    """Over the actors that reported it; None when nobody did."""
+    told = [state.gauges[name] for state in present if name in state.gauges]
+    return sum(told) if told else None
+
+
+def evaluation_values(whole: Accuracy) -> dict[str, Value]:
+    """What an evaluation event adds."""
+    return {
+        "policy_version": whole.policy_version,
+        "num_passed": whole.num_passed,
+        "num_completions": whole.num_completions,
+        "oldest_version": whole.oldest_version,
+        "newest_version": whole.newest_version,
+    }
+
+
+def stall_reason(service: BufferService) -> str:
+    """What a person needs to know when the learner gets no batch."""
+    lifecycle, statistics = service.lifecycle, service.statistics
+    present = service.membership.present()
+    failures = ", ".join(f"{n} x {kind}" for kind, n in lifecycle.ledger.failures.items())
+    facts = [f"{len(present)} actor{'s' if len(present) != 1 else ''} present"]
+    if has_gate(service.config):
+        facts += [f"{statistics.num_screened} prompts screened"]
+        facts += [f"{statistics.num_accepted} passed the gate"]
+    else:
+        facts += [f"{statistics.num_screened} prompts sampled"]
+    if statistics.reward_mean is not None:
+        facts += [f"pass rate of the last ones {statistics.reward_mean:.3f}"]
+    if unusable := lifecycle.unusable.describe():
+        facts.append(unusable)
+    facts += [f"failed groups: {failures or 'none'}"]
+    return "; ".join(facts) + f". {_stall_remedy(service, len(present))}"
+
+
+def _stall_remedy(service: BufferService, num_present: int) -> str:
+    """The diagnoses that hold, or what the counts alone suggest."""
+    statistics, ledger = service.statistics, service.lifecycle.ledger
+    if not num_present:
+        return "Remedy: no actor joined or stayed; read logs/actor-*.log"
+    if active := service.diagnoses.active:
+        return "; ".join(active)
+    failed = ledger.failures
+    if failed and sum(failed.values()) >= statistics.num_screened:
+        kind = max(failed, key=lambda kind: failed[kind])
+        example = shortened(ledger.failure_examples.get(kind, kind))
+        return f"Remedy: prompts fail, for example: {example}"
+    if statistics.num_screened and not statistics.num_accepted:
+        return f"Remedy: {gate_remedy(service.config.gate, statistics.reward_mean or 0.0)}"
+    return "Remedy: raise cluster.stall_timeout_s, or lower learner.groups_per_update"
+
+
+def summary_values(
+    service: BufferService, now_s: float, *, final_evaluated: bool
+) -> dict[str, object]:
+    """The service's part of summary.json. `accuracy_after` is the last version's, or None where
+    that was not measured or no update was made. `wall_s` is the machine's time, which stands still
+    while nobody can go on (observability/metrics.py)."""
+    lifecycle, statistics = service.lifecycle, service.statistics
+    first_s = statistics.first_token_s
+    generating_s = now_s - first_s if first_s is not None else 0.0
+    tokens = lifecycle.ledger.tokens_generated
+    is_later = statistics.accuracy_last_version != statistics.accuracy_first_version
+    return {
+        "accuracy_before": statistics.accuracy_first,
+        "accuracy_before_version": statistics.accuracy_first_version,
+        "accuracy_after": statistics.accuracy_last if final_evaluated and is_later else None,
+        "accuracy_last": statistics.accuracy_last,
+        "accuracy_last_version": statistics.accuracy_last_version,
+        "wall_s": now_s - service.started_s,
+        "tokens_generated": tokens,
+        "completions_generated": lifecycle.ledger.completions_generated,
+        "tokens_per_s": tokens / generating_s if generating_s > 0 else None,
+        "prompts_screened": statistics.num_screened,
+        "distinct_prompts_screened": len(statistics.prompts_seen),
+        "distinct_prompts_accepted": len(statistics.prompts_accepted),
+        "gate_acceptance": statistics.gate_acceptance_overall if has_gate(service.config) else None,
+        "staleness_mean": statistics.staleness_mean,
+        "staleness_max": statistics.staleness_max,
+        "weights": service.learner.weight_times.summary(),
+        "peers_muted": service.gatekeeper.num_muted,
+        "messages_refused": service.gatekeeper.num_refused + service.gatekeeper.num_malformed,
+        "actors": lifecycle.ledger.by_actor(),
+        "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
+        "diagnoses": service.diagnoses.record(),
+        "lives": service.life + 1,
+        "updates_repeated": service.lifecycle.lineage.num_repeated,
+        "updates_repeated_alike": service.lifecycle.lineage.num_repeated_alike,
+        "breakdown": {"learner": _learner_times(service), "actors": _actor_times(service)},
+    }
+
+
+def _learner_times(service: BufferService) -> dict[str, float]:
+    """Seconds of the learner's whole training, by what they went into; none before an update."""
+    parts_s = service.statistics.learner_parts_s
+    if not parts_s:
+        return {}
+    return {
+        "waiting for groups": parts_s["actor"],
+        "receiving the batch": parts_s["buffer"],
+        "training": parts_s["learner"],
+        "publishing weights": parts_s["sync"],
+    }
+
+
+def _actor_times(service: BufferService) -> dict[str, float]:
+    """Seconds of the engines of all actors that ever were, by what they went into, as last
+    reported."""
+    times_s = service.lifecycle.ledger.engine_times_s()
+    if not times_s:
+        return {}
+    sampling_s, updating_s, uptime_s = (times_s[name] for name in ENGINE_TIMES)
+    return {
+        "sampling": sampling_s,
+        "taking in weights": updating_s,
+        "idle": max(0.0, uptime_s - sampling_s - updating_s),
+    }

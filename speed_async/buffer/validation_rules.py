@@ -1,0 +1,190 @@
+"""What a message must say to be believed, beyond its schema: numbers that can be, tokens that the
+model has, nothing from the future. Pure; gatekeeper.py asks."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from functools import cache
+from typing import get_type_hints
+
+from speed_async.config.schema import Config
+from speed_async.errors import ProtocolError
+from speed_async.transport import messages as m
+from speed_async.transport.groups import GroupBounds, GroupFacts, weigh_group
+from speed_async.transport.joining import Join
+from speed_async.types import ActorCounts
+
+MAX_COUNT = 2**53
+"""No run counts further; floats hold integers up to here."""
+MAX_TEXT = 4096
+"""Characters of a text. Failure has its own bound, the header's: no failure goes unheard."""
+MAX_METRICS = 1024
+MAX_WEIGHT_RANKS = 4096
+MAX_INDEX = 2**20
+ROLES = ("actor", "learner")
+DECISIONS = ("continued", "screened out", "kept", "evaluated")
+_COUNTS = tuple(field.name for field in fields(ActorCounts))
+
+
+class Inspection:
+    """`vocab_size`: tokens of the model are below it; None where that is not known."""
+
+    def __init__(self, config: Config, vocab_size: int | None = None) -> None:
+        self._max_tokens = config.actors.max_new_tokens
+        self._bounds = GroupBounds(completion_tokens=self._max_tokens)
+        if vocab_size is not None:
+            self._bounds = replace(self._bounds, largest_token_id=vocab_size - 1)
+        self._num_screening = config.gate.num_screening
+        self._group_size = config.gate.group_size
+        self._num_evaluated = config.evaluate.num_samples
+        self._capacity_groups = config.buffer.capacity_groups
+
+    def fault(self, message: m.Message, policy_version: int) -> str | None:
+        """The first thing that cannot be true while this is the newest version; None for none."""
+        wrong = next(self._faults(message, policy_version), None)
+        return wrong and f"{type(message).__name__}: {wrong}"
+
+    def weigh(self, message: m.GroupFinished, policy_version: int) -> GroupFacts:
+        """The facts of a group that can be true while this is the newest version. Raises
+        ProtocolError."""
+        kind = type(message).__name__
+        if message.num_screening != self._num_screening:
+            raise ProtocolError(f"{kind}: num_screening must be {self._num_screening}")
+        if len(message.lengths) != self._group_size:
+            raise ProtocolError(
+                f"{kind}: {len(message.lengths)} completions; a group has {self._group_size}"
+            )
+        if not len(message.prompt_token_ids):
+            raise ProtocolError(f"{kind}: it has no prompt")
+        if policy_version != self._bounds.newest_version:
+            self._bounds = replace(self._bounds, newest_version=policy_version)
+        try:
+            return weigh_group(message, self._bounds)
+        except ProtocolError as error:
+            raise ProtocolError(f"{kind}: {error}") from error
+
+    def _faults(self, message: m.Message, policy_version: int) -> Iterator[str]:
+        yield from _plain_faults(message)
+        if isinstance(message, m.Counted):
+            yield from _count_faults(message.counts)
+        match message:
+            case m.ScreenedOut():
+                yield from _passed_faults(message)
+                if message.num_completions > max(self._num_screening, self._group_size):
+                    yield f"num_completions = {message.num_completions} is no screening's"
+                yield from self._token_faults(message)
+            case m.LeaseFailed():
+                if message.num_completions > max(self._group_size, self._num_evaluated):
+                    yield f"num_completions = {message.num_completions} is more than a lease has"
+                yield from self._token_faults(message)
+            case m.Evaluated():
+                yield from _passed_faults(message)
+                if message.num_completions != self._num_evaluated:
+                    yield f"num_completions must be evaluate.num_samples = {self._num_evaluated}"
+                yield from self._token_faults(message)
+                if message.num_tokens and message.oldest_version > message.newest_version:
+                    yield "oldest_version is above newest_version"
+                if message.newest_version > policy_version:
+                    yield _future("newest_version", message.newest_version, policy_version)
+            case m.Sample():
+                if message.decision not in DECISIONS:
+                    yield f"decision {message.decision[:20]!r} is none of {DECISIONS}"
+                if message.reward > 1:
+                    yield f"reward = {message.reward} is no reward"
+                if message.num_tokens > self._max_tokens:
+                    yield f"num_tokens = {message.num_tokens} is more than a completion has"
+                if message.policy_version > policy_version:
+                    yield _future("policy_version", message.policy_version, policy_version)
+            case m.WeightsApplied(policy_version=applied):
+                if applied > policy_version:
+                    yield _future("policy_version", applied, policy_version)
+            case m.ActorReport(gauges=gauges):
+                yield from _metric_faults("gauges", gauges)
+                if not all(map(math.isfinite, gauges.values())):
+                    yield "gauges must be finite"
+            case _:
+                yield from self._other_faults(message)
+
+    def _token_faults(self, message: m.ScreenedOut | m.LeaseFailed | m.Evaluated) -> Iterator[str]:
+        if message.num_tokens > message.num_completions * self._max_tokens:
+            yield (
+                f"num_tokens = {message.num_tokens} is more than {message.num_completions} "
+                f"completions of actors.max_new_tokens = {self._max_tokens} have"
+            )
+
+    def _other_faults(self, message: m.Message) -> Iterator[str]:
+        match message:
+            case m.Hello():
+                if message.role not in ROLES:
+                    yield f"role {message.role[:20]!r} is none of {ROLES}"
+                if message.index > MAX_INDEX:
+                    yield f"index {message.index} is no rank"
+                if not 1 <= message.weight_ranks <= MAX_WEIGHT_RANKS:
+                    yield f"weight_ranks must be between 1 and {MAX_WEIGHT_RANKS}"
+            case Join():
+                if not (message.machine and message.machine.isprintable()):
+                    yield "machine is no name"
+                if message.rank > MAX_INDEX:
+                    yield f"rank {message.rank} is no rank"
+            case m.TakeBatch(num_groups=asked):
+                if not 1 <= asked <= self._capacity_groups:
+                    yield f"num_groups must be between 1 and {self._capacity_groups}"
+            case m.Trained():
+                if len(set(message.lease_ids)) != len(message.lease_ids):
+                    yield "a group is trained twice"
+                yield from _metric_faults("metrics", message.metrics)
+            case m.PublishWeights():
+                if message.store_port > 65535:
+                    yield f"store_port {message.store_port} is no port"
+            case _:
+                return
+
+
+def _plain_faults(message: m.Message) -> Iterator[str]:
+    """Numbers count something, durations last, texts end: alike in all messages."""
+    for name, kind in _plain_fields(type(message)):
+        value = getattr(message, name)
+        if kind is str:
+            if len(value) > MAX_TEXT and not isinstance(message, m.Failure):
+                yield f"{name} has {len(value)} characters, at most {MAX_TEXT} are read"
+        elif kind == list[int]:
+            if value and not 0 <= min(value) <= max(value) <= MAX_COUNT:
+                yield f"{name} holds what is no id"
+        elif not 0 <= value <= MAX_COUNT:
+            refusing = isinstance(message, m.WeightsApplied) and name == "policy_version"
+            if not (refusing and value == -1):  # it says that a version was not taken in
+                yield f"{name} = {value} cannot be"
+
+
+@cache
+def _plain_fields(kind: type[m.Message]) -> tuple[tuple[str, object], ...]:
+    hints = get_type_hints(kind)
+    return tuple((n, hint) for n, hint in hints.items() if hint in (int, float, str, list[int]))
+
+
+def _count_faults(counts: ActorCounts) -> Iterator[str]:
+    for name in _COUNTS:
+        if not 0 <= (value := getattr(counts, name)) <= MAX_COUNT:
+            yield f"counts.{name} = {value} cannot be"
+    if counts.groups_in_flight > counts.groups_leased:
+        yield "counts: more groups in flight than were leased"
+    if counts.groups_continuing > counts.groups_in_flight:
+        yield "counts: more groups continuing than in flight"
+    if counts.tokens_in_flight > counts.tokens_generated:
+        yield "counts: more tokens in flight than were generated"
+
+
+def _passed_faults(message: m.ScreenedOut | m.Evaluated) -> Iterator[str]:
+    if message.num_passed > message.num_completions:
+        yield f"{message.num_passed} of {message.num_completions} completions passed"
+    if message.num_truncated > message.num_completions:
+        yield f"{message.num_truncated} of {message.num_completions} completions truncated"
+
+
+def _metric_faults(name: str, metrics: dict[str, float]) -> Iterator[str]:
+    if len(metrics) > MAX_METRICS or any(len(key) > MAX_TEXT for key in metrics):
+        yield f"{name} are too many, or their names too long"
+
+
+def _future(what: str, version: int, policy_version: int) -> str:
+    return f"{what} = {version} is from the future: the policy is at version {policy_version}"

@@ -1,0 +1,234 @@
+"""Scoring off the event loop, in worker processes that may raise, hang or die.
+
+pebble owns the processes: it kills a worker whose call passes its time limit and starts another.
+What it does not survive (a worker killed while idle breaks its whole pool) is mended here, by a
+new pool and a second try.
+"""
+
+import asyncio
+import pickle
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from multiprocessing import get_context
+from typing import Protocol, Self, TypeVar, cast
+
+from pebble import ProcessExpired, ProcessPool
+from pebble.common.types import MultiprocessingContext
+
+from speed_async.environments.verifier_worker import (
+    MakeTask,
+    Reply,
+    report_start,
+    score_packed,
+    start_worker,
+)
+from speed_async.errors import TaskError
+from speed_async.observability.first_error import LogSince
+from speed_async.types import Prompt, Verdict
+
+MAX_ATTEMPTS = 3
+"""Pools one call may break, or lose to another call, before it is given up."""
+DEATHS_OF_ITS_OWN = 2
+"""Workers that die over a call before it is to blame: pebble also lays a death on the call before,
+whose answer was still on its way."""
+STOP_TIMEOUT_S = 15.0
+_GRACE_S = 5.0
+
+T = TypeVar("T")
+
+
+class Verifier(Protocol):
+    """Scores completions of one prompt."""
+
+    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
+        """One verdict, its reward in [0, 1], for each completion. Raises TaskError."""
+        ...
+
+
+class VerifierPool:
+    """Async context manager; entering waits until a worker has made its task.
+
+    `make` must be picklable, such as `functools.partial(make_task, config.task)`. Workers are
+    spawned, never forked, so the caller may have threads; they import the caller's main module,
+    which should be light. Calls are served first in, first out; cancelling a call that is being
+    scored costs its worker.
+    """
+
+    def __init__(
+        self,
+        make: MakeTask,
+        num_workers: int,
+        timeout_s: float,
+        *,
+        start_timeout_s: float = 120.0,
+    ) -> None:
+        """`timeout_s` bounds the scoring of one call's completions, waiting not counted."""
+        self._make = make
+        self._num_workers = num_workers
+        self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
+        # Workers die with the thread that started them, so it lives as long as the pool.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="verifier-starter")
+        self._replacing = asyncio.Lock()
+        self._pool: ProcessPool | None = None
+        self._outstanding: set[asyncio.Future[Reply]] = set()
+        self._num_replies = 0
+
+    async def __aenter__(self) -> Self:
+        """Raises TaskError when the workers cannot start."""
+        try:
+            self._pool = await self._start()
+        except BaseException:
+            self._starter.shutdown(wait=False)
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pool, self._pool = self._pool, None
+        for future in self._outstanding:
+            future.cancel()
+        async with self._replacing:  # a replacement under way is stopped by the call that began it
+            if pool is not None:
+                await self._stop(pool)
+        self._starter.shutdown(wait=False)
+
+    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
+        """Verdicts on all completions of one prompt, in one round trip.
+
+        Raises TaskError when the verifier raises, hangs past `timeout_s`, kills its process, or
+        returns something else than a finite number in [0, 1] (its `extract`: than a text or
+        None); other calls are not affected.
+        """
+        reply = await self._score_packed(_pack(prompt, completions), _name(prompt))
+        if isinstance(reply, str):
+            raise TaskError(f"the verifier of {_name(prompt)} {reply}")
+        return reply
+
+    async def _score_packed(self, payload: bytes, whose: str) -> Reply:
+        num_deaths = 0
+        for _ in range(MAX_ATTEMPTS):
+            pool = self._pool
+            if pool is None:
+                raise TaskError("the verifier pool is not open")
+            try:
+                return await self._call(pool, payload)
+            except BrokenProcessPool:
+                await self._replace(pool)
+            except TimeoutError:
+                raise TaskError(
+                    f"the verifier of {whose} gave no answer within {self._timeout_s:g} s "
+                    "(actors.verifier_timeout_s); its worker was killed"
+                ) from None
+            except ProcessExpired as error:
+                num_deaths += 1
+                if num_deaths < DEATHS_OF_ITS_OWN:
+                    continue
+                raise TaskError(
+                    f"the verifier of {whose} ended its worker process (exit code {error.exitcode})"
+                ) from None
+        raise TaskError(f"the verifier pool broke {MAX_ATTEMPTS} times over {whose}")
+
+    async def _call(self, pool: ProcessPool, payload: bytes) -> Reply:
+        """Raises BrokenProcessPool also when the whole pool has been silent for too long."""
+        future = _schedule(pool, score_packed, (payload,), self._timeout_s)
+        self._outstanding.add(future)
+        try:
+            while True:
+                seen = self._num_replies
+                await asyncio.wait({future}, timeout=self._stall_s)
+                if future.cancelled():
+                    raise TaskError("the verifier pool was closed")
+                if future.done():
+                    self._num_replies += 1
+                    return future.result()
+                if self._num_replies == seen:
+                    raise BrokenProcessPool(f"no reply from any worker for {self._stall_s:g} s")
+        finally:
+            self._outstanding.discard(future)
+            future.cancel()
+
+    @property
+    def _stall_s(self) -> float:
+        """A healthy pool replies, times out or restarts a worker well within this."""
+        return self._timeout_s + self._start_timeout_s + _GRACE_S
+
+    async def _replace(self, broken: ProcessPool) -> None:
+        async with self._replacing:
+            if self._pool is broken:
+                fresh = await self._start()
+                if self._pool is broken:
+                    self._pool = fresh
+                    await self._stop(broken)
+                else:  # closed meanwhile
+                    await self._stop(fresh)
+
+    async def _start(self) -> ProcessPool:
+        _check_picklable(self._make)
+        log = LogSince()
+        pool = ProcessPool(
+            self._num_workers,
+            initializer=start_worker,
+            initargs=(self._make,),
+            context=cast(MultiprocessingContext, get_context("spawn")),
+        )
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                fault = await self._first_reply(pool)
+        except TimeoutError:
+            fault = f"no worker made its task within {self._start_timeout_s:g} s"
+        except BrokenProcessPool:
+            cause = log.first_error() or "what it wrote to stderr says why"
+            fault = f"its worker process ended at once: {cause}"
+        except BaseException:
+            await self._stop(pool)
+            raise
+        if fault:
+            await self._stop(pool)
+            raise TaskError(f"the verifier could not start: {fault}")
+        return pool
+
+    async def _first_reply(self, pool: ProcessPool) -> str:
+        loop = asyncio.get_running_loop()
+        starting = loop.run_in_executor(self._starter, pool.schedule, report_start)
+        return await asyncio.wrap_future(await starting)
+
+    async def _stop(self, pool: ProcessPool) -> None:
+        """Ends a pool's processes and threads; blocks nobody for longer than STOP_TIMEOUT_S."""
+        stopping = asyncio.get_running_loop().run_in_executor(self._starter, _stop_and_join, pool)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stopping, STOP_TIMEOUT_S)
+
+
+def _schedule(
+    pool: ProcessPool, function: Callable[..., T], args: tuple[object, ...], timeout_s: float
+) -> asyncio.Future[T]:
+    try:
+        return asyncio.wrap_future(pool.schedule(function, args=args, timeout=timeout_s))
+    except RuntimeError as error:  # pebble's way to say that the pool no longer works
+        raise BrokenProcessPool(str(error)) from error
+
+
+def _stop_and_join(pool: ProcessPool) -> None:
+    pool.stop()
+    pool.join()
+
+
+def _pack(prompt: Prompt, completions: Sequence[str]) -> bytes:
+    """Packed here, because an error inside pebble's sender thread would stop the pool."""
+    try:
+        return pickle.dumps((prompt, list(completions)))
+    except Exception as error:
+        raise TaskError(f"{_name(prompt)} cannot be sent to a verifier: {error}") from error
+
+
+def _check_picklable(make: MakeTask) -> None:
+    try:
+        pickle.dumps(make)
+    except Exception as error:
+        raise TaskError(f"the verifier could not start: {make!r} is not picklable") from error
+
+
+def _name(prompt: Prompt) -> str:
+    return f"{'held-out' if prompt.held_out else 'training'} prompt {prompt.prompt_id}"

@@ -1,0 +1,170 @@
+"""What a run stands on, identified by content: data, model, tokenizer, chat template, scoring code.
+
+Kept in the run folder as `identity.json`. Nothing here loads torch.
+"""
+
+import importlib.metadata
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from speed_async import __version__
+from speed_async.config.resumed import fixed_settings
+from speed_async.config.schema import Config
+from speed_async.environments.registry import make_task
+from speed_async.environments.scoring_source import scoring_files
+from speed_async.environments.task import Task, fingerprint
+from speed_async.errors import IdentityError
+from speed_async.launcher.identity.content import Digested, digest_files, digest_text
+from speed_async.launcher.identity.model_files import (
+    model_parts,
+    template_parts,
+    tokenizer_parts,
+    weight_files,
+)
+
+FORMAT = 1
+DATA, MODEL, WEIGHTS, TOKENIZER, TEMPLATE, SCORING = (
+    "data",
+    "model",
+    "model weights",
+    "tokenizer",
+    "chat template",
+    "code that scores",
+)
+"""The model's weights are sampled in `model`, which takes no time, and read whole in `model
+weights`, which is added while the run begins."""
+GYM = "reasoning_gym:"
+GYM_LIBRARY = "reasoning-gym"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Thing:
+    place: str
+    """Where it was found: a path, or the name of what made it."""
+    digest: str
+    parts: Mapping[str, str | int]
+    """Digest by file; of data, the counts and digests that tell how two sets differ."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    run_id: str
+    """Each checkpoint of the run bears it."""
+    release: str
+    """Of this package, for the reader's information."""
+    settings: Mapping[str, Any]
+    """Fields of the configuration that may not change, as the run began."""
+    things: Mapping[str, Thing]
+    weights: Mapping[str, Digested]
+    """By path, so that large files need not be read again."""
+
+    def text(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+
+
+def identify(config: Config, *, run_id: str) -> Identity:
+    """All that a run with this configuration stands on, but for whole weights.
+
+    Raises ConfigError, DataError or TaskError when the task cannot be made, and IdentityError when
+    a file cannot be read.
+    """
+    task = make_task(config.task)
+    folder = Path(config.model.path)
+    try:
+        things = {
+            DATA: _data(config, task),
+            MODEL: _thing(folder, model_parts(folder)),
+            TOKENIZER: _thing(folder, tokenizer_parts(folder)),
+            SCORING: _scoring(config, task),
+        }
+        if config.model.chat_template:
+            things[TEMPLATE] = _thing(folder, template_parts(folder))
+    except OSError as error:
+        raise _unreadable(error) from error
+    return Identity(
+        run_id=run_id,
+        release=__version__,
+        settings=fixed_settings(config),
+        things=things,
+        weights={},
+    )
+
+
+def with_weights(
+    identity: Identity, folder: Path, known: Mapping[str, Digested] = MappingProxyType({})
+) -> Identity:
+    """The same with the whole weights of this model folder. `known`: their digests of an earlier
+    time. Raises IdentityError."""
+    try:
+        weights = digest_files(weight_files(folder), known)
+    except OSError as error:
+        raise _unreadable(error) from error
+    parts = {Path(path).name: found.digest for path, found in weights.items()}
+    things = {**identity.things, WEIGHTS: _thing(folder, parts)}
+    return replace(identity, things=things, weights=weights)
+
+
+def new_run_id() -> str:
+    return uuid.uuid4().hex
+
+
+def read_identity(path: Path) -> Identity | None:
+    """None when there is none. Raises IdentityError for one that cannot be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if (version := record.pop("format")) != FORMAT:
+            raise ValueError(f"it has format {version}, this release reads {FORMAT}")
+        things = {name: Thing(**thing) for name, thing in record.pop("things").items()}
+        weights = {
+            place: Digested(digest=known["digest"], stamp=tuple(known["stamp"]))
+            for place, known in record.pop("weights").items()
+        }
+        return Identity(things=things, weights=weights, **record)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise IdentityError(
+            f"'{path}' cannot be read ({error}): bring it back from a copy; if there is none, "
+            "remove it, and the run is compared with its journal alone"
+        ) from None
+
+
+def _unreadable(error: OSError) -> IdentityError:
+    return IdentityError(f"what this run stands on cannot be read: {error}")
+
+
+def _data(config: Config, task: Task) -> Thing:
+    prompts = [*task.train_prompts, *task.held_out_prompts]
+    return Thing(
+        place=config.task.path or config.task.name,
+        digest=fingerprint(task),
+        parts={
+            "train": len(task.train_prompts),
+            "held_out": len(task.held_out_prompts),
+            "prompts": _unordered([(prompt.text,) for prompt in prompts]),
+            "answers": _unordered([(prompt.text, prompt.answer) for prompt in prompts]),
+        },
+    )
+
+
+def _scoring(config: Config, task: Task) -> Thing:
+    files = digest_files(scoring_files(task))
+    parts: dict[str, str | int] = {Path(path).name: found.digest for path, found in files.items()}
+    if config.task.name.startswith(GYM):
+        parts[GYM_LIBRARY] = importlib.metadata.version(GYM_LIBRARY)
+    kind = type(task)
+    return _thing(f"{kind.__module__}.{kind.__qualname__}", parts)
+
+
+def _thing(place: Path | str, parts: Mapping[str, str | int]) -> Thing:
+    texts = [text for name in sorted(parts) for text in (name, str(parts[name]))]
+    return Thing(place=str(place), digest=digest_text(*texts), parts=parts)
+
+
+def _unordered(rows: Sequence[tuple[str, ...]]) -> str:
+    return digest_text(*sorted(digest_text(*row) for row in rows))

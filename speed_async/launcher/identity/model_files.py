@@ -1,0 +1,86 @@
+"""Which files of a model folder make the model, the tokenizer and the chat template."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from speed_async.launcher.identity.content import digest_files, digest_text, sample_digest
+
+SETTINGS = ("config.json", "generation_config.json")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+NO_WEIGHTS = frozenset({"optimizer.safetensors"})
+"""Of a checkpoint of an earlier run: the model is used without it."""
+TOKENIZER = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+)
+TEMPLATE = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+"""May hold the chat template as well."""
+_TEMPLATE_KEY = "chat_template"
+
+
+def model_parts(folder: Path) -> dict[str, str]:
+    """Digest by file; of weights a digest of samples. Raises OSError."""
+    sampled = {path.name: sample_digest(path) for path in weight_files(folder)}
+    return _digests(folder, _matching(folder, SETTINGS)) | sampled
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return [path for path in _matching(folder, WEIGHTS) if path.name not in NO_WEIGHTS]
+
+
+def tokenizer_parts(folder: Path) -> dict[str, str]:
+    """Digest by file, the chat template left out. Raises OSError."""
+    parts = _digests(folder, _matching(folder, TOKENIZER))
+    if TOKENIZER_CONFIG in parts:
+        facts = {k: v for k, v in _tokenizer_config(folder).items() if k != _TEMPLATE_KEY}
+        parts[TOKENIZER_CONFIG] = digest_text(json.dumps(facts, sort_keys=True))
+    return parts
+
+
+def template_parts(folder: Path) -> dict[str, str]:
+    """Digest by file. Raises OSError."""
+    parts = _digests(folder, _matching(folder, TEMPLATE))
+    if (template := _tokenizer_config(folder).get(_TEMPLATE_KEY)) is not None:
+        parts[TOKENIZER_CONFIG] = digest_text(json.dumps(template, sort_keys=True))
+    return parts
+
+
+def model_fingerprint(folder: Path, *, chat_template: bool) -> str:
+    """Digest of all that has to be alike on every node. Of weights it takes samples only: another
+    model is told apart, a single wrong byte is not. Raises OSError."""
+    texts = [*_flat(model_parts(folder)), *_flat(tokenizer_parts(folder))]
+    if chat_template:
+        texts += _flat(template_parts(folder))
+    return digest_text(*texts)[:16]
+
+
+def _flat(parts: dict[str, str]) -> list[str]:
+    return [text for name in sorted(parts) for text in (name, parts[name])]
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def _digests(folder: Path, paths: Sequence[Path]) -> dict[str, str]:
+    digests = digest_files(paths)
+    return {path.relative_to(folder).as_posix(): digests[str(path)].digest for path in paths}
+
+
+def _tokenizer_config(folder: Path) -> dict[str, object]:
+    """Empty where there is none that can be read; loading the tokenizer says so."""
+    try:
+        facts = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}

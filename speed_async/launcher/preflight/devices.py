@@ -1,0 +1,95 @@
+"""Whether torch will find a GPU, found out without importing torch."""
+
+import ctypes
+import importlib.util
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+from speed_async.config.schema import Config
+from speed_async.errors import ConfigError
+from speed_async.launcher.preflight.findings import Findings
+
+DRIVER = "libcuda.so.1"
+ROCM_DEVICE = Path("/dev/kfd")
+USE_ANOTHER = "use 'auto' or 'cpu'"
+
+
+def check_devices(config: Config, findings: Findings, *, actors_here: bool = True) -> None:
+    """Raises nothing; `cuda` on a machine without a usable GPU is an error."""
+    fields = [("learner.device", config.learner.device)]
+    if actors_here and config.actors.engine != "vllm":  # which looks for itself
+        fields.append(("actors.device", config.actors.device))
+    asked = [field for field, device in fields if device == "cuda"]
+    if asked and (fault := why_no_gpu()):
+        findings.errors += [ConfigError(field, "cuda", fault) for field in asked]
+    if config.weights.backend == "nccl" and (fault := _why_no_nccl(config, actors_here)):
+        findings.errors.append(ConfigError("weights.backend", "nccl", f"{fault}; use 'auto'"))
+    split = config.actors.vllm.tensor_parallel
+    if not (actors_here and config.actors.engine == "vllm" and split > 1):
+        return
+    visible = num_cuda_gpus()
+    if 0 < visible < split:
+        findings.errors.append(
+            ConfigError(
+                "actors.vllm.tensor_parallel",
+                split,
+                f"more than the {visible} GPUs that are visible; set at most {visible}",
+            )
+        )
+
+
+def _why_no_nccl(config: Config, actors_here: bool) -> str:
+    """NCCL wants a GPU for each rank."""
+    if config.learner.device == "cpu":
+        return "weights go by NCCL between GPUs, and learner.device = 'cpu'"
+    if why_no_gpu():
+        return "weights go by NCCL between GPUs, and there is none to use here"
+    ranks, visible = config.cluster.learners + config.cluster.actors, num_cuda_gpus()
+    if actors_here and 0 < visible < ranks:
+        return f"it needs a GPU for each of {ranks} ranks, and {visible} are visible"
+    return ""
+
+
+def why_no_gpu() -> str:
+    """Empty when torch has a GPU to use."""
+    build = _torch_build()
+    if build == "cpu":
+        return (
+            f"the installed torch is built for CPUs alone; install one for CUDA, or {USE_ANOTHER}"
+        )
+    if build == "hip":
+        found = ROCM_DEVICE.exists()
+        return "" if found else f"no ROCm device is here ({ROCM_DEVICE}); {USE_ANOTHER}"
+    if num_cuda_gpus() > 0:
+        return ""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    why = f" (CUDA_VISIBLE_DEVICES = {hidden!r})" if hidden is not None else ""
+    return f"no CUDA device is visible{why}; {USE_ANOTHER}"
+
+
+@cache
+def num_cuda_gpus() -> int:
+    """As the driver counts them, under CUDA_VISIBLE_DEVICES; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL(DRIVER)
+        count = ctypes.c_int(0)
+        if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+            return 0
+    except (OSError, AttributeError):
+        return 0
+    return count.value
+
+
+def _torch_build() -> str:
+    """`cpu`, `cuda` or `hip`, from the file that torch's own build writes."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return "cpu"
+    version = Path(found.origin).with_name("version.py")
+    text = version.read_text() if version.is_file() else ""
+    for build in ("hip", "cuda"):
+        if re.search(rf"^{build}\b[^=\n]*=\s*['\"]", text, re.MULTILINE):
+            return build
+    return "cpu" if re.search(r"^cuda\b[^=\n]*=\s*None", text, re.MULTILINE) else "cuda"

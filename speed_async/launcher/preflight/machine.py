@@ -1,0 +1,110 @@
+"""Checks of this machine: disk, ports, keys and libraries that the run asks for."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from speed_async.config.key_folder import check_server_files
+from speed_async.config.schema import Config
+from speed_async.errors import ConfigError
+from speed_async.launcher.ports import becomes_free
+from speed_async.launcher.preflight.findings import Findings
+
+PORT_GRACE_S = 5.0
+"""For a resumed run: its life before may still be ending."""
+
+
+def check_libraries(config: Config, findings: Findings) -> None:
+    if config.observe.wandb and importlib.util.find_spec("wandb") is None:
+        remedy = "wandb is not installed here: pip install wandb, or set false"
+        findings.errors.append(ConfigError("observe.wandb", True, remedy))
+
+
+def check_ports(config: Config, findings: Findings, *, resume: bool = False) -> None:
+    cluster = config.cluster
+    if not becomes_free(cluster.host, 0, timeout_s=0.0):
+        findings.errors.append(
+            ConfigError(
+                "cluster.host",
+                cluster.host,
+                "the service cannot bind there: it is no address of this machine; set the address "
+                "that others reach this machine at",
+            )
+        )
+        return
+    for name in ("service_port", "feed_port"):
+        port = getattr(cluster, name)
+        if not port or becomes_free(cluster.host, port, timeout_s=PORT_GRACE_S if resume else 0.0):
+            continue
+        findings.errors.append(
+            ConfigError(
+                f"cluster.{name}",
+                port,
+                f"it is taken or forbidden at {cluster.host}; choose another, or 0 for a free one",
+            )
+        )
+
+
+def check_keys(config: Config, findings: Findings) -> None:
+    """What the service needs of the keys (every role's part is in config/checks.py)."""
+    keys = config.cluster.keys
+    if keys is None or not config.cluster.speaks_curve or not Path(keys).is_dir():
+        return
+    try:
+        check_server_files(Path(keys))
+    except ConfigError as error:
+        findings.errors.append(error)
+
+
+def check_folders(config: Config, findings: Findings) -> Path | None:
+    """The nearest folder above the run's own that exists, when the run's can be made there."""
+    fields = [("observe.trace", config.observe.trace), ("run.folder", config.run.folder)]
+    parent: Path | None = None
+    for field, folder in fields:
+        if folder is None:
+            continue
+        wanted = Path(folder).expanduser().resolve()
+        parent = next(path for path in (wanted, *wanted.parents) if path.exists())
+        if not parent.is_dir():
+            fault = f"cannot be made: {parent} is a file"
+        elif not os.access(parent, os.W_OK | os.X_OK):
+            fault = f"cannot be made: {parent} may not be written to; choose another folder"
+        else:
+            continue
+        findings.errors.append(ConfigError(field, folder, fault))
+        parent = None
+    return parent
+
+
+def check_disk(
+    config: Config, findings: Findings, *, parent: Path, checkpoint_bytes: int
+) -> list[str]:
+    """`parent` is where the run's folder will be."""
+    free = shutil.disk_usage(parent).free
+    kept = config.learner.keep_last + 1
+    if free < checkpoint_bytes:
+        findings.errors.append(
+            ConfigError(
+                "run.folder",
+                config.run.folder,
+                f"{size(free)} are free there and one checkpoint takes about "
+                f"{size(checkpoint_bytes)}; choose a folder on another disk",
+            )
+        )
+    elif free < kept * checkpoint_bytes:
+        findings.warnings.append(
+            f"run.folder = {config.run.folder!r}: {size(free)} are free there, and the {kept} "
+            f"checkpoints that may lie there at once (learner.keep_last = "
+            f"{config.learner.keep_last}, and one being written) take about "
+            f"{size(kept * checkpoint_bytes)}"
+        )
+    return [f"{size(free)} free at {parent}; a checkpoint takes about {size(checkpoint_bytes)}"]
+
+
+def size(num_bytes: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"

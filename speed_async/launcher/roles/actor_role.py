@@ -1,0 +1,109 @@
+"""The actor's process: wires engine, verifier, task and link to the loop."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+from speed_async.actors.engine import OwnedEngine
+from speed_async.actors.failed_completions import FailedCompletions
+from speed_async.actors.loop import ActorLoop
+from speed_async.actors.model_folder import check_model_folder, load_tokenizer
+from speed_async.actors.prompt_codec import PromptCodec
+from speed_async.actors.rollout import Rollout
+from speed_async.config.schema import Config
+from speed_async.environments.registry import make_task
+from speed_async.environments.task import fingerprint
+from speed_async.environments.verifier import VerifierPool
+from speed_async.errors import GivenUp, SpeedAsyncError, WeightSyncError
+from speed_async.launcher.exit_status import describe
+from speed_async.launcher.identity.model_files import model_fingerprint
+from speed_async.launcher.run_folder import RunFolder
+from speed_async.transport import messages as m
+from speed_async.transport.curve import client_keys
+from speed_async.transport.session import SessionLink
+from speed_async.transport.tracing import tapped
+from speed_async.transport.transport import Link
+from speed_async.transport.zeromq import open_link
+
+
+async def run_actor(
+    config: Config,
+    *,
+    index: int,
+    incarnation: int,
+    host: str,
+    port: int,
+    joined: bool,
+    engine: OwnedEngine,
+) -> None:
+    """Work until the service drains this actor, or SIGTERM does.
+
+    An error of its own ends the run, unless it has `joined` the run by itself.
+    """
+    name = f"actor-{index}"
+    keys = client_keys(config.cluster)
+    peer = f"{name}.{incarnation}"
+    wire = tapped(await open_link(host, port, peer, keys=keys), config.observe.trace, peer)
+    link = SessionLink(wire)
+    try:
+        await _work(config, name, index, incarnation, link, engine)
+    except (GivenUp, WeightSyncError):
+        raise  # the supervisor starts another incarnation: no matter for the other roles
+    except Exception as error:  # the role's boundary: told to the others, then raised on
+        if not joined:
+            await _tell(link, name, describe(name, error))
+        raise
+    finally:
+        await link.close()
+
+
+async def _work(
+    config: Config, name: str, index: int, incarnation: int, link: SessionLink, engine: OwnedEngine
+) -> None:
+    task = make_task(config.task)
+    verifier = VerifierPool(
+        partial(make_task, config.task),
+        config.actors.verifier_workers,
+        config.actors.verifier_timeout_s,
+    )
+    folder = Path(config.model.path)
+    check_model_folder(folder)
+    codec = PromptCodec(load_tokenizer(folder), chat_template=config.model.chat_template)
+    failures = FailedCompletions(RunFolder(path=Path(config.run.folder)).failed(name))
+    sys.stderr.write(
+        f"{name}.{incarnation}: loading {folder} with the {config.actors.engine} engine\n"
+    )
+    async with verifier, engine:
+        sys.stderr.write(f"{name}.{incarnation}: engine and verifier are ready; joining the run\n")
+        loop = ActorLoop(
+            config,
+            name=name,
+            link=link,
+            engine=engine,
+            rollout=Rollout(config, engine, verifier, codec, failures=failures),
+            task=task,
+        )
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, loop.request_drain)
+        await loop.run(
+            m.Hello(
+                role="actor",
+                index=index,
+                incarnation=incarnation,
+                fingerprint=fingerprint(task),
+                model_fingerprint=model_fingerprint(
+                    folder, chat_template=config.model.chat_template
+                ),
+                process_id=os.getpid(),
+                weight_ranks=config.actors.weight_ranks,
+            )
+        )
+
+
+async def _tell(link: Link, role: str, text: str) -> None:
+    """Let the service stop the others; the error itself travels by the error file as well."""
+    with contextlib.suppress(SpeedAsyncError):
+        await link.send(m.Failure(role=role, message=text))

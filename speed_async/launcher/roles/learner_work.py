@@ -1,0 +1,86 @@
+"""The first learner rank's training: wires model, trainer, weights and link to the loop.
+
+Apart from learner_role.py, because what it imports takes seconds.
+"""
+
+import asyncio
+import gc
+import os
+from pathlib import Path
+
+import torch
+
+from speed_async.launcher.attempt import Life
+from speed_async.launcher.identity.identity import DATA, Identity
+from speed_async.launcher.identity.model_files import model_fingerprint
+from speed_async.launcher.rank import Rank
+from speed_async.learner.inbox import Stop
+from speed_async.learner.loop import Finished, LearnerLoop
+from speed_async.learner.model import load_model, stored_dtype
+from speed_async.learner.parallel import SingleRank
+from speed_async.learner.progress import Progress, Restored
+from speed_async.learner.trainer import Trainer
+from speed_async.transport import messages as m
+from speed_async.transport.transport import Link
+from speed_async.weight_sync.broadcast import TorchSender
+from speed_async.weight_sync.contiguous import lay_flat
+from speed_async.weight_sync.process_group import choose_backend
+
+
+async def learn(life: Life, rank: Rank, link: Link, stop: Stop, identity: Identity) -> Finished:
+    """Train to the end of the run, or until `stop` is set."""
+    config = life.config
+    torch.set_num_threads(config.learner.num_threads)
+    torch.manual_seed(config.run.seed)
+    model = await asyncio.to_thread(load_model, config.model.path, device=config.learner.device)
+    lay_flat(model)  # before the optimiser is made; what lies flat is sent without being packed
+    trainer = Trainer(config=config, model=model, parallel=SingleRank(), run_id=identity.run_id)
+    restored = None
+    if (found := life.checkpoint) is not None:
+        progress = Progress()
+        if found.folder is not None:
+            progress = await asyncio.to_thread(trainer.restore, found.folder, is_whole=True)
+        restored = Restored(progress=progress, notices=found.notices)
+    if life.number == 0:  # a run that goes on may wait for room, as it may at any later checkpoint
+        await asyncio.to_thread(trainer.try_save)
+    device = next(model.parameters()).device
+    sender = TorchSender(
+        host=config.cluster.host,
+        bucket_bytes=config.weights.bucket_bytes,
+        device=device,
+        cast=stored_dtype(config.model.path) if device.type == "cuda" else None,
+        store_timeout_s=config.weights.deadline_s,
+    )
+    backend = choose_backend(
+        config.weights.backend,
+        device.type,
+        num_visible_gpus=torch.cuda.device_count(),
+        num_local_ranks=rank.local_world_size,
+        num_ranks=rank.world_size,
+        actors_device=config.actors.device,
+    )
+    loop = LearnerLoop(
+        config,
+        link=link,
+        updates=trainer,
+        sender=sender,
+        backend=backend,
+        stop=stop,
+        restored=restored,
+    )
+    gc.freeze()  # full collections need not go through all that was imported
+    try:
+        return await loop.run(
+            m.Hello(
+                role="learner",
+                index=rank.rank,
+                incarnation=life.number,
+                fingerprint=identity.things[DATA].digest,
+                model_fingerprint=model_fingerprint(
+                    Path(config.model.path), chat_template=config.model.chat_template
+                ),
+                process_id=os.getpid(),
+            )
+        )
+    finally:
+        sender.close()

@@ -1,0 +1,96 @@
+"""The buffer service's process: wires the core to sockets, sinks and the task's size."""
+
+import asyncio
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from speed_async.buffer.curriculum.curriculum import make_curriculum
+from speed_async.buffer.durability.recovery import open_machine
+from speed_async.buffer.server import serve
+from speed_async.buffer.service import BufferService
+from speed_async.config.model_facts import read_model_facts
+from speed_async.config.schema import Config
+from speed_async.environments.registry import make_task
+from speed_async.environments.task import fingerprint
+from speed_async.errors import ModelError
+from speed_async.evaluation.plan import EvaluationPlan
+from speed_async.launcher.identity.model_files import model_fingerprint
+from speed_async.launcher.run_folder import RunFolder
+from speed_async.observability.sinks import JsonlSink, Sink
+from speed_async.transport.curve import server_keys
+from speed_async.transport.feed import FeedPublisher
+from speed_async.transport.zeromq import open_hub
+
+
+async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
+    """Bind, say on stdout where (one JSON line), serve until the run has ended.
+
+    `life` is the run's: in another than before, all actors of the one before are lost.
+    """
+    loop = asyncio.get_running_loop()
+    # The learner ends this process by protocol, or by dying: signals to the group are not for it.
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(ignored, lambda: None)
+    task = make_task(config.task)
+    keys = server_keys(config.cluster)
+    hub = await open_hub(config.cluster.host, config.cluster.service_port, keys=keys)
+    feed = FeedPublisher(config.cluster.host, config.cluster.feed_port, keys=keys)
+    task_fingerprint, model_folder = fingerprint(task), Path(config.model.path)
+    folder_fingerprint = model_fingerprint(model_folder, chat_template=config.model.chat_template)
+
+    def build(settings: Config) -> BufferService:
+        return BufferService(
+            settings,
+            curriculum=make_curriculum(
+                settings, len(task.train_prompts), np.random.default_rng(settings.run.seed)
+            ),
+            evaluations=EvaluationPlan(
+                num_prompts=len(task.held_out_prompts),
+                num_samples=settings.evaluate.num_samples,
+                every=settings.evaluate.every,
+            ),
+            fingerprint=task_fingerprint,
+            model_fingerprint=folder_fingerprint,
+            started_s=time.monotonic(),
+            feed_port=feed.port,
+            vocab_size=vocab_size(model_folder),
+        )
+
+    keeps_journal = config.buffer.durability != "none"
+    folder = RunFolder(path=run_folder).journal if keeps_journal else None
+    machine, notes = open_machine(folder, config, build, life=life)
+    for note in notes:
+        sys.stderr.write(note + "\n")
+    machine.service.notes = "\n".join(notes)
+    sinks = make_sinks(config, run_folder)
+    sys.stdout.write(json.dumps({"port": hub.port, "feed_port": feed.port}) + "\n")
+    sys.stdout.flush()
+    await serve(machine, hub, feed, sinks)
+
+
+def vocab_size(folder: Path) -> int | None:
+    """Tokens that the model of this folder has; None where its config.json does not tell."""
+    try:
+        return read_model_facts(folder).vocab_size
+    except ModelError:
+        return None
+
+
+def make_sinks(config: Config, run_folder: Path) -> list[Sink]:
+    sinks: list[Sink] = [JsonlSink(run_folder)]
+    if config.observe.wandb:
+        from speed_async.observability.wandb_sink import WandbSink
+
+        sinks.append(
+            WandbSink(
+                run_folder=run_folder,
+                project=config.observe.wandb_project,
+                config=config.model_dump(),
+            )
+        )
+    return sinks

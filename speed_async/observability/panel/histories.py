@@ -1,0 +1,48 @@
+"""What is kept of a figure for its sparkline: the whole run in few points, or the last minutes."""
+
+from dataclasses import dataclass, field
+
+from speed_async.observability.metrics import Value
+from speed_async.observability.notation import finite
+from speed_async.observability.panel.glyphs import Point
+
+RECENT_S = 120.0
+HISTORY_LIMIT = 512
+
+
+@dataclass(slots=True)
+class History:
+    """A whole run in at most `HISTORY_LIMIT` points: when full, neighbours are averaged."""
+
+    points: list[Point] = field(default_factory=list)
+    first: float | None = None
+    last: float | None = None
+    best: float | None = None
+
+    def add(self, at_s: float, value: Value) -> None:
+        number = finite(value)
+        if number is None:
+            return
+        self.first = number if self.first is None else self.first
+        self.best = number if self.best is None else max(self.best, number)
+        self.last = number
+        self.points.append((at_s, number))
+        if len(self.points) >= HISTORY_LIMIT:
+            pairs = zip(self.points[::2], self.points[1::2], strict=True)
+            self.points = [((s + t) / 2, (x + y) / 2) for (s, x), (t, y) in pairs]
+
+
+@dataclass(slots=True)
+class Recent:
+    """The last `RECENT_S` seconds, and the peak since the start."""
+
+    points: list[Point] = field(default_factory=list)
+    peak: float | None = None
+
+    def add(self, at_s: float, value: Value) -> None:
+        number = finite(value)
+        if number is None:
+            return
+        self.peak = number if self.peak is None else max(self.peak, number)
+        self.points = [point for point in self.points if point[0] > at_s - RECENT_S]
+        self.points.append((at_s, number))

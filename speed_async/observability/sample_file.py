@@ -1,0 +1,71 @@
+"""`samples.jsonl` of a run folder: completions for people to look at, in a bounded file."""
+
+import json
+import os
+from pathlib import Path
+
+from speed_async.observability.metrics import Value
+
+SAMPLES_FILE = "samples.jsonl"
+MAX_FILE_BYTES = 16 * 1024 * 1024
+"""About four thousand long samples. What comes later is not kept; the last line says so."""
+FULL = "full"
+"""Kind of the last line of a file that has no room for more."""
+
+
+class SampleFile:
+    """Appends one JSON object a line: `kind`, then the sample's values (observability/metrics.py).
+
+    A line is in the file whole or not at all, so a resumed run goes on after it. The file begins
+    with the first sample.
+    """
+
+    def __init__(self, run_folder: Path, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+        self.path = run_folder / SAMPLES_FILE
+        self._max_file_bytes = max_file_bytes
+        self._is_full = False
+
+    def write(self, values: dict[str, Value]) -> None:
+        """Raises OSError when the disk does not take it; nothing of it stays then."""
+        if self._is_full:
+            return
+        with self.path.open("a+b", buffering=0) as file:
+            size = _drop_torn_tail(file.fileno())
+            line = _line({"kind": "sample"} | values)
+            if size + len(line) > self._max_file_bytes:
+                self._is_full = True
+                if _last_line(file.fileno(), size).startswith(_line({"kind": FULL})[:-2]):
+                    return
+                line = _line({"kind": FULL, "max_bytes": self._max_file_bytes})
+            try:
+                whole = file.write(line) == len(line)
+            except OSError:
+                os.ftruncate(file.fileno(), size)
+                raise
+            if not whole:
+                os.ftruncate(file.fileno(), size)
+                raise OSError(28, "no room for a sample")
+
+
+def _line(values: dict[str, Value]) -> bytes:
+    return json.dumps(values, allow_nan=False).encode() + b"\n"
+
+
+def _drop_torn_tail(file: int) -> int:
+    """A killed process may have left half a line. Returns the size of the whole ones."""
+    size = os.fstat(file).st_size
+    if size and os.pread(file, 1, size - 1) != b"\n":
+        size -= len(_last_line(file, size))
+        os.ftruncate(file, size)
+    return size
+
+
+def _last_line(file: int, size: int, block: int = 65536) -> bytes:
+    """What stands after the last end of a line but one, whole or torn."""
+    start = max(0, size - block)
+    while True:
+        tail = os.pread(file, size - start, start)
+        end = tail.rfind(b"\n", 0, max(len(tail) - 1, 0))
+        if end >= 0 or start == 0:
+            return tail[end + 1 :]
+        start = max(0, start - block)

@@ -1,0 +1,204 @@
+"""The transport inside one event loop, for tests and single-process runs.
+
+Messages pass as bytes through the same codec, so no end can change what the other holds.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from speed_async.errors import DeadlineExceeded, ProtocolError, TransportClosed
+from speed_async.transport.codec import Frame, decode, encode
+from speed_async.transport.messages import Message, Rejected
+from speed_async.transport.muting import MuteTable
+from speed_async.transport.transport import Delivery, PeerName
+
+Item = TypeVar("Item")
+
+QUEUED_MESSAGES = 64
+SEND_DEADLINE_S = 30.0
+
+
+class InProcessHub:
+    """The service's end; `rejected` and `undelivered` count as in the ZeroMQ hub."""
+
+    def __init__(
+        self, *, queued_messages: int = QUEUED_MESSAGES, send_deadline_s: float = SEND_DEADLINE_S
+    ) -> None:
+        self.rejected = 0
+        self.undelivered = 0
+        self.muted = MuteTable()
+        self.newly_rejected: list[PeerName] = []
+        self._queued_messages = queued_messages
+        self._send_deadline_s = send_deadline_s
+        self._inbox: _Mailbox[tuple[PeerName, list[bytes]]] = _Mailbox(queued_messages)
+        self._outboxes: dict[PeerName, _Mailbox[list[bytes]]] = {}
+
+    def connect(self, name: PeerName) -> "InProcessLink":
+        """A link under `name`; an earlier link of that name loses its place."""
+        self._outboxes[name] = _Mailbox(self._queued_messages)
+        return InProcessLink(name, self._inbox, self._outboxes[name], self._send_deadline_s)
+
+    def offer(self, peer: PeerName, message: Message) -> Delivery:
+        """Queue a message if that can be done at once; `undelivered` counts gone peers."""
+        if self._inbox.closed:
+            raise TransportClosed("the in-process service is closed")
+        outbox = self._outboxes.get(peer)
+        if outbox is None or outbox.closed:
+            self.undelivered += 1
+            return Delivery.GONE
+        put = outbox.put_now(_as_bytes(encode(message)))
+        return Delivery.QUEUED if put else Delivery.FULL
+
+    def receive_now(self) -> tuple[PeerName, Message] | None:
+        """The next valid message of any peer, if there is one already."""
+        while (item := self._inbox.get_now()) is not None:
+            if (received := self._opened(*item)) is not None:
+                return received
+        return None
+
+    async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:
+        """Next valid message of any peer. Raises DeadlineExceeded or TransportClosed."""
+        clock = asyncio.get_running_loop().time
+        ends_s = clock() + deadline_s
+        while True:
+            remaining_s = max(0.0, ends_s - clock())
+            try:
+                peer, frames = await self._inbox.get(remaining_s, whom="any peer", what="a message")
+            except DeadlineExceeded as error:
+                raise DeadlineExceeded(error.whom, error.what, deadline_s) from None
+            if (received := self._opened(peer, frames)) is not None:
+                return received
+
+    def key_of(self, peer: PeerName) -> str:
+        return ""
+
+    def mute(self, peer: PeerName) -> None:
+        self.muted.add(peer.encode())
+
+    def _opened(self, peer: PeerName, frames: list[bytes]) -> tuple[PeerName, Message] | None:
+        if peer.encode() in self.muted:
+            return None
+        try:
+            return peer, decode(frames)
+        except ProtocolError as error:
+            self.rejected += 1
+            self.mute(peer)
+            self.newly_rejected.append(peer)
+            self._outboxes[peer].put_now(_as_bytes(encode(Rejected(reason=str(error)))))
+            return None
+
+    async def close(self) -> None:
+        """Links still receive what was sent to them, then TransportClosed."""
+        await self._inbox.close(keep_items=False)
+        for outbox in self._outboxes.values():
+            await outbox.close(keep_items=True)
+
+
+class InProcessLink:
+    """A peer's end."""
+
+    def __init__(
+        self,
+        name: PeerName,
+        inbox: "_Mailbox[tuple[PeerName, list[bytes]]]",
+        outbox: "_Mailbox[list[bytes]]",
+        send_deadline_s: float,
+    ) -> None:
+        self._name = name
+        self._hub_inbox = inbox
+        self._own = outbox
+        self._send_deadline_s = send_deadline_s
+
+    async def send(self, message: Message) -> None:
+        """Queue a message; waits while the hub's inbox is full, then raises DeadlineExceeded."""
+        await self.send_frames(encode(message))
+
+    async def send_frames(self, frames: Sequence[Frame]) -> None:
+        """Queue frames as they are, valid or not."""
+        if self._own.closed:
+            raise TransportClosed(f"link {self._name} is closed")
+        await self._hub_inbox.put(
+            (self._name, _as_bytes(frames)),
+            self._send_deadline_s,
+            whom="the in-process service",
+            what="room in its inbox",
+        )
+
+    async def receive(self, deadline_s: float) -> Message:
+        """Next message. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
+        whom = "the in-process service"
+        return decode(await self._own.get(deadline_s, whom=whom, what="a message"))
+
+    async def close(self) -> None:
+        await self._own.close(keep_items=False)
+
+
+class _Mailbox(Generic[Item]):
+    """A bounded queue that can be closed under those who wait on it."""
+
+    def __init__(self, capacity: int) -> None:
+        self.closed = False
+        self._capacity = capacity
+        self._items: deque[Item] = deque()
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    async def put(self, item: Item, deadline_s: float, *, whom: str, what: str) -> None:
+        await self._until(lambda: len(self._items) < self._capacity, deadline_s, whom, what)
+        if not self.put_now(item):
+            raise TransportClosed(f"closed while waiting for {whom}: {what}")
+
+    async def get(self, deadline_s: float, *, whom: str, what: str) -> Item:
+        await self._until(lambda: len(self._items) > 0, deadline_s, whom, what)
+        item = self.get_now()
+        if item is None:
+            raise TransportClosed(f"closed while waiting for {whom}: {what}")
+        return item
+
+    def put_now(self, item: Item) -> bool:
+        """Put at once, or not at all: then False."""
+        if self.closed or len(self._items) >= self._capacity:
+            return False
+        self._items.append(item)
+        self._tell()
+        return True
+
+    def get_now(self) -> Item | None:
+        if not self._items:
+            return None
+        item = self._items.popleft()
+        self._tell()
+        return item
+
+    async def close(self, *, keep_items: bool) -> None:
+        self.closed = True
+        if not keep_items:
+            self._items.clear()
+        self._tell()
+
+    def _tell(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def _until(
+        self, is_ready: Callable[[], bool], deadline_s: float, whom: str, what: str
+    ) -> None:
+        """Return when `is_ready`, or when closed. Raises DeadlineExceeded."""
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        while not (self.closed or is_ready()):
+            waiter = loop.create_future()
+            self._waiters.add(waiter)
+            try:
+                async with asyncio.timeout(max(0.0, deadline_s - (loop.time() - started_s))):
+                    await waiter
+            except TimeoutError:
+                raise DeadlineExceeded(whom, what, loop.time() - started_s) from None
+            finally:
+                self._waiters.discard(waiter)
+
+
+def _as_bytes(frames: Sequence[Frame]) -> list[bytes]:
+    return [bytes(frame) for frame in frames]

@@ -1,0 +1,255 @@
+"""Sender and receivers of one process, under the contract of the real ones, recording calls.
+
+Both meet in a MemoryStore; the store's address in an offer is ignored. A receiver loads from
+copies, so what it got does not change when the learner steps on.
+"""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from threading import Condition
+
+import torch
+from torch import Tensor
+
+from speed_async.errors import WeightSyncError
+from speed_async.types import WeightOffer
+from speed_async.weight_sync.buckets import plan_buckets
+from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferReport
+from speed_async.weight_sync.epoch_group import name_ranks
+from speed_async.weight_sync.manifest import Manifest, accept_manifest, describe, encode_manifest
+
+ADDRESS = ("memory", 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SendCall:
+    offer: WeightOffer
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReceiveCall:
+    offer: WeightOffer
+    expected_names: tuple[str, ...]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Transfer:
+    """What all members of one transfer see."""
+
+    joined: set[int] = field(default_factory=set)
+    payload: bytes | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    verdicts: dict[int, str] = field(default_factory=dict)
+    finished: set[int] = field(default_factory=set)
+    over: str = ""
+
+
+class MemoryStore:
+    """Where the members of one process meet."""
+
+    def __init__(self) -> None:
+        self.changed = Condition()
+        self._transfers: dict[tuple[int, int], _Transfer] = {}
+        self._num_finished: Counter[tuple[int, int]] = Counter()
+        self._lost: dict[int, str] = {}
+
+    def enter(self, offer: WeightOffer) -> _Transfer:
+        """The transfer of this offer; raises WeightSyncError when its epoch is unusable."""
+        with self.changed:
+            if offer.epoch in self._lost:
+                raise WeightSyncError(
+                    f"epoch {offer.epoch} is unusable, a new one is needed:"
+                    f" {self._lost[offer.epoch]}"
+                )
+            return self._transfers.setdefault(self._key(offer), _Transfer())
+
+    def wait(
+        self, offer: WeightOffer, transfer: _Transfer, stage: str, ready: Callable[[], bool]
+    ) -> bool:
+        """Whether `ready` came true in time (`changed` is held).
+
+        Raises WeightSyncError when another member gave up meanwhile.
+        """
+        in_time = self.changed.wait_for(lambda: ready() or bool(transfer.over), offer.deadline_s)
+        if transfer.over:
+            raise WeightSyncError(f"{stage}: {transfer.over}")
+        return in_time
+
+    def finish(self, offer: WeightOffer, transfer: _Transfer) -> None:
+        """One member is through; the last of them ends the transfer and frees its copies."""
+        with self.changed:
+            transfer.finished.add(offer.rank)
+            if len(transfer.finished) == offer.world_size:
+                del self._transfers[self._key(offer)]
+            self._num_finished[offer.epoch, offer.rank] += 1
+
+    def _key(self, offer: WeightOffer) -> tuple[int, int]:
+        """Members meet in the n-th transfer of an epoch, as in a process group."""
+        return offer.epoch, self._num_finished[offer.epoch, offer.rank]
+
+    def give_up(
+        self, offer: WeightOffer, transfer: _Transfer, reason: str, missing: Sequence[int] = ()
+    ) -> WeightSyncError:
+        """End the epoch for everyone; returns the error to raise (`changed` is held)."""
+        text = f"policy version {offer.policy_version}, epoch {offer.epoch}, {reason}"
+        self._transfers.pop(self._key(offer), None)
+        transfer.over = self._lost[offer.epoch] = text
+        self.changed.notify_all()
+        return WeightSyncError(text, missing_ranks=missing)
+
+
+class MemorySender:
+    """Satisfies `WeightSender`."""
+
+    def __init__(
+        self,
+        store: MemoryStore,
+        *,
+        bucket_bytes: int,
+        cast: torch.dtype | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.calls: list[SendCall] = []
+        self._store = store
+        self._bucket_bytes = bucket_bytes
+        self._cast = cast
+        self._clock = clock
+
+    @property
+    def store_address(self) -> tuple[str, int]:
+        return ADDRESS
+
+    def send(
+        self, offer: WeightOffer, tensors: Iterable[NamedTensor], canary: Canary | None = None
+    ) -> TransferReport:
+        began_s = self._clock()
+        named = list(tensors)
+        self.calls.append(SendCall(offer=offer, names=tuple(name for name, _ in named)))
+        specs = describe(named, self._cast)
+        manifest = Manifest(
+            policy_version=offer.policy_version,
+            bucket_bytes=self._bucket_bytes,
+            tensors=specs,
+            canary=canary,
+        )
+        if offer.world_size == 1:
+            return TransferReport(num_bytes=0, num_buckets=0, transfer_s=0.0)
+        transfer = self._store.enter(offer)
+        with self._store.changed:
+            self._await_all(offer, transfer, "rendezvous", transfer.joined, "never joined")
+            transfer.tensors = {
+                spec.name: tensor.to(dtype=spec.dtype, copy=True)
+                for spec, (_, tensor) in zip(specs, named, strict=True)
+            }
+            transfer.payload = encode_manifest(manifest)
+            self._store.changed.notify_all()
+            self._await_all(offer, transfer, "manifest", transfer.verdicts, "did not answer")
+            refusals = {r: f"rank {r} refused: {y}" for r, y in transfer.verdicts.items() if y}
+            if refusals:
+                reason = f"manifest: {'; '.join(refusals.values())}"
+                raise self._store.give_up(offer, transfer, reason, [*refusals])
+        self._store.finish(offer, transfer)
+        return _report(manifest, self._clock() - began_s)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _await_all(
+        self,
+        offer: WeightOffer,
+        transfer: _Transfer,
+        stage: str,
+        present: set[int] | dict[int, str],
+        absence: str,
+    ) -> None:
+        ranks = range(1, offer.world_size)
+        if not self._store.wait(offer, transfer, stage, lambda: all(r in present for r in ranks)):
+            absent = [rank for rank in ranks if rank not in present]
+            reason = (
+                f"{stage} failed after {offer.deadline_s:.1f} s ({name_ranks(absent)} {absence})"
+            )
+            raise self._store.give_up(offer, transfer, reason, absent)
+
+
+class MemoryReceiver:
+    """Satisfies `WeightReceiver`."""
+
+    def __init__(self, store: MemoryStore, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.calls: list[ReceiveCall] = []
+        self._store = store
+        self._clock = clock
+
+    def receive(
+        self, offer: WeightOffer, expected: Sequence[NamedTensor], load: LoadTensors
+    ) -> TransferReport:
+        began_s = self._clock()
+        self.calls.append(
+            ReceiveCall(offer=offer, expected_names=tuple(name for name, _ in expected))
+        )
+        transfer = self._store.enter(offer)
+        with self._store.changed:
+            manifest = self._accept(offer, transfer, expected)
+        loaded = False
+        try:
+            _load(manifest, transfer, load)
+            loaded = True
+        finally:
+            if not loaded:
+                with self._store.changed:
+                    reason = f"rank {offer.rank} failed to load: {sys.exception()}"
+                    self._store.give_up(offer, transfer, reason)
+        self._store.finish(offer, transfer)
+        return _report(manifest, self._clock() - began_s, manifest.canary)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _accept(
+        self, offer: WeightOffer, transfer: _Transfer, expected: Sequence[NamedTensor]
+    ) -> Manifest:
+        transfer.joined.add(offer.rank)
+        self._store.changed.notify_all()
+
+        def announced() -> bool:
+            return transfer.payload is not None
+
+        if not self._store.wait(offer, transfer, "rendezvous", announced):
+            raise WeightSyncError(
+                f"policy version {offer.policy_version}, epoch {offer.epoch}, rendezvous failed"
+                f" after {offer.deadline_s:.1f} s (no sign of rank 0)"
+            )
+        assert transfer.payload is not None
+        try:
+            manifest = accept_manifest(transfer.payload, offer.policy_version, expected)
+        except WeightSyncError as error:
+            transfer.verdicts[offer.rank] = str(error)
+            raise
+        else:
+            transfer.verdicts[offer.rank] = ""
+            return manifest
+        finally:
+            self._store.changed.notify_all()
+
+
+def _load(manifest: Manifest, transfer: _Transfer, load: LoadTensors) -> None:
+    for bucket in plan_buckets(manifest.tensors, manifest.bucket_bytes):
+        names = [span.spec.name for span in bucket.spans]
+        copies = [(name, transfer.tensors[name].clone()) for name in names]
+        load(copies)
+        for _, copy in copies:
+            copy.zero_()  # as a reused buffer would: who keeps the tensors is found out
+
+
+def _report(manifest: Manifest, transfer_s: float, canary: Canary | None = None) -> TransferReport:
+    buckets = plan_buckets(manifest.tensors, manifest.bucket_bytes)
+    return TransferReport(
+        num_bytes=sum(bucket.num_bytes for bucket in buckets),
+        num_buckets=len(buckets),
+        transfer_s=transfer_s,
+        canary=canary,
+    )

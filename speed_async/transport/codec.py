@@ -1,0 +1,268 @@
+"""Messages to frames and back: one msgpack header, then one raw frame for each array.
+
+Header: [MAGIC, PROTOCOL_VERSION, type name, {field: plain value}, [[field, dtype, [length]], ...]].
+The dataclass annotations are the schema; both ends hold every field to them, so a wrong value is
+found where it is made. Nothing is unpickled. Arrays are little-endian and one-dimensional.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
+from reprlib import Repr
+from typing import NoReturn, get_type_hints
+
+import msgpack
+import numpy as np
+
+from speed_async.errors import ProtocolError
+from speed_async.transport import fields, joining, messages, session
+from speed_async.transport.messages import PROTOCOL_VERSION, Message
+from speed_async.types import Float32Array, Int32Array
+
+Frame = bytes | memoryview
+
+MAGIC = "speed_async"
+MAX_HEADER_BYTES = 1024 * 1024
+MAX_MESSAGE_BYTES = 256 * 1024 * 1024
+MAX_FRAMES = 64
+MAX_SHOWN_CHARS = 60
+"""How much of a refused value an error shows."""
+
+_brief = Repr()
+"""A plain `repr` of what a stranger nested deeply enough would exhaust the stack."""
+_brief.maxlevel, _brief.maxstring, _brief.maxother = 2, MAX_SHOWN_CHARS, MAX_SHOWN_CHARS
+_ARRAY_DTYPES = {Int32Array: np.dtype("<i4"), Float32Array: np.dtype("<f4")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Layout:
+    """The fields of one record type by how they travel, worked out once."""
+
+    record: type
+    plain: tuple[tuple[str, str, fields.Check], ...]  # (field, annotation, check)
+    nested: "tuple[tuple[str, _Layout], ...]"
+    arrays: tuple[tuple[str, np.dtype, str, int], ...]  # (field, dtype, its name, bytes an item)
+
+    @property
+    def name(self) -> str:
+        return self.record.__name__
+
+
+def _layout_of(record: type) -> _Layout:
+    plain, nested, arrays = [], [], []
+    for name, hint in get_type_hints(record).items():
+        if hint in _ARRAY_DTYPES:
+            dtype = _ARRAY_DTYPES[hint]
+            arrays.append((name, dtype, dtype.str, dtype.itemsize))
+        elif isinstance(hint, type) and is_dataclass(hint):
+            nested.append((name, _layout_of(hint)))
+        else:
+            shown = hint.__name__ if isinstance(hint, type) else str(hint)
+            plain.append((name, shown, fields.CHECKS[hint]))
+    return _Layout(record=record, plain=tuple(plain), nested=tuple(nested), arrays=tuple(arrays))
+
+
+def _message_types(base: type[Message]) -> Iterator[type[Message]]:
+    """The leaves of the class tree; `Message` and `Counted` themselves are never sent, nor what
+    others derive from it for use inside one process."""
+    children = base.__subclasses__()
+    # `slots=True` makes each record twice, and the first one lives on until it is collected.
+    if not children and any(vars(module).get(base.__name__) is base for module in MESSAGE_MODULES):
+        yield base
+    for child in children:
+        yield from _message_types(child)
+
+
+MESSAGE_MODULES = (messages, joining, session)
+"""Their messages are the protocol."""
+
+_LAYOUTS = {record.__name__: _layout_of(record) for record in _message_types(Message)}
+
+
+def encode(message: Message) -> list[Frame]:
+    """Frames of a message; array frames are views, so the arrays must not change afterwards.
+
+    Raises ProtocolError when a field breaks its annotation or a size bound.
+    """
+    name = type(message).__name__
+    layout = _LAYOUTS.get(name)
+    if layout is None or type(message) is not layout.record:
+        raise ProtocolError(f"{name} is not a message type of this protocol")
+    arrays, specs = [], []
+    for field, dtype, shown, _ in layout.arrays:
+        array = _checked_array(name, field, dtype, message)
+        arrays.append(array)
+        specs.append([field, shown, [len(array)]])
+    header = pack_header([MAGIC, PROTOCOL_VERSION, name, _to_plain(layout, message), specs])
+    frames: list[Frame] = [header, *map(_bytes_of, arrays)]
+    _check_total_size(name, frames)
+    return frames
+
+
+def decode(frames: Sequence[Frame]) -> Message:
+    """The message in `frames`; its arrays are read-only views of them.
+
+    Raises ProtocolError, and nothing else, whatever the bytes are.
+    """
+    if not frames:
+        raise ProtocolError("a message without frames")
+    header = unpack_header(frames[0])
+    if len(header) != 5:
+        raise ProtocolError(f"a header of {len(header)} parts where 5 belong")
+    _, _, name, values, specs = header
+    layout = _LAYOUTS.get(name) if isinstance(name, str) else None
+    if layout is None:
+        raise ProtocolError(f"unknown message type {_shown(name)}")
+    _check_total_size(layout.name, frames)
+    arguments = _from_plain(layout, layout.name, values)
+    arguments.update(_arrays_from(layout, specs, frames[1:]))
+    return layout.record(**arguments)
+
+
+def pack_header(header: list[object]) -> bytes:
+    """One msgpack frame. Raises ProtocolError when it cannot be packed or is too large."""
+    try:
+        packed = msgpack.packb(header)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ProtocolError(f"cannot pack a header: {error}") from error
+    assert packed is not None
+    if len(packed) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"a header of {len(packed)} bytes, at most {MAX_HEADER_BYTES} may go")
+    return packed
+
+
+def unpack_header(frame: Frame) -> list:
+    """The list in a header frame, its magic and protocol version already checked.
+
+    Raises ProtocolError, naming both versions where they differ.
+    """
+    if len(frame) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"a header of {len(frame)} bytes, at most {MAX_HEADER_BYTES} may come")
+    try:
+        header = msgpack.unpackb(
+            frame,
+            raw=False,
+            strict_map_key=True,
+            max_str_len=MAX_HEADER_BYTES,
+            max_array_len=MAX_HEADER_BYTES,
+            max_map_len=MAX_HEADER_BYTES // 2,
+            max_bin_len=0,
+            max_ext_len=0,
+            ext_hook=_refuse_extension,
+        )
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"a header that is not msgpack: {_shown(error)}") from error
+    if not isinstance(header, list) or len(header) < 2 or header[0] != MAGIC:
+        raise ProtocolError(f"a header that does not begin with {MAGIC!r}")
+    if not fields.is_int(header[1]) or header[1] != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"the peer speaks protocol version {_shown(header[1])}, this process "
+            f"{PROTOCOL_VERSION}: run the same release of speed_async everywhere"
+        )
+    return header
+
+
+def _to_plain(layout: _Layout, record: object) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for field, annotation, check in layout.plain:
+        value = values[field] = getattr(record, field)
+        if not check(value):
+            raise _wrong_value(layout.name, field, annotation, value)
+    for field, inner in layout.nested:
+        value = getattr(record, field)
+        if not isinstance(value, inner.record):
+            raise _wrong_value(layout.name, field, inner.name, value)
+        values[field] = _to_plain(inner, value)
+    return values
+
+
+def _from_plain(layout: _Layout, where: str, values: object) -> dict[str, object]:
+    """Constructor arguments from an untrusted map: exactly the fields of `layout`."""
+    if not isinstance(values, dict):
+        raise ProtocolError(f"{where} holds no map of fields but {_shown(values)}")
+    arguments: dict[str, object] = {}
+    try:
+        for field, annotation, check in layout.plain:
+            value = arguments[field] = values[field]
+            if not check(value):
+                raise _wrong_value(where, field, annotation, value)
+        for field, inner in layout.nested:
+            inner_where = f"{where}.{field}"
+            arguments[field] = inner.record(**_from_plain(inner, inner_where, values[field]))
+    except KeyError as missing:
+        raise ProtocolError(f"{where} lacks field {missing}") from None
+    if len(values) != len(arguments):
+        unknown = next(key for key in values if key not in arguments)
+        raise ProtocolError(f"{where} has unknown field {_shown(unknown)}")
+    return arguments
+
+
+def _arrays_from(
+    layout: _Layout, specs: object, frames: Sequence[Frame]
+) -> Iterator[tuple[str, np.ndarray]]:
+    if not isinstance(specs, list) or len(specs) != len(layout.arrays):
+        raise ProtocolError(f"{layout.name} announces no {len(layout.arrays)} arrays")
+    if len(frames) != len(layout.arrays):
+        raise ProtocolError(
+            f"{layout.name} came with {len(frames)} array frames, not {len(layout.arrays)}"
+        )
+    for (field, dtype, shown, item_bytes), spec, frame in zip(
+        layout.arrays, specs, frames, strict=True
+    ):
+        num_items, rest = divmod(len(frame), item_bytes)
+        if rest or spec != [field, shown, [num_items]] or type(spec[2][0]) is not int:
+            raise _wrong_array(f"{layout.name}.{field}", [field, shown], item_bytes, spec, frame)
+        array = np.frombuffer(frame, dtype)
+        flags = array.flags
+        if not flags.aligned:
+            array = array.copy()
+            flags = array.flags
+        flags.writeable = False
+        yield field, array
+
+
+def _wrong_array(
+    where: str, announced: list[str], item_bytes: int, spec: object, frame: Frame
+) -> ProtocolError:
+    if not isinstance(spec, list) or len(spec) != 3 or spec[:2] != announced:
+        return ProtocolError(f"{where} is no {announced[1]} array: {_shown(spec)}")
+    shape = spec[2]
+    if not isinstance(shape, list) or len(shape) != 1 or not fields.is_int(shape[0]):
+        return ProtocolError(f"{where} is not one-dimensional: {_shown(shape)}")
+    return ProtocolError(
+        f"{where} is announced with {shape[0]} items of {item_bytes} bytes but has "
+        f"{len(frame)} bytes"
+    )
+
+
+def _checked_array(name: str, field: str, dtype: np.dtype, message: Message) -> np.ndarray:
+    array = getattr(message, field)
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
+        raise _wrong_value(name, field, f"one-dimensional {dtype.str} array", array)
+    return np.ascontiguousarray(array)
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    """The frame that it came in, if it did, so that it can be passed on as it is."""
+    base = array.base
+    if type(base) is memoryview and base.nbytes == array.nbytes and base.format == "B":
+        return base
+    return array.view(np.uint8).data
+
+
+def _check_total_size(name: str, frames: Sequence[Frame]) -> None:
+    num_bytes = sum(map(len, frames))
+    if num_bytes > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"{name} of {num_bytes} bytes, at most {MAX_MESSAGE_BYTES} may travel")
+
+
+def _wrong_value(where: str, field: str, annotation: str, value: object) -> ProtocolError:
+    return ProtocolError(f"{where}.{field} must be {annotation}, not {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    text = f"{type(value).__name__} {_brief.repr(value)}"
+    return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."
+
+
+def _refuse_extension(code: int, data: bytes) -> NoReturn:
+    raise ValueError(f"extension type {code}")

@@ -1,0 +1,226 @@
+"""The transport over ZeroMQ: the service binds a ROUTER, every peer connects a DEALER.
+
+A peer that reconnects keeps its name (transport/peer_names.py: who owns a name). After a restart of
+the service a peer can be sent nothing before it has sent something.
+Frames of 64 KiB and more leave without a copy, so arrays of a sent message must not change.
+"""
+
+import asyncio
+from contextlib import suppress
+
+import zmq
+
+from speed_async.errors import DeadlineExceeded, ProtocolError
+from speed_async.transport.codec import Frame, decode, encode
+from speed_async.transport.curve import ClientKeys, Keys, ServerKeys, why_silent
+from speed_async.transport.messages import Message, Rejected
+from speed_async.transport.muting import MuteTable
+from speed_async.transport.peer_names import PeerNames, named_in, new_identity
+from speed_async.transport.session import Heard
+from speed_async.transport.sockets import PolledSocket, bind, endpoint_at
+from speed_async.transport.transport import Delivery, PeerName
+
+QUEUED_MESSAGES = 64
+"""Default bound of each queue of each peer, in messages; it bounds memory under a slow reader."""
+SEND_DEADLINE_S = 30.0
+MAX_REASON_CHARS = 500
+MAX_NAMED = 4096
+"""Rejected peers that the service is told of by name, at most, before it looks again."""
+MAX_DROPPED = 64
+"""Messages dropped in a row before the event loop has its turn."""
+
+_GONE = (zmq.EHOSTUNREACH, zmq.ENOTCONN)
+
+
+class ZmqHub:
+    """The service's end. `rejected` counts refused messages, `undelivered` those to gone peers,
+    `muted` holds the identities that are not listened to."""
+
+    def __init__(self, socket: PolledSocket, port: int, *, has_keys: bool) -> None:
+        self.port = port
+        self.rejected = 0
+        self.undelivered = 0
+        self.muted = MuteTable()
+        self.newly_rejected: list[PeerName] = []
+        self._socket = socket
+        self._has_keys = has_keys
+        self._names = PeerNames(self._is_connected)
+
+    def offer(self, peer: PeerName, message: Message) -> Delivery:
+        """Queue a message if that can be done at once; `undelivered` counts gone peers."""
+        owner = self._names.owner(peer)
+        delivery = Delivery.GONE if owner is None else self._send(owner.identity, message)
+        self.undelivered += delivery is Delivery.GONE
+        return delivery
+
+    def key_of(self, peer: PeerName) -> str:
+        owner = self._names.owner(peer)
+        return "" if owner is None else owner.key
+
+    def receive_now(self) -> tuple[PeerName, Message] | None:
+        """The next valid message of any peer, if there is one already."""
+        for _ in range(MAX_DROPPED):
+            frames = self._socket.receive_now()
+            if frames is None:
+                return None
+            if (received := self._opened(frames)) is not None:
+                return received
+        return None  # the rest of a flood of rubbish can wait
+
+    async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:
+        """Next valid message of any peer. Raises DeadlineExceeded or TransportClosed."""
+        clock = asyncio.get_running_loop().time
+        ends_s = clock() + deadline_s
+        while True:
+            remaining_s = max(0.0, ends_s - clock())
+            try:
+                frames = await self._socket.receive(
+                    deadline_s=remaining_s, whom="any peer", what="a message"
+                )
+            except DeadlineExceeded as error:
+                raise DeadlineExceeded(error.whom, error.what, deadline_s) from None
+            if (received := self._opened(frames)) is not None:
+                return received
+            if clock() >= ends_s:  # rubbish that never ends must not keep the caller
+                raise DeadlineExceeded("any peer", "a message", deadline_s)
+
+    def mute(self, peer: PeerName) -> None:
+        owner = self._names.owner(peer)
+        if owner is not None:
+            self.muted.add(owner.identity)
+
+    async def close(self) -> None:
+        await self._socket.close()
+
+    def _opened(self, frames: list[Frame]) -> tuple[PeerName, Message] | None:
+        """Name and message; None when it is malformed or under another's name, which its sender is
+        told, or unread."""
+        identity = bytes(frames[0])
+        if self.muted and identity in self.muted:
+            return None
+        try:
+            message = decode(frames[1:])
+            name = self._names.name(identity)
+            return name or self._names.claim(identity, self._key(frames[0])), message
+        except ProtocolError as error:
+            self._reject(identity, str(error))
+            return None
+
+    def _reject(self, identity: bytes, reason: str) -> None:
+        """Answer at once or not at all: a peer that sends rubbish may hold nobody up."""
+        self.rejected += 1
+        self.muted.add(identity)
+        with suppress(ProtocolError):
+            name = named_in(identity)
+            owner = self._names.owner(name)
+            is_owner = owner is None or owner.identity == identity
+            if is_owner and len(self.newly_rejected) < MAX_NAMED:
+                self.newly_rejected.append(name)
+        with suppress(zmq.ZMQError):
+            self._send(identity, Rejected(reason=reason[:MAX_REASON_CHARS]))
+
+    def _send(self, identity: bytes, message: Message) -> Delivery:
+        try:
+            self._socket.send_now([identity, *encode(message)])
+        except zmq.Again:
+            return Delivery.FULL
+        except zmq.ZMQError as error:
+            if error.errno not in _GONE:
+                raise
+            return Delivery.GONE
+        return Delivery.QUEUED
+
+    def _is_connected(self, identity: bytes) -> bool:
+        return self._send(identity, Heard()) is not Delivery.GONE
+
+    def _key(self, frame: Frame) -> str:
+        """The public key that a received frame came with, as the authenticator found it."""
+        if not self._has_keys:
+            return ""
+        assert isinstance(frame, memoryview)
+        received = frame.obj
+        assert isinstance(received, zmq.Frame)
+        return str(received.get("User-Id"))
+
+
+class ZmqLink:
+    """A peer's end. It may be opened before the hub; what is sent waits for it."""
+
+    def __init__(
+        self, socket: PolledSocket, endpoint: str, send_deadline_s: float, keys: Keys | None
+    ) -> None:
+        self._socket = socket
+        self._silence = f"a message (none has come; {why_silent(keys)})"
+        self._whom = f"the service at {endpoint}"
+        self._send_deadline_s = send_deadline_s
+
+    async def send(self, message: Message) -> None:
+        """Queue a message; waits while the outbox is full, then raises DeadlineExceeded."""
+        what = f"room for {type(message).__name__} in the outbox"
+        await self._socket.send(
+            encode(message), deadline_s=self._send_deadline_s, whom=self._whom, what=what
+        )
+
+    async def receive(self, deadline_s: float) -> Message:
+        """Next message. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
+        frames = await self._socket.receive(
+            deadline_s=deadline_s, whom=self._whom, what=self._silence
+        )
+        self._silence = "a message"
+        return decode(frames)
+
+    async def close(self) -> None:
+        await self._socket.close()
+
+
+async def open_hub(
+    host: str,
+    port: int,
+    *,
+    outbox_messages: int = QUEUED_MESSAGES,
+    inbox_messages: int = QUEUED_MESSAGES,
+    keys: ServerKeys | None = None,
+) -> ZmqHub:
+    """Bind at `host`; port 0 picks a free one (`hub.port`). Queues are bounded for each peer.
+
+    With `keys` none but allowed clients can connect; without, anyone who reaches the address.
+
+    Raises ConfigError when the address cannot be bound.
+    """
+    socket = PolledSocket(
+        zmq.ROUTER, outbox_messages=outbox_messages, inbox_messages=inbox_messages, keys=keys
+    )
+    # Mandatory routing makes a full queue and a gone peer known; else both drop silently. With
+    # handover a peer can reconnect before its old connection is found to be dead.
+    socket.raw.ROUTER_MANDATORY = 1
+    socket.raw.ROUTER_HANDOVER = 1
+    try:
+        bound_port = bind(socket.raw, host, port, field="cluster.service_port")
+    except BaseException:
+        await socket.close()
+        raise
+    return ZmqHub(socket, bound_port, has_keys=keys is not None)
+
+
+async def open_link(
+    host: str,
+    port: int,
+    name: PeerName,
+    *,
+    outbox_messages: int = QUEUED_MESSAGES,
+    inbox_messages: int = QUEUED_MESSAGES,
+    send_deadline_s: float = SEND_DEADLINE_S,
+    keys: ClientKeys | None = None,
+) -> ZmqLink:
+    """Connect to the hub under `name`, now or whenever it is there.
+
+    Raises ProtocolError for a name the hub would refuse.
+    """
+    identity = new_identity(name)
+    socket = PolledSocket(
+        zmq.DEALER, outbox_messages=outbox_messages, inbox_messages=inbox_messages, keys=keys
+    )
+    socket.raw.IDENTITY = identity
+    endpoint = endpoint_at(socket.raw, host, port)
+    socket.raw.connect(endpoint)
+    return ZmqLink(socket, endpoint, send_deadline_s, keys)
