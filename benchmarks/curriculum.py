@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness import report
-from speed_async.buffer.curriculum.beliefs import GateOdds
+from speed_async.buffer.curriculum.beliefs import GateAcceptance
 from speed_async.buffer.curriculum.curriculum import Curriculum, UniformCurriculum
 from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
 from speed_async.config.schema import CurriculumConfig, GateConfig
@@ -102,7 +102,7 @@ class Trial:
         self._rng = np.random.default_rng(seed)
         self._logits_N = spread.logits(self._rng)
         self._curriculum = arm.curriculum(NUM_PROMPTS, seed + 1)
-        self._odds = GateOdds(GATE)
+        self._odds = GateAcceptance(GATE)
         self._open: deque[tuple[int, float]] = deque()
         self._version = 0
         self._last_screened_N = np.full(NUM_PROMPTS, -1)

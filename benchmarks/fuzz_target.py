@@ -13,14 +13,14 @@ import numpy as np
 
 from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.service import BufferService
-from speed_async.buffer.state_machine import Machine
+from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config
 from speed_async.errors import ProtocolError
 from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.transport import messages as m
 from speed_async.transport.codec import decode
-from speed_async.transport.muting import MuteTable
+from speed_async.transport.muting import BlockedPeers
 from speed_async.types import ActorCounts
 
 FINGERPRINT = "f"
@@ -55,8 +55,8 @@ class Target:
             started_s=0.0,
             vocab_size=64,
         )
-        self.machine = Machine(service)
-        self.muted = MuteTable()
+        self.machine = StateMachine(service)
+        self.muted = BlockedPeers()
         self.reasons: Counter[str] = Counter()
         self.num_taken_in = 0
         self._now_s = 0.0
@@ -98,7 +98,7 @@ class Target:
 
     def _flush(self) -> None:
         """Stands where the shell sends: what is said is counted and forgotten."""
-        conversations, guard = self.machine.conversations, self.machine.service.gatekeeper
+        conversations, guard = self.machine.conversations, self.machine.service.validator
         for _, reply in conversations.replies:
             if isinstance(reply, m.Rejected):
                 self.reasons[f"refused: {_kind(reply.reason)}"] += 1

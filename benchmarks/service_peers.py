@@ -12,7 +12,7 @@ import zmq
 from speed_async.transport import messages as m
 from speed_async.transport.codec import MAX_MESSAGE_BYTES, Frame, decode, encode
 from speed_async.transport.peer_names import new_identity
-from speed_async.transport.session import Heard, Missing, Probe
+from speed_async.transport.session import Ack, Nack, Ping
 from speed_async.transport.sockets import send_frames, set_common_options
 from speed_async.transport.zeromq import QUEUED_MESSAGES
 
@@ -127,15 +127,15 @@ class Peer:
         while int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
             message = _opened(receive_frames(self.socket))
             self._acknowledge(message)
-            if isinstance(message, Missing | m.Rejected):
+            if isinstance(message, Nack | m.Rejected):
                 raise RuntimeError(f"{self.name} was told {message}")
-            if isinstance(message, Probe):
+            if isinstance(message, Ping):
                 self._send_heard()
             elif message.number:
                 self._heard = message.number
                 if self._heard - self._told > TELL_AFTER:
                     self._send_heard()
-            if not isinstance(message, Heard | Probe):
+            if not isinstance(message, Ack | Ping):
                 return message
         return None
 
@@ -149,4 +149,4 @@ class Peer:
 
     def _send_heard(self) -> None:
         self._told = self._heard
-        send_frames(self.socket, encode(Heard(heard=self._heard)))
+        send_frames(self.socket, encode(Ack(heard=self._heard)))

@@ -1,6 +1,6 @@
 """Ways to get a model's weights to its receivers, side by side, on loopback.
 
-- gloo, ipc: as in a run: both ends keep their parameters flat (`lay_flat`); announced, checked,
+- gloo, ipc: as in a run: both ends flatten their parameters; announced, checked,
   loaded. With gloo nothing is copied but by the kernel, with ipc once in and once out.
 - gloo scattered, ipc scattered: the same, for models whose tensors lie anywhere: packed and loaded
   one by one.
@@ -28,7 +28,7 @@ from benchmarks.harness import report
 from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weight_sync.broadcast import TorchReceiver, TorchSender
 from speed_async.weight_sync.channel import NamedTensor
-from speed_async.weight_sync.contiguous import lay_flat
+from speed_async.weight_sync.contiguous import flatten_parameters
 from speed_async.weight_sync.process_group import (
     broadcast_from_sender,
     host_store,
@@ -70,7 +70,7 @@ def make_weights(case: Case, *, flat: bool) -> list[NamedTensor]:
     values = [torch.ones(case.tensor_bytes // 4) for _ in range(case.num_tensors)]
     model = nn.ParameterList(values)
     if flat:
-        assert lay_flat(model) >= case.num_bytes
+        assert flatten_parameters(model) >= case.num_bytes
     return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
 
 

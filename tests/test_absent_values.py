@@ -11,7 +11,7 @@ from speed_async.actors.lease_result import result_message
 from speed_async.actors.rollout import LeaseWork, Scored
 from speed_async.buffer.reporting.status import status_values, summary_values
 from speed_async.transport import messages as m
-from speed_async.transport.groups import weigh_group
+from speed_async.transport.groups import validate_group
 from speed_async.types import ActorCounts, Lease, LeaseKind
 
 ACTOR = "actor-1.0"
@@ -63,7 +63,7 @@ def test_the_time_of_an_actor_that_is_gone_stays_in_the_books(tmp_path: Path) ->
     desk.past_baseline(ACTOR)
     gauges = {"sampling_s": 2.0, "updating_s": 1.0, "uptime_s": 4.0}
     desk.say(ACTOR, m.ActorReport(counts=desk.counts(ACTOR), gauges=gauges))
-    desk.service.begin_life(1, desk.now_s)
+    desk.service.begin_attempt(1, desk.now_s)
     desk.hello("actor-1.1000", 1, 1000)
     desk.say("actor-1.1000", m.ActorReport(counts=ActorCounts(), gauges=gauges))
     fields = summary_values(desk.service, 1.0, final_evaluated=False)
@@ -94,7 +94,7 @@ def test_with_a_gate_the_reward_is_that_of_the_screening_samples(tmp_path: Path)
     desk.say(ACTOR, group)
     values = status_values(desk.service, 1.0)
     assert (values["reward_mean"], values["gate_acceptance"]) == (0.25, 0.5)
-    assert weigh_group(replace(group, num_screening=0)).screening_pass_rate is None
+    assert validate_group(replace(group, num_screening=0)).screening_pass_rate is None
 
 
 def test_an_evaluation_of_empty_completions_has_no_versions(tmp_path: Path) -> None:

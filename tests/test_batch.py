@@ -10,7 +10,14 @@ from speed_async.learner import policy as policy_file
 from speed_async.learner.batch import MicroBatch, make_micro_batch
 from speed_async.learner.model import load_model
 from speed_async.learner.policy import Policy, check_policy, layout_cost
-from speed_async.learner.rows import LayoutCost, Row, choose_width, narrow, split_rows, taught_row
+from speed_async.learner.rows import (
+    LayoutCost,
+    Row,
+    choose_width,
+    split_row,
+    split_rows,
+    training_row,
+)
 from speed_async.types import Group
 
 LONG = make_completion([5, 6, 7], 1.0, [-0.1, -0.2, -0.3])
@@ -21,7 +28,7 @@ def whole_row(group: Group, advantages: list[float] | None = None) -> Row:
     """Every completion kept; its advantage, if not given, its number from 1 on, so that equal
     layouts can be matched, and its weight a tenth of that."""
     numbers_N = np.arange(1.0, len(group.completions) + 1)
-    return taught_row(
+    return training_row(
         group,
         advantages_N=numbers_N if advantages is None else np.array(advantages),
         weights_N=numbers_N / 10,
@@ -30,7 +37,7 @@ def whole_row(group: Group, advantages: list[float] | None = None) -> Row:
 
 
 def batch_of(groups: list[Group], width: int, policy_version: int = 0) -> MicroBatch:
-    rows = [row for group in groups for row in narrow(whole_row(group), width)]
+    rows = [row for group in groups for row in split_row(whole_row(group), width)]
     return make_micro_batch(rows, policy_version=policy_version)
 
 
@@ -76,7 +83,7 @@ def test_the_age_of_a_token_is_the_versions_since_and_never_negative():
 
 def test_only_kept_completions_with_an_advantage_and_a_token_are_run():
     group = make_group([1], LONG, SHORT, LONG, make_completion([], 0.0))
-    row = taught_row(
+    row = training_row(
         group,
         advantages_N=np.array([0.5, -0.5, 0.0, 1.0]),
         weights_N=np.array([0.1, 0.2, 0.3, 0.4]),
@@ -88,8 +95,8 @@ def test_only_kept_completions_with_an_advantage_and_a_token_are_run():
 
 
 def test_a_group_without_anything_to_learn_gives_no_row_and_an_empty_prompt_is_refused():
-    assert list(narrow(whole_row(make_group([1], LONG), [0.0]), 1)) == []
-    assert list(narrow(whole_row(make_group([1], make_completion([], 0.0))), 2)) == []
+    assert list(split_row(whole_row(make_group([1], LONG), [0.0]), 1)) == []
+    assert list(split_row(whole_row(make_group([1], make_completion([], 0.0))), 2)) == []
     with pytest.raises(ValueError, match="prompt 0 has no tokens"):
         whole_row(make_group([], LONG))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from buffer_fixtures import screened
 
-from speed_async.buffer.curriculum.beliefs import Beliefs, GateOdds, SharedPrior
+from speed_async.buffer.curriculum.beliefs import Beliefs, GateAcceptance, SharedPrior
 from speed_async.config.schema import GateConfig
 
 GATE = GateConfig()
@@ -15,12 +15,12 @@ GATE = GateConfig()
 def test_the_odds_are_the_binomial_sum_over_the_strict_band() -> None:
     theta = np.array([0.0, 0.1, 0.5, 1.0])
     # 1 - theta^4 - (1 - theta)^4: at 0.1 1 - 0.0001 - 0.6561, at 0.5 1 - 2/16.
-    assert GateOdds(GATE)(theta) == pytest.approx([0, 0.3438, 0.875, 0])
+    assert GateAcceptance(GATE)(theta) == pytest.approx([0, 0.3438, 0.875, 0])
     # Only 2 of 4 lies strictly between 1/4 and 3/4: 6 theta^2 (1 - theta)^2.
-    narrow = GateOdds(GateConfig(low=0.25, high=0.75))
-    assert narrow(theta) == pytest.approx([0, 6 * 0.01 * 0.81, 6 / 16, 0])
+    narrow_gate = GateAcceptance(GateConfig(low=0.25, high=0.75))
+    assert narrow_gate(theta) == pytest.approx([0, 6 * 0.01 * 0.81, 6 / 16, 0])
     # In filter mode the gate looks at the whole group of 24.
-    whole = GateOdds(GateConfig(mode="filter"))
+    whole = GateAcceptance(GateConfig(mode="filter"))
     assert whole(theta) == pytest.approx([0, 1 - 0.9**24 - 0.1**24, 1 - 2 * 0.5**24, 0])
 
 

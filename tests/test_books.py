@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from speed_async.buffer.durability.snapshot import capture, restore
-from speed_async.buffer.leases import LeaseBook
+from speed_async.buffer.leases import LeaseTable
 from speed_async.buffer.ledger import Ledger
 from speed_async.types import ActorCounts, LeaseKind
 
@@ -33,7 +33,7 @@ def test_the_ledgers_sums_are_those_of_its_actors() -> None:
 
 
 def test_a_holder_has_its_own_leases_oldest_first_until_they_end() -> None:
-    book = LeaseBook()
+    book = LeaseTable()
     for prompt_id in range(6):
         kind = LeaseKind.EVALUATION if prompt_id == 4 else LeaseKind.TRAINING
         book.grant(f"actor-{prompt_id % 2}", prompt_id, kind)
@@ -51,11 +51,11 @@ def test_a_holder_has_its_own_leases_oldest_first_until_they_end() -> None:
 
 
 def test_open_leases_go_into_a_snapshot_and_come_back() -> None:
-    book = LeaseBook()
+    book = LeaseTable()
     for prompt_id in range(4):
         book.grant(f"actor-{prompt_id % 2}", prompt_id, LeaseKind.TRAINING)
     book.end(0)
-    again = LeaseBook()
+    again = LeaseTable()
     restore(again, capture(book))
     assert again.of_holder("actor-1") == book.of_holder("actor-1")
     assert again.of_holder("actor-0") == book.of_holder("actor-0") != []

@@ -29,13 +29,13 @@ from speed_async.learner.checkpoint.files import files as checkpoint
 from speed_async.learner.checkpoint.files import load_checkpoint
 from speed_async.learner.checkpoint.files import store as shelf
 from speed_async.learner.checkpoint.model_files import read_model_files
-from speed_async.learner.checkpoint.store import checkpoint_folder, kept_versions, newest_whole
+from speed_async.learner.checkpoint.store import checkpoint_folder, kept_versions, latest_valid
 from speed_async.learner.model import load_model, stored_dtype
 from speed_async.learner.optimizer import make_optimizer, named_state
 from speed_async.learner.parallel import SingleRank
 from speed_async.learner.progress import Progress, Update
 from speed_async.learner.trainer import Trainer
-from speed_async.weight_sync.contiguous import lay_flat
+from speed_async.weight_sync.contiguous import flatten_parameters
 
 TESTS = Path(__file__).resolve().parent
 
@@ -53,7 +53,7 @@ def make_trainer(folder: Path, **learner: object) -> Trainer:
     """As a run makes one: laid flat, warming up over the first five updates."""
     config = make_config(folder, **({"lr": 0.01, "warmup_updates": 5} | learner))
     model = load_model(folder, device="cpu")
-    lay_flat(model)
+    flatten_parameters(model)
     return Trainer(config=config, model=model, parallel=SingleRank())
 
 
@@ -381,7 +381,7 @@ def test_a_checkpoint_that_was_found_whole_is_not_read_for_it_again(
     monkeypatch.setattr(
         hashlib, "file_digest", lambda file, name: digested.append(file.name) or digest(file, name)
     )
-    found = newest_whole(root_of(model_folder), 2)
+    found = latest_valid(root_of(model_folder), 2)
     assert found is not None
     assert found.folder is not None
     assert trainer.restore(found.folder, is_whole=True) == at(1)
@@ -442,7 +442,7 @@ def test_whichever_call_fails_there_is_a_whole_checkpoint_before_and_after(model
                 trainer.save(at(1))
             except OSError:
                 broken.append(breaks.broken)
-        found = newest_whole(root, 2)
+        found = latest_valid(root, 2)
         assert found is not None
         assert found.notices == ()
         names = {path.name for path in root.iterdir()}
@@ -500,7 +500,7 @@ def test_a_process_killed_at_any_instant_leaves_a_whole_checkpoint(model_folder:
         time.sleep(rng.uniform(0.0, 0.15))
         saver.send_signal(signal.SIGKILL)
         saver.wait()
-        found = newest_whole(root, 2)
+        found = latest_valid(root, 2)
         assert found is not None
         assert found.notices == ()
         assert found.policy_version >= version - 1
@@ -536,7 +536,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(model_fol
         trainer.save(at(version))
     (root / "version-000003" / "model.safetensors").write_bytes(b"")
     (root / "version-000002" / "SHA256SUMS").unlink()
-    found = newest_whole(root, 2)
+    found = latest_valid(root, 2)
     assert found is not None
     assert (found.folder, found.policy_version) == (root / "version-000001", 1)
     first, second = found.notices
@@ -546,7 +546,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(model_fol
     assert kept_versions(root) == [1]  # the damaged ones do not count among those kept
     assert (root / "version-000003.damaged").is_dir()
     trainer.save(at(3))
-    assert newest_whole(root, 2) == shelf.Found(
+    assert latest_valid(root, 2) == shelf.Found(
         folder=root / "version-000003", policy_version=3, notices=()
     )
 
@@ -560,7 +560,7 @@ def test_when_all_are_damaged_that_is_an_error_which_names_each(model_folder: Pa
         ModelError,
         match=r"every .*000002: training/trainer.json .*01: tr.* from a copy, or start a new run",
     ):
-        newest_whole(root, 2)
+        latest_valid(root, 2)
     assert kept_versions(root) == [1, 2]
 
 
@@ -569,7 +569,7 @@ def test_while_there_are_fewer_than_are_kept_the_start_is_fallen_back_to(model_f
     for version in (1, 2):
         trainer.save(at(version))
         (checkpoint_folder(root, version) / "training" / "trainer.json").write_text("{}")
-    found = newest_whole(root, 3)
+    found = latest_valid(root, 3)
     assert found is not None
     assert (found.folder, found.policy_version) == (None, 0)
     newer, older = found.notices
@@ -580,13 +580,13 @@ def test_while_there_are_fewer_than_are_kept_the_start_is_fallen_back_to(model_f
     )
     assert "version-000001.damaged" in older
     assert kept_versions(root) == []
-    assert newest_whole(root, 3) is None
+    assert latest_valid(root, 3) is None
 
 
 def test_there_is_nothing_to_go_on_from_where_nothing_was_saved(tmp_path: Path):
-    assert newest_whole(tmp_path / "nowhere", 2) is None
+    assert latest_valid(tmp_path / "nowhere", 2) is None
     (tmp_path / ".version-000001.partial").mkdir()
-    assert newest_whole(tmp_path, 2) is None
+    assert latest_valid(tmp_path, 2) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -595,7 +595,7 @@ def test_a_checkpoint_set_aside_for_one_that_never_came_is_brought_back(model_fo
     root = root_of(model_folder)
     make_trainer(model_folder).save(at(1))
     (root / "version-000001").rename(root / ".version-000001.replaced")
-    found = newest_whole(root, 2)
+    found = latest_valid(root, 2)
     assert found is not None
     assert found.folder == root / "version-000001"
 

@@ -31,7 +31,7 @@ from speed_async.transport.messages import (
     Summary,
     Trained,
 )
-from speed_async.transport.session import Probe
+from speed_async.transport.session import Ping
 from speed_async.types import ActorCounts, Float32Array, Int32Array
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -178,25 +178,25 @@ def test_a_foreign_version_is_refused_naming_both():
         parts[3:] = ["a layout this release cannot know"]
 
     with pytest.raises(ProtocolError, match=rf"version int 999, this process {PROTOCOL_VERSION}"):
-        decode(with_header(Probe(sent=1), other_version))
+        decode(with_header(Ping(sent=1), other_version))
 
 
 @pytest.mark.parametrize(
     ("message", "change", "complaint"),
     [
-        (Probe(sent=1), lambda h: h.__setitem__(0, "other"), "begin with 'speed_async'"),
-        (Probe(sent=1), lambda h: h.__setitem__(1, True), "protocol version bool True"),
-        (Probe(sent=1), lambda h: h.__setitem__(2, "Nope"), "unknown message type str 'Nope'"),
-        (Probe(sent=1), lambda h: h.__setitem__(2, "Message"), "unknown message type"),
-        (Probe(sent=1), lambda h: h.__setitem__(2, ["Probe"]), "unknown message type list"),
-        (Probe(sent=1), lambda h: h.append(0), "a header of 6 parts"),
-        (Probe(sent=1), lambda h: h.__setitem__(3, [1]), "Probe holds no map"),
-        (Probe(sent=1), lambda h: h[3].clear(), "Probe lacks field 'number'"),
-        (Probe(sent=1), lambda h: h[3].update(more=1), "Probe has unknown field str 'more'"),
-        (Probe(sent=1), lambda h: h[3].update(sent=True), "Probe.sent must be int"),
-        (Probe(sent=1), lambda h: h[3].update(sent=1.0), "Probe.sent must be int"),
-        (Probe(sent=1), lambda h: h[3].update(sent=2**63), "Probe.sent must be int"),
-        (Probe(sent=1), lambda h: h.__setitem__(4, [["x", "<i4", [0]]]), "announces no 0"),
+        (Ping(sent=1), lambda h: h.__setitem__(0, "other"), "begin with 'speed_async'"),
+        (Ping(sent=1), lambda h: h.__setitem__(1, True), "protocol version bool True"),
+        (Ping(sent=1), lambda h: h.__setitem__(2, "Nope"), "unknown message type str 'Nope'"),
+        (Ping(sent=1), lambda h: h.__setitem__(2, "Message"), "unknown message type"),
+        (Ping(sent=1), lambda h: h.__setitem__(2, ["Ping"]), "unknown message type list"),
+        (Ping(sent=1), lambda h: h.append(0), "a header of 6 parts"),
+        (Ping(sent=1), lambda h: h.__setitem__(3, [1]), "Ping holds no map"),
+        (Ping(sent=1), lambda h: h[3].clear(), "Ping lacks field 'number'"),
+        (Ping(sent=1), lambda h: h[3].update(more=1), "Ping has unknown field str 'more'"),
+        (Ping(sent=1), lambda h: h[3].update(sent=True), "Ping.sent must be int"),
+        (Ping(sent=1), lambda h: h[3].update(sent=1.0), "Ping.sent must be int"),
+        (Ping(sent=1), lambda h: h[3].update(sent=2**63), "Ping.sent must be int"),
+        (Ping(sent=1), lambda h: h.__setitem__(4, [["x", "<i4", [0]]]), "announces no 0"),
         (group_message(), lambda h: h[3]["counts"].pop("groups_leased"), "GroupFinished.counts l"),
         (group_message(), lambda h: h[3]["counts"].update(x=1), "counts has unknown field"),
         (group_message(), lambda h: h[3].update(counts=[1, 2]), "counts holds no map"),
@@ -228,10 +228,10 @@ def test_missing_and_surplus_frames_are_refused():
     "header",
     [
         b"",
-        msgpack.packb([MAGIC, PROTOCOL_VERSION, "Probe", {"sent": msgpack.ExtType(5, b"")}, []]),
-        msgpack.packb([MAGIC, PROTOCOL_VERSION, "Probe", {"sent": msgpack.Timestamp(1)}, []]),
-        msgpack.packb([MAGIC, PROTOCOL_VERSION, "Probe", {"sent": b"raw"}, []]),
-        msgpack.packb([MAGIC, PROTOCOL_VERSION, "Probe", {1: 2}, []]),
+        msgpack.packb([MAGIC, PROTOCOL_VERSION, "Ping", {"sent": msgpack.ExtType(5, b"")}, []]),
+        msgpack.packb([MAGIC, PROTOCOL_VERSION, "Ping", {"sent": msgpack.Timestamp(1)}, []]),
+        msgpack.packb([MAGIC, PROTOCOL_VERSION, "Ping", {"sent": b"raw"}, []]),
+        msgpack.packb([MAGIC, PROTOCOL_VERSION, "Ping", {1: 2}, []]),
         b"\x91" * 5000,
         b"\xdd\xff\xff\xff\xff",
         b"\xdf\x7f\xff\xff\xff",
@@ -270,9 +270,9 @@ def test_size_bounds_hold_on_both_ends():
 @pytest.mark.parametrize(
     ("message", "complaint"),
     [
-        (Probe(sent=np.int64(3)), "Probe.sent must be int, not int64"),  # type: ignore
-        (Probe(sent=True), "Probe.sent must be int, not bool"),
-        (Probe(sent=2**63), "Probe.sent must be int"),
+        (Ping(sent=np.int64(3)), "Ping.sent must be int, not int64"),  # type: ignore
+        (Ping(sent=True), "Ping.sent must be int, not bool"),
+        (Ping(sent=2**63), "Ping.sent must be int"),
         (group_message(lengths=np.array([2, 1])), "lengths must be one-dimensional <i4 array"),
         (group_message(lengths=[2, 1]), "lengths must be one-dimensional <i4 array, not list"),
         (group_message(token_ids=np.zeros((3, 1), np.int32)), "token_ids must be one-dim"),

@@ -1,13 +1,13 @@
 """The service's conversations: what is confirmed was taken in, and what was told is known."""
 
-from speed_async.buffer.sessions import FORGOTTEN, Conversations
+from speed_async.buffer.sessions import FORGOTTEN, Sessions
 from speed_async.transport import messages as m
-from speed_async.transport.session import Heard
+from speed_async.transport.session import Ack
 
 
-def talking(num_said: int = 3) -> Conversations:
+def talking(num_said: int = 3) -> Sessions:
     """With one peer whose first message was taken in, and to whom so much was said."""
-    conversations = Conversations()
+    conversations = Sessions()
     hello = m.Hello(number=1, role="actor", index=1, incarnation=0, fingerprint="f", process_id=1)
     assert conversations.admit("actor-1.0", hello, 0.0)
     conversations.took_in("actor-1.0", hello)
@@ -20,7 +20,7 @@ def talking(num_said: int = 3) -> Conversations:
 
 def test_a_peer_that_heard_more_than_was_said_is_refused_for_the_tail_is_lost() -> None:
     conversations = talking(num_said=3)
-    for message in (m.TakeBatch(number=2, heard=4, policy_version=0, num_groups=1), Heard(heard=4)):
+    for message in (m.TakeBatch(number=2, heard=4, policy_version=0, num_groups=1), Ack(heard=4)):
         assert not conversations.admit("actor-1.0", message, 0.0)
         assert conversations.replies.pop() == ("actor-1.0", m.Rejected(reason=FORGOTTEN))
     known = m.TakeBatch(number=2, heard=3, policy_version=0, num_groups=1)
@@ -33,7 +33,7 @@ def test_what_is_overheard_is_not_confirmed_and_what_its_sender_heard_is_noted()
     late = m.TakeBatch(number=2, heard=2, policy_version=0, num_groups=1)
     assert conversations.admit("actor-1.0", late, 0.0)
     conversations.overheard("actor-1.0", late)
-    assert conversations.num_unheard("actor-1.0") == 1
+    assert conversations.num_unacked("actor-1.0") == 1
     assert conversations.words({"actor-1.0"}) == []  # nothing new to be told of
     assert conversations.admit("actor-1.0", late, 0.0)  # it would be taken in still
 
@@ -79,4 +79,4 @@ def test_a_peer_first_heard_behind_a_seal_is_not_confirmed_with_it() -> None:
     conversations.release(sealed)
     assert conversations.next_unsent("actor-1.0") is None
     word = conversations.words({"actor-1.0"})
-    assert [heard for _, heard in word] in ([], [Heard(heard=1)])
+    assert [heard for _, heard in word] in ([], [Ack(heard=1)])

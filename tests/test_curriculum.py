@@ -15,7 +15,7 @@ from speed_async.buffer.service import BufferService
 from speed_async.config.schema import GateConfig
 from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.transport import messages as m
-from speed_async.transport.groups import weigh_group
+from speed_async.transport.groups import validate_group
 from speed_async.types import ActorCounts, LeaseKind
 
 GATE = GateConfig()
@@ -228,7 +228,7 @@ def test_the_service_tells_the_curriculum_every_end_and_every_version(tmp_path: 
     assert sorted(prompts) == [0, 1, 2, 3]
     counts = ActorCounts()
     group = make_group(ids[0], prompts[0], rewards=(1, 0, 0, 0))
-    life.group_finished("a", group, weigh_group(group))
+    life.group_finished("a", group, validate_group(group))
     life.screened_out(
         "a",
         m.ScreenedOut(

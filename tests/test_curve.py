@@ -30,7 +30,7 @@ from speed_async.transport.curve import (
 from speed_async.transport.feed import FeedPublisher, FeedSubscriber
 from speed_async.transport.key_making import add_client, make_keys
 from speed_async.transport.messages import Welcome
-from speed_async.transport.session import Probe
+from speed_async.transport.session import Ping
 from speed_async.transport.transport import Delivery
 from speed_async.transport.zeromq import ZmqHub, ZmqLink, open_hub, open_link
 
@@ -82,8 +82,8 @@ async def link_to(port: int, name: str, keys: ClientKeys | None) -> ZmqLink:
 
 async def assert_served(hub: ZmqHub, keys: ClientKeys | None, name: str) -> None:
     link = await link_to(hub.port, name, keys)
-    await link.send(Probe(sent=1))
-    assert await hub.receive(SOON_S) == (name, Probe(sent=1))
+    await link.send(Ping(sent=1))
+    assert await hub.receive(SOON_S) == (name, Ping(sent=1))
     assert hub.offer(name, Welcome(policy_version=3)) is Delivery.QUEUED
     assert await link.receive(SOON_S) == Welcome(policy_version=3)
 
@@ -91,7 +91,7 @@ async def assert_served(hub: ZmqHub, keys: ClientKeys | None, name: str) -> None
 async def assert_refused(hub: ZmqHub, keys: ClientKeys | None, name: str, says: str) -> None:
     """It reaches nobody, and its own deadline says what may be the matter."""
     link = await link_to(hub.port, name, keys)
-    await link.send(Probe(sent=1))
+    await link.send(Ping(sent=1))
     with pytest.raises(DeadlineExceeded, match="any peer"):
         await hub.receive(REFUSED_S)
     with pytest.raises(DeadlineExceeded, match=says):
@@ -115,8 +115,8 @@ def test_whoever_is_not_allowed_never_reaches_the_hub_and_nobody_notices(
         hub = await hub_with(load_server_keys(folder))
         good = load_client_keys(folder)
         stays = await link_to(hub.port, "stays-1.0", good)
-        await stays.send(Probe(sent=0))
-        assert await hub.receive(SOON_S) == ("stays-1.0", Probe(sent=0))
+        await stays.send(Ping(sent=0))
+        assert await hub.receive(SOON_S) == ("stays-1.0", Ping(sent=0))
         unknown = load_client_keys(strangers)
         knows_server = ClientKeys(
             server_public=good.server_public, public=unknown.public, secret=unknown.secret
@@ -129,12 +129,12 @@ def test_whoever_is_not_allowed_never_reaches_the_hub_and_nobody_notices(
         await assert_refused(hub, None, "plain-1.0", r"if it has keys \(cluster\.keys\)")
         # Under the name of one who is there as well: it does not take its place.
         impostor = await link_to(hub.port, "stays-1.0", knows_server)
-        await impostor.send(Probe(sent=66))
+        await impostor.send(Ping(sent=66))
         with pytest.raises(DeadlineExceeded):
             await hub.receive(REFUSED_S)
         assert hub.rejected == 0
-        await stays.send(Probe(sent=1))
-        assert await hub.receive(SOON_S) == ("stays-1.0", Probe(sent=1))
+        await stays.send(Ping(sent=1))
+        assert await hub.receive(SOON_S) == ("stays-1.0", Ping(sent=1))
         assert hub.offer("stays-1.0", Welcome(policy_version=4)) is Delivery.QUEUED
         assert await stays.receive(SOON_S) == Welcome(policy_version=4)
 
@@ -181,12 +181,12 @@ def test_a_link_finds_a_restarted_hub_with_the_same_keys(folder: Path):
         server, client = load_server_keys(folder), load_client_keys(folder)
         first = await hub_with(server)
         link = await link_to(first.port, "actor-1.0", client)
-        await link.send(Probe(sent=1))
-        assert await first.receive(SOON_S) == ("actor-1.0", Probe(sent=1))
+        await link.send(Ping(sent=1))
+        assert await first.receive(SOON_S) == ("actor-1.0", Ping(sent=1))
         await first.close()
         _opened.append(second := await open_hub(HOST, first.port, keys=server))
-        await link.send(Probe(sent=2))
-        assert await second.receive(SOON_S) == ("actor-1.0", Probe(sent=2))
+        await link.send(Ping(sent=2))
+        assert await second.receive(SOON_S) == ("actor-1.0", Ping(sent=2))
 
     play(scene)
 
@@ -211,11 +211,11 @@ def test_nothing_of_a_message_is_readable_on_the_way(folder: Path):
         server = await asyncio.start_server(relay, HOST, 0)
         port = server.sockets[0].getsockname()[1]
         link = await link_to(port, "actor-1.0", load_client_keys(folder))
-        await link.send(Probe(sent=1))
-        assert await hub.receive(SOON_S) == ("actor-1.0", Probe(sent=1))
+        await link.send(Ping(sent=1))
+        assert await hub.receive(SOON_S) == ("actor-1.0", Ping(sent=1))
         assert b"CURVE" in seen
         assert b"actor-1.0" not in seen
-        assert bytes(encode(Probe(sent=1))[0]) not in seen
+        assert bytes(encode(Ping(sent=1))[0]) not in seen
         server.close()
 
     play(scene)

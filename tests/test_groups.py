@@ -16,7 +16,7 @@ from speed_async.transport.groups import (
     batch_group,
     pack_group,
     unpack_group,
-    weigh_group,
+    validate_group,
 )
 from speed_async.types import ActorCounts, Completion, FinishReason, Group, Sampled
 
@@ -58,7 +58,7 @@ def test_a_group_packs_end_to_end_and_unpacks_to_itself():
         assert again.completions[0].sampled.logprobs.tolist() == [-0.5, -0.25]
         assert again.completions[2].sampled.policy_versions.tolist() == [5]
         assert again.oldest_version == 4
-        facts = weigh_group(carried)
+        facts = validate_group(carried)
         assert (facts.num_completions, facts.num_passed, facts.oldest_version) == (3, 1, 4)
         assert facts.pass_rate == again.pass_rate == pytest.approx(1 / 3)
         assert facts.screening_pass_rate == again.screening_pass_rate == 1.0
@@ -138,21 +138,21 @@ def test_the_bits_of_log_probabilities_say_what_their_values_say(values):
         logprobs=logprobs,
     )
     if plainly:
-        assert weigh_group(message).num_completions == 2
+        assert validate_group(message).num_completions == 2
     else:
         with pytest.raises(ProtocolError, match="logprobs finite"):
-            weigh_group(message)
+            validate_group(message)
 
 
 def test_only_bounds_make_a_token_or_a_version_impossible():
     message = group_message()
     largest, newest = int(message.token_ids.max()), int(message.policy_versions.max())
     within = GroupBounds(completion_tokens=3, largest_token_id=largest, newest_version=newest)
-    assert weigh_group(message, within).num_completions == len(message.lengths)
+    assert validate_group(message, within).num_completions == len(message.lengths)
     for name, value, complaint in (
         ("largest_token_id", largest - 1, f"token {largest} is not in the vocabulary"),
         ("newest_version", newest - 1, "from the future"),
         ("completion_tokens", int(message.lengths.max()) - 1, "longer than"),
     ):
         with pytest.raises(ProtocolError, match=complaint):
-            weigh_group(message, replace(within, **{name: value}))
+            validate_group(message, replace(within, **{name: value}))

@@ -10,13 +10,13 @@ from buffer_fixtures import make_config, make_group
 from service_desk import Desk, evaluated, failed, kinds, screened_out, trained
 
 from speed_async.buffer.ledger import MAX_KINDS
-from speed_async.buffer.state_machine import Machine
+from speed_async.buffer.state_machine import StateMachine
 from speed_async.buffer.validation import MAX_KNOWN
-from speed_async.buffer.validation_rules import MAX_TEXT, Inspection
+from speed_async.buffer.validation_rules import MAX_TEXT, PayloadRules
 from speed_async.errors import ProtocolError
 from speed_async.transport import messages as m
 from speed_async.transport.joining import Join, Leaving
-from speed_async.transport.muting import MuteTable
+from speed_async.transport.muting import BlockedPeers
 from speed_async.types import ActorCounts
 
 NEWEST = 4
@@ -44,8 +44,8 @@ def with_value(array: np.ndarray, value: float) -> np.ndarray:
     return changed
 
 
-def fault_of(inspection: Inspection, message: m.Message) -> str | None:
-    """What the gatekeeper finds, and then, of a group, its weighing."""
+def fault_of(inspection: PayloadRules, message: m.Message) -> str | None:
+    """What the validator finds, and then, of a group, its weighing."""
     fault = inspection.fault(message, NEWEST)
     if fault is not None or not isinstance(message, m.GroupFinished):
         return fault
@@ -57,12 +57,12 @@ def fault_of(inspection: Inspection, message: m.Message) -> str | None:
 
 
 @pytest.fixture
-def inspection(tmp_path: Path) -> Inspection:
+def inspection(tmp_path: Path) -> PayloadRules:
     (tmp_path / "config.json").write_text("{}")
-    return Inspection(make_config(str(tmp_path)), vocab_size=100)
+    return PayloadRules(make_config(str(tmp_path)), vocab_size=100)
 
 
-def test_what_honest_roles_say_is_believed(inspection: Inspection) -> None:
+def test_what_honest_roles_say_is_believed(inspection: PayloadRules) -> None:
     refused = replace(APPLIED, policy_version=-1, error="out of memory", usable=False)
     honest: list[m.Message] = [GROUP, screened_out(1), failed(1, "drained"), evaluated(1), REPORT]
     honest += [APPLIED, refused, HELLO, PUBLISH, trained(9, [1, 2], groups=2, tokens=9)]
@@ -129,7 +129,7 @@ def test_what_honest_roles_say_is_believed(inspection: Inspection) -> None:
         (replace(PUBLISH, deadline_s=-1.0), "deadline_s = -1.0 cannot be"),
     ],
 )
-def test_what_cannot_be_is_named(inspection: Inspection, message: m.Message, said: str) -> None:
+def test_what_cannot_be_is_named(inspection: PayloadRules, message: m.Message, said: str) -> None:
     fault = fault_of(inspection, message)
     assert fault is not None
     assert fault.startswith(f"{type(message).__name__}: ")
@@ -141,7 +141,7 @@ def test_a_refused_actor_is_told_once_muted_and_its_prompts_return(tmp_path: Pat
     desk.past_baseline()
     desk.hello("actor-2.0", 2)
     leases = desk.lease(3)
-    guard, ledger = desk.service.gatekeeper, desk.service.lifecycle.ledger
+    guard, ledger = desk.service.validator, desk.service.lifecycle.ledger
     lie = replace(make_group(leases.lease_ids[0], leases.prompt_ids[0]), num_screening=0)
     answers = desk.say("actor-1.0", lie)
     assert [kind for kind in kinds(answers) if kind != "Leases"] == ["Rejected"]
@@ -216,7 +216,7 @@ def test_a_flood_of_strangers_leaves_nothing_behind(tmp_path: Path) -> None:
         assert kinds(desk.say(name, want)) == ["Rejected"]
         assert kinds(desk.say(name, replace(HELLO, fingerprint="other"))) == ["Rejected"]
     assert desk.service.membership.num_known == before
-    assert desk.service.gatekeeper.num_refused == 600
+    assert desk.service.validator.num_refused == 600
 
 
 def test_a_run_takes_in_a_bounded_number_of_actors(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_an_actor_s_wording_of_failures_does_not_pile_up(tmp_path: Path) -> None
 
 
 def test_the_mute_table_is_bounded_and_counts_on() -> None:
-    table = MuteTable(capacity=2)
+    table = BlockedPeers(capacity=2)
     for name in (b"a", b"b", b"a", b"c"):
         table.add(name)
     assert [name in table for name in (b"a", b"b", b"c")] == [False, True, True]
@@ -263,7 +263,7 @@ def test_a_stranger_s_failure_does_not_end_the_run(tmp_path: Path) -> None:
 def test_a_stranger_that_is_turned_away_leaves_no_session_and_no_record(tmp_path: Path) -> None:
     desk = Desk(tmp_path)
     desk.past_baseline()
-    machine = Machine(desk.service)
+    machine = StateMachine(desk.service)
     want = m.WantWork(counts=COUNTS, num_prompts=1)
     for number in (0, 1, 7):  # outside a session, the first of one, in the midst of one
         machine.message(f"stranger-{number}", replace(want, number=number), 0.0)
@@ -272,6 +272,6 @@ def test_a_stranger_that_is_turned_away_leaves_no_session_and_no_record(tmp_path
         machine.conversations.replies.clear()
         assert not machine.conversations.has_unsent(peer)
         assert peer not in machine.conversations._sessions
-    guard = desk.service.gatekeeper
+    guard = desk.service.validator
     assert guard.to_mute == ["stranger-0", "stranger-1", "stranger-7"]
     assert guard.num_refused == 3

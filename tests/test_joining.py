@@ -18,7 +18,7 @@ from speed_async.buffer.durability.snapshot import capture
 from speed_async.buffer.membership import JOIN_KEPT_S
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
-from speed_async.buffer.state_machine import Machine
+from speed_async.buffer.state_machine import StateMachine
 from speed_async.buffer.validation import MAX_AWAITED, MAX_AWAITED_A_KEY
 from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded
@@ -203,7 +203,7 @@ def test_an_earlier_incarnation_does_not_displace_a_later_one(room: Room) -> Non
 
 
 def test_in_the_next_life_a_rank_may_have_another_key(room: Room) -> None:
-    room.machine.begin_life(1, room.now_s)
+    room.machine.begin_attempt(1, room.now_s)
     answer = room.say("actor-1.1000", hello(1, 1000), "of another host")
     assert isinstance(answer, m.Welcome)
 
@@ -227,7 +227,7 @@ def test_a_flood_of_joins_over_real_sockets_leaves_nothing_and_disturbs_nobody(
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), run={"updates": 10}, buffer={"durability": "none"})
-    machine, late_s = Machine(build(config)), 0.0
+    machine, late_s = StateMachine(build(config)), 0.0
     loop_clock = asyncio.new_event_loop().time
 
     async def scene() -> None:

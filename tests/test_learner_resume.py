@@ -22,7 +22,7 @@ from test_loops import CountingUpdates
 from speed_async.buffer.sessions import FORGOTTEN
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
-from speed_async.learner.checkpoint.store import checkpoint_folder, kept_versions, newest_whole
+from speed_async.learner.checkpoint.store import checkpoint_folder, kept_versions, latest_valid
 from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import Finished, LearnerLoop
 from speed_async.learner.loop import Updates as TrainerSeam
@@ -584,7 +584,7 @@ def live(folder: Path, *, service_at: int) -> tuple[dict[int, dict[str, torch.Te
     config = config.model_copy(update={"run": config.run.model_copy(update={"updates": 7})})
     model = load_model(folder, device="cpu")
     trainer = Trainer(config=config, model=model, parallel=SingleRank())
-    found, restored = newest_whole(Path(config.run.folder) / "checkpoints", 9), None
+    found, restored = latest_valid(Path(config.run.folder) / "checkpoints", 9), None
     if found is not None and found.folder is not None:
         progress = trainer.restore(found.folder)
         restored = Restored(progress=progress, notices=found.notices)

@@ -16,7 +16,7 @@ from speed_async.config.load import build_config, read_resolved
 from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, RunFinished, SpeedAsyncError
-from speed_async.launcher.attempt import Ports, begin_life, check_resumable, remember_ports
+from speed_async.launcher.attempt import Ports, begin_attempt, check_resumable, remember_ports
 from speed_async.launcher.ports import becomes_free, listens
 from speed_async.launcher.roles.supervisor import ActorPlan, supervise
 from speed_async.launcher.run_folder import RunFolder
@@ -42,7 +42,7 @@ def begin(config: Config) -> Callable[..., object]:
     """Begins a life and, as its process's end would, lets go of the folder again."""
 
     def begin(of: Config = config, *, begun_in: Path | None = None, resume: bool = False):
-        life = begin_life(of, begun_in=begun_in, resume=resume)
+        life = begin_attempt(of, begun_in=begun_in, resume=resume)
         os.close(life.lock)
         return life
 
@@ -112,11 +112,11 @@ def test_a_folder_that_holds_no_run_is_named(tmp_path: Path) -> None:
 
 def test_each_life_has_the_folder_of_the_first_and_the_next_number(config: Config, begin) -> None:
     first = begin()
-    assert (first.number, first.checkpoint, first.first_words()) == (0, None, [])
+    assert (first.number, first.checkpoint, first.resume_banner()) == (0, None, [])
     longer = config.model_copy(update={"run": config.run.model_copy(update={"updates": 11})})
     second = begin(longer, resume=True)
     assert (second.number, second.folder) == (1, first.folder)
-    assert second.first_words() == [f"resuming {first.folder.path} from its start (life 1)\n"]
+    assert second.resume_banner() == [f"resuming {first.folder.path} from its start (life 1)\n"]
     assert read_resolved(first.folder.config) == longer  # what children read
     restarted = begin(config, begun_in=first.folder.path)
     assert (restarted.number, restarted.config) == (2, longer)  # not the file it was started with
@@ -165,7 +165,7 @@ def test_a_run_under_way_is_refused_until_its_process_is_gone(config: Config, be
 
 
 def test_no_child_inherits_the_lock(config: Config) -> None:
-    life = begin_life(config, begun_in=None, resume=False)
+    life = begin_attempt(config, begun_in=None, resume=False)
     command = [sys.executable, "-c", "input()"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, close_fds=False)
     try:

@@ -23,7 +23,7 @@ from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
-from speed_async.buffer.state_machine import Machine
+from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.schema import Config
 from speed_async.environments.task import fingerprint
 from speed_async.errors import RoleError, TaskError, WeightSyncError
@@ -150,14 +150,14 @@ class Run:
             started_s=0.0,
         )
 
-    async def execute(self, machine: Machine | None = None) -> Finished:
+    async def execute(self, machine: StateMachine | None = None) -> Finished:
         """The whole run; `machine`, for one with a journal, is of this run's service."""
         hub = InProcessHub()
         feed = FeedPublisher("127.0.0.1", 0)
         store = MemoryStore()
         async with asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(
-                serve(machine or Machine(self.service), hub, feed, [self.sink])
+                serve(machine or StateMachine(self.service), hub, feed, [self.sink])
             )
             for index in range(1, self.num_actors + 1):
                 tasks.create_task(self._act(hub, index, store))
@@ -467,7 +467,7 @@ def test_an_error_of_the_learner_reaches_the_actors_by_name(make_run: Callable[.
         hub = InProcessHub()
         feed = FeedPublisher("127.0.0.1", 0)
         store = MemoryStore()
-        serving = asyncio.create_task(serve(Machine(run.service), hub, feed, []))
+        serving = asyncio.create_task(serve(StateMachine(run.service), hub, feed, []))
         acting = asyncio.create_task(run._act(hub, 1, store))  # pyright: ignore[reportPrivateUsage]
         link = hub.connect("learner")
         await link.send(run._hello("learner", 0))  # pyright: ignore[reportPrivateUsage]

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from speed_async.errors import SpeedAsyncError
-from speed_async.launcher.rendezvous import FOLDER_VARIABLE, Notice, NoticeFile, notice_of_node
+from speed_async.launcher.rendezvous import (
+    FOLDER_VARIABLE,
+    RendezvousFile,
+    RendezvousRecord,
+    node_rendezvous,
+)
 from speed_async.launcher.roles.join import ask_for_place
 from speed_async.transport.joining import Join, JoinAccepted
 from speed_async.transport.zeromq import open_hub
@@ -26,13 +31,15 @@ def under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_ranks_that_are_started_again_know_where_their_run_began(under_torchrun: Path) -> None:
-    notice_of_node().write(Notice(run_folder="/runs/a", host="127.0.0.1", port=7))
-    assert notice_of_node().read() == Notice(run_folder="/runs/a", host="127.0.0.1", port=7)
+    node_rendezvous().write(RendezvousRecord(run_folder="/runs/a", host="127.0.0.1", port=7))
+    assert node_rendezvous().read() == RendezvousRecord(
+        run_folder="/runs/a", host="127.0.0.1", port=7
+    )
 
 
 def test_what_lies_there_is_this_user_s_alone(under_torchrun: Path) -> None:
-    file = notice_of_node()
-    file.write(Notice())
+    file = node_rendezvous()
+    file.write(RendezvousRecord())
     assert file.path.parent.stat().st_mode & 0o777 == 0o700
     assert file.path.parent.parent.stat().st_mode & 0o777 == 0o700
 
@@ -49,20 +56,21 @@ def test_a_folder_that_another_may_have_made_is_not_trusted(
         folder.mkdir()
         folder.chmod(0o777)
     with pytest.raises(SpeedAsyncError, match=f"'{folder}' is not a folder of this user alone"):
-        notice_of_node()
+        node_rendezvous()
 
 
 def test_another_launcher_s_ranks_read_another_file(under_torchrun: Path) -> None:
     """Also one that has the same process number, later."""
-    notice_of_node().write(Notice(run_folder="/runs/a"))
+    node_rendezvous().write(RendezvousRecord(run_folder="/runs/a"))
     code = (
         f"import tempfile; tempfile.tempdir = {str(under_torchrun)!r}\n"
-        "from speed_async.launcher.rendezvous import notice_of_node; print(notice_of_node().read())"
+        "from speed_async.launcher.rendezvous import node_rendezvous\n"
+        "print(node_rendezvous().read())"
     )
     theirs = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=240
     )
-    assert theirs.stdout == f"{Notice()}\n", theirs.stderr
+    assert theirs.stdout == f"{RendezvousRecord()}\n", theirs.stderr
 
 
 def test_ranks_that_torchrun_started_again_do_not_begin_another_run_in_silence(
@@ -70,7 +78,7 @@ def test_ranks_that_torchrun_started_again_do_not_begin_another_run_in_silence(
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(SpeedAsyncError, match="is gone: start with --resume RUN_DIR"):
-        notice_of_node()
+        node_rendezvous()
 
 
 def test_an_address_of_an_earlier_life_is_left_for_this_one_s(
@@ -78,8 +86,8 @@ def test_an_address_of_an_earlier_life_is_left_for_this_one_s(
 ) -> None:
     """Nobody answers at the old one; the notice is looked at again."""
     monkeypatch.setattr("speed_async.launcher.roles.join.ASK_AGAIN_S", 0.2)
-    file = NoticeFile(tmp_path / "node")
-    file.write(Notice(host="127.0.0.1", port=9))
+    file = RendezvousFile(tmp_path / "node")
+    file.write(RendezvousRecord(host="127.0.0.1", port=9))
 
     def where() -> tuple[str, int] | None:
         notice = file.read()
@@ -92,7 +100,7 @@ def test_an_address_of_an_earlier_life_is_left_for_this_one_s(
         )
         done, _ = await asyncio.wait((finding,), timeout=0.5)
         assert not done
-        file.write(Notice(host="127.0.0.1", port=hub.port))
+        file.write(RendezvousRecord(host="127.0.0.1", port=hub.port))
         peer, join = await hub.receive(30.0)
         hub.offer(peer, JoinAccepted(index=3, config="{}", feed_port=1, incarnation=1000))
         place = await finding

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from learner_samples import make_completion, make_config, make_group, make_loss_tokens
 
-from speed_async.algorithms.objective import judge, make_objective
+from speed_async.algorithms.objective import compute_signals, make_objective
 from speed_async.algorithms.screening import Choice, kept
 from speed_async.config.schema import GateConfig, ObjectiveConfig
 from speed_async.types import Group
@@ -70,7 +70,7 @@ def test_rewards_are_shaped_before_advantages_are_taken(tmp_path: Path):
         aggregation="sequence_mean",
     )  # fmt: skip
 
-    (signal,) = judge(objective, [example()])
+    (signal,) = compute_signals(objective, [example()])
 
     # rewards 1, 0 - 0.5 * 2/4, 1 - 0.5: mean 1.25 / 3
     mean = 1.25 / 3
@@ -89,13 +89,15 @@ def test_the_punishment_is_measured_from_where_the_context_cuts(tmp_path: Path):
     completions = [make_completion([2] * length, 1.0) for length in (4, 7, 8)]
     groups = [make_group([1] * length, *completions) for length in (6, 8)]
 
-    first, second = judge(make_objective(config, context_length=16), groups)
+    first, second = compute_signals(make_objective(config, context_length=16), groups)
 
     shaped = np.array([1, 1 - 2 / 5, 1 - 3 / 5])  # cut at 10, punished over the last 5
     assert first.advantages_N.tolist() == pytest.approx((shaped - shaped.mean()).tolist())
     shaped = np.array([1, 1 - 3 / 4, 0])  # cut at 8, punished over the last 4
     assert second.advantages_N.tolist() == pytest.approx((shaped - shaped.mean()).tolist())
-    flat, _ = judge(make_objective(config), groups)  # no context known: nobody is near the limit
+    flat, _ = compute_signals(
+        make_objective(config), groups
+    )  # no context known: nobody is near the limit
     assert flat.advantages_N.tolist() == [0, 0, 0]
 
 
@@ -103,7 +105,7 @@ def test_the_choice_looks_at_raw_rewards_and_the_baseline_at_all_of_them(tmp_pat
     # the long pass falls to 0 once shaped, and is a pass to the gate nevertheless
     shaped = {"overlong_share": 0.4, "screening_samples": "unbiased", "advantage": "dr_grpo"}
 
-    (signal,) = judge(objective_of(tmp_path, **shaped), [example(num_screening=3)])
+    (signal,) = compute_signals(objective_of(tmp_path, **shaped), [example(num_screening=3)])
 
     assert signal.kept_N.tolist() == [True, False, True]  # 2 of 3 pass: the failure is pivotal
     assert signal.advantages_N.tolist() == pytest.approx([5 / 6, -4 / 6, -1 / 6])
@@ -113,7 +115,7 @@ def test_denominators_count_what_is_not_trained_on(tmp_path: Path):
     flat = make_group([1], make_completion([2] * 3, 0.0), make_completion([], 0.0))
     objective = objective_of(tmp_path, screening_samples="none", aggregation="token_mean")
 
-    first, second = judge(objective, [example(num_screening=2), flat])
+    first, second = compute_signals(objective, [example(num_screening=2), flat])
 
     assert first.kept_N.tolist() == [False, False, True]
     assert first.weights_N.tolist() == [1 / 25] * 3
@@ -168,7 +170,7 @@ def test_every_name_of_the_configuration_has_its_strategy_and_parameters(tmp_pat
     ],
 )
 def test_advantages_by_name(tmp_path: Path, advantage: str, expected: list[float]):
-    (signal,) = judge(objective_of(tmp_path, advantage=advantage), [example()])
+    (signal,) = compute_signals(objective_of(tmp_path, advantage=advantage), [example()])
     assert signal.advantages_N.tolist()[: len(expected)] == pytest.approx(expected)
 
 
@@ -182,5 +184,5 @@ def test_advantages_by_name(tmp_path: Path, advantage: str, expected: list[float
     ],
 )
 def test_aggregations_by_name(tmp_path: Path, aggregation: str, expected: list[float]):
-    (signal,) = judge(objective_of(tmp_path, aggregation=aggregation), [example()])
+    (signal,) = compute_signals(objective_of(tmp_path, aggregation=aggregation), [example()])
     assert signal.weights_N.tolist() == pytest.approx(expected)

@@ -16,7 +16,7 @@ from speed_async.transport.curve import ClientKeys, load_client_keys, load_serve
 from speed_async.transport.key_making import add_client, make_keys
 from speed_async.transport.messages import Rejected, Welcome
 from speed_async.transport.peer_names import MAX_NAMES_A_KEY, PeerNames, new_identity
-from speed_async.transport.session import Heard, Probe
+from speed_async.transport.session import Ack, Ping
 from speed_async.transport.transport import Delivery, Link
 from speed_async.transport.zeromq import ZmqHub, open_hub, open_link
 
@@ -26,8 +26,8 @@ NAME = "actor-1.0"
 
 async def assert_served(hub: ZmqHub, link: Link, number: int) -> None:
     """Both ways, under NAME."""
-    await link.send(Probe(sent=number))
-    assert await hub.receive(SOON_S) == (NAME, Probe(sent=number))
+    await link.send(Ping(sent=number))
+    assert await hub.receive(SOON_S) == (NAME, Ping(sent=number))
     assert await say(hub, NAME, Welcome(policy_version=number)) is Delivery.QUEUED
     assert await heard(link) == Welcome(policy_version=number)
 
@@ -36,7 +36,7 @@ async def heard(link: Link):
     """The next message that is no control message."""
     while True:
         message = await link.receive(SOON_S)
-        if type(message).__name__ != "Heard":
+        if type(message).__name__ != "Ack":
             return message
 
 
@@ -44,7 +44,7 @@ async def assert_refused(hub: ZmqHub, link: Link, why: str) -> None:
     """It is told why, counted and muted; none of its messages comes in."""
     before = hub.rejected, hub.muted.num_muted
     for number in range(3):
-        await link.send(Probe(sent=66 + number))
+        await link.send(Ping(sent=66 + number))
     with pytest.raises(DeadlineExceeded):
         await hub.receive(0.3)
     answer = await link.receive(SOON_S)
@@ -58,7 +58,7 @@ async def until_heard(hub: ZmqHub, link: Link) -> None:
     """What is sent while a connection breaks may be lost; later it is not."""
     async with asyncio.timeout(SOON_S):
         while True:
-            await link.send(Heard())
+            await link.send(Ack())
             with suppress(DeadlineExceeded):
                 assert (await hub.receive(0.1))[0] == NAME
                 break
@@ -101,7 +101,7 @@ async def test_a_bare_name_is_no_identity(stage: ZmqStage):
         peer = context.socket(zmq.DEALER)
         peer.IDENTITY = NAME.encode()
         peer.connect(f"tcp://{HOST}:{stage.hub.port}")
-        peer.send_multipart(encode(Probe(sent=1)))
+        peer.send_multipart(encode(Ping(sent=1)))
         with pytest.raises(DeadlineExceeded):
             await stage.hub.receive(0.3)
         assert stage.hub.rejected == 1
@@ -133,8 +133,8 @@ def test_a_name_belongs_to_the_key_that_opened_it(tmp_path: Path):
             await assert_refused(hub, await link(own), "another connection, which is open")
             await assert_served(hub, owner, 2)
             beside = await link(own, "actor-2.0")  # many names of one key
-            await beside.send(Probe(sent=5))
-            assert await hub.receive(SOON_S) == ("actor-2.0", Probe(sent=5))
+            await beside.send(Ping(sent=5))
+            assert await hub.receive(SOON_S) == ("actor-2.0", Ping(sent=5))
             await owner.close()
             await wait_until_gone(hub)
             await assert_refused(hub, await link(other), "belongs to another key")

@@ -17,7 +17,7 @@ from speed_async.buffer.durability.journal import segments
 from speed_async.buffer.durability.recovery import begin_segment, open_machine
 from speed_async.buffer.durability.snapshot import capture, restore
 from speed_async.buffer.service import BufferService
-from speed_async.buffer.state_machine import Machine
+from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.schema import Config
 from speed_async.errors import JournalRefused
 from speed_async.evaluation.plan import EvaluationPlan
@@ -162,7 +162,7 @@ class Play:
         old.close()
 
 
-def state(machine: Machine) -> object:
+def state(machine: StateMachine) -> object:
     machine.conversations.rewind_all()  # what left the sockets is the shell's to know
     return msgpack.unpackb(capture(machine), strict_map_key=False)
 
@@ -226,7 +226,7 @@ def test_a_snapshot_fills_a_new_machine(tmp_path: Path) -> None:
     play = Play(tmp_path, 3, "posterior")
     for _ in range(150):
         play.act()
-    fresh = Machine(play.build(play.config))
+    fresh = StateMachine(play.build(play.config))
     restore(fresh, capture(play.machine))
     assert state(fresh) == state(play.machine)
 
@@ -362,7 +362,7 @@ def test_a_damaged_beginning_falls_back_to_the_segment_before(tmp_path: Path) ->
     path.write_bytes(path.read_bytes()[:-1])
     again, notes = open_machine(play.folder, play.config, play.build, life=0)
     assert any("damaged at its beginning" in note for note in notes)
-    rebuilt = Machine(play.build(play.config))
+    rebuilt = StateMachine(play.build(play.config))
     restore(rebuilt, expected)
     assert state(again) == state(rebuilt)
 

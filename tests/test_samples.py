@@ -16,7 +16,7 @@ from speed_async.actors.rollout import LeaseWork, Refused
 from speed_async.actors.sample_choice import MAX_TEXT_CHARS, SampleChoice, shortened
 from speed_async.buffer.durability.journal import read_segment, segments
 from speed_async.buffer.durability.recovery import open_machine
-from speed_async.buffer.state_machine import Machine
+from speed_async.buffer.state_machine import StateMachine
 from speed_async.buffer.validation_rules import MAX_TEXT
 from speed_async.transport import messages as m
 from speed_async.transport.codec import decode
@@ -161,7 +161,7 @@ def test_the_journal_keeps_no_text_of_a_sample_and_replays_no_event(tmp_path: Pa
     assert [type(message).__name__ for message in recorded] == ["Hello", "Sample"]
     again, _ = open_machine(folder, desk.config, lambda _: Desk(tmp_path).service, life=0)
     assert again.events == []
-    assert isinstance(again, Machine)
+    assert isinstance(again, StateMachine)
     again.message("actor-1.0", replace(SAMPLE, number=3), 3.0)  # the count goes on after it
     assert [event.kind for event in again.events] == ["sample"]
     assert again.journal is not None

@@ -12,7 +12,7 @@ from speed_async.actors.engine import GenerationRequest
 from speed_async.config.schema import TaskConfig
 from speed_async.environments.registry import make_task
 from speed_async.errors import WeightSyncError
-from speed_async.testing.scripted_run import KeptWeights, drawn_script
+from speed_async.testing.scripted_run import DiscardedWeights, drawn_script
 from speed_async.testing.scripted_task import PASS_RATES
 from speed_async.weight_sync.channel import TransferReport
 
@@ -80,7 +80,7 @@ class Transfer:
 
 def test_weights_are_kept_and_broken_off_half_way_they_are_not_whole_until_the_next_ones() -> None:
     transfer = Transfer()
-    weights = KeptWeights({"w": zeros(1)}, transfer)
+    weights = DiscardedWeights({"w": zeros(1)}, transfer)
     transfer.value = 1.0
     assert weights.receive(offer(1)) == 0.5
     assert (weights.tensors["w"].item(), weights.is_whole) == (1.0, True)

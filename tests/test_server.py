@@ -16,7 +16,7 @@ from speed_async.buffer.durability.journal import Journal, read_segment, segment
 from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
-from speed_async.buffer.state_machine import Machine
+from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.schema import Config
 from speed_async.errors import JournalError
 from speed_async.evaluation.plan import EvaluationPlan
@@ -116,7 +116,7 @@ async def hear_all(link: SessionLink) -> None:
         await link.receive(PATIENCE_S)
 
 
-async def conversation(machine: Machine, hub: WatchedHub, disk: SlowDisk) -> int:
+async def conversation(machine: StateMachine, hub: WatchedHub, disk: SlowDisk) -> int:
     """Returns how many messages the actor sent."""
     feed = FeedPublisher("127.0.0.1", 0)
     serving = asyncio.create_task(serve(machine, hub, feed, []))
@@ -156,7 +156,7 @@ def test_nothing_is_said_before_what_it_follows_from_is_written(
     assert again.conversations.admit("actor-1.0", m.Message(number=num_sent + 1), 0.0)
 
 
-async def rubbish(machine: Machine, hub: InProcessHub) -> m.Leases:
+async def rubbish(machine: StateMachine, hub: InProcessHub) -> m.Leases:
     """What another actor is leased, after the one that held all leases spoke rubbish."""
     feed = FeedPublisher("127.0.0.1", 0)
     serving = asyncio.create_task(serve(machine, hub, feed, []))
@@ -192,7 +192,7 @@ def test_an_actor_that_speaks_rubbish_is_lost_at_once_and_its_prompts_go_to_othe
     assert again.service.membership.lost == machine.service.membership.lost
 
 
-async def without_folder(machine: Machine, hub: InProcessHub) -> str:
+async def without_folder(machine: StateMachine, hub: InProcessHub) -> str:
     feed = FeedPublisher("127.0.0.1", 0)
     serving = asyncio.create_task(serve(machine, hub, feed, []))
     folder = Path(machine.service.config.run.folder)
@@ -218,11 +218,11 @@ def test_a_run_folder_that_is_removed_is_told(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{}")
     named = {"folder": str(folder)}
     config = make_config(str(folder), run=named, buffer={"durability": "none"})
-    warning = asyncio.run(without_folder(Machine(build(config)), InProcessHub()))
+    warning = asyncio.run(without_folder(StateMachine(build(config)), InProcessHub()))
     assert f"the run folder '{folder}' was removed or moved" in warning
 
 
-async def spoiled(machine: Machine, hub: InProcessHub) -> None:
+async def spoiled(machine: StateMachine, hub: InProcessHub) -> None:
     """A learner asks for a batch whose groups wait on a disk that has spoiled them."""
     feed = FeedPublisher("127.0.0.1", 0)
     serving = asyncio.create_task(serve(machine, hub, feed, []))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speed_async.transport.messages import Message, Welcome
-from speed_async.transport.session import Arrival, Session
+from speed_async.transport.session import Receipt, Session
 
 
 def said(session: Session, *versions: int) -> None:
@@ -32,18 +32,18 @@ def test_messages_are_numbered_from_one_and_kept_until_heard() -> None:
     session = Session()
     said(session, 7, 8)
     assert [message.number for message in sent(session)] == [1, 2]
-    assert session.num_unheard == 2
+    assert session.num_unacked == 2
     session.arrived(Welcome(policy_version=0, number=1, heard=1))
-    assert session.num_unheard == 1
+    assert session.num_unacked == 1
     assert session.heard == 1
 
 
 def test_what_comes_again_or_too_early_is_known_by_its_number() -> None:
     session = Session()
-    assert session.arrived(Welcome(policy_version=0, number=1)) is Arrival.NEW
-    assert session.arrived(Welcome(policy_version=0, number=1)) is Arrival.AGAIN
-    assert session.arrived(Welcome(policy_version=0, number=3)) is Arrival.GAP
-    assert session.arrived(Welcome(policy_version=0)) is Arrival.OUTSIDE
+    assert session.arrived(Welcome(policy_version=0, number=1)) is Receipt.NEW
+    assert session.arrived(Welcome(policy_version=0, number=1)) is Receipt.AGAIN
+    assert session.arrived(Welcome(policy_version=0, number=3)) is Receipt.GAP
+    assert session.arrived(Welcome(policy_version=0)) is Receipt.OUTSIDE
     assert session.heard == 1
 
 
@@ -82,11 +82,11 @@ def test_a_line_that_loses_whole_connections_delivers_each_message_once(
                 here.queued_one()
             case "deliver" if line:
                 message = line.popleft()
-                if there.arrived(message) is Arrival.NEW:
+                if there.arrived(message) is Receipt.NEW:
                     got += versions([message])
             case "cut":  # whatever is under way is lost, a part at random
                 for _ in range(rng.randint(0, len(line))):
                     line.popleft()
-            case "ask":  # as Missing or Heard do
+            case "ask":  # as Nack or Ack do
                 assert here.rewind(there.heard)
     assert got == list(range(num_messages))

@@ -18,7 +18,7 @@ from speed_async.transport.messages import (
     WantWork,
     Welcome,
 )
-from speed_async.transport.session import Probe
+from speed_async.transport.session import Ping
 from speed_async.transport.transport import Delivery
 from speed_async.types import ActorCounts
 
@@ -50,12 +50,12 @@ async def test_messages_arrive_whole_and_in_order_in_both_directions(stage: Stag
             peer, message = await stage.hub.receive(SOON_S)
             assert isinstance(message, WantWork)
             numbers.append(message.num_prompts)
-            await say(stage.hub, peer, Probe(sent=message.num_prompts))
+            await say(stage.hub, peer, Ping(sent=message.num_prompts))
         return numbers
 
     async def listen() -> list[int]:
         answers = [await link.receive(SOON_S) for _ in range(total)]
-        return [message.sent for message in answers if isinstance(message, Probe)]
+        return [message.sent for message in answers if isinstance(message, Ping)]
 
     _, received, answered = await asyncio.gather(talk(), answer(), listen())
     assert received == list(range(total))
@@ -72,7 +72,7 @@ async def test_a_sender_and_a_receiver_on_one_end_never_sleep_through_each_other
 
     async def talk(send) -> None:
         for number in range(total):
-            await send(Probe(sent=number))
+            await send(Ping(sent=number))
 
     async def listen(receive) -> None:
         for _ in range(total):
@@ -131,12 +131,12 @@ async def test_replies_reach_the_right_one_of_many_peers(stage: Stage):
             assert message.num_prompts == seen[peer]
             seen[peer] += 1
             answer = 1000 * names.index(peer) + message.num_prompts
-            await say(stage.hub, peer, Probe(sent=answer))
+            await say(stage.hub, peer, Ping(sent=answer))
 
     async def ask(index: int) -> None:
         for number in range(rounds):
             await links[index].send(want(number))
-            assert await links[index].receive(SOON_S) == Probe(sent=1000 * index + number)
+            assert await links[index].receive(SOON_S) == Ping(sent=1000 * index + number)
 
     await asyncio.gather(serve(), *(ask(index) for index in range(len(names))))
 
@@ -171,7 +171,7 @@ async def test_malformed_input_is_answered_and_counted_and_others_go_on(stage: S
 async def test_a_peer_that_was_refused_once_is_not_read_again(stage: Stage):
     good = await meet(stage, "good-1.0")
     bad = await stage.raw_peer("bad-1.0")
-    for frames in ([b"rubbish"], [b"more"], encode(Probe(sent=5)), [b""]):
+    for frames in ([b"rubbish"], [b"more"], encode(Ping(sent=5)), [b""]):
         await bad.send_frames(frames)
     with pytest.raises(DeadlineExceeded):
         await stage.hub.receive(0.3)
@@ -223,7 +223,7 @@ async def test_a_flood_of_rubbish_keeps_nobody_from_being_heard_and_no_deadline_
 @on_every_transport()
 async def test_another_protocol_version_is_told_both_versions(stage: Stage):
     bad = await stage.raw_peer("old-1.0")
-    header = as_bytes(Probe(sent=1))[0]
+    header = as_bytes(Ping(sent=1))[0]
     at = header.index(b"speed_async") + len(b"speed_async")
     assert header[at] == PROTOCOL_VERSION
     await bad.send_frames([header[:at] + b"\x63" + header[at + 1 :]])
@@ -285,7 +285,7 @@ async def test_closing_twice_is_fine_and_ends_every_use(stage: Stage):
     with pytest.raises(TransportClosed):
         await serving
     with pytest.raises(TransportClosed):
-        await say(stage.hub, "actor-1.0", Probe(sent=1))
+        await say(stage.hub, "actor-1.0", Ping(sent=1))
 
 
 @on_every_transport()
@@ -302,25 +302,25 @@ async def test_closing_a_link_flushes_what_it_sent(stage: Stage):
 async def test_closing_the_hub_flushes_what_it_sent(stage: Stage):
     link = await meet(stage, "actor-1.0")
     for number in range(40):
-        await say(stage.hub, "actor-1.0", Probe(sent=number))
+        await say(stage.hub, "actor-1.0", Ping(sent=number))
     await stage.hub.close()
     received = [await link.receive(SOON_S) for _ in range(40)]
-    assert received == [Probe(sent=number) for number in range(40)]
+    assert received == [Ping(sent=number) for number in range(40)]
 
 
 @on_every_transport()
 async def test_sending_to_a_gone_peer_is_no_error(stage: Stage):
-    await say(stage.hub, "never-1.0", Probe(sent=1))
+    await say(stage.hub, "never-1.0", Ping(sent=1))
     assert stage.hub.undelivered == 1
     gone = await meet(stage, "gone-1.0")
     stays = await meet(stage, "stays-1.0")
     await gone.close()
     async with asyncio.timeout(SOON_S):
         while stage.hub.undelivered < 2:  # a closed connection is noticed a moment later
-            await say(stage.hub, "gone-1.0", Probe(sent=1))
+            await say(stage.hub, "gone-1.0", Ping(sent=1))
             await asyncio.sleep(0)
-    await say(stage.hub, "stays-1.0", Probe(sent=2))
-    assert await stays.receive(SOON_S) == Probe(sent=2)
+    await say(stage.hub, "stays-1.0", Ping(sent=2))
+    assert await stays.receive(SOON_S) == Ping(sent=2)
 
 
 @on_every_transport()
@@ -328,11 +328,11 @@ async def test_a_peer_that_comes_back_under_its_name_takes_its_place(stage: Stag
     old = await meet(stage, "actor-1.0")
     await old.close()
     async with asyncio.timeout(SOON_S):
-        while await say(stage.hub, "actor-1.0", Probe(sent=8)) is not Delivery.GONE:  # noqa: ASYNC110
+        while await say(stage.hub, "actor-1.0", Ping(sent=8)) is not Delivery.GONE:  # noqa: ASYNC110
             await asyncio.sleep(0)  # a closed connection is noticed a moment later
     new = await meet(stage, "actor-1.0")
-    await say(stage.hub, "actor-1.0", Probe(sent=9))
-    assert await new.receive(SOON_S) == Probe(sent=9)
+    await say(stage.hub, "actor-1.0", Ping(sent=9))
+    assert await new.receive(SOON_S) == Ping(sent=9)
 
 
 @on_every_transport()
@@ -416,8 +416,8 @@ async def test_a_slow_link_s_queue_is_full_while_others_go_on(stage: Stage):
         assert num_sent < 100, "100 MB were taken with nobody reading"
     assert num_sent >= 4
     for number in range(200):
-        await say(stage.hub, "quick-1.0", Probe(sent=number))
-        assert await quick.receive(SOON_S) == Probe(sent=number)
+        await say(stage.hub, "quick-1.0", Ping(sent=number))
+        assert await quick.receive(SOON_S) == Ping(sent=number)
     for number in range(num_sent):
         message = await slow.receive(SOON_S)
         assert isinstance(message, BatchGroup)
@@ -453,4 +453,4 @@ async def test_an_unfit_message_is_refused_before_it_is_sent(stage: Stage):
     with pytest.raises(ProtocolError, match="num_prompts must be int"):
         await link.send(want("3"))  # type: ignore
     with pytest.raises(ProtocolError, match="sent must be int"):
-        await say(stage.hub, "actor-1.0", Probe(sent=1.5))  # type: ignore
+        await say(stage.hub, "actor-1.0", Ping(sent=1.5))  # type: ignore

@@ -99,7 +99,7 @@ def test_weights_that_did_not_arrive_are_a_matter_until_they_do(desk: Desk) -> N
 
 
 def test_what_has_merely_happened_is_told_for_a_minute(desk: Desk) -> None:
-    desk.service.begin_life(2, desk.now_s)
+    desk.service.begin_attempt(2, desk.now_s)
     for index in (1, 2):
         desk.hello(f"actor-{index}.1", index, incarnation=1)
     desk.wait(0.1)

@@ -265,7 +265,7 @@ def next_life(desk: Desk, folder: Path, *, actors: int) -> Desk:
     """The same run, started again with another number of ranks."""
     again = Desk(folder, cluster={"actors": actors}, run={"updates": 100})
     restore(again.service, capture(desk.service))
-    again.service.begin_life(1, 0.0)
+    again.service.begin_attempt(1, 0.0)
     again.hello("learner", 0, incarnation=1)
     return again
 

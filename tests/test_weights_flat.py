@@ -11,7 +11,7 @@ from speed_async.errors import WeightSyncError
 from speed_async.types import WeightBackend
 from speed_async.weight_sync.buckets import plan_buckets
 from speed_async.weight_sync.channel import NamedTensor, TransferReport
-from speed_async.weight_sync.contiguous import as_it_lies, lay_flat
+from speed_async.weight_sync.contiguous import contiguous_view, flatten_parameters
 from speed_async.weight_sync.manifest import describe
 
 BUCKET_BYTES = 1024
@@ -40,7 +40,7 @@ def test_laying_flat_keeps_values_ties_and_optimisers():
     flat, plain = Tied(1), Tied(1)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in (flat, plain)]
     # 1,200, then 20 -> 32 twice, 60 -> 64, 10 -> 16.
-    assert lay_flat(flat) == 1200 + 32 + 32 + 64 + 16
+    assert flatten_parameters(flat) == 1200 + 32 + 32 + 64 + 16
     assert flat.head.weight is flat.embed.weight
     for model, optimizer in zip((flat, plain), optimizers, strict=True):
         model.head(model.embed(torch.tensor([3, 7]))).square().sum().backward()
@@ -53,7 +53,7 @@ def test_laying_flat_keeps_values_ties_and_optimisers():
 def test_parameters_that_share_a_storage_stay_where_they_are():
     both = torch.ones(2, 8)
     model = nn.ParameterList([nn.Parameter(both[0]), nn.Parameter(both[1])])
-    assert lay_flat(model) == 0
+    assert flatten_parameters(model) == 0
     assert model[0].data_ptr() == both.data_ptr()
 
 
@@ -62,26 +62,28 @@ def test_only_a_bucket_that_lies_as_it_travels_is_seen_as_one():
     scattered = dict(named(model))
     plan = plan_buckets(describe(list(scattered.items()), None), BUCKET_BYTES)
     assert [len(bucket.spans) for bucket in plan] == [1, 4]
-    assert as_it_lies(plan[1], scattered) is None
-    lay_flat(model)
+    assert contiguous_view(plan[1], scattered) is None
+    flatten_parameters(model)
     flat = dict(named(model))
     for bucket in plan:
-        view_B = as_it_lies(bucket, flat)
+        view_B = contiguous_view(bucket, flat)
         assert view_B is not None and view_B.shape == (bucket.num_bytes,)
         assert view_B.data_ptr() == flat[bucket.spans[0].spec.name].data_ptr()
     turned = flat | {"half.weight": flat["half.weight"].clone().t().contiguous().t()}
-    assert as_it_lies(plan[1], turned) is None
-    assert as_it_lies(plan[1], flat | {"norm.bias": flat["norm.weight"]}) is None
-    assert as_it_lies(plan[1], flat | {"norm.bias": flat["norm.bias"].view(torch.int32)}) is None
+    assert contiguous_view(plan[1], turned) is None
+    assert contiguous_view(plan[1], flat | {"norm.bias": flat["norm.weight"]}) is None
+    assert (
+        contiguous_view(plan[1], flat | {"norm.bias": flat["norm.bias"].view(torch.int32)}) is None
+    )
 
 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
 @pytest.mark.parametrize("sender_is_flat", [True, False])
 def test_flat_weights_are_received_in_place(backend: WeightBackend, sender_is_flat: bool):
     learner, actor = Tied(3), Tied(4)
-    lay_flat(actor)
+    flatten_parameters(actor)
     if sender_is_flat:
-        lay_flat(learner)
+        flatten_parameters(learner)
     theirs = copies(learner)
     expected = named(actor)
     given: list[list[str]] = []
@@ -113,7 +115,7 @@ def test_flat_weights_are_received_in_place(backend: WeightBackend, sender_is_fl
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
 def test_a_refused_manifest_leaves_flat_weights_alone(backend: WeightBackend):
     learner, actor = Tied(5), Tied(6)
-    lay_flat(actor)
+    flatten_parameters(actor)
     before = copies(actor)
     calls: list[Sequence[NamedTensor]] = []
     with open_channel(TorchStage(backend, BUCKET_BYTES, in_place=True)) as channel:

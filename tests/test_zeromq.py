@@ -13,7 +13,7 @@ from transport_contract import SOON_S, ZmqStage, over_sockets, say
 from speed_async.errors import ConfigError, DeadlineExceeded, ProtocolError
 from speed_async.transport.codec import encode
 from speed_async.transport.messages import Drain, Rejected, WantWork
-from speed_async.transport.session import Heard, Probe, SessionLink
+from speed_async.transport.session import Ack, Ping, SessionLink
 from speed_async.transport.sockets import LINGER_S
 from speed_async.transport.zeromq import open_hub, open_link
 from speed_async.types import ActorCounts
@@ -42,8 +42,8 @@ def test_a_link_may_be_opened_before_its_hub():
         hub = await open_hub(HOST, port)
         received = [await hub.receive(SOON_S) for _ in range(10)]
         assert received == [("early-1.0", want(number)) for number in range(10)]
-        await say(hub, "early-1.0", Probe(sent=1))
-        assert await link.receive(SOON_S) == Probe(sent=1)
+        await say(hub, "early-1.0", Ping(sent=1))
+        assert await link.receive(SOON_S) == Ping(sent=1)
         await link.close()
         await hub.close()
 
@@ -60,8 +60,8 @@ def test_a_link_finds_a_restarted_hub_by_itself():
         second = await open_hub(HOST, first.port)
         await link.send(want(2))
         assert await second.receive(SOON_S) == ("actor-1.0", want(2))
-        await say(second, "actor-1.0", Probe(sent=2))
-        assert await link.receive(SOON_S) == Probe(sent=2)
+        await say(second, "actor-1.0", Ping(sent=2))
+        assert await link.receive(SOON_S) == Ping(sent=2)
         await link.close()
         await second.close()
 
@@ -74,14 +74,14 @@ def test_a_restarted_hub_reaches_a_peer_that_has_nothing_to_say():
         link = SessionLink(await open_link(HOST, first.port, "learner"))
         await link.send(want(1))
         peer, message = await first.receive(SOON_S)
-        await say(first, peer, Heard(heard=message.number))
+        await say(first, peer, Ack(heard=message.number))
         with pytest.raises(DeadlineExceeded):
             await link.receive(0.2)
-        assert link.num_unheard == 0
+        assert link.num_unacked == 0
         await first.close()
         second = await open_hub(HOST, first.port)
         waiting = asyncio.create_task(link.receive(SOON_S))
-        assert await second.receive(SOON_S) == ("learner", Heard())
+        assert await second.receive(SOON_S) == ("learner", Ack())
         await say(second, "learner", Drain(number=1, reason="the end"))
         assert await waiting == Drain(number=1, reason="the end")
         await link.close()
@@ -92,12 +92,12 @@ def test_a_restarted_hub_reaches_a_peer_that_has_nothing_to_say():
 
 CHILD = """
 import asyncio, sys
-from speed_async.transport.session import Probe
+from speed_async.transport.session import Ping
 from speed_async.transport.zeromq import open_link
 
 async def play():
     link = await open_link("127.0.0.1", int(sys.argv[1]), "child-1.0")
-    await link.send(Probe(sent=1))
+    await link.send(Ping(sent=1))
     await link.receive(60.0)
 
 asyncio.run(play())
@@ -112,13 +112,13 @@ async def test_a_killed_process_is_a_gone_peer_and_its_successor_is_served(stage
             [sys.executable, "-c", CHILD, str(stage.hub.port)]
         )
         try:
-            assert await stage.hub.receive(SOON_S) == ("child-1.0", Probe(sent=1))
+            assert await stage.hub.receive(SOON_S) == ("child-1.0", Ping(sent=1))
         finally:
             child.send_signal(signal.SIGKILL)
             child.wait(SOON_S)
         async with asyncio.timeout(SOON_S):
             while stage.hub.undelivered < incarnation:
-                await say(stage.hub, "child-1.0", Probe(sent=0))
+                await say(stage.hub, "child-1.0", Ping(sent=0))
                 await asyncio.sleep(0)
     await stays.send(want(7))
     assert await stage.hub.receive(SOON_S) == ("stays-1.0", want(7))
@@ -127,7 +127,7 @@ async def test_a_killed_process_is_a_gone_peer_and_its_successor_is_served(stage
 @over_sockets()
 async def test_a_peer_with_an_unfit_name_is_refused(stage: ZmqStage):
     peer = await stage.raw_peer("not a name\xff")
-    await peer.send_frames(encode(Probe(sent=1)))
+    await peer.send_frames(encode(Ping(sent=1)))
     with pytest.raises(DeadlineExceeded, match=r"waited 0\.2 s for any peer"):
         await stage.hub.receive(0.2)
     answer = await peer.receive(SOON_S)

@@ -15,7 +15,7 @@ import zmq.asyncio
 from speed_async.testing.inprocess_transport import InProcessHub, InProcessLink
 from speed_async.transport.codec import Frame, decode
 from speed_async.transport.messages import Message
-from speed_async.transport.muting import MuteTable
+from speed_async.transport.muting import BlockedPeers
 from speed_async.transport.transport import Delivery, Hub, Link
 from speed_async.transport.zeromq import ZmqHub, open_hub, open_link
 
@@ -28,7 +28,7 @@ class CountingHub(Hub, Protocol):
     rejected: int
     newly_rejected: list[str]
     undelivered: int
-    muted: MuteTable
+    muted: BlockedPeers
 
 
 async def say(hub: Hub, peer: str, message: Message) -> Delivery:

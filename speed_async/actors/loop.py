@@ -305,11 +305,11 @@ class ActorLoop:
         """Until every lease has ended and the service has heard of it."""
         deadline_s = self._config.cluster.drain_timeout_s
         ends_s = self._clock() + deadline_s
-        while not self._drained.is_set() or self._outbox.qsize() or self._link.num_unheard:
+        while not self._drained.is_set() or self._outbox.qsize() or self._link.num_unacked:
             silent_s = self._clock() - self._link.last_heard_s
             if self._clock() > ends_s or silent_s > SERVICE_SILENCE_S:
                 what = (
-                    f"{len(self._works)} leases to end, {self._link.num_unheard} messages unheard"
+                    f"{len(self._works)} leases to end, {self._link.num_unacked} messages unheard"
                 )
                 raise GivenUp(
                     f"{self._name} did not drain within {deadline_s:.0f} s: {what}; the service "

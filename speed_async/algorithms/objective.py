@@ -80,7 +80,7 @@ def make_objective(config: Config, *, context_length: int | None = None) -> Obje
     )
 
 
-def judge(objective: Objective, groups: Sequence[Group]) -> list[GroupSignal]:
+def compute_signals(objective: Objective, groups: Sequence[Group]) -> list[GroupSignal]:
     """Advantages, weights and choice for all groups of an update, in their order.
 
     Whether a sample is kept is decided on raw rewards, as the gate saw them; advantages are those

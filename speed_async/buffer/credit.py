@@ -1,6 +1,6 @@
 """Credit: how many training leases may still be granted, and what one costs."""
 
-from speed_async.buffer.leases import LeaseBook
+from speed_async.buffer.leases import LeaseTable
 from speed_async.buffer.ledger import Ledger
 from speed_async.buffer.priority import PriorityBuffer
 from speed_async.buffer.reporting.statistics import RunStatistics
@@ -17,7 +17,7 @@ class Credit:
         self,
         config: Config,
         *,
-        leases: LeaseBook,
+        leases: LeaseTable,
         ledger: Ledger,
         buffer: PriorityBuffer,
         statistics: RunStatistics,

@@ -24,7 +24,7 @@ from speed_async.observability.metrics import EventKind, Value
 from speed_async.transport import messages as m
 
 
-class House(Protocol):
+class ServiceContext(Protocol):
     """What the desk has the service do (service.py)."""
 
     warnings: Warnings
@@ -35,13 +35,13 @@ class House(Protocol):
     def emit(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> None: ...
 
 
-class LearnerDesk:
+class LearnerHandler:
     CONFIGURED = ("handlers", "_house")
 
     def __init__(
         self,
         config: Config,
-        house: House,
+        house: ServiceContext,
         *,
         membership: Membership,
         lifecycle: Lifecycle,
@@ -71,7 +71,7 @@ class LearnerDesk:
         if self._membership.learner is not None:
             self._house.send(self._membership.learner, message)
 
-    def begin_life(self) -> None:
+    def begin_attempt(self) -> None:
         """All processes were started again: nothing is asked for, and the next broadcast needs a
         new epoch."""
         self._membership.learner = None

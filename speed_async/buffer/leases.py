@@ -23,7 +23,7 @@ class OpenLease:
         return self.lease.kind is LeaseKind.TRAINING
 
 
-class LeaseBook:
+class LeaseTable:
     """All open leases, by id and by holder. Ids grow and are never used again."""
 
     def __init__(self) -> None:

@@ -38,7 +38,7 @@ class Tally:
 
 
 @dataclass(slots=True)
-class ActorBook:
+class ActorAccount:
     """The service's view of one actor, beside that actor's own last word."""
 
     leases_granted: int = 0
@@ -79,10 +79,10 @@ class Ledger:
         self.groups_continuing = 0
         """Groups past the gate that their actors still generate."""
         self.tokens_in_flight = 0
-        self._actors: dict[str, ActorBook] = {}
+        self._actors: dict[str, ActorAccount] = {}
 
-    def actor(self, name: str) -> ActorBook:
-        return self._actors.setdefault(name, ActorBook())
+    def actor(self, name: str) -> ActorAccount:
+        return self._actors.setdefault(name, ActorAccount())
 
     def granted(self, name: str, *, training: bool) -> None:
         self.actor(name).leases_granted += 1

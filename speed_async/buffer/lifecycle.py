@@ -8,7 +8,7 @@ from speed_async.buffer.credit import Credit
 from speed_async.buffer.curriculum.curriculum import Curriculum
 from speed_async.buffer.evaluations import Accuracy, Evaluations
 from speed_async.buffer.group_table import BufferedGroup
-from speed_async.buffer.leases import LeaseBook, OpenLease
+from speed_async.buffer.leases import LeaseTable, OpenLease
 from speed_async.buffer.ledger import Ledger
 from speed_async.buffer.lineage import Lineage
 from speed_async.buffer.priority import PriorityBuffer
@@ -16,7 +16,7 @@ from speed_async.buffer.reporting.statistics import RunStatistics
 from speed_async.buffer.reporting.unusable import UnusablePrompts
 from speed_async.config.schema import Config
 from speed_async.transport import messages as m
-from speed_async.transport.groups import GroupFacts
+from speed_async.transport.groups import GroupStats
 from speed_async.types import GroupEnd, LeaseKind
 
 
@@ -30,7 +30,7 @@ class Lifecycle:
         statistics: RunStatistics,
     ) -> None:
         self.ledger = Ledger()
-        self.leases = LeaseBook()
+        self.leases = LeaseTable()
         self.buffer = PriorityBuffer(
             capacity_groups=config.buffer.capacity_groups,
             capacity_bytes=config.buffer.capacity_bytes,
@@ -102,7 +102,7 @@ class Lifecycle:
         self,
         holder: str,
         message: m.GroupFinished,
-        facts: GroupFacts,
+        facts: GroupStats,
         place: tuple[int, int] | None = None,
     ) -> None:
         """Take in a full group, which lies at `place` in the journal."""

@@ -155,7 +155,7 @@ class Membership:
         """The key that the actor of this index has to have; None for any."""
         return self._keys.get(index)
 
-    def begin_life(self) -> None:
+    def begin_attempt(self) -> None:
         """Ranks are started again, perhaps on hosts with other keys."""
         self._keys = {i: key for i, key in self._keys.items() if self._is_free(i)}
 

@@ -22,7 +22,7 @@ from speed_async.buffer.durability.journal import Place
 from speed_async.buffer.durability.segments import Segments
 from speed_async.buffer.durability.stored import StoredGroup
 from speed_async.buffer.sessions import Sealed
-from speed_async.buffer.state_machine import Machine
+from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.resumed import CONFIG_FILE
 from speed_async.errors import DeadlineExceeded, JournalError
 from speed_async.observability.metrics import Event
@@ -52,7 +52,7 @@ LINGER_S = 2.0
 
 
 async def serve(
-    machine: Machine,
+    machine: StateMachine,
     hub: Hub,
     feed: FeedPublisher,
     sinks: Sequence[Sink],
@@ -95,7 +95,7 @@ class _Turn:
 class _Shell:
     def __init__(
         self,
-        machine: Machine,
+        machine: StateMachine,
         hub: Hub,
         feed: FeedPublisher,
         sinks: Sequence[Sink],
@@ -184,7 +184,7 @@ class _Shell:
         conversations, service = self._machine.conversations, self._machine.service
         await self._finish_turns()
         peers = [*service.membership.actors, service.membership.learner or ""]
-        while any(map(conversations.num_unheard, peers)) and (left_s := ends_s - self._now()) > 0:
+        while any(map(conversations.num_unacked, peers)) and (left_s := ends_s - self._now()) > 0:
             self._tell(conversations.seal(), set())
             try:
                 peer, message = await self._hub.receive(min(left_s, 0.1))
@@ -236,7 +236,7 @@ class _Shell:
 
     def _mute(self) -> None:
         """Whoever was refused was told why just now."""
-        guard = self._machine.service.gatekeeper
+        guard = self._machine.service.validator
         while guard.to_mute:
             self._hub.mute(guard.to_mute.pop())
         guard.num_malformed, guard.num_muted = self._hub.rejected, self._hub.muted.num_muted

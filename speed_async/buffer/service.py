@@ -15,7 +15,7 @@ from speed_async.buffer.curriculum.curriculum import Curriculum
 from speed_async.buffer.ending import Ending, Step
 from speed_async.buffer.evaluations import Accuracy, Evaluations
 from speed_async.buffer.grants import Grants
-from speed_async.buffer.learner_handler import LearnerDesk
+from speed_async.buffer.learner_handler import LearnerHandler
 from speed_async.buffer.ledger import ENGINE_TIMES
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import ActorState, Membership
@@ -28,8 +28,8 @@ from speed_async.buffer.reporting.status import (
     summary_values,
 )
 from speed_async.buffer.reporting.warnings import Warnings
-from speed_async.buffer.validation import Gatekeeper
-from speed_async.buffer.validation_rules import Inspection
+from speed_async.buffer.validation import MessageValidator
+from speed_async.buffer.validation_rules import PayloadRules
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
 from speed_async.observability.metrics import Event, EventKind, Value
@@ -49,7 +49,7 @@ class BufferService:
         "fingerprint",
         "model_fingerprint",
         "_handlers",
-        "gatekeeper",
+        "validator",
         "_feed_port",
         "outbox",
         "events",
@@ -98,7 +98,7 @@ class BufferService:
         self.lifecycle = Lifecycle(
             config, curriculum=curriculum, evaluations=evaluations, statistics=self.statistics
         )
-        self.learner = LearnerDesk(
+        self.learner = LearnerHandler(
             config,
             self,
             membership=self.membership,
@@ -138,12 +138,12 @@ class BufferService:
             m.PrepareCheckpoint: self._on_prepare,
             m.CheckpointSaved: self._on_saved,
         } | self.learner.handlers
-        self.gatekeeper = Gatekeeper(
+        self.validator = MessageValidator(
             self.membership,
             fingerprint,
             model_fingerprint,
             {Join, m.Hello, *self._handlers},
-            Inspection(config, vocab_size),
+            PayloadRules(config, vocab_size),
             self.lifecycle,
         )
         evaluations.start(0)
@@ -178,11 +178,11 @@ class BufferService:
             index = self.membership.index_of(peer)
             if index is not None:
                 return self._accepted(index)
-        if self.gatekeeper.knows(peer):
+        if self.validator.knows(peer):
             return None
         refusal = self._refusal(peer, message, key)
         if refusal is not None:
-            self.gatekeeper.refused(peer)
+            self.validator.refused(peer)
             return m.Rejected(reason=refusal[:MAX_REASON_CHARS])
         if isinstance(message, Join) and message.has_rank:
             return self._accepted(message.rank, self.life)
@@ -220,14 +220,14 @@ class BufferService:
         self._lose_refused(peer, reason)
         self._advance(now_s)
 
-    def begin_life(self, life: int, now_s: float) -> None:
+    def begin_attempt(self, life: int, now_s: float) -> None:
         """All processes were started again: of the old ones nobody comes back."""
         self.life = life
         self.ended = False
         for state in self.membership.present():
             self.lose(state, "the run was started again")
-        self.membership.begin_life()
-        self.learner.begin_life()
+        self.membership.begin_attempt()
+        self.learner.begin_attempt()
         self._ending = Ending(self.config.cluster)
         self._target_reached = self._stop_asked = False
         self.warnings.close("stop")
@@ -340,7 +340,7 @@ class BufferService:
     def _refusal(self, peer: str, message: m.Message, key: str) -> str | None:
         if isinstance(message, m.Hello) and (displaced := self.membership.displaced(message)):
             return displaced
-        return self.gatekeeper.refusal(
+        return self.validator.refusal(
             peer,
             message,
             policy_version=self.policy_version,
@@ -351,7 +351,7 @@ class BufferService:
     def _refuse(self, peer: str, reason: str) -> None:
         """Say so once; an actor is lost with it, and its prompts return."""
         self.send(peer, m.Rejected(reason=reason[:MAX_REASON_CHARS]))
-        self.gatekeeper.refused(peer)
+        self.validator.refused(peer)
         self._lose_refused(peer, reason)
 
     def _lose_refused(self, peer: str, reason: str) -> None:
@@ -378,8 +378,8 @@ class BufferService:
     # --- results ---------------------------------------------------------------------------
 
     def _on_group(self, peer: str, message: m.GroupFinished, now_s: float) -> None:
-        facts = self.gatekeeper.weighed
-        assert facts is not None, "a group that the gatekeeper has not seen"
+        facts = self.validator.weighed
+        assert facts is not None, "a group that the validator has not seen"
         if self._is_leased(peer, message):
             self.diagnoses.evidence.group(facts, now_s)
         self.lifecycle.group_finished(peer, message, facts, self.place)

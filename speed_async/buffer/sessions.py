@@ -11,7 +11,7 @@ until what was sealed is released.
 from dataclasses import dataclass
 
 from speed_async.transport import messages as m
-from speed_async.transport.session import Arrival, Heard, Missing, Probe, Session
+from speed_async.transport.session import Ack, Nack, Ping, Receipt, Session
 
 PROBE_S = 1.0
 GIVEN_UP = "this incarnation was given up as lost: start a new one"
@@ -31,7 +31,7 @@ class Sealed:
     unsent: list[str]
 
 
-class Conversations:
+class Sessions:
     CONFIGURED = ("replies", "unsent", "holding", "_held", "_held_once", "_asked_s", "_probed_s")
 
     def __init__(self) -> None:
@@ -56,30 +56,30 @@ class Conversations:
         if message.heard > session.sent:  # it heard what went with the journal's tail
             self.replies.append((peer, m.Rejected(reason=FORGOTTEN)))
             return False
-        if isinstance(message, Missing):
+        if isinstance(message, Nack):
             if session.rewind(message.heard):
                 self.unsent.append(peer)
             else:
                 self.replies.append((peer, m.Rejected(reason=GIVEN_UP)))
             return False
-        if isinstance(message, Probe):
+        if isinstance(message, Ping):
             lacks = message.sent > session.heard
-            self.replies.append((peer, Missing(heard=session.heard) if lacks else session.word()))
+            self.replies.append((peer, Nack(heard=session.heard) if lacks else session.word()))
             session.arrived(message)
             return False
         if message.number == session.heard + 1:
             return True
         arrival = session.arrived(message)
-        if arrival is Arrival.AGAIN:
+        if arrival is Receipt.AGAIN:
             self.replies.append((peer, session.word()))
-        elif arrival is Arrival.GAP:
+        elif arrival is Receipt.GAP:
             self._ask(peer, session, now_s)
-        return arrival is Arrival.OUTSIDE and not isinstance(message, Heard)
+        return arrival is Receipt.OUTSIDE and not isinstance(message, Ack)
 
     def _admit_stranger(self, peer: str, message: m.Message) -> bool:
-        if isinstance(message, Heard | Missing):
+        if isinstance(message, Ack | Nack):
             return False
-        if message.number <= 1 and not isinstance(message, Probe):
+        if message.number <= 1 and not isinstance(message, Ping):
             return True
         self.replies.append((peer, m.Rejected(reason=UNKNOWN)))
         return False
@@ -154,16 +154,18 @@ class Conversations:
         """What was to be said to a peer that holds no session and has no connection."""
         self._once.pop(peer, None)
 
-    def words(self, peers: set[str]) -> list[tuple[str, Heard]]:
+    def words(self, peers: set[str]) -> list[tuple[str, Ack]]:
         """For those of `peers` that are owed one and will not be told otherwise."""
         sessions = ((peer, self._sessions.get(peer)) for peer in peers)
-        return [(peer, s.word()) for peer, s in sessions if s and s.owes_word and not s.has_unsent]
+        return [
+            (peer, s.word()) for peer, s in sessions if s and s.ack_pending and not s.has_unsent
+        ]
 
-    def probes(self, now_s: float) -> list[tuple[str, Probe]]:
+    def probes(self, now_s: float) -> list[tuple[str, Ping]]:
         """For peers that have not heard all that was said to them for a while."""
         due = []
         for peer, session in self._sessions.items():
-            if not session.num_unheard:
+            if not session.num_unacked:
                 self._probed_s.pop(peer, None)
             elif session.has_unsent:
                 self.unsent.append(peer)
@@ -172,9 +174,9 @@ class Conversations:
                 due.append((peer, session.probe()))
         return due
 
-    def num_unheard(self, peer: str) -> int:
+    def num_unacked(self, peer: str) -> int:
         session = self._sessions.get(peer)
-        return session.num_unheard if session else len(self._once.get(peer, ()))
+        return session.num_unacked if session else len(self._once.get(peer, ()))
 
     def give_up(self, peer: str) -> None:
         """This peer is gone for good: what it has not heard is not kept."""
@@ -198,10 +200,10 @@ class Conversations:
     def rewind_all(self) -> None:
         """After a restart nobody knows what left the sockets: all that was not heard goes again."""
         for session in self._sessions.values():
-            session.rewind_unheard()
+            session.rewind_unacked()
         self.unsent = [*self._sessions, *self._once]
 
     def _ask(self, peer: str, session: Session, now_s: float) -> None:
         if now_s - self._asked_s.get(peer, -1.0) >= 0.5:
             self._asked_s[peer] = now_s
-            self.replies.append((peer, Missing(heard=session.heard)))
+            self.replies.append((peer, Nack(heard=session.heard)))

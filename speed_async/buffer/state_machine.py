@@ -8,18 +8,18 @@ from dataclasses import replace
 
 from speed_async.buffer.durability.journal import Journal, Place, Record
 from speed_async.buffer.service import BufferService
-from speed_async.buffer.sessions import Conversations
+from speed_async.buffer.sessions import Sessions
 from speed_async.observability.metrics import Event
 from speed_async.transport import messages as m
 from speed_async.transport.codec import decode, encode
 
 
-class Machine:
+class StateMachine:
     CONFIGURED = ("journal", "events")
 
     def __init__(self, service: BufferService, journal: Journal | None = None) -> None:
         self.service = service
-        self.conversations = Conversations()
+        self.conversations = Sessions()
         self.journal = journal
         """Written before anything is done; None keeps none."""
         self.events: list[Event] = []
@@ -70,7 +70,7 @@ class Machine:
             self.journal.append("refused", now_s, peer=peer, text=reason)
         self._refused(peer, reason, now_s)
 
-    def begin_life(self, life: int, now_s: float) -> None:
+    def begin_attempt(self, life: int, now_s: float) -> None:
         if self.journal is not None:
             self.journal.append("life", now_s, value=float(life))
         self._begin_life(life, now_s)
@@ -101,7 +101,7 @@ class Machine:
             return
         answer = replies[-1][1]
         if isinstance(answer, m.Rejected):
-            self.service.gatekeeper.refused(peer)
+            self.service.validator.refused(peer)
             self.refused(peer, answer.reason, now_s)
 
     # --- what they do ----------------------------------------------------------------------------
@@ -136,7 +136,7 @@ class Machine:
         self._after(now_s)
 
     def _begin_life(self, life: int, now_s: float) -> None:
-        self.service.begin_life(life, now_s)
+        self.service.begin_attempt(life, now_s)
         self.service.outbox.clear()
         self.conversations.forget_all()
         self._after(now_s)

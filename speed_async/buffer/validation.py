@@ -7,12 +7,12 @@ up at a refusal, so one that goes on is broken or hostile.
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
-from speed_async.buffer.leases import LeaseBook
+from speed_async.buffer.leases import LeaseTable
 from speed_async.buffer.membership import Membership
-from speed_async.buffer.validation_rules import Inspection
+from speed_async.buffer.validation_rules import PayloadRules
 from speed_async.errors import ProtocolError
 from speed_async.transport import messages as m
-from speed_async.transport.groups import GroupFacts
+from speed_async.transport.groups import GroupStats
 from speed_async.transport.joining import Join
 from speed_async.types import LeaseKind
 
@@ -31,11 +31,11 @@ _LEASED_AS: dict[type[m.Message], LeaseKind] = {
 }
 
 
-class Books(Protocol):
+class LeaseLookup(Protocol):
     """Who works on what (buffer/lifecycle.py)."""
 
     @property
-    def leases(self) -> LeaseBook: ...
+    def leases(self) -> LeaseTable: ...
 
     @property
     def in_training(self) -> Mapping[int, object]:
@@ -43,15 +43,15 @@ class Books(Protocol):
         ...
 
 
-class Gatekeeper:
+class MessageValidator:
     def __init__(
         self,
         membership: Membership,
         fingerprint: str,
         model_fingerprint: str,
         accepted: Collection[type[m.Message]],
-        inspection: Inspection,
-        books: Books,
+        inspection: PayloadRules,
+        books: LeaseLookup,
     ) -> None:
         self.num_refused = 0
         """Messages refused here."""
@@ -61,7 +61,7 @@ class Gatekeeper:
         """Peers that the hub does not listen to any more, likewise."""
         self.to_mute: list[str] = []
         """Peers for the shell to mute."""
-        self.weighed: GroupFacts | None = None
+        self.weighed: GroupStats | None = None
         """Of the last group that was let in: each long array is read once."""
         self._membership = membership
         self._fingerprint = fingerprint

@@ -1,5 +1,5 @@
 """What a message must say to be believed, beyond its schema: numbers that can be, tokens that the
-model has, nothing from the future. Pure; gatekeeper.py asks."""
+model has, nothing from the future. Pure; validator.py asks."""
 
 import math
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import get_type_hints
 from speed_async.config.schema import Config
 from speed_async.errors import ProtocolError
 from speed_async.transport import messages as m
-from speed_async.transport.groups import GroupBounds, GroupFacts, weigh_group
+from speed_async.transport.groups import GroupBounds, GroupStats, validate_group
 from speed_async.transport.joining import Join
 from speed_async.types import ActorCounts
 
@@ -26,7 +26,7 @@ DECISIONS = ("continued", "screened out", "kept", "evaluated")
 _COUNTS = tuple(field.name for field in fields(ActorCounts))
 
 
-class Inspection:
+class PayloadRules:
     """`vocab_size`: tokens of the model are below it; None where that is not known."""
 
     def __init__(self, config: Config, vocab_size: int | None = None) -> None:
@@ -44,7 +44,7 @@ class Inspection:
         wrong = next(self._faults(message, policy_version), None)
         return wrong and f"{type(message).__name__}: {wrong}"
 
-    def weigh(self, message: m.GroupFinished, policy_version: int) -> GroupFacts:
+    def weigh(self, message: m.GroupFinished, policy_version: int) -> GroupStats:
         """The facts of a group that can be true while this is the newest version. Raises
         ProtocolError."""
         kind = type(message).__name__
@@ -59,7 +59,7 @@ class Inspection:
         if policy_version != self._bounds.newest_version:
             self._bounds = replace(self._bounds, newest_version=policy_version)
         try:
-            return weigh_group(message, self._bounds)
+            return validate_group(message, self._bounds)
         except ProtocolError as error:
             raise ProtocolError(f"{kind}: {error}") from error
 

@@ -18,7 +18,7 @@ OTHER_NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFacts:
+class ModelInfo:
     """None is what config.json leaves to the model's class."""
 
     context_length: int | None = None
@@ -42,7 +42,7 @@ class ModelFacts:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 
-def read_model_facts(folder: str | Path) -> ModelFacts:
+def read_model_info(folder: str | Path) -> ModelInfo:
     """Raises ModelError when config.json is missing or is no model's."""
     record = read_json(Path(folder) / "config.json")
     if "model_type" not in record:
@@ -62,7 +62,7 @@ def read_model_facts(folder: str | Path) -> ModelFacts:
     if text.get("use_sliding_window") is False or (kinds and "sliding_attention" not in kinds):
         window = None
     dtype = text.get("dtype") or text.get("torch_dtype") or record.get("torch_dtype")
-    return ModelFacts(
+    return ModelInfo(
         context_length=_number(text, "max_position_embeddings"),
         vocab_size=_number(text, "vocab_size"),
         hidden_size=hidden,

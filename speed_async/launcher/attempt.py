@@ -25,7 +25,7 @@ from speed_async.launcher.identity.identity import (
 )
 from speed_async.launcher.ports import becomes_free
 from speed_async.launcher.run_folder import RunFolder, make_run_folder
-from speed_async.learner.checkpoint.store import Found, newest_whole
+from speed_async.learner.checkpoint.store import Found, latest_valid
 from speed_async.observability.notation import counted
 
 LOCK_GRACE_S = 5.0
@@ -42,7 +42,7 @@ class Ports:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Life:
+class Attempt:
     number: int
     """0 for the first of a run."""
     config: Config
@@ -73,7 +73,7 @@ class Life:
         except (SpeedAsyncError, OSError) as error:
             sys.stderr.write(f"the model's weights were not identified: {error}\n")
 
-    def first_words(self) -> list[str]:
+    def resume_banner(self) -> list[str]:
         """Lines that tell the user of a run that goes on; none at its first start."""
         if self.number == 0:
             return []
@@ -84,7 +84,7 @@ class Life:
         return [f"{line}\n" for line in words]
 
 
-def begin_life(config: Config, *, begun_in: Path | None, resume: bool) -> Life:
+def begin_attempt(config: Config, *, begun_in: Path | None, resume: bool) -> Attempt:
     """Take the run folder and see what is in it.
 
     `begun_in`: where these ranks' run began, when they were started again; it goes on there, with
@@ -107,14 +107,14 @@ def begin_life(config: Config, *, begun_in: Path | None, resume: bool) -> Life:
         if goes_on:
             refuse_finished(config, folder)
             identity = check_identity(config, folder)
-            checkpoint = newest_whole(folder.checkpoints, config.learner.keep_last)
+            checkpoint = latest_valid(folder.checkpoints, config.learner.keep_last)
             save_config(config, folder.config)
         number = _next_number(folder, goes_on=goes_on)
         ports = _ports(config, folder) if goes_on else Ports()
     except BaseException:
         folder.release_lock(lock)
         raise
-    return Life(
+    return Attempt(
         number=number,
         config=config,
         folder=folder,
@@ -168,7 +168,7 @@ def recorded_outcome(path: Path) -> str:
         return "completed"
 
 
-def remember_ports(life: Life, ports: Ports) -> None:
+def remember_ports(life: Attempt, ports: Ports) -> None:
     """For the next life. Raises OSError."""
     address = {"host": life.config.cluster.host, "port": ports.service, "feed_port": ports.feed}
     life.folder.write(life.folder.address, json.dumps(address) + "\n")

@@ -34,7 +34,7 @@ from speed_async.launcher.exit_status import (
 )
 from speed_async.launcher.processes import ENVIRONMENT
 from speed_async.launcher.rank import Node, check_world
-from speed_async.launcher.rendezvous import FOLDER_VARIABLE, Notice, NoticeFile
+from speed_async.launcher.rendezvous import FOLDER_VARIABLE, RendezvousFile, RendezvousRecord
 from speed_async.launcher.standard_streams import STDERR, tell
 
 PROCESS_VARIABLE = "SPEED_ASYNC_LAUNCHER"
@@ -72,7 +72,7 @@ def launch_node(config: Config, arguments: Sequence[str], node: Node) -> int:
         ) from None
     try:
         # Not uvloop, which gives its children back the signals that nohup has taken from them.
-        return asyncio.run(_Launcher(config, arguments, node, NoticeFile(folder)).run())
+        return asyncio.run(_Launcher(config, arguments, node, RendezvousFile(folder)).run())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -94,13 +94,13 @@ class _Ranks:
 
 class _Launcher:
     def __init__(
-        self, config: Config, arguments: Sequence[str], node: Node, notice: NoticeFile
+        self, config: Config, arguments: Sequence[str], node: Node, notice: RendezvousFile
     ) -> None:
         self._config = config
         self._arguments = arguments
         self._node = node
         self._notice = notice
-        self._noted = Notice()
+        self._noted = RendezvousRecord()
         """What the ranks last told; the file may be cleaned away in a long run."""
         self._ranks = _Ranks()
         self._stopped_by: signal.Signals | None = None
@@ -124,8 +124,8 @@ class _Launcher:
                 tell(f"{end.text}; starting all ranks again (restart {restarts})\n", STDERR)
                 # Where the run goes on; nobody serves it at the old address.
                 folder = self._read_notice().run_folder
-                self._notice = NoticeFile(self._notice.path.parent)
-                self._notice.write(Notice(run_folder=folder))
+                self._notice = RendezvousFile(self._notice.path.parent)
+                self._notice.write(RendezvousRecord(run_folder=folder))
         finally:
             watching.cancel()
         return self._say_how_it_ended(end)
@@ -271,7 +271,7 @@ class _Launcher:
     def _error_file(self, local: int, life: str) -> Path:
         return self._notice.path.with_name(f"rank-{local}-life-{life}.error")
 
-    def _read_notice(self) -> Notice:
+    def _read_notice(self) -> RendezvousRecord:
         """What the ranks have told, also when the file has been cleaned away since."""
         noted = self._notice.read()
         if noted.run_folder or noted.outcome:

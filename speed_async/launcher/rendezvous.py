@@ -20,7 +20,7 @@ NOTICE_FILE = "notice.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Notice:
+class RendezvousRecord:
     run_folder: str = ""
     """Empty until the run has one."""
     host: str = ""
@@ -33,20 +33,20 @@ class Notice:
     reason: str = ""
 
 
-class NoticeFile:
+class RendezvousFile:
     def __init__(self, folder: Path) -> None:
         """`folder` is made where it is missing. Raises SpeedAsyncError when others can write it."""
         _make_private(folder)
         self.path = folder / NOTICE_FILE
 
-    def read(self) -> Notice:
+    def read(self) -> RendezvousRecord:
         """An empty one before anything was written."""
         try:
-            return Notice(**json.loads(self.path.read_text()))
+            return RendezvousRecord(**json.loads(self.path.read_text()))
         except FileNotFoundError:
-            return Notice()
+            return RendezvousRecord()
 
-    def write(self, notice: Notice) -> None:
+    def write(self, notice: RendezvousRecord) -> None:
         pending = self.path.with_name(f"{os.getpid()}.partial")
         pending.write_text(json.dumps(asdict(notice)))
         pending.replace(self.path)
@@ -55,17 +55,17 @@ class NoticeFile:
         self.write(replace(self.read(), **changes))
 
 
-def notice_of_node() -> NoticeFile:
+def node_rendezvous() -> RendezvousFile:
     """The file of this rank's node. Raises SpeedAsyncError.
 
     Ranks that torchrun has started again find what they wrote before; if it is gone, they do not
     know which run they belong to, and a new one must not begin in silence.
     """
     if folder := os.environ.get(FOLDER_VARIABLE):
-        return NoticeFile(Path(folder))
+        return RendezvousFile(Path(folder))
     private = Path(tempfile.gettempdir()) / f"speed_async-{os.getuid()}"
     _make_private(private)
-    notice = NoticeFile(private / _parent_name())
+    notice = RendezvousFile(private / _parent_name())
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts != "0" and not notice.path.is_file():
         raise SpeedAsyncError(

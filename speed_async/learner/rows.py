@@ -55,7 +55,7 @@ class LayoutCost:
         return float(self.per_token * lengths.sum() + self.per_pair * (lengths**2).sum())
 
 
-def taught_row(
+def training_row(
     group: Group,
     *,
     advantages_N: NDArray[np.float64],
@@ -86,7 +86,7 @@ def taught_row(
     return Row(prompt_token_ids=group.prompt_token_ids, samples=tuple(samples))
 
 
-def narrow(row: Row, width: int) -> Iterator[Row]:
+def split_row(row: Row, width: int) -> Iterator[Row]:
     """The same completions, `width` to a row; none give no row."""
     for start in range(0, len(row.samples), width):
         yield Row(prompt_token_ids=row.prompt_token_ids, samples=row.samples[start : start + width])
@@ -99,7 +99,7 @@ def choose_width(rows: Sequence[Row], cost: LayoutCost) -> int:
     costs: dict[int, float] = {}
     for parts in (largest, 1, 2, 3, 4, 6, 8):
         width = max(1, -(-largest // max(parts, 1)))
-        lengths = [part.num_tokens for row in rows for part in narrow(row, width)]
+        lengths = [part.num_tokens for row in rows for part in split_row(row, width)]
         if width == 1 or max(lengths, default=0) <= MAX_PACKED_TOKENS:
             costs[width] = cost.of(lengths)
     best = min(costs, key=lambda width: costs[width])

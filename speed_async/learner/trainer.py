@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from speed_async.algorithms.diagnostics import Diagnostics, batch_metrics, screening_metrics
 from speed_async.algorithms.loss_tokens import LossTokens
-from speed_async.algorithms.objective import GroupSignal, Objective, judge, make_objective
+from speed_async.algorithms.objective import GroupSignal, Objective, compute_signals, make_objective
 from speed_async.config.schema import Config
 from speed_async.errors import ModelError
 from speed_async.learner.batch import MicroBatch, make_micro_batch
@@ -27,7 +27,7 @@ from speed_async.learner.optimizer import make_optimizer, set_lr, warmed_up_lr
 from speed_async.learner.parallel import Parallel
 from speed_async.learner.policy import Policy, check_policy, layout_cost
 from speed_async.learner.progress import Progress
-from speed_async.learner.rows import choose_width, narrow, split_rows, taught_row
+from speed_async.learner.rows import choose_width, split_row, split_rows, training_row
 from speed_async.types import Group
 from speed_async.weight_sync.canary import Canary
 
@@ -104,7 +104,7 @@ class Trainer:
         reason = "" if _inputs_finite(groups) else "a reward or behaviour log-probability"
         if not reason:
             set_lr(self._optimizer, lr)
-            signals = judge(self._objective, groups)
+            signals = compute_signals(self._objective, groups)
             learned = self._step(groups, signals)
             metrics |= screening_metrics(groups, signals) | learned
             if bad := [key for key in ("loss", "grad_norm") if not math.isfinite(learned[key])]:
@@ -197,7 +197,7 @@ class Trainer:
         self, groups: Sequence[Group], signals: Sequence[GroupSignal]
     ) -> Sequence[MicroBatch]:
         taught = [
-            taught_row(
+            training_row(
                 group,
                 advantages_N=signal.advantages_N,
                 weights_N=signal.weights_N,
@@ -206,7 +206,7 @@ class Trainer:
             for group, signal in zip(groups, signals, strict=True)
         ]
         width = choose_width(taught, self._layout_cost) if self._may_share_prompts else 1
-        rows = list(chain.from_iterable(narrow(row, width) for row in taught))
+        rows = list(chain.from_iterable(split_row(row, width) for row in taught))
         max_tokens = self._config.micro_batch_tokens
         if self._device.type == "cpu":
             max_tokens = min(max_tokens, CPU_MICRO_BATCH_TOKENS)

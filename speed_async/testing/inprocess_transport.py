@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from speed_async.errors import DeadlineExceeded, ProtocolError, TransportClosed
 from speed_async.transport.codec import Frame, decode, encode
 from speed_async.transport.messages import Message, Rejected
-from speed_async.transport.muting import MuteTable
+from speed_async.transport.muting import BlockedPeers
 from speed_async.transport.transport import Delivery, PeerName
 
 Item = TypeVar("Item")
@@ -28,7 +28,7 @@ class InProcessHub:
     ) -> None:
         self.rejected = 0
         self.undelivered = 0
-        self.muted = MuteTable()
+        self.muted = BlockedPeers()
         self.newly_rejected: list[PeerName] = []
         self._queued_messages = queued_messages
         self._send_deadline_s = send_deadline_s

@@ -20,7 +20,7 @@ from speed_async.testing.scripted_engine import Script, ScriptedStepper
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.broadcast import TorchReceiver
 from speed_async.weight_sync.channel import NamedTensor, WeightReceiver
-from speed_async.weight_sync.contiguous import lay_flat
+from speed_async.weight_sync.contiguous import flatten_parameters
 
 STEP_S = 0.004
 """A step takes this long, as a model's would: the rest of the machine has room to work."""
@@ -41,10 +41,10 @@ def load_scripted_stepper(model: ModelConfig, actors: ActorsConfig, *, seed: int
     loaded = load_model_folder(
         Path(model.path), context_length=model.context_length, device=actors.device
     )
-    lay_flat(loaded.model)
+    flatten_parameters(loaded.model)
     parameters = {name: value.detach() for name, value in loaded.model.named_parameters()}
     device = next(iter(parameters.values())).device
-    weights = KeptWeights(parameters, TorchReceiver(device=device, in_place=True))
+    weights = DiscardedWeights(parameters, TorchReceiver(device=device, in_place=True))
     num_token_ids = loaded.model.get_input_embeddings().weight.shape[0]
     return PacedStepper(
         drawn_script(random.Random(seed), num_token_ids),
@@ -65,7 +65,7 @@ def drawn_script(rng: random.Random, num_token_ids: int) -> Script:
     return script
 
 
-class KeptWeights:
+class DiscardedWeights:
     """The newest version's tensors, received and never used."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], receiver: WeightReceiver) -> None:

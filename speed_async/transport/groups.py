@@ -50,7 +50,7 @@ def pack_group(group: Group, counts: ActorCounts) -> GroupFinished:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GroupFacts:
+class GroupStats:
     """What the service needs to know of a group; each as the property of `Group` of that name."""
 
     num_completions: int
@@ -77,7 +77,9 @@ class GroupFacts:
         return self.pass_rate if screened is None else screened
 
 
-def weigh_group(message: GroupFinished | BatchGroup, bounds: GroupBounds = NO_BOUNDS) -> GroupFacts:
+def validate_group(
+    message: GroupFinished | BatchGroup, bounds: GroupBounds = NO_BOUNDS
+) -> GroupStats:
     """The facts of a group, without making its completions. Raises ProtocolError as `unpack_group`
     does, and where the group passes the bounds."""
     newest = _check_group(message, bounds)
@@ -86,7 +88,7 @@ def weigh_group(message: GroupFinished | BatchGroup, bounds: GroupBounds = NO_BO
     rewards = message.rewards.tolist()
     passed = [reward >= PASS_REWARD for reward in rewards]
     num_screening = message.num_screening
-    return GroupFacts(
+    return GroupStats(
         num_completions=len(passed),
         num_passed=sum(passed),
         screening_pass_rate=sum(passed[:num_screening]) / num_screening if num_screening else None,

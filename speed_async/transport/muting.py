@@ -5,7 +5,7 @@ from collections import OrderedDict
 CAPACITY = 4096
 
 
-class MuteTable:
+class BlockedPeers:
     """Names whose frames are dropped unread. It is bounded: past its capacity, whoever was muted
     longest ago is heard again, until it errs again."""
 

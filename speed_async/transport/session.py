@@ -25,23 +25,23 @@ ASK_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Heard(Message):
+class Ack(Message):
     """Nothing to say but `heard`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Missing(Message):
+class Nack(Message):
     """Say again everything after `heard`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Probe(Message):
-    """Has everything up to `sent` come? Answered by Heard or Missing."""
+class Ping(Message):
+    """Has everything up to `sent` come? Answered by Ack or Nack."""
 
     sent: int
 
 
-class Arrival(Enum):
+class Receipt(Enum):
     NEW = auto()
     AGAIN = auto()
     """It had come before."""
@@ -67,7 +67,7 @@ class Session:
     _kept: deque[Message] = field(default_factory=deque)  # said and not heard, in order
 
     @property
-    def num_unheard(self) -> int:
+    def num_unacked(self) -> int:
         return len(self._kept)
 
     @property
@@ -75,7 +75,7 @@ class Session:
         return self.queued < (self.sent if self._held_at is None else self._held_at[0])
 
     @property
-    def owes_word(self) -> bool:
+    def ack_pending(self) -> bool:
         """The peer has not been told yet what has come of it."""
         return self._told < self._may_confirm
 
@@ -106,24 +106,24 @@ class Session:
         self.queued += 1
         self._told = self._may_confirm
 
-    def word(self) -> Heard:
+    def word(self) -> Ack:
         self._told = self._may_confirm
-        return Heard(heard=self._told)
+        return Ack(heard=self._told)
 
-    def probe(self) -> Probe:
-        return Probe(sent=self.queued, heard=self._may_confirm)
+    def probe(self) -> Ping:
+        return Ping(sent=self.queued, heard=self._may_confirm)
 
-    def arrived(self, message: Message) -> Arrival:
+    def arrived(self, message: Message) -> Receipt:
         """Take note of a message's numbers."""
         self.forget(message.heard)
         if message.number == 0:
-            return Arrival.OUTSIDE
+            return Receipt.OUTSIDE
         if message.number <= self.heard:
-            return Arrival.AGAIN
+            return Receipt.AGAIN
         if message.number > self.heard + 1:
-            return Arrival.GAP
+            return Receipt.GAP
         self.heard = message.number
-        return Arrival.NEW
+        return Receipt.NEW
 
     def rewind(self, heard: int) -> bool:
         """Say again everything after `heard`; False when that is not kept any more."""
@@ -133,7 +133,7 @@ class Session:
         self.queued = min(self.queued, heard)
         return True
 
-    def rewind_unheard(self) -> None:
+    def rewind_unacked(self) -> None:
         """Say again whatever was not heard: nobody knows what left the socket."""
         self.queued, self._told, self._held_at = self.sent - len(self._kept), 0, None
 
@@ -166,8 +166,8 @@ class SessionLink:
         """When anything last came from the service."""
 
     @property
-    def num_unheard(self) -> int:
-        return self._session.num_unheard
+    def num_unacked(self) -> int:
+        return self._session.num_unacked
 
     async def send(self, message: Message) -> None:
         """Say a message. Raises what the link raises; the message is kept and said again."""
@@ -195,44 +195,44 @@ class SessionLink:
     async def settle(self, deadline_s: float) -> None:
         """Wait until everything said was heard; another task must be receiving. Raises
         DeadlineExceeded."""
-        if not self._session.num_unheard:
+        if not self._session.num_unacked:
             return
         try:
             await asyncio.wait_for(self._settled.wait(), deadline_s)
         except TimeoutError:
             raise DeadlineExceeded(
-                "the buffer service", f"{self.num_unheard} messages to be heard", deadline_s
+                "the buffer service", f"{self.num_unacked} messages to be heard", deadline_s
             ) from None
 
     async def close(self) -> None:
         """Let the service know what was heard, then close."""
-        if self._session.owes_word:
+        if self._session.ack_pending:
             with suppress(SpeedAsyncError):
                 await self._answer()
         await self._link.close()
 
     async def _is_news(self, message: Message) -> bool:
         arrival = self._session.arrived(message)
-        if not self._session.num_unheard:
+        if not self._session.num_unacked:
             self._settled.set()
         match message:
-            case Heard():
+            case Ack():
                 return False
-            case Missing(heard=heard):
+            case Nack(heard=heard):
                 if not self._session.rewind(heard):
                     raise GivenUp(
                         f"the buffer service has lost what was said to it after message {heard}"
                     )
                 await self._send_unsent()
                 return False
-            case Probe(sent=sent):
+            case Ping(sent=sent):
                 await (self._ask() if sent > self._session.heard else self._answer())
                 return False
             case _:
                 pass
-        if arrival is Arrival.GAP:
+        if arrival is Receipt.GAP:
             await self._ask()
-        return arrival in (Arrival.NEW, Arrival.OUTSIDE)
+        return arrival in (Receipt.NEW, Receipt.OUTSIDE)
 
     async def _send_unsent(self) -> None:
         async with self._sending:
@@ -245,7 +245,7 @@ class SessionLink:
     async def _probe(self) -> None:
         if self._session.has_unsent:
             await self._send_unsent()
-        elif self._session.num_unheard:
+        elif self._session.num_unacked:
             await self._link.send(self._session.probe())
         else:  # a service that was restarted can tell nothing to a peer that is silent
             await self._answer()
@@ -259,4 +259,4 @@ class SessionLink:
         if heard == self._session.heard and now_s - asked_s < ASK_AGAIN_S:
             return
         self._asked = (self._session.heard, now_s)
-        await self._link.send(Missing(heard=self._session.heard))
+        await self._link.send(Nack(heard=self._session.heard))

@@ -125,6 +125,6 @@ class TracedLink:
         os.write(self._file, line.encode() + b"\n")
 
 
-def tapped(link: Link, folder: str | None, name: str) -> Link:
+def with_tracing(link: Link, folder: str | None, name: str) -> Link:
     """`link`, traced to a file of this name in `folder` where there is one."""
     return link if folder is None else TracedLink(link, Path(folder), name)

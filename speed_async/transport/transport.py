@@ -10,7 +10,7 @@ from enum import Enum, auto
 from typing import Protocol
 
 from speed_async.transport.messages import Message
-from speed_async.transport.muting import MuteTable
+from speed_async.transport.muting import BlockedPeers
 
 PeerName = str
 """Unique name a link announces, such as `actor-1.0` (role, rank, incarnation)."""
@@ -45,7 +45,7 @@ class Hub(Protocol):
 
     rejected: int
     """Malformed messages so far."""
-    muted: MuteTable
+    muted: BlockedPeers
     newly_rejected: list[PeerName]
     """Peers of whom malformed messages came, for the service to take note of and clear."""
 

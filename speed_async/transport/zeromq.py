@@ -14,9 +14,9 @@ from speed_async.errors import DeadlineExceeded, ProtocolError
 from speed_async.transport.codec import Frame, decode, encode
 from speed_async.transport.curve import ClientKeys, Keys, ServerKeys, why_silent
 from speed_async.transport.messages import Message, Rejected
-from speed_async.transport.muting import MuteTable
+from speed_async.transport.muting import BlockedPeers
 from speed_async.transport.peer_names import PeerNames, named_in, new_identity
-from speed_async.transport.session import Heard
+from speed_async.transport.session import Ack
 from speed_async.transport.sockets import PolledSocket, bind, endpoint_at
 from speed_async.transport.transport import Delivery, PeerName
 
@@ -40,7 +40,7 @@ class ZmqHub:
         self.port = port
         self.rejected = 0
         self.undelivered = 0
-        self.muted = MuteTable()
+        self.muted = BlockedPeers()
         self.newly_rejected: list[PeerName] = []
         self._socket = socket
         self._has_keys = has_keys
@@ -131,7 +131,7 @@ class ZmqHub:
         return Delivery.QUEUED
 
     def _is_connected(self, identity: bytes) -> bool:
-        return self._send(identity, Heard()) is not Delivery.GONE
+        return self._send(identity, Ack()) is not Delivery.GONE
 
     def _key(self, frame: Frame) -> str:
         """The public key that a received frame came with, as the authenticator found it."""

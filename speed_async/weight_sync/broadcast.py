@@ -32,7 +32,7 @@ from speed_async.weight_sync.backends import GroupIncoming, GroupOutgoing, Incom
 from speed_async.weight_sync.buckets import Bucket, pack
 from speed_async.weight_sync.canary import Canary
 from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferReport
-from speed_async.weight_sync.contiguous import as_it_lies
+from speed_async.weight_sync.contiguous import contiguous_view
 from speed_async.weight_sync.epoch_group import EpochGroup, StageFailed, name_ranks
 from speed_async.weight_sync.handshake import (
     announce,
@@ -147,7 +147,7 @@ class TorchSender:
         """All buckets are on their way when this returns."""
         members, outgoing = self._membership, self._outgoing(group, buckets)
         for index, bucket in enumerate(buckets):
-            packed_B = as_it_lies(bucket, weights)
+            packed_B = contiguous_view(bucket, weights)
             if packed_B is None or not (
                 outgoing.takes_views and packed_B.device == members.travels_from(group)
             ):
@@ -272,7 +272,7 @@ class TorchReceiver:
         targets: list[Target | None] = []
         for bucket in buckets:
             names = [span.spec.name for span in bucket.spans]
-            home_B = as_it_lies(bucket, ours) if all(name in ours for name in names) else None
+            home_B = contiguous_view(bucket, ours) if all(name in ours for name in names) else None
             if home_B is None:
                 targets.append(None)
             else:

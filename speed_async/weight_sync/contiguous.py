@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from speed_async.weight_sync.buckets import ALIGNMENT_BYTES, Bucket
 
 
-def lay_flat(model: nn.Module) -> int:
+def flatten_parameters(model: nn.Module) -> int:
     """Move the model's parameters into one storage, in the order of `named_parameters`.
 
     Values, names and ties stay as they are, and so do the Parameter objects: optimisers made
@@ -33,7 +33,7 @@ def lay_flat(model: nn.Module) -> int:
     return starts[-1]
 
 
-def as_it_lies(bucket: Bucket, tensors: Mapping[str, Tensor]) -> Tensor | None:
+def contiguous_view(bucket: Bucket, tensors: Mapping[str, Tensor]) -> Tensor | None:
     """The bucket as a view, (B,) uint8, of the memory that its tensors lie in.
 
     None unless all lie in one storage just as they travel: in order, contiguous, in the announced

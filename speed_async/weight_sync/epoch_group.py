@@ -22,7 +22,7 @@ from torch.distributed import DistStoreError
 
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.buckets import Bucket, plan_buckets
-from speed_async.weight_sync.executor import Lane
+from speed_async.weight_sync.executor import SingleThreadExecutor
 from speed_async.weight_sync.ipc_group import IpcGroup
 from speed_async.weight_sync.manifest import Agreement, Manifest
 from speed_async.weight_sync.process_group import broadcast_from_sender, make_group
@@ -48,7 +48,7 @@ class StageFailed(Exception):
         self.missing_ranks = tuple(missing_ranks)
 
 
-class Absent(RuntimeError):
+class MemberLeft(RuntimeError):
     """These ranks gave no word within the deadline."""
 
     def __init__(self, ranks: Sequence[int], absence: str) -> None:
@@ -71,7 +71,7 @@ class EpochGroup:
         self._device = device
         self._store: Store | None = None  # this and the group are touched by the lane alone
         self._group: Any = None
-        self._lane = Lane(f"weights-epoch-{offer.epoch}-rank-{offer.rank}")
+        self._lane = SingleThreadExecutor(f"weights-epoch-{offer.epoch}-rank-{offer.rank}")
 
     @property
     def receiver_ranks(self) -> range:
@@ -175,7 +175,7 @@ class EpochGroup:
             raise StageFailed(stage, time.monotonic() - began_s, "no answer") from error
         except RuntimeError as error:  # what torch.distributed raises for all its failures
             reason = in_words(error)
-            ranks = error.ranks if isinstance(error, Absent) else ()
+            ranks = error.ranks if isinstance(error, MemberLeft) else ()
             raise StageFailed(stage, time.monotonic() - began_s, reason, ranks) from error
 
     def attempt(self, stage: str, call: Callable[[], T]) -> T:

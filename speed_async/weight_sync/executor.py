@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Lane:
+class SingleThreadExecutor:
     """A daemon thread that runs calls one after another. `stop` never waits."""
 
     def __init__(self, name: str) -> None:

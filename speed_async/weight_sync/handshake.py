@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import Store
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.channel import NamedTensor
-from speed_async.weight_sync.epoch_group import Absent, EpochGroup, StageFailed, wait_for_keys
+from speed_async.weight_sync.epoch_group import EpochGroup, MemberLeft, StageFailed, wait_for_keys
 from speed_async.weight_sync.ipc_group import machine_identity, same_machine
 from speed_async.weight_sync.manifest import (
     MAX_MANIFEST_BYTES,
@@ -47,7 +47,7 @@ def ask_all(group: EpochGroup, word: str, absence: str) -> "Future[dict[int, str
     def call(store: Store) -> dict[int, str]:
         if not wait_for_keys(store, [*keys.values()], group.offer.deadline_s):
             absent = [rank for rank, key in keys.items() if not store.check([key])]
-            raise Absent(absent, absence)
+            raise MemberLeft(absent, absence)
         answers = store.multi_get([*keys.values()])
         return {
             rank: answer.decode(errors="replace")

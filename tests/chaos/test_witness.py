@@ -15,7 +15,7 @@ from speed_async.buffer.durability.journal import Journal
 from speed_async.testing.inprocess_transport import InProcessHub
 from speed_async.transport import messages as m
 from speed_async.transport.codec import encode
-from speed_async.transport.tracing import digest_of, tapped
+from speed_async.transport.tracing import digest_of, with_tracing
 from speed_async.types import ActorCounts
 
 
@@ -60,10 +60,10 @@ def findings(folder: Path, **wrong: Any) -> str:
     actor, learner = wrong.pop("actor", GOOD_ACTOR), wrong.pop("learner", GOOD_LEARNER)
     held = wrong.pop("held", {"c"})
     write_run(folder, actor, learner, **wrong)
-    return "; ".join(judge(folder, held))
+    return "; ".join(compute_signals(folder, held))
 
 
-def judge(folder: Path, held: set[str] | None = None) -> list[str]:
+def compute_signals(folder: Path, held: set[str] | None = None) -> list[str]:
     held = {"c"} if held is None else held
     return judge_ended(folder / "trace", folder, 2, held).findings
 
@@ -143,7 +143,7 @@ def test_the_witness_holds_every_book_of_the_summary(
         book = book[section]
     book[name] = value
     path.write_text(json.dumps(summary))
-    assert said in "; ".join(judge(tmp_path))
+    assert said in "; ".join(compute_signals(tmp_path))
 
 
 def test_the_witness_wants_a_log_that_ends_well_and_has_the_last_step(tmp_path: Path) -> None:
@@ -151,9 +151,9 @@ def test_the_witness_wants_a_log_that_ends_well_and_has_the_last_step(tmp_path: 
     log = tmp_path / "metrics.jsonl"
     lines = log.read_text().splitlines()
     log.write_text(lines[0] + "\n")
-    assert "metrics.jsonl ends with step" in "; ".join(judge(tmp_path))
+    assert "metrics.jsonl ends with step" in "; ".join(compute_signals(tmp_path))
     log.write_text(lines[1] + "\n")
-    assert judge(tmp_path) == ["metrics.jsonl has no step of version 2"]
+    assert compute_signals(tmp_path) == ["metrics.jsonl has no step of version 2"]
 
 
 def test_the_witness_sees_a_group_that_is_in_one_update_twice(tmp_path: Path) -> None:
@@ -191,8 +191,8 @@ def test_both_ends_know_a_group_by_the_same_digest_and_a_message_sent_again_coun
 ) -> None:
     async def run() -> None:
         hub = InProcessHub()
-        actor = tapped(hub.connect("actor-1.0"), str(tmp_path), "actor-1.0")
-        learner = tapped(hub.connect("learner"), str(tmp_path), "learner")
+        actor = with_tracing(hub.connect("actor-1.0"), str(tmp_path), "actor-1.0")
+        learner = with_tracing(hub.connect("learner"), str(tmp_path), "learner")
         message = finished_group(1)
         for _ in range(2):
             await actor.send(message)

@@ -87,7 +87,7 @@ class WaitingLine:
         return self._requests.pop(key, None) is not None
 
 
-class AdmissionPrice:
+class AdmissionCost:
     """Decides when free slots are filled, by the ski-rental rule.
 
     Admitting costs one prefill pass, about as much as one decode step whatever its size, so it

@@ -102,7 +102,7 @@ class EngineCore:
         begun_s = self._clock()
         for command in inbox.commands:
             try:
-                answers.append(self._obey(command, finished))
+                answers.append(self._execute(command, finished))
             except SpeedAsyncError as error:
                 if not stepper.is_whole:
                     raise
@@ -119,7 +119,7 @@ class EngineCore:
             stats=self.stats,
         )
 
-    def _obey(self, command: Command, finished: list[Finished]) -> UpdateReport | None:
+    def _execute(self, command: Command, finished: list[Finished]) -> UpdateReport | None:
         match command:
             case Update(offer=offer):
                 begun_s = self._clock()

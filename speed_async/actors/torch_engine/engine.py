@@ -8,7 +8,7 @@ from speed_async.actors.model_folder import load_model_folder, resolve_device
 from speed_async.actors.torch_engine.generator import TorchGenerator
 from speed_async.config.schema import ActorsConfig, ModelConfig
 from speed_async.weight_sync.broadcast import TorchReceiver
-from speed_async.weight_sync.contiguous import lay_flat
+from speed_async.weight_sync.contiguous import flatten_parameters
 
 
 def load_torch_generator(
@@ -27,7 +27,7 @@ def load_torch_generator(
     loaded = load_model_folder(
         Path(model.path), context_length=model.context_length, device=actors.device, dtype=dtype
     )
-    lay_flat(loaded.model)  # as the learner's does: weights arrive where they belong
+    flatten_parameters(loaded.model)  # as the learner's does: weights arrive where they belong
     return TorchGenerator(
         loaded.model,
         num_slots=actors.slots,

@@ -15,7 +15,7 @@ import torch
 
 from speed_async.actors.engine import EngineStats, GenerationRequest
 from speed_async.actors.stepped_engine.admission import (
-    AdmissionPrice,
+    AdmissionCost,
     ModelLimits,
     WaitingLine,
     sequence_limit,
@@ -61,7 +61,7 @@ class TorchGenerator:
         self._recompute_at_update = recompute_at_update
         self._waiting = WaitingLine()
         self._requests: dict[int, GenerationRequest] = {}  # of the rows in use
-        self._price = AdmissionPrice()
+        self._price = AdmissionCost()
         self._table = SlotTable(num_slots)
         self._tokens_generated = 0
         self._num_steps = 0

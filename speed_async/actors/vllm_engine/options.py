@@ -49,7 +49,7 @@ def process_environment(config: Config, *, on_cpu: bool) -> dict[str, str]:
     return ENVIRONMENT | ready | CPU_ENVIRONMENT | threads
 
 
-class ServingFacts:
+class ServingInfo:
     """What requests have to respect, read from the model folder without its weights."""
 
     def __init__(self, config: Config) -> None:
@@ -69,7 +69,7 @@ class ServingFacts:
 
 
 def engine_arguments(
-    config: Config, facts: ServingFacts, *, seed: int, on_cpu: bool
+    config: Config, facts: ServingInfo, *, seed: int, on_cpu: bool
 ) -> dict[str, Any]:
     """Arguments of `AsyncEngineArgs`, but for the weight transfer's, which is an object of vLLM's.
 
@@ -112,7 +112,7 @@ def engine_arguments(
     return arguments | actors.vllm.arguments
 
 
-def _whole_kv_bytes(facts: ServingFacts, slots: int, tensor_parallel: int) -> int:
+def _whole_kv_bytes(facts: ServingInfo, slots: int, tensor_parallel: int) -> int:
     """KV cache of one worker in which every slot can hold a whole sequence, in float32.
 
     vLLM would take most of a CPU machine's memory instead.

@@ -10,7 +10,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from speed_async.actors.stepped_engine.admission import ModelLimits
 from speed_async.actors.vllm_engine.engine import OpenLlm, VllmEngine
-from speed_async.actors.vllm_engine.options import TRANSFER_BACKEND, ServingFacts, engine_arguments
+from speed_async.actors.vllm_engine.options import TRANSFER_BACKEND, ServingInfo, engine_arguments
 from speed_async.config.schema import Config
 from speed_async.errors import SpeedAsyncError
 from speed_async.observability.first_error import LogSince, one_line, points_elsewhere
@@ -29,7 +29,7 @@ def make_vllm_engine(config: Config, *, seed: int) -> VllmEngine:
 
 def open_llm(config: Config, *, seed: int) -> OpenLlm:
     """Start vLLM and wait until it serves. Raises ModelError, ConfigError or SpeedAsyncError."""
-    facts = ServingFacts(config)
+    facts = ServingInfo(config)
     arguments = engine_arguments(config, facts, seed=seed, on_cpu=current_platform.is_cpu())
     log = LogSince()
     try:

@@ -20,7 +20,7 @@ WEAKEST_PRIOR, STRONGEST_PRIOR = 0.05, 50.0
 NEVER = -1
 
 
-class GateOdds:
+class GateAcceptance:
     """P(gate passes | theta) = sum of Binomial(S, k, theta) over k with low < k / S < high."""
 
     def __init__(self, gate: GateConfig) -> None:
@@ -100,7 +100,7 @@ def _screening_moments(
 ) -> list[tuple[float, float]]:
     """Expected moments of the screening part for 0 .. G passes of a group that passed the gate."""
     rest = gate.group_size - gate.num_screening
-    passing = GateOdds(gate).passing
+    passing = GateAcceptance(gate).passing
     table = []
     for total in range(gate.group_size + 1):
         ways = {

@@ -9,7 +9,7 @@ from math import gcd
 import numpy as np
 from numpy.typing import NDArray
 
-from speed_async.buffer.curriculum.beliefs import Beliefs, GateOdds, IntArray
+from speed_async.buffer.curriculum.beliefs import Beliefs, GateAcceptance, IntArray
 from speed_async.buffer.curriculum.random_state import pack_rng, unpack_rng
 from speed_async.config.schema import CurriculumConfig, GateConfig
 
@@ -22,7 +22,7 @@ trained again and again while millions wait."""
 WALK_BLOCK = 64
 
 
-class FullCycleWalk:
+class PermutationCycle:
     """Every prompt once an epoch, in an order that needs no memory: start + i x stride mod N.
 
     A stride that shares no factor with N makes it a full cycle; each epoch draws both anew.
@@ -71,9 +71,9 @@ class PosteriorCurriculum:
         self.beliefs = Beliefs(num_prompts, gate, settings.half_life_updates)
         self._num_prompts = num_prompts
         self._rng = rng
-        self._odds = GateOdds(gate)
+        self._odds = GateAcceptance(gate)
         self._settings = settings
-        self._walk = FullCycleWalk(num_prompts, rng)
+        self._walk = PermutationCycle(num_prompts, rng)
         self._lease_N = np.zeros(num_prompts, np.uint8)
         self._num_leased = self._num_retired = 0
         self._returned: deque[int] = deque()

@@ -13,7 +13,7 @@ from speed_async.buffer.durability.journal import Journal, cut, read_segment, se
 from speed_async.buffer.durability.opened import UNTOUCHED, check_format, check_opened, opened_text
 from speed_async.buffer.durability.snapshot import capture, restore
 from speed_async.buffer.service import BufferService
-from speed_async.buffer.state_machine import Machine
+from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.load import parse_config
 from speed_async.config.schema import Config
 from speed_async.errors import JournalRefused, SpeedAsyncError
@@ -23,7 +23,7 @@ Build = Callable[[Config], BufferService]
 
 def open_machine(
     folder: Path | None, config: Config, build: Build, *, life: int
-) -> tuple[Machine, list[str]]:
+) -> tuple[StateMachine, list[str]]:
     """The machine with its journal open, and what a person should know of how it came about.
 
     `folder` None keeps no journal. A higher `life` than the journal's begins another one.
@@ -31,18 +31,18 @@ def open_machine(
     written.
     """
     if folder is None:
-        machine, notes = Machine(build(config)), []
+        machine, notes = StateMachine(build(config)), []
     else:
         machine, notes = _recovered(folder, config, build)
         last = max(segments(folder), default=0)
         machine.journal = begin_segment(folder, machine, last + 1)
         machine.journal.sync()
     if life > machine.service.life:
-        machine.begin_life(life, machine.last_s)
+        machine.begin_attempt(life, machine.last_s)
     return machine, notes
 
 
-def begin_segment(folder: Path, machine: Machine, number: int) -> Journal:
+def begin_segment(folder: Path, machine: StateMachine, number: int) -> Journal:
     """A new segment that holds the machine's present state; to be synced. Raises OSError."""
     sequence = machine.service.sequence
     if machine.journal is not None:
@@ -64,7 +64,7 @@ def begin_segment(folder: Path, machine: Machine, number: int) -> Journal:
     return journal
 
 
-def _recovered(folder: Path, config: Config, build: Build) -> tuple[Machine, list[str]]:
+def _recovered(folder: Path, config: Config, build: Build) -> tuple[StateMachine, list[str]]:
     notes: list[str] = []
     for number in reversed(segments(folder)):
         try:
@@ -85,10 +85,10 @@ def _recovered(folder: Path, config: Config, build: Build) -> tuple[Machine, lis
         return machine, notes
     if notes:
         notes.append("the journal begins anew")
-    return Machine(build(config)), notes
+    return StateMachine(build(config)), notes
 
 
-def _read(folder: Path, number: int, build: Build) -> tuple[Machine, int] | None:
+def _read(folder: Path, number: int, build: Build) -> tuple[StateMachine, int] | None:
     """The machine at the end of this segment's last whole record, and where that ends; None when
     the segment's beginning is damaged. Changes nothing on disk."""
     check_format(folder, number)
@@ -97,7 +97,7 @@ def _read(folder: Path, number: int, build: Build) -> tuple[Machine, int] | None
     if place is None or first is None or first.kind != "opened":
         return None
     # Its paths may lead nowhere today: what counts then is the present configuration's.
-    machine = Machine(build(parse_config(json.loads(bytes(first.frames[0])))))
+    machine = StateMachine(build(parse_config(json.loads(bytes(first.frames[0])))))
     service = machine.service
     check_opened(folder, first, data=service.fingerprint, model=service.model_fingerprint)
     service.sequence = json.loads(first.text)["sequence"]
@@ -114,10 +114,10 @@ def _read(folder: Path, number: int, build: Build) -> tuple[Machine, int] | None
     return (machine, end) if whole else None
 
 
-def _under(config: Config, machine: Machine, build: Build) -> Machine:
+def _under(config: Config, machine: StateMachine, build: Build) -> StateMachine:
     """The same machine under the settings of today."""
     if machine.service.config != config:
-        now = Machine(build(config))
+        now = StateMachine(build(config))
         restore(now, capture(machine))
         machine = now
     machine.conversations.rewind_all()

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from speed_async.buffer.durability.journal import SEGMENT_BYTES, Journal
 from speed_async.buffer.durability.recovery import begin_segment
-from speed_async.buffer.state_machine import Machine
+from speed_async.buffer.state_machine import StateMachine
 
 SNAPSHOT_BYTES = 4 * 1024 * 1024
 """A journal shorter than this is read again faster than a snapshot pays."""
@@ -23,7 +23,7 @@ class Segments:
     """Of a machine that keeps a journal; without one nothing here is called but `keep_synced` and
     `close`."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: StateMachine) -> None:
         self._machine = machine
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._next_snapshot_s = 0.0

@@ -13,7 +13,7 @@ from speed_async.buffer.reporting.evidence import (
     WINDOW_COMPLETIONS,
     CompletionWindow,
     Evidence,
-    UpdateFacts,
+    UpdateRecord,
 )
 from speed_async.buffer.reporting.statistics import ACCEPTANCE_WINDOW, RunStatistics
 from speed_async.config.schema import Config, GateConfig
@@ -85,8 +85,8 @@ class Diagnoses:
         self._statistics = statistics
         self._started_s = started_s
         self._occurred: dict[str, Occurrence] = {}
-        self._best_pass_rate = Best()
-        self._best_accuracy = Best()
+        self._best_pass_rate = RunningBest()
+        self._best_accuracy = RunningBest()
         self._last_accuracy: float | None = None
 
     @property
@@ -280,7 +280,7 @@ class Diagnoses:
         steps = self._steps()
         return len(steps) >= MIN_UPDATES and not any(step.has_gradient for step in steps)
 
-    def _steps(self) -> list[UpdateFacts]:
+    def _steps(self) -> list[UpdateRecord]:
         return [update for update in self.evidence.updates.recent if not update.skipped]
 
     def _groups_are_flat(self) -> bool:
@@ -336,7 +336,7 @@ class Diagnoses:
         return evidence.training if evidence.training.num_completions else evidence.held_out
 
 
-class Best:
+class RunningBest:
     """The best that a figure has been, and when."""
 
     def __init__(self) -> None:

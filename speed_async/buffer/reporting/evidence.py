@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from speed_async.buffer.ledger import failure_kind
 from speed_async.config.schema import Config
 from speed_async.transport import messages as m
-from speed_async.transport.groups import GroupFacts
+from speed_async.transport.groups import GroupStats
 
 WINDOW_COMPLETIONS = 512
 WINDOW_LEASES = 128
@@ -94,7 +94,7 @@ class FailureWindow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class UpdateFacts:
+class UpdateRecord:
     skipped: bool
     """Not finite."""
     has_gradient: bool
@@ -110,7 +110,7 @@ class Updates:
         """With a gradient that is finite and not zero."""
         self.all_known = True
         """False when the run goes on from a checkpoint whose updates the journal lacks."""
-        self.recent: deque[UpdateFacts] = deque(maxlen=WINDOW_UPDATES)
+        self.recent: deque[UpdateRecord] = deque(maxlen=WINDOW_UPDATES)
 
     def add(self, message: m.Trained) -> None:
         # A learner that reports no gradient norm is believed to have had a gradient.
@@ -119,7 +119,7 @@ class Updates:
         self.num_made += 1
         self.num_skipped += message.skipped
         self.num_learned += has_gradient
-        self.recent.append(UpdateFacts(skipped=message.skipped, has_gradient=has_gradient))
+        self.recent.append(UpdateRecord(skipped=message.skipped, has_gradient=has_gradient))
 
     @property
     def nothing_learned(self) -> bool:
@@ -138,7 +138,7 @@ class Evidence:
         )
         """Lowest and highest reward of each of the last groups."""
 
-    def group(self, facts: GroupFacts, now_s: float) -> None:
+    def group(self, facts: GroupStats, now_s: float) -> None:
         self.training_failures.add(None)
         self.reward_ranges.append((facts.lowest_reward, facts.highest_reward))
         self.training.add(

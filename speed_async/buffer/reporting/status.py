@@ -58,8 +58,8 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
         "loop_lag_s": service.loop_lag_s,
         "actors_total": service.membership.num_wanted,
         "warning": "\n".join(filter(None, (service.notes, service.warning))),
-        "peers_muted": service.gatekeeper.num_muted,
-        "messages_refused": service.gatekeeper.num_refused + service.gatekeeper.num_malformed,
+        "peers_muted": service.validator.num_muted,
+        "messages_refused": service.validator.num_refused + service.validator.num_malformed,
     }
     values["learner_here"] = service.membership.learner is not None
     done, total = service.evaluation_progress or (None, None)
@@ -155,8 +155,8 @@ def summary_values(
         "staleness_mean": statistics.staleness_mean,
         "staleness_max": statistics.staleness_max,
         "weights": service.learner.weight_times.summary(),
-        "peers_muted": service.gatekeeper.num_muted,
-        "messages_refused": service.gatekeeper.num_refused + service.gatekeeper.num_malformed,
+        "peers_muted": service.validator.num_muted,
+        "messages_refused": service.validator.num_refused + service.validator.num_malformed,
         "actors": lifecycle.ledger.by_actor(),
         "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
         "diagnoses": service.diagnoses.record(),

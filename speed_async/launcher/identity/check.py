@@ -16,7 +16,7 @@ from speed_async.launcher.identity.identity import (
     TOKENIZER,
     WEIGHTS,
     Identity,
-    Thing,
+    IdentityPart,
     identify,
     new_run_id,
     read_identity,
@@ -123,7 +123,7 @@ def _differences(then: Identity, now: Identity, config: Config) -> Iterator[tupl
             yield name, _other_code(before, after)
 
 
-def _other_code(before: Thing, after: Thing) -> str:
+def _other_code(before: IdentityPart, after: IdentityPart) -> str:
     return (
         f"the code that scores ({after.place}) changed: {_files(before, after)}; rewards before "
         "and after would not compare (to go on with the changed code, add --run.accept_scoring "
@@ -131,12 +131,12 @@ def _other_code(before: Thing, after: Thing) -> str:
     )
 
 
-def _is_accepted(value: str | None, scoring: Thing) -> bool:
+def _is_accepted(value: str | None, scoring: IdentityPart) -> bool:
     digest = (value or "").removeprefix(ACCEPTED)
     return len(digest) >= SHOWN and scoring.digest.startswith(digest)
 
 
-def _other_data(before: Thing, after: Thing) -> str:
+def _other_data(before: IdentityPart, after: IdentityPart) -> str:
     was, is_now = before.parts, after.parts
     if was["train"] != is_now["train"] or was["held_out"] != is_now["held_out"]:
         how = "other numbers of prompts"
@@ -153,17 +153,17 @@ def _other_data(before: Thing, after: Thing) -> str:
     )
 
 
-def _counted(data: Thing) -> str:
+def _counted(data: IdentityPart) -> str:
     train, held_out = data.parts["train"], data.parts["held_out"]
     return f"{train} prompts and {held_out} held out (fingerprint {data.digest[:SHOWN]})"
 
 
-def _places(before: Thing, after: Thing) -> str:
+def _places(before: IdentityPart, after: IdentityPart) -> str:
     moved = f" (it was in '{before.place}')" if before.place != after.place else ""
     return f"'{after.place}'{moved}"
 
 
-def _files(before: Thing, after: Thing) -> str:
+def _files(before: IdentityPart, after: IdentityPart) -> str:
     names = sorted(before.parts.keys() | after.parts.keys())
     changed = [name for name in names if before.parts.get(name) != after.parts.get(name)]
     listed = [
@@ -174,7 +174,7 @@ def _files(before: Thing, after: Thing) -> str:
     return "; ".join([*listed, *([f"and {more} more"] if more > 0 else [])])
 
 
-def _short(thing: Thing, name: str) -> str:
+def _short(thing: IdentityPart, name: str) -> str:
     part = thing.parts.get(name)
     return str(part)[:SHOWN] if part is not None else "not there"
 

@@ -18,7 +18,7 @@ SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Digested:
+class FileDigest:
     digest: str
     """XXH3, 128 bits, in hex."""
     stamp: tuple[int, ...]
@@ -26,12 +26,12 @@ class Digested:
 
 
 def digest_files(
-    paths: Sequence[Path], known: Mapping[str, Digested] = MappingProxyType({})
-) -> dict[str, Digested]:
+    paths: Sequence[Path], known: Mapping[str, FileDigest] = MappingProxyType({})
+) -> dict[str, FileDigest]:
     """Digests by path, of several files at once. `known`: of an earlier time; a large file that
     has its stamp still is not read. Raises OSError."""
 
-    def digested(path: Path) -> Digested:
+    def digested(path: Path) -> FileDigest:
         facts = path.stat()
         stamp = (
             facts.st_dev,
@@ -43,7 +43,7 @@ def digest_files(
         before = known.get(str(path))
         if before is not None and before.stamp == stamp and facts.st_size >= REMEMBERED_BYTES:
             return before
-        return Digested(digest=_digest(path), stamp=stamp)
+        return FileDigest(digest=_digest(path), stamp=stamp)
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="digest") as readers:
         return dict(zip(map(str, paths), readers.map(digested, paths), strict=True))

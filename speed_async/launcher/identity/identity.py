@@ -19,7 +19,7 @@ from speed_async.environments.registry import make_task
 from speed_async.environments.scoring_source import scoring_files
 from speed_async.environments.task import Task, fingerprint
 from speed_async.errors import IdentityError
-from speed_async.launcher.identity.content import Digested, digest_files, digest_text
+from speed_async.launcher.identity.content import FileDigest, digest_files, digest_text
 from speed_async.launcher.identity.model_files import (
     model_parts,
     template_parts,
@@ -43,7 +43,7 @@ GYM_LIBRARY = "reasoning-gym"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Thing:
+class IdentityPart:
     place: str
     """Where it was found: a path, or the name of what made it."""
     digest: str
@@ -59,8 +59,8 @@ class Identity:
     """Of this package, for the reader's information."""
     settings: Mapping[str, Any]
     """Fields of the configuration that may not change, as the run began."""
-    things: Mapping[str, Thing]
-    weights: Mapping[str, Digested]
+    things: Mapping[str, IdentityPart]
+    weights: Mapping[str, FileDigest]
     """By path, so that large files need not be read again."""
 
     def text(self) -> str:
@@ -96,7 +96,7 @@ def identify(config: Config, *, run_id: str) -> Identity:
 
 
 def with_weights(
-    identity: Identity, folder: Path, known: Mapping[str, Digested] = MappingProxyType({})
+    identity: Identity, folder: Path, known: Mapping[str, FileDigest] = MappingProxyType({})
 ) -> Identity:
     """The same with the whole weights of this model folder. `known`: their digests of an earlier
     time. Raises IdentityError."""
@@ -119,9 +119,9 @@ def read_identity(path: Path) -> Identity | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         if (version := record.pop("format")) != FORMAT:
             raise ValueError(f"it has format {version}, this release reads {FORMAT}")
-        things = {name: Thing(**thing) for name, thing in record.pop("things").items()}
+        things = {name: IdentityPart(**thing) for name, thing in record.pop("things").items()}
         weights = {
-            place: Digested(digest=known["digest"], stamp=tuple(known["stamp"]))
+            place: FileDigest(digest=known["digest"], stamp=tuple(known["stamp"]))
             for place, known in record.pop("weights").items()
         }
         return Identity(things=things, weights=weights, **record)
@@ -138,9 +138,9 @@ def _unreadable(error: OSError) -> IdentityError:
     return IdentityError(f"what this run stands on cannot be read: {error}")
 
 
-def _data(config: Config, task: Task) -> Thing:
+def _data(config: Config, task: Task) -> IdentityPart:
     prompts = [*task.train_prompts, *task.held_out_prompts]
-    return Thing(
+    return IdentityPart(
         place=config.task.path or config.task.name,
         digest=fingerprint(task),
         parts={
@@ -152,7 +152,7 @@ def _data(config: Config, task: Task) -> Thing:
     )
 
 
-def _scoring(config: Config, task: Task) -> Thing:
+def _scoring(config: Config, task: Task) -> IdentityPart:
     files = digest_files(scoring_files(task))
     parts: dict[str, str | int] = {Path(path).name: found.digest for path, found in files.items()}
     if config.task.name.startswith(GYM):
@@ -161,9 +161,9 @@ def _scoring(config: Config, task: Task) -> Thing:
     return _thing(f"{kind.__module__}.{kind.__qualname__}", parts)
 
 
-def _thing(place: Path | str, parts: Mapping[str, str | int]) -> Thing:
+def _thing(place: Path | str, parts: Mapping[str, str | int]) -> IdentityPart:
     texts = [text for name in sorted(parts) for text in (name, str(parts[name]))]
-    return Thing(place=str(place), digest=digest_text(*texts), parts=parts)
+    return IdentityPart(place=str(place), digest=digest_text(*texts), parts=parts)
 
 
 def _unordered(rows: Sequence[tuple[str, ...]]) -> str:

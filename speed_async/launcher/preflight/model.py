@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from speed_async.config.model_facts import ModelFacts, read_model_facts
+from speed_async.config.model_facts import ModelInfo, read_model_info
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, ModelError
 from speed_async.launcher.preflight.findings import Findings
@@ -12,7 +12,7 @@ from speed_async.launcher.preflight.weights import Weights, read_weights
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckedModel:
-    facts: ModelFacts
+    facts: ModelInfo
     weights: Weights | None
     context_length: int | None
     """That the run uses; None when only the model's class knows."""
@@ -26,7 +26,7 @@ def check_model(config: Config, findings: Findings) -> CheckedModel | None:
     weights, errors = read_weights(folder)
     findings.errors += errors
     try:
-        facts = read_model_facts(folder)
+        facts = read_model_info(folder)
     except ModelError as error:
         findings.errors.append(error)
         return None
@@ -36,7 +36,7 @@ def check_model(config: Config, findings: Findings) -> CheckedModel | None:
     return CheckedModel(facts=facts, weights=weights, context_length=context)
 
 
-def _context(config: Config, facts: ModelFacts, findings: Findings) -> int | None:
+def _context(config: Config, facts: ModelInfo, findings: Findings) -> int | None:
     wanted, limit = config.model.context_length, facts.context_length
     if wanted is not None and limit is not None and wanted > limit:
         findings.errors.append(
@@ -62,7 +62,7 @@ def _context(config: Config, facts: ModelFacts, findings: Findings) -> int | Non
 
 
 def _check_attention(
-    config: Config, facts: ModelFacts, context: int | None, findings: Findings
+    config: Config, facts: ModelInfo, context: int | None, findings: Findings
 ) -> None:
     """The torch engine attends fully; it refuses other models, late."""
     window = facts.sliding_window

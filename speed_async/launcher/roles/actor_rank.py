@@ -19,7 +19,7 @@ from speed_async.launcher.event_loop import stop_event
 from speed_async.launcher.exit_status import ended_elsewhere
 from speed_async.launcher.logs import log_to
 from speed_async.launcher.rank import Rank
-from speed_async.launcher.rendezvous import FOLDER_VARIABLE, notice_of_node
+from speed_async.launcher.rendezvous import FOLDER_VARIABLE, node_rendezvous
 from speed_async.launcher.roles.engine_choice import engine_environment
 from speed_async.launcher.roles.join import Admitted, RunEnd, ask_for_place, until_end
 from speed_async.launcher.roles.joiner import localized
@@ -62,7 +62,7 @@ async def supervise_rank(config: Config, rank: Rank) -> None:
     if end is None or rank.is_on_first_node:
         return
     if FOLDER_VARIABLE in os.environ:
-        notice_of_node().change(outcome=end.outcome, reason=end.reason)
+        node_rendezvous().change(outcome=end.outcome, reason=end.reason)
     elif rank.local_rank == 0:  # torchrun says nothing
         tell(ended_elsewhere(end.outcome))
 
@@ -72,7 +72,7 @@ def _where(config: Config, rank: Rank) -> Callable[[], tuple[str, int] | None]:
     cluster = config.cluster
     if not rank.is_on_first_node:
         return lambda: (cluster.host, cluster.advertised_port or cluster.service_port)
-    file = notice_of_node()
+    file = node_rendezvous()
 
     def look() -> tuple[str, int] | None:
         notice = file.read()

@@ -25,7 +25,7 @@ from speed_async.launcher.run_folder import RunFolder
 from speed_async.transport import messages as m
 from speed_async.transport.curve import client_keys
 from speed_async.transport.session import SessionLink
-from speed_async.transport.tracing import tapped
+from speed_async.transport.tracing import with_tracing
 from speed_async.transport.transport import Link
 from speed_async.transport.zeromq import open_link
 
@@ -47,7 +47,7 @@ async def run_actor(
     name = f"actor-{index}"
     keys = client_keys(config.cluster)
     peer = f"{name}.{incarnation}"
-    wire = tapped(await open_link(host, port, peer, keys=keys), config.observe.trace, peer)
+    wire = with_tracing(await open_link(host, port, peer, keys=keys), config.observe.trace, peer)
     link = SessionLink(wire)
     try:
         await _work(config, name, index, incarnation, link, engine)

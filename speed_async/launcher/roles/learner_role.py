@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from speed_async.config.schema import Config
 from speed_async.errors import DataError, RoleError, RunFinished, SpeedAsyncError
-from speed_async.launcher.attempt import Life, begin_life, recorded_outcome, remember_ports
+from speed_async.launcher.attempt import Attempt, begin_attempt, recorded_outcome, remember_ports
 from speed_async.launcher.exit_status import describe, to_go_on
 from speed_async.launcher.identity.identity import Identity
 from speed_async.launcher.logs import log_to
 from speed_async.launcher.ports import address_at
 from speed_async.launcher.processes import end_process, start_role
 from speed_async.launcher.rank import Rank
-from speed_async.launcher.rendezvous import Notice, notice_of_node
+from speed_async.launcher.rendezvous import RendezvousRecord, node_rendezvous
 from speed_async.launcher.roles.service_process import ServiceProcess
 from speed_async.launcher.roles.stopping import Stopping
 from speed_async.launcher.run_folder import RunFolder
@@ -31,7 +31,7 @@ from speed_async.observability.summary import resume_line
 from speed_async.transport import messages as m
 from speed_async.transport.curve import client_keys
 from speed_async.transport.session import SessionLink
-from speed_async.transport.tracing import tapped
+from speed_async.transport.tracing import with_tracing
 from speed_async.transport.zeromq import open_link
 
 if TYPE_CHECKING:
@@ -65,11 +65,11 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
     num_actors = rank.world_size - config.cluster.learners
     cluster = config.cluster.model_copy(update={"actors": num_actors})
     config = config.model_copy(update={"cluster": cluster})
-    notice = notice_of_node()
+    notice = node_rendezvous()
     begun_in = Path(noted) if (noted := notice.read().run_folder) else None
-    notice.write(Notice(run_folder=noted))  # nobody serves yet
+    notice.write(RendezvousRecord(run_folder=noted))  # nobody serves yet
     try:
-        life = await asyncio.to_thread(begin_life, config, begun_in=begun_in, resume=resume)
+        life = await asyncio.to_thread(begin_attempt, config, begun_in=begun_in, resume=resume)
     except RunFinished as finished:
         notice.change(nothing_to_do=True)
         tell(f"{finished}\n")
@@ -81,10 +81,10 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
     if life.number == 0 and folder.path.name != Path(wanted).name:
         text = f"'{wanted}' holds a run; this new one is in '{folder.path}' ({to_go_on(wanted)})\n"
         tell(text, STDERR)
-    tell("".join(life.first_words()), STDERR)  # on the terminal: nothing is drawn there yet
+    tell("".join(life.resume_banner()), STDERR)  # on the terminal: nothing is drawn there yet
     stage(f"run folder {folder.path}; starting the service")
     log_to(folder.log(ROLE))
-    sys.stderr.writelines([f"life {life.number}\n", *life.first_words()])
+    sys.stderr.writelines([f"life {life.number}\n", *life.resume_banner()])
     identifying = asyncio.create_task(asyncio.to_thread(life.identified), name="identity")
     service = ServiceProcess(config, folder, life=life.number)
     await service.start(life.ports)
@@ -139,7 +139,7 @@ async def _start_console(address: ServiceAddress, folder: RunFolder) -> asyncio.
 
 
 async def _train(
-    life: Life,
+    life: Attempt,
     identity: Identity,
     rank: Rank,
     address: ServiceAddress,
@@ -154,7 +154,7 @@ async def _train(
     )
     keys = client_keys(life.config.cluster)
     wire = await open_link(address.host, address.port, ROLE, keys=keys)
-    link = SessionLink(tapped(wire, life.config.observe.trace, ROLE))
+    link = SessionLink(with_tracing(wire, life.config.observe.trace, ROLE))
     training = asyncio.create_task(work.learn(life, rank, link, stop, identity), name=ROLE)
     try:
         await asyncio.wait((training, watch), return_when=asyncio.FIRST_COMPLETED)

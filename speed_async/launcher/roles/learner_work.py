@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from speed_async.launcher.attempt import Life
+from speed_async.launcher.attempt import Attempt
 from speed_async.launcher.identity.identity import DATA, Identity
 from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.launcher.rank import Rank
@@ -23,17 +23,19 @@ from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
 from speed_async.transport.transport import Link
 from speed_async.weight_sync.broadcast import TorchSender
-from speed_async.weight_sync.contiguous import lay_flat
+from speed_async.weight_sync.contiguous import flatten_parameters
 from speed_async.weight_sync.process_group import choose_backend
 
 
-async def learn(life: Life, rank: Rank, link: Link, stop: Stop, identity: Identity) -> Finished:
+async def learn(life: Attempt, rank: Rank, link: Link, stop: Stop, identity: Identity) -> Finished:
     """Train to the end of the run, or until `stop` is set."""
     config = life.config
     torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.run.seed)
     model = await asyncio.to_thread(load_model, config.model.path, device=config.learner.device)
-    lay_flat(model)  # before the optimiser is made; what lies flat is sent without being packed
+    flatten_parameters(
+        model
+    )  # before the optimiser is made; what lies flat is sent without being packed
     trainer = Trainer(config=config, model=model, parallel=SingleRank(), run_id=identity.run_id)
     restored = None
     if (found := life.checkpoint) is not None:

@@ -13,7 +13,7 @@ from speed_async.buffer.curriculum.curriculum import make_curriculum
 from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
-from speed_async.config.model_facts import read_model_facts
+from speed_async.config.model_facts import read_model_info
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
 from speed_async.environments.task import fingerprint
@@ -76,7 +76,7 @@ async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
 def vocab_size(folder: Path) -> int | None:
     """Tokens that the model of this folder has; None where its config.json does not tell."""
     try:
-        return read_model_facts(folder).vocab_size
+        return read_model_info(folder).vocab_size
     except ModelError:
         return None
 

@@ -118,7 +118,7 @@ def load_checkpoint(
 ) -> Progress:
     """Restore parameters, optimiser and random states bit for bit.
 
-    `is_whole`: its checksums were compared just now (`newest_whole`), and need not be again.
+    `is_whole`: its checksums were compared just now (`latest_valid`), and need not be again.
     Raises ModelError when the folder is no checkpoint, a damaged one, or one of another model.
     """
     if not is_whole and (what := damage(folder)):

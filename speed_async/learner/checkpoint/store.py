@@ -100,7 +100,7 @@ def prune(root: Path, keep_last: int) -> int:
     return kept[0] if len(kept) >= keep_last else 0
 
 
-def newest_whole(root: Path, keep_last: int) -> Found | None:
+def latest_valid(root: Path, keep_last: int) -> Found | None:
     """The newest checkpoint of which every byte is as it was written; None when there is none.
 
     Damaged ones that are newer are set aside under another name (NAME.damaged), and named in the
