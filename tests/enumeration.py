@@ -1,6 +1,6 @@
 """Exact expectations of one group's gradient estimate, by running through every outcome.
 
-The project's own gate, advantages and choice of screening samples are used for each outcome. Only the
+Each outcome uses the project's own gate, advantages and choice of screening samples. Only the
 policies are made up: a few possible answers, each with its probability and its score.
 
 Shape legend: N completions of one group, A possible answers of T tokens each, D parameters.
