@@ -88,7 +88,7 @@ def test_the_closed_forms_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("gate", "p", "opens", "factor", "kept_share"),
-    [  # the table of docs/estimators.md
+    [  # the table of docs/algorithms.md
         (SPEED, 0.01, 0.08, 12.86, 0.88),
         (SPEED, 0.05, 0.34, 2.90, 0.90),
         (SPEED, 0.2, 0.83, 1.17, 0.95),

@@ -7,7 +7,7 @@ no rebuild.
 
 A choice by p looks at the outcomes of the group itself; it biases the gradient where groups are
 left to go stale or are evicted, and not where each is only trained sooner or later
-(docs/estimators.md).
+(docs/algorithms.md).
 
 One integer stands for each group, in four lines: a heap of the best, a heap of the worst, the order
 of arrival, and a list for each oldest version. A group that leaves by one of them stays in the

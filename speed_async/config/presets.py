@@ -32,7 +32,7 @@ DAPO = GRPO | {"aggregation": "token_mean", "clip_high": 0.28, "overlong_share":
 
 SPEED_DAPO = DAPO | {"screening_samples": "unbiased"}
 """Over-long punishment makes a third reward value, under which training on all screening samples
-turns the gradient of a prompt (docs/estimators.md)."""
+turns the gradient of a prompt (docs/algorithms.md)."""
 
 PRESETS: Mapping[str, Parts] = {
     "rloo": {"gate": {"mode": "off"}, "objective": RLOO},

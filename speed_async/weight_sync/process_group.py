@@ -34,7 +34,7 @@ def choose_backend(
 
     "auto" is nccl when every local rank can have a GPU of its own (NCCL refuses two ranks on
     one); ipc when learner and actors, all on one machine, share GPUs; gloo otherwise. On a CPU ipc
-    is faster (docs/figures.md), but serves one machine only, which late joiners need not be on.
+    is faster (docs/benchmarks.md), but serves one machine only, which late joiners need not be on.
     Raises ConfigError when nccl or ipc is asked for and cannot work.
     """
     own_gpus = learner_device.startswith("cuda") and num_visible_gpus >= num_local_ranks

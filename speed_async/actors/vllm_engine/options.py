@@ -29,7 +29,7 @@ ENVIRONMENT = {
 }
 CPU_ENVIRONMENT = {
     # Bound threads of several actors would sit on the same cores, and spinning ones starve the
-    # engine's scheduler, the learner and each other (docs/figures.md).
+    # engine's scheduler, the learner and each other (docs/benchmarks.md).
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_WAIT_POLICY": "passive",
     "GOMP_SPINCOUNT": "0",
