@@ -89,7 +89,7 @@ def test_a_run_without_any_reward_is_said_within_a_minute_and_no_more_once_one_c
     assert desk.diagnoses(29) == ""
     told = desk.diagnoses(1)
     assert told.startswith("no reward: none of the last 128 completions passed (0 of them were tr")
-    assert "since 1m29s (version 0). Change: look in samples.jsonl" in told
+    assert "since 1m29s (version 0). Change: check in samples.jsonl" in told
     desk.refuse(1, num_passed=1)
     assert desk.diagnoses() == told, "one lucky completion does not end it"
     desk.refuse(1, num_passed=2)
@@ -106,7 +106,7 @@ def test_truncated_completions_are_the_one_cause_that_is_said(desk: Watched) -> 
     desk.refuse(256, num_truncated=2)
     told = desk.diagnoses(25)
     assert told.startswith(
-        "completions are truncated: 512 of the last 512 ran into a length limit before they "
+        "completions are truncated: 512 of the last 512 reached a length limit before they "
         "ended, 0 earned a reward"
     )
     assert "raise actors.max_new_tokens (now 64)" in told
@@ -121,7 +121,7 @@ def test_truncated_completions_of_whole_groups_are_counted_too(ungated: Watched)
         leases = ungated.lease(1)
         group = whole_group(leases.lease_ids[0], leases.prompt_ids[0])
         ungated.say(ACTOR, replace(group, cut=np.ones(4, np.int32)))
-    assert "160 of the last 160 ran into a length limit" in ungated.diagnoses(31)
+    assert "160 of the last 160 reached a length limit" in ungated.diagnoses(31)
     assert "80 earned a reward" in ungated.diagnoses()
 
 
@@ -173,7 +173,7 @@ def test_updates_without_a_gradient_are_said_and_end_the_run_as_nothing_learned(
 def test_equal_rewards_are_said_before_the_first_update(ungated: Watched) -> None:
     for _ in range(4):
         ungated.group((1, 1, 1, 1), gate=False)
-    assert "in each of the last 4 groups all completions earned the same" in ungated.diagnoses()
+    assert "in each of the last 4 groups all rewards were equal" in ungated.diagnoses()
     ungated.group(gate=False)
     assert ungated.diagnoses() == ""
 

@@ -446,7 +446,7 @@ def test_a_record_that_cannot_be_replayed_refuses_the_journal(
         raise KeyError("peer")
 
     monkeypatch.setattr(BufferService, "tick", broken)
-    assert_refused(play, before, "cannot go on from it (KeyError: 'peer')")
+    assert_refused(play, before, "cannot recover from it (KeyError: 'peer')")
 
 
 def test_a_snapshot_that_does_not_fit_refuses_the_journal(tmp_path: Path) -> None:
