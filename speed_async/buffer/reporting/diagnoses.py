@@ -271,8 +271,8 @@ class Diagnoses:
         known = "" if mean is None else f" (mean pass rate {mean:.3f})"
         return Finding(
             facts=f"no signal: {facts}{known}",
-            change=f"{self._difficulty_change(mean)}, larger groups (gate.n_init + gate.n_cont), or "
-            'a gate that keeps prompts of moderate difficulty (algorithm = "speed-rloo")',
+            change=f"{self._difficulty_change(mean)}, larger groups (gate.n_init + gate.n_cont), "
+            'or a gate that keeps prompts of moderate difficulty (algorithm = "speed-rloo")',
         )
 
     def _updates_lack_gradient(self) -> bool:
