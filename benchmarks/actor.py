@@ -37,7 +37,7 @@ from typing import Any, Self
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import QUICKSTART, report
-from benchmarks.stand_in_learner import learn_nothing
+from benchmarks.stand_in_learner import run_stand_in_learner
 from speed_async.actors.engine import GenerationRequest, OwnedEngine
 from speed_async.actors.loop import ActorLoop
 from speed_async.actors.model_folder import load_tokenizer
@@ -135,7 +135,7 @@ async def running_actor(config: Config, engine: RecordingEngine) -> AsyncIterato
     stop = context.Event()
     model = model_fingerprint(Path(config.model.path), chat_template=config.model.chat_template)
     learner = context.Process(
-        target=learn_nothing,
+        target=run_stand_in_learner,
         args=(port, fingerprint(task), model, config.learner.groups_per_update, stop),
         daemon=True,
     )
