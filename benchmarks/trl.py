@@ -144,9 +144,9 @@ def main() -> None:
         left_out=NUM_SKIPPED_UPDATES,
     )
     title = (
-        f"Completions/s of a complete loop: TRL 1.16.0 RLOOTrainer and speed_async, "
-        f"quickstart model, {config.learner.groups_per_update} x {config.gate.group_size} completions "
-        "per update"
+        "Completions/s of a complete loop: TRL 1.16.0 RLOOTrainer and speed_async, quickstart "
+        f"model, {config.learner.groups_per_update} x {config.gate.group_size} completions per "
+        "update"
     )
     report("trl", f"{title}\n{notes}", [row_of("TRL", trl, trl), row_of("speed_async", ours, trl)])
 

@@ -1,4 +1,4 @@
-"""The processes of a run, by what they do in it; read from /proc at the moment of asking."""
+"""The processes of a run by role, read from /proc on each call."""
 
 import os
 import signal
@@ -16,24 +16,24 @@ MARK = "CHAOS_DRILL"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Targets:
-    """`actor`, `engine` and `supervisor` are told apart by the rank's number: `actor-1`."""
+    """Actors, engines and supervisors are named with the index of their rank: `actor-1`."""
 
     mark: str
-    """Value of MARK in the environment of every process of this run, and of no other."""
+    """Value of MARK in the environment of every process of this run, and only of those."""
 
     def all(self) -> dict[str, int]:
-        """Process id by name. A process that is about to be started is not there yet."""
+        """Process id by name. A process that has not been started yet is missing."""
         found: dict[str, int] = {}
         commands = self.commands()
         for process_id, command in commands.items():
-            with suppress(OSError, ValueError, LookupError):  # it may be ending
+            with suppress(OSError, ValueError, LookupError):  # it may be terminating
                 if name := _name(process_id, command, commands):
                     found[name] = process_id
         return found
 
     def commands(self) -> dict[int, str]:
-        """Command lines of all live processes of this run (a zombie has none), by id; those of
-        the verifier's workers as well."""
+        """Command lines of all live processes of this run by process id, including those of
+        verifier workers. A zombie has none."""
         found: dict[int, str] = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -45,8 +45,8 @@ class Targets:
                             found[process_id] = command
         return found
 
-    def end_all(self) -> None:
-        """SIGKILL to everything; several times, for whoever starts another one meanwhile."""
+    def kill_all(self) -> None:
+        """Send SIGKILL to all processes, repeatedly: one may start another meanwhile."""
         for _ in range(50):
             left = self.commands()
             if not left:
