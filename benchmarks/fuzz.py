@@ -33,7 +33,7 @@ def resident_mib() -> float:
 
 def fuzz(num_frames: int, seed: int, model: Path) -> bool:
     """Print the results and return whether all invariants held."""
-    spoiler, strangers = Spoiler(seed), Strangers(seed)
+    spoiler, unknown_peers = Spoiler(seed), Strangers(seed)
     outer, inner = Target(model), Target(model)
     before = outer.digest()
     reasons: Counter[str] = Counter()
@@ -42,7 +42,7 @@ def fuzz(num_frames: int, seed: int, model: Path) -> bool:
     for number in range(num_frames):
         frames = spoiler.next()
         if number % 10:
-            outer.receive(strangers.next(), frames)
+            outer.receive(unknown_peers.next(), frames)
         else:
             inner.receive(LIAR, frames)
             insider_frames += 1

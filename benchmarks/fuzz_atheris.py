@@ -46,7 +46,7 @@ class FuzzTarget:
         self._model = model
         self._outer, self._inner = Target(model), Target(model)
         self._before = self._outer.digest()
-        self._strangers = Strangers(0)
+        self._unknown_peers = Strangers(0)
         self._number = 0
         self._warm_mib = 0.0
         self._start_s = time.perf_counter()
@@ -55,7 +55,7 @@ class FuzzTarget:
         self._number += 1
         frames = unpacked(data)
         if self._number % 10:
-            self._outer.receive(self._strangers.next(), frames)
+            self._outer.receive(self._unknown_peers.next(), frames)
         else:
             self._inner.receive(LIAR, frames)
             if LIAR.encode() in self._inner.muted:

@@ -145,8 +145,8 @@ class Strangers:
     def next(self) -> str:
         self._count += 1
         if self._random.random() < 0.1:
-            return f"stranger-{self._random.randrange(self._count)}"
-        return f"stranger-{self._count}"
+            return f"unknown-{self._random.randrange(self._count)}"
+        return f"unknown-{self._count}"
 
 
 def books_close(target: Target) -> bool:

@@ -72,7 +72,7 @@ class ActorPool:
     def run(
         self, groups_per_s: float, starts_at_s: float, seconds: float
     ) -> tuple[list[float], list[int], list[int], int]:
-        """Waits for acknowledgements (so far, where none came), leases and results per actor, and
+        """Waits for acknowledgements (so far, if none came), leases and results per actor, and
         how often an actor without a lease was due."""
         num_due = num_idle = beats = 0
         between_beats_s = HEARTBEAT_S / len(self._actors)

@@ -62,7 +62,7 @@ async def _serve(
 
 
 async def _take(link: Link, num_groups: int, stop: Event) -> list[m.BatchGroup] | None:
-    """The next batch. None if a stop comes first."""
+    """The next batch. None if `stop` is set first."""
     await link.send(m.TakeBatch(policy_version=0, num_groups=num_groups))
     groups: list[m.BatchGroup] = []
     while True:

@@ -69,7 +69,7 @@ class Drill:
         self.result.rounds += rounds
         for kind, what in injected:
             self.log(f"{kind}: {what}; recovered after {recovered_s:.1f} s, version {past_version}")
-        watcher.forget()
+        watcher.clear_events()
         return rounds
 
     def finish(self) -> None:

@@ -58,7 +58,7 @@ class Targets:
 
 
 def _name(process_id: int, command: str, commands: dict[int, str]) -> str | None:
-    words = command.split()
+    arguments = command.split()
     if RANK in command:
         rank = int(environment_of(process_id)["RANK"])
         return "learner" if rank == 0 else f"supervisor-{rank}"
@@ -67,7 +67,7 @@ def _name(process_id: int, command: str, commands: dict[int, str]) -> str | None
     role = command.partition(CHILD)[2].split()[0]
     if role != "actor":
         return role
-    index = words[words.index("--index") + 1]
+    index = arguments[arguments.index("--index") + 1]
     is_engine = CHILD + "actor" in commands.get(parent_of(process_id), "")
     return f"{'engine' if is_engine else 'actor'}-{index}"
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from chaos.lost_records import LostRecords
-from chaos.traces import read_traces
 from chaos.run_checker import check_finished, check_running
+from chaos.traces import read_traces
 from speed_async.buffer.durability.journal import Journal
 from speed_async.testing.inprocess_transport import InProcessHub
 from speed_async.transport import messages as m

@@ -55,7 +55,7 @@ class Watcher:
                 timeout_s,
             )
 
-    def forget(self) -> None:
+    def clear_events(self) -> None:
         """Drop all events except the latest, so that memory stays bounded over hours."""
         with self._changed:
             del self._events[:-1]

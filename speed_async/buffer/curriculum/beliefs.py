@@ -80,7 +80,7 @@ class SharedPrior:
             return
         self.sums += (1.0, *moments)
 
-    def forget(self, num_updates: int) -> None:
+    def discount(self, num_updates: int) -> None:
         """Discount like the outcomes; the lost weight returns to the initial prior."""
         start = np.array([PRIOR_WEIGHT, PRIOR_WEIGHT / 2, PRIOR_WEIGHT / 3])
         self.sums = start + (self.sums - start) * 0.5 ** (num_updates / self._half_life)
@@ -150,7 +150,7 @@ class Beliefs:
         """Move to a newer version. An older or equal version has no effect."""
         newer = policy_version - self.policy_version
         if newer > 0:
-            self.prior.forget(newer)
+            self.prior.discount(newer)
             self.policy_version = policy_version
 
     def add(self, prompt_id: int, num_passed: int, num_completions: int) -> None:

@@ -31,7 +31,7 @@ class PermutationCycle:
     def __init__(self, num_prompts: int, rng: np.random.Generator) -> None:
         self._num_prompts = num_prompts
         self._rng = rng
-        self.place = [num_prompts, 0, 1]
+        self.cursor = [num_prompts, 0, 1]
         """Next i of this epoch, its start, its stride."""
 
     def take(self, num: int, lease_N: NDArray[np.uint8]) -> IntArray:
@@ -42,19 +42,19 @@ class PermutationCycle:
             steps = np.arange(at, min(at + max(2 * num, WALK_BLOCK), self._num_prompts))
             prompts = (start + steps * stride) % self._num_prompts
             free = np.flatnonzero(lease_N[prompts] == FREE)[:num]
-            self.place[0] = int(steps[free[-1]] if len(free) == num else steps[-1]) + 1
+            self.cursor[0] = int(steps[free[-1]] if len(free) == num else steps[-1]) + 1
             lease_N[prompts[free]] = INDEPENDENT
             taken.append(prompts[free])
             num -= len(free)
         return np.concatenate(taken) if taken else np.zeros(0, np.int64)
 
     def _position(self) -> list[int]:
-        if self.place[0] == self._num_prompts:
+        if self.cursor[0] == self._num_prompts:
             stride = int(self._rng.integers(1, self._num_prompts + 1))
             while gcd(stride, self._num_prompts) != 1:
                 stride = int(self._rng.integers(1, self._num_prompts + 1))
-            self.place = [0, int(self._rng.integers(self._num_prompts)), stride]
-        return self.place
+            self.cursor = [0, int(self._rng.integers(self._num_prompts)), stride]
+        return self.cursor
 
 
 class PosteriorCurriculum:
@@ -202,7 +202,7 @@ class PosteriorCurriculum:
             "leased": leased,
             "lease": self._lease_N[leased],
             "returned": np.array(self._returned, np.int64),
-            "floor": np.array([self._num_chosen, self._num_walked, *self._walk.place]),
+            "floor": np.array([self._num_chosen, self._num_walked, *self._walk.cursor]),
             "rng": pack_rng(self._rng),
         }
 
@@ -218,5 +218,5 @@ class PosteriorCurriculum:
         self._num_retired = int((state["lease"] == RETIRED).sum())
         self._num_leased = len(state["leased"]) - self._num_retired
         self._returned = deque(state["returned"].tolist())
-        self._num_chosen, self._num_walked, *self._walk.place = state["floor"].tolist()
+        self._num_chosen, self._num_walked, *self._walk.cursor = state["floor"].tolist()
         unpack_rng(self._rng, state["rng"])

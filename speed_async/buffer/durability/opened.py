@@ -8,7 +8,7 @@ from speed_async.buffer.durability.journal import Record, format_of, read_segmen
 from speed_async.errors import JournalRefused
 from speed_async.transport.messages import PROTOCOL_VERSION
 
-UNTOUCHED = "Nothing in it was changed"
+UNCHANGED = "Nothing in it was changed"
 
 
 def opened_text(*, sequence: int, data: str, model: str) -> str:
@@ -28,7 +28,7 @@ def check_opened(folder: Path, record: Record, *, data: str, model: str) -> None
         if recorded != current:
             raise JournalRefused(
                 f"the journal in '{folder}' was written with another {name} (fingerprint "
-                f"{recorded}, now {current}). {UNTOUCHED}: restore that {name}, or start a new run"
+                f"{recorded}, now {current}). {UNCHANGED}: restore that {name}, or start a new run"
             )
 
 
@@ -53,6 +53,6 @@ def check_segments(folder: Path, *, data: str, model: str) -> None:
 def _of_another_release(folder: Path, found: str, expected: str) -> JournalRefused:
     return JournalRefused(
         f"the journal in '{folder}' was written by another release (it has {found}, this release "
-        f"{expected}). {UNTOUCHED}: resume with the release that wrote it, or start a new run from "
+        f"{expected}). {UNCHANGED}: resume with the release that wrote it, or start a new run from "
         "a checkpoint"
     )

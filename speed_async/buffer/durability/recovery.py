@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from speed_async.buffer.durability.journal import Journal, cut, read_segment, segments
-from speed_async.buffer.durability.opened import UNTOUCHED, check_format, check_opened, opened_text
+from speed_async.buffer.durability.opened import UNCHANGED, check_format, check_opened, opened_text
 from speed_async.buffer.durability.snapshot import capture, restore
 from speed_async.buffer.service import BufferService
 from speed_async.buffer.state_machine import StateMachine
@@ -128,7 +128,7 @@ def _unreadable(folder: Path, number: int, error: Exception) -> JournalRefused:
     what = str(error) if isinstance(error, SpeedAsyncError) else f"{type(error).__name__}: {error}"
     return JournalRefused(
         f"segment {number} of the journal in '{folder}' is intact, but this release cannot recover "
-        f"from it ({what}). {UNTOUCHED}: resume with the release that wrote it, or move the "
+        f"from it ({what}). {UNCHANGED}: resume with the release that wrote it, or move the "
         "journal away and resume; the run then continues from its last checkpoint, without the "
         "groups that were not trained yet"
     )
