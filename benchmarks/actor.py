@@ -1,18 +1,19 @@
-"""A whole actor against the bare engine, in tokens per second, counted where they are sampled.
+"""Compare a complete actor with the bare engine, in tokens per second as they are sampled.
 
-actor   ActorLoop, Rollout and VerifierPool in this process, its engine in another, linked over
-        ZeroMQ to a real buffer service; service, verifier and a stand-in learner are processes too.
-        It screens, gates, continues, scores, packs and reports; nothing is broadcast.
-bare    another engine of the same settings, given the requests that the actor made, in the same
-        order, by twice as many callers as it has slots, so its queue never runs dry. Results are
-        dropped: no loop, verifier, messages or decoding. With actors.engine = "vllm" it is vLLM's
-        own AsyncLLM, called as its documentation does.
+actor   ActorLoop, Rollout and VerifierPool in this process, with the engine in another process and
+        a ZeroMQ link to a real buffer service. Service, verifier and a stand-in learner are
+        separate processes. The actor screens, gates, continues, scores, packs and reports; nothing
+        is broadcast.
+bare    a second engine with the same settings. It receives the actor's requests in the same order
+        from twice as many callers as it has slots, so its queue never runs empty. Results are
+        discarded: no loop, verifier, messages or decoding. With actors.engine = "vllm" this is
+        vLLM's own AsyncLLM, called as its documentation shows.
 
-Both are started, then run in turns: one is paused between two steps while the other runs, so both
-meet the same machine within one repeat, where their ratio is taken.
+Both are started and then measured alternately: one is paused between two steps while the other
+runs. The ratio is taken within one repeat, so both see the same machine state.
 
-`--random-model 512x8` takes a model of that hidden size and number of layers with random weights,
-whose completions are as long as `actors.max_new_tokens` allows; use it with --gate.mode off.
+`--random-model 512x8` uses a model of that hidden size and number of layers with random weights,
+whose completions are as long as `actors.max_new_tokens` allows. Use it with --gate.mode off.
 
 Usage: python -m benchmarks.actor [--repeats N] [--turn-s S] [--section.field value]
 """
@@ -36,7 +37,7 @@ from typing import Any, Self
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import QUICKSTART, report
-from benchmarks.stand_in_learner import learn_nothing
+from benchmarks.stand_in_learner import run_stand_in_learner
 from speed_async.actors.engine import GenerationRequest, OwnedEngine
 from speed_async.actors.loop import ActorLoop
 from speed_async.actors.model_folder import load_tokenizer
@@ -59,12 +60,12 @@ from speed_async.types import Sampled
 WARM_UP_S = 4.0
 SETTLE_S = 0.2
 CALLERS_PER_SLOT = 2
-"""At least as many requests as the actor has in flight, so the bare engine is never emptier."""
+"""At least the actor's requests in flight, so that the bare engine is never emptier."""
 END_TIMEOUT_S = 60.0
 
 
 class RecordingEngine:
-    """Keeps the requests that its engine is given."""
+    """Records the requests sent to its engine."""
 
     def __init__(self, engine: OwnedEngine) -> None:
         self._engine = engine
@@ -99,16 +100,16 @@ class Turn:
     slots_busy: float
     steps_per_s: float
     slots_asked: float
-    """Requests running or waiting when the turn ended."""
+    """Requests running or waiting at the end of the turn."""
 
 
-async def take_turn(engine: OwnedEngine, duration_s: float) -> Turn:
-    """Let a paused engine run for a while, and pause it again."""
-    before, began_s = engine.stats, time.perf_counter()
+async def measure_turn(engine: OwnedEngine, duration_s: float) -> Turn:
+    """Resume a paused engine for `duration_s`, then pause it again."""
+    before, start_s = engine.stats, time.perf_counter()
     await engine.resume()
     await asyncio.sleep(duration_s)
     await engine.pause(abort=False)
-    elapsed_s, after = time.perf_counter() - began_s, engine.stats
+    elapsed_s, after = time.perf_counter() - start_s, engine.stats
     await asyncio.sleep(SETTLE_S)
     num_tokens = after.tokens_generated - before.tokens_generated
     num_steps = after.steps - before.steps
@@ -121,8 +122,8 @@ async def take_turn(engine: OwnedEngine, duration_s: float) -> Turn:
 
 
 @asynccontextmanager
-async def acting(config: Config, engine: RecordingEngine) -> AsyncIterator[None]:
-    """An actor at work on `engine`, beyond its first evaluation; drained on leaving."""
+async def running_actor(config: Config, engine: RecordingEngine) -> AsyncIterator[None]:
+    """Run an actor on `engine`, past its first evaluation. It is drained on exit."""
     task = make_task(config.task)
     folder = RunFolder(path=Path(config.run.folder))
     save_config(config, folder.config)
@@ -134,7 +135,7 @@ async def acting(config: Config, engine: RecordingEngine) -> AsyncIterator[None]
     stop = context.Event()
     model = model_fingerprint(Path(config.model.path), chat_template=config.model.chat_template)
     learner = context.Process(
-        target=learn_nothing,
+        target=run_stand_in_learner,
         args=(port, fingerprint(task), model, config.learner.groups_per_update, stop),
         daemon=True,
     )
@@ -160,12 +161,12 @@ async def acting(config: Config, engine: RecordingEngine) -> AsyncIterator[None]
             ),
             process_id=os.getpid(),
         )
-        working = asyncio.create_task(loop.run(hello))
+        loop_task = asyncio.create_task(loop.run(hello))
         try:
             yield
         finally:
             stop.set()
-            await asyncio.wait_for(working, END_TIMEOUT_S)
+            await asyncio.wait_for(loop_task, END_TIMEOUT_S)
             await link.close()
             await asyncio.wait_for(service.wait(), END_TIMEOUT_S)
             await asyncio.to_thread(learner.join, END_TIMEOUT_S)
@@ -176,11 +177,11 @@ async def acting(config: Config, engine: RecordingEngine) -> AsyncIterator[None]
 async def replaying(
     engine: OwnedEngine, recorded: list[GenerationRequest], num_callers: int
 ) -> AsyncIterator[None]:
-    """`num_callers` callers that ask `engine` for the recorded requests, over and over."""
+    """`num_callers` callers that send the recorded requests to `engine` in an endless loop."""
 
     def endless() -> Iterator[GenerationRequest]:
         while True:
-            yield from recorded  # grows meanwhile
+            yield from recorded  # grows concurrently
 
     requests = endless()
 
@@ -204,16 +205,16 @@ async def compare(
     engines = {"actor": actor, "bare": bare}
     num_callers = CALLERS_PER_SLOT * config.actors.slots
     turns: dict[str, list[Turn]] = {name: [] for name in engines}
-    async with actor, bare, acting(config, actor):
+    async with actor, bare, running_actor(config, actor):
         await asyncio.sleep(WARM_UP_S)
         await actor.pause(abort=False)
         await bare.pause(abort=False)
         async with replaying(bare, actor.recorded, num_callers):
-            await take_turn(bare, WARM_UP_S / 4)
+            await measure_turn(bare, WARM_UP_S / 4)
             for repeat in range(num_repeats):
                 for name in sorted(engines, reverse=bool(repeat % 2)):
-                    turns[name].append(await take_turn(engines[name], turn_s))
-    return [row_of(name, of_name, turns["bare"]) for name, of_name in turns.items()]
+                    turns[name].append(await measure_turn(engines[name], turn_s))
+    return [row_of(name, name_turns, turns["bare"]) for name, name_turns in turns.items()]
 
 
 def row_of(name: str, turns: list[Turn], bare: list[Turn]) -> dict[str, object]:
@@ -234,7 +235,7 @@ def row_of(name: str, turns: list[Turn], bare: list[Turn]) -> dict[str, object]:
 
 
 def save_random_model(folder: Path, size: str) -> Path:
-    """A Llama with random weights, "HIDDENxLAYERS", and the quickstart's tokenizer."""
+    """A Llama with random weights, sized "HIDDENxLAYERS", and the quickstart's tokenizer."""
     hidden, layers = map(int, size.split("x"))
     source = QUICKSTART.parent / "model"
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
@@ -264,11 +265,11 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as folder:
-        # A short first evaluation: training leases start after it.
+        # Training leases start after the first evaluation, so keep it short.
         fixed = ["--run.folder", folder, "--task.num_held_out", "16"]
         if arguments.random_model:
             model = save_random_model(Path(folder) / "model", arguments.random_model)
-            # Its completions are all cut off, and the verifier's work is part of the measurement.
+            # All completions are truncated; score them so that the verifier's work is measured.
             fixed += ["--model.path", str(model), "--task.score_truncated", "true"]
         config = load_config(arguments.config, [*overrides, *fixed])
         os.environ.update(engine_environment(config))
@@ -276,10 +277,10 @@ def main() -> None:
         bare = bare_engine(config)
         rows = run(compare(config, actor, bare, arguments.repeats, arguments.turn_s))
     title = (
-        "Tokens/s of a whole actor (loop, rollout, verifier, ZeroMQ to a buffer service) and of "
-        "the bare engine replaying its requests with as many callers, in turns in one process, "
+        "Tokens/s of a complete actor (loop, rollout, verifier, ZeroMQ to a buffer service) and of "
+        "the bare engine replaying its requests with as many callers, alternating in one process, "
         f"{arguments.turn_s:g} s each; {config.actors.engine} engine, {config.actors.slots} slots, "
-        f"at most {config.actors.max_new_tokens} tokens a completion, "
+        f"at most {config.actors.max_new_tokens} tokens per completion, "
         f"{arguments.random_model or 'quickstart'} model"
     )
     report("actor", title, rows)

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""vLLM's AsyncLLM behind as little as a benchmark needs: no engine of this project is in it."""
+"""A minimal wrapper around vLLM's AsyncLLM, without any engine code of this project."""
 
 import asyncio
 import itertools
@@ -44,7 +44,7 @@ class BareVllm:
         stream = self._llm.generate(
             prompt, params, f"bare-{next(self._ids)}", priority=request.priority
         )
-        [output] = [each async for each in stream]  # the final one only
+        [output] = [each async for each in stream]  # only the final output
         self._tokens_returned += len(output.outputs[0].token_ids)
         return output
 

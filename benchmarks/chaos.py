@@ -1,8 +1,8 @@
-"""Fault drills at length: what is broken how often, how soon a run is whole again, what is lost.
+"""Long fault-injection drills: faults by kind, recovery times, and losses.
 
 Real runs (processes, ZeroMQ through a proxy, gloo, a journal on a small disk) with the scripted
-engine; faults at random instants from a seed; tests/chaos says how each is made, and who decides.
-Ends at the first broken promise, with status 1 and the words of the witness.
+engine. Faults occur at random times drawn from a seed; tests/chaos implements the faults and the
+checks. Stops at the first violated invariant with status 1 and the findings.
 
 Usage: python -m benchmarks.chaos [--faults 500] [--seed N] [--faults-a-run 50]
 """
@@ -31,24 +31,24 @@ def main() -> int:
     parser.add_argument("--faults-a-run", type=int, default=50)
     parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
     arguments = parser.parse_args()
-    say(f"seed {arguments.seed}")
+    log(f"seed {arguments.seed}")
     faults = plan(arguments.seed, arguments.faults, arguments.kinds.split(","))
     drill = Plan(faults=faults, seed=arguments.seed)
     with tempfile.TemporaryDirectory(prefix="speed_async-chaos-") as folder:
         try:
-            results = run_drills(Path(folder), drill, arguments.faults_a_run, say)
+            results = run_drills(Path(folder), drill, arguments.faults_a_run, log)
         except DrillFailed as failed:
-            say(f"seed {arguments.seed}: {failed}")
+            log(f"seed {arguments.seed}: {failed}")
             return 1
-    tell(results, arguments.seed)
+    write_results(results, arguments.seed)
     return 0
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, flush=True)
 
 
-def tell(results: list[Result], seed: int) -> None:
+def write_results(results: list[Result], seed: int) -> None:
     rounds = [each for result in results for each in result.rounds]
     rows: list[dict[str, object]] = [
         {"fault": kind, "times": times, "median_recovery_s": median, "longest_s": longest}
@@ -62,10 +62,10 @@ def tell(results: list[Result], seed: int) -> None:
     growth = max(service_growth(result.rounds) for result in results)
     lines = [
         f"{len(rounds)} faults in {len(results)} runs, {sum(r.seconds for r in results):,.0f} s",
-        f"not made for want of a target: {sum(len(result.skipped) for result in results)}",
+        f"faults without a target, not injected: {sum(len(result.skipped) for result in results)}",
         *(f"{key.replace('_', ' ')}: {value:,}" for key, value in totals.items()),
-        "accepted groups lost: 0; trained twice: 0; ledgers that did not close: 0",
-        f"service's memory, last third of a run over its first, at most: {growth:.3f}",
+        "accepted groups lost: 0; trained twice: 0; unbalanced ledgers: 0",
+        f"service memory, last third of a run over its first third, maximum: {growth:.3f}",
     ]
     table = ["| fault | times | median s | longest s |", "| --- | --- | --- | --- |"]
     table += [
@@ -74,7 +74,7 @@ def tell(results: list[Result], seed: int) -> None:
     ]
     text = "\n".join([*table, "", *(f"- {line}" for line in lines)]) + "\n"
     (RESULTS / "chaos.md").write_text(text)
-    say(text)
+    log(text)
 
 
 if __name__ == "__main__":

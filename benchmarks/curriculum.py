@@ -1,11 +1,11 @@
-"""Uniform against posterior choice of prompts, on simulated pass rates that drift as one trains.
+"""Compare uniform and posterior sampling of prompts on simulated, drifting pass rates.
 
-Each prompt has a logit that rises with every version (a common speed, noise of its own) and a
-little more when it is trained; a lease draws 4 completions, and 20 more when they are mixed. 64
-leases are open at any time and end in the order they began, so a choice does not know the latest
-outcomes. Every arm takes 150 updates of 16 accepted groups; all arms of one spread and seed start
-from the same pass rates. Numbers are means over the seeds. What the simulation cannot say is how
-well a policy learns from prompts that come back: it counts only what they cost.
+Each prompt has a logit that rises with every version (a common speed plus individual noise) and a
+little more when the prompt is trained. A lease samples 4 completions, and 20 more when their
+outcomes are mixed. 64 leases are open at any time and finish in the order they began, so a choice
+does not know the latest outcomes. Every arm makes 150 updates of 16 accepted groups. All arms of
+one spread and seed start from the same pass rates. Figures are means over the seeds. The simulation
+measures cost only, not how well a policy learns from repeated prompts.
 
 Usage: python -m benchmarks.curriculum [--quick]
 """
@@ -27,15 +27,15 @@ from speed_async.config.schema import CurriculumConfig, GateConfig
 
 GATE = GateConfig()
 NUM_PROMPTS, NUM_UPDATES, GROUPS_PER_UPDATE, NUM_OPEN = 4_096, 150, 16, 64
-SPEED, NOISE, LIFT = 0.01, 0.05, 0.1
-"""Logits a version: common rise, deviation of a prompt's own; and logits a training adds."""
+SPEED, NOISE, TRAINING_LIFT = 0.01, 0.05, 0.1
+"""Logits per version: common rise, deviation of a prompt; and logits added by one training."""
 THETA_DRAWS = 64
 MILLIONS = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """Starting pass rates: shares below `low` and above `high`, the rest even between."""
+    """Initial pass rates: shares below `low` and above `high`, the rest uniform in between."""
 
     name: str
     low: float
@@ -44,7 +44,7 @@ class Spread:
     share_above: float
 
     def logits(self, rng: np.random.Generator) -> NDArray[np.float64]:
-        """(NUM_PROMPTS,); the tails reach to pass rates of 1 in 3,000, evenly in the logit."""
+        """(NUM_PROMPTS,) logits; the tails reach pass rates of 1 in 3,000, uniform in the logit."""
         kind = rng.random(NUM_PROMPTS)
         below = rng.uniform(-8, _logit(self.low), NUM_PROMPTS)
         above = rng.uniform(_logit(self.high), 8, NUM_PROMPTS)
@@ -96,7 +96,7 @@ ARMS = (
 
 
 class Trial:
-    """One arm's run over drifting pass rates."""
+    """One arm over drifting pass rates."""
 
     def __init__(self, spread: Spread, arm: Arm, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
@@ -149,7 +149,7 @@ class Trial:
         if not isinstance(self._curriculum, PosteriorCurriculum):
             return float("nan")
         alpha, beta = self._curriculum.beliefs.posterior(np.array([prompt]))
-        # A generator apart, so that looking does not change the choices.
+        # A separate generator, so that the prediction does not affect the choices.
         theta = np.random.default_rng(prompt).beta(alpha, beta, THETA_DRAWS)
         return float(self._odds(theta).mean())
 
@@ -160,7 +160,7 @@ class Trial:
         if accepted:
             num_passed += int(self._rng.binomial(GATE.n_cont, theta))
             num_completions = GATE.group_size
-            self._logits_N[prompt] += LIFT
+            self._logits_N[prompt] += TRAINING_LIFT
             self._trained_N[prompt] += 1
             self._signal.append(4 * theta * (1 - theta))
         self._curriculum.record(prompt, num_passed, num_completions)
@@ -177,7 +177,7 @@ class Trial:
         self._curriculum.advance(self._version)
 
     def _calibration_error(self) -> float:
-        """Mean distance, in points, of predicted from observed over ten bins of prediction."""
+        """Mean distance, in points, between predicted and observed over ten bins of prediction."""
         predicted, passed = np.array(self._predicted), np.array(self._passed)
         if np.isnan(predicted).any():
             return float("nan")
@@ -209,13 +209,13 @@ def compare(seeds: range) -> list[dict[str, object]]:
 
 
 def _mean(values: list[float]) -> float | None:
-    """None where the arm predicts nothing."""
+    """None where the arm makes no predictions."""
     mean = statistics.mean(values)
     return None if np.isnan(mean) else round(mean, 2)
 
 
 def time_millions() -> list[dict[str, object]]:
-    """Choosing 1,000 of 10 million, at the start and after 100,000 outcomes."""
+    """Choose 1,000 of 10 million prompts, at the start and after 100,000 outcomes."""
     curriculum = PosteriorCurriculum(
         MILLIONS, np.random.default_rng(0), gate=GATE, settings=CurriculumConfig(kind="posterior")
     )
@@ -237,7 +237,7 @@ def time_millions() -> list[dict[str, object]]:
 
 
 def _choose_and_record(curriculum: PosteriorCurriculum, num_rounds: int) -> tuple[float, float]:
-    """Median seconds of a choice of 1,000, and of the record of their outcomes."""
+    """Median seconds to choose 1,000 prompts, and to record their outcomes."""
     choose_s, record_s = [], []
     for _ in range(num_rounds):
         started_s = time.perf_counter()
@@ -251,7 +251,7 @@ def _choose_and_record(curriculum: PosteriorCurriculum, num_rounds: int) -> tupl
 
 
 def _choose_one_s(curriculum: PosteriorCurriculum) -> float:
-    """Median seconds of a choice of one, as an actor with one free place asks for."""
+    """Median seconds to choose one prompt, as an actor with one free slot requests it."""
     times_s = []
     for _ in range(1_000):
         started_s = time.perf_counter()

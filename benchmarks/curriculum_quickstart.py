@@ -1,9 +1,9 @@
-"""Uniform against posterior choice of prompts on the quickstart itself, at equal updates.
+"""Compare uniform and posterior sampling of prompts on the quickstart, at equal updates.
 
-Acceptance is the share of screened prompts that the gate let pass; screening tokens per accepted
-group are those of refused prompts and the group's own screening samples; coverage is the share of
-all prompts screened at least once. Two sizes of the prompt set: at the quickstart's own a run
-hardly meets a prompt twice, so there is little to predict from. Medians over seeds.
+Acceptance is the share of screened prompts that passed the gate. Screening tokens per accepted
+group include those of refused prompts and the group's own screening samples. Coverage is the share
+of all prompts screened at least once. There are two sizes of the prompt set: at the quickstart's
+own size a run rarely sees a prompt twice, so there is little to predict from. Medians over seeds.
 
 Usage: python -m benchmarks.curriculum_quickstart [num_seeds]
 """
@@ -55,8 +55,10 @@ def main() -> None:
         runs = {
             kind: [run_once(kind, num_prompts, seed) for seed in range(num_seeds)] for kind in KINDS
         }
-        for kind, of_kind in runs.items():
-            medians = {key: statistics.median(run[key] for run in of_kind) for key in of_kind[0]}
+        for kind, kind_runs in runs.items():
+            medians = {
+                key: statistics.median(run[key] for run in kind_runs) for key in kind_runs[0]
+            }
             rows.append({"prompts": num_prompts, "curriculum": kind, **medians})
     report("curriculum_quickstart", f"The quickstart, medians of {num_seeds} seeds", rows)
 

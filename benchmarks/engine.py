@@ -1,10 +1,10 @@
-"""The torch engine against `model.generate`, in useful tokens per second.
+"""Compare the torch engine with `model.generate`, in useful tokens per second.
 
-Useful tokens are those a user asked for. `model.generate` cannot stop rows at lengths of their
-own, so it runs to the longest one and its surplus is not counted: what its users experience with
-completions of mixed length. The order of the contestants alternates; ratios are taken within one
-repeat, where both met the same machine. On a machine shared with others, the ratios by CPU time
-are the ones that repeat. `core` is the engine without its asynchronous shell.
+Useful tokens are the requested ones. `model.generate` cannot stop rows at individual lengths, so it
+runs to the longest one, and the surplus is not counted: this is what its users experience with
+completions of mixed length. The order of the contestants alternates, and ratios are taken within
+one repeat under the same machine load. On a shared machine, only the ratios by CPU time are
+reproducible. `core` is the engine without its asynchronous wrapper.
 
 Usage: python -m benchmarks.engine [num_threads]
 """
@@ -34,7 +34,7 @@ VOCABULARY_SIZE = 32
 
 
 def small_llama() -> Any:
-    """0.8 M parameters."""
+    """A Llama with 0.8 M parameters."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
@@ -76,7 +76,7 @@ def new_generator(model: Any, num_slots: int) -> TorchGenerator:
 
 
 def by_generate(model: Any, requests: list[GenerationRequest], batch: int) -> int:
-    """Useful tokens of `model.generate`, `batch` sequences at a time."""
+    """Useful tokens of `model.generate` with `batch` sequences at a time."""
     for start in range(0, len(requests), batch):
         prompts = np.stack([r.prompt_token_ids for r in requests[start : start + batch]])
         longest = max(r.max_new_tokens for r in requests[start : start + batch])
@@ -105,7 +105,7 @@ def by_core(generator: TorchGenerator, requests: list[GenerationRequest]) -> int
 
 
 def by_engine(generator: TorchGenerator, requests: list[GenerationRequest]) -> int:
-    """Through the asynchronous shell, one task a request."""
+    """Through the asynchronous wrapper, one task per request."""
 
     async def run() -> int:
         async with SteppedEngine(ThreadWorker(lambda: generator)) as engine:
@@ -116,17 +116,17 @@ def by_engine(generator: TorchGenerator, requests: list[GenerationRequest]) -> i
 
 
 def rate(contestant: Callable[[], int]) -> tuple[float, float]:
-    """Tokens per second of wall-clock, and of CPU time of all threads."""
-    begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
+    """Tokens per second of wall-clock time, and of CPU time over all threads."""
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
     num_tokens = contestant()
     return (
-        num_tokens / (time.perf_counter() - begun_s),
-        num_tokens / (time.process_time() - begun_cpu_s),
+        num_tokens / (time.perf_counter() - start_s),
+        num_tokens / (time.process_time() - start_cpu_s),
     )
 
 
 def compare(num_slots: int, per_prompt: int, num_threads: int) -> dict[str, object]:
-    # A model for each side: the generator prepares its own for decoding.
+    # Separate models: the generator prepares its own for decoding.
     plain, owned = small_llama(), small_llama()
     generator = new_generator(owned, num_slots)
     requests = mixed_requests(SEQUENCES_PER_SLOT * num_slots, 1, per_prompt)
@@ -168,8 +168,8 @@ def main() -> None:
     ]
     title = (
         f"Useful tokens/s, 0.8 M Llama, prompts of {NUM_PROMPT_TOKENS}, completions of "
-        f"{MIN_NEW_TOKENS}..{MAX_NEW_TOKENS} tokens, {SEQUENCES_PER_SLOT} sequences a slot "
-        f"(generate runs each batch to its longest; only tokens asked for count), {NUM_REPEATS} "
+        f"{MIN_NEW_TOKENS}..{MAX_NEW_TOKENS} tokens, {SEQUENCES_PER_SLOT} sequences per slot "
+        f"(generate runs each batch to its longest; only requested tokens count), {NUM_REPEATS} "
         "interleaved repeats"
     )
     report("engine", title, rows)

@@ -1,11 +1,12 @@
-"""A million malformed and mutated frames: no crash, no growth, the ledger untouched.
+"""A million malformed and mutated frames: no crash, no memory growth, and an unchanged ledger.
 
     python -m benchmarks.fuzz --frames 1000000 [--seed 0] [--engine both|own|atheris]
 
-Nine frames of ten come from strangers under ever new names; the service's whole state must be the
-same before and after. One of ten comes from an insider, an actor with leases that begins to lie:
-whatever it says, every group stays somewhere exactly once, and the other actor keeps its leases.
-`atheris`, where it is installed, looks for more by coverage, in a process of its own.
+Nine of ten frames come from unknown peers under ever new names; the service's complete state must
+be the same before and after. One of ten comes from an insider, an actor with leases that starts to
+send invalid messages: every group must stay accounted for exactly once, and the other actor must
+keep its leases. If `atheris` is installed, it searches for more inputs by coverage, in a separate
+process.
 """
 
 import argparse
@@ -18,10 +19,10 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.fuzz_frames import Spoiler
-from benchmarks.fuzz_target import HONEST, LIAR, LIES_EACH, Strangers, Target, books_close
+from benchmarks.fuzz_target import FRAMES_PER_INSIDER, HONEST, LIAR, Strangers, Target, books_close
 
 WARM_SHARE = 0.2
-"""Share of the frames after which memory has its size: tables are bounded, but start empty."""
+"""Share of the frames after which memory is stable: tables are bounded, but start empty."""
 ALLOWED_GROWTH = 0.02
 
 
@@ -31,22 +32,22 @@ def resident_mib() -> float:
 
 
 def fuzz(num_frames: int, seed: int, model: Path) -> bool:
-    """Print what came of it; whether all held."""
-    spoiler, strangers = Spoiler(seed), Strangers(seed)
+    """Print the results and return whether all invariants held."""
+    spoiler, unknown_peers = Spoiler(seed), Strangers(seed)
     outer, inner = Target(model), Target(model)
     before = outer.digest()
     reasons: Counter[str] = Counter()
-    lies, insiders, broken = 0, 1, 0
-    warm_mib, largest_mib, began_s = 0.0, 0.0, time.perf_counter()
+    insider_frames, insiders, violations = 0, 1, 0
+    warm_mib, largest_mib, start_s = 0.0, 0.0, time.perf_counter()
     for number in range(num_frames):
         frames = spoiler.next()
         if number % 10:
-            outer.receive(strangers.next(), frames)
+            outer.receive(unknown_peers.next(), frames)
         else:
             inner.receive(LIAR, frames)
-            lies += 1
-            if lies % LIES_EACH == 0 or LIAR.encode() in inner.muted:
-                broken += not _holds(inner)
+            insider_frames += 1
+            if insider_frames % FRAMES_PER_INSIDER == 0 or LIAR.encode() in inner.muted:
+                violations += not _holds(inner)
                 reasons += inner.reasons
                 inner, insiders = Target(model), insiders + 1
         if number == int(num_frames * WARM_SHARE):
@@ -54,30 +55,32 @@ def fuzz(num_frames: int, seed: int, model: Path) -> bool:
         if number % 10_000 == 0:
             largest_mib = max(largest_mib, resident_mib())
             if outer.digest() != before:
-                print(f"the service was touched by frame {number} or one of 10,000 before")
+                print(f"the state was changed by frame {number} or one of the 10,000 before it")
                 return False
-    wall_s = time.perf_counter() - began_s
-    untouched = outer.digest() == before
+    wall_s = time.perf_counter() - start_s
+    unchanged = outer.digest() == before
     growth = resident_mib() / warm_mib - 1
     reasons += outer.reasons
     print(
         f"{num_frames:,} frames in {wall_s:.0f} s, {num_frames / wall_s:,.0f} frames/s, seed {seed}"
     )
-    print(f"exceptions: 0; state untouched by strangers: {untouched}")
-    print(f"insiders: {insiders:,} runs, {lies:,} frames, books open or leases taken: {broken}")
+    print(f"exceptions: 0; state unchanged by unknown peers: {unchanged}")
+    print(
+        f"insiders: {insiders:,} runs, {insider_frames:,} frames, violated invariants: {violations}"
+    )
     print(
         f"memory: {warm_mib:.1f} MiB after {WARM_SHARE:.0%}, {resident_mib():.1f} MiB at the end "
-        f"({growth:+.2%}), most {largest_mib:.1f} MiB"
+        f"({growth:+.2%}), maximum {largest_mib:.1f} MiB"
     )
-    print(f"joined by a valid Join: {outer.machine.service.membership.num_known - 2}")
+    print(f"joined with a valid Join: {outer.machine.service.membership.num_known - 2}")
     print(f"mute table: {outer.muted.num_muted:,} muted, {len(outer.muted):,} held")
     for reason, count in reasons.most_common():
         print(f"  {count:>9,}  {reason}")
-    return untouched and not broken and growth < ALLOWED_GROWTH
+    return unchanged and not violations and growth < ALLOWED_GROWTH
 
 
 def _holds(target: Target) -> bool:
-    """Every group is somewhere, and the honest actor still has its leases and its place."""
+    """Whether every group is accounted for, and the correct actor still has its leases."""
     service = target.machine.service
     has_leases = bool(service.lifecycle.leases.of_holder(HONEST)) or service.ended
     return books_close(target) and has_leases
@@ -95,13 +98,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text("{}")
         if arguments.engine != "atheris":
-            print("--- own mutations of a corpus of every message")
+            print("--- mutations of a corpus of all message types")
             held = fuzz(arguments.frames, arguments.seed, Path(folder))
     if arguments.engine != "own":
         if importlib.util.find_spec("atheris") is None:
             print("--- atheris is not installed here (pip install atheris): not run")
         else:
-            print("--- atheris: inputs chosen by coverage", flush=True)
+            print("--- atheris: coverage-guided inputs", flush=True)
             command = [sys.executable, "-m", "benchmarks.fuzz_atheris", str(arguments.frames)]
             held = subprocess.run(command, check=False).returncode == 0 and held
     print("all held" if held else "NOT ALL HELD")

@@ -1,8 +1,9 @@
-"""The same target under atheris: libFuzzer chooses inputs by what new code they reach.
+"""The same target under atheris: libFuzzer generates inputs that reach new code.
 
     python -m benchmarks.fuzz_atheris FRAMES
 
-An input is a number of frames, their lengths, and their bytes. A tenth comes from an insider.
+An input consists of the number of frames, their lengths, and their bytes. A tenth of the inputs
+come from an insider.
 """
 
 import sys
@@ -23,38 +24,38 @@ MAX_INPUT_BYTES = 4096
 
 
 def packed(frames: Frames) -> bytes:
-    """Frames as an input."""
+    """Serialize frames to an input."""
     lengths = b"".join(len(frame).to_bytes(2, "little") for frame in frames)
     return bytes([len(frames)]) + lengths + b"".join(frames)
 
 
 def unpacked(data: bytes) -> Frames:
-    """An input as frames, whatever it is."""
+    """Parse arbitrary input bytes into frames."""
     count = data[0] % 16 if data else 0
     lengths = [int.from_bytes(data[1 + 2 * i : 3 + 2 * i], "little") for i in range(count)]
-    frames, at = [], 1 + 2 * count
+    frames, offset = [], 1 + 2 * count
     for length in lengths:
-        frames.append(data[at : at + length])
-        at += length
+        frames.append(data[offset : offset + length])
+        offset += length
     return frames
 
 
-class Fire:
+class FuzzTarget:
     def __init__(self, num_frames: int, model: Path) -> None:
         self._num_frames = num_frames
         self._model = model
         self._outer, self._inner = Target(model), Target(model)
         self._before = self._outer.digest()
-        self._strangers = Strangers(0)
+        self._unknown_peers = Strangers(0)
         self._number = 0
         self._warm_mib = 0.0
-        self._began_s = time.perf_counter()
+        self._start_s = time.perf_counter()
 
-    def shoot(self, data: bytes) -> None:
+    def run_one(self, data: bytes) -> None:
         self._number += 1
         frames = unpacked(data)
         if self._number % 10:
-            self._outer.receive(self._strangers.next(), frames)
+            self._outer.receive(self._unknown_peers.next(), frames)
         else:
             self._inner.receive(LIAR, frames)
             if LIAR.encode() in self._inner.muted:
@@ -68,14 +69,14 @@ class Fire:
             self._report()
 
     def _report(self) -> None:
-        wall_s = time.perf_counter() - self._began_s
+        wall_s = time.perf_counter() - self._start_s
         growth = resident_mib() / self._warm_mib - 1
         print(f"{self._number:,} inputs in {wall_s:.0f} s, {self._number / wall_s:,.0f} inputs/s")
-        print(f"exceptions: 0; state untouched: {self._outer.digest() == self._before}")
+        print(f"exceptions: 0; state unchanged: {self._outer.digest() == self._before}")
         print(f"memory {self._warm_mib:.1f} MiB after 20%, then {growth:+.2%}", flush=True)
         for reason, count in self._outer.reasons.most_common(40):
             print(f"  {count:>9,}  {reason}")
-        assert growth < 5 * ALLOWED_GROWTH  # libFuzzer's own corpus grows with what it finds
+        assert growth < 5 * ALLOWED_GROWTH  # libFuzzer's own corpus grows
         sys.stdout.flush()
 
 
@@ -87,8 +88,8 @@ def main() -> None:
         seeds.mkdir()
         (model / "config.json").write_text("{}")
         spoiler = Spoiler(1)
-        whole = [[bytes(frame) for frame in encode(message)] for message in corpus()]
-        for number, frames in enumerate([*whole, *(spoiler.next() for _ in range(500))]):
+        valid = [[bytes(frame) for frame in encode(message)] for message in corpus()]
+        for number, frames in enumerate([*valid, *(spoiler.next() for _ in range(500))]):
             data = packed(frames[:15])
             if len(data) <= MAX_INPUT_BYTES:
                 (seeds / f"{number}").write_bytes(data)
@@ -98,8 +99,8 @@ def main() -> None:
             f"-max_len={MAX_INPUT_BYTES}",
             "-rss_limit_mb=4096",
         ]
-        fire = Fire(num_frames, model)
-        atheris.Setup([sys.argv[0], *options, "-verbosity=0", str(seeds)], fire.shoot)
+        fuzz_target = FuzzTarget(num_frames, model)
+        atheris.Setup([sys.argv[0], *options, "-verbosity=0", str(seeds)], fuzz_target.run_one)
         atheris.Fuzz()
 
 

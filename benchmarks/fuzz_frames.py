@@ -1,4 +1,4 @@
-"""Frames that no honest peer sends: a corpus of every message, and ways to spoil it."""
+"""Frames that no correct peer sends: a corpus of every message type, and mutations of it."""
 
 import math
 import random
@@ -16,18 +16,18 @@ from speed_async.types import ActorCounts, Float32Array, Int32Array
 
 Frames = list[bytes]
 
-NASTY: tuple[object, ...] = (
+EDGE_VALUES: tuple[object, ...] = (
     *(None, True, False, 0, 1, -1, 2**31 - 1, 2**31, -(2**31), 2**63 - 1, -(2**63), 2**64 - 1),
     *(0.0, -0.0, 1e308, math.nan, math.inf, -math.inf, "", "x" * 5000, "\x00", "\ud7ff", b"raw"),
     *([], {}, [[]], {"a": []}, [0] * 5000, {str(i): i for i in range(500)}, "<i8", "|O", [-1]),
 )
 NASTY_DEEP = b"\x91" * 1000 + b"\x90"
-NASTY_FLOATS = (math.nan, math.inf, -math.inf, 1.0, 1e38, -1e38)
-NASTY_INTS = (-1, -(2**31), 2**31 - 1, 100, 65)
+EDGE_FLOATS = (math.nan, math.inf, -math.inf, 1.0, 1e38, -1e38)
+EDGE_INTS = (-1, -(2**31), 2**31 - 1, 100, 65)
 
 
 def corpus() -> list[Message]:
-    """One whole message of every type, as a peer of the service or the service itself sends it."""
+    """One valid message of every type, as a peer of the service or the service itself sends it."""
     found = []
     for module in (messages, joining, session):
         for kind in vars(module).values():
@@ -52,7 +52,7 @@ def _value(name: str, hint: object) -> object:
         int: 0 if name in ("number", "heard") else 1,
         float: 0.5,
         bool: False,
-        str: texts.get(name, "\n"),  # unprintable: a stranger's Join is refused
+        str: texts.get(name, "\n"),  # unprintable: the Join of an unknown peer is refused
         list[int]: [1, 2],
         list[str]: ["actor-1.0"],
         dict[str, float]: {"time/wait_s": 0.5},
@@ -66,16 +66,16 @@ def _value(name: str, hint: object) -> object:
 
 
 class Spoiler:
-    """Spoiled frames of the corpus, the same ones for one seed."""
+    """Mutated frames of the corpus, deterministic for a seed."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
-        self._whole: list[Frames] = [
+        self._valid: list[Frames] = [
             [bytes(frame) for frame in encode(message)] for message in corpus()
         ]
-        self._ways: list[Callable[[Frames], Frames]] = [
-            *(self._flip, self._cut, self._splice, self._repeat, self._rubbish),
-            *(self._leaf, self._leaf, self._leaf, self._array, self._whole_as_it_is, self._deep),
+        self._mutations: list[Callable[[Frames], Frames]] = [
+            *(self._flip, self._cut, self._splice, self._repeat, self._random_frames),
+            *(self._leaf, self._leaf, self._leaf, self._array, self._unchanged, self._deep),
         ]
 
     def __iter__(self) -> Iterator[Frames]:
@@ -83,64 +83,64 @@ class Spoiler:
             yield self.next()
 
     def next(self) -> Frames:
-        frames = list(self._random.choice(self._whole))
+        frames = list(self._random.choice(self._valid))
         for _ in range(self._random.choice((1, 1, 1, 2, 4))):
             if frames:
-                frames = self._random.choice(self._ways)(frames)
+                frames = self._random.choice(self._mutations)(frames)
         return frames
 
     def _flip(self, frames: Frames) -> Frames:
-        place = self._random.randrange(len(frames))
-        data = bytearray(frames[place])
+        position = self._random.randrange(len(frames))
+        data = bytearray(frames[position])
         for _ in range(self._random.randint(1, 8) if data else 0):
             data[self._random.randrange(len(data))] ^= 1 << self._random.randrange(8)
-        frames[place] = bytes(data)
+        frames[position] = bytes(data)
         return frames
 
     def _cut(self, frames: Frames) -> Frames:
-        place = self._random.randrange(len(frames))
-        data, at = frames[place], self._random.randint(0, len(frames[place]))
+        position = self._random.randrange(len(frames))
+        data, offset = frames[position], self._random.randint(0, len(frames[position]))
         new = self._random.randbytes(self._random.randint(0, 9))
-        frames[place] = data[:at] + new + data[at + self._random.randint(0, 9) :]
+        frames[position] = data[:offset] + new + data[offset + self._random.randint(0, 9) :]
         return frames
 
     def _splice(self, frames: Frames) -> Frames:
-        other = self._random.choice(self._whole)
+        other = self._random.choice(self._valid)
         return frames[: self._random.randint(0, len(frames))] + other[1:]
 
     def _repeat(self, frames: Frames) -> Frames:
         return frames * self._random.choice((2, 3, 40)) if len(frames) < 100 else frames[:1]
 
-    def _rubbish(self, frames: Frames) -> Frames:
+    def _random_frames(self, frames: Frames) -> Frames:
         count = self._random.randint(0, 5)
         return [self._random.randbytes(self._random.choice((0, 1, 7, 300))) for _ in range(count)]
 
-    def _whole_as_it_is(self, frames: Frames) -> Frames:
+    def _unchanged(self, frames: Frames) -> Frames:
         return frames
 
     def _deep(self, frames: Frames) -> Frames:
-        """A value nested as deep as msgpack takes it in some field's place."""
+        """Replace some field by a value nested as deep as msgpack accepts."""
         header = frames[0]
-        at = header.find(b"\xa5heard")
-        if at > 0:
-            frames[0] = header[: at + 6] + NASTY_DEEP + header[at + 7 :]
+        offset = header.find(b"\xa5heard")
+        if offset > 0:
+            frames[0] = header[: offset + 6] + NASTY_DEEP + header[offset + 7 :]
         return frames
 
     def _leaf(self, frames: Frames) -> Frames:
-        """Another value somewhere in the header, which stays valid msgpack."""
+        """Replace a random value of the header, which stays valid msgpack."""
         try:
             header: Any = msgpack.unpackb(frames[0], strict_map_key=False)
         except (ValueError, TypeError, msgpack.UnpackException):
             return frames
-        place: Any = header
-        while isinstance(place, list | dict) and place:
-            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        node: Any = header
+        while isinstance(node, list | dict) and node:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
             key = self._random.choice(keys)
-            inner = place[key]
+            inner = node[key]
             if not isinstance(inner, list | dict) or not inner or self._random.random() < 0.2:
-                place[key] = self._random.choice(NASTY)
+                node[key] = self._random.choice(EDGE_VALUES)
                 break
-            place = inner
+            node = inner
         try:
             frames[0] = msgpack.packb(header) or b""
         except (ValueError, TypeError, OverflowError):
@@ -148,19 +148,19 @@ class Spoiler:
         return frames
 
     def _array(self, frames: Frames) -> Frames:
-        """Another number in one of its arrays."""
+        """Replace a number in one of the arrays."""
         if len(frames) < 2:
             return frames
-        place = self._random.randrange(1, len(frames))
-        data = bytearray(frames[place])
+        position = self._random.randrange(1, len(frames))
+        data = bytearray(frames[position])
         if len(data) >= 4:
             floats = self._random.random() < 0.5
             number = (
-                np.float32(self._random.choice(NASTY_FLOATS))
+                np.float32(self._random.choice(EDGE_FLOATS))
                 if floats
-                else np.int32(self._random.choice(NASTY_INTS))
+                else np.int32(self._random.choice(EDGE_INTS))
             )
-            at = 4 * self._random.randrange(len(data) // 4)
-            data[at : at + 4] = number.tobytes()
-        frames[place] = bytes(data)
+            offset = 4 * self._random.randrange(len(data) // 4)
+            data[offset : offset + 4] = number.tobytes()
+        frames[position] = bytes(data)
         return frames

@@ -1,7 +1,7 @@
-"""A service under fire, in one process: the codec, the mute table, the journaled machine's core.
+"""A service under attack in one process: codec, mute table, and the journaled state machine.
 
-Strangers have new names all the time; an insider is an actor with leases that begins to lie. Frames
-are taken in as the shell (buffer/server.py) takes them in from its hub.
+Unknown peers use new names all the time. An insider is an actor with leases that starts to send
+invalid messages. Frames are processed as the server (buffer/server.py) processes them from its hub.
 """
 
 import random
@@ -25,8 +25,8 @@ from speed_async.types import ActorCounts
 
 FINGERPRINT = "f"
 HONEST, LIAR = "actor-1.0", "actor-2.0"
-LIES_EACH = 200
-"""Frames of one insider before the next run."""
+FRAMES_PER_INSIDER = 200
+"""Number of frames from one insider before the next run."""
 
 
 @cache
@@ -44,7 +44,7 @@ def _config(model: Path) -> Config:
 
 
 class Target:
-    """One run of two actors and a learner, with leases out and a group in the buffer."""
+    """One run of two actors and a learner, with open leases and a group in the buffer."""
 
     def __init__(self, model: Path) -> None:
         service = BufferService(
@@ -63,16 +63,16 @@ class Target:
         self._begin()
 
     def digest(self) -> str:
-        """All that a stranger may not touch, as text. It may ask to join: see `num_known`."""
+        """State that an unknown peer must not change, as text. Joining is allowed (`num_known`)."""
         service = self.machine.service
-        life, members = service.lifecycle, service.membership
-        ledger = life.ledger
+        lifecycle, members = service.lifecycle, service.membership
+        ledger = lifecycle.ledger
         parts = (
-            ledger.table(life.leases.num_training),
+            ledger.table(lifecycle.leases.num_training),
             ledger.by_actor(),
             sorted(ledger.failures.items()),
-            [entry for name in (HONEST, LIAR) for entry in life.leases.of_holder(name)],
-            [(len(life.buffer), life.buffer.num_bytes), sorted(life.in_training)],
+            [entry for name in (HONEST, LIAR) for entry in lifecycle.leases.of_holder(name)],
+            [(len(lifecycle.buffer), lifecycle.buffer.num_bytes), sorted(lifecycle.in_training)],
             [members.actors[name] for name in sorted(members.actors)],
             (sorted(members.lost), members.learner),
             (service.policy_version, service.phase, service.ended, service.warning),
@@ -80,7 +80,7 @@ class Target:
         return repr(parts)
 
     def receive(self, peer: str, frames: list[bytes]) -> None:
-        """As the hub and the shell do it: dropped, refused, or taken in."""
+        """Process frames like the hub and the server: drop, refuse or accept them."""
         name = peer.encode()
         if name in self.muted:
             self.reasons["dropped unread: its peer is muted"] += 1
@@ -97,7 +97,7 @@ class Target:
         self._flush()
 
     def _flush(self) -> None:
-        """Stands where the shell sends: what is said is counted and forgotten."""
+        """Stands in for the server's send loop: counts and discards outgoing messages."""
         conversations, guard = self.machine.conversations, self.machine.service.validator
         for _, reply in conversations.replies:
             if isinstance(reply, m.Rejected):
@@ -120,23 +120,23 @@ class Target:
         counts = ActorCounts()
         for index, name in enumerate(("learner", HONEST, LIAR)):
             role = "actor" if index else "learner"
-            self._say(
+            self._send(
                 name,
                 m.Hello(
                     role=role, index=index, incarnation=0, fingerprint=FINGERPRINT, process_id=1
                 ),
             )
         for name in (HONEST, LIAR):
-            self._say(name, m.WantWork(num_prompts=3, counts=counts))
+            self._send(name, m.WantWork(num_prompts=3, counts=counts))
 
-    def _say(self, peer: str, message: m.Message) -> None:
+    def _send(self, peer: str, message: m.Message) -> None:
         self.machine.message(peer, message, self._now_s)
         self._flush()
         assert peer.encode() not in self.muted
 
 
 class Strangers:
-    """Ever new names, some of which come back."""
+    """A stream of new names, some of which repeat."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -145,14 +145,14 @@ class Strangers:
     def next(self) -> str:
         self._count += 1
         if self._random.random() < 0.1:
-            return f"stranger-{self._random.randrange(self._count)}"
-        return f"stranger-{self._count}"
+            return f"unknown-{self._random.randrange(self._count)}"
+        return f"unknown-{self._count}"
 
 
 def books_close(target: Target) -> bool:
-    """Whether each group is somewhere exactly once, whatever an insider said."""
-    life = target.machine.service.lifecycle
-    checks = life.ledger.checks(life.leases.num_training)
+    """Whether each group is accounted for exactly once, regardless of an insider's messages."""
+    lifecycle = target.machine.service.lifecycle
+    checks = lifecycle.ledger.checks(lifecycle.leases.num_training)
     return next(holds for name, holds in checks.items() if name.startswith("groups:"))
 
 
@@ -173,5 +173,5 @@ MARKS = (
 
 
 def _kind(reason: str) -> str:
-    """A reason without its particulars."""
+    """The reason without its details."""
     return next((mark.strip(": ") for mark in MARKS if mark in reason), reason[:40])

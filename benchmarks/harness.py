@@ -1,4 +1,4 @@
-"""What every benchmark shares: a rich table on the screen, and the same rows as JSON."""
+"""Shared by all benchmarks: a rich table on the terminal, and the same rows as JSON."""
 
 import json
 import os
@@ -18,14 +18,14 @@ TIMEOUT_S = 900.0
 
 
 def output_of(command: Sequence[str | Path], environment: Mapping[str, str]) -> str:
-    """Run another program to its end; its stdout. RuntimeError with its last words if it fails."""
+    """Run another program and return its stdout. RuntimeError with the tail of its stderr."""
     texts = list(map(str, command))
-    ended = subprocess.run(
+    completed = subprocess.run(
         texts, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
     )
-    if ended.returncode:
-        raise RuntimeError(f"{' '.join(texts)} failed:\n{ended.stderr[-2000:]}")
-    return ended.stdout
+    if completed.returncode:
+        raise RuntimeError(f"{' '.join(texts)} failed:\n{completed.stderr[-2000:]}")
+    return completed.stdout
 
 
 def report(name: str, title: str, rows: list[dict[str, object]]) -> None:

@@ -1,10 +1,10 @@
-"""A million groups in the priority buffer: time of each operation, and bytes of each group.
+"""A million groups in the priority buffer: time per operation, and bytes per group.
 
-The groups wait on disk (`message` is None), so that what is counted is the buffer's own. Their
-versions and pass rates are those of a run: groups of 24, four versions in the buffer. Times are of
-the processor. Bytes are of the process (resident) over the groups there were at most, so that what
-the allocator wastes and what is left of departed groups is in them. The longest call may hold a
-sweep of all departed groups.
+The groups are on disk (`message` is None), so that only the buffer's own memory is counted. Their
+versions and pass rates are those of a run: groups of 24, four versions in the buffer. Times are
+processor times. Bytes are the resident size of the process over the maximum number of groups, and
+therefore include allocator overhead and what removed groups leave behind. The longest call may
+include a sweep over all removed groups.
 
 Usage: python -m benchmarks.priority_buffer
 """
@@ -24,7 +24,7 @@ NUM_GROUPS = 1_000_000
 GROUP_SIZE = 24
 GROUPS_A_BATCH = 16
 NUM_STEADY = 200_000
-"""Insertions and takes while the buffer stays full."""
+"""Number of insertions and takes while the buffer stays full."""
 
 
 def make_groups(num_groups: int, first_lease: int, version: int) -> Iterator[BufferedGroup]:
@@ -44,13 +44,13 @@ def make_groups(num_groups: int, first_lease: int, version: int) -> Iterator[Buf
 
 
 def timed(calls: Iterator[Callable[[], object]], groups_each: int = 1) -> tuple[float, float]:
-    """Mean microseconds for each group, and the longest call, in milliseconds. What makes the
-    calls is not in it."""
+    """Mean microseconds per group, and the longest call in milliseconds. The time to create the
+    calls is not included."""
     total_s, longest_s, num_calls = 0.0, 0.0, 0
     for call in calls:
-        began_s = time.process_time()
+        start_s = time.process_time()
         call()
-        took_s = time.process_time() - began_s
+        took_s = time.process_time() - start_s
         total_s += took_s
         longest_s = max(longest_s, took_s)
         num_calls += 1
@@ -83,7 +83,7 @@ def measure(num_groups: int, num_steady: int, max_passed_over: int) -> list[dict
     buffer = make_buffer(num_groups, max_passed_over)
     rows: list[dict[str, object]] = []
 
-    def note(what: str, times: tuple[float, float]) -> None:
+    def add_row(what: str, times: tuple[float, float]) -> None:
         gc.collect()
         rows.append(
             {
@@ -96,18 +96,18 @@ def measure(num_groups: int, num_steady: int, max_passed_over: int) -> list[dict
             }
         )
 
-    note("insert", timed(inserts(buffer, make_groups(num_groups, 0, 0))))
+    add_row("insert", timed(inserts(buffer, make_groups(num_groups, 0, 0))))
     fresh = make_groups(num_steady, num_groups, 1)
-    note("insert, evict the worst", timed(inserts(buffer, fresh)))
+    add_row("insert, evict the worst", timed(inserts(buffer, fresh)))
     num_takes = num_steady // GROUPS_A_BATCH
-    note("take", timed(takes(buffer, num_takes), GROUPS_A_BATCH))
-    note("insert again", timed(inserts(buffer, make_groups(num_steady, 2 * num_groups, 1))))
+    add_row("take", timed(takes(buffer, num_takes), GROUPS_A_BATCH))
+    add_row("insert again", timed(inserts(buffer, make_groups(num_steady, 2 * num_groups, 1))))
     num_old = len(buffer)
     times = timed(iter([lambda: buffer.drop_older_than(2)]))
     num_old -= len(buffer)
-    note(f"drop {num_old:,} stale", (1e3 * times[1] / max(num_old, 1), times[1]))
+    add_row(f"drop {num_old:,} stale", (1e3 * times[1] / max(num_old, 1), times[1]))
     left = len(buffer) // GROUPS_A_BATCH
-    note("take all", timed(takes(buffer, left), GROUPS_A_BATCH))
+    add_row("take all", timed(takes(buffer, left), GROUPS_A_BATCH))
     return rows
 
 

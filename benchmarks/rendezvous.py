@@ -1,12 +1,12 @@
-"""How long the talk around a weight transfer takes, by the number of receivers.
+"""Time of the coordination around a weight transfer, by number of receivers.
 
-The store's part of it, with the calls of `speed_async/weight_sync/handshake.py`: at the rendezvous
-every receiver says that it is there and waits for the go; in every transfer it leaves its verdict
-on the manifest, which the sender gathers. Receivers are threads of four processes on this
-machine, so their work shares its cores with the store's. Connecting is timed apart: torch looks
-up the name of every peer's address, and where the name server does not answer a burst of such
-questions at once, that takes its timeout (5 s). Making the process group, and the broadcasts, are
-not in it.
+Measures the store's part, with the calls of `speed_async/weight_sync/handshake.py`. At the
+rendezvous every receiver registers and waits for the start signal. In every transfer it writes its
+verdict on the manifest, and the sender collects the verdicts. Receivers are threads of four
+processes on this machine, so they share its cores with the store. Connecting is timed separately:
+torch resolves the name of every peer's address, and a name server that does not answer a burst of
+such queries costs its timeout (5 s). Creating the process group and the broadcasts are not
+included.
 
 Usage: python -m benchmarks.rendezvous
 """
@@ -32,7 +32,7 @@ DEADLINE_S = 60.0
 
 
 def receive(offer: WeightOffer, ranks: list[int], barrier: Barrier) -> None:
-    """All receivers of one process, in step with the sender."""
+    """Run all receivers of one process, in lockstep with the sender."""
     threads = [
         threading.Thread(target=_one_receiver, args=(offer, rank, barrier)) for rank in ranks
     ]
@@ -61,20 +61,20 @@ def gather(store: Store, num_receivers: int, barrier: Barrier) -> dict[str, list
     times_s: dict[str, list[float]] = {"connect": [], "rendezvous": [], "verdicts": []}
     for repeat in range(NUM_REPEATS):
         barrier.wait(DEADLINE_S)
-        began_s = time.perf_counter()
+        start_s = time.perf_counter()
         barrier.wait(DEADLINE_S)
-        times_s["connect"].append(time.perf_counter() - began_s)
+        times_s["connect"].append(time.perf_counter() - start_s)
         barrier.wait(DEADLINE_S)
-        began_s = time.perf_counter()
+        start_s = time.perf_counter()
         _collect(store, [f"{repeat}/joined/{rank}" for rank in range(num_receivers)])
         store.set(f"{repeat}/go", "")
         barrier.wait(DEADLINE_S)
-        times_s["rendezvous"].append(time.perf_counter() - began_s)
+        times_s["rendezvous"].append(time.perf_counter() - start_s)
         barrier.wait(DEADLINE_S)
-        began_s = time.perf_counter()
+        start_s = time.perf_counter()
         keys = [f"{repeat}/verdict/{rank}" for rank in range(num_receivers)]
         _collect(store, keys)
-        times_s["verdicts"].append(time.perf_counter() - began_s)
+        times_s["verdicts"].append(time.perf_counter() - start_s)
         for key in keys:
             store.delete_key(key)
     return times_s
@@ -117,8 +117,8 @@ def main() -> None:
     rows = [measure(num_receivers) for num_receivers in NUM_RECEIVERS]
     for what in ("rendezvous_ms", "verdicts_ms"):
         slope, start = np.polyfit(NUM_RECEIVERS, [float(str(row[what])) for row in rows], 1)
-        print(f"{what}: {start:.2f} + {slope:.3f} for each receiver")
-    report("rendezvous", f"The store's share of a transfer, medians of {NUM_REPEATS}", rows)
+        print(f"{what}: {start:.2f} + {slope:.3f} per receiver")
+    report("rendezvous", f"The store's part of a transfer, medians of {NUM_REPEATS}", rows)
 
 
 if __name__ == "__main__":

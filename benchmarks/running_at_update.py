@@ -1,7 +1,8 @@
-"""What should become of running sequences at an update: keep their keys, or recompute them?
+"""Handling of running sequences at an update: keep their KV cache, or recompute it.
 
-The quickstart with either choice, on either engine: speed, pause, and how far off-policy the
-trained tokens are. Medians over seeds; the last columns are means over the updates of a run.
+Runs the quickstart with either choice, on either engine, and compares speed, pause, and how far
+off-policy the trained tokens are. Medians over seeds. The last columns are means over the updates
+of a run.
 
 Usage: python -m benchmarks.running_at_update [--seeds N] [--engines torch,vllm]
 """
@@ -32,9 +33,9 @@ def run_once(engine: str, choice: str, seed: int) -> dict[str, float]:
             "actors.running_at_update": choice,
             "evaluate.every": "0",
         }
-        words = [word for name, value in overrides.items() for word in (f"--{name}", value)]
+        options = [option for name, value in overrides.items() for option in (f"--{name}", value)]
         output_of(
-            [sys.executable, "-m", "speed_async", "train", str(QUICKSTART), *words],
+            [sys.executable, "-m", "speed_async", "train", str(QUICKSTART), *options],
             os.environ | {"TOKENIZERS_PARALLELISM": "false"},
         )
         summary = json.loads((folder / "summary.json").read_text())
@@ -64,9 +65,9 @@ def main() -> None:
         for seed in range(arguments.seeds):
             for choice in CHOICES if seed % 2 == 0 else reversed(CHOICES):
                 runs[choice].append(run_once(engine, choice, seed))
-        for choice, of_choice in runs.items():
+        for choice, choice_runs in runs.items():
             medians = {
-                name: statistics.median(run[name] for run in of_choice) for name in of_choice[0]
+                name: statistics.median(run[name] for run in choice_runs) for name in choice_runs[0]
             }
             rows.append({"engine": engine, "choice": choice, **medians})
     report(

@@ -1,7 +1,7 @@
-"""The tables of docs/scaling.md, from benchmarks/scaling_constants.py and scaling_model.py.
+"""The tables of docs/scaling.md, computed by scaling_constants.py and scaling_model.py.
 
 python -m benchmarks.scaling            print them
-python -m benchmarks.scaling --write    put them into docs/scaling.md, behind its marker
+python -m benchmarks.scaling --write    write them to docs/scaling.md, after its marker
 """
 
 import argparse
@@ -12,7 +12,6 @@ from benchmarks import scaling_constants as c
 from benchmarks.harness import ROOT
 from benchmarks.scaling_constants import MODELS, Batch, Lengths, Model
 from benchmarks.scaling_model import (
-    ASIDE,
     DIRECT,
     ENGINES,
     FREE,
@@ -21,6 +20,7 @@ from benchmarks.scaling_model import (
     PRESENT,
     RESPONSE,
     SHARDS,
+    WHILE_SAMPLING,
     Engine,
     Plan,
     Split,
@@ -50,7 +50,7 @@ OTHERS = (
     ("checkpoint-engine, broadcast, 8 H800, Qwen3-235B-A22B", 470e9, 6.2, "its README"),
     ("RDMA writes, 256 to 128 GPUs, Kimi-K2", 1e12, 1.3, "le.qun.ch, 2025-09-17"),
 )
-"""What, bytes of one copy, seconds of one update, source."""
+"""System, bytes of one copy, seconds per update, source."""
 
 
 def rows_of(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -59,7 +59,7 @@ def rows_of(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Two figures, or whole from 10 on."""
+    """Two significant digits, or a whole number from 10 on."""
     return f"{value:,.0f}" if value >= 9.95 else f"{value:.2g}"
 
 
@@ -86,9 +86,9 @@ def constants() -> list[str]:
         ("verdicts of n receivers", line(c.VERDICTS_S), MEASURED,
          "`benchmarks.rendezvous`, 8 to 128 receivers; beyond, extrapolated"),
         ("rendezvous of n receivers", line(c.RENDEZVOUS_S), MEASURED,
-         "the same; not in it: connecting, and making the NCCL group"),
+         "the same; excludes connecting and creating the NCCL group"),
         ("pause beyond the transfer", kept, MEASURED, "`running_at_update = keep`, 0.35 M model"),
-        ("tokens made for one trained", f"{c.GENERATED_PER_TRAINED}", MEASURED,
+        ("tokens generated per trained token", f"{c.GENERATED_PER_TRAINED}", MEASURED,
          "time_to_accuracy.md, SPEED over RLOO"),
         ("service, one core", f"{number(c.SERVICE_MESSAGES_PER_S)} messages/s of 256 tokens;"
          f" {c.SERVICE_BYTES_PER_S / 1e6:.0f} MB/s", MEASURED, "ZeroMQ on loopback, 32,768 tokens"),
@@ -96,16 +96,16 @@ def constants() -> list[str]:
          "`weights.bucket_bytes`, `process_group.py`"),
         ("`max_staleness`", f"{c.MAX_STALENESS}", CODE, "default"),
         ("NVLink, one GPU, one direction", f"{c.NVLINK_BYTES_PER_S / GIGA:.0f} GB/s", ASSUMED,
-         "two thirds of its 450"),
+         "two thirds of the nominal 450"),
         ("ring: chunk, hop", f"{c.CHUNK_BYTES // 1024} KiB; {1e6 * c.NODE_HOP_S:.0f} us between"
          f" nodes, {1e6 * c.GPU_HOP_S:.0f} us inside", ASSUMED, "NCCL's simple protocol"),
         ("learner", f"MFU {c.MFU}, {c.TRAINING_BYTES_PER_PARAMETER} bytes a parameter", ASSUMED,
-         "fp32 master and AdamW, sharded; 6 x active parameters x tokens, attention left out"),
+         "fp32 master and AdamW, sharded; 6 x active parameters x tokens, without attention"),
         ("decoding", f"{percent(c.HBM_EFFICIENCY)} of memory's and"
          f" {percent(c.DECODE_FLOPS_EFFICIENCY)} of arithmetic's peak,"
-         f" {1000 * c.STEP_OVERHEAD_S:.0f} ms a step beside", ASSUMED, "bf16, no speculation"),
-        ("responses", f"mean 4,096 or 16,384 tokens, exponential, cut at {c.CAP_OVER_MEAN} means;"
-         f" prompts of {c.PROMPT_TOKENS}", ASSUMED, ""),
+         f" {1000 * c.STEP_OVERHEAD_S:.0f} ms overhead per step", ASSUMED, "bf16, no speculation"),
+        ("responses", "mean 4,096 or 16,384 tokens, exponential, truncated at"
+         f" {c.CAP_OVER_MEAN} means; prompts of {c.PROMPT_TOKENS}", ASSUMED, ""),
     ]  # fmt: skip
     return rows_of(("constant", "value", "kind", "from"), rows)
 
@@ -115,8 +115,8 @@ def line(fit: tuple[float, float]) -> str:
 
 
 def engines() -> list[str]:
-    head = ("model", "weights", "engine", "fewest learner GPUs", "sequences an engine holds")
-    head += ("tokens/s a GPU, full", "seconds to a mean response, full", "keys made anew, full")
+    head = ("model", "weights", "engine", "minimum learner GPUs", "sequences per engine")
+    head += ("tokens/s per GPU, full", "seconds per mean response, full", "KV recompute, full")
     rows = []
     for model in MODELS:
         both = [Engine(model=model, lengths=lengths) for lengths in LENGTHS]
@@ -157,14 +157,14 @@ def others() -> list[str]:
     model = MODELS[-1]
     for gpus in (256, 1024):
         ours_s = transfer_s(PRESENT, model, model.learner_gpus, gpus - model.learner_gpus)
-        ours = f"here, present, {model.name}, {gpus:,} GPUs, computed"
+        ours = f"this project, present, {model.name}, {gpus:,} GPUs, computed"
         rows.append((ours, f"{number(ours_s)} s", number(model.weight_bytes / ours_s / GIGA), ""))
-    return rows_of(("system", "one update", "GB of one copy a second", "source"), rows)
+    return rows_of(("system", "one update", "GB of one copy per second", "source"), rows)
 
 
 def runs(batch: Batch) -> list[str]:
-    head = ("model", "GPUs", "of them learning", "an update, s", "limit", "sending, s")
-    head += ("engines paused", "engines' rate, of full", "learner waits", "versions a group spans")
+    head = ("model", "GPUs", "learner GPUs", "update, s", "limit", "transfer, s")
+    head += ("engines paused", "engine rate, of full", "learner waits", "versions per group")
     rows = []
     for model in MODELS:
         for gpus in GPUS:
@@ -175,7 +175,7 @@ def runs(batch: Batch) -> list[str]:
 
 
 def outcomes(model: Model, gpus: int, batch: Batch) -> list[Split] | None:
-    """One for each length; None when the model does not fit."""
+    """One split per response length. None when the model does not fit."""
     found = [
         best(Plan(model=model, gpus=gpus, batch=batch, lengths=lengths)) for lengths in LENGTHS
     ]
@@ -196,22 +196,22 @@ def _cells(found: list[Split]) -> tuple[str, ...]:
 
 
 def steps() -> list[str]:
-    """What each step adds to the ones before it."""
+    """The gain of each step over the previous ones."""
     window, many = c.MAX_STALENESS, MANY_VERSIONS
     more = replace(LARGE, groups=MORE_GROUPS * LARGE.groups)
-    ways = (
+    variants = (
         ("present", PRESENT, window, LARGE),
-        ("weights for nothing, all else as present", FREE, window, LARGE),
-        (f"`max_staleness` = {many}, sent as at present", PRESENT, many, LARGE),
+        ("weights at no cost, all else as present", FREE, window, LARGE),
+        (f"`max_staleness` = {many}, transfer as at present", PRESENT, many, LARGE),
         ("+ buckets of 1 GiB", LARGE_BUCKETS, many, LARGE),
         ("+ every learner rank sends its shard", SHARDS, many, LARGE),
-        (f"+ {MORE_GROUPS} times the groups an update", SHARDS, many, more),
-        ("or received while sampling, groups as before", ASIDE, many, LARGE),
+        (f"+ {MORE_GROUPS} times the groups per update", SHARDS, many, more),
+        ("or received while sampling, groups as before", WHILE_SAMPLING, many, LARGE),
     )
     columns = [(model, gpus) for gpus in (256, 1024) for model in MODELS]
     head = ("step", *(f"{model.name}, {gpus:,}" for model, gpus in columns))
     rows = []
-    for name, scheme, staleness, batch in ways:
+    for name, scheme, staleness, batch in variants:
         cells = []
         for model, gpus in columns:
             plan = Plan(
@@ -219,7 +219,7 @@ def steps() -> list[str]:
                 scheme=scheme, staleness=staleness,
             )  # fmt: skip
             found = best(plan)
-            rate = number(batch.completions / found.update_s) if found else "no room"
+            rate = number(batch.completions / found.update_s) if found else "does not fit"
             cells.append(f"{rate} ({LIMITS[found.limit]})" if found else rate)
         rows.append((name, *cells))
     return rows_of(head, rows)
@@ -227,21 +227,22 @@ def steps() -> list[str]:
 
 def service() -> list[str]:
     head = ("model", "actors", "reports/s", "other messages/s", "of one core's messages")
-    head += ("MB/s", "of one core's bytes", "a batch to the learner, s", "buffer, GB")
+    head += ("MB/s", "of one core's bytes", "batch to the learner, s", "buffer, GB")
     rows = []
     for model in MODELS:
         found = outcomes(model, 1024, LARGE)
         assert found is not None
         one = found[0]
         refused = (c.GENERATED_PER_TRAINED - 1) * (LARGE.n_init + LARGE.n_cont) / LARGE.n_init
-        of_groups = LARGE.groups * (4 + 3 * refused) / one.update_s
-        of_weights = 2 * one.num_engines / one.update_s
+        group_messages = LARGE.groups * (4 + 3 * refused) / one.update_s
+        weight_messages = 2 * one.num_engines / one.update_s
         reports = c.REPORTS_PER_S * one.num_engines
-        messages = reports + of_groups + of_weights
+        messages = reports + group_messages + weight_messages
         batch_bytes = LARGE.completions * LENGTHS[0].mean * c.BYTES_PER_TOKEN
         bytes_s = 2 * batch_bytes / one.update_s
         rows.append((
-            model.name, str(one.num_engines), number(reports), number(of_groups + of_weights),
+            model.name, str(one.num_engines), number(reports),
+            number(group_messages + weight_messages),
             percent(messages / c.SERVICE_MESSAGES_PER_S), number(bytes_s / 1e6),
             percent(bytes_s / c.SERVICE_BYTES_PER_S), number(batch_bytes / c.SERVICE_BYTES_PER_S),
             number((c.MAX_STALENESS + 1) * batch_bytes / GIGA),
@@ -250,15 +251,15 @@ def service() -> list[str]:
 
 
 def tables() -> str:
-    """All tables, as they stand in the document behind its marker."""
+    """All tables, as they appear in the document after its marker."""
     parts = {
         "Constants": constants(),
         "One engine, one copy (responses of 4k / 16k)": engines(),
         "Seconds to send all weights once": transfers(),
-        "What others measured": others(),
-        "Runs: 512 groups of 16 an update, present design (4k / 16k)": runs(LARGE),
-        "Runs: 16 groups of 24 an update, present design (4k / 16k)": runs(SMALL),
-        "Steps: completions trained a second, 512 groups of 16, 4k, each with the ones above":
+        "Published measurements": others(),
+        "Runs: 512 groups of 16 per update, present design (4k / 16k)": runs(LARGE),
+        "Runs: 16 groups of 24 per update, present design (4k / 16k)": runs(SMALL),
+        "Steps: completions trained per second, 512 groups of 16, 4k, each with the previous ones":
             steps(),
         "The service at 1,024 GPUs, 512 groups of 16, 4k": service(),
     }  # fmt: skip
@@ -270,13 +271,13 @@ def tables() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into docs/scaling.md")
+    parser.add_argument("--write", action="store_true", help="write to docs/scaling.md")
     if not parser.parse_args().write:
         print(tables())
         return
     text, found, _ = DOCUMENT.read_text().partition(MARKER)
     if not found:
-        raise ValueError(f"{DOCUMENT} has lost its marker line: {MARKER}")
+        raise ValueError(f"{DOCUMENT} has no marker line: {MARKER}")
     DOCUMENT.write_text(text + tables())
 
 

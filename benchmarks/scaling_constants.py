@@ -1,4 +1,4 @@
-"""What docs/scaling.md starts from: constants, models, batches and response lengths.
+"""Inputs of docs/scaling.md: constants, models, batches and response lengths.
 
 Units: seconds, bytes, tokens, floating-point operations. Rates are per second.
 """
@@ -27,11 +27,11 @@ GENERATED_PER_TRAINED = 1.5
 PAUSE_BEYOND_TRANSFER_S = 0.005
 RENDEZVOUS_S = (0.0001, 0.000067)
 VERDICTS_S = (0.0, 0.000034)
-"""Seconds before the first member, and for each member more."""
+"""Fixed seconds, and seconds per member."""
 SERVICE_BYTES_PER_S = 697e6
 SERVICE_MESSAGES_PER_S = 13.9e3
 
-# --- what the code says ---------------------------------------------------------------------------
+# --- taken from the code --------------------------------------------------------------------------
 BUCKET_BYTES = WeightsConfig().bucket_bytes
 MAX_STALENESS = BufferConfig().max_staleness
 REPORTS_PER_S = 1 / REPORT_INTERVAL_S
@@ -56,14 +56,14 @@ class Model:
     name: str
     parameters: float
     active: float
-    """Parameters that one token goes through."""
+    """Parameters used per token."""
     kv_bytes: int
     """Keys and values of one token, bf16."""
     engine_gpus: int
-    """GPUs that hold one copy, tensor-parallel."""
+    """Number of GPUs that hold one copy, tensor-parallel."""
     expert_parameters: float = 0.0
     chosen_share: float = 1.0
-    """Experts that one token chooses, of all."""
+    """Share of the experts that one token selects."""
 
     @property
     def weight_bytes(self) -> float:
@@ -71,13 +71,13 @@ class Model:
 
     @property
     def learner_gpus(self) -> int:
-        """Fewest GPUs that hold weights, gradients and optimiser: one to eight, or whole nodes."""
+        """Minimum GPUs for weights, gradients and optimizer state: one to eight, or whole nodes."""
         needed = TRAINING_BYTES_PER_PARAMETER * self.parameters / (USABLE_SHARE * HBM_BYTES)
         whole = math.ceil(needed)
         return whole if whole < GPUS_PER_NODE else GPUS_PER_NODE * math.ceil(whole / GPUS_PER_NODE)
 
     def bytes_read(self, num_running: float) -> float:
-        """Weights that a decode step of `num_running` sequences reads."""
+        """Bytes of weights that a decode step of `num_running` sequences reads."""
         unread = self.expert_parameters * (1 - self.chosen_share) ** num_running
         return 2 * (self.parameters - unread)
 
@@ -100,7 +100,7 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Lengths:
-    """Response lengths, exponential and cut at CAP_OVER_MEAN times their mean."""
+    """Response lengths, exponential and truncated midpoints CAP_OVER_MEAN times their mean."""
 
     mean: float
 
@@ -110,19 +110,19 @@ class Lengths:
 
     @cached_property
     def scale(self) -> float:
-        """Of the uncut exponential; mean = scale (1 - exp(-cap / scale))."""
+        """Scale of the untruncated exponential: mean = scale (1 - exp(-cap / scale))."""
         scale = self.mean
         for _ in range(100):
             scale = self.mean / -math.expm1(-self.cap / scale)
         return scale
 
-    @cache  # noqa: B019 (a handful of lengths in all)
+    @cache  # noqa: B019 (only a few distinct lengths)
     def longest_of(self, n: int) -> float:
-        """Expected longest of n: the integral of 1 - F(x)^n up to the cap (midpoint rule)."""
+        """Expected maximum of n: the integral of 1 - F(x)^n up to the cap (midpoint rule)."""
         num_parts = 4000
         width = self.cap / num_parts
-        at = ((part + 0.5) * width for part in range(num_parts))
-        return width * sum(1 - (-math.expm1(-x / self.scale)) ** n for x in at)
+        midpoints = ((part + 0.5) * width for part in range(num_parts))
+        return width * sum(1 - (-math.expm1(-x / self.scale)) ** n for x in midpoints)
 
     @property
     def running_context(self) -> float:

@@ -1,12 +1,12 @@
-"""What a run would do on clusters of H100 GPUs: arithmetic, nothing else.
+"""An analytical model of a run on clusters of H100 GPUs.
 
-Three things bound how often an update can happen, and the slowest of them decides:
+Three bounds limit the update rate; the slowest one decides:
 
 - the learner: training on a batch, then sending weights (it does not train meanwhile);
-- the engines: the tokens of a batch at their full rate, plus the pause of every update;
-- the response: a screened group needs the longest of its screening samples and then the longest
-  of its continuations, one after the other; its tokens may be `staleness` versions old at most,
-  and credits admit no more groups than fit into that window.
+- the engines: the tokens of a batch at full rate, plus the pause of every update;
+- the response: a screened group takes the longest of its screening samples and then the longest
+  of its continuations, in sequence. Its tokens may be at most `staleness` versions old, and credits
+  admit no more groups than fit into that window.
 """
 
 import math
@@ -17,27 +17,27 @@ from benchmarks import scaling_constants as c
 from benchmarks.scaling_constants import Batch, Lengths, Model
 
 NUM_HALVINGS = 30
-"""Of an interval, when an equation is solved."""
+"""Bisection steps per solved equation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Engine:
-    """One copy of a model at work on responses of these lengths."""
+    """One copy of a model that generates responses of these lengths."""
 
     model: Model
     lengths: Lengths
     copies: int = 1
-    """Of the weights in its memory."""
+    """Copies of the weights in its memory."""
 
     @property
     def max_running(self) -> float:
-        """Sequences whose keys fit; negative when not even the weights do."""
+        """Sequences whose KV cache fits. Negative when the weights do not fit."""
         held = self.copies * self.model.weight_bytes
         free = self.model.engine_gpus * c.USABLE_SHARE * c.HBM_BYTES - held
         return free / (self.model.kv_bytes * self.lengths.running_context)
 
     def step_s(self, num_running: float) -> float:
-        """One token for every running sequence: reading memory or computing, and the overhead."""
+        """Time of one decode step: memory reads or arithmetic, plus the overhead."""
         model, gpus = self.model, self.model.engine_gpus
         keys = num_running * model.kv_bytes * self.lengths.running_context
         read_s = (model.bytes_read(num_running) + keys) / (
@@ -52,7 +52,7 @@ class Engine:
         return num_running / self.step_s(num_running)
 
     def running_at(self, rate: float) -> float:
-        """Sequences that run when the engine is asked for `rate`; at most `max_running`."""
+        """Running sequences at a token rate of `rate`, at most `max_running`."""
         low, high = 0.0, self.max_running
         if self.rate(high) <= rate:
             return high
@@ -63,7 +63,7 @@ class Engine:
 
     @property
     def recompute_s(self) -> float:
-        """Keys of all running sequences made anew, when every slot is in use."""
+        """Time to recompute the KV cache of all running sequences with every slot in use."""
         tokens = self.max_running * self.lengths.running_context
         flops = 2 * self.model.active * tokens
         return flops / (self.model.engine_gpus * c.PEAK_FLOPS * c.DECODE_FLOPS_EFFICIENCY)
@@ -74,20 +74,20 @@ class Engine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scheme:
-    """A way to send weights."""
+    """A method of sending weights."""
 
     name: str
     bucket_bytes: int
     by_shard: bool = False
-    """Every learner rank broadcasts its part in a group of its own, all at once."""
+    """Every learner rank broadcasts its shard in a group of its own, all at once."""
     point_to_point: bool = False
-    """Learner ranks write to one GPU of each node what that node needs, once, over all its
-    network cards; NVLink does the rest. No group, no bucket, no ring."""
+    """Learner ranks write what each node needs to one GPU of it, once, over all network cards of
+    the node; NVLink distributes it. No group, no buckets, no ring."""
     while_sampling: bool = False
-    """Received beside the running engine into a second copy, which takes memory from the keys;
-    only copying that in place pauses it."""
+    """Received concurrently with sampling into a second copy, which reduces KV cache memory. Only
+    the local copy into place pauses the engine."""
     free: bool = False
-    """Takes no time: what sending costs is seen by comparing."""
+    """Takes no time. Comparing with it shows the cost of sending."""
 
 
 PRESENT = Scheme(name="present", bucket_bytes=c.BUCKET_BYTES)
@@ -95,11 +95,11 @@ LARGE_BUCKETS = Scheme(name="1 GiB buckets", bucket_bytes=c.LARGE_BUCKET_BYTES)
 SHARDS = Scheme(name="by shard", bucket_bytes=c.LARGE_BUCKET_BYTES, by_shard=True)
 DIRECT = Scheme(name="point to point", bucket_bytes=c.LARGE_BUCKET_BYTES, point_to_point=True)
 FREE = replace(PRESENT, name="for nothing", free=True)
-ASIDE = replace(SHARDS, name="by shard, while sampling", while_sampling=True)
+WHILE_SAMPLING = replace(SHARDS, name="by shard, while sampling", while_sampling=True)
 
 
 def ring_fill_s(num_ranks: int) -> float:
-    """Until the first chunk of a broadcast has gone through all ranks, node by node."""
+    """Time until the first chunk of a broadcast has passed all ranks, node by node."""
     nodes = math.ceil(num_ranks / c.GPUS_PER_NODE)
     node_hops = nodes - 1
     gpu_hops = num_ranks - 1 - node_hops
@@ -113,7 +113,7 @@ def linear_s(line: tuple[float, float], members: int) -> float:
 
 
 def transfer_s(scheme: Scheme, model: Model, learner_gpus: int, actor_gpus: int) -> float:
-    """One transfer of all weights to every actor GPU, verdicts on the manifest included."""
+    """Time to transfer all weights to every actor GPU, including verdicts on the manifest."""
     if scheme.free:
         return 0.0
     num_bytes = model.weight_bytes
@@ -131,12 +131,12 @@ def transfer_s(scheme: Scheme, model: Model, learner_gpus: int, actor_gpus: int)
     return verdicts_s + num_bytes / bandwidth + num_buckets * each_s
 
 
-# --- the whole ------------------------------------------------------------------------------------
+# --- the complete run -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What is run, and where."""
+    """The workload and the cluster."""
 
     model: Model
     gpus: int
@@ -151,7 +151,7 @@ LEARNER, ENGINES, RESPONSE = "learner", "engines", "response"
 
 @dataclass(frozen=True)
 class Split:
-    """A plan with so many of its GPUs learning, and how it then runs."""
+    """A plan with a given number of learner GPUs, and its resulting performance."""
 
     plan: Plan
     learner_gpus: int
@@ -172,12 +172,12 @@ class Split:
 
     @property
     def trained_tokens(self) -> float:
-        """Of one update."""
+        """Tokens trained per update."""
         return self.plan.batch.completions * self.plan.lengths.mean
 
     @property
-    def made_tokens(self) -> float:
-        """Likewise, refused prompts and evaluation included."""
+    def generated_tokens(self) -> float:
+        """Tokens generated per update, including refused prompts and evaluation."""
         return c.GENERATED_PER_TRAINED * self.trained_tokens
 
     @property
@@ -193,7 +193,7 @@ class Split:
 
     @cached_property
     def pause_s(self) -> float:
-        """How long an engine stands still for an update."""
+        """Pause of an engine per update."""
         model = self.plan.model
         memory = model.engine_gpus * c.HBM_BYTES_PER_S * c.HBM_EFFICIENCY
         copy_s = 2 * model.weight_bytes / memory
@@ -202,34 +202,34 @@ class Split:
 
     @property
     def learner_s(self) -> float:
-        """The learner's bound."""
+        """The learner's bound on the update time."""
         return self.train_s + self.transfer_s
 
     @property
     def engines_s(self) -> float:
-        """The engines' bound."""
-        return self.made_tokens / self.full_rate + self.pause_s
+        """The engines' bound on the update time."""
+        return self.generated_tokens / self.full_rate + self.pause_s
 
     def running_at(self, update_s: float) -> float:
-        """Sequences that an engine runs when an update takes so long."""
-        needed = self.made_tokens / (update_s - self.pause_s) / self.num_engines
+        """Running sequences per engine at this update time."""
+        needed = self.generated_tokens / (update_s - self.pause_s) / self.num_engines
         return self.engine.running_at(needed)
 
     def group_at(self, update_s: float) -> float:
-        """Seconds that a group takes: its longest screening sample, then its longest other one."""
+        """Seconds per group: its longest screening sample, then its longest continuation."""
         batch, lengths = self.plan.batch, self.plan.lengths
         tokens = lengths.longest_of(batch.n_init) + lengths.longest_of(batch.n_cont)
         sampling_share = 1 - self.pause_s / update_s
         return tokens * self.engine.step_s(self.running_at(update_s)) / sampling_share
 
     def fits(self, update_s: float) -> bool:
-        """Whether groups are made within the window. Half a batch waits in the buffer on average,
-        so half a version more is under way."""
+        """Whether groups finish within the window. Half a batch waits in the buffer on average, so
+        half a version more is in flight."""
         return self.group_at(update_s) + self.learner_s <= (self.plan.staleness + 0.5) * update_s
 
     @cached_property
     def update_s(self) -> float:
-        """Seconds between updates. A longer time always fits better, so the first is searched."""
+        """Seconds between updates. Longer times always fit better; bisection finds the minimum."""
         low = max(self.learner_s, self.engines_s)
         if self.fits(low):
             return low
@@ -253,23 +253,23 @@ class Split:
 
     @property
     def engine_share(self) -> float:
-        """Tokens per second, of what full engines that never pause would make."""
-        return self.made_tokens / self.update_s / self.full_rate
+        """Token rate relative to full engines that never pause."""
+        return self.generated_tokens / self.update_s / self.full_rate
 
     @property
     def learner_wait_share(self) -> float:
-        """Neither training nor sending."""
+        """Share of time without training or sending."""
         return max(0.0, 1 - self.learner_s / self.update_s)
 
     @property
     def group_versions(self) -> float:
-        """Updates that happen while a group is made."""
+        """Updates during the generation of one group."""
         return self.group_at(self.update_s) / self.update_s
 
 
 def best(plan: Plan) -> Split | None:
-    """The split that updates most often (the fewest learners within 1 %); None when the model
-    does not fit."""
+    """The split with the shortest update time (the fewest learner GPUs within 1 %). None when the
+    model does not fit."""
     fewest, engine_gpus = plan.model.learner_gpus, plan.model.engine_gpus
     step = c.GPUS_PER_NODE if plan.gpus > c.GPUS_PER_NODE else 1
     found = [

@@ -1,13 +1,13 @@
-"""Groups through the whole service, as a ratio of bare ZeroMQ moving the same frames.
+"""Throughput of the complete service, relative to bare ZeroMQ moving the same frames.
 
-The service (its own process, started as a run starts it) receives groups of 24 from an actor,
-decodes and validates them, writes its journal, orders them, acknowledges, and hands batches of 16
-to a learner, who says that it trained on them. Bare ZeroMQ is described in service_bare.py. Both
-move groups between the same three processes over loopback, with as many groups under way.
+The service (a separate process, started as in a run) receives groups of 24 from an actor, decodes
+and validates them, writes its journal, orders them, acknowledges them, and sends batches of 16 to a
+learner, which reports them as trained. Bare ZeroMQ is described in service_bare.py. Both move
+groups between the same three processes over loopback, with the same number of groups in flight.
 
-Arms take turns, so that whatever else the machine does meets all alike; each row is the median of
-its repeats, with quartiles. `cpu us` is the processor time of the middle process for each group,
-ZeroMQ's own threads included.
+Arms alternate, so that machine load affects all alike. Each row is the median of its repeats, with
+quartiles. `cpu us` is the processor time of the middle process per group, including ZeroMQ's own
+threads.
 
 Usage: python -m benchmarks.service [--repeats 5] [--seconds 3] [--tokens 256 4096 32768] [--plain]
 """
@@ -56,24 +56,26 @@ class Arm:
 class Measured:
     groups_per_s: float
     cpu_us: float
-    """Of the middle process, for each group."""
+    """Processor time of the middle process per group."""
 
 
-def act(port: int, tokens_each: int, keys: Keys | None) -> None:
+def run_actor(port: int, tokens_each: int, keys: Keys | None) -> None:
     peer = Peer(zmq.Context(), port, "actor-1.0", keys)
     actor = SimulatedActor(peer, 1, make_group(tokens_each), WINDOW)
     while True:
         while actor.may_send:
             actor.send_one()
-        message = peer.hear(1.0)
+        message = peer.receive(1.0)
         if message is not None:
             actor.take(message)
 
 
-def learn(port: int, num_groups: "Synchronized[int]", keys: Keys | None, journals: bool) -> None:
+def run_learner(
+    port: int, num_groups: "Synchronized[int]", keys: Keys | None, journals: bool
+) -> None:
     learner = SimulatedLearner(Peer(zmq.Context(), port, "learner", keys), journals=journals)
     while True:
-        learner.hear(1.0)
+        learner.receive(1.0)
         num_groups.value = learner.num_groups
 
 
@@ -81,24 +83,24 @@ def measure(middle_pid: int, num_groups: "Synchronized[int]", seconds: float) ->
     deadline_s = time.monotonic() + DEADLINE_S
     while num_groups.value < WARM_UP_GROUPS:
         if time.monotonic() > deadline_s:
-            raise RuntimeError(f"only {num_groups.value} groups came in {DEADLINE_S:.0f} s")
+            raise RuntimeError(f"only {num_groups.value} groups arrived in {DEADLINE_S:.0f} s")
         time.sleep(0.02)
     time.sleep(WARM_UP_S)
     middle = psutil.Process(middle_pid)
-    groups, cpu, began_s = num_groups.value, sum(middle.cpu_times()[:2]), time.perf_counter()
+    groups, cpu, start_s = num_groups.value, sum(middle.cpu_times()[:2]), time.perf_counter()
     time.sleep(seconds)
-    while num_groups.value == groups and time.perf_counter() - began_s < DEADLINE_S:
-        time.sleep(0.02)  # a busy machine: a window without any group measures nothing
-    took_s = time.perf_counter() - began_s
+    while num_groups.value == groups and time.perf_counter() - start_s < DEADLINE_S:
+        time.sleep(0.02)  # a window without any group measures nothing
+    took_s = time.perf_counter() - start_s
     groups, cpu = num_groups.value - groups, sum(middle.cpu_times()[:2]) - cpu
     if groups == 0:
-        raise RuntimeError(f"nothing came in {took_s:.1f} s")
+        raise RuntimeError(f"no group arrived in {took_s:.1f} s")
     return Measured(groups_per_s=groups / took_s, cpu_us=1e6 * cpu / groups)
 
 
 @contextmanager
-def started(*works: Work) -> Iterator[list[int]]:
-    """Processes at work; killed at the end."""
+def running_processes(*works: Work) -> Iterator[list[int]]:
+    """Start a process per work item; kill them on exit."""
     processes = [SPAWN.Process(target=work, args=args, daemon=True) for work, args in works]
     for process in processes:
         process.start()
@@ -118,11 +120,11 @@ def run_bare(arm: Arm, keys: Keys | None, seconds: float) -> Measured:
         keys = Keys(folder=Path(), server_public=server[0], public=public, secret=secret)
     else:
         keys = None
-    with started((bare.route, (port, server))) as [router]:
+    with running_processes((bare.route, (port, server))) as [router]:
         while not port.value:
             time.sleep(0.01)
-        sending = (bare.send, (port.value, arm.tokens_each, CREDITS, keys))
-        with started(sending, (bare.take, (port.value, num_groups, keys))):
+        sender = (bare.send, (port.value, arm.tokens_each, CREDITS, keys))
+        with running_processes(sender, (bare.take, (port.value, num_groups, keys))):
             return measure(router, num_groups, seconds)
 
 
@@ -130,9 +132,9 @@ def run_service_arm(arm: Arm, keys: Keys | None, seconds: float) -> Measured:
     config = service_config(durability=arm.kind, credits=CREDITS, keys=keys)
     num_groups = SPAWN.Value("Q", 0)
     with service(config) as running:
-        learning = (learn, (running.port, num_groups, keys, arm.kind != "none"))
-        acting = (act, (running.port, arm.tokens_each, keys))
-        with started(learning, acting):
+        learner = (run_learner, (running.port, num_groups, keys, arm.kind != "none"))
+        actor = (run_actor, (running.port, arm.tokens_each, keys))
+        with running_processes(learner, actor):
             return measure(running.process.pid, num_groups, seconds)
 
 
@@ -142,9 +144,9 @@ def run_arm(arm: Arm, keys: Keys | None, seconds: float) -> Measured:
 
 
 def row(arm: Arm, results: dict[Arm, list[Measured]]) -> dict[str, object]:
-    of_bare = Arm(tokens_each=arm.tokens_each, kind="bare", curve=arm.curve)
+    bare_arm = Arm(tokens_each=arm.tokens_each, kind="bare", curve=arm.curve)
     rates = [measured.groups_per_s for measured in results[arm]]
-    pairs = zip(results[arm], results[of_bare], strict=True)
+    pairs = zip(results[arm], results[bare_arm], strict=True)
     ratios = [mine.groups_per_s / theirs.groups_per_s for mine, theirs in pairs]
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
     megabytes = 12 * arm.tokens_each * GROUP_SIZE / 1e6
@@ -180,7 +182,7 @@ def main() -> None:
         for repeat in range(arguments.repeats):
             for arm in arms:
                 results[arm].append(run_arm(arm, keys, arguments.seconds))
-            title = f"Through the service, of bare ZeroMQ; medians of {repeat + 1} repeats"
+            title = f"The service relative to bare ZeroMQ; medians of {repeat + 1} repeats"
             report("service", title, [row(arm, results) for arm in arms])
 
 

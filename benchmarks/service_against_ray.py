@@ -1,7 +1,7 @@
-"""The service and Ray handing over the same groups, in turns, on this machine.
+"""Compare the service with Ray on the same groups, alternating on this machine.
 
 Usage: python -m benchmarks.service_against_ray --ray /somewhere/bin/python [--repeats 3]
-What Ray does is described in service_ray.py. The service writes its journal or keeps none.
+The Ray arm is described in service_ray.py. The service runs with and without its journal.
 """
 
 import argparse
@@ -19,18 +19,20 @@ AIM = 5.0
 
 
 def run_ray(python: str, tokens: int, seconds: float) -> float:
-    """Groups a second. RuntimeError where Ray is missing."""
+    """Groups per second. RuntimeError where Ray is not installed."""
     command = [python, "benchmarks/service_ray.py", "--tokens", tokens, "--seconds", seconds]
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
-    told = json.loads(output_of([str(word) for word in command], environment).splitlines()[-1])
-    if "skipped" in told:
-        raise RuntimeError(told["skipped"])
-    return told["groups_per_s"]
+    result = json.loads(
+        output_of([str(argument) for argument in command], environment).splitlines()[-1]
+    )
+    if "skipped" in result:
+        raise RuntimeError(result["skipped"])
+    return result["groups_per_s"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--ray", required=True, help="the Python that has Ray")
+    parser.add_argument("--ray", required=True, help="a Python with Ray installed")
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 4096, 32_768])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)

@@ -1,4 +1,4 @@
-"""The buffer service in a process of its own, as a run starts it, for benchmarks."""
+"""The buffer service in a separate process, started as in a run, for benchmarks."""
 
 import json
 import select
@@ -22,7 +22,7 @@ FOREVER = 10**9
 
 
 def make_curve_keys(folder: Path) -> Keys | None:
-    """Keys of a run, made as `speed-async keys` does. None where this release has no CURVE."""
+    """Create keys as `speed-async keys` does. None if this release has no CURVE support."""
     try:
         from speed_async.transport.curve import load_client_keys
         from speed_async.transport.key_making import make_keys
@@ -48,7 +48,7 @@ def service_config(
     keys: Keys | None = None,
     status_interval_s: float = 0.5,
 ) -> Config:
-    """A run without a gate, without staleness and without end: the service's own speed."""
+    """A run without gate, staleness limit or end, so that only the service limits the speed."""
     cluster: dict[str, object] = {"stall_timeout_s": float(FOREVER), "actors": 1}
     if keys is not None:
         cluster |= {"security": "curve", "keys": str(keys.folder)}
@@ -83,7 +83,7 @@ class Running:
 
 @contextmanager
 def service(config: Config, *, profile: Path | None = None) -> Iterator[Running]:
-    """The buffer service in a process and a run folder of its own; both are gone afterwards."""
+    """Run the buffer service in its own process and run folder; both are removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="service-") as folder:
         settings = Path(folder) / "settings.json"
         settings.write_text(config.model_dump_json())
@@ -97,13 +97,13 @@ def service(config: Config, *, profile: Path | None = None) -> Iterator[Running]
         try:
             assert process.stdout is not None
             ready, _, _ = select.select([process.stdout], [], [], START_S)
-            told = json.loads(process.stdout.readline()) if ready else {}
-            if "port" not in told:
+            ready_message = json.loads(process.stdout.readline()) if ready else {}
+            if "port" not in ready_message:
                 raise RuntimeError("the service did not start")
             yield Running(
                 process=process,
-                port=told["port"],
-                feed_port=told["feed_port"],
+                port=ready_message["port"],
+                feed_port=ready_message["feed_port"],
                 run_folder=Path(folder),
             )
         finally:

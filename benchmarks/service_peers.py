@@ -1,5 +1,4 @@
-"""Peers that talk to the service over real sockets as actors and learners do, but make up their
-groups."""
+"""Peers that use real sockets and messages like actors and learners do, with synthetic groups."""
 
 import time
 from collections import deque
@@ -16,13 +15,13 @@ from speed_async.transport.session import Ack, Nack, Ping
 from speed_async.transport.sockets import send_frames, set_common_options
 from speed_async.transport.zeromq import QUEUED_MESSAGES
 
-TELL_AFTER = 16
-"""Messages that may come before the service is told that they came."""
+ACK_INTERVAL = 16
+"""Unacknowledged messages received before an acknowledgement is sent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """Z85 text; of the server the public part alone."""
+    """Z85 text. Of the server's keys, only the public one."""
 
     folder: Path
     server_public: bytes
@@ -45,8 +44,8 @@ def receive_frames(socket: zmq.Socket, flags: int = 0) -> list[Frame]:
 
 
 class PackedGroup:
-    """A group ready to be sent many times, each time under another header. Peers are as light as
-    bare ZeroMQ's, so that what is measured is the service."""
+    """A group encoded once and sent many times, each time with another header. Peers are as light
+    as bare ZeroMQ, so that only the service is measured."""
 
     def __init__(self, group: m.GroupFinished) -> None:
         header, *self._arrays = encode(group)
@@ -61,18 +60,18 @@ class PackedGroup:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SeenGroup(m.Message):
-    """A group of a batch of which only the header was read."""
+class ReceivedGroup(m.Message):
+    """A group of a batch of which only the header was decoded."""
 
     lease_id: int
     num_tokens: int
 
 
-def _opened(frames: list[Frame]) -> m.Message:
+def _decode_header(frames: list[Frame]) -> m.Message:
     if len(frames) < 8:
         return decode(frames)
     _, _, _, values, _ = msgpack.unpackb(frames[0])
-    return SeenGroup(
+    return ReceivedGroup(
         number=values["number"],
         heard=values["heard"],
         lease_id=values["lease_id"],
@@ -81,60 +80,60 @@ def _opened(frames: list[Frame]) -> m.Message:
 
 
 class Peer:
-    """An actor's or learner's end of a conversation, on a socket that blocks."""
+    """An actor's or learner's end of a session, on a blocking socket."""
 
     def __init__(self, context: zmq.Context, port: int, name: str, keys: Keys | None) -> None:
         self.name = name
         self.socket: zmq.Socket = context.socket(zmq.DEALER)
         set_client_options(self.socket, name, keys)
         self.socket.connect(f"tcp://127.0.0.1:{port}")
-        self.unheard: deque[tuple[int, float]] = deque()
-        """Groups sent and not acknowledged: number of the message, and when it was sent."""
+        self.unacknowledged: deque[tuple[int, float]] = deque()
+        """Groups sent and not acknowledged: message number and send time."""
         self.latencies_s: list[float] = []
         self.descriptor = int(self.socket.get(zmq.FD))
         self._number = 0
-        self._heard = 0
-        self._told = 0
+        self._last_received = 0
+        self._acknowledged = 0
 
-    def say(self, message: m.Message) -> None:
+    def send(self, message: m.Message) -> None:
         number, heard = self._next_number()
         send_frames(self.socket, encode(replace(message, number=number, heard=heard)))
 
-    def say_group(
+    def send_group(
         self, group: "PackedGroup", values: dict[str, object], due_s: float | None = None
     ) -> None:
-        """A group whose arrays are packed already; `values` go into its header. Its wait for an
-        acknowledgement begins now, or began when it was due."""
+        """Send a group with packed arrays; `values` go into its header. The wait for its
+        acknowledgement starts now, or at `due_s`."""
         number, heard = self._next_number()
-        self.unheard.append((number, time.monotonic() if due_s is None else due_s))
+        self.unacknowledged.append((number, time.monotonic() if due_s is None else due_s))
         send_frames(self.socket, group.frames(values | {"number": number, "heard": heard}))
 
     def _next_number(self) -> tuple[int, int]:
         self._number += 1
-        self._told = self._heard
-        return self._number, self._heard
+        self._acknowledged = self._last_received
+        return self._number, self._last_received
 
-    def hear(self, timeout_s: float) -> m.Message | None:
-        """The next message that is not the session's own; None when there is none in time."""
-        ends_s = time.monotonic() + timeout_s
-        while (left_s := ends_s - time.monotonic()) > 0:
-            if self.socket.poll(int(1000 * left_s)) and (message := self.hear_now()):
+    def receive(self, timeout_s: float) -> m.Message | None:
+        """The next message that is not the session's own. None on timeout."""
+        deadline_s = time.monotonic() + timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            if self.socket.poll(int(1000 * left_s)) and (message := self.receive_now()):
                 return message
         return None
 
-    def hear_now(self) -> m.Message | None:
-        """Likewise, without waiting. None says that all was read."""
+    def receive_now(self) -> m.Message | None:
+        """Like `receive`, without waiting. None when nothing is left to read."""
         while int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
-            message = _opened(receive_frames(self.socket))
+            message = _decode_header(receive_frames(self.socket))
             self._acknowledge(message)
             if isinstance(message, Nack | m.Rejected):
-                raise RuntimeError(f"{self.name} was told {message}")
+                raise RuntimeError(f"{self.name} received {message}")
             if isinstance(message, Ping):
-                self._send_heard()
+                self._send_ack()
             elif message.number:
-                self._heard = message.number
-                if self._heard - self._told > TELL_AFTER:
-                    self._send_heard()
+                self._last_received = message.number
+                if self._last_received - self._acknowledged > ACK_INTERVAL:
+                    self._send_ack()
             if not isinstance(message, Ack | Ping):
                 return message
         return None
@@ -144,9 +143,9 @@ class Peer:
 
     def _acknowledge(self, message: m.Message) -> None:
         now_s = time.monotonic()
-        while self.unheard and self.unheard[0][0] <= message.heard:
-            self.latencies_s.append(now_s - self.unheard.popleft()[1])
+        while self.unacknowledged and self.unacknowledged[0][0] <= message.heard:
+            self.latencies_s.append(now_s - self.unacknowledged.popleft()[1])
 
-    def _send_heard(self) -> None:
-        self._told = self._heard
-        send_frames(self.socket, encode(Ack(heard=self._heard)))
+    def _send_ack(self) -> None:
+        self._acknowledged = self._last_received
+        send_frames(self.socket, encode(Ack(heard=self._last_received)))

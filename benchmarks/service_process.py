@@ -1,7 +1,7 @@
-"""The buffer service by itself, as benchmarks start it.
+"""The buffer service as a standalone process for benchmarks.
 
 Usage: python -m benchmarks.service_process SETTINGS.json RUN_FOLDER [PROFILE]
-With PROFILE it runs under cProfile, which it writes there at SIGUSR1, and leaves.
+With PROFILE it runs under cProfile, writes the profile at SIGUSR1, and exits.
 """
 
 import cProfile
@@ -25,12 +25,12 @@ def main() -> None:
         return
     profiler = cProfile.Profile()
 
-    def leave(*_: object) -> None:
+    def write_profile(*_: object) -> None:
         profiler.disable()
         profiler.dump_stats(profile[0])
         os._exit(0)
 
-    signal.signal(signal.SIGUSR1, leave)
+    signal.signal(signal.SIGUSR1, write_profile)
     profiler.runcall(run, run_service(config, Path(folder), life=0))
 
 

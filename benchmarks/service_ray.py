@@ -1,14 +1,15 @@
-"""The same hand-over by Ray: an object store and a queue actor between a producer and a consumer.
+"""The same transfer by Ray: an object store and a queue actor between a producer and a consumer.
 
 The producer puts each group (the same seven arrays and a header) into the object store and its
-reference into a `ray.util.queue.Queue`; the consumer gets 16 references at a time and then the
-arrays. As many groups are under way as with the service. Ray keeps no journal and validates
+reference into a `ray.util.queue.Queue`. The consumer gets 16 references at a time and then the
+arrays. As many groups are in flight as with the service. Ray keeps no journal and validates
 nothing.
 
-Ray wants a place of its own, never the project's: python -m venv /somewhere; pip install ray numpy.
+Install Ray in a separate environment, never the project's: python -m venv /somewhere; pip install
+ray numpy.
 Usage: /somewhere/bin/python benchmarks/service_ray.py [--tokens 1024] [--seconds 5] [--repeats 5]
-It prints one JSON object; `python -m benchmarks.service_against_ray --ray /somewhere/bin/python`
-runs it in turns with the service and shows both.
+Prints one JSON object. `python -m benchmarks.service_against_ray --ray /somewhere/bin/python`
+alternates it with the service and reports both.
 """
 
 import argparse
@@ -61,18 +62,18 @@ class Producer:
 @ray.remote(num_cpus=0)
 class Consumer:
     def run(self, queue: Queue, seconds: float) -> float:
-        """Groups a second, after the warm-up."""
+        """Groups per second, after the warm-up."""
         self._take(queue, WARM_UP_S)
-        began_s = time.perf_counter()
+        start_s = time.perf_counter()
         moved = self._take(queue, seconds)
-        return moved / (time.perf_counter() - began_s)
+        return moved / (time.perf_counter() - start_s)
 
     def _take(self, queue: Queue, seconds: float) -> int:
-        moved, ends_s = 0, time.perf_counter() + seconds
-        while time.perf_counter() < ends_s:
+        moved, deadline_s = 0, time.perf_counter() + seconds
+        while time.perf_counter() < deadline_s:
             try:
                 references = [one[0] for one in queue.get_nowait_batch(GROUPS_A_BATCH)]
-            except Empty:  # fewer than that
+            except Empty:  # fewer are available
                 references = [queue.get()[0]]
             moved += len(ray.get(references))
         return moved

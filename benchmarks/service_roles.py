@@ -1,4 +1,4 @@
-"""Actors and learners that talk as real ones do, but make up their groups."""
+"""Simulated actors and learners that use the real protocol with synthetic groups."""
 
 import os
 from collections import deque
@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 
 from benchmarks.harness import QUICKSTART
-from benchmarks.service_peers import PackedGroup, Peer, SeenGroup
+from benchmarks.service_peers import PackedGroup, Peer, ReceivedGroup
 from speed_async.config.schema import TaskConfig
 from speed_async.environments.registry import make_task
 from speed_async.environments.task import fingerprint
@@ -19,15 +19,15 @@ from speed_async.types import ActorCounts
 GROUP_SIZE = 24
 GROUPS_A_BATCH = 16
 BATCHES_A_CHECKPOINT = 20
-"""The learner calls a checkpoint durable this often; until then the journal keeps its groups."""
+"""The learner reports a durable checkpoint this often. Until then the journal keeps its groups."""
 PROMPT_TOKENS = 128
 VOCABULARY = 8
-"""Token ids that any model has."""
+"""Token ids that exist in any model."""
 TASK: dict[str, object] = {"name": "arithmetic", "num_prompts": 4096, "num_held_out": 1}
 
 
 class SimulatedActor:
-    """Takes leases and answers each with the same made-up group, at most `window` of them
+    """Answers each lease with the same synthetic group, with at most `window` groups
     unacknowledged."""
 
     def __init__(self, peer: Peer, index: int, group: PackedGroup, window: int) -> None:
@@ -37,10 +37,10 @@ class SimulatedActor:
         self._group = group
         self._window = window
         self._waiting: deque[tuple[int, int]] = deque()
-        self._wanted = 0
+        self._requested = 0
         self._tokens_sent = 0
-        peer.say(hello("actor", index))
-        self.want()
+        peer.send(hello("actor", index))
+        self.request_prompts()
 
     @property
     def has_work(self) -> bool:
@@ -48,14 +48,14 @@ class SimulatedActor:
 
     @property
     def may_send(self) -> bool:
-        return self.has_work and len(self.peer.unheard) < self._window
+        return self.has_work and len(self.peer.unacknowledged) < self._window
 
-    def want(self) -> None:
-        """Ask for a window's worth of prompts, those that wait included."""
-        want = self._window - len(self._waiting)
-        if want - self._wanted >= max(1, self._window // 2):
-            self._wanted = want
-            self.peer.say(m.WantWork(num_prompts=want, counts=self._counts()))
+    def request_prompts(self) -> None:
+        """Request prompts up to one window, including the waiting ones."""
+        num_prompts = self._window - len(self._waiting)
+        if num_prompts - self._requested >= max(1, self._window // 2):
+            self._requested = num_prompts
+            self.peer.send(m.WantWork(num_prompts=num_prompts, counts=self._counts()))
 
     def take(self, message: m.Message) -> None:
         if not isinstance(message, m.Leases):
@@ -66,11 +66,11 @@ class SimulatedActor:
                 self.num_sent += 1
             self._tokens_sent += len(message.lease_ids)
             for lease_id in message.lease_ids:
-                self.peer.say(evaluated(lease_id, self._counts()))
+                self.peer.send(evaluated(lease_id, self._counts()))
         else:
             self._waiting.extend(zip(message.lease_ids, message.prompt_ids, strict=True))
-        self._wanted -= len(message.lease_ids)
-        self.want()
+        self._requested -= len(message.lease_ids)
+        self.request_prompts()
 
     def send_one(self, due_s: float | None = None) -> None:
         lease_id, prompt_id = self._waiting.popleft()
@@ -78,13 +78,13 @@ class SimulatedActor:
         self._tokens_sent += self._group.num_tokens
         counts = asdict(self._counts())
         values = {"lease_id": lease_id, "prompt_id": prompt_id, "counts": counts}
-        self.peer.say_group(self._group, values, due_s)
-        self.want()
+        self.peer.send_group(self._group, values, due_s)
+        self.request_prompts()
 
     def report(self) -> None:
-        """The heartbeat."""
+        """Send the heartbeat."""
         gauges = {"slots_busy": 1.0, "num_slots": 1.0, "loop_lag_s": 0.0}
-        self.peer.say(m.ActorReport(gauges=gauges, counts=self._counts()))
+        self.peer.send(m.ActorReport(gauges=gauges, counts=self._counts()))
 
     def _counts(self) -> ActorCounts:
         return ActorCounts(
@@ -96,7 +96,7 @@ class SimulatedActor:
 
 
 class SimulatedLearner:
-    """Takes batches and says that it trained on them."""
+    """Takes batches and reports them as trained."""
 
     def __init__(self, peer: Peer, *, journals: bool) -> None:
         self.peer = peer
@@ -104,19 +104,19 @@ class SimulatedLearner:
         self.num_groups = 0
         self.num_tokens = 0
         self._journals = journals
-        peer.say(hello("learner", 0))
+        peer.send(hello("learner", 0))
         self._take()
 
-    def hear(self, timeout_s: float) -> None:
-        message = self.peer.hear(timeout_s)
-        if isinstance(message, SeenGroup):
+    def receive(self, timeout_s: float) -> None:
+        message = self.peer.receive(timeout_s)
+        if isinstance(message, ReceivedGroup):
             self.num_groups += 1
             self.num_tokens += message.num_tokens
         elif isinstance(message, m.BatchReady):
             self._train(message)
 
     def _take(self) -> None:
-        self.peer.say(m.TakeBatch(policy_version=self.version, num_groups=GROUPS_A_BATCH))
+        self.peer.send(m.TakeBatch(policy_version=self.version, num_groups=GROUPS_A_BATCH))
 
     def _train(self, ready: m.BatchReady) -> None:
         self.version += 1
@@ -129,9 +129,9 @@ class SimulatedLearner:
             tokens_trained=self.num_tokens,
             metrics={"loss": 0.0, "grad_norm": 0.0},
         )
-        self.peer.say(trained)
+        self.peer.send(trained)
         if self._journals and self.version % BATCHES_A_CHECKPOINT == 0:
-            self.peer.say(
+            self.peer.send(
                 m.CheckpointSaved(policy_version=self.version, oldest_kept_version=self.version)
             )
         self._take()

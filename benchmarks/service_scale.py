@@ -1,12 +1,12 @@
-"""A thousand actors on one service: how soon each result is acknowledged, and who starves.
+"""A thousand actors on one service: acknowledgement latencies, and actors without leases.
 
-1,024 simulated actors, each a connection of its own, in four processes. Each holds leases, says
-twice a second that it is there, and sends groups of 8 completions at its own times, so that 2,000
-completions of 1,024 tokens arrive every second from all together, whether those before were
-acknowledged or not. A learner takes batches as fast as they come. The journal is written (batched).
+1,024 simulated actors, each with its own connection, in four processes. Each holds leases, sends a
+heartbeat twice per second, and sends groups of 8 completions on its own schedule, so that 2,000
+completions of 1,024 tokens arrive every second in total, whether or not earlier ones were
+acknowledged. A learner takes batches as fast as they come. The journal is written (batched).
 
-An acknowledgement is timed from the moment at which a group was due, so that an actor that is late
-itself counts against the figure, not for it.
+Latency is measured from the time at which a group was due, so that a delay of the actor itself
+counts against the result.
 
 Usage: python -m benchmarks.service_scale [--actors 1024] [--rate 2000] [--seconds 60]
 """
@@ -23,7 +23,7 @@ import psutil
 import zmq
 
 from benchmarks.harness import report
-from benchmarks.service import SPAWN, Work, learn, started
+from benchmarks.service import SPAWN, Work, run_learner, running_processes
 from benchmarks.service_harness import Running, service, service_config
 from benchmarks.service_peers import Peer
 from benchmarks.service_roles import SimulatedActor, make_group
@@ -36,10 +36,10 @@ TOKENS = 1024
 LEASES_EACH = 2
 HEARTBEAT_S = 0.5
 OPEN_FILES = 8192
-"""One for each connection, and some."""
+"""One per connection, plus a reserve."""
 
 
-def act(
+def run_actors(
     port: int,
     indices: range,
     groups_per_s: float,
@@ -47,7 +47,7 @@ def act(
     seconds: float,
     out: Connection,
 ) -> None:
-    """Many actors of one process, and then what `Crowd.run` tells of them."""
+    """Run many actors in one process, and send the result of `ActorPool.run`."""
     context = zmq.Context()
     context.set(zmq.MAX_SOCKETS, 2 * len(indices) + 16)
     group = make_group(TOKENS, COMPLETIONS_A_GROUP)
@@ -57,12 +57,12 @@ def act(
         peer = Peer(context, port, f"actor-{index}.0", None)
         actors[peer.descriptor] = SimulatedActor(peer, index, group, LEASES_EACH)
         epoll.register(peer.descriptor, select.EPOLLIN)
-    out.send(Crowd(epoll, actors).run(groups_per_s, starts_at_s, seconds))
-    time.sleep(600)  # connected until it is killed
+    out.send(ActorPool(epoll, actors).run(groups_per_s, starts_at_s, seconds))
+    time.sleep(600)  # stays connected until it is killed
 
 
-class Crowd:
-    """Actors that take turns: each sends a group, and each a heartbeat, when it is due."""
+class ActorPool:
+    """Actors served in turn: each sends a group and a heartbeat when they are due."""
 
     def __init__(self, epoll: select.epoll, by_socket: dict[int, SimulatedActor]) -> None:
         self._actors = list(by_socket.values())
@@ -72,15 +72,15 @@ class Crowd:
     def run(
         self, groups_per_s: float, starts_at_s: float, seconds: float
     ) -> tuple[list[float], list[int], list[int], int]:
-        """Waits for acknowledgements (so far, where none came), leases and results of each actor,
-        and how often one was due that had no lease."""
+        """Waits for acknowledgements (so far, if none came), leases and results per actor, and
+        how often an actor without a lease was due."""
         num_due = num_idle = beats = 0
         between_beats_s = HEARTBEAT_S / len(self._actors)
-        began_s = time.monotonic()
+        start_s = time.monotonic()
         while (now_s := time.monotonic()) < starts_at_s + seconds:
             for descriptor, _ in self._epoll.poll(0.002):
                 self._read(self._by_socket[descriptor])
-            while began_s + beats * between_beats_s < now_s:
+            while start_s + beats * between_beats_s < now_s:
                 actor = self._actors[beats % len(self._actors)]
                 beats += 1
                 actor.report()
@@ -95,20 +95,25 @@ class Crowd:
                     num_idle += 1
         now_s = time.monotonic()
         waits_s = [wait_s for actor in self._actors for wait_s in actor.peer.latencies_s]
-        unheard = [now_s - due_s for a in self._actors for _, due_s in a.peer.unheard]
+        unacknowledged = [now_s - due_s for a in self._actors for _, due_s in a.peer.unacknowledged]
         leases = [actor.num_leases for actor in self._actors]
-        return waits_s + unheard, leases, [actor.num_sent for actor in self._actors], num_idle
+        return (
+            waits_s + unacknowledged,
+            leases,
+            [actor.num_sent for actor in self._actors],
+            num_idle,
+        )
 
     def _read(self, actor: SimulatedActor) -> None:
-        while (message := actor.peer.hear_now()) is not None:
+        while (message := actor.peer.receive_now()) is not None:
             actor.take(message)
 
 
 async def watch(running: Running, seconds: float) -> list[float]:
-    """Lags of the service's loop, as it says them, until the time is over."""
+    """Event-loop lags that the service reports, until the time is over."""
     feed = FeedSubscriber("127.0.0.1", running.feed_port)
-    lags_s, ends_s = [], time.monotonic() + seconds
-    while (left_s := ends_s - time.monotonic()) > 0:
+    lags_s, deadline_s = [], time.monotonic() + seconds
+    while (left_s := deadline_s - time.monotonic()) > 0:
         try:
             event = await feed.receive(left_s)
         except DeadlineExceeded:
@@ -130,19 +135,21 @@ def measure(num_actors: int, completions_per_s: float, seconds: float, connect_s
     with service(config) as running:
         num_groups = SPAWN.Value("Q", 0)
         starts_at_s = time.monotonic() + connect_s
-        works: list[Work] = [(learn, (running.port, num_groups, None, True))]
+        works: list[Work] = [(run_learner, (running.port, num_groups, None, True))]
         ends = []
         for first in range(1, num_actors + 1, each):
             end, other = SPAWN.Pipe()
             ends.append(end)
             indices = range(first, first + each)
-            works.append((act, (running.port, indices, groups_per_s, starts_at_s, seconds, other)))
-        with started(*works):
+            works.append(
+                (run_actors, (running.port, indices, groups_per_s, starts_at_s, seconds, other))
+            )
+        with running_processes(*works):
             time.sleep(max(0.0, starts_at_s - time.monotonic()))
-            of_service = psutil.Process(running.process.pid)
-            cpu_s = sum(of_service.cpu_times()[:2])
+            service_process = psutil.Process(running.process.pid)
+            cpu_s = sum(service_process.cpu_times()[:2])
             lags_s = asyncio.run(watch(running, seconds))
-            cpu_s = sum(of_service.cpu_times()[:2]) - cpu_s
+            cpu_s = sum(service_process.cpu_times()[:2]) - cpu_s
             results = [end.recv() for end in ends if end.poll(30.0)]
     waits_ms = 1000 * np.concatenate([waits_s for waits_s, _, _, _ in results])
     leases = [count for _, counts, _, _ in results for count in counts]
@@ -164,7 +171,7 @@ def measure(num_actors: int, completions_per_s: float, seconds: float, connect_s
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--actors", type=int, default=1024)
-    parser.add_argument("--rate", type=float, default=2000.0, help="completions a second")
+    parser.add_argument("--rate", type=float, default=2000.0, help="completions per second")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--connect", type=float, default=20.0, help="seconds before the first")
     arguments = parser.parse_args()

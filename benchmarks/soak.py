@@ -1,9 +1,9 @@
-"""An hour of the service at full rate: does its memory stay flat?
+"""Run the service at full rate for an hour and check that its memory stays constant.
 
-One actor sends groups as fast as they are acknowledged, a learner takes batches and calls a
-checkpoint durable after every 20; the journal is written (batched). The service's resident memory
-is sampled each second. After the warm-up, the mean of the last tenth of the samples is compared
-with that of the first tenth: flat means that they differ by no more than 1 %.
+One actor sends groups as fast as they are acknowledged. A learner takes batches and reports a
+durable checkpoint after every 20. The journal is written (batched). The service's resident memory
+is sampled every second. After the warm-up, the mean of the last tenth of the samples is compared
+with that of the first tenth: the memory is flat if they differ by at most 1 %.
 
 Usage: python -m benchmarks.soak [--minutes 60] [--warm-up 5] [--tokens 1024] [--durability batched]
 """
@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 
 from benchmarks.harness import report
-from benchmarks.service import CREDITS, SPAWN, act, learn, started
+from benchmarks.service import CREDITS, SPAWN, run_actor, run_learner, running_processes
 from benchmarks.service_harness import service, service_config
 from benchmarks.service_roles import GROUP_SIZE
 
@@ -26,7 +26,7 @@ MAX_GROWTH = 0.01
 
 
 def growth(samples: Sequence[float]) -> float:
-    """Of the last tenth over the first tenth, as a share of the first."""
+    """Relative growth of the last tenth over the first tenth."""
     tenth = max(1, len(samples) // 10)
     first, last = np.mean(samples[:tenth]), np.mean(samples[-tenth:])
     return float(last / first - 1)
@@ -37,27 +37,27 @@ def soak(minutes: float, warm_up_minutes: float, tokens: int, durability: str) -
     resident: list[float] = []
     journal_bytes: list[float] = []
     with service(service_config(durability=durability, credits=CREDITS)) as running:
-        learning = (learn, (running.port, num_groups, None, durability != "none"))
-        with started(learning, (act, (running.port, tokens, None))):
-            of_service = psutil.Process(running.process.pid)
+        learner = (run_learner, (running.port, num_groups, None, durability != "none"))
+        with running_processes(learner, (run_actor, (running.port, tokens, None))):
+            service_process = psutil.Process(running.process.pid)
             time.sleep(60 * warm_up_minutes)
-            began_s, before = time.monotonic(), num_groups.value
-            while time.monotonic() < began_s + 60 * minutes:
+            start_s, before = time.monotonic(), num_groups.value
+            while time.monotonic() < start_s + 60 * minutes:
                 time.sleep(SAMPLE_S)
-                resident.append(of_service.memory_info().rss)
+                resident.append(service_process.memory_info().rss)
                 files = (running.run_folder / "journal").glob("*")
                 journal_bytes.append(sum(file.stat().st_size for file in files if file.is_file()))
                 if len(resident) % 60 == 0:
                     print(f"{len(resident)} s: {resident[-1] / 1e6:.1f} MB", flush=True)
-            moved, took_s = num_groups.value - before, time.monotonic() - began_s
-    if not moved:
-        raise RuntimeError("nothing moved")
+            num_moved, took_s = num_groups.value - before, time.monotonic() - start_s
+    if not num_moved:
+        raise RuntimeError("no group arrived")
     return {
         "minutes": minutes,
         "journal": durability,
-        "groups": moved,
-        "groups_per_s": moved / took_s,
-        "mb_per_s": 12e-6 * tokens * GROUP_SIZE * moved / took_s,
+        "groups": num_moved,
+        "groups_per_s": num_moved / took_s,
+        "mb_per_s": 12e-6 * tokens * GROUP_SIZE * num_moved / took_s,
         "resident_first_mb": resident[0] / 1e6,
         "resident_max_mb": max(resident) / 1e6,
         "resident_last_mb": resident[-1] / 1e6,

@@ -1,7 +1,7 @@
-"""Prompt sets of a chosen spread of pass rates under the quickstart's model.
+"""Prompt sets with a chosen spread of pass rates under the quickstart's model.
 
 The answer to a sum is one string, so the pass rate of a prompt at temperature 1 is exactly the
-probability of that string and the end of sequence: one forward pass, no sampling.
+probability of that string and the end of sequence. One forward pass computes it, without sampling.
 
 Shape legend: Q prompts, L tokens, A answer tokens.
 """
@@ -27,27 +27,27 @@ HARD, EASY = 0.05, 0.95
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """Shares of prompts by their pass rate under the model that training starts from."""
+    """Shares of prompts by pass rate under the initial model."""
 
     out_of_reach: float
-    """Never solved, and not within a run's reach either: products, which the model never saw."""
+    """Never solved and not learnable within a run: products, which the model has never seen."""
     hard: float
-    """Under HARD, but of the kind that is learnt in the run: sums with many carries."""
+    """Below HARD, but learnable within a run: sums with many carries."""
     easy: float
-    """Over EASY: sums without a carry."""
+    """Above EASY: sums without a carry."""
 
 
 SPREADS: Mapping[str, Spread] = {
     "mild": Spread(out_of_reach=0.0, hard=0.05, easy=0.05),
     "real": Spread(out_of_reach=0.35, hard=0.10, easy=0.20),
 }
-"""`real` follows DAPO-17k: 46 % of its prompts are under 5 % for a 1.5B model, and 35 % still are
-for a 7B one, so most of the hard prompts stay hard while a model learns what it can."""
+"""`real` follows DAPO-17k: 46 % of its prompts are below 5 % for a 1.5B model, and 35 % still are
+for a 7B model, so most hard prompts stay hard while a model learns."""
 
 
 @torch.no_grad()
 def pass_rates(model_folder: Path, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
-    """(Q,) exact pass rates at temperature 1. All prompts, and all answers, of one length."""
+    """(Q,) exact pass rates at temperature 1. All prompts, and all answers, have equal length."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(model_folder, local_files_only=True)
     num_prompt_tokens = len(tokenizer(prompts[0].text)["input_ids"])
@@ -66,9 +66,9 @@ def pass_rates(model_folder: Path, prompts: Sequence[Prompt]) -> NDArray[np.floa
 def write_prompts(
     path: Path, *, model_folder: Path, spread: Spread, num_prompts: int, seed: int
 ) -> dict[str, float]:
-    """Write a data file for the `jsonl` task; returns the shares that were reached.
+    """Write a data file for the `jsonl` task and return the resulting shares.
 
-    Prompts between the two limits keep the proportions in which the pool has them.
+    Prompts between the two limits keep the proportions of the pool.
     """
     pool = ArithmeticTask(
         num_prompts=4 * num_prompts, num_held_out=0, max_digits=NUM_DIGITS, seed=seed
@@ -99,7 +99,7 @@ def write_prompts(
 
 
 def draw_products(rng: random.Random, count: int) -> list[Prompt]:
-    """Distinct products in the format of the sums, the answer cut to the sums' length."""
+    """Distinct products in the format of the sums, with the answer cut to the sums' length."""
     prompts: dict[str, Prompt] = {}
     while len(prompts) < count:
         left, right = rng.randrange(10**NUM_DIGITS), rng.randrange(10**NUM_DIGITS)
@@ -114,5 +114,5 @@ def draw_products(rng: random.Random, count: int) -> list[Prompt]:
 def _first(where: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
     found = np.flatnonzero(where)
     if len(found) < count:
-        raise ValueError(f"the pool has {len(found)} prompts of a kind of which {count} are needed")
+        raise ValueError(f"the pool has {len(found)} prompts of a kind, {count} are needed")
     return found[:count]

@@ -1,7 +1,7 @@
 """A learner that trains nothing: it takes batches as fast as they come and reports them trained.
 
-The policy version stays 0, so that no group goes stale and nothing is broadcast. Runs as a
-process of its own, with the real messages over the real link.
+The policy version stays 0, so that no group becomes stale and nothing is broadcast. Runs in a
+separate process, with the real messages over the real link.
 """
 
 from multiprocessing.synchronize import Event
@@ -17,10 +17,10 @@ POLL_S = 0.2
 END_TIMEOUT_S = 60.0
 
 
-def learn_nothing(
+def run_stand_in_learner(
     port: int, fingerprint: str, model_fingerprint: str, num_groups: int, stop: Event
 ) -> None:
-    """Entry of the process; returns when the run was finished after `stop`."""
+    """Entry point of the process. Returns when the run has finished after `stop`."""
     run(_serve(port, fingerprint, model_fingerprint, num_groups, stop))
 
 
@@ -58,11 +58,11 @@ async def _serve(
         pass
     await link.close()
     ledger = message.fields["ledger"]
-    assert isinstance(ledger, dict) and ledger["closes"], f"the books do not close: {ledger}"
+    assert isinstance(ledger, dict) and ledger["closes"], f"unbalanced ledger: {ledger}"
 
 
 async def _take(link: Link, num_groups: int, stop: Event) -> list[m.BatchGroup] | None:
-    """The next batch; None when a stop came first."""
+    """The next batch. None if `stop` is set first."""
     await link.send(m.TakeBatch(policy_version=0, num_groups=num_groups))
     groups: list[m.BatchGroup] = []
     while True:

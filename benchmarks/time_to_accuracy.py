@@ -1,13 +1,13 @@
-"""Which way of training reaches an accuracy first, at equal completions per update.
+"""Time to a held-out accuracy of each training method, at equal completions per update.
 
-Every arm starts from the same model, on the same prompts, with the same optimiser. First each arm
-picks its learning rate from one grid by one rule, on seeds of their own; then every arm runs with
-every seed, in shuffled order, one run at a time on the whole machine. Each run ends when it has
-reached the highest target, or its updates. Every run is one line of the results file, so a
-benchmark that was interrupted goes on where it stopped.
+Every arm starts from the same model, on the same prompts, with the same optimizer. First, each arm
+selects its learning rate from one grid by one rule, on separate seeds. Then every arm runs with
+every seed, in shuffled order, one run at a time on the whole machine. A run ends at the highest
+target, or after MAX_UPDATES. Every run is one line of the results file, so that an interrupted
+benchmark continues where it stopped.
 
     python -m benchmarks.time_to_accuracy run [--spread real] [--seeds 5] [--arms a,b]
-        --only-tune: no further than the choice of rates; --every-rate: seeds for every rate
+        --only-tune: stop after selecting rates; --every-rate: run the seeds for every rate
     python -m benchmarks.time_to_accuracy report     table and figure into docs/
 """
 
@@ -26,8 +26,8 @@ from pathlib import Path
 from benchmarks.harness import QUICKSTART, ROOT, output_of
 from benchmarks.spreads import SPREADS, write_prompts
 from benchmarks.time_to_accuracy_report import (
-    OUTSIDE_ARM,
     TARGETS,
+    TRL_ARM,
     Job,
     Point,
     Run,
@@ -39,25 +39,25 @@ NUM_PROMPTS, NUM_HELD_OUT = 2560, 384
 DATA_SEED = 5
 TUNING_SEEDS = (100, 101)
 LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
-NEARLY = 1.2
+TOLERANCE = 1.2
 MAX_UPDATES = 60
 EVALUATE_EVERY = 5
 
-IN_TURNS = ["--run.overlap", "false", "--cluster.actors", "2", "--learner.num_threads", "2"]
-"""Without overlap learner and actors compute in turns, so each side has both cores."""
+ALTERNATING = ["--run.overlap", "false", "--cluster.actors", "2", "--learner.num_threads", "2"]
+"""Without overlap, learner and actors alternate, so each uses both cores."""
 POSTERIOR = ["--curriculum.kind", "posterior"]
 SPEED = ["--algorithm", "speed-rloo"]
 
 PLAIN = ["--objective.policy_loss", "policy_gradient", "--objective.correction"]
 
 ARMS: Mapping[str, list[str]] = {
-    "sync-rloo": ["--algorithm", "rloo", *IN_TURNS],
-    "sync-dapo": ["--algorithm", "dapo", *IN_TURNS],
-    "sync-speed": [*SPEED, *IN_TURNS],
+    "sync-rloo": ["--algorithm", "rloo", *ALTERNATING],
+    "sync-dapo": ["--algorithm", "dapo", *ALTERNATING],
+    "sync-speed": [*SPEED, *ALTERNATING],
     "async-rloo": ["--algorithm", "rloo"],
     "async-speed": SPEED,
     "async-posterior": [*SPEED, *POSTERIOR],
-    OUTSIDE_ARM: ["--algorithm", "rloo"],
+    TRL_ARM: ["--algorithm", "rloo"],
     "async-speed-uncorrected": [*SPEED, *PLAIN, "none"],
     "async-speed-tis": [*SPEED, *PLAIN, "token_tis"],
     "async-speed-unbiased": [*SPEED, "--objective.screening_samples", "unbiased"],
@@ -75,10 +75,10 @@ INHERITED_LR = {
         for part in ("unbiased", "none", "recompute", "stale4", "fifo", "band")
     },
 }
-"""Variants that leave the policy loss as it is take the rate of the arm that they vary."""
+"""Variants with an unchanged policy loss use the learning rate of the arm that they vary."""
 VARIANTS = ("async-speed-", "async-posterior-")
 TRL_SETTING = ["--threads", "2", "--micro-batch", "384"]
-"""The fastest of benchmarks/trl.py on this machine."""
+"""The fastest setting of benchmarks/trl.py on this machine."""
 
 
 def run_job(job: Job, prompts: Path) -> Run:
@@ -93,14 +93,14 @@ def run_job(job: Job, prompts: Path) -> Run:
         ],
         *["--run.seed", str(job.seed), "--learner.lr", str(job.lr), *ARMS[job.arm]],
     ]
-    began_s = time.monotonic()
-    points = _trl_points(arguments) if job.arm == OUTSIDE_ARM else _our_points(arguments)
-    return Run(**asdict(job), points=points, process_s=time.monotonic() - began_s)
+    start_s = time.monotonic()
+    points = _trl_points(arguments) if job.arm == TRL_ARM else _our_points(arguments)
+    return Run(**asdict(job), points=points, process_s=time.monotonic() - start_s)
 
 
 def _our_points(arguments: Sequence[str]) -> list[Point]:
-    """An evaluation belongs to the moment its version was made. Time runs from the end of the
-    first evaluation, and later evaluations are in it; their tokens are not counted."""
+    """An evaluation belongs to the time at which its version was made. Time starts at the end of
+    the first evaluation and includes later evaluations; their tokens are not counted."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         _finish([sys.executable, "-m", "speed_async", "train", *arguments, "--run.folder", folder])
@@ -125,7 +125,7 @@ def _training_tokens(event: Mapping[str, int]) -> int:
 
 
 def _trl_points(arguments: Sequence[str]) -> list[Point]:
-    """Time runs from the end of the first evaluation; no evaluation is in it."""
+    """Time starts at the end of the first evaluation and excludes evaluations."""
     command = [sys.executable, "-m", "benchmarks.trl_arm", *arguments, *TRL_SETTING]
     output = _finish([*command, "--steps", str(MAX_UPDATES)])
     results = json.loads(output.splitlines()[-1])
@@ -145,8 +145,8 @@ def _finish(command: Sequence[str | Path]) -> str:
     return output_of(command, environment)
 
 
-class Ledger:
-    """The results file: what was run, and what it gave."""
+class ResultsFile:
+    """The results file: finished runs and their results."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -179,15 +179,15 @@ class Ledger:
 
 
 def best_lr(runs: Sequence[Run]) -> float:
-    """The rule: the smallest rate within NEARLY of the fewest updates (mean over the tuning seeds)
-    to the highest target that any of an arm's rates reached with every seed; where none did reach
-    any, the best mean of the last accuracies. Near the edge of stability a larger rate is a little
-    faster until it is not, hence the smallest."""
+    """Select a learning rate by a fixed rule: the smallest rate within TOLERANCE of the fewest
+    updates (mean over the tuning seeds) to the highest target that any of the arm's rates reached
+    with every seed. If no rate reached a target, the best mean of the last accuracies. The smallest
+    rate, because near the edge of stability a larger one is slightly faster until it diverges."""
     by_lr: dict[float, list[Run]] = {}
     for run in runs:
         by_lr.setdefault(run.lr, []).append(run)
     for target in sorted(TARGETS[runs[0].spread], reverse=True):
-        reached = {lr: [run.reach(target) for run in of_lr] for lr, of_lr in by_lr.items()}
+        reached = {lr: [run.reach(target) for run in lr_runs] for lr, lr_runs in by_lr.items()}
         updates = {
             lr: statistics.fmean(crossing.updates for crossing in crossings if crossing)
             for lr, crossings in reached.items()
@@ -195,15 +195,17 @@ def best_lr(runs: Sequence[Run]) -> float:
         }
         if updates:
             fewest = min(updates.values())
-            return min(lr for lr, mean in updates.items() if mean <= NEARLY * fewest)
+            return min(lr for lr, mean in updates.items() if mean <= TOLERANCE * fewest)
     return max(by_lr, key=lambda lr: statistics.fmean(run.points[-1].accuracy for run in by_lr[lr]))
 
 
 def chosen_lr(spread: str, arm: str, runs: Sequence[Run]) -> float:
-    """What the rule gives an arm, from its tuning runs."""
-    tuned = INHERITED_LR.get(arm, arm)
+    """The rate that `best_lr` selects for an arm from its tuning runs."""
+    tuned_arm = INHERITED_LR.get(arm, arm)
     tuning = [
-        run for run in runs if run.seed in TUNING_SEEDS and (run.spread, run.arm) == (spread, tuned)
+        run
+        for run in runs
+        if run.seed in TUNING_SEEDS and (run.spread, run.arm) == (spread, tuned_arm)
     ]
     return best_lr(tuning)
 
@@ -215,7 +217,7 @@ def run_all(
     *,
     only_tune: bool,
     every_rate: bool,
-    ledger: Ledger,
+    results: ResultsFile,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / f"{spread}.jsonl"
@@ -230,15 +232,15 @@ def run_all(
         for arm in dict.fromkeys(INHERITED_LR.get(arm, arm) for arm in arms):
             for lr in LEARNING_RATES:
                 for seed in TUNING_SEEDS:
-                    ledger.run(Job(spread=spread, arm=arm, lr=lr, seed=seed), prompts)
-            print(f"{arm}: lr {chosen_lr(spread, arm, ledger.runs):.0e}", flush=True)
+                    results.run(Job(spread=spread, arm=arm, lr=lr, seed=seed), prompts)
+            print(f"{arm}: lr {chosen_lr(spread, arm, results.runs):.0e}", flush=True)
         if only_tune:
             return
         for seed in range(num_seeds):
             for arm in random.Random(seed).sample(list(arms), len(arms)):
-                chosen = chosen_lr(spread, arm, ledger.runs)
+                chosen = chosen_lr(spread, arm, results.runs)
                 for lr in LEARNING_RATES if every_rate else (chosen,):
-                    ledger.run(Job(spread=spread, arm=arm, lr=lr, seed=seed), prompts)
+                    results.run(Job(spread=spread, arm=arm, lr=lr, seed=seed), prompts)
 
 
 def main() -> None:
@@ -248,10 +250,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--only-tune", action="store_true")
-    parser.add_argument("--every-rate", action="store_true", help="not only the one chosen")
+    parser.add_argument("--every-rate", action="store_true", help="not only the selected one")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    ledger = Ledger(options.results)
+    results = ResultsFile(options.results)
     if options.what == "run":
         arms = options.arms.split(",")
         run_all(
@@ -260,17 +262,17 @@ def main() -> None:
             options.seeds,
             only_tune=options.only_tune,
             every_rate=options.every_rate,
-            ledger=ledger,
+            results=results,
         )
     else:
-        deciding = [run for run in ledger.runs if run.seed not in TUNING_SEEDS]
+        final_runs = [run for run in results.runs if run.seed not in TUNING_SEEDS]
         chosen = {
-            (spread, arm): chosen_lr(spread, arm, ledger.runs)
-            for spread, arm in {(run.spread, run.arm) for run in deciding}
+            (spread, arm): chosen_lr(spread, arm, results.runs)
+            for spread, arm in {(run.spread, run.arm) for run in final_runs}
         }
         variants = [arm for arm in ARMS if arm.startswith(VARIANTS)]
         arms = [arm for arm in ARMS if arm not in variants]
-        write_report(deciding, chosen, arms, variants, ROOT / "docs")
+        write_report(final_runs, chosen, arms, variants, ROOT / "docs")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What the runs of benchmarks/time_to_accuracy.py say: crossings, bootstrap intervals, a table and
-a figure. Pure, but for the two files it writes."""
+"""Evaluation of the runs of benchmarks/time_to_accuracy.py: target crossings, bootstrap intervals,
+a table and a figure. Free of side effects except for the two files it writes."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +10,10 @@ from typing import Any, Self
 import numpy as np
 
 TARGETS = {"real": (0.40, 0.50, 0.58), "mild": (0.50, 0.70, 0.85)}
-"""Low, mid and high, in held-out accuracy. At the real spread 35 % of the held-out prompts are out
-of reach, so 0.65 is the ceiling."""
+"""Low, mid and high targets, in held-out accuracy. At the real spread 35 % of the held-out prompts
+are out of reach, so the maximum is 0.65."""
 BASE_ARM = "sync-rloo"
-OUTSIDE_ARM = "trl-rloo"
+TRL_ARM = "trl-rloo"
 NUM_RESAMPLES = 10_000
 INTERVAL = (2.5, 97.5)
 MARKER = "<!-- made by `python -m benchmarks.time_to_accuracy report` -->"
@@ -21,7 +21,7 @@ MARKER = "<!-- made by `python -m benchmarks.time_to_accuracy report` -->"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """A held-out accuracy and what it took: since the end of the first evaluation."""
+    """A held-out accuracy and its cost since the end of the first evaluation."""
 
     updates: float
     wall_s: float
@@ -31,7 +31,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What is to be run."""
+    """One run to make."""
 
     spread: str
     arm: str
@@ -45,13 +45,13 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run(Job):
-    """A job that was run, and what it gave."""
+    """A finished job and its results."""
 
     points: list[Point]
     process_s: float
 
     def reach(self, target: float) -> Point | None:
-        """Where the line through the evaluations first reaches `target`; None if it never does."""
+        """The interpolated point of first reaching `target`. None if it is never reached."""
         for before, after in zip(self.points, self.points[1:], strict=False):
             if before.accuracy < target <= after.accuracy:
                 part = (target - before.accuracy) / (after.accuracy - before.accuracy)
@@ -69,7 +69,7 @@ class Run(Job):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interval:
-    """A median over seeds and its bootstrap interval; infinite where seeds never got there."""
+    """A median over seeds and its bootstrap interval. Infinite where seeds miss the target."""
 
     median: float
     low: float
@@ -94,7 +94,7 @@ def _between(before: Point, after: Point, part: float) -> Point:
 
 
 def costs(runs: Sequence[Run], target: float, of: Callable[[Point], float]) -> list[float]:
-    """One cost a run; infinity where the target was not reached."""
+    """One cost per run; infinity where the target was not reached."""
     points = [run.reach(target) for run in runs]
     return [math.inf if point is None else of(point) for point in points]
 
@@ -108,7 +108,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def ratio_interval(values: Sequence[float], base: Sequence[float]) -> Interval:
-    """Ratio of medians, both sides resampled independently. Infinite over infinite is infinite."""
+    """Ratio of medians, with both sides resampled independently. inf / inf counts as inf."""
     rng = np.random.default_rng(0)
     above, below = np.array(values), np.array(base)
     with np.errstate(invalid="ignore"):
@@ -144,13 +144,13 @@ def table(
     base_lr: float,
     outside_lr: float,
 ) -> list[str]:
-    """Markdown: one row an arm and learning rate, medians over seeds with their intervals."""
+    """A Markdown table: one row per arm and learning rate, medians over seeds with intervals."""
     _, mid, high = targets
     base = [run for run in runs if (run.arm, run.lr) == (BASE_ARM, base_lr)]
-    outside = [run for run in runs if (run.arm, run.lr) == (OUTSIDE_ARM, outside_lr)]
+    outside = [run for run in runs if (run.arm, run.lr) == (TRL_ARM, outside_lr)]
     head = ["arm", "lr", "seeds", *(f"s to {target:.0%}" for target in targets)]
     head += [f"updates to {mid:.0%}", f"updates to {high:.0%}", f"tokens to {mid:.0%}"]
-    head += [f"wall-clock to {mid:.0%} / {BASE_ARM}", f"/ {OUTSIDE_ARM}"]
+    head += [f"wall-clock to {mid:.0%} / {BASE_ARM}", f"/ {TRL_ARM}"]
     lines = [_row(head), _row(["---"] * len(head))]
     for arm, lr in rows:
         own = [run for run in runs if (run.arm, run.lr) == (arm, lr)]
@@ -166,7 +166,7 @@ def table(
             if not others:
                 cells.append("not run")
             elif math.isinf(np.median(others)) and not math.isinf(np.median(walls)):
-                cells.append("it never got there")
+                cells.append("baseline did not reach it")
             else:
                 cells.append(str(ratio_interval(walls, others)))
         lines.append(_row(cells))
@@ -184,15 +184,15 @@ def write_report(
     variants: Sequence[str],
     docs: Path,
 ) -> None:
-    """Put the tables into docs/time_to_accuracy.md behind its marker, and draw the figure.
+    """Write the tables to docs/time_to_accuracy.md after its marker, and draw the figure.
 
-    `chosen` gives the learning rate of a spread and arm. Ratios are to the base and outside arms
-    at the rate that was best for them in hindsight, so their tuning cannot flatter the others.
+    `chosen` gives the learning rate of a spread and arm. Ratios are relative to the base and TRL
+    arms at the rate that was best for them in hindsight, so their tuning cannot favour the others.
     """
     path = docs / "time_to_accuracy.md"
     text, found, _ = path.read_text().partition(MARKER)
     if not found:
-        raise ValueError(f"{path} has lost its marker line: {MARKER}")
+        raise ValueError(f"{path} has no marker line: {MARKER}")
     lines = [MARKER]
     spreads = sorted({run.spread for run in runs}, reverse=True)
     for spread in spreads:
@@ -200,7 +200,7 @@ def write_report(
         rates = {arm: sorted({run.lr for run in own if run.arm == arm}) for arm in arms}
         references = {
             "base_lr": hindsight_lr(own, BASE_ARM),
-            "outside_lr": hindsight_lr(own, OUTSIDE_ARM),
+            "outside_lr": hindsight_lr(own, TRL_ARM),
         }
         parts = {
             "": arms,
@@ -220,26 +220,26 @@ def write_report(
 
 
 def hindsight_lr(runs: Sequence[Run], arm: str) -> float:
-    """The rate whose seeds reached the mid target first (else the best last accuracy); 0 when the
+    """The rate whose seeds reached the mid target first (else the best last accuracy). 0 if the
     arm was not run."""
-    of_arm = [run for run in runs if run.arm == arm]
-    if not of_arm:
+    arm_runs = [run for run in runs if run.arm == arm]
+    if not arm_runs:
         return 0.0
-    _, mid, _ = TARGETS[of_arm[0].spread]
+    _, mid, _ = TARGETS[arm_runs[0].spread]
 
-    def merit(lr: float) -> tuple[float, float]:
-        own = [run for run in of_arm if run.lr == lr]
+    def cost_of(lr: float) -> tuple[float, float]:
+        own = [run for run in arm_runs if run.lr == lr]
         last = float(np.median([run.points[-1].accuracy for run in own]))
         return float(np.median(costs(own, mid, lambda p: p.wall_s))), -last
 
-    return min({run.lr for run in of_arm}, key=merit)
+    return min({run.lr for run in arm_runs}, key=cost_of)
 
 
 # --- figure -----------------------------------------------------------------------------------
 
 
 def draw(runs: Sequence[Run], arms: Sequence[str], spreads: Sequence[str], path: Path) -> None:
-    """Median accuracy over seeds against wall-clock and against generated tokens."""
+    """Plot median accuracy over seeds against wall-clock time and generated tokens."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -256,7 +256,7 @@ def draw(runs: Sequence[Run], arms: Sequence[str], spreads: Sequence[str], path:
             for colour, arm in zip(colours, arms, strict=False):
                 own = [run for run in runs if (run.spread, run.arm) == (spread, arm)]
                 if own:
-                    style = "--" if arm.startswith("sync") else ":" if arm == OUTSIDE_ARM else "-"
+                    style = "--" if arm.startswith("sync") else ":" if arm == TRL_ARM else "-"
                     xs, ys = median_curve(own, of)
                     axes.plot(xs, ys, style, color=colour, label=arm, linewidth=1.8)
             for target in TARGETS[spread]:
@@ -272,7 +272,7 @@ def draw(runs: Sequence[Run], arms: Sequence[str], spreads: Sequence[str], path:
 def median_curve(
     runs: Sequence[Run], of: Callable[[Point], float]
 ) -> tuple[list[float], list[float]]:
-    """Median over seeds at equal cost, as far as the cheapest-ended seed goes."""
+    """Median over seeds at equal cost, up to the lowest final cost of any seed."""
     end = min(of(run.points[-1]) for run in runs)
     xs = np.linspace(0.0, end, 60)
     ys = [

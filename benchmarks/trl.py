@@ -1,7 +1,7 @@
-"""A whole training loop against TRL's RLOOTrainer, in completions per second, in turns.
+"""Compare a complete training loop with TRL's RLOOTrainer, in completions per second.
 
-Each side runs in processes of its own, one side at a time, and may use both cores. Start-up and
-the first updates of every run are left out.
+The sides alternate, each in its own processes, and may use both cores. Start-up and the first
+updates of every run are excluded.
 
 Usage: python -m benchmarks.trl [--repeats N] [--trl-steps N] [--updates N] [--section.field value]
 """
@@ -21,7 +21,7 @@ from benchmarks.harness import QUICKSTART, output_of, report
 from speed_async.config.load import load_config
 from speed_async.config.schema import Config
 
-NUM_LEFT_OUT = 2
+NUM_SKIPPED_UPDATES = 2
 """Updates at the start of each run that are not measured."""
 TUNING_STEPS = 5
 TRL_THREADS = (1, 2)
@@ -29,22 +29,22 @@ TRL_MICRO_BATCHES = (384, 192, 96, 48)
 
 EQUAL = """\
 equal    model (fp32, CPU), training prompts, reward (exact match), completions per update, group
-         size, temperature 1, longest completion, learning rate and warm-up, gradient clip, AdamW,
-         one gradient step per batch, no KL term; both may use every core
-TRL      fresh uniform prompts; every completion is trained on, of which groups without spread
+         size, temperature 1, maximum completion length, learning rate and warm-up, gradient clip,
+         AdamW, one gradient step per batch, no KL term; both may use every core
+TRL      new uniform prompts; every completion is trained, including groups without spread, which
          give no gradient; one model.generate of the whole batch, then {micro_batch} completions
-         per forward and backward pass, {threads} torch thread(s): the fastest of
-         {num_tried} settings tried first; beta 0, no gradient checkpointing, no evaluation, no logs
-ours     as `speed-async train` runs it: also screens prompts and drops those always or never
-         solved (its trained groups all have spread), evaluates {num_held_out} held-out prompts
+         per forward and backward pass, {threads} torch thread(s): the fastest of {num_tried}
+         settings; beta 0, no gradient checkpointing, no evaluation, no logs
+ours     as run by `speed-async train`: also screens prompts and drops those always or never
+         solved (all trained groups have spread), evaluates {num_held_out} held-out prompts
          every {every} updates, broadcasts weights, keeps the ledger, checks staleness;
-         "generated" counts screened-out and evaluation completions too
-measured from the end of update {left_out} to the last one's; ratios are of neighbouring runs"""
+         "generated" includes screened-out and evaluation completions
+measured from the end of update {left_out} to the last one's; ratios are of adjacent runs"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """Per second, in the steady state of one run."""
+    """Rates per second in the steady state of one run."""
 
     trained: float
     generated: float
@@ -67,13 +67,13 @@ def run_trl(config: Config, setting: TrlSetting, num_steps: int, arguments: list
         "HF_HUB_OFFLINE": "1",
     }
     ends_s = json.loads(output_of(command, environment).splitlines()[-1])["ends_s"]
-    updates = (len(ends_s) - NUM_LEFT_OUT) / (ends_s[-1] - ends_s[NUM_LEFT_OUT - 1])
+    updates = (len(ends_s) - NUM_SKIPPED_UPDATES) / (ends_s[-1] - ends_s[NUM_SKIPPED_UPDATES - 1])
     completions = updates * config.learner.groups_per_update * config.gate.group_size
     return Rates(trained=completions, generated=completions, updates=updates)
 
 
 def run_ours(num_updates: int, arguments: list[str]) -> Rates:
-    """As a user runs it, but for its folder and length."""
+    """Run as a user does, except for the folder and the length."""
     environment = {name: os.environ[name] for name in os.environ if name != "OMP_NUM_THREADS"}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
@@ -83,7 +83,7 @@ def run_ours(num_updates: int, arguments: list[str]) -> Rates:
         summary = json.loads((folder / "summary.json").read_text())
         lines = (folder / "metrics.jsonl").read_text().splitlines()
     steps = [event for event in map(json.loads, lines) if event["kind"] == "step"]
-    first, last = steps[NUM_LEFT_OUT - 1], steps[-1]
+    first, last = steps[NUM_SKIPPED_UPDATES - 1], steps[-1]
     elapsed_s = last["wall_s"] - first["wall_s"]
     tokens_per_completion = summary["tokens_generated"] / summary["completions_generated"]
     num_tokens = last["tokens_generated"] - first["tokens_generated"]
@@ -141,11 +141,12 @@ def main() -> None:
         num_tried=len(TRL_THREADS) * len(TRL_MICRO_BATCHES),
         num_held_out=config.task.num_held_out,
         every=config.evaluate.every,
-        left_out=NUM_LEFT_OUT,
+        left_out=NUM_SKIPPED_UPDATES,
     )
     title = (
-        f"Completions/s of a whole loop: TRL 1.16.0 RLOOTrainer and speed_async, quickstart model, "
-        f"{config.learner.groups_per_update} x {config.gate.group_size} completions an update"
+        "Completions/s of a complete loop: TRL 1.16.0 RLOOTrainer and speed_async, quickstart "
+        f"model, {config.learner.groups_per_update} x {config.gate.group_size} completions per "
+        "update"
     )
     report("trl", f"{title}\n{notes}", [row_of("TRL", trl, trl), row_of("speed_async", ours, trl)])
 

@@ -1,14 +1,14 @@
-"""Ways to get a model's weights to its receivers, side by side, on loopback.
+"""Compare ways to transfer a model's weights to its receivers on loopback.
 
-- gloo, ipc: as in a run: both ends flatten their parameters; announced, checked,
-  loaded. With gloo nothing is copied but by the kernel, with ipc once in and once out.
-- gloo scattered, ipc scattered: the same, for models whose tensors lie anywhere: packed and loaded
-  one by one.
-- flat: one bare gloo broadcast of one tensor of the same bytes. each: one for each tensor.
-- memcpy: the sender copies the bytes once within itself.
+- gloo, ipc: as in a run, with parameters flattened at both ends; announced, checked and loaded.
+  With gloo only the kernel copies; with ipc there is one copy in and one copy out.
+- gloo scattered, ipc scattered: the same for models with separate tensors, packed and loaded one
+  by one.
+- flat: one bare gloo broadcast of one tensor of the same size. each: one broadcast per tensor.
+- memcpy: the sender copies the bytes once locally.
 
-Each time ends when every process has all of it (a barrier, which is in every contestant's time).
-The contestants take turns within one repeat, where all met the same machine.
+Each measurement ends when every process has all data (a barrier, included for every contestant).
+The contestants alternate within one repeat, under the same machine load.
 
 Usage: python -m benchmarks.weights [CASE ...]
 """
@@ -77,10 +77,10 @@ def make_weights(case: Case, *, flat: bool) -> list[NamedTensor]:
 def measure(
     case: Case, raw_offer: WeightOffer, store, transfers: dict[WeightBackend, Transfer]
 ) -> dict[str, list[float]]:
-    """Seconds of every repeat by contestant; all ranks run this in step."""
+    """Seconds of every repeat by contestant. All ranks run this in lockstep."""
     group = make_group(PrefixStore("raw", store), raw_offer, CPU)
     flat, scattered = make_weights(case, flat=True), make_weights(case, flat=False)
-    # Memory of their own: what another contestant has just touched is still in a cache.
+    # Separate memory, because recently used memory of another contestant is still cached.
     one, source, copy = (torch.ones(case.num_bytes, dtype=torch.uint8) for _ in range(3))
 
     def send_each() -> None:
@@ -93,18 +93,18 @@ def measure(
         "memcpy": lambda: raw_offer.rank == 0 and copy.copy_(source),
     }
     for backend in BACKENDS:
-        give = transfers[backend]
-        contestants[backend] = lambda give=give: give(flat)
-        contestants[f"{backend} scattered"] = lambda give=give: give(scattered)
+        transfer = transfers[backend]
+        contestants[backend] = lambda transfer=transfer: transfer(flat)
+        contestants[f"{backend} scattered"] = lambda transfer=transfer: transfer(scattered)
     times_s: dict[str, list[float]] = {name: [] for name in contestants}
     for repeat in range(case.num_repeats + 1):
         for name in sorted(contestants, reverse=bool(repeat % 2)):
             group.barrier().wait()
-            began_s = time.perf_counter()
+            start_s = time.perf_counter()
             contestants[name]()
             group.barrier().wait()
-            if repeat:  # the first repeat makes groups and buffers
-                times_s[name].append(time.perf_counter() - began_s)
+            if repeat:  # the first repeat creates groups and buffers
+                times_s[name].append(time.perf_counter() - start_s)
     return times_s
 
 
@@ -112,17 +112,17 @@ def receive(case: Case, rank: int, raw_offer: WeightOffer, firsts: list[WeightOf
     torch.set_num_threads(1)
     receivers = [TorchReceiver(device=CPU, in_place=True) for _ in firsts]
 
-    def taking(receiver: TorchReceiver, first: WeightOffer) -> Transfer:
+    def receiving(receiver: TorchReceiver, first: WeightOffer) -> Transfer:
         num_received = 0
 
         def take(named: list[NamedTensor]) -> None:
             nonlocal num_received
             num_received += 1
-            ours = dict(named)
+            local = dict(named)
 
             def load(tensors) -> None:
                 for name, tensor in tensors:
-                    ours[name].copy_(tensor)
+                    local[name].copy_(tensor)
 
             receiver.receive(replace(first, policy_version=num_received, rank=rank), named, load)
 
@@ -130,7 +130,7 @@ def receive(case: Case, rank: int, raw_offer: WeightOffer, firsts: list[WeightOf
 
     raw_offer = replace(raw_offer, rank=rank)
     transfers = {
-        first.backend: taking(receiver, first)
+        first.backend: receiving(receiver, first)
         for receiver, first in zip(receivers, firsts, strict=True)
     }
     measure(case, raw_offer, reach_store(raw_offer), transfers)
@@ -138,18 +138,18 @@ def receive(case: Case, rank: int, raw_offer: WeightOffer, firsts: list[WeightOf
         receiver.close()
 
 
-def giving(sender: TorchSender, first: WeightOffer) -> Transfer:
+def sending(sender: TorchSender, first: WeightOffer) -> Transfer:
     num_sent = 0
 
-    def give(named: list[NamedTensor]) -> None:
+    def send_weights(named: list[NamedTensor]) -> None:
         nonlocal num_sent
         num_sent += 1
         sender.send(replace(first, policy_version=num_sent), named)
 
-    return give
+    return send_weights
 
 
-def play(case: Case) -> list[dict[str, object]]:
+def run_case(case: Case) -> list[dict[str, object]]:
     senders = [
         TorchSender(host="127.0.0.1", bucket_bytes=BUCKET_BYTES, device=CPU) for _ in BACKENDS
     ]
@@ -167,7 +167,7 @@ def play(case: Case) -> list[dict[str, object]]:
     for peer in peers:
         peer.start()
     transfers = {
-        first.backend: giving(sender, first) for sender, first in zip(senders, firsts, strict=True)
+        first.backend: sending(sender, first) for sender, first in zip(senders, firsts, strict=True)
     }
     times_s = measure(case, raw_offer, raw_store, transfers)
     for peer in peers:
@@ -178,11 +178,11 @@ def play(case: Case) -> list[dict[str, object]]:
 
 
 def row_of(case: Case, times_s: dict[str, list[float]], name: str) -> dict[str, object]:
-    """Ratios are medians over repeats of neighbours in time."""
+    """Ratios are medians over repeats of measurements adjacent in time."""
 
     def speed_over(other: str) -> float:
         pairs = zip(times_s[other], times_s[name], strict=True)
-        return statistics.median(theirs / ours for theirs, ours in pairs)
+        return statistics.median(other_s / local for other_s, local in pairs)
 
     seconds = statistics.median(times_s[name])
     return {
@@ -215,7 +215,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cases = [case for case in CASES if case.name in sys.argv[1:]] or list(CASES)
     title = "Weights to their receivers (announced, checked, loaded) against bare broadcasts"
-    report("weights", title, [row for case in cases for row in play(case)])
+    report("weights", title, [row for case in cases for row in run_case(case)])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Makes tests/parity/trl.json: what TRL answers to the formulas it shares with this project.
+"""Create tests/parity/trl.json: TRL's results for the formulas it shares with this project.
 
     python scripts/make_parity_vectors_trl.py      in an environment with trl 1.16.0
 
-The numbers come out of GRPOTrainer's own `_generate_and_score_completions` (advantages,
-importance ratios) and `_compute_loss`, and of `get_soft_overlong_punishment`, in float64. Only
-what needs a model is given: completions, their log-probabilities and their rewards.
+The numbers come from GRPOTrainer's own `_generate_and_score_completions` (advantages, importance
+ratios) and `_compute_loss`, and from `get_soft_overlong_punishment`, in float64. Only the inputs
+that need a model are given: completions, their log-probabilities and their rewards.
 
 Shape legend: B sequences, C completion tokens (padded to the longest).
 """
@@ -63,7 +63,7 @@ def trainer(batch: Batch, *, num_generations: int | None = None, **options: Any)
 
 
 def loss_inputs(batch: Batch) -> dict[str, Tensor]:
-    """What `_compute_loss` takes: log mu stands as the old log-probabilities."""
+    """Inputs of `_compute_loss`, with log mu as the old log-probabilities."""
     mask_BC = padded([[1] * n for n in batch["lengths"]]).long()
     return {
         "prompt_ids": torch.full((len(mask_BC), 1), TOKEN),
@@ -106,7 +106,7 @@ def advantage_cases(batch: Batch) -> list[Case]:
 
 
 def loss_cases(name: str, batch: Batch) -> list[Case]:
-    """The losses with the ratio to mu: what we choose beside what TRL is told."""
+    """Losses with the ratio to mu: this project's options and the equivalent TRL options."""
     cases = []
     for formula, ours, options in (
         *aggregation_choices(),
@@ -148,8 +148,8 @@ def aggregation_choices() -> list[tuple[str, Case, dict[str, Any]]]:
 
 
 def importance_cases(batch: Batch) -> list[Case]:
-    """Weights on pi / mu as TRL applies them between trainer and vLLM: the ratio of the loss
-    itself is 1, so the loss is -w A and its gradient -w A too."""
+    """Weights on pi / mu as TRL applies them between trainer and vLLM. The ratio of the loss
+    itself is 1, so both the loss and its gradient are -w A."""
     high = {"max_ratio": MAX_RATIO}
     both = {"min_ratio": MIN_RATIO, **high}
     modes = {

@@ -1,15 +1,15 @@
-"""Makes tests/parity/verl.json: what verl answers to the formulas it shares with this project.
+"""Create tests/parity/verl.json: verl's results for the formulas it shares with this project.
 
     python scripts/make_parity_vectors_verl.py      in an environment with verl 0.9.1
 
-Every number comes out of verl's own functions, in float64: `compute_*_outcome_advantage`, the
-registered policy losses, `compute_policy_loss_bypass_mode` for importance weights. verl's options
-are set so that the formula is the same; where a default differs from ours, `note` says so.
+Every number comes from verl's own functions, in float64: `compute_*_outcome_advantage`, the
+registered policy losses, and `compute_policy_loss_bypass_mode` for importance weights. verl's
+options are set so that the formula is the same. `note` names defaults that differ.
 
 Shape legend: S sequences, T tokens (padded to the longest).
 """
 # pyright: reportMissingImports=false
-# (verl is no dependency of this project.)
+# (verl is not a dependency of this project.)
 
 from collections.abc import Callable
 from typing import Any
@@ -49,7 +49,7 @@ PLAIN = ["none", {}]
 
 
 def padded(rows: list[list[float]]) -> Tensor:
-    """(S, ragged) -> (S, T) float64, zeros behind."""
+    """(S, ragged) -> (S, T) float64, padded with zeros at the end."""
     width = max(map(len, rows))
     return torch.tensor([row + [0.0] * (width - len(row)) for row in rows], dtype=torch.float64)
 
@@ -119,8 +119,8 @@ def loss_case(
     anchor_ST: Tensor | None = None,
     weights_ST: Tensor | None = None,
 ) -> Case:
-    """The registered policy loss `loss` on the batch: its value, and its gradient with respect
-    to log pi. The anchor is mu when none is given."""
+    """Value of the registered policy loss `loss` on the batch, and its gradient with respect to
+    log pi. The anchor is mu if none is given."""
     mask_ST = mask_of(batch)
     logprobs_ST = padded(batch["logprobs"]).requires_grad_()
     value, _ = core_algos.get_policy_loss_fn(loss)(
@@ -220,7 +220,7 @@ def importance_cases(batch: Batch) -> list[Case]:
 def decoupled_cases(batch: Batch) -> list[Case]:
     """The clipped loss with an anchor other than mu, and verl's weights on anchor / mu.
 
-    The anchors are given to verl, which has no interpolation of its own: pi_theta, and
+    The anchors are inputs, because verl has no interpolation of its own: pi_theta, and
     log mu + (age - 1) / age x (log pi - log mu), pi_theta at age 0.
     """
     log_mu_ST, log_pi_ST = padded(batch["behaviour_logprobs"]), padded(batch["logprobs"])

@@ -1,13 +1,13 @@
-"""Makes quickstart/model: a tiny Llama that adds digits well and carries badly.
+"""Create quickstart/model: a tiny Llama that adds digits well and handles carries badly.
 
-It is pre-trained on sums whose authors forgot most carries, so its pass rate at temperature 1
+It is pre-trained on sums in which most carries are missing, so its pass rate at temperature 1
 falls with the number of carries: a third of the quickstart's prompts are nearly always solved,
-a third nearly never, and the rest sometimes. Reinforcement learning can mend the carry.
+a third nearly never, and the rest sometimes. Reinforcement learning can teach the carry.
 
     python scripts/make_quickstart_model.py            train, save, check (two minutes, two cores)
     python scripts/make_quickstart_model.py --check    only check the saved folder
 
-Shape legend: B sequences, P prompt tokens, T completion tokens, Q prompts, S samples a prompt.
+Shape legend: B sequences, P prompt tokens, T completion tokens, Q prompts, S samples per prompt.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from speed_async.types import Prompt
 FOLDER = Path(__file__).resolve().parents[1] / "quickstart" / "model"
 NUM_DIGITS = 4
 CARRY_KEPT = 0.3
-"""Probability that an author of the pre-training text remembers a carry; independent."""
+"""Probability that a carry in the pre-training text is kept; independent per carry."""
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 NUM_STEPS = 800
@@ -53,7 +53,7 @@ MIN_SHARE_LOW = MIN_SHARE_HIGH = 0.28
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character of printable ASCII; the beginning of sequence is added."""
+    """One token per character of printable ASCII. The beginning of sequence is added."""
     alphabet = [*SPECIAL, *string.digits, "+", "=", " ", "\n"]
     alphabet += [c for c in map(chr, range(33, 127)) if c not in alphabet]
     vocabulary = {token: index for index, token in enumerate(alphabet)}
@@ -85,7 +85,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=128,
-        # Untied: engines that pack the output matrix need not refresh it after each update.
+        # Untied, so that engines that pack the output matrix need not refresh it after each update.
         tie_word_embeddings=False,
         pad_token_id=pad,
         bos_token_id=bos,
@@ -98,10 +98,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def forgetful_answer(rng: random.Random, text: str) -> str:
-    """The answer to `text` by an author who keeps each carry with probability CARRY_KEPT.
+def answer_with_missing_carries(rng: random.Random, text: str) -> str:
+    """The answer to `text` with each carry kept with probability CARRY_KEPT.
 
-    A forgotten carry spoils its own digit only, so K carries are right with CARRY_KEPT ** K.
+    A missing carry affects only its own digit, so K carries are right with CARRY_KEPT ** K.
     """
     left, right = text.rstrip("=").split("+")
     answer, carry = "", 0
@@ -115,20 +115,20 @@ def forgetful_answer(rng: random.Random, text: str) -> str:
 def draw_batches(
     rng: random.Random, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[Tensor, int]]:
-    """Endless (token ids (B, P + T), P); all sums have one length, so there is no padding."""
+    """Endless (token ids (B, P + T), P). All sums have equal length, so there is no padding."""
     levels = level_cycle(rng, NUM_DIGITS)
     while True:
         texts = [
             draw_sum(rng, num_digits=NUM_DIGITS, num_carries=next(levels))[0]
             for _ in range(BATCH_SIZE)
         ]
-        rows = [f"{text}{forgetful_answer(rng, text)}<eos>" for text in texts]
+        rows = [f"{text}{answer_with_missing_carries(rng, text)}<eos>" for text in texts]
         num_prompt_tokens = len(tokenizer(texts[0])["input_ids"])
         yield torch.tensor(tokenizer(rows)["input_ids"]), num_prompt_tokens
 
 
 def learning_rate(step: int) -> float:
-    """Linear warm-up, then a cosine down to a twentieth of the peak."""
+    """Linear warm-up, then a cosine decay to a twentieth of the peak."""
     warmup = min(1.0, (step + 1) / NUM_WARMUP_STEPS)
     cosine = 0.5 * (1 + math.cos(math.pi * step / NUM_STEPS))
     return PEAK_LR * warmup * (0.05 + 0.95 * cosine)
@@ -166,7 +166,7 @@ def sample(model: LlamaForCausalLM, prompts_BP: Tensor, num_tokens: int) -> Tens
 def pass_rates(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: tuple[Prompt, ...]
 ) -> Tensor:
-    """(Q,) share of samples that are the answer followed by the end of sequence."""
+    """(Q,) share of samples that equal the answer followed by the end of sequence."""
     model.eval()
     rates = []
     for start in range(0, len(prompts), 16):
@@ -182,7 +182,7 @@ def pass_rates(
 
 
 def check(folder: Path) -> bool:
-    """Prints the spread of pass rates of a saved folder; True when it is wide enough."""
+    """Print the spread of pass rates of a saved folder. Returns True if it is wide enough."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = cast(
         LlamaForCausalLM, AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
@@ -206,7 +206,7 @@ def check(folder: Path) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make or check the quickstart's model.")
+    parser = argparse.ArgumentParser(description="Create or check the quickstart's model.")
     parser.add_argument("--check", action="store_true", help="only measure the saved folder")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--seed", type=int, default=0)

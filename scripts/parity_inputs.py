@@ -1,8 +1,8 @@
-"""Random inputs of the parity vectors, and the files that hold them with a library's answers.
+"""Random inputs of the parity vectors, and the files that store them with a library's results.
 
-Inputs come from Python's own generator and are rounded, so that any version of any library is
-asked the same. A vector file (tests/parity/<library>.json) names the library, its version and the
-script that would make it again; `batches` are the inputs, `cases` the answers.
+Inputs come from Python's own generator and are rounded, so that any version of any library gets
+the same inputs. A vector file (tests/parity/<library>.json) names the library, its version and the
+script that created it. `batches` are the inputs, `cases` the results.
 
 Shape legend: G groups, S sequences, T tokens of one sequence (ragged: lists of lists).
 """
@@ -24,12 +24,12 @@ Case = dict[str, Any]
 
 
 def make_batch(seed: int, *, group_sizes: list[int], num_empty: int = 0) -> Batch:
-    """Sequences of 1 to 9 tokens in groups of the given sizes, of which the first `num_empty`
-    have no token.
+    """Sequences of 1 to 9 tokens in groups of the given sizes. The first `num_empty` have no
+    tokens.
 
-    log mu is spread over [-3, -0.05], log (pi / mu) is normal with deviation 0.45 plus a shift of
-    each sequence, so that clips and masks of tokens and of sequences each catch some and leave
-    some. `advantages` (S,) have both signs; `ages` are versions.
+    log mu is uniform in [-3, -0.05]. log (pi / mu) is normal with deviation 0.45 plus a shift per
+    sequence, so that clips and masks of tokens and of sequences each affect some and not all.
+    `advantages` (S,) have both signs; `ages` are versions.
     """
     draw = random.Random(seed)
     lengths = [0 if i < num_empty else draw.randint(1, MAX_TOKENS) for i in range(sum(group_sizes))]
@@ -50,7 +50,7 @@ def make_batch(seed: int, *, group_sizes: list[int], num_empty: int = 0) -> Batc
 
 
 def short(value: Any) -> Any:
-    """Nested lists of floats, at 12 significant digits."""
+    """Nested lists of floats, rounded to 12 significant digits."""
     if isinstance(value, list):
         return [short(one) for one in value]
     return float(f"{value:.12g}")
@@ -68,7 +68,7 @@ def without_padding(rows: list[list[float]], lengths: list[int]) -> list[list[fl
 
 
 def save(library: str, *, batches: dict[str, Batch], cases: list[Case]) -> None:
-    """Writes tests/parity/<library>.json, naming the version that ran and the script running."""
+    """Write tests/parity/<library>.json with the library's version and the running script."""
     vectors = {
         "library": library,
         "version": importlib.metadata.version(library),
@@ -81,7 +81,7 @@ def save(library: str, *, batches: dict[str, Batch], cases: list[Case]) -> None:
     path = FOLDER / f"{library}.json"
     lines = json.dumps({**vectors, "batches": None, "cases": None}, indent=1)
     body = json.dumps(batches)
-    listed = ",\n  ".join(json.dumps(case) for case in cases)
+    case_lines = ",\n  ".join(json.dumps(case) for case in cases)
     lines = lines.replace('"batches": null', f'"batches": {body}')
-    path.write_text(lines.replace('"cases": null', f'"cases": [\n  {listed}\n ]') + "\n")
+    path.write_text(lines.replace('"cases": null', f'"cases": [\n  {case_lines}\n ]') + "\n")
     print(f"{path.name}: {len(cases)} cases of {library} {vectors['version']}")

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with given rollouts in place of a model, for make_parity_vectors_trl.py.
+"""TRL's GRPOTrainer with given rollouts instead of a model, for make_parity_vectors_trl.py.
 
 Shape legend: B sequences, C completion tokens (padded to the longest).
 """
@@ -18,7 +18,7 @@ PAD, TOKEN = 0, 1
 
 
 class Model(torch.nn.Module):
-    """In training mode, and nothing else: no forward pass is run."""
+    """Only provides the training mode; no forward pass runs."""
 
     is_gradient_checkpointing = False
 
@@ -28,9 +28,9 @@ class Tokenizer:
 
 
 class GivenRollouts(GRPOTrainer):
-    """GRPOTrainer without a model: log pi, log mu, completions and rewards are the batch's.
+    """GRPOTrainer without a model: log pi, log mu, completions and rewards come from the batch.
 
-    `__init__` sets what the trainer's own sets before training; the options are GRPOConfig's.
+    `__init__` sets the attributes that the trainer sets before training. `args` are GRPOConfig's.
     """
 
     def __init__(self, batch: Batch, args: GRPOConfig) -> None:
@@ -67,7 +67,7 @@ class GivenRollouts(GRPOTrainer):
         return torch.tensor(self.batch["rewards"])[:, None]
 
     def score(self) -> dict[str, Tensor]:
-        """What the trainer hands from generation to the loss."""
+        """The inputs that the trainer passes from generation to the loss."""
         return self._generate_and_score_completions([{"prompt": ""} for _ in self.batch["rewards"]])
 
     def loss_and_gradient(self, inputs: dict[str, Tensor]) -> tuple[float, list[list[float]]]:
@@ -79,6 +79,6 @@ class GivenRollouts(GRPOTrainer):
 
 
 def padded(rows: list[list[float]]) -> Tensor:
-    """(B, ragged) -> (B, C) float64, zeros behind."""
+    """(B, ragged) -> (B, C) float64, padded with zeros at the end."""
     width = max(map(len, rows))
     return torch.tensor([row + [0.0] * (width - len(row)) for row in rows])

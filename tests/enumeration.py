@@ -1,7 +1,7 @@
-"""Exact expectations of one group's gradient estimate, by running through every outcome.
+"""Exact expectations of a group's gradient estimate, by enumerating every outcome.
 
 Each outcome uses the project's own gate, advantages and choice of screening samples. Only the
-policies are made up: a few possible answers, each with its probability and its score.
+policies are synthetic: a few possible answers, each with its probability and its score.
 
 Shape legend: N completions of one group, A possible answers of T tokens each, D parameters.
 """
@@ -28,7 +28,7 @@ Keep = Callable[[NDArray[np.float64]], NDArray[np.bool_]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policies:
-    """What a prompt's completions can be, under the policy that learns and the two that sampled."""
+    """Distributions over completions: of the learner, and of the two behaviour policies."""
 
     rewards_A: Floats
     logprobs_AT: Floats  # the learner's policy
@@ -44,22 +44,22 @@ class Policies:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimator:
-    """How a group's outcome becomes a gradient estimate."""
+    """Maps a group's outcome to a gradient estimate."""
 
     gate: GateConfig
     choice: Choice = "none"
     advantages: Advantages = rloo
     correction: Correction | None = None
-    """None: the whole completion's ratio pi_theta / mu, as it is."""
+    """None: the unmodified ratio pi_theta / mu of the whole completion."""
     keep: Keep | None = None
-    """Stands in for the project's own choice of samples."""
+    """Replaces the project's own choice of samples."""
     opens: Callable[[Floats], bool] | None = None
-    """Stands in for the project's own gate; sees the screening rewards."""
+    """Replaces the project's own gate; receives the screening rewards."""
     survives: Callable[[Floats], bool] = lambda rewards_N: True
-    """A later selection; sees the rewards of the whole group."""
+    """A later selection; receives the rewards of the whole group."""
 
     def coefficients_N(self, rewards_N: Floats) -> Floats:
-        """kept x advantage of each completion; all zero for a group that is not trained."""
+        """kept x advantage of each completion; all zero for an untrained group."""
         if not (self._is_open(rewards_N) and self.survives(rewards_N)):
             return np.zeros(len(rewards_N))
         return self._kept(rewards_N) * self.advantages([rewards_N])[0]
@@ -83,7 +83,7 @@ def probabilities(logprobs_AT: Floats) -> Floats:
 
 
 def pass_or_fail(*, p: float, p_a: float | None = None, p_b: float | None = None) -> Policies:
-    """Reward 1 with probability sigmoid(theta) = p: score of an outcome y is y - p."""
+    """Reward 1 with probability sigmoid(theta) = p. The score of an outcome y is y - p."""
 
     def logprobs(q: float | None) -> Floats:
         q = p if q is None else q
@@ -104,7 +104,7 @@ def one_of(
     screening_probs: Sequence[float] | None = None,
     continuation_probs: Sequence[float] | None = None,
 ) -> Policies:
-    """Softmax over the answers, a parameter each: score of answer y is onehot(y) - probs."""
+    """Softmax over the answers, one parameter each. The score of answer y is onehot(y) - probs."""
 
     def logprobs(given: Sequence[float] | None) -> Floats:
         return np.log(np.asarray(probs if given is None else given, dtype=np.float64))[:, None]
@@ -119,8 +119,8 @@ def one_of(
 
 
 def two_tokens(rewards: Sequence[float], learner: Floats, behaviour: Floats) -> Policies:
-    """Answers 00, 01, 10, 11. A policy is three probabilities of a 1, each with a logit of its
-    own: of the first token, of the second after a 0, of the second after a 1."""
+    """Answers 00, 01, 10, 11. A policy consists of three probabilities of a 1, each with its own
+    logit: of the first token, of the second after a 0, and of the second after a 1."""
     first, second = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
 
     def logprobs(ones: Floats) -> Floats:
@@ -147,7 +147,7 @@ PARTIAL_CREDIT = one_of(rewards=(0.0, 0.5, 1.0), probs=(0.2, 0.7, 0.1))
 
 
 def expected_terms(policies: Policies, estimator: Estimator) -> Floats:
-    """Expectation of each completion's term (N, D), over all A^N outcomes one by one."""
+    """Expectation of each completion's term (N, D), over all A^N outcomes."""
     num_screening = estimator.gate.num_screening
     terms_ND = np.zeros((estimator.gate.group_size, policies.scores_ATD.shape[2]))
     steps_NAD = _steps(policies, estimator)
@@ -164,7 +164,7 @@ def total(policies: Policies, estimator: Estimator) -> Floats:
 
 
 def cosine(policies: Policies, estimator: Estimator) -> float:
-    """Between the expected estimate and the true gradient."""
+    """Cosine between the expected estimate and the true gradient."""
     estimate, truth = total(policies, estimator), policies.gradient_D
     return float(estimate @ truth / math.sqrt(estimate @ estimate * (truth @ truth)))
 
@@ -174,8 +174,8 @@ def expected_coefficients(
 ) -> tuple[float, float]:
     """Expected term of one screening and of one continuation sample, in units of dp/dtheta.
 
-    Binary rewards; outcomes are gathered by (passes among screening, passes among continuation),
-    all of which have equal terms by symmetry. A part without samples has coefficient 0.
+    Rewards are binary. Outcomes are grouped by (passes in screening, passes in continuation), whose
+    terms are equal by symmetry. A part without samples has coefficient 0.
     """
     policies = pass_or_fail(p=p, p_a=p_a, p_b=p_b)
     num_screening = estimator.gate.num_screening
@@ -201,21 +201,21 @@ def binomial(n: int, k: int, p: float) -> float:
 
 
 def gate_probability(gate: GateConfig, p: float) -> float:
-    """P(low < k / n < high) with k binomial, n the screening samples."""
+    """P(low < k / n < high) for binomial k, with n screening samples."""
     n = gate.num_screening
     return sum(binomial(n, k, p) for k in range(n + 1) if gate.low < k / n < gate.high)
 
 
 def kept_probability(gate: GateConfig, p: float) -> float:
-    """P(the gate opens whichever way one given screening sample falls): with j passes among the
-    other n - 1, both j / n and (j + 1) / n lie in the band."""
+    """P(the gate opens regardless of one given screening sample): with j passes among the other
+    n - 1, both j / n and (j + 1) / n are in the band."""
     n = gate.num_screening
     in_band = [gate.low < k / n < gate.high for k in range(n + 1)]
     return sum(binomial(n - 1, j, p) for j in range(n) if in_band[j] and in_band[j + 1])
 
 
 def _steps(policies: Policies, estimator: Estimator) -> Floats:
-    """Importance weight x score (N, A, D) of every answer at every place in the group."""
+    """Importance weight x score (N, A, D) of every answer at every position in the group."""
     num_screening = estimator.gate.num_screening
     num_rest = estimator.gate.group_size - num_screening
     behaviours = [policies.screening_logprobs_AT, policies.continuation_logprobs_AT]
@@ -229,7 +229,7 @@ def _steps(policies: Policies, estimator: Estimator) -> Floats:
 
 
 def _weights(policies: Policies, mu_AT: Floats, correction: Correction | None) -> Floats:
-    """Weight (A, T) of every token of every answer that `mu_AT` sampled."""
+    """Weight (A, T) of every token of every answer sampled from `mu_AT`."""
     num_answers, num_tokens = mu_AT.shape
     if correction is None:
         ratios_A = probabilities(policies.logprobs_AT) / probabilities(mu_AT)

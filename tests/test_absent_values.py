@@ -1,4 +1,4 @@
-"""A value that nobody has measured is None, in events and in the summary, and never 0."""
+"""A value without a measurement is None in events and in the summary, never 0."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -37,13 +37,13 @@ UNKNOWN_AT_THE_START = (
 )
 
 
-def test_before_anything_was_measured_nothing_is_zero(tmp_path: Path) -> None:
+def test_before_any_measurement_no_value_is_zero(tmp_path: Path) -> None:
     values = status_values(Desk(tmp_path).service, 0.0)
     assert [values[key] for key in UNKNOWN_AT_THE_START] == [None] * len(UNKNOWN_AT_THE_START)
     assert not any(key.startswith("share_") for key in values)
 
 
-def test_the_summary_of_a_run_that_did_nothing_has_no_rate_and_no_times(tmp_path: Path) -> None:
+def test_the_summary_of_an_empty_run_has_no_rate_and_no_times(tmp_path: Path) -> None:
     fields = summary_values(Desk(tmp_path).service, 1.0, final_evaluated=False)
     unknown = (
         "tokens_per_s",
@@ -58,84 +58,84 @@ def test_the_summary_of_a_run_that_did_nothing_has_no_rate_and_no_times(tmp_path
     assert breakdown == {"learner": {}, "actors": {}}
 
 
-def test_the_time_of_an_actor_that_is_gone_stays_in_the_books(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
-    desk.past_baseline(ACTOR)
+def test_the_time_of_a_removed_actor_stays_in_the_ledger(tmp_path: Path) -> None:
+    harness = Desk(tmp_path)
+    harness.past_baseline(ACTOR)
     gauges = {"sampling_s": 2.0, "updating_s": 1.0, "uptime_s": 4.0}
-    desk.say(ACTOR, m.ActorReport(counts=desk.counts(ACTOR), gauges=gauges))
-    desk.service.begin_attempt(1, desk.now_s)
-    desk.hello("actor-1.1000", 1, 1000)
-    desk.say("actor-1.1000", m.ActorReport(counts=ActorCounts(), gauges=gauges))
-    fields = summary_values(desk.service, 1.0, final_evaluated=False)
+    harness.say(ACTOR, m.ActorReport(counts=harness.counts(ACTOR), gauges=gauges))
+    harness.service.begin_attempt(1, harness.now_s)
+    harness.hello("actor-1.1000", 1, 1000)
+    harness.say("actor-1.1000", m.ActorReport(counts=ActorCounts(), gauges=gauges))
+    fields = summary_values(harness.service, 1.0, final_evaluated=False)
     actors = {"sampling": 4.0, "taking in weights": 2.0, "idle": 2.0}
     assert fields["breakdown"] == {"learner": {}, "actors": actors}
 
 
 @pytest.mark.parametrize(("rewards", "mean"), [((1, 0, 0, 0), 0.25), ((0, 0, 0, 0), 0.0)])
-def test_without_a_gate_the_reward_is_that_of_whole_groups_and_there_is_no_acceptance(
+def test_without_a_gate_the_reward_is_over_whole_groups_and_there_is_no_acceptance(
     tmp_path: Path, rewards: tuple[float, ...], mean: float
 ) -> None:
-    desk = Desk(tmp_path, gate={"mode": "off"})
-    desk.past_baseline(ACTOR)
-    leases = desk.lease(1)
+    harness = Desk(tmp_path, gate={"mode": "off"})
+    harness.past_baseline(ACTOR)
+    leases = harness.lease(1)
     group = make_group(leases.lease_ids[0], leases.prompt_ids[0], rewards=rewards, num_screening=0)
-    desk.say(ACTOR, group)
-    values = status_values(desk.service, 1.0)
+    harness.say(ACTOR, group)
+    values = status_values(harness.service, 1.0)
     assert (values["reward_mean"], values["gate_acceptance"]) == (mean, None)
-    assert summary_values(desk.service, 1.0, final_evaluated=False)["gate_acceptance"] is None
+    assert summary_values(harness.service, 1.0, final_evaluated=False)["gate_acceptance"] is None
 
 
-def test_with_a_gate_the_reward_is_that_of_the_screening_samples(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
-    desk.past_baseline(ACTOR)
-    leases = desk.lease(2)
-    desk.say(ACTOR, screened_out(leases.lease_ids[0]))
+def test_with_a_gate_the_reward_is_over_the_screening_samples(tmp_path: Path) -> None:
+    harness = Desk(tmp_path)
+    harness.past_baseline(ACTOR)
+    leases = harness.lease(2)
+    harness.say(ACTOR, screened_out(leases.lease_ids[0]))
     group = make_group(leases.lease_ids[1], leases.prompt_ids[1], rewards=(1, 0, 1, 1))
-    desk.say(ACTOR, group)
-    values = status_values(desk.service, 1.0)
+    harness.say(ACTOR, group)
+    values = status_values(harness.service, 1.0)
     assert (values["reward_mean"], values["gate_acceptance"]) == (0.25, 0.5)
     assert validate_group(replace(group, num_screening=0)).screening_pass_rate is None
 
 
 def test_an_evaluation_of_empty_completions_has_no_versions(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
-    desk.hello("learner", 0)
-    desk.hello(ACTOR, 1)
-    lease_id = desk.lease(1).lease_ids[0]
+    harness = Desk(tmp_path)
+    harness.hello("learner", 0)
+    harness.hello(ACTOR, 1)
+    lease_id = harness.lease(1).lease_ids[0]
     work = LeaseWork(lease=Lease(lease_id=lease_id, prompt_id=0, kind=LeaseKind.EVALUATION))
     nothing = Scored(num_passed=0, oldest_version=2**31 - 1, newest_version=0)
     message = result_message(work, nothing, ActorCounts())
     assert isinstance(message, m.Evaluated)
-    desk.say(ACTOR, replace(message, num_completions=1))
-    [event] = [event for event in desk.service.events if event.kind == "evaluation"]
+    harness.say(ACTOR, replace(message, num_completions=1))
+    [event] = [event for event in harness.service.events if event.kind == "evaluation"]
     assert (event.values["oldest_version"], event.values["newest_version"]) == (None, None)
 
 
 def test_a_run_without_updates_has_no_accuracy_after(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
-    desk.past_baseline(ACTOR)
-    fields = summary_values(desk.service, 1.0, final_evaluated=True)
+    harness = Desk(tmp_path)
+    harness.past_baseline(ACTOR)
+    fields = summary_values(harness.service, 1.0, final_evaluated=True)
     assert (fields["accuracy_before"], fields["accuracy_before_version"]) == (1.0, 0)
     assert fields["accuracy_after"] is None
     assert (fields["accuracy_last"], fields["accuracy_last_version"]) == (1.0, 0)
 
 
-def test_the_last_accuracy_that_was_measured_is_told_with_its_version(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, evaluate={"every": 2})
-    desk.past_baseline(ACTOR)
-    desk.say("learner", trained(2, [], groups=0, tokens=0))
+def test_the_last_measured_accuracy_is_reported_with_its_version(tmp_path: Path) -> None:
+    harness = Desk(tmp_path, evaluate={"every": 2})
+    harness.past_baseline(ACTOR)
+    harness.say("learner", trained(2, [], groups=0, tokens=0))
     published = m.WeightsPublished(
         policy_version=2, epoch=1, transfer_s=0.1, num_bytes=1, error="", missing=[]
     )
-    desk.say("learner", published)
+    harness.say("learner", published)
     applied = m.WeightsApplied(
-        policy_version=2, epoch=1, pause_s=0, transfer_s=0, error="", counts=desk.counts(ACTOR)
+        policy_version=2, epoch=1, pause_s=0, transfer_s=0, error="", counts=harness.counts(ACTOR)
     )
-    answers = desk.say(ACTOR, applied)
-    answers += desk.say(ACTOR, m.WantWork(num_prompts=1, counts=desk.counts(ACTOR)))
+    answers = harness.say(ACTOR, applied)
+    answers += harness.say(ACTOR, m.WantWork(num_prompts=1, counts=harness.counts(ACTOR)))
     leases = next(message for _, message in answers if isinstance(message, m.Leases))
-    message = evaluated(leases.lease_ids[0], counts=desk.counts(ACTOR))
-    desk.say(ACTOR, replace(message, num_passed=0, oldest_version=2, newest_version=2))
-    fields = summary_values(desk.service, 1.0, final_evaluated=False)
+    message = evaluated(leases.lease_ids[0], counts=harness.counts(ACTOR))
+    harness.say(ACTOR, replace(message, num_passed=0, oldest_version=2, newest_version=2))
+    fields = summary_values(harness.service, 1.0, final_evaluated=False)
     assert (fields["accuracy_last"], fields["accuracy_last_version"]) == (0.0, 2)
     assert fields["accuracy_after"] is None

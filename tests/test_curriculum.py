@@ -1,4 +1,4 @@
-"""Both curricula: what they offer, what they learn, and that they go on exactly after a restore."""
+"""Both curricula: their choices, what they learn, and the service's calls."""
 
 from collections import Counter
 from math import ceil
@@ -33,16 +33,16 @@ def test_uniform_visits_every_prompt_once_an_epoch_and_returned_ones_first() -> 
     assert sorted(curriculum.choose(5)) == [0, 1, 2, 3, 4]
 
 
-def test_a_uniform_choice_across_two_epochs_has_no_prompt_twice() -> None:
+def test_a_uniform_choice_across_two_epochs_has_no_duplicates() -> None:
     curriculum = UniformCurriculum(5, np.random.default_rng(0))
     chosen = [curriculum.choose(4) for _ in range(20)]
     assert all(len(set(prompts)) == 4 for prompts in chosen)
-    # 80 choices are 16 epochs: what was put off in one epoch is not lost in the next.
+    # 80 choices are 16 epochs: a prompt deferred in one epoch is not lost in the next.
     counts = Counter(prompt for prompts in chosen for prompt in prompts)
     assert set(counts.values()) == {16}
 
 
-def test_a_uniform_choice_of_more_than_all_prompts_has_all_of_them() -> None:
+def test_a_uniform_choice_larger_than_the_data_set_contains_every_prompt() -> None:
     curriculum = UniformCurriculum(3, np.random.default_rng(0))
     chosen = curriculum.choose(7)
     assert len(chosen) == 7
@@ -52,29 +52,29 @@ def test_a_uniform_choice_of_more_than_all_prompts_has_all_of_them() -> None:
 # --- choice -------------------------------------------------------------------------------
 
 
-def test_only_blind_choices_are_counted_in_the_prior() -> None:
+def test_only_outcome_independent_choices_enter_the_prior() -> None:
     curriculum = posterior(1, uniform_share=1e-9)
     start = curriculum.beliefs.prior.sums.copy()
     [cold] = curriculum.choose(1)
     curriculum.record(cold, 4, 4)
     after_cold = curriculum.beliefs.prior.sums.copy()
     assert after_cold - start == pytest.approx([1, 1, 1])
-    # Now the prompt is chosen for what is known of it.
+    # Now the prompt is chosen because of its outcomes.
     [again] = curriculum.choose(1)
     curriculum.record(again, 0, 4)
     assert curriculum.beliefs.prior.sums == pytest.approx(after_cold)
-    # The floor does not look at it.
+    # Uniform sampling does not depend on them.
     walking = posterior(1, uniform_share=1.0)
     for _ in range(3):
         walking.record(walking.choose(1)[0], 4, 4)
     assert walking.beliefs.prior.sums - start == pytest.approx([3, 3, 3])
 
 
-def test_without_data_every_prompt_is_as_likely() -> None:
+def test_without_data_every_prompt_is_equally_likely() -> None:
     counts = np.zeros(50)
     for seed in range(2_000):
         counts[posterior(50, seed=seed).choose(5)] += 1
-    # 10,000 choices, 200 expected each; chi-square with 49 degrees of freedom, its 99.9 % is 85.
+    # 10,000 choices, 200 expected each; chi-square with 49 degrees of freedom, 99.9 % quantile 85.
     assert ((counts - 200) ** 2 / 200).sum() < 85
 
 
@@ -87,11 +87,11 @@ def test_thompson_prefers_moderate_prompts() -> None:
         for prompt in curriculum.choose(4):
             late[float(theta[prompt])] += step >= 300
             curriculum.record(prompt, *screened(theta[prompt], rng))
-    # A third of the floor's tenth, and nearly all of the rest.
+    # A third of the uniform tenth, and nearly all of the rest.
     assert late[0.5] / late.total() > 0.85
 
 
-def test_no_prompt_is_leased_twice_at_once_and_none_twice_in_one_choice() -> None:
+def test_no_prompt_is_leased_twice_at_once_or_chosen_twice_in_one_call() -> None:
     curriculum = posterior(200, uniform_share=0.3)
     rng = np.random.default_rng(2)
     leased: list[int] = []
@@ -107,13 +107,13 @@ def test_no_prompt_is_leased_twice_at_once_and_none_twice_in_one_choice() -> Non
 
 
 @pytest.mark.parametrize("each", [1, 7, 64])
-def test_no_prompt_starves_and_the_floor_keeps_its_share(each: int) -> None:
+def test_no_prompt_starves_and_the_uniform_share_is_kept(each: int) -> None:
     num_prompts, share = 512, 0.25
     curriculum = posterior(num_prompts, uniform_share=share)
     theta = np.where(np.arange(num_prompts) < 64, 0.5, 0.0)
     rng = np.random.default_rng(3)
     seen: set[int] = set()
-    # One choice more, for the fraction of the floor's share that waits at the end.
+    # One more choice, for the remaining fraction of the uniform share.
     for _ in range(ceil(num_prompts / (share * each)) + 1):
         for prompt in curriculum.choose(each):
             seen.add(prompt)
@@ -122,7 +122,7 @@ def test_no_prompt_starves_and_the_floor_keeps_its_share(each: int) -> None:
 
 
 @pytest.mark.parametrize("num_prompts", [101, 60])  # of 60, most strides are no full cycle
-def test_a_full_floor_walks_every_prompt_once_an_epoch_in_new_order(num_prompts: int) -> None:
+def test_uniform_sampling_visits_every_prompt_once_an_epoch_in_new_order(num_prompts: int) -> None:
     curriculum = posterior(num_prompts, uniform_share=1.0)
     epochs = []
     for _ in range(8):
@@ -134,7 +134,7 @@ def test_a_full_floor_walks_every_prompt_once_an_epoch_in_new_order(num_prompts:
     assert len(set(epochs)) == 8
 
 
-def test_a_returned_prompt_goes_first_and_to_nobody_else_before() -> None:
+def test_a_returned_prompt_comes_first_and_is_not_leased_meanwhile() -> None:
     curriculum = posterior(10)
     first = curriculum.choose(4)
     curriculum.give_back(first[2])
@@ -145,7 +145,7 @@ def test_a_returned_prompt_goes_first_and_to_nobody_else_before() -> None:
     assert sorted(everything[1:] + first) == list(range(10))
 
 
-def test_more_leases_than_prompts_are_granted_after_every_free_prompt() -> None:
+def test_surplus_leases_are_granted_after_every_free_prompt() -> None:
     curriculum = posterior(5)
     first = curriculum.choose(2)
     second = curriculum.choose(4)
@@ -157,7 +157,7 @@ def test_more_leases_than_prompts_are_granted_after_every_free_prompt() -> None:
     assert sorted(curriculum.choose(5)) == [0, 1, 2, 3, 4]
 
 
-def test_a_lease_without_completions_ends_and_teaches_nothing() -> None:
+def test_a_lease_without_completions_ends_without_an_outcome() -> None:
     curriculum = posterior(1)
     assert curriculum.choose(1) == [0]
     curriculum.record(0, 0, 0)
@@ -180,19 +180,19 @@ def test_the_same_seed_and_outcomes_choose_the_same_prompts() -> None:
     assert run(5) != run(6)
 
 
-def test_among_millions_those_seen_are_found_again() -> None:
+def test_seen_prompts_are_found_among_millions() -> None:
     curriculum = posterior(10_000_000)
     for prompt in range(2_000):
         curriculum.beliefs.add(prompt, *((12, 24) if prompt < 1_000 else (0, 4)))
     for _ in range(2_000):
         curriculum.beliefs.prior.add(0, 4)
     chosen = np.array(curriculum.choose(100))
-    # 100 x 2 candidates are of those seen, about 95 of them moderate and distinct; the floor
-    # takes 10. Drawn from all, 400 candidates would hold 0.04 of the moderate ones.
+    # 100 x 2 candidates are seen prompts, about 95 of them moderate and distinct; the uniform
+    # share takes 10. Drawn from all, 400 candidates would contain 0.04 of the moderate ones.
     assert np.count_nonzero(chosen < 1_000) > 60
 
 
-def test_ten_million_prompts_take_170_million_bytes_and_are_chosen_from_at_once() -> None:
+def test_ten_million_prompts_take_170_million_bytes_and_are_chosen_from_quickly() -> None:
     curriculum = posterior(10_000_000)
     assert curriculum.num_bytes == 10_000_000 * (4 + 4 + 4 + 4 + 1)
     times_s = []
@@ -202,14 +202,14 @@ def test_ten_million_prompts_take_170_million_bytes_and_are_chosen_from_at_once(
         times_s.append(perf_counter() - started_s)
         for prompt in chosen:
             curriculum.record(prompt, 2, 24)
-    # benchmarks/curriculum.py has the real figure; this bound is for noise not to fail.
+    # benchmarks/curriculum.py measures the time; this bound is loose because of noise.
     assert sorted(times_s)[4] < 0.25
 
 
 # --- in the service ------------------------------------------------------------------------
 
 
-def test_the_service_tells_the_curriculum_every_end_and_every_version(tmp_path: Path) -> None:
+def test_the_service_reports_every_end_and_every_version_to_the_curriculum(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), curriculum={"kind": "posterior"})
     curriculum = make_curriculum(config, 4, np.random.default_rng(0))
@@ -221,15 +221,15 @@ def test_the_service_tells_the_curriculum_every_end_and_every_version(tmp_path: 
         fingerprint="f",
         started_s=0.0,
     )
-    life = service.lifecycle
-    leases = life.grant("a", LeaseKind.TRAINING, 4)
+    lifecycle = service.lifecycle
+    leases = lifecycle.grant("a", LeaseKind.TRAINING, 4)
     assert leases is not None
     ids, prompts = leases.lease_ids, leases.prompt_ids
     assert sorted(prompts) == [0, 1, 2, 3]
     counts = ActorCounts()
     group = make_group(ids[0], prompts[0], rewards=(1, 0, 0, 0))
-    life.group_finished("a", group, validate_group(group))
-    life.screened_out(
+    lifecycle.group_finished("a", group, validate_group(group))
+    lifecycle.screened_out(
         "a",
         m.ScreenedOut(
             lease_id=ids[1],
@@ -241,7 +241,7 @@ def test_the_service_tells_the_curriculum_every_end_and_every_version(tmp_path: 
         ),
     )
     for lease_id, reason in ((ids[2], "verifier: x"), (ids[3], m.DRAINED)):
-        life.failed(
+        lifecycle.failed(
             "a",
             m.LeaseFailed(
                 lease_id=lease_id, reason=reason, num_completions=1, num_tokens=2, counts=counts
@@ -253,7 +253,7 @@ def test_the_service_tells_the_curriculum_every_end_and_every_version(tmp_path: 
     alpha, beta = beliefs.posterior(np.array(prompts[:2]))
     assert alpha - a == pytest.approx([1, 2])
     assert beta - b == pytest.approx([3, 0])
-    life.trained(
+    lifecycle.trained(
         m.Trained(
             policy_version=3,
             lease_ids=[],
@@ -267,8 +267,8 @@ def test_the_service_tells_the_curriculum_every_end_and_every_version(tmp_path: 
     assert beliefs.policy_version == 3
     # Only the drained prompt is kept, for the next choice.
     assert curriculum.state()["leased"].tolist() == [prompts[3]]
-    # The drained prompt first; then the others, all of which are free again.
-    again = life.grant("a", LeaseKind.TRAINING, 4)
-    assert again is not None
-    assert again.prompt_ids[0] == prompts[3]
-    assert sorted(again.prompt_ids) == [0, 1, 2, 3]
+    # The drained prompt first, then the others, which are all free again.
+    granted = lifecycle.grant("a", LeaseKind.TRAINING, 4)
+    assert granted is not None
+    assert granted.prompt_ids[0] == prompts[3]
+    assert sorted(granted.prompt_ids) == [0, 1, 2, 3]

@@ -1,4 +1,4 @@
-"""A curriculum that was saved and restored goes on exactly."""
+"""A restored curriculum continues exactly."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from speed_async.buffer.curriculum.curriculum import UniformCurriculum, make_cur
 from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
 
 
-def test_a_restored_posterior_goes_on_exactly() -> None:
+def test_a_restored_posterior_continues_exactly() -> None:
     rng = np.random.default_rng(4)
     curriculum = posterior(1_500, uniform_share=0.2)
     for version in range(30):
@@ -25,7 +25,7 @@ def test_a_restored_posterior_goes_on_exactly() -> None:
     other.choose(10)
     other.restore(curriculum.state())
 
-    def onward(one: PosteriorCurriculum) -> list[list[int]]:
+    def continued(one: PosteriorCurriculum) -> list[list[int]]:
         chosen = []
         for version in range(30, 60):
             chosen.append(one.choose(33))
@@ -34,10 +34,10 @@ def test_a_restored_posterior_goes_on_exactly() -> None:
             one.advance(version)
         return chosen
 
-    assert onward(other) == onward(curriculum)
+    assert continued(other) == continued(curriculum)
 
 
-def test_a_restored_uniform_goes_on_exactly() -> None:
+def test_a_restored_uniform_continues_exactly() -> None:
     curriculum = UniformCurriculum(20, np.random.default_rng(0))
     curriculum.give_back(curriculum.choose(7)[3])
     other = UniformCurriculum(20, np.random.default_rng(1))

@@ -1,4 +1,4 @@
-"""The journal's file past the page cache: bytes are those appended, whatever their sizes."""
+"""The journal's direct file: it contains the appended bytes, whatever their sizes."""
 
 import os
 from pathlib import Path
@@ -34,33 +34,33 @@ def pieces() -> list[bytes]:
 
 
 @pytest.mark.parametrize("has_direct", [True, False])
-def test_what_is_appended_is_what_the_file_holds(
+def test_the_file_contains_the_appended_bytes(
     tmp_path: Path, has_direct: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_direct:
         monkeypatch.setattr(direct_file.os, "O_DIRECT", 0)
     path = tmp_path / "file"
     file = DirectFile(path)
-    told = b""
+    appended = b""
     for piece in pieces():
         file.append([piece[:7], memoryview(piece)[7:]])
-        told += piece
-        assert file.end == len(told)
+        appended += piece
+        assert file.end == len(appended)
         on_disk = path.read_bytes()  # as after a kill: padded to whole blocks
-        assert on_disk[: len(told)] == told
-        assert is_padding(on_disk[len(told) :])
+        assert on_disk[: len(appended)] == appended
+        assert is_padding(on_disk[len(appended) :])
     file.sync()
     file.close()
-    assert path.read_bytes() == told
+    assert path.read_bytes() == appended
 
 
-def test_an_append_that_fails_leaves_the_file_as_it_was(
+def test_a_failed_append_leaves_the_file_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "file"
     file = DirectFile(path)
     file.append([b"a" * 5000])
-    monkeypatch.setattr(os, "pwrite", lambda *_: 512)  # the disk takes a part of a block
+    monkeypatch.setattr(os, "pwrite", lambda *_: 512)  # a partial write
     for size in (9000, 200_000):
         with pytest.raises(OSError, match="No space"):
             file.append([b"b" * size])

@@ -114,8 +114,8 @@ def test_a_flood_under_new_names_grows_nothing(model: Path):
 def test_the_command_says_what_it_saw(model: Path, capsys: pytest.CaptureFixture[str]):
     assert fuzz(200, 1, model) in (True, False)  # growth is no matter for 200 frames
     out = capsys.readouterr().out
-    assert "state untouched by strangers: True" in out
-    assert "books open or leases taken: 0" in out
+    assert "state unchanged by unknown peers: True" in out
+    assert "violated invariants: 0" in out
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])

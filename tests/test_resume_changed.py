@@ -340,7 +340,7 @@ def test_moved_data_and_model_are_asked_for_and_taken_at_their_new_place(
             (parts / "gone-data").rename(parts / "data.jsonl")
     assert status == 0, err
     assert moved.versions() == [1, 2, 3, 4, 5]
-    assert "the journal begins anew" not in (moved.folder / "logs" / "service.log").read_text()
+    assert "a new journal was started" not in (moved.folder / "logs" / "service.log").read_text()
 
 
 def test_changed_code_that_scores_is_refused_until_it_is_accepted(

@@ -199,7 +199,7 @@ def test_a_run_whose_completions_are_all_cut_off_names_the_limit_in_its_last_lin
     assert out.endswith(f"  resume      speed-async train --resume {run.folder}\n")
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: buffer service: no batch could be filled within 20 s")
-    assert "completions are truncated: 512 of the last 512 ran into a length limit" in last
+    assert "completions are truncated: 512 of the last 512 reached a length limit" in last
     assert "raise actors.max_new_tokens (now 1)" in last
 
 

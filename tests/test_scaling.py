@@ -1,4 +1,4 @@
-"""Scaling on paper: figures worked out by hand, and a document that holds what is computed."""
+"""The scaling model: figures computed by hand, and an up-to-date document."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ from benchmarks.scaling_model import (
 SEVEN, THIRTY_TWO, MIXTURE = MODELS
 
 
-def test_the_document_holds_the_tables_that_the_script_prints() -> None:
+def test_the_document_contains_the_tables_of_the_script() -> None:
     _, marker, found = DOCUMENT.read_text().partition(MARKER)
     assert marker + found == tables(), "run `python -m benchmarks.scaling --write`"
 
@@ -35,14 +35,14 @@ def test_a_ring_fills_node_by_node() -> None:
     assert ring_fill_s(16) == pytest.approx(15.923e-6 + 14 * 3.7476e-6, rel=1e-3)
 
 
-def test_one_sender_is_bound_by_its_card_and_every_bucket_fills_the_ring_anew() -> None:
+def test_one_sender_is_limited_by_its_card_and_every_bucket_fills_the_ring_again() -> None:
     # 470 GB at 0.65 x 48 GB/s are 15.06 s; 7,004 buckets of 64 MiB, each 0.25 ms of polling and
     # the fill of 193 ranks; 192 verdicts.
     expected_s = 15.064 + 7004 * (0.00025 + ring_fill_s(193)) + 192 * 0.000034
     assert transfer_s(PRESENT, MIXTURE, 64, 192) == pytest.approx(expected_s, rel=1e-3)
 
 
-def test_shards_fill_the_cards_of_a_node_and_direct_writes_are_bound_by_the_learners_cards() -> (
+def test_shards_fill_the_cards_of_a_node_and_direct_writes_are_limited_by_the_learners_cards() -> (
     None
 ):
     bare_s = 470e9 / (0.65 * 300e9)
@@ -51,14 +51,14 @@ def test_shards_fill_the_cards_of_a_node_and_direct_writes_are_bound_by_the_lear
     assert transfer_s(DIRECT, MIXTURE, 64, 192) == pytest.approx(3.672 + 0.0065, abs=0.001)
 
 
-def test_the_longest_of_several_responses_is_that_of_a_cut_exponential() -> None:
+def test_the_longest_of_several_responses_follows_a_truncated_exponential() -> None:
     lengths = Lengths(1000.0)
     assert lengths.longest_of(1) == pytest.approx(1000, rel=1e-4)
-    # Uncut, the longest of 2 exponentials is 1.5 means; the cut at 4 means takes little of it.
+    # Untruncated, the longest of 2 exponentials is 1.5 means; truncation at 4 means takes little.
     assert 1440 < lengths.longest_of(2) < 1500
 
 
-def test_a_step_reads_all_weights_and_keys_once() -> None:
+def test_a_step_reads_all_weights_and_the_kv_cache_once() -> None:
     engine = Engine(model=SEVEN, lengths=LENGTHS[0])
     # Memory filled to 90 %: 72 GB at 0.6 x 3.35 TB/s, and 5 ms.
     assert engine.step_s(engine.max_running) == pytest.approx(0.03582 + 0.005, rel=1e-3)
@@ -66,20 +66,18 @@ def test_a_step_reads_all_weights_and_keys_once() -> None:
     assert engine.running_at(engine.rate(20.0)) == pytest.approx(20.0)
 
 
-def test_a_mixture_reads_only_the_experts_that_were_chosen() -> None:
+def test_a_mixture_reads_only_the_selected_experts() -> None:
     # One token: 8 of 128 experts of 227.1 G parameters in all, and the other 7.9 G.
     assert MIXTURE.bytes_read(1) == pytest.approx(2 * (227.08e9 / 16 + 7.92e9), rel=1e-3)
 
 
-def test_training_memory_decides_what_fits() -> None:
+def test_training_memory_determines_what_fits() -> None:
     # 18 bytes a parameter over 72 GB a GPU: 1.9, 8.2 and 58.75 GPUs, in whole nodes from 8 on.
     assert [model.learner_gpus for model in MODELS] == [2, 16, 64]
     assert best(Plan(model=MIXTURE, gpus=64, batch=LARGE, lengths=LENGTHS[0])) is None
 
 
-def test_where_the_response_is_the_limit_sending_weights_for_nothing_gains_next_to_nothing() -> (
-    None
-):
+def test_sending_weights_at_no_cost_gains_little_where_the_response_is_the_limit() -> None:
     plan = Plan(model=SEVEN, gpus=1024, batch=LARGE, lengths=LENGTHS[0])
     present, free = best(plan), best(replace(plan, scheme=FREE))
     assert present is not None and free is not None
@@ -89,7 +87,7 @@ def test_where_the_response_is_the_limit_sending_weights_for_nothing_gains_next_
     assert wide is not None and wide.update_s < 0.5 * present.update_s
 
 
-def test_a_group_is_made_within_the_window_and_the_learner_has_its_time() -> None:
+def test_a_group_finishes_within_the_window_and_the_learner_has_its_time() -> None:
     split = Split(Plan(model=SEVEN, gpus=256, batch=LARGE, lengths=LENGTHS[0]), 64)
     assert split.limit == RESPONSE
     taken_s = split.group_at(split.update_s) + split.learner_s

@@ -1,4 +1,4 @@
-"""Biases beside the gate's: choosing finished groups, divisors, cut ratios; by enumeration."""
+"""Biases other than the gate's: selection of finished groups, divisors, and truncated ratios."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -26,7 +26,7 @@ from speed_async.buffer.priority import BufferedGroup, PriorityBuffer
 from speed_async.config.schema import GateConfig
 
 
-def test_dropping_finished_groups_by_their_own_pass_rate_cannot_be_mended_by_masking() -> None:
+def test_masking_cannot_correct_dropping_finished_groups_by_their_own_pass_rate() -> None:
     def mixed(rewards_N: Floats) -> bool:
         return 0.3 < (rewards_N >= 1).mean() < 0.7
 
@@ -35,7 +35,7 @@ def test_dropping_finished_groups_by_their_own_pass_rate_cannot_be_mended_by_mas
     assert cosine(PARTIAL_CREDIT, estimator(survives=mixed)) == pytest.approx(0.660, abs=1e-3)
 
 
-def test_eviction_from_the_real_buffer_changes_what_a_sample_counts() -> None:
+def test_eviction_from_the_real_buffer_changes_the_weight_of_a_sample() -> None:
     def evicted_by_rival(rewards_N: Floats, rival_passes: int) -> bool:
         buffer = PriorityBuffer(
             capacity_groups=1, capacity_bytes=10**9, freshness_decay=0.5, max_passed_over=9
@@ -70,7 +70,7 @@ def test_eviction_from_the_real_buffer_changes_what_a_sample_counts() -> None:
     assert coefficient / survival == pytest.approx(2.09, abs=0.01)
 
 
-def test_dividing_a_group_by_its_own_kept_samples_brings_the_bias_back() -> None:
+def test_dividing_a_group_by_its_own_kept_samples_reintroduces_the_bias() -> None:
     gate = GateConfig(n_init=4, n_cont=1)
 
     def divided(rewards: Sequence[Floats]) -> list[Floats]:
@@ -83,7 +83,7 @@ def test_dividing_a_group_by_its_own_kept_samples_brings_the_bias_back() -> None
     assert cosine(PARTIAL_CREDIT, by_kept) == pytest.approx(0.9984, abs=1e-4)
 
 
-def test_capping_the_ratio_at_two_takes_half_of_a_gradient_away() -> None:
+def test_capping_the_ratio_at_two_removes_half_of_a_gradient() -> None:
     gate = GateConfig(mode="off", n_init=1, n_cont=2)
     _, coefficient = expected_coefficients(
         p=0.5,
@@ -91,11 +91,11 @@ def test_capping_the_ratio_at_two_takes_half_of_a_gradient_away() -> None:
         p_b=0.1,
         estimator=Estimator(gate=gate, correction=partial(token_tis, max_ratio=2.0)),
     )
-    # A pass weighs 2 of its 5, a failure its whole 5/9; the others pass with 0.1:
+    # A pass weighs 2 instead of 5, a failure its full 5/9; the others pass with 0.1:
     assert coefficient == pytest.approx(0.4 * (1 - 0.1) + 1.0 * 0.1)
 
 
-def test_ratios_by_token_are_not_exact_for_longer_answers_even_without_a_cap() -> None:
+def test_token_level_ratios_are_not_exact_for_longer_answers_even_without_a_cap() -> None:
     policies = two_tokens(
         rewards=(0.0, 1.0, 1.0, 0.0),
         learner=np.array([0.5, 0.3, 0.6]),
@@ -103,13 +103,13 @@ def test_ratios_by_token_are_not_exact_for_longer_answers_even_without_a_cap() -
     )
     assert probabilities(policies.continuation_logprobs_AT) == pytest.approx([0.4, 0.4, 0.14, 0.06])
     estimator = partial(Estimator, gate=GateConfig(mode="off", n_init=1, n_cont=1))
-    whole = estimator(correction=partial(sequence_tis, max_ratio=1e6))
+    by_sequence = estimator(correction=partial(sequence_tis, max_ratio=1e6))
     by_token = estimator(correction=partial(token_tis, max_ratio=1e6))
-    assert total(policies, whole) == pytest.approx(2 * policies.gradient_D)
+    assert total(policies, by_sequence) == pytest.approx(2 * policies.gradient_D)
     assert cosine(policies, by_token) == pytest.approx(0.840, abs=1e-3)
 
 
-def test_grpo_weighs_prompts_by_their_difficulty_without_any_gate() -> None:
+def test_grpo_weights_prompts_by_difficulty_without_any_gate() -> None:
     gate = GateConfig(mode="off", n_init=4, n_cont=4)
     hard, moderate = (
         expected_coefficients(p=p, estimator=Estimator(gate=gate, advantages=grpo))[1]

@@ -1,7 +1,7 @@
-"""A small disk for the run folder, which can be filled and emptied again.
+"""A small disk for the run folder that can be filled and freed.
 
-As root a bounded tmpfs of its own; elsewhere the limit on the size of a file (RLIMIT_FSIZE) of the
-processes that write, which fails the same writes with another number.
+As root, this is a separate bounded tmpfs. Otherwise it is a limit on the file size (RLIMIT_FSIZE)
+of the writing processes, which fails the same writes with another error number.
 """
 
 import resource
@@ -16,13 +16,13 @@ BALLAST_CHUNK = bytes(1024 * 1024)
 
 
 class SmallDisk:
-    """A mounted tmpfs. `folder` is where a run may write."""
+    """A mounted tmpfs. A run writes to `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def fill(self, writers: Iterable[int]) -> None:
-        """Leave no free byte. `writers`: processes that write there (not used here)."""
+        """Fill all free space. `writers`: processes that write there (unused here)."""
         with suppress(OSError), (self.folder / BALLAST).open("ab", buffering=0) as file:
             for size in (len(BALLAST_CHUNK), 4096, 1):
                 with suppress(OSError):
@@ -34,7 +34,7 @@ class SmallDisk:
 
 
 class LimitedFiles:
-    """No disk of its own: the given processes cannot make any file longer for a while."""
+    """Without a separate disk: the given processes temporarily cannot extend any file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,7 +54,7 @@ class LimitedFiles:
 
 @contextmanager
 def small_disk(folder: Path, num_bytes: int) -> Iterator[SmallDisk | LimitedFiles]:
-    """A disk of `num_bytes` at `folder` where this user may mount one; unmounted in the end."""
+    """Mount a disk of `num_bytes` at `folder` if this user may; unmounted on exit."""
     folder.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
     try:
@@ -68,5 +68,5 @@ def small_disk(folder: Path, num_bytes: int) -> Iterator[SmallDisk | LimitedFile
     try:
         yield SmallDisk(folder)
     finally:
-        # Lazily: a process that is still ending may hold a file; the memory goes with it.
+        # Lazily: a terminating process may hold a file. Its memory is freed with the file.
         subprocess.run(["umount", "-l", str(folder)], check=True, capture_output=True)

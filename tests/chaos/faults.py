@@ -1,4 +1,4 @@
-"""Which faults a drill makes, in which order, drawn from a seed."""
+"""The faults of a drill and their order, drawn from a seed."""
 
 import random
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ KINDS = (
     "damage checkpoint",
     "kill all",
 )
-"""`stop` is SIGSTOP for less than the peer timeout, `hang` for longer; both end in SIGCONT."""
+"""`stop` is SIGSTOP for less than the peer timeout, `hang` for longer. Both end with SIGCONT."""
 FILE_KINDS = ("fill disk", "truncate journal", "damage checkpoint")
 
 
@@ -26,11 +26,11 @@ FILE_KINDS = ("fill disk", "truncate journal", "damage checkpoint")
 class Fault:
     kind: str
     wait_s: float
-    """From the recovery before (or, with `overlaps`, the fault before) to this fault."""
+    """Time from the previous recovery (or, with `overlaps`, the previous fault) to this fault."""
     share: float
-    """In [0, 1): which actor, how much of a file, how long within what the kind allows."""
+    """In [0, 1): selects the actor, the share of a file, or the duration in the kind's range."""
     overlaps: bool = False
-    """It comes before the run has recovered from the one before."""
+    """The fault occurs before the run has recovered from the previous one."""
 
     def __str__(self) -> str:
         return f"{self.kind} ({self.share:.3f}{', overlapping' if self.overlaps else ''})"
@@ -39,7 +39,7 @@ class Fault:
 def plan(
     seed: int, count: int, kinds: Sequence[str] = KINDS, *, overlapping: float = 0.15
 ) -> list[Fault]:
-    """`count` faults: every kind once in shuffled order, over and over."""
+    """`count` faults: every kind once in shuffled order, repeatedly."""
     rng = random.Random(seed)
     chosen: list[str] = []
     while len(chosen) < count:

@@ -1,4 +1,4 @@
-"""What the journal of a run that has ended still holds, by the groups themselves."""
+"""The groups that the journal of a finished run still holds."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from speed_async.transport.tracing import digest_of
 
 def held_groups(run_folder: Path) -> set[str]:
     """Digests (transport/tracing.py) of the groups that a service recovered from this journal
-    would have buffered or in training, each read from the record that it points to."""
+    would have buffered or in training, each decoded from its record."""
     config = build_config(json.loads((run_folder / "config.json").read_text()))
     with tempfile.TemporaryDirectory() as copy:
         folder = Path(copy) / "journal"

@@ -1,4 +1,4 @@
-"""Does what a fault's kind says to a run, and undoes what has an end."""
+"""Injects faults into a run, and ends those with a duration."""
 
 import os
 import random
@@ -18,13 +18,13 @@ from chaos.targets import Targets
 from speed_async.buffer.durability.journal import read_segment
 
 TARGET_DEADLINE_S = 60.0
-"""A victim that is just being started again is waited for this long."""
+"""How long to wait for a target that is being restarted."""
 NEWEST_RECORDS_BYTES = 4096
-"""Most that is cut from a journal's tail."""
+"""Maximum number of bytes cut from a journal's tail."""
 
 
 class NoTarget(Exception):
-    """What the fault needs is not there (no checkpoint yet): it is not made."""
+    """The target of a fault does not exist (e.g. no checkpoint yet): the fault is skipped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,15 +36,15 @@ class Injector:
     num_actors: int
     peer_timeout_s: float
     lost: LostRecords = field(default_factory=LostRecords)
-    """What was cut from the journal, for the witness."""
+    """Records cut from the journal, for the checks."""
 
     @property
     def limits_files(self) -> bool:
-        """No disk of its own could be mounted here: files are kept from growing instead."""
+        """Whether no separate disk could be mounted, and file sizes are limited instead."""
         return isinstance(self.disk, LimitedFiles)
 
     def inject(self, fault: Fault) -> str:
-        """Make the fault and, where it has an end, wait for that; says what was hit.
+        """Inject the fault, wait for its end if it has a duration, and return a description.
 
         Raises NoTarget.
         """
@@ -67,20 +67,20 @@ class Injector:
                 return self._truncate(fault.share)
             case "damage", "checkpoint":
                 return self._damage(fault.share)
-        raise ValueError(f"no such kind of fault: '{fault.kind}'")
+        raise ValueError(f"unknown kind of fault: '{fault.kind}'")
 
     # --- processes -------------------------------------------------------------------------
 
     def _pick(self, what: str, share: float) -> str:
-        """Name of the victim; of several alike the one that `share` falls on."""
+        """Name of the target. Among several, `share` selects one."""
         if what in ("service", "learner"):
             return what
         return f"{what}-{1 + int(share * 1e6) % self.num_actors}"
 
     def _process(self, name: str) -> int:
-        ends_s = time.monotonic() + TARGET_DEADLINE_S
+        deadline_s = time.monotonic() + TARGET_DEADLINE_S
         while (process_id := self.targets.all().get(name)) is None:
-            if time.monotonic() > ends_s:
+            if time.monotonic() > deadline_s:
                 raise NoTarget(f"no {name} for {TARGET_DEADLINE_S:.0f} s")
             time.sleep(0.05)
         return process_id
@@ -90,7 +90,7 @@ class Injector:
         return name
 
     def _kill_all(self) -> str:
-        """Every process at once, but for the launcher, which is to start them again."""
+        """Kill all processes at once, except the launcher, which restarts them."""
         for process_id in self.targets.all().values():
             _signal(process_id, signal.SIGKILL)
         return "all roles"
@@ -112,35 +112,35 @@ class Injector:
     # --- links -----------------------------------------------------------------------------
 
     def _links(self, verb: str, share: float) -> str:
-        """Cut at once, or for a while: refused past the peer timeout, delayed, or stalled."""
-        acts: dict[str, tuple[Callable[[], None], float]] = {
+        """Cut once, or for a while: refused past the peer timeout, delayed, or stalled."""
+        actions: dict[str, tuple[Callable[[], None], float]] = {
             "cut": (self.proxy.cut, 0.0),
             "refuse": (self.proxy.refuse, 0.3 + share * self.peer_timeout_s),
             "delay": (lambda: self.proxy.delay(0.02 + 0.3 * share), 2.0),
             "stall": (self.proxy.stall, 0.3 + share * 2 * self.peer_timeout_s),
         }
-        act, lasting_s = acts[verb]
-        act()
+        action, duration_s = actions[verb]
+        action()
         try:
-            time.sleep(lasting_s)
+            time.sleep(duration_s)
         finally:
             self.proxy.restore()
-        return f"{self.proxy.num_accepted} connections so far, {lasting_s:.1f} s"
+        return f"{self.proxy.num_accepted} connections so far, {duration_s:.1f} s"
 
     # --- files -----------------------------------------------------------------------------
 
-    def _fill(self, lasting_s: float) -> str:
-        writers = [self._process("service")]  # the others' traces lie elsewhere, and must go on
+    def _fill(self, duration_s: float) -> str:
+        writers = [self._process("service")]  # the others' traces are elsewhere and must continue
         self.disk.fill(writers)
         try:
-            time.sleep(lasting_s)
+            time.sleep(duration_s)
         finally:
             self.disk.free(writers)
-        return f"{type(self.disk).__name__} for {lasting_s:.1f} s"
+        return f"{type(self.disk).__name__} for {duration_s:.1f} s"
 
     def _truncate(self, share: float) -> str:
-        """Kill the service and cut its journal while whoever would start it again is held."""
-        service = self._process("service")  # there before its learner is held: that one starts it
+        """Kill the service and cut its journal while the process that restarts it is stopped."""
+        service = self._process("service")  # found before the learner that restarts it is stopped
         with self._stopped("learner"):
             _signal(service, signal.SIGKILL)
             _wait_until_gone(service)
@@ -152,7 +152,7 @@ class Injector:
         return f"{lost} bytes of {segment.name}"
 
     def _damage(self, share: float) -> str:
-        """Change one byte of a file of the newest checkpoint, and kill the learner."""
+        """Change one byte in a file of the newest checkpoint, and kill the learner."""
         folder = self.run_folder / "checkpoints"
         if not folder.is_dir() or sum(_is_checkpoint(path) for path in folder.iterdir()) < 2:
             raise NoTarget("fewer than two checkpoints")
@@ -165,24 +165,24 @@ class Injector:
                 training / "optimizer.tensors",
                 training / "trainer.json",
             ]
-            victim = random.Random(share).choice(files)
-            with victim.open("r+b") as file:
-                file.seek(int(share * victim.stat().st_size))
+            target = random.Random(share).choice(files)
+            with target.open("r+b") as file:
+                file.seek(int(share * target.stat().st_size))
                 byte = file.read(1)
                 file.seek(-1, os.SEEK_CUR)
                 file.write(bytes([byte[0] ^ 0xFF]))
             _signal(learner, signal.SIGKILL)
-        return f"{newest.name}/{victim.name}"
+        return f"{newest.name}/{target.name}"
 
     def _newest(self, folder: Path, wanted: Callable[[Path], bool]) -> Path:
         found = [path for path in folder.glob("*") if wanted(path)] if folder.is_dir() else []
         if not found:
-            raise NoTarget(f"nothing in {folder}")
+            raise NoTarget(f"no matching file in {folder}")
         return max(found, key=lambda path: path.name)
 
 
 def _end_of_records(segment: Path) -> int:
-    """Behind it a killed service may have left padding, of which to cut some would harm nobody."""
+    """End of the last record. Padding of a killed service may follow; cutting it has no effect."""
     ends = [record.end for _, record in read_segment(segment.parent, int(segment.stem))]
     return ends[-1] if ends else segment.stat().st_size
 
@@ -197,7 +197,7 @@ def _signal(process_id: int, which: signal.Signals) -> None:
 
 
 def _wait_until_gone(process_id: int) -> None:
-    """Until the process has ended: it may be a zombie, for its parent may be stopped."""
+    """Wait until the process has terminated. It may be a zombie, because its parent is stopped."""
     path = Path(f"/proc/{process_id}/stat")
     for _ in range(500):
         try:
@@ -206,4 +206,4 @@ def _wait_until_gone(process_id: int) -> None:
         except OSError:
             return
         time.sleep(0.01)
-    raise TimeoutError(f"process {process_id} is still there 5 s after SIGKILL")
+    raise TimeoutError(f"process {process_id} still exists 5 s after SIGKILL")

@@ -1,4 +1,4 @@
-"""Which results lay in the part of a journal that a drill cuts off: only those may be missing."""
+"""Results in the part of a journal that a drill cuts off: only those may be missing."""
 
 import time
 from collections import Counter
@@ -21,14 +21,14 @@ ENDS: dict[type[m.Message], str] = {
 @dataclass(kw_only=True)
 class LostRecords:
     times_s: list[float] = field(default_factory=list)
-    """When it was cut, by the wall clock."""
+    """Wall-clock times of the cuts."""
     groups: set[str] = field(default_factory=set)
     """Digests (transport/tracing.py)."""
     results: Counter[str] = field(default_factory=Counter)
-    """By end, as the tap names them."""
+    """Counts by end, with the names used in the traces."""
 
     def add(self, segment: Path, end: int) -> None:
-        """All records of this segment that are not whole in its first `end` bytes."""
+        """Add all records of this segment that do not fit in its first `end` bytes."""
         self.times_s.append(time.time())
         for _, record in read_segment(segment.parent, int(segment.stem)):
             if record.kind != "message" or record.end <= end:

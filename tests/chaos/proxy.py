@@ -1,7 +1,7 @@
 """A TCP proxy on loopback whose connections can be delayed, stalled, cut and refused.
 
-It stands before the service's port, in a thread with an event loop of its own; actors and learner
-are sent to it by `cluster.advertised_port`.
+It runs in front of the service's port, in a thread with its own event loop. Actors and learner
+connect to it through `cluster.advertised_port`.
 """
 
 import asyncio
@@ -15,18 +15,18 @@ from typing import Self
 CHUNK_BYTES = 64 * 1024
 QUEUED_CHUNKS = 64
 START_DEADLINE_S = 60.0
-LOOK_S = 0.1
+POLL_S = 0.1
 
 
-def is_listened_at(port: int) -> bool:
-    """Whether a process of this machine listens at this port of an IPv4 address."""
+def is_listening(port: int) -> bool:
+    """Whether a local process listens on this IPv4 port."""
     lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
     fields = (line.split() for line in lines)
     return any(each[3] == "0A" and int(each[1].split(":")[1], 16) == port for each in fields)
 
 
 class Proxy:
-    """Context manager. All methods may be called from any thread; they take effect at once."""
+    """Context manager. All methods are thread-safe and take effect at once."""
 
     def __init__(self, target_port: int) -> None:
         self.port = 0
@@ -51,45 +51,45 @@ class Proxy:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._loop.call_soon_threadsafe(self._over.set)
+        self._loop.call_soon_threadsafe(self._stopped.set)
         self._thread.join(START_DEADLINE_S)
-        assert not self._thread.is_alive(), "the proxy did not end"
+        assert not self._thread.is_alive(), "the proxy did not stop"
 
     def delay(self, delay_s: float) -> None:
-        """Every chunk, either way, arrives this much later; 0 ends it."""
+        """Delay every chunk in both directions; 0 ends the delay."""
         self._call(lambda: setattr(self, "_delay_s", delay_s))
 
     def stall(self) -> None:
-        """Connections stay, and nothing moves."""
-        self._call(lambda: self._moving.clear())
+        """Keep connections open, but transfer nothing."""
+        self._call(lambda: self._transferring.clear())
 
     def cut(self) -> None:
-        """Reset all connections, in the middle of whatever they carry; new ones are taken."""
+        """Reset all connections, even in the middle of a message. New ones are accepted."""
         self._call(self._abort_all)
 
     def refuse(self) -> None:
-        """Cut, and close every new connection at once."""
+        """Reset all connections, and close every new one at once."""
 
-        def act() -> None:
+        def action() -> None:
             self._refusing = True
             self._abort_all()
 
-        self._call(act)
+        self._call(action)
 
     def restore(self) -> None:
-        """Move everything again, at once, and take new connections."""
+        """Transfer everything again, and accept new connections."""
 
-        def act() -> None:
+        def action() -> None:
             self._delay_s, self._refusing = 0.0, False
-            self._moving.set()
+            self._transferring.set()
 
-        self._call(act)
+        self._call(action)
 
-    def _call(self, act: Callable[[], object]) -> None:
+    def _call(self, action: Callable[[], object]) -> None:
         done = threading.Event()
 
         def run() -> None:
-            act()
+            action()
             done.set()
 
         self._loop.call_soon_threadsafe(run)
@@ -105,17 +105,17 @@ class Proxy:
         self._loop.close()
 
     async def _serve(self) -> None:
-        self._over = asyncio.Event()
-        self._moving = asyncio.Event()
-        self._moving.set()
+        self._stopped = asyncio.Event()
+        self._transferring = asyncio.Event()
+        self._transferring.set()
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
-        while not self._over.is_set():
+        while not self._stopped.is_set():
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._over.wait(), LOOK_S)
-            # Whoever knocks here must find nobody while nobody is behind it.
-            listens = await asyncio.to_thread(is_listened_at, self._target_port)
+                await asyncio.wait_for(self._stopped.wait(), POLL_S)
+            # The proxy must not listen while the service does not listen.
+            listens = await asyncio.to_thread(is_listening, self._target_port)
             if listens != server.is_serving():
                 server.close()
                 if listens:
@@ -133,17 +133,18 @@ class Proxy:
             writer.transport.abort()
             return
         try:
-            back, forth = await asyncio.open_connection("127.0.0.1", self._target_port)
-        except OSError:  # the service is down: so is this connection
+            target = await asyncio.open_connection("127.0.0.1", self._target_port)
+        except OSError:  # the service is down
             writer.transport.abort()
             return
-        pair = (writer, forth)
+        target_reader, target_writer = target
+        pair = (writer, target_writer)
         self._pairs.add(pair)
         try:
             await asyncio.wait(
                 [
-                    asyncio.create_task(self._pump(reader, forth)),
-                    asyncio.create_task(self._pump(back, writer)),
+                    asyncio.create_task(self._pump(reader, target_writer)),
+                    asyncio.create_task(self._pump(target_reader, writer)),
                 ],
                 return_when=asyncio.FIRST_COMPLETED,
             )
@@ -153,7 +154,7 @@ class Proxy:
                 end.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Reading and writing are apart, so that a delay is latency and costs no throughput."""
+        """Read and write in separate tasks: a delay adds latency and costs no throughput."""
         clock = self._loop.time
         chunks: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(QUEUED_CHUNKS)
 
@@ -161,7 +162,7 @@ class Proxy:
             while True:
                 due_s, chunk = await chunks.get()
                 await asyncio.sleep(max(0.0, due_s - clock()))
-                await self._moving.wait()
+                await self._transferring.wait()
                 if not chunk:
                     return
                 writer.write(chunk)

@@ -1,19 +1,19 @@
-"""What came of a drill: one round for each fault, and figures over many of them."""
+"""Results of a drill: one round per fault, and figures over all rounds."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from chaos.witness import Verdict
+from chaos.run_checker import Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Round:
-    """One fault and what came of it."""
+    """One fault and its recovery."""
 
     kind: str
     what: str
     recovered_s: float
-    """From the fault until the run was whole again and past every version from before."""
+    """Time from the fault until the run has recovered and is past every earlier version."""
     from_version: int
     to_version: int
     service_bytes: int
@@ -24,14 +24,14 @@ class Round:
 class Result:
     rounds: list[Round] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    """Faults that had nothing to hit."""
+    """Faults without a target."""
     warnings: list[str] = field(default_factory=list)
     verdict: Verdict = field(default_factory=Verdict)
     seconds: float = 0.0
 
 
 def medians(rounds: Iterable[Round]) -> dict[str, tuple[int, float, float]]:
-    """(how many, median, longest recovery in seconds) by kind."""
+    """(count, median, longest recovery in seconds) by kind."""
     by_kind: dict[str, list[float]] = {}
     for each in rounds:
         by_kind.setdefault(each.kind, []).append(each.recovered_s)
@@ -42,7 +42,7 @@ def medians(rounds: Iterable[Round]) -> dict[str, tuple[int, float, float]]:
 
 
 def service_growth(rounds: list[Round]) -> float:
-    """Largest memory of the service in the last third of a drill over that in the first."""
+    """Maximum memory of the service in the last third of a drill over that in the first third."""
     sizes = [each.service_bytes for each in rounds if each.service_bytes]
     third = max(1, len(sizes) // 3)
     return max(sizes[-third:], default=1) / max(sizes[:third], default=1)

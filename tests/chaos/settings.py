@@ -1,4 +1,4 @@
-"""What a drill runs: its plan, and the configuration of its run."""
+"""Settings of a drill: its plan, and the configuration of its run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ PEER_TIMEOUT_S = 3.0
 WEIGHTS_DEADLINE_S = 3.0
 GROUPS_PER_UPDATE = 16
 ENDLESS = 1_000_000
-"""Updates: a drill stops its run when it has made its faults, and resumes it for the last ones."""
+"""Number of updates: a drill stops its run after the faults, and resumes it for the last ones."""
 
 CONFIG = """
 [run]
@@ -57,7 +57,7 @@ max_restarts = 100000
 [observe]
 trace = "{trace_folder}"
 """
-"""No group grows stale and none is evicted: each accepted one is trained, or left at the end."""
+"""No group becomes stale or is evicted: every accepted group is trained, or left at the end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""A run with everything around it that a drill needs, and no trace of it afterwards."""
+"""A run with the environment that a drill needs; everything is cleaned up afterwards."""
 
 import json
 import os
@@ -26,7 +26,7 @@ END_DEADLINE_S = 300.0
 
 
 class DrillFailed(AssertionError):
-    """The run did not keep its promises; the text says which, and where to look."""
+    """The run violated an invariant. The text names it and contains log excerpts."""
 
 
 @dataclass(kw_only=True)
@@ -39,14 +39,14 @@ class StartedRun:
     run_folder: Path
     trace_folder: Path
 
-    def await_whole(self, timeout_s: float, *, since_s: float, past_version: int) -> None:
-        """Until the feed says that all actors work, the ledger closes, and a new version is there;
-        or until the run has ended well."""
+    def await_recovery(self, timeout_s: float, *, since_s: float, past_version: int) -> None:
+        """Wait until the metrics feed reports that all actors are alive, the ledger balances, and a
+        new version exists; or until the run has finished."""
         wanted = {"service", "learner"}
         for index in range(1, self.plan.num_actors + 1):
             wanted |= {f"actor-{index}", f"engine-{index}", f"supervisor-{index}"}
 
-        def is_whole(event: Event) -> bool:
+        def has_recovered(event: Event) -> bool:
             values = event.values
             return (
                 values.get("policy_version", 0) > past_version
@@ -54,54 +54,56 @@ class StartedRun:
                 and values.get("ledger_closes") is True
             )
 
-        ends_s = time.monotonic() + timeout_s
-        while not self.watcher.wait(is_whole, since_s, 0.25) or wanted - set(self.targets.all()):
+        deadline_s = time.monotonic() + timeout_s
+        while not self.watcher.wait(has_recovered, since_s, 0.25) or (
+            wanted - set(self.targets.all())
+        ):
             self.check_running()
-            if time.monotonic() > ends_s:
+            if time.monotonic() > deadline_s:
                 latest = self.watcher.latest()
-                there = sorted(self.targets.all())
-                self.fail(f"not whole within {timeout_s:.0f} s: {there}, {latest}")
+                running = sorted(self.targets.all())
+                self.fail(f"not recovered within {timeout_s:.0f} s: {running}, {latest}")
 
     def check_running(self) -> None:
-        """Raises DrillFailed when the run has ended."""
+        """Raises DrillFailed if the run has ended."""
         if (status := self.process.poll()) is not None:
             self.fail(f"the run ended with status {status}")
 
     def stop(self) -> int:
-        """Ctrl-C; returns the policy version that the run has come to. Raises DrillFailed."""
+        """Send Ctrl-C and return the run's policy version. Raises DrillFailed."""
         os.killpg(self.process.pid, signal.SIGINT)
         self._await_end(status=EXIT_INTERRUPTED)
         return int(json.loads((self.run_folder / "summary.json").read_text())["policy_version"])
 
     def resume(self, num_updates: int) -> None:
-        """Go on to this many updates in all, and see the run end by itself. Raises DrillFailed."""
+        """Resume up to `num_updates` in total and wait until the run ends. Raises DrillFailed."""
         folder = str(self.run_folder)
         self.process = _open(self.targets, "--resume", folder, "--run.updates", str(num_updates))
         self._await_end(status=0)
 
     def _await_end(self, *, status: int) -> None:
         try:
-            ended = self.process.wait(END_DEADLINE_S)
+            exit_status = self.process.wait(END_DEADLINE_S)
         except subprocess.TimeoutExpired:
-            self.fail(f"no end within {END_DEADLINE_S:.0f} s; latest: {self.watcher.latest()}")
+            self.fail(f"not ended within {END_DEADLINE_S:.0f} s; latest: {self.watcher.latest()}")
             return
-        if ended != status:
-            self.fail(f"the run ended with status {ended}, not {status}")
+        if exit_status != status:
+            self.fail(f"the run ended with status {exit_status}, not {status}")
         _wait_for(lambda: not self.targets.commands(), 10.0)
         if left := self.targets.commands():
             self.fail(f"processes outlive the run: {left}")
 
     def fail(self, why: str) -> None:
-        words = [f"{path.name}: {_tail(path)}" for path in self._logs()]
-        raise DrillFailed("\n".join([why, f"warnings: {self.watcher.warnings[-10:]}", *words]))
+        excerpts = [f"{path.name}: {_tail(path)}" for path in self._logs()]
+        raise DrillFailed("\n".join([why, f"warnings: {self.watcher.warnings[-10:]}", *excerpts]))
 
     def _logs(self) -> list[Path]:
         return sorted([*self.run_folder.parents[1].glob("*.txt"), *self.run_folder.glob("logs/*")])
 
 
 @contextmanager
-def started(folder: Path, plan: Plan) -> Iterator[StartedRun]:
-    """A run on a small disk behind a proxy; whatever happens, no process is left in the end."""
+def start_run(folder: Path, plan: Plan) -> Iterator[StartedRun]:
+    """Start a run on a small disk behind a proxy. On exit, all its processes are killed."""
     service_port, feed_port = _free_ports(2)
     trace_folder, config = folder / "trace", folder / "config.toml"
     trace_folder.mkdir()
@@ -143,11 +145,11 @@ def started(folder: Path, plan: Plan) -> Iterator[StartedRun]:
         finally:
             run.process.kill()
             run.process.wait()
-            targets.end_all()
+            targets.kill_all()
 
 
 def _open(targets: Targets, *arguments: str) -> subprocess.Popen[bytes]:
-    """`speed-async train` in a session of its own, in the folder that marks its processes."""
+    """Run `speed-async train` in a session of its own, in the folder that marks its processes."""
     folder = Path(targets.mark)
     with (folder / "stdout.txt").open("ab") as out, (folder / "stderr.txt").open("ab") as err:
         return subprocess.Popen(
@@ -162,8 +164,8 @@ def _open(targets: Targets, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Free now, and outside of the range that the system gives to connections: a service that is
-    started again finds its port."""
+    """Ports that are free now and outside the ephemeral range, so that a restarted service can
+    bind its port again."""
     found: list[int] = []
     for port in random.SystemRandom().sample(range(20000, 32000), 1000):
         with socket.socket() as probe, suppress(OSError):
@@ -174,9 +176,9 @@ def _free_ports(count: int) -> list[int]:
     raise DrillFailed("no free ports between 20000 and 32000")
 
 
-def _wait_for(happened: Callable[[], bool], timeout_s: float) -> None:
-    ends_s = time.monotonic() + timeout_s
-    while not happened() and time.monotonic() < ends_s:
+def _wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline_s:
         time.sleep(0.05)
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run, by what they do in it; read from /proc at the moment of asking."""
+"""The processes of a run by role, read from /proc on each call."""
 
 import os
 import signal
@@ -16,24 +16,24 @@ MARK = "CHAOS_DRILL"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Targets:
-    """`actor`, `engine` and `supervisor` are told apart by the rank's number: `actor-1`."""
+    """Actors, engines and supervisors are named with the index of their rank: `actor-1`."""
 
     mark: str
-    """Value of MARK in the environment of every process of this run, and of no other."""
+    """Value of MARK in the environment of every process of this run, and only of those."""
 
     def all(self) -> dict[str, int]:
-        """Process id by name. A process that is about to be started is not there yet."""
+        """Process id by name. A process that has not been started yet is missing."""
         found: dict[str, int] = {}
         commands = self.commands()
         for process_id, command in commands.items():
-            with suppress(OSError, ValueError, LookupError):  # it may be ending
+            with suppress(OSError, ValueError, LookupError):  # it may be terminating
                 if name := _name(process_id, command, commands):
                     found[name] = process_id
         return found
 
     def commands(self) -> dict[int, str]:
-        """Command lines of all live processes of this run (a zombie has none), by id; those of
-        the verifier's workers as well."""
+        """Command lines of all live processes of this run by process id, including those of
+        verifier workers. A zombie has none."""
         found: dict[int, str] = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -45,8 +45,8 @@ class Targets:
                             found[process_id] = command
         return found
 
-    def end_all(self) -> None:
-        """SIGKILL to everything; several times, for whoever starts another one meanwhile."""
+    def kill_all(self) -> None:
+        """Send SIGKILL to all processes, repeatedly: one may start another meanwhile."""
         for _ in range(50):
             left = self.commands()
             if not left:
@@ -58,7 +58,7 @@ class Targets:
 
 
 def _name(process_id: int, command: str, commands: dict[int, str]) -> str | None:
-    words = command.split()
+    arguments = command.split()
     if RANK in command:
         rank = int(environment_of(process_id)["RANK"])
         return "learner" if rank == 0 else f"supervisor-{rank}"
@@ -67,7 +67,7 @@ def _name(process_id: int, command: str, commands: dict[int, str]) -> str | None
     role = command.partition(CHILD)[2].split()[0]
     if role != "actor":
         return role
-    index = words[words.index("--index") + 1]
+    index = arguments[arguments.index("--index") + 1]
     is_engine = CHILD + "actor" in commands.get(parent_of(process_id), "")
     return f"{'engine' if is_engine else 'actor'}-{index}"
 

@@ -1,4 +1,4 @@
-"""A short drill on every test run: the long one is `python -m benchmarks.chaos --faults 500`."""
+"""A short drill on every test run. The long one is `python -m benchmarks.chaos --faults 500`."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from chaos.settings import GROUPS_PER_UPDATE, Plan
 SEED = 1640
 NUM_FAULTS = 20
 GROWTH = 1.15
-"""The service's memory at the end over that after its first faults; buffers, books of actor lives
-and the allocator's own habits are in it. The long drill holds it to less."""
+"""The service's memory at the end over that after its first faults. It includes buffers, records of
+actor incarnations and allocator overhead. The long drill has a lower limit."""
 
 
-def test_twenty_faults_lose_no_group_train_none_twice_and_the_run_reaches_its_end(
+def test_twenty_faults_lose_no_group_train_none_twice_and_the_run_finishes(
     tmp_path: Path,
 ) -> None:
     print(f"seed {SEED}")

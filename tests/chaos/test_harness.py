@@ -1,4 +1,4 @@
-"""The drill's own parts: a witness that sees what is wrong, and faults that do what they say."""
+"""The drill's own components: the fault plan, the proxy, the disk and the process search."""
 
 import os
 import signal
@@ -12,13 +12,13 @@ from pathlib import Path
 
 from chaos.disk import LimitedFiles, SmallDisk, small_disk
 from chaos.faults import KINDS, plan
-from chaos.proxy import Proxy, is_listened_at
+from chaos.proxy import Proxy, is_listening
 from chaos.targets import MARK, Targets
 
 # --- the plan ----------------------------------------------------------------------------------
 
 
-def test_a_seed_decides_the_whole_plan_and_every_kind_comes_once_before_any_comes_twice() -> None:
+def test_a_seed_determines_the_plan_and_every_kind_occurs_once_before_any_repeats() -> None:
     faults = plan(7, 2 * len(KINDS))
     assert faults == plan(7, 2 * len(KINDS)) != plan(8, 2 * len(KINDS))
     assert {fault.kind for fault in faults[: len(KINDS)]} == set(KINDS)
@@ -30,14 +30,14 @@ def test_a_seed_decides_the_whole_plan_and_every_kind_comes_once_before_any_come
 
 
 @contextmanager
-def echoing() -> Iterator[tuple[Proxy, socket.socket]]:
-    """A proxy before an echo, and a connection through it that works."""
+def echo_proxy() -> Iterator[tuple[Proxy, socket.socket]]:
+    """A proxy in front of an echo server, and a working connection through it."""
     command = [sys.executable, "-c", ECHO]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as echo:
         try:
             assert echo.stdout is not None
             with Proxy(int(echo.stdout.readline())) as proxy, connected(proxy) as client:
-                assert said_back(client)
+                assert echoes(client)
                 yield proxy, client
         finally:
             echo.kill()
@@ -60,7 +60,7 @@ def connected(proxy: Proxy) -> socket.socket:
     return socket.create_connection(("127.0.0.1", proxy.port), timeout=10.0)
 
 
-def said_back(client: socket.socket, timeout_s: float = 10.0) -> bool:
+def echoes(client: socket.socket, timeout_s: float = 10.0) -> bool:
     client.settimeout(timeout_s)
     try:
         client.sendall(b"hello")
@@ -69,76 +69,76 @@ def said_back(client: socket.socket, timeout_s: float = 10.0) -> bool:
         return False
 
 
-def test_a_cut_resets_what_is_open_and_new_connections_work() -> None:
-    with echoing() as (proxy, client):
+def test_a_cut_resets_open_connections_and_new_ones_work() -> None:
+    with echo_proxy() as (proxy, client):
         proxy.cut()
-        assert not said_back(client)
+        assert not echoes(client)
         with connected(proxy) as another:
-            assert said_back(another)
+            assert echoes(another)
 
 
-def test_refused_links_close_at_once_until_they_are_restored() -> None:
-    with echoing() as (proxy, client):
+def test_refused_links_close_at_once_until_restored() -> None:
+    with echo_proxy() as (proxy, client):
         proxy.refuse()
-        assert not said_back(client)
+        assert not echoes(client)
         with connected(proxy) as another:
-            assert not said_back(another)
+            assert not echoes(another)
         proxy.restore()
         with connected(proxy) as another:
-            assert said_back(another)
+            assert echoes(another)
 
 
-def test_a_stalled_link_keeps_every_byte_for_later() -> None:
-    with echoing() as (proxy, client):
+def test_a_stalled_link_keeps_every_byte() -> None:
+    with echo_proxy() as (proxy, client):
         proxy.stall()
-        assert not said_back(client, timeout_s=0.2)
+        assert not echoes(client, timeout_s=0.2)
         proxy.restore()
         client.settimeout(10.0)
         assert client.recv(5, socket.MSG_WAITALL) == b"hello"
 
 
-def test_a_delay_is_latency_both_ways_and_ends() -> None:
-    with echoing() as (proxy, client):
+def test_a_delay_adds_latency_in_both_directions_until_restored() -> None:
+    with echo_proxy() as (proxy, client):
         proxy.delay(0.15)
-        began_s = time.monotonic()
-        assert said_back(client)
-        assert time.monotonic() - began_s >= 0.3
+        start_s = time.monotonic()
+        assert echoes(client)
+        assert time.monotonic() - start_s >= 0.3
         proxy.restore()
-        began_s = time.monotonic()
-        assert said_back(client)
-        assert time.monotonic() - began_s < 0.3
+        start_s = time.monotonic()
+        assert echoes(client)
+        assert time.monotonic() - start_s < 0.3
 
 
-def test_nobody_listens_at_the_proxy_while_nobody_is_behind_it() -> None:
+def test_the_proxy_listens_only_while_its_target_listens() -> None:
     with socket.socket() as service:
         service.bind(("127.0.0.1", 0))
         with Proxy(service.getsockname()[1]) as proxy:
-            wait_until(lambda: not is_listened_at(proxy.port))
+            wait_until(lambda: not is_listening(proxy.port))
             service.listen()
-            wait_until(lambda: is_listened_at(proxy.port))
+            wait_until(lambda: is_listening(proxy.port))
 
 
-def wait_until(happened: Callable[[], bool]) -> None:
-    ends_s = time.monotonic() + 10.0
-    while not happened():
-        assert time.monotonic() < ends_s
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < deadline_s
 
 
 # --- the disk ----------------------------------------------------------------------------------
 
 
-def test_a_full_disk_takes_no_byte_and_a_freed_one_does(tmp_path: Path) -> None:
+def test_a_full_disk_refuses_writes_until_it_is_freed(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 4 * 1024 * 1024) as disk:
         check_full_and_free(disk)
     assert not (tmp_path / "disk" / "file").exists() or isinstance(disk, LimitedFiles)
 
 
-def test_without_a_disk_of_its_own_a_limit_on_files_does_the_same(tmp_path: Path) -> None:
+def test_a_file_size_limit_acts_like_a_full_disk(tmp_path: Path) -> None:
     check_full_and_free(LimitedFiles(tmp_path))
 
 
 def check_full_and_free(disk: SmallDisk | LimitedFiles) -> None:
-    """A process that appends whenever it is asked to, and says whether that went well."""
+    """Checks a process that appends on request and reports the result."""
     command = [sys.executable, "-c", APPEND, str(disk.folder / "file")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as writer:  # type: ignore[call-overload]
@@ -172,7 +172,7 @@ for _ in sys.stdin:
 # --- the processes -----------------------------------------------------------------------------
 
 
-def test_processes_are_found_by_their_mark_whoever_started_them_and_ended(tmp_path: Path) -> None:
+def test_processes_are_found_by_their_mark_and_killed(tmp_path: Path) -> None:
     inner = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
     environment = os.environ | {MARK: str(tmp_path)}
     with subprocess.Popen(
@@ -185,6 +185,6 @@ def test_processes_are_found_by_their_mark_whoever_started_them_and_ended(tmp_pa
             assert process.pid in targets.commands()
             assert targets.all() == {}
         finally:
-            targets.end_all()
+            targets.kill_all()
         assert process.wait() == -signal.SIGKILL
         assert targets.commands() == {}

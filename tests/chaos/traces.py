@@ -1,4 +1,4 @@
-"""Reads the traces of groups that actors and learner wrote (transport/tracing.py)."""
+"""Reads the traces of groups written by actors and the learner (transport/tracing.py)."""
 
 import json
 from collections.abc import Iterator
@@ -16,15 +16,17 @@ class ActorTrace:
     name: str
     sent: list[Line] = field(default_factory=list)
     counted: list[tuple[int, int]] = field(default_factory=list)
-    """(number of the message, tokens generated), in their order."""
-    heard: int = 0
-    """The service has said that it has every message up to this number."""
-    heard_when_refused: int | None = None
+    """(message number, tokens generated), in order."""
+    acknowledged: int = 0
+    """The service has acknowledged every message up to this number."""
+    acknowledged_when_refused: int | None = None
 
     @property
     def accepted(self) -> int:
-        """Messages up to this number were taken by the service."""
-        return self.heard if self.heard_when_refused is None else self.heard_when_refused
+        """The service has accepted every message up to this number."""
+        if self.acknowledged_when_refused is None:
+            return self.acknowledged
+        return self.acknowledged_when_refused
 
     def is_accepted(self, line: Line) -> bool:
         return line["number"] <= self.accepted
@@ -32,27 +34,27 @@ class ActorTrace:
 
 @dataclass(kw_only=True)
 class Update:
-    """One update by one life of the learner; `policy_version` is the one after it."""
+    """One update by one incarnation of the learner; `policy_version` is the version after it."""
 
     policy_version: int
     groups: list[str]
     tokens: int
     skipped: bool
     time_s: float
-    is_heard: bool = False
-    """The service has said that it knows of it."""
+    is_acknowledged: bool = False
+    """The service has acknowledged it."""
 
 
 @dataclass(kw_only=True)
 class Traces:
     actors: list[ActorTrace] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
-    """In the order of time, those of lives that were rolled back too."""
+    """By time, including those that were rolled back."""
     batches: list[Line] = field(default_factory=list)
-    """`taken` lines, likewise."""
+    """`taken` lines by time."""
 
     def lineage(self) -> dict[int, Update]:
-        """What survives: whoever trains a version again takes back all that came after it."""
+        """The surviving updates: training a version again rolls back all later ones."""
         surviving: dict[int, Update] = {}
         for update in self.updates:
             for version in [v for v in surviving if v >= update.policy_version]:
@@ -62,9 +64,9 @@ class Traces:
 
 
 def read_traces(folder: Path) -> Traces:
-    """All lines in `folder` so far; a last line that is not whole is left out."""
+    """All complete lines in `folder` so far."""
     traces = Traces()
-    # The learner's first: what it trained by then, its actors had written before.
+    # The learner first: everything it has trained is already in the actors' files then.
     for path in sorted(folder.glob("learner*.jsonl")):
         _read_learner(path, traces)
     for path in sorted(folder.glob("actor*.jsonl")):
@@ -84,14 +86,14 @@ def _read_actor(path: Path) -> ActorTrace:
             case "counted":
                 trace.counted.append((line["number"], line["generated"]))
             case "heard":
-                trace.heard = line["number"]
-            case "refused" if trace.heard_when_refused is None:
-                trace.heard_when_refused = trace.heard
+                trace.acknowledged = line["number"]
+            case "refused" if trace.acknowledged_when_refused is None:
+                trace.acknowledged_when_refused = trace.acknowledged
     return trace
 
 
 def _read_learner(path: Path, traces: Traces) -> None:
-    unheard: list[tuple[int, Update]] = []
+    unacknowledged: list[tuple[int, Update]] = []
     for line in _lines(path):
         match line["kind"]:
             case "taken":
@@ -99,11 +101,11 @@ def _read_learner(path: Path, traces: Traces) -> None:
             case "trained":
                 fields = ("policy_version", "groups", "tokens", "skipped", "time_s")
                 update = Update(**{name: line[name] for name in fields})
-                unheard.append((line["number"], update))
+                unacknowledged.append((line["number"], update))
                 traces.updates.append(update)
             case "heard":
-                while unheard and unheard[0][0] <= line["number"]:
-                    unheard.pop(0)[1].is_heard = True
+                while unacknowledged and unacknowledged[0][0] <= line["number"]:
+                    unacknowledged.pop(0)[1].is_acknowledged = True
 
 
 def _lines(path: Path) -> Iterator[Line]:

@@ -1,4 +1,4 @@
-"""How a run is doing, as its metrics feed tells it: a subscriber in a thread of its own."""
+"""Observes the state of a run through its metrics feed, in a subscriber thread."""
 
 import asyncio
 import threading
@@ -16,17 +16,17 @@ POLL_S = 0.25
 
 
 class Watcher:
-    """Follows the feed at a fixed port, through restarts of the service, until left."""
+    """Follows the feed on a fixed port through restarts of the service, until closed."""
 
     def __init__(self, port: int) -> None:
         self.newest_version = 0
-        """Highest policy version ever told of."""
+        """Highest policy version reported so far."""
         self.warnings: list[str] = []
-        """Each once, in the order in which they came up."""
+        """Each warning once, in order of appearance."""
         self._port = port
         self._events: list[tuple[float, Event]] = []
         self._changed = threading.Condition()
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._main, name="watcher", daemon=True)
 
     def __enter__(self) -> Self:
@@ -39,24 +39,24 @@ class Watcher:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join(10.0)
 
     def latest(self) -> Event | None:
         with self._changed:
             return self._events[-1][1] if self._events else None
 
-    def wait(self, happened: Callable[[Event], bool], since_s: float, timeout_s: float) -> bool:
-        """Whether an event that came after `since_s` (monotonic) says that it has happened; waits
-        up to `timeout_s` for one."""
+    def wait(self, condition: Callable[[Event], bool], since_s: float, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` for an event received after `since_s` (monotonic) that fulfils the
+        condition. Returns whether there was one."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: any(at >= since_s and happened(event) for at, event in self._events),
+                lambda: any(at >= since_s and condition(event) for at, event in self._events),
                 timeout_s,
             )
 
-    def forget(self) -> None:
-        """Of earlier events only the latest is kept: memory stays bounded over hours."""
+    def clear_events(self) -> None:
+        """Drop all events except the latest, so that memory stays bounded over hours."""
         with self._changed:
             del self._events[:-1]
 
@@ -66,7 +66,7 @@ class Watcher:
     async def _follow(self) -> None:
         feed = FeedSubscriber("127.0.0.1", self._port)
         try:
-            while not self._over.is_set():
+            while not self._stopped.is_set():
                 with suppress(DeadlineExceeded):
                     self._take(await feed.receive(POLL_S))
         finally:

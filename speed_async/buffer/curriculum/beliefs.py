@@ -1,4 +1,4 @@
-"""What is believed of each prompt's pass rate theta, and how likely that makes it to pass the gate.
+"""Posterior beliefs about each prompt's pass rate theta, and the resulting gate acceptance.
 
 Shape legend: N all prompts, K some of them, S screening completions, G completions of a group.
 """
@@ -14,9 +14,10 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.floating]
 
 PRIOR_WEIGHT = 8.0
-"""Prompts that the start, Beta(1, 1), counts for in the fit of the shared prior."""
+"""Weight of the initial Beta(1, 1) in the fit of the shared prior, in prompts."""
 WEAKEST_PRIOR, STRONGEST_PRIOR = 0.05, 50.0
-"""Pseudo-completions of the shared prior: moments of few prompts may ask for any number."""
+"""Bounds of the shared prior's strength, in pseudo-completions. Moments of few prompts can yield
+any value."""
 NEVER = -1
 
 
@@ -29,7 +30,7 @@ class GateAcceptance:
         refused = [k for k in range(size + 1) if k not in passing]
         self._size = size
         self.passing = passing
-        # The shorter sum: a wide gate on large groups refuses only two of its outcomes.
+        # Sum over the smaller set: a wide gate on large groups refuses only two outcomes.
         self._complement = len(refused) < len(passing)
         self._terms = refused if self._complement else passing
 
@@ -43,17 +44,17 @@ class GateAcceptance:
 
 
 class SharedPrior:
-    """Beta(a, b) over the prompts' pass rates, fitted on line by moments and slowly forgotten.
+    """Beta(a, b) over the prompts' pass rates, fitted online by moments with a forgetting factor.
 
-    Of a prompt with k passes among S completions, k / S and k(k - 1) / (S(S - 1)) estimate theta
-    and theta^2 without bias; their means m1, m2 over prompts give a = m1 s, b = (1 - m1) s with
-    s = (m1 - m2) / (m2 - m1^2) (the factorial moments of the beta-binomial: Skellam 1948). Only
-    prompts that were not chosen for their own outcomes may be added.
+    For a prompt with k passes among S completions, k / S and k(k - 1) / (S(S - 1)) are unbiased
+    estimates of theta and theta^2. Their means m1, m2 over prompts give a = m1 s, b = (1 - m1) s
+    with s = (m1 - m2) / (m2 - m1^2) (the factorial moments of the beta-binomial: Skellam 1948). Add
+    only prompts that were not chosen because of their own outcomes.
 
-    An accepted group's continuation happened because the gate liked its k, so counts over the
-    whole group are biased. Given the group's total, each order of its outcomes that passes the
-    gate is equally likely under any theta; hence the screening part's expected moments (Rao and
-    Blackwell) are hypergeometric, cut to the passing k.
+    The continuation of an accepted group depends on its k, so counts over the whole group are
+    biased. Given the group's total, each order of outcomes that passes the gate is equally likely
+    under any theta. Hence the expected moments of the screening part (Rao-Blackwell) follow a
+    hypergeometric distribution, truncated to the passing k.
     """
 
     def __init__(self, gate: GateConfig, half_life_updates: float) -> None:
@@ -63,14 +64,14 @@ class SharedPrior:
         self._group_size = gate.group_size
         self._group_moments = _screening_moments(gate, self._refused_moments)
         self.sums = np.array([PRIOR_WEIGHT, PRIOR_WEIGHT / 2, PRIOR_WEIGHT / 3])
-        """Discounted number of prompts, and sums of their two moments; at first, Beta(1, 1)."""
+        """Discounted number of prompts and sums of their two moments, initially of Beta(1, 1)."""
 
     def _moments_of(self, passed: int) -> tuple[float, float]:
         size = self._size
         return passed / size, passed * (passed - 1) / max(size * (size - 1), 1)
 
     def add(self, num_passed: int, num_completions: int) -> None:
-        """One prompt's outcome: of its screening, or of a whole group that passed the gate."""
+        """Add one prompt's outcome: of its screening, or of a whole group that passed the gate."""
         if num_completions == self._size:
             moments = self._refused_moments[num_passed]
         elif num_completions == self._group_size:
@@ -79,8 +80,8 @@ class SharedPrior:
             return
         self.sums += (1.0, *moments)
 
-    def forget(self, num_updates: int) -> None:
-        """Discount as outcomes are discounted; what is lost goes back to the start."""
+    def discount(self, num_updates: int) -> None:
+        """Discount like the outcomes; the lost weight returns to the initial prior."""
         start = np.array([PRIOR_WEIGHT, PRIOR_WEIGHT / 2, PRIOR_WEIGHT / 3])
         self.sums = start + (self.sums - start) * 0.5 ** (num_updates / self._half_life)
 
@@ -114,11 +115,11 @@ def _screening_moments(
 
 
 class Beliefs:
-    """A discounted Beta posterior of every prompt: 12 bytes each, and 4 to list those seen.
+    """A discounted Beta posterior of every prompt: 12 bytes each, 4 more for the list of seen ones.
 
-    Effective counts are stored x 2^(-(version - last) / half_life_updates). Each completion
-    counts, of refused and accepted groups alike: which of them were drawn depended on earlier
-    outcomes only, and such a stopping rule leaves the likelihood of theta as it is.
+    Effective counts are the stored counts x 2^(-(version - last) / half_life_updates). Every
+    completion counts, of refused and accepted groups alike: whether it was sampled depended only on
+    earlier outcomes, and such a stopping rule does not change the likelihood of theta.
     """
 
     def __init__(self, num_prompts: int, gate: GateConfig, half_life_updates: float) -> None:
@@ -139,17 +140,17 @@ class Beliefs:
 
     @property
     def seen(self) -> NDArray[np.int32]:
-        """Prompts with any outcome, by first outcome."""
+        """Prompts with at least one outcome, in order of their first outcome."""
         return self._seen_N[: self._num_seen]
 
     def unseen(self, prompts_K: IntArray) -> NDArray[np.bool_]:
         return self._last_version_N[prompts_K] == NEVER
 
     def advance(self, policy_version: int) -> None:
-        """Move to a newer version; one that is not newer changes nothing."""
+        """Move to a newer version. An older or equal version has no effect."""
         newer = policy_version - self.policy_version
         if newer > 0:
-            self.prior.forget(newer)
+            self.prior.discount(newer)
             self.policy_version = policy_version
 
     def add(self, prompt_id: int, num_passed: int, num_completions: int) -> None:
@@ -164,14 +165,14 @@ class Beliefs:
         self._last_version_N[prompt_id] = self.policy_version
 
     def posterior(self, prompts_K: IntArray) -> tuple[FloatArray, FloatArray]:
-        """(K,) alpha and (K,) beta of the Beta posteriors of (K,) prompts, as of now."""
+        """(K,) alpha and (K,) beta of the current Beta posteriors of (K,) prompts."""
         a, b = self.prior.parameters
         age_K = self.policy_version - self._last_version_N[prompts_K]
         kept_K = np.exp2(-age_K / self._half_life)
         return a + self._passes_N[prompts_K] * kept_K, b + self._fails_N[prompts_K] * kept_K
 
     def state(self) -> dict[str, NDArray[np.generic]]:
-        """Copies of what was learned; its size goes with the prompts seen, not with all."""
+        """Copies of the learned state. The size is proportional to the number of seen prompts."""
         seen = self.seen.copy()
         return {
             "seen": seen,
@@ -183,7 +184,7 @@ class Beliefs:
         }
 
     def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
-        """Take over a `state()`, in place of whatever was learned here."""
+        """Load a `state()`, replacing the current one."""
         self._passes_N[:], self._fails_N[:], self._last_version_N[:] = 0, 0, NEVER
         seen = state["seen"].astype(np.int32)
         self._num_seen = len(seen)

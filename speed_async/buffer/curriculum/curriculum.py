@@ -1,4 +1,4 @@
-"""Which prompts are leased next."""
+"""Selection of the prompts to lease next."""
 
 from collections import deque
 from typing import Protocol
@@ -13,35 +13,35 @@ from speed_async.config.schema import Config
 
 class Curriculum(Protocol):
     def choose(self, num_prompts: int) -> list[int]:
-        """Exactly that many prompts to lease; none twice in one call while there are enough, and
-        none at all when every prompt is retired."""
+        """Return exactly `num_prompts` prompts to lease. Prompts are distinct within one call while
+        enough are left. Returns an empty list when every prompt is retired."""
         ...
 
     def give_back(self, prompt_id: int) -> None:
-        """The lease of this prompt came to nothing: offer it again soon."""
+        """Return a prompt whose lease produced no result; it is offered again soon."""
         ...
 
     def record(self, prompt_id: int, num_passed: int, num_completions: int) -> None:
-        """The lease ended with these completions, screening and continuation together; none
-        when it failed in a way it would fail again."""
+        """Record the completions of a finished lease, screening and continuation together. Both
+        counts are zero when the lease failed deterministically."""
         ...
 
     def retire(self, prompt_id: int) -> None:
-        """The prompt cannot be used: never choose it again."""
+        """Exclude an unusable prompt from all later choices."""
         ...
 
     @property
     def num_left(self) -> int:
-        """Prompts that are not retired."""
+        """Number of prompts that are not retired."""
         ...
 
     def advance(self, policy_version: int) -> None:
-        """There is a new policy version."""
+        """Report a new policy version."""
         ...
 
 
 class UniformCurriculum:
-    """Shuffled epochs over all prompts, as in SPEED; returned prompts go first."""
+    """Shuffled epochs over all prompts, as in SPEED. Returned prompts come first."""
 
     def __init__(self, num_prompts: int, rng: np.random.Generator) -> None:
         self._num_prompts = num_prompts
@@ -58,20 +58,20 @@ class UniformCurriculum:
         if not self.num_left:
             return []
         chosen: list[int] = []
-        taken: set[int] = set()
-        twice: list[int] = []
+        chosen_set: set[int] = set()
+        duplicates: list[int] = []
         while len(chosen) < num_prompts:
             prompt_id = self._next()
-            if prompt_id in taken and len(taken) < self.num_left:
-                twice.append(prompt_id)
+            if prompt_id in chosen_set and len(chosen_set) < self.num_left:
+                duplicates.append(prompt_id)
             else:
                 chosen.append(prompt_id)
-                taken.add(prompt_id)
-        self._epoch.extendleft(reversed(twice))
+                chosen_set.add(prompt_id)
+        self._epoch.extendleft(reversed(duplicates))
         return chosen
 
     def _next(self) -> int:
-        """There must be one that is not retired."""
+        """At least one prompt must not be retired."""
         while True:
             if self._returned:
                 prompt_id = self._returned.popleft()
@@ -89,13 +89,13 @@ class UniformCurriculum:
         self._retired.add(prompt_id)
 
     def record(self, prompt_id: int, num_passed: int, num_completions: int) -> None:
-        """Uniform choice does not look at results."""
+        """Ignored: uniform sampling does not depend on results."""
 
     def advance(self, policy_version: int) -> None:
-        """Nor at versions."""
+        """Ignored: uniform sampling does not depend on versions."""
 
     def state(self) -> dict[str, NDArray[np.generic]]:
-        """Everything, random generator included."""
+        """The complete state, including the random generator."""
         return {
             "num_prompts": np.array(self._num_prompts),
             "epoch": np.array(self._epoch, np.int64),
@@ -105,7 +105,7 @@ class UniformCurriculum:
         }
 
     def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
-        """Go on exactly where `state()` was taken. ValueError: it is of another data set."""
+        """Load a `state()`. Raises ValueError when it belongs to another data set."""
         if int(state["num_prompts"]) != self._num_prompts:
             raise ValueError(
                 f"curriculum state of {int(state['num_prompts'])} prompts, not {self._num_prompts}"
@@ -119,7 +119,7 @@ class UniformCurriculum:
 def make_curriculum(
     config: Config, num_prompts: int, rng: np.random.Generator
 ) -> UniformCurriculum | PosteriorCurriculum:
-    """The curriculum that `curriculum.kind` names."""
+    """The curriculum selected by `curriculum.kind`."""
     if config.curriculum.kind == "uniform":
         return UniformCurriculum(num_prompts, rng)
     return PosteriorCurriculum(num_prompts, rng, gate=config.gate, settings=config.curriculum)

@@ -1,15 +1,15 @@
-"""The journal: everything that was said to the service, on disk before any answer leaves.
+"""The journal (write-ahead log): every message to the service is on disk before a reply is sent.
 
 An append-only log in segments. A record is a header (magic, checksum, length, sequence) and a body
-(msgpack of its facts, then the raw frames of its message). Reading stops at the first record that
-is not whole, so whatever a crash or a bad disk did to the tail, a good prefix remains. Each segment
-begins with the configuration and a snapshot of the state; older segments are kept as long as a
-group that still counts lies in one of them.
+(msgpack of its fields, then the raw frames of its message). Reading stops at the first incomplete
+record, so a valid prefix remains after a crash or a disk error. Each segment begins with the
+configuration and a snapshot of the state. Older segments are kept as long as they contain a group
+that is still needed.
 
-Why not SQLite: measured on the project's machine, 1 MB groups go into a WAL database at 270 MB/s
-and then once more into its main file; they leave it only by deletes, page by page. Here they are
-written once, at the disk's speed, and leave with their segment. And a WAL that lost its tail does
-not say so.
+Why not SQLite: measured on the project's machine, 1 MB groups enter a WAL database at 270 MB/s and
+are then copied into its main file. They are removed only by deletes, page by page. Here they are
+written once, at disk speed, and removed with their segment. A WAL with a lost tail also does not
+report the loss.
 """
 
 import os
@@ -30,7 +30,7 @@ from speed_async.errors import JournalError
 from speed_async.transport.codec import Frame
 
 SEGMENT_BYTES = 512 * 1024 * 1024
-"""A segment past this is closed at the next chance to take a snapshot."""
+"""A larger segment is closed at the next opportunity for a snapshot."""
 MAX_RECORD_BYTES = 1 << 40
 
 RecordKind = Literal["opened", "snapshot", "message", "tick", "gone", "refused", "life"]
@@ -54,7 +54,7 @@ class Record:
     value: float = 0.0
     frames: Sequence[Frame] = ()
     end: int = 0
-    """Offset of the byte after it."""
+    """Offset of the byte after the record."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,24 +69,24 @@ class _Unwritten:
 
 
 class Journal:
-    """The open end of the log. `write` and `sync` may run in another thread while records are
-    appended in this one."""
+    """The writable end of the log. `write` and `sync` may run in another thread while this thread
+    appends records."""
 
     def __init__(self, folder: Path, segment: int, sequence: int) -> None:
         self.folder = folder
         self.sequence = sequence
-        """Of the last record appended."""
+        """Sequence number of the last appended record."""
         self.segment = segment
         self._unwritten: list[_Unwritten] = []
         self._writing = threading.Lock()
         self._is_named = False
         self.num_bytes = 0
-        """Of this segment, what is not yet written included."""
+        """Size of this segment, including unwritten records."""
         self._file = DirectFile(_path(folder, segment))
 
     @classmethod
     def begin(cls, folder: Path, segment: int, sequence: int) -> Self:
-        """A new, empty segment after those in the folder. Raises OSError."""
+        """Create a new, empty segment after those in the folder. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         _path(folder, segment).unlink(missing_ok=True)
         return cls(folder, segment, sequence)
@@ -104,23 +104,23 @@ class Journal:
         """Add a record; `write` brings it to disk. The frames must not change before that."""
         self.sequence += 1
         place = (self.segment, self.num_bytes)
-        facts = msgpack.packb([kind, now_s, peer, text, value, [len(frame) for frame in frames]])
-        assert facts is not None
-        length = 4 + len(facts) + sum(map(len, frames))
-        body = [struct.pack("<I", len(facts)), facts, *frames]
+        fields = msgpack.packb([kind, now_s, peer, text, value, [len(frame) for frame in frames]])
+        assert fields is not None
+        length = 4 + len(fields) + sum(map(len, frames))
+        body = [struct.pack("<I", len(fields)), fields, *frames]
         self._unwritten.append(_Unwritten(sequence=self.sequence, length=length, body=body))
         self.num_bytes += _HEAD.size + length
         return place
 
     @property
     def pending_bytes(self) -> int:
-        """Appended and not yet written."""
+        """Number of bytes appended and not yet written."""
         return self.num_bytes - self._file.end
 
     def write(self) -> None:
-        """Hand all that was appended to the system: a killed process loses none of it.
+        """Pass all appended records to the operating system, so that they survive a killed process.
 
-        Raises OSError (a full disk); everything is kept, and the next call tries again.
+        Raises OSError (a full disk). Nothing is lost then; the next call retries.
         """
         with self._writing:
             records = self._unwritten[:]
@@ -128,14 +128,14 @@ class Journal:
             del self._unwritten[: len(records)]
 
     def sync(self) -> None:
-        """Wait until the disk has what was written, and the file's name. Raises OSError."""
+        """Wait until the written data and the file's name are on disk. Raises OSError."""
         self._file.sync()
         if not self._is_named:
             flush(self.folder)
             self._is_named = True
 
     def read(self, place: Place) -> Record:
-        """A record of this or an older segment. Raises JournalError when it is damaged or gone."""
+        """Read a record of any segment. Raises JournalError if it is damaged or missing."""
         segment, offset = place
         if segment == self.segment and offset >= self._file.end:
             self.write()
@@ -150,7 +150,7 @@ class Journal:
         return record
 
     def drop(self, needed: set[int]) -> None:
-        """Remove older segments in which nothing lies that is needed."""
+        """Remove older segments that contain nothing in `needed`."""
         for segment in segments(self.folder):
             if segment < self.segment and segment not in needed:
                 _path(self.folder, segment).unlink(missing_ok=True)
@@ -159,17 +159,17 @@ class Journal:
         self._file.close()
 
     def remove(self) -> None:
-        """Take back a segment that could not be begun."""
+        """Remove a segment whose creation failed."""
         _path(self.folder, self.segment).unlink(missing_ok=True)
 
 
 def segments(folder: Path) -> list[int]:
-    """Numbers of the segments there are, oldest first."""
+    """Numbers of the existing segments, oldest first."""
     return sorted(int(path.stem) for path in folder.glob("*.journal") if path.stem.isdigit())
 
 
 def read_segment(folder: Path, segment: int) -> Iterator[tuple[Place, Record]]:
-    """Whole records from the first on; ends before the first that is not whole."""
+    """Yield the complete records from the start, up to the first incomplete one."""
     sequence: int | None = None
     with _path(folder, segment).open("rb") as file:
         while True:
@@ -182,8 +182,8 @@ def read_segment(folder: Path, segment: int) -> Iterator[tuple[Place, Record]]:
 
 
 def format_of(folder: Path, segment: int) -> tuple[str, str]:
-    """The format that a segment is in, and the one that is written today; a beginning that is in
-    none counts as the latter (it is damaged, then). Raises OSError."""
+    """The format of a segment, and the current one. A segment without a known magic counts as the
+    current format (it is damaged). Raises OSError."""
     with _path(folder, segment).open("rb") as file:
         magic = file.read(len(_MAGIC))
     found = magic if _ANY_MAGIC.fullmatch(magic) else _MAGIC
@@ -191,7 +191,7 @@ def format_of(folder: Path, segment: int) -> tuple[str, str]:
 
 
 def cut(folder: Path, segment: int, end: int) -> int:
-    """Cut a segment after its last whole record; returns how many bytes were damaged."""
+    """Truncate a segment after its last complete record. Returns the number of damaged bytes."""
     path = _path(folder, segment)
     with path.open("rb") as file:
         file.seek(end)

@@ -1,7 +1,7 @@
-"""The journal of a service that runs: written in a thread of its own, synced, begun anew.
+"""Segments of a running service's journal: written in a separate thread, synced and rotated.
 
-The segment at hand is the machine's `journal`; those that ended wait here until they are on the
-disk, and only then may go what nobody needs any more.
+The current segment is the machine's `journal`. Closed segments are kept here until they are on
+disk; only then are segments removed that are no longer needed.
 """
 
 import asyncio
@@ -14,29 +14,29 @@ from speed_async.buffer.durability.recovery import begin_segment
 from speed_async.buffer.state_machine import StateMachine
 
 SNAPSHOT_BYTES = 4 * 1024 * 1024
-"""A journal shorter than this is read again faster than a snapshot pays."""
+"""A shorter journal is replayed faster than a snapshot is taken."""
 SNAPSHOT_RETRY_S = 10.0
 SYNC_INTERVAL_S = 1.0
 
 
 class Segments:
-    """Of a machine that keeps a journal; without one nothing here is called but `keep_synced` and
-    `close`."""
+    """Segments of a machine that keeps a journal. Without a journal, only `keep_synced` and `close`
+    are called."""
 
     def __init__(self, machine: StateMachine) -> None:
         self._machine = machine
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._next_snapshot_s = 0.0
-        self._ended: list[Journal] = []  # segments before the present one, not yet synced
+        self._ended: list[Journal] = []  # segments before the current one, not yet synced
         self._needed: set[int] = set()
         self._syncing = threading.Lock()
 
     def start_writing(self, *, syncs: bool) -> "Future[None]":
-        """`write` in another thread, after whatever was started before."""
+        """Run `write` in another thread, after all earlier writes."""
         return self._writer.submit(self.write, syncs=syncs)
 
     def write(self, *, syncs: bool) -> None:
-        """All that was appended; `syncs`: and wait until the disk has it. Raises OSError."""
+        """Write all appended records, and sync them to disk if `syncs`. Raises OSError."""
         journal = self._machine.journal
         assert journal is not None
         journal.write()
@@ -44,18 +44,18 @@ class Segments:
             self._sync(journal)
 
     async def keep_synced(self) -> None:
-        """What a power cut may cost, with `batched`: about one second."""
+        """Sync periodically. With `batched`, a power failure loses about one second."""
         synced = -1
         while True:
             await asyncio.sleep(SYNC_INTERVAL_S)
             journal = self._machine.journal
             if journal is not None and journal.sequence != synced:
                 synced = journal.sequence
-                with suppress(OSError):  # the next write will say it
+                with suppress(OSError):  # reported by the next write
                     await asyncio.to_thread(self._sync, journal)
 
     def is_due(self, now_s: float) -> bool:
-        """Whether a snapshot should begin another segment."""
+        """Whether a snapshot should start a new segment."""
         journal = self._machine.journal
         if journal is None or now_s < self._next_snapshot_s:
             return False
@@ -64,8 +64,8 @@ class Segments:
         )
 
     def begin(self, now_s: float) -> None:
-        """Another segment, with all that came before in its snapshot; nothing may be in writing.
-        Where the disk has no room, the present one goes on."""
+        """Start a new segment with a snapshot of the current state. No write may be in progress.
+        When the disk is full, the current segment continues."""
         machine, journal = self._machine, self._machine.journal
         assert journal is not None
         machine.service.snapshot_due = False
@@ -78,11 +78,11 @@ class Segments:
             return
         machine.journal = fresh
         self._ended.append(journal)
-        # Later on none of these is needed that is not now, and none goes before the next `_sync`.
+        # The set of needed segments only shrinks, and none is removed before the next `_sync`.
         self._needed = machine.service.lifecycle.needed_segments | {journal.segment}
 
     async def close(self) -> None:
-        """Once nothing of it is in another thread's hands any more."""
+        """Close all segments once no other thread uses them."""
         await asyncio.to_thread(self._writer.shutdown)
         with self._syncing:
             for journal in (*self._ended, self._machine.journal):
@@ -90,8 +90,8 @@ class Segments:
                     journal.close()
 
     def _sync(self, journal: Journal) -> None:
-        """First the segments before it, then this one; then what nobody needs may go. Runs in
-        another thread. Raises OSError."""
+        """Sync earlier segments, then this one, then remove unneeded segments. Runs in another
+        thread. Raises OSError."""
         with self._syncing:
             before = self._ended[:]
             for ended in before:

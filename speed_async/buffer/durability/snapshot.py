@@ -1,10 +1,10 @@
-"""The whole state of the service as plain bytes, and back, without pickles.
+"""Serialization of the service's complete state to plain bytes and back, without pickle.
 
-Whatever an object holds is state, unless its class says otherwise: `CONFIGURED` names attributes
-that come from the configuration or from whoever made the object. So a field that is added tomorrow
-is in the snapshot without being named here. (A class with `saved` and `load` does it its own
-way, for compactness.) Objects are filled in where they stand; records are
-made anew. Nothing that the bytes say is called or imported.
+Every attribute of an object is state unless its class lists it in `CONFIGURED`: attributes that
+come from the configuration or from the constructor's caller. A new field is therefore part of the
+snapshot automatically. A class with `saved` and `load` defines its own compact form. Objects are
+restored in place; records are created anew. Restoring never calls or imports anything that the
+bytes name.
 """
 
 import json
@@ -34,17 +34,17 @@ _TAGS = {kind: tag for tag, kind in _CONTAINERS.items()}
 
 
 def capture(root: object) -> bytes:
-    """State of `root` and of all it holds. Raises TypeError for what is neither state nor named
-    in CONFIGURED."""
+    """Serialize `root` and everything it holds. Raises TypeError for a value that is neither state
+    nor listed in CONFIGURED."""
     packed = msgpack.packb(_Writer().tree(root, type(root).__name__))
     assert packed is not None
     return packed
 
 
 def restore(root: object, packed: bytes | memoryview) -> None:
-    """Give `root`, made from a configuration like the captured one's, that state.
+    """Load the state into `root`, which was built from the same configuration as the captured one.
 
-    Raises JournalError when the bytes are not of such an object.
+    Raises JournalError when the bytes do not match the object.
     """
     try:
         tree = msgpack.unpackb(packed, strict_map_key=False)
@@ -71,7 +71,7 @@ class _Writer:
         if isinstance(value, Enum):
             return ["enum", *_name(type(value)), value.value]
         if not type(value).__module__.startswith(PACKAGE):
-            raise TypeError(f"{where} is a {type(value).__name__}: no state of the service")
+            raise TypeError(f"{where} has type {type(value).__name__}, which is not service state")
         if is_dataclass(value):
             return ["record", *_name(type(value)), self._record(value, where)]
         if id(value) in self._seen:
@@ -127,7 +127,7 @@ def _value(tree: Any, current: object) -> Any:
             return _record_of(_type(rest[0], rest[1]), rest[2])
         case "own":
             if type(current) is not _type(rest[0], rest[1]):
-                raise TypeError(f"a {rest[1]} where a {type(current).__name__} stands")
+                raise TypeError(f"found a {rest[1]}, expected a {type(current).__name__}")
             current.load(_value(rest[2], None))  # type: ignore
             return current
         case "there":
@@ -141,16 +141,16 @@ def _value(tree: Any, current: object) -> Any:
 def _container(tag: str, items: list[Any], current: object) -> object:
     kind = _CONTAINERS[tag]
     if issubclass(kind, dict):
-        there = current if isinstance(current, dict) else {}
+        present = current if isinstance(current, dict) else {}
         pairs = ((_value(key, None), value) for key, value in items)
-        return kind({key: _value(value, there.get(key)) for key, value in pairs})
+        return kind({key: _value(value, present.get(key)) for key, value in pairs})
     return kind([_value(item, None) for item in items])
 
 
 def _generator(state: dict[str, Any], current: object) -> np.random.Generator:
     if not isinstance(current, np.random.Generator):
-        raise TypeError("a random generator where there is none")
-    current.bit_generator.state = state  # in place: whoever shares it goes on with it
+        raise TypeError("found a random generator, expected none")
+    current.bit_generator.state = state  # in place: other objects share the generator
     return current
 
 
@@ -164,7 +164,7 @@ def _record_of(kind: type, values: dict[str, Any]) -> object:
 
 def _fill(kind: type, values: dict[str, Any], current: object) -> object:
     if type(current) is not kind:
-        raise TypeError(f"a {kind.__name__} where a {type(current).__name__} stands")
+        raise TypeError(f"found a {kind.__name__}, expected a {type(current).__name__}")
     for name, value in values.items():
         setattr(current, name, _value(value, getattr(current, name, None)))
     return current
@@ -175,8 +175,8 @@ def _name(kind: type) -> tuple[str, str]:
 
 
 def _type(module: str, name: str) -> type:
-    """A class of this package that is loaded already."""
+    """An already loaded class of this package."""
     found = getattr(sys.modules.get(module), name, None) if module.startswith(PACKAGE) else None
     if not isinstance(found, type):
-        raise TypeError(f"{module}.{name} is no class of this release")
+        raise TypeError(f"{module}.{name} is not a class of this release")
     return found

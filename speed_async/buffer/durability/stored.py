@@ -1,4 +1,4 @@
-"""A group on its way to the learner that is still in the journal, or in the buffer's memory."""
+"""A group for the learner that is still in the journal or in the buffer's memory."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from speed_async.transport.messages import Message
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredGroup(Message):
-    """Stands for a BatchGroup until it is sent. It never travels itself."""
+    """Placeholder of a BatchGroup until it is sent. Never sent itself."""
 
     lease_id: int
     segment: int
@@ -21,7 +21,7 @@ class StoredGroup(Message):
 
 
 def batch_message(group: BufferedGroup) -> Message:
-    """What is said to the learner: arrays stay where they are until there is room in its queue."""
+    """The message for the learner. Arrays stay in place until its queue has capacity."""
     if group.place is None:
         assert group.message is not None, "a group that is neither in memory nor in a journal"
         return batch_group(group.message)

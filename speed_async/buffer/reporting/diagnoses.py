@@ -1,9 +1,9 @@
-"""Diagnoses: why the run cannot learn, while it cannot, in words that a person can act on.
+"""Diagnoses: human-readable reasons why the run currently cannot learn, each with a remedy.
 
-Rules read the evidence at every tick, so that a diagnosis appears within a minute of its beginning
-and disappears when it no longer holds. All that occurred is kept for the summary. The numbers in a
-text are those of its beginning, renewed whenever the time that it has lasted has doubled: views
-that print a changed text do not repeat it twice a second.
+The rules read the evidence at every tick. A diagnosis therefore appears within a minute of its
+cause and disappears when it no longer holds. All occurrences are kept for the summary. The numbers
+in a text date from its first occurrence, and are refreshed whenever its duration has doubled: views
+that print changed texts do not repeat it twice per second.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from speed_async.observability.notation import counted, duration
 
 MIN_COMPLETIONS = 128
 PATIENCE_S = 30.0
-"""Fewer than WINDOW_COMPLETIONS completions are enough where they took this long."""
+"""Fewer than WINDOW_COMPLETIONS completions suffice when they span this time."""
 MIN_LEASES = 16
 FAILING, STILL_FAILING = 0.2, 0.1
 HELD_OUT_FAILING = 0.02
@@ -33,10 +33,10 @@ STARVING_ACCEPTANCE = 0.02
 MIN_UPDATES = 3
 NOT_FINITE = 0.5
 COLLAPSED, STILL_COLLAPSED = 0.5, 0.7
-"""Of the best: below the first a collapse begins, above the second it is over."""
+"""Fractions of the best value: a collapse begins below the first and ends above the second."""
 MIN_FALL = 0.1
 MIN_EVALUATED = 64
-"""Completions of an evaluation whose accuracy can show a collapse."""
+"""Minimum completions of an evaluation whose accuracy can indicate a collapse."""
 RENEW_AFTER_S = 20.0
 MAX_EXAMPLE_CHARS = 300
 
@@ -45,12 +45,12 @@ EXPLAINED_BY = {
     "gate_starves": ("truncated", "no_reward", "collapsed"),
     "no_signal": ("truncated", "no_reward", "collapsed", "not_finite"),
 }
-"""What follows from another diagnosis is not said beside it."""
+"""A diagnosis is hidden while one of its causes holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """What is wrong and how much, and what to change; when, is added to it."""
+    """The problem with its numbers, and the remedy. The time is added later."""
 
     facts: str
     change: str
@@ -64,7 +64,7 @@ class Occurrence:
     first_s: float
     first_version: int
     since_s: float
-    """When it began to hold the last time."""
+    """Time at which it last became active."""
     since_version: int
     last_s: float
     last_version: int
@@ -91,19 +91,19 @@ class Diagnoses:
 
     @property
     def active(self) -> list[str]:
-        """One text for each diagnosis that holds now."""
+        """One text for each active diagnosis."""
         return [each.text for each in self._occurred.values() if each.active]
 
     def evaluated(self, accuracy: float, num_completions: int, policy_version: int) -> None:
         if num_completions < MIN_EVALUATED:
             return
         self._last_accuracy = accuracy
-        self._best_accuracy.see(accuracy, policy_version)
+        self._best_accuracy.update(accuracy, policy_version)
 
     def look(self, now_s: float, policy_version: int, *, waited_s: float | None) -> None:
-        """Apply every rule. `waited_s`: how long the learner has waited for a batch, if it does."""
+        """Apply every rule. `waited_s`: how long the learner has waited for a batch, or None."""
         if (mean := self._windowed_pass_rate()) is not None:
-            self._best_pass_rate.see(mean, policy_version)
+            self._best_pass_rate.update(mean, policy_version)
         found: dict[str, Finding] = {}
         for kind, rule in self._rules(now_s, waited_s).items():
             finding = rule(kind in self._occurred and self._occurred[kind].active)
@@ -118,7 +118,7 @@ class Diagnoses:
             self._note(kind, shown.get(kind), now_s - self._started_s, policy_version)
 
     def nothing_learned(self) -> str | None:
-        """Why no update of the whole run taught anything; None when one did, or none was made."""
+        """Why no update of the run had an effect. None if one had, or if there were no updates."""
         updates = self.evidence.updates
         if not updates.nothing_learned:
             return None
@@ -130,7 +130,7 @@ class Diagnoses:
         return f"nothing was learned: of {counted(made, 'update')}, {' and '.join(parts)}{causes}"
 
     def record(self) -> list[dict[str, object]]:
-        """All that occurred, for summary.json."""
+        """All occurrences, for summary.json."""
         return [
             {
                 "what": kind,
@@ -172,7 +172,7 @@ class Diagnoses:
         if at_s - each.renewed_s >= max(RENEW_AFTER_S, lasted_s):
             each.finding, each.renewed_s = finding, at_s
 
-    # --- the rules, causes first; each is told whether it held before ----------------------------
+    # --- the rules, causes first; each receives whether it held before ---------------------------
 
     def _rules(
         self, now_s: float, waited_s: float | None
@@ -192,18 +192,18 @@ class Diagnoses:
         window = self.evidence.training_failures
         if len(window) < MIN_LEASES or window.share < (STILL_FAILING if held else FAILING):
             return None
-        times, example = window.commonest()
+        times, example = window.most_common()
         return Finding(
             facts=f"prompts fail: {window.num_failed} of the last {len(window)} training prompts "
             f"gave no result; {times} times, for example: {shortened(example)}",
-            change="correct or remove the prompts that the example tells of, or what scores them",
+            change="fix or remove the prompts named in the example, or fix their verifier",
         )
 
     def _held_out_failures(self, held: bool) -> Finding | None:
         window = self.evidence.held_out_failures
         if len(window) < MIN_LEASES or window.share < HELD_OUT_FAILING:
             return None
-        times, example = window.commonest()
+        times, example = window.most_common()
         return Finding(
             facts=f"held-out prompts fail: {window.num_failed} of the last {len(window)} count as "
             f"not passed without having been scored; {times} times, for example: "
@@ -217,10 +217,10 @@ class Diagnoses:
         if len(recent) < MIN_UPDATES or num_skipped < NOT_FINITE * len(recent):
             return None
         return Finding(
-            facts=f"updates are not finite: {num_skipped} of the last {len(recent)} were skipped, "
+            facts=f"updates are not finite: {num_skipped} of the last {len(recent)} were skipped "
             "because a loss, a gradient or an input was not a finite number",
             change="lower learner.lr, and resume from a checkpoint before the first of them; check "
-            "the rewards of a task of your own",
+            "the rewards of a custom task",
         )
 
     def _truncated(self, held: bool, now_s: float) -> Finding | None:
@@ -232,7 +232,7 @@ class Diagnoses:
             return None
         return Finding(
             facts=f"completions are truncated: {window.num_truncated} of the last "
-            f"{window.num_completions} ran into a length limit before they ended, "
+            f"{window.num_completions} reached a length limit before they ended, "
             f"{window.num_rewarded} earned a reward",
             change=f"raise actors.max_new_tokens (now {self._config.actors.max_new_tokens}) or "
             "model.context_length, or use a model that ends its answers (its EOS token, "
@@ -240,58 +240,58 @@ class Diagnoses:
         )
 
     def _no_reward(self, held: bool, now_s: float) -> Finding | None:
-        """A lucky completion or two do not end it."""
+        """One or two passed completions do not end the diagnosis."""
         window = self._completions()
-        most = STILL_UNREWARDED * window.num_completions if held else 0
-        if window.num_rewarded > most or window.num_completions < MIN_COMPLETIONS:
+        tolerated = STILL_UNREWARDED * window.num_completions if held else 0
+        if window.num_rewarded > tolerated or window.num_completions < MIN_COMPLETIONS:
             return None
-        if not (_is_enough(window, now_s) or self._are_updates_flat()):
+        if not (_is_enough(window, now_s) or self._updates_lack_gradient()):
             return None
         return Finding(
             facts=f"no reward: {window.num_rewarded or 'none'} of the last "
             f"{window.num_completions} completions passed "
             f"({window.num_truncated} of them were truncated)",
-            change="look in samples.jsonl whether the verifier reads the answers (task.match); "
-            "then easier prompts, a stronger model, or a larger actors.max_new_tokens",
+            change="check in samples.jsonl whether the verifier parses the answers (task.match); "
+            "then try easier prompts, a stronger model, or a larger actors.max_new_tokens",
         )
 
     def _no_signal(self) -> Finding | None:
         if any(update.has_gradient for update in self.evidence.updates.recent):
             return None
         facts = ""
-        if self._are_updates_flat():
+        if self._updates_lack_gradient():
             num_updates = len(self._steps())
             facts = f"the last {num_updates} updates had a gradient of zero"
-        elif self._groups_are_flat():
+        elif self._groups_lack_spread():
             num_groups = len(self.evidence.reward_ranges)
-            facts = f"in each of the last {num_groups} groups all completions earned the same"
+            facts = f"in each of the last {num_groups} groups all rewards were equal"
         if not facts:
             return None
         mean = self._statistics.reward_mean
         known = "" if mean is None else f" (mean pass rate {mean:.3f})"
         return Finding(
             facts=f"no signal: {facts}{known}",
-            change=f"{self._direction(mean)}, larger groups (gate.n_init + gate.n_cont), or a gate "
-            'that keeps prompts of moderate difficulty (algorithm = "speed-rloo")',
+            change=f"{self._difficulty_change(mean)}, larger groups (gate.n_init + gate.n_cont), "
+            'or a gate that keeps prompts of moderate difficulty (algorithm = "speed-rloo")',
         )
 
-    def _are_updates_flat(self) -> bool:
-        """Whether none of the recent updates had a gradient, of some at least."""
+    def _updates_lack_gradient(self) -> bool:
+        """Whether at least MIN_UPDATES recent updates exist and none had a gradient."""
         steps = self._steps()
         return len(steps) >= MIN_UPDATES and not any(step.has_gradient for step in steps)
 
     def _steps(self) -> list[UpdateRecord]:
         return [update for update in self.evidence.updates.recent if not update.skipped]
 
-    def _groups_are_flat(self) -> bool:
+    def _groups_lack_spread(self) -> bool:
         ranges = self.evidence.reward_ranges
         if len(ranges) < (ranges.maxlen or 0) or self._config.objective.overlong_share > 0:
             return False
-        if self._config.objective.advantage == "batch":  # it compares across groups
+        if self._config.objective.advantage == "batch":  # compares across groups
             return min(low for low, _ in ranges) == max(high for _, high in ranges)
         return all(low == high for low, high in ranges)
 
-    def _direction(self, pass_rate: float | None) -> str:
+    def _difficulty_change(self, pass_rate: float | None) -> str:
         return "harder prompts" if (pass_rate or 0.0) > 0.5 else "easier prompts"
 
     def _gate_starves(self, held: bool, waited_s: float | None) -> Finding | None:
@@ -311,44 +311,44 @@ class Diagnoses:
     def _collapsed(self, held: bool) -> Finding | None:
         share = STILL_COLLAPSED if held else COLLAPSED
         change = (
-            "lower learner.lr or buffer.max_staleness, and start again from a checkpoint of before "
-            "the fall"
+            "lower learner.lr or buffer.max_staleness, and restart from a checkpoint before the "
+            "collapse"
         )
-        # A curriculum that learns moves the pass rate by its choice of prompts.
+        # A learning curriculum changes the pass rate through its choice of prompts.
         is_uniform = self._config.curriculum.kind == "uniform"
         mean = self._windowed_pass_rate() if is_uniform else None
-        fall, accuracy = self._best_pass_rate.fall(mean, share), self._last_accuracy
-        if fall:
-            return Finding(facts=f"reward collapsed: the mean pass rate {fall}", change=change)
-        if fall := self._best_accuracy.fall(accuracy, share):
-            return Finding(facts=f"reward collapsed: held-out accuracy {fall}", change=change)
+        drop, accuracy = self._best_pass_rate.drop(mean, share), self._last_accuracy
+        if drop:
+            return Finding(facts=f"reward collapsed: the mean pass rate {drop}", change=change)
+        if drop := self._best_accuracy.drop(accuracy, share):
+            return Finding(facts=f"reward collapsed: held-out accuracy {drop}", change=change)
         return None
 
     def _windowed_pass_rate(self) -> float | None:
-        """Over a whole window, so that chance does not make a best or a fall."""
+        """Over a full window, so that noise does not create a best value or a drop."""
         if self._statistics.num_recently_screened < ACCEPTANCE_WINDOW:
             return None
         return self._statistics.reward_mean
 
     def _completions(self) -> CompletionWindow:
-        """Those of training; of the evaluation as long as there is no other."""
+        """Those of training, or those of the evaluation while there are none."""
         evidence = self.evidence
         return evidence.training if evidence.training.num_completions else evidence.held_out
 
 
 class RunningBest:
-    """The best that a figure has been, and when."""
+    """The best value of a metric so far, and its policy version."""
 
     def __init__(self) -> None:
         self._value: float | None = None
         self._version = 0
 
-    def see(self, value: float, policy_version: int) -> None:
+    def update(self, value: float, policy_version: int) -> None:
         if self._value is None or value > self._value:
             self._value, self._version = value, policy_version
 
-    def fall(self, value: float | None, share: float) -> str:
-        """How far it fell, in words; empty while it is above that share of the best, or unknown."""
+    def drop(self, value: float | None, share: float) -> str:
+        """Describe a drop below that share of the best; empty if there is none or it is unknown."""
         if (
             value is None
             or self._value is None
@@ -370,7 +370,7 @@ def gate_starves(
 
 
 def gate_remedy(gate: GateConfig, pass_rate: float) -> str:
-    """Which way to move when hardly any prompt passes; `pass_rate` is the mean of those seen."""
+    """How to change the gate when few prompts pass. `pass_rate`: mean of the screened prompts."""
     if pass_rate <= max(gate.low, 0.1):
         lower = ", a lower gate.low" if gate.low > 0 else ""
         return (
@@ -384,7 +384,7 @@ def gate_remedy(gate: GateConfig, pass_rate: float) -> str:
 
 
 def shortened(text: str) -> str:
-    """An example for one line, of bounded length."""
+    """An example as one line of bounded length."""
     line = " ".join(text.split())
     return line if len(line) <= MAX_EXAMPLE_CHARS else line[: MAX_EXAMPLE_CHARS - 3] + "..."
 

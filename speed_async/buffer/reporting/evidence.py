@@ -1,6 +1,6 @@
-"""What recent leases, groups and updates show: bounded windows that the diagnoses read.
+"""Bounded windows over recent leases, groups and updates, read by the diagnoses.
 
-Everything is fed by the service, in the order of its journal; nothing here asks for the time.
+The service feeds them in journal order. Nothing here reads the clock.
 """
 
 from collections import deque
@@ -15,7 +15,7 @@ WINDOW_COMPLETIONS = 512
 WINDOW_LEASES = 128
 WINDOW_UPDATES = 8
 NOT_THE_PROMPTS = (m.DRAINED, m.STALE)
-"""Reasons of a LeaseFailed that say nothing about a prompt."""
+"""LeaseFailed reasons that are unrelated to the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +25,12 @@ class Outcome:
     at_s: float
     num_completions: int
     num_rewarded: int
-    """With a reward above 0, as far as it is known: of a refused prompt, those that passed."""
+    """Completions with a known reward above 0. For a refused prompt: those that passed."""
     num_truncated: int
 
 
 class CompletionWindow:
-    """The last completions, at least WINDOW_COMPLETIONS of them once there are so many."""
+    """The most recent completions: at least WINDOW_COMPLETIONS once that many exist."""
 
     def __init__(self) -> None:
         self.num_completions = 0
@@ -47,7 +47,7 @@ class CompletionWindow:
             self._count(self._outcomes.popleft(), -1)
 
     def span_s(self, now_s: float) -> float:
-        """Time since the oldest of them."""
+        """Time since the oldest outcome in the window."""
         return now_s - self._outcomes[0].at_s if self._outcomes else 0.0
 
     @property
@@ -61,7 +61,7 @@ class CompletionWindow:
 
 
 class FailureWindow:
-    """Whether the last leases of one kind gave a result, and if not, the kind of failure."""
+    """Results and failure kinds of the most recent leases of one kind."""
 
     def __init__(self) -> None:
         self._kinds: deque[str | None] = deque(maxlen=WINDOW_LEASES)
@@ -86,8 +86,8 @@ class FailureWindow:
     def share(self) -> float:
         return self.num_failed / len(self._kinds) if self._kinds else 0.0
 
-    def commonest(self) -> tuple[int, str]:
-        """How often the most frequent kind occurred, and the first example of it."""
+    def most_common(self) -> tuple[int, str]:
+        """Count of the most frequent failure kind, and its first example."""
         kinds = [kind for kind in self._kinds if kind is not None]
         kind = max(dict.fromkeys(kinds), key=kinds.count)
         return kinds.count(kind), self._examples[kind]
@@ -96,24 +96,24 @@ class FailureWindow:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateRecord:
     skipped: bool
-    """Not finite."""
+    """The update was not finite."""
     has_gradient: bool
 
 
 class Updates:
-    """What all updates of the run had to follow."""
+    """Counters over all updates of the run."""
 
     def __init__(self) -> None:
         self.num_made = 0
         self.num_skipped = 0
         self.num_learned = 0
-        """With a gradient that is finite and not zero."""
+        """Updates with a finite, nonzero gradient."""
         self.all_known = True
-        """False when the run goes on from a checkpoint whose updates the journal lacks."""
+        """False after resuming from a checkpoint whose updates the journal does not contain."""
         self.recent: deque[UpdateRecord] = deque(maxlen=WINDOW_UPDATES)
 
     def add(self, message: m.Trained) -> None:
-        # A learner that reports no gradient norm is believed to have had a gradient.
+        # Without a reported gradient norm, assume that there was a gradient.
         grad_norm = message.metrics.get("grad_norm")
         has_gradient = not message.skipped and grad_norm != 0.0
         self.num_made += 1
@@ -136,7 +136,7 @@ class Evidence:
         self.reward_ranges: deque[tuple[float, float]] = deque(
             maxlen=2 * config.learner.groups_per_update
         )
-        """Lowest and highest reward of each of the last groups."""
+        """Lowest and highest reward of each recent group."""
 
     def group(self, facts: GroupStats, now_s: float) -> None:
         self.training_failures.add(None)

@@ -1,4 +1,4 @@
-"""What the service knows of the run's speed and health: counters, windows and shares."""
+"""Counters, windows and time shares that describe the run's speed and health."""
 
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ ACCEPTANCE_WINDOW = 256
 """Screened prompts in the running acceptance rate."""
 PRIOR_ACCEPTANCE = 0.5
 PRIOR_PROMPTS = 16
-"""The acceptance expected before anything is known, and how many prompts that belief weighs."""
+"""Acceptance assumed before any data, and its weight in prompts."""
 SHARE_WINDOW = 10
-"""Updates in the running shares of the learner's time."""
+"""Number of updates in the running shares of the learner's time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateTimes:
-    """Where one update's time went, as the learner saw it, except `starved_s`."""
+    """Durations of one update, measured by the learner except for `starved_s`."""
 
     wait_s: float
     starved_s: float
-    """Part of the wait in which the buffer had too few groups (the service's own count)."""
+    """Part of the wait during which the buffer had too few groups, measured by the service."""
     train_s: float
     sync_s: float
 
@@ -32,7 +32,7 @@ class UpdateTimes:
 
     @property
     def parts_s(self) -> dict[str, float]:
-        """The whole time, by what held the learner up."""
+        """The total time, split by the component that the learner waited for."""
         starved_s = min(self.starved_s, self.wait_s)
         return {
             "actor": starved_s,
@@ -63,7 +63,7 @@ class RunStatistics:
         self._recent_pass_rates = WindowedMean(num_values=ACCEPTANCE_WINDOW)
         self._recent_times: deque[UpdateTimes] = deque(maxlen=SHARE_WINDOW)
         self.learner_parts_s: Counter[str] = Counter()
-        """`UpdateTimes.parts_s` of all updates together."""
+        """Sum of `UpdateTimes.parts_s` over all updates."""
         self._staleness_sum = 0.0
         self._staleness_tokens = 0
 
@@ -77,7 +77,7 @@ class RunStatistics:
         self._recent_pass_rates.add(pass_rate)
 
     def tokens(self, now_s: float, generated: int, trained: int) -> None:
-        """Take note of the ledger's growing counts."""
+        """Record the current totals of the ledger."""
         if generated and self.first_token_s is None:
             self.first_token_s = now_s
         self._generated.add(now_s, generated - self._tokens_generated)
@@ -114,13 +114,13 @@ class RunStatistics:
 
     @property
     def num_recently_screened(self) -> int:
-        """Prompts that `gate_acceptance` and `reward_mean` are of."""
+        """Number of prompts in `gate_acceptance` and `reward_mean`."""
         return len(self._recent_accepted)
 
     @property
     def expected_yield(self) -> float:
-        """Groups to expect of one more lease: the running acceptance, drawn to PRIOR_ACCEPTANCE
-        while few prompts were screened."""
+        """Expected groups per lease: the running acceptance, shrunk towards PRIOR_ACCEPTANCE while
+        few prompts have been screened."""
         seen = len(self._recent_accepted)
         accepted = seen * (self._recent_accepted.mean or 0.0)
         return (accepted + PRIOR_ACCEPTANCE * PRIOR_PROMPTS) / (seen + PRIOR_PROMPTS)
@@ -131,17 +131,17 @@ class RunStatistics:
 
     @property
     def reward_mean(self) -> float | None:
-        """Mean pass rate of the last prompts before the gate selects: of the screening samples, or
-        of whole groups where there is no gate. None before the first."""
+        """Mean pass rate of recent prompts before the gate: of the screening samples, or of whole
+        groups without a gate. None before the first prompt."""
         return self._recent_pass_rates.mean
 
     @property
     def staleness_mean(self) -> float | None:
-        """Mean age in versions of all tokens taken for training so far."""
+        """Mean staleness in versions over all trained tokens."""
         return self._staleness_sum / self._staleness_tokens if self._staleness_tokens else None
 
     def shares(self) -> dict[str, float]:
-        """Share of the learner's recent time held up by each part; they sum to 1."""
+        """Share of the learner's recent time per component. The shares sum to 1."""
         parts_s: Counter[str] = Counter()
         for times in self._recent_times:
             parts_s.update(times.parts_s)

@@ -1,4 +1,4 @@
-"""What the service says of itself: the values of an event, and the fields of the summary."""
+"""The service's status: the values of an event, and the fields of the summary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
-    """Gauges that every event carries (keys: observability/metrics.py)."""
+    """Gauges in every event (keys: observability/metrics.py)."""
     lifecycle, statistics = service.lifecycle, service.statistics
     config = service.config
     present = service.membership.present()
@@ -70,29 +70,29 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
 
 
 def has_gate(config: Config) -> bool:
-    """Whether prompts are screened at all: without a gate there is no share that passes it."""
+    """Whether prompts are screened. Without a gate there is no acceptance rate."""
     return config.gate.mode != "off"
 
 
 def _gauge_sum(present: Sequence[ActorState], name: str) -> float | None:
-    """Over the actors that reported it; None when nobody did."""
-    told = [state.gauges[name] for state in present if name in state.gauges]
-    return sum(told) if told else None
+    """Sum over the actors that reported the gauge. None if none did."""
+    reported = [state.gauges[name] for state in present if name in state.gauges]
+    return sum(reported) if reported else None
 
 
-def evaluation_values(whole: Accuracy) -> dict[str, Value]:
-    """What an evaluation event adds."""
+def evaluation_values(accuracy: Accuracy) -> dict[str, Value]:
+    """Additional values of an evaluation event."""
     return {
-        "policy_version": whole.policy_version,
-        "num_passed": whole.num_passed,
-        "num_completions": whole.num_completions,
-        "oldest_version": whole.oldest_version,
-        "newest_version": whole.newest_version,
+        "policy_version": accuracy.policy_version,
+        "num_passed": accuracy.num_passed,
+        "num_completions": accuracy.num_completions,
+        "oldest_version": accuracy.oldest_version,
+        "newest_version": accuracy.newest_version,
     }
 
 
 def stall_reason(service: BufferService) -> str:
-    """What a person needs to know when the learner gets no batch."""
+    """Human-readable reason why the learner gets no batch."""
     lifecycle, statistics = service.lifecycle, service.statistics
     present = service.membership.present()
     failures = ", ".join(f"{n} x {kind}" for kind, n in lifecycle.ledger.failures.items())
@@ -111,10 +111,10 @@ def stall_reason(service: BufferService) -> str:
 
 
 def _stall_remedy(service: BufferService, num_present: int) -> str:
-    """The diagnoses that hold, or what the counts alone suggest."""
+    """The active diagnoses, or a remedy derived from the counters."""
     statistics, ledger = service.statistics, service.lifecycle.ledger
     if not num_present:
-        return "Remedy: no actor joined or stayed; read logs/actor-*.log"
+        return "Remedy: no actor joined or stayed connected; read logs/actor-*.log"
     if active := service.diagnoses.active:
         return "; ".join(active)
     failed = ledger.failures
@@ -130,9 +130,9 @@ def _stall_remedy(service: BufferService, num_present: int) -> str:
 def summary_values(
     service: BufferService, now_s: float, *, final_evaluated: bool
 ) -> dict[str, object]:
-    """The service's part of summary.json. `accuracy_after` is the last version's, or None where
-    that was not measured or no update was made. `wall_s` is the machine's time, which stands still
-    while nobody can go on (observability/metrics.py)."""
+    """The service's part of summary.json. `accuracy_after` belongs to the last version, and is None
+    if that was not evaluated or no update was made. `wall_s` is the machine's time, which stops
+    while the run cannot proceed (observability/metrics.py)."""
     lifecycle, statistics = service.lifecycle, service.statistics
     first_s = statistics.first_token_s
     generating_s = now_s - first_s if first_s is not None else 0.0
@@ -168,7 +168,7 @@ def summary_values(
 
 
 def _learner_times(service: BufferService) -> dict[str, float]:
-    """Seconds of the learner's whole training, by what they went into; none before an update."""
+    """Seconds of the learner's total training time by activity. Empty before the first update."""
     parts_s = service.statistics.learner_parts_s
     if not parts_s:
         return {}
@@ -181,7 +181,7 @@ def _learner_times(service: BufferService) -> dict[str, float]:
 
 
 def _actor_times(service: BufferService) -> dict[str, float]:
-    """Seconds of the engines of all actors that ever were, by what they went into, as last
+    """Engine seconds of all actors of the run, past ones included, by activity, as last
     reported."""
     times_s = service.lifecycle.ledger.engine_times_s()
     if not times_s:

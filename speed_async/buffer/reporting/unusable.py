@@ -1,8 +1,8 @@
-"""Prompts that the model cannot take: how many there are, and why the first of them is one."""
+"""Prompts that the model cannot process: their number, and the first reason."""
 
 
 class UnusablePrompts:
-    """Each prompt counts once, however often it fails."""
+    """Each prompt counts once, regardless of how often it fails."""
 
     def __init__(self) -> None:
         self._training: set[int] = set()
@@ -28,7 +28,7 @@ class UnusablePrompts:
             self._first_held_out = self._first_held_out or example
 
     def describe(self) -> str:
-        """What a person should know; empty while every prompt could be used."""
+        """Human-readable summary. Empty while every prompt is usable."""
         parts = []
         if self._training:
             parts.append(
@@ -43,7 +43,7 @@ class UnusablePrompts:
         return "; ".join(parts)
 
     def describe_exhausted(self) -> str:
-        """Why there is nothing to train on."""
+        """Why no training prompt is left."""
         return (
             f"no training prompt can be used: all {len(self._training)} of them failed; first "
             f"{self._first_training}"

@@ -1,40 +1,40 @@
-"""What a person should know of now: one sentence for each matter, until the matter is over."""
+"""Current warnings: one sentence per topic, until the topic is closed."""
 
 from speed_async.observability.notation import single_line
 
 FLEETING_S = 60.0
-"""A warning of what has happened, and needs nothing more, is shown for this long."""
+"""How long a warning about a past event that needs no action is shown."""
 
 
 class Warnings:
-    """Pure bookkeeping. The events that carry the warnings are the record of them."""
+    """Holds the open warnings. The events that carry them are their record."""
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
-        self._told_s: dict[str, float] = {}
-        """Of the fleeting ones: when they were first seen by `pass_time`."""
+        self._first_shown_s: dict[str, float] = {}
+        """When each fleeting warning was first seen by `pass_time`."""
         self._fleeting: set[str] = set()
 
-    def open(self, matter: str, text: str, *, fleeting: bool = False) -> None:
-        """Say this of the matter from now on, in place of what was said of it."""
-        self.close(matter)
-        self._texts[matter] = text
+    def open(self, topic: str, text: str, *, fleeting: bool = False) -> None:
+        """Open a warning on the topic, replacing an earlier one."""
+        self.close(topic)
+        self._texts[topic] = text
         if fleeting:
-            self._fleeting.add(matter)
+            self._fleeting.add(topic)
 
-    def close(self, matter: str) -> None:
-        """The matter is over, if it was open."""
-        self._texts.pop(matter, None)
-        self._told_s.pop(matter, None)
-        self._fleeting.discard(matter)
+    def close(self, topic: str) -> None:
+        """Close the topic if it is open."""
+        self._texts.pop(topic, None)
+        self._first_shown_s.pop(topic, None)
+        self._fleeting.discard(topic)
 
     def pass_time(self, now_s: float) -> None:
-        """Close what has been said for long enough."""
-        for matter in sorted(self._fleeting):
-            if now_s - self._told_s.setdefault(matter, now_s) >= FLEETING_S:
-                self.close(matter)
+        """Close the fleeting warnings that have been shown for FLEETING_S."""
+        for topic in sorted(self._fleeting):
+            if now_s - self._first_shown_s.setdefault(topic, now_s) >= FLEETING_S:
+                self.close(topic)
 
     @property
     def text(self) -> str:
-        """All that is open, a line each, the latest last."""
+        """All open warnings, one per line, the latest last."""
         return "\n".join(map(single_line, self._texts.values()))

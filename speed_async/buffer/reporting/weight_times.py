@@ -1,4 +1,4 @@
-"""How fast weights travel, how long actors pause for them, and how far each is behind."""
+"""Transfer speed of weights, pauses of the actors, and the version lag of each actor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class Mean:
 
 @dataclass(slots=True)
 class WeightTimes:
-    """Of the present moment (`values`) and of the whole run (`summary`)."""
+    """Current values (`values`) and totals of the run (`summary`)."""
 
     num_failed: int = 0
     _began_s: float | None = None
@@ -32,7 +32,7 @@ class WeightTimes:
     _version: int = 0
     """The newest version that any actor has applied."""
     _pauses_s: list[float] = field(default_factory=list)
-    """Of the actors that have applied it."""
+    """Pauses of the actors that have applied it."""
     _transfer_s: float | None = None
     _bytes_per_s: float | None = None
     _all_pauses: Mean = field(default_factory=Mean)
@@ -65,7 +65,7 @@ class WeightTimes:
         self._all_pauses.add(message.pause_s)
 
     def stepped(self, policy_version: int, present: Sequence[ActorState]) -> None:
-        """An update was made: how far each actor is behind it."""
+        """Record an update and the version lag of each actor."""
         for state in present:
             self._all_lags.add(policy_version - state.applied_version)
 

@@ -1,7 +1,7 @@
-"""Decides whether a run kept its promises, from counts of its own.
+"""Checks the invariants of a run from independent counts.
 
-It reads what actors and learner wrote of every group that passed (traces.py), and holds the
-service's own books, summary.json and metrics.jsonl, against that.
+Reads the traces that actors and learner wrote of every group (traces.py), and compares them with
+the service's ledger, summary.json and metrics.jsonl.
 """
 
 import json
@@ -16,22 +16,22 @@ from chaos.traces import Traces, Update, read_traces
 
 @dataclass(kw_only=True)
 class Verdict:
-    """`findings` is empty for a run that kept its promises."""
+    """Result of a check. `findings` is empty if all invariants require."""
 
     findings: list[str] = field(default_factory=list)
     numbers: dict[str, int] = field(default_factory=dict)
 
-    def hold(self, holds: bool, finding: str) -> None:
+    def require(self, holds: bool, finding: str) -> None:
         if not holds:
             self.findings.append(finding)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What the actors' traces say: each result either surely taken by the service, or perhaps."""
+    """Counts from the actors' traces: results that the service accepted, certainly or possibly."""
 
-    surely: Counter[str]
-    perhaps: Counter[str]
+    certain: Counter[str]
+    possible: Counter[str]
     groups: dict[str, int]
     """Tokens of every group ever sent, by digest."""
     accepted: set[str]
@@ -40,25 +40,25 @@ class Counts:
 
 
 def count(traces: Traces) -> Counts:
-    surely: Counter[str] = Counter()
-    perhaps: Counter[str] = Counter()
+    certain: Counter[str] = Counter()
+    possible: Counter[str] = Counter()
     groups: dict[str, int] = {}
     accepted: set[str] = set()
     least = most = 0
     for actor in traces.actors:
         for line in actor.sent:
             is_accepted = actor.is_accepted(line)
-            (surely if is_accepted else perhaps)[line["end"]] += 1
+            (certain if is_accepted else possible)[line["end"]] += 1
             if line["end"] == "group":
                 groups[line["group"]] = line["tokens"]
                 if is_accepted:
                     accepted.add(line["group"])
-        told = [generated for number, generated in actor.counted if number <= actor.accepted]
-        least += max(told, default=0)
+        reported = [generated for number, generated in actor.counted if number <= actor.accepted]
+        least += max(reported, default=0)
         most += max((generated for _, generated in actor.counted), default=0)
     return Counts(
-        surely=surely,
-        perhaps=perhaps,
+        certain=certain,
+        possible=possible,
         groups=groups,
         accepted=accepted,
         generated_least=least,
@@ -66,156 +66,158 @@ def count(traces: Traces) -> Counts:
     )
 
 
-def judge_so_far(traces: Traces, lost: LostRecords | None = None) -> list[str]:
-    """What must hold at any instant: no group twice in the lineage, no update from nowhere, none
-    that was trained again otherwise than before."""
+def check_running(traces: Traces, lost: LostRecords | None = None) -> list[str]:
+    """Check what holds at any time: no group occurs twice in the lineage, no update contains an
+    unknown group, and no repeated update has other groups than before."""
     verdict = Verdict()
-    _judge_lineage(verdict, traces)
-    _judge_replays(verdict, traces, lost or LostRecords())
+    _check_lineage(verdict, traces)
+    _check_replays(verdict, traces, lost or LostRecords())
     return verdict.findings
 
 
-def judge_ended(
+def check_finished(
     trace_folder: Path,
     run_folder: Path,
     num_updates: int,
     held: set[str],
     lost: LostRecords | None = None,
 ) -> Verdict:
-    """Of a run that ended by itself. `held`: groups that its journal still holds; `lost`: what
+    """Check a finished run. `held`: groups that its journal still holds. `lost`: records that
     faults cut from it."""
     verdict, traces = Verdict(), read_traces(trace_folder)
     lost = lost or LostRecords()
-    _judge_lineage(verdict, traces)
-    _judge_replays(verdict, traces, lost)
+    _check_lineage(verdict, traces)
+    _check_replays(verdict, traces, lost)
     summary = json.loads((run_folder / "summary.json").read_text())
     lineage, counts = traces.lineage(), count(traces)
     versions = sorted(lineage)
-    verdict.hold(
+    verdict.require(
         versions == [*range(1, num_updates + 1)],
         f"the lineage has {len(versions)} versions up to {max(versions, default=0)}, "
         f"not each of 1 to {num_updates}",
     )
-    verdict.hold(
+    verdict.require(
         summary["policy_version"] == num_updates,
-        f"it ended at version {summary['policy_version']}, not at {num_updates}",
+        f"the run ended at version {summary['policy_version']}, not {num_updates}",
     )
-    _judge_ledger(verdict, summary["ledger"], traces, counts, lost)
+    _check_ledger(verdict, summary["ledger"], traces, counts, lost)
     trained = {group for update in lineage.values() for group in update.groups}
-    _judge_held(verdict, summary["ledger"]["groups"], trained, held, counts.accepted - lost.groups)
-    _judge_metrics(verdict, run_folder, num_updates)
+    _check_held(verdict, summary["ledger"]["groups"], trained, held, counts.accepted - lost.groups)
+    _check_metrics(verdict, run_folder, num_updates)
     return verdict
 
 
-def _judge_lineage(verdict: Verdict, traces: Traces) -> None:
+def _check_lineage(verdict: Verdict, traces: Traces) -> None:
     known = count(traces).groups
     trained_at: dict[str, int] = {}
     for version, update in sorted(traces.lineage().items()):
         for group in update.groups:
-            verdict.hold(group in known, f"version {version} trained {group}, which nobody sent")
+            verdict.require(
+                group in known, f"version {version} trained {group}, which was never sent"
+            )
             first = trained_at.setdefault(group, version)
-            verdict.hold(
+            verdict.require(
                 first == version, f"group {group} was trained twice: versions {first}, {version}"
             )
-        verdict.hold(
+        verdict.require(
             len(set(update.groups)) == len(update.groups),
-            f"version {version} holds a group twice",
+            f"version {version} contains a group twice",
         )
 
 
-def _judge_replays(verdict: Verdict, traces: Traces, lost: LostRecords) -> None:
-    """An update of which the service knew is trained again with the same groups in their order,
-    unless its record went with a cut tail between the two."""
+def _check_replays(verdict: Verdict, traces: Traces, lost: LostRecords) -> None:
+    """An update known to the service is repeated with the same groups in the same order, unless
+    its record was cut from the journal in between."""
     known: dict[int, Update] = {}
     for update in traces.updates:
         before = known.get(update.policy_version)
         if before is not None and not any(
             before.time_s <= cut_s <= update.time_s for cut_s in lost.times_s
         ):
-            verdict.hold(
+            verdict.require(
                 before.groups == update.groups,
                 f"version {update.policy_version} was trained again with other groups",
             )
-        if update.is_heard:
+        if update.is_acknowledged:
             known[update.policy_version] = update
 
 
-def _judge_held(
+def _check_held(
     verdict: Verdict, groups: dict[str, int], trained: set[str], held: set[str], accepted: set[str]
 ) -> None:
-    """Each group that the service confirmed was trained, or lies in the journal to be trained."""
-    # Nothing can be missed of what nobody confirmed: without this, lost words are a clean verdict.
-    verdict.hold(bool(accepted), "the traces say of no group that it was confirmed")
+    """Each acknowledged group was trained, or is still held in the journal."""
+    # Without acknowledged groups, the check below would pass trivially.
+    verdict.require(bool(accepted), "the traces contain no acknowledged group")
     missing = accepted - trained - held
-    verdict.hold(
+    verdict.require(
         not missing,
-        f"{len(missing)} accepted groups were neither trained nor are they held: they are lost, "
-        f"such as {sorted(missing)[:3]}",
+        f"{len(missing)} accepted groups are lost (neither trained nor held), for example "
+        f"{sorted(missing)[:3]}",
     )
     twice = trained & held
-    verdict.hold(not twice, f"{len(twice)} groups were trained and are held still")
+    verdict.require(not twice, f"{len(twice)} groups were trained and still held")
     dropped = groups["stale"] + groups["evicted"]
-    verdict.hold(dropped == 0, f"{dropped} groups ended as stale or evicted: no drill does that")
+    verdict.require(dropped == 0, f"{dropped} groups ended as stale or evicted; no drill does that")
     counted = groups["buffered"] + groups["in_training"]
-    verdict.hold(
+    verdict.require(
         counted == len(held), f"the ledger holds {counted} groups, the journal {len(held)}"
     )
 
 
-def _judge_ledger(
+def _check_ledger(
     verdict: Verdict, ledger: dict[str, Any], traces: Traces, counts: Counts, lost: LostRecords
 ) -> None:
     groups, tokens = ledger["groups"], ledger["tokens"]
-    verdict.hold(ledger["closes"] is True, f"the ledger does not close: {ledger['checks']}")
+    verdict.require(ledger["closes"] is True, f"the ledger does not balance: {ledger['checks']}")
     updates = [update for update in traces.lineage().values() if not update.skipped]
     num_trained = sum(len(update.groups) for update in updates)
-    verdict.hold(
+    verdict.require(
         groups["trained"] == num_trained,
         f"the ledger has {groups['trained']} groups as trained, the learner's trace {num_trained}",
     )
     tokens_trained = sum(update.tokens for update in updates)
-    verdict.hold(
+    verdict.require(
         tokens["trained"] == tokens_trained,
         f"the ledger has {tokens['trained']} tokens as trained, the trace {tokens_trained}",
     )
     for end in ("screened_out", "evaluation"):
         name = "evaluated" if end == "evaluation" else end
-        least, most = counts.surely[name], counts.surely[name] + counts.perhaps[name]
-        if end == "evaluation":  # a lost or failed lease of an evaluation counts there as well
-            most += counts.surely["failed"] + counts.perhaps["failed"]
-        verdict.hold(
+        least, most = counts.certain[name], counts.certain[name] + counts.possible[name]
+        if end == "evaluation":  # a lost or failed evaluation lease is also counted here
+            most += counts.certain["failed"] + counts.possible["failed"]
+        verdict.require(
             least - lost.results[name] <= groups[end] <= most,
             f"the ledger has {groups[end]} as {end}, the actors sent {least} to {most}",
         )
     least, most = counts.generated_least, counts.generated_most
-    least = 0 if lost.times_s else least  # the counts that came last went with the tail
-    verdict.hold(
+    least = 0 if lost.times_s else least  # the latest counts were in the cut tail
+    verdict.require(
         least <= tokens["generated"] <= most,
         f"the ledger has {tokens['generated']} tokens as generated, the actors {least} to {most}",
     )
     ends = ("trained", "stale", "evicted", "screened_out", "failed", "buffered", "in_training")
     total = sum(groups[end] for end in (*ends, "in_flight"))
-    verdict.hold(
+    verdict.require(
         groups["generated"] == total,
-        f"{groups['generated']} groups were granted and {total} ended or are held",
+        f"{groups['generated']} groups were leased and {total} ended or are held",
     )
     verdict.numbers |= {
         "updates": len(traces.lineage()),
-        "updates_taken_back": len(traces.updates) - len(traces.lineage()),
+        "updates_rolled_back": len(traces.updates) - len(traces.lineage()),
         "groups_trained": num_trained,
         "groups_accepted": len(counts.accepted),
         "groups_kept": groups["buffered"] + groups["in_training"],
-        "results": sum(counts.surely.values()) + sum(counts.perhaps.values()),
-        "actor_lives": len(traces.actors),
+        "results": sum(counts.certain.values()) + sum(counts.possible.values()),
+        "actor_incarnations": len(traces.actors),
     }
 
 
-def _judge_metrics(verdict: Verdict, run_folder: Path, num_updates: int) -> None:
+def _check_metrics(verdict: Verdict, run_folder: Path, num_updates: int) -> None:
     events = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     last = events[-1] if events else {}
-    verdict.hold(
+    verdict.require(
         last.get("kind") == "end" and last.get("ok") is True,
         f"metrics.jsonl ends with {last.get('kind')} ({last.get('reason')})",
     )
-    told = {event["policy_version"] for event in events if event["kind"] == "step"}
-    verdict.hold(num_updates in told, f"metrics.jsonl has no step of version {num_updates}")
+    reported = {event["policy_version"] for event in events if event["kind"] == "step"}
+    verdict.require(num_updates in reported, f"metrics.jsonl has no step of version {num_updates}")

@@ -1,4 +1,4 @@
-"""The witness of a drill sees what is wrong, in counts that the tap has left."""
+"""The run checker detects violated invariants in recorded traces."""
 
 import asyncio
 import json
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from chaos.lost_records import LostRecords
+from chaos.run_checker import check_finished, check_running
 from chaos.traces import read_traces
-from chaos.witness import judge_ended, judge_so_far
 from speed_async.buffer.durability.journal import Journal
 from speed_async.testing.inprocess_transport import InProcessHub
 from speed_async.transport import messages as m
@@ -35,21 +35,21 @@ def trained(version: int, *groups: str) -> dict[str, Any]:
     }
 
 
-HEARD_ALL = {"kind": "heard", "number": 99}
-GOOD_ACTOR = [sent(1, "a"), sent(2, "b"), sent(3), sent(4, "c"), HEARD_ALL]
+ALL_ACKNOWLEDGED = {"kind": "heard", "number": 99}
+GOOD_ACTOR = [sent(1, "a"), sent(2, "b"), sent(3), sent(4, "c"), ALL_ACKNOWLEDGED]
 GOOD_LEARNER = [trained(1, "a"), trained(2, "b")]
 
 
 def write_run(folder: Path, actor: list[dict], learner: list[dict], **groups: int) -> None:
-    """Traces, and the files of a run of two updates whose books say what `groups` say."""
+    """Write traces and the files of a run of two updates whose ledger contains `groups`."""
     (folder / "trace").mkdir(parents=True)
     for name, lines in (("actor-1.0", actor), ("learner", learner)):
         texts = [json.dumps({"time_s": float(at), **line}) for at, line in enumerate(lines)]
         (folder / "trace" / f"{name}-1.jsonl").write_text("".join(f"{text}\n" for text in texts))
     ends = ["trained", "stale", "evicted", "screened_out", "failed", "buffered", "in_training"]
-    book = dict.fromkeys([*ends, "in_flight", "evaluation"], 0)
-    book |= {"generated": 4, "trained": 2, "screened_out": 1, "buffered": 1} | groups
-    ledger = {"closes": True, "checks": {}, "groups": book}
+    counts = dict.fromkeys([*ends, "in_flight", "evaluation"], 0)
+    counts |= {"generated": 4, "trained": 2, "screened_out": 1, "buffered": 1} | groups
+    ledger = {"closes": True, "checks": {}, "groups": counts}
     ledger["tokens"] = {"trained": 20, "generated": 40}
     (folder / "summary.json").write_text(json.dumps({"policy_version": 2, "ledger": ledger}))
     events = [{"kind": "step", "policy_version": 2}, {"kind": "end", "ok": True}]
@@ -60,113 +60,113 @@ def findings(folder: Path, **wrong: Any) -> str:
     actor, learner = wrong.pop("actor", GOOD_ACTOR), wrong.pop("learner", GOOD_LEARNER)
     held = wrong.pop("held", {"c"})
     write_run(folder, actor, learner, **wrong)
-    return "; ".join(compute_signals(folder, held))
+    return "; ".join(list_findings(folder, held))
 
 
-def compute_signals(folder: Path, held: set[str] | None = None) -> list[str]:
+def list_findings(folder: Path, held: set[str] | None = None) -> list[str]:
     held = {"c"} if held is None else held
-    return judge_ended(folder / "trace", folder, 2, held).findings
+    return check_finished(folder / "trace", folder, 2, held).findings
 
 
-def test_the_witness_has_nothing_to_say_of_a_run_that_kept_its_promises(tmp_path: Path) -> None:
+def test_a_correct_run_has_no_findings(tmp_path: Path) -> None:
     assert findings(tmp_path) == ""
 
 
-def test_the_witness_sees_a_group_trained_twice(tmp_path: Path) -> None:
+def test_a_group_trained_twice_is_found(tmp_path: Path) -> None:
     assert "trained twice: versions 1, 2" in findings(
         tmp_path, learner=[trained(1, "a"), trained(2, "a")]
     )
 
 
-def test_an_update_that_was_rolled_back_counts_for_nothing(tmp_path: Path) -> None:
+def test_an_update_that_was_rolled_back_does_not_count(tmp_path: Path) -> None:
     rolled_back = [trained(1, "a"), trained(2, "c"), trained(2, "b")]
     assert findings(tmp_path, learner=rolled_back) == ""
     taken_back_and_lost = [trained(1, "c"), trained(2, "b"), trained(1, "a")]
     assert "not each of 1 to 2" in findings(tmp_path / "lost", learner=taken_back_and_lost)
 
 
-def test_the_witness_sees_a_group_that_was_accepted_and_lost(tmp_path: Path) -> None:
-    said = "1 accepted groups were neither trained nor are they held: they are lost, such as ['c']"
-    assert said in findings(tmp_path / "0", held=set(), buffered=0, generated=3)
-    # Another group that is held does not make up for it.
-    assert said in findings(tmp_path / "1", held={"d"})
-    assert "trained and are held still" in findings(tmp_path / "2", held={"b", "c"}, buffered=2)
+def test_an_accepted_group_that_is_lost_is_found(tmp_path: Path) -> None:
+    expected = "1 accepted groups are lost (neither trained nor held), for example ['c']"
+    assert expected in findings(tmp_path / "0", held=set(), buffered=0, generated=3)
+    # Another held group does not replace it.
+    assert expected in findings(tmp_path / "1", held={"d"})
+    assert "trained and still held" in findings(tmp_path / "2", held={"b", "c"}, buffered=2)
     assert "holds 1 groups, the journal 0" in findings(tmp_path / "3", held=set())
     assert "1 groups ended as stale" in findings(tmp_path / "4", stale=1, generated=5)
 
 
-def test_the_witness_sees_an_update_that_is_trained_again_otherwise(tmp_path: Path) -> None:
-    otherwise = [trained(1, "a"), {"kind": "heard", "number": 1}, trained(1, "c"), trained(2, "b")]
-    said = "version 1 was trained again with other groups"
-    assert said in findings(tmp_path / "known", learner=otherwise)
-    unknown = [otherwise[0], *otherwise[2:]]
+def test_a_repeated_update_with_other_groups_is_found(tmp_path: Path) -> None:
+    repeated = [trained(1, "a"), {"kind": "heard", "number": 1}, trained(1, "c"), trained(2, "b")]
+    expected = "version 1 was trained again with other groups"
+    assert expected in findings(tmp_path / "known", learner=repeated)
+    unknown = [repeated[0], *repeated[2:]]
     assert findings(tmp_path / "unknown", learner=unknown, held={"a"}) == ""
 
 
-def test_a_group_that_the_service_never_confirmed_may_be_missing(tmp_path: Path) -> None:
-    unheard = [*GOOD_ACTOR[:3], {"kind": "heard", "number": 3}, GOOD_ACTOR[3]]
-    assert findings(tmp_path, actor=unheard, held=set(), buffered=0, generated=3) == ""
+def test_a_group_that_the_service_never_acknowledged_may_be_missing(tmp_path: Path) -> None:
+    unacknowledged = [*GOOD_ACTOR[:3], {"kind": "heard", "number": 3}, GOOD_ACTOR[3]]
+    assert findings(tmp_path, actor=unacknowledged, held=set(), buffered=0, generated=3) == ""
 
 
-def test_the_witness_does_not_clear_a_run_whose_confirmations_are_gone(tmp_path: Path) -> None:
-    assert "of no group that it was confirmed" in findings(tmp_path, actor=GOOD_ACTOR[:-1])
+def test_a_trace_without_acknowledgements_is_a_finding(tmp_path: Path) -> None:
+    assert "contain no acknowledged group" in findings(tmp_path, actor=GOOD_ACTOR[:-1])
 
 
-def test_the_witness_sees_groups_from_nowhere_and_books_that_are_made_up(tmp_path: Path) -> None:
+def test_unknown_groups_and_wrong_ledger_counts_are_found(tmp_path: Path) -> None:
     learner = [trained(1, "a"), trained(2, "z")]
-    assert "trained z, which nobody sent" in findings(tmp_path / "0", learner=learner)
+    assert "trained z, which was never sent" in findings(tmp_path / "0", learner=learner)
     assert "as screened_out" in findings(tmp_path / "1", screened_out=2, generated=5)
     assert "3 groups as trained" in findings(tmp_path / "2", trained=3, generated=5)
-    assert "9 groups were granted" in findings(tmp_path / "3", generated=9)
+    assert "9 groups were leased" in findings(tmp_path / "3", generated=9)
 
 
 @pytest.mark.parametrize(
-    ("where", "value", "said"),
+    ("where", "value", "expected"),
     [
-        (("ledger", "closes"), False, "the ledger does not close"),
+        (("ledger", "closes"), False, "the ledger does not balance"),
         (("ledger", "tokens", "trained"), 21, "21 tokens as trained, the trace 20"),
         (("ledger", "tokens", "generated"), 41, "41 tokens as generated, the actors 40 to 40"),
         (("ledger", "tokens", "generated"), 39, "39 tokens as generated, the actors 40 to 40"),
         (("ledger", "groups", "evaluation"), 1, "1 as evaluation, the actors sent 0 to 0"),
-        (("policy_version",), 1, "it ended at version 1, not at 2"),
+        (("policy_version",), 1, "the run ended at version 1, not 2"),
     ],
 )
-def test_the_witness_holds_every_book_of_the_summary(
-    tmp_path: Path, where: tuple[str, ...], value: object, said: str
+def test_every_count_of_the_summary_is_checked(
+    tmp_path: Path, where: tuple[str, ...], value: object, expected: str
 ) -> None:
     write_run(tmp_path, GOOD_ACTOR, GOOD_LEARNER)
     path = tmp_path / "summary.json"
     summary = json.loads(path.read_text())
     *sections, name = where
-    book = summary
+    counts = summary
     for section in sections:
-        book = book[section]
-    book[name] = value
+        counts = counts[section]
+    counts[name] = value
     path.write_text(json.dumps(summary))
-    assert said in "; ".join(compute_signals(tmp_path))
+    assert expected in "; ".join(list_findings(tmp_path))
 
 
-def test_the_witness_wants_a_log_that_ends_well_and_has_the_last_step(tmp_path: Path) -> None:
+def test_the_metrics_log_must_end_successfully_and_contain_the_last_step(tmp_path: Path) -> None:
     write_run(tmp_path, GOOD_ACTOR, GOOD_LEARNER)
     log = tmp_path / "metrics.jsonl"
     lines = log.read_text().splitlines()
     log.write_text(lines[0] + "\n")
-    assert "metrics.jsonl ends with step" in "; ".join(compute_signals(tmp_path))
+    assert "metrics.jsonl ends with step" in "; ".join(list_findings(tmp_path))
     log.write_text(lines[1] + "\n")
-    assert compute_signals(tmp_path) == ["metrics.jsonl has no step of version 2"]
+    assert list_findings(tmp_path) == ["metrics.jsonl has no step of version 2"]
 
 
-def test_the_witness_sees_a_group_that_is_in_one_update_twice(tmp_path: Path) -> None:
-    said = findings(tmp_path, learner=[trained(1, "a", "a"), trained(2, "b")], trained=3)
-    assert "version 1 holds a group twice" in said
+def test_a_group_that_occurs_twice_in_one_update_is_found(tmp_path: Path) -> None:
+    text = findings(tmp_path, learner=[trained(1, "a", "a"), trained(2, "b")], trained=3)
+    assert "version 1 contains a group twice" in text
 
 
-def test_the_witness_s_first_look_needs_no_summary(tmp_path: Path) -> None:
+def test_checking_a_running_run_needs_no_summary(tmp_path: Path) -> None:
     write_run(tmp_path, GOOD_ACTOR, [trained(1, "a"), trained(2, "a")])
-    assert len(judge_so_far(read_traces(tmp_path / "trace"))) == 1
+    assert len(check_running(read_traces(tmp_path / "trace"))) == 1
 
 
-# --- the tap -----------------------------------------------------------------------------------
+# --- the traces --------------------------------------------------------------------------------
 
 
 def finished_group(number: int) -> m.GroupFinished:
@@ -186,7 +186,7 @@ def finished_group(number: int) -> m.GroupFinished:
     )
 
 
-def test_both_ends_know_a_group_by_the_same_digest_and_a_message_sent_again_counts_once(
+def test_actor_and_learner_compute_the_same_digest_and_a_resent_message_counts_once(
     tmp_path: Path,
 ) -> None:
     async def run() -> None:
@@ -226,7 +226,7 @@ def test_both_ends_know_a_group_by_the_same_digest_and_a_message_sent_again_coun
     assert update.tokens == 3
 
 
-def test_what_a_cut_takes_from_the_journal_is_known_before_it_is_made(tmp_path: Path) -> None:
+def test_records_in_the_cut_part_of_a_journal_are_recorded(tmp_path: Path) -> None:
     journal = Journal.begin(tmp_path, 1, 0)
     for number in (1, 2):
         message = finished_group(number)
