@@ -41,7 +41,7 @@ def batch_of(groups: list[Group], width: int, policy_version: int = 0) -> MicroB
     return make_micro_batch(rows, policy_version=policy_version)
 
 
-def test_one_completion_a_row_is_padded_on_the_right_without_its_last_token():
+def test_rows_of_one_completion_are_right_padded():
     batch = batch_of([make_group([1, 2], LONG, SHORT)], width=1)
 
     assert batch.input_ids_BL.tolist() == [[1, 2, 8, 0], [1, 2, 5, 6]]
@@ -57,7 +57,7 @@ def test_one_completion_a_row_is_padded_on_the_right_without_its_last_token():
     assert batch.num_sequences == 2
 
 
-def test_siblings_share_their_prompt_and_do_not_see_each_other():
+def test_completions_share_a_prompt_without_attending_to_each_other():
     batch = batch_of([make_group([1, 2], LONG, SHORT)], width=2)
 
     assert batch.input_ids_BL.tolist() == [[1, 2, 8, 5, 6]]
@@ -75,13 +75,13 @@ def test_siblings_share_their_prompt_and_do_not_see_each_other():
     ]
 
 
-def test_the_age_of_a_token_is_the_versions_since_and_never_negative():
+def test_token_ages_are_never_negative():
     mixed = make_completion([5, 6, 7], 1.0)
     mixed.sampled.policy_versions[:] = [3, 5, 9]
     assert batch_of([make_group([1], mixed)], 1, policy_version=7).ages_N.tolist() == [4, 2, 0]
 
 
-def test_only_kept_completions_with_an_advantage_and_a_token_are_run():
+def test_training_row_selects_completions_with_a_gradient():
     group = make_group([1], LONG, SHORT, LONG, make_completion([], 0.0))
     row = training_row(
         group,
@@ -94,14 +94,14 @@ def test_only_kept_completions_with_an_advantage_and_a_token_are_run():
     ]
 
 
-def test_a_group_without_anything_to_learn_gives_no_row_and_an_empty_prompt_is_refused():
+def test_a_group_without_signal_gives_no_row_and_an_empty_prompt_raises():
     assert list(split_row(whole_row(make_group([1], LONG), [0.0]), 1)) == []
     assert list(split_row(whole_row(make_group([1], make_completion([], 0.0))), 2)) == []
     with pytest.raises(ValueError, match="prompt 0 has no tokens"):
         whole_row(make_group([], LONG))
 
 
-def test_micro_batches_hold_at_most_the_given_padded_tokens():
+def test_micro_batches_have_at_most_max_tokens_padded_positions():
     lengths = [6, 1, 3, 3, 9, 2]  # fed tokens of a row: prompt 2 + length - 1
     groups = [make_group([1, 2], make_completion([3] * n, 0.0)) for n in lengths]
     rows = [whole_row(group) for group in groups]
@@ -111,7 +111,7 @@ def test_micro_batches_hold_at_most_the_given_padded_tokens():
     assert [[row.num_tokens for row in part] for part in parts] == [[10], [7], [4, 4], [3, 2]]
 
 
-def test_prompts_are_shared_when_long_against_their_completions_and_never_for_long_ones():
+def test_prompts_are_shared_only_for_short_completions():
     cost = LayoutCost(per_token=1e6, per_pair=1e3)
     short = make_group([1] * 14, *[make_completion([1] * 7, 0.0)] * 24)
     long = make_group([1] * 200, *[make_completion([1] * 3000, 0.0)] * 24)
@@ -137,7 +137,7 @@ def gradients(policy: Policy, batch: MicroBatch) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("width", [2, 3, 6])
-def test_sharing_changes_neither_log_probabilities_nor_gradients(tmp_path: Path, width: int):
+def test_shared_prompts_preserve_log_probabilities_and_gradients(tmp_path: Path, width: int):
     policy = Policy(load_model(save_tiny_llama(tmp_path), device="cpu"), temperature=0.7)
     groups = random_groups(1, num_groups=4)
     apart, shared = batch_of(groups, 1), batch_of(groups, width)
@@ -149,7 +149,7 @@ def test_sharing_changes_neither_log_probabilities_nor_gradients(tmp_path: Path,
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_log_probabilities_are_those_of_each_sequence_alone_at_the_temperature(tmp_path: Path):
+def test_log_probabilities_match_separate_sequences_at_the_temperature(tmp_path: Path):
     model = load_model(save_tiny_llama(tmp_path), device="cpu")
     batch = batch_of([make_group([1, 2], LONG, SHORT)], width=2)
 
@@ -166,7 +166,7 @@ def test_log_probabilities_are_those_of_each_sequence_alone_at_the_temperature(t
     assert entropies_N.tolist() == pytest.approx(entropy, abs=1e-5)
 
 
-def test_a_vocabulary_too_large_for_one_chunk_gives_the_same_numbers(
+def test_chunked_logits_give_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     policy = Policy(load_model(save_tiny_llama(tmp_path), device="cpu"), temperature=1.0)
@@ -181,7 +181,7 @@ def test_a_vocabulary_too_large_for_one_chunk_gives_the_same_numbers(
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_the_cost_of_the_quickstart_shape_chooses_shared_prompts(tmp_path: Path):
+def test_the_quickstart_model_shares_prompts(tmp_path: Path):
     model = load_model(
         save_tiny_llama(tmp_path, hidden_size=128, intermediate_size=344, num_hidden_layers=4),
         device="cpu",

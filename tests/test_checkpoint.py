@@ -78,7 +78,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("num_before", [0, 1, 3, 6])
-def test_training_goes_on_after_a_restore_bit_for_bit(model_folder: Path, num_before: int):
+def test_training_after_a_restore_is_bitwise_identical(model_folder: Path, num_before: int):
     """The last part of the warm-up lies after the checkpoint, or all of it before."""
     straight = make_trainer(model_folder)
     for seed in range(num_before):
@@ -97,7 +97,7 @@ def test_training_goes_on_after_a_restore_bit_for_bit(model_folder: Path, num_be
     assert_equal(state_of(resumed), state_of(straight))
 
 
-def test_skipped_updates_are_counted_on(model_folder: Path):
+def test_the_count_of_skipped_updates_is_restored(model_folder: Path):
     straight, resumed = make_trainer(model_folder), make_trainer(model_folder)
     straight.save(Progress(policy_version=7, num_skipped=2))
     progress = resumed.restore(checkpoint_folder(root_of(model_folder), 7))
@@ -106,7 +106,7 @@ def test_skipped_updates_are_counted_on(model_folder: Path):
     assert (metrics["skipped_updates"], metrics["optimizer_updates"]) == (2, 6)
 
 
-def test_progress_comes_back_as_it_was(model_folder: Path):
+def test_progress_is_restored_unchanged(model_folder: Path):
     progress = Progress(
         policy_version=3,
         service_sequence=1_234,
@@ -133,7 +133,7 @@ def draw() -> tuple[list[float], ...]:
     )
 
 
-def test_random_states_go_on_where_they_were(model_folder: Path):
+def test_random_states_are_restored(model_folder: Path):
     trainer = make_trainer(model_folder)
     draw()
     trainer.save(at(0))
@@ -146,7 +146,7 @@ def test_random_states_go_on_where_they_were(model_folder: Path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
-def test_random_states_of_gpus_go_on_where_they_were(model_folder: Path):
+def test_random_states_of_gpus_are_restored(model_folder: Path):
     torch.rand(1, device="cuda")
     trainer = make_trainer(model_folder)
     trainer.save(at(0))
@@ -174,7 +174,7 @@ def test_a_checkpoint_is_a_hugging_face_folder_without_pickles(model_folder: Pat
     assert not [name for name in names if name.endswith((".pt", ".bin", ".pkl"))]
 
 
-def test_whatever_looks_for_weights_however_deep_finds_the_model_alone(model_folder: Path):
+def test_only_the_model_matches_weight_file_patterns(model_folder: Path):
     """The patterns that vLLM and others look for, in sub-folders too."""
     make_trainer(model_folder).save(at(1))
     folder = checkpoint_folder(root_of(model_folder), 1)
@@ -185,7 +185,7 @@ def test_whatever_looks_for_weights_however_deep_finds_the_model_alone(model_fol
     assert not [name for name in saved if name not in make_trainer(model_folder).model.state_dict()]
 
 
-def test_other_users_may_read_a_checkpoint_as_far_as_the_umask_lets_them(model_folder: Path):
+def test_checkpoint_files_respect_the_umask(model_folder: Path):
     before = os.umask(0o027)
     try:
         make_trainer(model_folder).save(at(1))
@@ -196,7 +196,7 @@ def test_other_users_may_read_a_checkpoint_as_far_as_the_umask_lets_them(model_f
     assert modes == {0o640}
 
 
-def test_a_checkpoint_of_the_former_layout_is_gone_on_from(model_folder: Path):
+def test_a_checkpoint_of_format_2_can_be_resumed(model_folder: Path):
     """Format 2 kept everything beside the model."""
     straight = make_trainer(model_folder)
     straight.update(random_groups(0))
@@ -223,7 +223,7 @@ def add_to_json(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_what_transformers_refuses_to_save_is_saved_as_it_came(model_folder: Path):
+def test_files_that_transformers_cannot_save_are_copied(model_folder: Path):
     """Sampling flags without sampling: many a folder on the hub has them."""
     add_to_json(model_folder / "generation_config.json", do_sample=False, temperature=0.6)
     trainer = make_trainer(model_folder)
@@ -237,7 +237,7 @@ def test_what_transformers_refuses_to_save_is_saved_as_it_came(model_folder: Pat
     make_trainer(folder).try_save()
 
 
-def test_a_checkpoint_describes_its_model_by_the_bytes_of_the_first_one(model_folder: Path):
+def test_a_checkpoint_contains_the_bytes_of_the_initial_model_files(model_folder: Path):
     add_to_json(model_folder / "config.json", dtype="bfloat16", a_key_of_some_other_tool=[1])
     (model_folder / "generation_config.json").unlink()
     templates = model_folder / "additional_chat_templates"
@@ -268,7 +268,7 @@ def test_a_checkpoint_describes_its_model_by_the_bytes_of_the_first_one(model_fo
     assert stored_dtype(folder) == torch.bfloat16
 
 
-def test_a_part_of_what_the_first_folder_describes_gets_a_description_of_its_own(
+def test_a_submodel_gets_its_own_config(
     model_folder: Path,
 ):
     add_to_json(model_folder / "config.json", architectures=["LlamaForConditionalGeneration"])
@@ -278,7 +278,7 @@ def test_a_part_of_what_the_first_folder_describes_gets_a_description_of_its_own
     assert config["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_a_config_that_cannot_be_saved_is_named_before_training(
+def test_a_config_that_cannot_be_saved_is_reported_before_training(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     trainer = make_trainer(model_folder)
@@ -288,7 +288,7 @@ def test_a_config_that_cannot_be_saved_is_named_before_training(
     assert list(root_of(model_folder).glob("*")) == []
 
 
-def test_a_folder_that_cannot_be_written_to_is_named_before_training(model_folder: Path):
+def test_an_unwritable_folder_is_reported_before_training(model_folder: Path):
     trainer = make_trainer(model_folder)
     root_of(model_folder).parent.mkdir()
     root_of(model_folder).write_text("a file where the folder has to be")
@@ -296,7 +296,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_training(model_folde
         trainer.try_save()
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_named_before_training(
+def test_insufficient_disk_space_is_reported_before_training(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     trainer = make_trainer(model_folder)
@@ -318,7 +318,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_named_before_training(
     assert kept_versions(root_of(model_folder)) == [1]
 
 
-def test_a_checkpoint_of_another_model_is_refused(model_folder: Path, tmp_path: Path):
+def test_a_checkpoint_of_another_model_is_rejected(model_folder: Path, tmp_path: Path):
     make_trainer(model_folder).save(at(1))
     other = load_model(save_tiny_llama(tmp_path / "other", hidden_size=32), device="cpu")
     optimizer = make_optimizer(other, make_config(model_folder).learner)
@@ -351,7 +351,7 @@ def damages(path: Path) -> dict[str, Callable[[], None]]:
     }
 
 
-def test_every_damage_to_every_file_is_seen_and_refused_by_name(model_folder: Path):
+def test_damage_to_any_file_is_detected_and_reported(model_folder: Path):
     trainer = make_trainer(model_folder)
     trainer.update(random_groups(0))
     trainer.save(at(1))
@@ -371,7 +371,7 @@ def test_every_damage_to_every_file_is_seen_and_refused_by_name(model_folder: Pa
     assert_equal(state_of(trainer), before)
 
 
-def test_a_checkpoint_that_was_found_whole_is_not_read_for_it_again(
+def test_verified_checksums_are_not_computed_again(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     trainer = make_trainer(model_folder)
@@ -389,7 +389,7 @@ def test_a_checkpoint_that_was_found_whole_is_not_read_for_it_again(
     assert len(digested) == len(set(digested))
 
 
-def test_the_checksums_are_those_of_the_program_of_that_name(model_folder: Path):
+def test_the_checksums_are_valid_for_sha256sum(model_folder: Path):
     make_trainer(model_folder).save(at(1))
     folder = checkpoint_folder(root_of(model_folder), 1)
     command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
@@ -429,7 +429,7 @@ class Breaks:
         return counted
 
 
-def test_whichever_call_fails_there_is_a_whole_checkpoint_before_and_after(model_folder: Path):
+def test_a_valid_checkpoint_exists_after_any_failed_call(model_folder: Path):
     trainer = make_trainer(model_folder, keep_last=2)
     root = root_of(model_folder)
     trainer.save(at(0))
@@ -455,7 +455,7 @@ def test_whichever_call_fails_there_is_a_whole_checkpoint_before_and_after(model
     assert_equal(state_of(resumed), state_of(trainer))
 
 
-def test_a_disk_that_is_full_is_an_os_error_and_gets_its_room_back(model_folder: Path):
+def test_a_full_disk_raises_an_os_error_and_its_space_is_freed(model_folder: Path):
     """A limit on the size of files, which every writer meets as one meets a full disk."""
     trainer = make_trainer(model_folder)
     trainer.update(random_groups(0))
@@ -486,7 +486,7 @@ while True:
 """
 
 
-def test_a_process_killed_at_any_instant_leaves_a_whole_checkpoint(model_folder: Path):
+def test_a_process_killed_at_any_time_leaves_a_valid_checkpoint(model_folder: Path):
     root, rng, version = root_of(model_folder), random.Random(5), 0
     for round_number in range(6):
         command = [sys.executable, "-c", SAVER, str(model_folder), str(version)]
@@ -511,7 +511,7 @@ def test_a_process_killed_at_any_instant_leaves_a_whole_checkpoint(model_folder:
 # --- the shelf ---------------------------------------------------------------------------------
 
 
-def test_only_the_newest_are_kept_and_the_oldest_of_them_is_told(model_folder: Path):
+def test_save_prunes_old_checkpoints_and_returns_the_oldest_kept(model_folder: Path):
     trainer = make_trainer(model_folder, keep_last=3)
     oldest = [trainer.save(at(version)) for version in (2, 4, 6, 8, 1_000_000)]
     assert oldest == [0, 0, 2, 4, 6]  # 0: until there are three, the start is one of them
@@ -519,7 +519,7 @@ def test_only_the_newest_are_kept_and_the_oldest_of_them_is_told(model_folder: P
     assert names == {"version-000006", "version-000008", "version-1000000"}
 
 
-def test_older_ones_go_only_when_the_new_one_has_its_name(
+def test_old_checkpoints_are_removed_after_the_new_one_is_renamed(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     trainer = make_trainer(model_folder, keep_last=1)
@@ -530,7 +530,7 @@ def test_older_ones_go_only_when_the_new_one_has_its_name(
     assert 1 in kept_versions(root_of(model_folder))
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(model_folder: Path):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(model_folder: Path):
     trainer, root = make_trainer(model_folder, keep_last=3), root_of(model_folder)
     for version in (1, 2, 3):
         trainer.save(at(version))
@@ -551,7 +551,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(model_fol
     )
 
 
-def test_when_all_are_damaged_that_is_an_error_which_names_each(model_folder: Path):
+def test_an_error_lists_all_damaged_checkpoints(model_folder: Path):
     trainer, root = make_trainer(model_folder), root_of(model_folder)
     for version in (1, 2):
         trainer.save(at(version))
@@ -564,7 +564,7 @@ def test_when_all_are_damaged_that_is_an_error_which_names_each(model_folder: Pa
     assert kept_versions(root) == [1, 2]
 
 
-def test_while_there_are_fewer_than_are_kept_the_start_is_fallen_back_to(model_folder: Path):
+def test_fewer_than_keep_last_damaged_checkpoints_fall_back_to_the_start(model_folder: Path):
     trainer, root = make_trainer(model_folder, keep_last=3), root_of(model_folder)
     for version in (1, 2):
         trainer.save(at(version))
@@ -583,14 +583,14 @@ def test_while_there_are_fewer_than_are_kept_the_start_is_fallen_back_to(model_f
     assert latest_valid(root, 3) is None
 
 
-def test_there_is_nothing_to_go_on_from_where_nothing_was_saved(tmp_path: Path):
+def test_latest_valid_is_none_without_checkpoints(tmp_path: Path):
     assert latest_valid(tmp_path / "nowhere", 2) is None
     (tmp_path / ".version-000001.partial").mkdir()
     assert latest_valid(tmp_path, 2) is None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_set_aside_for_one_that_never_came_is_brought_back(model_folder: Path):
+def test_an_interrupted_replacement_restores_the_old_checkpoint(model_folder: Path):
     """Killed between the two renames: the old one aside, the new one not yet in place."""
     root = root_of(model_folder)
     make_trainer(model_folder).save(at(1))
@@ -600,7 +600,7 @@ def test_a_checkpoint_set_aside_for_one_that_never_came_is_brought_back(model_fo
     assert found.folder == root / "version-000001"
 
 
-def test_the_search_for_a_checkpoint_loads_no_torch():
+def test_the_checkpoint_store_does_not_import_torch():
     code = "import sys, speed_async.learner.checkpoint.store\nassert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=240).returncode == 0
 
@@ -608,7 +608,7 @@ def test_the_search_for_a_checkpoint_loads_no_torch():
 # --- progress ----------------------------------------------------------------------------------
 
 
-def test_progress_counts_what_was_trained_and_remembers_whose_groups():
+def test_progress_counts_trained_groups_and_records_their_leases():
     progress = Progress().updated([1, 2], skipped=False, completions=8, tokens=50)
     progress = progress.updated([3], skipped=True, completions=4, tokens=9)
     assert progress == Progress(
@@ -627,7 +627,7 @@ def test_progress_counts_what_was_trained_and_remembers_whose_groups():
     assert progress.since(2).recent_lease_ids == []
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch):
+def test_recent_lease_ids_are_bounded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("speed_async.learner.progress.MAX_RECENT_LEASES", 5)
     progress = Progress()
     for version in range(10):

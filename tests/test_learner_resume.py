@@ -195,7 +195,7 @@ def restored_at(version: int, *, notices: tuple[str, ...] = (), **progress: obje
     return Restored(progress=Progress(policy_version=version, **progress), notices=notices)
 
 
-def test_a_learner_behind_the_service_replays_in_silence_then_publishes_once_and_goes_on(
+def test_a_learner_behind_the_service_replays_without_publishing(
     make_stage: Callable[..., Stage],
 ) -> None:
     async def run() -> tuple[Stage, Finished]:
@@ -266,7 +266,7 @@ def test_a_learner_without_a_checkpoint_replays_from_the_start(
 
 
 @pytest.mark.parametrize("service_at", [4, 1])
-def test_a_learner_level_with_the_service_or_ahead_publishes_once_before_it_asks(
+def test_a_learner_not_behind_the_service_publishes_once_before_training(
     make_stage: Callable[..., Stage], service_at: int
 ) -> None:
     """Also where actors came first and the service said so: that word is answered already."""
@@ -288,7 +288,7 @@ def test_a_learner_level_with_the_service_or_ahead_publishes_once_before_it_asks
     assert isinstance(stage.service.heard[first_take - 1], m.WeightsPublished)
 
 
-def test_an_actor_that_joins_during_the_replay_gets_the_version_it_comes_to(
+def test_an_actor_that_joins_during_the_replay_receives_the_final_version(
     make_stage: Callable[..., Stage],
 ) -> None:
     async def run() -> Stage:
@@ -309,7 +309,7 @@ def test_an_actor_that_joins_during_the_replay_gets_the_version_it_comes_to(
     ]
 
 
-def test_a_stop_during_the_replay_leaves_the_older_checkpoint_to_go_on_from(
+def test_a_stop_during_the_replay_keeps_the_older_checkpoint(
     make_stage: Callable[..., Stage],
 ) -> None:
     async def run() -> tuple[Stage, Finished]:
@@ -330,7 +330,7 @@ def test_a_stop_during_the_replay_leaves_the_older_checkpoint_to_go_on_from(
     assert not stage.service.of(m.PublishWeights)
 
 
-def test_an_accuracy_that_was_reached_ends_the_run_only_when_the_replay_is_done(
+def test_a_reached_target_ends_the_run_after_the_replay(
     make_stage: Callable[..., Stage],
 ) -> None:
     async def run() -> tuple[Stage, Finished]:
@@ -349,7 +349,7 @@ def test_an_accuracy_that_was_reached_ends_the_run_only_when_the_replay_is_done(
     assert stage.updates.saved == [3]
 
 
-def test_nothing_new_is_saved_where_nothing_was_trained(make_stage: Callable[..., Stage]) -> None:
+def test_no_checkpoint_is_saved_without_training(make_stage: Callable[..., Stage]) -> None:
     async def run() -> Stage:
         stage = make_stage(updates=9, service_at=4, restored=restored_at(4))
         stage.service.drains_until = m.FinishRun
@@ -362,7 +362,7 @@ def test_nothing_new_is_saved_where_nothing_was_trained(make_stage: Callable[...
     assert stage.service.story() == ["Resumed 4", "PublishWeights 4"]
 
 
-def test_a_checkpoint_knows_its_place_in_the_journal_and_the_groups_since_the_oldest_kept(
+def test_a_checkpoint_records_the_journal_sequence_and_recent_groups(
     make_stage: Callable[..., Stage],
 ) -> None:
     async def run() -> Stage:
@@ -392,7 +392,7 @@ def test_a_checkpoint_knows_its_place_in_the_journal_and_the_groups_since_the_ol
     assert saved == [(2, 2), (4, 2), (6, 4)]
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(
+def test_a_failed_checkpoint_is_reported_and_training_continues(
     make_stage: Callable[..., Stage], capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def run() -> tuple[Stage, Finished]:
@@ -412,7 +412,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(
     assert notices == {1: "", 2: "", 3: told, 4: "", 5: "", 6: ""}
 
 
-def test_the_last_checkpoint_is_an_error_where_it_cannot_be_written(
+def test_a_failed_last_checkpoint_is_an_error(
     make_stage: Callable[..., Stage],
 ) -> None:
     async def run() -> tuple[Stage, Finished]:
@@ -426,7 +426,7 @@ def test_the_last_checkpoint_is_an_error_where_it_cannot_be_written(
     assert not stage.service.of(m.CheckpointSaved)
 
 
-def test_a_service_that_has_ended_is_told_of_no_checkpoint(
+def test_a_finished_service_is_not_notified_of_a_checkpoint(
     make_stage: Callable[..., Stage],
 ) -> None:
     """It would keep the link open for nothing."""
@@ -452,7 +452,7 @@ def test_a_service_that_has_ended_is_told_of_no_checkpoint(
     assert not stage.service.of(m.CheckpointSaved)
 
 
-def test_damaged_checkpoints_are_told_to_the_service_and_in_the_end(
+def test_damaged_checkpoints_are_reported_to_the_service_and_in_the_summary(
     make_stage: Callable[..., Stage], capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def run() -> tuple[Stage, Finished]:
@@ -468,7 +468,7 @@ def test_damaged_checkpoints_are_told_to_the_service_and_in_the_end(
     assert "going on from version 2, replaying to 4" in capsys.readouterr().err
 
 
-def test_a_learner_that_fell_back_to_the_start_says_why_and_replays_from_there(
+def test_a_learner_that_fell_back_to_the_start_reports_why_and_replays(
     make_stage: Callable[..., Stage],
 ) -> None:
     async def run() -> tuple[Stage, Finished]:
@@ -481,7 +481,7 @@ def test_a_learner_that_fell_back_to_the_start_says_why_and_replays_from_there(
     assert finished.notices == ("version-000002 is damaged",)
 
 
-def test_a_learner_that_is_refused_says_how_the_run_goes_on(
+def test_the_error_of_a_rejected_learner_contains_the_resume_command(
     make_stage: Callable[..., Stage],
 ) -> None:
     """The service lost the tail of its journal, and with it what it told the learner."""
@@ -510,7 +510,7 @@ def test_a_learner_that_is_refused_says_how_the_run_goes_on(
     )
 
 
-def test_a_learner_that_is_not_let_in_is_not_told_to_resume(
+def test_the_error_of_an_unregistered_learner_has_no_resume_command(
     make_stage: Callable[..., Stage],
 ) -> None:
     async def run() -> None:
@@ -544,7 +544,7 @@ class WaitsForRoom:
         await self._link.close()
 
 
-def test_a_service_that_waits_for_room_is_waited_for_as_long_as_it_may(
+def test_the_learner_waits_while_the_service_waits_for_disk_space(
     make_stage: Callable[..., Stage],
 ) -> None:
     """It says nothing until its journal can be written, up to cluster.stall_timeout_s."""
@@ -605,7 +605,7 @@ def live(folder: Path, *, service_at: int) -> tuple[dict[int, dict[str, torch.Te
 
 
 @pytest.mark.parametrize(("checkpoint", "service_at"), [(4, 4), (4, 5), (2, 6), (None, 3), (4, 7)])
-def test_what_is_published_after_a_replay_is_bit_for_bit_what_was_published_before(
+def test_weights_published_after_a_replay_are_bitwise_identical(
     tmp_path: Path, checkpoint: int | None, service_at: int
 ) -> None:
     folder = save_tiny_llama(tmp_path / "model")

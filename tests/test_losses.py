@@ -27,7 +27,7 @@ def gradient(tokens: LossTokens, losses: TokenLosses) -> list[float]:
     return tokens.logprobs_N.grad.tolist()
 
 
-def test_policy_gradient_is_minus_weight_times_advantage_times_log_pi():
+def test_policy_gradient_loss_and_gradient():
     tokens = make_loss_tokens(pi=[0.5, 0.25, 0.1], mu=[0.25, 0.5, 0.1], advantages=[2.0, -1.0, 3.0])
 
     losses = policy_gradient(tokens, corrections.token_tis(tokens, max_ratio=1.5))
@@ -40,7 +40,7 @@ def test_policy_gradient_is_minus_weight_times_advantage_times_log_pi():
     assert gradient(tokens, losses) == pytest.approx([-1.5 * 2, 0.5, -3.0])
 
 
-def test_ppo_clips_good_tokens_at_the_top_and_bad_ones_at_the_bottom():
+def test_ppo_clips_by_the_sign_of_the_advantage():
     # ratios 2, 2, 0.5, 0.5, 1.1 with advantages +, -, +, -, +
     tokens = make_loss_tokens(
         pi=[0.4, 0.4, 0.1, 0.1, 0.22], mu=[0.2] * 5, advantages=[1.0, -1.0, 1.0, -1.0, 2.0]
@@ -54,7 +54,7 @@ def test_ppo_clips_good_tokens_at_the_top_and_bad_ones_at_the_bottom():
     assert gradient(tokens, losses) == pytest.approx([0.0, 2.0, -0.5, 0.0, -1.1])
 
 
-def test_cispo_cuts_the_ratio_and_keeps_the_gradient():
+def test_cispo_clips_the_ratio_and_keeps_the_gradient():
     # ratios 8, 2, 0.5 cut at 1 + 4
     tokens = make_loss_tokens(pi=[0.8, 0.2, 0.05], mu=[0.1] * 3, advantages=[1.0, -1.0, 2.0])
 
@@ -67,7 +67,7 @@ def test_cispo_cuts_the_ratio_and_keeps_the_gradient():
     assert gradient(tokens, losses) == pytest.approx([-5.0, 2.0, -0.5])
 
 
-def test_gspo_takes_the_geometric_mean_ratio_of_the_sequence_for_every_token():
+def test_gspo_uses_the_geometric_mean_ratio_of_the_sequence():
     # ratios 4, 1 and 1, 1.21: geometric means 2 and 1.1
     tokens = make_loss_tokens(
         pi=[0.4, 0.1, 0.1, 0.121], mu=[0.1] * 4, advantages=[-1.0, -1.0, 1.0, 1.0],

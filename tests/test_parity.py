@@ -118,7 +118,7 @@ def limits_in_force() -> list[Any]:
 
 
 @pytest.mark.parametrize(("batch", "case"), cases_with("advantages"))
-def test_our_advantages_are_the_library_s(batch: Batch, case: Case) -> None:
+def test_advantages_match_the_library(batch: Batch, case: Case) -> None:
     ours = bound(advantages, case["ours"]["advantage"])(grouped(batch["rewards"], batch))
     assert [len(group) for group in ours] == [len(group) for group in case["advantages"]]
     for ours_N, theirs_N in zip(ours, case["advantages"], strict=True):
@@ -126,14 +126,14 @@ def test_our_advantages_are_the_library_s(batch: Batch, case: Case) -> None:
 
 
 @pytest.mark.parametrize(("batch", "case"), cases_with("gradient"))
-def test_our_loss_and_its_gradient_are_the_library_s(batch: Batch, case: Case) -> None:
+def test_loss_and_gradient_match_the_library(batch: Batch, case: Case) -> None:
     loss, gradient_N = loss_and_gradient(batch, case["ours"])
     assert_close(gradient_N, flat(case["gradient"]))
     assert_close(loss, case["loss"])
 
 
 @pytest.mark.parametrize(("batch", "case", "stage", "limit"), limits_in_force())
-def test_without_this_limit_the_gradient_would_not_be_the_library_s(
+def test_every_limit_affects_the_gradient(
     batch: Batch, case: Case, stage: str, limit: str
 ) -> None:
     """Else the formula could lose its clip or its mask and still agree."""
@@ -152,12 +152,12 @@ def test_without_this_limit_the_gradient_would_not_be_the_library_s(
         if "punishments" in case
     ],
 )
-def test_our_overlong_punishment_is_the_library_s(case: Case) -> None:
+def test_the_overlong_penalty_matches_the_library(case: Case) -> None:
     ours_N = rewards.soft_overlong_punishment(np.array(case["lengths"]), **case["ours"]["overlong"])
     assert_close(ours_N, case["punishments"])
 
 
-def test_policy_gradient_with_weights_has_trl_s_gradient_though_not_its_value() -> None:
+def test_weighted_policy_gradient_matches_only_the_gradient_of_trl() -> None:
     (vectors,) = (read(path) for path in FILES if path.stem == "trl")
     case = next(one for one in vectors["cases"] if one["formula"] == "ppo_clip token_tis")
     ours = case["ours"] | {"policy_loss": ["policy_gradient", {}]}
@@ -169,7 +169,7 @@ def test_policy_gradient_with_weights_has_trl_s_gradient_though_not_its_value() 
 @pytest.mark.parametrize(
     "choice", ["advantage", "policy_loss", "aggregation", "correction"], ids=str
 )
-def test_every_choice_of_the_configuration_has_a_vector_unless_it_is_ours_alone(
+def test_every_choice_has_a_vector_or_no_reference(
     choice: str,
 ) -> None:
     compared = {
@@ -182,12 +182,12 @@ def test_every_choice_of_the_configuration_has_a_vector_unless_it_is_ours_alone(
     assert offered - compared == OURS_ALONE.get(choice, set())
 
 
-def test_each_library_has_its_vectors() -> None:
+def test_every_library_has_vectors() -> None:
     assert {path.stem for path in FILES} == set(VERSIONS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_vector_file_names_the_library_s_version_and_a_script_that_names_it_too(
+def test_vector_files_name_the_version_and_the_script(
     path: Path,
 ) -> None:
     vectors = read(path)

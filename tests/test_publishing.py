@@ -86,7 +86,7 @@ def publish(service: Service, sender: FailingSender) -> None:
     asyncio.run(publisher.publish(3))
 
 
-def test_whoever_is_missing_is_left_out_and_the_others_get_the_version() -> None:
+def test_missing_actors_are_excluded_from_the_next_broadcast() -> None:
     service = Service({"actor-1.0": 1, "actor-2.0": 1, "actor-3.0": 1})
     sender = FailingSender([[2], [2]])
     publish(service, sender)
@@ -97,21 +97,21 @@ def test_whoever_is_missing_is_left_out_and_the_others_get_the_version() -> None
     assert "rank 2 is actor-2.0" in service.published[0].error
 
 
-def test_ranks_of_one_engine_are_one_actor() -> None:
+def test_ranks_of_one_engine_map_to_one_actor() -> None:
     service = Service({"actor-1.0": 1, "actor-2.0": 3, "actor-3.0": 1})
     publish(service, sender := FailingSender([[2, 4]]))
     assert service.published[0].missing == ["actor-2.0"]
     assert [offer.world_size for offer in sender.offers] == [6, 3]
 
 
-def test_when_nobody_is_left_there_is_nothing_to_send() -> None:
+def test_publishing_without_actors_sends_nothing() -> None:
     service = Service({"actor-1.0": 1})
     publish(service, sender := FailingSender([[1]]))
     assert len(sender.offers) == 1
     assert service.published[-1].error == ""
 
 
-def test_failures_that_nobody_is_to_blame_for_end_the_run() -> None:
+def test_repeated_unexplained_failures_raise() -> None:
     service = Service({"actor-1.0": 1})
     sender = FailingSender([[], [], [], []])
     with pytest.raises(WeightSyncError, match=r"nobody to blame.*manifest failed"):

@@ -51,7 +51,7 @@ def test_an_actor_that_died_while_it_got_weights_is_told_of_in_words(desk: Desk)
         epoch=1,
         transfer_s=0.1,
         num_bytes=0,
-        error=f"manifest failed after 0.0 s ({GLOO}); no sign of life from rank 1",
+        error=f"manifest failed after 0.0 s ({GLOO}); no response from rank 1",
         missing=["actor-1.0"],
     )
     desk.say("learner", failed)
@@ -113,7 +113,7 @@ def test_what_has_merely_happened_is_told_for_a_minute(desk: Desk) -> None:
 @pytest.mark.parametrize(
     ("raised", "words"),
     [
-        (GLOO, "the connection was closed by the other side"),
+        (GLOO, "the connection was closed by the peer"),
         ("[../gloo/x/pair.cc:12] Read error: reset by peer", None),
         ("[/a/b/context.cc:1] Timed out waiting 5000ms\nframe #0", "Timed out waiting 5000ms"),
         ("no word within 5 s", "no word within 5 s"),
@@ -122,4 +122,4 @@ def test_what_has_merely_happened_is_told_for_a_minute(desk: Desk) -> None:
 )
 def test_a_backends_error_is_told_without_its_cpp(raised: str, words: str | None) -> None:
     said = in_words(RuntimeError(raised))
-    assert said == (words or "the connection was closed by the other side")
+    assert said == (words or "the connection was closed by the peer")

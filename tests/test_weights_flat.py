@@ -36,7 +36,7 @@ def copies(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in named(model)}
 
 
-def test_laying_flat_keeps_values_ties_and_optimisers():
+def test_flatten_parameters_keeps_values_ties_and_optimisers():
     flat, plain = Tied(1), Tied(1)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in (flat, plain)]
     # 1,200, then 20 -> 32 twice, 60 -> 64, 10 -> 16.
@@ -50,14 +50,14 @@ def test_laying_flat_keeps_values_ties_and_optimisers():
     assert len({tensor.untyped_storage().data_ptr() for _, tensor in named(flat)}) == 1
 
 
-def test_parameters_that_share_a_storage_stay_where_they_are():
+def test_parameters_that_share_a_storage_are_not_moved():
     both = torch.ones(2, 8)
     model = nn.ParameterList([nn.Parameter(both[0]), nn.Parameter(both[1])])
     assert flatten_parameters(model) == 0
     assert model[0].data_ptr() == both.data_ptr()
 
 
-def test_only_a_bucket_that_lies_as_it_travels_is_seen_as_one():
+def test_contiguous_view_requires_the_layout_of_the_bucket():
     model = Tied(2)
     scattered = dict(named(model))
     plan = plan_buckets(describe(list(scattered.items()), None), BUCKET_BYTES)
@@ -113,7 +113,7 @@ def test_flat_weights_are_received_in_place(backend: WeightBackend, sender_is_fl
 
 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
-def test_a_refused_manifest_leaves_flat_weights_alone(backend: WeightBackend):
+def test_a_refused_manifest_leaves_flat_weights_unchanged(backend: WeightBackend):
     learner, actor = Tied(5), Tied(6)
     flatten_parameters(actor)
     before = copies(actor)

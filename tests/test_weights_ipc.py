@@ -38,7 +38,7 @@ def an_offer(**changes: object) -> WeightOffer:
     return replace(offer, **changes)
 
 
-def test_a_receiver_on_another_machine_is_told_what_to_set():
+def test_the_error_of_a_receiver_on_another_machine_names_the_setting():
     with open_channel(TorchStage("ipc", 1024)) as channel:
         host, port = channel.sender.store_address
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=JOIN_S))
@@ -54,7 +54,7 @@ def test_a_receiver_on_another_machine_is_told_what_to_set():
         assert "rank 1 runs on 'node7'" in store.get("epoch-1/go").decode()  # what it would read
 
 
-def test_strangers_at_the_socket_are_turned_away():
+def test_connections_that_are_not_members_are_closed():
     store = HashStore()
     outcomes: dict[int, object] = {}
 
@@ -90,14 +90,14 @@ def test_a_rank_that_never_connects_is_named():
         host_ipc(HashStore(), an_offer(world_size=3, deadline_s=0.2))
 
 
-def test_a_receiver_finds_no_sender_behind_a_stale_name():
+def test_a_stale_socket_name_raises():
     store = HashStore()
     store.set(SOCKET_KEY, "0" * 32)
     with pytest.raises(RuntimeError, match=r"rank 0 is not to be reached .* one machine"):
         join_ipc(store, an_offer(rank=1))
 
 
-def test_a_frame_beyond_its_bound_is_refused():
+def test_an_oversized_frame_is_rejected():
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(HEADER.pack(Kind.MESSAGE, 2**40))
@@ -110,7 +110,7 @@ def described(**changes: object) -> bytes:
     return json.dumps(DESCRIPTION | changes).encode()
 
 
-def test_shared_memory_is_seen_by_both_and_cannot_shrink():
+def test_shared_memory_is_shared_and_cannot_shrink():
     descriptor = make_memory(2 * 4096)
     ours = open_memory(described(), os.dup(descriptor), CPU)
     theirs = open_memory(described(), os.dup(descriptor), CPU)
@@ -132,7 +132,7 @@ def test_shared_memory_is_seen_by_both_and_cannot_shrink():
         (json.dumps({"device": "cuda", "gpu": "x", "buffers": [[], []]}).encode(), "on a GPU"),
     ],
 )
-def test_memory_that_is_not_what_it_is_said_to_be_is_refused(payload: bytes, complaint: str):
+def test_memory_that_does_not_match_its_description_is_refused(payload: bytes, complaint: str):
     with pytest.raises(MemoryRefused, match=complaint):
         open_memory(payload, make_memory(2 * 4096), CPU)
 
@@ -146,7 +146,7 @@ def test_memory_that_could_shrink_is_refused():
         os.fstat(descriptor)
 
 
-def test_a_receiver_that_cannot_open_the_memory_says_why():
+def test_a_receiver_reports_why_it_cannot_open_the_memory():
     """An actor on the CPU and a learner that shares a GPU's memory. The learner hears of it from
     the actor, as of anything that goes wrong once the manifest is accepted."""
     with open_channel(TorchStage("ipc", 1024)) as channel:

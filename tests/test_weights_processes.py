@@ -53,7 +53,7 @@ def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.parametrize("fatal_signal", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
-def test_a_receiver_that_ends_in_mid_transfer_is_named_and_the_next_epoch_works(
+def test_a_receiver_lost_during_a_transfer_is_named_and_the_next_epoch_works(
     backend: WeightBackend, fatal_signal: signal.Signals
 ):
     with open_channel(TorchStage(backend, weights_process.BUCKET_BYTES)) as channel:
@@ -92,7 +92,7 @@ def end(process: subprocess.Popen[str], fatal_signal: signal.Signals) -> None:
 
 @pytest.mark.parametrize("fatal_signal", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
-def test_a_sender_that_ends_in_mid_transfer_is_named_and_the_receiver_joins_another(
+def test_a_receiver_that_loses_its_sender_joins_another(
     backend: WeightBackend, fatal_signal: signal.Signals
 ):
     receiver = TorchReceiver(device=CPU)
@@ -132,7 +132,7 @@ def test_a_sender_that_ends_in_mid_transfer_is_named_and_the_receiver_joins_anot
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="no GPU here")
-def test_gloo_stages_gpu_tensors_through_host_memory():
+def test_gloo_copies_gpu_tensors_through_host_memory():
     with open_channel(TorchStage("gloo", 1024, devices=("cuda:0", "cuda:0"))) as channel:
         tensors = [(name, tensor.cuda()) for name, tensor in mixed_tensors()]
         for policy_version in (1, 2):
@@ -151,7 +151,7 @@ def test_nccl_moves_gpu_tensors_between_gpus():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="CUDA IPC needs a GPU")
-def test_a_gpus_memory_is_shared_with_another_process():
+def test_gpu_memory_is_shared_with_another_process():
     stage = TorchStage("ipc", weights_process.BUCKET_BYTES, devices=("cuda:0",))
     with open_channel(stage) as channel:
         offers = [channel.offer(version, deadline_s=CHILD_STARTS_S) for version in (1, 2, 3)]

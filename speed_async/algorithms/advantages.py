@@ -28,7 +28,10 @@ def rloo(rewards: Sequence[Float64Array]) -> list[Float64Array]:
     zero where all rewards of a group are equal.
     Raises ValueError for a group with fewer than two completions.
     """
-    return [_subtract_baseline(rewards_N, _mean_of_others(rewards_N)) for rewards_N in map(_validated, rewards)]
+    return [
+        _subtract_baseline(rewards_N, _mean_of_others(rewards_N))
+        for rewards_N in map(_validated, rewards)
+    ]
 
 
 def grpo(rewards: Sequence[Float64Array]) -> list[Float64Array]:
@@ -52,7 +55,9 @@ def dr_grpo(rewards: Sequence[Float64Array]) -> list[Float64Array]:
 
     Args, returns and errors as `rloo`.
     """
-    return [_subtract_baseline(rewards_N, rewards_N.mean()) for rewards_N in map(_validated, rewards)]
+    return [
+        _subtract_baseline(rewards_N, rewards_N.mean()) for rewards_N in map(_validated, rewards)
+    ]
 
 
 def batch(rewards: Sequence[Float64Array]) -> list[Float64Array]:
@@ -88,7 +93,9 @@ def _mean_of_others(rewards_N: Float64Array) -> Float64Array:
     return (rewards_N.sum() - rewards_N) / (len(rewards_N) - 1)
 
 
-def _subtract_baseline(rewards_N: Float64Array, baseline: Float64Array | np.float64) -> Float64Array:
+def _subtract_baseline(
+    rewards_N: Float64Array, baseline: Float64Array | np.float64
+) -> Float64Array:
     """rewards_N - baseline, exactly zero for equal rewards, so that rounding errors do not become
     a training signal."""
     if (rewards_N == rewards_N[0]).all():

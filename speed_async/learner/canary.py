@@ -1,4 +1,4 @@
-"""The learner's side of the canary: its log-probabilities under the present weights.
+"""Canary log-probabilities under the learner's current weights.
 
 Shape legend: T canary tokens, N = T-1 predicted ones.
 """
@@ -16,7 +16,7 @@ from speed_async.weight_sync.canary import CANARY_TOKENS, Canary, canary_token_i
 
 
 class CanaryProbe:
-    """One row of fixed tokens, laid out once."""
+    """A fixed row of tokens, converted to tensors once."""
 
     def __init__(self, model: PreTrainedModel, *, wanted: int | None = None, seed: int = 0) -> None:
         """`wanted`: `model.context_length`."""
@@ -36,10 +36,11 @@ class CanaryProbe:
 
     @torch.no_grad()
     def measure(self, policy: nn.Module) -> Canary:
-        """By one forward pass of `policy` (a `Policy`, as the parallelism seam wrapped it).
+        """Runs one forward pass of `policy`, a `Policy` as returned by `Parallel.wrap`.
 
-        In the precision of the parameters, so before any cast that the sender makes: what that
-        takes away is in the receivers' tolerance. Raises ModelError when a value is not finite.
+        It runs in the precision of the parameters, before any cast by the sender. The tolerance of
+        the receivers covers the rounding error of that cast. Raises ModelError when a value is not
+        finite.
         """
         logprobs_N, _ = policy(self._batch, plain=True)
         if not logprobs_N.isfinite().all():

@@ -59,6 +59,6 @@ def test_a_cut_journal_and_a_damaged_checkpoint_are_said_and_gone_on_from_what_i
     make(drill, "damage checkpoint")
     said = (drill.run.run_folder.parents[1] / "stderr.txt").read_text()
     assert "is damaged (" in said
-    assert "; going on from version-0000" in said
+    assert "; resuming from version-0000" in said
     drill.see_to_its_end()
     assert drill.result.skipped == []
