@@ -25,8 +25,8 @@ SHORT = make_completion([8, 9], 0.0, [-0.4, -0.5])
 
 
 def whole_row(group: Group, advantages: list[float] | None = None) -> Row:
-    """Every completion kept; its advantage, if not given, its number from 1 on, so that equal
-    layouts can be matched, and its weight a tenth of that."""
+    """A row of all completions. By default, the advantage is the index from 1, which identifies the
+    completion in every layout. The weight is a tenth of the index."""
     numbers_N = np.arange(1.0, len(group.completions) + 1)
     return training_row(
         group,
@@ -102,7 +102,7 @@ def test_a_group_without_signal_gives_no_row_and_an_empty_prompt_raises():
 
 
 def test_micro_batches_have_at_most_max_tokens_padded_positions():
-    lengths = [6, 1, 3, 3, 9, 2]  # fed tokens of a row: prompt 2 + length - 1
+    lengths = [6, 1, 3, 3, 9, 2]  # input tokens of a row: prompt 2 + length - 1
     groups = [make_group([1, 2], make_completion([3] * n, 0.0)) for n in lengths]
     rows = [whole_row(group) for group in groups]
 
@@ -123,7 +123,7 @@ def test_prompts_are_shared_only_for_short_completions():
 
 
 def score(policy: Policy, batch: MicroBatch) -> list[tuple[int, int, float]]:
-    """(target, advantage, log pi) of every token, in an order that no layout changes."""
+    """(target, advantage, log pi) of every token, in an order independent of the layout."""
     logprobs_N, _ = policy(batch)
     rows = zip(batch.target_ids_N, batch.advantages_N, logprobs_N, strict=True)
     return sorted((int(t), int(a), p.item()) for t, a, p in rows)
@@ -140,12 +140,12 @@ def gradients(policy: Policy, batch: MicroBatch) -> list[torch.Tensor]:
 def test_shared_prompts_preserve_log_probabilities_and_gradients(tmp_path: Path, width: int):
     policy = Policy(load_model(save_tiny_llama(tmp_path), device="cpu"), temperature=0.7)
     groups = random_groups(1, num_groups=4)
-    apart, shared = batch_of(groups, 1), batch_of(groups, width)
+    separate, shared = batch_of(groups, 1), batch_of(groups, width)
 
-    assert shared.input_ids_BL.numel() < apart.input_ids_BL.numel()
-    for one, other in zip(score(policy, apart), score(policy, shared), strict=True):
+    assert shared.input_ids_BL.numel() < separate.input_ids_BL.numel()
+    for one, other in zip(score(policy, separate), score(policy, shared), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
-    for one, other in zip(gradients(policy, apart), gradients(policy, shared), strict=True):
+    for one, other in zip(gradients(policy, separate), gradients(policy, shared), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
@@ -158,17 +158,15 @@ def test_log_probabilities_match_separate_sequences_at_the_temperature(tmp_path:
     expected, entropy = [], []
     for prompt, completion in (([1, 2], [8, 9]), ([1, 2], [5, 6, 7])):
         logits_LV = model(input_ids=torch.tensor([prompt + completion])).logits[0]
-        for place, token in enumerate(completion):
-            logprobs_V = (logits_LV[len(prompt) + place - 1] / 0.5).log_softmax(-1)
+        for index, token in enumerate(completion):
+            logprobs_V = (logits_LV[len(prompt) + index - 1] / 0.5).log_softmax(-1)
             expected.append(logprobs_V[token].item())
             entropy.append(-sum(math.exp(p) * p for p in logprobs_V.tolist()))
     assert logprobs_N.tolist() == pytest.approx(expected, abs=1e-5)
     assert entropies_N.tolist() == pytest.approx(entropy, abs=1e-5)
 
 
-def test_chunked_logits_give_the_same_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_chunked_logits_give_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     policy = Policy(load_model(save_tiny_llama(tmp_path), device="cpu"), temperature=1.0)
     batch = batch_of(random_groups(2), 3)
     whole, whole_gradients = score(policy, batch), gradients(policy, batch)

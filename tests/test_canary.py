@@ -1,4 +1,4 @@
-"""The canary: hand-computed verdicts, what may travel, and what an engine makes of it."""
+"""The canary: verification against hand-computed values, token selection and encoding."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from speed_async.weight_sync.manifest import Manifest, decode_manifest, encode_m
 CANARY = Canary(token_ids=(3, 1, 2, 0, 3), logprobs=(-1.0, -2.0, -3.0, -4.0))
 
 
-# --- the verdict --------------------------------------------------------------------------------
+# --- verification -------------------------------------------------------------------------------
 
 
 def test_the_mean_difference_is_compared_and_returned() -> None:
@@ -70,7 +70,7 @@ def test_the_tolerance_depends_on_the_dtype_unless_configured(
     assert canary_tolerance(configured, dtype) == expected
 
 
-# --- the tokens ---------------------------------------------------------------------------------
+# --- token selection ----------------------------------------------------------------------------
 
 
 def test_the_tokens_are_deterministic_and_cover_the_vocabulary() -> None:
@@ -90,7 +90,7 @@ def test_the_tokens_fit_a_small_vocabulary_and_a_short_context() -> None:
     assert len(canary_token_ids(11, context_length=64, length=8)) == 8
 
 
-# --- what may travel ----------------------------------------------------------------------------
+# --- encoding -----------------------------------------------------------------------------------
 
 
 def manifest_with(canary: object) -> bytes:
@@ -102,14 +102,14 @@ def test_a_manifest_preserves_the_canary_bitwise() -> None:
     logprobs = (-1 / 3, -0.0, -5e-324, -1.7976931348623157e308)
     canary = Canary(token_ids=(0, 2**40, 5, 5, 6), logprobs=logprobs)
     manifest = Manifest(policy_version=9, bucket_bytes=64, tensors=(), canary=canary)
-    back = decode_manifest(encode_manifest(manifest))
-    assert back == manifest
-    assert back.canary is not None
-    assert [value.hex() for value in back.canary.logprobs] == [value.hex() for value in logprobs]
+    decoded = decode_manifest(encode_manifest(manifest))
+    assert decoded == manifest
+    assert decoded.canary is not None
+    assert [value.hex() for value in decoded.canary.logprobs] == [value.hex() for value in logprobs]
 
 
 @pytest.mark.parametrize(
-    ("canary", "complaint"),
+    ("canary", "message"),
     [
         ([], "malformed canary"),
         ({"token_ids": [1, 2]}, "malformed canary"),
@@ -129,8 +129,8 @@ def test_a_manifest_preserves_the_canary_bitwise() -> None:
         ({"token_ids": [0] * 4097, "logprobs": [-1.0] * 4096}, "malformed canary"),
     ],
 )
-def test_a_malformed_canary_is_rejected(canary: object, complaint: str) -> None:
-    with pytest.raises(WeightSyncError, match=complaint):
+def test_a_malformed_canary_is_rejected(canary: object, message: str) -> None:
+    with pytest.raises(WeightSyncError, match=message):
         decode_manifest(manifest_with(canary))
 
 

@@ -99,16 +99,16 @@ def test_decoupled_log_linear_interpolates_one_version_back():
 
 
 def test_negative_sequence_mask_masks_unlikely_failed_sequences():
-    # mean log(mu / pi): -log(2)/3 in the first sequence, log 2 in the second
-    bad, good = double([-1.0] * 5), double([1.0] * 5)
+    # mean of log(mu / pi): -log(2)/3 in the first sequence, log 2 in the second
+    failed, passed = double([-1.0] * 5), double([1.0] * 5)
 
-    corrected = corrections.negative_sequence_mask(bad, max_negative_kl=0.6)
+    corrected = corrections.negative_sequence_mask(failed, max_negative_kl=0.6)
 
     assert weights(corrected) == [1.0, 1.0, 1.0, 0.0, 0.0]
     assert corrected.masked_N.tolist() == [False, False, False, True, True]
     assert anchors(corrected) == pytest.approx(LONG_MU)
-    assert weights(corrections.negative_sequence_mask(bad, max_negative_kl=0.7)) == [1.0] * 5
-    assert weights(corrections.negative_sequence_mask(good, max_negative_kl=0.6)) == [1.0] * 5
+    assert weights(corrections.negative_sequence_mask(failed, max_negative_kl=0.7)) == [1.0] * 5
+    assert weights(corrections.negative_sequence_mask(passed, max_negative_kl=0.6)) == [1.0] * 5
 
 
 def test_corrections_have_no_gradient():

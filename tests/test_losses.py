@@ -11,12 +11,12 @@ from speed_async.algorithms.losses import cispo, gspo, policy_gradient, ppo_clip
 
 def weighted(tokens: LossTokens, weights: list[float]) -> Corrected:
     """Anchor mu, with these weights."""
-    nowhere_N = torch.zeros(len(weights), dtype=torch.bool)
+    no_tokens_N = torch.zeros(len(weights), dtype=torch.bool)
     return Corrected(
         anchor_logprobs_N=tokens.behaviour_logprobs_N,
         weights_N=torch.tensor(weights, dtype=torch.float64),
-        truncated_N=nowhere_N,
-        masked_N=nowhere_N,
+        truncated_N=no_tokens_N,
+        masked_N=no_tokens_N,
     )
 
 
@@ -32,7 +32,7 @@ def test_policy_gradient_loss_and_gradient():
 
     losses = policy_gradient(tokens, corrections.token_tis(tokens, max_ratio=1.5))
 
-    # ratios 2, 0.5, 1; cut to 1.5, 0.5, 1
+    # ratios 2, 0.5, 1; truncated to 1.5, 0.5, 1
     assert losses.losses_N.tolist() == pytest.approx(
         [-1.5 * 2 * math.log(0.5), 0.5 * math.log(0.25), -3 * math.log(0.1)], rel=1e-12
     )
@@ -55,7 +55,7 @@ def test_ppo_clips_by_the_sign_of_the_advantage():
 
 
 def test_cispo_clips_the_ratio_and_keeps_the_gradient():
-    # ratios 8, 2, 0.5 cut at 1 + 4
+    # ratios 8, 2, 0.5, clipped at 1 + 4
     tokens = make_loss_tokens(pi=[0.8, 0.2, 0.05], mu=[0.1] * 3, advantages=[1.0, -1.0, 2.0])
 
     losses = cispo(tokens, weighted(tokens, [1.0, 1.0, 0.5]), clip_high=4.0)

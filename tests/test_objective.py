@@ -35,7 +35,7 @@ def test_with_two_screening_samples_both_are_pivotal():
 
 
 def test_pivotal_samples_depend_on_the_thresholds():
-    # open at 2 of 4 only: a flip either way shuts it
+    # open at 2 of 4 only: any flip closes the gate
     assert kept_of([1, 1, 0, 0, 0], "unbiased", low=0.25, high=0.75) == [0, 0, 0, 0, 1]
     # open at 2, 3 and 4 of 4: passes are pivotal at 2, nothing is at 3 or 4
     assert kept_of([1, 1, 0, 0], "unbiased", low=0.3, high=1.0) == [0, 0, 1, 1]
@@ -80,7 +80,7 @@ def test_advantages_use_shaped_rewards(tmp_path: Path):
 
 
 def test_the_overlong_penalty_is_relative_to_the_context_limit(tmp_path: Path):
-    """Far from actors.max_new_tokens: 16 tokens of context, 6 or 8 of them the prompt's."""
+    """The context of 16 tokens, 6 or 8 of them the prompt, is far below actors.max_new_tokens."""
     config = make_config(
         tmp_path,
         max_new_tokens=1000,
@@ -91,18 +91,16 @@ def test_the_overlong_penalty_is_relative_to_the_context_limit(tmp_path: Path):
 
     first, second = compute_signals(make_objective(config, context_length=16), groups)
 
-    shaped = np.array([1, 1 - 2 / 5, 1 - 3 / 5])  # cut at 10, punished over the last 5
+    shaped = np.array([1, 1 - 2 / 5, 1 - 3 / 5])  # limit 10, penalty over the last 5
     assert first.advantages_N.tolist() == pytest.approx((shaped - shaped.mean()).tolist())
-    shaped = np.array([1, 1 - 3 / 4, 0])  # cut at 8, punished over the last 4
+    shaped = np.array([1, 1 - 3 / 4, 0])  # limit 8, penalty over the last 4
     assert second.advantages_N.tolist() == pytest.approx((shaped - shaped.mean()).tolist())
-    flat, _ = compute_signals(
-        make_objective(config), groups
-    )  # no context known: nobody is near the limit
-    assert flat.advantages_N.tolist() == [0, 0, 0]
+    unlimited, _ = compute_signals(make_objective(config), groups)  # no context limit: no penalty
+    assert unlimited.advantages_N.tolist() == [0, 0, 0]
 
 
 def test_the_mask_uses_raw_rewards_and_the_baseline_all_completions(tmp_path: Path):
-    # the long pass falls to 0 once shaped, and is a pass to the gate nevertheless
+    # the shaped reward of the long completion is 0, but its raw reward passes the gate
     shaped = {"overlong_share": 0.4, "screening_samples": "unbiased", "advantage": "dr_grpo"}
 
     (signal,) = compute_signals(objective_of(tmp_path, **shaped), [example(num_screening=3)])

@@ -48,7 +48,7 @@ def gradients(trainer: Trainer) -> list[torch.Tensor]:
 def dense_loss(
     model: torch.nn.Module, groups: Sequence[Group], *, temperature: float, cap: float
 ) -> torch.Tensor:
-    """The definition, sequence by sequence and token by token."""
+    """Direct implementation of the definition, with loops over sequences and tokens."""
     loss, num_tokens = torch.zeros(()), 0
     for group in groups:
         rewards = [completion.reward for completion in group.completions]
@@ -123,15 +123,15 @@ def test_metrics_of_an_update(tmp_path: Path):
 
 
 def test_zero_signal_groups_count_in_the_denominator(tmp_path: Path):
-    taught = make_group([1], make_completion([2, 3], 1.0), make_completion([4, 5], 0.0))
+    with_signal = make_group([1], make_completion([2, 3], 1.0), make_completion([4, 5], 0.0))
     flat = make_group([1], make_completion([6, 7], 1.0), make_completion([8, 9], 1.0))
-    alone = make_trainer(tmp_path / "a", grad_clip=UNLIMITED)
+    undiluted = make_trainer(tmp_path / "a", grad_clip=UNLIMITED)
     diluted = make_trainer(tmp_path / "b", grad_clip=UNLIMITED)
 
-    alone.update([taught])
-    diluted.update([taught, flat])
+    undiluted.update([with_signal])
+    diluted.update([with_signal, flat])
 
-    for whole, half in zip(gradients(alone), gradients(diluted), strict=True):
+    for whole, half in zip(gradients(undiluted), gradients(diluted), strict=True):
         torch.testing.assert_close(half, whole / 2)
 
 
@@ -146,7 +146,7 @@ def test_a_batch_without_signal_steps_with_zero_gradient(tmp_path: Path):
     assert result.metrics["grad_norm"] == 0.0
     assert "ratio_mean" not in result.metrics
     for old, new in zip(before, parameters(trainer), strict=True):
-        # Decay alone moves the parameters, and only those of two dimensions (norms stay).
+        # Only weight decay changes the parameters, and only those with two dimensions.
         torch.testing.assert_close(new, old * (1 - 0.01 * 0.5) if old.dim() >= 2 else old)
 
 
@@ -159,9 +159,11 @@ def test_the_learning_rate_warms_up_linearly(tmp_path: Path):
 def test_a_non_finite_behaviour_log_probability_skips_the_update(tmp_path: Path):
     trainer = make_trainer(tmp_path, lr=0.1)
     before = parameters(trainer)
-    poisoned = make_group([1], make_completion([2], 1.0, [float("nan")]), make_completion([3], 0.0))
+    non_finite = make_group(
+        [1], make_completion([2], 1.0, [float("nan")]), make_completion([3], 0.0)
+    )
 
-    result = trainer.update([poisoned])
+    result = trainer.update([non_finite])
 
     assert result.skipped
     assert "behaviour log-probability" in result.skip_reason
@@ -175,16 +177,16 @@ def test_a_non_finite_behaviour_log_probability_skips_the_update(tmp_path: Path)
 
 
 def test_a_non_finite_gradient_leaves_parameters_and_moments_unchanged(tmp_path: Path):
-    poison = False
+    return_infinity = False
 
     def sometimes_infinite(tokens: LossTokens, corrected: Corrected) -> TokenLosses:
-        scale = float("inf") if poison else 1.0
+        scale = float("inf") if return_infinity else 1.0
         return TokenLosses(
             losses_N=tokens.logprobs_N * scale, clipped_N=torch.zeros_like(corrected.masked_N)
         )
 
     trainers = []
-    for name in ("poisoned", "clean"):
+    for name in ("non_finite", "clean"):
         folder = save_tiny_llama(tmp_path / name)
         config = make_config(folder, lr=0.01, warmup_updates=0)
         trainers.append(
@@ -195,9 +197,9 @@ def test_a_non_finite_gradient_leaves_parameters_and_moments_unchanged(tmp_path:
         )  # fmt: skip
     for trainer in trainers:
         trainer.update(random_groups(0))
-    poison = True
+    return_infinity = True
     result = trainers[0].update(random_groups(1))
-    poison = False
+    return_infinity = False
     for trainer in trainers:
         trainer.update(random_groups(2))
 
@@ -217,7 +219,7 @@ def logprob(model: torch.nn.Module, prompt: list[int], token_ids: list[int]) -> 
 
 
 def on_policy_groups(folder: Path, seed: int) -> list[Group]:
-    """`random_groups`, with log mu those of the model in `folder`."""
+    """`random_groups` with log mu of the model in `folder`."""
     model, groups = load_model(folder, device="cpu"), []
     for group in random_groups(seed):
         prompt = group.prompt_token_ids.tolist()
@@ -280,7 +282,8 @@ COMBINATIONS = list(product(choices("policy_loss"), choices("correction")))
 def objective_trainer(
     folder: Path, objective: ObjectiveConfig, *, age: int = 0, **learner: Any
 ) -> Trainer:
-    """Another trainer of the model in `folder`; tokens of version 0 have this age."""
+    """A trainer of the model in `folder` at version `age`, so that tokens of version 0 have this
+    age."""
     config = make_config(folder, objective=objective, **learner)
     trainer = Trainer(config=config, model=load_model(folder, device="cpu"), parallel=SingleRank())
     trainer.num_updates = age
@@ -309,8 +312,8 @@ def test_every_loss_takes_a_finite_step_under_every_correction(
         pairs = zip(before, parameters(trainer), strict=True)
         assert any(not torch.equal(old, new) for old, new in pairs)
         runs.append(gradients(trainer))
-    for cut, whole in zip(*runs, strict=True):  # no sequence is torn apart
-        torch.testing.assert_close(cut, whole, atol=1e-5, rtol=1e-4)
+    for split, whole in zip(*runs, strict=True):  # no sequence is split
+        torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_on_policy_losses_and_corrections_equal_the_policy_gradient(tmp_path: Path):
@@ -332,8 +335,8 @@ def test_on_policy_losses_and_corrections_equal_the_policy_gradient(tmp_path: Pa
 
 @pytest.mark.parametrize("age", [0, 1])
 def test_interpolated_anchors_depend_on_the_token_age(tmp_path: Path, age: int):
-    """At age 1 the proximal policy is mu, and the weight is 1; at age 0 it is the policy itself,
-    and the weight is rho. Weights are cut at 0.5, which tells the two apart."""
+    """At age 1, the proximal policy is mu and the weight is 1. At age 0, it is the policy itself
+    and the weight is rho. Truncation of weights at 0.5 distinguishes the two cases."""
     save_tiny_llama(tmp_path)
     chosen = ObjectiveConfig(
         policy_loss="cispo", clip_high=1e6, correction="decoupled_log_linear", max_ratio=0.5
@@ -361,8 +364,8 @@ def test_interpolated_anchors_depend_on_the_token_age(tmp_path: Path, age: int):
 def test_limits_beyond_the_context_have_no_effect(
     tmp_path: Path, max_new_tokens: int, model: int, wanted: int | None
 ):
-    """Dr. GRPO's divisor and the over-long punishment, from the model's own limit or the one that
-    the run sets; the whole gradient is theirs."""
+    """The divisor of Dr. GRPO and the overlong penalty follow from the model's limit or from the
+    configured one. Only they contribute to the gradient."""
 
     def gradient(max_new_tokens: int, model: int, wanted: int | None) -> list[torch.Tensor]:
         save_tiny_llama(tmp_path, max_position_embeddings=model)
@@ -383,9 +386,9 @@ def test_limits_beyond_the_context_have_no_effect(
         trainer.update([make_group([1] * 6, cut, make_completion([3] * 4, 1.0))])
         return gradients(trainer)
 
-    by_hand = gradient(16, 16, None)
-    assert any(each.any() for each in by_hand), "both passed: only the punishment tells them apart"
-    for one, other in zip(gradient(max_new_tokens, model, wanted), by_hand, strict=True):
+    reference = gradient(16, 16, None)
+    assert any(each.any() for each in reference), "both pass: only the penalty differs"
+    for one, other in zip(gradient(max_new_tokens, model, wanted), reference, strict=True):
         assert torch.equal(one, other)
 
 
@@ -413,7 +416,7 @@ def test_a_tied_weight_is_sent_once_in_layer_order(tmp_path: Path):
 
 
 def test_the_probability_of_rewarded_tokens_increases(tmp_path: Path):
-    """Samples come from the current policy; token 7 as the first token is worth 1."""
+    """Samples are drawn from the current policy. A first token of 7 has reward 1."""
     trainer = make_trainer(tmp_path, lr=0.02, warmup_updates=0, weight_decay=0.0)
     random = torch.Generator().manual_seed(0)
 
@@ -480,7 +483,7 @@ def test_truncated_and_incomplete_weights_are_rejected(tmp_path: Path):
     config.write_text(
         config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
     )
-    with pytest.raises(ModelError, match=r"lacks \d+ of its weights, such as model\.layers\.2"):
+    with pytest.raises(ModelError, match=r"lacks \d+ weights, such as model\.layers\.2"):
         load_model(folder, device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""Weights arrive bit for bit, and nobody waits past a deadline for those who do not."""
+"""Weight transfers: bitwise correctness, refusals and deadlines."""
 
 import subprocess
 import sys
@@ -128,7 +128,7 @@ def test_the_sender_casts_floating_point_tensors_only(channel: Channel):
     expected = [("w", torch.empty(2, dtype=torch.bfloat16)), ("n", torch.empty_like(tensors[1][1]))]
     loaded = Loaded()
     channel.transfer(channel.offer(1), tensors, {1: expected}, {1: loaded.load})
-    # bfloat16 has 8 significant bits: 1 + 2**-8 lies halfway and rounds to even, 1.0.
+    # bfloat16 has 8 significant bits: 1 + 2**-8 is a tie and rounds to even, 1.0.
     assert same_bits(loaded.tensors["w"], torch.tensor([1.0, 1.0], dtype=torch.bfloat16))
     assert loaded.tensors["n"].tolist() == [2**40 + 1]
 
@@ -136,7 +136,7 @@ def test_the_sender_casts_floating_point_tensors_only(channel: Channel):
 @on_every_channel()
 def test_the_canary_is_received_bitwise_and_is_optional(channel: Channel):
     tensors = [("w", torch.ones(3))]
-    # 1/3 needs all digits of a double; the others are its smallest and a float32 as a double.
+    # 1/3 needs all digits of a double; the others are the smallest double and an inexact one.
     canary = Canary(token_ids=(0, 151_935, 7, 7), logprobs=(-1 / 3, -5e-324, -0.1 - 1.5e-9))
     for policy_version, sent in ((1, canary), (2, None)):
         offer = channel.offer(policy_version, world_size=3)
@@ -188,10 +188,10 @@ def test_a_receiver_refuses_a_version_that_was_not_offered(channel: Channel):
 
     thread = threading.Thread(target=receive)
     thread.start()
-    with pytest.raises(WeightSyncError, match="rank 1 refused: policy version 6 came, 5 was"):
+    with pytest.raises(WeightSyncError, match="rank 1 refused: policy version 6 was received, 5"):
         channel.sender.send(channel.offer(6), tensors)
     thread.join(CHILD_STARTS_S)
-    assert "policy version 6 came, 5 was offered" in errors[0]
+    assert "policy version 6 was received, 5 was offered" in errors[0]
 
 
 @on_every_channel()
@@ -207,10 +207,10 @@ def test_a_later_transfer_also_refuses_a_wrong_version(channel: Channel):
 
     thread = threading.Thread(target=receive)
     thread.start()
-    with pytest.raises(WeightSyncError, match="rank 1 refused: policy version 2 came, 5 was"):
+    with pytest.raises(WeightSyncError, match="rank 1 refused: policy version 2 was received, 5"):
         channel.sender.send(channel.offer(2), tensors)
     thread.join(CHILD_STARTS_S)
-    assert "policy version 2 came, 5 was offered" in errors[0]
+    assert "policy version 2 was received, 5 was offered" in errors[0]
     assert loaded.tensors == {}
 
 
@@ -226,11 +226,11 @@ def test_tensors_may_change_within_an_epoch(channel: Channel):
 def test_a_receiver_that_never_joins_is_named(channel: Channel):
     tensors = [("w", torch.ones(4))]
     loaded = Loaded()
-    began_s = time.monotonic()
+    started_s = time.monotonic()
     outcomes = channel.transfer(
         channel.offer(1, world_size=3, deadline_s=1.0), tensors, {1: tensors}, {1: loaded.load}
     )
-    assert time.monotonic() - began_s < 5.0
+    assert time.monotonic() - started_s < 5.0
     error = outcomes[0]
     assert isinstance(error, WeightSyncError)
     assert "rendezvous failed after 1." in str(error) and "rank 2 never joined" in str(error)
@@ -242,15 +242,15 @@ def test_a_receiver_that_never_joins_is_named(channel: Channel):
 @on_every_channel()
 def test_a_receiver_without_a_sender_stops_at_the_deadline(channel: Channel):
     offer = channel.offer(1, 1, deadline_s=1.0)
-    began_s = time.monotonic()
+    started_s = time.monotonic()
     with pytest.raises(WeightSyncError, match="rendezvous failed after 1"):
         channel.receiver(1).receive(offer, [("w", torch.ones(4))], Loaded().load)
-    assert 1.0 <= time.monotonic() - began_s < 4.0
+    assert 1.0 <= time.monotonic() - started_s < 4.0
 
 
 @on_every_channel()
 def test_an_error_in_load_propagates_and_ends_the_epoch(channel: Channel):
-    tensors = [(f"w{index}", torch.ones(256)) for index in range(6)]  # a bucket each
+    tensors = [(f"w{index}", torch.ones(256)) for index in range(6)]  # one bucket each
 
     def fail(_: Sequence[NamedTensor]) -> None:
         raise LookupError("no such parameter")
@@ -296,7 +296,7 @@ def test_the_memory_channel_records_calls_and_invalidates_tensors():
     assert kept[0].tolist() == [0.0, 0.0, 0.0]
 
 
-# --- the parts ----------------------------------------------------------------------------------
+# --- components ---------------------------------------------------------------------------------
 
 
 def test_buckets_are_filled_in_order_and_aligned():
@@ -306,7 +306,7 @@ def test_buckets_are_filled_in_order_and_aligned():
     )
     plan = plan_buckets(specs, 64)
     starts = [[(span.spec.name, span.start) for span in bucket.spans] for bucket in plan]
-    # a: 0..20, b from 32 to 48; c has 400 bytes and is alone; d starts the next.
+    # a: 0..20, b: 32..48; c has 400 bytes and its own bucket; d starts the next bucket.
     assert starts == [[("a", 0), ("b", 32)], [("c", 0)], [("d", 0)]]
     assert [bucket.num_bytes for bucket in plan] == [48, 400, 4]
 
@@ -338,13 +338,13 @@ def test_a_known_list_of_tensors_is_sent_as_a_digest():
     assert decode_manifest(payload, known) == manifest
     other = Agreement(tensors=specs[:-1], digest=digest_of(specs[:-1]))
     for agreement in (other, None):
-        with pytest.raises(WeightSyncError, match="not announced before"):
+        with pytest.raises(WeightSyncError, match="refers to unknown tensors"):
             decode_manifest(payload, agreement)
     assert decode_manifest(encode_manifest(manifest, other)) == manifest
 
 
 @pytest.mark.parametrize(
-    ("payload", "complaint"),
+    ("payload", "message"),
     [
         (b"\x80\x04N.", "not JSON"),
         (b"[]", "not of format 2"),
@@ -374,8 +374,8 @@ def test_a_known_list_of_tensors_is_sent_as_a_digest():
         ),
     ],
 )
-def test_a_malformed_manifest_is_rejected(payload: bytes, complaint: str):
-    with pytest.raises(WeightSyncError, match=complaint):
+def test_a_malformed_manifest_is_rejected(payload: bytes, message: str):
+    with pytest.raises(WeightSyncError, match=message):
         decode_manifest(payload)
 
 

@@ -1,4 +1,4 @@
-"""What lies in memory as it travels is neither packed nor loaded, and nothing else is touched."""
+"""Contiguous weights are sent without packing and received in place."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ class Tied(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.embed = nn.Embedding(50, 6)  # 1,200 bytes: larger than a bucket
-        self.norm = nn.LayerNorm(5)  # 20 bytes each: there is a gap behind
+        self.norm = nn.LayerNorm(5)  # 20 bytes each, followed by a gap
         self.half = nn.Linear(6, 5, dtype=torch.bfloat16)
         self.head = nn.Linear(6, 50, bias=False)
         self.head.weight = self.embed.weight
@@ -69,8 +69,8 @@ def test_contiguous_view_requires_the_layout_of_the_bucket():
         view_B = contiguous_view(bucket, flat)
         assert view_B is not None and view_B.shape == (bucket.num_bytes,)
         assert view_B.data_ptr() == flat[bucket.spans[0].spec.name].data_ptr()
-    turned = flat | {"half.weight": flat["half.weight"].clone().t().contiguous().t()}
-    assert contiguous_view(plan[1], turned) is None
+    transposed = flat | {"half.weight": flat["half.weight"].clone().t().contiguous().t()}
+    assert contiguous_view(plan[1], transposed) is None
     assert contiguous_view(plan[1], flat | {"norm.bias": flat["norm.weight"]}) is None
     assert (
         contiguous_view(plan[1], flat | {"norm.bias": flat["norm.bias"].view(torch.int32)}) is None
@@ -86,26 +86,26 @@ def test_flat_weights_are_received_in_place(backend: WeightBackend, sender_is_fl
         flatten_parameters(learner)
     theirs = copies(learner)
     expected = named(actor)
-    given: list[list[str]] = []
+    loaded_names: list[list[str]] = []
 
     def load(tensors: Sequence[NamedTensor]) -> None:
-        if not given:  # before the first byte
+        if not loaded_names:  # before the first write
             assert tensors == [] and not same_bits(actor.embed.weight, theirs["embed.weight"])
-        given.append([name for name, _ in tensors])
+        loaded_names.append([name for name, _ in tensors])
         for name, tensor in tensors:
-            assert tensor is dict(expected)[name]  # no copy of it
+            assert tensor is dict(expected)[name]  # not a copy
             assert same_bits(tensor, theirs[name])
 
     with open_channel(TorchStage(backend, BUCKET_BYTES, in_place=True)) as channel:
         for policy_version in (1, 2):
-            given.clear()
+            loaded_names.clear()
             outcomes = channel.transfer(
                 channel.offer(policy_version), named(learner), {1: expected}, {1: load}
             )
             assert isinstance(outcomes[0], TransferReport), outcomes
             assert isinstance(outcomes[1], TransferReport), outcomes
             names = [name for name, _ in expected]
-            assert given == [[], names[:1], names[1:]]
+            assert loaded_names == [[], names[:1], names[1:]]
             with torch.no_grad():
                 learner.embed.weight.add_(1.0)
                 actor.embed.weight.zero_()
