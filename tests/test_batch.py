@@ -24,7 +24,7 @@ LONG = make_completion([5, 6, 7], 1.0, [-0.1, -0.2, -0.3])
 SHORT = make_completion([8, 9], 0.0, [-0.4, -0.5])
 
 
-def whole_row(group: Group, advantages: list[float] | None = None) -> Row:
+def full_row(group: Group, advantages: list[float] | None = None) -> Row:
     """A row of all completions. By default, the advantage is the index from 1, which identifies the
     completion in every layout. The weight is a tenth of the index."""
     numbers_N = np.arange(1.0, len(group.completions) + 1)
@@ -37,7 +37,7 @@ def whole_row(group: Group, advantages: list[float] | None = None) -> Row:
 
 
 def batch_of(groups: list[Group], width: int, policy_version: int = 0) -> MicroBatch:
-    rows = [row for group in groups for row in split_row(whole_row(group), width)]
+    rows = [row for group in groups for row in split_row(full_row(group), width)]
     return make_micro_batch(rows, policy_version=policy_version)
 
 
@@ -95,16 +95,16 @@ def test_training_row_selects_completions_with_a_gradient():
 
 
 def test_a_group_without_signal_gives_no_row_and_an_empty_prompt_raises():
-    assert list(split_row(whole_row(make_group([1], LONG), [0.0]), 1)) == []
-    assert list(split_row(whole_row(make_group([1], make_completion([], 0.0))), 2)) == []
+    assert list(split_row(full_row(make_group([1], LONG), [0.0]), 1)) == []
+    assert list(split_row(full_row(make_group([1], make_completion([], 0.0))), 2)) == []
     with pytest.raises(ValueError, match="prompt 0 has no tokens"):
-        whole_row(make_group([], LONG))
+        full_row(make_group([], LONG))
 
 
 def test_micro_batches_have_at_most_max_tokens_padded_positions():
     lengths = [6, 1, 3, 3, 9, 2]  # input tokens of a row: prompt 2 + length - 1
     groups = [make_group([1, 2], make_completion([3] * n, 0.0)) for n in lengths]
-    rows = [whole_row(group) for group in groups]
+    rows = [full_row(group) for group in groups]
 
     parts = split_rows(rows, max_tokens=9)
 
@@ -116,10 +116,10 @@ def test_prompts_are_shared_only_for_short_completions():
     short = make_group([1] * 14, *[make_completion([1] * 7, 0.0)] * 24)
     long = make_group([1] * 200, *[make_completion([1] * 3000, 0.0)] * 24)
 
-    assert choose_width([whole_row(short)], cost) > 1
-    assert choose_width([whole_row(long)], cost) == 1
+    assert choose_width([full_row(short)], cost) > 1
+    assert choose_width([full_row(long)], cost) == 1
     assert choose_width([], cost) == 1
-    assert choose_width([whole_row(short, [0.0] * 24)], cost) == 1
+    assert choose_width([full_row(short, [0.0] * 24)], cost) == 1
 
 
 def score(policy: Policy, batch: MicroBatch) -> list[tuple[int, int, float]]:
@@ -169,13 +169,13 @@ def test_log_probabilities_match_separate_sequences_at_the_temperature(tmp_path:
 def test_chunked_logits_give_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     policy = Policy(load_model(save_tiny_llama(tmp_path), device="cpu"), temperature=1.0)
     batch = batch_of(random_groups(2), 3)
-    whole, whole_gradients = score(policy, batch), gradients(policy, batch)
+    reference, reference_gradients = score(policy, batch), gradients(policy, batch)
 
     monkeypatch.setattr(policy_file, "MAX_LOGITS", 4 * VOCABULARY)
 
-    for one, other in zip(score(policy, batch), whole, strict=True):
+    for one, other in zip(score(policy, batch), reference, strict=True):
         assert one == pytest.approx(other, abs=1e-6)
-    for one, other in zip(gradients(policy, batch), whole_gradients, strict=True):
+    for one, other in zip(gradients(policy, batch), reference_gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
@@ -186,4 +186,4 @@ def test_the_quickstart_model_shares_prompts(tmp_path: Path):
     )
     group = make_group([1] * 14, *[make_completion([1] * n, 0.0) for n in (4, 5, 6, 8, 9, 10)] * 4)
     assert check_policy(Policy(model, temperature=1.0))
-    assert choose_width([whole_row(group)], layout_cost(model)) in (8, 12, 24)
+    assert choose_width([full_row(group)], layout_cost(model)) in (8, 12, 24)

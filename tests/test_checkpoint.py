@@ -283,9 +283,7 @@ def test_a_config_that_cannot_be_saved_is_reported_before_training(
 ):
     trainer = make_trainer(model_folder)
     monkeypatch.setattr(trainer.model.config, "validate", lambda: float("no number"))
-    with pytest.raises(
-        ModelError, match=r"refuses to save it .*no number.*; fix that file in"
-    ):
+    with pytest.raises(ModelError, match=r"refuses to save it .*no number.*; fix that file in"):
         trainer.try_save()
     assert list(root_of(model_folder).glob("*")) == []
 

@@ -70,13 +70,13 @@ def test_masked_and_clipped_tokens_are_counted_separately():
 
 def test_diagnostics_do_not_depend_on_micro_batches():
     pi, mu, advantages = [0.5, 0.25, 0.1], [0.25, 0.5, 0.4], [1.0, -2.0, 0.5]
-    whole, parts = Diagnostics(), Diagnostics()
-    for diagnostics, cuts in ((whole, [slice(0, 3)]), (parts, [slice(0, 1), slice(1, 3)])):
+    full, split = Diagnostics(), Diagnostics()
+    for diagnostics, cuts in ((full, [slice(0, 3)]), (split, [slice(0, 1), slice(1, 3)])):
         for cut in cuts:
             tokens = make_loss_tokens(pi[cut], mu[cut], advantages[cut])
             add(diagnostics, tokens, token_tis(tokens, max_ratio=1.5), [0.1, 0.2, 0.3][cut])
 
-    assert parts.metrics() == pytest.approx(whole.metrics(), rel=1e-12)
+    assert split.metrics() == pytest.approx(full.metrics(), rel=1e-12)
 
 
 def test_metrics_of_extreme_ratios_are_finite():

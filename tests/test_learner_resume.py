@@ -514,8 +514,8 @@ def test_the_error_of_a_rejected_learner_contains_the_resume_command(
         asyncio.run(run())
     assert str(caught.value) == (
         f"buffer service: refused a message of the learner: {FORGOTTEN}; `speed-async train "
-        "--resume runs/default` goes on from the newest checkpoint (with cluster.max_restarts the "
-        "run does so by itself)"
+        "--resume runs/default` resumes from the newest checkpoint (automatically with "
+        "cluster.max_restarts)"
     )
 
 
@@ -606,11 +606,11 @@ def run_attempt(
         harness = Harness(config, trainer, service_at, restored)
         harness.service.make_group = recorded_group
 
-        async def remember(message: m.Message) -> None:
+        async def record_state(message: m.Message) -> None:
             if isinstance(message, m.PublishWeights):  # the learner waits for the response
                 states[message.policy_version] = state_of(trainer)
 
-        harness.service.on_message = remember
+        harness.service.on_message = record_state
         return await harness.run()
 
     return states, asyncio.run(run())

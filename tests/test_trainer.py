@@ -359,15 +359,15 @@ def test_interpolated_anchors_depend_on_the_token_age(tmp_path: Path, age: int):
 
 
 @pytest.mark.parametrize(
-    ("max_new_tokens", "model", "wanted"), [(64, 16, None), (1000, 16, None), (1000, 64, 16)]
+    ("max_new_tokens", "model", "max_context"), [(64, 16, None), (1000, 16, None), (1000, 64, 16)]
 )
 def test_limits_beyond_the_context_have_no_effect(
-    tmp_path: Path, max_new_tokens: int, model: int, wanted: int | None
+    tmp_path: Path, max_new_tokens: int, model: int, max_context: int | None
 ):
     """The divisor of Dr. GRPO and the overlong penalty follow from the model's limit or from the
     configured one. Only they contribute to the gradient."""
 
-    def gradient(max_new_tokens: int, model: int, wanted: int | None) -> list[torch.Tensor]:
+    def gradient(max_new_tokens: int, model: int, max_context: int | None) -> list[torch.Tensor]:
         save_tiny_llama(tmp_path, max_position_embeddings=model)
         config = make_config(
             tmp_path,
@@ -376,7 +376,7 @@ def test_limits_beyond_the_context_have_no_effect(
                 advantage="dr_grpo", aggregation="fixed_length", overlong_share=0.5
             ),
         )
-        chosen = config.model.model_copy(update={"context_length": wanted})
+        chosen = config.model.model_copy(update={"context_length": max_context})
         trainer = Trainer(
             config=config.model_copy(update={"model": chosen}),
             model=load_model(tmp_path, device="cpu"),
@@ -388,7 +388,7 @@ def test_limits_beyond_the_context_have_no_effect(
 
     reference = gradient(16, 16, None)
     assert any(each.any() for each in reference), "both pass: only the penalty differs"
-    for one, other in zip(gradient(max_new_tokens, model, wanted), reference, strict=True):
+    for one, other in zip(gradient(max_new_tokens, model, max_context), reference, strict=True):
         assert torch.equal(one, other)
 
 
@@ -541,7 +541,7 @@ def test_the_canary_fits_the_context(tmp_path: Path):
     model = load_model(tmp_path, device="cpu")
     policy = Policy(model, temperature=1.0)
     assert len(CanaryProbe(model).measure(policy).token_ids) == 20
-    assert len(CanaryProbe(model, wanted=7).measure(policy).token_ids) == 7
+    assert len(CanaryProbe(model, max_context=7).measure(policy).token_ids) == 7
 
 
 def test_the_canary_of_diverged_weights_raises(tmp_path: Path):

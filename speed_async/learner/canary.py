@@ -18,10 +18,12 @@ from speed_async.weight_sync.canary import CANARY_TOKENS, Canary, canary_token_i
 class CanaryProbe:
     """A fixed row of tokens, converted to tensors once."""
 
-    def __init__(self, model: PreTrainedModel, *, wanted: int | None = None, seed: int = 0) -> None:
-        """`wanted`: `model.context_length`."""
+    def __init__(
+        self, model: PreTrainedModel, *, max_context: int | None = None, seed: int = 0
+    ) -> None:
+        """`max_context` is the configured `model.context_length`."""
         table = embedding_table(model)
-        limit = context_length(model, wanted) or CANARY_TOKENS
+        limit = context_length(model, max_context) or CANARY_TOKENS
         self._token_ids = canary_token_ids(len(table), context_length=limit, seed=seed)
         first, *rest = np.array_split(np.array(self._token_ids, np.int32), [1])
         sample = TrainingSample(

@@ -99,8 +99,8 @@ class Inbox:
             text = f"refused a message of the learner: {message.reason}"
             if self._is_connected:  # the service has lost state since it accepted this learner
                 text += (
-                    f"; `speed-async train --resume {self._run_folder}` goes on from the newest "
-                    "checkpoint (with cluster.max_restarts the run does so by itself)"
+                    f"; `speed-async train --resume {self._run_folder}` resumes from the newest "
+                    "checkpoint (automatically with cluster.max_restarts)"
                 )
             raise RoleError("buffer service", text)
         self._is_connected = self._is_connected or isinstance(message, m.Welcome)

@@ -271,7 +271,7 @@ class LearnerLoop:
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
 
-    # --- the end -----------------------------------------------------------------------------
+    # --- shutdown ----------------------------------------------------------------------------
 
     async def _finish(self) -> Finished:
         evaluate = self._version >= self._config.run.updates

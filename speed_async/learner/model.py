@@ -83,10 +83,10 @@ def _set_mode(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
                 setattr(module, "dropout", 0.0)  # noqa: B010 - a float, annotated as Module
 
 
-def context_length(model: PreTrainedModel, wanted: int | None) -> int | None:
-    """Largest number of prompt plus completion tokens: `model.context_length` (`wanted`), or the
-    limit of the model. None for a model without a limit."""
-    return wanted or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_length(model: PreTrainedModel, configured: int | None) -> int | None:
+    """Largest number of prompt plus completion tokens: `configured` (`model.context_length`), or
+    the limit of the model. None for a model without a limit."""
+    return configured or getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def embedding_table(model: PreTrainedModel) -> Tensor:

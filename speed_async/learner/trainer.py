@@ -60,7 +60,7 @@ class Trainer:
         clock: Callable[[], float] = time.perf_counter,
         run_id: str = "",
     ) -> None:
-        """`model` comes from `load_model`. `objective` None builds the configured objective.
+        """`model` is a result of `load_model`. `objective` None builds the configured objective.
         `run_id` is stored in every checkpoint.
 
         Raises ModelError when the learner does not support the model.
@@ -83,7 +83,7 @@ class Trainer:
         self._can_share_prompts = check_policy(policy)
         self._layout_cost = layout_cost(model)
         self._canary_probe = CanaryProbe(
-            model, wanted=config.model.context_length, seed=config.run.seed
+            model, max_context=config.model.context_length, seed=config.run.seed
         )
         self._policy = parallel.wrap(policy)
         self._optimizer = make_optimizer(model, config.learner)

@@ -210,7 +210,8 @@ class TorchReceiver:
         Tensors are in host memory with gloo (pinned when the device is a GPU), in device memory
         with NCCL, and in the sender's shared memory with ipc.
         Raises WeightSyncError naming the stage, or the difference from `expected`, in which case
-        nothing was loaded. An exception of `load` ends this member's epoch and propagates.
+        nothing was loaded. An exception of `load` makes this member's epoch unusable and
+        propagates.
         """
         started_s = self._clock()
         if not 0 < offer.rank < offer.world_size:

@@ -174,7 +174,7 @@ class EpochGroup:
             return future.result((deadline_s or self.offer.deadline_s) + SLACK_S)
         except TimeoutError as error:
             self.stuck = True
-            raise StageFailed(stage, time.monotonic() - started_s, "no answer") from error
+            raise StageFailed(stage, time.monotonic() - started_s, "no response") from error
         except RuntimeError as error:  # torch.distributed raises it for all failures
             reason = in_words(error)
             ranks = error.ranks if isinstance(error, MemberLeft) else ()

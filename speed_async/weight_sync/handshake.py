@@ -40,9 +40,9 @@ GRACE_S = 0.5
 """Time after a failure that peers have to report their state."""
 
 
-def gather_answers(group: EpochGroup, topic: str, absence: str) -> "Future[dict[int, str]]":
+def gather_answers(group: EpochGroup, message: str, absence: str) -> "Future[dict[int, str]]":
     """One value from every receiver, keyed by rank; fails naming the ranks without one."""
-    keys = _keys_by_rank(group, topic)
+    keys = _keys_by_rank(group, message)
 
     def call(store: Store) -> dict[int, str]:
         if not wait_for_keys(store, [*keys.values()], group.offer.deadline_s):
@@ -231,8 +231,8 @@ def _manifest_parts(payload: bytes) -> list[bytes]:
     return [head, rest] if rest else [head]
 
 
-def _keys_by_rank(group: EpochGroup, topic: str) -> dict[int, str]:
-    return {rank: group.key(topic, group.num_transfers, rank) for rank in group.receiver_ranks}
+def _keys_by_rank(group: EpochGroup, message: str) -> dict[int, str]:
+    return {rank: group.key(message, group.num_transfers, rank) for rank in group.receiver_ranks}
 
 
 def sync_error(

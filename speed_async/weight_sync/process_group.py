@@ -135,7 +135,7 @@ def broadcast_from_sender(
 ) -> None:
     """Sends from rank 0, or receives into `buffers_B`, (B,) uint8 each; blocks until all are done.
 
-    Two broadcasts are in flight at once, so that the network is never idle between them.
+    Two broadcasts are in flight at a time, so that the network is never idle between them.
     `on_done` is called with the index of each buffer, in order, when its transfer completes.
     Raises RuntimeError when a member is lost or the deadline of a buffer passes.
     """
