@@ -136,7 +136,7 @@ def test_the_sender_casts_floating_point_tensors_only(channel: Channel):
 @on_every_channel()
 def test_the_canary_is_received_bitwise_and_is_optional(channel: Channel):
     tensors = [("w", torch.ones(3))]
-    # 1/3 needs all digits of a double; the others are the smallest double and an inexact one.
+    # 1/3 needs all digits of a double; the others are the smallest double and a float32 value.
     canary = Canary(token_ids=(0, 151_935, 7, 7), logprobs=(-1 / 3, -5e-324, -0.1 - 1.5e-9))
     for policy_version, sent in ((1, canary), (2, None)):
         offer = channel.offer(policy_version, world_size=3)
