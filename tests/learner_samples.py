@@ -33,7 +33,7 @@ def save_tiny_llama(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 64,
         "tie_word_embeddings": True,
-        "initializer_range": 0.3,  # far from uniform, so that a wrong mask shows
+        "initializer_range": 0.3,  # far from uniform, so that a wrong mask changes the result
     }
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(**(settings | changes))).save_pretrained(folder)
@@ -89,7 +89,7 @@ def make_loss_tokens(
     ages: list[int] | None = None,
     sequences: list[int] | None = None,
 ) -> LossTokens:
-    """Probabilities, not logarithms; by default each token is a sequence of its own."""
+    """`pi` and `mu` are probabilities. By default, each token is its own sequence."""
     sequences = sequences or list(range(len(pi)))
     return LossTokens(
         logprobs_N=torch.tensor(pi, dtype=torch.float64).log().requires_grad_(),
@@ -114,7 +114,7 @@ def make_group(
 
 
 def random_groups(seed: int, *, num_groups: int = 3) -> list[Group]:
-    """Groups of 2 to 6 completions of 1 to 7 tokens, rewards 0 or 1 and never all equal."""
+    """Groups of 2 to 6 completions of 1 to 7 tokens, with rewards 0 or 1, not all equal."""
     rng = np.random.default_rng(seed)
     groups = []
     for lease_id in range(num_groups):

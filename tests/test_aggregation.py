@@ -12,11 +12,11 @@ from speed_async.algorithms.aggregation import (
 LENGTHS = [np.array([2, 6]), np.array([3, 0, 1])]
 
 
-def test_token_mean_gives_every_token_of_the_update_the_same_share():
+def test_token_mean_weighs_all_tokens_equally():
     assert [w.tolist() for w in token_mean(LENGTHS)] == [[1 / 12] * 2, [1 / 12] * 3]
 
 
-def test_sequence_mean_gives_every_completion_the_same_share_an_empty_one_too():
+def test_sequence_mean_weighs_all_completions_equally():
     first, second = sequence_mean(LENGTHS)
     assert first.tolist() == pytest.approx([1 / 10, 1 / 30])
     assert second[[0, 2]].tolist() == pytest.approx([1 / 15, 1 / 5])
@@ -24,21 +24,21 @@ def test_sequence_mean_gives_every_completion_the_same_share_an_empty_one_too():
     assert (first * LENGTHS[0]).sum() + (second * LENGTHS[1]).sum() == pytest.approx(4 / 5)
 
 
-def test_prompt_mean_gives_every_prompt_the_same_share():
+def test_prompt_mean_weighs_all_prompts_equally():
     first, second = prompt_mean(LENGTHS)
     assert first.tolist() == pytest.approx([1 / 16] * 2)
     assert second.tolist() == pytest.approx([1 / 8] * 3)
     assert (first * LENGTHS[0]).sum() == (second * LENGTHS[1]).sum() == pytest.approx(1 / 2)
 
 
-def test_fixed_length_divides_by_what_no_outcome_moves():
+def test_fixed_length_is_independent_of_the_lengths():
     assert [w.tolist() for w in fixed_length(LENGTHS, max_new_tokens=8)] == [
         [1 / 40] * 2,
         [1 / 40] * 3,
     ]
 
 
-def test_an_update_without_any_token_has_finite_weights():
+def test_weights_are_finite_without_tokens():
     empty = [np.array([0, 0])]
     for aggregation in (token_mean, sequence_mean, prompt_mean):
         assert np.isfinite(aggregation(empty)[0]).all()

@@ -24,9 +24,9 @@ LONG = make_completion([5, 6, 7], 1.0, [-0.1, -0.2, -0.3])
 SHORT = make_completion([8, 9], 0.0, [-0.4, -0.5])
 
 
-def whole_row(group: Group, advantages: list[float] | None = None) -> Row:
-    """Every completion kept; its advantage, if not given, its number from 1 on, so that equal
-    layouts can be matched, and its weight a tenth of that."""
+def full_row(group: Group, advantages: list[float] | None = None) -> Row:
+    """A row of all completions. By default, the advantage is the index from 1, which identifies the
+    completion in every layout. The weight is a tenth of the index."""
     numbers_N = np.arange(1.0, len(group.completions) + 1)
     return training_row(
         group,
@@ -37,11 +37,11 @@ def whole_row(group: Group, advantages: list[float] | None = None) -> Row:
 
 
 def batch_of(groups: list[Group], width: int, policy_version: int = 0) -> MicroBatch:
-    rows = [row for group in groups for row in split_row(whole_row(group), width)]
+    rows = [row for group in groups for row in split_row(full_row(group), width)]
     return make_micro_batch(rows, policy_version=policy_version)
 
 
-def test_one_completion_a_row_is_padded_on_the_right_without_its_last_token():
+def test_rows_of_one_completion_are_right_padded():
     batch = batch_of([make_group([1, 2], LONG, SHORT)], width=1)
 
     assert batch.input_ids_BL.tolist() == [[1, 2, 8, 0], [1, 2, 5, 6]]
@@ -57,7 +57,7 @@ def test_one_completion_a_row_is_padded_on_the_right_without_its_last_token():
     assert batch.num_sequences == 2
 
 
-def test_siblings_share_their_prompt_and_do_not_see_each_other():
+def test_completions_share_a_prompt_without_attending_to_each_other():
     batch = batch_of([make_group([1, 2], LONG, SHORT)], width=2)
 
     assert batch.input_ids_BL.tolist() == [[1, 2, 8, 5, 6]]
@@ -75,13 +75,13 @@ def test_siblings_share_their_prompt_and_do_not_see_each_other():
     ]
 
 
-def test_the_age_of_a_token_is_the_versions_since_and_never_negative():
+def test_token_ages_are_never_negative():
     mixed = make_completion([5, 6, 7], 1.0)
     mixed.sampled.policy_versions[:] = [3, 5, 9]
     assert batch_of([make_group([1], mixed)], 1, policy_version=7).ages_N.tolist() == [4, 2, 0]
 
 
-def test_only_kept_completions_with_an_advantage_and_a_token_are_run():
+def test_training_row_selects_completions_with_a_gradient():
     group = make_group([1], LONG, SHORT, LONG, make_completion([], 0.0))
     row = training_row(
         group,
@@ -94,36 +94,36 @@ def test_only_kept_completions_with_an_advantage_and_a_token_are_run():
     ]
 
 
-def test_a_group_without_anything_to_learn_gives_no_row_and_an_empty_prompt_is_refused():
-    assert list(split_row(whole_row(make_group([1], LONG), [0.0]), 1)) == []
-    assert list(split_row(whole_row(make_group([1], make_completion([], 0.0))), 2)) == []
+def test_a_group_without_signal_gives_no_row_and_an_empty_prompt_raises():
+    assert list(split_row(full_row(make_group([1], LONG), [0.0]), 1)) == []
+    assert list(split_row(full_row(make_group([1], make_completion([], 0.0))), 2)) == []
     with pytest.raises(ValueError, match="prompt 0 has no tokens"):
-        whole_row(make_group([], LONG))
+        full_row(make_group([], LONG))
 
 
-def test_micro_batches_hold_at_most_the_given_padded_tokens():
-    lengths = [6, 1, 3, 3, 9, 2]  # fed tokens of a row: prompt 2 + length - 1
+def test_micro_batches_have_at_most_max_tokens_padded_positions():
+    lengths = [6, 1, 3, 3, 9, 2]  # input tokens of a row: prompt 2 + length - 1
     groups = [make_group([1, 2], make_completion([3] * n, 0.0)) for n in lengths]
-    rows = [whole_row(group) for group in groups]
+    rows = [full_row(group) for group in groups]
 
     parts = split_rows(rows, max_tokens=9)
 
     assert [[row.num_tokens for row in part] for part in parts] == [[10], [7], [4, 4], [3, 2]]
 
 
-def test_prompts_are_shared_when_long_against_their_completions_and_never_for_long_ones():
+def test_prompts_are_shared_only_for_short_completions():
     cost = LayoutCost(per_token=1e6, per_pair=1e3)
     short = make_group([1] * 14, *[make_completion([1] * 7, 0.0)] * 24)
     long = make_group([1] * 200, *[make_completion([1] * 3000, 0.0)] * 24)
 
-    assert choose_width([whole_row(short)], cost) > 1
-    assert choose_width([whole_row(long)], cost) == 1
+    assert choose_width([full_row(short)], cost) > 1
+    assert choose_width([full_row(long)], cost) == 1
     assert choose_width([], cost) == 1
-    assert choose_width([whole_row(short, [0.0] * 24)], cost) == 1
+    assert choose_width([full_row(short, [0.0] * 24)], cost) == 1
 
 
 def score(policy: Policy, batch: MicroBatch) -> list[tuple[int, int, float]]:
-    """(target, advantage, log pi) of every token, in an order that no layout changes."""
+    """(target, advantage, log pi) of every token, in an order independent of the layout."""
     logprobs_N, _ = policy(batch)
     rows = zip(batch.target_ids_N, batch.advantages_N, logprobs_N, strict=True)
     return sorted((int(t), int(a), p.item()) for t, a, p in rows)
@@ -137,19 +137,19 @@ def gradients(policy: Policy, batch: MicroBatch) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("width", [2, 3, 6])
-def test_sharing_changes_neither_log_probabilities_nor_gradients(tmp_path: Path, width: int):
+def test_shared_prompts_preserve_log_probabilities_and_gradients(tmp_path: Path, width: int):
     policy = Policy(load_model(save_tiny_llama(tmp_path), device="cpu"), temperature=0.7)
     groups = random_groups(1, num_groups=4)
-    apart, shared = batch_of(groups, 1), batch_of(groups, width)
+    separate, shared = batch_of(groups, 1), batch_of(groups, width)
 
-    assert shared.input_ids_BL.numel() < apart.input_ids_BL.numel()
-    for one, other in zip(score(policy, apart), score(policy, shared), strict=True):
+    assert shared.input_ids_BL.numel() < separate.input_ids_BL.numel()
+    for one, other in zip(score(policy, separate), score(policy, shared), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
-    for one, other in zip(gradients(policy, apart), gradients(policy, shared), strict=True):
+    for one, other in zip(gradients(policy, separate), gradients(policy, shared), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_log_probabilities_are_those_of_each_sequence_alone_at_the_temperature(tmp_path: Path):
+def test_log_probabilities_match_separate_sequences_at_the_temperature(tmp_path: Path):
     model = load_model(save_tiny_llama(tmp_path), device="cpu")
     batch = batch_of([make_group([1, 2], LONG, SHORT)], width=2)
 
@@ -158,34 +158,32 @@ def test_log_probabilities_are_those_of_each_sequence_alone_at_the_temperature(t
     expected, entropy = [], []
     for prompt, completion in (([1, 2], [8, 9]), ([1, 2], [5, 6, 7])):
         logits_LV = model(input_ids=torch.tensor([prompt + completion])).logits[0]
-        for place, token in enumerate(completion):
-            logprobs_V = (logits_LV[len(prompt) + place - 1] / 0.5).log_softmax(-1)
+        for index, token in enumerate(completion):
+            logprobs_V = (logits_LV[len(prompt) + index - 1] / 0.5).log_softmax(-1)
             expected.append(logprobs_V[token].item())
             entropy.append(-sum(math.exp(p) * p for p in logprobs_V.tolist()))
     assert logprobs_N.tolist() == pytest.approx(expected, abs=1e-5)
     assert entropies_N.tolist() == pytest.approx(entropy, abs=1e-5)
 
 
-def test_a_vocabulary_too_large_for_one_chunk_gives_the_same_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_chunked_logits_give_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     policy = Policy(load_model(save_tiny_llama(tmp_path), device="cpu"), temperature=1.0)
     batch = batch_of(random_groups(2), 3)
-    whole, whole_gradients = score(policy, batch), gradients(policy, batch)
+    reference, reference_gradients = score(policy, batch), gradients(policy, batch)
 
     monkeypatch.setattr(policy_file, "MAX_LOGITS", 4 * VOCABULARY)
 
-    for one, other in zip(score(policy, batch), whole, strict=True):
+    for one, other in zip(score(policy, batch), reference, strict=True):
         assert one == pytest.approx(other, abs=1e-6)
-    for one, other in zip(gradients(policy, batch), whole_gradients, strict=True):
+    for one, other in zip(gradients(policy, batch), reference_gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_the_cost_of_the_quickstart_shape_chooses_shared_prompts(tmp_path: Path):
+def test_the_quickstart_model_shares_prompts(tmp_path: Path):
     model = load_model(
         save_tiny_llama(tmp_path, hidden_size=128, intermediate_size=344, num_hidden_layers=4),
         device="cpu",
     )
     group = make_group([1] * 14, *[make_completion([1] * n, 0.0) for n in (4, 5, 6, 8, 9, 10)] * 4)
     assert check_policy(Policy(model, temperature=1.0))
-    assert choose_width([whole_row(group)], layout_cost(model)) in (8, 12, 24)
+    assert choose_width([full_row(group)], layout_cost(model)) in (8, 12, 24)

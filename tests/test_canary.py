@@ -1,4 +1,4 @@
-"""The canary: hand-computed verdicts, what may travel, and what an engine makes of it."""
+"""The canary: verification against hand-computed values, token selection and encoding."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from speed_async.weight_sync.manifest import Manifest, decode_manifest, encode_m
 CANARY = Canary(token_ids=(3, 1, 2, 0, 3), logprobs=(-1.0, -2.0, -3.0, -4.0))
 
 
-# --- the verdict --------------------------------------------------------------------------------
+# --- verification -------------------------------------------------------------------------------
 
 
 def test_the_mean_difference_is_compared_and_returned() -> None:
@@ -41,13 +41,13 @@ def test_differences_of_both_signs_do_not_cancel() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_fails_whatever_the_tolerance(value: float) -> None:
+def test_a_non_finite_value_fails_at_any_tolerance(value: float) -> None:
     with pytest.raises(WeightSyncError, match=r"version 3 is refused.* 1 of 4 .* not finite"):
         verify(CANARY, (-1.0, value, -3.0, -4.0), tolerance=1e9, policy_version=3)
 
 
 @pytest.mark.parametrize("count", [0, 3, 5])
-def test_another_number_of_measured_values_fails(count: int) -> None:
+def test_a_wrong_number_of_measured_values_fails(count: int) -> None:
     with pytest.raises(WeightSyncError, match=f"{count} log-probabilities .* canary of 4"):
         verify(CANARY, [-1.0] * count, tolerance=1e9, policy_version=3)
 
@@ -64,16 +64,16 @@ def test_another_number_of_measured_values_fails(count: int) -> None:
         (1e-12, "torch.bfloat16", 1e-12),
     ],
 )
-def test_the_tolerance_follows_the_dtype_unless_it_is_configured(
+def test_the_tolerance_depends_on_the_dtype_unless_configured(
     configured: float | None, dtype: str, expected: float
 ) -> None:
     assert canary_tolerance(configured, dtype) == expected
 
 
-# --- the tokens ---------------------------------------------------------------------------------
+# --- token selection ----------------------------------------------------------------------------
 
 
-def test_the_tokens_are_fixed_by_their_seed_and_spread_over_the_vocabulary() -> None:
+def test_the_tokens_are_deterministic_and_cover_the_vocabulary() -> None:
     token_ids = canary_token_ids(151_936, context_length=4096, seed=5)
     assert token_ids == canary_token_ids(151_936, context_length=4096, seed=5)
     assert token_ids != canary_token_ids(151_936, context_length=4096, seed=6)
@@ -90,7 +90,7 @@ def test_the_tokens_fit_a_small_vocabulary_and_a_short_context() -> None:
     assert len(canary_token_ids(11, context_length=64, length=8)) == 8
 
 
-# --- what may travel ----------------------------------------------------------------------------
+# --- encoding -----------------------------------------------------------------------------------
 
 
 def manifest_with(canary: object) -> bytes:
@@ -98,18 +98,18 @@ def manifest_with(canary: object) -> bytes:
     return json.dumps(plain | {"canary": canary}).encode()
 
 
-def test_a_manifest_carries_the_canary_exactly() -> None:
+def test_a_manifest_preserves_the_canary_bitwise() -> None:
     logprobs = (-1 / 3, -0.0, -5e-324, -1.7976931348623157e308)
     canary = Canary(token_ids=(0, 2**40, 5, 5, 6), logprobs=logprobs)
     manifest = Manifest(policy_version=9, bucket_bytes=64, tensors=(), canary=canary)
-    back = decode_manifest(encode_manifest(manifest))
-    assert back == manifest
-    assert back.canary is not None
-    assert [value.hex() for value in back.canary.logprobs] == [value.hex() for value in logprobs]
+    decoded = decode_manifest(encode_manifest(manifest))
+    assert decoded == manifest
+    assert decoded.canary is not None
+    assert [value.hex() for value in decoded.canary.logprobs] == [value.hex() for value in logprobs]
 
 
 @pytest.mark.parametrize(
-    ("canary", "complaint"),
+    ("canary", "message"),
     [
         ([], "malformed canary"),
         ({"token_ids": [1, 2]}, "malformed canary"),
@@ -129,12 +129,12 @@ def test_a_manifest_carries_the_canary_exactly() -> None:
         ({"token_ids": [0] * 4097, "logprobs": [-1.0] * 4096}, "malformed canary"),
     ],
 )
-def test_a_malformed_canary_is_refused(canary: object, complaint: str) -> None:
-    with pytest.raises(WeightSyncError, match=complaint):
+def test_a_malformed_canary_is_rejected(canary: object, message: str) -> None:
+    with pytest.raises(WeightSyncError, match=message):
         decode_manifest(manifest_with(canary))
 
 
-def test_the_longest_canary_is_accepted_and_a_longer_one_cannot_be_made() -> None:
+def test_the_canary_length_is_bounded() -> None:
     length = MAX_CANARY_TOKENS
     longest = {"token_ids": [0] * length, "logprobs": [-1.0] * (length - 1)}
     accepted = decode_manifest(manifest_with(longest)).canary

@@ -1,4 +1,4 @@
-"""A checkpoint: training goes on from it bit for bit, it is whole or not there, damage shows."""
+"""Checkpoints: bitwise resume, atomic writes, detection of damage, and pruning."""
 
 import errno
 import hashlib
@@ -24,10 +24,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from speed_async.errors import ModelError, SpeedAsyncError
+from speed_async.learner.checkpoint import files as checkpoint_files
+from speed_async.learner.checkpoint import store as checkpoint_store
 from speed_async.learner.checkpoint.checksums import damage, seal
-from speed_async.learner.checkpoint.files import files as checkpoint
 from speed_async.learner.checkpoint.files import load_checkpoint
-from speed_async.learner.checkpoint.files import store as shelf
 from speed_async.learner.checkpoint.model_files import read_model_files
 from speed_async.learner.checkpoint.store import checkpoint_folder, kept_versions, latest_valid
 from speed_async.learner.model import load_model, stored_dtype
@@ -50,7 +50,7 @@ def model_folder(tmp_path: Path) -> Path:
 
 
 def make_trainer(folder: Path, **learner: object) -> Trainer:
-    """As a run makes one: laid flat, warming up over the first five updates."""
+    """A trainer as in a run: flattened parameters and a warm-up of five updates."""
     config = make_config(folder, **({"lr": 0.01, "warmup_updates": 5} | learner))
     model = load_model(folder, device="cpu")
     flatten_parameters(model)
@@ -66,7 +66,7 @@ def at(policy_version: int) -> Progress:
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights and optimiser, by name."""
+    """Weights and optimiser tensors, by name."""
     optimizer = trainer._optimizer  # pyright: ignore[reportPrivateUsage]
     state = named_state(optimizer, trainer.model) | dict(trainer.weights())
     return {name: tensor.clone() for name, tensor in state.items()}
@@ -78,35 +78,35 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("num_before", [0, 1, 3, 6])
-def test_training_goes_on_after_a_restore_bit_for_bit(model_folder: Path, num_before: int):
-    """The last part of the warm-up lies after the checkpoint, or all of it before."""
-    straight = make_trainer(model_folder)
+def test_training_after_a_restore_is_bitwise_identical(model_folder: Path, num_before: int):
+    """The warm-up ends before or after the checkpoint, depending on `num_before`."""
+    uninterrupted = make_trainer(model_folder)
     for seed in range(num_before):
-        straight.update(random_groups(seed))
-    straight.save(at(num_before))
+        uninterrupted.update(random_groups(seed))
+    uninterrupted.save(at(num_before))
     later = range(num_before, num_before + 4)
-    expected = [straight.update(random_groups(seed)).metrics for seed in later]
+    expected = [uninterrupted.update(random_groups(seed)).metrics for seed in later]
 
     resumed = make_trainer(model_folder)
-    resumed.update(random_groups(99))  # a past of its own, of which nothing may remain
+    resumed.update(random_groups(99))  # state that must be replaced by the restore
     resumed.restore(checkpoint_folder(root_of(model_folder), num_before))
     actual = [resumed.update(random_groups(seed)).metrics for seed in later]
 
     assert actual == expected
     assert len({metrics["lr"] for metrics in expected}) == {0: 4, 1: 4, 3: 2, 6: 1}[num_before]
-    assert_equal(state_of(resumed), state_of(straight))
+    assert_equal(state_of(resumed), state_of(uninterrupted))
 
 
-def test_skipped_updates_are_counted_on(model_folder: Path):
-    straight, resumed = make_trainer(model_folder), make_trainer(model_folder)
-    straight.save(Progress(policy_version=7, num_skipped=2))
+def test_the_count_of_skipped_updates_is_restored(model_folder: Path):
+    uninterrupted, resumed = make_trainer(model_folder), make_trainer(model_folder)
+    uninterrupted.save(Progress(policy_version=7, num_skipped=2))
     progress = resumed.restore(checkpoint_folder(root_of(model_folder), 7))
     assert progress == Progress(policy_version=7, num_skipped=2)
     metrics = resumed.update(random_groups(0)).metrics
     assert (metrics["skipped_updates"], metrics["optimizer_updates"]) == (2, 6)
 
 
-def test_progress_comes_back_as_it_was(model_folder: Path):
+def test_progress_is_restored_unchanged(model_folder: Path):
     progress = Progress(
         policy_version=3,
         service_sequence=1_234,
@@ -125,7 +125,7 @@ def test_progress_comes_back_as_it_was(model_folder: Path):
 
 
 def draw() -> tuple[list[float], ...]:
-    """From each generator; the normal ones hold a second number back."""
+    """Draws from each generator. Normal samples cache a second value in the generator."""
     return (
         [random.gauss(0, 1), random.random()],
         [float(np.random.standard_normal()), float(np.random.rand())],
@@ -133,7 +133,7 @@ def draw() -> tuple[list[float], ...]:
     )
 
 
-def test_random_states_go_on_where_they_were(model_folder: Path):
+def test_random_states_are_restored(model_folder: Path):
     trainer = make_trainer(model_folder)
     draw()
     trainer.save(at(0))
@@ -146,7 +146,7 @@ def test_random_states_go_on_where_they_were(model_folder: Path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
-def test_random_states_of_gpus_go_on_where_they_were(model_folder: Path):
+def test_random_states_of_gpus_are_restored(model_folder: Path):
     torch.rand(1, device="cuda")
     trainer = make_trainer(model_folder)
     trainer.save(at(0))
@@ -174,8 +174,8 @@ def test_a_checkpoint_is_a_hugging_face_folder_without_pickles(model_folder: Pat
     assert not [name for name in names if name.endswith((".pt", ".bin", ".pkl"))]
 
 
-def test_whatever_looks_for_weights_however_deep_finds_the_model_alone(model_folder: Path):
-    """The patterns that vLLM and others look for, in sub-folders too."""
+def test_only_the_model_matches_weight_file_patterns(model_folder: Path):
+    """The patterns used by vLLM and other loaders, including subfolders."""
     make_trainer(model_folder).save(at(1))
     folder = checkpoint_folder(root_of(model_folder), 1)
     patterns = ("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "h5", "msgpack", "onnx", "npz")
@@ -185,7 +185,7 @@ def test_whatever_looks_for_weights_however_deep_finds_the_model_alone(model_fol
     assert not [name for name in saved if name not in make_trainer(model_folder).model.state_dict()]
 
 
-def test_other_users_may_read_a_checkpoint_as_far_as_the_umask_lets_them(model_folder: Path):
+def test_checkpoint_files_respect_the_umask(model_folder: Path):
     before = os.umask(0o027)
     try:
         make_trainer(model_folder).save(at(1))
@@ -196,11 +196,11 @@ def test_other_users_may_read_a_checkpoint_as_far_as_the_umask_lets_them(model_f
     assert modes == {0o640}
 
 
-def test_a_checkpoint_of_the_former_layout_is_gone_on_from(model_folder: Path):
-    """Format 2 kept everything beside the model."""
-    straight = make_trainer(model_folder)
-    straight.update(random_groups(0))
-    straight.save(at(1))
+def test_a_checkpoint_of_format_2_can_be_resumed(model_folder: Path):
+    """Format 2 has the training state next to the model."""
+    uninterrupted = make_trainer(model_folder)
+    uninterrupted.update(random_groups(0))
+    uninterrupted.save(at(1))
     folder = checkpoint_folder(root_of(model_folder), 1)
     for path in (folder / "training").iterdir():
         path.rename(folder / path.name)
@@ -211,20 +211,20 @@ def test_a_checkpoint_of_the_former_layout_is_gone_on_from(model_folder: Path):
     seal(folder)
     resumed = make_trainer(model_folder)
     assert resumed.restore(folder) == at(1)
-    assert_equal(state_of(resumed), state_of(straight))
-    # As the first model of another run, it gives that run's checkpoints nothing but its model.
+    assert_equal(state_of(resumed), state_of(uninterrupted))
+    # As the initial model of another run, only its model files are copied to the checkpoints.
     assert not {"trainer.json", "random.json"} & read_model_files(folder).keys()
 
 
-# --- what describes the model ------------------------------------------------------------------
+# --- model files -------------------------------------------------------------------------------
 
 
 def add_to_json(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_what_transformers_refuses_to_save_is_saved_as_it_came(model_folder: Path):
-    """Sampling flags without sampling: many a folder on the hub has them."""
+def test_files_that_transformers_cannot_save_are_copied(model_folder: Path):
+    """Sampling flags without sampling, which are common in folders on the hub."""
     add_to_json(model_folder / "generation_config.json", do_sample=False, temperature=0.6)
     trainer = make_trainer(model_folder)
     with pytest.raises(ValueError, match="temperature"):
@@ -237,7 +237,7 @@ def test_what_transformers_refuses_to_save_is_saved_as_it_came(model_folder: Pat
     make_trainer(folder).try_save()
 
 
-def test_a_checkpoint_describes_its_model_by_the_bytes_of_the_first_one(model_folder: Path):
+def test_a_checkpoint_contains_the_bytes_of_the_initial_model_files(model_folder: Path):
     add_to_json(model_folder / "config.json", dtype="bfloat16", a_key_of_some_other_tool=[1])
     (model_folder / "generation_config.json").unlink()
     templates = model_folder / "additional_chat_templates"
@@ -253,7 +253,7 @@ def test_a_checkpoint_describes_its_model_by_the_bytes_of_the_first_one(model_fo
     (model_folder / "model.safetensors.index.json").write_text("{}")
     (model_folder / "events.out").write_text("of another tool")
     trainer = make_trainer(model_folder)
-    for path in model_folder.rglob("*"):  # from here on nothing is asked of the first folder
+    for path in model_folder.rglob("*"):  # the initial folder is not read any more
         if path.is_file():
             path.unlink()
     trainer.save(at(1))
@@ -261,14 +261,14 @@ def test_a_checkpoint_describes_its_model_by_the_bytes_of_the_first_one(model_fo
     assert {name: (folder / name).read_bytes() for name in described} == described
     names = {path.name for path in folder.rglob("*")}
     assert not {"events.out", "generation_config.json", "model.safetensors.index.json"} & names
-    # The tensors are those that were trained; the folder says what to compute with.
+    # The tensors are stored in the training dtype; the config has the dtype of the model.
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {
         torch.float32
     }
     assert stored_dtype(folder) == torch.bfloat16
 
 
-def test_a_part_of_what_the_first_folder_describes_gets_a_description_of_its_own(
+def test_a_submodel_gets_its_own_config(
     model_folder: Path,
 ):
     add_to_json(model_folder / "config.json", architectures=["LlamaForConditionalGeneration"])
@@ -278,25 +278,25 @@ def test_a_part_of_what_the_first_folder_describes_gets_a_description_of_its_own
     assert config["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_a_config_that_cannot_be_saved_is_named_before_training(
+def test_a_config_that_cannot_be_saved_is_reported_before_training(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     trainer = make_trainer(model_folder)
     monkeypatch.setattr(trainer.model.config, "validate", lambda: float("no number"))
-    with pytest.raises(ModelError, match=r"refuses to save it .*no number.*; mend that file in"):
+    with pytest.raises(ModelError, match=r"refuses to save it .*no number.*; fix that file in"):
         trainer.try_save()
     assert list(root_of(model_folder).glob("*")) == []
 
 
-def test_a_folder_that_cannot_be_written_to_is_named_before_training(model_folder: Path):
+def test_an_unwritable_folder_is_reported_before_training(model_folder: Path):
     trainer = make_trainer(model_folder)
     root_of(model_folder).parent.mkdir()
-    root_of(model_folder).write_text("a file where the folder has to be")
+    root_of(model_folder).write_text("a file in place of the folder")
     with pytest.raises(SpeedAsyncError, match=r"could be written to '.*checkpoints'.*run\.folder"):
         trainer.try_save()
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_named_before_training(
+def test_insufficient_disk_space_is_reported_before_training(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     trainer = make_trainer(model_folder)
@@ -306,19 +306,19 @@ def test_a_disk_without_room_for_a_checkpoint_is_named_before_training(
     tensor_files += root_of(model_folder).rglob("*.tensors")
     size = sum(path.stat().st_size for path in tensor_files)
     tensors = 12 * sum(each.numel() for each in trainer.model.parameters())
-    assert 0 <= size - tensors < 40_000, "what it is compared with is what it takes"
-    usage = checkpoint.shutil.disk_usage(model_folder)
+    assert 0 <= size - tensors < 40_000, "the estimate matches the size of the files"
+    usage = checkpoint_files.shutil.disk_usage(model_folder)
     monkeypatch.setattr(
-        checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=tensors - 1)
+        checkpoint_files.shutil, "disk_usage", lambda path: usage._replace(free=tensors - 1)
     )
     with pytest.raises(
-        SpeedAsyncError, match=r"one takes 0\.0 GB and 0\.0 GB are free there; make"
+        SpeedAsyncError, match=r"it needs 0\.0 GB and 0\.0 GB are free; free disk space"
     ):
         trainer.try_save()
     assert kept_versions(root_of(model_folder)) == [1]
 
 
-def test_a_checkpoint_of_another_model_is_refused(model_folder: Path, tmp_path: Path):
+def test_a_checkpoint_of_another_model_is_rejected(model_folder: Path, tmp_path: Path):
     make_trainer(model_folder).save(at(1))
     other = load_model(save_tiny_llama(tmp_path / "other", hidden_size=32), device="cpu")
     optimizer = make_optimizer(other, make_config(model_folder).learner)
@@ -330,16 +330,16 @@ def test_a_checkpoint_of_another_model_is_refused(model_folder: Path, tmp_path: 
 # --- damage ----------------------------------------------------------------------------------
 
 
-def damages(path: Path) -> dict[str, Callable[[], None]]:
+def damage_variants(path: Path) -> dict[str, Callable[[], None]]:
     content = path.read_bytes()
 
-    def flip(place: int) -> None:
+    def flip(index: int) -> None:
         changed = bytearray(content)
-        changed[place] ^= 1 << (place % 8)
+        changed[index] ^= 1 << (index % 8)
         path.write_bytes(changed)
 
     return {
-        "gone": path.unlink,
+        "deleted": path.unlink,
         "emptied": lambda: path.write_bytes(b""),
         "cut in half": lambda: path.write_bytes(content[: len(content) // 2]),
         "cut by a byte": lambda: path.write_bytes(content[:-1]),
@@ -351,7 +351,7 @@ def damages(path: Path) -> dict[str, Callable[[], None]]:
     }
 
 
-def test_every_damage_to_every_file_is_seen_and_refused_by_name(model_folder: Path):
+def test_damage_to_any_file_is_detected_and_reported(model_folder: Path):
     trainer = make_trainer(model_folder)
     trainer.update(random_groups(0))
     trainer.save(at(1))
@@ -360,18 +360,18 @@ def test_every_damage_to_every_file_is_seen_and_refused_by_name(model_folder: Pa
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     assert len(paths) >= 8
     for path in paths:
-        content, file = path.read_bytes(), path.relative_to(folder).as_posix()
-        for name, harm in damages(path).items():
-            harm()
-            assert file in damage(folder), f"{file} {name}"
-            with pytest.raises(ModelError, match=f"{folder}.*cannot be restored: {file}"):
+        content, file_name = path.read_bytes(), path.relative_to(folder).as_posix()
+        for name, apply_damage in damage_variants(path).items():
+            apply_damage()
+            assert file_name in damage(folder), f"{file_name} {name}"
+            with pytest.raises(ModelError, match=f"{folder}.*cannot be restored: {file_name}"):
                 trainer.restore(folder)
             path.write_bytes(content)
         assert damage(folder) == ""
     assert_equal(state_of(trainer), before)
 
 
-def test_a_checkpoint_that_was_found_whole_is_not_read_for_it_again(
+def test_verified_checksums_are_not_computed_again(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     trainer = make_trainer(model_folder)
@@ -389,32 +389,32 @@ def test_a_checkpoint_that_was_found_whole_is_not_read_for_it_again(
     assert len(digested) == len(set(digested))
 
 
-def test_the_checksums_are_those_of_the_program_of_that_name(model_folder: Path):
+def test_the_checksums_are_valid_for_sha256sum(model_folder: Path):
     make_trainer(model_folder).save(at(1))
     folder = checkpoint_folder(root_of(model_folder), 1)
     command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
     assert subprocess.run(command, cwd=folder, capture_output=True, timeout=240).returncode == 0
-    (folder / "notes.txt").write_text("a person's own file harms nothing")
+    (folder / "notes.txt").write_text("additional files are ignored")
     assert damage(folder) == ""
 
 
-# --- writing that fails ------------------------------------------------------------------------
+# --- write failures ----------------------------------------------------------------------------
 
 
-class Breaks:
-    """Lets the calls of a file system through until the n-th, which fails as a full disk does."""
+class FailingFileSystem:
+    """Fails all file-system calls after the first `last_good` with ENOSPC, as a full disk does."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, last_good: int) -> None:
         self.num_calls = 0
         self._last_good = last_good
-        self.broken = ""
+        self.failed_call = ""
         for owner, name in (
             (os, "fsync"),
             (os, "rename"),
             (os, "mkdir"),
             (Path, "write_text"),
             (Path, "write_bytes"),
-            (checkpoint, "save_file"),
+            (checkpoint_files, "save_file"),
         ):
             monkeypatch.setattr(owner, name, self._counted(name, getattr(owner, name)))
 
@@ -422,41 +422,48 @@ class Breaks:
         def counted(*arguments: object, **named: object) -> object:
             self.num_calls += 1
             if self.num_calls > self._last_good:
-                self.broken = self.broken or name
+                self.failed_call = self.failed_call or name
                 raise OSError(errno.ENOSPC, "No space left on device")
             return call(*arguments, **named)
 
         return counted
 
 
-def test_whichever_call_fails_there_is_a_whole_checkpoint_before_and_after(model_folder: Path):
+def test_a_valid_checkpoint_exists_after_any_failed_call(model_folder: Path):
     trainer = make_trainer(model_folder, keep_last=2)
     root = root_of(model_folder)
     trainer.save(at(0))
     trainer.update(random_groups(0))
-    broken: list[str] = []
+    failed_calls: list[str] = []
     for last_good in range(200):
         with pytest.MonkeyPatch.context() as monkeypatch:
-            breaks = Breaks(monkeypatch, last_good)
+            file_system = FailingFileSystem(monkeypatch, last_good)
             try:
                 trainer.save(at(1))
             except OSError:
-                broken.append(breaks.broken)
+                failed_calls.append(file_system.failed_call)
         found = latest_valid(root, 2)
         assert found is not None
         assert found.notices == ()
         names = {path.name for path in root.iterdir()}
         assert names in ({"version-000000"}, {"version-000000", "version-000001"})
-        if found.policy_version == 1 and not breaks.broken:
+        if found.policy_version == 1 and not file_system.failed_call:
             break
-    assert set(broken) >= {"mkdir", "write_bytes", "save_file", "write_text", "fsync", "rename"}
+    assert set(failed_calls) >= {
+        "mkdir",
+        "write_bytes",
+        "save_file",
+        "write_text",
+        "fsync",
+        "rename",
+    }
     resumed = make_trainer(model_folder)
     resumed.restore(checkpoint_folder(root, 1))
     assert_equal(state_of(resumed), state_of(trainer))
 
 
-def test_a_disk_that_is_full_is_an_os_error_and_gets_its_room_back(model_folder: Path):
-    """A limit on the size of files, which every writer meets as one meets a full disk."""
+def test_a_full_disk_raises_an_os_error_and_its_space_is_freed(model_folder: Path):
+    """A limit on the size of files, which has the same effect as a full disk."""
     trainer = make_trainer(model_folder)
     trainer.update(random_groups(0))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -481,12 +488,12 @@ version = int(sys.argv[2])
 print("ready", flush=True)
 while True:
     trainer.save(at(version))
-    trainer.save(at(version))  # in place of itself
+    trainer.save(at(version))  # replaces itself
     version += 1
 """
 
 
-def test_a_process_killed_at_any_instant_leaves_a_whole_checkpoint(model_folder: Path):
+def test_a_process_killed_at_any_time_leaves_a_valid_checkpoint(model_folder: Path):
     root, rng, version = root_of(model_folder), random.Random(5), 0
     for round_number in range(6):
         command = [sys.executable, "-c", SAVER, str(model_folder), str(version)]
@@ -495,7 +502,7 @@ def test_a_process_killed_at_any_instant_leaves_a_whole_checkpoint(model_folder:
         assert saver.stdout is not None
         assert saver.stdout.readline() == b"ready\n"
         if round_number == 0:
-            while not kept_versions(root):  # from here on one must always be there
+            while not kept_versions(root):  # a checkpoint must exist from here on
                 time.sleep(0.001)
         time.sleep(rng.uniform(0.0, 0.15))
         saver.send_signal(signal.SIGKILL)
@@ -508,29 +515,31 @@ def test_a_process_killed_at_any_instant_leaves_a_whole_checkpoint(model_folder:
         version = found.policy_version + 1
 
 
-# --- the shelf ---------------------------------------------------------------------------------
+# --- the checkpoint store ----------------------------------------------------------------------
 
 
-def test_only_the_newest_are_kept_and_the_oldest_of_them_is_told(model_folder: Path):
+def test_save_prunes_old_checkpoints_and_returns_the_oldest_kept(model_folder: Path):
     trainer = make_trainer(model_folder, keep_last=3)
     oldest = [trainer.save(at(version)) for version in (2, 4, 6, 8, 1_000_000)]
-    assert oldest == [0, 0, 2, 4, 6]  # 0: until there are three, the start is one of them
+    assert oldest == [0, 0, 2, 4, 6]  # 0, the start, until there are three checkpoints
     names = {path.name for path in root_of(model_folder).iterdir()}
     assert names == {"version-000006", "version-000008", "version-1000000"}
 
 
-def test_older_ones_go_only_when_the_new_one_has_its_name(
+def test_old_checkpoints_are_removed_after_the_new_one_is_renamed(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     trainer = make_trainer(model_folder, keep_last=1)
     trainer.save(at(1))
-    monkeypatch.setattr(shelf, "flush", lambda path: (_ for _ in ()).throw(OSError("no disk")))
+    monkeypatch.setattr(
+        checkpoint_store, "flush", lambda path: (_ for _ in ()).throw(OSError("no disk"))
+    )
     with pytest.raises(OSError, match="no disk"):
         trainer.save(at(2))
     assert 1 in kept_versions(root_of(model_folder))
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(model_folder: Path):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(model_folder: Path):
     trainer, root = make_trainer(model_folder, keep_last=3), root_of(model_folder)
     for version in (1, 2, 3):
         trainer.save(at(version))
@@ -540,31 +549,33 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(model_fol
     assert found is not None
     assert (found.folder, found.policy_version) == (root / "version-000001", 1)
     first, second = found.notices
-    assert first.startswith("checkpoint version-000003 is damaged (model.safetensors is not as")
-    assert "going on from version-000001" in first
+    assert first.startswith(
+        "checkpoint version-000003 is damaged (model.safetensors does not match"
+    )
+    assert "resuming from version-000001" in first
     assert second.startswith("checkpoint version-000002 is damaged (SHA256SUMS cannot be read")
-    assert kept_versions(root) == [1]  # the damaged ones do not count among those kept
+    assert kept_versions(root) == [1]  # damaged checkpoints are not counted
     assert (root / "version-000003.damaged").is_dir()
     trainer.save(at(3))
-    assert latest_valid(root, 2) == shelf.Found(
+    assert latest_valid(root, 2) == checkpoint_store.Found(
         folder=root / "version-000003", policy_version=3, notices=()
     )
 
 
-def test_when_all_are_damaged_that_is_an_error_which_names_each(model_folder: Path):
+def test_an_error_lists_all_damaged_checkpoints(model_folder: Path):
     trainer, root = make_trainer(model_folder), root_of(model_folder)
     for version in (1, 2):
         trainer.save(at(version))
         (checkpoint_folder(root, version) / "training" / "trainer.json").write_text("{}")
     with pytest.raises(
         ModelError,
-        match=r"every .*000002: training/trainer.json .*01: tr.* from a copy, or start a new run",
+        match=r"every .*000002: training/trainer.json .*01: tr.* from a backup, or start a new run",
     ):
         latest_valid(root, 2)
     assert kept_versions(root) == [1, 2]
 
 
-def test_while_there_are_fewer_than_are_kept_the_start_is_fallen_back_to(model_folder: Path):
+def test_fewer_than_keep_last_damaged_checkpoints_fall_back_to_the_start(model_folder: Path):
     trainer, root = make_trainer(model_folder, keep_last=3), root_of(model_folder)
     for version in (1, 2):
         trainer.save(at(version))
@@ -574,8 +585,8 @@ def test_while_there_are_fewer_than_are_kept_the_start_is_fallen_back_to(model_f
     assert (found.folder, found.policy_version) == (None, 0)
     newer, older = found.notices
     assert newer == (
-        "checkpoint version-000002 is damaged (training/trainer.json is not as it was written); "
-        "going on from the start (version 0, the first model), the damaged one is kept as "
+        "checkpoint version-000002 is damaged (training/trainer.json does not match its checksum); "
+        "resuming from the start (version 0, the initial model), the damaged one is kept as "
         "version-000002.damaged"
     )
     assert "version-000001.damaged" in older
@@ -583,15 +594,15 @@ def test_while_there_are_fewer_than_are_kept_the_start_is_fallen_back_to(model_f
     assert latest_valid(root, 3) is None
 
 
-def test_there_is_nothing_to_go_on_from_where_nothing_was_saved(tmp_path: Path):
+def test_latest_valid_is_none_without_checkpoints(tmp_path: Path):
     assert latest_valid(tmp_path / "nowhere", 2) is None
     (tmp_path / ".version-000001.partial").mkdir()
     assert latest_valid(tmp_path, 2) is None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_set_aside_for_one_that_never_came_is_brought_back(model_folder: Path):
-    """Killed between the two renames: the old one aside, the new one not yet in place."""
+def test_an_interrupted_replacement_restores_the_old_checkpoint(model_folder: Path):
+    """The process is killed between the two renames."""
     root = root_of(model_folder)
     make_trainer(model_folder).save(at(1))
     (root / "version-000001").rename(root / ".version-000001.replaced")
@@ -600,7 +611,7 @@ def test_a_checkpoint_set_aside_for_one_that_never_came_is_brought_back(model_fo
     assert found.folder == root / "version-000001"
 
 
-def test_the_search_for_a_checkpoint_loads_no_torch():
+def test_the_checkpoint_store_does_not_import_torch():
     code = "import sys, speed_async.learner.checkpoint.store\nassert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=240).returncode == 0
 
@@ -608,7 +619,7 @@ def test_the_search_for_a_checkpoint_loads_no_torch():
 # --- progress ----------------------------------------------------------------------------------
 
 
-def test_progress_counts_what_was_trained_and_remembers_whose_groups():
+def test_progress_counts_trained_groups_and_records_their_leases():
     progress = Progress().updated([1, 2], skipped=False, completions=8, tokens=50)
     progress = progress.updated([3], skipped=True, completions=4, tokens=9)
     assert progress == Progress(
@@ -627,7 +638,7 @@ def test_progress_counts_what_was_trained_and_remembers_whose_groups():
     assert progress.since(2).recent_lease_ids == []
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch):
+def test_recent_lease_ids_are_bounded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("speed_async.learner.progress.MAX_RECENT_LEASES", 5)
     progress = Progress()
     for version in range(10):

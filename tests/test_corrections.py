@@ -30,7 +30,7 @@ def anchors(corrected: Corrected) -> list[float]:
     return corrected.anchor_logprobs_N.exp().tolist()
 
 
-def test_none_weighs_every_token_alike_and_takes_ratios_to_the_sampling_policy():
+def test_none_has_weight_one_and_anchor_mu():
     corrected = corrections.none(single())
 
     assert weights(corrected) == [1.0, 1.0, 1.0]
@@ -39,7 +39,7 @@ def test_none_weighs_every_token_alike_and_takes_ratios_to_the_sampling_policy()
     assert not corrected.masked_N.any()
 
 
-def test_token_truncation_cuts_each_ratio_at_the_cap():
+def test_token_tis_truncates_each_ratio_at_the_cap():
     corrected = corrections.token_tis(single(), max_ratio=1.5)
 
     assert weights(corrected) == [1.5, 0.5, 1.0]
@@ -48,7 +48,7 @@ def test_token_truncation_cuts_each_ratio_at_the_cap():
     assert not corrected.masked_N.any()
 
 
-def test_sequence_truncation_gives_every_token_the_ratio_of_its_sequence():
+def test_sequence_tis_uses_the_ratio_of_the_sequence():
     corrected = corrections.sequence_tis(double(), max_ratio=1.5)
 
     assert weights(corrected) == [1.5, 1.5, 1.5, 0.25, 0.25]
@@ -56,7 +56,7 @@ def test_sequence_truncation_gives_every_token_the_ratio_of_its_sequence():
     assert corrected.truncated_N.tolist() == [True, True, True, False, False]
 
 
-def test_the_token_mask_keeps_ratios_inside_the_band_with_their_weight():
+def test_token_mask_keeps_ratios_within_the_bounds():
     corrected = corrections.token_mask(single(), min_ratio=0.6, max_ratio=2.5)
 
     assert weights(corrected) == [2.0, 0.0, 1.0]
@@ -65,21 +65,21 @@ def test_the_token_mask_keeps_ratios_inside_the_band_with_their_weight():
     assert not corrected.truncated_N.any()
 
 
-def test_the_edges_of_the_band_are_kept():
+def test_token_mask_bounds_are_inclusive():
     corrected = corrections.token_mask(
         make_loss_tokens([0.5, 0.25], [0.25, 0.5], [1.0, 1.0]), min_ratio=0.5, max_ratio=2.0
     )
     assert weights(corrected) == [2.0, 0.5]
 
 
-def test_the_sequence_mask_keeps_or_drops_whole_sequences():
+def test_sequence_mask_masks_whole_sequences():
     corrected = corrections.sequence_mask(double(), min_ratio=0.5, max_ratio=2.5)
 
     assert weights(corrected) == [2.0, 2.0, 2.0, 0.0, 0.0]
     assert corrected.masked_N.tolist() == [False, False, False, True, True]
 
 
-def test_a_recomputed_proximal_policy_is_the_policy_itself():
+def test_decoupled_recomputed_has_anchor_pi():
     corrected = corrections.decoupled_recomputed(single(), max_ratio=1.5)
 
     assert anchors(corrected) == pytest.approx(PI)
@@ -87,7 +87,7 @@ def test_a_recomputed_proximal_policy_is_the_policy_itself():
     assert corrected.truncated_N.tolist() == [True, False, False]
 
 
-def test_the_interpolated_proximal_policy_lies_one_version_back():
+def test_decoupled_log_linear_interpolates_one_version_back():
     # pi = 0.8, mu = 0.1, ratio 8; alpha = (age - 1) / age is 0, 1/2, 2/3 at ages 1, 2, 3
     tokens = make_loss_tokens([0.8] * 4, [0.1] * 4, [1.0] * 4, ages=[0, 1, 2, 3])
 
@@ -98,20 +98,20 @@ def test_the_interpolated_proximal_policy_lies_one_version_back():
     assert corrected.truncated_N.tolist() == [True, False, False, True]
 
 
-def test_bad_sequences_that_the_policy_has_left_are_masked():
-    # mean log(mu / pi): -log(2)/3 in the first sequence, log 2 in the second
-    bad, good = double([-1.0] * 5), double([1.0] * 5)
+def test_negative_sequence_mask_masks_unlikely_failed_sequences():
+    # mean of log(mu / pi): -log(2)/3 in the first sequence, log 2 in the second
+    failed, passed = double([-1.0] * 5), double([1.0] * 5)
 
-    corrected = corrections.negative_sequence_mask(bad, max_negative_kl=0.6)
+    corrected = corrections.negative_sequence_mask(failed, max_negative_kl=0.6)
 
     assert weights(corrected) == [1.0, 1.0, 1.0, 0.0, 0.0]
     assert corrected.masked_N.tolist() == [False, False, False, True, True]
     assert anchors(corrected) == pytest.approx(LONG_MU)
-    assert weights(corrections.negative_sequence_mask(bad, max_negative_kl=0.7)) == [1.0] * 5
-    assert weights(corrections.negative_sequence_mask(good, max_negative_kl=0.6)) == [1.0] * 5
+    assert weights(corrections.negative_sequence_mask(failed, max_negative_kl=0.7)) == [1.0] * 5
+    assert weights(corrections.negative_sequence_mask(passed, max_negative_kl=0.6)) == [1.0] * 5
 
 
-def test_nothing_a_correction_decides_has_a_gradient():
+def test_corrections_have_no_gradient():
     tokens = double([-1.0] * 5)
     for corrected in (
         corrections.none(tokens),
@@ -127,7 +127,7 @@ def test_nothing_a_correction_decides_has_a_gradient():
         assert not corrected.anchor_logprobs_N.requires_grad
 
 
-def test_ratios_beyond_float_range_stay_finite():
+def test_ratios_beyond_the_float_range_stay_finite():
     tokens = LossTokens(
         logprobs_N=torch.tensor([-1.0, -1.0]),
         behaviour_logprobs_N=torch.tensor([-500.0, -500.0]),

@@ -32,7 +32,7 @@ def add(
     )
 
 
-def test_diagnostics_of_two_tokens_with_ratios_two_and_a_half():
+def test_diagnostics_of_two_tokens():
     tokens = make_loss_tokens(pi=[0.5, 0.25], mu=[0.25, 0.5], advantages=[1.0, 1.0])
     diagnostics = Diagnostics()
     add(diagnostics, tokens, token_tis(tokens, max_ratio=1.5), [0.2, 0.6])
@@ -54,7 +54,7 @@ def test_diagnostics_of_two_tokens_with_ratios_two_and_a_half():
     )
 
 
-def test_masked_and_clipped_tokens_are_counted_apart():
+def test_masked_and_clipped_tokens_are_counted_separately():
     tokens = make_loss_tokens([0.5, 0.25, 0.1, 0.1], [0.25, 0.5, 0.1, 0.1], [1.0] * 4)
     masked = token_mask(tokens, min_ratio=0.6, max_ratio=3.0)
     anchored = replace(masked, anchor_logprobs_N=tokens.behaviour_logprobs_N)
@@ -68,18 +68,18 @@ def test_masked_and_clipped_tokens_are_counted_apart():
     assert metrics["truncated_share"] == 0.0
 
 
-def test_diagnostics_do_not_depend_on_the_cut_into_micro_batches():
+def test_diagnostics_do_not_depend_on_micro_batches():
     pi, mu, advantages = [0.5, 0.25, 0.1], [0.25, 0.5, 0.4], [1.0, -2.0, 0.5]
-    whole, parts = Diagnostics(), Diagnostics()
-    for diagnostics, cuts in ((whole, [slice(0, 3)]), (parts, [slice(0, 1), slice(1, 3)])):
+    full, split = Diagnostics(), Diagnostics()
+    for diagnostics, cuts in ((full, [slice(0, 3)]), (split, [slice(0, 1), slice(1, 3)])):
         for cut in cuts:
             tokens = make_loss_tokens(pi[cut], mu[cut], advantages[cut])
             add(diagnostics, tokens, token_tis(tokens, max_ratio=1.5), [0.1, 0.2, 0.3][cut])
 
-    assert parts.metrics() == pytest.approx(whole.metrics(), rel=1e-12)
+    assert split.metrics() == pytest.approx(full.metrics(), rel=1e-12)
 
 
-def test_a_ratio_beyond_float_range_is_reported_as_a_finite_number():
+def test_metrics_of_extreme_ratios_are_finite():
     tokens = make_loss_tokens([0.5], [1e-300], [1.0])
     diagnostics = Diagnostics()
     add(diagnostics, tokens, token_tis(tokens, max_ratio=2.0), [0.0])
@@ -87,7 +87,7 @@ def test_a_ratio_beyond_float_range_is_reported_as_a_finite_number():
     assert all(math.isfinite(value) for value in diagnostics.metrics().values())
 
 
-def test_without_tokens_there_is_only_a_loss_of_zero():
+def test_metrics_without_tokens_have_only_a_zero_loss():
     assert Diagnostics().metrics() == {"loss": 0.0}
 
 
@@ -96,7 +96,7 @@ def passing(num_passed: int, num_completions: int) -> Group:
     return make_group([1], *[make_completion([2], reward) for reward in rewards])
 
 
-def test_the_histogram_puts_never_and_always_in_bins_of_their_own():
+def test_the_histogram_has_separate_bins_for_0_and_1():
     groups = [
         passing(0, 24), passing(1, 24), passing(3, 10), passing(29, 100), passing(23, 24),
         passing(24, 24), passing(24, 24),
@@ -115,7 +115,7 @@ def test_the_histogram_puts_never_and_always_in_bins_of_their_own():
     }
 
 
-def test_metrics_of_a_written_out_batch():
+def test_metrics_of_an_example_batch():
     first = make_group(
         [1],
         make_completion([2, 3], 1.0, finish_reason="length"),
@@ -143,7 +143,7 @@ def signal(kept: list[bool]) -> GroupSignal:
     )
 
 
-def test_the_pivotal_share_is_of_the_screening_samples_alone():
+def test_the_pivotal_share_is_relative_to_screening_samples():
     completions = [make_completion([2], 0.0)] * 3
     screened = [make_group([1], *completions, num_screening=2) for _ in range(2)]
     signals = [signal([False, True, True]), signal([True, True, True])]

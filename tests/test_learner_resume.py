@@ -1,6 +1,6 @@
-"""The learner's side of a resume, against a service that follows the protocol and can be scripted.
+"""Resume of the learner against a scripted service that follows the protocol.
 
-The loop, the publisher and the checkpoints' order are the real ones; the trainer counts.
+The loop, the publisher and the checkpointer are real; the trainer is a counting fake.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from speed_async.errors import RoleError
 from speed_async.learner.checkpoint.store import checkpoint_folder, kept_versions, latest_valid
 from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import Finished, LearnerLoop
-from speed_async.learner.loop import Updates as TrainerSeam
+from speed_async.learner.loop import Updates as TrainerProtocol
 from speed_async.learner.model import load_model
 from speed_async.learner.optimizer import named_state
 from speed_async.learner.parallel import SingleRank
@@ -44,7 +44,7 @@ DEADLINE_S = 90.0
 
 
 class Updates(CountingUpdates):
-    """Notes everything that is asked of a trainer, and may have no room for a checkpoint."""
+    """Records all calls, and fails to save at the given versions with a full disk."""
 
     def __init__(self, full_at: frozenset[int] = frozenset()) -> None:
         super().__init__()
@@ -61,25 +61,25 @@ class Updates(CountingUpdates):
 
 
 class SlowUpdates(Updates):
-    """Its checkpoints take until they are let through."""
+    """Its checkpoints block until an event is set."""
 
-    def __init__(self, let_through: threading.Event) -> None:
+    def __init__(self, may_save: threading.Event) -> None:
         super().__init__()
-        self._let_through = let_through
+        self._may_save = may_save
 
     def save(self, progress: Progress) -> int:
-        assert self._let_through.wait(DEADLINE_S)
+        assert self._may_save.wait(DEADLINE_S)
         return super().save(progress)
 
 
 class Service:
-    """The service's side, answer by answer. Batch v holds the groups 10 v and 10 v + 1."""
+    """A fake service. Batch v has the groups 10 v and 10 v + 1."""
 
     def __init__(self, hub: InProcessHub, policy_version: int) -> None:
-        self.heard: list[m.Message] = []
-        self.on_heard: Callable[[m.Message], Awaitable[None]] | None = None
-        self.drains_until: type[m.Message] = m.FinishRun
-        """The summary comes when this was heard, and the end was asked for."""
+        self.received: list[m.Message] = []
+        self.on_message: Callable[[m.Message], Awaitable[None]] | None = None
+        self.finishes_after: type[m.Message] = m.FinishRun
+        """The summary is sent after this message, once `FinishRun` was received."""
         self.make_group: Callable[[int], m.GroupFinished] = lambda lease_id: make_group(
             lease_id, lease_id
         )
@@ -87,17 +87,17 @@ class Service:
         self._version = policy_version
 
     async def serve(self) -> None:
-        """Until the summary, which ends it."""
-        while not (self.of(m.FinishRun) and isinstance(self.heard[-1], self.drains_until)):
+        """Responds to messages until the summary is sent."""
+        while not (self.of(m.FinishRun) and isinstance(self.received[-1], self.finishes_after)):
             _, message = await self._hub.receive(DEADLINE_S)
-            self.heard.append(message)
-            if self.on_heard is not None:
-                await self.on_heard(message)
+            self.received.append(message)
+            if self.on_message is not None:
+                await self.on_message(message)
             for answer in self._answers(message):
-                await self.say(answer)
-        await self.say(m.Summary(fields={}))
+                await self.send(answer)
+        await self.send(m.Summary(fields={}))
 
-    async def say(self, message: m.Message) -> None:
+    async def send(self, message: m.Message) -> None:
         assert self._hub.offer(PEER, message) is Delivery.QUEUED
 
     def _answers(self, message: m.Message) -> list[m.Message]:
@@ -124,28 +124,28 @@ class Service:
                 return []
 
     def of(self, kind: type[m.Message]) -> list[m.Message]:
-        return [message for message in self.heard if isinstance(message, kind)]
+        return [message for message in self.received if isinstance(message, kind)]
 
-    def story(self) -> list[str]:
-        """What was heard, in order, with versions; what only accompanies is left out."""
-        left_out = (m.Hello, m.WeightsPublished, m.TakeBatch, m.FinishRun)
+    def message_log(self) -> list[str]:
+        """Received messages with their versions, in order, without secondary messages."""
+        excluded = (m.Hello, m.WeightsPublished, m.TakeBatch, m.FinishRun)
         return [
             f"{type(message).__name__} {getattr(message, 'policy_version', '')}"
-            for message in self.heard
-            if not isinstance(message, left_out)
+            for message in self.received
+            if not isinstance(message, excluded)
         ]
 
 
-class Stage:
+class Harness:
     def __init__(
-        self, config: Config, updates: TrainerSeam, version: int, restored: Restored | None
+        self, config: Config, updates: TrainerProtocol, version: int, restored: Restored | None
     ) -> None:
         self.hub = InProcessHub()
         self.link = self.hub.connect(PEER)
         self.service = Service(self.hub, version)
         self.stop = Stop()
         self.updates: Any = updates
-        self.service.drains_until = m.CheckpointSaved
+        self.service.finishes_after = m.CheckpointSaved
         self._config, self._restored = config, restored
         self.loop = self.learner(self.link)
 
@@ -172,7 +172,7 @@ class Stage:
 
 
 @pytest.fixture
-def make_stage(tmp_path: Path) -> Callable[..., Stage]:
+def make_harness(tmp_path: Path) -> Callable[..., Harness]:
     (tmp_path / "config.json").write_text("{}")
 
     def make(
@@ -182,11 +182,11 @@ def make_stage(tmp_path: Path) -> Callable[..., Stage]:
         restored: Restored | None = None,
         trainer: Updates | None = None,
         every: int = 2,
-    ) -> Stage:
+    ) -> Harness:
         config = make_config(
             str(tmp_path), run={"updates": updates}, learner={"checkpoint_every": every}
         )
-        return Stage(config, trainer or Updates(), service_at, restored)
+        return Harness(config, trainer or Updates(), service_at, restored)
 
     return make
 
@@ -195,10 +195,10 @@ def restored_at(version: int, *, notices: tuple[str, ...] = (), **progress: obje
     return Restored(progress=Progress(policy_version=version, **progress), notices=notices)
 
 
-def test_a_learner_behind_the_service_replays_in_silence_then_publishes_once_and_goes_on(
-    make_stage: Callable[..., Stage],
+def test_a_learner_behind_the_service_replays_without_publishing(
+    make_harness: Callable[..., Harness],
 ) -> None:
-    async def run() -> tuple[Stage, Finished]:
+    async def run() -> tuple[Harness, Finished]:
         recent = (Update(policy_version=2, lease_ids=(8, 9)),)
         restored = restored_at(
             2,
@@ -209,14 +209,14 @@ def test_a_learner_behind_the_service_replays_in_silence_then_publishes_once_and
             tokens_trained=24,
             recent_updates=recent,
         )
-        stage = make_stage(updates=8, service_at=5, restored=restored)
-        return stage, await stage.run()
+        harness = make_harness(updates=8, service_at=5, restored=restored)
+        return harness, await harness.run()
 
-    stage, finished = asyncio.run(run())
-    assert stage.service.story() == [
+    harness, finished = asyncio.run(run())
+    assert harness.service.message_log() == [
         "Resumed 2",
         "Trained 3",
-        "Trained 4",  # a checkpoint would be due here
+        "Trained 4",  # no checkpoint during the replay
         "Trained 5",
         "PublishWeights 5",
         "Trained 6",
@@ -230,31 +230,31 @@ def test_a_learner_behind_the_service_replays_in_silence_then_publishes_once_and
         "PrepareCheckpoint 8",
         "CheckpointSaved 8",
     ]
-    [resumed] = stage.service.of(m.Resumed)
+    [resumed] = harness.service.of(m.Resumed)
     assert isinstance(resumed, m.Resumed)
     assert (resumed.service_sequence, resumed.recent_lease_ids) == (77, [8, 9])
     assert (resumed.groups_trained, resumed.completions_trained, resumed.tokens_trained) == (
         2, 8, 24,
     )  # fmt: skip
-    asked = [take.policy_version for take in stage.service.of(m.TakeBatch)]  # pyright: ignore
+    asked = [take.policy_version for take in harness.service.of(m.TakeBatch)]  # pyright: ignore
     assert asked == [2, 3, 4, 5, 6, 7]
-    trained = stage.service.of(m.Trained)[0]
+    trained = harness.service.of(m.Trained)[0]
     assert isinstance(trained, m.Trained)
     assert trained.lease_ids == [20, 21]
-    assert (trained.groups_trained, trained.completions_trained) == (4, 16)  # counted on
+    assert (trained.groups_trained, trained.completions_trained) == (4, 16)  # cumulative
     assert (finished.policy_version, finished.optimizer_updates) == (8, 7)
     assert finished.completions_trained == 8 + 6 * 2 * 4
 
 
 def test_a_learner_without_a_checkpoint_replays_from_the_start(
-    make_stage: Callable[..., Stage],
+    make_harness: Callable[..., Harness],
 ) -> None:
-    async def run() -> Stage:
-        stage = make_stage(updates=3, service_at=3)
-        await stage.run()
-        return stage
+    async def run() -> Harness:
+        harness = make_harness(updates=3, service_at=3)
+        await harness.run()
+        return harness
 
-    assert asyncio.run(run()).service.story() == [
+    assert asyncio.run(run()).service.message_log() == [
         "Resumed 0",
         "Trained 1",
         "Trained 2",
@@ -266,238 +266,247 @@ def test_a_learner_without_a_checkpoint_replays_from_the_start(
 
 
 @pytest.mark.parametrize("service_at", [4, 1])
-def test_a_learner_level_with_the_service_or_ahead_publishes_once_before_it_asks(
-    make_stage: Callable[..., Stage], service_at: int
+def test_a_learner_not_behind_the_service_publishes_once_before_training(
+    make_harness: Callable[..., Harness], service_at: int
 ) -> None:
-    """Also where actors came first and the service said so: that word is answered already."""
+    """Also when actors joined before: their `MembershipChanged` needs no second broadcast."""
 
-    async def run() -> Stage:
-        stage = make_stage(updates=5, service_at=service_at, restored=restored_at(4))
+    async def run() -> Harness:
+        harness = make_harness(updates=5, service_at=service_at, restored=restored_at(4))
 
         async def actors_join(message: m.Message) -> None:
-            if isinstance(message, m.Resumed | m.PublishWeights) and not stage.updates.batches:
-                await stage.service.say(m.MembershipChanged(reason="actor-1.2000 joined"))
+            if isinstance(message, m.Resumed | m.PublishWeights) and not harness.updates.batches:
+                await harness.service.send(m.MembershipChanged(reason="actor-1.2000 joined"))
 
-        stage.service.on_heard = actors_join
-        await stage.run()
-        return stage
+        harness.service.on_message = actors_join
+        await harness.run()
+        return harness
 
-    stage = asyncio.run(run())
-    assert stage.service.story()[:3] == ["Resumed 4", "PublishWeights 4", "Trained 5"]
-    first_take = next(i for i, x in enumerate(stage.service.heard) if isinstance(x, m.TakeBatch))
-    assert isinstance(stage.service.heard[first_take - 1], m.WeightsPublished)
+    harness = asyncio.run(run())
+    assert harness.service.message_log()[:3] == ["Resumed 4", "PublishWeights 4", "Trained 5"]
+    first_take = next(
+        i for i, x in enumerate(harness.service.received) if isinstance(x, m.TakeBatch)
+    )
+    assert isinstance(harness.service.received[first_take - 1], m.WeightsPublished)
 
 
-def test_an_actor_that_joins_during_the_replay_gets_the_version_it_comes_to(
-    make_stage: Callable[..., Stage],
+def test_an_actor_that_joins_during_the_replay_receives_the_final_version(
+    make_harness: Callable[..., Harness],
 ) -> None:
-    async def run() -> Stage:
-        stage = make_stage(updates=4, service_at=3, restored=restored_at(0))
+    async def run() -> Harness:
+        harness = make_harness(updates=4, service_at=3, restored=restored_at(0))
 
         async def actor_joins(message: m.Message) -> None:
             if isinstance(message, m.TakeBatch) and message.policy_version == 1:
-                await stage.service.say(m.MembershipChanged(reason="actor-3.0 joined"))
+                await harness.service.send(m.MembershipChanged(reason="actor-3.0 joined"))
 
-        stage.service.on_heard = actor_joins
-        await stage.run()
-        return stage
+        harness.service.on_message = actor_joins
+        await harness.run()
+        return harness
 
-    story = asyncio.run(run()).service.story()
-    assert [line for line in story if line.startswith("Publish")] == [
+    message_log = asyncio.run(run()).service.message_log()
+    assert [line for line in message_log if line.startswith("Publish")] == [
         "PublishWeights 3",
         "PublishWeights 4",
     ]
 
 
-def test_a_stop_during_the_replay_leaves_the_older_checkpoint_to_go_on_from(
-    make_stage: Callable[..., Stage],
+def test_a_stop_during_the_replay_keeps_the_older_checkpoint(
+    make_harness: Callable[..., Harness],
 ) -> None:
-    async def run() -> tuple[Stage, Finished]:
-        stage = make_stage(updates=9, service_at=6, restored=restored_at(2))
+    async def run() -> tuple[Harness, Finished]:
+        harness = make_harness(updates=9, service_at=6, restored=restored_at(2))
 
         async def stop(message: m.Message) -> None:
             if isinstance(message, m.Trained) and message.policy_version == 4:
-                stage.stop.set()
+                harness.stop.set()
 
-        stage.service.drains_until = m.FinishRun
-        stage.service.on_heard = stop
-        return stage, await stage.run()
+        harness.service.finishes_after = m.FinishRun
+        harness.service.on_message = stop
+        return harness, await harness.run()
 
-    stage, finished = asyncio.run(run())
+    harness, finished = asyncio.run(run())
     assert not finished.completed
-    assert stage.updates.progress == []
-    assert not stage.service.of(m.PrepareCheckpoint)
-    assert not stage.service.of(m.PublishWeights)
+    assert harness.updates.progress == []
+    assert not harness.service.of(m.PrepareCheckpoint)
+    assert not harness.service.of(m.PublishWeights)
 
 
-def test_an_accuracy_that_was_reached_ends_the_run_only_when_the_replay_is_done(
-    make_stage: Callable[..., Stage],
+def test_a_reached_target_ends_the_run_after_the_replay(
+    make_harness: Callable[..., Harness],
 ) -> None:
-    async def run() -> tuple[Stage, Finished]:
-        stage = make_stage(updates=9, service_at=3, restored=restored_at(1))
+    async def run() -> tuple[Harness, Finished]:
+        harness = make_harness(updates=9, service_at=3, restored=restored_at(1))
 
         async def reached(message: m.Message) -> None:
             if isinstance(message, m.TakeBatch) and message.policy_version == 1:
-                await stage.service.say(m.TargetReached(accuracy=0.9, policy_version=3))
+                await harness.service.send(m.TargetReached(accuracy=0.9, policy_version=3))
 
-        stage.service.on_heard = reached
-        return stage, await stage.run()
+        harness.service.on_message = reached
+        return harness, await harness.run()
 
-    stage, finished = asyncio.run(run())
+    harness, finished = asyncio.run(run())
     assert finished.completed
     assert finished.policy_version == 3
-    assert stage.updates.saved == [3]
+    assert harness.updates.saved == [3]
 
 
-def test_nothing_new_is_saved_where_nothing_was_trained(make_stage: Callable[..., Stage]) -> None:
-    async def run() -> Stage:
-        stage = make_stage(updates=9, service_at=4, restored=restored_at(4))
-        stage.service.drains_until = m.FinishRun
-        stage.stop.set()
-        await stage.run()
-        return stage
+def test_no_checkpoint_is_saved_without_training(make_harness: Callable[..., Harness]) -> None:
+    async def run() -> Harness:
+        harness = make_harness(updates=9, service_at=4, restored=restored_at(4))
+        harness.service.finishes_after = m.FinishRun
+        harness.stop.set()
+        await harness.run()
+        return harness
 
-    stage = asyncio.run(run())
-    assert stage.updates.progress == []
-    assert stage.service.story() == ["Resumed 4", "PublishWeights 4"]
+    harness = asyncio.run(run())
+    assert harness.updates.progress == []
+    assert harness.service.message_log() == ["Resumed 4", "PublishWeights 4"]
 
 
-def test_a_checkpoint_knows_its_place_in_the_journal_and_the_groups_since_the_oldest_kept(
-    make_stage: Callable[..., Stage],
+def test_a_checkpoint_records_the_journal_sequence_and_recent_groups(
+    make_harness: Callable[..., Harness],
 ) -> None:
-    async def run() -> Stage:
-        stage = make_stage(updates=6, service_at=0)
-        stage.updates.oldest_kept = 0
+    async def run() -> Harness:
+        harness = make_harness(updates=6, service_at=0)
+        harness.updates.oldest_kept = 0
 
         async def keep_two(message: m.Message) -> None:
             if isinstance(message, m.PrepareCheckpoint):
-                stage.updates.oldest_kept = max(2, message.policy_version - 2)
+                harness.updates.oldest_kept = max(2, message.policy_version - 2)
 
-        stage.service.on_heard = keep_two
-        await stage.run()
-        return stage
+        harness.service.on_message = keep_two
+        await harness.run()
+        return harness
 
-    stage = asyncio.run(run())
-    assert [p.service_sequence for p in stage.updates.progress] == [200, 400, 600]
-    assert [p.recent_lease_ids for p in stage.updates.progress] == [
+    harness = asyncio.run(run())
+    assert [p.service_sequence for p in harness.updates.progress] == [200, 400, 600]
+    assert [p.recent_lease_ids for p in harness.updates.progress] == [
         [0, 1, 10, 11],
         [20, 21, 30, 31],
         [20, 21, 30, 31, 40, 41, 50, 51],
     ]
     saved = [
         (message.policy_version, message.oldest_kept_version)
-        for message in stage.service.of(m.CheckpointSaved)
+        for message in harness.service.of(m.CheckpointSaved)
         if isinstance(message, m.CheckpointSaved)
     ]
     assert saved == [(2, 2), (4, 2), (6, 4)]
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(
-    make_stage: Callable[..., Stage], capsys: pytest.CaptureFixture[str]
+def test_a_failed_checkpoint_is_reported_and_training_continues(
+    make_harness: Callable[..., Harness], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def run() -> tuple[Stage, Finished]:
-        stage = make_stage(updates=6, service_at=0, trainer=Updates(frozenset({2})))
-        return stage, await stage.run()
+    async def run() -> tuple[Harness, Finished]:
+        harness = make_harness(updates=6, service_at=0, trainer=Updates(frozenset({2})))
+        return harness, await harness.run()
 
-    stage, finished = asyncio.run(run())
+    harness, finished = asyncio.run(run())
     assert finished.completed
     assert finished.save_error == ""
-    assert stage.updates.saved == [4, 6]
-    # What the failed one would have kept is remembered by the next.
-    assert stage.updates.progress[0].recent_lease_ids == [0, 1, 10, 11, 20, 21, 30, 31]
-    told = "checkpoint of version 2 could not be saved: No space left on device; training goes on"
-    assert finished.notices == (told,)
-    assert told in capsys.readouterr().err
-    notices = {x.policy_version: x.notice for x in stage.service.of(m.Trained)}  # pyright: ignore
-    assert notices == {1: "", 2: "", 3: told, 4: "", 5: "", 6: ""}
+    assert harness.updates.saved == [4, 6]
+    # The next checkpoint includes the groups of the failed one.
+    assert harness.updates.progress[0].recent_lease_ids == [0, 1, 10, 11, 20, 21, 30, 31]
+    expected_notice = (
+        "checkpoint of version 2 could not be saved: No space left on device; training continues"
+    )
+    assert finished.notices == (expected_notice,)
+    assert expected_notice in capsys.readouterr().err
+    notices = {x.policy_version: x.notice for x in harness.service.of(m.Trained)}  # pyright: ignore
+    assert notices == {1: "", 2: "", 3: expected_notice, 4: "", 5: "", 6: ""}
 
 
-def test_the_last_checkpoint_is_an_error_where_it_cannot_be_written(
-    make_stage: Callable[..., Stage],
+def test_a_failed_last_checkpoint_is_an_error(
+    make_harness: Callable[..., Harness],
 ) -> None:
-    async def run() -> tuple[Stage, Finished]:
-        stage = make_stage(updates=2, service_at=0, trainer=Updates(frozenset({2})))
-        stage.service.drains_until = m.FinishRun
-        return stage, await stage.run()
+    async def run() -> tuple[Harness, Finished]:
+        harness = make_harness(updates=2, service_at=0, trainer=Updates(frozenset({2})))
+        harness.service.finishes_after = m.FinishRun
+        return harness, await harness.run()
 
-    stage, finished = asyncio.run(run())
+    harness, finished = asyncio.run(run())
     assert "could not be saved: No space left on device" in finished.save_error
     assert finished.service_fields == {}
-    assert not stage.service.of(m.CheckpointSaved)
+    assert not harness.service.of(m.CheckpointSaved)
 
 
-def test_a_service_that_has_ended_is_told_of_no_checkpoint(
-    make_stage: Callable[..., Stage],
+def test_a_finished_service_is_not_notified_of_a_checkpoint(
+    make_harness: Callable[..., Harness],
 ) -> None:
-    """It would keep the link open for nothing."""
+    """The message would only keep the link open."""
 
-    async def run() -> Stage:
-        summarised = threading.Event()
-        stage = make_stage(updates=1, service_at=0, trainer=SlowUpdates(summarised))
-        stage.service.drains_until = m.FinishRun
-        receive = stage.link.receive
+    async def run() -> Harness:
+        summary_received = threading.Event()
+        harness = make_harness(updates=1, service_at=0, trainer=SlowUpdates(summary_received))
+        harness.service.finishes_after = m.FinishRun
+        receive = harness.link.receive
 
-        async def receive_and_say_so(deadline_s: float) -> m.Message:
+        async def receive_and_notify(deadline_s: float) -> m.Message:
             message = await receive(deadline_s)
-            if isinstance(message, m.Summary):  # at the loop's next turn it has been taken in
-                asyncio.get_running_loop().call_soon(summarised.set)
+            if isinstance(message, m.Summary):  # processed in the next iteration of the event loop
+                asyncio.get_running_loop().call_soon(summary_received.set)
             return message
 
-        stage.link.receive = receive_and_say_so
-        await stage.run()
-        return stage
+        harness.link.receive = receive_and_notify
+        await harness.run()
+        return harness
 
-    stage = asyncio.run(run())
-    assert stage.updates.saved == [1]
-    assert not stage.service.of(m.CheckpointSaved)
+    harness = asyncio.run(run())
+    assert harness.updates.saved == [1]
+    assert not harness.service.of(m.CheckpointSaved)
 
 
-def test_damaged_checkpoints_are_told_to_the_service_and_in_the_end(
-    make_stage: Callable[..., Stage], capsys: pytest.CaptureFixture[str]
+def test_damaged_checkpoints_are_reported_to_the_service_and_in_the_summary(
+    make_harness: Callable[..., Harness], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def run() -> tuple[Stage, Finished]:
+    async def run() -> tuple[Harness, Finished]:
         restored = restored_at(2, notices=("version-000004 is damaged", "and version-000003"))
-        stage = make_stage(updates=4, service_at=4, restored=restored)
-        return stage, await stage.run()
+        harness = make_harness(updates=4, service_at=4, restored=restored)
+        return harness, await harness.run()
 
-    stage, finished = asyncio.run(run())
-    [resumed] = stage.service.of(m.Resumed)
+    harness, finished = asyncio.run(run())
+    [resumed] = harness.service.of(m.Resumed)
     assert isinstance(resumed, m.Resumed)
     assert resumed.notice == "version-000004 is damaged; and version-000003"
     assert finished.notices == ("version-000004 is damaged", "and version-000003")
-    assert "going on from version 2, replaying to 4" in capsys.readouterr().err
+    assert "resuming from version 2, replaying to 4" in capsys.readouterr().err
 
 
-def test_a_learner_that_fell_back_to_the_start_says_why_and_replays_from_there(
-    make_stage: Callable[..., Stage],
+def test_a_learner_that_fell_back_to_the_start_reports_why_and_replays(
+    make_harness: Callable[..., Harness],
 ) -> None:
-    async def run() -> tuple[Stage, Finished]:
+    async def run() -> tuple[Harness, Finished]:
         restored = restored_at(0, notices=("version-000002 is damaged",))
-        stage = make_stage(updates=3, service_at=2, restored=restored)
-        return stage, await stage.run()
+        harness = make_harness(updates=3, service_at=2, restored=restored)
+        return harness, await harness.run()
 
-    stage, finished = asyncio.run(run())
-    assert stage.service.story()[:4] == ["Resumed 0", "Trained 1", "Trained 2", "PublishWeights 2"]
+    harness, finished = asyncio.run(run())
+    assert harness.service.message_log()[:4] == [
+        "Resumed 0",
+        "Trained 1",
+        "Trained 2",
+        "PublishWeights 2",
+    ]
     assert finished.notices == ("version-000002 is damaged",)
 
 
-def test_a_learner_that_is_refused_says_how_the_run_goes_on(
-    make_stage: Callable[..., Stage],
+def test_the_error_of_a_rejected_learner_contains_the_resume_command(
+    make_harness: Callable[..., Harness],
 ) -> None:
-    """The service lost the tail of its journal, and with it what it told the learner."""
+    """The service lost the tail of its journal, including the session of the learner."""
 
     async def run() -> None:
-        stage = make_stage(updates=4, service_at=0)
+        harness = make_harness(updates=4, service_at=0)
 
         async def refuse(message: m.Message) -> None:
             if isinstance(message, m.TakeBatch):
-                await stage.service.say(m.Rejected(reason=FORGOTTEN))
+                await harness.service.send(m.Rejected(reason=FORGOTTEN))
 
-        stage.service.on_heard = refuse
+        harness.service.on_message = refuse
         async with asyncio.timeout(DEADLINE_S):
-            serving = asyncio.create_task(stage.service.serve())
+            serving = asyncio.create_task(harness.service.serve())
             try:
-                await stage.loop.run(HELLO)
+                await harness.loop.run(HELLO)
             finally:
                 serving.cancel()
 
@@ -505,27 +514,27 @@ def test_a_learner_that_is_refused_says_how_the_run_goes_on(
         asyncio.run(run())
     assert str(caught.value) == (
         f"buffer service: refused a message of the learner: {FORGOTTEN}; `speed-async train "
-        "--resume runs/default` goes on from the newest checkpoint (with cluster.max_restarts the "
-        "run does so by itself)"
+        "--resume runs/default` resumes from the newest checkpoint (automatically with "
+        "cluster.max_restarts)"
     )
 
 
-def test_a_learner_that_is_not_let_in_is_not_told_to_resume(
-    make_stage: Callable[..., Stage],
+def test_the_error_of_an_unregistered_learner_has_no_resume_command(
+    make_harness: Callable[..., Harness],
 ) -> None:
     async def run() -> None:
-        stage = make_stage(updates=4, service_at=0)
-        await stage.service.say(m.Rejected(reason="the run has a learner (learner)"))
-        await stage.loop.run(HELLO)
+        harness = make_harness(updates=4, service_at=0)
+        await harness.service.send(m.Rejected(reason="the run has a learner (learner)"))
+        await harness.loop.run(HELLO)
 
     with pytest.raises(RoleError) as caught:
         asyncio.run(run())
-    said = "buffer service: refused a message of the learner: the run has a learner (learner)"
-    assert str(caught.value) == said
+    expected = "buffer service: refused a message of the learner: the run has a learner (learner)"
+    assert str(caught.value) == expected
 
 
-class WaitsForRoom:
-    """A service whose disk is full while it is asked for these: what it is waited for is noted."""
+class RecordingLink:
+    """Records the longest receive deadline after each kind of request."""
 
     def __init__(self, link: Link) -> None:
         self.waited_s: dict[str, float] = {}
@@ -544,16 +553,17 @@ class WaitsForRoom:
         await self._link.close()
 
 
-def test_a_service_that_waits_for_room_is_waited_for_as_long_as_it_may(
-    make_stage: Callable[..., Stage],
+def test_the_learner_waits_while_the_service_waits_for_disk_space(
+    make_harness: Callable[..., Harness],
 ) -> None:
-    """It says nothing until its journal can be written, up to cluster.stall_timeout_s."""
+    """The service does not respond until it can write its journal, for up to
+    cluster.stall_timeout_s."""
 
     async def run() -> dict[str, float]:
-        stage = make_stage(updates=3, service_at=0)
-        link = WaitsForRoom(stage.link)
-        stage.loop = stage.learner(link)
-        await stage.run()
+        harness = make_harness(updates=3, service_at=0)
+        link = RecordingLink(harness.link)
+        harness.loop = harness.learner(link)
+        await harness.run()
         return link.waited_s
 
     waited_s = asyncio.run(run())
@@ -565,7 +575,7 @@ def test_a_service_that_waits_for_room_is_waited_for_as_long_as_it_may(
 
 
 def recorded_group(lease_id: int) -> m.GroupFinished:
-    """The same group whenever it is asked for, as a journal has it."""
+    """The same group for the same lease, as in a journal."""
     [group] = random_groups(lease_id, num_groups=1)
     return pack_group(replace(group, lease_id=lease_id), ActorCounts())
 
@@ -576,9 +586,11 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
-def live(folder: Path, *, service_at: int) -> tuple[dict[int, dict[str, torch.Tensor]], Finished]:
-    """One life, from the newest whole checkpoint if there is one: the state of model and optimiser
-    at every version that was published, and how it ended."""
+def run_attempt(
+    folder: Path, *, service_at: int
+) -> tuple[dict[int, dict[str, torch.Tensor]], Finished]:
+    """Runs one attempt, from the newest valid checkpoint if there is one. Returns the state of
+    model and optimiser at every published version, and the result."""
     learner = {"lr": 0.01, "warmup_updates": 3, "checkpoint_every": 2, "keep_last": 9}
     config = make_learner_config(folder, **learner)
     config = config.model_copy(update={"run": config.run.model_copy(update={"updates": 7})})
@@ -591,36 +603,36 @@ def live(folder: Path, *, service_at: int) -> tuple[dict[int, dict[str, torch.Te
     states: dict[int, dict[str, torch.Tensor]] = {}
 
     async def run() -> Finished:
-        stage = Stage(config, trainer, service_at, restored)
-        stage.service.make_group = recorded_group
+        harness = Harness(config, trainer, service_at, restored)
+        harness.service.make_group = recorded_group
 
-        async def remember(message: m.Message) -> None:
-            if isinstance(message, m.PublishWeights):  # the learner waits for the answer
+        async def record_state(message: m.Message) -> None:
+            if isinstance(message, m.PublishWeights):  # the learner waits for the response
                 states[message.policy_version] = state_of(trainer)
 
-        stage.service.on_heard = remember
-        return await stage.run()
+        harness.service.on_message = record_state
+        return await harness.run()
 
     return states, asyncio.run(run())
 
 
 @pytest.mark.parametrize(("checkpoint", "service_at"), [(4, 4), (4, 5), (2, 6), (None, 3), (4, 7)])
-def test_what_is_published_after_a_replay_is_bit_for_bit_what_was_published_before(
+def test_weights_published_after_a_replay_are_bitwise_identical(
     tmp_path: Path, checkpoint: int | None, service_at: int
 ) -> None:
     folder = save_tiny_llama(tmp_path / "model")
-    before, straight = live(folder, service_at=0)
+    before, uninterrupted = run_attempt(folder, service_at=0)
     root = folder / "run" / "checkpoints"
     assert kept_versions(root) == [2, 4, 6, 7]
     for version in kept_versions(root):
         if checkpoint is None or version > checkpoint:
             shutil.rmtree(checkpoint_folder(root, version))
 
-    after, resumed = live(folder, service_at=service_at)
+    after, resumed = run_attempt(folder, service_at=service_at)
 
     assert list(after) == list(range(service_at, 8))
     for version, state in after.items():
         assert before[version].keys() == state.keys()
         different = [name for name in state if not torch.equal(state[name], before[version][name])]
         assert different == [], f"at version {version}"
-    assert resumed == straight  # counts as well
+    assert resumed == uninterrupted  # including all counts

@@ -11,12 +11,12 @@ from speed_async.algorithms.losses import cispo, gspo, policy_gradient, ppo_clip
 
 def weighted(tokens: LossTokens, weights: list[float]) -> Corrected:
     """Anchor mu, with these weights."""
-    nowhere_N = torch.zeros(len(weights), dtype=torch.bool)
+    no_tokens_N = torch.zeros(len(weights), dtype=torch.bool)
     return Corrected(
         anchor_logprobs_N=tokens.behaviour_logprobs_N,
         weights_N=torch.tensor(weights, dtype=torch.float64),
-        truncated_N=nowhere_N,
-        masked_N=nowhere_N,
+        truncated_N=no_tokens_N,
+        masked_N=no_tokens_N,
     )
 
 
@@ -27,12 +27,12 @@ def gradient(tokens: LossTokens, losses: TokenLosses) -> list[float]:
     return tokens.logprobs_N.grad.tolist()
 
 
-def test_policy_gradient_is_minus_weight_times_advantage_times_log_pi():
+def test_policy_gradient_loss_and_gradient():
     tokens = make_loss_tokens(pi=[0.5, 0.25, 0.1], mu=[0.25, 0.5, 0.1], advantages=[2.0, -1.0, 3.0])
 
     losses = policy_gradient(tokens, corrections.token_tis(tokens, max_ratio=1.5))
 
-    # ratios 2, 0.5, 1; cut to 1.5, 0.5, 1
+    # ratios 2, 0.5, 1; truncated to 1.5, 0.5, 1
     assert losses.losses_N.tolist() == pytest.approx(
         [-1.5 * 2 * math.log(0.5), 0.5 * math.log(0.25), -3 * math.log(0.1)], rel=1e-12
     )
@@ -40,7 +40,7 @@ def test_policy_gradient_is_minus_weight_times_advantage_times_log_pi():
     assert gradient(tokens, losses) == pytest.approx([-1.5 * 2, 0.5, -3.0])
 
 
-def test_ppo_clips_good_tokens_at_the_top_and_bad_ones_at_the_bottom():
+def test_ppo_clips_by_the_sign_of_the_advantage():
     # ratios 2, 2, 0.5, 0.5, 1.1 with advantages +, -, +, -, +
     tokens = make_loss_tokens(
         pi=[0.4, 0.4, 0.1, 0.1, 0.22], mu=[0.2] * 5, advantages=[1.0, -1.0, 1.0, -1.0, 2.0]
@@ -54,8 +54,8 @@ def test_ppo_clips_good_tokens_at_the_top_and_bad_ones_at_the_bottom():
     assert gradient(tokens, losses) == pytest.approx([0.0, 2.0, -0.5, 0.0, -1.1])
 
 
-def test_cispo_cuts_the_ratio_and_keeps_the_gradient():
-    # ratios 8, 2, 0.5 cut at 1 + 4
+def test_cispo_clips_the_ratio_and_keeps_the_gradient():
+    # ratios 8, 2, 0.5, clipped at 1 + 4
     tokens = make_loss_tokens(pi=[0.8, 0.2, 0.05], mu=[0.1] * 3, advantages=[1.0, -1.0, 2.0])
 
     losses = cispo(tokens, weighted(tokens, [1.0, 1.0, 0.5]), clip_high=4.0)
@@ -67,7 +67,7 @@ def test_cispo_cuts_the_ratio_and_keeps_the_gradient():
     assert gradient(tokens, losses) == pytest.approx([-5.0, 2.0, -0.5])
 
 
-def test_gspo_takes_the_geometric_mean_ratio_of_the_sequence_for_every_token():
+def test_gspo_uses_the_geometric_mean_ratio_of_the_sequence():
     # ratios 4, 1 and 1, 1.21: geometric means 2 and 1.1
     tokens = make_loss_tokens(
         pi=[0.4, 0.1, 0.1, 0.121], mu=[0.1] * 4, advantages=[-1.0, -1.0, 1.0, 1.0],

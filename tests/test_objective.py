@@ -19,12 +19,12 @@ def kept_of(passed: list[int], choice: Choice, *, num_screening: int = 4, **gate
     )
 
 
-def test_every_sample_is_kept_on_request_and_no_screening_sample_likewise():
+def test_all_and_none_keep_all_or_no_screening_samples():
     assert kept_of([1, 0, 0, 0, 1, 0], "all") == [1, 1, 1, 1, 1, 1]
     assert kept_of([1, 0, 0, 0, 1, 0], "none") == [0, 0, 0, 0, 1, 1]
 
 
-def test_the_only_pass_and_the_only_failure_are_pivotal_at_the_default_gate():
+def test_the_only_pass_or_failure_is_pivotal_at_the_default_gate():
     assert kept_of([1, 0, 0, 0, 1, 0], "unbiased") == [0, 1, 1, 1, 1, 1]
     assert kept_of([1, 1, 0, 1, 1, 0], "unbiased") == [1, 1, 0, 1, 1, 1]
     assert kept_of([1, 1, 0, 0, 1, 0], "unbiased") == [1, 1, 1, 1, 1, 1]
@@ -34,8 +34,8 @@ def test_with_two_screening_samples_both_are_pivotal():
     assert kept_of([1, 0, 1], "unbiased", num_screening=2) == [0, 0, 1]
 
 
-def test_pivots_follow_general_thresholds():
-    # open at 2 of 4 only: a flip either way shuts it
+def test_pivotal_samples_depend_on_the_thresholds():
+    # open at 2 of 4 only: any flip closes the gate
     assert kept_of([1, 1, 0, 0, 0], "unbiased", low=0.25, high=0.75) == [0, 0, 0, 0, 1]
     # open at 2, 3 and 4 of 4: passes are pivotal at 2, nothing is at 3 or 4
     assert kept_of([1, 1, 0, 0], "unbiased", low=0.3, high=1.0) == [0, 0, 1, 1]
@@ -43,7 +43,7 @@ def test_pivots_follow_general_thresholds():
     assert kept_of([1, 1, 1, 0], "unbiased", low=0.3, high=1.0) == [1, 1, 1, 0]
 
 
-def test_samples_of_a_group_that_was_not_screened_are_all_kept():
+def test_all_samples_of_an_unscreened_group_are_kept():
     for choice in ("all", "unbiased", "none"):
         assert kept_of([1, 0, 0], choice, num_screening=0) == [1, 1, 1]
 
@@ -64,7 +64,7 @@ def objective_of(folder: Path, **chosen: Any):
     )
 
 
-def test_rewards_are_shaped_before_advantages_are_taken(tmp_path: Path):
+def test_advantages_use_shaped_rewards(tmp_path: Path):
     objective = objective_of(
         tmp_path, advantage="dr_grpo", overlong_share=0.4, overlong_penalty=0.5,
         aggregation="sequence_mean",
@@ -79,8 +79,8 @@ def test_rewards_are_shaped_before_advantages_are_taken(tmp_path: Path):
     assert signal.kept_N.all()
 
 
-def test_the_punishment_is_measured_from_where_the_context_cuts(tmp_path: Path):
-    """Far from actors.max_new_tokens: 16 tokens of context, 6 or 8 of them the prompt's."""
+def test_the_overlong_penalty_is_relative_to_the_context_limit(tmp_path: Path):
+    """The context of 16 tokens, 6 or 8 of them the prompt, is far below actors.max_new_tokens."""
     config = make_config(
         tmp_path,
         max_new_tokens=1000,
@@ -91,18 +91,16 @@ def test_the_punishment_is_measured_from_where_the_context_cuts(tmp_path: Path):
 
     first, second = compute_signals(make_objective(config, context_length=16), groups)
 
-    shaped = np.array([1, 1 - 2 / 5, 1 - 3 / 5])  # cut at 10, punished over the last 5
+    shaped = np.array([1, 1 - 2 / 5, 1 - 3 / 5])  # limit 10, penalty over the last 5
     assert first.advantages_N.tolist() == pytest.approx((shaped - shaped.mean()).tolist())
-    shaped = np.array([1, 1 - 3 / 4, 0])  # cut at 8, punished over the last 4
+    shaped = np.array([1, 1 - 3 / 4, 0])  # limit 8, penalty over the last 4
     assert second.advantages_N.tolist() == pytest.approx((shaped - shaped.mean()).tolist())
-    flat, _ = compute_signals(
-        make_objective(config), groups
-    )  # no context known: nobody is near the limit
-    assert flat.advantages_N.tolist() == [0, 0, 0]
+    unlimited, _ = compute_signals(make_objective(config), groups)  # no context limit: no penalty
+    assert unlimited.advantages_N.tolist() == [0, 0, 0]
 
 
-def test_the_choice_looks_at_raw_rewards_and_the_baseline_at_all_of_them(tmp_path: Path):
-    # the long pass falls to 0 once shaped, and is a pass to the gate nevertheless
+def test_the_mask_uses_raw_rewards_and_the_baseline_all_completions(tmp_path: Path):
+    # the shaped reward of the long completion is 0, but its raw reward passes the gate
     shaped = {"overlong_share": 0.4, "screening_samples": "unbiased", "advantage": "dr_grpo"}
 
     (signal,) = compute_signals(objective_of(tmp_path, **shaped), [example(num_screening=3)])
@@ -111,7 +109,7 @@ def test_the_choice_looks_at_raw_rewards_and_the_baseline_at_all_of_them(tmp_pat
     assert signal.advantages_N.tolist() == pytest.approx([5 / 6, -4 / 6, -1 / 6])
 
 
-def test_denominators_count_what_is_not_trained_on(tmp_path: Path):
+def test_denominators_include_dropped_completions(tmp_path: Path):
     flat = make_group([1], make_completion([2] * 3, 0.0), make_completion([], 0.0))
     objective = objective_of(tmp_path, screening_samples="none", aggregation="token_mean")
 
@@ -123,7 +121,7 @@ def test_denominators_count_what_is_not_trained_on(tmp_path: Path):
     assert second.advantages_N.tolist() == [0.0, 0.0]
 
 
-def test_every_name_of_the_configuration_has_its_strategy_and_parameters(tmp_path: Path):
+def test_every_configured_name_maps_to_its_strategy(tmp_path: Path):
     tokens = make_loss_tokens([0.4, 0.1], [0.1, 0.1], [1.0, 1.0])  # ratios 4 and 1
     factors = {}
     for correction in get_args(ObjectiveConfig.model_fields["correction"].annotation):

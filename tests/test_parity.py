@@ -1,7 +1,7 @@
-"""Our formulas against those of other libraries, on the vectors in tests/parity.
+"""Parity of the formulas with other libraries, on the vectors in tests/parity.
 
-Each file was written by a script that runs the library itself (scripts/make_parity_vectors_*.py)
-and names the library's version. Neither library is needed here.
+Each file was written by a script that runs the library (scripts/make_parity_vectors_*.py), and
+names the version of the library. The tests do not require the libraries.
 
 Shape legend: G groups, S sequences, N tokens of all sequences, one sequence after another.
 """
@@ -25,7 +25,7 @@ from speed_async.config.schema import ObjectiveConfig
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "tests" / "parity").glob("*.json"))
 VERSIONS = {"trl": "1.16.0", "verl": "0.9.1"}
-OURS_ALONE = {"aggregation": {"prompt_mean"}}
+WITHOUT_REFERENCE = {"aggregation": {"prompt_mean"}}
 ANCHORED_AT_MU = {"none", "decoupled_log_linear", "negative_sequence_mask"}
 NO_LIMIT = {
     "min_ratio": 0.0,
@@ -43,8 +43,8 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def cases_with(answer: str) -> list[Any]:
-    """Every (batch, case) that has this answer, named by library, version and formula."""
+def cases_with(result: str) -> list[Any]:
+    """Every (batch, case) with this result, with an id of library, version and formula."""
     return [
         pytest.param(
             vectors["batches"][case["batch"]],
@@ -53,12 +53,13 @@ def cases_with(answer: str) -> list[Any]:
         )
         for vectors in map(read, FILES)
         for case in vectors["cases"]
-        if answer in case
+        if result in case
     ]
 
 
 def assert_close(ours: Any, theirs: Any) -> None:
-    """To 1e-6 of the value, not of the largest: a gradient of 1e-3 must agree to 1e-9."""
+    """Compares with a relative tolerance of 1e-6 per element: a gradient of 1e-3 must match to
+    1e-9."""
     np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE**2)
 
 
@@ -92,7 +93,7 @@ def loss_tokens(batch: Batch) -> LossTokens:
 
 
 def loss_and_gradient(batch: Batch, ours: dict[str, list[Any]]) -> tuple[float, Tensor]:
-    """Our loss over the batch as one update, and its gradient (N,) with respect to log pi."""
+    """Loss of the batch as one update, and its gradient (N,) with respect to log pi."""
     tokens = loss_tokens(batch)
     corrected = bound(corrections, ours["correction"])(tokens)
     token_losses = bound(losses, ours["policy_loss"])(tokens, corrected)
@@ -105,9 +106,9 @@ def loss_and_gradient(batch: Batch, ours: dict[str, list[Any]]) -> tuple[float, 
     return loss.item(), gradient_N
 
 
-def limits_in_force() -> list[Any]:
-    """Every limit of every loss vector; a clip only where the anchor is not pi itself, for at a
-    ratio of 1 it does nothing."""
+def active_limits() -> list[Any]:
+    """Every limit of every loss vector. Clips are included only where the anchor differs from pi,
+    because a clip has no effect at a ratio of 1."""
     return [
         pytest.param(*one.values, stage, limit, id=f"{one.id}: {limit}")
         for one in cases_with("gradient")
@@ -118,7 +119,7 @@ def limits_in_force() -> list[Any]:
 
 
 @pytest.mark.parametrize(("batch", "case"), cases_with("advantages"))
-def test_our_advantages_are_the_library_s(batch: Batch, case: Case) -> None:
+def test_advantages_match_the_library(batch: Batch, case: Case) -> None:
     ours = bound(advantages, case["ours"]["advantage"])(grouped(batch["rewards"], batch))
     assert [len(group) for group in ours] == [len(group) for group in case["advantages"]]
     for ours_N, theirs_N in zip(ours, case["advantages"], strict=True):
@@ -126,17 +127,15 @@ def test_our_advantages_are_the_library_s(batch: Batch, case: Case) -> None:
 
 
 @pytest.mark.parametrize(("batch", "case"), cases_with("gradient"))
-def test_our_loss_and_its_gradient_are_the_library_s(batch: Batch, case: Case) -> None:
+def test_loss_and_gradient_match_the_library(batch: Batch, case: Case) -> None:
     loss, gradient_N = loss_and_gradient(batch, case["ours"])
     assert_close(gradient_N, flat(case["gradient"]))
     assert_close(loss, case["loss"])
 
 
-@pytest.mark.parametrize(("batch", "case", "stage", "limit"), limits_in_force())
-def test_without_this_limit_the_gradient_would_not_be_the_library_s(
-    batch: Batch, case: Case, stage: str, limit: str
-) -> None:
-    """Else the formula could lose its clip or its mask and still agree."""
+@pytest.mark.parametrize(("batch", "case", "stage", "limit"), active_limits())
+def test_every_limit_affects_the_gradient(batch: Batch, case: Case, stage: str, limit: str) -> None:
+    """Otherwise a missing clip or mask would not be detected."""
     name, options = case["ours"][stage]
     ours = case["ours"] | {stage: [name, options | {limit: NO_LIMIT[limit]}]}
     _, gradient_N = loss_and_gradient(batch, ours)
@@ -152,12 +151,12 @@ def test_without_this_limit_the_gradient_would_not_be_the_library_s(
         if "punishments" in case
     ],
 )
-def test_our_overlong_punishment_is_the_library_s(case: Case) -> None:
+def test_the_overlong_penalty_matches_the_library(case: Case) -> None:
     ours_N = rewards.soft_overlong_punishment(np.array(case["lengths"]), **case["ours"]["overlong"])
     assert_close(ours_N, case["punishments"])
 
 
-def test_policy_gradient_with_weights_has_trl_s_gradient_though_not_its_value() -> None:
+def test_weighted_policy_gradient_matches_only_the_gradient_of_trl() -> None:
     (vectors,) = (read(path) for path in FILES if path.stem == "trl")
     case = next(one for one in vectors["cases"] if one["formula"] == "ppo_clip token_tis")
     ours = case["ours"] | {"policy_loss": ["policy_gradient", {}]}
@@ -169,7 +168,7 @@ def test_policy_gradient_with_weights_has_trl_s_gradient_though_not_its_value() 
 @pytest.mark.parametrize(
     "choice", ["advantage", "policy_loss", "aggregation", "correction"], ids=str
 )
-def test_every_choice_of_the_configuration_has_a_vector_unless_it_is_ours_alone(
+def test_every_choice_has_a_vector_or_no_reference(
     choice: str,
 ) -> None:
     compared = {
@@ -179,15 +178,15 @@ def test_every_choice_of_the_configuration_has_a_vector_unless_it_is_ours_alone(
         if choice in case["ours"]
     }
     offered = set(get_args(ObjectiveConfig.model_fields[choice].annotation))
-    assert offered - compared == OURS_ALONE.get(choice, set())
+    assert offered - compared == WITHOUT_REFERENCE.get(choice, set())
 
 
-def test_each_library_has_its_vectors() -> None:
+def test_every_library_has_vectors() -> None:
     assert {path.stem for path in FILES} == set(VERSIONS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_vector_file_names_the_library_s_version_and_a_script_that_names_it_too(
+def test_vector_files_name_the_version_and_the_script(
     path: Path,
 ) -> None:
     vectors = read(path)

@@ -1,4 +1,4 @@
-"""The learner's broadcasts when members fail: who is named, who is left out, when the run ends."""
+"""The learner's broadcasts when members fail: reported ranks, excluded actors, final errors."""
 
 import asyncio
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ import torch
 from speed_async.config.schema import WeightsConfig
 from speed_async.errors import WeightSyncError
 from speed_async.learner.inbox import Inbox
-from speed_async.learner.publisher import UNEXPLAINED_ATTEMPTS, Publisher
+from speed_async.learner.publisher import MAX_UNEXPLAINED_FAILURES, Publisher
 from speed_async.transport import messages as m
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.canary import Canary
@@ -17,7 +17,7 @@ from speed_async.weight_sync.channel import NamedTensor, TransferReport
 
 
 class Service:
-    """A link to a service that leaves out whoever was missing the last time."""
+    """A link to a service that excludes actors reported as missing."""
 
     def __init__(self, ranks: dict[str, int]) -> None:
         self.ranks = ranks
@@ -45,7 +45,7 @@ class Service:
 
 
 class FailingSender:
-    """Fails as often as it is told, each time naming these ranks."""
+    """Fails once per entry of `failures`, and reports its ranks as missing."""
 
     store_address = ("127.0.0.1", 1)
 
@@ -81,12 +81,12 @@ def publish(service: Service, sender: FailingSender) -> None:
         updates=Weights(),
         sender=sender,
         backend="gloo",
-        patience_s=20.0,
+        timeout_s=20.0,
     )
     asyncio.run(publisher.publish(3))
 
 
-def test_whoever_is_missing_is_left_out_and_the_others_get_the_version() -> None:
+def test_missing_actors_are_excluded_from_the_next_broadcast() -> None:
     service = Service({"actor-1.0": 1, "actor-2.0": 1, "actor-3.0": 1})
     sender = FailingSender([[2], [2]])
     publish(service, sender)
@@ -97,23 +97,23 @@ def test_whoever_is_missing_is_left_out_and_the_others_get_the_version() -> None
     assert "rank 2 is actor-2.0" in service.published[0].error
 
 
-def test_ranks_of_one_engine_are_one_actor() -> None:
+def test_ranks_of_one_engine_map_to_one_actor() -> None:
     service = Service({"actor-1.0": 1, "actor-2.0": 3, "actor-3.0": 1})
     publish(service, sender := FailingSender([[2, 4]]))
     assert service.published[0].missing == ["actor-2.0"]
     assert [offer.world_size for offer in sender.offers] == [6, 3]
 
 
-def test_when_nobody_is_left_there_is_nothing_to_send() -> None:
+def test_publishing_without_actors_sends_nothing() -> None:
     service = Service({"actor-1.0": 1})
     publish(service, sender := FailingSender([[1]]))
     assert len(sender.offers) == 1
     assert service.published[-1].error == ""
 
 
-def test_failures_that_nobody_is_to_blame_for_end_the_run() -> None:
+def test_repeated_unexplained_failures_raise() -> None:
     service = Service({"actor-1.0": 1})
     sender = FailingSender([[], [], [], []])
-    with pytest.raises(WeightSyncError, match=r"nobody to blame.*manifest failed"):
+    with pytest.raises(WeightSyncError, match=r"without a known faulty actor.*manifest failed"):
         publish(service, sender)
-    assert len(sender.offers) == UNEXPLAINED_ATTEMPTS == 3
+    assert len(sender.offers) == MAX_UNEXPLAINED_FAILURES == 3

@@ -176,10 +176,10 @@ def test_a_run_of_which_all_checkpoints_so_far_are_damaged_goes_back_to_its_star
     second = resume_train(first, "--run.updates", str(reached + 2))
     status, _, err = second.finish()
     assert_whole(second, status, err, updates=reached + 2)
-    assert "going on from the start (version 0, the first model)" in err
+    assert "resuming from the start (version 0, the initial model)" in err
     assert len(second.summary()["notices"]) == len(damaged)
     log = (second.folder / "logs" / "learner.log").read_text()
-    assert f"going on from version 0, replaying to {reached}\n" in log
+    assert f"resuming from version 0, replaying to {reached}\n" in log
 
 
 def test_a_run_whose_journal_was_moved_away_goes_on_from_its_last_checkpoint(

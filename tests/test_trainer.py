@@ -48,7 +48,7 @@ def gradients(trainer: Trainer) -> list[torch.Tensor]:
 def dense_loss(
     model: torch.nn.Module, groups: Sequence[Group], *, temperature: float, cap: float
 ) -> torch.Tensor:
-    """The definition, sequence by sequence and token by token."""
+    """Direct implementation of the definition, with loops over sequences and tokens."""
     loss, num_tokens = torch.zeros(()), 0
     for group in groups:
         rewards = [completion.reward for completion in group.completions]
@@ -68,7 +68,7 @@ def dense_loss(
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("micro_batch_tokens", [16, 8192])
-def test_the_gradient_is_that_of_the_dense_definition(
+def test_the_gradient_matches_a_dense_implementation(
     tmp_path: Path, seed: int, micro_batch_tokens: int
 ):
     trainer = make_trainer(
@@ -122,20 +122,20 @@ def test_metrics_of_an_update(tmp_path: Path):
     }  # fmt: skip
 
 
-def test_groups_without_signal_dilute_the_gradient_though_they_are_not_run(tmp_path: Path):
-    taught = make_group([1], make_completion([2, 3], 1.0), make_completion([4, 5], 0.0))
+def test_zero_signal_groups_count_in_the_denominator(tmp_path: Path):
+    with_signal = make_group([1], make_completion([2, 3], 1.0), make_completion([4, 5], 0.0))
     flat = make_group([1], make_completion([6, 7], 1.0), make_completion([8, 9], 1.0))
-    alone = make_trainer(tmp_path / "a", grad_clip=UNLIMITED)
+    undiluted = make_trainer(tmp_path / "a", grad_clip=UNLIMITED)
     diluted = make_trainer(tmp_path / "b", grad_clip=UNLIMITED)
 
-    alone.update([taught])
-    diluted.update([taught, flat])
+    undiluted.update([with_signal])
+    diluted.update([with_signal, flat])
 
-    for whole, half in zip(gradients(alone), gradients(diluted), strict=True):
+    for whole, half in zip(gradients(undiluted), gradients(diluted), strict=True):
         torch.testing.assert_close(half, whole / 2)
 
 
-def test_a_batch_without_any_signal_is_a_step_with_zero_gradient(tmp_path: Path):
+def test_a_batch_without_signal_steps_with_zero_gradient(tmp_path: Path):
     trainer = make_trainer(tmp_path, lr=0.01, weight_decay=0.5, warmup_updates=0)
     before = parameters(trainer)
 
@@ -146,22 +146,24 @@ def test_a_batch_without_any_signal_is_a_step_with_zero_gradient(tmp_path: Path)
     assert result.metrics["grad_norm"] == 0.0
     assert "ratio_mean" not in result.metrics
     for old, new in zip(before, parameters(trainer), strict=True):
-        # Decay alone moves the parameters, and only those of two dimensions (norms stay).
+        # Only weight decay changes the parameters, and only those with two dimensions.
         torch.testing.assert_close(new, old * (1 - 0.01 * 0.5) if old.dim() >= 2 else old)
 
 
-def test_learning_rate_warms_up_linearly_and_stays(tmp_path: Path):
+def test_the_learning_rate_warms_up_linearly(tmp_path: Path):
     trainer = make_trainer(tmp_path, lr=0.4e-3, warmup_updates=4)
     rates = [trainer.update(random_groups(i)).metrics["lr"] for i in range(6)]
     assert rates == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 4e-4, 4e-4])
 
 
-def test_a_behaviour_log_probability_that_is_not_finite_skips_the_update(tmp_path: Path):
+def test_a_non_finite_behaviour_log_probability_skips_the_update(tmp_path: Path):
     trainer = make_trainer(tmp_path, lr=0.1)
     before = parameters(trainer)
-    poisoned = make_group([1], make_completion([2], 1.0, [float("nan")]), make_completion([3], 0.0))
+    non_finite = make_group(
+        [1], make_completion([2], 1.0, [float("nan")]), make_completion([3], 0.0)
+    )
 
-    result = trainer.update([poisoned])
+    result = trainer.update([non_finite])
 
     assert result.skipped
     assert "behaviour log-probability" in result.skip_reason
@@ -174,17 +176,17 @@ def test_a_behaviour_log_probability_that_is_not_finite_skips_the_update(tmp_pat
     assert later.metrics["skipped_updates"] == 1.0
 
 
-def test_a_gradient_that_is_not_finite_leaves_parameters_and_moments_alone(tmp_path: Path):
-    poison = False
+def test_a_non_finite_gradient_leaves_parameters_and_moments_unchanged(tmp_path: Path):
+    return_infinity = False
 
     def sometimes_infinite(tokens: LossTokens, corrected: Corrected) -> TokenLosses:
-        scale = float("inf") if poison else 1.0
+        scale = float("inf") if return_infinity else 1.0
         return TokenLosses(
             losses_N=tokens.logprobs_N * scale, clipped_N=torch.zeros_like(corrected.masked_N)
         )
 
     trainers = []
-    for name in ("poisoned", "clean"):
+    for name in ("non_finite", "clean"):
         folder = save_tiny_llama(tmp_path / name)
         config = make_config(folder, lr=0.01, warmup_updates=0)
         trainers.append(
@@ -195,9 +197,9 @@ def test_a_gradient_that_is_not_finite_leaves_parameters_and_moments_alone(tmp_p
         )  # fmt: skip
     for trainer in trainers:
         trainer.update(random_groups(0))
-    poison = True
+    return_infinity = True
     result = trainers[0].update(random_groups(1))
-    poison = False
+    return_infinity = False
     for trainer in trainers:
         trainer.update(random_groups(2))
 
@@ -217,7 +219,7 @@ def logprob(model: torch.nn.Module, prompt: list[int], token_ids: list[int]) -> 
 
 
 def on_policy_groups(folder: Path, seed: int) -> list[Group]:
-    """`random_groups`, with log mu those of the model in `folder`."""
+    """`random_groups` with log mu of the model in `folder`."""
     model, groups = load_model(folder, device="cpu"), []
     for group in random_groups(seed):
         prompt = group.prompt_token_ids.tolist()
@@ -241,7 +243,7 @@ def on_policy_groups(folder: Path, seed: int) -> list[Group]:
         ("none", [0.0, 0.0, 0.0, 0.75, -0.5]),
     ],
 )
-def test_the_choice_of_screening_samples_is_that_of_the_gradient(
+def test_the_gradient_respects_the_choice_of_screening_samples(
     tmp_path: Path, choice: Any, coefficients: list[float]
 ):
     trainer = make_trainer(
@@ -280,7 +282,8 @@ COMBINATIONS = list(product(choices("policy_loss"), choices("correction")))
 def objective_trainer(
     folder: Path, objective: ObjectiveConfig, *, age: int = 0, **learner: Any
 ) -> Trainer:
-    """Another trainer of the model in `folder`; tokens of version 0 have this age."""
+    """A trainer of the model in `folder` at version `age`, so that tokens of version 0 have this
+    age."""
     config = make_config(folder, objective=objective, **learner)
     trainer = Trainer(config=config, model=load_model(folder, device="cpu"), parallel=SingleRank())
     trainer.num_updates = age
@@ -309,11 +312,11 @@ def test_every_loss_takes_a_finite_step_under_every_correction(
         pairs = zip(before, parameters(trainer), strict=True)
         assert any(not torch.equal(old, new) for old, new in pairs)
         runs.append(gradients(trainer))
-    for cut, whole in zip(*runs, strict=True):  # no sequence is torn apart
-        torch.testing.assert_close(cut, whole, atol=1e-5, rtol=1e-4)
+    for split, whole in zip(*runs, strict=True):  # no sequence is split
+        torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-4)
 
 
-def test_on_policy_every_loss_and_correction_gives_the_plain_policy_gradient(tmp_path: Path):
+def test_on_policy_losses_and_corrections_equal_the_policy_gradient(tmp_path: Path):
     save_tiny_llama(tmp_path)
     groups = on_policy_groups(tmp_path, 4)
 
@@ -331,9 +334,9 @@ def test_on_policy_every_loss_and_correction_gives_the_plain_policy_gradient(tmp
 
 
 @pytest.mark.parametrize("age", [0, 1])
-def test_interpolated_anchors_follow_the_age_of_the_tokens(tmp_path: Path, age: int):
-    """At age 1 the proximal policy is mu, and the weight is 1; at age 0 it is the policy itself,
-    and the weight is rho. Weights are cut at 0.5, which tells the two apart."""
+def test_interpolated_anchors_depend_on_the_token_age(tmp_path: Path, age: int):
+    """At age 1, the proximal policy is mu and the weight is 1. At age 0, it is the policy itself
+    and the weight is rho. Truncation of weights at 0.5 distinguishes the two cases."""
     save_tiny_llama(tmp_path)
     chosen = ObjectiveConfig(
         policy_loss="cispo", clip_high=1e6, correction="decoupled_log_linear", max_ratio=0.5
@@ -356,15 +359,15 @@ def test_interpolated_anchors_follow_the_age_of_the_tokens(tmp_path: Path, age: 
 
 
 @pytest.mark.parametrize(
-    ("max_new_tokens", "model", "wanted"), [(64, 16, None), (1000, 16, None), (1000, 64, 16)]
+    ("max_new_tokens", "model", "max_context"), [(64, 16, None), (1000, 16, None), (1000, 64, 16)]
 )
-def test_limits_past_the_context_train_as_the_context_does(
-    tmp_path: Path, max_new_tokens: int, model: int, wanted: int | None
+def test_limits_beyond_the_context_have_no_effect(
+    tmp_path: Path, max_new_tokens: int, model: int, max_context: int | None
 ):
-    """Dr. GRPO's divisor and the over-long punishment, from the model's own limit or the one that
-    the run sets; the whole gradient is theirs."""
+    """The divisor of Dr. GRPO and the overlong penalty follow from the model's limit or from the
+    configured one. Only they contribute to the gradient."""
 
-    def gradient(max_new_tokens: int, model: int, wanted: int | None) -> list[torch.Tensor]:
+    def gradient(max_new_tokens: int, model: int, max_context: int | None) -> list[torch.Tensor]:
         save_tiny_llama(tmp_path, max_position_embeddings=model)
         config = make_config(
             tmp_path,
@@ -373,7 +376,7 @@ def test_limits_past_the_context_train_as_the_context_does(
                 advantage="dr_grpo", aggregation="fixed_length", overlong_share=0.5
             ),
         )
-        chosen = config.model.model_copy(update={"context_length": wanted})
+        chosen = config.model.model_copy(update={"context_length": max_context})
         trainer = Trainer(
             config=config.model_copy(update={"model": chosen}),
             model=load_model(tmp_path, device="cpu"),
@@ -383,13 +386,13 @@ def test_limits_past_the_context_train_as_the_context_does(
         trainer.update([make_group([1] * 6, cut, make_completion([3] * 4, 1.0))])
         return gradients(trainer)
 
-    by_hand = gradient(16, 16, None)
-    assert any(each.any() for each in by_hand), "both passed: only the punishment tells them apart"
-    for one, other in zip(gradient(max_new_tokens, model, wanted), by_hand, strict=True):
+    reference = gradient(16, 16, None)
+    assert any(each.any() for each in reference), "both pass: only the penalty differs"
+    for one, other in zip(gradient(max_new_tokens, model, max_context), reference, strict=True):
         assert torch.equal(one, other)
 
 
-def test_two_trainers_given_the_same_batches_agree_bit_for_bit(tmp_path: Path):
+def test_training_is_bitwise_deterministic(tmp_path: Path):
     one, other = (make_trainer(tmp_path / name, lr=0.01) for name in ("one", "other"))
     for seed in range(3):
         assert one.update(random_groups(seed)).metrics == other.update(random_groups(seed)).metrics
@@ -397,7 +400,7 @@ def test_two_trainers_given_the_same_batches_agree_bit_for_bit(tmp_path: Path):
         assert torch.equal(a, b)
 
 
-def test_token_ids_the_model_does_not_have_are_refused(tmp_path: Path):
+def test_token_ids_outside_the_vocabulary_are_rejected(tmp_path: Path):
     trainer = make_trainer(tmp_path)
     with pytest.raises(ModelError, match=r"token ids 1\.\.11, the model has 11"):
         trainer.update([make_group([1], make_completion([11], 1.0), make_completion([2], 0.0))])
@@ -412,8 +415,8 @@ def test_a_tied_weight_is_sent_once_in_layer_order(tmp_path: Path):
     assert len(set(names)) == len(names)
 
 
-def test_rewarded_tokens_become_likely(tmp_path: Path):
-    """Samples come from the current policy; token 7 as the first token is worth 1."""
+def test_the_probability_of_rewarded_tokens_increases(tmp_path: Path):
+    """Samples are drawn from the current policy. A first token of 7 has reward 1."""
     trainer = make_trainer(tmp_path, lr=0.02, warmup_updates=0, weight_decay=0.0)
     random = torch.Generator().manual_seed(0)
 
@@ -451,23 +454,23 @@ SMALL: dict[str, Any] = {
 }
 
 
-def test_a_family_that_scales_its_logits_is_refused():
+def test_a_model_family_with_logits_scaling_is_rejected():
     scaled = GraniteConfig(**SMALL, logits_scaling=8.0, initializer_range=0.5)
     with pytest.raises(ModelError, match="changes its logits after the head"):
         check_policy(make_policy(scaled))
 
 
-def test_learned_positions_allow_shared_prompts_and_a_short_window_does_not():
+def test_a_sliding_window_disables_shared_prompts():
     assert check_policy(make_policy(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=11)))
     assert not check_policy(make_policy(MistralConfig(**SMALL, sliding_window=64)))
 
 
-def test_a_missing_model_folder_is_named(tmp_path: Path):
+def test_the_error_names_a_missing_model_folder(tmp_path: Path):
     with pytest.raises(ModelError, match=r"no config\.json: set model\.path"):
         load_model(tmp_path / "absent", device="cpu")
 
 
-def test_truncated_and_incomplete_weights_are_refused(tmp_path: Path):
+def test_truncated_and_incomplete_weights_are_rejected(tmp_path: Path):
     folder = save_tiny_llama(tmp_path / "model")
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
@@ -480,11 +483,11 @@ def test_truncated_and_incomplete_weights_are_refused(tmp_path: Path):
     config.write_text(
         config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
     )
-    with pytest.raises(ModelError, match=r"lacks \d+ of its weights, such as model\.layers\.2"):
+    with pytest.raises(ModelError, match=r"lacks \d+ weights, such as model\.layers\.2"):
         load_model(folder, device="cpu")
 
 
-def test_gradient_checkpointing_changes_no_gradient_even_with_dropout(tmp_path: Path):
+def test_gradient_checkpointing_preserves_gradients_with_dropout(tmp_path: Path):
     folder = save_tiny_llama(tmp_path, attention_dropout=0.5)
     updates = []
     for flag in (False, True):
@@ -500,7 +503,7 @@ def test_gradient_checkpointing_changes_no_gradient_even_with_dropout(tmp_path: 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_asking_for_a_gpu_where_there_is_none_names_the_field():
+def test_the_error_for_a_missing_gpu_names_the_field():
     with pytest.raises(ConfigError, match=r"learner\.device"):
         resolve_device("cuda")
 
@@ -508,7 +511,7 @@ def test_asking_for_a_gpu_where_there_is_none_names_the_field():
 # --- the canary ---------------------------------------------------------------------------------
 
 
-def test_the_canary_is_the_plain_model_s_at_temperature_one_and_follows_every_update(
+def test_the_canary_uses_temperature_one_and_the_current_weights(
     tmp_path: Path,
 ):
     trainer = make_trainer(tmp_path, temperature=0.5, lr=1e-2, warmup_updates=0)
@@ -523,7 +526,7 @@ def test_the_canary_is_the_plain_model_s_at_temperature_one_and_follows_every_up
     assert torch.allclose(torch.tensor(after.logprobs), expected, atol=1e-5)
 
 
-def test_measuring_the_canary_changes_nothing_about_training(tmp_path: Path):
+def test_measuring_the_canary_does_not_affect_training(tmp_path: Path):
     ours, theirs = make_trainer(tmp_path), make_trainer(tmp_path)
     for seed in range(2):
         ours.update(random_groups(seed))
@@ -533,15 +536,15 @@ def test_measuring_the_canary_changes_nothing_about_training(tmp_path: Path):
         assert torch.equal(mine, yours)
 
 
-def test_the_canary_is_never_longer_than_the_context(tmp_path: Path):
+def test_the_canary_fits_the_context(tmp_path: Path):
     save_tiny_llama(tmp_path, max_position_embeddings=20)
     model = load_model(tmp_path, device="cpu")
     policy = Policy(model, temperature=1.0)
     assert len(CanaryProbe(model).measure(policy).token_ids) == 20
-    assert len(CanaryProbe(model, wanted=7).measure(policy).token_ids) == 7
+    assert len(CanaryProbe(model, max_context=7).measure(policy).token_ids) == 7
 
 
-def test_weights_that_have_diverged_have_no_canary(tmp_path: Path):
+def test_the_canary_of_diverged_weights_raises(tmp_path: Path):
     trainer = make_trainer(tmp_path)
     with torch.no_grad():
         next(trainer.model.parameters())[0, 0] = float("nan")

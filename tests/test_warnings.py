@@ -51,7 +51,7 @@ def test_an_actor_that_dies_during_a_broadcast_is_reported(harness: Desk) -> Non
         epoch=1,
         transfer_s=0.1,
         num_bytes=0,
-        error=f"manifest failed after 0.0 s ({GLOO}); no sign of life from rank 1",
+        error=f"manifest failed after 0.0 s ({GLOO}); no response from rank 1",
         missing=["actor-1.0"],
     )
     harness.say("learner", failed)
@@ -114,7 +114,7 @@ def test_a_past_event_is_reported_for_a_minute(harness: Desk) -> None:
 @pytest.mark.parametrize(
     ("raised", "expected"),
     [
-        (GLOO, "the connection was closed by the other side"),
+        (GLOO, "the connection was closed by the peer"),
         ("[../gloo/x/pair.cc:12] Read error: reset by peer", None),
         ("[/a/b/context.cc:1] Timed out waiting 5000ms\nframe #0", "Timed out waiting 5000ms"),
         ("no reply within 5 s", "no reply within 5 s"),
@@ -125,4 +125,4 @@ def test_a_backend_error_is_reported_without_its_cpp_location(
     raised: str, expected: str | None
 ) -> None:
     text = in_words(RuntimeError(raised))
-    assert text == (expected or "the connection was closed by the other side")
+    assert text == (expected or "the connection was closed by the peer")

@@ -1,4 +1,4 @@
-"""Weights arrive bit for bit, and nobody waits past a deadline for those who do not."""
+"""Weight transfers: bitwise correctness, refusals and deadlines."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ CPU = torch.device("cpu")
 
 
 @on_every_channel()
-def test_mixed_tensors_arrive_bit_for_bit_at_two_receivers(channel: Channel):
+def test_mixed_tensors_are_received_bitwise_by_two_receivers(channel: Channel):
     loaded = send_to(channel, channel.offer(1, world_size=3), mixed_tensors())
     for rank in (1, 2):
         assert_arrived(loaded[rank], mixed_tensors())
@@ -61,7 +61,7 @@ def test_mixed_tensors_arrive_bit_for_bit_at_two_receivers(channel: Channel):
 
 
 @on_every_channel()
-def test_consecutive_versions_reuse_an_epoch_and_report_their_bytes(channel: Channel):
+def test_consecutive_versions_reuse_an_epoch_and_report_their_size(channel: Channel):
     for policy_version in (1, 2, 3):
         tensors = [("w", torch.full((512,), float(policy_version))), ("b", torch.ones(3))]
         offer = channel.offer(policy_version)
@@ -84,7 +84,7 @@ def test_a_new_epoch_may_have_more_or_fewer_members(channel: Channel):
 
 
 @on_every_channel(bucket_bytes=64 * 1024)
-def test_a_manifest_larger_than_its_first_message_arrives_whole(channel: Channel):
+def test_a_manifest_larger_than_the_first_message_is_received(channel: Channel):
     tensors = [(f"model.layers.{index}.weight", torch.full((3,), index)) for index in range(2000)]
     size = len(
         encode_manifest(Manifest(policy_version=1, bucket_bytes=1, tensors=describe(tensors, None)))
@@ -94,7 +94,7 @@ def test_a_manifest_larger_than_its_first_message_arrives_whole(channel: Channel
 
 
 @on_every_channel()
-def test_a_tied_tensor_travels_once_and_arrives_under_both_its_names(channel: Channel):
+def test_a_tied_tensor_is_sent_once_and_updates_both_names(channel: Channel):
     def tied(value: float) -> nn.Module:
         model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
         model["embed"].weight = model["head"].weight = nn.Parameter(torch.full((5, 3), value))
@@ -117,7 +117,7 @@ def test_a_tied_tensor_travels_once_and_arrives_under_both_its_names(channel: Ch
 
 
 @on_every_channel()
-def test_without_receivers_nothing_moves(channel: Channel):
+def test_nothing_is_sent_without_receivers(channel: Channel):
     report = channel.sender.send(channel.offer(1, world_size=1), mixed_tensors())
     assert (report.num_bytes, report.num_buckets) == (0, 0)
 
@@ -128,15 +128,15 @@ def test_the_sender_casts_floating_point_tensors_only(channel: Channel):
     expected = [("w", torch.empty(2, dtype=torch.bfloat16)), ("n", torch.empty_like(tensors[1][1]))]
     loaded = Loaded()
     channel.transfer(channel.offer(1), tensors, {1: expected}, {1: loaded.load})
-    # bfloat16 has 8 significant bits: 1 + 2**-8 lies halfway and rounds to even, 1.0.
+    # bfloat16 has 8 significant bits: 1 + 2**-8 is a tie and rounds to even, 1.0.
     assert same_bits(loaded.tensors["w"], torch.tensor([1.0, 1.0], dtype=torch.bfloat16))
     assert loaded.tensors["n"].tolist() == [2**40 + 1]
 
 
 @on_every_channel()
-def test_the_canary_arrives_bit_for_bit_and_may_be_absent(channel: Channel):
+def test_the_canary_is_received_bitwise_and_is_optional(channel: Channel):
     tensors = [("w", torch.ones(3))]
-    # 1/3 needs all digits of a double; the others are its smallest and a float32 as a double.
+    # 1/3 needs all digits of a double; the others are the smallest double and a float32 value.
     canary = Canary(token_ids=(0, 151_935, 7, 7), logprobs=(-1 / 3, -5e-324, -0.1 - 1.5e-9))
     for policy_version, sent in ((1, canary), (2, None)):
         offer = channel.offer(policy_version, world_size=3)
@@ -149,7 +149,7 @@ def test_the_canary_arrives_bit_for_bit_and_may_be_absent(channel: Channel):
 
 
 @on_every_channel()
-def test_a_refused_manifest_names_the_tensors_at_both_ends_and_loads_nothing(channel: Channel):
+def test_a_refused_manifest_is_reported_by_both_sides_and_loads_nothing(channel: Channel):
     sent = [("a", torch.ones(2)), ("b", torch.ones(2, 3)), ("c", torch.ones(1))]
     wanted = [
         ("a", torch.ones(2, dtype=torch.float16)),
@@ -177,7 +177,7 @@ def test_a_refused_manifest_names_the_tensors_at_both_ends_and_loads_nothing(cha
 
 
 @on_every_channel()
-def test_a_receiver_refuses_another_version_than_the_offered_one(channel: Channel):
+def test_a_receiver_refuses_a_version_that_was_not_offered(channel: Channel):
     tensors = [("w", torch.ones(4))]
     errors: list[str] = []
 
@@ -188,14 +188,14 @@ def test_a_receiver_refuses_another_version_than_the_offered_one(channel: Channe
 
     thread = threading.Thread(target=receive)
     thread.start()
-    with pytest.raises(WeightSyncError, match="rank 1 refused: policy version 6 came, 5 was"):
+    with pytest.raises(WeightSyncError, match="rank 1 refused: policy version 6 was received, 5"):
         channel.sender.send(channel.offer(6), tensors)
     thread.join(CHILD_STARTS_S)
-    assert "policy version 6 came, 5 was offered" in errors[0]
+    assert "policy version 6 was received, 5 was offered" in errors[0]
 
 
 @on_every_channel()
-def test_a_later_transfer_of_an_epoch_is_refused_by_version_too(channel: Channel):
+def test_a_later_transfer_also_refuses_a_wrong_version(channel: Channel):
     tensors = [("w", torch.ones(4))]
     send_to(channel, channel.offer(1), tensors)
     loaded, errors = Loaded(), []
@@ -207,10 +207,10 @@ def test_a_later_transfer_of_an_epoch_is_refused_by_version_too(channel: Channel
 
     thread = threading.Thread(target=receive)
     thread.start()
-    with pytest.raises(WeightSyncError, match="rank 1 refused: policy version 2 came, 5 was"):
+    with pytest.raises(WeightSyncError, match="rank 1 refused: policy version 2 was received, 5"):
         channel.sender.send(channel.offer(2), tensors)
     thread.join(CHILD_STARTS_S)
-    assert "policy version 2 came, 5 was offered" in errors[0]
+    assert "policy version 2 was received, 5 was offered" in errors[0]
     assert loaded.tensors == {}
 
 
@@ -223,14 +223,14 @@ def test_tensors_may_change_within_an_epoch(channel: Channel):
 
 
 @on_every_channel()
-def test_a_receiver_that_never_joins_is_named_and_the_others_go_on(channel: Channel):
+def test_a_receiver_that_never_joins_is_named(channel: Channel):
     tensors = [("w", torch.ones(4))]
     loaded = Loaded()
-    began_s = time.monotonic()
+    started_s = time.monotonic()
     outcomes = channel.transfer(
         channel.offer(1, world_size=3, deadline_s=1.0), tensors, {1: tensors}, {1: loaded.load}
     )
-    assert time.monotonic() - began_s < 5.0
+    assert time.monotonic() - started_s < 5.0
     error = outcomes[0]
     assert isinstance(error, WeightSyncError)
     assert "rendezvous failed after 1." in str(error) and "rank 2 never joined" in str(error)
@@ -242,15 +242,15 @@ def test_a_receiver_that_never_joins_is_named_and_the_others_go_on(channel: Chan
 @on_every_channel()
 def test_a_receiver_without_a_sender_stops_at_the_deadline(channel: Channel):
     offer = channel.offer(1, 1, deadline_s=1.0)
-    began_s = time.monotonic()
+    started_s = time.monotonic()
     with pytest.raises(WeightSyncError, match="rendezvous failed after 1"):
         channel.receiver(1).receive(offer, [("w", torch.ones(4))], Loaded().load)
-    assert 1.0 <= time.monotonic() - began_s < 4.0
+    assert 1.0 <= time.monotonic() - started_s < 4.0
 
 
 @on_every_channel()
 def test_an_error_in_load_propagates_and_ends_the_epoch(channel: Channel):
-    tensors = [(f"w{index}", torch.ones(256)) for index in range(6)]  # a bucket each
+    tensors = [(f"w{index}", torch.ones(256)) for index in range(6)]  # one bucket each
 
     def fail(_: Sequence[NamedTensor]) -> None:
         raise LookupError("no such parameter")
@@ -263,12 +263,12 @@ def test_an_error_in_load_propagates_and_ends_the_epoch(channel: Channel):
 
 
 @on_every_channel()
-def test_a_name_sent_twice_is_refused(channel: Channel):
+def test_a_duplicate_name_is_rejected(channel: Channel):
     with pytest.raises(WeightSyncError, match="'w' is announced twice"):
         channel.sender.send(channel.offer(1), [("w", torch.ones(1)), ("w", torch.ones(1))])
 
 
-def test_the_memory_channel_records_its_calls_and_spoils_kept_tensors():
+def test_the_memory_channel_records_calls_and_invalidates_tensors():
     store = MemoryStore()
     sender, receiver = MemorySender(store, bucket_bytes=64), MemoryReceiver(store)
     host, port = sender.store_address
@@ -296,7 +296,7 @@ def test_the_memory_channel_records_its_calls_and_spoils_kept_tensors():
     assert kept[0].tolist() == [0.0, 0.0, 0.0]
 
 
-# --- the parts ----------------------------------------------------------------------------------
+# --- components ---------------------------------------------------------------------------------
 
 
 def test_buckets_are_filled_in_order_and_aligned():
@@ -306,12 +306,12 @@ def test_buckets_are_filled_in_order_and_aligned():
     )
     plan = plan_buckets(specs, 64)
     starts = [[(span.spec.name, span.start) for span in bucket.spans] for bucket in plan]
-    # a: 0..20, b from 32 to 48; c has 400 bytes and is alone; d starts the next.
+    # a: 0..20, b: 32..48; c has 400 bytes and its own bucket; d starts the next bucket.
     assert starts == [[("a", 0), ("b", 32)], [("c", 0)], [("d", 0)]]
     assert [bucket.num_bytes for bucket in plan] == [48, 400, 4]
 
 
-def test_a_bucket_packs_what_it_unpacks():
+def test_packing_and_unpacking_a_bucket_are_inverse():
     tensors = dict(mixed_tensors())
     buffers = BufferRing()
     plan = plan_buckets(describe(list(tensors.items()), None), 1024)
@@ -324,12 +324,12 @@ def test_a_bucket_packs_what_it_unpacks():
     assert buffers.get(0) is buffers.get(NUM_BUFFERS) and buffers.get(0) is not buffers.get(1)
 
 
-def test_the_manifest_survives_the_wire():
+def test_encoding_and_decoding_a_manifest_are_inverse():
     manifest = Manifest(policy_version=9, bucket_bytes=64, tensors=describe(mixed_tensors(), None))
     assert decode_manifest(encode_manifest(manifest)) == manifest
 
 
-def test_a_list_of_tensors_that_is_known_travels_as_its_digest():
+def test_a_known_list_of_tensors_is_sent_as_a_digest():
     specs = describe([(f"w{index}", torch.ones(index)) for index in range(1000)], None)
     manifest = Manifest(policy_version=9, bucket_bytes=64, tensors=specs)
     known = Agreement(tensors=specs, digest=digest_of(specs))
@@ -338,13 +338,13 @@ def test_a_list_of_tensors_that_is_known_travels_as_its_digest():
     assert decode_manifest(payload, known) == manifest
     other = Agreement(tensors=specs[:-1], digest=digest_of(specs[:-1]))
     for agreement in (other, None):
-        with pytest.raises(WeightSyncError, match="not announced before"):
+        with pytest.raises(WeightSyncError, match="refers to unknown tensors"):
             decode_manifest(payload, agreement)
     assert decode_manifest(encode_manifest(manifest, other)) == manifest
 
 
 @pytest.mark.parametrize(
-    ("payload", "complaint"),
+    ("payload", "message"),
     [
         (b"\x80\x04N.", "not JSON"),
         (b"[]", "not of format 2"),
@@ -374,19 +374,19 @@ def test_a_list_of_tensors_that_is_known_travels_as_its_digest():
         ),
     ],
 )
-def test_a_malformed_manifest_is_refused(payload: bytes, complaint: str):
-    with pytest.raises(WeightSyncError, match=complaint):
+def test_a_malformed_manifest_is_rejected(payload: bytes, message: str):
+    with pytest.raises(WeightSyncError, match=message):
         decode_manifest(payload)
 
 
-def test_a_manifest_beyond_its_bound_is_refused():
+def test_an_oversized_manifest_is_rejected():
     spec = TensorSpec(name="w" * (17 * 1024 * 1024), dtype=torch.float32, shape=(1,))
     manifest = Manifest(policy_version=1, bucket_bytes=64, tensors=(spec,))
     with pytest.raises(WeightSyncError, match="more than 16777216"):
         encode_manifest(manifest)
 
 
-def test_the_store_is_served_at_one_address_and_gone_after_close():
+def test_the_store_is_served_on_one_interface_until_close():
     sender = TorchSender(host="127.0.0.1", bucket_bytes=64, device=CPU)
     _, port = sender.store_address
     connected = subprocess.run(
@@ -423,7 +423,7 @@ def offer_of(sender: TorchSender) -> WeightOffer:
     )
 
 
-def test_a_store_host_of_another_machine_is_refused_with_the_field_to_change():
+def test_a_store_host_of_another_machine_is_a_configuration_error():
     with pytest.raises(WeightSyncError, match=r"'192\.0\.2\.1'.*cluster\.host"):
         host_store("192.0.2.1", 1.0)
 
@@ -444,7 +444,7 @@ def test_a_store_host_of_another_machine_is_refused_with_the_field_to_change():
         ("ipc", "cpu", 0, 3, 3, "ipc"),
     ],
 )
-def test_the_backend_follows_from_what_the_ranks_have(
+def test_choose_backend(
     configured: str,
     device: str,
     num_visible_gpus: int,
@@ -481,7 +481,7 @@ def test_ipc_over_several_nodes_is_a_configuration_error():
         choose_backend("ipc", "cpu", num_visible_gpus=0, num_local_ranks=2, num_ranks=4)
 
 
-def test_a_message_names_a_known_backend_or_is_refused():
+def test_an_unknown_backend_is_rejected():
     assert [weight_backend(name) for name in ("gloo", "nccl", "ipc")] == ["gloo", "nccl", "ipc"]
     with pytest.raises(WeightSyncError, match="'mpi' is not known"):
         weight_backend("mpi")

@@ -1,4 +1,4 @@
-"""What lies in memory as it travels is neither packed nor loaded, and nothing else is touched."""
+"""Contiguous weights are sent without packing and received in place."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ class Tied(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.embed = nn.Embedding(50, 6)  # 1,200 bytes: larger than a bucket
-        self.norm = nn.LayerNorm(5)  # 20 bytes each: there is a gap behind
+        self.norm = nn.LayerNorm(5)  # 20 bytes each, followed by a gap
         self.half = nn.Linear(6, 5, dtype=torch.bfloat16)
         self.head = nn.Linear(6, 50, bias=False)
         self.head.weight = self.embed.weight
@@ -36,7 +36,7 @@ def copies(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in named(model)}
 
 
-def test_laying_flat_keeps_values_ties_and_optimisers():
+def test_flatten_parameters_keeps_values_ties_and_optimisers():
     flat, plain = Tied(1), Tied(1)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in (flat, plain)]
     # 1,200, then 20 -> 32 twice, 60 -> 64, 10 -> 16.
@@ -50,14 +50,14 @@ def test_laying_flat_keeps_values_ties_and_optimisers():
     assert len({tensor.untyped_storage().data_ptr() for _, tensor in named(flat)}) == 1
 
 
-def test_parameters_that_share_a_storage_stay_where_they_are():
+def test_parameters_that_share_a_storage_are_not_moved():
     both = torch.ones(2, 8)
     model = nn.ParameterList([nn.Parameter(both[0]), nn.Parameter(both[1])])
     assert flatten_parameters(model) == 0
     assert model[0].data_ptr() == both.data_ptr()
 
 
-def test_only_a_bucket_that_lies_as_it_travels_is_seen_as_one():
+def test_contiguous_view_requires_the_layout_of_the_bucket():
     model = Tied(2)
     scattered = dict(named(model))
     plan = plan_buckets(describe(list(scattered.items()), None), BUCKET_BYTES)
@@ -69,8 +69,8 @@ def test_only_a_bucket_that_lies_as_it_travels_is_seen_as_one():
         view_B = contiguous_view(bucket, flat)
         assert view_B is not None and view_B.shape == (bucket.num_bytes,)
         assert view_B.data_ptr() == flat[bucket.spans[0].spec.name].data_ptr()
-    turned = flat | {"half.weight": flat["half.weight"].clone().t().contiguous().t()}
-    assert contiguous_view(plan[1], turned) is None
+    transposed = flat | {"half.weight": flat["half.weight"].clone().t().contiguous().t()}
+    assert contiguous_view(plan[1], transposed) is None
     assert contiguous_view(plan[1], flat | {"norm.bias": flat["norm.weight"]}) is None
     assert (
         contiguous_view(plan[1], flat | {"norm.bias": flat["norm.bias"].view(torch.int32)}) is None
@@ -86,26 +86,26 @@ def test_flat_weights_are_received_in_place(backend: WeightBackend, sender_is_fl
         flatten_parameters(learner)
     theirs = copies(learner)
     expected = named(actor)
-    given: list[list[str]] = []
+    loaded_names: list[list[str]] = []
 
     def load(tensors: Sequence[NamedTensor]) -> None:
-        if not given:  # before the first byte
+        if not loaded_names:  # before the first write
             assert tensors == [] and not same_bits(actor.embed.weight, theirs["embed.weight"])
-        given.append([name for name, _ in tensors])
+        loaded_names.append([name for name, _ in tensors])
         for name, tensor in tensors:
-            assert tensor is dict(expected)[name]  # no copy of it
+            assert tensor is dict(expected)[name]  # not a copy
             assert same_bits(tensor, theirs[name])
 
     with open_channel(TorchStage(backend, BUCKET_BYTES, in_place=True)) as channel:
         for policy_version in (1, 2):
-            given.clear()
+            loaded_names.clear()
             outcomes = channel.transfer(
                 channel.offer(policy_version), named(learner), {1: expected}, {1: load}
             )
             assert isinstance(outcomes[0], TransferReport), outcomes
             assert isinstance(outcomes[1], TransferReport), outcomes
             names = [name for name, _ in expected]
-            assert given == [[], names[:1], names[1:]]
+            assert loaded_names == [[], names[:1], names[1:]]
             with torch.no_grad():
                 learner.embed.weight.add_(1.0)
                 actor.embed.weight.zero_()
@@ -113,7 +113,7 @@ def test_flat_weights_are_received_in_place(backend: WeightBackend, sender_is_fl
 
 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
-def test_a_refused_manifest_leaves_flat_weights_alone(backend: WeightBackend):
+def test_a_refused_manifest_leaves_flat_weights_unchanged(backend: WeightBackend):
     learner, actor = Tied(5), Tied(6)
     flatten_parameters(actor)
     before = copies(actor)

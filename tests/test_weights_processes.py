@@ -1,4 +1,4 @@
-"""Members in processes of their own, which may be killed or stopped in mid-transfer; and GPUs."""
+"""Members in separate processes, which are killed or stopped during a transfer; and GPUs."""
 
 import json
 import os
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """The other end of a transfer; stopped or not, it is gone when the block ends."""
+    """The peer of a transfer, killed at the end of the block, even when it is stopped."""
     command = [sys.executable, weights_process.__file__, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     folder = Path(weights_process.__file__).parent
@@ -53,7 +53,7 @@ def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.parametrize("fatal_signal", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
-def test_a_receiver_that_ends_in_mid_transfer_is_named_and_the_next_epoch_works(
+def test_a_receiver_lost_during_a_transfer_is_named_and_the_next_epoch_works(
     backend: WeightBackend, fatal_signal: signal.Signals
 ):
     with open_channel(TorchStage(backend, weights_process.BUCKET_BYTES)) as channel:
@@ -65,34 +65,34 @@ def test_a_receiver_that_ends_in_mid_transfer_is_named_and_the_next_epoch_works(
             ours = weights_process.sample_weights(1)
             outcomes = channel.transfer(first, ours, {1: ours}, {1: loaded.load})
             assert isinstance(outcomes[0], TransferReport), outcomes
-            began_s = time.monotonic()
+            started_s = time.monotonic()
             ours = weights_process.sample_weights(2)
             outcomes = channel.transfer(second, ours, {1: ours}, {1: loaded.load})
-            waited_s = time.monotonic() - began_s
+            waited_s = time.monotonic() - started_s
             error = str(outcomes[0])
             assert isinstance(outcomes[0], WeightSyncError)
             assert "policy version 2, epoch 1, bucket" in error
-            assert error.endswith("no sign of life from rank 2")
+            assert error.endswith("no response from rank 2")
             assert isinstance(outcomes[1], WeightSyncError)
             assert waited_s < 5.0
-            # The stopped process still holds its end: neither this nor closing may wait for it.
+            # The stopped process keeps its connections open: nothing below may wait for it.
             third = channel.offer(3, epoch=2, deadline_s=5.0)
             ours = weights_process.sample_weights(3)
             assert_arrived(send_to(channel, third, ours)[1], ours)
-            began_s = time.monotonic()
+            started_s = time.monotonic()
             channel.close()
-            assert time.monotonic() - began_s < 2.5
+            assert time.monotonic() - started_s < 2.5
 
 
-def end(process: subprocess.Popen[str], fatal_signal: signal.Signals) -> None:
-    """Returns when the process has in fact stopped, or is gone; it may have been before."""
+def send_signal(process: subprocess.Popen[str], fatal_signal: signal.Signals) -> None:
+    """Sends the signal, and returns when the process has stopped or exited."""
     os.kill(process.pid, fatal_signal)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 @pytest.mark.parametrize("fatal_signal", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
-def test_a_sender_that_ends_in_mid_transfer_is_named_and_the_receiver_joins_another(
+def test_a_receiver_that_loses_its_sender_joins_another(
     backend: WeightBackend, fatal_signal: signal.Signals
 ):
     receiver = TorchReceiver(device=CPU)
@@ -112,15 +112,15 @@ def test_a_sender_that_ends_in_mid_transfer_is_named_and_the_receiver_joins_anot
         )
         receiver.receive(offer, expected, Loaded().load)
         second = replace(offer, policy_version=2, deadline_s=1.5)
-        began_s = time.monotonic()
+        started_s = time.monotonic()
         with pytest.raises(WeightSyncError, match=r"bucket \d of 6 failed .* waiting for rank 0"):
-            receiver.receive(second, expected, lambda _: end(process, fatal_signal))
-        assert time.monotonic() - began_s < 5.0
-        # A killed store refuses; a stopped one accepts, and never answers.
-        began_s = time.monotonic()
+            receiver.receive(second, expected, lambda _: send_signal(process, fatal_signal))
+        assert time.monotonic() - started_s < 5.0
+        # A killed store refuses the connection; a stopped one accepts it and never responds.
+        started_s = time.monotonic()
         with pytest.raises(WeightSyncError, match="epoch 2, rendezvous failed after"):
             receiver.receive(replace(second, epoch=2), expected, Loaded().load)
-        assert time.monotonic() - began_s < 5.0
+        assert time.monotonic() - started_s < 5.0
         with open_channel(TorchStage(backend, weights_process.BUCKET_BYTES)) as channel:
             channel.receivers[1] = receiver
             ours = weights_process.sample_weights(3)
@@ -132,7 +132,7 @@ def test_a_sender_that_ends_in_mid_transfer_is_named_and_the_receiver_joins_anot
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="no GPU here")
-def test_gloo_stages_gpu_tensors_through_host_memory():
+def test_gloo_copies_gpu_tensors_through_host_memory():
     with open_channel(TorchStage("gloo", 1024, devices=("cuda:0", "cuda:0"))) as channel:
         tensors = [(name, tensor.cuda()) for name, tensor in mixed_tensors()]
         for policy_version in (1, 2):
@@ -151,9 +151,9 @@ def test_nccl_moves_gpu_tensors_between_gpus():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="CUDA IPC needs a GPU")
-def test_a_gpus_memory_is_shared_with_another_process():
-    stage = TorchStage("ipc", weights_process.BUCKET_BYTES, devices=("cuda:0",))
-    with open_channel(stage) as channel:
+def test_gpu_memory_is_shared_with_another_process():
+    endpoints = TorchStage("ipc", weights_process.BUCKET_BYTES, devices=("cuda:0",))
+    with open_channel(endpoints) as channel:
         offers = [channel.offer(version, deadline_s=CHILD_STARTS_S) for version in (1, 2, 3)]
         theirs = json.dumps([asdict(replace(offer, rank=1)) for offer in offers])
         with child("receive", theirs, "0", "0", "cuda:0") as process:
@@ -161,4 +161,4 @@ def test_a_gpus_memory_is_shared_with_another_process():
                 weights = weights_process.sample_weights(offer.policy_version)
                 on_gpu = [(name, tensor.cuda()) for name, tensor in weights]
                 channel.sender.send(offer, on_gpu)
-            assert process.wait(CHILD_STARTS_S) == 0  # it has compared every bit
+            assert process.wait(CHILD_STARTS_S) == 0  # it has compared all tensors

@@ -1,4 +1,4 @@
-"""Stages for one play: the same contract runs in memory and over every real backend."""
+"""Test harness for weight transfers, in memory and over every real backend."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ from speed_async.weight_sync.channel import (
 )
 
 JOIN_S = 30.0
-"""Bound of a wait for a thread that its own deadlines end much earlier."""
+"""Timeout for joining a thread, which normally ends much earlier."""
 MAX_MEMBERS = 4
 NEEDS_GPUS = pytest.mark.skipif(
     torch.cuda.device_count() < MAX_MEMBERS,
@@ -35,7 +35,7 @@ Outcome = TransferReport | Exception
 
 @dataclass(kw_only=True)
 class Loaded:
-    """What one receiver's `load` was given: copies by name, and the names of each bucket."""
+    """Arguments of one receiver's `load` calls: copies by name, and the names of each bucket."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     buckets: list[list[str]] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Loaded:
 
 
 def mixed_tensors() -> list[NamedTensor]:
-    """Everything that may be in a state dict; with 1,024-byte buckets one is larger than that."""
+    """All kinds of tensors in a state dict, including one larger than a 1,024-byte bucket."""
     generator = torch.Generator().manual_seed(7)
     return [
         ("embed", torch.randn(40, 10, generator=generator)),  # 1,600 bytes
@@ -65,7 +65,7 @@ def mixed_tensors() -> list[NamedTensor]:
 def send_to(
     channel: "Channel", offer: WeightOffer, tensors: Sequence[NamedTensor]
 ) -> dict[int, Loaded]:
-    """A transfer to all ranks that has to succeed; what each of them loaded."""
+    """Runs a transfer that must succeed on all ranks. Returns what each rank loaded."""
     loaded = {rank: Loaded() for rank in range(1, offer.world_size)}
     expected = dict.fromkeys(loaded, tensors)
     outcomes = channel.transfer(
@@ -83,8 +83,8 @@ def assert_arrived(loaded: Loaded, tensors: Sequence[NamedTensor]) -> None:
         assert same_bits(loaded.tensors[name], tensor), name
 
 
-class Stage(Protocol):
-    """A sender and as many receivers as asked for; `close` is called at the end of the test."""
+class Endpoints(Protocol):
+    """A sender and a factory of receivers; the channel closes them at the end of the test."""
 
     @property
     def sender(self) -> WeightSender: ...
@@ -96,7 +96,7 @@ class Stage(Protocol):
 
 
 class TorchStage:
-    """Members on the devices given: by default on the CPU, with nccl each on a GPU of its own."""
+    """Members on the given devices; by default on the CPU, with nccl on one GPU each."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class TorchStage:
         return torch.device(next(self._devices))
 
 
-class MemoryStage:
+class MemoryEndpoints:
     backend: WeightBackend = "gloo"
 
     def __init__(self, bucket_bytes: int, cast: torch.dtype | None) -> None:
@@ -135,12 +135,12 @@ class MemoryStage:
 
 
 class Channel:
-    """Runs transfers of one stage: the sender here, every receiver in a thread of its own."""
+    """Runs transfers: the sender in this thread, each receiver in its own thread."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.sender = stage.sender
-        self._backend: WeightBackend = stage.backend
-        self._make_receiver = stage.make_receiver
+    def __init__(self, endpoints: Endpoints) -> None:
+        self.sender = endpoints.sender
+        self._backend: WeightBackend = endpoints.backend
+        self._make_receiver = endpoints.make_receiver
         self.receivers: dict[int, WeightReceiver] = {}
 
     def receiver(self, index: int) -> WeightReceiver:
@@ -177,7 +177,7 @@ class Channel:
         load: dict[int, LoadTensors],
         canary: Canary | None = None,
     ) -> dict[int, Outcome]:
-        """One transfer in which the ranks of `expected` receive; how it ended, by rank."""
+        """Runs one transfer to the ranks of `expected`. Returns the outcome by rank."""
         outcomes: dict[int, Outcome] = {}
 
         def receive(rank: int) -> None:
@@ -195,9 +195,9 @@ class Channel:
         return outcomes
 
     def close(self) -> None:
-        for end in (self.sender, *self.receivers.values()):
-            end.close()
-            end.close()
+        for endpoint in (self.sender, *self.receivers.values()):
+            endpoint.close()
+            endpoint.close()
 
 
 def attempt(outcomes: dict[int, Outcome], rank: int, call: Callable[[], TransferReport]) -> None:
@@ -208,8 +208,8 @@ def attempt(outcomes: dict[int, Outcome], rank: int, call: Callable[[], Transfer
 
 
 @contextmanager
-def open_channel(stage: Stage) -> Iterator[Channel]:
-    channel = Channel(stage)
+def open_channel(endpoints: Endpoints) -> Iterator[Channel]:
+    channel = Channel(endpoints)
     try:
         yield channel
     finally:
@@ -217,11 +217,11 @@ def open_channel(stage: Stage) -> Iterator[Channel]:
 
 
 def on_every_channel(*, bucket_bytes: int = 1024, cast: torch.dtype | None = None):
-    """Runs the test with a `channel` over memory, then over each backend."""
+    """Parametrizes the test with a `channel` in memory and over each backend."""
     return pytest.mark.parametrize(
-        "make_stage",
+        "make_endpoints",
         [
-            pytest.param(lambda: MemoryStage(bucket_bytes, cast), id="memory"),
+            pytest.param(lambda: MemoryEndpoints(bucket_bytes, cast), id="memory"),
             pytest.param(lambda: TorchStage("gloo", bucket_bytes, cast), id="gloo"),
             pytest.param(lambda: TorchStage("ipc", bucket_bytes, cast), id="ipc"),
             pytest.param(
@@ -232,8 +232,8 @@ def on_every_channel(*, bucket_bytes: int = 1024, cast: torch.dtype | None = Non
 
 
 @pytest.fixture
-def channel(make_stage: Callable[[], Stage]) -> Iterator[Channel]:
-    with open_channel(make_stage()) as opened:
+def channel(make_endpoints: Callable[[], Endpoints]) -> Iterator[Channel]:
+    with open_channel(make_endpoints()) as opened:
         yield opened
 
 

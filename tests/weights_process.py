@@ -1,7 +1,7 @@
-"""The other end of a transfer, in a process of its own that may be killed or stopped.
+"""The peer of a transfer, in a separate process that may be killed or stopped.
 
-`receive OFFERS FATAL_VERSION SIGNAL DEVICE` takes every offer in turn, checks what came, and ends
-itself by SIGNAL in the load of the first bucket of FATAL_VERSION. `send BACKEND NUM_VERSIONS
+`receive OFFERS FATAL_VERSION SIGNAL DEVICE` receives every offer in order, verifies the tensors,
+and sends itself SIGNAL when it loads the first bucket of FATAL_VERSION. `send BACKEND NUM_VERSIONS
 DEADLINE_S` prints its port and sends to one receiver.
 """
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def sample_weights(policy_version: int) -> list[NamedTensor]:
-    """One tensor a bucket; its numbers say which version and which tensor it is."""
+    """One tensor per bucket; its values identify the version and the tensor."""
     num_elements = BUCKET_BYTES // 4
     return [
         (f"layer.{index}", torch.full((num_elements,), float(10 * policy_version + index)))
@@ -32,20 +32,22 @@ def sample_weights(policy_version: int) -> list[NamedTensor]:
 
 
 def receive(offers: list[dict], fatal_version: int, signal_number: int, device: str) -> None:
-    def die(_: Sequence[NamedTensor]) -> None:
+    def kill_self(_: Sequence[NamedTensor]) -> None:
         os.kill(os.getpid(), signal_number)
 
     receiver = TorchReceiver(device=torch.device(device))
     for offer in (WeightOffer(**fields) for fields in offers):
-        came: dict[str, torch.Tensor] = {}
+        received: dict[str, torch.Tensor] = {}
 
-        def keep(tensors: Sequence[NamedTensor], came: dict[str, torch.Tensor] = came) -> None:
-            came.update({name: tensor.to("cpu", copy=True) for name, tensor in tensors})
+        def keep(
+            tensors: Sequence[NamedTensor], received: dict[str, torch.Tensor] = received
+        ) -> None:
+            received.update({name: tensor.to("cpu", copy=True) for name, tensor in tensors})
 
-        load = die if offer.policy_version == fatal_version else keep
+        load = kill_self if offer.policy_version == fatal_version else keep
         receiver.receive(offer, sample_weights(0), load)
         for name, tensor in sample_weights(offer.policy_version):
-            assert torch.equal(came[name], tensor), name
+            assert torch.equal(received[name], tensor), name
 
 
 def send(backend: WeightBackend, num_versions: int, deadline_s: float) -> None:

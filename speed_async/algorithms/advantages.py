@@ -1,7 +1,7 @@
-"""How good each completion was, compared with others of the same update.
+"""Advantages: the reward of each completion relative to the other completions of the update.
 
-Shape legend: N completions of one group. A list has one entry for each group of the update; groups
-need not be of equal size.
+Shape legend: N completions of one group. A list has one entry for each group of the update. Groups
+may differ in size.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,35 +13,38 @@ Float64Array = NDArray[np.float64]
 Advantages = Callable[[Sequence[Float64Array]], list[Float64Array]]
 
 STD_FLOOR = 1e-4
-"""Added to a standard deviation before dividing by it, as TRL does."""
+"""Added to a standard deviation before the division, as in TRL."""
 
 
 def rloo(rewards: Sequence[Float64Array]) -> list[Float64Array]:
     """Leave-one-out: A_i = r_i - mean of the other rewards of the group.
 
-    The baseline of completion i does not depend on completion i, so the gradient estimate stays
-    unbiased even when siblings were sampled under other policy versions.
+    The baseline of completion i does not depend on completion i. The gradient estimate therefore
+    stays unbiased when other completions of the group come from other policy versions.
     Source: Ahmadian et al. 2024, "Back to Basics" (arXiv 2402.14740), equation 7; first in
     Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!".
 
     Args: rewards (N,) of each group. Returns: advantages (N,) of each group, float64, exactly
     zero where all rewards of a group are equal.
-    Raises ValueError for a group of one: there is no other to compare with.
+    Raises ValueError for a group with fewer than two completions.
     """
-    return [_less(rewards_N, _mean_of_others(rewards_N)) for rewards_N in map(_checked, rewards)]
+    return [
+        _subtract_baseline(rewards_N, _mean_of_others(rewards_N))
+        for rewards_N in map(_validated, rewards)
+    ]
 
 
 def grpo(rewards: Sequence[Float64Array]) -> list[Float64Array]:
-    """A_i = (r_i - mean) / (std + 1e-4) over the group, the standard deviation with n - 1.
+    """A_i = (r_i - mean) / (std + 1e-4) over the group, with the sample standard deviation (n - 1).
 
     Source: Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), section 4.1.2; n - 1 and 1e-4 as
-    in TRL. Dividing by the deviation lifts prompts that are nearly always or nearly never solved.
+    in TRL. The division gives more weight to prompts that are almost always or almost never solved.
 
     Args, returns and errors as `rloo`.
     """
     return [
-        _less(rewards_N, rewards_N.mean()) / (rewards_N.std(ddof=1) + STD_FLOOR)
-        for rewards_N in map(_checked, rewards)
+        _subtract_baseline(rewards_N, rewards_N.mean()) / (rewards_N.std(ddof=1) + STD_FLOOR)
+        for rewards_N in map(_validated, rewards)
     ]
 
 
@@ -52,15 +55,17 @@ def dr_grpo(rewards: Sequence[Float64Array]) -> list[Float64Array]:
 
     Args, returns and errors as `rloo`.
     """
-    return [_less(rewards_N, rewards_N.mean()) for rewards_N in map(_checked, rewards)]
+    return [
+        _subtract_baseline(rewards_N, rewards_N.mean()) for rewards_N in map(_validated, rewards)
+    ]
 
 
 def batch(rewards: Sequence[Float64Array]) -> list[Float64Array]:
-    """A_i = (r_i - mean) / (std + 1e-4) over all completions of the update, deviation with n - 1.
+    """A_i = (r_i - mean) / (std + 1e-4) over all completions of the update, std with n - 1.
 
     Source: Hu et al. 2025, "REINFORCE++" (arXiv 2501.03262), global advantage normalisation,
-    without its KL term. Every group counts, also one whose rewards are all equal; groups of one
-    are allowed. Zero for every completion when all rewards of the update are equal.
+    without its KL term. Every group counts, including groups with equal rewards and groups of one
+    completion. All advantages are zero when all rewards of the update are equal.
 
     Args: rewards (N,) of each group. Returns: advantages (N,) of each group, float64.
     Raises ValueError when the update has fewer than two completions.
@@ -71,11 +76,11 @@ def batch(rewards: Sequence[Float64Array]) -> list[Float64Array]:
         raise ValueError("an update needs at least 2 completions to compare")
     if (rewards_all == rewards_all[0]).all():
         return [np.zeros(size) for size in sizes]
-    normal_all = (rewards_all - rewards_all.mean()) / (rewards_all.std(ddof=1) + STD_FLOOR)
-    return np.split(normal_all, np.cumsum(sizes)[:-1])
+    normalised_all = (rewards_all - rewards_all.mean()) / (rewards_all.std(ddof=1) + STD_FLOOR)
+    return np.split(normalised_all, np.cumsum(sizes)[:-1])
 
 
-def _checked(rewards_N: Float64Array) -> Float64Array:
+def _validated(rewards_N: Float64Array) -> Float64Array:
     if len(rewards_N) < 2:
         raise ValueError(
             f"an advantage needs at least 2 completions in a group, got {len(rewards_N)}: "
@@ -88,9 +93,11 @@ def _mean_of_others(rewards_N: Float64Array) -> Float64Array:
     return (rewards_N.sum() - rewards_N) / (len(rewards_N) - 1)
 
 
-def _less(rewards_N: Float64Array, baseline: Float64Array | np.float64) -> Float64Array:
-    """The difference, exactly zero for equal rewards: a rounding residue would pass for a
-    training signal."""
+def _subtract_baseline(
+    rewards_N: Float64Array, baseline: Float64Array | np.float64
+) -> Float64Array:
+    """rewards_N - baseline, exactly zero for equal rewards, so that rounding errors do not become
+    a training signal."""
     if (rewards_N == rewards_N[0]).all():
         return np.zeros_like(rewards_N)
     return rewards_N - baseline

@@ -1,11 +1,11 @@
-"""How token losses add up to the loss of an update: one constant weight for each completion's
-tokens, so that loss = sum of weight x token loss.
+"""Aggregation of token losses: one constant weight per completion, so that
+loss = sum of weight x token loss.
 
-The weights are set before anything is left out or cut into micro-batches, and every denominator
-counts ALL completions of the update: also groups without signal, dropped screening samples and
-empty completions. Were only what is kept counted, the divisor would depend on the outcomes it
-divides, and the gradient would be biased (and a batch that taught little would step as far as one
-that taught much).
+Weights are computed before completions are dropped and before micro-batches are formed. Every
+denominator counts ALL completions of the update, including groups without signal, dropped screening
+samples and empty completions. A denominator over kept completions only would depend on the
+outcomes, which biases the gradient. It would also give batches with little signal as large a step
+as batches with much signal.
 
 Shape legend: N completions of one group. A list has one entry for each group of the update.
 """
@@ -21,7 +21,7 @@ Aggregation = Callable[[Sequence[IntArray]], list[Float64Array]]
 
 
 def token_mean(lengths: Sequence[IntArray]) -> list[Float64Array]:
-    """1 / T, T the completion tokens of the update: each token counts the same.
+    """1 / T, where T is the number of completion tokens of the update: all tokens weigh the same.
 
     Source: Yu et al. 2025, "DAPO" (arXiv 2503.14476), equation 12, over the whole update.
 
@@ -32,18 +32,18 @@ def token_mean(lengths: Sequence[IntArray]) -> list[Float64Array]:
 
 
 def sequence_mean(lengths: Sequence[IntArray]) -> list[Float64Array]:
-    """1 / (C x length), C the completions of the update: each completion counts the same.
+    """1 / (C x length), where C is the number of completions: all completions weigh the same.
 
     Source: Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), equation 3. An empty completion
-    counts in C and has no token to weigh. Args and returns as `token_mean`.
+    counts in C and contributes no token. Args and returns as `token_mean`.
     """
     num_completions = _num_completions(lengths)
     return [1.0 / (num_completions * np.maximum(lengths_N, 1)) for lengths_N in lengths]
 
 
 def prompt_mean(lengths: Sequence[IntArray]) -> list[Float64Array]:
-    """1 / (P x T_p), P prompts, T_p the tokens of this prompt's completions: the token-mean inside
-    each prompt, then the mean over prompts. A prompt counts once, however many completions it has.
+    """1 / (P x T_p), with P prompts and T_p completion tokens of the prompt: the token mean within
+    each prompt, then the mean over prompts. The number of completions of a prompt has no effect.
 
     Source: Khatri et al. 2025, "The Art of Scaling RL Compute" (ScaleRL, arXiv 2510.13786),
     prompt-level averaging. Args and returns as `token_mean`.
@@ -55,8 +55,8 @@ def prompt_mean(lengths: Sequence[IntArray]) -> list[Float64Array]:
 
 
 def fixed_length(lengths: Sequence[IntArray], *, max_new_tokens: int) -> list[Float64Array]:
-    """1 / (C x max_new_tokens): a constant that no outcome moves. `max_new_tokens` is the most that
-    any completion of the run can have (`rewards.completion_limit`).
+    """1 / (C x max_new_tokens), independent of the outcomes. `max_new_tokens` is the largest
+    completion length of the run (`rewards.completion_limit`).
 
     Source: Liu et al. 2025, "Understanding R1-Zero-Like Training" (Dr. GRPO, arXiv 2503.20783),
     section 3.1. Args and returns as `token_mean`.

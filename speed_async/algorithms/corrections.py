@@ -1,16 +1,17 @@
-"""What is done about tokens that an older (or another engine's) policy sampled.
+"""Off-policy corrections for tokens that were sampled by an older policy or by another engine.
 
-A correction decides two things for every token: the anchor, the policy a clipped loss takes its
-ratio to, and a weight on the token's loss. rho = pi_theta / mu, without gradient.
+A correction sets two values for every token: the anchor, which is the denominator of the ratio in a
+clipped loss, and a weight on the token's loss. rho = pi_theta / mu, without gradient.
 
-pi is the distribution under training at the sampling temperature over the full vocabulary; mu is
-the one the token was drawn from. With top_p = 1 both are normalised over the same set and rho has
-mean 1 under mu when the weights agree. With top_p < 1 mu is renormalised over the nucleus, whose
-mass Z lies in [top_p, 1]: rho is then (pi / pi_mu) * Z for tokens in the nucleus, so it is too
-small by the factor Z, and tokens outside it are never seen. The gradient is that of the
-full-vocabulary policy restricted to the nuclei, shrunk by at most 1 - top_p.
+pi is the trained distribution at the sampling temperature over the full vocabulary. mu is the
+behaviour policy, from which the token was sampled. With top_p = 1, both are normalised over the
+same set, and rho has mean 1 under mu when the weights agree. With top_p < 1, mu is renormalised
+over the nucleus, whose mass Z lies in [top_p, 1]. For tokens in the nucleus, rho is then
+(pi / pi_mu) * Z, which is too small by the factor Z. Tokens outside the nucleus are never sampled.
+The gradient is that of the full-vocabulary policy restricted to the nuclei, scaled down by at most
+1 - top_p.
 
-Shape legend: N completion tokens of one micro-batch, one after another; S sequences.
+Shape legend: N concatenated completion tokens of one micro-batch; S sequences.
 """
 
 import torch
@@ -20,8 +21,8 @@ from speed_async.algorithms.loss_tokens import MAX_LOG_RATIO, Corrected, LossTok
 
 
 def none(tokens: LossTokens) -> Corrected:
-    """Anchor mu, weight 1: a clipped loss takes its ratio to the policy that sampled, and a loss
-    without a ratio is left uncorrected.
+    """Anchor mu, weight 1. A clipped loss uses the ratio to the behaviour policy; a loss without a
+    ratio is not corrected.
 
     Source: Schulman et al. 2017, "PPO" (arXiv 1707.06347), equation 7, with pi_old = mu.
     """
@@ -31,9 +32,9 @@ def none(tokens: LossTokens) -> Corrected:
 
 
 def token_tis(tokens: LossTokens, *, max_ratio: float) -> Corrected:
-    """Truncated importance sampling by token: anchor pi_theta, weight min(rho, max_ratio).
+    """Token-level truncated importance sampling: anchor pi_theta, weight min(rho, max_ratio).
 
-    Biased for tokens above the cap, with bounded variance.
+    The estimate has bounded variance and is biased for tokens above the cap.
     Source: Ionides 2008, "Truncated Importance Sampling"; between engine and trainer: Yao et al.
     2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; IMPALA's
     clipped rho, Espeholt et al. 2018 (arXiv 1802.01561).
@@ -42,8 +43,8 @@ def token_tis(tokens: LossTokens, *, max_ratio: float) -> Corrected:
 
 
 def sequence_tis(tokens: LossTokens, *, max_ratio: float) -> Corrected:
-    """As `token_tis`, but with the ratio of the whole sequence, exp(sum of log rho), for each of
-    its tokens: unbiased below the cap, and of a variance that grows with length.
+    """As `token_tis`, with the ratio of the whole sequence, exp(sum of log rho), for each of its
+    tokens. It is unbiased below the cap; its variance grows with the sequence length.
 
     Source: Liu et al. 2025, "When Speed Kills Stability" (sequence-level truncated importance
     sampling); the estimator is that of Ionides 2008.
@@ -60,7 +61,7 @@ def token_mask(tokens: LossTokens, *, min_ratio: float, max_ratio: float) -> Cor
 
 
 def sequence_mask(tokens: LossTokens, *, min_ratio: float, max_ratio: float) -> Corrected:
-    """As `token_mask`, with the ratio of the whole sequence: a sequence is kept or dropped whole.
+    """As `token_mask`, with the ratio of the whole sequence: all its tokens are kept or masked.
 
     Source: Liu et al. 2025, "When Speed Kills Stability" (sequence-level masked importance
     sampling).
@@ -72,8 +73,8 @@ def decoupled_recomputed(tokens: LossTokens, *, max_ratio: float) -> Corrected:
     """Decoupled PPO with pi_prox recomputed at the start of the update: anchor pi_prox, weight
     min(pi_prox / mu, max_ratio).
 
-    An update is one optimiser step, so pi_prox is pi_theta itself and needs no forward pass of
-    its own (by values this is `token_tis`; it differs where an update takes several steps).
+    An update is one optimiser step, so pi_prox equals pi_theta and needs no separate forward pass.
+    The values equal those of `token_tis`; they would differ with several steps per update.
     Source: Hilton et al. 2021, "Batch Size-Invariance for Policy Optimization" (arXiv 2110.00641),
     the decoupled clipped objective; asynchronous: Fu et al. 2025, "AReaL" (arXiv 2505.24298).
     """
@@ -81,13 +82,14 @@ def decoupled_recomputed(tokens: LossTokens, *, max_ratio: float) -> Corrected:
 
 
 def decoupled_log_linear(tokens: LossTokens, *, max_ratio: float) -> Corrected:
-    """Decoupled PPO whose pi_prox, the policy one version back, is interpolated:
+    """Decoupled PPO with an interpolated pi_prox, the policy one version earlier:
     log pi_prox = log mu + alpha (log pi_theta - log mu), alpha = (v_prox - v_mu) / (v_theta - v_mu)
-    with v_prox = v_theta - 1, so alpha = (age - 1) / age. Tokens of the present version (age 0)
-    take pi_prox = pi_theta. Anchor pi_prox, weight min(pi_prox / mu, max_ratio).
+    with v_prox = v_theta - 1, so alpha = (age - 1) / age. Tokens of the current version (age 0)
+    use pi_prox = pi_theta. Anchor pi_prox, weight min(pi_prox / mu, max_ratio).
 
     Source: AReaL documentation, "Proximal Log-Probability Approximation" (method `loglinear`).
-    AReaL's code differs twice: age 0 takes mu there, and weights past the cap are dropped, not cut.
+    AReaL's code differs in two points: age 0 uses mu, and tokens above the cap are dropped instead
+    of truncated.
     """
     ages_N = tokens.ages_N.to(tokens.behaviour_logprobs_N.dtype)
     alpha_N = torch.where(ages_N > 0, (ages_N - 1) / ages_N.clamp(min=1), 1.0)
@@ -97,9 +99,9 @@ def decoupled_log_linear(tokens: LossTokens, *, max_ratio: float) -> Corrected:
 
 
 def negative_sequence_mask(tokens: LossTokens, *, max_negative_kl: float) -> Corrected:
-    """Anchor mu, weight 0 for sequences of negative advantage whose mean of log mu - log pi_theta
-    exceeds max_negative_kl, else 1: what the policy has left behind and was bad is not unlearned
-    again, as it would push without bound.
+    """Anchor mu; weight 0 for sequences with negative advantage whose mean of log mu - log pi_theta
+    exceeds max_negative_kl, otherwise 1. This masks failed sequences that the policy no longer
+    samples, whose gradient would be unbounded.
 
     Source: DeepSeek-AI 2025, "DeepSeek-V3.2" (arXiv 2512.02556), section 3.1, "Off-Policy
     Sequence Masking".
@@ -113,7 +115,7 @@ def negative_sequence_mask(tokens: LossTokens, *, max_negative_kl: float) -> Cor
 
 
 def sequence_means(tokens: LossTokens, values_N: Tensor) -> Tensor:
-    """Mean of `values_N` over each token's own sequence, (N,)."""
+    """Mean of `values_N` over the sequence of each token, (N,)."""
     lengths_S = _sequence_sums(tokens, torch.ones_like(values_N)).clamp(min=1)
     return (_sequence_sums(tokens, values_N) / lengths_S)[tokens.sequence_ids_N]
 
@@ -132,7 +134,7 @@ def _ratios(tokens: LossTokens) -> Tensor:
 
 
 def _sequence_ratios(tokens: LossTokens) -> Tensor:
-    """exp(sum of log rho) of each token's own sequence, (N,)."""
+    """exp(sum of log rho) over the sequence of each token, (N,)."""
     sums_S = _sequence_sums(tokens, tokens.log_ratios_N.detach())
     return sums_S.clamp(max=MAX_LOG_RATIO).exp()[tokens.sequence_ids_N]
 
@@ -166,10 +168,10 @@ def _corrected(
     truncated_N: Tensor | None = None,
     masked_N: Tensor | None = None,
 ) -> Corrected:
-    nowhere_N = torch.zeros_like(tokens.logprobs_N, dtype=torch.bool)
+    no_tokens_N = torch.zeros_like(tokens.logprobs_N, dtype=torch.bool)
     return Corrected(
         anchor_logprobs_N=anchor_N,
         weights_N=weights_N,
-        truncated_N=nowhere_N if truncated_N is None else truncated_N,
-        masked_N=nowhere_N if masked_N is None else masked_N,
+        truncated_N=no_tokens_N if truncated_N is None else truncated_N,
+        masked_N=no_tokens_N if masked_N is None else masked_N,
     )

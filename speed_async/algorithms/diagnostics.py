@@ -1,5 +1,4 @@
-"""What to watch while an update runs: how far the policy has moved from the one that sampled, and
-what the batch was made of.
+"""Metrics of an update: divergence from the behaviour policy and composition of the batch.
 
 Shape legend: N completion tokens of one micro-batch; in `GroupSignal`, completions of one group.
 """
@@ -20,8 +19,8 @@ NUM_BINS = 10
 class Diagnostics:
     """Running sums over the micro-batches of one update, kept on the device until `metrics`.
 
-    They cover the tokens that were run: tokens of zero-advantage or dropped completions are not in
-    them.
+    The sums exclude tokens of dropped completions and of completions with zero advantage, which
+    are not computed.
     """
 
     def __init__(self) -> None:
@@ -38,7 +37,7 @@ class Diagnostics:
         loss: Tensor,
         entropies_N: Tensor,
     ) -> None:
-        """Take in one micro-batch; `loss` () is its share of the update's loss."""
+        """Accumulate one micro-batch. `loss` () is its contribution to the loss of the update."""
         log_ratios_N = tokens.log_ratios_N.detach().double()
         ratios_N = log_ratios_N.exp()
         sums = torch.stack(
@@ -62,12 +61,13 @@ class Diagnostics:
         )
 
     def metrics(self) -> dict[str, float]:
-        """`loss` is the sum of what was added, the rest are over the tokens added; ratios are
-        those before any truncation.
+        """`loss` is the sum over micro-batches; all other metrics are over the accumulated tokens.
+        Ratios are taken before truncation.
 
         kl_k1 = mean(-log rho) and kl_k3 = mean(rho - 1 - log rho) estimate KL(mu || pi_theta)
         (Schulman 2020, "Approximating KL Divergence"). effective_sample_size is
-        (sum rho)^2 / (n * sum rho^2), a share in (0, 1] (Kong 1992). Without tokens, only `loss`.
+        (sum rho)^2 / (n * sum rho^2), a fraction in (0, 1] (Kong 1992). Without tokens, the result
+        contains only `loss`.
         """
         if self._sums is None or self._max_ratio is None:
             return {"loss": 0.0}
@@ -90,18 +90,18 @@ class Diagnostics:
 
 
 def batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What can be said of a batch before training on it; rewards are the raw ones.
+    """Metrics that depend on the batch only, from raw rewards.
 
-    A group without signal is one whose rewards are all equal. `cut_completions` ended because
-    they reached the length limit.
+    A zero-signal group is a group whose rewards are all equal. `cut_completions` counts completions
+    that reached the length limit.
     """
     completions = [c for group in groups for c in group.completions]
-    num_flat = sum(len({c.reward for c in group.completions}) == 1 for group in groups)
+    num_zero_signal = sum(len({c.reward for c in group.completions}) == 1 for group in groups)
     metrics = {
         "trained_reward_mean": float(np.mean([c.reward for c in completions])),
         "pass_rate_mean": float(np.mean([group.pass_rate for group in groups])),
-        "zero_signal_groups": float(num_flat),
-        "zero_signal_share": num_flat / len(groups),
+        "zero_signal_groups": float(num_zero_signal),
+        "zero_signal_share": num_zero_signal / len(groups),
         "completion_tokens_mean": float(np.mean([c.num_tokens for c in completions])),
         "empty_completions": float(sum(c.num_tokens == 0 for c in completions)),
         "cut_completions": float(sum(c.sampled.finish_reason == "length" for c in completions)),
@@ -110,7 +110,7 @@ def batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def pass_rate_histogram(groups: Sequence[Group]) -> dict[str, float]:
-    """Number of groups by pass rate: 0, ten bins of width 0.1 (lower edge included) and 1.
+    """Number of groups per pass-rate bin: 0, ten bins of width 0.1 (lower edge included) and 1.
 
     Keys: `pass_rate_histogram/0`, `/0.0-0.1` (above 0) ... `/0.9-1.0` (below 1), `/1`.
     """
@@ -124,8 +124,8 @@ def pass_rate_histogram(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def screening_metrics(groups: Sequence[Group], signals: Sequence[GroupSignal]) -> dict[str, float]:
-    """`pivotal_share`: screening samples left out of the gradient, as a share of all of them;
-    absent when there are none."""
+    """`pivotal_share`: fraction of the screening samples excluded from the gradient; absent when
+    there are no screening samples."""
     num_screening = sum(group.num_screening for group in groups)
     if num_screening == 0:
         return {}

@@ -1,4 +1,4 @@
-"""The gate: which screened prompts are worth a full group."""
+"""The gate: selects screened prompts for continuation."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from speed_async.types import PASS_REWARD
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gate:
-    """Continue a prompt when low < pass rate of its screening samples < high, both strict."""
+    """Continues a prompt when low < pass rate of its screening samples < high, both strict."""
 
     low: float
     high: float

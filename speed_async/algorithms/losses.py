@@ -1,9 +1,9 @@
-"""Policy losses by token: what is descended on, before aggregation.
+"""Token-level policy losses, before aggregation.
 
-Every loss has one signature (`PolicyLoss`). It takes its ratio to the anchor that the correction
-chose and multiplies by the correction's weight. A token of zero advantage adds nothing.
+Every loss has the signature `PolicyLoss`. It computes the ratio to the anchor of the correction and
+multiplies by the correction's weight. A token with zero advantage contributes nothing.
 
-Shape legend: N completion tokens of one micro-batch, one after another; S sequences.
+Shape legend: N concatenated completion tokens of one micro-batch; S sequences.
 """
 
 import torch
@@ -14,7 +14,7 @@ from speed_async.algorithms.loss_tokens import MAX_LOG_RATIO, Corrected, LossTok
 
 
 def policy_gradient(tokens: LossTokens, corrected: Corrected) -> TokenLosses:
-    """-weight A log pi. It has no ratio of its own; the anchor is not used.
+    """-weight A log pi. It has no ratio and does not use the anchor.
 
     Source: Williams 1992, "REINFORCE".
     """
@@ -37,10 +37,10 @@ def ppo_clip(
 
 
 def cispo(tokens: LossTokens, corrected: Corrected, *, clip_high: float) -> TokenLosses:
-    """-weight sg[min(r, 1 + clip_high)] A log pi, r = pi / anchor: the ratio is cut, and the token
-    keeps its gradient. (TRL's `epsilon_high` is 1 + clip_high here.)
+    """-weight sg[min(r, 1 + clip_high)] A log pi, r = pi / anchor. The ratio is clipped; the token
+    keeps its gradient. TRL's `epsilon_high` equals 1 + clip_high.
 
-    Source: MiniMax 2025, "MiniMax-M1" (arXiv 2506.13585), equations 4 and 5, without a lower cut.
+    Source: MiniMax 2025, "MiniMax-M1" (arXiv 2506.13585), equations 4 and 5, without a lower bound.
     """
     ratios_N = _log_ratios(tokens, corrected).detach().exp()
     factors_N = corrected.weights_N * ratios_N.clamp(max=1.0 + clip_high) * tokens.advantages_N
@@ -53,11 +53,11 @@ def cispo(tokens: LossTokens, corrected: Corrected, *, clip_high: float) -> Toke
 def gspo(
     tokens: LossTokens, corrected: Corrected, *, clip_low: float, clip_high: float
 ) -> TokenLosses:
-    """`ppo_clip` with the sequence's ratio s = exp(mean of log r) on each of its tokens,
+    """`ppo_clip` with the sequence-level ratio s = exp(mean of log r) on each token,
     s_t = sg[s] pi / sg[pi].
 
     Source: Zheng et al. 2025, "GSPO" (arXiv 2507.18071), equation 7, and equation 14 for the
-    form by token (equal gradients as A is the same for all tokens of a sequence).
+    token-level form (the gradients are equal because A is constant within a sequence).
     """
     log_s_N = sequence_means(tokens, _log_ratios(tokens, corrected).detach())
     ratios_N = (log_s_N + tokens.logprobs_N - tokens.logprobs_N.detach()).exp()

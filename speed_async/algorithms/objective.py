@@ -1,8 +1,8 @@
-"""What an update maximises: one strategy for each question, gathered from the configuration.
+"""The training objective: one strategy per component, selected by the configuration.
 
     raw rewards -> shaping -> advantages
     lengths -> aggregation -> weights          passes -> selection -> kept
-    tokens -> correction -> policy loss        (learner/trainer.py, by micro-batch)
+    tokens -> correction -> policy loss        (learner/trainer.py, per micro-batch)
 
 Shape legend: N completions of one group.
 """
@@ -28,9 +28,9 @@ from speed_async.config.schema import Config, ObjectiveConfig
 from speed_async.types import PASS_REWARD, Group
 
 Shaping = Callable[[NDArray[np.int64], int], NDArray[np.float64]]
-"""Lengths (N,) and the prompt's length in tokens to what is added to the raw rewards (N,)."""
+"""Maps lengths (N,) and the prompt length, in tokens, to values added to the raw rewards (N,)."""
 Selection = Callable[[NDArray[np.bool_], int], NDArray[np.bool_]]
-"""Raw passes (N,) and the number of screening samples to the completions kept (N,)."""
+"""Maps raw passes (N,) and the number of screening samples to a mask of kept completions (N,)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupSignal:
-    """What a group's completions are worth to the update."""
+    """Training signal of the completions of one group."""
 
     advantages_N: NDArray[np.float64]
     weights_N: NDArray[np.float64]  # factor on each token's loss
@@ -53,10 +53,10 @@ class GroupSignal:
 
 
 def make_objective(config: Config, *, context_length: int | None = None) -> Objective:
-    """The parts that `objective`, `gate` and `actors` name, with their parameters bound.
+    """Builds the objective from the `objective`, `gate` and `actors` sections of the configuration.
 
-    `context_length`: of the run's model; it cuts completions before `actors.max_new_tokens` when
-    their prompts are long.
+    `context_length` is that of the model. It limits completions of long prompts to fewer than
+    `actors.max_new_tokens` tokens.
     """
     chosen = config.objective
     limit = partial(completion_limit, config.actors.max_new_tokens, context_length=context_length)
@@ -81,11 +81,11 @@ def make_objective(config: Config, *, context_length: int | None = None) -> Obje
 
 
 def compute_signals(objective: Objective, groups: Sequence[Group]) -> list[GroupSignal]:
-    """Advantages, weights and choice for all groups of an update, in their order.
+    """Advantages, weights and masks for all groups of an update, in order.
 
-    Whether a sample is kept is decided on raw rewards, as the gate saw them; advantages are those
-    of shaped rewards, over kept and dropped samples alike.
-    Raises ValueError where the advantage has nothing to compare with.
+    The mask of kept completions follows from raw rewards, as in the gate. Advantages follow from
+    shaped rewards, over kept and dropped completions.
+    Raises ValueError when a group or the update has too few completions for the advantage.
     """
     lengths = [np.array([c.num_tokens for c in g.completions], np.int64) for g in groups]
     raw = [np.array([c.reward for c in group.completions], np.float64) for group in groups]
@@ -112,7 +112,7 @@ def _overlong(
     chosen: ObjectiveConfig,
     limit: Callable[..., int],
 ) -> NDArray[np.float64]:
-    """Measured from where these completions are cut."""
+    """Overlong penalty (N,), relative to the completion limit of this prompt."""
     max_length = limit(num_prompt_tokens=num_prompt_tokens)
     buffer = overlong_buffer(chosen.overlong_share, max_length)
     return soft_overlong_punishment(

@@ -1,9 +1,9 @@
-"""Which completions enter the gradient: what to do about samples that the gate has looked at.
+"""Selection of the completions that enter the gradient, given the bias of screening samples.
 
-A group exists because its screening samples passed the gate, so they are not draws from the
-policy: given that the gate opened, a rare success is over-represented among them.
+A group exists because its screening samples passed the gate. These samples are therefore not
+distributed as the policy: conditioned on an open gate, rare successes are over-represented.
 
-Shape legend: N completions of one group, the first `num_screening` of which the gate looked at.
+Shape legend: N completions of one group; the first `num_screening` are its screening samples.
 """
 
 from typing import Literal
@@ -19,19 +19,20 @@ Choice = Literal["all", "unbiased", "none"]
 def kept(
     passed: NDArray[np.bool_], num_screening: int, gate: GateConfig, choice: Choice
 ) -> NDArray[np.bool_]:
-    """Marks (N,) of the completions that enter the gradient; dropped ones still serve in baselines.
+    """Mask (N,) of the completions that enter the gradient. Dropped completions still contribute to
+    baselines.
 
-    `all` keeps everything, `none` keeps what was continued. `unbiased` drops the pivotal samples:
-    screening sample i is pivotal when flipping its pass would flip the gate's decision,
+    `all` keeps every completion; `none` keeps only the continuation. `unbiased` drops the pivotal
+    samples. Screening sample i is pivotal when flipping its outcome flips the gate decision
     low < k / num_screening < high (both strict, k passes among the screening samples).
 
-    Why that is unbiased: given the other samples, the gate is open and i is kept either for both
-    outcomes of i or for neither, so the kept y_i is distributed as the policy sampled it, and the
-    score-function estimate over it, with a baseline of the others, has the right expectation.
-    The gate sees only pass or fail, so this holds for shaped and fractional rewards as well:
-    `passed` must come from the raw reward (the one the gate saw), never from the shaped one.
+    Proof of unbiasedness: given the other samples, the gate is open and i is kept either for both
+    outcomes of i or for neither. A kept y_i is therefore distributed as under the policy, and its
+    score-function estimate, with a baseline of the others, has the correct expectation. The gate
+    uses only pass or fail, so this also holds for shaped and fractional rewards. `passed` must be
+    computed from the raw reward, as in the gate, never from the shaped reward.
 
-    Args: passed (N,), whether each completion's raw reward reached PASS_REWARD.
+    Args: passed (N,), whether the raw reward of each completion reached PASS_REWARD.
     """
     kept_N = np.ones(len(passed), dtype=np.bool_)
     if choice == "none":
@@ -39,13 +40,13 @@ def kept(
     elif choice == "unbiased":
         screened = passed[:num_screening]
         num_passed = int(screened.sum())
-        is_open = _opens(num_passed, num_screening, gate)
-        pivotal_if_passed = _opens(num_passed - 1, num_screening, gate) != is_open
-        pivotal_if_failed = _opens(num_passed + 1, num_screening, gate) != is_open
+        gate_is_open = _is_open(num_passed, num_screening, gate)
+        pivotal_if_passed = _is_open(num_passed - 1, num_screening, gate) != gate_is_open
+        pivotal_if_failed = _is_open(num_passed + 1, num_screening, gate) != gate_is_open
         kept_N[:num_screening] = ~np.where(screened, pivotal_if_passed, pivotal_if_failed)
     return kept_N
 
 
-def _opens(num_passed: int, num_screening: int, gate: GateConfig) -> bool:
-    """The gate's decision on this many passes (algorithms/gate.py makes the same one)."""
+def _is_open(num_passed: int, num_screening: int, gate: GateConfig) -> bool:
+    """The gate decision for this number of passes, equal to `Gate.admits`."""
     return gate.low < num_passed / max(num_screening, 1) < gate.high

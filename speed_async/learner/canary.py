@@ -1,4 +1,4 @@
-"""The learner's side of the canary: its log-probabilities under the present weights.
+"""Canary log-probabilities under the learner's current weights.
 
 Shape legend: T canary tokens, N = T-1 predicted ones.
 """
@@ -16,12 +16,14 @@ from speed_async.weight_sync.canary import CANARY_TOKENS, Canary, canary_token_i
 
 
 class CanaryProbe:
-    """One row of fixed tokens, laid out once."""
+    """A fixed row of tokens, converted to tensors once."""
 
-    def __init__(self, model: PreTrainedModel, *, wanted: int | None = None, seed: int = 0) -> None:
-        """`wanted`: `model.context_length`."""
+    def __init__(
+        self, model: PreTrainedModel, *, max_context: int | None = None, seed: int = 0
+    ) -> None:
+        """`max_context` is the configured `model.context_length`."""
         table = embedding_table(model)
-        limit = context_length(model, wanted) or CANARY_TOKENS
+        limit = context_length(model, max_context) or CANARY_TOKENS
         self._token_ids = canary_token_ids(len(table), context_length=limit, seed=seed)
         first, *rest = np.array_split(np.array(self._token_ids, np.int32), [1])
         sample = TrainingSample(
@@ -36,10 +38,11 @@ class CanaryProbe:
 
     @torch.no_grad()
     def measure(self, policy: nn.Module) -> Canary:
-        """By one forward pass of `policy` (a `Policy`, as the parallelism seam wrapped it).
+        """Runs one forward pass of `policy`, a `Policy` as returned by `Parallel.wrap`.
 
-        In the precision of the parameters, so before any cast that the sender makes: what that
-        takes away is in the receivers' tolerance. Raises ModelError when a value is not finite.
+        It runs in the precision of the parameters, before any cast by the sender. The tolerance of
+        the receivers covers the rounding error of that cast. Raises ModelError when a value is not
+        finite.
         """
         logprobs_N, _ = policy(self._batch, plain=True)
         if not logprobs_N.isfinite().all():

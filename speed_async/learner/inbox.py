@@ -1,8 +1,8 @@
-"""What the service says to the learner: in order, and when it is asked for.
+"""The learner's receive queue for messages from the service.
 
 consumes   messages of the service
 waits for  the next message, with a deadline
-raises     another role's failure, as RoleError
+raises     the failure of another role, as RoleError
 """
 
 import asyncio
@@ -17,13 +17,13 @@ from speed_async.transport import messages as m
 from speed_async.transport.transport import Link
 
 SERVICE_GRACE_S = 10.0
-"""How much longer than the service's own deadlines the learner waits for the service."""
+"""Margin that the learner adds to the service's own deadlines when it waits for the service."""
 
 M = TypeVar("M", bound=m.Message)
 
 
 class Stop(asyncio.Event):
-    """Set when the run is to be stopped."""
+    """Set when a stop of the run is requested."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,14 +31,15 @@ class Stop(asyncio.Event):
 
     @property
     def has_lost_launcher(self) -> bool:
-        """Whoever started this process has died, and the kernel sent the signal that stops it:
-        a moment before this is true, while threads of the launcher are left."""
+        """Whether the launcher has died. The kernel then sends the stop signal, shortly before this
+        property becomes true: threads of the launcher may exit later."""
         return os.getppid() != self._launcher
 
     @property
     def reason(self) -> str:
-        gone = self.has_lost_launcher
-        return "stopped: the launcher of this run has died" if gone else "stopped by a signal"
+        if self.has_lost_launcher:
+            return "stopped: the launcher of this run has died"
+        return "stopped by a signal"
 
 
 class Inbox:
@@ -52,17 +53,17 @@ class Inbox:
         self._link = link
         self._clock = clock
         self._run_folder = run_folder
-        self._is_welcome = False
-        self._set_aside: deque[m.Message] = deque()
+        self._is_connected = False
+        self._deferred: deque[m.Message] = deque()
 
     async def next(self, deadline_s: float) -> m.Message:
-        """Next message, first those that came while another was expected."""
-        if self._set_aside:
-            return self._set_aside.popleft()
+        """The next message. Messages deferred by `expect` come first."""
+        if self._deferred:
+            return self._deferred.popleft()
         return await self._receive(deadline_s)
 
     async def next_or_stop(self, stop: Stop, deadline_s: float) -> m.Message | None:
-        """Next message, or None when a stop is asked for first."""
+        """The next message, or None when a stop is requested first."""
         receiving = asyncio.create_task(self.next(deadline_s), name="receive")
         stopping = asyncio.create_task(stop.wait(), name="stop")
         await asyncio.wait((receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -74,7 +75,7 @@ class Inbox:
         return None
 
     async def expect(self, kind: type[M], deadline_s: float, what: str) -> M:
-        """The next message of this kind; whatever else comes on the way is kept for later."""
+        """The next message of this class. Other messages are deferred to later `next` calls."""
         ends_s = self._clock() + deadline_s
         while True:
             left_s = ends_s - self._clock()
@@ -83,12 +84,12 @@ class Inbox:
             message = await self._receive(left_s)
             if isinstance(message, kind):
                 return message
-            self._set_aside.append(message)
+            self._deferred.append(message)
 
-    def forget(self, kind: type[m.Message]) -> None:
-        """Drop what was kept for later of this kind."""
-        kept = [message for message in self._set_aside if not isinstance(message, kind)]
-        self._set_aside = deque(kept)
+    def discard(self, kind: type[m.Message]) -> None:
+        """Drops deferred messages of this class."""
+        kept = [message for message in self._deferred if not isinstance(message, kind)]
+        self._deferred = deque(kept)
 
     async def _receive(self, deadline_s: float) -> m.Message:
         message = await self._link.receive(deadline_s)
@@ -96,11 +97,11 @@ class Inbox:
             raise RoleError(message.role, message.message)
         if isinstance(message, m.Rejected):
             text = f"refused a message of the learner: {message.reason}"
-            if self._is_welcome:  # it was in step once; a service that lost a part of it is not
+            if self._is_connected:  # the service has lost state since it accepted this learner
                 text += (
-                    f"; `speed-async train --resume {self._run_folder}` goes on from the newest "
-                    "checkpoint (with cluster.max_restarts the run does so by itself)"
+                    f"; `speed-async train --resume {self._run_folder}` resumes from the newest "
+                    "checkpoint (automatically with cluster.max_restarts)"
                 )
             raise RoleError("buffer service", text)
-        self._is_welcome = self._is_welcome or isinstance(message, m.Welcome)
+        self._is_connected = self._is_connected or isinstance(message, m.Welcome)
         return message

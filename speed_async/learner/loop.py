@@ -1,13 +1,13 @@
-"""The learner's loop: take a batch, update, broadcast, until done or told to stop.
+"""The learner's loop: takes a batch, updates, broadcasts, until the run completes or is stopped.
 
-consumes   batches and news of actors that need weights (from the service)
-waits for  a batch (stall deadline), the broadcast (publishing.py), the journal before a checkpoint,
-           the last summary
+consumes   batches and membership changes (from the service)
+waits for  a batch (stall deadline), the broadcast (publisher.py), the journal before a checkpoint,
+           the final summary
 unblocked by  the service; a stop request takes effect between two steps
 
-A learner that was started again catches up first: the service stands at a version that the last
-checkpoint has not come to, and hands out the batches of the missing updates again. Until their
-weights are what actors hold already, nothing is published and no checkpoint is made.
+A restarted learner catches up first. The service is then at a later version than the last
+checkpoint, and sends the batches of the missing updates again. During this replay, the learner
+publishes no weights, because the actors already hold later ones, and writes no checkpoint.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ from speed_async.weight_sync.channel import NamedTensor, WeightSender
 
 
 class Updates(Protocol):
-    """What the loop asks of the trainer."""
+    """The trainer, as used by the loop."""
 
     def update(self, groups: list[Group]) -> UpdateResult: ...
     def weights(self) -> Iterable[NamedTensor]: ...
@@ -45,7 +45,7 @@ class Updates(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """How the run ended."""
+    """Result of the run."""
 
     reason: str
     outcome: str
@@ -58,9 +58,9 @@ class Finished:
     accuracy_reached: float | None
     """The held-out accuracy that ended the run (`run.stop_at_accuracy`), if one did."""
     save_error: str
-    """Why the last checkpoint is missing; empty when it is there."""
+    """Why the last checkpoint is missing; empty when it was saved."""
     notices: tuple[str, ...]
-    """What a person should know of, besides."""
+    """Human-readable notices of this attempt."""
     service_fields: dict[str, object]
 
     @property
@@ -81,7 +81,8 @@ class LearnerLoop:
         restored: Restored | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`restored`: the checkpoint that `updates` was brought back to; None starts anew."""
+        """`restored` describes the checkpoint that `updates` was restored from; None starts a new
+        run."""
         self._config = config
         self._link = link
         self._updates = updates
@@ -95,7 +96,7 @@ class LearnerLoop:
             updates=updates,
             sender=sender,
             backend=backend,
-            patience_s=config.cluster.stall_timeout_s,
+            timeout_s=config.cluster.stall_timeout_s,
             clock=clock,
         )
         self._restored = restored
@@ -104,16 +105,16 @@ class LearnerLoop:
             link=link,
             inbox=self._inbox,
             updates=updates,
-            patience_s=config.cluster.stall_timeout_s,
+            timeout_s=config.cluster.stall_timeout_s,
             saved_version=self._version if restored else None,
         )
         self._catch_up_version = 0
-        """Where the service stands: versions below it are trained again, unpublished."""
+        """Policy version of the service. Updates up to it are replayed without publishing."""
         self._reached: m.TargetReached | None = None
         self._notices = list(restored.notices) if restored else []
-        self._untold = ""
-        """A notice that the service has not been told yet."""
-        self._told_of_skipping = False
+        self._pending_notice = ""
+        """A notice that was not yet sent to the service."""
+        self._skip_reported = False
 
     @property
     def _version(self) -> int:
@@ -124,33 +125,33 @@ class LearnerLoop:
         return self._version < self._catch_up_version
 
     async def run(self, hello: m.Hello) -> Finished:
-        """Train until `run.updates` or a stop; raises what ends the run badly."""
-        await self._begin(hello)
+        """Trains until `run.updates` or a stop. Raises the error that fails the run."""
+        await self._connect(hello)
         announcing = asyncio.create_task(self._announce_stop(), name="stop")
         try:
             sync_s: float | None = None
-            while self._goes_on and not self._stop.is_set():
-                began_s = self._clock()
+            while self._should_continue and not self._stop.is_set():
+                started_s = self._clock()
                 groups = await self._take_batch()
                 if groups is None:
                     break
-                sync_s = await self._update(groups, self._clock() - began_s, sync_s)
+                sync_s = await self._update(groups, self._clock() - started_s, sync_s)
             return await self._finish()
         finally:
             announcing.cancel()
 
     async def _announce_stop(self) -> None:
-        """An update may take minutes: whoever asked for a stop sees at once that it was heard."""
+        """Acknowledges a stop request at once, since the current update may take minutes."""
         await self._stop.wait()
         self._log(STOPPING)
-        with contextlib.suppress(SpeedAsyncError):  # the run may have ended meanwhile
+        with contextlib.suppress(SpeedAsyncError):  # the run may have ended
             await self._link.send(m.StopAsked())
 
-    async def _begin(self, hello: m.Hello) -> None:
-        """Say hello; where there is a version already, give it to the actors that wait for it."""
+    async def _connect(self, hello: m.Hello) -> None:
+        """Registers with the service, and publishes the current version if there is one."""
         await self._link.send(hello)
-        patience_s = self._config.cluster.connect_timeout_s
-        welcome = await self._inbox.expect(m.Welcome, patience_s, "its welcome")
+        timeout_s = self._config.cluster.connect_timeout_s
+        welcome = await self._inbox.expect(m.Welcome, timeout_s, "its welcome")
         self._catch_up_version = welcome.policy_version
         if self._restored is not None or welcome.policy_version > 0:
             progress = self._progress
@@ -167,41 +168,41 @@ class LearnerLoop:
             )
         if self._is_catching_up:
             self._log(
-                f"going on from version {self._version}, replaying to {welcome.policy_version}"
+                f"resuming from version {self._version}, replaying to {welcome.policy_version}"
             )
         elif self._version > 0:
-            self._log(f"going on from version {self._version}")
+            self._log(f"resuming from version {self._version}")
             await self._publisher.publish(self._version)
 
     @property
-    def _goes_on(self) -> bool:
+    def _should_continue(self) -> bool:
         if self._is_catching_up:
             return True
         return self._version < self._config.run.updates and self._reached is None
 
     async def _take_batch(self) -> list[Group] | None:
-        """The next batch; None when a stop came first."""
+        """The next batch, or None when a stop comes first."""
         take = m.TakeBatch(
             policy_version=self._version, num_groups=self._config.learner.groups_per_update
         )
         await self._link.send(take)
-        # The service speaks first when no batch comes: it knows why.
-        patience_s = self._config.cluster.stall_timeout_s + SERVICE_GRACE_S
+        # The service's own deadline expires first, so that the service can report the cause.
+        timeout_s = self._config.cluster.stall_timeout_s + SERVICE_GRACE_S
         groups: list[Group] = []
         while True:
-            message = await self._inbox.next_or_stop(self._stop, patience_s)
+            message = await self._inbox.next_or_stop(self._stop, timeout_s)
             if message is None:
                 return None
             if isinstance(message, m.BatchGroup):
                 groups.append(unpack_group(message))
             elif isinstance(message, m.BatchReady):
-                return _whole(groups, message)
-            elif isinstance(message, m.Welcome):  # its journal could not follow: it follows us
+                return _complete_batch(groups, message)
+            elif isinstance(message, m.Welcome):  # its journal is behind: it adopts our version
                 self._catch_up_version = message.policy_version
                 if self._version > 0:
                     await self._publisher.publish(self._version)
             elif isinstance(message, m.MembershipChanged):
-                if not self._is_catching_up:  # then all are given the version that is come to
+                if not self._is_catching_up:  # otherwise publish once, at the end of the replay
                     await self._publisher.publish(self._version)
             elif isinstance(message, m.TargetReached):
                 self._reached = message
@@ -211,8 +212,8 @@ class LearnerLoop:
     async def _update(
         self, groups: list[Group], wait_s: float, last_sync_s: float | None
     ) -> float | None:
-        """One optimiser update and its broadcast; returns the seconds the broadcast took, or None
-        when there was none."""
+        """One optimiser update and its broadcast. Returns the duration of the broadcast in seconds,
+        or None when there was none."""
         result = await asyncio.to_thread(self._updates.update, groups)
         lease_ids = [group.lease_id for group in groups]
         self._progress = self._progress.updated(
@@ -227,10 +228,10 @@ class LearnerLoop:
         }
         if last_sync_s is not None:
             metrics["time/sync_s"] = last_sync_s
-        if result.skipped and not self._told_of_skipping:
-            self._told_of_skipping = True
-            self._tell(f"update {self._version} was skipped, {result.skip_reason}")
-        notice, self._untold = self._untold, ""
+        if result.skipped and not self._skip_reported:
+            self._skip_reported = True
+            self._add_notice(f"update {self._version} was skipped, {result.skip_reason}")
+        notice, self._pending_notice = self._pending_notice, ""
         await self._link.send(
             m.Trained(
                 policy_version=self._version,
@@ -245,9 +246,9 @@ class LearnerLoop:
         )
         if self._is_catching_up:
             return None
-        began_s = self._clock()
+        started_s = self._clock()
         await self._publisher.publish(self._version)
-        sync_s = self._clock() - began_s
+        sync_s = self._clock() - started_s
         every = self._config.learner.checkpoint_every
         if every and self._version % every == 0 and self._version < self._config.run.updates:
             self._progress = await self._checkpointer.prepare(self._progress)
@@ -255,22 +256,22 @@ class LearnerLoop:
                 self._progress = await self._checkpointer.save(self._progress)
             except OSError as error:
                 text = f"checkpoint of version {self._version} could not be saved: {error}"
-                self._tell(f"{text}; training goes on")
+                self._add_notice(f"{text}; training continues")
         return sync_s
 
-    def _tell(self, notice: str) -> None:
-        """A person should know: in the log now, on the terminal with the next update, and again
-        in the closing words."""
+    def _add_notice(self, notice: str) -> None:
+        """Adds a human-readable notice to the log, to the next `Trained` message and to the final
+        summary."""
         self._log(notice)
         self._notices.append(notice)
-        self._untold = notice
+        self._pending_notice = notice
 
     def _log(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+        with contextlib.suppress(OSError):  # the log may be on a full disk
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
 
-    # --- the end -----------------------------------------------------------------------------
+    # --- shutdown ----------------------------------------------------------------------------
 
     async def _finish(self) -> Finished:
         evaluate = self._version >= self._config.run.updates
@@ -278,9 +279,9 @@ class LearnerLoop:
         reason = "completed" if completed else self._stop.reason
         if not evaluate and (reached := self._reached) is not None:
             reason = f"accuracy {reached.accuracy:.3f} reached at version {reached.policy_version}"
-        # While catching up, the older checkpoint and the journal are what the run goes on from.
+        # During a replay, the run resumes from the older checkpoint and the journal.
         is_due = self._version != self._checkpointer.saved_version and not self._is_catching_up
-        if self._config.run.updates == 0:  # evaluated only: the model is what was given
+        if self._config.run.updates == 0:  # evaluation only: the model is unchanged
             is_due = False
         if is_due:
             self._progress = await self._checkpointer.prepare(self._progress)
@@ -297,9 +298,9 @@ class LearnerLoop:
         if is_due:
             try:
                 await self._checkpointer.save(
-                    self._progress, service_stays=lambda: not summarising.done()
+                    self._progress, is_service_connected=lambda: not summarising.done()
                 )
-            except OSError as error:  # the run's results are still to be written
+            except OSError as error:  # the results of the run must still be written
                 save_error = f"the last checkpoint could not be saved: {error}"
         summary = await summarising
         return Finished(
@@ -317,24 +318,24 @@ class LearnerLoop:
         )
 
     async def _await_summary(self, *, evaluate: bool) -> m.Summary:
-        """The last evaluation may need weights for an actor that joined late."""
+        """The final summary. An actor that joins during the last evaluation receives weights."""
         cluster = self._config.cluster
-        patience_s = cluster.drain_timeout_s + SERVICE_GRACE_S
+        timeout_s = cluster.drain_timeout_s + SERVICE_GRACE_S
         if evaluate:
-            patience_s += cluster.stall_timeout_s
-        ends_s = self._clock() + patience_s
+            timeout_s += cluster.stall_timeout_s
+        ends_s = self._clock() + timeout_s
         while (left_s := ends_s - self._clock()) > 0:
             message = await self._inbox.next(left_s)
             if isinstance(message, m.Summary):
                 return message
             if isinstance(message, m.MembershipChanged) and evaluate:
                 await self._publisher.publish(self._version)
-        raise DeadlineExceeded("the buffer service", "the run's summary", patience_s)
+        raise DeadlineExceeded("the buffer service", "the run's summary", timeout_s)
 
 
-def _whole(groups: list[Group], ready: m.BatchReady) -> list[Group]:
-    """The batch, when every group that was announced has come."""
+def _complete_batch(groups: list[Group], ready: m.BatchReady) -> list[Group]:
+    """The batch. Raises RoleError when an announced group is missing."""
     missing = set(ready.lease_ids) - {group.lease_id for group in groups}
     if missing:
-        raise RoleError("buffer service", f"announced groups {sorted(missing)} that never came")
+        raise RoleError("buffer service", f"announced groups {sorted(missing)} but never sent them")
     return groups

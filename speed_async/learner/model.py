@@ -1,4 +1,4 @@
-"""Loading the model to train, and the few things the learner asks of every family."""
+"""Model loading, and the properties that the learner requires of every model family."""
 
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from speed_async.errors import ConfigError, ModelError
 
 CHECKPOINTING_PARAMETERS = 300_000_000
-"""Models on a GPU from this size on recompute activations in the backward pass."""
+"""Number of parameters from which models on a GPU recompute activations in the backward pass."""
 
 
 def resolve_device(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -26,7 +26,7 @@ def resolve_device(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:
-    """Parameter type of the folder's own weights: what an actor on a GPU samples with."""
+    """Dtype of the stored weights, which actors on a GPU use for sampling."""
     dtype = AutoConfig.from_pretrained(path, local_files_only=True).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
@@ -37,10 +37,10 @@ def load_model(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     gradient_checkpointing: bool | None = None,
 ) -> PreTrainedModel:
-    """Load a Hugging Face causal LM for training: float32 parameters, every dropout off.
+    """Loads a Hugging Face causal LM for training, with float32 parameters and without dropout.
 
-    `gradient_checkpointing` None turns it on for large models on a GPU.
-    Raises ModelError when the folder is missing, unreadable, or lacks some of its weights.
+    `gradient_checkpointing` None enables it for large models on a GPU.
+    Raises ModelError when the folder is missing or unreadable, or when weights are missing.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -54,10 +54,10 @@ def load_model(
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model folder '{folder}' cannot be loaded: {error}") from error
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-    absent = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
-    if absent:
+    missing = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
+    if missing:
         raise ModelError(
-            f"model folder '{folder}' lacks {len(absent)} of its weights, such as {absent[0]}"
+            f"model folder '{folder}' lacks {len(missing)} weights, such as {missing[0]}"
         )
     target = resolve_device(device)
     nn.Module.to(model, target)
@@ -70,31 +70,32 @@ def load_model(
 
 
 def _set_mode(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
-    """Evaluation mode, so that pi is what the engine samples from: dropout would change rho."""
+    """Sets evaluation mode, so that pi matches the policy of the engine: dropout would change
+    rho."""
     model.eval()
     if not gradient_checkpointing:
         return
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # this flag alone, not its children's: their dropout stays off
+            module.training = True  # not recursive: dropout of the children stays off
             if isinstance(getattr(module, "dropout", None), float):
-                setattr(module, "dropout", 0.0)  # noqa: B010 - a float, where the class says Module
+                setattr(module, "dropout", 0.0)  # noqa: B010 - a float, annotated as Module
 
 
-def context_length(model: PreTrainedModel, wanted: int | None) -> int | None:
-    """Prompt plus completion tokens that actors sample at most: `model.context_length`, or the
-    model's own limit. None for a model without one."""
-    return wanted or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_length(model: PreTrainedModel, configured: int | None) -> int | None:
+    """Largest number of prompt plus completion tokens: `configured` (`model.context_length`), or
+    the limit of the model. None for a model without a limit."""
+    return configured or getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def embedding_table(model: PreTrainedModel) -> Tensor:
-    """Input embeddings (token ids, H): its first dimension bounds the ids that may be fed."""
+    """Input embeddings (token ids, H). The first dimension bounds the valid token ids."""
     return cast(Tensor, model.get_input_embeddings().weight)
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear:
-    """The head from H to V. Raises ModelError for a model without one."""
+    """The language-model head from H to V. Raises ModelError for a model without one."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{type(model).__name__} has no linear language-model head")

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up, and its state under parameter names."""
+"""AdamW with linear warm-up, and its state keyed by parameter name."""
 
 import torch
 from torch import Tensor, nn
@@ -7,9 +7,9 @@ from speed_async.config.schema import LearnerConfig
 
 
 def make_optimizer(model: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
-    """Weight decay on matrices and embeddings (every parameter of two or more dimensions).
+    """Applies weight decay to matrices and embeddings (parameters with two or more dimensions).
 
-    Fused: one kernel for all parameters, on CPU as on CUDA.
+    Fused: one kernel for all parameters, on CPU and CUDA.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(
@@ -26,9 +26,9 @@ def make_optimizer(model: nn.Module, config: LearnerConfig) -> torch.optim.AdamW
 
 
 def warmed_up_lr(config: LearnerConfig, num_updates: int) -> float:
-    """Learning rate of the update after `num_updates`: linear up to `lr`, constant from then on.
+    """Learning rate of the update after `num_updates`: linear up to `lr`, then constant.
 
-    With 10 warm-up updates the first uses lr / 10 and the tenth lr; with 0 all use lr.
+    With 10 warm-up updates, the first uses lr / 10 and the tenth lr. With 0, all use lr.
     """
     return config.lr * min(1.0, (num_updates + 1) / max(config.warmup_updates, 1))
 
@@ -39,7 +39,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Optimiser tensors as "<parameter name>.<slot>"; empty before the first step."""
+    """Optimiser tensors keyed by "<parameter name>.<slot>"; empty before the first step."""
     return {
         f"{name}.{slot}": value
         for name, parameter in model.named_parameters()
@@ -50,7 +50,7 @@ def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str,
 def load_named_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Tensor]
 ) -> None:
-    """Inverse of `named_state`. Raises KeyError for a name that is no parameter of the model."""
+    """Inverse of `named_state`. Raises KeyError for an unknown parameter name."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for key, value in state.items():

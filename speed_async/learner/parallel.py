@@ -1,8 +1,8 @@
-"""The parallelism seam: all that changes between one learner rank and an FSDP group.
+"""The parallelism interface: the operations that differ between one learner rank and an FSDP group.
 
-The trainer never asks how parameters are laid out; whoever implements this does. With FSDP,
-`wrap` shards the policy in place, `full_tensors` gathers one tensor at a time, and `clip_grad_norm`
-reduces over ranks.
+The trainer is independent of how parameters are sharded. An FSDP implementation shards the policy
+in place in `wrap`, gathers one tensor at a time in `full_tensors`, and reduces over ranks in
+`clip_grad_norm`.
 """
 
 from collections.abc import Iterator
@@ -20,23 +20,23 @@ PolicyModule = TypeVar("PolicyModule", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FullState:
-    """Whole tensors on this rank: what a checkpoint stores."""
+    """Unsharded tensors on this rank, as stored in a checkpoint."""
 
-    model: dict[str, Tensor]  # every name, tied ones too
+    model: dict[str, Tensor]  # every name, including tied parameters
     optimizer: dict[str, Tensor]  # "<parameter name>.<slot>"
 
 
 class Parallel(Protocol):
     def wrap(self, policy: PolicyModule) -> PolicyModule:
-        """Called once, before the optimiser is made from the parameters."""
+        """Called once, before the optimiser is created from the parameters."""
         ...
 
     def clip_grad_norm(self, model: nn.Module, max_norm: float) -> float:
-        """Scale gradients to a global 2-norm of at most `max_norm`; returns the norm before."""
+        """Clips gradients to a global 2-norm of `max_norm`; returns the norm before clipping."""
         ...
 
     def full_tensors(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-        """Each distinct parameter once (a tied one under its first name), in layer order.
+        """Each distinct parameter once, in layer order. A tied parameter has its first name.
         Tensors are detached views, valid until the next update."""
         ...
 
@@ -44,7 +44,7 @@ class Parallel(Protocol):
 
 
 class SingleRank:
-    """One process, whole parameters."""
+    """One process with unsharded parameters."""
 
     def wrap(self, policy: PolicyModule) -> PolicyModule:
         return policy

@@ -1,4 +1,4 @@
-"""log pi of sampled tokens, computed only where it is needed.
+"""log pi of sampled tokens, computed only at the positions that predict them.
 
 Shape legend: B rows, L positions, N completion tokens, H hidden size, V vocabulary.
 """
@@ -16,15 +16,15 @@ from speed_async.learner.model import embedding_table, output_head
 from speed_async.learner.rows import MAX_PACKED_TOKENS, LayoutCost, Row, TrainingSample
 
 MAX_LOGITS = 1 << 26
-"""Logits in one chunk (N x V): 256 MiB in float32, whatever the vocabulary."""
+"""Largest number of logits in one chunk (N x V): 256 MiB in float32 for any vocabulary."""
 PAIR_PENALTY = 2.0
 """Masked attention reaches about half the FLOP/s of a matrix product (measured on a CPU)."""
 PROBE_TOLERANCE = 1e-3
-"""Largest difference in log-probability, in float32, between ways to compute the same."""
+"""Largest accepted difference in log-probability between two layouts, in float32."""
 
 
 def layout_cost(model: PreTrainedModel) -> LayoutCost:
-    """Forward FLOPs: 2 for a weight and position, 4 x H x layers for a mask entry."""
+    """Forward FLOPs: 2 per weight and position, 4 x H x layers per mask entry."""
     config = model.config.get_text_config()
     tables = {id(table): table for table in (embedding_table(model), output_head(model).weight)}
     embedded = sum(table.numel() for table in tables.values())
@@ -35,7 +35,7 @@ def layout_cost(model: PreTrainedModel) -> LayoutCost:
 
 
 class Policy(nn.Module):
-    """log pi of the sampled tokens: the base model on all positions, the head on N of them."""
+    """log pi of the sampled tokens: base model on all positions, head on N positions."""
 
     def __init__(self, causal_lm: PreTrainedModel, *, temperature: float) -> None:
         super().__init__()
@@ -43,11 +43,11 @@ class Policy(nn.Module):
         self.temperature = temperature
 
     def forward(self, batch: MicroBatch, *, plain: bool = False) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (N,) with gradient, and entropies (N,) without, both of
-        softmax(logits / temperature) over the whole vocabulary, in float32.
+        """Log-probabilities (N,) with gradient and entropies (N,) without gradient, both of
+        softmax(logits / temperature) over the full vocabulary, in float32.
 
-        On a GPU matrix products run in bfloat16; parameters and log-softmax stay float32.
-        `plain`: at temperature 1, and in the precision of the parameters throughout.
+        On a GPU, matrix products run in bfloat16; parameters and log-softmax stay in float32.
+        `plain` uses temperature 1 and the precision of the parameters throughout.
         """
         if plain:
             return self.score(batch, temperature=1.0)
@@ -58,7 +58,8 @@ class Policy(nn.Module):
     def score(
         self, batch: MicroBatch, *, temperature: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`forward` in the precision of the parameters; `temperature` None is the policy's own."""
+        """`forward` in the precision of the parameters. `temperature` None uses that of the
+        policy."""
         temperature = temperature or self.temperature
         hidden_NH = self._hidden(batch)
         chunk = max(1, MAX_LOGITS // output_head(self.causal_lm).out_features)
@@ -79,7 +80,7 @@ class Policy(nn.Module):
         hidden_BLH = self.causal_lm.base_model(
             input_ids=batch.input_ids_BL, use_cache=False, **layout
         ).last_hidden_state
-        # An embedding lookup, because its backward adds duplicates in a fixed order on a GPU too.
+        # The backward of an embedding lookup adds duplicates in a fixed order, also on a GPU.
         return F.embedding(batch.predictor_index_N, hidden_BLH.flatten(0, 1))
 
     def _score_chunk(
@@ -93,40 +94,40 @@ class Policy(nn.Module):
 
 
 def check_policy(policy: Policy) -> bool:
-    """Try a few tokens in every layout. Returns whether siblings may share a row.
+    """Evaluates a few tokens in every layout. Returns whether completions can share a row.
 
-    Raises ModelError when log pi is not what the whole model gives (families that scale or cap
-    their logits): training would then follow another policy than the engine samples from.
+    Raises ModelError when log pi differs from that of the complete model, as in families that scale
+    or cap their logits. The trained policy would then differ from that of the engine.
     """
     model = policy.causal_lm
-    apart, together = _probes(embedding_table(model))
+    separate, packed = _probes(embedding_table(model))
     with torch.no_grad():
         try:
-            logprobs_N, _ = policy.score(apart)
+            logprobs_N, _ = policy.score(separate)
         except AttributeError as error:
             raise ModelError(
                 f"{type(model).__name__} has no base model and head: {error}"
             ) from error
-        logits_NV = model(input_ids=apart.input_ids_BL).logits.flatten(0, 1)
-        logits_NV = logits_NV[apart.predictor_index_N].float() / policy.temperature
-        expected_N = -F.cross_entropy(logits_NV, apart.target_ids_N, reduction="none")
+        logits_NV = model(input_ids=separate.input_ids_BL).logits.flatten(0, 1)
+        logits_NV = logits_NV[separate.predictor_index_N].float() / policy.temperature
+        expected_N = -F.cross_entropy(logits_NV, separate.target_ids_N, reduction="none")
         if not torch.allclose(logprobs_N, expected_N, atol=PROBE_TOLERANCE):
             raise ModelError(
                 f"{type(model).__name__} changes its logits after the head (scaling or capping), "
-                "which the learner does not do: choose another model family"
+                "which the learner does not support: choose another model family"
             )
         window = getattr(model.config.get_text_config(), "sliding_window", None)
         if window is not None and window < MAX_PACKED_TOKENS:
             return False
         try:
-            shared_N, _ = policy.score(together)
+            shared_N, _ = policy.score(packed)
         except (TypeError, ValueError, RuntimeError):
-            return False  # no 4-D masks or position ids in this family: rows of one completion
+            return False  # this family does not support 4-D masks or position ids
     return torch.allclose(shared_N, expected_N, atol=PROBE_TOLERANCE)
 
 
 def _probes(table: Tensor) -> tuple[MicroBatch, MicroBatch]:
-    """Two completions of one prompt, in rows of their own and in one row."""
+    """Two completions of one prompt, in separate rows and in one row."""
     prompt, *completions = (
         np.array(ids, dtype=np.int32) % len(table) for ids in ((1, 2, 3), (4, 5, 6), (7, 8))
     )
@@ -141,10 +142,10 @@ def _probes(table: Tensor) -> tuple[MicroBatch, MicroBatch]:
         for ids in completions
     ]
     layouts = [[samples[:1], samples[1:]], [samples]]
-    apart, together = (
+    separate, packed = (
         make_micro_batch(
             [Row(prompt_token_ids=prompt, samples=tuple(row)) for row in layout], policy_version=0
         )
         for layout in layouts
     )
-    return apart.to(table.device), together.to(table.device)
+    return separate.to(table.device), packed.to(table.device)

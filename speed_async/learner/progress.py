@@ -1,43 +1,43 @@
-"""How far the learner has come over all lives of a run: what a checkpoint knows besides tensors."""
+"""Progress of the learner over all attempts of a run: checkpoint state other than tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 MAX_RECENT_LEASES = 65_536
-"""Lease ids remembered at most; they must fit into one message (`Resumed`)."""
+"""Largest number of lease ids kept; they must fit into one message (`Resumed`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """What one update was made of."""
+    """The batch of one update."""
 
-    policy_version: int  # after it
+    policy_version: int  # after the update
     lease_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """The learner's own counts are cumulative, and count no skipped update's groups."""
+    """Cumulative counts of the learner. Groups of skipped updates are not counted."""
 
     policy_version: int = 0
     service_sequence: int = 0
-    """Place in the service's journal up to which this is what the run had come to."""
+    """Sequence number of the service's journal that corresponds to this progress."""
     num_skipped: int = 0
-    """Updates whose step was not finite."""
+    """Updates skipped because a value was not finite."""
     groups_trained: int = 0
     completions_trained: int = 0
     tokens_trained: int = 0
     recent_updates: tuple[Update, ...] = ()
-    """The updates since the oldest checkpoint that is kept, oldest first: a journal that lost its
-    tail may still hold their groups."""
+    """Updates since the oldest kept checkpoint, oldest first. A journal that lost its tail may
+    still contain their groups."""
     run_id: str = ""
-    """Of the run that made the checkpoint (launcher/identity/identity.py)."""
+    """Id of the run that wrote the checkpoint (launcher/identity/identity.py)."""
 
     def updated(
         self, lease_ids: Sequence[int], *, skipped: bool, completions: int, tokens: int
     ) -> "Progress":
-        """After one more update on these groups."""
+        """Progress after one more update on these groups."""
         update = Update(policy_version=self.policy_version + 1, lease_ids=tuple(lease_ids))
         return replace(
             self,
@@ -50,7 +50,7 @@ class Progress:
         )
 
     def since(self, policy_version: int) -> "Progress":
-        """Without the updates that led to this version: they are in every checkpoint kept."""
+        """Progress without the updates up to this version, which every kept checkpoint includes."""
         recent = tuple(u for u in self.recent_updates if u.policy_version > policy_version)
         return replace(self, recent_updates=recent)
 
@@ -61,15 +61,15 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Restored:
-    """What a learner goes on from."""
+    """State from which a learner resumes."""
 
     progress: Progress
     notices: tuple[str, ...]
-    """Of checkpoints that were passed over."""
+    """Notices about damaged checkpoints that were skipped."""
 
 
 def _newest(updates: tuple[Update, ...]) -> tuple[Update, ...]:
-    """As many of the newest as may be remembered."""
+    """The newest updates with at most MAX_RECENT_LEASES lease ids."""
     sizes = accumulate(len(update.lease_ids) for update in reversed(updates))
     num_kept = sum(size <= MAX_RECENT_LEASES for size in sizes)
     return updates[len(updates) - num_kept :]

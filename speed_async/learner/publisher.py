@@ -1,10 +1,10 @@
-"""Broadcasting a version to the actors that lack it, whatever becomes of some of them.
+"""Broadcasts a policy version to the actors that lack it, and tolerates failed members.
 
 consumes   weight members (from the service)
-waits for  the members (stall deadline and grace: the service may be waiting for room on its disk),
+waits for  the members (stall deadline plus grace: the service may be waiting for disk space),
            each stage of a transfer (weights deadline)
-goes on    without a member that is missing or refuses: the service gives it up, its supervisor
-           starts another, and that one is sent a snapshot when it comes
+continues  without a member that is missing or rejects the transfer: the service removes it, its
+           supervisor starts a new incarnation, and that one receives a snapshot when it joins
 """
 
 import asyncio
@@ -22,19 +22,19 @@ from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weight_sync.canary import Canary
 from speed_async.weight_sync.channel import NamedTensor, WeightSender
 
-UNEXPLAINED_ATTEMPTS = 3
-"""Failed broadcasts of one version for which nobody is to blame, after which the run ends."""
+MAX_UNEXPLAINED_FAILURES = 3
+"""Failed broadcasts of one version without a known faulty member, after which the run fails."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Failed:
+class BroadcastFailure:
     error: str
     missing: list[str]
-    """Names of the actors to blame."""
+    """Names of the faulty actors."""
 
 
-class Published(Protocol):
-    """What is published of the trainer."""
+class WeightSource(Protocol):
+    """The trainer, as used by the publisher."""
 
     def weights(self) -> Iterable[NamedTensor]: ...
     def canary(self) -> Canary: ...
@@ -47,14 +47,14 @@ class Publisher:
         *,
         link: Link,
         inbox: Inbox,
-        updates: Published,
+        updates: WeightSource,
         sender: WeightSender,
         backend: WeightBackend,
-        patience_s: float,
+        timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._deadline_s = config.deadline_s
-        self._patience_s = patience_s + SERVICE_GRACE_S
+        self._timeout_s = timeout_s + SERVICE_GRACE_S
         self._link = link
         self._inbox = inbox
         self._updates = updates
@@ -63,24 +63,24 @@ class Publisher:
         self._clock = clock
 
     async def publish(self, policy_version: int) -> None:
-        """Broadcast to every actor that lacks this version; nobody lacking it costs nothing.
+        """Broadcasts this version to every actor that lacks it; a no-op when there is none.
 
-        Each failed attempt loses the actors to blame, so one that hangs costs one deadline.
-        Raises WeightSyncError when attempts go on failing and nobody is to blame.
+        Each failed broadcast removes the faulty actors, so an actor that hangs costs one deadline.
+        Raises WeightSyncError after repeated failures without a known faulty actor.
         """
         num_unexplained = 0
-        # Before the actors are asked: they stop sampling as soon as they are.
+        # Computed before the members are requested, because actors then stop sampling.
         canary = await asyncio.to_thread(self._updates.canary)
         while (failed := await self._broadcast(policy_version, canary)) is not None:
             num_unexplained += not failed.missing
-            if num_unexplained == UNEXPLAINED_ATTEMPTS:
+            if num_unexplained == MAX_UNEXPLAINED_FAILURES:
                 raise WeightSyncError(
                     f"version {policy_version} could not be broadcast in {num_unexplained} attempts"
-                    f" with nobody to blame; the last failed with: {failed.error}"
+                    f" without a known faulty actor; the last error was: {failed.error}"
                 )
 
-    async def _broadcast(self, policy_version: int, canary: Canary) -> Failed | None:
-        """One attempt, told to the service however it ends."""
+    async def _broadcast(self, policy_version: int, canary: Canary) -> BroadcastFailure | None:
+        """One broadcast, whose outcome is reported to the service."""
         host, port = self._sender.store_address
         await self._link.send(
             m.PublishWeights(
@@ -92,9 +92,9 @@ class Publisher:
             )
         )
         what = "the members of the weight group"
-        members = await self._inbox.expect(m.WeightMembers, self._patience_s, what)
-        self._inbox.forget(m.MembershipChanged)  # said before: these are members now
-        began_s, num_bytes, failed = self._clock(), 0, None
+        members = await self._inbox.expect(m.WeightMembers, self._timeout_s, what)
+        self._inbox.discard(m.MembershipChanged)  # superseded by the members
+        started_s, num_bytes, failed = self._clock(), 0, None
         if members.actor_names:
             offer = WeightOffer(
                 policy_version=policy_version,
@@ -112,12 +112,12 @@ class Publisher:
                 )
                 num_bytes = report.num_bytes
             except WeightSyncError as failure:
-                failed = _blame(failure, members)
+                failed = _describe_failure(failure, members)
         await self._link.send(
             m.WeightsPublished(
                 policy_version=policy_version,
                 epoch=members.epoch,
-                transfer_s=self._clock() - began_s,
+                transfer_s=self._clock() - started_s,
                 num_bytes=num_bytes,
                 error=failed.error if failed else "",
                 missing=failed.missing if failed else [],
@@ -126,12 +126,12 @@ class Publisher:
         return failed
 
 
-def _blame(failure: WeightSyncError, members: m.WeightMembers) -> Failed:
-    """Ranks become names: a reader knows actors, and an actor may hold several ranks."""
+def _describe_failure(failure: WeightSyncError, members: m.WeightMembers) -> BroadcastFailure:
+    """Replaces ranks with actor names; an actor may have several ranks."""
     name_of_rank = dict(enumerate(_names_by_rank(members), start=1))
     missing = dict.fromkeys(name_of_rank[rank] for rank in failure.missing_ranks)
     ranks = ", ".join(f"rank {rank} is {name}" for rank, name in name_of_rank.items())
-    return Failed(error=f"{failure} ({ranks})", missing=[*missing])
+    return BroadcastFailure(error=f"{failure} ({ranks})", missing=[*missing])
 
 
 def _names_by_rank(members: m.WeightMembers) -> list[str]:

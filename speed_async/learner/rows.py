@@ -1,8 +1,8 @@
-"""Which completions go through the model together: rows, how wide, and how many at a time.
+"""Grouping of completions into rows and micro-batches.
 
-A row is one prompt followed by the completions of `width` siblings, so a prompt is computed once
-for all of them. Width 1 is the usual padded batch. The last token of a completion predicts
-nothing and is not fed.
+A row is one prompt followed by `width` of its completions, so that the prompt is computed once for
+all of them. Width 1 is the usual padded batch. The last token of a completion predicts nothing and
+is not part of the input.
 
 Shape legend: P prompt tokens, T completion tokens, N completions of one group.
 """
@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from speed_async.types import Float32Array, Group, Int32Array
 
 MAX_PACKED_TOKENS = 2048
-"""Longest shared row: the mask of a row takes L x L floats."""
+"""Largest length of a shared row. The mask of a row takes L x L floats."""
 MIN_PACKING_GAIN = 1.2
-"""Estimated gain under which prompts are not shared: plain causal attention has faster kernels."""
+"""Smallest estimated speed-up for which prompts are shared: plain causal attention has faster
+kernels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSample:
-    """One completion to learn from; never empty."""
+    """One non-empty completion with its advantage and weight."""
 
     token_ids: Int32Array  # (T,)
     logprobs: Float32Array  # (T,) log mu
@@ -45,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayoutCost:
-    """Forward cost of a layout in FLOPs: so much for a position, so much for a mask entry."""
+    """Forward cost of a layout in FLOPs, per position and per mask entry."""
 
     per_token: float
     per_pair: float
@@ -62,10 +63,10 @@ def training_row(
     weights_N: NDArray[np.float64],
     kept_N: NDArray[np.bool_],
 ) -> Row:
-    """All of a group that has a gradient, as one row: completions that are kept, of an advantage
-    other than 0, and not empty, in order of length. The row may hold none.
+    """The completions of a group that contribute to the gradient, as one row. These are the kept,
+    non-empty completions with a non-zero advantage, in order of length. There may be none.
 
-    Raises ValueError for an empty prompt, whose first completion token has no predictor.
+    Raises ValueError for an empty prompt, after which no position predicts the first token.
     """
     if len(group.prompt_token_ids) == 0:
         raise ValueError(f"prompt {group.prompt_id} has no tokens")
@@ -87,14 +88,14 @@ def training_row(
 
 
 def split_row(row: Row, width: int) -> Iterator[Row]:
-    """The same completions, `width` to a row; none give no row."""
+    """Splits a row into rows of `width` completions. A row without completions yields nothing."""
     for start in range(0, len(row.samples), width):
         yield Row(prompt_token_ids=row.prompt_token_ids, samples=row.samples[start : start + width])
 
 
 def choose_width(rows: Sequence[Row], cost: LayoutCost) -> int:
-    """How many siblings share a row, given whole groups: the cheapest of a few, or 1 when sharing
-    gains too little."""
+    """Number of completions per row, given one row per group: the cheapest of a few candidates, or
+    1 when the gain of sharing is below MIN_PACKING_GAIN."""
     largest = max((len(row.samples) for row in rows), default=1)
     costs: dict[int, float] = {}
     for parts in (largest, 1, 2, 3, 4, 6, 8):
@@ -107,9 +108,10 @@ def choose_width(rows: Sequence[Row], cost: LayoutCost) -> int:
 
 
 def split_rows(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
-    """Longest rows first, at most `max_tokens` padded positions each; a longer row goes alone.
+    """Micro-batches of at most `max_tokens` padded positions, longest rows first. A longer row has
+    a micro-batch of its own.
 
-    Longest first: if memory is short, the first micro-batch of the first update says so.
+    Because of this order, insufficient memory shows in the first micro-batch of the first update.
     """
     parts: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: row.num_tokens, reverse=True):

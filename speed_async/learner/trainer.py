@@ -1,4 +1,4 @@
-"""One optimiser update from one batch of groups."""
+"""The trainer: one optimiser update per batch of groups, and its checkpoints."""
 
 import math
 import time
@@ -19,7 +19,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import ModelError
 from speed_async.learner.batch import MicroBatch, make_micro_batch
 from speed_async.learner.canary import CanaryProbe
-from speed_async.learner.checkpoint.files import load_checkpoint, save_checkpoint, try_checkpoint
+from speed_async.learner.checkpoint.files import check_can_save, load_checkpoint, save_checkpoint
 from speed_async.learner.checkpoint.model_files import read_model_files
 from speed_async.learner.checkpoint.store import checkpoint_folder, prune
 from speed_async.learner.model import context_length, embedding_table
@@ -32,12 +32,12 @@ from speed_async.types import Group
 from speed_async.weight_sync.canary import Canary
 
 CPU_MICRO_BATCH_TOKENS = 2048
-"""Past this, activations leave the cache of a CPU core and every token costs more (measured)."""
+"""Larger micro-batches exceed the cache of a CPU core and cost more per token (measured)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateResult:
-    """What one update did. Metrics are finite; a value that could not be had is absent."""
+    """Result of one update. Metrics are finite; unavailable values are absent."""
 
     skipped: bool
     skip_reason: str
@@ -48,7 +48,7 @@ class UpdateResult:
 
 
 class Trainer:
-    """Owns policy and optimiser. On a CPU two trainers given the same calls agree bit for bit."""
+    """Owns the policy and the optimiser. On a CPU, updates are bitwise deterministic."""
 
     def __init__(
         self,
@@ -60,14 +60,15 @@ class Trainer:
         clock: Callable[[], float] = time.perf_counter,
         run_id: str = "",
     ) -> None:
-        """`model` as `load_model` gives it; `objective` None makes the one of the config. `run_id`
-        is noted in every checkpoint.
+        """`model` is a result of `load_model`. `objective` None builds the configured objective.
+        `run_id` is stored in every checkpoint.
 
-        Raises ModelError when the model cannot be trained here.
+        Raises ModelError when the learner does not support the model.
         """
         self.model = model
         self.num_updates = 0
-        """Calls of `update`, skipped ones too: the policy version, which the warm-up follows."""
+        """Number of `update` calls, including skipped updates. It is the policy version, and
+        determines the warm-up."""
         self.num_skipped = 0
         self._run_id = run_id
         self._config = config.learner
@@ -79,36 +80,38 @@ class Trainer:
         self._objective = objective or make_objective(config, context_length=context)
         self._device = next(model.parameters()).device
         policy = Policy(model, temperature=config.actors.temperature)
-        self._may_share_prompts = check_policy(policy)
+        self._can_share_prompts = check_policy(policy)
         self._layout_cost = layout_cost(model)
         self._canary_probe = CanaryProbe(
-            model, wanted=config.model.context_length, seed=config.run.seed
+            model, max_context=config.model.context_length, seed=config.run.seed
         )
         self._policy = parallel.wrap(policy)
         self._optimizer = make_optimizer(model, config.learner)
 
     def update(self, groups: Sequence[Group]) -> UpdateResult:
-        """One gradient step on all groups, or none when a number is not finite.
+        """One gradient step on all groups; skipped when a value is not finite.
 
-        Completions of zero advantage, and screening samples that are dropped, count in the
-        aggregation's denominators but are not run: they have no gradient. Raises ModelError for
-        token ids the model does not have, ValueError for a group of one completion, an empty
+        Completions with zero advantage and dropped screening samples count in the denominators of
+        the aggregation. They have no gradient and are not computed. Raises ModelError for token ids
+        outside the vocabulary of the model, and ValueError for a group of one completion, an empty
         prompt, or no groups.
         """
         started_s = self._clock()
         if not groups:
             raise ValueError("an update needs at least one group")
-        self._refuse_unknown_tokens(groups)
+        self._check_token_ids(groups)
         lr = warmed_up_lr(self._config, self.num_updates)
         metrics = batch_metrics(groups) | {"lr": lr}
         reason = "" if _inputs_finite(groups) else "a reward or behaviour log-probability"
         if not reason:
             set_lr(self._optimizer, lr)
             signals = compute_signals(self._objective, groups)
-            learned = self._step(groups, signals)
-            metrics |= screening_metrics(groups, signals) | learned
-            if bad := [key for key in ("loss", "grad_norm") if not math.isfinite(learned[key])]:
-                reason = " and ".join(bad)
+            step_metrics = self._step(groups, signals)
+            metrics |= screening_metrics(groups, signals) | step_metrics
+            if non_finite := [
+                key for key in ("loss", "grad_norm") if not math.isfinite(step_metrics[key])
+            ]:
+                reason = " and ".join(non_finite)
         self.num_updates += 1
         self.num_skipped += bool(reason)
         metrics["skipped_updates"] = float(self.num_skipped)
@@ -123,27 +126,28 @@ class Trainer:
         )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What actors need: each distinct parameter once, float32, valid until the next update."""
+        """Weights to broadcast: each distinct parameter once, float32, valid until the next
+        update."""
         return self._parallel.full_tensors(self.model)
 
     def canary(self) -> Canary:
-        """What receivers of the present weights are to measure; one short forward pass, in which
-        all learner ranks take part. Raises ModelError when the weights have diverged."""
+        """Canary of the current weights, which receivers verify. Runs one short forward pass on all
+        learner ranks. Raises ModelError when the weights have diverged."""
         return self._canary_probe.measure(self._policy)
 
     def try_save(self) -> None:
-        """Try what a checkpoint needs besides tensors, before there is anything to lose.
+        """Checks before training that a checkpoint can be saved, without writing tensors.
 
-        Raises SpeedAsyncError that names what stands in the way, and the remedy.
+        Raises SpeedAsyncError with the cause and the remedy.
         """
         folder = checkpoint_folder(self._checkpoints, self.num_updates)
-        try_checkpoint(folder, model=self.model, model_files=self._model_files)
+        check_can_save(folder, model=self.model, model_files=self._model_files)
 
     def save(self, progress: Progress) -> int:
-        """Write a checkpoint of the present state, then remove all but the newest
+        """Writes a checkpoint of the current state, then removes all but the newest
         `learner.keep_last`. Returns the oldest version that is kept.
 
-        Raises OSError: older checkpoints are then all there still.
+        Raises OSError; all older checkpoints are then unchanged.
         """
         progress = replace(progress, run_id=self._run_id)
         save_checkpoint(
@@ -156,7 +160,7 @@ class Trainer:
         return prune(self._checkpoints, self._config.keep_last)
 
     def restore(self, folder: Path, *, is_whole: bool = False) -> Progress:
-        """Go on exactly where `save` left off; `is_whole` as for `load_checkpoint`.
+        """Restores the state written by `save`; `is_whole` as for `load_checkpoint`.
 
         Raises ModelError.
         """
@@ -168,7 +172,7 @@ class Trainer:
         return progress
 
     def _step(self, groups: Sequence[Group], signals: Sequence[GroupSignal]) -> dict[str, float]:
-        """Gradient over all micro-batches, then an optimiser step if everything is finite."""
+        """Accumulates the gradient over all micro-batches, then steps if all values are finite."""
         diagnostics = Diagnostics()
         self._optimizer.zero_grad(set_to_none=True)
         for batch in self._micro_batches(groups, signals):
@@ -196,7 +200,7 @@ class Trainer:
     def _micro_batches(
         self, groups: Sequence[Group], signals: Sequence[GroupSignal]
     ) -> Sequence[MicroBatch]:
-        taught = [
+        group_rows = [
             training_row(
                 group,
                 advantages_N=signal.advantages_N,
@@ -205,8 +209,8 @@ class Trainer:
             )
             for group, signal in zip(groups, signals, strict=True)
         ]
-        width = choose_width(taught, self._layout_cost) if self._may_share_prompts else 1
-        rows = list(chain.from_iterable(split_row(row, width) for row in taught))
+        width = choose_width(group_rows, self._layout_cost) if self._can_share_prompts else 1
+        rows = list(chain.from_iterable(split_row(row, width) for row in group_rows))
         max_tokens = self._config.micro_batch_tokens
         if self._device.type == "cpu":
             max_tokens = min(max_tokens, CPU_MICRO_BATCH_TOKENS)
@@ -216,19 +220,20 @@ class Trainer:
         ]
 
     def _fill_missing_gradients(self) -> None:
-        """A batch without any signal is still a step: momentum and weight decay act on it."""
+        """Sets missing gradients to zero: a batch without signal is still a step, with momentum and
+        weight decay."""
         for parameter in self.model.parameters():
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _refuse_unknown_tokens(self, groups: Sequence[Group]) -> None:
+    def _check_token_ids(self, groups: Sequence[Group]) -> None:
         arrays = [group.prompt_token_ids for group in groups]
         arrays += [c.sampled.token_ids for group in groups for c in group.completions]
         token_ids = np.concatenate(arrays)
         num_token_ids = embedding_table(self.model).shape[0]
         if token_ids.min() < 0 or token_ids.max() >= num_token_ids:
             raise ModelError(
-                f"a group holds token ids {token_ids.min()}..{token_ids.max()}, the model has "
+                f"a group has token ids {token_ids.min()}..{token_ids.max()}, the model has "
                 f"{num_token_ids}: actors and learner must use the same model folder"
             )
 

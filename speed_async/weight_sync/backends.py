@@ -1,7 +1,8 @@
-"""How buckets get from the sender to the receivers: one pair of ends for each way.
+"""Transport of buckets from the sender to the receivers: one sender and one receiver class per
+backend.
 
-The sender borrows a buffer, fills it and passes it on; a receiver takes a bucket and releases it
-when it is loaded. The ends over a process group are here, those over shared memory in
+The sender acquires a buffer, fills it and sends it. A receiver takes a bucket, loads it and
+releases it. The classes for process groups are defined here, those for shared memory in
 `shared_memory.py`.
 
 Shape legend: B bytes of one bucket.
@@ -18,74 +19,74 @@ from speed_async.weight_sync.epoch_group import EpochGroup
 
 
 class Outgoing(Protocol):
-    """The sender's end for the buckets of one transfer, taken in order."""
+    """Sends the buckets of one transfer, in order."""
 
-    takes_views: bool
-    """Whether any memory can be passed on, not only what was borrowed."""
+    accepts_views: bool
+    """Whether `send` accepts any memory, not only acquired buffers."""
 
-    def borrow(self, index: int) -> Tensor:
-        """A buffer, at least (B,) uint8, for this bucket; waits until one is free.
+    def acquire(self, index: int) -> Tensor:
+        """A buffer for this bucket, at least (B,) uint8; waits until one is free.
 
-        Raises StageFailed naming who holds it.
+        Raises StageFailed naming the ranks that still use it.
         """
         ...
 
-    def pass_on(self, index: int, packed_B: Tensor) -> None:
-        """Let the receivers have bucket `index`; it must not change until `finish`."""
+    def send(self, index: int, packed_B: Tensor) -> None:
+        """Sends bucket `index`. The memory must not change until `finish`."""
         ...
 
     def flush(self) -> None:
-        """Let nothing that was passed on wait for more."""
+        """Starts the transfer of all queued buckets."""
         ...
 
     def finish(self) -> None:
-        """Wait until every bucket has left. Raises StageFailed."""
+        """Waits until every bucket was sent. Raises StageFailed."""
         ...
 
 
 class Incoming(Protocol):
-    """A receiver's end for the buckets of one transfer, taken in order."""
+    """Receives the buckets of one transfer, in order."""
 
     def take(self, index: int) -> Tensor:
         """Bucket `index`, at least (B,) uint8, valid until released. Raises StageFailed."""
         ...
 
     def release(self, index: int) -> None:
-        """The bucket was loaded. Raises StageFailed."""
+        """Marks the bucket as loaded. Raises StageFailed."""
         ...
 
 
 class GroupOutgoing:
     """Broadcasts over the epoch's process group; satisfies `Outgoing`."""
 
-    takes_views = True
+    accepts_views = True
 
     def __init__(self, group: EpochGroup, buckets: Sequence[Bucket], buffers: BufferRing) -> None:
         self._group, self._buckets, self._buffers = group, buckets, buffers
         self._in_flight: list[Future[None]] = []
-        self._held: list[Tensor] = []
-        self._num_gone = 0
+        self._queued: list[Tensor] = []
+        self._num_sent = 0
 
-    def borrow(self, index: int) -> Tensor:
+    def acquire(self, index: int) -> Tensor:
         self.flush()
-        self._wait_until_gone(index - NUM_BUFFERS)
+        self._wait_until_sent(index - NUM_BUFFERS)
         return self._buffers.get(index)
 
-    def pass_on(self, index: int, packed_B: Tensor) -> None:
-        self._held.append(packed_B)  # what needs no packing leaves in one go
+    def send(self, index: int, packed_B: Tensor) -> None:
+        self._queued.append(packed_B)  # buckets that need no packing are sent together
 
     def flush(self) -> None:
-        if self._held:
-            self._in_flight += self._group.broadcast(*self._held)
-            self._held = []
+        if self._queued:
+            self._in_flight += self._group.broadcast(*self._queued)
+            self._queued = []
 
     def finish(self) -> None:
-        self._wait_until_gone(len(self._buckets) - 1)
+        self._wait_until_sent(len(self._buckets) - 1)
 
-    def _wait_until_gone(self, last: int) -> None:
-        for index in range(self._num_gone, last + 1):
-            self._group.wait(stage_of(index, self._buckets), self._in_flight[index])
-            self._num_gone += 1
+    def _wait_until_sent(self, last: int) -> None:
+        for index in range(self._num_sent, last + 1):
+            self._group.wait(bucket_stage(index, self._buckets), self._in_flight[index])
+            self._num_sent += 1
 
 
 class GroupIncoming:
@@ -97,33 +98,33 @@ class GroupIncoming:
         buckets: Sequence[Bucket],
         buffers: BufferRing,
     ) -> None:
-        """Received into buffers, never straight into a model: a transfer that breaks off before
-        its first bucket is whole must leave the old weights whole."""
+        """Receives into buffers, never directly into a model: a transfer that fails before its
+        first bucket is complete must leave the old weights intact."""
         self._group, self._buckets, self._buffers = group, buckets, buffers
         self._in_flight: list[Future[None]] = []
-        self._places: list[Tensor] = []
+        self._targets: list[Tensor] = []
         self._num_released = 0
         self._post()
 
     def take(self, index: int) -> Tensor:
-        self._group.wait(stage_of(index, self._buckets), self._in_flight[index])
-        return self._places[index]
+        self._group.wait(bucket_stage(index, self._buckets), self._in_flight[index])
+        return self._targets[index]
 
     def release(self, index: int) -> None:
         self._num_released = index + 1
         self._post()
 
     def _post(self) -> None:
-        """Let come all buckets, in order, for which there is a place."""
-        first = len(self._places)
+        """Posts receives, in order, for all buckets that have a free buffer."""
+        first = len(self._targets)
         last = min(len(self._buckets), self._num_released + NUM_BUFFERS)
-        self._places += [self._buffers.get(index) for index in range(first, last)]
-        news = zip(self._buckets[first:], self._places[first:], strict=False)
-        if len(self._places) > first:
+        self._targets += [self._buffers.get(index) for index in range(first, last)]
+        posted = zip(self._buckets[first:], self._targets[first:], strict=False)
+        if len(self._targets) > first:
             self._in_flight += self._group.broadcast(
-                *(place_B[: bucket.num_bytes] for bucket, place_B in news)
+                *(target_B[: bucket.num_bytes] for bucket, target_B in posted)
             )
 
 
-def stage_of(index: int, buckets: Sequence[Bucket]) -> str:
+def bucket_stage(index: int, buckets: Sequence[Bucket]) -> str:
     return f"bucket {index + 1} of {len(buckets)}"

@@ -1,19 +1,20 @@
-"""TorchSender and TorchReceiver: weights from one process to the others, bucket by bucket.
+"""TorchSender and TorchReceiver: broadcast of weights from one process to the others, in buckets.
 
-They travel over a torch.distributed group (gloo, nccl) or through shared memory (ipc).
+Buckets are sent over a torch.distributed group (gloo, nccl) or through shared memory (ipc).
 
-Stages of one transfer; every wait in them has the offer's deadline:
+A transfer has the following stages. Every wait uses the offer's deadline.
 
-1. rendezvous (first transfer of an epoch): every receiver says "joined" in the sender's store,
-   the sender answers "go", all build the process group;
-2. manifest: broadcast as bytes; every receiver answers in the store: accepted, or why not. Its
-   list of tensors travels once an epoch;
-3. bucket k of n: travels while the sender packs, and the receiver loads, its neighbour. What lies
-   in memory as it travels (`flat.py`) is neither packed nor loaded where the backend allows it.
+1. rendezvous (first transfer of an epoch): every receiver sets "joined" in the sender's store, the
+   sender sets "go", and all ranks build the process group;
+2. manifest: broadcast as bytes; every receiver sets its verdict in the store, empty or the reason
+   of a refusal. The list of tensors is sent once per epoch;
+3. bucket k of n: transferred while the sender packs the next bucket and the receiver loads the
+   previous one. Contiguous weights (`contiguous.py`) are neither packed nor unpacked where the
+   backend allows it.
 
-There is no final acknowledgement: the learner does not wait for actors to load. An actor reports
-that over the wire (`WeightsApplied`). A receiver that dies after its last bucket reached its
-host is therefore noticed there, or in the next transfer.
+There is no final acknowledgement: the learner does not wait until actors have loaded the weights.
+An actor reports this to the service (`WeightsApplied`). A receiver that dies after its last bucket
+reached its host is therefore detected there, or in the next transfer.
 
 Shape legend: B bytes of one bucket or message.
 """
@@ -36,26 +37,26 @@ from speed_async.weight_sync.contiguous import contiguous_view
 from speed_async.weight_sync.epoch_group import EpochGroup, StageFailed, name_ranks
 from speed_async.weight_sync.handshake import (
     announce,
-    forget_verdicts,
+    collect_refusals,
+    collect_verdicts,
+    delete_verdicts,
+    find_unresponsive,
     gather_members,
-    hear_verdicts,
     join_epoch,
+    mark_done,
     receive_manifest,
-    refusals_of,
     refuse,
-    say_done,
+    sender_failure_reason,
     sync_error,
-    what_sender_said,
-    who_is_silent,
 )
-from speed_async.weight_sync.manifest import Manifest, TensorSpec, describe, describes
+from speed_async.weight_sync.manifest import Manifest, TensorSpec, describe, matches
 from speed_async.weight_sync.membership import Membership
 from speed_async.weight_sync.process_group import host_store
 from speed_async.weight_sync.shared_memory import MemoryRefused, SharedIncoming, SharedOutgoing
 
 CACHED_BUCKET_BYTES = 4 * 1024 * 1024
-"""Most that is packed into shared host memory at once: it is then still cached when it is loaded
-(512 MiB in 30 ms; in buckets of 64 MiB it took 50)."""
+"""Largest bucket in shared host memory, so that it is still cached when it is loaded (512 MiB in
+30 ms, compared with 50 ms in buckets of 64 MiB)."""
 
 
 class TorchSender:
@@ -71,7 +72,7 @@ class TorchSender:
         store_timeout_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Serve the store at a free port of `host`; `cast` converts floating-point tensors.
+        """Serves the store at a free port of `host`. `cast` converts floating-point tensors.
 
         Raises WeightSyncError when `host` is not an address of this machine.
         """
@@ -91,15 +92,15 @@ class TorchSender:
     def send(
         self, offer: WeightOffer, tensors: Iterable[NamedTensor], canary: Canary | None = None
     ) -> TransferReport:
-        """Broadcast all tensors; they must not change meanwhile. World size 1 moves nothing.
+        """Broadcasts all tensors, which must not change meanwhile. A no-op for world size 1.
 
-        Raises WeightSyncError naming the stage and the ranks to blame.
+        Raises WeightSyncError naming the stage and the failed ranks.
         """
-        began_s = self._clock()
+        started_s = self._clock()
         if offer.rank != 0:
             raise WeightSyncError(f"the sender was offered rank {offer.rank}: it is rank 0")
         weights = dict(named := list(tensors))
-        if not describes(self._specs, named, self._cast):
+        if not matches(self._specs, named, self._cast):
             self._specs = describe(named, self._cast)
         manifest = Manifest(
             policy_version=offer.policy_version,
@@ -109,30 +110,31 @@ class TorchSender:
         )
         if offer.world_size == 1:
             return TransferReport(num_bytes=0, num_buckets=0, transfer_s=0.0)
-        with self._membership.taking_part(offer) as group:
+        with self._membership.transfer_group(offer) as group:
             buckets = group.plan(manifest)
             try:
                 if not group.formed:
                     gather_members(group, self._open_store())
                 announce(group, manifest)
-                # A member that is gone is found out here, when no other has lost its old weights.
-                hear_verdicts(group)
-                self._pass_on(group, buckets, weights).finish()
+                # A lost member is detected here, while all others still have their old weights.
+                collect_verdicts(group)
+                self._send_buckets(group, buckets, weights).finish()
             except StageFailed as failure:
-                silent = who_is_silent(group, str(failure))
-                if refusals := refusals_of(group):
+                unresponsive = find_unresponsive(group, str(failure))
+                if refusals := collect_refusals(group):
                     refused = "; ".join(refusals.values())
                     raise sync_error(
                         offer, f"{refused} ({failure})", missing_ranks=[*refusals]
                     ) from failure
-                blame = f"; no sign of life from {name_ranks(silent)}" if silent else ""
-                missing = failure.missing_ranks or silent  # the former are sure, the latter likely
-                raise sync_error(offer, f"{failure}{blame}", missing_ranks=missing) from failure
-            forget_verdicts(group)
-        return _report(buckets, self._clock() - began_s)
+                suffix = f"; no response from {name_ranks(unresponsive)}" if unresponsive else ""
+                # The ranks of the failure are certain, the unresponsive ones are likely.
+                missing = failure.missing_ranks or unresponsive
+                raise sync_error(offer, f"{failure}{suffix}", missing_ranks=missing) from failure
+            delete_verdicts(group)
+        return _report(buckets, self._clock() - started_s)
 
     def close(self) -> None:
-        """Free group and store. Never waits long, whatever the peers do; may be called twice."""
+        """Frees the group and the store. Bounded in time; may be called more than once."""
         self._membership.close()
         self._store = None
 
@@ -141,24 +143,24 @@ class TorchSender:
             raise WeightSyncError("the weight sender is closed")
         return self._store
 
-    def _pass_on(
+    def _send_buckets(
         self, group: EpochGroup, buckets: Sequence[Bucket], weights: dict[str, Tensor]
     ) -> Outgoing:
-        """All buckets are on their way when this returns."""
+        """Starts the transfer of all buckets. `finish` of the result waits for them."""
         members, outgoing = self._membership, self._outgoing(group, buckets)
         for index, bucket in enumerate(buckets):
             packed_B = contiguous_view(bucket, weights)
             if packed_B is None or not (
-                outgoing.takes_views and packed_B.device == members.travels_from(group)
+                outgoing.accepts_views and packed_B.device == members.transfer_device(group)
             ):
-                buffer_B = outgoing.borrow(index)
+                buffer_B = outgoing.acquire(index)
                 if packed_B is None:
                     pack(weights, members.views.of(index, bucket, buffer_B))
                 else:
                     buffer_B[: bucket.num_bytes].copy_(packed_B, non_blocking=True)
                 packed_B = buffer_B[: bucket.num_bytes]
-            members.settle()
-            outgoing.pass_on(index, packed_B)
+            members.synchronize()
+            outgoing.send(index, packed_B)
         outgoing.flush()
         return outgoing
 
@@ -174,14 +176,14 @@ class TorchSender:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """Where a receiver's own tensors lie just as their bucket travels."""
+    """A receiver's own tensors whose memory has the layout of their bucket."""
 
-    home_B: Tensor
+    view_B: Tensor
     tensors: list[NamedTensor]
 
 
 class TorchReceiver:
-    """Any rank but 0; satisfies `WeightReceiver`. The sender decides the bucket size."""
+    """Any rank other than 0; satisfies `WeightReceiver`. The sender sets the bucket size."""
 
     def __init__(
         self,
@@ -190,10 +192,10 @@ class TorchReceiver:
         in_place: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`in_place`: copy a bucket as a whole into `expected` where that lies as it travels.
+        """`in_place` copies a whole bucket into `expected` where its memory has the same layout.
 
-        `load` is then called with no tensors before the bucket's first byte is written, and is
-        given the very tensors of `expected` afterwards.
+        `load` is then called with an empty list before the first byte of the bucket is written, and
+        with the tensors of `expected` afterwards.
         """
         self._device = device
         self._in_place = in_place
@@ -203,41 +205,42 @@ class TorchReceiver:
     def receive(
         self, offer: WeightOffer, expected: Sequence[NamedTensor], load: LoadTensors
     ) -> TransferReport:
-        """Take part in one broadcast; `load` gets whole tensors, bucket by bucket.
+        """Receives one broadcast. `load` is called with the complete tensors of each bucket.
 
-        They are host memory with gloo (pinned when the device is a GPU), device memory with NCCL,
-        and with ipc what the sender shares.
-        Raises WeightSyncError naming the stage, or what differs from `expected` (then nothing was
-        loaded). An exception of `load` ends this member's epoch and propagates.
+        Tensors are in host memory with gloo (pinned when the device is a GPU), in device memory
+        with NCCL, and in the sender's shared memory with ipc.
+        Raises WeightSyncError naming the stage, or the difference from `expected`, in which case
+        nothing was loaded. An exception of `load` makes this member's epoch unusable and
+        propagates.
         """
-        began_s = self._clock()
+        started_s = self._clock()
         if not 0 < offer.rank < offer.world_size:
             raise WeightSyncError(
                 f"a receiver was offered rank {offer.rank} of {offer.world_size}:"
                 " receivers are ranks 1 and up"
             )
-        with self._membership.taking_part(offer) as group:
+        with self._membership.transfer_group(offer) as group:
             try:
                 if not group.formed:
                     join_epoch(group)
-                likely = group.last_plan  # worked out while the sender is waited for anyway
-                targets = self._targets(likely, expected)
+                predicted = group.last_plan  # overlaps with the wait for the sender
+                targets = self._targets(predicted, expected)
                 manifest = receive_manifest(group, expected)
                 buckets = group.plan(manifest)
-                if buckets is not likely:
+                if buckets is not predicted:
                     targets = self._targets(buckets, expected)
                 self._load_buckets(group, buckets, targets, load)
-                say_done(group)
-            except MemoryRefused as reason:
-                raise refuse(group, f"shared memory: {reason}", str(reason)) from reason
+                mark_done(group)
+            except MemoryRefused as error:
+                raise refuse(group, f"shared memory: {error}", str(error)) from error
             except StageFailed as failure:
                 where = f", waiting for rank 0 at {offer.store_host}:{offer.store_port}"
-                said = what_sender_said(group, str(failure))
-                raise sync_error(offer, f"{failure}{where}{said}") from failure
-        return _report(buckets, self._clock() - began_s, manifest.canary)
+                reason = sender_failure_reason(group, str(failure))
+                raise sync_error(offer, f"{failure}{where}{reason}") from failure
+        return _report(buckets, self._clock() - started_s, manifest.canary)
 
     def close(self) -> None:
-        """Free the group. Never waits long, whatever the peers do; may be called twice."""
+        """Frees the group. Bounded in time; may be called more than once."""
         self._membership.close()
 
     def _load_buckets(
@@ -248,35 +251,35 @@ class TorchReceiver:
         load: LoadTensors,
     ) -> None:
         members = self._membership
-        incoming, begun = self._incoming(group, buckets), False
+        incoming, started = self._incoming(group, buckets), False
         for index, (bucket, target) in enumerate(zip(buckets, targets, strict=True)):
-            came_B = incoming.take(index)
+            received_B = incoming.take(index)
             if target is None:
-                load(members.views.of(index, bucket, came_B))
+                load(members.views.of(index, bucket, received_B))
             else:
-                if not begun:
+                if not started:
                     load([])
-                target.home_B.copy_(came_B[: bucket.num_bytes], non_blocking=True)
+                target.view_B.copy_(received_B[: bucket.num_bytes], non_blocking=True)
                 load(target.tensors)
-            begun = True
-            members.settle()
+            started = True
+            members.synchronize()
             incoming.release(index)
 
     def _targets(
         self, buckets: Sequence[Bucket], expected: Sequence[NamedTensor]
     ) -> list[Target | None]:
-        """For each bucket its own place in `expected`, where there is one to write into."""
+        """For each bucket, its contiguous view of `expected`, or None."""
         if not self._in_place:
             return [None] * len(buckets)
         ours = dict(expected)
         targets: list[Target | None] = []
         for bucket in buckets:
             names = [span.spec.name for span in bucket.spans]
-            home_B = contiguous_view(bucket, ours) if all(name in ours for name in names) else None
-            if home_B is None:
+            view_B = contiguous_view(bucket, ours) if all(name in ours for name in names) else None
+            if view_B is None:
                 targets.append(None)
             else:
-                targets.append(Target(home_B=home_B, tensors=[(n, ours[n]) for n in names]))
+                targets.append(Target(view_B=view_B, tensors=[(n, ours[n]) for n in names]))
         return targets
 
     def _incoming(self, group: EpochGroup, buckets: Sequence[Bucket]) -> Incoming:

@@ -1,6 +1,6 @@
-"""Tensors flattened into contiguous byte buckets, and back.
+"""Packing of tensors into contiguous byte buckets, and unpacking.
 
-Bytes, not numbers: mixed dtypes share a bucket, and what arrives is bitwise what left.
+Buckets are bytes, so that a bucket can contain several dtypes and transfers are bitwise exact.
 
 Shape legend: B bytes of one bucket.
 """
@@ -17,12 +17,12 @@ from speed_async.weight_sync.manifest import TensorSpec
 ALIGNMENT_BYTES = 16
 """Every tensor starts at a multiple of this, so that its bytes can be viewed as its dtype."""
 NUM_BUFFERS = 2
-"""Buckets on their way at once: one is packed, or loaded, while another travels."""
+"""Buckets in flight at once: one is packed or loaded while another is transferred."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """Where one tensor lies in its bucket."""
+    """Byte range of one tensor in its bucket."""
 
     spec: TensorSpec
     start: int
@@ -34,7 +34,7 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bucket:
-    """Tensors that travel together; `spans` in ascending order, one at least."""
+    """Tensors that are transferred together; `spans` are in ascending order and not empty."""
 
     spans: tuple[Span, ...]
 
@@ -44,7 +44,7 @@ class Bucket:
 
 
 def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int) -> tuple[Bucket, ...]:
-    """Fill buckets of at most `bucket_bytes` in order; a larger tensor has a bucket alone."""
+    """Fills buckets of at most `bucket_bytes`, in order. A larger tensor has its own bucket."""
     buckets: list[Bucket] = []
     spans: list[Span] = []
     stop = 0
@@ -61,9 +61,9 @@ def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int) -> tuple[Bucket
 
 
 def pack(tensors: Mapping[str, Tensor], views: Sequence[NamedTensor]) -> None:
-    """Copy a bucket's tensors into its views of a buffer, as `unpack` makes them.
+    """Copies a bucket's tensors into its views of a buffer, as returned by `unpack`.
 
-    Conversion to the announced dtype and the move between devices happen in the copy.
+    The copy also converts to the dtype of the manifest and moves between devices.
     """
     targets = [view for _, view in views]
     sources = [tensors[name] for name, _ in views]
@@ -73,18 +73,18 @@ def pack(tensors: Mapping[str, Tensor], views: Sequence[NamedTensor]) -> None:
 
 
 def unpack(bucket: Bucket, buffer_B: Tensor) -> list[NamedTensor]:
-    """Views into the buffer, named, with the announced shapes and dtypes."""
+    """Named views of the buffer, with the shapes and dtypes of the manifest."""
     return [(span.spec.name, _view(buffer_B, span)) for span in bucket.spans]
 
 
 class BufferRing:
-    """Reused buffers of equal size: one is filled while the others travel."""
+    """Reused buffers of equal size: one is filled while the others are transferred."""
 
     def __init__(self) -> None:
         self._buffers_B: list[Tensor] = []
 
     def reserve(self, buckets: Sequence[Bucket], device: torch.device, *, pinned: bool) -> None:
-        """Make each buffer hold the largest bucket; what is large enough is kept."""
+        """Allocates buffers that fit the largest bucket; keeps them if they are large enough."""
         num_bytes = max((bucket.num_bytes for bucket in buckets), default=0)
         kept = self._buffers_B
         if kept and kept[0].numel() >= num_bytes and kept[0].device.type == device.type:
@@ -96,29 +96,29 @@ class BufferRing:
         ]
 
     def get(self, bucket_index: int) -> Tensor:
-        """The whole buffer, at least (B,), whose turn it is."""
+        """The complete buffer of this bucket, at least (B,)."""
         return self._buffers_B[bucket_index % NUM_BUFFERS]
 
     def discard(self) -> None:
-        """Let go of all: an aborted transfer may still write into them."""
+        """Drops all buffers: an aborted transfer may still write into them."""
         self._buffers_B = []
 
 
 class Views:
-    """Tensors in reused buffers: made once for each bucket, as long as the buffer stays."""
+    """Cache of the views of reused buffers, created once per bucket and buffer."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[Bucket, Tensor, list[NamedTensor]]] = {}
+        self._cache: dict[int, tuple[Bucket, Tensor, list[NamedTensor]]] = {}
 
     def of(self, bucket_index: int, bucket: Bucket, buffer_B: Tensor) -> list[NamedTensor]:
-        made = self._made.get(bucket_index)
-        if made is None or made[0] is not bucket or made[1] is not buffer_B:
-            made = bucket, buffer_B, unpack(bucket, buffer_B)
-            self._made[bucket_index] = made
-        return made[2]
+        entry = self._cache.get(bucket_index)
+        if entry is None or entry[0] is not bucket or entry[1] is not buffer_B:
+            entry = bucket, buffer_B, unpack(bucket, buffer_B)
+            self._cache[bucket_index] = entry
+        return entry[2]
 
     def discard(self) -> None:
-        self._made = {}
+        self._cache = {}
 
 
 def _view(buffer_B: Tensor, span: Span) -> Tensor:

@@ -1,8 +1,8 @@
-"""The canary: a fixed prompt whose log-probabilities tell whether a version arrived right.
+"""The canary: a fixed prompt whose log-probabilities verify that an engine uses a new version.
 
-The learner evaluates it under its new weights, the numbers travel in the manifest, and whoever
-loaded the version evaluates it too. A checksum of the weights says that the bytes came; only a
-forward pass says that the engine computes with them (a head that kept an old packed copy does not).
+The learner evaluates it under its new weights and sends the result in the manifest. Each engine
+evaluates it after loading the version. A checksum of the weights only verifies the transfer; a
+forward pass verifies that the engine computes with them, unlike a head with a stale packed copy.
 
 Shape legend: T canary tokens.
 """
@@ -18,20 +18,20 @@ CANARY_TOKENS = 32
 MAX_CANARY_TOKENS = 4096
 FLOAT32_TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.3
-"""Nats a token. A row of bfloat16 logits is rounded by up to 1/256 of its size, by each kernel in
-its own way; the learner's numbers are float32."""
+"""Nats per token. bfloat16 logits are rounded by up to 1/256 of their magnitude, differently in
+each kernel; the learner's values are float32."""
 FULL_PRECISION = ("float32", "float64")
 REMEDY = (
     "the engine does not compute with the weights that were sent (a tensor that was not loaded, a "
-    "tied or packed copy that stayed old, another model folder), or its arithmetic differs by more "
-    "than weights.canary_tolerance allows: use one model folder for all roles, or raise that field "
-    "where the difference is rounding"
+    "stale tied or packed copy, another model folder), or its rounding differs by more than "
+    "weights.canary_tolerance allows: use one model folder for all roles, or raise that field "
+    "if the difference is rounding"
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Canary:
-    """Token ids and what the learner makes of them. Raises WeightSyncError when malformed."""
+    """Token ids and the learner's log-probabilities. Raises WeightSyncError when malformed."""
 
     token_ids: tuple[int, ...]  # (T,), 2 <= T <= MAX_CANARY_TOKENS
     logprobs: tuple[float, ...]  # (T-1,) of tokens 1..T-1, temperature 1, untruncated, finite
@@ -57,21 +57,21 @@ class Canary:
 def canary_token_ids(
     vocabulary_size: int, *, context_length: int, length: int = CANARY_TOKENS, seed: int = 0
 ) -> tuple[int, ...]:
-    """The same min(length, context_length) ids for the same arguments.
+    """min(length, context_length) token ids, deterministic in the arguments.
 
-    One from each equal stretch of the vocabulary, in random order, so that no part of the
-    embeddings goes untouched for long.
+    One id is drawn from each of equally sized ranges of the vocabulary, in random order, so that
+    the canary covers all parts of the embeddings.
     """
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     count = min(length, context_length)
-    token_ids = [int((i + chance.random()) * vocabulary_size / count) for i in range(count)]
-    chance.shuffle(token_ids)
+    token_ids = [int((i + rng.random()) * vocabulary_size / count) for i in range(count)]
+    rng.shuffle(token_ids)
     return tuple(token_ids)
 
 
 def canary_tolerance(configured: float | None, dtype: object) -> float:
-    """Nats a token. `configured` is `weights.canary_tolerance`; None takes what rounding in the
-    engine's `dtype` (a torch dtype, or its name) can explain."""
+    """Tolerance in nats per token. `configured` is `weights.canary_tolerance`; None uses the
+    rounding error of the engine's `dtype` (a torch dtype, or its name)."""
     if configured is not None:
         return configured
     name = str(dtype).removeprefix("torch.")
@@ -81,12 +81,11 @@ def canary_tolerance(configured: float | None, dtype: object) -> float:
 def verify(
     canary: Canary, measured: Sequence[float], *, tolerance: float, policy_version: int
 ) -> float:
-    """Mean absolute difference, in nats a token, of `measured` (T-1,) from the canary's numbers.
+    """Mean absolute difference, in nats per token, between `measured` (T-1,) and the canary.
 
-    Raises WeightSyncError when it is above `tolerance`, or when a measured value is not finite.
-    The mean is what counts, because it tells rounding from wrong weights: in half precision one
-    unlikely token may be off by many times what the others are, while wrong weights move nearly
-    every token.
+    Raises WeightSyncError when it exceeds `tolerance`, or when a measured value is not finite.
+    The mean distinguishes rounding from wrong weights. In half precision, a single unlikely token
+    may differ much more than the others, while wrong weights change nearly every token.
     """
     if len(measured) != len(canary.logprobs):
         raise WeightSyncError(
@@ -96,7 +95,7 @@ def verify(
     if num_wrong := sum(not isfinite(value) for value in measured):
         raise WeightSyncError(
             f"policy version {policy_version} is refused, its canary failed: {num_wrong} of "
-            f"{len(measured)} log-probabilities are not finite here and all were at the learner; "
+            f"{len(measured)} log-probabilities are not finite here, and all are at the learner; "
             f"{REMEDY}"
         )
     differences = [abs(a - b) for a, b in zip(measured, canary.logprobs, strict=True)]

@@ -1,6 +1,6 @@
-"""The weight seam: one sender in the learner, one receiver in every engine.
+"""The weight synchronisation interface: one sender in the learner, one receiver in every engine.
 
-Both ends block (they run in threads of their own) and every stage has the offer's deadline.
+Both block, and run in separate threads. Every stage has the offer's deadline.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,9 +14,9 @@ from speed_async.weight_sync.canary import Canary
 
 NamedTensor = tuple[str, Tensor]
 LoadTensors = Callable[[Sequence[NamedTensor]], None]
-"""Copies one bucket of tensors into a model; the tensors are only valid during the call.
+"""Copies one bucket of tensors into a model. The tensors are only valid during the call.
 
-A receiver that was made to write in place calls it with no tensors before it begins to.
+A receiver that writes in place calls it with an empty list before the first write.
 """
 
 
@@ -26,21 +26,21 @@ class TransferReport:
     num_buckets: int
     transfer_s: float
     canary: Canary | None = None
-    """At receivers: what to check the loaded version against; None when the sender gave none."""
+    """Receivers only: the canary of the loaded version; None when the sender provided none."""
 
 
 class WeightSender(Protocol):
     @property
     def store_address(self) -> tuple[str, int]:
-        """Where receivers find the store of this sender."""
+        """Host and port of this sender's store."""
         ...
 
     def send(
         self, offer: WeightOffer, tensors: Iterable[NamedTensor], canary: Canary | None = None
     ) -> TransferReport:
-        """Broadcast all tensors to ranks 1..world_size-1, and the canary that receivers are to
-        verify them by (None: they verify nothing). Raises WeightSyncError naming the stage and,
-        when known, the `missing_ranks`; the group of this epoch is then unusable."""
+        """Broadcasts all tensors to ranks 1..world_size-1, with the canary for their verification
+        (None: no verification). Raises WeightSyncError naming the stage and, when known, the
+        `missing_ranks`; the group of this epoch is then unusable."""
         ...
 
     def close(self) -> None: ...
@@ -50,8 +50,8 @@ class WeightReceiver(Protocol):
     def receive(
         self, offer: WeightOffer, expected: Sequence[NamedTensor], load: LoadTensors
     ) -> TransferReport:
-        """Take part in one broadcast. The manifest is compared with `expected` (names, shapes,
-        dtypes) before any byte is loaded; a mismatch raises WeightSyncError naming it."""
+        """Receives one broadcast. The manifest is compared with `expected` (names, shapes, dtypes)
+        before any byte is loaded; a mismatch raises WeightSyncError naming it."""
         ...
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""Weights that lie in memory as they travel: sent, and received, without a copy.
+"""Contiguous weights, whose memory has the layout of a bucket: they need no packing.
 
 Shape legend: B bytes of one bucket.
 """
@@ -12,12 +12,12 @@ from speed_async.weight_sync.buckets import ALIGNMENT_BYTES, Bucket
 
 
 def flatten_parameters(model: nn.Module) -> int:
-    """Move the model's parameters into one storage, in the order of `named_parameters`.
+    """Moves the model's parameters into one storage, in the order of `named_parameters`.
 
-    Values, names and ties stay as they are, and so do the Parameter objects: optimisers made
-    before keep working. For a while both copies of the weights exist. Returns the bytes of the
-    storage; 0 when nothing was moved, which is so for a model on several devices, and for one
-    whose parameters share storages already.
+    Values, names, ties and the Parameter objects are unchanged, so that existing optimisers keep
+    working. Two copies of the weights exist temporarily. Returns the size of the storage in bytes.
+    Returns 0 and moves nothing for a model on several devices, and for a model whose parameters
+    already share storages.
     """
     parameters = list(model.parameters())
     filled = [parameter for parameter in parameters if parameter.numel()]
@@ -28,38 +28,38 @@ def flatten_parameters(model: nn.Module) -> int:
     flat_B = torch.empty(starts[-1], dtype=torch.uint8, device=filled[0].device)
     for parameter, start in zip(parameters, starts, strict=False):
         stop = start + parameter.numel() * parameter.itemsize
-        place = flat_B[start:stop].view(parameter.dtype).view(parameter.shape)
-        parameter.data = place.copy_(parameter.detach())
+        target = flat_B[start:stop].view(parameter.dtype).view(parameter.shape)
+        parameter.data = target.copy_(parameter.detach())
     return starts[-1]
 
 
 def contiguous_view(bucket: Bucket, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The bucket as a view, (B,) uint8, of the memory that its tensors lie in.
+    """The bucket as a view, (B,) uint8, of the memory of its tensors.
 
-    None unless all lie in one storage just as they travel: in order, contiguous, in the announced
-    dtypes, at the bucket's distances. The gaps between them (each under ALIGNMENT_BYTES) are part
-    of the view.
+    None unless all tensors are in one storage with the layout of the bucket: contiguous, in order,
+    with the dtypes of the manifest and the offsets of the bucket. The view includes the gaps
+    between tensors, each smaller than ALIGNMENT_BYTES.
     """
-    first, base, home = None, 0, 0
+    first, base, storage_address = None, 0, 0
     for span in bucket.spans:
         spec = span.spec
         tensor = tensors[spec.name]
         address = tensor.data_ptr()
-        if not address:  # a tensor without elements lies nowhere
+        if not address:  # a tensor without elements has no memory
             continue
         if first is None:
-            first, base, home = tensor, address - span.start, _address_of_storage(tensor)
+            first, base, storage_address = tensor, address - span.start, _address_of_storage(tensor)
         if (
             address != base + span.start
             or tensor.dtype != spec.dtype
             or not tensor.is_contiguous()
-            or _address_of_storage(tensor) != home
+            or _address_of_storage(tensor) != storage_address
         ):
             return None
-    if first is None or base < home:
+    if first is None or base < storage_address:
         return None
     view_B = torch.empty(0, dtype=torch.uint8, device=first.device)
-    return view_B.set_(first.untyped_storage(), base - home, (bucket.num_bytes,), (1,))
+    return view_B.set_(first.untyped_storage(), base - storage_address, (bucket.num_bytes,), (1,))
 
 
 def _address_of_storage(tensor: Tensor) -> int:
@@ -67,7 +67,7 @@ def _address_of_storage(tensor: Tensor) -> int:
 
 
 def _starts(tensors: Sequence[Tensor]) -> list[int]:
-    """Where each tensor starts, in bytes, and at last where all end."""
+    """Byte offset of each tensor, followed by the total size."""
     starts = [0]
     for tensor in tensors:
         stop = starts[-1] + tensor.numel() * tensor.itemsize

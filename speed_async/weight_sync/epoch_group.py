@@ -1,8 +1,8 @@
-"""One epoch's group of members: store, process group, and the deadline of every stage.
+"""The weight group of one epoch: store, process group, and the deadline of every stage.
 
-torch's store and process groups can block past every timeout they are given (a store whose host
-process is stopped never answers a cancelled wait; destructors join their threads). So one daemon
-thread, the lane, owns store and group, and whoever uses them only waits on futures.
+torch's store and process groups can block longer than their timeouts: a store whose host process is
+stopped never responds to a cancelled wait, and destructors join their threads. One daemon thread
+therefore owns the store and the group, and callers only wait on futures.
 
 Shape legend: B bytes of one bucket or message.
 """
@@ -30,16 +30,16 @@ from speed_async.weight_sync.process_group import broadcast_from_sender, make_gr
 T = TypeVar("T")
 
 SLACK_S = 0.25
-"""Torch's own timeout is given this much to fire before its lane is taken for stuck."""
+"""Margin after torch's own timeout before the thread is considered stuck."""
 MAX_REASON = 1000
-MAX_WORDS = 200
+MAX_ERROR_LENGTH = 200
 CLOSED = re.compile(r"closed by peer|reset by peer|Broken pipe", re.IGNORECASE)
-CPP_PLACE = re.compile(r"\[\S+\.(?:cc|cpp|cu|h|hpp):\d+\]")
-"""Where in its C++ an error arose: `[/__w/.../pair.cc:553]`."""
+CPP_LOCATION = re.compile(r"\[\S+\.(?:cc|cpp|cu|h|hpp):\d+\]")
+"""Source location in a C++ error: `[/__w/.../pair.cc:553]`."""
 
 
 class StageFailed(Exception):
-    """One stage of a transfer ended badly; sender and receiver add whom they waited for."""
+    """A stage of a transfer failed. The sender and the receiver add the peers they waited for."""
 
     def __init__(
         self, stage: str, waited_s: float, reason: str, missing_ranks: Sequence[int] = ()
@@ -49,7 +49,7 @@ class StageFailed(Exception):
 
 
 class MemberLeft(RuntimeError):
-    """These ranks gave no word within the deadline."""
+    """These ranks did not respond within the deadline."""
 
     def __init__(self, ranks: Sequence[int], absence: str) -> None:
         super().__init__(f"{name_ranks(ranks)} {absence}")
@@ -57,7 +57,7 @@ class MemberLeft(RuntimeError):
 
 
 class EpochGroup:
-    """The members of one epoch: store, process group, and the deadline of every stage."""
+    """The store and the process group of one epoch, with the deadline of every stage."""
 
     def __init__(self, offer: WeightOffer, device: torch.device) -> None:
         self.offer = offer
@@ -69,9 +69,9 @@ class EpochGroup:
         self._announced = False
         self._broken = ""
         self._device = device
-        self._store: Store | None = None  # this and the group are touched by the lane alone
+        self._store: Store | None = None  # the store and the group are used by the thread only
         self._group: Any = None
-        self._lane = SingleThreadExecutor(f"weights-epoch-{offer.epoch}-rank-{offer.rank}")
+        self._executor = SingleThreadExecutor(f"weights-epoch-{offer.epoch}-rank-{offer.rank}")
 
     @property
     def receiver_ranks(self) -> range:
@@ -79,17 +79,18 @@ class EpochGroup:
 
     @property
     def ipc(self) -> IpcGroup:
-        """The members' sockets, once formed: their calls keep deadlines and need no lane."""
+        """The members' sockets, once formed. Their calls respect deadlines and need no thread."""
         assert isinstance(self._group, IpcGroup)
         return self._group
 
     @property
     def last_plan(self) -> tuple[Bucket, ...]:
-        """The buckets of the transfer before this one; none in the first of an epoch."""
+        """The buckets of the previous transfer; empty in the first transfer of an epoch."""
         return self._plan[1] if self._plan else ()
 
     def plan(self, manifest: Manifest) -> tuple[Bucket, ...]:
-        """Buckets of these tensors; the very same ones while the manifest stays what it was."""
+        """Buckets of these tensors. The result is the same object while the tensors and the bucket
+        size are unchanged."""
         kept = self._plan
         if kept is None or (kept[0].tensors, kept[0].bucket_bytes) != (
             manifest.tensors,
@@ -106,18 +107,18 @@ class EpochGroup:
         def call() -> None:
             self._store = make_store()
 
-        return self._lane.submit(call)
+        return self._executor.submit(call)
 
     def on_store(self, call: Callable[[Store], T]) -> "Future[T]":
         def with_store() -> T:
             if self._store is None:
-                raise RuntimeError("the store was not reached")
+                raise RuntimeError("the store is not connected")
             return call(self._store)
 
-        return self._lane.submit(with_store)
+        return self._executor.submit(with_store)
 
     def build(self) -> "Future[None]":
-        """Make the process group; every member has to take part."""
+        """Creates the process group; a collective call of all members."""
 
         def call(store: Store) -> None:
             prefixed = PrefixStore(self.key("group"), store)
@@ -126,28 +127,29 @@ class EpochGroup:
         return self.on_store(call)
 
     def broadcast(self, *buffers_B: Tensor) -> "list[Future[None]]":
-        """Send from rank 0, or receive into `buffers_B`, (B,) uint8 each; a future for each.
+        """Sends from rank 0, or receives into `buffers_B`, (B,) uint8 each. Returns one future per
+        buffer.
 
-        Empty ones do not travel. With ipc all is done when this returns: what follows uses the
-        same sockets, from here.
+        Empty buffers are not transferred. With ipc, the call is synchronous, because later calls
+        use the same sockets from the calling thread.
         """
         futures: list[Future[None]] = [Future() for _ in buffers_B]
         full = [index for index, buffer_B in enumerate(buffers_B) if buffer_B.numel()]
 
-        def moved(place: int) -> None:
-            futures[full[place]].set_result(None)
+        def mark_done(index: int) -> None:
+            futures[full[index]].set_result(None)
 
         def call() -> None:
-            offer, travelling = self.offer, [buffers_B[index] for index in full]
+            offer, transferred = self.offer, [buffers_B[index] for index in full]
             try:
-                if self._broken:  # the lane has better things to do than to wait once more
+                if self._broken:  # fail immediately instead of waiting for another timeout
                     raise RuntimeError(f"an earlier broadcast failed: {self._broken}")
                 broadcast_from_sender(
-                    self._group, travelling, offer.deadline_s, offer.backend, moved
+                    self._group, transferred, offer.deadline_s, offer.backend, mark_done
                 )
             except RuntimeError as error:
                 self._broken = self._broken or in_words(error)
-                # The frames below hold the process group, which must be freed to wake its members.
+                # The frames keep the process group alive, which must be freed to wake its members.
                 traceback.clear_frames(error.__traceback__)
                 for future in futures:
                     if not future.done():
@@ -158,64 +160,64 @@ class EpochGroup:
         if self.offer.backend == "ipc":
             call()
         else:
-            self._lane.submit(call)
+            self._executor.submit(call)
         return futures
 
-    def placed(self, message_B: Tensor) -> Tensor:
-        """The message where the backend can take it from or put it."""
+    def to_transfer_device(self, message_B: Tensor) -> Tensor:
+        """The message on the device that the backend uses."""
         return message_B.to(self._device) if self.offer.backend == "nccl" else message_B
 
     def wait(self, stage: str, future: "Future[T]", deadline_s: float | None = None) -> T:
-        """Result of a call. Raises StageFailed when it fails or outlasts the deadline."""
-        began_s = time.monotonic()
+        """Result of a call. Raises StageFailed when it fails or exceeds the deadline."""
+        started_s = time.monotonic()
         try:
             return future.result((deadline_s or self.offer.deadline_s) + SLACK_S)
         except TimeoutError as error:
             self.stuck = True
-            raise StageFailed(stage, time.monotonic() - began_s, "no answer") from error
-        except RuntimeError as error:  # what torch.distributed raises for all its failures
+            raise StageFailed(stage, time.monotonic() - started_s, "no response") from error
+        except RuntimeError as error:  # torch.distributed raises it for all failures
             reason = in_words(error)
             ranks = error.ranks if isinstance(error, MemberLeft) else ()
-            raise StageFailed(stage, time.monotonic() - began_s, reason, ranks) from error
+            raise StageFailed(stage, time.monotonic() - started_s, reason, ranks) from error
 
     def attempt(self, stage: str, call: Callable[[], T]) -> T:
-        """Result of a call that keeps its own deadline. Raises StageFailed when it fails."""
-        began_s = time.monotonic()
+        """Result of a call with its own deadline. Raises StageFailed when it fails."""
+        started_s = time.monotonic()
         try:
             return call()
         except RuntimeError as error:
-            raise StageFailed(stage, time.monotonic() - began_s, in_words(error)) from error
+            raise StageFailed(stage, time.monotonic() - started_s, in_words(error)) from error
 
     def announce_end(self, reason: str) -> None:
-        """Tell the others, once, why this member takes part no more; free the process group.
+        """Reports, once, why this member leaves the group, and frees the process group.
 
-        Freeing it closes its connections, which wakes whoever waits for this member.
+        Freeing it closes its connections, which wakes the peers that wait for this member.
         """
         if self._announced:
             return
         self._announced = True
-        words = ("over", "go") if self.offer.rank == 0 else (f"left/{self.offer.rank}",)
+        keys = ("over", "go") if self.offer.rank == 0 else (f"left/{self.offer.rank}",)
 
         def call(store: Store) -> None:
-            for word in words:
-                store.set(self.key(word), reason[:MAX_REASON])
+            for key in keys:
+                store.set(self.key(key), reason[:MAX_REASON])
             self._free_group()
 
         self.on_store(call)
 
     def drop(self) -> None:
-        """Let the lane free group and store, and end. Never waits."""
+        """Frees the group and the store in the thread, and stops it. Never waits."""
 
         def call() -> None:
             self._free_group()
             self._store = None
 
-        self._lane.submit(call)
-        self._lane.stop()
+        self._executor.submit(call)
+        self._executor.stop()
 
     def join(self, timeout_s: float) -> None:
-        """Wait for a dropped group to be gone, but no longer than `timeout_s`."""
-        self._lane.join(timeout_s)
+        """Waits at most `timeout_s` until a dropped group is freed."""
+        self._executor.join(timeout_s)
 
     def _free_group(self) -> None:
         group, self._group = self._group, None
@@ -224,16 +226,17 @@ class EpochGroup:
 
 
 def in_words(error: BaseException) -> str:
-    """What a backend's error says, without the places in its C++ and its guesses."""
+    """First line of a backend's error message, without C++ source locations."""
     text = str(error).partition("\n")[0]
     if CLOSED.search(text):
-        return "the connection was closed by the other side"
-    text = CPP_PLACE.sub("", text).strip()
-    return text[:MAX_WORDS] or type(error).__name__
+        return "the connection was closed by the peer"
+    text = CPP_LOCATION.sub("", text).strip()
+    return text[:MAX_ERROR_LENGTH] or type(error).__name__
 
 
 def wait_for_keys(store: Store, keys: Sequence[str], timeout_s: float) -> bool:
-    """Whether all keys were set in time. Raises RuntimeError when the store is gone."""
+    """Whether all keys were set within the timeout. Raises RuntimeError when the store is
+    unreachable."""
     try:
         store.wait(list(keys), timedelta(seconds=timeout_s))
     except DistStoreError:

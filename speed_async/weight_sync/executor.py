@@ -1,4 +1,4 @@
-"""A thread of its own for calls that may block for ever; stuck, it is left behind with its own."""
+"""A daemon thread for calls that may block forever. A stuck thread is abandoned."""
 
 import threading
 import traceback
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class SingleThreadExecutor:
-    """A daemon thread that runs calls one after another. `stop` never waits."""
+    """Runs calls sequentially in a daemon thread. `stop` never waits."""
 
     def __init__(self, name: str) -> None:
         self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
@@ -34,8 +34,8 @@ class SingleThreadExecutor:
             call, future = item
             try:
                 future.set_result(call())
-            except Exception as error:  # a task boundary: the error belongs to who waits
-                # The frames below hold the process group, which must be freed to wake its members.
+            except Exception as error:  # task boundary: the caller that waits handles the error
+                # The frames keep the process group alive, which must be freed to wake its members.
                 traceback.clear_frames(error.__traceback__)
                 future.set_exception(error)
-            del item, call, future  # or the last call's buffer would live until the next
+            del item, call, future  # otherwise they keep the last buffer alive until the next call

@@ -1,11 +1,11 @@
-"""The members of one epoch on one machine: a socket between the sender and every receiver.
+"""The weight group of one epoch on one machine: a socket between the sender and every receiver.
 
-A Unix socket in the abstract namespace: nothing of it is left when its processes are gone, however
-they end, and the end of one is seen at once by the other. The socket's secret name travels in the
-store; both ends check that the other one belongs to their user. What travels here is small (the
-manifest, who has which bucket, a file descriptor); the weights lie in memory that all ranks share.
+The sockets are Unix sockets in the abstract namespace. They need no cleanup after a crash, and the
+exit of one process is detected by its peer at once. The secret socket name is sent through the
+store; both peers verify that the other process has the same user. Messages are small (the manifest,
+bucket notifications, a file descriptor); the weights are in memory shared by all ranks.
 
-A frame is its kind, a number and, where the number says so, that many bytes.
+A frame has a kind, a number and, for MESSAGE and MEMORY, that number of payload bytes.
 
 Shape legend: B bytes of one message.
 """
@@ -30,7 +30,7 @@ from speed_async.types import WeightOffer
 from speed_async.weight_sync.buckets import NUM_BUFFERS
 
 HEADER = struct.Struct("<IQ")
-PEER = struct.Struct("3i")  # what SO_PEERCRED gives: process, user, group
+PEER_CREDENTIALS = struct.Struct("3i")  # SO_PEERCRED: process, user, group
 MAX_PAYLOAD_BYTES = 32 * 1024 * 1024
 SOCKET_KEY = "socket"
 ONE_MACHINE = (
@@ -53,32 +53,35 @@ class Frame:
     number: int
     payload: bytes = b""
     descriptor: int | None = None
-    """An open file; whoever gets the frame closes it."""
+    """An open file descriptor; the receiver of the frame closes it."""
 
 
 class IpcGroup:
-    """One member's sockets by rank. Every failure is a RuntimeError that names the rank."""
+    """The sockets of one member, keyed by rank. Failures are RuntimeErrors that name the rank."""
 
-    def __init__(self, links: dict[int, socket.socket]) -> None:
+    def __init__(self, sockets: dict[int, socket.socket]) -> None:
         self.buffers_B: list[Tensor] = []
-        """Memory that all members share; see `shared_memory.py`."""
-        self.num_passed_on = 0
-        self.num_passed_on_at = [0] * NUM_BUFFERS
-        """How many buckets had been passed on when each buffer last was, itself included."""
-        self._links = links
-        self._num_taken = dict.fromkeys(links, 0)
+        """Memory shared by all members; see `shared_memory.py`."""
+        self.num_sent = 0
+        self.num_sent_at = [0] * NUM_BUFFERS
+        """For each buffer, the number of buckets sent up to and including its last use."""
+        self._sockets = sockets
+        self._num_taken = dict.fromkeys(sockets, 0)
 
     def broadcast(self, message_B: Tensor, deadline_s: float) -> None:
-        """From rank 0 to all others: a small message in host memory, (B,) uint8."""
-        if 0 not in self._links:
-            self.tell(Kind.MESSAGE, message_B.numel(), deadline_s, message_B.numpy().tobytes())
+        """Broadcasts a small message from rank 0, in host memory, (B,) uint8."""
+        if 0 not in self._sockets:
+            self.send(Kind.MESSAGE, message_B.numel(), deadline_s, message_B.numpy().tobytes())
             return
-        frame = self.hear(0, deadline_s)
+        frame = self.receive(0, deadline_s)
         if frame.kind is not Kind.MESSAGE or frame.number != message_B.numel():
-            raise RuntimeError(f"rank 0 sent {frame.kind.name} {frame.number}, not the message")
+            raise RuntimeError(
+                f"rank 0 sent {frame.kind.name} {frame.number}, expected"
+                f" {Kind.MESSAGE.name} {message_B.numel()}"
+            )
         message_B.copy_(torch.frombuffer(bytearray(frame.payload), dtype=torch.uint8))
 
-    def tell(
+    def send(
         self,
         kind: Kind,
         number: int,
@@ -86,159 +89,160 @@ class IpcGroup:
         payload: bytes = b"",
         descriptors: Sequence[int] = (),
     ) -> None:
-        """Send one frame to every member at the other end."""
-        ends_s = time.monotonic() + deadline_s
-        for rank, link in self._links.items():
+        """Sends one frame to every connected member."""
+        deadline = time.monotonic() + deadline_s
+        for rank, peer in self._sockets.items():
             try:
-                link.settimeout(max(ends_s - time.monotonic(), 0.001))
-                socket.send_fds(link, [HEADER.pack(kind, number)], descriptors)
-                link.sendall(payload)
+                peer.settimeout(max(deadline - time.monotonic(), 0.001))
+                socket.send_fds(peer, [HEADER.pack(kind, number)], descriptors)
+                peer.sendall(payload)
             except TimeoutError as error:
-                raise RuntimeError(f"rank {rank} takes nothing") from error
+                raise RuntimeError(f"rank {rank} does not read its socket") from error
             except OSError as error:
                 raise RuntimeError(f"rank {rank} closed its connection") from error
 
-    def tell_memory(
+    def send_memory(
         self, description: dict[str, object], descriptor: int | None, deadline_s: float
     ) -> None:
-        """Sender: hand over the memory that all will share."""
+        """Sender: sends the description and the descriptor of the shared memory."""
         payload = json.dumps(description).encode()
         descriptors = [] if descriptor is None else [descriptor]
-        self.tell(Kind.MEMORY, len(payload), deadline_s, payload, descriptors)
+        self.send(Kind.MEMORY, len(payload), deadline_s, payload, descriptors)
 
-    def hear(self, rank: int, deadline_s: float) -> Frame:
-        """The next frame from one member."""
+    def receive(self, rank: int, deadline_s: float) -> Frame:
+        """The next frame of one member."""
         try:
-            return receive_frame(self._links[rank], time.monotonic() + deadline_s)
+            return receive_frame(self._sockets[rank], time.monotonic() + deadline_s)
         except TimeoutError as error:
             raise RuntimeError(f"rank {rank} sent nothing") from error
         except (OSError, ValueError) as error:
             raise RuntimeError(f"rank {rank}: {error}") from error
 
     def await_taken(self, num_taken: int, deadline_s: float) -> None:
-        """Sender: wait until every receiver has taken that many buckets of this epoch."""
-        ends_s = time.monotonic() + deadline_s
+        """Sender: waits until every receiver has loaded this number of buckets of the epoch."""
+        deadline = time.monotonic() + deadline_s
         while behind := [rank for rank, taken in self._num_taken.items() if taken < num_taken]:
             poll = select.poll()
-            ranks = {self._links[rank].fileno(): rank for rank in behind}
+            ranks = {self._sockets[rank].fileno(): rank for rank in behind}
             for descriptor in ranks:
                 poll.register(descriptor, select.POLLIN)
-            ready = poll.poll(max(0.0, 1000 * (ends_s - time.monotonic())))
+            ready = poll.poll(max(0.0, 1000 * (deadline - time.monotonic())))
             if not ready:
-                who = f"rank{'s' if len(behind) > 1 else ''} {', '.join(map(str, behind))}"
-                raise RuntimeError(f"{who} did not take an earlier bucket")
+                names = f"rank{'s' if len(behind) > 1 else ''} {', '.join(map(str, behind))}"
+                raise RuntimeError(f"{names} did not load an earlier bucket")
             for descriptor, _ in ready:
                 rank = ranks[descriptor]
-                if self.hear(rank, deadline_s).kind is not Kind.TAKEN:
-                    raise RuntimeError(f"rank {rank} sent something else than its receipt")
+                if self.receive(rank, deadline_s).kind is not Kind.TAKEN:
+                    raise RuntimeError(f"rank {rank} sent an unexpected frame")
                 self._num_taken[rank] += 1
 
     def abort(self) -> None:
-        """Close every connection, which wakes whoever waits at the other end."""
-        for link in self._links.values():
-            link.close()
+        """Closes every connection, which wakes waiting peers."""
+        for peer in self._sockets.values():
+            peer.close()
 
 
 def machine_identity() -> str:
-    """What tells this machine, as long as it runs, from every other; JSON."""
+    """Identity of this machine until its next boot, as JSON."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return json.dumps({"boot": boot, "host": socket.gethostname()})
 
 
-def same_machine(ours: str, theirs: str) -> str:
-    """Empty when two identities are of one machine; otherwise what is wrong."""
+def machine_mismatch(ours: str, theirs: str) -> str:
+    """Empty when both identities are of one machine; otherwise the error message."""
     try:
         here, there = json.loads(ours), json.loads(theirs)
         if here["boot"] == there["boot"]:
             return ""
         return f"runs on '{there['host']}' and rank 0 on '{here['host']}': {ONE_MACHINE}"
     except (ValueError, TypeError, KeyError):
-        return f"did not say on which machine it runs: {ONE_MACHINE}"
+        return f"did not report its machine: {ONE_MACHINE}"
 
 
 def host_ipc(store: Store, offer: WeightOffer) -> IpcGroup:
-    """Sender: connections from all receivers. Raises RuntimeError naming those that are missing."""
-    ends_s = time.monotonic() + offer.deadline_s
-    links: dict[int, socket.socket] = {}
+    """Sender: accepts connections of all receivers. Raises RuntimeError naming missing ranks."""
+    deadline = time.monotonic() + offer.deadline_s
+    sockets: dict[int, socket.socket] = {}
     token = secrets.token_hex(16)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(_address(token))
         listener.listen(offer.world_size)
         store.set(SOCKET_KEY, token)
-        while missing := [rank for rank in range(1, offer.world_size) if rank not in links]:
+        while missing := [rank for rank in range(1, offer.world_size) if rank not in sockets]:
             try:
-                listener.settimeout(max(ends_s - time.monotonic(), 0.001))
-                link, _ = listener.accept()
+                listener.settimeout(max(deadline - time.monotonic(), 0.001))
+                peer, _ = listener.accept()
             except TimeoutError as error:
                 names = ", ".join(map(str, missing))
                 raise RuntimeError(f"no connection from rank {names}") from error
-            rank = _greeted_by(link, ends_s)
+            rank = _hello_rank(peer, deadline)
             if rank in missing:
-                links[rank] = link
+                sockets[rank] = peer
             else:
-                link.close()
-    return IpcGroup(links)
+                peer.close()
+    return IpcGroup(sockets)
 
 
 def join_ipc(store: Store, offer: WeightOffer) -> IpcGroup:
-    """Receiver: the connection to the sender. Raises RuntimeError."""
+    """Receiver: connects to the sender. Raises RuntimeError."""
     token = store.get(SOCKET_KEY).decode(errors="replace")
-    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        link.settimeout(offer.deadline_s)
-        link.connect(_address(token))
-        if not _is_ours(link):
+        peer.settimeout(offer.deadline_s)
+        peer.connect(_address(token))
+        if not _is_same_user(peer):
             raise RuntimeError(f"rank 0 belongs to another user: {ONE_MACHINE}")
-        link.sendall(HEADER.pack(Kind.HELLO, offer.rank))
+        peer.sendall(HEADER.pack(Kind.HELLO, offer.rank))
     except OSError as error:
-        link.close()
-        raise RuntimeError(f"rank 0 is not to be reached ({error}): {ONE_MACHINE}") from error
+        peer.close()
+        raise RuntimeError(f"rank 0 cannot be reached ({error}): {ONE_MACHINE}") from error
     except RuntimeError:
-        link.close()
+        peer.close()
         raise
-    return IpcGroup({0: link})
+    return IpcGroup({0: peer})
 
 
-def receive_frame(link: socket.socket, ends_s: float) -> Frame:
-    """The next frame. Raises TimeoutError, OSError when the other end is gone, ValueError."""
-    header, descriptors = _receive(link, HEADER.size, ends_s)
+def receive_frame(peer: socket.socket, deadline: float) -> Frame:
+    """The next frame. Raises TimeoutError, OSError when the peer is gone, and ValueError for a
+    malformed frame."""
+    header, descriptors = _receive(peer, HEADER.size, deadline)
     code, number = HEADER.unpack(header)
     kind = Kind(code)
     if kind not in (Kind.MESSAGE, Kind.MEMORY):
         return Frame(kind=kind, number=number)
     if number > MAX_PAYLOAD_BYTES:
         raise ValueError(f"announced {number} bytes")
-    payload, _ = _receive(link, number, ends_s)
+    payload, _ = _receive(peer, number, deadline)
     descriptor = descriptors[0] if descriptors else None
     return Frame(kind=kind, number=number, payload=payload, descriptor=descriptor)
 
 
-def _receive(link: socket.socket, num_bytes: int, ends_s: float) -> tuple[bytes, list[int]]:
+def _receive(peer: socket.socket, num_bytes: int, deadline: float) -> tuple[bytes, list[int]]:
     received, descriptors = bytearray(), []
     while len(received) < num_bytes:
-        link.settimeout(max(ends_s - time.monotonic(), 0.001))
-        part, came, _, _ = socket.recv_fds(
-            link, num_bytes - len(received), 1, socket.MSG_CMSG_CLOEXEC
+        peer.settimeout(max(deadline - time.monotonic(), 0.001))
+        part, received_descriptors, _, _ = socket.recv_fds(
+            peer, num_bytes - len(received), 1, socket.MSG_CMSG_CLOEXEC
         )
         if not part:
             raise ConnectionResetError("closed its connection")
         received += part
-        descriptors += came
+        descriptors += received_descriptors
     return bytes(received), descriptors
 
 
-def _greeted_by(link: socket.socket, ends_s: float) -> int | None:
-    """The rank at the other end; None for whoever is no member."""
+def _hello_rank(peer: socket.socket, deadline: float) -> int | None:
+    """The rank of the peer; None for a peer that is not a member."""
     try:
-        frame = receive_frame(link, ends_s) if _is_ours(link) else None
+        frame = receive_frame(peer, deadline) if _is_same_user(peer) else None
     except (OSError, ValueError):
         return None
     return frame.number if frame is not None and frame.kind is Kind.HELLO else None
 
 
-def _is_ours(link: socket.socket) -> bool:
-    credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
-    return PEER.unpack(credentials)[1] == os.geteuid()
+def _is_same_user(peer: socket.socket) -> bool:
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
+    return PEER_CREDENTIALS.unpack(credentials)[1] == os.geteuid()
 
 
 def _address(token: str) -> str:

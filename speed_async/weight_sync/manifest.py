@@ -1,8 +1,8 @@
-"""What one broadcast announces before its first byte: names, shapes, dtypes and bucket size.
+"""The manifest of one broadcast: names, shapes, dtypes and bucket size.
 
-The manifest travels as JSON and is validated field by field. Which bucket a tensor is in follows
-from the manifest alone (see `buckets.plan_buckets`), so both ends derive the same layout. The list
-of tensors, which is the long part, travels once an epoch; later manifests name it by its digest.
+The manifest is sent as JSON before the weights, and is validated field by field. It determines the
+bucket of every tensor (see `buckets.plan_buckets`), so the sender and the receivers derive the same
+layout. The long list of tensors is sent once per epoch; later manifests refer to it by its digest.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """The list of tensors that all members of an epoch know, and what its receiver expected."""
+    """The list of tensors known to all members of an epoch, and the specs the receiver expected."""
 
     tensors: tuple[TensorSpec, ...]
     digest: str
@@ -72,9 +72,9 @@ class Agreement:
 
 
 def describe(tensors: Sequence[NamedTensor], cast: torch.dtype | None) -> tuple[TensorSpec, ...]:
-    """Specs as they will travel; `cast` replaces the dtype of floating-point tensors.
+    """Specs of the tensors as sent; `cast` replaces the dtype of floating-point tensors.
 
-    Raises WeightSyncError for a name given twice and for a dtype that cannot be sent.
+    Raises WeightSyncError for a duplicate name and for an unsupported dtype.
     """
     specs = tuple(
         TensorSpec(
@@ -91,10 +91,10 @@ def describe(tensors: Sequence[NamedTensor], cast: torch.dtype | None) -> tuple[
     return specs
 
 
-def describes(
+def matches(
     specs: Sequence[TensorSpec], tensors: Sequence[NamedTensor], cast: torch.dtype | None
 ) -> bool:
-    """Whether `describe` would give these specs, much sooner than by asking it."""
+    """Whether `describe` would return these specs; much faster than calling it."""
     return len(specs) == len(tensors) and all(
         spec.name == name
         and spec.shape == tensor.shape
@@ -110,7 +110,7 @@ def digest_of(specs: Sequence[TensorSpec]) -> str:
 
 
 def encode_manifest(manifest: Manifest, known: Agreement | None = None) -> bytes:
-    """JSON bytes; the tensors' digest stands for them when they are those of `known`.
+    """JSON bytes. The digest replaces the tensors when they are those of `known`.
 
     Raises WeightSyncError when the bytes exceed MAX_MANIFEST_BYTES.
     """
@@ -162,18 +162,18 @@ def accept_manifest(
     expected: Sequence[NamedTensor],
     known: Agreement | None = None,
     *,
-    is_as_before: bool = False,
+    is_unchanged: bool = False,
 ) -> Manifest:
-    """The manifest, if it is what this receiver waits for; WeightSyncError says why not.
+    """The manifest, if it has the offered version and the expected tensors. Raises WeightSyncError.
 
-    `is_as_before` says that `expected` is what it was when the list of `known` was accepted.
+    `is_unchanged` means that `expected` is the same as when the list of `known` was accepted.
     """
     manifest = decode_manifest(payload, known)
     if manifest.policy_version != policy_version:
         raise WeightSyncError(
-            f"policy version {manifest.policy_version} came, {policy_version} was offered"
+            f"policy version {manifest.policy_version} was received, {policy_version} was offered"
         )
-    if is_as_before and known is not None and manifest.tensors is known.tensors:
+    if is_unchanged and known is not None and manifest.tensors is known.tensors:
         return manifest
     if differs := difference(manifest.tensors, expected):
         raise WeightSyncError(differs)
@@ -181,9 +181,9 @@ def accept_manifest(
 
 
 def difference(announced: Sequence[TensorSpec], expected: Sequence[NamedTensor]) -> str:
-    """How the announced tensors differ from the expected ones; empty when they do not.
+    """Description of the difference between announced and expected tensors; empty for none.
 
-    Order does not matter: tensors are loaded by name.
+    The order is ignored, because tensors are loaded by name.
     """
     theirs = {spec.name: spec for spec in announced}
     ours = {spec.name: spec for spec in describe(expected, None)}
@@ -207,7 +207,7 @@ def _rows(specs: Sequence[TensorSpec]) -> list[list[object]]:
 def _decode_tensors(tensors: list[object] | str, known: Agreement | None) -> tuple[TensorSpec, ...]:
     if isinstance(tensors, str):
         if known is None or tensors != known.digest:
-            raise WeightSyncError(f"manifest names tensors {tensors[:64]}: not announced before")
+            raise WeightSyncError(f"manifest refers to unknown tensors {tensors[:64]}")
         return known.tensors
     specs = tuple(_decode_spec(row) for row in tensors)
     _check_names(specs)
@@ -225,7 +225,7 @@ def _decode_spec(row: object) -> TensorSpec:
 
 
 def _encode_canary(canary: Canary | None) -> dict[str, object] | None:
-    """A float survives JSON bit for bit: it is written with as many digits as that takes."""
+    """JSON preserves floats bitwise, because they are written with all necessary digits."""
     if canary is None:
         return None
     return {"token_ids": list(canary.token_ids), "logprobs": list(canary.logprobs)}

@@ -1,4 +1,4 @@
-"""Who takes part: one group for each epoch, and how a member leaves without blocking anyone."""
+"""Membership in the weight groups: one group per epoch, which a member leaves without blocking."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,19 +15,20 @@ CLOSE_S = 1.0
 
 
 class Membership:
-    """The present epoch's group and the buffers that outlive it."""
+    """The group of the current epoch, and buffers that are reused across epochs."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.views = Views()
         self._buffers = BufferRing()
         self._group: EpochGroup | None = None
-        self._lost: tuple[int, str] | None = None
+        self._failed: tuple[int, str] | None = None
 
     @contextmanager
-    def taking_part(self, offer: WeightOffer) -> Iterator[EpochGroup]:
-        """The offer's group, new or as it was. Any exception inside makes its epoch unusable."""
-        group = self._enter(offer)
+    def transfer_group(self, offer: WeightOffer) -> Iterator[EpochGroup]:
+        """The group of the offer's epoch, created if necessary. An exception in the block makes the
+        epoch unusable."""
+        group = self._group_for(offer)
         finished = False
         try:
             yield group
@@ -36,57 +37,57 @@ class Membership:
         finally:
             if not finished:
                 reason = str(sys.exception()) or type(sys.exception()).__name__
-                self._lost = (offer.epoch, reason)
+                self._failed = (offer.epoch, reason)
                 group.announce_end(reason)
-                self._leave()
+                self._drop_group()
 
-    def travels_from(self, group: EpochGroup) -> torch.device:
-        """Where bytes lie when they leave or arrive: host memory for gloo, a GPU's for NCCL."""
+    def transfer_device(self, group: EpochGroup) -> torch.device:
+        """Device of the transferred bytes: host memory for gloo, GPU memory for NCCL."""
         return torch.device("cpu") if group.offer.backend == "gloo" else self._device
 
     def reserve(self, group: EpochGroup, buckets: Sequence[Bucket]) -> BufferRing:
-        """Buffers for these buckets, where they travel from."""
-        device = self.travels_from(group)
+        """Buffers for these buckets, on the transfer device."""
+        device = self.transfer_device(group)
         pinned = self._device.type == "cuda" and device.type == "cpu"
         self._buffers.reserve(buckets, device, pinned=pinned)
         return self._buffers
 
-    def settle(self) -> None:
-        """Wait until copies queued on the GPU are done, so that their buffer may be used."""
+    def synchronize(self) -> None:
+        """Waits for copies queued on the GPU, so that their buffers can be used."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
     def close(self) -> None:
         """Waits at most CLOSE_S for the group to be freed."""
         group = self._group
-        self._leave()
+        self._drop_group()
         if group is not None:
             group.join(CLOSE_S)
 
-    def _enter(self, offer: WeightOffer) -> EpochGroup:
-        if self._lost is not None and self._lost[0] == offer.epoch:
+    def _group_for(self, offer: WeightOffer) -> EpochGroup:
+        if self._failed is not None and self._failed[0] == offer.epoch:
             raise WeightSyncError(
-                f"epoch {offer.epoch} is unusable, a new one is needed: {self._lost[1]}"
+                f"epoch {offer.epoch} is unusable, a new epoch is required: {self._failed[1]}"
             )
-        present = self._group
-        if present is not None and present.offer.epoch == offer.epoch:
-            if _members(present.offer) != _members(offer):
+        current = self._group
+        if current is not None and current.offer.epoch == offer.epoch:
+            if _members(current.offer) != _members(offer):
                 raise WeightSyncError(
-                    f"epoch {offer.epoch} has {_members(present.offer)}, but the offer says"
-                    f" {_members(offer)}: other members need a new epoch"
+                    f"epoch {offer.epoch} has {_members(current.offer)}, but the offer has"
+                    f" {_members(offer)}: different members require a new epoch"
                 )
-            present.offer = offer
-            return present
-        self._leave()
+            current.offer = offer
+            return current
+        self._drop_group()
         self._group = EpochGroup(offer, self._device)
         return self._group
 
-    def _leave(self) -> None:
+    def _drop_group(self) -> None:
         if self._group is None:
             return
         self._group.drop()
         self._group = None
-        self._buffers.discard()  # the lane may still write into them
+        self._buffers.discard()  # the group's thread may still write into them
         self.views.discard()
 
 

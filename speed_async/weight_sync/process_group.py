@@ -1,4 +1,4 @@
-"""torch.distributed groups made without `init_process_group`, and the store they meet at."""
+"""torch.distributed groups created without `init_process_group`, and their rendezvous store."""
 
 import socket
 import sys
@@ -15,10 +15,10 @@ from speed_async.errors import ConfigError, WeightSyncError
 from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weight_sync.ipc_group import host_ipc, join_ipc
 
-NUM_UNDER_WAY = 2
+NUM_IN_FLIGHT = 2
 NCCL_POLL_S = 0.0005
 NCCL_WATCHDOG_FACTOR = 10
-"""The NCCL watchdog ends the whole process at its timeout, so it must never come first."""
+"""The NCCL watchdog kills the process at its timeout, which must therefore never expire first."""
 
 
 def choose_backend(
@@ -30,12 +30,12 @@ def choose_backend(
     num_ranks: int | None = None,
     actors_device: str = "auto",
 ) -> WeightBackend:
-    """Backend of all epochs of a run; `num_ranks` None means that all ranks are local.
+    """Backend of all epochs of a run. `num_ranks` None means that all ranks are local.
 
-    "auto" is nccl when every local rank can have a GPU of its own (NCCL refuses two ranks on
-    one); ipc when learner and actors, all on one machine, share GPUs; gloo otherwise. On a CPU ipc
-    is faster (docs/benchmarks.md), but serves one machine only, which late joiners need not be on.
-    Raises ConfigError when nccl or ipc is asked for and cannot work.
+    "auto" selects nccl when every local rank can have its own GPU (NCCL does not support two ranks
+    on one GPU), ipc when the learner and the actors share GPUs of one machine, and gloo otherwise.
+    On a CPU, ipc is faster (docs/benchmarks.md) but excludes late joiners on other machines.
+    Raises ConfigError when nccl or ipc is configured and not possible.
     """
     own_gpus = learner_device.startswith("cuda") and num_visible_gpus >= num_local_ranks
     one_machine = num_ranks is None or num_ranks == num_local_ranks
@@ -52,7 +52,7 @@ def choose_backend(
             raise ConfigError(
                 "weights.backend",
                 configured,
-                f"needs a GPU for each of {num_local_ranks} ranks, but the learner runs on"
+                f"requires a GPU for each of {num_local_ranks} ranks, but the learner runs on"
                 f" '{learner_device}' and {num_visible_gpus} GPUs are visible; use 'auto'",
             )
         case "ipc":
@@ -63,18 +63,18 @@ def choose_backend(
 
 def _check_ipc(learner_device: str, *, one_machine: bool, actors_device: str) -> WeightBackend:
     if not sys.platform.startswith("linux"):
-        remedy = f"needs Linux, and this is '{sys.platform}'; use 'auto'"
+        remedy = f"requires Linux, and this is '{sys.platform}'; use 'auto'"
     elif not one_machine:
-        remedy = "needs all ranks on one machine, and this run has several nodes; use 'auto'"
+        remedy = "requires all ranks on one machine, and this run has several nodes; use 'auto'"
     elif learner_device.startswith("cuda") and actors_device == "cpu":
-        remedy = "would share GPU memory with actors.device = 'cpu'; use 'auto'"
+        remedy = "cannot share GPU memory with actors.device = 'cpu'; use 'auto'"
     else:
         return "ipc"
     raise ConfigError("weights.backend", "ipc", remedy)
 
 
 def host_store(host: str, timeout_s: float) -> TCPStore:
-    """A store served by this process at a free port of `host`, and at no other interface.
+    """A store served by this process at a free port of `host`, on this interface only.
 
     Raises WeightSyncError when `host` is not an address of this machine.
     """
@@ -109,16 +109,16 @@ def reach_store(offer: WeightOffer) -> TCPStore:
 
 
 def make_group(store: Store, offer: WeightOffer, device: torch.device) -> Any:
-    """Process group of all ranks of the offer; blocks until they take part or time is up.
+    """Process group of all ranks of the offer; blocks until all have joined or the deadline passes.
 
-    Raises RuntimeError, as everything in torch.distributed does.
+    Raises RuntimeError, as torch.distributed does.
     """
     if offer.backend == "nccl":
         return _nccl_group(store, offer, device)
     if offer.backend == "ipc":
         return join_ipc(store, offer) if offer.rank else host_ipc(store, offer)
-    # Gloo's default device is whatever the machine's own name resolves to, which other nodes
-    # often cannot reach; the interface that reaches the store is one they can.
+    # Gloo's default interface is that of the machine's host name, which other nodes often cannot
+    # reach. The interface on the route to the store is reachable.
     gloo: Any = ProcessGroupGloo  # its options are missing from the stubs
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=_own_address(offer))]
@@ -131,31 +131,31 @@ def broadcast_from_sender(
     buffers_B: Sequence[Tensor],
     deadline_s: float,
     backend: str,
-    moved: Callable[[int], None] = lambda _: None,
+    on_done: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Send from rank 0, or receive into `buffers_B`, (B,) uint8 each; blocks until all are done.
+    """Sends from rank 0, or receives into `buffers_B`, (B,) uint8 each; blocks until all are done.
 
-    Two are under way at once, so that the wire does not wait for the next one to be started.
-    `moved` is called with the index of each, in order, as soon as it is through.
-    Raises RuntimeError when a member is lost or the deadline of one of them passes.
+    Two broadcasts are in flight at a time, so that the network is never idle between them.
+    `on_done` is called with the index of each buffer, in order, when its transfer completes.
+    Raises RuntimeError when a member is lost or the deadline of a buffer passes.
     """
     if backend == "ipc":
         for index, buffer_B in enumerate(buffers_B):
             group.broadcast(buffer_B, deadline_s)
-            moved(index)
+            on_done(index)
         return
     timeout = timedelta(seconds=deadline_s)
     works: list[Any] = []
     for index in range(len(buffers_B)):
-        for buffer_B in buffers_B[len(works) : index + NUM_UNDER_WAY]:
+        for buffer_B in buffers_B[len(works) : index + NUM_IN_FLIGHT]:
             works.append(group.broadcast(buffer_B, 0, timeout))
         _await_work(works[index], deadline_s, backend)
-        moved(index)
+        on_done(index)
 
 
 def _await_work(work: Any, deadline_s: float, backend: str) -> None:
     if backend == "nccl":
-        # NCCL's own wait only orders streams; the caller needs to know that bytes have moved.
+        # NCCL's wait only orders streams; the caller requires a completed transfer.
         end_s = time.monotonic() + deadline_s
         while not work.is_completed():
             if time.monotonic() > end_s:
@@ -167,7 +167,7 @@ def _await_work(work: Any, deadline_s: float, backend: str) -> None:
 def _nccl_group(store: Store, offer: WeightOffer, device: torch.device) -> Any:
     from torch.distributed import ProcessGroupNCCL  # absent from CPU builds
 
-    torch.cuda.set_device(device)  # belongs to the calling thread, which is the group's own
+    torch.cuda.set_device(device)  # thread-local; this is the thread of the group
     options = ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=NCCL_WATCHDOG_FACTOR * offer.deadline_s)
     return ProcessGroupNCCL(store, offer.rank, offer.world_size, options)

@@ -1,13 +1,13 @@
-"""Buffers that all ranks of one machine share, and the ends of a transfer through them.
+"""Buffers shared by all ranks of one machine, and transfers through them.
 
-In host memory they are one memory file without a name (memfd_create(2)), which its owner seals
-against shrinking and hands to the receivers over their sockets; on a GPU they are allocations
-opened through CUDA IPC handles, which travel as JSON. The sender packs straight into them, and
-receivers load straight out of them. They live as long as a process has them open, so nothing is
-left behind by processes that were killed.
+In host memory, the buffers are one anonymous memory file (memfd_create(2)), which its owner seals
+against shrinking and sends to the receivers over their sockets. On a GPU, they are allocations
+opened through CUDA IPC handles, which are sent as JSON. The sender packs directly into the buffers
+and receivers load directly from them. The memory is freed when no process has it open, so killed
+processes leave nothing behind.
 
-A buffer is written again when every receiver has said that it took what was in it. Streams are
-synchronised on the host before either side says a word, so no CUDA events are needed.
+A buffer is reused after every receiver has acknowledged its content. Streams are synchronised on
+the host before either side sends a frame, so no CUDA events are needed.
 
 Shape legend: B bytes of one bucket.
 """
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speed_async.weight_sync.backends import stage_of
+from speed_async.weight_sync.backends import bucket_stage
 from speed_async.weight_sync.buckets import NUM_BUFFERS, Bucket
 from speed_async.weight_sync.epoch_group import EpochGroup
 from speed_async.weight_sync.ipc_group import Kind
@@ -33,7 +33,7 @@ from speed_async.weight_sync.ipc_group import Kind
 class SharedOutgoing:
     """Packs into shared buffers; satisfies `Outgoing`."""
 
-    takes_views = False
+    accepts_views = False
 
     def __init__(self, group: EpochGroup, buckets: Sequence[Bucket], device: torch.device) -> None:
         """Raises StageFailed when there is no memory for the buffers."""
@@ -43,29 +43,29 @@ class SharedOutgoing:
         num_bytes = max((bucket.num_bytes for bucket in buckets), default=0)
         group.attempt("shared memory", lambda: self._reserve(max(num_bytes, 1), device))
 
-    def borrow(self, index: int) -> Tensor:
+    def acquire(self, index: int) -> Tensor:
         slot = index % NUM_BUFFERS
-        num_taken = self._ipc.num_passed_on_at[slot]
+        num_taken = self._ipc.num_sent_at[slot]
 
         def wait() -> None:
             self._ipc.await_taken(num_taken, self._deadline_s)
 
-        self._group.attempt(stage_of(index, self._buckets), wait)
+        self._group.attempt(bucket_stage(index, self._buckets), wait)
         return self._ipc.buffers_B[slot]
 
-    def pass_on(self, index: int, packed_B: Tensor) -> None:
-        def tell() -> None:
-            self._ipc.tell(Kind.READY, index, self._deadline_s)
+    def send(self, index: int, packed_B: Tensor) -> None:
+        def send() -> None:
+            self._ipc.send(Kind.READY, index, self._deadline_s)
 
-        self._group.attempt(stage_of(index, self._buckets), tell)
-        self._ipc.num_passed_on += 1
-        self._ipc.num_passed_on_at[index % NUM_BUFFERS] = self._ipc.num_passed_on
+        self._group.attempt(bucket_stage(index, self._buckets), send)
+        self._ipc.num_sent += 1
+        self._ipc.num_sent_at[index % NUM_BUFFERS] = self._ipc.num_sent
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """A no-op: `send` does not queue."""
 
     def finish(self) -> None:
-        """Nothing: who still loads the last buckets may, while the sender goes on."""
+        """A no-op: receivers may load the last buckets while the sender continues."""
 
     def _reserve(self, num_bytes: int, device: torch.device) -> None:
         ipc = self._ipc
@@ -75,13 +75,13 @@ class SharedOutgoing:
             ipc.buffers_B = [
                 torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)
             ]
-            ipc.tell_memory(_describe_on_gpu(ipc.buffers_B), None, self._deadline_s)
+            ipc.send_memory(_describe_on_gpu(ipc.buffers_B), None, self._deadline_s)
             return
         descriptor = make_memory(num_bytes * NUM_BUFFERS)
         try:
-            ipc.buffers_B = _mapped(descriptor, num_bytes)
+            ipc.buffers_B = _map_memory(descriptor, num_bytes)
             description = {"device": "cpu", "num_bytes": num_bytes}
-            ipc.tell_memory(description, descriptor, self._deadline_s)
+            ipc.send_memory(description, descriptor, self._deadline_s)
         finally:
             os.close(descriptor)
 
@@ -96,40 +96,43 @@ class SharedIncoming:
 
     def take(self, index: int) -> Tensor:
         """Raises StageFailed, or MemoryRefused when the sender's memory cannot be opened."""
-        stage = stage_of(index, self._buckets)
+        stage = bucket_stage(index, self._buckets)
         self._group.attempt(stage, lambda: self._await_bucket(index))
         return self._ipc.buffers_B[index % NUM_BUFFERS]
 
     def release(self, index: int) -> None:
-        def tell() -> None:
-            self._ipc.tell(Kind.TAKEN, index, self._deadline_s)
+        def send() -> None:
+            self._ipc.send(Kind.TAKEN, index, self._deadline_s)
 
-        self._group.attempt(stage_of(index, self._buckets), tell)
+        self._group.attempt(bucket_stage(index, self._buckets), send)
 
     def _await_bucket(self, index: int) -> None:
-        frame = self._ipc.hear(0, self._deadline_s)
+        frame = self._ipc.receive(0, self._deadline_s)
         if frame.kind is Kind.MEMORY:
             self._ipc.buffers_B = open_memory(frame.payload, frame.descriptor, self._device)
-            frame = self._ipc.hear(0, self._deadline_s)
+            frame = self._ipc.receive(0, self._deadline_s)
         if frame.kind is not Kind.READY or frame.number != index:
             raise RuntimeError(f"rank 0 sent {frame.kind.name} {frame.number}")
         if self._buckets[index].num_bytes > self._ipc.buffers_B[0].numel():
-            raise RuntimeError("rank 0 shares less memory than a bucket needs")
+            raise RuntimeError("rank 0 shares less memory than a bucket requires")
 
 
 class MemoryRefused(Exception):
-    """The sender's memory cannot be opened here; the text says why."""
+    """The sender's memory cannot be opened here; the message states why."""
 
 
 def make_memory(num_bytes: int) -> int:
-    """Descriptor of a sealed memory file of that size. Raises RuntimeError without the memory."""
+    """Descriptor of a sealed memory file of this size. Raises RuntimeError when memory is
+    insufficient."""
     descriptor = os.memfd_create("speed-async-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(descriptor, 0, num_bytes)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     except OSError as error:
         os.close(descriptor)
-        raise RuntimeError(f"no {num_bytes} bytes of memory to share: {error}") from error
+        raise RuntimeError(
+            f"cannot allocate {num_bytes} bytes of shared memory: {error}"
+        ) from error
     return descriptor
 
 
@@ -139,26 +142,26 @@ def open_memory(payload: bytes, descriptor: int | None, device: torch.device) ->
         match json.loads(payload):
             case {"device": "cpu", "num_bytes": int(num_bytes)} if descriptor is not None:
                 if not 0 < num_bytes * NUM_BUFFERS <= os.fstat(descriptor).st_size:
-                    raise MemoryRefused("the memory is smaller than it was said to be")
+                    raise MemoryRefused("the memory is smaller than its description")
                 if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
                     raise MemoryRefused(
                         "the memory is not sealed: it could shrink while it is read"
                     )
-                return _mapped(descriptor, num_bytes)
+                return _map_memory(descriptor, num_bytes)
             case {"device": "cuda", "gpu": str(gpu), "buffers": list(buffers)} if (
                 len(buffers) == NUM_BUFFERS
             ):
-                return _opened_on_gpu(gpu, buffers, device)
+                return _open_on_gpu(gpu, buffers, device)
             case _:
                 raise MemoryRefused("the description of the memory is malformed")
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise MemoryRefused(f"the memory does not open: {error}") from error
+        raise MemoryRefused(f"the memory cannot be opened: {error}") from error
     finally:
         if descriptor is not None:
             os.close(descriptor)
 
 
-def _mapped(descriptor: int, num_bytes: int) -> list[Tensor]:
+def _map_memory(descriptor: int, num_bytes: int) -> list[Tensor]:
     mapped = mmap.mmap(descriptor, num_bytes * NUM_BUFFERS)
     with contextlib.suppress(OSError):  # a kernel without huge pages for memory files
         mapped.madvise(mmap.MADV_HUGEPAGE)
@@ -167,8 +170,8 @@ def _mapped(descriptor: int, num_bytes: int) -> list[Tensor]:
 
 
 def _describe_on_gpu(buffers_B: Sequence[Tensor]) -> dict[str, object]:
-    """CUDA IPC handles; bytes as base64. torch's own sharing would pickle the same fields."""
-    torch.cuda.synchronize(buffers_B[0].device)  # what used this memory before is through
+    """CUDA IPC handles, with bytes as base64. torch's own sharing would pickle the same fields."""
+    torch.cuda.synchronize(buffers_B[0].device)  # earlier kernels may still use this memory
     fields = [buffer_B.untyped_storage()._share_cuda_() for buffer_B in buffers_B]
     return {
         "device": "cuda",
@@ -177,7 +180,7 @@ def _describe_on_gpu(buffers_B: Sequence[Tensor]) -> dict[str, object]:
     }
 
 
-def _opened_on_gpu(gpu: str, buffers: list[Any], device: torch.device) -> list[Tensor]:
+def _open_on_gpu(gpu: str, buffers: list[Any], device: torch.device) -> list[Tensor]:
     if device.type != "cuda":
         raise MemoryRefused(
             f"the learner's weights are on a GPU and this actor is on '{device}': set"

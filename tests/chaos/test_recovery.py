@@ -60,6 +60,6 @@ def test_a_truncated_journal_and_a_damaged_checkpoint_are_reported_and_recovered
     inject(drill, "damage checkpoint")
     stderr = (drill.run.run_folder.parents[1] / "stderr.txt").read_text()
     assert "is damaged (" in stderr
-    assert "; going on from version-0000" in stderr
+    assert "; resuming from version-0000" in stderr
     drill.finish()
     assert drill.result.skipped == []

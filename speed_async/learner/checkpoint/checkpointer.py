@@ -1,8 +1,9 @@
-"""Making a checkpoint together with the service: its journal first, the checkpoint after it.
+"""Coordinates a checkpoint with the service: the journal becomes durable first.
 
-consumes   the word that the journal is durable (from the service)
-waits for  that word (stall deadline and grace: the service may be waiting for room), the disk
-goes on    without a checkpoint that cannot be written: the caller says what that means
+consumes   the acknowledgement that the journal is durable (from the service)
+waits for  that acknowledgement (stall deadline plus grace: the service may be waiting for disk
+           space), the disk
+raises     OSError when the checkpoint cannot be written; the caller handles it
 """
 
 import asyncio
@@ -16,8 +17,8 @@ from speed_async.transport import messages as m
 from speed_async.transport.transport import Link
 
 
-class Saved(Protocol):
-    """What is asked of the trainer."""
+class CheckpointWriter(Protocol):
+    """The trainer, as used by the checkpointer."""
 
     def save(self, progress: Progress) -> int: ...
 
@@ -28,37 +29,39 @@ class Checkpointer:
         *,
         link: Link,
         inbox: Inbox,
-        updates: Saved,
-        patience_s: float,
+        updates: CheckpointWriter,
+        timeout_s: float,
         saved_version: int | None,
     ) -> None:
-        """`saved_version`: of the checkpoint that this learner goes on from."""
+        """`saved_version` is the version of the checkpoint from which this learner resumed."""
         self.saved_version = saved_version
         self._link = link
         self._inbox = inbox
         self._updates = updates
-        self._patience_s = patience_s + SERVICE_GRACE_S
+        self._timeout_s = timeout_s + SERVICE_GRACE_S
 
     async def prepare(self, progress: Progress) -> Progress:
-        """Wait until all that led here is on the service's disk, and note up to which place.
+        """Waits until the service's journal is durable up to this progress, and records its
+        sequence number.
 
-        A checkpoint ahead of its journal would have trained groups that the journal still holds.
+        A checkpoint ahead of its journal would include groups that the journal still has as
+        untrained.
         """
         await self._link.send(m.PrepareCheckpoint(policy_version=progress.policy_version))
         what = "its journal to be durable"
-        durable = await self._inbox.expect(m.JournalDurable, self._patience_s, what)
+        durable = await self._inbox.expect(m.JournalDurable, self._timeout_s, what)
         return replace(progress, service_sequence=durable.service_sequence)
 
     async def save(
-        self, progress: Progress, *, service_stays: Callable[[], bool] = lambda: True
+        self, progress: Progress, *, is_service_connected: Callable[[], bool] = lambda: True
     ) -> Progress:
-        """Write the checkpoint of prepared progress and tell the service, if it is still there.
+        """Writes the checkpoint of prepared progress and notifies the service if it is connected.
 
-        Returns the progress that is to be remembered from here on. Raises OSError.
+        Returns the progress without updates that every kept checkpoint includes. Raises OSError.
         """
         oldest = await asyncio.to_thread(self._updates.save, progress)
         self.saved_version = progress.policy_version
-        if service_stays():
+        if is_service_connected():
             await self._link.send(
                 m.CheckpointSaved(
                     policy_version=progress.policy_version, oldest_kept_version=oldest

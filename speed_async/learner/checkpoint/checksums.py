@@ -1,7 +1,7 @@
-"""The checksums of a checkpoint: one file that vouches for all others, and for itself.
+"""The checksums of a checkpoint: one file that covers all other files and itself.
 
-`SHA256SUMS` reads as `sha256sum --check` wants it; its last line, a comment to that program, is the
-checksum of the lines above, so that none can go missing unseen.
+`SHA256SUMS` has the format of `sha256sum --check`. Its last line, a comment in that format, is the
+checksum of the lines above, so that a missing line is detected.
 """
 
 import hashlib
@@ -11,11 +11,11 @@ from pathlib import Path
 from speed_async.config.whole_file import flush
 
 CHECKSUM_FILE = "SHA256SUMS"
-OWN = "# of the lines above: "
+SELF_CHECKSUM = "# of the lines above: "
 
 
 def seal(folder: Path) -> None:
-    """Flush every file of `folder` to disk, then write and flush their checksums, last.
+    """Flushes every file of `folder` to disk, then writes and flushes the checksums.
 
     Raises OSError.
     """
@@ -25,28 +25,28 @@ def seal(folder: Path) -> None:
         lines.append(f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n")
     text = "".join(lines)
     sums = folder / CHECKSUM_FILE
-    sums.write_text(f"{text}{OWN}{_digest_of(text)}\n", encoding="utf-8")
+    sums.write_text(f"{text}{SELF_CHECKSUM}{_digest_of(text)}\n", encoding="utf-8")
     flush(sums)
     flush(folder)
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a sealed folder, in words; empty when every byte is as it was written.
+    """Human-readable description of the damage to a sealed folder; empty when it is intact.
 
-    Files that were added since do not matter.
+    Files that were added later are ignored.
     """
     try:
         text = (folder / CHECKSUM_FILE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         return f"{CHECKSUM_FILE} cannot be read ({error})"
-    listed, mark, own = text.partition(OWN)
-    if not mark or own != _digest_of(listed) + "\n":
-        return f"{CHECKSUM_FILE} is not as it was written"
+    listed, separator, own = text.partition(SELF_CHECKSUM)
+    if not separator or own != _digest_of(listed) + "\n":
+        return f"{CHECKSUM_FILE} does not match its checksum"
     for line in listed.splitlines():
         digest, _, name = line.partition("  ")
         try:
             if _digest(folder / name) != digest:
-                return f"{name} is not as it was written"
+                return f"{name} does not match its checksum"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return ""

@@ -1,10 +1,11 @@
-"""One checkpoint: a Hugging Face model folder; all else that training needs lies in `training/`.
+"""One checkpoint: a Hugging Face model folder with the training state in `training/`.
 
-Written under a temporary name, sealed with checksums (checksums.py), then renamed: under its final
-name it is always whole. Loaders read whatever looks like weights (vLLM every `*.safetensors`), so
-nothing but the model lies where they look, and the optimiser's tensors bear a suffix of their own.
-`training/` holds those, the random states of the process, and the learner's progress. The learning
-rate is no state: it follows from the number of updates (`warmed_up_lr`). No pickles.
+A checkpoint is written under a temporary name, sealed with checksums (checksums.py), then renamed.
+Under its final name it is always complete. Loaders read every file that looks like weights (vLLM
+reads every `*.safetensors`), so the top level contains only the model, and the optimiser tensors
+have a different suffix. `training/` contains the optimiser tensors, the random states of the
+process, and the learner's progress. The learning rate is not stored: it follows from the number of
+updates (`warmed_up_lr`). No pickles are used.
 """
 
 import contextlib
@@ -24,20 +25,20 @@ from transformers import GenerationConfig, PreTrainedModel
 from speed_async.config.whole_file import flush
 from speed_async.errors import ModelError, SpeedAsyncError
 from speed_async.learner.checkpoint.checksums import damage, seal
-from speed_async.learner.checkpoint.model_files import CONFIG_FILE, names_class
+from speed_async.learner.checkpoint.model_files import CONFIG_FILE, declares_class
 from speed_async.learner.checkpoint.random_states import random_states, restore_random_states
-from speed_async.learner.checkpoint.store import TRAINER_FILE, TRAINING_FOLDER, put, tidy
+from speed_async.learner.checkpoint.store import TRAINER_FILE, TRAINING_FOLDER, clean_up, commit
 from speed_async.learner.model import load_model
 from speed_async.learner.optimizer import load_named_state
 from speed_async.learner.parallel import FullState
 from speed_async.learner.progress import Progress, Update
 
 FORMAT = 3
-FORMER_FORMAT = 2
-"""It kept everything beside the model; runs that were begun with it go on."""
+LEGACY_FORMAT = 2
+"""Format with all files next to the model; it can still be resumed."""
 OPTIMIZER_FILE = "optimizer.tensors"
 """In the format of safetensors."""
-FORMER_OPTIMIZER_FILE = "optimizer.safetensors"
+LEGACY_OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.json"
 GENERATION_FILE = "generation_config.json"
 BYTES_PER_PARAMETER = 12
@@ -52,11 +53,11 @@ def save_checkpoint(
     model_files: Mapping[str, bytes],
     progress: Progress,
 ) -> None:
-    """Write `folder` whole or not at all; one of the same name is replaced.
+    """Writes `folder` atomically and replaces a checkpoint of the same name.
 
-    Raises OSError when the disk is full or not writable: what was there before is then untouched.
+    Raises OSError when the disk is full or not writable; existing checkpoints are then unchanged.
     """
-    partial = _begin(folder)
+    partial = _make_partial_folder(folder)
     try:
         _write_model(partial, model, state.model, model_files)
         training = partial / TRAINING_FOLDER
@@ -65,47 +66,47 @@ def save_checkpoint(
         save_file(optimizer, training / OPTIMIZER_FILE)
         _write_json(training / RANDOM_FILE, random_states())
         _write_json(training / TRAINER_FILE, {"format": FORMAT, **asdict(progress)})
-        _share_as(training / TRAINER_FILE, partial)
+        _copy_mode(training / TRAINER_FILE, partial)
         seal(partial)
-        put(partial, folder)
-    except SafetensorError as error:  # its writer's own word for a full disk
+        commit(partial, folder)
+    except SafetensorError as error:  # raised by the safetensors writer on a full disk
         raise OSError(f"checkpoint '{folder}' cannot be written: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its room back
+        shutil.rmtree(partial, ignore_errors=True)  # frees space on a full disk
 
 
-def try_checkpoint(
+def check_can_save(
     folder: Path, *, model: PreTrainedModel, model_files: Mapping[str, bytes]
 ) -> None:
-    """Write, and remove again, all of a checkpoint that can be refused before there are tensors to
-    save; compare what those will take with what the disk has.
+    """Writes and removes a checkpoint without tensors, and compares the size of the tensors with
+    the free disk space.
 
-    Raises SpeedAsyncError that says why the first checkpoint would fail.
+    Raises SpeedAsyncError with the reason why the first checkpoint would fail.
     """
     what = f"no checkpoint could be written to '{folder.parent}'"
     try:
-        partial = _begin(folder)
+        partial = _make_partial_folder(folder)
         try:
             _write_model(partial, model, {}, model_files)
             free = shutil.disk_usage(partial).free
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            with contextlib.suppress(OSError):  # it has checkpoints
+            with contextlib.suppress(OSError):  # not empty: it has checkpoints
                 folder.parent.rmdir()
     except OSError as error:
         raise SpeedAsyncError(
             f"{what}: {error}; set run.folder to a disk that this user can write to"
         ) from error
-    except (ValueError, TypeError) as error:  # transformers' words for what it does not save
+    except (ValueError, TypeError) as error:  # raised by transformers for invalid settings
         raise ModelError(
-            f"{what}: transformers loads the model's {CONFIG_FILE} and refuses to save it "
-            f"({' '.join(str(error).split())}); repair that file in model.path"
+            f"{what}: transformers loads the model's {CONFIG_FILE} but refuses to save it "
+            f"({' '.join(str(error).split())}); fix that file in model.path"
         ) from error
     needed = BYTES_PER_PARAMETER * sum(each.numel() for each in model.parameters())
     if needed > free:
         raise SpeedAsyncError(
-            f"{what}: one takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; make "
-            "room, or set run.folder to another disk"
+            f"{what}: it needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free disk "
+            "space, or set run.folder to another disk"
         )
 
 
@@ -116,10 +117,10 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     is_whole: bool = False,
 ) -> Progress:
-    """Restore parameters, optimiser and random states bit for bit.
+    """Restores parameters, optimiser and random states bitwise.
 
-    `is_whole`: its checksums were compared just now (`latest_valid`), and need not be again.
-    Raises ModelError when the folder is no checkpoint, a damaged one, or one of another model.
+    `is_whole` skips the checksums, which `latest_valid` has already verified.
+    Raises ModelError when the folder is not a checkpoint, is damaged, or is of another model.
     """
     if not is_whole and (what := damage(folder)):
         raise ModelError(f"checkpoint '{folder}' cannot be restored: {what}")
@@ -129,18 +130,18 @@ def load_checkpoint(
         model.load_state_dict(saved.state_dict())
         load_named_state(optimizer, model, load_file(_training_file(folder, OPTIMIZER_FILE)))
         random = _read_json(_training_file(folder, RANDOM_FILE))
-        restore_random_states(random)  # last: loading draws numbers
+        restore_random_states(random)  # last, because loading uses the generators
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"checkpoint '{folder}' cannot be restored: {error}") from error
     return progress
 
 
-def _begin(folder: Path) -> Path:
-    """The empty folder under whose name a checkpoint is written. Raises OSError."""
+def _make_partial_folder(folder: Path) -> Path:
+    """Creates the empty temporary folder of a checkpoint. Raises OSError."""
     if not folder.parent.is_dir():
         folder.parent.mkdir(parents=True)
         flush(folder.parent.parent)
-    tidy(folder.parent)
+    clean_up(folder.parent)
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir()
     return partial
@@ -152,23 +153,23 @@ def _write_model(
     tensors: dict[str, Tensor],
     model_files: Mapping[str, bytes],
 ) -> None:
-    """The tensors under the names that loaders expect, and the files that describe them."""
+    """Writes the tensors under the names that loaders expect, and the model files."""
     generation = model.generation_config
-    model.generation_config = GenerationConfig()  # transformers refuses to save some that it loads
+    model.generation_config = GenerationConfig()  # transformers cannot save every config it loads
     try:
         model.save_pretrained(partial, state_dict=tensors)
     finally:
         model.generation_config = generation
     (partial / GENERATION_FILE).unlink(missing_ok=True)
-    is_described = names_class(model_files, type(model).__name__)
+    is_described = declares_class(model_files, type(model).__name__)
     for name, content in model_files.items():
-        if name != CONFIG_FILE or is_described:  # else transformers' own is of the part trained
+        if name != CONFIG_FILE or is_described:  # else keep the config written by transformers
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
 
 
-def _share_as(example: Path, folder: Path) -> None:
-    """Give all files the mode that files have here: safetensors makes its own private."""
+def _copy_mode(example: Path, folder: Path) -> None:
+    """Sets the mode of all files to that of `example`: safetensors creates private files."""
     mode = example.stat().st_mode
     for path in folder.rglob("*"):
         if path.is_file():
@@ -179,12 +180,12 @@ def _training_file(folder: Path, name: str) -> Path:
     training = folder / TRAINING_FOLDER
     if training.is_dir():
         return training / name
-    return folder / (FORMER_OPTIMIZER_FILE if name == OPTIMIZER_FILE else name)
+    return folder / (LEGACY_OPTIMIZER_FILE if name == OPTIMIZER_FILE else name)
 
 
 def _read_progress(folder: Path) -> Progress:
     record = _read_json(_training_file(folder, TRAINER_FILE))
-    if (version := record.pop("format")) not in (FORMER_FORMAT, FORMAT):
+    if (version := record.pop("format")) not in (LEGACY_FORMAT, FORMAT):
         raise ModelError(f"checkpoint '{folder}' has format {version}, not {FORMAT}")
     updates = [
         Update(policy_version=update["policy_version"], lease_ids=tuple(update["lease_ids"]))

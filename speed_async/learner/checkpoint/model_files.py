@@ -1,8 +1,8 @@
-"""The files of a model folder beside its tensors, read at the start, saved with each checkpoint.
+"""The files of a model folder other than tensors, read at the start, saved with each checkpoint.
 
-A checkpoint describes its model by the bytes that the first model was described by. Nothing is
-serialised anew, so nothing can be refused or changed on the way, and the first model's folder may
-change or vanish while the run goes on.
+A checkpoint contains the exact bytes of the initial model's files. Nothing is serialised again, so
+no setting can be rejected or changed. The folder of the initial model may change or be deleted
+during the run.
 """
 
 import json
@@ -23,10 +23,10 @@ SUFFIXES = (
     ".vocab",
     ".codes",
 )
-"""Configurations, tokenizers of all kinds, chat templates, code of the model's own."""
+"""Configurations, tokenizers, chat templates and custom model code."""
 FOLDERS = ("additional_chat_templates",)
-NOT_THE_MODEL = ("trainer.json", "random.json")
-"""What a checkpoint of format 2 kept beside its model."""
+LEGACY_TRAINING_FILES = ("trainer.json", "random.json")
+"""Training state that a checkpoint of format 2 has next to its model."""
 CONFIG_FILE = "config.json"
 
 
@@ -34,28 +34,34 @@ def read_model_files(folder: Path) -> dict[str, bytes]:
     """Contents by name, relative to `folder`. Raises ModelError when a file cannot be read."""
     found: dict[str, bytes] = {}
     try:
-        for place in (folder, *(folder / name for name in FOLDERS)):
-            paths = sorted(place.iterdir()) if place.is_dir() else []
+        for directory in (folder, *(folder / name for name in FOLDERS)):
+            paths = sorted(directory.iterdir()) if directory.is_dir() else []
             for path in paths:
-                if path.is_file() and _describes_the_model(path.name):
+                if path.is_file() and _is_model_file(path.name):
                     found[path.relative_to(folder).as_posix()] = path.read_bytes()
     except OSError as error:
         raise ModelError(
             f"model folder '{folder}': {error.filename} cannot be read ({error.strerror}), and "
-            "every checkpoint needs it: give this user the right to read it"
+            "every checkpoint needs it: give this user permission to read it"
         ) from error
     return found
 
 
-def names_class(files: Mapping[str, bytes], model_class: str) -> bool:
-    """Whether config.json is the one of this class: a model may be a part of what it describes."""
+def declares_class(files: Mapping[str, bytes], model_class: str) -> bool:
+    """Whether config.json declares this class. It may describe a larger model, of which only a part
+    is trained."""
     try:
         return json.loads(files[CONFIG_FILE])["architectures"] == [model_class]
     except (KeyError, TypeError, ValueError):
         return False
 
 
-def _describes_the_model(name: str) -> bool:
+def _is_model_file(name: str) -> bool:
     is_wanted = name.endswith(SUFFIXES) or name.startswith(("vocab.", "LICENSE"))
-    is_index = name.endswith(".index.json")  # of the shards that the tensors were read from
-    return is_wanted and not is_index and name not in NOT_THE_MODEL and not name.startswith(".")
+    is_index = name.endswith(".index.json")  # index of the original weight shards
+    return (
+        is_wanted
+        and not is_index
+        and name not in LEGACY_TRAINING_FILES
+        and not name.startswith(".")
+    )

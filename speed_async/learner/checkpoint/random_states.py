@@ -1,7 +1,7 @@
 """The random states of the learner's process, as plain data.
 
-Nothing of an update draws from them so far (dropout is off); whatever comes to draw goes on where
-it was.
+Updates do not use them at present, since dropout is off. They are stored so that any later use is
+reproducible after a resume.
 """
 
 import base64
@@ -14,14 +14,15 @@ from torch import Tensor
 
 
 def random_states() -> dict[str, object]:
-    """Of torch (CPU, and each GPU in use), numpy's global generator and Python's; survives JSON."""
-    version, words, gauss_next = random.getstate()
+    """States of torch (CPU and each GPU in use), of numpy's global generator and of Python's, as
+    JSON values."""
+    version, state_words, gauss_next = random.getstate()
     numpy_state = np.random.get_state(legacy=False)
     assert isinstance(numpy_state, dict)
     key = numpy_state["state"]["key"]
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {
-        "python": {"version": version, "words": list(words), "gauss_next": gauss_next},
+        "python": {"version": version, "words": list(state_words), "gauss_next": gauss_next},
         "numpy": numpy_state | {"state": numpy_state["state"] | {"key": key.tolist()}},
         "torch_cpu": _to_text(torch.get_rng_state()),
         "torch_cuda": [_to_text(state) for state in gpus],
@@ -29,9 +30,9 @@ def random_states() -> dict[str, object]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Inverse of `random_states`. GPUs that are not here any more are passed over.
+    """Inverse of `random_states`. States of GPUs that are not available are ignored.
 
-    Raises KeyError, TypeError or ValueError for what is no such record.
+    Raises KeyError, TypeError or ValueError for a malformed record.
     """
     python, numpy_state = states["python"], states["numpy"]
     random.setstate((python["version"], tuple(python["words"]), python["gauss_next"]))

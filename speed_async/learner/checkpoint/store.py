@@ -1,11 +1,11 @@
-"""All checkpoints of a run in one folder: which is the newest whole one, and how many are kept.
+"""The checkpoints of a run in one folder: finds the newest valid one and prunes old ones.
 
-Torch-free, so that a run can say where it goes on from before anything heavy is imported. Names
-that begin with a dot are on their way in or out, and no checkpoints:
+This module does not import torch, so that a run can report its checkpoint before heavy imports.
+Names that begin with a dot are intermediate states, not checkpoints:
 
-.NAME.partial    being written; worth nothing
-.NAME.replaced   a checkpoint, set aside for one of the same name; it comes back if that never came
-.NAME.removed    one too many, being deleted
+.NAME.partial    being written; deleted on recovery
+.NAME.replaced   being replaced by a checkpoint of the same name; restored if that one is missing
+.NAME.removed    being deleted
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from speed_async.errors import ModelError
 from speed_async.learner.checkpoint.checksums import damage
 
 TRAINING_FOLDER = "training"
-"""In a checkpoint: all that is not the model. Format 2 kept it beside the model."""
+"""Folder of the training state in a checkpoint. Format 2 has these files next to the model."""
 TRAINER_FILE = "trainer.json"
 _NAME = re.compile(r"version-(\d{6,})")
 _LEFTOVER = re.compile(r"\.(version-\d{6,})\.(partial|replaced|removed)")
@@ -28,10 +28,10 @@ _LEFTOVER = re.compile(r"\.(version-\d{6,})\.(partial|replaced|removed)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """The checkpoint to go on from, and what a person should know about those passed over."""
+    """The checkpoint from which to resume, and notices about damaged ones that were skipped."""
 
     folder: Path | None
-    """None: the run's first model, since the only checkpoints are damaged."""
+    """None means the initial model: all checkpoints are damaged."""
     policy_version: int
     notices: tuple[str, ...]
 
@@ -41,13 +41,14 @@ def checkpoint_folder(root: Path, policy_version: int) -> Path:
 
 
 def kept_versions(root: Path) -> list[int]:
-    """Versions under their final names, oldest first; whether they are whole is not looked at."""
+    """Versions with a final name, oldest first. Their checksums are not verified."""
     names = (path.name for path in root.iterdir()) if root.is_dir() else ()
     return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
 
 def run_ids(root: Path) -> dict[str, str]:
-    """By checkpoint, oldest first, the run that made it; one that does not say is left out."""
+    """Maps each checkpoint, oldest first, to the id of its run. Checkpoints without an id are
+    omitted."""
     found = {}
     for version in kept_versions(root):
         folder = checkpoint_folder(root, version)
@@ -59,8 +60,8 @@ def run_ids(root: Path) -> dict[str, str]:
     return found
 
 
-def tidy(root: Path) -> None:
-    """Undo what a process that was killed left half done. Raises OSError."""
+def clean_up(root: Path) -> None:
+    """Completes or reverts operations that a killed process left unfinished. Raises OSError."""
     for path in sorted(root.glob(".*")):
         match = _LEFTOVER.fullmatch(path.name)
         if match is None:
@@ -72,8 +73,11 @@ def tidy(root: Path) -> None:
             shutil.rmtree(path)
 
 
-def put(partial: Path, folder: Path) -> None:
-    """Give a whole checkpoint its final name, in place of one of the same name. Raises OSError."""
+def commit(partial: Path, folder: Path) -> None:
+    """Renames a complete checkpoint to its final name and replaces one of the same name.
+
+    Raises OSError.
+    """
     replaced = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
         folder.rename(replaced)
@@ -83,10 +87,11 @@ def put(partial: Path, folder: Path) -> None:
 
 
 def prune(root: Path, keep_last: int) -> int:
-    """Remove all but the newest `keep_last`; returns the oldest version that may be gone on from.
+    """Removes all but the newest `keep_last` checkpoints. Returns the oldest version from which the
+    run can resume.
 
-    That is 0, the first model, until there are `keep_last`: each of them must have something to
-    fall back to. One that cannot be removed now is removed another time.
+    This is 0, the initial model, until there are `keep_last` checkpoints. A checkpoint that cannot
+    be removed is removed by a later call.
     """
     for version in kept_versions(root)[:-keep_last]:
         folder = checkpoint_folder(root, version)
@@ -101,50 +106,55 @@ def prune(root: Path, keep_last: int) -> int:
 
 
 def latest_valid(root: Path, keep_last: int) -> Found | None:
-    """The newest checkpoint of which every byte is as it was written; None when there is none.
+    """The newest checkpoint with valid checksums; None when there is no checkpoint.
 
-    Damaged ones that are newer are set aside under another name (NAME.damaged), and named in the
-    notices. When all are damaged, the first model is what is found, as long as there are fewer than
-    `keep_last`: until then the journal keeps the batches from the start. Raises ModelError when
-    there were as many.
+    Newer damaged checkpoints are renamed to NAME.damaged and listed in the notices. When all are
+    damaged and there are fewer than `keep_last`, the result is the initial model: the journal still
+    has all batches from the start. Raises ModelError when all are damaged and there are `keep_last`
+    or more.
     """
     if not root.is_dir():
         return None
     try:
-        tidy(root)
+        clean_up(root)
     except OSError as error:
-        raise ModelError(f"checkpoints in '{root}' cannot be put in order: {error}") from error
+        raise ModelError(f"checkpoints in '{root}' cannot be cleaned up: {error}") from error
     damaged: list[tuple[Path, str]] = []
     for version in reversed(kept_versions(root)):
         folder = checkpoint_folder(root, version)
         what = damage(folder)
         if not what:
-            notices = [_set_aside(bad, why, instead=folder.name) for bad, why in damaged]
+            notices = [
+                _quarantine(damaged_folder, reason, instead=folder.name)
+                for damaged_folder, reason in damaged
+            ]
             return Found(folder=folder, policy_version=version, notices=tuple(notices))
         damaged.append((folder, what))
     if len(damaged) >= keep_last:
         each = "; ".join(f"{folder.name}: {what}" for folder, what in damaged)
         raise ModelError(
             f"every checkpoint in '{root}' is damaged ({each}), and the journal does not go back "
-            "to the start: bring one back from a copy, or start a new run (a larger "
-            "learner.keep_last keeps more to fall back to)"
+            "to the start: restore one from a backup, or start a new run (a larger "
+            "learner.keep_last keeps more checkpoints)"
         )
     if damaged:
-        start = "the start (version 0, the first model)"
-        notices = [_set_aside(bad, why, instead=start) for bad, why in damaged]
+        start = "the start (version 0, the initial model)"
+        notices = [
+            _quarantine(damaged_folder, reason, instead=start) for damaged_folder, reason in damaged
+        ]
         return Found(folder=None, policy_version=0, notices=tuple(notices))
     return None
 
 
-def _set_aside(folder: Path, what: str, *, instead: str) -> str:
-    """Out of the way of the checkpoints to come; returns what to say about it."""
-    aside = folder.with_name(f"{folder.name}.damaged")
+def _quarantine(folder: Path, what: str, *, instead: str) -> str:
+    """Renames a damaged checkpoint to NAME.damaged. Returns the notice for it."""
+    renamed = folder.with_name(f"{folder.name}.damaged")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+        shutil.rmtree(renamed, ignore_errors=True)
+        folder.rename(renamed)
     except OSError as error:
-        raise ModelError(f"damaged checkpoint '{folder}' cannot be set aside: {error}") from error
+        raise ModelError(f"damaged checkpoint '{folder}' cannot be renamed: {error}") from error
     return (
-        f"checkpoint {folder.name} is damaged ({what}); going on from {instead}, "
-        f"the damaged one is kept as {aside.name}"
+        f"checkpoint {folder.name} is damaged ({what}); resuming from {instead}, "
+        f"the damaged one is kept as {renamed.name}"
     )
