@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from buffer_fixtures import make_group
-from service_desk import Desk, evaluated, failed, screened_out, trained
+from service_harness import ServiceHarness, evaluated, failed, screened_out, trained
 
 from speed_async.buffer.durability.snapshot import capture, restore
 from speed_async.buffer.ledger import MAX_EXAMPLE_CHARS
@@ -23,16 +23,16 @@ NO_GATE: dict[str, dict[str, object]] = {
 whole_group = partial(make_group, num_screening=0)
 
 
-class Watched(Desk):
-    """A desk whose events are kept, past its first evaluation."""
+class Watched(ServiceHarness):
+    """A harness whose events are kept, past its first evaluation."""
 
     def __init__(self, folder: Path, **sections: dict[str, object]) -> None:
         super().__init__(folder, **sections)
-        self.past_baseline(ACTOR)
+        self.pass_baseline(ACTOR)
 
     def status(self, seconds: float = 0.5) -> dict[str, Value]:
         """What the tick after this many seconds says."""
-        self.say(ACTOR, m.WantWork(num_prompts=0, counts=ActorCounts()))  # it is alive
+        self.send(ACTOR, m.WantWork(num_prompts=0, counts=ActorCounts()))  # it is alive
         self.service.events.clear()
         self.wait(seconds)
         return self.last("status").values
@@ -46,21 +46,21 @@ class Watched(Desk):
     def refuse(self, count: int, *, num_passed: int = 0, num_truncated: int = 0) -> None:
         """Prompts of two completions that the gate lets not pass."""
         for _ in range(count):
-            self.say(ACTOR, screened_out(self.lease(1).lease_ids[0], num_passed, num_truncated))
+            self.send(ACTOR, screened_out(self.lease(1).lease_ids[0], num_passed, num_truncated))
 
     def group(self, rewards: tuple[float, ...] = (1, 0, 0, 1), *, gate: bool = True) -> None:
         leases = self.lease(1)
         make = make_group if gate else whole_group
-        self.say(ACTOR, make(leases.lease_ids[0], leases.prompt_ids[0], rewards=rewards))
+        self.send(ACTOR, make(leases.lease_ids[0], leases.prompt_ids[0], rewards=rewards))
 
     def update(self, grad_norm: float, *, skipped: bool = False) -> None:
         version = self.service.policy_version + 1
         message = trained(version, [], groups=0, tokens=0)
-        self.say("learner", replace(message, skipped=skipped, metrics={"grad_norm": grad_norm}))
+        self.send("learner", replace(message, skipped=skipped, metrics={"grad_norm": grad_norm}))
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Watched:
+def harness(tmp_path: Path) -> Watched:
     return Watched(tmp_path)
 
 
@@ -70,49 +70,49 @@ def ungated(tmp_path: Path) -> Watched:
 
 
 def test_a_healthy_run_has_nothing_to_say(tmp_path: Path) -> None:
-    desk = Watched(tmp_path, buffer={"credits": 64, "capacity_groups": 64})
+    harness = Watched(tmp_path, buffer={"credits": 64, "capacity_groups": 64})
     for _ in range(20):
-        desk.refuse(8, num_passed=2)
-        desk.refuse(8)
-        desk.group()
-        assert desk.diagnoses() == ""
+        harness.refuse(8, num_passed=2)
+        harness.refuse(8)
+        harness.group()
+        assert harness.diagnoses() == ""
     for _ in range(4):
-        desk.update(0.5)
-    assert desk.diagnoses() == ""
+        harness.update(0.5)
+    assert harness.diagnoses() == ""
 
 
 def test_a_run_without_any_reward_is_said_within_a_minute_and_no_more_once_one_came(
-    desk: Watched,
+    harness: Watched,
 ) -> None:
-    desk.wait(59)
-    desk.refuse(64)
-    assert desk.diagnoses(29) == ""
-    told = desk.diagnoses(1)
+    harness.wait(59)
+    harness.refuse(64)
+    assert harness.diagnoses(29) == ""
+    told = harness.diagnoses(1)
     assert told.startswith("no reward: none of the last 128 completions passed (0 of them were tr")
     assert "since 1m29s (version 0). Change: look in samples.jsonl" in told
-    desk.refuse(1, num_passed=1)
-    assert desk.diagnoses() == told, "one lucky completion does not end it"
-    desk.refuse(1, num_passed=2)
-    assert desk.diagnoses() == ""
+    harness.refuse(1, num_passed=1)
+    assert harness.diagnoses() == told, "one lucky completion does not end it"
+    harness.refuse(1, num_passed=2)
+    assert harness.diagnoses() == ""
 
 
-def test_many_completions_without_a_reward_are_said_at_once(desk: Watched) -> None:
-    desk.refuse(256)
-    assert desk.diagnoses().startswith("no reward: none of the last 512 completions passed")
+def test_many_completions_without_a_reward_are_said_at_once(harness: Watched) -> None:
+    harness.refuse(256)
+    assert harness.diagnoses().startswith("no reward: none of the last 512 completions passed")
 
 
-def test_truncated_completions_are_the_one_cause_that_is_said(desk: Watched) -> None:
-    desk.say("learner", m.TakeBatch(policy_version=0, num_groups=2))
-    desk.refuse(256, num_truncated=2)
-    told = desk.diagnoses(25)
+def test_truncated_completions_are_the_one_cause_that_is_said(harness: Watched) -> None:
+    harness.send("learner", m.TakeBatch(policy_version=0, num_groups=2))
+    harness.refuse(256, num_truncated=2)
+    told = harness.diagnoses(25)
     assert told.startswith(
         "completions are truncated: 512 of the last 512 ran into a length limit before they "
         "ended, 0 earned a reward"
     )
     assert "raise actors.max_new_tokens (now 64)" in told
     assert "\n" not in told  # neither the missing reward nor the starving gate, which follow
-    desk.refuse(60, num_passed=1)
-    assert "truncated" not in desk.diagnoses()
+    harness.refuse(60, num_passed=1)
+    assert "truncated" not in harness.diagnoses()
 
 
 def test_truncated_completions_of_whole_groups_are_counted_too(ungated: Watched) -> None:
@@ -120,7 +120,7 @@ def test_truncated_completions_of_whole_groups_are_counted_too(ungated: Watched)
     for _ in range(40):
         leases = ungated.lease(1)
         group = whole_group(leases.lease_ids[0], leases.prompt_ids[0])
-        ungated.say(ACTOR, replace(group, cut=np.ones(4, np.int32)))
+        ungated.send(ACTOR, replace(group, cut=np.ones(4, np.int32)))
     assert "160 of the last 160 ran into a length limit" in ungated.diagnoses(31)
     assert "80 earned a reward" in ungated.diagnoses()
 
@@ -129,21 +129,21 @@ def test_truncated_completions_of_whole_groups_are_counted_too(ungated: Watched)
 def test_a_gate_that_starves_the_learner_is_said_until_enough_pass(
     tmp_path: Path, num_passed: int, change: str
 ) -> None:
-    desk = Watched(tmp_path)
-    desk.say("learner", m.TakeBatch(policy_version=0, num_groups=2))
-    desk.refuse(80, num_passed=num_passed)
-    assert desk.diagnoses(19) == ""
-    told = desk.diagnoses(2)
+    harness = Watched(tmp_path)
+    harness.send("learner", m.TakeBatch(policy_version=0, num_groups=2))
+    harness.refuse(80, num_passed=num_passed)
+    assert harness.diagnoses(19) == ""
+    told = harness.diagnoses(2)
     assert told.startswith("the gate starves: of the last 80 prompts 0.0% passed (0.0 < pass rate")
     assert change in told
-    desk.group()
-    desk.group()
-    assert desk.diagnoses() == ""
+    harness.group()
+    harness.group()
+    assert harness.diagnoses() == ""
 
 
-def test_a_low_acceptance_that_keeps_nobody_waiting_is_no_diagnosis(desk: Watched) -> None:
-    desk.refuse(80, num_passed=1)
-    assert desk.diagnoses(60) == ""
+def test_a_low_acceptance_that_keeps_nobody_waiting_is_no_diagnosis(harness: Watched) -> None:
+    harness.refuse(80, num_passed=1)
+    assert harness.diagnoses(60) == ""
 
 
 def test_updates_without_a_gradient_are_said_and_end_the_run_as_nothing_learned(
@@ -208,7 +208,7 @@ def test_a_run_without_updates_and_a_stopped_one_are_not_nothing_learned(
 def test_a_run_that_goes_on_from_a_checkpoint_alone_may_have_learned_before(
     ungated: Watched,
 ) -> None:
-    ungated.say(
+    ungated.send(
         "learner",
         m.Resumed(
             policy_version=7,
@@ -223,77 +223,77 @@ def test_a_run_that_goes_on_from_a_checkpoint_alone_may_have_learned_before(
     assert ended(ungated, "completed")["outcome"] == "completed"
 
 
-def test_a_reward_that_falls_and_stays_down_is_said_with_its_best(desk: Watched) -> None:
+def test_a_reward_that_falls_and_stays_down_is_said_with_its_best(harness: Watched) -> None:
     for _ in range(128):
-        desk.refuse(2, num_passed=1)
-        desk.status()
-    desk.update(0.5)
-    desk.refuse(128)
-    desk.refuse(30, num_passed=1)
-    assert "collapsed" not in desk.diagnoses()
-    desk.refuse(200)
-    assert desk.diagnoses().startswith(
+        harness.refuse(2, num_passed=1)
+        harness.status()
+    harness.update(0.5)
+    harness.refuse(128)
+    harness.refuse(30, num_passed=1)
+    assert "collapsed" not in harness.diagnoses()
+    harness.refuse(200)
+    assert harness.diagnoses().startswith(
         "reward collapsed: the mean pass rate fell from 0.500 (version 0) to 0.0"
     )
-    desk.refuse(256, num_passed=1)
-    assert "collapsed" not in desk.diagnoses()
+    harness.refuse(256, num_passed=1)
+    assert "collapsed" not in harness.diagnoses()
 
 
-def test_prompts_that_fail_are_said_with_the_first_example(desk: Watched) -> None:
+def test_prompts_that_fail_are_said_with_the_first_example(harness: Watched) -> None:
     for number in range(20):
-        lease = desk.lease(1).lease_ids[0]
+        lease = harness.lease(1).lease_ids[0]
         reason = f"prompt: the prompt has {500 + number} tokens and the context holds 96"
-        desk.say(ACTOR, failed(lease, reason))
-    told = desk.diagnoses()
+        harness.send(ACTOR, failed(lease, reason))
+    told = harness.diagnoses()
     assert told.startswith(
         "prompts fail: 20 of the last 20 training prompts gave no result; 20 times, for example: "
         "prompt: the prompt has 500 tokens and the context holds 96, since "
     )
-    desk.refuse(128, num_passed=1)
-    desk.refuse(60, num_passed=1)
-    assert desk.diagnoses() == ""
+    harness.refuse(128, num_passed=1)
+    harness.refuse(60, num_passed=1)
+    assert harness.diagnoses() == ""
 
 
-def test_a_drain_or_a_stale_group_is_no_failing_prompt(desk: Watched) -> None:
+def test_a_drain_or_a_stale_group_is_no_failing_prompt(harness: Watched) -> None:
     for reason in [m.DRAINED, m.STALE] * 10:
-        desk.say(ACTOR, failed(desk.lease(1).lease_ids[0], reason))
-    assert desk.diagnoses() == ""
+        harness.send(ACTOR, failed(harness.lease(1).lease_ids[0], reason))
+    assert harness.diagnoses() == ""
 
 
 def test_held_out_prompts_that_fail_are_said_because_they_lower_the_accuracy(
     tmp_path: Path,
 ) -> None:
-    desk = Desk(tmp_path, num_held_out=32)
-    desk.hello("learner", 0)
-    desk.hello(ACTOR, 1)
-    for number, lease_id in enumerate(desk.lease(32).lease_ids):
+    harness = ServiceHarness(tmp_path, num_held_out=32)
+    harness.hello("learner", 0)
+    harness.hello(ACTOR, 1)
+    for number, lease_id in enumerate(harness.lease(32).lease_ids):
         fails = number % 16 == 0
-        desk.say(ACTOR, failed(lease_id, "prompt: too long") if fails else evaluated(lease_id))
-    desk.wait(0.5)
-    told = str(desk.service.events[-1].values["diagnoses"])
+        harness.send(ACTOR, failed(lease_id, "prompt: too long") if fails else evaluated(lease_id))
+    harness.wait(0.5)
+    told = str(harness.service.events[-1].values["diagnoses"])
     assert told.startswith("held-out prompts fail: 2 of the last 32 count as not passed")
     assert "for example: prompt: too long" in told
 
 
-def test_the_stall_error_names_what_fails_and_speaks_of_no_timeout(desk: Watched) -> None:
-    desk.say("learner", m.TakeBatch(policy_version=0, num_groups=2))
+def test_the_stall_error_names_what_fails_and_speaks_of_no_timeout(harness: Watched) -> None:
+    harness.send("learner", m.TakeBatch(policy_version=0, num_groups=2))
     for _ in range(3):
-        desk.say(ACTOR, failed(desk.lease(1).lease_ids[0], "prompt: it has 500 tokens"))
+        harness.send(ACTOR, failed(harness.lease(1).lease_ids[0], "prompt: it has 500 tokens"))
     for _ in range(25):
-        desk.say(ACTOR, m.WantWork(num_prompts=0, counts=ActorCounts()))
-        desk.wait(30)
-    reason = str(desk.last("end").values["reason"])
+        harness.send(ACTOR, m.WantWork(num_prompts=0, counts=ActorCounts()))
+        harness.wait(30)
+    reason = str(harness.last("end").values["reason"])
     assert "failed groups: 3 x prompt. Remedy: prompts fail, for example: prompt: it has 500" in (
         reason
     )
     assert "raise cluster.stall_timeout_s" not in reason
-    assert desk.last("end").values["outcome"] == "failed"
+    assert harness.last("end").values["outcome"] == "failed"
 
 
-def test_the_first_example_of_each_kind_of_failure_is_kept_and_bounded(desk: Watched) -> None:
+def test_the_first_example_of_each_kind_of_failure_is_kept_and_bounded(harness: Watched) -> None:
     for reason in ("verifier: first", "verifier: second", "x" * 200 + ": " + "y" * 2000):
-        desk.say(ACTOR, failed(desk.lease(1).lease_ids[0], reason))
-    table = desk.service.lifecycle.ledger.table(0)
+        harness.send(ACTOR, failed(harness.lease(1).lease_ids[0], reason))
+    table = harness.service.lifecycle.ledger.table(0)
     examples = table["failure_examples"]
     assert isinstance(examples, dict)
     assert examples["verifier"] == "verifier: first"
@@ -301,51 +301,51 @@ def test_the_first_example_of_each_kind_of_failure_is_kept_and_bounded(desk: Wat
     assert max(len(example) for example in examples.values()) == MAX_EXAMPLE_CHARS
 
 
-def test_all_that_occurred_is_in_the_summary_with_its_times(desk: Watched) -> None:
-    desk.refuse(256)
-    desk.status(10)
-    desk.status(10)
-    desk.refuse(4, num_passed=2)
-    desk.status(10)
-    [record] = desk.service.diagnoses.record()
+def test_all_that_occurred_is_in_the_summary_with_its_times(harness: Watched) -> None:
+    harness.refuse(256)
+    harness.status(10)
+    harness.status(10)
+    harness.refuse(4, num_passed=2)
+    harness.status(10)
+    [record] = harness.service.diagnoses.record()
     assert record["what"] == "no_reward"
     assert (record["first_s"], record["last_s"], record["times"]) == (10.0, 20.0, 1)
     assert record["active_at_end"] is False
-    assert ended(desk, "stopped")["diagnoses"] == [record]
+    assert ended(harness, "stopped")["diagnoses"] == [record]
 
 
-def test_a_text_is_renewed_only_when_its_time_has_doubled(desk: Watched) -> None:
-    desk.refuse(256)
-    told = [desk.diagnoses(1)]
+def test_a_text_is_renewed_only_when_its_time_has_doubled(harness: Watched) -> None:
+    harness.refuse(256)
+    told = [harness.diagnoses(1)]
     for _ in range(90):
-        desk.refuse(1, num_truncated=1)
-        if (text := desk.diagnoses(1)) != told[-1]:
+        harness.refuse(1, num_truncated=1)
+        if (text := harness.diagnoses(1)) != told[-1]:
             told.append(text)
     truncated = [text.partition("(")[2].partition(" ")[0] for text in told]
     assert truncated == ["0", "20", "40", "80"]
 
 
 def test_a_service_that_is_restored_says_what_it_said(tmp_path: Path) -> None:
-    desk, other = Watched(tmp_path, **NO_GATE), Watched(tmp_path, **NO_GATE)
+    harness, other = Watched(tmp_path, **NO_GATE), Watched(tmp_path, **NO_GATE)
     for _ in range(3):
-        desk.group((1, 1, 1, 1), gate=False)
+        harness.group((1, 1, 1, 1), gate=False)
     for _ in range(3):
-        desk.update(0.0)
-    told = desk.diagnoses()
+        harness.update(0.0)
+    told = harness.diagnoses()
     assert told
-    restore(other.service, capture(desk.service))
+    restore(other.service, capture(harness.service))
     assert other.service.diagnoses.active == [told]
-    assert other.service.diagnoses.nothing_learned() == desk.service.diagnoses.nothing_learned()
+    assert other.service.diagnoses.nothing_learned() == harness.service.diagnoses.nothing_learned()
 
 
-def ended(desk: Watched, outcome: str) -> dict[str, object]:
+def ended(harness: Watched, outcome: str) -> dict[str, object]:
     """The fields of the summary when the learner ends the run so."""
-    version = desk.service.policy_version
+    version = harness.service.policy_version
     finish = m.FinishRun(
         policy_version=version, evaluate=False, reason=outcome, stopped=outcome == "stopped"
     )
-    desk.say("learner", finish)
-    counts = desk.counts(ACTOR)
-    [(_, summary)] = desk.say(ACTOR, m.Goodbye(counts=counts))
+    harness.send("learner", finish)
+    counts = harness.counts(ACTOR)
+    [(_, summary)] = harness.send(ACTOR, m.Goodbye(counts=counts))
     assert isinstance(summary, m.Summary)
     return summary.fields

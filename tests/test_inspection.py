@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from buffer_fixtures import make_config, make_group
-from service_desk import Desk, evaluated, failed, kinds, screened_out, trained
+from service_harness import ServiceHarness, evaluated, failed, kinds, screened_out, trained
 
 from speed_async.buffer.ledger import MAX_KINDS
 from speed_async.buffer.state_machine import StateMachine
@@ -137,23 +137,23 @@ def test_what_cannot_be_is_named(inspection: PayloadRules, message: m.Message, s
 
 
 def test_a_refused_actor_is_told_once_muted_and_its_prompts_return(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
-    desk.past_baseline()
-    desk.hello("actor-2.0", 2)
-    leases = desk.lease(3)
-    guard, ledger = desk.service.validator, desk.service.lifecycle.ledger
+    harness = ServiceHarness(tmp_path)
+    harness.pass_baseline()
+    harness.hello("actor-2.0", 2)
+    leases = harness.lease(3)
+    guard, ledger = harness.service.validator, harness.service.lifecycle.ledger
     lie = replace(make_group(leases.lease_ids[0], leases.prompt_ids[0]), num_screening=0)
-    answers = desk.say("actor-1.0", lie)
+    answers = harness.send("actor-1.0", lie)
     assert [kind for kind in kinds(answers) if kind != "Leases"] == ["Rejected"]
     assert (guard.num_refused, guard.to_mute) == (1, ["actor-1.0"])
-    assert [state.name for state in desk.service.membership.present()] == ["actor-2.0"]
-    assert desk.ends() == {"failed": (3, 0)}
-    assert all(ledger.checks(desk.service.lifecycle.leases.num_training).values())
-    again = desk.lease(3, "actor-2.0")
+    assert [state.name for state in harness.service.membership.present()] == ["actor-2.0"]
+    assert harness.ends() == {"failed": (3, 0)}
+    assert all(ledger.checks(harness.service.lifecycle.leases.num_training).values())
+    again = harness.lease(3, "actor-2.0")
     assert again.prompt_ids == leases.prompt_ids
-    fields = desk.service.events[-1].values if desk.service.events else {}
-    desk.wait(0.1)
-    fields = desk.service.events[-1].values
+    fields = harness.service.events[-1].values if harness.service.events else {}
+    harness.wait(0.1)
+    fields = harness.service.events[-1].values
     assert fields["messages_refused"] == 1
 
 
@@ -169,70 +169,70 @@ def test_a_refused_actor_is_told_once_muted_and_its_prompts_return(tmp_path: Pat
 def test_a_result_that_is_not_of_its_lease_is_refused_and_the_books_close(
     tmp_path: Path, kind: str, result: Callable[[int], m.Message], said: str
 ) -> None:
-    desk = Desk(tmp_path)
+    harness = ServiceHarness(tmp_path)
     if kind == "training":
-        desk.past_baseline()
-        leases = desk.lease(1)
+        harness.pass_baseline()
+        leases = harness.lease(1)
     else:
-        desk.hello("learner", 0)
-        desk.hello("actor-1.0", 1)
-        leases = desk.lease(1)
+        harness.hello("learner", 0)
+        harness.hello("actor-1.0", 1)
+        leases = harness.lease(1)
     assert leases.kind == kind
-    answers = desk.say("actor-1.0", result(leases.lease_ids[0]))
+    answers = harness.send("actor-1.0", result(leases.lease_ids[0]))
     [refused] = [message for _, message in answers if isinstance(message, m.Rejected)]
     assert said in refused.reason
-    lifecycle = desk.service.lifecycle
+    lifecycle = harness.service.lifecycle
     assert all(lifecycle.ledger.checks(lifecycle.leases.num_training).values())
-    assert not desk.service.membership.present()
+    assert not harness.service.membership.present()
 
 
 def test_the_learner_trains_what_it_was_given_and_nothing_else(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
-    desk.past_baseline()
-    before = desk.ends()
-    [(peer, answer)] = desk.say("learner", trained(1, [77], groups=1, tokens=1))
+    harness = ServiceHarness(tmp_path)
+    harness.pass_baseline()
+    before = harness.ends()
+    [(peer, answer)] = harness.send("learner", trained(1, [77], groups=1, tokens=1))
     assert peer == "learner"
     assert isinstance(answer, m.Rejected)
     assert "lease 77 is not in training" in answer.reason
-    assert (desk.ends(), desk.service.policy_version) == (before, 0)
+    assert (harness.ends(), harness.service.policy_version) == (before, 0)
 
 
 def test_nobody_takes_the_learner_s_place(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
-    desk.past_baseline()
-    [(_, answer)] = desk.say("thief", replace(HELLO, role="learner", index=0))
+    harness = ServiceHarness(tmp_path)
+    harness.pass_baseline()
+    [(_, answer)] = harness.send("thief", replace(HELLO, role="learner", index=0))
     assert isinstance(answer, m.Rejected)
-    assert desk.service.membership.learner == "learner"
-    assert kinds(desk.hello("learner", 0)) == ["Welcome"]  # the learner itself may come back
+    assert harness.service.membership.learner == "learner"
+    assert kinds(harness.hello("learner", 0)) == ["Welcome"]  # the learner itself may come back
 
 
 def test_a_flood_of_strangers_leaves_nothing_behind(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
-    desk.past_baseline()
-    before = desk.service.membership.num_known
+    harness = ServiceHarness(tmp_path)
+    harness.pass_baseline()
+    before = harness.service.membership.num_known
     for number in range(300):
         name = f"stranger-{number}"
         want = m.WantWork(counts=COUNTS, num_prompts=1)
-        assert kinds(desk.say(name, want)) == ["Rejected"]
-        assert kinds(desk.say(name, replace(HELLO, fingerprint="other"))) == ["Rejected"]
-    assert desk.service.membership.num_known == before
-    assert desk.service.validator.num_refused == 600
+        assert kinds(harness.send(name, want)) == ["Rejected"]
+        assert kinds(harness.send(name, replace(HELLO, fingerprint="other"))) == ["Rejected"]
+    assert harness.service.membership.num_known == before
+    assert harness.service.validator.num_refused == 600
 
 
 def test_a_run_takes_in_a_bounded_number_of_actors(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
-    desk.past_baseline()
-    lost = desk.service.membership.lost
+    harness = ServiceHarness(tmp_path)
+    harness.pass_baseline()
+    lost = harness.service.membership.lost
     lost.update({f"old-{number}": "restarted" for number in range(MAX_KNOWN)})
     for message in (HELLO, Join(machine="m", process_id=1)):
-        [(_, answer)] = desk.say("one-more", message)
+        [(_, answer)] = harness.send("one-more", message)
         assert isinstance(answer, m.Rejected)
         assert "takes no more" in answer.reason
 
 
 def test_an_actor_s_wording_of_failures_does_not_pile_up(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
-    ledger = desk.service.lifecycle.ledger
+    harness = ServiceHarness(tmp_path)
+    ledger = harness.service.lifecycle.ledger
     for number in range(1000):
         ledger.failed(f"{number} {'x' * 1000}: no", 0)
     assert len(ledger.failures) == MAX_KINDS + 1
@@ -249,21 +249,21 @@ def test_the_mute_table_is_bounded_and_counts_on() -> None:
 
 
 def test_a_stranger_s_failure_does_not_end_the_run(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
-    desk.past_baseline()
+    harness = ServiceHarness(tmp_path)
+    harness.pass_baseline()
     for peer, role in (("stranger", "learner"), ("stranger", "stranger"), ("actor-9.0", "actor-9")):
-        assert kinds(desk.say(peer, m.Failure(role=role, message="stop"))) == ["Rejected"]
-    assert not desk.service.ended
+        assert kinds(harness.send(peer, m.Failure(role=role, message="stop"))) == ["Rejected"]
+    assert not harness.service.ended
     # A rank that fails before its first word is believed.
-    early = Desk(tmp_path)
-    early.say("actor-1.0", m.Failure(role="actor-1", message="no such model"))
+    early = ServiceHarness(tmp_path)
+    early.send("actor-1.0", m.Failure(role="actor-1", message="no such model"))
     assert early.service.ended
 
 
 def test_a_stranger_that_is_turned_away_leaves_no_session_and_no_record(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
-    desk.past_baseline()
-    machine = StateMachine(desk.service)
+    harness = ServiceHarness(tmp_path)
+    harness.pass_baseline()
+    machine = StateMachine(harness.service)
     want = m.WantWork(counts=COUNTS, num_prompts=1)
     for number in (0, 1, 7):  # outside a session, the first of one, in the midst of one
         machine.message(f"stranger-{number}", replace(want, number=number), 0.0)
@@ -272,6 +272,6 @@ def test_a_stranger_that_is_turned_away_leaves_no_session_and_no_record(tmp_path
         machine.conversations.replies.clear()
         assert not machine.conversations.has_unsent(peer)
         assert peer not in machine.conversations._sessions
-    guard = desk.service.validator
+    guard = harness.service.validator
     assert guard.to_mute == ["stranger-0", "stranger-1", "stranger-7"]
     assert guard.num_refused == 3

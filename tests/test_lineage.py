@@ -3,7 +3,7 @@
 import time
 
 from buffer_fixtures import make_group
-from service_desk import trained
+from service_harness import trained
 
 from speed_async.buffer.group_table import BufferedGroup
 from speed_async.buffer.lineage import Lineage

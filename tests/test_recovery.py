@@ -10,7 +10,7 @@ import pytest
 from buffer_fixtures import make_config, make_group, posterior
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from service_desk import evaluated, failed, screened_out, trained
+from service_harness import evaluated, failed, screened_out, trained
 
 from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.durability.journal import segments

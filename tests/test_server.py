@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from buffer_fixtures import make_config, make_group
-from service_desk import evaluated
+from service_harness import evaluated
 
 from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.durability.journal import Journal, read_segment, segments

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from buffer_fixtures import make_config, posterior
-from service_desk import Desk, failed, kinds
+from service_harness import ServiceHarness, failed, kinds
 from test_loops import DigitTask, Run
 
 from speed_async.buffer.curriculum.curriculum import UniformCurriculum
@@ -54,49 +54,49 @@ def test_a_retired_prompt_is_never_chosen_again(kind: str) -> None:
 
 
 def test_a_prompt_that_the_model_cannot_take_fails_once_and_is_said(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, buffer={"credits": 100})
-    desk.past_baseline()
-    leases = desk.lease(100)
+    harness = ServiceHarness(tmp_path, buffer={"credits": 100})
+    harness.pass_baseline()
+    leases = harness.lease(100)
     assert len(leases.prompt_ids) == 100
     bad = [leases.prompt_ids[5], leases.prompt_ids[9]]
     for lease_id, prompt_id in zip(leases.lease_ids, leases.prompt_ids, strict=True):
-        desk.say("actor-1.0", failed(lease_id, TOO_LONG if prompt_id in bad else "verifier: x"))
+        harness.send("actor-1.0", failed(lease_id, TOO_LONG if prompt_id in bad else "verifier: x"))
     expected = (
         f"2 training prompts cannot be used (left out); first prompt {bad[0]}: the prompt has"
     )
-    assert desk.service.warning.startswith(expected)
-    later = desk.lease(98)
+    assert harness.service.warning.startswith(expected)
+    later = harness.lease(98)
     assert set(later.prompt_ids) == set(range(100)) - set(bad)
-    assert desk.service.lifecycle.ledger.failures == {"prompt": 2, "verifier": 98}
+    assert harness.service.lifecycle.ledger.failures == {"prompt": 2, "verifier": 98}
 
 
 def test_a_held_out_prompt_that_cannot_be_used_counts_as_not_passed_and_is_said(
     tmp_path: Path,
 ) -> None:
-    desk = Desk(tmp_path, num_held_out=2)
-    desk.hello("learner", 0)
-    desk.hello("actor-1.0", 1)
-    leases = desk.lease(2)
+    harness = ServiceHarness(tmp_path, num_held_out=2)
+    harness.hello("learner", 0)
+    harness.hello("actor-1.0", 1)
+    leases = harness.lease(2)
     assert leases.kind == "evaluation"
     for lease_id in leases.lease_ids:
-        desk.say("actor-1.0", failed(lease_id, TOO_LONG))
-    [evaluation] = [event for event in desk.service.events if event.kind == "evaluation"]
+        harness.send("actor-1.0", failed(lease_id, TOO_LONG))
+    [evaluation] = [event for event in harness.service.events if event.kind == "evaluation"]
     assert (evaluation.values["num_passed"], evaluation.values["num_completions"]) == (0, 2)
-    assert desk.service.warning.startswith(
+    assert harness.service.warning.startswith(
         "2 held-out prompts cannot be used (counted as not passed); first prompt 0: the prompt has"
     )
-    assert desk.service.lifecycle.unusable.num_held_out == 2
+    assert harness.service.lifecycle.unusable.num_held_out == 2
 
 
 def test_a_run_without_a_usable_prompt_ends_at_once_and_says_why(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, buffer={"credits": 100})
-    desk.past_baseline()
-    leases = desk.lease(100)
+    harness = ServiceHarness(tmp_path, buffer={"credits": 100})
+    harness.pass_baseline()
+    leases = harness.lease(100)
     for lease_id in leases.lease_ids[:-1]:
-        assert not desk.say("actor-1.0", failed(lease_id, TOO_LONG))
-    assert not desk.service.ended
-    answers = desk.say("actor-1.0", failed(leases.lease_ids[-1], TOO_LONG))
-    assert desk.service.ended and kinds(answers) == ["Abort", "Abort"]
+        assert not harness.send("actor-1.0", failed(lease_id, TOO_LONG))
+    assert not harness.service.ended
+    answers = harness.send("actor-1.0", failed(leases.lease_ids[-1], TOO_LONG))
+    assert harness.service.ended and kinds(answers) == ["Abort", "Abort"]
     message = answers[0][1]
     assert isinstance(message, m.Abort)
     assert message.message.startswith(

@@ -1,7 +1,7 @@
 """Warnings of the service: in words, while the matter lasts, and each in one event at least."""
 
 import pytest
-from service_desk import Desk
+from service_harness import ServiceHarness
 
 from speed_async.buffer.reporting.warnings import FLEETING_S
 from speed_async.transport import messages as m
@@ -16,16 +16,16 @@ GLOO = (
 
 
 @pytest.fixture
-def desk(tmp_path) -> Desk:
-    desk = Desk(tmp_path)
-    desk.past_baseline()
-    return desk
+def harness(tmp_path) -> ServiceHarness:
+    harness = ServiceHarness(tmp_path)
+    harness.pass_baseline()
+    return harness
 
 
-def told(desk: Desk) -> list[str]:
+def told(harness: ServiceHarness) -> list[str]:
     """The warnings of the events since the last call, each once."""
-    texts = [str(event.values["warning"]) for event in desk.service.events]
-    desk.service.events.clear()
+    texts = [str(event.values["warning"]) for event in harness.service.events]
+    harness.service.events.clear()
     return [*dict.fromkeys(texts)]
 
 
@@ -41,11 +41,13 @@ def applied(version: int, error: str = "", *, usable: bool = True) -> m.WeightsA
     )
 
 
-def test_an_actor_that_died_while_it_got_weights_is_told_of_in_words(desk: Desk) -> None:
+def test_an_actor_that_died_while_it_got_weights_is_told_of_in_words(
+    harness: ServiceHarness,
+) -> None:
     publish = m.PublishWeights(
         policy_version=1, store_host="h", store_port=1, backend="gloo", deadline_s=1.0
     )
-    desk.say("learner", publish)
+    harness.send("learner", publish)
     failed = m.WeightsPublished(
         policy_version=1,
         epoch=1,
@@ -54,60 +56,62 @@ def test_an_actor_that_died_while_it_got_weights_is_told_of_in_words(desk: Desk)
         error=f"manifest failed after 0.0 s ({GLOO}); no sign of life from rank 1",
         missing=["actor-1.0"],
     )
-    desk.say("learner", failed)
-    assert desk.service.warning == (
+    harness.send("learner", failed)
+    assert harness.service.warning == (
         "actor-1 died or was cut off while version 1 was sent to it; its supervisor starts it again"
     )
 
 
-def test_a_lost_actor_is_a_matter_until_it_is_back(desk: Desk) -> None:
-    told(desk)
-    desk.wait(desk.config.cluster.peer_timeout_s + 1)
-    silent = desk.service.warning
+def test_a_lost_actor_is_a_matter_until_it_is_back(harness: ServiceHarness) -> None:
+    told(harness)
+    harness.wait(harness.config.cluster.peer_timeout_s + 1)
+    silent = harness.service.warning
     assert silent.startswith("actor-1 was silent for ")
-    desk.wait(10 * FLEETING_S)
-    assert desk.service.warning == silent
-    desk.hello("actor-1.1", 1, incarnation=1)
-    desk.wait(0.1)
-    desk.wait(0.1)
-    assert told(desk) == [silent, ""]
+    harness.wait(10 * FLEETING_S)
+    assert harness.service.warning == silent
+    harness.hello("actor-1.1", 1, incarnation=1)
+    harness.wait(0.1)
+    harness.wait(0.1)
+    assert told(harness) == [silent, ""]
 
 
-def test_an_actor_that_was_replaced_at_once_is_told_of_in_one_event_at_least(desk: Desk) -> None:
-    told(desk)
-    desk.hello("actor-1.1", 1, incarnation=1)
-    desk.wait(0.1)
-    desk.wait(0.1)
-    assert told(desk) == ["actor-1 was killed or ended; its supervisor starts it again", ""]
+def test_an_actor_that_was_replaced_at_once_is_told_of_in_one_event_at_least(
+    harness: ServiceHarness,
+) -> None:
+    told(harness)
+    harness.hello("actor-1.1", 1, incarnation=1)
+    harness.wait(0.1)
+    harness.wait(0.1)
+    assert told(harness) == ["actor-1 was killed or ended; its supervisor starts it again", ""]
 
 
-def test_two_lost_actors_are_two_matters(desk: Desk) -> None:
-    desk.hello("actor-2.0", 2)
-    desk.wait(desk.config.cluster.peer_timeout_s + 1)
-    desk.hello("actor-2.1", 2, incarnation=1)
-    desk.wait(0.1)
-    assert "actor-1 was silent" in desk.service.warning
-    assert "actor-2" not in desk.service.warning
+def test_two_lost_actors_are_two_matters(harness: ServiceHarness) -> None:
+    harness.hello("actor-2.0", 2)
+    harness.wait(harness.config.cluster.peer_timeout_s + 1)
+    harness.hello("actor-2.1", 2, incarnation=1)
+    harness.wait(0.1)
+    assert "actor-1 was silent" in harness.service.warning
+    assert "actor-2" not in harness.service.warning
 
 
-def test_weights_that_did_not_arrive_are_a_matter_until_they_do(desk: Desk) -> None:
-    desk.say("actor-1.0", applied(-1, "cut off"))
-    desk.wait(1.0)
-    assert desk.service.warning == "actor-1.0 has not got the weights: cut off"
-    desk.say("actor-1.0", applied(0))
-    assert desk.service.warning == ""
+def test_weights_that_did_not_arrive_are_a_matter_until_they_do(harness: ServiceHarness) -> None:
+    harness.send("actor-1.0", applied(-1, "cut off"))
+    harness.wait(1.0)
+    assert harness.service.warning == "actor-1.0 has not got the weights: cut off"
+    harness.send("actor-1.0", applied(0))
+    assert harness.service.warning == ""
 
 
-def test_what_has_merely_happened_is_told_for_a_minute(desk: Desk) -> None:
-    desk.service.begin_attempt(2, desk.now_s)
+def test_what_has_merely_happened_is_told_for_a_minute(harness: ServiceHarness) -> None:
+    harness.service.begin_attempt(2, harness.now_s)
     for index in (1, 2):
-        desk.hello(f"actor-{index}.1", index, incarnation=1)
-    desk.wait(0.1)
-    assert "started again (life 2)" in desk.service.warning
-    desk.wait(0.9 * FLEETING_S)
-    assert "started again (life 2)" in desk.service.warning
-    desk.wait(0.2 * FLEETING_S)
-    assert "started again" not in desk.service.warning
+        harness.hello(f"actor-{index}.1", index, incarnation=1)
+    harness.wait(0.1)
+    assert "started again (life 2)" in harness.service.warning
+    harness.wait(0.9 * FLEETING_S)
+    assert "started again (life 2)" in harness.service.warning
+    harness.wait(0.2 * FLEETING_S)
+    assert "started again" not in harness.service.warning
 
 
 @pytest.mark.parametrize(

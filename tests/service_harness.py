@@ -12,7 +12,7 @@ from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
 
 
-class Desk:
+class ServiceHarness:
     """A service with time in hand and its answers sorted by peer."""
 
     def __init__(self, folder: Path, num_held_out: int = 1, **sections: dict[str, object]) -> None:
@@ -31,7 +31,7 @@ class Desk:
         )
         self.now_s = 0.0
 
-    def say(self, peer: str, message: m.Message) -> list[tuple[str, m.Message]]:
+    def send(self, peer: str, message: m.Message) -> list[tuple[str, m.Message]]:
         self.service.handle(peer, message, self.now_s)
         answers, self.service.outbox = self.service.outbox, []
         return answers
@@ -44,23 +44,23 @@ class Desk:
 
     def hello(self, peer: str, index: int, incarnation: int = 0) -> list[tuple[str, m.Message]]:
         role = "learner" if peer == "learner" else "actor"
-        return self.say(
+        return self.send(
             peer,
             m.Hello(role=role, index=index, incarnation=incarnation, fingerprint="f", process_id=1),
         )
 
-    def past_baseline(self, actor: str = "actor-1.0") -> None:
+    def pass_baseline(self, actor: str = "actor-1.0") -> None:
         """Bring learner and actor in and answer the first evaluation (one prompt, one token)."""
         self.hello("learner", 0)
         self.hello(actor, 1)
-        [(_, leases)] = self.say(actor, m.WantWork(num_prompts=1, counts=ActorCounts()))
+        [(_, leases)] = self.send(actor, m.WantWork(num_prompts=1, counts=ActorCounts()))
         assert isinstance(leases, m.Leases)
         assert leases.kind == "evaluation"
         counts = ActorCounts(groups_leased=1, tokens_generated=1)
-        self.say(actor, evaluated(leases.lease_ids[0], counts=counts))
+        self.send(actor, evaluated(leases.lease_ids[0], counts=counts))
 
     def lease(self, count: int, actor: str = "actor-1.0") -> m.Leases:
-        answers = self.say(actor, m.WantWork(num_prompts=count, counts=self.counts(actor)))
+        answers = self.send(actor, m.WantWork(num_prompts=count, counts=self.counts(actor)))
         [leases] = [message for _, message in answers if isinstance(message, m.Leases)]
         return leases
 
