@@ -22,8 +22,8 @@ def test_the_ledgers_sums_are_those_of_its_actors() -> None:
             tokens_in_flight=in_flight,
             groups_continuing=continuing,
         )
-        ledger.heard(name, last[name])
-    ledger.lose("actor-3", 2, 1)  # what it held ends; what it generated stays
+        ledger.update_counts(name, last[name])
+    ledger.mark_lost("actor-3", 2, 1)  # what it held ends; what it generated stays
     kept = [counts for name, counts in last.items() if name != "actor-3"]
     assert len(kept) == 7
     assert ledger.tokens_generated == sum(c.tokens_generated for c in last.values())

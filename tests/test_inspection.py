@@ -50,7 +50,7 @@ def fault_of(inspection: PayloadRules, message: m.Message) -> str | None:
     if fault is not None or not isinstance(message, m.GroupFinished):
         return fault
     try:
-        inspection.weigh(message, NEWEST)
+        inspection.check_group(message, NEWEST)
     except ProtocolError as error:
         return str(error)
     return None

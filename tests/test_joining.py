@@ -15,11 +15,11 @@ from buffer_fixtures import make_config
 from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.durability.snapshot import capture
-from speed_async.buffer.membership import JOIN_KEPT_S
+from speed_async.buffer.membership import JOIN_TIMEOUT_S
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
 from speed_async.buffer.state_machine import StateMachine
-from speed_async.buffer.validation import MAX_AWAITED, MAX_AWAITED_A_KEY
+from speed_async.buffer.validation import MAX_PENDING_JOINS, MAX_PENDING_JOINS_PER_KEY
 from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded
 from speed_async.evaluation.plan import EvaluationPlan
@@ -115,14 +115,16 @@ def test_three_thousand_joins_of_a_stranger_are_bounded_and_forgotten(
     ]
     accepted = [answer for answer in answers if isinstance(answer, JoinAccepted)]
     refused = [answer for answer in answers if isinstance(answer, m.Rejected)]
-    assert len(accepted) == MAX_AWAITED_A_KEY
+    assert len(accepted) == MAX_PENDING_JOINS_PER_KEY
     assert len(accepted) + len(refused) == 3000
     assert "too many actors of its key" in refused[0].reason
-    assert room.journal_bytes() - written < 512 * MAX_AWAITED_A_KEY  # the refused are not recorded
+    assert (
+        room.journal_bytes() - written < 512 * MAX_PENDING_JOINS_PER_KEY
+    )  # the refused are not recorded
     friend = room.say("join-friend", JOIN, "own")
     assert isinstance(friend, JoinAccepted)
     assert isinstance(room.say(f"actor-{friend.index}.0", hello(friend.index), "own"), m.Welcome)
-    room.pass_time(JOIN_KEPT_S + 2)
+    room.pass_time(JOIN_TIMEOUT_S + 2)
     assert room.size() - before < 2048
     assert room.machine.service.membership.num_known == 3  # two actors and the friend
     after = room.say("join-again", JOIN, "stranger")
@@ -131,15 +133,16 @@ def test_three_thousand_joins_of_a_stranger_are_bounded_and_forgotten(
 
 def test_all_keys_together_are_bounded_too(room: Room) -> None:
     answers = [
-        room.say(f"join-{name}", JOIN, f"key-{name % 100}") for name in range(MAX_AWAITED + 100)
+        room.say(f"join-{name}", JOIN, f"key-{name % 100}")
+        for name in range(MAX_PENDING_JOINS + 100)
     ]
-    assert sum(isinstance(answer, JoinAccepted) for answer in answers) == MAX_AWAITED
+    assert sum(isinstance(answer, JoinAccepted) for answer in answers) == MAX_PENDING_JOINS
 
 
 def test_an_actor_that_starts_slowly_is_taken_in_though_its_join_was_forgotten(room: Room) -> None:
     slow = room.say("join-slow", JOIN, "own")
     assert isinstance(slow, JoinAccepted)
-    room.pass_time(JOIN_KEPT_S + 2)
+    room.pass_time(JOIN_TIMEOUT_S + 2)
     newer = room.say("join-new", JOIN, "own")
     assert isinstance(newer, JoinAccepted)
     assert newer.index != slow.index
@@ -153,7 +156,7 @@ def test_a_join_is_kept_once_its_actor_came(room: Room) -> None:
     assert isinstance(accepted, JoinAccepted)
     name = f"actor-{accepted.index}.0"
     assert isinstance(room.say(name, hello(accepted.index), "own"), m.Welcome)
-    room.pass_time(JOIN_KEPT_S + 2)
+    room.pass_time(JOIN_TIMEOUT_S + 2)
     failure = m.Failure(role="actor-2", message="no such folder")
     room.machine.message("join-a", failure, room.now_s, "own")
     assert not room.machine.service.ended
@@ -243,11 +246,11 @@ def test_a_flood_of_joins_over_real_sockets_leaves_nothing_and_disturbs_nobody(
         before = len(capture(machine))
         await asyncio.to_thread(flood, hub.port, 1200)
         members = machine.service.membership
-        assert members.num_awaited() == MAX_AWAITED_A_KEY
+        assert members.num_pending() == MAX_PENDING_JOINS_PER_KEY
         assert list(members.actors) == ["actor-1.0"]
-        late_s = JOIN_KEPT_S + 1.0
+        late_s = JOIN_TIMEOUT_S + 1.0
         async with asyncio.timeout(PATIENCE_S):
-            while members.num_awaited():  # noqa: ASYNC110
+            while members.num_pending():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         await actor.send(m.ActorReport(counts=COUNTS, gauges={}))
         assert len(capture(machine)) - before < 4096

@@ -34,27 +34,27 @@ def test_it_leads_from_each_version_that_it_holds_the_updates_after() -> None:
     lines = lineage(*range(1, 9))
     assert [lines.after(version).policy_version for version in range(8)] == [*range(1, 9)]  # type: ignore[union-attr]
     assert lines.after(8) is None
-    assert lines.leads(0, 8)
-    assert lines.leads(8, 8)
-    assert not lines.leads(9, 8)
-    assert not lines.leads(0, 9)
-    lines.forget_to(3)
+    assert lines.can_replay(0, 8)
+    assert lines.can_replay(8, 8)
+    assert not lines.can_replay(9, 8)
+    assert not lines.can_replay(0, 9)
+    lines.prune(3)
     assert lines.after(2) is None
-    assert not lines.leads(2, 8)
-    assert lines.leads(3, 8)
+    assert not lines.can_replay(2, 8)
+    assert lines.can_replay(3, 8)
 
 
 def test_a_gap_leads_nowhere() -> None:
     lines = lineage(1, 2, 4)
     assert lines.after(2) is None
-    assert lines.leads(0, 2)
-    assert not lines.leads(0, 4)
-    assert lines.leads(3, 4)
+    assert lines.can_replay(0, 2)
+    assert not lines.can_replay(0, 4)
+    assert lines.can_replay(3, 4)
 
 
 def test_a_run_that_kept_every_batch_is_looked_through_at_once() -> None:
     """`learner.checkpoint_every = 0`: the service answers nobody meanwhile."""
     lines = lineage(*range(1, 30_001))
     began_s = time.process_time()
-    assert lines.leads(0, 30_000)
+    assert lines.can_replay(0, 30_000)
     assert time.process_time() - began_s < 2.0

@@ -342,8 +342,8 @@ def test_a_learner_without_a_checkpoint_cannot_go_back_past_what_the_journal_hol
     assert isinstance(said[-1], m.Abort)
     assert said[-1].role == "buffer service"
     assert said[-1].message == (
-        "version-000003 is damaged; no checkpoint is left to go on from, and the journal does not "
-        "hold the updates from the start to 3 any more: bring a checkpoint back from a copy into "
+        "version-000003 is damaged; no checkpoint is left to resume from, and the journal no "
+        "longer holds the updates from the start to 3: restore a checkpoint from a backup into "
         "the run's checkpoints/, or start a new run"
     )
     assert again.service.ended

@@ -124,12 +124,12 @@ def test_the_service_tells_a_sample_and_counts_it_nowhere(tmp_path: Path) -> Non
     ("changes", "text"),
     [
         ({"prompt": "x" * (MAX_TEXT + 1)}, "prompt has 4097 characters"),
-        ({"decision": "thrown away"}, "decision 'thrown away' is none of"),
-        ({"reward": 1.5}, "reward = 1.5 is no reward"),
-        ({"reward": float("nan")}, "reward = nan cannot be"),
+        ({"decision": "thrown away"}, "decision 'thrown away' is not one of"),
+        ({"reward": 1.5}, "reward = 1.5 is above 1"),
+        ({"reward": float("nan")}, "reward = nan is out of range"),
         ({"num_tokens": 65}, "num_tokens = 65 is more than a completion has"),
         ({"policy_version": 3}, "policy_version = 3 is from the future"),
-        ({"prompt_id": -1}, "prompt_id = -1 cannot be"),
+        ({"prompt_id": -1}, "prompt_id = -1 is out of range"),
     ],
 )
 def test_a_sample_that_cannot_be_is_refused(

@@ -58,7 +58,7 @@ def test_an_actor_that_died_while_it_got_weights_is_told_of_in_words(
     )
     harness.send("learner", failed)
     assert harness.service.warning == (
-        "actor-1 died or was cut off while version 1 was sent to it; its supervisor starts it again"
+        "actor-1 died or was disconnected while it received version 1; its supervisor restarts it"
     )
 
 
@@ -82,7 +82,7 @@ def test_an_actor_that_was_replaced_at_once_is_told_of_in_one_event_at_least(
     harness.hello("actor-1.1", 1, incarnation=1)
     harness.wait(0.1)
     harness.wait(0.1)
-    assert told(harness) == ["actor-1 was killed or ended; its supervisor starts it again", ""]
+    assert told(harness) == ["actor-1 was killed or exited; its supervisor restarts it", ""]
 
 
 def test_two_lost_actors_are_two_matters(harness: ServiceHarness) -> None:
@@ -97,7 +97,7 @@ def test_two_lost_actors_are_two_matters(harness: ServiceHarness) -> None:
 def test_weights_that_did_not_arrive_are_a_matter_until_they_do(harness: ServiceHarness) -> None:
     harness.send("actor-1.0", applied(-1, "cut off"))
     harness.wait(1.0)
-    assert harness.service.warning == "actor-1.0 has not got the weights: cut off"
+    assert harness.service.warning == "actor-1.0 did not apply the weights: cut off"
     harness.send("actor-1.0", applied(0))
     assert harness.service.warning == ""
 
@@ -107,11 +107,11 @@ def test_what_has_merely_happened_is_told_for_a_minute(harness: ServiceHarness) 
     for index in (1, 2):
         harness.hello(f"actor-{index}.1", index, incarnation=1)
     harness.wait(0.1)
-    assert "started again (life 2)" in harness.service.warning
+    assert "restarted (attempt 2)" in harness.service.warning
     harness.wait(0.9 * FLEETING_S)
-    assert "started again (life 2)" in harness.service.warning
+    assert "restarted (attempt 2)" in harness.service.warning
     harness.wait(0.2 * FLEETING_S)
-    assert "started again" not in harness.service.warning
+    assert "restarted" not in harness.service.warning
 
 
 @pytest.mark.parametrize(

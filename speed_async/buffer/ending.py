@@ -1,4 +1,7 @@
-"""How a run ends: last evaluation, drain, goodbye. Pure decisions; service.py acts on them."""
+"""Shutdown of a run: final evaluation, drain, Goodbye messages.
+
+This module decides only; service.py acts on the decisions.
+"""
 
 from enum import Enum, auto
 
@@ -8,14 +11,14 @@ from speed_async.transport.messages import FinishRun
 
 class Step(Enum):
     TRAIN = auto()
-    """No end was asked for."""
+    """No shutdown was requested."""
     WAIT = auto()
     EVALUATE = auto()
-    """Start the last version's evaluation."""
+    """Start the evaluation of the final version."""
     DRAIN = auto()
-    """Tell every actor to drain (decided once)."""
+    """Send Drain to every actor (returned once)."""
     GIVE_UP = auto()
-    """The actors still here did not drain in time."""
+    """Declare lost the actors that did not drain in time."""
     END = auto()
 
 
@@ -26,7 +29,7 @@ class Ending:
         self._config = config
         self._since_s = 0.0
 
-    def ask(self, finish: FinishRun, now_s: float) -> None:
+    def request(self, finish: FinishRun, now_s: float) -> None:
         self.finish, self._since_s = finish, now_s
 
     def next_step(
@@ -37,13 +40,13 @@ class Ending:
         evaluated_version: int | None,
         num_present: int,
     ) -> Step:
-        """What is to be done now; DRAIN also moves this state on."""
+        """The next step of the shutdown. DRAIN also advances this state."""
         if self.finish is None:
             return Step.TRAIN
         waited_s = now_s - self._since_s
         if not self.draining:
-            wanted = self.finish.evaluate and evaluated_version != self.finish.policy_version
-            if wanted and waited_s < self._config.stall_timeout_s:
+            unevaluated = self.finish.evaluate and evaluated_version != self.finish.policy_version
+            if unevaluated and waited_s < self._config.stall_timeout_s:
                 return Step.EVALUATE if evaluating_version is None else Step.WAIT
             self.draining, self._since_s = True, now_s
             return Step.DRAIN

@@ -38,7 +38,7 @@ def test_what_befalls_links_disk_and_service_makes_the_others_wait_and_nothing_e
     for kind in ("cut links", "refuse links", "stall links", "delay links", "fill disk"):
         assert make(drill, kind) < 20.0, kind
         assert replaced(drill, before) == set(), kind
-    warned = "the journal cannot be written (No space left on device): the run waits for room"
+    warned = "the journal cannot be written (No space left on device): the run waits for space"
     assert warned in drill.run.watcher.warnings or drill.run.injector.limits_files
     for kind in ("stop service", "hang service"):
         assert make(drill, kind) < 20.0
