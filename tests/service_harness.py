@@ -1,4 +1,4 @@
-"""A buffer service with time in hand: say something, see what it answers."""
+"""A buffer service with a manual clock, driven by messages."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from speed_async.types import ActorCounts
 
 
 class ServiceHarness:
-    """A service with time in hand and its answers sorted by peer."""
+    """Drives a BufferService. Each input returns the messages that it causes, with their peers."""
 
     def __init__(self, folder: Path, num_held_out: int = 1, **sections: dict[str, object]) -> None:
         (folder / "config.json").write_text("{}")
@@ -32,15 +32,17 @@ class ServiceHarness:
         self.now_s = 0.0
 
     def send(self, peer: str, message: m.Message) -> list[tuple[str, m.Message]]:
+        """Send a message of a peer to the service."""
         self.service.handle(peer, message, self.now_s)
-        answers, self.service.outbox = self.service.outbox, []
-        return answers
+        replies, self.service.outbox = self.service.outbox, []
+        return replies
 
     def wait(self, seconds: float) -> list[tuple[str, m.Message]]:
+        """Advance the clock and tick once."""
         self.now_s += seconds
         self.service.tick(self.now_s)
-        answers, self.service.outbox = self.service.outbox, []
-        return answers
+        replies, self.service.outbox = self.service.outbox, []
+        return replies
 
     def hello(self, peer: str, index: int, incarnation: int = 0) -> list[tuple[str, m.Message]]:
         role = "learner" if peer == "learner" else "actor"
@@ -50,7 +52,7 @@ class ServiceHarness:
         )
 
     def pass_baseline(self, actor: str = "actor-1.0") -> None:
-        """Bring learner and actor in and answer the first evaluation (one prompt, one token)."""
+        """Connect learner and actor, and complete the first evaluation (one prompt, one token)."""
         self.hello("learner", 0)
         self.hello(actor, 1)
         [(_, leases)] = self.send(actor, m.WantWork(num_prompts=1, counts=ActorCounts()))
@@ -60,8 +62,8 @@ class ServiceHarness:
         self.send(actor, evaluated(leases.lease_ids[0], counts=counts))
 
     def lease(self, count: int, actor: str = "actor-1.0") -> m.Leases:
-        answers = self.send(actor, m.WantWork(num_prompts=count, counts=self.counts(actor)))
-        [leases] = [message for _, message in answers if isinstance(message, m.Leases)]
+        replies = self.send(actor, m.WantWork(num_prompts=count, counts=self.counts(actor)))
+        [leases] = [message for _, message in replies if isinstance(message, m.Leases)]
         return leases
 
     def counts(self, actor: str) -> ActorCounts:
@@ -72,8 +74,8 @@ class ServiceHarness:
         return {str(end): (t.groups, t.tokens) for end, t in tallies.items() if t.groups}
 
 
-def kinds(answers: list[tuple[str, m.Message]]) -> list[str]:
-    return [type(message).__name__ for _, message in answers]
+def kinds(replies: list[tuple[str, m.Message]]) -> list[str]:
+    return [type(message).__name__ for _, message in replies]
 
 
 def trained(version: int, lease_ids: list[int], groups: int, tokens: int) -> m.Trained:

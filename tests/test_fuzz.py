@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_corpus_holds_every_message_of_the_protocol():
+def test_corpus_contains_every_message_of_the_protocol():
     assert {type(message).__name__ for message in corpus()} == set(_LAYOUTS)
     for message in corpus():
         assert type(decode(encode(message))) is type(message)
@@ -48,7 +48,7 @@ def test_the_corpus_holds_every_message_of_the_protocol():
 
 @PATIENT
 @given(st.integers(0, 2**32), st.integers(1, 30))
-def test_spoiled_frames_are_refused_or_whole(seed: int, count: int):
+def test_corrupted_frames_are_rejected_or_decode_to_valid_messages(seed: int, count: int):
     spoiler = Spoiler(seed)
     for _ in range(count):
         try:
@@ -59,7 +59,7 @@ def test_spoiled_frames_are_refused_or_whole(seed: int, count: int):
         encode(message)  # what is let through is a message that could have been sent
 
 
-def test_what_is_nested_too_deeply_to_be_shown_is_refused():
+def test_deeply_nested_values_are_rejected():
     start = b"\x95" + b"\xab" + MAGIC.encode() + bytes([PROTOCOL_VERSION])
     for header in (start + NASTY_DEEP + b"\x80\x90", start + b"\xa5Probe" + NASTY_DEEP + b"\x90"):
         with pytest.raises(ProtocolError):
@@ -68,7 +68,7 @@ def test_what_is_nested_too_deeply_to_be_shown_is_refused():
 
 @settings(PATIENT, max_examples=40)
 @given(seed=st.integers(0, 2**32))
-def test_strangers_change_nothing_and_insiders_only_what_is_theirs(model: Path, seed: int):
+def test_unknown_peers_change_nothing_and_members_only_their_own_state(model: Path, seed: int):
     spoiler, strangers = Spoiler(seed), Strangers(seed)
     target = Target(model)
     before = target.digest()
@@ -88,7 +88,7 @@ def test_strangers_change_nothing_and_insiders_only_what_is_theirs(model: Path, 
     assert target.num_taken_in == served + 1
 
 
-def test_a_flood_under_new_names_grows_nothing(model: Path):
+def test_flood_under_new_names_does_not_grow_memory(model: Path):
     spoiler, strangers, target = Spoiler(0), Strangers(0), Target(model)
     frames = [spoiler.next() for _ in range(500)]
 
@@ -111,7 +111,7 @@ def test_a_flood_under_new_names_grows_nothing(model: Path):
     assert len(target.muted) == 4096
 
 
-def test_the_command_says_what_it_saw(model: Path, capsys: pytest.CaptureFixture[str]):
+def test_command_prints_its_findings(model: Path, capsys: pytest.CaptureFixture[str]):
     assert fuzz(200, 1, model) in (True, False)  # growth is no matter for 200 frames
     out = capsys.readouterr().out
     assert "state untouched by strangers: True" in out
@@ -119,7 +119,7 @@ def test_the_command_says_what_it_saw(model: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
-def test_a_hub_under_fire_serves_the_others(run):
+def test_hub_serves_other_peers_during_a_flood(run):
     """Real sockets: connection after connection under new names, each with frames of its own."""
 
     async def play() -> None:

@@ -104,9 +104,7 @@ def room(tmp_path: Path) -> Room:
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_three_thousand_joins_of_a_stranger_are_bounded_and_forgotten(
-    room: Room, number: int
-) -> None:
+def test_three_thousand_joins_of_one_key_are_bounded_and_expire(room: Room, number: int) -> None:
     """With a session (number 1) or without; nobody else's joins are in their way."""
     room.pass_time(1)
     before, written = room.size(), room.journal_bytes()
@@ -131,7 +129,7 @@ def test_three_thousand_joins_of_a_stranger_are_bounded_and_forgotten(
     assert isinstance(after, JoinAccepted)
 
 
-def test_all_keys_together_are_bounded_too(room: Room) -> None:
+def test_joins_of_all_keys_together_are_bounded(room: Room) -> None:
     answers = [
         room.say(f"join-{name}", JOIN, f"key-{name % 100}")
         for name in range(MAX_PENDING_JOINS + 100)
@@ -139,7 +137,7 @@ def test_all_keys_together_are_bounded_too(room: Room) -> None:
     assert sum(isinstance(answer, JoinAccepted) for answer in answers) == MAX_PENDING_JOINS
 
 
-def test_an_actor_that_starts_slowly_is_taken_in_though_its_join_was_forgotten(room: Room) -> None:
+def test_slow_actor_is_admitted_after_its_join_expired(room: Room) -> None:
     slow = room.say("join-slow", JOIN, "own")
     assert isinstance(slow, JoinAccepted)
     room.pass_time(JOIN_TIMEOUT_S + 2)
@@ -151,7 +149,7 @@ def test_an_actor_that_starts_slowly_is_taken_in_though_its_join_was_forgotten(r
     assert room.machine.service.membership.num_wanted == 2
 
 
-def test_a_join_is_kept_once_its_actor_came(room: Room) -> None:
+def test_join_does_not_expire_after_the_hello_of_its_actor(room: Room) -> None:
     accepted = room.say("join-a", JOIN, "own")
     assert isinstance(accepted, JoinAccepted)
     name = f"actor-{accepted.index}.0"
@@ -163,7 +161,7 @@ def test_a_join_is_kept_once_its_actor_came(room: Room) -> None:
     assert room.machine.service.warning == "actor-2 left: no such folder"
 
 
-def test_a_join_that_is_said_again_is_answered_alike_and_not_recorded(room: Room) -> None:
+def test_repeated_join_gets_the_same_reply_and_is_not_recorded(room: Room) -> None:
     first = room.say("join-a", JOIN, "own")
     before, written = room.size(), room.journal_bytes()
     for _ in range(100):
@@ -171,7 +169,7 @@ def test_a_join_that_is_said_again_is_answered_alike_and_not_recorded(room: Room
     assert (room.size(), room.journal_bytes()) == (before, written)
 
 
-def test_a_supervisor_that_gives_up_before_its_actor_came_is_forgotten(room: Room) -> None:
+def test_supervisor_that_fails_before_the_hello_of_its_actor_is_removed(room: Room) -> None:
     before = room.machine.service.membership.num_known
     room.say("join-a", JOIN, "own")
     room.machine.message("join-a", m.Failure(role="actor-2", message="no model"), room.now_s, "own")
@@ -179,7 +177,7 @@ def test_a_supervisor_that_gives_up_before_its_actor_came_is_forgotten(room: Roo
     assert not room.machine.service.ended
 
 
-def test_an_actor_s_index_is_its_key_s(room: Room) -> None:
+def test_index_of_an_actor_belongs_to_its_key(room: Room) -> None:
     """Under a name of its own, another key takes neither a rank's place nor a joined actor's."""
     joined = room.say("join-a", JOIN, "own")
     assert isinstance(joined, JoinAccepted)
@@ -198,20 +196,20 @@ def test_an_actor_s_index_is_its_key_s(room: Room) -> None:
     assert "actor-1.0" in service.membership.lost
 
 
-def test_an_earlier_incarnation_does_not_displace_a_later_one(room: Room) -> None:
+def test_earlier_incarnation_does_not_replace_a_later_one(room: Room) -> None:
     room.say("actor-1.7", hello(1, 7), "own")
     answer = room.say("actor-1.6", hello(1, 6), "own")
     assert isinstance(answer, m.Rejected)
     assert "a later incarnation of actor-1 is here" in answer.reason
 
 
-def test_in_the_next_life_a_rank_may_have_another_key(room: Room) -> None:
+def test_rank_may_have_another_key_in_the_next_attempt(room: Room) -> None:
     room.machine.begin_attempt(1, room.now_s)
     answer = room.say("actor-1.1000", hello(1, 1000), "of another host")
     assert isinstance(answer, m.Welcome)
 
 
-def test_joins_and_keys_are_had_again_from_the_journal(room: Room) -> None:
+def test_replay_restores_joins_and_keys(room: Room) -> None:
     for name in range(3):
         room.say(f"join-{name}", JOIN, "own")
     room.say("actor-2.0", replace(hello(2), number=1), "own")
@@ -225,7 +223,7 @@ def test_joins_and_keys_are_had_again_from_the_journal(room: Room) -> None:
     assert isinstance(again.conversations.replies[-1][1], m.Rejected)
 
 
-def test_a_flood_of_joins_over_real_sockets_leaves_nothing_and_disturbs_nobody(
+def test_flood_of_joins_over_sockets_leaves_no_state_and_does_not_affect_others(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
@@ -278,7 +276,7 @@ def flood(port: int, count: int) -> None:
         context.destroy(linger=0)
 
 
-def test_a_supervisor_asks_again_when_the_service_is_killed_before_it_answers(
+def test_supervisor_repeats_its_join_after_the_service_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(admission, "ASK_AGAIN_S", 0.2)

@@ -30,7 +30,7 @@ def lineage(*versions: int) -> Lineage:
     return lineage
 
 
-def test_it_leads_from_each_version_that_it_holds_the_updates_after() -> None:
+def test_replay_is_possible_from_each_version_with_its_updates_recorded() -> None:
     lines = lineage(*range(1, 9))
     assert [lines.after(version).policy_version for version in range(8)] == [*range(1, 9)]  # type: ignore[union-attr]
     assert lines.after(8) is None
@@ -44,7 +44,7 @@ def test_it_leads_from_each_version_that_it_holds_the_updates_after() -> None:
     assert lines.can_replay(3, 8)
 
 
-def test_a_gap_leads_nowhere() -> None:
+def test_replay_is_impossible_across_a_gap() -> None:
     lines = lineage(1, 2, 4)
     assert lines.after(2) is None
     assert lines.can_replay(0, 2)
@@ -52,7 +52,7 @@ def test_a_gap_leads_nowhere() -> None:
     assert lines.can_replay(3, 4)
 
 
-def test_a_run_that_kept_every_batch_is_looked_through_at_once() -> None:
+def test_replay_check_of_a_long_lineage_is_fast() -> None:
     """`learner.checkpoint_every = 0`: the service answers nobody meanwhile."""
     lines = lineage(*range(1, 30_001))
     began_s = time.process_time()

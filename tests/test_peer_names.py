@@ -74,7 +74,9 @@ async def wait_until_gone(hub: ZmqHub) -> None:
 
 
 @over_sockets()
-async def test_a_second_link_under_a_name_in_use_is_refused_and_the_first_goes_on(stage: ZmqStage):
+async def test_second_link_under_a_name_in_use_is_rejected_and_the_first_still_works(
+    stage: ZmqStage,
+):
     owner = await stage.link(NAME)
     await assert_served(stage.hub, owner, 1)
     for _ in range(3):
@@ -83,7 +85,9 @@ async def test_a_second_link_under_a_name_in_use_is_refused_and_the_first_goes_o
 
 
 @over_sockets()
-async def test_what_is_malformed_under_another_s_name_is_not_laid_at_its_door(stage: ZmqStage):
+async def test_malformed_frames_under_the_name_of_another_peer_are_not_attributed_to_it(
+    stage: ZmqStage,
+):
     owner = await stage.link(NAME)
     await assert_served(stage.hub, owner, 1)
     thief = await stage.raw_peer(NAME)
@@ -95,7 +99,7 @@ async def test_what_is_malformed_under_another_s_name_is_not_laid_at_its_door(st
 
 
 @over_sockets()
-async def test_a_bare_name_is_no_identity(stage: ZmqStage):
+async def test_bare_name_is_not_a_valid_identity(stage: ZmqStage):
     context: zmq.Context = zmq.Context()
     try:
         peer = context.socket(zmq.DEALER)
@@ -109,7 +113,7 @@ async def test_a_bare_name_is_no_identity(stage: ZmqStage):
         context.destroy(linger=0)
 
 
-def test_a_name_belongs_to_the_key_that_opened_it(tmp_path: Path):
+def test_name_belongs_to_the_key_that_opened_it(tmp_path: Path):
     """Another allowed key does not get it, also when its owner has no connection; the same key
     does, but only then."""
     make_keys(tmp_path / "keys")
@@ -147,7 +151,7 @@ def test_a_name_belongs_to_the_key_that_opened_it(tmp_path: Path):
     uvloop.run(asyncio.wait_for(scene(), 6 * SOON_S))
 
 
-def test_an_owner_whose_connection_is_cut_has_its_name_again(tmp_path: Path):
+def test_owner_keeps_its_name_when_it_reconnects(tmp_path: Path):
     """It reconnects through a relay that cuts its connection; nobody else gets the name meanwhile
     and nothing of it is refused."""
     make_keys(tmp_path / "keys")
@@ -188,7 +192,7 @@ def test_an_owner_whose_connection_is_cut_has_its_name_again(tmp_path: Path):
 # --- the table ---------------------------------------------------------------------------------
 
 
-def test_one_key_s_names_never_push_out_another_s():
+def test_names_of_one_key_never_evict_those_of_another():
     names = PeerNames(lambda identity: True)
     first = new_identity(NAME)
     assert names.claim(first, "a") == NAME
@@ -200,7 +204,7 @@ def test_one_key_s_names_never_push_out_another_s():
         names.claim(new_identity(NAME), "b")
 
 
-def test_names_in_use_stay_when_a_key_opens_too_many(monkeypatch: pytest.MonkeyPatch):
+def test_names_in_use_are_kept_when_a_key_opens_too_many(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(peer_names, "MAX_NAMES_A_KEY", 4)
     names = PeerNames(lambda identity: True)
     used = new_identity(NAME)
@@ -212,7 +216,7 @@ def test_names_in_use_stay_when_a_key_opens_too_many(monkeypatch: pytest.MonkeyP
     assert names.name(used) == NAME
 
 
-def test_identities_of_one_name_are_never_alike():
+def test_identities_of_one_name_are_unique():
     assert len({new_identity(NAME) for _ in range(100)}) == 100
     with pytest.raises(ProtocolError, match="is no peer name"):
         new_identity("no name")

@@ -131,7 +131,7 @@ class TwoBuffers(RuleBasedStateMachine):
         assert self.buffer.drop_older_than(oldest_version) == dropped
 
     @invariant()
-    def they_hold_the_same(self) -> None:
+    def contents_match(self) -> None:
         if not hasattr(self, "buffer"):
             return
         groups = self.naive.groups
@@ -144,4 +144,4 @@ class TwoBuffers(RuleBasedStateMachine):
 
 
 TwoBuffers.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-test_it_does_what_the_naive_buffer_does = TwoBuffers.TestCase
+test_buffer_matches_the_naive_buffer = TwoBuffers.TestCase

@@ -1,4 +1,4 @@
-"""The service's state machine: leases, credits, staleness, evaluation, ends and the ledger."""
+"""The buffer service: leases, credits, staleness, evaluation, group ends and the ledger."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def harness(tmp_path: Path) -> ServiceHarness:
     return ServiceHarness(tmp_path)
 
 
-def test_evaluation_of_the_start_goes_before_any_training_batch(harness: ServiceHarness) -> None:
+def test_first_evaluation_precedes_the_first_training_batch(harness: ServiceHarness) -> None:
     harness.hello("learner", 0)
     harness.hello("actor-1.0", 1)
     harness.send("learner", m.TakeBatch(policy_version=0, num_groups=2))
@@ -26,34 +26,34 @@ def test_evaluation_of_the_start_goes_before_any_training_batch(harness: Service
     leases = harness.lease(2)
     for lease_id, prompt_id in zip(leases.lease_ids, leases.prompt_ids, strict=True):
         assert "BatchReady" not in kinds(harness.send("actor-1.0", make_group(lease_id, prompt_id)))
-    answers = harness.send(
+    replies = harness.send(
         "actor-1.0",
         evaluated(first.lease_ids[0]),
     )
-    assert kinds(answers) == ["BatchGroup", "BatchGroup", "BatchReady"]
+    assert kinds(replies) == ["BatchGroup", "BatchGroup", "BatchReady"]
 
 
-def test_credits_are_charged_at_the_grant_and_refunded_when_the_group_ends(
+def test_credits_are_charged_at_the_grant_and_returned_when_the_group_ends(
     harness: ServiceHarness,
 ) -> None:
     harness.pass_baseline()
     assert harness.config.max_credits == 4  # (1 + 1) * 2
     leases = harness.lease(20)
-    assert len(leases.lease_ids) == 8  # at half a group each, before anything was screened
-    # The actor still wants 12. A refusal ends one lease and lowers what a lease is expected to
-    # yield to 8 of 17, so 4 * 17 / 8 = 8.5 leases may run: one more.
-    answers = harness.send(
+    assert len(leases.lease_ids) == 8  # half a credit each, before any screening
+    # The actor still requests 12. A screened-out prompt ends one lease and lowers the expected
+    # yield to 8 of 17, so 4 * 17 / 8 = 8.5 leases may be open: one more is granted.
+    replies = harness.send(
         "actor-1.0",
         screened_out(leases.lease_ids[0]),
     )
-    [refill] = [message for _, message in answers if isinstance(message, m.Leases)]
+    [refill] = [message for _, message in replies if isinstance(message, m.Leases)]
     assert len(refill.lease_ids) == 1
     # A buffered group keeps its credit.
-    answers = harness.send("actor-1.0", make_group(leases.lease_ids[1], leases.prompt_ids[1]))
-    assert kinds(answers) == []
+    replies = harness.send("actor-1.0", make_group(leases.lease_ids[1], leases.prompt_ids[1]))
+    assert kinds(replies) == []
 
 
-def test_a_result_that_is_sent_twice_counts_once(harness: ServiceHarness) -> None:
+def test_duplicate_result_counts_once(harness: ServiceHarness) -> None:
     harness.pass_baseline()
     leases = harness.lease(1)
     group = make_group(leases.lease_ids[0], leases.prompt_ids[0])
@@ -62,7 +62,7 @@ def test_a_result_that_is_sent_twice_counts_once(harness: ServiceHarness) -> Non
     assert harness.service.lifecycle.ledger.buffered.groups == 1
 
 
-def test_every_end_is_counted_and_the_books_close(harness: ServiceHarness) -> None:
+def test_every_end_is_counted_and_the_ledger_balances(harness: ServiceHarness) -> None:
     harness.pass_baseline()
     leases = harness.lease(6)
     ids, prompts = leases.lease_ids, leases.prompt_ids
@@ -93,8 +93,8 @@ def test_every_end_is_counted_and_the_books_close(harness: ServiceHarness) -> No
             lease_id=ids[4], reason="verifier: x", num_completions=2, num_tokens=5, counts=counts(5)
         ),
     )
-    answers = harness.send("learner", m.TakeBatch(policy_version=0, num_groups=2))
-    ready = answers[-1][1]
+    replies = harness.send("learner", m.TakeBatch(policy_version=0, num_groups=2))
+    ready = replies[-1][1]
     assert isinstance(ready, m.BatchReady)
     harness.send("learner", trained(1, ready.lease_ids, groups=2, tokens=24))
     # Version 2: the third group (version 0) is now older than max_staleness = 1.
@@ -112,7 +112,7 @@ def test_every_end_is_counted_and_the_books_close(harness: ServiceHarness) -> No
     assert ledger.failures == {"verifier": 1}
 
 
-def test_a_token_that_nobody_accounts_for_opens_the_books(harness: ServiceHarness) -> None:
+def test_unaccounted_token_violates_the_ledger_invariants(harness: ServiceHarness) -> None:
     harness.pass_baseline()
     leases = harness.lease(1)
     lost_one = ActorCounts(groups_leased=2, groups_in_flight=0, tokens_generated=1 + 12 + 1)
@@ -126,7 +126,7 @@ def test_a_token_that_nobody_accounts_for_opens_the_books(harness: ServiceHarnes
     ]
 
 
-def test_a_group_that_comes_too_old_ends_as_stale_at_once(harness: ServiceHarness) -> None:
+def test_group_that_arrives_stale_ends_immediately(harness: ServiceHarness) -> None:
     harness.pass_baseline()
     leases = harness.lease(1)
     harness.send("learner", trained(2, [], groups=0, tokens=0))
@@ -134,7 +134,7 @@ def test_a_group_that_comes_too_old_ends_as_stale_at_once(harness: ServiceHarnes
     assert harness.ends() == {"stale": (1, 12)}
 
 
-def test_a_silent_actor_is_lost_and_its_prompts_are_offered_again(harness: ServiceHarness) -> None:
+def test_silent_actor_is_lost_and_its_prompts_are_requeued(harness: ServiceHarness) -> None:
     harness.pass_baseline()
     leases = harness.lease(2)
     harness.wait(harness.config.cluster.peer_timeout_s + 1)
@@ -145,23 +145,23 @@ def test_a_silent_actor_is_lost_and_its_prompts_are_offered_again(harness: Servi
     harness.hello("actor-1.1", 1, incarnation=1)
     again = harness.lease(2, "actor-1.1")
     assert sorted(again.prompt_ids) == sorted(leases.prompt_ids)
-    # The lost incarnation wakes up: it is told so, and nothing it says counts.
-    [(peer, answer)] = harness.send(
+    # The lost incarnation resumes: its message is rejected and does not count.
+    [(peer, reply)] = harness.send(
         "actor-1.0", make_group(leases.lease_ids[0], leases.prompt_ids[0])
     )
     assert peer == "actor-1.0"
-    assert isinstance(answer, m.Rejected)
+    assert isinstance(reply, m.Rejected)
 
 
-def test_a_new_incarnation_replaces_the_old_one_at_once(harness: ServiceHarness) -> None:
+def test_new_incarnation_replaces_the_old_one_immediately(harness: ServiceHarness) -> None:
     harness.pass_baseline()
     harness.lease(3)
-    answers = harness.hello("actor-1.1", 1, incarnation=1)
-    assert kinds(answers) == ["Welcome"]
+    replies = harness.hello("actor-1.1", 1, incarnation=1)
+    assert kinds(replies) == ["Welcome"]
     assert harness.ends() == {"failed": (3, 0)}
 
 
-def test_a_group_for_another_prompt_or_of_another_size_ends_as_failed(
+def test_group_with_wrong_prompt_or_size_ends_as_failed(
     harness: ServiceHarness,
 ) -> None:
     harness.pass_baseline()
@@ -172,17 +172,17 @@ def test_a_group_for_another_prompt_or_of_another_size_ends_as_failed(
     assert kinds(harness.send("actor-1.0", wrong_prompt))[:1] == ["Rejected"]
     wrong_size = make_group(others.lease_ids[0], others.prompt_ids[0], rewards=(1, 0))
     assert kinds(harness.send("actor-2.0", wrong_size))[:1] == ["Rejected"]
-    assert harness.ends() == {"failed": (2, 0)}  # with their actors: nothing that they said counts
+    assert harness.ends() == {"failed": (2, 0)}  # both actors are lost; the groups do not count
 
 
-def test_other_task_data_are_refused_at_the_door(harness: ServiceHarness) -> None:
+def test_hello_with_other_task_data_is_rejected(harness: ServiceHarness) -> None:
     hello = m.Hello(role="actor", index=1, incarnation=0, fingerprint="other", process_id=1)
-    [(_, answer)] = harness.send("actor-1.0", hello)
-    assert isinstance(answer, m.Rejected)
-    assert "same config and data" in answer.reason
+    [(_, reply)] = harness.send("actor-1.0", hello)
+    assert isinstance(reply, m.Rejected)
+    assert "same config and data" in reply.reason
 
 
-def test_another_model_folder_is_refused_at_the_door(harness: ServiceHarness) -> None:
+def test_hello_with_another_model_folder_is_rejected(harness: ServiceHarness) -> None:
     hello = m.Hello(
         role="actor",
         index=1,
@@ -191,12 +191,12 @@ def test_another_model_folder_is_refused_at_the_door(harness: ServiceHarness) ->
         process_id=1,
         model_fingerprint="other",
     )
-    [(_, answer)] = harness.send("actor-1.0", hello)
-    assert isinstance(answer, m.Rejected)
-    assert "give every node the same model, tokenizer and chat template" in answer.reason
+    [(_, reply)] = harness.send("actor-1.0", hello)
+    assert isinstance(reply, m.Rejected)
+    assert "give every node the same model, tokenizer and chat template" in reply.reason
 
 
-def test_an_offer_names_ranks_in_order_and_opens_an_epoch_only_when_members_change(
+def test_offers_have_ordered_ranks_and_only_new_members_open_an_epoch(
     harness: ServiceHarness,
 ) -> None:
     harness.hello("learner", 0)
@@ -205,13 +205,13 @@ def test_an_offer_names_ranks_in_order_and_opens_an_epoch_only_when_members_chan
     publish = m.PublishWeights(
         policy_version=1, store_host="h", store_port=1, backend="gloo", deadline_s=1.0
     )
-    answers = harness.send("learner", publish)
-    offers = {peer: offer for peer, offer in answers if isinstance(offer, m.OfferWeights)}
+    replies = harness.send("learner", publish)
+    offers = {peer: offer for peer, offer in replies if isinstance(offer, m.OfferWeights)}
     assert {peer: (offer.rank, offer.world_size) for peer, offer in offers.items()} == {
         "actor-1.0": (1, 3),
         "actor-2.0": (2, 3),
     }
-    members = answers[-1][1]
+    members = replies[-1][1]
     assert isinstance(members, m.WeightMembers)
     first_epoch = members.epoch
 
@@ -230,7 +230,7 @@ def test_an_offer_names_ranks_in_order_and_opens_an_epoch_only_when_members_chan
     assert epoch() == first_epoch + 2
 
 
-def test_the_end_is_evaluate_drain_goodbye_summary(harness: ServiceHarness) -> None:
+def test_shutdown_evaluates_drains_and_sends_the_summary(harness: ServiceHarness) -> None:
     harness.pass_baseline()
     applied = m.WeightsApplied(
         policy_version=2, epoch=1, pause_s=0, transfer_s=0, error="", counts=ActorCounts()
@@ -266,7 +266,7 @@ def test_the_end_is_evaluate_drain_goodbye_summary(harness: ServiceHarness) -> N
     assert harness.service.ended
 
 
-def test_an_actor_that_does_not_drain_is_given_up_after_the_deadline(
+def test_actor_that_does_not_drain_is_lost_after_the_deadline(
     harness: ServiceHarness,
 ) -> None:
     harness.pass_baseline()
@@ -278,23 +278,23 @@ def test_an_actor_that_does_not_drain_is_given_up_after_the_deadline(
     assert harness.ends() == {str(GroupEnd.FAILED): (2, 0)}
 
 
-def test_a_failure_reaches_every_other_role_and_ends_the_service(harness: ServiceHarness) -> None:
+def test_failure_aborts_every_other_role_and_ends_the_service(harness: ServiceHarness) -> None:
     harness.pass_baseline()
     harness.hello("actor-2.0", 2)
-    answers = harness.send("actor-1.0", m.Failure(role="actor-1", message="broken"))
-    assert [(peer, type(message)) for peer, message in answers] == [
+    replies = harness.send("actor-1.0", m.Failure(role="actor-1", message="broken"))
+    assert [(peer, type(message)) for peer, message in replies] == [
         ("actor-2.0", m.Abort),
         ("learner", m.Abort),
     ]
     assert harness.service.ended
 
 
-def test_only_the_learner_may_speak_for_the_learner(harness: ServiceHarness) -> None:
+def test_learner_messages_from_other_peers_are_rejected(harness: ServiceHarness) -> None:
     harness.pass_baseline()
-    [(_, answer)] = harness.send("actor-1.0", m.TakeBatch(policy_version=0, num_groups=1))
-    assert isinstance(answer, m.Rejected)
-    [(_, answer)] = harness.send("stranger", m.WantWork(num_prompts=1, counts=ActorCounts()))
-    assert isinstance(answer, m.Rejected)
+    [(_, reply)] = harness.send("actor-1.0", m.TakeBatch(policy_version=0, num_groups=1))
+    assert isinstance(reply, m.Rejected)
+    [(_, reply)] = harness.send("stranger", m.WantWork(num_prompts=1, counts=ActorCounts()))
+    assert isinstance(reply, m.Rejected)
 
 
 def published(version: int, error: str = "") -> m.WeightsPublished:
@@ -303,7 +303,7 @@ def published(version: int, error: str = "") -> m.WeightsPublished:
     )
 
 
-def test_a_prompt_that_fails_waits_for_its_next_epoch(harness: ServiceHarness) -> None:
+def test_failed_prompt_is_skipped_until_its_next_epoch(harness: ServiceHarness) -> None:
     harness.pass_baseline()
     seen = []
     for _ in range(99):
@@ -316,7 +316,7 @@ def test_a_prompt_that_fails_waits_for_its_next_epoch(harness: ServiceHarness) -
     assert len(set(seen)) == 99
 
 
-def test_a_held_out_prompt_that_fails_counts_as_not_passed(tmp_path: Path) -> None:
+def test_failed_held_out_prompt_counts_as_not_passed(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path, num_held_out=2)
     harness.hello("learner", 0)
     harness.hello("actor-1.0", 1)
@@ -334,7 +334,7 @@ def test_a_held_out_prompt_that_fails_counts_as_not_passed(tmp_path: Path) -> No
     assert (done.values["num_passed"], done.values["num_completions"]) == (1, 2)
 
 
-def test_weights_that_did_not_arrive_are_offered_again_in_a_new_epoch(
+def test_undelivered_weights_are_offered_again_in_a_new_epoch(
     harness: ServiceHarness,
 ) -> None:
     harness.pass_baseline()
@@ -350,20 +350,20 @@ def test_weights_that_did_not_arrive_are_offered_again_in_a_new_epoch(
             epoch=epoch,
             pause_s=0,
             transfer_s=0,
-            error="cut off",
+            error="connection lost",
             counts=ActorCounts(),
         )
 
     assert kinds(harness.send("actor-1.0", failed(epoch))) == ["MembershipChanged"]
     harness.send("learner", publish)
     assert harness.service.learner.weight_group.epoch == epoch + 1
-    # A late word about the old group leaves the new one alone.
+    # A late message about the old group does not affect the new one.
     assert kinds(harness.send("actor-1.0", failed(epoch))) == []
     harness.send("learner", publish)
     assert harness.service.learner.weight_group.epoch == epoch + 1
 
 
-def test_an_actor_without_whole_weights_is_lost_at_once_and_the_run_says_why(
+def test_actor_with_unusable_weights_is_lost_immediately_with_a_warning(
     harness: ServiceHarness,
 ) -> None:
     harness.pass_baseline()
@@ -386,8 +386,9 @@ def test_an_actor_without_whole_weights_is_lost_at_once_and_the_run_says_why(
     assert harness.ends() == {"failed": (2, 0)}
     [event] = harness.service.events
     assert (event.kind, event.values["actors_alive"]) == ("status", 0)
-    assert "actor-1.0 has not got the weights: policy version 1 is" in str(event.values["warning"])
-    # The learner waits for nobody who is gone, and the next incarnation gets the weights.
+    warning = "actor-1.0 did not apply the weights: policy version 1 is"
+    assert warning in str(event.values["warning"])
+    # The learner does not wait for the lost actor, and its next incarnation gets the weights.
     [(_, members)] = harness.send("learner", publish)
     assert isinstance(members, m.WeightMembers) and members.actor_names == []
     harness.hello("actor-1.1", 1, incarnation=1)
@@ -395,7 +396,7 @@ def test_an_actor_without_whole_weights_is_lost_at_once_and_the_run_says_why(
     assert offered == ["OfferWeights", "WeightMembers"]
 
 
-def test_weights_that_did_not_arrive_show_as_a_warning_at_once(harness: ServiceHarness) -> None:
+def test_undelivered_weights_raise_a_warning_immediately(harness: ServiceHarness) -> None:
     harness.pass_baseline()
     harness.service.events.clear()
     failed = m.WeightsApplied(
@@ -403,16 +404,16 @@ def test_weights_that_did_not_arrive_show_as_a_warning_at_once(harness: ServiceH
         epoch=99,
         pause_s=0,
         transfer_s=0,
-        error="cut off",
+        error="connection lost",
         counts=harness.counts("actor-1.0"),
     )
     harness.send("actor-1.0", failed)
     [event] = harness.service.events
-    assert event.values["warning"] == "actor-1.0 has not got the weights: cut off"
+    assert event.values["warning"] == "actor-1.0 did not apply the weights: connection lost"
     assert event.values["actors_alive"] == 1
 
 
-def test_a_version_that_is_published_once_more_is_not_evaluated_again(tmp_path: Path) -> None:
+def test_republished_version_is_not_evaluated_again(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path, evaluate={"every": 1})
     harness.pass_baseline()
     harness.send("learner", published(0))
@@ -420,13 +421,13 @@ def test_a_version_that_is_published_once_more_is_not_evaluated_again(tmp_path: 
     assert leases.kind == "training"
 
 
-def test_an_actor_that_comes_while_the_run_ends_is_told_to_drain(harness: ServiceHarness) -> None:
+def test_actor_that_joins_during_shutdown_receives_drain(harness: ServiceHarness) -> None:
     harness.pass_baseline()
     harness.send("learner", m.FinishRun(policy_version=0, evaluate=False, reason="stopped"))
     assert kinds(harness.hello("actor-2.0", 2)) == ["Welcome", "Drain"]
 
 
-def test_an_actor_whose_connection_stays_gone_is_lost(harness: ServiceHarness) -> None:
+def test_actor_that_does_not_reconnect_is_lost(harness: ServiceHarness) -> None:
     harness.pass_baseline()
     harness.lease(2)
     harness.service.gone("actor-1.0", harness.now_s)
@@ -436,7 +437,7 @@ def test_an_actor_whose_connection_stays_gone_is_lost(harness: ServiceHarness) -
     assert harness.ends() == {"failed": (2, 0)}
 
 
-def test_an_actor_whose_connection_comes_back_is_kept(harness: ServiceHarness) -> None:
+def test_actor_that_reconnects_is_kept(harness: ServiceHarness) -> None:
     harness.pass_baseline()
     harness.lease(2)
     harness.service.gone("actor-1.0", harness.now_s)
@@ -446,7 +447,7 @@ def test_an_actor_whose_connection_comes_back_is_kept(harness: ServiceHarness) -
     assert harness.ends() == {}
 
 
-def test_a_batch_that_does_not_come_ends_the_run_with_the_reason(harness: ServiceHarness) -> None:
+def test_stalled_batch_ends_the_run_with_the_reason(harness: ServiceHarness) -> None:
     harness.pass_baseline()
     leases = harness.lease(1)
     harness.send("learner", m.TakeBatch(policy_version=0, num_groups=2))
@@ -456,21 +457,21 @@ def test_a_batch_that_does_not_come_ends_the_run_with_the_reason(harness: Servic
     )
     harness.wait(harness.config.cluster.peer_timeout_s - 1)
     harness.send("actor-1.0", m.WantWork(num_prompts=0, counts=ActorCounts()))
-    answers: list[tuple[str, m.Message]] = []
+    replies: list[tuple[str, m.Message]] = []
     while not harness.service.ended:
-        answers = harness.wait(30)
+        replies = harness.wait(30)
         harness.send("actor-1.0", m.WantWork(num_prompts=0, counts=ActorCounts()))
-    [abort] = [message for peer, message in answers if peer == "learner"]
+    [abort] = [message for peer, message in replies if peer == "learner"]
     assert isinstance(abort, m.Abort)
     assert "1 prompts screened; 0 passed the gate" in abort.message
     assert "easier prompts" in abort.message
 
 
-def test_actors_are_held_back_before_the_memory_bound_is_passed(tmp_path: Path) -> None:
+def test_backpressure_starts_before_the_memory_limit(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path, buffer={"credits": 100, "capacity_groups": 200})
     harness.pass_baseline()
     leases = harness.lease(100)
-    room = harness.service.lifecycle.credits_left
+    credits_before = harness.service.lifecycle.credits_left
     buffer = harness.config.buffer.model_copy(update={"capacity_bytes": 1000})
     harness.service.lifecycle.credit._config = harness.config.model_copy(  # pyright: ignore
         update={"buffer": buffer}
@@ -478,11 +479,11 @@ def test_actors_are_held_back_before_the_memory_bound_is_passed(tmp_path: Path) 
     for lease_id, prompt_id in zip(leases.lease_ids[:40], leases.prompt_ids[:40], strict=True):
         harness.send("actor-1.0", make_group(lease_id, prompt_id))  # 152 bytes each
     lifecycle = harness.service.lifecycle
-    assert room > 0
+    assert credits_before > 0
     assert lifecycle.credits_left == 0
 
 
-def test_an_expired_lease_is_offered_again_and_its_late_result_still_counts_once(
+def test_expired_lease_is_requeued_and_its_late_result_counts_once(
     tmp_path: Path,
 ) -> None:
     harness = ServiceHarness(tmp_path, buffer={"lease_timeout_s": 10.0})
@@ -493,35 +494,37 @@ def test_an_expired_lease_is_offered_again_and_its_late_result_still_counts_once
     harness.wait(11)
     assert harness.service.lifecycle.leases.num_charged == charged - 1
     assert "leases expired" in harness.service.warning
-    assert harness.lease(1).prompt_ids[0] == prompt_id  # offered to whoever asks next
+    assert harness.lease(1).prompt_ids[0] == prompt_id  # granted to the next request
     group = make_group(lease_id, prompt_id)
     harness.send("actor-1.0", group)
     harness.send("actor-1.0", group)
     assert len(harness.service.lifecycle.buffer) == 1
 
 
-def test_a_service_that_was_held_up_takes_nobody_s_silence_for_death(
+def test_suspended_service_does_not_time_out_its_peers(
     harness: ServiceHarness,
 ) -> None:
     harness.pass_baseline()
     harness.lease(1)
-    held_up_s = 2 * harness.config.cluster.peer_timeout_s
-    harness.now_s += held_up_s
-    harness.service.tick(harness.now_s, loop_lag_s=held_up_s)
+    suspended_s = 2 * harness.config.cluster.peer_timeout_s
+    harness.now_s += suspended_s
+    harness.service.tick(harness.now_s, loop_lag_s=suspended_s)
     assert [state.name for state in harness.service.membership.present()] == ["actor-1.0"]
-    harness.wait(harness.config.cluster.peer_timeout_s + 1)  # it listens again, and hears nothing
+    harness.wait(
+        harness.config.cluster.peer_timeout_s + 1
+    )  # without messages
     assert harness.service.membership.present() == ()
 
 
-def test_what_was_lost_before_stays_in_sight_whatever_is_warned_of_later(
+def test_recovery_notes_precede_later_warnings(
     harness: ServiceHarness,
 ) -> None:
     harness.pass_baseline()
     harness.service.notes = "the journal's tail was damaged"
-    harness.service.refused("actor-1.0", "it was malformed", harness.now_s)
+    harness.service.refused("actor-1.0", "malformed", harness.now_s)
     harness.wait(0.1)
-    said = harness.service.events[-1].values["warning"]
-    assert said == (
-        "the journal's tail was damaged\nactor-1 is lost: a message of it was refused: it was "
-        "malformed; its supervisor starts it again"
+    warning = harness.service.events[-1].values["warning"]
+    assert warning == (
+        "the journal's tail was damaged\nactor-1 is lost: its message was refused: malformed; its "
+        "supervisor restarts it"
     )

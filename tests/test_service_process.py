@@ -57,7 +57,7 @@ def make(
     return ServiceProcess(config, RunFolder(path=folder), life=0)
 
 
-def test_one_that_is_killed_before_it_has_ports_is_started_again(
+def test_process_killed_before_it_has_ports_is_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[str]]
 ) -> None:
     service = make(tmp_path, monkeypatch, started, KILLED, KILLED, SERVES_TO_THE_END)
@@ -71,7 +71,7 @@ def test_one_that_is_killed_before_it_has_ports_is_started_again(
     assert len(started) == 3
 
 
-def test_one_that_is_always_killed_at_its_start_is_an_error(
+def test_process_killed_at_every_start_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[str]]
 ) -> None:
     service = make(tmp_path, monkeypatch, started, *[KILLED] * 9)
@@ -80,7 +80,7 @@ def test_one_that_is_always_killed_at_its_start_is_an_error(
     assert len(started) == 6
 
 
-def test_one_without_a_journal_is_not_started_again(
+def test_process_without_a_journal_is_not_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[str]]
 ) -> None:
     service = make(tmp_path, monkeypatch, started, KILLED, durability="none")
@@ -89,7 +89,7 @@ def test_one_without_a_journal_is_not_started_again(
     assert len(started) == 1
 
 
-def test_one_that_ends_by_itself_without_a_word_is_an_error_and_not_waited_for(
+def test_process_that_exits_without_output_is_an_immediate_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[str]]
 ) -> None:
     service = make(tmp_path, monkeypatch, started, "", SERVES)
@@ -97,7 +97,7 @@ def test_one_that_ends_by_itself_without_a_word_is_an_error_and_not_waited_for(
         asyncio.run(service.start(Ports()))
 
 
-def test_one_that_is_killed_comes_back_at_its_ports_also_when_it_is_killed_once_more_on_the_way(
+def test_killed_process_restarts_at_its_ports_even_if_killed_again_during_the_restart(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     started: list[list[str]],

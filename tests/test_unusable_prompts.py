@@ -24,7 +24,7 @@ CONTEXT_LENGTH = 1024
 
 
 @pytest.mark.parametrize("kind", ["uniform", "posterior"])
-def test_a_retired_prompt_is_never_chosen_again(kind: str) -> None:
+def test_retired_prompt_is_never_chosen_again(kind: str) -> None:
     def make() -> UniformCurriculum | PosteriorCurriculum:
         if kind == "uniform":
             return UniformCurriculum(6, np.random.default_rng(0))
@@ -53,7 +53,7 @@ def test_a_retired_prompt_is_never_chosen_again(kind: str) -> None:
     assert curriculum.choose(3) == []
 
 
-def test_a_prompt_that_the_model_cannot_take_fails_once_and_is_said(tmp_path: Path) -> None:
+def test_unusable_prompt_fails_once_with_a_warning(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path, buffer={"credits": 100})
     harness.pass_baseline()
     leases = harness.lease(100)
@@ -70,7 +70,7 @@ def test_a_prompt_that_the_model_cannot_take_fails_once_and_is_said(tmp_path: Pa
     assert harness.service.lifecycle.ledger.failures == {"prompt": 2, "verifier": 98}
 
 
-def test_a_held_out_prompt_that_cannot_be_used_counts_as_not_passed_and_is_said(
+def test_unusable_held_out_prompt_counts_as_not_passed_with_a_warning(
     tmp_path: Path,
 ) -> None:
     harness = ServiceHarness(tmp_path, num_held_out=2)
@@ -88,7 +88,7 @@ def test_a_held_out_prompt_that_cannot_be_used_counts_as_not_passed_and_is_said(
     assert harness.service.lifecycle.unusable.num_held_out == 2
 
 
-def test_a_run_without_a_usable_prompt_ends_at_once_and_says_why(tmp_path: Path) -> None:
+def test_run_without_a_usable_prompt_ends_immediately_with_the_reason(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path, buffer={"credits": 100})
     harness.pass_baseline()
     leases = harness.lease(100)
@@ -138,7 +138,7 @@ def service_of(task: DigitTask, run: Run) -> BufferService:
     )
 
 
-def test_a_whole_run_goes_on_without_the_prompts_that_are_too_long(tmp_path: Path) -> None:
+def test_run_continues_without_the_prompts_that_are_too_long(tmp_path: Path) -> None:
     run = unusable_run(tmp_path, bad={0, 1, 2, 3, 4})
     finished = asyncio.run(asyncio.wait_for(run.execute(), 60))
     assert finished.completed and finished.optimizer_updates == 5
@@ -147,7 +147,7 @@ def test_a_whole_run_goes_on_without_the_prompts_that_are_too_long(tmp_path: Pat
     assert run.service.lifecycle.ledger.failures["prompt"] == unusable.num_training
 
 
-def test_a_whole_run_of_prompts_that_are_all_too_long_ends_with_the_reason(tmp_path: Path) -> None:
+def test_run_in_which_all_prompts_are_too_long_ends_with_the_reason(tmp_path: Path) -> None:
     run = unusable_run(tmp_path, bad=set(range(100)))
     with pytest.raises(ExceptionGroup) as caught:
         asyncio.run(asyncio.wait_for(run.execute(), 60))

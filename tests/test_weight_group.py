@@ -83,7 +83,7 @@ def not_applied(harness: ServiceHarness, actor: str, epoch: int) -> list[str]:
     return kinds(harness.send(actor, message))
 
 
-def test_a_late_joiner_gets_a_snapshot_of_its_own_and_no_lease_before_it(
+def test_late_joiner_gets_a_separate_broadcast_before_its_first_lease(
     harness: ServiceHarness,
 ) -> None:
     before = harness.service.learner.weight_group.epoch
@@ -110,7 +110,7 @@ def test_a_late_joiner_gets_a_snapshot_of_its_own_and_no_lease_before_it(
     assert publish(harness, 7)[1].epoch == before + 2
 
 
-def test_a_joiner_gets_no_lease_even_while_the_first_versions_are_fresh_enough(
+def test_joiner_gets_no_lease_even_if_version_0_is_fresh(
     tmp_path: Path,
 ) -> None:
     harness = ServiceHarness(tmp_path)  # max_staleness 1
@@ -122,7 +122,7 @@ def test_a_joiner_gets_no_lease_even_while_the_first_versions_are_fresh_enough(
     assert harness.service.membership.actors["actor-2.0"].want == 0
 
 
-def test_publishing_again_to_nobody_keeps_the_epoch_for_the_next_version(
+def test_broadcast_without_members_keeps_the_epoch(
     harness: ServiceHarness,
 ) -> None:
     before = harness.service.learner.weight_group.epoch
@@ -132,7 +132,7 @@ def test_publishing_again_to_nobody_keeps_the_epoch_for_the_next_version(
     assert publish(harness, 6)[1].epoch == before
 
 
-def test_an_actor_that_is_still_loading_is_not_disturbed_by_a_snapshot(
+def test_actor_that_is_still_applying_is_not_in_the_next_broadcast(
     harness: ServiceHarness,
 ) -> None:
     publish(harness, 6)
@@ -142,7 +142,7 @@ def test_an_actor_that_is_still_loading_is_not_disturbed_by_a_snapshot(
     assert list(publish(harness, 6)[0]) == ["actor-3.0"]
 
 
-def test_after_a_half_failed_broadcast_only_those_without_the_version_are_offered_it(
+def test_partially_failed_broadcast_is_repeated_only_for_actors_without_the_version(
     harness: ServiceHarness,
 ) -> None:
     first = publish(harness, 6)[1].epoch
@@ -153,7 +153,9 @@ def test_after_a_half_failed_broadcast_only_those_without_the_version_are_offere
     assert members.epoch == first + 1
 
 
-def test_who_is_missing_from_a_broadcast_is_lost_and_told_why(harness: ServiceHarness) -> None:
+def test_actor_missing_from_a_broadcast_is_lost_and_receives_the_reason(
+    harness: ServiceHarness,
+) -> None:
     publish(harness, 6)
     published(harness, 6, error="rank 2 never joined", missing=("actor-2.0", "actor-9.0"))
     assert list(publish(harness, 6)[0]) == ["actor-1.0"]
@@ -164,7 +166,7 @@ def test_who_is_missing_from_a_broadcast_is_lost_and_told_why(harness: ServiceHa
     assert kinds(harness.hello("actor-2.1", 2, incarnation=1)) == ["MembershipChanged", "Welcome"]
 
 
-def test_an_actor_whose_load_failed_gets_the_version_again_whichever_word_comes_first(
+def test_actor_whose_load_failed_gets_the_version_again_in_either_message_order(
     harness: ServiceHarness,
 ) -> None:
     for version, word_first in ((6, True), (7, False)):
@@ -183,7 +185,7 @@ def test_an_actor_whose_load_failed_gets_the_version_again_whichever_word_comes_
         applied(harness, "actor-2.0", version)
 
 
-def test_an_actor_may_take_several_ranks(tmp_path: Path) -> None:
+def test_actor_may_use_several_ranks(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path)
     harness.pass_baseline()
     wide = m.Hello(
@@ -206,7 +208,7 @@ def test_an_actor_may_take_several_ranks(tmp_path: Path) -> None:
     assert "weight_ranks must be between 1 and" in refusal.reason
 
 
-def test_leases_are_shared_by_those_who_want_them(harness: ServiceHarness) -> None:
+def test_leases_are_shared_by_the_actors_that_request_them(harness: ServiceHarness) -> None:
     assert harness.service.lifecycle.credits_left == 8
     for state in harness.service.membership.present():
         state.want = 20
@@ -229,7 +231,7 @@ def totals(harness: ServiceHarness) -> tuple[object, object]:
     return values["actors_alive"], values["actors_total"]
 
 
-def test_a_supervisor_that_joins_gets_an_index_beyond_the_ranks_and_the_config(
+def test_joining_supervisor_gets_an_index_above_all_ranks(
     harness: ServiceHarness,
 ) -> None:
     first, again, second = join(harness, "join-a"), join(harness, "join-a"), join(harness, "join-b")
@@ -244,7 +246,7 @@ def test_a_supervisor_that_joins_gets_an_index_beyond_the_ranks_and_the_config(
     assert "ending" in late.reason
 
 
-def test_a_rank_that_asks_keeps_its_index_and_is_never_given_a_name_twice(
+def test_joining_rank_keeps_its_index_and_gets_a_new_incarnation(
     harness: ServiceHarness, tmp_path: Path
 ) -> None:
     def place(of: ServiceHarness, supervisor: str) -> tuple[int, int]:
@@ -265,7 +267,7 @@ def test_a_rank_that_asks_keeps_its_index_and_is_never_given_a_name_twice(
     assert again.service.ended  # a rank's failure is the run's
 
 
-def test_those_who_joined_are_counted_until_they_leave(harness: ServiceHarness) -> None:
+def test_joined_actors_are_counted_until_they_leave(harness: ServiceHarness) -> None:
     join(harness, "join-a")
     assert totals(harness) == (2, 2)
     harness.hello("actor-3.0", 3)
@@ -285,7 +287,7 @@ def next_life(harness: ServiceHarness, folder: Path, *, actors: int) -> ServiceH
     return again
 
 
-def test_one_that_joined_goes_on_in_the_next_life_with_its_index(
+def test_joined_actor_keeps_its_index_in_the_next_attempt(
     harness: ServiceHarness, tmp_path: Path
 ) -> None:
     join(harness, "join-a")
@@ -298,7 +300,7 @@ def test_one_that_joined_goes_on_in_the_next_life_with_its_index(
         assert newcomer.index == 4  # not that of one who is here
 
 
-def test_one_that_joins_a_run_that_has_fewer_ranks_now_is_not_taken_for_one_of_them(
+def test_joining_a_run_with_fewer_ranks_does_not_reuse_the_index_of_a_rank(
     harness: ServiceHarness, tmp_path: Path
 ) -> None:
     """The rank's name was given up as lost, and whoever bears it is refused."""
@@ -309,7 +311,7 @@ def test_one_that_joins_a_run_that_has_fewer_ranks_now_is_not_taken_for_one_of_t
     assert "Welcome" in kinds(again.hello("actor-3.0", 3))
 
 
-def test_one_that_joined_gives_way_to_a_rank_that_has_its_index_now(
+def test_rank_takes_over_the_index_of_a_joined_actor(
     harness: ServiceHarness, tmp_path: Path
 ) -> None:
     join(harness, "join-a")
@@ -332,7 +334,7 @@ def test_one_that_joined_gives_way_to_a_rank_that_has_its_index_now(
     assert newcomer.index == 4
 
 
-def test_the_failure_of_one_that_joined_is_its_own(harness: ServiceHarness) -> None:
+def test_failure_of_a_joined_actor_does_not_end_the_run(harness: ServiceHarness) -> None:
     join(harness, "join-a")
     harness.hello("actor-3.0", 3)
     harness.send("join-a", m.Failure(role="actor-3", message="no such folder"))
@@ -346,7 +348,7 @@ def test_the_failure_of_one_that_joined_is_its_own(harness: ServiceHarness) -> N
 # --- figures --------------------------------------------------------------------------------------
 
 
-def test_pauses_transfers_and_lags_are_told(harness: ServiceHarness) -> None:
+def test_pauses_transfers_and_lags_are_reported(harness: ServiceHarness) -> None:
     harness.send("learner", trained(6, [], groups=0, tokens=0))
     publish(harness, 6)
     harness.wait(0.75)

@@ -62,7 +62,7 @@ def inspection(tmp_path: Path) -> PayloadRules:
     return PayloadRules(make_config(str(tmp_path)), vocab_size=100)
 
 
-def test_what_honest_roles_say_is_believed(inspection: PayloadRules) -> None:
+def test_valid_messages_are_accepted(inspection: PayloadRules) -> None:
     refused = replace(APPLIED, policy_version=-1, error="out of memory", usable=False)
     honest: list[m.Message] = [GROUP, screened_out(1), failed(1, "drained"), evaluated(1), REPORT]
     honest += [APPLIED, refused, HELLO, PUBLISH, trained(9, [1, 2], groups=2, tokens=9)]
@@ -129,14 +129,18 @@ def test_what_honest_roles_say_is_believed(inspection: PayloadRules) -> None:
         (replace(PUBLISH, deadline_s=-1.0), "deadline_s = -1.0 cannot be"),
     ],
 )
-def test_what_cannot_be_is_named(inspection: PayloadRules, message: m.Message, said: str) -> None:
+def test_invalid_messages_are_rejected_with_the_reason(
+    inspection: PayloadRules, message: m.Message, said: str
+) -> None:
     fault = fault_of(inspection, message)
     assert fault is not None
     assert fault.startswith(f"{type(message).__name__}: ")
     assert said in fault
 
 
-def test_a_refused_actor_is_told_once_muted_and_its_prompts_return(tmp_path: Path) -> None:
+def test_refused_actor_is_rejected_once_and_blocked_and_its_prompts_are_requeued(
+    tmp_path: Path,
+) -> None:
     harness = ServiceHarness(tmp_path)
     harness.pass_baseline()
     harness.hello("actor-2.0", 2)
@@ -166,7 +170,7 @@ def test_a_refused_actor_is_told_once_muted_and_its_prompts_return(tmp_path: Pat
         ("training", lambda lease: make_group(lease, 77), "is for prompt "),
     ],
 )
-def test_a_result_that_is_not_of_its_lease_is_refused_and_the_books_close(
+def test_result_that_does_not_match_its_lease_is_rejected_and_the_ledger_balances(
     tmp_path: Path, kind: str, result: Callable[[int], m.Message], said: str
 ) -> None:
     harness = ServiceHarness(tmp_path)
@@ -186,7 +190,7 @@ def test_a_result_that_is_not_of_its_lease_is_refused_and_the_books_close(
     assert not harness.service.membership.present()
 
 
-def test_the_learner_trains_what_it_was_given_and_nothing_else(tmp_path: Path) -> None:
+def test_learner_trains_only_groups_of_its_batches(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path)
     harness.pass_baseline()
     before = harness.ends()
@@ -197,7 +201,7 @@ def test_the_learner_trains_what_it_was_given_and_nothing_else(tmp_path: Path) -
     assert (harness.ends(), harness.service.policy_version) == (before, 0)
 
 
-def test_nobody_takes_the_learner_s_place(tmp_path: Path) -> None:
+def test_second_learner_is_rejected(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path)
     harness.pass_baseline()
     [(_, answer)] = harness.send("thief", replace(HELLO, role="learner", index=0))
@@ -206,7 +210,7 @@ def test_nobody_takes_the_learner_s_place(tmp_path: Path) -> None:
     assert kinds(harness.hello("learner", 0)) == ["Welcome"]  # the learner itself may come back
 
 
-def test_a_flood_of_strangers_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_flood_of_unknown_peers_leaves_no_state(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path)
     harness.pass_baseline()
     before = harness.service.membership.num_known
@@ -219,7 +223,7 @@ def test_a_flood_of_strangers_leaves_nothing_behind(tmp_path: Path) -> None:
     assert harness.service.validator.num_refused == 600
 
 
-def test_a_run_takes_in_a_bounded_number_of_actors(tmp_path: Path) -> None:
+def test_number_of_admitted_actors_is_bounded(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path)
     harness.pass_baseline()
     lost = harness.service.membership.lost
@@ -230,7 +234,7 @@ def test_a_run_takes_in_a_bounded_number_of_actors(tmp_path: Path) -> None:
         assert "takes no more" in answer.reason
 
 
-def test_an_actor_s_wording_of_failures_does_not_pile_up(tmp_path: Path) -> None:
+def test_number_and_size_of_failure_kinds_are_bounded(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path)
     ledger = harness.service.lifecycle.ledger
     for number in range(1000):
@@ -240,7 +244,7 @@ def test_an_actor_s_wording_of_failures_does_not_pile_up(tmp_path: Path) -> None
     assert max(map(len, ledger.failures)) <= 100
 
 
-def test_the_mute_table_is_bounded_and_counts_on() -> None:
+def test_blocked_peers_table_is_bounded_and_its_counter_is_not() -> None:
     table = BlockedPeers(capacity=2)
     for name in (b"a", b"b", b"a", b"c"):
         table.add(name)
@@ -248,7 +252,7 @@ def test_the_mute_table_is_bounded_and_counts_on() -> None:
     assert (len(table), table.num_muted) == (2, 3)
 
 
-def test_a_stranger_s_failure_does_not_end_the_run(tmp_path: Path) -> None:
+def test_failure_of_an_unknown_peer_does_not_end_the_run(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path)
     harness.pass_baseline()
     for peer, role in (("stranger", "learner"), ("stranger", "stranger"), ("actor-9.0", "actor-9")):
@@ -260,7 +264,7 @@ def test_a_stranger_s_failure_does_not_end_the_run(tmp_path: Path) -> None:
     assert early.service.ended
 
 
-def test_a_stranger_that_is_turned_away_leaves_no_session_and_no_record(tmp_path: Path) -> None:
+def test_rejected_unknown_peer_leaves_no_session_and_no_record(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path)
     harness.pass_baseline()
     machine = StateMachine(harness.service)
