@@ -1,4 +1,4 @@
-"""Priority, eviction, staleness and fairness of the buffer, on numbers worked out by hand."""
+"""Priority, eviction, staleness and fairness of the buffer, against hand-computed values."""
 
 import math
 import tracemalloc
@@ -40,7 +40,7 @@ def test_group_with_pass_rate_nearest_one_half_is_taken_first() -> None:
     buffer = make_buffer()
     for lease_id, pass_rate in enumerate([0.1, 0.5, 0.9, 0.4]):
         buffer.insert(buffered(lease_id, pass_rate=pass_rate))
-    # p(1-p): .09 .25 .09 .24; the tie between 0 and 2 goes to the older lease.
+    # p(1-p): .09 .25 .09 .24; of the equal groups 0 and 2, the older lease is first.
     assert taken_ids(buffer, 4) == [1, 3, 0, 2]
 
 
@@ -59,7 +59,7 @@ def test_lowest_priority_group_is_evicted_over_capacity() -> None:
     evicted = buffer.insert(buffered(2, pass_rate=0.3))
     assert [group.lease_id for group in evicted] == [0]
     assert len(buffer) == 2
-    # Equal in all: the newest goes, the oldest stays.
+    # Of equal groups, the newest is evicted.
     assert [g.lease_id for g in buffer.insert(buffered(3, pass_rate=0.3))] == [3]
 
 
@@ -79,7 +79,7 @@ def test_group_passed_over_max_times_is_taken_first() -> None:
     assert taken_ids(buffer, 2) == [1, 2]
     buffer.insert(buffered(7, pass_rate=0.5))
     assert taken_ids(buffer, 2) == [3, 4]
-    # 0 has now been passed over twice: it goes first, then the rest by priority; 7 came later.
+    # Group 0 has been passed over twice: it is first, then the rest by priority; 7 is newer.
     assert taken_ids(buffer, 2) == [0, 5]
 
 
@@ -110,7 +110,7 @@ def test_removed_groups_do_not_grow_the_heaps() -> None:
 
 
 def test_group_costs_less_than_300_bytes_and_20_microseconds() -> None:
-    """`python -m benchmarks.priority_buffer` says the same of a million."""
+    """`python -m benchmarks.priority_buffer` measures a million groups."""
     num_groups = 40_000
     tracemalloc.start()
     buffer = make_buffer(capacity_groups=num_groups, capacity_bytes=1 << 62)
@@ -123,5 +123,5 @@ def test_group_costs_less_than_300_bytes_and_20_microseconds() -> None:
     insert_us, _ = timed(inserts(buffer, make_groups(num_groups // 2, num_groups, 1)))
     take_us, _ = timed(takes(buffer, num_groups // 16), 16)
     assert len(buffer) == 0
-    assert insert_us < 20  # each evicts another
+    assert insert_us < 20  # each insert evicts a group
     assert take_us < 20

@@ -1,4 +1,4 @@
-"""The server loop: effects are sent after their inputs are written; inputs are received meanwhile."""
+"""The server loop: an input is written before its effects are sent, and receiving continues."""
 
 import asyncio
 import threading

@@ -510,9 +510,7 @@ def test_suspended_service_does_not_time_out_its_peers(
     harness.now_s += suspended_s
     harness.service.tick(harness.now_s, loop_lag_s=suspended_s)
     assert [state.name for state in harness.service.membership.present()] == ["actor-1.0"]
-    harness.wait(
-        harness.config.cluster.peer_timeout_s + 1
-    )  # without messages
+    harness.wait(harness.config.cluster.peer_timeout_s + 1)  # without messages
     assert harness.service.membership.present() == ()
 
 

@@ -1,4 +1,4 @@
-"""The service's benchmarks move real groups through real processes, in small."""
+"""Small runs of the service benchmarks with real groups and processes."""
 
 import pytest
 

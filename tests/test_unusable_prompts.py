@@ -1,4 +1,4 @@
-"""Prompts that the model cannot take: each fails once, is said, and an end without any is said."""
+"""Unusable prompts: each fails once with a warning, and a run without usable prompts ends."""
 
 import asyncio
 from pathlib import Path
@@ -20,7 +20,7 @@ from speed_async.types import Prompt
 
 TOO_LONG = "prompt: the prompt has 120 tokens and the context holds 96"
 CONTEXT_LENGTH = 1024
-"""Of the scripted engine."""
+"""Context length of the scripted engine."""
 
 
 @pytest.mark.parametrize("kind", ["uniform", "posterior"])
@@ -33,20 +33,20 @@ def test_retired_prompt_is_never_chosen_again(kind: str) -> None:
     curriculum = make()
     first = curriculum.choose(6)
     curriculum.give_back(first[0])
-    for prompt_id in (first[0], first[1], first[1]):  # one waits to be offered again
+    for prompt_id in (first[0], first[1], first[1]):  # the first is queued again
         curriculum.record(prompt_id, 0, 0)
         curriculum.retire(prompt_id)
-    for prompt_id in first[:3]:  # a late result of another lease changes nothing
+    for prompt_id in first[:3]:  # a late result of another lease has no effect
         curriculum.record(prompt_id, 1, 4)
         curriculum.give_back(prompt_id)
     left = set(first[2:])
     assert curriculum.num_left == 4
     assert set(curriculum.choose(4)) == left
     assert set(curriculum.choose(9)) == left  # more leases than prompts
-    again = make()
-    again.restore(curriculum.state())
-    assert again.num_left == 4
-    assert again.choose(5) == curriculum.choose(5)
+    restored = make()
+    restored.restore(curriculum.state())
+    assert restored.num_left == 4
+    assert restored.choose(5) == curriculum.choose(5)
     for prompt_id in left:
         curriculum.retire(prompt_id)
     assert curriculum.num_left == 0
@@ -106,7 +106,7 @@ def test_run_without_a_usable_prompt_ends_immediately_with_the_reason(tmp_path: 
 
 
 def unusable_run(folder: Path, bad: set[int]) -> Run:
-    """A whole run of which these training prompts are longer than the engine's context."""
+    """A run in which the training prompts `bad` are longer than the engine's context."""
     (folder / "config.json").write_text("{}")
     config = make_config(
         str(folder),

@@ -1,4 +1,4 @@
-"""Who is offered which weights, in which epoch; and what is told of their travels."""
+"""Members and epochs of weight broadcasts, joining actors, and metrics of the broadcasts."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from speed_async.types import ActorCounts
 
 @pytest.fixture
 def harness(tmp_path: Path) -> ServiceHarness:
-    """A run at version 5 with two actors that hold it."""
+    """A run at version 5 that two actors have applied."""
     harness = ServiceHarness(tmp_path, cluster={"actors": 2}, run={"updates": 100})
     harness.pass_baseline()
     harness.hello("actor-2.0", 2)
@@ -31,9 +31,9 @@ def publish(
     message = m.PublishWeights(
         policy_version=version, store_host="h", store_port=1, backend="gloo", deadline_s=1.0
     )
-    answers = harness.send("learner", message)
-    [members] = [answer for _, answer in answers if isinstance(answer, m.WeightMembers)]
-    return {peer: a for peer, a in answers if isinstance(a, m.OfferWeights)}, members
+    replies = harness.send("learner", message)
+    [members] = [reply for _, reply in replies if isinstance(reply, m.WeightMembers)]
+    return {peer: a for peer, a in replies if isinstance(a, m.OfferWeights)}, members
 
 
 def published(
@@ -77,7 +77,7 @@ def not_applied(harness: ServiceHarness, actor: str, epoch: int) -> list[str]:
         epoch=epoch,
         pause_s=0,
         transfer_s=0,
-        error="cut off",
+        error="connection lost",
         counts=ActorCounts(),
     )
     return kinds(harness.send(actor, message))
@@ -87,8 +87,8 @@ def test_late_joiner_gets_a_separate_broadcast_before_its_first_lease(
     harness: ServiceHarness,
 ) -> None:
     before = harness.service.learner.weight_group.epoch
-    answers = harness.hello("actor-3.0", 3)
-    assert kinds(answers) == ["MembershipChanged", "Welcome"]
+    replies = harness.hello("actor-3.0", 3)
+    assert kinds(replies) == ["MembershipChanged", "Welcome"]
     assert kinds(harness.send("actor-3.0", m.WantWork(num_prompts=2, counts=ActorCounts()))) == []
     offers, members = publish(harness, 5)
     assert list(offers) == ["actor-3.0"]
@@ -98,7 +98,7 @@ def test_late_joiner_gets_a_separate_broadcast_before_its_first_lease(
     assert state.want == 2
     applied(harness, "actor-3.0", 5)
     assert state.want == 0
-    # The next version: everyone, in an epoch of all three; and it stays theirs.
+    # The next version goes to all three actors in a new epoch, which then persists.
     offers, members = publish(harness, 6)
     assert {peer: offer.rank for peer, offer in offers.items()} == {
         "actor-1.0": 1,
@@ -146,7 +146,7 @@ def test_partially_failed_broadcast_is_repeated_only_for_actors_without_the_vers
     harness: ServiceHarness,
 ) -> None:
     first = publish(harness, 6)[1].epoch
-    applied(harness, "actor-1.0", 6)  # it got everything before the other one failed
+    applied(harness, "actor-1.0", 6)  # it received all buckets before actor-2.0 failed
     published(harness, 6, error="bucket 2 failed")
     offers, members = publish(harness, 6)
     assert list(offers) == ["actor-2.0"]
@@ -159,27 +159,27 @@ def test_actor_missing_from_a_broadcast_is_lost_and_receives_the_reason(
     publish(harness, 6)
     published(harness, 6, error="rank 2 never joined", missing=("actor-2.0", "actor-9.0"))
     assert list(publish(harness, 6)[0]) == ["actor-1.0"]
-    answers = harness.send("actor-2.0", m.WantWork(num_prompts=1, counts=ActorCounts()))
-    [(_, rejected)] = [answer for answer in answers if isinstance(answer[1], m.Rejected)]
+    replies = harness.send("actor-2.0", m.WantWork(num_prompts=1, counts=ActorCounts()))
+    [(_, rejected)] = [reply for reply in replies if isinstance(reply[1], m.Rejected)]
     assert isinstance(rejected, m.Rejected)
-    assert "it held up the weights: rank 2 never joined" in rejected.reason
+    assert "it blocked the weight broadcast: rank 2 never joined" in rejected.reason
     assert kinds(harness.hello("actor-2.1", 2, incarnation=1)) == ["MembershipChanged", "Welcome"]
 
 
 def test_actor_whose_load_failed_gets_the_version_again_in_either_message_order(
     harness: ServiceHarness,
 ) -> None:
-    for version, word_first in ((6, True), (7, False)):
+    for version, applied_first in ((6, True), (7, False)):
         epoch = publish(harness, version)[1].epoch
-        if not word_first:
+        if not applied_first:
             published(harness, version)
         assert not_applied(harness, "actor-2.0", epoch) == ["MembershipChanged"]
-        if word_first:
+        if applied_first:
             published(harness, version)
         offers, members = publish(harness, version)
         assert list(offers) == ["actor-2.0"]
         assert members.epoch == epoch + 1
-        assert not_applied(harness, "actor-2.0", epoch) == []  # late, about the group before
+        assert not_applied(harness, "actor-2.0", epoch) == []  # late, about the previous group
         published(harness, version)
         applied(harness, "actor-1.0", version)
         applied(harness, "actor-2.0", version)
@@ -217,12 +217,12 @@ def test_leases_are_shared_by_the_actors_that_request_them(harness: ServiceHarne
     assert sizes == {"actor-1.0": 4, "actor-2.0": 4}
 
 
-# --- coming and going ---------------------------------------------------------------------------
+# --- joining and leaving ------------------------------------------------------------------------
 
 
 def join(harness: ServiceHarness, supervisor: str) -> m.Message:
-    [(_, answer)] = harness.send(supervisor, Join(machine="there", process_id=1))
-    return answer
+    [(_, reply)] = harness.send(supervisor, Join(machine="there", process_id=1))
+    return reply
 
 
 def totals(harness: ServiceHarness) -> tuple[object, object]:
@@ -234,11 +234,15 @@ def totals(harness: ServiceHarness) -> tuple[object, object]:
 def test_joining_supervisor_gets_an_index_above_all_ranks(
     harness: ServiceHarness,
 ) -> None:
-    first, again, second = join(harness, "join-a"), join(harness, "join-a"), join(harness, "join-b")
+    first, repeated, second = (
+        join(harness, "join-a"),
+        join(harness, "join-a"),
+        join(harness, "join-b"),
+    )
     assert isinstance(first, JoinAccepted)
     assert isinstance(second, JoinAccepted)
     assert (first.index, second.index) == (3, 4)
-    assert again == first
+    assert repeated == first
     assert '"name":"arithmetic"' in first.config
     harness.send("learner", m.FinishRun(policy_version=5, evaluate=False, reason="stopped"))
     late = join(harness, "join-c")
@@ -249,22 +253,22 @@ def test_joining_supervisor_gets_an_index_above_all_ranks(
 def test_joining_rank_keeps_its_index_and_gets_a_new_incarnation(
     harness: ServiceHarness, tmp_path: Path
 ) -> None:
-    def place(of: ServiceHarness, supervisor: str) -> tuple[int, int]:
+    def join_rank(of: ServiceHarness, supervisor: str) -> tuple[int, int]:
         join = Join(machine="there", process_id=1, has_rank=True, rank=2)
-        answer = of.service.at_once(supervisor, join, "")
-        assert isinstance(answer, JoinAccepted)
-        return answer.index, answer.incarnation
+        reply = of.service.reply_without_record(supervisor, join, "")
+        assert isinstance(reply, JoinAccepted)
+        return reply.index, reply.incarnation
 
-    assert place(harness, "actor-2.join-a") == (2, 1)  # actor-2.0 is here
+    assert join_rank(harness, "actor-2.join-a") == (2, 1)  # actor-2.0 is running
     harness.hello("actor-2.1", 2, incarnation=1)  # its supervisor was killed
-    assert place(harness, "actor-2.join-b") == (2, 2)
-    assert totals(harness) == (2, 2)  # no actor beside the ranks is expected
-    again = next_life(harness, tmp_path, actors=2)
-    assert place(again, "actor-2.join-c") == (2, 1000)
-    again.send("learner", m.FinishRun(policy_version=5, evaluate=False, reason="stopped"))
-    assert place(again, "actor-2.join-d") == (2, 1000)
-    again.send("actor-2.join-d", m.Failure(role="actor-2", message="no GPU"))
-    assert again.service.ended  # a rank's failure is the run's
+    assert join_rank(harness, "actor-2.join-b") == (2, 2)
+    assert totals(harness) == (2, 2)  # no joined actor is expected
+    resumed = next_attempt(harness, tmp_path, actors=2)
+    assert join_rank(resumed, "actor-2.join-c") == (2, 1000)
+    resumed.send("learner", m.FinishRun(policy_version=5, evaluate=False, reason="stopped"))
+    assert join_rank(resumed, "actor-2.join-d") == (2, 1000)
+    resumed.send("actor-2.join-d", m.Failure(role="actor-2", message="no GPU"))
+    assert resumed.service.ended  # the failure of a rank ends the run
 
 
 def test_joined_actors_are_counted_until_they_leave(harness: ServiceHarness) -> None:
@@ -278,13 +282,13 @@ def test_joined_actors_are_counted_until_they_leave(harness: ServiceHarness) -> 
     assert totals(harness) == (2, 2)
 
 
-def next_life(harness: ServiceHarness, folder: Path, *, actors: int) -> ServiceHarness:
-    """The same run, started again with another number of ranks."""
-    again = ServiceHarness(folder, cluster={"actors": actors}, run={"updates": 100})
-    restore(again.service, capture(harness.service))
-    again.service.begin_attempt(1, 0.0)
-    again.hello("learner", 0, incarnation=1)
-    return again
+def next_attempt(harness: ServiceHarness, folder: Path, *, actors: int) -> ServiceHarness:
+    """The same run, resumed with another number of ranks."""
+    resumed = ServiceHarness(folder, cluster={"actors": actors}, run={"updates": 100})
+    restore(resumed.service, capture(harness.service))
+    resumed.service.begin_attempt(1, 0.0)
+    resumed.hello("learner", 0, incarnation=1)
+    return resumed
 
 
 def test_joined_actor_keeps_its_index_in_the_next_attempt(
@@ -293,22 +297,22 @@ def test_joined_actor_keeps_its_index_in_the_next_attempt(
     join(harness, "join-a")
     harness.hello("actor-3.0", 3)
     for actors in (1, 2):
-        again = next_life(harness, tmp_path, actors=actors)
-        assert "Welcome" in kinds(again.hello("actor-3.1", 3, incarnation=1))
-        newcomer = join(again, "join-b")
+        resumed = next_attempt(harness, tmp_path, actors=actors)
+        assert "Welcome" in kinds(resumed.hello("actor-3.1", 3, incarnation=1))
+        newcomer = join(resumed, "join-b")
         assert isinstance(newcomer, JoinAccepted)
-        assert newcomer.index == 4  # not that of one who is here
+        assert newcomer.index == 4  # not the index of a present actor
 
 
 def test_joining_a_run_with_fewer_ranks_does_not_reuse_the_index_of_a_rank(
     harness: ServiceHarness, tmp_path: Path
 ) -> None:
-    """The rank's name was given up as lost, and whoever bears it is refused."""
-    again = next_life(harness, tmp_path, actors=1)
-    newcomer = join(again, "join-a")
+    """The former rank is lost, so a peer with its name is rejected."""
+    resumed = next_attempt(harness, tmp_path, actors=1)
+    newcomer = join(resumed, "join-a")
     assert isinstance(newcomer, JoinAccepted)
     assert newcomer.index == 3
-    assert "Welcome" in kinds(again.hello("actor-3.0", 3))
+    assert "Welcome" in kinds(resumed.hello("actor-3.0", 3))
 
 
 def test_rank_takes_over_the_index_of_a_joined_actor(
@@ -316,20 +320,20 @@ def test_rank_takes_over_the_index_of_a_joined_actor(
 ) -> None:
     join(harness, "join-a")
     harness.hello("actor-3.0", 3)
-    again = next_life(harness, tmp_path, actors=3)
-    assert "Welcome" in kinds(again.hello("actor-3.1000", 3, incarnation=1000))
-    [(peer, refusal)] = again.hello("actor-3.1", 3, incarnation=1)
+    resumed = next_attempt(harness, tmp_path, actors=3)
+    assert "Welcome" in kinds(resumed.hello("actor-3.1000", 3, incarnation=1000))
+    [(peer, refusal)] = resumed.hello("actor-3.1", 3, incarnation=1)
     assert peer == "actor-3.1"
     assert isinstance(refusal, m.Rejected)
     assert refusal.reason == (
-        "the run goes on with more ranks, one of which is actor-3 now: join again to be given "
+        "the run was resumed with more ranks, and actor-3 is one of them now: join again to get "
         "another index"
     )
-    again.send("join-a", m.Failure(role="actor-3", message=refusal.reason))
-    assert not again.service.ended
-    assert [state.name for state in again.service.membership.present()] == ["actor-3.1000"]
-    assert totals(again) == (1, 3)
-    newcomer = join(again, "join-b")
+    resumed.send("join-a", m.Failure(role="actor-3", message=refusal.reason))
+    assert not resumed.service.ended
+    assert [state.name for state in resumed.service.membership.present()] == ["actor-3.1000"]
+    assert totals(resumed) == (1, 3)
+    newcomer = join(resumed, "join-b")
     assert isinstance(newcomer, JoinAccepted)
     assert newcomer.index == 4
 
@@ -345,7 +349,7 @@ def test_failure_of_a_joined_actor_does_not_end_the_run(harness: ServiceHarness)
     assert harness.service.ended
 
 
-# --- figures --------------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
 def test_pauses_transfers_and_lags_are_reported(harness: ServiceHarness) -> None:
@@ -373,7 +377,7 @@ def test_pauses_transfers_and_lags_are_reported(harness: ServiceHarness) -> None
         "weights/lag/actor-1": 1,
         "weights/lag/actor-2": 1,
     }
-    # Pauses: 0.25 twice (version 5), 0.5, 1.5. Lags: two of 5 (the first update), four of 1.
+    # Pauses: 0.25 twice (version 5), 0.5 and 1.5. Lags: 5 twice (first update), 1 four times.
     assert harness.service.learner.weight_times.summary() == {
         "pause_s": 0.625,
         "transfer_s": 0.5,
