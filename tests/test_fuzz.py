@@ -49,10 +49,10 @@ def test_corpus_contains_every_message_of_the_protocol():
 @SLOW_SETTINGS
 @given(st.integers(0, 2**32), st.integers(1, 30))
 def test_corrupted_frames_are_rejected_or_decode_to_valid_messages(seed: int, count: int):
-    spoiler = Spoiler(seed)
+    mutator = Spoiler(seed)
     for _ in range(count):
         try:
-            message = decode(spoiler.next())
+            message = decode(mutator.next())
         except ProtocolError as error:
             assert len(str(error)) < 1000
             continue
@@ -69,32 +69,32 @@ def test_deeply_nested_values_are_rejected():
 @settings(SLOW_SETTINGS, max_examples=40)
 @given(seed=st.integers(0, 2**32))
 def test_unknown_peers_change_nothing_and_members_only_their_own_state(model: Path, seed: int):
-    spoiler, strangers = Spoiler(seed), Strangers(seed)
+    mutator, peers = Spoiler(seed), Strangers(seed)
     target = Target(model)
     before = target.digest()
     for _ in range(100):
-        target.receive(strangers.next(), spoiler.next())
+        target.receive(peers.next(), mutator.next())
     assert target.digest() == before
     sessions = len(target.machine.conversations._sessions)
     assert sessions <= 3
-    honest = target.machine.service.lifecycle.leases.of_holder(HONEST)
+    leases = target.machine.service.lifecycle.leases.of_holder(HONEST)
     for _ in range(20):
-        target.receive(LIAR, spoiler.next())
+        target.receive(LIAR, mutator.next())
     assert books_close(target)
     after = target.machine.service.lifecycle.leases.of_holder(HONEST)
-    assert [entry.lease for entry in after][: len(honest)] == [entry.lease for entry in honest]
+    assert [entry.lease for entry in after][: len(leases)] == [entry.lease for entry in leases]
     num_before, want = target.num_taken_in, WantWork(num_prompts=1, counts=ActorCounts())
     target.receive(HONEST, [bytes(frame) for frame in encode(want)])
     assert target.num_taken_in == num_before + 1
 
 
 def test_flood_under_new_names_does_not_grow_memory(model: Path):
-    spoiler, strangers, target = Spoiler(0), Strangers(0), Target(model)
-    frames = [spoiler.next() for _ in range(500)]
+    mutator, peers, target = Spoiler(0), Strangers(0), Target(model)
+    frames = [mutator.next() for _ in range(500)]
 
     def flood() -> None:
         for number in range(5000):
-            target.receive(strangers.next(), frames[number % 500])
+            target.receive(peers.next(), frames[number % 500])
         target.reasons.clear()
         gc.collect()  # errors and their tracebacks form cycles
 
@@ -126,7 +126,7 @@ def test_hub_serves_other_peers_during_a_flood(run):
         hub = await open_hub(HOST, 0)
         good = await open_link(HOST, hub.port, "actor-1.0")
         context = zmq.Context()
-        spoiler, goodbye = Spoiler(3), Goodbye(counts=ActorCounts())
+        mutator, goodbye = Spoiler(3), Goodbye(counts=ActorCounts())
         num_received = 0
         try:
             for number in range(150):
@@ -135,7 +135,7 @@ def test_hub_serves_other_peers_during_a_flood(run):
                 bad.IDENTITY = new_identity(f"bad-{number}")
                 bad.connect(f"tcp://{HOST}:{hub.port}")
                 for _ in range(3):
-                    bad.send_multipart(spoiler.next() or [b""])
+                    bad.send_multipart(mutator.next() or [b""])
                 if number % 10 == 0:
                     await good.send(goodbye)
                     while True:

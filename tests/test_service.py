@@ -293,7 +293,7 @@ def test_learner_messages_from_other_peers_are_rejected(harness: ServiceHarness)
     harness.pass_baseline()
     [(_, reply)] = harness.send("actor-1.0", m.TakeBatch(policy_version=0, num_groups=1))
     assert isinstance(reply, m.Rejected)
-    [(_, reply)] = harness.send("stranger", m.WantWork(num_prompts=1, counts=ActorCounts()))
+    [(_, reply)] = harness.send("unknown", m.WantWork(num_prompts=1, counts=ActorCounts()))
     assert isinstance(reply, m.Rejected)
 
 

@@ -12,7 +12,6 @@ answers    a TakeBatch when enough fresh groups are buffered and the first evalu
 from collections.abc import Callable
 
 from speed_async.buffer.curriculum.curriculum import Curriculum
-from speed_async.buffer.ending import Ending, Step
 from speed_async.buffer.evaluations import Accuracy, Evaluations
 from speed_async.buffer.grants import Grants
 from speed_async.buffer.learner_handler import LearnerHandler
@@ -28,6 +27,7 @@ from speed_async.buffer.reporting.status import (
     summary_values,
 )
 from speed_async.buffer.reporting.warnings import Warnings
+from speed_async.buffer.shutdown import Shutdown, ShutdownStep
 from speed_async.buffer.validation import MessageValidator
 from speed_async.buffer.validation_rules import PayloadRules
 from speed_async.config.schema import Config
@@ -84,7 +84,7 @@ class BufferService:
         self.snapshot_due = False
         """A checkpoint is durable or an attempt began, so a snapshot makes older records
         unnecessary."""
-        self.life = 0
+        self.attempt = 0
         """Attempt number: how often this run was restarted."""
         self.sequence = 0
         """Sequence number of the current input in the journal."""
@@ -119,7 +119,7 @@ class BufferService:
         self._feed_port = feed_port
         self._target_reached = False
         self._stop_asked = False
-        self._ending = Ending(config.cluster)
+        self._shutdown = Shutdown(config.cluster)
         self._evaluated_version: int | None = None
         self._handlers: dict[type[m.Message], Callable[..., None]] = {
             m.Failure: self._on_failure,
@@ -176,7 +176,7 @@ class BufferService:
         """The reply to a message that changes no state and needs no journal record; None for other
         messages. These are refused messages of unknown peers, repeated joins, and joins of the
         supervisors of ranks."""
-        if isinstance(message, Join) and self._ending.finish is None:
+        if isinstance(message, Join) and self._shutdown.finish is None:
             index = self.membership.index_of(peer)
             if index is not None:
                 return self._accepted(index)
@@ -187,7 +187,7 @@ class BufferService:
             self.validator.refused(peer)
             return m.Rejected(reason=refusal[:MAX_REASON_CHARS])
         if isinstance(message, Join) and message.has_rank:
-            return self._accepted(message.rank, self.life)
+            return self._accepted(message.rank, self.attempt)
         return None
 
     def tick(self, now_s: float, loop_lag_s: float = 0.0) -> None:
@@ -224,13 +224,13 @@ class BufferService:
 
     def begin_attempt(self, attempt: int, now_s: float) -> None:
         """All processes were restarted; none of the old ones returns."""
-        self.life = attempt
+        self.attempt = attempt
         self.ended = False
         for state in self.membership.present():
             self.lose(state, "the run was restarted")
         self.membership.begin_attempt()
         self.learner.begin_attempt()
-        self._ending = Ending(self.config.cluster)
+        self._shutdown = Shutdown(self.config.cluster)
         self._target_reached = self._stop_asked = False
         self.warnings.close("stop")
         self.snapshot_due = True
@@ -255,7 +255,7 @@ class BufferService:
     # --- peers -----------------------------------------------------------------------------
 
     def _on_join(self, peer: str, now_s: float, key: str) -> None:
-        if self._ending.finish is not None:
+        if self._shutdown.finish is not None:
             self.send(peer, m.Rejected(reason="this run is ending"))
             return
         self.send(peer, self._accepted(self.membership.admit(peer, key, now_s)))
@@ -278,7 +278,7 @@ class BufferService:
             if self.policy_version > 0:
                 self.learner.send(m.MembershipChanged(reason=f"{peer} joined"))
         self.send(peer, m.Welcome(policy_version=self.policy_version))
-        if self._ending.draining:
+        if self._shutdown.draining:
             self.send(peer, m.Drain(reason="the run is ending"))
 
     def _on_failure(self, peer: str, failure: m.Failure, now_s: float) -> None:
@@ -405,7 +405,7 @@ class BufferService:
         unusable = self.lifecycle.unusable.describe()
         if unusable != known:
             self.warnings.open("prompts", unusable)
-        if self.lifecycle.is_exhausted and self._ending.finish is None:
+        if self.lifecycle.is_exhausted and self._shutdown.finish is None:
             self.fail(self.lifecycle.unusable.describe_exhausted(), now_s)
         elif evaluation is not None:
             self._evaluation_done(evaluation, now_s)
@@ -448,7 +448,7 @@ class BufferService:
             return
         evaluated = self._evaluated_version == message.policy_version  # published again
         due = self._evaluations.due(message.policy_version) and not evaluated
-        if due and self._ending.finish is None:
+        if due and self._shutdown.finish is None:
             self._evaluations.start(message.policy_version)
 
     def _on_applied(self, peer: str, message: m.WeightsApplied, now_s: float) -> None:
@@ -474,7 +474,7 @@ class BufferService:
         self.emit("status", now_s, {})  # immediately, as feedback to Ctrl-C
 
     def _on_finish(self, peer: str, finish: m.FinishRun, now_s: float) -> None:
-        self._ending.request(finish, now_s)
+        self._shutdown.request(finish, now_s)
         self.learner.batches.cancel()
 
     # --- transitions that depend on the current state ----------------------------------------
@@ -483,9 +483,9 @@ class BufferService:
         """Perform every transition that the current state permits."""
         if self.ended:
             return
-        self._advance_ending(now_s)
+        self._advance_shutdown(now_s)
         self.phase = self._current_phase()
-        if not self._ending.draining:
+        if not self._shutdown.draining:
             self._grant(now_s)
         if self._baseline_done:
             evaluating = self._evaluations.target_version is not None
@@ -504,29 +504,29 @@ class BufferService:
         text = f"no batch could be filled within {stall_s:.0f} s: {stall_reason(self)}"
         self.fail(f"{ROLE}: {text}", now_s)
 
-    def _advance_ending(self, now_s: float) -> None:
+    def _advance_shutdown(self, now_s: float) -> None:
         present = self.membership.present()
-        step = self._ending.next_step(
+        step = self._shutdown.next_step(
             now_s,
             evaluating_version=self._evaluations.target_version,
             evaluated_version=self._evaluated_version,
             num_present=len(present),
         )
-        finish = self._ending.finish
+        finish = self._shutdown.finish
         if finish is None:
             return
         match step:
-            case Step.EVALUATE:
+            case ShutdownStep.EVALUATE:
                 self._evaluations.start(finish.policy_version)
-            case Step.DRAIN:
+            case ShutdownStep.DRAIN:
                 for state in present:
                     self.send(state.name, m.Drain(reason=finish.reason))
-                self._advance_ending(now_s)
-            case Step.GIVE_UP:
+                self._advance_shutdown(now_s)
+            case ShutdownStep.GIVE_UP:
                 for state in present:
                     self.lose(state, "did not drain in time")
-                self._advance_ending(now_s)
-            case Step.END:
+                self._advance_shutdown(now_s)
+            case ShutdownStep.END:
                 self._end(finish, now_s)
             case _:
                 pass
@@ -544,18 +544,18 @@ class BufferService:
         self.ended = True
 
     def _current_phase(self) -> str:
-        if self._ending.draining:
+        if self._shutdown.draining:
             return "draining"
         if self._stop_asked:
             return "stopping"
         if not self.membership.present():
             return "starting"
-        ending = self._ending.finish is not None
+        ending = self._shutdown.finish is not None
         return "evaluating" if ending or not self._baseline_done else "training"
 
     def _grant(self, now_s: float) -> None:
         version = self.policy_version
-        training = self._ending.finish is None
+        training = self._shutdown.finish is None
         present = self.membership.present()
         for name, leases in self._grants.next(present, version, now_s, training=training):
             self.send(name, leases)

@@ -14,9 +14,9 @@ from speed_async.transport import messages as m
 from speed_async.transport.session import Ack, Nack, Ping, Receipt, Session
 
 PING_INTERVAL_S = 1.0
-GIVEN_UP = "this incarnation was declared lost: start a new one"
+DECLARED_LOST = "this incarnation was declared lost: start a new one"
 FORGOTTEN = "the service lost messages that it had sent to this peer: start a new incarnation"
-UNKNOWN = "the service does not know this peer: start a new incarnation"
+UNKNOWN_PEER = "the service does not know this peer: start a new incarnation"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +60,7 @@ class Sessions:
             if session.rewind(message.heard):
                 self.unsent.append(peer)
             else:
-                self.replies.append((peer, m.Rejected(reason=GIVEN_UP)))
+                self.replies.append((peer, m.Rejected(reason=DECLARED_LOST)))
             return False
         if isinstance(message, Ping):
             lacks = message.sent > session.heard
@@ -81,7 +81,7 @@ class Sessions:
             return False
         if message.number <= 1 and not isinstance(message, Ping):
             return True
-        self.replies.append((peer, m.Rejected(reason=UNKNOWN)))
+        self.replies.append((peer, m.Rejected(reason=UNKNOWN_PEER)))
         return False
 
     def record_received(self, peer: str, message: m.Message) -> None:
@@ -178,18 +178,18 @@ class Sessions:
         session = self._sessions.get(peer)
         return session.num_unacked if session else len(self._once.get(peer, ()))
 
-    def give_up(self, peer: str) -> None:
+    def discard_unacked(self, peer: str) -> None:
         """Discard the unacknowledged messages of a peer that does not return."""
         if session := self._sessions.get(peer):
             session.forget_all()
         self._once.pop(peer, None)
 
-    def forget(self, peer: str) -> None:
+    def remove(self, peer: str) -> None:
         """Remove all state of a peer, after its join expired."""
         for table in (self._sessions, self._once, self._nack_s, self._ping_s):
             table.pop(peer, None)
 
-    def forget_all(self) -> None:
+    def clear(self) -> None:
         """Remove all sessions: no peer of the previous attempt returns."""
         self._sessions.clear()
         self._once.clear()

@@ -138,17 +138,17 @@ class StateMachine:
     def _begin_attempt(self, attempt: int, now_s: float) -> None:
         self.service.begin_attempt(attempt, now_s)
         self.service.outbox.clear()
-        self.conversations.forget_all()
+        self.conversations.clear()
         self._after(now_s)
 
     def _after(self, now_s: float) -> None:
         self.last_s = now_s
         service = self.service
         for peer in service.lost_peers:
-            self.conversations.give_up(peer)
+            self.conversations.discard_unacked(peer)
         service.lost_peers.clear()
         for peer in service.expired_joins:
-            self.conversations.forget(peer)
+            self.conversations.remove(peer)
         service.expired_joins.clear()
         if service.outbox:
             for peer, message in service.outbox:

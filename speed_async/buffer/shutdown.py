@@ -9,7 +9,7 @@ from speed_async.config.schema import ClusterConfig
 from speed_async.transport.messages import FinishRun
 
 
-class Step(Enum):
+class ShutdownStep(Enum):
     TRAIN = auto()
     """No shutdown was requested."""
     WAIT = auto()
@@ -22,7 +22,7 @@ class Step(Enum):
     END = auto()
 
 
-class Ending:
+class Shutdown:
     def __init__(self, config: ClusterConfig) -> None:
         self.finish: FinishRun | None = None
         self.draining = False
@@ -39,17 +39,19 @@ class Ending:
         evaluating_version: int | None,
         evaluated_version: int | None,
         num_present: int,
-    ) -> Step:
+    ) -> ShutdownStep:
         """The next step of the shutdown. DRAIN also advances this state."""
         if self.finish is None:
-            return Step.TRAIN
+            return ShutdownStep.TRAIN
         waited_s = now_s - self._since_s
         if not self.draining:
             unevaluated = self.finish.evaluate and evaluated_version != self.finish.policy_version
             if unevaluated and waited_s < self._config.stall_timeout_s:
-                return Step.EVALUATE if evaluating_version is None else Step.WAIT
+                return ShutdownStep.EVALUATE if evaluating_version is None else ShutdownStep.WAIT
             self.draining, self._since_s = True, now_s
-            return Step.DRAIN
+            return ShutdownStep.DRAIN
         if num_present == 0:
-            return Step.END
-        return Step.GIVE_UP if waited_s > self._config.drain_timeout_s else Step.WAIT
+            return ShutdownStep.END
+        return (
+            ShutdownStep.GIVE_UP if waited_s > self._config.drain_timeout_s else ShutdownStep.WAIT
+        )
