@@ -166,9 +166,22 @@ MARKS = (
         "a header of",
         "is not for the service",
     ),
-    *("is the learner's to send", "say Hello first", "without frames", "fingerprint", "failure of"),
-    *("cannot be", "is no peer name", "does not know this peer", "characters", "counts", "breaks"),
-    *("in flight than", "from the future", "vocabulary", "not finite", "is none", "no lease"),
+    *(
+        "is accepted from the learner only",
+        "send Hello first",
+        "without frames",
+        "fingerprint",
+        "failure of",
+    ),
+    *(
+        "out of range",
+        "is no peer name",
+        "does not know this peer",
+        "characters",
+        "counts",
+        "breaks",
+    ),
+    *("in flight than", "from the future", "vocabulary", "not finite", "is not one of", "no lease"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Small groups and messages for tests of the buffer room."""
+"""Small groups and messages for tests of the buffer service."""
 
 from collections.abc import Sequence
 
@@ -53,7 +53,8 @@ def make_group(
 
 
 def screened(theta: float, rng: np.random.Generator) -> tuple[int, int]:
-    """(passed, completions) of one lease at pass rate theta: 4, and 20 more when 4 are mixed."""
+    """(passed, completions) of one lease at pass rate theta: 4 completions, and 20 more if the
+    first 4 have mixed outcomes."""
     passed = int(rng.binomial(4, theta))
     return (passed + int(rng.binomial(20, theta)), 24) if 0 < passed < 4 else (passed, 4)
 

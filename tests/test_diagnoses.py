@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from buffer_fixtures import make_group
-from service_desk import Desk, evaluated, failed, screened_out, trained
+from service_harness import ServiceHarness, evaluated, failed, screened_out, trained
 
 from speed_async.buffer.durability.snapshot import capture, restore
 from speed_async.buffer.ledger import MAX_EXAMPLE_CHARS
@@ -23,16 +23,16 @@ NO_GATE: dict[str, dict[str, object]] = {
 whole_group = partial(make_group, num_screening=0)
 
 
-class WatchedService(Desk):
+class WatchedService(ServiceHarness):
     """A service harness that keeps events, past its first evaluation."""
 
     def __init__(self, folder: Path, **sections: dict[str, object]) -> None:
         super().__init__(folder, **sections)
-        self.past_baseline(ACTOR)
+        self.pass_baseline(ACTOR)
 
     def status(self, seconds: float = 0.5) -> dict[str, Value]:
         """Values of the status event at the tick after `seconds`."""
-        self.say(ACTOR, m.WantWork(num_prompts=0, counts=ActorCounts()))  # a heartbeat
+        self.send(ACTOR, m.WantWork(num_prompts=0, counts=ActorCounts()))  # a heartbeat
         self.service.events.clear()
         self.wait(seconds)
         return self.last("status").values
@@ -46,17 +46,17 @@ class WatchedService(Desk):
     def refuse(self, count: int, *, num_passed: int = 0, num_truncated: int = 0) -> None:
         """Report `count` prompts of two completions that the gate refuses."""
         for _ in range(count):
-            self.say(ACTOR, screened_out(self.lease(1).lease_ids[0], num_passed, num_truncated))
+            self.send(ACTOR, screened_out(self.lease(1).lease_ids[0], num_passed, num_truncated))
 
     def group(self, rewards: tuple[float, ...] = (1, 0, 0, 1), *, gate: bool = True) -> None:
         leases = self.lease(1)
         make = make_group if gate else whole_group
-        self.say(ACTOR, make(leases.lease_ids[0], leases.prompt_ids[0], rewards=rewards))
+        self.send(ACTOR, make(leases.lease_ids[0], leases.prompt_ids[0], rewards=rewards))
 
     def update(self, grad_norm: float, *, skipped: bool = False) -> None:
         version = self.service.policy_version + 1
         message = trained(version, [], groups=0, tokens=0)
-        self.say("learner", replace(message, skipped=skipped, metrics={"grad_norm": grad_norm}))
+        self.send("learner", replace(message, skipped=skipped, metrics={"grad_norm": grad_norm}))
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_many_completions_without_a_reward_are_diagnosed_at_once(harness: Watche
 
 
 def test_truncated_completions_hide_the_diagnoses_they_explain(harness: WatchedService) -> None:
-    harness.say("learner", m.TakeBatch(policy_version=0, num_groups=2))
+    harness.send("learner", m.TakeBatch(policy_version=0, num_groups=2))
     harness.refuse(256, num_truncated=2)
     text = harness.diagnoses(25)
     assert text.startswith(
@@ -120,7 +120,7 @@ def test_truncated_completions_of_whole_groups_are_counted(ungated: WatchedServi
     for _ in range(40):
         leases = ungated.lease(1)
         group = whole_group(leases.lease_ids[0], leases.prompt_ids[0])
-        ungated.say(ACTOR, replace(group, cut=np.ones(4, np.int32)))
+        ungated.send(ACTOR, replace(group, cut=np.ones(4, np.int32)))
     assert "160 of the last 160 reached a length limit" in ungated.diagnoses(31)
     assert "80 earned a reward" in ungated.diagnoses()
 
@@ -130,7 +130,7 @@ def test_a_gate_that_starves_the_learner_is_diagnosed_until_enough_prompts_pass(
     tmp_path: Path, num_passed: int, change: str
 ) -> None:
     harness = WatchedService(tmp_path)
-    harness.say("learner", m.TakeBatch(policy_version=0, num_groups=2))
+    harness.send("learner", m.TakeBatch(policy_version=0, num_groups=2))
     harness.refuse(80, num_passed=num_passed)
     assert harness.diagnoses(19) == ""
     text = harness.diagnoses(2)
@@ -208,7 +208,7 @@ def test_a_run_without_updates_and_a_stopped_one_are_not_nothing_learned(
 def test_a_run_resumed_from_a_checkpoint_alone_may_have_learned_before(
     ungated: WatchedService,
 ) -> None:
-    ungated.say(
+    ungated.send(
         "learner",
         m.Resumed(
             policy_version=7,
@@ -243,7 +243,7 @@ def test_failing_prompts_are_diagnosed_with_the_first_example(harness: WatchedSe
     for number in range(20):
         lease = harness.lease(1).lease_ids[0]
         reason = f"prompt: the prompt has {500 + number} tokens and the context holds 96"
-        harness.say(ACTOR, failed(lease, reason))
+        harness.send(ACTOR, failed(lease, reason))
     text = harness.diagnoses()
     assert text.startswith(
         "prompts fail: 20 of the last 20 training prompts gave no result; 20 times, for example: "
@@ -256,19 +256,19 @@ def test_failing_prompts_are_diagnosed_with_the_first_example(harness: WatchedSe
 
 def test_drained_and_stale_leases_are_no_failing_prompts(harness: WatchedService) -> None:
     for reason in [m.DRAINED, m.STALE] * 10:
-        harness.say(ACTOR, failed(harness.lease(1).lease_ids[0], reason))
+        harness.send(ACTOR, failed(harness.lease(1).lease_ids[0], reason))
     assert harness.diagnoses() == ""
 
 
 def test_failing_held_out_prompts_are_diagnosed_because_they_lower_the_accuracy(
     tmp_path: Path,
 ) -> None:
-    harness = Desk(tmp_path, num_held_out=32)
+    harness = ServiceHarness(tmp_path, num_held_out=32)
     harness.hello("learner", 0)
     harness.hello(ACTOR, 1)
     for number, lease_id in enumerate(harness.lease(32).lease_ids):
         fails = number % 16 == 0
-        harness.say(ACTOR, failed(lease_id, "prompt: too long") if fails else evaluated(lease_id))
+        harness.send(ACTOR, failed(lease_id, "prompt: too long") if fails else evaluated(lease_id))
     harness.wait(0.5)
     text = str(harness.service.events[-1].values["diagnoses"])
     assert text.startswith("held-out prompts fail: 2 of the last 32 count as not passed")
@@ -276,11 +276,11 @@ def test_failing_held_out_prompts_are_diagnosed_because_they_lower_the_accuracy(
 
 
 def test_the_stall_error_names_the_failure_and_not_the_timeout(harness: WatchedService) -> None:
-    harness.say("learner", m.TakeBatch(policy_version=0, num_groups=2))
+    harness.send("learner", m.TakeBatch(policy_version=0, num_groups=2))
     for _ in range(3):
-        harness.say(ACTOR, failed(harness.lease(1).lease_ids[0], "prompt: it has 500 tokens"))
+        harness.send(ACTOR, failed(harness.lease(1).lease_ids[0], "prompt: it has 500 tokens"))
     for _ in range(25):
-        harness.say(ACTOR, m.WantWork(num_prompts=0, counts=ActorCounts()))
+        harness.send(ACTOR, m.WantWork(num_prompts=0, counts=ActorCounts()))
         harness.wait(30)
     reason = str(harness.last("end").values["reason"])
     assert "failed groups: 3 x prompt. Remedy: prompts fail, for example: prompt: it has 500" in (
@@ -292,7 +292,7 @@ def test_the_stall_error_names_the_failure_and_not_the_timeout(harness: WatchedS
 
 def test_the_first_example_of_each_failure_is_kept_and_bounded(harness: WatchedService) -> None:
     for reason in ("verifier: first", "verifier: second", "x" * 200 + ": " + "y" * 2000):
-        harness.say(ACTOR, failed(harness.lease(1).lease_ids[0], reason))
+        harness.send(ACTOR, failed(harness.lease(1).lease_ids[0], reason))
     table = harness.service.lifecycle.ledger.table(0)
     examples = table["failure_examples"]
     assert isinstance(examples, dict)
@@ -344,8 +344,8 @@ def end_run(harness: WatchedService, outcome: str) -> dict[str, object]:
     finish = m.FinishRun(
         policy_version=version, evaluate=False, reason=outcome, stopped=outcome == "stopped"
     )
-    harness.say("learner", finish)
+    harness.send("learner", finish)
     counts = harness.counts(ACTOR)
-    [(_, summary)] = harness.say(ACTOR, m.Goodbye(counts=counts))
+    [(_, summary)] = harness.send(ACTOR, m.Goodbye(counts=counts))
     assert isinstance(summary, m.Summary)
     return summary.fields

@@ -1,6 +1,6 @@
-"""Frames that no honest peer sends: nothing but refusals comes of them, and nothing stays behind.
+"""Invalid frames are rejected and leave no state.
 
-The long form is `python -m benchmarks.fuzz`.
+`python -m benchmarks.fuzz` runs longer.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ from speed_async.transport.zeromq import open_hub, open_link
 from speed_async.types import ActorCounts
 
 HOST = "127.0.0.1"
-SOON_S = 20.0
-PATIENT = settings(
+TIMEOUT_S = 20.0
+SLOW_SETTINGS = settings(
     deadline=None,
     max_examples=100,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
@@ -40,67 +40,67 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_corpus_holds_every_message_of_the_protocol():
+def test_corpus_contains_every_message_of_the_protocol():
     assert {type(message).__name__ for message in corpus()} == set(_LAYOUTS)
     for message in corpus():
         assert type(decode(encode(message))) is type(message)
 
 
-@PATIENT
+@SLOW_SETTINGS
 @given(st.integers(0, 2**32), st.integers(1, 30))
-def test_spoiled_frames_are_refused_or_whole(seed: int, count: int):
-    spoiler = Spoiler(seed)
+def test_corrupted_frames_are_rejected_or_decode_to_valid_messages(seed: int, count: int):
+    mutator = Spoiler(seed)
     for _ in range(count):
         try:
-            message = decode(spoiler.next())
+            message = decode(mutator.next())
         except ProtocolError as error:
             assert len(str(error)) < 1000
             continue
-        encode(message)  # what is let through is a message that could have been sent
+        encode(message)  # an accepted message can be encoded
 
 
-def test_what_is_nested_too_deeply_to_be_shown_is_refused():
+def test_deeply_nested_values_are_rejected():
     start = b"\x95" + b"\xab" + MAGIC.encode() + bytes([PROTOCOL_VERSION])
     for header in (start + NASTY_DEEP + b"\x80\x90", start + b"\xa5Probe" + NASTY_DEEP + b"\x90"):
         with pytest.raises(ProtocolError):
             decode([header])
 
 
-@settings(PATIENT, max_examples=40)
+@settings(SLOW_SETTINGS, max_examples=40)
 @given(seed=st.integers(0, 2**32))
-def test_strangers_change_nothing_and_insiders_only_what_is_theirs(model: Path, seed: int):
-    spoiler, strangers = Spoiler(seed), Strangers(seed)
+def test_unknown_peers_change_nothing_and_members_only_their_own_state(model: Path, seed: int):
+    mutator, peers = Spoiler(seed), Strangers(seed)
     target = Target(model)
     before = target.digest()
     for _ in range(100):
-        target.receive(strangers.next(), spoiler.next())
+        target.receive(peers.next(), mutator.next())
     assert target.digest() == before
     sessions = len(target.machine.conversations._sessions)
     assert sessions <= 3
-    honest = target.machine.service.lifecycle.leases.of_holder(HONEST)
+    leases = target.machine.service.lifecycle.leases.of_holder(HONEST)
     for _ in range(20):
-        target.receive(LIAR, spoiler.next())
+        target.receive(LIAR, mutator.next())
     assert books_close(target)
     after = target.machine.service.lifecycle.leases.of_holder(HONEST)
-    assert [entry.lease for entry in after][: len(honest)] == [entry.lease for entry in honest]
-    served, want = target.num_taken_in, WantWork(num_prompts=1, counts=ActorCounts())
+    assert [entry.lease for entry in after][: len(leases)] == [entry.lease for entry in leases]
+    num_before, want = target.num_taken_in, WantWork(num_prompts=1, counts=ActorCounts())
     target.receive(HONEST, [bytes(frame) for frame in encode(want)])
-    assert target.num_taken_in == served + 1
+    assert target.num_taken_in == num_before + 1
 
 
-def test_a_flood_under_new_names_grows_nothing(model: Path):
-    spoiler, strangers, target = Spoiler(0), Strangers(0), Target(model)
-    frames = [spoiler.next() for _ in range(500)]
+def test_flood_under_new_names_does_not_grow_memory(model: Path):
+    mutator, peers, target = Spoiler(0), Strangers(0), Target(model)
+    frames = [mutator.next() for _ in range(500)]
 
     def flood() -> None:
         for number in range(5000):
-            target.receive(strangers.next(), frames[number % 500])
+            target.receive(peers.next(), frames[number % 500])
         target.reasons.clear()
-        gc.collect()  # errors and their tracebacks are rings
+        gc.collect()  # errors and their tracebacks form cycles
 
     tracemalloc.start()
     try:
-        for _ in range(2):  # tables that are bounded fill up
+        for _ in range(2):  # fill the bounded tables
             flood()
         before, _ = tracemalloc.get_traced_memory()
         flood()
@@ -111,23 +111,23 @@ def test_a_flood_under_new_names_grows_nothing(model: Path):
     assert len(target.muted) == 4096
 
 
-def test_the_command_says_what_it_saw(model: Path, capsys: pytest.CaptureFixture[str]):
-    assert fuzz(200, 1, model) in (True, False)  # growth is no matter for 200 frames
+def test_command_prints_its_findings(model: Path, capsys: pytest.CaptureFixture[str]):
+    assert fuzz(200, 1, model) in (True, False)  # 200 frames do not measure growth
     out = capsys.readouterr().out
     assert "state unchanged by unknown peers: True" in out
     assert "violated invariants: 0" in out
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
-def test_a_hub_under_fire_serves_the_others(run):
-    """Real sockets: connection after connection under new names, each with frames of its own."""
+def test_hub_serves_other_peers_during_a_flood(run):
+    """Real sockets: many connections under new names, each with different frames."""
 
-    async def play() -> None:
+    async def scenario() -> None:
         hub = await open_hub(HOST, 0)
         good = await open_link(HOST, hub.port, "actor-1.0")
         context = zmq.Context()
-        spoiler, goodbye = Spoiler(3), Goodbye(counts=ActorCounts())
-        heard = 0
+        mutator, goodbye = Spoiler(3), Goodbye(counts=ActorCounts())
+        num_received = 0
         try:
             for number in range(150):
                 bad = context.socket(zmq.DEALER)
@@ -135,24 +135,24 @@ def test_a_hub_under_fire_serves_the_others(run):
                 bad.IDENTITY = new_identity(f"bad-{number}")
                 bad.connect(f"tcp://{HOST}:{hub.port}")
                 for _ in range(3):
-                    bad.send_multipart(spoiler.next() or [b""])
+                    bad.send_multipart(mutator.next() or [b""])
                 if number % 10 == 0:
                     await good.send(goodbye)
                     while True:
-                        peer, message = await hub.receive(SOON_S)
+                        peer, message = await hub.receive(TIMEOUT_S)
                         if peer == "actor-1.0":
                             assert message == goodbye
-                            heard += 1
+                            num_received += 1
                             break
                 bad.close()
             with pytest.raises(DeadlineExceeded):
                 while True:
                     await hub.receive(0.1)
-            assert heard == 15
+            assert num_received == 15
             assert 0 < hub.rejected <= hub.muted.num_muted
         finally:
             context.destroy(linger=0)
             await good.close()
             await hub.close()
 
-    run(asyncio.wait_for(play(), 3 * SOON_S))
+    run(asyncio.wait_for(scenario(), 3 * TIMEOUT_S))

@@ -1,9 +1,9 @@
-"""What a learner that comes back may have to train again is found by its version."""
+"""Lookup of the recorded updates that a resumed learner repeats."""
 
 import time
 
 from buffer_fixtures import make_group
-from service_desk import trained
+from service_harness import trained
 
 from speed_async.buffer.group_table import BufferedGroup
 from speed_async.buffer.lineage import Lineage
@@ -23,38 +23,38 @@ def group(lease_id: int) -> BufferedGroup:
     )
 
 
-def lineage(*versions: int) -> Lineage:
+def make_lineage(*versions: int) -> Lineage:
     lineage, one = Lineage(), group(0)
     for version in versions:
         lineage.trained(trained(version, [0], 0, 0), [one])
     return lineage
 
 
-def test_it_leads_from_each_version_that_it_holds_the_updates_after() -> None:
-    lines = lineage(*range(1, 9))
-    assert [lines.after(version).policy_version for version in range(8)] == [*range(1, 9)]  # type: ignore[union-attr]
-    assert lines.after(8) is None
-    assert lines.leads(0, 8)
-    assert lines.leads(8, 8)
-    assert not lines.leads(9, 8)
-    assert not lines.leads(0, 9)
-    lines.forget_to(3)
-    assert lines.after(2) is None
-    assert not lines.leads(2, 8)
-    assert lines.leads(3, 8)
+def test_replay_is_possible_from_each_version_with_its_updates_recorded() -> None:
+    lineage = make_lineage(*range(1, 9))
+    assert [lineage.after(version).policy_version for version in range(8)] == [*range(1, 9)]  # type: ignore[union-attr]
+    assert lineage.after(8) is None
+    assert lineage.can_replay(0, 8)
+    assert lineage.can_replay(8, 8)
+    assert not lineage.can_replay(9, 8)
+    assert not lineage.can_replay(0, 9)
+    lineage.prune(3)
+    assert lineage.after(2) is None
+    assert not lineage.can_replay(2, 8)
+    assert lineage.can_replay(3, 8)
 
 
-def test_a_gap_leads_nowhere() -> None:
-    lines = lineage(1, 2, 4)
-    assert lines.after(2) is None
-    assert lines.leads(0, 2)
-    assert not lines.leads(0, 4)
-    assert lines.leads(3, 4)
+def test_replay_is_impossible_across_a_gap() -> None:
+    lineage = make_lineage(1, 2, 4)
+    assert lineage.after(2) is None
+    assert lineage.can_replay(0, 2)
+    assert not lineage.can_replay(0, 4)
+    assert lineage.can_replay(3, 4)
 
 
-def test_a_run_that_kept_every_batch_is_looked_through_at_once() -> None:
-    """`learner.checkpoint_every = 0`: the service answers nobody meanwhile."""
-    lines = lineage(*range(1, 30_001))
-    began_s = time.process_time()
-    assert lines.leads(0, 30_000)
-    assert time.process_time() - began_s < 2.0
+def test_replay_check_of_a_long_lineage_is_fast() -> None:
+    """With `learner.checkpoint_every = 0`, all updates are kept; the check blocks the service."""
+    lineage = make_lineage(*range(1, 30_001))
+    started_s = time.process_time()
+    assert lineage.can_replay(0, 30_000)
+    assert time.process_time() - started_s < 2.0

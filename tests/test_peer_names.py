@@ -1,4 +1,4 @@
-"""Who may use a peer's name: over real sockets, and the table behind it."""
+"""Ownership of peer names: over real sockets, and in the table of names."""
 
 import asyncio
 from contextlib import suppress
@@ -25,37 +25,38 @@ NAME = "actor-1.0"
 
 
 async def assert_served(hub: ZmqHub, link: Link, number: int) -> None:
-    """Both ways, under NAME."""
+    """Assert that messages pass in both directions under NAME."""
     await link.send(Ping(sent=number))
     assert await hub.receive(SOON_S) == (NAME, Ping(sent=number))
     assert await say(hub, NAME, Welcome(policy_version=number)) is Delivery.QUEUED
-    assert await heard(link) == Welcome(policy_version=number)
+    assert await next_message(link) == Welcome(policy_version=number)
 
 
-async def heard(link: Link):
-    """The next message that is no control message."""
+async def next_message(link: Link):
+    """The next message that is not an Ack."""
     while True:
         message = await link.receive(SOON_S)
         if type(message).__name__ != "Ack":
             return message
 
 
-async def assert_refused(hub: ZmqHub, link: Link, why: str) -> None:
-    """It is told why, counted and muted; none of its messages comes in."""
+async def assert_refused(hub: ZmqHub, link: Link, reason: str) -> None:
+    """Assert that the peer receives the reason, is counted and blocked, and that the hub receives
+    none of its messages."""
     before = hub.rejected, hub.muted.num_muted
     for number in range(3):
         await link.send(Ping(sent=66 + number))
     with pytest.raises(DeadlineExceeded):
         await hub.receive(0.3)
-    answer = await link.receive(SOON_S)
-    assert isinstance(answer, Rejected)
-    assert why in answer.reason
+    reply = await link.receive(SOON_S)
+    assert isinstance(reply, Rejected)
+    assert reason in reply.reason
     assert (hub.rejected, hub.muted.num_muted) == (before[0] + 1, before[1] + 1)
-    assert hub.newly_rejected == []  # nothing is laid at the owner's door
+    assert hub.newly_rejected == []  # not attributed to the owner
 
 
-async def until_heard(hub: ZmqHub, link: Link) -> None:
-    """What is sent while a connection breaks may be lost; later it is not."""
+async def wait_until_received(hub: ZmqHub, link: Link) -> None:
+    """Send until a message arrives. Messages sent while the connection breaks may be lost."""
     async with asyncio.timeout(SOON_S):
         while True:
             await link.send(Ack())
@@ -74,7 +75,9 @@ async def wait_until_gone(hub: ZmqHub) -> None:
 
 
 @over_sockets()
-async def test_a_second_link_under_a_name_in_use_is_refused_and_the_first_goes_on(stage: ZmqStage):
+async def test_second_link_under_a_name_in_use_is_rejected_and_the_first_still_works(
+    stage: ZmqStage,
+):
     owner = await stage.link(NAME)
     await assert_served(stage.hub, owner, 1)
     for _ in range(3):
@@ -83,11 +86,13 @@ async def test_a_second_link_under_a_name_in_use_is_refused_and_the_first_goes_o
 
 
 @over_sockets()
-async def test_what_is_malformed_under_another_s_name_is_not_laid_at_its_door(stage: ZmqStage):
+async def test_malformed_frames_under_the_name_of_another_peer_are_not_attributed_to_it(
+    stage: ZmqStage,
+):
     owner = await stage.link(NAME)
     await assert_served(stage.hub, owner, 1)
-    thief = await stage.raw_peer(NAME)
-    await thief.send_frames([b"rubbish"])
+    intruder = await stage.raw_peer(NAME)
+    await intruder.send_frames([b"malformed"])
     with pytest.raises(DeadlineExceeded):
         await stage.hub.receive(0.3)
     assert (stage.hub.rejected, stage.hub.newly_rejected) == (1, [])
@@ -95,7 +100,7 @@ async def test_what_is_malformed_under_another_s_name_is_not_laid_at_its_door(st
 
 
 @over_sockets()
-async def test_a_bare_name_is_no_identity(stage: ZmqStage):
+async def test_bare_name_is_not_a_valid_identity(stage: ZmqStage):
     context: zmq.Context = zmq.Context()
     try:
         peer = context.socket(zmq.DEALER)
@@ -109,15 +114,15 @@ async def test_a_bare_name_is_no_identity(stage: ZmqStage):
         context.destroy(linger=0)
 
 
-def test_a_name_belongs_to_the_key_that_opened_it(tmp_path: Path):
-    """Another allowed key does not get it, also when its owner has no connection; the same key
-    does, but only then."""
+def test_name_belongs_to_the_key_that_opened_it(tmp_path: Path):
+    """Another allowed key cannot use the name, even while its owner is disconnected. The same key
+    can, but only then."""
     make_keys(tmp_path / "keys")
     server, own = load_server_keys(tmp_path / "keys"), load_client_keys(tmp_path / "keys")
     other = load_client_keys(add_client(tmp_path / "keys", "other"))
     assert own.public != other.public
 
-    async def scene() -> None:
+    async def scenario() -> None:
         hub = await open_hub(HOST, 0, keys=server)
         links: list[Link] = []
 
@@ -132,8 +137,8 @@ def test_a_name_belongs_to_the_key_that_opened_it(tmp_path: Path):
             await assert_refused(hub, await link(other), "belongs to another key")
             await assert_refused(hub, await link(own), "another connection, which is open")
             await assert_served(hub, owner, 2)
-            beside = await link(own, "actor-2.0")  # many names of one key
-            await beside.send(Ping(sent=5))
+            second = await link(own, "actor-2.0")  # one key may own many names
+            await second.send(Ping(sent=5))
             assert await hub.receive(SOON_S) == ("actor-2.0", Ping(sent=5))
             await owner.close()
             await wait_until_gone(hub)
@@ -144,16 +149,16 @@ def test_a_name_belongs_to_the_key_that_opened_it(tmp_path: Path):
                 await each.close()
             await hub.close()
 
-    uvloop.run(asyncio.wait_for(scene(), 6 * SOON_S))
+    uvloop.run(asyncio.wait_for(scenario(), 6 * SOON_S))
 
 
-def test_an_owner_whose_connection_is_cut_has_its_name_again(tmp_path: Path):
-    """It reconnects through a relay that cuts its connection; nobody else gets the name meanwhile
-    and nothing of it is refused."""
+def test_owner_keeps_its_name_when_it_reconnects(tmp_path: Path):
+    """It reconnects through a relay that aborts its connection. The name stays reserved and none
+    of its messages is rejected."""
     make_keys(tmp_path / "keys")
     server, own = load_server_keys(tmp_path / "keys"), load_client_keys(tmp_path / "keys")
 
-    async def scene() -> None:
+    async def scenario() -> None:
         hub = await open_hub(HOST, 0, keys=server)
         writers: list[asyncio.StreamWriter] = []
 
@@ -171,24 +176,24 @@ def test_an_owner_whose_connection_is_cut_has_its_name_again(tmp_path: Path):
         link = await open_link(HOST, relaying.sockets[0].getsockname()[1], NAME, keys=own)
         try:
             for number in range(1, 4):
-                await until_heard(hub, link)
+                await wait_until_received(hub, link)
                 await assert_served(hub, link, number)
                 while writers:
                     writers.pop().transport.abort()
-            await until_heard(hub, link)
+            await wait_until_received(hub, link)
             assert hub.rejected == 0
         finally:
             await link.close()
             relaying.close()
             await hub.close()
 
-    uvloop.run(asyncio.wait_for(scene(), 6 * SOON_S))
+    uvloop.run(asyncio.wait_for(scenario(), 6 * SOON_S))
 
 
 # --- the table ---------------------------------------------------------------------------------
 
 
-def test_one_key_s_names_never_push_out_another_s():
+def test_names_of_one_key_never_evict_those_of_another():
     names = PeerNames(lambda identity: True)
     first = new_identity(NAME)
     assert names.claim(first, "a") == NAME
@@ -200,7 +205,7 @@ def test_one_key_s_names_never_push_out_another_s():
         names.claim(new_identity(NAME), "b")
 
 
-def test_names_in_use_stay_when_a_key_opens_too_many(monkeypatch: pytest.MonkeyPatch):
+def test_names_in_use_are_kept_when_a_key_opens_too_many(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(peer_names, "MAX_NAMES_A_KEY", 4)
     names = PeerNames(lambda identity: True)
     used = new_identity(NAME)
@@ -212,7 +217,7 @@ def test_names_in_use_stay_when_a_key_opens_too_many(monkeypatch: pytest.MonkeyP
     assert names.name(used) == NAME
 
 
-def test_identities_of_one_name_are_never_alike():
+def test_identities_of_one_name_are_unique():
     assert len({new_identity(NAME) for _ in range(100)}) == 100
     with pytest.raises(ProtocolError, match="is no peer name"):
         new_identity("no name")

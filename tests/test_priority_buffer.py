@@ -1,4 +1,4 @@
-"""Priority, eviction, staleness and fairness of the buffer, on numbers worked out by hand."""
+"""Priority, eviction, staleness and fairness of the buffer, against hand-computed values."""
 
 import math
 import tracemalloc
@@ -36,15 +36,15 @@ def taken_ids(buffer: PriorityBuffer, count: int) -> list[int]:
     return [group.lease_id for group in buffer.take(count)]
 
 
-def test_the_group_with_the_most_even_outcome_is_taken_first() -> None:
+def test_group_with_pass_rate_nearest_one_half_is_taken_first() -> None:
     buffer = make_buffer()
     for lease_id, pass_rate in enumerate([0.1, 0.5, 0.9, 0.4]):
         buffer.insert(buffered(lease_id, pass_rate=pass_rate))
-    # p(1-p): .09 .25 .09 .24; the tie between 0 and 2 goes to the older lease.
+    # p(1-p): .09 .25 .09 .24; of the equal groups 0 and 2, the older lease is first.
     assert taken_ids(buffer, 4) == [1, 3, 0, 2]
 
 
-def test_one_version_of_age_halves_a_priority() -> None:
+def test_priority_halves_with_each_version_of_age() -> None:
     buffer = make_buffer(decay=0.5)
     buffer.insert(buffered(0, pass_rate=0.5, version=0))  # .25 * .5 at version 1 = .125
     buffer.insert(buffered(1, pass_rate=0.2, version=1))  # .16
@@ -52,18 +52,18 @@ def test_one_version_of_age_halves_a_priority() -> None:
     assert taken_ids(buffer, 3) == [1, 0, 2]
 
 
-def test_past_capacity_the_least_useful_group_is_evicted_and_returned() -> None:
+def test_lowest_priority_group_is_evicted_over_capacity() -> None:
     buffer = make_buffer(capacity_groups=2)
     assert buffer.insert(buffered(0, pass_rate=0.1)) == []
     assert buffer.insert(buffered(1, pass_rate=0.5)) == []
     evicted = buffer.insert(buffered(2, pass_rate=0.3))
     assert [group.lease_id for group in evicted] == [0]
     assert len(buffer) == 2
-    # Equal in all: the newest goes, the oldest stays.
+    # Of equal groups, the newest is evicted.
     assert [g.lease_id for g in buffer.insert(buffered(3, pass_rate=0.3))] == [3]
 
 
-def test_capacity_in_bytes_evicts_too() -> None:
+def test_capacity_in_bytes_causes_eviction() -> None:
     buffer = make_buffer(capacity_bytes=250)
     buffer.insert(buffered(0))
     buffer.insert(buffered(1))
@@ -71,7 +71,7 @@ def test_capacity_in_bytes_evicts_too() -> None:
     assert buffer.num_bytes == 200
 
 
-def test_a_group_passed_over_often_enough_is_taken_before_better_ones() -> None:
+def test_group_passed_over_max_times_is_taken_first() -> None:
     buffer = make_buffer(passed=2)
     buffer.insert(buffered(0, pass_rate=0.05))
     for lease_id in range(1, 7):
@@ -79,11 +79,11 @@ def test_a_group_passed_over_often_enough_is_taken_before_better_ones() -> None:
     assert taken_ids(buffer, 2) == [1, 2]
     buffer.insert(buffered(7, pass_rate=0.5))
     assert taken_ids(buffer, 2) == [3, 4]
-    # 0 has now been passed over twice: it goes first, then the rest by priority; 7 came later.
+    # Group 0 has been passed over twice: it is first, then the rest by priority; 7 is newer.
     assert taken_ids(buffer, 2) == [0, 5]
 
 
-def test_groups_with_a_token_older_than_allowed_are_dropped() -> None:
+def test_groups_with_a_stale_token_are_dropped() -> None:
     buffer = make_buffer()
     for lease_id, version in enumerate([0, 1, 2, 0]):
         buffer.insert(buffered(lease_id, version=version))
@@ -91,7 +91,7 @@ def test_groups_with_a_token_older_than_allowed_are_dropped() -> None:
     assert taken_ids(buffer, 4) == [2, 1]
 
 
-def test_a_group_without_signal_is_kept_behind_all_others() -> None:
+def test_group_without_signal_has_the_lowest_priority() -> None:
     buffer = make_buffer()
     buffer.insert(buffered(0, pass_rate=1.0))
     buffer.insert(buffered(1, pass_rate=0.01))
@@ -99,7 +99,7 @@ def test_a_group_without_signal_is_kept_behind_all_others() -> None:
     assert math.isclose(buffer.num_bytes, 0)
 
 
-def test_the_heaps_do_not_grow_with_what_has_left() -> None:
+def test_removed_groups_do_not_grow_the_heaps() -> None:
     buffer = make_buffer(capacity_groups=4)
     for lease_id in range(5000):
         buffer.insert(buffered(lease_id, pass_rate=0.5))
@@ -109,8 +109,8 @@ def test_the_heaps_do_not_grow_with_what_has_left() -> None:
     assert len(buffer._worst) < 200  # pyright: ignore[reportPrivateUsage]
 
 
-def test_a_group_costs_less_than_300_bytes_and_20_microseconds() -> None:
-    """`python -m benchmarks.priority_buffer` says the same of a million."""
+def test_group_costs_less_than_300_bytes_and_20_microseconds() -> None:
+    """`python -m benchmarks.priority_buffer` measures a million groups."""
     num_groups = 40_000
     tracemalloc.start()
     buffer = make_buffer(capacity_groups=num_groups, capacity_bytes=1 << 62)
@@ -123,5 +123,5 @@ def test_a_group_costs_less_than_300_bytes_and_20_microseconds() -> None:
     insert_us, _ = timed(inserts(buffer, make_groups(num_groups // 2, num_groups, 1)))
     take_us, _ = timed(takes(buffer, num_groups // 16), 16)
     assert len(buffer) == 0
-    assert insert_us < 20  # each evicts another
+    assert insert_us < 20  # each insert evicts a group
     assert take_us < 20

@@ -1,4 +1,4 @@
-"""The priority buffer against a list that does the same by looking at everything each time."""
+"""The priority buffer against a reference implementation that scans a list."""
 
 import math
 
@@ -10,7 +10,7 @@ from speed_async.buffer.priority import SIGNAL_FLOOR, BufferedGroup, PriorityBuf
 
 
 class NaiveBuffer:
-    """Groups with the number of takes before they came, in order of arrival."""
+    """Groups in order of arrival, each with the number of takes before it."""
 
     def __init__(
         self, groups: int, num_bytes: int, decay: float, passed_over: int, weight: float
@@ -105,7 +105,7 @@ class TwoBuffers(RuleBasedStateMachine):
         num_passed_over: int,
         times: int,
     ) -> None:
-        for _, before in self.naive.entries[-1:]:  # nobody has waited longer than who came before
+        for _, before in self.naive.entries[-1:]:  # not more than an older group
             num_passed_over = min(num_passed_over, self.naive.num_takes - before)
         for _ in range(min(times, len(self.lease_ids))):
             group = BufferedGroup(
@@ -131,7 +131,7 @@ class TwoBuffers(RuleBasedStateMachine):
         assert self.buffer.drop_older_than(oldest_version) == dropped
 
     @invariant()
-    def they_hold_the_same(self) -> None:
+    def contents_match(self) -> None:
         if not hasattr(self, "buffer"):
             return
         groups = self.naive.groups
@@ -144,4 +144,4 @@ class TwoBuffers(RuleBasedStateMachine):
 
 
 TwoBuffers.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-test_it_does_what_the_naive_buffer_does = TwoBuffers.TestCase
+test_buffer_matches_the_naive_buffer = TwoBuffers.TestCase

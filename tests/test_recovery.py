@@ -10,7 +10,7 @@ import pytest
 from buffer_fixtures import make_config, make_group, posterior
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from service_desk import evaluated, failed, screened_out, trained
+from service_harness import evaluated, failed, screened_out, trained
 
 from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.durability.journal import segments
@@ -343,8 +343,8 @@ def test_a_learner_without_a_checkpoint_cannot_go_back_before_the_journal(
     assert isinstance(received[-1], m.Abort)
     assert received[-1].role == "buffer service"
     assert received[-1].message == (
-        "version-000003 is damaged; no checkpoint is left to go on from, and the journal does not "
-        "hold the updates from the start to 3 any more: bring a checkpoint back from a copy into "
+        "version-000003 is damaged; no checkpoint is left to resume from, and the journal no "
+        "longer holds the updates from the start to 3: restore a checkpoint from a backup into "
         "the run's checkpoints/, or start a new run"
     )
     assert recovered.service.ended

@@ -306,7 +306,7 @@ def test_a_version_that_fails_its_canary_ends_the_run_with_the_canary_s_words(
     assert re.search(r"actor-1: policy version [123] is refused, its canary failed", last)
     assert "the tolerance of 1e-12" in last
     assert "use one model folder for all roles, or raise that field" in last
-    assert "warning actor-1.0 has not got the weights: policy version 1 is refused" in out
+    assert "warning actor-1.0 did not apply the weights: policy version 1 is refused" in out
     assert "WeightSyncError: policy version 1" in (run.folder / "logs/actor-1.log").read_text()
     assert run.processes() == {}
 

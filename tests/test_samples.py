@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from buffer_fixtures import make_config
 from run_process import start_train
-from service_desk import Desk
+from service_harness import ServiceHarness
 from test_loops import Run
 
 from speed_async.actors.rollout import LeaseWork, Refused
@@ -102,51 +102,53 @@ def test_a_long_text_loses_its_middle() -> None:
     assert shortened("short", 200) == "short"
 
 
-def sample_events(desk: Desk) -> list[dict[str, object]]:
-    return [dict(event.values) for event in desk.service.events if event.kind == "sample"]
+def sample_events(harness: ServiceHarness) -> list[dict[str, object]]:
+    return [dict(event.values) for event in harness.service.events if event.kind == "sample"]
 
 
 def test_the_service_tells_a_sample_and_counts_it_nowhere(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
-    desk.past_baseline()
-    counts = desk.counts("actor-1.0")
-    before = desk.service.lifecycle.ledger.table(0)
-    assert desk.say("actor-1.0", replace(SAMPLE, counts=counts)) == []
-    assert desk.say("actor-1.0", replace(SAMPLE, is_extracted=False, counts=counts)) == []
-    first, second = sample_events(desk)
+    harness = ServiceHarness(tmp_path)
+    harness.pass_baseline()
+    counts = harness.counts("actor-1.0")
+    before = harness.service.lifecycle.ledger.table(0)
+    assert harness.send("actor-1.0", replace(SAMPLE, counts=counts)) == []
+    assert harness.send("actor-1.0", replace(SAMPLE, is_extracted=False, counts=counts)) == []
+    first, second = sample_events(harness)
     assert set(first) == KEYS
     assert (first["actor"], first["prompt_id"], first["reward"]) == ("actor-1.0", 3, 1.0)
     assert (first["extracted"], second["extracted"]) == ("7", None)
-    assert desk.service.lifecycle.ledger.table(0) == before
+    assert harness.service.lifecycle.ledger.table(0) == before
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
         ({"prompt": "x" * (MAX_TEXT + 1)}, "prompt has 4097 characters"),
-        ({"decision": "thrown away"}, "decision 'thrown away' is none of"),
-        ({"reward": 1.5}, "reward = 1.5 is no reward"),
-        ({"reward": float("nan")}, "reward = nan cannot be"),
+        ({"decision": "thrown away"}, "decision 'thrown away' is not one of"),
+        ({"reward": 1.5}, "reward = 1.5 is above 1"),
+        ({"reward": float("nan")}, "reward = nan is out of range"),
         ({"num_tokens": 65}, "num_tokens = 65 is more than a completion has"),
         ({"policy_version": 3}, "policy_version = 3 is from the future"),
-        ({"prompt_id": -1}, "prompt_id = -1 cannot be"),
+        ({"prompt_id": -1}, "prompt_id = -1 is out of range"),
     ],
 )
 def test_a_sample_that_cannot_be_is_refused(
     tmp_path: Path, changes: dict[str, object], text: str
 ) -> None:
-    desk = Desk(tmp_path)
-    desk.past_baseline()
-    sample = replace(SAMPLE, counts=desk.counts("actor-1.0"), **changes)
-    [(_, answer)] = desk.say("actor-1.0", sample)
+    harness = ServiceHarness(tmp_path)
+    harness.pass_baseline()
+    sample = replace(SAMPLE, counts=harness.counts("actor-1.0"), **changes)
+    [(_, answer)] = harness.send("actor-1.0", sample)
     assert isinstance(answer, m.Rejected) and text in answer.reason
-    assert not sample_events(desk)
+    assert not sample_events(harness)
 
 
 def test_the_journal_keeps_no_text_of_a_sample_and_replays_no_event(tmp_path: Path) -> None:
-    desk = Desk(tmp_path)
+    harness = ServiceHarness(tmp_path)
     folder = tmp_path / "journal"
-    machine, _ = open_machine(folder, desk.config, lambda _: Desk(tmp_path).service, life=0)
+    machine, _ = open_machine(
+        folder, harness.config, lambda _: ServiceHarness(tmp_path).service, life=0
+    )
     hello = m.Hello(role="actor", index=1, incarnation=0, fingerprint="f", process_id=1)
     machine.message("actor-1.0", replace(hello, number=1), 1.0)
     machine.message("actor-1.0", replace(SAMPLE, completion="secret", number=2), 2.0)
@@ -159,7 +161,9 @@ def test_the_journal_keeps_no_text_of_a_sample_and_replays_no_event(tmp_path: Pa
     assert not any(b"secret" in bytes(frame) for record in records for frame in record.frames)
     recorded = [decode(record.frames) for record in records if record.kind == "message"]
     assert [type(message).__name__ for message in recorded] == ["Hello", "Sample"]
-    again, _ = open_machine(folder, desk.config, lambda _: Desk(tmp_path).service, life=0)
+    again, _ = open_machine(
+        folder, harness.config, lambda _: ServiceHarness(tmp_path).service, life=0
+    )
     assert again.events == []
     assert isinstance(again, StateMachine)
     again.message("actor-1.0", replace(SAMPLE, number=3), 3.0)  # the count goes on after it

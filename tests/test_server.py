@@ -1,4 +1,4 @@
-"""The service's shell: what it says was written before, though it goes on listening meanwhile."""
+"""The server loop: an input is written before its effects are sent, and receiving continues."""
 
 import asyncio
 import threading
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from buffer_fixtures import make_config, make_group
-from service_desk import evaluated
+from service_harness import evaluated
 
 from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.durability.journal import Journal, read_segment, segments
@@ -28,8 +28,8 @@ from speed_async.transport.session import SessionLink
 from speed_async.transport.transport import Delivery
 from speed_async.types import ActorCounts
 
-MOST_REPORTS = 5000
-PATIENCE_S = 90.0
+MAX_REPORTS = 5000
+TIMEOUT_S = 90.0
 
 
 def build(config: Config) -> BufferService:
@@ -43,7 +43,7 @@ def build(config: Config) -> BufferService:
 
 
 def written(folder: Path) -> dict[str, int]:
-    """By peer: the last of its messages that a recovery would find."""
+    """By peer: number of its last message in the journal."""
     last: dict[str, int] = {}
     for number in segments(folder):
         for _, record in read_segment(folder, number):
@@ -52,45 +52,47 @@ def written(folder: Path) -> dict[str, int]:
     return last
 
 
-class WatchedHub(InProcessHub):
+class RecordingHub(InProcessHub):
+    """Records messages that acknowledge an input before it is written."""
+
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
         self.too_early: list[m.Message] = []
-        self.num_said = 0
+        self.num_sent = 0
 
     def offer(self, peer: str, message: m.Message) -> Delivery:
         if message.heard > written(self.folder).get(peer, 0):
             self.too_early.append(message)
-        self.num_said += 1
+        self.num_sent += 1
         return super().offer(peer, message)
 
 
 class SlowDisk:
-    """A write that lasts until more was taken in, and the next one does not begin before what the
-    first one allowed was said."""
+    """A first write that lasts until another input is processed, and a second write that begins
+    after the effects of the first are sent."""
 
-    def __init__(self, hub: WatchedHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, hub: RecordingHub, monkeypatch: pytest.MonkeyPatch) -> None:
         self.overlapped = False
-        self.more_to_come = False
+        self.expects_input = False
         write = Journal.write
 
         def slow_write(journal: Journal) -> None:
             if self.overlapped:
-                said = hub.num_said
-                wait_until(lambda: hub.num_said > said, 0.3)
-            at = journal.sequence
+                num_sent = hub.num_sent
+                wait_until(lambda: hub.num_sent > num_sent, 0.3)
+            sequence = journal.sequence
             write(journal)
-            if self.more_to_come and not self.overlapped:
-                self.overlapped = wait_until(lambda: journal.sequence > at, 5.0)
+            if self.expects_input and not self.overlapped:
+                self.overlapped = wait_until(lambda: journal.sequence > sequence, 5.0)
 
         monkeypatch.setattr(Journal, "write", slow_write)
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     pause = threading.Event()
     for _ in range(int(1000 * seconds)):
-        if is_so():
+        if condition():
             return True
         pause.wait(0.001)
     return False
@@ -105,59 +107,60 @@ def hello(role: str, index: int) -> m.Hello:
 
 
 async def settle(link: SessionLink) -> None:
-    """Wait until all that was said was heard."""
-    hearing = asyncio.create_task(hear_all(link))
-    await link.settle(PATIENCE_S)
-    hearing.cancel()
+    """Wait until all sent messages are acknowledged."""
+    receiving = asyncio.create_task(receive_all(link))
+    await link.settle(TIMEOUT_S)
+    receiving.cancel()
 
 
-async def hear_all(link: SessionLink) -> None:
+async def receive_all(link: SessionLink) -> None:
     while True:
-        await link.receive(PATIENCE_S)
+        await link.receive(TIMEOUT_S)
 
 
-async def conversation(machine: StateMachine, hub: WatchedHub, disk: SlowDisk) -> int:
-    """Returns how many messages the actor sent."""
+async def send_reports(machine: StateMachine, hub: RecordingHub, disk: SlowDisk) -> int:
+    """Returns the number of messages that the actor sent."""
     feed = FeedPublisher("127.0.0.1", 0)
     serving = asyncio.create_task(serve(machine, hub, feed, []))
     actor, learner = (SessionLink(hub.connect(name)) for name in ("actor-1.0", "learner"))
     await actor.send(hello("actor", 1))
-    assert isinstance(await actor.receive(PATIENCE_S), m.Welcome)
-    disk.more_to_come = True
+    assert isinstance(await actor.receive(TIMEOUT_S), m.Welcome)
+    disk.expects_input = True
     num_sent = 1
-    while not disk.overlapped and num_sent < MOST_REPORTS:
+    while not disk.overlapped and num_sent < MAX_REPORTS:
         await actor.send(report(num_sent))
         num_sent += 1
         await asyncio.sleep(0)
-    disk.more_to_come = False
+    disk.expects_input = False
     await settle(actor)
     await learner.send(m.Failure(role="learner", message="that is all"))
     await serving
     return num_sent
 
 
-def test_nothing_is_said_before_what_it_follows_from_is_written(
+def test_no_effect_is_sent_before_its_input_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     folder = tmp_path / "journal"
     config = make_config(str(tmp_path), buffer={"durability": "every"})
     machine, _ = open_machine(folder, config, build, life=0)
-    hub = WatchedHub(folder)
+    hub = RecordingHub(folder)
     disk = SlowDisk(hub, monkeypatch)
-    talk = conversation(machine, hub, disk)
-    num_sent = asyncio.run(asyncio.wait_for(talk, 2 * PATIENCE_S))
+    sending = send_reports(machine, hub, disk)
+    num_sent = asyncio.run(asyncio.wait_for(sending, 2 * TIMEOUT_S))
     assert hub.too_early == []
-    assert hub.num_said > 0
+    assert hub.num_sent > 0
     assert disk.overlapped
     assert written(folder)["actor-1.0"] == num_sent
-    again, notes = open_machine(folder, config, build, life=0)
+    recovered, notes = open_machine(folder, config, build, life=0)
     assert notes == []
-    assert again.conversations.admit("actor-1.0", m.Message(number=num_sent + 1), 0.0)
+    assert recovered.conversations.admit("actor-1.0", m.Message(number=num_sent + 1), 0.0)
 
 
-async def rubbish(machine: StateMachine, hub: InProcessHub) -> m.Leases:
-    """What another actor is leased, after the one that held all leases spoke rubbish."""
+async def send_malformed(machine: StateMachine, hub: InProcessHub) -> m.Leases:
+    """Returns the leases of a second actor after the holder of all leases sent a malformed
+    frame."""
     feed = FeedPublisher("127.0.0.1", 0)
     serving = asyncio.create_task(serve(machine, hub, feed, []))
     names = ("actor-1.0", "actor-2.0", "learner")
@@ -165,43 +168,43 @@ async def rubbish(machine: StateMachine, hub: InProcessHub) -> m.Leases:
     want = m.WantWork(counts=ActorCounts(), num_prompts=1)
     await first.send(hello("actor", 1))
     await first.send(want)
-    while not isinstance(await first.receive(PATIENCE_S), m.Leases):
+    while not isinstance(await first.receive(TIMEOUT_S), m.Leases):
         pass
     await second.send(hello("actor", 2))
     await second.send(replace(want, num_prompts=1000))
-    hub._inbox.put_now(("actor-1.0", [b"rubbish"]))  # pyright: ignore[reportPrivateUsage]
+    hub._inbox.put_now(("actor-1.0", [b"malformed"]))  # pyright: ignore[reportPrivateUsage]
     leases: m.Message = m.Drain(reason="")
     while not (isinstance(leases, m.Leases) and leases.kind == "evaluation"):
-        leases = await second.receive(PATIENCE_S)
+        leases = await second.receive(TIMEOUT_S)
     await learner.send(m.Failure(role="learner", message="that is all"))
     await serving
     return leases
 
 
-def test_an_actor_that_speaks_rubbish_is_lost_at_once_and_its_prompts_go_to_others(
+def test_actor_that_sends_malformed_frames_is_lost_and_its_prompts_are_requeued(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), cluster={"peer_timeout_s": 10_000.0})
     machine, _ = open_machine(tmp_path / "journal", config, build, life=0)
-    leases = asyncio.run(asyncio.wait_for(rubbish(machine, InProcessHub()), 2 * PATIENCE_S))
+    leases = asyncio.run(asyncio.wait_for(send_malformed(machine, InProcessHub()), 2 * TIMEOUT_S))
     assert leases.prompt_ids == [0]
     assert list(machine.service.membership.lost) == ["actor-1.0"]
-    again, notes = open_machine(tmp_path / "journal", config, build, life=0)
+    recovered, notes = open_machine(tmp_path / "journal", config, build, life=0)
     assert notes == []
-    assert again.service.membership.lost == machine.service.membership.lost
+    assert recovered.service.membership.lost == machine.service.membership.lost
 
 
-async def without_folder(machine: StateMachine, hub: InProcessHub) -> str:
+async def move_folder(machine: StateMachine, hub: InProcessHub) -> str:
     feed = FeedPublisher("127.0.0.1", 0)
     serving = asyncio.create_task(serve(machine, hub, feed, []))
     folder = Path(machine.service.config.run.folder)
     learner = SessionLink(hub.connect("learner"))
     await learner.send(hello("learner", 0))
-    assert isinstance(await learner.receive(PATIENCE_S), m.Welcome)
-    async with asyncio.timeout(PATIENCE_S):
-        began_s = machine.last_s
-        while machine.last_s < began_s + 1.2:  # noqa: ASYNC110 (two ticks)
+    assert isinstance(await learner.receive(TIMEOUT_S), m.Welcome)
+    async with asyncio.timeout(TIMEOUT_S):
+        started_s = machine.last_s
+        while machine.last_s < started_s + 1.2:  # noqa: ASYNC110 (two ticks)
             await asyncio.sleep(0.01)
         assert machine.service.warning == ""
         folder.rename(folder.with_name("elsewhere"))  # noqa: ASYNC240
@@ -212,18 +215,18 @@ async def without_folder(machine: StateMachine, hub: InProcessHub) -> str:
     return machine.service.warning
 
 
-def test_a_run_folder_that_is_removed_is_told(tmp_path: Path) -> None:
+def test_removal_of_the_run_folder_raises_a_warning(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    named = {"folder": str(folder)}
-    config = make_config(str(folder), run=named, buffer={"durability": "none"})
-    warning = asyncio.run(without_folder(StateMachine(build(config)), InProcessHub()))
+    run = {"folder": str(folder)}
+    config = make_config(str(folder), run=run, buffer={"durability": "none"})
+    warning = asyncio.run(move_folder(StateMachine(build(config)), InProcessHub()))
     assert f"the run folder '{folder}' was removed or moved" in warning
 
 
-async def spoiled(machine: StateMachine, hub: InProcessHub) -> None:
-    """A learner asks for a batch whose groups wait on a disk that has spoiled them."""
+async def corrupt_groups(machine: StateMachine, hub: InProcessHub) -> None:
+    """A learner requests a batch whose groups are spilled to a corrupted journal segment."""
     feed = FeedPublisher("127.0.0.1", 0)
     serving = asyncio.create_task(serve(machine, hub, feed, []))
     actor, learner = (SessionLink(hub.connect(name)) for name in ("actor-1.0", "learner"))
@@ -233,7 +236,7 @@ async def spoiled(machine: StateMachine, hub: InProcessHub) -> None:
     await actor.send(want)
     num_groups = 0
     while num_groups < 2:
-        message = await actor.receive(PATIENCE_S)
+        message = await actor.receive(TIMEOUT_S)
         if not isinstance(message, m.Leases):
             continue
         for lease_id, prompt_id in zip(message.lease_ids, message.prompt_ids, strict=True):
@@ -251,11 +254,11 @@ async def spoiled(machine: StateMachine, hub: InProcessHub) -> None:
     await serving
 
 
-def test_a_group_that_the_disk_has_spoiled_ends_the_run_with_the_remedy(tmp_path: Path) -> None:
+def test_corrupted_group_ends_the_run_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), buffer={"spill": True})
-    no_room = config.buffer.model_copy(update={"capacity_bytes": 1})
-    config = config.model_copy(update={"buffer": no_room})
+    no_capacity = config.buffer.model_copy(update={"capacity_bytes": 1})
+    config = config.model_copy(update={"buffer": no_capacity})
     machine, _ = open_machine(tmp_path / "journal", config, build, life=0)
     with pytest.raises(JournalError, match=r"Move '.*journal' away and resume"):
-        asyncio.run(asyncio.wait_for(spoiled(machine, InProcessHub()), 2 * PATIENCE_S))
+        asyncio.run(asyncio.wait_for(corrupt_groups(machine, InProcessHub()), 2 * TIMEOUT_S))

@@ -1,4 +1,4 @@
-"""The service's benchmarks move real groups through real processes, in small."""
+"""Small runs of the service benchmarks with real groups and processes."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from benchmarks.soak import growth
 
 
 @pytest.mark.parametrize("kind", ["bare", "batched"])
-def test_an_arm_moves_groups_from_end_to_end(kind: str) -> None:
+def test_benchmark_arm_moves_groups_end_to_end(kind: str) -> None:
     measured = run_arm(Arm(tokens_each=16, kind=kind, curve=False), None, 0.2)
     assert measured.groups_per_s > 0
     assert measured.cpu_us > 0

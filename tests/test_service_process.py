@@ -1,4 +1,4 @@
-"""The service's process is started again when it is killed, at the ports it had."""
+"""Restart of a killed service process at its previous ports."""
 
 import asyncio
 import sys
@@ -21,13 +21,13 @@ port = int(sys.argv[sys.argv.index("--port") + 1]) or 4001
 feed_port = int(sys.argv[sys.argv.index("--feed-port") + 1]) or 4002
 print(json.dumps({"port": port, "feed_port": feed_port}), flush=True)
 """
-SERVES_TILL_KILLED = SERVES + KILLED
-SERVES_TO_THE_END = SERVES + "input()"
+SERVES_UNTIL_KILLED = SERVES + KILLED
+SERVES_UNTIL_END = SERVES + "input()"
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Arguments of all that were started; what they do is taken from `does`."""
+    """Arguments of all started processes."""
     monkeypatch.setattr(service_process, "RESTART_PAUSE_S", 0.0)
     return []
 
@@ -36,16 +36,17 @@ def make(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     started: list[list[str]],
-    *does: str,
+    *scripts: str,
     **buffer: str,
 ) -> ServiceProcess:
-    scripts: Iterator[str] = iter(does)
+    """A service whose successive processes run `scripts`."""
+    remaining: Iterator[str] = iter(scripts)
 
     async def start_role(role: str, arguments: list[str], **_: object):
         started.append(arguments)
         return await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-c", next(scripts), *arguments),
+            *("-c", next(remaining), *arguments),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )
@@ -57,10 +58,10 @@ def make(
     return ServiceProcess(config, RunFolder(path=folder), life=0)
 
 
-def test_one_that_is_killed_before_it_has_ports_is_started_again(
+def test_process_killed_before_it_has_ports_is_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[str]]
 ) -> None:
-    service = make(tmp_path, monkeypatch, started, KILLED, KILLED, SERVES_TO_THE_END)
+    service = make(tmp_path, monkeypatch, started, KILLED, KILLED, SERVES_UNTIL_END)
 
     async def run() -> None:
         await service.start(Ports(service=0, feed=17))
@@ -71,7 +72,7 @@ def test_one_that_is_killed_before_it_has_ports_is_started_again(
     assert len(started) == 3
 
 
-def test_one_that_is_always_killed_at_its_start_is_an_error(
+def test_process_killed_at_every_start_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[str]]
 ) -> None:
     service = make(tmp_path, monkeypatch, started, *[KILLED] * 9)
@@ -80,7 +81,7 @@ def test_one_that_is_always_killed_at_its_start_is_an_error(
     assert len(started) == 6
 
 
-def test_one_without_a_journal_is_not_started_again(
+def test_process_without_a_journal_is_not_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[str]]
 ) -> None:
     service = make(tmp_path, monkeypatch, started, KILLED, durability="none")
@@ -89,7 +90,7 @@ def test_one_without_a_journal_is_not_started_again(
     assert len(started) == 1
 
 
-def test_one_that_ends_by_itself_without_a_word_is_an_error_and_not_waited_for(
+def test_process_that_exits_without_output_is_an_immediate_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[str]]
 ) -> None:
     service = make(tmp_path, monkeypatch, started, "", SERVES)
@@ -97,13 +98,13 @@ def test_one_that_ends_by_itself_without_a_word_is_an_error_and_not_waited_for(
         asyncio.run(service.start(Ports()))
 
 
-def test_one_that_is_killed_comes_back_at_its_ports_also_when_it_is_killed_once_more_on_the_way(
+def test_killed_process_restarts_at_its_ports_even_if_killed_again_during_the_restart(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     started: list[list[str]],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    service = make(tmp_path, monkeypatch, started, SERVES_TILL_KILLED, KILLED, SERVES)
+    service = make(tmp_path, monkeypatch, started, SERVES_UNTIL_KILLED, KILLED, SERVES)
 
     async def run() -> None:
         await service.start(Ports())

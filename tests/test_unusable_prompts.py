@@ -1,4 +1,4 @@
-"""Prompts that the model cannot take: each fails once, is said, and an end without any is said."""
+"""Unusable prompts: each fails once with a warning, and a run without usable prompts ends."""
 
 import asyncio
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from buffer_fixtures import make_config, posterior
-from service_desk import Desk, failed, kinds
+from service_harness import ServiceHarness, failed, kinds
 from test_loops import DigitTask, Run
 
 from speed_async.buffer.curriculum.curriculum import UniformCurriculum
@@ -20,11 +20,11 @@ from speed_async.types import Prompt
 
 TOO_LONG = "prompt: the prompt has 120 tokens and the context holds 96"
 CONTEXT_LENGTH = 1024
-"""Of the scripted engine."""
+"""Context length of the scripted engine."""
 
 
 @pytest.mark.parametrize("kind", ["uniform", "posterior"])
-def test_a_retired_prompt_is_never_chosen_again(kind: str) -> None:
+def test_retired_prompt_is_never_chosen_again(kind: str) -> None:
     def make() -> UniformCurriculum | PosteriorCurriculum:
         if kind == "uniform":
             return UniformCurriculum(6, np.random.default_rng(0))
@@ -33,70 +33,70 @@ def test_a_retired_prompt_is_never_chosen_again(kind: str) -> None:
     curriculum = make()
     first = curriculum.choose(6)
     curriculum.give_back(first[0])
-    for prompt_id in (first[0], first[1], first[1]):  # one waits to be offered again
+    for prompt_id in (first[0], first[1], first[1]):  # the first is queued again
         curriculum.record(prompt_id, 0, 0)
         curriculum.retire(prompt_id)
-    for prompt_id in first[:3]:  # a late result of another lease changes nothing
+    for prompt_id in first[:3]:  # a late result of another lease has no effect
         curriculum.record(prompt_id, 1, 4)
         curriculum.give_back(prompt_id)
     left = set(first[2:])
     assert curriculum.num_left == 4
     assert set(curriculum.choose(4)) == left
     assert set(curriculum.choose(9)) == left  # more leases than prompts
-    again = make()
-    again.restore(curriculum.state())
-    assert again.num_left == 4
-    assert again.choose(5) == curriculum.choose(5)
+    restored = make()
+    restored.restore(curriculum.state())
+    assert restored.num_left == 4
+    assert restored.choose(5) == curriculum.choose(5)
     for prompt_id in left:
         curriculum.retire(prompt_id)
     assert curriculum.num_left == 0
     assert curriculum.choose(3) == []
 
 
-def test_a_prompt_that_the_model_cannot_take_fails_once_and_is_said(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, buffer={"credits": 100})
-    desk.past_baseline()
-    leases = desk.lease(100)
+def test_unusable_prompt_fails_once_with_a_warning(tmp_path: Path) -> None:
+    harness = ServiceHarness(tmp_path, buffer={"credits": 100})
+    harness.pass_baseline()
+    leases = harness.lease(100)
     assert len(leases.prompt_ids) == 100
     bad = [leases.prompt_ids[5], leases.prompt_ids[9]]
     for lease_id, prompt_id in zip(leases.lease_ids, leases.prompt_ids, strict=True):
-        desk.say("actor-1.0", failed(lease_id, TOO_LONG if prompt_id in bad else "verifier: x"))
+        harness.send("actor-1.0", failed(lease_id, TOO_LONG if prompt_id in bad else "verifier: x"))
     expected = (
         f"2 training prompts cannot be used (left out); first prompt {bad[0]}: the prompt has"
     )
-    assert desk.service.warning.startswith(expected)
-    later = desk.lease(98)
+    assert harness.service.warning.startswith(expected)
+    later = harness.lease(98)
     assert set(later.prompt_ids) == set(range(100)) - set(bad)
-    assert desk.service.lifecycle.ledger.failures == {"prompt": 2, "verifier": 98}
+    assert harness.service.lifecycle.ledger.failures == {"prompt": 2, "verifier": 98}
 
 
-def test_a_held_out_prompt_that_cannot_be_used_counts_as_not_passed_and_is_said(
+def test_unusable_held_out_prompt_counts_as_not_passed_with_a_warning(
     tmp_path: Path,
 ) -> None:
-    desk = Desk(tmp_path, num_held_out=2)
-    desk.hello("learner", 0)
-    desk.hello("actor-1.0", 1)
-    leases = desk.lease(2)
+    harness = ServiceHarness(tmp_path, num_held_out=2)
+    harness.hello("learner", 0)
+    harness.hello("actor-1.0", 1)
+    leases = harness.lease(2)
     assert leases.kind == "evaluation"
     for lease_id in leases.lease_ids:
-        desk.say("actor-1.0", failed(lease_id, TOO_LONG))
-    [evaluation] = [event for event in desk.service.events if event.kind == "evaluation"]
+        harness.send("actor-1.0", failed(lease_id, TOO_LONG))
+    [evaluation] = [event for event in harness.service.events if event.kind == "evaluation"]
     assert (evaluation.values["num_passed"], evaluation.values["num_completions"]) == (0, 2)
-    assert desk.service.warning.startswith(
+    assert harness.service.warning.startswith(
         "2 held-out prompts cannot be used (counted as not passed); first prompt 0: the prompt has"
     )
-    assert desk.service.lifecycle.unusable.num_held_out == 2
+    assert harness.service.lifecycle.unusable.num_held_out == 2
 
 
-def test_a_run_without_a_usable_prompt_ends_at_once_and_says_why(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, buffer={"credits": 100})
-    desk.past_baseline()
-    leases = desk.lease(100)
+def test_run_without_a_usable_prompt_ends_immediately_with_the_reason(tmp_path: Path) -> None:
+    harness = ServiceHarness(tmp_path, buffer={"credits": 100})
+    harness.pass_baseline()
+    leases = harness.lease(100)
     for lease_id in leases.lease_ids[:-1]:
-        assert not desk.say("actor-1.0", failed(lease_id, TOO_LONG))
-    assert not desk.service.ended
-    answers = desk.say("actor-1.0", failed(leases.lease_ids[-1], TOO_LONG))
-    assert desk.service.ended and kinds(answers) == ["Abort", "Abort"]
+        assert not harness.send("actor-1.0", failed(lease_id, TOO_LONG))
+    assert not harness.service.ended
+    answers = harness.send("actor-1.0", failed(leases.lease_ids[-1], TOO_LONG))
+    assert harness.service.ended and kinds(answers) == ["Abort", "Abort"]
     message = answers[0][1]
     assert isinstance(message, m.Abort)
     assert message.message.startswith(
@@ -106,7 +106,7 @@ def test_a_run_without_a_usable_prompt_ends_at_once_and_says_why(tmp_path: Path)
 
 
 def unusable_run(folder: Path, bad: set[int]) -> Run:
-    """A whole run of which these training prompts are longer than the engine's context."""
+    """A run in which the training prompts `bad` are longer than the engine's context."""
     (folder / "config.json").write_text("{}")
     config = make_config(
         str(folder),
@@ -138,7 +138,7 @@ def service_of(task: DigitTask, run: Run) -> BufferService:
     )
 
 
-def test_a_whole_run_goes_on_without_the_prompts_that_are_too_long(tmp_path: Path) -> None:
+def test_run_continues_without_the_prompts_that_are_too_long(tmp_path: Path) -> None:
     run = unusable_run(tmp_path, bad={0, 1, 2, 3, 4})
     finished = asyncio.run(asyncio.wait_for(run.execute(), 60))
     assert finished.completed and finished.optimizer_updates == 5
@@ -147,7 +147,7 @@ def test_a_whole_run_goes_on_without_the_prompts_that_are_too_long(tmp_path: Pat
     assert run.service.lifecycle.ledger.failures["prompt"] == unusable.num_training
 
 
-def test_a_whole_run_of_prompts_that_are_all_too_long_ends_with_the_reason(tmp_path: Path) -> None:
+def test_run_in_which_all_prompts_are_too_long_ends_with_the_reason(tmp_path: Path) -> None:
     run = unusable_run(tmp_path, bad=set(range(100)))
     with pytest.raises(ExceptionGroup) as caught:
         asyncio.run(asyncio.wait_for(run.execute(), 60))

@@ -1,7 +1,7 @@
 """Warnings of the service: human-readable, shown while they apply, and in at least one event."""
 
 import pytest
-from service_desk import Desk
+from service_harness import ServiceHarness
 
 from speed_async.buffer.reporting.warnings import FLEETING_S
 from speed_async.transport import messages as m
@@ -16,13 +16,13 @@ GLOO = (
 
 
 @pytest.fixture
-def harness(tmp_path) -> Desk:
-    harness = Desk(tmp_path)
-    harness.past_baseline()
+def harness(tmp_path) -> ServiceHarness:
+    harness = ServiceHarness(tmp_path)
+    harness.pass_baseline()
     return harness
 
 
-def new_warnings(harness: Desk) -> list[str]:
+def new_warnings(harness: ServiceHarness) -> list[str]:
     """Distinct warnings of the events since the last call."""
     texts = [str(event.values["warning"]) for event in harness.service.events]
     harness.service.events.clear()
@@ -41,11 +41,11 @@ def applied(version: int, error: str = "", *, usable: bool = True) -> m.WeightsA
     )
 
 
-def test_an_actor_that_dies_during_a_broadcast_is_reported(harness: Desk) -> None:
+def test_an_actor_that_dies_during_a_broadcast_is_reported(harness: ServiceHarness) -> None:
     publish = m.PublishWeights(
         policy_version=1, store_host="h", store_port=1, backend="gloo", deadline_s=1.0
     )
-    harness.say("learner", publish)
+    harness.send("learner", publish)
     failed = m.WeightsPublished(
         policy_version=1,
         epoch=1,
@@ -54,13 +54,13 @@ def test_an_actor_that_dies_during_a_broadcast_is_reported(harness: Desk) -> Non
         error=f"manifest failed after 0.0 s ({GLOO}); no response from rank 1",
         missing=["actor-1.0"],
     )
-    harness.say("learner", failed)
+    harness.send("learner", failed)
     assert harness.service.warning == (
         "actor-1 died or was cut off while version 1 was sent to it; its supervisor starts it again"
     )
 
 
-def test_a_lost_actor_is_reported_until_it_is_back(harness: Desk) -> None:
+def test_a_lost_actor_is_reported_until_it_is_back(harness: ServiceHarness) -> None:
     new_warnings(harness)
     harness.wait(harness.config.cluster.peer_timeout_s + 1)
     silent = harness.service.warning
@@ -73,7 +73,7 @@ def test_a_lost_actor_is_reported_until_it_is_back(harness: Desk) -> None:
     assert new_warnings(harness) == [silent, ""]
 
 
-def test_an_actor_that_is_replaced_at_once_is_reported_in_at_least_one_event(harness: Desk) -> None:
+def test_an_actor_that_is_replaced_at_once_is_reported_in_at_least_one_event(harness: ServiceHarness) -> None:
     new_warnings(harness)
     harness.hello("actor-1.1", 1, incarnation=1)
     harness.wait(0.1)
@@ -82,7 +82,7 @@ def test_an_actor_that_is_replaced_at_once_is_reported_in_at_least_one_event(har
     assert new_warnings(harness) == [warning, ""]
 
 
-def test_two_lost_actors_have_separate_warnings(harness: Desk) -> None:
+def test_two_lost_actors_have_separate_warnings(harness: ServiceHarness) -> None:
     harness.hello("actor-2.0", 2)
     harness.wait(harness.config.cluster.peer_timeout_s + 1)
     harness.hello("actor-2.1", 2, incarnation=1)
@@ -91,15 +91,15 @@ def test_two_lost_actors_have_separate_warnings(harness: Desk) -> None:
     assert "actor-2" not in harness.service.warning
 
 
-def test_weights_that_did_not_arrive_are_reported_until_they_do(harness: Desk) -> None:
-    harness.say("actor-1.0", applied(-1, "cut off"))
+def test_weights_that_did_not_arrive_are_reported_until_they_do(harness: ServiceHarness) -> None:
+    harness.send("actor-1.0", applied(-1, "cut off"))
     harness.wait(1.0)
     assert harness.service.warning == "actor-1.0 has not got the weights: cut off"
-    harness.say("actor-1.0", applied(0))
+    harness.send("actor-1.0", applied(0))
     assert harness.service.warning == ""
 
 
-def test_a_past_event_is_reported_for_a_minute(harness: Desk) -> None:
+def test_a_past_event_is_reported_for_a_minute(harness: ServiceHarness) -> None:
     harness.service.begin_attempt(2, harness.now_s)
     for index in (1, 2):
         harness.hello(f"actor-{index}.1", index, incarnation=1)

@@ -1,10 +1,12 @@
-"""The learner's request for a batch: what may be generated for it, when it is answered, how long
-it has waited. Pure decisions; service.py acts on them.
+"""The learner's batch request: which leases it permits, when it completes and how long it waits.
 
-With `run.overlap` actors generate whatever the credits allow, and a batch is answered as soon as
-it is full. Without, generation and training take turns: prompts are granted only while the learner
-waits, in rounds large enough to fill the batch, and the batch is answered when the round is over
-and nothing is being generated. What a round yields beyond the batch is kept for the next.
+This module decides only; service.py acts on the decisions.
+
+With `run.overlap`, actors generate whatever the credits allow, and a request completes as soon as
+its batch is full. Without it, generation and training alternate. Prompts are granted only while
+the learner waits, in rounds large enough to fill the batch, and the request completes when the
+round has finished and no lease is in flight. Surplus groups of a round stay buffered for the next
+batch.
 """
 
 import math
@@ -15,23 +17,24 @@ from speed_async.config.schema import Config
 from speed_async.transport.messages import TakeBatch
 
 ROUND_MARGIN = 1.15
-"""A round is this much larger than the acceptance rate asks for: a second round costs more."""
+"""Factor by which a round exceeds the size that the acceptance rate implies, since a second round
+costs more."""
 
 
 class Batches:
     def __init__(self, config: Config, lifecycle: Lifecycle) -> None:
         self.starved_s = 0.0
-        """How long the last batch waited for groups."""
+        """Time that the last batch waited for groups."""
         self._config = config
         self._lifecycle = lifecycle
         self._take: TakeBatch | None = None
-        self._asked_s = 0.0
+        self._requested_s = 0.0
         self._round_left = 0
 
-    def ask(self, take: TakeBatch, now_s: float) -> None:
-        self._take, self._asked_s = take, now_s
+    def request(self, take: TakeBatch, now_s: float) -> None:
+        self._take, self._requested_s = take, now_s
 
-    def withdraw(self) -> None:
+    def cancel(self) -> None:
         self._take, self._round_left = None, 0
 
     @property
@@ -44,21 +47,21 @@ class Batches:
             return 0
         missing = self._take.num_groups - len(self._lifecycle.buffer)
         if not self._round_left and missing > 0 and not self._lifecycle.leases.num_charged:
-            self._round_left = self._round_of(missing)
+            self._round_left = self._round_size(missing)
         return min(self._round_left, credits_left)
 
     def granted(self, num_leases: int) -> None:
         self._round_left = max(0, self._round_left - num_leases)
 
-    def _round_of(self, missing: int) -> int:
+    def _round_size(self, missing: int) -> int:
         if self._config.gate.mode == "off":
             return missing
-        return math.ceil(missing * ROUND_MARGIN / self._lifecycle.credit.price)
+        return math.ceil(missing * ROUND_MARGIN / self._lifecycle.credit.credits_per_prompt)
 
-    def answer(
+    def poll(
         self, now_s: float, *, evaluating: bool
     ) -> tuple[TakeBatch, list[BufferedGroup]] | None:
-        """The batch that was asked for, once it may be given."""
+        """The request and its groups once the batch is ready; None before that."""
         if self._take is None:
             return None
         if not self._config.run.overlap and (evaluating or self._lifecycle.leases.num_charged):
@@ -67,15 +70,16 @@ class Batches:
         if groups is None:
             return None
         take = self._take
-        self.starved_s = now_s - self._asked_s
-        self.withdraw()
+        self.starved_s = now_s - self._requested_s
+        self.cancel()
         return take, groups
 
     def stalled(self, now_s: float) -> bool:
         return (
-            self._take is not None and now_s - self._asked_s >= self._config.cluster.stall_timeout_s
+            self._take is not None
+            and now_s - self._requested_s >= self._config.cluster.stall_timeout_s
         )
 
     def waited_s(self, now_s: float) -> float | None:
-        """How long the learner has waited for a batch; None when it asks for none."""
-        return None if self._take is None else now_s - self._asked_s
+        """Time that the learner has waited for a batch; None without an open request."""
+        return None if self._take is None else now_s - self._requested_s

@@ -1,4 +1,4 @@
-"""Credit: how many training leases may still be granted, and what one costs."""
+"""Admission credits: how many more training leases may be granted, and the cost of each."""
 
 from speed_async.buffer.leases import LeaseTable
 from speed_async.buffer.ledger import Ledger
@@ -7,9 +7,9 @@ from speed_async.buffer.reporting.statistics import RunStatistics
 from speed_async.config.schema import Config
 
 BYTES_WINDOW = 16
-"""Groups over which the running mean of their bytes forgets."""
-MIN_PRICE = 1 / 16
-"""Keeps the number of leases bounded where hardly any prompt passes."""
+"""Time constant, in groups, of the running mean of group sizes."""
+MIN_CREDITS_PER_PROMPT = 1 / 16
+"""Bounds the number of leases when hardly any prompt passes the gate."""
 
 
 class Credit:
@@ -27,42 +27,41 @@ class Credit:
         self._ledger = ledger
         self._buffer = buffer
         self._statistics = statistics
-        self._bytes_a_group = 0.0
-        """Running mean; it starts low, and so do the first groups."""
+        self._mean_group_bytes = 0.0
+        """Running mean. It starts at 0, which underestimates the first groups."""
 
     def left(self, num_in_training: int) -> int:
-        """Training leases that may still be granted.
+        """Number of additional training leases that may be granted.
 
-        A prompt under screening is charged what it is expected to yield, the share that the gate
-        lets pass; a group that is continued, buffered or in training is charged whole. So a batch
-        for each version of the staleness window is under way whatever the gate refuses, and no
-        more. Where that would not fit `buffer.capacity_bytes`, actors are held back before it.
+        A prompt under screening costs its expected yield, which is the acceptance rate of the
+        gate. A group that is continued, buffered or in training costs one credit. So one batch for
+        each version of the staleness window is in progress at any acceptance rate, and no more.
+        Backpressure starts earlier if these groups would not fit `buffer.capacity_bytes`.
         """
         if self._config.run.updates == 0:
-            return 0  # evaluated only
+            return 0  # the run only evaluates
         num_leased = self._leases.num_charged
         continuing = min(self._ledger.groups_continuing, num_leased)
         certain = len(self._buffer) + num_in_training + continuing
-        uncertain = int((self._most_groups - certain) / self.price)
+        uncertain = int((self._max_groups - certain) / self.credits_per_prompt)
         return max(0, uncertain - num_leased + continuing)
 
     @property
-    def price(self) -> float:
-        """Credits for a prompt under screening: the groups to expect of it."""
+    def credits_per_prompt(self) -> float:
+        """Cost of a prompt under screening: the expected number of groups from it."""
         if self._config.gate.mode == "off":
             return 1.0
-        return max(self._statistics.expected_yield, MIN_PRICE)
+        return max(self._statistics.expected_yield, MIN_CREDITS_PER_PROMPT)
 
-    def weighed(self, num_bytes: int) -> None:
-        """A group came, of this size."""
-        self._bytes_a_group += (num_bytes - self._bytes_a_group) / BYTES_WINDOW
+    def record_group_size(self, num_bytes: int) -> None:
+        self._mean_group_bytes += (num_bytes - self._mean_group_bytes) / BYTES_WINDOW
 
     @property
-    def _most_groups(self) -> int:
-        """Groups that may be on their way, buffered or in training: by number, and, unless what
-        is too much waits on disk, by their bytes as they have been lately."""
+    def _max_groups(self) -> int:
+        """Limit on groups in flight, buffered or in training. It is a number of groups and, unless
+        surplus groups spill to disk, also the bytes that they take at their recent mean size."""
         most = self._config.max_credits
-        if self._config.buffer.spill or not self._bytes_a_group:
+        if self._config.buffer.spill or not self._mean_group_bytes:
             return most
-        fitting = int(self._config.buffer.capacity_bytes / self._bytes_a_group)
+        fitting = int(self._config.buffer.capacity_bytes / self._mean_group_bytes)
         return min(most, max(fitting, self._config.learner.groups_per_update))

@@ -1,10 +1,10 @@
-"""Held-out evaluation as the service sees it: a seam that evaluation/plan.py fills."""
+"""Interface of held-out evaluation for the service; evaluation/plan.py implements it."""
 
 from typing import Protocol
 
 
 class Accuracy(Protocol):
-    """Outcome of one whole evaluation (evaluation/plan.py has the record)."""
+    """Result of one complete evaluation (defined in evaluation/plan.py)."""
 
     @property
     def accuracy(self) -> float: ...
@@ -16,7 +16,7 @@ class Accuracy(Protocol):
     def num_completions(self) -> int: ...
     @property
     def oldest_version(self) -> int | None:
-        """None when not one token was sampled."""
+        """None if no token was sampled."""
         ...
 
     @property
@@ -24,7 +24,7 @@ class Accuracy(Protocol):
 
 
 class Evaluations(Protocol):
-    """Held-out evaluation, seen from the service (evaluation/plan.py is the real one)."""
+    """Schedule and progress of held-out evaluations (implemented in evaluation/plan.py)."""
 
     @property
     def num_samples(self) -> int: ...

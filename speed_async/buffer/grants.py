@@ -1,4 +1,4 @@
-"""Which actor is given how many leases."""
+"""Distribution of leases among the actors."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -26,8 +26,9 @@ class Grants:
     def next(
         self, present: Sequence[ActorState], policy_version: int, now_s: float, *, training: bool
     ) -> Iterator[tuple[str, Leases]]:
-        """All leases that may be granted now. Evaluation goes to actors that hold its version;
-        training, in equal shares, to those that are not too far behind."""
+        """All leases that may be granted now. Evaluation leases go to actors that hold the
+        evaluated version. Training leases go, in equal shares, to actors within the staleness
+        bound."""
         target = self._evaluations.target_version
         if target is None and not (training and self._batches.num_grantable > 0):
             return
@@ -42,22 +43,22 @@ class Grants:
             return
         oldest = policy_version - self._slack
         fresh = [state for state in ready if state.applied_version >= oldest]
-        fresh.sort(key=lambda state: -state.want)  # what a needy one leaves, others may take
-        for place, state in enumerate(fresh):
+        fresh.sort(key=lambda state: -state.want)
+        for position, state in enumerate(fresh):
             if not state.want:
                 break
-            share = math.ceil(self._batches.num_grantable / (len(fresh) - place))
+            share = math.ceil(self._batches.num_grantable / (len(fresh) - position))
             if share < 1:
                 break
-            most = min(state.want, share)
-            for name, leases in self._grant(state, LeaseKind.TRAINING, most, now_s):
+            count = min(state.want, share)
+            for name, leases in self._grant(state, LeaseKind.TRAINING, count, now_s):
                 self._batches.granted(len(leases.lease_ids))
                 yield name, leases
 
     def _grant(
-        self, state: ActorState, kind: LeaseKind, most: int, now_s: float
+        self, state: ActorState, kind: LeaseKind, max_leases: int, now_s: float
     ) -> Iterator[tuple[str, Leases]]:
-        leases = self._lifecycle.grant(state.name, kind, most, now_s)
+        leases = self._lifecycle.grant(state.name, kind, max_leases, now_s)
         if leases is not None:
             state.want -= len(leases.lease_ids)
             yield state.name, leases

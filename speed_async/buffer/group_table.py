@@ -1,8 +1,8 @@
-"""What is known of each waiting group, as packed rows: a third of what objects would take.
+"""Metadata of the buffered groups as packed rows, in a third of the memory of objects.
 
-A group that waits on disk is nothing but its row, so a million of them must be cheap. As an object
-each number of a record is an object of its own, and the record takes 400 bytes; a row takes 72, and
-the garbage collector never walks it.
+A group that is spilled to disk keeps only its row in memory, so a million rows must be cheap. A
+record object takes 400 bytes because each of its numbers is an object. A row takes 72 bytes, and
+the garbage collector does not traverse it.
 """
 
 import struct
@@ -14,17 +14,17 @@ from speed_async.transport.messages import GroupFinished
 
 _ROW = struct.Struct("<qqqqqqqdd")
 _NUM_TAKES = struct.Struct("<q")
-_NOWHERE = (-1, -1)
+_NO_PLACE = (-1, -1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BufferedGroup:
-    """A finished group and what the buffer needs to know of it."""
+    """A finished group and its metadata."""
 
     UNSAVED: ClassVar = ("message",)
 
     message: GroupFinished | None
-    """None while it waits on disk, at `place`."""
+    """None while the group is on disk, at `place`."""
     lease_id: int
     pass_rate: float
     oldest_version: int
@@ -32,11 +32,11 @@ class BufferedGroup:
     num_tokens: int
     num_bytes: int
     place: tuple[int, int] | None = None
-    """Segment of the journal and offset in it, both from 0; None where no journal is kept."""
+    """Journal segment and offset in it, both from 0; None without a journal."""
 
 
 class GroupTable:
-    """Groups by slot. A slot is used again once its group has left."""
+    """Groups by slot. The slot of a removed group is reused."""
 
     def __init__(self) -> None:
         self._rows = bytearray()
@@ -44,7 +44,7 @@ class GroupTable:
         self._free = array("q")
 
     def add(self, group: BufferedGroup, num_takes: int) -> int:
-        """The slot of a group that came when there had been `num_takes` takes."""
+        """Add a group that arrives after `num_takes` takes; returns its slot."""
         if self._free:
             slot = self._free.pop()
         else:
@@ -60,7 +60,7 @@ class GroupTable:
             group.oldest_version,
             group.num_tokens,
             group.num_bytes,
-            *(group.place or _NOWHERE),
+            *(group.place or _NO_PLACE),
             group.pass_rate,
             group.mean_version,
         )
@@ -84,7 +84,7 @@ class GroupTable:
         )
 
     def pop(self, slot: int) -> BufferedGroup:
-        """The group, whose slot is free from now on."""
+        """Remove and return the group; its slot becomes free."""
         group = self.read(slot)
         self._messages[slot] = None
         self._free.append(slot)

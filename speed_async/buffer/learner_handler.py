@@ -1,9 +1,10 @@
-"""The learner's half of the service: which version it stands at, its batches, its broadcasts.
+"""The part of the service that serves the learner: policy version, batches, weight broadcasts.
 
 consumes   messages of the learner
 waits for  nothing
-answers    a TakeBatch when enough fresh groups are buffered, or at once with the batch that
-           followed, where the learner trains it again; a PublishWeights with who takes part
+answers    a TakeBatch when enough fresh groups are buffered, or immediately with the recorded
+           batch if the learner repeats an update; a PublishWeights with the members of the
+           broadcast
 """
 
 from collections.abc import Callable, Sequence
@@ -25,23 +26,23 @@ from speed_async.transport import messages as m
 
 
 class ServiceContext(Protocol):
-    """What the desk has the service do (service.py)."""
+    """The operations of the service that the handler uses (service.py)."""
 
     warnings: Warnings
 
     def send(self, peer: str, message: m.Message) -> None: ...
-    def lose(self, state: ActorState, reason: str, told: str = "") -> None: ...
+    def lose(self, state: ActorState, reason: str, warning: str = "") -> None: ...
     def fail(self, text: str, now_s: float) -> None: ...
     def emit(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> None: ...
 
 
 class LearnerHandler:
-    CONFIGURED = ("handlers", "_house")
+    CONFIGURED = ("handlers", "_context")
 
     def __init__(
         self,
         config: Config,
-        house: ServiceContext,
+        context: ServiceContext,
         *,
         membership: Membership,
         lifecycle: Lifecycle,
@@ -49,11 +50,11 @@ class LearnerHandler:
         updates: Updates,
     ) -> None:
         self.policy_version = 0
-        """The newest that was trained."""
+        """Newest trained version."""
         self.batches = Batches(config, lifecycle)
         self.weight_group = WeightGroup(membership)
         self.weight_times = WeightTimes()
-        self._house = house
+        self._context = context
         self._membership = membership
         self._lifecycle = lifecycle
         self._statistics = statistics
@@ -64,93 +65,96 @@ class LearnerHandler:
             m.Trained: self._on_trained,
             m.PublishWeights: self._on_publish,
         }
-        """Called with the peer, the message and the time."""
+        """Handlers by message class; each receives the peer, the message and the time."""
 
-    def say(self, message: m.Message) -> None:
-        """To the learner, if it is here."""
+    def send(self, message: m.Message) -> None:
+        """Send a message to the learner if it is connected."""
         if self._membership.learner is not None:
-            self._house.send(self._membership.learner, message)
+            self._context.send(self._membership.learner, message)
 
     def begin_attempt(self) -> None:
-        """All processes were started again: nothing is asked for, and the next broadcast needs a
-        new epoch."""
+        """All processes were restarted: no request is open, and the next broadcast opens a new
+        epoch."""
         self._membership.learner = None
-        self.batches.withdraw()
+        self.batches.cancel()
         self._lifecycle.return_untrained()
-        self.weight_group.forget()
+        self.weight_group.reset()
 
     def answer_take(self, now_s: float, *, evaluating: bool) -> None:
-        """Hand out the batch that was asked for, once it may be given."""
-        answer = self.batches.answer(now_s, evaluating=evaluating)
-        if answer is None:
+        """Send the requested batch if it is ready."""
+        ready = self.batches.poll(now_s, evaluating=evaluating)
+        if ready is None:
             return
-        take, groups = answer
+        take, groups = ready
         self._send_batch(take.policy_version, groups)
 
     def published(self, message: m.WeightsPublished) -> None:
-        """A broadcast ended; whoever is to blame for its failure is lost."""
+        """A broadcast ended. Actors that made it fail are declared lost."""
         self.weight_times.ended(message)
         for state in self.weight_group.published(message):
-            told = f"died or was cut off while version {message.policy_version} was sent to it"
-            self._house.lose(state, f"it held up the weights: {message.error}", told)
+            warning = f"died or was disconnected while it received version {message.policy_version}"
+            self._context.lose(state, f"it blocked the weight broadcast: {message.error}", warning)
 
     def applied(self, peer: str, message: m.WeightsApplied) -> bool:
-        """An actor has loaded a version, or could not. Returns whether it needs it once more."""
+        """An actor applied a version or failed to. Returns whether it must receive it again."""
         self.weight_times.applied(message)
         return self.weight_group.applied(self._membership.actors[peer], message)
 
-    # --- its messages ------------------------------------------------------------------------
+    # --- messages of the learner -------------------------------------------------------------
 
     def _on_resumed(self, peer: str, resumed: m.Resumed, now_s: float) -> None:
-        """The learner stands at a checkpoint. It gets the batches since then once more, or, where
-        the journal does not have them, the service goes on from there as well; but not from
-        nothing."""
+        """The learner resumed from a checkpoint. It repeats the batches after it from the journal.
+        If the journal does not hold them, the service also resumes from that checkpoint; a resume
+        from version 0 then fails."""
         version, journal_version = resumed.policy_version, self.policy_version
         notice = f"{resumed.notice}; " if resumed.notice else ""
-        if self._lifecycle.lineage.leads(version, journal_version):
+        if self._lifecycle.lineage.can_replay(version, journal_version):
             warning = f"{notice}resumed from version {version}"
             if version < journal_version:
-                warning += f"; updates to {journal_version} are trained again, as recorded"
-            self._house.warnings.open("life", warning, fleeting=True)
+                warning += f"; updates to {journal_version} are repeated from the journal"
+            self._context.warnings.open("attempt", warning, fleeting=True)
             return
         if version == 0:
             text = (
-                f"{notice}no checkpoint is left to go on from, and the journal does not hold the "
-                f"updates from the start to {journal_version} any more: bring a checkpoint back "
-                "from a copy into the run's checkpoints/, or start a new run"
+                f"{notice}no checkpoint is left to resume from, and the journal no longer holds "
+                f"the updates from the start to {journal_version}: restore a checkpoint from a "
+                "backup into the run's checkpoints/, or start a new run"
             )
-            self._house.fail(text, now_s)
+            self._context.fail(text, now_s)
             return
-        self._lifecycle.adopt(resumed)
+        self._lifecycle.resume_from(resumed)
         self._updates.all_known = False
         self.policy_version = version
         text = (
-            f"{notice}resumed from version {version}, of which the journal (at {journal_version}) "
-            "lacks a part: groups are counted by the learner's word"
+            f"{notice}resumed from version {version}, for which the journal (at version "
+            f"{journal_version}) is incomplete: the group counts are those of the learner"
         )
-        self._house.warnings.open("life", text, fleeting=True)
-        self._house.send(peer, m.Welcome(policy_version=version))
+        self._context.warnings.open("attempt", text, fleeting=True)
+        self._context.send(peer, m.Welcome(policy_version=version))
 
     def _on_take(self, peer: str, take: m.TakeBatch, now_s: float) -> None:
         if take.policy_version >= self.policy_version:
-            self.batches.ask(take, now_s)
+            self.batches.request(take, now_s)
         elif batch := self._lifecycle.lineage.after(take.policy_version):
             self._send_batch(take.policy_version, batch.groups)
         else:
-            reason = f"version {take.policy_version} is past: the service is at "
-            self._house.send(peer, m.Rejected(reason=reason + str(self.policy_version)))
+            reason = (
+                f"version {take.policy_version} is outdated: the service is at version "
+                f"{self.policy_version}"
+            )
+            self._context.send(peer, m.Rejected(reason=reason))
 
     def _send_batch(self, policy_version: int, groups: Sequence[BufferedGroup]) -> None:
         for group in groups:
-            self.say(batch_message(group))
+            self.send(batch_message(group))
         lease_ids = [group.lease_id for group in groups]
-        self.say(m.BatchReady(policy_version=policy_version, lease_ids=lease_ids))
+        self.send(m.BatchReady(policy_version=policy_version, lease_ids=lease_ids))
 
     def _on_trained(self, peer: str, message: m.Trained, now_s: float) -> None:
         if message.notice:
-            self._house.warnings.open("learner", message.notice, fleeting=True)
+            self._context.warnings.open("learner", message.notice, fleeting=True)
         if not self._lifecycle.is_training(message.lease_ids):
-            self._lifecycle.lineage.repeated(message)
+            self._lifecycle.lineage.record_repeat(message)
             return
         self._lifecycle.trained(message)
         self._updates.add(message)
@@ -165,11 +169,11 @@ class LearnerHandler:
             )
         )
         self.weight_times.stepped(self.policy_version, self._membership.present())
-        self._house.emit("step", now_s, dict(metrics))
+        self._context.emit("step", now_s, dict(metrics))
 
     def _on_publish(self, peer: str, publish: m.PublishWeights, now_s: float) -> None:
         self.weight_times.began(now_s)
         offers, members = self.weight_group.form(publish)
         for name, offer in offers:
-            self._house.send(name, offer)
-        self.say(members)
+            self._context.send(name, offer)
+        self.send(members)

@@ -1,22 +1,22 @@
-"""Who works on what. A training lease holds one credit from its grant to its group's end, or until
-it expires."""
+"""Leases: the prompts that each actor works on. A training lease holds one credit from its grant
+until its group ends or the lease expires."""
 
 from dataclasses import dataclass, replace
 
 from speed_async.types import Lease, LeaseKind
 
 SKIPPED_IDS = 1 << 20
-"""More leases than are ever granted between two checkpoints."""
+"""Upper bound on the leases granted between two checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenLease:
     lease: Lease
     holder: str
-    """Name of the actor that works on it."""
+    """Name of the actor that holds the lease."""
     granted_s: float
     expired: bool = False
-    """Its prompt was offered again and its credit given back; a late result still counts once."""
+    """Its prompt was requeued and its credit returned. A late result still counts once."""
 
     @property
     def is_training(self) -> bool:
@@ -24,15 +24,15 @@ class OpenLease:
 
 
 class LeaseTable:
-    """All open leases, by id and by holder. Ids grow and are never used again."""
+    """All open leases, by id and by holder. Ids increase and are never reused."""
 
     def __init__(self) -> None:
         self.num_training = 0
         """Open training leases."""
         self.num_charged = 0
-        """Of those, the ones that have not expired: each holds a credit."""
+        """Open training leases that have not expired. Each holds a credit."""
         self._next_id = 0
-        self._open: dict[int, OpenLease] = {}  # in the order of their grants
+        self._open: dict[int, OpenLease] = {}  # in the order of grants
         self._ids_of: dict[str, set[int]] = {}
 
     def grant(
@@ -56,16 +56,16 @@ class LeaseTable:
         return entry
 
     def skip_past(self, lease_id: int) -> None:
-        """Use no id up to this one, nor those that may have been granted soon after it."""
+        """Skip the ids up to this one and the SKIPPED_IDS after it, which may have been granted."""
         self._next_id = max(self._next_id, lease_id + 1 + SKIPPED_IDS)
 
     def held_by(self, holder: str, lease_id: int) -> Lease | None:
-        """The lease, if this actor may still report a result for it."""
+        """The lease if it is open and this actor holds it; None otherwise."""
         entry = self._open.get(lease_id)
         return entry.lease if entry is not None and entry.holder == holder else None
 
     def end(self, lease_id: int) -> OpenLease:
-        """Close a lease. Raises KeyError when it is not open: each lease ends once."""
+        """Close a lease. Raises KeyError if it is not open: each lease ends once."""
         entry = self._open.pop(lease_id)
         self._ids_of[entry.holder].discard(lease_id)
         if not self._ids_of[entry.holder]:
@@ -75,17 +75,17 @@ class LeaseTable:
         return entry
 
     def expire(self, before_s: float) -> list[OpenLease]:
-        """Mark and return the leases granted before this time that have not expired yet."""
-        late: list[OpenLease] = []
+        """Mark as expired, and return, the unexpired leases granted before this time."""
+        expired: list[OpenLease] = []
         for entry in self._open.values():
             if entry.granted_s >= before_s:
                 break
             if not entry.expired:
-                late.append(entry)
-        for entry in late:
+                expired.append(entry)
+        for entry in expired:
             self._open[entry.lease.lease_id] = replace(entry, expired=True)
             self.num_charged -= entry.is_training
-        return late
+        return expired
 
     def of_holder(self, holder: str) -> list[OpenLease]:
         return [self._open[lease_id] for lease_id in sorted(self._ids_of.get(holder, ()))]

@@ -1,33 +1,33 @@
-"""The ledger: every group and every token ends exactly once, and the books close.
+"""The ledger: every group and every token ends exactly once, and the ledger balances.
 
-Three parties count on their own: engines count tokens where they sample them, actors count what
-they hold, the service counts what reaches it, and the learner counts what it trained. `checks`
-compares them.
+Each role counts independently. Engines count the tokens that they sample, actors count the groups
+and tokens in flight, the service counts what it receives, and the learner counts what it trains.
+`checks` compares these counts.
 """
 
 from dataclasses import dataclass, field
 
 from speed_async.types import ActorCounts, GroupEnd
 
-BEFORE_THE_CUT = "before-the-cut"
-"""Stands for actors whose work is known by the learner's word alone."""
+BEFORE_TRUNCATION = "before-the-cut"
+"""Account of work that only the learner reports, because the journal was truncated."""
 
 MAX_KINDS, MAX_KIND_CHARS, MAX_EXAMPLE_CHARS = 64, 100, 500
-"""Kinds of failure told apart, and what is kept of them: an actor words them."""
+"""Bounds on the distinct kinds of failure and their texts, which the actors write."""
 
 
 def failure_kind(reason: str) -> str:
-    """What stands before the first colon of a reason."""
+    """The part of a reason before its first colon."""
     return reason.split(":", 1)[0][:MAX_KIND_CHARS]
 
 
 ENGINE_TIMES = ("sampling_s", "updating_s", "uptime_s")
-"""Gauges of an actor's engine, which grow as long as it lives."""
+"""Cumulative gauges of an actor's engine."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """Groups and generated tokens that came to one end."""
+    """Number of groups and of generated tokens with the same outcome."""
 
     groups: int = 0
     tokens: int = 0
@@ -39,19 +39,19 @@ class Tally:
 
 @dataclass(slots=True)
 class ActorAccount:
-    """The service's view of one actor, beside that actor's own last word."""
+    """The service's counts of one actor, and the counts that this actor last reported."""
 
     leases_granted: int = 0
     leases_ended: int = 0
     tokens_reported: int = 0
     last_counts: ActorCounts = field(default_factory=ActorCounts)
     engine_times_s: dict[str, float] = field(default_factory=dict)
-    """Its last report's ENGINE_TIMES."""
+    """ENGINE_TIMES of its last report."""
     lost: bool = False
 
     @property
     def balanced(self) -> bool:
-        """The actor's counts explain exactly what the service has received from it."""
+        """Whether the actor's counts match what the service received from it."""
         counts = self.last_counts
         return (
             counts.tokens_generated == self.tokens_reported + counts.tokens_in_flight
@@ -71,13 +71,13 @@ class Ledger:
         """Failed training leases by kind."""
         self.held_out_failures: dict[str, int] = {}
         self.failure_examples: dict[str, str] = {}
-        """The first reason of each kind of either, in full."""
-        # Sums of the actors' last words, which come with every message of every actor.
+        """The first full reason of each kind, of training and held-out failures."""
+        # Sums over the last counts of all actors; every message of an actor carries its counts.
         self.tokens_generated = 0
-        """As counted by the engines."""
+        """Counted by the engines."""
         self.completions_generated = 0
         self.groups_continuing = 0
-        """Groups past the gate that their actors still generate."""
+        """Groups in continuation: past the gate and still generating."""
         self.tokens_in_flight = 0
         self._actors: dict[str, ActorAccount] = {}
 
@@ -88,9 +88,9 @@ class Ledger:
         self.actor(name).leases_granted += 1
         self.groups_granted += training
 
-    def heard(self, name: str, counts: ActorCounts) -> None:
-        book = self.actor(name)
-        before, book.last_counts = book.last_counts, counts
+    def update_counts(self, name: str, counts: ActorCounts) -> None:
+        account = self.actor(name)
+        before, account.last_counts = account.last_counts, counts
         self.tokens_generated += counts.tokens_generated - before.tokens_generated
         self.completions_generated += counts.completions_generated - before.completions_generated
         self.groups_continuing += counts.groups_continuing - before.groups_continuing
@@ -98,9 +98,9 @@ class Ledger:
 
     def reported(self, name: str, tokens: int) -> None:
         """A lease of this actor ended with this many generated tokens."""
-        book = self.actor(name)
-        book.leases_ended += 1
-        book.tokens_reported += tokens
+        account = self.actor(name)
+        account.leases_ended += 1
+        account.tokens_reported += tokens
 
     def failed(self, reason: str, tokens: int, groups: int = 1) -> None:
         self.ends[GroupEnd.FAILED].add(tokens, groups)
@@ -118,27 +118,29 @@ class Ledger:
         if len(self.failure_examples) <= 2 * MAX_KINDS:
             self.failure_examples.setdefault(kind, reason[:MAX_EXAMPLE_CHARS])
 
-    def lose(self, name: str, num_training: int, num_other: int, why: str = "") -> None:
-        """The actor died: what it last said to hold ends as failed."""
-        book = self.actor(name)
-        held = book.last_counts.tokens_in_flight
-        book.lost = True
-        book.tokens_reported += held
-        book.leases_ended += num_training + num_other
-        counts = book.last_counts
-        last_word = ActorCounts(
-            groups_leased=book.leases_granted,
+    def mark_lost(self, name: str, num_training: int, num_other: int, reason: str = "") -> None:
+        """Count as failed everything that a lost actor last reported as in flight."""
+        account = self.actor(name)
+        held = account.last_counts.tokens_in_flight
+        account.lost = True
+        account.tokens_reported += held
+        account.leases_ended += num_training + num_other
+        counts = account.last_counts
+        final_counts = ActorCounts(
+            groups_leased=account.leases_granted,
             groups_in_flight=0,
             completions_generated=counts.completions_generated,
             tokens_generated=counts.tokens_generated,
             tokens_in_flight=0,
         )
-        self.heard(name, last_word)
-        self.failed(f"actor lost: {name}: {why}" if why else "actor lost", held, num_training)
+        self.update_counts(name, final_counts)
+        reason = f"actor lost: {name}: {reason}" if reason else "actor lost"
+        self.failed(reason, held, num_training)
 
-    def follow_learner(self, groups_trained: int, tokens_trained: int) -> None:
-        """The journal was cut: what the learner trained beyond what is known here was generated
-        by actors of which nothing is known; what it has not trained after all is lost."""
+    def reconcile_with_learner(self, groups_trained: int, tokens_trained: int) -> None:
+        """Adopt the learner's counts after the journal was truncated. Trained groups that are
+        unknown here are attributed to BEFORE_TRUNCATION; groups counted here that the learner did
+        not train end as failed."""
         trained = self.ends[GroupEnd.TRAINED]
         groups, tokens = groups_trained - trained.groups, tokens_trained - trained.tokens
         trained.add(tokens, groups)
@@ -146,14 +148,14 @@ class Ledger:
         if groups < 0:
             self.failed("journal cut", -tokens, -groups)
         elif groups > 0:
-            book = self.actor(BEFORE_THE_CUT)
-            counts = book.last_counts
-            book.leases_granted += groups
-            book.leases_ended += groups
-            book.tokens_reported += tokens
+            account = self.actor(BEFORE_TRUNCATION)
+            counts = account.last_counts
+            account.leases_granted += groups
+            account.leases_ended += groups
+            account.tokens_reported += tokens
             self.groups_granted += groups
-            self.heard(
-                BEFORE_THE_CUT,
+            self.update_counts(
+                BEFORE_TRUNCATION,
                 ActorCounts(
                     groups_leased=counts.groups_leased + groups,
                     tokens_generated=counts.tokens_generated + tokens,
@@ -161,7 +163,8 @@ class Ledger:
             )
 
     def checks(self, groups_in_flight: int) -> dict[str, bool]:
-        """Each named equation of the books. `groups_in_flight`: open training leases."""
+        """Result of each named invariant. `groups_in_flight` is the number of open training
+        leases."""
         ended_groups = sum(tally.groups for tally in self.ends.values())
         ended_tokens = sum(tally.tokens for tally in self.ends.values())
         held_tokens = self.buffered.tokens + self.taken.tokens + self.tokens_in_flight
@@ -173,24 +176,24 @@ class Ledger:
             == ended_tokens + self.evaluation.tokens + held_tokens,
             "trained: learner's count = service's count": self.learner_trained == trained,
             "actors: own counts = what the service received": all(
-                book.balanced for book in self._actors.values()
+                account.balanced for account in self._actors.values()
             ),
         }
 
     def engine_times_s(self) -> dict[str, float]:
-        """ENGINE_TIMES of all actors together; empty while none has reported."""
-        told = [book.engine_times_s for book in self._actors.values() if book.engine_times_s]
-        return {name: sum(times_s[name] for times_s in told) for name in ENGINE_TIMES if told}
+        """Sum of ENGINE_TIMES over all actors; empty before the first report."""
+        reported = [a.engine_times_s for a in self._actors.values() if a.engine_times_s]
+        return {name: sum(t[name] for t in reported) for name in ENGINE_TIMES if reported}
 
     def by_actor(self) -> dict[str, object]:
-        """What each incarnation of each actor did, for `summary.json`."""
+        """Work of each incarnation of each actor, for `summary.json`."""
         return {
             name: {
-                "leases": book.leases_ended,
-                "tokens_generated": book.last_counts.tokens_generated,
-                "lost": book.lost,
+                "leases": account.leases_ended,
+                "tokens_generated": account.last_counts.tokens_generated,
+                "lost": account.lost,
             }
-            for name, book in self._actors.items()
+            for name, account in self._actors.items()
         }
 
     def table(self, groups_in_flight: int) -> dict[str, object]:

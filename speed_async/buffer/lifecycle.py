@@ -1,7 +1,7 @@
-"""The life of every group, from its lease to its one end.
+"""The lifecycle of every group, from its lease to its single end.
 
-Owns curriculum, leases, priority buffer and ledger, and keeps them in step: whatever happens to
-a group happens here, once, in all four.
+Owns the curriculum, the leases, the priority buffer and the ledger. Each transition of a group
+updates all four here, so they stay consistent.
 """
 
 from speed_async.buffer.credit import Credit
@@ -56,21 +56,23 @@ class Lifecycle:
 
     @property
     def is_exhausted(self) -> bool:
-        """No prompt is left that could be leased for training."""
+        """Whether no prompt is left to lease for training."""
         return self._curriculum.num_left == 0
 
     # --- granting --------------------------------------------------------------------------
 
     @property
     def credits_left(self) -> int:
-        """Training leases that may still be granted."""
+        """Number of additional training leases that may be granted."""
         return self.credit.left(len(self.in_training))
 
-    def grant(self, holder: str, kind: LeaseKind, most: int, now_s: float = 0.0) -> m.Leases | None:
-        """Up to `most` new leases for an actor, or None when there is nothing to grant."""
+    def grant(
+        self, holder: str, kind: LeaseKind, max_leases: int, now_s: float = 0.0
+    ) -> m.Leases | None:
+        """Grant an actor up to `max_leases` leases. Returns None if there is nothing to grant."""
         training = kind is LeaseKind.TRAINING
-        give = self._training if training else self._evaluation
-        granted = give(holder, most, now_s)
+        grant_leases = self._grant_training if training else self._grant_evaluation
+        granted = grant_leases(holder, max_leases, now_s)
         if not granted:
             return None
         for _ in granted:
@@ -82,16 +84,19 @@ class Lifecycle:
             num_samples=granted[0].lease.num_samples,
         )
 
-    def _training(self, holder: str, most: int, now_s: float) -> list[OpenLease]:
+    def _grant_training(self, holder: str, max_leases: int, now_s: float) -> list[OpenLease]:
         return [
             self.leases.grant(holder, prompt_id, LeaseKind.TRAINING, now_s=now_s)
-            for prompt_id in self._curriculum.choose(min(most, self.credits_left))
+            for prompt_id in self._curriculum.choose(min(max_leases, self.credits_left))
         ]
 
-    def _evaluation(self, holder: str, most: int, now_s: float) -> list[OpenLease]:
-        granted = []
+    def _grant_evaluation(self, holder: str, max_leases: int, now_s: float) -> list[OpenLease]:
+        granted: list[OpenLease] = []
         samples = self._evaluations.num_samples
-        while len(granted) < most and (prompt_id := self._evaluations.next_prompt()) is not None:
+        while len(granted) < max_leases:
+            prompt_id = self._evaluations.next_prompt()
+            if prompt_id is None:
+                break
             kind = LeaseKind.EVALUATION
             granted.append(self.leases.grant(holder, prompt_id, kind, samples, now_s=now_s))
         return granted
@@ -102,19 +107,19 @@ class Lifecycle:
         self,
         holder: str,
         message: m.GroupFinished,
-        facts: GroupStats,
+        stats: GroupStats,
         place: tuple[int, int] | None = None,
     ) -> None:
-        """Take in a full group, which lies at `place` in the journal."""
+        """Add a complete group, stored at `place` in the journal."""
         num_tokens = len(message.token_ids)
-        entry = self._close(holder, message.lease_id, num_tokens)
+        entry = self._end_lease(holder, message.lease_id, num_tokens)
         if entry is None:
             return
         prompt_id = entry.lease.prompt_id
-        self._statistics.screened(prompt_id, accepted=True, pass_rate=facts.unselected_pass_rate)
-        self._curriculum.record(prompt_id, facts.num_passed, facts.num_completions)
+        self._statistics.screened(prompt_id, accepted=True, pass_rate=stats.unselected_pass_rate)
+        self._curriculum.record(prompt_id, stats.num_passed, stats.num_completions)
         num_bytes = 12 * num_tokens + 4 * len(message.prompt_token_ids)
-        self.credit.weighed(num_bytes)
+        self.credit.record_group_size(num_bytes)
         capacity = self._config.buffer.capacity_bytes
         spilled = place is not None and self._config.buffer.spill
         spilled = spilled and self.buffer.num_bytes + num_bytes > capacity
@@ -122,9 +127,9 @@ class Lifecycle:
             message=None if spilled else message,
             lease_id=message.lease_id,
             place=place,
-            pass_rate=facts.pass_rate,
-            oldest_version=facts.oldest_version,
-            mean_version=facts.mean_version,
+            pass_rate=stats.pass_rate,
+            oldest_version=stats.oldest_version,
+            mean_version=stats.mean_version,
             num_tokens=num_tokens,
             num_bytes=0 if spilled else num_bytes,
         )
@@ -136,7 +141,7 @@ class Lifecycle:
             self._leave_buffer(evicted, GroupEnd.EVICTED)
 
     def screened_out(self, holder: str, message: m.ScreenedOut) -> None:
-        entry = self._close(holder, message.lease_id, message.num_tokens)
+        entry = self._end_lease(holder, message.lease_id, message.num_tokens)
         if entry is None:
             return
         prompt_id = entry.lease.prompt_id
@@ -146,27 +151,29 @@ class Lifecycle:
         self.ledger.ends[GroupEnd.SCREENED_OUT].add(message.num_tokens)
 
     def failed(self, holder: str, message: m.LeaseFailed) -> Accuracy | None:
-        """A lease without a result. Only a drain says nothing about the prompt, which then is
-        offered again; a prompt that fails would fail again, so it waits for its next epoch, or for
-        ever when the model cannot take it, and in an evaluation it counts as not passed (then this
-        may be the one that completes it)."""
-        entry = self._close(holder, message.lease_id, message.num_tokens)
+        """A lease ended without a result.
+
+        After a drain, the prompt is requeued. A prompt that failed would fail again, so it is
+        skipped until its next epoch, and retired if the model cannot accept it. In an evaluation
+        it counts as not passed. Returns the accuracy if this result completes the evaluation.
+        """
+        entry = self._end_lease(holder, message.lease_id, message.num_tokens)
         if entry is None:
             return None
         training = entry.lease.kind is LeaseKind.TRAINING
         if training and message.reason == m.STALE:
             self.ledger.ends[GroupEnd.STALE].add(message.num_tokens)
-            self._learn_nothing(entry)
+            self._record_no_outcome(entry)
             return None
         if message.reason == m.DRAINED:
-            self._without_result(entry, message.reason, message.num_tokens)
-            self._offer_again(entry)
+            self._count_without_result(entry, message.reason, message.num_tokens)
+            self._requeue_prompt(entry)
             return None
-        self._without_result(entry, message.reason, message.num_tokens)
-        self._learn_nothing(entry)
-        kind, _, why = message.reason.partition(": ")
+        self._count_without_result(entry, message.reason, message.num_tokens)
+        self._record_no_outcome(entry)
+        kind, _, detail = message.reason.partition(": ")
         if kind == m.UNUSABLE:
-            self.unusable.add(entry.lease.prompt_id, why, training=training)
+            self.unusable.add(entry.lease.prompt_id, detail, training=training)
             if training:
                 self._curriculum.retire(entry.lease.prompt_id)
         version = self._evaluations.target_version
@@ -175,11 +182,11 @@ class Lifecycle:
         return self._evaluations.record(0, entry.lease.num_samples, None, None)
 
     def evaluated(self, holder: str, message: m.Evaluated) -> Accuracy | None:
-        entry = self._close(holder, message.lease_id, message.num_tokens)
+        entry = self._end_lease(holder, message.lease_id, message.num_tokens)
         if entry is None:
             return None
         self.ledger.evaluation.add(message.num_tokens)
-        if entry.expired:  # its prompt was given to another
+        if entry.expired:  # another lease covers its prompt
             return None
         has_tokens = message.num_tokens > 0
         return self._evaluations.record(
@@ -190,32 +197,34 @@ class Lifecycle:
         )
 
     def expire(self, before_s: float) -> int:
-        """Offer again the prompts of leases granted before this; returns how many there were."""
-        late = self.leases.expire(before_s)
-        for entry in late:
-            self._offer_again(entry)
-        return len(late)
+        """Expire the leases granted before this time and requeue their prompts; returns their
+        number."""
+        expired = self.leases.expire(before_s)
+        for entry in expired:
+            self._requeue_prompt(entry)
+        return len(expired)
 
     def holder_left(self, holder: str) -> None:
-        """The actor said goodbye: leases still on their way to it end unfinished."""
+        """The actor sent Goodbye: leases in transit to it end unfinished."""
         for entry in self.leases.of_holder(holder):
             self.leases.end(entry.lease.lease_id)
-            self._without_result(entry, m.DRAINED, 0)
-            self._offer_again(entry)
+            self._count_without_result(entry, m.DRAINED, 0)
+            self._requeue_prompt(entry)
 
-    def holder_lost(self, holder: str, why: str = "") -> None:
-        """The actor died: its leases end as failed, with the tokens it last said to hold."""
+    def holder_lost(self, holder: str, reason: str = "") -> None:
+        """The actor is lost: its leases end as failed, with the tokens that it last reported as
+        in flight."""
         entries = self.leases.of_holder(holder)
         training = sum(entry.lease.kind is LeaseKind.TRAINING for entry in entries)
         for entry in entries:
             self.leases.end(entry.lease.lease_id)
-            self._offer_again(entry)
-        self.ledger.lose(holder, training, len(entries) - training, why)
+            self._requeue_prompt(entry)
+        self.ledger.mark_lost(holder, training, len(entries) - training, reason)
 
     # --- training --------------------------------------------------------------------------
 
     def take(self, num_groups: int) -> list[BufferedGroup] | None:
-        """A whole batch, or None while there are too few groups."""
+        """Take a full batch from the buffer. Returns None if it holds too few groups."""
         if len(self.buffer) < num_groups:
             return None
         taken = self.buffer.take(num_groups)
@@ -227,11 +236,11 @@ class Lifecycle:
         return taken
 
     def is_training(self, lease_ids: list[int]) -> bool:
-        """Whether the learner has these groups, for the first time."""
+        """Whether the learner holds all these groups and has not trained them yet."""
         return all(lease_id in self.in_training for lease_id in lease_ids)
 
     def trained(self, message: m.Trained) -> None:
-        """An update is done; its groups end, and those grown too old leave the buffer."""
+        """An update is complete: its groups end, and stale groups leave the buffer."""
         groups = [self.in_training.pop(lease_id) for lease_id in message.lease_ids]
         for group in groups:
             self.ledger.taken.add(-group.num_tokens, -1)
@@ -246,10 +255,11 @@ class Lifecycle:
         self._curriculum.advance(message.policy_version)
         self._drop_stale()
 
-    # --- another life of the run -------------------------------------------------------------
+    # --- new attempt of the run --------------------------------------------------------------
 
     def return_untrained(self) -> None:
-        """The learner died over these groups, and no checkpoint can hold them: offered again."""
+        """Return the groups in training to the buffer: the learner failed before their update, so
+        no checkpoint includes them."""
         for group in self.in_training.values():
             self.ledger.taken.add(-group.num_tokens, -1)
             self.ledger.buffered.add(group.num_tokens)
@@ -257,9 +267,9 @@ class Lifecycle:
                 self._leave_buffer(evicted, GroupEnd.EVICTED)
         self.in_training.clear()
 
-    def adopt(self, resumed: m.Resumed) -> None:
-        """Go on where the learner stands, though the journal tells another story: its tail, or
-        the batches after that checkpoint, were lost. The books follow the learner."""
+    def resume_from(self, resumed: m.Resumed) -> None:
+        """Continue from the learner's checkpoint after the journal lost its tail or the batches
+        after that checkpoint. The ledger adopts the learner's counts."""
         known = set(resumed.recent_lease_ids)
         for group in self.buffer.remove_where(lambda group: group.lease_id in known):
             self._leave_buffer(group, GroupEnd.TRAINED)
@@ -268,7 +278,7 @@ class Lifecycle:
         version = resumed.policy_version
         for group in self.buffer.remove_where(lambda group: group.mean_version > version):
             self._leave_buffer(group, GroupEnd.STALE)
-        self.ledger.follow_learner(resumed.groups_trained, resumed.tokens_trained)
+        self.ledger.reconcile_with_learner(resumed.groups_trained, resumed.tokens_trained)
         self.lineage.clear()
         self._policy_version = resumed.policy_version
         self._drop_stale()
@@ -279,7 +289,7 @@ class Lifecycle:
 
     @property
     def needed_segments(self) -> set[int]:
-        """Journal segments in which a group lies that still counts."""
+        """Journal segments that hold a group that may still be read."""
         groups = [group for group, _ in self.buffer.waiting()]
         groups += self.in_training.values()
         groups += self.lineage.groups
@@ -291,8 +301,8 @@ class Lifecycle:
 
     # --- ends ------------------------------------------------------------------------------
 
-    def _close(self, holder: str, lease_id: int, num_tokens: int) -> OpenLease | None:
-        """End a lease; None when it had ended before, so a resent result counts once."""
+    def _end_lease(self, holder: str, lease_id: int, num_tokens: int) -> OpenLease | None:
+        """End a lease. Returns None if it has already ended, so a resent result counts once."""
         if self.leases.held_by(holder, lease_id) is None:
             return None
         self.ledger.reported(holder, num_tokens)
@@ -302,24 +312,24 @@ class Lifecycle:
         self.ledger.buffered.add(-group.num_tokens, -1)
         self.ledger.ends[end].add(group.num_tokens)
 
-    def _without_result(self, entry: OpenLease, reason: str, num_tokens: int) -> None:
+    def _count_without_result(self, entry: OpenLease, reason: str, num_tokens: int) -> None:
         training, is_drained = entry.lease.kind is LeaseKind.TRAINING, reason == m.DRAINED
         if training and is_drained:
             self.ledger.ends[GroupEnd.UNFINISHED].add(num_tokens)
         elif training:
             self.ledger.failed(reason, num_tokens)
-        elif is_drained:  # its prompt is sampled again
+        elif is_drained:  # the prompt is sampled again
             self.ledger.evaluation.add(num_tokens)
         else:
             self.ledger.held_out_failed(reason, num_tokens)
 
-    def _learn_nothing(self, entry: OpenLease) -> None:
+    def _record_no_outcome(self, entry: OpenLease) -> None:
         if entry.lease.kind is LeaseKind.TRAINING:
             self._curriculum.record(entry.lease.prompt_id, 0, 0)
 
-    def _offer_again(self, entry: OpenLease) -> None:
+    def _requeue_prompt(self, entry: OpenLease) -> None:
         if entry.expired:
-            return  # it was, when it expired
+            return  # requeued when the lease expired
         if entry.lease.kind is LeaseKind.TRAINING:
             self._curriculum.give_back(entry.lease.prompt_id)
         else:

@@ -1,7 +1,7 @@
-"""What a learner that comes back may have to train again.
+"""Updates that a resumed learner may have to repeat.
 
-These are the updates that its oldest kept checkpoint does not hold, each with its groups, whose
-arrays are in the journal.
+These are the updates after its oldest kept checkpoint, each with its groups, whose arrays are in
+the journal.
 """
 
 from bisect import bisect_left
@@ -15,10 +15,10 @@ from speed_async.transport.messages import Trained
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedBatch:
-    """An update that a checkpoint may have to repeat: its groups, in the order of the batch."""
+    """A recorded update and its groups, in the order of the batch."""
 
     policy_version: int
-    """After the update."""
+    """Policy version after the update."""
     groups: tuple[BufferedGroup, ...]
     skipped: bool
     loss: float | None
@@ -32,13 +32,13 @@ class TrainedBatch:
 class Lineage:
     def __init__(self) -> None:
         self.num_repeated = 0
-        """Updates trained again from the journal, in all lives."""
+        """Updates repeated from the journal, in all attempts."""
         self.num_repeated_alike = 0
-        """Of those, updates with the same groups, loss and gradient norm, bit for bit."""
+        """Repeated updates with bit-identical groups, loss and gradient norm."""
         self._batches: deque[TrainedBatch] = deque()  # oldest first: versions ascend
 
     def trained(self, message: Trained, groups: Sequence[BufferedGroup]) -> None:
-        """Note an update; without a journal there is nothing to come back to."""
+        """Record an update. Without a journal it cannot be repeated, so it is not recorded."""
         if groups and all(group.place is not None for group in groups):
             self._batches.append(
                 TrainedBatch(
@@ -51,26 +51,30 @@ class Lineage:
             )
 
     def after(self, policy_version: int) -> TrainedBatch | None:
-        """The update that led from this version to the next."""
-        place = bisect_left(self._batches, policy_version + 1, key=lambda b: b.policy_version)
-        found = self._batches[place] if place < len(self._batches) else None
+        """The recorded update from this version to the next; None if there is none."""
+        index = bisect_left(self._batches, policy_version + 1, key=lambda b: b.policy_version)
+        found = self._batches[index] if index < len(self._batches) else None
         return found if found and found.policy_version == policy_version + 1 else None
 
-    def leads(self, version: int, to_version: int) -> bool:
-        """Whether every update between the two can be trained again."""
+    def can_replay(self, version: int, to_version: int) -> bool:
+        """Whether every update from `version` to `to_version` can be repeated."""
         return version <= to_version and all(map(self.after, range(version, to_version)))
 
-    def repeated(self, message: Trained) -> None:
-        """A recorded update was trained again."""
+    def record_repeat(self, message: Trained) -> None:
+        """The learner repeated a recorded update."""
         batch = self.after(message.policy_version - 1)
         self.num_repeated += 1
         if batch is not None and batch.lease_ids == message.lease_ids:
-            then = (batch.loss, batch.grad_norm, batch.skipped)
-            now = (message.metrics.get("loss"), message.metrics.get("grad_norm"), message.skipped)
-            self.num_repeated_alike += then == now
+            recorded = (batch.loss, batch.grad_norm, batch.skipped)
+            repeated = (
+                message.metrics.get("loss"),
+                message.metrics.get("grad_norm"),
+                message.skipped,
+            )
+            self.num_repeated_alike += recorded == repeated
 
-    def forget_to(self, policy_version: int) -> None:
-        """A durable checkpoint of this version is the oldest that is kept."""
+    def prune(self, policy_version: int) -> None:
+        """Drop the updates up to this version, that of the oldest kept checkpoint."""
         while self._batches and self._batches[0].policy_version <= policy_version:
             self._batches.popleft()
 

@@ -1,4 +1,4 @@
-"""Who takes part in the run: actors, the learner, and actors that came by themselves."""
+"""Members of the run: the learner, the actors started as ranks, and the actors that joined."""
 
 from dataclasses import dataclass, field
 
@@ -7,19 +7,19 @@ from speed_async.config.schema import ClusterConfig
 from speed_async.transport.messages import Hello
 
 RECONNECT_S = 10.0
-"""Connections that are cut come back well within this; a dead actor's does not."""
-JOIN_KEPT_S = 60.0
-"""A join whose actor has not said Hello by then is forgotten. An actor that says it later, because
-its engine starts slowly, is taken in all the same."""
+"""An interrupted connection is restored well within this time; that of a dead actor is not."""
+JOIN_TIMEOUT_S = 60.0
+"""A join expires if its actor does not send Hello within this time. An actor that sends it later,
+because its engine starts slowly, is still admitted."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Joined:
-    """What is known of a supervisor that joined."""
+class PendingJoin:
+    """A supervisor that joined and whose actor has not sent Hello."""
 
     index: int
     key: str
-    asked_s: float
+    requested_s: float
 
 
 @dataclass(slots=True)
@@ -27,61 +27,62 @@ class ActorState:
     name: str
     index: int
     incarnation: int
-    last_heard_s: float
-    gone_since_s: float | None = None
-    """When its connection was first found to be gone, unless it was heard since."""
+    last_message_s: float
+    disconnected_since_s: float | None = None
+    """When the loss of its connection was detected; None once it sends a message again."""
     weight_ranks: int = 1
-    """Consecutive ranks of the weight group its engine takes."""
+    """Number of consecutive ranks of the weight group that its engine uses."""
     want: int = 0
-    """Leases the actor can take now."""
+    """Number of leases that the actor requests."""
     applied_version: int = 0
     sent_version: int = 0
-    """Newest version of which all bytes went out to it; it may still be loading them."""
+    """Newest version that was sent to it completely; it may still be applying it."""
     awaits_weights: bool = False
-    """It came when training had begun, and has nothing fit to sample with yet."""
+    """It joined after training began and has not applied a trained version yet."""
     leaving: bool = False
-    """It was told to stop: no more leases and offers."""
-    said_goodbye: bool = False
+    """It is shutting down and receives no more leases or weight offers."""
+    departed: bool = False
+    """It sent Goodbye."""
     gauges: dict[str, float] = field(default_factory=dict)
 
 
 class Membership:
-    """Pure bookkeeping of who is here, and who is to be."""
+    """Present and expected members. Pure state, no I/O."""
 
     CONFIGURED = ("_num_configured", "_first_free_index", "_present")
 
     def __init__(self, config: ClusterConfig) -> None:
         self.actors: dict[str, ActorState] = {}
         self.lost: dict[str, str] = {}
-        """Names given up for dead, and why; such an incarnation may not come back."""
+        """Lost actors by name, with the reason. A lost incarnation cannot return."""
         self.learner: str | None = None
         self._num_configured = config.actors
         self._first_free_index = config.learners + config.actors
         self._last_index = 0
-        """The highest index that a rank ever had, also in lives with more of them than now, or that
-        was ever given to a supervisor: none is given twice."""
-        self._awaited: dict[str, Joined] = {}  # by supervisor, whose actor has not said Hello
-        self._admitted: dict[str, int] = {}  # index by supervisor, whose actor has
-        self._came: set[int] = set()  # indices of actors that came by themselves
-        self._expected: set[int] = set()  # of those, who is here or may come back
-        self._keys: dict[int, str] = {}  # to which key an index belongs
-        self._present: tuple[ActorState, ...] | None = None  # until somebody comes or goes
+        """The highest index ever used by a rank, in any attempt, or assigned to a supervisor.
+        Indices are never reused."""
+        self._pending: dict[str, PendingJoin] = {}  # by supervisor
+        self._admitted: dict[str, int] = {}  # index by supervisor whose actor sent Hello
+        self._joined: set[int] = set()  # indices of actors that joined
+        self._expected: set[int] = set()  # joined actors that are present or may return
+        self._keys: dict[int, str] = {}  # public key by index
+        self._present: tuple[ActorState, ...] | None = None  # cache of present()
 
     def join(
         self, name: str, hello: Hello, now_s: float, policy_version: int, *, key: str = ""
     ) -> list[ActorState]:
-        """Add an actor; returns older incarnations of the same rank, which are thereby dead."""
+        """Add an actor. Returns the older incarnations that it replaces."""
         replaced = [
             state
             for state in self.actors.values()
-            if state.index == hello.index and not state.said_goodbye
+            if state.index == hello.index and not state.departed
         ]
         self._present = None
         self.actors[name] = ActorState(
             name=name,
             index=hello.index,
             incarnation=hello.incarnation,
-            last_heard_s=now_s,
+            last_message_s=now_s,
             weight_ranks=hello.weight_ranks,
             awaits_weights=policy_version > 0,
         )
@@ -89,17 +90,16 @@ class Membership:
         if not self._is_free(hello.index):
             self._last_index = max(self._last_index, hello.index)
         elif hello.index <= self._last_index:
-            self._came.add(hello.index)
+            self._joined.add(hello.index)
             self._expected.add(hello.index)
-            self._followed(hello.index)
+            self._complete_join(hello.index)
         return replaced
 
-    def _followed(self, index: int) -> None:
-        """The actor of a join is here."""
-        for supervisor, joined in self._awaited.items():
-            if joined.index == index:
+    def _complete_join(self, index: int) -> None:
+        for supervisor, pending in self._pending.items():
+            if pending.index == index:
                 self._admitted[supervisor] = index
-                del self._awaited[supervisor]
+                del self._pending[supervisor]
                 return
 
     def lose(self, name: str, reason: str) -> None:
@@ -108,142 +108,151 @@ class Membership:
         self.lost[name] = reason
 
     def leave(self, state: ActorState) -> None:
-        """The actor said goodbye."""
-        state.said_goodbye = True
+        """The actor sent Goodbye."""
+        state.departed = True
         self._present = None
         self._expected.discard(state.index)
 
     def present(self) -> tuple[ActorState, ...]:
-        """Actors that have not said goodbye, by rank."""
+        """Actors that have not sent Goodbye, by index."""
         if self._present is None:
-            here = [state for state in self.actors.values() if not state.said_goodbye]
-            self._present = tuple(sorted(here, key=lambda state: state.index))
+            present = [state for state in self.actors.values() if not state.departed]
+            self._present = tuple(sorted(present, key=lambda state: state.index))
         return self._present
 
-    def not_listened(self, seconds: float) -> None:
-        """For so long nobody could be heard: that is nobody's silence."""
+    def extend_timeouts(self, seconds: float) -> None:
+        """Exclude a period in which the service did not receive from all peer timeouts."""
         for state in self.present():
-            state.last_heard_s += seconds
-            if state.gone_since_s is not None:
-                state.gone_since_s += seconds
+            state.last_message_s += seconds
+            if state.disconnected_since_s is not None:
+                state.disconnected_since_s += seconds
 
-    def silent(self, now_s: float, timeout_s: float) -> list[ActorState]:
-        """Not heard for this long, or without a connection for RECONNECT_S."""
+    def timed_out(self, now_s: float, timeout_s: float) -> list[ActorState]:
+        """Actors without a message for this long, or without a connection for RECONNECT_S."""
         return [
             state
             for state in self.present()
-            if now_s - state.last_heard_s > timeout_s
-            or (state.gone_since_s is not None and now_s - state.gone_since_s > RECONNECT_S)
+            if now_s - state.last_message_s > timeout_s
+            or (
+                state.disconnected_since_s is not None
+                and now_s - state.disconnected_since_s > RECONNECT_S
+            )
         ]
 
-    def admitted(self, supervisor: str) -> bool:
-        """Whether an actor of this supervisor was let in."""
-        return supervisor in self._admitted or supervisor in self._awaited
+    def has_joined(self, supervisor: str) -> bool:
+        """Whether this supervisor has an index."""
+        return supervisor in self._admitted or supervisor in self._pending
 
     def is_rank(self, role: str) -> bool:
-        """Whether this is the learner, or an actor that torchrun started."""
+        """Whether this is the learner or an actor that torchrun started."""
         kind, _, index = role.partition("-")
         is_actor = kind == "actor" and index.isdecimal() and len(index) < 10
         return role == "learner" or (is_actor and int(index) < self._first_free_index)
 
     @property
     def num_known(self) -> int:
-        """Names of which something is kept, those that left included."""
-        return len(self.actors) + len(self.lost) + len(self._admitted) + len(self._awaited)
+        """Number of names that are stored, including those of peers that left."""
+        return len(self.actors) + len(self.lost) + len(self._admitted) + len(self._pending)
 
-    def belongs_to(self, index: int) -> str | None:
-        """The key that the actor of this index has to have; None for any."""
+    def key_of(self, index: int) -> str | None:
+        """The public key required of the actor with this index; None for any key."""
         return self._keys.get(index)
 
     def begin_attempt(self) -> None:
-        """Ranks are started again, perhaps on hosts with other keys."""
+        """Ranks are restarted, possibly on hosts with other keys."""
         self._keys = {i: key for i, key in self._keys.items() if self._is_free(i)}
 
-    # --- actors that come by themselves ------------------------------------------------------
+    # --- actors that join --------------------------------------------------------------------
 
     @property
     def num_wanted(self) -> int:
-        """Actors the run would have if none were missing."""
+        """Number of actors when none is missing."""
         return self._num_configured + sum(map(self._is_free, self._expected))
 
-    def num_awaited(self, key: str | None = None) -> int:
-        """Supervisors, of this key or of all, that joined and whose actor has not said Hello."""
+    def num_pending(self, key: str | None = None) -> int:
+        """Number of pending joins, of one key or of all."""
         if key is None:
-            return len(self._awaited)
-        return sum(joined.key == key for joined in self._awaited.values())
+            return len(self._pending)
+        return sum(pending.key == key for pending in self._pending.values())
 
     def admit(self, supervisor: str, key: str, now_s: float) -> int:
-        """The index of this supervisor's actor: a new one, or the one it has."""
+        """The index of this supervisor's actor; assigns one on the first call."""
         if (index := self.index_of(supervisor)) is not None:
             return index
         index = max(self._first_free_index, self._last_index + 1)
-        while index in self._keys:  # of an actor that named it without being given it
+        while index in self._keys:  # in use by an actor that chose its index itself
             index += 1
         self._last_index = index
-        self._awaited[supervisor] = Joined(index=index, key=key, asked_s=now_s)
+        self._pending[supervisor] = PendingJoin(index=index, key=key, requested_s=now_s)
         self._keys[index] = key
         return index
 
     def index_of(self, supervisor: str) -> int | None:
-        """The index of this supervisor's actor."""
-        joined = self._awaited.get(supervisor)
-        return joined.index if joined is not None else self._admitted.get(supervisor)
+        """The index of this supervisor's actor; None if it has none."""
+        pending = self._pending.get(supervisor)
+        return pending.index if pending is not None else self._admitted.get(supervisor)
 
-    def forget_joins(self, now_s: float) -> list[str]:
-        """Forget the joins that nothing followed; returns their supervisors."""
-        late = [name for name, j in self._awaited.items() if now_s - j.asked_s > JOIN_KEPT_S]
-        for name in late:
-            self._forget_join(name)
-        return late
+    def expire_joins(self, now_s: float) -> list[str]:
+        """Remove the pending joins older than JOIN_TIMEOUT_S; returns their supervisors."""
+        expired = [
+            name
+            for name, pending in self._pending.items()
+            if now_s - pending.requested_s > JOIN_TIMEOUT_S
+        ]
+        for name in expired:
+            self._remove_join(name)
+        return expired
 
-    def _forget_join(self, supervisor: str) -> None:
-        index = self._awaited.pop(supervisor).index
-        if self._is_free(index):  # else a rank has it now
+    def _remove_join(self, supervisor: str) -> None:
+        index = self._pending.pop(supervisor).index
+        if self._is_free(index):  # otherwise a rank uses it now
             self._keys.pop(index, None)
 
-    def next_incarnation(self, index: int, life: int) -> int:
-        """The first of an actor whose supervisor begins in this life of the run."""
+    def next_incarnation(self, index: int, attempt: int) -> int:
+        """The first incarnation of an actor whose supervisor starts in this attempt."""
         known = [state.incarnation for state in self.actors.values() if state.index == index]
         for name in self.lost:
             actor, _, number = name.partition(".")
             if actor == f"actor-{index}" and number.isdecimal():
                 known.append(int(number))
-        first = life * INCARNATIONS_A_LIFE
-        of_this_life = [number for number in known if number // INCARNATIONS_A_LIFE == life]
-        return max([first, *(number + 1 for number in of_this_life)])
+        first = attempt * INCARNATIONS_A_LIFE
+        in_attempt = [number for number in known if number // INCARNATIONS_A_LIFE == attempt]
+        return max([first, *(number + 1 for number in in_attempt)])
 
-    def displaced(self, hello: Hello) -> str | None:
-        """Why an actor cannot have the index that it names: a later incarnation has it, or in this
-        life of the run, which has more ranks, one of them has it."""
+    def index_conflict(self, hello: Hello) -> str | None:
+        """Why an actor cannot use its index: a later incarnation uses it, or a rank does, because
+        this attempt of the run has more ranks. None if it can."""
         if hello.role != "actor":
             return None
         index = hello.index
-        came_by_itself = hello.incarnation < INCARNATIONS_A_LIFE and (
-            index in self._came or any(joined.index == index for joined in self._awaited.values())
+        joined = hello.incarnation < INCARNATIONS_A_LIFE and (
+            index in self._joined
+            or any(pending.index == index for pending in self._pending.values())
         )
-        if came_by_itself and not self._is_free(index):
+        if joined and not self._is_free(index):
             return (
-                f"the run goes on with more ranks, one of which is actor-{index} now: join again "
-                "to be given another index"
+                f"the run was resumed with more ranks, and actor-{index} is one of them now: join "
+                "again to get another index"
             )
-        here = [state for state in self.present() if state.index == index]
-        if any(state.incarnation > hello.incarnation for state in here):
-            return f"a later incarnation of actor-{index} is here"
+        present = [state for state in self.present() if state.index == index]
+        if any(state.incarnation > hello.incarnation for state in present):
+            return f"a later incarnation of actor-{index} is running"
         return None
 
     def withdraw(self, supervisor: str) -> list[ActorState] | None:
-        """Its actor will not come back. Returns what is here of it; None for no such supervisor."""
-        if supervisor in self._awaited:
-            self._forget_join(supervisor)
+        """The actor of this supervisor will not return. Returns its present states; None for an
+        unknown supervisor."""
+        if supervisor in self._pending:
+            self._remove_join(supervisor)
             return []
         index = self._admitted.get(supervisor)
         if index is None:
             return None
         self._expected.discard(index)
-        if not self._is_free(index):  # a rank has its place
+        if not self._is_free(index):  # a rank uses the index
             return []
         return [state for state in self.present() if state.index == index]
 
     def _is_free(self, index: int) -> bool:
-        """Whether no rank has this index."""
+        """Whether no rank uses this index."""
         return index >= self._first_free_index

@@ -1,7 +1,7 @@
-"""Service and conversations as one deterministic machine: inputs in, numbered messages out.
+"""Service and sessions as one deterministic state machine: inputs in, numbered messages out.
 
-The same inputs always lead to the same state. So the journal needs to hold inputs only, and a
-service that died is had again by taking them in once more.
+The same inputs always lead to the same state. The journal therefore records inputs only, and
+replay rebuilds the state of a failed service.
 """
 
 from dataclasses import replace
@@ -21,24 +21,24 @@ class StateMachine:
         self.service = service
         self.conversations = Sessions()
         self.journal = journal
-        """Written before anything is done; None keeps none."""
+        """Each input is appended before it is processed; None disables the journal."""
         self.events: list[Event] = []
         self.needs_sync = False
-        """Something is to be sent that promises a durable journal."""
+        """A pending message promises that the journal is durable."""
         self.last_s = 0.0
         """Time of the last input."""
 
-    # --- inputs: recorded, then taken in -------------------------------------------------------
+    # --- inputs: appended to the journal, then processed ---------------------------------------
 
     def message(self, peer: str, message: m.Message, now_s: float, key: str = "") -> None:
-        """What a peer said, whose connection has this public key. Control messages and repetitions
-        are dealt with and not recorded."""
+        """Process a message of a peer whose connection has this public key. Control messages and
+        duplicates are handled without a record."""
         if not self.conversations.admit(peer, message, now_s):
             self._note_refusal(peer, now_s)
             return
-        answer = self.service.at_once(peer, message, key)
-        if answer is not None:
-            self.conversations.replies.append((peer, answer))
+        reply = self.service.reply_without_record(peer, message, key)
+        if reply is not None:
+            self.conversations.replies.append((peer, reply))
             return
         place = None
         if self.journal is not None:
@@ -52,9 +52,9 @@ class StateMachine:
         self._tick(now_s, loop_lag_s)
 
     def gone(self, peer: str, now_s: float) -> None:
-        """A peer has no connection now."""
+        """A peer lost its connection."""
         state = self.service.membership.actors.get(peer)
-        if state is None or state.gone_since_s is not None:
+        if state is None or state.disconnected_since_s is not None:
             self.conversations.drop_unnumbered(peer)
             return
         if self.journal is not None:
@@ -62,21 +62,21 @@ class StateMachine:
         self._gone(peer, now_s)
 
     def refused(self, peer: str, reason: str, now_s: float) -> None:
-        """This peer was turned away before its message could be taken in: nobody listens to it any
-        more, and if it is an actor, it is lost."""
+        """A message of this peer was refused before processing. The peer is blocked, and an actor
+        is declared lost."""
         if peer not in self.service.membership.actors:
             return
         if self.journal is not None:
             self.journal.append("refused", now_s, peer=peer, text=reason)
         self._refused(peer, reason, now_s)
 
-    def begin_attempt(self, life: int, now_s: float) -> None:
+    def begin_attempt(self, attempt: int, now_s: float) -> None:
         if self.journal is not None:
-            self.journal.append("life", now_s, value=float(life))
-        self._begin_life(life, now_s)
+            self.journal.append("life", now_s, value=float(attempt))
+        self._begin_attempt(attempt, now_s)
 
     def replay(self, place: Place, record: Record) -> None:
-        """Take in once more what was recorded; what the machine says to it was said."""
+        """Process a recorded input again. Its events are discarded: they were emitted before."""
         match record.kind:
             case "message":
                 message = decode(record.frames)
@@ -89,22 +89,22 @@ class StateMachine:
             case "refused":
                 self._refused(record.peer, record.text, record.now_s)
             case "life":
-                self._begin_life(int(record.value), record.now_s)
+                self._begin_attempt(int(record.value), record.now_s)
             case _:
                 return
         self.events.clear()
 
     def _note_refusal(self, peer: str, now_s: float) -> None:
-        """The conversations may just have turned this peer away for good."""
+        """Handle the case that the session layer just rejected this peer."""
         replies = self.conversations.replies
         if not replies or replies[-1][0] != peer:
             return
-        answer = replies[-1][1]
-        if isinstance(answer, m.Rejected):
+        reply = replies[-1][1]
+        if isinstance(reply, m.Rejected):
             self.service.validator.refused(peer)
-            self.refused(peer, answer.reason, now_s)
+            self.refused(peer, reply.reason, now_s)
 
-    # --- what they do ----------------------------------------------------------------------------
+    # --- transitions -----------------------------------------------------------------------------
 
     def _message(
         self,
@@ -115,7 +115,7 @@ class StateMachine:
         key: str,
         sequence: int = 0,
     ) -> None:
-        self.conversations.took_in(peer, message)
+        self.conversations.record_received(peer, message)
         service = self.service
         service.place = place
         service.sequence = self.journal.sequence if self.journal is not None else sequence
@@ -135,25 +135,25 @@ class StateMachine:
         self.service.refused(peer, reason, now_s)
         self._after(now_s)
 
-    def _begin_life(self, life: int, now_s: float) -> None:
-        self.service.begin_attempt(life, now_s)
+    def _begin_attempt(self, attempt: int, now_s: float) -> None:
+        self.service.begin_attempt(attempt, now_s)
         self.service.outbox.clear()
-        self.conversations.forget_all()
+        self.conversations.clear()
         self._after(now_s)
 
     def _after(self, now_s: float) -> None:
         self.last_s = now_s
         service = self.service
-        for peer in service.given_up:
-            self.conversations.give_up(peer)
-        service.given_up.clear()
-        for peer in service.forgotten:
-            self.conversations.forget(peer)
-        service.forgotten.clear()
+        for peer in service.lost_peers:
+            self.conversations.discard_unacked(peer)
+        service.lost_peers.clear()
+        for peer in service.expired_joins:
+            self.conversations.remove(peer)
+        service.expired_joins.clear()
         if service.outbox:
             for peer, message in service.outbox:
                 self.needs_sync = self.needs_sync or isinstance(message, m.JournalDurable)
-                self.conversations.say(peer, message)
+                self.conversations.enqueue(peer, message)
             service.outbox.clear()
         if service.events:
             self.events += service.events
@@ -161,7 +161,7 @@ class StateMachine:
 
 
 def _to_record(message: m.Message) -> m.Message:
-    """A sample without its texts: nothing follows from them."""
+    """Strip the texts of a sample: the state does not depend on them."""
     if isinstance(message, m.Sample):
         return replace(message, prompt="", completion="", extracted="")
     return message

@@ -1,7 +1,7 @@
-"""Which messages the service will not take, and what their senders are told.
+"""Messages that the service refuses, and the reasons that it sends.
 
-A sender is told once: whoever is refused is muted, and an actor is lost with that. All roles give
-up at a refusal, so one that goes on is broken or hostile.
+A peer receives one Rejected message and is then blocked; an actor is declared lost. Every role
+exits when it is refused, so a peer that continues is faulty or hostile.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,10 +17,10 @@ from speed_async.transport.joining import Join
 from speed_async.types import LeaseKind
 
 MAX_KNOWN = 65536
-"""Actors and supervisors that a run takes in, those that left included."""
-MAX_AWAITED = 1024
-MAX_AWAITED_A_KEY = 256
-"""Joins whose actor has not said Hello yet."""
+"""Actors and supervisors that a run admits, including those that left."""
+MAX_PENDING_JOINS = 1024
+MAX_PENDING_JOINS_PER_KEY = 256
+"""Joins whose actor has not sent Hello."""
 
 
 Result = m.GroupFinished | m.ScreenedOut | m.Evaluated
@@ -32,14 +32,14 @@ _LEASED_AS: dict[type[m.Message], LeaseKind] = {
 
 
 class LeaseLookup(Protocol):
-    """Who works on what (buffer/lifecycle.py)."""
+    """The open leases and the groups in training (buffer/lifecycle.py)."""
 
     @property
     def leases(self) -> LeaseTable: ...
 
     @property
     def in_training(self) -> Mapping[int, object]:
-        """What the learner has to train, by lease."""
+        """Groups in training, by lease."""
         ...
 
 
@@ -50,34 +50,34 @@ class MessageValidator:
         fingerprint: str,
         model_fingerprint: str,
         accepted: Collection[type[m.Message]],
-        inspection: PayloadRules,
-        books: LeaseLookup,
+        rules: PayloadRules,
+        lookup: LeaseLookup,
     ) -> None:
         self.num_refused = 0
         """Messages refused here."""
         self.num_malformed = 0
-        """Messages that the hub refused, as the shell last said."""
+        """Messages refused by the hub; the server updates it."""
         self.num_muted = 0
-        """Peers that the hub does not listen to any more, likewise."""
+        """Peers blocked by the hub; the server updates it."""
         self.to_mute: list[str] = []
-        """Peers for the shell to mute."""
-        self.weighed: GroupStats | None = None
-        """Of the last group that was let in: each long array is read once."""
+        """Peers for the server to block."""
+        self.group_stats: GroupStats | None = None
+        """Statistics of the last accepted group, kept so that its arrays are read once."""
         self._membership = membership
         self._fingerprint = fingerprint
         self._model_fingerprint = model_fingerprint
         self._accepted = accepted
-        self._inspection = inspection
-        self._books = books
+        self._rules = rules
+        self._lookup = lookup
 
-    def knows(self, peer: str) -> bool:
-        """Whether this peer takes part in the run."""
+    def is_member(self, peer: str) -> bool:
+        """Whether this peer is a member of the run."""
         membership = self._membership
-        is_here = peer in membership.actors or peer == membership.learner
-        return is_here or membership.admitted(peer)
+        is_present = peer in membership.actors or peer == membership.learner
+        return is_present or membership.has_joined(peer)
 
     def refused(self, peer: str) -> None:
-        """A message of this peer was refused; its next ones need not be read."""
+        """Count a refused message and block its sender."""
         self.num_refused += 1
         self.to_mute.append(peer)
 
@@ -90,44 +90,44 @@ class MessageValidator:
         newest_version: int,
         key: str = "",
     ) -> str | None:
-        """Why `message` of `peer` is out of place, or None when it is welcome. Changes nothing but
-        `weighed`."""
+        """Why `message` of `peer` is refused; None if it is valid. Changes only `group_stats`."""
         kind = type(message).__name__
         if type(message) not in self._accepted:
             return f"{kind} is not for the service"
         if isinstance(message, m.Counted) and peer not in self._membership.actors:
-            return self._lost(peer) or "unknown actor: say Hello first"
+            return self._lost_reason(peer) or "unknown actor: send Hello first"
         open_to_all = isinstance(message, m.Counted | m.Hello | m.Failure | Join)
         if not open_to_all and peer != self._membership.learner:
-            return f"{kind} is the learner's to send"
-        if isinstance(message, m.Failure) and not self._speaks_for_itself(peer, message, key):
-            return f"a failure of {message.role[:40]!r} is not for it to tell"
-        if isinstance(message, Join) and message.has_rank:  # nothing is kept of it
-            return self._no_rank(message.rank, key)
+            return f"{kind} is accepted from the learner only"
+        if isinstance(message, m.Failure) and not self._may_report(peer, message, key):
+            return f"this peer may not report a failure of {message.role[:40]!r}"
+        if isinstance(message, Join) and message.has_rank:  # leaves no state
+            return self._check_rank(message.rank, key)
         if isinstance(message, m.Hello | Join) and self._membership.num_known >= MAX_KNOWN:
-            return f"this run has seen {MAX_KNOWN} actors, and takes no more"
-        if isinstance(message, Join) and (reason := self._too_many(key)):
+            return f"this run has admitted {MAX_KNOWN} actors, the maximum"
+        if isinstance(message, Join) and (reason := self._check_pending_joins(key)):
             return reason
-        if isinstance(message, m.Hello) and (reason := self._stranger(peer, message, key)):
+        if isinstance(message, m.Hello) and (reason := self._check_hello(peer, message, key)):
             return reason
-        if fault := self._inspection.fault(message, newest_version):
+        if fault := self._rules.fault(message, newest_version):
             return fault
-        if isinstance(message, Result) and (misfit := self._misfit(peer, message)):
-            return misfit
+        if isinstance(message, Result) and (mismatch := self._lease_mismatch(peer, message)):
+            return mismatch
         if isinstance(message, m.GroupFinished):
             try:
-                self.weighed = self._inspection.weigh(message, newest_version)
+                self.group_stats = self._rules.check_group(message, newest_version)
             except ProtocolError as error:
                 return str(error)
         if isinstance(message, m.Trained) and message.policy_version > policy_version:
-            unknown = [i for i in message.lease_ids if i not in self._books.in_training]
+            unknown = [i for i in message.lease_ids if i not in self._lookup.in_training]
             if unknown:
                 return f"Trained: lease {unknown[0]} is not in training"
         return None
 
-    def _misfit(self, peer: str, result: Result) -> str | None:
-        """Why this is no result of its lease; of a lease that has ended, lifecycle takes none."""
-        lease = self._books.leases.held_by(peer, result.lease_id)
+    def _lease_mismatch(self, peer: str, result: Result) -> str | None:
+        """Why this result does not match its lease. The lifecycle ignores results of ended
+        leases."""
+        lease = self._lookup.leases.held_by(peer, result.lease_id)
         if lease is None:
             return None
         if lease.kind is not _LEASED_AS[type(result)]:
@@ -137,56 +137,56 @@ class MessageValidator:
             return f"GroupFinished: lease {lease.lease_id} is for {prompts}"
         return None
 
-    def _speaks_for_itself(self, peer: str, failure: m.Failure, key: str) -> bool:
-        """A failure ends the run, so it is believed of those who are here, and of a rank of this
-        run before its first word."""
-        if self.knows(peer):
+    def _may_report(self, peer: str, failure: m.Failure, key: str) -> bool:
+        """Whether this peer may report this failure, which ends the run. Members may, and so may a
+        rank of this run before its first message."""
+        if self.is_member(peer):
             return True
         role = failure.role
         if not self._membership.is_rank(role) or peer.partition(".")[0] != role:
             return False
         index = role.removeprefix("actor-")
-        owner = self._membership.belongs_to(int(index)) if index.isdecimal() else None
+        owner = self._membership.key_of(int(index)) if index.isdecimal() else None
         return owner in (None, key)
 
-    def _no_rank(self, rank: int, key: str) -> str | None:
-        """Why a supervisor with this key has not this rank."""
+    def _check_rank(self, rank: int, key: str) -> str | None:
+        """Why a supervisor with this key may not use this rank; None if it may."""
         if not self._membership.is_rank(f"actor-{rank}"):
             return f"this run has no actor of rank {rank}"
-        if self._membership.belongs_to(rank) not in (None, key):
+        if self._membership.key_of(rank) not in (None, key):
             return f"actor-{rank} belongs to another key"
         return None
 
-    def _too_many(self, key: str) -> str | None:
-        """Why nobody more may join now."""
-        for_key = self._membership.num_awaited(key) >= MAX_AWAITED_A_KEY
-        if not for_key and self._membership.num_awaited() < MAX_AWAITED:
+    def _check_pending_joins(self, key: str) -> str | None:
+        """Why a supervisor with this key may not join now; None if it may."""
+        limited_by_key = self._membership.num_pending(key) >= MAX_PENDING_JOINS_PER_KEY
+        if not limited_by_key and self._membership.num_pending() < MAX_PENDING_JOINS:
             return None
-        of_whom = "of its key " if for_key and key else ""
-        return f"too many actors {of_whom}joined and have not started yet: try again in a minute"
+        which = "with this key " if limited_by_key and key else ""
+        return f"too many actors {which}joined and have not started yet: try again in a minute"
 
-    def _stranger(self, peer: str, hello: m.Hello, key: str) -> str | None:
-        if lost := self._lost(peer):
-            return lost
-        owner = self._membership.belongs_to(hello.index) if hello.role == "actor" else None
+    def _check_hello(self, peer: str, hello: m.Hello, key: str) -> str | None:
+        if lost_reason := self._lost_reason(peer):
+            return lost_reason
+        owner = self._membership.key_of(hello.index) if hello.role == "actor" else None
         if owner not in (None, key):
             return f"actor-{hello.index} belongs to another key"
         if hello.fingerprint != self._fingerprint:
             return (
-                f"its task data (fingerprint {hello.fingerprint[:40]}) differ from the service's "
-                f"({self._fingerprint}): give every node the same config and data files"
+                f"its task data (fingerprint {hello.fingerprint[:40]}) differ from those of the "
+                f"service ({self._fingerprint}): give every node the same config and data files"
             )
         if hello.model_fingerprint != self._model_fingerprint:
             return (
-                f"its model folder (fingerprint {hello.model_fingerprint[:40]}) differs from the "
-                f"service's ({self._model_fingerprint}): give every node the same model, tokenizer "
-                "and chat template"
+                f"its model folder (fingerprint {hello.model_fingerprint[:40]}) differs from that "
+                f"of the service ({self._model_fingerprint}): give every node the same model, "
+                "tokenizer and chat template"
             )
         learner = self._membership.learner
         if hello.role == "learner" and learner not in (None, peer):
-            return f"the run has a learner ({learner})"
+            return f"the run already has a learner ({learner})"
         return None
 
-    def _lost(self, peer: str) -> str | None:
+    def _lost_reason(self, peer: str) -> str | None:
         reason = self._membership.lost.get(peer)
-        return reason and f"this incarnation was given up as lost ({reason}): start a new one"
+        return reason and f"this incarnation was declared lost ({reason}): start a new one"

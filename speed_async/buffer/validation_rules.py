@@ -1,5 +1,5 @@
-"""What a message must say to be believed, beyond its schema: numbers that can be, tokens that the
-model has, nothing from the future. Pure; validator.py asks."""
+"""Validation of message payloads beyond their schema: numbers in range, tokens in the vocabulary,
+no policy version from the future. Pure functions for validation.py."""
 
 import math
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from speed_async.transport.joining import Join
 from speed_async.types import ActorCounts
 
 MAX_COUNT = 2**53
-"""No run counts further; floats hold integers up to here."""
+"""Largest count; floats represent all integers up to it."""
 MAX_TEXT = 4096
-"""Characters of a text. Failure has its own bound, the header's: no failure goes unheard."""
+"""Characters of a text. A Failure is bounded by the header size only, so none is refused."""
 MAX_METRICS = 1024
 MAX_WEIGHT_RANKS = 4096
 MAX_INDEX = 2**20
@@ -27,7 +27,7 @@ _COUNTS = tuple(field.name for field in fields(ActorCounts))
 
 
 class PayloadRules:
-    """`vocab_size`: tokens of the model are below it; None where that is not known."""
+    """`vocab_size` is the exclusive upper bound of token ids; None if it is unknown."""
 
     def __init__(self, config: Config, vocab_size: int | None = None) -> None:
         self._max_tokens = config.actors.max_new_tokens
@@ -40,13 +40,13 @@ class PayloadRules:
         self._capacity_groups = config.buffer.capacity_groups
 
     def fault(self, message: m.Message, policy_version: int) -> str | None:
-        """The first thing that cannot be true while this is the newest version; None for none."""
+        """The first violation if this is the newest version; None if there is none."""
         wrong = next(self._faults(message, policy_version), None)
         return wrong and f"{type(message).__name__}: {wrong}"
 
-    def weigh(self, message: m.GroupFinished, policy_version: int) -> GroupStats:
-        """The facts of a group that can be true while this is the newest version. Raises
-        ProtocolError."""
+    def check_group(self, message: m.GroupFinished, policy_version: int) -> GroupStats:
+        """The statistics of a group. Raises ProtocolError if it is invalid while this is the
+        newest version."""
         kind = type(message).__name__
         if message.num_screening != self._num_screening:
             raise ProtocolError(f"{kind}: num_screening must be {self._num_screening}")
@@ -55,7 +55,7 @@ class PayloadRules:
                 f"{kind}: {len(message.lengths)} completions; a group has {self._group_size}"
             )
         if not len(message.prompt_token_ids):
-            raise ProtocolError(f"{kind}: it has no prompt")
+            raise ProtocolError(f"{kind}: the prompt is empty")
         if policy_version != self._bounds.newest_version:
             self._bounds = replace(self._bounds, newest_version=policy_version)
         try:
@@ -71,7 +71,9 @@ class PayloadRules:
             case m.ScreenedOut():
                 yield from _passed_faults(message)
                 if message.num_completions > max(self._num_screening, self._group_size):
-                    yield f"num_completions = {message.num_completions} is no screening's"
+                    yield (
+                        f"num_completions = {message.num_completions} is more than a screening has"
+                    )
                 yield from self._token_faults(message)
             case m.LeaseFailed():
                 if message.num_completions > max(self._group_size, self._num_evaluated):
@@ -88,9 +90,9 @@ class PayloadRules:
                     yield _future("newest_version", message.newest_version, policy_version)
             case m.Sample():
                 if message.decision not in DECISIONS:
-                    yield f"decision {message.decision[:20]!r} is none of {DECISIONS}"
+                    yield f"decision {message.decision[:20]!r} is not one of {DECISIONS}"
                 if message.reward > 1:
-                    yield f"reward = {message.reward} is no reward"
+                    yield f"reward = {message.reward} is above 1"
                 if message.num_tokens > self._max_tokens:
                     yield f"num_tokens = {message.num_tokens} is more than a completion has"
                 if message.policy_version > policy_version:
@@ -116,44 +118,44 @@ class PayloadRules:
         match message:
             case m.Hello():
                 if message.role not in ROLES:
-                    yield f"role {message.role[:20]!r} is none of {ROLES}"
+                    yield f"role {message.role[:20]!r} is not one of {ROLES}"
                 if message.index > MAX_INDEX:
-                    yield f"index {message.index} is no rank"
+                    yield f"index = {message.index} is above {MAX_INDEX}"
                 if not 1 <= message.weight_ranks <= MAX_WEIGHT_RANKS:
                     yield f"weight_ranks must be between 1 and {MAX_WEIGHT_RANKS}"
             case Join():
                 if not (message.machine and message.machine.isprintable()):
-                    yield "machine is no name"
+                    yield "machine is not a printable name"
                 if message.rank > MAX_INDEX:
-                    yield f"rank {message.rank} is no rank"
-            case m.TakeBatch(num_groups=asked):
-                if not 1 <= asked <= self._capacity_groups:
+                    yield f"rank = {message.rank} is above {MAX_INDEX}"
+            case m.TakeBatch(num_groups=requested):
+                if not 1 <= requested <= self._capacity_groups:
                     yield f"num_groups must be between 1 and {self._capacity_groups}"
             case m.Trained():
                 if len(set(message.lease_ids)) != len(message.lease_ids):
-                    yield "a group is trained twice"
+                    yield "lease_ids has duplicates"
                 yield from _metric_faults("metrics", message.metrics)
             case m.PublishWeights():
                 if message.store_port > 65535:
-                    yield f"store_port {message.store_port} is no port"
+                    yield f"store_port = {message.store_port} is above 65535"
             case _:
                 return
 
 
 def _plain_faults(message: m.Message) -> Iterator[str]:
-    """Numbers count something, durations last, texts end: alike in all messages."""
+    """Bounds that hold for all messages: numbers are not negative, texts are not too long."""
     for name, kind in _plain_fields(type(message)):
         value = getattr(message, name)
         if kind is str:
             if len(value) > MAX_TEXT and not isinstance(message, m.Failure):
-                yield f"{name} has {len(value)} characters, at most {MAX_TEXT} are read"
+                yield f"{name} has {len(value)} characters; the maximum is {MAX_TEXT}"
         elif kind == list[int]:
             if value and not 0 <= min(value) <= max(value) <= MAX_COUNT:
-                yield f"{name} holds what is no id"
+                yield f"{name} has an id that is out of range"
         elif not 0 <= value <= MAX_COUNT:
-            refusing = isinstance(message, m.WeightsApplied) and name == "policy_version"
-            if not (refusing and value == -1):  # it says that a version was not taken in
-                yield f"{name} = {value} cannot be"
+            may_fail = isinstance(message, m.WeightsApplied) and name == "policy_version"
+            if not (may_fail and value == -1):  # -1: the version was not applied
+                yield f"{name} = {value} is out of range"
 
 
 @cache
@@ -165,7 +167,7 @@ def _plain_fields(kind: type[m.Message]) -> tuple[tuple[str, object], ...]:
 def _count_faults(counts: ActorCounts) -> Iterator[str]:
     for name in _COUNTS:
         if not 0 <= (value := getattr(counts, name)) <= MAX_COUNT:
-            yield f"counts.{name} = {value} cannot be"
+            yield f"counts.{name} = {value} is out of range"
     if counts.groups_in_flight > counts.groups_leased:
         yield "counts: more groups in flight than were leased"
     if counts.groups_continuing > counts.groups_in_flight:
@@ -183,8 +185,8 @@ def _passed_faults(message: m.ScreenedOut | m.Evaluated) -> Iterator[str]:
 
 def _metric_faults(name: str, metrics: dict[str, float]) -> Iterator[str]:
     if len(metrics) > MAX_METRICS or any(len(key) > MAX_TEXT for key in metrics):
-        yield f"{name} are too many, or their names too long"
+        yield f"{name} has too many entries, or names that are too long"
 
 
-def _future(what: str, version: int, policy_version: int) -> str:
-    return f"{what} = {version} is from the future: the policy is at version {policy_version}"
+def _future(name: str, version: int, policy_version: int) -> str:
+    return f"{name} = {version} is from the future: the policy is at version {policy_version}"

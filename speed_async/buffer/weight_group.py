@@ -1,8 +1,8 @@
-"""The epochs of the weight group: who takes part in the next broadcast.
+"""The epochs of the weight group: the members of the next broadcast.
 
-A broadcast goes to every actor that lacks its version. For a new version that is everyone; for one
-that is published again it is whoever came meanwhile or missed it, in an epoch of their own, and
-nobody else notices. An actor that is still loading what was sent lacks nothing.
+A broadcast goes to every actor that lacks its version. A new version goes to all actors. A version
+that is published again goes only to the actors that joined since or missed it, in a separate
+epoch; it does not involve the others. An actor that is still applying a version does not lack it.
 """
 
 from speed_async.buffer.membership import ActorState, Membership
@@ -19,16 +19,17 @@ class WeightGroup:
     def __init__(self, membership: Membership) -> None:
         self.epoch = 0
         self.newest_version = 0
-        """Of all that the learner ever began to broadcast."""
+        """Newest version of which a broadcast has started."""
         self._membership = membership
-        self._members: list[tuple[str, int]] = []  # of the epoch: name and ranks, in rank order
+        self._members: list[tuple[str, int]] = []  # name and number of ranks, in rank order
         self._broken = False
-        self._invited: list[str] = []  # to the broadcast under way
-        self._last_epochs: dict[str, int] = {}  # in which each actor was last invited
+        self._invited: list[str] = []  # members of the broadcast in progress
+        self._last_epochs: dict[str, int] = {}  # epoch of the last offer, by actor
 
     def form(self, publish: PublishWeights) -> tuple[list[tuple[str, OfferWeights]], WeightMembers]:
-        """Offers in rank order, and the learner's answer. Other members than the last time, or a
-        broken group, open a new epoch; a broadcast to nobody leaves everything as it is."""
+        """The offers to the actors, in rank order, and the reply to the learner. A change of
+        members or a broken group opens a new epoch. A broadcast without members changes
+        nothing."""
         self.newest_version = max(self.newest_version, publish.policy_version)
         lacking = [
             state
@@ -50,20 +51,20 @@ class WeightGroup:
             ranks_each=ranks_each,
             world_size=1 + sum(ranks_each),
         )
-        first_ranks = [1 + sum(ranks_each[:place]) for place in range(len(lacking))]
+        first_ranks = [1 + sum(ranks_each[:position]) for position in range(len(lacking))]
         offers = [
             (state.name, _offer(publish, answer, rank))
             for state, rank in zip(lacking, first_ranks, strict=True)
         ]
         return offers, answer
 
-    def forget(self) -> None:
-        """The learner and all actors were started again: the next broadcast needs a new epoch."""
+    def reset(self) -> None:
+        """The learner and all actors were restarted: the next broadcast opens a new epoch."""
         self._broken = True
         self._invited = []
 
     def published(self, message: WeightsPublished) -> list[ActorState]:
-        """The broadcast ended. Returns the actors that are to blame for its failure."""
+        """The broadcast ended. Returns the actors that made it fail."""
         actors = self._membership.actors
         invited, self._invited = self._invited, []
         if not message.error:
@@ -75,13 +76,13 @@ class WeightGroup:
         return [actors[name] for name in message.missing if name in actors]
 
     def applied(self, state: ActorState, message: WeightsApplied) -> bool:
-        """An actor has loaded a version, or could not. Returns whether it needs it once more."""
+        """An actor applied a version or failed to. Returns whether it must receive it again."""
         if not message.error:
             state.applied_version = message.policy_version
             state.awaits_weights = False
             return False
         if self._last_epochs.get(state.name) != message.epoch:
-            return False  # a late word: it was invited again since
+            return False  # outdated: the actor has a newer offer
         state.sent_version = state.applied_version
         if state.name in self._invited:
             self._invited.remove(state.name)

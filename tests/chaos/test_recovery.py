@@ -38,7 +38,7 @@ def test_faults_of_links_disk_and_service_restart_no_other_process(
     for kind in ("cut links", "refuse links", "stall links", "delay links", "fill disk"):
         assert inject(drill, kind) < 20.0, kind
         assert replaced(drill, before) == set(), kind
-    warning = "the journal cannot be written (No space left on device): the run waits for room"
+    warning = "the journal cannot be written (No space left on device): the run waits for space"
     assert warning in drill.run.watcher.warnings or drill.run.injector.limits_files
     for kind in ("stop service", "hang service"):
         assert inject(drill, kind) < 20.0

@@ -37,7 +37,7 @@ def open_machine(
         last = max(segments(folder), default=0)
         machine.journal = begin_segment(folder, machine, last + 1)
         machine.journal.sync()
-    if life > machine.service.life:
+    if life > machine.service.attempt:
         machine.begin_attempt(life, machine.last_s)
     return machine, notes
 

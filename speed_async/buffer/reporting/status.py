@@ -160,7 +160,7 @@ def summary_values(
         "actors": lifecycle.ledger.by_actor(),
         "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
         "diagnoses": service.diagnoses.record(),
-        "lives": service.life + 1,
+        "lives": service.attempt + 1,
         "updates_repeated": service.lifecycle.lineage.num_repeated,
         "updates_repeated_alike": service.lifecycle.lineage.num_repeated_alike,
         "breakdown": {"learner": _learner_times(service), "actors": _actor_times(service)},

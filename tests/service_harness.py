@@ -1,4 +1,4 @@
-"""A buffer service with time in hand: say something, see what it answers."""
+"""A buffer service with a manual clock, driven by messages."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
 
 
-class Desk:
-    """A service with time in hand and its answers sorted by peer."""
+class ServiceHarness:
+    """Drives a BufferService. Each input returns the messages that it causes, with their peers."""
 
     def __init__(self, folder: Path, num_held_out: int = 1, **sections: dict[str, object]) -> None:
         (folder / "config.json").write_text("{}")
@@ -31,37 +31,39 @@ class Desk:
         )
         self.now_s = 0.0
 
-    def say(self, peer: str, message: m.Message) -> list[tuple[str, m.Message]]:
+    def send(self, peer: str, message: m.Message) -> list[tuple[str, m.Message]]:
+        """Send a message of a peer to the service."""
         self.service.handle(peer, message, self.now_s)
-        answers, self.service.outbox = self.service.outbox, []
-        return answers
+        replies, self.service.outbox = self.service.outbox, []
+        return replies
 
     def wait(self, seconds: float) -> list[tuple[str, m.Message]]:
+        """Advance the clock and tick once."""
         self.now_s += seconds
         self.service.tick(self.now_s)
-        answers, self.service.outbox = self.service.outbox, []
-        return answers
+        replies, self.service.outbox = self.service.outbox, []
+        return replies
 
     def hello(self, peer: str, index: int, incarnation: int = 0) -> list[tuple[str, m.Message]]:
         role = "learner" if peer == "learner" else "actor"
-        return self.say(
+        return self.send(
             peer,
             m.Hello(role=role, index=index, incarnation=incarnation, fingerprint="f", process_id=1),
         )
 
-    def past_baseline(self, actor: str = "actor-1.0") -> None:
-        """Bring learner and actor in and answer the first evaluation (one prompt, one token)."""
+    def pass_baseline(self, actor: str = "actor-1.0") -> None:
+        """Connect learner and actor, and complete the first evaluation (one prompt, one token)."""
         self.hello("learner", 0)
         self.hello(actor, 1)
-        [(_, leases)] = self.say(actor, m.WantWork(num_prompts=1, counts=ActorCounts()))
+        [(_, leases)] = self.send(actor, m.WantWork(num_prompts=1, counts=ActorCounts()))
         assert isinstance(leases, m.Leases)
         assert leases.kind == "evaluation"
         counts = ActorCounts(groups_leased=1, tokens_generated=1)
-        self.say(actor, evaluated(leases.lease_ids[0], counts=counts))
+        self.send(actor, evaluated(leases.lease_ids[0], counts=counts))
 
     def lease(self, count: int, actor: str = "actor-1.0") -> m.Leases:
-        answers = self.say(actor, m.WantWork(num_prompts=count, counts=self.counts(actor)))
-        [leases] = [message for _, message in answers if isinstance(message, m.Leases)]
+        replies = self.send(actor, m.WantWork(num_prompts=count, counts=self.counts(actor)))
+        [leases] = [message for _, message in replies if isinstance(message, m.Leases)]
         return leases
 
     def counts(self, actor: str) -> ActorCounts:
@@ -72,8 +74,8 @@ class Desk:
         return {str(end): (t.groups, t.tokens) for end, t in tallies.items() if t.groups}
 
 
-def kinds(answers: list[tuple[str, m.Message]]) -> list[str]:
-    return [type(message).__name__ for _, message in answers]
+def kinds(replies: list[tuple[str, m.Message]]) -> list[str]:
+    return [type(message).__name__ for _, message in replies]
 
 
 def trained(version: int, lease_ids: list[int], groups: int, tokens: int) -> m.Trained:

@@ -1,0 +1,57 @@
+"""Shutdown of a run: final evaluation, drain, Goodbye messages.
+
+This module decides only; service.py acts on the decisions.
+"""
+
+from enum import Enum, auto
+
+from speed_async.config.schema import ClusterConfig
+from speed_async.transport.messages import FinishRun
+
+
+class ShutdownStep(Enum):
+    TRAIN = auto()
+    """No shutdown was requested."""
+    WAIT = auto()
+    EVALUATE = auto()
+    """Start the evaluation of the final version."""
+    DRAIN = auto()
+    """Send Drain to every actor (returned once)."""
+    GIVE_UP = auto()
+    """Declare lost the actors that did not drain in time."""
+    END = auto()
+
+
+class Shutdown:
+    def __init__(self, config: ClusterConfig) -> None:
+        self.finish: FinishRun | None = None
+        self.draining = False
+        self._config = config
+        self._since_s = 0.0
+
+    def request(self, finish: FinishRun, now_s: float) -> None:
+        self.finish, self._since_s = finish, now_s
+
+    def next_step(
+        self,
+        now_s: float,
+        *,
+        evaluating_version: int | None,
+        evaluated_version: int | None,
+        num_present: int,
+    ) -> ShutdownStep:
+        """The next step of the shutdown. DRAIN also advances this state."""
+        if self.finish is None:
+            return ShutdownStep.TRAIN
+        waited_s = now_s - self._since_s
+        if not self.draining:
+            unevaluated = self.finish.evaluate and evaluated_version != self.finish.policy_version
+            if unevaluated and waited_s < self._config.stall_timeout_s:
+                return ShutdownStep.EVALUATE if evaluating_version is None else ShutdownStep.WAIT
+            self.draining, self._since_s = True, now_s
+            return ShutdownStep.DRAIN
+        if num_present == 0:
+            return ShutdownStep.END
+        return (
+            ShutdownStep.GIVE_UP if waited_s > self._config.drain_timeout_s else ShutdownStep.WAIT
+        )
