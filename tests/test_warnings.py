@@ -56,7 +56,7 @@ def test_an_actor_that_dies_during_a_broadcast_is_reported(harness: ServiceHarne
     )
     harness.send("learner", failed)
     assert harness.service.warning == (
-        "actor-1 died or was cut off while version 1 was sent to it; its supervisor starts it again"
+        "actor-1 died or was disconnected while it received version 1; its supervisor restarts it"
     )
 
 
@@ -73,12 +73,14 @@ def test_a_lost_actor_is_reported_until_it_is_back(harness: ServiceHarness) -> N
     assert new_warnings(harness) == [silent, ""]
 
 
-def test_an_actor_that_is_replaced_at_once_is_reported_in_at_least_one_event(harness: ServiceHarness) -> None:
+def test_an_actor_that_is_replaced_at_once_is_reported_in_at_least_one_event(
+    harness: ServiceHarness,
+) -> None:
     new_warnings(harness)
     harness.hello("actor-1.1", 1, incarnation=1)
     harness.wait(0.1)
     harness.wait(0.1)
-    warning = "actor-1 was killed or ended; its supervisor starts it again"
+    warning = "actor-1 was killed or exited; its supervisor restarts it"
     assert new_warnings(harness) == [warning, ""]
 
 
@@ -94,7 +96,7 @@ def test_two_lost_actors_have_separate_warnings(harness: ServiceHarness) -> None
 def test_weights_that_did_not_arrive_are_reported_until_they_do(harness: ServiceHarness) -> None:
     harness.send("actor-1.0", applied(-1, "cut off"))
     harness.wait(1.0)
-    assert harness.service.warning == "actor-1.0 has not got the weights: cut off"
+    assert harness.service.warning == "actor-1.0 did not apply the weights: cut off"
     harness.send("actor-1.0", applied(0))
     assert harness.service.warning == ""
 
@@ -104,11 +106,11 @@ def test_a_past_event_is_reported_for_a_minute(harness: ServiceHarness) -> None:
     for index in (1, 2):
         harness.hello(f"actor-{index}.1", index, incarnation=1)
     harness.wait(0.1)
-    assert "started again (life 2)" in harness.service.warning
+    assert "restarted (attempt 2)" in harness.service.warning
     harness.wait(0.9 * FLEETING_S)
-    assert "started again (life 2)" in harness.service.warning
+    assert "restarted (attempt 2)" in harness.service.warning
     harness.wait(0.2 * FLEETING_S)
-    assert "started again" not in harness.service.warning
+    assert "restarted" not in harness.service.warning
 
 
 @pytest.mark.parametrize(
