@@ -75,7 +75,7 @@ def test_one_that_is_always_killed_at_its_start_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[str]]
 ) -> None:
     service = make(tmp_path, monkeypatch, started, *[KILLED] * 9)
-    with pytest.raises(RoleError, match=r"buffer service: died; read .*service\.log"):
+    with pytest.raises(RoleError, match=r"buffer service: died; see .*service\.log"):
         asyncio.run(service.start(Ports()))
     assert len(started) == 6
 
@@ -112,4 +112,4 @@ def test_one_that_is_killed_comes_back_at_its_ports_also_when_it_is_killed_once_
     asyncio.run(run())
     assert service.ports == Ports(service=4001, feed=4002)
     assert [arguments[-3:] for arguments in started[1:]] == [["4001", "--feed-port", "4002"]] * 2
-    assert "was killed (SIGKILL); it goes on from its journal" in capfd.readouterr().err
+    assert "was killed (SIGKILL); it recovers from its journal" in capfd.readouterr().err
