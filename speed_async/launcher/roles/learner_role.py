@@ -82,16 +82,13 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
     config, folder = attempt.config, attempt.folder
     rendezvous.change(run_folder=str(folder.path))
     if attempt.number == 0 and folder.path.name != Path(wanted).name:
-        hint = resume_hint(wanted)
-        write_stream(
-            f"'{wanted}' contains a run; the new run is in '{folder.path}' ({hint})\n", STDERR
-        )
-    write_stream(
-        "".join(attempt.resume_banner()), STDERR
-    )  # the terminal is still free for plain lines
+        text = f"'{wanted}' contains a run; the new run is in '{folder.path}'"
+        write_stream(f"{text} ({resume_hint(wanted)})\n", STDERR)
+    banner = attempt.resume_banner()
+    write_stream("".join(banner), STDERR)  # the console does not use the terminal yet
     log_stage(f"run folder {folder.path}; starting the service")
     log_to(folder.log(ROLE))
-    sys.stderr.writelines([f"attempt {attempt.number}\n", *attempt.resume_banner()])
+    sys.stderr.writelines([f"attempt {attempt.number}\n", *banner])
     identifying = asyncio.create_task(asyncio.to_thread(attempt.write_identity), name="identity")
     service = ServiceProcess(config, folder, life=attempt.number)
     await service.start(attempt.ports)
