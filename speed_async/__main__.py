@@ -1,4 +1,4 @@
-"""`python -m speed_async` is the `speed-async` command."""
+"""`python -m speed_async` runs the `speed-async` command."""
 
 from speed_async.cli import main
 

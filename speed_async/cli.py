@@ -1,4 +1,4 @@
-"""The `speed-async` command. Parses and hands over; imports nothing heavy before it must."""
+"""The `speed-async` command. Heavy modules are imported only by the commands that need them."""
 
 import os
 import sys
@@ -19,10 +19,10 @@ from speed_async.launcher.event_loop import run
 from speed_async.launcher.exit_status import exit_status
 from speed_async.launcher.preflight.findings import CHECKED
 from speed_async.launcher.rank import Node, check_world, node_of
-from speed_async.launcher.stages import begin, stage
-from speed_async.launcher.standard_streams import forget_stdout, open_standard_streams
+from speed_async.launcher.stages import log_stage, record_start
+from speed_async.launcher.standard_streams import discard_stdout, open_standard_streams
 
-PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
 KEYS = click.option(
     "--keys",
     type=click.Path(path_type=Path),
@@ -37,7 +37,7 @@ def commands() -> None:
 
 
 class WithOverrides(click.Command):
-    """A command whose help lists all fields that an override may name."""
+    """A command whose help lists all fields that can be overridden."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from speed_async.config.names import fields_by_section
@@ -47,10 +47,10 @@ class WithOverrides(click.Command):
                 [(section, ", ".join(fields)) for section, fields in fields_by_section().items()]
             )
         with formatter.indentation():
-            formatter.write_text("`speed-async config CONFIG` prints what they mean.")
+            formatter.write_text("`speed-async config CONFIG` prints their meaning.")
 
 
-@commands.command(cls=WithOverrides, context_settings=PASS_ON)
+@commands.command(cls=WithOverrides, context_settings=PASS_THROUGH)
 @click.argument("config", required=False)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 @click.option(
@@ -58,25 +58,25 @@ class WithOverrides(click.Command):
     "run_folder",
     metavar="RUN_DIR",
     type=click.Path(path_type=Path),
-    help="Go on with the run in this folder, from its newest whole checkpoint.",
+    help="Resume the run in this folder from its newest complete checkpoint.",
 )
 @click.option(
     "--nnodes",
     type=click.IntRange(min=1),
     default=1,
-    help="Machines of this run; start this command on each of them.  [default: 1]",
+    help="Number of nodes; start this command on each of them.  [default: 1]",
 )
 @click.option(
     "--node-rank",
     type=click.IntRange(min=0),
     default=0,
-    help="Which of them this machine is; the learner is on 0.  [default: 0]",
+    help="Rank of this node; the learner runs on node 0.  [default: 0]",
 )
 @click.option(
     "--nproc-per-node",
     type=click.IntRange(min=1),
-    help="Processes on each of them; the first one of all learns.  [default: cluster.learners and "
-    "cluster.actors, shared evenly]",
+    help="Ranks per node; rank 0 is the learner.  [default: cluster.learners plus cluster.actors, "
+    "divided evenly among the nodes]",
 )
 def train(
     config: str | None,
@@ -86,17 +86,17 @@ def train(
     node_rank: int,
     nproc_per_node: int | None,
 ) -> None:
-    """Train as CONFIG says. OVERRIDES look like --learner.lr 1e-4.
+    """Train with the configuration CONFIG. OVERRIDES have the form --learner.lr 1e-4.
 
-    Starts one learner and cluster.actors actors on this machine, or this machine's share of them
-    with --nnodes and --node-rank. With --resume there is no CONFIG: the run has its own, and bears
-    some overrides, such as --run.updates 200.
+    Starts one learner and cluster.actors actors on this machine; with --nnodes and --node-rank,
+    this node's share of them. With --resume there is no CONFIG: the run folder contains it. Some
+    fields, such as run.updates, can be overridden on resume.
     """
-    begin()
+    record_start()
     from speed_async.launcher.node_launcher import launch_node
     from speed_async.observability.panel.keyboard import terminal_kept
 
-    place = partial(node_of, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)
+    make_node = partial(node_of, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)
     if run_folder is None:
         if config is None:
             raise click.UsageError("give a CONFIG, or --resume RUN_DIR")
@@ -104,7 +104,7 @@ def train(
         if resolved is None:
             raise ConfigErrors.of(errors)
     else:
-        # What stands first is an override here.
+        # With --resume the first argument is an override.
         overrides = (config, *overrides) if config is not None else ()
         resolved, errors = load_resumed(run_folder, overrides), []
         try:
@@ -113,42 +113,42 @@ def train(
             click.echo(finished)
             return
         arguments = ["--resume", str(run_folder), *overrides]
-    node = _checked(resolved, errors, place, resume=run_folder is not None)
+    node = _checked(resolved, errors, make_node, resume=run_folder is not None)
     os.environ[CHECKED] = "yes"
-    stage(f"starting {node.num_ranks} processes; the learner loads PyTorch")
+    log_stage(f"starting {node.num_ranks} processes; the learner loads PyTorch")
     with terminal_kept():
         status = launch_node(resolved, arguments, node)
     sys.exit(status)
 
 
-@commands.command(cls=WithOverrides, context_settings=PASS_ON)
+@commands.command(cls=WithOverrides, context_settings=PASS_THROUGH)
 @click.argument("config")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def check(config: str, overrides: tuple[str, ...]) -> None:
-    """Say in seconds what is wrong with CONFIG, and show what a run of it would do.
+    """Check CONFIG within seconds, and show what a run with it would do.
 
-    Looks at everything that can be known before a model is loaded, on this machine, and writes
-    nothing. Ends with `ok` (exit status 0) or the number of errors (1). `train` checks the same.
+    Runs every check on this machine that does not require loading the model, and writes nothing.
+    The last line is `ok` (exit status 0) or the number of errors (1). `train` runs the same checks.
     """
     from speed_async.launcher.exit_status import EXIT_FAILED
-    from speed_async.launcher.preflight.checks import find_all
+    from speed_async.launcher.preflight.checks import run_checks
     from speed_async.launcher.preflight.findings import Findings
     from speed_async.launcher.preflight.report import report
 
     resolved, errors = examine_config(config, overrides)
-    findings = find_all(resolved, errors) if resolved else Findings(errors=list(errors))
+    findings = run_checks(resolved, errors) if resolved else Findings(errors=list(errors))
     click.echo(report(findings))
     sys.exit(EXIT_FAILED if findings.errors else 0)
 
 
-@commands.command(name="config", cls=WithOverrides, context_settings=PASS_ON)
+@commands.command(name="config", cls=WithOverrides, context_settings=PASS_THROUGH)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of TOML.")
 def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print CONFIG as a run would resolve it: presets, defaults and OVERRIDES in full.
+    """Print CONFIG as a run resolves it, with presets, defaults and OVERRIDES applied.
 
-    It is a configuration that `train` takes, with the meaning of every field.
+    The output is a configuration that `train` accepts, with a description of every field.
     """
     from speed_async.config.toml_text import to_toml
 
@@ -158,21 +158,22 @@ def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None
 
 @commands.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--client", metavar="NAME", help="Add a client to the keys that are there.")
+@click.option("--client", metavar="NAME", help="Add a client to an existing key folder.")
 def keys(folder: Path, client: str | None) -> None:
-    """Make FOLDER, the keys of a run whose sockets are reached from other machines.
+    """Create FOLDER with the keys of a run whose sockets are reachable from other machines.
 
-    Set cluster.keys to it on every node of the run. A machine that joins later, or watches, needs a
-    client of its own: --client makes FOLDER/clients/NAME, to be carried there and given as --keys.
-    Whose key is in FOLDER/allowed may connect, also while a run goes on.
+    Set cluster.keys to FOLDER on every node of the run. An actor or a console on another machine
+    needs its own client key: --client creates FOLDER/clients/NAME; copy it to that machine and pass
+    it as --keys. Every client whose key is in FOLDER/allowed can connect; keys can be added and
+    removed during a run.
     """
     from speed_async.transport.key_making import add_client, make_keys
 
     if client is not None:
-        click.echo(f"carry {add_client(folder, client)} to its machine, and give it as --keys")
+        click.echo(f"copy {add_client(folder, client)} to its machine, and pass it as --keys")
         return
     make_keys(folder)
-    click.echo(f"made {folder}: set cluster.keys to it; keep it as secret as an ssh key")
+    click.echo(f"created {folder}: set cluster.keys to it; keep it as secret as an ssh key")
 
 
 @commands.command()
@@ -181,8 +182,8 @@ def keys(folder: Path, client: str | None) -> None:
 def console(run_folder_or_address: str, keys: Path | None) -> None:
     """Watch a run, given its folder or the address of its metrics feed, tcp://HOST:PORT.
 
-    From its folder also what happened before is shown, and the last state of a run that is over.
-    The keys are q to leave, s for samples, h for help; the run goes on whatever is pressed.
+    Given its folder, the console also shows the history, and the last state of a run that has
+    ended. Keys: q quits, s shows samples, h shows help. No key affects the run.
     """
     from speed_async.launcher.roles.console_role import Source, watch
     from speed_async.launcher.roles.watched_run import watch_folder
@@ -203,14 +204,14 @@ def console(run_folder_or_address: str, keys: Path | None) -> None:
     "address",
     required=True,
     metavar="tcp://HOST:PORT",
-    help="The run's service. Its address stands in the run's logs/learner.log.",
+    help="Address of the run's service; logs/learner.log of the run contains it.",
 )
 @click.option("--model", type=click.Path(path_type=Path), help="Model folder on this machine.")
 @click.option("--data", type=click.Path(path_type=Path), help="Data file on this machine.")
 @click.option(
     "--run-folder",
     type=click.Path(path_type=Path),
-    help="Where this actor's logs go.  [default: runs/actor-N]",
+    help="Folder for this actor's logs.  [default: runs/actor-N]",
 )
 @click.option(
     "--timeout",
@@ -218,7 +219,7 @@ def console(run_folder_or_address: str, keys: Path | None) -> None:
     type=click.FloatRange(min=0, min_open=True),
     default=60.0,
     show_default=True,
-    help="Seconds to wait for the run's answer.",
+    help="Seconds to wait for the service to reply.",
 )
 @KEYS
 def actor(
@@ -229,11 +230,11 @@ def actor(
     timeout_s: float,
     keys: Path | None,
 ) -> None:
-    """Add an actor to a run that is under way.
+    """Add an actor to a run that is in progress.
 
-    It gets the run's configuration and newest weights, works until the run ends, and is started
-    again if it is killed. Ctrl-C drains it alone; the run goes on. On a machine with several GPUs
-    CUDA_VISIBLE_DEVICES says which one it takes.
+    The actor receives the run's configuration and newest weights, works until the run ends, and is
+    restarted if it is killed. Ctrl-C drains this actor only; the run continues. On a machine with
+    several GPUs, CUDA_VISIBLE_DEVICES selects the one to use.
     """
     host, port = _host_and_port(address)
     from speed_async.launcher.exit_status import EXIT_INTERRUPTED
@@ -246,18 +247,18 @@ def actor(
 
 
 def _checked(
-    config: Config, errors: list[ConfigError], place: Callable[[Config], Node], *, resume: bool
+    config: Config, errors: list[ConfigError], make_node: Callable[[Config], Node], *, resume: bool
 ) -> Node:
-    """This machine's place in a run that can start. Raises SpeedAsyncError with all errors."""
-    from speed_async.launcher.preflight.checks import as_one, find_all
+    """Run all checks and return this machine's node. Raises SpeedAsyncError with all errors."""
+    from speed_async.launcher.preflight.checks import combine_errors, run_checks
 
     node = None
     try:
-        node = place(config)
+        node = make_node(config)
         check_world(config, node.rank(0))
     except ConfigError as error:
         errors = [*errors, error]
-    findings = find_all(
+    findings = run_checks(
         config,
         errors,
         resume=resume,
@@ -265,30 +266,30 @@ def _checked(
         leads=node is None or node.index == 0,
     )
     if findings.errors or node is None:
-        raise as_one(findings.errors)
+        raise combine_errors(findings.errors)
     _warn(findings.warnings)
     if not findings.warnings and not resume:
-        click.echo("checked: nothing is wrong", err=True)
+        click.echo("preflight checks passed", err=True)
     return node
 
 
 def _warn(warnings: Sequence[str]) -> None:
-    """What a person should know before the run takes the terminal."""
+    """Print warnings before the console draws on the terminal."""
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
-    wrong = SpeedAsyncError(
-        f"'{address}' is no address of a run, which looks like tcp://HOST:PORT, and no folder"
+    malformed = SpeedAsyncError(
+        f"'{address}' is neither the address of a run (tcp://HOST:PORT) nor a folder"
     )
     try:
         parts = urlsplit(address if "//" in address else f"tcp://{address}")
         host, port = parts.hostname, parts.port
     except ValueError:
-        raise wrong from None
+        raise malformed from None
     if host is None or port is None:
-        raise wrong
+        raise malformed
     return host, port
 
 
@@ -303,7 +304,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except BrokenPipeError:  # such as `| head -1`
-        forget_stdout()
+        discard_stdout()
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)

@@ -1,14 +1,14 @@
-"""Every error a user can meet. Its text is complete: what, which value, what to do."""
+"""All user-visible errors. Each message names what failed, the value, and the remedy."""
 
 from collections.abc import Sequence
 
 
 class SpeedAsyncError(Exception):
-    """Base of all errors raised on purpose. `str(error)` is fit to be shown to a user."""
+    """Base class of all expected errors. `str(error)` is a complete message for the user."""
 
 
 CONFIG_FILE = "CONFIG"
-"""In place of a field, where the file itself cannot be used."""
+"""Stands for the field name when the file itself cannot be used."""
 
 
 class ConfigError(SpeedAsyncError):
@@ -23,12 +23,12 @@ class ConfigError(SpeedAsyncError):
 
     @property
     def errors(self) -> "Sequence[ConfigError]":
-        """This error, or all that one error holds."""
+        """This error, or all errors that it combines."""
         return (self,)
 
 
 class ConfigErrors(ConfigError):
-    """Several values cannot be used; field, value and remedy are those of the first."""
+    """Several values cannot be used; `field`, `value` and `remedy` are those of the first."""
 
     def __init__(self, errors: Sequence[ConfigError]) -> None:
         super().__init__(errors[0].field, errors[0].value, errors[0].remedy)
@@ -44,7 +44,7 @@ class ConfigErrors(ConfigError):
 
     @staticmethod
     def of(errors: Sequence[ConfigError]) -> ConfigError:
-        """The only error itself, or one that holds them all."""
+        """Return the only error, or one error that combines all of them."""
         return errors[0] if len(errors) == 1 else ConfigErrors(errors)
 
 
@@ -53,7 +53,7 @@ class DataError(SpeedAsyncError):
 
 
 class ModelError(SpeedAsyncError):
-    """A model folder, its tokenizer or its context length cannot serve this run."""
+    """A model folder, its tokenizer or its context length cannot be used by this run."""
 
 
 class DeadlineExceeded(SpeedAsyncError):
@@ -62,6 +62,7 @@ class DeadlineExceeded(SpeedAsyncError):
     def __init__(self, whom: str, what: str, waited_s: float) -> None:
         super().__init__(f"waited {waited_s:.1f} s for {whom}: {what}")
         self.whom = whom
+        """The peer that did not respond."""
         self.what = what
         self.waited_s = waited_s
 
@@ -75,9 +76,9 @@ class TransportClosed(SpeedAsyncError):
 
 
 class WeightSyncError(SpeedAsyncError):
-    """A weight transfer failed or delivered something else than was announced.
+    """A weight transfer failed, or its content does not match its manifest.
 
-    `missing_ranks`, at the sender: who did not take part to the end, or refused to.
+    `missing_ranks`: at the sender, the ranks that did not complete the transfer or refused it.
     """
 
     def __init__(self, message: str, *, missing_ranks: Sequence[int] = ()) -> None:
@@ -86,11 +87,11 @@ class WeightSyncError(SpeedAsyncError):
 
 
 class TaskError(SpeedAsyncError):
-    """A task cannot be made, or its verifier failed on one completion."""
+    """A task cannot be created, or its verifier failed on one completion."""
 
 
 class RoleError(SpeedAsyncError):
-    """Another role of this run failed; carries that role's name and message."""
+    """Another role of this run failed; contains the name of that role and its message."""
 
     def __init__(self, role: str, message: str) -> None:
         already_named = message.startswith(f"{role}:") or message.startswith("config field")
@@ -98,21 +99,21 @@ class RoleError(SpeedAsyncError):
         self.role = role
 
     @classmethod
-    def quoting(cls, text: str) -> "RoleError":
-        """From a description that already names its role."""
+    def from_text(cls, text: str) -> "RoleError":
+        """Create from a description that starts with the name of its role."""
         return cls(text.partition(":")[0], text)
 
 
 class GivenUp(SpeedAsyncError):
-    """The service took this incarnation of an actor for dead; a new one may take its place."""
+    """This incarnation of an actor was declared lost or cannot continue; a new one may succeed."""
 
 
-class LostRun(SpeedAsyncError):
-    """Nobody answers for the run any more, or ever did."""
+class RunLost(SpeedAsyncError):
+    """The service of the run is not reachable any more."""
 
 
 class RunFinished(SpeedAsyncError):
-    """A run that was to go on has nothing left to do (the text says what would make it go on)."""
+    """A run to be resumed is already complete (the message names the limit to raise)."""
 
 
 class JournalError(SpeedAsyncError):
@@ -120,9 +121,9 @@ class JournalError(SpeedAsyncError):
 
 
 class JournalRefused(JournalError):
-    """A journal that is not damaged, and that this run cannot go on from. Nothing in it was changed
-    (the text says why it is refused, and what to do)."""
+    """An intact journal that this run cannot continue from. The journal is unchanged (the message
+    gives the reason and the remedy)."""
 
 
 class IdentityError(SpeedAsyncError):
-    """A run that is resumed does not find what it began with."""
+    """The data, model or scoring code of a resumed run differs from what it started with."""

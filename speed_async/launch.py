@@ -1,10 +1,11 @@
-"""One rank of a run: gives it its role and runs it.
+"""Entry point of one rank: selects its role and runs it.
 
     torchrun --nproc-per-node 3 -m speed_async.launch CONFIG [--section.field value ...]
     torchrun --nproc-per-node 3 -m speed_async.launch --resume RUN_DIR [--section.field value ...]
 
-Ranks below `cluster.learners` learn; every further rank supervises an actor. A rank whose launcher
-dies drains, as at SIGTERM. Errors go to the launcher in one line: torchrun's error file.
+Ranks below `cluster.learners` are learners; every other rank supervises an actor. A rank whose
+launcher dies drains, as on SIGTERM. An error is reported to the launcher as one line in torchrun's
+error file.
 """
 
 import json
@@ -24,17 +25,17 @@ from speed_async.launcher.exit_status import EXIT_FAILED, EXIT_STATUS, describe,
 from speed_async.launcher.node_launcher import PROCESS_VARIABLE
 from speed_async.launcher.preflight.findings import CHECKED
 from speed_async.launcher.processes import die_with_parent
-from speed_async.launcher.rank import Rank, check_world, refuse_elastic
-from speed_async.launcher.standard_streams import STDERR, tell
+from speed_async.launcher.rank import Rank, check_world, reject_elastic
+from speed_async.launcher.standard_streams import STDERR, write_stream
 
 USAGE = "usage: torchrun ... -m speed_async.launch CONFIG|--resume RUN_DIR [--section.field value]"
 RESUME = "--resume"
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status of this rank: that of the run's outcome, 69 when the run is lost, 1 failed."""
+    """Return the rank's exit status: that of the run's outcome, 69 (run lost) or 1 (failed)."""
     role = "launch"
-    # Until the role has its own handlers, a signal ends this process without a trace.
+    # Until the role installs its own handlers, a signal ends this process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     launcher = os.environ.get(PROCESS_VARIABLE)
     die_with_parent(int(launcher) if launcher else None, signal.SIGTERM)
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
         if not arguments or arguments[0] in ("-h", "--help"):
             raise SpeedAsyncError(USAGE)
         rank = Rank.from_environment()
-        refuse_elastic()
+        reject_elastic()
         config, resume = _read_config(arguments)
         leads = rank.rank < config.cluster.learners
         role = "learner" if leads else f"actor-{rank.rank}"
@@ -52,13 +53,13 @@ def main(arguments: list[str]) -> int:
         return run_rank(config, rank, resume=resume)
     except SpeedAsyncError as error:
         return fail(describe(role, error), exit_status(error))
-    except Exception as error:  # the rank's boundary: its trace is in the run folder's logs
+    except Exception as error:  # boundary of the rank: the traceback goes to the log
         traceback.print_exc()
         return fail(describe(role, error), EXIT_FAILED)
 
 
 def _read_config(arguments: list[str]) -> tuple[Config, bool]:
-    """The configuration, and whether it is that of a run to go on with."""
+    """Return the configuration, and whether it belongs to a run that is resumed."""
     first, *rest = arguments
     if first == RESUME and rest:
         return load_resumed(Path(rest[0]), rest[1:]), True
@@ -81,29 +82,29 @@ def run_rank(config: Config, rank: Rank, *, resume: bool) -> int:
 
 
 def fail(text: str, status: int) -> int:
-    """Hand the error to the launcher, which prints the first one of all ranks when it ends.
+    """Report the error to the launcher, which prints the first error of all ranks when it exits.
 
-    Outside of a launcher there is nobody to hand it to, and it is printed here.
+    Without a launcher the error is printed here.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     try:
         record = json.dumps({"message": text, "timestamp": int(time.time())})
         Path(error_file or "").write_text(record)
-    except OSError:  # none was given, or it cannot be written
-        tell(f"error: {text}\n", STDERR)
+    except OSError:  # no error file is set, or it is not writable
+        write_stream(f"error: {text}\n", STDERR)
     return status
 
 
 def _check_run(config: Config, rank: Rank, *, resume: bool) -> None:
-    """Raise SpeedAsyncError with all that would keep this run from working, before it has a folder.
+    """Run the preflight checks before the run folder is created. Raises SpeedAsyncError.
 
-    `speed-async train` has done so before it started any rank, and so has a life before this one.
+    Skipped when `speed-async train` or an earlier attempt has already run them.
     """
     if os.environ.get(CHECKED) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
-    from speed_async.launcher.preflight.checks import refuse_what_cannot_run
+    from speed_async.launcher.preflight.checks import require_runnable
 
-    warnings = refuse_what_cannot_run(config, resume=resume, actors_here=not rank.has_many_nodes)
+    warnings = require_runnable(config, resume=resume, actors_here=not rank.has_many_nodes)
     sys.stderr.writelines(f"warning: {warning}\n" for warning in warnings)
 
 

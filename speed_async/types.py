@@ -1,4 +1,4 @@
-"""Records that pass between rooms. Torch-free, frozen, and without behaviour beyond counting.
+"""Records shared by all packages. Torch-free, frozen, and without behaviour beyond counting.
 
 Shape legend: P prompt tokens, T completion tokens.
 """
@@ -23,7 +23,7 @@ PASS_REWARD = 1.0
 
 
 class Phase(StrEnum):
-    """Why a completion is generated; continuation goes before screening in the engine."""
+    """Why a completion is generated; the engine prioritises continuation over screening."""
 
     SCREENING = "screening"
     CONTINUATION = "continuation"
@@ -36,7 +36,7 @@ class LeaseKind(StrEnum):
 
 
 class GroupEnd(StrEnum):
-    """The ways in which a training group ends; each group meets exactly one."""
+    """How a training group ends; each group ends exactly once."""
 
     TRAINED = "trained"
     STALE = "stale"
@@ -44,7 +44,7 @@ class GroupEnd(StrEnum):
     SCREENED_OUT = "screened_out"
     FAILED = "failed"
     UNFINISHED = "unfinished"
-    """Its actor was stopped before it was complete; nothing is wrong with it."""
+    """Its actor was stopped before the group was complete; not a failure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,12 +58,12 @@ class Prompt:
     """Difficulty label used only in reports."""
     held_out: bool = False
     metadata: dict[str, object] = field(default_factory=dict)
-    """What the task's own scorer needs beyond `answer` (plain data only)."""
+    """Additional input of the task's scorer beyond `answer` (plain data only)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampled:
-    """What an engine returns for one request: T tokens with their provenance."""
+    """The engine's result for one request: T tokens with log-probabilities and policy versions."""
 
     token_ids: Int32Array  # (T,)
     logprobs: Float32Array  # (T,) log mu, as sampled: temperature and truncation included
@@ -77,11 +77,11 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What a verifier says of one completion."""
+    """A verifier's result for one completion."""
 
     reward: float
     extracted: str | None = None
-    """What it took for the answer; for people."""
+    """The answer as the verifier extracted it; human-readable."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,7 @@ class Completion:
     sampled: Sampled
     reward: float
     extracted: str | None = None
-    """What the verifier took for the answer. It does not travel with the group."""
+    """The answer as the verifier extracted it. It is not sent with the group."""
 
     @property
     def num_tokens(self) -> int:
@@ -123,7 +123,7 @@ class Group:
 
     @property
     def screening_pass_rate(self) -> float | None:
-        """What the gate saw; None for a group that was not screened."""
+        """Pass rate at the gate; None for a group that was not screened."""
         screened = self.completions[: self.num_screening]
         if not screened:
             return None
@@ -131,7 +131,7 @@ class Group:
 
     @property
     def oldest_version(self) -> int:
-        """Smallest policy version among the tokens; what the staleness bound looks at."""
+        """Smallest policy version among the tokens; the staleness bound applies to it."""
         return min(
             int(completion.sampled.policy_versions.min())
             for completion in self.completions
@@ -168,9 +168,9 @@ class ActorCounts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightOffer:
-    """An invitation to take part in one weight broadcast. Rank 0 is the sender.
+    """An invitation to join one weight broadcast. Rank 0 is the sender.
 
-    Members of one `epoch` keep one process group; a new epoch means a new group.
+    Members of one `epoch` share one process group; each epoch has its own group.
     """
 
     policy_version: int
@@ -184,7 +184,7 @@ class WeightOffer:
 
 
 def weight_backend(text: str) -> WeightBackend:
-    """The backend that a message names. Raises WeightSyncError for one that is not known."""
+    """Parse the backend named by a message. Raises WeightSyncError for an unknown one."""
     if text == "gloo" or text == "nccl" or text == "ipc":
         return text
     raise WeightSyncError(

@@ -1,4 +1,4 @@
-"""Which addresses the processes of a run listen at, as /proc tells."""
+"""Reads the addresses at which the processes of a run listen from /proc."""
 
 import ipaddress
 import threading
@@ -13,7 +13,7 @@ POLL_S = 0.2
 
 
 def descendants(process_id: int) -> list[int]:
-    """This process and all that it and they have started."""
+    """This process and all its descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -42,12 +42,12 @@ def listening(process_id: int) -> set[str]:
 
 @contextmanager
 def watched(process_id: int) -> Iterator[dict[str, set[str]]]:
-    """While this lasts: who of a run listens where, by the words of its command that tell it."""
+    """Collect the listening addresses of a run's processes by command while the context is open."""
     seen: dict[str, set[str]] = {}
-    over = threading.Event()
+    done = threading.Event()
 
     def watch() -> None:
-        while not over.wait(POLL_S):
+        while not done.wait(POLL_S):
             for one in descendants(process_id):
                 with suppress(OSError):
                     command = Path(f"/proc/{one}/cmdline").read_bytes().decode().split("\0")
@@ -58,7 +58,7 @@ def watched(process_id: int) -> Iterator[dict[str, set[str]]]:
     try:
         yield seen
     finally:
-        over.set()
+        done.set()
         watching.join()
 
 
@@ -67,7 +67,7 @@ def is_loopback(address: str) -> bool:
 
 
 def _address(text: str) -> str:
-    """From what /proc/net/tcp has: words of four bytes in the machine's order."""
+    """Parse an address of /proc/net/tcp: 32-bit words in the byte order of the machine."""
     words = [bytes.fromhex(text[i : i + 8])[::-1] for i in range(0, len(text), 8)]
     address = ipaddress.ip_address(b"".join(words))
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None

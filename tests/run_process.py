@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them: real processes, followed through their run folder."""
+"""Starts whole runs as real processes and observes them through their run folder."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ from speed_async.transport.feed import FeedSubscriber
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODEL = REPOSITORY / "quickstart" / "model"
 DEADLINE_S = 240.0
-"""Of anything that a run does: it is only waited out where something is wrong."""
+"""Deadline of every wait; reached only on a failure."""
 
 SMALL = """
 [run]
@@ -53,19 +53,19 @@ connect_timeout_s = 120
 
 @dataclass(kw_only=True)
 class Run:
-    """A started run. Its whole process group is this test's to end."""
+    """A started run. The test has to terminate its process group."""
 
     process: subprocess.Popen[str]
     folder: Path
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         path = self.folder / "metrics.jsonl"
-        # What stands after the last end of a line is still being written.
+        # The text after the last newline is still being written.
         lines = path.read_text().split("\n")[:-1] if path.is_file() else []
         return [event for event in map(json.loads, lines) if event["kind"] == kind]
 
     def wait_for(self, what: str, happened: Callable[[], object]) -> None:
-        """Look until it has happened; fails when the run ends or the deadline passes first."""
+        """Poll until it has happened; fails when the run ends or the deadline passes first."""
         ends_s = time.monotonic() + DEADLINE_S
         while not happened():
             assert self.process.poll() is None, f"the run ended before {what}: {self.finish()}"
@@ -92,7 +92,7 @@ class Run:
         return json.loads((self.folder / "summary.json").read_text())
 
     def processes(self) -> dict[int, str]:
-        """Live processes of this run (zombies are dead), by id."""
+        """Command lines of this run's processes by process id, without zombies."""
         mark = str(self.folder.parent)
         found = {}
         for entry in Path("/proc").iterdir():
@@ -107,15 +107,15 @@ class Run:
         return found
 
     def wait_for_no_process(self) -> None:
-        """What the kernel ends with its parent is gone a moment after it."""
+        """Wait until no process is left; the kernel kills children shortly after their parent."""
         ends_s = time.monotonic() + DEADLINE_S
         while left := self.processes():
-            assert time.monotonic() < ends_s, f"still there: {left}"
+            assert time.monotonic() < ends_s, f"still running: {left}"
             time.sleep(0.05)
 
     def child(self, role: str, index: int | None = None) -> int:
-        """Process id of a role's child, of the actor of that index; the `engine` is a child of
-        the actor's."""
+        """Process id of a role's child process, of actor `index` if given. The role `engine` is
+        the child of an actor."""
         marks = ["launcher.child " + ("actor" if role == "engine" else role)]
         marks += [f"--index {index} "] if index is not None else []
         commands = self.processes().items()
@@ -128,23 +128,23 @@ class Run:
         return parent_of(self.child("service"))
 
     def kill(self) -> None:
-        """What a power cut does: every process of the run ends at once, whatever it was at."""
+        """Kill every process of the run at once, like a power failure."""
         for process_id in (self.process.pid, *self.processes()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process_id, signal.SIGKILL)
         self.process.wait()
 
     def versions(self) -> list[int]:
-        """Of the updates that were reported, in order."""
+        """Policy versions of the reported updates, in order."""
         return [event["policy_version"] for event in self.events("step")]
 
     def address(self, after: str) -> str:
-        """tcp://HOST:PORT that stands in the learner's log after these words."""
+        """tcp://HOST:PORT in the learner's log after this text."""
         log = (self.folder / "logs" / "learner.log").read_text()
         return next(line for line in log.splitlines() if after in line).split()[-1]
 
-    def hear(self, what: str, happened: Callable[[dict[str, Any]], object]) -> None:
-        """Follow the metrics feed until an event's values say that it has happened."""
+    def wait_for_event(self, what: str, happened: Callable[[dict[str, Any]], object]) -> None:
+        """Follow the metrics feed until `happened` is true of an event's values."""
 
         async def follow() -> None:
             host, _, port = self.address("metrics feed at").removeprefix("tcp://").rpartition(":")
@@ -158,25 +158,25 @@ class Run:
         asyncio.run(asyncio.wait_for(follow(), DEADLINE_S))
 
     @contextmanager
-    def slowly(self) -> Iterator[None]:
-        """The learner runs a tenth of the time, so that a short run lasts until a process has
-        started, however long that takes on this machine."""
-        learner, over = self.learner(), threading.Event()
+    def slowed_down(self) -> Iterator[None]:
+        """Run the learner a tenth of the time, so that a short run lasts until another process has
+        started."""
+        learner, done = self.learner(), threading.Event()
 
-        def hold_up() -> None:
-            while not over.is_set():
+        def pause() -> None:
+            while not done.is_set():
                 os.kill(learner, signal.SIGSTOP)
-                over.wait(0.45)
+                done.wait(0.45)
                 os.kill(learner, signal.SIGCONT)
-                over.wait(0.05)
+                done.wait(0.05)
 
-        holding = threading.Thread(target=hold_up)
-        holding.start()
+        pausing = threading.Thread(target=pause)
+        pausing.start()
         try:
             yield
         finally:
-            over.set()
-            holding.join()
+            done.set()
+            pausing.join()
 
 
 def parent_of(process_id: int) -> int:
@@ -184,10 +184,10 @@ def parent_of(process_id: int) -> int:
 
 
 def own_address() -> str:
-    """An address of this machine that others can reach; loopback where there is none."""
+    """A non-loopback address of this machine, or 127.0.0.1 if there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # nothing is sent: only the route is looked up
+            probe.connect(("192.0.2.1", 9))  # sends nothing; only looks up the route
             address = str(probe.getsockname()[0])
         except OSError:
             address = "127.0.0.1"
@@ -201,14 +201,14 @@ def write_config(folder: Path, text: str = SMALL, model: Path = MODEL) -> Path:
 
 
 def start_train(folder: Path, *overrides: str, config: Path | None = None) -> Run:
-    """`speed-async train` in `folder`."""
+    """Start `speed-async train` in `folder`."""
     config = config or write_config(folder)
     command = [sys.executable, "-m", "speed_async", "train", str(config), *overrides]
     return _start(folder, command)
 
 
 def resume_train(run: Run, *overrides: str) -> Run:
-    """`speed-async train --resume` of a run that has ended."""
+    """Start `speed-async train --resume` of a run that has ended."""
     command = [sys.executable, "-m", "speed_async", "train", "--resume", str(run.folder)]
     return _start(run.folder.parent, [*command, *overrides])
 
@@ -225,7 +225,7 @@ def start_torchrun(
 
 
 def start_actor(run: Run, *options: str) -> Run:
-    """`speed-async actor --join`, from a folder beside the run's own."""
+    """Start `speed-async actor --join` in the parent of the run folder."""
     command = [sys.executable, "-m", "speed_async", "actor"]
     command += ["--join", run.address("actors join at"), *options]
     return Run(process=_open(run.folder.parent, command), folder=run.folder)

@@ -1,4 +1,4 @@
-"""`speed-async check`, and the same checks before `train`: what is said, what is left behind."""
+"""`speed-async check`, and the same checks before `train`: their output and side effects."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def check(folder: Path, *overrides: str, text: str = MINIMAL) -> tuple[int, list[str]]:
-    """Exit status and lines of `speed-async check` of the model in `folder`."""
+    """Run `speed-async check` with the model in `folder`; returns exit status and output lines."""
     config = write_config(folder, text, folder / "model")
     before = everything_in(folder)
     done = subprocess.run(
@@ -71,7 +71,7 @@ def warnings(lines: list[str]) -> list[str]:
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
-    """A data file, and the overrides that take it."""
+    """Write a data file and return the overrides that select it."""
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ["--task.name", "jsonl", "--task.path", str(data), "--task.num_held_out", "2"]
@@ -83,7 +83,7 @@ def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
 
 
-def test_check_shows_the_first_prompt_a_score_lengths_and_memory_and_ends_with_ok(
+def test_check_shows_first_prompt_scores_lengths_and_memory_and_ends_with_ok(
     model: Path, tmp_path: Path
 ) -> None:
     status, lines = check(tmp_path)
@@ -94,12 +94,12 @@ def test_check_shows_the_first_prompt_a_score_lengths_and_memory_and_ends_with_o
     assert "scores 1\n  an empty completion scores 0" in out
     assert "training: 4,096 prompts of 11 to 11 tokens, median 11" in out
     assert "353,920 parameters" in out
-    # 64 slots x 128 tokens x 2 layers x (keys, values) x 4 heads x 32 numbers x 4 bytes
-    assert "16.0 MiB of KV cache (64 slots x 128 tokens)" in out
+    # 64 slots x 128 tokens x 2 layers x (keys, values) x 4 heads x 32 values x 4 bytes
+    assert "at most 16.0 MiB of KV cache (64 slots x 128 tokens)" in out
     assert not warnings(lines)
 
 
-def test_check_says_every_error_at_once(model: Path, tmp_path: Path) -> None:
+def test_check_reports_all_errors_together(model: Path, tmp_path: Path) -> None:
     (model / "model.safetensors").write_bytes((MODEL / "model.safetensors").read_bytes()[:-1])
     edit(model / "tokenizer_config.json", eos_token=None)
     (tmp_path / "taken").write_text("")
@@ -116,42 +116,42 @@ def test_check_says_every_error_at_once(model: Path, tmp_path: Path) -> None:
         )
     errors = "\n".join(line for line in lines if not line.startswith("warning"))
     assert status == 1
-    for said in (
+    for message in (
         "'--lr' = '1': no such override; did you mean --learner.lr 1?",
         "'learner.lr' = 'fast'",
         "'buffer.credits' = 1",
-        f"'cluster.feed_port' = {port}: it is taken",
-        "'run.folder' = 'taken/run': cannot be made",
-        "it is damaged or was not downloaded to its end",
+        f"'cluster.feed_port' = {port}: it is in use",
+        "'run.folder' = 'taken/run': cannot be created",
+        "it is damaged or incompletely downloaded",
         "has no EOS token",
         "2 lines that cannot be used",
     ):
-        assert said in errors
+        assert message in errors
     num_devices = 2 if devices.why_no_gpu() else 0
     assert lines[-1] == f"{8 + num_devices} errors"
 
 
-def lose_weights(model: Path) -> None:
+def remove_weights(model: Path) -> None:
     (model / "model.safetensors").rename(model / "other.safetensors")
 
 
-def lose_shard(model: Path) -> None:
+def remove_shard(model: Path) -> None:
     (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
-    places = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    files = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
-def lose_weight_of_shard(model: Path) -> None:
+def remove_weight_of_shard(model: Path) -> None:
     (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
-    places = {"absent.weight": "model-00001-of-00001.safetensors"}
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    files = {"absent.weight": "model-00001-of-00001.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
-def make_pointer(model: Path) -> None:
+def write_lfs_pointer(model: Path) -> None:
     (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
 
 
-def lose_tokenizer(model: Path) -> None:
+def remove_tokenizer(model: Path) -> None:
     (model / "tokenizer.json").unlink()
 
 
@@ -159,11 +159,11 @@ def break_tokenizer(model: Path) -> None:
     (model / "tokenizer.json").write_text("{}")
 
 
-def make_other_kind(model: Path) -> None:
+def remove_model_type(model: Path) -> None:
     edit(model / "config.json", model_type=None)
 
 
-def look_back_a_little(model: Path) -> None:
+def add_sliding_window(model: Path) -> None:
     edit(model / "config.json", sliding_window=16)
 
 
@@ -171,7 +171,7 @@ def add_state_space_layer(model: Path) -> None:
     edit(model / "config.json", layer_types=["full_attention", "mamba"])
 
 
-def need_system_message(model: Path) -> None:
+def require_system_message(model: Path) -> None:
     template = "{{ raise_exception('a system message is needed') }}"
     (model / "chat_template.jinja").write_text(template)
 
@@ -181,44 +181,42 @@ CHAT = ("--model.chat_template", "true")
 
 
 @pytest.mark.parametrize(
-    ("damage", "overrides", "said"),
+    ("damage", "overrides", "message"),
     [
-        (lose_weights, (), "other.safetensors is no name that loaders read"),
-        (lose_shard, (), "lacks 1 of the 2 files that model.safetensors.index.json names: model-0"),
-        (lose_weight_of_shard, (), "lack 1 of the weights"),
-        (make_pointer, (), "git lfs pull"),
-        (lose_tokenizer, (), "has no tokenizer"),
+        (remove_weights, (), "other.safetensors: not a name that loaders recognise"),
+        (remove_shard, (), "lacks 1 of the 2 files that model.safetensors.index.json names: model"),
+        (remove_weight_of_shard, (), "lack 1 of the weights"),
+        (write_lfs_pointer, (), "git lfs pull"),
+        (remove_tokenizer, (), "has no tokenizer"),
         (break_tokenizer, (), "tokenizer.json' cannot be read"),
-        (make_other_kind, (), "names no model_type"),
-        (look_back_a_little, (), "set model.context_length to at most 16"),
-        (add_state_space_layer, (), "layers of kind mamba"),
+        (remove_model_type, (), "names no model_type"),
+        (add_sliding_window, (), "set model.context_length to at most 16"),
+        (add_state_space_layer, (), "layers of type mamba"),
         (None, CHAT, "'model.chat_template' = True: this model's tokenizer has no chat template"),
-        (need_system_message, CHAT, "a system message is needed"),
-        (None, ("--actors.max_new_tokens", "128"), "no room for a prompt in the model's context"),
-        (None, ("--model.context_length", "256"), "holds 128 tokens; set at most 128"),
-        (None, ("--model.context_length", "11"), "the model: give shorter prompts, or a"),
-        (None, ("--cluster.host", "192.0.2.1", *OPEN), "no address of this machine"),
+        (require_system_message, CHAT, "a system message is needed"),
+        (None, ("--actors.max_new_tokens", "128"), "no space for a prompt in the model's context"),
+        (None, ("--model.context_length", "256"), "supports 128 tokens; set at most 128"),
+        (None, ("--model.context_length", "11"), "the model: use shorter prompts, or a"),
+        (None, ("--cluster.host", "192.0.2.1", *OPEN), "not an address of this machine"),
         (None, ("--task.name", "arithmetics"), "did you mean arithmetic?"),
     ],
 )  # fmt: skip
-def test_check_names_what_is_wrong_and_its_remedy(
+def test_check_reports_the_fault_and_its_remedy(
     model: Path,
     tmp_path: Path,
     damage: Callable[[Path], None] | None,
     overrides: tuple[str, ...],
-    said: str,
+    message: str,
 ) -> None:
     if damage is not None:
         damage(model)
     status, lines = check(tmp_path, *overrides)
     errors = [line for line in lines if line.startswith("error: ")]
     assert status == 1
-    assert any(said in line for line in errors), lines
+    assert any(message in line for line in errors), lines
 
 
-def test_a_chat_template_is_rendered_before_prompts_are_counted(
-    model: Path, tmp_path: Path
-) -> None:
+def test_chat_template_is_rendered_before_tokens_are_counted(model: Path, tmp_path: Path) -> None:
     template = (
         "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
         "{% generation %}{% if add_generation_prompt %}=={% endif %}{% endgeneration %}"
@@ -232,9 +230,7 @@ def test_a_chat_template_is_rendered_before_prompts_are_counted(
 
 
 @pytest.mark.parametrize("chat_template", [False, True])
-def test_prompts_are_encoded_as_the_actors_will_encode_them(
-    model: Path, chat_template: bool
-) -> None:
+def test_prompts_are_encoded_exactly_like_in_the_actors(model: Path, chat_template: bool) -> None:
     template = (
         "{{ bos_token }}{% for message in messages %}\n  {% if message.role == 'user' %}\n"
         "{{ message['content'] | tojson }}{% endif %}\n{% endfor %}\n"
@@ -255,7 +251,7 @@ def test_prompts_are_encoded_as_the_actors_will_encode_them(
     assert tokenizer.encode(prompts) == [codec.encode(prompt).tolist() for prompt in prompts]
 
 
-def test_prompts_that_do_not_fit_are_counted_by_reason_with_the_first_example(
+def test_unusable_prompts_are_counted_by_reason_with_the_first_example(
     model: Path, tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"{n}+1=", "answer": n + 1} for n in range(20)]
@@ -263,31 +259,31 @@ def test_prompts_that_do_not_fit_are_counted_by_reason_with_the_first_example(
     rows += [{"prompt": "8" * 121 + str(n), "answer": 1} for n in range(4)]
     status, lines = check(tmp_path, *write_rows(tmp_path, rows))
     assert (status, lines[-1]) == (0, "ok")
-    said = "\n".join(warnings(lines))
-    lost = r"(\d) of \d+ [-\w]+ prompts (?:cannot be trained on|count as wrong) \(too long\)"
-    assert sum(map(int, re.findall(lost, said))) == 5
-    assert "202 tokens and no room for a completion" in said
-    cut = r"(\d) of \d+ [-\w]+ prompts leave less room than actors.max_new_tokens = 8"
-    assert sum(map(int, re.findall(cut, said))) == 4
-    assert "5 tokens for the longest prompt that fits" in said  # 128 - (1 + 121 + 1)
+    text = "\n".join(warnings(lines))
+    unusable = r"(\d) of \d+ [-\w]+ prompts (?:cannot be trained on|count as wrong) \(too long\)"
+    assert sum(map(int, re.findall(unusable, text))) == 5
+    assert "202 tokens, no space for a completion" in text
+    limited = r"(\d) of \d+ [-\w]+ prompts leave less space than actors.max_new_tokens = 8"
+    assert sum(map(int, re.findall(limited, text))) == 4
+    assert "5 tokens for the longest prompt that fits" in text  # 128 - (1 + 121 + 1)
 
 
-def test_many_prompts_are_judged_by_a_sample_and_that_is_said(model: Path, tmp_path: Path) -> None:
+def test_many_prompts_are_checked_by_a_reported_sample(model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"{n:0120d}"[:120], "answer": 1} for n in range(70_000)]
     status, lines = check(tmp_path, *write_rows(tmp_path, rows))
     assert status == 0
     assert any("69,998 prompts" in line and "in a sample of" in line for line in lines)
 
 
-def test_a_configuration_that_cannot_be_read_further_is_one_error(tmp_path: Path) -> None:
+def test_configuration_without_a_required_section_is_one_error(tmp_path: Path) -> None:
     error = the_error(*check(tmp_path, text='[task]\nname = "arithmetic"\n'))
     assert "'model' = None: this field is required" in error
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
-        (("--actors.max_new_tokens", "500"), "leaves no room for a prompt"),
+        (("--actors.max_new_tokens", "500"), "leaves no space for a prompt"),
         (("--cluster.host", "192.0.2.1"), "beyond loopback"),
         pytest.param(
             ("--actors.device", "cuda"),
@@ -296,8 +292,8 @@ def test_a_configuration_that_cannot_be_read_further_is_one_error(tmp_path: Path
         ),
     ],
 )
-def test_a_run_that_cannot_work_is_refused_before_torch_loads_and_leaves_no_folder(
-    tmp_path: Path, overrides: tuple[str, ...], said: str
+def test_invalid_run_is_rejected_before_torch_loads_and_creates_no_folder(
+    tmp_path: Path, overrides: tuple[str, ...], message: str
 ) -> None:
     arguments = ["train", str(write_config(tmp_path)), *overrides]
     code = (
@@ -310,35 +306,35 @@ def test_a_run_that_cannot_work_is_refused_before_torch_loads_and_leaves_no_fold
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert "AssertionError" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
 
 
-def test_under_torchrun_too_the_checks_come_before_the_folder(tmp_path: Path) -> None:
+def test_under_torchrun_the_checks_precede_the_run_folder(tmp_path: Path) -> None:
     run = start_torchrun(tmp_path, 2, "--actors.max_new_tokens", "500")
     status, _, err = run.finish()
     assert status == 1
-    assert "leaves no room for a prompt" in err
+    assert "leaves no space for a prompt" in err
     assert not run.folder.exists()
     assert run.processes() == {}
 
 
-def test_a_run_of_no_updates_measures_the_model_and_trains_nothing(tmp_path: Path) -> None:
+def test_run_with_zero_updates_only_evaluates_the_model(tmp_path: Path) -> None:
     run = start_train(tmp_path, "--run.updates", "0")
     status, _, err = run.finish()
     assert status == 0, err
     summary = run.summary()
     assert summary["completed"] is True
     assert 0 <= summary["accuracy_last"] <= 1
-    assert summary["accuracy_after"] is None  # of no update
+    assert summary["accuracy_after"] is None  # there was no update
     assert summary["optimizer_updates"] == summary["prompts_screened"] == 0
     assert [event["policy_version"] for event in run.events("evaluation")] == [0]
     assert not (run.folder / "checkpoints").exists()
     assert run.processes() == {}
 
 
-def test_a_learning_rate_of_zero_runs_everything_and_changes_no_weight(tmp_path: Path) -> None:
+def test_learning_rate_of_zero_changes_no_weight(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
     run = start_train(tmp_path, "--learner.lr", "0", "--run.updates", "2")
@@ -351,10 +347,10 @@ def test_a_learning_rate_of_zero_runs_everything_and_changes_no_weight(tmp_path:
     assert run.processes() == {}
 
 
-def test_what_needs_gpus_is_refused_where_there_are_too_few(
+def test_settings_that_need_more_gpus_are_rejected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refused(num_gpus: int, **sections: dict[str, Any]) -> list[str]:
+    def rejected(num_gpus: int, **sections: dict[str, Any]) -> list[str]:
         monkeypatch.setattr(devices, "_torch_build", lambda: "cuda")
         monkeypatch.setattr(devices, "num_cuda_gpus", lambda: num_gpus)
         base = {"model": {"path": str(MODEL)}, "task": {"name": "arithmetic"}}
@@ -364,17 +360,17 @@ def test_what_needs_gpus_is_refused_where_there_are_too_few(
 
     nccl, both = {"backend": "nccl"}, ["learner.device", "actors.device"]
     cuda = {"learner": {"device": "cuda"}, "actors": {"device": "cuda"}}
-    assert refused(0, **cuda) == both
-    assert refused(1, **cuda) == []
-    assert refused(0, weights=nccl) == refused(1, weights=nccl) == ["weights.backend"]
-    assert refused(2, weights=nccl) == []
-    assert refused(2, weights=nccl, learner={"device": "cpu"}) == ["weights.backend"]
+    assert rejected(0, **cuda) == both
+    assert rejected(1, **cuda) == []
+    assert rejected(0, weights=nccl) == rejected(1, weights=nccl) == ["weights.backend"]
+    assert rejected(2, weights=nccl) == []
+    assert rejected(2, weights=nccl, learner={"device": "cpu"}) == ["weights.backend"]
     split = {"engine": "vllm", "vllm": {"tensor_parallel": 4}}
-    assert refused(2, actors=split) == ["actors.vllm.tensor_parallel"]
-    assert refused(4, actors=split) == refused(0, actors=split) == []
+    assert rejected(2, actors=split) == ["actors.vllm.tensor_parallel"]
+    assert rejected(4, actors=split) == rejected(0, actors=split) == []
 
 
-def test_a_gpu_is_looked_for_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_is_detected_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "_torch_build", lambda: "cuda")
     monkeypatch.setattr(devices, "num_cuda_gpus", lambda: 0)
     monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "")
@@ -384,7 +380,7 @@ def test_a_gpu_is_looked_for_without_torch(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Scoring:
-    """A task of three prompts, whose verifier does what it is told to."""
+    """A task of three prompts whose verifier calls the given function."""
 
     held_out_prompts: ClassVar[list[Prompt]] = []
     train_prompts: ClassVar[list[Prompt]] = [
@@ -411,18 +407,18 @@ def hang(completion: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("score", "said"),
+    ("score", "message"),
     [
-        (lambda completion: 1.0, "pays 1 for an empty completion to training prompt 0"),
-        (lambda completion: 0.0, "refuses the reference answer of each of the first 3 prompts"),
+        (lambda completion: 1.0, "scores an empty completion 1 for training prompt 0"),
+        (lambda completion: 0.0, "rejects the reference answer of each of the first 3 prompts"),
         (lambda completion: 2.0, "is not a finite number in [0, 1]"),
         (fail, "raised RuntimeError: broken scorer"),
-        (hang, "gave no answer within 0.2 s"),
+        (hang, "returned no result within 0.2 s"),
         (lambda completion: float(completion == "1"), ""),
     ],
 )
-def test_a_verifier_must_tell_the_reference_answer_from_nothing(
-    monkeypatch: pytest.MonkeyPatch, score: Callable[[str], float], said: str
+def test_verifier_must_distinguish_the_reference_answer_from_an_empty_one(
+    monkeypatch: pytest.MonkeyPatch, score: Callable[[str], float], message: str
 ) -> None:
     monkeypatch.setattr(task_check, "make_task", lambda _: Scoring(score))
     config = Config.model_validate(
@@ -434,4 +430,4 @@ def test_a_verifier_must_tell_the_reference_answer_from_nothing(
     )
     findings = Findings()
     task_check.check_task(config, findings)
-    assert [said in str(error) for error in findings.errors] == ([True] if said else [])
+    assert [message in str(error) for error in findings.errors] == ([True] if message else [])

@@ -132,7 +132,7 @@ def test_keys_turn_to_help_and_samples_and_q_leaves_the_terminal_as_it_was() -> 
             shown.press("?")
             shown.wait_for("page 1 of")
             shown.press("q")
-            shown.wait_for("the console is closed; the run goes on")
+            shown.wait_for("the console is closed; the run continues")
             assert shown.process.wait(DEADLINE_S) == 0
             assert shown.is_as_before
             assert shown.seen.rfind(b"\x1b[?25h") > shown.seen.rfind(b"\x1b[?25l")
@@ -190,7 +190,7 @@ def test_the_console_of_a_run_has_keys_though_it_is_in_a_session_of_its_own() ->
             shown.press("h")
             shown.wait_for("page 1 of")
             shown.press("q")
-            shown.wait_for("the panel is closed; the run goes on, and Ctrl-C stops it")
+            shown.wait_for("the panel is closed; the run continues, and Ctrl-C stops it")
             shown.wait_for("start v12")
             assert eventually(lambda: shown.is_as_before)
 
@@ -291,7 +291,7 @@ def test_an_address_where_nobody_answers_is_told_at_once() -> None:
     began_s = time.monotonic()
     done = console(f"tcp://127.0.0.1:{port}")
     assert done.returncode == 1
-    assert f"tcp://127.0.0.1:{port}: nobody listens there" in done.stderr
+    assert f"tcp://127.0.0.1:{port}: no process listens at this address" in done.stderr
     assert "speed-async console RUN_FOLDER" in done.stderr
     assert time.monotonic() - began_s < 25.0  # it was 30 s
 
@@ -300,7 +300,7 @@ def test_a_port_that_accepts_and_says_nothing_is_told_within_seconds() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         done = console(f"tcp://127.0.0.1:{mute.getsockname()[1]}")
     assert done.returncode == 1
-    assert "none has come" in done.stderr
+    assert "none has arrived" in done.stderr
 
 
 def test_the_folder_of_a_run_that_is_over_shows_its_end(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_the_folder_of_a_run_that_went_away_says_how_to_go_on(tmp_path: Path) ->
     folder = run_folder(tmp_path, EVALUATED, STEP, port=free_port())
     done = console(str(folder))
     assert done.returncode == 1
-    assert f"nobody answers for the run in '{folder}'" in done.stderr
+    assert f"the run in '{folder}' does not respond" in done.stderr
     assert "of version 12, 1m02s after its start" in done.stderr
     assert f"speed-async train --resume {folder}" in done.stderr
 
@@ -333,10 +333,10 @@ def test_the_folder_of_a_run_that_went_away_says_how_to_go_on(tmp_path: Path) ->
 def test_a_folder_that_is_none_of_a_run_is_told(tmp_path: Path) -> None:
     done = console(str(tmp_path))
     assert done.returncode == 1
-    assert "no run folder" in done.stderr
+    assert "is not a run folder" in done.stderr
     done = console("runs/no-such-run")
     assert done.returncode == 1
-    assert "no folder" in done.stderr
+    assert "nor a folder" in done.stderr
 
 
 def test_a_late_console_shows_what_happened_before_it_came(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The first real error of a log: recorded from vLLM's processes, and from ones that die here."""
+"""Root cause of a failure in a log: recorded logs of vLLM, and processes that die in the test."""
 
 import asyncio
 import os
@@ -43,26 +43,26 @@ LOGS = Path(__file__).parent / "logs"
         ),
     ],
 )
-def test_the_root_of_a_recorded_failure_is_found(log: str, expected: str) -> None:
+def test_root_cause_of_a_recorded_failure_is_found(log: str, expected: str) -> None:
     assert first_error((LOGS / log).read_text()) == expected
 
 
-def test_errors_that_only_point_at_others_are_passed_over() -> None:
+def test_errors_that_only_refer_to_other_errors_are_skipped() -> None:
     trace = "Traceback (most recent call last):\n  File 'x.py', line 1, in f\n    g()\n"
-    pointing = trace + "RuntimeError: Engine core initialization failed. See root cause above.\n"
-    assert first_error(pointing) == ""
-    assert first_error(f"{pointing}\n{trace}MemoryError\n") == "MemoryError"
+    referring = trace + "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    assert first_error(referring) == ""
+    assert first_error(f"{referring}\n{trace}MemoryError\n") == "MemoryError"
     assert points_elsewhere("EngineDeadError: See stack trace (above) for the root cause.")
     assert points_elsewhere("RuntimeError: please check the stack trace above for the root cause")
 
 
-def test_a_log_without_a_traceback_has_no_error() -> None:
+def test_log_without_a_traceback_has_no_error() -> None:
     assert first_error("") == ""
-    assert first_error("INFO 11-29 01:57:14 [core.py:1] ready\nERROR: a library's own word\n") == ""
+    assert first_error("INFO 11-29 01:57:14 [core.py:1] ready\nERROR: from a library\n") == ""
     assert first_error("Traceback (most recent call last):\n  File 'cut off") == ""
 
 
-def test_a_message_of_several_lines_is_one_line_up_to_a_limit() -> None:
+def test_multiline_message_is_joined_and_truncated() -> None:
     log = (
         "Traceback (most recent call last):\n  File 'x'\nValueError: first\n  second\n\nafter it\n"
     )
@@ -73,21 +73,21 @@ def test_a_message_of_several_lines_is_one_line_up_to_a_limit() -> None:
     assert "\n" not in text
 
 
-def test_only_what_was_written_since_counts(tmp_path: Path) -> None:
+def test_only_lines_written_since_the_start_count(tmp_path: Path) -> None:
     log = tmp_path / "log"
     trace = "Traceback (most recent call last):\n  File 'x'\n"
-    log.write_text(f"{trace}ValueError: of an earlier actor\n")
+    log.write_text(f"{trace}ValueError: from an earlier actor\n")
     since = LogSince(log)
     assert since.first_error() == ""
     with log.open("a") as file:
-        file.write(f"{trace}KeyError: 'mine'\n")
-    assert since.first_error() == "KeyError: 'mine'"
+        file.write(f"{trace}KeyError: 'new'\n")
+    assert since.first_error() == "KeyError: 'new'"
     log.unlink()
     assert since.first_error() == ""
 
 
-def test_a_stderr_that_is_no_file_is_not_read() -> None:
-    """A terminal, or a pipe: reading it would wait for ever."""
+def test_stderr_that_is_not_a_file_is_not_read() -> None:
+    """Reading a terminal or a pipe would block forever."""
     code = (
         "from speed_async.observability.first_error import LogSince\n"
         "print([LogSince().first_error()])"
@@ -99,11 +99,11 @@ def test_a_stderr_that_is_no_file_is_not_read() -> None:
 # --- processes that die -----------------------------------------------------------------------
 
 
-class DiesOnArrival:
-    """Cannot be unpickled: the process that it is sent to dies with a traceback of Python's own."""
+class FailsToUnpickle:
+    """Cannot be unpickled: the process that receives it dies with a traceback."""
 
     def __call__(self) -> Any:
-        raise AssertionError("nobody comes this far")
+        raise AssertionError("unreachable")
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
         return partial(exec, "raise OSError('the disk with the model is gone')"), ()
@@ -111,7 +111,7 @@ class DiesOnArrival:
 
 @contextmanager
 def stderr_in(path: Path) -> Iterator[None]:
-    """As an actor's goes to its log."""
+    """Redirect stderr to a file, as actors do."""
     before = os.dup(2)
     with path.open("ab") as log:
         os.dup2(log.fileno(), 2)
@@ -122,9 +122,9 @@ def stderr_in(path: Path) -> Iterator[None]:
         os.close(before)
 
 
-def test_an_engine_process_that_dies_says_in_the_error_what_it_died_of(tmp_path: Path) -> None:
+def test_error_of_a_dead_engine_process_contains_its_root_cause(tmp_path: Path) -> None:
     async def run() -> None:
-        worker = ProcessWorker(DiesOnArrival(), load_timeout_s=60.0, fork=False)
+        worker = ProcessWorker(FailsToUnpickle(), load_timeout_s=60.0, fork=False)
         try:
             await worker.start()
         finally:
@@ -137,9 +137,9 @@ def test_an_engine_process_that_dies_says_in_the_error_what_it_died_of(tmp_path:
         asyncio.run(run())
 
 
-def test_a_verifier_that_dies_says_in_the_error_what_it_died_of(tmp_path: Path) -> None:
+def test_error_of_a_dead_verifier_contains_its_root_cause(tmp_path: Path) -> None:
     async def run() -> None:
-        async with VerifierPool(DiesOnArrival(), 1, 5.0):
+        async with VerifierPool(FailsToUnpickle(), 1, 5.0):
             pass
 
     with (

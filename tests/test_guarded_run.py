@@ -1,4 +1,4 @@
-"""Whole runs over CURVE, where every role and whoever joins needs a key; and a run under watch."""
+"""Whole runs over CURVE, where every client needs a key; and a run with a trap for unpickling."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ def start_console(run: Run, keys: Path) -> Run:
     return Run(process=process, folder=run.folder)
 
 
-def test_a_run_between_hosts_is_for_the_holders_of_keys(tmp_path: Path) -> None:
+def test_run_between_hosts_accepts_only_clients_with_keys(tmp_path: Path) -> None:
     make_keys(tmp_path / "keys")
     late = add_client(tmp_path / "keys", "late")
     make_keys(tmp_path / "strange")
@@ -44,20 +44,20 @@ def test_a_run_between_hosts_is_for_the_holders_of_keys(tmp_path: Path) -> None:
     )
     try:
         run.wait_for_steps(2)
-        with run.slowly():
+        with run.slowed_down():
             console = start_console(run, late)
             joined = start_actor(run, "--keys", str(late), "--run-folder", "joined")
-            refused = [
+            rejected = [
                 start_actor(run, "--timeout", "2", *options)
                 for options in ((), ("--keys", str(tmp_path / "strange")))
             ]
-            for one in refused:
+            for one in rejected:
                 status, _, err = one.finish()
                 assert (status, len(err.splitlines())) == (1, 1)
                 assert err.startswith(f"error: waited 2.0 s for a run at tcp://{host}:")
-                assert "a run that has keys answers allowed clients alone" in err
-            run.wait_for("it", lambda: run.events("step")[-1]["actors_alive"] == 2)
-        os.kill(run.child("service"), signal.SIGKILL)  # its successor has the same keys and ports
+                assert "a run with keys replies to allowed clients only" in err
+            run.wait_for("the actor", lambda: run.events("step")[-1]["actors_alive"] == 2)
+        os.kill(run.child("service"), signal.SIGKILL)  # it restarts with the same keys and ports
         for one in (run, joined, console):
             status, out, err = one.finish()
             assert status == 0, err
@@ -74,9 +74,9 @@ def test_a_run_between_hosts_is_for_the_holders_of_keys(tmp_path: Path) -> None:
         run.process.wait()
 
 
-async def steal(host: str, port: int, keys: Path) -> list[str]:
-    """Try to take the place of the learner and of an actor with another allowed key: under their
-    names, and as a later incarnation. Returns the refusals."""
+async def impersonate(host: str, port: int, keys: Path) -> list[str]:
+    """Try to impersonate the learner and an actor with another allowed key: under their names, and
+    as a later incarnation. Returns the reasons of the rejections."""
     hello = m.Hello(role="actor", index=1, incarnation=7, fingerprint="f", process_id=1)
     reasons = []
     for name, message in (
@@ -88,14 +88,14 @@ async def steal(host: str, port: int, keys: Path) -> list[str]:
     ):
         link = await open_link(host, port, name, keys=load_client_keys(keys))
         await link.send(message)
-        answer = await link.receive(60.0)
-        assert isinstance(answer, m.Rejected)
-        reasons.append(answer.reason)
+        reply = await link.receive(60.0)
+        assert isinstance(reply, m.Rejected)
+        reasons.append(reply.reason)
         await link.close()
     return reasons
 
 
-def test_another_allowed_key_takes_nobody_s_place_in_a_run(tmp_path: Path) -> None:
+def test_another_allowed_key_cannot_impersonate_a_peer(tmp_path: Path) -> None:
     make_keys(tmp_path / "keys")
     late = add_client(tmp_path / "keys", "late")
     run = start_train(
@@ -105,7 +105,7 @@ def test_another_allowed_key_takes_nobody_s_place_in_a_run(tmp_path: Path) -> No
     try:
         run.wait_for_steps(2)
         host, _, port = run.address("actors join at").removeprefix("tcp://").rpartition(":")
-        reasons = asyncio.run(steal(host, int(port), late))
+        reasons = asyncio.run(impersonate(host, int(port), late))
         assert [reason.partition(" ")[0] for reason in reasons] == ["the"] * 3 + ["actor-1", "a"]
         assert all("another key" in reason for reason in reasons[:4])
         status, _, err = run.finish()
@@ -120,7 +120,7 @@ def test_another_allowed_key_takes_nobody_s_place_in_a_run(tmp_path: Path) -> No
         run.kill()
 
 
-def test_a_run_unpickles_nothing_and_survives_completions_that_kill_their_verifier(
+def test_run_unpickles_nothing_and_survives_completions_that_kill_their_verifier(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
@@ -136,12 +136,12 @@ def test_a_run_unpickles_nothing_and_survives_completions_that_kill_their_verifi
     assert (summary["messages_refused"], summary["peers_muted"]) == (0, 0)
     lines = log.read_text().splitlines()
     assert [line for line in lines if "TRAPPED" in line] == []
-    assert {line.split()[0] for line in lines} == {"actor"}  # its own verifiers' answers
-    failed = (run.folder / "failed" / "actor-1.jsonl").read_text().splitlines()
-    kept = [json.loads(line) for line in failed]
-    assert len(kept) == summary["ledger"]["failures"]["verifier"] > 0
-    deadly = [record for record in kept if record["prompt_id"] % 16 == 0]
-    assert len(kept) - 1 <= len(deadly)  # pebble may lay two deaths in a row on a neighbour
-    for record in deadly:
+    assert {line.split()[0] for line in lines} == {"actor"}  # results of its own verifiers
+    lines = (run.folder / "failed" / "actor-1.jsonl").read_text().splitlines()
+    failed = [json.loads(line) for line in lines]
+    assert len(failed) == summary["ledger"]["failures"]["verifier"] > 0
+    fatal = [record for record in failed if record["prompt_id"] % 16 == 0]
+    assert len(failed) - 1 <= len(fatal)  # pebble may attribute a repeated crash to another task
+    for record in fatal:
         assert len(record["completions"]) == 2
         assert "ended its worker process" in record["error"]

@@ -1,4 +1,4 @@
-"""What a run stands on, told by content: files, code that scores, model folders of two nodes."""
+"""Identity of a run's inputs by content: files, scoring code, and model folders of two nodes."""
 
 import importlib
 import importlib.metadata
@@ -16,7 +16,7 @@ from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
 from speed_async.environments.scoring_source import scoring_files
 from speed_async.launcher.identity.content import (
-    REMEMBERED_BYTES,
+    MIN_CACHED_BYTES,
     digest_files,
     digest_text,
     sample_digest,
@@ -39,36 +39,36 @@ def model(tmp_path: Path) -> Path:
 # --- files -------------------------------------------------------------------------------------
 
 
-def test_a_large_file_is_read_again_when_it_was_touched_and_only_then(tmp_path: Path) -> None:
+def test_large_file_is_read_again_only_when_it_was_modified(tmp_path: Path) -> None:
     path = tmp_path / "weights"
-    path.write_bytes(bytes(REMEMBERED_BYTES))
+    path.write_bytes(bytes(MIN_CACHED_BYTES))
     first = digest_files([path])
     forged = {
-        place: type(found)(digest="kept", stamp=found.stamp) for place, found in first.items()
+        name: type(found)(digest="cached", stamp=found.stamp) for name, found in first.items()
     }
-    assert digest_files([path], forged)[str(path)].digest == "kept"
+    assert digest_files([path], forged)[str(path)].digest == "cached"
     times = path.stat()
     with path.open("r+b") as file:
         file.write(b"1")
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copy that keeps times does
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # like a copy that preserves times
     assert path.stat().st_mtime_ns == times.st_mtime_ns
     again = digest_files([path], forged)[str(path)].digest
-    assert again not in ("kept", first[str(path)].digest)
+    assert again not in ("cached", first[str(path)].digest)
 
 
-def test_a_small_file_is_always_read(tmp_path: Path) -> None:
+def test_small_file_is_always_read(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(b"1")
-    [(place, found)] = digest_files([path]).items()
-    forged = {place: type(found)(digest="kept", stamp=found.stamp)}
-    assert digest_files([path], forged) == {place: found}
+    [(name, found)] = digest_files([path]).items()
+    forged = {name: type(found)(digest="cached", stamp=found.stamp)}
+    assert digest_files([path], forged) == {name: found}
 
 
-def test_texts_are_told_apart_by_where_they_end() -> None:
+def test_digest_depends_on_text_boundaries() -> None:
     assert digest_text("ab", "c") != digest_text("a", "bc") != digest_text("abc")
 
 
-def test_samples_tell_other_weights_of_the_same_size(tmp_path: Path) -> None:
+def test_sample_digest_detects_other_weights_of_the_same_size(tmp_path: Path) -> None:
     one, other, longer = (tmp_path / name for name in ("one", "other", "longer"))
     one.write_bytes(bytes(1_000_000))
     other.write_bytes(bytes(500_000) + b"1" * 500_000)
@@ -79,50 +79,48 @@ def test_samples_tell_other_weights_of_the_same_size(tmp_path: Path) -> None:
 # --- a model folder on two nodes ---------------------------------------------------------------
 
 
-def test_two_nodes_agree_on_a_model_by_what_it_is_made_of(model: Path) -> None:
-    began = model_fingerprint(MODEL, chat_template=True)
-    assert model_fingerprint(model, chat_template=True) == began
+def test_fingerprint_depends_on_model_files_only(model: Path) -> None:
+    original = model_fingerprint(MODEL, chat_template=True)
+    assert model_fingerprint(model, chat_template=True) == original
     (model / "README.md").write_text("notes")
-    assert model_fingerprint(model, chat_template=True) == began
+    assert model_fingerprint(model, chat_template=True) == original
 
 
 @pytest.mark.parametrize(
     "name", ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"]
 )
-def test_two_nodes_disagree_when_a_file_differs(model: Path, name: str) -> None:
-    began = model_fingerprint(model, chat_template=False)
+def test_fingerprint_differs_when_a_model_file_differs(model: Path, name: str) -> None:
+    original = model_fingerprint(model, chat_template=False)
     (model / name).write_bytes((model / name).read_bytes() + b" ")
-    assert model_fingerprint(model, chat_template=False) != began
+    assert model_fingerprint(model, chat_template=False) != original
 
 
-def test_a_chat_template_counts_where_it_is_used(model: Path) -> None:
-    began = [model_fingerprint(model, chat_template=used) for used in (False, True)]
+def test_chat_template_affects_the_fingerprint_only_if_enabled(model: Path) -> None:
+    original = [model_fingerprint(model, chat_template=used) for used in (False, True)]
     path = model / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": "x"}))
     inside = [model_fingerprint(model, chat_template=used) for used in (False, True)]
     (model / "chat_template.jinja").write_text("y")
-    beside = [model_fingerprint(model, chat_template=used) for used in (False, True)]
-    assert began[0] == inside[0] == beside[0]
-    assert len({began[1], inside[1], beside[1]}) == 3
+    separate = [model_fingerprint(model, chat_template=used) for used in (False, True)]
+    assert original[0] == inside[0] == separate[0]
+    assert len({original[1], inside[1], separate[1]}) == 3
 
 
-def test_the_optimizer_of_a_checkpoint_is_no_part_of_the_model(model: Path) -> None:
+def test_optimizer_state_of_a_checkpoint_is_not_part_of_the_model(model: Path) -> None:
     config = config_of(name="arithmetic")
-    began = identify(config, run_id="r").things[MODEL_NAME].digest
+    original = identify(config, run_id="r").things[MODEL_NAME].digest
     (model / "optimizer.safetensors").write_bytes(b"state")
     moved = config.model_copy(
         update={"model": config.model.model_copy(update={"path": str(model)})}
     )
-    assert identify(moved, run_id="r").things[MODEL_NAME].digest == began
+    assert identify(moved, run_id="r").things[MODEL_NAME].digest == original
 
 
-# --- code that scores --------------------------------------------------------------------------
+# --- scoring code ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "scripted", "jsonl"])
-def test_the_code_that_scores_is_the_task_s_own_and_what_it_imports(
-    name: str, tmp_path: Path
-) -> None:
+def test_scoring_files_are_the_task_module_and_its_imports(name: str, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"{i}?", "answer": str(i)} for i in range(8)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -133,7 +131,7 @@ def test_the_code_that_scores_is_the_task_s_own_and_what_it_imports(
     assert not names & {"registry.py", "verifier.py", "errors.py", "types.py"}
 
 
-def test_a_task_of_the_user_s_own_is_followed_to_the_modules_beside_it(
+def test_scoring_files_of_a_user_task_include_its_local_modules(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_rules.py").write_text("def right(text): return text == '4'\n")
@@ -152,7 +150,7 @@ def test_a_task_of_the_user_s_own_is_followed_to_the_modules_beside_it(
             del sys.modules[module]
 
 
-def test_another_version_of_the_library_that_scores_is_other_code(
+def test_another_version_of_the_scoring_library_changes_the_digest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("reasoning_gym")

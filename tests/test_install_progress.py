@@ -1,4 +1,4 @@
-"""scripts/progress.sh: installing says what it is at, and fails as pip does."""
+"""scripts/progress.sh: reports installation steps with times, and fails when pip fails."""
 
 import subprocess
 from pathlib import Path
@@ -9,7 +9,7 @@ PROGRESS = Path(__file__).resolve().parents[1] / "scripts" / "progress.sh"
 
 
 @pytest.mark.parametrize(("status", "last"), [(0, "done"), (3, "begin")])
-def test_steps_have_times_and_a_failure_of_pip_ends_the_script(
+def test_steps_have_times_and_a_pip_failure_ends_the_script(
     tmp_path: Path, status: int, last: str
 ) -> None:
     pip = tmp_path / "python"

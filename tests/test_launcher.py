@@ -1,4 +1,4 @@
-"""What starts and ends the ranks of a run: signals, launchers that die, and who can reach them."""
+"""Starting and stopping the ranks of a run: signals, launcher failures, and open sockets."""
 
 import os
 import shutil
@@ -12,14 +12,14 @@ import pytest
 from open_sockets import is_loopback, watched
 from run_process import DEADLINE_S, Run, start_torchrun, start_train, write_config
 
-FOR_EVER = ("--run.updates", "100000")
+ENDLESS = ("--run.updates", "100000")
 
 
 def wait_until_gone(run: Run) -> None:
-    """Until no process of the run is left, which has lost who started it."""
+    """Wait until no process of a run is left whose launcher was killed."""
     ends_s = time.monotonic() + DEADLINE_S
     while left := run.processes():
-        assert time.monotonic() < ends_s, f"still there: {left}"
+        assert time.monotonic() < ends_s, f"still running: {left}"
         time.sleep(0.05)
 
 
@@ -30,36 +30,36 @@ def assert_saved(run: Run) -> None:
     assert (saved / "SHA256SUMS").is_file()
 
 
-def test_nothing_of_a_local_run_listens_beyond_loopback(tmp_path: Path) -> None:
+def test_local_run_listens_on_loopback_only(tmp_path: Path) -> None:
     run = start_train(tmp_path)
     with watched(run.process.pid) as seen:
         status, _, err = run.finish()
     assert status == 0, err
     addresses = set().union(*seen.values())
-    assert addresses, f"nobody was seen to listen: {seen}"
+    assert addresses, f"no listening process was found: {seen}"
     assert all(map(is_loopback, addresses)), seen
-    # The service's two sockets; the learner's weight store; gloo at both ends.
+    # The service's two sockets; the learner's weight store; gloo on both sides.
     for command in ("speed_async.launcher.child service", "speed_async.launch", "child actor"):
-        assert any(command in one and where for one, where in seen.items()), seen
+        assert any(command in one and found for one, found in seen.items()), seen
 
 
 @pytest.mark.parametrize("which", [signal.SIGHUP, signal.SIGTERM])
-def test_a_hangup_drains_as_a_termination_does_and_the_last_line_says_how_to_go_on(
+def test_sighup_and_sigterm_drain_and_the_last_line_contains_the_resume_command(
     tmp_path: Path, which: signal.Signals
 ) -> None:
-    run = start_train(tmp_path, *FOR_EVER)
+    run = start_train(tmp_path, *ENDLESS)
     run.wait_for_steps(1)
     run.process.send_signal(which)
     status, _, err = run.finish()
     assert status == 130
     last = err.splitlines()[-1]
-    assert last == (f"stopped by {which.name}; to go on: speed-async train --resume {run.folder}")
+    assert last == f"stopped by {which.name}; to resume: speed-async train --resume {run.folder}"
     assert_saved(run)
     assert run.processes() == {}
 
 
-def test_under_nohup_a_hangup_ends_nothing(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it to its command
+def test_under_nohup_sighup_is_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         run = start_train(tmp_path, "--run.updates", "6")
     finally:
@@ -73,15 +73,13 @@ def test_under_nohup_a_hangup_ends_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("launcher", ["speed-async", "torchrun"])
-def test_ranks_whose_launcher_was_killed_drain_and_save_by_themselves(
-    tmp_path: Path, launcher: str
-) -> None:
+def test_ranks_drain_and_save_when_their_launcher_is_killed(tmp_path: Path, launcher: str) -> None:
     start = start_train if launcher == "speed-async" else start_two_ranks
-    run = start(tmp_path, *FOR_EVER)
+    run = start(tmp_path, *ENDLESS)
     run.wait_for_steps(1)
     run.process.kill()
     run.process.wait()
-    run.process.stdout.close()  # and nobody reads what they print
+    run.process.stdout.close()  # their output has no reader
     run.process.stderr.close()
     wait_until_gone(run)
     assert_saved(run)
@@ -94,13 +92,13 @@ def start_two_ranks(folder: Path, *overrides: str) -> Run:
     return start_torchrun(folder, 2, *overrides)
 
 
-def test_a_second_ctrl_c_ends_all_at_once(tmp_path: Path) -> None:
-    run = start_train(tmp_path, *FOR_EVER)
+def test_second_ctrl_c_ends_all_ranks_immediately(tmp_path: Path) -> None:
+    run = start_train(tmp_path, *ENDLESS)
     run.wait_for_steps(1)
     learner = run.learner()
-    os.kill(learner, signal.SIGSTOP)  # it would take its time
+    os.kill(learner, signal.SIGSTOP)  # the learner cannot stop gracefully
     run.interrupt()
-    time.sleep(1.5)  # sooner, and it may be the same Ctrl-C that came twice
+    time.sleep(1.5)  # an earlier signal would count as a duplicate of the first Ctrl-C
     run.interrupt()
     status, _, err = run.finish()
     assert status == 130
@@ -108,24 +106,24 @@ def test_a_second_ctrl_c_ends_all_at_once(tmp_path: Path) -> None:
     wait_until_gone(run)
 
 
-def test_a_rank_that_is_killed_is_named_in_the_last_line(tmp_path: Path) -> None:
-    run = start_train(tmp_path, *FOR_EVER)
+def test_killed_rank_is_named_in_the_last_line(tmp_path: Path) -> None:
+    run = start_train(tmp_path, *ENDLESS)
     run.wait_for_steps(1)
     os.kill(run.learner(), signal.SIGKILL)
     status, _, err = run.finish()
     assert status == 1
     last = err.splitlines()[-1]
     assert last.startswith("error: learner (rank 0): was killed by SIGKILL")
-    assert last.endswith(f"read {run.folder}/logs")
-    assert err.splitlines()[:-1] == ["checked: nothing is wrong"]
+    assert last.endswith(f"see {run.folder}/logs")
+    assert err.splitlines()[:-1] == ["preflight checks passed"]
 
 
-@pytest.mark.skipif(not shutil.which("unshare"), reason="no unshare to change the host's name with")
-def test_a_host_name_that_does_not_resolve_delays_nothing(tmp_path: Path) -> None:
+@pytest.mark.skipif(not shutil.which("unshare"), reason="unshare is not available")
+def test_unresolvable_host_name_causes_no_delay(tmp_path: Path) -> None:
     namespace = ["unshare", "--user", "--map-root-user", "--uts"]
     probe = subprocess.run([*namespace, "hostname", "x"], capture_output=True, timeout=240)
     if probe.returncode:
-        pytest.skip("no right to make a namespace for another host name")
+        pytest.skip("no permission to create a namespace with another host name")
     command = [sys.executable, "-m", "speed_async", "train", str(write_config(tmp_path))]
     script = 'hostname nowhere-at-all.invalid && exec "$@"'
     done = subprocess.run(
@@ -133,7 +131,7 @@ def test_a_host_name_that_does_not_resolve_delays_nothing(tmp_path: Path) -> Non
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=2 * DEADLINE_S,  # looked up, it cost ten minutes
+        timeout=2 * DEADLINE_S,  # resolving the name would take ten minutes
     )
     assert done.returncode == 0, done.stderr
 
@@ -141,7 +139,7 @@ def test_a_host_name_that_does_not_resolve_delays_nothing(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "options", [["--nnodes", "1:2"], ["--nnodes=1:2"], ["--nn", "1:2"], ["PET_NNODES=1:2"]]
 )
-def test_a_number_of_nodes_that_may_change_is_refused_at_the_start(
+def test_elastic_number_of_nodes_is_rejected_at_the_start(
     tmp_path: Path, options: list[str]
 ) -> None:
     environment = {"PET_NNODES": "1:2"} if options[0].startswith("PET") else {}

@@ -1,4 +1,4 @@
-"""How a run goes on: what may be changed, who has its folder, what tells its lives apart."""
+"""Attempts of a run: overrides on resume, folder lock, numbers, ports, and supervision."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from speed_async.config.load import build_config, read_resolved
 from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, RunFinished, SpeedAsyncError
-from speed_async.launcher.attempt import Ports, begin_attempt, check_resumable, remember_ports
+from speed_async.launcher.attempt import Ports, begin_attempt, check_resumable, save_ports
 from speed_async.launcher.ports import becomes_free, listens
 from speed_async.launcher.roles.supervisor import ActorPlan, supervise
 from speed_async.launcher.run_folder import RunFolder
@@ -39,20 +39,20 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def begin(config: Config) -> Callable[..., object]:
-    """Begins a life and, as its process's end would, lets go of the folder again."""
+    """Begins an attempt and releases the lock, like the exit of its process."""
 
-    def begin(of: Config = config, *, begun_in: Path | None = None, resume: bool = False):
-        life = begin_attempt(of, begun_in=begun_in, resume=resume)
-        os.close(life.lock)
-        return life
+    def begin(of: Config = config, *, restarted_in: Path | None = None, resume: bool = False):
+        attempt = begin_attempt(of, restarted_in=restarted_in, resume=resume)
+        os.close(attempt.lock)
+        return attempt
 
     return begin
 
 
-# --- what may be changed -----------------------------------------------------------------------
+# --- overrides on resume -----------------------------------------------------------------------
 
 
-def test_a_resumed_run_has_its_own_configuration_under_the_overrides(config: Config, begin) -> None:
+def test_resumed_run_applies_overrides_to_its_own_configuration(config: Config, begin) -> None:
     begin()
     folder = Path(config.run.folder)
     overrides = ["--run.updates", "20", "--learner.lr", "1e-4", "--buffer.durability", "every"]
@@ -63,16 +63,14 @@ def test_a_resumed_run_has_its_own_configuration_under_the_overrides(config: Con
     assert load_resumed(folder) == config
 
 
-def test_a_run_folder_that_was_moved_is_resumed_where_it_is(
-    config: Config, begin, tmp_path: Path
-) -> None:
+def test_moved_run_folder_is_resumed_at_its_new_path(config: Config, begin, tmp_path: Path) -> None:
     begin()
     Path(config.run.folder).rename(tmp_path / "moved")
     assert load_resumed(tmp_path / "moved").run.folder == str(tmp_path / "moved")
 
 
 @pytest.mark.parametrize(
-    ("override", "field", "said"),
+    ("override", "field", "message"),
     [
         (["--gate.n_init", "5"], "gate.n_init", "began with 4"),
         (["--task.options.a", "2"], "task.options.a", "began with 1"),
@@ -88,18 +86,18 @@ def test_a_run_folder_that_was_moved_is_resumed_where_it_is(
         (["--buffer.durability", "none"], "buffer.durability", "without a journal"),
     ],
 )
-def test_what_the_journal_rests_on_cannot_be_changed(
-    config: Config, begin, override: list[str], field: str, said: str
+def test_fields_that_the_journal_depends_on_cannot_be_changed(
+    config: Config, begin, override: list[str], field: str, message: str
 ) -> None:
     begin()
     with pytest.raises(ConfigError) as caught:
         load_resumed(Path(config.run.folder), override)
     assert caught.value.field == field
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_holds_no_run_is_named(tmp_path: Path) -> None:
+def test_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SpeedAsyncError, match=r"no run is there.*give the folder of a run"):
         load_resumed(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -107,42 +105,42 @@ def test_a_folder_that_holds_no_run_is_named(tmp_path: Path) -> None:
         load_resumed(tmp_path)
 
 
-# --- lives -------------------------------------------------------------------------------------
+# --- attempts ----------------------------------------------------------------------------------
 
 
-def test_each_life_has_the_folder_of_the_first_and_the_next_number(config: Config, begin) -> None:
+def test_each_attempt_uses_the_same_folder_and_the_next_number(config: Config, begin) -> None:
     first = begin()
     assert (first.number, first.checkpoint, first.resume_banner()) == (0, None, [])
     longer = config.model_copy(update={"run": config.run.model_copy(update={"updates": 11})})
     second = begin(longer, resume=True)
     assert (second.number, second.folder) == (1, first.folder)
-    assert second.resume_banner() == [f"resuming {first.folder.path} from its start (life 1)\n"]
-    assert read_resolved(first.folder.config) == longer  # what children read
-    restarted = begin(config, begun_in=first.folder.path)
-    assert (restarted.number, restarted.config) == (2, longer)  # not the file it was started with
+    assert second.resume_banner() == [f"resuming {first.folder.path} from its start (attempt 1)\n"]
+    assert read_resolved(first.folder.config) == longer  # read by child processes
+    restarted = begin(config, restarted_in=first.folder.path)
+    assert (restarted.number, restarted.config) == (2, longer)  # not the configuration passed in
     fresh = begin()
     assert (fresh.number, fresh.folder.path.name) == (0, "run-2")
 
 
-def test_a_restart_takes_the_number_of_actors_that_torchrun_gives_it(config: Config, begin) -> None:
+def test_restart_uses_the_number_of_actors_from_torchrun(config: Config, begin) -> None:
     first = begin()
     cluster = config.cluster.model_copy(update={"actors": 5})
-    grown = begin(config.model_copy(update={"cluster": cluster}), begun_in=first.folder.path)
+    grown = begin(config.model_copy(update={"cluster": cluster}), restarted_in=first.folder.path)
     assert grown.config.cluster.actors == 5
 
 
-def test_a_run_made_before_lives_were_counted_goes_on_in_its_second(config: Config, begin) -> None:
+def test_run_without_an_attempt_file_resumes_as_attempt_1(config: Config, begin) -> None:
     (begin().folder.path / "life.json").unlink()
     assert begin(resume=True).number == 1
 
 
-def test_a_damaged_number_is_an_error_with_a_remedy(config: Config, begin) -> None:
+def test_damaged_attempt_file_is_an_error_with_a_remedy(config: Config, begin) -> None:
     (begin().folder.path / "life.json").write_text("{")
     with pytest.raises(SpeedAsyncError, match=r"life\.json' is damaged.*write"):
         begin(resume=True)
 
 
-def test_a_run_under_way_is_refused_until_its_process_is_gone(config: Config, begin) -> None:
+def test_run_in_progress_is_locked_until_its_process_exits(config: Config, begin) -> None:
     folder = begin().folder.path
     code = (
         "import sys\nfrom pathlib import Path\n"
@@ -156,7 +154,7 @@ def test_a_run_under_way_is_refused_until_its_process_is_gone(config: Config, be
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"locked\n"
     for attempt in (lambda: check_resumable(config), lambda: begin(resume=True)):
-        with pytest.raises(SpeedAsyncError, match="is under way: stop it first"):
+        with pytest.raises(SpeedAsyncError, match="is in progress: stop it first"):
             attempt()
     holder.kill()
     holder.wait()
@@ -164,20 +162,20 @@ def test_a_run_under_way_is_refused_until_its_process_is_gone(config: Config, be
     assert begin(resume=True).number == 1
 
 
-def test_no_child_inherits_the_lock(config: Config) -> None:
-    life = begin_attempt(config, begun_in=None, resume=False)
+def test_child_processes_do_not_inherit_the_lock(config: Config) -> None:
+    attempt = begin_attempt(config, restarted_in=None, resume=False)
     command = [sys.executable, "-c", "input()"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, close_fds=False)
     try:
-        os.close(life.lock)
-        # The kernel lets a parent go on a moment before it closes the child's descriptors.
-        os.close(life.folder.take_lock(5.0))
+        os.close(attempt.lock)
+        # The kernel closes the child's descriptors shortly after the parent continues.
+        os.close(attempt.folder.take_lock(5.0))
     finally:
         child.kill()
         child.wait()
 
 
-def under(config: Config, **run: object) -> Config:
+def with_run(config: Config, **run: object) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update=run)})
 
 
@@ -185,69 +183,68 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-MADE = {"completed": True, "policy_version": 9, "accuracy_reached": None}
+COMPLETED = {"completed": True, "policy_version": 9, "accuracy_reached": None}
 REACHED = {"completed": True, "policy_version": 4, "accuracy_reached": 0.75}
+ALL_UPDATES = "it has completed its 9 updates; to continue training, set a larger --run.updates"
+NOTHING_LEARNED = {"outcome": "nothing_learned", "reason": "nothing was learned: of 9 updates"}
 
 
 @pytest.mark.parametrize(
-    ("summary", "target", "said"),
+    ("summary", "target", "message"),
     [
-        (MADE, None, "it has made its 9 updates; to train on, add a larger --run.updates"),
-        (MADE, 0.9, "it has made its 9 updates; to train on, add a larger --run.updates"),
+        (COMPLETED, None, ALL_UPDATES),
+        (COMPLETED, 0.9, ALL_UPDATES),
         (
             REACHED,
             0.75,
-            "accuracy 0.750 was reached at version 4; to train on, add a higher "
+            "accuracy 0.750 was reached at version 4; to continue training, set a higher "
             "--run.stop_at_accuracy",
         ),
         (
-            MADE | {"outcome": "nothing_learned", "reason": "nothing was learned: of 9 updates"},
+            COMPLETED | NOTHING_LEARNED,
             None,
-            "it has made its 9 updates; to train on, add a larger --run.updates (it ended so: "
-            "nothing was learned: of 9 updates)",
+            f"{ALL_UPDATES} (its outcome: nothing was learned: of 9 updates)",
         ),
     ],
 )
-def test_a_run_that_came_to_its_end_is_finished_and_left_as_it_is(
-    config: Config, begin, summary: dict[str, object], target: float | None, said: str
+def test_completed_run_is_finished_and_left_unchanged(
+    config: Config, begin, summary: dict[str, object], target: float | None, message: str
 ) -> None:
     folder = begin().folder
     folder.write_summary(summary)
     before = content(folder.path)
-    config = under(config, stop_at_accuracy=target)
+    config = with_run(config, stop_at_accuracy=target)
     for attempt in (
         lambda: check_resumable(config),
         lambda: begin(config, resume=True),
-        lambda: begin(config, resume=True),  # the lock was let go
+        lambda: begin(config, resume=True),  # the lock was released
     ):
         with pytest.raises(RunFinished) as caught:
             attempt()
-        assert str(caught.value) == f"the run in '{folder.path}' is finished: {said}"
+        assert str(caught.value) == f"the run in '{folder.path}' is finished: {message}"
     assert content(folder.path) == before
 
 
 @pytest.mark.parametrize(
     ("summary", "run"),
     [
-        (MADE, {"updates": 10}),
+        (COMPLETED, {"updates": 10}),
         (REACHED, {"stop_at_accuracy": 0.76}),
         (REACHED, {"stop_at_accuracy": None}),
-        (MADE | {"completed": False}, {}),  # stopped, or without its last checkpoint
+        (COMPLETED | {"completed": False}, {}),  # stopped, or without its last checkpoint
         ({"policy_version": 9}, {}),
         ([], {}),
     ],
 )
-def test_a_run_of_which_something_is_left_to_do_goes_on(
+def test_incomplete_run_can_be_resumed(
     config: Config, begin, summary: dict[str, object], run: dict[str, object]
 ) -> None:
     begin().folder.write_summary(summary)
-    check_resumable(under(config, **run))
-    assert begin(under(config, **run), resume=True).number == 1
+    check_resumable(with_run(config, **run))
+    assert begin(with_run(config, **run), resume=True).number == 1
 
 
-def test_a_run_that_died_between_its_last_checkpoint_and_its_summary_is_not_finished(
-    config: Config, begin
-) -> None:
+def test_run_that_died_before_its_summary_is_not_finished(config: Config, begin) -> None:
     (begin().folder.checkpoints / "version-000009").mkdir(parents=True)
     check_resumable(config)
 
@@ -267,7 +264,7 @@ def port_of(server: socket.socket) -> int:
     return server.getsockname()[1]
 
 
-def test_a_later_life_takes_the_ports_of_the_one_before_where_it_can(
+def test_later_attempt_reuses_the_ports_of_the_previous_one(
     config: Config, begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("speed_async.launcher.attempt.PORT_GRACE_S", 0.1)
@@ -275,18 +272,18 @@ def test_a_later_life_takes_the_ports_of_the_one_before_where_it_can(
         ports = Ports(service=port_of(one), feed=port_of(other))
     first = begin()
     assert first.ports == Ports(service=0, feed=0)
-    remember_ports(first, ports)
+    save_ports(first, ports)
     assert begin(resume=True).ports == ports
     with listening(ports.service):
         assert begin(resume=True).ports == Ports(service=0, feed=ports.feed)
     fixed = config.cluster.model_copy(update={"feed_port": 4321})
-    asked = begin(config.model_copy(update={"cluster": fixed}), resume=True)
-    assert asked.ports == Ports(service=ports.service, feed=0)  # 0: the configuration decides
+    configured = begin(config.model_copy(update={"cluster": fixed}), resume=True)
+    assert configured.ports == Ports(service=ports.service, feed=0)  # 0: set by the configuration
     elsewhere = config.cluster.model_copy(update={"host": "localhost"})
     assert begin(config.model_copy(update={"cluster": elsewhere}), resume=True).ports == Ports()
 
 
-def test_a_port_becomes_free_when_its_process_has_gone() -> None:
+def test_port_becomes_free_when_its_process_exits() -> None:
     code = (
         "import socket\ns = socket.socket()\ns.bind(('127.0.0.1', 0))\ns.listen()\n"
         "print(s.getsockname()[1], flush=True)\ninput()\n"
@@ -322,7 +319,7 @@ async def never() -> None:
 def supervised(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int
 ) -> tuple[float, str]:
-    """Have a child that does not heed SIGTERM be stopped. Seconds, and its command line."""
+    """Stop a child that ignores SIGTERM. Returns the seconds it took and its command line."""
     mark = tmp_path / "started"
 
     async def start_role(role: str, arguments: list[str], **_: object):
@@ -338,7 +335,7 @@ def supervised(
         supervising = asyncio.create_task(
             supervise(config, plan, stopping=stopping, run_over=never())
         )
-        while not mark.exists() or not mark.read_text():  # noqa: ASYNC110 - a file of a child
+        while not mark.exists() or not mark.read_text():  # noqa: ASYNC110 - polls a file
             await asyncio.sleep(0.02)
         began_s = time.monotonic()
         stopping.set()
@@ -348,7 +345,7 @@ def supervised(
     return asyncio.run(run()), mark.read_text()
 
 
-def test_a_child_that_drains_towards_a_dead_service_is_ended_at_once(
+def test_draining_child_is_killed_promptly_when_the_service_is_dead(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with listening() as server:
@@ -357,10 +354,10 @@ def test_a_child_that_drains_towards_a_dead_service_is_ended_at_once(
     config = config.model_copy(update={"cluster": cluster})
     took_s, command = supervised(config, tmp_path, monkeypatch, port)
     assert took_s < 10
-    assert "--incarnation 2000" in command  # its life's
+    assert "--incarnation 2000" in command  # the plan's first incarnation
 
 
-def test_a_child_may_drain_for_its_time_towards_a_service_that_listens(
+def test_child_drains_until_its_timeout_while_the_service_listens(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = config.cluster.model_copy(update={"drain_timeout_s": 3.0})
@@ -373,51 +370,51 @@ def test_a_child_may_drain_for_its_time_towards_a_service_that_listens(
 # --- files -------------------------------------------------------------------------------------
 
 
-def test_a_file_of_the_run_folder_is_written_whole_or_not_at_all(
+def test_run_folder_files_are_written_atomically(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(path=tmp_path)
-    folder.write(folder.life, json.dumps({"life": 1}))
+    folder.write(folder.attempt, json.dumps({"life": 1}))
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        folder.write(folder.life, json.dumps({"life": 2}))
-    assert json.loads(folder.life.read_text()) == {"life": 1}
+        folder.write(folder.attempt, json.dumps({"life": 2}))
+    assert json.loads(folder.attempt.read_text()) == {"life": 1}
 
 
 @pytest.fixture
-def to_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of what is flushed or renamed, as it happens."""
-    story: list[str] = []
+def disk_operations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Recorded flush and rename operations, in order."""
+    operations: list[str] = []
     fsync, replace = os.fsync, Path.replace
 
-    def flushed(descriptor: int) -> None:
-        story.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+    def recording_fsync(descriptor: int) -> None:
+        operations.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
         fsync(descriptor)
 
-    def renamed(path: Path, target: Path) -> Path:
-        story.append(f"rename {path.name} {target.name}")
+    def recording_replace(path: Path, target: Path) -> Path:
+        operations.append(f"rename {path.name} {target.name}")
         return replace(path, target)
 
-    monkeypatch.setattr(os, "fsync", flushed)
-    monkeypatch.setattr(Path, "replace", renamed)
-    return story
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(Path, "replace", recording_replace)
+    return operations
 
 
-def test_a_file_of_the_run_folder_outlives_a_power_cut_and_so_does_its_name(
-    tmp_path: Path, to_disk: list[str]
+def test_run_folder_file_and_its_directory_entry_are_flushed(
+    tmp_path: Path, disk_operations: list[str]
 ) -> None:
-    """A life whose number is lost would be taken for one that was."""
+    """If an attempt number were lost in a power failure, it would be assigned twice."""
     folder = RunFolder(path=tmp_path)
-    folder.write(folder.life, "{}")
-    kept = ["flush .life.json.partial", "rename .life.json.partial life.json"]
-    assert to_disk == [*kept, f"flush {tmp_path.name}"]
+    folder.write(folder.attempt, "{}")
+    written = ["flush .life.json.partial", "rename .life.json.partial life.json"]
+    assert disk_operations == [*written, f"flush {tmp_path.name}"]
 
 
-def test_a_new_run_s_configuration_is_on_disk_before_it_begins(
-    config: Config, begin, to_disk: list[str]
+def test_configuration_of_a_new_run_is_flushed_before_it_starts(
+    config: Config, begin, disk_operations: list[str]
 ) -> None:
     begin()
-    assert to_disk[:4] == [
+    assert disk_operations[:4] == [
         "flush .config.json.partial",
         "rename .config.json.partial config.json",
         "flush run",

@@ -1,7 +1,7 @@
-"""Whole runs in which actors die, hang, come and go: the run goes on, and its books close.
+"""Whole runs in which actors die, hang, join and leave: the run continues, and its ledger balances.
 
-Two actors train; something happens to the second one. What it costs the learner is read off the
-times of the updates in metrics.jsonl.
+Two actors train; a fault is injected into the second one. The delay of the learner is measured from
+the times of the updates in metrics.jsonl.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from run_process import MODEL, Run, start_actor, start_train
 
 DEADLINE_S = 3.0
 SLACK_S = 3.0
-"""On top of the deadline, between the updates that a failed broadcast lies between: half a second
-for the others to say that they live, a new group, an update, and a machine with much to do."""
+"""In addition to the deadline, between the updates around a failed broadcast: half a second for the
+other members to report that they are alive, a new group, an update, and machine load."""
 SETTINGS = {
     "run.updates": 80,
     "cluster.actors": 2,
@@ -33,9 +33,9 @@ SETTINGS = {
 
 @contextmanager
 def training(folder: Path) -> Iterator[Run]:
-    """A run in which all actors have weights; whatever the test does, it leaves no process."""
-    words = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
-    run = start_train(folder, *words)
+    """A run in which all actors have weights. All its processes are killed at exit."""
+    overrides = [part for name, value in SETTINGS.items() for part in (f"--{name}", str(value))]
+    run = start_train(folder, *overrides)
 
     def all_have_weights() -> bool:
         last = run.events("step")[-1]
@@ -43,7 +43,7 @@ def training(folder: Path) -> Iterator[Run]:
 
     try:
         run.wait_for_steps(2)
-        with run.slowly():
+        with run.slowed_down():
             run.wait_for("the last actor", all_have_weights)
         yield run
     finally:
@@ -53,20 +53,20 @@ def training(folder: Path) -> Iterator[Run]:
         run.process.wait()
 
 
-def stop_in_mid_broadcast(run: Run, role: str, index: int) -> int:
+def stop_during_broadcast(run: Run, role: str, index: int) -> int:
     """Stop a process; returns its id once a broadcast waits for it.
 
-    Broadcasts of this model take a few hundredths of a second. One that is under way for a second
-    began, or went on, without the stopped process, and cannot end before the deadline.
+    Broadcasts of this model take a few hundredths of a second. One that takes more than a second is
+    waiting for the stopped process, and cannot end before the deadline.
     """
     process_id = run.child(role, index)
     os.kill(process_id, signal.SIGSTOP)
-    run.hear("a broadcast that waits", lambda values: values["weights/publishing_s"] > 1.0)
+    run.wait_for_event("a waiting broadcast", lambda values: values["weights/publishing_s"] > 1.0)
     return process_id
 
 
 def wait_until_back(run: Run, name: str) -> None:
-    """Until an actor that was lost holds weights again, at most a version or two behind."""
+    """Wait until a lost actor has weights again that are at most two versions old."""
     key = f"weights/lag/{name}"
 
     def is_lost() -> bool:
@@ -76,11 +76,11 @@ def wait_until_back(run: Run, name: str) -> None:
         return run.events("step")[-1].get(key, 99) <= 2
 
     run.wait_for(f"an update without {name}", is_lost)
-    with run.slowly():
+    with run.slowed_down():
         run.wait_for(f"{name} in the group", is_back)
 
 
-def assert_ended_well(run: Run) -> dict[str, Any]:
+def assert_completed(run: Run) -> dict[str, Any]:
     status, _, err = run.finish()
     assert status == 0, err
     summary = run.summary()
@@ -97,10 +97,10 @@ def gaps_s(run: Run) -> list[float]:
     return [after - before for before, after in itertools.pairwise(walls_s)]
 
 
-def hold_up(run: Run, role: str, victim: str | None) -> None:
-    """Actor 2 holds up a broadcast, `victim` of it is killed if any; checks what that costs."""
+def delay_broadcast(run: Run, role: str, victim: str | None) -> None:
+    """Stop `role` of actor 2 during a broadcast, then kill `victim` if given; check the delay."""
     num_failed = run.events("step")[-1]["weights/failed"]
-    stopped = stop_in_mid_broadcast(run, role, 2)
+    stopped = stop_during_broadcast(run, role, 2)
     if victim is not None:
         os.kill(stopped if victim == role else run.child(victim, 2), signal.SIGKILL)
     num_before = len(run.events("step"))
@@ -114,13 +114,13 @@ def hold_up(run: Run, role: str, victim: str | None) -> None:
     wait_until_back(run, "actor-2")
 
 
-def test_an_actor_or_its_engine_killed_in_mid_broadcast_costs_one_deadline_at_most(
+def test_actor_or_engine_killed_during_a_broadcast_costs_at_most_one_deadline(
     tmp_path: Path,
 ) -> None:
     with training(tmp_path) as run:
-        hold_up(run, "engine", victim="actor")
-        hold_up(run, "engine", victim="engine")
-        summary = assert_ended_well(run)
+        delay_broadcast(run, "engine", victim="actor")
+        delay_broadcast(run, "engine", victim="engine")
+        summary = assert_completed(run)
         assert summary["weights"]["failed"] == 2
         assert summary["ledger"]["failures"]["actor lost"] >= 2
         actors = summary["actors"]
@@ -129,13 +129,13 @@ def test_an_actor_or_its_engine_killed_in_mid_broadcast_costs_one_deadline_at_mo
         assert actors["actor-2.2"]["tokens_generated"] > 0
 
 
-def test_an_actor_or_its_engine_that_hangs_costs_one_deadline_and_may_wake_up_later(
+def test_hanging_actor_or_engine_costs_one_deadline_and_may_resume_later(
     tmp_path: Path,
 ) -> None:
     with training(tmp_path) as run:
-        hold_up(run, "engine", victim=None)  # its own actor has to end it
-        hold_up(run, "actor", victim=None)
-        summary = assert_ended_well(run)
+        delay_broadcast(run, "engine", victim=None)  # its actor has to kill it
+        delay_broadcast(run, "actor", victim=None)
+        summary = assert_completed(run)
         assert summary["weights"]["failed"] == 2
         actors = summary["actors"]
         lost = [name for name, what in actors.items() if what["lost"]]
@@ -143,20 +143,20 @@ def test_an_actor_or_its_engine_that_hangs_costs_one_deadline_and_may_wake_up_la
         assert actors["actor-2.2"]["tokens_generated"] > 0
 
 
-def test_actors_join_contribute_and_leave_and_a_stopped_one_does_not_outlive_the_run(
+def test_actors_join_contribute_and_drain_and_a_stopped_actor_ends_with_the_run(
     tmp_path: Path,
 ) -> None:
     with training(tmp_path) as run:
         address = run.address("actors join at")
-        with run.slowly():
-            refused = start_actor(run, "--model", "nowhere")
-            status, _, err = refused.finish()
+        with run.slowed_down():
+            rejected = start_actor(run, "--model", "nowhere")
+            status, _, err = rejected.finish()
             assert (status, len(err.splitlines())) == (1, 1)
             assert err.startswith("error: config field 'model.path'")
             assert "--model" in err
             leaver = start_actor(run)
             stayer = start_actor(run, "--run-folder", "stayer")
-            run.wait_for("both", lambda: run.events("step")[-1]["actors_alive"] == 4)
+            run.wait_for("both actors", lambda: run.events("step")[-1]["actors_alive"] == 4)
             run.wait_for("their weights", lambda: run.events("step")[-1]["weights/lag_max"] == 1)
         assert run.events("step")[-1]["actors_total"] == 4
         run.wait_for_steps(len(run.events("step")) + 5)
@@ -164,25 +164,25 @@ def test_actors_join_contribute_and_leave_and_a_stopped_one_does_not_outlive_the
         status, out, err = leaver.finish()
         assert (status, err) == (130, "")
         assert out.startswith(f"joined {address} as actor-")
-        run.wait_for("an update without it", lambda: run.events("step")[-1]["actors_alive"] == 3)
+        run.wait_for("its departure", lambda: run.events("step")[-1]["actors_alive"] == 3)
         assert run.events("step")[-1]["actors_total"] == 3
         os.kill(run.child("actor", 2), signal.SIGSTOP)
         status, _, err = stayer.finish()
         assert (status, err) == (0, "")
-        summary = assert_ended_well(run)
-        joined = [what for name, what in summary["actors"].items() if name > "actor-3"]
+        summary = assert_completed(run)
+        joined = [actor for name, actor in summary["actors"].items() if name > "actor-3"]
         assert len(joined) == 2
-        for what in joined:
-            assert what["leases"] > 0
-            assert what["tokens_generated"] > 0
-            assert not what["lost"]
+        for actor in joined:
+            assert actor["leases"] > 0
+            assert actor["tokens_generated"] > 0
+            assert not actor["lost"]
         assert summary["actors"]["actor-2.0"]["lost"]
-        assert summary["weights"]["failed"] == 1  # the stopped one's: joining disturbed nobody
+        assert summary["weights"]["failed"] == 1  # only the stopped actor's; joins caused none
         assert list((tmp_path / "stayer" / "logs").glob("actor-?.log"))
-    assert_nobody_answers(address)
+    assert_no_reply(address)
 
 
-def test_an_actor_of_another_tokenizer_is_refused_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_actor_with_another_tokenizer_is_rejected_and_the_run_continues(tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(MODEL, other)
     tokenizer = other / "tokenizer.json"
@@ -199,9 +199,9 @@ def test_an_actor_of_another_tokenizer_is_refused_and_the_run_goes_on(tmp_path: 
     assert run.finish()[0] == 130
 
 
-def assert_nobody_answers(address: str) -> None:
+def assert_no_reply(address: str) -> None:
     command = [sys.executable, "-m", "speed_async", "actor", "--join", address, "--timeout", "1"]
     late = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert late.returncode == 1
-    assert late.stderr.startswith(f"error: waited 1.0 s for a run at {address}: nobody answers")
+    assert late.stderr.startswith(f"error: waited 1.0 s for a run at {address}: no reply")
     assert len(late.stderr.splitlines()) == 1

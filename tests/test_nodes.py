@@ -1,4 +1,4 @@
-"""Runs of two nodes (both on this machine), started by `speed-async train` on each of them."""
+"""Runs of two nodes (both on this machine), each started by `speed-async train`."""
 
 import os
 import signal
@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from run_process import Run, own_address, start_train
 
-from speed_async.launcher.exit_status import EXIT_LOST_RUN, EXIT_STATUS
+from speed_async.launcher.exit_status import EXIT_RUN_LOST, EXIT_STATUS
 from speed_async.transport.key_making import make_keys
 
 pytestmark = [
     pytest.mark.skipif(
-        own_address() == "127.0.0.1", reason="this machine has no address but loopback"
+        own_address() == "127.0.0.1", reason="this machine has only loopback addresses"
     ),
 ]
 
-FOR_EVER = ("--run.updates", "100000")
+ENDLESS = ("--run.updates", "100000")
 PEER_TIMEOUT_S = 5.0
 
 
@@ -29,7 +29,7 @@ def free_port(host: str) -> int:
 
 
 def start_nodes(folder: Path, *overrides: str) -> tuple[Run, Run]:
-    """The learner's node, and one of an actor. Each rank of theirs has its own actor."""
+    """Start the learner's node and a second node; every rank except the learner is an actor."""
     make_keys(folder / "keys")
     host = own_address()
     options = ["--nnodes", "2", "--nproc-per-node", "2"]
@@ -37,24 +37,24 @@ def start_nodes(folder: Path, *overrides: str) -> tuple[Run, Run]:
     options += ["--cluster.service_port", str(free_port(host))]
     options += ["--cluster.peer_timeout_s", str(PEER_TIMEOUT_S), *overrides]
     nodes = []
-    for rank in (1, 0):  # the one that has to wait comes first
-        place = folder / f"node-{rank}"
-        place.mkdir()
-        one = start_train(
-            place, *options, "--run.folder", str(folder / "run"), "--node-rank", str(rank)
+    for rank in (1, 0):  # the actors' node first: it has to wait for the learner's node
+        node_folder = folder / f"node-{rank}"
+        node_folder.mkdir()
+        node = start_train(
+            node_folder, *options, "--run.folder", str(folder / "run"), "--node-rank", str(rank)
         )
-        nodes.append(Run(process=one.process, folder=folder / "run"))
+        nodes.append(Run(process=node.process, folder=folder / "run"))
     return nodes[1], nodes[0]
 
 
 def kill_node(run: Run, rank: int) -> None:
-    """What becomes of a node whose power goes: all its processes, and nobody is told."""
+    """Kill all processes of a node at once, like a power failure."""
     run.process.kill()
-    everybody = run.processes()
-    place = f"{run.folder.parent}/node-{rank}/"
-    ranks = {one for one, command in everybody.items() if place in command}
+    commands = run.processes()
+    node_folder = f"{run.folder.parent}/node-{rank}/"
+    ranks = {one for one, command in commands.items() if node_folder in command}
     parents = tuple(f" --parent {one} " for one in ranks)
-    children = {one for one, c in everybody.items() if any(parent in c for parent in parents)}
+    children = {one for one, c in commands.items() if any(parent in c for parent in parents)}
     for process_id in ranks | children:
         os.kill(process_id, signal.SIGKILL)
 
@@ -70,14 +70,14 @@ def end_all(*nodes: Run) -> None:
         node.kill()
 
 
-def test_two_nodes_train_and_each_says_at_last_how_it_ended(tmp_path: Path) -> None:
-    first, second = start_nodes(tmp_path, *FOR_EVER)
+def test_two_nodes_train_and_each_reports_the_outcome_in_its_last_line(tmp_path: Path) -> None:
+    first, second = start_nodes(tmp_path, *ENDLESS)
     try:
         wait_for_all(first)
         first.interrupt()
         status, _, err = first.finish()
         assert status == 130
-        assert err.splitlines()[-1].startswith("stopped by SIGINT; to go on: ")
+        assert err.splitlines()[-1].startswith("stopped by SIGINT; to resume: ")
         status, out, err = second.finish()
         outcome = first.events("end")[-1].get("outcome", "completed")
         assert (status, out) == (EXIT_STATUS[outcome], "")
@@ -88,11 +88,11 @@ def test_two_nodes_train_and_each_says_at_last_how_it_ended(tmp_path: Path) -> N
         end_all(first, second)
 
 
-def test_a_node_that_vanishes_takes_no_completed_run_with_it(tmp_path: Path) -> None:
+def test_run_completes_when_an_actor_node_is_killed(tmp_path: Path) -> None:
     first, second = start_nodes(tmp_path, "--run.updates", "150", "--weights.deadline_s", "5")
     try:
         first.wait_for_steps(1)
-        with first.slowly():
+        with first.slowed_down():
             wait_for_all(first)
         kill_node(second, 1)
         status, _, err = first.finish()
@@ -104,45 +104,45 @@ def test_a_node_that_vanishes_takes_no_completed_run_with_it(tmp_path: Path) -> 
         end_all(first, second)
 
 
-def test_a_node_that_has_lost_the_run_ends_by_itself_and_says_so(tmp_path: Path) -> None:
-    first, second = start_nodes(tmp_path, *FOR_EVER)
+def test_node_that_lost_the_run_exits_and_reports_it(tmp_path: Path) -> None:
+    first, second = start_nodes(tmp_path, *ENDLESS)
     try:
         wait_for_all(first)
         kill_node(first, 0)
         began_s = time.monotonic()
         status, _, err = second.finish()
-        assert status == EXIT_LOST_RUN
-        assert time.monotonic() - began_s < PEER_TIMEOUT_S + 40  # to end its actors' processes
+        assert status == EXIT_RUN_LOST
+        assert time.monotonic() - began_s < PEER_TIMEOUT_S + 40  # 40 s to stop its actors
         assert err.splitlines()[-1].startswith("error: actor-")
-        assert "lost the run: nothing was heard of the metrics feed at tcp://" in err
-        assert err.splitlines()[:-1] == ["checked: nothing is wrong"]
+        assert "lost the run: no event from the metrics feed at tcp://" in err
+        assert err.splitlines()[:-1] == ["preflight checks passed"]
         assert second.processes() == {}
     finally:
         end_all(first, second)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--nnodes", "2"], "config field 'cluster.host' = '127.0.0.1': this run has several"),
         (["--nnodes", "2", "--node-rank", "2"], "--node-rank 2: nodes are numbered from 0 to 1"),
-        (["--nnodes", "3"], "2 ranks cannot be shared evenly by --nnodes 3"),
+        (["--nnodes", "3"], "2 ranks cannot be divided evenly among --nnodes 3"),
         (["--nproc-per-node", "1"], "config field 'cluster.learners' = 1: leaves no rank for an"),
     ],
 )
-def test_nodes_that_could_not_work_are_refused_before_anything_starts(
-    tmp_path: Path, options: list[str], said: str
+def test_invalid_nodes_are_rejected_before_any_rank_starts(
+    tmp_path: Path, options: list[str], message: str
 ) -> None:
     run = start_train(tmp_path, *options)
     status, _, err = run.finish()
     assert status == 1
     assert err.startswith("error: ")
-    assert said in err
+    assert message in err
     assert len(err.splitlines()) == 1
     assert not run.folder.exists()
 
 
-def test_several_nodes_need_a_port_that_all_of_them_know(tmp_path: Path) -> None:
+def test_several_nodes_require_a_fixed_service_port(tmp_path: Path) -> None:
     make_keys(tmp_path / "keys")
     run = start_train(
         tmp_path,

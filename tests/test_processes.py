@@ -21,7 +21,7 @@ sys.stderr.write("after\\n")
 """
 
 
-def test_a_process_whose_log_has_no_room_goes_on_and_logs_again_when_there_is(
+def test_process_survives_a_full_disk_and_logs_again_when_space_is_free(
     tmp_path: Path,
 ) -> None:
     done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], timeout=240)
@@ -53,22 +53,22 @@ for _ in bar(range(3), desc="Loading weights"): pass
 """
 
 
-def test_every_line_of_a_log_has_its_time_and_level_and_no_progress_bar_is_in_it(
+def test_every_log_line_has_time_and_level_and_progress_bars_are_omitted(
     tmp_path: Path,
 ) -> None:
     done = subprocess.run([sys.executable, "-c", LOGGING, str(tmp_path)], timeout=120)
     assert done.returncode == 0
     lines = (tmp_path / "log").read_text().splitlines()
-    told = [re.sub(rf"^{STAMP} ", "", line) for line in lines]
-    assert told[:4] == [
+    unstamped = [re.sub(rf"^{STAMP} ", "", line) for line in lines]
+    assert unstamped[:4] == [
         "INFO    one line",
         "INFO    half a line, and its end",
         "INFO    and another",
         "(EngineCore pid=12) INFO 11-29 02:13:00 [core.py:1] has both",
     ]
-    assert told[4] == "WARNING a.library: a record"
-    assert told[5].startswith("WARNING py.warnings: ")
-    assert "ERROR   ValueError: why" in told
+    assert unstamped[4] == "WARNING a.library: a record"
+    assert unstamped[5].startswith("WARNING py.warnings: ")
+    assert "ERROR   ValueError: why" in unstamped
     assert [line for line in lines if "%|" in line or "\r" in line] == []
     stamped = [line for line in lines if re.match(rf"{STAMP} (INFO|WARNING|ERROR) ", line)]
     assert len(stamped) == len(lines) - 1

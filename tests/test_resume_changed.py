@@ -1,4 +1,4 @@
-"""Runs that are resumed after something they stand on was changed: refused by name, left as is."""
+"""Runs that are resumed after one of their inputs has changed: rejected by name, left unchanged."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from speed_async.buffer.durability.journal import Journal, segments
 from speed_async.environments.arithmetic import ArithmeticTask
 from speed_async.launcher.identity.content import NUM_SAMPLES, SAMPLE_BYTES, sample_digest
 
-# Without a gate every group is trained on, whatever the model makes of the prompts.
+# Without a gate every group is trained on, regardless of its pass rate.
 CONFIG = 'algorithm = "rloo"' + SMALL.replace(
     'name = "arithmetic"\nmax_digits = 4\nnum_prompts = 512\n',
     'name = "jsonl"\npath = "data.jsonl"\n',
@@ -26,7 +26,7 @@ TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}
 
 
 def make_parts(folder: Path) -> None:
-    """A configuration with data and model of its own beside it."""
+    """Create a configuration with its own data and model in `folder`."""
     shutil.copytree(MODEL, folder / "model")
     path = folder / "model" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
@@ -40,7 +40,7 @@ def make_parts(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of three updates, whose chat template is in use."""
+    """A completed run of three updates with a chat template."""
     folder = tmp_path_factory.mktemp("ended")
     make_parts(folder)
     chat = ("--model.chat_template", "true")
@@ -71,7 +71,7 @@ def changed(path: Path, new: bytes) -> Iterator[None]:
 
 
 def refusal(run: Run, *overrides: str) -> str:
-    """What is said to a resume that changes nothing in the run folder."""
+    """Resume the run and return the error; asserts that the run folder is unchanged."""
     before = content(run.folder)
     status, out, err = resume_train(run, "--run.updates", "5", *overrides).finish()
     assert (status, out) == (1, "")
@@ -102,30 +102,30 @@ def with_another_prompt(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("change", "how"),
     [
-        (without_a_line, "other numbers of prompts"),
-        (reversed_lines, "the same prompts in another order"),
-        (with_another_answer, "the same prompts with other answers"),
-        (with_another_prompt, "other prompts"),
+        (without_a_line, "different numbers of prompts"),
+        (reversed_lines, "the same prompts in a different order"),
+        (with_another_answer, "the same prompts with different answers"),
+        (with_another_prompt, "different prompts"),
     ],
 )
-def test_changed_data_are_refused_with_what_they_were_and_are(
+def test_changed_data_are_rejected_with_the_difference(
     ended: Run, change: Callable[[bytes], bytes], how: str
 ) -> None:
     path = ended.folder.parent / "data.jsonl"
     with changed(path, change(path.read_bytes())):
-        said = refusal(ended)
-    assert f"error: the run in '{ended.folder}' cannot be resumed, and nothing in it was" in said
-    assert f"the data in '{path}' changed ({how}): {NUM_TRAIN} prompts and {NUM_HELD_OUT}" in said
-    assert "(from another place: --task.path FILE)" in said
-    assert f"--model.path '{ended.folder / 'checkpoints' / 'version-000003'}'" in said
+        error = refusal(ended)
+    assert f"error: the run in '{ended.folder}' cannot be resumed, and was left unchanged" in error
+    assert f"the data in '{path}' changed ({how}): {NUM_TRAIN} prompts and {NUM_HELD_OUT}" in error
+    assert "(if they were moved: --task.path FILE)" in error
+    assert f"--model.path '{ended.folder / 'checkpoints' / 'version-000003'}'" in error
 
 
-def test_data_that_are_too_few_now_are_refused_as_changed_data(ended: Run) -> None:
+def test_data_reduced_below_the_minimum_are_rejected_as_changed(ended: Run) -> None:
     with changed(ended.folder.parent / "data.jsonl", b'{"prompt": "1+1=", "answer": "2"}\n'):
-        assert f"the data of the run in '{ended.folder}' cannot be made again" in refusal(ended)
+        assert f"the data of the run in '{ended.folder}' cannot be loaded again" in refusal(ended)
 
 
-def test_white_space_in_the_data_file_is_no_change(ended: Run, tmp_path: Path) -> None:
+def test_whitespace_in_the_data_file_is_not_a_change(ended: Run, tmp_path: Path) -> None:
     path = ended.folder.parent / "data.jsonl"
     rewritten = path.read_bytes().replace(b'": "', b'":"').replace(b"\n", b"\r\n\r\n")
     with changed(path, rewritten):
@@ -137,7 +137,7 @@ def test_white_space_in_the_data_file_is_no_change(ended: Run, tmp_path: Path) -
 
 
 def weights_times_two(folder: Path) -> bytes:
-    """Another model of the same shape, in a file of the same size."""
+    """Weights of another model with the same shapes, in a file of the same size."""
     path = folder / "twice.safetensors"
     tensors = load_file(folder / "model" / "model.safetensors")
     save_file({name: 2 * value for name, value in tensors.items()}, path, {"format": "pt"})
@@ -147,7 +147,7 @@ def weights_times_two(folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "thing"),
+    ("file", "change", "part"),
     [
         ("model.safetensors", None, "model"),
         ("config.json", lambda old: old + b" ", "model"),
@@ -167,21 +167,21 @@ def weights_times_two(folder: Path) -> bytes:
         ),
     ],
 )
-def test_another_model_tokenizer_or_template_is_refused_by_file(
-    ended: Run, file: str, change: Callable[[bytes], bytes] | None, thing: str
+def test_changed_model_tokenizer_or_template_is_rejected_by_file(
+    ended: Run, file: str, change: Callable[[bytes], bytes] | None, part: str
 ) -> None:
     path = ended.folder.parent / "model" / file
     old = path.read_bytes()
     new = change(old) if change is not None else weights_times_two(ended.folder.parent)
     with changed(path, new):
-        said = refusal(ended)
-    assert f"the {thing} in '{path.parent}' changed: {file} was " in said
-    assert "(from another place: --model.path FOLDER)" in said
-    kept = json.loads((ended.folder / "identity.json").read_text())["things"][thing]
-    assert f"{file} was {kept['parts'][file][:8]}, is " in said
+        error = refusal(ended)
+    assert f"the {part} in '{path.parent}' changed: {file} was " in error
+    assert "(if they were moved: --model.path FOLDER)" in error
+    saved = json.loads((ended.folder / "identity.json").read_text())["things"][part]
+    assert f"{file} was {saved['parts'][file][:8]}, is " in error
 
 
-def test_whole_weights_are_compared_and_not_samples_alone(ended: Run) -> None:
+def test_full_weights_are_compared_not_only_samples(ended: Run) -> None:
     path = ended.folder.parent / "model" / "model.safetensors"
     content = bytearray(path.read_bytes())
     step = (len(content) - SAMPLE_BYTES) // (NUM_SAMPLES - 1)
@@ -190,11 +190,11 @@ def test_whole_weights_are_compared_and_not_samples_alone(ended: Run) -> None:
     before = sample_digest(path)
     with changed(path, bytes(content)):
         assert sample_digest(path) == before
-        said = refusal(ended)
-    assert f"the model weights in '{path.parent}' changed: model.safetensors was " in said
+        error = refusal(ended)
+    assert f"the model weights in '{path.parent}' changed: model.safetensors was " in error
 
 
-def test_all_that_differs_is_said_at_once(ended: Run) -> None:
+def test_all_differences_are_reported_together(ended: Run) -> None:
     data, tokenizer = (
         ended.folder.parent / name for name in ("data.jsonl", "model/tokenizer.json")
     )
@@ -212,50 +212,50 @@ def test_all_that_differs_is_said_at_once(ended: Run) -> None:
 @pytest.mark.parametrize(
     ("name", "option"), [("data.jsonl", "--task.path"), ("model", "--model.path")]
 )
-def test_another_place_of_other_content_is_refused(ended: Run, name: str, option: str) -> None:
-    place = ended.folder.parent / name
+def test_another_path_with_other_content_is_rejected(ended: Run, name: str, option: str) -> None:
+    path = ended.folder.parent / name
     other = ended.folder.parent / "elsewhere"
-    if place.is_dir():
-        shutil.copytree(place, other)
+    if path.is_dir():
+        shutil.copytree(path, other)
         (other / "config.json").write_text((other / "config.json").read_text() + " ")
     else:
-        other.write_bytes(without_a_line(place.read_bytes()))
+        other.write_bytes(without_a_line(path.read_bytes()))
     try:
-        said = refusal(ended, option, str(other))
+        error = refusal(ended, option, str(other))
     finally:
         shutil.rmtree(other) if other.is_dir() else other.unlink()
-    assert f"in '{other}' (it was in '{place}') changed" in said
+    assert f"in '{other}' (previously in '{path}') changed" in error
 
 
-def test_a_configuration_edited_in_the_run_folder_is_refused(ended: Run) -> None:
+def test_configuration_edited_in_the_run_folder_is_rejected(ended: Run) -> None:
     path = ended.folder / "config.json"
     tree = json.loads(path.read_text())
     tree["gate"]["n_cont"] = 4
     with changed(path, json.dumps(tree).encode()):
-        said = refusal(ended)
-    assert said == (
-        f"error: config field 'gate.n_cont' = 4: this run began with 2, and '{path}' was edited "
-        "since; set it back, or start a new run\n"
+        error = refusal(ended)
+    assert error == (
+        f"error: config field 'gate.n_cont' = 4: this run started with 2, and '{path}' was edited "
+        "since; restore the value, or start a new run\n"
     )
 
 
-def test_a_checkpoint_of_another_run_is_refused(ended: Run) -> None:
-    """Its numbers would fit: only the run that made it tells."""
+def test_checkpoint_of_another_run_is_rejected(ended: Run) -> None:
+    """Its versions would match; only its run id differs."""
     folder = ended.folder / "checkpoints" / "version-000003"
     trainer = folder / "training" / "trainer.json"
     record = json.loads(trainer.read_text())
     assert record["run_id"] == json.loads((ended.folder / "identity.json").read_text())["run_id"]
     with changed(trainer, json.dumps(record | {"run_id": 32 * "0"}).encode()):
-        assert f"checkpoint '{folder}' is of another run (00000000, " in refusal(ended)
+        assert f"checkpoint '{folder}' belongs to another run (00000000, " in refusal(ended)
 
 
-def test_an_identity_that_cannot_be_read_is_an_error_with_a_remedy(ended: Run) -> None:
+def test_unreadable_identity_is_an_error_with_a_remedy(ended: Run) -> None:
     path = ended.folder / "identity.json"
     with changed(path, path.read_bytes()[:-9]):
         assert f"error: '{path}' cannot be read" in refusal(ended)
 
 
-def test_without_an_identity_the_journal_still_tells_the_data_and_the_model(ended: Run) -> None:
+def test_without_an_identity_the_journal_identifies_data_and_model(ended: Run) -> None:
     path, data = ended.folder / "identity.json", ended.folder.parent / "data.jsonl"
     tokenizer = ended.folder.parent / "model" / "tokenizer.json"
     identity = path.read_bytes()
@@ -269,13 +269,13 @@ def test_without_an_identity_the_journal_still_tells_the_data_and_the_model(ende
         path.write_bytes(identity)
 
 
-def test_a_journal_in_the_format_of_another_release_is_refused_at_once(ended: Run) -> None:
+def test_journal_with_the_format_of_another_release_is_rejected(ended: Run) -> None:
     [*_, newest] = sorted((ended.folder / "journal").glob("*.journal"))
     with changed(newest, b"saj1" + newest.read_bytes()[4:]):
         assert "was written by another release (it has format saj1" in refusal(ended)
 
 
-def test_a_journal_in_the_protocol_of_another_release_is_refused_at_once(ended: Run) -> None:
+def test_journal_with_the_protocol_of_another_release_is_rejected(ended: Run) -> None:
     folder = ended.folder / "journal"
     journal = Journal.begin(folder, max(segments(folder)) + 1, 0)
     try:
@@ -287,19 +287,19 @@ def test_a_journal_in_the_protocol_of_another_release_is_refused_at_once(ended: 
         journal.remove()
 
 
-def test_torchrun_refuses_changed_data_as_well(ended: Run) -> None:
+def test_torchrun_rejects_changed_data(ended: Run) -> None:
     path = ended.folder.parent / "data.jsonl"
     before = content(ended.folder)
     with changed(path, without_a_line(path.read_bytes())):
         run = start_torchrun(ended.folder.parent, 2, "--run.updates", "5", resume=True)
         status, _, err = run.finish()
     assert status != 0
-    assert f"the data in '{path}' changed (other numbers of prompts)" in err
+    assert f"the data in '{path}' changed (different numbers of prompts)" in err
     assert content(ended.folder) == before
     assert run.processes() == {}
 
 
-def test_ranks_that_are_started_again_refuse_data_that_changed_meanwhile(tmp_path: Path) -> None:
+def test_restarted_ranks_reject_data_changed_in_the_meantime(tmp_path: Path) -> None:
     make_parts(tmp_path)
     often = ("--run.updates", "100000", "--learner.checkpoint_every", "2")
     run = start_train(
@@ -311,14 +311,12 @@ def test_ranks_that_are_started_again_refuse_data_that_changed_meanwhile(tmp_pat
     os.kill(run.learner(), signal.SIGKILL)
     status, _, err = run.finish()
     assert status == 1
-    assert f"the data in '{data}' changed (other numbers of prompts)" in err
+    assert f"the data in '{data}' changed (different numbers of prompts)" in err
     assert json.loads((run.folder / "life.json").read_text()) == {"life": 0}
     assert run.processes() == {}
 
 
-def test_moved_data_and_model_are_asked_for_and_taken_at_their_new_place(
-    ended: Run, tmp_path: Path
-) -> None:
+def test_moved_data_and_model_are_found_at_their_new_path(ended: Run, tmp_path: Path) -> None:
     shutil.copytree(ended.folder, tmp_path / "run")
     moved = Run(process=ended.process, folder=tmp_path / "run")
     parts = ended.folder.parent
@@ -326,13 +324,13 @@ def test_moved_data_and_model_are_asked_for_and_taken_at_their_new_place(
     shutil.copyfile(parts / "data.jsonl", tmp_path / "other-data")
     (parts / "model").rename(parts / "gone")
     try:
-        said = refusal(moved)
-        assert "config field 'model.path'" in said
-        assert "if it was moved, give its new place: --model.path FOLDER" in said
-        places = ("--model.path", "other-model", "--task.path", "other-data")
-        status, _, err = resume_train(moved, "--run.updates", "4", *places).finish()
+        error = refusal(moved)
+        assert "config field 'model.path'" in error
+        assert "if it was moved, give its new place: --model.path FOLDER" in error
+        paths = ("--model.path", "other-model", "--task.path", "other-data")
+        status, _, err = resume_train(moved, "--run.updates", "4", *paths).finish()
         assert status == 0, err
-        (parts / "data.jsonl").rename(parts / "gone-data")  # it knows the new place from here on
+        (parts / "data.jsonl").rename(parts / "gone-data")  # the new path has been saved
         status, _, err = resume_train(moved, "--run.updates", "5").finish()
     finally:
         (parts / "gone").rename(parts / "model")
@@ -343,24 +341,22 @@ def test_moved_data_and_model_are_asked_for_and_taken_at_their_new_place(
     assert "a new journal was started" not in (moved.folder / "logs" / "service.log").read_text()
 
 
-def test_changed_code_that_scores_is_refused_until_it_is_accepted(
-    ended: Run, tmp_path: Path
-) -> None:
+def test_changed_scoring_code_is_rejected_until_it_is_accepted(ended: Run, tmp_path: Path) -> None:
     shutil.copytree(ended.folder, tmp_path / "run")
     run = Run(process=ended.process, folder=tmp_path / "run")
-    # Python takes a package in the current directory first.
+    # Python imports a package from the current directory first.
     shutil.copytree(REPOSITORY / "speed_async", tmp_path / "speed_async")
     answers = tmp_path / "speed_async" / "environments" / "final_answer.py"
-    answers.write_text(answers.read_text() + "# mended\n")
-    said = refusal(run)
+    answers.write_text(answers.read_text() + "# fixed\n")
+    error = refusal(run)
     assert (
-        "the code that scores (speed_async.environments.jsonl.JsonlTask) changed: final_answer.py"
-        in said
+        "the scoring code (speed_async.environments.jsonl.JsonlTask) changed: final_answer.py"
+        in error
     )
-    option, value = said.partition("add ")[2].partition(")")[0].split()
+    option, value = error.partition("add ")[2].partition(")")[0].split()
     assert option == "--run.accept_scoring"
     assert "changed: final_answer.py" in refusal(run, option, "code-00000000")
     status, _, err = resume_train(run, "--run.updates", "4", option, value).finish()
     assert status == 0, err
     answers.write_text(answers.read_text() + "# and again\n")
-    assert "changed: final_answer.py" in refusal(run)  # what was accepted is that code alone
+    assert "changed: final_answer.py" in refusal(run)  # only the earlier code was accepted

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed and begun again: each goes on in its folder, from where it was."""
+"""Runs that are stopped or killed and resumed: each continues in its folder from its last state."""
 
 import json
 import os
@@ -12,21 +12,21 @@ import pytest
 from run_process import Run, resume_train, start_torchrun, start_train
 
 OFTEN = ("--learner.checkpoint_every", "2")
-FOR_EVER = ("--run.updates", "100000")
+ENDLESS = ("--run.updates", "100000")
 GROUPS, COMPLETIONS = 2, 8
-"""Of one update."""
+"""Per update."""
 
 
 def actors(run: Run) -> list[str]:
     return [command for command in run.processes().values() if "launcher.child actor" in command]
 
 
-def life_of(run: Run) -> int:
+def attempt_of(run: Run) -> int:
     return json.loads((run.folder / "life.json").read_text())["life"]
 
 
 def assert_whole(run: Run, status: int, err: str, *, updates: int) -> None:
-    """One lineage from the first update to the last, in one folder, and all books closed."""
+    """One lineage from the first update to the last, in one folder, with a balanced ledger."""
     assert status == 0, err
     summary = run.summary()
     assert summary["policy_version"] == updates
@@ -40,8 +40,8 @@ def assert_whole(run: Run, status: int, err: str, *, updates: int) -> None:
     assert run.processes() == {}
 
 
-def test_a_run_stopped_by_ctrl_c_goes_on_to_its_end(tmp_path: Path) -> None:
-    first = start_train(tmp_path, *FOR_EVER, *OFTEN)
+def test_run_stopped_by_ctrl_c_resumes_and_completes(tmp_path: Path) -> None:
+    first = start_train(tmp_path, *ENDLESS, *OFTEN)
     first.wait_for_steps(3)
     first.interrupt()
     assert first.finish()[0] == 130
@@ -52,12 +52,12 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_its_end(tmp_path: Path) -> None:
     second.wait_for("an actor", lambda: "--incarnation 1000" in " ".join(actors(second)))
     status, _, err = second.finish()
     assert_whole(second, status, err, updates=stopped_at + 3)
-    assert second.versions() == list(range(1, stopped_at + 4))  # none was trained twice
-    assert f"resuming {second.folder} from version-{stopped_at:06d} (life 1)" in err
-    assert life_of(second) == 1
+    assert second.versions() == list(range(1, stopped_at + 4))  # no update was repeated
+    assert f"resuming {second.folder} from version-{stopped_at:06d} (attempt 1)" in err
+    assert attempt_of(second) == 1
     assert json.loads((second.folder / "address.json").read_text()) == ports
     log = (second.folder / "logs" / "learner.log").read_text()
-    assert log.index("life 0") < log.index("life 1")
+    assert log.index("attempt 0") < log.index("attempt 1")
     assert json.loads((second.folder / "config.json").read_text())["run"]["updates"] == (
         stopped_at + 3
     )
@@ -67,9 +67,9 @@ def wait_for_version(run: Run, version: int) -> None:
     run.wait_for(f"version {version}", lambda: max(run.versions(), default=0) >= version)
 
 
-def test_a_run_of_which_everything_was_killed_goes_on_to_its_end(tmp_path: Path) -> None:
-    run = start_train(tmp_path, *FOR_EVER, *OFTEN)
-    for updates in (5, 10):  # what was replayed once can be replayed again
+def test_run_resumes_and_completes_after_all_processes_were_killed(tmp_path: Path) -> None:
+    run = start_train(tmp_path, *ENDLESS, *OFTEN)
+    for updates in (5, 10):  # replayed updates can be replayed again
         wait_for_version(run, updates)
         run.kill()
         run = resume_train(run)
@@ -80,18 +80,18 @@ def test_a_run_of_which_everything_was_killed_goes_on_to_its_end(tmp_path: Path)
     run = resume_train(run, "--run.updates", str(last))
     status, _, err = run.finish()
     assert_whole(run, status, err, updates=last)
-    assert life_of(run) == 3
+    assert attempt_of(run) == 3
 
 
-def test_a_run_killed_before_its_first_checkpoint_replays_from_the_start(tmp_path: Path) -> None:
-    run = start_train(tmp_path, *FOR_EVER, "--learner.checkpoint_every", "0")
+def test_run_killed_before_its_first_checkpoint_replays_from_the_start(tmp_path: Path) -> None:
+    run = start_train(tmp_path, *ENDLESS, "--learner.checkpoint_every", "0")
     run.wait_for_steps(3)
     run.kill()
     reached = max(run.versions())
     run = resume_train(run, "--run.updates", str(reached + 2))
     status, _, err = run.finish()
     assert_whole(run, status, err, updates=reached + 2)
-    assert "from its start (life 1)" in err
+    assert "from its start (attempt 1)" in err
 
 
 def kill_learner(run: Run, after: int) -> None:
@@ -99,26 +99,26 @@ def kill_learner(run: Run, after: int) -> None:
     os.kill(run.learner(), signal.SIGKILL)
 
 
-def test_train_starts_all_ranks_again_when_the_learner_dies(tmp_path: Path) -> None:
+def test_train_restarts_all_ranks_when_the_learner_dies(tmp_path: Path) -> None:
     run = start_train(tmp_path, "--run.updates", "12", *OFTEN, "--cluster.max_restarts", "1")
     kill_learner(run, after=5)
     status, _, err = run.finish()
     assert_whole(run, status, err, updates=12)
-    assert life_of(run) == 1
+    assert attempt_of(run) == 1
     assert "resuming" in err
 
 
-def test_torchrun_starts_all_ranks_again_when_the_learner_dies(tmp_path: Path) -> None:
+def test_torchrun_restarts_all_ranks_when_the_learner_dies(tmp_path: Path) -> None:
     run = start_torchrun(tmp_path, 3, "--run.updates", "12", *OFTEN, max_restarts=2)
     kill_learner(run, after=5)
-    run.wait_for("its second life", lambda: life_of(run) == 1 and max(run.versions()) >= 8)
+    run.wait_for("attempt 1", lambda: attempt_of(run) == 1 and max(run.versions()) >= 8)
     os.kill(run.learner(), signal.SIGKILL)
     status, _, err = run.finish()
     assert_whole(run, status, err, updates=12)
-    assert life_of(run) == 2
+    assert attempt_of(run) == 2
 
 
-def test_torchrun_resumes_a_run_as_well(tmp_path: Path) -> None:
+def test_torchrun_resumes_a_run(tmp_path: Path) -> None:
     first = start_torchrun(tmp_path, 2, "--run.updates", "4")
     assert first.finish()[0] == 0
     second = start_torchrun(tmp_path, 3, "--run.updates", "6", resume=True)
@@ -126,9 +126,9 @@ def test_torchrun_resumes_a_run_as_well(tmp_path: Path) -> None:
     assert_whole(second, status, err, updates=6)
 
 
-def test_ranks_end_at_once_when_the_learner_has_died_for_good(tmp_path: Path) -> None:
-    """They do not drain for as long as they may, towards a service that died with the learner."""
-    run = start_train(tmp_path, *FOR_EVER, "--cluster.drain_timeout_s", "60")
+def test_ranks_exit_promptly_when_the_learner_dies_without_a_restart(tmp_path: Path) -> None:
+    """They do not wait for the drain timeout, because the service died with the learner."""
+    run = start_train(tmp_path, *ENDLESS, "--cluster.drain_timeout_s", "60")
     run.wait_for_steps(2)
     began_s = time.monotonic()
     os.kill(run.learner(), signal.SIGKILL)
@@ -138,8 +138,8 @@ def test_ranks_end_at_once_when_the_learner_has_died_for_good(tmp_path: Path) ->
     assert run.processes() == {}
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path: Path) -> None:
-    first = start_train(tmp_path, *FOR_EVER, *OFTEN)
+def test_damaged_checkpoint_is_skipped_and_reported(tmp_path: Path) -> None:
+    first = start_train(tmp_path, *ENDLESS, *OFTEN)
     first.wait_for_steps(5)
     first.interrupt()
     assert first.finish()[0] == 130
@@ -152,19 +152,19 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path: Path) -> None
     second = resume_train(first, "--run.updates", str(stopped_at + 2))
     status, out, err = second.finish()
     assert_whole(second, status, err, updates=stopped_at + 2)
-    said = f"checkpoint version-{stopped_at:06d} is damaged (model.safetensors is not as it was"
-    assert said in err
-    assert any(said in notice for notice in second.summary()["notices"])
+    notice = f"checkpoint version-{stopped_at:06d} is damaged (model.safetensors is not as it was"
+    assert notice in err
+    assert any(notice in each for each in second.summary()["notices"])
     assert "note" in out.split("run ended", 1)[1]
     log = (second.folder / "logs" / "learner.log").read_text()
-    assert said in log
+    assert notice in log
     assert f", replaying to {stopped_at}\n" in log
 
 
-def test_a_run_of_which_all_checkpoints_so_far_are_damaged_goes_back_to_its_start(
+def test_run_restarts_from_version_0_when_all_checkpoints_are_damaged(
     tmp_path: Path,
 ) -> None:
-    first = start_train(tmp_path, *FOR_EVER, *OFTEN, "--learner.keep_last", "100000")
+    first = start_train(tmp_path, *ENDLESS, *OFTEN, "--learner.keep_last", "100000")
     wait_for_version(first, 5)
     first.kill()
     reached = max(first.versions())
@@ -182,10 +182,10 @@ def test_a_run_of_which_all_checkpoints_so_far_are_damaged_goes_back_to_its_star
     assert f"resuming from version 0, replaying to {reached}\n" in log
 
 
-def test_a_run_whose_journal_was_moved_away_goes_on_from_its_last_checkpoint(
+def test_run_without_its_journal_resumes_from_its_last_checkpoint(
     tmp_path: Path,
 ) -> None:
-    first = start_train(tmp_path, *FOR_EVER, *OFTEN)
+    first = start_train(tmp_path, *ENDLESS, *OFTEN)
     first.wait_for_steps(5)
     first.interrupt()
     assert first.finish()[0] == 130
@@ -195,28 +195,28 @@ def test_a_run_whose_journal_was_moved_away_goes_on_from_its_last_checkpoint(
     second = resume_train(first, "--run.updates", str(stopped_at + 2))
     status, _, err = second.finish()
     assert_whole(second, status, err, updates=stopped_at + 2)
-    # Of what was generated before, the new journal knows what was trained, by the learner's word.
+    # The new journal knows the earlier groups that were trained from the learner's report.
     groups = second.summary()["ledger"]["groups"]
     assert groups["generated"] >= groups["trained"] == GROUPS * (stopped_at + 2)
 
 
-def test_a_run_under_way_cannot_be_resumed(tmp_path: Path) -> None:
-    run = start_train(tmp_path, *FOR_EVER)
+def test_run_in_progress_cannot_be_resumed(tmp_path: Path) -> None:
+    run = start_train(tmp_path, *ENDLESS)
     run.wait_for_steps(1)
     status, _, err = resume_train(run).finish()
     assert status == 1
     assert err == (
-        f"error: the run in '{run.folder}' is under way: stop it first (Ctrl-C), or start another "
-        "in a folder of its own\n"
+        f"error: the run in '{run.folder}' is in progress: stop it first (Ctrl-C), or start a new "
+        "run in another folder\n"
     )
     run.interrupt()
     assert run.finish()[0] == 130
 
 
-def test_a_run_stopped_at_what_becomes_its_last_update_is_evaluated_and_then_is_finished(
+def test_run_resumed_at_its_last_update_is_evaluated_and_finished(
     tmp_path: Path,
 ) -> None:
-    run = start_train(tmp_path, *FOR_EVER)
+    run = start_train(tmp_path, *ENDLESS)
     run.wait_for_steps(2)
     run.interrupt()
     assert run.finish()[0] == 130
@@ -226,33 +226,33 @@ def test_a_run_stopped_at_what_becomes_its_last_update_is_evaluated_and_then_is_
     assert_whole(run, status, err, updates=reached)
     assert run.summary()["accuracy_after"] is not None
     assert run.versions() == list(range(1, reached + 1))
-    before = run.summary(), life_of(run), run.events("end")
+    before = run.summary(), attempt_of(run), run.events("end")
 
     again = resume_train(run)
     status, out, err = again.finish()
     assert (status, err) == (0, "")
     assert out == (
-        f"the run in '{run.folder}' is finished: it has made its {reached} updates; to train on, "
-        "add a larger --run.updates\n"
+        f"the run in '{run.folder}' is finished: it has completed its {reached} updates; to "
+        "continue training, set a larger --run.updates\n"
     )
     status, out, err = start_torchrun(tmp_path, 3, resume=True).finish()
     assert status == 0, err
     assert f"the run in '{run.folder}' is finished" in out
-    assert (run.summary(), life_of(run), run.events("end")) == before
+    assert (run.summary(), attempt_of(run), run.events("end")) == before
     assert run.processes() == {}
 
-    (run.folder / "summary.json").unlink()  # as if it had died just before it wrote that
+    (run.folder / "summary.json").unlink()  # as if the run had died just before writing it
     status, _, err = resume_train(run).finish()
     assert_whole(run, status, err, updates=reached)
     assert run.summary()["accuracy_after"] == before[0]["accuracy_after"]
     assert run.versions() == list(range(1, reached + 1))
 
 
-def test_a_run_that_reached_its_accuracy_is_finished_until_a_higher_one_is_asked_for(
+def test_run_that_reached_its_accuracy_is_finished_until_the_target_is_raised(
     tmp_path: Path,
 ) -> None:
     soon = ("--run.stop_at_accuracy", "0.01", "--evaluate.every", "1")
-    run = start_train(tmp_path, *FOR_EVER, *soon)
+    run = start_train(tmp_path, *ENDLESS, *soon)
     assert run.finish()[0] == 0
     reached = run.summary()
     assert reached["accuracy_reached"] >= 0.01
@@ -267,14 +267,14 @@ def test_a_run_that_reached_its_accuracy_is_finished_until_a_higher_one_is_asked
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "error: --resume '"),
         (["--learner.lr", "1e-4"], "no run is there"),
     ],
 )
-def test_a_folder_without_a_run_is_refused_in_one_line_before_torch_loads(
-    tmp_path: Path, arguments: list[str], said: str
+def test_folder_without_a_run_is_rejected_in_one_line_before_torch_loads(
+    tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     command = ["speed-async", "train", "--resume", str(tmp_path), *arguments]
     code = (
@@ -284,6 +284,6 @@ def test_a_folder_without_a_run_is_refused_in_one_line_before_torch_loads(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

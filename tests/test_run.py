@@ -1,4 +1,4 @@
-"""Whole runs, as a user starts them: what they leave behind, and what they say when they cannot."""
+"""Whole runs as a user starts them: their output files, and their error messages."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ SUMMARY_KEYS = {
 }
 
 
-def test_train_leaves_config_metrics_summary_picture_and_a_loadable_checkpoint(
+def test_train_writes_config_metrics_summary_plot_and_a_loadable_checkpoint(
     tmp_path: Path,
 ) -> None:
     run = start_train(tmp_path)
@@ -55,16 +55,16 @@ def test_train_leaves_config_metrics_summary_picture_and_a_loadable_checkpoint(
     assert AutoTokenizer.from_pretrained(checkpoint).eos_token_id is not None
     before = AutoModelForCausalLM.from_pretrained(MODEL).state_dict()
     assert any(not before[name].equal(tensor) for name, tensor in model.state_dict().items())
-    # Without a terminal: a line for each step, and the summary last.
+    # Without a terminal: one line per step, then the summary.
     assert sum(line.startswith("step ") for line in out.splitlines()) == 3
     assert "closes" in out.split("run ended", 1)[1]
     assert run.processes() == {}
 
 
-def test_a_model_that_transformers_refuses_to_save_is_trained_saved_and_resumed(
+def test_model_that_transformers_refuses_to_save_is_trained_saved_and_resumed(
     tmp_path: Path,
 ) -> None:
-    """Sampling flags without sampling: transformers loads such a folder and saves none."""
+    """Sampling flags with do_sample = False: transformers loads the model but cannot save it."""
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
     flags = model / "generation_config.json"
@@ -81,7 +81,7 @@ def test_a_model_that_transformers_refuses_to_save_is_trained_saved_and_resumed(
     assert json.loads(saved.read_text()) == refused
 
 
-def test_torchrun_takes_the_same_path_with_two_actors(tmp_path: Path) -> None:
+def test_torchrun_trains_with_two_actors(tmp_path: Path) -> None:
     run = start_torchrun(tmp_path, 3)
     status, _, err = run.finish()
     assert status == 0, err
@@ -100,16 +100,16 @@ def test_ctrl_c_drains_saves_and_leaves_no_process(tmp_path: Path) -> None:
     run.interrupt()
     status, out, _ = run.finish()
     assert status == 130
-    # Acknowledged at once, and then the end: neither completed nor failed.
-    told, closing = out.split("run ended: ", 1)
-    assert "a second Ctrl-C ends the run at once" in told
+    # The stop is acknowledged at once; the run then ends neither completed nor failed.
+    progress, closing = out.split("run ended: ", 1)
+    assert "a second Ctrl-C ends the run at once" in progress
     assert closing.startswith("stopped by a signal\n")
     assert f"\n  resume      speed-async train --resume {run.folder}\n" in closing
     [end] = run.events("end")
     assert (end["outcome"], end["ok"]) == ("stopped", False)
     summary = run.summary()
     assert (summary["outcome"], summary["completed"]) == ("stopped", False)
-    # What was measured is shown, though the last version was not evaluated.
+    # The last measured accuracy is shown although the last version was not evaluated.
     last = run.events("evaluation")[-1]
     version, accuracy = last["policy_version"], 100 * last["accuracy"]
     assert f"-> {accuracy:.1f} %" in closing
@@ -122,27 +122,27 @@ def test_ctrl_c_drains_saves_and_leaves_no_process(tmp_path: Path) -> None:
     assert run.processes() == {}
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once_and_leaves_what_can_be_resumed(
+def test_second_ctrl_c_ends_the_run_immediately_and_it_can_be_resumed(
     tmp_path: Path,
 ) -> None:
-    """At the leading learner, to which a launcher hands it on."""
-    slow_end = ("--cluster.drain_timeout_s", "60", "--learner.checkpoint_every", "1")
-    run = start_train(tmp_path, "--run.updates", "100000", *slow_end)
+    """SIGINT is sent to the leading learner, as the launcher forwards it."""
+    slow_drain = ("--cluster.drain_timeout_s", "60", "--learner.checkpoint_every", "1")
+    run = start_train(tmp_path, "--run.updates", "100000", *slow_drain)
     run.wait_for_steps(2)
     learner = run.learner()
-    os.kill(run.child("actor"), signal.SIGSTOP)  # it will not drain
+    os.kill(run.child("actor"), signal.SIGSTOP)  # the actor cannot drain
     os.kill(learner, signal.SIGINT)
-    run.hear("a stop", lambda values: values["phase"] in ("stopping", "draining"))
+    run.wait_for_event("a stop", lambda values: values["phase"] in ("stopping", "draining"))
     began_s = time.monotonic()
     while learner in run.processes():
-        assert time.monotonic() - began_s < 30  # not the minute of the drain
+        assert time.monotonic() - began_s < 30  # less than the drain timeout of 60 s
         with contextlib.suppress(ProcessLookupError):
             os.kill(learner, signal.SIGINT)
         time.sleep(0.25)
     status, out, _ = run.finish()
     assert status == 130
     assert out.endswith(
-        "stopped at once by a second Ctrl-C, without a last checkpoint and a summary\n"
+        "stopped immediately by a second Ctrl-C, without a final checkpoint and summary\n"
         f"  resume      speed-async train --resume {run.folder}\n"
     )
     assert not (run.folder / "summary.json").exists()
@@ -151,7 +151,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once_and_leaves_what_can_be_resumed(
     assert status == 0, err
 
 
-def test_a_run_without_updates_says_the_accuracy_that_it_measured_and_no_change(
+def test_run_stopped_before_its_first_update_reports_the_accuracy_without_a_change(
     tmp_path: Path,
 ) -> None:
     run = start_train(tmp_path, "--run.updates", "100000")
@@ -164,14 +164,14 @@ def test_a_run_without_updates_says_the_accuracy_that_it_measured_and_no_change(
 
 
 def data_file(folder: Path, *answers: str) -> tuple[str, ...]:
-    """Options for a task of additions whose answers these are."""
+    """Overrides for a task of additions with these answers."""
     rows = [{"prompt": f"{n}+{n}=", "answer": answers[n % len(answers)]} for n in range(100)]
     path = folder / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return ("--task.name", "jsonl", "--task.path", str(path), "--task.num_held_out", "4")
 
 
-def test_a_run_that_no_reward_comes_to_says_so_and_ends_as_nothing_learned(tmp_path: Path) -> None:
+def test_run_without_rewards_ends_as_nothing_learned_with_a_diagnosis(tmp_path: Path) -> None:
     options = data_file(tmp_path, "never")
     run = start_train(tmp_path, *options, "--algorithm", "rloo", "--run.updates", "40")
     status, out, err = run.finish()
@@ -184,13 +184,13 @@ def test_a_run_that_no_reward_comes_to_says_so_and_ends_as_nothing_learned(tmp_p
     summary = run.summary()
     assert (summary["outcome"], summary["completed"]) == ("nothing_learned", True)
     assert "no_reward" in [diagnosis["what"] for diagnosis in summary["diagnoses"]]
-    # Measured, and 0; nobody screened anything.
+    # The reward is measured and 0; there is no gate.
     assert run.events("step")[-1]["reward_mean"] == 0.0
     assert run.events("step")[-1]["gate_acceptance"] is None
     assert run.processes() == {}
 
 
-def test_a_run_whose_completions_are_all_cut_off_names_the_limit_in_its_last_line(
+def test_run_with_only_truncated_completions_names_the_limit_in_its_last_line(
     tmp_path: Path,
 ) -> None:
     run = start_train(tmp_path, "--actors.max_new_tokens", "1", "--cluster.stall_timeout_s", "20")
@@ -203,7 +203,7 @@ def test_a_run_whose_completions_are_all_cut_off_names_the_limit_in_its_last_lin
     assert "raise actors.max_new_tokens (now 1)" in last
 
 
-def test_without_a_gate_the_reward_of_a_step_is_that_of_whole_groups(tmp_path: Path) -> None:
+def test_without_a_gate_the_step_reward_covers_whole_groups(tmp_path: Path) -> None:
     run = start_train(tmp_path, "--algorithm", "rloo", "--run.updates", "4")
     status, _, err = run.finish()
     assert status == 0, err
@@ -216,7 +216,7 @@ def test_without_a_gate_the_reward_of_a_step_is_that_of_whole_groups(tmp_path: P
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
-def test_what_a_scheduler_sends_does_the_same(tmp_path: Path, how: signal.Signals) -> None:
+def test_scheduler_signals_drain_the_run(tmp_path: Path, how: signal.Signals) -> None:
     run = start_train(tmp_path, "--run.updates", "100000")
     run.wait_for_steps(1)
     run.process.send_signal(how)
@@ -227,7 +227,7 @@ def test_what_a_scheduler_sends_does_the_same(tmp_path: Path, how: signal.Signal
 
 
 @pytest.mark.parametrize("victim", ["actor", "engine"])
-def test_a_killed_actor_is_started_again_and_the_run_completes(tmp_path: Path, victim: str) -> None:
+def test_killed_actor_is_restarted_and_the_run_completes(tmp_path: Path, victim: str) -> None:
     run = start_train(tmp_path, "--run.updates", "12", "--weights.deadline_s", "5")
     run.wait_for_steps(2)
     os.kill(run.child(victim), signal.SIGKILL)
@@ -243,7 +243,7 @@ def test_a_killed_actor_is_started_again_and_the_run_completes(tmp_path: Path, v
     assert run.processes() == {}
 
 
-def test_a_killed_service_goes_on_from_its_journal_and_nobody_else_is_replaced(
+def test_killed_service_recovers_from_its_journal_and_actors_keep_their_incarnation(
     tmp_path: Path,
 ) -> None:
     run = start_train(tmp_path, "--run.updates", "12")
@@ -259,7 +259,7 @@ def test_a_killed_service_goes_on_from_its_journal_and_nobody_else_is_replaced(
     assert run.processes() == {}
 
 
-def test_a_killed_service_without_a_journal_ends_the_run_with_its_name_last(
+def test_killed_service_without_a_journal_ends_the_run_and_is_named_last(
     tmp_path: Path,
 ) -> None:
     forever = ("--run.updates", "100000", "--cluster.drain_timeout_s", "2")
@@ -272,9 +272,9 @@ def test_a_killed_service_without_a_journal_ends_the_run_with_its_name_last(
     assert run.processes() == {}
 
 
-def test_an_error_of_an_actor_is_the_last_thing_printed(tmp_path: Path) -> None:
-    """One that only the library which the actor loads it with can find."""
-    model = tmp_path / "odd_tokenizer"
+def test_actor_error_is_the_last_line_printed(tmp_path: Path) -> None:
+    """A fault that only transformers detects when the actor loads the tokenizer."""
+    model = tmp_path / "invalid_tokenizer"
     model.mkdir()
     for source in MODEL.iterdir():
         (model / source.name).write_bytes(source.read_bytes())
@@ -291,18 +291,18 @@ def test_an_error_of_an_actor_is_the_last_thing_printed(tmp_path: Path) -> None:
     assert run.processes() == {}
 
 
-def test_a_version_that_fails_its_canary_ends_the_run_with_the_canary_s_words(
+def test_version_that_fails_its_canary_ends_the_run_with_the_canary_error(
     tmp_path: Path,
 ) -> None:
-    """The two roles lay the same forward pass out differently: their float32 sums differ in the
-    last digits, which this tolerance does not forgive."""
+    """The two roles compute the same forward pass in different orders: their float32 sums differ
+    in the last digits, which exceeds this tolerance."""
     overrides = ["--weights.canary_tolerance", "1e-12", "--actors.max_restarts", "1"]
     run = start_train(tmp_path, *overrides, "--run.updates", "100000")
     status, out, err = run.finish()
     assert status == 1
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: actor-1: died 2 times")
-    # All groups are of version 0: staleness lets the learner get to version 3 by them, no further.
+    # All groups are of version 0: the staleness bound limits the learner to version 3.
     assert re.search(r"actor-1: policy version [123] is refused, its canary failed", last)
     assert "the tolerance of 1e-12" in last
     assert "use one model folder for all roles, or raise that field" in last
@@ -311,7 +311,7 @@ def test_a_version_that_fails_its_canary_ends_the_run_with_the_canary_s_words(
     assert run.processes() == {}
 
 
-def test_a_port_in_use_is_named_with_its_field(tmp_path: Path) -> None:
+def test_port_in_use_is_reported_with_its_field(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -323,7 +323,7 @@ def test_a_port_in_use_is_named_with_its_field(tmp_path: Path) -> None:
     assert run.processes() == {}
 
 
-def test_prompts_longer_than_the_context_are_counted_failed_and_the_rest_trains(
+def test_prompts_longer_than_the_context_count_as_failed_and_the_rest_is_trained_on(
     tmp_path: Path,
 ) -> None:
     task = ArithmeticTask(num_prompts=60, num_held_out=8, max_digits=4, seed=0)
@@ -348,15 +348,15 @@ def test_prompts_longer_than_the_context_are_counted_failed_and_the_rest_trains(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["--learner.lrr", "1"], "error: config field 'learner.lrr'"),
         (["--buffer.credits", "1"], "error: config field 'buffer.credits' = 1"),
         (["--task.name", "jsonl", "--task.path", "none.jsonl"], "no such file"),
     ],
 )
-def test_a_bad_config_is_refused_in_one_line_before_torch_loads(
-    tmp_path: Path, overrides: list[str], said: str
+def test_invalid_config_is_rejected_in_one_line_before_torch_loads(
+    tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     arguments = ["train", str(write_config(tmp_path)), *overrides]
     code = (
@@ -368,7 +368,7 @@ def test_a_bad_config_is_refused_in_one_line_before_torch_loads(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
 

@@ -76,7 +76,7 @@ def test_process_killed_at_every_start_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[str]]
 ) -> None:
     service = make(tmp_path, monkeypatch, started, *[KILLED] * 9)
-    with pytest.raises(RoleError, match=r"buffer service: died; read .*service\.log"):
+    with pytest.raises(RoleError, match=r"buffer service: died; see .*service\.log"):
         asyncio.run(service.start(Ports()))
     assert len(started) == 6
 
@@ -113,4 +113,4 @@ def test_killed_process_restarts_at_its_ports_even_if_killed_again_during_the_re
     asyncio.run(run())
     assert service.ports == Ports(service=4001, feed=4002)
     assert [arguments[-3:] for arguments in started[1:]] == [["4001", "--feed-port", "4002"]] * 2
-    assert "was killed (SIGKILL); it goes on from its journal" in capfd.readouterr().err
+    assert "was killed (SIGKILL); it recovers from its journal" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Closed, broken and full standard streams of real processes."""
+"""Closed, broken and blocked standard streams of real processes."""
 
 import os
 import subprocess
@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 from run_process import SMALL, Run, write_config
 
-TELLS = """
+WRITES = """
 import sys
 from speed_async.launcher import standard_streams
-standard_streams.TELL_DEADLINE_S = float(sys.argv[1])
-sys.stderr.write(str(standard_streams.tell("x" * int(sys.argv[2]))))
+standard_streams.WRITE_DEADLINE_S = float(sys.argv[1])
+sys.stderr.write(str(standard_streams.write_stream("x" * int(sys.argv[2]))))
 """
 CLOSED = 'exec "$@" <&- >&- 2>&-'
 
 
-def test_a_run_whose_lines_nobody_reads_any_more_is_completed(tmp_path: Path) -> None:
-    """`speed-async train ... | head -1`, with a reader that has gone before the end."""
+def test_run_completes_after_the_reader_of_its_output_exits(tmp_path: Path) -> None:
+    """`speed-async train ... | head -1`: the reader exits before the run ends."""
     command = [sys.executable, "-m", "speed_async", "train", str(write_config(tmp_path))]
     process = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -30,15 +30,15 @@ def test_a_run_whose_lines_nobody_reads_any_more_is_completed(tmp_path: Path) ->
         assert process.stdout.readline().startswith("start ")
         process.stdout.close()
         err = process.stderr.read()
-        assert (process.wait(240), err) == (0, "checked: nothing is wrong\n")
+        assert (process.wait(240), err) == (0, "preflight checks passed\n")
         assert run.summary()["completed"] is True
         assert run.processes() == {}
     finally:
         run.kill()
 
 
-def test_a_run_without_standard_streams_is_completed(tmp_path: Path) -> None:
-    """`speed-async train ... <&- >&- 2>&-`, as some daemons start what they start."""
+def test_run_without_standard_streams_completes(tmp_path: Path) -> None:
+    """`speed-async train ... <&- >&- 2>&-`, as some daemons start their children."""
     config = write_config(tmp_path, SMALL)
     command = [sys.executable, "-m", "speed_async", "train", str(config)]
     process = subprocess.Popen(["sh", "-c", CLOSED, "sh", *command], cwd=tmp_path, text=True)
@@ -51,7 +51,7 @@ def test_a_run_without_standard_streams_is_completed(tmp_path: Path) -> None:
         run.kill()
 
 
-def test_closed_streams_are_opened_and_open_ones_are_left_alone(tmp_path: Path) -> None:
+def test_closed_streams_are_opened_and_open_streams_are_unchanged(tmp_path: Path) -> None:
     code = (
         "from speed_async.launcher.standard_streams import open_standard_streams as o; o(); o()\n"
         "import os, socket; s = socket.socket(); print('lost'); import sys\n"
@@ -65,23 +65,23 @@ def test_closed_streams_are_opened_and_open_ones_are_left_alone(tmp_path: Path) 
     assert done.stdout == b"lost\n"
 
 
-@pytest.mark.parametrize(("num_bytes", "told"), [(1, True), (10_000_000, False)])
-def test_a_reader_that_does_not_read_is_not_waited_for(num_bytes: int, told: bool) -> None:
+@pytest.mark.parametrize(("num_bytes", "written"), [(1, True), (10_000_000, False)])
+def test_write_stream_times_out_if_the_reader_does_not_read(num_bytes: int, written: bool) -> None:
     reading, writing = os.pipe()
     try:
         done = subprocess.run(
-            [sys.executable, "-c", TELLS, "0.2" if not told else "60", str(num_bytes)],
+            [sys.executable, "-c", WRITES, "60" if written else "0.2", str(num_bytes)],
             stdout=writing,
             stderr=subprocess.PIPE,
             timeout=240,
         )
-        assert (done.returncode, done.stderr.decode()) == (0, str(told))
+        assert (done.returncode, done.stderr.decode()) == (0, str(written))
     finally:
         os.close(reading)
         os.close(writing)
 
 
-def test_a_command_s_reader_may_leave(tmp_path: Path) -> None:
+def test_command_exits_quietly_when_its_reader_is_gone(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "speed_async", "config", str(write_config(tmp_path))]
     reading, writing = os.pipe()
     os.close(reading)
@@ -90,11 +90,11 @@ def test_a_command_s_reader_may_leave(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_telling_nobody_raises_nothing() -> None:
+def test_write_stream_without_a_reader_returns_false() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, "-c", TELLS, "60", "1"],
+        [sys.executable, "-c", WRITES, "60", "1"],
         stdout=writing,
         stderr=subprocess.PIPE,
         timeout=240,

@@ -1,4 +1,4 @@
-"""Entry of every child process: `python -m speed_async.launcher.child ROLE ...` (internal)."""
+"""Entry point of child processes: `python -m speed_async.launcher.child ROLE ...` (internal)."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from typing import Any
 from speed_async.config.load import read_resolved
 from speed_async.errors import GivenUp, WeightSyncError
 from speed_async.launcher.event_loop import run
-from speed_async.launcher.exit_status import EXIT_FAILED, EXIT_GIVEN_UP, record
+from speed_async.launcher.exit_status import EXIT_FAILED, EXIT_INCARNATION_LOST, record
 from speed_async.launcher.logs import log_stderr
 from speed_async.launcher.processes import die_with_parent
 from speed_async.launcher.run_folder import RunFolder
@@ -20,10 +20,10 @@ from speed_async.launcher.run_folder import RunFolder
 
 def main() -> int:
     arguments = _parse()
-    # A console has the terminal's modes to give back; its end by SIGTERM takes no time.
+    # The console restores the terminal's modes on SIGTERM, and exits at once.
     last_signal = signal.SIGTERM if arguments.role == "console" else signal.SIGKILL
     die_with_parent(arguments.parent, last_signal)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # its parent answers, and ends it by protocol
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent handles it and stops this process
     log_stderr()
     role = f"actor-{arguments.index}" if arguments.role == "actor" else arguments.role
     folder = RunFolder(path=Path(arguments.run_folder))
@@ -31,15 +31,15 @@ def main() -> int:
         run(_role(arguments))
     except (GivenUp, WeightSyncError) as error:
         record(folder.error(role), role, error)
-        return EXIT_GIVEN_UP  # a new incarnation may do better
-    except Exception as error:  # a process's boundary: said in its error file, traced in its log
+        return EXIT_INCARNATION_LOST  # a new incarnation may succeed
+    except Exception as error:  # boundary of the process: message to error file, traceback to log
         record(folder.error(role), role, error)
         return EXIT_FAILED
     return 0
 
 
 def _role(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
-    """Each role imports only what it needs: the service and the console never load torch."""
+    """Each role imports only its own modules: the service and the console never load torch."""
     config = read_resolved(Path(arguments.config))
     if arguments.role == "console":
         from speed_async.launcher.roles.console_role import Source, accompany
@@ -59,18 +59,18 @@ def _role(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
         from speed_async.launcher.roles.service_role import run_service
 
         ports = {"service_port": arguments.port, "feed_port": arguments.feed_port}
-        given = {name: port for name, port in ports.items() if port}
-        cluster = config.cluster.model_copy(update=given)
+        fixed_ports = {name: port for name, port in ports.items() if port}
+        cluster = config.cluster.model_copy(update=fixed_ports)
         config = config.model_copy(update={"cluster": cluster})
-        return run_service(config, Path(arguments.run_folder), life=arguments.life)
+        return run_service(config, Path(arguments.run_folder), life=arguments.attempt)
     from speed_async.launcher.roles.actor_role import run_actor
     from speed_async.launcher.roles.engine_choice import start_engine
 
-    who = {"index": arguments.index, "incarnation": arguments.incarnation}
-    # An engine that is stopped does not see its actor's socket close; the kernel ends it anyway.
-    engine = start_engine(config, **who, begin=partial(die_with_parent, os.getpid()))
-    place = {"host": arguments.host, "port": arguments.port, "joined": arguments.joined}
-    return run_actor(config, **who, **place, engine=engine)
+    actor = {"index": arguments.index, "incarnation": arguments.incarnation}
+    # A stopped (SIGSTOP) engine does not see its actor's socket close; the kernel kills it instead.
+    engine = start_engine(config, **actor, begin=partial(die_with_parent, os.getpid()))
+    run = {"host": arguments.host, "port": arguments.port, "joined": arguments.joined}
+    return run_actor(config, **actor, **run, engine=engine)
 
 
 def _parse() -> argparse.Namespace:
@@ -82,7 +82,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
     parser.add_argument("--feed-port", type=int)
-    parser.add_argument("--life", type=int, default=0)
+    parser.add_argument("--attempt", type=int, default=0)
     parser.add_argument("--index", type=int)
     parser.add_argument("--incarnation", type=int)
     parser.add_argument("--joined", action="store_true")

@@ -1,4 +1,4 @@
-"""One event loop a process: uvloop where it is there, asyncio's elsewhere; and its stop signals."""
+"""The event loop of a process (uvloop if installed, else asyncio), and its stop signals."""
 
 import asyncio
 import signal
@@ -17,16 +17,16 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Signals that ask a run to drain; schedulers warn by SIGUSR1 and SIGUSR2 before they kill.
-    SIGHUP is none of them where it is ignored (nohup)."""
-    stoppers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-    return (*stoppers, signal.SIGHUP) if hangs_up else stoppers
+    """Signals that drain a run; schedulers send SIGUSR1 or SIGUSR2 before SIGKILL. SIGHUP is
+    included unless it is ignored (nohup)."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return signals if ignores_hangup else (*signals, signal.SIGHUP)
 
 
 def stop_event() -> asyncio.Event:
-    """An event of the running loop that every stop signal sets."""
+    """Return an event of the running loop that every stop signal sets."""
     stopping = asyncio.Event()
-    for stopper in stop_signals():
-        asyncio.get_running_loop().add_signal_handler(stopper, stopping.set)
+    for stop_signal in stop_signals():
+        asyncio.get_running_loop().add_signal_handler(stop_signal, stopping.set)
     return stopping

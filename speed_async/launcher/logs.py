@@ -1,4 +1,4 @@
-"""Logs of the roles: every line has its time and level, and a full disk ends nobody."""
+"""Logs of the roles. Every line has a time and a level; a full disk raises no error."""
 
 import contextlib
 import io
@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 QUIET = {
-    # Progress bars of transformers, huggingface_hub, vLLM and whatever else draws them by tqdm.
+    # Progress bars of transformers, huggingface_hub, vLLM and other users of tqdm.
     "TQDM_DISABLE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
-"""Environment of processes whose stderr is a log."""
+"""Environment variables of processes whose stderr is a log."""
 STAMPED = re.compile(r"(?:\(.*?pid=\d+\) )?(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:")
-"""A line of vLLM's, which has both."""
+"""Matches a line of vLLM's log, which already has a time and a level."""
 
 
 def log_to(path: Path) -> None:
-    """From here on, whatever this process or its libraries write to stderr goes to `path`."""
+    """Redirect stderr of this process, including its libraries, to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stderr.flush()
     with path.open("a") as file:
@@ -30,12 +30,12 @@ def log_to(path: Path) -> None:
 
 
 def log_stderr() -> None:
-    """Standard error is a log: from here on its lines have time and level, and writing to it
-    raises nothing. Records of `logging` and warnings go there as well."""
+    """Treat stderr as a log: its lines get a time and a level, and writing to it never raises.
+    Records of `logging` and Python warnings are written to it as well."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     raw = os.fdopen(sys.stderr.fileno(), "wb", buffering=0, closefd=False)
-    # Unbuffered: what did not fit once must not be tried again before every later line.
+    # Unbuffered: text that failed to be written is dropped, not retried before each later line.
     sys.stderr = Log(raw, errors="backslashreplace", write_through=True)
     logging.captureWarnings(True)
     logging.getLogger().handlers = [_Handler()]
@@ -43,7 +43,7 @@ def log_stderr() -> None:
 
 @contextlib.contextmanager
 def logged_as(level: str) -> Iterator[None]:
-    """What is written to stderr inside is of this level, where stderr is a log."""
+    """Set the level of lines written to stderr within this context, if stderr is a log."""
     log = sys.stderr
     if not isinstance(log, Log):
         yield
@@ -56,7 +56,7 @@ def logged_as(level: str) -> Iterator[None]:
 
 
 class Log(io.TextIOWrapper):
-    """Puts time and level before every line, and loses what there is no room for."""
+    """Prefixes every line with time and level; drops text that cannot be written."""
 
     level = "INFO"
     _is_within_line = False
@@ -82,12 +82,12 @@ class Log(io.TextIOWrapper):
         return "".join(whole) + last
 
     def _stamp(self, line: str, head: str) -> str:
-        goes_on, self._is_within_line = self._is_within_line, False
-        return line if goes_on or STAMPED.match(line) else head + line
+        continues, self._is_within_line = self._is_within_line, False
+        return line if continues or STAMPED.match(line) else head + line
 
 
 class _Handler(logging.Handler):
-    """Records that reach the root logger, with their level."""
+    """Writes records of the root logger to stderr with their level."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with logged_as(record.levelname):

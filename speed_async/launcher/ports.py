@@ -1,4 +1,4 @@
-"""TCP ports: how one is written, whether anybody listens at it, and whether it can be bound."""
+"""TCP ports: formatting an address, probing for a listener, and testing whether a port is free."""
 
 import asyncio
 import socket
@@ -8,12 +8,12 @@ POLL_S = 0.05
 
 
 def address_at(host: str, port: int) -> str:
-    """tcp://HOST:PORT, as `--join` and `console` take it; an IPv6 address stands in brackets."""
+    """tcp://HOST:PORT, as `--join` and `console` accept it; an IPv6 address is in brackets."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 async def listens(host: str, port: int, *, timeout_s: float) -> bool:
-    """Whether something accepts connections at this address."""
+    """Whether a process accepts connections at this address."""
     try:
         _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), timeout_s)
     except (OSError, TimeoutError):
@@ -23,7 +23,7 @@ async def listens(host: str, port: int, *, timeout_s: float) -> bool:
 
 
 def becomes_free(host: str, port: int, *, timeout_s: float) -> bool:
-    """Whether this port can be bound, now or within `timeout_s`: who had it may just be dying."""
+    """Whether this port can be bound now or within `timeout_s`: its owner may still be exiting."""
     ends_s = time.monotonic() + timeout_s
     while not _can_bind(host, port):
         if time.monotonic() >= ends_s:

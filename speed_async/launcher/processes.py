@@ -1,4 +1,4 @@
-"""Child processes that cannot outlive their parent, and are ended within a deadline."""
+"""Child processes that exit with their parent and are terminated within a deadline."""
 
 import asyncio
 import ctypes
@@ -12,22 +12,22 @@ from speed_async.launcher.logs import QUIET
 
 PR_SET_PDEATHSIG = 1
 ENVIRONMENT = {
-    # Roles set their own thread counts; OpenMP's spinning threads would fight over the cores.
+    # Roles set their own thread counts; OpenMP's spinning threads would compete for the cores.
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Gloo reports peers that left on stderr, in C++ stack traces; our errors say it in words.
+    # Gloo prints C++ stack traces about lost peers to stderr; the errors here cover that.
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     **QUIET,
 }
-"""What a command that starts roles sets for them, where the user has not."""
+"""Default environment of the roles; variables that the user has set take precedence."""
 
 
 def die_with_parent(parent_id: int | None, how: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when its parent ends (Linux): when the thread that
-    started it does, which is its parent's main thread everywhere here.
+    """Have the kernel send this process the signal `how` when its parent exits (Linux). The kernel
+    acts on the exit of the thread that started the process; here this is always the main thread.
 
-    `parent_id`: who the parent was when this process was started, to notice a parent that has ended
-    already; None where nobody told.
+    `parent_id`: process id of the parent at the start, to detect that it has already exited; None
+    if not known.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, how)
@@ -44,9 +44,9 @@ async def start_role(
     stdout: int | None = asyncio.subprocess.PIPE,
     environment: Mapping[str, str] | None = None,
 ) -> asyncio.subprocess.Process:
-    """Start `python -m speed_async.launcher.child ROLE ...` in a session of its own.
+    """Start `python -m speed_async.launcher.child ROLE ...` in its own session.
 
-    A session of its own keeps the terminal's Ctrl-C away from it: roles end by protocol.
+    In its own session a role does not receive the terminal's Ctrl-C: roles are stopped by protocol.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
@@ -67,19 +67,19 @@ async def start_role(
 
 
 async def kill_process(process: asyncio.subprocess.Process) -> None:
-    """End the process now, unless it has ended; a stopped one as well."""
+    """Kill the process unless it has exited; also works on a stopped (SIGSTOP) process."""
     if process.returncode is None:
         process.kill()
         await process.wait()
 
 
 async def end_process(process: asyncio.subprocess.Process, grace_s: float) -> None:
-    """Give the process `grace_s` to end by itself, then SIGTERM, then SIGKILL."""
-    for act in (None, process.terminate, process.kill):
+    """Wait `grace_s` for the process to exit, then again after SIGTERM and after SIGKILL."""
+    for send_signal in (None, process.terminate, process.kill):
         if process.returncode is not None:
             return
-        if act is not None:
-            act()
+        if send_signal is not None:
+            send_signal()
         try:
             await asyncio.wait_for(process.wait(), grace_s)
         except TimeoutError:

@@ -1,4 +1,4 @@
-"""A rank's place among the ranks of a run, and a node's among its nodes."""
+"""Ranks of a run, and the nodes that they run on."""
 
 import os
 import re
@@ -13,7 +13,7 @@ _RANGE = re.compile(r"(\d+):(\d+)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rank:
-    """As its launcher set it in the environment."""
+    """This rank, as its launcher set it in the environment."""
 
     rank: int
     world_size: int
@@ -48,7 +48,7 @@ class Rank:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """This machine's place among those of a run; all have as many ranks."""
+    """One node of a run; all nodes have the same number of ranks."""
 
     num_ranks: int
     index: int = 0
@@ -64,7 +64,7 @@ class Node:
 
 
 def node_of(config: Config, *, num_nodes: int, index: int, num_ranks: int | None) -> Node:
-    """The node that these options of `speed-async train` mean. Raises SpeedAsyncError."""
+    """Build the node from the options of `speed-async train`. Raises SpeedAsyncError."""
     if index >= num_nodes:
         raise SpeedAsyncError(
             f"--node-rank {index}: nodes are numbered from 0 to {num_nodes - 1} with --nnodes "
@@ -77,14 +77,14 @@ def node_of(config: Config, *, num_nodes: int, index: int, num_ranks: int | None
             raise ConfigError(
                 "cluster.actors",
                 config.cluster.actors,
-                f"{world_size} ranks cannot be shared evenly by --nnodes {num_nodes}; give "
+                f"{world_size} ranks cannot be divided evenly among --nnodes {num_nodes}; set "
                 "--nproc-per-node",
             )
     return Node(num_ranks=num_ranks, index=index, num_nodes=num_nodes)
 
 
 def check_world(config: Config, rank: Rank) -> None:
-    """Raise ConfigError when this number of ranks and nodes cannot run as configured."""
+    """Raise ConfigError when the configuration does not fit this number of ranks and nodes."""
     cluster = config.cluster
     if rank.world_size <= cluster.learners:
         raise ConfigError(
@@ -106,16 +106,16 @@ def check_world(config: Config, rank: Rank) -> None:
         raise ConfigError(
             "cluster.service_port",
             0,
-            "this run has several nodes, and actors on other nodes have to know the service's "
+            "this run has several nodes, and actors on other nodes need to know the service's "
             "port; set one that is free on the node of rank 0, the same on every node "
             "(--cluster.service_port 29411)",
         )
 
 
-def refuse_elastic() -> None:
+def reject_elastic() -> None:
     """Raise SpeedAsyncError when torchrun may change the number of nodes during the run.
 
-    torchrun does not tell its ranks; its command line (or PET_NNODES) does.
+    torchrun does not expose the range to its ranks; it is read from its command line or PET_NNODES.
     """
     nnodes = os.environ.get("PET_NNODES", "")
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -123,26 +123,26 @@ def refuse_elastic() -> None:
     found = _RANGE.fullmatch(nnodes)
     if found and found[1] != found[2]:
         raise SpeedAsyncError(
-            f"--nnodes {nnodes}: the number of nodes of a run cannot change while it goes on; give "
+            f"--nnodes {nnodes}: the number of nodes of a run cannot change while it runs; give "
             "torchrun one number, and add machines later with `speed-async actor --join`"
         )
 
 
 def _nnodes_option(command: list[str]) -> str:
-    """Value of torchrun's --nnodes, which may be abbreviated; empty where it is not given."""
-    for word, after in zip(command, [*command[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
+    """Value of torchrun's --nnodes, which may be abbreviated; empty if it is not given."""
+    for argument, following in zip(command, [*command[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
         if len(name) > len("--n") and "--nnodes".startswith(name):
-            return value if equals else after
-        if word == "speed_async.launch":
-            break  # what follows is ours
+            return value if equals else following
+        if argument == "speed_async.launch":
+            break  # the remaining arguments belong to this package
     return ""
 
 
 def _command_of(process_id: int) -> list[str]:
-    """Words of a process's command line; none where they cannot be read."""
+    """Arguments of a process's command line; empty if they cannot be read."""
     try:
         line = Path(f"/proc/{process_id}/cmdline").read_bytes()
     except OSError:
         return []
-    return [word.decode(errors="replace") for word in line.split(b"\0")[:-1]]
+    return [argument.decode(errors="replace") for argument in line.split(b"\0")[:-1]]

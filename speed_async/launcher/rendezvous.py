@@ -1,9 +1,9 @@
-"""What the ranks of one node tell each other and their launcher: a file that only this user reads.
+"""Rendezvous of the ranks of one node with each other and their launcher: a private file.
 
-The leading learner writes where its run is and where its service listens; the other ranks of its
-node look there. It outlives ranks that are started again, which is how a learner knows in which
-folder to go on. Our launcher names the folder; under torchrun, whose ranks are children of one
-process, the folder is that process's.
+Rank 0 writes the run folder and the address of the service; the other ranks of its node read it.
+The file survives a restart of the ranks, so that rank 0 knows which run to continue. The launcher
+sets the folder of the file; under torchrun it is derived from torchrun's process, the parent of all
+ranks.
 """
 
 import json
@@ -16,39 +16,39 @@ from pathlib import Path
 from speed_async.errors import SpeedAsyncError
 
 FOLDER_VARIABLE = "SPEED_ASYNC_LAUNCH_FOLDER"
-NOTICE_FILE = "notice.json"
+RECORD_FILE = "rendezvous.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RendezvousRecord:
     run_folder: str = ""
-    """Empty until the run has one."""
+    """Empty until the run folder is created."""
     host: str = ""
     port: int = 0
-    """Of the service; 0 while there is none."""
+    """Port of the service; 0 until it listens."""
     nothing_to_do: bool = False
-    """The run was finished before these ranks came: nobody will serve them."""
+    """The run was already finished when these ranks started: no service will start."""
     outcome: str = ""
-    """How the run ended, as a node without the learner heard it; empty before."""
+    """Outcome of the run, recorded on nodes without the learner; empty until the run ends."""
     reason: str = ""
 
 
 class RendezvousFile:
     def __init__(self, folder: Path) -> None:
-        """`folder` is made where it is missing. Raises SpeedAsyncError when others can write it."""
+        """Creates `folder` if missing. Raises SpeedAsyncError if other users can access it."""
         _make_private(folder)
-        self.path = folder / NOTICE_FILE
+        self.path = folder / RECORD_FILE
 
     def read(self) -> RendezvousRecord:
-        """An empty one before anything was written."""
+        """Return the record; an empty one if none was written."""
         try:
             return RendezvousRecord(**json.loads(self.path.read_text()))
         except FileNotFoundError:
             return RendezvousRecord()
 
-    def write(self, notice: RendezvousRecord) -> None:
+    def write(self, record: RendezvousRecord) -> None:
         pending = self.path.with_name(f"{os.getpid()}.partial")
-        pending.write_text(json.dumps(asdict(notice)))
+        pending.write_text(json.dumps(asdict(record)))
         pending.replace(self.path)
 
     def change(self, **changes: str | int | bool) -> None:
@@ -56,27 +56,27 @@ class RendezvousFile:
 
 
 def node_rendezvous() -> RendezvousFile:
-    """The file of this rank's node. Raises SpeedAsyncError.
+    """Open the file of this rank's node. Raises SpeedAsyncError.
 
-    Ranks that torchrun has started again find what they wrote before; if it is gone, they do not
-    know which run they belong to, and a new one must not begin in silence.
+    Ranks restarted by torchrun read the record of the previous attempt. If it is missing, the run
+    to continue is not known, and this is an error: a new run must not start silently.
     """
     if folder := os.environ.get(FOLDER_VARIABLE):
         return RendezvousFile(Path(folder))
     private = Path(tempfile.gettempdir()) / f"speed_async-{os.getuid()}"
     _make_private(private)
-    notice = RendezvousFile(private / _parent_name())
+    rendezvous = RendezvousFile(private / _parent_name())
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts != "0" and not notice.path.is_file():
+    if restarts != "0" and not rendezvous.path.is_file():
         raise SpeedAsyncError(
-            f"torchrun has started these ranks again, and '{notice.path}', where they noted which "
-            "run they belong to, is gone: start with --resume RUN_DIR"
+            f"torchrun has restarted these ranks, and '{rendezvous.path}', which identifies their "
+            "run, is gone: start with --resume RUN_DIR"
         )
-    return notice
+    return rendezvous
 
 
 def _parent_name() -> str:
-    """Names this process's parent as nothing else that ever has its number."""
+    """A name for the parent process that is unique even when its process id is reused."""
     parent = os.getppid()
     try:
         began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
@@ -92,12 +92,12 @@ def _make_private(folder: Path) -> None:
         found = folder.lstat()
     except OSError as error:
         raise SpeedAsyncError(
-            f"the folder '{folder}', where ranks find each other, cannot be used "
-            f"({error.strerror}): set TMPDIR to a folder that can be written"
+            f"the rendezvous folder '{folder}' cannot be used ({error.strerror}): set TMPDIR to a "
+            "writable folder"
         ) from None
     is_folder = stat.S_ISDIR(found.st_mode)
     if not is_folder or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise SpeedAsyncError(
-            f"'{folder}' is not a folder of this user alone, and what lies there cannot be "
-            "trusted: remove it, or set TMPDIR to a folder of your own"
+            f"'{folder}' is not a private folder of this user, and its content cannot be trusted: "
+            "remove it, or set TMPDIR to a private folder"
         )

@@ -1,4 +1,4 @@
-"""The run folder: who writes what where."""
+"""The run folder and the paths of its files."""
 
 import fcntl
 import json
@@ -33,12 +33,13 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def life(self) -> Path:
+    def attempt(self) -> Path:
+        """Number of the current attempt."""
         return self.path / "life.json"
 
     @property
     def identity(self) -> Path:
-        """What the run stands on (identity.py)."""
+        """Digests of the run's inputs (identity.py)."""
         return self.path / "identity.json"
 
     @property
@@ -56,20 +57,20 @@ class RunFolder:
         return self.path / "logs" / f"{role}.error"
 
     def failed(self, role: str) -> Path:
-        """Completions that this actor's verifier could not score."""
+        """Completions that this actor's verifier failed to score."""
         return self.path / "failed" / f"{role}.jsonl"
 
     def write_summary(self, fields: dict[str, object]) -> None:
         self.write(self.summary, json.dumps(fields, indent=2) + "\n")
 
     def write(self, path: Path, text: str) -> None:
-        """Write a file of this folder whole or not at all. Raises OSError."""
+        """Write a file of this folder atomically. Raises OSError."""
         write_whole(path, text)
 
     def take_lock(self, grace_s: float) -> int:
-        """Have this run to oneself; returns an open descriptor that no child inherits.
+        """Lock the run exclusively; returns an open descriptor that child processes do not inherit.
 
-        Raises SpeedAsyncError when another process has it still after `grace_s`.
+        Raises SpeedAsyncError when another process still holds the lock after `grace_s`.
         """
         descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         ends_s = time.monotonic() + grace_s
@@ -82,8 +83,8 @@ class RunFolder:
                     continue
                 os.close(descriptor)
                 raise SpeedAsyncError(
-                    f"the run in '{self.path}' is under way: stop it first (Ctrl-C), or start "
-                    "another in a folder of its own"
+                    f"the run in '{self.path}' is in progress: stop it first (Ctrl-C), or start a "
+                    "new run in another folder"
                 ) from None
             return descriptor
 
@@ -92,15 +93,16 @@ class RunFolder:
 
 
 def make_run_folder(config: Config) -> tuple[RunFolder, Config]:
-    """Make the configured folder, or the first free one of folder-2, folder-3, ...
+    """Create the configured folder, or the first free one of folder-2, folder-3, ...
 
-    Returns it with the config that names it, which is also written there. Raises ConfigError.
+    Returns it with the configuration updated to its path, which is also saved there. Raises
+    ConfigError.
     """
     wanted = Path(config.run.folder).expanduser().resolve()
     path = wanted
     number = 1
     try:
-        str(wanted).encode()  # other processes are told it as text
+        str(wanted).encode()  # the path is sent to other processes as text
     except UnicodeEncodeError:
         raise ConfigError(
             "run.folder", ascii(config.run.folder), "its path is not UTF-8: use another folder"
@@ -111,7 +113,7 @@ def make_run_folder(config: Config) -> tuple[RunFolder, Config]:
             path = wanted.with_name(f"{wanted.name}-{number}")
     except OSError as error:
         raise ConfigError(
-            "run.folder", config.run.folder, f"cannot be made ({error.strerror})"
+            "run.folder", config.run.folder, f"cannot be created ({error.strerror})"
         ) from None
     folder = RunFolder(path=path)
     run = config.run.model_copy(update={"folder": str(path)})
@@ -122,7 +124,7 @@ def make_run_folder(config: Config) -> tuple[RunFolder, Config]:
 
 
 def _claim(path: Path) -> bool:
-    """Make the folder ours; False when something is there already. One call of two wins."""
+    """Claim the folder; False if it is in use. Of two concurrent calls exactly one succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not (path.is_dir() and not any(path.iterdir())):
         try:

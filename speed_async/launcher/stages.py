@@ -1,23 +1,24 @@
-"""What a command is at before the run's feed begins, with times, for people at a terminal."""
+"""Progress of a command on the terminal, with times, until the run's metrics feed starts."""
 
 import os
 import sys
 import time
 
-BEGAN = "SPEED_ASYNC_BEGAN"
-"""When the command was given, in seconds since 1970; set for all processes that it starts."""
+START_TIME_VARIABLE = "SPEED_ASYNC_BEGAN"
+"""Environment variable with the start time of the command in seconds since 1970, inherited by all
+processes that it starts."""
 
 
-def begin() -> None:
-    os.environ[BEGAN] = repr(time.time())
+def record_start() -> None:
+    os.environ[START_TIME_VARIABLE] = repr(time.time())
 
 
-def stage(text: str) -> None:
-    """A line on the terminal that standard error is; nothing where it is none."""
+def log_stage(text: str) -> None:
+    """Write a line to stderr if it is a terminal."""
     if not sys.stderr.isatty():
         return
     try:
-        elapsed_s = time.time() - float(os.environ[BEGAN])
+        elapsed_s = time.time() - float(os.environ[START_TIME_VARIABLE])
     except (KeyError, ValueError):  # started by torchrun
         sys.stderr.write(f"{text}\n")
     else:

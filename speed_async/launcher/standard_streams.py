@@ -1,18 +1,19 @@
-"""Standard streams that are closed, full or broken: they end no run and hold none up."""
+"""Handling of closed, full or broken standard streams: they neither end nor block a run."""
 
 import os
 import sys
 import threading
 
 STDOUT, STDERR = 1, 2
-TELL_DEADLINE_S = 10.0
-"""How long a reader that does not read is waited for."""
+WRITE_DEADLINE_S = 10.0
+"""How long a write waits for a reader that does not read."""
 
 
 def open_standard_streams() -> None:
-    """Put /dev/null where standard input, output or error is closed (`>&-`).
+    """Open /dev/null in place of a closed standard input, output or error (`>&-`).
 
-    The next file or socket would be given the free number, and be written to by whoever prints.
+    Otherwise the next file or socket would get the free descriptor, and printed text would be
+    written to it.
     """
     opened = os.open(os.devnull, os.O_RDWR)
     while opened <= 2:
@@ -24,10 +25,10 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
-def tell(text: str, stream: int = STDOUT) -> bool:
-    """Write to a standard stream for whoever reads there; False when nobody does (`| head -1`), or
-    not in time. What is told lies on disk as well, so that is no error."""
-    told = threading.Event()
+def write_stream(text: str, stream: int = STDOUT) -> bool:
+    """Write to a standard stream. Returns False if the reader is gone (`| head -1`) or too slow.
+    This is not an error: everything written here is also on disk."""
+    is_written = threading.Event()
 
     def write() -> None:
         left = memoryview(text.encode(errors="backslashreplace"))
@@ -36,18 +37,18 @@ def tell(text: str, stream: int = STDOUT) -> bool:
                 left = left[os.write(stream, left) :]
         except OSError:
             return
-        told.set()
+        is_written.set()
 
-    # A thread, and not through sys.stdout: a write that waits for ever must hold nothing that the
-    # end of this process needs.
-    writing = threading.Thread(target=write, name="tell", daemon=True)
+    # In a thread and not through sys.stdout: a write that blocks forever must not hold a lock that
+    # the exit of this process needs.
+    writing = threading.Thread(target=write, name="write", daemon=True)
     writing.start()
-    writing.join(TELL_DEADLINE_S)
-    return told.is_set()
+    writing.join(WRITE_DEADLINE_S)
+    return is_written.is_set()
 
 
-def forget_stdout() -> None:
-    """Nobody reads there any more: what is left to be written must not fail as the process ends."""
+def discard_stdout() -> None:
+    """Redirect stdout to /dev/null after its reader is gone, so that the flush at exit succeeds."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)

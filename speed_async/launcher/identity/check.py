@@ -1,4 +1,4 @@
-"""Whether a run that is resumed finds what it began with; a difference is refused by name."""
+"""Compares a resumed run's inputs with those it started with; every difference is an error."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -26,12 +26,12 @@ from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.launcher.run_folder import RunFolder
 from speed_async.learner.checkpoint.store import checkpoint_folder, kept_versions, run_ids
 
-SHOWN = 8
-"""Digits of a digest."""
+SHOWN_DIGITS = 8
+"""Hex digits of a digest in messages."""
 MAX_NAMED = 3
 ACCEPTED = "code-"
-"""Begins the value of run.accept_scoring, so that no value reads as a number."""
-PLACES = {
+"""Prefix of the value of run.accept_scoring, so that it is never parsed as a number."""
+PATH_OPTIONS = {
     DATA: "--task.path FILE",
     MODEL: "--model.path FOLDER",
     WEIGHTS: "--model.path FOLDER",
@@ -41,56 +41,56 @@ PLACES = {
 
 
 def check_identity(config: Config, folder: RunFolder) -> Identity:
-    """What is there now, fit to be remembered. Changes nothing.
+    """Return the current identity of the run's inputs, to be saved. Changes nothing.
 
-    Raises IdentityError when the run in `folder` began with something else, ConfigError when its
-    configuration was edited, and JournalRefused when its journal is of another run or release.
+    Raises IdentityError when the run in `folder` started with other inputs, ConfigError when its
+    configuration was edited, and JournalRefused when its journal belongs to another run or release.
     """
     then = read_identity(folder.identity)
-    makers = run_ids(folder.checkpoints)
+    owners = run_ids(folder.checkpoints)
     model = Path(config.model.path)
     if then is None:
-        now = _identify(config, folder, next(reversed(makers.values()), new_run_id()))
+        now = _identify(config, folder, next(reversed(owners.values()), new_run_id()))
     else:
         _check_settings(then, config, folder)
-        _check_checkpoints(then, makers, folder)
+        _check_checkpoints(then, owners, folder)
         now = _identify(config, folder, then.run_id)
-        _check_things(then, now, config, folder)
+        _check_inputs(then, now, config, folder)
         if WEIGHTS in then.things:
             now = with_weights(now, model, then.weights)
-            _check_things(then, now, config, folder)
+            _check_inputs(then, now, config, folder)
     fingerprint = model_fingerprint(model, chat_template=config.model.chat_template)
     check_segments(folder.journal, data=now.things[DATA].digest, model=fingerprint)
     if then is None:
         return now
-    # What the run began with, where that was found today.
-    places = {
-        name: replace(thing, place=now.things[name].place) for name, thing in then.things.items()
+    # The initial digests with the current locations.
+    relocated = {
+        name: replace(part, place=now.things[name].place) for name, part in then.things.items()
     }
-    return replace(then, things=places, weights=now.weights)
+    return replace(then, things=relocated, weights=now.weights)
 
 
 def _check_settings(then: Identity, config: Config, folder: RunFolder) -> None:
     missing = object()
     present = fixed_settings(config)
-    for field, began in then.settings.items():
-        if (value := present.get(field, missing)) != began:
+    for field, initial in then.settings.items():
+        if (value := present.get(field, missing)) != initial:
             raise ConfigError(
                 field,
                 None if value is missing else value,
-                f"this run began with {began!r}, and '{folder.config}' was edited since; set it "
-                "back, or start a new run",
+                f"this run started with {initial!r}, and '{folder.config}' was edited since; "
+                "restore the value, or start a new run",
             )
 
 
-def _check_checkpoints(then: Identity, makers: Mapping[str, str], folder: RunFolder) -> None:
-    for name, maker in makers.items():
-        if maker != then.run_id:
+def _check_checkpoints(then: Identity, owners: Mapping[str, str], folder: RunFolder) -> None:
+    for name, owner in owners.items():
+        if owner != then.run_id:
             path = folder.checkpoints / name
             raise IdentityError(
-                f"checkpoint '{path}' is of another run ({maker[:SHOWN]}, this one is "
-                f"{then.run_id[:SHOWN]}): move it away; to train on from it, start a new run: "
-                f"speed-async train CONFIG --model.path '{path}'"
+                f"checkpoint '{path}' belongs to another run ({owner[:SHOWN_DIGITS]}, this one is "
+                f"{then.run_id[:SHOWN_DIGITS]}): move it away; to continue training from it, start "
+                f"a new run: speed-async train CONFIG --model.path '{path}'"
             )
 
 
@@ -99,17 +99,17 @@ def _identify(config: Config, folder: RunFolder, run_id: str) -> Identity:
         return identify(config, run_id=run_id)
     except (ConfigError, DataError, TaskError) as error:
         raise IdentityError(
-            f"the data of the run in '{folder.path}' cannot be made again: {error}"
+            f"the data of the run in '{folder.path}' cannot be loaded again: {error}"
         ) from error
 
 
-def _check_things(then: Identity, now: Identity, config: Config, folder: RunFolder) -> None:
+def _check_inputs(then: Identity, now: Identity, config: Config, folder: RunFolder) -> None:
     if differences := dict(_differences(then, now, config)):
         raise IdentityError(_refusal(differences, folder))
 
 
 def _differences(then: Identity, now: Identity, config: Config) -> Iterator[tuple[str, str]]:
-    """Names of what differs, and how."""
+    """Yield the name and the description of each difference."""
     for name, before in then.things.items():
         after = now.things.get(name)
         if after is None or after.digest == before.digest:
@@ -117,49 +117,49 @@ def _differences(then: Identity, now: Identity, config: Config) -> Iterator[tupl
         if name == DATA:
             yield name, _other_data(before, after)
         elif name != SCORING:
-            place = _places(before, after)
-            yield name, f"the {name} in {place} changed: {_files(before, after)}"
+            path = _location(before, after)
+            yield name, f"the {name} in {path} changed: {_files(before, after)}"
         elif not _is_accepted(config.run.accept_scoring, after):
             yield name, _other_code(before, after)
 
 
 def _other_code(before: IdentityPart, after: IdentityPart) -> str:
     return (
-        f"the code that scores ({after.place}) changed: {_files(before, after)}; rewards before "
-        "and after would not compare (to go on with the changed code, add --run.accept_scoring "
-        f"{ACCEPTED}{after.digest[:SHOWN]})"
+        f"the scoring code ({after.place}) changed: {_files(before, after)}; rewards before and "
+        "after would not be comparable (to continue with the changed code, add "
+        f"--run.accept_scoring {ACCEPTED}{after.digest[:SHOWN_DIGITS]})"
     )
 
 
 def _is_accepted(value: str | None, scoring: IdentityPart) -> bool:
     digest = (value or "").removeprefix(ACCEPTED)
-    return len(digest) >= SHOWN and scoring.digest.startswith(digest)
+    return len(digest) >= SHOWN_DIGITS and scoring.digest.startswith(digest)
 
 
 def _other_data(before: IdentityPart, after: IdentityPart) -> str:
-    was, is_now = before.parts, after.parts
-    if was["train"] != is_now["train"] or was["held_out"] != is_now["held_out"]:
-        how = "other numbers of prompts"
-    elif was["answers"] == is_now["answers"]:
-        how = "the same prompts in another order"
-    elif was["prompts"] == is_now["prompts"]:
-        how = "the same prompts with other answers"
+    old, new = before.parts, after.parts
+    if old["train"] != new["train"] or old["held_out"] != new["held_out"]:
+        how = "different numbers of prompts"
+    elif old["answers"] == new["answers"]:
+        how = "the same prompts in a different order"
+    elif old["prompts"] == new["prompts"]:
+        how = "the same prompts with different answers"
     else:
-        how = "other prompts"
+        how = "different prompts"
     return (
-        f"the data in {_places(before, after)} changed ({how}): {_counted(before)} then, "
-        f"{_counted(after)} now; recorded prompt ids would name other prompts, and held-out "
+        f"the data in {_location(before, after)} changed ({how}): {_counted(before)} before, "
+        f"{_counted(after)} now; recorded prompt ids would refer to other prompts, and held-out "
         "prompts may have been trained on"
     )
 
 
 def _counted(data: IdentityPart) -> str:
     train, held_out = data.parts["train"], data.parts["held_out"]
-    return f"{train} prompts and {held_out} held out (fingerprint {data.digest[:SHOWN]})"
+    return f"{train} prompts and {held_out} held out (fingerprint {data.digest[:SHOWN_DIGITS]})"
 
 
-def _places(before: IdentityPart, after: IdentityPart) -> str:
-    moved = f" (it was in '{before.place}')" if before.place != after.place else ""
+def _location(before: IdentityPart, after: IdentityPart) -> str:
+    moved = f" (previously in '{before.place}')" if before.place != after.place else ""
     return f"'{after.place}'{moved}"
 
 
@@ -174,19 +174,19 @@ def _files(before: IdentityPart, after: IdentityPart) -> str:
     return "; ".join([*listed, *([f"and {more} more"] if more > 0 else [])])
 
 
-def _short(thing: IdentityPart, name: str) -> str:
-    part = thing.parts.get(name)
-    return str(part)[:SHOWN] if part is not None else "not there"
+def _short(part: IdentityPart, name: str) -> str:
+    digest = part.parts.get(name)
+    return str(digest)[:SHOWN_DIGITS] if digest is not None else "missing"
 
 
 def _refusal(differences: Mapping[str, str], folder: RunFolder) -> str:
     texts = list(differences.values())
-    said = f" {texts[0]}" if len(texts) == 1 else "".join(f"\n  {text}" for text in texts)
-    places = sorted({PLACES[name] for name in differences if name in PLACES})
-    moved = f" (from another place: {', '.join(places)})" if places else ""
+    listed = f" {texts[0]}" if len(texts) == 1 else "".join(f"\n  {text}" for text in texts)
+    options = sorted({PATH_OPTIONS[name] for name in differences if name in PATH_OPTIONS})
+    moved = f" (if they were moved: {', '.join(options)})" if options else ""
     return (
-        f"the run in '{folder.path}' cannot be resumed, and nothing in it was changed:{said}. "
-        f"Bring back what it began with{moved}, or start a new run{_from_checkpoint(folder)}"
+        f"the run in '{folder.path}' cannot be resumed, and was left unchanged:{listed}. "
+        f"Restore its original inputs{moved}, or start a new run{_from_checkpoint(folder)}"
     )
 
 

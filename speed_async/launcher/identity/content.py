@@ -1,4 +1,4 @@
-"""Digests of files by their content; a large file that was not touched since is not read again."""
+"""Content digests of files. The digest of a large file is reused while the file is unmodified."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,8 @@ from types import MappingProxyType
 
 import xxhash
 
-REMEMBERED_BYTES = 16 * 1024 * 1024
-"""Smaller files are always read."""
+MIN_CACHED_BYTES = 16 * 1024 * 1024
+"""Files smaller than this are always read."""
 READERS = 4
 CHUNK_BYTES = 8 * 1024 * 1024
 NUM_SAMPLES = 64
@@ -22,14 +22,14 @@ class FileDigest:
     digest: str
     """XXH3, 128 bits, in hex."""
     stamp: tuple[int, ...]
-    """Device, inode, size, and times (ns) of the last change of content and of anything."""
+    """Device, inode, size, mtime and ctime (ns)."""
 
 
 def digest_files(
     paths: Sequence[Path], known: Mapping[str, FileDigest] = MappingProxyType({})
 ) -> dict[str, FileDigest]:
-    """Digests by path, of several files at once. `known`: of an earlier time; a large file that
-    has its stamp still is not read. Raises OSError."""
+    """Digests by path; several files are read concurrently. `known`: earlier digests; a large file
+    with an unchanged stamp is not read. Raises OSError."""
 
     def digested(path: Path) -> FileDigest:
         facts = path.stat()
@@ -40,9 +40,9 @@ def digest_files(
             facts.st_mtime_ns,
             facts.st_ctime_ns,
         )
-        before = known.get(str(path))
-        if before is not None and before.stamp == stamp and facts.st_size >= REMEMBERED_BYTES:
-            return before
+        cached = known.get(str(path))
+        if cached is not None and cached.stamp == stamp and facts.st_size >= MIN_CACHED_BYTES:
+            return cached
         return FileDigest(digest=_digest(path), stamp=stamp)
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="digest") as readers:
@@ -50,7 +50,7 @@ def digest_files(
 
 
 def digest_text(*texts: str) -> str:
-    """Of these texts in this order; where one ends counts."""
+    """Digest of the texts in this order; the boundaries between texts are significant."""
     digest = xxhash.xxh3_128()
     for text in texts:
         content = text.encode(errors="surrogatepass")
@@ -59,8 +59,8 @@ def digest_text(*texts: str) -> str:
 
 
 def sample_digest(path: Path) -> str:
-    """Of a file's size, beginning and end, and of samples evenly spaced between: of 256 KiB in all,
-    so that each of many processes can afford it. Raises OSError."""
+    """Digest of a file's size, start and end, and of evenly spaced samples between: 256 KiB in all,
+    cheap enough for every process to compute. Raises OSError."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size

@@ -1,6 +1,6 @@
-"""What a run stands on, identified by content: data, model, tokenizer, chat template, scoring code.
+"""Identity of a run's inputs by content: data, model, tokenizer, chat template, scoring code.
 
-Kept in the run folder as `identity.json`. Nothing here loads torch.
+Stored in the run folder as `identity.json`. Does not load torch.
 """
 
 import importlib.metadata
@@ -36,8 +36,8 @@ DATA, MODEL, WEIGHTS, TOKENIZER, TEMPLATE, SCORING = (
     "chat template",
     "code that scores",
 )
-"""The model's weights are sampled in `model`, which takes no time, and read whole in `model
-weights`, which is added while the run begins."""
+"""`model` covers samples of the weights, which are fast to read; `model weights` covers all of them
+and is added while the run starts."""
 GYM = "reasoning_gym:"
 GYM_LIBRARY = "reasoning-gym"
 
@@ -45,45 +45,45 @@ GYM_LIBRARY = "reasoning-gym"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IdentityPart:
     place: str
-    """Where it was found: a path, or the name of what made it."""
+    """Its location: a path, or the name of its class or task."""
     digest: str
     parts: Mapping[str, str | int]
-    """Digest by file; of data, the counts and digests that tell how two sets differ."""
+    """Digest by file; for data, the counts and digests that show how two data sets differ."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
     run_id: str
-    """Each checkpoint of the run bears it."""
+    """Stored in each checkpoint of the run."""
     release: str
-    """Of this package, for the reader's information."""
+    """Version of this package; informational."""
     settings: Mapping[str, Any]
-    """Fields of the configuration that may not change, as the run began."""
+    """Initial values of the configuration fields that must not change."""
     things: Mapping[str, IdentityPart]
     weights: Mapping[str, FileDigest]
-    """By path, so that large files need not be read again."""
+    """Digests of weight files by path, so that unmodified large files are not read again."""
 
     def text(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
 
 
 def identify(config: Config, *, run_id: str) -> Identity:
-    """All that a run with this configuration stands on, but for whole weights.
+    """Identify the inputs of a run with this configuration, except for its full weights.
 
-    Raises ConfigError, DataError or TaskError when the task cannot be made, and IdentityError when
-    a file cannot be read.
+    Raises ConfigError, DataError or TaskError when the task cannot be created, and IdentityError
+    when a file cannot be read.
     """
     task = make_task(config.task)
     folder = Path(config.model.path)
     try:
         things = {
             DATA: _data(config, task),
-            MODEL: _thing(folder, model_parts(folder)),
-            TOKENIZER: _thing(folder, tokenizer_parts(folder)),
+            MODEL: _part(folder, model_parts(folder)),
+            TOKENIZER: _part(folder, tokenizer_parts(folder)),
             SCORING: _scoring(config, task),
         }
         if config.model.chat_template:
-            things[TEMPLATE] = _thing(folder, template_parts(folder))
+            things[TEMPLATE] = _part(folder, template_parts(folder))
     except OSError as error:
         raise _unreadable(error) from error
     return Identity(
@@ -98,14 +98,14 @@ def identify(config: Config, *, run_id: str) -> Identity:
 def with_weights(
     identity: Identity, folder: Path, known: Mapping[str, FileDigest] = MappingProxyType({})
 ) -> Identity:
-    """The same with the whole weights of this model folder. `known`: their digests of an earlier
-    time. Raises IdentityError."""
+    """Return a copy with the full weights of this model folder. `known`: earlier digests of the
+    files. Raises IdentityError."""
     try:
         weights = digest_files(weight_files(folder), known)
     except OSError as error:
         raise _unreadable(error) from error
     parts = {Path(path).name: found.digest for path, found in weights.items()}
-    things = {**identity.things, WEIGHTS: _thing(folder, parts)}
+    things = {**identity.things, WEIGHTS: _part(folder, parts)}
     return replace(identity, things=things, weights=weights)
 
 
@@ -114,28 +114,28 @@ def new_run_id() -> str:
 
 
 def read_identity(path: Path) -> Identity | None:
-    """None when there is none. Raises IdentityError for one that cannot be read."""
+    """Returns None if the file does not exist. Raises IdentityError if it cannot be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if (version := record.pop("format")) != FORMAT:
             raise ValueError(f"it has format {version}, this release reads {FORMAT}")
-        things = {name: IdentityPart(**thing) for name, thing in record.pop("things").items()}
+        things = {name: IdentityPart(**part) for name, part in record.pop("things").items()}
         weights = {
-            place: FileDigest(digest=known["digest"], stamp=tuple(known["stamp"]))
-            for place, known in record.pop("weights").items()
+            file: FileDigest(digest=known["digest"], stamp=tuple(known["stamp"]))
+            for file, known in record.pop("weights").items()
         }
         return Identity(things=things, weights=weights, **record)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise IdentityError(
-            f"'{path}' cannot be read ({error}): bring it back from a copy; if there is none, "
-            "remove it, and the run is compared with its journal alone"
+            f"'{path}' cannot be read ({error}): restore it from a copy; if there is none, remove "
+            "it, and the run is compared with its journal only"
         ) from None
 
 
 def _unreadable(error: OSError) -> IdentityError:
-    return IdentityError(f"what this run stands on cannot be read: {error}")
+    return IdentityError(f"an input of this run cannot be read: {error}")
 
 
 def _data(config: Config, task: Task) -> IdentityPart:
@@ -158,10 +158,10 @@ def _scoring(config: Config, task: Task) -> IdentityPart:
     if config.task.name.startswith(GYM):
         parts[GYM_LIBRARY] = importlib.metadata.version(GYM_LIBRARY)
     kind = type(task)
-    return _thing(f"{kind.__module__}.{kind.__qualname__}", parts)
+    return _part(f"{kind.__module__}.{kind.__qualname__}", parts)
 
 
-def _thing(place: Path | str, parts: Mapping[str, str | int]) -> IdentityPart:
+def _part(place: Path | str, parts: Mapping[str, str | int]) -> IdentityPart:
     texts = [text for name in sorted(parts) for text in (name, str(parts[name]))]
     return IdentityPart(place=str(place), digest=digest_text(*texts), parts=parts)
 

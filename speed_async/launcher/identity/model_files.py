@@ -1,4 +1,4 @@
-"""Which files of a model folder make the model, the tokenizer and the chat template."""
+"""The files of a model folder that define the model, the tokenizer and the chat template."""
 
 import json
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from speed_async.launcher.identity.content import digest_files, digest_text, sam
 
 SETTINGS = ("config.json", "generation_config.json")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-NO_WEIGHTS = frozenset({"optimizer.safetensors"})
-"""Of a checkpoint of an earlier run: the model is used without it."""
+EXCLUDED_WEIGHTS = frozenset({"optimizer.safetensors"})
+"""Optimiser state of a checkpoint, which is not part of the model."""
 TOKENIZER = (
     "tokenizer*.json",
     "tokenizer.model",
@@ -23,22 +23,22 @@ TOKENIZER = (
 )
 TEMPLATE = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 TOKENIZER_CONFIG = "tokenizer_config.json"
-"""May hold the chat template as well."""
+"""May contain the chat template as well."""
 _TEMPLATE_KEY = "chat_template"
 
 
 def model_parts(folder: Path) -> dict[str, str]:
-    """Digest by file; of weights a digest of samples. Raises OSError."""
+    """Digest by file; for weights, a digest of samples. Raises OSError."""
     sampled = {path.name: sample_digest(path) for path in weight_files(folder)}
     return _digests(folder, _matching(folder, SETTINGS)) | sampled
 
 
 def weight_files(folder: Path) -> list[Path]:
-    return [path for path in _matching(folder, WEIGHTS) if path.name not in NO_WEIGHTS]
+    return [path for path in _matching(folder, WEIGHTS) if path.name not in EXCLUDED_WEIGHTS]
 
 
 def tokenizer_parts(folder: Path) -> dict[str, str]:
-    """Digest by file, the chat template left out. Raises OSError."""
+    """Digest by file, without the chat template. Raises OSError."""
     parts = _digests(folder, _matching(folder, TOKENIZER))
     if TOKENIZER_CONFIG in parts:
         facts = {k: v for k, v in _tokenizer_config(folder).items() if k != _TEMPLATE_KEY}
@@ -55,8 +55,8 @@ def template_parts(folder: Path) -> dict[str, str]:
 
 
 def model_fingerprint(folder: Path, *, chat_template: bool) -> str:
-    """Digest of all that has to be alike on every node. Of weights it takes samples only: another
-    model is told apart, a single wrong byte is not. Raises OSError."""
+    """Digest of everything that must be identical on all nodes. It covers only samples of the
+    weights: it detects another model, but not a single wrong byte. Raises OSError."""
     texts = [*_flat(model_parts(folder)), *_flat(tokenizer_parts(folder))]
     if chat_template:
         texts += _flat(template_parts(folder))
@@ -78,7 +78,7 @@ def _digests(folder: Path, paths: Sequence[Path]) -> dict[str, str]:
 
 
 def _tokenizer_config(folder: Path) -> dict[str, object]:
-    """Empty where there is none that can be read; loading the tokenizer says so."""
+    """Empty if the file is missing or unreadable; loading the tokenizer reports that."""
     try:
         facts = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template, rendered as transformers does, without importing it."""
+"""Renders a tokenizer's chat template like transformers, without importing it."""
 
 import datetime
 import json
@@ -11,16 +11,16 @@ from speed_async.config.model_facts import read_json
 
 TEMPLATE_FILE = "chat_template.jinja"
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
-"""Marks for training masks; they leave no text."""
+"""Tags for training masks; they render no text."""
 
 
 def find_template(folder: Path) -> str | None:
-    """The template's text. Raises ModelError for a file that cannot be read."""
+    """Return the template's text, or None. Raises ModelError for an unreadable file."""
     if (folder / TEMPLATE_FILE).is_file():
         return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
     settings = folder / "tokenizer_config.json"
     found = read_json(settings).get("chat_template") if settings.is_file() else None
-    if isinstance(found, list):  # several, by name
+    if isinstance(found, list):  # several templates with names
         named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
         found = named.get("default")
     return found if isinstance(found, str) and found else None
@@ -28,7 +28,7 @@ def find_template(folder: Path) -> str | None:
 
 class ChatTemplate:
     def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
-        """Raises jinja2.TemplateError when the text is no template."""
+        """Raises jinja2.TemplateError if the text is not a valid template."""
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -42,7 +42,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
 
     def render(self, prompt: str) -> str:
-        """One user message, and the beginning of the answer to it. The template may raise."""
+        """Render one user message and the generation prompt. The template may raise."""
         return self._template.render(
             messages=[{"role": "user", "content": prompt}],
             tools=None,

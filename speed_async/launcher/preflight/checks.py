@@ -1,4 +1,4 @@
-"""All that can be known before a model is loaded: every check, in one call. Writes nothing."""
+"""Runs all checks that do not require loading the model. Writes nothing."""
 
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, SpeedAsyncError
@@ -20,7 +20,7 @@ from speed_async.launcher.preflight.tokenizer import PromptTokenizer, check_toke
 MAX_SHOWN_TOKENS = 200
 
 
-def find_all(
+def run_checks(
     config: Config,
     errors: list[ConfigError] | None = None,
     *,
@@ -28,8 +28,9 @@ def find_all(
     actors_here: bool = True,
     leads: bool = True,
 ) -> Findings:
-    """`errors` are those that the configuration has already. `actors_here` is False where other
-    machines may run all actors; `leads`, where another one has the learner and the service."""
+    """Run all checks. `errors`: errors already found in the configuration. `actors_here`: False
+    if all actors may run on other machines. `leads`: False if the learner and the service run on
+    another machine."""
     findings = Findings(errors=list(errors or ()))
     check_devices(config, findings, actors_here=actors_here)
     check_libraries(config, findings)
@@ -53,17 +54,17 @@ def find_all(
     return findings
 
 
-def refuse_what_cannot_run(
+def require_runnable(
     config: Config, *, resume: bool = False, actors_here: bool = True
 ) -> list[str]:
-    """Warnings, when nothing is wrong. Raises SpeedAsyncError with all that is."""
-    findings = find_all(config, resume=resume, actors_here=actors_here)
+    """Run all checks and return the warnings. Raises SpeedAsyncError with all errors."""
+    findings = run_checks(config, resume=resume, actors_here=actors_here)
     if findings.errors:
-        raise as_one(findings.errors)
+        raise combine_errors(findings.errors)
     return findings.warnings
 
 
-def as_one(errors: list[SpeedAsyncError]) -> SpeedAsyncError:
+def combine_errors(errors: list[SpeedAsyncError]) -> SpeedAsyncError:
     return errors[0] if len(errors) == 1 else PreflightError(errors)
 
 
@@ -77,8 +78,8 @@ def _check_lengths(
     parts = [("training", task.task.train_prompts), ("held-out", task.task.held_out_prompts)]
     measured = check_prompts(config, model, tokenizer, parts, findings)
     context = model.context_length or "of unknown length"
-    room = f"context {context}, actors.max_new_tokens {config.actors.max_new_tokens}"
-    findings.show("prompt lengths", [*map(describe, measured), room])
+    limits = f"context {context}, actors.max_new_tokens {config.actors.max_new_tokens}"
+    findings.show("prompt lengths", [*map(describe, measured), limits])
 
 
 def _show_example(task: CheckedTask, tokenizer: PromptTokenizer | None, findings: Findings) -> None:
@@ -87,8 +88,8 @@ def _show_example(task: CheckedTask, tokenizer: PromptTokenizer | None, findings
     if tokenizer is not None:
         try:
             [ids] = tokenizer.encode([prompt.text])
-        except Exception as error:  # a template may fail on it in any way; counted by lengths
-            lines.append(f"it cannot be encoded: {error}")
+        except Exception as error:  # a template may raise anything; _check_lengths counts it
+            lines.append(f"cannot be encoded: {error}")
         else:
             pieces = " ".join(map(repr, tokenizer.pieces(ids[:MAX_SHOWN_TOKENS])))
             more = " ..." if len(ids) > MAX_SHOWN_TOKENS else ""
@@ -98,5 +99,5 @@ def _show_example(task: CheckedTask, tokenizer: PromptTokenizer | None, findings
     findings.show("first prompt", lines)
     if task.scores is not None:
         right, empty = task.scores
-        answer = f"its reference answer {prompt.answer!r} scores {right:g}"
+        answer = f"the reference answer {prompt.answer!r} scores {right:g}"
         findings.show("verifier", [answer, f"an empty completion scores {empty:g}"])

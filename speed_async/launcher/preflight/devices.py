@@ -1,4 +1,4 @@
-"""Whether torch will find a GPU, found out without importing torch."""
+"""Detects whether torch will find a GPU, without importing torch."""
 
 import ctypes
 import importlib.util
@@ -13,17 +13,17 @@ from speed_async.launcher.preflight.findings import Findings
 
 DRIVER = "libcuda.so.1"
 ROCM_DEVICE = Path("/dev/kfd")
-USE_ANOTHER = "use 'auto' or 'cpu'"
+REMEDY = "use 'auto' or 'cpu'"
 
 
 def check_devices(config: Config, findings: Findings, *, actors_here: bool = True) -> None:
-    """Raises nothing; `cuda` on a machine without a usable GPU is an error."""
+    """Report an error for `cuda` on a machine without a usable GPU. Does not raise."""
     fields = [("learner.device", config.learner.device)]
-    if actors_here and config.actors.engine != "vllm":  # which looks for itself
+    if actors_here and config.actors.engine != "vllm":  # vLLM detects its device itself
         fields.append(("actors.device", config.actors.device))
-    asked = [field for field, device in fields if device == "cuda"]
-    if asked and (fault := why_no_gpu()):
-        findings.errors += [ConfigError(field, "cuda", fault) for field in asked]
+    on_cuda = [field for field, device in fields if device == "cuda"]
+    if on_cuda and (fault := why_no_gpu()):
+        findings.errors += [ConfigError(field, "cuda", fault) for field in on_cuda]
     if config.weights.backend == "nccl" and (fault := _why_no_nccl(config, actors_here)):
         findings.errors.append(ConfigError("weights.backend", "nccl", f"{fault}; use 'auto'"))
     split = config.actors.vllm.tensor_parallel
@@ -35,43 +35,41 @@ def check_devices(config: Config, findings: Findings, *, actors_here: bool = Tru
             ConfigError(
                 "actors.vllm.tensor_parallel",
                 split,
-                f"more than the {visible} GPUs that are visible; set at most {visible}",
+                f"exceeds the number of visible GPUs ({visible}); set at most {visible}",
             )
         )
 
 
 def _why_no_nccl(config: Config, actors_here: bool) -> str:
-    """NCCL wants a GPU for each rank."""
+    """Why NCCL cannot be used, or ""; NCCL requires one GPU per rank."""
     if config.learner.device == "cpu":
-        return "weights go by NCCL between GPUs, and learner.device = 'cpu'"
+        return "NCCL transfers weights between GPUs, and learner.device = 'cpu'"
     if why_no_gpu():
-        return "weights go by NCCL between GPUs, and there is none to use here"
+        return "NCCL transfers weights between GPUs, and no GPU is usable here"
     ranks, visible = config.cluster.learners + config.cluster.actors, num_cuda_gpus()
     if actors_here and 0 < visible < ranks:
-        return f"it needs a GPU for each of {ranks} ranks, and {visible} are visible"
+        return f"NCCL requires one GPU for each of {ranks} ranks, and {visible} are visible"
     return ""
 
 
 def why_no_gpu() -> str:
-    """Empty when torch has a GPU to use."""
+    """Why torch has no usable GPU; empty if it has one."""
     build = _torch_build()
     if build == "cpu":
-        return (
-            f"the installed torch is built for CPUs alone; install one for CUDA, or {USE_ANOTHER}"
-        )
+        return f"the installed torch is a CPU-only build; install a CUDA build, or {REMEDY}"
     if build == "hip":
         found = ROCM_DEVICE.exists()
-        return "" if found else f"no ROCm device is here ({ROCM_DEVICE}); {USE_ANOTHER}"
+        return "" if found else f"no ROCm device was found ({ROCM_DEVICE}); {REMEDY}"
     if num_cuda_gpus() > 0:
         return ""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     why = f" (CUDA_VISIBLE_DEVICES = {hidden!r})" if hidden is not None else ""
-    return f"no CUDA device is visible{why}; {USE_ANOTHER}"
+    return f"no CUDA device is visible{why}; {REMEDY}"
 
 
 @cache
 def num_cuda_gpus() -> int:
-    """As the driver counts them, under CUDA_VISIBLE_DEVICES; 0 without a driver."""
+    """Number of GPUs that the driver reports under CUDA_VISIBLE_DEVICES; 0 without a driver."""
     try:
         driver = ctypes.CDLL(DRIVER)
         count = ctypes.c_int(0)
@@ -83,7 +81,7 @@ def num_cuda_gpus() -> int:
 
 
 def _torch_build() -> str:
-    """`cpu`, `cuda` or `hip`, from the file that torch's own build writes."""
+    """`cpu`, `cuda` or `hip`, read from torch/version.py."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         return "cpu"

@@ -1,4 +1,4 @@
-"""Checks of this machine: disk, ports, keys and libraries that the run asks for."""
+"""Checks of this machine: disk, ports, keys and optional libraries."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ from speed_async.launcher.ports import becomes_free
 from speed_async.launcher.preflight.findings import Findings
 
 PORT_GRACE_S = 5.0
-"""For a resumed run: its life before may still be ending."""
+"""For a resumed run: its previous attempt may still be exiting."""
 
 
 def check_libraries(config: Config, findings: Findings) -> None:
@@ -28,8 +28,8 @@ def check_ports(config: Config, findings: Findings, *, resume: bool = False) -> 
             ConfigError(
                 "cluster.host",
                 cluster.host,
-                "the service cannot bind there: it is no address of this machine; set the address "
-                "that others reach this machine at",
+                "the service cannot bind to it: it is not an address of this machine; set the "
+                "address at which other machines reach this one",
             )
         )
         return
@@ -41,13 +41,14 @@ def check_ports(config: Config, findings: Findings, *, resume: bool = False) -> 
             ConfigError(
                 f"cluster.{name}",
                 port,
-                f"it is taken or forbidden at {cluster.host}; choose another, or 0 for a free one",
+                f"it is in use or not permitted at {cluster.host}; choose another, or 0 for any "
+                "free port",
             )
         )
 
 
 def check_keys(config: Config, findings: Findings) -> None:
-    """What the service needs of the keys (every role's part is in config/checks.py)."""
+    """Check the server's key files (config/checks.py checks the files of all roles)."""
     keys = config.cluster.keys
     if keys is None or not config.cluster.speaks_curve or not Path(keys).is_dir():
         return
@@ -58,7 +59,8 @@ def check_keys(config: Config, findings: Findings) -> None:
 
 
 def check_folders(config: Config, findings: Findings) -> Path | None:
-    """The nearest folder above the run's own that exists, when the run's can be made there."""
+    """Return the nearest existing parent of the run folder, or None if the run folder cannot be
+    created."""
     fields = [("observe.trace", config.observe.trace), ("run.folder", config.run.folder)]
     parent: Path | None = None
     for field, folder in fields:
@@ -67,9 +69,9 @@ def check_folders(config: Config, findings: Findings) -> Path | None:
         wanted = Path(folder).expanduser().resolve()
         parent = next(path for path in (wanted, *wanted.parents) if path.exists())
         if not parent.is_dir():
-            fault = f"cannot be made: {parent} is a file"
+            fault = f"cannot be created: {parent} is a file"
         elif not os.access(parent, os.W_OK | os.X_OK):
-            fault = f"cannot be made: {parent} may not be written to; choose another folder"
+            fault = f"cannot be created: {parent} is not writable; choose another folder"
         else:
             continue
         findings.errors.append(ConfigError(field, folder, fault))
@@ -80,7 +82,8 @@ def check_folders(config: Config, findings: Findings) -> Path | None:
 def check_disk(
     config: Config, findings: Findings, *, parent: Path, checkpoint_bytes: int
 ) -> list[str]:
-    """`parent` is where the run's folder will be."""
+    """Compare free space with the size of checkpoints. `parent`: folder that will contain the run
+    folder."""
     free = shutil.disk_usage(parent).free
     kept = config.learner.keep_last + 1
     if free < checkpoint_bytes:
@@ -88,16 +91,15 @@ def check_disk(
             ConfigError(
                 "run.folder",
                 config.run.folder,
-                f"{size(free)} are free there and one checkpoint takes about "
+                f"{size(free)} are free, and one checkpoint takes about "
                 f"{size(checkpoint_bytes)}; choose a folder on another disk",
             )
         )
     elif free < kept * checkpoint_bytes:
         findings.warnings.append(
-            f"run.folder = {config.run.folder!r}: {size(free)} are free there, and the {kept} "
-            f"checkpoints that may lie there at once (learner.keep_last = "
-            f"{config.learner.keep_last}, and one being written) take about "
-            f"{size(kept * checkpoint_bytes)}"
+            f"run.folder = {config.run.folder!r}: {size(free)} are free, and up to {kept} "
+            f"checkpoints (learner.keep_last = {config.learner.keep_last}, plus one being written) "
+            f"take about {size(kept * checkpoint_bytes)}"
         )
     return [f"{size(free)} free at {parent}; a checkpoint takes about {size(checkpoint_bytes)}"]
 

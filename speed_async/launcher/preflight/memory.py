@@ -1,9 +1,9 @@
-"""An estimate of memory: what weights, gradients, optimiser and KV cache take, and what not.
+"""Estimates the memory of weights, gradients, optimiser state and KV cache.
 
-learner    16 bytes a parameter: float32 weights, gradients and two moments of AdamW
-actor      its weights (float32 on a CPU, the folder's own type on a GPU), and a KV cache of
-           slots x context tokens x 2 x layers x KV heads x head size numbers
-Activations, logits and the processes' own code (about 1 GiB each with torch) come on top.
+learner    16 bytes per parameter: float32 weights, gradients and two moments of AdamW
+actor      weights (float32 on a CPU, the stored dtype on a GPU), and a KV cache of
+           slots x context tokens x 2 x layers x KV heads x head size values
+Not included: activations, logits and the code of the processes (about 1 GiB each with torch).
 """
 
 from pathlib import Path
@@ -16,13 +16,13 @@ from speed_async.launcher.preflight.model import CheckedModel
 
 LEARNER_BYTES = 16
 CHECKPOINT_BYTES = 12
-"""A parameter in float32, and the optimiser's two moments."""
+"""Per parameter: a float32 weight and the optimiser's two moments."""
 FLOAT32_BYTES = 4
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
 def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> list[str]:
-    """Lines that tell; a warning where a machine without a GPU has less."""
+    """Return lines with the estimate; warn if a machine without a GPU has less memory."""
     if model.weights is None:
         return []
     on_gpu = not why_no_gpu()
@@ -34,24 +34,24 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
     kv_bytes = _kv_bytes(config, model, value_bytes)
     lines = [
         f"model: {model.weights.num_parameters:,} parameters, {size(model.weights.num_bytes)} of "
-        f"weights ({model.facts.dtype or 'type not said'})",
-        f"learner: about {size(learner_bytes)} ({LEARNER_BYTES} bytes a parameter: weights, "
+        f"weights ({model.facts.dtype or 'dtype not specified'})",
+        f"learner: about {size(learner_bytes)} ({LEARNER_BYTES} bytes per parameter: weights, "
         "gradients, two moments)",
     ]
     cache = "a KV cache of unknown size"
     if config.actors.engine == "vllm" and on_gpu:
         share = config.actors.vllm.gpu_memory_utilization
-        cache = f"vLLM takes {share:.0%} of its GPUs' memory in all"
+        cache = f"vLLM uses {share:.0%} of its GPUs' memory in total"
     elif kv_bytes is not None:
         cache = (
-            f"{size(kv_bytes)} of KV cache ({config.actors.slots} slots x {model.context_length} "
-            "tokens) at most"
+            f"at most {size(kv_bytes)} of KV cache ({config.actors.slots} slots x "
+            f"{model.context_length} tokens)"
         )
     lines.append(f"each actor: {size(weight_bytes)} of weights, and {cache}")
-    lines.append("an estimate: activations, logits and about 1 GiB a process come on top")
+    lines.append("not included: activations, logits and about 1 GiB per process")
     if not on_gpu:
         actor_bytes = weight_bytes + (kv_bytes or 0)
-        _compare(learner_bytes + config.cluster.actors * actor_bytes, findings)
+        _check_available(learner_bytes + config.cluster.actors * actor_bytes, findings)
     return lines
 
 
@@ -64,13 +64,13 @@ def _kv_bytes(config: Config, model: CheckedModel, value_bytes: int) -> int | No
     return value_bytes * values * config.actors.slots * model.context_length
 
 
-def _compare(needed_bytes: int, findings: Findings) -> None:
+def _check_available(needed_bytes: int, findings: Findings) -> None:
     available = _available_bytes()
     if available is not None and needed_bytes > available:
         findings.warnings.append(
-            f"the run may need more memory than is here: about {size(needed_bytes)} for weights, "
-            f"optimiser and KV caches, and {size(available)} are free; fewer actors.slots, a "
-            "smaller model.context_length or fewer cluster.actors take less"
+            f"the run may need more memory than is available: about {size(needed_bytes)} for "
+            f"weights, optimiser and KV caches, and {size(available)} are free; reduce "
+            "actors.slots, model.context_length or cluster.actors"
         )
 
 

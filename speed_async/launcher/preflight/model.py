@@ -1,4 +1,4 @@
-"""Checks of the model folder: config.json, weights, context length and kinds of attention."""
+"""Checks of the model folder: config.json, weights, context length and attention types."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,14 @@ class CheckedModel:
     facts: ModelInfo
     weights: Weights | None
     context_length: int | None
-    """That the run uses; None when only the model's class knows."""
+    """Context length of the run; None if only the model's class defines it."""
 
 
 def check_model(config: Config, findings: Findings) -> CheckedModel | None:
-    """None when there is no model to say more about."""
+    """Check the model folder. Returns None if its config.json cannot be read."""
     folder = Path(config.model.path)
     if not (folder / "config.json").is_file():
-        return None  # said by config/checks.py
+        return None  # reported by config/checks.py
     weights, errors = read_weights(folder)
     findings.errors += errors
     try:
@@ -43,18 +43,18 @@ def _context(config: Config, facts: ModelInfo, findings: Findings) -> int | None
             ConfigError(
                 "model.context_length",
                 wanted,
-                f"the model in {config.model.path} holds {limit} tokens; set at most {limit}",
+                f"the model in {config.model.path} supports {limit} tokens; set at most {limit}",
             )
         )
         return limit
     context = wanted or limit
-    most = config.actors.max_new_tokens
-    if wanted is None and context is not None and most >= context:
+    max_new_tokens = config.actors.max_new_tokens
+    if wanted is None and context is not None and max_new_tokens >= context:
         findings.errors.append(
             ConfigError(
                 "actors.max_new_tokens",
-                most,
-                f"leaves no room for a prompt in the model's context of {context} tokens; set "
+                max_new_tokens,
+                f"leaves no space for a prompt in the model's context of {context} tokens; set "
                 f"less than {context} minus the tokens of the longest prompt",
             )
         )
@@ -64,15 +64,16 @@ def _context(config: Config, facts: ModelInfo, findings: Findings) -> int | None
 def _check_attention(
     config: Config, facts: ModelInfo, context: int | None, findings: Findings
 ) -> None:
-    """The torch engine attends fully; it refuses other models, late."""
+    """Check that the model uses full attention only; the torch engine supports no other type."""
     window = facts.sliding_window
     if window is not None and (context is None or window < context):
         findings.errors.append(
             ConfigError(
                 "actors.engine",
                 "torch",
-                f"the model in {config.model.path} attends over a window of {window} tokens and "
-                f"this engine over all: set model.context_length to at most {window}, or 'vllm'",
+                f"the model in {config.model.path} uses a sliding window of {window} tokens, and "
+                "this engine supports full attention only: set model.context_length to at most "
+                f"{window}, or use 'vllm'",
             )
         )
     others = sorted(facts.layer_types - {"full_attention", "sliding_attention"})
@@ -81,7 +82,7 @@ def _check_attention(
             ConfigError(
                 "actors.engine",
                 "torch",
-                f"the model in {config.model.path} has layers of kind {', '.join(others)}, which "
-                "this engine cannot serve; set 'vllm'",
+                f"the model in {config.model.path} has layers of type {', '.join(others)}, which "
+                "this engine does not support; use 'vllm'",
             )
         )

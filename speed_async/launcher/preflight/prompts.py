@@ -1,4 +1,4 @@
-"""Prompt lengths against the context: how many do not fit, why, and which is the first."""
+"""Checks prompts against the context length: counts unusable prompts by reason, with examples."""
 
 import statistics
 from collections import Counter
@@ -17,34 +17,34 @@ from speed_async.types import Prompt
 BATCH = 1024
 MAX_QUOTED = 40
 MAX_CHARACTERS = 4_000_000
-"""Past this many, a part's prompts are judged by a sample: some seconds of work."""
+"""Above this many characters, only a sample of the prompts is encoded (some seconds of work)."""
 TOO_LONG, EMPTY, UNKNOWN_TOKEN, TEMPLATE = "too long", "empty", "unknown token", "template"
 REMEDIES = {
-    TOO_LONG: "give shorter prompts, or a model with a longer context",
-    EMPTY: "give prompts that have tokens",
-    UNKNOWN_TOKEN: "give a model whose tokenizer is its own",
-    TEMPLATE: "correct the model's chat template, or the prompts",
+    TOO_LONG: "use shorter prompts, or a model with a longer context",
+    EMPTY: "use prompts with at least one token",
+    UNKNOWN_TOKEN: "use a model with a matching tokenizer",
+    TEMPLATE: "fix the model's chat template, or the prompts",
 }
 
 
 @dataclass(kw_only=True, slots=True)
 class Lengths:
-    """Of the training or the held-out prompts, or of a sample of them."""
+    """Lengths of the training or the held-out prompts, or of a sample of them."""
 
     what: str
     num_prompts: int
     lengths: list[int] = field(default_factory=list)
-    """Tokens of those that could be encoded."""
-    misfits: Counter[str] = field(default_factory=Counter)
-    """Prompts that cannot be served, by reason."""
-    firsts: dict[str, str] = field(default_factory=dict)
-    """The first of each reason, in words."""
-    num_cut: int = 0
-    """Prompts that fit, but leave less room than actors.max_new_tokens."""
+    """Number of tokens of each prompt that could be encoded."""
+    unusable: Counter[str] = field(default_factory=Counter)
+    """Number of unusable prompts by reason."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Description of the first unusable prompt by reason."""
+    num_limited: int = 0
+    """Prompts that fit, but leave less space than actors.max_new_tokens."""
 
     @property
     def num_seen(self) -> int:
-        return len(self.lengths) + self.misfits[TEMPLATE]
+        return len(self.lengths) + self.unusable[TEMPLATE]
 
     @property
     def sample(self) -> str:
@@ -58,10 +58,10 @@ def check_prompts(
     parts: Sequence[tuple[str, Sequence[Prompt]]],
     findings: Findings,
 ) -> list[Lengths]:
-    """`parts` are the training and the held-out prompts, with their names."""
+    """Measure and check prompts. `parts`: training and held-out prompts with their names."""
     measured = [_measure(config, model, tokenizer, what, prompts) for what, prompts in parts]
     for part in measured:
-        _judge(config, model, part, findings)
+        _report(config, model, part, findings)
     return measured
 
 
@@ -85,40 +85,41 @@ def _measure(
     part = Lengths(what=what, num_prompts=len(prompts))
     for prompt, ids in _encoded(tokenizer, _sample(prompts)):
         if isinstance(ids, str):
-            _note(part, TEMPLATE, prompt, f"the chat template refuses it: {ids}")
+            _add_unusable(part, TEMPLATE, prompt, f"the chat template fails on it: {ids}")
             continue
         part.lengths.append(len(ids))
-        _fit(part, prompt, ids, config.actors.max_new_tokens, model)
+        _check_fit(part, prompt, ids, config.actors.max_new_tokens, model)
     return part
 
 
-def _fit(
+def _check_fit(
     part: Lengths, prompt: Prompt, ids: Sequence[int], max_new_tokens: int, model: CheckedModel
 ) -> None:
     context, vocab_size = model.context_length, model.facts.vocab_size
     if not ids:
-        _note(part, EMPTY, prompt, "it has no tokens")
+        _add_unusable(part, EMPTY, prompt, "no tokens")
     elif context is not None and len(ids) >= context:
-        _note(part, TOO_LONG, prompt, f"{len(ids):,} tokens and no room for a completion")
+        _add_unusable(part, TOO_LONG, prompt, f"{len(ids):,} tokens, no space for a completion")
     elif vocab_size is not None and max(ids) >= vocab_size:
-        _note(part, UNKNOWN_TOKEN, prompt, f"token {max(ids)}, and the model knows {vocab_size}")
+        detail = f"token id {max(ids)} exceeds the vocabulary size {vocab_size}"
+        _add_unusable(part, UNKNOWN_TOKEN, prompt, detail)
     elif context is not None and len(ids) + max_new_tokens > context:
-        part.num_cut += 1
+        part.num_limited += 1
 
 
-def _note(part: Lengths, reason: str, prompt: Prompt, detail: str) -> None:
-    part.misfits[reason] += 1
-    part.firsts.setdefault(
-        reason, f"prompt {prompt.prompt_id}, {_beginning(prompt.text)!r}: {detail}"
+def _add_unusable(part: Lengths, reason: str, prompt: Prompt, detail: str) -> None:
+    part.unusable[reason] += 1
+    part.examples.setdefault(
+        reason, f"prompt {prompt.prompt_id}, {_shortened(prompt.text)!r}: {detail}"
     )
 
 
-def _beginning(text: str) -> str:
+def _shortened(text: str) -> str:
     return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
 
 
 def _sample(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-    """All, or every n-th where there is too much text."""
+    """All prompts, or every n-th if there are more than MAX_CHARACTERS characters."""
     size = sum(len(prompt.text) for prompt in prompts)
     return prompts[:: -(-size // MAX_CHARACTERS)] if size > MAX_CHARACTERS else prompts
 
@@ -126,7 +127,7 @@ def _sample(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
 def _encoded(
     tokenizer: PromptTokenizer, prompts: Sequence[Prompt]
 ) -> Iterator[tuple[Prompt, list[int] | str]]:
-    """Token ids, or why the chat template refuses the prompt."""
+    """Yield each prompt with its token ids, or with the error of the chat template."""
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
         try:
@@ -142,33 +143,33 @@ def _encode_one(tokenizer: PromptTokenizer, prompt: Prompt) -> list[int] | str:
         return str(error)
 
 
-def _judge(config: Config, model: CheckedModel, part: Lengths, findings: Findings) -> None:
-    num_misfits = sum(part.misfits.values())
-    if num_misfits and num_misfits == part.num_seen:
-        reason, first = next(iter(part.firsts.items()))
+def _report(config: Config, model: CheckedModel, part: Lengths, findings: Findings) -> None:
+    num_unusable = sum(part.unusable.values())
+    if num_unusable and num_unusable == part.num_seen:
+        reason, first = next(iter(part.examples.items()))
         field, value = _field(config, model, reason)
         findings.errors.append(
             ConfigError(
                 field,
                 value,
-                f"not one of the {part.what} prompts fits the model: {REMEDIES[reason]}; the first "
-                f"is {part.what} {first}",
+                f"none of the {part.what} prompts fits the model: {REMEDIES[reason]}; the first is "
+                f"{part.what} {first}",
             )
         )
         return
-    lost = "count as wrong" if part.what == "held-out" else "cannot be trained on"
-    for reason, count in part.misfits.items():
+    effect = "count as wrong" if part.what == "held-out" else "cannot be trained on"
+    for reason, count in part.unusable.items():
         findings.warnings.append(
-            f"{count:,} of {part.num_seen:,} {part.what} prompts {lost} ({reason}); the first is "
-            f"{part.firsts[reason]}"
+            f"{count:,} of {part.num_seen:,} {part.what} prompts {effect} ({reason}); the first is "
+            f"{part.examples[reason]}"
         )
-    if part.num_cut:
-        room = f"{model.context_length} tokens of context less its own"
+    if part.num_limited:
+        shortest = (model.context_length or 0) - max(_fitting(part, model))
         findings.warnings.append(
-            f"{part.num_cut:,} of {part.num_seen:,} {part.what} prompts leave less room than "
-            f"actors.max_new_tokens = {config.actors.max_new_tokens}: a completion gets at most "
-            f"{room}, {(model.context_length or 0) - max(_fitting(part, model))} tokens for the "
-            "longest prompt that fits"
+            f"{part.num_limited:,} of {part.num_seen:,} {part.what} prompts leave less space than "
+            f"actors.max_new_tokens = {config.actors.max_new_tokens} in the context of "
+            f"{model.context_length} tokens: the completion is limited to {shortest} tokens for "
+            "the longest prompt that fits"
         )
 
 

@@ -4,7 +4,7 @@ from speed_async.launcher.preflight.findings import Findings
 
 
 def report(findings: Findings) -> str:
-    """Everything that was found; its last line is `ok` or the number of errors."""
+    """Format all findings; the last line is `ok` or the number of errors."""
     lines: list[str] = []
     for heading, shown in findings.sections:
         lines.append(heading)

@@ -1,4 +1,4 @@
-"""The model's tokenizer from its own file, by the library beneath transformers: in milliseconds."""
+"""Loads the model's tokenizer with the `tokenizers` library: milliseconds, without transformers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +13,11 @@ from speed_async.launcher.preflight.findings import Findings
 FILE = "tokenizer.json"
 OTHER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 PLAIN_CLASSES = (None, "TokenizersBackend", "PreTrainedTokenizerFast")
-"""Classes without special tokens of their own."""
+"""Tokenizer classes that define no special tokens."""
 
 
 class PromptTokenizer:
-    """Prompts as the actors will encode them."""
+    """Encodes prompts exactly like the actors."""
 
     def __init__(self, tokenizer: Any, template: ChatTemplate | None) -> None:
         tokenizer.no_truncation()
@@ -26,7 +26,7 @@ class PromptTokenizer:
         self._template = template
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Raises jinja2.TemplateError for a prompt that the chat template refuses."""
+        """Raises jinja2.TemplateError for a prompt that the chat template rejects."""
         if self._template is not None:
             prompts = [self._template.render(prompt) for prompt in prompts]
         with_special = self._template is None
@@ -34,23 +34,23 @@ class PromptTokenizer:
         return [encoding.ids for encoding in batch]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Text of each token, special ones included."""
+        """Text of each token, including special tokens."""
         return [self._tokenizer.decode([each], skip_special_tokens=False) for each in ids]
 
 
 def check_tokenizer(config: Config, findings: Findings) -> PromptTokenizer | None:
-    """None when it is unusable, or only transformers can read it."""
+    """Load the tokenizer. Returns None if it is unusable or only transformers can read it."""
     from tokenizers import Tokenizer
 
     folder = Path(config.model.path)
     if not folder.is_dir():
-        return None  # said by config/checks.py
+        return None  # reported by config/checks.py
     if not (folder / FILE).is_file():
-        _without_file(folder, findings)
+        _report_missing_file(folder, findings)
         return None
     try:
         tokenizer = Tokenizer.from_file(str(folder / FILE))
-    except Exception as error:  # the library raises this class itself
+    except Exception as error:  # the library raises Exception itself
         findings.errors.append(
             ModelError(f"the tokenizer '{folder / FILE}' cannot be read ({error}); save it again")
         )
@@ -65,7 +65,7 @@ def check_tokenizer(config: Config, findings: Findings) -> PromptTokenizer | Non
     return PromptTokenizer(tokenizer, template)
 
 
-def _without_file(folder: Path, findings: Findings) -> None:
+def _report_missing_file(folder: Path, findings: Findings) -> None:
     found = [name for name in OTHER_FILES if (folder / name).is_file()]
     if not found:
         findings.errors.append(
@@ -76,13 +76,13 @@ def _without_file(folder: Path, findings: Findings) -> None:
         )
         return
     findings.warnings.append(
-        f"the tokenizer of '{folder}' is {found[0]}, which takes transformers to read: prompt "
-        "lengths are not known before the start"
+        f"the tokenizer of '{folder}' is {found[0]}, which only transformers can read: prompt "
+        "lengths are not checked before the start"
     )
 
 
 def _special_tokens(folder: Path) -> tuple[dict[str, str], bool]:
-    """Special tokens by name, and whether the tokenizer's class adds none of its own."""
+    """Special tokens by name, and whether the tokenizer's class adds no others."""
     tokens: dict[str, str] = {}
     kind: object = None
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -108,7 +108,7 @@ def _check_eos(
     if eos is not None and tokenizer.token_to_id(eos) is None:
         findings.warnings.append(
             f"the EOS token {eos!r} of the tokenizer in '{folder}' is not in its {FILE}: "
-            "transformers gives it a new number, which the model may not know"
+            "transformers assigns it a new id, which the model may not know"
         )
 
 

@@ -1,4 +1,4 @@
-"""The weights of a model folder: whether all files are there and whole. Reads headers only."""
+"""Checks that all weight files of a model folder are present and complete. Reads headers only."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from speed_async.errors import ModelError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
-"""safetensors reads no longer one."""
+"""Limit of the safetensors library."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,7 @@ class Weights:
 
 
 def read_weights(folder: Path) -> tuple[Weights | None, list[ModelError]]:
-    """Sizes of all weights, and every file that is missing or damaged."""
+    """Return the sizes of all weights, and an error for each missing or damaged file."""
     try:
         files, named = _files(folder)
     except ModelError as error:
@@ -51,19 +51,19 @@ def read_weights(folder: Path) -> tuple[Weights | None, list[ModelError]]:
 
 
 def _files(folder: Path) -> tuple[list[Path], set[str]]:
-    """Files that a loader reads, and the weights that they must hold as far as that is said."""
+    """Files that a loader reads, and the names of the weights they must contain (if indexed)."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS], set()
     if not (folder / INDEX).is_file():
         others = sorted(path.name for path in folder.glob("*.safetensors"))
-        found = f" ({', '.join(others[:3])} is no name that loaders read)" if others else ""
+        found = f" ({', '.join(others[:3])}: not a name that loaders recognise)" if others else ""
         raise ModelError(
             f"model folder '{folder}' has neither {WEIGHTS} nor {INDEX}{found}: download the "
             "weights, or convert others with model.save_pretrained(folder)"
         )
     places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise ModelError(f"'{folder / INDEX}' holds no weight_map; download it again")
+        raise ModelError(f"'{folder / INDEX}' has no weight_map; download it again")
     names = sorted(set(map(str, places.values())))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -75,7 +75,7 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
 
 
 def _tensors(path: Path) -> dict[str, tuple[int, int]]:
-    """Numbers and bytes of each tensor in a safetensors file. Raises ModelError."""
+    """Number of elements and bytes of each tensor in a safetensors file. Raises ModelError."""
     size = path.stat().st_size
     try:
         header, data_begins = _header(path)
@@ -93,8 +93,8 @@ def _tensors(path: Path) -> dict[str, tuple[int, int]]:
     expected = data_begins + max(ends, default=0)
     if size != expected:
         raise ModelError(
-            f"weights file '{path}' has {size:,} bytes and its header speaks of {expected:,}: it "
-            "is damaged or was not downloaded to its end; download it again"
+            f"weights file '{path}' has {size:,} bytes, and its header requires {expected:,}: it "
+            "is damaged or incompletely downloaded; download it again"
         )
     return found
 

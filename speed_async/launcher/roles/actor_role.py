@@ -1,4 +1,4 @@
-"""The actor's process: wires engine, verifier, task and link to the loop."""
+"""The actor's process: connects engine, verifier, task and link with the actor loop."""
 
 import asyncio
 import contextlib
@@ -40,9 +40,9 @@ async def run_actor(
     joined: bool,
     engine: OwnedEngine,
 ) -> None:
-    """Work until the service drains this actor, or SIGTERM does.
+    """Run the actor until the service or SIGTERM drains it.
 
-    An error of its own ends the run, unless it has `joined` the run by itself.
+    An unexpected error ends the run, unless this actor `joined` it later (`--join`).
     """
     name = f"actor-{index}"
     keys = client_keys(config.cluster)
@@ -52,10 +52,10 @@ async def run_actor(
     try:
         await _work(config, name, index, incarnation, link, engine)
     except (GivenUp, WeightSyncError):
-        raise  # the supervisor starts another incarnation: no matter for the other roles
-    except Exception as error:  # the role's boundary: told to the others, then raised on
+        raise  # the supervisor starts another incarnation; other roles are not affected
+    except Exception as error:  # boundary of the role: reported to the service, then re-raised
         if not joined:
-            await _tell(link, name, describe(name, error))
+            await _report_failure(link, name, describe(name, error))
         raise
     finally:
         await link.close()
@@ -103,7 +103,7 @@ async def _work(
         )
 
 
-async def _tell(link: Link, role: str, text: str) -> None:
-    """Let the service stop the others; the error itself travels by the error file as well."""
+async def _report_failure(link: Link, role: str, text: str) -> None:
+    """Send the error to the service, which ends the run; the error file contains it as well."""
     with contextlib.suppress(SpeedAsyncError):
         await link.send(m.Failure(role=role, message=text))

@@ -1,7 +1,7 @@
-"""The console: follows a feed and shows it, as a panel on a terminal and as lines elsewhere.
+"""The console: displays a metrics feed as a panel on a terminal, or as lines elsewhere.
 
-consumes   events of the feed, keys that are pressed
-waits for  the first event (`patience_s`), then for each next one (SILENCE_S)
+consumes   events of the feed, keys pressed
+waits for  the first event (`patience_s`), then each following event (SILENCE_S)
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from speed_async.errors import DeadlineExceeded
 from speed_async.launcher.ports import listens
-from speed_async.launcher.standard_streams import forget_stdout
+from speed_async.launcher.standard_streams import discard_stdout
 from speed_async.observability.lines import Lines
 from speed_async.observability.metrics import Event
 from speed_async.observability.panel.panel import Panel, can_show
@@ -24,26 +24,26 @@ from speed_async.transport.feed import FeedSubscriber
 
 SILENCE_S = 30.0
 GONE_S = 10.0
-"""A feed that is silent for this long, and that nobody serves any more, will not go on."""
-ANSWER_S = 5.0
-"""A run that is watched from elsewhere gives its first event within this."""
-LOOK_S = 0.1
-"""Between two looks at the keyboard and the clock."""
+"""A feed that is silent for this long is abandoned if its port does not accept connections."""
+FIRST_EVENT_S = 5.0
+"""Deadline for the first event of a run that is already in progress."""
+POLL_S = 0.1
+"""Interval of polling the keyboard and the clock."""
 PROBE_S = 2.0
-"""Between two tries whether a silent feed is still served."""
+"""Interval of probing whether a silent feed still accepts connections."""
 REMEMBERED_KINDS = ("step", "evaluation")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """What is watched."""
+    """The feed to display."""
 
     host: str
     port: int
     title: str
     keys: ClientKeys | None = None
     history: Sequence[Event] = ()
-    """What happened before."""
+    """Earlier events."""
 
     @property
     def address(self) -> str:
@@ -51,15 +51,16 @@ class Source:
 
 
 async def accompany(source: Source) -> None:
-    """The run's own console, until its end; a person who leaves the panel gets lines.
+    """Run the console of `speed-async train` until the run ends; after a closed panel it prints
+    lines.
 
     Raises DeadlineExceeded when the feed is silent.
     """
     try:
         await _accompany(source)
     except BrokenPipeError:  # such as `| head -1`
-        forget_stdout()
-        sys.stderr.write("nobody reads the output any more; the run goes on\n")
+        discard_stdout()
+        sys.stderr.write("the output has no reader any more; the run continues\n")
 
 
 async def _accompany(source: Source) -> None:
@@ -67,30 +68,31 @@ async def _accompany(source: Source) -> None:
     outcome = await _show(source, patience_s=SILENCE_S) if with_panel else "left"
     if outcome == "left":
         if with_panel:
-            sys.stdout.write("the panel is closed; the run goes on, and Ctrl-C stops it\n")
-        # What happened before was told in its time.
+            sys.stdout.write("the panel is closed; the run continues, and Ctrl-C stops it\n")
+        # No history: earlier events have already been shown.
         await _show(source, patience_s=SILENCE_S, view=Lines(sys.stdout))
 
 
 async def watch(source: Source) -> None:
-    """A console of somebody else, until the run's end or until it is left; the run goes on.
+    """Run a separate console until the run ends or the console is closed; the run is not affected.
 
-    Raises DeadlineExceeded, within seconds where nobody answers.
+    Raises DeadlineExceeded, within seconds if the address does not accept connections.
     """
-    if not await listens(source.host, source.port, timeout_s=ANSWER_S):
+    if not await listens(source.host, source.port, timeout_s=FIRST_EVENT_S):
         raise DeadlineExceeded(
             f"the metrics feed at {source.address}",
-            "nobody listens there. Is the run going on? `speed-async console RUN_FOLDER` finds "
-            "the address by itself; logs/learner.log names it as well (metrics feed at ...)",
-            ANSWER_S,
+            "no process listens at this address. Is the run in progress? `speed-async console "
+            "RUN_FOLDER` finds the address itself; logs/learner.log contains it as well (metrics "
+            "feed at ...)",
+            FIRST_EVENT_S,
         )
     view = None if can_show(Console()) else Lines(sys.stdout)
-    if await _show(source, patience_s=ANSWER_S, view=view, history=source.history) == "left":
-        sys.stdout.write("the console is closed; the run goes on\n")
+    if await _show(source, patience_s=FIRST_EVENT_S, view=view, history=source.history) == "left":
+        sys.stdout.write("the console is closed; the run continues\n")
 
 
 def show_past(title: str, history: Sequence[Event]) -> None:
-    """The last state of a run that is over."""
+    """Show the last state of a run that has ended."""
     terminal = Console()
     *before, last = history
     if can_show(terminal):
@@ -110,11 +112,11 @@ async def _show(
     view: Lines | None = None,
     history: Sequence[Event] = (),
 ) -> Literal["ended", "left"]:
-    """In these lines, or in a panel."""
+    """Display the feed in `view`, or in a panel."""
     subscriber = FeedSubscriber(source.host, source.port, keys=source.keys)
     this_task = asyncio.current_task()
     assert this_task is not None
-    # A cancelled task leaves the panel in order: last picture drawn, the terminal given back.
+    # On cancellation the panel draws its last frame and restores the terminal.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this_task.cancel)
     try:
         if view is not None:
@@ -139,46 +141,46 @@ async def _follow(
 ) -> Literal["ended", "left"]:
     clock = asyncio.get_running_loop().time
     known_s = max((_wall_s(event) for event in source.history), default=-1.0)
-    heard_s, has_heard = clock(), False
+    received_s, has_event = clock(), False
     receiving: asyncio.Task[Event] | None = None
     try:
         while True:
             receiving = receiving or asyncio.create_task(subscriber.receive(SILENCE_S))
-            await asyncio.wait((receiving,), timeout=LOOK_S)
+            await asyncio.wait((receiving,), timeout=POLL_S)
             if receiving.done():
                 event, receiving = receiving.result(), None
-                heard_s, has_heard = clock(), True
+                received_s, has_event = clock(), True
                 if event.kind not in REMEMBERED_KINDS or _wall_s(event) > known_s:
                     view.update(event)
                 if event.kind == "end":
                     return "ended"
-            silent_s = clock() - heard_s
+            silent_s = clock() - received_s
             if view.look(silent_s) == "leave":
                 return "left"
-            await _give_up_if_gone(source, silent_s, patience_s, has_heard=has_heard)
+            await _raise_if_gone(source, silent_s, patience_s, has_event=has_event)
     except DeadlineExceeded as error:
-        raise _silent(source, error.waited_s, has_heard=has_heard) from None
+        raise _silent(source, error.waited_s, has_event=has_event) from None
     finally:
         if receiving is not None:
             receiving.cancel()
 
 
-async def _give_up_if_gone(
-    source: Source, silent_s: float, patience_s: float, *, has_heard: bool
+async def _raise_if_gone(
+    source: Source, silent_s: float, patience_s: float, *, has_event: bool
 ) -> None:
-    limit_s = GONE_S if has_heard else patience_s
-    if silent_s < limit_s or (has_heard and silent_s % PROBE_S > LOOK_S):
+    limit_s = GONE_S if has_event else patience_s
+    if silent_s < limit_s or (has_event and silent_s % PROBE_S > POLL_S):
         return
-    if not has_heard or not await listens(source.host, source.port, timeout_s=PROBE_S):
-        raise _silent(source, silent_s, has_heard=has_heard)
+    if not has_event or not await listens(source.host, source.port, timeout_s=PROBE_S):
+        raise _silent(source, silent_s, has_event=has_event)
 
 
-def _silent(source: Source, silent_s: float, *, has_heard: bool) -> DeadlineExceeded:
+def _silent(source: Source, silent_s: float, *, has_event: bool) -> DeadlineExceeded:
     what = (
-        "an event. The run has ended without a word, or is out of reach"
-        if has_heard
-        else f"an event (none has come; {why_silent(source.keys)}). It may be another port than "
-        "the feed's"
+        "an event. The run has ended without an end event, or is unreachable"
+        if has_event
+        else f"an event (none has arrived; {why_silent(source.keys)}). This may not be the port of "
+        "the feed"
     )
     return DeadlineExceeded(f"the metrics feed at {source.address}", what, silent_s)
 

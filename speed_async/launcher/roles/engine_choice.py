@@ -1,4 +1,4 @@
-"""The engine that the configuration asks for, and what its process needs."""
+"""Creates the configured engine and the environment of its process."""
 
 import gc
 import importlib
@@ -21,8 +21,9 @@ from speed_async.testing.scripted_run import load_scripted_stepper
 def start_engine(
     config: Config, *, index: int, incarnation: int, begin: Callable[[], None] | None = None
 ) -> OwnedEngine:
-    """An engine to be entered. To be called before there is an event loop or a thread: the
-    embedded one starts its process at once, perhaps by a fork, and calls `begin` there first."""
+    """Create the configured engine, an async context manager. Call it before any event loop or
+    thread is started: the embedded engine starts its process immediately, possibly by fork, and
+    calls `begin` there first."""
     seeds = np.random.SeedSequence([config.run.seed, index, incarnation])
     seed = int(seeds.generate_state(1)[0])
     if config.actors.engine == "vllm":
@@ -33,7 +34,7 @@ def start_engine(
 
 
 def engine_environment(config: Config) -> dict[str, str]:
-    """Environment of an actor's process beyond its parent's; it must be there before torch is."""
+    """Additional environment of an actor's process; must be set before torch is loaded."""
     if config.actors.engine != "vllm":
         return {}
     return process_environment(config, on_cpu=not torch.cuda.is_available())
@@ -42,11 +43,11 @@ def engine_environment(config: Config) -> dict[str, str]:
 def start_stepper(
     config: Config, *, seed: int, begin: Callable[[], None] | None = None
 ) -> ProcessWorker:
-    """The process of an embedded or a scripted engine, begun."""
+    """Start the process of a torch or scripted engine."""
     fork = may_fork(config.actors.device)
     if fork:
-        importlib.import_module("transformers.models.auto")  # seconds; once for both processes
-    gc.freeze()  # full collections need not go through all that was imported: 170 ms each
+        importlib.import_module("transformers.models.auto")  # takes seconds; shared by the fork
+    gc.freeze()  # excludes imported modules from full collections, which take 170 ms otherwise
     make_stepper = _stepper_maker(config, seed=seed)
     if begin is not None:
         make_stepper = partial(_after, begin, make_stepper)

@@ -1,7 +1,7 @@
-"""How a supervisor finds the service of a run, and how it hears that the run has ended.
+"""How a supervisor joins a run and detects its end.
 
-consumes   the service's answer to Join, then the metrics feed, for the run's end
-waits for  the answer (cluster.connect_timeout_s), the feed's next event (cluster.peer_timeout_s)
+consumes   the service's reply to Join, then the metrics feed (for the end event)
+waits for  the reply (cluster.connect_timeout_s), the feed's next event (cluster.peer_timeout_s)
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from speed_async.errors import DeadlineExceeded, LostRun, ProtocolError, SpeedAsyncError
+from speed_async.errors import DeadlineExceeded, ProtocolError, RunLost, SpeedAsyncError
 from speed_async.transport import messages as m
 from speed_async.transport.curve import ClientKeys
 from speed_async.transport.feed import FeedSubscriber
@@ -20,9 +20,8 @@ from speed_async.transport.transport import Link
 from speed_async.transport.zeromq import open_link
 
 ASK_AGAIN_S = 5.0
-"""A service that was killed with the question unanswered, or whose address was an old one, is asked
-once more."""
-LOOK_AGAIN_S = 0.1
+"""Join is sent again after this: the service may have been killed, or the address be outdated."""
+LOOK_UP_AGAIN_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +33,7 @@ class RunEnd:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admitted:
-    """A place in a run, and the link over which it was given; who has it closes it."""
+    """An accepted Join, and the link it arrived on; the caller closes the link."""
 
     host: str
     port: int
@@ -43,38 +42,40 @@ class Admitted:
 
 
 async def ask_for_place(
-    where: Callable[[], tuple[str, int] | None],
+    look_up: Callable[[], tuple[str, int] | None],
     *,
     stopping: asyncio.Event,
     timeout_s: float,
     keys: ClientKeys | None,
     rank: int | None = None,
 ) -> Admitted | None:
-    """Ask the service at `where()` (None: not known yet) until it answers.
+    """Send Join to the service at `look_up()` (None: not known yet) until it replies.
 
-    `rank`: of an actor that a launcher started. None when a stop comes first. Raises
-    DeadlineExceeded, ProtocolError, what `where` raises, or SpeedAsyncError when it refuses.
+    `rank`: rank of an actor started by a launcher. Returns None when `stopping` is set first.
+    Raises DeadlineExceeded, ProtocolError, any error of `look_up`, or SpeedAsyncError when the
+    service rejects the actor.
     """
     clock = asyncio.get_running_loop().time
     ends_s = clock() + timeout_s
-    asked = ""
+    service = ""
     while not stopping.is_set():
         left_s = ends_s - clock()
         if left_s <= 0:
-            raise DeadlineExceeded(asked or "the learner (rank 0)", "the run's address", timeout_s)
-        address = where()
+            peer = service or "the learner (rank 0)"
+            raise DeadlineExceeded(peer, "the run's address", timeout_s)
+        address = look_up()
         if address is None:
-            await _sleep(stopping, LOOK_AGAIN_S)
+            await _sleep(stopping, LOOK_UP_AGAIN_S)
             continue
         host, port = address
-        asked = f"a run at tcp://{host}:{port}"
+        service = f"a run at tcp://{host}:{port}"
         name = f"join-{uuid.uuid4().hex}"
         link = await open_link(
             host, port, name if rank is None else f"actor-{rank}.{name}", keys=keys
         )
         accepted = None
         try:
-            accepted = await _ask(link, stopping, asked, min(left_s, ASK_AGAIN_S), rank)
+            accepted = await _request(link, stopping, service, min(left_s, ASK_AGAIN_S), rank)
             if accepted is not None:
                 return Admitted(host=host, port=port, accepted=accepted, link=link)
         finally:
@@ -83,15 +84,15 @@ async def ask_for_place(
     return None
 
 
-async def until_end(feed: FeedSubscriber, silence_s: float) -> RunEnd:
-    """Return at the run's last event. Raises LostRun when the feed is silent for `silence_s`."""
+async def wait_for_run_end(feed: FeedSubscriber, silence_s: float) -> RunEnd:
+    """Wait for the end event of the run. Raises RunLost when the feed is silent for `silence_s`."""
     while True:
         try:
             event = await feed.receive(silence_s)
         except DeadlineExceeded as error:
-            raise LostRun(
-                f"lost the run: nothing was heard of {error.whom} for {silence_s:.0f} s; its "
-                "machine, its launcher or the network is gone"
+            raise RunLost(
+                f"lost the run: no event from {error.whom} for {silence_s:.0f} s; its machine, "
+                "its launcher or the network is down"
             ) from None
         if event.kind == "end":
             fallback = "completed" if event.values.get("ok") is True else "failed"
@@ -99,10 +100,10 @@ async def until_end(feed: FeedSubscriber, silence_s: float) -> RunEnd:
             return RunEnd(outcome=outcome, reason=str(event.values.get("reason")))
 
 
-async def _ask(
-    link: Link, stopping: asyncio.Event, whom: str, timeout_s: float, rank: int | None
+async def _request(
+    link: Link, stopping: asyncio.Event, service: str, timeout_s: float, rank: int | None
 ) -> JoinAccepted | None:
-    """The service's answer; None when none came, or a stop comes first."""
+    """Send Join and return the reply; None on timeout or when `stopping` is set first."""
     join = Join(
         machine=socket.gethostname() or "unnamed",
         process_id=os.getpid(),
@@ -110,24 +111,24 @@ async def _ask(
         rank=rank or 0,
     )
     await link.send(join)
-    answering = asyncio.create_task(link.receive(timeout_s), name="answer")
+    receiving = asyncio.create_task(link.receive(timeout_s), name="reply")
     stop = asyncio.create_task(stopping.wait(), name="stop")
-    await asyncio.wait((answering, stop), return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait((receiving, stop), return_when=asyncio.FIRST_COMPLETED)
     stop.cancel()
-    if not answering.done():
-        answering.cancel()
+    if not receiving.done():
+        receiving.cancel()
         return None
     try:
-        answer = await answering
+        reply = await receiving
     except DeadlineExceeded:
         return None
     except ProtocolError as error:
-        raise ProtocolError(f"{whom} speaks another protocol: {error}") from None
-    if isinstance(answer, m.Rejected):
-        raise SpeedAsyncError(f"{whom} does not take this actor: {answer.reason}")
-    if not isinstance(answer, JoinAccepted):
-        raise ProtocolError(f"{whom} answered Join with {type(answer).__name__}")
-    return answer
+        raise ProtocolError(f"{service} uses a different protocol: {error}") from None
+    if isinstance(reply, m.Rejected):
+        raise SpeedAsyncError(f"{service} rejected this actor: {reply.reason}")
+    if not isinstance(reply, JoinAccepted):
+        raise ProtocolError(f"{service} replied to Join with {type(reply).__name__}")
+    return reply
 
 
 async def _sleep(stopping: asyncio.Event, seconds: float) -> None:

@@ -1,7 +1,7 @@
-"""An actor that joins a run by itself: asks the service what to be, then supervises it.
+"""`speed-async actor --join`: requests an actor index from the service, then supervises the actor.
 
-consumes   the service's answer, then the metrics feed, for the run's end
-waits for  the answer (the caller's deadline), the child; a silent feed (peer timeout) ends it
+consumes   the service's reply, then the metrics feed (for the end event)
+waits for  the reply (the caller's deadline), the child; ends when the feed is silent (peer timeout)
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from speed_async.errors import (
 from speed_async.launcher.event_loop import stop_event
 from speed_async.launcher.ports import address_at
 from speed_async.launcher.processes import ENVIRONMENT
-from speed_async.launcher.roles.join import Admitted, ask_for_place, until_end
+from speed_async.launcher.roles.join import Admitted, ask_for_place, wait_for_run_end
 from speed_async.launcher.roles.supervisor import ActorPlan, supervise
 from speed_async.launcher.run_folder import make_run_folder
 from speed_async.transport import messages as m
@@ -40,67 +40,68 @@ async def join_run(
     timeout_s: float,
     keys: Path | None = None,
 ) -> bool:
-    """Take part in the run whose service is at this address, until it ends or a signal comes.
+    """Run an actor of the run whose service is at this address until the run ends or a signal
+    arrives.
 
-    `keys`: this client's folder, for a run that has keys. True when the run ended, False when this
-    actor was told to stop. Raises SpeedAsyncError; LostRun when the run falls silent.
+    `keys`: this client's key folder, for a run with keys. Returns True when the run ended, False
+    when a signal stopped this actor. Raises SpeedAsyncError; RunLost when the feed is silent.
     """
     curve = load_client_keys(keys) if keys is not None else None
     stopping = stop_event()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        place = await ask_for_place(
+        admitted = await ask_for_place(
             lambda: (host, port), stopping=stopping, timeout_s=timeout_s, keys=curve
         )
     except DeadlineExceeded as error:
         raise DeadlineExceeded(
             error.whom,
-            "nobody answers there. The address stands in the run's logs/learner.log (\"actors join "
-            "at\"; not the metrics feed's), cluster.host must be one that reaches this machine, "
-            "and a run that has keys answers allowed clients alone: give this one's as --keys",
+            'no reply. The address is in the run\'s logs/learner.log ("actors join at"; not that '
+            "of the metrics feed), cluster.host must be reachable from this machine, and a run "
+            "with keys replies to allowed clients only: pass this client's key folder as --keys",
             timeout_s,
         ) from None
-    if place is None:
+    if admitted is None:
         return False
-    name = f"actor-{place.accepted.index}"
+    name = f"actor-{admitted.accepted.index}"
     try:
         config = localized(
-            place.accepted.config,
+            admitted.accepted.config,
             model=model,
             data=data,
             run_folder=run_folder or Path("runs") / name,
             keys=keys,
         )
-        await _take_part(place, stopping, config, curve)
+        await _run_actor(admitted, stopping, config, curve)
     except SpeedAsyncError as error:
-        await place.link.send(m.Failure(role=name, message=str(error)))
+        await admitted.link.send(m.Failure(role=name, message=str(error)))
         raise
     finally:
-        await place.link.close()
+        await admitted.link.close()
     return not stopping.is_set()
 
 
-async def _take_part(
-    place: Admitted, stopping: asyncio.Event, config: Config, curve: ClientKeys | None
+async def _run_actor(
+    admitted: Admitted, stopping: asyncio.Event, config: Config, curve: ClientKeys | None
 ) -> None:
-    name = f"actor-{place.accepted.index}"
+    host, port, accepted = admitted.host, admitted.port, admitted.accepted
     folder, config = make_run_folder(config)
     plan = ActorPlan(
-        index=place.accepted.index,
-        host=place.host,
-        port=place.port,
+        index=accepted.index,
+        host=host,
+        port=port,
         folder=folder.path,
-        first_incarnation=place.accepted.incarnation,
+        first_incarnation=accepted.incarnation,
         joined=True,
         environment=_engine_environment(config),
     )
-    address = address_at(place.host, place.port)
-    print(f"joined {address} as {name}; its logs are in {folder.path / 'logs'}")
+    address = address_at(host, port)
+    print(f"joined {address} as {plan.role}; its logs are in {folder.path / 'logs'}")
     sys.stdout.flush()
-    feed = FeedSubscriber(place.host, place.accepted.feed_port, keys=curve)
+    feed = FeedSubscriber(host, accepted.feed_port, keys=curve)
     try:
-        run_over = until_end(feed, config.cluster.peer_timeout_s)
+        run_over = wait_for_run_end(feed, config.cluster.peer_timeout_s)
         end = await supervise(config, plan, stopping=stopping, run_over=run_over)
     finally:
         await feed.close()
@@ -116,7 +117,8 @@ def localized(
     run_folder: Path | None,
     keys: Path | None,
 ) -> Config:
-    """The run's configuration with this machine's paths. Raises ConfigError for a missing one."""
+    """Parse the run's configuration and replace paths by those of this machine. Raises ConfigError
+    for a missing path."""
     try:
         tree = json.loads(text)
         if run_folder is not None:
@@ -138,13 +140,13 @@ def _on_this_machine(error: ConfigError) -> ConfigError:
     option = {"model.path": "--model", "task.path": "--data"}.get(error.field)
     if option is None:
         return error
-    remedy = f"{error.remedy} on this machine; give its place here with {option}"
+    remedy = f"{error.remedy} on this machine; set its local path with {option}"
     return ConfigError(error.field, error.value, remedy)
 
 
 def _engine_environment(config: Config) -> dict[str, str]:
     if config.actors.engine != "vllm":
-        return {}  # and no torch is loaded to find that out
+        return {}  # avoids importing torch
     from speed_async.launcher.roles.engine_choice import engine_environment
 
     return engine_environment(config)

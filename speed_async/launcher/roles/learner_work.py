@@ -1,6 +1,6 @@
-"""The first learner rank's training: wires model, trainer, weights and link to the loop.
+"""Training in rank 0: connects model, trainer, weight sender and link with the learner loop.
 
-Apart from learner_role.py, because what it imports takes seconds.
+Separate from learner_role.py because its imports take seconds.
 """
 
 import asyncio
@@ -27,23 +27,24 @@ from speed_async.weight_sync.contiguous import flatten_parameters
 from speed_async.weight_sync.process_group import choose_backend
 
 
-async def learn(life: Attempt, rank: Rank, link: Link, stop: Stop, identity: Identity) -> Finished:
-    """Train to the end of the run, or until `stop` is set."""
-    config = life.config
+async def learn(
+    attempt: Attempt, rank: Rank, link: Link, stop: Stop, identity: Identity
+) -> Finished:
+    """Train until the run ends or `stop` is set."""
+    config = attempt.config
     torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.run.seed)
     model = await asyncio.to_thread(load_model, config.model.path, device=config.learner.device)
-    flatten_parameters(
-        model
-    )  # before the optimiser is made; what lies flat is sent without being packed
+    # Before the optimiser is created. Contiguous parameters are sent without being packed.
+    flatten_parameters(model)
     trainer = Trainer(config=config, model=model, parallel=SingleRank(), run_id=identity.run_id)
     restored = None
-    if (found := life.checkpoint) is not None:
+    if (found := attempt.checkpoint) is not None:
         progress = Progress()
         if found.folder is not None:
             progress = await asyncio.to_thread(trainer.restore, found.folder, is_whole=True)
         restored = Restored(progress=progress, notices=found.notices)
-    if life.number == 0:  # a run that goes on may wait for room, as it may at any later checkpoint
+    if attempt.number == 0:  # a resumed run may wait for disk space at its next checkpoint instead
         await asyncio.to_thread(trainer.try_save)
     device = next(model.parameters()).device
     sender = TorchSender(
@@ -70,13 +71,13 @@ async def learn(life: Attempt, rank: Rank, link: Link, stop: Stop, identity: Ide
         stop=stop,
         restored=restored,
     )
-    gc.freeze()  # full collections need not go through all that was imported
+    gc.freeze()  # excludes imported modules from full collections
     try:
         return await loop.run(
             m.Hello(
                 role="learner",
                 index=rank.rank,
-                incarnation=life.number,
+                incarnation=attempt.number,
                 fingerprint=identity.things[DATA].digest,
                 model_fingerprint=model_fingerprint(
                     Path(config.model.path), chat_template=config.model.chat_template

@@ -1,8 +1,8 @@
-"""The buffer service's process, seen from the leading learner that starts it.
+"""Supervision of the buffer service's process by the leading learner.
 
-consumes   the process's exit
-restarts   a service that was killed by a signal: it goes on from its journal at the same ports;
-           one that failed with an error of its own would fail again
+consumes   the exit of the process
+restarts   a service that was killed by a signal: it recovers from its journal at the same ports;
+           a service that failed with an error is not restarted, because it would fail again
 """
 
 import asyncio
@@ -17,36 +17,36 @@ from speed_async.launcher.exit_status import recorded
 from speed_async.launcher.processes import end_process, start_role
 from speed_async.launcher.run_folder import RunFolder
 
-HASTY_S = 5.0
-"""A service that is killed again this soon after its start counts as a hasty death."""
-MAX_HASTY_DEATHS = 5
+EARLY_EXIT_S = 5.0
+"""A service that is killed within this time after its start counts as an early exit."""
+MAX_EARLY_EXITS = 5
 RESTART_PAUSE_S = 0.1
 
 
 class ServiceProcess:
     def __init__(self, config: Config, folder: RunFolder, *, life: int) -> None:
         self.ports = Ports()
-        """What it has bound."""
+        """Ports that the service has bound."""
         self._config = config
         self._folder = folder
-        self._life = life
+        self._attempt = life
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self, ports: Ports) -> None:
-        """Start it, at these ports where they are not 0; one that is killed before it has said
-        which it has is started again. Raises RoleError with its own words."""
-        for _ in range(MAX_HASTY_DEATHS + 1):
-            if await self._has_started(ports):
+        """Start the service at the given ports (0: any). Restarts it if it is killed before it
+        reports its ports. Raises RoleError with its message."""
+        for _ in range(MAX_EARLY_EXITS + 1):
+            if await self._start_once(ports):
                 return
             await asyncio.sleep(RESTART_PAUSE_S)
         raise self.error()
 
-    async def _has_started(self, ports: Ports) -> bool:
-        """False when it was killed first."""
+    async def _start_once(self, ports: Ports) -> bool:
+        """Start the process and read its ports. Returns False if it was killed first."""
         folder = self._folder
-        folder.error("service").unlink(missing_ok=True)  # of an earlier one
+        folder.error("service").unlink(missing_ok=True)  # left by an earlier process
         arguments = ["--config", str(folder.config), "--run-folder", str(folder.path)]
-        arguments += ["--life", str(self._life)]
+        arguments += ["--attempt", str(self._attempt)]
         arguments += ["--port", str(ports.service), "--feed-port", str(ports.feed)]
         process = await start_role("service", arguments, log=folder.log("service"))
         self._process = process
@@ -66,31 +66,31 @@ class ServiceProcess:
         return False
 
     async def watch(self) -> None:
-        """Return when it has ended for good; start it again whenever it is killed."""
+        """Restart the service whenever it is killed; return when it has exited permanently."""
         clock = asyncio.get_running_loop().time
-        hasty_deaths = 0
+        early_exits = 0
         while True:
             assert self._process is not None
-            began_s = clock()
+            started_s = clock()
             status = await self._process.wait()
             if status >= 0 or not self._may_restart:
                 return
-            hasty_deaths = hasty_deaths + 1 if clock() - began_s < HASTY_S else 0
-            if hasty_deaths > MAX_HASTY_DEATHS:
+            early_exits = early_exits + 1 if clock() - started_s < EARLY_EXIT_S else 0
+            if early_exits > MAX_EARLY_EXITS:
                 return
             name = signal.Signals(-status).name
             sys.stderr.write(
-                f"the buffer service was killed ({name}); it goes on from its journal\n"
+                f"the buffer service was killed ({name}); it recovers from its journal\n"
             )
             sys.stderr.flush()
             await asyncio.sleep(RESTART_PAUSE_S)
             await self.start(self.ports)
 
     def error(self) -> RoleError:
-        """Its own words, or where to read."""
+        """The error that the service recorded, or a reference to its log."""
         text = recorded(self._folder.error("service"))
-        return RoleError.quoting(
-            text or f"buffer service: died; read {self._folder.log('service')}"
+        return RoleError.from_text(
+            text or f"buffer service: died; see {self._folder.log('service')}"
         )
 
     async def end(self, grace_s: float) -> None:

@@ -1,4 +1,4 @@
-"""The buffer service's process: wires the core to sockets, sinks and the task's size."""
+"""The buffer service's process: connects the state machine with sockets, sinks and the task."""
 
 import asyncio
 import json
@@ -28,12 +28,12 @@ from speed_async.transport.zeromq import open_hub
 
 
 async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
-    """Bind, say on stdout where (one JSON line), serve until the run has ended.
+    """Bind the sockets, print their ports to stdout (one JSON line), and serve until the run ends.
 
-    `life` is the run's: in another than before, all actors of the one before are lost.
+    `life`: number of the run's attempt; all actors of an earlier attempt are lost.
     """
     loop = asyncio.get_running_loop()
-    # The learner ends this process by protocol, or by dying: signals to the group are not for it.
+    # The learner stops this process by protocol or by exiting; signals to the group are ignored.
     for ignored in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(ignored, lambda: None)
     task = make_task(config.task)
@@ -74,7 +74,7 @@ async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
 
 
 def vocab_size(folder: Path) -> int | None:
-    """Tokens that the model of this folder has; None where its config.json does not tell."""
+    """Vocabulary size of the model in this folder; None if its config.json does not contain it."""
     try:
         return read_model_info(folder).vocab_size
     except ModelError:

@@ -1,10 +1,10 @@
-"""Supervision of one actor: a child process that may die, hang, or be told to stop.
+"""Supervision of one actor, a child process that may die, hang or be stopped.
 
-consumes   the child's exit, the end of the run, a stop signal
-restarts   a child that was killed by a signal or given up as lost, with back-off; an actor that
-           failed with an error of its own is not started again, because it would fail again
-ends       the child a moment after the run, also one that hangs; a child that drains towards a
-           service that is gone at once
+consumes   the exit of the child, the end of the run, a stop signal
+restarts   a child that was killed by a signal or declared lost, with back-off; an actor that
+           failed with an error is not restarted, because it would fail again
+ends       the child shortly after the end of the run, even if it hangs; a draining child
+           immediately if the service is gone
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from typing import Any
 
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
-from speed_async.launcher.exit_status import EXIT_GIVEN_UP, recorded
+from speed_async.launcher.exit_status import EXIT_INCARNATION_LOST, recorded
 from speed_async.launcher.ports import listens
 from speed_async.launcher.processes import kill_process, start_role
 from speed_async.launcher.roles.join import RunEnd
@@ -25,32 +25,31 @@ from speed_async.launcher.run_folder import RunFolder
 
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
-WELL_S = 10.0
-"""An actor that lived for this long is started again at once: it is not what it does that kills
-it."""
-OVER_GRACE_S = 6.0
-"""After the run's end its actors, long drained, have this long to free their engines."""
-GONE_GRACE_S = 1.0
-"""A service that nobody listens for any more has either ended the run, which is heard within this,
-or died."""
+HEALTHY_S = 10.0
+"""After an actor has run for this long, its back-off is reset."""
+END_GRACE_S = 6.0
+"""After the end of the run, its drained actors have this long to free their engines."""
+SERVICE_GRACE_S = 1.0
+"""When the service does not accept connections any more, the end event must arrive within this;
+otherwise the service has died."""
 PROBE_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActorPlan:
-    """What a supervisor starts, and where."""
+    """Parameters of the actor that a supervisor starts."""
 
     index: int
     host: str
     port: int
-    """Of the service."""
+    """Port of the service."""
     folder: Path
-    """A run folder: it takes logs and errors."""
+    """A run folder for logs and error files."""
     config: Path | None = None
-    """The actor's configuration; None is the run folder's."""
+    """The actor's configuration; None means that of the run folder."""
     first_incarnation: int = 0
     joined: bool = False
-    """It came by itself: no rank, and its failure is no matter for the others."""
+    """It joined with `--join`: it has no rank, and its failure does not end the run."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -72,17 +71,17 @@ async def supervise(
     stopping: asyncio.Event,
     run_over: Coroutine[Any, Any, RunEnd],
 ) -> RunEnd | None:
-    """Run one actor until it drained, `stopping` is set, or `run_over` returns.
+    """Run one actor until it has drained, `stopping` is set, or `run_over` returns.
 
-    How the run ended; None where only this actor did, or nobody told. Raises RoleError with the
-    actor's own words, or what `run_over` raises.
+    Returns how the run ended; None if only this actor ended or the end of the run is not known.
+    Raises RoleError with the actor's message, or any error of `run_over`.
     """
     over = asyncio.create_task(run_over, name="run-over")
     stop = asyncio.create_task(stopping.wait(), name="stop")
     try:
         await _supervise(config, plan, over, stop)
-        if not stop.done():  # the actor has drained, and the run's last event is on its way
-            await asyncio.wait((over, stop), timeout=OVER_GRACE_S, return_when=FIRST_COMPLETED)
+        if not stop.done():  # the actor has drained; the end event may still be in transit
+            await asyncio.wait((over, stop), timeout=END_GRACE_S, return_when=FIRST_COMPLETED)
         return await over if over.done() else None
     finally:
         over.cancel()
@@ -109,24 +108,25 @@ async def _supervise(
         if stop.done() and not ended.done():
             await _drain(process, ended, over, plan, config.cluster.drain_timeout_s)
         elif over.done():
-            await asyncio.wait((ended,), timeout=OVER_GRACE_S)
+            await asyncio.wait((ended,), timeout=END_GRACE_S)
             await kill_process(process)
         status = await ended
         if status == 0 or over.done() or stop.done():
             return
-        if status > 0 and status != EXIT_GIVEN_UP:
-            raise RoleError.quoting(recorded(folder.error(role)) or f"{role}: exit status {status}")
-        if asyncio.get_running_loop().time() - started_s > WELL_S:
+        if status > 0 and status != EXIT_INCARNATION_LOST:
+            text = recorded(folder.error(role)) or f"{role}: exit status {status}"
+            raise RoleError.from_text(text)
+        if asyncio.get_running_loop().time() - started_s > HEALTHY_S:
             backoff_s = FIRST_BACKOFF_S
         await asyncio.wait((over, stop), timeout=backoff_s, return_when=FIRST_COMPLETED)
         if over.done() or stop.done():
             return
         backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
-    last_words = recorded(folder.error(role)) or f"read {folder.log(role)}"
+    last_error = recorded(folder.error(role)) or f"see {folder.log(role)}"
     raise RoleError(
         role,
-        f"died {max_restarts + 1} times, as often as actors.max_restarts allows "
-        f"(last: {_how(status)}): {last_words}",
+        f"died {max_restarts + 1} times, which exceeds actors.max_restarts = {max_restarts} "
+        f"(last: {_describe_status(status)}): {last_error}",
     )
 
 
@@ -137,19 +137,19 @@ async def _drain(
     plan: ActorPlan,
     timeout_s: float,
 ) -> None:
-    """Have the child drain, for as long as there is a service that it can tell about it."""
+    """Let the child drain for at most `timeout_s`, while the service accepts connections."""
     process.send_signal(signal.SIGTERM)
     loop = asyncio.get_running_loop()
     ends_s = loop.time() + timeout_s
     while not ended.done() and loop.time() < ends_s:
-        if not await listens(plan.host, plan.port, timeout_s=GONE_GRACE_S):
-            await asyncio.wait((ended, over), timeout=GONE_GRACE_S, return_when=FIRST_COMPLETED)
+        if not await listens(plan.host, plan.port, timeout_s=SERVICE_GRACE_S):
+            await asyncio.wait((ended, over), timeout=SERVICE_GRACE_S, return_when=FIRST_COMPLETED)
             if over.done():
-                await asyncio.wait((ended,), timeout=OVER_GRACE_S)
+                await asyncio.wait((ended,), timeout=END_GRACE_S)
             break
         await asyncio.wait((ended,), timeout=PROBE_INTERVAL_S)
     await kill_process(process)
 
 
-def _how(status: int) -> str:
+def _describe_status(status: int) -> str:
     return signal.Signals(-status).name if status < 0 else f"exit status {status}"

@@ -1,4 +1,4 @@
-"""A run as its folder tells of it: where its feed is, and what has happened so far."""
+"""Reads the address of the feed and the history of a run from its folder."""
 
 import json
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ NUM_SAMPLES = 3
 
 
 async def watch_folder(path: Path, keys: ClientKeys | None = None) -> None:
-    """Show the run in this folder: as it goes on, or its last state when it is over.
+    """Show the run in this folder live, or its last state if it has ended.
 
-    `keys`: instead of the run's own. Raises SpeedAsyncError.
+    `keys`: overrides the run's own keys. Raises SpeedAsyncError.
     """
     folder = RunFolder(path=path)
     if not folder.config.is_file():
-        raise SpeedAsyncError(f"'{path}' is no run folder: it holds no {folder.config.name}")
+        raise SpeedAsyncError(f"'{path}' is not a run folder: it has no {folder.config.name}")
     history = history_of(path)
-    is_over = bool(history) and history[-1].kind == "end"
+    has_ended = bool(history) and history[-1].kind == "end"
     try:
         config = read_resolved(folder.config)
         host, port = _feed_address(folder)
@@ -39,14 +39,14 @@ async def watch_folder(path: Path, keys: ClientKeys | None = None) -> None:
         )
         await watch(source)
     except DeadlineExceeded as error:
-        if is_over:
+        if has_ended:
             show_past(path.name, history)
             return
-        raise _not_under_way(path, history, error) from None
+        raise _not_running(path, history, error) from None
 
 
 def history_of(path: Path) -> list[Event]:
-    """Steps, evaluations, ends and the last samples of this run folder, the samples first."""
+    """Steps, evaluations, end events and the last samples of this run folder, samples first."""
     metrics = path / METRICS_FILE
     events = read_events(metrics) if metrics.is_file() else []
     return [*_last_samples(path / SAMPLES_FILE), *events]
@@ -62,7 +62,7 @@ def _last_samples(path: Path) -> list[Event]:
             values = json.loads(line)
             values.pop("kind", None)
         except (ValueError, AttributeError):
-            raise DataError(f"{path}: a line is no JSON object: {line[:80]!r}") from None
+            raise DataError(f"{path}: a line is not a JSON object: {line[:80]!r}") from None
         samples.append(Event(kind="sample", values=values))
     return samples
 
@@ -76,18 +76,16 @@ def _feed_address(folder: RunFolder) -> tuple[str, int]:
             f"the run in '{folder.path}'", "its service has not started yet", 0.0
         ) from None
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{folder.address}: no address of a run ({error})") from None
+        raise DataError(f"{folder.address}: not the address of a run ({error})") from None
 
 
-def _not_under_way(
-    path: Path, history: Sequence[Event], error: DeadlineExceeded
-) -> SpeedAsyncError:
+def _not_running(path: Path, history: Sequence[Event], error: DeadlineExceeded) -> SpeedAsyncError:
     last = history[-1] if history else None
-    told = "it has written no metrics"
+    state = "it has written no metrics"
     if last is not None:
         version, wall_s = last.values.get("policy_version"), last.values.get("wall_s")
-        told = f"its last word is of version {version}, {duration(wall_s)} after its start"
+        state = f"its last event is of version {version}, {duration(wall_s)} after its start"
     return SpeedAsyncError(
-        f"nobody answers for the run in '{path}' ({error}); {told}. If it is not going on, go on "
-        f"with it: speed-async train --resume {path}"
+        f"the run in '{path}' does not respond ({error}); {state}. If it is not running, resume "
+        f"it: speed-async train --resume {path}"
     )
