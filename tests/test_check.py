@@ -124,7 +124,7 @@ def test_check_says_every_error_at_once(model: Path, tmp_path: Path) -> None:
         "'run.folder' = 'taken/run': cannot be made",
         "it is damaged or was not downloaded to its end",
         "has no EOS token",
-        "2 lines that cannot be used",
+        "2 unusable lines",
     ):
         assert said in errors
     num_devices = 2 if devices.why_no_gpu() else 0

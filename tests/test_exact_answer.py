@@ -1,4 +1,4 @@
-"""Which answers `task.match = "exact"` takes for the same: hand-written cases."""
+"""Answers that match under `task.match = "exact"`: hand-written cases."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def match(given: str, answer: str) -> bool:
         (r"so \boxed{\text{blue  sky}}", "because\n#### blue sky"),
     ],
 )
-def test_the_same_answer_written_otherwise_matches(given: str, answer: str) -> None:
+def test_equivalent_notations_match(given: str, answer: str) -> None:
     assert match(given, answer) and match(answer, given)
 
 
@@ -57,12 +57,12 @@ def test_the_same_answer_written_otherwise_matches(given: str, answer: str) -> N
         ("answer: 27", "27"),
     ],
 )
-def test_another_answer_does_not(given: str, answer: str) -> None:
+def test_different_answers_do_not_match(given: str, answer: str) -> None:
     assert not match(given, answer)
 
 
 @pytest.mark.parametrize("text", ["", "  ", "####", "#### ", r"\boxed{}", r"\boxed{ }"])
-def test_nothing_matches_nothing(text: str) -> None:
+def test_empty_answers_never_match(text: str) -> None:
     assert not match(text, "####")
     assert not match(text, "")
     assert not match(text, text)

@@ -144,6 +144,8 @@ def test_a_verifier_that_dies_says_in_the_error_what_it_died_of(tmp_path: Path) 
 
     with (
         stderr_in(tmp_path / "log"),
-        pytest.raises(TaskError, match="ended at once: OSError: the disk with the model is gone"),
+        pytest.raises(
+            TaskError, match="exited during start: OSError: the disk with the model is gone"
+        ),
     ):
         asyncio.run(run())
