@@ -163,7 +163,7 @@ async def cancellation_frees_the_slot(start: StartEngine) -> None:
         [waiting] = start_all(engine, [request(3)])
         running[0].cancel()
         await gather([waiting])
-        assert not running[1].done(), "the short request must run beside the other long request"
+        assert not running[1].done(), "the short request must run concurrently with the long one"
         running[1].cancel()
         await until(engine, lambda: engine.stats.num_running == 0)
         assert engine.stats.num_waiting == 0

@@ -12,7 +12,7 @@ import numpy as np
 from buffer_fixtures import make_config
 
 from speed_async.actors.failed_completions import MAX_TEXT_CHARS, FailedCompletions
-from speed_async.actors.rollout import LeaseWork, Refused, Rollout
+from speed_async.actors.rollout import GateRejection, LeaseWork, Rollout
 from speed_async.environments.verifier import VerifierPool
 from speed_async.errors import TaskError
 from speed_async.testing.scripted_engine import ScriptedEngine
@@ -81,7 +81,7 @@ def test_completions_that_break_the_verifier_are_recorded(
             return results
 
     fine, hung, died, raised, fine_again = asyncio.run(asyncio.wait_for(run_leases(), 60))
-    assert fine == fine_again == Refused(num_passed=0)
+    assert fine == fine_again == GateRejection(num_passed=0)
     assert isinstance(hung, str) and "did not return within 1 s" in hung
     assert isinstance(died, str) and "ended its worker process" in died
     assert isinstance(raised, str) and "ValueError: cannot parse '7 8 6'" in raised

@@ -8,7 +8,7 @@ import numpy as np
 from buffer_fixtures import make_config
 
 from speed_async.actors.engine import GenerationRequest
-from speed_async.actors.rollout import LeaseWork, Refused, Rollout, Scored
+from speed_async.actors.rollout import GateRejection, LeaseWork, Rollout, Scored
 from speed_async.config.schema import Config
 from speed_async.testing.scripted_engine import ScriptedEngine
 from speed_async.testing.scripted_verifier import ScriptedVerifier
@@ -32,8 +32,8 @@ def run_lease(
     *,
     kind: LeaseKind = LeaseKind.TRAINING,
     num_samples: int = 0,
-) -> Group | Refused | Scored:
-    async def scenario() -> Group | Refused | Scored:
+) -> Group | GateRejection | Scored:
+    async def scenario() -> Group | GateRejection | Scored:
         lease = Lease(lease_id=0, prompt_id=0, kind=kind, num_samples=num_samples)
         async with ScriptedEngine(script, num_slots=8) as engine:
             rollout = Rollout(config, engine, verifier, IntCodec())
@@ -86,7 +86,7 @@ def test_verifier_is_not_called_when_all_completions_are_truncated(tmp_path: Pat
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), actors={"max_new_tokens": 2})
     verifier = ScriptedVerifier(lambda _, completion: 1.0)
-    assert run_lease(config, lambda *_: [1, 1, 1], verifier) == Refused(num_passed=0)
+    assert run_lease(config, lambda *_: [1, 1, 1], verifier) == GateRejection(num_passed=0)
     assert not verifier.calls
 
 

@@ -12,8 +12,8 @@ from run_process import start_train
 from service_desk import Desk
 from test_loops import Run
 
-from speed_async.actors.rollout import LeaseWork, Refused
-from speed_async.actors.sample_selector import MAX_TEXT_CHARS, SampleSelector, shortened
+from speed_async.actors.rollout import GateRejection, LeaseWork
+from speed_async.actors.sample_selector import MAX_TEXT_CHARS, SampleSelector, truncate_middle
 from speed_async.buffer.durability.journal import read_segment, segments
 from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.state_machine import StateMachine
@@ -86,7 +86,7 @@ def test_sample_message_has_the_fields_of_the_event() -> None:
     lease = work(0.0)
     selected = completion(0.0, truncated=True)
     message = selector.message(
-        selected, lease, prompt, Refused(num_passed=0), "c\ud800" * 9000, ActorCounts()
+        selected, lease, prompt, GateRejection(num_passed=0), "c\ud800" * 9000, ActorCounts()
     )
     assert (message.policy_version, message.prompt_id, message.num_tokens) == (5, 8, 2)
     assert (message.decision, message.truncated, message.held_out) == ("screened out", True, False)
@@ -96,10 +96,10 @@ def test_sample_message_has_the_fields_of_the_event() -> None:
 
 
 def test_middle_of_a_long_text_is_removed() -> None:
-    text = shortened("a" * 100 + "b" * 1000 + "c" * 100, 200)
+    text = truncate_middle("a" * 100 + "b" * 1000 + "c" * 100, 200)
     assert len(text) == 200 and text.startswith("a" * 70) and text.endswith("c" * 70)
     assert "(1000 or more characters omitted)" in text
-    assert shortened("short", 200) == "short"
+    assert truncate_middle("short", 200) == "short"
 
 
 def sample_events(desk: Desk) -> list[dict[str, object]]:

@@ -24,7 +24,7 @@ LIMIT_S = 60.0
 T = TypeVar("T")
 
 
-class ForeignTimeout(BaseException):
+class LibraryTimeout(BaseException):
     """Like the timeouts of some libraries; requires two arguments, so it cannot be unpickled."""
 
     def __init__(self, one: str, two: str) -> None:
@@ -47,8 +47,8 @@ class FaultyTask:
             pow(10, 10**9)
         if fault == "raise":
             raise ValueError("cannot parse this")
-        if fault == "raise foreign":
-            raise ForeignTimeout("too", "slow")
+        if fault == "raise timeout":
+            raise LibraryTimeout("too", "slow")
         if fault == "exit":
             os._exit(3)
         if fault == "system exit":
@@ -158,7 +158,7 @@ def test_one_call_scores_all_completions() -> None:
 def test_each_failure_is_reported_and_the_pool_recovers() -> None:
     expected = {
         "raise": "the verifier of training prompt 4 raised ValueError: cannot parse this",
-        "raise foreign": "the verifier of training prompt 4 raised ForeignTimeout: too slow",
+        "raise timeout": "the verifier of training prompt 4 raised LibraryTimeout: too slow",
         "system exit": "the verifier of training prompt 4 raised SystemExit: 2",
         "two": "returned 2.0, which is not a finite number in [0, 1]",
         "nan": "returned nan, which is not",
@@ -224,9 +224,9 @@ def test_hanging_call_fails_and_queued_calls_are_scored() -> None:
 def test_hang_in_c_code_is_killed_at_its_timeout() -> None:
     async def scenario() -> float:
         async with VerifierPool(make_faulty, 1, 0.4) as pool:
-            began = time.monotonic()
+            started_s = time.monotonic()
             await failure(pool, prompt("hang in C"))
-            return time.monotonic() - began
+            return time.monotonic() - started_s
 
     assert 0.4 <= run(scenario) < 2.4
 
@@ -252,9 +252,9 @@ def test_event_loop_is_not_blocked_while_a_worker_is_replaced() -> None:
             scoring = asyncio.create_task(failure(pool, prompt("hang")))
             lag_s = 0.0
             while not scoring.done():
-                began = time.monotonic()
+                started_s = time.monotonic()
                 await asyncio.sleep(0.005)
-                lag_s = max(lag_s, time.monotonic() - began - 0.005)
+                lag_s = max(lag_s, time.monotonic() - started_s - 0.005)
             await pool.score(prompt("sum"), ["7"])
             return lag_s
 

@@ -1,11 +1,11 @@
 """Converts the result of a lease to the message that reports it to the service."""
 
-from speed_async.actors.rollout import LeaseWork, Refused, Scored
+from speed_async.actors.rollout import GateRejection, LeaseWork, Scored
 from speed_async.transport import messages as m
 from speed_async.transport.groups import pack_group
 from speed_async.types import ActorCounts, Group
 
-Result = Group | Refused | Scored | str
+Result = Group | GateRejection | Scored | str
 """A string is the reason for a failed lease."""
 
 
@@ -16,7 +16,7 @@ def result_message(work: LeaseWork, result: Result, counts: ActorCounts) -> m.Me
     match result:
         case Group():
             return pack_group(result, counts)
-        case Refused():
+        case GateRejection():
             return m.ScreenedOut(
                 lease_id=lease_id,
                 num_passed=result.num_passed,

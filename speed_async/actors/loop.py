@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from speed_async.actors.engine import Engine
 from speed_async.actors.lease_result import Result, result_message
-from speed_async.actors.rollout import Aborted, LeaseWork, Refused, Rollout, Scored
+from speed_async.actors.rollout import Aborted, GateRejection, LeaseWork, Rollout, Scored
 from speed_async.actors.sample_selector import SampleSelector
 from speed_async.config.schema import Config
 from speed_async.environments.task import Task
@@ -145,7 +145,7 @@ class ActorLoop:
                     raise GivenUp(f"{self._name}: the service refused a message: {reason}")
                 case _:
                     pass
-            self._maybe_drained()
+            self._check_drained()
 
     def _start(self, leases: m.Leases, tasks: asyncio.TaskGroup) -> None:
         kind = LeaseKind(leases.kind)
@@ -191,10 +191,10 @@ class ActorLoop:
         if not isinstance(result, str):
             self._send_sample(work, prompt, result)
         self._request_work()
-        self._maybe_drained()
+        self._check_drained()
 
     def _send_sample(
-        self, work: LeaseWork, prompt: Prompt, result: Group | Refused | Scored
+        self, work: LeaseWork, prompt: Prompt, result: Group | GateRejection | Scored
     ) -> None:
         """Send one of the lease's completions as a sample, at most once per interval."""
         selected = self._selector.select(work)
@@ -302,7 +302,7 @@ class ActorLoop:
         for lease_id, work in self._works.items():
             if work.scoring:  # all its samples are counted already
                 self._tasks[lease_id].cancel()
-        self._maybe_drained()
+        self._check_drained()
 
     async def _await_drained(self) -> None:
         """Wait until every lease has ended and the service has acknowledged the results."""
@@ -324,7 +324,7 @@ class ActorLoop:
             if self._drained.is_set():
                 await asyncio.sleep(DRAIN_POLL_S)
 
-    def _maybe_drained(self) -> None:
+    def _check_drained(self) -> None:
         if self._draining and not self._works:
             self._drained.set()
 

@@ -17,7 +17,7 @@ class PromptCodec:
 
     Special tokens that the tokenizer appends (an EOS, a separator) are omitted, because the
     completion follows the prompt. Special tokens that it prepends (a BOS) occur exactly once, even
-    when the text already begins with them; with a chat template, only the template adds them. The
+    when the text already starts with them; with a chat template, only the template adds them. The
     string of a special token inside a prompt is encoded as that token, as in a serving engine.
     """
 
@@ -26,7 +26,7 @@ class PromptCodec:
             raise ConfigError(
                 "model.chat_template",
                 True,
-                "this model's tokenizer has no chat template; set false",
+                "this model's tokenizer has no chat template; set it to false",
             )
         self._tokenizer = tokenizer
         self._chat_template = chat_template
@@ -63,10 +63,10 @@ class PromptCodec:
         """Special tokens that this tokenizer prepends to every text."""
         for sample in _SAMPLES:
             plain = self._ids(sample, add_special_tokens=False)
-            whole = self._ids(sample, add_special_tokens=True)
-            for start in range(len(whole) - len(plain) + 1):
-                if plain and whole[start : start + len(plain)] == plain:
-                    return whole[:start]
+            extended = self._ids(sample, add_special_tokens=True)
+            for start in range(len(extended) - len(plain) + 1):
+                if plain and extended[start : start + len(plain)] == plain:
+                    return extended[:start]
         return []
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -77,7 +77,7 @@ class LeaseWork:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Refused:
+class GateRejection:
     """The gate rejected the group: its prompt is not of moderate difficulty."""
 
     num_passed: int
@@ -112,7 +112,7 @@ class Rollout:
         self._failures = failures
         self._gate = Gate(low=config.gate.low, high=config.gate.high)
 
-    async def run(self, work: LeaseWork, prompt: Prompt) -> Group | Refused | Scored:
+    async def run(self, work: LeaseWork, prompt: Prompt) -> Group | GateRejection | Scored:
         """Raises TaskError (verifier), ModelError (unusable prompt) or Aborted."""
         tokens = self._codec.encode(prompt.text)
         if work.lease.kind is LeaseKind.EVALUATION:
@@ -125,7 +125,7 @@ class Rollout:
             )
             rewards = [completion.reward for completion in completions]
             if not self._gate.admits(rewards):
-                return Refused(num_passed=num_passed(rewards))
+                return GateRejection(num_passed=num_passed(rewards))
         work.continuing = True
         num_left = gate.group_size - gate.num_screening
         if num_left:

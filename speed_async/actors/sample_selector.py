@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from speed_async.actors.rollout import LeaseWork, Refused, Scored
+from speed_async.actors.rollout import GateRejection, LeaseWork, Scored
 from speed_async.transport import messages as m
 from speed_async.types import PASS_REWARD, ActorCounts, Completion, Group, LeaseKind, Prompt
 
@@ -38,7 +38,7 @@ class SampleSelector:
         selected: Completion,
         work: LeaseWork,
         prompt: Prompt,
-        result: Group | Refused | Scored,
+        result: Group | GateRejection | Scored,
         text: str,
         counts: ActorCounts,
     ) -> m.Sample:
@@ -51,25 +51,25 @@ class SampleSelector:
             decision=self._decision(result),
             reward=selected.reward,
             is_extracted=selected.extracted is not None,
-            extracted=shortened(selected.extracted or ""),
+            extracted=truncate_middle(selected.extracted or ""),
             truncated=sampled.finish_reason == "length",
             num_tokens=sampled.num_tokens,
-            prompt=shortened(prompt.text),
-            completion=shortened(text),
+            prompt=truncate_middle(prompt.text),
+            completion=truncate_middle(text),
             counts=counts,
         )
 
-    def _decision(self, result: Group | Refused | Scored) -> str:
+    def _decision(self, result: Group | GateRejection | Scored) -> str:
         match result:
             case Scored():
                 return "evaluated"
-            case Refused():
+            case GateRejection():
                 return "screened out"
             case Group():
                 return "continued" if self._is_gated else "kept"
 
 
-def shortened(text: str, max_chars: int = MAX_TEXT_CHARS) -> str:
+def truncate_middle(text: str, max_chars: int = MAX_TEXT_CHARS) -> str:
     """`text` as valid UTF-8, with its middle removed when it exceeds `max_chars`."""
     text = text.encode("utf-8", "replace").decode()
     if len(text) <= max_chars:

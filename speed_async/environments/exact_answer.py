@@ -36,13 +36,13 @@ def exact_answer(text: str) -> str:
     return normalised(answer) or answer
 
 
-def same_answer(given: str, answer: str) -> bool:
+def same_answer(candidate: str, answer: str) -> bool:
     """Whether two normalised answers match."""
-    if not given or not answer:
+    if not candidate or not answer:
         return False
-    if _is_decimal(given) and _is_decimal(answer):
-        return _value(given) == _value(answer)
-    return given == answer
+    if _is_decimal(candidate) and _is_decimal(answer):
+        return _value(candidate) == _value(answer)
+    return candidate == answer
 
 
 def normalised(text: str) -> str:

@@ -55,8 +55,10 @@ class JsonlTask:
         """1.0 when the completion's final answer matches, else 0.0."""
         if self._match == "exact":
             return float(same_answer(exact_answer(completion), exact_answer(prompt.answer)))
-        given, answer = last_number(completion), answer_number(prompt.answer)
-        return float(given is not None and answer is not None and same_number(given, answer))
+        candidate, answer = last_number(completion), answer_number(prompt.answer)
+        return float(
+            candidate is not None and answer is not None and same_number(candidate, answer)
+        )
 
     def extract(self, completion: str) -> str | None:
         """The final answer as written in the completion, numeric or not."""

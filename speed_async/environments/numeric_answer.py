@@ -95,11 +95,11 @@ def _is_in_tuple(before: str, token: str, after: str) -> bool:
     return bool(_TUPLE_AFTER.match(after) or ("," in token and _CLOSED_AFTER.match(after)))
 
 
-def same_number(given: float, answer: float) -> bool:
+def same_number(candidate: float, answer: float) -> bool:
     """Integers must be equal; otherwise a relative difference of 1e-6 is allowed."""
-    if isinstance(given, int) and isinstance(answer, int):
-        return given == answer
-    return abs(given - answer) <= RELATIVE_TOLERANCE * abs(answer)
+    if isinstance(candidate, int) and isinstance(answer, int):
+        return candidate == answer
+    return abs(candidate - answer) <= RELATIVE_TOLERANCE * abs(answer)
 
 
 def _plain(text: str) -> str:

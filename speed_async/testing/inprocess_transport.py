@@ -65,7 +65,9 @@ class InProcessHub:
         while True:
             remaining_s = max(0.0, ends_s - clock())
             try:
-                peer, frames = await self._inbox.get(remaining_s, whom="any peer", what="a message")
+                peer, frames = await self._inbox.get(
+                    remaining_s, source="any peer", what="a message"
+                )
             except DeadlineExceeded as error:
                 raise DeadlineExceeded(error.whom, error.what, deadline_s) from None
             if (received := self._decoded(peer, frames)) is not None:
@@ -122,14 +124,14 @@ class InProcessLink:
         await self._hub_inbox.put(
             (self._name, _as_bytes(frames)),
             self._send_deadline_s,
-            whom="the in-process service",
+            source="the in-process service",
             what="space in its inbox",
         )
 
     async def receive(self, deadline_s: float) -> Message:
         """Next message. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
-        whom = "the in-process service"
-        return decode(await self._outbox.get(deadline_s, whom=whom, what="a message"))
+        source = "the in-process service"
+        return decode(await self._outbox.get(deadline_s, source=source, what="a message"))
 
     async def close(self) -> None:
         await self._outbox.close(keep_items=False)
@@ -144,16 +146,16 @@ class _Mailbox(Generic[Item]):
         self._items: deque[Item] = deque()
         self._waiters: set[asyncio.Future[None]] = set()
 
-    async def put(self, item: Item, deadline_s: float, *, whom: str, what: str) -> None:
-        await self._wait_until(lambda: len(self._items) < self._capacity, deadline_s, whom, what)
+    async def put(self, item: Item, deadline_s: float, *, source: str, what: str) -> None:
+        await self._wait_until(lambda: len(self._items) < self._capacity, deadline_s, source, what)
         if not self.put_now(item):
-            raise TransportClosed(f"closed while waiting for {whom}: {what}")
+            raise TransportClosed(f"closed while waiting for {source}: {what}")
 
-    async def get(self, deadline_s: float, *, whom: str, what: str) -> Item:
-        await self._wait_until(lambda: len(self._items) > 0, deadline_s, whom, what)
+    async def get(self, deadline_s: float, *, source: str, what: str) -> Item:
+        await self._wait_until(lambda: len(self._items) > 0, deadline_s, source, what)
         item = self.get_now()
         if item is None:
-            raise TransportClosed(f"closed while waiting for {whom}: {what}")
+            raise TransportClosed(f"closed while waiting for {source}: {what}")
         return item
 
     def put_now(self, item: Item) -> bool:
@@ -183,7 +185,7 @@ class _Mailbox(Generic[Item]):
                 waiter.set_result(None)
 
     async def _wait_until(
-        self, is_ready: Callable[[], bool], deadline_s: float, whom: str, what: str
+        self, is_ready: Callable[[], bool], deadline_s: float, source: str, what: str
     ) -> None:
         """Wait until `is_ready()` or closed. Raises DeadlineExceeded."""
         loop = asyncio.get_running_loop()
@@ -195,7 +197,7 @@ class _Mailbox(Generic[Item]):
                 async with asyncio.timeout(max(0.0, deadline_s - (loop.time() - started_s))):
                     await waiter
             except TimeoutError:
-                raise DeadlineExceeded(whom, what, loop.time() - started_s) from None
+                raise DeadlineExceeded(source, what, loop.time() - started_s) from None
             finally:
                 self._waiters.discard(waiter)
 

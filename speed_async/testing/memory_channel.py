@@ -127,7 +127,7 @@ class MemorySender:
     def send(
         self, offer: WeightOffer, tensors: Iterable[NamedTensor], canary: Canary | None = None
     ) -> TransferReport:
-        began_s = self._clock()
+        started_s = self._clock()
         named = list(tensors)
         self.calls.append(SendCall(offer=offer, names=tuple(name for name, _ in named)))
         specs = describe(named, self._cast)
@@ -158,7 +158,7 @@ class MemorySender:
                 reason = f"manifest: {'; '.join(rejections.values())}"
                 raise self._store.fail(offer, transfer, reason, [*rejections])
         self._store.finish(offer, transfer)
-        return _report(manifest, self._clock() - began_s)
+        return _report(manifest, self._clock() - started_s)
 
     def close(self) -> None:
         """No resources to free."""
@@ -191,7 +191,7 @@ class MemoryReceiver:
     def receive(
         self, offer: WeightOffer, expected: Sequence[NamedTensor], load: LoadTensors
     ) -> TransferReport:
-        began_s = self._clock()
+        started_s = self._clock()
         self.calls.append(
             ReceiveCall(offer=offer, expected_names=tuple(name for name, _ in expected))
         )
@@ -208,7 +208,7 @@ class MemoryReceiver:
                     reason = f"rank {offer.rank} failed to load: {sys.exception()}"
                     self._store.fail(offer, transfer, reason)
         self._store.finish(offer, transfer)
-        return _report(manifest, self._clock() - began_s, manifest.canary)
+        return _report(manifest, self._clock() - started_s, manifest.canary)
 
     def close(self) -> None:
         """No resources to free."""

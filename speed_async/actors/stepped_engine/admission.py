@@ -97,12 +97,12 @@ class AdmissionCost:
     def __init__(self) -> None:
         self._steps_lost = 0.0
 
-    def is_due(self, *, num_running: int, num_enterable: int) -> bool:
-        """Called once per step; `num_enterable` waiting requests have a free slot."""
-        if num_enterable == 0:
+    def is_due(self, *, num_running: int, num_admissible: int) -> bool:
+        """Called once per step; `num_admissible` waiting requests have a free slot."""
+        if num_admissible == 0:
             self._steps_lost = 0.0
             return False
-        self._steps_lost += num_enterable / (num_enterable + num_running)
+        self._steps_lost += num_admissible / (num_admissible + num_running)
         if self._steps_lost < 1.0:
             return False
         self._steps_lost = 0.0

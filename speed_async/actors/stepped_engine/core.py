@@ -103,7 +103,7 @@ class EngineCore:
         for key, request in inbox.arrivals:
             stepper.submit(key, request)
         tokens_cancelled = sum(stepper.cancel(key) for key in inbox.cancelled)
-        begun_s = self._clock()
+        started_s = self._clock()
         for command in inbox.commands:
             try:
                 answers.append(self._execute(command, finished))
@@ -114,7 +114,7 @@ class EngineCore:
         stepping_s = self._clock()
         if self.has_work:
             finished += stepper.step()
-        self._updating_s += stepping_s - begun_s
+        self._updating_s += stepping_s - started_s
         self._sampling_s += self._clock() - stepping_s
         return IterationResult(
             finished=finished,
@@ -126,13 +126,13 @@ class EngineCore:
     def _execute(self, command: Command, finished: list[Finished]) -> UpdateReport | None:
         match command:
             case Update(offer=offer):
-                begun_s = self._clock()
+                started_s = self._clock()
                 finished += self._stepper.abort_stale(offer.policy_version)
                 transfer_s = self._stepper.load_weights(offer)
                 return UpdateReport(
                     policy_version=offer.policy_version,
                     transfer_s=transfer_s,
-                    pause_s=self._clock() - begun_s,
+                    pause_s=self._clock() - started_s,
                 )
             case Pause(abort=abort):
                 self._is_paused = True

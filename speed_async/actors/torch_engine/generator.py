@@ -128,9 +128,9 @@ class TorchGenerator:
         """
         table = self._table
         num_free = table.num_slots - table.num_active
-        num_enterable = min(num_free, len(self._waiting))
-        if self._admission.is_due(num_running=table.num_active, num_enterable=num_enterable):
-            self._admit(num_enterable)
+        num_admissible = min(num_free, len(self._waiting))
+        if self._admission.is_due(num_running=table.num_active, num_admissible=num_admissible):
+            self._admit(num_admissible)
         table.cut_tail()
         if not len(self._waiting) and table.is_sparse:  # otherwise the next admission does it
             self._close_gaps()

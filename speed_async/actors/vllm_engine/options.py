@@ -69,7 +69,7 @@ class ServingInfo:
 
 
 def engine_arguments(
-    config: Config, facts: ServingInfo, *, seed: int, on_cpu: bool
+    config: Config, info: ServingInfo, *, seed: int, on_cpu: bool
 ) -> dict[str, Any]:
     """Arguments of `AsyncEngineArgs`, except `weight_transfer_config`, which is a vLLM object.
 
@@ -80,7 +80,7 @@ def engine_arguments(
         "model": config.model.path,
         "skip_tokenizer_init": True,  # tokens in, tokens out
         "generation_config": "vllm",
-        "max_model_len": facts.context_length,
+        "max_model_len": info.context_length,
         "max_num_seqs": actors.slots,
         "tensor_parallel_size": actors.vllm.tensor_parallel,
         "enforce_eager": actors.vllm.enforce_eager,
@@ -96,7 +96,7 @@ def engine_arguments(
     if on_cpu:
         arguments["dtype"] = "float32"
         arguments["kv_cache_memory_bytes"] = actors.vllm.kv_cache_bytes or _full_kv_bytes(
-            facts, actors.slots, actors.vllm.tensor_parallel
+            info, actors.slots, actors.vllm.tensor_parallel
         )
     else:
         arguments["gpu_memory_utilization"] = actors.vllm.gpu_memory_utilization
@@ -112,15 +112,15 @@ def engine_arguments(
     return arguments | actors.vllm.arguments
 
 
-def _full_kv_bytes(facts: ServingInfo, slots: int, tensor_parallel: int) -> int:
+def _full_kv_bytes(info: ServingInfo, slots: int, tensor_parallel: int) -> int:
     """Bytes of one worker's float32 KV cache with space for a full sequence in every slot.
 
     By default, vLLM allocates most of a CPU machine's memory.
     """
-    text = facts.hf_config.get_text_config()
+    text = info.hf_config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     block = 128  # tokens; vLLM's default on a CPU
-    num_blocks = slots * -(-facts.context_length // block) + SPARE_BLOCKS
+    num_blocks = slots * -(-info.context_length // block) + SPARE_BLOCKS
     heads_per_worker = max(1, heads // tensor_parallel)
     return 2 * 4 * text.num_hidden_layers * heads_per_worker * head_dim * block * num_blocks

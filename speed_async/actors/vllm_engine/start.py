@@ -29,8 +29,8 @@ def make_vllm_engine(config: Config, *, seed: int) -> VllmEngine:
 
 def open_llm(config: Config, *, seed: int) -> StartedLlm:
     """Start vLLM and wait until it is ready. Raises ModelError, ConfigError or SpeedAsyncError."""
-    facts = ServingInfo(config)
-    arguments = engine_arguments(config, facts, seed=seed, on_cpu=current_platform.is_cpu())
+    info = ServingInfo(config)
+    arguments = engine_arguments(config, info, seed=seed, on_cpu=current_platform.is_cpu())
     log = LogSince()
     try:
         llm = AsyncLLM.from_engine_args(
@@ -47,10 +47,10 @@ def open_llm(config: Config, *, seed: int) -> StartedLlm:
     return StartedLlm(
         llm=llm,
         limits=ModelLimits(
-            context_length=facts.context_length,
-            num_token_ids=facts.hf_config.get_text_config().vocab_size,
+            context_length=info.context_length,
+            num_token_ids=info.hf_config.get_text_config().vocab_size,
         ),
-        eos_token_ids=facts.eos_token_ids,
+        eos_token_ids=info.eos_token_ids,
         num_slots=config.actors.slots,
         dtype=str(llm.model_config.dtype),
         close=partial(llm.shutdown, timeout=SHUTDOWN_S),
