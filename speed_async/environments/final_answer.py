@@ -28,7 +28,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def marked_answer(text: str) -> str | None:
-    r"""The last `\boxed{}`, else the text after the last `####`, stripped; None when both are missing."""
+    r"""The last `\boxed{}`, else the text after the last `####`, stripped; else None."""
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
