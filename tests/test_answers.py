@@ -1,4 +1,4 @@
-"""Where the final answer stands, and which numbers are the same: hand-written cases."""
+"""Extraction of final answers and comparison of numbers: hand-written cases."""
 
 import time
 
@@ -23,13 +23,11 @@ from speed_async.environments.numeric_answer import last_number, same_number
         (r"{ \boxed{a} and { \boxed{b", "a"),
     ],
 )
-def test_the_final_answer_is_the_last_box_else_after_the_mark_else_the_text(
-    text: str, answer: str
-) -> None:
+def test_final_answer_is_last_box_then_mark_then_whole_text(text: str, answer: str) -> None:
     assert final_answer(text) == answer
 
 
-def test_the_last_tag_wins_and_absence_is_none() -> None:
+def test_last_tag_is_used_and_missing_tag_is_none() -> None:
     assert last_tagged("<answer>1</answer> no <answer>\n2\n</answer>") == "2"
     assert last_tagged("<answer>1") is None
     assert last_boxed("nothing") is None
@@ -70,7 +68,7 @@ def test_the_last_tag_wins_and_absence_is_none() -> None:
         ("work 1 2 3\n#### 72", 72),
     ],
 )
-def test_the_last_number_is_read(text: str, number: float) -> None:
+def test_last_number_is_parsed(text: str, number: float) -> None:
     assert last_number(text) == pytest.approx(number, rel=1e-12)
 
 
@@ -104,11 +102,11 @@ def test_the_last_number_is_read(text: str, number: float) -> None:
         "9" * 2000,
     ],
 )
-def test_a_number_that_is_part_of_an_expression_is_no_answer(text: str) -> None:
+def test_number_within_an_expression_is_not_an_answer(text: str) -> None:
     assert last_number(text) is None
 
 
-def test_integers_are_compared_exactly_and_others_within_a_millionth() -> None:
+def test_integers_compare_exactly_and_floats_with_relative_tolerance() -> None:
     assert same_number(1234567890, 1234567890)
     assert not same_number(1234567891, 1234567890)
     assert same_number(2.0, 2)
@@ -119,9 +117,9 @@ def test_integers_are_compared_exactly_and_others_within_a_millionth() -> None:
     assert not same_number(-2, 2)
 
 
-def test_a_long_completion_is_read_in_no_time_to_speak_of() -> None:
-    hostile = "1,111" * 20_000 + "-" * 20_000 + "(" * 20_000
+def test_long_completions_are_parsed_within_a_second() -> None:
+    adversarial = "1,111" * 20_000 + "-" * 20_000 + "(" * 20_000
     began_s = time.process_time()
-    for text in (hostile, "\\boxed{" * 20_000, "111," * 20_000, "* " * 20_000 + "5"):
+    for text in (adversarial, "\\boxed{" * 20_000, "111," * 20_000, "* " * 20_000 + "5"):
         last_number(text)
     assert time.process_time() - began_s < 1.0

@@ -1,4 +1,4 @@
-"""The quickstart's task and starting checkpoint."""
+"""The quickstart's task and initial checkpoint."""
 
 import random
 from pathlib import Path
@@ -30,7 +30,7 @@ def count_carries(text: str) -> int:
     return num_carries
 
 
-def test_prompts_are_numbered_and_marked_by_their_list() -> None:
+def test_prompt_ids_and_held_out_flags() -> None:
     task = make_task()
     assert [p.prompt_id for p in task.train_prompts] == list(range(1200))
     assert [p.prompt_id for p in task.held_out_prompts] == list(range(120))
@@ -38,24 +38,24 @@ def test_prompts_are_numbered_and_marked_by_their_list() -> None:
     assert all(p.held_out for p in task.held_out_prompts)
 
 
-def test_all_prompts_of_both_lists_are_distinct() -> None:
-    # Two-digit sums are few enough (4,000 drawn of 10,000) that an unchecked draw would repeat.
+def test_train_and_held_out_prompts_are_distinct() -> None:
+    # 4,000 of 10,000 two-digit sums: sampling without a duplicate check would repeat some.
     task = make_task(num_prompts=3600, num_held_out=400, max_digits=2)
     texts = [p.text for p in (*task.train_prompts, *task.held_out_prompts)]
     assert len(set(texts)) == 4000
 
 
-def test_the_same_seed_makes_the_same_prompts_and_another_seed_others() -> None:
+def test_prompts_depend_on_the_seed() -> None:
     assert fingerprint(make_task(seed=3)) == fingerprint(make_task(seed=3))
     assert fingerprint(make_task(seed=3)) != fingerprint(make_task(seed=4))
 
 
-def test_held_out_prompts_do_not_depend_on_the_number_of_training_prompts() -> None:
+def test_held_out_prompts_are_independent_of_num_prompts() -> None:
     few, many = make_task(num_prompts=12), make_task(num_prompts=1200)
     assert few.held_out_prompts == many.held_out_prompts
 
 
-def test_answers_are_sums_written_least_digit_first() -> None:
+def test_answers_are_sums_with_least_significant_digit_first() -> None:
     task = make_task()
     for prompt in task.train_prompts:
         left, right = prompt.text.rstrip("=").split("+")
@@ -64,7 +64,7 @@ def test_answers_are_sums_written_least_digit_first() -> None:
         assert int(left[::-1]) + int(right[::-1]) == int(prompt.answer[::-1])
 
 
-def test_levels_count_the_carries_and_have_exact_shares() -> None:
+def test_levels_equal_carries_and_have_exact_shares() -> None:
     task = make_task()
     for prompt in task.train_prompts:
         assert prompt.level == f"carries={count_carries(prompt.text)}"
@@ -79,12 +79,12 @@ def test_levels_count_the_carries_and_have_exact_shares() -> None:
     }
 
 
-def test_a_cycle_at_two_digits_holds_two_of_each_level() -> None:
+def test_level_cycle_of_two_digits_has_two_of_each_level() -> None:
     levels = level_cycle(random.Random(0), 2)
     assert sorted(next(levels) for _ in range(6)) == [0, 0, 1, 1, 2, 2]
 
 
-def test_a_drawn_sum_has_exactly_the_carries_asked_for() -> None:
+def test_draw_sum_has_the_requested_number_of_carries() -> None:
     rng = random.Random(0)
     for num_carries in (0, 1, 2, 3):
         for _ in range(50):
@@ -102,22 +102,22 @@ def test_a_drawn_sum_has_exactly_the_carries_asked_for() -> None:
         ("521", 0.0),
         ("52100", 0.0),
         ("52 10", 0.0),
-        ("5110", 0.0),  # the carry into the tens forgotten
+        ("5110", 0.0),  # without the carry into the tens
         ("", 0.0),
     ],
 )
-def test_only_the_whole_answer_scores(completion: str, reward: float) -> None:
+def test_only_the_exact_answer_is_rewarded(completion: str, reward: float) -> None:
     prompt = Prompt(prompt_id=0, text="750+860=", answer="5210")
     assert make_task(num_prompts=1, num_held_out=1).score(prompt, completion) == reward
 
 
-def test_asking_for_more_prompts_than_there_are_sums_names_the_remedy() -> None:
-    with pytest.raises(TaskError, match="max_digits = 1 offers 50 distinct prompts"):
+def test_too_many_prompts_raise_with_a_remedy() -> None:
+    with pytest.raises(TaskError, match="max_digits = 1 has 50 distinct prompts"):
         make_task(num_prompts=50, num_held_out=1, max_digits=1)
     assert len(make_task(num_prompts=49, num_held_out=1, max_digits=1).train_prompts) == 49
 
 
-def test_the_quickstart_model_loads_offline_and_answers_sums_without_carries() -> None:
+def test_quickstart_model_solves_sums_without_carries() -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.set_num_threads(1)
@@ -136,17 +136,17 @@ def test_the_quickstart_model_loads_offline_and_answers_sums_without_carries() -
     assert num_right >= 0.9 * len(easy)
 
 
-def test_the_quickstart_tokenizer_returns_every_printable_text_unchanged() -> None:
+def test_quickstart_tokenizer_round_trips_printable_text() -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_FOLDER, local_files_only=True)
     text = "1250+8740=  Is it 9990?\n{[ok]} ~"
     token_ids = tokenizer(text)["input_ids"]
-    assert len(token_ids) == len(text) + 1  # one a character, and the beginning of sequence
+    assert len(token_ids) == len(text) + 1  # one per character, plus BOS
     assert tokenizer.decode(token_ids, skip_special_tokens=True) == text
     assert tokenizer.eos_token_id not in token_ids
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
 
 
-def test_the_quickstart_model_folder_is_small() -> None:
+def test_quickstart_model_folder_is_small() -> None:
     num_bytes = sum(path.stat().st_size for path in MODEL_FOLDER.rglob("*") if path.is_file())
     assert 0 < num_bytes < 4 * 1024 * 1024

@@ -124,7 +124,7 @@ def test_check_reports_all_errors_together(model: Path, tmp_path: Path) -> None:
         "'run.folder' = 'taken/run': cannot be created",
         "it is damaged or incompletely downloaded",
         "has no EOS token",
-        "2 lines that cannot be used",
+        "2 unusable lines",
     ):
         assert message in errors
     num_devices = 2 if devices.why_no_gpu() else 0

@@ -1,4 +1,4 @@
-"""The engine in a process of its own: the whole contract, and what becomes of it when one dies."""
+"""The engine in a separate process: the engine contract, start-up and process failures."""
 
 import asyncio
 import multiprocessing
@@ -15,7 +15,7 @@ from engine_contract import (
     CONTRACT,
     NUM_TOKEN_IDS,
     WAIT_S,
-    gathered,
+    gather,
     offer,
     request,
     start_all,
@@ -23,9 +23,9 @@ from engine_contract import (
 )
 
 from speed_async.actors.engine import EngineStats, UpdateReport
-from speed_async.actors.stepped_engine.core import Inbox, Pause, Resume, TurnResult, Update
+from speed_async.actors.stepped_engine import process as engine_process
+from speed_async.actors.stepped_engine.core import Inbox, IterationResult, Pause, Resume, Update
 from speed_async.actors.stepped_engine.engine import SteppedEngine
-from speed_async.actors.stepped_engine.engine import process as engine_process
 from speed_async.actors.stepped_engine.frames import (
     pack_inbox,
     pack_result,
@@ -40,7 +40,7 @@ from speed_async.types import Sampled, WeightOffer
 
 CONTEXT_LENGTH = 96
 STEP_S = 0.01
-"""Long enough for the parent to see sequences run: the process does not wait for it."""
+"""Long enough for the parent to observe running sequences."""
 
 
 class SlowStepper(ScriptedStepper):
@@ -68,17 +68,17 @@ def start(make_stepper: Callable[[], Stepper] = slow_stepper) -> SteppedEngine:
 
 
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
-def test_the_engine_process_keeps_the_contract(check) -> None:
+def test_engine_process_satisfies_the_contract(check) -> None:
     asyncio.run(check(start))
 
 
-def test_a_spawned_process_does_the_same() -> None:
-    """What a machine with a GPU gets: nothing is shared, the factory travels."""
+def test_spawned_process_generates() -> None:
+    """With a GPU, the process is spawned and receives the pickled factory."""
 
     async def run() -> None:
         worker = ProcessWorker(slow_stepper, load_timeout_s=WAIT_S, fork=False)
         async with SteppedEngine(worker) as engine:
-            [sampled] = await gathered(start_all(engine, [request(7)]))
+            [sampled] = await gather(start_all(engine, [request(7)]))
         assert sampled.num_tokens == 7
         assert not worker.process.is_alive()
 
@@ -89,7 +89,7 @@ def test_a_spawned_process_does_the_same() -> None:
     ("device", "has_gpu", "expected"),
     [("auto", False, True), ("cpu", True, True), ("auto", True, False), ("cuda", True, False)],
 )
-def test_an_engine_that_may_use_cuda_is_not_forked(
+def test_engine_with_cuda_is_not_forked(
     monkeypatch, tmp_path: Path, device: str, has_gpu: bool, expected: bool
 ) -> None:
     monkeypatch.setattr(engine_process.sys, "platform", "linux")
@@ -99,24 +99,24 @@ def test_an_engine_that_may_use_cuda_is_not_forked(
     assert engine_process.may_fork(device) is expected
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_process_fails_every_caller_in_a_way_that_restarts_the_actor(how) -> None:
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_process_raises_given_up_in_every_call(signal_number) -> None:
     async def run() -> None:
         worker = forked(slow_stepper)
         async with SteppedEngine(worker) as engine:
             [task] = start_all(engine, [request(90)])
             await until(engine, lambda: engine.stats.num_running == 1)
             assert worker.process.pid is not None
-            os.kill(worker.process.pid, how)
-            with pytest.raises(GivenUp, match=rf"engine process died \({how.name}\)"):
-                await gathered([task])
+            os.kill(worker.process.pid, signal_number)
+            with pytest.raises(GivenUp, match=rf"engine process died \({signal_number.name}\)"):
+                await gather([task])
             with pytest.raises(GivenUp, match="engine process died"):
                 await engine.update_weights(offer(1))
 
     asyncio.run(run())
 
 
-def test_what_loading_raises_is_raised_by_entering() -> None:
+def test_load_error_is_raised_on_enter() -> None:
     def fail() -> Stepper:
         raise ModelError("model folder nowhere does not exist: set model.path")
 
@@ -128,7 +128,7 @@ def test_what_loading_raises_is_raised_by_entering() -> None:
     asyncio.run(run())
 
 
-def test_a_process_that_never_loads_is_given_up_at_its_deadline() -> None:
+def test_hanging_load_raises_at_its_deadline() -> None:
     def hang() -> Stepper:
         time.sleep(1000)
         raise AssertionError
@@ -143,7 +143,7 @@ def test_a_process_that_never_loads_is_given_up_at_its_deadline() -> None:
     asyncio.run(run())
 
 
-def test_a_fault_in_a_step_is_told_by_its_name(capfd) -> None:
+def test_error_in_a_step_is_reported_with_its_type(capfd) -> None:
     class Faulty(SlowStepper):
         def step(self) -> list[Finished]:
             raise ZeroDivisionError("scripted")
@@ -154,34 +154,34 @@ def test_a_fault_in_a_step_is_told_by_its_name(capfd) -> None:
     async def run() -> None:
         async with start(make) as engine:
             with pytest.raises(SpeedAsyncError, match="ZeroDivisionError: scripted"):
-                await gathered(start_all(engine, [request(2, num_prompt=3)]))
+                await gather(start_all(engine, [request(2, num_prompt=3)]))
 
     asyncio.run(run())
-    assert "Traceback" in capfd.readouterr().err, "the log shows where"
+    assert "Traceback" in capfd.readouterr().err
 
 
-def test_the_process_ends_when_its_actor_is_killed() -> None:
-    """Also in the middle of a turn, and without anybody waiting for it."""
+def test_process_exits_when_its_actor_is_killed() -> None:
+    """Even during an iteration, and although no process joins it."""
 
-    def act(answer) -> None:
-        multiprocessing.current_process().daemon = False  # daemons may have no children
+    def act(connection) -> None:
+        multiprocessing.current_process().daemon = False  # daemons cannot have children
 
         async def run() -> None:
             worker = forked(slow_stepper)
             async with SteppedEngine(worker) as engine:
                 start_all(engine, [request(90)])
                 await until(engine, lambda: engine.stats.num_running == 1)
-                answer.send(worker.process.pid)
+                connection.send(worker.process.pid)
                 await asyncio.sleep(WAIT_S)
 
         asyncio.run(run())
 
     context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    actor = context.Process(target=act, args=(theirs,))
+    receiver, sender = context.Pipe()
+    actor = context.Process(target=act, args=(sender,))
     actor.start()
-    assert ours.poll(WAIT_S)
-    engine_id = ours.recv()
+    assert receiver.poll(WAIT_S)
+    engine_id = receiver.recv()
     actor.kill()
     actor.join(WAIT_S)
     deadline_s = time.monotonic() + WAIT_S
@@ -190,20 +190,20 @@ def test_the_process_ends_when_its_actor_is_killed() -> None:
         time.sleep(0.01)
 
 
-def test_an_idle_process_ends_when_its_actor_goes_without_reading_the_last_result() -> None:
-    """A socket that is closed over unread bytes is reset, not ended."""
+def test_idle_process_exits_when_its_actor_exits_with_unread_results() -> None:
+    """Closing a socket with unread bytes resets the connection."""
     worker = forked(slow_stepper)
-    ours = worker._socket  # pyright: ignore[reportPrivateUsage]
-    assert select.select([ours], [], [], WAIT_S)[0], "the first counts must lie there unread"
-    ours.close()
+    actor_end = worker._socket  # pyright: ignore[reportPrivateUsage]
+    assert select.select([actor_end], [], [], WAIT_S)[0], "the initial stats must be unread"
+    actor_end.close()
     worker.process.join(WAIT_S)
-    ended = not worker.process.is_alive()
+    has_exited = not worker.process.is_alive()
     worker.process.kill()
-    assert ended, "the engine process outlived its actor"
+    assert has_exited, "the engine process outlived its actor"
 
 
 def is_zombie(process_id: int) -> bool:
-    """Ended, but its new parent has not asked how."""
+    """Whether the process has exited but was not reaped."""
     try:
         with open(f"/proc/{process_id}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] == "Z"
@@ -211,18 +211,19 @@ def is_zombie(process_id: int) -> bool:
         return True
 
 
-def test_frames_carry_inboxes_and_results_unchanged() -> None:
+def test_frames_round_trip_inboxes_and_results() -> None:
     inbox = Inbox(
         arrivals=[(3, request(5, priority=1)), (4, request(7))],
         cancelled=[2],
         commands=[Update(offer=offer(9)), Pause(abort=True), Resume()],
     )
-    back = unpack_inbox(pack_inbox(inbox))
-    assert back.cancelled == [2] and back.commands == inbox.commands
-    for (key, sent), (key_back, came) in zip(inbox.arrivals, back.arrivals, strict=True):
-        assert key == key_back and came.prompt_token_ids.dtype == np.int32
-        assert came.prompt_token_ids.tolist() == sent.prompt_token_ids.tolist()
-        assert (came.max_new_tokens, came.priority) == (sent.max_new_tokens, sent.priority)
+    unpacked = unpack_inbox(pack_inbox(inbox))
+    assert unpacked.cancelled == [2] and unpacked.commands == inbox.commands
+    pairs = zip(inbox.arrivals, unpacked.arrivals, strict=True)
+    for (sent_key, sent), (received_key, received) in pairs:
+        assert received_key == sent_key and received.prompt_token_ids.dtype == np.int32
+        assert received.prompt_token_ids.tolist() == sent.prompt_token_ids.tolist()
+        assert (received.max_new_tokens, received.priority) == (sent.max_new_tokens, sent.priority)
 
     sampled = Sampled(
         token_ids=np.array([1, 2], np.int32),
@@ -244,7 +245,7 @@ def test_frames_carry_inboxes_and_results_unchanged() -> None:
     report = UpdateReport(policy_version=5, transfer_s=0.125, pause_s=0.25)
     result = unpack_result(
         pack_result(
-            TurnResult(
+            IterationResult(
                 finished=[Finished(key=3, sampled=sampled)],
                 answers=[report, None, DeadlineExceeded("rank 0", "a bucket", 2.0)],
                 tokens_cancelled=6,
@@ -259,5 +260,5 @@ def test_frames_carry_inboxes_and_results_unchanged() -> None:
     [finished] = result.finished
     assert finished.key == 3 and finished.sampled.finish_reason == "stop"
     for name in ("token_ids", "logprobs", "policy_versions"):
-        came, sent = getattr(finished.sampled, name), getattr(sampled, name)
-        assert came.dtype == sent.dtype and came.tolist() == sent.tolist()
+        received, sent = getattr(finished.sampled, name), getattr(sampled, name)
+        assert received.dtype == sent.dtype and received.tolist() == sent.tolist()

@@ -1,16 +1,16 @@
-"""Which answers `task.match = "exact"` takes for the same: hand-written cases."""
+"""Answers that match under `task.match = "exact"`: hand-written cases."""
 
 import pytest
 
 from speed_async.environments.exact_answer import exact_answer, same_answer
 
 
-def match(given: str, answer: str) -> bool:
-    return same_answer(exact_answer(given), exact_answer(answer))
+def match(candidate: str, answer: str) -> bool:
+    return same_answer(exact_answer(candidate), exact_answer(answer))
 
 
 @pytest.mark.parametrize(
-    ("given", "answer"),
+    ("candidate", "answer"),
     [
         ("27", "27.0"),
         (r"\boxed{27}", "27.0"),
@@ -33,12 +33,12 @@ def match(given: str, answer: str) -> bool:
         (r"so \boxed{\text{blue  sky}}", "because\n#### blue sky"),
     ],
 )
-def test_the_same_answer_written_otherwise_matches(given: str, answer: str) -> None:
-    assert match(given, answer) and match(answer, given)
+def test_equivalent_notations_match(candidate: str, answer: str) -> None:
+    assert match(candidate, answer) and match(answer, candidate)
 
 
 @pytest.mark.parametrize(
-    ("given", "answer"),
+    ("candidate", "answer"),
     [
         ("27.1", "27"),
         ("-27", "27"),
@@ -57,12 +57,12 @@ def test_the_same_answer_written_otherwise_matches(given: str, answer: str) -> N
         ("answer: 27", "27"),
     ],
 )
-def test_another_answer_does_not(given: str, answer: str) -> None:
-    assert not match(given, answer)
+def test_different_answers_do_not_match(candidate: str, answer: str) -> None:
+    assert not match(candidate, answer)
 
 
 @pytest.mark.parametrize("text", ["", "  ", "####", "#### ", r"\boxed{}", r"\boxed{ }"])
-def test_nothing_matches_nothing(text: str) -> None:
+def test_empty_answers_never_match(text: str) -> None:
     assert not match(text, "####")
     assert not match(text, "")
     assert not match(text, text)

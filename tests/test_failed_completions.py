@@ -1,4 +1,4 @@
-"""What a verifier could not score is kept for people, and costs its own group alone."""
+"""Completions that the verifier fails to score are recorded and fail only their group."""
 
 import asyncio
 import json
@@ -12,15 +12,15 @@ import numpy as np
 from buffer_fixtures import make_config
 
 from speed_async.actors.failed_completions import MAX_TEXT_CHARS, FailedCompletions
-from speed_async.actors.rollout import LeaseWork, Refused, Rollout
+from speed_async.actors.rollout import GateRejection, LeaseWork, Rollout
 from speed_async.environments.verifier import VerifierPool
 from speed_async.errors import TaskError
 from speed_async.testing.scripted_engine import ScriptedEngine
 from speed_async.types import Int32Array, Lease, LeaseKind, Prompt
 
 
-class DeadlyTask:
-    """A verifier that some prompts hang, kill or confuse."""
+class FaultyTask:
+    """A task that hangs, dies or raises on some prompts."""
 
     train_prompts = tuple(
         Prompt(prompt_id=number, text=text, answer="")
@@ -42,7 +42,7 @@ class DeadlyTask:
         return None
 
 
-class Words:
+class IntCodec:
     def encode(self, text: str) -> Int32Array:
         return np.array([len(text)], np.int32)
 
@@ -54,20 +54,20 @@ def records(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_completion_that_hangs_or_kills_its_verifier_fails_and_is_kept(
+def test_completions_that_break_the_verifier_are_recorded(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path))
-    kept = FailedCompletions(tmp_path / "failed" / "actor-1.jsonl")
-    task = DeadlyTask()
+    failures = FailedCompletions(tmp_path / "failed" / "actor-1.jsonl")
+    task = FaultyTask()
 
-    async def play() -> list[object]:
+    async def run_leases() -> list[object]:
         engine = ScriptedEngine(lambda request, number: [7, 8, number], num_slots=8)
-        pool = VerifierPool(partial(DeadlyTask), 1, 1.0)
+        pool = VerifierPool(partial(FaultyTask), 1, 1.0)
         async with pool, engine:
-            rollout = Rollout(config, engine, pool, Words(), failures=kept)
-            ends: list[object] = []
+            rollout = Rollout(config, engine, pool, IntCodec(), failures=failures)
+            results: list[object] = []
             for prompt in task.train_prompts:
                 lease = Lease(
                     lease_id=prompt.prompt_id,
@@ -75,14 +75,14 @@ def test_a_completion_that_hangs_or_kills_its_verifier_fails_and_is_kept(
                     kind=LeaseKind.TRAINING,
                 )
                 try:
-                    ends.append(await rollout.run(LeaseWork(lease=lease), prompt))
+                    results.append(await rollout.run(LeaseWork(lease=lease), prompt))
                 except TaskError as error:
-                    ends.append(str(error))
-            return ends
+                    results.append(str(error))
+            return results
 
-    fine, hung, died, raised, fine_again = asyncio.run(asyncio.wait_for(play(), 60))
-    assert fine == fine_again == Refused(num_passed=0)
-    assert isinstance(hung, str) and "gave no answer within 1 s" in hung
+    fine, hung, died, raised, fine_again = asyncio.run(asyncio.wait_for(run_leases(), 60))
+    assert fine == fine_again == GateRejection(num_passed=0)
+    assert isinstance(hung, str) and "did not return within 1 s" in hung
     assert isinstance(died, str) and "ended its worker process" in died
     assert isinstance(raised, str) and "ValueError: cannot parse '7 8 6'" in raised
     assert records(tmp_path / "failed" / "actor-1.jsonl") == [
@@ -95,30 +95,30 @@ def test_a_completion_that_hangs_or_kills_its_verifier_fails_and_is_kept(
         }
         for number, text, error in ((1, "hang", hung), (2, "die", died), (3, "raise", raised))
     ]
-    assert (kept.num_kept, kept.num_dropped) == (3, 0)
+    assert (failures.num_recorded, failures.num_dropped) == (3, 0)
 
 
-def test_the_file_is_bounded_and_the_first_failures_stay(tmp_path: Path) -> None:
+def test_file_size_is_bounded_and_keeps_the_first_failures(tmp_path: Path) -> None:
     path = tmp_path / "failed" / "actor-1.jsonl"
     prompt = Prompt(prompt_id=0, text="p", answer="")
     first = FailedCompletions(path, max_file_bytes=1000)
     for number in range(20):
-        first.keep(prompt, [f"completion {number}"], "no")
-    assert 0 < first.num_kept < 20
-    assert first.num_dropped == 20 - first.num_kept
+        first.record(prompt, [f"completion {number}"], "no")
+    assert 0 < first.num_recorded < 20
+    assert first.num_dropped == 20 - first.num_recorded
     assert path.stat().st_size <= 1000
-    again = FailedCompletions(path, max_file_bytes=1000)  # the next incarnation
-    again.keep(prompt, ["late " * 100], "no")
-    assert (again.num_kept, again.num_dropped) == (0, 1)
+    second = FailedCompletions(path, max_file_bytes=1000)  # the next incarnation
+    second.record(prompt, ["late " * 100], "no")
+    assert (second.num_recorded, second.num_dropped) == (0, 1)
     assert [record["completions"] for record in records(path)] == [
-        [f"completion {number}"] for number in range(first.num_kept)
+        [f"completion {number}"] for number in range(first.num_recorded)
     ]
 
 
-def test_a_long_text_is_cut_and_a_strange_one_is_still_one_line(tmp_path: Path) -> None:
+def test_long_text_is_truncated_and_unusual_characters_stay_on_one_line(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    kept = FailedCompletions(path)
-    kept.keep(
+    failures = FailedCompletions(path)
+    failures.record(
         Prompt(prompt_id=0, text="p\n\u2028\ud800", answer="", held_out=True),
         ["x" * (MAX_TEXT_CHARS + 7)],
         "no",
@@ -129,25 +129,25 @@ def test_a_long_text_is_cut_and_a_strange_one_is_still_one_line(tmp_path: Path) 
     assert text.endswith("x ... (7 more characters)")
 
 
-def test_a_full_disk_costs_the_record_and_nothing_else(tmp_path: Path) -> None:
+def test_full_disk_drops_the_record_only(tmp_path: Path) -> None:
     path = tmp_path / "failed" / "actor-1.jsonl"
-    kept = FailedCompletions(path)
+    failures = FailedCompletions(path)
     prompt = Prompt(prompt_id=0, text="p", answer="")
-    kept.keep(prompt, ["short"], "no")
+    failures.record(prompt, ["short"], "no")
     before = path.read_bytes()
-    # The kernel cuts writes at this size, as it does where a disk is full.
+    # The kernel truncates writes at this size, as on a full disk.
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, hard))
     try:
-        kept.keep(prompt, ["long " * 100], "no")
+        failures.record(prompt, ["long " * 100], "no")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert (kept.num_kept, kept.num_dropped) == (1, 1)
+    assert (failures.num_recorded, failures.num_dropped) == (1, 1)
     assert path.read_bytes() == before
-    kept.keep(prompt, ["after"], "no")
+    failures.record(prompt, ["after"], "no")
     assert len(records(path)) == 2
-    nowhere = FailedCompletions(path / "below" / "a file")
-    nowhere.keep(prompt, ["x"], "no")
-    assert nowhere.num_dropped == 1
+    invalid_path = FailedCompletions(path / "below" / "a file")
+    invalid_path.record(prompt, ["x"], "no")
+    assert invalid_path.num_dropped == 1

@@ -144,6 +144,8 @@ def test_error_of_a_dead_verifier_contains_its_root_cause(tmp_path: Path) -> Non
 
     with (
         stderr_in(tmp_path / "log"),
-        pytest.raises(TaskError, match="ended at once: OSError: the disk with the model is gone"),
+        pytest.raises(
+            TaskError, match="exited during start: OSError: the disk with the model is gone"
+        ),
     ):
         asyncio.run(run())

@@ -1,4 +1,4 @@
-"""The gate's strict band, and the evaluation plan's arithmetic."""
+"""The gate's thresholds and the evaluation plan."""
 
 import pytest
 
@@ -10,11 +10,11 @@ from speed_async.evaluation.plan import EvaluationPlan
     ("rewards", "admitted"),
     [([0, 0, 0, 0], False), ([1, 0, 0, 0], True), ([1, 1, 1, 0], True), ([1, 1, 1, 1], False)],
 )
-def test_the_default_band_admits_every_mixed_outcome(rewards: list[float], admitted: bool) -> None:
+def test_default_band_admits_all_mixed_outcomes(rewards: list[float], admitted: bool) -> None:
     assert Gate(low=0.0, high=1.0).admits(rewards) is admitted
 
 
-def test_both_thresholds_are_strict() -> None:
+def test_thresholds_are_exclusive() -> None:
     gate = Gate(low=0.25, high=0.75)
     assert not gate.admits([1, 0, 0, 0])
     assert gate.admits([1, 1, 0, 0])
@@ -25,7 +25,7 @@ def test_partial_credit_is_not_a_pass() -> None:
     assert not Gate(low=0.0, high=1.0).admits([0.9, 0.5])
 
 
-def test_an_evaluation_ends_with_its_last_prompt_and_sums_what_came() -> None:
+def test_evaluation_finishes_with_its_last_prompt_and_aggregates_results() -> None:
     plan = EvaluationPlan(num_prompts=2, num_samples=4, every=5)
     assert plan.due(10)
     assert not plan.due(11)
@@ -37,8 +37,8 @@ def test_an_evaluation_ends_with_its_last_prompt_and_sums_what_came() -> None:
     assert plan.next_prompt() == 1
     assert sorted(p for p in prompts if p is not None) == [0, 1]
     assert plan.record(3, 4, 10, 10) is None
-    whole = plan.record(0, 4, 10, 11)
-    assert whole is not None
-    assert (whole.accuracy, whole.policy_version) == (3 / 8, 10)
-    assert (whole.oldest_version, whole.newest_version) == (10, 11)
+    result = plan.record(0, 4, 10, 11)
+    assert result is not None
+    assert (result.accuracy, result.policy_version) == (3 / 8, 10)
+    assert (result.oldest_version, result.newest_version) == (10, 11)
     assert plan.target_version is None

@@ -1,6 +1,6 @@
-"""What choosing prompts by their first samples does to the gradient, proven by enumeration.
+"""The effect of screening on the gradient estimate, verified by exhaustive enumeration.
 
-Legend: p, p_a, p_b pass probabilities under the learner's, the screening and the continuation
+Legend: p, p_a, p_b are the pass probabilities under the learner, screening and continuation
 policy; coefficients are in units of the true gradient dp/dtheta of the prompt.
 """
 
@@ -45,7 +45,7 @@ def gate_of(size: tuple[int, int], band: tuple[float, float]) -> GateConfig:
 
 
 @grid
-def test_continuation_samples_alone_weigh_each_prompt_by_its_chance_at_the_gate(
+def test_none_weights_prompts_by_gate_probability(
     size: tuple[int, int], band: tuple[float, float], policies: tuple[float, float, float]
 ) -> None:
     p, p_a, p_b = policies
@@ -58,7 +58,7 @@ def test_continuation_samples_alone_weigh_each_prompt_by_its_chance_at_the_gate(
 
 
 @grid
-def test_unbiased_counts_a_screening_sample_by_the_chance_that_it_could_not_decide(
+def test_unbiased_weights_screening_samples_by_kept_probability(
     size: tuple[int, int], band: tuple[float, float], policies: tuple[float, float, float]
 ) -> None:
     p, p_a, p_b = policies
@@ -71,7 +71,7 @@ def test_unbiased_counts_a_screening_sample_by_the_chance_that_it_could_not_deci
 
 
 @pytest.mark.parametrize("size", [(2, 2), (4, 3), (6, 4)])
-def test_running_through_every_outcome_agrees_with_counting_them(size: tuple[int, int]) -> None:
+def test_enumeration_of_outcomes_matches_enumeration_of_counts(size: tuple[int, int]) -> None:
     estimator = Estimator(gate=gate_of(size, (0.0, 0.6)), choice="unbiased")
     policies = pass_or_fail(p=0.3, p_a=0.5, p_b=0.2)
     screening, continuation = expected_coefficients(p=0.3, p_a=0.5, p_b=0.2, estimator=estimator)
@@ -80,14 +80,14 @@ def test_running_through_every_outcome_agrees_with_counting_them(size: tuple[int
     assert terms_N[size[0] :] == pytest.approx(continuation, abs=1e-12)
 
 
-def test_the_closed_forms_by_hand() -> None:
+def test_closed_forms_match_hand_computed_values() -> None:
     gate = GateConfig(n_init=3, n_cont=1)
     assert gate_probability(gate, 0.5) == pytest.approx(6 / 8)  # all but 000 and 111
-    assert kept_probability(gate, 0.5) == pytest.approx(2 / 4)  # the other two differ
+    assert kept_probability(gate, 0.5) == pytest.approx(2 / 4)  # the other two must differ
 
 
 @pytest.mark.parametrize(
-    ("gate", "p", "opens", "factor", "kept_share"),
+    ("gate", "p", "gate_share", "factor", "kept_share"),
     [  # the table of docs/algorithms.md
         (SPEED, 0.01, 0.08, 12.86, 0.88),
         (SPEED, 0.05, 0.34, 2.90, 0.90),
@@ -100,22 +100,20 @@ def test_the_closed_forms_by_hand() -> None:
         (DEFAULT, 0.5, 0.88, 1.02, 0.86),
     ],
 )
-def test_all_counts_screening_samples_of_hard_and_easy_prompts_several_times(
-    gate: GateConfig, p: float, opens: float, factor: float, kept_share: float
+def test_all_overweights_screening_samples_of_hard_and_easy_prompts(
+    gate: GateConfig, p: float, gate_share: float, factor: float, kept_share: float
 ) -> None:
     screening, continuation = expected_coefficients(
         p=p, estimator=Estimator(gate=gate, choice="all")
     )
     assert continuation == pytest.approx(gate_probability(gate, p), abs=1e-12)
-    assert continuation == pytest.approx(opens, abs=0.0051)
+    assert continuation == pytest.approx(gate_share, abs=0.0051)
     assert screening / continuation == pytest.approx(factor, abs=0.0051)
-    kept_if_open = kept_probability(gate, p) / gate_probability(gate, p)
-    assert kept_if_open == pytest.approx(kept_share, abs=0.0051)
+    kept_given_admitted = kept_probability(gate, p) / gate_probability(gate, p)
+    assert kept_given_admitted == pytest.approx(kept_share, abs=0.0051)
 
 
-def test_at_one_in_twenty_unbiased_keeps_30_percent_of_all_and_90_percent_of_admitted_samples() -> (
-    None
-):
+def test_kept_share_of_unbiased_at_pass_rate_one_in_twenty() -> None:
     assert kept_probability(SPEED, 0.05) == pytest.approx(1 - 0.95**7 - 0.05**7)
     assert round(kept_probability(SPEED, 0.05), 2) == 0.30
     assert round(kept_probability(SPEED, 0.05) / gate_probability(SPEED, 0.05), 2) == 0.90
@@ -123,7 +121,7 @@ def test_at_one_in_twenty_unbiased_keeps_30_percent_of_all_and_90_percent_of_adm
 
 @pytest.mark.parametrize("band", BANDS)
 @pytest.mark.parametrize("p", [0.02, 0.2, 0.5, 0.9])
-def test_all_counts_a_screening_sample_for_more_than_unbiased_in_any_band(
+def test_all_weights_screening_samples_more_than_unbiased(
     p: float, band: tuple[float, float]
 ) -> None:
     estimator = Estimator(gate=gate_of((8, 4), band), choice="all")
@@ -131,7 +129,7 @@ def test_all_counts_a_screening_sample_for_more_than_unbiased_in_any_band(
     assert screening > kept_probability(estimator.gate, p)
 
 
-def test_with_pass_or_fail_rewards_all_keeps_the_direction_within_a_prompt() -> None:
+def test_all_preserves_the_gradient_direction_of_a_prompt_with_binary_rewards() -> None:
     policies = one_of(
         rewards=(0.0, 0.0, 1.0, 1.0),
         probs=(0.4, 0.3, 0.2, 0.1),
@@ -144,14 +142,14 @@ def test_with_pass_or_fail_rewards_all_keeps_the_direction_within_a_prompt() -> 
     assert multiples_D[0] > 3 * kept_probability(gate, 0.2) + gate_probability(gate, 0.2)
 
 
-def test_two_prompts_are_weighed_differently_by_each_choice_and_the_joint_gradient_turns() -> None:
+def test_direction_of_the_joint_gradient_of_two_prompts() -> None:
     hard, moderate = 0.05, 0.5
 
     def degrees(weight_hard: float, weight_moderate: float) -> float:
-        """Direction of a policy with one logit for each prompt; 0 is the moderate one's axis."""
+        """Gradient direction with one logit per prompt; 0 is the axis of the moderate prompt."""
         return math.degrees(math.atan2(weight_hard * 0.0475, weight_moderate * 0.25))
 
-    def turned(choice: Choice) -> float:
+    def direction(choice: Choice) -> float:
         weights = []
         for p in (hard, moderate):
             estimator = Estimator(gate=SPEED, choice=choice)
@@ -161,28 +159,30 @@ def test_two_prompts_are_weighed_differently_by_each_choice_and_the_joint_gradie
 
     assert degrees(1, 1) == pytest.approx(10.76, abs=0.01)  # every prompt, no gate
     gate_only = degrees(gate_probability(SPEED, hard), gate_probability(SPEED, moderate))
-    assert turned("none") == pytest.approx(gate_only) == pytest.approx(3.69, abs=0.01)
-    assert turned("unbiased") == pytest.approx(3.57, abs=0.01)
-    assert turned("all") == pytest.approx(6.00, abs=0.01)
+    assert direction("none") == pytest.approx(gate_only) == pytest.approx(3.69, abs=0.01)
+    assert direction("unbiased") == pytest.approx(3.57, abs=0.01)
+    assert direction("all") == pytest.approx(6.00, abs=0.01)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.8])
-def test_filter_with_all_is_the_gradient_without_a_gate_because_refused_groups_had_none(
+def test_filter_with_all_is_unbiased_for_binary_rewards(
     p: float,
 ) -> None:
+    """Rejected groups have zero gradient."""
     gate = GateConfig(mode="filter", n_init=3, n_cont=3)
     screening, _ = expected_coefficients(p=p, estimator=Estimator(gate=gate, choice="all"))
     assert screening == pytest.approx(1.0)
 
 
-def test_filter_with_all_is_biased_for_partial_credit_whose_refused_groups_had_a_gradient() -> None:
+def test_filter_with_all_is_biased_for_partial_credit() -> None:
+    """Rejected groups have a nonzero gradient."""
     gate = GateConfig(mode="filter", n_init=2, n_cont=2)
     assert cosine(PARTIAL_CREDIT, Estimator(gate=gate, choice="all")) < 0.9
     assert cosine(PARTIAL_CREDIT, Estimator(gate=gate, choice="unbiased")) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("band", BANDS)
-def test_filter_with_unbiased_is_exact_with_the_whole_group_as_screening(
+def test_filter_with_unbiased_matches_kept_probability(
     band: tuple[float, float],
 ) -> None:
     gate = GateConfig(mode="filter", n_init=3, n_cont=3, low=band[0], high=band[1])
@@ -192,21 +192,21 @@ def test_filter_with_unbiased_is_exact_with_the_whole_group_as_screening(
     assert coefficient == pytest.approx(kept_probability(gate, 0.45), abs=1e-12)
 
 
-def test_partial_credit_unbiased_and_none_are_exact_and_all_turns_within_a_prompt() -> None:
+def test_partial_credit_is_exact_for_unbiased_and_none_and_biased_for_all() -> None:
     unbiased, none, biased = (
         Estimator(gate=TRIAL, choice="unbiased"),
         Estimator(gate=TRIAL, choice="none"),
         Estimator(gate=TRIAL, choice="all"),
     )
-    # P(pass) = 0.1: the gate opens with 1 - 0.9^3 - 0.1^3, two others differ with 2 x 0.1 x 0.9.
+    # P(pass) = 0.1: P(gate admits) = 1 - 0.9^3 - 0.1^3; P(two others differ) = 2 x 0.1 x 0.9.
     truth_D = PARTIAL_CREDIT.gradient_D
     assert total(PARTIAL_CREDIT, none) == pytest.approx(2 * 0.27 * truth_D)
     assert total(PARTIAL_CREDIT, unbiased) == pytest.approx((2 * 0.27 + 3 * 0.18) * truth_D)
     assert cosine(PARTIAL_CREDIT, biased) == pytest.approx(0.758, abs=1e-3)
-    assert truth_D[1] > 0 > total(PARTIAL_CREDIT, biased)[1]  # half credit is pushed down
+    assert truth_D[1] > 0 > total(PARTIAL_CREDIT, biased)[1]  # the sign of half credit is wrong
 
 
-def test_partial_credit_stays_exact_under_stale_policies() -> None:
+def test_partial_credit_is_exact_under_stale_policies() -> None:
     policies = one_of(
         rewards=(0.0, 0.5, 1.0),
         probs=(0.2, 0.7, 0.1),
@@ -220,26 +220,29 @@ def test_partial_credit_stays_exact_under_stale_policies() -> None:
     assert estimate_D == pytest.approx(expected_D)
 
 
-def test_a_gate_on_the_mean_reward_must_try_every_reward_a_sample_could_have_had() -> None:
-    def opens(rewards: Floats) -> bool:
+def test_gate_on_mean_reward_must_test_all_possible_rewards() -> None:
+    def admits(rewards: Floats) -> bool:
         return 0.2 < rewards.mean() < 0.8
 
-    def unmoved(rewards_N: Floats, index: int, values: tuple[float, ...]) -> bool:
+    def is_unaffected(rewards_N: Floats, index: int, values: tuple[float, ...]) -> bool:
         return all(
-            opens(np.r_[np.delete(rewards_N[:2], index), value]) == opens(rewards_N[:2])
+            admits(np.r_[np.delete(rewards_N[:2], index), value]) == admits(rewards_N[:2])
             for value in values
         )
 
     def flipped_only(rewards_N: Floats) -> NDArray[np.bool_]:
-        flips = [unmoved(rewards_N, i, (float(rewards_N[i] < 1),)) for i in range(2)]
+        flips = [is_unaffected(rewards_N, i, (float(rewards_N[i] < 1),)) for i in range(2)]
         return np.array([*flips, True, True])
 
     def every_value(rewards_N: Floats) -> NDArray[np.bool_]:
-        return np.array([*(unmoved(rewards_N, i, (0.0, 0.5, 1.0)) for i in range(2)), True, True])
+        return np.array(
+            [*(is_unaffected(rewards_N, i, (0.0, 0.5, 1.0)) for i in range(2)), True, True]
+        )
 
     policies = one_of(rewards=(0.0, 0.5, 1.0), probs=(0.6, 0.3, 0.1))
-    estimator = partial(Estimator, gate=GateConfig(n_init=2, n_cont=2), opens=opens)
-    # Open unless both are 0, both 1: no single value can shut it when the other is 0.5 (0.3).
+    estimator = partial(Estimator, gate=GateConfig(n_init=2, n_cont=2), opens=admits)
+    # Admitted unless both are 0 or both are 1; no single value changes that when the other is 0.5
+    # (probability 0.3).
     assert total(policies, estimator(keep=every_value)) == pytest.approx(
         (2 * 0.63 + 2 * 0.30) * policies.gradient_D
     )

@@ -1,4 +1,4 @@
-"""The jsonl task: reading, splitting and matching, from real files."""
+"""The jsonl task: reading, splitting and matching with real files."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def fault(path: str, match: str = "exact") -> str:
     return str(caught.value)
 
 
-def test_prompts_keep_text_answer_level_and_other_keys(tmp_path: Path) -> None:
+def test_rows_become_prompts_with_level_and_metadata(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     rows = [
         {"prompt": f"p{i}", "answer": answer, "level": 2, "source": ["a"]}
@@ -45,7 +45,7 @@ def test_prompts_keep_text_answer_level_and_other_keys(tmp_path: Path) -> None:
     assert prompts[0].metadata == {"level": 2, "source": ["a"]}
 
 
-def test_ids_count_from_zero_on_either_side_of_the_split(tmp_path: Path) -> None:
+def test_prompt_ids_start_at_zero_in_both_splits(tmp_path: Path) -> None:
     task = load(numbered(tmp_path / "data.jsonl", 10), num_held_out=4)
     assert [prompt.prompt_id for prompt in task.train_prompts] == list(range(6))
     assert [prompt.prompt_id for prompt in task.held_out_prompts] == list(range(4))
@@ -53,7 +53,7 @@ def test_ids_count_from_zero_on_either_side_of_the_split(tmp_path: Path) -> None
     assert all(prompt.held_out for prompt in task.held_out_prompts)
 
 
-def test_the_split_follows_the_seed_and_loses_no_prompt(tmp_path: Path) -> None:
+def test_split_depends_on_seed_and_contains_every_prompt(tmp_path: Path) -> None:
     path = numbered(tmp_path / "data.jsonl", 40)
     one, again, other = (load(path, num_held_out=10, seed=seed) for seed in (1, 1, 2))
     assert fingerprint(one) == fingerprint(again) != fingerprint(other)
@@ -61,7 +61,7 @@ def test_the_split_follows_the_seed_and_loses_no_prompt(tmp_path: Path) -> None:
     assert texts == {f"{i} + 0 =" for i in range(40)}
 
 
-def test_repeated_prompts_count_once_so_none_is_on_both_sides(tmp_path: Path) -> None:
+def test_repeated_prompts_are_read_once(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}", "answer": "1"} for i in range(6)]
     spaced = [{"prompt": f" q{i}\n", "answer": "1"} for i in range(6)]
     task = load(write(tmp_path / "data.jsonl", *rows, *rows, *spaced), num_held_out=3)
@@ -80,7 +80,7 @@ def test_blank_lines_and_a_byte_order_mark_are_ignored(tmp_path: Path) -> None:
     assert len(task.train_prompts) + len(task.held_out_prompts) == 3
 
 
-def test_exact_match_compares_stripped_text_boxes_and_marks(tmp_path: Path) -> None:
+def test_exact_match_compares_final_answers(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "answer": " blue sky "} for i in range(3)]
     task = load(write(tmp_path / "data.jsonl", *rows))
     prompt = task.train_prompts[0]
@@ -90,7 +90,7 @@ def test_exact_match_compares_stripped_text_boxes_and_marks(tmp_path: Path) -> N
     assert [task.score(prompt, completion) for completion in bad] == [0.0] * 5
 
 
-def test_numeric_match_compares_the_last_numbers(tmp_path: Path) -> None:
+def test_numeric_match_compares_last_numbers(tmp_path: Path) -> None:
     rows = [
         {"prompt": "a", "answer": "work: 3 * 6 = 18\n#### 1,800"},
         {"prompt": "b", "answer": "1800"},
@@ -104,52 +104,55 @@ def test_numeric_match_compares_the_last_numbers(tmp_path: Path) -> None:
         assert [task.score(prompt, completion) for completion in bad] == [0.0] * 6
 
 
-def test_each_kind_of_bad_line_is_named_with_its_number(tmp_path: Path) -> None:
+def test_bad_lines_are_reported_with_line_number_and_reason(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     good = b'{"prompt": "p", "answer": "1"}\n'
     cases: list[tuple[bytes, str]] = [
         (b"{oops\n", "not valid JSON"),
-        (b'["p", "1"]\n', "not a JSON object but list"),
+        (b'["p", "1"]\n', "not a JSON object but a list"),
         (b'{"answer": "1"}\n', "key 'prompt' is missing"),
         (b'{"prompt": "q"}\n', "key 'answer' is missing"),
         (
             b'{"question": "q", "answer": "1"}\n',
-            "key 'prompt' is missing; the keys here are: 'question', 'answer'",
+            "key 'prompt' is missing; the keys of this line are: 'question', 'answer'",
         ),
-        (b'{"prompt": 3, "answer": "1"}\n', "'prompt' must be a string that is not blank, not 3"),
-        (b'{"prompt": " ", "answer": "1"}\n', "'prompt' must be a string that is not blank"),
+        (b'{"prompt": 3, "answer": "1"}\n', "'prompt' must be a non-blank string, not 3"),
+        (b'{"prompt": " ", "answer": "1"}\n', "'prompt' must be a non-blank string"),
         (b'{"prompt": "q", "answer": true}\n', "'answer' must be a number"),
         (b'{"prompt": "q", "answer": null}\n', "'answer' must be a number"),
         (b'{"prompt": "q", "answer": NaN}\n', "'answer' must be a number"),
         (b'{"prompt": "q", "answer": Infinity}\n', "'answer' must be a number"),
         (b'{"prompt": "q", "answer": -1e999}\n', "'answer' must be a number"),
-        (b'{"prompt": "q\\ud800", "answer": "1"}\n', "'prompt' holds half a surrogate pair"),
-        (b'{"prompt": "q", "answer": "\\udfff"}\n', "'answer' holds half a surrogate pair"),
+        (b'{"prompt": "q\\ud800", "answer": "1"}\n', "'prompt' contains a lone surrogate"),
+        (b'{"prompt": "q", "answer": "\\udfff"}\n', "'answer' contains a lone surrogate"),
         (b'{"prompt": "q", "answer": ""}\n', "'answer' must be a number or a non-blank string"),
         (b'{"prompt": "\xff", "answer": "1"}\n', "not UTF-8 (byte 13)"),
         (b"[" * 100_000 + b"\n", "not valid JSON"),
-        (b'{"prompt": " p", "answer": "2"}\n', "same prompt as line 1 with another answer: '2'"),
+        (
+            b'{"prompt": " p", "answer": "2"}\n',
+            "same prompt as line 1 with a different answer: '2'",
+        ),
     ]
     for raw, text in cases:
         path.write_bytes(good + b"\n" + raw + good)
         message = fault(str(path))
         assert f"line 3: {text}" in message
         assert str(path) in message
-        assert "1 line that cannot be used" in message
+        assert "1 unusable line:" in message
         assert "Correct or remove them" in message
 
 
-def test_at_most_five_bad_lines_are_listed_in_one_error(tmp_path: Path) -> None:
+def test_at_most_five_bad_lines_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("bad\n" * 7)
     message = fault(str(path))
-    assert "7 lines that cannot be used" in message
+    assert "7 unusable lines" in message
     assert "line 5:" in message
     assert "line 6:" not in message
     assert "and 2 more" in message
 
 
-def test_an_answer_that_is_no_number_is_refused_only_when_numbers_are_matched(
+def test_non_numeric_answer_is_rejected_with_numeric_match_only(
     tmp_path: Path,
 ) -> None:
     rows = [{"prompt": f"p{i}", "answer": answer} for i, answer in enumerate(["1", "2", "blue"])]
@@ -161,7 +164,7 @@ def test_an_answer_that_is_no_number_is_refused_only_when_numbers_are_matched(
 
 
 @pytest.mark.parametrize("answer", ["(15,-29)", r"11\\sqrt2", r"-\\frac{\\pi}{6}", "52_8", "x=5"])
-def test_ground_truth_is_never_shrunk_to_a_number_inside_it(tmp_path: Path, answer: str) -> None:
+def test_ground_truth_with_an_embedded_number_is_rejected(tmp_path: Path, answer: str) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(
         '{"prompt": "p", "answer": "1"}\n{"prompt": "q", "answer": "2"}\n'
@@ -173,23 +176,21 @@ def test_ground_truth_is_never_shrunk_to_a_number_inside_it(tmp_path: Path, answ
 
 @pytest.mark.parametrize("match", ["exact", "numeric"])
 @pytest.mark.parametrize("answer", ["3 * 6 = 18\n####", "#### ", r"it is \boxed{}", r"\boxed{ }"])
-def test_a_row_with_an_empty_final_answer_is_refused(
-    tmp_path: Path, match: str, answer: str
-) -> None:
+def test_empty_final_answer_is_rejected(tmp_path: Path, match: str, answer: str) -> None:
     rows = [{"prompt": f"p{i}", "answer": each} for i, each in enumerate(["1", answer, "2", "3"])]
     message = fault(write(tmp_path / "data.jsonl", *rows), match=match)
     assert "line 2: 'answer'" in message
-    assert "has an empty final answer: give the row one, or remove it" in message
+    assert "has an empty final answer: add one or remove the row" in message
 
 
 @pytest.mark.parametrize("match", ["exact", "numeric"])
-def test_an_empty_completion_earns_nothing(tmp_path: Path, match: str) -> None:
+def test_empty_completion_gets_zero_reward(tmp_path: Path, match: str) -> None:
     task = load(numbered(tmp_path / "data.jsonl", 3), match=match)
     for completion in ("", " \n", "####", r"\boxed{}"):
         assert task.score(task.train_prompts[0], completion) == 0.0
 
 
-def test_a_json_number_is_the_number_it_says(tmp_path: Path) -> None:
+def test_json_numbers_are_converted_to_answers(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     numbers = ["18.0", "18", "-0.0", "2.5", "1e3", "1e22", "-7.0", "1" + "0" * 400]
     path.write_text(
@@ -201,18 +202,18 @@ def test_a_json_number_is_the_number_it_says(tmp_path: Path) -> None:
     assert [prompt.answer for prompt in prompts] == answers
 
 
-def test_a_missing_empty_or_unreadable_file_is_named_with_a_remedy(tmp_path: Path) -> None:
+def test_missing_empty_or_unreadable_file_raises_with_a_remedy(tmp_path: Path) -> None:
     missing = str(tmp_path / "none.jsonl")
     assert fault(missing) == f"data file '{missing}' does not exist: correct task.path"
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n \n")
-    assert "is empty: give it one object a line" in fault(str(empty))
+    assert "is empty: write one object per line" in fault(str(empty))
     assert "cannot be read (Is a directory)" in fault(str(tmp_path))
 
 
-def test_a_file_too_small_for_the_split_says_what_it_can_give(tmp_path: Path) -> None:
+def test_file_too_small_for_the_split_raises(tmp_path: Path) -> None:
     two = numbered(tmp_path / "two.jsonl", 2)
-    assert "has 2 distinct prompts: give it 3 or more" in fault(two)
+    assert "has 2 distinct prompts: at least 3 are required" in fault(two)
     ten = numbered(tmp_path / "ten.jsonl", 10)
     assert len(load(ten, num_held_out=8).train_prompts) == 2
     with pytest.raises(ConfigError) as caught:
@@ -227,19 +228,17 @@ def test_a_file_too_small_for_the_split_says_what_it_can_give(tmp_path: Path) ->
         (b"\x1f\x8b\x08\x00", "compressed with gzip"),
         (b"PAR1\x15\x00", "a parquet file"),
         ('{"prompt": "1+1=", "answer": "2"}'.encode("utf-16"), "UTF-16 text"),
-        (b'[{"prompt": "1+1=", "answer": "2"}]', "as a JSON array does"),
+        (b'[{"prompt": "1+1=", "answer": "2"}]', "indicates a JSON array"),
     ],
 )
-def test_a_file_of_another_format_is_named_by_its_format(
-    tmp_path: Path, content: bytes, kind: str
-) -> None:
+def test_unsupported_file_formats_are_identified(tmp_path: Path, content: bytes, kind: str) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=kind):
         JsonlTask(path=str(path), match="exact", num_held_out=1, seed=0)
 
 
-def test_a_pipe_as_data_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_pipe_is_rejected_without_blocking(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
     with pytest.raises(DataError, match="is a pipe or a device"):

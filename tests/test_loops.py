@@ -1,7 +1,7 @@
-"""Actor, service and learner together, over the in-process transport and the shipped fakes.
+"""Actor, service and learner loops together, over the in-process transport.
 
-Everything here is the real code of the three loops; only the model (a scripted engine), the
-verifier (a scripted one) and the optimiser (which counts) are stand-ins.
+The three loops are the real code. The engine and the verifier are scripted, and the trainer only
+counts updates.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ NUM_PROMPTS = 30
 
 
 class DigitTask:
-    """Prompt i asks for a completion that ends in 1 (i even) or is hopeless (i odd)."""
+    """Prompt i is solved by a completion that ends in 1 (i even) or is unsolvable (i odd)."""
 
     def __init__(self) -> None:
         self.train_prompts = [
@@ -65,7 +65,7 @@ class DigitTask:
 
 
 class InlineVerifier:
-    """Scores at its next turn; raises for the prompts it is told to."""
+    """Scores in the event loop after one yield; raises for `broken_prompts`."""
 
     def __init__(self, task: DigitTask) -> None:
         self.task = task
@@ -93,12 +93,12 @@ class CharCodec:
 
 
 def alternate(request: GenerationRequest, num_started: int) -> list[int]:
-    """Every second request ends in 1; lengths differ."""
+    """Every second completion ends in 1; lengths vary."""
     return [7] * (num_started % 4) + [num_started % 2]
 
 
 class CountingUpdates:
-    """Stands where the trainer does: remembers the groups, keeps one weight."""
+    """A fake trainer that records the groups and has one weight."""
 
     def __init__(self, act: Callable[[int], None] = lambda n: None) -> None:
         self.batches: list[list[Group]] = []
@@ -129,7 +129,7 @@ class CountingUpdates:
 
 
 class Run:
-    """One whole run inside one event loop."""
+    """A whole run in one event loop."""
 
     def __init__(self, config: Config, num_actors: int = 2) -> None:
         self.config = config
@@ -141,7 +141,7 @@ class Run:
         self.num_actors = num_actors
         self.engines: list[ScriptedEngine] = []
         self.canaries: dict[int, Canary | None] = {}
-        """What came along with each version."""
+        """The canary received with each version."""
         self.service = BufferService(
             config,
             curriculum=UniformCurriculum(NUM_PROMPTS, np.random.default_rng(0)),
@@ -151,7 +151,7 @@ class Run:
         )
 
     async def execute(self, machine: StateMachine | None = None) -> Finished:
-        """The whole run; `machine`, for one with a journal, is of this run's service."""
+        """Run to completion; `machine` is a state machine with a journal for this service."""
         hub = InProcessHub()
         feed = FeedPublisher("127.0.0.1", 0)
         store = MemoryStore()
@@ -224,7 +224,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
 
 
 @pytest.mark.parametrize("durability", ["batched", "every"])
-def test_groups_past_the_memory_bound_wait_in_the_journal_and_are_trained_from_there(
+def test_groups_above_the_memory_limit_are_spilled_to_the_journal_and_trained(
     make_run: Callable[..., Run], tmp_path: Path, durability: str
 ) -> None:
     buffer = {"capacity_groups": 8, "spill": True, "durability": durability}
@@ -232,7 +232,7 @@ def test_groups_past_the_memory_bound_wait_in_the_journal_and_are_trained_from_t
     buffer_config = run.config.buffer.model_copy(update={"capacity_bytes": 1})
     config = run.config.model_copy(update={"buffer": buffer_config})
     run.config = config
-    service = remade(config, run.task)
+    service = make_service(config, run.task)
     machine, _ = open_machine(tmp_path / "journal", config, lambda _: service, life=0)
     finished = asyncio.run(asyncio.wait_for(run.execute(machine), 30))
     assert finished.completed
@@ -244,8 +244,8 @@ def test_groups_past_the_memory_bound_wait_in_the_journal_and_are_trained_from_t
     assert isinstance(table, dict) and table["closes"]
 
 
-def remade(config: Config, task: DigitTask) -> BufferService:
-    """The same service under other settings."""
+def make_service(config: Config, task: DigitTask) -> BufferService:
+    """A service with the same task and another configuration."""
     return BufferService(
         config,
         curriculum=UniformCurriculum(NUM_PROMPTS, np.random.default_rng(0)),
@@ -255,7 +255,7 @@ def remade(config: Config, task: DigitTask) -> BufferService:
     )
 
 
-def test_a_run_trains_every_batch_and_closes_its_books(make_run: Callable[..., Run]) -> None:
+def test_run_trains_every_batch_and_its_ledger_balances(make_run: Callable[..., Run]) -> None:
     run = make_run()
     finished = execute(run)
     assert finished.completed
@@ -267,11 +267,11 @@ def test_a_run_trains_every_batch_and_closes_its_books(make_run: Callable[..., R
     assert ledger["groups"]["trained"] == 10
     trained = sum(group.num_tokens for batch in run.updates.batches for group in batch)
     assert ledger["tokens"]["trained"] == trained == finished.tokens_trained
-    # The engines' own counts are the ledger's "generated".
+    # The engines' token counts equal the ledger's "generated".
     assert ledger["tokens"]["generated"] == sum(e.stats.tokens_generated for e in run.engines)
 
 
-def test_every_version_is_published_with_the_canary_of_its_own_weights(
+def test_every_version_is_published_with_its_canary(
     make_run: Callable[..., Run],
 ) -> None:
     run = make_run()
@@ -297,7 +297,7 @@ def test_only_prompts_of_moderate_difficulty_are_continued(make_run: Callable[..
     assert 0 < acceptance < 1
 
 
-def test_a_filter_samples_whole_groups_and_keeps_the_mixed_ones(
+def test_filter_mode_samples_whole_groups_and_keeps_mixed_ones(
     make_run: Callable[..., Run],
 ) -> None:
     run = make_run(gate={"mode": "filter"})
@@ -313,7 +313,7 @@ def test_a_filter_samples_whole_groups_and_keeps_the_mixed_ones(
     assert ledger["checks"] == dict.fromkeys(ledger["checks"], True)
 
 
-def test_with_the_gate_off_hopeless_prompts_are_trained_on_as_well(
+def test_gate_off_also_trains_unsolvable_prompts(
     make_run: Callable[..., Run],
 ) -> None:
     run = make_run(gate={"mode": "off"})
@@ -326,7 +326,7 @@ def test_with_the_gate_off_hopeless_prompts_are_trained_on_as_well(
     assert ledger["groups"]["screened_out"] == 0
 
 
-def test_without_overlap_every_token_is_of_the_version_that_trains_on_it(
+def test_without_overlap_all_tokens_are_on_policy(
     make_run: Callable[..., Run],
 ) -> None:
     run = make_run(run={"updates": 6, "overlap": False}, gate={"mode": "off"})
@@ -339,7 +339,7 @@ def test_without_overlap_every_token_is_of_the_version_that_trains_on_it(
                 assert versions.tolist() == [policy_version] * len(versions)
 
 
-def test_a_run_without_overlap_keeps_the_surplus_of_its_rounds(
+def test_without_overlap_surplus_groups_are_kept(
     make_run: Callable[..., Run],
 ) -> None:
     run = make_run(run={"updates": 8, "overlap": False})
@@ -356,7 +356,7 @@ def test_a_run_without_overlap_keeps_the_surplus_of_its_rounds(
     assert ledger["checks"] == dict.fromkeys(ledger["checks"], True)
 
 
-def test_a_run_ends_at_the_accuracy_it_was_asked_for(make_run: Callable[..., Run]) -> None:
+def test_run_stops_at_the_target_accuracy(make_run: Callable[..., Run]) -> None:
     run = make_run(run={"updates": 10_000, "stop_at_accuracy": 0.01})
     finished = execute(run)
     assert finished.completed
@@ -369,7 +369,7 @@ def test_a_run_ends_at_the_accuracy_it_was_asked_for(make_run: Callable[..., Run
     assert run.updates.saved == [finished.policy_version]
 
 
-def test_no_token_is_trained_past_the_staleness_bound(make_run: Callable[..., Run]) -> None:
+def test_no_token_exceeds_max_staleness(make_run: Callable[..., Run]) -> None:
     run = make_run(run={"updates": 12}, buffer={"max_staleness": 1, "capacity_groups": 8})
     execute(run)
     for policy_version, batch in enumerate(run.updates.batches):
@@ -377,7 +377,7 @@ def test_no_token_is_trained_past_the_staleness_bound(make_run: Callable[..., Ru
             assert policy_version - group.oldest_version <= 1
 
 
-def test_continuations_go_before_screening_and_evaluations_before_both(
+def test_requests_have_evaluation_continuation_and_screening_priorities(
     make_run: Callable[..., Run],
 ) -> None:
     run = make_run(num_actors=1)
@@ -386,7 +386,7 @@ def test_continuations_go_before_screening_and_evaluations_before_both(
     assert priorities == {0, 1, 2}
 
 
-def test_first_and_last_version_are_evaluated_on_prompts_that_are_never_trained(
+def test_first_and_last_version_are_evaluated_on_held_out_prompts(
     make_run: Callable[..., Run],
 ) -> None:
     run = make_run()
@@ -400,7 +400,7 @@ def test_first_and_last_version_are_evaluated_on_prompts_that_are_never_trained(
     assert finished.service_fields["accuracy_after"] is not None
 
 
-def test_a_verifier_that_fails_costs_its_group_and_nothing_else(
+def test_verifier_failure_fails_only_its_group(
     make_run: Callable[..., Run],
 ) -> None:
     run = make_run()
@@ -413,7 +413,7 @@ def test_a_verifier_that_fails_costs_its_group_and_nothing_else(
     assert ledger["closes"] is True
 
 
-def test_a_stop_drains_saves_and_keeps_the_books_closed(make_run: Callable[..., Run]) -> None:
+def test_stop_drains_saves_and_the_ledger_balances(make_run: Callable[..., Run]) -> None:
     run = make_run(run={"updates": 10_000})
 
     async def stopped() -> Finished:
@@ -437,14 +437,14 @@ def test_a_stop_drains_saves_and_keeps_the_books_closed(make_run: Callable[..., 
     assert ledger["groups"]["in_flight"] == 0
 
 
-def test_a_lease_that_is_being_scored_when_the_drain_comes_ends_too(
+def test_lease_in_scoring_is_ended_by_a_drain(
     make_run: Callable[..., Run],
 ) -> None:
     run = make_run(num_actors=1, run={"updates": 10_000})
 
     async def stopped() -> Finished:
         async def score_until_paused() -> None:
-            """The third update's scores come only after the engine was paused for good."""
+            """After the third update, scores are returned only after the engine is paused."""
             if len(run.updates.batches) >= 3:
                 run.stop.set()
                 while not run.engines[0].pauses:  # noqa: ASYNC110 - the fake has no event
@@ -460,7 +460,7 @@ def test_a_lease_that_is_being_scored_when_the_drain_comes_ends_too(
     assert ledger["closes"] is True
 
 
-def test_an_error_of_the_learner_reaches_the_actors_by_name(make_run: Callable[..., Run]) -> None:
+def test_learner_failure_is_raised_in_the_actors(make_run: Callable[..., Run]) -> None:
     run = make_run()
 
     async def broken() -> None:
@@ -473,7 +473,7 @@ def test_an_error_of_the_learner_reaches_the_actors_by_name(make_run: Callable[.
         await link.send(run._hello("learner", 0))  # pyright: ignore[reportPrivateUsage]
         await link.send(m.TakeBatch(policy_version=0, num_groups=2))
         while not isinstance(await link.receive(10), m.BatchReady):
-            pass  # the actor is at work once it has filled a batch
+            pass  # a full batch shows that the actor is working
         await link.send(m.Failure(role="learner", message="learner: out of memory"))
         await serving
         with pytest.raises(RoleError, match="learner: out of memory"):
@@ -484,35 +484,36 @@ def test_an_error_of_the_learner_reaches_the_actors_by_name(make_run: Callable[.
 
 
 class ScriptedLink:
-    """A link whose service says what is written down."""
+    """A link that receives a given list of messages."""
 
-    def __init__(self, said: list[m.Message]) -> None:
-        self.said = said
-        self.heard: list[m.Message] = []
+    def __init__(self, incoming: list[m.Message]) -> None:
+        self._incoming = incoming
 
     async def send(self, message: m.Message) -> None:
-        self.heard.append(message)
+        pass
 
     async def receive(self, deadline_s: float) -> m.Message:
-        return self.said.pop(0)
+        return self._incoming.pop(0)
 
     async def close(self) -> None:
         pass
 
 
-def test_a_batch_that_comes_while_weights_are_published_is_trained(tmp_path: Path) -> None:
+def test_batch_received_during_weight_publication_is_trained(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), run={"updates": 1}, learner={"groups_per_update": 1})
     group = batch_group(make_group(5, 3))
-    nobody = m.WeightMembers(policy_version=0, epoch=1, actor_names=[], ranks_each=[], world_size=1)
+    no_members = m.WeightMembers(
+        policy_version=0, epoch=1, actor_names=[], ranks_each=[], world_size=1
+    )
     link = ScriptedLink(
         [
             m.Welcome(policy_version=0),
             m.MembershipChanged(reason="actor-2.0 joined"),
             group,
             m.BatchReady(policy_version=0, lease_ids=[5]),
-            nobody,
-            nobody,
+            no_members,
+            no_members,
             m.JournalDurable(policy_version=1, service_sequence=3),
             m.Summary(fields={}),
         ]
@@ -532,7 +533,7 @@ def test_a_batch_that_comes_while_weights_are_published_is_trained(tmp_path: Pat
     assert [[g.lease_id for g in batch] for batch in updates.batches] == [[5]]
 
 
-def test_a_batch_with_a_group_missing_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_batch_with_a_missing_group_raises(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), run={"updates": 1}, learner={"groups_per_update": 1})
     link = ScriptedLink(
@@ -551,7 +552,7 @@ def test_a_batch_with_a_group_missing_is_an_error_that_names_it(tmp_path: Path) 
         asyncio.run(asyncio.wait_for(loop.run(hello), 10))
 
 
-def test_a_hanging_verifier_does_not_hold_up_the_drain(make_run: Callable[..., Run]) -> None:
+def test_hanging_verifier_does_not_block_the_drain(make_run: Callable[..., Run]) -> None:
     run = make_run(num_actors=1, run={"updates": 10_000})
 
     async def stopped() -> Finished:
@@ -570,12 +571,12 @@ def test_a_hanging_verifier_does_not_hold_up_the_drain(make_run: Callable[..., R
 
 
 class BrokenStepper(ScriptedStepper):
-    """Refuses every version it is offered, and has then no whole weights."""
+    """Rejects every offered version and has no valid weights afterwards."""
 
     broken = False
 
     @property
-    def is_whole(self) -> bool:
+    def has_valid_weights(self) -> bool:
         return not self.broken
 
     def load_weights(self, offer: WeightOffer) -> float:
@@ -584,7 +585,7 @@ class BrokenStepper(ScriptedStepper):
 
 
 class SlowLink:
-    """A link that takes many turns of the event loop to send, as one with a full outbox does."""
+    """A link whose send takes many event loop iterations, like one with a full outbox."""
 
     def __init__(self, link: InProcessLink) -> None:
         self._link = link
@@ -601,10 +602,8 @@ class SlowLink:
         await self._link.close()
 
 
-def test_an_actor_whose_engine_refused_a_version_tells_the_service_before_it_ends(
-    tmp_path: Path,
-) -> None:
-    """Its running leases fail in the same moment, and none of them may cut the message short."""
+def test_actor_reports_a_rejected_version_before_it_exits(tmp_path: Path) -> None:
+    """Its running leases fail at the same time and must not prevent the report."""
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), actors={"slots": 4, "max_new_tokens": 90_000})
     task = DigitTask()
@@ -648,21 +647,21 @@ def test_an_actor_whose_engine_refused_a_version_tells_the_service_before_it_end
             while engine.stats.num_running < 4:  # noqa: ASYNC110 - the engine has no event for it
                 await asyncio.sleep(0)
             hub.offer("actor-1.0", offer)
-            heard: list[m.Message] = []
-            while not heard or not isinstance(heard[-1], m.WeightsApplied):
+            received: list[m.Message] = []
+            while not received or not isinstance(received[-1], m.WeightsApplied):
                 message = (await hub.receive(10))[1]
-                if message.number:  # what the session itself says is none of this test's
-                    heard.append(message)
+                if message.number:  # skips the session's control messages
+                    received.append(message)
             with pytest.raises(WeightSyncError, match="policy version 1 is refused"):
                 await acting
-        return heard
+        return received
 
-    heard = asyncio.run(asyncio.wait_for(run(), 30))
-    applied = heard[-1]
+    received = asyncio.run(asyncio.wait_for(run(), 30))
+    applied = received[-1]
     assert isinstance(applied, m.WeightsApplied)
     assert (applied.policy_version, applied.epoch, applied.usable) == (-1, 3, False)
     assert applied.error == "policy version 1 is refused"
-    # Nothing was reported as ended: all that the engine sampled is still in flight.
-    assert not any(isinstance(message, m.GroupFinished | m.LeaseFailed) for message in heard)
+    # No lease was reported as ended: all sampled tokens are still in flight.
+    assert not any(isinstance(message, m.GroupFinished | m.LeaseFailed) for message in received)
     assert applied.counts.groups_in_flight == 3
     assert applied.counts.tokens_generated == applied.counts.tokens_in_flight > 0

@@ -1,4 +1,4 @@
-"""Model folders: what is loaded from a good one, and what is said about a bad one."""
+"""Model folders: loading a valid folder, and errors for invalid ones."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_contract import gathered, request, start_all
+from engine_contract import gather, request, start_all
 from tiny_models import CONTEXT_LENGTH, EOS_TOKEN_ID, FAMILIES, save_tiny_folder, save_tokenizer
 
 from speed_async.actors.model_folder import load_model_folder
@@ -19,14 +19,14 @@ from speed_async.errors import ModelError
 
 
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
-def test_an_engine_starts_from_a_folder(tmp_path: Path, family: str, tied: bool) -> None:
+def test_engine_starts_from_a_model_folder(tmp_path: Path, family: str, tied: bool) -> None:
     save_tiny_folder(tmp_path, family=family, tied=tied)
 
     async def run() -> None:
         actors = ActorsConfig(slots=4, device="cpu")
         make = partial(load_torch_generator, ModelConfig(path=str(tmp_path)), actors, seed=3)
         async with SteppedEngine(ThreadWorker(make)) as engine:
-            [sampled] = await gathered(start_all(engine, [request(8)]))
+            [sampled] = await gather(start_all(engine, [request(8)]))
             assert sampled.num_tokens == 8 or sampled.finish_reason == "stop"
         loaded = load_model_folder(tmp_path, device="cpu")
         assert loaded.context_length == CONTEXT_LENGTH
@@ -36,38 +36,38 @@ def test_an_engine_starts_from_a_folder(tmp_path: Path, family: str, tied: bool)
     asyncio.run(run())
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+def test_missing_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"absent does not exist: set model\.path"):
         load_torch_generator(ModelConfig(path=str(tmp_path / "absent")), ActorsConfig(), seed=0)
 
 
-def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+def test_folder_without_weights_raises(tmp_path: Path) -> None:
     save_tiny_folder(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"has no \*\.safetensors file: download"):
         load_model_folder(tmp_path)
 
 
-def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
+def test_tokenizer_without_eos_raises(tmp_path: Path) -> None:
     save_tiny_folder(tmp_path)
     save_tokenizer(tmp_path, eos=False)
     with pytest.raises(ModelError, match="no EOS token"):
         load_model_folder(tmp_path)
 
 
-def test_a_sliding_window_shorter_than_the_context_is_refused(tmp_path: Path) -> None:
+def test_sliding_window_shorter_than_the_context_raises(tmp_path: Path) -> None:
     save_tiny_folder(tmp_path, family="qwen3")
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"sliding_window": 32, "use_sliding_window": True}
     config["layer_types"] = ["full_attention", "sliding_attention"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"window of 32 tokens .* at most 32"):
+    with pytest.raises(ModelError, match=r"window of 32 tokens, .* at most 32"):
         load_model_folder(tmp_path, device="cpu")
     assert load_model_folder(tmp_path, context_length=32, device="cpu").context_length == 32
 
 
-def test_a_context_beyond_the_model_is_refused_and_a_shorter_one_taken(tmp_path: Path) -> None:
+def test_context_length_above_the_model_limit_raises(tmp_path: Path) -> None:
     save_tiny_folder(tmp_path)
-    with pytest.raises(ModelError, match=r"context_length = 97, but .* holds 96"):
+    with pytest.raises(ModelError, match=r"context_length = 97, but .* supports 96"):
         load_model_folder(tmp_path, context_length=97, device="cpu")
     assert load_model_folder(tmp_path, context_length=40, device="cpu").context_length == 40

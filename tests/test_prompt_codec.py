@@ -1,4 +1,4 @@
-"""Prompts to tokens: the short way through the Rust tokenizer gives what transformers gives."""
+"""Prompt encoding: the direct use of the Rust tokenizer is equivalent to transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("text", ["1234+5678=", "", "a b\nc", "an unknown ü", "x" * 500])
-def test_the_ids_are_those_of_the_tokenizers_own_call(tokenizer, text: str):
+def test_ids_equal_those_of_transformers(tokenizer, text: str):
     expected = AutoTokenizer.from_pretrained(MODEL, local_files_only=True)(text).input_ids
     assert PromptCodec(tokenizer, chat_template=False).encode(text).tolist() == expected
 
 
-def test_settings_that_cut_or_pad_do_not_reach_prompts(tokenizer):
+def test_truncation_and_padding_settings_are_ignored(tokenizer):
     text = "1234+5678="
     whole = tokenizer(text).input_ids
     tokenizer.backend_tokenizer.enable_truncation(max_length=3)
@@ -33,14 +33,14 @@ def test_settings_that_cut_or_pad_do_not_reach_prompts(tokenizer):
     assert PromptCodec(tokenizer, chat_template=False).encode(text).tolist() == whole
 
 
-def test_a_chat_template_puts_its_own_special_tokens(tokenizer):
+def test_chat_template_adds_its_own_special_tokens(tokenizer):
     tokenizer.chat_template = TEMPLATE
     ids = PromptCodec(tokenizer, chat_template=True).encode("1+1=").tolist()
     assert ids == tokenizer("1+1=|").input_ids  # one <bos>, the template's
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_a_missing_chat_template_is_said(tokenizer):
+def test_missing_chat_template_raises(tokenizer):
     with pytest.raises(ConfigError, match=r"model\.chat_template"):
         PromptCodec(tokenizer, chat_template=True)
 
@@ -53,8 +53,8 @@ def test_decoding_drops_special_tokens(tokenizer):
 VOCABULARY = ("<unk>", "<s>", "</s>", "<|end|>", *"abc12+=|.")
 
 
-def made_tokenizer(pattern: str, **more: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters that puts special tokens where `pattern` says."""
+def make_tokenizer(pattern: str, **kwargs: str) -> PreTrainedTokenizerFast:
+    """A character tokenizer that adds special tokens according to `pattern`."""
     ids = {token: number for number, token in enumerate(VOCABULARY)}
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -67,7 +67,7 @@ def made_tokenizer(pattern: str, **more: str) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         additional_special_tokens=["<|end|>"],
-        **more,
+        **kwargs,
     )
 
 
@@ -76,50 +76,50 @@ def tokens(codec: PromptCodec, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "front"),
+    ("pattern", "prefix"),
     [("<s> $A", ["<s>"]), ("<s> $A </s>", ["<s>"]), ("$A </s>", []), ("$A", [])],
 )
-def test_a_prompt_has_what_the_tokenizer_puts_in_front_and_nothing_behind(
-    pattern: str, front: list[str]
+def test_prompt_has_prepended_but_no_appended_special_tokens(
+    pattern: str, prefix: list[str]
 ) -> None:
-    codec = PromptCodec(made_tokenizer(pattern), chat_template=False)
-    assert tokens(codec, "1+2=") == [*front, *"1+2="]
+    codec = PromptCodec(make_tokenizer(pattern), chat_template=False)
+    assert tokens(codec, "1+2=") == [*prefix, *"1+2="]
 
 
-def test_a_text_that_begins_with_bos_has_one() -> None:
-    codec = PromptCodec(made_tokenizer("<s> $A </s>"), chat_template=False)
+def test_text_that_starts_with_bos_has_one_bos() -> None:
+    codec = PromptCodec(make_tokenizer("<s> $A </s>"), chat_template=False)
     assert tokens(codec, "<s>1+2=") == ["<s>", *"1+2="]
 
 
-@pytest.mark.parametrize("front", [["<s>"], []])
-def test_with_a_chat_template_the_template_alone_puts_special_tokens(front: list[str]) -> None:
-    template = "".join(front) + "{{ messages[0].content }}|"
-    tokenizer = made_tokenizer("<s> $A </s>", chat_template=template)
-    assert tokens(PromptCodec(tokenizer, chat_template=True), "1+") == [*front, *"1+|"]
+@pytest.mark.parametrize("prefix", [["<s>"], []])
+def test_with_a_chat_template_only_the_template_adds_special_tokens(prefix: list[str]) -> None:
+    template = "".join(prefix) + "{{ messages[0].content }}|"
+    tokenizer = make_tokenizer("<s> $A </s>", chat_template=template)
+    assert tokens(PromptCodec(tokenizer, chat_template=True), "1+") == [*prefix, *"1+|"]
 
 
-def test_a_special_tokens_string_inside_a_prompt_is_that_token_as_when_serving() -> None:
-    plain = PromptCodec(made_tokenizer("<s> $A"), chat_template=False)
+def test_special_token_strings_in_a_prompt_are_encoded_as_special_tokens() -> None:
+    plain = PromptCodec(make_tokenizer("<s> $A"), chat_template=False)
     assert tokens(plain, "a<|end|>b</s>") == ["<s>", "a", "<|end|>", "b", "</s>"]
-    tokenizer = made_tokenizer("<s> $A", chat_template="<s>{{ messages[0].content }}|")
+    tokenizer = make_tokenizer("<s> $A", chat_template="<s>{{ messages[0].content }}|")
     chat = PromptCodec(tokenizer, chat_template=True)
     served: Any = tokenizer.apply_chat_template([{"role": "user", "content": "a<|end|>b"}])
     assert chat.encode("a<|end|>b").tolist() == served["input_ids"]
 
 
-def test_a_prompt_that_the_chat_template_refuses_is_that_prompts_failure() -> None:
+def test_prompt_rejected_by_the_chat_template_raises() -> None:
     template = (
         "{% if '1' in messages[0].content %}{{ raise_exception('no ones here') }}{% endif %}"
         "{{ messages[0].content }}"
     )
-    codec = PromptCodec(made_tokenizer("$A", chat_template=template), chat_template=True)
-    with pytest.raises(ModelError, match=r"chat template refuses it .*no ones here"):
+    codec = PromptCodec(make_tokenizer("$A", chat_template=template), chat_template=True)
+    with pytest.raises(ModelError, match=r"chat template rejects it .*no ones here"):
         codec.encode("1+2=")
     assert tokens(codec, "a+b") == ["a", "+", "b"]
 
 
-def test_a_text_that_the_tokenizer_cannot_take_is_that_prompts_failure() -> None:
-    codec = PromptCodec(made_tokenizer("$A"), chat_template=False)
+def test_text_that_cannot_be_encoded_raises() -> None:
+    codec = PromptCodec(make_tokenizer("$A"), chat_template=False)
     with pytest.raises(ModelError, match="tokenizer cannot encode it"):
         codec.encode("a\ud800")
     assert tokens(codec, "a") == ["a"]

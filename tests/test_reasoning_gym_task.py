@@ -32,12 +32,12 @@ def make(
 
 
 def chain_prompt(answer: str) -> Prompt:
-    """A question of the base scorer, which pays partial credit for substrings."""
+    """A prompt for the base scorer, which gives partial credit for substrings."""
     entry: dict[str, object] = {"answer": answer, "metadata": {}}
     return Prompt(prompt_id=0, text="1 + 2 =", answer=answer, metadata=entry)
 
 
-def test_oracle_answers_are_right_bare_tagged_and_boxed() -> None:
+def test_oracle_answers_score_one_plain_tagged_and_boxed() -> None:
     task = make()
     for prompt in (*task.train_prompts, *task.held_out_prompts):
         assert task.score(prompt, f" {prompt.answer}\n") == 1.0
@@ -46,7 +46,7 @@ def test_oracle_answers_are_right_bare_tagged_and_boxed() -> None:
         assert task.score(prompt, rf"<answer>\boxed{{{prompt.answer}}}</answer>") == 1.0
 
 
-def test_partial_credit_of_the_library_is_no_reward() -> None:
+def test_partial_credit_of_the_library_scores_zero() -> None:
     task = make()
     prompt = chain_prompt("3")
     entry = {"question": prompt.text, **prompt.metadata}
@@ -59,7 +59,7 @@ def test_partial_credit_of_the_library_is_no_reward() -> None:
     assert task.score(prompt, "3") == 1.0
 
 
-def test_train_and_held_out_questions_are_distinct_even_in_a_small_world() -> None:
+def test_train_and_held_out_questions_are_distinct_in_a_small_data_set() -> None:
     options: dict[str, object] = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     task = make(options=options, num_prompts=80, num_held_out=40)
     texts = [prompt.text for prompt in (*task.train_prompts, *task.held_out_prompts)]
@@ -69,21 +69,21 @@ def test_train_and_held_out_questions_are_distinct_even_in_a_small_world() -> No
     assert all(prompt.held_out for prompt in task.held_out_prompts)
 
 
-def test_prompts_follow_the_seed_and_held_out_ones_only_their_number() -> None:
+def test_prompts_depend_on_seed_and_held_out_prompts_only_on_their_number() -> None:
     assert fingerprint(make(seed=3)) == fingerprint(make(seed=3)) != fingerprint(make(seed=4))
     small, large = make(num_prompts=5), make(num_prompts=30)
     assert list(small.held_out_prompts) == list(large.held_out_prompts)
     assert list(small.train_prompts) == list(large.train_prompts)[:5]
 
 
-def test_options_reach_the_data_set() -> None:
+def test_options_are_passed_to_the_data_set() -> None:
     options: dict[str, object] = {"min_terms": 7, "max_terms": 7}
     prompts = make(options=options).train_prompts
     num_operators = [p.text.count(" + ") + p.text.count(" - ") for p in prompts]
     assert set(num_operators) == {6}
 
 
-def test_too_few_distinct_questions_are_refused_with_the_number_there_are() -> None:
+def test_too_few_distinct_questions_raise() -> None:
     options: dict[str, object] = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     with pytest.raises(ConfigError) as caught:
         _ = make(options=options, num_prompts=400).train_prompts
@@ -91,7 +91,7 @@ def test_too_few_distinct_questions_are_refused_with_the_number_there_are() -> N
     assert "distinct questions in 8000 tries" in str(caught.value)
 
 
-def test_an_unknown_data_set_lists_close_names() -> None:
+def test_unknown_data_set_suggests_similar_names() -> None:
     with pytest.raises(ConfigError) as caught:
         make("chain_sums")
     assert caught.value.field == "task.name"
@@ -104,23 +104,23 @@ def test_an_unknown_data_set_lists_close_names() -> None:
     [
         ({"num_term": 3}, "unexpected keyword argument 'num_term'"),
         ({"min_terms": 5, "max_terms": 2}, "max_terms must be >= min_terms"),
-        ({"seed": 3}, "'seed' is not an option: use task.seed"),
+        ({"seed": 3}, "'seed' is not supported here: use task.seed"),
     ],
 )
-def test_options_the_data_set_refuses_are_reported(options: dict[str, object], text: str) -> None:
+def test_invalid_options_raise(options: dict[str, object], text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make(options=options)
     assert caught.value.field == "task.options"
     assert text in str(caught.value)
 
 
-def test_a_missing_library_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_raises_with_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(TaskError, match=r"pip install 'speed_async\[reasoning-gym\]'"):
         make()
 
 
-def test_text_that_a_scorer_cannot_digest_is_wrong() -> None:
+def test_text_that_breaks_the_scorer_scores_zero() -> None:
     task = make("prime_factorization", num_prompts=2, num_held_out=1)
     prompt = task.train_prompts[0]
     library = reasoning_gym.create_dataset("prime_factorization", size=1, seed=0)
@@ -130,14 +130,17 @@ def test_text_that_a_scorer_cannot_digest_is_wrong() -> None:
     assert task.score(prompt, prompt.answer) == 1.0
 
 
-def test_a_scorer_that_refuses_its_own_answer_raises() -> None:
+def test_scorer_that_fails_on_its_own_answer_raises() -> None:
     task = make("n_queens", num_prompts=2, num_held_out=1)
-    entry: dict[str, object] = {"answer": "2", "metadata": {}}  # lacks what the scorer needs
+    entry: dict[str, object] = {
+        "answer": "2",
+        "metadata": {},
+    }  # lacks keys that the scorer requires
     with pytest.raises(KeyError):
         task.score(Prompt(prompt_id=0, text="?", answer="2", metadata=entry), "2")
 
 
-def test_a_data_set_without_oracle_answers_is_scored_by_its_rules() -> None:
+def test_data_set_without_oracle_answers_is_scored() -> None:
     task = make("graph_color", num_prompts=2, num_held_out=1)
     prompt = task.train_prompts[0]
     assert prompt.answer == ""
@@ -145,7 +148,7 @@ def test_a_data_set_without_oracle_answers_is_scored_by_its_rules() -> None:
     assert task.score(prompt, "not a colouring") == 0.0
 
 
-def test_making_prompts_leaves_the_global_generator_as_it_was() -> None:
+def test_global_random_state_is_preserved() -> None:
     random.seed(11)
     expected = random.random()
     random.seed(11)
@@ -156,7 +159,7 @@ def test_making_prompts_leaves_the_global_generator_as_it_was() -> None:
     assert [prompt.text for prompt in other.train_prompts] == texts
 
 
-def test_a_data_set_ordered_by_hashes_asks_for_a_fixed_hash_seed() -> None:
+def test_hash_ordered_data_set_requires_a_fixed_hash_seed() -> None:
     program = (
         "from speed_async.environments.gym import ReasoningGymTask\n"
         "from speed_async.environments.task import fingerprint\n"

@@ -1,4 +1,4 @@
-"""From `[task]` to a task, and clear refusals."""
+"""Creation of tasks from `[task]`, and errors for invalid sections."""
 
 import json
 import subprocess
@@ -12,14 +12,14 @@ from speed_async.environments.registry import known_tasks, make_task
 from speed_async.errors import ConfigError
 
 
-def refusal(config: TaskConfig) -> ConfigError:
+def config_error(config: TaskConfig) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         make_task(config)
     return caught.value
 
 
-def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    error = refusal(TaskConfig(name="arithmetics"))
+def test_unknown_name_raises_with_the_known_names() -> None:
+    error = config_error(TaskConfig(name="arithmetics"))
     assert error.field == "task.name"
     assert error.value == "arithmetics"
     assert "did you mean arithmetic?" in str(error)
@@ -28,16 +28,16 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("name", ["reasoning_gym", "reasoning_gym:"])
-def test_reasoning_gym_without_a_data_set_asks_for_one(name: str) -> None:
-    assert "name a data set after the colon" in str(refusal(TaskConfig(name=name)))
+def test_reasoning_gym_requires_a_data_set(name: str) -> None:
+    assert "add a data set after the colon" in str(config_error(TaskConfig(name=name)))
 
 
-def test_jsonl_without_a_path_asks_for_it() -> None:
-    error = refusal(TaskConfig(name="jsonl"))
+def test_jsonl_requires_a_path() -> None:
+    error = config_error(TaskConfig(name="jsonl"))
     assert (error.field, error.value) == ("task.path", None)
 
 
-def test_jsonl_is_made_from_the_section(tmp_path: Path) -> None:
+def test_jsonl_task_is_created_from_the_section(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     rows = [{"prompt": f"{i} + 1 =", "answer": i + 1} for i in range(6)]
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -48,7 +48,7 @@ def test_jsonl_is_made_from_the_section(tmp_path: Path) -> None:
     assert task.score(prompt, f"that makes {prompt.answer}.0") == 1.0
 
 
-def test_reasoning_gym_is_made_from_the_section() -> None:
+def test_reasoning_gym_task_is_created_from_the_section() -> None:
     pytest.importorskip("reasoning_gym")
     config = TaskConfig(
         name="reasoning_gym:chain_sum",
@@ -63,7 +63,7 @@ def test_reasoning_gym_is_made_from_the_section() -> None:
     assert task.score(prompt, prompt.answer) == 1.0
 
 
-def test_nothing_heavy_is_imported_before_its_task_is_chosen(tmp_path: Path) -> None:
+def test_heavy_modules_are_imported_lazily(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"p{i}", "answer": "1"}) for i in range(4)))
     program = (

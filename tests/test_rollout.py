@@ -1,4 +1,4 @@
-"""One lease from its prompt to its group: which reward belongs to which completion."""
+"""Rollout of one lease: assignment of rewards to completions, and truncation."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import numpy as np
 from buffer_fixtures import make_config
 
 from speed_async.actors.engine import GenerationRequest
-from speed_async.actors.rollout import LeaseWork, Refused, Rollout, Scored
+from speed_async.actors.rollout import GateRejection, LeaseWork, Rollout, Scored
 from speed_async.config.schema import Config
 from speed_async.testing.scripted_engine import ScriptedEngine
 from speed_async.testing.scripted_verifier import ScriptedVerifier
@@ -17,7 +17,7 @@ from speed_async.types import Group, Int32Array, Lease, LeaseKind, Prompt
 PROMPT = Prompt(prompt_id=0, text="p", answer="")
 
 
-class Words:
+class IntCodec:
     def encode(self, text: str) -> Int32Array:
         return np.array([len(text)], np.int32)
 
@@ -25,32 +25,32 @@ class Words:
         return " ".join(map(str, token_ids.tolist()))
 
 
-def play(
+def run_lease(
     config: Config,
     script: Callable[[GenerationRequest, int], list[int]],
     verifier: ScriptedVerifier,
     *,
     kind: LeaseKind = LeaseKind.TRAINING,
     num_samples: int = 0,
-) -> Group | Refused | Scored:
-    async def scenario() -> Group | Refused | Scored:
+) -> Group | GateRejection | Scored:
+    async def scenario() -> Group | GateRejection | Scored:
         lease = Lease(lease_id=0, prompt_id=0, kind=kind, num_samples=num_samples)
         async with ScriptedEngine(script, num_slots=8) as engine:
-            rollout = Rollout(config, engine, verifier, Words())
+            rollout = Rollout(config, engine, verifier, IntCodec())
             return await rollout.run(LeaseWork(lease=lease), PROMPT)
 
     return asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
-def test_a_completion_keeps_its_own_reward_in_whatever_order_they_end(tmp_path: Path) -> None:
+def test_rewards_match_completions_regardless_of_finish_order(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    config = make_config(str(tmp_path))  # 2 that screen, 2 more
+    config = make_config(str(tmp_path))  # 2 screening and 2 continuation completions
 
-    def earlier_ends_later(request: GenerationRequest, number: int) -> list[int]:
+    def earlier_finishes_later(request: GenerationRequest, number: int) -> list[int]:
         return [number] * (9 - 2 * number)
 
     verifier = ScriptedVerifier(lambda _, completion: float(completion[0] in "03"))
-    group = play(config, earlier_ends_later, verifier)
+    group = run_lease(config, earlier_finishes_later, verifier)
     assert isinstance(group, Group)
     first_tokens = [int(completion.sampled.token_ids[0]) for completion in group.completions]
     rewards = [completion.reward for completion in group.completions]
@@ -59,40 +59,44 @@ def test_a_completion_keeps_its_own_reward_in_whatever_order_they_end(tmp_path: 
 
 
 def ends_in_the_answer(request: GenerationRequest, number: int) -> list[int]:
-    """Every second completion is longer than its limit; the last token it may have is a 1."""
+    """Every second completion exceeds its limit; the last token within the limit is 1."""
     return [7] * (request.max_new_tokens - 1) + [1] * (1 + number % 2)
 
 
-def test_a_completion_that_was_cut_off_earns_nothing_in_training_and_in_evaluation(
+def test_truncated_completions_get_zero_reward(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), actors={"max_new_tokens": 3})
     verifier = ScriptedVerifier(lambda _, completion: float(completion.endswith("1")))
-    group = play(config, ends_in_the_answer, verifier)
+    group = run_lease(config, ends_in_the_answer, verifier)
     assert isinstance(group, Group)
     reasons = [completion.sampled.finish_reason for completion in group.completions]
     assert sorted(reasons) == ["length", "length", "stop", "stop"]
     for reason, completion in zip(reasons, group.completions, strict=True):
         assert completion.reward == (1.0 if reason == "stop" else 0.0)
-    scored = play(config, ends_in_the_answer, verifier, kind=LeaseKind.EVALUATION, num_samples=4)
+    scored = run_lease(
+        config, ends_in_the_answer, verifier, kind=LeaseKind.EVALUATION, num_samples=4
+    )
     assert isinstance(scored, Scored) and scored.num_passed == 2
     assert {text for call in verifier.calls for text in call.completions} == {"7 7 1"}
 
 
-def test_nothing_is_verified_when_all_were_cut_off(tmp_path: Path) -> None:
+def test_verifier_is_not_called_when_all_completions_are_truncated(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), actors={"max_new_tokens": 2})
     verifier = ScriptedVerifier(lambda _, completion: 1.0)
-    assert play(config, lambda *_: [1, 1, 1], verifier) == Refused(num_passed=0)
+    assert run_lease(config, lambda *_: [1, 1, 1], verifier) == GateRejection(num_passed=0)
     assert not verifier.calls
 
 
-def test_cut_off_completions_are_scored_where_the_configuration_says_so(tmp_path: Path) -> None:
+def test_truncated_completions_are_scored_with_score_truncated(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(
         str(tmp_path), task={"score_truncated": True}, actors={"max_new_tokens": 3}
     )
     verifier = ScriptedVerifier(lambda _, completion: float(completion.endswith("1")))
-    scored = play(config, ends_in_the_answer, verifier, kind=LeaseKind.EVALUATION, num_samples=4)
+    scored = run_lease(
+        config, ends_in_the_answer, verifier, kind=LeaseKind.EVALUATION, num_samples=4
+    )
     assert isinstance(scored, Scored) and scored.num_passed == 4

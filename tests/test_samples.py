@@ -1,4 +1,4 @@
-"""Completions that people are shown: chosen by the actor, told by the service, kept by the sink."""
+"""Completion samples: selected by the actor, emitted by the service, written by the sink."""
 
 import asyncio
 import json
@@ -12,8 +12,8 @@ from run_process import start_train
 from service_harness import ServiceHarness
 from test_loops import Run
 
-from speed_async.actors.rollout import LeaseWork, Refused
-from speed_async.actors.sample_choice import MAX_TEXT_CHARS, SampleChoice, shortened
+from speed_async.actors.rollout import GateRejection, LeaseWork
+from speed_async.actors.sample_selector import MAX_TEXT_CHARS, SampleSelector, truncate_middle
 from speed_async.buffer.durability.journal import read_segment, segments
 from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.state_machine import StateMachine
@@ -52,12 +52,12 @@ SAMPLE = m.Sample(
 )
 
 
-def completion(reward: float, *, cut: bool = False) -> Completion:
+def completion(reward: float, *, truncated: bool = False) -> Completion:
     sampled = Sampled(
         token_ids=np.array([1, 2], np.int32),
         logprobs=np.zeros(2, np.float32),
         policy_versions=np.array([4, 5], np.int32),
-        finish_reason="length" if cut else "stop",
+        finish_reason="length" if truncated else "stop",
     )
     return Completion(sampled=sampled, reward=reward)
 
@@ -67,26 +67,26 @@ def work(*rewards: float) -> LeaseWork:
     return LeaseWork(lease=lease, completions=[completion(reward) for reward in rewards])
 
 
-def test_a_passing_and_a_failing_completion_are_shown_in_turns_and_not_too_often() -> None:
+def test_passing_and_failing_completions_alternate_at_the_interval() -> None:
     now_s = 0.0
-    choice = SampleChoice(2.0, is_gated=True, clock=lambda: now_s)
-    shown: list[float | None] = []
+    selector = SampleSelector(2.0, is_gated=True, clock=lambda: now_s)
+    rewards: list[float | None] = []
     for now_s in (0.0, 1.9, 2.0, 4.0, 6.0, 8.0):
-        chosen = choice.choose(work(0.0, 1.0, 0.0) if now_s < 6 else work(0.0, 0.0))
-        shown.append(None if chosen is None else chosen.reward)
-    assert shown == [1.0, None, 0.0, 1.0, 0.0, 0.0]
+        selected = selector.select(work(0.0, 1.0, 0.0) if now_s < 6 else work(0.0, 0.0))
+        rewards.append(None if selected is None else selected.reward)
+    assert rewards == [1.0, None, 0.0, 1.0, 0.0, 0.0]
     now_s = 20.0
-    assert choice.choose(work()) is None
-    assert choice.choose(work(0.5)) is not None
+    assert selector.select(work()) is None
+    assert selector.select(work(0.5)) is not None
 
 
-def test_a_sample_says_what_the_contract_of_the_event_asks_for() -> None:
-    choice = SampleChoice(1.0, is_gated=True, clock=lambda: 0.0)
+def test_sample_message_has_the_fields_of_the_event() -> None:
+    selector = SampleSelector(1.0, is_gated=True, clock=lambda: 0.0)
     prompt = Prompt(prompt_id=8, text="p" * 9000, answer="")
     lease = work(0.0)
-    chosen = completion(0.0, cut=True)
-    message = choice.message(
-        chosen, lease, prompt, Refused(num_passed=0), "c\ud800" * 9000, ActorCounts()
+    selected = completion(0.0, truncated=True)
+    message = selector.message(
+        selected, lease, prompt, GateRejection(num_passed=0), "c\ud800" * 9000, ActorCounts()
     )
     assert (message.policy_version, message.prompt_id, message.num_tokens) == (5, 8, 2)
     assert (message.decision, message.truncated, message.held_out) == ("screened out", True, False)
@@ -95,18 +95,18 @@ def test_a_sample_says_what_the_contract_of_the_event_asks_for() -> None:
     assert message.completion.encode().startswith(b"c?c?")
 
 
-def test_a_long_text_loses_its_middle() -> None:
-    text = shortened("a" * 100 + "b" * 1000 + "c" * 100, 200)
+def test_middle_of_a_long_text_is_removed() -> None:
+    text = truncate_middle("a" * 100 + "b" * 1000 + "c" * 100, 200)
     assert len(text) == 200 and text.startswith("a" * 70) and text.endswith("c" * 70)
-    assert "(1000 or more characters left out)" in text
-    assert shortened("short", 200) == "short"
+    assert "(1000 or more characters omitted)" in text
+    assert truncate_middle("short", 200) == "short"
 
 
 def sample_events(harness: ServiceHarness) -> list[dict[str, object]]:
     return [dict(event.values) for event in harness.service.events if event.kind == "sample"]
 
 
-def test_the_service_tells_a_sample_and_counts_it_nowhere(tmp_path: Path) -> None:
+def test_service_emits_samples_without_counting_them(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path)
     harness.pass_baseline()
     counts = harness.counts("actor-1.0")
@@ -132,9 +132,7 @@ def test_the_service_tells_a_sample_and_counts_it_nowhere(tmp_path: Path) -> Non
         ({"prompt_id": -1}, "prompt_id = -1 is out of range"),
     ],
 )
-def test_a_sample_that_cannot_be_is_refused(
-    tmp_path: Path, changes: dict[str, object], text: str
-) -> None:
+def test_invalid_sample_is_rejected(tmp_path: Path, changes: dict[str, object], text: str) -> None:
     harness = ServiceHarness(tmp_path)
     harness.pass_baseline()
     sample = replace(SAMPLE, counts=harness.counts("actor-1.0"), **changes)
@@ -143,7 +141,7 @@ def test_a_sample_that_cannot_be_is_refused(
     assert not sample_events(harness)
 
 
-def test_the_journal_keeps_no_text_of_a_sample_and_replays_no_event(tmp_path: Path) -> None:
+def test_journal_omits_sample_texts_and_replay_emits_no_sample(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path)
     folder = tmp_path / "journal"
     machine, _ = open_machine(
@@ -161,18 +159,20 @@ def test_the_journal_keeps_no_text_of_a_sample_and_replays_no_event(tmp_path: Pa
     assert not any(b"secret" in bytes(frame) for record in records for frame in record.frames)
     recorded = [decode(record.frames) for record in records if record.kind == "message"]
     assert [type(message).__name__ for message in recorded] == ["Hello", "Sample"]
-    again, _ = open_machine(
+    replayed, _ = open_machine(
         folder, harness.config, lambda _: ServiceHarness(tmp_path).service, life=0
     )
-    assert again.events == []
-    assert isinstance(again, StateMachine)
-    again.message("actor-1.0", replace(SAMPLE, number=3), 3.0)  # the count goes on after it
-    assert [event.kind for event in again.events] == ["sample"]
-    assert again.journal is not None
-    again.journal.close()
+    assert replayed.events == []
+    assert isinstance(replayed, StateMachine)
+    replayed.message(
+        "actor-1.0", replace(SAMPLE, number=3), 3.0
+    )  # message numbers continue after the sample
+    assert [event.kind for event in replayed.events] == ["sample"]
+    assert replayed.journal is not None
+    replayed.journal.close()
 
 
-def test_a_whole_run_shows_samples_of_every_kind(tmp_path: Path) -> None:
+def test_run_emits_samples_of_all_decisions(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(
         str(tmp_path),
@@ -183,14 +183,14 @@ def test_a_whole_run_shows_samples_of_every_kind(tmp_path: Path) -> None:
     run = Run(config, 2)
     finished = asyncio.run(asyncio.wait_for(run.execute(), 60))
     assert finished.completed
-    shown = [event.values for event in run.sink.events if event.kind == "sample"]
-    assert shown and all(set(values) == KEYS for values in shown)
-    for values in shown:
+    samples = [event.values for event in run.sink.events if event.kind == "sample"]
+    assert samples and all(set(values) == KEYS for values in samples)
+    for values in samples:
         assert values["extracted"] == str(values["completion"])[-1:]
         assert values["decision"] in ("continued", "screened out", "evaluated")
 
 
-def test_a_real_run_leaves_samples_in_its_folder(tmp_path: Path) -> None:
+def test_run_writes_samples_to_its_folder(tmp_path: Path) -> None:
     run = start_train(tmp_path)
     code, _, error = run.finish()
     assert code == 0, error

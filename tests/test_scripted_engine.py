@@ -1,4 +1,4 @@
-"""The scripted engine: the engine contract, and what makes it a fake."""
+"""The scripted engine: the engine contract, scripts and recorded calls."""
 
 import asyncio
 
@@ -7,7 +7,7 @@ from engine_contract import (
     CONTRACT,
     NUM_TOKEN_IDS,
     StartEngine,
-    gathered,
+    gather,
     offer,
     request,
     start_all,
@@ -28,15 +28,15 @@ def start() -> ScriptedEngine:
 
 
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
-def test_the_scripted_engine_keeps_the_contract(check) -> None:
+def test_scripted_engine_satisfies_the_contract(check) -> None:
     asyncio.run(check(start))
 
 
-def test_the_script_decides_tokens_and_ending() -> None:
+def test_script_determines_tokens_and_finish_reason() -> None:
     async def run() -> None:
         scripts = [[5, 6, 2], [7] * 10]
         async with ScriptedEngine(lambda request, index: scripts[index]) as engine:
-            first, second = await gathered(start_all(engine, [request(4), request(4)]))
+            first, second = await gather(start_all(engine, [request(4), request(4)]))
         assert first.token_ids.tolist() == [5, 6, 2] and first.finish_reason == "stop"
         assert second.token_ids.tolist() == [7, 7, 7, 7] and second.finish_reason == "length"
         assert first.logprobs.tolist() == [SCRIPTED_LOGPROB] * 3
@@ -44,21 +44,21 @@ def test_the_script_decides_tokens_and_ending() -> None:
     asyncio.run(run())
 
 
-def test_every_call_is_recorded() -> None:
+def test_all_calls_are_recorded() -> None:
     async def run() -> None:
         async with start() as engine:
-            asked = request(2)
-            await gathered(start_all(engine, [asked]))
+            sent = request(2)
+            await gather(start_all(engine, [sent]))
             await engine.update_weights(offer(3))
             await engine.pause(abort=True)
             await engine.resume()
-        assert engine.requests == [asked] and engine.offers == [offer(3)]
+        assert engine.requests == [sent] and engine.offers == [offer(3)]
         assert engine.pauses == [True] and engine.num_resumes == 1
 
     asyncio.run(run())
 
 
-def test_an_error_in_a_step_reaches_every_caller_and_every_later_call() -> None:
+def test_error_in_a_step_fails_all_current_and_later_calls() -> None:
     def script(request, index: int) -> list[int]:
         if index == 1:
             raise ZeroDivisionError("scripted")
@@ -68,10 +68,10 @@ def test_an_error_in_a_step_reaches_every_caller_and_every_later_call() -> None:
         async with ScriptedEngine(script, num_slots=2, context_length=96) as engine:
             [running] = start_all(engine, [request(90)])
             await until(engine, lambda: engine.stats.num_running == 1)
-            [culprit, waiting] = start_all(engine, [request(3), request(3)])
-            for task in (running, culprit, waiting):
+            [failing, waiting] = start_all(engine, [request(3), request(3)])
+            for task in (running, failing, waiting):
                 with pytest.raises(ZeroDivisionError, match="scripted"):
-                    await gathered([task])
+                    await gather([task])
             with pytest.raises(ZeroDivisionError, match="scripted"):
                 await engine.generate(request(3))
             with pytest.raises(ZeroDivisionError, match="scripted"):
@@ -80,7 +80,7 @@ def test_an_error_in_a_step_reaches_every_caller_and_every_later_call() -> None:
     asyncio.run(run())
 
 
-def test_a_failed_update_leaves_the_old_version_serving() -> None:
+def test_failed_update_keeps_the_old_version() -> None:
     def receive(offer) -> float:
         raise WeightSyncError("no sender")
 
@@ -88,7 +88,7 @@ def test_a_failed_update_leaves_the_old_version_serving() -> None:
         async with start() as engine:
             with pytest.raises(WeightSyncError, match="no sender"):
                 await engine.update_weights(offer(1))
-            [sampled] = await gathered(start_all(engine, [request(2)]))
+            [sampled] = await gather(start_all(engine, [request(2)]))
         assert sampled.policy_versions.tolist() == [0, 0]
 
     asyncio.run(run(lambda: ScriptedEngine(lambda request, index: [9] * 9, receive=receive)))

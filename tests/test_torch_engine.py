@@ -1,4 +1,4 @@
-"""The torch engine: the engine contract, exact log-probabilities, updates, model folders."""
+"""The torch engine: the engine contract, exact log-probabilities, updates, canary."""
 
 import asyncio
 import math
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_contract import CONTRACT, gathered, offer, request, start_all, until
+from engine_contract import CONTRACT, gather, offer, request, start_all, until
 from tiny_models import (
     CONTEXT_LENGTH,
     EOS_TOKEN_ID,
@@ -20,7 +20,7 @@ from tiny_models import (
 from speed_async.actors.engine import GenerationRequest
 from speed_async.actors.stepped_engine.engine import SteppedEngine
 from speed_async.actors.stepped_engine.worker import ThreadWorker
-from speed_async.actors.torch_engine.engine import slot_model
+from speed_async.actors.torch_engine import slot_model
 from speed_async.actors.torch_engine.generator import TorchGenerator
 from speed_async.actors.torch_engine.sampling import keep_nucleus, sample
 from speed_async.errors import SpeedAsyncError, WeightSyncError
@@ -37,7 +37,7 @@ def one_thread() -> None:
 
 
 class MemoryReceiver:
-    """Hands over a model's parameters, in buckets of two tensors; `canary` is its own or none."""
+    """Delivers a model's parameters, in buckets of two tensors, with an optional canary."""
 
     def __init__(
         self, source: Any, *, stop_after: int | None = None, canary: Canary | None = None
@@ -54,21 +54,21 @@ class MemoryReceiver:
         pairs = [(name, self.tensors[name].detach().clone()) for name in self.expected_names]
         for start in range(0, len(pairs), 2):
             if self.stop_after is not None and start >= self.stop_after:
-                raise WeightSyncError("the sender went away")
+                raise WeightSyncError("the sender disconnected")
             load(pairs[start : start + 2])
         return TransferReport(num_bytes=1, num_buckets=1, transfer_s=0.0, canary=self.canary)
 
     def close(self) -> None: ...
 
 
-def generator(model: Any, *, num_slots: int = 2, eos: Sequence[int] = (), **more: Any):
+def generator(model: Any, *, num_slots: int = 2, eos: Sequence[int] = (), **kwargs: Any):
     return TorchGenerator(
         model,
         num_slots=num_slots,
         context_length=CONTEXT_LENGTH,
         eos_token_ids=eos,
         random=torch.Generator().manual_seed(0),
-        **more,
+        **kwargs,
     )
 
 
@@ -78,19 +78,21 @@ def start() -> SteppedEngine:
 
 
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
-def test_the_torch_engine_keeps_the_contract(check) -> None:
+def test_torch_engine_satisfies_the_contract(check) -> None:
     asyncio.run(check(start))
 
 
-def run_to_end(core: TorchGenerator) -> dict[int, Sampled]:
+def run_until_idle(core: TorchGenerator) -> dict[int, Sampled]:
     finished: dict[int, Sampled] = {}
     while core.has_work:
         finished.update({each.key: each.sampled for each in core.step()})
     return finished
 
 
-def mixed_requests(count: int, seed: int = 0, **more: float) -> list[GenerationRequest]:
-    """Prompts of 1..20 tokens, every third one like its predecessor; lengths 1..60."""
+def mixed_requests(
+    count: int, seed: int = 0, *, temperature: float = 1.0, top_p: float = 1.0
+) -> list[GenerationRequest]:
+    """Prompts of 1..20 tokens, every third one equal to its predecessor; lengths 1..60."""
     random = np.random.default_rng(seed)
     prompts: list[np.ndarray] = []
     for i in range(count):
@@ -100,8 +102,8 @@ def mixed_requests(count: int, seed: int = 0, **more: float) -> list[GenerationR
         GenerationRequest(
             prompt_token_ids=prompt,
             max_new_tokens=int(random.integers(1, 61)),
-            temperature=more.get("temperature", 1.0),
-            top_p=more.get("top_p", 1.0),
+            temperature=temperature,
+            top_p=top_p,
             priority=i % 2,
         )
         for i, prompt in enumerate(prompts)
@@ -109,7 +111,7 @@ def mixed_requests(count: int, seed: int = 0, **more: float) -> list[GenerationR
 
 
 def forced_logprobs(model: Any, one: GenerationRequest, sampled: Sampled) -> torch.Tensor:
-    """log mu (T,) by a plain forward pass over the whole sequence, without any cache."""
+    """log mu (T,) from a plain forward pass over the whole sequence, without cache."""
     tokens = np.concatenate([one.prompt_token_ids, sampled.token_ids]).astype(np.int64)
     with torch.no_grad():
         logits = model(torch.from_numpy(tokens)[None], use_cache=False).logits[0]
@@ -124,12 +126,12 @@ def forced_logprobs(model: Any, one: GenerationRequest, sampled: Sampled) -> tor
 
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
 @pytest.mark.parametrize("num_slots", [3, 40])
-def test_logprobs_equal_a_plain_forward_pass(family: str, tied: bool, num_slots: int) -> None:
+def test_logprobs_match_plain_forward_pass(family: str, tied: bool, num_slots: int) -> None:
     core = generator(tiny_model(family, tied=tied), num_slots=num_slots)
     requests = mixed_requests(60) + mixed_requests(8, seed=1, temperature=0.7, top_p=0.8)
     for key, one in enumerate(requests):
         core.submit(key, one)
-    finished = run_to_end(core)
+    finished = run_until_idle(core)
     plain = tiny_model(family, tied=tied)
     for key, one in enumerate(requests):
         assert finished[key].num_tokens == one.max_new_tokens
@@ -137,12 +139,12 @@ def test_logprobs_equal_a_plain_forward_pass(family: str, tied: bool, num_slots:
         np.testing.assert_allclose(finished[key].logprobs, expected, atol=1e-4, rtol=0)
 
 
-def test_eager_attention_gives_the_same_logprobs() -> None:
+def test_eager_attention_matches_plain_forward_pass() -> None:
     core = generator(tiny_model("llama", tied=True, attention="eager"), num_slots=20)
     requests = mixed_requests(24)
     for key, one in enumerate(requests):
         core.submit(key, one)
-    finished = run_to_end(core)
+    finished = run_until_idle(core)
     plain = tiny_model("llama", tied=True)
     for key, one in enumerate(requests):
         expected = forced_logprobs(plain, one, finished[key])
@@ -150,7 +152,7 @@ def test_eager_attention_gives_the_same_logprobs() -> None:
 
 
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
-def test_an_update_in_flight_switches_logprobs_to_the_new_weights(family: str, tied: bool) -> None:
+def test_update_in_flight_switches_logprobs_to_new_weights(family: str, tied: bool) -> None:
     old, new = tiny_model(family, tied=tied), tiny_model(family, tied=tied, seed=1)
     receiver = MemoryReceiver(new)
     core = generator(tiny_model(family, tied=tied), num_slots=6, receiver=receiver)
@@ -159,7 +161,7 @@ def test_an_update_in_flight_switches_logprobs_to_the_new_weights(family: str, t
         core.submit(key, one)
     finished = {each.key: each.sampled for _ in range(30) for each in core.step()}
     core.load_weights(offer(5))
-    finished.update(run_to_end(core))
+    finished.update(run_until_idle(core))
     assert ("lm_head.weight" in receiver.expected_names) is not tied
     num_split = 0
     for key, one in enumerate(requests):
@@ -171,17 +173,17 @@ def test_an_update_in_flight_switches_logprobs_to_the_new_weights(family: str, t
         np.testing.assert_allclose(
             sampled.logprobs, np.where(is_new, by_new, by_old), atol=1e-4, rtol=0
         )
-        assert np.abs(by_new - by_old).max() > 1e-2, "the two models must differ to test anything"
+        assert np.abs(by_new - by_old).max() > 1e-2, "the two models must differ"
     assert num_split >= 4
 
 
-def logprobs_over_old_keys(old: Any, new: Any, one: GenerationRequest, sampled: Sampled, version):
-    """log mu (T,) where the new weights take over in mid-sequence, over the old ones' cache."""
+def logprobs_with_old_cache(old: Any, new: Any, one: GenerationRequest, sampled: Sampled, version):
+    """log mu (T,) of a sequence that continues under new weights with the old KV cache."""
     tokens = torch.from_numpy(np.concatenate([one.prompt_token_ids, sampled.token_ids])).long()
     num_prompt = len(one.prompt_token_ids)
     num_old = num_prompt + int((sampled.policy_versions != version).sum())
     with torch.no_grad():
-        # The newest token's keys are computed by the step that it is fed to: a new one's.
+        # The newest token's keys are computed by the next step, under the new weights.
         first = old(tokens[None, : num_old - 1], use_cache=True)
         rest = new(tokens[None, num_old - 1 :], past_key_values=first.past_key_values)
     logits = torch.cat([first.logits[0], rest.logits[0]])
@@ -189,7 +191,7 @@ def logprobs_over_old_keys(old: Any, new: Any, one: GenerationRequest, sampled: 
     return logprobs.gather(1, tokens[num_prompt:, None])[:, 0]
 
 
-def test_kept_sequences_go_on_over_the_keys_they_have() -> None:
+def test_sequences_continue_with_old_cache_without_recompute() -> None:
     old, new = tiny_model("llama", tied=True), tiny_model("llama", tied=True, seed=1)
     core = generator(
         tiny_model("llama", tied=True),
@@ -202,18 +204,18 @@ def test_kept_sequences_go_on_over_the_keys_they_have() -> None:
         core.submit(key, one)
     finished = {each.key: each.sampled for _ in range(6) for each in core.step()}
     core.load_weights(offer(5))
-    # Twins of all that runs enter now, and must not copy a prompt of the old version.
+    # Duplicates of all running requests must not copy a prompt cached under the old version.
     requests += requests
     for key, one in enumerate(requests[6:], start=6):
         core.submit(key, one)
-    finished.update(run_to_end(core))
+    finished.update(run_until_idle(core))
     num_split = 0
     for key, one in enumerate(requests):
         versions = finished[key].policy_versions
         split = 0 < (versions == 5).sum() < len(versions)
         num_split += split
         expected = (
-            logprobs_over_old_keys(old, new, one, finished[key], 5)
+            logprobs_with_old_cache(old, new, one, finished[key], 5)
             if split
             else forced_logprobs(new if versions[0] == 5 else old, one, finished[key])
         )
@@ -221,21 +223,21 @@ def test_kept_sequences_go_on_over_the_keys_they_have() -> None:
     assert num_split >= 4
 
 
-def test_an_update_recomputes_rows_of_all_blocks_in_one_pass(monkeypatch) -> None:
+def test_update_recomputes_rows_of_all_blocks_in_one_pass(monkeypatch) -> None:
     monkeypatch.setitem(slot_model.PREFILL_TOKENS, "cpu", 16384)
     model = tiny_model("llama", tied=True)
     core = generator(model, num_slots=40, receiver=MemoryReceiver(model))
     for key, one in enumerate(mixed_requests(40)):
         core.submit(key, one)
     core.step()
-    assert core.stats().num_running > 2 * 16, "blocks are of 16 rows"
+    assert core.stats().num_running > 2 * 16, "a block has 16 rows"
     passes: list[int] = []
     model.base_model.register_forward_hook(lambda *_: passes.append(1))
     core.load_weights(offer(1))
     assert len(passes) == 1
 
 
-def test_a_row_that_joins_beside_its_twin_copies_the_prompt() -> None:
+def test_equal_prompts_share_one_prefill() -> None:
     model = tiny_model("llama", tied=True)
     core = generator(model, num_slots=4)
     num_passes = 0
@@ -252,19 +254,19 @@ def test_a_row_that_joins_beside_its_twin_copies_the_prompt() -> None:
     assert num_passes == 2, "one prefill for three equal prompts, and one decode step"
     core.submit(3, one)
     num_steps = core.stats().steps
-    finished = run_to_end(core)
-    assert num_passes == 2 + core.stats().steps - num_steps, "the fourth needs no prefill"
+    finished = run_until_idle(core)
+    assert num_passes == 2 + core.stats().steps - num_steps, "no prefill for the fourth request"
     plain = tiny_model("llama", tied=True)
     for sampled in finished.values():
         expected = forced_logprobs(plain, one, sampled)
         np.testing.assert_allclose(sampled.logprobs, expected, atol=1e-4, rtol=0)
 
 
-def test_an_eos_token_ends_a_completion_and_belongs_to_it() -> None:
+def test_completion_ends_with_its_eos_token() -> None:
     core = generator(tiny_model("llama", tied=True), num_slots=16, eos=[EOS_TOKEN_ID, 7])
     for key in range(60):
         core.submit(key, request(60))
-    finished = run_to_end(core)
+    finished = run_until_idle(core)
     stopped = [sampled for sampled in finished.values() if sampled.finish_reason == "stop"]
     assert len(stopped) > 10
     for sampled in finished.values():
@@ -273,17 +275,17 @@ def test_an_eos_token_ends_a_completion_and_belongs_to_it() -> None:
         assert ends == ([last] if sampled.finish_reason == "stop" else [])
 
 
-def test_the_same_seed_samples_the_same_tokens() -> None:
+def test_equal_seeds_sample_equal_tokens() -> None:
     runs = []
     for _ in range(2):
         core = generator(tiny_model("qwen3", tied=True), num_slots=5)
         for key, one in enumerate(mixed_requests(12)):
             core.submit(key, one)
-        runs.append([s.token_ids.tolist() for _, s in sorted(run_to_end(core).items())])
+        runs.append([s.token_ids.tolist() for _, s in sorted(run_until_idle(core).items())])
     assert runs[0] == runs[1]
 
 
-def test_sampling_follows_the_distribution() -> None:
+def test_samples_follow_the_distribution() -> None:
     probs = torch.tensor([0.5, 0.25, 0.15, 0.1])
     count = 40_000
     tokens, logprobs = sample(
@@ -298,7 +300,7 @@ def test_sampling_follows_the_distribution() -> None:
     assert torch.allclose(logprobs, probs.log()[tokens], atol=1e-6)
 
 
-def test_a_nucleus_is_cut_by_hand_computed_mass() -> None:
+def test_keep_nucleus_matches_hand_computed_values() -> None:
     logprobs = torch.tensor([0.1, 0.5, 0.15, 0.25]).log().expand(4, -1)
     kept = keep_nucleus(logprobs, torch.tensor([0.5, 0.7, 0.76, 1.0])).exp()
     expected = [
@@ -310,7 +312,7 @@ def test_a_nucleus_is_cut_by_hand_computed_mass() -> None:
     assert torch.allclose(kept, torch.tensor(expected), atol=1e-6)
 
 
-def test_non_finite_weights_are_never_sampled_from() -> None:
+def test_non_finite_logits_raise() -> None:
     model = tiny_model("llama", tied=True)
     core = generator(model, num_slots=2)
     core.submit(0, request(30))
@@ -321,7 +323,7 @@ def test_non_finite_weights_are_never_sampled_from() -> None:
         core.step()
 
 
-def test_an_update_that_breaks_off_halfway_ends_the_engine() -> None:
+def test_interrupted_update_ends_the_engine() -> None:
     async def run() -> None:
         model = tiny_model("llama", tied=True)
         receiver = MemoryReceiver(model, stop_after=2)
@@ -330,17 +332,17 @@ def test_an_update_that_breaks_off_halfway_ends_the_engine() -> None:
         ) as engine:
             [task] = start_all(engine, [request(90)])
             await until(engine, lambda: engine.stats.num_running == 1)
-            with pytest.raises(WeightSyncError, match="went away"):
+            with pytest.raises(WeightSyncError, match="disconnected"):
                 await engine.update_weights(offer(1))
-            with pytest.raises(WeightSyncError, match="went away"):
-                await gathered([task])
-            with pytest.raises(WeightSyncError, match="went away"):
+            with pytest.raises(WeightSyncError, match="disconnected"):
+                await gather([task])
+            with pytest.raises(WeightSyncError, match="disconnected"):
                 await engine.generate(request(3))
 
     asyncio.run(run())
 
 
-def test_an_update_that_fails_before_any_byte_leaves_the_old_version() -> None:
+def test_update_that_fails_before_the_first_bucket_keeps_the_old_version() -> None:
     async def run() -> None:
         model = tiny_model("llama", tied=True)
         receiver = MemoryReceiver(model, stop_after=0)
@@ -348,9 +350,9 @@ def test_an_update_that_fails_before_any_byte_leaves_the_old_version() -> None:
             ThreadWorker(lambda: generator(model, receiver=receiver))
         ) as engine:
             [task] = start_all(engine, [request(40)])
-            with pytest.raises(WeightSyncError, match="went away"):
+            with pytest.raises(WeightSyncError, match="disconnected"):
                 await engine.update_weights(offer(1))
-            [sampled] = await gathered([task])
+            [sampled] = await gather([task])
             assert set(sampled.policy_versions.tolist()) == {0}
 
     asyncio.run(run())
@@ -360,15 +362,13 @@ def test_an_update_that_fails_before_any_byte_leaves_the_old_version() -> None:
 
 
 def canary_of(model: Any) -> Canary:
-    """As the learner measures it; the temperature of its policy has no part in it."""
+    """The canary that the learner measures; independent of the policy's temperature."""
     return CanaryProbe(model).measure(Policy(model, temperature=0.7))
 
 
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_version_whose_canary_agrees_is_taken_in_by_running_sequences(
-    family: str, tied: bool, attention: str
-) -> None:
+def test_version_with_matching_canary_is_accepted(family: str, tied: bool, attention: str) -> None:
     new = tiny_model(family, tied=tied, seed=1)
     core = generator(
         tiny_model(family, tied=tied, attention=attention),
@@ -380,8 +380,8 @@ def test_a_version_whose_canary_agrees_is_taken_in_by_running_sequences(
         core.submit(key, one)
     finished = {each.key: each.sampled for _ in range(10) for each in core.step()}
     core.load_weights(offer(5))
-    assert core.is_whole
-    finished.update(run_to_end(core))
+    assert core.has_valid_weights
+    finished.update(run_until_idle(core))
     num_new = 0
     for key, one in enumerate(requests):
         is_new = finished[key].policy_versions == 5
@@ -392,46 +392,46 @@ def test_a_version_whose_canary_agrees_is_taken_in_by_running_sequences(
 
 
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
-def test_a_wrong_tensor_is_refused_whichever_it_is(family: str, tied: bool) -> None:
-    """Each in turn arrives with its rows in reverse order (norms: a tenth too large)."""
+def test_any_single_wrong_tensor_is_rejected(family: str, tied: bool) -> None:
+    """Each tensor in turn arrives with its rows in reverse order (norms: 10 % too large)."""
     new = tiny_model(family, tied=tied, seed=1)
     canary = canary_of(new)
     names = [name for name, _ in new.named_parameters()]
     assert len(names) > 15
     for name in names:
         receiver = MemoryReceiver(new, canary=canary)
-        right = receiver.tensors[name]
-        receiver.tensors[name] = right.flip(0) if right.dim() > 1 else right * 1.1
+        correct = receiver.tensors[name]
+        receiver.tensors[name] = correct.flip(0) if correct.dim() > 1 else correct * 1.1
         core = generator(tiny_model(family, tied=tied), receiver=receiver)
         with pytest.raises(WeightSyncError, match="version 5 is refused, its canary failed"):
             core.load_weights(offer(5))
-        assert not core.is_whole, name
+        assert not core.has_valid_weights, name
         assert core.stats().policy_version == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_tied_head_that_keeps_its_packed_copy_is_refused(family: str) -> None:
-    """Every tensor arrives bit for bit, and still the engine computes with an old one."""
-    new, ours = tiny_model(family, tied=True, seed=1), tiny_model(family, tied=True)
-    packed = ours.lm_head.weight.detach().clone()
-    ours.lm_head.forward = lambda hidden: torch.nn.functional.linear(hidden, packed)
-    core = generator(ours, receiver=MemoryReceiver(new, canary=canary_of(new)))
+def test_stale_packed_copy_of_a_tied_head_is_rejected(family: str) -> None:
+    """Every tensor arrives unchanged, but the engine computes with an old copy."""
+    new, model = tiny_model(family, tied=True, seed=1), tiny_model(family, tied=True)
+    packed = model.lm_head.weight.detach().clone()
+    model.lm_head.forward = lambda hidden: torch.nn.functional.linear(hidden, packed)
+    core = generator(model, receiver=MemoryReceiver(new, canary=canary_of(new)))
     with pytest.raises(
         WeightSyncError, match=r"by [1-9][\d.]* nats a token .* tied or packed copy"
     ):
         core.load_weights(offer(5))
     for name, tensor in new.named_parameters():
-        assert torch.equal(dict(ours.named_parameters())[name], tensor), name
+        assert torch.equal(dict(model.named_parameters())[name], tensor), name
 
 
-def test_rounding_of_half_precision_passes_and_the_configured_tolerance_decides() -> None:
+def test_canary_tolerance_allows_half_precision_rounding_and_is_configurable() -> None:
     new = tiny_model("llama", tied=True, seed=1)
     canary = canary_of(new)
 
     def load(canary_tolerance: float | None) -> TorchGenerator:
-        ours = tiny_model("llama", tied=True).to(torch.bfloat16)
+        model = tiny_model("llama", tied=True).to(torch.bfloat16)
         receiver = MemoryReceiver(new, canary=canary)
-        core = generator(ours, receiver=receiver, canary_tolerance=canary_tolerance)
+        core = generator(model, receiver=receiver, canary_tolerance=canary_tolerance)
         core.load_weights(offer(1))
         return core
 
@@ -440,31 +440,31 @@ def test_rounding_of_half_precision_passes_and_the_configured_tolerance_decides(
         load(1e-3)
 
 
-def test_a_canary_of_another_vocabulary_is_refused_by_its_token_ids() -> None:
+def test_canary_with_out_of_vocabulary_token_ids_is_rejected() -> None:
     model = tiny_model("llama", tied=True)
     size = len(VOCABULARY)
     canary = Canary(token_ids=(1, size), logprobs=(-1.0,))
     core = generator(model, receiver=MemoryReceiver(model, canary=canary))
     with pytest.raises(WeightSyncError, match=f"token id {size} and this model {size} ids"):
         core.load_weights(offer(1))
-    assert not core.is_whole
+    assert not core.has_valid_weights
 
 
-def test_an_engine_that_refused_a_version_never_samples_again() -> None:
+def test_engine_never_samples_after_a_rejected_version() -> None:
     async def run() -> None:
         new = tiny_model("llama", tied=True, seed=1)
-        wrong = canary_of(tiny_model("llama", tied=True, seed=2))
-        receiver = MemoryReceiver(new, canary=wrong)
+        wrong_canary = canary_of(tiny_model("llama", tied=True, seed=2))
+        receiver = MemoryReceiver(new, canary=wrong_canary)
         worker = ThreadWorker(lambda: generator(tiny_model("llama", tied=True), receiver=receiver))
         async with SteppedEngine(worker) as engine:
             tasks = start_all(engine, [request(90), request(90), request(90)])
             await until(engine, lambda: engine.stats.num_running == 2)
             with pytest.raises(WeightSyncError, match="canary"):
                 await engine.update_weights(offer(1))
-            counted = engine.stats.tokens_generated
+            num_tokens = engine.stats.tokens_generated
             for task in tasks:
                 with pytest.raises(WeightSyncError, match="canary"):
-                    await gathered([task])
+                    await gather([task])
             for call in (
                 engine.generate(request(3)),
                 engine.resume(),
@@ -474,6 +474,6 @@ def test_an_engine_that_refused_a_version_never_samples_again() -> None:
                 with pytest.raises(WeightSyncError, match="policy version 1 is refused"):
                     await call
             assert engine.stats.policy_version == 0
-            assert engine.stats.tokens_generated == counted
+            assert engine.stats.tokens_generated == num_tokens
 
     asyncio.run(run())

@@ -155,4 +155,4 @@ def test_run_in_which_all_prompts_are_too_long_ends_with_the_reason(tmp_path: Pa
     assert all(isinstance(error, RoleError) for error in errors)
     assert all("no training prompt can be used: all 30" in str(error) for error in errors)
     assert all("shorten the prompt or raise model.context_length" in str(e) for e in errors)
-    assert all("(it begins '" in str(error) and "xxxx'" in str(error) for error in errors)
+    assert all("(prompt starts with '" in str(error) and "xxxx'" in str(error) for error in errors)

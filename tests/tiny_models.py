@@ -1,4 +1,4 @@
-"""Tiny random causal LMs of two families, tied and untied, and a folder holding one."""
+"""Tiny random causal LMs of two families, tied and untied, and model folders with them."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ FAMILIES = [("llama", True), ("llama", False), ("qwen3", True), ("qwen3", False)
 def tiny_model(
     family: str, *, tied: bool, seed: int = 0, attention: str = "sdpa", head_dim: int = 8
 ) -> Any:
-    """A float32 model of two layers, two KV heads under four query heads, in eval mode."""
+    """A float32 model with two layers, two KV heads and four query heads, in eval mode."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     sizes: dict[str, Any] = {
@@ -27,7 +27,7 @@ def tiny_model(
         "head_dim": head_dim,
         "max_position_embeddings": CONTEXT_LENGTH,
         "tie_word_embeddings": tied,
-        # Large, so that the distributions are far from uniform and errors show.
+        # Large, so that the distributions are far from uniform and errors are visible.
         "initializer_range": 0.3,
         "attn_implementation": attention,
         "pad_token_id": 0,

@@ -1,4 +1,4 @@
-"""The engine seam: what the actor loop asks of a generator.
+"""The engine interface that the actor loop generates with.
 
 Shape legend: P prompt tokens, T completion tokens.
 """
@@ -12,7 +12,7 @@ from speed_async.types import Int32Array, Sampled, WeightOffer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
-    """One independent completion. Lower `priority` is served first."""
+    """A request for one completion. Requests with lower `priority` values are served first."""
 
     prompt_token_ids: Int32Array  # (P,)
     max_new_tokens: int
@@ -20,13 +20,15 @@ class GenerationRequest:
     top_p: float
     priority: int
     max_staleness: int | None = None
-    """Tokens older than this many versions are worth nothing; None: age does not matter."""
+    """Maximum age of usable tokens, in policy versions; None: unbounded."""
     oldest_version: int | None = None
-    """Of the tokens that its group has already."""
+    """Oldest policy version among the tokens that its group already has."""
 
-    def is_too_old(self, first_version: int | None, policy_version: int) -> bool:
-        """Whether nothing that includes this completion may be used at `policy_version`.
-        `first_version` is that of its own first token, None when it has none."""
+    def is_stale(self, first_version: int | None, policy_version: int) -> bool:
+        """Whether a group with this completion exceeds `max_staleness` at `policy_version`.
+
+        `first_version` is the version of the completion's first token; None when it has none.
+        """
         known = [v for v in (first_version, self.oldest_version) if v is not None]
         if self.max_staleness is None or not known:
             return False
@@ -35,39 +37,39 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """Cumulative counts and present load, taken between decode steps."""
+    """Cumulative counts and current load, taken between decode steps."""
 
     tokens_generated: int
-    """Every token ever sampled, counted where it is sampled."""
+    """All tokens sampled since the start, counted when they are sampled."""
     tokens_running: int
-    """Tokens sampled so far by requests that have not returned yet."""
+    """Tokens sampled so far for requests that have not returned yet."""
     num_running: int
     num_waiting: int
     num_slots: int
     policy_version: int
     steps: int
     sampling_s: float = 0.0
-    """Time spent in steps, prefills included."""
+    """Time spent in steps, including prefill."""
     updating_s: float = 0.0
-    """Time spent on weights and on what else runs between steps."""
+    """Time spent on weight updates and other commands between steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateReport:
-    """How one weight update went."""
+    """Timing of one weight update."""
 
     policy_version: int
     transfer_s: float
-    """Receiving and loading."""
+    """Time to receive and load."""
     pause_s: float
-    """Whole time no token was sampled because of the update."""
+    """Total time during which the update blocked sampling."""
 
 
 class Engine(Protocol):
-    """Generates under one policy version at a time.
+    """Generates completions with one policy version at a time.
 
-    `generate` returns when the sequence ended (EOS: "stop", limit: "length") or was aborted
-    ("abort", with the tokens so far). An exception in the engine reaches every waiting caller.
+    `generate` returns when the sequence finishes (EOS: "stop", limit: "length") or is aborted
+    ("abort", with the tokens so far). An exception in the engine is raised in every waiting call.
     """
 
     async def generate(self, request: GenerationRequest) -> Sampled: ...
@@ -75,17 +77,20 @@ class Engine(Protocol):
     async def update_weights(self, offer: WeightOffer) -> UpdateReport:
         """Receive and load the offered version between two decode steps.
 
-        Running sequences go on; their next tokens are sampled under the new version, over the
-        keys and values they have or over new ones (`actors.running_at_update`). Before, requests
-        that are too old for the offered version return what they have, as an "abort". Raises
-        WeightSyncError or DeadlineExceeded; the engine then still holds a whole, known version or
-        is unusable and says so on the next call.
+        Running sequences continue: their next tokens are sampled under the new version, with the
+        existing KV cache or a recomputed one (`actors.running_at_update`). Requests that are too
+        old for the offered version are aborted first and return their tokens so far. Raises
+        WeightSyncError or DeadlineExceeded. After a failure the engine either still holds a valid
+        version or is unusable, and then raises on the next call.
         """
         ...
 
     async def pause(self, *, abort: bool) -> None:
-        """Stop sampling after the present step. With `abort`, running and waiting requests
-        return what they have with finish_reason "abort"; without, they wait for `resume`."""
+        """Stop sampling after the current step.
+
+        With `abort`, running and waiting requests return their tokens so far with finish_reason
+        "abort"; without it, they wait for `resume`.
+        """
         ...
 
     async def resume(self) -> None: ...
@@ -95,12 +100,14 @@ class Engine(Protocol):
 
 
 class OwnedEngine(Engine, Protocol):
-    """An engine with its life: entering loads the model, leaving frees everything."""
+    """An engine as a context manager: entering loads the model, exiting frees all resources."""
 
     @property
     def tokens_cancelled(self) -> int:
-        """Tokens sampled for callers that were cancelled. At every instant:
-        tokens_generated = tokens returned + tokens_cancelled + tokens_running."""
+        """Tokens sampled for cancelled calls.
+
+        Invariant: tokens_generated = tokens returned + tokens_cancelled + tokens_running.
+        """
         ...
 
     async def __aenter__(self) -> Self: ...

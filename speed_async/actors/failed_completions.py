@@ -1,8 +1,8 @@
-"""Completions that their verifier could not score, kept for people to look at.
+"""Records completions that the verifier failed to score, for manual inspection.
 
-One line of JSON a call: which prompt, its text, the completions of the call, and what went wrong.
-Keeping them is a service to people and no part of the run: a disk that is full or gone costs
-records, which are counted, and nothing else.
+Each failed call is one JSON line: prompt id, prompt text, the completions of the call and the
+error. The records are diagnostic only: when the disk is full or missing, records are dropped and
+counted, and the run continues.
 """
 
 import json
@@ -14,38 +14,38 @@ from pathlib import Path
 from speed_async.types import Prompt
 
 MAX_FILE_BYTES = 16 * 1024 * 1024
-"""Of one actor; the first failures are kept, and those that find no room are only counted."""
+"""Maximum file size per actor. Failures past this size are only counted."""
 MAX_TEXT_CHARS = 100_000
-"""Of one text; the rest is cut, and marked so."""
+"""Maximum length of one text. Longer texts are truncated and marked."""
 
 
 class FailedCompletions:
-    """Appends to `path`, which other incarnations of the same actor wrote to before."""
+    """Appends to `path`, which earlier incarnations of the same actor may have written."""
 
     def __init__(self, path: Path, max_file_bytes: int = MAX_FILE_BYTES) -> None:
-        self.num_kept = 0
+        self.num_recorded = 0
         self.num_dropped = 0
         self._path = path
         self._max_file_bytes = max_file_bytes
-        self._writing = threading.Lock()
+        self._lock = threading.Lock()
 
-    def keep(self, prompt: Prompt, completions: Sequence[str], error: str) -> None:
-        """Write one record, whole or not at all. Blocks on the disk; may be called in a thread."""
+    def record(self, prompt: Prompt, completions: Sequence[str], error: str) -> None:
+        """Write one record atomically. Blocks on disk I/O; thread-safe."""
         record = {
             "prompt_id": prompt.prompt_id,
             "held_out": prompt.held_out,
-            "prompt": _cut(prompt.text),
-            "completions": [_cut(text) for text in completions],
+            "prompt": _truncate(prompt.text),
+            "completions": [_truncate(text) for text in completions],
             "error": error,
         }
         line = json.dumps(record, ensure_ascii=True).encode() + b"\n"
-        with self._writing:
+        with self._lock:
             try:
-                kept = self._append(line)
+                is_written = self._append(line)
             except OSError:
-                kept = False
-            self.num_kept += kept
-            self.num_dropped += not kept
+                is_written = False
+            self.num_recorded += is_written
+            self.num_dropped += not is_written
 
     def _append(self, line: bytes) -> bool:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,15 +54,15 @@ class FailedCompletions:
             if size + len(line) > self._max_file_bytes:
                 return False
             try:
-                whole = file.write(line) == len(line)
+                is_complete = file.write(line) == len(line)
             except OSError:
-                whole = False
-            if not whole:  # the disk filled up on the way
+                is_complete = False
+            if not is_complete:  # the disk filled up during the write
                 os.ftruncate(file.fileno(), size)
-            return whole
+            return is_complete
 
 
-def _cut(text: str) -> str:
+def _truncate(text: str) -> str:
     if len(text) <= MAX_TEXT_CHARS:
         return text
     return f"{text[:MAX_TEXT_CHARS]} ... ({len(text) - MAX_TEXT_CHARS} more characters)"

@@ -1,22 +1,22 @@
-"""How a lease ended, as the message that tells the service."""
+"""Converts the result of a lease to the message that reports it to the service."""
 
-from speed_async.actors.rollout import LeaseWork, Refused, Scored
+from speed_async.actors.rollout import GateRejection, LeaseWork, Scored
 from speed_async.transport import messages as m
 from speed_async.transport.groups import pack_group
 from speed_async.types import ActorCounts, Group
 
-Result = Group | Refused | Scored | str
-"""Text: why there is none."""
+Result = Group | GateRejection | Scored | str
+"""A string is the reason for a failed lease."""
 
 
 def result_message(work: LeaseWork, result: Result, counts: ActorCounts) -> m.Message:
-    """`counts`: the actor's, without this lease's among those in flight."""
+    """`counts` are the actor's counts, excluding this lease from those in flight."""
     lease_id, num_tokens, num_completions = work.lease.lease_id, work.num_tokens, len(work.samples)
     num_truncated = sum(sample.finish_reason == "length" for sample in work.samples)
     match result:
         case Group():
             return pack_group(result, counts)
-        case Refused():
+        case GateRejection():
             return m.ScreenedOut(
                 lease_id=lease_id,
                 num_passed=result.num_passed,

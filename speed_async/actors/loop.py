@@ -1,8 +1,8 @@
-"""The actor: takes leases, runs them all at once on one engine, reports each result.
+"""The actor loop: receives leases, runs them concurrently on one engine, reports each result.
 
 consumes   leases, weight offers, drain (from the service)
 waits for  engine and verifier (inside each lease), weights (inside the engine)
-unblocked by  the service's grants, which its WantWork asks for
+unblocked by  the service's grants, requested with WantWork
 """
 
 import asyncio
@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from speed_async.actors.engine import Engine
 from speed_async.actors.lease_result import Result, result_message
-from speed_async.actors.rollout import Aborted, LeaseWork, Refused, Rollout, Scored
-from speed_async.actors.sample_choice import SampleChoice
+from speed_async.actors.rollout import Aborted, GateRejection, LeaseWork, Rollout, Scored
+from speed_async.actors.sample_selector import SampleSelector
 from speed_async.config.schema import Config
 from speed_async.environments.task import Task
 from speed_async.errors import (
@@ -41,17 +41,17 @@ from speed_async.types import (
 
 REPORT_INTERVAL_S = 0.5
 SAMPLE_INTERVAL_S = 1.0
-"""About so often one of all actors' completions is shown to people."""
-SERVICE_SILENCE_S = 5.0
-"""A service that was not heard this long while the actor drains is dead: nothing waits for it."""
+"""Approximate interval between completion samples, over all actors."""
+SERVICE_TIMEOUT_S = 5.0
+"""While the actor drains, a service that is silent for this long is considered dead."""
 DRAIN_POLL_S = 0.02
-SHOWN_CHARS = 40
-"""Of a prompt that the model cannot take, for people to find it by."""
-GOODBYE_S = 5.0
+EXCERPT_CHARS = 40
+"""Length of the prompt excerpt in errors about unusable prompts."""
+GOODBYE_TIMEOUT_S = 5.0
 LEAVE_GRACE_S = 2.0
-"""How long an actor that was told to stop waits for the service's consent."""
-QUEUE_AHEAD = 2.0
-"""Requests asked for, as a multiple of the engine's slots, so that no slot waits for a lease."""
+"""How long a stopping actor waits for the service's Drain before it drains on its own."""
+REQUESTS_PER_SLOT = 2.0
+"""Target number of requests per engine slot, so that no slot waits for a lease."""
 
 
 class ActorLoop:
@@ -73,7 +73,7 @@ class ActorLoop:
         self._rollout = rollout
         self._task = task
         self._clock = clock
-        self._samples = SampleChoice(
+        self._selector = SampleSelector(
             SAMPLE_INTERVAL_S * config.cluster.actors,
             is_gated=config.gate.mode == "screen",
             clock=clock,
@@ -87,14 +87,14 @@ class ActorLoop:
         self._draining = False
         self._drain_requested = asyncio.Event()
         self._drained = asyncio.Event()
-        self._applying = asyncio.Lock()
+        self._update_lock = asyncio.Lock()
         self._loop_lag_s: float | None = None
         self._started_s = clock()
 
     async def run(self, hello: m.Hello) -> None:
-        """Work until the service says drain. Raises what ends the run."""
+        """Run until the service sends Drain. Raises the error that ends the run."""
         await self._link.send(hello)
-        await self._welcome()
+        await self._await_welcome()
         try:
             async with asyncio.TaskGroup() as tasks:
                 sender = tasks.create_task(self._send_outbox(), name="sender")
@@ -104,26 +104,29 @@ class ActorLoop:
                 await self._drain()
                 await self._await_drained()
                 reporter.cancel()
-                self._say(m.Goodbye(counts=self._counts()))
+                self._enqueue(m.Goodbye(counts=self._counts()))
                 await self._outbox.join()
-                await self._link.settle(GOODBYE_S)
+                await self._link.settle(GOODBYE_TIMEOUT_S)
                 sender.cancel()
                 receiver.cancel()
         except BaseExceptionGroup as group:
-            raise _first(group) from None
+            raise _first_error(group) from None
 
-    async def _welcome(self) -> None:
+    async def _await_welcome(self) -> None:
         answer = await self._link.receive(self._config.cluster.connect_timeout_s)
         if isinstance(answer, m.Rejected):
             raise RoleError(self._name, f"the service refused this actor: {answer.reason}")
 
     def request_drain(self) -> None:
-        """Drain by own decision (a signal). The service is told first: weights that it offered
-        before it answers are still taken, for the others wait for this actor's part in them."""
-        self._say(Leaving(counts=self._counts()))
+        """Drain on the actor's own initiative (a signal).
+
+        The service is notified first. Weights that it offers before its reply are still received,
+        because the other members of the broadcast wait for this actor.
+        """
+        self._enqueue(Leaving(counts=self._counts()))
         asyncio.get_running_loop().call_later(LEAVE_GRACE_S, self._drain_requested.set)
 
-    # --- in --------------------------------------------------------------------------------
+    # --- incoming messages -----------------------------------------------------------------
 
     async def _receive(self, tasks: asyncio.TaskGroup) -> None:
         silence_s = self._config.cluster.stall_timeout_s
@@ -142,7 +145,7 @@ class ActorLoop:
                     raise GivenUp(f"{self._name}: the service refused a message: {reason}")
                 case _:
                     pass
-            self._maybe_drained()
+            self._check_drained()
 
     def _start(self, leases: m.Leases, tasks: asyncio.TaskGroup) -> None:
         kind = LeaseKind(leases.kind)
@@ -174,9 +177,9 @@ class ActorLoop:
         except TaskError as error:
             result = f"verifier: {error}"
         except ModelError as error:
-            result = f"{m.UNUSABLE}: {error} (it begins {prompt.text[:SHOWN_CHARS]!r})"
+            result = f"{m.UNUSABLE}: {error} (prompt starts with {prompt.text[:EXCERPT_CHARS]!r})"
         except (WeightSyncError, DeadlineExceeded):
-            async with self._applying:  # what broke the engine is told to the service first
+            async with self._update_lock:  # the service receives WeightsApplied first
                 raise
         self._end_lease(work, prompt, result)
 
@@ -184,26 +187,26 @@ class ActorLoop:
         lease_id = work.lease.lease_id
         del self._works[lease_id], self._tasks[lease_id]
         self._completions_generated += len(work.samples)
-        self._say(result_message(work, result, self._counts()))
+        self._enqueue(result_message(work, result, self._counts()))
         if not isinstance(result, str):
-            self._show_sample(work, prompt, result)
-        self._ask_for_work()
-        self._maybe_drained()
+            self._send_sample(work, prompt, result)
+        self._request_work()
+        self._check_drained()
 
-    def _show_sample(
-        self, work: LeaseWork, prompt: Prompt, result: Group | Refused | Scored
+    def _send_sample(
+        self, work: LeaseWork, prompt: Prompt, result: Group | GateRejection | Scored
     ) -> None:
-        """Now and then, one of the lease's completions for people to look at."""
-        chosen = self._samples.choose(work)
-        if chosen is not None:
-            text = self._rollout.text(chosen.sampled)
+        """Send one of the lease's completions as a sample, at most once per interval."""
+        selected = self._selector.select(work)
+        if selected is not None:
+            text = self._rollout.text(selected.sampled)
             counts = self._counts()
-            self._say(self._samples.message(chosen, work, prompt, result, text, counts))
+            self._enqueue(self._selector.message(selected, work, prompt, result, text, counts))
 
-    # --- out -------------------------------------------------------------------------------
+    # --- outgoing messages -----------------------------------------------------------------
 
-    def _say(self, message: m.Message) -> None:
-        """Queue a message; one sender keeps the order in which counts were taken."""
+    def _enqueue(self, message: m.Message) -> None:
+        """Queue a message. A single sender preserves the order in which counts were taken."""
         self._outbox.put_nowait(message)
 
     async def _send_outbox(self) -> None:
@@ -212,21 +215,21 @@ class ActorLoop:
             await self._link.send(message)
             self._outbox.task_done()
 
-    def _ask_for_work(self) -> None:
-        """Keep the engine's queue just non-empty: ask for prompts to fill its free slots."""
+    def _request_work(self) -> None:
+        """Request enough prompts to keep the engine's queue non-empty."""
         if self._draining:
             return
         slots, gate = self._config.actors.slots, self._config.gate
-        first_phase = gate.num_screening or gate.group_size  # completions a new lease begins with
+        first_phase = gate.num_screening or gate.group_size  # completions that a new lease starts
         requests = sum(work.num_waiting for work in self._works.values())
-        want = max(0, math.ceil((slots * QUEUE_AHEAD - requests) / first_phase))
+        want = max(0, math.ceil((slots * REQUESTS_PER_SLOT - requests) / first_phase))
         if abs(want - self._want_sent) * first_phase >= max(first_phase, slots // 16):
             self._want_sent = want
-            self._say(m.WantWork(num_prompts=want, counts=self._counts()))
+            self._enqueue(m.WantWork(num_prompts=want, counts=self._counts()))
 
     async def _report(self) -> None:
         while True:
-            self._ask_for_work()
+            self._request_work()
             stats = self._engine.stats
             gauges = {
                 "slots_busy": float(stats.num_running),
@@ -239,27 +242,27 @@ class ActorLoop:
             }
             if self._loop_lag_s is not None:
                 gauges["loop_lag_s"] = self._loop_lag_s
-            self._say(m.ActorReport(gauges=gauges, counts=self._counts()))
+            self._enqueue(m.ActorReport(gauges=gauges, counts=self._counts()))
             expected_s = self._clock() + REPORT_INTERVAL_S
             await asyncio.sleep(REPORT_INTERVAL_S)
             self._loop_lag_s = self._clock() - expected_s
 
     def _counts(self) -> ActorCounts:
         stats = self._engine.stats
-        held = sum(work.num_tokens for work in self._works.values())
+        num_finished = sum(work.num_tokens for work in self._works.values())
         return ActorCounts(
             groups_leased=self._groups_leased,
             groups_in_flight=len(self._works),
             groups_continuing=sum(work.continuing for work in self._works.values()),
             completions_generated=self._completions_generated,
             tokens_generated=stats.tokens_generated,
-            tokens_in_flight=stats.tokens_running + held,
+            tokens_in_flight=stats.tokens_running + num_finished,
         )
 
-    # --- weights and the end -----------------------------------------------------------------
+    # --- weight updates and drain ------------------------------------------------------------
 
     async def _apply(self, offer: m.OfferWeights) -> None:
-        async with self._applying:
+        async with self._update_lock:
             version, error, usable = offer.policy_version, "", True
             pause_s = transfer_s = 0.0
             try:
@@ -267,8 +270,8 @@ class ActorLoop:
                 pause_s, transfer_s = report.pause_s, report.transfer_s
             except (WeightSyncError, DeadlineExceeded) as failure:
                 version, error = -1, str(failure)
-                usable = self._draining or await self._engine_goes_on()
-            self._say(
+                usable = self._draining or await self._is_engine_usable()
+            self._enqueue(
                 m.WeightsApplied(
                     policy_version=version,
                     epoch=offer.epoch,
@@ -283,8 +286,8 @@ class ActorLoop:
                 await self._outbox.join()
                 raise WeightSyncError(error)
 
-    async def _engine_goes_on(self) -> bool:
-        """Whether the engine still holds a whole version after a failed update."""
+    async def _is_engine_usable(self) -> bool:
+        """Whether the engine still holds a valid version after a failed update."""
         try:
             await self._engine.resume()
         except SpeedAsyncError:
@@ -297,30 +300,31 @@ class ActorLoop:
             work.stopped = True
         await self._engine.pause(abort=True)
         for lease_id, work in self._works.items():
-            if work.scoring:  # all its samples are in: nothing is lost that the ledger counts
+            if work.scoring:  # all its samples are counted already
                 self._tasks[lease_id].cancel()
-        self._maybe_drained()
+        self._check_drained()
 
     async def _await_drained(self) -> None:
-        """Until every lease has ended and the service has heard of it."""
+        """Wait until every lease has ended and the service has acknowledged the results."""
         deadline_s = self._config.cluster.drain_timeout_s
         ends_s = self._clock() + deadline_s
         while not self._drained.is_set() or self._outbox.qsize() or self._link.num_unacked:
             silent_s = self._clock() - self._link.last_heard_s
-            if self._clock() > ends_s or silent_s > SERVICE_SILENCE_S:
+            if self._clock() > ends_s or silent_s > SERVICE_TIMEOUT_S:
                 what = (
-                    f"{len(self._works)} leases to end, {self._link.num_unacked} messages unheard"
+                    f"{len(self._works)} leases running, {self._link.num_unacked} messages "
+                    "unacknowledged"
                 )
                 raise GivenUp(
-                    f"{self._name} did not drain within {deadline_s:.0f} s: {what}; the service "
-                    f"was last heard {silent_s:.0f} s ago"
+                    f"{self._name} did not drain within {deadline_s:.0f} s: {what}; last message "
+                    f"from the service {silent_s:.0f} s ago"
                 )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._drained.wait(), DRAIN_POLL_S)
             if self._drained.is_set():
                 await asyncio.sleep(DRAIN_POLL_S)
 
-    def _maybe_drained(self) -> None:
+    def _check_drained(self) -> None:
         if self._draining and not self._works:
             self._drained.set()
 
@@ -338,7 +342,7 @@ def _offer(message: m.OfferWeights) -> WeightOffer:
     )
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first real error inside a task group's bundle."""
+def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first leaf error of a task group's exception group."""
     first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+    return _first_error(first) if isinstance(first, BaseExceptionGroup) else first

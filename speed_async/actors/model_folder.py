@@ -1,4 +1,4 @@
-"""A Hugging Face folder: checked, then loaded as model, tokenizer and context length."""
+"""Checks a Hugging Face model folder and loads its model, tokenizer and context length."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +25,14 @@ def load_model_folder(
     device: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> LoadedModel:
-    """Load a folder onto a device ("auto": CUDA when there is one).
+    """Load a model folder onto a device ("auto": CUDA when available).
 
     `dtype` None means float32 on a CPU and the folder's own dtype on CUDA. Raises ModelError
-    naming the folder and the remedy.
+    with the folder and the remedy.
     """
     folder = Path(path)
     check_model_folder(folder)
-    from transformers import AutoModelForCausalLM  # seconds to import: after the cheap checks
+    from transformers import AutoModelForCausalLM  # slow import: after the cheap checks
 
     tokenizer = load_tokenizer(folder)
     target = resolve_device(device)
@@ -45,7 +45,7 @@ def load_model_folder(
             folder, dtype=dtype_choice, local_files_only=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"model folder {folder} does not load: {error}") from error
+        raise ModelError(f"cannot load model folder {folder}: {error}") from error
     model = model.to(target).eval().requires_grad_(False)
     length = usable_context(folder, model.config, context_length)
     check_attention(folder, model.config, length)
@@ -58,18 +58,18 @@ def load_model_folder(
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raises ModelError when the folder cannot hold a model; reads no weights."""
+    """Raises ModelError when the folder holds no model. Does not read the weights."""
     if not folder.is_dir():
         raise ModelError(f"model folder {folder} does not exist: set model.path to a local folder")
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"model folder {folder} has no config.json: it must be a folder written by "
-            "save_pretrained or downloaded whole from a model hub"
+            "save_pretrained or downloaded completely from a model hub"
         )
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
             f"model folder {folder} has no *.safetensors file: download the weights, or convert "
-            "others with model.save_pretrained(folder)"
+            "other formats with model.save_pretrained(folder)"
         )
 
 
@@ -86,31 +86,31 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"the tokenizer in {folder} has no EOS token, so no completion could end: set "
+            f"the tokenizer in {folder} has no EOS token, so completions cannot stop: set "
             "eos_token in its tokenizer_config.json"
         )
     return tokenizer
 
 
 def usable_context(folder: Path, config: Any, wanted: int | None) -> int:
-    """Context length to run with. Raises ModelError when the model cannot serve the wish."""
+    """Context length of the run. Raises ModelError when the model does not support `wanted`."""
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or wanted
     if limit is None:
-        raise ModelError(
-            f"config.json in {folder} names no context length: set model.context_length"
-        )
+        raise ModelError(f"config.json in {folder} has no context length: set model.context_length")
     if wanted is not None and wanted > limit:
         raise ModelError(
-            f"model.context_length = {wanted}, but the model in {folder} holds {limit} tokens: "
+            f"model.context_length = {wanted}, but the model in {folder} supports {limit} tokens: "
             f"set at most {limit}"
         )
     return wanted or limit
 
 
 def check_attention(folder: Path, config: Any, length: int) -> None:
-    """The torch engine passes one full causal mask to every layer. Raises ModelError when the
-    model has layers of another kind."""
+    """Raises ModelError when the model has layers other than full attention.
+
+    The torch engine passes one full causal mask to every layer.
+    """
     text_config = config.get_text_config()
     window = getattr(text_config, "sliding_window", None)
     kinds = set(getattr(text_config, "layer_types", None) or ())
@@ -118,19 +118,20 @@ def check_attention(folder: Path, config: Any, length: int) -> None:
         window = None
     if window is not None and window < length:
         raise ModelError(
-            f"the model in {folder} attends over a window of {window} tokens and the torch "
-            f'engine over all: set model.context_length to at most {window}, or engine = "vllm"'
+            f"the model in {folder} uses a sliding window of {window} tokens, which the torch "
+            f"engine does not support: set model.context_length to at most {window}, or "
+            'engine = "vllm"'
         )
     others = kinds - {"full_attention", "sliding_attention"}
     if others:
         raise ModelError(
-            f"the model in {folder} has layers of kind {', '.join(sorted(others))}, which the "
-            'torch engine cannot serve: use engine = "vllm"'
+            f"the model in {folder} has layers of type {', '.join(sorted(others))}, which the "
+            'torch engine does not support: use engine = "vllm"'
         )
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """EOS ids of generation config, model config and tokenizer together, ascending."""
+    """Union of the EOS ids of generation config, model config and tokenizer, ascending."""
     found: set[int] = {int(tokenizer.eos_token_id)}
     for source in (getattr(model, "generation_config", None), model.config):
         value = getattr(source, "eos_token_id", None)
@@ -140,8 +141,8 @@ def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Raises ModelError when CUDA is asked for and absent."""
+    """Raises ModelError when CUDA is requested but not available."""
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
-        raise ModelError('device = "cuda", but torch sees no CUDA device: use "auto" or "cpu"')
+        raise ModelError('device = "cuda", but torch finds no CUDA device: use "auto" or "cpu"')
     return torch.device("cuda" if has_cuda and device != "cpu" else "cpu")

@@ -1,4 +1,4 @@
-"""One lease from its prompt to its result: screen, gate, continue, score."""
+"""Runs one lease: screening, gate, continuation, scoring."""
 
 import asyncio
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from speed_async.types import (
 )
 
 PRIORITY = {Phase.EVALUATION: 0, Phase.CONTINUATION: 1, Phase.SCREENING: 2}
-"""Lower goes first: finishing a group beats beginning one."""
+"""Lower values are served first: finishing a group takes precedence over starting one."""
 
 
 class Scorer(Protocol):
@@ -35,40 +35,39 @@ class Scorer(Protocol):
 
 
 class Codec(Protocol):
-    """Text to tokens and back (actors/prompt_codec.py)."""
+    """Encodes text and decodes tokens (actors/prompt_codec.py)."""
 
     def encode(self, text: str) -> Int32Array: ...
     def decode(self, token_ids: Int32Array) -> str: ...
 
 
 class Aborted(Exception):
-    """The engine gave a completion back unfinished: the actor drains, or its group is too old to
-    be trained on."""
+    """The engine aborted a completion: the actor drains, or the group is too stale to train on."""
 
 
 @dataclass(slots=True)
 class LeaseWork:
-    """What one lease has produced so far. Its tokens are in flight until its result is sent."""
+    """Progress of one lease. Its tokens are in flight until its result is sent."""
 
     lease: Lease
     samples: list[Sampled] = field(default_factory=list)
-    """In the order in which they ended."""
+    """All samples, in the order in which they finished."""
     completions: list[Completion] = field(default_factory=list)
-    """Those that were scored, in the order in which they were asked for."""
+    """Scored completions, in the order in which they were requested."""
     num_tokens: int = 0
-    """Of all samples; kept, because every message's counts ask for it."""
+    """Total tokens of `samples`; cached, because every message's counts include it."""
     num_waiting: int = 0
-    """Requests that the engine has not answered yet."""
+    """Requests that the engine has not returned yet."""
     stopped: bool = False
-    """Submit nothing more: the engine is, or will be, paused for good."""
+    """No further requests are submitted: the engine is, or will be, paused permanently."""
     scoring: bool = False
-    """Waits for the verifier, with no request in the engine."""
+    """Waiting for the verifier, with no request in the engine."""
     continuing: bool = False
-    """A training group past the gate."""
+    """A training group that passed the gate."""
 
     @property
     def oldest_version(self) -> int | None:
-        """Of the tokens of all samples; None when there are none."""
+        """Oldest policy version of all sampled tokens; None when there are none."""
         versions = [int(s.policy_versions.min()) for s in self.samples if s.num_tokens]
         return min(versions, default=None)
 
@@ -78,15 +77,15 @@ class LeaseWork:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Refused:
-    """Screened, and not of moderate difficulty."""
+class GateRejection:
+    """The gate rejected the group: its prompt is not of moderate difficulty."""
 
     num_passed: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scored:
-    """An evaluation lease's completions."""
+    """Result of an evaluation lease."""
 
     num_passed: int
     oldest_version: int
@@ -94,7 +93,7 @@ class Scored:
 
 
 class Rollout:
-    """Runs leases against the engine and the verifier. Holds no state between leases."""
+    """Runs leases on the engine and the verifier. Stateless between leases."""
 
     def __init__(
         self,
@@ -105,7 +104,7 @@ class Rollout:
         *,
         failures: FailedCompletions | None = None,
     ) -> None:
-        """`failures` keeps what could not be scored."""
+        """`failures` records completions that could not be scored."""
         self._config = config
         self._engine = engine
         self._scorer = scorer
@@ -113,8 +112,8 @@ class Rollout:
         self._failures = failures
         self._gate = Gate(low=config.gate.low, high=config.gate.high)
 
-    async def run(self, work: LeaseWork, prompt: Prompt) -> Group | Refused | Scored:
-        """Raises TaskError (verifier), ModelError (prompt does not fit) or Aborted."""
+    async def run(self, work: LeaseWork, prompt: Prompt) -> Group | GateRejection | Scored:
+        """Raises TaskError (verifier), ModelError (unusable prompt) or Aborted."""
         tokens = self._codec.encode(prompt.text)
         if work.lease.kind is LeaseKind.EVALUATION:
             return await self._evaluate(work, prompt, tokens)
@@ -126,7 +125,7 @@ class Rollout:
             )
             rewards = [completion.reward for completion in completions]
             if not self._gate.admits(rewards):
-                return Refused(num_passed=num_passed(rewards))
+                return GateRejection(num_passed=num_passed(rewards))
         work.continuing = True
         num_left = gate.group_size - gate.num_screening
         if num_left:
@@ -140,7 +139,7 @@ class Rollout:
         )
 
     def text(self, sampled: Sampled) -> str:
-        """What a sample says."""
+        """Decoded text of a sample."""
         return self._codec.decode(sampled.token_ids)
 
     async def _evaluate(self, work: LeaseWork, prompt: Prompt, tokens: Int32Array) -> Scored:
@@ -158,29 +157,29 @@ class Rollout:
         self, work: LeaseWork, prompt: Prompt, tokens: Int32Array, phase: Phase, count: int
     ) -> list[Completion]:
         """Generate and score `count` completions."""
-        trained_on = phase is not Phase.EVALUATION
+        is_training = phase is not Phase.EVALUATION
         request = GenerationRequest(
             prompt_token_ids=tokens,
-            max_staleness=self._config.buffer.max_staleness if trained_on else None,
-            oldest_version=work.oldest_version if trained_on else None,
+            max_staleness=self._config.buffer.max_staleness if is_training else None,
+            oldest_version=work.oldest_version if is_training else None,
             max_new_tokens=self._config.actors.max_new_tokens,
             temperature=self._config.actors.temperature,
             top_p=self._config.actors.top_p,
             priority=PRIORITY[phase],
         )
         work.num_waiting += count
-        answers = await asyncio.gather(
-            *(self._one(work, request) for _ in range(count)), return_exceptions=True
+        results = await asyncio.gather(
+            *(self._generate(work, request) for _ in range(count)), return_exceptions=True
         )
         samples: list[Sampled] = []
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-            samples.append(answer)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            samples.append(result)
         if any(sample.finish_reason == "abort" for sample in samples):
             raise Aborted
         verdicts = await self._score(work, prompt, samples)
-        # `samples` and not `work.samples`: these are in the order in which they ended.
+        # Not `work.samples`, which is in finishing order.
         completions = [
             Completion(sampled=sample, reward=verdict.reward, extracted=verdict.extracted)
             for sample, verdict in zip(samples, verdicts, strict=True)
@@ -191,36 +190,36 @@ class Rollout:
     async def _score(
         self, work: LeaseWork, prompt: Prompt, samples: Sequence[Sampled]
     ) -> list[Verdict]:
-        """On all samples; one that was cut off earns 0 and is not verified."""
+        """Verdicts on all samples. Truncated samples get reward 0 without verification."""
         verdicts = [Verdict(reward=0.0)] * len(samples)
         verified = [
-            place
-            for place, sample in enumerate(samples)
+            index
+            for index, sample in enumerate(samples)
             if sample.finish_reason != "length" or self._config.task.score_truncated
         ]
         if not verified:
             return verdicts
-        texts = [self.text(samples[place]) for place in verified]
+        texts = [self.text(samples[index]) for index in verified]
         work.scoring = True
         try:
-            given = await self._scorer.score(prompt, texts)
+            scored = await self._scorer.score(prompt, texts)
         except TaskError as error:
             if self._failures is not None:
-                await asyncio.to_thread(self._failures.keep, prompt, texts, str(error))
+                await asyncio.to_thread(self._failures.record, prompt, texts, str(error))
             raise
         finally:
             work.scoring = False
-        for place, verdict in zip(verified, given, strict=True):
-            verdicts[place] = verdict
+        for index, verdict in zip(verified, scored, strict=True):
+            verdicts[index] = verdict
         return verdicts
 
-    async def _one(self, work: LeaseWork, request: GenerationRequest) -> Sampled:
+    async def _generate(self, work: LeaseWork, request: GenerationRequest) -> Sampled:
         try:
             if work.stopped:
                 raise Aborted
             sample = await self._engine.generate(request)
         finally:
             work.num_waiting -= 1
-        # No await between the engine's return and this: the token counts stay in step.
+        # No await between the engine's return and this line keeps the token counts consistent.
         work.add(sample)
         return sample

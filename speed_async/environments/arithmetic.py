@@ -1,8 +1,8 @@
-"""Sums whose difficulty is the number of carries: the task of the quickstart.
+"""The arithmetic task of the quickstart: sums whose difficulty is the number of carries.
 
-`max_digits` = W digits an operand, zero-padded, least significant digit first, so that a model
-can write the answer in the order in which it is computed: 57 + 68 = 125 at W = 3 is
-`750+860=` with the answer `5210` (W + 1 digits).
+Operands have `max_digits` = W digits, zero-padded, least significant digit first, so that a model
+generates the answer in the order of computation: 57 + 68 = 125 at W = 3 is `750+860=` with the
+answer `5210` (W + 1 digits).
 """
 
 import random
@@ -18,14 +18,14 @@ _DIGIT_PAIRS = {
     for carry in (0, 1)
     for carries in (False, True)
 }
-"""Pairs of digits by what was carried into them and by whether they carry."""
+"""Digit pairs by incoming carry (0 or 1) and by whether they produce a carry."""
 
 
 def level_cycle(rng: random.Random, max_digits: int) -> Iterator[int]:
-    """Endless levels (numbers of carries, 0..W): of every 3 W, W are 0 and 2 are each of 1..W.
+    """Infinite iterator of levels (numbers of carries, 0..W).
 
-    A third of the prompts is thus easy for whoever can add digits, and shares are exact in
-    every data set, however small.
+    Every 3 W levels contain W times 0 and twice each of 1..W. A third of the prompts thus needs no
+    carry, and the shares are exact in data sets of any size.
     """
     block = [0] * max_digits + [*range(1, max_digits + 1)] * 2
     while True:
@@ -35,8 +35,8 @@ def level_cycle(rng: random.Random, max_digits: int) -> Iterator[int]:
 def draw_sum(rng: random.Random, *, num_digits: int, num_carries: int) -> tuple[str, str]:
     """(prompt text, answer) of a sum with exactly `num_carries` carries.
 
-    The positions that carry are a uniform subset; the digits of each position are uniform over
-    the pairs that carry, or do not, given what was carried into it.
+    The positions that carry are a uniform random subset. The digits of each position are uniform
+    over the pairs that produce the required carry, given the incoming carry.
     """
     carrying = set(rng.sample(range(num_digits), num_carries))
     left, right, total = "", "", ""
@@ -51,20 +51,20 @@ def draw_sum(rng: random.Random, *, num_digits: int, num_carries: int) -> tuple[
 
 
 class ArithmeticTask:
-    """Addition with carries, made from `seed` alone; see the module's text for the format.
+    """Addition with carries, determined by `seed`; see the module docstring for the format.
 
-    All prompts are distinct, so training and held-out prompts are disjoint. Each prompt's
-    `level` is `"carries=K"`. Raises TaskError when there are fewer sums than prompts asked for.
+    All prompts are distinct, so training and held-out prompts are disjoint. The `level` of a
+    prompt is `"carries=K"`. Raises TaskError when there are too few distinct sums.
     """
 
     def __init__(self, *, num_prompts: int, num_held_out: int, max_digits: int, seed: int) -> None:
-        # Half of all sums, so that drawing until a new one comes stays cheap.
+        # Half of all sums, so that rejection sampling of new ones stays cheap.
         num_available = 100**max_digits // 2
         if num_prompts + num_held_out > num_available:
             raise TaskError(
-                f"arithmetic with task.max_digits = {max_digits} offers {num_available} distinct "
-                f"prompts, and num_prompts + num_held_out = {num_prompts + num_held_out} were "
-                "asked for: raise max_digits or ask for fewer"
+                f"arithmetic with task.max_digits = {max_digits} has {num_available} distinct "
+                f"prompts, but num_prompts + num_held_out = {num_prompts + num_held_out}: "
+                "raise max_digits or request fewer prompts"
             )
         sums = _distinct_sums(random.Random(seed), max_digits)
         self._held_out_prompts = _take(sums, num_held_out, held_out=True)
@@ -79,7 +79,7 @@ class ArithmeticTask:
         return self._held_out_prompts
 
     def score(self, prompt: Prompt, completion: str) -> float:
-        """1.0 when the completion, white space at its ends aside, is the answer; else 0.0."""
+        """1.0 when the stripped completion equals the answer; else 0.0."""
         return float(completion.strip() == prompt.answer)
 
     def extract(self, completion: str) -> str | None:
@@ -87,7 +87,7 @@ class ArithmeticTask:
 
 
 def _distinct_sums(rng: random.Random, max_digits: int) -> Iterator[tuple[str, str, int]]:
-    """Endless (text, answer, carries), no text twice."""
+    """Infinite iterator of (text, answer, carries) with distinct texts."""
     seen: set[str] = set()
     for num_carries in level_cycle(rng, max_digits):
         text, answer = draw_sum(rng, num_digits=max_digits, num_carries=num_carries)

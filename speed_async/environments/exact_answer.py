@@ -1,17 +1,17 @@
-r"""When two answers are the same text: the rules of `task.match = "exact"`.
+r"""Text matching of answers: the rules of `task.match = "exact"`.
 
-Two answers match when one of these holds, in this order; two empty answers never match.
+Two answers match when one of these rules holds, in this order; two empty answers never match.
 
 1. Both are decimal numbers of the same value: 27 = 27.0 = 027, 1,000 = 1000, .5 = 0.50.
-2. They are the same text after these are taken away or made alike:
-   - `$` and `\$`, `\left` and `\right`, and LaTeX's spacing (`\!`, `\,`, `\;`, `\:`, `\ `, `~`);
-   - `\dfrac`, `\tfrac` and `\cfrac` are `\frac`; `\frac12` and `\frac 12` are `\frac{1}{2}`;
-   - `\text{...}`, `\mbox{...}`, `\textbf{...}`, `\mathrm{...}`, `\mathbf{...}` are what they hold;
-   - braces around a single letter, digit or command after `^` or `_` are left out;
-   - white space, but for one space between two letters or digits;
-   - a period at the end.
+2. They are the same text after this normalisation:
+   - `$`, `\$`, `\left`, `\right` and LaTeX spacing (`\!`, `\,`, `\;`, `\:`, `\ `, `~`) are removed;
+   - `\dfrac`, `\tfrac` and `\cfrac` become `\frac`; `\frac12` and `\frac 12` become `\frac{1}{2}`;
+   - `\text{...}`, `\mbox{...}`, `\textbf{...}`, `\mathrm{...}`, `\mathbf{...}` are unwrapped;
+   - braces around a single letter, digit or command after `^` or `_` are removed;
+   - white space is removed, except one space between two letters or digits;
+   - a trailing period is removed.
 
-Upper and lower case differ. No expression is evaluated: `1/2`, `0.5` and `\frac{1}{2}` differ.
+Matching is case-sensitive. Expressions are not evaluated: `1/2`, `0.5` and `\frac{1}{2}` differ.
 """
 
 import re
@@ -36,17 +36,17 @@ def exact_answer(text: str) -> str:
     return normalised(answer) or answer
 
 
-def same_answer(given: str, answer: str) -> bool:
+def same_answer(candidate: str, answer: str) -> bool:
     """Whether two normalised answers match."""
-    if not given or not answer:
+    if not candidate or not answer:
         return False
-    if _is_decimal(given) and _is_decimal(answer):
-        return _value(given) == _value(answer)
-    return given == answer
+    if _is_decimal(candidate) and _is_decimal(answer):
+        return _value(candidate) == _value(answer)
+    return candidate == answer
 
 
 def normalised(text: str) -> str:
-    """`text` after all of rule 2."""
+    """`text` after the normalisation of rule 2."""
     text = _SPACING.sub(" ", _IGNORED.sub("", text))
     text = _SHORT_FRAC.sub(_braced, _FRAC.sub(r"\\frac", text))
     text = _SCRIPT.sub(r"\1\2", _WRAPPER.sub(r"\1", text))

@@ -1,4 +1,4 @@
-r"""Where in a text its final answer stands: `<answer>` tags, `\boxed{}`, or after `####`."""
+r"""Extracts the final answer of a text: from `<answer>` tags, from `\boxed{}`, or after `####`."""
 
 import re
 
@@ -14,10 +14,10 @@ def last_tagged(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Stripped content of the last `\boxed{...}` whose braces close, or None."""
+    r"""Stripped content of the last `\boxed{...}` with balanced braces, or None."""
     open_braces: list[re.Match[str]] = []
     last: tuple[int, int] | None = None
-    for brace in _BRACE.finditer(text):  # one pass: a policy may write thousands of open boxes
+    for brace in _BRACE.finditer(text):  # one pass: a policy may generate thousands of open boxes
         if brace.group().endswith("{"):
             open_braces.append(brace)
         elif open_braces:
@@ -28,7 +28,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def marked_answer(text: str) -> str | None:
-    r"""The last `\boxed{}`, else what follows the last `####`, stripped; None without either."""
+    r"""The last `\boxed{}`, else the text after the last `####`, stripped; else None."""
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
@@ -37,6 +37,6 @@ def marked_answer(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str:
-    """What is marked as the answer, else the whole text; stripped."""
+    """The marked answer, else the whole text; stripped."""
     marked = marked_answer(text)
     return text.strip() if marked is None else marked

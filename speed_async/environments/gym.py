@@ -1,8 +1,8 @@
 """The `reasoning_gym:<name>` task: prompts and scorers of the reasoning-gym library.
 
-Correct means a library score of 1.0. Many of its data sets share a base scorer that pays
-partial credit for substrings (answer 31 where 3 is right earns 0.5), which a policy would learn
-to collect; so anything less than 1.0 is 0.
+A completion is correct when the library's score is 1.0. Many of its data sets share a base scorer
+that gives partial credit for substrings (31 instead of 3 scores 0.5), which a policy would learn
+to exploit, so any score below 1.0 becomes 0.
 """
 
 import difflib
@@ -23,13 +23,13 @@ _RESERVED_OPTIONS = ("seed", "size")
 _HASH_ORDERED = frozenset(
     ("isomorphic_strings", "polynomial_multiplication", "ransom_note", "word_ladder")
 )
-"""Data sets (of 0.1.25) that iterate over sets of strings while they make a question."""
+"""Data sets (of 0.1.25) that iterate over sets of strings to generate a question."""
 
 Entry = dict[str, object]
 
 
 class GymDataSet(Protocol):
-    """What is used of the library's ProceduralDataset."""
+    """The part of the library's ProceduralDataset that this module uses."""
 
     def __getitem__(self, idx: int) -> Entry: ...
 
@@ -37,10 +37,10 @@ class GymDataSet(Protocol):
 
 
 class ReasoningGymTask:
-    """Prompts are made when first asked for, so a process that only scores does not make them.
+    """Generates prompts lazily, so that a process that only scores does not generate them.
 
-    Asking for them raises ConfigError when the data set has too few distinct questions. The
-    held-out prompts depend on the seed and their own number only.
+    Accessing the prompts raises ConfigError when the data set has too few distinct questions. The
+    held-out prompts depend only on the seed and their number.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ReasoningGymTask:
         seed: int,
     ) -> None:
         """Raises ConfigError (unknown data set or option) or TaskError (library missing, or a
-        data set whose questions would differ from process to process)."""
+        data set whose questions differ between processes)."""
         self._name = data_set
         self._options = dict(options)
         self._num_prompts = num_prompts
@@ -74,16 +74,16 @@ class ReasoningGymTask:
     def score(self, prompt: Prompt, completion: str) -> float:
         r"""1.0 when the library's score is 1.0 or more, else 0.0.
 
-        Scored is the last `<answer>...</answer>`, else the last `\boxed{}`, else the whole
-        completion, stripped. Text that the library's scorer cannot digest is wrong.
+        The scored text is the last `<answer>...</answer>`, else the last `\boxed{}`, else the
+        whole completion, stripped. Text on which the library's scorer raises scores 0.0.
         """
         entry: Entry = {"question": prompt.text, **prompt.metadata}
         try:
             return self._passes(_extract(completion), entry)
-        except Exception:  # some scorers raise on malformed text, which a policy writes freely
+        except Exception:  # some scorers raise on malformed text, which a policy may generate
             oracle = entry["answer"]
             if isinstance(oracle, str) and not self._passes(oracle, entry):
-                raise  # the scorer refuses even its own answer: not the completion's fault
+                raise  # the scorer rejects its own answer, so the completion is not the cause
             return 0.0
 
     def extract(self, completion: str) -> str | None:
@@ -91,17 +91,17 @@ class ReasoningGymTask:
 
     @cached_property
     def _held_out(self) -> Sequence[Prompt]:
-        return self._make("held_out", self._num_held_out, exclude=frozenset())
+        return self._generate("held_out", self._num_held_out, exclude=frozenset())
 
     @cached_property
     def _train(self) -> Sequence[Prompt]:
         held_out = frozenset(_key(prompt.text) for prompt in self._held_out)
-        return self._make("train", self._num_prompts, exclude=held_out)
+        return self._generate("train", self._num_prompts, exclude=held_out)
 
     def _passes(self, answer: str, entry: Entry) -> float:
         return float(self._scorer.score_answer(answer, entry) >= 1.0)
 
-    def _make(self, part: str, num_prompts: int, exclude: frozenset[str]) -> Sequence[Prompt]:
+    def _generate(self, part: str, num_prompts: int, exclude: frozenset[str]) -> Sequence[Prompt]:
         num_tries = MAX_TRIES_PER_PROMPT * num_prompts
         entries = self._data_set(part, num_tries)
         seen = set(exclude)
@@ -124,16 +124,16 @@ class ReasoningGymTask:
                 raise ConfigError(
                     "task.options",
                     self._options,
-                    f"'{option}' is not an option: use task.seed and task.num_prompts",
+                    f"'{option}' is not supported here: use task.seed and task.num_prompts",
                 )
         seed = _derived_seed(self._seed, part)
         try:
             return self._library.create_dataset(self._name, seed=seed, size=size, **self._options)
-        except Exception as error:  # the library refuses options in many ways, asserts among them
+        except Exception as error:  # the library rejects options with various errors, also asserts
             raise ConfigError(
                 "task.options",
                 self._options,
-                f"reasoning-gym's '{self._name}' refuses them ({error})",
+                f"reasoning-gym's '{self._name}' rejects them ({error})",
             ) from error
 
     def _check_name(self) -> None:
@@ -148,17 +148,17 @@ class ReasoningGymTask:
             )
         if self._name in _HASH_ORDERED and os.environ.get("PYTHONHASHSEED", "random") == "random":
             raise TaskError(
-                f"reasoning-gym's '{self._name}' makes other questions in every process: "
+                f"reasoning-gym's '{self._name}' generates different questions in every process: "
                 "set the environment variable PYTHONHASHSEED=0 for the whole run"
             )
 
-    def _too_few(self, part: str, wanted: int, made: int, num_tries: int) -> ConfigError:
+    def _too_few(self, part: str, requested: int, generated: int, num_tries: int) -> ConfigError:
         field = "task.num_held_out" if part == "held_out" else "task.num_prompts"
         return ConfigError(
             field,
-            wanted,
-            f"reasoning-gym's '{self._name}' gave only {made} distinct questions in {num_tries} "
-            "tries: ask for fewer, or widen the data set by task.options",
+            requested,
+            f"reasoning-gym's '{self._name}' generated only {generated} distinct questions in "
+            f"{num_tries} tries: request fewer, or extend the data set with task.options",
         )
 
 
@@ -175,7 +175,7 @@ def _import_library() -> ModuleType:
 
 @contextmanager
 def _seeded_global_random(seed: int) -> Iterator[None]:
-    """Some data sets (list_functions) draw from the global generator: seed it, then restore it."""
+    """Seed the global generator, which some data sets (list_functions) use, then restore it."""
     state = random.getstate()
     random.seed(seed)
     try:
@@ -185,7 +185,7 @@ def _seeded_global_random(seed: int) -> Iterator[None]:
 
 
 def _derived_seed(seed: int, part: str) -> int:
-    """Far apart for each part, because the library makes item i from seed + i."""
+    """A separate seed per part, because the library generates item i from seed + i."""
     return random.Random(f"{seed}/{part}").randrange(2**31)
 
 

@@ -11,8 +11,8 @@ from speed_async.environments.jsonl_file import Row, read_rows
 from speed_async.environments.numeric_answer import (
     answer_number,
     last_number,
+    last_number_text,
     same_number,
-    shown_number,
 )
 from speed_async.errors import ConfigError, DataError
 from speed_async.types import Prompt
@@ -21,23 +21,25 @@ MIN_TRAIN_PROMPTS = 2
 
 
 class JsonlTask:
-    r"""One object a line: `prompt` (string), `answer` (string or number), other keys as metadata.
+    r"""One object per line: `prompt` (string), `answer` (string or number), other keys as metadata.
 
-    Match "exact" compares texts (rules: exact_answer.py), "numeric" numbers (numeric_answer.py);
-    both look first into the last `\boxed{}`, then after the last `####`, of answer and completion
-    alike. The held-out prompts are a choice by seed.
+    Match "exact" compares texts (rules: exact_answer.py), "numeric" compares numbers
+    (numeric_answer.py). Both extract the final answer of answer and completion from the last
+    `\boxed{}`, else from after the last `####`. The held-out prompts are sampled with the seed.
     """
 
     def __init__(
         self, *, path: str, match: Literal["exact", "numeric"], num_held_out: int, seed: int
     ) -> None:
-        """Raises DataError (the file) or ConfigError (more held-out prompts than it can give)."""
+        """Raises DataError (unusable file) or ConfigError (too many held-out prompts)."""
         self._match = match
-        rows = read_rows(Path(path), _why_not_numeric if match == "numeric" else _why_not_exact)
+        rows = read_rows(
+            Path(path), _numeric_answer_error if match == "numeric" else _exact_answer_error
+        )
         _check_size(path, len(rows), num_held_out)
-        chosen = set(random.Random(seed).sample(range(len(rows)), num_held_out))
-        train = [row for index, row in enumerate(rows) if index not in chosen]
-        held_out = [row for index, row in enumerate(rows) if index in chosen]
+        selected = set(random.Random(seed).sample(range(len(rows)), num_held_out))
+        train = [row for index, row in enumerate(rows) if index not in selected]
+        held_out = [row for index, row in enumerate(rows) if index in selected]
         self._train = [_prompt(index, row, held_out=False) for index, row in enumerate(train)]
         self._held_out = [_prompt(index, row, held_out=True) for index, row in enumerate(held_out)]
 
@@ -53,40 +55,42 @@ class JsonlTask:
         """1.0 when the completion's final answer matches, else 0.0."""
         if self._match == "exact":
             return float(same_answer(exact_answer(completion), exact_answer(prompt.answer)))
-        given, answer = last_number(completion), answer_number(prompt.answer)
-        return float(given is not None and answer is not None and same_number(given, answer))
+        candidate, answer = last_number(completion), answer_number(prompt.answer)
+        return float(
+            candidate is not None and answer is not None and same_number(candidate, answer)
+        )
 
     def extract(self, completion: str) -> str | None:
-        """The final answer as the completion wrote it, a number or not."""
-        return final_answer(completion) if self._match == "exact" else shown_number(completion)
+        """The final answer as written in the completion, numeric or not."""
+        return final_answer(completion) if self._match == "exact" else last_number_text(completion)
 
 
-def _why_not_exact(answer: str) -> str:
+def _exact_answer_error(answer: str) -> str:
     if exact_answer(answer):
         return ""
-    return f"'answer' {_end(answer)} has an empty final answer: give the row one, or remove it"
+    return f"'answer' {_excerpt(answer)} has an empty final answer: add one or remove the row"
 
 
-def _why_not_numeric(answer: str) -> str:
-    if fault := _why_not_exact(answer):
+def _numeric_answer_error(answer: str) -> str:
+    if fault := _exact_answer_error(answer):
         return fault
     if answer_number(answer) is not None:
         return ""
     return (
-        f"'answer' {_end(answer)} is not one whole number: correct or remove the row, or set "
+        f"'answer' {_excerpt(answer)} is not one whole number: correct or remove the row, or set "
         "task.match = 'exact'"
     )
 
 
-def _end(answer: str) -> str:
+def _excerpt(answer: str) -> str:
     return repr(answer if len(answer) <= 40 else "..." + answer[-37:])
 
 
 def _check_size(path: str, num_rows: int, num_held_out: int) -> None:
     if num_rows <= MIN_TRAIN_PROMPTS:
         raise DataError(
-            f"data file '{path}' has {num_rows} distinct prompts: give it {MIN_TRAIN_PROMPTS + 1} "
-            f"or more ({MIN_TRAIN_PROMPTS} to train on and 1 held out)"
+            f"data file '{path}' has {num_rows} distinct prompts: at least "
+            f"{MIN_TRAIN_PROMPTS + 1} are required ({MIN_TRAIN_PROMPTS} to train on and 1 held out)"
         )
     most = num_rows - MIN_TRAIN_PROMPTS
     if num_held_out > most:
@@ -94,7 +98,7 @@ def _check_size(path: str, num_rows: int, num_held_out: int) -> None:
             "task.num_held_out",
             num_held_out,
             f"'{path}' has {num_rows} distinct prompts; set it to {most} or less, "
-            "or give the file more prompts",
+            "or add prompts to the file",
         )
 
 

@@ -1,4 +1,4 @@
-"""Reading of the `jsonl` task's data file: every fault is reported with its line and a remedy."""
+"""Reads the data file of the `jsonl` task; every error includes its line and a remedy."""
 
 import json
 import math
@@ -18,7 +18,7 @@ _OTHER_FORMATS = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
-"""By what such a file begins with."""
+"""Formats by their leading bytes."""
 _EXAMPLE = '{"prompt": "2 + 2 =", "answer": "4"}'
 
 
@@ -33,7 +33,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Text by which two prompts are the same: white space does not count."""
+        """Key that identifies equal prompts; ignores differences in white space."""
         return " ".join(self.prompt.split())
 
 
@@ -42,46 +42,48 @@ class _BadLine(Exception):
 
 
 def read_rows(path: Path, check_answer: Callable[[str], str]) -> list[Row]:
-    """Distinct rows of the file in file order; a repeated prompt with the same answer counts once.
+    """Distinct rows in file order; a repeated prompt with the same answer is read once.
 
-    `check_answer` returns why an answer cannot be matched, or "". Raises DataError naming the
+    `check_answer` returns the reason why an answer is unusable, or "". Raises DataError with the
     file and up to 5 bad lines.
     """
     _check_format(path)
     rows: dict[str, Row] = {}
-    faults: list[str] = []
+    errors: list[str] = []
     for line, raw in _lines(path):
         try:
             row = _parse(line, raw, check_answer)
             _check_duplicate(row, rows.setdefault(row.key, row))
         except _BadLine as error:
-            faults.append(f"line {line}: {error}")
-    if faults:
-        raise DataError(_describe(path, faults))
+            errors.append(f"line {line}: {error}")
+    if errors:
+        raise DataError(_describe(path, errors))
     if not rows:
-        raise DataError(f"data file '{path}' is empty: give it one object a line, as {_EXAMPLE}")
+        raise DataError(
+            f"data file '{path}' is empty: write one object per line, such as {_EXAMPLE}"
+        )
     return list(rows.values())
 
 
 def _check_format(path: Path) -> None:
-    """Raises DataError for what is no text of one object a line, by its first bytes."""
+    """Raises DataError when the first bytes show a format other than JSON lines."""
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise DataError(f"data file '{path}' is a pipe or a device: give a file")
+        raise DataError(f"data file '{path}' is a pipe or a device: use a regular file")
     try:
         with path.open("rb") as file:
             start = file.read(64)
     except OSError:
-        return  # said when its lines are read
-    for beginning, kind in _OTHER_FORMATS.items():
-        if start.startswith(beginning):
+        return  # reported when its lines are read
+    for prefix, kind in _OTHER_FORMATS.items():
+        if start.startswith(prefix):
             raise DataError(
-                f"data file '{path}' is {kind}: convert it to one JSON object a line (UTF-8), as "
-                f"{_EXAMPLE}"
+                f"data file '{path}' is {kind}: convert it to one JSON object per line (UTF-8), "
+                f"such as {_EXAMPLE}"
             )
     if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         raise DataError(
-            f"data file '{path}' begins with '[', as a JSON array does: write one object a line, "
-            f"without brackets around and commas between them, as {_EXAMPLE}"
+            f"data file '{path}' starts with '[', which indicates a JSON array: write one object "
+            f"per line, without enclosing brackets or separating commas, such as {_EXAMPLE}"
         )
 
 
@@ -103,9 +105,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _parse(line: int, raw: bytes, check_answer: Callable[[str], str]) -> Row:
     record = _decode(raw)
     prompt, answer = _prompt(record), _answer(record)
-    fault = check_answer(answer)
-    if fault:
-        raise _BadLine(fault)
+    error = check_answer(answer)
+    if error:
+        raise _BadLine(error)
     extra = {key: value for key, value in record.items() if key not in ("prompt", "answer")}
     return Row(line=line, prompt=prompt, answer=answer, extra=extra)
 
@@ -118,14 +120,14 @@ def _decode(raw: bytes) -> dict[str, object]:
     except (ValueError, RecursionError) as error:
         raise _BadLine(f"not valid JSON ({error})") from None
     if not isinstance(record, dict):
-        raise _BadLine(f"not a JSON object but {type(record).__name__}")
+        raise _BadLine(f"not a JSON object but a {type(record).__name__}")
     return record
 
 
 def _prompt(record: dict[str, object]) -> str:
     prompt = _required(record, "prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise _BadLine(f"'prompt' must be a string that is not blank, not {_shown(prompt)}")
+        raise _BadLine(f"'prompt' must be a non-blank string, not {_short_repr(prompt)}")
     return _text("prompt", prompt)
 
 
@@ -137,45 +139,47 @@ def _answer(record: dict[str, object]) -> str:
     if isinstance(answer, int) and not isinstance(answer, bool):
         return str(answer)
     if not isinstance(answer, str) or not answer.strip():
-        raise _BadLine(f"'answer' must be a number or a non-blank string, not {_shown(answer)}")
+        raise _BadLine(
+            f"'answer' must be a number or a non-blank string, not {_short_repr(answer)}"
+        )
     return _text("answer", answer)
 
 
 def _text(key: str, text: str) -> str:
-    """JSON can hold half a surrogate pair, which is no text that could be encoded."""
+    """Raises _BadLine for a lone surrogate, which JSON allows but UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _BadLine(f"'{key}' holds half a surrogate pair: {_shown(text)}") from None
+        raise _BadLine(f"'{key}' contains a lone surrogate: {_short_repr(text)}") from None
     return text
 
 
 def _required(record: dict[str, object], key: str) -> object:
     if key not in record:
-        found = ", ".join(_shown(each) for each in list(record)[:MAX_LISTED_KEYS]) or "none"
-        raise _BadLine(f"key '{key}' is missing; the keys here are: {found}")
+        found = ", ".join(_short_repr(each) for each in list(record)[:MAX_LISTED_KEYS]) or "none"
+        raise _BadLine(f"key '{key}' is missing; the keys of this line are: {found}")
     return record[key]
 
 
 def _check_duplicate(row: Row, first: Row) -> None:
     if row.answer.strip() != first.answer.strip():
         raise _BadLine(
-            f"same prompt as line {first.line} with another answer: {_shown(row.answer)} here, "
-            f"{_shown(first.answer)} there"
+            f"same prompt as line {first.line} with a different answer: {_short_repr(row.answer)} "
+            f"instead of {_short_repr(first.answer)}"
         )
 
 
-def _describe(path: Path, faults: list[str]) -> str:
-    listed = "".join(f"\n  {fault}" for fault in faults[:MAX_LISTED_LINES])
-    num_more = len(faults) - MAX_LISTED_LINES
+def _describe(path: Path, errors: list[str]) -> str:
+    listed = "".join(f"\n  {error}" for error in errors[:MAX_LISTED_LINES])
+    num_more = len(errors) - MAX_LISTED_LINES
     more = f"\n  and {num_more} more" if num_more > 0 else ""
-    noun = "line that" if len(faults) == 1 else "lines that"
+    noun = "unusable line" if len(errors) == 1 else "unusable lines"
     return (
-        f"data file '{path}' has {len(faults)} {noun} cannot be used:{listed}{more}\n"
-        f"Correct or remove them; each line is one object, as {_EXAMPLE}"
+        f"data file '{path}' has {len(errors)} {noun}:{listed}{more}\n"
+        f"Correct or remove them; each line is one object, such as {_EXAMPLE}"
     )
 
 
-def _shown(value: object, num_characters: int = 40) -> str:
+def _short_repr(value: object, num_characters: int = 40) -> str:
     text = repr(value)
     return text if len(text) <= num_characters else text[: num_characters - 3] + "..."

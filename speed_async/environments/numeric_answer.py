@@ -1,10 +1,10 @@
-r"""Which number answers: of a completion and of ground truth, and when two are the same answer.
+r"""Numeric matching of answers: the rules of `task.match = "numeric"`.
 
-Ground truth, and what a completion puts into its last `\boxed{}` or after its last `####`, must be
-one whole number (whole_number.py). A completion without such a mark answers with its last number,
-unless that is only part of an expression (`2^99`, `\sqrt{2}`, `5 - 3`, `10-20`, `(3, 4)`, `52_8`,
-`\frac{\pi}{6}`, `2k`): a reward that pays for wrong answers is found and exploited by the policy.
-Nothing here evaluates. Units, currency and percent signs beside a number are ignored.
+Ground truth, and the content of a completion's last `\boxed{}` or after its last `####`, must be
+one whole number (whole_number.py). The answer of a completion without such a mark is its last
+number, unless that is part of an expression (`2^99`, `\sqrt{2}`, `5 - 3`, `10-20`, `(3, 4)`,
+`52_8`, `\frac{\pi}{6}`, `2k`): a policy exploits rewards for wrong answers. Expressions are not
+evaluated. Units, currency and percent signs next to a number are ignored.
 """
 
 import re
@@ -13,8 +13,8 @@ from speed_async.environments.final_answer import final_answer, marked_answer
 from speed_async.environments.whole_number import literal_value, whole_number
 
 RELATIVE_TOLERANCE = 1e-6
-_CONTEXT = 64  # characters looked at on either side of a number
-_MAX_DIGITS = 1000  # past this a literal is noise
+_CONTEXT = 64  # characters inspected on either side of a number
+_MAX_DIGITS = 1000  # a longer literal is no answer
 
 _NUMBER = r"(?:\d{1,3}(?:,\d{3}){1,30}(?![\d,])|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?"
 _TOKEN = re.compile(rf"(?<![\w.]){_NUMBER}(?:\s*/\s*[-+]?{_NUMBER})?(?!\d|\.\d)")
@@ -37,7 +37,7 @@ _OPERATOR_AFTER = re.compile(
     rf"|\\(?:{_LATEX_TIMES}|{_SYMBOLS})(?![a-z])|\\end\{{[a-zA-Z]*(?:matrix|array))"
     r"|[A-Za-z](?![A-Za-z])"
 )
-# Between brackets: figures, single letters and LaTeX's commands, but no words.
+# Between brackets: digits, single letters and LaTeX commands, but no words.
 _INSIDE = r"(?:[^()\[\]A-Za-z\\]|\\[A-Za-z]+|\\[{}!,;: ]|[A-Za-z](?![A-Za-z]))*"
 _TUPLE_BEFORE = re.compile(rf"[(\[{{]{_INSIDE},\s*[-+]?\s*$")
 _OPENED_BEFORE = re.compile(r"[(\[{]\s*[-+]?\s*$")
@@ -48,12 +48,12 @@ _OPERAND = re.compile(r"[\w)}\]]")
 
 
 def answer_number(answer: str) -> int | float | None:
-    """The number that ground truth is; None when it is not one whole number."""
+    """The number of the ground truth; None when it is not one whole number."""
     return whole_number(final_answer(answer))
 
 
 def last_number(text: str) -> int | float | None:
-    """The number with which a completion answers; None when there is none."""
+    """The numeric answer of a completion; None when there is none."""
     marked = marked_answer(text)
     if marked is not None:
         return whole_number(marked)
@@ -61,8 +61,8 @@ def last_number(text: str) -> int | float | None:
     return None if found is None else found[0]
 
 
-def shown_number(text: str) -> str | None:
-    """What `last_number` looks at, as the completion wrote it; for people."""
+def last_number_text(text: str) -> str | None:
+    """The text that `last_number` parses, as written in the completion; for display."""
     marked = marked_answer(text)
     if marked is not None:
         return marked
@@ -95,11 +95,11 @@ def _is_in_tuple(before: str, token: str, after: str) -> bool:
     return bool(_TUPLE_AFTER.match(after) or ("," in token and _CLOSED_AFTER.match(after)))
 
 
-def same_number(given: float, answer: float) -> bool:
+def same_number(candidate: float, answer: float) -> bool:
     """Integers must be equal; otherwise a relative difference of 1e-6 is allowed."""
-    if isinstance(given, int) and isinstance(answer, int):
-        return given == answer
-    return abs(given - answer) <= RELATIVE_TOLERANCE * abs(answer)
+    if isinstance(candidate, int) and isinstance(answer, int):
+        return candidate == answer
+    return abs(candidate - answer) <= RELATIVE_TOLERANCE * abs(answer)
 
 
 def _plain(text: str) -> str:
@@ -115,7 +115,7 @@ def _over(fraction: re.Match[str]) -> str:
 
 
 def _sign(before: str) -> int | None:
-    """Sign of the number that `before` leads to; None when that number is an operand."""
+    """Sign of the number that follows `before`; None when that number is an operand."""
     if _OPERATOR_BEFORE.search(before) or _ARGUMENT_BEFORE.search(before):
         return None
     stem = before.rstrip(" (")

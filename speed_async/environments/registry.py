@@ -1,4 +1,4 @@
-"""From `[task]` of the configuration to a task. Nothing heavy is imported before it is chosen."""
+"""Creates the task of the configuration section `[task]`. Heavy imports are lazy."""
 
 import difflib
 import importlib
@@ -15,16 +15,16 @@ _SCRIPTED = "speed_async.testing.scripted_task:make_task"
 
 
 def known_tasks() -> tuple[str, ...]:
-    """Names `task.name` may have; `<name>` stands for any reasoning-gym data set, and
-    `<module>:<callable>` for a task of the user's own, made from the section `[task]`."""
+    """Valid values of `task.name`. `<name>` is any reasoning-gym data set; `<module>:<callable>`
+    is a user-defined factory that receives the section `[task]`."""
     return ("arithmetic", "jsonl", f"{_GYM}:<name>", "<module>:<callable>", "scripted")
 
 
 def make_task(config: TaskConfig) -> Task:
-    """The task that `config.name` chooses.
+    """The task selected by `config.name`.
 
-    Raises ConfigError (a value of the section is unusable), DataError (its file is), or
-    TaskError (a library is missing).
+    Raises ConfigError (invalid value in the section), DataError (unusable data file) or TaskError
+    (missing library).
     """
     kind, _, data_set = config.name.partition(":")
     if kind == _GYM and data_set:
@@ -35,24 +35,23 @@ def make_task(config: TaskConfig) -> Task:
         return _make_jsonl(config)
     path = _SCRIPTED if config.name == "scripted" else config.name
     if ":" in path and kind != _GYM:
-        return _imported(path)(config)
+        return _import(path)(config)
     raise ConfigError("task.name", config.name, _remedy(config.name))
 
 
-def _imported(path: str) -> Callable[[TaskConfig], Task]:
-    """What `module:attribute` names. Modules in the current directory are found too. Raises
-    ConfigError."""
+def _import(path: str) -> Callable[[TaskConfig], Task]:
+    """Import `module:attribute`, also from the current directory. Raises ConfigError."""
     module, _, attribute = path.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             "task.name",
             path,
-            f"cannot be imported ({error}): give module:attribute, the module installed, on "
+            f"cannot be imported ({error}): use module:attribute, with the module installed, on "
             "PYTHONPATH or in the current directory",
         ) from error
 
@@ -96,7 +95,7 @@ def _make_gym(config: TaskConfig, data_set: str) -> Task:
 def _remedy(name: str) -> str:
     known = f"known tasks are {', '.join(known_tasks())}"
     if name.partition(":")[0] == _GYM:
-        return f"name a data set after the colon, such as {_GYM}:chain_sum; {known}"
+        return f"add a data set after the colon, such as {_GYM}:chain_sum; {known}"
     close = difflib.get_close_matches(name, known_tasks(), n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"no such task{hint}; {known}"
+    return f"unknown task{hint}; {known}"

@@ -1,4 +1,4 @@
-"""The files of the code that scores: a task's own module, and what that takes from beside it."""
+"""Finds the source files of a task's scoring code: its module and the local modules it imports."""
 
 import inspect
 import sys
@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-OWN = "speed_async."
-OWN_SCORING = "speed_async.environments."
-INSTALLED = frozenset({"site-packages", "dist-packages"})
+PACKAGE = "speed_async."
+SCORING_PACKAGE = "speed_async.environments."
+INSTALL_FOLDERS = frozenset({"site-packages", "dist-packages"})
 
 
 def scoring_files(task: object) -> list[Path]:
-    """Source files of the task's classes and of what these import, over any number of imports: of
-    this package what lies in `tasks`, of a user's own code what lies in the same folder or below
-    it. Installed packages are not followed."""
+    """Source files of the task's classes and of the modules that they import, transitively.
+
+    Of this package, only modules in `environments` are included; of user code, only modules in the
+    task's folder or its subfolders. Installed packages are excluded.
+    """
     found: set[Path] = set()
     for kind in type(task).__mro__:
         module = sys.modules.get(kind.__module__)
@@ -27,21 +29,21 @@ def scoring_files(task: object) -> list[Path]:
 
 def _collect(module: ModuleType, folder: Path, found: set[Path]) -> None:
     path = _file_of(module)
-    if path is None or path in found or not _counts(module, path, folder):
+    if path is None or path in found or not _is_relevant(module, path, folder):
         return
     found.add(path)
-    for used in _used(module):
+    for used in _referenced_modules(module):
         _collect(used, folder, found)
 
 
-def _counts(module: ModuleType, path: Path, folder: Path) -> bool:
-    if module.__name__.startswith(OWN):
-        return module.__name__.startswith(OWN_SCORING)
-    return path.is_relative_to(folder) and not INSTALLED & set(path.relative_to(folder).parts)
+def _is_relevant(module: ModuleType, path: Path, folder: Path) -> bool:
+    if module.__name__.startswith(PACKAGE):
+        return module.__name__.startswith(SCORING_PACKAGE)
+    return path.is_relative_to(folder) and not INSTALL_FOLDERS & set(path.relative_to(folder).parts)
 
 
-def _used(module: ModuleType) -> Iterator[ModuleType]:
-    """Modules that this one refers to, or that it took a function or a class from."""
+def _referenced_modules(module: ModuleType) -> Iterator[ModuleType]:
+    """Modules that this module references, or whose functions or classes it imports."""
     for value in list(vars(module).values()):
         if isinstance(value, ModuleType):
             yield value

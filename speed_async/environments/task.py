@@ -1,4 +1,4 @@
-"""The task seam: prompts, and how a completion to one is scored."""
+"""The task interface: prompts and the scoring of completions."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from speed_async.types import Prompt
 
 
 class Task(Protocol):
-    """Prompts and their verifier. Made once in every process that needs it, from the config."""
+    """Prompts and their verifier. Created from the config, once per process."""
 
     @property
     def train_prompts(self) -> Sequence[Prompt]:
@@ -21,17 +21,17 @@ class Task(Protocol):
         ...
 
     def score(self, prompt: Prompt, completion: str) -> float:
-        """Reward in [0, 1]; 1.0 means correct. May raise, may hang: the verifier pool copes."""
+        """Reward in [0, 1]; 1.0 means correct. May raise or hang: the verifier pool handles it."""
         ...
 
     def extract(self, completion: str) -> str | None:
-        """What `score` takes for the completion's answer, for people to look at; None when it finds
-        none. May raise, may hang."""
+        """The answer that `score` extracts from the completion, for display; None when there is
+        none. May raise or hang."""
         ...
 
 
 def fingerprint(task: Task) -> str:
-    """Digest of all prompts: two processes that lease and serve prompt ids must agree on it."""
+    """Digest of all prompts. Must be equal in the processes that exchange prompt ids."""
     digest = hashlib.sha256()
     for prompts in (task.train_prompts, task.held_out_prompts):
         for prompt in prompts:

@@ -1,8 +1,8 @@
-"""Scoring off the event loop, in worker processes that may raise, hang or die.
+"""Scores completions in worker processes that may raise, hang or die.
 
-pebble owns the processes: it kills a worker whose call passes its time limit and starts another.
-What it does not survive (a worker killed while idle breaks its whole pool) is mended here, by a
-new pool and a second try.
+pebble manages the processes: it kills a worker whose call exceeds its time limit and starts
+another. pebble cannot recover from the death of an idle worker, which breaks the whole pool; this
+module then replaces the pool and retries the call.
 """
 
 import asyncio
@@ -29,10 +29,10 @@ from speed_async.observability.first_error import LogSince
 from speed_async.types import Prompt, Verdict
 
 MAX_ATTEMPTS = 3
-"""Pools one call may break, or lose to another call, before it is given up."""
-DEATHS_OF_ITS_OWN = 2
-"""Workers that die over a call before it is to blame: pebble also lays a death on the call before,
-whose answer was still on its way."""
+"""Maximum pools that one call may use before it fails; another call may have broken them."""
+MAX_WORKER_DEATHS = 2
+"""Worker deaths during a call before the call fails. One is tolerated, because pebble can
+attribute a death to the previous call, whose reply was still in transit."""
 STOP_TIMEOUT_S = 15.0
 _GRACE_S = 5.0
 
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class Verifier(Protocol):
-    """Scores completions of one prompt."""
+    """Scores the completions of one prompt."""
 
     async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
         """One verdict, its reward in [0, 1], for each completion. Raises TaskError."""
@@ -48,12 +48,12 @@ class Verifier(Protocol):
 
 
 class VerifierPool:
-    """Async context manager; entering waits until a worker has made its task.
+    """Async context manager; entering waits until a worker has created its task.
 
     `make` must be picklable, such as `functools.partial(make_task, config.task)`. Workers are
-    spawned, never forked, so the caller may have threads; they import the caller's main module,
-    which should be light. Calls are served first in, first out; cancelling a call that is being
-    scored costs its worker.
+    spawned, not forked, so the caller may have threads. They import the caller's main module,
+    which should have few imports. Calls are served first in, first out; cancelling a call that is
+    being scored kills its worker.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class VerifierPool:
         *,
         start_timeout_s: float = 120.0,
     ) -> None:
-        """`timeout_s` bounds the scoring of one call's completions, waiting not counted."""
+        """`timeout_s` limits the scoring time of one call, excluding time in the queue."""
         self._make = make
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
-        # Workers die with the thread that started them, so it lives as long as the pool.
+        # Workers die with the thread that started them, so this thread lives as long as the pool.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="verifier-starter")
         self._replacing = asyncio.Lock()
         self._pool: ProcessPool | None = None
@@ -89,7 +89,7 @@ class VerifierPool:
         pool, self._pool = self._pool, None
         for future in self._outstanding:
             future.cancel()
-        async with self._replacing:  # a replacement under way is stopped by the call that began it
+        async with self._replacing:  # a pending replacement is stopped by the call that started it
             if pool is not None:
                 await self._stop(pool)
         self._starter.shutdown(wait=False)
@@ -97,16 +97,16 @@ class VerifierPool:
     async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
         """Verdicts on all completions of one prompt, in one round trip.
 
-        Raises TaskError when the verifier raises, hangs past `timeout_s`, kills its process, or
-        returns something else than a finite number in [0, 1] (its `extract`: than a text or
-        None); other calls are not affected.
+        Raises TaskError when the verifier raises, exceeds `timeout_s`, kills its process, or
+        returns anything but a finite number in [0, 1] (`extract`: a string or None). Other calls
+        are not affected.
         """
-        reply = await self._score_packed(_pack(prompt, completions), _name(prompt))
+        reply = await self._score_packed(_pack(prompt, completions), _prompt_name(prompt))
         if isinstance(reply, str):
-            raise TaskError(f"the verifier of {_name(prompt)} {reply}")
+            raise TaskError(f"the verifier of {_prompt_name(prompt)} {reply}")
         return reply
 
-    async def _score_packed(self, payload: bytes, whose: str) -> Reply:
+    async def _score_packed(self, payload: bytes, prompt_name: str) -> Reply:
         num_deaths = 0
         for _ in range(MAX_ATTEMPTS):
             pool = self._pool
@@ -118,32 +118,33 @@ class VerifierPool:
                 await self._replace(pool)
             except TimeoutError:
                 raise TaskError(
-                    f"the verifier of {whose} gave no answer within {self._timeout_s:g} s "
+                    f"the verifier of {prompt_name} did not return within {self._timeout_s:g} s "
                     "(actors.verifier_timeout_s); its worker was killed"
                 ) from None
             except ProcessExpired as error:
                 num_deaths += 1
-                if num_deaths < DEATHS_OF_ITS_OWN:
+                if num_deaths < MAX_WORKER_DEATHS:
                     continue
                 raise TaskError(
-                    f"the verifier of {whose} ended its worker process (exit code {error.exitcode})"
+                    f"the verifier of {prompt_name} ended its worker process "
+                    f"(exit code {error.exitcode})"
                 ) from None
-        raise TaskError(f"the verifier pool broke {MAX_ATTEMPTS} times over {whose}")
+        raise TaskError(f"the verifier pool broke {MAX_ATTEMPTS} times on {prompt_name}")
 
     async def _call(self, pool: ProcessPool, payload: bytes) -> Reply:
-        """Raises BrokenProcessPool also when the whole pool has been silent for too long."""
+        """Raises BrokenProcessPool also when no worker of the pool replies for `_stall_s`."""
         future = _schedule(pool, score_packed, (payload,), self._timeout_s)
         self._outstanding.add(future)
         try:
             while True:
-                seen = self._num_replies
+                num_replies = self._num_replies
                 await asyncio.wait({future}, timeout=self._stall_s)
                 if future.cancelled():
                     raise TaskError("the verifier pool was closed")
                 if future.done():
                     self._num_replies += 1
                     return future.result()
-                if self._num_replies == seen:
+                if self._num_replies == num_replies:
                     raise BrokenProcessPool(f"no reply from any worker for {self._stall_s:g} s")
         finally:
             self._outstanding.discard(future)
@@ -157,12 +158,12 @@ class VerifierPool:
     async def _replace(self, broken: ProcessPool) -> None:
         async with self._replacing:
             if self._pool is broken:
-                fresh = await self._start()
+                replacement = await self._start()
                 if self._pool is broken:
-                    self._pool = fresh
+                    self._pool = replacement
                     await self._stop(broken)
-                else:  # closed meanwhile
-                    await self._stop(fresh)
+                else:  # closed in the meantime
+                    await self._stop(replacement)
 
     async def _start(self) -> ProcessPool:
         _check_picklable(self._make)
@@ -177,10 +178,10 @@ class VerifierPool:
             async with asyncio.timeout(self._start_timeout_s):
                 fault = await self._first_reply(pool)
         except TimeoutError:
-            fault = f"no worker made its task within {self._start_timeout_s:g} s"
+            fault = f"no worker created its task within {self._start_timeout_s:g} s"
         except BrokenProcessPool:
-            cause = log.first_error() or "what it wrote to stderr says why"
-            fault = f"its worker process ended at once: {cause}"
+            cause = log.first_error() or "see its stderr"
+            fault = f"its worker process exited during start: {cause}"
         except BaseException:
             await self._stop(pool)
             raise
@@ -195,7 +196,7 @@ class VerifierPool:
         return await asyncio.wrap_future(await starting)
 
     async def _stop(self, pool: ProcessPool) -> None:
-        """Ends a pool's processes and threads; blocks nobody for longer than STOP_TIMEOUT_S."""
+        """Stop a pool's processes and threads; waits at most STOP_TIMEOUT_S."""
         stopping = asyncio.get_running_loop().run_in_executor(self._starter, _stop_and_join, pool)
         with suppress(TimeoutError):
             await asyncio.wait_for(stopping, STOP_TIMEOUT_S)
@@ -206,7 +207,7 @@ def _schedule(
 ) -> asyncio.Future[T]:
     try:
         return asyncio.wrap_future(pool.schedule(function, args=args, timeout=timeout_s))
-    except RuntimeError as error:  # pebble's way to say that the pool no longer works
+    except RuntimeError as error:  # raised by pebble when the pool is broken
         raise BrokenProcessPool(str(error)) from error
 
 
@@ -216,11 +217,11 @@ def _stop_and_join(pool: ProcessPool) -> None:
 
 
 def _pack(prompt: Prompt, completions: Sequence[str]) -> bytes:
-    """Packed here, because an error inside pebble's sender thread would stop the pool."""
+    """Pickled here, because an error in pebble's sender thread would stop the pool."""
     try:
         return pickle.dumps((prompt, list(completions)))
     except Exception as error:
-        raise TaskError(f"{_name(prompt)} cannot be sent to a verifier: {error}") from error
+        raise TaskError(f"{_prompt_name(prompt)} cannot be sent to a verifier: {error}") from error
 
 
 def _check_picklable(make: MakeTask) -> None:
@@ -230,5 +231,5 @@ def _check_picklable(make: MakeTask) -> None:
         raise TaskError(f"the verifier could not start: {make!r} is not picklable") from error
 
 
-def _name(prompt: Prompt) -> str:
+def _prompt_name(prompt: Prompt) -> str:
     return f"{'held-out' if prompt.held_out else 'training'} prompt {prompt.prompt_id}"

@@ -1,4 +1,4 @@
-"""The side of the verifier pool that runs in a worker process. Imports stay light: no torch."""
+"""The worker-process side of the verifier pool. Imports stay light: no torch."""
 
 import ctypes
 import math
@@ -18,24 +18,24 @@ from speed_async.types import Prompt, Verdict
 
 MakeTask = Callable[[], Task]
 Reply = list[Verdict] | str
-"""Verdicts, or what went wrong. Foreign exceptions never travel: they may not unpickle."""
+"""Verdicts, or an error text. Third-party exceptions are not sent: they may not unpickle."""
 
 MAX_ERROR_CHARS = 1000
-"""Of a foreign error's text, which may hold a whole completion."""
+"""Maximum length of a third-party error text, which may quote a whole completion."""
 MAX_EXTRACTED_CHARS = 1000
-"""Of what a completion was taken to answer: people look at it, nothing else does."""
+"""Maximum length of an extracted answer, which is used for display only."""
 _PR_SET_PDEATHSIG = 1
 _NOT_STARTED = "worker was not initialised"
 
-# What this process scores with; a pool's initializer has no other way to hand it to its calls.
+# The task of this process. A global, because a pool's initializer cannot pass values to its calls.
 _worker_task: Task | str = _NOT_STARTED
 
 
 def start_worker(make: MakeTask) -> None:
-    """Initializer of a worker: makes its task once. A failure is kept for the first call."""
+    """Initializer of a worker: creates its task once. An error is reported by the first call."""
     global _worker_task
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler waits for C code to return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Python handler cannot run during C code
     _die_with_parent()
     try:
         _worker_task = make()
@@ -44,7 +44,7 @@ def start_worker(make: MakeTask) -> None:
 
 
 def report_start() -> str:
-    """Empty when this worker has its task, else why not."""
+    """Empty when this worker has its task, else the error."""
     return _worker_task if isinstance(_worker_task, str) else ""
 
 
@@ -63,14 +63,14 @@ def score_all(task: Task, prompt: Prompt, completions: Sequence[str]) -> Reply:
         try:
             reward: object = task.score(prompt, completion)
             extracted: object = task.extract(completion)
-        except BaseException as error:  # some libraries derive their time-outs from BaseException
+        except BaseException as error:  # some libraries derive their timeouts from BaseException
             return f"raised {describe(error)}"
         if not _is_reward(reward):
-            return f"returned {_shown(reward)}, which is not a finite number in [0, 1]"
+            return f"returned {_short_repr(reward)}, which is not a finite number in [0, 1]"
         if extracted is not None and not isinstance(extracted, str):
-            return f"extracted {_shown(extracted)}, which is neither a text nor None"
-        shown = None if extracted is None else str(extracted[:MAX_EXTRACTED_CHARS])
-        verdicts.append(Verdict(reward=float(reward), extracted=shown))
+            return f"extracted {_short_repr(extracted)}, which is neither a string nor None"
+        excerpt = None if extracted is None else str(extracted[:MAX_EXTRACTED_CHARS])
+        verdicts.append(Verdict(reward=float(reward), extracted=excerpt))
     return verdicts
 
 
@@ -83,8 +83,8 @@ def describe(error: BaseException) -> str:
 def _text(error: BaseException) -> str:
     try:
         return str(error)[:MAX_ERROR_CHARS]
-    except Exception:  # a foreign class may break its own text
-        return "(it has no text)"
+    except Exception:  # a third-party __str__ may raise
+        return "(no error text)"
 
 
 def _is_reward(reward: object) -> TypeGuard[float]:
@@ -95,15 +95,15 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float | np.integer | np.floating)
 
 
-def _shown(value: object) -> str:
+def _short_repr(value: object) -> str:
     return repr(value)[:80] if _is_number(value) else f"a {type(value).__name__}"
 
 
 def _die_with_parent() -> None:
-    """A worker that hangs cannot notice that its pool's process is gone; the kernel can."""
+    """Let the kernel kill this worker when its parent exits; a hanging worker cannot detect it."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = parent_process()
-    if parent is not None and parent.pid != os.getppid():  # it died before the line above
+    if parent is not None and parent.pid != os.getppid():  # the parent died before the call above
         os._exit(1)

@@ -1,4 +1,4 @@
-r"""A text that is one number from end to end, and nothing else; ground truth is read this way.
+r"""Parses a text that consists of exactly one number, such as ground truth.
 
 A number is an optional sign and one of:
 
@@ -7,12 +7,12 @@ A number is an optional sign and one of:
 - a fraction of two such numbers: `3/4`, `\frac{3}{4}`, `\dfrac34`, `\frac 34`
 - scientific notation: `1.2e-3`, `1.2 \times 10^{-3}`
 
-Around it these are ignored: white space, `$` and `\(` of LaTeX, emphasis (`**5**`, `\textbf{5}`), a
-period at the end, a currency sign, a percent sign, a degree sign, and a unit after it: words of
-three letters or more (`72 clips`), common short units (`5 cm`), or text in LaTeX (`5\text{ m}^2`).
-A word that changes the value (`million`, `dozen`, `pi`) is no unit.
+Ignored around the number: white space, `$` and `\(` of LaTeX, emphasis (`**5**`, `\textbf{5}`), a
+trailing period, a currency sign, a percent sign, a degree sign, and a unit: words of three letters
+or more (`72 clips`), common short units (`5 cm`), or LaTeX text (`5\text{ m}^2`). A word that
+changes the value (`million`, `dozen`, `pi`) is not a unit.
 
-Everything else is refused: pairs, lists, intervals, equations (`x=5`), variables (`2k`), roots,
+Everything else is rejected: pairs, lists, intervals, equations (`x=5`), variables (`2k`), roots,
 `\pi`, powers, number bases (`52_8`), mixed numbers (`1\frac{1}{2}`), times (`4:51`), brackets.
 """
 
@@ -20,7 +20,7 @@ import re
 from fractions import Fraction
 
 MAX_CHARS = 1000
-"""A longer text is no answer."""
+"""Longer texts are rejected."""
 MAX_EXPONENT = 300
 
 _DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
@@ -53,13 +53,13 @@ _SPACE = re.compile(r"\\[,;: ]|~|\\\$|[$\u20ac\u00a3\u00a5]|\\[()\[\]]")
 
 
 def whole_number(text: str) -> int | float | None:
-    """The number that `text` is, whatever unit it has; None when it is anything else.
+    """The number that `text` consists of, without its unit; None otherwise.
 
-    Numbers without a fractional part come as exact integers.
+    Numbers without a fractional part are returned as exact integers.
     """
     if len(text) > MAX_CHARS:
         return None
-    text = _tidy(text)
+    text = _strip_markup(text)
     match = _NUMBER.match(text)
     if match is None or not _is_unit(text[match.end() :]):
         return None
@@ -71,11 +71,11 @@ def whole_number(text: str) -> int | float | None:
 
 
 def literal_value(numerator: str, denominator: str = "1", exponent: int = 0) -> int | float | None:
-    """Value of decimal literals (`1,234.5e3`); None when it is no finite number."""
+    """Value of a fraction of decimal literals (`1,234.5e3`); None when it is not finite."""
     try:
         value = _exact(numerator) * _power_of_ten(exponent) / _exact(denominator)
         return int(value) if value.denominator == 1 else float(value)
-    except (ValueError, ArithmeticError):  # too many digits, too large, or over zero
+    except (ValueError, ArithmeticError):  # too many digits, too large, or division by zero
         return None
 
 
@@ -90,7 +90,7 @@ def _power_of_ten(exponent: int) -> Fraction:
     return Fraction(10) ** exponent
 
 
-def _tidy(text: str) -> str:
+def _strip_markup(text: str) -> str:
     text = text.replace("\u2212", "-")
     text = _THIN_SEPARATOR.sub(",", text).replace("\\!", "")
     text = _SPACE.sub(" ", text).strip()

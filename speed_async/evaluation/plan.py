@@ -1,4 +1,4 @@
-"""Held-out evaluation as leases: when it is due, what is left to sample, what came out."""
+"""Schedules held-out evaluations as leases and aggregates their results."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accuracy:
-    """Mean pass rate over all held-out prompts, and which versions sampled it."""
+    """Mean pass rate over all held-out prompts, and the policy versions that sampled them."""
 
     policy_version: int
-    """The version that was asked for."""
+    """The version under evaluation."""
     num_passed: int
     num_completions: int
     oldest_version: int | None
-    """Of the tokens; None when there are none."""
+    """Oldest and newest version of the tokens; None when there are none."""
     newest_version: int | None
 
     @property
@@ -23,7 +23,7 @@ class Accuracy:
 
 
 class EvaluationPlan:
-    """One evaluation at a time; a version that falls due while one runs is left out."""
+    """Runs one evaluation at a time; versions that become due meanwhile are skipped."""
 
     CONFIGURED = ("num_samples", "_every")
 
@@ -38,12 +38,12 @@ class EvaluationPlan:
 
     @property
     def target_version(self) -> int | None:
-        """Version under evaluation; None when none is."""
+        """Version under evaluation; None when no evaluation is running."""
         return self._target
 
     @property
     def progress(self) -> tuple[int, int] | None:
-        """Prompts done and in all, of the evaluation that runs."""
+        """Finished and total prompts of the running evaluation."""
         if self._target is None:
             return None
         return self._num_prompts - self._num_open, self._num_prompts
@@ -52,8 +52,8 @@ class EvaluationPlan:
         return self._target is None and self._every > 0 and policy_version % self._every == 0
 
     def start(self, policy_version: int) -> None:
-        """Begin. The one before must have ended: its late results would count for this one."""
-        assert self._target is None, f"evaluation of version {self._target} still runs"
+        """Start an evaluation. The previous one must be complete, so that results do not mix."""
+        assert self._target is None, f"evaluation of version {self._target} is still running"
         self._target = policy_version
         self._pending = deque(range(self._num_prompts))
         self._num_open = self._num_prompts
@@ -72,8 +72,8 @@ class EvaluationPlan:
         oldest_version: int | None,
         newest_version: int | None,
     ) -> Accuracy | None:
-        """Count one prompt; returns the accuracy when it was the last one."""
-        assert self._target is not None, "no evaluation runs"
+        """Record the result of one prompt; returns the accuracy after the last one."""
+        assert self._target is not None, "no evaluation is running"
         self._results.append(
             Accuracy(
                 policy_version=self._target,
@@ -86,15 +86,15 @@ class EvaluationPlan:
         self._num_open -= 1
         if self._num_open:
             return None
-        whole = Accuracy(
+        accuracy = Accuracy(
             policy_version=self._target,
-            num_passed=sum(part.num_passed for part in self._results),
-            num_completions=sum(part.num_completions for part in self._results),
-            oldest_version=min(_known(part.oldest_version for part in self._results), default=None),
-            newest_version=max(_known(part.newest_version for part in self._results), default=None),
+            num_passed=sum(each.num_passed for each in self._results),
+            num_completions=sum(each.num_completions for each in self._results),
+            oldest_version=min(_known(each.oldest_version for each in self._results), default=None),
+            newest_version=max(_known(each.newest_version for each in self._results), default=None),
         )
         self._target = None
-        return whole
+        return accuracy
 
 
 def _known(versions: Iterable[int | None]) -> list[int]:

@@ -1,6 +1,6 @@
-"""The transport inside one event loop, for tests and single-process runs.
+"""A transport within one event loop, for tests and single-process runs.
 
-Messages pass as bytes through the same codec, so no end can change what the other holds.
+Messages are encoded to bytes with the same codec, so the two ends share no mutable state.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ SEND_DEADLINE_S = 30.0
 
 
 class InProcessHub:
-    """The service's end; `rejected` and `undelivered` count as in the ZeroMQ hub."""
+    """The service's end. `rejected` and `undelivered` have the semantics of the ZeroMQ hub."""
 
     def __init__(
         self, *, queued_messages: int = QUEUED_MESSAGES, send_deadline_s: float = SEND_DEADLINE_S
@@ -36,12 +36,12 @@ class InProcessHub:
         self._outboxes: dict[PeerName, _Mailbox[list[bytes]]] = {}
 
     def connect(self, name: PeerName) -> "InProcessLink":
-        """A link under `name`; an earlier link of that name loses its place."""
+        """A link with this name; replaces an earlier link of the same name."""
         self._outboxes[name] = _Mailbox(self._queued_messages)
         return InProcessLink(name, self._inbox, self._outboxes[name], self._send_deadline_s)
 
     def offer(self, peer: PeerName, message: Message) -> Delivery:
-        """Queue a message if that can be done at once; `undelivered` counts gone peers."""
+        """Queue a message without waiting; `undelivered` counts messages to closed peers."""
         if self._inbox.closed:
             raise TransportClosed("the in-process service is closed")
         outbox = self._outboxes.get(peer)
@@ -52,23 +52,25 @@ class InProcessHub:
         return Delivery.QUEUED if put else Delivery.FULL
 
     def receive_now(self) -> tuple[PeerName, Message] | None:
-        """The next valid message of any peer, if there is one already."""
+        """The next valid message from any peer, or None when no message is queued."""
         while (item := self._inbox.get_now()) is not None:
-            if (received := self._opened(*item)) is not None:
+            if (received := self._decoded(*item)) is not None:
                 return received
         return None
 
     async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:
-        """Next valid message of any peer. Raises DeadlineExceeded or TransportClosed."""
+        """The next valid message from any peer. Raises DeadlineExceeded or TransportClosed."""
         clock = asyncio.get_running_loop().time
         ends_s = clock() + deadline_s
         while True:
             remaining_s = max(0.0, ends_s - clock())
             try:
-                peer, frames = await self._inbox.get(remaining_s, whom="any peer", what="a message")
+                peer, frames = await self._inbox.get(
+                    remaining_s, source="any peer", what="a message"
+                )
             except DeadlineExceeded as error:
                 raise DeadlineExceeded(error.whom, error.what, deadline_s) from None
-            if (received := self._opened(peer, frames)) is not None:
+            if (received := self._decoded(peer, frames)) is not None:
                 return received
 
     def key_of(self, peer: PeerName) -> str:
@@ -77,7 +79,7 @@ class InProcessHub:
     def mute(self, peer: PeerName) -> None:
         self.muted.add(peer.encode())
 
-    def _opened(self, peer: PeerName, frames: list[bytes]) -> tuple[PeerName, Message] | None:
+    def _decoded(self, peer: PeerName, frames: list[bytes]) -> tuple[PeerName, Message] | None:
         if peer.encode() in self.muted:
             return None
         try:
@@ -90,7 +92,7 @@ class InProcessHub:
             return None
 
     async def close(self) -> None:
-        """Links still receive what was sent to them, then TransportClosed."""
+        """Links still receive queued messages, then raise TransportClosed."""
         await self._inbox.close(keep_items=False)
         for outbox in self._outboxes.values():
             await outbox.close(keep_items=True)
@@ -108,35 +110,35 @@ class InProcessLink:
     ) -> None:
         self._name = name
         self._hub_inbox = inbox
-        self._own = outbox
+        self._outbox = outbox
         self._send_deadline_s = send_deadline_s
 
     async def send(self, message: Message) -> None:
-        """Queue a message; waits while the hub's inbox is full, then raises DeadlineExceeded."""
+        """Queue a message. Waits while the hub's inbox is full; raises DeadlineExceeded."""
         await self.send_frames(encode(message))
 
     async def send_frames(self, frames: Sequence[Frame]) -> None:
-        """Queue frames as they are, valid or not."""
-        if self._own.closed:
+        """Queue frames without validation."""
+        if self._outbox.closed:
             raise TransportClosed(f"link {self._name} is closed")
         await self._hub_inbox.put(
             (self._name, _as_bytes(frames)),
             self._send_deadline_s,
-            whom="the in-process service",
-            what="room in its inbox",
+            source="the in-process service",
+            what="space in its inbox",
         )
 
     async def receive(self, deadline_s: float) -> Message:
         """Next message. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
-        whom = "the in-process service"
-        return decode(await self._own.get(deadline_s, whom=whom, what="a message"))
+        source = "the in-process service"
+        return decode(await self._outbox.get(deadline_s, source=source, what="a message"))
 
     async def close(self) -> None:
-        await self._own.close(keep_items=False)
+        await self._outbox.close(keep_items=False)
 
 
 class _Mailbox(Generic[Item]):
-    """A bounded queue that can be closed under those who wait on it."""
+    """A bounded queue that can be closed while tasks wait on it."""
 
     def __init__(self, capacity: int) -> None:
         self.closed = False
@@ -144,48 +146,48 @@ class _Mailbox(Generic[Item]):
         self._items: deque[Item] = deque()
         self._waiters: set[asyncio.Future[None]] = set()
 
-    async def put(self, item: Item, deadline_s: float, *, whom: str, what: str) -> None:
-        await self._until(lambda: len(self._items) < self._capacity, deadline_s, whom, what)
+    async def put(self, item: Item, deadline_s: float, *, source: str, what: str) -> None:
+        await self._wait_until(lambda: len(self._items) < self._capacity, deadline_s, source, what)
         if not self.put_now(item):
-            raise TransportClosed(f"closed while waiting for {whom}: {what}")
+            raise TransportClosed(f"closed while waiting for {source}: {what}")
 
-    async def get(self, deadline_s: float, *, whom: str, what: str) -> Item:
-        await self._until(lambda: len(self._items) > 0, deadline_s, whom, what)
+    async def get(self, deadline_s: float, *, source: str, what: str) -> Item:
+        await self._wait_until(lambda: len(self._items) > 0, deadline_s, source, what)
         item = self.get_now()
         if item is None:
-            raise TransportClosed(f"closed while waiting for {whom}: {what}")
+            raise TransportClosed(f"closed while waiting for {source}: {what}")
         return item
 
     def put_now(self, item: Item) -> bool:
-        """Put at once, or not at all: then False."""
+        """Put without waiting; False when the queue is full or closed."""
         if self.closed or len(self._items) >= self._capacity:
             return False
         self._items.append(item)
-        self._tell()
+        self._notify()
         return True
 
     def get_now(self) -> Item | None:
         if not self._items:
             return None
         item = self._items.popleft()
-        self._tell()
+        self._notify()
         return item
 
     async def close(self, *, keep_items: bool) -> None:
         self.closed = True
         if not keep_items:
             self._items.clear()
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
 
-    async def _until(
-        self, is_ready: Callable[[], bool], deadline_s: float, whom: str, what: str
+    async def _wait_until(
+        self, is_ready: Callable[[], bool], deadline_s: float, source: str, what: str
     ) -> None:
-        """Return when `is_ready`, or when closed. Raises DeadlineExceeded."""
+        """Wait until `is_ready()` or closed. Raises DeadlineExceeded."""
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         while not (self.closed or is_ready()):
@@ -195,7 +197,7 @@ class _Mailbox(Generic[Item]):
                 async with asyncio.timeout(max(0.0, deadline_s - (loop.time() - started_s))):
                     await waiter
             except TimeoutError:
-                raise DeadlineExceeded(whom, what, loop.time() - started_s) from None
+                raise DeadlineExceeded(source, what, loop.time() - started_s) from None
             finally:
                 self._waiters.discard(waiter)
 

@@ -1,7 +1,7 @@
-"""Sender and receivers of one process, under the contract of the real ones, recording calls.
+"""Weight sender and receivers within one process, with a record of all calls.
 
-Both meet in a MemoryStore; the store's address in an offer is ignored. A receiver loads from
-copies, so what it got does not change when the learner steps on.
+They implement the contract of the real ones and rendezvous in a MemoryStore; the store address of
+an offer is ignored. A receiver loads copies, so later optimizer steps do not change them.
 """
 
 import sys
@@ -39,49 +39,49 @@ class ReceiveCall:
 
 @dataclass(kw_only=True, slots=True)
 class _Transfer:
-    """What all members of one transfer see."""
+    """Shared state of the members of one transfer."""
 
     joined: set[int] = field(default_factory=set)
     payload: bytes | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     verdicts: dict[int, str] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)
-    over: str = ""
+    failure: str = ""
 
 
 class MemoryStore:
-    """Where the members of one process meet."""
+    """The rendezvous point of the members."""
 
     def __init__(self) -> None:
         self.changed = Condition()
         self._transfers: dict[tuple[int, int], _Transfer] = {}
         self._num_finished: Counter[tuple[int, int]] = Counter()
-        self._lost: dict[int, str] = {}
+        self._failed_epochs: dict[int, str] = {}
 
-    def enter(self, offer: WeightOffer) -> _Transfer:
-        """The transfer of this offer; raises WeightSyncError when its epoch is unusable."""
+    def join(self, offer: WeightOffer) -> _Transfer:
+        """Join the transfer of this offer. Raises WeightSyncError when its epoch is unusable."""
         with self.changed:
-            if offer.epoch in self._lost:
+            if offer.epoch in self._failed_epochs:
                 raise WeightSyncError(
-                    f"epoch {offer.epoch} is unusable, a new one is needed:"
-                    f" {self._lost[offer.epoch]}"
+                    f"epoch {offer.epoch} is unusable, a new epoch is required:"
+                    f" {self._failed_epochs[offer.epoch]}"
                 )
             return self._transfers.setdefault(self._key(offer), _Transfer())
 
     def wait(
         self, offer: WeightOffer, transfer: _Transfer, stage: str, ready: Callable[[], bool]
     ) -> bool:
-        """Whether `ready` came true in time (`changed` is held).
+        """Whether `ready()` became true before the deadline (the caller holds `changed`).
 
-        Raises WeightSyncError when another member gave up meanwhile.
+        Raises WeightSyncError when another member failed in the meantime.
         """
-        in_time = self.changed.wait_for(lambda: ready() or bool(transfer.over), offer.deadline_s)
-        if transfer.over:
-            raise WeightSyncError(f"{stage}: {transfer.over}")
+        in_time = self.changed.wait_for(lambda: ready() or bool(transfer.failure), offer.deadline_s)
+        if transfer.failure:
+            raise WeightSyncError(f"{stage}: {transfer.failure}")
         return in_time
 
     def finish(self, offer: WeightOffer, transfer: _Transfer) -> None:
-        """One member is through; the last of them ends the transfer and frees its copies."""
+        """Mark one member as finished; the last one frees the copies of the transfer."""
         with self.changed:
             transfer.finished.add(offer.rank)
             if len(transfer.finished) == offer.world_size:
@@ -89,22 +89,22 @@ class MemoryStore:
             self._num_finished[offer.epoch, offer.rank] += 1
 
     def _key(self, offer: WeightOffer) -> tuple[int, int]:
-        """Members meet in the n-th transfer of an epoch, as in a process group."""
+        """Members join the n-th transfer of an epoch, as in a process group."""
         return offer.epoch, self._num_finished[offer.epoch, offer.rank]
 
-    def give_up(
+    def fail(
         self, offer: WeightOffer, transfer: _Transfer, reason: str, missing: Sequence[int] = ()
     ) -> WeightSyncError:
-        """End the epoch for everyone; returns the error to raise (`changed` is held)."""
+        """Fail the epoch for all members; returns the error to raise (caller holds `changed`)."""
         text = f"policy version {offer.policy_version}, epoch {offer.epoch}, {reason}"
         self._transfers.pop(self._key(offer), None)
-        transfer.over = self._lost[offer.epoch] = text
+        transfer.failure = self._failed_epochs[offer.epoch] = text
         self.changed.notify_all()
         return WeightSyncError(text, missing_ranks=missing)
 
 
 class MemorySender:
-    """Satisfies `WeightSender`."""
+    """Implements `WeightSender`."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class MemorySender:
     def send(
         self, offer: WeightOffer, tensors: Iterable[NamedTensor], canary: Canary | None = None
     ) -> TransferReport:
-        began_s = self._clock()
+        started_s = self._clock()
         named = list(tensors)
         self.calls.append(SendCall(offer=offer, names=tuple(name for name, _ in named)))
         specs = describe(named, self._cast)
@@ -139,7 +139,7 @@ class MemorySender:
         )
         if offer.world_size == 1:
             return TransferReport(num_bytes=0, num_buckets=0, transfer_s=0.0)
-        transfer = self._store.enter(offer)
+        transfer = self._store.join(offer)
         with self._store.changed:
             self._await_all(offer, transfer, "rendezvous", transfer.joined, "never joined")
             transfer.tensors = {
@@ -149,15 +149,19 @@ class MemorySender:
             transfer.payload = encode_manifest(manifest)
             self._store.changed.notify_all()
             self._await_all(offer, transfer, "manifest", transfer.verdicts, "did not answer")
-            refusals = {r: f"rank {r} refused: {y}" for r, y in transfer.verdicts.items() if y}
-            if refusals:
-                reason = f"manifest: {'; '.join(refusals.values())}"
-                raise self._store.give_up(offer, transfer, reason, [*refusals])
+            rejections = {
+                rank: f"rank {rank} refused: {error}"
+                for rank, error in transfer.verdicts.items()
+                if error
+            }
+            if rejections:
+                reason = f"manifest: {'; '.join(rejections.values())}"
+                raise self._store.fail(offer, transfer, reason, [*rejections])
         self._store.finish(offer, transfer)
-        return _report(manifest, self._clock() - began_s)
+        return _report(manifest, self._clock() - started_s)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """No resources to free."""
 
     def _await_all(
         self,
@@ -173,11 +177,11 @@ class MemorySender:
             reason = (
                 f"{stage} failed after {offer.deadline_s:.1f} s ({name_ranks(absent)} {absence})"
             )
-            raise self._store.give_up(offer, transfer, reason, absent)
+            raise self._store.fail(offer, transfer, reason, absent)
 
 
 class MemoryReceiver:
-    """Satisfies `WeightReceiver`."""
+    """Implements `WeightReceiver`."""
 
     def __init__(self, store: MemoryStore, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.calls: list[ReceiveCall] = []
@@ -187,11 +191,11 @@ class MemoryReceiver:
     def receive(
         self, offer: WeightOffer, expected: Sequence[NamedTensor], load: LoadTensors
     ) -> TransferReport:
-        began_s = self._clock()
+        started_s = self._clock()
         self.calls.append(
             ReceiveCall(offer=offer, expected_names=tuple(name for name, _ in expected))
         )
-        transfer = self._store.enter(offer)
+        transfer = self._store.join(offer)
         with self._store.changed:
             manifest = self._accept(offer, transfer, expected)
         loaded = False
@@ -202,12 +206,12 @@ class MemoryReceiver:
             if not loaded:
                 with self._store.changed:
                     reason = f"rank {offer.rank} failed to load: {sys.exception()}"
-                    self._store.give_up(offer, transfer, reason)
+                    self._store.fail(offer, transfer, reason)
         self._store.finish(offer, transfer)
-        return _report(manifest, self._clock() - began_s, manifest.canary)
+        return _report(manifest, self._clock() - started_s, manifest.canary)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """No resources to free."""
 
     def _accept(
         self, offer: WeightOffer, transfer: _Transfer, expected: Sequence[NamedTensor]
@@ -215,10 +219,10 @@ class MemoryReceiver:
         transfer.joined.add(offer.rank)
         self._store.changed.notify_all()
 
-        def announced() -> bool:
+        def has_manifest() -> bool:
             return transfer.payload is not None
 
-        if not self._store.wait(offer, transfer, "rendezvous", announced):
+        if not self._store.wait(offer, transfer, "rendezvous", has_manifest):
             raise WeightSyncError(
                 f"policy version {offer.policy_version}, epoch {offer.epoch}, rendezvous failed"
                 f" after {offer.deadline_s:.1f} s (no sign of rank 0)"
@@ -242,7 +246,7 @@ def _load(manifest: Manifest, transfer: _Transfer, load: LoadTensors) -> None:
         copies = [(name, transfer.tensors[name].clone()) for name in names]
         load(copies)
         for _, copy in copies:
-            copy.zero_()  # as a reused buffer would: who keeps the tensors is found out
+            copy.zero_()  # like a reused buffer, to detect receivers that keep the tensors
 
 
 def _report(manifest: Manifest, transfer_s: float, canary: Canary | None = None) -> TransferReport:

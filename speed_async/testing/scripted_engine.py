@@ -1,4 +1,4 @@
-"""The shipped fake engine: scripted completions through the real shell, and a record of calls."""
+"""A fake engine: scripted completions through the real `SteppedEngine`, with recorded calls."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateReport
-from speed_async.actors.stepped_engine.admission import ModelLimits, WaitingLine, sequence_limit
+from speed_async.actors.stepped_engine.admission import ModelLimits, WaitingQueue, sequence_limit
 from speed_async.actors.stepped_engine.engine import SteppedEngine
-from speed_async.actors.stepped_engine.stepper import Finished, nothing_sampled
+from speed_async.actors.stepped_engine.stepper import Finished, empty_sample
 from speed_async.actors.stepped_engine.worker import ThreadWorker
 from speed_async.types import FinishReason, Sampled, WeightOffer
 
 Script = Callable[[GenerationRequest, int], Sequence[int]]
-"""Token ids for a request; the number says how many requests started before it."""
+"""Maps a request and the number of earlier requests to token ids."""
 
 ANY_TOKEN_ID = 2**31
 SCRIPTED_LOGPROB = -0.5
@@ -22,7 +22,7 @@ SCRIPTED_LOGPROB = -0.5
 
 @dataclass(kw_only=True, slots=True)
 class _Row:
-    """A running request: its whole script, and the versions of the tokens sampled so far."""
+    """A running request: its script and the versions of the tokens sampled so far."""
 
     request: GenerationRequest
     script: list[int]
@@ -41,7 +41,7 @@ class _Row:
 
 
 class ScriptedStepper:
-    """Implements `Stepper`: one token of each running script a step, no model, no torch."""
+    """Implements `Stepper`: one token of each running script per step, without model or torch."""
 
     def __init__(
         self,
@@ -50,15 +50,15 @@ class ScriptedStepper:
         num_slots: int,
         context_length: int,
         receive: Callable[[WeightOffer], float],
-        is_whole: Callable[[], bool] = lambda: True,
+        has_valid_weights: Callable[[], bool] = lambda: True,
         num_token_ids: int = ANY_TOKEN_ID,
     ) -> None:
         self.limits = ModelLimits(context_length=context_length, num_token_ids=num_token_ids)
         self._script = script
         self._receive = receive
-        self._is_whole = is_whole
+        self._is_whole = has_valid_weights
         self._num_slots = num_slots
-        self._waiting = WaitingLine()
+        self._waiting = WaitingQueue()
         self._rows: dict[int, _Row] = {}
         self._policy_version = 0
         self._tokens_generated = 0
@@ -70,7 +70,7 @@ class ScriptedStepper:
         return bool(self._rows or len(self._waiting))
 
     @property
-    def is_whole(self) -> bool:
+    def has_valid_weights(self) -> bool:
         return self._is_whole()
 
     def submit(self, key: int, request: GenerationRequest) -> None:
@@ -98,18 +98,18 @@ class ScriptedStepper:
     def abort(self) -> list[Finished]:
         finished = [self._end(key, "abort") for key in list(self._rows)]
         while len(self._waiting):
-            finished.append(Finished(key=self._waiting.pop()[0], sampled=nothing_sampled()))
+            finished.append(Finished(key=self._waiting.pop()[0], sampled=empty_sample()))
         return finished
 
     def abort_stale(self, policy_version: int) -> list[Finished]:
         finished = [
             self._end(key, "abort")
             for key, row in list(self._rows.items())
-            if row.request.is_too_old(row.first_version, policy_version)
+            if row.request.is_stale(row.first_version, policy_version)
         ]
-        for key in self._waiting.too_old(policy_version):
+        for key in self._waiting.stale_keys(policy_version):
             self._waiting.remove(key)
-            finished.append(Finished(key=key, sampled=nothing_sampled()))
+            finished.append(Finished(key=key, sampled=empty_sample()))
         return finished
 
     def load_weights(self, offer: WeightOffer) -> float:
@@ -147,12 +147,11 @@ class ScriptedStepper:
 
 
 class ScriptedEngine(SteppedEngine):
-    """Implements `Engine`; returns what `script` says and keeps a record of every call.
+    """Implements `Engine`; returns the tokens of `script` and records every call.
 
-    A script that ends within max_new_tokens finishes with "stop", a longer one is cut and
-    finishes with "length". Whatever `script` or `receive` raises takes the way of an engine
-    failure or a failed update. `receive` takes part in a broadcast, if there is one, and returns
-    its seconds.
+    A script within max_new_tokens finishes with "stop"; a longer one is truncated and finishes
+    with "length". An error in `script` is an engine failure, an error in `receive` a failed update.
+    `receive` may take part in a broadcast and returns its seconds.
     """
 
     def __init__(

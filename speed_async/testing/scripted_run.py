@@ -1,7 +1,7 @@
-"""The scripted engine in a whole run: completions drawn from a seed, weights that are only kept.
+"""The scripted engine for whole runs: random completions, and weights that are received only.
 
-It takes part in broadcasts like any engine, and the bytes arrive in tensors of a real model's names
-and shapes. Nothing is ever evaluated with them, so there is no canary to measure.
+It takes part in broadcasts like any engine and receives into tensors with the names and shapes of
+a real model. The weights are not used, so the canary is not checked.
 """
 
 import random
@@ -23,7 +23,7 @@ from speed_async.weight_sync.channel import NamedTensor, WeightReceiver
 from speed_async.weight_sync.contiguous import flatten_parameters
 
 STEP_S = 0.004
-"""A step takes this long, as a model's would: the rest of the machine has room to work."""
+"""Duration of a step, similar to that of a model, which leaves CPU time to other processes."""
 
 
 class PacedStepper(ScriptedStepper):
@@ -33,9 +33,9 @@ class PacedStepper(ScriptedStepper):
 
 
 def load_scripted_stepper(model: ModelConfig, actors: ActorsConfig, *, seed: int) -> PacedStepper:
-    """A stepper that draws token ids of this model's vocabulary, a few for each completion.
+    """A stepper that samples random token ids from this model's vocabulary.
 
-    Raises ModelError when the folder cannot serve. Sets this process's torch threads.
+    Raises ModelError when the folder is unusable. Sets the number of torch threads of this process.
     """
     torch.set_num_threads(1)
     loaded = load_model_folder(
@@ -47,17 +47,17 @@ def load_scripted_stepper(model: ModelConfig, actors: ActorsConfig, *, seed: int
     weights = DiscardedWeights(parameters, TorchReceiver(device=device, in_place=True))
     num_token_ids = loaded.model.get_input_embeddings().weight.shape[0]
     return PacedStepper(
-        drawn_script(random.Random(seed), num_token_ids),
+        random_script(random.Random(seed), num_token_ids),
         num_slots=actors.slots,
         context_length=loaded.context_length,
         num_token_ids=num_token_ids,
         receive=weights.receive,
-        is_whole=lambda: weights.is_whole,
+        has_valid_weights=lambda: weights.has_valid_weights,
     )
 
 
-def drawn_script(rng: random.Random, num_token_ids: int) -> Script:
-    """Between one token and the limit of the request, each any of the vocabulary."""
+def random_script(rng: random.Random, num_token_ids: int) -> Script:
+    """Random scripts: between one token and the limit of the request, uniform over token ids."""
 
     def script(request: GenerationRequest, _: int) -> list[int]:
         return rng.choices(range(num_token_ids), k=rng.randint(1, request.max_new_tokens))
@@ -66,20 +66,23 @@ def drawn_script(rng: random.Random, num_token_ids: int) -> Script:
 
 
 class DiscardedWeights:
-    """The newest version's tensors, received and never used."""
+    """Receives the tensors of each version without using them."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], receiver: WeightReceiver) -> None:
         self.tensors = tensors
-        self.is_whole = True
-        """False after a transfer that broke off when some bytes had been written."""
+        self.has_valid_weights = True
+        """False after a transfer that failed when some bytes had been written."""
         self._receiver = receiver
 
     def receive(self, offer: WeightOffer) -> float:
-        """Take part in one broadcast; its seconds. Raises WeightSyncError or DeadlineExceeded."""
+        """Take part in one broadcast; returns its seconds.
+
+        Raises WeightSyncError or DeadlineExceeded.
+        """
         missing = set(self.tensors)
 
         def copy_bucket(bucket: Sequence[NamedTensor]) -> None:
-            self.is_whole = False
+            self.has_valid_weights = False
             for name, tensor in bucket:
                 self.tensors[name].copy_(tensor)
                 missing.discard(name)
@@ -87,8 +90,8 @@ class DiscardedWeights:
         report = self._receiver.receive(offer, [*self.tensors.items()], copy_bucket)
         if missing:
             raise WeightSyncError(
-                f"policy version {offer.policy_version} came without {len(missing)} of "
+                f"policy version {offer.policy_version} lacks {len(missing)} of "
                 f"{len(self.tensors)} tensors, first {min(missing)}"
             )
-        self.is_whole = True
+        self.has_valid_weights = True
         return report.transfer_s

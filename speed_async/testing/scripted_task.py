@@ -1,8 +1,8 @@
-"""The `scripted` task: prompts with a given pass rate each, whatever is answered. For fault drills.
+"""The `scripted` task for fault injection tests: each prompt has a fixed pass rate.
 
-A completion passes when a hash of prompt and completion, taken as a fraction, is below the prompt's
-`answer`, its pass rate. So verifying is honest work on real text, repeatable everywhere, and
-needs no model that can solve anything.
+A completion passes when a hash of prompt and completion, as a fraction, is below the prompt's
+`answer`, which is its pass rate. Verification thus processes real text deterministically and needs
+no capable model.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from speed_async.config.schema import TaskConfig
 from speed_async.types import Prompt
 
 PASS_RATES = (0.0, 0.25, 0.5, 0.5, 0.75, 1.0)
-"""Of prompts 0, 1, 2, ..., over and over."""
+"""Pass rates of prompts 0, 1, 2, ..., repeated cyclically."""
 
 
 def make_task(config: TaskConfig) -> "ScriptedTask":
@@ -39,7 +39,7 @@ class ScriptedTask:
         return float(int.from_bytes(digest) < float(prompt.answer) * 2**64)
 
     def extract(self, completion: str) -> str | None:
-        """Nothing: the whole text decides."""
+        """Always None: the score depends on the whole text."""
         return None
 
 

@@ -1,4 +1,4 @@
-"""A verifier for tests: rewards by a given function, in this process; every call is recorded."""
+"""An in-process verifier for tests, with a given reward function and recorded calls."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class VerifierCall:
 
 
 class ScriptedVerifier:
-    """`reward` may raise (TaskError, as a pool would); `calls` lists every call in order."""
+    """`reward` may raise TaskError, as a pool does; `calls` contains every call in order."""
 
     def __init__(self, reward: Callable[[Prompt, str], float]) -> None:
         self._reward = reward

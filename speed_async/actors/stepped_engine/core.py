@@ -1,7 +1,8 @@
-"""The synchronous heart of an engine: one turn of a stepper, wherever it runs.
+"""The synchronous engine core: iterates a stepper, in a thread or in another process.
 
-What callers ask for gathers in an inbox; a turn applies it, samples once, and tells what came of
-it. Inboxes and results are plain records, so that a turn can be taken in another process.
+Requests and commands of callers collect in an inbox. One iteration applies the inbox, runs one
+step and returns the results. Inboxes and results are plain records, so that they can cross a
+process boundary.
 """
 
 import time
@@ -38,7 +39,7 @@ Answer = UpdateReport | SpeedAsyncError | None
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inbox:
-    """What callers asked for since the last turn began."""
+    """Requests and commands since the start of the last iteration."""
 
     arrivals: list[tuple[int, GenerationRequest]] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
@@ -49,17 +50,17 @@ class Inbox:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TurnResult:
-    """What one turn, or several, came to; the counts of `stats` are those after the last."""
+class IterationResult:
+    """Results of one or more iterations; `stats` are those after the last one."""
 
     finished: list[Finished]
     answers: list[Answer]
-    """One a command, in their order; an error is for who asked, the engine goes on."""
+    """One result per command, in order. An error is raised in the command's caller only."""
     tokens_cancelled: int
     stats: EngineStats
 
-    def followed_by(self, later: "TurnResult") -> "TurnResult":
-        return TurnResult(
+    def followed_by(self, later: "IterationResult") -> "IterationResult":
+        return IterationResult(
             finished=self.finished + later.finished,
             answers=self.answers + later.answers,
             tokens_cancelled=self.tokens_cancelled + later.tokens_cancelled,
@@ -68,7 +69,7 @@ class TurnResult:
 
 
 class EngineCore:
-    """Takes turns on a stepper. Used by one thread."""
+    """Iterates a stepper. Not thread-safe."""
 
     def __init__(self, stepper: Stepper, *, clock: Clock = time.monotonic) -> None:
         self._stepper = stepper
@@ -82,7 +83,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Whether a turn without any inbox would sample."""
+        """Whether an iteration with an empty inbox would sample."""
         return self._stepper.has_work and not self._is_paused
 
     @property
@@ -91,28 +92,31 @@ class EngineCore:
             self._stepper.stats(), sampling_s=self._sampling_s, updating_s=self._updating_s
         )
 
-    def turn(self, inbox: Inbox) -> TurnResult:
-        """Raises what the stepper raises, and a failed update that left no whole version."""
+    def iterate(self, inbox: Inbox) -> IterationResult:
+        """Apply the inbox and run one step.
+
+        Raises the stepper's errors, and the error of an update that left no valid version.
+        """
         stepper = self._stepper
         finished: list[Finished] = []
         answers: list[Answer] = []
         for key, request in inbox.arrivals:
             stepper.submit(key, request)
         tokens_cancelled = sum(stepper.cancel(key) for key in inbox.cancelled)
-        begun_s = self._clock()
+        started_s = self._clock()
         for command in inbox.commands:
             try:
                 answers.append(self._execute(command, finished))
             except SpeedAsyncError as error:
-                if not stepper.is_whole:
+                if not stepper.has_valid_weights:
                     raise
                 answers.append(error)
         stepping_s = self._clock()
         if self.has_work:
             finished += stepper.step()
-        self._updating_s += stepping_s - begun_s
+        self._updating_s += stepping_s - started_s
         self._sampling_s += self._clock() - stepping_s
-        return TurnResult(
+        return IterationResult(
             finished=finished,
             answers=answers,
             tokens_cancelled=tokens_cancelled,
@@ -122,13 +126,13 @@ class EngineCore:
     def _execute(self, command: Command, finished: list[Finished]) -> UpdateReport | None:
         match command:
             case Update(offer=offer):
-                begun_s = self._clock()
+                started_s = self._clock()
                 finished += self._stepper.abort_stale(offer.policy_version)
                 transfer_s = self._stepper.load_weights(offer)
                 return UpdateReport(
                     policy_version=offer.policy_version,
                     transfer_s=transfer_s,
-                    pause_s=self._clock() - begun_s,
+                    pause_s=self._clock() - started_s,
                 )
             case Pause(abort=abort):
                 self._is_paused = True

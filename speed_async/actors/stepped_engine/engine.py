@@ -1,7 +1,7 @@
-"""The asynchronous shell: makes an `Engine` of any `Worker`.
+"""The asynchronous layer: implements `Engine` on top of any `Worker`.
 
-What callers ask for gathers in an inbox, which the worker fetches; completions are handed out as
-its results arrive, and their callers run while it computes on.
+Requests and commands collect in an inbox that the worker fetches. Completions are delivered as
+results arrive, and their callers run while the worker continues.
 """
 
 import asyncio
@@ -13,7 +13,14 @@ from typing import Any, Self
 
 from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateReport
 from speed_async.actors.stepped_engine.admission import sequence_limit
-from speed_async.actors.stepped_engine.core import Command, Inbox, Pause, Resume, TurnResult, Update
+from speed_async.actors.stepped_engine.core import (
+    Command,
+    Inbox,
+    IterationResult,
+    Pause,
+    Resume,
+    Update,
+)
 from speed_async.actors.stepped_engine.worker import Worker
 from speed_async.errors import SpeedAsyncError
 from speed_async.types import Sampled, WeightOffer
@@ -22,8 +29,8 @@ from speed_async.types import Sampled, WeightOffer
 class SteppedEngine:
     """Implements `Engine`. Entering starts the worker and waits until it has loaded.
 
-    What broke a turn reaches every waiting caller and every later call, and so does a failed
-    weight update that leaves no whole version behind.
+    An error in an iteration is raised in every waiting and every later call. So is the error of a
+    weight update that leaves no valid version.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -31,10 +38,10 @@ class SteppedEngine:
         self._keys = itertools.count()
         self._inbox = Inbox()
         self._callers: dict[int, asyncio.Future[Sampled]] = {}
-        self._commands: deque[asyncio.Future[Any]] = deque()  # not answered yet, oldest first
+        self._commands: deque[asyncio.Future[Any]] = deque()  # pending commands, oldest first
         self._failure: Exception | None = None
         self._tokens_cancelled = 0
-        self._tokens_unseen = 0  # of resolved futures whose callers have not run yet
+        self._tokens_undelivered = 0  # in resolved futures whose callers have not resumed yet
 
     async def __aenter__(self) -> Self:
         self._wake = asyncio.Event()
@@ -52,7 +59,7 @@ class SteppedEngine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Completions still running fail with SpeedAsyncError."""
+        """Running completions fail with SpeedAsyncError."""
         self._task.cancel()
         await asyncio.wait((self._task,))
         await self._worker.close()
@@ -61,20 +68,22 @@ class SteppedEngine:
     def stats(self) -> EngineStats:
         return replace(
             self._stats,
-            tokens_running=self._stats.tokens_running + self._tokens_unseen,
+            tokens_running=self._stats.tokens_running + self._tokens_undelivered,
             num_waiting=max(0, len(self._callers) - self._stats.num_running),
         )
 
     @property
     def tokens_cancelled(self) -> int:
-        """Tokens sampled for callers that were cancelled. At every instant:
-        tokens_generated = tokens returned + tokens_cancelled + tokens_running."""
+        """Tokens sampled for cancelled calls.
+
+        Invariant: tokens_generated = tokens returned + tokens_cancelled + tokens_running.
+        """
         return self._tokens_cancelled
 
     async def generate(self, request: GenerationRequest) -> Sampled:
-        """Raises ModelError or ConfigError at once when the request cannot be served.
+        """Raises ModelError or ConfigError immediately when the request cannot be served.
 
-        Cancelling it frees the request's slot before the next step.
+        Cancellation frees the request's slot before the next step.
         """
         self._check_usable()
         sequence_limit(request, self._limits)
@@ -86,9 +95,9 @@ class SteppedEngine:
         try:
             sampled = await future
         except asyncio.CancelledError:
-            self._forget(key, future)
+            self._discard(key, future)
             raise
-        self._tokens_unseen -= sampled.num_tokens
+        self._tokens_undelivered -= sampled.num_tokens
         return sampled
 
     async def update_weights(self, offer: WeightOffer) -> UpdateReport:
@@ -110,26 +119,26 @@ class SteppedEngine:
 
     async def _run(self) -> None:
         try:
-            await self._worker.run(self._wake, self._take, self._deliver)
+            await self._worker.run(self._wake, self._take_inbox, self._deliver)
         except asyncio.CancelledError:
-            self._fail(SpeedAsyncError("the engine was closed before this request ended"))
+            self._fail(SpeedAsyncError("the engine was closed before this request finished"))
             raise
-        except Exception as error:  # task boundary: whatever broke a turn ends every request
+        except Exception as error:  # task boundary: an error in an iteration fails every request
             self._fail(error)
 
-    def _take(self) -> Inbox:
+    def _take_inbox(self) -> Inbox:
         inbox, self._inbox = self._inbox, Inbox()
         return inbox
 
-    def _deliver(self, result: TurnResult) -> None:
+    def _deliver(self, result: IterationResult) -> None:
         self._stats = result.stats
         self._tokens_cancelled += result.tokens_cancelled
         for finished in result.finished:
             future = self._callers.pop(finished.key, None)
-            if future is None or future.done():  # cancelled while this turn was under way
+            if future is None or future.done():  # cancelled during this iteration
                 self._tokens_cancelled += finished.sampled.num_tokens
             else:
-                self._tokens_unseen += finished.sampled.num_tokens
+                self._tokens_undelivered += finished.sampled.num_tokens
                 future.set_result(finished.sampled)
         for answer in result.answers:
             future = self._commands.popleft()
@@ -140,15 +149,15 @@ class SteppedEngine:
             else:
                 future.set_result(answer)
 
-    def _forget(self, key: int, future: asyncio.Future[Sampled]) -> None:
-        """The caller of this request was cancelled."""
+    def _discard(self, key: int, future: asyncio.Future[Sampled]) -> None:
+        """Discard a request whose caller was cancelled."""
         if future.cancelled():
             if self._callers.pop(key, None) is not None:
                 self._inbox.cancelled.append(key)
                 self._wake.set()
         elif future.exception() is None:
             num_tokens = future.result().num_tokens
-            self._tokens_unseen -= num_tokens
+            self._tokens_undelivered -= num_tokens
             self._tokens_cancelled += num_tokens
 
     def _fail(self, failure: Exception) -> None:

@@ -1,7 +1,7 @@
-"""Inboxes and turn results as frames between an actor and its engine process.
+"""Frames that carry inboxes and iteration results between an actor and its engine process.
 
-A frame is its length (4 bytes) and a msgpack value. Both ends are the same program, started
-together: there is no version, and nothing to distrust but a cut-off end.
+A frame is a 4-byte length and a msgpack value. Both ends run the same program, so frames carry no
+version and the only invalid input is a truncated frame.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from speed_async.actors.stepped_engine.core import (
     Answer,
     Command,
     Inbox,
+    IterationResult,
     Pause,
     Resume,
-    TurnResult,
     Update,
 )
 from speed_async.actors.stepped_engine.stepper import Finished
@@ -51,7 +51,7 @@ def unpack_inbox(value: dict[str, Any]) -> Inbox:
     )
 
 
-def pack_result(result: TurnResult) -> dict[str, Any]:
+def pack_result(result: IterationResult) -> dict[str, Any]:
     return {
         "finished": [(each.key, *_pack_sampled(each.sampled)) for each in result.finished],
         "answers": [_pack_answer(answer) for answer in result.answers],
@@ -60,8 +60,8 @@ def pack_result(result: TurnResult) -> dict[str, Any]:
     }
 
 
-def unpack_result(value: dict[str, Any]) -> TurnResult:
-    return TurnResult(
+def unpack_result(value: dict[str, Any]) -> IterationResult:
+    return IterationResult(
         finished=[
             Finished(key=key, sampled=_unpack_sampled(*rest)) for key, *rest in value["finished"]
         ],
@@ -81,7 +81,7 @@ def pack_error(error: SpeedAsyncError) -> tuple[str, str]:
 
 
 def unpack_error(kind: str, text: str) -> SpeedAsyncError:
-    """An error of the same class and text; what else its class holds is not carried over."""
+    """An error of the same class and text. Other attributes of the class are not preserved."""
     error_class = getattr(errors, kind)
     error = error_class.__new__(error_class)
     SpeedAsyncError.__init__(error, text)

@@ -1,12 +1,12 @@
-"""An engine in a process of its own: sampling then shares no interpreter lock with the actor.
+"""Runs an engine in a separate process, so that sampling does not share the actor's GIL.
 
-It is started before the actor has an event loop or threads, and lives on a socket pair: when either
-end dies, the other one sees the socket close.
+The process starts before the actor has an event loop or threads. Both communicate over a socket
+pair: when either end dies, the other one detects the closed socket.
 
 | loop | consumes | waits for | unblocked by |
 | --- | --- | --- | --- |
-| `ProcessWorker._send` | inboxes | `wake`, room in the socket | any call; the process |
-| `ProcessWorker.run` | results | a frame | the process, also by dying |
+| `ProcessWorker._send` | inboxes | `wake`, socket buffer space | any call; the process |
+| `ProcessWorker.run` | results | a frame | the process, or its death |
 | `_serve` | inboxes | when idle, an inbox | its reader thread |
 """
 
@@ -29,7 +29,7 @@ import msgpack
 
 from speed_async.actors.engine import EngineStats
 from speed_async.actors.stepped_engine.admission import ModelLimits
-from speed_async.actors.stepped_engine.core import EngineCore, Inbox, TurnResult
+from speed_async.actors.stepped_engine.core import EngineCore, Inbox, IterationResult
 from speed_async.actors.stepped_engine.frames import (
     LENGTH,
     frame,
@@ -46,23 +46,25 @@ from speed_async.errors import DeadlineExceeded, GivenUp, SpeedAsyncError
 from speed_async.observability.first_error import LogSince, one_line
 
 STATS_INTERVAL_S = 0.05
-"""Turns in which nothing ended are told of this often, for their counts."""
+"""Interval of count updates while no request finishes."""
 END_GRACE_S = 5.0
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 FORK, SPAWN = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
 
 
 def may_fork(device: str) -> bool:
-    """Whether an engine on `actors.device` may be forked: it then shares what was imported. CUDA
-    does not survive a fork once a library has as much as counted the GPUs."""
+    """Whether an engine on `actors.device` can be forked, which shares the imported modules.
+
+    CUDA does not survive a fork after any library has queried the GPUs.
+    """
     return sys.platform == "linux" and (device == "cpu" or not NVIDIA_DEVICE.exists())
 
 
 class ProcessWorker:
-    """Implements `Worker`. `make_stepper` runs in the process, which starts at once.
+    """Implements `Worker`. `make_stepper` runs in the process, which starts immediately.
 
-    Make it before the event loop and before any thread: it may fork. A process that dies raises
-    GivenUp, so that the actor is started anew.
+    Create it before the event loop and before any thread, because it may fork. When the process
+    dies, GivenUp is raised, so that the actor is restarted.
     """
 
     def __init__(
@@ -70,14 +72,14 @@ class ProcessWorker:
     ) -> None:
         self._load_timeout_s = load_timeout_s
         self._log = LogSince()
-        self._socket, theirs = socket.socketpair()
-        arguments = (theirs, self._socket, make_stepper)
+        self._socket, actor_end = socket.socketpair()
+        arguments = (actor_end, self._socket, make_stepper)
         if fork:
             self.process = FORK.Process(target=_main, args=arguments, daemon=True, name="engine")
         else:
             self.process = SPAWN.Process(target=_main, args=arguments, daemon=True, name="engine")
         self.process.start()
-        theirs.close()
+        actor_end.close()
         self._writer: asyncio.StreamWriter | None = None
 
     async def start(self) -> tuple[ModelLimits, EngineStats]:
@@ -94,7 +96,7 @@ class ProcessWorker:
         self,
         wake: asyncio.Event,
         take: Callable[[], Inbox],
-        deliver: Callable[[TurnResult], None],
+        deliver: Callable[[IterationResult], None],
     ) -> None:
         sender = asyncio.create_task(self._send(wake, take), name="engine-inbox")
         try:
@@ -104,17 +106,17 @@ class ProcessWorker:
             sender.cancel()
 
     async def close(self) -> None:
-        """The process ends as soon as it sees the socket closed, in the middle of a turn too."""
+        """The process exits when it detects the closed socket, even during an iteration."""
         if self._writer is None:
             self._socket.close()
         else:
-            self._writer.transport.abort()  # close() would wait to send the rest
+            self._writer.transport.abort()  # close() would flush the buffer first
         await asyncio.to_thread(self.process.join, END_GRACE_S)
         if self.process.is_alive():
             self.process.kill()
 
     async def _send(self, wake: asyncio.Event, take: Callable[[], Inbox]) -> None:
-        assert self._writer is not None, "run comes after start"
+        assert self._writer is not None, "call start before run"
         while True:
             await wake.wait()
             wake.clear()
@@ -127,9 +129,9 @@ class ProcessWorker:
             value = msgpack.unpackb(await self._reader.readexactly(*LENGTH.unpack(header)))
         except (asyncio.IncompleteReadError, ConnectionError):
             await asyncio.to_thread(self.process.join, END_GRACE_S)
-            how, cause = _ending(self.process.exitcode), self._log.first_error()
+            status, cause = _describe_exit(self.process.exitcode), self._log.first_error()
             raise GivenUp(
-                f"the engine process died ({how}){f': {cause}' if cause else ''}; "
+                f"the engine process died ({status}){f': {cause}' if cause else ''}; "
                 "see the actor's log"
             ) from None
         if "error" in value:
@@ -137,47 +139,50 @@ class ProcessWorker:
         return value
 
 
-def _ending(exit_code: int | None) -> str:
+def _describe_exit(exit_code: int | None) -> str:
     if exit_code is None:
         return "it closed its socket"
     return signal.Signals(-exit_code).name if exit_code < 0 else f"exit status {exit_code}"
 
 
-def _main(ours: socket.socket, theirs: socket.socket, make_stepper: Callable[[], Stepper]) -> None:
-    """The process. Ends when the actor closes its end, or dies."""
-    theirs.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # runs end by protocol
+def _main(
+    engine_end: socket.socket, actor_end: socket.socket, make_stepper: Callable[[], Stepper]
+) -> None:
+    """Entry point of the process. Exits when the actor closes its end or dies."""
+    actor_end.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the actor handles the shutdown
     try:
-        _serve(ours, make_stepper)
+        _serve(engine_end, make_stepper)
     except (BrokenPipeError, ConnectionResetError):
         return
     except SpeedAsyncError as error:
-        _tell(ours, error)
-    except Exception as error:  # a process's boundary: traced in the log, told to the actor
+        _send_error(engine_end, error)
+    except Exception as error:  # process boundary: log the traceback, report to the actor
         traceback.print_exc()
         text = one_line(f"{type(error).__name__}: {error}")
-        _tell(ours, SpeedAsyncError(f"the engine failed: {text}"))
+        _send_error(engine_end, SpeedAsyncError(f"the engine failed: {text}"))
 
 
-def _serve(ours: socket.socket, make_stepper: Callable[[], Stepper]) -> None:
+def _serve(engine_end: socket.socket, make_stepper: Callable[[], Stepper]) -> None:
     inboxes: queue.SimpleQueue[Inbox] = queue.SimpleQueue()
-    # Reading in a thread keeps the socket empty during long turns, and notices its end.
-    threading.Thread(target=_read, args=(ours, inboxes), name="inbox", daemon=True).start()
+    # A reader thread drains the socket during long iterations and detects when it closes.
+    threading.Thread(target=_read, args=(engine_end, inboxes), name="inbox", daemon=True).start()
     core = EngineCore(make_stepper())
-    stats = pack_result(_nothing(core.stats))["stats"]
-    ours.sendall(frame({"limits": asdict(core.limits), "stats": stats}))
-    untold, told_s = _nothing(core.stats), time.monotonic()
+    stats = pack_result(_empty_result(core.stats))["stats"]
+    engine_end.sendall(frame({"limits": asdict(core.limits), "stats": stats}))
+    pending, sent_s = _empty_result(core.stats), time.monotonic()
     while True:
-        untold = untold.followed_by(core.turn(_next(inboxes, wait=not core.has_work)))
+        inbox = _drain_queue(inboxes, wait=not core.has_work)
+        pending = pending.followed_by(core.iterate(inbox))
         now_s = time.monotonic()
-        ended = untold.finished or untold.answers or untold.tokens_cancelled
-        if ended or not core.has_work or now_s - told_s >= STATS_INTERVAL_S:
-            ours.sendall(frame(pack_result(untold)))
-            untold, told_s = _nothing(untold.stats), now_s
+        has_results = pending.finished or pending.answers or pending.tokens_cancelled
+        if has_results or not core.has_work or now_s - sent_s >= STATS_INTERVAL_S:
+            engine_end.sendall(frame(pack_result(pending)))
+            pending, sent_s = _empty_result(pending.stats), now_s
 
 
-def _next(inboxes: "queue.SimpleQueue[Inbox]", *, wait: bool) -> Inbox:
-    """All that has arrived, as one inbox; when asked to, waits for the first."""
+def _drain_queue(inboxes: "queue.SimpleQueue[Inbox]", *, wait: bool) -> Inbox:
+    """All queued inboxes merged into one; with `wait`, blocks for the first."""
     merged = inboxes.get() if wait else Inbox()
     while not inboxes.empty():
         inbox = inboxes.get()
@@ -187,22 +192,22 @@ def _next(inboxes: "queue.SimpleQueue[Inbox]", *, wait: bool) -> Inbox:
     return merged
 
 
-def _nothing(stats: EngineStats) -> TurnResult:
-    return TurnResult(finished=[], answers=[], tokens_cancelled=0, stats=stats)
+def _empty_result(stats: EngineStats) -> IterationResult:
+    return IterationResult(finished=[], answers=[], tokens_cancelled=0, stats=stats)
 
 
-def _read(ours: socket.socket, inboxes: "queue.SimpleQueue[Inbox]") -> None:
+def _read(engine_end: socket.socket, inboxes: "queue.SimpleQueue[Inbox]") -> None:
     try:
-        with ours.makefile("rb") as stream:
+        with engine_end.makefile("rb") as stream:
             while len(header := stream.read(LENGTH.size)) == LENGTH.size:
                 body = stream.read(*LENGTH.unpack(header))
                 inboxes.put(unpack_inbox(msgpack.unpackb(body)))
-    finally:  # an actor that is killed with results unread resets the connection
-        os._exit(0)  # the actor has gone, or wants no more of this process
+    finally:  # an actor killed with unread results resets the connection
+        os._exit(0)  # the actor has exited or closed the engine
 
 
-def _tell(ours: socket.socket, error: SpeedAsyncError) -> None:
+def _send_error(engine_end: socket.socket, error: SpeedAsyncError) -> None:
     try:
-        ours.sendall(frame({"error": pack_error(error)}))
+        engine_end.sendall(frame({"error": pack_error(error)}))
     except OSError:
-        return  # nobody is left to be told
+        return  # the actor has exited

@@ -1,4 +1,4 @@
-"""What a synchronous generator offers to the asynchronous shell around it."""
+"""The interface between a synchronous generator and the asynchronous engine."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,14 +12,14 @@ from speed_async.types import Sampled, WeightOffer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """A request that ended; `key` is the one it was submitted under."""
+    """A finished request; `key` is the key it was submitted with."""
 
     key: int
     sampled: Sampled
 
 
-def nothing_sampled() -> Sampled:
-    """Of a request that ended before it began."""
+def empty_sample() -> Sampled:
+    """Result of a request that was aborted before its first token."""
     return Sampled(
         token_ids=np.zeros(0, np.int32),
         logprobs=np.zeros(0, np.float32),
@@ -29,7 +29,7 @@ def nothing_sampled() -> Sampled:
 
 
 class Stepper(Protocol):
-    """Advances all its requests by one token a step. Used by one thread at a time."""
+    """Advances all its requests by one token per step. Used by one thread at a time."""
 
     limits: ModelLimits
 
@@ -39,28 +39,28 @@ class Stepper(Protocol):
     def submit(self, key: int, request: GenerationRequest) -> None: ...
 
     def cancel(self, key: int) -> int:
-        """Forget a request; returns how many tokens it had sampled (0 when unknown)."""
+        """Discard a request; returns its number of sampled tokens (0 when unknown)."""
         ...
 
     def step(self) -> list[Finished]: ...
 
     def abort(self) -> list[Finished]:
-        """End every request, running or waiting, with what it has."""
+        """Abort every running or waiting request; each returns its tokens so far."""
         ...
 
     def abort_stale(self, policy_version: int) -> list[Finished]:
-        """End every request that is too old for this version (`GenerationRequest.is_too_old`)."""
+        """Abort every request that is too stale for this version (`GenerationRequest.is_stale`)."""
         ...
 
     def load_weights(self, offer: WeightOffer) -> float:
-        """Take the offered version in; seconds spent receiving and loading.
+        """Load the offered version; returns the seconds spent receiving and loading.
 
-        Raises WeightSyncError or DeadlineExceeded. `is_whole` tells whether a known version is
-        still held afterwards.
+        Raises WeightSyncError or DeadlineExceeded. `has_valid_weights` then indicates whether the
+        stepper still holds a valid version.
         """
         ...
 
     @property
-    def is_whole(self) -> bool: ...
+    def has_valid_weights(self) -> bool: ...
 
     def stats(self) -> EngineStats: ...

@@ -1,8 +1,8 @@
-"""Who takes an engine's turns: a seam, and the one that does it in a thread.
+"""The worker interface that runs an engine core, and its thread implementation.
 
 | loop | consumes | waits for | unblocked by |
 | --- | --- | --- | --- |
-| `ThreadWorker.run` | inboxes | a turn; when idle, `wake` | the thread; any call of the engine |
+| `ThreadWorker.run` | inboxes | an iteration; when idle, `wake` | the thread; any engine call |
 """
 
 import asyncio
@@ -13,34 +13,34 @@ from typing import Protocol
 
 from speed_async.actors.engine import EngineStats
 from speed_async.actors.stepped_engine.admission import ModelLimits
-from speed_async.actors.stepped_engine.core import Clock, EngineCore, Inbox, TurnResult
+from speed_async.actors.stepped_engine.core import Clock, EngineCore, Inbox, IterationResult
 from speed_async.actors.stepped_engine.stepper import Stepper
 
 
 class Worker(Protocol):
-    """Takes turns for one `SteppedEngine`."""
+    """Runs the core of one `SteppedEngine`."""
 
     async def start(self) -> tuple[ModelLimits, EngineStats]:
-        """Load; returns the limits of requests and the first counts. Raises what loading raises."""
+        """Load the model; returns the request limits and the initial stats. Raises load errors."""
         ...
 
     async def run(
         self,
         wake: asyncio.Event,
         take: Callable[[], Inbox],
-        deliver: Callable[[TurnResult], None],
+        deliver: Callable[[IterationResult], None],
     ) -> None:
-        """Take turns until cancelled. `take` hands over what was asked since the last call, `wake`
-        is set when there is anything. Raises what broke a turn: no more will come."""
+        """Iterate until cancelled. `take` returns the inbox since its last call; `wake` is set
+        when the inbox is not empty. Raises the error of a failed iteration, which is final."""
         ...
 
     async def close(self) -> None:
-        """Free everything; also after a failed `start`."""
+        """Free all resources. Safe after a failed `start`."""
         ...
 
 
 class ThreadWorker:
-    """One dedicated thread, where `make_stepper` runs too."""
+    """Runs the core, and `make_stepper`, in one dedicated thread."""
 
     def __init__(
         self, make_stepper: Callable[[], Stepper], *, clock: Clock = time.monotonic
@@ -60,19 +60,19 @@ class ThreadWorker:
         self,
         wake: asyncio.Event,
         take: Callable[[], Inbox],
-        deliver: Callable[[TurnResult], None],
+        deliver: Callable[[IterationResult], None],
     ) -> None:
         loop, core = asyncio.get_running_loop(), self._core
-        assert core is not None, "run comes after start"
+        assert core is not None, "call start before run"
         while True:
             inbox = take()
             if inbox or core.has_work:
-                deliver(await loop.run_in_executor(self._thread, core.turn, inbox))
+                deliver(await loop.run_in_executor(self._thread, core.iterate, inbox))
             else:
                 wake.clear()
                 await wake.wait()
 
     async def close(self) -> None:
-        """Ends after the present turn."""
+        """Stops after the current iteration."""
         self._thread.shutdown(wait=True)
         self._core = None

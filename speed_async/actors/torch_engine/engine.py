@@ -1,4 +1,4 @@
-"""The embedded engine's stepper, made of a model folder and the configuration."""
+"""Creates the stepper of the embedded engine from a model folder and the configuration."""
 
 from pathlib import Path
 
@@ -19,15 +19,17 @@ def load_torch_generator(
     dtype: torch.dtype | None = None,
     canary_tolerance: float | None = None,
 ) -> TorchGenerator:
-    """Load the model and get ready to receive weights. Raises ModelError when the folder cannot
-    serve. Sets this process's torch threads."""
+    """Load the model and prepare to receive weights.
+
+    Raises ModelError when the folder is unusable. Sets the number of torch threads of this process.
+    """
     device = resolve_device(actors.device)
     if device.type == "cpu":
         torch.set_num_threads(actors.num_threads)
     loaded = load_model_folder(
         Path(model.path), context_length=model.context_length, device=actors.device, dtype=dtype
     )
-    flatten_parameters(loaded.model)  # as the learner's does: weights arrive where they belong
+    flatten_parameters(loaded.model)  # same layout as the learner's: weights are received in place
     return TorchGenerator(
         loaded.model,
         num_slots=actors.slots,

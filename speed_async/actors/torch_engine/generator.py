@@ -1,8 +1,8 @@
-"""Continuous batching over any Hugging Face causal LM: the synchronous, pure core.
+"""Synchronous continuous batching over any Hugging Face causal LM.
 
-A step decodes one token for every running row. Sequences join and leave between steps. A prompt
-enters the KV cache up to its last token; that token is the row's first decode input, so every
-sampled token comes from the same code, and rows with equal prompts share one prefill.
+A step decodes one token for every running row. Sequences join and leave between steps. Prefill
+caches a prompt without its last token, which is the row's first decode input. Every token is thus
+sampled by the decode path, and rows with equal prompts share one prefill.
 
 Shape legend: N rows in use, V vocabulary.
 """
@@ -17,10 +17,10 @@ from speed_async.actors.engine import EngineStats, GenerationRequest
 from speed_async.actors.stepped_engine.admission import (
     AdmissionCost,
     ModelLimits,
-    WaitingLine,
+    WaitingQueue,
     sequence_limit,
 )
-from speed_async.actors.stepped_engine.stepper import Finished, nothing_sampled
+from speed_async.actors.stepped_engine.stepper import Finished, empty_sample
 from speed_async.actors.torch_engine.sampling import sample
 from speed_async.actors.torch_engine.slot_model import SlotModel
 from speed_async.actors.torch_engine.slots import Int64Array, SlotTable
@@ -30,10 +30,10 @@ from speed_async.weight_sync.channel import WeightReceiver
 
 
 class TorchGenerator:
-    """Implements `Stepper` over a causal LM that it owns (weights are loaded in place).
+    """Implements `Stepper` for a causal LM that it owns (weights are loaded in place).
 
-    `random` lives on the model's device. Log-probabilities equal those of a plain forward pass
-    up to rounding of the model's dtype.
+    `random` is on the model's device. Log-probabilities equal those of a plain forward pass up to
+    rounding of the model's dtype.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class TorchGenerator:
         self._receiver = receiver
         self._policy_version = policy_version
         self._recompute_at_update = recompute_at_update
-        self._waiting = WaitingLine()
-        self._requests: dict[int, GenerationRequest] = {}  # of the rows in use
-        self._price = AdmissionCost()
+        self._waiting = WaitingQueue()
+        self._requests: dict[int, GenerationRequest] = {}  # requests of the rows in use
+        self._admission = AdmissionCost()
         self._table = SlotTable(num_slots)
         self._tokens_generated = 0
         self._num_steps = 0
@@ -71,8 +71,8 @@ class TorchGenerator:
         return bool(self._table.num_active or len(self._waiting))
 
     @property
-    def is_whole(self) -> bool:
-        return self._model.is_whole
+    def has_valid_weights(self) -> bool:
+        return self._model.has_valid_weights
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -99,40 +99,40 @@ class TorchGenerator:
     def abort(self) -> list[Finished]:
         finished = self._release(np.flatnonzero(self._table.active), "abort")
         while len(self._waiting):
-            finished.append(Finished(key=self._waiting.pop()[0], sampled=nothing_sampled()))
+            finished.append(Finished(key=self._waiting.pop()[0], sampled=empty_sample()))
         return finished
 
     def abort_stale(self, policy_version: int) -> list[Finished]:
         table = self._table
         rows = np.flatnonzero(table.active)
-        begun = table.length[rows] > table.num_prompt[rows]
-        first_versions = table.versions[rows, table.num_prompt[rows] * begun]
+        has_tokens = table.length[rows] > table.num_prompt[rows]
+        first_versions = table.versions[rows, table.num_prompt[rows] * has_tokens]
         stale = [
             row
-            for row, first, has_any in zip(rows, first_versions.tolist(), begun, strict=True)
-            if self._requests[int(table.keys[row])].is_too_old(
+            for row, first, has_any in zip(rows, first_versions.tolist(), has_tokens, strict=True)
+            if self._requests[int(table.keys[row])].is_stale(
                 first if has_any else None, policy_version
             )
         ]
         finished = self._release(np.array(stale, np.int64), "abort")
-        for key in self._waiting.too_old(policy_version):
+        for key in self._waiting.stale_keys(policy_version):
             self._waiting.remove(key)
-            finished.append(Finished(key=key, sampled=nothing_sampled()))
+            finished.append(Finished(key=key, sampled=empty_sample()))
         return finished
 
     @torch.inference_mode()
     def step(self) -> list[Finished]:
-        """Admit what is due and sample one token for every running row.
+        """Admit waiting requests when due and sample one token for every running row.
 
-        Raises SpeedAsyncError when the model yields non-finite log-probabilities.
+        Raises SpeedAsyncError when the model returns non-finite log-probabilities.
         """
         table = self._table
         num_free = table.num_slots - table.num_active
-        num_enterable = min(num_free, len(self._waiting))
-        if self._price.is_due(num_running=table.num_active, num_enterable=num_enterable):
-            self._admit(num_enterable)
+        num_admissible = min(num_free, len(self._waiting))
+        if self._admission.is_due(num_running=table.num_active, num_admissible=num_admissible):
+            self._admit(num_admissible)
         table.cut_tail()
-        if not len(self._waiting) and table.is_sparse:  # else the next admission does it
+        if not len(self._waiting) and table.is_sparse:  # otherwise the next admission does it
             self._close_gaps()
         if not table.num_active:
             return []
@@ -146,14 +146,14 @@ class TorchGenerator:
     @torch.inference_mode()
     def load_weights(self, offer: WeightOffer) -> float:
         if self._receiver is None:
-            raise WeightSyncError("this engine was made without a weight receiver")
+            raise WeightSyncError("this engine has no weight receiver")
         transfer_s = self._model.load(offer, self._receiver)
         self._policy_version = offer.policy_version
         if self._recompute_at_update:
             self._prefill(np.flatnonzero(self._table.active))
         return transfer_s
 
-    # --- joining ------------------------------------------------------------------------------
+    # --- admission ----------------------------------------------------------------------------
 
     def _admit(self, count: int) -> None:
         entering = [self._waiting.pop() for _ in range(count)]
@@ -161,8 +161,8 @@ class TorchGenerator:
         self._table.reserve(max(limits))
         self._model.reserve(max(limits))
         self._close_gaps()
-        # A row that holds this prompt, computed under the present weights, serves as its prefill.
-        holders = self._prompts_held()
+        # Copy the prefill from a row with the same prompt under the current weights.
+        prompt_rows = self._cached_prompts()
         prefilled: list[int] = []
         copies: list[tuple[int, int]] = []
         rows = range(self._table.num_rows, self._table.num_rows + count)
@@ -170,11 +170,11 @@ class TorchGenerator:
             prompt = request.prompt_token_ids
             self._requests[key] = request
             self._table.occupy(row, key, prompt, limit, request.temperature, request.top_p)
-            holder = holders.setdefault(prompt.tobytes(), row)
-            if holder == row:
+            source = prompt_rows.setdefault(prompt.tobytes(), row)
+            if source == row:
                 prefilled.append(row)
             else:
-                copies.append((holder, row))
+                copies.append((source, row))
         self._model.fit(self._table.length[: self._table.num_rows])
         self._prefill(np.array(prefilled, np.int64))
         if copies:
@@ -182,16 +182,16 @@ class TorchGenerator:
             lengths = self._table.num_prompt[destinations] - 1
             self._model.copy_prefixes(sources, destinations, lengths)
 
-    def _prompts_held(self) -> dict[bytes, int]:
+    def _cached_prompts(self) -> dict[bytes, int]:
         table = self._table
         rows = np.flatnonzero(table.active)
-        if not self._recompute_at_update:  # a row's prompt is of the version of its first token
+        if not self._recompute_at_update:  # a prompt has the version of the row's first token
             first_versions = table.versions[rows, table.num_prompt[rows]]
             rows = rows[first_versions == self._policy_version]
         return {table.tokens[row, : table.num_prompt[row]].tobytes(): row for row in rows.tolist()}
 
     def _prefill(self, rows: Int64Array) -> None:
-        """Cache all but the newest token of these rows."""
+        """Fill the KV cache of these rows, except for their newest token."""
         self._model.prefill(rows, self._table.tokens, self._table.length[rows] - 1)
 
     def _close_gaps(self) -> None:
@@ -214,13 +214,13 @@ class TorchGenerator:
         return tokens_N.cpu().numpy(), logprobs_N.cpu().numpy()
 
     def _check_finite(self, logprobs_N: Float32Array) -> None:
-        wrong_N = ~np.isfinite(logprobs_N) & self._table.active[: len(logprobs_N)]
-        if wrong_N.any():
-            # Not a ModelError: that one is about a single request, and this ends the engine.
+        invalid_N = ~np.isfinite(logprobs_N) & self._table.active[: len(logprobs_N)]
+        if invalid_N.any():
+            # Not a ModelError, which concerns a single request: this failure ends the engine.
             raise SpeedAsyncError(
-                f"the model of policy version {self._policy_version} gave non-finite logits for "
-                f"{int(wrong_N.sum())} of {self._table.num_active} sequences: its weights have "
-                "diverged or its dtype overflows"
+                f"the model of policy version {self._policy_version} returned non-finite logits "
+                f"for {int(invalid_N.sum())} of {self._table.num_active} sequences: its weights "
+                "have diverged or its dtype overflows"
             )
 
     def _collect(self, tokens_N: Int64Array) -> list[Finished]:

@@ -1,4 +1,4 @@
-"""Sampling one token for every row, with its log-probability exactly as sampled.
+"""Samples one token per row and returns its exact sampling log-probability.
 
 Shape legend: N rows, V vocabulary.
 """
@@ -14,11 +14,11 @@ def sample(
     top_p_N: Tensor | None,
     random: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Draw a token (N,) int64 and its log mu (N,) float32 for every row.
+    """Sample a token (N,) int64 and its log mu (N,) float32 for every row.
 
     log mu = log_softmax(logits / temperature), renormalised over the nucleus where top_p < 1.
-    None stands for all ones and skips the work. A row with non-finite logits yields a
-    non-finite log mu: the caller must look.
+    None means all ones and skips the computation. A row with non-finite logits returns a
+    non-finite log mu; the caller must check for it.
     """
     logits_NV = logits_NV.float()
     if temperature_N is not None:
@@ -26,8 +26,8 @@ def sample(
     logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
     if top_p_N is not None:
         logprobs_NV = keep_nucleus(logprobs_NV, top_p_N)
-    # Exponential race: argmax of p / Exp(1) is distributed as p, needs no cumulative sum (whose
-    # rounding could pick a token of probability zero) and no synchronisation with the host.
+    # Exponential race: argmax of p / Exp(1) is distributed as p. It needs no cumulative sum, whose
+    # rounding could select a token of probability zero, and no synchronisation with the host.
     race_NV = torch.empty_like(logprobs_NV).exponential_(generator=random)
     tokens_N = logprobs_NV.exp().div_(race_NV).argmax(dim=-1)
     return tokens_N, logprobs_NV.gather(1, tokens_N[:, None]).squeeze(1)
@@ -36,8 +36,8 @@ def sample(
 def keep_nucleus(logprobs_NV: Tensor, top_p_N: Tensor) -> Tensor:
     """Renormalised log-probabilities (N, V) of the smallest set of mass >= top_p in each row.
 
-    Nucleus sampling, Holtzman et al. 2020 (arXiv 1904.09751), section 3.1. The likeliest token
-    always stays; rows with top_p = 1 keep everything.
+    Nucleus sampling, Holtzman et al. 2020 (arXiv 1904.09751), section 3.1. The most likely token
+    is always kept; rows with top_p = 1 are unchanged.
     """
     sorted_NV, order_NV = logprobs_NV.sort(dim=-1, descending=True)
     probs_NV = sorted_NV.exp()
@@ -47,5 +47,5 @@ def keep_nucleus(logprobs_NV: Tensor, top_p_N: Tensor) -> Tensor:
     sorted_NV = sorted_NV.masked_fill(dropped_NV, -torch.inf)
     sorted_NV = sorted_NV - sorted_NV.logsumexp(dim=-1, keepdim=True)
     kept_NV = torch.empty_like(sorted_NV).scatter_(1, order_NV, sorted_NV)
-    # Exact for untruncated rows: renormalising would only add rounding.
+    # Rows with top_p = 1 stay exact: renormalising would only add rounding.
     return torch.where(top_p_N[:, None] < 1, kept_NV, logprobs_NV)

@@ -20,8 +20,8 @@ from speed_async.weight_sync.canary import Canary, canary_tolerance, verify
 from speed_async.weight_sync.channel import NamedTensor, WeightReceiver
 
 PREFILL_TOKENS = {"cpu": 512, "cuda": 16384}
-"""Padded tokens in one prefill pass. On a GPU it bounds the activations; a CPU is fastest while
-they stay in its cache."""
+"""Maximum padded tokens per prefill pass. Bounds activation memory on a GPU; on a CPU, keeps the
+activations in its cache."""
 
 
 class SlotModel:
@@ -30,25 +30,25 @@ class SlotModel:
     def __init__(
         self, model: Any, num_slots: int, *, canary_tolerance_nats: float | None = None
     ) -> None:
-        """`canary_tolerance_nats` as in `weights.canary_tolerance`."""
+        """`canary_tolerance_nats`: see `weights.canary_tolerance`."""
         self._model = model.eval()
         parameter = next(model.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
         self._canary_tolerance = canary_tolerance(canary_tolerance_nats, self._dtype)
         self._attends_by_span = attend_by_span(model)
         if self._attends_by_span and self._device.type == "cpu":
-            self._cache = SlotCache(num_slots, block=max(16, num_slots // 8), granule=16)
-        else:  # one launch beats shorter reads where launches are what costs
-            self._cache = SlotCache(num_slots, block=num_slots, granule=64)
-        self.is_whole = True
-        """False once an update broke off halfway, or failed its canary: the weights are then of no
+            self._cache = SlotCache(num_slots, block=max(16, num_slots // 8), granularity=16)
+        else:  # one block needs one kernel launch, which outweighs shorter reads
+            self._cache = SlotCache(num_slots, block=num_slots, granularity=64)
+        self.has_valid_weights = True
+        """False after an update was interrupted or failed its canary: the weights then match no
         version."""
 
     def to_device(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
     def reserve(self, length: int) -> None:
-        """Make room for sequences of `length` positions."""
+        """Reserve space for sequences of `length` positions."""
         self._cache.reserve(length)
 
     def fit(self, length: Int64Array) -> None:
@@ -56,13 +56,13 @@ class SlotModel:
         self._cache.fit(length)
 
     def rearrange(self, sources: Int64Array, length: Int64Array) -> None:
-        """Row i takes the cached positions of row `sources[i]` >= i; lengths (N,) after it."""
+        """Move the cached positions of row `sources[i]` >= i to row i; lengths (N,) afterwards."""
         self._cache.rearrange(sources, length)
 
     def copy_prefixes(
         self, sources: Int64Array, destinations: Int64Array, lengths: Int64Array
     ) -> None:
-        """Copy the first `lengths[i]` cached positions from rows to rows (all (U,))."""
+        """Copy the first `lengths[i]` cached positions from sources to destinations (all (U,))."""
         self._cache.copy_prefixes(sources, destinations, lengths)
 
     def prefill(self, rows: Int64Array, tokens: Int32Array, lengths: Int64Array) -> None:
@@ -71,7 +71,7 @@ class SlotModel:
             num_positions = int(lengths[part].max())
             tokens_UP = tokens[rows[part], :num_positions].astype(np.int64)
             positions_1P = torch.arange(num_positions, device=self._device)[None]
-            # Rows shorter than P carry junk behind their end: causal, so nobody sees it.
+            # Rows shorter than P are padded at the end; the causal mask hides the padding.
             mask_11PP = torch.full(
                 (1, 1, num_positions, num_positions),
                 -torch.inf,
@@ -79,7 +79,7 @@ class SlotModel:
                 device=self._device,
             ).triu_(1)
             self._cache.begin_prefill(rows[part], lengths[part])
-            self._model.base_model(  # the body alone: no logits are wanted here
+            self._model.base_model(  # without the LM head: no logits are needed
                 input_ids=self.to_device(tokens_UP),
                 position_ids=positions_1P.expand(len(part), -1),
                 attention_mask=mask_11PP,
@@ -88,7 +88,7 @@ class SlotModel:
             )
 
     def decode(self, feed: Int64Array) -> Tensor:
-        """Logits (N, V) after each row's newest token; `feed` (2, N): tokens, their positions."""
+        """Logits (N, V) after each row's newest token; `feed` (2, N): tokens and positions."""
         feed_2N = self.to_device(feed)
         positions_N = feed_2N[1]
         spans = self._cache.begin_decode(feed[1])
@@ -108,27 +108,27 @@ class SlotModel:
 
     @torch.no_grad()
     def load(self, offer: WeightOffer, receiver: WeightReceiver) -> float:
-        """Receive every parameter (tied ones once, under their first name), and verify them by
-        the canary that came along; seconds the transfer took.
+        """Receive every parameter (tied ones once, under their first name) and verify the canary.
 
-        Raises WeightSyncError or DeadlineExceeded; see `is_whole`.
+        Returns the seconds of the transfer. Raises WeightSyncError or DeadlineExceeded; see
+        `has_valid_weights`.
         """
         parameters = dict(self._model.named_parameters())
         missing = set(parameters)
 
         def copy_bucket(bucket: Sequence[NamedTensor]) -> None:
-            self.is_whole = False
+            self.has_valid_weights = False
             for name, tensor in bucket:
                 parameters[name].copy_(tensor, non_blocking=True)
                 missing.discard(name)
-            if self._device.type == "cuda":  # the tensors are only lent for this call
+            if self._device.type == "cuda":  # the tensors are only valid during this call
                 torch.cuda.current_stream(self._device).synchronize()
 
         expected = [(name, parameter.detach()) for name, parameter in parameters.items()]
         report = receiver.receive(offer, expected, copy_bucket)
         if missing:
             raise WeightSyncError(
-                f"policy version {offer.policy_version} came without {len(missing)} of "
+                f"policy version {offer.policy_version} lacks {len(missing)} of "
                 f"{len(parameters)} tensors, first {min(missing)}"
             )
         if report.canary is not None:
@@ -138,13 +138,13 @@ class SlotModel:
                 tolerance=self._canary_tolerance,
                 policy_version=offer.policy_version,
             )
-        self.is_whole = True
+        self.has_valid_weights = True
         return report.transfer_s
 
     def _logprobs(self, canary: Canary) -> list[float]:
-        """Of tokens 1..T-1, (T-1,), by a plain pass over all of them that leaves the cache alone.
+        """Log-probabilities (T-1,) of tokens 1..T-1, from a forward pass without the cache.
 
-        Raises WeightSyncError for token ids that this model does not have.
+        Raises WeightSyncError for token ids outside the model's vocabulary.
         """
         num_token_ids = self._model.get_input_embeddings().weight.shape[0]
         if (largest := max(canary.token_ids)) >= num_token_ids:
@@ -159,12 +159,14 @@ class SlotModel:
 
 
 def prefill_parts(lengths: Int64Array, max_tokens: int) -> Iterator[Int64Array]:
-    """Split rows with anything to prefill (lengths (U,) > 0) into passes of at most `max_tokens`
-    padded tokens, rows of like length together; yields indices into `lengths`."""
+    """Split rows with lengths (U,) > 0 into passes of at most `max_tokens` padded tokens.
+
+    Rows of similar length share a pass. Yields indices into `lengths`.
+    """
     order = np.argsort(lengths, kind="stable")
     order = order[lengths[order] > 0]
     while len(order):
-        # Ascending lengths: the last row of a pass sets its width.
+        # Lengths ascend, so the last row of a pass determines its width.
         num_padded = lengths[order] * np.arange(1, len(order) + 1)
         count = max(1, int(np.searchsorted(num_padded, max_tokens, side="right")))
         yield order[:count]

@@ -1,6 +1,6 @@
 """Slots: the host-side state of every row.
 
-Rows in use stay at the front, so that a decode step is one slice of every column. A row's newest
+Rows in use are at the front, so that a decode step uses one slice of every column. A row's newest
 token is not yet in the KV cache: it is the input of the next decode step.
 
 Shape legend: S slots, N rows in use, C positions.
@@ -13,17 +13,17 @@ from speed_async.types import FinishReason, Float32Array, Int32Array, Sampled
 
 Int64Array = NDArray[np.int64]
 
-_GRANULE = 32
-"""Room for tokens grows in such steps."""
+_INITIAL_POSITIONS = 32
+"""Initial number of token positions per row."""
 
 
 class SlotTable:
-    """What the host knows of every row: tokens, provenance, limits, sampling values."""
+    """Host-side state per row: tokens, log-probabilities, versions, limits, sampling values."""
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self.num_rows = 0
-        """Rows a decode step computes; a few of them may be vacant."""
+        """Rows that a decode step computes; some of them may be free."""
         self.num_active = 0
         self.tokens_running = 0
         self.active = np.zeros(num_slots, bool)  # (S,)
@@ -34,9 +34,11 @@ class SlotTable:
         self.temperature = np.ones(num_slots, np.float32)  # (S,)
         self.top_p = np.ones(num_slots, np.float32)  # (S,)
         self.feed = np.zeros((2, num_slots), np.int64)  # (2, S) newest token, its position
-        self.tokens: Int32Array = np.zeros((num_slots, _GRANULE), np.int32)  # (S, C)
-        self.logprobs: Float32Array = np.zeros((num_slots, _GRANULE), np.float32)  # (S, C)
-        self.versions: Int32Array = np.zeros((num_slots, _GRANULE), np.int32)  # (S, C)
+        self.tokens: Int32Array = np.zeros((num_slots, _INITIAL_POSITIONS), np.int32)  # (S, C)
+        self.logprobs: Float32Array = np.zeros(
+            (num_slots, _INITIAL_POSITIONS), np.float32
+        )  # (S, C)
+        self.versions: Int32Array = np.zeros((num_slots, _INITIAL_POSITIONS), np.int32)  # (S, C)
         self._rows = np.arange(num_slots)  # (S,)
 
     def reserve(self, length: int) -> None:
@@ -66,7 +68,7 @@ class SlotTable:
         self.num_rows = max(self.num_rows, row + 1)
 
     def append(self, tokens_N: Int64Array, logprobs_N: Float32Array, policy_version: int) -> None:
-        """One sampled token for every row in use (vacant rows take it where nobody looks)."""
+        """Append one sampled token to every row in use (writes to free rows are not used)."""
         count = self.num_rows
         rows_N, length_N = self._rows[:count], self.length[:count]
         self.tokens[rows_N, length_N] = tokens_N
@@ -78,7 +80,7 @@ class SlotTable:
         self.tokens_running += self.num_active
 
     def release(self, row: int, finish_reason: FinishReason) -> Sampled:
-        """Vacate a row and return its completion."""
+        """Free a row and return its completion."""
         span = slice(int(self.num_prompt[row]), int(self.length[row]))
         sampled = Sampled(
             token_ids=self.tokens[row, span].copy(),
@@ -86,26 +88,28 @@ class SlotTable:
             policy_versions=self.versions[row, span].copy(),
             finish_reason=finish_reason,
         )
-        self._vacate(row)
+        self._clear(row)
         self.num_active -= 1
         self.tokens_running -= sampled.num_tokens
         return sampled
 
     @property
     def is_sparse(self) -> bool:
-        """Whether closing gaps is worth its copies: a move costs about as much as a few steps
-        that compute a vacant row for nothing."""
+        """Whether closing gaps is worth the copies.
+
+        Moving a row costs about as much as computing a free row for a few steps.
+        """
         return 8 * (self.num_rows - self.num_active) > self.num_rows
 
     def cut_tail(self) -> None:
-        """Drop vacant rows at the end from `num_rows`."""
+        """Exclude free rows at the end from `num_rows`."""
         occupied = np.flatnonzero(self.active[: self.num_rows])
         self.num_rows = int(occupied[-1]) + 1 if len(occupied) else 0
 
     def close_gaps(self) -> Int64Array:
-        """Shift sequences forward over vacant rows, in order; row i takes from result[i] >= i.
+        """Move sequences forward over free rows, in order; row i moves from result[i] >= i.
 
-        Order is age, so neighbours stay alike in length, which is what blocks of the cache want.
+        Rows are ordered by age, so adjacent rows have similar lengths, as cache blocks require.
         """
         sources = np.flatnonzero(self.active[: self.num_rows])
         end = self.num_rows
@@ -118,12 +122,12 @@ class SlotTable:
                 column[: self.num_active] = column[sources]
             self.feed[:, : self.num_active] = self.feed[:, sources]
             self.active[: self.num_active] = True
-            self._vacate(np.arange(self.num_active, end))
+            self._clear(np.arange(self.num_active, end))
         return sources
 
-    def _vacate(self, rows: int | Int64Array) -> None:
+    def _clear(self, rows: int | Int64Array) -> None:
         self.active[rows] = False
-        # A vacant row is still computed until it is filled or cut off: keep it cheap and harmless.
+        # A free row is still computed until it is reused or cut off: give it minimal valid values.
         self.length[rows] = self.num_prompt[rows] = 1
         self.temperature[rows] = self.top_p[rows] = 1.0
         self.feed[1, rows] = 0

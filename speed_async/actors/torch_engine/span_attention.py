@@ -1,7 +1,7 @@
-"""Decode attention that reads only what is there: block by block, grouped heads together.
+"""Decode attention per cache block, without repeating the keys and values of grouped heads.
 
-Decoding one token a row is bound by reading keys and values. The stock path repeats them for
-grouped-query models, and attends with every row over the longest row's length.
+Decoding one token per row is bound by reading keys and values. The default path repeats them for
+grouped-query models, and every row attends over the length of the longest row.
 
 Shape legend: N rows in use, Q query heads, H key/value heads, G = Q / H query heads sharing one,
 L largest capacity, D head dimension, V vectors of a SlotCache.
@@ -20,15 +20,15 @@ from speed_async.actors.torch_engine.slot_cache import Span
 from speed_async.errors import ModelError
 
 SPANS_KEYWORD = "slot_spans"
-"""Passed to the model's forward, which hands it on to every attention layer."""
+"""Keyword of the model's forward, which passes it to every attention layer."""
 
 _IMPLEMENTATION = "speed_async_spans"
 
 
 def attend_by_span(model: Any) -> bool:
-    """Make a model that uses SDPA attend through `span_attention`; False when it cannot.
+    """Switch a model with SDPA attention to `span_attention`; False when not supported.
 
-    Forward passes without spans compute what they did before.
+    Forward passes without spans are unchanged.
     """
     if model.config._attn_implementation != "sdpa":
         return False
@@ -48,11 +48,11 @@ def span_attention(
     slot_spans: list[Span] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of query (N, Q, 1, D) over the stores of a SlotCache: (N, 1, Q, D).
+    """Attention of query (N, Q, 1, D) over the stores of a SlotCache; returns (N, 1, Q, D).
 
     `key` and `value` are (1, H, V / H, D), or with one block (N, H, capacity, D);
-    `attention_mask` is additive, (N, 1, 1, L). Without spans it is plain SDPA; keywords that
-    SDPA honours and this does not raise ModelError.
+    `attention_mask` is additive, (N, 1, 1, L). Without spans this is plain SDPA. Raises ModelError
+    for SDPA keywords that it does not support.
     """
     if slot_spans is None or attention_mask is None:
         return sdpa_attention_forward(
@@ -60,26 +60,26 @@ def span_attention(
         )
     if kwargs.get("position_bias") is not None:
         raise ModelError(
-            f"{type(module).__name__} attends with a position bias, which the torch engine "
-            'cannot serve: use engine = "vllm"'
+            f"{type(module).__name__} uses a position bias, which the torch engine does not "
+            'support: use engine = "vllm"'
         )
     num_rows, num_query_heads, _, dim = query.shape
     num_heads = key.shape[1]
-    # Query heads that share keys take the place of query positions: no key is repeated.
+    # Query heads that share keys become query positions, so keys are not repeated.
     query_NHGD = query.reshape(num_rows, num_heads, num_query_heads // num_heads, dim)
     keys_VD, values_VD = key.reshape(-1, key.shape[-1]), value.reshape(-1, value.shape[-1])
     outputs = []
     for span in slot_spans:
         start, end = span.first_row, span.end_row
-        held = slice(
+        span_vectors = slice(
             num_heads * span.offset, num_heads * (span.offset + (end - start) * span.capacity)
         )
         shape = (end - start, num_heads, span.capacity, -1)
         outputs.append(
             scaled_dot_product_attention(
                 query_NHGD[start:end],
-                keys_VD[held].view(shape),
-                values_VD[held].view(shape),
+                keys_VD[span_vectors].view(shape),
+                values_VD[span_vectors].view(shape),
                 attn_mask=attention_mask[start:end, :, :, : span.capacity],
                 scale=scaling,
             )

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""vLLM behind the engine seam: token in, token out, one request a completion.
+"""Implements the engine interface with vLLM: tokens in, tokens out, one request per completion.
 
 | loop | consumes | waits for | unblocked by |
 | --- | --- | --- | --- |
@@ -34,14 +34,14 @@ from speed_async.observability.first_error import LogSince, one_line
 from speed_async.types import Sampled, WeightOffer
 from speed_async.weight_sync.canary import Canary, canary_tolerance, verify
 
-STAGES = 4
-"""Of a transfer, each with the offer's deadline; vLLM itself waits for ever."""
+NUM_STAGES = 4
+"""Stages of a transfer, each with the offer's deadline; vLLM itself has no timeout."""
 CANARY_PRIORITY = -1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OpenLlm:
-    """A started AsyncLLM (`vllm_start.open_llm`) and what requests have to respect."""
+class StartedLlm:
+    """A started AsyncLLM (`start.open_llm`) and the limits on its requests."""
 
     llm: Any  # vllm.v1.engine.async_llm.AsyncLLM
     limits: ModelLimits
@@ -52,22 +52,22 @@ class OpenLlm:
 
 
 class VllmEngine:
-    """Implements `Engine`. Entering starts vLLM, leaving ends it.
+    """Implements `Engine`. Entering starts vLLM, exiting stops it.
 
-    Tokens are counted where they arrive in this process. A completion that ends between an update
-    and its canary's verdict waits for the verdict. When vLLM dies, every call raises GivenUp, so
-    that the actor is started anew; a refused version raises WeightSyncError likewise.
+    Tokens are counted when they arrive in this process. A completion that finishes between an
+    update and its canary check waits for the check. When vLLM dies, every call raises GivenUp, so
+    that the actor is restarted; after a rejected version, every call raises WeightSyncError.
     """
 
     def __init__(
         self,
-        open_llm: Callable[[], OpenLlm],
+        open_llm: Callable[[], StartedLlm],
         *,
         recompute_at_update: bool,
         canary_tolerance_nats: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`open_llm` runs in a thread; it takes half a minute."""
+        """`open_llm` runs in a thread and takes about 30 s."""
         self._open_llm = open_llm
         self._recompute_at_update = recompute_at_update
         self._tolerance = canary_tolerance_nats
@@ -77,7 +77,7 @@ class VllmEngine:
         self._failure: Exception | None = None
         self._policy_version = 0
         self._paused = False
-        self._canary: tuple[Canary, int] | None = None  # to be verified once sampling goes on
+        self._canary: tuple[Canary, int] | None = None  # to be verified when sampling resumes
         self._tokens_returned = self._tokens_cancelled = 0
         self._updating_s = self._busy_s = 0.0
         self._busy_since_s: float | None = None
@@ -87,8 +87,8 @@ class VllmEngine:
         self._verified.set()
         self._updating = asyncio.Lock()
         self._log = LogSince()
-        self._opened = await asyncio.to_thread(self._open_llm)
-        self._llm = self._opened.llm
+        self._started = await asyncio.to_thread(self._open_llm)
+        self._llm = self._started.llm
         await self._llm.update_weight_version(str(self._policy_version))
         return self
 
@@ -98,9 +98,9 @@ class VllmEngine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Completions still running fail with SpeedAsyncError."""
-        self._fail(SpeedAsyncError("the engine was closed before this request ended"))
-        await asyncio.to_thread(self._opened.close)
+        """Running completions fail with SpeedAsyncError."""
+        self._fail(SpeedAsyncError("the engine was closed before this request finished"))
+        await asyncio.to_thread(self._started.close)
 
     @property
     def stats(self) -> EngineStats:
@@ -111,24 +111,26 @@ class VllmEngine:
             tokens_running=tokens_running,
             num_running=len(running),
             num_waiting=len(self._live) - len(running),
-            num_slots=self._opened.num_slots,
+            num_slots=self._started.num_slots,
             policy_version=self._policy_version,
-            steps=0,  # vLLM counts none
+            steps=0,  # not reported by vLLM
             sampling_s=self._busy_s - self._updating_s + self._busy_now_s(),
             updating_s=self._updating_s,
         )
 
     @property
     def tokens_cancelled(self) -> int:
-        """Tokens sampled for callers that were cancelled. At every instant:
-        tokens_generated = tokens returned + tokens_cancelled + tokens_running."""
+        """Tokens sampled for cancelled calls.
+
+        Invariant: tokens_generated = tokens returned + tokens_cancelled + tokens_running.
+        """
         return self._tokens_cancelled
 
     async def generate(self, request: GenerationRequest) -> Sampled:
-        """Raises ModelError or ConfigError at once when the request cannot be served."""
+        """Raises ModelError or ConfigError immediately when the request cannot be served."""
         self._check_usable()
-        limit = sequence_limit(request, self._opened.limits)
-        # Not to be cancelled halfway: vLLM would keep a request that nobody knows.
+        limit = sequence_limit(request, self._started.limits)
+        # Shielded from cancellation, which would leave an untracked request in vLLM.
         adding = asyncio.ensure_future(self._add(request, limit))
         try:
             live = await asyncio.shield(adding)
@@ -139,7 +141,7 @@ class VllmEngine:
         except asyncio.CancelledError:
             await self._cancel(await adding)
             raise
-        self._forget(live)
+        self._discard(live)
         self._tokens_returned += len(output.token_ids)
         return sampled(output)
 
@@ -150,7 +152,7 @@ class VllmEngine:
             await self._call(
                 self._llm.pause_generation(mode="abort" if abort else "keep", clear_cache=False)
             )
-            if abort:  # those too that were under way to vLLM
+            if abort:  # including requests that vLLM had not scheduled yet
                 await self._llm.abort([*self._live], internal=True)
 
     async def resume(self) -> None:
@@ -164,7 +166,7 @@ class VllmEngine:
         """See `Engine`. While paused, the canary is evaluated at `resume`."""
         self._check_usable()
         async with self._updating:
-            begun_s = self._clock()
+            started_s = self._clock()
             await self._abort_stale(offer.policy_version)
             await self._call(
                 self._llm.pause_generation(mode="keep", clear_cache=self._recompute_at_update)
@@ -174,7 +176,7 @@ class VllmEngine:
             self._expect_canary(outcomes[0], offer.policy_version)
             if not self._paused:
                 await self._call(self._llm.resume_generation())
-            pause_s = self._clock() - begun_s
+            pause_s = self._clock() - started_s
             self._updating_s += pause_s
             if not self._paused:
                 await self._verify()
@@ -187,10 +189,10 @@ class VllmEngine:
     # --- requests ----------------------------------------------------------------------------
 
     async def _add(self, request: GenerationRequest, limit: int) -> LiveRequest:
-        params = sampling_params(request, limit, self._opened.eos_token_ids)
+        params = sampling_params(request, limit, self._started.eos_token_ids)
         prompt = TokensPrompt(
             prompt_token_ids=request.prompt_token_ids.tolist(),
-            # Keys and values of an older version are nobody's prefix.
+            # Cached prefixes of an older version must not be reused.
             cache_salt=str(self._policy_version),
         )
         queue = await self._call(
@@ -209,14 +211,14 @@ class VllmEngine:
         return await self._call(live.queue.get())
 
     async def _cancel(self, live: LiveRequest) -> None:
-        """The caller is gone: free the request, and count what it had sampled."""
-        self._forget(live)
+        """Free a cancelled request and count its sampled tokens."""
+        self._discard(live)
         num_tokens = live.num_tokens
         if self._failure is None:
             await self._llm.abort(live.queue.request_id, internal=True)
         self._tokens_cancelled += num_tokens
 
-    def _forget(self, live: LiveRequest) -> None:
+    def _discard(self, live: LiveRequest) -> None:
         self._live.pop(live.queue.request_id, None)
         if not self._live:
             self._busy_s += self._busy_now_s()
@@ -231,8 +233,8 @@ class VllmEngine:
         stale = []
         for request_id, live in self._live.items():
             if live.first_version is None and live.is_running:
-                live.first_version = self._policy_version  # else an earlier update had seen it
-            if live.request is not None and live.request.is_too_old(
+                live.first_version = self._policy_version  # else set by an earlier update
+            if live.request is not None and live.request.is_stale(
                 live.first_version, policy_version
             ):
                 stale.append(request_id)
@@ -240,16 +242,18 @@ class VllmEngine:
             await self._llm.abort(stale, internal=True)
 
     async def _transfer(self, offer: WeightOffer) -> list[dict[str, Any]]:
-        """Let all workers receive; their outcomes. Raises what went wrong: then vLLM holds the
-        version it had, or is lost."""
-        deadline_s = STAGES * offer.deadline_s
+        """Receive the version in all workers; returns their outcomes.
+
+        After an error, vLLM either still holds its previous version or is unusable.
+        """
+        deadline_s = NUM_STAGES * offer.deadline_s
         try:
             async with asyncio.timeout(deadline_s):
                 outcomes = await self._receive(offer)
         except TimeoutError:
-            late = DeadlineExceeded("the vLLM engine", "taking in weights", deadline_s)
-            self._fail(late)
-            raise late from None
+            failure = DeadlineExceeded("the vLLM engine", "receiving weights", deadline_s)
+            self._fail(failure)
+            raise failure from None
         failures = [outcome for outcome in outcomes if outcome["error"]]
         if not failures:
             return outcomes
@@ -261,7 +265,7 @@ class VllmEngine:
         raise error
 
     async def _receive(self, offer: WeightOffer) -> list[dict[str, Any]]:
-        """The update as vLLM wants it done; the version's label changes when all have it."""
+        """Run vLLM's update protocol. The version label changes after all workers succeed."""
         await self._call(self._llm.start_weight_update())
         info = WeightTransferUpdateRequest(update_info={"offer": asdict(offer)})
         await self._call(self._llm.update_weights(info))
@@ -281,11 +285,11 @@ class VllmEngine:
             self._verified.clear()
 
     async def _verify(self) -> None:
-        """Evaluate the canary, if one is due. Raises WeightSyncError: the engine is then lost."""
+        """Evaluate a pending canary. Raises WeightSyncError; the engine is then unusable."""
         if self._canary is None:
             return
         canary, policy_version = self._canary
-        tolerance = canary_tolerance(self._tolerance, self._opened.dtype)
+        tolerance = canary_tolerance(self._tolerance, self._started.dtype)
         try:
             measured = await self._measure(canary)
             verify(canary, measured, tolerance=tolerance, policy_version=policy_version)
@@ -312,26 +316,28 @@ class VllmEngine:
     # --- failure -----------------------------------------------------------------------------
 
     async def _call(self, awaitable: Any) -> Any:
-        """One call of vLLM. Raises GivenUp when it has died; any other error of its own ends the
-        engine, too, for it leaves unknown what state vLLM is in."""
+        """Await one vLLM call. Raises GivenUp when vLLM has died or the call fails.
+
+        Any failure ends the engine, because the state of vLLM is then unknown.
+        """
         try:
             return await awaitable
         except EngineDeadError:
-            raise self._died() from None
+            raise self._engine_death() from None
         except (RuntimeError, ValueError, TypeError) as error:
             failure = GivenUp(f"vLLM failed: {one_line(str(error))} (see the actor's log)")
             self._fail(failure)
             raise failure from error
 
-    def _died(self) -> Exception:
+    def _engine_death(self) -> Exception:
         cause = self._log.first_error()
-        why = f": {cause} (all of it is in the actor's log)" if cause else "; see the actor's log"
-        self._fail(GivenUp(f"the vLLM engine died{why}"))
+        detail = f": {cause} (see the actor's log)" if cause else "; see the actor's log"
+        self._fail(GivenUp(f"the vLLM engine died{detail}"))
         assert self._failure is not None
         return self._failure
 
     def _fail(self, failure: Exception) -> None:
-        """End every request, and every later call."""
+        """Fail every request and every later call."""
         if self._failure is not None:
             return
         self._failure = failure

@@ -1,7 +1,7 @@
-"""What vLLM is started with. Plain values: nothing of vLLM is imported here.
+"""Start-up options of vLLM, as plain values: this module does not import vLLM.
 
-`ENVIRONMENT` has to be there before the process that starts vLLM loads torch, so whoever starts
-that process sets it.
+`ENVIRONMENT` must be set before the process that starts vLLM imports torch, so the parent of that
+process sets it.
 """
 
 import os
@@ -19,16 +19,16 @@ from speed_async.config.schema import Config
 from speed_async.errors import ConfigError
 
 TRANSFER_BACKEND = "speed_async"
-"""Under this name actors/vllm_engine/worker.py registers the receiver inside vLLM's workers."""
+"""Name under which actors/vllm_engine/worker.py registers the receiver in vLLM's workers."""
 WORKER_EXTENSION = "speed_async.actors.vllm_engine.worker.WorkerExtension"
 ENVIRONMENT = {
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # the actor has threads by then
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # the actor's log
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # the actor already has threads
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # the actor's log file
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
 CPU_ENVIRONMENT = {
-    # Bound threads of several actors would sit on the same cores, and spinning ones starve the
+    # With binding, threads of several actors share the same cores. Spinning threads starve the
     # engine's scheduler, the learner and each other (docs/benchmarks.md).
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_WAIT_POLICY": "passive",
@@ -36,12 +36,12 @@ CPU_ENVIRONMENT = {
     "KMP_BLOCKTIME": "0",
 }
 SPARE_BLOCKS = 8
-"""Of the KV cache: the canary, and what a request that just ended has not given back, must not
-push a running one out."""
+"""Extra KV cache blocks for the canary and for requests that have finished but not yet freed their
+blocks, so that no running request is preempted."""
 
 
 def process_environment(config: Config, *, on_cpu: bool) -> dict[str, str]:
-    """Environment of an actor whose engine is vLLM."""
+    """Environment variables of an actor process with a vLLM engine."""
     ready = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.cluster.stall_timeout_s))}
     if not on_cpu:
         return ENVIRONMENT | ready
@@ -50,10 +50,10 @@ def process_environment(config: Config, *, on_cpu: bool) -> dict[str, str]:
 
 
 class ServingInfo:
-    """What requests have to respect, read from the model folder without its weights."""
+    """Limits on requests, read from the model folder without its weights."""
 
     def __init__(self, config: Config) -> None:
-        """Raises ModelError when the folder cannot serve."""
+        """Raises ModelError when the folder is unusable."""
         from transformers import AutoConfig, GenerationConfig
 
         folder = Path(config.model.path)
@@ -63,24 +63,24 @@ class ServingInfo:
             generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
         except OSError:  # optional
             generation = None
-        holder = SimpleNamespace(config=self.hf_config, generation_config=generation)
-        self.eos_token_ids = eos_token_ids(holder, load_tokenizer(folder))
+        configs = SimpleNamespace(config=self.hf_config, generation_config=generation)
+        self.eos_token_ids = eos_token_ids(configs, load_tokenizer(folder))
         self.context_length = usable_context(folder, self.hf_config, config.model.context_length)
 
 
 def engine_arguments(
-    config: Config, facts: ServingInfo, *, seed: int, on_cpu: bool
+    config: Config, info: ServingInfo, *, seed: int, on_cpu: bool
 ) -> dict[str, Any]:
-    """Arguments of `AsyncEngineArgs`, but for the weight transfer's, which is an object of vLLM's.
+    """Arguments of `AsyncEngineArgs`, except `weight_transfer_config`, which is a vLLM object.
 
-    Raises ConfigError when `actors.vllm.arguments` names one that is set by another field.
+    Raises ConfigError when `actors.vllm.arguments` has an argument that another field sets.
     """
     actors = config.actors
     arguments: dict[str, Any] = {
         "model": config.model.path,
-        "skip_tokenizer_init": True,  # token in, token out
+        "skip_tokenizer_init": True,  # tokens in, tokens out
         "generation_config": "vllm",
-        "max_model_len": facts.context_length,
+        "max_model_len": info.context_length,
         "max_num_seqs": actors.slots,
         "tensor_parallel_size": actors.vllm.tensor_parallel,
         "enforce_eager": actors.vllm.enforce_eager,
@@ -95,8 +95,8 @@ def engine_arguments(
     }
     if on_cpu:
         arguments["dtype"] = "float32"
-        arguments["kv_cache_memory_bytes"] = actors.vllm.kv_cache_bytes or _whole_kv_bytes(
-            facts, actors.slots, actors.vllm.tensor_parallel
+        arguments["kv_cache_memory_bytes"] = actors.vllm.kv_cache_bytes or _full_kv_bytes(
+            info, actors.slots, actors.vllm.tensor_parallel
         )
     else:
         arguments["gpu_memory_utilization"] = actors.vllm.gpu_memory_utilization
@@ -107,20 +107,20 @@ def engine_arguments(
             raise ConfigError(
                 "actors.vllm.arguments",
                 name,
-                "this argument of vLLM follows from another field; set that one",
+                "this vLLM argument is derived from another field; set that field instead",
             )
     return arguments | actors.vllm.arguments
 
 
-def _whole_kv_bytes(facts: ServingInfo, slots: int, tensor_parallel: int) -> int:
-    """KV cache of one worker in which every slot can hold a whole sequence, in float32.
+def _full_kv_bytes(info: ServingInfo, slots: int, tensor_parallel: int) -> int:
+    """Bytes of one worker's float32 KV cache with space for a full sequence in every slot.
 
-    vLLM would take most of a CPU machine's memory instead.
+    By default, vLLM allocates most of a CPU machine's memory.
     """
-    text = facts.hf_config.get_text_config()
+    text = info.hf_config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     block = 128  # tokens; vLLM's default on a CPU
-    num_blocks = slots * -(-facts.context_length // block) + SPARE_BLOCKS
-    heads_here = max(1, heads // tensor_parallel)
-    return 2 * 4 * text.num_hidden_layers * heads_here * head_dim * block * num_blocks
+    num_blocks = slots * -(-info.context_length // block) + SPARE_BLOCKS
+    heads_per_worker = max(1, heads // tensor_parallel)
+    return 2 * 4 * text.num_hidden_layers * heads_per_worker * head_dim * block * num_blocks

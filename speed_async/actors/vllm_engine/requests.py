@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""One request as vLLM takes it, while it runs, and what it gives back."""
+"""Conversion of requests and outputs between this package and vLLM."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class LiveRequest:
 
     request: GenerationRequest | None  # None: the canary
     queue: Any  # vllm's RequestOutputCollector
-    state: Any  # vllm's RequestState; None when it had finished before it could be looked at
+    state: Any  # vllm's RequestState; None when the request had already finished
 
     first_version: int | None = None
-    """That of its first token, known from the first update after it."""
+    """Policy version of the first token, set at the first update after it."""
 
     @property
     def num_tokens(self) -> int:
@@ -38,7 +38,7 @@ class LiveRequest:
 def sampling_params(
     request: GenerationRequest, limit: int, eos_token_ids: Sequence[int]
 ) -> SamplingParams:
-    """`limit`: tokens of prompt and completion together."""
+    """`limit`: maximum prompt plus completion tokens."""
     return SamplingParams(
         max_tokens=limit - len(request.prompt_token_ids),
         temperature=request.temperature,
@@ -46,7 +46,7 @@ def sampling_params(
         logprobs=0,
         flat_logprobs=True,
         stop_token_ids=list(eos_token_ids),
-        ignore_eos=True,  # but for the ids above
+        ignore_eos=True,  # except for the ids above
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
         skip_clone=True,
@@ -54,7 +54,7 @@ def sampling_params(
 
 
 def canary_params() -> SamplingParams:
-    """Nothing is to be sampled but the one token that vLLM insists on."""
+    """Parameters for prompt log-probabilities; samples the one token that vLLM requires."""
     return SamplingParams(
         max_tokens=1,
         prompt_logprobs=0,
@@ -70,7 +70,7 @@ def canary_logprobs(canary: Canary, output: Any) -> list[float]:
 
 
 def sampled(output: Any) -> Sampled:
-    """From vLLM's `CompletionOutput`, with its log-probabilities flat."""
+    """Converts vLLM's `CompletionOutput` with flat log-probabilities."""
     token_ids = np.asarray(output.token_ids, np.int32)
     spans = output.weight_versions or ()
     return Sampled(
@@ -89,4 +89,6 @@ def _finish_reason(reason: str | None) -> FinishReason:
         case "stop" | "length" | "abort":
             return reason
         case _:
-            raise SpeedAsyncError(f"vLLM ended a request with '{reason}'; see the actor's log")
+            raise SpeedAsyncError(
+                f"vLLM finished a request with reason '{reason}'; see the actor's log"
+            )

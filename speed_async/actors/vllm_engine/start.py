@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""Starting vLLM: from the configuration to a running AsyncLLM."""
+"""Starts an AsyncLLM of vLLM from the configuration."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from speed_async.actors.stepped_engine.admission import ModelLimits
-from speed_async.actors.vllm_engine.engine import OpenLlm, VllmEngine
+from speed_async.actors.vllm_engine.engine import StartedLlm, VllmEngine
 from speed_async.actors.vllm_engine.options import TRANSFER_BACKEND, ServingInfo, engine_arguments
 from speed_async.config.schema import Config
 from speed_async.errors import SpeedAsyncError
@@ -19,7 +19,7 @@ SHUTDOWN_S = 5.0
 
 
 def make_vllm_engine(config: Config, *, seed: int) -> VllmEngine:
-    """An engine, not yet started. The process's environment is `vllm_options`' business."""
+    """An engine that is not started yet. The parent process sets `options.ENVIRONMENT`."""
     return VllmEngine(
         partial(open_llm, config, seed=seed),
         recompute_at_update=config.actors.running_at_update == "recompute",
@@ -27,10 +27,10 @@ def make_vllm_engine(config: Config, *, seed: int) -> VllmEngine:
     )
 
 
-def open_llm(config: Config, *, seed: int) -> OpenLlm:
-    """Start vLLM and wait until it serves. Raises ModelError, ConfigError or SpeedAsyncError."""
-    facts = ServingInfo(config)
-    arguments = engine_arguments(config, facts, seed=seed, on_cpu=current_platform.is_cpu())
+def open_llm(config: Config, *, seed: int) -> StartedLlm:
+    """Start vLLM and wait until it is ready. Raises ModelError, ConfigError or SpeedAsyncError."""
+    info = ServingInfo(config)
+    arguments = engine_arguments(config, info, seed=seed, on_cpu=current_platform.is_cpu())
     log = LogSince()
     try:
         llm = AsyncLLM.from_engine_args(
@@ -38,19 +38,19 @@ def open_llm(config: Config, *, seed: int) -> OpenLlm:
                 **arguments, weight_transfer_config=WeightTransferConfig(backend=TRANSFER_BACKEND)
             )
         )
-    except (RuntimeError, ValueError, TypeError, OSError) as error:  # what vLLM raises at start
-        own = one_line(f"{type(error).__name__}: {error}")
-        cause = log.first_error() if points_elsewhere(own) else ""
+    except (RuntimeError, ValueError, TypeError, OSError) as error:  # errors of vLLM's start
+        text = one_line(f"{type(error).__name__}: {error}")
+        cause = log.first_error() if points_elsewhere(text) else ""
         raise SpeedAsyncError(
-            f"vLLM did not start: {cause or own} (all of it is in the actor's log)"
+            f"vLLM did not start: {cause or text} (see the actor's log)"
         ) from error
-    return OpenLlm(
+    return StartedLlm(
         llm=llm,
         limits=ModelLimits(
-            context_length=facts.context_length,
-            num_token_ids=facts.hf_config.get_text_config().vocab_size,
+            context_length=info.context_length,
+            num_token_ids=info.hf_config.get_text_config().vocab_size,
         ),
-        eos_token_ids=facts.eos_token_ids,
+        eos_token_ids=info.eos_token_ids,
         num_slots=config.actors.slots,
         dtype=str(llm.model_config.dtype),
         close=partial(llm.shutdown, timeout=SHUTDOWN_S),

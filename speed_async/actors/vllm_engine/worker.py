@@ -1,8 +1,8 @@
 # pyright: reportMissingImports=false
-"""Runs inside vLLM's workers: the weight receiver, as a weight-transfer engine of vLLM.
+"""The weight receiver as a weight-transfer engine of vLLM. Runs in vLLM's worker processes.
 
-vLLM imports this module by the name of `WorkerExtension` before the model loads; importing it
-registers the transfer engine.
+vLLM imports this module, via `WorkerExtension`, before the model loads. The import registers the
+transfer engine.
 """
 
 import os
@@ -36,35 +36,35 @@ from speed_async.weight_sync.channel import NamedTensor, TransferReport
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Nothing: every offer says where to meet."""
+    """Empty: every offer contains the address of the store."""
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One offer, as it was made to this engine's first worker."""
+    """One offer, with the rank of this engine's first worker."""
 
     offer: dict[str, Any]
 
 
 class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Takes part in one broadcast an update, each worker of the engine as a rank of its own.
+    """Takes part in one broadcast per update; each worker of the engine has its own rank.
 
-    A failed transfer is no exception here, which would reach the actor as a bare text: `outcome`
-    holds it. The model is touched when the first bucket is there, not earlier, so that a transfer
-    that fails before leaves the old version whole.
+    A failed transfer is stored in `outcome` instead of raised, because vLLM forwards only the text
+    of an exception. The model is modified only after the first bucket has arrived, so a transfer
+    that fails earlier leaves the old version intact.
     """
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     supports_draft_weight_update = False
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        more_config: Any = self.vllm_config.additional_config
-        has_core_above = self.parallel_config.distributed_executor_backend == "mp"
-        end_with_actor(
-            more_config["actor_process_id"],
-            core_id=os.getppid() if has_core_above else None,
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        additional_config: Any = self.vllm_config.additional_config
+        has_core_parent = self.parallel_config.distributed_executor_backend == "mp"
+        exit_with_actor(
+            additional_config["actor_process_id"],
+            core_id=os.getppid() if has_core_parent else None,
         )
         self._receiver = TorchReceiver(device=self.device)
         self._expected: list[NamedTensor] | None = None
@@ -72,7 +72,7 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.outcome: dict[str, Any] = {}
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Nothing to prepare."""
+        """No initialisation required."""
 
     def start_weight_update(self) -> None:
         self.outcome = {}
@@ -86,7 +86,7 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         except SpeedAsyncError as error:
             self.outcome = {"error": pack_error(error), "is_whole": not self._reloading}
         else:
-            self.outcome = _told(report)
+            self.outcome = _completed_outcome(report)
 
     def finish_weight_update(self) -> None:
         if not self._reloading:
@@ -103,12 +103,14 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             initialize_layerwise_reload(self.model)
             self._reloading = True
         model: Any = self.model
-        # vLLM keeps what it is given until a layer is complete; the bucket is only lent.
+        # vLLM keeps the tensors until a layer is complete; the bucket is valid in this call only.
         model.load_weights([(name, tensor.to(self.device, copy=True)) for name, tensor in tensors])
 
     def _expect(self) -> list[NamedTensor]:
-        """Names, shapes and dtypes as the learner has them: of the model that Hugging Face makes
-        of the same configuration, without its memory."""
+        """Names, shapes and dtypes of the learner's parameters.
+
+        Taken from the Hugging Face model of the same configuration, on the meta device.
+        """
         if self._expected is None:
             config = self.model_config.hf_config
             with torch.device("meta"):
@@ -117,8 +119,7 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         return self._expected
 
     def _refresh_tied_head(self) -> None:
-        """vLLM's CPU build multiplies by a packed copy of the head, which a reload of the tied
-        embedding does not reach."""
+        """Refresh the packed copy of a tied head on a CPU, which a reload does not update."""
         head = getattr(self.model, "lm_head", None)
         tied = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
         if tied and head is not None and self.device.type == "cpu":
@@ -126,34 +127,37 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 class WorkerExtension:
-    """Methods that vLLM adds to its worker class, to be called by `collective_rpc`."""
+    """Methods that vLLM adds to its worker class, called with `collective_rpc`."""
 
     weight_transfer_engine: ReceivingEngine
 
     def transfer_outcome(self) -> dict[str, Any]:
-        """How this worker's last transfer went: see `ReceivingEngine.outcome`."""
+        """Outcome of this worker's last transfer; see `ReceivingEngine.outcome`."""
         return self.weight_transfer_engine.outcome
 
 
-def end_with_actor(actor_id: int, *, core_id: int | None) -> None:
-    """End this process, and vLLM's engine core above it, when the actor's process has ended: the
-    core would wait for it for ever. `core_id` None: this process is the core."""
+def exit_with_actor(actor_id: int, *, core_id: int | None) -> None:
+    """Exit this process, and vLLM's engine core above it, when the actor process exits.
+
+    The core would otherwise wait for its workers indefinitely. `core_id` None: this process is the
+    core.
+    """
 
     def watch() -> None:
         try:
             actor = os.pidfd_open(actor_id)
         except ProcessLookupError:
-            pass  # gone already
+            pass  # has already exited
         else:
             select.select([actor], [], [])
         if core_id is not None and os.getppid() == core_id:
             os.kill(core_id, signal.SIGKILL)
         os._exit(1)
 
-    threading.Thread(target=watch, name="end-with-actor", daemon=True).start()
+    threading.Thread(target=watch, name="exit-with-actor", daemon=True).start()
 
 
-def _told(report: TransferReport) -> dict[str, Any]:
+def _completed_outcome(report: TransferReport) -> dict[str, Any]:
     canary = report.canary
     return {
         "error": None,

@@ -1,7 +1,7 @@
-"""One real vLLM on the CPU for many tests, and a real sender that it receives from.
+"""A real vLLM on the CPU that many tests share, and a real sender that it receives from.
 
-Starting vLLM takes half a minute, so an engine's life is played on one that runs on: entering
-makes it as good as new, leaving leaves nothing of it behind.
+Starting vLLM takes about 30 s, so the engines of the tests share one running vLLM: entering an
+engine resets its state, exiting aborts its requests.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ import torch
 from engine_contract import CONTEXT_LENGTH
 from tiny_models import save_tiny_folder, tiny_model
 
-from speed_async.actors.vllm_engine.engine import OpenLlm, VllmEngine
+from speed_async.actors.vllm_engine.engine import StartedLlm, VllmEngine
 from speed_async.actors.vllm_engine.options import process_environment
 from speed_async.actors.vllm_engine.start import open_llm
 from speed_async.config.load import build_config
@@ -28,13 +28,13 @@ from speed_async.weight_sync.broadcast import TorchSender
 from speed_async.weight_sync.canary import Canary, canary_token_ids
 
 HEAD_DIM = 32
-"""The smallest that vLLM attends with on a CPU."""
+"""The smallest head dimension that vLLM supports on a CPU."""
 CPU = torch.device("cpu")
 
 
 @functools.cache
 def vllm_model(*, tied: bool, seed: int = 0) -> Any:
-    """Made once: making one takes as long as a whole completion."""
+    """Cached, because creating a model takes as long as a whole completion."""
     return tiny_model("llama", tied=tied, seed=seed, head_dim=HEAD_DIM)
 
 
@@ -53,7 +53,7 @@ def vllm_config(folder: Path, *, tied: bool, slots: int = 2, **actors: Any) -> C
 
 @contextmanager
 def vllm_environment(config: Config) -> Iterator[None]:
-    """What an actor's process has from its supervisor."""
+    """Environment that the supervisor sets for an actor process."""
     before = dict(os.environ)
     os.environ.update(process_environment(config, on_cpu=True))
     try:
@@ -65,7 +65,7 @@ def vllm_environment(config: Config) -> Iterator[None]:
 
 @functools.cache
 def canary_of(model: Any) -> Canary:
-    """What a learner with this model would send along."""
+    """The canary that a learner with this model sends."""
     token_ids = canary_token_ids(model.config.vocab_size, context_length=CONTEXT_LENGTH)
     tokens_1T = torch.tensor([token_ids])
     with torch.no_grad():
@@ -74,12 +74,14 @@ def canary_of(model: Any) -> Canary:
     return Canary(token_ids=token_ids, logprobs=tuple(logprobs))
 
 
-class SentEngine(VllmEngine):
-    """Before each update it lets a real sender send, over gloo, what `weights` gives."""
+class SenderBackedEngine(VllmEngine):
+    """Before each update, a real sender broadcasts the harness's `weights` over gloo."""
 
-    def __init__(self, open_llm: Callable[[], OpenLlm], stage: "Stage", **more: Any) -> None:
-        super().__init__(open_llm, **more)
-        self._stage = stage
+    def __init__(
+        self, open_llm: Callable[[], StartedLlm], harness: "VllmHarness", **kwargs: Any
+    ) -> None:
+        super().__init__(open_llm, **kwargs)
+        self._harness = harness
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
@@ -88,23 +90,22 @@ class SentEngine(VllmEngine):
         return self
 
     async def __aexit__(self, *details: Any) -> None:
-        live = [*self._live]
+        request_ids = [*self._live]
         await super().__aexit__(*details)
-        if live:
-            await self._llm.abort(live, internal=True)
+        if request_ids:
+            await self._llm.abort(request_ids, internal=True)
 
     async def update_weights(self, offer: WeightOffer) -> Any:
-        return await super().update_weights(self._stage.send(offer))
+        return await super().update_weights(self._harness.send(offer))
 
 
-class Stage:
-    """A running vLLM. `weights(version)` is what a sender sends as that version, with the canary
-    of `canary(version)`."""
+class VllmHarness:
+    """A running vLLM and a sender of `weights(version)` with the canary `canary(version)`."""
 
     def __init__(self, config: Config, *, tied: bool) -> None:
         self._config = config
         self._runner = asyncio.Runner()
-        self._opened = open_llm(config, seed=0)
+        self._started = open_llm(config, seed=0)
         self._sender = TorchSender(host="127.0.0.1", bucket_bytes=4096, device=CPU)
         self._threads: list[Thread] = []
         self.tied = tied
@@ -115,21 +116,21 @@ class Stage:
 
     @property
     def llm(self) -> Any:
-        return self._opened.llm
+        return self._started.llm
 
-    def start(self, **more: Any) -> SentEngine:
-        """An engine on this vLLM whose completions only end by their length."""
-        opened = replace(self._opened, eos_token_ids=(), close=lambda: None)
-        settings: dict[str, Any] = {"recompute_at_update": True, "eos_token_ids": ()} | more
-        opened = replace(opened, eos_token_ids=settings.pop("eos_token_ids"))
-        return SentEngine(lambda: opened, self, **settings)
+    def start(self, **kwargs: Any) -> SenderBackedEngine:
+        """An engine on this vLLM; without `eos_token_ids`, completions end by length only."""
+        settings: dict[str, Any] = {"recompute_at_update": True, "eos_token_ids": ()} | kwargs
+        eos_token_ids = settings.pop("eos_token_ids")
+        started = replace(self._started, eos_token_ids=eos_token_ids, close=lambda: None)
+        return SenderBackedEngine(lambda: started, self, **settings)
 
     def run(self, coroutine: Any) -> Any:
-        """vLLM's tasks live on one event loop."""
+        """Run on one event loop, as vLLM's tasks require."""
         return self._runner.run(coroutine)
 
     def send(self, offer: WeightOffer) -> WeightOffer:
-        """Begin to send in a thread; the offer that the engine is to take up."""
+        """Start sending in a thread; returns the offer for the engine."""
         host, port = self._sender.store_address
         num_workers = self._config.actors.vllm.tensor_parallel
         offer = replace(
@@ -146,7 +147,7 @@ class Stage:
             named = [(name, each.detach()) for name, each in model.named_parameters()]
             try:
                 self._sender.send(replace(offer, rank=0), named, canary)
-            except Exception as error:  # seen by the test
+            except Exception as error:  # checked by the test
                 self.errors.append(error)
 
         self._threads.append(Thread(target=send))
@@ -157,5 +158,5 @@ class Stage:
         for thread in self._threads:
             thread.join(30)
         self._sender.close()
-        self._opened.close()
+        self._started.close()
         self._runner.close()

@@ -1,0 +1,79 @@
+"""Selects completions to display as samples, alternating between passing and failing ones."""
+
+import math
+from collections.abc import Callable
+
+from speed_async.actors.rollout import GateRejection, LeaseWork, Scored
+from speed_async.transport import messages as m
+from speed_async.types import PASS_REWARD, ActorCounts, Completion, Group, LeaseKind, Prompt
+
+MAX_TEXT_CHARS = 4000
+"""Maximum length of a prompt or completion. The middle of a longer text is removed."""
+
+
+class SampleSelector:
+    """Selects at most one sample every `interval_s` seconds."""
+
+    def __init__(self, interval_s: float, *, is_gated: bool, clock: Callable[[], float]) -> None:
+        """`is_gated`: whether groups are screened before their continuation."""
+        self._interval_s = interval_s
+        self._is_gated = is_gated
+        self._clock = clock
+        self._last_s = -math.inf
+        self._wants_pass = True
+
+    def select(self, work: LeaseWork) -> Completion | None:
+        """One of a finished lease's completions, or None when the interval has not elapsed."""
+        now_s = self._clock()
+        if not work.completions or now_s - self._last_s < self._interval_s:
+            return None
+        self._last_s = now_s
+        wanted = [c for c in work.completions if (c.reward >= PASS_REWARD) == self._wants_pass]
+        selected = (wanted or work.completions)[0]
+        self._wants_pass = selected.reward < PASS_REWARD
+        return selected
+
+    def message(
+        self,
+        selected: Completion,
+        work: LeaseWork,
+        prompt: Prompt,
+        result: Group | GateRejection | Scored,
+        text: str,
+        counts: ActorCounts,
+    ) -> m.Sample:
+        """`text` is the decoded completion."""
+        sampled = selected.sampled
+        return m.Sample(
+            policy_version=int(sampled.policy_versions.max(initial=0)),
+            prompt_id=prompt.prompt_id,
+            held_out=work.lease.kind is LeaseKind.EVALUATION,
+            decision=self._decision(result),
+            reward=selected.reward,
+            is_extracted=selected.extracted is not None,
+            extracted=truncate_middle(selected.extracted or ""),
+            truncated=sampled.finish_reason == "length",
+            num_tokens=sampled.num_tokens,
+            prompt=truncate_middle(prompt.text),
+            completion=truncate_middle(text),
+            counts=counts,
+        )
+
+    def _decision(self, result: Group | GateRejection | Scored) -> str:
+        match result:
+            case Scored():
+                return "evaluated"
+            case GateRejection():
+                return "screened out"
+            case Group():
+                return "continued" if self._is_gated else "kept"
+
+
+def truncate_middle(text: str, max_chars: int = MAX_TEXT_CHARS) -> str:
+    """`text` as valid UTF-8, with its middle removed when it exceeds `max_chars`."""
+    text = text.encode("utf-8", "replace").decode()
+    if len(text) <= max_chars:
+        return text
+    mark = f" ... ({len(text) - max_chars} or more characters omitted) ... "
+    num_shown = max_chars - len(mark)
+    return text[: num_shown - num_shown // 2] + mark + text[len(text) - num_shown // 2 :]
