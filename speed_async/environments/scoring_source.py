@@ -7,14 +7,14 @@ from pathlib import Path
 from types import ModuleType
 
 PACKAGE = "speed_async."
-SCORING_PACKAGE = "speed_async.environments."
+SCORING_PACKAGES = ("speed_async.environments.", "speed_async.testing.")
 INSTALL_FOLDERS = frozenset({"site-packages", "dist-packages"})
 
 
 def scoring_files(task: object) -> list[Path]:
     """Source files of the task's classes and of the modules that they import, transitively.
 
-    Of this package, only modules in `environments` are included; of user code, only modules in the
+    Of this package, only modules in `environments` and `testing` are included; of user code, only modules in the
     task's folder or its subfolders. Installed packages are excluded.
     """
     found: set[Path] = set()
@@ -38,7 +38,7 @@ def _collect(module: ModuleType, folder: Path, found: set[Path]) -> None:
 
 def _is_relevant(module: ModuleType, path: Path, folder: Path) -> bool:
     if module.__name__.startswith(PACKAGE):
-        return module.__name__.startswith(SCORING_PACKAGE)
+        return module.__name__.startswith(SCORING_PACKAGES)
     return path.is_relative_to(folder) and not INSTALL_FOLDERS & set(path.relative_to(folder).parts)
 
 
