@@ -157,18 +157,33 @@ def books_close(target: Target) -> bool:
 
 
 MARKS = (
-    *("lost", "holds no map", "lacks field", "unknown field", "must be", "array frames"),
-    *("is announced with", "announces no", " array: ", "not one-dimensional", "protocol version"),
+    *("lost", "must be a map", "is missing field", "unknown field", "must be", "array frames"),
+    *("declares", "must declare", " array: ", "not one-dimensional", "protocol version"),
     *(
         "unknown message type",
-        "not msgpack",
+        "not valid msgpack",
         "does not begin",
-        "a header of",
+        "the header has",
         "is not for the service",
     ),
-    *("is the learner's to send", "say Hello first", "without frames", "fingerprint", "failure of"),
-    *("cannot be", "is no peer name", "does not know this peer", "characters", "counts", "breaks"),
-    *("in flight than", "from the future", "vocabulary", "not finite", "is none", "no lease"),
+    *("is the learner's to send", "say Hello first", "has no frames", "fingerprint", "failure of"),
+    *(
+        "cannot be",
+        "valid peer name",
+        "does not know this peer",
+        "characters",
+        "counts",
+        "is invalid",
+    ),
+    *(
+        "in flight than",
+        "from the future",
+        "newer than",
+        "vocabulary",
+        "not finite",
+        "is none",
+        "no lease",
+    ),
 )
 
 

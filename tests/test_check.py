@@ -176,7 +176,7 @@ def need_system_message(model: Path) -> None:
     (model / "chat_template.jinja").write_text(template)
 
 
-OPEN = ("--cluster.security", "plain-and-open-to-anyone-who-reaches-it")
+OPEN = ("--cluster.security", "insecure")
 CHAT = ("--model.chat_template", "true")
 
 
@@ -189,7 +189,7 @@ CHAT = ("--model.chat_template", "true")
         (make_pointer, (), "git lfs pull"),
         (lose_tokenizer, (), "has no tokenizer"),
         (break_tokenizer, (), "tokenizer.json' cannot be read"),
-        (make_other_kind, (), "names no model_type"),
+        (make_other_kind, (), "has no model_type"),
         (look_back_a_little, (), "set model.context_length to at most 16"),
         (add_state_space_layer, (), "layers of kind mamba"),
         (None, CHAT, "'model.chat_template' = True: this model's tokenizer has no chat template"),

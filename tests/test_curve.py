@@ -124,9 +124,9 @@ def test_whoever_is_not_allowed_never_reaches_the_hub_and_nobody_notices(
         wrong_server = ClientKeys(
             server_public=unknown.server_public, public=good.public, secret=good.secret
         )
-        await assert_refused(hub, knows_server, "unknown-1.0", "silent to a key that is not in its")
+        await assert_refused(hub, knows_server, "unknown-1.0", "ignores a key that is not in its")
         await assert_refused(hub, wrong_server, "wrong-1.0", r"wrong server\.key")
-        await assert_refused(hub, None, "plain-1.0", r"if it has keys \(cluster\.keys\)")
+        await assert_refused(hub, None, "plain-1.0", r"if it requires keys \(cluster\.keys\)")
         # Under the name of one who is there as well: it does not take its place.
         impostor = await link_to(hub.port, "stays-1.0", knows_server)
         await impostor.send(Ping(sent=66))
@@ -144,7 +144,7 @@ def test_whoever_is_not_allowed_never_reaches_the_hub_and_nobody_notices(
 def test_a_client_with_keys_finds_no_plain_hub(folder: Path):
     async def scene() -> None:
         hub = await hub_with(None)
-        await assert_refused(hub, load_client_keys(folder), "a-1.0", "if it has no keys itself")
+        await assert_refused(hub, load_client_keys(folder), "a-1.0", "if it runs without keys")
 
     play(scene)
 
@@ -171,7 +171,7 @@ def test_without_its_authenticator_a_hub_lets_nobody_in(folder: Path):
         authenticator = hub._socket._authenticator
         assert authenticator is not None
         authenticator.stop()
-        await assert_refused(hub, load_client_keys(folder), "actor-1.0", "none has come")
+        await assert_refused(hub, load_client_keys(folder), "actor-1.0", "none received so far")
 
     play(scene)
 
@@ -248,7 +248,7 @@ def test_what_is_no_key_file_holds_nobody_up(folder: Path):
 def test_keys_that_others_may_replace_are_refused(folder: Path, name: str):
     place = folder / name
     place.chmod(place.stat().st_mode | stat.S_IWGRP)
-    with pytest.raises(ConfigError, match="others may write"):
+    with pytest.raises(ConfigError, match="is writable by other users"):
         (load_client_keys if name == "server.key" else load_server_keys)(folder)
 
 
@@ -313,7 +313,7 @@ def test_the_command_never_overwrites(folder: Path):
         make_keys(folder)
     add_client(folder, "late")
     for name in ("late", "client"):
-        with pytest.raises(SpeedAsyncError, match=f"there is a client '{name}'"):
+        with pytest.raises(SpeedAsyncError, match=f"client '{name}' exists"):
             add_client(folder, name)
     assert {path: path.read_bytes() for path in before} == before
 
@@ -331,7 +331,7 @@ def test_a_further_client_gets_a_folder_with_all_it_needs_and_no_more(folder: Pa
 
 @pytest.mark.parametrize("name", ["", "../up", ".hidden", "a/b", "x" * 65, "ä"])
 def test_a_client_s_name_stays_in_its_folder(folder: Path, name: str):
-    with pytest.raises(SpeedAsyncError, match="is no name for a client"):
+    with pytest.raises(SpeedAsyncError, match="is not a valid client name"):
         add_client(folder, name)
 
 
@@ -344,27 +344,27 @@ def test_secrets_that_others_may_read_are_refused(folder: Path):
     for name, load in (("client", load_client_keys), ("server", load_server_keys)):
         secret = folder / f"{name}.key_secret"
         secret.chmod(0o640)
-        with pytest.raises(ConfigError, match=r"\(mode 0640\), a secret key; chmod 600") as refused:
+        with pytest.raises(ConfigError, match=r"\(mode 0640\); chmod 600") as refused:
             load(folder)
         assert (refused.value.field, refused.value.value) == ("cluster.keys", str(folder))
         secret.chmod(0o600)
         load(folder)
     (folder / "allowed").chmod(0o777)
-    with pytest.raises(ConfigError, match="let anyone in; chmod go-w"):
+    with pytest.raises(ConfigError, match="could add keys; chmod go-w"):
         load_server_keys(folder)
 
 
 def test_broken_keys_are_named(folder: Path, strangers: Path):
     (folder / "client.key_secret").write_bytes((folder / "server.key").read_bytes())
-    with pytest.raises(ConfigError, match=r"client\.key_secret holds no pair of keys"):
+    with pytest.raises(ConfigError, match=r"client\.key_secret does not contain a valid key pair"):
         load_client_keys(folder)
     mixed = (folder / "server.key_secret").read_text().splitlines()[:3]
     mixed += (strangers / "server.key_secret").read_text().splitlines()[3:]
     (folder / "server.key_secret").write_text("\n".join(mixed))
-    with pytest.raises(ConfigError, match=r"server\.key_secret holds no pair"):
+    with pytest.raises(ConfigError, match=r"server\.key_secret does not contain a valid"):
         load_server_keys(folder)
     (strangers / "server.key").write_text('public-key = "short"')
-    with pytest.raises(ConfigError, match=r"server\.key is not of 40 characters"):
+    with pytest.raises(ConfigError, match=r"server\.key does not have 40 characters"):
         load_client_keys(strangers)
 
 
@@ -385,7 +385,7 @@ def test_keys_do_not_show_in_errors_or_logs(folder: Path):
         ("10.0.0.1", "auto", True),
         ("0.0.0.0", "auto", True),
         ("node0", "auto", True),
-        ("10.0.0.1", "plain-and-open-to-anyone-who-reaches-it", False),
+        ("10.0.0.1", "insecure", False),
     ],
 )
 def test_which_sockets_have_keys(folder: Path, host: str, security: str, has_keys: bool):

@@ -77,19 +77,22 @@ INT, FLOAT = np.int32, np.float32
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"lengths": np.array([2, 2], INT)}, "lengths sum to the tokens"),
+        ({"lengths": np.array([2, 2], INT)}, "lengths to sum to the number"),
         ({"lengths": np.array([4, -1], INT)}, "lengths >= 0"),
-        ({"lengths": np.array([2**31 - 1, 2**31 - 1], INT)}, "lengths sum to the tokens"),
-        ({"lengths": np.array([], INT)}, "it has completions"),
-        ({"rewards": np.array([1.0], FLOAT)}, "one reward a completion"),
+        (
+            {"lengths": np.array([2**31 - 1, 2**31 - 1], INT)},
+            "lengths to sum to the number",
+        ),
+        ({"lengths": np.array([], INT)}, "at least one completion"),
+        ({"rewards": np.array([1.0], FLOAT)}, "one reward per completion"),
         ({"rewards": np.array([1.0, 1.5], FLOAT)}, "rewards in"),
         ({"rewards": np.array([1.0, -0.5], FLOAT)}, "rewards in"),
         ({"rewards": np.array([1.0, np.nan], FLOAT)}, "rewards in"),
-        ({"logprobs": np.array([-1.0, -1.0], FLOAT)}, "one logprob a token"),
+        ({"logprobs": np.array([-1.0, -1.0], FLOAT)}, "one logprob per token"),
         ({"logprobs": np.array([-1.0, -1.0, 0.001], FLOAT)}, "logprobs finite"),
         ({"logprobs": np.array([-1.0, -1.0, np.nan], FLOAT)}, "logprobs finite"),
         ({"logprobs": np.array([-1.0, -1.0, -np.inf], FLOAT)}, "logprobs finite"),
-        ({"policy_versions": np.array([0, 1], INT)}, "one policy version a token"),
+        ({"policy_versions": np.array([0, 1], INT)}, "one policy version per token"),
         ({"policy_versions": np.array([0, 1, -1], INT)}, "policy versions >= 0"),
         ({"token_ids": np.array([1, 2, -3], INT)}, "token ids >= 0"),
         ({"prompt_token_ids": np.array([-1], INT)}, "token ids >= 0"),
@@ -99,14 +102,14 @@ INT, FLOAT = np.int32, np.float32
     ],
 )
 def test_a_group_that_contradicts_itself_is_refused(changes, complaint):
-    with pytest.raises(ProtocolError, match=f"lease 7 breaks: .*{complaint}"):
+    with pytest.raises(ProtocolError, match=f"lease 7 is invalid: .*{complaint}"):
         unpack_group(group_message(**changes))
 
 
 def test_a_group_without_any_token_is_refused():
     empty = {name: np.array([], INT) for name in ("token_ids", "policy_versions")}
     message = group_message(**empty, logprobs=np.array([], FLOAT), lengths=np.array([0, 0], INT))
-    with pytest.raises(ProtocolError, match="it has tokens"):
+    with pytest.raises(ProtocolError, match="at least one token"):
         unpack_group(message)
 
 
@@ -151,7 +154,7 @@ def test_only_bounds_make_a_token_or_a_version_impossible():
     assert validate_group(message, within).num_completions == len(message.lengths)
     for name, value, complaint in (
         ("largest_token_id", largest - 1, f"token {largest} is not in the vocabulary"),
-        ("newest_version", newest - 1, "from the future"),
+        ("newest_version", newest - 1, "newer than the current version"),
         ("completion_tokens", int(message.lengths.max()) - 1, "longer than"),
     ):
         with pytest.raises(ProtocolError, match=complaint):

@@ -100,7 +100,7 @@ def test_what_the_journal_rests_on_cannot_be_changed(
 
 
 def test_a_folder_that_holds_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SpeedAsyncError, match=r"no run is there.*give the folder of a run"):
+    with pytest.raises(SpeedAsyncError, match=r"not a run folder.*give a run folder"):
         load_resumed(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(SpeedAsyncError, match="cannot be read"):

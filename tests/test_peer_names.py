@@ -214,5 +214,5 @@ def test_names_in_use_stay_when_a_key_opens_too_many(monkeypatch: pytest.MonkeyP
 
 def test_identities_of_one_name_are_never_alike():
     assert len({new_identity(NAME) for _ in range(100)}) == 100
-    with pytest.raises(ProtocolError, match="is no peer name"):
+    with pytest.raises(ProtocolError, match="is not a valid peer name"):
         new_identity("no name")

@@ -328,7 +328,7 @@ def test_moved_data_and_model_are_asked_for_and_taken_at_their_new_place(
     try:
         said = refusal(moved)
         assert "config field 'model.path'" in said
-        assert "if it was moved, give its new place: --model.path FOLDER" in said
+        assert "if it was moved, set the new path: --model.path FOLDER" in said
         places = ("--model.path", "other-model", "--task.path", "other-data")
         status, _, err = resume_train(moved, "--run.updates", "4", *places).finish()
         assert status == 0, err

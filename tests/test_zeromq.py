@@ -132,9 +132,9 @@ async def test_a_peer_with_an_unfit_name_is_refused(stage: ZmqStage):
         await stage.hub.receive(0.2)
     answer = await peer.receive(SOON_S)
     assert isinstance(answer, Rejected)
-    assert "is no peer name" in answer.reason
+    assert "is not a valid peer name" in answer.reason
     assert stage.hub.rejected == 1
-    with pytest.raises(ProtocolError, match="is no peer name"):
+    with pytest.raises(ProtocolError, match="is not a valid peer name"):
         await stage.link("")
 
 
