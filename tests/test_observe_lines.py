@@ -147,7 +147,7 @@ def test_an_open_ledger_and_a_new_warning_are_told_once_each_time() -> None:
     broken = Event(kind="step", values=GAUGES | {"ledger_closes": False})
     lines = printed(warned, warned, broken)
     assert lines[1] == "warning actor-1.0 lost"
-    assert lines[2].endswith("eta 1m02s LEDGER DOES NOT CLOSE")
+    assert lines[2].endswith("eta 1m02s LEDGER DOES NOT BALANCE")
     assert len(lines) == 3
 
 

@@ -153,7 +153,7 @@ FIGURES = (
     *("0.410", "0.520", "best 0.52", "5,300", "2,100", "38 %"),
     *("16/64", "48 prompts", "limit 96", "0.80", "max 2", "learner 60%", "actor 20%", "sync 10%"),
     *("1/2 newest", "lag 3"),
-    *("✓ closes", "held-out 0.520 at v10"),
+    *("✓ balances", "held-out 0.520 at v10"),
 )
 
 
@@ -176,7 +176,7 @@ def test_a_wide_picture_spells_its_notes_out() -> None:
     assert "first 0.28  best 0.52" in text
     assert " 12 %  training" in text
     assert " 25 % full" in text
-    assert "limit 96 at present" in text
+    assert "limit 96 currently" in text
     assert "pause 12 ms  lag 3" in text
 
 
@@ -215,7 +215,7 @@ def test_trouble_is_said_in_words_and_not_only_in_colour() -> None:
         "max_staleness": 1,
     }
     text = "\n".join(shown(state_after(Event(kind="status", values=GAUGES | trouble)), 80))
-    assert "✗ does not close" in text
+    assert "✗ does not balance" in text
     assert "! actor-1.0 lost" in text
     assert "! restart 1 of 3" in text
     assert re.search(r"actors +1/2 MISSING", text)

@@ -86,7 +86,7 @@ run ended: 100 updates done
 
   accuracy    28.3 % -> 51.2 %  (+22.9 points)
   wall time   4m04s
-  trained     100 updates of 38,400 completions in all
+  trained     100 updates of 38,400 completions
   generated   512,345 tokens, 2,098 tokens/s
   gate        38 % of screened prompts continued
   staleness   mean 0.80, max 2 versions
@@ -96,7 +96,7 @@ run ended: 100 updates done
     screened out             4             200      20 %
     evaluation               5             100      10 %
     generated               12           1,000
-  closes      yes (2 checks hold)
+  balanced    yes (2 checks passed)
 
   files       runs/arithmetic
 """
@@ -143,7 +143,7 @@ def test_diagnoses_and_the_first_example_of_each_failure_are_told_in_80_columns(
     assert "  held-out    failed: prompt (4)\n" in text
     assert "first: actor lost" not in text
     assert "  diagnosis   no reward: none passed. Change: x\n" in text
-    assert "  diagnosis   the gate starves (over since 1m02s, version 9)\n" in text
+    assert "  diagnosis   the gate starves (resolved at 1m02s, version 9)\n" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -157,7 +157,7 @@ def test_a_ledger_that_does_not_close_names_the_broken_check_and_the_failures() 
     }
     text = summary_text({"ledger": ledger})
     assert "  failures    actor lost (3)\n" in text
-    assert "  closes      NO\n    does not hold: tokens add up\n" in text
+    assert "  balanced    NO\n    violated: tokens add up\n" in text
     assert "groups add up" not in text
 
 
@@ -193,5 +193,5 @@ def test_what_a_person_should_know_is_told_again_in_80_columns() -> None:
 
 def test_the_closing_words_say_what_was_repeated_after_a_restart() -> None:
     text = summary_text({"updates_repeated": 7, "updates_repeated_alike": 7})
-    assert "  repeated    7 updates as the journal has them, 7 bit for bit alike" in text
+    assert "  repeated    7 updates from the journal, 7 bitwise identical" in text
     assert "repeated" not in summary_text({"updates_repeated": 0})
