@@ -30,7 +30,7 @@ def num_pixels_like(path: Path, red: float, green: float, blue: float) -> int:
 BLUE = (0x0B / 255, 0x5F / 255, 0xA5 / 255)
 
 
-def test_the_figure_shows_both_lines(tmp_path: Path) -> None:
+def test_figure_shows_both_lines(tmp_path: Path) -> None:
     path = plot_accuracy(run_with(tmp_path, num_evaluations=5, num_steps=20))
     assert path == tmp_path / "accuracy.png"
     assert imread(path).shape == (675, 1200, 4)
@@ -39,7 +39,7 @@ def test_the_figure_shows_both_lines(tmp_path: Path) -> None:
     assert num_pixels_like(path, *faint_orange) > 500
 
 
-def test_more_evaluations_draw_more_and_none_draws_none(tmp_path: Path) -> None:
+def test_figure_draws_all_evaluations(tmp_path: Path) -> None:
     none = plot_accuracy(run_with(tmp_path / "none", num_evaluations=0, num_steps=0))
     single = plot_accuracy(run_with(tmp_path / "single", num_evaluations=1, num_steps=0))
     several = plot_accuracy(run_with(tmp_path / "several", num_evaluations=3, num_steps=0))
@@ -48,7 +48,7 @@ def test_more_evaluations_draw_more_and_none_draws_none(tmp_path: Path) -> None:
     assert 0 < blues[1] < blues[2]
 
 
-def test_a_run_without_metrics_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+def test_missing_metrics_error_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"metrics\.jsonl: no such file"):
         plot_accuracy(tmp_path)
 
@@ -78,7 +78,7 @@ SUMMARY: dict[str, object] = {
 }
 
 
-def test_the_closing_summary_in_full() -> None:
+def test_complete_summary() -> None:
     assert (
         summary_text(SUMMARY)
         == """\
@@ -103,7 +103,7 @@ run ended: 100 updates done
     )
 
 
-def test_a_stopped_run_shows_the_last_measured_accuracy_and_how_to_go_on() -> None:
+def test_stopped_run_shows_the_last_accuracy_and_the_resume_command() -> None:
     stopped = SUMMARY | {
         "accuracy_after": None,
         "accuracy_last_version": 80,
@@ -118,13 +118,13 @@ def test_a_stopped_run_shows_the_last_measured_accuracy_and_how_to_go_on() -> No
     assert "resume" not in summary_text(SUMMARY | {"completed": True})
 
 
-def test_one_measured_accuracy_is_no_change() -> None:
+def test_single_accuracy_shows_no_change() -> None:
     text = summary_text(SUMMARY | {"accuracy_after": None, "accuracy_last_version": 0})
     assert "  accuracy    28.3 % at version 0, the only one measured\n" in text
     assert "points" not in text
 
 
-def test_diagnoses_and_the_first_example_of_each_failure_are_told_in_80_columns() -> None:
+def test_diagnoses_and_failure_examples_fit_80_columns() -> None:
     ledger = {
         "groups": {"failed": 3},
         "failures": {"prompt": 2, "actor lost": 1},
@@ -147,7 +147,7 @@ def test_diagnoses_and_the_first_example_of_each_failure_are_told_in_80_columns(
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_a_ledger_that_does_not_close_names_the_broken_check_and_the_failures() -> None:
+def test_unbalanced_ledger_names_violated_checks_and_failures() -> None:
     ledger = {
         "groups": {"failed": 3},
         "tokens": {"failed": 40},
@@ -161,13 +161,13 @@ def test_a_ledger_that_does_not_close_names_the_broken_check_and_the_failures() 
     assert "groups add up" not in text
 
 
-def test_an_empty_summary_is_all_dashes() -> None:
+def test_empty_summary_has_dashes() -> None:
     text = summary_text({})
     assert "  accuracy    -\n" in text
     assert "  ledger      -\n" in text
 
 
-def test_a_breakdown_is_told_when_it_is_asked_for() -> None:
+def test_breakdown_is_optional() -> None:
     summary = {
         "breakdown": {
             "learner": {"waiting for groups": 3.0, "training": 1.0},
@@ -181,7 +181,7 @@ def test_a_breakdown_is_told_when_it_is_asked_for() -> None:
     assert any(line.startswith("      sampling") and line.endswith(" -") for line in lines)
 
 
-def test_what_a_person_should_know_is_told_again_in_80_columns() -> None:
+def test_notices_fit_80_columns() -> None:
     notice = "checkpoint version-000006 is damaged (model.safetensors is not as it was written)"
     text = summary_text({"notices": [notice]})
     [first, second] = [line for line in text.splitlines() if "damaged" in line or "written" in line]
@@ -191,7 +191,7 @@ def test_what_a_person_should_know_is_told_again_in_80_columns() -> None:
     assert "note" not in summary_text({"notices": []})
 
 
-def test_the_closing_words_say_what_was_repeated_after_a_restart() -> None:
+def test_summary_reports_repeated_updates() -> None:
     text = summary_text({"updates_repeated": 7, "updates_repeated_alike": 7})
     assert "  repeated    7 updates from the journal, 7 bitwise identical" in text
     assert "repeated" not in summary_text({"updates_repeated": 0})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import uvloop
 import zmq
-from transport_contract import SOON_S, ZmqStage, over_sockets, say
+from transport_contract import SOON_S, ZmqStage, offer_until_queued, over_sockets
 
 from speed_async.errors import DeadlineExceeded, ProtocolError
 from speed_async.transport import peer_names
@@ -28,7 +28,7 @@ async def assert_served(hub: ZmqHub, link: Link, number: int) -> None:
     """Both ways, under NAME."""
     await link.send(Ping(sent=number))
     assert await hub.receive(SOON_S) == (NAME, Ping(sent=number))
-    assert await say(hub, NAME, Welcome(policy_version=number)) is Delivery.QUEUED
+    assert await offer_until_queued(hub, NAME, Welcome(policy_version=number)) is Delivery.QUEUED
     assert await heard(link) == Welcome(policy_version=number)
 
 
@@ -69,7 +69,7 @@ async def until_heard(hub: ZmqHub, link: Link) -> None:
 
 async def wait_until_gone(hub: ZmqHub) -> None:
     async with asyncio.timeout(SOON_S):
-        while await say(hub, NAME, Welcome(policy_version=0)) is not Delivery.GONE:  # noqa: ASYNC110
+        while await offer_until_queued(hub, NAME, Welcome(policy_version=0)) is not Delivery.GONE:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
