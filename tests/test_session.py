@@ -10,7 +10,7 @@ from speed_async.transport.messages import Message, Welcome
 from speed_async.transport.session import Receipt, Session
 
 
-def enqueue(session: Session, *versions: int) -> None:
+def enqueue_versions(session: Session, *versions: int) -> None:
     for version in versions:
         session.say(Welcome(policy_version=version))
 
@@ -30,7 +30,7 @@ def versions(messages: list[Message]) -> list[int]:
 
 def test_messages_are_numbered_and_kept_until_acknowledged() -> None:
     session = Session()
-    enqueue(session, 7, 8)
+    enqueue_versions(session, 7, 8)
     assert [message.number for message in flush(session)] == [1, 2]
     assert session.num_unacked == 2
     session.arrived(Welcome(policy_version=0, number=1, heard=1))
@@ -49,7 +49,7 @@ def test_duplicates_and_gaps_are_detected_by_number() -> None:
 
 def test_rewind_retransmits_all_later_messages() -> None:
     session = Session()
-    enqueue(session, 1, 2, 3)
+    enqueue_versions(session, 1, 2, 3)
     flush(session)
     assert session.rewind(1)
     assert versions(flush(session)) == [2, 3]
@@ -57,7 +57,7 @@ def test_rewind_retransmits_all_later_messages() -> None:
 
 def test_acknowledged_messages_cannot_be_retransmitted() -> None:
     session = Session()
-    enqueue(session, 1, 2)
+    enqueue_versions(session, 1, 2)
     flush(session)
     session.arrived(Welcome(policy_version=0, heard=2))
     assert not session.rewind(1)
@@ -71,9 +71,9 @@ def test_lossy_connection_delivers_each_message_once(seed: int, num_messages: in
     received: list[int] = []
     next_version = 0
     while len(received) < num_messages:
-        match rng.choice(["enqueue", "send", "deliver", "lose", "nack"]):
-            case "enqueue" if next_version < num_messages:
-                enqueue(sender, next_version)
+        match rng.choice(["add", "send", "deliver", "lose", "nack"]):
+            case "add" if next_version < num_messages:
+                enqueue_versions(sender, next_version)
                 next_version += 1
             case "send" if sender.has_unsent:
                 in_transit.append(sender.next_unsent())

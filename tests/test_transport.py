@@ -23,15 +23,15 @@ from speed_async.transport.transport import Delivery
 from speed_async.types import ActorCounts
 
 
-def want(num_prompts: int) -> WantWork:
+def want_work(num_prompts: int) -> WantWork:
     return WantWork(counts=ActorCounts(), num_prompts=num_prompts)
 
 
 async def connected_link(setup: TransportSetup, name: str):
     """A link that is registered at the hub."""
     link = await setup.link(name)
-    await link.send(want(0))
-    assert await setup.hub.receive(SOON_S) == (name, want(0))
+    await link.send(want_work(0))
+    assert await setup.hub.receive(SOON_S) == (name, want_work(0))
     return link
 
 
@@ -42,7 +42,7 @@ async def test_messages_arrive_complete_and_in_order_in_both_directions(setup: T
 
     async def send_all() -> None:
         for number in range(total):
-            await link.send(want(number))
+            await link.send(want_work(number))
 
     async def reply_all() -> list[int]:
         numbers = []
@@ -135,7 +135,7 @@ async def test_replies_reach_the_right_peer(setup: TransportSetup):
 
     async def ask(index: int) -> None:
         for number in range(rounds):
-            await links[index].send(want(number))
+            await links[index].send(want_work(number))
             assert await links[index].receive(SOON_S) == Ping(sent=1000 * index + number)
 
     await asyncio.gather(serve(), *(ask(index) for index in range(len(names))))
@@ -155,8 +155,8 @@ async def test_malformed_input_is_rejected_without_affecting_other_peers(setup: 
     for number, frames in enumerate(malformed):
         bad = await setup.raw_peer(f"bad-{number}.0")
         await bad.send_frames(frames)
-        await good.send(want(number))
-        assert await setup.hub.receive(SOON_S) == ("good-1.0", want(number))
+        await good.send(want_work(number))
+        assert await setup.hub.receive(SOON_S) == ("good-1.0", want_work(number))
         if setup.hub.rejected == number:  # the valid message arrived first
             with pytest.raises(DeadlineExceeded):
                 await setup.hub.receive(0.2)
@@ -171,7 +171,7 @@ async def test_malformed_input_is_rejected_without_affecting_other_peers(setup: 
 async def test_rejected_peer_is_muted(setup: TransportSetup):
     good = await connected_link(setup, "good-1.0")
     bad = await setup.raw_peer("bad-1.0")
-    for frames in ([b"rubbish"], [b"more"], encode(Ping(sent=5)), [b""]):
+    for frames in ([b"malformed"], [b"more"], encode(Ping(sent=5)), [b""]):
         await bad.send_frames(frames)
     with pytest.raises(DeadlineExceeded):
         await setup.hub.receive(0.3)
@@ -179,10 +179,10 @@ async def test_rejected_peer_is_muted(setup: TransportSetup):
     assert isinstance(await bad.receive(SOON_S), Rejected)
     with pytest.raises((DeadlineExceeded, TimeoutError)):
         await bad.receive(0.1)
-    await good.send(want(3))
-    assert await setup.hub.receive(SOON_S) == ("good-1.0", want(3))
+    await good.send(want_work(3))
+    assert await setup.hub.receive(SOON_S) == ("good-1.0", want_work(3))
     setup.hub.mute("good-1.0")
-    await good.send(want(4))
+    await good.send(want_work(4))
     with pytest.raises(DeadlineExceeded):
         await setup.hub.receive(0.2)
     await offer_until_queued(setup.hub, "good-1.0", Rejected(reason="because"))
@@ -199,7 +199,7 @@ async def test_malformed_flood_delays_neither_other_peers_nor_deadlines(
 
     async def flood() -> None:
         while flooding:
-            await bad.send_frames([b"rubbish"])
+            await bad.send_frames([b"malformed"])
             await asyncio.sleep(0)
 
     flood_task = asyncio.create_task(flood())
@@ -209,8 +209,8 @@ async def test_malformed_flood_delays_neither_other_peers_nor_deadlines(
             with pytest.raises(DeadlineExceeded):
                 await setup.hub.receive(0.05)
             assert asyncio.get_running_loop().time() - started_s < 1.0
-            await good.send(want(number))
-            assert await setup.hub.receive(SOON_S) == ("good-1.0", want(number))
+            await good.send(want_work(number))
+            assert await setup.hub.receive(SOON_S) == ("good-1.0", want_work(number))
     finally:
         flooding = False
         draining = asyncio.create_task(setup.hub.receive(0.5))
@@ -255,9 +255,9 @@ async def test_deadline_error_has_peer_subject_and_duration(setup: TransportSetu
 @on_every_transport()
 async def test_zero_deadline_never_waits(setup: TransportSetup):
     link = await connected_link(setup, "actor-1.0")
-    await link.send(want(1))
-    await link.send(want(2))
-    assert await setup.hub.receive(SOON_S) == ("actor-1.0", want(1))
+    await link.send(want_work(1))
+    await link.send(want_work(2))
+    assert await setup.hub.receive(SOON_S) == ("actor-1.0", want_work(1))
     async with asyncio.timeout(SOON_S):
         while True:  # the second may still be in transit
             try:
@@ -265,7 +265,7 @@ async def test_zero_deadline_never_waits(setup: TransportSetup):
                 break
             except DeadlineExceeded:
                 await asyncio.sleep(0)
-    assert second == ("actor-1.0", want(2))
+    assert second == ("actor-1.0", want_work(2))
 
 
 @on_every_transport()
@@ -279,7 +279,7 @@ async def test_close_is_idempotent_and_ends_all_operations(setup: TransportSetup
     with pytest.raises(TransportClosed):
         await waiting
     with pytest.raises(TransportClosed):
-        await link.send(want(1))
+        await link.send(want_work(1))
     await setup.hub.close()
     await setup.hub.close()
     with pytest.raises(TransportClosed):
@@ -292,10 +292,10 @@ async def test_close_is_idempotent_and_ends_all_operations(setup: TransportSetup
 async def test_closing_a_link_flushes_its_messages(setup: TransportSetup):
     link = await setup.link("actor-1.0")
     for number in range(40):
-        await link.send(want(number))
+        await link.send(want_work(number))
     await link.close()
     received = [await setup.hub.receive(SOON_S) for _ in range(40)]
-    assert received == [("actor-1.0", want(number)) for number in range(40)]
+    assert received == [("actor-1.0", want_work(number)) for number in range(40)]
 
 
 @on_every_transport()
@@ -403,8 +403,8 @@ async def test_link_to_a_slow_hub_uses_bounded_memory(setup: TransportSetup):
         _, message = await setup.hub.receive(SOON_S)
         assert isinstance(message, BatchGroup)
         assert message.token_ids[-1] == number
-    await link.send(want(1))
-    assert await setup.hub.receive(SOON_S) == ("actor-1.0", want(1))
+    await link.send(want_work(1))
+    assert await setup.hub.receive(SOON_S) == ("actor-1.0", want_work(1))
 
 
 @on_every_transport(queued_messages=4)
@@ -435,7 +435,7 @@ async def test_cancelled_receive_loses_no_message(setup: TransportSetup):
     for number in range(100):
         receiving = asyncio.ensure_future(setup.hub.receive(SOON_S))
         await asyncio.sleep(0)
-        await link.send(want(number))
+        await link.send(want_work(number))
         receiving.cancel()
         outcome = (await asyncio.gather(receiving, return_exceptions=True))[0]
         if not isinstance(outcome, BaseException):
@@ -453,6 +453,6 @@ async def test_cancelled_receive_loses_no_message(setup: TransportSetup):
 async def test_invalid_messages_are_rejected_before_sending(setup: TransportSetup):
     link = await connected_link(setup, "actor-1.0")
     with pytest.raises(ProtocolError, match="num_prompts must be int"):
-        await link.send(want("3"))  # type: ignore
+        await link.send(want_work("3"))  # type: ignore
     with pytest.raises(ProtocolError, match="sent must be int"):
         await offer_until_queued(setup.hub, "actor-1.0", Ping(sent=1.5))  # type: ignore

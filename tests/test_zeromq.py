@@ -21,7 +21,7 @@ from speed_async.types import ActorCounts
 HOST = "127.0.0.1"
 
 
-def want(num_prompts: int) -> WantWork:
+def want_work(num_prompts: int) -> WantWork:
     return WantWork(counts=ActorCounts(), num_prompts=num_prompts)
 
 
@@ -36,12 +36,12 @@ def test_link_can_be_opened_before_its_hub():
         port = await free_port()
         link = await open_link(HOST, port, "early-1.0")
         for number in range(10):
-            await link.send(want(number))
+            await link.send(want_work(number))
         with pytest.raises(DeadlineExceeded):
             await link.receive(0.05)
         hub = await open_hub(HOST, port)
         received = [await hub.receive(SOON_S) for _ in range(10)]
-        assert received == [("early-1.0", want(number)) for number in range(10)]
+        assert received == [("early-1.0", want_work(number)) for number in range(10)]
         await offer_until_queued(hub, "early-1.0", Ping(sent=1))
         assert await link.receive(SOON_S) == Ping(sent=1)
         await link.close()
@@ -54,12 +54,12 @@ def test_link_reconnects_to_a_restarted_hub():
     async def run_test() -> None:
         first = await open_hub(HOST, 0)
         link = await open_link(HOST, first.port, "actor-1.0")
-        await link.send(want(1))
-        assert await first.receive(SOON_S) == ("actor-1.0", want(1))
+        await link.send(want_work(1))
+        assert await first.receive(SOON_S) == ("actor-1.0", want_work(1))
         await first.close()
         second = await open_hub(HOST, first.port)
-        await link.send(want(2))
-        assert await second.receive(SOON_S) == ("actor-1.0", want(2))
+        await link.send(want_work(2))
+        assert await second.receive(SOON_S) == ("actor-1.0", want_work(2))
         await offer_until_queued(second, "actor-1.0", Ping(sent=2))
         assert await link.receive(SOON_S) == Ping(sent=2)
         await link.close()
@@ -72,7 +72,7 @@ def test_restarted_hub_reaches_an_idle_peer():
     async def run_test() -> None:
         first = await open_hub(HOST, 0)
         link = SessionLink(await open_link(HOST, first.port, "learner"))
-        await link.send(want(1))
+        await link.send(want_work(1))
         peer, message = await first.receive(SOON_S)
         await offer_until_queued(first, peer, Ack(heard=message.number))
         with pytest.raises(DeadlineExceeded):
@@ -120,8 +120,8 @@ async def test_killed_peer_is_detected_and_its_successor_is_served(setup: ZmqSta
             while setup.hub.undelivered < incarnation:
                 await offer_until_queued(setup.hub, "child-1.0", Ping(sent=0))
                 await asyncio.sleep(0)
-    await stays.send(want(7))
-    assert await setup.hub.receive(SOON_S) == ("stays-1.0", want(7))
+    await stays.send(want_work(7))
+    assert await setup.hub.receive(SOON_S) == ("stays-1.0", want_work(7))
 
 
 @over_sockets()
@@ -168,8 +168,8 @@ def test_hosts_can_be_names():
     async def run_test() -> None:
         hub = await open_hub("localhost", 0)
         link = await open_link("localhost", hub.port, "actor-1.0")
-        await link.send(want(1))
-        assert await hub.receive(SOON_S) == ("actor-1.0", want(1))
+        await link.send(want_work(1))
+        assert await hub.receive(SOON_S) == ("actor-1.0", want_work(1))
         await link.close()
         await hub.close()
 
@@ -179,7 +179,7 @@ def test_hosts_can_be_names():
 def test_close_without_a_hub_ends_after_the_linger_time():
     async def run_test() -> None:
         link = await open_link(HOST, await free_port(), "actor-1.0")
-        await link.send(want(1))
+        await link.send(want_work(1))
         async with asyncio.timeout(LINGER_S + SOON_S):
             await link.close()
 

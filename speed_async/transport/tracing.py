@@ -113,7 +113,7 @@ class TracedLink:
 
     def _known(self, lease_id: int) -> tuple[str, int]:
         """Digest and tokens. A group that was never received is marked, for the trace checker."""
-        return self._taken.get(lease_id, (f"{lease_id}.never-came", 0))
+        return self._taken.get(lease_id, (f"{lease_id}.never-received", 0))
 
     def _sent(self, message: m.Counted, end: str, tokens: int, **fields: str) -> None:
         generated = message.counts.tokens_generated
