@@ -288,7 +288,7 @@ def test_a_configuration_that_cannot_be_read_further_is_one_error(tmp_path: Path
     ("overrides", "said"),
     [
         (("--actors.max_new_tokens", "500"), "leaves no room for a prompt"),
-        (("--cluster.host", "192.0.2.1"), "beyond loopback"),
+        (("--cluster.host", "192.0.2.1"), "not a loopback address"),
         pytest.param(
             ("--actors.device", "cuda"),
             "'actors.device' = 'cuda'",

@@ -95,7 +95,7 @@ def with_feed(check: Callable[[int], None], *events: Event) -> None:
         running = asyncio.create_task(asyncio.to_thread(check, feed.port))
         start_s = asyncio.get_running_loop().time()
         try:
-            while not running.result():
+            while not running.done():
                 at_s = asyncio.get_running_loop().time() - start_s
                 for event in events:
                     wall_s = {"wall_s": 62.0 + at_s} if event.kind == "status" else {}
