@@ -157,31 +157,39 @@ def books_close(target: Target) -> bool:
 
 
 MARKS = (
-    *("lost", "holds no map", "lacks field", "unknown field", "must be", "array frames"),
-    *("is announced with", "announces no", " array: ", "not one-dimensional", "protocol version"),
+    *("lost", "must be a map", "is missing field", "unknown field", "must be", "array frames"),
+    *("declares", "must declare", " array: ", "not one-dimensional", "protocol version"),
     *(
         "unknown message type",
-        "not msgpack",
+        "not valid msgpack",
         "does not begin",
-        "a header of",
+        "the header has",
         "is not for the service",
     ),
     *(
         "is accepted from the learner only",
         "send Hello first",
-        "without frames",
+        "has no frames",
         "fingerprint",
         "failure of",
     ),
     *(
         "out of range",
-        "is no peer name",
+        "valid peer name",
         "does not know this peer",
         "characters",
         "counts",
-        "breaks",
+        "is invalid",
     ),
-    *("in flight than", "from the future", "vocabulary", "not finite", "is not one of", "no lease"),
+    *(
+        "in flight than",
+        "from the future",
+        "newer than",
+        "vocabulary",
+        "not finite",
+        "is not one of",
+        "no lease",
+    ),
 )
 
 

@@ -1,7 +1,7 @@
-"""Text of a `sitecustomize` that traps every reading of a pickle in a run's service and actors.
+"""Source of a `sitecustomize` that traps unpickling in the service and the actors of a run.
 
-Reading that `multiprocessing` or pebble does for an actor's own verifier and engine processes goes
-on; it is written down as well, which shows that the trap is set.
+Unpickling by `multiprocessing` or pebble, for the verifier and engine processes of an actor, is
+permitted. It is logged too, which proves that the trap is active.
 """
 
 SITECUSTOMIZE = """
@@ -9,7 +9,7 @@ import os, pickle, signal, sys
 
 ROLES = [role for role in ("service", "actor") if role in sys.orig_argv]
 if "speed_async.launcher.child" in sys.orig_argv and ROLES:
-    def look(name):
+    def check(name):
         frame, files = sys._getframe(2), []
         while frame:
             files.append(frame.f_code.co_filename)
@@ -22,13 +22,13 @@ if "speed_async.launcher.child" in sys.orig_argv and ROLES:
 
     def trapped(name, original):
         def call(*args, **kwargs):
-            look(name)
+            check(name)
             return original(*args, **kwargs)
         return call
 
     class Unpickler(pickle.Unpickler):
         def __init__(self, *args, **kwargs):
-            look("Unpickler")
+            check("Unpickler")
             super().__init__(*args, **kwargs)
 
     pickle.loads = trapped("loads", pickle.loads)
@@ -39,10 +39,10 @@ if "--multiprocessing-fork" in sys.orig_argv and os.environ.get("TRAP_KILLS"):
     from speed_async.environments.arithmetic import ArithmeticTask
     score = ArithmeticTask.score
 
-    def deadly(self, prompt, completion):
+    def score_or_kill(self, prompt, completion):
         if not prompt.held_out and prompt.prompt_id % 16 == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return score(self, prompt, completion)
 
-    ArithmeticTask.score = deadly
+    ArithmeticTask.score = score_or_kill
 """

@@ -176,7 +176,7 @@ def require_system_message(model: Path) -> None:
     (model / "chat_template.jinja").write_text(template)
 
 
-OPEN = ("--cluster.security", "plain-and-open-to-anyone-who-reaches-it")
+OPEN = ("--cluster.security", "insecure")
 CHAT = ("--model.chat_template", "true")
 
 
@@ -189,7 +189,7 @@ CHAT = ("--model.chat_template", "true")
         (write_lfs_pointer, (), "git lfs pull"),
         (remove_tokenizer, (), "has no tokenizer"),
         (break_tokenizer, (), "tokenizer.json' cannot be read"),
-        (remove_model_type, (), "names no model_type"),
+        (remove_model_type, (), "has no model_type"),
         (add_sliding_window, (), "set model.context_length to at most 16"),
         (add_state_space_layer, (), "layers of type mamba"),
         (None, CHAT, "'model.chat_template' = True: this model's tokenizer has no chat template"),
@@ -284,7 +284,7 @@ def test_configuration_without_a_required_section_is_one_error(tmp_path: Path) -
     ("overrides", "message"),
     [
         (("--actors.max_new_tokens", "500"), "leaves no space for a prompt"),
-        (("--cluster.host", "192.0.2.1"), "beyond loopback"),
+        (("--cluster.host", "192.0.2.1"), "not a loopback address"),
         pytest.param(
             ("--actors.device", "cuda"),
             "'actors.device' = 'cuda'",

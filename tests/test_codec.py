@@ -1,4 +1,4 @@
-"""The codec: what goes in comes out, and nothing but ProtocolError leaves on bad bytes."""
+"""The codec: messages round-trip, and invalid bytes raise only ProtocolError."""
 
 from dataclasses import fields
 from typing import get_type_hints
@@ -34,7 +34,7 @@ from speed_async.transport.messages import (
 from speed_async.transport.session import Ping
 from speed_async.types import ActorCounts, Float32Array, Int32Array
 
-PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ABSTRACT = {Message, Counted}
 MESSAGE_TYPES = sorted(
     (
@@ -78,7 +78,7 @@ ANY_MESSAGE = st.sampled_from(MESSAGE_TYPES).flatmap(
 
 
 def with_header(message: Message, change) -> list[bytes]:
-    """Frames of `message` after `change` worked on its unpacked header in place."""
+    """Frames of `message` with its unpacked header modified in place by `change`."""
     header, *arrays = as_bytes(message)
     parts = msgpack.unpackb(header)
     change(parts)
@@ -97,25 +97,25 @@ def same(left: object, right: object) -> bool:
     return type(left) is type(right) and left == right
 
 
-@settings(PATIENT, max_examples=150)
+@settings(SLOW, max_examples=150)
 @given(ANY_MESSAGE)
-def test_every_message_comes_out_as_it_went_in(message):
+def test_messages_round_trip(message):
     decoded = decode(as_bytes(message))
     assert type(decoded) is type(message)
     for field in fields(message):
         assert same(getattr(message, field.name), getattr(decoded, field.name)), field.name
 
 
-@settings(PATIENT, max_examples=150)
+@settings(SLOW, max_examples=150)
 @given(st.lists(st.binary(max_size=64), max_size=5))
-def test_random_frames_raise_nothing_but_protocol_error(frames):
+def test_random_frames_raise_only_protocol_error(frames):
     with pytest.raises(ProtocolError):
         decode(frames)
 
 
-@settings(PATIENT, max_examples=150)
+@settings(SLOW, max_examples=150)
 @given(ANY_MESSAGE, st.data())
-def test_damaged_frames_raise_nothing_but_protocol_error(message, data):
+def test_damaged_frames_raise_only_protocol_error(message, data):
     frames = as_bytes(message)
     which = data.draw(st.integers(0, len(frames) - 1))
     at = data.draw(st.integers(0, len(frames[which])))
@@ -126,11 +126,11 @@ def test_damaged_frames_raise_nothing_but_protocol_error(message, data):
         decoded = decode(frames)
     except ProtocolError:
         return
-    # Damage that leaves a valid message must leave a wholly valid one: it can be sent again.
+    # If the damaged message decodes, it must be fully valid, so it can be encoded again.
     encode(decoded)
 
 
-@settings(PATIENT, max_examples=100)
+@settings(SLOW, max_examples=100)
 @given(
     st.sampled_from([record.__name__ for record in MESSAGE_TYPES]),
     st.recursive(
@@ -140,7 +140,7 @@ def test_damaged_frames_raise_nothing_but_protocol_error(message, data):
     ),
     st.lists(st.lists(st.text() | st.integers(0, 99) | st.lists(st.integers(0, 9)))),
 )
-def test_headers_of_arbitrary_values_raise_nothing_but_protocol_error(name, values, specs):
+def test_arbitrary_headers_raise_only_protocol_error(name, values, specs):
     header = packed([MAGIC, PROTOCOL_VERSION, name, values, specs])
     with pytest.raises(ProtocolError):
         decode([header, b"\0\0\0\0"])
@@ -156,14 +156,14 @@ def test_decoded_arrays_are_read_only_views_of_the_frames():
         message.logprobs[0] = 0.0
 
 
-def test_an_array_in_writable_memory_is_read_only_once_decoded():
+def test_decoded_arrays_in_writable_memory_are_read_only():
     header, *arrays = as_bytes(group_message())
     message = decode([header, *(memoryview(bytearray(array)) for array in arrays)])
     assert isinstance(message, GroupFinished)
     assert not message.token_ids.flags.writeable
 
 
-def test_frames_at_odd_addresses_decode_to_aligned_arrays():
+def test_unaligned_frames_decode_to_aligned_arrays():
     header, *arrays = as_bytes(group_message())
     shifted = [memoryview(b"x" + array)[1:] for array in arrays]
     message = decode([header, *shifted])
@@ -172,55 +172,63 @@ def test_frames_at_odd_addresses_decode_to_aligned_arrays():
     assert message.token_ids.tolist() == [10, 11, 12]
 
 
-def test_a_foreign_version_is_refused_naming_both():
+def test_protocol_version_mismatch_names_both_versions():
     def other_version(parts):
         parts[1] = 999
         parts[3:] = ["a layout this release cannot know"]
 
-    with pytest.raises(ProtocolError, match=rf"version int 999, this process {PROTOCOL_VERSION}"):
+    with pytest.raises(ProtocolError, match=rf"int 999, this process uses {PROTOCOL_VERSION}"):
         decode(with_header(Ping(sent=1), other_version))
 
 
 @pytest.mark.parametrize(
-    ("message", "change", "complaint"),
+    ("message", "change", "error"),
     [
         (Ping(sent=1), lambda h: h.__setitem__(0, "other"), "begin with 'speed_async'"),
         (Ping(sent=1), lambda h: h.__setitem__(1, True), "protocol version bool True"),
         (Ping(sent=1), lambda h: h.__setitem__(2, "Nope"), "unknown message type str 'Nope'"),
         (Ping(sent=1), lambda h: h.__setitem__(2, "Message"), "unknown message type"),
         (Ping(sent=1), lambda h: h.__setitem__(2, ["Ping"]), "unknown message type list"),
-        (Ping(sent=1), lambda h: h.append(0), "a header of 6 parts"),
-        (Ping(sent=1), lambda h: h.__setitem__(3, [1]), "Ping holds no map"),
-        (Ping(sent=1), lambda h: h[3].clear(), "Ping lacks field 'number'"),
+        (Ping(sent=1), lambda h: h.append(0), "the header has 6 elements"),
+        (Ping(sent=1), lambda h: h.__setitem__(3, [1]), "Ping must be a map"),
+        (Ping(sent=1), lambda h: h[3].clear(), "Ping is missing field 'number'"),
         (Ping(sent=1), lambda h: h[3].update(more=1), "Ping has unknown field str 'more'"),
         (Ping(sent=1), lambda h: h[3].update(sent=True), "Ping.sent must be int"),
         (Ping(sent=1), lambda h: h[3].update(sent=1.0), "Ping.sent must be int"),
         (Ping(sent=1), lambda h: h[3].update(sent=2**63), "Ping.sent must be int"),
-        (Ping(sent=1), lambda h: h.__setitem__(4, [["x", "<i4", [0]]]), "announces no 0"),
-        (group_message(), lambda h: h[3]["counts"].pop("groups_leased"), "GroupFinished.counts l"),
+        (Ping(sent=1), lambda h: h.__setitem__(4, [["x", "<i4", [0]]]), "must declare 0 arrays"),
+        (
+            group_message(),
+            lambda h: h[3]["counts"].pop("groups_leased"),
+            "GroupFinished.counts is",
+        ),
         (group_message(), lambda h: h[3]["counts"].update(x=1), "counts has unknown field"),
-        (group_message(), lambda h: h[3].update(counts=[1, 2]), "counts holds no map"),
-        (group_message(), lambda h: h[4][0].__setitem__(0, "lengths"), "prompt_token_ids is no"),
-        (group_message(), lambda h: h[4][0].__setitem__(1, "<i8"), "prompt_token_ids is no <i4"),
-        (group_message(), lambda h: h[4][0].__setitem__(1, "|O"), "prompt_token_ids is no <i4"),
+        (group_message(), lambda h: h[3].update(counts=[1, 2]), "counts must be a map"),
+        (group_message(), lambda h: h[4][0].__setitem__(0, "lengths"), "prompt_token_ids is not a"),
+        (group_message(), lambda h: h[4][0].__setitem__(1, "<i8"), "prompt_token_ids is not a <i4"),
+        (group_message(), lambda h: h[4][0].__setitem__(1, "|O"), "prompt_token_ids is not a <i4"),
         (group_message(), lambda h: h[4][0].__setitem__(2, [3, 1]), "not one-dimensional"),
         (group_message(), lambda h: h[4][0].__setitem__(2, [True]), "not one-dimensional"),
-        (group_message(), lambda h: h[4][0].__setitem__(2, [4]), "4 items of 4 bytes but has 12"),
-        (group_message(), lambda h: h[4][0].__setitem__(2, [-3]), "announced with -3"),
-        (group_message(), lambda h: h[4].pop(), "announces no 7"),
+        (
+            group_message(),
+            lambda h: h[4][0].__setitem__(2, [4]),
+            "4 items of 4 bytes but its",
+        ),
+        (group_message(), lambda h: h[4][0].__setitem__(2, [-3]), "declares -3"),
+        (group_message(), lambda h: h[4].pop(), "must declare 7 arrays"),
     ],
 )
-def test_a_header_that_breaks_the_schema_is_refused_naming_the_field(message, change, complaint):
-    with pytest.raises(ProtocolError, match=complaint):
+def test_invalid_header_error_names_the_field(message, change, error):
+    with pytest.raises(ProtocolError, match=error):
         decode(with_header(message, change))
 
 
-def test_missing_and_surplus_frames_are_refused():
+def test_missing_and_surplus_frames_are_rejected():
     frames = as_bytes(group_message())
     for wrong in (frames[:-1], [*frames, b""], frames[:1]):
         with pytest.raises(ProtocolError, match="array frames"):
             decode(wrong)
-    with pytest.raises(ProtocolError, match="without frames"):
+    with pytest.raises(ProtocolError, match="has no frames"):
         decode([])
 
 
@@ -239,12 +247,12 @@ def test_missing_and_surplus_frames_are_refused():
     ],
     ids=["empty", "ext", "timestamp", "bytes", "int-key", "deep", "huge-list", "huge-map", "utf8"],
 )
-def test_msgpack_beyond_plain_values_is_refused(header):
+def test_msgpack_extensions_are_rejected(header):
     with pytest.raises(ProtocolError):
         decode([header])
 
 
-def test_size_bounds_hold_on_both_ends():
+def test_size_limits_are_enforced_on_both_ends():
     long = Trained(
         policy_version=1,
         lease_ids=[2**62] * (MAX_HEADER_BYTES // 9 + 1),
@@ -254,21 +262,21 @@ def test_size_bounds_hold_on_both_ends():
         tokens_trained=1,
         metrics={},
     )
-    with pytest.raises(ProtocolError, match="a header of"):
+    with pytest.raises(ProtocolError, match="the header has"):
         encode(long)
-    with pytest.raises(ProtocolError, match="a header of"):
+    with pytest.raises(ProtocolError, match="the header has"):
         decode([bytes(MAX_HEADER_BYTES + 1)])
     tokens = np.zeros(MAX_MESSAGE_BYTES // 4, np.int32)
-    with pytest.raises(ProtocolError, match="GroupFinished of"):
+    with pytest.raises(ProtocolError, match="GroupFinished has"):
         encode(group_message(token_ids=tokens))
     frames: list[Frame] = [*as_bytes(group_message())]
-    frames[4] = tokens.view(np.uint8).data  # untouched zero pages: no memory is spent
-    with pytest.raises(ProtocolError, match="GroupFinished of"):
+    frames[4] = tokens.view(np.uint8).data  # untouched zero pages use no memory
+    with pytest.raises(ProtocolError, match="GroupFinished has"):
         decode(frames)
 
 
 @pytest.mark.parametrize(
-    ("message", "complaint"),
+    ("message", "error"),
     [
         (Ping(sent=np.int64(3)), "Ping.sent must be int, not int64"),  # type: ignore
         (Ping(sent=True), "Ping.sent must be int, not bool"),
@@ -285,8 +293,8 @@ def test_size_bounds_hold_on_both_ends():
         (Counted(counts=ActorCounts()), "Counted is not a message type"),
     ],
 )
-def test_an_unfit_message_is_refused_where_it_is_made(message, complaint):
-    with pytest.raises(ProtocolError, match=complaint):
+def test_invalid_messages_are_rejected_by_encode(message, error):
+    with pytest.raises(ProtocolError, match=error):
         encode(message)
 
 
@@ -303,7 +311,7 @@ def offer(deadline_s: float) -> OfferWeights:
     )
 
 
-def test_an_int_may_stand_for_a_float_but_a_float_of_its_own_is_finite():
+def test_float_fields_accept_int_and_reject_non_finite():
     assert decode(as_bytes(offer(5))) == offer(5)
     for value in (float("nan"), float("inf")):
         with pytest.raises(ProtocolError, match="deadline_s must be float"):
@@ -316,7 +324,7 @@ def test_metrics_may_report_nan():
     assert np.isnan(decoded.gauges["loss"])
 
 
-def test_strided_arrays_travel_as_their_values():
+def test_strided_arrays_are_sent_by_value():
     message = decode(as_bytes(group_message(token_ids=np.arange(6, dtype=np.int32)[::2])))
     assert isinstance(message, GroupFinished)
     assert message.token_ids.tolist() == [0, 2, 4]

@@ -1,4 +1,4 @@
-"""Config: what a user may write, and what he is told when it cannot work."""
+"""Configuration: accepted input, and errors for invalid input."""
 
 import json
 import os
@@ -31,11 +31,11 @@ def config_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_relative_paths_in_the_file_are_taken_from_its_folder(config_file: Path) -> None:
+def test_relative_paths_in_the_file_are_relative_to_its_folder(config_file: Path) -> None:
     assert load_config(config_file).model.path == str(config_file.parent / "model")
 
 
-def test_relative_paths_in_overrides_are_taken_from_the_current_directory(
+def test_relative_paths_in_overrides_are_relative_to_the_current_directory(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "elsewhere" / "other"
@@ -45,7 +45,7 @@ def test_relative_paths_in_overrides_are_taken_from_the_current_directory(
     assert load_config(config_file, ["--model.path", "other"]).model.path == str(other)
 
 
-def test_overrides_take_toml_values_both_spellings(config_file: Path) -> None:
+def test_overrides_accept_toml_values_in_both_forms(config_file: Path) -> None:
     config = load_config(
         config_file,
         ["--learner.lr", "1e-4", "--run.seed=3", "--observe.wandb", "true", "--run.folder", "a/b"],
@@ -56,14 +56,14 @@ def test_overrides_take_toml_values_both_spellings(config_file: Path) -> None:
     assert config.run.folder == "a/b"
 
 
-def test_the_resolved_config_survives_a_round_trip(config_file: Path, tmp_path: Path) -> None:
+def test_resolved_config_round_trip(config_file: Path, tmp_path: Path) -> None:
     config = load_config(config_file, ["--gate.n_init", "3"])
     save_config(config, tmp_path / "resolved.json")
     assert read_resolved(tmp_path / "resolved.json") == config
     assert json.loads((tmp_path / "resolved.json").read_text())["gate"]["n_init"] == 3
 
 
-def test_default_credits_are_a_batch_for_each_version_of_the_staleness_window(
+def test_default_credits_are_one_batch_per_version_of_the_staleness_window(
     config_file: Path,
 ) -> None:
     config = load_config(
@@ -73,7 +73,7 @@ def test_default_credits_are_a_batch_for_each_version_of_the_staleness_window(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "field", "said"),
+    ("overrides", "field", "expected"),
     [
         (["--learner.learning_rate", "1"], "learner.learning_rate", "unknown key"),
         (["--learner.groups_per_updat", "1"], "learner.groups_per_updat", "groups_per_update"),
@@ -90,37 +90,37 @@ def test_default_credits_are_a_batch_for_each_version_of_the_staleness_window(
         (["--buffer.capacity_groups", "15"], "buffer.capacity_groups", "set at least 16"),
         (["--buffer.capacity_bytes", "1000"], "buffer.capacity_bytes", "takes 18432 bytes"),
         (["--gate.low", "0.9", "--gate.high", "0.5"], "gate.low", "gate.high"),
-        (["--gate.n_init", "1"], "gate.n_init", "2 at least"),
+        (["--gate.n_init", "1"], "gate.n_init", "at least 2"),
         (["--gate.low", "0.3", "--gate.high", "0.4"], "gate.n_init", "widen"),
-        (["--model.context_length", "64"], "actors.max_new_tokens", "no room"),
+        (["--model.context_length", "64"], "actors.max_new_tokens", "no space"),
         (["--model.path", "/nowhere"], "model.path", "no such folder"),
         (["--cluster.learners", "2"], "cluster.learners", "set 1"),
-        (["--actors.max_restarts", "1000"], "actors.max_restarts", "set 999 at most"),
+        (["--actors.max_restarts", "1000"], "actors.max_restarts", "set at most 999"),
         (["--task.name", "jsonl"], "task.path", "needs a data file"),
         (["--weights.canary_tolerance", "0"], "weights.canary_tolerance", "give more than 0"),
         (["--learner.lr"], "learner.lr", "no value"),
         (["learner.lr=1"], "learner.lr=1", "--section.field"),
     ],
 )
-def test_a_bad_value_is_refused_with_field_value_and_remedy(
-    config_file: Path, overrides: list[str], field: str, said: str
+def test_invalid_value_error_has_field_value_and_remedy(
+    config_file: Path, overrides: list[str], field: str, expected: str
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as raised:
         load_config(config_file, overrides)
-    assert caught.value.field == field
-    assert said in str(caught.value)
+    assert raised.value.field == field
+    assert expected in str(raised.value)
 
 
-def test_everything_that_is_wrong_is_said_at_once(config_file: Path) -> None:
-    """Schema, unknown keys, combinations, files, and what is no override, in one error."""
+def test_all_errors_are_reported_together(config_file: Path) -> None:
+    """Schema, unknown keys, combinations, files and invalid overrides, in one error."""
     config_file.write_text(
         MINIMAL.replace('"model"', '"nowhere"')
         + '[learner]\nlr = "fast"\n[gate]\nlow = 0.9\nhigh = 0.1\n'
     )
     overrides = ["--lr", "1", "--buffer.credits", "1", "--actors.slot", "1"]
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as raised:
         load_config(config_file, overrides)
-    fields = {error.field for error in caught.value.errors}
+    fields = {error.field for error in raised.value.errors}
     assert fields == {
         "--lr",
         "learner.lr",
@@ -129,20 +129,20 @@ def test_everything_that_is_wrong_is_said_at_once(config_file: Path) -> None:
         "buffer.credits",
         "actors.slot",
     }
-    assert str(caught.value).startswith("6 config values cannot be used:\n")
-    assert all(str(error) in str(caught.value) for error in caught.value.errors)
+    assert str(raised.value).startswith("6 config values cannot be used:\n")
+    assert all(str(error) in str(raised.value) for error in raised.value.errors)
 
 
-def test_a_combination_is_not_judged_by_a_section_with_a_refused_value(config_file: Path) -> None:
-    """The misspelt cluster.keys is the fault, not the host that would need them."""
+def test_combinations_are_not_checked_for_sections_with_invalid_values(config_file: Path) -> None:
+    """The error is the misspelt cluster.keys, not the host that requires keys."""
     overrides = ["--cluster.host", "10.1.2.3", "--cluster.kyes", "keys"]
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as raised:
         load_config(config_file, overrides)
-    assert [error.field for error in caught.value.errors] == ["cluster.kyes"]
+    assert [error.field for error in raised.value.errors] == ["cluster.kyes"]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (["--lr", "1e-4"], "did you mean --learner.lr 1e-4?"),
         (["--lr=1e-4"], "did you mean --learner.lr 1e-4?"),
@@ -162,23 +162,23 @@ def test_a_combination_is_not_judged_by_a_section_with_a_refused_value(config_fi
         (["--task", "jsonl"], "'task' is a section; did you mean --task.name jsonl?"),
         (["--actors.vllm", "3"], "a section; set its fields: tensor_parallel"),
         (["--learner.lr", "--run.seed", "3"], "'learner.lr' = '': this override has no value"),
-        (["other.toml"], "it is no override"),
+        (["other.toml"], "not an override"),
         (["--nonsense", "3"], "`speed-async train --help` lists all fields"),
         (["--algorithm", "speed_rloo"], "did you mean 'speed-rloo'?"),
         (["--gate.mode", "screening"], "did you mean 'screen'?"),
         (["--observe.wandb", "True"], "true or false"),
     ],
 )
-def test_what_is_nearly_an_override_gets_the_one_that_was_meant(
-    config_file: Path, overrides: list[str], said: str
+def test_misspelt_overrides_get_suggestions(
+    config_file: Path, overrides: list[str], expected: str
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as raised:
         load_config(config_file, overrides)
-    assert len(caught.value.errors) == 1
-    assert said in str(caught.value)
+    assert len(raised.value.errors) == 1
+    assert expected in str(raised.value)
 
 
-def test_a_field_in_no_section_of_the_file_gets_the_section_it_belongs_to(
+def test_field_outside_of_its_section_gets_a_suggestion(
     config_file: Path,
 ) -> None:
     config_file.write_text("lr = 1e-4\n" + MINIMAL)
@@ -189,14 +189,12 @@ def test_a_field_in_no_section_of_the_file_gets_the_section_it_belongs_to(
 
 
 @pytest.mark.parametrize("text", ["2026", "2026-11-28", "true", "1e5"])
-def test_text_that_looks_like_another_value_stays_text_where_text_is_wanted(
-    config_file: Path, text: str
-) -> None:
+def test_string_fields_keep_values_that_look_like_other_types(config_file: Path, text: str) -> None:
     assert load_config(config_file, ["--run.folder", text]).run.folder == text
     assert load_config(config_file, ["--run.folder", f"'{text}'"]).run.folder == text
 
 
-def test_a_folder_in_place_of_the_file_is_said_with_what_to_give(
+def test_folder_instead_of_a_file_is_an_error_with_a_remedy(
     config_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"did you mean .*/config\.toml\?"):
@@ -208,15 +206,13 @@ def test_a_folder_in_place_of_the_file_is_said_with_what_to_give(
         load_config("--learner.lr", ["1", str(config_file)])
 
 
-def test_a_resolved_configuration_is_read_from_its_json_too(
-    config_file: Path, tmp_path: Path
-) -> None:
+def test_resolved_configuration_can_be_read_from_json(config_file: Path, tmp_path: Path) -> None:
     config = load_config(config_file, ["--gate.n_init", "3"])
     save_config(config, tmp_path / "resolved.json")
     assert load_config(tmp_path / "resolved.json") == config
 
 
-def test_a_missing_or_broken_file_is_said_plainly(tmp_path: Path) -> None:
+def test_missing_or_invalid_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "none.toml")
     broken = tmp_path / "broken.toml"
@@ -225,14 +221,14 @@ def test_a_missing_or_broken_file_is_said_plainly(tmp_path: Path) -> None:
         load_config(broken)
 
 
-def test_a_required_field_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_required_field_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text('[model]\npath = "."\n')
     with pytest.raises(ConfigError, match="'task'"):
         load_config(path)
 
 
-def test_two_runs_of_one_name_get_folders_of_their_own(config_file: Path, tmp_path: Path) -> None:
+def test_runs_with_the_same_name_get_separate_folders(config_file: Path, tmp_path: Path) -> None:
     config = load_config(config_file, ["--run.folder", str(tmp_path / "runs" / "a")])
     first, resolved = make_run_folder(config)
     second, _ = make_run_folder(config)
@@ -241,23 +237,23 @@ def test_two_runs_of_one_name_get_folders_of_their_own(config_file: Path, tmp_pa
     assert resolved.run.folder == str(first.path)
 
 
-def test_a_run_folder_that_cannot_be_made_is_named(config_file: Path, tmp_path: Path) -> None:
+def test_run_folder_that_cannot_be_created_is_reported(config_file: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = load_config(config_file, ["--run.folder", str(tmp_path / "file" / "a")])
     with pytest.raises(ConfigError, match=r"run\.folder"):
         make_run_folder(config)
 
 
-def test_a_run_folder_whose_name_is_no_text_is_refused(config_file: Path, tmp_path: Path) -> None:
-    """Linux allows any bytes in a name; Python hands over what is not UTF-8 as surrogates."""
+def test_run_folder_name_must_be_utf8(config_file: Path, tmp_path: Path) -> None:
+    """Linux allows any bytes in a name; Python represents invalid UTF-8 as surrogates."""
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff/run")
     config = load_config(config_file, ["--run.folder", folder])
-    with pytest.raises(ConfigError, match="is not UTF-8: use another folder") as refused:
+    with pytest.raises(ConfigError, match="is not UTF-8: use another folder") as raised:
         make_run_folder(config)
-    str(refused.value).encode()  # it can be printed
+    str(raised.value).encode()  # it can be printed
 
 
-def test_an_algorithm_sets_the_parts_that_nothing_else_sets(config_file: Path) -> None:
+def test_overrides_take_precedence_over_the_preset(config_file: Path) -> None:
     config = load_config(config_file, ["--algorithm", "dapo", "--objective.clip_high", "0.4"])
     assert config.gate.mode == "filter"
     assert (config.objective.advantage, config.objective.policy_loss) == ("grpo", "ppo_clip")
@@ -266,7 +262,7 @@ def test_an_algorithm_sets_the_parts_that_nothing_else_sets(config_file: Path) -
 
 
 @pytest.mark.parametrize("algorithm", get_args(Algorithm))
-def test_every_algorithm_is_a_preset_that_resolves_in_full(
+def test_every_algorithm_preset_is_applied_in_full(
     algorithm: str, config_file: Path, tmp_path: Path
 ) -> None:
     config = load_config(config_file, ["--algorithm", algorithm])
@@ -278,7 +274,7 @@ def test_every_algorithm_is_a_preset_that_resolves_in_full(
     assert read_resolved(tmp_path / "resolved.json") == config
 
 
-def test_the_group_is_of_one_size_whatever_the_gate_looks_at(config_file: Path) -> None:
+def test_group_size_does_not_depend_on_the_gate_mode(config_file: Path) -> None:
     seen = {
         mode: load_config(config_file, ["--gate.mode", mode]).gate
         for mode in ("screen", "filter", "off")
@@ -317,35 +313,35 @@ def test_the_group_is_of_one_size_whatever_the_gate_looks_at(config_file: Path) 
         (
             ["--gate.mode", "filter", "--objective.screening_samples", "none"],
             "objective.screening_samples",
-            "none would be trained on",
+            "would use none",
         ),
         (["--gate.mode", "off", "--curriculum.kind", "posterior"], "curriculum.kind", "uniform"),
         (["--algorithm", "speed-grpo"], "algorithm", "input should be 'rloo'"),
         (["--objective.clip_high", "none"], "objective.clip_high", "give a number"),
     ],
 )
-def test_parts_that_do_not_go_together_are_refused(
+def test_incompatible_options_are_rejected(
     overrides: list[str], field: str, remedy: str, config_file: Path
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as raised:
         load_config(config_file, overrides)
-    assert field in str(caught.value)
-    assert remedy in str(caught.value)
+    assert field in str(raised.value)
+    assert remedy in str(raised.value)
 
 
-def test_a_bind_beyond_loopback_without_keys_is_refused_with_both_remedies(
+def test_non_loopback_host_without_keys_is_rejected_with_both_remedies(
     config_file: Path,
 ) -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as raised:
         load_config(config_file, ["--cluster.host", "10.1.2.3"])
-    assert (refused.value.field, refused.value.value) == ("cluster.host", "10.1.2.3")
-    assert "speed-async keys FOLDER" in refused.value.remedy
-    assert "'plain-and-open-to-anyone-who-reaches-it'" in refused.value.remedy
-    open_to_all = ["--cluster.security", "plain-and-open-to-anyone-who-reaches-it"]
-    load_config(config_file, ["--cluster.host", "10.1.2.3", *open_to_all])
+    assert (raised.value.field, raised.value.value) == ("cluster.host", "10.1.2.3")
+    assert "speed-async keys FOLDER" in raised.value.remedy
+    assert "'insecure'" in raised.value.remedy
+    insecure = ["--cluster.security", "insecure"]
+    load_config(config_file, ["--cluster.host", "10.1.2.3", *insecure])
 
 
-def test_curve_needs_keys_that_only_their_owner_can_read(
+def test_curve_requires_keys_readable_only_by_their_owner(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.keys' = None: .* needs keys"):
@@ -360,16 +356,16 @@ def test_curve_needs_keys_that_only_their_owner_can_read(
     with pytest.raises(ConfigError, match="chmod 600"):
         load_config(config_file, curve)
     (tmp_path / "keys" / "server.key").unlink()
-    with pytest.raises(ConfigError, match=r"it has no server\.key; `speed-async keys`"):
+    with pytest.raises(ConfigError, match=r"it has no server\.key; create a complete folder"):
         load_config(config_file, curve)
 
 
-def test_a_byte_order_mark_before_the_toml_is_read_over(config_file: Path) -> None:
-    marked = config_file.with_name("marked.toml")
-    marked.write_bytes(b"\xef\xbb\xbf" + config_file.read_bytes())
-    assert load_config(marked) == load_config(config_file)
+def test_byte_order_mark_is_ignored(config_file: Path) -> None:
+    with_mark = config_file.with_name("marked.toml")
+    with_mark.write_bytes(b"\xef\xbb\xbf" + config_file.read_bytes())
+    assert load_config(with_mark) == load_config(config_file)
 
 
-def test_a_config_name_that_no_file_can_have_is_refused_in_words() -> None:
+def test_config_name_that_is_too_long_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="cannot be read: File name too long"):
         load_config("x" * 5000)

@@ -1,4 +1,4 @@
-"""`speed-async config` and `--help`: what is printed is what a run takes."""
+"""`speed-async config` and `--help`: their output matches the accepted configuration."""
 
 import json
 import subprocess
@@ -17,41 +17,41 @@ from speed_async.config.toml_text import to_toml
 
 
 def command(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "speed_async", *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
-def test_what_config_prints_is_a_file_that_a_run_takes(tmp_path: Path) -> None:
-    given = write_config(tmp_path)
+def test_config_output_is_a_valid_configuration_file(tmp_path: Path) -> None:
+    source = write_config(tmp_path)
     overrides = ["--learner.lr", "3e-5", "--actors.vllm.enforce_eager", "true"]
     printed = tmp_path / "elsewhere" / "out.toml"
     printed.parent.mkdir()
-    printed.write_text(command(tmp_path, "config", str(given), *overrides))
-    assert load_config(printed) == load_config(given, overrides)
+    printed.write_text(command(tmp_path, "config", str(source), *overrides))
+    assert load_config(printed) == load_config(source, overrides)
     assert "# Optimiser updates of the whole run" in printed.read_text()
     assert command(tmp_path, "check", str(printed)).endswith("\nok\n")
 
 
-def test_config_prints_json_when_asked_to(tmp_path: Path) -> None:
-    given = write_config(tmp_path)
-    resolved = json.loads(command(tmp_path, "config", str(given), "--json", "--run.seed", "4"))
-    assert build_config(resolved) == load_config(given, ["--run.seed", "4"])
+def test_config_prints_json_with_the_json_option(tmp_path: Path) -> None:
+    source = write_config(tmp_path)
+    resolved = json.loads(command(tmp_path, "config", str(source), "--json", "--run.seed", "4"))
+    assert build_config(resolved) == load_config(source, ["--run.seed", "4"])
 
 
 @pytest.mark.parametrize("algorithm", get_args(Algorithm))
-def test_every_algorithm_survives_the_round_trip(tmp_path: Path, algorithm: str) -> None:
+def test_every_algorithm_round_trips(tmp_path: Path, algorithm: str) -> None:
     config = load_config(write_config(tmp_path), ["--algorithm", algorithm])
     assert build_config(tomllib.loads(to_toml(config))) == config
 
 
-def test_text_numbers_and_tables_survive_the_round_trip() -> None:
+def test_strings_numbers_and_tables_round_trip() -> None:
     options = {
         "a key": ["x", 1, 2.5, True, {"deep": [1]}],
         "quotes": "say \"it\" \\ 'so'\n\ttab \x00 \x7f é 😀",
@@ -72,8 +72,8 @@ def test_text_numbers_and_tables_survive_the_round_trip() -> None:
 
 
 def test_the_help_of_train_lists_every_field(tmp_path: Path) -> None:
-    said = " ".join(command(tmp_path, "train", "--help").split())
+    help_text = " ".join(command(tmp_path, "train", "--help").split())
     for field in all_fields():
         section, _, name = field.rpartition(".")
-        _, _, listed = said.partition(f" --{section}. " if section else " -- ")
+        _, _, listed = help_text.partition(f" --{section}. " if section else " -- ")
         assert name in listed.partition(" --")[0], field

@@ -1,4 +1,4 @@
-"""The console command: on a real terminal with keys, and for the folder of a run."""
+"""The console command: keys on a real terminal, and run folders."""
 
 import asyncio
 import contextlib
@@ -50,25 +50,25 @@ class Terminal:
             preexec_fn=take_terminal,
         )
         self.seen = b""
-        self._ahead = b""
-        """Read, and not looked at yet."""
+        self._pending = b""
+        """Output that was read but not consumed."""
 
     def wait_for(self, text: str) -> None:
-        """What is drawn from now on holds this text."""
+        """Wait until new output contains this text."""
         awaited = text.encode()
-        if awaited not in self._ahead:
+        if awaited not in self._pending:
             try:
-                self._ahead += read_until(self.master, awaited, deadline_s=DEADLINE_S)
+                self._pending += read_until(self.master, awaited, deadline_s=DEADLINE_S)
             except AssertionError as late:
-                raise AssertionError(f"{text!r} did not come: {str(late)[-3000:]}") from None
-        before, found, self._ahead = self._ahead.partition(awaited)
+                raise AssertionError(f"{text!r} was not shown: {str(late)[-3000:]}") from None
+        before, found, self._pending = self._pending.partition(awaited)
         self.seen += before + found
 
     def press(self, key: str) -> None:
         os.write(self.master, key.encode())
 
     @property
-    def is_as_before(self) -> bool:
+    def is_restored(self) -> bool:
         return termios.tcgetattr(self.slave) == self.modes
 
     def close(self) -> None:
@@ -87,42 +87,42 @@ def terminal(command: list[str]) -> Iterator[Terminal]:
         opened.close()
 
 
-def with_feed(scene: Callable[[int], None], *events: Event) -> None:
-    """Run `scene` with the port of a feed that says these events again and again."""
+def with_feed(check: Callable[[int], None], *events: Event) -> None:
+    """Run `check` with the port of a feed that publishes these events repeatedly."""
 
-    async def play() -> None:
+    async def publish() -> None:
         feed = FeedPublisher("127.0.0.1", 0)
-        playing = asyncio.create_task(asyncio.to_thread(scene, feed.port))
-        began_s = asyncio.get_running_loop().time()
+        running = asyncio.create_task(asyncio.to_thread(check, feed.port))
+        start_s = asyncio.get_running_loop().time()
         try:
-            while not playing.done():
-                at_s = asyncio.get_running_loop().time() - began_s
+            while not running.done():
+                at_s = asyncio.get_running_loop().time() - start_s
                 for event in events:
                     wall_s = {"wall_s": 62.0 + at_s} if event.kind == "status" else {}
                     await feed.publish(Event(kind=event.kind, values=event.values | wall_s))
-                await asyncio.wait((playing,), timeout=0.05)
-            await playing
+                await asyncio.wait((running,), timeout=0.05)
+            await running
         finally:
             await feed.close()
 
-    asyncio.run(play())
+    asyncio.run(publish())
 
 
-def eventually(happened: Callable[[], bool]) -> bool:
-    ends_s = time.monotonic() + DEADLINE_S
-    while not happened() and time.monotonic() < ends_s:
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition() and time.monotonic() < deadline_s:
         time.sleep(0.02)
-    return happened()
+    return condition()
 
 
 # --- keys ---------------------------------------------------------------------------------------
 
 
-def test_keys_turn_to_help_and_samples_and_q_leaves_the_terminal_as_it_was() -> None:
-    def scene(port: int) -> None:
+def test_keys_show_help_and_samples_and_q_restores_the_terminal() -> None:
+    def check(port: int) -> None:
         with terminal([*COMMAND, f"tcp://127.0.0.1:{port}"]) as shown:
             shown.wait_for("12/100")
-            assert eventually(lambda: not shown.is_as_before)
+            assert eventually(lambda: not shown.is_restored)
             shown.press("h")
             shown.wait_for("page 1 of")
             shown.press("s")
@@ -134,27 +134,27 @@ def test_keys_turn_to_help_and_samples_and_q_leaves_the_terminal_as_it_was() -> 
             shown.press("q")
             shown.wait_for("the console is closed; the run continues")
             assert shown.process.wait(DEADLINE_S) == 0
-            assert shown.is_as_before
+            assert shown.is_restored
             assert shown.seen.rfind(b"\x1b[?25h") > shown.seen.rfind(b"\x1b[?25l")
 
-    with_feed(scene, BUSY, Event(kind="sample", values=SAMPLE))
+    with_feed(check, BUSY, Event(kind="sample", values=SAMPLE))
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_the_terminal_as_it_was(ending: signal.Signals) -> None:
-    def scene(port: int) -> None:
+def test_signals_restore_the_terminal(ending: signal.Signals) -> None:
+    def check(port: int) -> None:
         with terminal([*COMMAND, f"tcp://127.0.0.1:{port}"]) as shown:
             shown.wait_for("12/100")
-            assert eventually(lambda: not shown.is_as_before)
+            assert eventually(lambda: not shown.is_restored)
             if ending == signal.SIGINT:
-                shown.press("\x03")  # the terminal makes a signal of it, also now
+                shown.press("\x03")  # the terminal converts it to a signal in this mode too
             else:
                 shown.process.send_signal(ending)
-            assert eventually(lambda: shown.is_as_before)
+            assert eventually(lambda: shown.is_restored)
             shown.wait_for("\x1b[?25h")
             shown.process.wait(DEADLINE_S)
 
-    with_feed(scene, BUSY)
+    with_feed(check, BUSY)
 
 
 CONSOLE_OF_A_RUN = """
@@ -181,33 +181,33 @@ print("launcher done", flush=True)
 """
 
 
-def test_the_console_of_a_run_has_keys_though_it_is_in_a_session_of_its_own() -> None:
-    def scene(port: int) -> None:
+def test_console_of_a_run_reads_keys_from_its_own_session() -> None:
+    def check(port: int) -> None:
         with terminal([sys.executable, "-c", LAUNCHER, str(port)]) as shown:
             shown.wait_for("12/100")
             shown.wait_for("h help")
-            assert eventually(lambda: not shown.is_as_before)
+            assert eventually(lambda: not shown.is_restored)
             shown.press("h")
             shown.wait_for("page 1 of")
             shown.press("q")
             shown.wait_for("the panel is closed; the run continues, and Ctrl-C stops it")
             shown.wait_for("start v12")
-            assert eventually(lambda: shown.is_as_before)
+            assert eventually(lambda: shown.is_restored)
 
-    with_feed(scene, BUSY)
+    with_feed(check, BUSY)
 
 
-def test_a_run_whose_learner_is_killed_leaves_the_terminal_as_it_was() -> None:
-    def scene(port: int) -> None:
+def test_killed_learner_restores_the_terminal() -> None:
+    def check(port: int) -> None:
         with terminal([sys.executable, "-c", LAUNCHER, str(port)]) as shown:
             shown.wait_for("12/100")
             learner = int(shown.seen.partition(b"learner ")[2].split()[0])
-            assert eventually(lambda: not shown.is_as_before)
+            assert eventually(lambda: not shown.is_restored)
             os.kill(learner, signal.SIGKILL)
             shown.wait_for("launcher done")
-            assert eventually(lambda: shown.is_as_before)
+            assert eventually(lambda: shown.is_restored)
 
-    with_feed(scene, BUSY)
+    with_feed(check, BUSY)
 
 
 SHELL = """
@@ -223,25 +223,25 @@ print("job done", flush=True)
 """
 
 
-def test_a_background_job_draws_nothing_until_it_has_the_terminal() -> None:
-    """As after `speed-async console ... &` and `fg` in a shell."""
+def test_background_job_draws_nothing_until_it_is_in_the_foreground() -> None:
+    """Like `speed-async console ... &` and `fg` in a shell."""
 
-    def scene(port: int) -> None:
+    def check(port: int) -> None:
         command = [*COMMAND, f"tcp://127.0.0.1:{port}"]
         with terminal([sys.executable, "-c", SHELL, *command]) as shown:
             shown.wait_for("started")
             with contextlib.suppress(AssertionError):
                 shown.seen += read_until(shown.master, b"12/100", deadline_s=3.0)
             assert b"12/100" not in shown.seen
-            assert shown.is_as_before
+            assert shown.is_restored
             shown.press("\n")
             shown.wait_for("12/100")
-            assert eventually(lambda: not shown.is_as_before)
+            assert eventually(lambda: not shown.is_restored)
             shown.press("q")
             shown.wait_for("job done")
-            assert shown.is_as_before
+            assert shown.is_restored
 
-    with_feed(scene, BUSY)
+    with_feed(check, BUSY)
 
 
 # --- folders and addresses ----------------------------------------------------------------------
@@ -286,73 +286,76 @@ END = Event(
 )
 
 
-def test_an_address_where_nobody_answers_is_told_at_once() -> None:
+def test_closed_port_is_reported_immediately() -> None:
     port = free_port()
-    began_s = time.monotonic()
-    done = console(f"tcp://127.0.0.1:{port}")
-    assert done.returncode == 1
-    assert f"tcp://127.0.0.1:{port}: no process listens at this address" in done.stderr
-    assert "speed-async console RUN_FOLDER" in done.stderr
-    assert time.monotonic() - began_s < 25.0  # it was 30 s
+    start_s = time.monotonic()
+    result = console(f"tcp://127.0.0.1:{port}")
+    assert result.returncode == 1
+    assert f"tcp://127.0.0.1:{port}: no process listens at this address" in result.stderr
+    assert "speed-async console RUN_FOLDER" in result.stderr
+    assert time.monotonic() - start_s < 25.0
 
 
-def test_a_port_that_accepts_and_says_nothing_is_told_within_seconds() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        done = console(f"tcp://127.0.0.1:{mute.getsockname()[1]}")
-    assert done.returncode == 1
-    assert "none has arrived" in done.stderr
+def test_silent_port_is_reported_within_seconds() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent_server:
+        result = console(f"tcp://127.0.0.1:{silent_server.getsockname()[1]}")
+    assert result.returncode == 1
+    assert "none has arrived" in result.stderr
 
 
-def test_the_folder_of_a_run_that_is_over_shows_its_end(tmp_path: Path) -> None:
+def test_folder_of_a_finished_run_shows_its_end(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, EVALUATED, STEP, END, port=free_port())
-    done = console(str(folder))
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    result = console(str(folder))
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["start", "evaluation", "sample", "end"]
     assert lines[-1].startswith("end stopped v12 at 1m02s: stopped by a signal")
     assert 'prompt "prompt 4"' in lines[2]
 
 
-def test_on_a_terminal_too_the_folder_of_a_run_that_is_over_shows_its_end(tmp_path: Path) -> None:
+def test_folder_of_a_finished_run_shows_its_end_on_a_terminal(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, EVALUATED, STEP, END, port=free_port())
     with terminal([*COMMAND, str(folder)]) as shown:
         shown.wait_for("stopped by a signal")
         assert shown.process.wait(DEADLINE_S) == 0
-        assert shown.is_as_before
+        assert shown.is_restored
 
 
-def test_the_folder_of_a_run_that_went_away_says_how_to_go_on(tmp_path: Path) -> None:
+def test_folder_of_a_lost_run_shows_the_resume_command(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, EVALUATED, STEP, port=free_port())
-    done = console(str(folder))
-    assert done.returncode == 1
-    assert f"the run in '{folder}' does not respond" in done.stderr
-    assert "of version 12, 1m02s after its start" in done.stderr
-    assert f"speed-async train --resume {folder}" in done.stderr
+    result = console(str(folder))
+    assert result.returncode == 1
+    assert f"the run in '{folder}' does not respond" in result.stderr
+    assert "of version 12, 1m02s after its start" in result.stderr
+    assert f"speed-async train --resume {folder}" in result.stderr
 
 
-def test_a_folder_that_is_none_of_a_run_is_told(tmp_path: Path) -> None:
-    done = console(str(tmp_path))
-    assert done.returncode == 1
-    assert "is not a run folder" in done.stderr
-    done = console("runs/no-such-run")
-    assert done.returncode == 1
-    assert "nor a folder" in done.stderr
+def test_folder_without_a_run_is_reported(tmp_path: Path) -> None:
+    result = console(str(tmp_path))
+    assert result.returncode == 1
+    assert "is not a run folder" in result.stderr
+    result = console("runs/no-such-run")
+    assert result.returncode == 1
+    assert "nor a folder" in result.stderr
 
 
-def test_a_late_console_shows_what_happened_before_it_came(tmp_path: Path) -> None:
+def test_late_console_shows_earlier_events(tmp_path: Path) -> None:
     before = [
         EVALUATED,
         *(Event(kind="step", values=GAUGES | {"wall_s": float(at)}) for at in range(61)),
     ]
     end = Event(kind="end", values=END.values | {"wall_s": 64.0})
 
-    def scene(port: int) -> None:
+    def check(port: int) -> None:
         folder = run_folder(tmp_path, *before, port=port)
         with terminal([*COMMAND, str(folder)]) as shown:
             shown.wait_for("first 0.52")
             shown.wait_for("stopped by a signal")
             assert shown.process.wait(DEADLINE_S) == 0
-        done = console(str(folder))
-        assert [line.split()[0] for line in done.stdout.splitlines()][:2] == ["start", "evaluation"]
+        result = console(str(folder))
+        assert [line.split()[0] for line in result.stdout.splitlines()][:2] == [
+            "start",
+            "evaluation",
+        ]
 
-    with_feed(scene, Event(kind="status", values=GAUGES | {"wall_s": 63.0}), end)
+    with_feed(check, Event(kind="status", values=GAUGES | {"wall_s": 63.0}), end)

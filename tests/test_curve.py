@@ -1,4 +1,4 @@
-"""CURVE over real sockets: who has an allowed key gets in, and nobody else does."""
+"""CURVE over real sockets: only clients with an allowed key can connect."""
 
 import asyncio
 import os
@@ -37,7 +37,7 @@ from speed_async.transport.zeromq import ZmqHub, ZmqLink, open_hub, open_link
 HOST = "127.0.0.1"
 SOON_S = 10.0
 REFUSED_S = 0.5
-"""An allowed client on loopback is through its handshake in a hundredth of this."""
+"""The handshake of an allowed client on loopback takes a hundredth of this."""
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def strangers(tmp_path: Path) -> Path:
-    """Keys of another run."""
+def other_keys(tmp_path: Path) -> Path:
+    """Key folder of another run."""
     make_keys(tmp_path / "other")
     return tmp_path / "other"
 
@@ -56,13 +56,13 @@ def strangers(tmp_path: Path) -> Path:
 _opened: list[ZmqHub | ZmqLink | FeedPublisher | FeedSubscriber] = []
 
 
-def play(scene: Callable[[], Awaitable[None]]) -> None:
-    """Runs the scene, and closes all that it opened."""
+def run_test(test: Callable[[], Awaitable[None]]) -> None:
+    """Run a test and close everything that it opened."""
 
     async def bounded() -> None:
         try:
             async with asyncio.timeout(3 * SOON_S):
-                await scene()
+                await test()
         finally:
             while _opened:
                 await _opened.pop().close()
@@ -88,46 +88,44 @@ async def assert_served(hub: ZmqHub, keys: ClientKeys | None, name: str) -> None
     assert await link.receive(SOON_S) == Welcome(policy_version=3)
 
 
-async def assert_refused(hub: ZmqHub, keys: ClientKeys | None, name: str, says: str) -> None:
-    """It reaches nobody, and its own deadline says what may be the matter."""
+async def assert_refused(hub: ZmqHub, keys: ClientKeys | None, name: str, hint: str) -> None:
+    """The client reaches no peer, and its deadline error has a hint about the cause."""
     link = await link_to(hub.port, name, keys)
     await link.send(Ping(sent=1))
     with pytest.raises(DeadlineExceeded, match="any peer"):
         await hub.receive(REFUSED_S)
-    with pytest.raises(DeadlineExceeded, match=says):
+    with pytest.raises(DeadlineExceeded, match=hint):
         await link.receive(0.0)
     assert hub.offer(name, Welcome(policy_version=3)) is Delivery.GONE
 
 
 def test_an_allowed_client_is_served(folder: Path):
-    async def scene() -> None:
+    async def test() -> None:
         hub = await hub_with(load_server_keys(folder))
         await assert_served(hub, load_client_keys(folder), "actor-1.0")
         await assert_served(hub, load_client_keys(add_client(folder, "late")), "actor-2.0")
 
-    play(scene)
+    run_test(test)
 
 
-def test_whoever_is_not_allowed_never_reaches_the_hub_and_nobody_notices(
-    folder: Path, strangers: Path
-):
-    async def scene() -> None:
+def test_clients_without_an_allowed_key_never_reach_the_hub(folder: Path, other_keys: Path):
+    async def test() -> None:
         hub = await hub_with(load_server_keys(folder))
         good = load_client_keys(folder)
         stays = await link_to(hub.port, "stays-1.0", good)
         await stays.send(Ping(sent=0))
         assert await hub.receive(SOON_S) == ("stays-1.0", Ping(sent=0))
-        unknown = load_client_keys(strangers)
+        unknown = load_client_keys(other_keys)
         knows_server = ClientKeys(
             server_public=good.server_public, public=unknown.public, secret=unknown.secret
         )
         wrong_server = ClientKeys(
             server_public=unknown.server_public, public=good.public, secret=good.secret
         )
-        await assert_refused(hub, knows_server, "unknown-1.0", "silent to a key that is not in its")
+        await assert_refused(hub, knows_server, "unknown-1.0", "ignores a key that is not in its")
         await assert_refused(hub, wrong_server, "wrong-1.0", r"wrong server\.key")
-        await assert_refused(hub, None, "plain-1.0", r"if it has keys \(cluster\.keys\)")
-        # Under the name of one who is there as well: it does not take its place.
+        await assert_refused(hub, None, "plain-1.0", r"if it requires keys \(cluster\.keys\)")
+        # With the name of a connected peer: it does not replace that peer.
         impostor = await link_to(hub.port, "stays-1.0", knows_server)
         await impostor.send(Ping(sent=66))
         with pytest.raises(DeadlineExceeded):
@@ -138,46 +136,46 @@ def test_whoever_is_not_allowed_never_reaches_the_hub_and_nobody_notices(
         assert hub.offer("stays-1.0", Welcome(policy_version=4)) is Delivery.QUEUED
         assert await stays.receive(SOON_S) == Welcome(policy_version=4)
 
-    play(scene)
+    run_test(test)
 
 
-def test_a_client_with_keys_finds_no_plain_hub(folder: Path):
-    async def scene() -> None:
+def test_client_with_keys_cannot_use_a_hub_without_keys(folder: Path):
+    async def test() -> None:
         hub = await hub_with(None)
-        await assert_refused(hub, load_client_keys(folder), "a-1.0", "if it has no keys itself")
+        await assert_refused(hub, load_client_keys(folder), "a-1.0", "if it runs without keys")
 
-    play(scene)
+    run_test(test)
 
 
-def test_the_allow_list_may_change_while_the_hub_is_open(folder: Path):
-    async def scene() -> None:
+def test_allow_list_can_change_while_the_hub_is_open(folder: Path):
+    async def test() -> None:
         hub = await hub_with(load_server_keys(folder))
         await assert_served(hub, load_client_keys(folder), "first-1.0")
         late = load_client_keys(add_client(folder, "late"))
         await assert_served(hub, late, "late-1.0")
         (folder / "allowed" / "late.key").unlink()
         await assert_refused(hub, late, "late-1.1", "not in its folder allowed/")
-        (folder / "allowed" / "rubbish.key").write_bytes(b"\xff public-key = nothing")
+        (folder / "allowed" / "malformed.key").write_bytes(b"\xff public-key = nothing")
         await assert_served(hub, load_client_keys(folder), "first-1.1")
         shutil.rmtree(folder / "allowed")
         await assert_refused(hub, load_client_keys(folder), "first-1.2", "not in its folder")
 
-    play(scene)
+    run_test(test)
 
 
-def test_without_its_authenticator_a_hub_lets_nobody_in(folder: Path):
-    async def scene() -> None:
+def test_hub_without_its_authenticator_refuses_all_clients(folder: Path):
+    async def test() -> None:
         hub = await hub_with(load_server_keys(folder))
         authenticator = hub._socket._authenticator
         assert authenticator is not None
         authenticator.stop()
-        await assert_refused(hub, load_client_keys(folder), "actor-1.0", "none has come")
+        await assert_refused(hub, load_client_keys(folder), "actor-1.0", "none received so far")
 
-    play(scene)
+    run_test(test)
 
 
-def test_a_link_finds_a_restarted_hub_with_the_same_keys(folder: Path):
-    async def scene() -> None:
+def test_link_reconnects_to_a_restarted_hub_with_the_same_keys(folder: Path):
+    async def test() -> None:
         server, client = load_server_keys(folder), load_client_keys(folder)
         first = await hub_with(server)
         link = await link_to(first.port, "actor-1.0", client)
@@ -188,13 +186,13 @@ def test_a_link_finds_a_restarted_hub_with_the_same_keys(folder: Path):
         await link.send(Ping(sent=2))
         assert await second.receive(SOON_S) == ("actor-1.0", Ping(sent=2))
 
-    play(scene)
+    run_test(test)
 
 
-def test_nothing_of_a_message_is_readable_on_the_way(folder: Path):
-    """What a client sends passes through a relay that keeps a copy."""
+def test_messages_are_encrypted_in_transit(folder: Path):
+    """The data of a client passes through a relay that keeps a copy."""
 
-    async def scene() -> None:
+    async def test() -> None:
         seen = bytearray()
 
         async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -218,18 +216,18 @@ def test_nothing_of_a_message_is_readable_on_the_way(folder: Path):
         assert bytes(encode(Ping(sent=1))[0]) not in seen
         server.close()
 
-    play(scene)
+    run_test(test)
 
 
-def test_a_key_that_is_written_over_is_the_one_that_counts(folder: Path, strangers: Path):
-    old, new = load_client_keys(folder).public, load_client_keys(strangers).public
+def test_overwritten_key_file_is_read_again(folder: Path, other_keys: Path):
+    old, new = load_client_keys(folder).public, load_client_keys(other_keys).public
     allow_list, file = AllowList(folder / "allowed"), folder / "allowed" / "client.key"
     assert allow_list.callback("", old) and not allow_list.callback("", new)
-    file.write_bytes((strangers / "allowed" / "client.key").read_bytes())
+    file.write_bytes((other_keys / "allowed" / "client.key").read_bytes())
     assert allow_list.callback("", new) and not allow_list.callback("", old)
 
 
-def test_what_is_no_key_file_holds_nobody_up(folder: Path):
+def test_special_files_do_not_block_the_allow_list(folder: Path):
     os.mkfifo(folder / "allowed" / "pipe.key")
     (folder / "allowed" / "gone.key").symlink_to(folder / "nowhere")
     (folder / "allowed" / "folder.key").mkdir()
@@ -245,18 +243,18 @@ def test_what_is_no_key_file_holds_nobody_up(folder: Path):
 
 
 @pytest.mark.parametrize("name", ["", "server.key", "allowed/client.key"])
-def test_keys_that_others_may_replace_are_refused(folder: Path, name: str):
-    place = folder / name
-    place.chmod(place.stat().st_mode | stat.S_IWGRP)
-    with pytest.raises(ConfigError, match="others may write"):
+def test_keys_writable_by_other_users_are_rejected(folder: Path, name: str):
+    path = folder / name
+    path.chmod(path.stat().st_mode | stat.S_IWGRP)
+    with pytest.raises(ConfigError, match="is writable by other users"):
         (load_client_keys if name == "server.key" else load_server_keys)(folder)
 
 
-def test_the_feed_is_for_allowed_clients_alone(folder: Path, strangers: Path):
-    async def scene() -> None:
+def test_feed_requires_an_allowed_key(folder: Path, other_keys: Path):
+    async def test() -> None:
         publisher = FeedPublisher(HOST, 0, keys=load_server_keys(folder))
         _opened.append(publisher)
-        good, unknown = load_client_keys(folder), load_client_keys(strangers)
+        good, unknown = load_client_keys(folder), load_client_keys(other_keys)
         mixed = ClientKeys(
             server_public=good.server_public, public=unknown.public, secret=unknown.secret
         )
@@ -265,21 +263,21 @@ def test_the_feed_is_for_allowed_clients_alone(folder: Path, strangers: Path):
         _opened.extend([reader, *others])
         event, got = Event(kind="step", values={"wall_s": 1.0}), 0
         async with asyncio.timeout(SOON_S):
-            while got < 20:  # long after the first one came, the others have had their chance
+            while got < 20:  # enough time for the other subscribers to connect
                 await publisher.publish(event)
                 try:
                     assert await reader.receive(0.05) == event
                     got += 1
                 except DeadlineExceeded:
                     continue
-        for subscriber, says in zip(others, ("not in its", r"cluster\.keys"), strict=True):
-            with pytest.raises(DeadlineExceeded, match=says):
+        for subscriber, hint in zip(others, ("not in its", r"cluster\.keys"), strict=True):
+            with pytest.raises(DeadlineExceeded, match=hint):
                 await subscriber.receive(REFUSED_S)
 
-    play(scene)
+    run_test(test)
 
 
-# --- the folder ------------------------------------------------------------------------------
+# --- key folder ------------------------------------------------------------------------------
 
 
 def modes(folder: Path) -> dict[str, str]:
@@ -289,11 +287,11 @@ def modes(folder: Path) -> dict[str, str]:
     }
 
 
-def test_the_command_makes_secrets_that_only_their_owner_can_read(tmp_path: Path):
+def test_keys_command_creates_secrets_readable_only_by_their_owner(tmp_path: Path):
     folder = tmp_path / "new" / "keys"
-    made = CliRunner().invoke(commands, ["keys", str(folder)])
-    assert made.exit_code == 0, made.output
-    assert "cluster.keys" in made.output
+    result = CliRunner().invoke(commands, ["keys", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert "cluster.keys" in result.output
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     found = modes(folder)
     assert {name: mode for name, mode in found.items() if not name.endswith(".key")} == {
@@ -307,68 +305,68 @@ def test_the_command_makes_secrets_that_only_their_owner_can_read(tmp_path: Path
         assert "secret" not in (folder / name).read_text()
 
 
-def test_the_command_never_overwrites(folder: Path):
+def test_keys_are_never_overwritten(folder: Path):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(SpeedAsyncError, match="never overwritten: add a client"):
         make_keys(folder)
     add_client(folder, "late")
     for name in ("late", "client"):
-        with pytest.raises(SpeedAsyncError, match=f"there is a client '{name}'"):
+        with pytest.raises(SpeedAsyncError, match=f"client '{name}' exists"):
             add_client(folder, name)
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_further_client_gets_a_folder_with_all_it_needs_and_no_more(folder: Path):
-    added = CliRunner().invoke(commands, ["keys", str(folder), "--client", "laptop"])
-    assert added.exit_code == 0, added.output
-    place = folder / "clients" / "laptop"
-    assert str(place) in added.output
-    assert modes(place) == {"client.key_secret": "0o600", "server.key": "0o644"}
-    assert load_client_keys(place).public != load_client_keys(folder).public
+def test_additional_client_gets_a_minimal_folder(folder: Path):
+    result = CliRunner().invoke(commands, ["keys", str(folder), "--client", "laptop"])
+    assert result.exit_code == 0, result.output
+    client_folder = folder / "clients" / "laptop"
+    assert str(client_folder) in result.output
+    assert modes(client_folder) == {"client.key_secret": "0o600", "server.key": "0o644"}
+    assert load_client_keys(client_folder).public != load_client_keys(folder).public
     with pytest.raises(ConfigError, match=r"no server\.key_secret"):
-        load_server_keys(place)
+        load_server_keys(client_folder)
 
 
 @pytest.mark.parametrize("name", ["", "../up", ".hidden", "a/b", "x" * 65, "ä"])
-def test_a_client_s_name_stays_in_its_folder(folder: Path, name: str):
-    with pytest.raises(SpeedAsyncError, match="is no name for a client"):
+def test_client_names_cannot_leave_the_folder(folder: Path, name: str):
+    with pytest.raises(SpeedAsyncError, match="is not a valid client name"):
         add_client(folder, name)
 
 
-def test_clients_are_added_to_keys_only(tmp_path: Path):
+def test_add_client_requires_a_key_folder(tmp_path: Path):
     with pytest.raises(SpeedAsyncError, match="speed-async keys"):
         add_client(tmp_path, "late")
 
 
-def test_secrets_that_others_may_read_are_refused(folder: Path):
+def test_secrets_readable_by_other_users_are_rejected(folder: Path):
     for name, load in (("client", load_client_keys), ("server", load_server_keys)):
         secret = folder / f"{name}.key_secret"
         secret.chmod(0o640)
-        with pytest.raises(ConfigError, match=r"\(mode 0640\), a secret key; chmod 600") as refused:
+        with pytest.raises(ConfigError, match=r"\(mode 0640\); chmod 600") as refused:
             load(folder)
         assert (refused.value.field, refused.value.value) == ("cluster.keys", str(folder))
         secret.chmod(0o600)
         load(folder)
     (folder / "allowed").chmod(0o777)
-    with pytest.raises(ConfigError, match="let anyone in; chmod go-w"):
+    with pytest.raises(ConfigError, match="could add keys; chmod go-w"):
         load_server_keys(folder)
 
 
-def test_broken_keys_are_named(folder: Path, strangers: Path):
+def test_invalid_key_files_are_reported(folder: Path, other_keys: Path):
     (folder / "client.key_secret").write_bytes((folder / "server.key").read_bytes())
-    with pytest.raises(ConfigError, match=r"client\.key_secret holds no pair of keys"):
+    with pytest.raises(ConfigError, match=r"client\.key_secret does not contain a valid key pair"):
         load_client_keys(folder)
     mixed = (folder / "server.key_secret").read_text().splitlines()[:3]
-    mixed += (strangers / "server.key_secret").read_text().splitlines()[3:]
+    mixed += (other_keys / "server.key_secret").read_text().splitlines()[3:]
     (folder / "server.key_secret").write_text("\n".join(mixed))
-    with pytest.raises(ConfigError, match=r"server\.key_secret holds no pair"):
+    with pytest.raises(ConfigError, match=r"server\.key_secret does not contain a valid"):
         load_server_keys(folder)
-    (strangers / "server.key").write_text('public-key = "short"')
-    with pytest.raises(ConfigError, match=r"server\.key is not of 40 characters"):
-        load_client_keys(strangers)
+    (other_keys / "server.key").write_text('public-key = "short"')
+    with pytest.raises(ConfigError, match=r"server\.key does not have 40 characters"):
+        load_client_keys(other_keys)
 
 
-def test_keys_do_not_show_in_errors_or_logs(folder: Path):
+def test_secret_keys_are_not_in_repr(folder: Path):
     keys = load_server_keys(folder)
     assert keys.secret.decode() not in repr(keys)
     client = load_client_keys(folder)
@@ -385,10 +383,12 @@ def test_keys_do_not_show_in_errors_or_logs(folder: Path):
         ("10.0.0.1", "auto", True),
         ("0.0.0.0", "auto", True),
         ("node0", "auto", True),
-        ("10.0.0.1", "plain-and-open-to-anyone-who-reaches-it", False),
+        ("10.0.0.1", "insecure", False),
     ],
 )
-def test_which_sockets_have_keys(folder: Path, host: str, security: str, has_keys: bool):
+def test_keys_are_required_by_host_and_security(
+    folder: Path, host: str, security: str, has_keys: bool
+):
     cluster = ClusterConfig.model_validate(
         {"host": host, "security": security, "keys": str(folder)}
     )
@@ -396,5 +396,5 @@ def test_which_sockets_have_keys(folder: Path, host: str, security: str, has_key
     assert (server_keys(cluster) is not None) == has_keys
 
 
-def test_libzmq_here_has_curve():
+def test_libzmq_supports_curve():
     assert zmq.has("curve")

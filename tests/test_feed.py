@@ -1,4 +1,4 @@
-"""The metrics feed: events reach who listens, and no subscriber can disturb the publisher."""
+"""The metrics feed: events reach subscribers, and no subscriber can disturb the publisher."""
 
 import asyncio
 import socket
@@ -24,7 +24,7 @@ from speed_async.transport.feed import (
 )
 from speed_async.transport.messages import PROTOCOL_VERSION
 
-PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 HOST = "127.0.0.1"
 SOON_S = 10.0
 
@@ -34,16 +34,16 @@ STATUS = Event(
 )
 
 
-def play(scene: Callable[[], Awaitable[None]]) -> None:
+def run_test(test: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
         async with asyncio.timeout(3 * SOON_S):
-            await scene()
+            await test()
 
     uvloop.run(bounded())
 
 
-async def listening(publisher: FeedPublisher) -> FeedSubscriber:
-    """A subscriber that has received its first event (joining takes a moment)."""
+async def connected_subscriber(publisher: FeedPublisher) -> FeedSubscriber:
+    """A subscriber that has received its first event (subscribing takes time)."""
     subscriber = FeedSubscriber(HOST, publisher.port)
     async with asyncio.timeout(SOON_S):
         while True:
@@ -57,14 +57,14 @@ async def listening(publisher: FeedPublisher) -> FeedSubscriber:
 
 
 async def next_step(subscriber: FeedSubscriber) -> Event:
-    """Skips what was published while the subscriber joined."""
+    """Skip events that were published while the subscriber connected."""
     while True:
         event = await subscriber.receive(SOON_S)
         if "joining" not in event.values:
             return event
 
 
-@settings(PATIENT, max_examples=100)
+@settings(SLOW, max_examples=100)
 @given(
     st.sampled_from(["status", "step", "evaluation", "end"]),
     st.dictionaries(
@@ -76,7 +76,7 @@ async def next_step(subscriber: FeedSubscriber) -> Event:
         | st.text(max_size=8),
     ),
 )
-def test_every_event_comes_out_as_it_went_in(kind, values):
+def test_events_round_trip(kind, values):
     event = Event(kind=kind, values=values)
     decoded = decode_event(encode_event(event))
     assert decoded == event
@@ -85,9 +85,9 @@ def test_every_event_comes_out_as_it_went_in(kind, values):
     }
 
 
-@settings(PATIENT, max_examples=150)
+@settings(SLOW, max_examples=150)
 @given(st.binary(max_size=64), st.data())
-def test_damaged_events_raise_nothing_but_protocol_error(noise, data):
+def test_damaged_events_raise_only_protocol_error(noise, data):
     frame = encode_event(STATUS)
     at = data.draw(st.integers(0, len(frame)))
     for damaged in (noise, frame[:at] + noise + frame[at:], frame[:at] + noise):
@@ -98,25 +98,28 @@ def test_damaged_events_raise_nothing_but_protocol_error(noise, data):
 
 
 @pytest.mark.parametrize(
-    ("header", "complaint"),
+    ("header", "error"),
     [
-        ([MAGIC, 99, "status", {}], f"protocol version int 99, this process {PROTOCOL_VERSION}"),
+        (
+            [MAGIC, 99, "status", {}],
+            f"version int 99, this process uses {PROTOCOL_VERSION}",
+        ),
         ([MAGIC, PROTOCOL_VERSION, "news", {}], "unknown event kind 'news'"),
         ([MAGIC, PROTOCOL_VERSION, ["status"], {}], "unknown event kind"),
-        ([MAGIC, PROTOCOL_VERSION, "status"], "an event of 3 parts"),
-        ([MAGIC, PROTOCOL_VERSION, "status", {"a": [1]}], "no map of plain scalars"),
-        ([MAGIC, PROTOCOL_VERSION, "status", [1]], "no map of plain scalars"),
+        ([MAGIC, PROTOCOL_VERSION, "status"], "the event has 3 elements"),
+        ([MAGIC, PROTOCOL_VERSION, "status", {"a": [1]}], "must be a map of plain scalars"),
+        ([MAGIC, PROTOCOL_VERSION, "status", [1]], "must be a map of plain scalars"),
     ],
 )
-def test_an_event_that_breaks_the_schema_is_refused(header, complaint):
-    with pytest.raises(ProtocolError, match=complaint):
+def test_invalid_events_are_rejected(header, error):
+    with pytest.raises(ProtocolError, match=error):
         decode_event(msgpack.packb(header))  # type: ignore
 
 
 def test_events_reach_every_subscriber_in_order():
-    async def scene() -> None:
+    async def test() -> None:
         publisher = FeedPublisher(HOST, 0)
-        subscribers = [await listening(publisher) for _ in range(3)]
+        subscribers = [await connected_subscriber(publisher) for _ in range(3)]
         events = [Event(kind="step", values={"updates_total": number}) for number in range(50)]
         for event in events:
             await publisher.publish(event)
@@ -127,25 +130,25 @@ def test_events_reach_every_subscriber_in_order():
             await subscriber.close()
         await publisher.close()
 
-    play(scene)
+    run_test(test)
 
 
-def test_a_late_subscriber_gets_the_next_event():
-    async def scene() -> None:
+def test_late_subscriber_receives_the_next_event():
+    async def test() -> None:
         publisher = FeedPublisher(HOST, 0)
         for number in range(1000):
             await publisher.publish(Event(kind="step", values={"updates_total": number}))
-        subscriber = await listening(publisher)
+        subscriber = await connected_subscriber(publisher)
         await publisher.publish(STATUS)
         assert await next_step(subscriber) == STATUS
         await subscriber.close()
         await publisher.close()
 
-    play(scene)
+    run_test(test)
 
 
-def test_a_subscriber_may_come_before_the_publisher():
-    async def scene() -> None:
+def test_subscriber_can_start_before_the_publisher():
+    async def test() -> None:
         first = FeedPublisher(HOST, 0)
         await first.close()
         subscriber = FeedSubscriber(HOST, first.port)
@@ -164,14 +167,14 @@ def test_a_subscriber_may_come_before_the_publisher():
         await subscriber.close()
         await publisher.close()
 
-    play(scene)
+    run_test(test)
 
 
-def test_a_subscriber_that_never_reads_costs_bounded_memory_and_delays_nobody():
-    async def scene() -> None:
+def test_stalled_subscriber_uses_bounded_memory_and_delays_no_other():
+    async def test() -> None:
         publisher = FeedPublisher(HOST, 0)
-        stalled = await listening(publisher)
-        reader = await listening(publisher)
+        stalled = await connected_subscriber(publisher)
+        reader = await connected_subscriber(publisher)
         text = "x" * 100_000
         num_published = 2000  # 200 MB: more than queues and socket buffers hold
 
@@ -183,35 +186,35 @@ def test_a_subscriber_that_never_reads_costs_bounded_memory_and_delays_nobody():
                 await asyncio.sleep(0)
             await publisher.publish(Event(kind="end", values={"ok": True}))
 
-        async def read_on() -> None:
+        async def read_to_end() -> None:
             while (await reader.receive(SOON_S)).kind != "end":
                 await publisher.publish(Event(kind="end", values={"ok": True}))
 
         await publish()
-        await read_on()
-        held = []
+        await read_to_end()
+        received = []
         with pytest.raises(DeadlineExceeded):
             while True:
-                held.append(await stalled.receive(0.2))
-        assert QUEUED_EVENTS <= len(held) < num_published
+                received.append(await stalled.receive(0.2))
+        assert QUEUED_EVENTS <= len(received) < num_published
         for used in (stalled, reader, publisher):
             await used.close()
 
-    play(scene)
+    run_test(test)
 
 
-def test_what_a_subscriber_sends_is_ignored():
-    async def scene() -> None:
+def test_data_from_subscribers_is_ignored():
+    async def test() -> None:
         publisher = FeedPublisher(HOST, 0)
-        subscriber = await listening(publisher)
+        subscriber = await connected_subscriber(publisher)
         context = zmq.asyncio.Context()
-        rude = context.socket(zmq.XSUB)
-        rude.connect(f"tcp://{HOST}:{publisher.port}")
-        await rude.send(b"\x01")
-        await rude.send(b"stop the run")
-        await rude.send(b"\x01" + b"x" * 10_000)
-        with socket.create_connection((HOST, publisher.port)) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
+        misbehaving = context.socket(zmq.XSUB)
+        misbehaving.connect(f"tcp://{HOST}:{publisher.port}")
+        await misbehaving.send(b"\x01")
+        await misbehaving.send(b"stop the run")
+        await misbehaving.send(b"\x01" + b"x" * 10_000)
+        with socket.create_connection((HOST, publisher.port)) as other:
+            other.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
             for number in range(20):
                 await publisher.publish(Event(kind="step", values={"updates_total": number}))
         assert (await next_step(subscriber)).values == {"updates_total": 0}
@@ -219,19 +222,19 @@ def test_what_a_subscriber_sends_is_ignored():
         await subscriber.close()
         await publisher.close()
 
-    play(scene)
+    run_test(test)
 
 
-def test_a_foreign_version_on_the_feed_is_told_to_the_user():
-    async def scene() -> None:
+def test_protocol_version_mismatch_on_the_feed_is_reported():
+    async def test() -> None:
         context = zmq.asyncio.Context()
-        stranger = context.socket(zmq.PUB)
-        port = stranger.bind_to_random_port(f"tcp://{HOST}")
+        other = context.socket(zmq.PUB)
+        port = other.bind_to_random_port(f"tcp://{HOST}")
         subscriber = FeedSubscriber(HOST, port)
-        with pytest.raises(ProtocolError, match=f"version int 99, this process {PROTOCOL_VERSION}"):
+        with pytest.raises(ProtocolError, match=f"int 99, this process uses {PROTOCOL_VERSION}"):
             async with asyncio.timeout(SOON_S):
                 while True:
-                    await stranger.send(msgpack.packb([MAGIC, 99, "status", {}]))
+                    await other.send(msgpack.packb([MAGIC, 99, "status", {}]))
                     try:
                         await subscriber.receive(0.02)
                     except DeadlineExceeded:
@@ -239,11 +242,11 @@ def test_a_foreign_version_on_the_feed_is_told_to_the_user():
         await subscriber.close()
         context.destroy(linger=0)
 
-    play(scene)
+    run_test(test)
 
 
-def test_closing_twice_is_fine_and_ends_waits():
-    async def scene() -> None:
+def test_close_is_idempotent_and_ends_waits():
+    async def test() -> None:
         publisher = FeedPublisher(HOST, 0)
         subscriber = FeedSubscriber(HOST, publisher.port)
         waiting = asyncio.ensure_future(subscriber.receive(SOON_S))
@@ -256,7 +259,7 @@ def test_closing_twice_is_fine_and_ends_waits():
         with pytest.raises(TransportClosed):
             await publisher.publish(STATUS)
 
-    play(scene)
+    run_test(test)
 
 
 def test_a_feed_port_in_use_is_a_config_error():
@@ -267,8 +270,8 @@ def test_a_feed_port_in_use_is_a_config_error():
     assert refused.value.field == "cluster.feed_port"
 
 
-def test_an_unfit_event_is_refused_where_it_is_made():
-    with pytest.raises(ProtocolError, match="no map of plain scalars"):
+def test_invalid_events_are_rejected_by_encode():
+    with pytest.raises(ProtocolError, match="must be a map of plain scalars"):
         encode_event(Event(kind="status", values={"a": [1]}))  # type: ignore
     with pytest.raises(ProtocolError, match="unknown event kind"):
         encode_event(Event(kind="news", values={}))  # type: ignore

@@ -1,4 +1,4 @@
-"""A group as one message: packing, unpacking, and which messages are refused."""
+"""Groups as messages: packing, unpacking and validation."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def sampled(token_ids, logprobs, versions, finish_reason: FinishReason = "stop")
     )
 
 
-def test_a_group_packs_end_to_end_and_unpacks_to_itself():
+def test_groups_round_trip():
     group = Group(
         lease_id=7,
         prompt_id=11,
@@ -49,22 +49,23 @@ def test_a_group_packs_end_to_end_and_unpacks_to_itself():
     assert message.token_ids.tolist() == [10, 11, 12]
     assert message.logprobs.tolist() == [-0.5, -0.25, -2.0]
     assert message.policy_versions.tolist() == [4, 5, 5]
-    for carried in (message, batch_group(message)):
-        again = unpack_group(decode(as_bytes(carried)))  # type: ignore
-        assert (again.lease_id, again.prompt_id, again.num_screening) == (7, 11, 1)
-        assert again.prompt_token_ids.tolist() == [1, 2, 3]
-        assert [one.reward for one in again.completions] == [1.0, 0.0, 0.25]
-        assert [one.sampled.token_ids.tolist() for one in again.completions] == [[10, 11], [], [12]]
-        assert again.completions[0].sampled.logprobs.tolist() == [-0.5, -0.25]
-        assert again.completions[2].sampled.policy_versions.tolist() == [5]
-        assert again.oldest_version == 4
-        facts = validate_group(carried)
-        assert (facts.num_completions, facts.num_passed, facts.oldest_version) == (3, 1, 4)
-        assert facts.pass_rate == again.pass_rate == pytest.approx(1 / 3)
-        assert facts.screening_pass_rate == again.screening_pass_rate == 1.0
-        assert facts.mean_version == pytest.approx(14 / 3)
-        # Of the finish reason, what training counts is whether a length limit cut it.
-        assert [one.sampled.finish_reason for one in again.completions] == [
+    for carrier in (message, batch_group(message)):
+        unpacked = unpack_group(decode(as_bytes(carrier)))  # type: ignore
+        assert (unpacked.lease_id, unpacked.prompt_id, unpacked.num_screening) == (7, 11, 1)
+        assert unpacked.prompt_token_ids.tolist() == [1, 2, 3]
+        assert [one.reward for one in unpacked.completions] == [1.0, 0.0, 0.25]
+        token_ids = [one.sampled.token_ids.tolist() for one in unpacked.completions]
+        assert token_ids == [[10, 11], [], [12]]
+        assert unpacked.completions[0].sampled.logprobs.tolist() == [-0.5, -0.25]
+        assert unpacked.completions[2].sampled.policy_versions.tolist() == [5]
+        assert unpacked.oldest_version == 4
+        stats = validate_group(carrier)
+        assert (stats.num_completions, stats.num_passed, stats.oldest_version) == (3, 1, 4)
+        assert stats.pass_rate == unpacked.pass_rate == pytest.approx(1 / 3)
+        assert stats.screening_pass_rate == unpacked.screening_pass_rate == 1.0
+        assert stats.mean_version == pytest.approx(14 / 3)
+        # Only truncation by a length limit is preserved of the finish reason.
+        assert [one.sampled.finish_reason for one in unpacked.completions] == [
             "stop",
             "stop",
             "length",
@@ -75,21 +76,24 @@ INT, FLOAT = np.int32, np.float32
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("changes", "error"),
     [
-        ({"lengths": np.array([2, 2], INT)}, "lengths sum to the tokens"),
+        ({"lengths": np.array([2, 2], INT)}, "lengths to sum to the number"),
         ({"lengths": np.array([4, -1], INT)}, "lengths >= 0"),
-        ({"lengths": np.array([2**31 - 1, 2**31 - 1], INT)}, "lengths sum to the tokens"),
-        ({"lengths": np.array([], INT)}, "it has completions"),
-        ({"rewards": np.array([1.0], FLOAT)}, "one reward a completion"),
+        (
+            {"lengths": np.array([2**31 - 1, 2**31 - 1], INT)},
+            "lengths to sum to the number",
+        ),
+        ({"lengths": np.array([], INT)}, "at least one completion"),
+        ({"rewards": np.array([1.0], FLOAT)}, "one reward per completion"),
         ({"rewards": np.array([1.0, 1.5], FLOAT)}, "rewards in"),
         ({"rewards": np.array([1.0, -0.5], FLOAT)}, "rewards in"),
         ({"rewards": np.array([1.0, np.nan], FLOAT)}, "rewards in"),
-        ({"logprobs": np.array([-1.0, -1.0], FLOAT)}, "one logprob a token"),
+        ({"logprobs": np.array([-1.0, -1.0], FLOAT)}, "one logprob per token"),
         ({"logprobs": np.array([-1.0, -1.0, 0.001], FLOAT)}, "logprobs finite"),
         ({"logprobs": np.array([-1.0, -1.0, np.nan], FLOAT)}, "logprobs finite"),
         ({"logprobs": np.array([-1.0, -1.0, -np.inf], FLOAT)}, "logprobs finite"),
-        ({"policy_versions": np.array([0, 1], INT)}, "one policy version a token"),
+        ({"policy_versions": np.array([0, 1], INT)}, "one policy version per token"),
         ({"policy_versions": np.array([0, 1, -1], INT)}, "policy versions >= 0"),
         ({"token_ids": np.array([1, 2, -3], INT)}, "token ids >= 0"),
         ({"prompt_token_ids": np.array([-1], INT)}, "token ids >= 0"),
@@ -98,19 +102,19 @@ INT, FLOAT = np.int32, np.float32
         ({"prompt_id": -1}, "prompt_id >= 0"),
     ],
 )
-def test_a_group_that_contradicts_itself_is_refused(changes, complaint):
-    with pytest.raises(ProtocolError, match=f"lease 7 breaks: .*{complaint}"):
+def test_inconsistent_groups_are_rejected(changes, error):
+    with pytest.raises(ProtocolError, match=f"lease 7 is invalid: .*{error}"):
         unpack_group(group_message(**changes))
 
 
-def test_a_group_without_any_token_is_refused():
+def test_groups_without_tokens_are_rejected():
     empty = {name: np.array([], INT) for name in ("token_ids", "policy_versions")}
     message = group_message(**empty, logprobs=np.array([], FLOAT), lengths=np.array([0, 0], INT))
-    with pytest.raises(ProtocolError, match="it has tokens"):
+    with pytest.raises(ProtocolError, match="at least one token"):
         unpack_group(message)
 
 
-def test_a_logprob_rounded_to_just_above_zero_is_allowed():
+def test_logprobs_bounds_the_rounding_tolerance_are_accepted():
     group = unpack_group(group_message(logprobs=np.array([-1.0, -1.0, 0.00005], FLOAT)))
     assert group.num_tokens == 3
 
@@ -127,9 +131,9 @@ def test_a_logprob_rounded_to_just_above_zero_is_allowed():
         max_size=4,
     )
 )
-def test_the_bits_of_log_probabilities_say_what_their_values_say(values):
+def test_bitwise_logprob_check_matches_the_float_check(values):
     logprobs = np.array(values, FLOAT)
-    plainly = bool(np.all(np.isfinite(logprobs)) and np.all(logprobs <= np.float32(MAX_LOGPROB)))
+    is_valid = bool(np.all(np.isfinite(logprobs)) and np.all(logprobs <= np.float32(MAX_LOGPROB)))
     size = len(logprobs)
     message = group_message(
         token_ids=np.zeros(size, INT),
@@ -137,22 +141,22 @@ def test_the_bits_of_log_probabilities_say_what_their_values_say(values):
         lengths=np.array([size, 0], INT),
         logprobs=logprobs,
     )
-    if plainly:
+    if is_valid:
         assert validate_group(message).num_completions == 2
     else:
         with pytest.raises(ProtocolError, match="logprobs finite"):
             validate_group(message)
 
 
-def test_only_bounds_make_a_token_or_a_version_impossible():
+def test_bounds_limit_tokens_versions_and_lengths():
     message = group_message()
     largest, newest = int(message.token_ids.max()), int(message.policy_versions.max())
-    within = GroupBounds(completion_tokens=3, largest_token_id=largest, newest_version=newest)
-    assert validate_group(message, within).num_completions == len(message.lengths)
-    for name, value, complaint in (
+    bounds = GroupBounds(completion_tokens=3, largest_token_id=largest, newest_version=newest)
+    assert validate_group(message, bounds).num_completions == len(message.lengths)
+    for name, value, error in (
         ("largest_token_id", largest - 1, f"token {largest} is not in the vocabulary"),
-        ("newest_version", newest - 1, "from the future"),
+        ("newest_version", newest - 1, "newer than the current version"),
         ("completion_tokens", int(message.lengths.max()) - 1, "longer than"),
     ):
-        with pytest.raises(ProtocolError, match=complaint):
-            validate_group(message, replace(within, **{name: value}))
+        with pytest.raises(ProtocolError, match=error):
+            validate_group(message, replace(bounds, **{name: value}))

@@ -98,7 +98,7 @@ def test_fields_that_the_journal_depends_on_cannot_be_changed(
 
 
 def test_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SpeedAsyncError, match=r"no run is there.*give the folder of a run"):
+    with pytest.raises(SpeedAsyncError, match=r"not a run folder.*give a run folder"):
         load_resumed(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(SpeedAsyncError, match="cannot be read"):

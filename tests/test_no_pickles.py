@@ -1,8 +1,8 @@
-"""Nothing from the network is unpickled or evaluated: not in the code, and not when it runs.
+"""Data from the network is never unpickled or evaluated: static and runtime checks.
 
-The boundary: an actor's verifier pool and its engine are processes of its own, started by it
-through multiprocessing, which pickles what goes between them. No byte from the network takes that
-way as a pickle: it is decoded, checked, and made into plain records before.
+Exception: the verifier pool and the engine of an actor are child processes started through
+multiprocessing, which pickles the data between them. Network data never passes there as a pickle:
+it is decoded, validated and converted to plain records first.
 """
 
 import ast
@@ -25,18 +25,18 @@ MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "sh
 CALLS = {"load", "loads", "Unpickler", "StatelessProcessGroup", "allow_pickle"}
 JSON = {"json.loads", "json.load"}
 EVALUATORS = {"eval", "exec", "compile", "__import__"}
-READERS = {"pickle", "torch", "np", "numpy", "marshal", "yaml", "joblib", "dill", "shelve", "runpy"}
-"""Modules whose `load` and the like may run what they read."""
-OWN_PROCESSES = {
+LOADERS = {"pickle", "torch", "np", "numpy", "marshal", "yaml", "joblib", "dill", "shelve", "runpy"}
+"""Modules whose `load` functions may execute their input."""
+CHILD_PROCESS_MODULES = {
     "actors/stepped_engine/process.py": {"multiprocessing"},
     "environments/verifier.py": {"pickle", "multiprocessing"},
     "environments/verifier_worker.py": {"pickle", "multiprocessing", "pickle.loads"},
 }
-"""Who may, and why: see above."""
+"""Modules that may use them, as explained above."""
 
 
-def offences(source: str) -> Iterator[str]:
-    """Imports and names of one module through which a pickle could be read."""
+def pickle_uses(source: str) -> Iterator[str]:
+    """Yield imports and names of a module that could read a pickle."""
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import(names=names):
@@ -56,7 +56,7 @@ def offences(source: str) -> Iterator[str]:
 
 
 def evaluations(source: str) -> Iterator[str]:
-    """Ways of one module to run what it reads, in any package."""
+    """Yield constructs of a module that could execute its input."""
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import(names=names):
@@ -71,7 +71,7 @@ def evaluations(source: str) -> Iterator[str]:
             case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *_]):
                 if name.startswith("__"):
                     yield f"getattr {name}"
-            case ast.Attribute(value=ast.Name(id=module), attr=attribute) if module in READERS:
+            case ast.Attribute(value=ast.Name(id=module), attr=attribute) if module in LOADERS:
                 if attribute in CALLS:
                     yield f"{module}.{attribute}"
             case ast.keyword(arg="allow_pickle" | "trust_remote_code" | "shell"):
@@ -80,7 +80,7 @@ def evaluations(source: str) -> Iterator[str]:
                 pass
 
 
-def test_the_searches_find_what_they_look_for():
+def test_source_checks_detect_violations():
     for source in (
         "eval(text)",
         "exec(text)",
@@ -109,23 +109,27 @@ def test_the_searches_find_what_they_look_for():
         "from pickle import loads",
         "np.frombuffer(data, allow_pickle=True)",
     ):
-        assert list(offences(source)), source
-    assert list(offences("import json\njson.loads(text)\nmodel.load_weights(x)")) == []
+        assert list(pickle_uses(source)), source
+    assert list(pickle_uses("import json\njson.loads(text)\nmodel.load_weights(x)")) == []
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_no_module_of_the_transport_or_the_weight_sync_can_read_a_pickle(package: str):
+def test_transport_and_weight_sync_never_read_pickles(package: str):
     files = sorted((Path(speed_async.__file__).parent / package).glob("*.py"))
     assert len(files) > 5
-    assert {file.name: found for file in files if (found := list(offences(file.read_text())))} == {}
+    assert {
+        file.name: found for file in files if (found := list(pickle_uses(file.read_text())))
+    } == {}
 
 
-def test_no_module_can_run_what_it_reads():
+def test_no_module_executes_its_input():
     root = Path(speed_async.__file__).parent
     files = sorted(root.rglob("*.py"))
     assert len(files) > 100
     found = {str(file.relative_to(root)): set(evaluations(file.read_text())) for file in files}
-    surplus = {name: kinds - OWN_PROCESSES.get(name, set()) for name, kinds in found.items()}
+    surplus = {
+        name: kinds - CHILD_PROCESS_MODULES.get(name, set()) for name, kinds in found.items()
+    }
     assert {name: kinds for name, kinds in surplus.items() if kinds} == {}
 
 

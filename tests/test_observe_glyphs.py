@@ -4,14 +4,14 @@ from speed_async.observability.notation import count, duration, single_line
 from speed_async.observability.panel.glyphs import bar, resample, sparkline, stacked_bar
 
 
-def test_columns_are_means_and_gaps_repeat_what_was_before() -> None:
+def test_columns_are_means_and_gaps_repeat_the_previous_value() -> None:
     points = [(-1.0, 5.0), (2.5, 1.0), (3.5, 3.0), (9.9, 8.0)]
     # Columns of 2 s: nothing, 1 and 3, nothing, nothing, 8.
     assert resample(points, 5, from_s=0.0, to_s=10.0) == [5.0, 2.0, 2.0, 2.0, 8.0]
     assert resample(points[1:], 5, from_s=0.0, to_s=10.0)[0] is None
 
 
-def test_a_sparkline_runs_from_the_lowest_to_the_highest_level() -> None:
+def test_sparkline_spans_all_levels() -> None:
     points = [(float(index), float(index)) for index in range(8)]
     assert sparkline(points, 8, from_s=0.0, to_s=8.0, low=0.0, high=8.0) == "▁▂▃▄▅▆▇█"
     assert sparkline(points, 8, from_s=0.0, to_s=8.0, low=0.0, high=0.0) == "▁▁▁▁▁▁▁▁"
@@ -44,5 +44,5 @@ def test_durations_choose_their_unit() -> None:
     ]
 
 
-def test_text_from_elsewhere_cannot_steer_the_terminal() -> None:
+def test_control_characters_are_removed() -> None:
     assert single_line("a\x1b[31m\r\nb\x07") == "a [31m b"

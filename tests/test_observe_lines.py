@@ -32,7 +32,7 @@ def printed(*events: Event) -> list[str]:
     return stream.getvalue().splitlines()
 
 
-def test_a_step_is_one_line_to_grep_after_the_start_line() -> None:
+def test_step_is_one_line_after_the_start_line() -> None:
     assert printed(Event(kind="step", values=GAUGES)) == [
         "start v12 updates 100 actors 2 credits 96 buffer 64",
         "step 12/100 v12 reward 0.41 acc 0.52 gen 5300 tok/s train 2100 tok/s accept 0.38"
@@ -40,17 +40,17 @@ def test_a_step_is_one_line_to_grep_after_the_start_line() -> None:
     ]
 
 
-def test_a_step_says_how_late_the_services_loop_is() -> None:
+def test_step_line_has_the_service_lag() -> None:
     [_, line] = printed(Event(kind="step", values=GAUGES | {"loop_lag_s": 0.0213}))
     assert line.endswith(" eta 1m02s lag 21 ms")
 
 
-def test_status_makes_no_line_but_the_start() -> None:
+def test_status_prints_only_the_start_line() -> None:
     status = Event(kind="status", values=GAUGES)
     assert len(printed(status, status, status)) == 1
 
 
-def test_an_evaluation_and_the_end_have_their_lines() -> None:
+def test_evaluation_and_end_are_printed() -> None:
     evaluation: dict[str, Value] = {
         "policy_version": 10,
         "accuracy": 0.5196,
@@ -69,21 +69,21 @@ def test_an_evaluation_and_the_end_have_their_lines() -> None:
     assert ended == "end failed v- at 7s: actor-1: killed by signal 9"
 
 
-def test_each_outcome_ends_in_its_word() -> None:
-    for outcome, word in (("completed", "ok"), ("stopped", "stopped"), ("failed", "failed")):
+def test_end_line_names_the_outcome() -> None:
+    for outcome, label in (("completed", "ok"), ("stopped", "stopped"), ("failed", "failed")):
         end: dict[str, Value] = {"outcome": outcome, "ok": outcome == "completed", "reason": "x"}
-        assert printed(Event(kind="end", values=end))[-1] == f"end {word} v- at -: x"
+        assert printed(Event(kind="end", values=end))[-1] == f"end {label} v- at -: x"
 
 
-def test_a_diagnosis_is_told_when_it_begins_and_when_it_is_over() -> None:
-    told = (
+def test_diagnosis_is_printed_at_its_start_and_its_end() -> None:
+    texts = (
         "no reward: none of the last 40. Change: the task.",
         "no reward: none of the last 41. Change: the task.\nNothing fits 8 tokens.",
         "Nothing fits 8 tokens.",
         "",
     )
     lines = printed(
-        *(Event(kind="status", values=GAUGES | {"diagnoses": text}) for text in told),
+        *(Event(kind="status", values=GAUGES | {"diagnoses": text}) for text in texts),
         Event(kind="status", values=GAUGES),
     )
     assert lines[1:] == [
@@ -94,9 +94,9 @@ def test_a_diagnosis_is_told_when_it_begins_and_when_it_is_over() -> None:
     ]
 
 
-def test_a_warning_that_comes_again_after_it_was_over_is_told_again() -> None:
-    warned = ("actor-1 is lost", "actor-1 is lost", "", "actor-1 is lost")
-    lines = printed(*(Event(kind="status", values=GAUGES | {"warning": text}) for text in warned))
+def test_recurring_warning_is_printed_again() -> None:
+    texts = ("actor-1 is lost", "actor-1 is lost", "", "actor-1 is lost")
+    lines = printed(*(Event(kind="status", values=GAUGES | {"warning": text}) for text in texts))
     assert lines[1:] == ["warning actor-1 is lost"] * 2
 
 
@@ -117,41 +117,41 @@ def step(version: int) -> Event:
     return Event(kind="step", values=GAUGES | {"policy_version": version})
 
 
-def test_three_samples_are_told_the_first_one_in_the_middle_and_the_last() -> None:
+def test_first_middle_and_last_samples_are_printed() -> None:
     events = [event for n in range(100) for event in (sample(n), step(n))]
     lines = printed(*events, Event(kind="end", values={"ok": True, "reason": "completed"}))
-    told = [line for line in lines if line.startswith("sample ")]
-    assert [line.split()[1] for line in told] == ["v0", "v52", "v99"]
-    assert told[0] == (
+    samples = [line for line in lines if line.startswith("sample ")]
+    assert [line.split()[1] for line in samples] == ["v0", "v52", "v99"]
+    assert samples[0] == (
         'sample v0 reward 1.00 continued prompt "prompt 0" completion "24 and 48 is 72"'
         ' extracted "72"'
     )
-    assert lines[-1].startswith("end ok") and lines[-2] == told[-1]
+    assert lines[-1].startswith("end ok") and lines[-2] == samples[-1]
 
 
-def test_a_sample_that_was_cut_off_and_had_no_answer_says_so_and_stays_one_line() -> None:
+def test_truncated_sample_without_an_answer_is_one_line() -> None:
     [line] = printed(sample(3, truncated=True, extracted=None, completion="so\n" * 1000))
     assert " TRUNCATED " in line and line.endswith("extracted -")
     assert len(line) < 400 and " ... " in line
 
 
-def test_missing_figures_are_dashes() -> None:
+def test_missing_values_are_dashes() -> None:
     assert printed(Event(kind="step", values={}))[1] == (
         "step -/- v- reward - acc - gen - tok/s train - tok/s accept - stale -/- buffer -/-"
         " bound - eta -"
     )
 
 
-def test_an_open_ledger_and_a_new_warning_are_told_once_each_time() -> None:
+def test_unbalanced_ledger_and_new_warnings_are_printed_once() -> None:
     warned = Event(kind="status", values=GAUGES | {"warning": "actor-1.0 lost"})
     broken = Event(kind="step", values=GAUGES | {"ledger_closes": False})
     lines = printed(warned, warned, broken)
     assert lines[1] == "warning actor-1.0 lost"
-    assert lines[2].endswith("eta 1m02s LEDGER DOES NOT CLOSE")
+    assert lines[2].endswith("eta 1m02s LEDGER DOES NOT BALANCE")
     assert len(lines) == 3
 
 
-def test_a_stream_that_knows_only_ascii_does_not_end_the_run() -> None:
+def test_ascii_stream_replaces_other_characters() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     Lines(stream).update(Event(kind="end", values={"ok": True, "reason": "π done"}))

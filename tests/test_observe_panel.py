@@ -67,8 +67,8 @@ def shown(
     **console: Any,
 ) -> list[str]:
     stream = io.StringIO()
-    picture = render(state, width, height, view=view, page=page, keys=keys, silent_s=silent_s)
-    Console(file=stream, width=width, **console).print(picture)
+    panel = render(state, width, height, view=view, page=page, keys=keys, silent_s=silent_s)
+    Console(file=stream, width=width, **console).print(panel)
     return stream.getvalue().splitlines()
 
 
@@ -82,7 +82,7 @@ def full_state() -> PanelState:
 
 
 @pytest.mark.parametrize(
-    ("width", "lag_s", "told"),
+    ("width", "lag_s", "expected"),
     [
         (100, 0.0123, "service lag 12 ms"),
         (80, 0.0123, "service lag 12 ms"),
@@ -91,11 +91,11 @@ def full_state() -> PanelState:
         (60, 12.34, "lag 12.3 s"),
     ],
 )
-def test_the_lag_of_the_services_loop_is_told_in_full(width: int, lag_s: float, told: str) -> None:
+def test_service_lag_is_shown_in_full(width: int, lag_s: float, expected: str) -> None:
     state = state_after(Event(kind="step", values=GAUGES | {"loop_lag_s": lag_s}))
     [row] = [line for line in shown(state, width) if line.startswith("│ time")]
     assert "left 7m30s " in row
-    assert f" {told} " in row
+    assert f" {expected} " in row
     assert " lag " not in "".join(shown(full_state(), width)).replace("lag 3", "")
 
 
@@ -117,11 +117,11 @@ def test_state_keeps_first_best_and_last_of_reward_and_accuracy() -> None:
     assert state.last_event == "1m00s  held-out 0.520 at v10, 133/256 passed"
 
 
-def test_an_evaluation_of_an_older_version_does_not_turn_the_version_back() -> None:
+def test_evaluation_of_an_older_version_does_not_lower_the_version() -> None:
     assert full_state().values["policy_version"] == 12
 
 
-def test_the_end_is_remembered_with_its_reason() -> None:
+def test_end_event_sets_outcome_and_reason() -> None:
     end: dict[str, Value] = {"wall_s": 70.0, "ok": False, "reason": "actor-1:\x1b[2J lost"}
     state = state_after(Event(kind="status", values=GAUGES), Event(kind="end", values=end))
     assert (state.outcome, state.reason) == ("failed", "actor-1: [2J lost")
@@ -138,7 +138,7 @@ def test_a_long_history_is_halved_by_averaging_neighbours() -> None:
     assert (history.first, history.best, history.last) == (0, 1, 1)
 
 
-def test_recent_rates_forget_what_is_two_minutes_old_but_not_the_peak() -> None:
+def test_recent_rates_expire_after_two_minutes_but_keep_the_peak() -> None:
     recent = Recent()
     for at_s, rate in ((0.0, 900.0), (60.0, 500.0), (120.0, 600.0)):
         recent.add(at_s, rate)
@@ -146,41 +146,41 @@ def test_recent_rates_forget_what_is_two_minutes_old_but_not_the_peak() -> None:
     assert recent.peak == 900.0
 
 
-# --- picture ------------------------------------------------------------------------------------
+# --- rendering ------------------------------------------------------------------------------------
 
-FIGURES = (
+VALUES = (
     *("12/100", "1m02s", "7m30s", "training"),
     *("0.410", "0.520", "best 0.52", "5,300", "2,100", "38 %"),
     *("16/64", "48 prompts", "limit 96", "0.80", "max 2", "learner 60%", "actor 20%", "sync 10%"),
     *("1/2 newest", "lag 3"),
-    *("✓ closes", "held-out 0.520 at v10"),
+    *("✓ balances", "held-out 0.520 at v10"),
 )
 
 
 @pytest.mark.parametrize(
     ("width", "height", "num_lines"), [(60, 20, 18), (80, 24, 22), (120, 40, 25)]
 )
-def test_every_figure_is_there_and_the_picture_fits(
+def test_panel_shows_every_value_and_fits_the_terminal(
     width: int, height: int, num_lines: int
 ) -> None:
     lines = shown(full_state(), width, height)
     assert {cell_len(line) for line in lines} == {width}
     assert len(lines) == num_lines < height
     text = "\n".join(lines)
-    assert [figure for figure in FIGURES if figure not in text] == []
+    assert [value for value in VALUES if value not in text] == []
     assert "runs/[red]demo[/red]" in text
 
 
-def test_a_wide_picture_spells_its_notes_out() -> None:
+def test_wide_panel_shows_full_notes() -> None:
     text = "\n".join(shown(full_state(), 80))
     assert "first 0.28  best 0.52" in text
     assert " 12 %  training" in text
     assert " 25 % full" in text
-    assert "limit 96 at present" in text
+    assert "limit 96 currently" in text
     assert "pause 12 ms  lag 3" in text
 
 
-def test_a_very_narrow_picture_is_drawn_all_the_same() -> None:
+def test_very_narrow_panel_is_rendered() -> None:
     for width in range(24, 60):
         assert max(cell_len(line) for line in shown(full_state(), width)) <= width
 
@@ -194,7 +194,7 @@ def test_a_very_narrow_picture_is_drawn_all_the_same() -> None:
         dict.fromkeys(GAUGES),
     ],
 )
-def test_missing_and_strange_figures_are_drawn_as_dashes(values: dict[str, Value]) -> None:
+def test_missing_and_invalid_values_are_dashes(values: dict[str, Value]) -> None:
     state = state_after(
         Event(kind="status", values=values),
         Event(kind="step", values=values),
@@ -206,23 +206,23 @@ def test_missing_and_strange_figures_are_drawn_as_dashes(values: dict[str, Value
     assert re.search(r"reward +- train", reward)
 
 
-def test_trouble_is_said_in_words_and_not_only_in_colour() -> None:
-    trouble: dict[str, Value] = {
+def test_problems_are_shown_as_text_not_only_as_colour() -> None:
+    problems: dict[str, Value] = {
         "ledger_closes": False,
         "warning": "actor-1.0 lost\nrestart 1 of 3",
         "actors_alive": 1,
         "actors_total": 2,
         "max_staleness": 1,
     }
-    text = "\n".join(shown(state_after(Event(kind="status", values=GAUGES | trouble)), 80))
-    assert "✗ does not close" in text
+    text = "\n".join(shown(state_after(Event(kind="status", values=GAUGES | problems)), 80))
+    assert "✗ does not balance" in text
     assert "! actor-1.0 lost" in text
     assert "! restart 1 of 3" in text
     assert re.search(r"actors +1/2 MISSING", text)
     assert "max 2 of 1" in text
 
 
-def test_no_color_leaves_the_text_and_no_colour_code() -> None:
+def test_no_color_keeps_text_without_colour_codes() -> None:
     plain = "\n".join(shown(full_state(), 80))
     coloured = "\n".join(
         shown(full_state(), 80, force_terminal=True, color_system="standard", no_color=False)
@@ -236,7 +236,7 @@ def test_no_color_leaves_the_text_and_no_colour_code() -> None:
     assert re.sub(r"\x1b\[[\d;]*m", "", no_color) == plain
 
 
-def test_notes_stand_in_one_column_whatever_the_graphic() -> None:
+def test_notes_are_aligned_in_one_column() -> None:
     lines = shown(full_state(), 80)
     notes = ("- of - slots", "first 0.28", "peak 5,300", "of prompts", " 25 % full", "max 2")
     columns = [line.index(note) for note in notes for line in lines if note in line]

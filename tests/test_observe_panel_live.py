@@ -24,7 +24,7 @@ def live_console(stream: io.StringIO) -> Console:
     return Console(file=stream, width=80, height=24, force_terminal=True, _environ={})
 
 
-def test_gauges_in_quick_succession_are_drawn_together_and_frames_are_whole() -> None:
+def test_fast_gauges_share_frames_and_frames_are_complete() -> None:
     stream = io.StringIO()
     with Panel(live_console(stream), "demo") as panel:
         for hundredth in range(100):  # one second of a status every 10 ms
@@ -38,7 +38,7 @@ def test_gauges_in_quick_succession_are_drawn_together_and_frames_are_whole() ->
     assert "draining" in stream.getvalue()
 
 
-def test_evaluations_and_the_end_are_drawn_at_once() -> None:
+def test_evaluations_and_the_end_are_drawn_immediately() -> None:
     stream = io.StringIO()
     with Panel(live_console(stream), "demo") as panel:
         panel.update(Event(kind="status", values=GAUGES))
@@ -48,7 +48,7 @@ def test_evaluations_and_the_end_are_drawn_at_once() -> None:
         assert "finished: all done" in stream.getvalue()
 
 
-def test_only_a_terminal_that_can_draw_gets_the_panel() -> None:
+def test_panel_requires_a_capable_terminal() -> None:
     stream = io.StringIO()
     assert can_show(live_console(stream))
     assert not can_show(Console(file=stream))
@@ -65,14 +65,14 @@ with Panel(Console(width=80, height=24), "demo") as panel:
     panel.update(Event(kind="status", values={"wall_s": 1.0, "phase": "training"}))
     if sys.argv[1] == "raise":
         raise RuntimeError("boom")
-    # Only now is the interrupt sure to meet the sleep, not the drawing.
+    # From now on the interrupt arrives during the sleep, not during drawing.
     os.write(int(sys.argv[2]), b"drawn")
     time.sleep(30)
 """
 
 
 @pytest.mark.parametrize("ending", ["raise", "interrupt"])
-def test_the_terminal_is_given_back_after_an_error_and_an_interrupt(ending: str) -> None:
+def test_terminal_is_restored_after_an_error_and_an_interrupt(ending: str) -> None:
     master, slave = pty.openpty()
     drawn, draws = os.pipe()
     with subprocess.Popen(
@@ -91,9 +91,9 @@ def test_the_terminal_is_given_back_after_an_error_and_an_interrupt(ending: str)
                 read_until(drawn, b"drawn", deadline_s=120.0)
                 assert not termios.tcgetattr(slave)[3] & termios.ECHO
                 process.send_signal(signal.SIGINT)
-            last_word = b"boom" if ending == "raise" else b"KeyboardInterrupt"
+            last_text = b"boom" if ending == "raise" else b"KeyboardInterrupt"
             output += (
-                read_until(master, last_word, deadline_s=120.0) if last_word not in output else b""
+                read_until(master, last_text, deadline_s=120.0) if last_text not in output else b""
             )
             process.wait(timeout=120.0)
             assert termios.tcgetattr(slave)[3] & termios.ECHO
@@ -101,17 +101,17 @@ def test_the_terminal_is_given_back_after_an_error_and_an_interrupt(ending: str)
             process.kill()
             for descriptor in (master, slave, drawn, draws):
                 os.close(descriptor)
-    picture, after = output.rsplit(b"\x1b[?25h", 1)
-    assert b"\x1b[?25l" in picture
+    frame, after = output.rsplit(b"\x1b[?25h", 1)
+    assert b"\x1b[?25l" in frame
     assert b"\x1b[?25l" not in after
-    assert picture.rstrip().endswith("╯".encode() + b"\x1b[0m")
-    assert last_word in after
+    assert frame.rstrip().endswith("╯".encode() + b"\x1b[0m")
+    assert last_text in after
 
 
 def take_terminal() -> None:
-    # A shell's background job ignores SIGINT, and children inherit that.
+    """In the child: make standard input the controlling terminal of its new session."""
+    # Background jobs of a shell ignore SIGINT, and children inherit this.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    """In the child: make its standard input the terminal of its new session."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
@@ -120,6 +120,6 @@ def read_until(descriptor: int, awaited: bytes, *, deadline_s: float) -> bytes:
     end_s = time.monotonic() + deadline_s
     while awaited not in output:
         ready, _, _ = select.select([descriptor], [], [], max(0.0, end_s - time.monotonic()))
-        assert ready, f"{awaited!r} did not come within {deadline_s} s: {output!r}"
+        assert ready, f"{awaited!r} was not received within {deadline_s} s: {output!r}"
         output += os.read(descriptor, 65536)
     return output

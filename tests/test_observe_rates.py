@@ -3,24 +3,24 @@ import pytest
 from speed_async.observability.rates import WindowedMean, WindowedRate
 
 
-def test_before_the_window_is_full_the_rate_is_over_the_time_since_the_start() -> None:
+def test_rate_of_a_partial_window_uses_the_time_since_the_start() -> None:
     rate = WindowedRate(window_s=10.0, start_s=100.0)
     rate.add(102.0, 50)
     rate.add(104.0, 30)
     assert rate.per_s(104.0) == pytest.approx(80 / 4)
 
 
-def test_what_left_the_window_counts_no_more() -> None:
+def test_amounts_outside_of_the_window_expire() -> None:
     rate = WindowedRate(window_s=10.0, start_s=0.0)
     for second in range(1, 21):
         rate.add(float(second), 7)
-    # 11 .. 20 are inside (10 at 20 s is at the edge, and out): ten amounts over ten seconds.
+    # 11 to 20 are inside (10 is at the edge and outside): ten amounts over ten seconds.
     assert rate.per_s(20.0) == pytest.approx(7.0)
     assert rate.per_s(25.0) == pytest.approx(5 * 7 / 10)
     assert rate.per_s(30.0) == 0.0
 
 
-def test_no_time_and_no_amount_is_no_rate() -> None:
+def test_rate_without_elapsed_time_is_none() -> None:
     rate = WindowedRate(window_s=10.0, start_s=5.0)
     assert rate.per_s(5.0) is None
     rate.add(5.0, 100)
@@ -28,7 +28,7 @@ def test_no_time_and_no_amount_is_no_rate() -> None:
     assert rate.per_s(15.1) == 0.0
 
 
-def test_many_amounts_keep_bounded_memory_and_the_right_sum() -> None:
+def test_many_amounts_use_bounded_memory_and_keep_the_sum() -> None:
     rate = WindowedRate(window_s=64.0, start_s=0.0)
     for index in range(10_000):
         rate.add(index / 100, 1)  # 100 per second
@@ -36,7 +36,7 @@ def test_many_amounts_keep_bounded_memory_and_the_right_sum() -> None:
     assert len(rate._amounts) <= 66
 
 
-def test_mean_and_maximum_are_of_the_last_values_only() -> None:
+def test_mean_and_maximum_use_only_the_last_values() -> None:
     window = WindowedMean(num_values=4)
     assert (window.mean, window.maximum) == (None, None)
     for value in (9, 1, 0, 0, 1):

@@ -30,7 +30,7 @@ def num_pixels_like(path: Path, red: float, green: float, blue: float) -> int:
 BLUE = (0x0B / 255, 0x5F / 255, 0xA5 / 255)
 
 
-def test_the_figure_shows_both_lines(tmp_path: Path) -> None:
+def test_figure_shows_both_lines(tmp_path: Path) -> None:
     path = plot_accuracy(run_with(tmp_path, num_evaluations=5, num_steps=20))
     assert path == tmp_path / "accuracy.png"
     assert imread(path).shape == (675, 1200, 4)
@@ -39,7 +39,7 @@ def test_the_figure_shows_both_lines(tmp_path: Path) -> None:
     assert num_pixels_like(path, *faint_orange) > 500
 
 
-def test_more_evaluations_draw_more_and_none_draws_none(tmp_path: Path) -> None:
+def test_figure_draws_all_evaluations(tmp_path: Path) -> None:
     none = plot_accuracy(run_with(tmp_path / "none", num_evaluations=0, num_steps=0))
     single = plot_accuracy(run_with(tmp_path / "single", num_evaluations=1, num_steps=0))
     several = plot_accuracy(run_with(tmp_path / "several", num_evaluations=3, num_steps=0))
@@ -48,7 +48,7 @@ def test_more_evaluations_draw_more_and_none_draws_none(tmp_path: Path) -> None:
     assert 0 < blues[1] < blues[2]
 
 
-def test_a_run_without_metrics_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+def test_missing_metrics_error_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"metrics\.jsonl: no such file"):
         plot_accuracy(tmp_path)
 
@@ -78,7 +78,7 @@ SUMMARY: dict[str, object] = {
 }
 
 
-def test_the_closing_summary_in_full() -> None:
+def test_complete_summary() -> None:
     assert (
         summary_text(SUMMARY)
         == """\
@@ -86,7 +86,7 @@ run ended: 100 updates done
 
   accuracy    28.3 % -> 51.2 %  (+22.9 points)
   wall time   4m04s
-  trained     100 updates of 38,400 completions in all
+  trained     100 updates of 38,400 completions
   generated   512,345 tokens, 2,098 tokens/s
   gate        38 % of screened prompts continued
   staleness   mean 0.80, max 2 versions
@@ -96,14 +96,14 @@ run ended: 100 updates done
     screened out             4             200      20 %
     evaluation               5             100      10 %
     generated               12           1,000
-  closes      yes (2 checks hold)
+  balanced    yes (2 checks passed)
 
   files       runs/arithmetic
 """
     )
 
 
-def test_a_stopped_run_shows_the_last_measured_accuracy_and_how_to_go_on() -> None:
+def test_stopped_run_shows_the_last_accuracy_and_the_resume_command() -> None:
     stopped = SUMMARY | {
         "accuracy_after": None,
         "accuracy_last_version": 80,
@@ -118,13 +118,13 @@ def test_a_stopped_run_shows_the_last_measured_accuracy_and_how_to_go_on() -> No
     assert "resume" not in summary_text(SUMMARY | {"completed": True})
 
 
-def test_one_measured_accuracy_is_no_change() -> None:
+def test_single_accuracy_shows_no_change() -> None:
     text = summary_text(SUMMARY | {"accuracy_after": None, "accuracy_last_version": 0})
     assert "  accuracy    28.3 % at version 0, the only one measured\n" in text
     assert "points" not in text
 
 
-def test_diagnoses_and_the_first_example_of_each_failure_are_told_in_80_columns() -> None:
+def test_diagnoses_and_failure_examples_fit_80_columns() -> None:
     ledger = {
         "groups": {"failed": 3},
         "failures": {"prompt": 2, "actor lost": 1},
@@ -143,11 +143,11 @@ def test_diagnoses_and_the_first_example_of_each_failure_are_told_in_80_columns(
     assert "  held-out    failed: prompt (4)\n" in text
     assert "first: actor lost" not in text
     assert "  diagnosis   no reward: none passed. Change: x\n" in text
-    assert "  diagnosis   the gate starves (over since 1m02s, version 9)\n" in text
+    assert "  diagnosis   the gate starves (resolved at 1m02s, version 9)\n" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_a_ledger_that_does_not_close_names_the_broken_check_and_the_failures() -> None:
+def test_unbalanced_ledger_names_violated_checks_and_failures() -> None:
     ledger = {
         "groups": {"failed": 3},
         "tokens": {"failed": 40},
@@ -157,17 +157,17 @@ def test_a_ledger_that_does_not_close_names_the_broken_check_and_the_failures() 
     }
     text = summary_text({"ledger": ledger})
     assert "  failures    actor lost (3)\n" in text
-    assert "  closes      NO\n    does not hold: tokens add up\n" in text
+    assert "  balanced    NO\n    violated: tokens add up\n" in text
     assert "groups add up" not in text
 
 
-def test_an_empty_summary_is_all_dashes() -> None:
+def test_empty_summary_has_dashes() -> None:
     text = summary_text({})
     assert "  accuracy    -\n" in text
     assert "  ledger      -\n" in text
 
 
-def test_a_breakdown_is_told_when_it_is_asked_for() -> None:
+def test_breakdown_is_optional() -> None:
     summary = {
         "breakdown": {
             "learner": {"waiting for groups": 3.0, "training": 1.0},
@@ -181,7 +181,7 @@ def test_a_breakdown_is_told_when_it_is_asked_for() -> None:
     assert any(line.startswith("      sampling") and line.endswith(" -") for line in lines)
 
 
-def test_what_a_person_should_know_is_told_again_in_80_columns() -> None:
+def test_notices_fit_80_columns() -> None:
     notice = "checkpoint version-000006 is damaged (model.safetensors is not as it was written)"
     text = summary_text({"notices": [notice]})
     [first, second] = [line for line in text.splitlines() if "damaged" in line or "written" in line]
@@ -191,7 +191,7 @@ def test_what_a_person_should_know_is_told_again_in_80_columns() -> None:
     assert "note" not in summary_text({"notices": []})
 
 
-def test_the_closing_words_say_what_was_repeated_after_a_restart() -> None:
+def test_summary_reports_repeated_updates() -> None:
     text = summary_text({"updates_repeated": 7, "updates_repeated_alike": 7})
-    assert "  repeated    7 updates as the journal has them, 7 bit for bit alike" in text
+    assert "  repeated    7 updates from the journal, 7 bitwise identical" in text
     assert "repeated" not in summary_text({"updates_repeated": 0})

@@ -15,7 +15,7 @@ EVALUATION = Event(kind="evaluation", values={"wall_s": 2.0, "accuracy": 0.25, "
 END = Event(kind="end", values={"ok": True, "reason": "done"})
 
 
-def test_what_is_written_is_read_back_the_same(tmp_path: Path) -> None:
+def test_events_are_read_back_unchanged(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path)
     for event in (STEP, EVALUATION, END):
         sink.write(event)
@@ -24,7 +24,7 @@ def test_what_is_written_is_read_back_the_same(tmp_path: Path) -> None:
     assert read_events(tmp_path / "metrics.jsonl") == [STEP, EVALUATION, END]
 
 
-def test_each_line_is_one_object_with_its_kind_and_is_readable_before_close(tmp_path: Path) -> None:
+def test_lines_are_json_objects_and_readable_before_close(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / "new" / "folder")
     sink.write(EVALUATION)
     text = sink.path.read_text()
@@ -33,7 +33,7 @@ def test_each_line_is_one_object_with_its_kind_and_is_readable_before_close(tmp_
     assert json.loads(text) == {"kind": "evaluation", "wall_s": 2.0, "accuracy": 0.25, "note": None}
 
 
-def test_gauges_of_a_moment_are_not_kept(tmp_path: Path) -> None:
+def test_status_events_are_not_stored(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path)
     sink.write(Event(kind="status", values={"wall_s": 1.0}))
     sink.close()
@@ -46,20 +46,20 @@ def sample(number: int) -> Event:
 
 
 def samples(folder: Path) -> list[dict[str, object]]:
-    """Lines of samples.jsonl, split at line feeds alone."""
+    """Lines of samples.jsonl, split only at line feeds."""
     text = (folder / "samples.jsonl").read_text()
     assert text.endswith("\n")
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
-def test_samples_have_a_file_of_their_own_that_a_resumed_run_goes_on_with(tmp_path: Path) -> None:
+def test_samples_are_appended_to_their_own_file_after_a_resume(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path)
     assert not (tmp_path / "samples.jsonl").exists()
     for number in range(2):
         sink.write(sample(number))
     sink.close()
     with (tmp_path / "samples.jsonl").open("a") as file:
-        file.write('{"kind": "sample", "prom')  # killed in the middle of a line
+        file.write('{"kind": "sample", "prom')  # a process killed while writing a line
     resumed = JsonlSink(tmp_path)
     resumed.write(sample(2))
     resumed.close()
@@ -67,8 +67,8 @@ def test_samples_have_a_file_of_their_own_that_a_resumed_run_goes_on_with(tmp_pa
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_the_file_of_samples_is_bounded_and_says_once_that_it_is_full(tmp_path: Path) -> None:
-    for _ in range(2):  # the second time as a resumed run
+def test_sample_file_is_bounded_and_marked_full_once(tmp_path: Path) -> None:
+    for _ in range(2):  # the second iteration is a resumed run
         file = SampleFile(tmp_path, max_file_bytes=1000)
         for number in range(30):
             file.write(sample(number).values)
@@ -78,11 +78,11 @@ def test_the_file_of_samples_is_bounded_and_says_once_that_it_is_full(tmp_path: 
     assert (tmp_path / "samples.jsonl").stat().st_size < 1100
 
 
-def test_a_full_disk_costs_samples_and_leaves_no_half_line(tmp_path: Path) -> None:
+def test_full_disk_drops_samples_without_partial_lines(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path)
     sink.write(sample(0))
     before = (tmp_path / "samples.jsonl").read_bytes()
-    # The kernel cuts writes at this size, as it does where a disk is full.
+    # The kernel truncates writes at this size, as on a full disk.
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
@@ -99,14 +99,14 @@ def test_a_full_disk_costs_samples_and_leaves_no_half_line(tmp_path: Path) -> No
     assert [line["prompt_id"] for line in samples(tmp_path)] == [0, 3]
 
 
-def test_numbers_json_cannot_carry_become_null(tmp_path: Path) -> None:
+def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path)
     sink.write(Event(kind="step", values={"loss": float("nan"), "grad_norm": float("inf")}))
     sink.close()
     assert sink.path.read_text() == '{"kind": "step", "loss": null, "grad_norm": null}\n'
 
 
-def test_a_second_sink_appends_after_dropping_a_torn_line(tmp_path: Path) -> None:
+def test_second_sink_truncates_a_partial_line_and_appends(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "end", "ok": true, "reason": "done"}\n{"kind": "st')
     assert read_events(path) == [END]
@@ -117,19 +117,19 @@ def test_a_second_sink_appends_after_dropping_a_torn_line(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("line", ["{nonsense", '{"kind": "other"}', '{"kind": []}', "[1]", ""])
-def test_a_malformed_line_is_named_with_its_number(tmp_path: Path, line: str) -> None:
+def test_malformed_line_error_has_the_line_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "end"}\n' + line + "\n")
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: "):
         read_events(path)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"metrics\.jsonl: no such file"):
         read_events(tmp_path / "metrics.jsonl")
 
 
-def test_the_recording_sink_remembers_everything() -> None:
+def test_recording_sink_records_all_events() -> None:
     sink = RecordingSink()
     as_sink: Sink = sink
     as_sink.write(STEP)

@@ -25,7 +25,7 @@ wandb_sink = WandbSink(
     run_folder=Path(sys.argv[1]), project="tests", config={"run": {"seed": 41}},
 )
 
-class sink:  # as the service's shell does: one sink after the other
+class sink:  # like the service: one sink after the other
     mode = wandb_sink.mode
     close = wandb_sink.close
     def write(event):
@@ -41,7 +41,7 @@ for number in range(100):
 step = {"wall_s": 1.5, "policy_version": 2, "diagnoses": "no reward: x"}
 sink.write(Event(kind="step", values=step))
 if len(sys.argv) > 2:
-    os._exit(0)  # what a kill does
+    os._exit(0)  # like a kill
 sink.write(Event(kind="evaluation", values={"wall_s": 2.0, "policy_version": 1, "accuracy": 0.25}))
 sink.write(Event(kind="end", values={"wall_s": 3.0, "ok": True, "reason": "done"}))
 sink.close()
@@ -49,10 +49,10 @@ sink.close()
 """
 
 
-def test_without_a_key_a_silent_offline_run_is_written_into_the_run_folder(tmp_path: Path) -> None:
+def test_offline_run_without_a_key_is_written_to_the_run_folder(tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if "WANDB" not in name}
     environ |= {"HOME": str(tmp_path / "home")}
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", OFFLINE_RUN, str(tmp_path / "run")],
         env=environ,
         stdin=subprocess.DEVNULL,
@@ -61,7 +61,7 @@ def test_without_a_key_a_silent_offline_run_is_written_into_the_run_folder(tmp_p
         cwd=tmp_path,
         check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
     (record,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     content = record.read_bytes()
     for logged in (b"step/loss", b"evaluation/accuracy", b"end/reason", b"seed"):
@@ -70,43 +70,43 @@ def test_without_a_key_a_silent_offline_run_is_written_into_the_run_folder(tmp_p
     assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == ["run"]
 
 
-def offline_lives(folder: Path, *arguments: list[str]) -> list[list[dict[str, object]]]:
-    """The rows that each life of a run has left, one process after the other."""
+def offline_attempts(folder: Path, *arguments: list[str]) -> list[list[dict[str, object]]]:
+    """The rows logged by each attempt of a run, in consecutive processes."""
     environ = {name: value for name, value in os.environ.items() if "WANDB" not in name}
     environ |= {"HOME": str(folder / "home")}
-    lives: dict[Path, list[dict[str, object]]] = {}
+    attempts: dict[Path, list[dict[str, object]]] = {}
     for extra in arguments:
         command = [sys.executable, "-c", OFFLINE_RUN, str(folder / "run"), *extra]
-        done = subprocess.run(command, env=environ, capture_output=True, timeout=240, cwd=folder)
-        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        result = subprocess.run(command, env=environ, capture_output=True, timeout=240, cwd=folder)
+        assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
         for record in (folder / "run" / "wandb").glob("offline-run-*/run-*.wandb"):
-            lives.setdefault(record, history(record))
+            attempts.setdefault(record, history(record))
     run_id = (folder / "run" / "wandb-run-id").read_text().strip()
-    assert {record.stem for record in lives} == {f"run-{run_id}"}
-    assert len(lives) == len(arguments)
-    return list(lives.values())
+    assert {record.stem for record in attempts} == {f"run-{run_id}"}
+    assert len(attempts) == len(arguments)
+    return list(attempts.values())
 
 
-def test_a_run_that_is_resumed_goes_on_as_the_same_run_with_the_step_after_its_last(
+def test_resumed_run_continues_the_wandb_run_and_its_steps(
     tmp_path: Path,
 ) -> None:
-    first, second = offline_lives(tmp_path, [], [])
+    first, second = offline_attempts(tmp_path, [], [])
     assert [row["_step"] for row in first] == [0, 1, 2, 3]
     assert [row["_step"] for row in second] == [4, 5, 6, 7]
     assert [row.get("step/loss") for row in second] == [0.5, None, None, None]
 
 
-def test_the_life_after_a_kill_writes_over_no_step(tmp_path: Path) -> None:
-    killed, second = offline_lives(tmp_path, ["killed"], [])
+def test_attempt_after_a_kill_overwrites_no_step(tmp_path: Path) -> None:
+    killed, second = offline_attempts(tmp_path, ["killed"], [])
     steps = [row["_step"] for row in killed]
-    assert steps == [0, 1][: len(steps)]  # a killed wandb may lose its tail
+    assert steps == [0, 1][: len(steps)]  # a killed wandb process may lose its last rows
     assert [row["_step"] for row in second] == [2, 3, 4, 5]
 
 
-def test_samples_come_as_a_bounded_table_and_diagnoses_as_text(tmp_path: Path) -> None:
-    [rows] = offline_lives(tmp_path, [])
+def test_samples_are_a_bounded_table_and_diagnoses_are_text(tmp_path: Path) -> None:
+    [rows] = offline_attempts(tmp_path, [])
     assert rows[1]["step/diagnoses"] == "no reward: x"
-    # Nested keys of a value are separate items of a row.
+    # Nested keys of a value are separate items in a row.
     assert ["samples.path" in row for row in rows] == [False, False, True, False]
     assert (rows[2]["samples.nrows"], rows[2]["samples.ncols"]) == (64, 10)
     pattern = f"offline-run-*/files/{rows[2]['samples.path']}"
@@ -116,7 +116,7 @@ def test_samples_come_as_a_bounded_table_and_diagnoses_as_text(tmp_path: Path) -
     assert (last["prompt_id"], last["prompt"], last["extracted"]) == (99, "1+1=", "2")
 
 
-def test_the_key_is_found_in_the_environment_or_in_netrc(tmp_path: Path) -> None:
+def test_api_key_is_read_from_the_environment_or_netrc(tmp_path: Path) -> None:
     file = tmp_path / "netrc"
     file.write_text(f"machine wandb.example.org\n  login user\n  password {KEY}\n")
     file.chmod(0o600)
@@ -127,14 +127,14 @@ def test_the_key_is_found_in_the_environment_or_in_netrc(tmp_path: Path) -> None
     assert find_api_key({"HOME": str(tmp_path / "nobody")}, host="wandb.example.org") is None
 
 
-def test_a_default_entry_of_netrc_is_no_key(tmp_path: Path) -> None:
+def test_netrc_default_entry_is_not_a_key(tmp_path: Path) -> None:
     (tmp_path / ".netrc").write_text("default login anonymous password guest\n")
     (tmp_path / ".netrc").chmod(0o600)
     assert find_api_key({"HOME": str(tmp_path)}, host="api.wandb.ai") is None
 
 
 @pytest.mark.parametrize(
-    ("asked", "has_key", "mode"),
+    ("requested", "has_key", "mode"),
     [
         (None, False, "offline"),
         (None, True, "online"),
@@ -143,14 +143,14 @@ def test_a_default_entry_of_netrc_is_no_key(tmp_path: Path) -> None:
         ("disabled", True, "disabled"),
     ],
 )
-def test_the_mode_follows_the_key_and_the_users_word(
-    asked: str | None, has_key: bool, mode: str
+def test_mode_depends_on_the_key_and_the_environment(
+    requested: str | None, has_key: bool, mode: str
 ) -> None:
-    environ = {} if asked is None else {"WANDB_MODE": asked}
+    environ = {} if requested is None else {"WANDB_MODE": requested}
     assert choose_mode(environ, has_key=has_key) == mode
 
 
-def test_a_malformed_key_is_an_error_that_names_the_field(tmp_path: Path) -> None:
+def test_malformed_api_key_error_names_the_field(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'observe\.wandb'.*WANDB_MODE=offline"):
         WandbSink(
             run_folder=tmp_path, project="tests", config={}, environ={"WANDB_API_KEY": "short"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import uvloop
 import zmq
-from transport_contract import SOON_S, ZmqStage, over_sockets, say
+from transport_contract import SOON_S, ZmqStage, offer_until_queued, over_sockets
 
 from speed_async.errors import DeadlineExceeded, ProtocolError
 from speed_async.transport import peer_names
@@ -28,7 +28,7 @@ async def assert_served(hub: ZmqHub, link: Link, number: int) -> None:
     """Assert that messages pass in both directions under NAME."""
     await link.send(Ping(sent=number))
     assert await hub.receive(SOON_S) == (NAME, Ping(sent=number))
-    assert await say(hub, NAME, Welcome(policy_version=number)) is Delivery.QUEUED
+    assert await offer_until_queued(hub, NAME, Welcome(policy_version=number)) is Delivery.QUEUED
     assert await next_message(link) == Welcome(policy_version=number)
 
 
@@ -70,7 +70,7 @@ async def wait_until_received(hub: ZmqHub, link: Link) -> None:
 
 async def wait_until_gone(hub: ZmqHub) -> None:
     async with asyncio.timeout(SOON_S):
-        while await say(hub, NAME, Welcome(policy_version=0)) is not Delivery.GONE:  # noqa: ASYNC110
+        while await offer_until_queued(hub, NAME, Welcome(policy_version=0)) is not Delivery.GONE:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
@@ -219,5 +219,5 @@ def test_names_in_use_are_kept_when_a_key_opens_too_many(monkeypatch: pytest.Mon
 
 def test_identities_of_one_name_are_unique():
     assert len({new_identity(NAME) for _ in range(100)}) == 100
-    with pytest.raises(ProtocolError, match="is no peer name"):
+    with pytest.raises(ProtocolError, match="is not a valid peer name"):
         new_identity("no name")

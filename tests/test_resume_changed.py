@@ -326,7 +326,7 @@ def test_moved_data_and_model_are_found_at_their_new_path(ended: Run, tmp_path: 
     try:
         error = refusal(moved)
         assert "config field 'model.path'" in error
-        assert "if it was moved, give its new place: --model.path FOLDER" in error
+        assert "if it was moved, set the new path: --model.path FOLDER" in error
         paths = ("--model.path", "other-model", "--task.path", "other-data")
         status, _, err = resume_train(moved, "--run.updates", "4", *paths).finish()
         assert status == 0, err

@@ -270,7 +270,7 @@ def test_run_that_reached_its_accuracy_is_finished_until_the_target_is_raised(
     ("arguments", "message"),
     [
         ([], "error: --resume '"),
-        (["--learner.lr", "1e-4"], "no run is there"),
+        (["--learner.lr", "1e-4"], "not a run folder"),
     ],
 )
 def test_folder_without_a_run_is_rejected_in_one_line_before_torch_loads(

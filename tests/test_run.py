@@ -102,7 +102,7 @@ def test_ctrl_c_drains_saves_and_leaves_no_process(tmp_path: Path) -> None:
     assert status == 130
     # The stop is acknowledged at once; the run then ends neither completed nor failed.
     progress, closing = out.split("run ended: ", 1)
-    assert "a second Ctrl-C ends the run at once" in progress
+    assert "a second Ctrl-C ends the run immediately" in progress
     assert closing.startswith("stopped by a signal\n")
     assert f"\n  resume      speed-async train --resume {run.folder}\n" in closing
     [end] = run.events("end")

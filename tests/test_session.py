@@ -1,4 +1,4 @@
-"""Sessions: what is said comes once and in order, whatever is lost on the way."""
+"""Sessions: exactly-once, in-order delivery over a lossy connection."""
 
 import random
 from collections import deque
@@ -10,13 +10,13 @@ from speed_async.transport.messages import Message, Welcome
 from speed_async.transport.session import Receipt, Session
 
 
-def said(session: Session, *versions: int) -> None:
+def enqueue_versions(session: Session, *versions: int) -> None:
     for version in versions:
         session.say(Welcome(policy_version=version))
 
 
-def sent(session: Session) -> list[Message]:
-    """All that is not yet with the transport, handed to it."""
+def flush(session: Session) -> list[Message]:
+    """Pass all unsent messages to the transport."""
     messages = []
     while session.has_unsent:
         messages.append(session.next_unsent())
@@ -28,17 +28,17 @@ def versions(messages: list[Message]) -> list[int]:
     return [message.policy_version for message in messages if isinstance(message, Welcome)]
 
 
-def test_messages_are_numbered_from_one_and_kept_until_heard() -> None:
+def test_messages_are_numbered_and_kept_until_acknowledged() -> None:
     session = Session()
-    said(session, 7, 8)
-    assert [message.number for message in sent(session)] == [1, 2]
+    enqueue_versions(session, 7, 8)
+    assert [message.number for message in flush(session)] == [1, 2]
     assert session.num_unacked == 2
     session.arrived(Welcome(policy_version=0, number=1, heard=1))
     assert session.num_unacked == 1
     assert session.heard == 1
 
 
-def test_what_comes_again_or_too_early_is_known_by_its_number() -> None:
+def test_duplicates_and_gaps_are_detected_by_number() -> None:
     session = Session()
     assert session.arrived(Welcome(policy_version=0, number=1)) is Receipt.NEW
     assert session.arrived(Welcome(policy_version=0, number=1)) is Receipt.AGAIN
@@ -47,46 +47,44 @@ def test_what_comes_again_or_too_early_is_known_by_its_number() -> None:
     assert session.heard == 1
 
 
-def test_a_side_that_misses_something_is_told_everything_after_it() -> None:
+def test_rewind_retransmits_all_later_messages() -> None:
     session = Session()
-    said(session, 1, 2, 3)
-    sent(session)
+    enqueue_versions(session, 1, 2, 3)
+    flush(session)
     assert session.rewind(1)
-    assert versions(sent(session)) == [2, 3]
+    assert versions(flush(session)) == [2, 3]
 
 
-def test_what_was_heard_long_ago_cannot_be_said_again() -> None:
+def test_acknowledged_messages_cannot_be_retransmitted() -> None:
     session = Session()
-    said(session, 1, 2)
-    sent(session)
+    enqueue_versions(session, 1, 2)
+    flush(session)
     session.arrived(Welcome(policy_version=0, heard=2))
     assert not session.rewind(1)
 
 
 @given(seed=st.integers(0, 2**32), num_messages=st.integers(1, 40))
-def test_a_line_that_loses_whole_connections_delivers_each_message_once(
-    seed: int, num_messages: int
-) -> None:
+def test_lossy_connection_delivers_each_message_once(seed: int, num_messages: int) -> None:
     rng = random.Random(seed)
-    here, there = Session(), Session()
-    line: deque[Message] = deque()
-    got: list[int] = []
+    sender, receiver = Session(), Session()
+    in_transit: deque[Message] = deque()
+    received: list[int] = []
     next_version = 0
-    while len(got) < num_messages:
-        match rng.choice(["say", "send", "deliver", "cut", "ask"]):
-            case "say" if next_version < num_messages:
-                said(here, next_version)
+    while len(received) < num_messages:
+        match rng.choice(["add", "send", "deliver", "lose", "nack"]):
+            case "add" if next_version < num_messages:
+                enqueue_versions(sender, next_version)
                 next_version += 1
-            case "send" if here.has_unsent:
-                line.append(here.next_unsent())
-                here.queued_one()
-            case "deliver" if line:
-                message = line.popleft()
-                if there.arrived(message) is Receipt.NEW:
-                    got += versions([message])
-            case "cut":  # whatever is under way is lost, a part at random
-                for _ in range(rng.randint(0, len(line))):
-                    line.popleft()
-            case "ask":  # as Nack or Ack do
-                assert here.rewind(there.heard)
-    assert got == list(range(num_messages))
+            case "send" if sender.has_unsent:
+                in_transit.append(sender.next_unsent())
+                sender.queued_one()
+            case "deliver" if in_transit:
+                message = in_transit.popleft()
+                if receiver.arrived(message) is Receipt.NEW:
+                    received += versions([message])
+            case "lose":  # a random number of messages in transit
+                for _ in range(rng.randint(0, len(in_transit))):
+                    in_transit.popleft()
+            case "nack":  # like Nack or Ack
+                assert sender.rewind(receiver.heard)
+    assert received == list(range(num_messages))

@@ -1,4 +1,4 @@
-"""The polled socket's own promises: no lost wake-up, and no starving of the loop."""
+"""PolledSocket: no lost wake-ups, and no starvation of the event loop."""
 
 import asyncio
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from speed_async.transport.codec import Frame
 from speed_async.transport.sockets import PolledSocket
 
 SOON_S = 5.0
-# A sleeper that missed its signal is only helped by its deadline; these waits end before that.
+# A waiter that missed its signal wakes only at its deadline; these waits must end earlier.
 WAIT = {"deadline_s": 2 * SOON_S, "whom": "the peer", "what": "a message"}
 
 
-class EatenSignal(PolledSocket):
-    """Its first try fails, and by then another operation has consumed the descriptor's signal."""
+class ConsumedSignal(PolledSocket):
+    """The first attempt fails after another operation consumed the signal of the descriptor."""
 
-    tries = 0
+    attempts = 0
 
     def _receive_now(self) -> list[Frame]:
         self._fail_once(zmq.POLLIN)
@@ -29,9 +29,9 @@ class EatenSignal(PolledSocket):
         super().send_now(frames)
 
     def _fail_once(self, event: int) -> None:
-        self.tries += 1
-        if self.tries == 1:
-            assert self.raw.poll(int(SOON_S * 1000), event)  # polling processes what was signalled
+        self.attempts += 1
+        if self.attempts == 1:
+            assert self.raw.poll(int(SOON_S * 1000), event)  # polling consumes the signal
             raise zmq.Again
 
 
@@ -40,9 +40,9 @@ class NeverEmpty(PolledSocket):
         return [b"more"]
 
 
-def pair_of(kind: type[PolledSocket]) -> tuple[PolledSocket, PolledSocket]:
-    """A socket under test and a plain one, connected."""
-    tested = kind(zmq.DEALER, outbox_messages=4, inbox_messages=4)
+def pair_of(socket_type: type[PolledSocket]) -> tuple[PolledSocket, PolledSocket]:
+    """Connect a socket under test to a plain socket."""
+    tested = socket_type(zmq.DEALER, outbox_messages=4, inbox_messages=4)
     plain = PolledSocket(zmq.DEALER, outbox_messages=4, inbox_messages=4)
     port = tested.raw.bind_to_random_port("tcp://127.0.0.1")
     plain.raw.connect(f"tcp://127.0.0.1:{port}")
@@ -50,33 +50,33 @@ def pair_of(kind: type[PolledSocket]) -> tuple[PolledSocket, PolledSocket]:
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
-def test_a_receiver_wakes_although_its_signal_was_consumed_before_it_slept(run):
-    async def play() -> None:
-        tested, plain = pair_of(EatenSignal)
+def test_receiver_wakes_after_its_signal_was_consumed(run):
+    async def run_test() -> None:
+        tested, plain = pair_of(ConsumedSignal)
         await plain.send([b"hello"], **WAIT)
         async with asyncio.timeout(SOON_S):
             assert [bytes(frame) for frame in await tested.receive(**WAIT)] == [b"hello"]
         await plain.close()
         await tested.close()
 
-    run(play())
+    run(run_test())
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
-def test_a_sender_wakes_although_its_signal_was_consumed_before_it_slept(run):
-    async def play() -> None:
-        tested, plain = pair_of(EatenSignal)
+def test_sender_wakes_after_its_signal_was_consumed(run):
+    async def run_test() -> None:
+        tested, plain = pair_of(ConsumedSignal)
         async with asyncio.timeout(SOON_S):
             await tested.send([b"hello"], **WAIT)
         assert [bytes(frame) for frame in await plain.receive(**WAIT)] == [b"hello"]
         await plain.close()
         await tested.close()
 
-    run(play())
+    run(run_test())
 
 
-def test_a_socket_that_never_runs_dry_lets_other_tasks_run():
-    async def play() -> None:
+def test_busy_socket_yields_to_other_tasks():
+    async def run_test() -> None:
         turns = 0
 
         async def count_turns() -> None:
@@ -94,4 +94,4 @@ def test_a_socket_that_never_runs_dry_lets_other_tasks_run():
         await plain.close()
         await tested.close()
 
-    asyncio.run(play())
+    asyncio.run(run_test())

@@ -82,7 +82,7 @@ def test_valid_messages_are_accepted(rules: PayloadRules) -> None:
         (replace(GROUP, prompt_token_ids=int32()), "the prompt is empty"),
         (replace(GROUP, logprobs=with_value(GROUP.logprobs, np.nan)), "logprobs finite"),
         (replace(GROUP, logprobs=with_value(GROUP.logprobs, -np.inf)), "logprobs finite"),
-        (replace(GROUP, policy_versions=with_value(GROUP.policy_versions, 5)), "from the future"),
+        (replace(GROUP, policy_versions=with_value(GROUP.policy_versions, 5)), "is newer than"),
         (replace(GROUP, policy_versions=with_value(GROUP.policy_versions, -1)), "versions >= 0"),
         (make_group(0, 0, rewards=(1, 0, 0)), "3 completions; a group has 4"),
         (make_group(0, 0, tokens_each=65), "longer than actors.max_new_tokens = 64"),

@@ -1,4 +1,4 @@
-"""Two stages for one play: the same contract runs in process and over real sockets."""
+"""Transport contract: the same tests run in process and over real sockets."""
 
 import asyncio
 import functools
@@ -21,7 +21,7 @@ from speed_async.transport.zeromq import ZmqHub, open_hub, open_link
 
 TEST_DEADLINE_S = 90.0
 SOON_S = 10.0
-"""Bound of a wait that a correct transport ends at once."""
+"""Deadline of waits that a correct transport ends immediately."""
 
 
 class CountingHub(Hub, Protocol):
@@ -31,24 +31,24 @@ class CountingHub(Hub, Protocol):
     muted: BlockedPeers
 
 
-async def say(hub: Hub, peer: str, message: Message) -> Delivery:
-    """Offer a message until there is room for it."""
+async def offer_until_queued(hub: Hub, peer: str, message: Message) -> Delivery:
+    """Offer a message until it is queued or the peer is gone."""
     async with asyncio.timeout(SOON_S):
         while (delivery := hub.offer(peer, message)) is Delivery.FULL:  # noqa: ASYNC110
-            await asyncio.sleep(0.001)  # a hub tells nobody of room
+            await asyncio.sleep(0.001)  # a hub does not signal free queue space
     return delivery
 
 
 class RawPeer(Protocol):
-    """A peer that may send any frames at all."""
+    """A peer that can send arbitrary frames."""
 
     async def send_frames(self, frames: Sequence[Frame]) -> None: ...
 
     async def receive(self, deadline_s: float) -> Message: ...
 
 
-class Stage(Protocol):
-    """A hub and the means to connect to it; everything is closed at the end of the test."""
+class TransportSetup(Protocol):
+    """A hub and a way to connect to it; everything is closed at the end of the test."""
 
     hub: CountingHub
 
@@ -57,12 +57,12 @@ class Stage(Protocol):
     async def raw_peer(self, name: str) -> RawPeer: ...
 
 
-class InProcessStage:
+class InProcessSetup:
     def __init__(self, queued_messages: int, send_deadline_s: float) -> None:
         self.hub = InProcessHub(queued_messages=queued_messages, send_deadline_s=send_deadline_s)
         self._stack = AsyncExitStack()
 
-    async def __aenter__(self) -> "InProcessStage":
+    async def __aenter__(self) -> "InProcessSetup":
         self._stack.push_async_callback(self.hub.close)
         return self
 
@@ -135,10 +135,10 @@ class ZmqRawPeer:
         self._context.destroy(linger=0)
 
 
-Scene = Callable[..., Awaitable[None]]
+AsyncTest = Callable[..., Awaitable[None]]
 RUNNERS = {"asyncio": asyncio.run, "uvloop": uvloop.run}
 SETTINGS = {
-    "in-process": (InProcessStage, "asyncio"),
+    "in-process": (InProcessSetup, "asyncio"),
     "zeromq-asyncio": (ZmqStage, "asyncio"),
     "zeromq-uvloop": (ZmqStage, "uvloop"),
 }
@@ -146,38 +146,38 @@ SETTINGS = {
 
 def on_every_transport(
     *, queued_messages: int = 64, send_deadline_s: float = SOON_S
-) -> Callable[[Scene], Callable[..., None]]:
-    """Runs an async test once on each transport and event loop, within a deadline."""
-    return _staged(list(SETTINGS), queued_messages, send_deadline_s)
+) -> Callable[[AsyncTest], Callable[..., None]]:
+    """Run an async test on each transport and event loop, within a deadline."""
+    return _parametrized(list(SETTINGS), queued_messages, send_deadline_s)
 
 
 def over_sockets(
     *, queued_messages: int = 64, send_deadline_s: float = SOON_S
-) -> Callable[[Scene], Callable[..., None]]:
-    """The same for what only sockets can do: restart, die, be late."""
-    zmq_settings = [name for name, (stage, _) in SETTINGS.items() if stage is ZmqStage]
-    return _staged(zmq_settings, queued_messages, send_deadline_s)
+) -> Callable[[AsyncTest], Callable[..., None]]:
+    """Like `on_every_transport`, for tests that need sockets: restarts, kills, late starts."""
+    zmq_settings = [name for name, (setup_type, _) in SETTINGS.items() if setup_type is ZmqStage]
+    return _parametrized(zmq_settings, queued_messages, send_deadline_s)
 
 
-def _staged(
+def _parametrized(
     names: list[str], queued_messages: int, send_deadline_s: float
-) -> Callable[[Scene], Callable[..., None]]:
-    def decorate(scene: Scene) -> Callable[..., None]:
+) -> Callable[[AsyncTest], Callable[..., None]]:
+    def decorate(test: AsyncTest) -> Callable[..., None]:
         @pytest.mark.parametrize("setting", names)
         def run(setting: str) -> None:
-            stage_type, loop = SETTINGS[setting]
+            setup_type, loop = SETTINGS[setting]
 
-            async def play() -> None:
+            async def run_with_setup() -> None:
                 async with (
                     asyncio.timeout(TEST_DEADLINE_S),
-                    stage_type(queued_messages, send_deadline_s) as stage,
+                    setup_type(queued_messages, send_deadline_s) as setup,
                 ):
-                    await scene(stage)
+                    await test(setup)
 
-            RUNNERS[loop](play())
+            RUNNERS[loop](run_with_setup())
 
-        # Not functools.wraps: pytest would read the scene's signature and seek a `stage` fixture.
-        functools.update_wrapper(run, scene)
+        # Without `__wrapped__`, or pytest would look for a fixture for the test's parameter.
+        functools.update_wrapper(run, test)
         vars(run).pop("__wrapped__")
         return run
 

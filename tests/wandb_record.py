@@ -1,4 +1,4 @@
-"""Reads what wandb wrote offline: a log file as LevelDB has it, of protobuf messages."""
+"""Reads offline files of wandb: a log in LevelDB format of protobuf messages."""
 
 import json
 import struct
@@ -8,7 +8,7 @@ from pathlib import Path
 from wandb.proto import wandb_internal_pb2
 
 HEADER_BYTES = 7
-"""Of the file, and of each part of a record."""
+"""Header size of the file and of each record fragment."""
 BLOCK_BYTES = 32 * 1024
 FULL, FIRST, LAST = 1, 2, 4
 
@@ -29,19 +29,19 @@ def _key(item: wandb_internal_pb2.HistoryItem) -> str:
 
 
 def _payloads(content: bytes) -> Iterator[bytes]:
-    place, payload = HEADER_BYTES, b""
-    while place + HEADER_BYTES <= len(content):
-        left = BLOCK_BYTES - place % BLOCK_BYTES
+    offset, payload = HEADER_BYTES, b""
+    while offset + HEADER_BYTES <= len(content):
+        left = BLOCK_BYTES - offset % BLOCK_BYTES
         if left < HEADER_BYTES:  # the end of a block is padding
-            place += left
+            offset += left
             continue
-        _, length, kind = struct.unpack("<IHB", content[place : place + HEADER_BYTES])
-        place += HEADER_BYTES
+        _, length, kind = struct.unpack("<IHB", content[offset : offset + HEADER_BYTES])
+        offset += HEADER_BYTES
         payload = (
-            content[place : place + length]
+            content[offset : offset + length]
             if kind in (FULL, FIRST)
-            else (payload + content[place : place + length])
+            else (payload + content[offset : offset + length])
         )
-        place += length
+        offset += length
         if kind in (FULL, LAST):
             yield payload

@@ -1,4 +1,4 @@
-"""Messages the wire tests share."""
+"""Sample messages for the transport tests."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from speed_async.types import ActorCounts
 
 
 def group_message(**changes: object) -> GroupFinished:
-    """Two completions of 2 and 1 tokens after a prompt of 3."""
+    """Two completions of 2 and 1 tokens for a prompt of 3 tokens."""
     message = GroupFinished(
         counts=ActorCounts(groups_leased=1, tokens_generated=3),
         lease_id=7,

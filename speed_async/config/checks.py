@@ -1,4 +1,4 @@
-"""Combinations of values that could never run, refused before anything heavy is imported."""
+"""Checks for invalid combinations of values, run before heavy imports."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -9,15 +9,15 @@ from speed_async.config.schema import Config
 from speed_async.errors import ConfigError
 
 INCARNATIONS_A_LIFE = 1000
-"""A rank's incarnations are numbered on from its life times this, so that no actor of one life of a
-run has a name of an earlier one; those of an actor that came by itself, from 0."""
-MODEL_FOLDER = "give a Hugging Face folder (saved with save_pretrained, or downloaded whole)"
+"""The first incarnation of a rank is the attempt number times this value, so actor names are unique
+across attempts of a run. Incarnations of an actor without a rank start at 0."""
+MODEL_FOLDER = "set a Hugging Face folder (saved with save_pretrained, or a complete download)"
 BYTES_PER_TOKEN = 12
 """Token id, log-probability and policy version: four bytes each."""
 
 
 def check_combinations(config: Config) -> list[ConfigError]:
-    """Every combination that cannot work; empty when all can."""
+    """Return an error for every invalid combination."""
     checks = (
         _check_gate,
         _check_objective,
@@ -36,8 +36,8 @@ def _check_gate(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(
             "gate.n_cont",
             gate.n_cont,
-            f"with gate.n_init = {gate.n_init} a group has one completion, and no sibling to "
-            "compare it with; set n_init + n_cont to 2 or more",
+            f"with gate.n_init = {gate.n_init} a group has a single completion and no baseline; "
+            "set n_init + n_cont to 2 or more",
         )
         return
     if gate.low >= gate.high:
@@ -49,20 +49,20 @@ def _check_gate(config: Config) -> Iterator[ConfigError]:
             "gate.n_init",
             gate.n_init,
             f"no pass rate k/{num_seen} lies strictly between gate.low = {gate.low} and "
-            f"gate.high = {gate.high}, so no prompt could pass; raise gate.n_init (2 at least) "
+            f"gate.high = {gate.high}, so no prompt can pass; raise gate.n_init (at least 2) "
             "or widen the band",
         )
     if gate.mode == "screen" and gate.n_cont == 0:
         yield ConfigError(
             "gate.n_cont",
             gate.n_cont,
-            "nothing would be continued; set 1 or more, or gate.mode = 'filter'",
+            "the gate would continue no prompt; set 1 or more, or gate.mode = 'filter'",
         )
     if gate.mode == "off" and config.curriculum.kind == "posterior":
         yield ConfigError(
             "curriculum.kind",
             "posterior",
-            "it chooses prompts that pass the gate, and gate.mode = 'off' has none; set 'uniform', "
+            "it selects prompts that pass the gate, and gate.mode = 'off' has none; set 'uniform', "
             "or an algorithm with a gate (speed-rloo, dapo)",
         )
 
@@ -73,7 +73,7 @@ def _check_objective(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(
             "objective.correction",
             objective.correction,
-            "a decoupled correction needs a loss with a ratio of its own: set "
+            "a decoupled correction needs a loss with an importance ratio: set "
             "objective.policy_loss = 'ppo_clip', 'cispo' or 'gspo', or correction = 'token_tis'",
         )
     if objective.correction.endswith("mask") and objective.min_ratio >= objective.max_ratio:
@@ -92,8 +92,8 @@ def _check_objective(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(
             "objective.screening_samples",
             "none",
-            "gate.mode = 'filter' looks at every sample, so none would be trained on; set "
-            "'unbiased' or 'all'",
+            "with gate.mode = 'filter' every sample is a screening sample, so training "
+            "would use none; set 'unbiased' or 'all'",
         )
 
 
@@ -103,14 +103,14 @@ def _check_buffer(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(
             "buffer.credits",
             config.max_credits,
-            f"fewer credits than learner.groups_per_update = {batch}: a batch could never fill; "
+            f"fewer credits than learner.groups_per_update = {batch}: no batch would be complete; "
             f"set at least {batch}",
         )
     if config.buffer.capacity_groups < batch:
         yield ConfigError(
             "buffer.capacity_groups",
             config.buffer.capacity_groups,
-            f"smaller than learner.groups_per_update = {batch}: a batch could never fill; "
+            f"smaller than learner.groups_per_update = {batch}: no batch would be complete; "
             f"set at least {batch}",
         )
     group_bytes = config.gate.group_size * config.actors.max_new_tokens * BYTES_PER_TOKEN
@@ -130,7 +130,7 @@ def _check_lengths(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(
             "actors.max_new_tokens",
             config.actors.max_new_tokens,
-            f"leaves no room for a prompt in model.context_length = {context}",
+            f"leaves no space for a prompt in model.context_length = {context}",
         )
 
 
@@ -139,14 +139,14 @@ def _check_roles(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(
             "cluster.learners",
             config.cluster.learners,
-            "one learner rank is supported so far; set 1",
+            "only one learner rank is supported; set 1",
         )
     if config.actors.max_restarts >= INCARNATIONS_A_LIFE:
         yield ConfigError(
             "actors.max_restarts",
             config.actors.max_restarts,
-            f"actors of a run that is resumed are numbered on from {INCARNATIONS_A_LIFE}; set "
-            f"{INCARNATIONS_A_LIFE - 1} at most",
+            f"an attempt of a run has {INCARNATIONS_A_LIFE} incarnations per rank; set at most "
+            f"{INCARNATIONS_A_LIFE - 1}",
         )
     if config.actors.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         yield ConfigError(
@@ -167,11 +167,11 @@ def _check_files(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(
             "model.path",
             config.model.path,
-            f"it has no config.json; {MODEL_FOLDER}",
+            f"the folder has no config.json; {MODEL_FOLDER}",
         )
     if config.task.path is not None and not Path(config.task.path).is_file():
         yield ConfigError(
-            "task.path", config.task.path, "no such file; give the path of a data file"
+            "task.path", config.task.path, "no such file; set the path of a data file"
         )
 
 
@@ -185,13 +185,13 @@ def _check_security(config: Config) -> Iterator[ConfigError]:
         except ConfigError as error:
             yield error
         return
-    make = "make keys with `speed-async keys FOLDER` and set cluster.keys = 'FOLDER'"
+    make = "create keys with `speed-async keys FOLDER` and set cluster.keys = 'FOLDER'"
     if cluster.security == "curve":
         yield ConfigError("cluster.keys", None, f"cluster.security = 'curve' needs keys; {make}")
         return
     yield ConfigError(
         "cluster.host",
         cluster.host,
-        f"it lies beyond loopback, and cluster.keys = None: {make}, or say cluster.security = "
-        "'plain-and-open-to-anyone-who-reaches-it'",
+        f"not a loopback address, and cluster.keys = None: {make}, or set cluster.security = "
+        "'insecure' (no encryption, open to every client that reaches the address)",
     )

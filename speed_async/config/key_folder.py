@@ -1,4 +1,4 @@
-"""The folder that `speed-async keys` makes: what lies where in it, and who may read that."""
+"""Layout and file permissions of the folder made by `speed-async keys`."""
 
 import stat
 from pathlib import Path
@@ -8,57 +8,57 @@ from speed_async.errors import ConfigError
 SERVER_PUBLIC = "server.key"
 SERVER_SECRET = "server.key_secret"
 CLIENT_SECRET = "client.key_secret"
-"""A client's own pair. Its public half is in the service's `ALLOWED` as well."""
+"""Key pair of a client. Its public key is also in `ALLOWED` of the service."""
 ALLOWED = "allowed"
-"""Public keys of all that may connect, a file each; read again whenever the folder changes."""
+"""Public keys of allowed clients, one file each; read again whenever the folder changes."""
 CLIENTS = "clients"
-"""Folders for further clients, each to be carried to its machine."""
+"""Folders of additional clients, each to be copied to its machine."""
 
 
 def check_client_files(folder: Path) -> None:
-    """What every role needs: the service's public key and a pair of its own.
+    """Check the files that every role needs: the service's public key and a key pair.
 
-    Raises ConfigError about `cluster.keys`.
+    Raises ConfigError (`cluster.keys`).
     """
     if not folder.is_dir():
-        raise wrong_keys(folder, "no such folder; make it with `speed-async keys FOLDER`")
+        raise wrong_keys(folder, "no such folder; create it with `speed-async keys FOLDER`")
     for name in (SERVER_PUBLIC, CLIENT_SECRET):
         if not (folder / name).is_file():
-            remedy = f"it has no {name}; `speed-async keys` makes whole folders of keys"
+            remedy = f"it has no {name}; create a complete folder with `speed-async keys`"
             raise wrong_keys(folder, remedy)
     check_hidden(folder, folder / CLIENT_SECRET)
-    for place in (folder, folder / SERVER_PUBLIC):
-        _check_own(folder, place)
+    for path in (folder, folder / SERVER_PUBLIC):
+        _check_not_writable(folder, path)
 
 
 def check_server_files(folder: Path) -> None:
-    """What the service needs besides. Raises ConfigError about `cluster.keys`."""
+    """Check the additional files of the service. Raises ConfigError (`cluster.keys`)."""
     secret, allowed = folder / SERVER_SECRET, folder / ALLOWED
     if not secret.is_file():
         remedy = (
-            f"it has no {SERVER_SECRET}, so no service can run here (a client's folder?); on the "
-            "node of rank 0 give the folder that `speed-async keys` made"
+            f"it has no {SERVER_SECRET}, so the service cannot run (is it a client folder?); on "
+            "the node of rank 0 set the folder made by `speed-async keys`"
         )
         raise wrong_keys(folder, remedy)
     check_hidden(folder, secret)
     if not allowed.is_dir():
-        raise wrong_keys(folder, f"it has no folder {ALLOWED} of the public keys that may connect")
-    for place in (folder, allowed, *allowed.glob("*.key")):
-        _check_own(folder, place)
+        raise wrong_keys(folder, f"it has no folder {ALLOWED} with the public keys of clients")
+    for path in (folder, allowed, *allowed.glob("*.key")):
+        _check_not_writable(folder, path)
 
 
 def check_hidden(folder: Path, secret: Path) -> None:
-    """Raises ConfigError when anyone but its owner may read or write a secret."""
+    """Raises ConfigError if users other than the owner can read or write a secret."""
     mode = stat.S_IMODE(secret.stat().st_mode)
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        remedy = f"others may read {secret} (mode {mode:04o}), a secret key; chmod 600 {secret}"
-        raise wrong_keys(folder, remedy)
+        problem = f"{secret} is a secret key and accessible to other users (mode {mode:04o})"
+        raise wrong_keys(folder, f"{problem}; chmod 600 {secret}")
 
 
-def _check_own(folder: Path, place: Path) -> None:
-    """Raises ConfigError when others may replace what is read here, and so let anyone in."""
-    if place.exists() and place.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        remedy = f"others may write to {place}, and so let anyone in; chmod go-w {place}"
+def _check_not_writable(folder: Path, path: Path) -> None:
+    """Raises ConfigError if other users can write to `path` and so add keys."""
+    if path.exists() and path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        remedy = f"{path} is writable by other users, who could add keys; chmod go-w {path}"
         raise wrong_keys(folder, remedy)
 
 

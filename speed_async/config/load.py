@@ -1,4 +1,4 @@
-"""From a TOML file and dotted overrides to one checked, frozen Config."""
+"""Load a TOML file and dotted overrides into a validated, frozen Config."""
 
 import difflib
 import json
@@ -20,7 +20,7 @@ from speed_async.config.whole_file import write_whole
 from speed_async.errors import CONFIG_FILE, ConfigError, ConfigErrors
 
 PATH_FIELDS = (("model", "path"), ("task", "path"), ("cluster", "keys"))
-WANTED = {
+EXPECTED = {
     "int_": "give a whole number",
     "float_": "give a number",
     "bool_": "give true or false",
@@ -33,26 +33,26 @@ WANTED = {
 }
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 RESOLVED_FILE = "config.json"
-"""Lies in every run folder (config/resumed.py)."""
+"""Written to every run folder (config/resumed.py)."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read `path`, apply overrides such as `--learner.lr 1e-4`, check everything.
+    """Read `path`, apply overrides such as `--learner.lr 1e-4`, and validate the result.
 
-    Relative paths in the file (model, data, keys) are taken from the file's folder; relative paths
-    in overrides from the current directory. Raises ConfigError with all that is wrong.
+    Relative paths in the file (model, data, keys) are relative to the folder of the file; relative
+    paths in overrides to the current directory. Raises ConfigError with all errors.
     """
     config, errors = examine_config(path, overrides)
-    return _unless(config, errors)
+    return _raise_errors(config, errors)
 
 
 def examine_config(
     path: str | Path, overrides: Sequence[str] = ()
 ) -> tuple[Config | None, list[ConfigError]]:
-    """What `load_config` reads, and all that is wrong with it.
+    """Load a configuration and return all of its errors.
 
-    With errors, the config is what is left without the values that are no values of their fields;
-    None where nothing is left to look at. Raises ConfigError when there is no such file.
+    With errors, the config omits the invalid values; it is None if a required field is missing.
+    Raises ConfigError if the file cannot be read.
     """
     tree = _read_file(Path(path))
     _absolute_paths(tree, Path(path).resolve().parent)
@@ -66,7 +66,7 @@ def examine_config(
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`tree` (which is changed) under dotted overrides. Raises ConfigError."""
+    """Apply dotted overrides to `tree` in place and return it. Raises ConfigError."""
     changes, errors = parse_overrides(overrides)
     if errors:
         raise ConfigErrors.of(errors)
@@ -75,14 +75,14 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def build_config(tree: dict[str, Any]) -> Config:
-    """Validate a nested dict. Raises ConfigError with all that is wrong."""
-    return _unless(*_examine(tree))
+    """Validate a nested dict. Raises ConfigError with all errors."""
+    return _raise_errors(*_examine(tree))
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
-    """A nested dict as a Config, each field valid by itself. Raises ConfigError.
+    """Parse a nested dict, validating each field on its own. Raises ConfigError.
 
-    For a configuration that was checked before: what its paths lead to may be gone since.
+    For a configuration that was validated before: its paths may no longer exist.
     """
     try:
         return Config.model_validate(with_preset(tree, Config.model_fields["algorithm"].default))
@@ -91,26 +91,26 @@ def parse_config(tree: dict[str, Any]) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write `config`, whole or not at all. Raises OSError."""
+    """Write `config` atomically. Raises OSError."""
     write_whole(path, json.dumps(config.model_dump(), indent=2) + "\n")
 
 
 def read_resolved(path: Path) -> Config:
-    """Read what `save_config` wrote."""
+    """Read a file written by `save_config`."""
     return build_config(json.loads(path.read_text()))
 
 
-def _unless(config: Config | None, errors: Sequence[ConfigError]) -> Config:
+def _raise_errors(config: Config | None, errors: Sequence[ConfigError]) -> Config:
     if errors or config is None:
         raise ConfigErrors.of(errors)
     return config
 
 
 def _examine(tree: dict[str, Any]) -> tuple[Config | None, list[ConfigError]]:
-    """The config, and all that is wrong with it.
+    """Validate `tree` and return the config with all errors.
 
-    A value that its field refuses is left out and the rest looked at again, so that one misspelt
-    key hides nothing else. A combination with fields of its section is not judged then.
+    Invalid values are removed and the rest is validated again, so that one misspelt key hides no
+    other errors. Combinations are not checked for sections with invalid values.
     """
     tree = with_preset(tree, Config.model_fields["algorithm"].default)
     errors: list[ConfigError] = []
@@ -121,26 +121,26 @@ def _examine(tree: dict[str, Any]) -> tuple[Config | None, list[ConfigError]]:
         errors = [_config_error(each) for each in details]
         try:
             config = Config.model_validate(_without(tree, [each["loc"] for each in details]))
-        except ValidationError:  # a field that has no default
+        except ValidationError:  # a required field is missing
             return None, errors
-    doubtful = {error.field.partition(".")[0] for error in errors}
+    invalid_sections = {error.field.partition(".")[0] for error in errors}
     errors += [
         error
         for error in check_combinations(config)
-        if error.field.partition(".")[0] not in doubtful
+        if error.field.partition(".")[0] not in invalid_sections
     ]
     return config, errors
 
 
-def _without(tree: dict[str, Any], places: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
-    """A copy of the tree without what lies at these places."""
+def _without(tree: dict[str, Any], paths: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
+    """Copy `tree` without the values at `paths`."""
     copy = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
-    for place in places:
+    for path in paths:
         inner: Any = copy
-        for part in place[:-1]:
+        for part in path[:-1]:
             inner = inner.get(part) if isinstance(inner, dict) else None
         if isinstance(inner, dict):
-            inner.pop(place[-1], None)
+            inner.pop(path[-1], None)
     return copy
 
 
@@ -152,12 +152,12 @@ def _apply(tree: dict[str, Any], changes: dict[str, Any]) -> None:
             continue
         merged = tree.setdefault(section, {})
         if not isinstance(merged, dict):
-            raise ConfigError(section, merged, "a section holds fields, such as --learner.lr 1e-4")
+            raise ConfigError(section, merged, "a section has fields, such as --learner.lr 1e-4")
         _merge(merged, values)
 
 
 def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Put changes into the tree, sections within sections too."""
+    """Merge `changes` into `tree` recursively."""
     for name, value in changes.items():
         present = tree.get(name)
         if isinstance(value, dict) and isinstance(present, dict):
@@ -167,26 +167,28 @@ def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """A TOML file, or the JSON of a resolved configuration."""
+    """Read a TOML file, or the JSON file of a resolved configuration."""
     try:
         path.stat()
-    except (OSError, ValueError) as error:  # a name too long, a NUL byte
+    except (OSError, ValueError) as error:  # for example a name that is too long or has a NUL byte
         if not isinstance(error, FileNotFoundError):
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(CONFIG_FILE, str(path), f"cannot be read: {reason}") from None
     if (path / RESOLVED_FILE).is_file() and (path / "logs").is_dir():
-        remedy = f"this is the folder of a run; to go on with it: --resume {path}"
+        remedy = f"this is a run folder; to resume the run: --resume {path}"
         raise ConfigError(CONFIG_FILE, str(path), remedy)
     if path.is_dir():
         found = sorted(each.name for each in path.glob("*.toml"))
         choices = [str(path / name) for name in found]
         raise ConfigError(
-            CONFIG_FILE, str(path), f"a folder; {did_you_mean(choices)}give the path of a TOML file"
+            CONFIG_FILE,
+            str(path),
+            f"a folder; {did_you_mean(choices)}give the path of a TOML file",
         )
     if not path.is_file():
         remedy = "no such file; give the path of a TOML file"
         if str(path).startswith("-"):
-            remedy = "CONFIG comes first, its overrides after it: my.toml --learner.lr 1e-4"
+            remedy = "CONFIG comes first, then the overrides: my.toml --learner.lr 1e-4"
         raise ConfigError(CONFIG_FILE, str(path), remedy)
     kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
@@ -195,7 +197,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise ConfigError(CONFIG_FILE, str(path), f"not valid {kind}: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(CONFIG_FILE, str(path), "it holds no sections, such as [model]")
+        raise ConfigError(CONFIG_FILE, str(path), "the file has no sections, such as [model]")
     return tree
 
 
@@ -207,7 +209,7 @@ def _absolute_paths(tree: dict[str, Any], base: Path) -> None:
 
 
 def _config_error(error: ErrorDetails) -> ConfigError:
-    """pydantic's finding in the words of this project."""
+    """Convert an error of pydantic to a ConfigError."""
     field = ".".join(str(part) for part in error["loc"])
     value = error["input"]
     if error["type"] == "extra_forbidden":
@@ -217,8 +219,8 @@ def _config_error(error: ErrorDetails) -> ConfigError:
         return ConfigError(field, None, remedy)
     if error["type"] == "model_type":
         fields = ", ".join(all_sections()[field].model_fields)
-        return ConfigError(field, value, f"a section; set its fields: {fields}")
-    remedy = _wanted(error) or error["msg"][0].lower() + error["msg"][1:]
+        return ConfigError(field, value, f"is a section; set its fields: {fields}")
+    remedy = _expected(error) or error["msg"][0].lower() + error["msg"][1:]
     if error["type"] == "literal_error":
         known = re.findall(r"'([^']*)'", error["msg"])
         close = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0.5)
@@ -227,15 +229,15 @@ def _config_error(error: ErrorDetails) -> ConfigError:
     return ConfigError(field, value, remedy)
 
 
-def _wanted(error: ErrorDetails) -> str:
-    """What a field takes, by the type of pydantic's error; empty where its own words are best."""
+def _expected(error: ErrorDetails) -> str:
+    """Remedy for the error type of pydantic; empty to use the message of pydantic."""
     kind, value = error["type"], error["input"]
-    for beginning, wanted in WANTED.items():
-        if kind.startswith(beginning):
+    for prefix, remedy in EXPECTED.items():
+        if kind.startswith(prefix):
             limit = next(iter(error.get("ctx", {}).values()), None)
             limit = f"{limit:g}" if isinstance(limit, float) else limit
             is_quoted = isinstance(value, str) and NUMBER.fullmatch(value.strip())
-            return wanted.format(limit) + (", without quotes" if is_quoted else "")
+            return remedy.format(limit) + (", without quotes" if is_quoted else "")
     return ""
 
 

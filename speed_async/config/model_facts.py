@@ -1,4 +1,4 @@
-"""What a model folder's config.json says of the model, read without torch or transformers."""
+"""Read model properties from config.json, without torch or transformers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ OTHER_NAMES = {
     "num_hidden_layers": ("n_layer", "num_layers", "n_layers"),
     "num_attention_heads": ("n_head", "num_heads", "n_heads"),
 }
-"""Some families name these in their own way."""
+"""Alternative names of these properties in some model families."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
-    """None is what config.json leaves to the model's class."""
+    """Properties of a model; None if config.json leaves the value to the model class."""
 
     context_length: int | None = None
     """Prompt plus completion tokens of one sequence."""
@@ -31,24 +31,25 @@ class ModelInfo:
     head_dim: int | None = None
     dtype: str | None = None
     sliding_window: int | None = None
-    """Tokens that some layer looks back at; None when every layer sees all."""
+    """Attention window in tokens of the sliding window layers; None if all layers attend to all
+    tokens."""
     layer_types: frozenset[str] = frozenset()
 
     @property
     def kv_values_per_token(self) -> int | None:
-        """Numbers that one token leaves in the KV cache."""
+        """Numbers per token in the KV cache."""
         if self.num_layers is None or self.num_kv_heads is None or self.head_dim is None:
             return None
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 
 def read_model_info(folder: str | Path) -> ModelInfo:
-    """Raises ModelError when config.json is missing or is no model's."""
+    """Read config.json. Raises ModelError if it is missing or does not describe a model."""
     record = read_json(Path(folder) / "config.json")
     if "model_type" not in record:
         raise ModelError(
-            f"'{folder}/config.json' names no model_type: set model.path to a Hugging Face folder "
-            "(saved with save_pretrained, or downloaded whole)"
+            f"'{folder}/config.json' has no model_type: set model.path to a Hugging Face folder "
+            "(saved with save_pretrained, or a complete download)"
         )
     text = record.get("text_config")
     text = text if isinstance(text, dict) else record
@@ -76,7 +77,7 @@ def read_model_info(folder: str | Path) -> ModelInfo:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of a model folder. Raises ModelError."""
+    """Read a JSON object of a model folder. Raises ModelError."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -85,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
         hint = " (a Git LFS pointer: run `git lfs pull` there)" if is_lfs_pointer(path) else ""
         raise ModelError(f"'{path}' is not valid JSON{hint}: {error}") from None
     if not isinstance(record, dict):
-        raise ModelError(f"'{path}' holds no JSON object")
+        raise ModelError(f"'{path}' is not a JSON object")
     return record
 
 

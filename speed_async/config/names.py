@@ -1,4 +1,4 @@
-"""The names of all configuration fields, and which of them a misspelt name may mean."""
+"""Names of all configuration fields, and suggestions for misspelt names."""
 
 import difflib
 import re
@@ -36,11 +36,11 @@ SYNONYMS = {
     "data": "task.path",
     "dataset": "task.path",
 }
-"""Names that other libraries have for these fields."""
+"""Names of these fields in other libraries."""
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, if it holds one."""
+    """The section class of an annotation; None for a value."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return None
@@ -48,18 +48,18 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 @cache
 def all_fields() -> dict[str, Any]:
-    """Every field that holds a value, such as `learner.lr`, with its annotation."""
+    """All value fields, such as `learner.lr`, with their annotations."""
     return dict(_fields(Config, ""))
 
 
 @cache
 def all_sections() -> dict[str, type[BaseModel]]:
-    """Every section, such as `actors` and `actors.vllm`."""
+    """All sections, such as `actors` and `actors.vllm`."""
     return dict(_sections(Config, ""))
 
 
 def fields_by_section() -> dict[str, list[str]]:
-    """Names of fields under `--section.` of each section, and of those that stand in none."""
+    """Field names by `--section.`; the key `--` has the fields outside of sections."""
     sections: dict[str, list[str]] = {}
     for field in all_fields():
         section, _, name = field.rpartition(".")
@@ -68,54 +68,54 @@ def fields_by_section() -> dict[str, list[str]]:
 
 
 def takes_text(field: str) -> bool:
-    """Whether this field holds text, so that an override's value is never read as a number."""
+    """Whether the field is a string, so that an override is not parsed as another type."""
     annotation = all_fields().get(field)
     return annotation is str or str in get_args(annotation)
 
 
 def similar_fields(name: str) -> list[str]:
-    """Full names of the fields that `name`, which is none, may mean; the likeliest first."""
-    wanted = _plain(name)
-    by_plain_name = {_plain(field): field for field in all_fields()}
-    if wanted in by_plain_name:
-        return [by_plain_name[wanted]]
+    """Suggest full field names for an unknown `name`, the most similar first."""
+    normalized = _normalize(name)
+    by_name = {_normalize(field): field for field in all_fields()}
+    if normalized in by_name:
+        return [by_name[normalized]]
     last = re.split(r"[.]", name.strip("-"))[-1]
-    for candidate in dict.fromkeys((wanted, _plain(last))):
+    for candidate in dict.fromkeys((normalized, _normalize(last))):
         if same := [field for field in all_fields() if field.rpartition(".")[2] == candidate]:
             return same[:MAX_SUGGESTIONS]
         if candidate in SYNONYMS:
             return [SYNONYMS[candidate]]
-    close = difflib.get_close_matches(wanted, by_plain_name, n=MAX_SUGGESTIONS, cutoff=0.75)
+    close = difflib.get_close_matches(normalized, by_name, n=MAX_SUGGESTIONS, cutoff=0.75)
     if close:
-        return [by_plain_name[each] for each in close]
+        return [by_name[each] for each in close]
     last_parts = {field.rpartition(".")[2] for field in all_fields()}
-    best = difflib.get_close_matches(_plain(last), last_parts, n=1, cutoff=0.75)
+    best = difflib.get_close_matches(_normalize(last), last_parts, n=1, cutoff=0.75)
     return [field for field in all_fields() if field.rpartition(".")[2] in best][:MAX_SUGGESTIONS]
 
 
 def did_you_mean(choices: Sequence[str]) -> str:
-    """`did you mean 'a' or 'b'? `, and nothing where there is no choice."""
+    """Return `did you mean 'a' or 'b'? `; empty without choices."""
     if not choices:
         return ""
     return f"did you mean {' or '.join(choices)}? "
 
 
-def _plain(name: str) -> str:
+def _normalize(name: str) -> str:
     return re.sub(r"[-._\s]+", "_", name.strip("-")).lower()
 
 
-def _fields(model: type[BaseModel], place: str) -> Iterator[tuple[str, Any]]:
+def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, info in model.model_fields.items():
         section = section_of(info.annotation)
         if section is None:
-            yield f"{place}{name}", info.annotation
+            yield f"{prefix}{name}", info.annotation
         else:
-            yield from _fields(section, f"{place}{name}.")
+            yield from _fields(section, f"{prefix}{name}.")
 
 
-def _sections(model: type[BaseModel], place: str) -> Iterator[tuple[str, type[BaseModel]]]:
+def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
     for name, info in model.model_fields.items():
         section = section_of(info.annotation)
         if section is not None:
-            yield f"{place}{name}", section
-            yield from _sections(section, f"{place}{name}.")
+            yield f"{prefix}{name}", section
+            yield from _sections(section, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""Dotted overrides of a command line, such as `--learner.lr 1e-4`, as a nested dict."""
+"""Parse dotted command-line overrides, such as `--learner.lr 1e-4`, into a nested dict."""
 
 import tomllib
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from speed_async.config.names import (
 from speed_async.errors import ConfigError
 
 ROOT_FIELDS = frozenset({"algorithm"})
-"""Fields that stand in no section."""
-FORM = "an override looks like --section.field value"
+"""Fields outside of sections."""
+FORM = "an override has the form --section.field value"
 
 
 def parse_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[ConfigError]]:
-    """`["--learner.lr", "1e-4", "--run.seed=3"]` to a nested dict, and all that is no override."""
+    """Parse `["--learner.lr", "1e-4", "--run.seed=3"]` into a nested dict, and collect errors."""
     changes: dict[str, Any] = {}
     errors: list[ConfigError] = []
     remaining = list(arguments)
@@ -35,7 +35,7 @@ def parse_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[Conf
 
 
 def _is_value(name: str, following: str) -> bool:
-    """Whether what follows a name without `=` is its value; what begins with two dashes is not."""
+    """Whether the argument after a name without `=` is its value: it must not start with `--`."""
     is_name = name.startswith("-") or bool(similar_fields(name))
     return is_name and not following.startswith("--")
 
@@ -48,13 +48,13 @@ def _put(changes: dict[str, Any], argument: str, name: str, text: str | None) ->
     path = ".".join((*sections, last))
     if text is None:
         raise ConfigError(field, "", f"this override has no value; {FORM}")
-    place = changes
+    target = changes
     for section in sections:
-        place = place.setdefault(section, {})
-        if not isinstance(place, dict):
-            raise ConfigError(field, text, "a part of it was given a value of its own before")
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(field, text, "an earlier override sets a value for its section")
     value = _parse_value(text)
-    place[last] = text if takes_text(path) and not isinstance(value, str) else value
+    target[last] = text if takes_text(path) and not isinstance(value, str) else value
 
 
 def _remedy(name: str, text: str | None) -> str:
@@ -69,11 +69,11 @@ def _remedy(name: str, text: str | None) -> str:
         return f"no such override; {did_you_mean(choices)}{FORM}"
     if name.startswith("-"):
         return f"no such override; {FORM} (`speed-async train --help` lists all fields)"
-    return f"it is no override: {FORM}, after one CONFIG"
+    return f"not an override: {FORM}, after one CONFIG"
 
 
 def _parse_value(text: str) -> Any:
-    """A TOML value where the text is one (numbers, true, lists, quoted strings), else the text."""
+    """Parse a TOML value (numbers, true, lists, quoted strings); other text is returned as is."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -1,8 +1,8 @@
-"""What each `algorithm` stands for: parts of `gate` and `objective`; the resolved config has all.
+"""Presets of `gate` and `objective` for each `algorithm`; the resolved config has all fields.
 
-Every algorithm keeps the surplus of accepted groups for the next update, and every one may run
-asynchronously: the clipped losses take their ratio to the policy that sampled. On-policy, `rloo`
-is the plain policy gradient: with one update a batch, nothing is clipped.
+Every algorithm keeps surplus accepted groups for the next update. Every algorithm can run
+asynchronously: the clipped losses use the importance ratio to the behaviour policy. On-policy,
+`rloo` is the plain policy gradient: with one update per batch, nothing is clipped.
 """
 
 from collections.abc import Mapping
@@ -31,8 +31,8 @@ GSPO = GRPO | {"policy_loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4}
 DAPO = GRPO | {"aggregation": "token_mean", "clip_high": 0.28, "overlong_share": 1 / 6}
 
 SPEED_DAPO = DAPO | {"screening_samples": "unbiased"}
-"""Over-long punishment makes a third reward value, under which training on all screening samples
-turns the gradient of a prompt (docs/algorithms.md)."""
+"""The overlong penalty adds a third reward value. Training on all screening samples then changes
+the direction of the gradient of a prompt (docs/algorithms.md)."""
 
 PRESETS: Mapping[str, Parts] = {
     "rloo": {"gate": {"mode": "off"}, "objective": RLOO},
@@ -48,8 +48,10 @@ PRESETS: Mapping[str, Parts] = {
 
 
 def with_preset(tree: dict[str, Any], default: str) -> dict[str, Any]:
-    """`tree` over the preset it names; a name that is none, or a section that is no table, is
-    left for the schema to refuse."""
+    """Apply the preset of `tree["algorithm"]`; values in `tree` take precedence.
+
+    The schema rejects unknown names, and sections that are not tables, later.
+    """
     name = tree.get("algorithm", default)
     merged = dict(tree)
     for section, parts in PRESETS.get(name, {}).items() if isinstance(name, str) else ():

@@ -1,8 +1,8 @@
-"""The configuration of a run that is resumed: its own, with the few changes that it can bear.
+"""The configuration of a resumed run: the original one with permitted changes.
 
-What is fixed is what the journal is replayed under (the service would decide otherwise the second
-time) and what the recorded groups were sampled under. Model and data may lie in a new place: their
-content tells whether they are the same (launcher/identity/identity.py).
+Fields that affect the replay of the journal or the sampling of recorded groups are fixed. Model and
+data may have moved: fingerprints of their content verify that they are the same
+(launcher/identity/identity.py).
 """
 
 import json
@@ -32,30 +32,30 @@ FIXED = (
     "evaluate",
     "cluster.learners",
 )
-"""Fields, and sections with all their fields."""
+"""Fixed fields, and sections whose fields are all fixed."""
 CHANGEABLE = ("buffer.durability", "model.path", "task.path")
-"""Exceptions from the above."""
-PLACES = {"model.path": "--model.path FOLDER", "task.path": "--task.path FILE"}
-"""How a run is told where something was moved to."""
+"""Exceptions to FIXED."""
+PATH_OPTIONS = {"model.path": "--model.path FOLDER", "task.path": "--task.path FILE"}
+"""Options that set the new path of a moved model or data file."""
 
 
 def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in run folder `folder`, under overrides such as `--run.updates 200`.
+    """Load the configuration of run folder `folder` with overrides such as `--run.updates 200`.
 
-    Raises SpeedAsyncError when no run that can be resumed is there, and ConfigError for a change
-    that it cannot bear.
+    Raises SpeedAsyncError if the folder has no resumable run, and ConfigError for a change of a
+    fixed field.
     """
     folder = folder.expanduser().resolve()
     tree = _read(folder)
-    began = parse_config(tree)
+    original = parse_config(tree)
     config = _build(apply_overrides(tree, overrides))
-    before = dict(_leaves(began.model_dump()))
+    before = dict(_leaves(original.model_dump()))
     changed = [
         ConfigError(
             field,
             value,
-            f"this run began with {before.get(field)!r}, which its journal and its groups rest "
-            "on; leave it as it is, or start a new run",
+            f"this run began with {before.get(field)!r}; its journal and groups depend on it. "
+            "Keep that value, or start a new run",
         )
         for field, value in _leaves(config.model_dump())
         if before.get(field) != value and _is_fixed(field)
@@ -74,7 +74,7 @@ def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
-    """Every field that a resumed run has to keep, and its value; the run folder may be moved."""
+    """Fields that a resumed run must keep, with their values; the run folder may move."""
     leaves = _leaves(config.model_dump(mode="json"))
     return {field: value for field, value in leaves if _is_fixed(field) and field != "run.folder"}
 
@@ -83,14 +83,14 @@ def _build(tree: dict[str, Any]) -> Config:
     try:
         return build_config(tree)
     except ConfigError as error:
-        raise ConfigErrors.of([_with_place(each) for each in error.errors]) from None
+        raise ConfigErrors.of([_with_path_option(each) for each in error.errors]) from None
 
 
-def _with_place(error: ConfigError) -> ConfigError:
-    option = PLACES.get(error.field)
+def _with_path_option(error: ConfigError) -> ConfigError:
+    option = PATH_OPTIONS.get(error.field)
     if option is None:
         return error
-    remedy = f"{error.remedy}; if it was moved, give its new place: {option}"
+    remedy = f"{error.remedy}; if it was moved, set the new path: {option}"
     return ConfigError(error.field, error.value, remedy)
 
 
@@ -98,21 +98,21 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise SpeedAsyncError(
-            f"--resume '{folder}': no run is there (it has no {CONFIG_FILE}); give the folder of a "
-            "run, such as runs/default"
+            f"--resume '{folder}': not a run folder (it has no {CONFIG_FILE}); give a run folder, "
+            "such as runs/default"
         )
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SpeedAsyncError(f"--resume '{folder}': {path} cannot be read: {error}") from None
     if not isinstance(tree, dict):
-        raise SpeedAsyncError(f"--resume '{folder}': {path} holds no configuration")
+        raise SpeedAsyncError(f"--resume '{folder}': {path} is not a configuration")
     return tree
 
 
-def _leaves(tree: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
-        field = f"{place}.{name}" if place else name
+        field = f"{prefix}.{name}" if prefix else name
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, field)
         else:

@@ -28,63 +28,64 @@ class Section(BaseModel):
 
 class RunConfig(Section):
     folder: str = "runs/default"
-    """Run folder; a relative path is taken from the current directory."""
+    """Run folder. A relative path is relative to the current directory."""
     seed: NonNegativeInt = 0
     updates: NonNegativeInt = 100
-    """Optimiser updates of the whole run; 0 measures the model's held-out accuracy and ends."""
+    """Optimiser updates of the whole run; 0 only measures the held-out accuracy of the model."""
     overlap: bool = True
-    """False: generate and train in turns, each batch by the newest policy (but for a surplus of
-    earlier rounds). For comparisons."""
+    """False: alternate generation and training, so each batch is sampled by the newest policy
+    (except surplus groups of earlier rounds). For comparisons."""
     stop_at_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
-    """End the run at the first held-out accuracy that reaches this."""
+    """Stop the run when the held-out accuracy reaches this value."""
     accept_scoring: str | None = None
-    """Digest of the code that scores, when a resumed run is to go on with other code than it began
-    with. The refusal of that code names its digest."""
+    """Digest of the scoring code, to resume a run with different scoring code. The error about the
+    changed code contains its digest."""
 
 
 class ModelConfig(Section):
     path: str
     """Hugging Face folder (config, safetensors, tokenizer)."""
     context_length: PositiveInt | None = None
-    """Prompt plus completion tokens; None takes the model's own limit."""
+    """Prompt plus completion tokens; None uses the limit of the model."""
     chat_template: bool = False
     """Wrap each prompt as one user message in the tokenizer's chat template."""
 
 
 class TaskConfig(Section):
     name: str
-    """`arithmetic`, `jsonl`, or `reasoning_gym:<data set>`; `scripted` for fault drills: prompts
-    that pass at random, each at its own rate."""
+    """`arithmetic`, `jsonl`, or `reasoning_gym:<data set>`. `scripted` is for fault injection
+    tests: each prompt passes at random with its own rate."""
     path: str | None = None
-    """Data file of `jsonl`: one object a line with `prompt` and `answer`."""
+    """Data file of `jsonl`: one object per line with `prompt` and `answer`."""
     match: Literal["exact", "numeric"] = "exact"
-    """How `jsonl` compares the final answers of completion and row. `exact`: as text, whatever the
-    spacing (rules: environments/exact_answer.py). `numeric`: as numbers; a row whose answer is not
-    one whole number is refused (environments/whole_number.py)."""
+    """How `jsonl` compares the final answer of a completion with that of the row. `exact`: as text,
+    ignoring spacing (rules: environments/exact_answer.py). `numeric`: as numbers; a row whose
+    answer is not one whole number is rejected (environments/whole_number.py)."""
     score_truncated: bool = False
-    """Whether a completion that a length limit cut off is scored like any other. False: it earns 0,
-    in training and in evaluation, whatever number it happens to end in."""
+    """Whether a completion truncated by a length limit is scored like any other. False: its reward
+    is 0 in training and evaluation, regardless of its text."""
     num_prompts: PositiveInt = 4096
-    """Training prompts to make (tasks that make their own)."""
+    """Number of training prompts to generate (tasks that generate prompts)."""
     num_held_out: PositiveInt = 256
-    """Prompts kept apart for evaluation, never trained on."""
+    """Prompts held out for evaluation and never trained on."""
     max_digits: PositiveInt = 6
     """Hardest level of `arithmetic`."""
     options: dict[str, object] = Field(default_factory=dict)
     """Passed to the reasoning-gym data set."""
     seed: NonNegativeInt = 0
-    """Seed of the data, apart from `run.seed` so that runs share their data."""
+    """Seed of the data, separate from `run.seed` so that runs can share their data."""
 
 
 class GateConfig(Section):
     mode: Literal["screen", "filter", "off"] = "screen"
-    """`screen`: n_init completions first, n_cont more when their pass rate is moderate (SPEED).
-    `filter`: the whole group at once, kept when its pass rate is moderate (DAPO's dynamic
-    sampling). `off`: every prompt gets its whole group, and every group is kept."""
+    """`screen`: n_init completions first, and n_cont more if their pass rate is moderate (SPEED).
+    `filter`: the whole group at once, kept if its pass rate is moderate (dynamic sampling of DAPO).
+    `off`: every prompt gets a whole group, and every group is kept."""
     n_init: PositiveInt = 4
-    """Completions that screen a prompt."""
+    """Screening completions per prompt."""
     n_cont: NonNegativeInt = 20
-    """Completions added when its pass rate is moderate. A group is n_init + n_cont in any mode."""
+    """Continuation completions if the pass rate is moderate. The group size is n_init + n_cont in
+    all modes."""
     low: Fraction = 0.0
     high: Fraction = 1.0
     """Moderate means low < pass rate < high, both strict."""
@@ -95,7 +96,7 @@ class GateConfig(Section):
 
     @property
     def num_screening(self) -> int:
-        """Completions of a group that the gate looks at."""
+        """Completions of a group that the gate evaluates."""
         return {"screen": self.n_init, "filter": self.group_size, "off": 0}[self.mode]
 
 
@@ -104,29 +105,31 @@ class CurriculumConfig(Section):
     """`uniform`: shuffled epochs. `posterior`: Thompson sampling of the prompts most likely to
     pass the gate."""
     half_life_updates: PositiveFloat = 40.0
-    """Updates after which an outcome counts half (the policy has moved since)."""
+    """Updates after which the weight of an outcome is halved, because the policy changes."""
     uniform_share: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Share of prompts chosen in shuffled order whatever is known of them, so that none starves."""
+    """Share of prompts chosen in shuffled order regardless of their statistics, to avoid
+    starvation."""
     candidates: PositiveInt = 4
-    """Candidates drawn for each prompt chosen; more is greedier and repeats prompts sooner."""
+    """Candidates per selected prompt. Larger values are greedier and repeat prompts sooner."""
 
 
 class ObjectiveConfig(Section):
-    """What is maximised. `algorithm` sets these; a value given here goes before the preset's."""
+    """The objective. `algorithm` sets these fields; a value set here overrides the preset."""
 
     advantage: Literal["rloo", "grpo", "dr_grpo", "batch"] = "rloo"
     policy_loss: Literal["policy_gradient", "ppo_clip", "cispo", "gspo"] = "ppo_clip"
-    """All but `policy_gradient` have a ratio to the policy that sampled; that one needs a
-    `correction` unless all data is of the newest policy."""
+    """All except `policy_gradient` use the importance ratio to the behaviour policy.
+    `policy_gradient` needs a `correction` unless all data is on-policy."""
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.28
-    """Ratios leave [1 - clip_low, 1 + clip_high] without gradient (cispo: are cut at the top)."""
+    """Ratios outside of [1 - clip_low, 1 + clip_high] have no gradient (cispo: the ratio is capped
+    at the upper limit)."""
     aggregation: Literal["token_mean", "sequence_mean", "prompt_mean", "fixed_length"] = (
         "token_mean"
     )
-    """How token losses add up: each token, each completion or each prompt counts the same;
-    `fixed_length` divides by completions x actors.max_new_tokens, or the context where that is
-    less (Dr. GRPO)."""
+    """Aggregation of token losses: equal weight per token, per completion or per prompt.
+    `fixed_length` divides by completions x actors.max_new_tokens, or by the context if that is less
+    (Dr. GRPO)."""
     correction: Literal[
         "none",
         "token_tis",
@@ -137,108 +140,109 @@ class ObjectiveConfig(Section):
         "decoupled_log_linear",
         "negative_sequence_mask",
     ] = "none"
-    """What is done about tokens sampled by an older policy mu (algorithms/corrections.py)."""
+    """Off-policy correction for tokens sampled by an older policy mu
+    (algorithms/corrections.py)."""
     min_ratio: Annotated[float, Field(ge=0)] = 0.5
     """Masks keep pi_theta / mu in [min_ratio, max_ratio]."""
     max_ratio: PositiveFloat = 2.0
-    """Cap of the importance weight (tis, decoupled), upper edge of the masks."""
+    """Cap of the importance ratio (tis, decoupled), and upper limit of the masks."""
     max_negative_kl: PositiveFloat = 0.1
-    """`negative_sequence_mask` drops a completion of negative advantage past this mean
-    log(mu / pi_theta)."""
+    """`negative_sequence_mask` drops a completion with negative advantage if its mean
+    log(mu / pi_theta) exceeds this value."""
     overlong_share: Fraction = 0.0
-    """Last share of a completion's limit over which the reward falls linearly; 0 is off. The limit
-    is actors.max_new_tokens, or what the context leaves after the prompt where that is less."""
+    """Last share of the length limit in which the reward decreases linearly; 0 disables it. The
+    limit is actors.max_new_tokens, or the context minus the prompt if that is less."""
     overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
-    """What the reward has lost at the limit."""
+    """Reduction of the reward at the limit."""
     screening_samples: Literal["all", "unbiased", "none"] = "all"
-    """Which screening samples enter the gradient (all serve in baselines). The gate has looked
-    at them: `unbiased` drops those whose flipped reward would have flipped the gate."""
+    """Screening samples that enter the gradient (all are used in baselines). The gate depends on
+    these samples: `unbiased` drops those whose flipped reward would flip the gate decision."""
 
 
 class VllmConfig(Section):
-    """Of `actors.engine = "vllm"`."""
+    """Options of `actors.engine = "vllm"`."""
 
     tensor_parallel: PositiveInt = 1
-    """GPUs that one actor's model is split over."""
+    """GPUs per actor for tensor parallelism."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of a GPU's memory that vLLM takes."""
+    """Share of the GPU memory that vLLM uses."""
     kv_cache_bytes: PositiveInt | None = None
-    """Of one GPU's, or on a CPU one worker's, KV cache. None: on a GPU what is left of its share,
-    on a CPU what `actors.slots` whole sequences take."""
+    """Size of the KV cache per GPU, or per worker on a CPU. None: on a GPU the remainder of its
+    share, on a CPU the size of `actors.slots` full sequences."""
     enforce_eager: bool = False
-    """Neither compile nor capture graphs: starts sooner, decodes slower."""
+    """Disable compilation and CUDA graphs: faster start, slower decoding."""
     arguments: dict[str, object] = Field(default_factory=dict)
-    """Further arguments of vLLM's `AsyncEngineArgs`."""
+    """Additional arguments of `AsyncEngineArgs` of vLLM."""
 
 
 class ActorsConfig(Section):
     engine: Literal["torch", "vllm", "scripted"] = "torch"
-    """`torch` is embedded here and needs nothing else; `vllm` is what clusters use. `scripted` is
-    for tests and fault drills: it asks no model and draws tokens at random."""
+    """`torch` is built in and has no other dependencies; `vllm` is for clusters. `scripted` is for
+    tests and fault injection: it samples random tokens without a model."""
     vllm: VllmConfig = VllmConfig()
     slots: PositiveInt = 64
-    """Sequences decoded at once by one actor."""
+    """Sequences that one actor decodes concurrently."""
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: PositiveInt = 64
     running_at_update: Literal["keep", "recompute"] = "keep"
-    """What becomes of running sequences when weights change. `keep`: they go on over the keys and
-    values they have. `recompute`: these are computed anew under the new weights. Either way mu is
-    recorded as sampled, so importance ratios are exact."""
+    """Handling of running sequences when weights change. `keep`: they continue with their KV cache.
+    `recompute`: the KV cache is recomputed with the new weights. In both cases mu is recorded as
+    sampled, so importance ratios are exact."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: PositiveInt = 1
     """Torch threads of one actor on a CPU."""
     verifier_workers: PositiveInt = 1
     verifier_timeout_s: PositiveFloat = 10.0
     max_restarts: NonNegativeInt = 3
-    """How often one actor may be restarted after it was killed by a signal."""
+    """Maximum restarts of one actor after it was killed by a signal."""
 
     @property
     def weight_ranks(self) -> int:
-        """Ranks of the weight group that one actor takes: each part of its model receives."""
+        """Weight group ranks per actor: one for each shard of its model."""
         return self.vllm.tensor_parallel if self.engine == "vllm" else 1
 
 
 class BufferConfig(Section):
     capacity_groups: PositiveInt = 256
-    """Groups held at once; past it the least useful one is evicted."""
+    """Maximum number of buffered groups. Beyond it the group of lowest priority is evicted."""
     capacity_bytes: PositiveInt = 1024 * 1024 * 1024
-    """Array bytes held at once, likewise."""
+    """Maximum array bytes of buffered groups, with the same eviction."""
     credits: PositiveInt | None = None
-    """Groups expected of leases, buffered or in training at once; None derives it (see
+    """Maximum number of groups that are leased, buffered or in training; None derives it (see
     `max_credits`)."""
     durability: Literal["none", "batched", "every"] = "batched"
-    """What a dying service or machine may cost. `batched`: a killed process costs nothing, a power
-    cut at most the last second. `every`: nothing either way; each acknowledgement waits for the
-    disk. `none`: no journal, and no run can be resumed."""
+    """Durability of the journal. `batched`: a killed process loses nothing, a power failure at most
+    the last second. `every`: neither loses data; each acknowledgement waits for the disk. `none`:
+    no journal, and the run cannot be resumed."""
     spill: bool = False
-    """Groups past `capacity_bytes` wait in the journal on disk instead of holding the actors up."""
+    """Keep groups beyond `capacity_bytes` in the journal on disk instead of blocking the actors."""
     lease_timeout_s: PositiveFloat = 3600.0
-    """A prompt not finished by then is offered to another actor; the late result still counts
+    """Time after which an unfinished prompt is leased to another actor; a late result still counts
     once."""
     max_staleness: NonNegativeInt = 2
-    """No token older than this many policy versions is trained on."""
+    """Maximum age in policy versions of a token used for training."""
     freshness_decay: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Factor on a group's priority for each version of age."""
+    """Factor on the priority of a group per version of age."""
     signal_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Power of p(1 - p), p the group's own pass rate, in its priority; 0 looks at age only."""
+    """Exponent of p(1 - p) in the priority of a group with pass rate p; 0 uses age only."""
     max_passed_over: PositiveInt = 4
-    """A group passed over by this many takes is taken next."""
+    """Maximum number of batches that pass over a group; it is taken next."""
 
 
 class LearnerConfig(Section):
     groups_per_update: PositiveInt = 16
     lr: Annotated[float, Field(ge=0)] = 1e-6
-    """0 changes no weight: a trial of everything else."""
+    """0 leaves the weights unchanged, to test everything else."""
     warmup_updates: NonNegativeInt = 10
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     grad_clip: PositiveFloat = 1.0
     micro_batch_tokens: PositiveInt = 8192
-    """Padded tokens in one forward and backward pass."""
+    """Padded tokens per forward and backward pass."""
     checkpoint_every: NonNegativeInt = 20
-    """Updates between checkpoints; 0 saves only at the end (the journal then keeps every batch)."""
+    """Updates between checkpoints; 0 saves only at the end (the journal then keeps all batches)."""
     keep_last: PositiveInt = 2
-    """Checkpoints kept; a damaged one falls back to the one before."""
+    """Number of kept checkpoints. A damaged one is replaced by the previous one on resume."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: PositiveInt = 1
     """Torch threads of one learner on a CPU."""
@@ -246,59 +250,60 @@ class LearnerConfig(Section):
 
 class WeightsConfig(Section):
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
-    """How weights travel. `gloo`: over the network, from and to host memory. `nccl`: between GPUs,
-    one for each rank. `ipc`: within one machine, through memory that all ranks there share (a GPU's
-    own when learner and actors share it). `auto` chooses among them by what the ranks have."""
+    """Transfer backend. `gloo`: over the network, between host memories. `nccl`: between GPUs, one
+    per rank. `ipc`: within one machine, through shared memory (GPU memory if learner and actors
+    share the GPU). `auto` selects a backend by the devices of the ranks."""
     bucket_bytes: PositiveInt = 64 * 1024 * 1024
     deadline_s: PositiveFloat = 60.0
-    """Longest wait at any stage of one transfer."""
+    """Maximum wait in each stage of a transfer."""
     canary_tolerance: PositiveFloat | None = None
-    """Nats a token by which an engine's log-probabilities of the canary may differ from the
-    learner's, in the mean; past it the version is refused. None takes 1e-3 where the engine
-    computes in float32, and 0.3 otherwise (rounding of bfloat16 in two kernels)."""
+    """Maximum mean difference, in nats per token, between the canary log-probabilities of an engine
+    and of the learner; beyond it the version is rejected. None uses 1e-3 if the engine computes in
+    float32, else 0.3 (bfloat16 rounding in two kernels)."""
 
 
 class EvaluateConfig(Section):
     every: NonNegativeInt = 10
-    """Updates between held-out evaluations; 0 keeps only the first and the last."""
+    """Updates between held-out evaluations; 0 runs only the first and the last."""
     num_samples: PositiveInt = 1
-    """Completions for each held-out prompt, at the actors' temperature."""
+    """Completions per held-out prompt, at the temperature of the actors."""
 
 
 class ClusterConfig(Section):
     learners: PositiveInt = 1
-    """Ranks that learn; every further rank is an actor."""
+    """Learner ranks; all other ranks are actors."""
     actors: PositiveInt = 1
-    """Actor ranks of a run, where the number of processes does not decide (torchrun,
+    """Actor ranks of a run, unless the number of processes determines it (torchrun,
     --nproc-per-node)."""
     host: str = "127.0.0.1"
-    """Address of the first learner's node, at which the service binds."""
+    """Address of the node of the first learner, to which the service binds."""
     service_port: NonNegativeInt = 0
-    """0 picks a free port; a run of several nodes needs one that all of them are given."""
+    """0 picks a free port; a run on several nodes needs a fixed port, the same on all nodes."""
     advertised_port: NonNegativeInt = 0
-    """Where a forwarder stands before the service (a tunnel, a proxy): its port on `host`, to which
-    actors and learner are sent; 0: the service's own."""
+    """Port on `host` of a forwarder in front of the service (a tunnel or proxy), used by actors and
+    learner; 0: the port of the service."""
     feed_port: NonNegativeInt = 0
-    """Read-only metrics feed; 0 picks a free port."""
+    """Port of the read-only metrics feed; 0 picks a free port."""
     max_restarts: NonNegativeInt = 0
-    """How often `speed-async train` starts all ranks again, from the last checkpoint, after one
-    died (torchrun has its own --max-restarts)."""
-    security: Literal["auto", "curve", "plain-and-open-to-anyone-who-reaches-it"] = "auto"
-    """`auto`: sockets beyond loopback speak CURVE, with the keys of `keys`; on loopback none do."""
+    """Maximum restarts of all ranks by `speed-async train`, from the last checkpoint, after a rank
+    failed (torchrun has its own --max-restarts)."""
+    security: Literal["auto", "curve", "insecure"] = "auto"
+    """`auto`: sockets use CURVE with the keys in `keys`, except on loopback. `curve`: always.
+    `insecure`: never; sockets are unencrypted and open to every client that reaches them."""
     keys: str | None = None
     """Folder made by `speed-async keys`."""
     connect_timeout_s: PositiveFloat = 120.0
-    """How long roles wait for each other at the start."""
+    """Maximum wait of the roles for each other at the start."""
     peer_timeout_s: PositiveFloat = 60.0
-    """A peer silent for this long is taken for dead."""
+    """Time without messages after which a peer is considered dead."""
     stall_timeout_s: PositiveFloat = 600.0
-    """Longest wait of the learner for one batch."""
+    """Maximum wait of the learner for one batch."""
     drain_timeout_s: PositiveFloat = 20.0
 
     @property
     def is_loopback(self) -> bool:
-        """Whether `host` is reached from its own machine alone; a name other than localhost may be
-        reached from anywhere."""
+        """Whether `host` is reachable only from its own machine; names other than localhost are
+        assumed to be reachable from other machines."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -306,25 +311,24 @@ class ClusterConfig(Section):
 
     @property
     def speaks_curve(self) -> bool:
-        """Whether sockets are encrypted, and open to allowed keys alone."""
+        """Whether sockets are encrypted and accept only allowed keys."""
         return self.security == "curve" or (self.security == "auto" and not self.is_loopback)
 
 
 class ObserveConfig(Section):
     status_interval_s: PositiveFloat = 0.5
     breakdown: bool = False
-    """Close with a table of where the time went (summary.json always has it)."""
+    """Print a table of where the time went at the end (summary.json always has it)."""
     trace: str | None = None
-    """Folder to which actors and learner write every group they sent or trained; for fault
-    drills."""
+    """Folder for traces of every group that was sent or trained; for fault injection tests."""
     wandb: bool = False
-    """Log to wandb; offline when there is no key."""
+    """Log to wandb; offline without an API key."""
     wandb_project: str = "speed_async"
 
 
 class Config(Section):
     algorithm: Algorithm = "speed-rloo"
-    """Names a preset of `gate.mode` and `objective` (config/presets.py)."""
+    """Preset of `gate.mode` and `objective` (config/presets.py)."""
     run: RunConfig = RunConfig()
     model: ModelConfig
     task: TaskConfig
@@ -341,8 +345,8 @@ class Config(Section):
 
     @property
     def max_credits(self) -> int:
-        """Groups that may be expected from leases, buffered or in training at once: a batch for
-        every version in the staleness window, so that none need grow stale."""
+        """Maximum number of groups that are leased, buffered or in training: one batch per version
+        in the staleness window, so that no group has to become stale."""
         if self.buffer.credits is not None:
             return self.buffer.credits
         return (self.buffer.max_staleness + 1) * self.learner.groups_per_update

@@ -1,4 +1,4 @@
-"""A resolved configuration as TOML that `train` takes, each field with what it means."""
+"""Format a resolved configuration as TOML for `train`, with a description of each field."""
 
 import ast
 import inspect
@@ -16,17 +16,17 @@ from speed_async.config.schema import Config
 
 WIDTH = 100
 HEADER = """\
-# Resolved: presets, defaults and overrides in full. What `algorithm` stands for is written out, so
-# naming another one changes nothing here."""
+# Resolved configuration with presets, defaults and overrides. The values of the `algorithm` preset
+# are written out, so changing `algorithm` here has no effect."""
 
 
 def to_toml(config: Config) -> str:
-    """Every field in its section; a field without a value is a comment, for TOML has no null."""
+    """Format all fields by section. A field that is None becomes a comment: TOML has no null."""
     return "\n".join([HEADER, "", *_section(config, "")]) + "\n"
 
 
 def _section(section: BaseModel, path: str) -> Iterator[str]:
-    """The section's own fields, then the sections in it: TOML wants this order."""
+    """Yield the fields of a section, then its subsections: TOML requires this order."""
     if path:
         yield from ("", f"[{path}]")
     inner: list[tuple[str, BaseModel]] = []
@@ -35,7 +35,7 @@ def _section(section: BaseModel, path: str) -> Iterator[str]:
         if isinstance(value, BaseModel):
             inner.append((name, value))
             continue
-        yield from _comment(_meanings(type(section).__name__).get(name, ""))
+        yield from _comment(_descriptions(type(section).__name__).get(name, ""))
         yield f"# {name} =" if value is None else f"{name} = {_value(value)}"
     for name, value in inner:
         yield from _section(value, f"{path}.{name}" if path else name)
@@ -49,7 +49,7 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON's escapes are TOML's, but for a character that JSON leaves as it is.
+        # JSON escapes are valid in TOML, but TOML also requires an escape for DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, int | float):
         return repr(value)
@@ -64,16 +64,16 @@ def _value(value: Any) -> str:
         return f"{{ {', '.join(pairs)} }}" if pairs else "{}"
     if isinstance(value, Sequence):
         return f"[{', '.join(map(_value, value))}]"
-    raise TypeError(f"{value!r} has no form in TOML")
+    raise TypeError(f"{value!r} cannot be represented in TOML")
 
 
 @cache
-def _meanings(section: str) -> dict[str, str]:
-    """Each field's docstring, which stands below it in the schema's source."""
+def _descriptions(section: str) -> dict[str, str]:
+    """Docstrings of the fields, parsed from the source of the schema."""
     tree = ast.parse(inspect.getsource(schema))
     found = next(each for each in tree.body if getattr(each, "name", "") == section)
     assert isinstance(found, ast.ClassDef)
-    meanings: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     for field, below in zip(found.body, found.body[1:], strict=False):
         if (
             isinstance(field, ast.AnnAssign)
@@ -81,5 +81,5 @@ def _meanings(section: str) -> dict[str, str]:
             and isinstance(below, ast.Expr)
             and isinstance(below.value, ast.Constant)
         ):
-            meanings[field.target.id] = str(below.value.value)
-    return meanings
+            descriptions[field.target.id] = str(below.value.value)
+    return descriptions

@@ -1,7 +1,7 @@
-"""The first real error in a log that several processes write to, as one line.
+"""Find the root error in a log that several processes write to, as one line.
 
-An engine's processes trace their errors to stderr, which is the log of the process that started
-them; that one hears only that something failed. What it says to a person is found here.
+Engine processes write tracebacks to stderr, which is the log of the parent process. The parent
+process itself only learns that a child failed, so the error message is extracted from the log.
 """
 
 import os
@@ -11,29 +11,29 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 OWN_LOG = Path("/proc/self/fd/2")
-"""This process's stderr, whatever file it is."""
+"""stderr of this process."""
 MAX_BYTES = 4 * 1024 * 1024
-"""Of a log that are read."""
+"""Maximum bytes of a log to read."""
 MAX_CHARS = 400
 MAX_LINES = 4
-"""Of one error's message."""
+"""Maximum lines of one error message."""
 _PREFIX = re.compile(
     r"(\([\w .-]+ pid=\d+\) )?((?:DEBUG|INFO|WARNING|ERROR|CRITICAL) [-\d]+ [:\d]+ \[[^\]]+\] ?)?"
 )
-"""Of vLLM's loggers: process, level, time, place."""
+"""Prefix of vLLM log lines: process, level, time, source location."""
 _TRACEBACK = "Traceback (most recent call last):"
 _ELSEWHERE = re.compile(r"(?i)see (the )?(root cause|stack trace)|check the stack trace")
 
 
 class LogSince:
-    """What is written to a log from here on; nothing where stderr is no file."""
+    """The part of a log written after construction; empty if stderr is not a file."""
 
     def __init__(self, path: Path = OWN_LOG) -> None:
         self._path = path
         self._start = _size(path)
 
     def first_error(self) -> str:
-        """The first real error as one line; "" when there is none."""
+        """The root error as one line; "" if there is none."""
         if _size(self._path) <= self._start:
             return ""
         try:
@@ -45,18 +45,18 @@ class LogSince:
 
 
 def first_error(log: str) -> str:
-    """What the first traceback ends in, but for errors that only point at another one."""
+    """Message of the first traceback, skipping errors that only refer to another one."""
     lines = [_split(line) for line in log.splitlines()]
     return next((error for error in _errors(lines) if not points_elsewhere(error)), "")
 
 
 def points_elsewhere(error: str) -> bool:
-    """Whether this error says no more than that another process failed."""
+    """Whether this error only reports that another process failed."""
     return _ELSEWHERE.search(error) is not None
 
 
 def one_line(text: str, max_chars: int = MAX_CHARS) -> str:
-    """Without line ends, and cut to what fits on a terminal."""
+    """Join lines and truncate the text to `max_chars`."""
     joined = " ".join(text.split())
     return joined if len(joined) <= max_chars else joined[: max_chars - 3] + "..."
 
@@ -68,7 +68,7 @@ def _errors(lines: Sequence[tuple[str, str]]) -> Iterator[str]:
 
 
 def _message(prefix: str, lines: Sequence[tuple[str, str]]) -> list[str]:
-    """Of the traceback that goes on in these lines; other processes' lines stand among them."""
+    """Error message of the traceback in `lines`, skipping the lines of other processes."""
     message: list[str] = []
     for other, body in lines:
         if other != prefix:
@@ -85,7 +85,7 @@ def _message(prefix: str, lines: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _split(line: str) -> tuple[str, str]:
-    """Prefix and what follows it."""
+    """Split a line into log prefix and body."""
     match = _PREFIX.match(line)
     end = match.end() if match else 0
     return line[:end], line[end:]
@@ -93,7 +93,7 @@ def _split(line: str) -> tuple[str, str]:
 
 def _size(path: Path) -> int:
     try:
-        facts = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return 0
-    return facts.st_size if stat.S_ISREG(facts.st_mode) else 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0

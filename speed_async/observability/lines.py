@@ -1,4 +1,4 @@
-"""One plain ASCII line for each update: what a run prints where there is no terminal."""
+"""Plain-text progress output, one ASCII line per update, for output without a terminal."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal, TextIO
@@ -16,19 +16,18 @@ from speed_async.observability.notation import (
 from speed_async.observability.outcomes import identity_of, outcome_of
 
 TEXT_CHARS = 240
-"""Of a prompt, and of a completion."""
+"""Maximum characters of a prompt and of a completion."""
 ANSWER_CHARS = 60
-
-
 WAITING_S = 30.0
+"""Maximum time between lines."""
 
 
 class Lines:
-    """Writes and flushes a line for a step, an evaluation, the start and the end.
+    """Writes and flushes a line for the start, each step, each evaluation and the end.
 
-    `status` events are ignored, save that the first event of any kind makes the start line, that a
-    new `warning` makes a line of its own, and so do the beginning and the end of a diagnosis. Of
-    the samples three are told: the first, the first in the second half, and the last.
+    The first event of any kind prints the start line. Other `status` events print a line only for a
+    new warning, and for the start and the end of a diagnosis. Three samples are printed: the first,
+    the first one in the second half of the run, and the last.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -38,18 +37,18 @@ class Lines:
         self._diagnoses: dict[str, str] = {}
         self._num_samples = 0
         self._sample: Mapping[str, Value] | None = None
-        """The last one, unless it was told."""
-        self._told_s: float | None = None
-        """When the last line was told that says how far the run is."""
+        """The latest sample, unless it was printed."""
+        self._printed_s: float | None = None
+        """`wall_s` of the last progress line."""
         self._is_late = False
-        """More than half of the updates are made."""
+        """Whether more than half of the updates are done."""
 
     def look(self, silent_s: float) -> Literal["stay", "leave"]:
-        """Lines have no keys; nobody can leave them."""
+        """Return "stay": this output handles no keys."""
         return "stay"
 
     def remember(self, event: Event) -> None:
-        """Of what happened before this process began, evaluations and ends are told."""
+        """Process an event from before the start of this process; prints evaluations and ends."""
         if event.kind in ("evaluation", "end"):
             self.update(event)
         elif event.kind == "sample":
@@ -58,34 +57,34 @@ class Lines:
     def update(self, event: Event) -> None:
         values = event.values
         if event.kind == "sample":
-            self._sampled(values)
+            self._handle_sample(values)
             return
         if not self._started:
             self._started = True
             self._print(start_line(values))
         if event.kind in ("status", "step"):
             self._is_late = is_late(values)
-            self._compare(values)
-            self._tell_waiting(values)
+            self._print_changes(values)
+            self._print_waiting(values)
         if event.kind == "end" and self._sample is not None:
             self._print(sample_line(self._sample))
             self._sample = None
         if event.kind in LINE_OF_KIND:
             self._print(LINE_OF_KIND[event.kind](values))
-            self._told_s = finite(values.get("wall_s"))
+            self._printed_s = finite(values.get("wall_s"))
 
-    def _tell_waiting(self, values: Mapping[str, Value]) -> None:
-        """A line for every WAITING_S without one: a run without updates is not a dead one."""
+    def _print_waiting(self, values: Mapping[str, Value]) -> None:
+        """Print a line after WAITING_S without one, to show that the run is alive."""
         wall_s = finite(values.get("wall_s"))
         if wall_s is None:
             return
-        if self._told_s is None or self._told_s > wall_s:
-            self._told_s = wall_s
-        if wall_s - self._told_s >= WAITING_S:
+        if self._printed_s is None or self._printed_s > wall_s:
+            self._printed_s = wall_s
+        if wall_s - self._printed_s >= WAITING_S:
             self._print(waiting_line(values))
-            self._told_s = wall_s
+            self._printed_s = wall_s
 
-    def _compare(self, values: Mapping[str, Value]) -> None:
+    def _print_changes(self, values: Mapping[str, Value]) -> None:
         warnings = split_lines(values.get("warning"))
         for warning in warnings:
             if warning not in self._warnings:
@@ -102,7 +101,7 @@ class Lines:
                 self._print(f"diagnosis over: {text.partition(':')[0]}")
         self._diagnoses = now
 
-    def _sampled(self, values: Mapping[str, Value]) -> None:
+    def _handle_sample(self, values: Mapping[str, Value]) -> None:
         if self._num_samples == 0 or (self._num_samples == 1 and self._is_late):
             self._num_samples += 1
             self._print(sample_line(values))
@@ -111,7 +110,7 @@ class Lines:
 
     def _print(self, line: str) -> None:
         encoding = self._stream.encoding or "utf-8"
-        # A reason may quote anything; a narrow stream must not end the run over it.
+        # The text may contain any character; an ASCII-only stream must not raise.
         self._stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
         self._stream.flush()
 
@@ -156,7 +155,7 @@ def step_line(values: Mapping[str, Value]) -> str:
         f" bound {single_line(values.get('bottleneck'))}"
         f" eta {duration(values.get('eta_s'))}"
         + ("" if lag_s is None else f" lag {count(1000 * lag_s)} ms")
-        + ("" if values.get("ledger_closes") is not False else " LEDGER DOES NOT CLOSE")
+        + ("" if values.get("ledger_closes") is not False else " LEDGER DOES NOT BALANCE")
     )
 
 
@@ -194,7 +193,7 @@ def sample_line(values: Mapping[str, Value]) -> str:
 
 
 def is_late(values: Mapping[str, Value]) -> bool:
-    """Whether more than half of the updates are made."""
+    """Whether more than half of the updates are done."""
     done, total = finite(values.get("policy_version")), finite(values.get("updates_total"))
     return done is not None and total is not None and done > total / 2
 

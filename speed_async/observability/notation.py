@@ -1,4 +1,4 @@
-"""How figures are written for people. A figure that is missing is a dash, never an error."""
+"""Human-readable formats of metric values. A missing value is shown as a dash, never an error."""
 
 import math
 
@@ -8,7 +8,7 @@ DASH = "-"
 
 
 def number_of(value: Value) -> float | None:
-    """The value as a number, or None when it is missing or something else."""
+    """The value as a float; None if it is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value)
@@ -65,7 +65,7 @@ def percent(value: Value) -> str:
 
 
 def single_line(value: Value) -> str:
-    """Text fit for one line of a terminal: no line break, no control character."""
+    """Text for one line of a terminal, without line breaks and control characters."""
     if value is None:
         return DASH
     printable = (char if char.isprintable() else " " for char in str(value))
@@ -73,12 +73,14 @@ def single_line(value: Value) -> str:
 
 
 def split_lines(value: Value) -> list[str]:
-    """The lines of a text of several, each fit for a terminal."""
+    """Split a text into non-empty lines, each sanitised for a terminal."""
     return [single_line(line) for line in str(value or "").splitlines() if line.strip()]
 
 
-def shortened(value: Value, most: int) -> str:
-    """A single line of at most `most` characters, the middle left out where it is longer."""
+def shortened(value: Value, max_chars: int) -> str:
+    """A single line of at most `max_chars` characters; longer text loses its middle."""
     text = single_line(value)
-    num_last = (most - 5) // 2
-    return text if len(text) <= most else f"{text[: most - 5 - num_last]} ... {text[-num_last:]}"
+    num_last = (max_chars - 5) // 2
+    if len(text) <= max_chars:
+        return text
+    return f"{text[: max_chars - 5 - num_last]} ... {text[-num_last:]}"

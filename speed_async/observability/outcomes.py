@@ -1,4 +1,4 @@
-"""How a run ended and what ails it, read from events: what panel and lines have in common."""
+"""Outcomes and diagnoses of a run, shared by the panel and the plain-text output."""
 
 import re
 from collections.abc import Mapping
@@ -11,22 +11,22 @@ OUTCOMES = {
     "nothing_learned": "nothing learned",
     "failed": "failed",
 }
-"""The word that people read for each outcome."""
-FIGURES = re.compile(r"[\d.,]*\d")
+"""Displayed name of each outcome."""
+NUMBERS = re.compile(r"[\d.,]*\d")
 
 
 def outcome_of(values: Mapping[str, Value]) -> str:
-    """Of an end event. What is not known to have gone well has failed."""
+    """Outcome of an end event. Anything not known to be successful is "failed"."""
     outcome = values.get("outcome", "completed" if values.get("ok") is True else "failed")
     return outcome if isinstance(outcome, str) and outcome in OUTCOMES else "failed"
 
 
-def told_outcome(outcome: str, reason: str) -> str:
-    """Both, as one sentence; `reason` may begin with the very word."""
-    word = OUTCOMES[outcome]
-    return reason if reason.startswith(word) else f"{word}: {reason}"
+def outcome_sentence(outcome: str, reason: str) -> str:
+    """Combine outcome and reason; `reason` may already begin with the outcome."""
+    label = OUTCOMES[outcome]
+    return reason if reason.startswith(label) else f"{label}: {reason}"
 
 
 def identity_of(diagnosis: str) -> str:
-    """What stays of a diagnosis while its figures change."""
-    return FIGURES.sub("0", diagnosis)
+    """A diagnosis with its numbers masked, to identify it while the numbers change."""
+    return NUMBERS.sub("0", diagnosis)

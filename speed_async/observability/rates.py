@@ -1,13 +1,13 @@
-"""Figures over a running window. Pure: the time is passed in, in seconds of any monotonic clock."""
+"""Statistics over a sliding window. The caller passes the time, in seconds of a monotonic clock."""
 
 from collections import deque
 
 
 class WindowedRate:
-    """Amount per second over the last `window_s` seconds (fewer at the beginning).
+    """Amount per second over the last `window_s` seconds, or since the start if that is less.
 
-    Amounts are merged into steps of `window_s` / 64, so memory is bounded and the window's edge
-    is exact to one such step. Choose a window of several arrivals when amounts come in lumps.
+    Amounts are merged into steps of `window_s` / 64. This bounds memory, and the edge of the window
+    is exact to one step. For bursty amounts use a window that covers several bursts.
     """
 
     def __init__(self, *, window_s: float, start_s: float) -> None:
@@ -24,23 +24,23 @@ class WindowedRate:
         else:
             self._amounts.append((now_s, amount))
         self._sum += amount
-        self._forget(now_s)
+        self._expire(now_s)
 
     def per_s(self, now_s: float) -> float | None:
-        """None before any time has passed."""
-        self._forget(now_s)
+        """Current rate; None if no time has passed."""
+        self._expire(now_s)
         elapsed_s = min(self._window_s, now_s - self._start_s)
         return self._sum / elapsed_s if elapsed_s > 0 else None
 
-    def _forget(self, now_s: float) -> None:
+    def _expire(self, now_s: float) -> None:
         while self._amounts and self._amounts[0][0] <= now_s - self._window_s:
             self._sum -= self._amounts.popleft()[1]
         if not self._amounts:
-            self._sum = 0.0  # the rounding of many additions must not outlive them
+            self._sum = 0.0  # discard accumulated rounding errors
 
 
 class WindowedMean:
-    """Mean and maximum of the last `num_values` values; of 0s and 1s, the mean is a share."""
+    """Mean and maximum of the last `num_values` values."""
 
     def __init__(self, *, num_values: int) -> None:
         self._values: deque[float] = deque(maxlen=num_values)
@@ -53,10 +53,10 @@ class WindowedMean:
 
     @property
     def mean(self) -> float | None:
-        """None before the first value."""
+        """None without values."""
         return sum(self._values) / len(self._values) if self._values else None
 
     @property
     def maximum(self) -> float | None:
-        """None before the first value."""
+        """None without values."""
         return max(self._values, default=None)

@@ -1,4 +1,4 @@
-"""What stays of a run for people: a figure in its folder, and the closing words."""
+"""Human-readable report of a run: an accuracy plot and the final summary."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +20,10 @@ Point = tuple[float, float]
 
 
 def plot_accuracy(run_folder: Path) -> Path:
-    """Draw held-out accuracy and training reward against seconds since the run began.
+    """Plot held-out accuracy and training reward over seconds since the start of the run.
 
-    Reads `metrics.jsonl` and returns the path of `accuracy.png`. Raises DataError when the
-    metrics are missing or malformed. Fewer than two evaluations are drawn, and said.
+    Reads `metrics.jsonl` and returns the path of `accuracy.png`. Raises DataError if the metrics
+    are missing or malformed. With fewer than two evaluations the plot has a note.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -36,7 +36,7 @@ def plot_accuracy(run_folder: Path) -> Path:
     axes = figure.add_subplot()
     _draw_reward(axes, reward)
     _draw_accuracy(axes, accuracy)
-    _dress(axes, title=run_folder.resolve().name, num_evaluations=len(accuracy))
+    _add_labels(axes, title=run_folder.resolve().name, num_evaluations=len(accuracy))
     if accuracy or reward:
         axes.legend(loc="best", frameon=False)
     else:
@@ -47,7 +47,7 @@ def plot_accuracy(run_folder: Path) -> Path:
 
 
 def _points(events: Sequence[Event], *, kind: str, key: str) -> list[Point]:
-    """(seconds, value) of every event of this kind that has both, in order of time."""
+    """(seconds, value) of all events of this kind that have both, sorted by time."""
     pairs = (
         (finite(event.values.get("wall_s")), finite(event.values.get(key)))
         for event in events
@@ -103,12 +103,12 @@ def _annotate(axes: "Axes", point: Point, *, above: bool) -> None:
     )
 
 
-def _dress(axes: "Axes", *, title: str, num_evaluations: int) -> None:
+def _add_labels(axes: "Axes", *, title: str, num_evaluations: int) -> None:
     axes.set_title(title, loc="left", fontweight="bold")
     if num_evaluations < 2:
-        said = "one held-out evaluation only" if num_evaluations else "no held-out evaluation"
-        axes.set_title(said, loc="right", color="0.4", style="italic")
-    axes.set_xlabel("wall-clock time since the run began (s)")
+        note = "one held-out evaluation only" if num_evaluations else "no held-out evaluation"
+        axes.set_title(note, loc="right", color="0.4", style="italic")
+    axes.set_xlabel("wall-clock time since the start of the run (s)")
     axes.set_ylabel("share correct (0 to 1)")
     axes.set_ylim(0.0, 1.0)
     axes.margins(x=0.06)

@@ -1,5 +1,6 @@
-"""`samples.jsonl` of a run folder: completions for people to look at, in a bounded file."""
+"""`samples.jsonl` of a run folder: human-readable completions in a file of bounded size."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -8,16 +9,17 @@ from speed_async.observability.metrics import Value
 
 SAMPLES_FILE = "samples.jsonl"
 MAX_FILE_BYTES = 16 * 1024 * 1024
-"""About four thousand long samples. What comes later is not kept; the last line says so."""
+"""About four thousand long samples. Later samples are dropped; the last line records this."""
 FULL = "full"
-"""Kind of the last line of a file that has no room for more."""
+"""Kind of the last line of a full file."""
 
 
 class SampleFile:
-    """Appends one JSON object a line: `kind`, then the sample's values (observability/metrics.py).
+    """Appends one JSON object per line: `kind`, then the sample's values
+    (observability/metrics.py).
 
-    A line is in the file whole or not at all, so a resumed run goes on after it. The file begins
-    with the first sample.
+    Lines are written atomically, so a resumed run appends to the file. The file is created with the
+    first sample.
     """
 
     def __init__(self, run_folder: Path, max_file_bytes: int = MAX_FILE_BYTES) -> None:
@@ -26,11 +28,11 @@ class SampleFile:
         self._is_full = False
 
     def write(self, values: dict[str, Value]) -> None:
-        """Raises OSError when the disk does not take it; nothing of it stays then."""
+        """Append a sample. Raises OSError if it cannot be written; the file is unchanged then."""
         if self._is_full:
             return
         with self.path.open("a+b", buffering=0) as file:
-            size = _drop_torn_tail(file.fileno())
+            size = _drop_partial_line(file.fileno())
             line = _line({"kind": "sample"} | values)
             if size + len(line) > self._max_file_bytes:
                 self._is_full = True
@@ -38,21 +40,21 @@ class SampleFile:
                     return
                 line = _line({"kind": FULL, "max_bytes": self._max_file_bytes})
             try:
-                whole = file.write(line) == len(line)
+                is_complete = file.write(line) == len(line)
             except OSError:
                 os.ftruncate(file.fileno(), size)
                 raise
-            if not whole:
+            if not is_complete:
                 os.ftruncate(file.fileno(), size)
-                raise OSError(28, "no room for a sample")
+                raise OSError(errno.ENOSPC, "no disk space for a sample")
 
 
 def _line(values: dict[str, Value]) -> bytes:
     return json.dumps(values, allow_nan=False).encode() + b"\n"
 
 
-def _drop_torn_tail(file: int) -> int:
-    """A killed process may have left half a line. Returns the size of the whole ones."""
+def _drop_partial_line(file: int) -> int:
+    """Truncate a partial last line of a killed process. Returns the new size."""
     size = os.fstat(file).st_size
     if size and os.pread(file, 1, size - 1) != b"\n":
         size -= len(_last_line(file, size))
@@ -61,7 +63,7 @@ def _drop_torn_tail(file: int) -> int:
 
 
 def _last_line(file: int, size: int, block: int = 65536) -> bytes:
-    """What stands after the last end of a line but one, whole or torn."""
+    """The last line, complete or partial."""
     start = max(0, size - block)
     while True:
         tail = os.pread(file, size - start, start)

@@ -1,4 +1,4 @@
-"""Where kept events go. `status` events are gauges of a moment: only the live feed carries them."""
+"""Sinks of stored events. `status` events are momentary gauges, sent only to the live feed."""
 
 import json
 import math
@@ -13,28 +13,29 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Sink(Protocol):
-    """Takes every event of a run, in order."""
+    """Receives all events of a run, in order."""
 
     def write(self, event: Event) -> None: ...
 
     def close(self) -> None:
-        """Flush and release everything. May be called twice."""
+        """Flush and release all resources. May be called twice."""
         ...
 
 
 class JsonlSink:
-    """Appends one JSON object a line to `metrics.jsonl`: `kind` first, then the event's values;
-    samples go to `samples.jsonl` (sample_file.py).
+    """Appends one JSON object per line to `metrics.jsonl`: `kind` first, then the event's values.
 
-    A line is whole on disk's side of the process as soon as `write` returns, so a reader may
-    follow the file and a killed process loses nothing it reported. A number that JSON cannot
-    carry (nan, inf) is written as null.
+    Samples are written to `samples.jsonl` (sample_file.py).
+
+    `write` passes the complete line to the operating system, so readers can follow the file and a
+    killed process loses no reported events. Numbers that JSON cannot represent (nan, inf) are
+    written as null.
     """
 
     def __init__(self, run_folder: Path) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
         self.path = run_folder / METRICS_FILE
-        _drop_torn_tail(self.path)
+        _drop_partial_line(self.path)
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
         self._samples = SampleFile(run_folder)
 
@@ -52,7 +53,7 @@ class JsonlSink:
 
 
 class RecordingSink:
-    """The shipped fake: remembers what it was given."""
+    """A sink for tests that records its events."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -66,16 +67,16 @@ class RecordingSink:
 
 
 def read_events(path: Path) -> list[Event]:
-    """Events of a `metrics.jsonl`; a last line still being written is left out.
+    """Read the events of a `metrics.jsonl`, skipping a partial last line.
 
-    Raises DataError naming file and line when the file is missing or a whole line is malformed.
+    Raises DataError with file and line if the file is missing or a complete line is malformed.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; has this run written metrics yet?") from None
-    whole_lines = text.split("\n")[:-1]
-    return [_parse(path, number, line) for number, line in enumerate(whole_lines, start=1)]
+        raise DataError(f"{path}: no such file; no metrics were written yet") from None
+    complete_lines = text.split("\n")[:-1]
+    return [_parse(path, number, line) for number, line in enumerate(complete_lines, start=1)]
 
 
 def _parse(path: Path, number: int, line: str) -> Event:
@@ -85,7 +86,7 @@ def _parse(path: Path, number: int, line: str) -> Event:
         raise DataError(f"{path}:{number}: not JSON ({error.msg})") from None
     kind = values.pop("kind", None) if isinstance(values, dict) else None
     if kind not in get_args(EventKind):
-        raise DataError(f"{path}:{number}: no event: 'kind' is {kind!r}")
+        raise DataError(f"{path}:{number}: not an event: 'kind' is {kind!r}")
     return Event(kind=cast(EventKind, kind), values=values)
 
 
@@ -93,12 +94,12 @@ def _finite(value: Value) -> Value:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _drop_torn_tail(path: Path) -> None:
-    """A killed process may have left half a line; appending to it would spoil a second one."""
+def _drop_partial_line(path: Path) -> None:
+    """Truncate a partial last line of a killed process, so that the next line is valid."""
     if not path.exists():
         return
     content = path.read_bytes()
-    whole_bytes = content.rfind(b"\n") + 1
-    if whole_bytes < len(content):
+    complete_bytes = content.rfind(b"\n") + 1
+    if complete_bytes < len(content):
         with path.open("r+b") as file:
-            file.truncate(whole_bytes)
+            file.truncate(complete_bytes)

@@ -1,4 +1,4 @@
-"""The closing words of a run, for its terminal."""
+"""The final summary of a run, for a terminal."""
 
 import shlex
 import textwrap
@@ -26,22 +26,22 @@ ENDS = (
     "in_training",
     "in_flight",
 )
-"""Order of the ledger's rows; ends the ledger adds come after."""
-WHOLE = "generated"
-"""The ledger row that the others add up to; evaluation is no group of training, so not there."""
+"""Order of the ledger rows; other rows follow."""
+TOTAL = "generated"
+"""The ledger row with the sum of the others, except evaluation, which has no training groups."""
 MAX_EXAMPLE_CHARS = 240
 STOPPING = (
-    "stopping: the update under way is finished, then a checkpoint and the summary are written (a "
-    "second Ctrl-C ends the run at once, without them)"
+    "stopping: the current update finishes, then a checkpoint and the summary are written (a "
+    "second Ctrl-C ends the run immediately, without them)"
 )
-"""The answer to the first signal that stops a run."""
+"""Message after the first stop signal."""
 
 
 def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> str:
-    """The closing summary for a terminal: plain text of at most 80 columns (paths excepted).
+    """Format the final summary as plain text of at most 80 columns (except paths).
 
-    Keys as the service and the learner report them; what is missing is a dash. `breakdown` adds
-    where the time of learner and actors went.
+    Keys are those reported by the service and the learner; a missing value is a dash. `breakdown`
+    adds the time breakdown of learner and actors.
     """
     gate = _number(summary, "gate_acceptance")
     facts = [
@@ -50,7 +50,7 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
         (
             "trained",
             f"{_counted(summary, 'optimizer_updates', 'update')}"
-            f" of {_counted(summary, 'completions_trained', 'completion')} in all",
+            f" of {_counted(summary, 'completions_trained', 'completion')}",
         ),
         (
             "generated",
@@ -65,8 +65,8 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
         ),
     ]
     if (repeated := _number(summary, "updates_repeated")) is not None and repeated > 0:
-        alike = count(_number(summary, "updates_repeated_alike"))
-        text = f"{counted(repeated, 'update')} as the journal has them, {alike} bit for bit alike"
+        identical = count(_number(summary, "updates_repeated_alike"))
+        text = f"{counted(repeated, 'update')} from the journal, {identical} bitwise identical"
         facts.append(("repeated", text))
     lines = [*textwrap.wrap(f"run ended: {summary.get('reason') or DASH}", 80), ""]
     lines += [f"  {name:<12}{text}" for name, text in facts]
@@ -89,7 +89,7 @@ def resume_line(run_folder: str) -> str:
 
 
 def resume_command(run_folder: str) -> str:
-    """The command that goes on with a run that is not finished."""
+    """The command that resumes an unfinished run."""
     return f"speed-async train --resume {shlex.quote(run_folder)}"
 
 
@@ -104,12 +104,12 @@ def _paragraph(label: str, text: str) -> list[str]:
 
 
 def _diagnosis(diagnosis: object) -> str:
-    """Its text, and when it was over if it was not there to the end."""
+    """Text of a diagnosis, with the time at which it was resolved, if it was."""
     if not isinstance(diagnosis, Mapping):
         return str(diagnosis)
     text, version = str(diagnosis.get("text")), diagnosis.get("last_version")
     if diagnosis.get("active_at_end") is False:
-        text += f" (over since {duration(diagnosis.get('last_s'))}, version {version})"
+        text += f" (resolved at {duration(diagnosis.get('last_s'))}, version {version})"
     return text
 
 
@@ -127,7 +127,7 @@ def _breakdown_lines(breakdown: object) -> list[str]:
 
 
 def _accuracy_change(summary: Mapping[str, object]) -> str:
-    """From the first measured to the last measured, which need not be the last version's."""
+    """Change from the first to the last measurement, which may be of an earlier version."""
     before, last = _number(summary, "accuracy_before"), _number(summary, "accuracy_last")
     if before is None or last is None:
         return DASH
@@ -150,7 +150,7 @@ def _ledger_lines(ledger: object) -> list[str]:
     groups, tokens = _table(ledger, "groups"), _table(ledger, "tokens")
     seen = dict.fromkeys((*groups, *tokens))
     ends = [end for end in ENDS if end in seen]
-    ends += [end for end in seen if end not in ENDS and end != WHOLE]
+    ends += [end for end in seen if end not in ENDS and end != TOTAL]
     total = sum(int(tokens.get(end, 0)) for end in ends)
     lines = [f"  {'ledger':<16}{'groups':>12}{'tokens':>16}{'share':>10}"]
     for end in ends:
@@ -159,15 +159,15 @@ def _ledger_lines(ledger: object) -> list[str]:
             f"    {end.replace('_', ' '):<14}{_cell(groups, end):>12}{_cell(tokens, end):>16}"
             f"{share:>10}"
         )
-    if WHOLE in seen:
-        lines.append(f"    {WHOLE:<14}{_cell(groups, WHOLE):>12}{_cell(tokens, WHOLE):>16}")
+    if TOTAL in seen:
+        lines.append(f"    {TOTAL:<14}{_cell(groups, TOTAL):>12}{_cell(tokens, TOTAL):>16}")
     lines += _failure_lines(ledger, "failures", "failures")
     lines += _failure_lines(ledger, "held_out_failures", "held-out")
-    return [*lines, *_verdict(ledger)]
+    return [*lines, *_balance_lines(ledger)]
 
 
 def _failure_lines(ledger: Mapping[object, object], key: str, label: str) -> list[str]:
-    """Each kind with its count, and its first example where that says more."""
+    """Each kind with its count, and its first example if it has details."""
     failures, examples = _table(ledger, key), ledger.get("failure_examples")
     if not failures:
         return []
@@ -184,15 +184,15 @@ def _short(text: str) -> str:
     return textwrap.shorten(text, MAX_EXAMPLE_CHARS, placeholder=" ...")
 
 
-def _verdict(ledger: Mapping[object, object]) -> list[str]:
+def _balance_lines(ledger: Mapping[object, object]) -> list[str]:
     checks = ledger.get("checks")
     named = checks if isinstance(checks, Mapping) else {}
     broken = [str(name) for name, holds in named.items() if not holds]
     if broken or ledger.get("closes") is False:
-        return [f"  {'closes':<12}NO", *(f"    does not hold: {name}" for name in broken)]
+        return [f"  {'balanced':<12}NO", *(f"    violated: {name}" for name in broken)]
     if ledger.get("closes") is None:
-        return [f"  {'closes':<12}{DASH}"]
-    return [f"  {'closes':<12}yes" + (f" ({len(named)} checks hold)" if named else "")]
+        return [f"  {'balanced':<12}{DASH}"]
+    return [f"  {'balanced':<12}yes" + (f" ({len(named)} checks passed)" if named else "")]
 
 
 def _table(ledger: Mapping[object, object], name: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The wandb sink. The only importer of wandb: import this module only where a run asks for it."""
+"""The wandb sink. Only this module imports wandb: import it only if the run uses wandb."""
 
 import netrc
 import os
@@ -17,10 +17,10 @@ from speed_async.observability.sinks import METRICS_FILE
 LEGACY_HOST = "api.wandb.ai"
 INIT_TIMEOUT_S = 30.0
 ID_FILE = "wandb-run-id"
-"""In the run folder: a run that is resumed goes on as the same run of wandb."""
+"""File in the run folder with the wandb run id, so a resumed run continues the wandb run."""
 AXES = ("policy_version", "wall_s")
 EVALUATION_KEYS = ("accuracy", "num_passed", "num_completions", "oldest_version", "newest_version")
-"""The gauges an evaluation event carries besides are those of the steps around it."""
+"""Logged keys of an evaluation event; its other gauges are logged with steps."""
 SAMPLE_COLUMNS = (
     "policy_version",
     "prompt_id",
@@ -35,18 +35,19 @@ SAMPLE_COLUMNS = (
 )
 MAX_SAMPLES = 64
 SAMPLES_EVERY = 50
-"""Steps between two tables of samples, where no evaluation comes first."""
+"""Maximum steps between sample tables; evaluations also log one."""
 
 
 class WandbSink:
-    """Logs steps, evaluations and a table of samples to wandb, silently and without a prompt.
+    """Logs steps, evaluations and a table of samples to wandb, without output or prompts.
 
-    wandb's `_step` is the number of events that came before in this run folder, in all lives of the
-    run: offline, wandb itself would count from 0 again when the run is resumed, and a server that
-    is sent both files keeps one row a step.
+    The `_step` of wandb is the number of previous events in the run folder over all attempts.
+    Offline, wandb restarts at 0 after a resume, and the server keeps only one row per step when
+    both files are uploaded.
 
-    Offline when no API key is found (WANDB_API_KEY, or a netrc entry for the server); WANDB_MODE
-    is obeyed, save that `online` without a key means offline. Files lie in `run_folder`/wandb.
+    The mode is offline without an API key (WANDB_API_KEY, or a netrc entry for the server).
+    WANDB_MODE is respected, except that `online` without a key is offline. Files are in
+    `run_folder`/wandb.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class WandbSink:
     ) -> None:
         """`config` is the resolved configuration as plain values.
 
-        Raises ConfigError (`observe.wandb`) when there is a key and the server refuses it or
-        does not answer within 30 s.
+        Raises ConfigError (`observe.wandb`) if the server rejects the key or does not respond
+        within 30 s.
         """
         environ = os.environ if environ is None else environ
         run_folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,7 @@ class WandbSink:
         row = self._row(event) | self._sample_table(event)
         if event.kind == "end":
             run.summary.update({f"end/{key}": item for key, item in event.values.items()})
-        # Committed at once: a row that waits for the next step is lost with a killed process.
+        # Commit immediately: an uncommitted row is lost if the process is killed.
         run.log(row, step=self._next_step, commit=True)
         self._next_step += 1
 
@@ -102,7 +103,7 @@ class WandbSink:
         return {key: item for key, item in (axes | named).items() if item is not None}
 
     def _sample_table(self, event: Event) -> dict[str, object]:
-        """The last samples as a table, now and then: each table is a file of its own."""
+        """The last samples as a table, at intervals, because each table is a separate file."""
         self._steps_since_samples += 1
         is_due = event.kind != "step" or self._steps_since_samples >= SAMPLES_EVERY
         if not (is_due and self._has_new_samples):
@@ -119,16 +120,16 @@ class WandbSink:
 
 def choose_mode(environ: Mapping[str, str], *, has_key: bool) -> str:
     """`online`, `offline` or `disabled`."""
-    asked = environ.get("WANDB_MODE", "online")
-    if asked in ("offline", "dryrun"):
+    requested = environ.get("WANDB_MODE", "online")
+    if requested in ("offline", "dryrun"):
         return "offline"
-    if asked == "disabled":
+    if requested == "disabled":
         return "disabled"
     return "online" if has_key else "offline"
 
 
 def find_api_key(environ: Mapping[str, str], *, host: str) -> str | None:
-    """The key from the environment or from netrc; None when there is none to be read."""
+    """Read the key from the environment or netrc; None if there is none."""
     if key := environ.get("WANDB_API_KEY"):
         return key
     path = Path(environ.get("NETRC") or Path(environ.get("HOME", "~")).expanduser() / ".netrc")
@@ -136,13 +137,13 @@ def find_api_key(environ: Mapping[str, str], *, host: str) -> str | None:
         entries = netrc.netrc(path)
     except (OSError, netrc.NetrcParseError):
         return None
-    # `hosts`, not `authenticators`: a netrc `default` entry is no key of wandb's.
+    # `hosts`, not `authenticators`, which would use a netrc `default` entry.
     entry = entries.hosts.get(host) or entries.hosts.get(LEGACY_HOST)
     return entry[2] or None if entry else None
 
 
 def _num_events(run_folder: Path) -> int:
-    """Lines of metrics.jsonl: each is an event that has, or could have had, a step here."""
+    """Number of lines of metrics.jsonl; each event has a step."""
     path = run_folder / METRICS_FILE
     if not path.is_file():
         return 0
@@ -151,12 +152,12 @@ def _num_events(run_folder: Path) -> int:
 
 
 def _cell(item: Value) -> Value:
-    """A column of a table has one type."""
+    """Convert integers to float: a table column has a single type."""
     return float(item) if isinstance(item, int) and not isinstance(item, bool) else item
 
 
 def _run_id(run_folder: Path) -> str:
-    """The one of this run folder, made when it is first asked for."""
+    """The wandb run id of this run folder, created on first use."""
     path = run_folder / ID_FILE
     if not path.is_file():
         pending = path.with_name(f".{ID_FILE}.partial")
@@ -185,5 +186,5 @@ def _init(
         )
     except wandb.Error as error:
         raise ConfigError(
-            "observe.wandb", True, f"wandb cannot start ({error}); set WANDB_MODE=offline"
+            "observe.wandb", True, f"wandb failed to start ({error}); set WANDB_MODE=offline"
         ) from error

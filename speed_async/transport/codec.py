@@ -1,8 +1,8 @@
-"""Messages to frames and back: one msgpack header, then one raw frame for each array.
+"""Encode messages to frames and decode them: one msgpack header, then one raw frame per array.
 
 Header: [MAGIC, PROTOCOL_VERSION, type name, {field: plain value}, [[field, dtype, [length]], ...]].
-The dataclass annotations are the schema; both ends hold every field to them, so a wrong value is
-found where it is made. Nothing is unpickled. Arrays are little-endian and one-dimensional.
+The dataclass annotations are the schema. Both ends validate every field, so the sender rejects a
+wrong value. Nothing is unpickled. Arrays are little-endian and one-dimensional.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,22 +25,26 @@ MAX_HEADER_BYTES = 1024 * 1024
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 MAX_FRAMES = 64
 MAX_SHOWN_CHARS = 60
-"""How much of a refused value an error shows."""
+"""Maximum length of an invalid value in an error message."""
 
-_brief = Repr()
-"""A plain `repr` of what a stranger nested deeply enough would exhaust the stack."""
-_brief.maxlevel, _brief.maxstring, _brief.maxother = 2, MAX_SHOWN_CHARS, MAX_SHOWN_CHARS
+_bounded_repr = Repr()
+"""Bounded in depth: a plain `repr` of deeply nested untrusted input overflows the stack."""
+_bounded_repr.maxlevel, _bounded_repr.maxstring, _bounded_repr.maxother = (
+    2,
+    MAX_SHOWN_CHARS,
+    MAX_SHOWN_CHARS,
+)
 _ARRAY_DTYPES = {Int32Array: np.dtype("<i4"), Float32Array: np.dtype("<f4")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Layout:
-    """The fields of one record type by how they travel, worked out once."""
+    """The fields of one record type, grouped by encoding. Computed once."""
 
     record: type
     plain: tuple[tuple[str, str, fields.Check], ...]  # (field, annotation, check)
     nested: "tuple[tuple[str, _Layout], ...]"
-    arrays: tuple[tuple[str, np.dtype, str, int], ...]  # (field, dtype, its name, bytes an item)
+    arrays: tuple[tuple[str, np.dtype, str, int], ...]  # (field, dtype, dtype name, itemsize)
 
     @property
     def name(self) -> str:
@@ -62,10 +66,12 @@ def _layout_of(record: type) -> _Layout:
 
 
 def _message_types(base: type[Message]) -> Iterator[type[Message]]:
-    """The leaves of the class tree; `Message` and `Counted` themselves are never sent, nor what
-    others derive from it for use inside one process."""
+    """Yield the leaves of the class tree that are defined in MESSAGE_MODULES.
+
+    `Message`, `Counted` and subclasses defined elsewhere (internal to a process) are never sent.
+    """
     children = base.__subclasses__()
-    # `slots=True` makes each record twice, and the first one lives on until it is collected.
+    # `slots=True` creates each class twice; the first one exists until it is garbage collected.
     if not children and any(vars(module).get(base.__name__) is base for module in MESSAGE_MODULES):
         yield base
     for child in children:
@@ -73,15 +79,15 @@ def _message_types(base: type[Message]) -> Iterator[type[Message]]:
 
 
 MESSAGE_MODULES = (messages, joining, session)
-"""Their messages are the protocol."""
+"""Modules that define the messages of the protocol."""
 
 _LAYOUTS = {record.__name__: _layout_of(record) for record in _message_types(Message)}
 
 
 def encode(message: Message) -> list[Frame]:
-    """Frames of a message; array frames are views, so the arrays must not change afterwards.
+    """Encode a message. Array frames are views: do not modify the arrays afterwards.
 
-    Raises ProtocolError when a field breaks its annotation or a size bound.
+    Raises ProtocolError when a field does not match its annotation or a size limit is exceeded.
     """
     name = type(message).__name__
     layout = _LAYOUTS.get(name)
@@ -99,15 +105,15 @@ def encode(message: Message) -> list[Frame]:
 
 
 def decode(frames: Sequence[Frame]) -> Message:
-    """The message in `frames`; its arrays are read-only views of them.
+    """Decode `frames`. The arrays of the message are read-only views of the frames.
 
-    Raises ProtocolError, and nothing else, whatever the bytes are.
+    Raises only ProtocolError, for any input.
     """
     if not frames:
-        raise ProtocolError("a message without frames")
+        raise ProtocolError("the message has no frames")
     header = unpack_header(frames[0])
     if len(header) != 5:
-        raise ProtocolError(f"a header of {len(header)} parts where 5 belong")
+        raise ProtocolError(f"the header has {len(header)} elements, expected 5")
     _, _, name, values, specs = header
     layout = _LAYOUTS.get(name) if isinstance(name, str) else None
     if layout is None:
@@ -119,24 +125,27 @@ def decode(frames: Sequence[Frame]) -> Message:
 
 
 def pack_header(header: list[object]) -> bytes:
-    """One msgpack frame. Raises ProtocolError when it cannot be packed or is too large."""
+    """Pack a header into one msgpack frame.
+
+    Raises ProtocolError when the header cannot be packed or is too large.
+    """
     try:
         packed = msgpack.packb(header)
     except (ValueError, TypeError, OverflowError) as error:
-        raise ProtocolError(f"cannot pack a header: {error}") from error
+        raise ProtocolError(f"cannot pack the header: {error}") from error
     assert packed is not None
     if len(packed) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"a header of {len(packed)} bytes, at most {MAX_HEADER_BYTES} may go")
+        raise ProtocolError(f"the header has {len(packed)} bytes, the limit is {MAX_HEADER_BYTES}")
     return packed
 
 
 def unpack_header(frame: Frame) -> list:
-    """The list in a header frame, its magic and protocol version already checked.
+    """Unpack a header frame and check its magic and protocol version.
 
-    Raises ProtocolError, naming both versions where they differ.
+    Raises ProtocolError. On a version mismatch the message names both versions.
     """
     if len(frame) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"a header of {len(frame)} bytes, at most {MAX_HEADER_BYTES} may come")
+        raise ProtocolError(f"the header has {len(frame)} bytes, the limit is {MAX_HEADER_BYTES}")
     try:
         header = msgpack.unpackb(
             frame,
@@ -150,13 +159,13 @@ def unpack_header(frame: Frame) -> list:
             ext_hook=_refuse_extension,
         )
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise ProtocolError(f"a header that is not msgpack: {_shown(error)}") from error
+        raise ProtocolError(f"the header is not valid msgpack: {_shown(error)}") from error
     if not isinstance(header, list) or len(header) < 2 or header[0] != MAGIC:
-        raise ProtocolError(f"a header that does not begin with {MAGIC!r}")
+        raise ProtocolError(f"the header does not begin with {MAGIC!r}")
     if not fields.is_int(header[1]) or header[1] != PROTOCOL_VERSION:
         raise ProtocolError(
-            f"the peer speaks protocol version {_shown(header[1])}, this process "
-            f"{PROTOCOL_VERSION}: run the same release of speed_async everywhere"
+            f"the peer uses protocol version {_shown(header[1])}, this process uses "
+            f"{PROTOCOL_VERSION}: install the same release of speed_async everywhere"
         )
     return header
 
@@ -176,9 +185,9 @@ def _to_plain(layout: _Layout, record: object) -> dict[str, object]:
 
 
 def _from_plain(layout: _Layout, where: str, values: object) -> dict[str, object]:
-    """Constructor arguments from an untrusted map: exactly the fields of `layout`."""
+    """Build constructor arguments from an untrusted map with exactly the fields of `layout`."""
     if not isinstance(values, dict):
-        raise ProtocolError(f"{where} holds no map of fields but {_shown(values)}")
+        raise ProtocolError(f"{where} must be a map of fields, not {_shown(values)}")
     arguments: dict[str, object] = {}
     try:
         for field, annotation, check in layout.plain:
@@ -189,7 +198,7 @@ def _from_plain(layout: _Layout, where: str, values: object) -> dict[str, object
             inner_where = f"{where}.{field}"
             arguments[field] = inner.record(**_from_plain(inner, inner_where, values[field]))
     except KeyError as missing:
-        raise ProtocolError(f"{where} lacks field {missing}") from None
+        raise ProtocolError(f"{where} is missing field {missing}") from None
     if len(values) != len(arguments):
         unknown = next(key for key in values if key not in arguments)
         raise ProtocolError(f"{where} has unknown field {_shown(unknown)}")
@@ -200,10 +209,10 @@ def _arrays_from(
     layout: _Layout, specs: object, frames: Sequence[Frame]
 ) -> Iterator[tuple[str, np.ndarray]]:
     if not isinstance(specs, list) or len(specs) != len(layout.arrays):
-        raise ProtocolError(f"{layout.name} announces no {len(layout.arrays)} arrays")
+        raise ProtocolError(f"{layout.name} must declare {len(layout.arrays)} arrays")
     if len(frames) != len(layout.arrays):
         raise ProtocolError(
-            f"{layout.name} came with {len(frames)} array frames, not {len(layout.arrays)}"
+            f"{layout.name} has {len(frames)} array frames, expected {len(layout.arrays)}"
         )
     for (field, dtype, shown, item_bytes), spec, frame in zip(
         layout.arrays, specs, frames, strict=True
@@ -221,15 +230,15 @@ def _arrays_from(
 
 
 def _wrong_array(
-    where: str, announced: list[str], item_bytes: int, spec: object, frame: Frame
+    where: str, declared: list[str], item_bytes: int, spec: object, frame: Frame
 ) -> ProtocolError:
-    if not isinstance(spec, list) or len(spec) != 3 or spec[:2] != announced:
-        return ProtocolError(f"{where} is no {announced[1]} array: {_shown(spec)}")
+    if not isinstance(spec, list) or len(spec) != 3 or spec[:2] != declared:
+        return ProtocolError(f"{where} is not a {declared[1]} array: {_shown(spec)}")
     shape = spec[2]
     if not isinstance(shape, list) or len(shape) != 1 or not fields.is_int(shape[0]):
         return ProtocolError(f"{where} is not one-dimensional: {_shown(shape)}")
     return ProtocolError(
-        f"{where} is announced with {shape[0]} items of {item_bytes} bytes but has "
+        f"{where} declares {shape[0]} items of {item_bytes} bytes but its frame has "
         f"{len(frame)} bytes"
     )
 
@@ -242,7 +251,7 @@ def _checked_array(name: str, field: str, dtype: np.dtype, message: Message) -> 
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
-    """The frame that it came in, if it did, so that it can be passed on as it is."""
+    """Return the frame that the array was decoded from, if any, to forward it without a copy."""
     base = array.base
     if type(base) is memoryview and base.nbytes == array.nbytes and base.format == "B":
         return base
@@ -252,7 +261,7 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 def _check_total_size(name: str, frames: Sequence[Frame]) -> None:
     num_bytes = sum(map(len, frames))
     if num_bytes > MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"{name} of {num_bytes} bytes, at most {MAX_MESSAGE_BYTES} may travel")
+        raise ProtocolError(f"{name} has {num_bytes} bytes, the limit is {MAX_MESSAGE_BYTES}")
 
 
 def _wrong_value(where: str, field: str, annotation: str, value: object) -> ProtocolError:
@@ -260,7 +269,7 @@ def _wrong_value(where: str, field: str, annotation: str, value: object) -> Prot
 
 
 def _shown(value: object) -> str:
-    text = f"{type(value).__name__} {_brief.repr(value)}"
+    text = f"{type(value).__name__} {_bounded_repr.repr(value)}"
     return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."
 
 

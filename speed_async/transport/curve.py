@@ -1,8 +1,9 @@
-"""CURVE: sockets that are encrypted, and open to the holders of allowed keys alone.
+"""CURVE: encrypted sockets that accept only clients with allowed keys.
 
-The service's sockets ask an authenticator (ZAP) of their own context about every key that connects.
-It runs in a thread, so a busy event loop keeps nobody waiting at the door. Where there is no
-authenticator nobody gets in: libzmq would let everybody in, unless the domain is enforced.
+Each server socket checks every connecting key with a ZAP authenticator in its own context. The
+authenticator runs in a thread, so a busy event loop does not delay handshakes. Without an
+authenticator all connections are refused: the ZAP domain is enforced, because libzmq accepts every
+client otherwise.
 """
 
 import stat
@@ -22,7 +23,7 @@ ZAP_DOMAIN = "speed_async"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClientKeys:
-    """Of one who connects. Keys are Z85 text, 40 bytes each."""
+    """Keys of a connecting client. Each key is Z85 text of 40 bytes."""
 
     server_public: bytes
     public: bytes
@@ -31,29 +32,29 @@ class ClientKeys:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerKeys:
-    """Of the service, for the sockets that it binds."""
+    """Keys of the service, for the sockets that it binds."""
 
     public: bytes
     secret: bytes = field(repr=False)
     allowed: Path
-    """Folder of the public keys that may connect."""
+    """Folder with the public keys of allowed clients."""
 
 
 Keys = ClientKeys | ServerKeys
 
 
 def client_keys(cluster: ClusterConfig) -> ClientKeys | None:
-    """What a role connects with; None where sockets are plain. Raises ConfigError."""
+    """Load the keys that a role connects with; None without CURVE. Raises ConfigError."""
     return load_client_keys(Path(cluster.keys or "")) if cluster.speaks_curve else None
 
 
 def server_keys(cluster: ClusterConfig) -> ServerKeys | None:
-    """What the service binds with; None where sockets are plain. Raises ConfigError."""
+    """Load the keys that the service binds with; None without CURVE. Raises ConfigError."""
     return load_server_keys(Path(cluster.keys or "")) if cluster.speaks_curve else None
 
 
 def load_client_keys(folder: Path) -> ClientKeys:
-    """From a folder of `speed-async keys`. Raises ConfigError about `cluster.keys`."""
+    """Load keys from a folder made by `speed-async keys`. Raises ConfigError (`cluster.keys`)."""
     names.check_client_files(folder)
     public, secret = _pair(folder, names.CLIENT_SECRET)
     server_public, _ = _certificate(folder, names.SERVER_PUBLIC)
@@ -61,14 +62,14 @@ def load_client_keys(folder: Path) -> ClientKeys:
 
 
 def load_server_keys(folder: Path) -> ServerKeys:
-    """From a folder of `speed-async keys`. Raises ConfigError about `cluster.keys`."""
+    """Load keys from a folder made by `speed-async keys`. Raises ConfigError (`cluster.keys`)."""
     names.check_server_files(folder)
     public, secret = _pair(folder, names.SERVER_SECRET)
     return ServerKeys(public=public, secret=secret, allowed=folder / names.ALLOWED)
 
 
 class AllowList:
-    """Whose key may connect: a public key in any `*.key` file of the folder."""
+    """Public keys that may connect: those in the `*.key` files of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -76,10 +77,14 @@ class AllowList:
         self._keys: frozenset[bytes] = frozenset()
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """The authenticator's question, in its thread. Must not raise: that would end it."""
+        """Called by the authenticator in its thread. An exception would stop the thread."""
         try:
-            # The folder's own time stands still when a file in it is written over.
-            files = {path: facts for path in self._folder.glob("*.key") if (facts := _facts(path))}
+            # Overwriting a file does not change the modification time of its folder.
+            files = {
+                path: signature
+                for path in self._folder.glob("*.key")
+                if (signature := _signature(path))
+            }
             if files != self._files:
                 self._keys = frozenset(filter(None, map(_public_key, files)))
                 self._files = files
@@ -88,10 +93,10 @@ class AllowList:
         return key in self._keys
 
 
-def secure(socket: zmq.Socket, keys: Keys | None) -> ThreadAuthenticator | None:
-    """Have `socket` speak CURVE. Call before it binds or connects.
+def configure_curve(socket: zmq.Socket, keys: Keys | None) -> ThreadAuthenticator | None:
+    """Enable CURVE on `socket`. Call before it binds or connects.
 
-    Returns the authenticator of the socket's context, which has to be stopped before that ends.
+    Returns the authenticator of the socket's context, to be stopped before the context terminates.
     """
     if keys is None:
         return None
@@ -110,23 +115,23 @@ def secure(socket: zmq.Socket, keys: Keys | None) -> ThreadAuthenticator | None:
 
 
 def why_silent(keys: Keys | None) -> str:
-    """What may be wrong with keys when nobody ever answered."""
+    """Hint about keys for the error message when a peer never responded."""
     if keys is None:
-        return "if it has keys (cluster.keys), it is silent to all who come without one"
+        return "if it requires keys (cluster.keys), it ignores clients without a key"
     return (
-        "it is silent to a key that is not in its folder allowed/, to the wrong server.key, and if "
-        "it has no keys itself"
+        "it ignores a key that is not in its folder allowed/, a wrong server.key, and every key if "
+        "it runs without keys"
     )
 
 
 def _pair(folder: Path, name: str) -> tuple[bytes, bytes]:
     public, secret = _certificate(folder, name)
     try:
-        fits = secret is not None and zmq.curve_public(secret) == public
+        is_pair = secret is not None and zmq.curve_public(secret) == public
     except (ValueError, zmq.ZMQError):
-        fits = False
-    if secret is None or not fits:
-        raise names.wrong_keys(folder, f"{name} holds no pair of keys; make new ones")
+        is_pair = False
+    if secret is None or not is_pair:
+        raise names.wrong_keys(folder, f"{name} does not contain a valid key pair; make new keys")
     return public, secret
 
 
@@ -136,12 +141,12 @@ def _certificate(folder: Path, name: str) -> tuple[bytes, bytes | None]:
     except (OSError, ValueError, IndexError) as error:
         raise names.wrong_keys(folder, f"{name} cannot be read ({error})") from None
     if len(public) != 40:
-        raise names.wrong_keys(folder, f"the public key in {name} is not of 40 characters")
+        raise names.wrong_keys(folder, f"the public key in {name} does not have 40 characters")
     return public, secret
 
 
-def _facts(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file does; None for what is no file, which a reader may wait at."""
+def _signature(path: Path) -> tuple[int, ...] | None:
+    """Values that change with the file; None for other types, such as a FIFO that blocks."""
     try:
         found = path.stat()
     except OSError:
@@ -152,7 +157,7 @@ def _facts(path: Path) -> tuple[int, ...] | None:
 
 
 def _public_key(path: Path) -> bytes | None:
-    """None for a file that is no certificate: it lets nobody in, and keeps nobody else out."""
+    """Load a public key; None for an invalid file, which does not affect the other keys."""
     try:
         return _certificate(path.parent, path.name)[0]
     except ConfigError:

@@ -1,7 +1,7 @@
-"""The read-only metrics feed: the service publishes events, consoles subscribe, nobody answers.
+"""The read-only metrics feed: the service publishes events and consoles subscribe.
 
-One frame an event: msgpack [MAGIC, PROTOCOL_VERSION, kind, {key: value}]. Publishing never waits; a
-subscriber too slow for it misses events and catches up with the next status.
+One frame per event: msgpack [MAGIC, PROTOCOL_VERSION, kind, {key: value}]. Publishing never blocks.
+A slow subscriber misses events and is up to date again with the next status.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from speed_async.errors import ProtocolError, TransportClosed
 from speed_async.observability.metrics import Event, EventKind
 from speed_async.transport import fields
 from speed_async.transport.codec import MAGIC, MAX_HEADER_BYTES, Frame, pack_header, unpack_header
-from speed_async.transport.curve import ClientKeys, ServerKeys, secure, why_silent
+from speed_async.transport.curve import ClientKeys, ServerKeys, configure_curve, why_silent
 from speed_async.transport.messages import PROTOCOL_VERSION
 from speed_async.transport.sockets import (
     LINGER_S,
@@ -25,39 +25,39 @@ from speed_async.transport.sockets import (
 )
 
 QUEUED_EVENTS = 256
-"""Events held for one slow subscriber, and by it."""
+"""Queue length per subscriber, at the publisher and at the subscriber."""
 MAX_SUBSCRIPTION_BYTES = 1024
-"""The publisher accepts nothing larger from a subscriber than its handshake and a topic."""
+"""Largest frame that the publisher accepts: a handshake or a topic."""
 
 _KINDS = frozenset(get_args(EventKind))
 _are_values = fields.map_of(fields.is_scalar)
 
 
 def encode_event(event: Event) -> bytes:
-    """Raises ProtocolError for values that are no plain scalars."""
+    """Encode an event. Raises ProtocolError for values that are not plain scalars."""
     _check_event(event.kind, event.values)
     return pack_header([MAGIC, PROTOCOL_VERSION, event.kind, event.values])
 
 
 def decode_event(frame: Frame) -> Event:
-    """Raises ProtocolError, and nothing else, whatever the bytes are."""
+    """Decode an event. Raises only ProtocolError, for any input."""
     header = unpack_header(frame)
     if len(header) != 4:
-        raise ProtocolError(f"an event of {len(header)} parts where 4 belong")
+        raise ProtocolError(f"the event has {len(header)} elements, expected 4")
     kind, values = header[2:]
     _check_event(kind, values)
     return Event(kind=kind, values=values)
 
 
 class FeedPublisher:
-    """Binds at once; `port` is the one in use. Raises ConfigError when it cannot be bound."""
+    """Binds on construction; `port` is the bound port. Raises ConfigError if binding fails."""
 
     def __init__(self, host: str, port: int, *, keys: ServerKeys | None = None) -> None:
         self._context: zmq.Context = zmq.Context(io_threads=1)
         self._socket: zmq.Socket = self._context.socket(zmq.PUB)
         self._socket.SNDHWM = QUEUED_EVENTS
         set_common_options(self._socket, max_frame_bytes=MAX_SUBSCRIPTION_BYTES)
-        self._authenticator = secure(self._socket, keys)
+        self._authenticator = configure_curve(self._socket, keys)
         try:
             self.port = bind(self._socket, host, port, field="cluster.feed_port")
         except BaseException:
@@ -66,9 +66,9 @@ class FeedPublisher:
             raise
 
     async def publish(self, event: Event) -> None:
-        """Hand an event to those who listen now.
+        """Send an event to the current subscribers.
 
-        Raises ProtocolError for an unfit event, TransportClosed after `close`.
+        Raises ProtocolError for an invalid event, TransportClosed after `close`.
         """
         if self._socket.closed:
             raise TransportClosed("the metrics feed is closed")
@@ -82,7 +82,7 @@ class FeedPublisher:
 
 
 class FeedSubscriber:
-    """Made in a running event loop; connects now or whenever the publisher is there."""
+    """Create in a running event loop. Connects as soon as the publisher is available."""
 
     def __init__(self, host: str, port: int, *, keys: ClientKeys | None = None) -> None:
         self._socket = PolledSocket(
@@ -92,18 +92,18 @@ class FeedSubscriber:
             max_frame_bytes=MAX_HEADER_BYTES,
             keys=keys,
         )
-        self._silence = f"an event (none has come; {why_silent(keys)})"
+        self._awaited = f"an event (none received so far; {why_silent(keys)})"
         endpoint = endpoint_at(self._socket.raw, host, port)
-        self._whom = f"the metrics feed at {endpoint}"
+        self._source = f"the metrics feed at {endpoint}"
         self._socket.raw.SUBSCRIBE = b""
         self._socket.raw.connect(endpoint)
 
     async def receive(self, deadline_s: float) -> Event:
-        """Next event. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
+        """Wait for the next event. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
         frames = await self._socket.receive(
-            deadline_s=deadline_s, whom=self._whom, what=self._silence
+            deadline_s=deadline_s, whom=self._source, what=self._awaited
         )
-        self._silence = "an event"
+        self._awaited = "an event"
         return decode_event(frames[0])
 
     async def close(self) -> None:
@@ -114,4 +114,4 @@ def _check_event(kind: object, values: object) -> None:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ProtocolError(f"unknown event kind {str(kind)[:60]!r}")
     if not _are_values(values):
-        raise ProtocolError(f"the values of a {kind} event are no map of plain scalars")
+        raise ProtocolError(f"the values of a {kind} event must be a map of plain scalars")

@@ -1,7 +1,8 @@
-"""What a field of a message may hold: one check for each annotation, strict on both ends.
+"""Validation of message fields: one check per annotation, applied on both ends.
 
-A `bool` is never an `int`; an `int` may stand for a `float`. A float field of its own is finite;
-metrics (`dict[str, float]`, `dict[str, object]`) may hold NaN, since a bad step must be reportable.
+A `bool` is not an `int`. An `int` is accepted as a `float`. A `float` field must be finite; metrics
+(`dict[str, float]`, `dict[str, object]`) may contain NaN, so that a non-finite step can be
+reported.
 """
 
 import math
@@ -11,7 +12,7 @@ Check = Callable[[object], bool]
 
 MIN_INT, MAX_INT = -(2**63), 2**63 - 1
 MAX_DEPTH = 8
-"""Nesting of lists and maps allowed inside one metrics value."""
+"""Maximum nesting of lists and maps in one metrics value."""
 
 
 def is_bool(value: object) -> bool:
@@ -35,12 +36,15 @@ def is_str(value: object) -> bool:
 
 
 def is_scalar(value: object) -> bool:
-    """None, bool, int, float or str: what one metric may be."""
+    """Whether `value` is None, bool, int, float or str: the types of a metric."""
     return value is None or isinstance(value, bool | str) or is_number(value)
 
 
 def is_plain(value: object, depth: int = MAX_DEPTH) -> bool:
-    """A scalar, or lists and string-keyed maps of plain values, at most `depth` deep."""
+    """Whether `value` is a scalar, or lists and string-keyed maps of plain values.
+
+    Nesting is limited to `depth`.
+    """
     if is_scalar(value):
         return True
     if depth == 0:

@@ -1,4 +1,4 @@
-"""A group as one message: its completions packed end to end, and what makes such a message true.
+"""A group as one message: its completions are concatenated. Packing, unpacking, validation.
 
 Shape legend: P prompt tokens, N completions, S sum of completion lengths.
 """
@@ -12,26 +12,26 @@ from speed_async.transport.messages import BatchGroup, GroupFinished
 from speed_async.types import PASS_REWARD, ActorCounts, Completion, Group, Sampled
 
 MAX_LOGPROB = 1e-4
-"""A log-probability is at most 0; engines round it to a little above."""
+"""Tolerance above 0 for rounding errors of engines."""
 _MAX_LOGPROB_BITS = int(np.float32(MAX_LOGPROB).view(np.int32))
 _MIN_LOGPROB_BITS = int(np.finfo(np.float32).min.view(np.uint32))
-_NO_BOUND = 2**31 - 1
+_UNBOUNDED = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupBounds:
-    """What only the service can hold a group to; the default is what an int32 can hold."""
+    """Limits that only the service knows. The defaults are the int32 range."""
 
-    completion_tokens: int = _NO_BOUND
-    largest_token_id: int = _NO_BOUND
-    newest_version: int = _NO_BOUND
+    completion_tokens: int = _UNBOUNDED
+    largest_token_id: int = _UNBOUNDED
+    newest_version: int = _UNBOUNDED
 
 
 NO_BOUNDS = GroupBounds()
 
 
 def pack_group(group: Group, counts: ActorCounts) -> GroupFinished:
-    """The message that reports `group`, with the actor's `counts` at that moment."""
+    """Build the message that reports `group`, with the current `counts` of the actor."""
     samples = [completion.sampled for completion in group.completions]
     rewards = [completion.reward for completion in group.completions]
     return GroupFinished(
@@ -51,7 +51,7 @@ def pack_group(group: Group, counts: ActorCounts) -> GroupFinished:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupStats:
-    """What the service needs to know of a group; each as the property of `Group` of that name."""
+    """Statistics of a group for the service; each equals the `Group` property of that name."""
 
     num_completions: int
     num_passed: int
@@ -63,7 +63,7 @@ class GroupStats:
     highest_reward: float
     oldest_version: int
     mean_version: float
-    """Over the tokens."""
+    """Mean over the tokens."""
 
     @property
     def pass_rate(self) -> float:
@@ -71,8 +71,8 @@ class GroupStats:
 
     @property
     def unselected_pass_rate(self) -> float:
-        """Of the completions that were sampled whatever the gate decided: those of screening, or
-        all where there is no gate."""
+        """Pass rate of the completions that the gate did not select: those of screening, or all
+        completions without a gate."""
         screened = self.screening_pass_rate
         return self.pass_rate if screened is None else screened
 
@@ -80,8 +80,10 @@ class GroupStats:
 def validate_group(
     message: GroupFinished | BatchGroup, bounds: GroupBounds = NO_BOUNDS
 ) -> GroupStats:
-    """The facts of a group, without making its completions. Raises ProtocolError as `unpack_group`
-    does, and where the group passes the bounds."""
+    """Validate a group and compute its statistics without building its completions.
+
+    Raises ProtocolError as `unpack_group` does, and when the group exceeds `bounds`.
+    """
     newest = _check_group(message, bounds)
     versions = message.policy_versions
     oldest = int(_smallest(versions))
@@ -102,9 +104,9 @@ def validate_group(
 
 
 def unpack_group(message: GroupFinished | BatchGroup) -> Group:
-    """The group of a message; its arrays are views of the message's.
+    """Build the group of a message. Its arrays are views of the arrays of the message.
 
-    Raises ProtocolError when the numbers contradict each other or cannot be what they claim.
+    Raises ProtocolError when values are inconsistent or out of range.
     """
     _check_group(message, NO_BOUNDS)
     ends = np.cumsum(message.lengths, dtype=np.int64).tolist()
@@ -133,7 +135,7 @@ def unpack_group(message: GroupFinished | BatchGroup) -> Group:
 
 
 def batch_group(message: GroupFinished, *, number: int = 0, heard: int = 0) -> BatchGroup:
-    """The same group on its way to the learner; nothing is copied."""
+    """Build the message that carries the same group to the learner, without copying."""
     return BatchGroup(
         number=number,
         heard=heard,
@@ -154,82 +156,84 @@ _smallest, _largest = np.minimum.reduce, np.maximum.reduce
 
 
 def _check_group(message: GroupFinished | BatchGroup, bounds: GroupBounds) -> int:
-    """The newest version of its tokens. Raises ProtocolError."""
-    # As unsigned numbers negative ones are above every bound.
+    """Validate a group and return the newest version of its tokens. Raises ProtocolError."""
+    # Viewed as unsigned, negative numbers exceed every bound.
     newest = int(_largest(message.policy_versions.view(np.uint32), initial=0))
-    broken = _first_fault(message, bounds, newest)
-    if broken is not None:
-        raise ProtocolError(f"group of lease {message.lease_id} breaks: {broken}")
+    fault = _first_fault(message, bounds, newest)
+    if fault is not None:
+        raise ProtocolError(f"group of lease {message.lease_id} is invalid: {fault}")
     return newest
 
 
 def _first_fault(
     message: GroupFinished | BatchGroup, bounds: GroupBounds, newest: int
 ) -> str | None:
-    """What cannot be true; None for a sound group. The service does this for every group, so it
-    reads each long array as seldom as it can; short ones are quicker as lists."""
+    """Describe the first fault; None for a valid group.
+
+    This runs for every group, so long arrays are read as few times as possible. Short arrays are
+    faster as lists.
+    """
     num_tokens = len(message.token_ids)
     lengths, rewards, cut = message.lengths.tolist(), message.rewards.tolist(), message.cut.tolist()
     if not lengths:
-        return "it has completions"
+        return "expected at least one completion"
     if not num_tokens:
-        return "it has tokens"
+        return "expected at least one token"
     if message.lease_id < 0 or message.prompt_id < 0:
-        return "lease_id >= 0, prompt_id >= 0"
+        return "expected lease_id >= 0 and prompt_id >= 0"
     if not 0 <= message.num_screening <= len(lengths):
-        return "0 <= num_screening <= completions"
+        return "expected 0 <= num_screening <= number of completions"
     if min(lengths) < 0:
-        return "lengths >= 0"
+        return "expected lengths >= 0"
     if sum(lengths) != num_tokens:
-        return "lengths sum to the tokens"
+        return "expected lengths to sum to the number of tokens"
     if max(lengths) > bounds.completion_tokens:
         return f"a completion is longer than actors.max_new_tokens = {bounds.completion_tokens}"
     if len(rewards) != len(lengths):
-        return "one reward a completion"
-    if len(cut) != len(lengths) or not _MARKS.issuperset(cut):
-        return "one cut mark of 0 or 1 a completion"
+        return "expected one reward per completion"
+    if len(cut) != len(lengths) or not _CUT_VALUES.issuperset(cut):
+        return "expected one cut value (0 or 1) per completion"
     if len(message.logprobs) != num_tokens:
-        return "one logprob a token"
+        return "expected one logprob per token"
     if len(message.policy_versions) != num_tokens:
-        return "one policy version a token"
+        return "expected one policy version per token"
     if not all(0.0 <= reward <= 1.0 for reward in rewards):
-        return "rewards in [0, 1]"
+        return "expected rewards in [0, 1]"
     if not _are_logprobs(message.logprobs):
-        return "logprobs finite and <= 0"
+        return "expected logprobs finite and <= 0"
     return _token_fault(message, bounds, newest)
 
 
-_MARKS = frozenset((0, 1))
+_CUT_VALUES = frozenset((0, 1))
 
 
 def _token_fault(
     message: GroupFinished | BatchGroup, bounds: GroupBounds, newest: int
 ) -> str | None:
-    if newest > _NO_BOUND:
-        return "policy versions >= 0"
+    if newest > _UNBOUNDED:
+        return "expected policy versions >= 0"
     if newest > bounds.newest_version:
-        policy = f"the policy is at version {bounds.newest_version}"
-        return f"a token's version = {newest} is from the future: {policy}"
+        current = f"the current version {bounds.newest_version}"
+        return f"policy version {newest} of a token is newer than {current}"
     for token_ids in (message.token_ids, message.prompt_token_ids):
         largest = int(_largest(token_ids.view(np.uint32), initial=0))
-        if largest > _NO_BOUND:
-            return "token ids >= 0"
+        if largest > _UNBOUNDED:
+            return "expected token ids >= 0"
         if largest > bounds.largest_token_id:
-            vocabulary = f"the vocabulary of {bounds.largest_token_id + 1}"
-            return f"token {largest} is not in {vocabulary}"
+            return f"token {largest} is not in the vocabulary of {bounds.largest_token_id + 1}"
     return None
 
 
 def _are_logprobs(values: np.ndarray) -> bool:
-    """Whether all are finite and at most MAX_LOGPROB, read from their bits (IEEE 754).
+    """Whether all values are finite and at most MAX_LOGPROB, computed on their bits (IEEE 754).
 
-    As signed integers positive floats are ordered as they are, infinity and NaN above them, and
-    negative ones lie below zero. As unsigned integers negative ones lie above positive ones, and
-    grow with their magnitude, to minus infinity and the NaNs of that sign.
+    Viewed as signed integers, positive floats keep their order, infinity and NaN are above them,
+    and negative floats are below zero. Viewed as unsigned integers, negative floats are above
+    positive ones and grow with their magnitude, up to minus infinity and the negative NaNs.
     """
     highest = _largest(values.view(np.int32))
     if highest > _MAX_LOGPROB_BITS:
         return False
-    if highest < 0:  # all are negative, so signed and unsigned order are alike
+    if highest < 0:  # all are negative: signed and unsigned order agree
         return int(highest) + 2**32 <= _MIN_LOGPROB_BITS
     return bool(_largest(values.view(np.uint32)) <= _MIN_LOGPROB_BITS)

@@ -1,4 +1,4 @@
-"""Messages of the supervisors of actors: how they find their place in a run, and leave it."""
+"""Messages of actor supervisors: joining and leaving a run."""
 
 from dataclasses import dataclass
 
@@ -7,30 +7,33 @@ from speed_async.transport.messages import Counted, Message
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Join(Message):
-    """Supervisor -> service: an actor wants to take part in this run."""
+    """Supervisor -> service: request to add an actor to this run."""
 
     machine: str
     process_id: int
     has_rank: bool = False
-    """A launcher started it as a rank of this run; otherwise it came by itself."""
+    """Whether a launcher started it as a rank of this run; otherwise it joins on its own."""
     rank: int = 0
-    """With `has_rank`: which one."""
+    """The rank; used only if `has_rank`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JoinAccepted(Message):
-    """Service -> supervisor: what its actor is to be. A run that ends answers with Rejected."""
+    """Service -> supervisor: identity of its actor. A run that is ending replies Rejected."""
 
     index: int
-    """Its rank; of one that came by itself beyond all ranks, and never given twice."""
+    """Rank of the actor. An actor without a rank gets a unique index above all ranks."""
     config: str
     """The resolved configuration as JSON text."""
     feed_port: int
-    """The metrics feed, on the service's host: it tells when the run has ended."""
+    """Port of the metrics feed on the service's host; the feed reports the end of the run."""
     incarnation: int = 0
-    """Of its next actor: greater than any that the service knows."""
+    """Incarnation of its next actor: greater than any known to the service."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Leaving(Counted):
-    """Actor -> service: it was told to stop. Offers made before the answering Drain are kept."""
+    """Actor -> service: the actor was asked to stop.
+
+    Weight offers sent before the Drain reply remain valid.
+    """

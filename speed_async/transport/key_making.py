@@ -1,4 +1,4 @@
-"""Making keys: the folder of a run's service, and one folder more for each further client."""
+"""Create keys: one folder for the service of a run, and one for each additional client."""
 
 import os
 import re
@@ -11,13 +11,13 @@ from speed_async.errors import SpeedAsyncError
 
 CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 OWN_CLIENT = "client"
-"""The pair that the run's own roles share."""
+"""Name of the key pair shared by the roles of the run."""
 
 
 def make_keys(folder: Path) -> None:
-    """A folder for a run: the service's pair, a pair for its roles, and who is allowed.
+    """Create a key folder: the service's key pair, a pair for the roles, and the allow list.
 
-    Raises SpeedAsyncError when anything is there already: keys in use are never overwritten.
+    Raises SpeedAsyncError if the folder exists: existing keys are never overwritten.
     """
     if folder.exists():
         remedy = "add a client with --client NAME, or choose another folder"
@@ -32,42 +32,44 @@ def make_keys(folder: Path) -> None:
         _write(folder / names.SERVER_PUBLIC, public)
         _add_client(folder, folder, OWN_CLIENT)
     except OSError as error:
-        raise SpeedAsyncError(f"keys cannot be made at {folder}: {error.strerror}") from None
+        raise SpeedAsyncError(f"cannot create keys in {folder}: {error.strerror}") from None
 
 
 def add_client(folder: Path, name: str) -> Path:
-    """Allow one client more. Returns its folder, all that its machine needs.
+    """Allow one more client. Returns its folder, which holds everything that its machine needs.
 
-    Raises SpeedAsyncError for a name that is taken or unfit, and for a folder without keys.
+    Raises SpeedAsyncError for a name that is taken or invalid, and for a folder without keys.
     """
     if not CLIENT_NAME.fullmatch(name):
-        raise SpeedAsyncError(f"'{name}' is no name for a client: use letters, digits and . _ -")
+        raise SpeedAsyncError(f"'{name}' is not a valid client name: use letters, digits and . _ -")
     if not (folder / names.SERVER_SECRET).is_file():
-        make = f"make it with `speed-async keys {folder}`"
-        raise SpeedAsyncError(f"{folder} is no folder of a service's keys: {make}")
+        remedy = f"create it with `speed-async keys {folder}`"
+        raise SpeedAsyncError(f"{folder} is not a folder of service keys: {remedy}")
     if (folder / names.ALLOWED / f"{name}.key").exists():
-        raise SpeedAsyncError(f"there is a client '{name}' in {folder}; choose another name")
-    place = folder / names.CLIENTS / name
+        raise SpeedAsyncError(f"client '{name}' exists in {folder}; choose another name")
+    client_folder = folder / names.CLIENTS / name
     try:
-        place.mkdir(mode=0o700, parents=True)
-        (place / names.SERVER_PUBLIC).write_bytes((folder / names.SERVER_PUBLIC).read_bytes())
-        _add_client(folder, place, name)
+        client_folder.mkdir(mode=0o700, parents=True)
+        (client_folder / names.SERVER_PUBLIC).write_bytes(
+            (folder / names.SERVER_PUBLIC).read_bytes()
+        )
+        _add_client(folder, client_folder, name)
     except OSError as error:
-        raise SpeedAsyncError(f"a client cannot be added at {place}: {error.strerror}") from None
-    return place
+        raise SpeedAsyncError(f"cannot add a client in {client_folder}: {error.strerror}") from None
+    return client_folder
 
 
-def _add_client(folder: Path, place: Path, name: str) -> None:
+def _add_client(folder: Path, client_folder: Path, name: str) -> None:
     public, secret = zmq.curve_keypair()
-    _write(place / names.CLIENT_SECRET, public, secret)
-    # A service at work reads the folder when a name appears in it, so the file is whole by then.
-    unfinished = folder / names.ALLOWED / f"{name}.new"
-    _write(unfinished, public)
-    unfinished.rename(unfinished.with_suffix(".key"))
+    _write(client_folder / names.CLIENT_SECRET, public, secret)
+    # A running service reads `*.key` files as they appear, so the file is renamed when complete.
+    temporary = folder / names.ALLOWED / f"{name}.new"
+    _write(temporary, public)
+    temporary.rename(temporary.with_suffix(".key"))
 
 
 def _write(path: Path, public: bytes, secret: bytes | None = None) -> None:
-    """A certificate in ZeroMQ's own form; one with a secret is its owner's alone."""
+    """Write a certificate in ZeroMQ format; only the owner can read one with a secret key."""
     lines = ["metadata", "curve", f'    public-key = "{public.decode()}"']
     if secret is not None:
         lines.append(f'    secret-key = "{secret.decode()}"')

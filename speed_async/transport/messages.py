@@ -1,8 +1,8 @@
-"""Every message of the protocol but those of joining.py: flat, frozen, of plain values and arrays.
+"""Messages of the protocol, except those of joining.py and session.py.
 
-Fields are int, float, str, bool, list of those, `dict[str, float]`, `dict[str, object]` of plain
-values (metrics), or numpy arrays (which travel as raw frames). Packed arrays of a group hold its
-completions one after another; `lengths` says where each ends.
+Messages are flat and frozen. Fields are int, float, str, bool, lists of those, `dict[str, float]`,
+`dict[str, object]` of plain values (metrics), or numpy arrays (sent as raw frames). The packed
+arrays of a group hold its completions one after another; `lengths` holds their lengths.
 
 Shape legend: P prompt tokens, N completions, S sum of completion lengths.
 """
@@ -14,50 +14,50 @@ from speed_async.types import ActorCounts, Float32Array, Int32Array
 PROTOCOL_VERSION = 7
 
 DRAINED = "drained"
-"""The reason of a LeaseFailed that says nothing about its prompt."""
+"""Reason of a LeaseFailed that does not concern the prompt."""
 UNUSABLE = "prompt"
-"""Kind of the reason (`kind: text`) of a LeaseFailed whose prompt the model cannot take."""
+"""Kind of the reason (`kind: text`) of a LeaseFailed whose prompt the model cannot process."""
 STALE = "stale"
-"""The reason of a LeaseFailed whose tokens grew too old before the group was whole."""
+"""Reason of a LeaseFailed whose tokens became too stale before the group was complete."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """Base of all messages. The two numbers belong to the session (transport/session.py)."""
+    """Base class of all messages. Both fields belong to the session (transport/session.py)."""
 
     number: int = 0
-    """Place in what its sender tells this peer, from 1; 0 stands outside of the count."""
+    """Sequence number in the session, from 1; 0 for a message that is not numbered."""
     heard: int = 0
-    """Every message of the other side up to this number has come."""
+    """Acknowledgement: all messages of the other side up to this number were received."""
 
 
-# --- anyone -> service -------------------------------------------------------------------------
+# --- any peer -> service -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hello(Message):
-    """First message of a peer. Its fingerprints say which data and which model it holds."""
+    """First message of a peer. The fingerprints identify its data and its model."""
 
     role: str  # "actor" | "learner"
     index: int  # torchrun rank
-    incarnation: int  # grows with every restart of the same rank
+    incarnation: int  # increases with every restart of the same rank
     fingerprint: str
     process_id: int
     model_fingerprint: str = ""
-    """Of the model folder's settings, tokenizer and samples of its weights."""
+    """Fingerprint of the settings, the tokenizer and samples of the weights of the model folder."""
     weight_ranks: int = 1
-    """Consecutive ranks of the weight group that an actor's engine takes (tensor parallelism)."""
+    """Consecutive weight group ranks of an actor's engine (tensor parallelism)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure(Message):
-    """A role met an error that ends the run."""
+    """A role failed with an error that ends the run."""
 
     role: str
     message: str
 
 
-# --- actor -> service (all carry the actor's counts) --------------------------------------------
+# --- actor -> service (with the counts of the actor) --------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,14 +67,14 @@ class Counted(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WantWork(Counted):
-    """How many leases the actor can take now, in all (it replaces any earlier want)."""
+    """Total number of leases that the actor can take now; replaces earlier requests."""
 
     num_prompts: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupFinished(Counted):
-    """A full group that passed the gate."""
+    """A complete group that passed the gate."""
 
     lease_id: int
     prompt_id: int
@@ -82,7 +82,7 @@ class GroupFinished(Counted):
     prompt_token_ids: Int32Array  # (P,)
     lengths: Int32Array  # (N,)
     rewards: Float32Array  # (N,)
-    cut: Int32Array  # (N,) 1 where the completion ran into a length limit, else 0
+    cut: Int32Array  # (N,) 1 if the completion was truncated by a length limit, else 0
     token_ids: Int32Array  # (S,)
     logprobs: Float32Array  # (S,)
     policy_versions: Int32Array  # (S,)
@@ -90,13 +90,13 @@ class GroupFinished(Counted):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScreenedOut(Counted):
-    """The gate refused a prompt: counts only."""
+    """The gate rejected a prompt; only counts are sent."""
 
     lease_id: int
     num_passed: int
     num_completions: int
     num_truncated: int
-    """Completions that ran into a length limit."""
+    """Completions truncated by a length limit."""
     num_tokens: int
 
 
@@ -120,14 +120,16 @@ class Evaluated(Counted):
     num_truncated: int
     num_tokens: int
     oldest_version: int
-    """Of the tokens; of no meaning, and 0, when there are none."""
+    """Oldest policy version of the tokens; 0 if there are no tokens."""
     newest_version: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample(Counted):
-    """One completion for people to look at (the `sample` event of observability/metrics.py). It
-    changes nothing in the run. `extracted` is empty where `is_extracted` is False."""
+    """One completion for display (the `sample` event of observability/metrics.py).
+
+    It does not affect the run. `extracted` is empty if `is_extracted` is False.
+    """
 
     policy_version: int
     prompt_id: int
@@ -151,7 +153,7 @@ class ActorReport(Counted):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsApplied(Counted):
-    """The actor now samples under this version. A negative version: `error` says why not."""
+    """The actor now samples with this version. A negative version reports a failure in `error`."""
 
     policy_version: int
     epoch: int
@@ -159,12 +161,12 @@ class WeightsApplied(Counted):
     transfer_s: float
     error: str
     usable: bool = True
-    """False: the engine holds no whole version any more, and this actor ends."""
+    """False if the engine no longer has complete weights; the actor then exits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Goodbye(Counted):
-    """Last message of an actor after it drained."""
+    """Last message of an actor, sent after draining."""
 
 
 # --- service -> actor ---------------------------------------------------------------------------
@@ -172,14 +174,14 @@ class Goodbye(Counted):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Welcome(Message):
-    """Answer to Hello. A peer that joins late waits for weights when `policy_version` > 0."""
+    """Reply to Hello. A peer that joins late waits for weights if `policy_version` > 0."""
 
     policy_version: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Leases(Message):
-    """Granted work. Parallel lists; `num_samples` is 0 for training leases."""
+    """Granted leases, as parallel lists. `num_samples` is 0 for training leases."""
 
     lease_ids: list[int]
     prompt_ids: list[int]
@@ -189,7 +191,7 @@ class Leases(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OfferWeights(Message):
-    """Take part in a broadcast; fields as in `types.WeightOffer`. `rank` is the actor's first."""
+    """Request to join a broadcast. Fields as in `types.WeightOffer`; `rank` is the first rank."""
 
     policy_version: int
     epoch: int
@@ -203,14 +205,14 @@ class OfferWeights(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drain(Message):
-    """Abort what runs, report it, say Goodbye, exit."""
+    """Request to abort running work, report it, send Goodbye and exit."""
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rejected(Message):
-    """A message of the peer was refused; the text says why."""
+    """A message of the peer was rejected for this reason."""
 
     reason: str
 
@@ -220,7 +222,10 @@ class Rejected(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TakeBatch(Message):
-    """Ask for `num_groups` groups fresh enough for `policy_version`; answered when there are."""
+    """Request `num_groups` groups within the staleness bound of `policy_version`.
+
+    The reply is sent when they are available.
+    """
 
     policy_version: int
     num_groups: int
@@ -228,7 +233,7 @@ class TakeBatch(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained(Message):
-    """One update is done: what it used, and its metrics. `skipped`: the step was non-finite."""
+    """One update finished: its groups and metrics. `skipped` if the step was non-finite."""
 
     policy_version: int  # version after the update
     lease_ids: list[int]
@@ -238,12 +243,12 @@ class Trained(Message):
     tokens_trained: int
     metrics: dict[str, float]
     notice: str = ""
-    """Something that a person should know of, such as a checkpoint that could not be written."""
+    """Human-readable notice, such as a checkpoint that could not be written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishWeights(Message):
-    """The learner has a version to broadcast and asks who takes part."""
+    """The learner has a version to broadcast and requests the participants."""
 
     policy_version: int
     store_host: str
@@ -254,7 +259,7 @@ class PublishWeights(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsPublished(Message):
-    """A broadcast ended; `error` is empty when it succeeded, `missing` names who is to blame."""
+    """A broadcast ended. `error` is empty on success; `missing` names the actors that failed."""
 
     policy_version: int
     epoch: int
@@ -266,34 +271,34 @@ class WeightsPublished(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resumed(Message):
-    """The learner goes on from a checkpoint: what that checkpoint knows of the run so far.
+    """The learner resumes from a checkpoint with this state.
 
-    Sent after Welcome, before the first TakeBatch. A service whose journal reaches further offers
-    the batches of the missing updates again, the same ones in the same order.
+    Sent after Welcome and before the first TakeBatch. If the journal of the service is ahead of the
+    checkpoint, the service sends the batches of the missing updates again, in the same order.
     """
 
     policy_version: int
     service_sequence: int
-    """Of the journal, when the checkpoint was made."""
+    """Sequence number of the journal when the checkpoint was created."""
     groups_trained: int
     completions_trained: int
     tokens_trained: int
     recent_lease_ids: list[int]
-    """Groups trained by the last updates; a journal that lost its tail may still hold them."""
+    """Groups trained by the last updates; a journal that lost its tail may still list them."""
     notice: str = ""
-    """What a person should know of: newer checkpoints were damaged and passed over."""
+    """Human-readable notice: newer checkpoints were damaged and skipped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareCheckpoint(Message):
-    """A checkpoint is to be made: what led to it must be durable first. See JournalDurable."""
+    """Request to make the journal durable before a checkpoint is saved. See JournalDurable."""
 
     policy_version: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointSaved(Message):
-    """A checkpoint is durable. What led to the oldest one that is kept is not needed any more."""
+    """A checkpoint is durable. Journal entries older than the oldest kept one can be dropped."""
 
     policy_version: int
     oldest_kept_version: int
@@ -301,18 +306,18 @@ class CheckpointSaved(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinishRun(Message):
-    """No more training: evaluate the last version if asked, drain the actors, send Summary."""
+    """Training is over: evaluate the last version if `evaluate`, drain the actors, send Summary."""
 
     policy_version: int
     evaluate: bool
     reason: str
     stopped: bool = False
-    """A person or a scheduler asked for it before the run was complete."""
+    """True if a user or a scheduler stopped the run before it was complete."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopAsked(Message):
-    """A signal came: FinishRun follows when the update under way is done. For people to see."""
+    """A signal was received; FinishRun follows after the current update. For display only."""
 
 
 # --- service -> learner -------------------------------------------------------------------------
@@ -328,7 +333,7 @@ class BatchGroup(Message):
     prompt_token_ids: Int32Array  # (P,)
     lengths: Int32Array  # (N,)
     rewards: Float32Array  # (N,)
-    cut: Int32Array  # (N,) 1 where the completion ran into a length limit, else 0
+    cut: Int32Array  # (N,) 1 if the completion was truncated by a length limit, else 0
     token_ids: Int32Array  # (S,)
     logprobs: Float32Array  # (S,)
     policy_versions: Int32Array  # (S,)
@@ -336,7 +341,10 @@ class BatchGroup(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JournalDurable(Message):
-    """Answer to PrepareCheckpoint: the journal is on disk up to this place (0: none is kept)."""
+    """Reply to PrepareCheckpoint: the journal is durable up to this sequence number.
+
+    0 without a journal.
+    """
 
     policy_version: int
     service_sequence: int
@@ -344,7 +352,7 @@ class JournalDurable(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchReady(Message):
-    """All groups of the batch were sent before this."""
+    """End of a batch: all of its groups were sent before this message."""
 
     policy_version: int
     lease_ids: list[int]
@@ -352,9 +360,9 @@ class BatchReady(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightMembers(Message):
-    """Answer to PublishWeights: actors in rank order (rank 1 first); new epoch, new group.
+    """Reply to PublishWeights: actors in rank order, from rank 1. A new epoch is a new group.
 
-    Actor i takes `ranks_each[i]` ranks; `world_size` counts all ranks and the learner's own.
+    Actor i has `ranks_each[i]` ranks; `world_size` counts all ranks, including the learner's.
     """
 
     policy_version: int
@@ -366,14 +374,14 @@ class WeightMembers(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MembershipChanged(Message):
-    """An actor needs weights; the learner publishes its present version to those without it."""
+    """An actor needs weights; the learner publishes its version to the actors that lack it."""
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetReached(Message):
-    """The held-out accuracy that `run.stop_at_accuracy` asks for was measured."""
+    """The held-out accuracy reached `run.stop_at_accuracy`."""
 
     accuracy: float
     policy_version: int
@@ -381,7 +389,7 @@ class TargetReached(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Abort(Message):
-    """Another role failed: stop at once. To learner and actors."""
+    """Another role failed: stop immediately. Sent to the learner and the actors."""
 
     role: str
     message: str
@@ -389,6 +397,6 @@ class Abort(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary(Message):
-    """The service's last word: everything it knows for `summary.json`."""
+    """Last message of the service: its fields of `summary.json`."""
 
     fields: dict[str, object]

@@ -1,4 +1,4 @@
-"""Peers that are not listened to any more."""
+"""Peers whose messages are ignored."""
 
 from collections import OrderedDict
 
@@ -6,12 +6,15 @@ CAPACITY = 4096
 
 
 class BlockedPeers:
-    """Names whose frames are dropped unread. It is bounded: past its capacity, whoever was muted
-    longest ago is heard again, until it errs again."""
+    """Bounded set of peers whose frames are dropped without decoding.
+
+    When it is full, the peer that was muted first is removed. That peer is muted again after its
+    next malformed message.
+    """
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self.num_muted = 0
-        """Peers muted so far."""
+        """Total number of peers muted so far."""
         self._capacity = capacity
         self._names: OrderedDict[bytes, None] = OrderedDict()
 

@@ -1,9 +1,8 @@
-"""A conversation that survives lost connections and a restarted service: every message once, in
-order.
+"""Reliable sessions: exactly-once, in-order delivery across reconnects and service restarts.
 
-Each side numbers what it says, keeps it until the other side has heard it, and drops what comes
-twice. Nothing is sent again on suspicion: only when the other side says what it misses, which it
-notices at the next number, or at a probe.
+Each side numbers its messages, keeps them until the other side acknowledges them, and drops
+duplicates. There is no retransmission on timeout: a side retransmits only after a Nack. The
+receiver detects a gap from the next sequence number or from a Ping.
 """
 
 import asyncio
@@ -19,24 +18,24 @@ from speed_async.transport.messages import Message
 from speed_async.transport.transport import Link
 
 PROBE_S = 1.0
-"""Silence after which a side with something unheard asks whether it has come."""
-ASK_AGAIN_S = 0.5
-"""What is missing is asked for once in this time."""
+"""Idle time after which a side with unacknowledged messages sends a Ping."""
+NACK_INTERVAL_S = 0.5
+"""Minimum time between two Nacks for the same gap."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ack(Message):
-    """Nothing to say but `heard`."""
+    """Acknowledges all messages up to `heard`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Nack(Message):
-    """Say again everything after `heard`."""
+    """Requests retransmission of all messages after `heard`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ping(Message):
-    """Has everything up to `sent` come? Answered by Ack or Nack."""
+    """Asks whether all messages up to `sent` were received. The reply is Ack or Nack."""
 
     sent: int
 
@@ -44,27 +43,28 @@ class Ping(Message):
 class Receipt(Enum):
     NEW = auto()
     AGAIN = auto()
-    """It had come before."""
+    """A duplicate."""
     GAP = auto()
-    """Something before it is missing."""
+    """An earlier message is missing."""
     OUTSIDE = auto()
-    """Not numbered: control, or a peer that holds no session."""
+    """Not numbered: a control message, or a peer without a session."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Session:
-    """One side's view of a conversation with one peer. Pure state, no I/O."""
+    """State of one side of a session with one peer. It performs no I/O."""
 
     sent: int = 0
-    """Number of the last message there is; it may still wait for room in a queue."""
+    """Number of the last message; it may still wait for space in a queue."""
     heard: int = 0
-    """Everything of the peer up to this number has come."""
+    """All messages of the peer up to this number were received."""
     queued: int = 0
-    """Everything up to this number was handed to the transport."""
-    _told: int = 0
+    """All messages up to this number were passed to the transport."""
+    _acknowledged: int = 0
+    """Last received number that was acknowledged to the peer."""
     _held_at: tuple[int, int] | None = None
-    """What was said past the first number, and heard past the second, is not to be told yet."""
-    _kept: deque[Message] = field(default_factory=deque)  # said and not heard, in order
+    """Messages sent after the first number and acknowledgements after the second are held back."""
+    _kept: deque[Message] = field(default_factory=deque)  # sent and unacknowledged, in order
 
     @property
     def num_unacked(self) -> int:
@@ -76,45 +76,51 @@ class Session:
 
     @property
     def ack_pending(self) -> bool:
-        """The peer has not been told yet what has come of it."""
-        return self._told < self._may_confirm
+        """Whether received messages are not acknowledged yet."""
+        return self._acknowledged < self._ackable
 
     @property
-    def _may_confirm(self) -> int:
+    def _ackable(self) -> int:
         return self.heard if self._held_at is None else self._held_at[1]
 
     def hold(self) -> None:
-        """What is said and heard from now on stays here until `release`."""
+        """Hold back messages and acknowledgements from now on until `release`."""
         if self._held_at is None:
             self._held_at = (self.sent, self.heard)
 
     def release(self, upto: tuple[int, int]) -> None:
-        """Let go what was said and heard up to these numbers; all of it where there is no more."""
+        """Release messages and acknowledgements up to these (sent, received) numbers.
+
+        The hold ends if no later ones are held back.
+        """
         self._held_at = None if upto == (self.sent, self.heard) else upto
 
     def say(self, message: Message) -> None:
-        """Number and keep a message; `next_unsent` gives it out."""
+        """Number and keep a message; `next_unsent` returns it."""
         self.sent += 1
         self._kept.append(replace(message, number=self.sent))
 
     def next_unsent(self) -> Message:
-        """The first message not handed to the transport; `queued_one` says when it was."""
+        """The first message not passed to the transport; call `queued_one` after passing it."""
         first = self.sent - len(self._kept) + 1
-        return replace(self._kept[self.queued + 1 - first], heard=self._may_confirm)
+        return replace(self._kept[self.queued + 1 - first], heard=self._ackable)
 
     def queued_one(self) -> None:
+        """Record that the message of `next_unsent` was passed to the transport."""
         self.queued += 1
-        self._told = self._may_confirm
+        self._acknowledged = self._ackable
 
     def word(self) -> Ack:
-        self._told = self._may_confirm
-        return Ack(heard=self._told)
+        """Create an acknowledgement of all that may be acknowledged."""
+        self._acknowledged = self._ackable
+        return Ack(heard=self._acknowledged)
 
     def probe(self) -> Ping:
-        return Ping(sent=self.queued, heard=self._may_confirm)
+        """Create a Ping for the last message passed to the transport."""
+        return Ping(sent=self.queued, heard=self._ackable)
 
     def arrived(self, message: Message) -> Receipt:
-        """Take note of a message's numbers."""
+        """Process the numbers of a received message."""
         self.forget(message.heard)
         if message.number == 0:
             return Receipt.OUTSIDE
@@ -126,7 +132,7 @@ class Session:
         return Receipt.NEW
 
     def rewind(self, heard: int) -> bool:
-        """Say again everything after `heard`; False when that is not kept any more."""
+        """Retransmit all messages after `heard`. Returns False if they are no longer kept."""
         self.forget(heard)
         if heard < self.sent - len(self._kept):
             return False
@@ -134,25 +140,25 @@ class Session:
         return True
 
     def rewind_unacked(self) -> None:
-        """Say again whatever was not heard: nobody knows what left the socket."""
-        self.queued, self._told, self._held_at = self.sent - len(self._kept), 0, None
+        """Retransmit all unacknowledged messages: it is unknown which ones left the socket."""
+        self.queued, self._acknowledged, self._held_at = self.sent - len(self._kept), 0, None
 
     def forget_all(self) -> None:
-        """The peer is gone for good."""
+        """Drop all kept messages: the peer will not return."""
         self._kept.clear()
         self.queued = self.sent
 
     def forget(self, heard: int) -> None:
-        """The peer has heard everything up to this number."""
+        """Drop messages that the peer acknowledged, up to this number."""
         while self._kept and self._kept[0].number <= heard:
             self._kept.popleft()
         self.queued = max(self.queued, min(heard, self.sent))
 
 
 class SessionLink:
-    """A Link that says everything once: it wraps a peer's link to the service.
+    """A Link with exactly-once delivery, around a peer's link to the service.
 
-    Its `receive` must run now and then for what was lost to be said again.
+    Lost messages are retransmitted only while `receive` runs.
     """
 
     def __init__(self, link: Link, clock: Callable[[], float] = time.monotonic) -> None:
@@ -160,24 +166,28 @@ class SessionLink:
         self._clock = clock
         self._session = Session()
         self._sending = asyncio.Lock()
-        self._asked = (-1, 0.0)
+        self._last_nack = (-1, 0.0)
+        """Number it acknowledged, and when it was sent."""
         self._settled = asyncio.Event()
         self.last_heard_s = clock()
-        """When anything last came from the service."""
+        """Time of the last message from the service."""
 
     @property
     def num_unacked(self) -> int:
         return self._session.num_unacked
 
     async def send(self, message: Message) -> None:
-        """Say a message. Raises what the link raises; the message is kept and said again."""
+        """Send a message. Raises the errors of the link; the message is kept and retransmitted."""
         self._session.say(message)
         self._settled.clear()
         await self._send_unsent()
 
     async def receive(self, deadline_s: float) -> Message:
-        """The service's next message. Raises DeadlineExceeded, TransportClosed, ProtocolError;
-        GivenUp when the service misses what was dropped here long ago."""
+        """Wait for the next message of the service.
+
+        Raises DeadlineExceeded, TransportClosed or ProtocolError; GivenUp if the service requests
+        messages that are no longer kept.
+        """
         ends_s = self._clock() + deadline_s
         while True:
             left_s = ends_s - self._clock()
@@ -189,29 +199,31 @@ class SessionLink:
                 await self._probe()
                 continue
             self.last_heard_s = self._clock()
-            if await self._is_news(message):
+            if await self._is_new(message):
                 return message
 
     async def settle(self, deadline_s: float) -> None:
-        """Wait until everything said was heard; another task must be receiving. Raises
-        DeadlineExceeded."""
+        """Wait until all messages are acknowledged; another task must be receiving.
+
+        Raises DeadlineExceeded.
+        """
         if not self._session.num_unacked:
             return
         try:
             await asyncio.wait_for(self._settled.wait(), deadline_s)
         except TimeoutError:
             raise DeadlineExceeded(
-                "the buffer service", f"{self.num_unacked} messages to be heard", deadline_s
+                "the buffer service", f"acknowledgement of {self.num_unacked} messages", deadline_s
             ) from None
 
     async def close(self) -> None:
-        """Let the service know what was heard, then close."""
+        """Acknowledge received messages, then close."""
         if self._session.ack_pending:
             with suppress(SpeedAsyncError):
-                await self._answer()
+                await self._send_ack()
         await self._link.close()
 
-    async def _is_news(self, message: Message) -> bool:
+    async def _is_new(self, message: Message) -> bool:
         arrival = self._session.arrived(message)
         if not self._session.num_unacked:
             self._settled.set()
@@ -221,17 +233,18 @@ class SessionLink:
             case Nack(heard=heard):
                 if not self._session.rewind(heard):
                     raise GivenUp(
-                        f"the buffer service has lost what was said to it after message {heard}"
+                        f"the buffer service lost the messages after number {heard}, and they are "
+                        "no longer kept here"
                     )
                 await self._send_unsent()
                 return False
             case Ping(sent=sent):
-                await (self._ask() if sent > self._session.heard else self._answer())
+                await (self._send_nack() if sent > self._session.heard else self._send_ack())
                 return False
             case _:
                 pass
         if arrival is Receipt.GAP:
-            await self._ask()
+            await self._send_nack()
         return arrival in (Receipt.NEW, Receipt.OUTSIDE)
 
     async def _send_unsent(self) -> None:
@@ -239,7 +252,8 @@ class SessionLink:
             while self._session.has_unsent:
                 message = self._session.next_unsent()
                 await self._link.send(message)
-                if message.number == self._session.queued + 1:  # else rewound, or heard, meanwhile
+                # Otherwise the session was rewound or the message acknowledged meanwhile.
+                if message.number == self._session.queued + 1:
                     self._session.queued_one()
 
     async def _probe(self) -> None:
@@ -247,16 +261,16 @@ class SessionLink:
             await self._send_unsent()
         elif self._session.num_unacked:
             await self._link.send(self._session.probe())
-        else:  # a service that was restarted can tell nothing to a peer that is silent
-            await self._answer()
+        else:  # a restarted service can reach a peer only after the peer has sent something
+            await self._send_ack()
 
-    async def _answer(self) -> None:
+    async def _send_ack(self) -> None:
         await self._link.send(self._session.word())
 
-    async def _ask(self) -> None:
-        heard, asked_s = self._asked
+    async def _send_nack(self) -> None:
+        heard, sent_s = self._last_nack
         now_s = self._clock()
-        if heard == self._session.heard and now_s - asked_s < ASK_AGAIN_S:
+        if heard == self._session.heard and now_s - sent_s < NACK_INTERVAL_S:
             return
-        self._asked = (self._session.heard, now_s)
+        self._last_nack = (self._session.heard, now_s)
         await self._link.send(Nack(heard=self._session.heard))

@@ -1,11 +1,11 @@
-"""One ZeroMQ socket under asyncio: every wait has a deadline, several messages a wake-up.
+"""A ZeroMQ socket for asyncio: every wait has a deadline, and one wake-up serves many messages.
 
-Operations are tried at once and awaited only when the socket has nothing to give. libzmq signals
-through an edge-triggered descriptor that any operation may consume, so each operation re-checks on
-behalf of whoever waits for the other direction.
+An operation is tried immediately and waits only if the socket is not ready. libzmq signals through
+an edge-triggered descriptor, and any operation may consume the signal. Each operation therefore
+re-checks the socket for waiters of the other direction.
 
-libzmq bounds the bytes of one frame (`MAXMSGSIZE`), not the number of frames of one message: of a
-message that is too large only so much is kept that the codec sees it, and refuses it.
+libzmq limits the size of a frame (`MAXMSGSIZE`) but not the number of frames of a message. Excess
+frames are dropped, and enough of them is kept for the codec to reject the message.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from speed_async.errors import ConfigError, DeadlineExceeded, TransportClosed
 from speed_async.transport.codec import MAX_FRAMES, MAX_MESSAGE_BYTES, Frame
-from speed_async.transport.curve import Keys, secure
+from speed_async.transport.curve import Keys, configure_curve
 
 T = TypeVar("T")
 
@@ -30,16 +30,16 @@ HEARTBEAT_TIMEOUT_S = 10.0
 RECONNECT_FIRST_S = 0.05
 RECONNECT_LONGEST_S = 1.0
 LINGER_S = 2.0
-"""How long `close` waits for what was sent to leave."""
+"""Time that `close` waits for queued messages to be sent."""
 ZERO_COPY_BYTES = 64 * 1024
-"""Frames this large are handed to libzmq as they are; tracking smaller ones costs more."""
+"""Frames of at least this size are sent without a copy; copying smaller frames is cheaper."""
 MAX_BURST = 32
-"""Operations in a row without yielding to the event loop."""
+"""Maximum consecutive operations before yielding to the event loop."""
 _MORE = int(zmq.SNDMORE)
 
 
 class PolledSocket:
-    """A socket of `kind` in a context of its own; made and used in one running event loop."""
+    """A socket of type `kind` in its own context. Create and use it in one running event loop."""
 
     def __init__(
         self,
@@ -50,14 +50,14 @@ class PolledSocket:
         max_frame_bytes: int = MAX_MESSAGE_BYTES,
         keys: Keys | None = None,
     ) -> None:
-        """`keys`: speak CURVE, as the service (ServerKeys) or towards it (ClientKeys)."""
+        """`keys` enables CURVE, for the service (ServerKeys) or for a client (ClientKeys)."""
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context = zmq.Context(io_threads=1)
         self._socket: zmq.Socket = self._context.socket(kind)
         self._socket.SNDHWM = outbox_messages
         self._socket.RCVHWM = inbox_messages
         set_common_options(self._socket, max_frame_bytes=max_frame_bytes)
-        self._authenticator = secure(self._socket, keys)
+        self._authenticator = configure_curve(self._socket, keys)
         self._readers: set[asyncio.Future[None]] = set()
         self._writers: set[asyncio.Future[None]] = set()
         self._burst = 0
@@ -67,26 +67,29 @@ class PolledSocket:
 
     @property
     def raw(self) -> zmq.Socket:
-        """The socket itself, to set options, bind or connect."""
+        """The underlying socket, to set options, bind or connect."""
         return self._socket
 
     async def send(
         self, frames: Sequence[Frame], *, deadline_s: float, whom: str, what: str
     ) -> None:
-        """Queue one message, waiting up to `deadline_s` for room; not for a ROUTER, which never
-        says which peer has room again. Raises DeadlineExceeded or TransportClosed."""
-        await self._retried(
+        """Queue one message; waits up to `deadline_s` for space in the queue.
+
+        Not for a ROUTER, which does not report when the queue of a peer has space. Raises
+        DeadlineExceeded or TransportClosed.
+        """
+        await self._retry_until_ready(
             lambda: self.send_now(frames), self._writers, deadline_s, whom=whom, what=what
         )
 
     async def receive(self, *, deadline_s: float, whom: str, what: str) -> list[Frame]:
-        """The frames of the next message. Raises DeadlineExceeded or TransportClosed."""
-        return await self._retried(
+        """Wait for the frames of the next message. Raises DeadlineExceeded or TransportClosed."""
+        return await self._retry_until_ready(
             self._receive_now, self._readers, deadline_s, whom=whom, what=what
         )
 
     def receive_now(self) -> list[Frame] | None:
-        """The frames of the next message, or None. Raises TransportClosed."""
+        """Return the frames of the next message, or None. Raises TransportClosed."""
         if self._closed:
             raise TransportClosed("the socket is closed")
         try:
@@ -98,14 +101,17 @@ class PolledSocket:
         return frames
 
     def send_now(self, frames: Sequence[Frame]) -> None:
-        """Queue one message or raise zmq.Again; zmq.ZMQError for a peer that a ROUTER lacks;
-        TransportClosed."""
+        """Queue one message without waiting.
+
+        Raises zmq.Again if the queue is full, zmq.ZMQError if a ROUTER does not have the peer, and
+        TransportClosed.
+        """
         if self._closed:
             raise TransportClosed("the socket is closed")
         send_frames(self._socket, frames, int(zmq.NOBLOCK))
 
     async def close(self) -> None:
-        """Flush for at most LINGER_S, then free everything. May be called twice."""
+        """Flush for at most LINGER_S, then release all resources. May be called twice."""
         if self._closed:
             return
         self._closed = True
@@ -116,7 +122,7 @@ class PolledSocket:
         await asyncio.shield(asyncio.to_thread(end_context, self._context, self._authenticator))
 
     def _receive_now(self) -> list[Frame]:
-        # Frame objects say `more` themselves; asking the socket for RCVMORE costs three times that.
+        # `frame.more` is three times cheaper than reading RCVMORE from the socket.
         frames: list[Frame] = []
         num_bytes, has_more = 0, True
         while has_more:
@@ -127,7 +133,7 @@ class PolledSocket:
                 num_bytes += len(frame)
         return frames
 
-    async def _retried(
+    async def _retry_until_ready(
         self,
         operation: Callable[[], T],
         waiters: set[asyncio.Future[None]],
@@ -143,7 +149,7 @@ class PolledSocket:
             await asyncio.sleep(0)
         while True:
             if self._closed:
-                raise TransportClosed(f"closed while waiting for {whom}: {what}")
+                raise TransportClosed(f"the socket was closed while waiting for {whom}: {what}")
             with suppress(zmq.Again):
                 result = operation()
                 if self._readers or self._writers:
@@ -159,8 +165,8 @@ class PolledSocket:
         waiter = self._loop.create_future()
         waiters.add(waiter)
         timer = self._loop.call_later(timeout_s, _resolve, waiter)
-        # Only now: the failed operation may have eaten a signal that was meant for any waiter,
-        # this one included.
+        # After adding the waiter: the failed operation may have consumed the signal for any
+        # waiter, including this one.
         self._wake()
         try:
             await waiter
@@ -169,7 +175,7 @@ class PolledSocket:
             waiters.discard(waiter)
 
     def _wake(self) -> None:
-        # Reading EVENTS also clears the descriptor, which would else keep the loop spinning.
+        # Reading EVENTS also clears the descriptor; otherwise the event loop would spin.
         events = int(self._socket.get(zmq.EVENTS))
         if events & zmq.POLLIN:
             for waiter in self._readers:
@@ -185,20 +191,23 @@ def _resolve(waiter: asyncio.Future[None]) -> None:
 
 
 def send_frames(socket: zmq.Socket, frames: Sequence[Frame], flags: int = 0) -> None:
-    """Send one message. A frame that came from a socket goes on as it came: libzmq counts who
-    holds it, where memory of Python's is given back by a thread that wants the interpreter."""
+    """Send one message.
+
+    A received frame is forwarded as a `zmq.Frame`: libzmq counts its references, while releasing
+    Python memory from the I/O thread requires the GIL.
+    """
     last = len(frames) - 1
     for index, frame in enumerate(frames):
         more = flags | _MORE if index < last else flags
-        came = frame.obj if type(frame) is memoryview else None
-        if type(came) is zmq.Frame and len(came) == len(frame):
-            socket.send(came, more, copy=False)
+        received = frame.obj if type(frame) is memoryview else None
+        if type(received) is zmq.Frame and len(received) == len(frame):
+            socket.send(received, more, copy=False)
         else:
             socket.send(frame, more, copy=len(frame) < ZERO_COPY_BYTES)
 
 
 def set_common_options(socket: zmq.Socket, *, max_frame_bytes: int) -> None:
-    """Heartbeats, automatic reconnection and a bound on frames, alike for every socket."""
+    """Set heartbeats, automatic reconnection and the frame size limit."""
     socket.LINGER = int(LINGER_S * 1000)
     socket.MAXMSGSIZE = max_frame_bytes
     socket.HEARTBEAT_IVL = int(HEARTBEAT_INTERVAL_S * 1000)
@@ -209,39 +218,41 @@ def set_common_options(socket: zmq.Socket, *, max_frame_bytes: int) -> None:
 
 
 def end_context(context: zmq.Context, authenticator: ThreadAuthenticator | None) -> None:
-    """Free a context whose sockets are closed; blocks while the last bytes leave."""
+    """Terminate a context whose sockets are closed; blocks while the last bytes are sent."""
     if authenticator is not None:
         authenticator.stop()
     context.term()
 
 
 def bind(socket: zmq.Socket, host: str, port: int, *, field: str) -> int:
-    """Bind to `host` (a name or an address) and return the port, chosen by the kernel when 0.
+    """Bind to `host` (a name or an address) and return the port; the kernel picks one if it is 0.
 
-    A name is looked up here, which blocks: a start-up step.
+    Blocks while a name is resolved, so call it only at start-up.
 
-    Raises ConfigError about `field` (the port), or about `cluster.host`.
+    Raises ConfigError for `field` (the port) or `cluster.host`.
     """
     try:
         found = posix.getaddrinfo(host, None, type=posix.SOCK_STREAM)
     except OSError as error:
-        raise ConfigError("cluster.host", host, f"no such host ({error})") from error
+        raise ConfigError(
+            "cluster.host", host, f"the host name cannot be resolved ({error})"
+        ) from error
     if not 0 <= port <= 65535:
-        raise ConfigError(field, port, "a port is between 0 and 65535, 0 picks a free one")
+        raise ConfigError(field, port, "a port must be between 0 and 65535; 0 picks a free port")
     address = str(found[0][4][0])
     try:
         socket.bind(endpoint_at(socket, address, port))
     except zmq.ZMQError as error:
         if error.errno in (zmq.EADDRINUSE, errno.EACCES):
-            remedy = f"cannot listen there ({error}): choose another port, or 0 for a free one"
+            remedy = f"cannot bind this port ({error}): choose another port, or 0 for a free one"
             raise ConfigError(field, port, remedy) from error
-        remedy = f"this machine cannot listen at {address} ({error}): name one of its own addresses"
+        remedy = f"cannot bind {address} on this machine ({error}): use one of its own addresses"
         raise ConfigError("cluster.host", host, remedy) from error
     return int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
 
 def endpoint_at(socket: zmq.Socket, host: str, port: int) -> str:
-    """ZeroMQ endpoint of `host`; allows IPv6 on `socket` when `host` is such an address."""
+    """Return the ZeroMQ endpoint of `host`. Enables IPv6 on `socket` for an IPv6 address."""
     with suppress(ValueError):
         if ipaddress.ip_address(host).version == 6:
             socket.IPV6 = 1

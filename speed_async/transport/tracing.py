@@ -1,8 +1,8 @@
-"""A link whose traffic leaves a trace on disk: which groups an actor sent, which a learner trained.
+"""A link that traces its messages to a file: groups that an actor sent or a learner trained.
 
-For fault drills (`observe.trace`): who decides afterwards whether a group was lost, or trained
-twice, counts from these lines and asks neither service nor loops. One line is one write, made
-before a message leaves and after one has come, so a killed process owes nothing but its last line.
+For fault injection tests (`observe.trace`). The trace is the independent record that shows whether
+a group was lost or trained twice. Each line is one write, made before a message is sent and after
+one is received, so a killed process lacks at most its last line.
 """
 
 import json
@@ -18,7 +18,7 @@ Groups = m.GroupFinished | m.BatchGroup
 
 
 def digest_of(group: Groups) -> str:
-    """What a group is known by on both sides of the service: lease, prompt and sampled tokens."""
+    """Identify a group on both sides of the service: lease, prompt and sampled tokens."""
     crc = zlib.crc32(group.token_ids.tobytes())
     crc = zlib.crc32(group.policy_versions.tobytes(), crc)
     crc = zlib.crc32(group.rewards.tobytes(), crc)
@@ -26,15 +26,15 @@ def digest_of(group: Groups) -> str:
 
 
 class TracedLink:
-    """A `Link` around another one. Lines, as JSON with the wall clock's `time_s`:
+    """A `Link` around another one. Writes JSON lines with the wall-clock time `time_s`:
 
-    sent     an actor's result of one lease: `end`, its `tokens`, the `number` of the message and
-             the actor's whole count `generated`; a group has a `group` digest
+    sent     result of one lease of an actor: `end`, its `tokens`, the `number` of the message and
+             the total `generated` of the actor; a group has a `group` digest
     counted  any other message of an actor: `number` and `generated`
-    heard    every message up to `number` has come to the service
-    taken    a batch came: its `groups`, in order, and the `policy_version` that asked for it
-    trained  an update: `policy_version` after it, the `groups` it took, their `tokens`, `skipped`
-    refused  the service told this peer that it takes a message no more
+    heard    the service acknowledged all messages up to `number`
+    taken    a batch was received: its `groups`, in order, and the `policy_version` of the request
+    trained  an update: `policy_version` after it, its `groups`, their `tokens`, `skipped`
+    refused  the service rejected a message of this peer
     """
 
     def __init__(self, link: Link, folder: Path, name: str) -> None:
@@ -63,13 +63,14 @@ class TracedLink:
             self._file = -1
 
     def _trace_received(self, message: m.Message) -> None:
-        if isinstance(message, m.Rejected):  # before its `heard`: what was refused was not taken
+        # Before `heard`, which does not cover the rejected message.
+        if isinstance(message, m.Rejected):
             self._write("refused", reason=message.reason)
         if message.heard > self._heard:
             self._heard = message.heard
             self._write("heard", number=message.heard)
         if message.number not in (0, self._received + 1):
-            return  # it came before, or comes again after what is missing before it
+            return  # a duplicate, or out of order and retransmitted later
         self._received = max(self._received, message.number)
         match message:
             case m.BatchGroup():
@@ -82,7 +83,7 @@ class TracedLink:
 
     def _trace_sent(self, message: m.Message) -> None:
         if 0 < message.number <= self._traced:
-            return  # sent again, after a connection was lost
+            return  # retransmitted
         self._traced = max(self._traced, message.number)
         match message:
             case m.GroupFinished():
@@ -111,8 +112,8 @@ class TracedLink:
                 pass
 
     def _known(self, lease_id: int) -> tuple[str, int]:
-        """Digest and tokens; a group that never came is written as such, for the witness."""
-        return self._taken.get(lease_id, (f"{lease_id}.never-came", 0))
+        """Digest and tokens. A group that was never received is marked, for the trace checker."""
+        return self._taken.get(lease_id, (f"{lease_id}.never-received", 0))
 
     def _sent(self, message: m.Counted, end: str, tokens: int, **fields: str) -> None:
         generated = message.counts.tokens_generated
@@ -126,5 +127,5 @@ class TracedLink:
 
 
 def with_tracing(link: Link, folder: str | None, name: str) -> Link:
-    """`link`, traced to a file of this name in `folder` where there is one."""
+    """Wrap `link` to trace it to a file named `name` in `folder`; no-op without a folder."""
     return link if folder is None else TracedLink(link, Path(folder), name)

@@ -1,9 +1,11 @@
-"""The transport seam: a client's Link and the service's Hub.
+"""The transport interface: a client's Link and the service's Hub.
 
-Guarantees both implementations give (and one contract suite checks): messages between one link
-and the hub arrive whole, in order, at most once per send; malformed input from a peer is answered
-with `Rejected`, counted, and never raises out of the hub; that peer is muted, its further frames
-dropped unread; every wait has a deadline, whatever comes meanwhile.
+Guarantees of both implementations (checked by one contract test suite):
+
+- Messages between one link and the hub arrive complete, in order, and at most once per send.
+- Malformed input is answered with `Rejected` and counted. It never raises from the hub. The peer
+  is muted: its further frames are dropped without decoding.
+- Every wait has a deadline, whatever arrives meanwhile.
 """
 
 from enum import Enum, auto
@@ -13,60 +15,63 @@ from speed_async.transport.messages import Message
 from speed_async.transport.muting import BlockedPeers
 
 PeerName = str
-"""Unique name a link announces, such as `actor-1.0` (role, rank, incarnation)."""
+"""Unique name of a link, such as `actor-1.0` (role, rank, incarnation)."""
 
 
 class Delivery(Enum):
     QUEUED = auto()
     FULL = auto()
-    """The peer's queue has no room now."""
+    """The queue of the peer is full."""
     GONE = auto()
-    """The peer has no connection now."""
+    """The peer is not connected."""
 
 
 class Link(Protocol):
     """One peer's connection to the service."""
 
     async def send(self, message: Message) -> None:
-        """Queue a message; waits (within the link's deadline) while the outbox is full."""
+        """Queue a message; waits while the outbox is full, up to the deadline of the link."""
         ...
 
     async def receive(self, deadline_s: float) -> Message:
-        """Next message. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
+        """Wait for the next message. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
         ...
 
     async def close(self) -> None:
-        """Flush what was sent (briefly) and release everything. May be called twice."""
+        """Flush queued messages briefly and release all resources. May be called twice."""
         ...
 
 
 class Hub(Protocol):
-    """The service's side: many peers, told apart by name."""
+    """The service's side: many peers, identified by name."""
 
     rejected: int
-    """Malformed messages so far."""
+    """Number of malformed messages so far."""
     muted: BlockedPeers
     newly_rejected: list[PeerName]
-    """Peers of whom malformed messages came, for the service to take note of and clear."""
+    """Peers that sent malformed messages; the service reads and clears the list."""
 
     def key_of(self, peer: PeerName) -> str:
-        """The public key of the peer's connection; "" where connections have none."""
+        """The public key of the peer's connection; "" without CURVE."""
         ...
 
     def offer(self, peer: PeerName, message: Message) -> Delivery:
-        """Queue a message to a peer, if that can be done at once."""
+        """Queue a message to a peer without waiting."""
         ...
 
     async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:
-        """Next valid message of any peer. Raises DeadlineExceeded or TransportClosed."""
+        """Wait for the next valid message of any peer.
+
+        Raises DeadlineExceeded or TransportClosed.
+        """
         ...
 
     def receive_now(self) -> tuple[PeerName, Message] | None:
-        """The same, if there is one already."""
+        """The next valid message of any peer if one is available, else None."""
         ...
 
     def mute(self, peer: PeerName) -> None:
-        """Listen to this peer no more; what is said to it still goes out."""
+        """Drop further messages of this peer. Messages to it are still sent."""
         ...
 
     async def close(self) -> None: ...

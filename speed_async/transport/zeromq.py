@@ -1,8 +1,8 @@
-"""The transport over ZeroMQ: the service binds a ROUTER, every peer connects a DEALER.
+"""The transport over ZeroMQ: the service binds a ROUTER and every peer connects a DEALER.
 
-A peer that reconnects keeps its name (transport/peer_names.py: who owns a name). After a restart of
-the service a peer can be sent nothing before it has sent something.
-Frames of 64 KiB and more leave without a copy, so arrays of a sent message must not change.
+A peer that reconnects keeps its name (ownership of names: transport/peer_names.py). After a restart
+the service can send to a peer only once the peer has sent a message. Frames of 64 KiB or more are
+sent without a copy, so do not modify the arrays of a sent message.
 """
 
 import asyncio
@@ -15,26 +15,29 @@ from speed_async.transport.codec import Frame, decode, encode
 from speed_async.transport.curve import ClientKeys, Keys, ServerKeys, why_silent
 from speed_async.transport.messages import Message, Rejected
 from speed_async.transport.muting import BlockedPeers
-from speed_async.transport.peer_names import PeerNames, named_in, new_identity
+from speed_async.transport.peer_names import PeerNames, claimed_name, new_identity
 from speed_async.transport.session import Ack
 from speed_async.transport.sockets import PolledSocket, bind, endpoint_at
 from speed_async.transport.transport import Delivery, PeerName
 
 QUEUED_MESSAGES = 64
-"""Default bound of each queue of each peer, in messages; it bounds memory under a slow reader."""
+"""Default length of each queue of each peer, in messages. Bounds memory with a slow reader."""
 SEND_DEADLINE_S = 30.0
 MAX_REASON_CHARS = 500
 MAX_NAMED = 4096
-"""Rejected peers that the service is told of by name, at most, before it looks again."""
+"""Maximum length of `newly_rejected` until the service clears it."""
 MAX_DROPPED = 64
-"""Messages dropped in a row before the event loop has its turn."""
+"""Consecutive messages to drop before yielding to the event loop."""
 
 _GONE = (zmq.EHOSTUNREACH, zmq.ENOTCONN)
 
 
 class ZmqHub:
-    """The service's end. `rejected` counts refused messages, `undelivered` those to gone peers,
-    `muted` holds the identities that are not listened to."""
+    """The Hub of the service.
+
+    `rejected` counts malformed messages, `undelivered` counts messages to disconnected peers,
+    `muted` contains the identities whose messages are dropped.
+    """
 
     def __init__(self, socket: PolledSocket, port: int, *, has_keys: bool) -> None:
         self.port = port
@@ -47,7 +50,7 @@ class ZmqHub:
         self._names = PeerNames(self._is_connected)
 
     def offer(self, peer: PeerName, message: Message) -> Delivery:
-        """Queue a message if that can be done at once; `undelivered` counts gone peers."""
+        """Queue a message without waiting. Counts it in `undelivered` if the peer is gone."""
         owner = self._names.owner(peer)
         delivery = Delivery.GONE if owner is None else self._send(owner.identity, message)
         self.undelivered += delivery is Delivery.GONE
@@ -58,17 +61,20 @@ class ZmqHub:
         return "" if owner is None else owner.key
 
     def receive_now(self) -> tuple[PeerName, Message] | None:
-        """The next valid message of any peer, if there is one already."""
+        """The next valid message of any peer if one is available, else None."""
         for _ in range(MAX_DROPPED):
             frames = self._socket.receive_now()
             if frames is None:
                 return None
-            if (received := self._opened(frames)) is not None:
+            if (received := self._decode_from_peer(frames)) is not None:
                 return received
-        return None  # the rest of a flood of rubbish can wait
+        return None  # yield to the event loop during a flood of malformed messages
 
     async def receive(self, deadline_s: float) -> tuple[PeerName, Message]:
-        """Next valid message of any peer. Raises DeadlineExceeded or TransportClosed."""
+        """Wait for the next valid message of any peer.
+
+        Raises DeadlineExceeded or TransportClosed.
+        """
         clock = asyncio.get_running_loop().time
         ends_s = clock() + deadline_s
         while True:
@@ -79,9 +85,9 @@ class ZmqHub:
                 )
             except DeadlineExceeded as error:
                 raise DeadlineExceeded(error.whom, error.what, deadline_s) from None
-            if (received := self._opened(frames)) is not None:
+            if (received := self._decode_from_peer(frames)) is not None:
                 return received
-            if clock() >= ends_s:  # rubbish that never ends must not keep the caller
+            if clock() >= ends_s:  # endless malformed input must not block the caller
                 raise DeadlineExceeded("any peer", "a message", deadline_s)
 
     def mute(self, peer: PeerName) -> None:
@@ -92,9 +98,12 @@ class ZmqHub:
     async def close(self) -> None:
         await self._socket.close()
 
-    def _opened(self, frames: list[Frame]) -> tuple[PeerName, Message] | None:
-        """Name and message; None when it is malformed or under another's name, which its sender is
-        told, or unread."""
+    def _decode_from_peer(self, frames: list[Frame]) -> tuple[PeerName, Message] | None:
+        """Decode a message and resolve the name of its peer.
+
+        Returns None for a muted peer, and for a message that is malformed or uses the name of
+        another peer; such a message is rejected.
+        """
         identity = bytes(frames[0])
         if self.muted and identity in self.muted:
             return None
@@ -107,11 +116,11 @@ class ZmqHub:
             return None
 
     def _reject(self, identity: bytes, reason: str) -> None:
-        """Answer at once or not at all: a peer that sends rubbish may hold nobody up."""
+        """Mute the peer and send Rejected without waiting: a bad peer must not delay others."""
         self.rejected += 1
         self.muted.add(identity)
         with suppress(ProtocolError):
-            name = named_in(identity)
+            name = claimed_name(identity)
             owner = self._names.owner(name)
             is_owner = owner is None or owner.identity == identity
             if is_owner and len(self.newly_rejected) < MAX_NAMED:
@@ -134,7 +143,7 @@ class ZmqHub:
         return self._send(identity, Ack()) is not Delivery.GONE
 
     def _key(self, frame: Frame) -> str:
-        """The public key that a received frame came with, as the authenticator found it."""
+        """The public key of the sender of a frame, as set by the authenticator."""
         if not self._has_keys:
             return ""
         assert isinstance(frame, memoryview)
@@ -144,29 +153,29 @@ class ZmqHub:
 
 
 class ZmqLink:
-    """A peer's end. It may be opened before the hub; what is sent waits for it."""
+    """The Link of a peer. It may be opened before the hub; messages are queued until then."""
 
     def __init__(
         self, socket: PolledSocket, endpoint: str, send_deadline_s: float, keys: Keys | None
     ) -> None:
         self._socket = socket
-        self._silence = f"a message (none has come; {why_silent(keys)})"
-        self._whom = f"the service at {endpoint}"
+        self._awaited = f"a message (none received so far; {why_silent(keys)})"
+        self._peer = f"the service at {endpoint}"
         self._send_deadline_s = send_deadline_s
 
     async def send(self, message: Message) -> None:
-        """Queue a message; waits while the outbox is full, then raises DeadlineExceeded."""
-        what = f"room for {type(message).__name__} in the outbox"
+        """Queue a message; waits while the outbox is full. Raises DeadlineExceeded."""
+        what = f"space for {type(message).__name__} in the outbox"
         await self._socket.send(
-            encode(message), deadline_s=self._send_deadline_s, whom=self._whom, what=what
+            encode(message), deadline_s=self._send_deadline_s, whom=self._peer, what=what
         )
 
     async def receive(self, deadline_s: float) -> Message:
-        """Next message. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
+        """Wait for the next message. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
         frames = await self._socket.receive(
-            deadline_s=deadline_s, whom=self._whom, what=self._silence
+            deadline_s=deadline_s, whom=self._peer, what=self._awaited
         )
-        self._silence = "a message"
+        self._awaited = "a message"
         return decode(frames)
 
     async def close(self) -> None:
@@ -181,17 +190,17 @@ async def open_hub(
     inbox_messages: int = QUEUED_MESSAGES,
     keys: ServerKeys | None = None,
 ) -> ZmqHub:
-    """Bind at `host`; port 0 picks a free one (`hub.port`). Queues are bounded for each peer.
+    """Bind to `host`; port 0 picks a free port (`hub.port`). The queues of each peer are bounded.
 
-    With `keys` none but allowed clients can connect; without, anyone who reaches the address.
+    With `keys` only allowed clients can connect; without, any client that reaches the address.
 
-    Raises ConfigError when the address cannot be bound.
+    Raises ConfigError if the address cannot be bound.
     """
     socket = PolledSocket(
         zmq.ROUTER, outbox_messages=outbox_messages, inbox_messages=inbox_messages, keys=keys
     )
-    # Mandatory routing makes a full queue and a gone peer known; else both drop silently. With
-    # handover a peer can reconnect before its old connection is found to be dead.
+    # Mandatory routing reports full queues and disconnected peers; by default such messages are
+    # dropped silently. Handover lets a peer reconnect before its old connection times out.
     socket.raw.ROUTER_MANDATORY = 1
     socket.raw.ROUTER_HANDOVER = 1
     try:
@@ -212,9 +221,9 @@ async def open_link(
     send_deadline_s: float = SEND_DEADLINE_S,
     keys: ClientKeys | None = None,
 ) -> ZmqLink:
-    """Connect to the hub under `name`, now or whenever it is there.
+    """Connect to the hub as `name`, as soon as the hub is available.
 
-    Raises ProtocolError for a name the hub would refuse.
+    Raises ProtocolError for an invalid name.
     """
     identity = new_identity(name)
     socket = PolledSocket(

@@ -1,4 +1,4 @@
-"""Small pictures out of characters. Each says what it says without colour, too."""
+"""Text graphics: sparklines and bars. All are readable without colour."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,10 +13,10 @@ Point = tuple[float, float]
 def sparkline(
     points: Sequence[Point], width: int, *, from_s: float, to_s: float, low: float, high: float
 ) -> str:
-    """`width` columns over [from_s, to_s]; a column without a point repeats the one before it.
+    """`width` columns over [from_s, to_s]; a column without points repeats the previous one.
 
     Columns before the first point are blank. `low` and `high` are the values of the lowest and
-    the highest level.
+    highest levels.
     """
     columns = resample(points, width, from_s=from_s, to_s=to_s)
     return "".join(" " if value is None else _level(value, low, high) for value in columns)
@@ -51,7 +51,7 @@ def _level(value: float, low: float, high: float) -> str:
 
 
 def bar(share: float | None, width: int, style: str) -> Text:
-    """A horizontal bar filled to `share` in [0, 1]; None draws only the track."""
+    """A horizontal bar filled to `share` in [0, 1]; None draws an empty bar."""
     filled = 0 if share is None else round(min(1.0, max(0.0, share)) * width)
     if share is not None and share > 0:
         filled = max(1, filled)
@@ -59,18 +59,18 @@ def bar(share: float | None, width: int, style: str) -> Text:
 
 
 def stacked_bar(shares: Iterable[float | None], styles: Sequence[str], width: int) -> Text:
-    """Segments of █▓▒░ in the order given, together `width` columns when the shares sum to 1.
+    """Segments of █▓▒░ in the given order; `width` columns in total if the shares sum to 1.
 
-    Boundaries, not lengths, are rounded, so the segments never add up to more than `width`.
+    Boundaries are rounded instead of lengths, so the total never exceeds `width`.
     """
     parts = [max(0.0, share or 0.0) for share in shares]
-    whole = max(1.0, sum(parts))
+    total = max(1.0, sum(parts))
     text = Text()
     drawn = 0
     running = 0.0
     for part, glyph, style in zip(parts, SHARE_GLYPHS, styles, strict=True):
         running += part
-        end = round(running / whole * width)
+        end = round(running / total * width)
         text.append(glyph * (end - drawn), style)
         drawn = end
     return text.append("─" * (width - drawn), "dim")

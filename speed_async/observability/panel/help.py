@@ -1,45 +1,48 @@
-"""What every row of the panel means, and which keys it knows."""
+"""Help text of the panel: rows and keys."""
 
 from rich.text import Text
 
 from speed_async.observability.panel.layout import LABEL, Layout, wrapped
 
 KEYS = (
-    ("h or ?", "this help, page by page; after the last page the panel again"),
-    ("s", "the latest three samples, and back"),
-    ("q", "leave the panel; the run goes on"),
-    ("Ctrl-C", "in the terminal of `speed-async train`: stop the run in order, with a checkpoint"),
+    ("h or ?", "show this help, page by page; the panel follows the last page"),
+    ("s", "toggle the latest three samples"),
+    ("q", "close the panel; the run continues"),
+    (
+        "Ctrl-C",
+        "in the terminal of `speed-async train`: stop the run and save a checkpoint",
+    ),
 )
 ROWS = (
-    ("updates", "optimiser updates made, of all that are to be made; the phase of the run"),
-    ("time", "seconds since the run began, in all its lives; what is left at the present rate; how "
-     "late the service comes to its work, in red when it is too busy"),
-    ("stage", "what the run does before, between and after its updates"),
-    ("actors", "actors that take part, of those that are wanted; the share of their slots that "
-     "generate a completion now"),
-    ("reward", "pass rate of screened prompts, before the gate chooses among them"),
-    ("accuracy", "of the last evaluation on held-out prompts"),
-    ("generated", "tokens a second that all actors sample"),
-    ("trained", "tokens a second that the learner trains on"),
-    ("gate", "share of screened prompts that were continued to a whole group"),
-    ("buffer", "finished groups that wait for the learner, of those that fit"),
-    ("in flight", "prompts that actors work on now. The limit moves: it is what the buffer and the "
-     "batches that are due within the staleness bound can still take, and it grows when the gate "
+    ("updates", "optimiser updates done and in total; the phase of the run"),
+    ("time", "duration of the run over all attempts; remaining time at the current rate; delay of "
+     "the service loop, in red if the service is overloaded"),
+    ("stage", "activity of the run before, between and after updates"),
+    ("actors", "connected actors, of the expected number; the share of their slots that generate a "
+     "completion now"),
+    ("reward", "pass rate of screened prompts, before the gate"),
+    ("accuracy", "accuracy of the last evaluation on held-out prompts"),
+    ("generated", "tokens per second sampled by all actors"),
+    ("trained", "tokens per second trained by the learner"),
+    ("gate", "share of screened prompts that were continued to a full group"),
+    ("buffer", "finished groups that wait for the learner, and the capacity"),
+    ("in flight", "prompts that actors process now. The limit varies: it is the remaining capacity "
+     "of the buffer and of the batches within the staleness bound, and it grows when the gate "
      "continues fewer prompts"),
-    ("staleness", "versions between sampling a token and training on it: mean, maximum, bound"),
-    ("weights", "actors that hold the newest version; the longest pause of an actor for loading "
-     "one; how many versions the last actor is behind"),
-    ("bound by", "what the learner waits for most; below, where the time of its last updates went"),
+    ("staleness", "policy versions between sampling and training of a token: mean, maximum, bound"),
+    ("weights", "actors with the newest version; the longest pause of an actor to load a version; "
+     "the largest lag of an actor in versions"),
+    ("bound by", "the main bottleneck of the learner; below, the time of its last updates"),
     ("ledger", "whether every generated token is accounted for"),
-    ("actor-N", "the version that it holds, and how far that is behind"),
-    ("last", "what happened, the newest first, with the time of the run"),
-    ("! ...", "a warning; it goes when the matter is over, and stays in the list above"),
-    ("✗ ...", "a diagnosis: why the run cannot learn, and what to change"),
+    ("actor-N", "the version of the actor, and its lag"),
+    ("last", "recent events, newest first, with the run time"),
+    ("! ...", "a warning, shown while it is active; it stays in the list above"),
+    ("✗ ...", "a diagnosis: why the run cannot learn, and the remedy"),
 )  # fmt: skip
 
 
 def help_pages(layout: Layout, height: int | None) -> list[list[Text]]:
-    """The help in pages of at most `height` lines."""
+    """Split the help into pages of at most `height` lines."""
     entries = [_entry(name, text, layout) for name, text in (*KEYS, *ROWS)]
     pages: list[list[Text]] = [[]]
     for entry in entries:

@@ -1,4 +1,4 @@
-"""What is kept of a figure for its sparkline: the whole run in few points, or the last minutes."""
+"""Data of the sparklines: the whole run in few points, or the last minutes."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ HISTORY_LIMIT = 512
 
 @dataclass(slots=True)
 class History:
-    """A whole run in at most `HISTORY_LIMIT` points: when full, neighbours are averaged."""
+    """A whole run in at most `HISTORY_LIMIT` points: pairs are averaged when it is full."""
 
     points: list[Point] = field(default_factory=list)
     first: float | None = None

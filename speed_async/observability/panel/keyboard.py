@@ -1,4 +1,4 @@
-"""The terminal's keyboard: single keys, no echo, and the terminal's modes given back."""
+"""Keyboard input from the terminal: single keys without echo. Terminal modes are restored."""
 
 import os
 import select
@@ -16,28 +16,28 @@ Modes = list[Any]
 
 
 class Keyboard:
-    """Keys that are pressed in the terminal that standard input is, as they are pressed.
+    """Reads single keys from the terminal on standard input.
 
-    Ctrl-C and Ctrl-Z still reach the terminal's foreground processes as signals. The terminal is
-    touched and read only while it is ours to use: this process, or the nearest ancestor that the
-    terminal controls, is in its foreground. (The console of a run is in a session of its own, so
-    that Ctrl-C does not end it; the command that started the run stands in for it.)
+    Ctrl-C and Ctrl-Z still send signals to the foreground processes of the terminal. The terminal
+    is used only while this process, or its nearest ancestor with this controlling terminal, is in
+    the foreground. (The console of a run has its own session, so that Ctrl-C does not end it; the
+    command that started the run is the ancestor.)
     """
 
     def __init__(self) -> None:
         self._descriptor = _terminal()
         self._owner: int | None = None
-        """Process id of that ancestor; None for this process."""
+        """Process id of that ancestor; None if the terminal controls this process."""
         self._modes: Modes | None = None
-        """To be given back."""
+        """Modes to restore."""
         self._handler: Any = None
 
     def __enter__(self) -> "Keyboard":
         if self._descriptor is not None:
             self._owner = _controlled_ancestor(self._descriptor)
-            # A read that comes just after the terminal was lost fails, and stops nobody.
+            # A read from the background then fails instead of stopping the process.
             self._handler = signal.signal(signal.SIGTTIN, signal.SIG_IGN)
-            self.attend()
+            self.enable()
         return self
 
     def __exit__(
@@ -46,23 +46,23 @@ class Keyboard:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.give_back()
+        self.restore()
         if self._handler is not None:
             signal.signal(signal.SIGTTIN, self._handler)
 
     @property
-    def is_there(self) -> bool:
-        """Whether there is a keyboard to be read at all."""
-        return self._descriptor is not None and self._owner != NOBODY
+    def is_available(self) -> bool:
+        """Whether keys can be read at all."""
+        return self._descriptor is not None and self._owner != NO_PROCESS
 
     @property
-    def is_elsewhere(self) -> bool:
-        """Whether the terminal is another's now: this is a background job."""
-        return self.is_there and not self._is_ours()
+    def is_background(self) -> bool:
+        """Whether this process is a background job of the terminal."""
+        return self.is_available and not self._is_foreground()
 
-    def attend(self) -> None:
-        """Have the terminal give single keys, if it is ours; again after a shell had it."""
-        if self._descriptor is None or not self._is_ours():
+    def enable(self) -> None:
+        """Set single-key mode in the foreground; call again after a shell reset the modes."""
+        if self._descriptor is None or not self._is_foreground():
             return
         modes = termios.tcgetattr(self._descriptor)
         if not modes[3] & (termios.ECHO | termios.ICANON):
@@ -76,12 +76,12 @@ class Keyboard:
         )
 
     def pressed(self) -> str:
-        """The keys pressed since the last call; empty while the terminal is another's."""
-        if self._descriptor is None or not self._is_ours():
+        """Keys pressed since the last call; empty in the background."""
+        if self._descriptor is None or not self._is_foreground():
             return ""
-        self.attend()
+        self.enable()
         keys = b""
-        with suppress(OSError):  # it was lost meanwhile
+        with suppress(OSError):  # the terminal was lost meanwhile
             while select.select([self._descriptor], [], [], 0)[0]:
                 chunk = os.read(self._descriptor, 64)
                 if not chunk:  # hung up
@@ -90,39 +90,38 @@ class Keyboard:
                 keys += chunk
         return keys.decode(errors="ignore")
 
-    def give_back(self) -> None:
-        """The terminal's modes as they were, unless somebody else has it now."""
+    def restore(self) -> None:
+        """Restore the terminal modes, unless this process is in the background."""
         modes, self._modes = self._modes, None
-        if modes is not None and self._descriptor is not None and self._is_ours():
+        if modes is not None and self._descriptor is not None and self._is_foreground():
             with suppress(termios.error):
                 termios.tcsetattr(self._descriptor, termios.TCSANOW, modes)
 
-    def _is_ours(self) -> bool:
+    def _is_foreground(self) -> bool:
         assert self._descriptor is not None
         if self._owner is None:
-            return _holds(self._descriptor)
+            return _in_foreground(self._descriptor)
         status = _status_of(self._owner)
         return status is not None and status.group == status.foreground
 
 
 @contextmanager
 def terminal_kept() -> Iterator[None]:
-    """The terminal's modes and its cursor are as before afterwards, whatever was done to them:
-    a console that is killed cannot give them back."""
+    """Restore terminal modes and cursor on exit, because a killed console cannot restore them."""
     descriptor = _terminal()
     modes = termios.tcgetattr(descriptor) if descriptor is not None else None
     try:
         yield
     finally:
-        if descriptor is not None and modes is not None and _holds(descriptor):
+        if descriptor is not None and modes is not None and _in_foreground(descriptor):
             with suppress(OSError, termios.error):
                 if termios.tcgetattr(descriptor) != modes:
                     termios.tcsetattr(descriptor, termios.TCSANOW, modes)
                     os.write(descriptor, SHOW_CURSOR)
 
 
-NOBODY = 0
-"""In place of a process id: no ancestor is controlled by the terminal."""
+NO_PROCESS = 0
+"""Instead of a process id: the terminal controls no ancestor."""
 
 
 class _Status:
@@ -152,16 +151,19 @@ def _terminal() -> int | None:
         return None
 
 
-def _holds(descriptor: int) -> bool:
+def _in_foreground(descriptor: int) -> bool:
     """Whether this process is in the foreground of this terminal."""
     try:
         return os.tcgetpgrp(descriptor) == os.getpgrp()
-    except OSError:  # it does not control this process
+    except OSError:  # the terminal does not control this process
         return False
 
 
 def _controlled_ancestor(descriptor: int) -> int | None:
-    """None where this process is controlled by the terminal itself; NOBODY where none is."""
+    """Nearest ancestor controlled by the terminal.
+
+    None if the terminal controls this process; NO_PROCESS if it controls no ancestor.
+    """
     try:
         os.tcgetpgrp(descriptor)
         return None
@@ -172,4 +174,4 @@ def _controlled_ancestor(descriptor: int) -> int | None:
         if status.terminal == terminal:
             return process_id
         process_id = status.parent
-    return NOBODY
+    return NO_PROCESS

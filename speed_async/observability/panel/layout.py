@@ -1,4 +1,4 @@
-"""Columns of the panel, and which of its lines a small terminal goes without."""
+"""Layout of the panel: columns, and selection of lines for small terminals."""
 
 import textwrap
 from dataclasses import dataclass
@@ -7,25 +7,25 @@ from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
 WIDE = 76
-"""From this inner width on, notes are spelled out."""
+"""Inner width from which notes are shown in full."""
 LABEL, FIGURE, UNIT, GAP = 10, 9, 8, 1
-ALWAYS = 0
-"""Rank of a line that every picture has."""
+REQUIRED = 0
+"""Rank of a line that is always shown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """One line of the picture. Where there is no room, the highest ranks are left out first."""
+    """One line of the panel. Without enough space, the highest ranks are omitted first."""
 
     text: Text
-    rank: int = ALWAYS
+    rank: int = REQUIRED
 
 
-def fitting(lines: list[Line], room: int | None) -> list[Line]:
-    """The lines of the lowest ranks, in their order: at most `room`, but all that are ALWAYS."""
-    while room is not None and len(lines) > room:
+def fitting(lines: list[Line], max_lines: int | None) -> list[Line]:
+    """Select at most `max_lines` lines of the lowest ranks, in order, and all REQUIRED ones."""
+    while max_lines is not None and len(lines) > max_lines:
         highest = max(line.rank for line in lines)
-        if highest == ALWAYS:
+        if highest == REQUIRED:
             break
         lines = [line for line in lines if line.rank < highest]
     return lines
@@ -78,19 +78,21 @@ def text_row(label: str, text: Text) -> Text:
 
 
 def wrapped(text: str, width: int, *, first: str = "", rest: str = "") -> list[str]:
-    """`text`, one line of it, in lines of at most `width` columns, which begin with `first` and
-    `rest`. Characters of two columns count as such."""
+    """Wrap a single-line `text` to `width` columns, with the prefixes `first` and `rest`.
+
+    Double-width characters count as two columns.
+    """
     if cell_len(text) == len(text):
         return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=rest)
     parts = chop_cells(text, width - max(len(first), len(rest)))
     return [(rest if index else first) + part for index, part in enumerate(parts)]
 
 
-def without_middle(lines: list[str], most: int) -> list[str]:
-    """At most `most` lines: of more, the first and the last ones, open where some are missing."""
-    most = max(1, most)
-    if len(lines) <= most:
+def without_middle(lines: list[str], max_lines: int) -> list[str]:
+    """Keep the first and last of at most `max_lines` lines, with an ellipsis for omitted ones."""
+    max_lines = max(1, max_lines)
+    if len(lines) <= max_lines:
         return lines
-    num_last = most // 2
-    first = lines[: most - num_last]
+    num_last = max_lines // 2
+    first = lines[: max_lines - num_last]
     return [*first[:-1], f"{first[-1][:-2]} …", *lines[len(lines) - num_last :]]

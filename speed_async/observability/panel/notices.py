@@ -1,12 +1,12 @@
-"""What the panel says in sentences: what is wrong, how the run ended, what happened."""
+"""Text of the panel: warnings, diagnoses, the outcome and recent events."""
 
 from collections.abc import Sequence
 
 from rich.text import Text
 
-from speed_async.observability.outcomes import told_outcome
+from speed_async.observability.outcomes import outcome_sentence
 from speed_async.observability.panel.layout import (
-    ALWAYS,
+    REQUIRED,
     Layout,
     Line,
     text_row,
@@ -24,36 +24,36 @@ OUTCOME_STYLES = {
 }
 
 
-def notice_lines(state: PanelState, layout: Layout, most: int) -> list[Line]:
-    """The outcome, the diagnoses and the warnings, in at most `most` lines where that is two for
-    each. What is too long lacks its middle: the remedy stands at its end."""
+def notice_lines(state: PanelState, layout: Layout, max_lines: int) -> list[Line]:
+    """The outcome, the diagnoses and the warnings in at most `max_lines` lines, but at least two
+    lines each. Long texts lose their middle, because the remedy is at the end."""
     notices = [(f"✗ {text}", ALARM) for text in state.diagnoses]
     notices += [(f"! {text}", "red") for text in state.warnings]
     if state.outcome is not None:
-        text = told_outcome(state.outcome, state.reason)
+        text = outcome_sentence(state.outcome, state.reason)
         notices.insert(0, (text, OUTCOME_STYLES[state.outcome]))
-    told = [wrapped(text, layout.inner, rest="  ") for text, _ in notices]
-    shares = _shares([len(lines) for lines in told], most)
+    texts = [wrapped(text, layout.inner, rest="  ") for text, _ in notices]
+    shares = _shares([len(lines) for lines in texts], max_lines)
     return [
-        Line(text=Text(line, style, no_wrap=True), rank=ALWAYS)
-        for lines, share, (_, style) in zip(told, shares, notices, strict=True)
+        Line(text=Text(line, style, no_wrap=True), rank=REQUIRED)
+        for lines, share, (_, style) in zip(texts, shares, notices, strict=True)
         for line in without_middle(lines, share)
     ]
 
 
-def _shares(wanted: list[int], most: int) -> list[int]:
-    """Lines for each: what it wants, or an equal part of what the shorter ones leave."""
-    shares = dict.fromkeys(range(len(wanted)), 0)
-    left, open_ones = most, sorted(shares, key=lambda index: wanted[index])
-    while open_ones:
-        index = open_ones.pop(0)
-        shares[index] = max(2, min(wanted[index], left // (len(open_ones) + 1)))
+def _shares(requested: list[int], max_lines: int) -> list[int]:
+    """Lines per text: the requested number, or an equal share of what shorter texts leave."""
+    shares = dict.fromkeys(range(len(requested)), 0)
+    left, pending = max_lines, sorted(shares, key=lambda index: requested[index])
+    while pending:
+        index = pending.pop(0)
+        shares[index] = max(2, min(requested[index], left // (len(pending) + 1)))
         left -= shares[index]
-    return [shares[index] for index in range(len(wanted))]
+    return [shares[index] for index in range(len(requested))]
 
 
 def event_lines(state: PanelState, ranks: Sequence[int]) -> list[Line]:
-    """The newest recent_events, the last of which stays longest."""
+    """The recent events, newest first; `ranks` are those of the lines."""
     newest_first = list(reversed(state.recent_events))[: len(ranks)] or ["-"]
     lines = [
         Line(text=text_row("" if place else "last", Text(text)), rank=rank)

@@ -1,4 +1,4 @@
-"""The live console of one run, for people at a terminal."""
+"""The live console of one run, on a terminal."""
 
 import sys
 from contextlib import ExitStack
@@ -18,16 +18,15 @@ from speed_async.observability.panel.state import PanelState
 from speed_async.observability.panel.view import View, num_help_pages, render
 
 MIN_FRAME_S = 0.1
-"""Status events that follow each other faster than this are drawn together."""
-KEYS = "h help  s samples  q leave"
+"""Minimum time between frames; faster status events share a frame."""
+KEYS = "h help  s samples  q close"
 
 
 class Panel:
-    """Draws the run's state over itself; the last picture stays when the panel is left.
+    """Draws the state of the run in place. The last frame remains when the panel is closed.
 
-    There is no thread: it draws when it is given an event, and in `look`, which is to be called a
-    few times a second. While its terminal is in another's hands (a background job) it draws
-    nothing. Use it where `can_show(console)`.
+    There is no thread: the panel draws on events and in `look`, to be called a few times per
+    second. As a background job it draws nothing. Requires `can_show(console)`.
     """
 
     def __init__(self, console: Console, title: str) -> None:
@@ -40,21 +39,21 @@ class Panel:
         self._page = 0
         self._keyboard = Keyboard()
         self._has_keys = False
-        self._open = ExitStack()
+        self._stack = ExitStack()
         self._live = Live(
             console=console,
             auto_refresh=False,
-            get_renderable=self._picture,
+            get_renderable=self._render,
             redirect_stderr=sys.stderr.isatty(),
         )
 
     def __enter__(self) -> "Panel":
-        with ExitStack() as opening:
-            opening.enter_context(self._keyboard)
-            self._has_keys = self._keyboard.is_there
-            opening.callback(self._live.stop)
+        with ExitStack() as stack:
+            stack.enter_context(self._keyboard)
+            self._has_keys = self._keyboard.is_available
+            stack.callback(self._live.stop)
             self._draw()
-            self._open = opening.pop_all()
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -63,38 +62,38 @@ class Panel:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Draws the last state and gives the cursor back, whatever ended the run."""
+        """Draw the last state and restore the cursor."""
         self._view, self._has_keys = "figures", False
-        self._open.close()
+        self._stack.close()
 
     def remember(self, event: Event) -> None:
-        """Of what happened before: it is not drawn by itself."""
+        """Process an event from before the start of the panel, without drawing."""
         self._state.update(event)
 
     def update(self, event: Event) -> None:
         self._state.update(event)
         self._silent_s = 0.0
         wall_s = finite(event.values.get("wall_s"))
-        may_wait = event.kind not in ("evaluation", "end")
-        if may_wait and wall_s is not None and 0 <= wall_s - self._drawn_s < MIN_FRAME_S:
+        can_wait = event.kind not in ("evaluation", "end")
+        if can_wait and wall_s is not None and 0 <= wall_s - self._drawn_s < MIN_FRAME_S:
             return
         self._drawn_s = self._drawn_s if wall_s is None else wall_s
         self._draw()
 
     def look(self, silent_s: float) -> Literal["stay", "leave"]:
-        """See which keys were pressed; no event has come for `silent_s`."""
+        """Handle pressed keys. `silent_s` is the time since the last event."""
         keys = self._keyboard.pressed()
         for key in keys:
             if key in "qQ":
                 return "leave"
-            self._turn_to(key)
-        is_another = int(silent_s) != int(self._silent_s)
+            self._handle_key(key)
+        is_new_second = int(silent_s) != int(self._silent_s)
         self._silent_s = silent_s
-        if keys or (is_another and (silent_s >= SILENT_S or not self._state.values)):
+        if keys or (is_new_second and (silent_s >= SILENT_S or not self._state.values)):
             self._draw()
         return "stay"
 
-    def _turn_to(self, key: str) -> None:
+    def _handle_key(self, key: str) -> None:
         if key in "h?":
             self._page = self._page + 1 if self._view == "help" else 0
             is_last = self._page >= num_help_pages(self._console.width, self._console.height)
@@ -104,7 +103,7 @@ class Panel:
         else:
             self._view = "figures"
 
-    def _picture(self) -> RenderableType:
+    def _render(self) -> RenderableType:
         return render(
             self._state,
             self._console.width,
@@ -116,12 +115,12 @@ class Panel:
         )
 
     def _draw(self) -> None:
-        if self._keyboard.is_elsewhere:
+        if self._keyboard.is_background:
             return
         with self._console:  # one write for the whole frame
             self._console.control(_synchronised(True))
             if self._console.size != self._size:
-                # The terminal has wrapped the old picture anew: its height is unknown.
+                # The terminal has rewrapped the old frame, so its height is unknown.
                 self._size = self._console.size
                 self._console.clear()
             self._live.start()
@@ -130,7 +129,7 @@ class Panel:
 
 
 def can_show(console: Console) -> bool:
-    """Whether the console can draw over itself and has the characters for it."""
+    """Whether the console supports drawing in place and Unicode."""
     return (
         console.is_terminal
         and not console.is_dumb_terminal
@@ -140,7 +139,7 @@ def can_show(console: Console) -> bool:
 
 
 def _synchronised(begin: bool) -> Control:
-    """DEC mode 2026: the terminal shows the frame when it is whole. Others ignore it."""
+    """DEC mode 2026: show only complete frames. Ignored by terminals without support."""
     control = Control()
     code = "\x1b[?2026h" if begin else "\x1b[?2026l"
     control.segment = Segment(code, None, [(ControlType.HOME,)])

@@ -1,6 +1,6 @@
-"""The panel's rows of figures, by section, with what a small terminal goes without.
+"""Rows of metrics of the panel, by section, with ranks for small terminals.
 
-Colour is never alone in saying something, and no colour is used that vanishes on a light ground.
+No information is conveyed by colour alone, and all colours are readable on a light background.
 """
 
 from rich.text import Text
@@ -19,27 +19,27 @@ from speed_async.observability.outcomes import OUTCOMES
 from speed_async.observability.panel.glyphs import SHARE_GLYPHS, bar, sparkline, stacked_bar
 from speed_async.observability.panel.histories import RECENT_S, History, Recent
 from speed_async.observability.panel.layout import (
-    ALWAYS,
     FIGURE,
     GAP,
     LABEL,
+    REQUIRED,
     Layout,
     Line,
     text_row,
 )
 from speed_async.observability.panel.notices import ALARM, OUTCOME_STYLES
-from speed_async.observability.panel.state import ACTOR_LAG, PanelState, actors_here
+from speed_async.observability.panel.state import ACTOR_LAG, PanelState, actors_alive_text
 
 LATE_S = 0.25
-"""A service whose loop comes this late is too busy."""
+"""Loop delay from which the service is considered overloaded."""
 SILENT_S = 3.0
-"""A feed that gives nothing for this long is said to."""
+"""Time without events from which the panel shows a note."""
 ROLES = ("actor", "buffer", "learner", "sync")
 ROLE_STYLES = ("cyan", "blue", "green", "magenta")
 
 
 def progress_rows(state: PanelState, layout: Layout, silent_s: float) -> list[Line]:
-    """`silent_s`: how long no event has come, by the clock of who looks."""
+    """`silent_s` is the time since the last event, on the local clock."""
     values = state.values
     done, total = finite(values.get("policy_version")), finite(values.get("updates_total"))
     share = done / total if done is not None and total else None
@@ -66,33 +66,33 @@ def progress_rows(state: PanelState, layout: Layout, silent_s: float) -> list[Li
 
 def _actors_row(state: PanelState, layout: Layout) -> Text:
     values = state.values
-    alive, wanted = finite(values.get("actors_alive")), finite(values.get("actors_total"))
-    goes_on = state.outcome is None and state.had_actors
-    is_missing = (alive or 0) < (wanted or 0) and goes_on
+    alive, expected = finite(values.get("actors_alive")), finite(values.get("actors_total"))
+    is_running = state.outcome is None and state.had_actors
+    is_missing = (alive or 0) < (expected or 0) and is_running
     busy, slots = values.get("actors_slots_busy"), values.get("actors_slots")
-    told = f"{count(busy)} of {count(slots)} slots" if layout.wide else "slots busy"
+    note = f"{count(busy)} of {count(slots)} slots" if layout.wide else "slots busy"
     return layout.row(
         "actors",
-        actors_here(values),
-        unit="MISSING" if is_missing else "here",
+        actors_alive_text(values),
+        unit="MISSING" if is_missing else "alive",
         graphic=bar(_ratio(busy, slots), layout.graphic, "cyan"),
-        note=told,
+        note=note,
         style=ALARM if is_missing else "bold",
     )
 
 
 def _service_lag(values: dict[str, Value], layout: Layout) -> Text:
-    """How late the service's loop is: whatever waits for the service waits that long."""
+    """Delay of the service loop, which delays every request to the service."""
     lag_s = finite(values.get("loop_lag_s"))
     if lag_s is None:
         return Text("")
-    told = f"{1000 * lag_s:.0f} ms" if lag_s < 1 else f"{lag_s:.1f} s"
-    word = "service lag" if layout.wide else "lag"
-    return Text(f"{word} {told}", ALARM if lag_s > LATE_S else "dim")
+    delay = f"{1000 * lag_s:.0f} ms" if lag_s < 1 else f"{lag_s:.1f} s"
+    label = "service lag" if layout.wide else "lag"
+    return Text(f"{label} {delay}", ALARM if lag_s > LATE_S else "dim")
 
 
 def _stage(state: PanelState, silent_s: float) -> Text | None:
-    """What goes on where no update is being made, and for how long; a feed that is silent."""
+    """Activity between updates with its duration, or a note that the feed is silent."""
     values = state.values
     if state.outcome is not None:
         return None
@@ -100,18 +100,20 @@ def _stage(state: PanelState, silent_s: float) -> Text | None:
         return Text(f"waiting for the run's first event, {silent_s:.0f} s", "cyan")
     if silent_s >= SILENT_S:
         return Text(f"no event from the run for {silent_s:.0f} s", ALARM)
-    phase, told = values.get("phase"), ""
+    phase, stage = values.get("phase"), ""
     if phase == "starting":
-        told = f"{actors_here(values)} actors here"
+        stage = f"{actors_alive_text(values)} actors alive"
         if values.get("learner_here") is False:
-            told = f"learner loads the model, {told}"
+            stage = f"learner loads the model, {stage}"
     elif phase == "evaluating":
         which = "first evaluation" if values.get("accuracy_before") is None else "last evaluation"
         done, total = values.get("evaluated_prompts"), values.get("evaluation_prompts")
-        told = which if total is None else f"{which}, {count(done)} of {count(total)} prompts"
+        stage = which if total is None else f"{which}, {count(done)} of {count(total)} prompts"
     elif phase == "draining":
-        told = "actors finish what they have begun"
-    return Text(f"{told}, {duration(state.wall_s - state.stage_since_s)}", "cyan") if told else None
+        stage = "actors finish running work"
+    if not stage:
+        return None
+    return Text(f"{stage}, {duration(state.wall_s - state.stage_since_s)}", "cyan")
 
 
 def _phase(state: PanelState) -> Text:
@@ -132,15 +134,15 @@ def learning_rows(state: PanelState, layout: Layout) -> list[Line]:
 def _history_row(
     label: str, value: Value, unit: str, history: History, state: PanelState, layout: Layout
 ) -> Text:
-    figures = [number for _, number in history.points]
-    low, high = (min(figures), max(figures)) if figures else (0.0, 1.0)
-    # A tenth at least from bottom to top: noise must not look like progress.
+    numbers = [number for _, number in history.points]
+    low, high = (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
+    # The range is at least 0.1, so that noise does not look like progress.
     high = max(high, low + 0.1)
     line = sparkline(
         history.points, layout.graphic, from_s=0.0, to_s=state.wall_s, low=low, high=high
     )
-    told = state.values.get("accuracy_before") if history is state.accuracy else None
-    first = history.first if told is None else told
+    reported = state.values.get("accuracy_before") if history is state.accuracy else None
+    first = history.first if reported is None else reported
     best = f"best {decimal(history.best, 2)}"
     note = f"first {decimal(first, 2)}  {best}" if layout.wide else best
     return layout.row(label, decimal(value, 3), unit=unit, graphic=Text(line, "green"), note=note)
@@ -183,13 +185,13 @@ def flow_rows(state: PanelState, layout: Layout) -> list[Line]:
     mean, maximum = values.get("staleness_mean"), values.get("staleness_max")
     bound = finite(values.get("max_staleness"))
     over = bound is not None and (finite(maximum) or 0) > bound
-    told = f"max {count(maximum)}" + (f" of {count(bound)}" if bound is not None else "")
+    note = f"max {count(maximum)}" + (f" of {count(bound)}" if bound is not None else "")
     staleness = layout.row(
         "staleness",
         decimal(mean, 2),
         unit="mean",
         graphic=bar(_ratio(mean, bound if bound is not None else maximum), layout.graphic, "blue"),
-        note=Text(told, ALARM if over else "dim"),
+        note=Text(note, ALARM if over else "dim"),
     )
     return [
         Line(text=_buffer_row(values, layout), rank=6),
@@ -211,19 +213,19 @@ def _buffer_row(values: dict[str, Value], layout: Layout) -> Text:
 
 
 def _in_flight_row(values: dict[str, Value], layout: Layout) -> Text:
-    """The limit moves with the gate and the buffer, so it is no denominator."""
+    """The limit varies with the gate and the buffer, so it is not shown as a denominator."""
     held, limit = values.get("in_flight_groups"), values.get("credits")
     return layout.row(
         "in flight",
         count(held),
         unit="prompts",
         graphic=bar(_ratio(held, limit), layout.graphic, "blue"),
-        note=f"limit {count(limit)}" + (" at present" if layout.wide else ""),
+        note=f"limit {count(limit)}" + (" currently" if layout.wide else ""),
     )
 
 
 def _weights_row(values: dict[str, Value], layout: Layout) -> Text:
-    """How many actors hold the newest version, and how far the last one is behind."""
+    """Number of actors with the newest version, and the largest lag."""
     holders, alive = values.get("weights/newest"), values.get("actors_alive")
     pause_s = finite(values.get("weights/pause_max_s"))
     pause = f"pause {count(1000 * pause_s)} ms  " if layout.wide and pause_s is not None else ""
@@ -254,7 +256,7 @@ def bottleneck_rows(state: PanelState, layout: Layout) -> list[Line]:
     head = Text(no_wrap=True)
     head.append("bound by".ljust(LABEL), "dim").append(bottleneck.rjust(FIGURE), "bold")
     head.append("  ").append_text(stacked_bar(shares, ROLE_STYLES, bar_width))
-    ledger_rank = ALWAYS if state.values.get("ledger_closes") is False else 12
+    ledger_rank = REQUIRED if state.values.get("ledger_closes") is False else 12
     return [
         Line(text=head, rank=7),
         Line(text=legend, rank=14),
@@ -263,16 +265,16 @@ def bottleneck_rows(state: PanelState, layout: Layout) -> list[Line]:
 
 
 def _ledger_row(state: PanelState) -> Text:
-    closes = state.values.get("ledger_closes")
-    if closes is None:
+    balances = state.values.get("ledger_closes")
+    if balances is None:
         return text_row("ledger", Text(DASH))
-    if closes:
-        return text_row("ledger", Text("✓ closes: every token is accounted for", "green"))
-    return text_row("ledger", Text("✗ does not close: tokens are unaccounted for", ALARM))
+    if balances:
+        return text_row("ledger", Text("✓ balances: every token is accounted for", "green"))
+    return text_row("ledger", Text("✗ does not balance: tokens are unaccounted for", ALARM))
 
 
 def actor_rows(state: PanelState, layout: Layout, ranks: range) -> list[Line]:
-    """The weights of each actor that reports them, as many as there are ranks."""
+    """Weight version of each reporting actor, in at most `len(ranks)` rows."""
     newest = finite(state.values.get("policy_version"))
     lags = {
         key.removeprefix(ACTOR_LAG): finite(value)
@@ -291,9 +293,9 @@ def actor_rows(state: PanelState, layout: Layout, ranks: range) -> list[Line]:
 def _actor_row(name: str, lag: float | None, newest: float | None, layout: Layout) -> Text:
     held = None if lag is None or newest is None else newest - lag
     share = None if held is None else (held / newest if newest else 1.0)
-    told = "no weights yet" if lag is None else f"{count(lag)} behind"
+    note = "no weights yet" if lag is None else f"{count(lag)} behind"
     graphic = bar(share, layout.graphic, "blue")
-    return layout.row(name, f"v{count(held)}", unit="holds", graphic=graphic, note=told)
+    return layout.row(name, f"v{count(held)}", unit="", graphic=graphic, note=note)
 
 
 def _by_index(item: tuple[str, float | None]) -> tuple[int, str]:

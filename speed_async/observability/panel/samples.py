@@ -1,4 +1,4 @@
-"""Completions as the panel shows them: what was asked, what came, what it earned."""
+"""Samples on the panel: prompt, completion and reward."""
 
 from collections.abc import Mapping
 
@@ -9,15 +9,15 @@ from speed_async.observability.notation import DASH, count, decimal, single_line
 from speed_async.observability.panel.layout import LABEL, Layout, without_middle, wrapped
 from speed_async.observability.panel.state import PanelState
 
-NO_SAMPLES = "no sample yet: a completion is picked now and then once actors work"
+NO_SAMPLES = "no sample yet: completions are sampled periodically once actors run"
 INDENT = LABEL + 1
 EXTRA_LINES = 3
-"""Of a sample, beside its prompt and its completion: head, extracted answer, gap."""
+"""Lines of a sample besides prompt and completion: header, extracted answer, blank line."""
 
 
 def samples_view(state: PanelState, layout: Layout, height: int | None) -> list[Text]:
-    """The latest samples, the newest first, in at most `height` lines; the middle of long texts is
-    left out, and the older samples where there is room for fewer."""
+    """The latest samples, newest first, in at most `height` lines. Long texts lose their
+    middle, and older samples are omitted if there is not enough space."""
     samples = list(reversed(state.samples))
     if not samples:
         return [Text(NO_SAMPLES, "dim")]
@@ -31,17 +31,17 @@ def samples_view(state: PanelState, layout: Layout, height: int | None) -> list[
 
 
 def sample_lines(sample: Mapping[str, Value], layout: Layout, height: int | None) -> list[Text]:
-    """One sample in at most `height` lines, an empty one at its end included."""
-    most = None if height is None else max(2, height - EXTRA_LINES)
+    """One sample in at most `height` lines, including a blank line at the end."""
+    max_lines = None if height is None else max(2, height - EXTRA_LINES)
     prompt = _lines("prompt", sample.get("prompt"), layout)
     completion = _lines("completion", sample.get("completion"), layout)
-    if most is not None:
-        num_prompt = min(len(prompt), max(1, most // 3, most - len(completion)))
+    if max_lines is not None:
+        num_prompt = min(len(prompt), max(1, max_lines // 3, max_lines - len(completion)))
         prompt = without_middle(prompt, num_prompt)
-        completion = without_middle(completion, most - len(prompt))
+        completion = without_middle(completion, max_lines - len(prompt))
     answer = sample.get("extracted")
     extracted = Text(single_line(answer) if answer is not None else f"{DASH} (no answer found)")
-    lines = [_head(sample), *(Text(line) for line in (*prompt, *completion))]
+    lines = [_header(sample), *(Text(line) for line in (*prompt, *completion))]
     answer_row = Text("extracted".ljust(INDENT)).append_text(extracted)
     return [*lines, answer_row, Text()]
 
@@ -51,7 +51,7 @@ def _lines(label: str, value: Value, layout: Layout) -> list[str]:
     return wrapped(text, layout.inner, first=label.ljust(INDENT), rest=" " * INDENT)
 
 
-def _head(sample: Mapping[str, Value]) -> Text:
+def _header(sample: Mapping[str, Value]) -> Text:
     reward = sample.get("reward")
     head = Text("reward ", "bold").append(decimal(reward, 2), "bold")
     if sample.get("truncated") is True:

@@ -1,4 +1,4 @@
-"""What the panel knows, grown from events alone. No terminal, no clock: time is `wall_s`."""
+"""State of the panel, derived from events only. Time is `wall_s`: no terminal, no clock."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -13,19 +13,19 @@ from speed_async.observability.notation import (
     single_line,
     split_lines,
 )
-from speed_async.observability.outcomes import identity_of, outcome_of, told_outcome
+from speed_async.observability.outcomes import identity_of, outcome_of, outcome_sentence
 from speed_async.observability.panel.histories import History, Recent
 
 NUM_RECENT_EVENTS = 64
 NUM_SAMPLES = 3
 ACTOR_LAG = "weights/lag/"
-"""Begins a key for each actor that is here."""
+"""Prefix of the key of each connected actor."""
 GAUGE_KINDS = ("status", "step", "end")
 
 
 @dataclass(slots=True)
 class PanelState:
-    """Latest value of every key, the histories behind the sparklines, and what happened."""
+    """Latest value of every key, histories of the sparklines, and recent events."""
 
     title: str
     values: dict[str, Value] = field(default_factory=dict)
@@ -34,17 +34,17 @@ class PanelState:
     generated: Recent = field(default_factory=Recent)
     trained: Recent = field(default_factory=Recent)
     recent_events: deque[str] = field(default_factory=lambda: deque(maxlen=NUM_RECENT_EVENTS))
-    """One line each, the newest last."""
+    """One line each, newest last."""
     samples: deque[dict[str, Value]] = field(default_factory=lambda: deque(maxlen=NUM_SAMPLES))
-    """Values of the latest sample events, the newest last."""
+    """Values of the latest sample events, newest last."""
     outcome: str | None = None
-    """None while the run goes on."""
+    """None while the run is active."""
     reason: str = ""
-    """Of the outcome."""
+    """Reason of the outcome."""
     stage_since_s: float = 0.0
-    """When the present phase began."""
+    """Start of the current phase."""
     had_actors: bool = False
-    """Since the learner came, or came again: before that none is missing."""
+    """Whether an actor was alive since the learner (re)connected; until then none is missing."""
 
     def update(self, event: Event) -> None:
         wall_s = finite(event.values.get("wall_s"))
@@ -54,8 +54,8 @@ class PanelState:
             return
         if event.kind in GAUGE_KINDS:
             if event.kind != "end":
-                self.outcome, self.reason = None, ""  # a run that was resumed goes on
-            self._compare(at_s, event.values)
+                self.outcome, self.reason = None, ""  # the run was resumed
+            self._record_changes(at_s, event.values)
             for key in [key for key in self.values if key.startswith(ACTOR_LAG)]:
                 del self.values[key]  # the actor may be gone
             self.values.update(event.values)
@@ -68,15 +68,15 @@ class PanelState:
         if event.kind == "step":
             self.reward.add(at_s, event.values.get("reward_mean"))
         elif event.kind == "evaluation":
-            self._evaluated(at_s, event.values)
+            self._handle_evaluation(at_s, event.values)
         elif event.kind == "end":
-            self._ended(at_s, event.values)
+            self._handle_end(at_s, event.values)
         if wall_s is not None:
             self.values["wall_s"] = wall_s
 
     @property
     def wall_s(self) -> float:
-        """Seconds since the run began, as of the last event."""
+        """Seconds since the start of the run, as of the last event."""
         return finite(self.values.get("wall_s")) or 0.0
 
     @property
@@ -91,44 +91,45 @@ class PanelState:
     def diagnoses(self) -> list[str]:
         return split_lines(self.values.get("diagnoses"))
 
-    def _compare(self, at_s: float, values: Mapping[str, Value]) -> None:
-        """Note what is another than before."""
+    def _record_changes(self, at_s: float, values: Mapping[str, Value]) -> None:
+        """Record events for changed values."""
         before = self.values
         if values.get("phase") != before.get("phase"):
             self.stage_since_s = at_s
         if values.get("learner_here") and not before.get("learner_here"):
-            self._note(at_s, "the learner has loaded the model")
+            self._record(at_s, "the learner has loaded the model")
         alive, alive_before = values.get("actors_alive"), before.get("actors_alive")
         if alive is not None and alive != (alive_before or 0):
-            self._note(at_s, f"actors {actors_here(values)}")
+            self._record(at_s, f"actors {actors_alive_text(values)}")
         for warning in split_lines(values.get("warning")):
             if warning not in self.warnings:
-                self._note(at_s, f"! {warning}")
+                self._record(at_s, f"! {warning}")
         known = set(map(identity_of, self.diagnoses))
         for diagnosis in split_lines(values.get("diagnoses")):
             if identity_of(diagnosis) not in known:
-                self._note(at_s, f"✗ {diagnosis}")
+                self._record(at_s, f"✗ {diagnosis}")
 
-    def _note(self, at_s: float, text: str) -> None:
+    def _record(self, at_s: float, text: str) -> None:
         self.recent_events.append(f"{duration(at_s)}  {text}")
 
-    def _evaluated(self, at_s: float, values: Mapping[str, Value]) -> None:
+    def _handle_evaluation(self, at_s: float, values: Mapping[str, Value]) -> None:
         accuracy = values.get("accuracy")
         self.accuracy.add(at_s, accuracy)
         self.values["accuracy"] = accuracy
-        self._note(
+        self._record(
             at_s,
             f"held-out {decimal(accuracy, 3)} at v{decimal(values.get('policy_version'), 0)},"
             f" {decimal(values.get('num_passed'), 0)}"
             f"/{decimal(values.get('num_completions'), 0)} passed",
         )
 
-    def _ended(self, at_s: float, values: Mapping[str, Value]) -> None:
+    def _handle_end(self, at_s: float, values: Mapping[str, Value]) -> None:
         self.outcome, self.reason = outcome_of(values), single_line(values.get("reason"))
         self.values["eta_s"] = None
-        self._note(at_s, told_outcome(self.outcome, self.reason))
+        self._record(at_s, outcome_sentence(self.outcome, self.reason))
 
 
-def actors_here(values: Mapping[str, Value]) -> str:
-    wanted = values.get("actors_total")
-    return count(values.get("actors_alive")) + (f"/{count(wanted)}" if wanted is not None else "")
+def actors_alive_text(values: Mapping[str, Value]) -> str:
+    expected = values.get("actors_total")
+    alive = count(values.get("actors_alive"))
+    return alive if expected is None else f"{alive}/{count(expected)}"

@@ -1,4 +1,4 @@
-"""The panel's picture: a frame around figures, samples or help, fit to the terminal."""
+"""Render the panel: a frame with figures, samples or help, fitted to the terminal."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from rich.text import Text
 from speed_async.observability.notation import single_line
 from speed_async.observability.panel.help import help_pages
 from speed_async.observability.panel.histories import RECENT_S
-from speed_async.observability.panel.layout import ALWAYS, Layout, Line, fitting, rule
+from speed_async.observability.panel.layout import REQUIRED, Layout, Line, fitting, rule
 from speed_async.observability.panel.notices import event_lines, notice_lines
 from speed_async.observability.panel.rows import (
     actor_rows,
@@ -25,14 +25,14 @@ from speed_async.observability.panel.state import PanelState
 
 View = Literal["figures", "samples", "help"]
 FRAME_LINES = 3
-"""Top, bottom, and the line that the cursor stands in."""
+"""Top and bottom borders, and the cursor line."""
 RULES = 15
 EVENTS = (11, *range(16, 27))
-"""Ranks of the recent events, the newest first."""
+"""Ranks of the recent events, newest first."""
 ACTORS = range(30, 38)
 SAMPLE, SAMPLE_LINES = 40, 12
 UNBOUNDED_EVENTS = 4
-"""Recent events of a picture whose height is not bounded."""
+"""Recent events shown without a height limit."""
 
 
 def render(
@@ -45,25 +45,28 @@ def render(
     keys: str = "",
     silent_s: float = 0.0,
 ) -> RenderableType:
-    """The panel for a terminal of `width` x `height`: nothing is wider, and from 15 lines on
-    nothing is higher. `page` is one of the help's; `keys` stands in the lower edge."""
+    """Render the panel for a terminal of `width` x `height`.
+
+    It never exceeds the width, nor the height from 15 lines on. `page` is the page of the help;
+    `keys` is shown in the lower border.
+    """
     layout = Layout.of_width(width - 4)
-    room = None if height is None else max(1, height - FRAME_LINES)
+    max_lines = None if height is None else max(1, height - FRAME_LINES)
     if view == "help":
-        pages = help_pages(layout, room)
+        pages = help_pages(layout, max_lines)
         texts = pages[page % len(pages)]
         keys = f"page {page % len(pages) + 1} of {len(pages)}  {keys}"
     elif view == "samples":
-        texts = samples_view(state, layout, room)
+        texts = samples_view(state, layout, max_lines)
     else:
-        texts = [line.text for line in _figures(state, layout, room, silent_s)]
+        texts = [line.text for line in _figures(state, layout, max_lines, silent_s)]
     for text in texts:
         text.truncate(layout.inner, overflow="ellipsis", pad=True)
     return Frame(
         Group(*texts),
-        title=_edge(Text("speed_async ", "bold").append(single_line(state.title)), layout),
+        title=_border_text(Text("speed_async ", "bold").append(single_line(state.title)), layout),
         title_align="left",
-        subtitle=_edge(Text(keys), layout) if keys else None,
+        subtitle=_border_text(Text(keys), layout) if keys else None,
         subtitle_align="right",
         box=ROUNDED,
         border_style="dim",
@@ -75,10 +78,12 @@ def num_help_pages(width: int, height: int) -> int:
     return len(help_pages(Layout.of_width(width - 4), max(1, height - FRAME_LINES)))
 
 
-def _figures(state: PanelState, layout: Layout, room: int | None, silent_s: float) -> list[Line]:
+def _figures(
+    state: PanelState, layout: Layout, max_lines: int | None, silent_s: float
+) -> list[Line]:
     progress = progress_rows(state, layout, silent_s)
-    num_kept = sum(line.rank == ALWAYS for line in progress)
-    notices = notice_lines(state, layout, 1000 if room is None else room - num_kept)
+    num_kept = sum(line.rank == REQUIRED for line in progress)
+    notices = notice_lines(state, layout, 1000 if max_lines is None else max_lines - num_kept)
     recent = rule("recent events", "newest first", layout)
     lines = [
         *progress,
@@ -88,7 +93,7 @@ def _figures(state: PanelState, layout: Layout, room: int | None, silent_s: floa
         *rate_rows(state, layout),
         _ruled("flow", "groups", layout),
         *flow_rows(state, layout),
-        _ruled("learner's time", "last updates", layout),
+        _ruled("learner time", "last updates", layout),
         *bottleneck_rows(state, layout),
         *_actors(state, layout),
         *_sample(state, layout),
@@ -96,22 +101,22 @@ def _figures(state: PanelState, layout: Layout, room: int | None, silent_s: floa
         *event_lines(state, EVENTS),
         *notices,
     ]
-    if room is None:
+    if max_lines is None:
         lines = [line for line in lines if line.rank <= EVENTS[UNBOUNDED_EVENTS - 1]]
-    return fitting(lines, room)
+    return fitting(lines, max_lines)
 
 
 def _actors(state: PanelState, layout: Layout) -> list[Line]:
     rows = actor_rows(state, layout, ACTORS)
-    heading = rule("actors", "weights that they hold", layout)
+    heading = rule("actors", "weight versions", layout)
     return [Line(text=heading, rank=rows[0].rank), *rows] if rows else []
 
 
 def _sample(state: PanelState, layout: Layout) -> list[Line]:
-    """The newest sample, where there is room for it."""
+    """The newest sample, if there is one."""
     if not state.samples:
         return []
-    heading = rule("sample", "the newest", layout)
+    heading = rule("sample", "newest", layout)
     texts = [heading, *sample_lines(state.samples[-1], layout, SAMPLE_LINES)[:-1]]
     return [Line(text=text, rank=SAMPLE) for text in texts]
 
@@ -120,7 +125,7 @@ def _ruled(name: str, scope: str, layout: Layout) -> Line:
     return Line(text=rule(name, scope, layout), rank=RULES)
 
 
-def _edge(text: Text, layout: Layout) -> Text:
+def _border_text(text: Text, layout: Layout) -> Text:
     text.no_wrap = True
     text.truncate(layout.inner - 4, overflow="ellipsis")
     return text
