@@ -19,7 +19,7 @@ from speed_async.types import Sampled, WeightOffer
 
 CONTEXT_LENGTH = 96
 NUM_TOKEN_IDS = len(VOCABULARY)
-WAIT_S = 20.0
+WAIT_S = 300.0
 
 
 class StartEngine(Protocol):

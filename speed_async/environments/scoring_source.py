@@ -14,8 +14,8 @@ INSTALL_FOLDERS = frozenset({"site-packages", "dist-packages"})
 def scoring_files(task: object) -> list[Path]:
     """Source files of the task's classes and of the modules that they import, transitively.
 
-    Of this package, only modules in `environments` and `testing` are included; of user code, only modules in the
-    task's folder or its subfolders. Installed packages are excluded.
+    Of this package, only modules in `environments` and `testing` are included; of user code, only
+    modules in the task's folder or its subfolders. Installed packages are excluded.
     """
     found: set[Path] = set()
     for kind in type(task).__mro__:

@@ -195,7 +195,16 @@ def _check_ledger(
         least <= tokens["generated"] <= most,
         f"the ledger has {tokens['generated']} tokens as generated, the actors {least} to {most}",
     )
-    ends = ("trained", "stale", "evicted", "screened_out", "failed", "buffered", "in_training")
+    ends = (
+        "trained",
+        "stale",
+        "evicted",
+        "screened_out",
+        "failed",
+        "unfinished",
+        "buffered",
+        "in_training",
+    )
     total = sum(groups[end] for end in (*ends, "in_flight"))
     verdict.require(
         groups["generated"] == total,

@@ -46,7 +46,16 @@ def write_run(folder: Path, actor: list[dict], learner: list[dict], **groups: in
     for name, lines in (("actor-1.0", actor), ("learner", learner)):
         texts = [json.dumps({"time_s": float(at), **line}) for at, line in enumerate(lines)]
         (folder / "trace" / f"{name}-1.jsonl").write_text("".join(f"{text}\n" for text in texts))
-    ends = ["trained", "stale", "evicted", "screened_out", "failed", "buffered", "in_training"]
+    ends = [
+        "trained",
+        "stale",
+        "evicted",
+        "screened_out",
+        "failed",
+        "unfinished",
+        "buffered",
+        "in_training",
+    ]
     counts = dict.fromkeys([*ends, "in_flight", "evaluation"], 0)
     counts |= {"generated": 4, "trained": 2, "screened_out": 1, "buffered": 1} | groups
     ledger = {"closes": True, "checks": {}, "groups": counts}
