@@ -38,7 +38,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import QUICKSTART, report
 from benchmarks.stand_in_learner import run_stand_in_learner
-from speed_async.actors.engine import GenerationRequest, OwnedEngine
+from speed_async.actors.engine import GenerationRequest, ManagedEngine
 from speed_async.actors.loop import ActorLoop
 from speed_async.actors.model_folder import load_tokenizer
 from speed_async.actors.prompt_codec import PromptCodec
@@ -67,7 +67,7 @@ END_TIMEOUT_S = 60.0
 class RecordingEngine:
     """Records the requests sent to its engine."""
 
-    def __init__(self, engine: OwnedEngine) -> None:
+    def __init__(self, engine: ManagedEngine) -> None:
         self._engine = engine
         self.recorded: list[GenerationRequest] = []
 
@@ -86,7 +86,7 @@ class RecordingEngine:
         return getattr(self._engine, name)
 
 
-def bare_engine(config: Config) -> OwnedEngine:
+def bare_engine(config: Config) -> ManagedEngine:
     if config.actors.engine == "vllm":
         from benchmarks.bare_vllm import BareVllm
 
@@ -103,7 +103,7 @@ class Turn:
     """Requests running or waiting at the end of the turn."""
 
 
-async def measure_turn(engine: OwnedEngine, duration_s: float) -> Turn:
+async def measure_turn(engine: ManagedEngine, duration_s: float) -> Turn:
     """Resume a paused engine for `duration_s`, then pause it again."""
     before, start_s = engine.stats, time.perf_counter()
     await engine.resume()
@@ -175,7 +175,7 @@ async def running_actor(config: Config, engine: RecordingEngine) -> AsyncIterato
 
 @asynccontextmanager
 async def replaying(
-    engine: OwnedEngine, recorded: list[GenerationRequest], num_callers: int
+    engine: ManagedEngine, recorded: list[GenerationRequest], num_callers: int
 ) -> AsyncIterator[None]:
     """`num_callers` callers that send the recorded requests to `engine` in an endless loop."""
 
@@ -200,7 +200,7 @@ async def replaying(
 
 
 async def compare(
-    config: Config, actor: RecordingEngine, bare: OwnedEngine, num_repeats: int, turn_s: float
+    config: Config, actor: RecordingEngine, bare: ManagedEngine, num_repeats: int, turn_s: float
 ) -> list[dict[str, object]]:
     engines = {"actor": actor, "bare": bare}
     num_callers = CALLERS_PER_SLOT * config.actors.slots

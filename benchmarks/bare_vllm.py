@@ -10,7 +10,7 @@ from vllm import SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
 from speed_async.actors.engine import EngineStats, GenerationRequest
-from speed_async.actors.vllm_engine.start import open_llm
+from speed_async.actors.vllm_engine.start import start_llm
 from speed_async.config.schema import Config
 
 
@@ -18,7 +18,7 @@ class BareVllm:
     """`generate` returns vLLM's own output."""
 
     def __init__(self, config: Config) -> None:
-        self._open = partial(open_llm, config, seed=config.run.seed)
+        self._open = partial(start_llm, config, seed=config.run.seed)
         self._ids = itertools.count()
         self._tokens_returned = 0
 

@@ -18,8 +18,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.fuzz_frames import Spoiler
-from benchmarks.fuzz_target import FRAMES_PER_INSIDER, HONEST, LIAR, Strangers, Target, books_close
+from benchmarks.fuzz_frames import FrameMutator
+from benchmarks.fuzz_target import (
+    CORRECT_ACTOR,
+    FAULTY_ACTOR,
+    FRAMES_PER_INSIDER,
+    Target,
+    UnknownPeers,
+    groups_balance,
+)
 
 WARM_SHARE = 0.2
 """Share of the frames after which memory is stable: tables are bounded, but start empty."""
@@ -33,7 +40,7 @@ def resident_mib() -> float:
 
 def fuzz(num_frames: int, seed: int, model: Path) -> bool:
     """Print the results and return whether all invariants held."""
-    spoiler, unknown_peers = Spoiler(seed), Strangers(seed)
+    spoiler, unknown_peers = FrameMutator(seed), UnknownPeers(seed)
     outer, inner = Target(model), Target(model)
     before = outer.digest()
     reasons: Counter[str] = Counter()
@@ -44,9 +51,9 @@ def fuzz(num_frames: int, seed: int, model: Path) -> bool:
         if number % 10:
             outer.receive(unknown_peers.next(), frames)
         else:
-            inner.receive(LIAR, frames)
+            inner.receive(FAULTY_ACTOR, frames)
             insider_frames += 1
-            if insider_frames % FRAMES_PER_INSIDER == 0 or LIAR.encode() in inner.muted:
+            if insider_frames % FRAMES_PER_INSIDER == 0 or FAULTY_ACTOR.encode() in inner.muted:
                 violations += not _holds(inner)
                 reasons += inner.reasons
                 inner, insiders = Target(model), insiders + 1
@@ -73,7 +80,7 @@ def fuzz(num_frames: int, seed: int, model: Path) -> bool:
         f"({growth:+.2%}), maximum {largest_mib:.1f} MiB"
     )
     print(f"joined with a valid Join: {outer.machine.service.membership.num_known - 2}")
-    print(f"mute table: {outer.muted.num_muted:,} muted, {len(outer.muted):,} held")
+    print(f"mute table: {outer.muted.num_blocked:,} muted, {len(outer.muted):,} held")
     for reason, count in reasons.most_common():
         print(f"  {count:>9,}  {reason}")
     return unchanged and not violations and growth < ALLOWED_GROWTH
@@ -82,8 +89,8 @@ def fuzz(num_frames: int, seed: int, model: Path) -> bool:
 def _holds(target: Target) -> bool:
     """Whether every group is accounted for, and the correct actor still has its leases."""
     service = target.machine.service
-    has_leases = bool(service.lifecycle.leases.of_holder(HONEST)) or service.ended
-    return books_close(target) and has_leases
+    has_leases = bool(service.lifecycle.leases.of_holder(CORRECT_ACTOR)) or service.ended
+    return groups_balance(target) and has_leases
 
 
 def main() -> int:

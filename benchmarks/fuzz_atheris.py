@@ -14,8 +14,8 @@ from pathlib import Path
 import atheris  # type: ignore[import-not-found]
 
 with atheris.instrument_imports(include=["speed_async.transport", "speed_async.buffer"]):
-    from benchmarks.fuzz_frames import Frames, Spoiler, corpus
-    from benchmarks.fuzz_target import LIAR, Strangers, Target, books_close
+    from benchmarks.fuzz_frames import FrameMutator, Frames, corpus
+    from benchmarks.fuzz_target import FAULTY_ACTOR, Target, UnknownPeers, groups_balance
     from speed_async.transport.codec import encode
 
 from benchmarks.fuzz import ALLOWED_GROWTH, resident_mib
@@ -46,7 +46,7 @@ class FuzzTarget:
         self._model = model
         self._outer, self._inner = Target(model), Target(model)
         self._before = self._outer.digest()
-        self._unknown_peers = Strangers(0)
+        self._unknown_peers = UnknownPeers(0)
         self._number = 0
         self._warm_mib = 0.0
         self._start_s = time.perf_counter()
@@ -57,9 +57,9 @@ class FuzzTarget:
         if self._number % 10:
             self._outer.receive(self._unknown_peers.next(), frames)
         else:
-            self._inner.receive(LIAR, frames)
-            if LIAR.encode() in self._inner.muted:
-                assert books_close(self._inner)
+            self._inner.receive(FAULTY_ACTOR, frames)
+            if FAULTY_ACTOR.encode() in self._inner.muted:
+                assert groups_balance(self._inner)
                 self._inner = Target(self._model)
         if self._number % 10_000 == 0:
             assert self._outer.digest() == self._before
@@ -87,7 +87,7 @@ def main() -> None:
         model.mkdir()
         seeds.mkdir()
         (model / "config.json").write_text("{}")
-        spoiler = Spoiler(1)
+        spoiler = FrameMutator(1)
         valid = [[bytes(frame) for frame in encode(message)] for message in corpus()]
         for number, frames in enumerate([*valid, *(spoiler.next() for _ in range(500))]):
             data = packed(frames[:15])

@@ -21,7 +21,7 @@ EDGE_VALUES: tuple[object, ...] = (
     *(0.0, -0.0, 1e308, math.nan, math.inf, -math.inf, "", "x" * 5000, "\x00", "\ud7ff", b"raw"),
     *([], {}, [[]], {"a": []}, [0] * 5000, {str(i): i for i in range(500)}, "<i8", "|O", [-1]),
 )
-NASTY_DEEP = b"\x91" * 1000 + b"\x90"
+DEEP_VALUE = b"\x91" * 1000 + b"\x90"
 EDGE_FLOATS = (math.nan, math.inf, -math.inf, 1.0, 1e38, -1e38)
 EDGE_INTS = (-1, -(2**31), 2**31 - 1, 100, 65)
 
@@ -65,7 +65,7 @@ def _value(name: str, hint: object) -> object:
     return plain[hint]
 
 
-class Spoiler:
+class FrameMutator:
     """Mutated frames of the corpus, deterministic for a seed."""
 
     def __init__(self, seed: int) -> None:
@@ -123,7 +123,7 @@ class Spoiler:
         header = frames[0]
         offset = header.find(b"\xa5heard")
         if offset > 0:
-            frames[0] = header[: offset + 6] + NASTY_DEEP + header[offset + 7 :]
+            frames[0] = header[: offset + 6] + DEEP_VALUE + header[offset + 7 :]
         return frames
 
     def _leaf(self, frames: Frames) -> Frames:

@@ -24,7 +24,7 @@ from speed_async.transport.muting import BlockedPeers
 from speed_async.types import ActorCounts
 
 FINGERPRINT = "f"
-HONEST, LIAR = "actor-1.0", "actor-2.0"
+CORRECT_ACTOR, FAULTY_ACTOR = "actor-1.0", "actor-2.0"
 FRAMES_PER_INSIDER = 200
 """Number of frames from one insider before the next run."""
 
@@ -58,7 +58,7 @@ class Target:
         self.machine = StateMachine(service)
         self.muted = BlockedPeers()
         self.reasons: Counter[str] = Counter()
-        self.num_taken_in = 0
+        self.num_delivered = 0
         self._now_s = 0.0
         self._begin()
 
@@ -71,7 +71,11 @@ class Target:
             ledger.table(lifecycle.leases.num_training),
             ledger.by_actor(),
             sorted(ledger.failures.items()),
-            [entry for name in (HONEST, LIAR) for entry in lifecycle.leases.of_holder(name)],
+            [
+                entry
+                for name in (CORRECT_ACTOR, FAULTY_ACTOR)
+                for entry in lifecycle.leases.of_holder(name)
+            ],
             [(len(lifecycle.buffer), lifecycle.buffer.num_bytes), sorted(lifecycle.in_training)],
             [members.actors[name] for name in sorted(members.actors)],
             (sorted(members.lost), members.learner),
@@ -93,32 +97,32 @@ class Target:
             return
         self._now_s += 1e-6
         self.machine.message(peer, message, self._now_s)
-        self.num_taken_in += 1
+        self.num_delivered += 1
         self._flush()
 
     def _flush(self) -> None:
         """Stands in for the server's send loop: counts and discards outgoing messages."""
-        conversations, guard = self.machine.conversations, self.machine.service.validator
-        for _, reply in conversations.replies:
+        sessions, guard = self.machine.sessions, self.machine.service.validator
+        for _, reply in sessions.replies:
             if isinstance(reply, m.Rejected):
                 self.reasons[f"refused: {_kind(reply.reason)}"] += 1
             else:
                 self.reasons[f"answered: {type(reply).__name__}"] += 1
-        conversations.replies.clear()
-        for peer in conversations.unsent:
-            while (message := conversations.next_unsent(peer)) is not None:
+        sessions.replies.clear()
+        for peer in sessions.unsent:
+            while (message := sessions.next_unsent(peer)) is not None:
                 if isinstance(message, m.Rejected):
                     self.reasons[f"refused: {_kind(message.reason)}"] += 1
-                conversations.queued_one(peer)
-        conversations.unsent.clear()
+                sessions.mark_queued(peer)
+        sessions.unsent.clear()
         self.machine.events.clear()
-        for peer in guard.to_mute:
+        for peer in guard.to_block:
             self.muted.add(peer.encode())
-        guard.to_mute.clear()
+        guard.to_block.clear()
 
     def _begin(self) -> None:
         counts = ActorCounts()
-        for index, name in enumerate(("learner", HONEST, LIAR)):
+        for index, name in enumerate(("learner", CORRECT_ACTOR, FAULTY_ACTOR)):
             role = "actor" if index else "learner"
             self._send(
                 name,
@@ -126,7 +130,7 @@ class Target:
                     role=role, index=index, incarnation=0, fingerprint=FINGERPRINT, process_id=1
                 ),
             )
-        for name in (HONEST, LIAR):
+        for name in (CORRECT_ACTOR, FAULTY_ACTOR):
             self._send(name, m.WantWork(num_prompts=3, counts=counts))
 
     def _send(self, peer: str, message: m.Message) -> None:
@@ -135,7 +139,7 @@ class Target:
         assert peer.encode() not in self.muted
 
 
-class Strangers:
+class UnknownPeers:
     """A stream of new names, some of which repeat."""
 
     def __init__(self, seed: int) -> None:
@@ -149,7 +153,7 @@ class Strangers:
         return f"unknown-{self._count}"
 
 
-def books_close(target: Target) -> bool:
+def groups_balance(target: Target) -> bool:
     """Whether each group is accounted for exactly once, regardless of an insider's messages."""
     lifecycle = target.machine.service.lifecycle
     checks = lifecycle.ledger.checks(lifecycle.leases.num_training)

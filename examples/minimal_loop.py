@@ -22,7 +22,7 @@ import torch
 
 from speed_async.actors.model_folder import load_model_folder, load_tokenizer
 from speed_async.actors.prompt_codec import PromptCodec
-from speed_async.actors.rollout import Aborted, LeaseWork, Rollout
+from speed_async.actors.rollout import Aborted, LeaseProgress, Rollout
 from speed_async.actors.stepped_engine.engine import SteppedEngine
 from speed_async.actors.stepped_engine.worker import ThreadWorker
 from speed_async.actors.torch_engine.generator import TorchGenerator
@@ -111,7 +111,7 @@ async def act(
     while True:
         [prompt_id] = curriculum.choose(1)
         lease = Lease(lease_id=next(lease_ids), prompt_id=prompt_id, kind=LeaseKind.TRAINING)
-        work = LeaseWork(lease=lease)
+        work = LeaseProgress(lease=lease)
         try:
             result = await rollout.run(work, task.train_prompts[prompt_id])
         except Aborted:  # the group became too old while it was generated

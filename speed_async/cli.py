@@ -94,7 +94,7 @@ def train(
     """
     record_start()
     from speed_async.launcher.node_launcher import launch_node
-    from speed_async.observability.panel.keyboard import terminal_kept
+    from speed_async.observability.panel.keyboard import preserve_terminal
 
     make_node = partial(node_of, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)
     if run_folder is None:
@@ -116,7 +116,7 @@ def train(
     node = _checked(resolved, errors, make_node, resume=run_folder is not None)
     os.environ[CHECKED] = "yes"
     log_stage(f"starting {node.num_ranks} processes; the learner loads PyTorch")
-    with terminal_kept():
+    with preserve_terminal():
         status = launch_node(resolved, arguments, node)
     sys.exit(status)
 

@@ -104,7 +104,7 @@ class RoleError(SpeedAsyncError):
         return cls(text.partition(":")[0], text)
 
 
-class GivenUp(SpeedAsyncError):
+class IncarnationLost(SpeedAsyncError):
     """This incarnation of an actor was declared lost or cannot continue; a new one may succeed."""
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny_models import VOCABULARY
 
-from speed_async.actors.engine import GenerationRequest, OwnedEngine
+from speed_async.actors.engine import GenerationRequest, ManagedEngine
 from speed_async.errors import ConfigError, ModelError, SpeedAsyncError
 from speed_async.types import Sampled, WeightOffer
 
@@ -23,7 +23,7 @@ WAIT_S = 300.0
 
 
 class StartEngine(Protocol):
-    def __call__(self) -> OwnedEngine: ...
+    def __call__(self) -> ManagedEngine: ...
 
 
 def request(max_new_tokens: int, *, priority: int = 0, num_prompt: int = 5) -> GenerationRequest:
@@ -49,14 +49,14 @@ def offer(policy_version: int) -> WeightOffer:
     )
 
 
-async def until(engine: OwnedEngine, condition: Callable[[], bool]) -> None:
+async def until(engine: ManagedEngine, condition: Callable[[], bool]) -> None:
     """Wait until `condition()` holds; checks once per event loop iteration."""
     async with asyncio.timeout(WAIT_S):
         while not condition():  # noqa: ASYNC110 (the engine has no event for its own counts)
             await asyncio.sleep(0)
 
 
-def start_all(engine: OwnedEngine, requests: list[GenerationRequest]) -> list[asyncio.Task]:
+def start_all(engine: ManagedEngine, requests: list[GenerationRequest]) -> list[asyncio.Task]:
     return [asyncio.create_task(engine.generate(one)) for one in requests]
 
 
@@ -87,7 +87,7 @@ async def more_requests_than_slots_all_complete(start: StartEngine) -> None:
 async def requests_are_served_by_priority_then_fifo(start: StartEngine) -> None:
     order: list[str] = []
 
-    async def named(engine: OwnedEngine, name: str, priority: int) -> None:
+    async def named(engine: ManagedEngine, name: str, priority: int) -> None:
         await engine.generate(request(4, priority=priority))
         order.append(name)
 
@@ -132,7 +132,7 @@ async def out_of_vocabulary_token_id_fails_only_its_request(
 async def token_counts_are_always_consistent(start: StartEngine) -> None:
     returned = 0
 
-    async def count(engine: OwnedEngine, length: int) -> None:
+    async def count(engine: ManagedEngine, length: int) -> None:
         nonlocal returned
         sampled = await engine.generate(request(length))
         returned += sampled.num_tokens

@@ -8,7 +8,7 @@ from buffer_fixtures import make_group
 from service_harness import ServiceHarness, evaluated, screened_out, trained
 
 from speed_async.actors.lease_result import result_message
-from speed_async.actors.rollout import LeaseWork, Scored
+from speed_async.actors.rollout import EvaluationResult, LeaseProgress
 from speed_async.buffer.reporting.status import status_values, summary_values
 from speed_async.transport import messages as m
 from speed_async.transport.groups import validate_group
@@ -102,8 +102,8 @@ def test_an_evaluation_of_empty_completions_has_no_versions(tmp_path: Path) -> N
     harness.hello("learner", 0)
     harness.hello(ACTOR, 1)
     lease_id = harness.lease(1).lease_ids[0]
-    work = LeaseWork(lease=Lease(lease_id=lease_id, prompt_id=0, kind=LeaseKind.EVALUATION))
-    nothing = Scored(num_passed=0, oldest_version=2**31 - 1, newest_version=0)
+    work = LeaseProgress(lease=Lease(lease_id=lease_id, prompt_id=0, kind=LeaseKind.EVALUATION))
+    nothing = EvaluationResult(num_passed=0, oldest_version=2**31 - 1, newest_version=0)
     message = result_message(work, nothing, ActorCounts())
     assert isinstance(message, m.Evaluated)
     harness.send(ACTOR, replace(message, num_completions=1))

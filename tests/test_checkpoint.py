@@ -229,12 +229,12 @@ def test_files_that_transformers_cannot_save_are_copied(model_folder: Path):
     trainer = make_trainer(model_folder)
     with pytest.raises(ValueError, match="temperature"):
         trainer.model.save_pretrained(model_folder / "refused")
-    trainer.try_save()
+    trainer.check_save()
     trainer.save(at(1))
     folder = checkpoint_folder(root_of(model_folder), 1)
     name = "generation_config.json"
     assert (folder / name).read_bytes() == (model_folder / name).read_bytes()
-    make_trainer(folder).try_save()
+    make_trainer(folder).check_save()
 
 
 def test_a_checkpoint_contains_the_bytes_of_the_initial_model_files(model_folder: Path):
@@ -284,7 +284,7 @@ def test_a_config_that_cannot_be_saved_is_reported_before_training(
     trainer = make_trainer(model_folder)
     monkeypatch.setattr(trainer.model.config, "validate", lambda: float("no number"))
     with pytest.raises(ModelError, match=r"refuses to save it .*no number.*; fix that file in"):
-        trainer.try_save()
+        trainer.check_save()
     assert list(root_of(model_folder).glob("*")) == []
 
 
@@ -293,7 +293,7 @@ def test_an_unwritable_folder_is_reported_before_training(model_folder: Path):
     root_of(model_folder).parent.mkdir()
     root_of(model_folder).write_text("a file in place of the folder")
     with pytest.raises(SpeedAsyncError, match=r"could be written to '.*checkpoints'.*run\.folder"):
-        trainer.try_save()
+        trainer.check_save()
 
 
 def test_insufficient_disk_space_is_reported_before_training(
@@ -314,7 +314,7 @@ def test_insufficient_disk_space_is_reported_before_training(
     with pytest.raises(
         SpeedAsyncError, match=r"it needs 0\.0 GB and 0\.0 GB are free; free disk space"
     ):
-        trainer.try_save()
+        trainer.check_save()
     assert kept_versions(root_of(model_folder)) == [1]
 
 
@@ -557,7 +557,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(model_folder: Path)
     assert kept_versions(root) == [1]  # damaged checkpoints are not counted
     assert (root / "version-000003.damaged").is_dir()
     trainer.save(at(3))
-    assert latest_valid(root, 2) == checkpoint_store.Found(
+    assert latest_valid(root, 2) == checkpoint_store.FoundCheckpoint(
         folder=root / "version-000003", policy_version=3, notices=()
     )
 

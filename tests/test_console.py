@@ -159,10 +159,10 @@ def test_signals_restore_the_terminal(ending: signal.Signals) -> None:
 
 CONSOLE_OF_A_RUN = """
 import asyncio, os, signal, sys
-from speed_async.launcher.roles.console_role import Source, accompany
+from speed_async.launcher.roles.console_role import Source, run_console
 from speed_async.launcher.processes import die_with_parent
 die_with_parent(int(sys.argv[2]), signal.SIGTERM)
-asyncio.run(accompany(Source(host="127.0.0.1", port=int(sys.argv[1]), title="demo")))
+asyncio.run(run_console(Source(host="127.0.0.1", port=int(sys.argv[1]), title="demo")))
 """
 LEARNER = f"""
 import os, subprocess, sys
@@ -171,8 +171,8 @@ subprocess.run(command, start_new_session=True)
 """
 LAUNCHER = f"""
 import subprocess, sys
-from speed_async.observability.panel.keyboard import terminal_kept
-with terminal_kept():
+from speed_async.observability.panel.keyboard import preserve_terminal
+with preserve_terminal():
     command = [sys.executable, "-c", {LEARNER!r}, sys.argv[1]]
     learner = subprocess.Popen(command, start_new_session=True)
     print("learner", learner.pid, flush=True)

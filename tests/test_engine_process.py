@@ -34,7 +34,7 @@ from speed_async.actors.stepped_engine.frames import (
 )
 from speed_async.actors.stepped_engine.process import ProcessWorker
 from speed_async.actors.stepped_engine.stepper import Finished, Stepper
-from speed_async.errors import DeadlineExceeded, GivenUp, ModelError, SpeedAsyncError
+from speed_async.errors import DeadlineExceeded, IncarnationLost, ModelError, SpeedAsyncError
 from speed_async.testing.scripted_engine import ScriptedStepper
 from speed_async.types import Sampled, WeightOffer
 
@@ -108,9 +108,11 @@ def test_killed_process_raises_given_up_in_every_call(signal_number) -> None:
             await until(engine, lambda: engine.stats.num_running == 1)
             assert worker.process.pid is not None
             os.kill(worker.process.pid, signal_number)
-            with pytest.raises(GivenUp, match=rf"engine process died \({signal_number.name}\)"):
+            with pytest.raises(
+                IncarnationLost, match=rf"engine process died \({signal_number.name}\)"
+            ):
                 await gather([task])
-            with pytest.raises(GivenUp, match="engine process died"):
+            with pytest.raises(IncarnationLost, match="engine process died"):
                 await engine.update_weights(offer(1))
 
     asyncio.run(run())

@@ -12,7 +12,7 @@ import numpy as np
 from buffer_fixtures import make_config
 
 from speed_async.actors.failed_completions import MAX_TEXT_CHARS, FailedCompletions
-from speed_async.actors.rollout import GateRejection, LeaseWork, Rollout
+from speed_async.actors.rollout import GateRejection, LeaseProgress, Rollout
 from speed_async.environments.verifier import VerifierPool
 from speed_async.errors import TaskError
 from speed_async.testing.scripted_engine import ScriptedEngine
@@ -75,7 +75,7 @@ def test_completions_that_break_the_verifier_are_recorded(
                     kind=LeaseKind.TRAINING,
                 )
                 try:
-                    results.append(await rollout.run(LeaseWork(lease=lease), prompt))
+                    results.append(await rollout.run(LeaseProgress(lease=lease), prompt))
                 except TaskError as error:
                     results.append(str(error))
             return results

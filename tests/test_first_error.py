@@ -14,9 +14,14 @@ import pytest
 
 from speed_async.actors.stepped_engine.process import ProcessWorker
 from speed_async.environments.verifier import VerifierPool
-from speed_async.errors import GivenUp, TaskError
+from speed_async.errors import IncarnationLost, TaskError
 from speed_async.launcher.exit_status import describe
-from speed_async.observability.first_error import LogSince, first_error, one_line, points_elsewhere
+from speed_async.observability.first_error import (
+    LogSince,
+    first_error,
+    is_secondary_error,
+    one_line,
+)
 
 LOGS = Path(__file__).parent / "logs"
 
@@ -52,8 +57,8 @@ def test_errors_that_only_refer_to_other_errors_are_skipped() -> None:
     referring = trace + "RuntimeError: Engine core initialization failed. See root cause above.\n"
     assert first_error(referring) == ""
     assert first_error(f"{referring}\n{trace}MemoryError\n") == "MemoryError"
-    assert points_elsewhere("EngineDeadError: See stack trace (above) for the root cause.")
-    assert points_elsewhere("RuntimeError: please check the stack trace above for the root cause")
+    assert is_secondary_error("EngineDeadError: See stack trace (above) for the root cause.")
+    assert is_secondary_error("RuntimeError: please check the stack trace above for the root cause")
 
 
 def test_log_without_a_traceback_has_no_error() -> None:
@@ -132,7 +137,9 @@ def test_error_of_a_dead_engine_process_contains_its_root_cause(tmp_path: Path) 
 
     with (
         stderr_in(tmp_path / "log"),
-        pytest.raises(GivenUp, match=r"died \(exit status 1\): OSError: the disk with the model"),
+        pytest.raises(
+            IncarnationLost, match=r"died \(exit status 1\): OSError: the disk with the model"
+        ),
     ):
         asyncio.run(run())
 

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz import fuzz
-from benchmarks.fuzz_frames import NASTY_DEEP, Spoiler, corpus
-from benchmarks.fuzz_target import HONEST, LIAR, Strangers, Target, books_close
+from benchmarks.fuzz_frames import DEEP_VALUE, FrameMutator, corpus
+from benchmarks.fuzz_target import CORRECT_ACTOR, FAULTY_ACTOR, Target, UnknownPeers, groups_balance
 from speed_async.errors import DeadlineExceeded, ProtocolError
 from speed_async.transport.codec import _LAYOUTS, MAGIC, decode, encode
 from speed_async.transport.messages import PROTOCOL_VERSION, Goodbye, WantWork
@@ -49,7 +49,7 @@ def test_corpus_contains_every_message_of_the_protocol():
 @SLOW_SETTINGS
 @given(st.integers(0, 2**32), st.integers(1, 30))
 def test_corrupted_frames_are_rejected_or_decode_to_valid_messages(seed: int, count: int):
-    mutator = Spoiler(seed)
+    mutator = FrameMutator(seed)
     for _ in range(count):
         try:
             message = decode(mutator.next())
@@ -61,7 +61,7 @@ def test_corrupted_frames_are_rejected_or_decode_to_valid_messages(seed: int, co
 
 def test_deeply_nested_values_are_rejected():
     start = b"\x95" + b"\xab" + MAGIC.encode() + bytes([PROTOCOL_VERSION])
-    for header in (start + NASTY_DEEP + b"\x80\x90", start + b"\xa5Probe" + NASTY_DEEP + b"\x90"):
+    for header in (start + DEEP_VALUE + b"\x80\x90", start + b"\xa5Probe" + DEEP_VALUE + b"\x90"):
         with pytest.raises(ProtocolError):
             decode([header])
 
@@ -69,27 +69,27 @@ def test_deeply_nested_values_are_rejected():
 @settings(SLOW_SETTINGS, max_examples=40)
 @given(seed=st.integers(0, 2**32))
 def test_unknown_peers_change_nothing_and_members_only_their_own_state(model: Path, seed: int):
-    mutator, peers = Spoiler(seed), Strangers(seed)
+    mutator, peers = FrameMutator(seed), UnknownPeers(seed)
     target = Target(model)
     before = target.digest()
     for _ in range(100):
         target.receive(peers.next(), mutator.next())
     assert target.digest() == before
-    sessions = len(target.machine.conversations._sessions)
+    sessions = len(target.machine.sessions._sessions)
     assert sessions <= 3
-    leases = target.machine.service.lifecycle.leases.of_holder(HONEST)
+    leases = target.machine.service.lifecycle.leases.of_holder(CORRECT_ACTOR)
     for _ in range(20):
-        target.receive(LIAR, mutator.next())
-    assert books_close(target)
-    after = target.machine.service.lifecycle.leases.of_holder(HONEST)
+        target.receive(FAULTY_ACTOR, mutator.next())
+    assert groups_balance(target)
+    after = target.machine.service.lifecycle.leases.of_holder(CORRECT_ACTOR)
     assert [entry.lease for entry in after][: len(leases)] == [entry.lease for entry in leases]
-    num_before, want = target.num_taken_in, WantWork(num_prompts=1, counts=ActorCounts())
-    target.receive(HONEST, [bytes(frame) for frame in encode(want)])
-    assert target.num_taken_in == num_before + 1
+    num_before, want = target.num_delivered, WantWork(num_prompts=1, counts=ActorCounts())
+    target.receive(CORRECT_ACTOR, [bytes(frame) for frame in encode(want)])
+    assert target.num_delivered == num_before + 1
 
 
 def test_flood_under_new_names_does_not_grow_memory(model: Path):
-    mutator, peers, target = Spoiler(0), Strangers(0), Target(model)
+    mutator, peers, target = FrameMutator(0), UnknownPeers(0), Target(model)
     frames = [mutator.next() for _ in range(500)]
 
     def flood() -> None:
@@ -126,7 +126,7 @@ def test_hub_serves_other_peers_during_a_flood(run):
         hub = await open_hub(HOST, 0)
         good = await open_link(HOST, hub.port, "actor-1.0")
         context = zmq.Context()
-        mutator, goodbye = Spoiler(3), Goodbye(counts=ActorCounts())
+        mutator, goodbye = FrameMutator(3), Goodbye(counts=ActorCounts())
         num_received = 0
         try:
             for number in range(150):
@@ -149,7 +149,7 @@ def test_hub_serves_other_peers_during_a_flood(run):
                 while True:
                     await hub.receive(0.1)
             assert num_received == 15
-            assert 0 < hub.rejected <= hub.muted.num_muted
+            assert 0 < hub.rejected <= hub.muted.num_blocked
         finally:
             context.destroy(linger=0)
             await good.close()

@@ -36,7 +36,7 @@ def test_run_between_hosts_accepts_only_clients_with_keys(tmp_path: Path) -> Non
     late = add_client(tmp_path / "keys", "late")
     make_keys(tmp_path / "strange")
     host = own_address()
-    assert ClusterConfig(host="192.0.2.1").speaks_curve
+    assert ClusterConfig(host="192.0.2.1").uses_curve
     run = start_train(
         tmp_path,
         *("--cluster.host", host, "--cluster.keys", "keys", "--run.updates", "150"),

@@ -73,15 +73,15 @@ class MachineHarness:
         return self.last_reply(peer)
 
     def last_reply(self, peer: str) -> m.Message:
-        conversations, replies = self.machine.conversations, []
-        replies += [reply for name, reply in conversations.replies if name == peer]
-        conversations.replies.clear()
-        while (reply := conversations.next_unsent(peer)) is not None:
+        sessions, replies = self.machine.sessions, []
+        replies += [reply for name, reply in sessions.replies if name == peer]
+        sessions.replies.clear()
+        while (reply := sessions.next_unsent(peer)) is not None:
             replies.append(reply)
-            conversations.queued_one(peer)
+            sessions.mark_queued(peer)
         return replies[-1]
 
-    def pass_time(self, seconds: float) -> None:
+    def close_expired(self, seconds: float) -> None:
         """Advance the clock with reports of the actor and ticks."""
         for _ in range(round(seconds)):
             self.now_s += 1.0
@@ -108,7 +108,7 @@ def test_three_thousand_joins_of_one_key_are_bounded_and_expire(
     harness: MachineHarness, number: int
 ) -> None:
     """With a session (number 1) or without it. Joins of other keys are not affected."""
-    harness.pass_time(1)
+    harness.close_expired(1)
     before, written = harness.size(), harness.journal_bytes()
     replies = [
         harness.send(f"join-{name}", replace(JOIN, number=number), "other") for name in range(3000)
@@ -126,7 +126,7 @@ def test_three_thousand_joins_of_one_key_are_bounded_and_expire(
     assert isinstance(
         harness.send(f"actor-{friend.index}.0", hello(friend.index), "own"), m.Welcome
     )
-    harness.pass_time(JOIN_TIMEOUT_S + 2)
+    harness.close_expired(JOIN_TIMEOUT_S + 2)
     assert harness.size() - before < 2048
     assert harness.machine.service.membership.num_known == 3  # two actors and the friend
     after = harness.send("join-again", JOIN, "other")
@@ -144,13 +144,13 @@ def test_joins_of_all_keys_together_are_bounded(harness: MachineHarness) -> None
 def test_slow_actor_is_admitted_after_its_join_expired(harness: MachineHarness) -> None:
     slow = harness.send("join-slow", JOIN, "own")
     assert isinstance(slow, JoinAccepted)
-    harness.pass_time(JOIN_TIMEOUT_S + 2)
+    harness.close_expired(JOIN_TIMEOUT_S + 2)
     newer = harness.send("join-new", JOIN, "own")
     assert isinstance(newer, JoinAccepted)
     assert newer.index != slow.index
     name = f"actor-{slow.index}.0"
     assert isinstance(harness.send(name, hello(slow.index), "own"), m.Welcome)
-    assert harness.machine.service.membership.num_wanted == 2
+    assert harness.machine.service.membership.num_expected == 2
 
 
 def test_join_does_not_expire_after_the_hello_of_its_actor(harness: MachineHarness) -> None:
@@ -158,7 +158,7 @@ def test_join_does_not_expire_after_the_hello_of_its_actor(harness: MachineHarne
     assert isinstance(accepted, JoinAccepted)
     name = f"actor-{accepted.index}.0"
     assert isinstance(harness.send(name, hello(accepted.index), "own"), m.Welcome)
-    harness.pass_time(JOIN_TIMEOUT_S + 2)
+    harness.close_expired(JOIN_TIMEOUT_S + 2)
     failure = m.Failure(role="actor-2", message="no such folder")
     harness.machine.message("join-a", failure, harness.now_s, "own")
     assert not harness.machine.service.ended
@@ -221,14 +221,14 @@ def test_replay_restores_joins_and_keys(harness: MachineHarness) -> None:
     for name in range(3):
         harness.send(f"join-{name}", JOIN, "own")
     harness.send("actor-2.0", replace(hello(2), number=1), "own")
-    harness.pass_time(5)
+    harness.close_expired(5)
     assert harness.machine.journal is not None
     harness.machine.journal.write()
     recovered, notes = open_machine(harness.folder, harness.config, build, life=0)
     assert notes == []
     assert capture(recovered.service.membership) == capture(harness.machine.service.membership)
     recovered.message("actor-2.5", hello(2, 5), harness.now_s, "other")
-    assert isinstance(recovered.conversations.replies[-1][1], m.Rejected)
+    assert isinstance(recovered.sessions.replies[-1][1], m.Rejected)
 
 
 def test_flood_of_joins_over_sockets_leaves_no_state_and_does_not_affect_others(
@@ -294,7 +294,7 @@ def test_supervisor_repeats_its_join_after_the_service_is_killed(
         first = await open_hub("127.0.0.1", 0)
         port = first.port
         asking = asyncio.create_task(
-            admission.ask_for_place(
+            admission.request_admission(
                 lambda: ("127.0.0.1", port),
                 stopping=asyncio.Event(),
                 timeout_s=TIMEOUT_S,

@@ -19,7 +19,7 @@ from learner_samples import make_config as make_learner_config
 from learner_samples import random_groups, save_tiny_llama
 from test_loops import CountingUpdates
 
-from speed_async.buffer.sessions import FORGOTTEN
+from speed_async.buffer.sessions import MESSAGES_LOST
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
 from speed_async.learner.checkpoint.store import checkpoint_folder, kept_versions, latest_valid
@@ -500,7 +500,7 @@ def test_the_error_of_a_rejected_learner_contains_the_resume_command(
 
         async def refuse(message: m.Message) -> None:
             if isinstance(message, m.TakeBatch):
-                await harness.service.send(m.Rejected(reason=FORGOTTEN))
+                await harness.service.send(m.Rejected(reason=MESSAGES_LOST))
 
         harness.service.on_message = refuse
         async with asyncio.timeout(DEADLINE_S):
@@ -513,7 +513,7 @@ def test_the_error_of_a_rejected_learner_contains_the_resume_command(
     with pytest.raises(RoleError) as caught:
         asyncio.run(run())
     assert str(caught.value) == (
-        f"buffer service: refused a message of the learner: {FORGOTTEN}; `speed-async train "
+        f"buffer service: refused a message of the learner: {MESSAGES_LOST}; `speed-async train "
         "--resume runs/default` resumes from the newest checkpoint (automatically with "
         "cluster.max_restarts)"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from weights_contract import TorchStage, assert_arrived, mixed_tensors, open_channel, send_to
+from weights_contract import TorchEndpoints, assert_arrived, mixed_tensors, open_channel, send_to
 
 import speed_async
 from speed_async.transport import messages as m
@@ -153,7 +153,7 @@ def trapped(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("trapped")
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
 def test_a_transfer_unpickles_nothing(backend: WeightBackend):
-    with open_channel(TorchStage(backend, 1024)) as channel:
+    with open_channel(TorchEndpoints(backend, 1024)) as channel:
         for policy_version in (1, 2):
             loaded = send_to(channel, channel.offer(policy_version), mixed_tensors())
             assert_arrived(loaded[1], mixed_tensors())

@@ -16,7 +16,7 @@ from speed_async.launcher.rendezvous import (
     RendezvousRecord,
     node_rendezvous,
 )
-from speed_async.launcher.roles.join import ask_for_place
+from speed_async.launcher.roles.join import request_admission
 from speed_async.transport.joining import Join, JoinAccepted
 from speed_async.transport.zeromq import open_hub
 
@@ -94,7 +94,7 @@ def test_outdated_address_is_replaced_by_the_current_one(
     async def find() -> tuple[int, str, JoinAccepted, Join]:
         hub = await open_hub("127.0.0.1", 0)
         finding = asyncio.create_task(
-            ask_for_place(look_up, stopping=asyncio.Event(), timeout_s=30.0, keys=None, rank=3)
+            request_admission(look_up, stopping=asyncio.Event(), timeout_s=30.0, keys=None, rank=3)
         )
         done, _ = await asyncio.wait((finding,), timeout=0.5)
         assert not done

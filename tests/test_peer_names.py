@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import uvloop
 import zmq
-from transport_contract import SOON_S, ZmqStage, offer_until_queued, over_sockets
+from transport_contract import SOON_S, ZmqSetup, offer_until_queued, over_sockets
 
 from speed_async.errors import DeadlineExceeded, ProtocolError
 from speed_async.transport import peer_names
@@ -15,7 +15,7 @@ from speed_async.transport.codec import encode
 from speed_async.transport.curve import ClientKeys, load_client_keys, load_server_keys
 from speed_async.transport.key_making import add_client, make_keys
 from speed_async.transport.messages import Rejected, Welcome
-from speed_async.transport.peer_names import MAX_NAMES_A_KEY, PeerNames, new_identity
+from speed_async.transport.peer_names import MAX_NAMES_PER_KEY, PeerNames, new_identity
 from speed_async.transport.session import Ack, Ping
 from speed_async.transport.transport import Delivery, Link
 from speed_async.transport.zeromq import ZmqHub, open_hub, open_link
@@ -43,7 +43,7 @@ async def next_message(link: Link):
 async def assert_refused(hub: ZmqHub, link: Link, reason: str) -> None:
     """Assert that the peer receives the reason, is counted and blocked, and that the hub receives
     none of its messages."""
-    before = hub.rejected, hub.muted.num_muted
+    before = hub.rejected, hub.muted.num_blocked
     for number in range(3):
         await link.send(Ping(sent=66 + number))
     with pytest.raises(DeadlineExceeded):
@@ -51,7 +51,7 @@ async def assert_refused(hub: ZmqHub, link: Link, reason: str) -> None:
     reply = await link.receive(SOON_S)
     assert isinstance(reply, Rejected)
     assert reason in reply.reason
-    assert (hub.rejected, hub.muted.num_muted) == (before[0] + 1, before[1] + 1)
+    assert (hub.rejected, hub.muted.num_blocked) == (before[0] + 1, before[1] + 1)
     assert hub.newly_rejected == []  # not attributed to the owner
 
 
@@ -76,7 +76,7 @@ async def wait_until_gone(hub: ZmqHub) -> None:
 
 @over_sockets()
 async def test_second_link_under_a_name_in_use_is_rejected_and_the_first_still_works(
-    stage: ZmqStage,
+    stage: ZmqSetup,
 ):
     owner = await stage.link(NAME)
     await assert_served(stage.hub, owner, 1)
@@ -87,7 +87,7 @@ async def test_second_link_under_a_name_in_use_is_rejected_and_the_first_still_w
 
 @over_sockets()
 async def test_malformed_frames_under_the_name_of_another_peer_are_not_attributed_to_it(
-    stage: ZmqStage,
+    stage: ZmqSetup,
 ):
     owner = await stage.link(NAME)
     await assert_served(stage.hub, owner, 1)
@@ -100,7 +100,7 @@ async def test_malformed_frames_under_the_name_of_another_peer_are_not_attribute
 
 
 @over_sockets()
-async def test_bare_name_is_not_a_valid_identity(stage: ZmqStage):
+async def test_bare_name_is_not_a_valid_identity(stage: ZmqSetup):
     context: zmq.Context = zmq.Context()
     try:
         peer = context.socket(zmq.DEALER)
@@ -197,16 +197,16 @@ def test_names_of_one_key_never_evict_those_of_another():
     names = PeerNames(lambda identity: True)
     first = new_identity(NAME)
     assert names.claim(first, "a") == NAME
-    for number in range(3 * MAX_NAMES_A_KEY):
+    for number in range(3 * MAX_NAMES_PER_KEY):
         names.claim(new_identity(f"join-{number}"), "b")
-    assert len(names) == MAX_NAMES_A_KEY + 1
+    assert len(names) == MAX_NAMES_PER_KEY + 1
     assert names.name(first) == NAME
     with pytest.raises(ProtocolError, match="belongs to another key"):
         names.claim(new_identity(NAME), "b")
 
 
 def test_names_in_use_are_kept_when_a_key_opens_too_many(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(peer_names, "MAX_NAMES_A_KEY", 4)
+    monkeypatch.setattr(peer_names, "MAX_NAMES_PER_KEY", 4)
     names = PeerNames(lambda identity: True)
     used = new_identity(NAME)
     names.claim(used, "")

@@ -74,10 +74,10 @@ class RandomRun:
         self.receive()
 
     def receive(self) -> None:
-        conversations = self.machine.conversations
+        sessions = self.machine.sessions
         for peer in (*self.done, "learner"):
-            while (answer := conversations.next_unsent(peer)) is not None:
-                conversations.queued_one(peer)
+            while (answer := sessions.next_unsent(peer)) is not None:
+                sessions.mark_queued(peer)
                 if isinstance(answer, m.Leases):
                     self.leases += [
                         (peer, lease, prompt, answer.kind)
@@ -163,7 +163,7 @@ class RandomRun:
 
 
 def state(machine: StateMachine) -> object:
-    machine.conversations.rewind_all()  # the server, not the machine, knows what was sent
+    machine.sessions.rewind_all()  # the server, not the machine, knows what was sent
     return msgpack.unpackb(capture(machine), strict_map_key=False)
 
 
@@ -261,8 +261,8 @@ def test_a_restarted_learner_receives_the_same_batches_again(tmp_path: Path) -> 
     before = recovered.service.lifecycle.ledger.table(0)
     for version in range(3):
         recovered.message("learner", m.TakeBatch(policy_version=version, num_groups=2), run.now_s)
-        while (answer := recovered.conversations.next_unsent("learner")) is not None:
-            recovered.conversations.queued_one("learner")
+        while (answer := recovered.sessions.next_unsent("learner")) is not None:
+            recovered.sessions.mark_queued("learner")
             if isinstance(answer, m.BatchReady):
                 offered.append(answer.lease_ids)
         recovered.message("learner", trained(version + 1, offered[-1], 0, 0), run.now_s)
@@ -270,7 +270,7 @@ def test_a_restarted_learner_receives_the_same_batches_again(tmp_path: Path) -> 
     assert recovered.service.policy_version == 3
     assert recovered.service.lifecycle.ledger.table(0) == before
     assert (
-        recovered.service.lifecycle.lineage.num_repeated_alike
+        recovered.service.lifecycle.lineage.num_repeated_identical
         == recovered.service.lifecycle.lineage.num_repeated
         == 3
     )
@@ -337,8 +337,8 @@ def test_a_learner_without_a_checkpoint_cannot_go_back_before_the_journal(
     )
     recovered.message("learner", replace(resumed, number=2), run.now_s)
     received = []
-    while (message := recovered.conversations.next_unsent("learner")) is not None:
-        recovered.conversations.queued_one("learner")
+    while (message := recovered.sessions.next_unsent("learner")) is not None:
+        recovered.sessions.mark_queued("learner")
         received.append(message)
     assert isinstance(received[-1], m.Abort)
     assert received[-1].role == "buffer service"

@@ -8,7 +8,7 @@ import numpy as np
 from buffer_fixtures import make_config
 
 from speed_async.actors.engine import GenerationRequest
-from speed_async.actors.rollout import GateRejection, LeaseWork, Rollout, Scored
+from speed_async.actors.rollout import EvaluationResult, GateRejection, LeaseProgress, Rollout
 from speed_async.config.schema import Config
 from speed_async.testing.scripted_engine import ScriptedEngine
 from speed_async.testing.scripted_verifier import ScriptedVerifier
@@ -32,12 +32,12 @@ def run_lease(
     *,
     kind: LeaseKind = LeaseKind.TRAINING,
     num_samples: int = 0,
-) -> Group | GateRejection | Scored:
-    async def scenario() -> Group | GateRejection | Scored:
+) -> Group | GateRejection | EvaluationResult:
+    async def scenario() -> Group | GateRejection | EvaluationResult:
         lease = Lease(lease_id=0, prompt_id=0, kind=kind, num_samples=num_samples)
         async with ScriptedEngine(script, num_slots=8) as engine:
             rollout = Rollout(config, engine, verifier, IntCodec())
-            return await rollout.run(LeaseWork(lease=lease), PROMPT)
+            return await rollout.run(LeaseProgress(lease=lease), PROMPT)
 
     return asyncio.run(asyncio.wait_for(scenario(), 30))
 
@@ -78,7 +78,7 @@ def test_truncated_completions_get_zero_reward(
     scored = run_lease(
         config, ends_in_the_answer, verifier, kind=LeaseKind.EVALUATION, num_samples=4
     )
-    assert isinstance(scored, Scored) and scored.num_passed == 2
+    assert isinstance(scored, EvaluationResult) and scored.num_passed == 2
     assert {text for call in verifier.calls for text in call.completions} == {"7 7 1"}
 
 
@@ -99,4 +99,4 @@ def test_truncated_completions_are_scored_with_score_truncated(tmp_path: Path) -
     scored = run_lease(
         config, ends_in_the_answer, verifier, kind=LeaseKind.EVALUATION, num_samples=4
     )
-    assert isinstance(scored, Scored) and scored.num_passed == 4
+    assert isinstance(scored, EvaluationResult) and scored.num_passed == 4

@@ -12,7 +12,7 @@ from run_process import start_train
 from service_harness import ServiceHarness
 from test_loops import Run
 
-from speed_async.actors.rollout import GateRejection, LeaseWork
+from speed_async.actors.rollout import GateRejection, LeaseProgress
 from speed_async.actors.sample_selector import MAX_TEXT_CHARS, SampleSelector, truncate_middle
 from speed_async.buffer.durability.journal import read_segment, segments
 from speed_async.buffer.durability.recovery import open_machine
@@ -62,9 +62,9 @@ def completion(reward: float, *, truncated: bool = False) -> Completion:
     return Completion(sampled=sampled, reward=reward)
 
 
-def work(*rewards: float) -> LeaseWork:
+def work(*rewards: float) -> LeaseProgress:
     lease = Lease(lease_id=0, prompt_id=0, kind=LeaseKind.TRAINING)
-    return LeaseWork(lease=lease, completions=[completion(reward) for reward in rewards])
+    return LeaseProgress(lease=lease, completions=[completion(reward) for reward in rewards])
 
 
 def test_passing_and_failing_completions_alternate_at_the_interval() -> None:

@@ -155,7 +155,7 @@ def test_no_effect_is_sent_before_its_input_is_written(
     assert written(folder)["actor-1.0"] == num_sent
     recovered, notes = open_machine(folder, config, build, life=0)
     assert notes == []
-    assert recovered.conversations.admit("actor-1.0", m.Message(number=num_sent + 1), 0.0)
+    assert recovered.sessions.admit("actor-1.0", m.Message(number=num_sent + 1), 0.0)
 
 
 async def send_malformed(machine: StateMachine, hub: InProcessHub) -> m.Leases:

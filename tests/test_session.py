@@ -20,7 +20,7 @@ def flush(session: Session) -> list[Message]:
     messages = []
     while session.has_unsent:
         messages.append(session.next_unsent())
-        session.queued_one()
+        session.mark_queued()
     return messages
 
 
@@ -41,9 +41,9 @@ def test_messages_are_numbered_and_kept_until_acknowledged() -> None:
 def test_duplicates_and_gaps_are_detected_by_number() -> None:
     session = Session()
     assert session.arrived(Welcome(policy_version=0, number=1)) is Receipt.NEW
-    assert session.arrived(Welcome(policy_version=0, number=1)) is Receipt.AGAIN
+    assert session.arrived(Welcome(policy_version=0, number=1)) is Receipt.DUPLICATE
     assert session.arrived(Welcome(policy_version=0, number=3)) is Receipt.GAP
-    assert session.arrived(Welcome(policy_version=0)) is Receipt.OUTSIDE
+    assert session.arrived(Welcome(policy_version=0)) is Receipt.UNNUMBERED
     assert session.heard == 1
 
 
@@ -77,7 +77,7 @@ def test_lossy_connection_delivers_each_message_once(seed: int, num_messages: in
                 next_version += 1
             case "send" if sender.has_unsent:
                 in_transit.append(sender.next_unsent())
-                sender.queued_one()
+                sender.mark_queued()
             case "deliver" if in_transit:
                 message = in_transit.popleft()
                 if receiver.arrived(message) is Receipt.NEW:

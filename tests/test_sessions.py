@@ -1,6 +1,6 @@
 """The sessions of the service: acknowledgements, holding and release of messages."""
 
-from speed_async.buffer.sessions import FORGOTTEN, Sessions
+from speed_async.buffer.sessions import MESSAGES_LOST, Sessions
 from speed_async.transport import messages as m
 from speed_async.transport.session import Ack
 
@@ -15,7 +15,7 @@ def connected(num_sent: int = 3) -> Sessions:
     for _ in range(num_sent):
         sessions.enqueue("actor-1.0", m.Welcome(policy_version=0))
         assert sessions.next_unsent("actor-1.0") is not None
-        sessions.queued_one("actor-1.0")
+        sessions.mark_queued("actor-1.0")
     return sessions
 
 
@@ -23,7 +23,7 @@ def test_peer_that_acknowledges_lost_messages_is_rejected() -> None:
     sessions = connected(num_sent=3)
     for message in (m.TakeBatch(number=2, heard=4, policy_version=0, num_groups=1), Ack(heard=4)):
         assert not sessions.admit("actor-1.0", message, 0.0)
-        assert sessions.replies.pop() == ("actor-1.0", m.Rejected(reason=FORGOTTEN))
+        assert sessions.replies.pop() == ("actor-1.0", m.Rejected(reason=MESSAGES_LOST))
     known = m.TakeBatch(number=2, heard=3, policy_version=0, num_groups=1)
     assert sessions.admit("actor-1.0", known, 0.0)
     assert sessions.replies == []
@@ -61,7 +61,7 @@ def test_held_messages_are_released_in_the_order_of_their_seals() -> None:
     sessions.release(first)
     message = sessions.next_unsent(peer)
     assert message == m.Welcome(policy_version=2, number=2, heard=2)
-    sessions.queued_one(peer)
+    sessions.mark_queued(peer)
     assert sessions.next_unsent(peer) is None
     assert sessions.due_acks({peer}) == []
     assert not sessions.has_unsent("unknown")

@@ -160,7 +160,7 @@ async def test_malformed_input_is_rejected_without_affecting_other_peers(setup: 
         if setup.hub.rejected == number:  # the valid message arrived first
             with pytest.raises(DeadlineExceeded):
                 await setup.hub.receive(0.2)
-        assert setup.hub.rejected == setup.hub.muted.num_muted == number + 1
+        assert setup.hub.rejected == setup.hub.muted.num_blocked == number + 1
         assert len(setup.hub.newly_rejected) == number + 1
         answer = await bad.receive(SOON_S)
         assert isinstance(answer, Rejected)
@@ -175,7 +175,7 @@ async def test_rejected_peer_is_muted(setup: TransportSetup):
         await bad.send_frames(frames)
     with pytest.raises(DeadlineExceeded):
         await setup.hub.receive(0.3)
-    assert (setup.hub.rejected, setup.hub.muted.num_muted) == (1, 1)
+    assert (setup.hub.rejected, setup.hub.muted.num_blocked) == (1, 1)
     assert isinstance(await bad.receive(SOON_S), Rejected)
     with pytest.raises((DeadlineExceeded, TimeoutError)):
         await bad.receive(0.1)

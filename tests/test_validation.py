@@ -149,7 +149,7 @@ def test_refused_actor_is_rejected_once_and_blocked_and_its_prompts_are_requeued
     invalid = replace(make_group(leases.lease_ids[0], leases.prompt_ids[0]), num_screening=0)
     replies = harness.send("actor-1.0", invalid)
     assert [kind for kind in kinds(replies) if kind != "Leases"] == ["Rejected"]
-    assert (validator.num_refused, validator.to_mute) == (1, ["actor-1.0"])
+    assert (validator.num_refused, validator.to_block) == (1, ["actor-1.0"])
     assert [state.name for state in harness.service.membership.present()] == ["actor-2.0"]
     assert harness.ends() == {"failed": (3, 0)}
     assert all(ledger.checks(harness.service.lifecycle.leases.num_training).values())
@@ -249,7 +249,7 @@ def test_blocked_peers_table_is_bounded_and_its_counter_is_not() -> None:
     for name in (b"a", b"b", b"a", b"c"):
         table.add(name)
     assert [name in table for name in (b"a", b"b", b"c")] == [False, True, True]
-    assert (len(table), table.num_muted) == (2, 3)
+    assert (len(table), table.num_blocked) == (2, 3)
 
 
 def test_failure_of_an_unknown_peer_does_not_end_the_run(tmp_path: Path) -> None:
@@ -271,11 +271,11 @@ def test_rejected_unknown_peer_leaves_no_session_and_no_record(tmp_path: Path) -
     want = m.WantWork(counts=COUNTS, num_prompts=1)
     for number in (0, 1, 7):  # unnumbered, first of a session, within a session
         machine.message(f"unknown-{number}", replace(want, number=number), 0.0)
-        [(peer, reply)] = machine.conversations.replies
+        [(peer, reply)] = machine.sessions.replies
         assert (peer, type(reply)) == (f"unknown-{number}", m.Rejected)
-        machine.conversations.replies.clear()
-        assert not machine.conversations.has_unsent(peer)
-        assert peer not in machine.conversations._sessions
+        machine.sessions.replies.clear()
+        assert not machine.sessions.has_unsent(peer)
+        assert peer not in machine.sessions._sessions
     validator = harness.service.validator
-    assert validator.to_mute == ["unknown-0", "unknown-1", "unknown-7"]
+    assert validator.to_block == ["unknown-0", "unknown-1", "unknown-7"]
     assert validator.num_refused == 3

@@ -25,7 +25,7 @@ from vllm_harness import (  # noqa: E402
 )
 
 from speed_async.actors.vllm_engine.start import make_vllm_engine  # noqa: E402
-from speed_async.errors import GivenUp, WeightSyncError  # noqa: E402
+from speed_async.errors import IncarnationLost, WeightSyncError  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -187,9 +187,9 @@ def test_killed_vllm_raises_given_up_and_a_new_engine_starts(tmp_path: Path) -> 
             children = set(children_of(os.getpid())) - before
             [core] = [pid for pid in children if name_of(pid) == "VLLM::EngineCor"]
             os.kill(core, signal.SIGKILL)
-            with pytest.raises(GivenUp, match="died"):
+            with pytest.raises(IncarnationLost, match="died"):
                 await gather(tasks[-1:])
-            with pytest.raises(GivenUp, match="died"):
+            with pytest.raises(IncarnationLost, match="died"):
                 await engine.generate(request(3))
         async with make_vllm_engine(config, seed=2) as engine:
             [sampled] = await gather(start_all(engine, [request(3)]))

@@ -3,10 +3,10 @@
 import pytest
 from service_harness import ServiceHarness
 
-from speed_async.buffer.reporting.warnings import FLEETING_S
+from speed_async.buffer.reporting.warnings import TRANSIENT_S
 from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
-from speed_async.weight_sync.epoch_group import in_words
+from speed_async.weight_sync.epoch_group import describe_error
 
 GLOO = (
     "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by "
@@ -65,7 +65,7 @@ def test_a_lost_actor_is_reported_until_it_is_back(harness: ServiceHarness) -> N
     harness.wait(harness.config.cluster.peer_timeout_s + 1)
     silent = harness.service.warning
     assert silent.startswith("actor-1 was silent for ")
-    harness.wait(10 * FLEETING_S)
+    harness.wait(10 * TRANSIENT_S)
     assert harness.service.warning == silent
     harness.hello("actor-1.1", 1, incarnation=1)
     harness.wait(0.1)
@@ -107,9 +107,9 @@ def test_a_past_event_is_reported_for_a_minute(harness: ServiceHarness) -> None:
         harness.hello(f"actor-{index}.1", index, incarnation=1)
     harness.wait(0.1)
     assert "restarted (attempt 2)" in harness.service.warning
-    harness.wait(0.9 * FLEETING_S)
+    harness.wait(0.9 * TRANSIENT_S)
     assert "restarted (attempt 2)" in harness.service.warning
-    harness.wait(0.2 * FLEETING_S)
+    harness.wait(0.2 * TRANSIENT_S)
     assert "restarted" not in harness.service.warning
 
 
@@ -126,5 +126,5 @@ def test_a_past_event_is_reported_for_a_minute(harness: ServiceHarness) -> None:
 def test_a_backend_error_is_reported_without_its_cpp_location(
     raised: str, expected: str | None
 ) -> None:
-    text = in_words(RuntimeError(raised))
+    text = describe_error(RuntimeError(raised))
     assert text == (expected or "the connection was closed by the peer")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor, nn
-from weights_contract import TorchStage, open_channel, same_bits
+from weights_contract import TorchEndpoints, open_channel, same_bits
 
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightBackend
@@ -96,7 +96,7 @@ def test_flat_weights_are_received_in_place(backend: WeightBackend, sender_is_fl
             assert tensor is dict(expected)[name]  # not a copy
             assert same_bits(tensor, theirs[name])
 
-    with open_channel(TorchStage(backend, BUCKET_BYTES, in_place=True)) as channel:
+    with open_channel(TorchEndpoints(backend, BUCKET_BYTES, in_place=True)) as channel:
         for policy_version in (1, 2):
             loaded_names.clear()
             outcomes = channel.transfer(
@@ -118,7 +118,7 @@ def test_a_refused_manifest_leaves_flat_weights_unchanged(backend: WeightBackend
     flatten_parameters(actor)
     before = copies(actor)
     calls: list[Sequence[NamedTensor]] = []
-    with open_channel(TorchStage(backend, BUCKET_BYTES, in_place=True)) as channel:
+    with open_channel(TorchEndpoints(backend, BUCKET_BYTES, in_place=True)) as channel:
         outcomes = channel.transfer(
             channel.offer(1), named(learner)[1:], {1: named(actor)}, {1: calls.append}
         )

@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 import torch
 from torch.distributed import HashStore, TCPStore
-from weights_contract import Loaded, TorchStage, attempt, open_channel
+from weights_contract import Loaded, TorchEndpoints, attempt, open_channel
 
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
@@ -39,7 +39,7 @@ def make_offer(**changes: object) -> WeightOffer:
 
 
 def test_the_error_of_a_receiver_on_another_machine_names_the_setting():
-    with open_channel(TorchStage("ipc", 1024)) as channel:
+    with open_channel(TorchEndpoints("ipc", 1024)) as channel:
         host, port = channel.sender.store_address
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=JOIN_S))
         other_machine = json.dumps({"boot": "another", "host": "node7"})
@@ -149,7 +149,7 @@ def test_memory_that_could_shrink_is_refused():
 def test_a_receiver_reports_why_it_cannot_open_the_memory():
     """The actor is on the CPU and the learner shares GPU memory. The actor reports the error to the
     learner, as any error after an accepted manifest."""
-    with open_channel(TorchStage("ipc", 1024)) as channel:
+    with open_channel(TorchEndpoints("ipc", 1024)) as channel:
         tensors = [("w", torch.ones(4))]
         first = channel.transfer(channel.offer(1), tensors, {1: tensors}, {1: Loaded().load})
         assert not any(isinstance(outcome, Exception) for outcome in first.values())

@@ -17,7 +17,7 @@ import torch
 import weights_process
 from weights_contract import (
     Loaded,
-    TorchStage,
+    TorchEndpoints,
     assert_arrived,
     mixed_tensors,
     open_channel,
@@ -56,7 +56,7 @@ def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 def test_a_receiver_lost_during_a_transfer_is_named_and_the_next_epoch_works(
     backend: WeightBackend, fatal_signal: signal.Signals
 ):
-    with open_channel(TorchStage(backend, weights_process.BUCKET_BYTES)) as channel:
+    with open_channel(TorchEndpoints(backend, weights_process.BUCKET_BYTES)) as channel:
         first = channel.offer(1, world_size=3, deadline_s=CHILD_STARTS_S)
         second = channel.offer(2, world_size=3, deadline_s=1.5)
         offers = json.dumps([asdict(replace(offer, rank=2)) for offer in (first, second)])
@@ -121,7 +121,7 @@ def test_a_receiver_that_loses_its_sender_joins_another(
         with pytest.raises(WeightSyncError, match="epoch 2, rendezvous failed after"):
             receiver.receive(replace(second, epoch=2), expected, Loaded().load)
         assert time.monotonic() - started_s < 5.0
-        with open_channel(TorchStage(backend, weights_process.BUCKET_BYTES)) as channel:
+        with open_channel(TorchEndpoints(backend, weights_process.BUCKET_BYTES)) as channel:
             channel.receivers[1] = receiver
             ours = weights_process.sample_weights(3)
             third = channel.offer(3, epoch=3, deadline_s=5.0)
@@ -133,7 +133,7 @@ def test_a_receiver_that_loses_its_sender_joins_another(
 
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="no GPU here")
 def test_gloo_copies_gpu_tensors_through_host_memory():
-    with open_channel(TorchStage("gloo", 1024, devices=("cuda:0", "cuda:0"))) as channel:
+    with open_channel(TorchEndpoints("gloo", 1024, devices=("cuda:0", "cuda:0"))) as channel:
         tensors = [(name, tensor.cuda()) for name, tensor in mixed_tensors()]
         for policy_version in (1, 2):
             loaded = send_to(channel, channel.offer(policy_version), tensors)
@@ -142,7 +142,7 @@ def test_gloo_copies_gpu_tensors_through_host_memory():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each rank")
 def test_nccl_moves_gpu_tensors_between_gpus():
-    with open_channel(TorchStage("nccl", 1024, devices=("cuda:0", "cuda:1"))) as channel:
+    with open_channel(TorchEndpoints("nccl", 1024, devices=("cuda:0", "cuda:1"))) as channel:
         tensors = [(name, tensor.to("cuda:0")) for name, tensor in mixed_tensors()]
         for policy_version in (1, 2):
             loaded = send_to(channel, channel.offer(policy_version, deadline_s=60.0), tensors)[1]
@@ -152,7 +152,7 @@ def test_nccl_moves_gpu_tensors_between_gpus():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="CUDA IPC needs a GPU")
 def test_gpu_memory_is_shared_with_another_process():
-    endpoints = TorchStage("ipc", weights_process.BUCKET_BYTES, devices=("cuda:0",))
+    endpoints = TorchEndpoints("ipc", weights_process.BUCKET_BYTES, devices=("cuda:0",))
     with open_channel(endpoints) as channel:
         offers = [channel.offer(version, deadline_s=CHILD_STARTS_S) for version in (1, 2, 3)]
         theirs = json.dumps([asdict(replace(offer, rank=1)) for offer in offers])

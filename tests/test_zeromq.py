@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import uvloop
-from transport_contract import SOON_S, ZmqStage, offer_until_queued, over_sockets
+from transport_contract import SOON_S, ZmqSetup, offer_until_queued, over_sockets
 
 from speed_async.errors import ConfigError, DeadlineExceeded, ProtocolError
 from speed_async.transport.codec import encode
@@ -105,7 +105,7 @@ asyncio.run(run_test())
 
 
 @over_sockets()
-async def test_killed_peer_is_detected_and_its_successor_is_served(setup: ZmqStage):
+async def test_killed_peer_is_detected_and_its_successor_is_served(setup: ZmqSetup):
     stays = await setup.link("stays-1.0")
     for incarnation in (1, 2):
         child = subprocess.Popen(  # noqa: ASYNC220 (starting it is fast)
@@ -125,7 +125,7 @@ async def test_killed_peer_is_detected_and_its_successor_is_served(setup: ZmqSta
 
 
 @over_sockets()
-async def test_peer_with_an_invalid_name_is_rejected(setup: ZmqStage):
+async def test_peer_with_an_invalid_name_is_rejected(setup: ZmqSetup):
     peer = await setup.raw_peer("not a name\xff")
     await peer.send_frames(encode(Ping(sent=1)))
     with pytest.raises(DeadlineExceeded, match=r"waited 0\.2 s for any peer"):

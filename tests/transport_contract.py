@@ -78,7 +78,7 @@ class InProcessSetup:
         return await self.link(name)
 
 
-class ZmqStage:
+class ZmqSetup:
     hub: ZmqHub
 
     def __init__(self, queued_messages: int, send_deadline_s: float) -> None:
@@ -86,7 +86,7 @@ class ZmqStage:
         self._send_deadline_s = send_deadline_s
         self._stack = AsyncExitStack()
 
-    async def __aenter__(self) -> "ZmqStage":
+    async def __aenter__(self) -> "ZmqSetup":
         self.hub = await open_hub(
             "127.0.0.1",
             0,
@@ -139,8 +139,8 @@ AsyncTest = Callable[..., Awaitable[None]]
 RUNNERS = {"asyncio": asyncio.run, "uvloop": uvloop.run}
 SETTINGS = {
     "in-process": (InProcessSetup, "asyncio"),
-    "zeromq-asyncio": (ZmqStage, "asyncio"),
-    "zeromq-uvloop": (ZmqStage, "uvloop"),
+    "zeromq-asyncio": (ZmqSetup, "asyncio"),
+    "zeromq-uvloop": (ZmqSetup, "uvloop"),
 }
 
 
@@ -155,7 +155,7 @@ def over_sockets(
     *, queued_messages: int = 64, send_deadline_s: float = SOON_S
 ) -> Callable[[AsyncTest], Callable[..., None]]:
     """Like `on_every_transport`, for tests that need sockets: restarts, kills, late starts."""
-    zmq_settings = [name for name, (setup_type, _) in SETTINGS.items() if setup_type is ZmqStage]
+    zmq_settings = [name for name, (setup_type, _) in SETTINGS.items() if setup_type is ZmqSetup]
     return _parametrized(zmq_settings, queued_messages, send_deadline_s)
 
 

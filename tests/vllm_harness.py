@@ -20,7 +20,7 @@ from tiny_models import save_tiny_folder, tiny_model
 
 from speed_async.actors.vllm_engine.engine import StartedLlm, VllmEngine
 from speed_async.actors.vllm_engine.options import process_environment
-from speed_async.actors.vllm_engine.start import open_llm
+from speed_async.actors.vllm_engine.start import start_llm
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config
 from speed_async.types import WeightOffer
@@ -78,9 +78,9 @@ class SenderBackedEngine(VllmEngine):
     """Before each update, a real sender broadcasts the harness's `weights` over gloo."""
 
     def __init__(
-        self, open_llm: Callable[[], StartedLlm], harness: "VllmHarness", **kwargs: Any
+        self, start_llm: Callable[[], StartedLlm], harness: "VllmHarness", **kwargs: Any
     ) -> None:
-        super().__init__(open_llm, **kwargs)
+        super().__init__(start_llm, **kwargs)
         self._harness = harness
 
     async def __aenter__(self) -> Self:
@@ -105,7 +105,7 @@ class VllmHarness:
     def __init__(self, config: Config, *, tied: bool) -> None:
         self._config = config
         self._runner = asyncio.Runner()
-        self._started = open_llm(config, seed=0)
+        self._started = start_llm(config, seed=0)
         self._sender = TorchSender(host="127.0.0.1", bucket_bytes=4096, device=CPU)
         self._threads: list[Thread] = []
         self.tied = tied

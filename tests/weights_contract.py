@@ -95,7 +95,7 @@ class Endpoints(Protocol):
     def make_receiver(self) -> WeightReceiver: ...
 
 
-class TorchStage:
+class TorchEndpoints:
     """Members on the given devices; by default on the CPU, with nccl on one GPU each."""
 
     def __init__(
@@ -222,10 +222,10 @@ def on_every_channel(*, bucket_bytes: int = 1024, cast: torch.dtype | None = Non
         "make_endpoints",
         [
             pytest.param(lambda: MemoryEndpoints(bucket_bytes, cast), id="memory"),
-            pytest.param(lambda: TorchStage("gloo", bucket_bytes, cast), id="gloo"),
-            pytest.param(lambda: TorchStage("ipc", bucket_bytes, cast), id="ipc"),
+            pytest.param(lambda: TorchEndpoints("gloo", bucket_bytes, cast), id="gloo"),
+            pytest.param(lambda: TorchEndpoints("ipc", bucket_bytes, cast), id="ipc"),
             pytest.param(
-                lambda: TorchStage("nccl", bucket_bytes, cast), id="nccl", marks=NEEDS_GPUS
+                lambda: TorchEndpoints("nccl", bucket_bytes, cast), id="nccl", marks=NEEDS_GPUS
             ),
         ],
     )

@@ -99,7 +99,7 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
 
-class OwnedEngine(Engine, Protocol):
+class ManagedEngine(Engine, Protocol):
     """An engine as a context manager: entering loads the model, exiting frees all resources."""
 
     @property

@@ -13,13 +13,19 @@ from collections.abc import Callable
 
 from speed_async.actors.engine import Engine
 from speed_async.actors.lease_result import Result, result_message
-from speed_async.actors.rollout import Aborted, GateRejection, LeaseWork, Rollout, Scored
+from speed_async.actors.rollout import (
+    Aborted,
+    EvaluationResult,
+    GateRejection,
+    LeaseProgress,
+    Rollout,
+)
 from speed_async.actors.sample_selector import SampleSelector
 from speed_async.config.schema import Config
 from speed_async.environments.task import Task
 from speed_async.errors import (
     DeadlineExceeded,
-    GivenUp,
+    IncarnationLost,
     ModelError,
     RoleError,
     SpeedAsyncError,
@@ -78,7 +84,7 @@ class ActorLoop:
             is_gated=config.gate.mode == "screen",
             clock=clock,
         )
-        self._works: dict[int, LeaseWork] = {}
+        self._works: dict[int, LeaseProgress] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._outbox: asyncio.Queue[m.Message] = asyncio.Queue()
         self._groups_leased = 0
@@ -142,7 +148,7 @@ class ActorLoop:
                 case m.Abort(role=role, message=text):
                     raise RoleError(role, text)
                 case m.Rejected(reason=reason):
-                    raise GivenUp(f"{self._name}: the service refused a message: {reason}")
+                    raise IncarnationLost(f"{self._name}: the service refused a message: {reason}")
                 case _:
                     pass
             self._check_drained()
@@ -153,14 +159,14 @@ class ActorLoop:
             lease = Lease(
                 lease_id=lease_id, prompt_id=prompt_id, kind=kind, num_samples=leases.num_samples
             )
-            work = LeaseWork(lease=lease, stopped=self._draining)
+            work = LeaseProgress(lease=lease, stopped=self._draining)
             self._works[lease_id] = work
             self._groups_leased += 1
             self._want_sent -= 1
             name = f"lease-{lease_id}"
             self._tasks[lease_id] = tasks.create_task(self._run_lease(work), name=name)
 
-    async def _run_lease(self, work: LeaseWork) -> None:
+    async def _run_lease(self, work: LeaseProgress) -> None:
         lease = work.lease
         evaluation = lease.kind is LeaseKind.EVALUATION
         prompts = self._task.held_out_prompts if evaluation else self._task.train_prompts
@@ -183,7 +189,7 @@ class ActorLoop:
                 raise
         self._end_lease(work, prompt, result)
 
-    def _end_lease(self, work: LeaseWork, prompt: Prompt, result: Result) -> None:
+    def _end_lease(self, work: LeaseProgress, prompt: Prompt, result: Result) -> None:
         lease_id = work.lease.lease_id
         del self._works[lease_id], self._tasks[lease_id]
         self._completions_generated += len(work.samples)
@@ -194,7 +200,7 @@ class ActorLoop:
         self._check_drained()
 
     def _send_sample(
-        self, work: LeaseWork, prompt: Prompt, result: Group | GateRejection | Scored
+        self, work: LeaseProgress, prompt: Prompt, result: Group | GateRejection | EvaluationResult
     ) -> None:
         """Send one of the lease's completions as a sample, at most once per interval."""
         selected = self._selector.select(work)
@@ -309,13 +315,13 @@ class ActorLoop:
         deadline_s = self._config.cluster.drain_timeout_s
         ends_s = self._clock() + deadline_s
         while not self._drained.is_set() or self._outbox.qsize() or self._link.num_unacked:
-            silent_s = self._clock() - self._link.last_heard_s
+            silent_s = self._clock() - self._link.last_received_s
             if self._clock() > ends_s or silent_s > SERVICE_TIMEOUT_S:
                 what = (
                     f"{len(self._works)} leases running, {self._link.num_unacked} messages "
                     "unacknowledged"
                 )
-                raise GivenUp(
+                raise IncarnationLost(
                     f"{self._name} did not drain within {deadline_s:.0f} s: {what}; last message "
                     f"from the service {silent_s:.0f} s ago"
                 )

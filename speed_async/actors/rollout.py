@@ -46,14 +46,14 @@ class Aborted(Exception):
 
 
 @dataclass(slots=True)
-class LeaseWork:
+class LeaseProgress:
     """Progress of one lease. Its tokens are in flight until its result is sent."""
 
     lease: Lease
     samples: list[Sampled] = field(default_factory=list)
     """All samples, in the order in which they finished."""
     completions: list[Completion] = field(default_factory=list)
-    """Scored completions, in the order in which they were requested."""
+    """EvaluationResult completions, in the order in which they were requested."""
     num_tokens: int = 0
     """Total tokens of `samples`; cached, because every message's counts include it."""
     num_waiting: int = 0
@@ -84,7 +84,7 @@ class GateRejection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scored:
+class EvaluationResult:
     """Result of an evaluation lease."""
 
     num_passed: int
@@ -112,7 +112,9 @@ class Rollout:
         self._failures = failures
         self._gate = Gate(low=config.gate.low, high=config.gate.high)
 
-    async def run(self, work: LeaseWork, prompt: Prompt) -> Group | GateRejection | Scored:
+    async def run(
+        self, work: LeaseProgress, prompt: Prompt
+    ) -> Group | GateRejection | EvaluationResult:
         """Raises TaskError (verifier), ModelError (unusable prompt) or Aborted."""
         tokens = self._codec.encode(prompt.text)
         if work.lease.kind is LeaseKind.EVALUATION:
@@ -142,19 +144,21 @@ class Rollout:
         """Decoded text of a sample."""
         return self._codec.decode(sampled.token_ids)
 
-    async def _evaluate(self, work: LeaseWork, prompt: Prompt, tokens: Int32Array) -> Scored:
+    async def _evaluate(
+        self, work: LeaseProgress, prompt: Prompt, tokens: Int32Array
+    ) -> EvaluationResult:
         completions = await self._phase(
             work, prompt, tokens, Phase.EVALUATION, work.lease.num_samples
         )
         versions = np.concatenate([sample.policy_versions for sample in work.samples])
-        return Scored(
+        return EvaluationResult(
             num_passed=num_passed([completion.reward for completion in completions]),
             oldest_version=int(versions.min(initial=np.iinfo(np.int32).max)),
             newest_version=int(versions.max(initial=0)),
         )
 
     async def _phase(
-        self, work: LeaseWork, prompt: Prompt, tokens: Int32Array, phase: Phase, count: int
+        self, work: LeaseProgress, prompt: Prompt, tokens: Int32Array, phase: Phase, count: int
     ) -> list[Completion]:
         """Generate and score `count` completions."""
         is_training = phase is not Phase.EVALUATION
@@ -188,7 +192,7 @@ class Rollout:
         return completions
 
     async def _score(
-        self, work: LeaseWork, prompt: Prompt, samples: Sequence[Sampled]
+        self, work: LeaseProgress, prompt: Prompt, samples: Sequence[Sampled]
     ) -> list[Verdict]:
         """Verdicts on all samples. Truncated samples get reward 0 without verification."""
         verdicts = [Verdict(reward=0.0)] * len(samples)
@@ -213,7 +217,7 @@ class Rollout:
             verdicts[index] = verdict
         return verdicts
 
-    async def _generate(self, work: LeaseWork, request: GenerationRequest) -> Sampled:
+    async def _generate(self, work: LeaseProgress, request: GenerationRequest) -> Sampled:
         try:
             if work.stopped:
                 raise Aborted

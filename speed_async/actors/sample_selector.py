@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from speed_async.actors.rollout import GateRejection, LeaseWork, Scored
+from speed_async.actors.rollout import EvaluationResult, GateRejection, LeaseProgress
 from speed_async.transport import messages as m
 from speed_async.types import PASS_REWARD, ActorCounts, Completion, Group, LeaseKind, Prompt
 
@@ -22,7 +22,7 @@ class SampleSelector:
         self._last_s = -math.inf
         self._wants_pass = True
 
-    def select(self, work: LeaseWork) -> Completion | None:
+    def select(self, work: LeaseProgress) -> Completion | None:
         """One of a finished lease's completions, or None when the interval has not elapsed."""
         now_s = self._clock()
         if not work.completions or now_s - self._last_s < self._interval_s:
@@ -36,9 +36,9 @@ class SampleSelector:
     def message(
         self,
         selected: Completion,
-        work: LeaseWork,
+        work: LeaseProgress,
         prompt: Prompt,
-        result: Group | GateRejection | Scored,
+        result: Group | GateRejection | EvaluationResult,
         text: str,
         counts: ActorCounts,
     ) -> m.Sample:
@@ -59,9 +59,9 @@ class SampleSelector:
             counts=counts,
         )
 
-    def _decision(self, result: Group | GateRejection | Scored) -> str:
+    def _decision(self, result: Group | GateRejection | EvaluationResult) -> str:
         match result:
-            case Scored():
+            case EvaluationResult():
                 return "evaluated"
             case GateRejection():
                 return "screened out"

@@ -112,7 +112,7 @@ class LearnerHandler:
             warning = f"{notice}resumed from version {version}"
             if version < journal_version:
                 warning += f"; updates to {journal_version} are repeated from the journal"
-            self._context.warnings.open("attempt", warning, fleeting=True)
+            self._context.warnings.open("attempt", warning, transient=True)
             return
         if version == 0:
             text = (
@@ -123,13 +123,13 @@ class LearnerHandler:
             self._context.fail(text, now_s)
             return
         self._lifecycle.resume_from(resumed)
-        self._updates.all_known = False
+        self._updates.covers_all_updates = False
         self.policy_version = version
         text = (
             f"{notice}resumed from version {version}, for which the journal (at version "
             f"{journal_version}) is incomplete: the group counts are those of the learner"
         )
-        self._context.warnings.open("attempt", text, fleeting=True)
+        self._context.warnings.open("attempt", text, transient=True)
         self._context.send(peer, m.Welcome(policy_version=version))
 
     def _on_take(self, peer: str, take: m.TakeBatch, now_s: float) -> None:
@@ -152,7 +152,7 @@ class LearnerHandler:
 
     def _on_trained(self, peer: str, message: m.Trained, now_s: float) -> None:
         if message.notice:
-            self._context.warnings.open("learner", message.notice, fleeting=True)
+            self._context.warnings.open("learner", message.notice, transient=True)
         if not self._lifecycle.is_training(message.lease_ids):
             self._lifecycle.lineage.record_repeat(message)
             return

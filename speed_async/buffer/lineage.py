@@ -33,7 +33,7 @@ class Lineage:
     def __init__(self) -> None:
         self.num_repeated = 0
         """Updates repeated from the journal, in all attempts."""
-        self.num_repeated_alike = 0
+        self.num_repeated_identical = 0
         """Repeated updates with bit-identical groups, loss and gradient norm."""
         self._batches: deque[TrainedBatch] = deque()  # oldest first: versions ascend
 
@@ -71,7 +71,7 @@ class Lineage:
                 message.metrics.get("grad_norm"),
                 message.skipped,
             )
-            self.num_repeated_alike += recorded == repeated
+            self.num_repeated_identical += recorded == repeated
 
     def prune(self, policy_version: int) -> None:
         """Drop the updates up to this version, that of the oldest kept checkpoint."""

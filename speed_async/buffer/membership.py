@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from speed_async.config.checks import INCARNATIONS_A_LIFE
+from speed_async.config.checks import INCARNATIONS_PER_ATTEMPT
 from speed_async.config.schema import ClusterConfig
 from speed_async.transport.messages import Hello
 
@@ -165,7 +165,7 @@ class Membership:
     # --- actors that join --------------------------------------------------------------------
 
     @property
-    def num_wanted(self) -> int:
+    def num_expected(self) -> int:
         """Number of actors when none is missing."""
         return self._num_configured + sum(map(self._is_free, self._expected))
 
@@ -215,8 +215,8 @@ class Membership:
             actor, _, number = name.partition(".")
             if actor == f"actor-{index}" and number.isdecimal():
                 known.append(int(number))
-        first = attempt * INCARNATIONS_A_LIFE
-        in_attempt = [number for number in known if number // INCARNATIONS_A_LIFE == attempt]
+        first = attempt * INCARNATIONS_PER_ATTEMPT
+        in_attempt = [number for number in known if number // INCARNATIONS_PER_ATTEMPT == attempt]
         return max([first, *(number + 1 for number in in_attempt)])
 
     def index_conflict(self, hello: Hello) -> str | None:
@@ -225,7 +225,7 @@ class Membership:
         if hello.role != "actor":
             return None
         index = hello.index
-        joined = hello.incarnation < INCARNATIONS_A_LIFE and (
+        joined = hello.incarnation < INCARNATIONS_PER_ATTEMPT and (
             index in self._joined
             or any(pending.index == index for pending in self._pending.values())
         )

@@ -117,7 +117,7 @@ class _Server:
         self._batches: deque[_InputBatch] = deque()  # processed; effects not published
         self._segments = segments
         self._folder_found = False
-        machine.conversations.holding = machine.journal is not None
+        machine.sessions.holding = machine.journal is not None
 
     def _now(self) -> float:
         return self._clock() - self._clock_offset_s
@@ -132,7 +132,7 @@ class _Server:
             self._machine.tick(now_s, now_s - self._next_tick_s)
             self._check_folder()
             self._next_tick_s = self._now() + self._interval_s
-            for peer, ping in self._machine.conversations.due_pings(now_s):
+            for peer, ping in self._machine.sessions.due_pings(now_s):
                 self._offer(peer, ping)
         batch, journal = self._collect_batch(), self._machine.journal
         if journal is not None and (
@@ -152,7 +152,7 @@ class _Server:
         events, machine.events = machine.events, []
         senders, self._senders = self._senders, set()
         batch = _InputBatch(
-            sealed=machine.conversations.seal(),
+            sealed=machine.sessions.seal(),
             senders=senders,
             events=events,
             syncs=journal is not None
@@ -181,7 +181,7 @@ class _Server:
         attempt must hold every message that was acknowledged.
         """
         ends_s = self._now() + FINAL_ACK_TIMEOUT_S
-        sessions, service = self._machine.conversations, self._machine.service
+        sessions, service = self._machine.sessions, self._machine.service
         await self._finish_batches()
         peers = [*service.membership.actors, service.membership.learner or ""]
         while any(map(sessions.num_unacked, peers)) and (left_s := ends_s - self._now()) > 0:
@@ -237,10 +237,10 @@ class _Server:
     def _block_refused(self) -> None:
         """Block the refused peers, after their Rejected messages were sent."""
         validator = self._machine.service.validator
-        while validator.to_mute:
-            self._hub.mute(validator.to_mute.pop())
+        while validator.to_block:
+            self._hub.mute(validator.to_block.pop())
         validator.num_malformed = self._hub.rejected
-        validator.num_muted = self._hub.muted.num_muted
+        validator.num_blocked = self._hub.muted.num_blocked
 
     # --- disk ----------------------------------------------------------------------------------
 
@@ -294,7 +294,7 @@ class _Server:
 
     def _send_effects(self, sealed: Sealed, senders: set[str]) -> None:
         """Send the sealed messages as far as the queues have space, and acknowledge `senders`."""
-        sessions = self._machine.conversations
+        sessions = self._machine.sessions
         sessions.release(sealed)
         for peer, reply in sealed.replies:
             self._hub.offer(peer, reply)
@@ -308,14 +308,14 @@ class _Server:
             self._hub.offer(peer, ack)
 
     def _send_to(self, peer: str) -> None:
-        sessions = self._machine.conversations
+        sessions = self._machine.sessions
         while (message := sessions.next_unsent(peer)) is not None:
             delivery = self._offer(peer, self._load_group(message))
             if delivery is not Delivery.QUEUED:
                 if delivery is Delivery.GONE:
                     del self._unsent[peer]
                 return
-            sessions.queued_one(peer)
+            sessions.mark_queued(peer)
             self._unsent[peer] = self._now()
         self._unsent.pop(peer, None)
 
@@ -363,4 +363,4 @@ class _Server:
                 sink.write(event)
             except OSError as error:
                 text = f"metrics could not be written: {error}"
-                self._machine.service.warnings.open("metrics", text, fleeting=True)
+                self._machine.service.warnings.open("metrics", text, transient=True)

@@ -201,7 +201,7 @@ class BufferService:
         self.expired_joins += self.membership.expire_joins(now_s)
         if self.lifecycle.expire(now_s - self.config.buffer.lease_timeout_s):
             text = "leases expired (buffer.lease_timeout_s); their prompts are leased again"
-            self.warnings.open("leases", text, fleeting=True)
+            self.warnings.open("leases", text, transient=True)
         ledger = self.lifecycle.ledger
         trained = ledger.ends[GroupEnd.TRAINED].tokens
         self.statistics.tokens(now_s, ledger.tokens_generated, trained)
@@ -235,7 +235,7 @@ class BufferService:
         self.warnings.close("stop")
         self.snapshot_due = True
         text = f"restarted (attempt {attempt}) at version {self.policy_version}"
-        self.warnings.open("attempt", text, fleeting=True)
+        self.warnings.open("attempt", text, transient=True)
         self.phase = self._current_phase()
 
     @property
@@ -288,7 +288,7 @@ class BufferService:
             for state in withdrawn:
                 self.lose(state, "its supervisor failed")
             text = f"{failure.role} left: {failure.message}"
-            self.warnings.open(failure.role, text, fleeting=True)
+            self.warnings.open(failure.role, text, transient=True)
             return
         reason = str(RoleError(failure.role, failure.message))
         self._diagnose(now_s)
@@ -375,7 +375,7 @@ class BufferService:
         for state in self.membership.present():
             if not state.awaits_weights:
                 self.warnings.close(f"actor-{state.index}")
-        self.warnings.pass_time(now_s)
+        self.warnings.close_expired(now_s)
 
     # --- results ---------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from speed_async.transport.session import Ack, Nack, Ping, Receipt, Session
 
 PING_INTERVAL_S = 1.0
 DECLARED_LOST = "this incarnation was declared lost: start a new one"
-FORGOTTEN = "the service lost messages that it had sent to this peer: start a new incarnation"
+MESSAGES_LOST = "the service lost messages that it had sent to this peer: start a new incarnation"
 UNKNOWN_PEER = "the service does not know this peer: start a new incarnation"
 
 
@@ -54,7 +54,7 @@ class Sessions:
         if session is None:
             return self._admit_stranger(peer, message)
         if message.heard > session.sent:  # acknowledges messages lost with the journal's tail
-            self.replies.append((peer, m.Rejected(reason=FORGOTTEN)))
+            self.replies.append((peer, m.Rejected(reason=MESSAGES_LOST)))
             return False
         if isinstance(message, Nack):
             if session.rewind(message.heard):
@@ -70,11 +70,11 @@ class Sessions:
         if message.number == session.heard + 1:
             return True
         receipt = session.arrived(message)
-        if receipt is Receipt.AGAIN:
+        if receipt is Receipt.DUPLICATE:
             self.replies.append((peer, session.word()))
         elif receipt is Receipt.GAP:
             self._send_nack(peer, session, now_s)
-        return receipt is Receipt.OUTSIDE and not isinstance(message, Ack)
+        return receipt is Receipt.UNNUMBERED and not isinstance(message, Ack)
 
     def _admit_stranger(self, peer: str, message: m.Message) -> bool:
         if isinstance(message, Ack | Nack):
@@ -142,9 +142,9 @@ class Sessions:
         session = self._sessions.get(peer)
         return session.has_unsent if session else peer in self._once
 
-    def queued_one(self, peer: str) -> None:
+    def mark_queued(self, peer: str) -> None:
         if session := self._sessions.get(peer):
-            session.queued_one()
+            session.mark_queued()
         elif waiting := self._once.get(peer):
             waiting.pop(0)
             if not waiting:
@@ -181,7 +181,7 @@ class Sessions:
     def discard_unacked(self, peer: str) -> None:
         """Discard the unacknowledged messages of a peer that does not return."""
         if session := self._sessions.get(peer):
-            session.forget_all()
+            session.discard_all()
         self._once.pop(peer, None)
 
     def remove(self, peer: str) -> None:
@@ -200,7 +200,7 @@ class Sessions:
     def rewind_all(self) -> None:
         """Resend all unacknowledged messages: after a restart it is unknown which were sent."""
         for session in self._sessions.values():
-            session.rewind_unacked()
+            session.requeue_unacked()
         self.unsent = [*self._sessions, *self._once]
 
     def _send_nack(self, peer: str, session: Session, now_s: float) -> None:

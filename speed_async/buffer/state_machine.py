@@ -19,7 +19,7 @@ class StateMachine:
 
     def __init__(self, service: BufferService, journal: Journal | None = None) -> None:
         self.service = service
-        self.conversations = Sessions()
+        self.sessions = Sessions()
         self.journal = journal
         """Each input is appended before it is processed; None disables the journal."""
         self.events: list[Event] = []
@@ -33,12 +33,12 @@ class StateMachine:
     def message(self, peer: str, message: m.Message, now_s: float, key: str = "") -> None:
         """Process a message of a peer whose connection has this public key. Control messages and
         duplicates are handled without a record."""
-        if not self.conversations.admit(peer, message, now_s):
+        if not self.sessions.admit(peer, message, now_s):
             self._note_refusal(peer, now_s)
             return
         reply = self.service.reply_without_record(peer, message, key)
         if reply is not None:
-            self.conversations.replies.append((peer, reply))
+            self.sessions.replies.append((peer, reply))
             return
         place = None
         if self.journal is not None:
@@ -55,7 +55,7 @@ class StateMachine:
         """A peer lost its connection."""
         state = self.service.membership.actors.get(peer)
         if state is None or state.disconnected_since_s is not None:
-            self.conversations.drop_unnumbered(peer)
+            self.sessions.drop_unnumbered(peer)
             return
         if self.journal is not None:
             self.journal.append("gone", now_s, peer=peer)
@@ -96,7 +96,7 @@ class StateMachine:
 
     def _note_refusal(self, peer: str, now_s: float) -> None:
         """Handle the case that the session layer just rejected this peer."""
-        replies = self.conversations.replies
+        replies = self.sessions.replies
         if not replies or replies[-1][0] != peer:
             return
         reply = replies[-1][1]
@@ -115,7 +115,7 @@ class StateMachine:
         key: str,
         sequence: int = 0,
     ) -> None:
-        self.conversations.record_received(peer, message)
+        self.sessions.record_received(peer, message)
         service = self.service
         service.place = place
         service.sequence = self.journal.sequence if self.journal is not None else sequence
@@ -128,7 +128,7 @@ class StateMachine:
 
     def _gone(self, peer: str, now_s: float) -> None:
         self.service.gone(peer, now_s)
-        self.conversations.drop_unnumbered(peer)
+        self.sessions.drop_unnumbered(peer)
         self._after(now_s)
 
     def _refused(self, peer: str, reason: str, now_s: float) -> None:
@@ -138,22 +138,22 @@ class StateMachine:
     def _begin_attempt(self, attempt: int, now_s: float) -> None:
         self.service.begin_attempt(attempt, now_s)
         self.service.outbox.clear()
-        self.conversations.clear()
+        self.sessions.clear()
         self._after(now_s)
 
     def _after(self, now_s: float) -> None:
         self.last_s = now_s
         service = self.service
         for peer in service.lost_peers:
-            self.conversations.discard_unacked(peer)
+            self.sessions.discard_unacked(peer)
         service.lost_peers.clear()
         for peer in service.expired_joins:
-            self.conversations.remove(peer)
+            self.sessions.remove(peer)
         service.expired_joins.clear()
         if service.outbox:
             for peer, message in service.outbox:
                 self.needs_sync = self.needs_sync or isinstance(message, m.JournalDurable)
-                self.conversations.enqueue(peer, message)
+                self.sessions.enqueue(peer, message)
             service.outbox.clear()
         if service.events:
             self.events += service.events

@@ -57,9 +57,9 @@ class MessageValidator:
         """Messages refused here."""
         self.num_malformed = 0
         """Messages refused by the hub; the server updates it."""
-        self.num_muted = 0
+        self.num_blocked = 0
         """Peers blocked by the hub; the server updates it."""
-        self.to_mute: list[str] = []
+        self.to_block: list[str] = []
         """Peers for the server to block."""
         self.group_stats: GroupStats | None = None
         """Statistics of the last accepted group, kept so that its arrays are read once."""
@@ -79,7 +79,7 @@ class MessageValidator:
     def refused(self, peer: str) -> None:
         """Count a refused message and block its sender."""
         self.num_refused += 1
-        self.to_mute.append(peer)
+        self.to_block.append(peer)
 
     def refusal(
         self,

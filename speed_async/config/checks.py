@@ -8,7 +8,7 @@ from speed_async.config.key_folder import check_client_files
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError
 
-INCARNATIONS_A_LIFE = 1000
+INCARNATIONS_PER_ATTEMPT = 1000
 """The first incarnation of a rank is the attempt number times this value, so actor names are unique
 across attempts of a run. Incarnations of an actor without a rank start at 0."""
 MODEL_FOLDER = "set a Hugging Face folder (saved with save_pretrained, or a complete download)"
@@ -141,12 +141,12 @@ def _check_roles(config: Config) -> Iterator[ConfigError]:
             config.cluster.learners,
             "only one learner rank is supported; set 1",
         )
-    if config.actors.max_restarts >= INCARNATIONS_A_LIFE:
+    if config.actors.max_restarts >= INCARNATIONS_PER_ATTEMPT:
         yield ConfigError(
             "actors.max_restarts",
             config.actors.max_restarts,
-            f"an attempt of a run has {INCARNATIONS_A_LIFE} incarnations per rank; set at most "
-            f"{INCARNATIONS_A_LIFE - 1}",
+            f"an attempt of a run has {INCARNATIONS_PER_ATTEMPT} incarnations per rank; set at "
+            f"most {INCARNATIONS_PER_ATTEMPT - 1}",
         )
     if config.actors.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         yield ConfigError(
@@ -177,7 +177,7 @@ def _check_files(config: Config) -> Iterator[ConfigError]:
 
 def _check_security(config: Config) -> Iterator[ConfigError]:
     cluster = config.cluster
-    if not cluster.speaks_curve:
+    if not cluster.uses_curve:
         return
     if cluster.keys is not None:
         try:

@@ -16,7 +16,7 @@ from speed_async.config.names import all_sections, did_you_mean, similar_fields
 from speed_async.config.overrides import ROOT_FIELDS, parse_overrides
 from speed_async.config.presets import with_preset
 from speed_async.config.schema import Config
-from speed_async.config.whole_file import write_whole
+from speed_async.config.whole_file import write_atomically
 from speed_async.errors import CONFIG_FILE, ConfigError, ConfigErrors
 
 PATH_FIELDS = (("model", "path"), ("task", "path"), ("cluster", "keys"))
@@ -92,7 +92,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write `config` atomically. Raises OSError."""
-    write_whole(path, json.dumps(config.model_dump(), indent=2) + "\n")
+    write_atomically(path, json.dumps(config.model_dump(), indent=2) + "\n")
 
 
 def read_resolved(path: Path) -> Config:

@@ -310,7 +310,7 @@ class ClusterConfig(Section):
             return self.host == "localhost"
 
     @property
-    def speaks_curve(self) -> bool:
+    def uses_curve(self) -> bool:
         """Whether sockets are encrypted and accept only allowed keys."""
         return self.security == "curve" or (self.security == "auto" and not self.is_loopback)
 

@@ -25,7 +25,7 @@ from speed_async.launcher.identity.identity import (
 )
 from speed_async.launcher.ports import becomes_free
 from speed_async.launcher.run_folder import RunFolder, make_run_folder
-from speed_async.learner.checkpoint.store import Found, latest_valid
+from speed_async.learner.checkpoint.store import FoundCheckpoint, latest_valid
 from speed_async.observability.notation import counted
 
 LOCK_GRACE_S = 5.0
@@ -48,7 +48,7 @@ class Attempt:
     """0 for the first of a run."""
     config: Config
     folder: RunFolder
-    checkpoint: Found | None
+    checkpoint: FoundCheckpoint | None
     """The checkpoint to continue from; None starts from the initial model."""
     identity: Identity | None
     """Identity of the run's inputs, as far as it was read; None on the first attempt."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_async.config.load import read_resolved
-from speed_async.errors import GivenUp, WeightSyncError
+from speed_async.errors import IncarnationLost, WeightSyncError
 from speed_async.launcher.event_loop import run
 from speed_async.launcher.exit_status import EXIT_FAILED, EXIT_INCARNATION_LOST, record
 from speed_async.launcher.logs import log_stderr
@@ -29,7 +29,7 @@ def main() -> int:
     folder = RunFolder(path=Path(arguments.run_folder))
     try:
         run(_role(arguments))
-    except (GivenUp, WeightSyncError) as error:
+    except (IncarnationLost, WeightSyncError) as error:
         record(folder.error(role), role, error)
         return EXIT_INCARNATION_LOST  # a new incarnation may succeed
     except Exception as error:  # boundary of the process: message to error file, traceback to log
@@ -42,7 +42,7 @@ def _role(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
     """Each role imports only its own modules: the service and the console never load torch."""
     config = read_resolved(Path(arguments.config))
     if arguments.role == "console":
-        from speed_async.launcher.roles.console_role import Source, accompany
+        from speed_async.launcher.roles.console_role import Source, run_console
         from speed_async.launcher.roles.watched_run import history_of
         from speed_async.transport.curve import client_keys
 
@@ -54,7 +54,7 @@ def _role(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
             keys=client_keys(config.cluster),
             history=history_of(folder),
         )
-        return accompany(source)
+        return run_console(source)
     if arguments.role == "service":
         from speed_async.launcher.roles.service_role import run_service
 

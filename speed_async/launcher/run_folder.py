@@ -10,7 +10,7 @@ from pathlib import Path
 from speed_async.config.load import save_config
 from speed_async.config.resumed import CONFIG_FILE
 from speed_async.config.schema import Config
-from speed_async.config.whole_file import flush, write_whole
+from speed_async.config.whole_file import flush, write_atomically
 from speed_async.errors import ConfigError, SpeedAsyncError
 
 LOCK_POLL_S = 0.05
@@ -65,7 +65,7 @@ class RunFolder:
 
     def write(self, path: Path, text: str) -> None:
         """Write a file of this folder atomically. Raises OSError."""
-        write_whole(path, text)
+        write_atomically(path, text)
 
     def take_lock(self, grace_s: float) -> int:
         """Lock the run exclusively; returns an open descriptor that child processes do not inherit.

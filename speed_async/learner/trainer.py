@@ -135,7 +135,7 @@ class Trainer:
         learner ranks. Raises ModelError when the weights have diverged."""
         return self._canary_probe.measure(self._policy)
 
-    def try_save(self) -> None:
+    def check_save(self) -> None:
         """Checks before training that a checkpoint can be saved, without writing tensors.
 
         Raises SpeedAsyncError with the cause and the remedy.

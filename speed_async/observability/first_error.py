@@ -47,10 +47,10 @@ class LogSince:
 def first_error(log: str) -> str:
     """Message of the first traceback, skipping errors that only refer to another one."""
     lines = [_split(line) for line in log.splitlines()]
-    return next((error for error in _errors(lines) if not points_elsewhere(error)), "")
+    return next((error for error in _errors(lines) if not is_secondary_error(error)), "")
 
 
-def points_elsewhere(error: str) -> bool:
+def is_secondary_error(error: str) -> bool:
     """Whether this error only reports that another process failed."""
     return _ELSEWHERE.search(error) is not None
 

@@ -45,12 +45,12 @@ Keys = ClientKeys | ServerKeys
 
 def client_keys(cluster: ClusterConfig) -> ClientKeys | None:
     """Load the keys that a role connects with; None without CURVE. Raises ConfigError."""
-    return load_client_keys(Path(cluster.keys or "")) if cluster.speaks_curve else None
+    return load_client_keys(Path(cluster.keys or "")) if cluster.uses_curve else None
 
 
 def server_keys(cluster: ClusterConfig) -> ServerKeys | None:
     """Load the keys that the service binds with; None without CURVE. Raises ConfigError."""
-    return load_server_keys(Path(cluster.keys or "")) if cluster.speaks_curve else None
+    return load_server_keys(Path(cluster.keys or "")) if cluster.uses_curve else None
 
 
 def load_client_keys(folder: Path) -> ClientKeys:
@@ -114,7 +114,7 @@ def configure_curve(socket: zmq.Socket, keys: Keys | None) -> ThreadAuthenticato
     return authenticator
 
 
-def why_silent(keys: Keys | None) -> str:
+def silence_hint(keys: Keys | None) -> str:
     """Hint about keys for the error message when a peer never responded."""
     if keys is None:
         return "if it requires keys (cluster.keys), it ignores clients without a key"

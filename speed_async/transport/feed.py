@@ -13,7 +13,7 @@ from speed_async.errors import ProtocolError, TransportClosed
 from speed_async.observability.metrics import Event, EventKind
 from speed_async.transport import fields
 from speed_async.transport.codec import MAGIC, MAX_HEADER_BYTES, Frame, pack_header, unpack_header
-from speed_async.transport.curve import ClientKeys, ServerKeys, configure_curve, why_silent
+from speed_async.transport.curve import ClientKeys, ServerKeys, configure_curve, silence_hint
 from speed_async.transport.messages import PROTOCOL_VERSION
 from speed_async.transport.sockets import (
     LINGER_S,
@@ -92,7 +92,7 @@ class FeedSubscriber:
             max_frame_bytes=MAX_HEADER_BYTES,
             keys=keys,
         )
-        self._awaited = f"an event (none received so far; {why_silent(keys)})"
+        self._awaited = f"an event (none received so far; {silence_hint(keys)})"
         endpoint = endpoint_at(self._socket.raw, host, port)
         self._source = f"the metrics feed at {endpoint}"
         self._socket.raw.SUBSCRIBE = b""

@@ -13,7 +13,7 @@ class BlockedPeers:
     """
 
     def __init__(self, capacity: int = CAPACITY) -> None:
-        self.num_muted = 0
+        self.num_blocked = 0
         """Total number of peers muted so far."""
         self._capacity = capacity
         self._names: OrderedDict[bytes, None] = OrderedDict()
@@ -28,6 +28,6 @@ class BlockedPeers:
         if name in self._names:
             return
         self._names[name] = None
-        self.num_muted += 1
+        self.num_blocked += 1
         if len(self._names) > self._capacity:
             self._names.popitem(last=False)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from speed_async.errors import ProtocolError
 from speed_async.transport.transport import PeerName
 
-MAX_NAMES_A_KEY = 1024
+MAX_NAMES_PER_KEY = 1024
 """Beyond this, the least recently used name of the key is released."""
 
 _NAME = r"[A-Za-z0-9._:-]{1,100}"
@@ -84,7 +84,7 @@ class PeerNames:
                 raise ProtocolError(f"the name {name} belongs to another connection, which is open")
             self._release(name)
         names = self._by_key.setdefault(key, OrderedDict())
-        if len(names) >= MAX_NAMES_A_KEY:
+        if len(names) >= MAX_NAMES_PER_KEY:
             self._release(next(iter(names)))
         self._names[identity] = name
         self._owners[name] = Owner(identity=identity, key=key)

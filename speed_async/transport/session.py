@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
-from speed_async.errors import DeadlineExceeded, GivenUp, SpeedAsyncError
+from speed_async.errors import DeadlineExceeded, IncarnationLost, SpeedAsyncError
 from speed_async.transport.messages import Message
 from speed_async.transport.transport import Link
 
@@ -42,11 +42,11 @@ class Ping(Message):
 
 class Receipt(Enum):
     NEW = auto()
-    AGAIN = auto()
+    DUPLICATE = auto()
     """A duplicate."""
     GAP = auto()
     """An earlier message is missing."""
-    OUTSIDE = auto()
+    UNNUMBERED = auto()
     """Not numbered: a control message, or a peer without a session."""
 
 
@@ -101,11 +101,11 @@ class Session:
         self._kept.append(replace(message, number=self.sent))
 
     def next_unsent(self) -> Message:
-        """The first message not passed to the transport; call `queued_one` after passing it."""
+        """The first message not passed to the transport; call `mark_queued` after passing it."""
         first = self.sent - len(self._kept) + 1
         return replace(self._kept[self.queued + 1 - first], heard=self._ackable)
 
-    def queued_one(self) -> None:
+    def mark_queued(self) -> None:
         """Record that the message of `next_unsent` was passed to the transport."""
         self.queued += 1
         self._acknowledged = self._ackable
@@ -123,9 +123,9 @@ class Session:
         """Process the numbers of a received message."""
         self.forget(message.heard)
         if message.number == 0:
-            return Receipt.OUTSIDE
+            return Receipt.UNNUMBERED
         if message.number <= self.heard:
-            return Receipt.AGAIN
+            return Receipt.DUPLICATE
         if message.number > self.heard + 1:
             return Receipt.GAP
         self.heard = message.number
@@ -139,11 +139,11 @@ class Session:
         self.queued = min(self.queued, heard)
         return True
 
-    def rewind_unacked(self) -> None:
+    def requeue_unacked(self) -> None:
         """Retransmit all unacknowledged messages: it is unknown which ones left the socket."""
         self.queued, self._acknowledged, self._held_at = self.sent - len(self._kept), 0, None
 
-    def forget_all(self) -> None:
+    def discard_all(self) -> None:
         """Drop all kept messages: the peer will not return."""
         self._kept.clear()
         self.queued = self.sent
@@ -169,7 +169,7 @@ class SessionLink:
         self._last_nack = (-1, 0.0)
         """Number it acknowledged, and when it was sent."""
         self._settled = asyncio.Event()
-        self.last_heard_s = clock()
+        self.last_received_s = clock()
         """Time of the last message from the service."""
 
     @property
@@ -185,8 +185,8 @@ class SessionLink:
     async def receive(self, deadline_s: float) -> Message:
         """Wait for the next message of the service.
 
-        Raises DeadlineExceeded, TransportClosed or ProtocolError; GivenUp if the service requests
-        messages that are no longer kept.
+        Raises DeadlineExceeded, TransportClosed or ProtocolError; IncarnationLost if the service
+        requests messages that are no longer kept.
         """
         ends_s = self._clock() + deadline_s
         while True:
@@ -198,7 +198,7 @@ class SessionLink:
                     raise DeadlineExceeded(error.whom, error.what, deadline_s) from None
                 await self._probe()
                 continue
-            self.last_heard_s = self._clock()
+            self.last_received_s = self._clock()
             if await self._is_new(message):
                 return message
 
@@ -232,7 +232,7 @@ class SessionLink:
                 return False
             case Nack(heard=heard):
                 if not self._session.rewind(heard):
-                    raise GivenUp(
+                    raise IncarnationLost(
                         f"the buffer service lost the messages after number {heard}, and they are "
                         "no longer kept here"
                     )
@@ -245,7 +245,7 @@ class SessionLink:
                 pass
         if arrival is Receipt.GAP:
             await self._send_nack()
-        return arrival in (Receipt.NEW, Receipt.OUTSIDE)
+        return arrival in (Receipt.NEW, Receipt.UNNUMBERED)
 
     async def _send_unsent(self) -> None:
         async with self._sending:
@@ -254,7 +254,7 @@ class SessionLink:
                 await self._link.send(message)
                 # Otherwise the session was rewound or the message acknowledged meanwhile.
                 if message.number == self._session.queued + 1:
-                    self._session.queued_one()
+                    self._session.mark_queued()
 
     async def _probe(self) -> None:
         if self._session.has_unsent:

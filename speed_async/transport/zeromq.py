@@ -12,7 +12,7 @@ import zmq
 
 from speed_async.errors import DeadlineExceeded, ProtocolError
 from speed_async.transport.codec import Frame, decode, encode
-from speed_async.transport.curve import ClientKeys, Keys, ServerKeys, why_silent
+from speed_async.transport.curve import ClientKeys, Keys, ServerKeys, silence_hint
 from speed_async.transport.messages import Message, Rejected
 from speed_async.transport.muting import BlockedPeers
 from speed_async.transport.peer_names import PeerNames, claimed_name, new_identity
@@ -159,7 +159,7 @@ class ZmqLink:
         self, socket: PolledSocket, endpoint: str, send_deadline_s: float, keys: Keys | None
     ) -> None:
         self._socket = socket
-        self._awaited = f"a message (none received so far; {why_silent(keys)})"
+        self._awaited = f"a message (none received so far; {silence_hint(keys)})"
         self._peer = f"the service at {endpoint}"
         self._send_deadline_s = send_deadline_s
 

@@ -148,7 +148,7 @@ class EpochGroup:
                     self._group, transferred, offer.deadline_s, offer.backend, mark_done
                 )
             except RuntimeError as error:
-                self._broken = self._broken or in_words(error)
+                self._broken = self._broken or describe_error(error)
                 # The frames keep the process group alive, which must be freed to wake its members.
                 traceback.clear_frames(error.__traceback__)
                 for future in futures:
@@ -176,7 +176,7 @@ class EpochGroup:
             self.stuck = True
             raise StageFailed(stage, time.monotonic() - started_s, "no response") from error
         except RuntimeError as error:  # torch.distributed raises it for all failures
-            reason = in_words(error)
+            reason = describe_error(error)
             ranks = error.ranks if isinstance(error, MemberLeft) else ()
             raise StageFailed(stage, time.monotonic() - started_s, reason, ranks) from error
 
@@ -186,7 +186,7 @@ class EpochGroup:
         try:
             return call()
         except RuntimeError as error:
-            raise StageFailed(stage, time.monotonic() - started_s, in_words(error)) from error
+            raise StageFailed(stage, time.monotonic() - started_s, describe_error(error)) from error
 
     def announce_end(self, reason: str) -> None:
         """Reports, once, why this member leaves the group, and frees the process group.
@@ -225,7 +225,7 @@ class EpochGroup:
             group.abort()
 
 
-def in_words(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """First line of a backend's error message, without C++ source locations."""
     text = str(error).partition("\n")[0]
     if CLOSED.search(text):

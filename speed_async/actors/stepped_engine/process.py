@@ -42,7 +42,7 @@ from speed_async.actors.stepped_engine.frames import (
     unpack_stats,
 )
 from speed_async.actors.stepped_engine.stepper import Stepper
-from speed_async.errors import DeadlineExceeded, GivenUp, SpeedAsyncError
+from speed_async.errors import DeadlineExceeded, IncarnationLost, SpeedAsyncError
 from speed_async.observability.first_error import LogSince, one_line
 
 STATS_INTERVAL_S = 0.05
@@ -64,7 +64,7 @@ class ProcessWorker:
     """Implements `Worker`. `make_stepper` runs in the process, which starts immediately.
 
     Create it before the event loop and before any thread, because it may fork. When the process
-    dies, GivenUp is raised, so that the actor is restarted.
+    dies, IncarnationLost is raised, so that the actor is restarted.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class ProcessWorker:
         except (asyncio.IncompleteReadError, ConnectionError):
             await asyncio.to_thread(self.process.join, END_GRACE_S)
             status, cause = _describe_exit(self.process.exitcode), self._log.first_error()
-            raise GivenUp(
+            raise IncarnationLost(
                 f"the engine process died ({status}){f': {cause}' if cause else ''}; "
                 "see the actor's log"
             ) from None

@@ -29,7 +29,7 @@ from speed_async.actors.vllm_engine.requests import (
     sampled,
     sampling_params,
 )
-from speed_async.errors import DeadlineExceeded, GivenUp, SpeedAsyncError, WeightSyncError
+from speed_async.errors import DeadlineExceeded, IncarnationLost, SpeedAsyncError, WeightSyncError
 from speed_async.observability.first_error import LogSince, one_line
 from speed_async.types import Sampled, WeightOffer
 from speed_async.weight_sync.canary import Canary, canary_tolerance, verify
@@ -41,7 +41,7 @@ CANARY_PRIORITY = -1_000_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartedLlm:
-    """A started AsyncLLM (`start.open_llm`) and the limits on its requests."""
+    """A started AsyncLLM (`start.start_llm`) and the limits on its requests."""
 
     llm: Any  # vllm.v1.engine.async_llm.AsyncLLM
     limits: ModelLimits
@@ -55,20 +55,21 @@ class VllmEngine:
     """Implements `Engine`. Entering starts vLLM, exiting stops it.
 
     Tokens are counted when they arrive in this process. A completion that finishes between an
-    update and its canary check waits for the check. When vLLM dies, every call raises GivenUp, so
-    that the actor is restarted; after a rejected version, every call raises WeightSyncError.
+    update and its canary check waits for the check. When vLLM dies, every call raises
+    IncarnationLost, so that the actor is restarted; after a rejected version, every call raises
+    WeightSyncError.
     """
 
     def __init__(
         self,
-        open_llm: Callable[[], StartedLlm],
+        start_llm: Callable[[], StartedLlm],
         *,
         recompute_at_update: bool,
         canary_tolerance_nats: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`open_llm` runs in a thread and takes about 30 s."""
-        self._open_llm = open_llm
+        """`start_llm` runs in a thread and takes about 30 s."""
+        self._open_llm = start_llm
         self._recompute_at_update = recompute_at_update
         self._tolerance = canary_tolerance_nats
         self._clock = clock
@@ -316,7 +317,7 @@ class VllmEngine:
     # --- failure -----------------------------------------------------------------------------
 
     async def _call(self, awaitable: Any) -> Any:
-        """Await one vLLM call. Raises GivenUp when vLLM has died or the call fails.
+        """Await one vLLM call. Raises IncarnationLost when vLLM has died or the call fails.
 
         Any failure ends the engine, because the state of vLLM is then unknown.
         """
@@ -325,14 +326,14 @@ class VllmEngine:
         except EngineDeadError:
             raise self._engine_death() from None
         except (RuntimeError, ValueError, TypeError) as error:
-            failure = GivenUp(f"vLLM failed: {one_line(str(error))} (see the actor's log)")
+            failure = IncarnationLost(f"vLLM failed: {one_line(str(error))} (see the actor's log)")
             self._fail(failure)
             raise failure from error
 
     def _engine_death(self) -> Exception:
         cause = self._log.first_error()
         detail = f": {cause} (see the actor's log)" if cause else "; see the actor's log"
-        self._fail(GivenUp(f"the vLLM engine died{detail}"))
+        self._fail(IncarnationLost(f"the vLLM engine died{detail}"))
         assert self._failure is not None
         return self._failure
 

@@ -13,7 +13,7 @@ from speed_async.actors.vllm_engine.engine import StartedLlm, VllmEngine
 from speed_async.actors.vllm_engine.options import TRANSFER_BACKEND, ServingInfo, engine_arguments
 from speed_async.config.schema import Config
 from speed_async.errors import SpeedAsyncError
-from speed_async.observability.first_error import LogSince, one_line, points_elsewhere
+from speed_async.observability.first_error import LogSince, is_secondary_error, one_line
 
 SHUTDOWN_S = 5.0
 
@@ -21,13 +21,13 @@ SHUTDOWN_S = 5.0
 def make_vllm_engine(config: Config, *, seed: int) -> VllmEngine:
     """An engine that is not started yet. The parent process sets `options.ENVIRONMENT`."""
     return VllmEngine(
-        partial(open_llm, config, seed=seed),
+        partial(start_llm, config, seed=seed),
         recompute_at_update=config.actors.running_at_update == "recompute",
         canary_tolerance_nats=config.weights.canary_tolerance,
     )
 
 
-def open_llm(config: Config, *, seed: int) -> StartedLlm:
+def start_llm(config: Config, *, seed: int) -> StartedLlm:
     """Start vLLM and wait until it is ready. Raises ModelError, ConfigError or SpeedAsyncError."""
     info = ServingInfo(config)
     arguments = engine_arguments(config, info, seed=seed, on_cpu=current_platform.is_cpu())
@@ -40,7 +40,7 @@ def open_llm(config: Config, *, seed: int) -> StartedLlm:
         )
     except (RuntimeError, ValueError, TypeError, OSError) as error:  # errors of vLLM's start
         text = one_line(f"{type(error).__name__}: {error}")
-        cause = log.first_error() if points_elsewhere(text) else ""
+        cause = log.first_error() if is_secondary_error(text) else ""
         raise SpeedAsyncError(
             f"vLLM did not start: {cause or text} (see the actor's log)"
         ) from error

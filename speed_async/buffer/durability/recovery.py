@@ -120,7 +120,7 @@ def _with_config(config: Config, machine: StateMachine, build: Build) -> StateMa
         current = StateMachine(build(config))
         restore(current, capture(machine))
         machine = current
-    machine.conversations.rewind_all()
+    machine.sessions.rewind_all()
     return machine
 
 

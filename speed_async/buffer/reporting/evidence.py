@@ -108,7 +108,7 @@ class Updates:
         self.num_skipped = 0
         self.num_learned = 0
         """Updates with a finite, nonzero gradient."""
-        self.all_known = True
+        self.covers_all_updates = True
         """False after resuming from a checkpoint whose updates the journal does not contain."""
         self.recent: deque[UpdateRecord] = deque(maxlen=WINDOW_UPDATES)
 
@@ -123,7 +123,7 @@ class Updates:
 
     @property
     def nothing_learned(self) -> bool:
-        return self.all_known and self.num_made > 0 and not self.num_learned
+        return self.covers_all_updates and self.num_made > 0 and not self.num_learned
 
 
 class Evidence:

@@ -56,9 +56,9 @@ def status_values(service: BufferService, now_s: float) -> dict[str, Value]:
         "groups_evicted": lifecycle.ledger.ends[GroupEnd.EVICTED].groups,
         "ledger_closes": all(checks.values()),
         "loop_lag_s": service.loop_lag_s,
-        "actors_total": service.membership.num_wanted,
+        "actors_total": service.membership.num_expected,
         "warning": "\n".join(filter(None, (service.notes, service.warning))),
-        "peers_muted": service.validator.num_muted,
+        "peers_muted": service.validator.num_blocked,
         "messages_refused": service.validator.num_refused + service.validator.num_malformed,
     }
     values["learner_here"] = service.membership.learner is not None
@@ -155,14 +155,14 @@ def summary_values(
         "staleness_mean": statistics.staleness_mean,
         "staleness_max": statistics.staleness_max,
         "weights": service.learner.weight_times.summary(),
-        "peers_muted": service.validator.num_muted,
+        "peers_muted": service.validator.num_blocked,
         "messages_refused": service.validator.num_refused + service.validator.num_malformed,
         "actors": lifecycle.ledger.by_actor(),
         "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
         "diagnoses": service.diagnoses.record(),
         "lives": service.attempt + 1,
         "updates_repeated": service.lifecycle.lineage.num_repeated,
-        "updates_repeated_alike": service.lifecycle.lineage.num_repeated_alike,
+        "updates_repeated_alike": service.lifecycle.lineage.num_repeated_identical,
         "breakdown": {"learner": _learner_times(service), "actors": _actor_times(service)},
     }
 

@@ -2,7 +2,7 @@
 
 from speed_async.observability.notation import single_line
 
-FLEETING_S = 60.0
+TRANSIENT_S = 60.0
 """How long a warning about a past event that needs no action is shown."""
 
 
@@ -12,14 +12,14 @@ class Warnings:
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
         self._first_shown_s: dict[str, float] = {}
-        """When each fleeting warning was first seen by `pass_time`."""
+        """When each transient warning was first seen by `close_expired`."""
         self._fleeting: set[str] = set()
 
-    def open(self, topic: str, text: str, *, fleeting: bool = False) -> None:
+    def open(self, topic: str, text: str, *, transient: bool = False) -> None:
         """Open a warning on the topic, replacing an earlier one."""
         self.close(topic)
         self._texts[topic] = text
-        if fleeting:
+        if transient:
             self._fleeting.add(topic)
 
     def close(self, topic: str) -> None:
@@ -28,10 +28,10 @@ class Warnings:
         self._first_shown_s.pop(topic, None)
         self._fleeting.discard(topic)
 
-    def pass_time(self, now_s: float) -> None:
-        """Close the fleeting warnings that have been shown for FLEETING_S."""
+    def close_expired(self, now_s: float) -> None:
+        """Close the transient warnings that have been shown for TRANSIENT_S."""
         for topic in sorted(self._fleeting):
-            if now_s - self._first_shown_s.setdefault(topic, now_s) >= FLEETING_S:
+            if now_s - self._first_shown_s.setdefault(topic, now_s) >= TRANSIENT_S:
                 self.close(topic)
 
     @property

@@ -21,7 +21,7 @@ from speed_async.launcher.logs import log_to
 from speed_async.launcher.rank import Rank
 from speed_async.launcher.rendezvous import FOLDER_VARIABLE, node_rendezvous
 from speed_async.launcher.roles.engine_choice import engine_environment
-from speed_async.launcher.roles.join import Admitted, RunEnd, ask_for_place, wait_for_run_end
+from speed_async.launcher.roles.join import Admitted, RunEnd, request_admission, wait_for_run_end
 from speed_async.launcher.roles.joiner import localized
 from speed_async.launcher.roles.supervisor import ActorPlan, supervise
 from speed_async.launcher.run_folder import RunFolder
@@ -35,7 +35,7 @@ async def supervise_rank(config: Config, rank: Rank) -> None:
     """Run this rank's actor until it exits. Raises RunLost, or RoleError with its message."""
     stopping = stop_event()
     try:
-        admitted = await ask_for_place(
+        admitted = await request_admission(
             _address_lookup(config, rank),
             stopping=stopping,
             timeout_s=config.cluster.connect_timeout_s,

@@ -8,7 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from speed_async.actors.engine import OwnedEngine
+from speed_async.actors.engine import ManagedEngine
 from speed_async.actors.failed_completions import FailedCompletions
 from speed_async.actors.loop import ActorLoop
 from speed_async.actors.model_folder import check_model_folder, load_tokenizer
@@ -18,7 +18,7 @@ from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
 from speed_async.environments.task import fingerprint
 from speed_async.environments.verifier import VerifierPool
-from speed_async.errors import GivenUp, SpeedAsyncError, WeightSyncError
+from speed_async.errors import IncarnationLost, SpeedAsyncError, WeightSyncError
 from speed_async.launcher.exit_status import describe
 from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.launcher.run_folder import RunFolder
@@ -38,7 +38,7 @@ async def run_actor(
     host: str,
     port: int,
     joined: bool,
-    engine: OwnedEngine,
+    engine: ManagedEngine,
 ) -> None:
     """Run the actor until the service or SIGTERM drains it.
 
@@ -51,7 +51,7 @@ async def run_actor(
     link = SessionLink(wire)
     try:
         await _work(config, name, index, incarnation, link, engine)
-    except (GivenUp, WeightSyncError):
+    except (IncarnationLost, WeightSyncError):
         raise  # the supervisor starts another incarnation; other roles are not affected
     except Exception as error:  # boundary of the role: reported to the service, then re-raised
         if not joined:
@@ -62,7 +62,12 @@ async def run_actor(
 
 
 async def _work(
-    config: Config, name: str, index: int, incarnation: int, link: SessionLink, engine: OwnedEngine
+    config: Config,
+    name: str,
+    index: int,
+    incarnation: int,
+    link: SessionLink,
+    engine: ManagedEngine,
 ) -> None:
     task = make_task(config.task)
     verifier = VerifierPool(

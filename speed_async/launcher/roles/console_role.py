@@ -19,7 +19,7 @@ from speed_async.launcher.standard_streams import discard_stdout
 from speed_async.observability.lines import Lines
 from speed_async.observability.metrics import Event
 from speed_async.observability.panel.panel import Panel, can_show
-from speed_async.transport.curve import ClientKeys, why_silent
+from speed_async.transport.curve import ClientKeys, silence_hint
 from speed_async.transport.feed import FeedSubscriber
 
 SILENCE_S = 30.0
@@ -50,7 +50,7 @@ class Source:
         return f"tcp://{self.host}:{self.port}"
 
 
-async def accompany(source: Source) -> None:
+async def run_console(source: Source) -> None:
     """Run the console of `speed-async train` until the run ends; after a closed panel it prints
     lines.
 
@@ -179,8 +179,8 @@ def _silent(source: Source, silent_s: float, *, has_event: bool) -> DeadlineExce
     what = (
         "an event. The run has ended without an end event, or is unreachable"
         if has_event
-        else f"an event (none has arrived; {why_silent(source.keys)}). This may not be the port of "
-        "the feed"
+        else f"an event (none has arrived; {silence_hint(source.keys)}). This may not be the port "
+        "of the feed"
     )
     return DeadlineExceeded(f"the metrics feed at {source.address}", what, silent_s)
 

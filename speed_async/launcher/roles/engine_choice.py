@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from speed_async.actors.engine import OwnedEngine
+from speed_async.actors.engine import ManagedEngine
 from speed_async.actors.stepped_engine.engine import SteppedEngine
 from speed_async.actors.stepped_engine.process import ProcessWorker, may_fork
 from speed_async.actors.stepped_engine.stepper import Stepper
@@ -20,7 +20,7 @@ from speed_async.testing.scripted_run import load_scripted_stepper
 
 def start_engine(
     config: Config, *, index: int, incarnation: int, begin: Callable[[], None] | None = None
-) -> OwnedEngine:
+) -> ManagedEngine:
     """Create the configured engine, an async context manager. Call it before any event loop or
     thread is started: the embedded engine starts its process immediately, possibly by fork, and
     calls `begin` there first."""

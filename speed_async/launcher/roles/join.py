@@ -41,7 +41,7 @@ class Admitted:
     link: Link
 
 
-async def ask_for_place(
+async def request_admission(
     look_up: Callable[[], tuple[str, int] | None],
     *,
     stopping: asyncio.Event,

@@ -22,7 +22,7 @@ from speed_async.errors import (
 from speed_async.launcher.event_loop import stop_event
 from speed_async.launcher.ports import address_at
 from speed_async.launcher.processes import ENVIRONMENT
-from speed_async.launcher.roles.join import Admitted, ask_for_place, wait_for_run_end
+from speed_async.launcher.roles.join import Admitted, request_admission, wait_for_run_end
 from speed_async.launcher.roles.supervisor import ActorPlan, supervise
 from speed_async.launcher.run_folder import make_run_folder
 from speed_async.transport import messages as m
@@ -51,7 +51,7 @@ async def join_run(
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        admitted = await ask_for_place(
+        admitted = await request_admission(
             lambda: (host, port), stopping=stopping, timeout_s=timeout_s, keys=curve
         )
     except DeadlineExceeded as error:

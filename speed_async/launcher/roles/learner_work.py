@@ -45,7 +45,7 @@ async def learn(
             progress = await asyncio.to_thread(trainer.restore, found.folder, is_whole=True)
         restored = Restored(progress=progress, notices=found.notices)
     if attempt.number == 0:  # a resumed run may wait for disk space at its next checkpoint instead
-        await asyncio.to_thread(trainer.try_save)
+        await asyncio.to_thread(trainer.check_save)
     device = next(model.parameters()).device
     sender = TorchSender(
         host=config.cluster.host,

@@ -27,7 +27,7 @@ _LEFTOVER = re.compile(r"\.(version-\d{6,})\.(partial|replaced|removed)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class FoundCheckpoint:
     """The checkpoint from which to resume, and notices about damaged ones that were skipped."""
 
     folder: Path | None
@@ -105,7 +105,7 @@ def prune(root: Path, keep_last: int) -> int:
     return kept[0] if len(kept) >= keep_last else 0
 
 
-def latest_valid(root: Path, keep_last: int) -> Found | None:
+def latest_valid(root: Path, keep_last: int) -> FoundCheckpoint | None:
     """The newest checkpoint with valid checksums; None when there is no checkpoint.
 
     Newer damaged checkpoints are renamed to NAME.damaged and listed in the notices. When all are
@@ -128,7 +128,7 @@ def latest_valid(root: Path, keep_last: int) -> Found | None:
                 _quarantine(damaged_folder, reason, instead=folder.name)
                 for damaged_folder, reason in damaged
             ]
-            return Found(folder=folder, policy_version=version, notices=tuple(notices))
+            return FoundCheckpoint(folder=folder, policy_version=version, notices=tuple(notices))
         damaged.append((folder, what))
     if len(damaged) >= keep_last:
         each = "; ".join(f"{folder.name}: {what}" for folder, what in damaged)
@@ -142,7 +142,7 @@ def latest_valid(root: Path, keep_last: int) -> Found | None:
         notices = [
             _quarantine(damaged_folder, reason, instead=start) for damaged_folder, reason in damaged
         ]
-        return Found(folder=None, policy_version=0, notices=tuple(notices))
+        return FoundCheckpoint(folder=None, policy_version=0, notices=tuple(notices))
     return None
 
 

@@ -106,7 +106,7 @@ class Keyboard:
 
 
 @contextmanager
-def terminal_kept() -> Iterator[None]:
+def preserve_terminal() -> Iterator[None]:
     """Restore terminal modes and cursor on exit, because a killed console cannot restore them."""
     descriptor = _terminal()
     modes = termios.tcgetattr(descriptor) if descriptor is not None else None
