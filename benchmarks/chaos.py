@@ -17,11 +17,11 @@ from benchmarks.harness import RESULTS, ROOT, report
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from chaos.drill import run_drills
-from chaos.faults import KINDS, plan
-from chaos.results import Result, medians, service_growth
-from chaos.settings import Plan
-from chaos.started_run import DrillFailed
+from tests.faults.drill import run_drills
+from tests.faults.faults import KINDS, plan
+from tests.faults.results import Result, medians, service_growth
+from tests.faults.settings import Plan
+from tests.faults.started_run import DrillFailed
 
 
 def main() -> int:

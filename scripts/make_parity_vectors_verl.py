@@ -1,4 +1,4 @@
-"""Create tests/parity/verl.json: verl's results for the formulas it shares with this project.
+"""Create tests/fakes/parity/verl.json: verl's results for the formulas it shares with this project.
 
     python scripts/make_parity_vectors_verl.py      in an environment with verl 0.9.1
 

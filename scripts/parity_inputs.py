@@ -1,8 +1,8 @@
 """Random inputs of the parity vectors, and the files that store them with a library's results.
 
 Inputs come from Python's own generator and are rounded, so that any version of any library gets
-the same inputs. A vector file (tests/parity/<library>.json) names the library, its version and the
-script that created it. `batches` are the inputs, `cases` the results.
+the same inputs. A vector file (tests/fakes/parity/<library>.json) names the library, its version
+and the script that created it. `batches` are the inputs, `cases` the results.
 
 Shape legend: G groups, S sequences, T tokens of one sequence (ragged: lists of lists).
 """
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parents[1] / "tests" / "parity"
+FOLDER = Path(__file__).resolve().parents[1] / "tests" / "fakes" / "parity"
 MAX_TOKENS = 9
 MAX_AGE = 3
 GRPO_STD_FLOOR = 1e-4
@@ -68,7 +68,7 @@ def without_padding(rows: list[list[float]], lengths: list[int]) -> list[list[fl
 
 
 def save(library: str, *, batches: dict[str, Batch], cases: list[Case]) -> None:
-    """Write tests/parity/<library>.json with the library's version and the running script."""
+    """Write tests/fakes/parity/<library>.json with the library's version and the running script."""
     vectors = {
         "library": library,
         "version": importlib.metadata.version(library),

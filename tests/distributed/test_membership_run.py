@@ -1,0 +1,212 @@
+"""Whole runs in which actors die, hang, join and leave: the run continues, and its ledger balances.
+
+Two actors train; a fault is injected into the second one. The delay of the learner is measured from
+the times of the updates in metrics.jsonl.
+"""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.fakes.paths import MODEL
+from tests.fakes.run_process import Run, start_actor, start_train
+
+DEADLINE_S = 3.0
+SLACK_S = 3.0
+"""In addition to the deadline, between the updates around a failed broadcast: half a second for the
+other members to report that they are alive, a new group, an update, and machine load."""
+SETTINGS = {
+    "run.updates": 80,
+    "cluster.actors": 2,
+    "weights.deadline_s": DEADLINE_S,
+    "gate.n_init": 4,
+    "gate.n_cont": 12,
+    "learner.groups_per_update": 8,
+}
+
+
+@contextmanager
+def training(folder: Path) -> Iterator[Run]:
+    """A run in which all actors have weights. All its processes are killed at exit."""
+    overrides = [part for name, value in SETTINGS.items() for part in (f"--{name}", str(value))]
+    run = start_train(folder, *overrides)
+
+    def all_have_weights() -> bool:
+        last = run.events("step")[-1]
+        return last["actors_alive"] == last["actors_total"] and last["weights/lag_max"] == 1
+
+    try:
+        run.wait_for_steps(2)
+        with run.slowed_down():
+            run.wait_for("the last actor", all_have_weights)
+        yield run
+    finally:
+        for process_id in run.processes():
+            os.kill(process_id, signal.SIGKILL)
+        run.process.kill()
+        run.process.wait()
+
+
+def stop_during_broadcast(run: Run, role: str, index: int) -> int:
+    """Stop a process; returns its id once a broadcast waits for it.
+
+    Broadcasts of this model take a few hundredths of a second. One that takes more than a second is
+    waiting for the stopped process, and cannot end before the deadline.
+    """
+
+    def is_waiting(values: dict[str, Any]) -> bool:
+        return values.get("weights/publishing_s", 0.0) > 1.0  # samples do not have it
+
+    process_id = run.child(role, index)
+    os.kill(process_id, signal.SIGSTOP)
+    run.wait_for_event("a waiting broadcast", is_waiting)
+    return process_id
+
+
+def wait_until_back(run: Run, name: str) -> None:
+    """Wait until a lost actor has weights again that are at most two versions old."""
+    key = f"weights/lag/{name}"
+
+    def is_lost() -> bool:
+        return key not in run.events("step")[-1]
+
+    def is_back() -> bool:
+        return run.events("step")[-1].get(key, 99) <= 2
+
+    run.wait_for(f"an update without {name}", is_lost)
+    with run.slowed_down():
+        run.wait_for(f"{name} in the group", is_back)
+
+
+def assert_completed(run: Run) -> dict[str, Any]:
+    status, _, err = run.finish()
+    assert status == 0, err
+    summary = run.summary()
+    assert summary["optimizer_updates"] == SETTINGS["run.updates"]
+    assert summary["ledger"]["closes"] is True
+    assert summary["ledger"]["groups"]["in_flight"] == 0
+    assert run.processes() == {}
+    return summary
+
+
+def gaps_s(run: Run) -> list[float]:
+    """Seconds from each update to the next."""
+    walls_s = [event["wall_s"] for event in run.events("step")]
+    return [after - before for before, after in itertools.pairwise(walls_s)]
+
+
+def delay_broadcast(run: Run, role: str, victim: str | None) -> None:
+    """Stop `role` of actor 2 during a broadcast, then kill `victim` if given; check the delay."""
+    num_failed = run.events("step")[-1]["weights/failed"]
+    stopped = stop_during_broadcast(run, role, 2)
+    if victim is not None:
+        os.kill(stopped if victim == role else run.child(victim, 2), signal.SIGKILL)
+    num_before = len(run.events("step"))
+    run.wait_for("three more updates", lambda: len(run.events("step")) >= num_before + 3)
+    longest_s, *others_s = sorted(gaps_s(run)[num_before - 1 :], reverse=True)
+    assert 1.0 < longest_s < DEADLINE_S + SLACK_S
+    assert max(others_s) < DEADLINE_S
+    assert run.events("step")[-1]["weights/failed"] == num_failed + 1
+    if role == "actor":
+        os.kill(stopped, signal.SIGCONT)
+    wait_until_back(run, "actor-2")
+
+
+def test_actor_or_engine_killed_during_a_broadcast_costs_at_most_one_deadline(
+    tmp_path: Path,
+) -> None:
+    with training(tmp_path) as run:
+        delay_broadcast(run, "engine", victim="actor")
+        delay_broadcast(run, "engine", victim="engine")
+        summary = assert_completed(run)
+        assert summary["weights"]["failed"] == 2
+        assert summary["ledger"]["failures"]["actor lost"] >= 2
+        actors = summary["actors"]
+        lost = [name for name, what in actors.items() if what["lost"]]
+        assert lost == ["actor-2.0", "actor-2.1"]
+        assert actors["actor-2.2"]["tokens_generated"] > 0
+
+
+def test_hanging_actor_or_engine_costs_one_deadline_and_may_resume_later(
+    tmp_path: Path,
+) -> None:
+    with training(tmp_path) as run:
+        delay_broadcast(run, "engine", victim=None)  # its actor has to kill it
+        delay_broadcast(run, "actor", victim=None)
+        summary = assert_completed(run)
+        assert summary["weights"]["failed"] == 2
+        actors = summary["actors"]
+        lost = [name for name, what in actors.items() if what["lost"]]
+        assert lost == ["actor-2.0", "actor-2.1"]
+        assert actors["actor-2.2"]["tokens_generated"] > 0
+
+
+def test_actors_join_contribute_and_drain_and_a_stopped_actor_ends_with_the_run(
+    tmp_path: Path,
+) -> None:
+    with training(tmp_path) as run:
+        address = run.address("actors join at")
+        with run.slowed_down():
+            rejected = start_actor(run, "--model", "nowhere")
+            status, _, err = rejected.finish()
+            assert (status, len(err.splitlines())) == (1, 1)
+            assert err.startswith("error: config field 'model.path'")
+            assert "--model" in err
+            leaver = start_actor(run)
+            stayer = start_actor(run, "--run-folder", "stayer")
+            run.wait_for("both actors", lambda: run.events("step")[-1]["actors_alive"] == 4)
+            run.wait_for("their weights", lambda: run.events("step")[-1]["weights/lag_max"] == 1)
+        assert run.events("step")[-1]["actors_total"] == 4
+        run.wait_for_steps(len(run.events("step")) + 5)
+        leaver.process.send_signal(signal.SIGINT)
+        status, out, err = leaver.finish()
+        assert (status, err) == (130, "")
+        assert out.startswith(f"joined {address} as actor-")
+        run.wait_for("its departure", lambda: run.events("step")[-1]["actors_alive"] == 3)
+        assert run.events("step")[-1]["actors_total"] == 3
+        os.kill(run.child("actor", 2), signal.SIGSTOP)
+        status, _, err = stayer.finish()
+        assert (status, err) == (0, "")
+        summary = assert_completed(run)
+        joined = [actor for name, actor in summary["actors"].items() if name > "actor-3"]
+        assert len(joined) == 2
+        for actor in joined:
+            assert actor["leases"] > 0
+            assert actor["tokens_generated"] > 0
+            assert not actor["lost"]
+        assert summary["actors"]["actor-2.0"]["lost"]
+        assert summary["weights"]["failed"] == 1  # only the stopped actor's; joins caused none
+        assert list((tmp_path / "stayer" / "logs").glob("actor-?.log"))
+    assert_no_reply(address)
+
+
+def test_actor_with_another_tokenizer_is_rejected_and_the_run_continues(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(MODEL, other)
+    tokenizer = other / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    run = start_train(tmp_path, "--run.updates", "100000")
+    run.wait_for_steps(1)
+    status, _, err = start_actor(run, "--model", str(other)).finish()
+    assert status == 1
+    assert "its model folder (fingerprint " in err
+    assert "give every node the same model, tokenizer and chat template" in err
+    assert len(err.splitlines()) == 1
+    run.wait_for_steps(len(run.events("step")) + 1)
+    run.interrupt()
+    assert run.finish()[0] == 130
+
+
+def assert_no_reply(address: str) -> None:
+    command = [sys.executable, "-m", "speed_async", "actor", "--join", address, "--timeout", "1"]
+    late = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert late.returncode == 1
+    assert late.stderr.startswith(f"error: waited 1.0 s for a run at {address}: no reply")
+    assert len(late.stderr.splitlines()) == 1

@@ -1,0 +1,154 @@
+"""Runs of two nodes (both on this machine), each started by `speed-async train`."""
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from speed_async.launcher.exit_status import EXIT_RUN_LOST, EXIT_STATUS
+from speed_async.transport.key_making import make_keys
+from tests.fakes.run_process import Run, own_address, start_train
+
+pytestmark = [
+    pytest.mark.skipif(
+        own_address() == "127.0.0.1", reason="this machine has only loopback addresses"
+    ),
+]
+
+ENDLESS = ("--run.updates", "100000")
+PEER_TIMEOUT_S = 5.0
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def start_nodes(folder: Path, *overrides: str) -> tuple[Run, Run]:
+    """Start the learner's node and a second node; every rank except the learner is an actor."""
+    make_keys(folder / "keys")
+    host = own_address()
+    options = ["--nnodes", "2", "--nproc-per-node", "2"]
+    options += ["--cluster.host", host, "--cluster.keys", str(folder / "keys")]
+    options += ["--cluster.service_port", str(free_port(host))]
+    options += ["--cluster.peer_timeout_s", str(PEER_TIMEOUT_S), *overrides]
+    nodes = []
+    for rank in (1, 0):  # the actors' node first: it has to wait for the learner's node
+        node_folder = folder / f"node-{rank}"
+        node_folder.mkdir()
+        node = start_train(
+            node_folder, *options, "--run.folder", str(folder / "run"), "--node-rank", str(rank)
+        )
+        nodes.append(Run(process=node.process, folder=folder / "run"))
+    return nodes[1], nodes[0]
+
+
+def kill_node(run: Run, rank: int) -> None:
+    """Kill all processes of a node at once, like a power failure."""
+    run.process.kill()
+    commands = run.processes()
+    node_folder = f"{run.folder.parent}/node-{rank}/"
+    ranks = {one for one, command in commands.items() if node_folder in command}
+    parents = tuple(f" --parent {one} " for one in ranks)
+    children = {one for one, c in commands.items() if any(parent in c for parent in parents)}
+    for process_id in ranks | children:
+        os.kill(process_id, signal.SIGKILL)
+
+
+def wait_for_all(run: Run) -> None:
+    run.wait_for(
+        "all actors", lambda: any(event["actors_alive"] == 3 for event in run.events("step"))
+    )
+
+
+def end_all(*nodes: Run) -> None:
+    for node in nodes:
+        node.kill()
+
+
+def test_two_nodes_train_and_each_reports_the_outcome_in_its_last_line(tmp_path: Path) -> None:
+    first, second = start_nodes(tmp_path, *ENDLESS)
+    try:
+        wait_for_all(first)
+        first.interrupt()
+        status, _, err = first.finish()
+        assert status == 130
+        assert err.splitlines()[-1].startswith("stopped by SIGINT; to resume: ")
+        status, out, err = second.finish()
+        outcome = first.events("end")[-1].get("outcome", "completed")
+        assert (status, out) == (EXIT_STATUS[outcome], "")
+        assert err.splitlines()[-1] == f"the run has ended on node 0: {outcome}"
+        assert first.summary()["ledger"]["closes"] is True
+        assert first.processes() == {}
+    finally:
+        end_all(first, second)
+
+
+def test_run_completes_when_an_actor_node_is_killed(tmp_path: Path) -> None:
+    first, second = start_nodes(tmp_path, "--run.updates", "150", "--weights.deadline_s", "5")
+    try:
+        first.wait_for_steps(1)
+        with first.slowed_down():
+            wait_for_all(first)
+        kill_node(second, 1)
+        status, _, err = first.finish()
+        assert status == 0, err
+        summary = first.summary()
+        assert (summary["completed"], summary["optimizer_updates"]) == (True, 150)
+        assert summary["ledger"]["closes"] is True
+    finally:
+        end_all(first, second)
+
+
+def test_node_that_lost_the_run_exits_and_reports_it(tmp_path: Path) -> None:
+    first, second = start_nodes(tmp_path, *ENDLESS)
+    try:
+        wait_for_all(first)
+        kill_node(first, 0)
+        began_s = time.monotonic()
+        status, _, err = second.finish()
+        assert status == EXIT_RUN_LOST
+        assert time.monotonic() - began_s < PEER_TIMEOUT_S + 40  # 40 s to stop its actors
+        assert err.splitlines()[-1].startswith("error: actor-")
+        assert "lost the run: no event from the metrics feed at tcp://" in err
+        assert err.splitlines()[:-1] == ["preflight checks passed"]
+        assert second.processes() == {}
+    finally:
+        end_all(first, second)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nnodes", "2"], "config field 'cluster.host' = '127.0.0.1': this run has several"),
+        (["--nnodes", "2", "--node-rank", "2"], "--node-rank 2: nodes are numbered from 0 to 1"),
+        (["--nnodes", "3"], "2 ranks cannot be divided evenly among --nnodes 3"),
+        (["--nproc-per-node", "1"], "config field 'cluster.learners' = 1: leaves no rank for an"),
+    ],
+)
+def test_invalid_nodes_are_rejected_before_any_rank_starts(
+    tmp_path: Path, options: list[str], message: str
+) -> None:
+    run = start_train(tmp_path, *options)
+    status, _, err = run.finish()
+    assert status == 1
+    assert err.startswith("error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not run.folder.exists()
+
+
+def test_several_nodes_require_a_fixed_service_port(tmp_path: Path) -> None:
+    make_keys(tmp_path / "keys")
+    run = start_train(
+        tmp_path,
+        *("--nnodes", "2", "--nproc-per-node", "2", "--cluster.host", own_address()),
+        *("--cluster.keys", "keys"),
+    )
+    status, _, err = run.finish()
+    assert status == 1
+    assert err.startswith("error: config field 'cluster.service_port' = 0: this run has several")

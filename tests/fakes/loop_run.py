@@ -1,0 +1,210 @@
+"""A whole run in one process: service, actors and learner loop with scripted parts."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from speed_async.actors.engine import GenerationRequest
+from speed_async.actors.loop import ActorLoop
+from speed_async.actors.rollout import Rollout
+from speed_async.buffer.curriculum.curriculum import UniformCurriculum
+from speed_async.buffer.server import serve
+from speed_async.buffer.service import BufferService
+from speed_async.buffer.state_machine import StateMachine
+from speed_async.config.schema import Config
+from speed_async.environments.task import fingerprint
+from speed_async.errors import TaskError
+from speed_async.evaluation.plan import EvaluationPlan
+from speed_async.learner.inbox import Stop
+from speed_async.learner.loop import Finished, LearnerLoop
+from speed_async.learner.progress import Progress
+from speed_async.learner.trainer import UpdateResult
+from speed_async.observability.sinks import RecordingSink
+from speed_async.testing.inprocess_transport import InProcessHub
+from speed_async.testing.memory_channel import MemoryReceiver, MemorySender, MemoryStore
+from speed_async.testing.scripted_engine import ScriptedEngine
+from speed_async.transport import messages as m
+from speed_async.transport.feed import FeedPublisher
+from speed_async.transport.session import SessionLink
+from speed_async.types import Group, Int32Array, Prompt, Verdict
+from speed_async.weight_sync.canary import Canary
+
+NUM_PROMPTS = 30
+
+
+class DigitTask:
+    """Prompt i is solved by a completion that ends in 1 (i even) or is unsolvable (i odd)."""
+
+    def __init__(self) -> None:
+        self.train_prompts = [
+            Prompt(prompt_id=i, text=f"p{i}", answer=str(i % 2)) for i in range(NUM_PROMPTS)
+        ]
+        self.held_out_prompts = [
+            Prompt(prompt_id=i, text=f"h{i}", answer="0", held_out=True) for i in range(4)
+        ]
+
+    def score(self, prompt: Prompt, completion: str) -> float:
+        return float(completion.endswith("1")) if prompt.answer == "0" else 0.0
+
+    def extract(self, completion: str) -> str | None:
+        return completion[-1:]
+
+
+class InlineVerifier:
+    """Scores in the event loop after one yield; raises for `broken_prompts`."""
+
+    def __init__(self, task: DigitTask) -> None:
+        self.task = task
+        self.broken_prompts: set[int] = set()
+        self.on_score: Callable[[], Coroutine[Any, Any, None]] | None = None
+
+    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
+        if not prompt.held_out and prompt.prompt_id in self.broken_prompts:
+            raise TaskError(f"the verifier of prompt {prompt.prompt_id} raised")
+        await asyncio.sleep(0)
+        if self.on_score is not None:
+            await self.on_score()
+        return [
+            Verdict(reward=self.task.score(prompt, text), extracted=self.task.extract(text))
+            for text in completions
+        ]
+
+
+class CharCodec:
+    def encode(self, text: str) -> Int32Array:
+        return np.array([ord(c) % 50 for c in text], np.int32)
+
+    def decode(self, token_ids: Int32Array) -> str:
+        return "".join(map(str, token_ids.tolist()))
+
+
+def alternate(request: GenerationRequest, num_started: int) -> list[int]:
+    """Every second completion ends in 1; lengths vary."""
+    return [7] * (num_started % 4) + [num_started % 2]
+
+
+class CountingUpdates:
+    """A fake trainer that records the groups and has one weight."""
+
+    def __init__(self, act: Callable[[int], None] = lambda n: None) -> None:
+        self.batches: list[list[Group]] = []
+        self.saved: list[int] = []
+        self._act = act
+
+    def update(self, groups: list[Group]) -> UpdateResult:
+        self.batches.append(groups)
+        self._act(len(self.batches))
+        return UpdateResult(
+            skipped=False,
+            skip_reason="",
+            tokens=sum(group.num_tokens for group in groups),
+            completions=sum(len(group.completions) for group in groups),
+            metrics={"loss": 0.0},
+            train_s=0.0,
+        )
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "weight", torch.tensor([float(len(self.batches))])
+
+    def canary(self) -> Canary:
+        return Canary(token_ids=(0, 1), logprobs=(-float(len(self.batches)),))
+
+    def save(self, progress: Progress) -> int:
+        self.saved.append(progress.policy_version)
+        return progress.policy_version
+
+
+class Run:
+    """A whole run in one event loop."""
+
+    def __init__(self, config: Config, num_actors: int = 2) -> None:
+        self.config = config
+        self.task = DigitTask()
+        self.verifier = InlineVerifier(self.task)
+        self.sink = RecordingSink()
+        self.stop = Stop()
+        self.updates = CountingUpdates()
+        self.num_actors = num_actors
+        self.engines: list[ScriptedEngine] = []
+        self.canaries: dict[int, Canary | None] = {}
+        """The canary received with each version."""
+        self.service = BufferService(
+            config,
+            curriculum=UniformCurriculum(NUM_PROMPTS, np.random.default_rng(0)),
+            evaluations=EvaluationPlan(num_prompts=4, num_samples=2, every=config.evaluate.every),
+            fingerprint=fingerprint(self.task),
+            started_s=0.0,
+        )
+
+    async def execute(self, machine: StateMachine | None = None) -> Finished:
+        """Run to completion; `machine` is a state machine with a journal for this service."""
+        hub = InProcessHub()
+        feed = FeedPublisher("127.0.0.1", 0)
+        store = MemoryStore()
+        async with asyncio.TaskGroup() as tasks:
+            serving = tasks.create_task(
+                serve(machine or StateMachine(self.service), hub, feed, [self.sink])
+            )
+            for index in range(1, self.num_actors + 1):
+                tasks.create_task(self._act(hub, index, store))
+            learner = LearnerLoop(
+                self.config,
+                link=SessionLink(hub.connect("learner")),
+                updates=self.updates,
+                sender=MemorySender(store, bucket_bytes=1024),
+                backend="gloo",
+                stop=self.stop,
+            )
+            finished = await learner.run(self._hello("learner", 0))
+            await serving
+        return finished
+
+    async def _act(self, hub: InProcessHub, index: int, store: MemoryStore) -> None:
+        expected = [("weight", torch.zeros(1))]
+        receiver = MemoryReceiver(store)
+
+        def receive(offer: Any) -> float:
+            report = receiver.receive(offer, expected, lambda tensors: None)
+            self.canaries[offer.policy_version] = report.canary
+            return report.transfer_s
+
+        engine = ScriptedEngine(alternate, num_slots=self.config.actors.slots, receive=receive)
+        self.engines.append(engine)
+        name = f"actor-{index}"
+        async with engine:
+            loop = ActorLoop(
+                self.config,
+                name=name,
+                link=SessionLink(hub.connect(f"{name}.0")),
+                engine=engine,
+                rollout=Rollout(self.config, engine, self.verifier, CharCodec()),
+                task=self.task,
+            )
+            await loop.run(self._hello("actor", index))
+
+    def _hello(self, role: str, index: int) -> m.Hello:
+        return m.Hello(
+            role=role,
+            index=index,
+            incarnation=0,
+            fingerprint=fingerprint(self.task),
+            process_id=index,
+        )
+
+
+def execute(run: Run) -> Finished:
+    return asyncio.run(asyncio.wait_for(run.execute(), 30))
+
+
+def make_service(config: Config, task: DigitTask) -> BufferService:
+    """A service with the same task and another configuration."""
+    return BufferService(
+        config,
+        curriculum=UniformCurriculum(NUM_PROMPTS, np.random.default_rng(0)),
+        evaluations=EvaluationPlan(num_prompts=4, num_samples=2, every=config.evaluate.every),
+        fingerprint=fingerprint(task),
+        started_s=0.0,
+    )

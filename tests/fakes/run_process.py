@@ -1,0 +1,247 @@
+"""Starts whole runs as real processes and observes them through their run folder."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speed_async.transport.feed import FeedSubscriber
+from tests.fakes.paths import MODEL
+
+DEADLINE_S = 240.0
+"""Deadline of every wait; reached only on a failure."""
+
+SMALL = """
+[run]
+folder = "run"
+updates = 3
+[model]
+path = "{model}"
+[task]
+name = "arithmetic"
+max_digits = 4
+num_prompts = 512
+num_held_out = 8
+[gate]
+n_init = 2
+n_cont = 2
+[actors]
+slots = 16
+max_new_tokens = 8
+[learner]
+groups_per_update = 2
+lr = 1e-4
+[evaluate]
+every = 0
+[cluster]
+drain_timeout_s = 10
+connect_timeout_s = 120
+"""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A started run. The test has to terminate its process group."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        path = self.folder / "metrics.jsonl"
+        # The text after the last newline is still being written.
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+        return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+    def wait_for(self, what: str, happened: Callable[[], object]) -> None:
+        """Poll until it has happened; fails when the run ends or the deadline passes first."""
+        ends_s = time.monotonic() + DEADLINE_S
+        while not happened():
+            assert self.process.poll() is None, f"the run ended before {what}: {self.finish()}"
+            assert time.monotonic() < ends_s, f"no {what} within {DEADLINE_S} s"
+            time.sleep(0.05)
+
+    def wait_for_steps(self, count: int) -> None:
+        self.wait_for(f"{count} updates", lambda: len(self.events("step")) >= count)
+
+    def finish(self, within_s: float = DEADLINE_S) -> tuple[int, str, str]:
+        """Exit status, stdout, stderr."""
+        try:
+            out, err = self.process.communicate(timeout=within_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        return self.process.returncode, out, err
+
+    def interrupt(self) -> None:
+        """Ctrl-C: SIGINT to the group in the terminal's foreground."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def processes(self) -> dict[int, str]:
+        """Command lines of this run's processes by process id, without zombies."""
+        mark = str(self.folder.parent)
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if mark in command:
+                found[int(entry.name)] = command
+        return found
+
+    def wait_for_no_process(self) -> None:
+        """Wait until no process is left; the kernel kills children shortly after their parent."""
+        ends_s = time.monotonic() + DEADLINE_S
+        while left := self.processes():
+            assert time.monotonic() < ends_s, f"still running: {left}"
+            time.sleep(0.05)
+
+    def child(self, role: str, index: int | None = None) -> int:
+        """Process id of a role's child process, of actor `index` if given. The role `engine` is
+        the child of an actor."""
+        marks = ["launcher.child " + ("actor" if role == "engine" else role)]
+        marks += [f"--index {index} "] if index is not None else []
+        commands = self.processes().items()
+        found = [pid for pid, command in commands if all(mark in command for mark in marks)]
+        [child] = [pid for pid in found if (parent_of(pid) in found) == (role == "engine")]
+        return child
+
+    def learner(self) -> int:
+        """Process id of the first learner rank."""
+        return parent_of(self.child("service"))
+
+    def kill(self) -> None:
+        """Kill every process of the run at once, like a power failure."""
+        for process_id in (self.process.pid, *self.processes()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGKILL)
+        self.process.wait()
+
+    def versions(self) -> list[int]:
+        """Policy versions of the reported updates, in order."""
+        return [event["policy_version"] for event in self.events("step")]
+
+    def address(self, after: str) -> str:
+        """tcp://HOST:PORT in the learner's log after this text."""
+        log = (self.folder / "logs" / "learner.log").read_text()
+        return next(line for line in log.splitlines() if after in line).split()[-1]
+
+    def wait_for_event(self, what: str, happened: Callable[[dict[str, Any]], object]) -> None:
+        """Follow the metrics feed until `happened` is true of an event's values."""
+
+        async def follow() -> None:
+            host, _, port = self.address("metrics feed at").removeprefix("tcp://").rpartition(":")
+            feed = FeedSubscriber(host, int(port))
+            try:
+                while not happened((await feed.receive(DEADLINE_S)).values):
+                    assert self.process.poll() is None, f"the run ended before {what}"
+            finally:
+                await feed.close()
+
+        asyncio.run(asyncio.wait_for(follow(), DEADLINE_S))
+
+    @contextmanager
+    def slowed_down(self) -> Iterator[None]:
+        """Run the learner a tenth of the time, so that a short run lasts until another process has
+        started."""
+        learner, done = self.learner(), threading.Event()
+
+        def pause() -> None:
+            while not done.is_set():
+                os.kill(learner, signal.SIGSTOP)
+                done.wait(0.45)
+                os.kill(learner, signal.SIGCONT)
+                done.wait(0.05)
+
+        pausing = threading.Thread(target=pause)
+        pausing.start()
+        try:
+            yield
+        finally:
+            done.set()
+            pausing.join()
+
+
+def parent_of(process_id: int) -> int:
+    return int(Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def own_address() -> str:
+    """A non-loopback address of this machine, or 127.0.0.1 if there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing; only looks up the route
+            address = str(probe.getsockname()[0])
+        except OSError:
+            address = "127.0.0.1"
+    return address
+
+
+def write_config(folder: Path, text: str = SMALL, model: Path = MODEL) -> Path:
+    path = folder / "config.toml"
+    path.write_text(text.format(model=model))
+    return path
+
+
+def start_train(folder: Path, *overrides: str, config: Path | None = None) -> Run:
+    """Start `speed-async train` in `folder`."""
+    config = config or write_config(folder)
+    command = [sys.executable, "-m", "speed_async", "train", str(config), *overrides]
+    return _start(folder, command)
+
+
+def resume_train(run: Run, *overrides: str) -> Run:
+    """Start `speed-async train --resume` of a run that has ended."""
+    command = [sys.executable, "-m", "speed_async", "train", "--resume", str(run.folder)]
+    return _start(run.folder.parent, [*command, *overrides])
+
+
+def start_torchrun(
+    folder: Path, nproc: int, *overrides: str, max_restarts: int = 0, resume: bool = False
+) -> Run:
+    config = write_config(folder)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command += ["--max-restarts", str(max_restarts), "-m", "speed_async.launch"]
+    command += ["--resume", str(folder / "run")] if resume else [str(config)]
+    return _start(folder, [*command, *overrides])
+
+
+def start_actor(run: Run, *options: str) -> Run:
+    """Start `speed-async actor --join` in the parent of the run folder."""
+    command = [sys.executable, "-m", "speed_async", "actor"]
+    command += ["--join", run.address("actors join at"), *options]
+    return Run(process=_open(run.folder.parent, command), folder=run.folder)
+
+
+def _start(folder: Path, command: list[str]) -> Run:
+    return Run(process=_open(folder, command), folder=folder / "run")
+
+
+def _open(folder: Path, command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )

@@ -1,0 +1,22 @@
+"""Trainers of tiny models."""
+
+from pathlib import Path
+
+from speed_async.learner.model import load_model
+from speed_async.learner.parallel import SingleRank
+from speed_async.learner.progress import Progress
+from speed_async.learner.trainer import Trainer
+from speed_async.weight_sync.contiguous import flatten_parameters
+from tests.fakes.learner_samples import make_config
+
+
+def make_trainer(folder: Path, **learner: object) -> Trainer:
+    """A trainer as in a run: flattened parameters and a warm-up of five updates."""
+    config = make_config(folder, **({"lr": 0.01, "warmup_updates": 5} | learner))
+    model = load_model(folder, device="cpu")
+    flatten_parameters(model)
+    return Trainer(config=config, model=model, parallel=SingleRank())
+
+
+def at(policy_version: int) -> Progress:
+    return Progress(policy_version=policy_version)

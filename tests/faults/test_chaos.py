@@ -1,0 +1,27 @@
+"""A short drill on every test run. The long one is `python -m benchmarks.chaos --faults 500`."""
+
+from pathlib import Path
+
+from tests.faults.drill import run_drills
+from tests.faults.faults import KINDS, plan
+from tests.faults.results import service_growth
+from tests.faults.settings import GROUPS_PER_UPDATE, Plan
+
+SEED = 1640
+NUM_FAULTS = 20
+GROWTH = 1.15
+"""The service's memory at the end over that after its first faults. It includes buffers, records of
+actor incarnations and allocator overhead. The long drill has a lower limit."""
+
+
+def test_twenty_faults_lose_no_group_train_none_twice_and_the_run_finishes(
+    tmp_path: Path,
+) -> None:
+    print(f"seed {SEED}")
+    faults = plan(SEED, NUM_FAULTS, KINDS, overlapping=0.5)
+    [result] = run_drills(tmp_path, Plan(faults=faults, seed=SEED), NUM_FAULTS)
+    assert len(result.rounds) + len(result.skipped) == NUM_FAULTS
+    assert len(result.skipped) <= 2, result.skipped
+    numbers = result.verdict.numbers
+    assert numbers["groups_trained"] == numbers["updates"] * GROUPS_PER_UPDATE
+    assert service_growth(result.rounds) < GROWTH

@@ -1,0 +1,51 @@
+"""What lies in examples/ runs as it is."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.paths import REPOSITORY
+from tests.fakes.run_process import DEADLINE_S, Run
+
+EXAMPLES = REPOSITORY / "examples"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+
+@pytest.mark.parametrize("config", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+def test_each_config_trains_from_the_root_of_the_repository(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "speed_async", "train", str(config)]
+    command += ["--run.folder", str(folder), "--run.updates", "2", "--evaluate.every", "0"]
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    run = Run(process=process, folder=folder)
+    status, _, err = run.finish()
+    assert status == 0, err
+    assert run.summary()["policy_version"] == 2
+    assert tomllib.loads(config.read_text())["run"]["folder"].startswith("runs/")
+
+
+def test_the_minimal_loop_trains_the_quickstart_s_model() -> None:
+    command = [sys.executable, str(EXAMPLES / "minimal_loop.py"), "--updates", "3"]
+    done = subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines[:-1]] == ["1", "2", "3"]
+    assert lines[-1].startswith("Counts(screened_out=")
+
+
+def test_the_minimal_loop_can_be_read_in_one_sitting() -> None:
+    assert len((EXAMPLES / "minimal_loop.py").read_text().splitlines()) < 200

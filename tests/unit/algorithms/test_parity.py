@@ -1,0 +1,199 @@
+"""Parity of the formulas with other libraries, on the vectors in tests/fakes/parity.
+
+Each file was written by a script that runs the library (scripts/make_parity_vectors_*.py), and
+names the version of the library. The tests do not require the libraries.
+
+Shape legend: G groups, S sequences, N tokens of all sequences, one sequence after another.
+"""
+
+import json
+import re
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from speed_async.algorithms import advantages, aggregation, corrections, losses, rewards
+from speed_async.algorithms.loss_tokens import LossTokens
+from speed_async.config.schema import ObjectiveConfig
+from tests.fakes.paths import FAKES, REPOSITORY
+
+ROOT = REPOSITORY
+FILES = sorted((FAKES / "parity").glob("*.json"))
+VERSIONS = {"trl": "1.16.0", "verl": "0.9.1"}
+WITHOUT_REFERENCE = {"aggregation": {"prompt_mean"}}
+ANCHORED_AT_MU = {"none", "decoupled_log_linear", "negative_sequence_mask"}
+NO_LIMIT = {
+    "min_ratio": 0.0,
+    "max_ratio": 1e9,
+    "max_negative_kl": 1e9,
+    "clip_low": 1e9,
+    "clip_high": 1e9,
+}
+TOLERANCE = 1e-6
+Case = dict[str, Any]
+Batch = dict[str, Any]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def cases_with(result: str) -> list[Any]:
+    """Every (batch, case) with this result, with an id of library, version and formula."""
+    return [
+        pytest.param(
+            vectors["batches"][case["batch"]],
+            case,
+            id=f"{vectors['library']} {vectors['version']}: {case['formula']} {case['batch']}",
+        )
+        for vectors in map(read, FILES)
+        for case in vectors["cases"]
+        if result in case
+    ]
+
+
+def assert_close(ours: Any, theirs: Any) -> None:
+    """Compares with a relative tolerance of 1e-6 per element: a gradient of 1e-3 must match to
+    1e-9."""
+    np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE**2)
+
+
+def bound(module: Any, choice: list[Any]) -> Any:
+    name, options = choice
+    return partial(getattr(module, name), **options)
+
+
+def flat(rows: list[list[float]]) -> Tensor:
+    """(S, ragged) -> (N,) float64."""
+    return torch.tensor(list(chain.from_iterable(rows)), dtype=torch.float64)
+
+
+def grouped(values: list[Any], batch: Batch) -> list[np.ndarray]:
+    """(S,) -> (G, ragged)."""
+    return np.split(np.asarray(values), np.cumsum(batch["group_sizes"])[:-1])
+
+
+def loss_tokens(batch: Batch) -> LossTokens:
+    lengths_S = torch.tensor(batch["lengths"])
+    num_sequences = len(lengths_S)
+    advantages_S = torch.tensor(batch["advantages"], dtype=torch.float64)
+    return LossTokens(
+        logprobs_N=flat(batch["logprobs"]).requires_grad_(),
+        behaviour_logprobs_N=flat(batch["behaviour_logprobs"]),
+        advantages_N=advantages_S.repeat_interleave(lengths_S),
+        ages_N=flat(batch["ages"]).long(),
+        sequence_ids_N=torch.arange(num_sequences).repeat_interleave(lengths_S),
+        num_sequences=num_sequences,
+    )
+
+
+def loss_and_gradient(batch: Batch, ours: dict[str, list[Any]]) -> tuple[float, Tensor]:
+    """Loss of the batch as one update, and its gradient (N,) with respect to log pi."""
+    tokens = loss_tokens(batch)
+    corrected = bound(corrections, ours["correction"])(tokens)
+    token_losses = bound(losses, ours["policy_loss"])(tokens, corrected)
+    weights_S = np.concatenate(
+        bound(aggregation, ours["aggregation"])(grouped(batch["lengths"], batch))
+    )
+    weights_N = torch.from_numpy(np.repeat(weights_S, batch["lengths"]))
+    loss = (weights_N * token_losses.losses_N).sum()
+    (gradient_N,) = torch.autograd.grad(loss, tokens.logprobs_N)
+    return loss.item(), gradient_N
+
+
+def active_limits() -> list[Any]:
+    """Every limit of every loss vector. Clips are included only where the anchor differs from pi,
+    because a clip has no effect at a ratio of 1."""
+    return [
+        pytest.param(*one.values, stage, limit, id=f"{one.id}: {limit}")
+        for one in cases_with("gradient")
+        for stage in ("correction", "policy_loss")
+        for limit in one.values[1]["ours"][stage][1]
+        if stage == "correction" or one.values[1]["ours"]["correction"][0] in ANCHORED_AT_MU
+    ]
+
+
+@pytest.mark.parametrize(("batch", "case"), cases_with("advantages"))
+def test_advantages_match_the_library(batch: Batch, case: Case) -> None:
+    ours = bound(advantages, case["ours"]["advantage"])(grouped(batch["rewards"], batch))
+    assert [len(group) for group in ours] == [len(group) for group in case["advantages"]]
+    for ours_N, theirs_N in zip(ours, case["advantages"], strict=True):
+        assert_close(ours_N, theirs_N)
+
+
+@pytest.mark.parametrize(("batch", "case"), cases_with("gradient"))
+def test_loss_and_gradient_match_the_library(batch: Batch, case: Case) -> None:
+    loss, gradient_N = loss_and_gradient(batch, case["ours"])
+    assert_close(gradient_N, flat(case["gradient"]))
+    assert_close(loss, case["loss"])
+
+
+@pytest.mark.parametrize(("batch", "case", "stage", "limit"), active_limits())
+def test_every_limit_affects_the_gradient(batch: Batch, case: Case, stage: str, limit: str) -> None:
+    """Otherwise a missing clip or mask would not be detected."""
+    name, options = case["ours"][stage]
+    ours = case["ours"] | {stage: [name, options | {limit: NO_LIMIT[limit]}]}
+    _, gradient_N = loss_and_gradient(batch, ours)
+    assert not np.allclose(gradient_N, flat(case["gradient"]), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=f"{vectors['library']} {vectors['version']}: {case['formula']}")
+        for vectors in map(read, FILES)
+        for case in vectors["cases"]
+        if "punishments" in case
+    ],
+)
+def test_the_overlong_penalty_matches_the_library(case: Case) -> None:
+    ours_N = rewards.soft_overlong_punishment(np.array(case["lengths"]), **case["ours"]["overlong"])
+    assert_close(ours_N, case["punishments"])
+
+
+def test_weighted_policy_gradient_matches_only_the_gradient_of_trl() -> None:
+    (vectors,) = (read(path) for path in FILES if path.stem == "trl")
+    case = next(one for one in vectors["cases"] if one["formula"] == "ppo_clip token_tis")
+    ours = case["ours"] | {"policy_loss": ["policy_gradient", {}]}
+    loss, gradient_N = loss_and_gradient(vectors["batches"][case["batch"]], ours)
+    assert_close(gradient_N, flat(case["gradient"]))
+    assert loss != pytest.approx(case["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "choice", ["advantage", "policy_loss", "aggregation", "correction"], ids=str
+)
+def test_every_choice_has_a_vector_or_no_reference(
+    choice: str,
+) -> None:
+    compared = {
+        case["ours"][choice][0]
+        for vectors in map(read, FILES)
+        for case in vectors["cases"]
+        if choice in case["ours"]
+    }
+    offered = set(get_args(ObjectiveConfig.model_fields[choice].annotation))
+    assert offered - compared == WITHOUT_REFERENCE.get(choice, set())
+
+
+def test_every_library_has_vectors() -> None:
+    assert {path.stem for path in FILES} == set(VERSIONS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_vector_files_name_the_version_and_the_script(
+    path: Path,
+) -> None:
+    vectors = read(path)
+    assert vectors["library"] == path.stem
+    assert vectors["version"] == VERSIONS[path.stem]
+    assert re.fullmatch(r"scripts/make_parity_vectors_\w+\.py", vectors["script"])
+    script = (ROOT / vectors["script"]).read_text()
+    assert f"{path.stem} {vectors['version']}" in script
+    assert f"tests/fakes/parity/{path.name}" in script

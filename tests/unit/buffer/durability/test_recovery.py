@@ -1,0 +1,496 @@
+"""A crashed service is recovered from its journal with exactly the same state."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speed_async.buffer.curriculum.curriculum import UniformCurriculum
+from speed_async.buffer.durability.journal import segments
+from speed_async.buffer.durability.recovery import begin_segment, open_machine
+from speed_async.buffer.durability.snapshot import capture, restore
+from speed_async.buffer.service import BufferService
+from speed_async.buffer.state_machine import StateMachine
+from speed_async.config.schema import Config
+from speed_async.errors import JournalRefused
+from speed_async.evaluation.plan import EvaluationPlan
+from speed_async.transport import messages as m
+from speed_async.types import ActorCounts
+from tests.fakes.buffer_fixtures import make_config, make_group, posterior
+from tests.fakes.service_harness import evaluated, failed, screened_out, trained
+
+
+def builder(kind: str = "uniform"):
+    def build(config: Config) -> BufferService:
+        rng = np.random.default_rng(0)
+        return BufferService(
+            config,
+            curriculum=UniformCurriculum(100, rng) if kind == "uniform" else posterior(100),
+            evaluations=EvaluationPlan(num_prompts=3, num_samples=1, every=2),
+            fingerprint="f",
+            started_s=0.0,
+        )
+
+    return build
+
+
+class RandomRun:
+    """A machine with its journal, a learner and two actors that step at random."""
+
+    def __init__(self, folder: Path, seed: int, kind: str = "uniform") -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        self.config = make_config(str(folder), run={"updates": 1000})
+        self.folder = folder / "journal"
+        self.build = builder(kind)
+        self.machine, _ = open_machine(self.folder, self.config, self.build, life=0)
+        self.rng = random.Random(seed)
+        self.now_s = 1.0
+        self.numbers: dict[str, int] = {}
+        self.leases: list[tuple[str, int, int, str]] = []
+        self.batch: list[int] = []
+        self.version = 0
+        self.trained = [0, 0]
+        self.done = {"actor-1.0": [0, 0], "actor-2.0": [0, 0]}
+        for peer, role, index in (
+            ("learner", "learner", 0),
+            ("actor-1.0", "actor", 1),
+            ("actor-2.0", "actor", 2),
+        ):
+            self.send(
+                peer,
+                m.Hello(role=role, index=index, incarnation=0, fingerprint="f", process_id=1),
+            )
+
+    def send(self, peer: str, message: m.Message) -> None:
+        self.numbers[peer] = self.numbers.get(peer, 0) + 1
+        numbered = replace(message, number=self.numbers[peer])
+        self.machine.message(peer, numbered, self.now_s)
+        self.receive()
+
+    def receive(self) -> None:
+        sessions = self.machine.sessions
+        for peer in (*self.done, "learner"):
+            while (answer := sessions.next_unsent(peer)) is not None:
+                sessions.mark_queued(peer)
+                if isinstance(answer, m.Leases):
+                    self.leases += [
+                        (peer, lease, prompt, answer.kind)
+                        for lease, prompt in zip(answer.lease_ids, answer.prompt_ids, strict=True)
+                    ]
+                elif isinstance(answer, m.BatchReady):
+                    self.batch = answer.lease_ids
+
+    def counts(self, peer: str) -> ActorCounts:
+        leased, tokens = self.done[peer]
+        held = sum(lease[0] == peer for lease in self.leases)
+        return ActorCounts(
+            groups_leased=leased + held, groups_in_flight=held, tokens_generated=tokens
+        )
+
+    def step(self) -> None:
+        """Perform one random action."""
+        self.now_s += self.rng.random()
+        peer = self.rng.choice(list(self.done))
+        match self.rng.randrange(7):
+            case 0:
+                self.send(peer, m.WantWork(num_prompts=4, counts=self.counts(peer)))
+            case 1 | 2 | 3:
+                self._report()
+            case 4:
+                self.machine.tick(self.now_s, 0.001)
+                self.receive()
+            case 5 if self.batch:
+                self._train()
+            case _:
+                self.send("learner", m.TakeBatch(policy_version=self.version, num_groups=2))
+
+    def _report(self) -> None:
+        if not self.leases:
+            return
+        peer, lease, prompt, kind = self.leases.pop(self.rng.randrange(len(self.leases)))
+        done = self.done[peer]
+        done[0] += 1
+        if kind == "evaluation":
+            done[1] += 1
+            self.send(peer, evaluated(lease, counts=self.counts(peer)))
+            return
+        match self.rng.randrange(3):
+            case 0:
+                done[1] += 12
+                group = make_group(lease, prompt, version=self.version, counts=self.counts(peer))
+                self.send(peer, group)
+            case 1:
+                done[1] += 6
+                self.send(peer, replace(screened_out(lease), counts=self.counts(peer)))
+            case _:
+                self.send(peer, replace(failed(lease, "verifier"), counts=self.counts(peer)))
+
+    def _train(self) -> None:
+        self.version += 1
+        self.trained[0] += len(self.batch)
+        self.trained[1] += 12 * len(self.batch)
+        self.send("learner", trained(self.version, self.batch, *self.trained))
+        self.batch = []
+        for peer in self.done:
+            applied = m.WeightsApplied(
+                policy_version=self.version,
+                epoch=0,
+                pause_s=0.0,
+                transfer_s=0.0,
+                error="",
+                counts=self.counts(peer),
+            )
+            self.send(peer, applied)
+
+    def crash(self) -> None:
+        """Simulate SIGKILL: unwritten data is lost (none here, as before any reply)."""
+        assert self.machine.journal is not None
+        self.machine.journal.write()
+        self.machine.journal.close()
+
+    def snapshot(self) -> None:
+        old = self.machine.journal
+        assert old is not None
+        old.write()
+        self.machine.journal = begin_segment(self.folder, self.machine, old.segment + 1)
+        old.close()
+
+
+def state(machine: StateMachine) -> object:
+    machine.sessions.rewind_all()  # the server, not the machine, knows what was sent
+    return msgpack.unpackb(capture(machine), strict_map_key=False)
+
+
+def difference(one: object, other: object, where: str = "") -> str:
+    """The first difference between two states. Empty if they are equal."""
+    if isinstance(one, dict) and isinstance(other, dict) and set(one) == set(other):
+        parts = (difference(one[key], other[key], f"{where}.{key}") for key in one)
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        parts = (difference(a, b, f"{where}[{i}]") for i, (a, b) in pairs)
+    else:
+        return "" if one == other else f"{where}: {one!r} is not {other!r}"
+    return next(filter(None, parts), "")
+
+
+@pytest.mark.parametrize("kind", ["uniform", "posterior"])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32), num_steps=st.integers(0, 120), snapshot_at=st.integers(0, 120))
+def test_replaying_the_journal_restores_the_same_state(
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: str,
+    seed: int,
+    num_steps: int,
+    snapshot_at: int,
+) -> None:
+    run = RandomRun(tmp_path_factory.mktemp("run"), seed, kind)
+    for number in range(num_steps):
+        run.step()
+        if number == snapshot_at:
+            run.snapshot()
+    run.crash()
+    recovered, notes = open_machine(run.folder, run.config, run.build, life=0)
+    assert notes == []
+    assert difference(state(recovered), state(run.machine)) == ""
+    lifecycle = recovered.service.lifecycle
+    assert all(lifecycle.ledger.checks(lifecycle.leases.num_training).values())
+
+
+def test_time_continues_from_the_start_of_the_run(tmp_path: Path) -> None:
+    """The start time of the run is that of its first process."""
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(str(tmp_path))
+
+    def service_started(at_s: float) -> BufferService:
+        service = builder()(config)
+        service.started_s = at_s
+        return service
+
+    first, _ = open_machine(tmp_path / "journal", config, lambda _: service_started(0.5), life=0)
+    first.tick(2.0, 0.0)
+    assert first.journal is not None
+    first.journal.write()
+    first.journal.close()
+    recovered, _ = open_machine(
+        tmp_path / "journal", config, lambda _: service_started(1000.0), life=0
+    )
+    assert recovered.service.started_s == 0.5
+
+
+def test_a_snapshot_restores_a_new_machine(tmp_path: Path) -> None:
+    run = RandomRun(tmp_path, 3, "posterior")
+    for _ in range(150):
+        run.step()
+    fresh = StateMachine(run.build(run.config))
+    restore(fresh, capture(run.machine))
+    assert state(fresh) == state(run.machine)
+
+
+def test_a_new_attempt_returns_untrained_groups_and_removes_all_actors(tmp_path: Path) -> None:
+    run = RandomRun(tmp_path, 5)
+    while not run.batch:
+        run.step()
+    taken = list(run.batch)
+    run.crash()
+    recovered, _ = open_machine(run.folder, run.config, run.build, life=1)
+    lifecycle = recovered.service.lifecycle
+    assert recovered.service.membership.present() == ()
+    assert lifecycle.leases.num_training == 0
+    assert {group.lease_id for group, _ in lifecycle.buffer.waiting()} >= set(taken)
+    assert all(lifecycle.ledger.checks(0).values())
+
+
+def test_a_restarted_learner_receives_the_same_batches_again(tmp_path: Path) -> None:
+    run = RandomRun(tmp_path, 5)
+    batches = []
+    while run.version < 3:
+        if run.batch and (not batches or batches[-1] != run.batch):
+            batches.append(list(run.batch))
+        run.step()
+    run.crash()
+    recovered, _ = open_machine(run.folder, run.config, run.build, life=1)
+    offered = []
+    hello = m.Hello(role="learner", index=0, incarnation=1, fingerprint="f", process_id=1)
+    recovered.message("learner", hello, run.now_s)
+    before = recovered.service.lifecycle.ledger.table(0)
+    for version in range(3):
+        recovered.message("learner", m.TakeBatch(policy_version=version, num_groups=2), run.now_s)
+        while (answer := recovered.sessions.next_unsent("learner")) is not None:
+            recovered.sessions.mark_queued("learner")
+            if isinstance(answer, m.BatchReady):
+                offered.append(answer.lease_ids)
+        recovered.message("learner", trained(version + 1, offered[-1], 0, 0), run.now_s)
+    assert offered == batches[:3]
+    assert recovered.service.policy_version == 3
+    assert recovered.service.lifecycle.ledger.table(0) == before
+    assert (
+        recovered.service.lifecycle.lineage.num_repeated_identical
+        == recovered.service.lifecycle.lineage.num_repeated
+        == 3
+    )
+
+
+def test_a_damaged_tail_is_cut_and_reported_and_the_ledger_balances(tmp_path: Path) -> None:
+    run = RandomRun(tmp_path, 8)
+    for _ in range(200):
+        run.step()
+    run.crash()
+    path = run.folder / f"{segments(run.folder)[-1]:08d}.journal"
+    path.write_bytes(path.read_bytes()[:-100])
+    recovered, notes = open_machine(run.folder, run.config, run.build, life=1)
+    [note] = notes
+    assert "tail was damaged" in note
+    assert all(recovered.service.lifecycle.ledger.checks(0).values())
+
+
+def test_a_checkpoint_ahead_of_a_cut_journal_takes_precedence(tmp_path: Path) -> None:
+    run = RandomRun(tmp_path, 8)
+    while run.version < 2:
+        run.step()
+    run.crash()
+    recovered, _ = open_machine(run.folder, run.config, run.build, life=1)
+    hello = m.Hello(role="learner", index=0, incarnation=1, fingerprint="f", process_id=1)
+    recovered.message("learner", hello, run.now_s)
+    resumed = m.Resumed(
+        policy_version=4,
+        service_sequence=10**6,
+        groups_trained=8,
+        completions_trained=32,
+        tokens_trained=96,
+        recent_lease_ids=[1000, 1001, 1002, 1003],
+        notice="",
+    )
+    recovered.message("learner", resumed, run.now_s)
+    lifecycle = recovered.service.lifecycle
+    assert recovered.service.policy_version == 4
+    assert lifecycle.ledger.ends["trained"].groups == 8
+    assert all(lifecycle.ledger.checks(0).values())
+    entry = lifecycle.leases.grant("x", 1, "training")  # type: ignore[arg-type]
+    assert entry.lease.lease_id > 1003
+
+
+def test_a_learner_without_a_checkpoint_cannot_go_back_before_the_journal(
+    tmp_path: Path,
+) -> None:
+    run = RandomRun(tmp_path, 8)
+    while run.version < 3:
+        run.step()
+    run.send("learner", m.CheckpointSaved(policy_version=3, oldest_kept_version=2))
+    run.crash()
+    recovered, _ = open_machine(run.folder, run.config, run.build, life=1)
+    hello = m.Hello(role="learner", index=0, incarnation=1, fingerprint="f", process_id=1)
+    recovered.message("learner", replace(hello, number=1), run.now_s)
+    resumed = m.Resumed(
+        policy_version=0,
+        service_sequence=0,
+        groups_trained=0,
+        completions_trained=0,
+        tokens_trained=0,
+        recent_lease_ids=[],
+        notice="version-000003 is damaged",
+    )
+    recovered.message("learner", replace(resumed, number=2), run.now_s)
+    received = []
+    while (message := recovered.sessions.next_unsent("learner")) is not None:
+        recovered.sessions.mark_queued("learner")
+        received.append(message)
+    assert isinstance(received[-1], m.Abort)
+    assert received[-1].role == "buffer service"
+    assert received[-1].message == (
+        "version-000003 is damaged; no checkpoint is left to resume from, and the journal no "
+        "longer holds the updates from the start to 3: restore a checkpoint from a backup into "
+        "the run's checkpoints/, or start a new run"
+    )
+    assert recovered.service.ended
+    assert recovered.service.policy_version == 3  # nothing was discarded
+
+
+def test_a_damaged_beginning_falls_back_to_the_previous_segment(tmp_path: Path) -> None:
+    run = RandomRun(tmp_path, 9)
+    for _ in range(60):
+        run.step()
+    expected = capture(run.machine)
+    run.snapshot()
+    run.crash()
+    newest = segments(run.folder)[-1]
+    path = run.folder / f"{newest:08d}.journal"
+    path.write_bytes(path.read_bytes()[:-1])
+    recovered, notes = open_machine(run.folder, run.config, run.build, life=0)
+    assert any("damaged at its beginning" in note for note in notes)
+    rebuilt = StateMachine(run.build(run.config))
+    restore(rebuilt, expected)
+    assert state(recovered) == state(rebuilt)
+
+
+def test_settings_may_change_between_attempts(tmp_path: Path) -> None:
+    run = RandomRun(tmp_path, 4)
+    for _ in range(80):
+        run.step()
+    run.crash()
+    buffer = run.config.buffer.model_copy(update={"capacity_groups": 99})
+    config = run.config.model_copy(update={"buffer": buffer})
+    recovered, _ = open_machine(run.folder, config, run.build, life=0)
+    assert recovered.service.config.buffer.capacity_groups == 99
+    assert recovered.service.policy_version == run.machine.service.policy_version
+    before = run.machine.service.lifecycle.ledger.table(0)
+    assert recovered.service.lifecycle.ledger.table(0) == before
+
+
+# --- intact journals that do not match ---------------------------------------------------------
+
+
+def crashed_run(tmp_path: Path) -> tuple[RandomRun, dict[str, bytes]]:
+    """A crashed machine, and the bytes of its journal."""
+    run = RandomRun(tmp_path, 8)
+    for _ in range(60):
+        run.step()
+    run.snapshot()
+    for _ in range(60):
+        run.step()
+    run.crash()
+    return run, {path.name: path.read_bytes() for path in run.folder.iterdir()}
+
+
+def assert_refused(run: RandomRun, before: dict[str, bytes], expected: str, build=None) -> None:
+    with pytest.raises(JournalRefused) as caught:
+        open_machine(run.folder, run.config, build or run.build, life=1)
+    assert expected in str(caught.value)
+    assert "Nothing in it was changed" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fingerprint", "data"), ("model_fingerprint", "model")]
+)
+def test_a_journal_of_other_data_or_another_model_is_refused(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    run, before = crashed_run(tmp_path)
+
+    def build(config: Config) -> BufferService:
+        service = run.build(config)
+        setattr(service, name, "other")
+        return service
+
+    assert_refused(run, before, f"was written with another {kind} (fingerprint ", build)
+
+
+def test_a_journal_of_another_protocol_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, before = crashed_run(tmp_path)
+    monkeypatch.setattr("speed_async.buffer.durability.opened.PROTOCOL_VERSION", 99)
+    assert_refused(run, before, "was written by another release (it has protocol version")
+
+
+def test_a_journal_in_another_format_is_refused_and_not_treated_as_damaged(tmp_path: Path) -> None:
+    run, before = crashed_run(tmp_path)
+    [*_, newest] = sorted(before)
+    before[newest] = b"saj1" + before[newest][4:]
+    (run.folder / newest).write_bytes(before[newest])
+    assert_refused(run, before, "it has format saj1")
+
+
+def test_a_record_that_cannot_be_replayed_refuses_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of this release must not drop a journal that another release could recover."""
+    run, before = crashed_run(tmp_path)
+
+    def broken(service: BufferService, *_: object) -> None:
+        raise KeyError("peer")
+
+    monkeypatch.setattr(BufferService, "tick", broken)
+    assert_refused(run, before, "cannot recover from it (KeyError: 'peer')")
+
+
+def test_a_snapshot_that_does_not_match_refuses_the_journal(tmp_path: Path) -> None:
+    run, before = crashed_run(tmp_path)
+    assert_refused(run, before, "snapshot does not fit", builder("posterior"))
+
+
+def test_settings_that_do_not_match_refuse_the_journal(tmp_path: Path) -> None:
+    run, before = crashed_run(tmp_path)
+
+    section = run.config.run.model_copy(update={"updates": 7})
+    run.config = run.config.model_copy(update={"run": section})
+
+    def build(config: Config) -> BufferService:
+        return builder("posterior" if config == run.config else "uniform")(config)
+
+    assert_refused(run, before, "snapshot does not fit", build)
+
+
+def test_a_torn_tail_is_cut_only_after_the_rest_was_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, before = crashed_run(tmp_path)
+    [*_, newest] = sorted(before)
+    before[newest] = before[newest].rstrip(b"\0")[:-3]
+    (run.folder / newest).write_bytes(before[newest])
+    with monkeypatch.context() as patch:
+        patch.setattr("speed_async.buffer.durability.opened.PROTOCOL_VERSION", 99)
+        assert_refused(run, before, "another release")
+    _, [note] = open_machine(run.folder, run.config, run.build, life=1)
+    assert "tail was damaged" in note
+
+
+def test_recorded_paths_need_not_exist_any_more(tmp_path: Path) -> None:
+    run, _ = crashed_run(tmp_path)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (tmp_path / "config.json").rename(moved / "config.json")
+    model = run.config.model.model_copy(update={"path": str(moved)})
+    (tmp_path / "journal").rename(moved / "journal")
+    config = run.config.model_copy(update={"model": model})
+    recovered, notes = open_machine(moved / "journal", config, run.build, life=0)
+    assert notes == []
+    assert recovered.service.config == config
+    assert recovered.service.policy_version == run.machine.service.policy_version

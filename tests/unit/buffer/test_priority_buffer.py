@@ -1,0 +1,126 @@
+"""Priority, eviction, staleness and fairness of the buffer, against hand-computed values."""
+
+import math
+import tracemalloc
+
+from benchmarks.priority_buffer import inserts, make_groups, takes, timed
+from speed_async.buffer.priority import BufferedGroup, PriorityBuffer
+from tests.fakes.buffer_fixtures import make_group
+
+
+def buffered(lease_id: int, *, pass_rate: float = 0.5, version: int = 0) -> BufferedGroup:
+    return BufferedGroup(
+        message=make_group(lease_id, 0),
+        lease_id=lease_id,
+        pass_rate=pass_rate,
+        oldest_version=version,
+        mean_version=float(version),
+        num_tokens=12,
+        num_bytes=100,
+    )
+
+
+def make_buffer(
+    capacity_groups: int = 10, capacity_bytes: int = 10**9, decay: float = 0.5, passed: int = 100
+) -> PriorityBuffer:
+    return PriorityBuffer(
+        capacity_groups=capacity_groups,
+        capacity_bytes=capacity_bytes,
+        freshness_decay=decay,
+        max_passed_over=passed,
+    )
+
+
+def taken_ids(buffer: PriorityBuffer, count: int) -> list[int]:
+    return [group.lease_id for group in buffer.take(count)]
+
+
+def test_group_with_pass_rate_nearest_one_half_is_taken_first() -> None:
+    buffer = make_buffer()
+    for lease_id, pass_rate in enumerate([0.1, 0.5, 0.9, 0.4]):
+        buffer.insert(buffered(lease_id, pass_rate=pass_rate))
+    # p(1-p): .09 .25 .09 .24; of the equal groups 0 and 2, the older lease is first.
+    assert taken_ids(buffer, 4) == [1, 3, 0, 2]
+
+
+def test_priority_halves_with_each_version_of_age() -> None:
+    buffer = make_buffer(decay=0.5)
+    buffer.insert(buffered(0, pass_rate=0.5, version=0))  # .25 * .5 at version 1 = .125
+    buffer.insert(buffered(1, pass_rate=0.2, version=1))  # .16
+    buffer.insert(buffered(2, pass_rate=0.1, version=1))  # .09
+    assert taken_ids(buffer, 3) == [1, 0, 2]
+
+
+def test_lowest_priority_group_is_evicted_over_capacity() -> None:
+    buffer = make_buffer(capacity_groups=2)
+    assert buffer.insert(buffered(0, pass_rate=0.1)) == []
+    assert buffer.insert(buffered(1, pass_rate=0.5)) == []
+    evicted = buffer.insert(buffered(2, pass_rate=0.3))
+    assert [group.lease_id for group in evicted] == [0]
+    assert len(buffer) == 2
+    # Of equal groups, the newest is evicted.
+    assert [g.lease_id for g in buffer.insert(buffered(3, pass_rate=0.3))] == [3]
+
+
+def test_capacity_in_bytes_causes_eviction() -> None:
+    buffer = make_buffer(capacity_bytes=250)
+    buffer.insert(buffered(0))
+    buffer.insert(buffered(1))
+    assert [group.lease_id for group in buffer.insert(buffered(2))] == [2]
+    assert buffer.num_bytes == 200
+
+
+def test_group_passed_over_max_times_is_taken_first() -> None:
+    buffer = make_buffer(passed=2)
+    buffer.insert(buffered(0, pass_rate=0.05))
+    for lease_id in range(1, 7):
+        buffer.insert(buffered(lease_id, pass_rate=0.5))
+    assert taken_ids(buffer, 2) == [1, 2]
+    buffer.insert(buffered(7, pass_rate=0.5))
+    assert taken_ids(buffer, 2) == [3, 4]
+    # Group 0 has been passed over twice: it is first, then the rest by priority; 7 is newer.
+    assert taken_ids(buffer, 2) == [0, 5]
+
+
+def test_groups_with_a_stale_token_are_dropped() -> None:
+    buffer = make_buffer()
+    for lease_id, version in enumerate([0, 1, 2, 0]):
+        buffer.insert(buffered(lease_id, version=version))
+    assert [group.lease_id for group in buffer.drop_older_than(1)] == [0, 3]
+    assert taken_ids(buffer, 4) == [2, 1]
+
+
+def test_group_without_signal_has_the_lowest_priority() -> None:
+    buffer = make_buffer()
+    buffer.insert(buffered(0, pass_rate=1.0))
+    buffer.insert(buffered(1, pass_rate=0.01))
+    assert taken_ids(buffer, 2) == [1, 0]
+    assert math.isclose(buffer.num_bytes, 0)
+
+
+def test_removed_groups_do_not_grow_the_heaps() -> None:
+    buffer = make_buffer(capacity_groups=4)
+    for lease_id in range(5000):
+        buffer.insert(buffered(lease_id, pass_rate=0.5))
+        if lease_id % 2:
+            buffer.take(1)
+    assert len(buffer._best) < 200  # pyright: ignore[reportPrivateUsage]
+    assert len(buffer._worst) < 200  # pyright: ignore[reportPrivateUsage]
+
+
+def test_group_costs_less_than_300_bytes_and_20_microseconds() -> None:
+    """`python -m benchmarks.priority_buffer` measures a million groups."""
+    num_groups = 40_000
+    tracemalloc.start()
+    buffer = make_buffer(capacity_groups=num_groups, capacity_bytes=1 << 62)
+    for group in make_groups(num_groups, 0, 0):
+        buffer.insert(group)
+    num_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(buffer) == num_groups
+    assert num_bytes / num_groups < 300
+    insert_us, _ = timed(inserts(buffer, make_groups(num_groups // 2, num_groups, 1)))
+    take_us, _ = timed(takes(buffer, num_groups // 16), 16)
+    assert len(buffer) == 0
+    assert insert_us < 20  # each insert evicts a group
+    assert take_us < 20

@@ -1,0 +1,195 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from speed_async.learner import policy as policy_file
+from speed_async.learner.batch import MicroBatch, make_micro_batch
+from speed_async.learner.model import load_model
+from speed_async.learner.policy import Policy, check_policy, layout_cost
+from speed_async.learner.rows import (
+    LayoutCost,
+    Row,
+    choose_width,
+    split_row,
+    split_rows,
+    training_row,
+)
+from speed_async.types import Group
+from tests.fakes.learner_samples import (
+    VOCABULARY,
+    make_completion,
+    make_group,
+    random_groups,
+    save_tiny_llama,
+)
+
+LONG = make_completion([5, 6, 7], 1.0, [-0.1, -0.2, -0.3])
+SHORT = make_completion([8, 9], 0.0, [-0.4, -0.5])
+
+
+def full_row(group: Group, advantages: list[float] | None = None) -> Row:
+    """A row of all completions. By default, the advantage is the index from 1, which identifies the
+    completion in every layout. The weight is a tenth of the index."""
+    numbers_N = np.arange(1.0, len(group.completions) + 1)
+    return training_row(
+        group,
+        advantages_N=numbers_N if advantages is None else np.array(advantages),
+        weights_N=numbers_N / 10,
+        kept_N=np.ones(len(group.completions), dtype=np.bool_),
+    )
+
+
+def batch_of(groups: list[Group], width: int, policy_version: int = 0) -> MicroBatch:
+    rows = [row for group in groups for row in split_row(full_row(group), width)]
+    return make_micro_batch(rows, policy_version=policy_version)
+
+
+def test_rows_of_one_completion_are_right_padded():
+    batch = batch_of([make_group([1, 2], LONG, SHORT)], width=1)
+
+    assert batch.input_ids_BL.tolist() == [[1, 2, 8, 0], [1, 2, 5, 6]]
+    assert batch.position_ids_BL is None
+    assert batch.mask_B1LL is None
+    assert batch.target_ids_N.tolist() == [8, 9, 5, 6, 7]
+    assert batch.predictor_index_N.tolist() == [1, 2, 4 + 1, 4 + 2, 4 + 3]
+    assert batch.advantages_N.tolist() == [2.0, 2.0, 1.0, 1.0, 1.0]
+    assert batch.weights_N.tolist() == pytest.approx([0.2, 0.2, 0.1, 0.1, 0.1])
+    assert batch.ages_N.tolist() == [0] * 5
+    np.testing.assert_allclose(batch.behaviour_logprobs_N, [-0.4, -0.5, -0.1, -0.2, -0.3])
+    assert batch.sequence_ids_N.tolist() == [0, 0, 1, 1, 1]
+    assert batch.num_sequences == 2
+
+
+def test_completions_share_a_prompt_without_attending_to_each_other():
+    batch = batch_of([make_group([1, 2], LONG, SHORT)], width=2)
+
+    assert batch.input_ids_BL.tolist() == [[1, 2, 8, 5, 6]]
+    assert batch.position_ids_BL is not None
+    assert batch.position_ids_BL.tolist() == [[0, 1, 2, 2, 3]]
+    assert batch.target_ids_N.tolist() == [8, 9, 5, 6, 7]
+    assert batch.predictor_index_N.tolist() == [1, 2, 1, 3, 4]
+    assert batch.mask_B1LL is not None
+    assert (batch.mask_B1LL[0, 0] == 0).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 0, 1, 0],
+        [1, 1, 0, 1, 1],
+    ]
+
+
+def test_token_ages_are_never_negative():
+    mixed = make_completion([5, 6, 7], 1.0)
+    mixed.sampled.policy_versions[:] = [3, 5, 9]
+    assert batch_of([make_group([1], mixed)], 1, policy_version=7).ages_N.tolist() == [4, 2, 0]
+
+
+def test_training_row_selects_completions_with_a_gradient():
+    group = make_group([1], LONG, SHORT, LONG, make_completion([], 0.0))
+    row = training_row(
+        group,
+        advantages_N=np.array([0.5, -0.5, 0.0, 1.0]),
+        weights_N=np.array([0.1, 0.2, 0.3, 0.4]),
+        kept_N=np.array([True, False, True, True]),
+    )
+    assert [(s.token_ids.tolist(), s.advantage, s.weight) for s in row.samples] == [
+        ([5, 6, 7], 0.5, 0.1)
+    ]
+
+
+def test_a_group_without_signal_gives_no_row_and_an_empty_prompt_raises():
+    assert list(split_row(full_row(make_group([1], LONG), [0.0]), 1)) == []
+    assert list(split_row(full_row(make_group([1], make_completion([], 0.0))), 2)) == []
+    with pytest.raises(ValueError, match="prompt 0 has no tokens"):
+        full_row(make_group([], LONG))
+
+
+def test_micro_batches_have_at_most_max_tokens_padded_positions():
+    lengths = [6, 1, 3, 3, 9, 2]  # input tokens of a row: prompt 2 + length - 1
+    groups = [make_group([1, 2], make_completion([3] * n, 0.0)) for n in lengths]
+    rows = [full_row(group) for group in groups]
+
+    parts = split_rows(rows, max_tokens=9)
+
+    assert [[row.num_tokens for row in part] for part in parts] == [[10], [7], [4, 4], [3, 2]]
+
+
+def test_prompts_are_shared_only_for_short_completions():
+    cost = LayoutCost(per_token=1e6, per_pair=1e3)
+    short = make_group([1] * 14, *[make_completion([1] * 7, 0.0)] * 24)
+    long = make_group([1] * 200, *[make_completion([1] * 3000, 0.0)] * 24)
+
+    assert choose_width([full_row(short)], cost) > 1
+    assert choose_width([full_row(long)], cost) == 1
+    assert choose_width([], cost) == 1
+    assert choose_width([full_row(short, [0.0] * 24)], cost) == 1
+
+
+def score(policy: Policy, batch: MicroBatch) -> list[tuple[int, int, float]]:
+    """(target, advantage, log pi) of every token, in an order independent of the layout."""
+    logprobs_N, _ = policy(batch)
+    rows = zip(batch.target_ids_N, batch.advantages_N, logprobs_N, strict=True)
+    return sorted((int(t), int(a), p.item()) for t, a, p in rows)
+
+
+def gradients(policy: Policy, batch: MicroBatch) -> list[torch.Tensor]:
+    policy.zero_grad()
+    logprobs_N, _ = policy(batch)
+    ((batch.advantages_N - 2.5) * logprobs_N).sum().backward()
+    return [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("width", [2, 3, 6])
+def test_shared_prompts_preserve_log_probabilities_and_gradients(tmp_path: Path, width: int):
+    policy = Policy(load_model(save_tiny_llama(tmp_path), device="cpu"), temperature=0.7)
+    groups = random_groups(1, num_groups=4)
+    separate, shared = batch_of(groups, 1), batch_of(groups, width)
+
+    assert shared.input_ids_BL.numel() < separate.input_ids_BL.numel()
+    for one, other in zip(score(policy, separate), score(policy, shared), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    for one, other in zip(gradients(policy, separate), gradients(policy, shared), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_log_probabilities_match_separate_sequences_at_the_temperature(tmp_path: Path):
+    model = load_model(save_tiny_llama(tmp_path), device="cpu")
+    batch = batch_of([make_group([1, 2], LONG, SHORT)], width=2)
+
+    logprobs_N, entropies_N = Policy(model, temperature=0.5)(batch)
+
+    expected, entropy = [], []
+    for prompt, completion in (([1, 2], [8, 9]), ([1, 2], [5, 6, 7])):
+        logits_LV = model(input_ids=torch.tensor([prompt + completion])).logits[0]
+        for index, token in enumerate(completion):
+            logprobs_V = (logits_LV[len(prompt) + index - 1] / 0.5).log_softmax(-1)
+            expected.append(logprobs_V[token].item())
+            entropy.append(-sum(math.exp(p) * p for p in logprobs_V.tolist()))
+    assert logprobs_N.tolist() == pytest.approx(expected, abs=1e-5)
+    assert entropies_N.tolist() == pytest.approx(entropy, abs=1e-5)
+
+
+def test_chunked_logits_give_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    policy = Policy(load_model(save_tiny_llama(tmp_path), device="cpu"), temperature=1.0)
+    batch = batch_of(random_groups(2), 3)
+    reference, reference_gradients = score(policy, batch), gradients(policy, batch)
+
+    monkeypatch.setattr(policy_file, "MAX_LOGITS", 4 * VOCABULARY)
+
+    for one, other in zip(score(policy, batch), reference, strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
+    for one, other in zip(gradients(policy, batch), reference_gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_the_quickstart_model_shares_prompts(tmp_path: Path):
+    model = load_model(
+        save_tiny_llama(tmp_path, hidden_size=128, intermediate_size=344, num_hidden_layers=4),
+        device="cpu",
+    )
+    group = make_group([1] * 14, *[make_completion([1] * n, 0.0) for n in (4, 5, 6, 8, 9, 10)] * 4)
+    assert check_policy(Policy(model, temperature=1.0))
+    assert choose_width([full_row(group)], layout_cost(model)) in (8, 12, 24)
