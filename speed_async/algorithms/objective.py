@@ -24,6 +24,7 @@ from speed_async.algorithms.rewards import (
     soft_overlong_punishment,
 )
 from speed_async.algorithms.screening import kept
+from speed_async.config.extensions import import_part
 from speed_async.config.schema import Config, ObjectiveConfig
 from speed_async.types import PASS_REWARD, Group
 
@@ -62,12 +63,7 @@ def make_objective(config: Config, *, context_length: int | None = None) -> Obje
     limit = partial(completion_limit, config.actors.max_new_tokens, context_length=context_length)
     return Objective(
         shaping=partial(_overlong, chosen=chosen, limit=limit),
-        advantages={
-            "rloo": advantages.rloo,
-            "grpo": advantages.grpo,
-            "dr_grpo": advantages.dr_grpo,
-            "batch": advantages.batch,
-        }[chosen.advantage],
+        advantages=_advantages(chosen.advantage),
         selection=partial(kept, gate=config.gate, choice=chosen.screening_samples),
         aggregation={
             "token_mean": aggregation.token_mean,
@@ -120,6 +116,16 @@ def _overlong(
     )
 
 
+def _advantages(name: str) -> Advantages:
+    choices: dict[str, Advantages] = {
+        "rloo": advantages.rloo,
+        "grpo": advantages.grpo,
+        "dr_grpo": advantages.dr_grpo,
+        "batch": advantages.batch,
+    }
+    return choices.get(name) or import_part("objective.advantage", name)
+
+
 def _correction(chosen: ObjectiveConfig) -> Correction:
     cap = {"max_ratio": chosen.max_ratio}
     band = {"min_ratio": chosen.min_ratio, "max_ratio": chosen.max_ratio}
@@ -146,4 +152,6 @@ def _policy_loss(chosen: ObjectiveConfig) -> PolicyLoss:
         "cispo": partial(losses.cispo, clip_high=chosen.clip_high),
         "gspo": partial(losses.gspo, **bounds),
     }
-    return choices[chosen.policy_loss]
+    return choices.get(chosen.policy_loss) or import_part(
+        "objective.policy_loss", chosen.policy_loss
+    )

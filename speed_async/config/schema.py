@@ -1,9 +1,12 @@
 """The configuration: one frozen tree. Units are in the names; derived values are properties."""
 
 import ipaddress
+from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from speed_async.config.extensions import part_name, registered_path
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -19,6 +22,8 @@ Algorithm = Literal[
     "speed-rloo",
     "speed-dapo",
 ]
+ADVANTAGES = ("rloo", "grpo", "dr_grpo", "batch")
+POLICY_LOSSES = ("policy_gradient", "ppo_clip", "cispo", "gspo")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -52,9 +57,9 @@ class ModelConfig(Section):
 
 
 class TaskConfig(Section):
-    name: str
-    """`arithmetic`, `jsonl`, or `reasoning_gym:<data set>`. `scripted` is for fault injection
-    tests: each prompt passes at random with its own rate."""
+    name: Annotated[str, AfterValidator(partial(registered_path, "task"))]
+    """`arithmetic`, `jsonl`, `reasoning_gym:<data set>`, or `<module>:<callable>`. `scripted` is
+    for fault injection tests: each prompt passes at random with its own rate."""
     path: str | None = None
     """Data file of `jsonl`: one object per line with `prompt` and `answer`."""
     match: Literal["exact", "numeric"] = "exact"
@@ -116,10 +121,12 @@ class CurriculumConfig(Section):
 class ObjectiveConfig(Section):
     """The objective. `algorithm` sets these fields; a value set here overrides the preset."""
 
-    advantage: Literal["rloo", "grpo", "dr_grpo", "batch"] = "rloo"
-    policy_loss: Literal["policy_gradient", "ppo_clip", "cispo", "gspo"] = "ppo_clip"
-    """All except `policy_gradient` use the importance ratio to the behaviour policy.
-    `policy_gradient` needs a `correction` unless all data is on-policy."""
+    advantage: Annotated[str, part_name("advantage", *ADVANTAGES)] = "rloo"
+    """`rloo`, `grpo`, `dr_grpo` or `batch` (algorithms/advantages.py), or `<module>:<function>`."""
+    policy_loss: Annotated[str, part_name("policy_loss", *POLICY_LOSSES)] = "ppo_clip"
+    """`policy_gradient`, `ppo_clip`, `cispo` or `gspo` (algorithms/losses.py), or
+    `<module>:<function>`. All except `policy_gradient` use the importance ratio to the behaviour
+    policy. `policy_gradient` needs a `correction` unless all data is on-policy."""
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.28
     """Ratios outside of [1 - clip_low, 1 + clip_high] have no gradient (cispo: the ratio is capped

@@ -35,7 +35,7 @@ def _section(section: BaseModel, path: str) -> Iterator[str]:
         if isinstance(value, BaseModel):
             inner.append((name, value))
             continue
-        yield from _comment(_descriptions(type(section).__name__).get(name, ""))
+        yield from _comment(field_descriptions(type(section).__name__).get(name, ""))
         yield f"# {name} =" if value is None else f"{name} = {_value(value)}"
     for name, value in inner:
         yield from _section(value, f"{path}.{name}" if path else name)
@@ -68,7 +68,7 @@ def _value(value: Any) -> str:
 
 
 @cache
-def _descriptions(section: str) -> dict[str, str]:
+def field_descriptions(section: str) -> dict[str, str]:
     """Docstrings of the fields, parsed from the source of the schema."""
     tree = ast.parse(inspect.getsource(schema))
     found = next(each for each in tree.body if getattr(each, "name", "") == section)

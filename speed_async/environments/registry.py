@@ -1,11 +1,8 @@
 """Creates the task of the configuration section `[task]`. Heavy imports are lazy."""
 
 import difflib
-import importlib
-import sys
-from collections.abc import Callable
-from pathlib import Path
 
+from speed_async.config.extensions import import_part
 from speed_async.config.schema import TaskConfig
 from speed_async.environments.task import Task
 from speed_async.errors import ConfigError
@@ -35,25 +32,8 @@ def make_task(config: TaskConfig) -> Task:
         return _make_jsonl(config)
     path = _SCRIPTED if config.name == "scripted" else config.name
     if ":" in path and kind != _GYM:
-        return _import(path)(config)
+        return import_part("task.name", path)(config)
     raise ConfigError("task.name", config.name, _remedy(config.name))
-
-
-def _import(path: str) -> Callable[[TaskConfig], Task]:
-    """Import `module:attribute`, also from the current directory. Raises ConfigError."""
-    module, _, attribute = path.partition(":")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.append(folder)
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            "task.name",
-            path,
-            f"cannot be imported ({error}): use module:attribute, with the module installed, on "
-            "PYTHONPATH or in the current directory",
-        ) from error
 
 
 def _make_arithmetic(config: TaskConfig) -> Task:

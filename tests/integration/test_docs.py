@@ -1,6 +1,9 @@
 """The README and the docs name only what exists."""
 
+import os
 import re
+import subprocess
+import sys
 
 from tests.fakes.paths import REPOSITORY
 
@@ -23,3 +26,14 @@ def test_the_commands_that_the_readme_begins_with_exist() -> None:
     for script in ("scripts/quickstart.sh", "scripts/test.sh"):
         assert f"bash {script}" in text
         assert (REPOSITORY / script).is_file()
+
+
+def test_the_configuration_page_is_up_to_date() -> None:
+    script = REPOSITORY / "scripts" / "make_configuration_page.py"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, str(script), "--check"], env=environment)
+    assert done.returncode == 0, "run: python scripts/make_configuration_page.py"
+
+
+def test_the_readme_stays_within_200_lines() -> None:
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 200

@@ -1,0 +1,74 @@
+"""The public functions of the package: `import speed_async as sa`."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from speed_async.config.extensions import F, register
+from speed_async.config.load import load_config, save_config
+from speed_async.config.schema import Config
+from speed_async.errors import SpeedAsyncError
+
+WITH_SUMMARY = (0, 3, 130)
+"""Exit statuses of a run that wrote its summary: completed, nothing learned, interrupted."""
+
+
+def train(config: Config | str | Path, *overrides: str) -> dict[str, Any]:
+    """Train on this machine as `speed-async train` does, and return the run's summary.
+
+    Args:
+        config: a configuration, or the path of a TOML file.
+        overrides: with a path, overrides such as "--learner.lr", "1e-4".
+
+    Returns: the content of summary.json in the run folder (docs/getting-started.md). Its
+    `outcome` is "completed", "stopped" or "nothing_learned", its `run_folder` the folder.
+    Raises ConfigError for an invalid configuration and SpeedAsyncError when the run fails.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config, overrides)
+    run_folder = _free_folder(Path(config.run.folder))
+    run = config.run.model_copy(update={"folder": str(run_folder)})
+    with tempfile.TemporaryDirectory(prefix="speed_async-") as folder:
+        path = Path(folder) / "resolved.json"
+        save_config(config.model_copy(update={"run": run}), path)
+        # In a process of its own, which owns signals and event loops.
+        status = subprocess.run(
+            [sys.executable, "-m", "speed_async", "train", str(path)]
+        ).returncode
+    if status not in WITH_SUMMARY:
+        raise SpeedAsyncError(
+            f"the run in '{run_folder}' failed with status {status}: its last line on standard "
+            "error has the reason"
+        )
+    return json.loads((run_folder / "summary.json").read_text())
+
+
+def _free_folder(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, ... that holds no run."""
+    path, number = wanted.expanduser().resolve(), 1
+    while path.is_dir() and any(path.iterdir()):
+        number += 1
+        path = path.with_name(f"{wanted.name}-{number}")
+    return path
+
+
+def register_task(name: str) -> Callable[[F], F]:
+    """Register a callable that takes the section `[task]` and returns a Task
+    (environments/task.py), for `task.name = name`."""
+    return register("task", name)
+
+
+def register_advantage(name: str) -> Callable[[F], F]:
+    """Register a function from rewards to advantages (algorithms/advantages.py: one (N,) array per
+    group in and out), for `objective.advantage = name`."""
+    return register("advantage", name)
+
+
+def register_policy_loss(name: str) -> Callable[[F], F]:
+    """Register a function from LossTokens and Corrected to TokenLosses
+    (algorithms/loss_tokens.py), for `objective.policy_loss = name`."""
+    return register("policy_loss", name)
