@@ -31,7 +31,7 @@ REQUEST_FIELDS = [field.name for field in dataclasses.fields(GenerationRequest)]
 
 
 def frame(value: Any) -> bytes:
-    body: bytes = msgpack.packb(value)  # pyright: ignore[reportAssignmentType] (untyped)
+    body = msgpack.packb(value)
     return LENGTH.pack(len(body)) + body
 
 

@@ -105,7 +105,6 @@ class Journal:
         self.sequence += 1
         place = (self.segment, self.num_bytes)
         fields = msgpack.packb([kind, now_s, peer, text, value, [len(frame) for frame in frames]])
-        assert fields is not None
         length = 4 + len(fields) + sum(map(len, frames))
         body = [struct.pack("<I", len(fields)), fields, *frames]
         self._unwritten.append(_Unwritten(sequence=self.sequence, length=length, body=body))

@@ -36,9 +36,7 @@ _TAGS = {kind: tag for tag, kind in _CONTAINERS.items()}
 def capture(root: object) -> bytes:
     """Serialize `root` and everything it holds. Raises TypeError for a value that is neither state
     nor listed in CONFIGURED."""
-    packed = msgpack.packb(_Writer().tree(root, type(root).__name__))
-    assert packed is not None
-    return packed
+    return msgpack.packb(_Writer().tree(root, type(root).__name__))
 
 
 def restore(root: object, packed: bytes | memoryview) -> None:
