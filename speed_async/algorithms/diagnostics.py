@@ -73,7 +73,7 @@ class Diagnostics:
             return {"loss": 0.0}
         count = self._num_tokens
         loss, ratio, ratio_squared, clipped, truncated, masked, log_ratio, k3, entropy = (
-            self._sums.tolist()
+            self._sums.cpu().numpy().tolist()
         )
         return {
             "loss": loss,

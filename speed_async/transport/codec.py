@@ -8,13 +8,14 @@ wrong value. Nothing is unpickled. Arrays are little-endian and one-dimensional.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from reprlib import Repr
-from typing import NoReturn, get_type_hints
+from typing import Any, NoReturn, cast, get_type_hints
 
 import msgpack
 import numpy as np
 
 from speed_async.errors import ProtocolError
 from speed_async.transport import fields, joining, messages, session
+from speed_async.transport.fields import Plain
 from speed_async.transport.messages import PROTOCOL_VERSION, Message
 from speed_async.types import Float32Array, Int32Array
 
@@ -34,7 +35,7 @@ _bounded_repr.maxlevel, _bounded_repr.maxstring, _bounded_repr.maxother = (
     MAX_SHOWN_CHARS,
     MAX_SHOWN_CHARS,
 )
-_ARRAY_DTYPES = {Int32Array: np.dtype("<i4"), Float32Array: np.dtype("<f4")}
+_ARRAY_DTYPES: dict[object, np.dtype] = {Int32Array: np.dtype("<i4"), Float32Array: np.dtype("<f4")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,15 +53,18 @@ class _Layout:
 
 
 def _layout_of(record: type) -> _Layout:
-    plain, nested, arrays = [], [], []
-    for name, hint in get_type_hints(record).items():
+    plain: list[tuple[str, str, fields.Check]] = []
+    nested: list[tuple[str, _Layout]] = []
+    arrays: list[tuple[str, np.dtype, str, int]] = []
+    hints: dict[str, object] = get_type_hints(record)
+    for name, hint in hints.items():
+        shown = hint.__name__ if isinstance(hint, type) else str(hint)
         if hint in _ARRAY_DTYPES:
             dtype = _ARRAY_DTYPES[hint]
             arrays.append((name, dtype, dtype.str, dtype.itemsize))
         elif isinstance(hint, type) and is_dataclass(hint):
             nested.append((name, _layout_of(hint)))
         else:
-            shown = hint.__name__ if isinstance(hint, type) else str(hint)
             plain.append((name, shown, fields.CHECKS[hint]))
     return _Layout(record=record, plain=tuple(plain), nested=tuple(nested), arrays=tuple(arrays))
 
@@ -93,13 +97,14 @@ def encode(message: Message) -> list[Frame]:
     layout = _LAYOUTS.get(name)
     if layout is None or type(message) is not layout.record:
         raise ProtocolError(f"{name} is not a message type of this protocol")
-    arrays, specs = [], []
+    array_frames: list[Frame] = []
+    specs: list[object] = []
     for field, dtype, shown, _ in layout.arrays:
         array = _checked_array(name, field, dtype, message)
-        arrays.append(array)
+        array_frames.append(_frame_of(array, array.base))
         specs.append([field, shown, [len(array)]])
     header = pack_header([MAGIC, PROTOCOL_VERSION, name, _to_plain(layout, message), specs])
-    frames: list[Frame] = [header, *map(_bytes_of, arrays)]
+    frames: list[Frame] = [header, *array_frames]
     _check_total_size(name, frames)
     return frames
 
@@ -133,13 +138,12 @@ def pack_header(header: list[object]) -> bytes:
         packed = msgpack.packb(header)
     except (ValueError, TypeError, OverflowError) as error:
         raise ProtocolError(f"cannot pack the header: {error}") from error
-    assert packed is not None
     if len(packed) > MAX_HEADER_BYTES:
         raise ProtocolError(f"the header has {len(packed)} bytes, the limit is {MAX_HEADER_BYTES}")
     return packed
 
 
-def unpack_header(frame: Frame) -> list:
+def unpack_header(frame: Frame) -> list[Plain]:
     """Unpack a header frame and check its magic and protocol version.
 
     Raises ProtocolError. On a version mismatch the message names both versions.
@@ -147,7 +151,7 @@ def unpack_header(frame: Frame) -> list:
     if len(frame) > MAX_HEADER_BYTES:
         raise ProtocolError(f"the header has {len(frame)} bytes, the limit is {MAX_HEADER_BYTES}")
     try:
-        header = msgpack.unpackb(
+        header: Plain = msgpack.unpackb(
             frame,
             raw=False,
             strict_map_key=True,
@@ -184,7 +188,7 @@ def _to_plain(layout: _Layout, record: object) -> dict[str, object]:
     return values
 
 
-def _from_plain(layout: _Layout, where: str, values: object) -> dict[str, object]:
+def _from_plain(layout: _Layout, where: str, values: Plain) -> dict[str, object]:
     """Build constructor arguments from an untrusted map with exactly the fields of `layout`."""
     if not isinstance(values, dict):
         raise ProtocolError(f"{where} must be a map of fields, not {_shown(values)}")
@@ -206,7 +210,7 @@ def _from_plain(layout: _Layout, where: str, values: object) -> dict[str, object
 
 
 def _arrays_from(
-    layout: _Layout, specs: object, frames: Sequence[Frame]
+    layout: _Layout, specs: Plain, frames: Sequence[Frame]
 ) -> Iterator[tuple[str, np.ndarray]]:
     if not isinstance(specs, list) or len(specs) != len(layout.arrays):
         raise ProtocolError(f"{layout.name} must declare {len(layout.arrays)} arrays")
@@ -214,8 +218,9 @@ def _arrays_from(
         raise ProtocolError(
             f"{layout.name} has {len(frames)} array frames, expected {len(layout.arrays)}"
         )
+    # `Any`: each spec has a known shape once it equals the expected one.
     for (field, dtype, shown, item_bytes), spec, frame in zip(
-        layout.arrays, specs, frames, strict=True
+        layout.arrays, cast("list[Any]", specs), frames, strict=True
     ):
         num_items, rest = divmod(len(frame), item_bytes)
         if rest or spec != [field, shown, [num_items]] or type(spec[2][0]) is not int:
@@ -230,7 +235,7 @@ def _arrays_from(
 
 
 def _wrong_array(
-    where: str, declared: list[str], item_bytes: int, spec: object, frame: Frame
+    where: str, declared: list[str], item_bytes: int, spec: Plain, frame: Frame
 ) -> ProtocolError:
     if not isinstance(spec, list) or len(spec) != 3 or spec[:2] != declared:
         return ProtocolError(f"{where} is not a {declared[1]} array: {_shown(spec)}")
@@ -244,15 +249,17 @@ def _wrong_array(
 
 
 def _checked_array(name: str, field: str, dtype: np.dtype, message: Message) -> np.ndarray:
-    array = getattr(message, field)
+    array: np.ndarray | Plain = getattr(message, field)
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
         raise _wrong_value(name, field, f"one-dimensional {dtype.str} array", array)
     return np.ascontiguousarray(array)
 
 
-def _bytes_of(array: np.ndarray) -> memoryview:
-    """Return the frame that the array was decoded from, if any, to forward it without a copy."""
-    base = array.base
+def _frame_of(array: np.ndarray, base: object) -> memoryview:
+    """Return the frame that the array was decoded from, if any, to forward it without a copy.
+
+    `base` is `array.base`, which numpy declares as an array or None.
+    """
     if type(base) is memoryview and base.nbytes == array.nbytes and base.format == "B":
         return base
     return array.view(np.uint8).data

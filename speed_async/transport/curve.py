@@ -7,18 +7,25 @@ client otherwise.
 """
 
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import zmq
-from zmq.auth import load_certificate
+import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 
 from speed_async.config import key_folder as names
 from speed_async.config.schema import ClusterConfig
 from speed_async.errors import ConfigError
 
+Socket = zmq.Socket[bytes]
+Context = zmq.Context[Socket]
+
 ZAP_DOMAIN = "speed_async"
+
+_load_certificate = cast("Callable[[Path], tuple[bytes, bytes | None]]", zmq.auth.load_certificate)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +100,7 @@ class AllowList:
         return key in self._keys
 
 
-def configure_curve(socket: zmq.Socket, keys: Keys | None) -> ThreadAuthenticator | None:
+def configure_curve(socket: Socket, keys: Keys | None) -> ThreadAuthenticator | None:
     """Enable CURVE on `socket`. Call before it binds or connects.
 
     Returns the authenticator of the socket's context, to be stopped before the context terminates.
@@ -104,7 +111,7 @@ def configure_curve(socket: zmq.Socket, keys: Keys | None) -> ThreadAuthenticato
     if isinstance(keys, ClientKeys):
         socket.CURVE_SERVERKEY = keys.server_public
         return None
-    authenticator = ThreadAuthenticator(socket.context)
+    authenticator = ThreadAuthenticator(cast("Context", socket.context))
     allow_list = AllowList(keys.allowed)
     authenticator.configure_curve_callback(domain=ZAP_DOMAIN, credentials_provider=allow_list)
     authenticator.start()
@@ -137,7 +144,7 @@ def _pair(folder: Path, name: str) -> tuple[bytes, bytes]:
 
 def _certificate(folder: Path, name: str) -> tuple[bytes, bytes | None]:
     try:
-        public, secret = load_certificate(folder / name)
+        public, secret = _load_certificate(folder / name)
     except (OSError, ValueError, IndexError) as error:
         raise names.wrong_keys(folder, f"{name} cannot be read ({error})") from None
     if len(public) != 40:

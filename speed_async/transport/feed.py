@@ -5,12 +5,12 @@ A slow subscriber misses events and is up to date again with the next status.
 """
 
 import asyncio
-from typing import get_args
+from typing import cast, get_args
 
 import zmq
 
 from speed_async.errors import ProtocolError, TransportClosed
-from speed_async.observability.metrics import Event, EventKind
+from speed_async.observability.metrics import Event, EventKind, Value
 from speed_async.transport import fields
 from speed_async.transport.codec import MAGIC, MAX_HEADER_BYTES, Frame, pack_header, unpack_header
 from speed_async.transport.curve import ClientKeys, ServerKeys, configure_curve, silence_hint
@@ -35,7 +35,7 @@ _are_values = fields.map_of(fields.is_scalar)
 
 def encode_event(event: Event) -> bytes:
     """Encode an event. Raises ProtocolError for values that are not plain scalars."""
-    _check_event(event.kind, event.values)
+    _check_event(event.kind, cast("fields.Plain", event.values))
     return pack_header([MAGIC, PROTOCOL_VERSION, event.kind, event.values])
 
 
@@ -46,15 +46,15 @@ def decode_event(frame: Frame) -> Event:
         raise ProtocolError(f"the event has {len(header)} elements, expected 4")
     kind, values = header[2:]
     _check_event(kind, values)
-    return Event(kind=kind, values=values)
+    return Event(kind=cast("EventKind", kind), values=cast("dict[str, Value]", values))
 
 
 class FeedPublisher:
     """Binds on construction; `port` is the bound port. Raises ConfigError if binding fails."""
 
     def __init__(self, host: str, port: int, *, keys: ServerKeys | None = None) -> None:
-        self._context: zmq.Context = zmq.Context(io_threads=1)
-        self._socket: zmq.Socket = self._context.socket(zmq.PUB)
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.PUB)
         self._socket.SNDHWM = QUEUED_EVENTS
         set_common_options(self._socket, max_frame_bytes=MAX_SUBSCRIPTION_BYTES)
         self._authenticator = configure_curve(self._socket, keys)
@@ -110,7 +110,7 @@ class FeedSubscriber:
         await self._socket.close()
 
 
-def _check_event(kind: object, values: object) -> None:
+def _check_event(kind: fields.Plain, values: fields.Plain) -> None:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ProtocolError(f"unknown event kind {str(kind)[:60]!r}")
     if not _are_values(values):

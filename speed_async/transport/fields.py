@@ -7,8 +7,11 @@ reported.
 
 import math
 from collections.abc import Callable
+from typing import TypeAlias
 
-Check = Callable[[object], bool]
+Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
+"""A value of a header, as msgpack unpacks it."""
+Check = Callable[[Plain], bool]
 
 MIN_INT, MAX_INT = -(2**63), 2**63 - 1
 MAX_DEPTH = 8
@@ -40,7 +43,7 @@ def is_scalar(value: object) -> bool:
     return value is None or isinstance(value, bool | str) or is_number(value)
 
 
-def is_plain(value: object, depth: int = MAX_DEPTH) -> bool:
+def is_plain(value: Plain, depth: int = MAX_DEPTH) -> bool:
     """Whether `value` is a scalar, or lists and string-keyed maps of plain values.
 
     Nesting is limited to `depth`.

@@ -21,7 +21,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from speed_async.errors import ConfigError, DeadlineExceeded, TransportClosed
 from speed_async.transport.codec import MAX_FRAMES, MAX_MESSAGE_BYTES, Frame
-from speed_async.transport.curve import Keys, configure_curve
+from speed_async.transport.curve import Context, Keys, Socket, configure_curve
 
 T = TypeVar("T")
 
@@ -52,8 +52,8 @@ class PolledSocket:
     ) -> None:
         """`keys` enables CURVE, for the service (ServerKeys) or for a client (ClientKeys)."""
         self._loop = asyncio.get_running_loop()
-        self._context: zmq.Context = zmq.Context(io_threads=1)
-        self._socket: zmq.Socket = self._context.socket(kind)
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(kind)
         self._socket.SNDHWM = outbox_messages
         self._socket.RCVHWM = inbox_messages
         set_common_options(self._socket, max_frame_bytes=max_frame_bytes)
@@ -66,7 +66,7 @@ class PolledSocket:
         self._loop.add_reader(self._descriptor, self._wake)
 
     @property
-    def raw(self) -> zmq.Socket:
+    def raw(self) -> Socket:
         """The underlying socket, to set options, bind or connect."""
         return self._socket
 
@@ -190,7 +190,7 @@ def _resolve(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-def send_frames(socket: zmq.Socket, frames: Sequence[Frame], flags: int = 0) -> None:
+def send_frames(socket: Socket, frames: Sequence[Frame], flags: int = 0) -> None:
     """Send one message.
 
     A received frame is forwarded as a `zmq.Frame`: libzmq counts its references, while releasing
@@ -200,13 +200,13 @@ def send_frames(socket: zmq.Socket, frames: Sequence[Frame], flags: int = 0) -> 
     for index, frame in enumerate(frames):
         more = flags | _MORE if index < last else flags
         received = frame.obj if type(frame) is memoryview else None
-        if type(received) is zmq.Frame and len(received) == len(frame):
+        if isinstance(received, zmq.Frame) and len(received) == len(frame):
             socket.send(received, more, copy=False)
         else:
             socket.send(frame, more, copy=len(frame) < ZERO_COPY_BYTES)
 
 
-def set_common_options(socket: zmq.Socket, *, max_frame_bytes: int) -> None:
+def set_common_options(socket: Socket, *, max_frame_bytes: int) -> None:
     """Set heartbeats, automatic reconnection and the frame size limit."""
     socket.LINGER = int(LINGER_S * 1000)
     socket.MAXMSGSIZE = max_frame_bytes
@@ -217,14 +217,14 @@ def set_common_options(socket: zmq.Socket, *, max_frame_bytes: int) -> None:
     socket.RECONNECT_IVL_MAX = int(RECONNECT_LONGEST_S * 1000)
 
 
-def end_context(context: zmq.Context, authenticator: ThreadAuthenticator | None) -> None:
+def end_context(context: Context, authenticator: ThreadAuthenticator | None) -> None:
     """Terminate a context whose sockets are closed; blocks while the last bytes are sent."""
     if authenticator is not None:
         authenticator.stop()
     context.term()
 
 
-def bind(socket: zmq.Socket, host: str, port: int, *, field: str) -> int:
+def bind(socket: Socket, host: str, port: int, *, field: str) -> int:
     """Bind to `host` (a name or an address) and return the port; the kernel picks one if it is 0.
 
     Blocks while a name is resolved, so call it only at start-up.
@@ -251,7 +251,7 @@ def bind(socket: zmq.Socket, host: str, port: int, *, field: str) -> int:
     return int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
 
-def endpoint_at(socket: zmq.Socket, host: str, port: int) -> str:
+def endpoint_at(socket: Socket, host: str, port: int) -> str:
     """Return the ZeroMQ endpoint of `host`. Enables IPv6 on `socket` for an IPv6 address."""
     with suppress(ValueError):
         if ipaddress.ip_address(host).version == 6:
