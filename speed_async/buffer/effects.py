@@ -34,6 +34,8 @@ class Effects:
     """The evaluation that is now complete."""
     events: Sequence[tuple[EventKind, dict[str, Value]]] = ()
     """Events with their values in addition to those of the status."""
+    ended: bool = False
+    """The run has ended."""
 
 
 def restart_warning(state: ActorState, what: str) -> str:

@@ -15,6 +15,7 @@ from speed_async.buffer.actor_handler import ActorHandler
 from speed_async.buffer.curriculum.curriculum import Curriculum
 from speed_async.buffer.durability.journal import Place
 from speed_async.buffer.effects import Effects, restart_warning
+from speed_async.buffer.ending import ROLE, Ending
 from speed_async.buffer.evaluations import Accuracy, Evaluations
 from speed_async.buffer.grants import Grants
 from speed_async.buffer.learner_handler import LearnerHandler
@@ -25,18 +26,14 @@ from speed_async.buffer.reporting.statistics import RunStatistics
 from speed_async.buffer.reporting.status import StatusReporter, evaluation_values
 from speed_async.buffer.reporting.warnings import Warnings
 from speed_async.buffer.reporting.weight_times import WeightTimes
-from speed_async.buffer.shutdown import Shutdown, ShutdownStep
 from speed_async.buffer.validation import Checked, MessageValidator
 from speed_async.buffer.validation_rules import PayloadRules
 from speed_async.config.schema import Config
-from speed_async.errors import RoleError
 from speed_async.observability.metrics import Event, EventKind, Value
-from speed_async.observability.summary import STOPPING
 from speed_async.transport import messages as m
 from speed_async.transport.joining import Join, JoinAccepted
 from speed_async.types import GroupEnd
 
-ROLE = "buffer service"
 MAX_TICK_DELAY_S = 1.0
 """A tick later than this means that the process was suspended or starved and received nothing."""
 MAX_REASON_CHARS = 500
@@ -116,8 +113,6 @@ class BufferService:
         self._grants = Grants(config, self.lifecycle, self.learner.batches, evaluations)
         self._feed_port = feed_port
         self._target_reached = False
-        self._stop_asked = False
-        self._shutdown = Shutdown(config.cluster)
         self._evaluated_version: int | None = None
         """The last evaluated version; None before the first evaluation is complete."""
         self._handlers: dict[type[m.Message], Callable[..., Effects | None]] = {
@@ -150,6 +145,16 @@ class BufferService:
             warnings=self.warnings,
             weight_times=self.weight_times,
             validator=self.validator,
+        )
+        self._ending = Ending(
+            config,
+            membership=self.membership,
+            lifecycle=self.lifecycle,
+            batches=self.learner.batches,
+            evaluations=evaluations,
+            diagnoses=self.diagnoses,
+            warnings=self.warnings,
+            reporter=self.reporter,
         )
         evaluations.start(0)
 
@@ -201,17 +206,18 @@ class BufferService:
         for loss in effects.lost:
             self._lose(loss.state, loss.reason, loss.warning)
         if effects.failure:
-            self.fail(effects.failure, now_s)
+            self._fail(effects.failure, now_s)
         if effects.evaluation is not None:
             self._evaluation_done(effects.evaluation, now_s)
         for kind, values in effects.events:
             self._emit(kind, now_s, values)
+        self.ended = self.ended or effects.ended
 
     def reply_without_record(self, peer: str, message: m.Message, key: str) -> m.Message | None:
         """The reply to a message that changes no state and needs no journal record; None for other
         messages. These are refused messages of unknown peers, repeated joins, and joins of the
         supervisors of ranks."""
-        if isinstance(message, Join) and self._shutdown.finish is None:
+        if isinstance(message, Join) and not self._ending.is_requested:
             index = self.membership.index_of(peer)
             if index is not None:
                 return self._accepted(index)
@@ -242,8 +248,8 @@ class BufferService:
         trained = ledger.ends[GroupEnd.TRAINED].tokens
         self.statistics.tokens(now_s, ledger.tokens_generated, trained)
         self._advance(now_s)
-        self._diagnose(now_s)
-        self._check_stalled(now_s)
+        if stalled := self._ending.check_stalled(now_s):
+            self._fail(stalled, now_s)
         self._emit("status", now_s, {})
         self._close_warnings(now_s)
 
@@ -266,9 +272,8 @@ class BufferService:
             self._lose(state, "the run was restarted")
         self.membership.begin_attempt()
         self.learner.begin_attempt()
-        self._shutdown = Shutdown(self.config.cluster)
-        self._target_reached = self._stop_asked = False
-        self.warnings.close("stop")
+        self._ending.begin_attempt()
+        self._target_reached = False
         self.snapshot_due = True
         text = f"restarted (attempt {attempt}) at version {self.policy_version}"
         self.warnings.open("attempt", text, transient=True)
@@ -286,7 +291,7 @@ class BufferService:
     # --- peers -----------------------------------------------------------------------------
 
     def _on_join(self, peer: str, now_s: float, key: str) -> None:
-        if self._shutdown.finish is not None:
+        if self._ending.is_requested:
             self._send(peer, m.Rejected(reason="this run is ending"))
             return
         self._send(peer, self._accepted(self.membership.admit(peer, key, now_s)))
@@ -309,7 +314,7 @@ class BufferService:
             if self.policy_version > 0:
                 self._send_learner(m.MembershipChanged(reason=f"{peer} joined"))
         self._send(peer, m.Welcome(policy_version=self.policy_version))
-        if self._shutdown.draining:
+        if self._ending.is_draining:
             self._send(peer, m.Drain(reason="the run is ending"))
 
     def _on_failure(self, peer: str, failure: m.Failure, now_s: float) -> None:
@@ -321,18 +326,9 @@ class BufferService:
             text = f"{failure.role} left: {failure.message}"
             self.warnings.open(failure.role, text, transient=True)
             return
-        reason = str(RoleError(failure.role, failure.message))
-        self._diagnose(now_s)
-        self._emit_end(now_s, "failed", reason)
-        abort = m.Abort(role=failure.role, message=failure.message)
-        for state in self.membership.present():
-            if state.name != peer:
-                self._send(state.name, abort)
-        if self.membership.learner != peer:
-            self._send_learner(abort)
-        self.ended = True
+        self._apply(self._ending.failed(peer, failure, now_s), now_s)
 
-    def fail(self, text: str, now_s: float) -> None:
+    def _fail(self, text: str, now_s: float) -> None:
         """End the run because of an error of the service."""
         self._on_failure("", m.Failure(role=ROLE, message=text), now_s)
 
@@ -369,11 +365,10 @@ class BufferService:
 
     # --- results ---------------------------------------------------------------------------
 
-    def _on_lease_failed(self, peer: str, message: m.LeaseFailed, now_s: float) -> Effects | None:
+    def _on_lease_failed(self, peer: str, message: m.LeaseFailed, now_s: float) -> Effects:
         effects = self._actors.lease_failed(peer, message)
-        if self.lifecycle.is_exhausted and self._shutdown.finish is None:
-            self.fail(self.lifecycle.unusable.describe_exhausted(), now_s)
-            return None
+        if self.lifecycle.is_exhausted and not self._ending.is_requested:
+            return Effects(failure=self.lifecycle.unusable.describe_exhausted())
         return effects
 
     def _evaluation_done(self, evaluation: Accuracy, now_s: float) -> None:
@@ -401,19 +396,17 @@ class BufferService:
     def _on_published(self, peer: str, message: m.WeightsPublished, now_s: float) -> Effects:
         evaluated = self._evaluated_version == message.policy_version  # published again
         due = not message.error and self._evaluations.due(message.policy_version)
-        if due and not evaluated and self._shutdown.finish is None:
+        if due and not evaluated and not self._ending.is_requested:
             self._evaluations.start(message.policy_version)
         return self.learner.published(message)
 
-    def _on_stop_asked(self, peer: str, asked: m.StopAsked, now_s: float) -> None:
-        self._stop_asked = True
-        self.warnings.open("stop", STOPPING)
+    def _on_stop_asked(self, peer: str, asked: m.StopAsked, now_s: float) -> Effects:
+        self._ending.ask_stop()
         self.phase = self._current_phase()
-        self._emit("status", now_s, {})  # immediately, as feedback to Ctrl-C
+        return Effects(events=[("status", {})])  # immediately, as feedback to Ctrl-C
 
     def _on_finish(self, peer: str, finish: m.FinishRun, now_s: float) -> None:
-        self._shutdown.request(finish, now_s)
-        self.learner.batches.cancel()
+        self._ending.request(finish, now_s)
 
     # --- transitions that depend on the current state ----------------------------------------
 
@@ -421,79 +414,29 @@ class BufferService:
         """Perform every transition that the current state permits."""
         if self.ended:
             return
-        self._advance_shutdown(now_s)
+        self._advance_ending(now_s)
         self.phase = self._current_phase()
-        if not self._shutdown.draining:
+        if not self._ending.is_draining:
             self._grant(now_s)
         if self._evaluated_version is not None:
             evaluating = self._evaluations.target_version is not None
             self._send_learner(*self.learner.poll_batch(now_s, evaluating=evaluating))
 
-    def _diagnose(self, now_s: float) -> None:
-        waited_s = self.learner.batches.waited_s(now_s)
-        self.diagnoses.look(now_s, self.policy_version, waited_s=waited_s)
-
-    def _check_stalled(self, now_s: float) -> None:
-        """End the run with a diagnosis if a batch is not filled in time."""
-        if not self.learner.batches.stalled(now_s):
-            return
-        self.learner.batches.cancel()
-        stall_s = self.config.cluster.stall_timeout_s
-        text = f"no batch could be filled within {stall_s:.0f} s: {self.reporter.stall_reason()}"
-        self.fail(f"{ROLE}: {text}", now_s)
-
-    def _advance_shutdown(self, now_s: float) -> None:
-        present = self.membership.present()
-        step = self._shutdown.next_step(
-            now_s,
-            evaluating_version=self._evaluations.target_version,
-            evaluated_version=self._evaluated_version,
-            num_present=len(present),
-        )
-        finish = self._shutdown.finish
-        if finish is None:
-            return
-        match step:
-            case ShutdownStep.EVALUATE:
-                self._evaluations.start(finish.policy_version)
-            case ShutdownStep.DRAIN:
-                for state in present:
-                    self._send(state.name, m.Drain(reason=finish.reason))
-                self._advance_shutdown(now_s)
-            case ShutdownStep.GIVE_UP:
-                for state in present:
-                    self._lose(state, "did not drain in time")
-                self._advance_shutdown(now_s)
-            case ShutdownStep.END:
-                self._end(finish, now_s)
-            case _:
-                pass
-
-    def _end(self, finish: m.FinishRun, now_s: float) -> None:
-        """Emit the end event and send the summary."""
-        self._diagnose(now_s)
-        outcome, reason = "stopped" if finish.stopped else "completed", finish.reason
-        if not finish.stopped and (nothing := self.diagnoses.nothing_learned()):
-            outcome, reason = "nothing_learned", nothing
-        self._emit_end(now_s, outcome, reason)
-        final = self._evaluated_version == finish.policy_version
-        fields = self.reporter.summary(now_s, attempt=self.attempt, final_evaluated=final)
-        self._send_learner(m.Summary(fields=fields | {"outcome": outcome, "reason": reason}))
-        self.ended = True
+    def _advance_ending(self, now_s: float) -> None:
+        while not self.ended:
+            effects = self._ending.next(
+                now_s, attempt=self.attempt, evaluated_version=self._evaluated_version
+            )
+            if effects is None:
+                return
+            self._apply(effects, now_s)
 
     def _current_phase(self) -> str:
-        if self._shutdown.draining:
-            return "draining"
-        if self._stop_asked:
-            return "stopping"
-        if not self.membership.present():
-            return "starting"
-        ending = self._shutdown.finish is not None
-        return "evaluating" if ending or self._evaluated_version is None else "training"
+        return self._ending.phase(evaluated=self._evaluated_version is not None)
 
     def _grant(self, now_s: float) -> None:
         version = self.policy_version
-        training = self._shutdown.finish is None
+        training = not self._ending.is_requested
         present = self.membership.present()
         for name, leases in self._grants.next(present, version, now_s, training=training):
             self._send(name, leases)
@@ -507,11 +450,6 @@ class BufferService:
         """Send messages to the learner if it is connected."""
         if (learner := self.membership.learner) is not None:
             self.outbox += [(learner, message) for message in messages]
-
-    def _emit_end(self, now_s: float, outcome: str, reason: str) -> None:
-        ok = outcome == "completed"
-        self.warnings.close("stop")
-        self._emit("end", now_s, {"ok": ok, "outcome": outcome, "reason": reason})
 
     def present_status(self, now_s: float) -> Event:
         """A status event for this time."""
