@@ -1,4 +1,5 @@
-"""The part of the service that serves the actors: requests, results, reports and departures.
+"""The part of the service that serves the actors: requests, results, reports, departures and
+losses.
 
 consumes   messages of actors, except Hello, Failure and those about weights
 waits for  nothing
@@ -8,7 +9,7 @@ answers    Leaving with a Drain; results update the lifecycle and the evidence o
 from collections.abc import Callable
 
 from speed_async.buffer.durability.journal import Place
-from speed_async.buffer.effects import Effects
+from speed_async.buffer.effects import Effects, Loss, restart_warning
 from speed_async.buffer.ledger import ENGINE_TIMES
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import Membership
@@ -48,6 +49,30 @@ class ActorHandler:
         state = self._membership.actors[peer]
         state.last_message_s, state.disconnected_since_s = now_s, None
         self._lifecycle.ledger.update_counts(peer, message.counts)
+
+    def timed_out(self, now_s: float, timeout_s: float) -> list[Loss]:
+        """The actors without a message for this long, or without a connection."""
+        losses: list[Loss] = []
+        for state in self._membership.timed_out(now_s, timeout_s):
+            silent = f"silent for {now_s - state.last_message_s:.0f} s"
+            warning = restart_warning(state, f"was {silent}")
+            losses.append(Loss(state=state, reason=silent, warning=warning))
+        return losses
+
+    def lose(self, loss: Loss) -> None:
+        """Declare an actor lost and requeue its prompts."""
+        state = loss.state
+        self._membership.lose(state.name, loss.reason)
+        self._lifecycle.holder_lost(state.name, loss.reason)
+        self._warnings.close(f"weights of {state.name}")
+        warning = loss.warning or restart_warning(state, f"is lost: {loss.reason}")
+        self._warnings.open(f"actor-{state.index}", warning)
+
+    def close_warnings(self) -> None:
+        """Close the warnings about actors that returned. Each was in at least one event."""
+        for state in self._membership.present():
+            if not state.awaits_weights:
+                self._warnings.close(f"actor-{state.index}")
 
     def group_finished(
         self,

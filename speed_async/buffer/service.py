@@ -14,13 +14,13 @@ from collections.abc import Callable
 from speed_async.buffer.actor_handler import ActorHandler
 from speed_async.buffer.curriculum.curriculum import Curriculum
 from speed_async.buffer.durability.journal import Place
-from speed_async.buffer.effects import Effects, restart_warning
+from speed_async.buffer.effects import Effects, Loss, restart_warning
 from speed_async.buffer.ending import ROLE, Ending
 from speed_async.buffer.evaluations import Accuracy, Evaluations
 from speed_async.buffer.grants import Grants
 from speed_async.buffer.learner_handler import LearnerHandler
 from speed_async.buffer.lifecycle import Lifecycle
-from speed_async.buffer.membership import ActorState, Membership
+from speed_async.buffer.membership import Membership
 from speed_async.buffer.reporting.diagnoses import Diagnoses
 from speed_async.buffer.reporting.statistics import RunStatistics
 from speed_async.buffer.reporting.status import StatusReporter, evaluation_values
@@ -204,7 +204,7 @@ class BufferService:
         self.outbox += effects.messages
         self._send_learner(*effects.to_learner)
         for loss in effects.lost:
-            self._lose(loss.state, loss.reason, loss.warning)
+            self._lose(loss)
         if effects.failure:
             self._fail(effects.failure, now_s)
         if effects.evaluation is not None:
@@ -236,10 +236,8 @@ class BufferService:
         self._loop_lag_s = loop_lag_s
         if loop_lag_s > MAX_TICK_DELAY_S:
             self.membership.extend_timeouts(loop_lag_s)
-        for state in self.membership.timed_out(now_s, self.config.cluster.peer_timeout_s):
-            silent_s = now_s - state.last_message_s
-            silent = f"silent for {silent_s:.0f} s"
-            self._lose(state, silent, restart_warning(state, f"was {silent}"))
+        for loss in self._actors.timed_out(now_s, self.config.cluster.peer_timeout_s):
+            self._lose(loss)
         self.expired_joins += self.membership.expire_joins(now_s)
         if self.lifecycle.expire(now_s - self.config.buffer.lease_timeout_s):
             text = "leases expired (buffer.lease_timeout_s); their prompts are leased again"
@@ -251,7 +249,8 @@ class BufferService:
         if stalled := self._ending.check_stalled(now_s):
             self._fail(stalled, now_s)
         self._emit("status", now_s, {})
-        self._close_warnings(now_s)
+        self._actors.close_warnings()
+        self.warnings.close_expired(now_s)
 
     def gone(self, peer: str, now_s: float) -> None:
         """A peer lost its connection. `tick` declares an actor lost that does not reconnect."""
@@ -269,7 +268,7 @@ class BufferService:
         self.attempt = attempt
         self.ended = False
         for state in self.membership.present():
-            self._lose(state, "the run was restarted")
+            self._lose(Loss(state=state, reason="the run was restarted"))
         self.membership.begin_attempt()
         self.learner.begin_attempt()
         self._ending.begin_attempt()
@@ -310,7 +309,8 @@ class BufferService:
             self.membership.learner = peer
         elif peer not in self.membership.actors:
             for state in self.membership.join(peer, hello, now_s, self.policy_version, key=key):
-                self._lose(state, "restarted", restart_warning(state, "was killed or exited"))
+                warning = restart_warning(state, "was killed or exited")
+                self._lose(Loss(state=state, reason="restarted", warning=warning))
             if self.policy_version > 0:
                 self._send_learner(m.MembershipChanged(reason=f"{peer} joined"))
         self._send(peer, m.Welcome(policy_version=self.policy_version))
@@ -322,7 +322,7 @@ class BufferService:
         withdrawn = self.membership.withdraw(peer)
         if withdrawn is not None:
             for state in withdrawn:
-                self._lose(state, "its supervisor failed")
+                self._lose(Loss(state=state, reason="its supervisor failed"))
             text = f"{failure.role} left: {failure.message}"
             self.warnings.open(failure.role, text, transient=True)
             return
@@ -345,23 +345,11 @@ class BufferService:
     def _lose_refused(self, peer: str, reason: str) -> None:
         state = self.membership.actors.get(peer)
         if state is not None and not state.departed:
-            self._lose(state, f"its message was refused: {reason}")
+            self._lose(Loss(state=state, reason=f"its message was refused: {reason}"))
 
-    def _lose(self, state: ActorState, reason: str, warning: str = "") -> None:
-        """Declare an actor lost. `warning` is a text for the user in place of the reason."""
-        self.membership.lose(state.name, reason)
-        self.lost_peers.append(state.name)
-        self.lifecycle.holder_lost(state.name, reason)
-        self.warnings.close(f"weights of {state.name}")
-        warning = warning or restart_warning(state, f"is lost: {reason}")
-        self.warnings.open(f"actor-{state.index}", warning)
-
-    def _close_warnings(self, now_s: float) -> None:
-        """Close the warnings about actors that returned. Each was in at least one event."""
-        for state in self.membership.present():
-            if not state.awaits_weights:
-                self.warnings.close(f"actor-{state.index}")
-        self.warnings.close_expired(now_s)
+    def _lose(self, loss: Loss) -> None:
+        self._actors.lose(loss)
+        self.lost_peers.append(loss.state.name)
 
     # --- results ---------------------------------------------------------------------------
 
