@@ -423,11 +423,9 @@ class BufferService:
         return self._ending.phase(evaluated=self._evaluated_version is not None)
 
     def _grant(self, now_s: float) -> None:
-        version = self.policy_version
         training = not self._ending.is_requested
         present = self.membership.present()
-        for name, leases in self._grants.next(present, version, now_s, training=training):
-            self._send(name, leases)
+        self.outbox += self._grants.next(present, self.policy_version, now_s, training=training)
 
     # --- output ----------------------------------------------------------------------------
 
