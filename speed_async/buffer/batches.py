@@ -1,6 +1,6 @@
 """The learner's batch request: which leases it permits, when it completes and how long it waits.
 
-This module decides only; service.py acts on the decisions.
+This module decides only; learner_handler.py acts on the decisions.
 
 With `run.overlap`, actors generate whatever the credits allow, and a request completes as soon as
 its batch is full. Without it, generation and training alternate. Prompts are granted only while

@@ -1,6 +1,6 @@
 """The part of the service that serves the learner: policy version, batches, weight broadcasts.
 
-consumes   messages of the learner
+consumes   messages of the learner, and those of actors about weights
 waits for  nothing
 answers    a TakeBatch when enough fresh groups are buffered, or immediately with the recorded
            batch if the learner repeats an update; a PublishWeights with the members of the
@@ -8,69 +8,52 @@ answers    a TakeBatch when enough fresh groups are buffered, or immediately wit
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from speed_async.buffer.batches import Batches
 from speed_async.buffer.durability.stored import batch_message
+from speed_async.buffer.effects import Effects, Loss, restart_warning
 from speed_async.buffer.group_table import BufferedGroup
 from speed_async.buffer.lifecycle import Lifecycle
-from speed_async.buffer.membership import ActorState, Membership
+from speed_async.buffer.membership import Membership
 from speed_async.buffer.reporting.evidence import Updates
 from speed_async.buffer.reporting.statistics import RunStatistics, UpdateTimes
 from speed_async.buffer.reporting.warnings import Warnings
 from speed_async.buffer.reporting.weight_times import WeightTimes
 from speed_async.buffer.weight_group import WeightGroup
 from speed_async.config.schema import Config
-from speed_async.observability.metrics import EventKind, Value
 from speed_async.transport import messages as m
 
 
-class ServiceContext(Protocol):
-    """The operations of the service that the handler uses (service.py)."""
-
-    warnings: Warnings
-
-    def send(self, peer: str, message: m.Message) -> None: ...
-    def lose(self, state: ActorState, reason: str, warning: str = "") -> None: ...
-    def fail(self, text: str, now_s: float) -> None: ...
-    def emit(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> None: ...
-
-
 class LearnerHandler:
-    CONFIGURED = ("handlers", "_context")
+    CONFIGURED = ("handlers",)
 
     def __init__(
         self,
         config: Config,
-        context: ServiceContext,
         *,
         membership: Membership,
         lifecycle: Lifecycle,
         statistics: RunStatistics,
         updates: Updates,
+        weight_times: WeightTimes,
+        warnings: Warnings,
     ) -> None:
-        self.policy_version = 0
-        """Newest trained version."""
         self.batches = Batches(config, lifecycle)
         self.weight_group = WeightGroup(membership)
-        self.weight_times = WeightTimes()
-        self._context = context
         self._membership = membership
         self._lifecycle = lifecycle
         self._statistics = statistics
         self._updates = updates
-        self.handlers: dict[type[m.Message], Callable[..., None]] = {
+        self._weight_times = weight_times
+        self._warnings = warnings
+        self.handlers: dict[type[m.Message], Callable[..., Effects | None]] = {
             m.Resumed: self._on_resumed,
             m.TakeBatch: self._on_take,
             m.Trained: self._on_trained,
             m.PublishWeights: self._on_publish,
+            m.WeightsApplied: self._on_applied,
         }
         """Handlers by message class; each receives the peer, the message and the time."""
-
-    def send(self, message: m.Message) -> None:
-        """Send a message to the learner if it is connected."""
-        if self._membership.learner is not None:
-            self._context.send(self._membership.learner, message)
 
     def begin_attempt(self) -> None:
         """All processes were restarted: no request is open, and the next broadcast opens a new
@@ -80,85 +63,81 @@ class LearnerHandler:
         self._lifecycle.return_untrained()
         self.weight_group.reset()
 
-    def answer_take(self, now_s: float, *, evaluating: bool) -> None:
-        """Send the requested batch if it is ready."""
+    def poll_batch(self, now_s: float, *, evaluating: bool) -> list[m.Message]:
+        """The messages of the requested batch; empty until it is ready."""
         ready = self.batches.poll(now_s, evaluating=evaluating)
         if ready is None:
-            return
+            return []
         take, groups = ready
-        self._send_batch(take.policy_version, groups)
+        return _batch_messages(take.policy_version, groups)
 
-    def published(self, message: m.WeightsPublished) -> None:
-        """A broadcast ended. Actors that made it fail are declared lost."""
-        self.weight_times.ended(message)
-        for state in self.weight_group.published(message):
-            warning = f"died or was disconnected while it received version {message.policy_version}"
-            self._context.lose(state, f"it blocked the weight broadcast: {message.error}", warning)
+    def published(self, message: m.WeightsPublished) -> Effects:
+        """A broadcast ended. Actors that made it fail are lost."""
+        self._weight_times.ended(message)
+        reason = f"it blocked the weight broadcast: {message.error}"
+        what = f"died or was disconnected while it received version {message.policy_version}"
+        failed = self.weight_group.published(message)
+        return Effects(
+            lost=[
+                Loss(state=state, reason=reason, warning=restart_warning(state, what))
+                for state in failed
+            ]
+        )
 
-    def applied(self, peer: str, message: m.WeightsApplied) -> bool:
-        """An actor applied a version or failed to. Returns whether it must receive it again."""
-        self.weight_times.applied(message)
-        return self.weight_group.applied(self._membership.actors[peer], message)
+    @property
+    def newest_version(self) -> int:
+        """Newest version that was trained or of which a broadcast has started."""
+        return max(self._lifecycle.policy_version, self.weight_group.newest_version)
 
     # --- messages of the learner -------------------------------------------------------------
 
-    def _on_resumed(self, peer: str, resumed: m.Resumed, now_s: float) -> None:
+    def _on_resumed(self, peer: str, resumed: m.Resumed, now_s: float) -> Effects | None:
         """The learner resumed from a checkpoint. It repeats the batches after it from the journal.
         If the journal does not hold them, the service also resumes from that checkpoint; a resume
         from version 0 then fails."""
-        version, journal_version = resumed.policy_version, self.policy_version
+        version, journal_version = resumed.policy_version, self._lifecycle.policy_version
         notice = f"{resumed.notice}; " if resumed.notice else ""
         if self._lifecycle.lineage.can_replay(version, journal_version):
             warning = f"{notice}resumed from version {version}"
             if version < journal_version:
                 warning += f"; updates to {journal_version} are repeated from the journal"
-            self._context.warnings.open("attempt", warning, transient=True)
-            return
+            self._warnings.open("attempt", warning, transient=True)
+            return None
         if version == 0:
             text = (
                 f"{notice}no checkpoint is left to resume from, and the journal no longer holds "
                 f"the updates from the start to {journal_version}: restore a checkpoint from a "
                 "backup into the run's checkpoints/, or start a new run"
             )
-            self._context.fail(text, now_s)
-            return
+            return Effects(failure=text)
         self._lifecycle.resume_from(resumed)
         self._updates.covers_all_updates = False
-        self.policy_version = version
         text = (
             f"{notice}resumed from version {version}, for which the journal (at version "
             f"{journal_version}) is incomplete: the group counts are those of the learner"
         )
-        self._context.warnings.open("attempt", text, transient=True)
-        self._context.send(peer, m.Welcome(policy_version=version))
+        self._warnings.open("attempt", text, transient=True)
+        return Effects(messages=[(peer, m.Welcome(policy_version=version))])
 
-    def _on_take(self, peer: str, take: m.TakeBatch, now_s: float) -> None:
-        if take.policy_version >= self.policy_version:
+    def _on_take(self, peer: str, take: m.TakeBatch, now_s: float) -> Effects | None:
+        newest = self._lifecycle.policy_version
+        if take.policy_version >= newest:
             self.batches.request(take, now_s)
-        elif batch := self._lifecycle.lineage.after(take.policy_version):
-            self._send_batch(take.policy_version, batch.groups)
-        else:
-            reason = (
-                f"version {take.policy_version} is outdated: the service is at version "
-                f"{self.policy_version}"
-            )
-            self._context.send(peer, m.Rejected(reason=reason))
+            return None
+        if batch := self._lifecycle.lineage.after(take.policy_version):
+            return Effects(to_learner=_batch_messages(take.policy_version, batch.groups))
+        reason = f"version {take.policy_version} is outdated: the service is at version {newest}"
+        return Effects(messages=[(peer, m.Rejected(reason=reason))])
 
-    def _send_batch(self, policy_version: int, groups: Sequence[BufferedGroup]) -> None:
-        for group in groups:
-            self.send(batch_message(group))
-        lease_ids = [group.lease_id for group in groups]
-        self.send(m.BatchReady(policy_version=policy_version, lease_ids=lease_ids))
-
-    def _on_trained(self, peer: str, message: m.Trained, now_s: float) -> None:
+    def _on_trained(self, peer: str, message: m.Trained, now_s: float) -> Effects | None:
+        """Only a new update is an event, not one that is repeated after a resume."""
         if message.notice:
-            self._context.warnings.open("learner", message.notice, transient=True)
+            self._warnings.open("learner", message.notice, transient=True)
         if not self._lifecycle.is_training(message.lease_ids):
             self._lifecycle.lineage.record_repeat(message)
-            return
+            return None
         self._lifecycle.trained(message)
         self._updates.add(message)
-        self.policy_version = message.policy_version
         metrics = message.metrics
         self._statistics.updated(
             UpdateTimes(
@@ -168,12 +147,36 @@ class LearnerHandler:
                 sync_s=metrics.get("time/sync_s", 0.0),
             )
         )
-        self.weight_times.stepped(self.policy_version, self._membership.present())
-        self._context.emit("step", now_s, dict(metrics))
+        self._weight_times.stepped(message.policy_version, self._membership.present())
+        return Effects(events=[("step", dict(metrics))])
 
-    def _on_publish(self, peer: str, publish: m.PublishWeights, now_s: float) -> None:
-        self.weight_times.began(now_s)
+    # --- weights -----------------------------------------------------------------------------
+
+    def _on_publish(self, peer: str, publish: m.PublishWeights, now_s: float) -> Effects:
+        self._weight_times.began(now_s)
         offers, members = self.weight_group.form(publish)
-        for name, offer in offers:
-            self._context.send(name, offer)
-        self.send(members)
+        return Effects(messages=offers, to_learner=[members])
+
+    def _on_applied(self, peer: str, message: m.WeightsApplied, now_s: float) -> Effects | None:
+        """An actor applied a version or failed to. A failure is shown immediately, before a later
+        warning hides it."""
+        state = self._membership.actors[peer]
+        self._weight_times.applied(message)
+        needs_resend = self.weight_group.applied(state, message)
+        if not message.error:
+            self._warnings.close(f"weights of {peer}")
+            return None
+        reason = f"{peer} did not apply the weights: {message.error}"
+        if not message.usable:  # its next incarnation receives the weights
+            loss = Loss(state=state, reason=message.error, warning=reason)
+            return Effects(lost=[loss], events=[("status", {})])
+        self._warnings.open(f"weights of {peer}", reason)
+        resend = [m.MembershipChanged(reason=reason)] if needs_resend else []
+        return Effects(to_learner=resend, events=[("status", {})])
+
+
+def _batch_messages(policy_version: int, groups: Sequence[BufferedGroup]) -> list[m.Message]:
+    """The groups of a batch, and the message that completes it."""
+    lease_ids = [group.lease_id for group in groups]
+    ready = m.BatchReady(policy_version=policy_version, lease_ids=lease_ids)
+    return [*map(batch_message, groups), ready]

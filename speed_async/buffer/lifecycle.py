@@ -52,7 +52,8 @@ class Lifecycle:
         self._curriculum = curriculum
         self._evaluations = evaluations
         self._statistics = statistics
-        self._policy_version = 0
+        self.policy_version = 0
+        """Newest trained version."""
 
     @property
     def is_exhausted(self) -> bool:
@@ -232,7 +233,7 @@ class Lifecycle:
             self.ledger.buffered.add(-group.num_tokens, -1)
             self.ledger.taken.add(group.num_tokens)
             self.in_training[group.lease_id] = group
-        self._statistics.batch_taken(taken, self._policy_version)
+        self._statistics.batch_taken(taken, self.policy_version)
         return taken
 
     def is_training(self, lease_ids: list[int]) -> bool:
@@ -251,7 +252,7 @@ class Lifecycle:
         self.lineage.trained(message, groups)
         learner = self.ledger.learner_trained
         learner.groups, learner.tokens = message.groups_trained, message.tokens_trained
-        self._policy_version = message.policy_version
+        self.policy_version = message.policy_version
         self._curriculum.advance(message.policy_version)
         self._drop_stale()
 
@@ -280,7 +281,7 @@ class Lifecycle:
             self._leave_buffer(group, GroupEnd.STALE)
         self.ledger.reconcile_with_learner(resumed.groups_trained, resumed.tokens_trained)
         self.lineage.clear()
-        self._policy_version = resumed.policy_version
+        self.policy_version = resumed.policy_version
         self._drop_stale()
 
     def _drop_stale(self) -> None:
@@ -297,7 +298,7 @@ class Lifecycle:
 
     @property
     def _oldest_allowed(self) -> int:
-        return self._policy_version - self._config.buffer.max_staleness
+        return self.policy_version - self._config.buffer.max_staleness
 
     # --- ends ------------------------------------------------------------------------------
 

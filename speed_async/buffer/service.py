@@ -11,34 +11,29 @@ answers    a TakeBatch when enough fresh groups are buffered and the first evalu
 
 from collections.abc import Callable
 
+from speed_async.buffer.actor_handler import ActorHandler
 from speed_async.buffer.curriculum.curriculum import Curriculum
+from speed_async.buffer.durability.journal import Place
+from speed_async.buffer.effects import Effects, Loss, restart_warning
+from speed_async.buffer.ending import ROLE, Ending
 from speed_async.buffer.evaluations import Accuracy, Evaluations
 from speed_async.buffer.grants import Grants
 from speed_async.buffer.learner_handler import LearnerHandler
-from speed_async.buffer.ledger import ENGINE_TIMES
 from speed_async.buffer.lifecycle import Lifecycle
-from speed_async.buffer.membership import ActorState, Membership
+from speed_async.buffer.membership import Membership
 from speed_async.buffer.reporting.diagnoses import Diagnoses
 from speed_async.buffer.reporting.statistics import RunStatistics
-from speed_async.buffer.reporting.status import (
-    evaluation_values,
-    stall_reason,
-    status_values,
-    summary_values,
-)
+from speed_async.buffer.reporting.status import StatusReporter, evaluation_values
 from speed_async.buffer.reporting.warnings import Warnings
-from speed_async.buffer.shutdown import Shutdown, ShutdownStep
-from speed_async.buffer.validation import MessageValidator
+from speed_async.buffer.reporting.weight_times import WeightTimes
+from speed_async.buffer.validation import Checked, MessageValidator
 from speed_async.buffer.validation_rules import PayloadRules
 from speed_async.config.schema import Config
-from speed_async.errors import RoleError
 from speed_async.observability.metrics import Event, EventKind, Value
-from speed_async.observability.summary import STOPPING
 from speed_async.transport import messages as m
-from speed_async.transport.joining import Join, JoinAccepted, Leaving
-from speed_async.types import GroupEnd, LeaseKind
+from speed_async.transport.joining import Join, JoinAccepted
+from speed_async.types import GroupEnd
 
-ROLE = "buffer service"
 MAX_TICK_DELAY_S = 1.0
 """A tick later than this means that the process was suspended or starved and received nothing."""
 MAX_REASON_CHARS = 500
@@ -48,13 +43,13 @@ class BufferService:
     CONFIGURED = (
         "fingerprint",
         "model_fingerprint",
+        "_actors",
         "_handlers",
+        "reporter",
         "validator",
         "_feed_port",
         "outbox",
         "events",
-        "place",
-        "notes",
     )
 
     def __init__(
@@ -86,118 +81,163 @@ class BufferService:
         unnecessary."""
         self.attempt = 0
         """Attempt number: how often this run was restarted."""
-        self.sequence = 0
-        """Sequence number of the current input in the journal."""
-        self.place: tuple[int, int] | None = None
-        """Place of the current input in the journal: segment and offset."""
         self.phase = "starting"
         self.config = config
-        self.started_s = started_s
         self.membership = Membership(config.cluster)
         self.statistics = RunStatistics(started_s)
-        self.diagnoses = Diagnoses(config, self.statistics, started_s)
+        self.diagnoses = Diagnoses(config, self.statistics)
         self.lifecycle = Lifecycle(
             config, curriculum=curriculum, evaluations=evaluations, statistics=self.statistics
         )
+        self.weight_times = WeightTimes()
+        self.warnings = Warnings()
+        """Current warnings for the user."""
         self.learner = LearnerHandler(
             config,
-            self,
             membership=self.membership,
             lifecycle=self.lifecycle,
             statistics=self.statistics,
             updates=self.diagnoses.evidence.updates,
+            weight_times=self.weight_times,
+            warnings=self.warnings,
         )
-        self.loop_lag_s: float | None = None
+        self._actors = ActorHandler(
+            membership=self.membership,
+            lifecycle=self.lifecycle,
+            evidence=self.diagnoses.evidence,
+            warnings=self.warnings,
+        )
+        self._loop_lag_s: float | None = None
         """Delay of the last tick; None before the first."""
-        self.notes = ""
-        """Losses found at recovery, shown before every warning."""
-        self.warnings = Warnings()
-        """Current warnings for the user."""
         self._evaluations = evaluations
-        self._baseline_done = False
         self._grants = Grants(config, self.lifecycle, self.learner.batches, evaluations)
         self._feed_port = feed_port
         self._target_reached = False
-        self._stop_asked = False
-        self._shutdown = Shutdown(config.cluster)
         self._evaluated_version: int | None = None
-        self._handlers: dict[type[m.Message], Callable[..., None]] = {
+        """The last evaluated version; None before the first evaluation is complete."""
+        self._handlers: dict[type[m.Message], Callable[..., Effects | None]] = {
             m.Failure: self._on_failure,
-            m.WantWork: self._on_want,
-            m.GroupFinished: self._on_group,
-            m.ScreenedOut: self._on_screened_out,
             m.LeaseFailed: self._on_lease_failed,
-            m.Evaluated: self._on_evaluated,
             m.Sample: self._on_sample,
-            m.ActorReport: self._on_report,
-            m.WeightsApplied: self._on_applied,
-            Leaving: self._on_leaving,
-            m.Goodbye: self._on_goodbye,
             m.WeightsPublished: self._on_published,
             m.StopAsked: self._on_stop_asked,
             m.FinishRun: self._on_finish,
-            m.PrepareCheckpoint: self._on_prepare,
             m.CheckpointSaved: self._on_saved,
-        } | self.learner.handlers
+            **self._actors.handlers,
+            **self.learner.handlers,
+        }
+        """Handlers that need nothing but the peer, the message and the time."""
         self.validator = MessageValidator(
             self.membership,
             fingerprint,
             model_fingerprint,
-            {Join, m.Hello, *self._handlers},
+            {Join, m.Hello, m.GroupFinished, m.PrepareCheckpoint, *self._handlers},
             PayloadRules(config, vocab_size),
             self.lifecycle,
+        )
+        self.reporter = StatusReporter(
+            config,
+            membership=self.membership,
+            lifecycle=self.lifecycle,
+            evaluations=evaluations,
+            statistics=self.statistics,
+            diagnoses=self.diagnoses,
+            warnings=self.warnings,
+            weight_times=self.weight_times,
+            validator=self.validator,
+        )
+        self._ending = Ending(
+            config,
+            membership=self.membership,
+            lifecycle=self.lifecycle,
+            batches=self.learner.batches,
+            evaluations=evaluations,
+            diagnoses=self.diagnoses,
+            warnings=self.warnings,
+            reporter=self.reporter,
         )
         evaluations.start(0)
 
     # --- inputs ----------------------------------------------------------------------------
 
-    def handle(self, peer: str, message: m.Message, now_s: float, key: str = "") -> None:
+    def handle(
+        self,
+        peer: str,
+        message: m.Message,
+        now_s: float,
+        key: str = "",
+        *,
+        place: Place | None = None,
+        sequence: int = 0,
+    ) -> None:
         """Process one message of `peer`, which has this public key. An invalid message is answered
-        with Rejected; it does not raise."""
-        refusal = self._refusal(peer, message, key)
-        if refusal is not None:
-            self._refuse(peer, refusal)
+        with Rejected; it does not raise. `place` and `sequence` are those of its journal record."""
+        checked = self._check(peer, message, key)
+        if checked.refusal:
+            self._refuse(peer, checked.refusal)
             self._advance(now_s)
             return
         if isinstance(message, m.Counted):
-            state = self.membership.actors[peer]
-            state.last_message_s, state.disconnected_since_s = now_s, None
-            self.lifecycle.ledger.update_counts(peer, message.counts)
+            self._actors.counted(peer, message, now_s)
         match message:
             case Join():
                 self._on_join(peer, now_s, key)
             case m.Hello():
                 self._on_hello(peer, message, now_s, key)
+            case m.GroupFinished():
+                assert checked.group is not None, "a valid group has statistics"
+                stats = checked.group
+                self._actors.group_finished(peer, message, now_s, stats=stats, place=place)
+            case m.PrepareCheckpoint():
+                self._on_prepare(peer, message, sequence)
             case _:
-                self._handlers[type(message)](peer, message, now_s)
+                effects = self._handlers[type(message)](peer, message, now_s)
+                if effects is not None:
+                    self._apply(effects, now_s)
         self._advance(now_s)
+
+    def _check(self, peer: str, message: m.Message, key: str) -> Checked:
+        newest_version = self.learner.newest_version
+        return self.validator.check(peer, message, newest_version=newest_version, key=key)
+
+    def _apply(self, effects: Effects, now_s: float) -> None:
+        self.outbox += effects.messages
+        self._send_learner(*effects.to_learner)
+        for loss in effects.lost:
+            self._lose(loss)
+        if effects.failure:
+            self._fail(effects.failure, now_s)
+        if effects.evaluation is not None:
+            self._evaluation_done(effects.evaluation, now_s)
+        for kind, values in effects.events:
+            self._emit(kind, now_s, values)
+        self.ended = self.ended or effects.ended
 
     def reply_without_record(self, peer: str, message: m.Message, key: str) -> m.Message | None:
         """The reply to a message that changes no state and needs no journal record; None for other
         messages. These are refused messages of unknown peers, repeated joins, and joins of the
         supervisors of ranks."""
-        if isinstance(message, Join) and self._shutdown.finish is None:
+        if isinstance(message, Join) and not self._ending.is_requested:
             index = self.membership.index_of(peer)
             if index is not None:
                 return self._accepted(index)
         if self.validator.is_member(peer):
             return None
-        refusal = self._refusal(peer, message, key)
-        if refusal is not None:
+        checked = self._check(peer, message, key)
+        if checked.refusal:
             self.validator.refused(peer)
-            return m.Rejected(reason=refusal[:MAX_REASON_CHARS])
+            return m.Rejected(reason=checked.refusal[:MAX_REASON_CHARS])
         if isinstance(message, Join) and message.has_rank:
             return self._accepted(message.rank, self.attempt)
         return None
 
     def tick(self, now_s: float, loop_lag_s: float = 0.0) -> None:
         """Advance the time: peer timeouts, drain deadline, rates, a status event."""
-        self.loop_lag_s = loop_lag_s
+        self._loop_lag_s = loop_lag_s
         if loop_lag_s > MAX_TICK_DELAY_S:
             self.membership.extend_timeouts(loop_lag_s)
-        for state in self.membership.timed_out(now_s, self.config.cluster.peer_timeout_s):
-            silent_s = now_s - state.last_message_s
-            self.lose(state, f"silent for {silent_s:.0f} s", f"was silent for {silent_s:.0f} s")
+        for loss in self._actors.timed_out(now_s, self.config.cluster.peer_timeout_s):
+            self._lose(loss)
         self.expired_joins += self.membership.expire_joins(now_s)
         if self.lifecycle.expire(now_s - self.config.buffer.lease_timeout_s):
             text = "leases expired (buffer.lease_timeout_s); their prompts are leased again"
@@ -206,10 +246,11 @@ class BufferService:
         trained = ledger.ends[GroupEnd.TRAINED].tokens
         self.statistics.tokens(now_s, ledger.tokens_generated, trained)
         self._advance(now_s)
-        self._diagnose(now_s)
-        self._check_stalled(now_s)
-        self.emit("status", now_s, {})
-        self._close_warnings(now_s)
+        if stalled := self._ending.check_stalled(now_s):
+            self._fail(stalled, now_s)
+        self._emit("status", now_s, {})
+        self._actors.close_warnings()
+        self.warnings.close_expired(now_s)
 
     def gone(self, peer: str, now_s: float) -> None:
         """A peer lost its connection. `tick` declares an actor lost that does not reconnect."""
@@ -227,12 +268,11 @@ class BufferService:
         self.attempt = attempt
         self.ended = False
         for state in self.membership.present():
-            self.lose(state, "the run was restarted")
+            self._lose(Loss(state=state, reason="the run was restarted"))
         self.membership.begin_attempt()
         self.learner.begin_attempt()
-        self._shutdown = Shutdown(self.config.cluster)
-        self._target_reached = self._stop_asked = False
-        self.warnings.close("stop")
+        self._ending.begin_attempt()
+        self._target_reached = False
         self.snapshot_due = True
         text = f"restarted (attempt {attempt}) at version {self.policy_version}"
         self.warnings.open("attempt", text, transient=True)
@@ -241,24 +281,19 @@ class BufferService:
     @property
     def policy_version(self) -> int:
         """Newest trained version."""
-        return self.learner.policy_version
+        return self.lifecycle.policy_version
 
     @property
     def warning(self) -> str:
         return self.warnings.text
 
-    @property
-    def evaluation_progress(self) -> tuple[int, int] | None:
-        """Held-out prompts completed and in total; None while no evaluation runs."""
-        return self._evaluations.progress
-
     # --- peers -----------------------------------------------------------------------------
 
     def _on_join(self, peer: str, now_s: float, key: str) -> None:
-        if self._shutdown.finish is not None:
-            self.send(peer, m.Rejected(reason="this run is ending"))
+        if self._ending.is_requested:
+            self._send(peer, m.Rejected(reason="this run is ending"))
             return
-        self.send(peer, self._accepted(self.membership.admit(peer, key, now_s)))
+        self._send(peer, self._accepted(self.membership.admit(peer, key, now_s)))
 
     def _accepted(self, index: int, attempt: int = 0) -> JoinAccepted:
         """`attempt` is that of the run for a rank, and 0 for an actor that joined."""
@@ -274,208 +309,92 @@ class BufferService:
             self.membership.learner = peer
         elif peer not in self.membership.actors:
             for state in self.membership.join(peer, hello, now_s, self.policy_version, key=key):
-                self.lose(state, "restarted", "was killed or exited")
+                warning = restart_warning(state, "was killed or exited")
+                self._lose(Loss(state=state, reason="restarted", warning=warning))
             if self.policy_version > 0:
-                self.learner.send(m.MembershipChanged(reason=f"{peer} joined"))
-        self.send(peer, m.Welcome(policy_version=self.policy_version))
-        if self._shutdown.draining:
-            self.send(peer, m.Drain(reason="the run is ending"))
+                self._send_learner(m.MembershipChanged(reason=f"{peer} joined"))
+        self._send(peer, m.Welcome(policy_version=self.policy_version))
+        if self._ending.is_draining:
+            self._send(peer, m.Drain(reason="the run is ending"))
 
     def _on_failure(self, peer: str, failure: m.Failure, now_s: float) -> None:
         """The failure of an actor that joined removes it; that of any other role ends the run."""
         withdrawn = self.membership.withdraw(peer)
         if withdrawn is not None:
             for state in withdrawn:
-                self.lose(state, "its supervisor failed")
+                self._lose(Loss(state=state, reason="its supervisor failed"))
             text = f"{failure.role} left: {failure.message}"
             self.warnings.open(failure.role, text, transient=True)
             return
-        reason = str(RoleError(failure.role, failure.message))
-        self._diagnose(now_s)
-        self._emit_end(now_s, "failed", reason)
-        abort = m.Abort(role=failure.role, message=failure.message)
-        for state in self.membership.present():
-            if state.name != peer:
-                self.send(state.name, abort)
-        if self.membership.learner != peer:
-            self.learner.send(abort)
-        self.ended = True
+        self._apply(self._ending.failed(peer, failure, now_s), now_s)
 
-    def fail(self, text: str, now_s: float) -> None:
+    def _fail(self, text: str, now_s: float) -> None:
         """End the run because of an error of the service."""
         self._on_failure("", m.Failure(role=ROLE, message=text), now_s)
 
-    def _on_want(self, peer: str, want: m.WantWork, now_s: float) -> None:
-        self.membership.actors[peer].want = want.num_prompts
-
-    def _on_report(self, peer: str, report: m.ActorReport, now_s: float) -> None:
-        self.membership.actors[peer].gauges = report.gauges
-        times_s = {name: report.gauges.get(name, 0.0) for name in ENGINE_TIMES}
-        self.lifecycle.ledger.actor(peer).engine_times_s = times_s
-
     def _on_sample(self, peer: str, sample: m.Sample, now_s: float) -> None:
         """Emit a sample event. Samples affect no count and no decision."""
-        values: dict[str, Value] = {
-            "wall_s": round(now_s - self.started_s, 3),
-            "policy_version": sample.policy_version,
-            "actor": peer,
-            "prompt_id": sample.prompt_id,
-            "held_out": sample.held_out,
-            "decision": sample.decision,
-            "reward": sample.reward,
-            "extracted": sample.extracted if sample.is_extracted else None,
-            "truncated": sample.truncated,
-            "num_tokens": sample.num_tokens,
-            "prompt": sample.prompt,
-            "completion": sample.completion,
-        }
-        self.events.append(Event(kind="sample", values=values))
-
-    def _on_leaving(self, peer: str, leaving: Leaving, now_s: float) -> None:
-        self.membership.actors[peer].leaving = True
-        self.send(peer, m.Drain(reason="the actor is shutting down"))
-
-    def _on_goodbye(self, peer: str, goodbye: m.Goodbye, now_s: float) -> None:
-        self.membership.leave(self.membership.actors[peer])
-        self.lifecycle.holder_left(peer)
-
-    def _refusal(self, peer: str, message: m.Message, key: str) -> str | None:
-        if isinstance(message, m.Hello) and (conflict := self.membership.index_conflict(message)):
-            return conflict
-        return self.validator.refusal(
-            peer,
-            message,
-            policy_version=self.policy_version,
-            newest_version=max(self.policy_version, self.learner.weight_group.newest_version),
-            key=key,
-        )
+        self.events.append(self.reporter.sample(peer, sample, now_s))
 
     def _refuse(self, peer: str, reason: str) -> None:
         """Send Rejected and block the peer. An actor is declared lost and its prompts requeued."""
-        self.send(peer, m.Rejected(reason=reason[:MAX_REASON_CHARS]))
+        self._send(peer, m.Rejected(reason=reason[:MAX_REASON_CHARS]))
         self.validator.refused(peer)
         self._lose_refused(peer, reason)
 
     def _lose_refused(self, peer: str, reason: str) -> None:
         state = self.membership.actors.get(peer)
         if state is not None and not state.departed:
-            self.lose(state, f"its message was refused: {reason}")
+            self._lose(Loss(state=state, reason=f"its message was refused: {reason}"))
 
-    def lose(self, state: ActorState, reason: str, warning: str = "") -> None:
-        """Declare an actor lost. `warning` is a human-readable replacement for `reason`."""
-        self.membership.lose(state.name, reason)
-        self.lost_peers.append(state.name)
-        self.lifecycle.holder_lost(state.name, reason)
-        text = f"actor-{state.index} {warning or f'is lost: {reason}'}; its supervisor restarts it"
-        self.warnings.close(f"weights of {state.name}")
-        self.warnings.open(f"actor-{state.index}", text)
-
-    def _close_warnings(self, now_s: float) -> None:
-        """Close the warnings about actors that returned. Each was in at least one event."""
-        for state in self.membership.present():
-            if not state.awaits_weights:
-                self.warnings.close(f"actor-{state.index}")
-        self.warnings.close_expired(now_s)
+    def _lose(self, loss: Loss) -> None:
+        self._actors.lose(loss)
+        self.lost_peers.append(loss.state.name)
 
     # --- results ---------------------------------------------------------------------------
 
-    def _on_group(self, peer: str, message: m.GroupFinished, now_s: float) -> None:
-        stats = self.validator.group_stats
-        assert stats is not None, "the validator has not checked this group"
-        if self._is_leased(peer, message):
-            self.diagnoses.evidence.group(stats, now_s)
-        self.lifecycle.group_finished(peer, message, stats, self.place)
-
-    def _is_leased(self, peer: str, message: m.GroupFinished | m.ScreenedOut | m.Evaluated) -> bool:
-        """Whether the lease of this result is open, so that the result counts."""
-        return self.lifecycle.leases.held_by(peer, message.lease_id) is not None
-
-    def _on_screened_out(self, peer: str, message: m.ScreenedOut, now_s: float) -> None:
-        if self._is_leased(peer, message):
-            self.diagnoses.evidence.screened_out(message, now_s)
-        self.lifecycle.screened_out(peer, message)
-
-    def _on_lease_failed(self, peer: str, message: m.LeaseFailed, now_s: float) -> None:
-        known = self.lifecycle.unusable.describe()
-        lease = self.lifecycle.leases.held_by(peer, message.lease_id)
-        if lease is not None:
-            training = lease.kind is LeaseKind.TRAINING
-            self.diagnoses.evidence.failed(message.reason, training=training)
-        evaluation = self.lifecycle.failed(peer, message)
-        unusable = self.lifecycle.unusable.describe()
-        if unusable != known:
-            self.warnings.open("prompts", unusable)
-        if self.lifecycle.is_exhausted and self._shutdown.finish is None:
-            self.fail(self.lifecycle.unusable.describe_exhausted(), now_s)
-        elif evaluation is not None:
-            self._evaluation_done(evaluation, now_s)
-
-    def _on_evaluated(self, peer: str, message: m.Evaluated, now_s: float) -> None:
-        if self._is_leased(peer, message):
-            self.diagnoses.evidence.evaluated(message, now_s)
-        evaluation = self.lifecycle.evaluated(peer, message)
-        if evaluation is not None:
-            self._evaluation_done(evaluation, now_s)
+    def _on_lease_failed(self, peer: str, message: m.LeaseFailed, now_s: float) -> Effects:
+        effects = self._actors.lease_failed(peer, message)
+        if self.lifecycle.is_exhausted and not self._ending.is_requested:
+            return Effects(failure=self.lifecycle.unusable.describe_exhausted())
+        return effects
 
     def _evaluation_done(self, evaluation: Accuracy, now_s: float) -> None:
         accuracy, version = evaluation.accuracy, evaluation.policy_version
-        self._baseline_done = True
         self._evaluated_version = version
         self.statistics.evaluated(accuracy, version)
         self.diagnoses.evaluated(accuracy, evaluation.num_completions, version)
-        self.emit("evaluation", now_s, evaluation_values(evaluation))
+        self._emit("evaluation", now_s, evaluation_values(evaluation))
         target = self.config.run.stop_at_accuracy
         if target is not None and accuracy >= target and not self._target_reached:
             self._target_reached = True
-            self.learner.send(m.TargetReached(accuracy=accuracy, policy_version=version))
+            self._send_learner(m.TargetReached(accuracy=accuracy, policy_version=version))
 
     # --- checkpoints and weights -------------------------------------------------------------
 
-    def _on_prepare(self, peer: str, message: m.PrepareCheckpoint, now_s: float) -> None:
+    def _on_prepare(self, peer: str, message: m.PrepareCheckpoint, sequence: int) -> None:
         """The server delays this reply until all records up to it are durable."""
-        answer = m.JournalDurable(
-            policy_version=message.policy_version, service_sequence=self.sequence
-        )
-        self.send(peer, answer)
+        version = message.policy_version
+        self._send(peer, m.JournalDurable(policy_version=version, service_sequence=sequence))
 
     def _on_saved(self, peer: str, saved: m.CheckpointSaved, now_s: float) -> None:
         self.lifecycle.lineage.prune(saved.oldest_kept_version)
         self.snapshot_due = True
 
-    def _on_published(self, peer: str, message: m.WeightsPublished, now_s: float) -> None:
-        self.learner.published(message)
-        if message.error:
-            return
+    def _on_published(self, peer: str, message: m.WeightsPublished, now_s: float) -> Effects:
         evaluated = self._evaluated_version == message.policy_version  # published again
-        due = self._evaluations.due(message.policy_version) and not evaluated
-        if due and self._shutdown.finish is None:
+        due = not message.error and self._evaluations.due(message.policy_version)
+        if due and not evaluated and not self._ending.is_requested:
             self._evaluations.start(message.policy_version)
+        return self.learner.published(message)
 
-    def _on_applied(self, peer: str, message: m.WeightsApplied, now_s: float) -> None:
-        needs_resend = self.learner.applied(peer, message)
-        if not message.error:
-            self.warnings.close(f"weights of {peer}")
-            return
-        reason = f"{peer} did not apply the weights: {message.error}"
-        state = self.membership.actors[peer]
-        if message.usable:
-            self.warnings.open(f"weights of {peer}", reason)
-            if needs_resend:
-                self.learner.send(m.MembershipChanged(reason=reason))
-        else:  # its next incarnation receives the weights
-            self.lose(state, message.error)
-            self.warnings.open(f"actor-{state.index}", reason)
-        self.emit("status", now_s, {})  # immediately, before a later warning hides this one
-
-    def _on_stop_asked(self, peer: str, asked: m.StopAsked, now_s: float) -> None:
-        self._stop_asked = True
-        self.warnings.open("stop", STOPPING)
+    def _on_stop_asked(self, peer: str, asked: m.StopAsked, now_s: float) -> Effects:
+        self._ending.ask_stop()
         self.phase = self._current_phase()
-        self.emit("status", now_s, {})  # immediately, as feedback to Ctrl-C
+        return Effects(events=[("status", {})])  # immediately, as feedback to Ctrl-C
 
     def _on_finish(self, peer: str, finish: m.FinishRun, now_s: float) -> None:
-        self._shutdown.request(finish, now_s)
-        self.learner.batches.cancel()
+        self._ending.request(finish, now_s)
 
     # --- transitions that depend on the current state ----------------------------------------
 
@@ -483,96 +402,48 @@ class BufferService:
         """Perform every transition that the current state permits."""
         if self.ended:
             return
-        self._advance_shutdown(now_s)
+        self._advance_ending(now_s)
         self.phase = self._current_phase()
-        if not self._shutdown.draining:
+        if not self._ending.is_draining:
             self._grant(now_s)
-        if self._baseline_done:
+        if self._evaluated_version is not None:
             evaluating = self._evaluations.target_version is not None
-            self.learner.answer_take(now_s, evaluating=evaluating)
+            self._send_learner(*self.learner.poll_batch(now_s, evaluating=evaluating))
 
-    def _diagnose(self, now_s: float) -> None:
-        waited_s = self.learner.batches.waited_s(now_s)
-        self.diagnoses.look(now_s, self.policy_version, waited_s=waited_s)
-
-    def _check_stalled(self, now_s: float) -> None:
-        """End the run with a diagnosis if a batch is not filled in time."""
-        if not self.learner.batches.stalled(now_s):
-            return
-        self.learner.batches.cancel()
-        stall_s = self.config.cluster.stall_timeout_s
-        text = f"no batch could be filled within {stall_s:.0f} s: {stall_reason(self)}"
-        self.fail(f"{ROLE}: {text}", now_s)
-
-    def _advance_shutdown(self, now_s: float) -> None:
-        present = self.membership.present()
-        step = self._shutdown.next_step(
-            now_s,
-            evaluating_version=self._evaluations.target_version,
-            evaluated_version=self._evaluated_version,
-            num_present=len(present),
-        )
-        finish = self._shutdown.finish
-        if finish is None:
-            return
-        match step:
-            case ShutdownStep.EVALUATE:
-                self._evaluations.start(finish.policy_version)
-            case ShutdownStep.DRAIN:
-                for state in present:
-                    self.send(state.name, m.Drain(reason=finish.reason))
-                self._advance_shutdown(now_s)
-            case ShutdownStep.GIVE_UP:
-                for state in present:
-                    self.lose(state, "did not drain in time")
-                self._advance_shutdown(now_s)
-            case ShutdownStep.END:
-                self._end(finish, now_s)
-            case _:
-                pass
-
-    def _end(self, finish: m.FinishRun, now_s: float) -> None:
-        """Emit the end event and send the summary."""
-        self._diagnose(now_s)
-        outcome, reason = "stopped" if finish.stopped else "completed", finish.reason
-        if not finish.stopped and (nothing := self.diagnoses.nothing_learned()):
-            outcome, reason = "nothing_learned", nothing
-        self._emit_end(now_s, outcome, reason)
-        final = self._evaluated_version == finish.policy_version
-        fields = summary_values(self, now_s, final_evaluated=final)
-        self.learner.send(m.Summary(fields=fields | {"outcome": outcome, "reason": reason}))
-        self.ended = True
+    def _advance_ending(self, now_s: float) -> None:
+        while not self.ended:
+            effects = self._ending.next(
+                now_s, attempt=self.attempt, evaluated_version=self._evaluated_version
+            )
+            if effects is None:
+                return
+            self._apply(effects, now_s)
 
     def _current_phase(self) -> str:
-        if self._shutdown.draining:
-            return "draining"
-        if self._stop_asked:
-            return "stopping"
-        if not self.membership.present():
-            return "starting"
-        ending = self._shutdown.finish is not None
-        return "evaluating" if ending or not self._baseline_done else "training"
+        return self._ending.phase(evaluated=self._evaluated_version is not None)
 
     def _grant(self, now_s: float) -> None:
-        version = self.policy_version
-        training = self._shutdown.finish is None
+        training = not self._ending.is_requested
         present = self.membership.present()
-        for name, leases in self._grants.next(present, version, now_s, training=training):
-            self.send(name, leases)
+        self.outbox += self._grants.next(present, self.policy_version, now_s, training=training)
 
     # --- output ----------------------------------------------------------------------------
 
-    def send(self, peer: str, message: m.Message) -> None:
+    def _send(self, peer: str, message: m.Message) -> None:
         self.outbox.append((peer, message))
 
-    def _emit_end(self, now_s: float, outcome: str, reason: str) -> None:
-        ok = outcome == "completed"
-        self.warnings.close("stop")
-        self.emit("end", now_s, {"ok": ok, "outcome": outcome, "reason": reason})
+    def _send_learner(self, *messages: m.Message) -> None:
+        """Send messages to the learner if it is connected."""
+        if (learner := self.membership.learner) is not None:
+            self.outbox += [(learner, message) for message in messages]
 
     def present_status(self, now_s: float) -> Event:
         """A status event for this time."""
-        return Event(kind="status", values=status_values(self, now_s))
+        return self._event("status", now_s, {})
 
-    def emit(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> None:
-        self.events.append(Event(kind=kind, values=status_values(self, now_s) | values))
+    def _emit(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> None:
+        self.events.append(self._event(kind, now_s, values))
+
+    def _event(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> Event:
+        status = self.reporter.values(now_s, phase=self.phase, loop_lag_s=self._loop_lag_s)
+        return Event(kind=kind, values=status | values)

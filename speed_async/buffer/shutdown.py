@@ -1,6 +1,6 @@
 """Shutdown of a run: final evaluation, drain, Goodbye messages.
 
-This module decides only; service.py acts on the decisions.
+This module decides only; ending.py acts on the decisions.
 """
 
 from enum import Enum, auto

@@ -40,11 +40,12 @@ class StateMachine:
         if reply is not None:
             self.sessions.replies.append((peer, reply))
             return
-        place = None
+        place, sequence = None, 0
         if self.journal is not None:
             frames = encode(_to_record(message))
             place = self.journal.append("message", now_s, peer=peer, text=key, frames=frames)
-        self._message(peer, message, now_s, place, key)
+            sequence = self.journal.sequence
+        self._message(peer, message, now_s, key, place, sequence)
 
     def tick(self, now_s: float, loop_lag_s: float) -> None:
         if self.journal is not None:
@@ -80,8 +81,8 @@ class StateMachine:
         match record.kind:
             case "message":
                 message = decode(record.frames)
-                sequence = record.sequence
-                self._message(record.peer, message, record.now_s, place, record.text, sequence)
+                key, sequence = record.text, record.sequence
+                self._message(record.peer, message, record.now_s, key, place, sequence)
             case "tick":
                 self._tick(record.now_s, record.value)
             case "gone":
@@ -111,15 +112,12 @@ class StateMachine:
         peer: str,
         message: m.Message,
         now_s: float,
-        place: Place | None,
         key: str,
-        sequence: int = 0,
+        place: Place | None,
+        sequence: int,
     ) -> None:
         self.sessions.record_received(peer, message)
-        service = self.service
-        service.place = place
-        service.sequence = self.journal.sequence if self.journal is not None else sequence
-        service.handle(peer, message, now_s, key)
+        self.service.handle(peer, message, now_s, key, place=place, sequence=sequence)
         self._after(now_s)
 
     def _tick(self, now_s: float, loop_lag_s: float) -> None:

@@ -4,10 +4,10 @@ A peer receives one Rejected message and is then blocked; an actor is declared l
 exits when it is refused, so a peer that continues is faulty or hostile.
 """
 
-from collections.abc import Collection, Mapping
-from typing import Protocol
+from collections.abc import Collection
+from dataclasses import dataclass
 
-from speed_async.buffer.leases import LeaseTable
+from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import Membership
 from speed_async.buffer.validation_rules import PayloadRules
 from speed_async.errors import ProtocolError
@@ -31,16 +31,15 @@ _LEASED_AS: dict[type[m.Message], LeaseKind] = {
 }
 
 
-class LeaseLookup(Protocol):
-    """The open leases and the groups in training (buffer/lifecycle.py)."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """Result of the validation of a message."""
 
-    @property
-    def leases(self) -> LeaseTable: ...
-
-    @property
-    def in_training(self) -> Mapping[int, object]:
-        """Groups in training, by lease."""
-        ...
+    refusal: str = ""
+    """Why the message is refused; empty if it is valid."""
+    group: GroupStats | None = None
+    """Statistics of a valid group, so that its arrays are read only once; None for any other
+    message."""
 
 
 class MessageValidator:
@@ -51,7 +50,7 @@ class MessageValidator:
         model_fingerprint: str,
         accepted: Collection[type[m.Message]],
         rules: PayloadRules,
-        lookup: LeaseLookup,
+        lifecycle: Lifecycle,
     ) -> None:
         self.num_refused = 0
         """Messages refused here."""
@@ -61,14 +60,12 @@ class MessageValidator:
         """Peers blocked by the hub; the server updates it."""
         self.to_block: list[str] = []
         """Peers for the server to block."""
-        self.group_stats: GroupStats | None = None
-        """Statistics of the last accepted group, kept so that its arrays are read once."""
         self._membership = membership
         self._fingerprint = fingerprint
         self._model_fingerprint = model_fingerprint
         self._accepted = accepted
         self._rules = rules
-        self._lookup = lookup
+        self._lifecycle = lifecycle
 
     def is_member(self, peer: str) -> bool:
         """Whether this peer is a member of the run."""
@@ -81,16 +78,24 @@ class MessageValidator:
         self.num_refused += 1
         self.to_block.append(peer)
 
-    def refusal(
-        self,
-        peer: str,
-        message: m.Message,
-        *,
-        policy_version: int,
-        newest_version: int,
-        key: str = "",
-    ) -> str | None:
-        """Why `message` of `peer` is refused; None if it is valid. Changes only `group_stats`."""
+    def check(
+        self, peer: str, message: m.Message, *, newest_version: int, key: str = ""
+    ) -> Checked:
+        """Check a message of `peer`, which has this public key. Changes nothing."""
+        refusal = self._refusal(peer, message, newest_version, key)
+        if refusal is not None:
+            return Checked(refusal=refusal)
+        if not isinstance(message, m.GroupFinished):
+            return Checked()
+        try:
+            return Checked(group=self._rules.check_group(message, newest_version))
+        except ProtocolError as error:
+            return Checked(refusal=str(error))
+
+    def _refusal(self, peer: str, message: m.Message, newest_version: int, key: str) -> str | None:
+        """Why the message is refused, apart from the contents of a group; None if it is valid."""
+        if isinstance(message, m.Hello) and (reason := self._membership.index_conflict(message)):
+            return reason
         kind = type(message).__name__
         if type(message) not in self._accepted:
             return f"{kind} is not for the service"
@@ -113,13 +118,9 @@ class MessageValidator:
             return fault
         if isinstance(message, Result) and (mismatch := self._lease_mismatch(peer, message)):
             return mismatch
-        if isinstance(message, m.GroupFinished):
-            try:
-                self.group_stats = self._rules.check_group(message, newest_version)
-            except ProtocolError as error:
-                return str(error)
-        if isinstance(message, m.Trained) and message.policy_version > policy_version:
-            unknown = [i for i in message.lease_ids if i not in self._lookup.in_training]
+        is_trained = isinstance(message, m.Trained)
+        if is_trained and message.policy_version > self._lifecycle.policy_version:
+            unknown = [i for i in message.lease_ids if i not in self._lifecycle.in_training]
             if unknown:
                 return f"Trained: lease {unknown[0]} is not in training"
         return None
@@ -127,7 +128,7 @@ class MessageValidator:
     def _lease_mismatch(self, peer: str, result: Result) -> str | None:
         """Why this result does not match its lease. The lifecycle ignores results of ended
         leases."""
-        lease = self._lookup.leases.held_by(peer, result.lease_id)
+        lease = self._lifecycle.leases.held_by(peer, result.lease_id)
         if lease is None:
             return None
         if lease.kind is not _LEASED_AS[type(result)]:

@@ -11,10 +11,9 @@ from speed_async.transport.messages import PROTOCOL_VERSION
 UNCHANGED = "Nothing in it was changed"
 
 
-def opened_text(*, sequence: int, data: str, model: str) -> str:
+def opened_text(*, data: str, model: str) -> str:
     """Text of the record. `data` and `model` are fingerprints."""
-    fields = {"protocol": PROTOCOL_VERSION, "sequence": sequence, "data": data, "model": model}
-    return json.dumps(fields)
+    return json.dumps({"protocol": PROTOCOL_VERSION, "data": data, "model": model})
 
 
 def check_opened(folder: Path, record: Record, *, data: str, model: str) -> None:

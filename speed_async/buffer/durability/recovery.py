@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from speed_async.buffer.durability.journal import Journal, cut, read_segment, segments
+from speed_async.buffer.durability.journal import Journal, Record, cut, read_segment, segments
 from speed_async.buffer.durability.opened import UNCHANGED, check_format, check_opened, opened_text
 from speed_async.buffer.durability.snapshot import capture, restore
 from speed_async.buffer.service import BufferService
@@ -33,26 +33,22 @@ def open_machine(
     if folder is None:
         machine, notes = StateMachine(build(config)), []
     else:
-        machine, notes = _recovered(folder, config, build)
+        machine, sequence, notes = _recovered(folder, config, build)
         last = max(segments(folder), default=0)
-        machine.journal = begin_segment(folder, machine, last + 1)
+        machine.journal = begin_segment(folder, machine, last + 1, sequence)
         machine.journal.sync()
     if life > machine.service.attempt:
         machine.begin_attempt(life, machine.last_s)
     return machine, notes
 
 
-def begin_segment(folder: Path, machine: StateMachine, number: int) -> Journal:
-    """A new segment with the machine's current state, not yet synced. Raises OSError."""
-    sequence = machine.service.sequence
-    if machine.journal is not None:
-        sequence = machine.journal.sequence
+def begin_segment(folder: Path, machine: StateMachine, number: int, sequence: int) -> Journal:
+    """A new segment with the machine's current state, not yet synced. `sequence` is that of the
+    last record before it. Raises OSError."""
     journal = Journal.begin(folder, number, sequence)
     try:
         service = machine.service
-        text = opened_text(
-            sequence=sequence, data=service.fingerprint, model=service.model_fingerprint
-        )
+        text = opened_text(data=service.fingerprint, model=service.model_fingerprint)
         settings = service.config.model_dump_json().encode()
         journal.append("opened", machine.last_s, text=text, frames=[settings])
         journal.append("snapshot", machine.last_s, frames=[capture(machine)])
@@ -64,7 +60,8 @@ def begin_segment(folder: Path, machine: StateMachine, number: int) -> Journal:
     return journal
 
 
-def _recovered(folder: Path, config: Config, build: Build) -> tuple[StateMachine, list[str]]:
+def _recovered(folder: Path, config: Config, build: Build) -> tuple[StateMachine, int, list[str]]:
+    """The machine, the sequence number of its last record, and notes about the recovery."""
     notes: list[str] = []
     for number in reversed(segments(folder)):
         try:
@@ -77,20 +74,21 @@ def _recovered(folder: Path, config: Config, build: Build) -> tuple[StateMachine
         if found is None or machine is None:
             notes.append(f"journal segment {number} is damaged at its beginning and was skipped")
             continue
-        if damaged := cut(folder, number, found[1]):
+        last = found[1]
+        if damaged := cut(folder, number, last.end):
             notes.append(
-                f"the journal's tail was damaged: {damaged} bytes after record "
-                f"{machine.service.sequence} were cut off"
+                f"the journal's tail was damaged: {damaged} bytes after record {last.sequence} "
+                "were cut off"
             )
-        return machine, notes
+        return machine, last.sequence, notes
     if notes:
         notes.append("a new journal was started")
-    return StateMachine(build(config)), notes
+    return StateMachine(build(config)), 0, notes
 
 
-def _read(folder: Path, number: int, build: Build) -> tuple[StateMachine, int] | None:
-    """The machine after this segment's last complete record, and the record's end. Returns None
-    when the segment's beginning is damaged. Changes nothing on disk."""
+def _read(folder: Path, number: int, build: Build) -> tuple[StateMachine, Record] | None:
+    """The machine after this segment's last complete record, and that record. Returns None when
+    the segment's beginning is damaged. Changes nothing on disk."""
     check_format(folder, number)
     records = read_segment(folder, number)
     place, first = next(records, (None, None))
@@ -100,10 +98,9 @@ def _read(folder: Path, number: int, build: Build) -> tuple[StateMachine, int] |
     machine = StateMachine(build(parse_config(json.loads(bytes(first.frames[0])))))
     service = machine.service
     check_opened(folder, first, data=service.fingerprint, model=service.model_fingerprint)
-    service.sequence = json.loads(first.text)["sequence"]
-    end, has_snapshot = first.end, False
+    last, has_snapshot = first, False
     for place, record in records:
-        end = record.end
+        last = record
         if record.kind == "snapshot":
             restore(machine, record.frames[0])
             has_snapshot = True
@@ -111,7 +108,7 @@ def _read(folder: Path, number: int, build: Build) -> tuple[StateMachine, int] |
             return None
         else:
             machine.replay(place, record)
-    return (machine, end) if has_snapshot else None
+    return (machine, last) if has_snapshot else None
 
 
 def _with_config(config: Config, machine: StateMachine, build: Build) -> StateMachine:

@@ -71,7 +71,7 @@ class Segments:
         machine.service.snapshot_due = False
         try:
             journal.write()
-            fresh = begin_segment(journal.folder, machine, journal.segment + 1)
+            fresh = begin_segment(journal.folder, machine, journal.segment + 1, journal.sequence)
         except OSError:
             machine.service.snapshot_due = True
             self._next_snapshot_s = now_s + SNAPSHOT_RETRY_S

@@ -79,11 +79,10 @@ class Occurrence:
 
 
 class Diagnoses:
-    def __init__(self, config: Config, statistics: RunStatistics, started_s: float) -> None:
+    def __init__(self, config: Config, statistics: RunStatistics) -> None:
         self.evidence = Evidence(config)
         self._config = config
         self._statistics = statistics
-        self._started_s = started_s
         self._occurred: dict[str, Occurrence] = {}
         self._best_pass_rate = RunningBest()
         self._best_accuracy = RunningBest()
@@ -115,7 +114,7 @@ class Diagnoses:
             if not any(cause in found for cause in EXPLAINED_BY.get(kind, ()))
         }
         for kind in list(self._occurred) + [kind for kind in shown if kind not in self._occurred]:
-            self._note(kind, shown.get(kind), now_s - self._started_s, policy_version)
+            self._note(kind, shown.get(kind), now_s - self._statistics.started_s, policy_version)
 
     def nothing_learned(self) -> str | None:
         """Why no update of the run had an effect. None if one had, or if there were no updates."""

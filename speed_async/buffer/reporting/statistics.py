@@ -44,6 +44,8 @@ class UpdateTimes:
 
 class RunStatistics:
     def __init__(self, started_s: float) -> None:
+        self.started_s = started_s
+        """Start of the run's first process."""
         self._generated = WindowedRate(window_s=RATE_WINDOW_S, start_s=started_s)
         self._trained = WindowedRate(window_s=RATE_WINDOW_S, start_s=started_s)
         self._tokens_generated = 0

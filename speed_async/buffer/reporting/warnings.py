@@ -9,11 +9,18 @@ TRANSIENT_S = 60.0
 class Warnings:
     """Holds the open warnings. The events that carry them are their record."""
 
+    CONFIGURED = ("_notes",)
+
     def __init__(self) -> None:
+        self._notes = ""
         self._texts: dict[str, str] = {}
         self._first_shown_s: dict[str, float] = {}
         """When each transient warning was first seen by `close_expired`."""
         self._fleeting: set[str] = set()
+
+    def show_first(self, notes: str) -> None:
+        """Show these losses, found at recovery, before every warning."""
+        self._notes = notes
 
     def open(self, topic: str, text: str, *, transient: bool = False) -> None:
         """Open a warning on the topic, replacing an earlier one."""
@@ -36,5 +43,5 @@ class Warnings:
 
     @property
     def text(self) -> str:
-        """All open warnings, one per line, the latest last."""
-        return "\n".join(map(single_line, self._texts.values()))
+        """The notes and all open warnings, one per line, the latest last."""
+        return "\n".join(filter(None, (self._notes, *map(single_line, self._texts.values()))))

@@ -1,7 +1,7 @@
 """Transfer speed of weights, pauses of the actors, and the version lag of each actor."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from speed_async.buffer.membership import ActorState
 from speed_async.observability.metrics import Value
@@ -22,23 +22,23 @@ class Mean:
         return self.total / self.count if self.count else None
 
 
-@dataclass(slots=True)
 class WeightTimes:
     """Current values (`values`) and totals of the run (`summary`)."""
 
-    num_failed: int = 0
-    _began_s: float | None = None
-    _published_version: int = 0
-    _version: int = 0
-    """The newest version that any actor has applied."""
-    _pauses_s: list[float] = field(default_factory=list)
-    """Pauses of the actors that have applied it."""
-    _transfer_s: float | None = None
-    _bytes_per_s: float | None = None
-    _all_pauses: Mean = field(default_factory=Mean)
-    _all_transfers: Mean = field(default_factory=Mean)
-    _all_lags: Mean = field(default_factory=Mean)
-    _all_bytes: int = 0
+    def __init__(self) -> None:
+        self.num_failed = 0
+        self._began_s: float | None = None
+        self._published_version = 0
+        self._version = 0
+        """The newest version that any actor has applied."""
+        self._pauses_s: list[float] = []
+        """Pauses of the actors that have applied it."""
+        self._transfer_s: float | None = None
+        self._bytes_per_s: float | None = None
+        self._all_pauses = Mean()
+        self._all_transfers = Mean()
+        self._all_lags = Mean()
+        self._all_bytes = 0
 
     def began(self, now_s: float) -> None:
         self._began_s = now_s

@@ -66,7 +66,7 @@ async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
     machine, notes = open_machine(folder, config, build, life=life)
     for note in notes:
         sys.stderr.write(note + "\n")
-    machine.service.notes = "\n".join(notes)
+    machine.service.warnings.show_first("\n".join(notes))
     sinks = make_sinks(config, run_folder)
     sys.stdout.write(json.dumps({"port": hub.port, "feed_port": feed.port}) + "\n")
     sys.stdout.flush()

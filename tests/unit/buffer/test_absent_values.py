@@ -7,7 +7,6 @@ import pytest
 
 from speed_async.actors.lease_result import result_message
 from speed_async.actors.rollout import EvaluationResult, LeaseProgress
-from speed_async.buffer.reporting.status import status_values, summary_values
 from speed_async.transport import messages as m
 from speed_async.transport.groups import validate_group
 from speed_async.types import ActorCounts, Lease, LeaseKind
@@ -37,14 +36,19 @@ UNKNOWN_AT_THE_START = (
 )
 
 
+def summary(harness: ServiceHarness, *, final_evaluated: bool) -> dict[str, object]:
+    reporter = harness.service.reporter
+    return reporter.summary(1.0, attempt=0, final_evaluated=final_evaluated)
+
+
 def test_before_any_measurement_no_value_is_zero(tmp_path: Path) -> None:
-    values = status_values(ServiceHarness(tmp_path).service, 0.0)
+    values = ServiceHarness(tmp_path).service.present_status(0.0).values
     assert [values[key] for key in UNKNOWN_AT_THE_START] == [None] * len(UNKNOWN_AT_THE_START)
     assert not any(key.startswith("share_") for key in values)
 
 
 def test_the_summary_of_an_empty_run_has_no_rate_and_no_times(tmp_path: Path) -> None:
-    fields = summary_values(ServiceHarness(tmp_path).service, 1.0, final_evaluated=False)
+    fields = summary(ServiceHarness(tmp_path), final_evaluated=False)
     unknown = (
         "tokens_per_s",
         "gate_acceptance",
@@ -66,7 +70,7 @@ def test_the_time_of_a_removed_actor_stays_in_the_ledger(tmp_path: Path) -> None
     harness.service.begin_attempt(1, harness.now_s)
     harness.hello("actor-1.1000", 1, 1000)
     harness.send("actor-1.1000", m.ActorReport(counts=ActorCounts(), gauges=gauges))
-    fields = summary_values(harness.service, 1.0, final_evaluated=False)
+    fields = summary(harness, final_evaluated=False)
     actors = {"sampling": 4.0, "taking in weights": 2.0, "idle": 2.0}
     assert fields["breakdown"] == {"learner": {}, "actors": actors}
 
@@ -80,9 +84,9 @@ def test_without_a_gate_the_reward_is_over_whole_groups_and_there_is_no_acceptan
     leases = harness.lease(1)
     group = make_group(leases.lease_ids[0], leases.prompt_ids[0], rewards=rewards, num_screening=0)
     harness.send(ACTOR, group)
-    values = status_values(harness.service, 1.0)
+    values = harness.service.present_status(1.0).values
     assert (values["reward_mean"], values["gate_acceptance"]) == (mean, None)
-    assert summary_values(harness.service, 1.0, final_evaluated=False)["gate_acceptance"] is None
+    assert summary(harness, final_evaluated=False)["gate_acceptance"] is None
 
 
 def test_with_a_gate_the_reward_is_over_the_screening_samples(tmp_path: Path) -> None:
@@ -92,7 +96,7 @@ def test_with_a_gate_the_reward_is_over_the_screening_samples(tmp_path: Path) ->
     harness.send(ACTOR, screened_out(leases.lease_ids[0]))
     group = make_group(leases.lease_ids[1], leases.prompt_ids[1], rewards=(1, 0, 1, 1))
     harness.send(ACTOR, group)
-    values = status_values(harness.service, 1.0)
+    values = harness.service.present_status(1.0).values
     assert (values["reward_mean"], values["gate_acceptance"]) == (0.25, 0.5)
     assert validate_group(replace(group, num_screening=0)).screening_pass_rate is None
 
@@ -114,7 +118,7 @@ def test_an_evaluation_of_empty_completions_has_no_versions(tmp_path: Path) -> N
 def test_a_run_without_updates_has_no_accuracy_after(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path)
     harness.pass_baseline(ACTOR)
-    fields = summary_values(harness.service, 1.0, final_evaluated=True)
+    fields = summary(harness, final_evaluated=True)
     assert (fields["accuracy_before"], fields["accuracy_before_version"]) == (1.0, 0)
     assert fields["accuracy_after"] is None
     assert (fields["accuracy_last"], fields["accuracy_last_version"]) == (1.0, 0)
@@ -136,6 +140,6 @@ def test_the_last_measured_accuracy_is_reported_with_its_version(tmp_path: Path)
     leases = next(message for _, message in answers if isinstance(message, m.Leases))
     message = evaluated(leases.lease_ids[0], counts=harness.counts(ACTOR))
     harness.send(ACTOR, replace(message, num_passed=0, oldest_version=2, newest_version=2))
-    fields = summary_values(harness.service, 1.0, final_evaluated=False)
+    fields = summary(harness, final_evaluated=False)
     assert (fields["accuracy_last"], fields["accuracy_last_version"]) == (0.0, 2)
     assert fields["accuracy_after"] is None

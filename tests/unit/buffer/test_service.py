@@ -525,7 +525,7 @@ def test_recovery_notes_precede_later_warnings(
     harness: ServiceHarness,
 ) -> None:
     harness.pass_baseline()
-    harness.service.notes = "the journal's tail was damaged"
+    harness.service.warnings.show_first("the journal's tail was damaged")
     harness.service.refused("actor-1.0", "malformed", harness.now_s)
     harness.wait(0.1)
     warning = harness.service.events[-1].values["warning"]

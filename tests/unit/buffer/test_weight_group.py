@@ -378,7 +378,7 @@ def test_pauses_transfers_and_lags_are_reported(harness: ServiceHarness) -> None
         "weights/lag/actor-2": 1,
     }
     # Pauses: 0.25 twice (version 5), 0.5 and 1.5. Lags: 5 twice (first update), 1 four times.
-    assert harness.service.learner.weight_times.summary() == {
+    assert harness.service.weight_times.summary() == {
         "pause_s": 0.625,
         "transfer_s": 0.5,
         "bytes_per_s": 2000.0,

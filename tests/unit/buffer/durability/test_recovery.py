@@ -25,7 +25,7 @@ from tests.fakes.buffer_fixtures import make_config, make_group, posterior
 from tests.fakes.service_harness import evaluated, failed, screened_out, trained
 
 
-def builder(kind: str = "uniform"):
+def builder(kind: str = "uniform", started_s: float = 0.0):
     def build(config: Config) -> BufferService:
         rng = np.random.default_rng(0)
         return BufferService(
@@ -33,7 +33,7 @@ def builder(kind: str = "uniform"):
             curriculum=UniformCurriculum(100, rng) if kind == "uniform" else posterior(100),
             evaluations=EvaluationPlan(num_prompts=3, num_samples=1, every=2),
             fingerprint="f",
-            started_s=0.0,
+            started_s=started_s,
         )
 
     return build
@@ -158,7 +158,9 @@ class RandomRun:
         old = self.machine.journal
         assert old is not None
         old.write()
-        self.machine.journal = begin_segment(self.folder, self.machine, old.segment + 1)
+        self.machine.journal = begin_segment(
+            self.folder, self.machine, old.segment + 1, old.sequence
+        )
         old.close()
 
 
@@ -207,20 +209,13 @@ def test_time_continues_from_the_start_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path))
 
-    def service_started(at_s: float) -> BufferService:
-        service = builder()(config)
-        service.started_s = at_s
-        return service
-
-    first, _ = open_machine(tmp_path / "journal", config, lambda _: service_started(0.5), life=0)
+    first, _ = open_machine(tmp_path / "journal", config, builder(started_s=0.5), life=0)
     first.tick(2.0, 0.0)
     assert first.journal is not None
     first.journal.write()
     first.journal.close()
-    recovered, _ = open_machine(
-        tmp_path / "journal", config, lambda _: service_started(1000.0), life=0
-    )
-    assert recovered.service.started_s == 0.5
+    recovered, _ = open_machine(tmp_path / "journal", config, builder(started_s=1000.0), life=0)
+    assert recovered.service.present_status(2.0).values["wall_s"] == 1.5
 
 
 def test_a_snapshot_restores_a_new_machine(tmp_path: Path) -> None:

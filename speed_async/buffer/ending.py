@@ -1,0 +1,152 @@
+"""How a run ends: by request, after the final evaluation and a drain, or with a failure.
+
+Shutdown decides the steps; this module turns them into effects and emits the end event.
+"""
+
+from speed_async.buffer.batches import Batches
+from speed_async.buffer.effects import Effects, Loss
+from speed_async.buffer.evaluations import Evaluations
+from speed_async.buffer.lifecycle import Lifecycle
+from speed_async.buffer.membership import Membership
+from speed_async.buffer.reporting.diagnoses import Diagnoses
+from speed_async.buffer.reporting.status import StatusReporter
+from speed_async.buffer.reporting.warnings import Warnings
+from speed_async.buffer.shutdown import Shutdown, ShutdownStep
+from speed_async.config.schema import Config
+from speed_async.errors import RoleError
+from speed_async.observability.metrics import EventKind, Value
+from speed_async.observability.summary import STOPPING
+from speed_async.transport import messages as m
+
+ROLE = "buffer service"
+
+
+class Ending:
+    CONFIGURED = ("_reporter",)
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        membership: Membership,
+        lifecycle: Lifecycle,
+        batches: Batches,
+        evaluations: Evaluations,
+        diagnoses: Diagnoses,
+        warnings: Warnings,
+        reporter: StatusReporter,
+    ) -> None:
+        self._config = config
+        self._membership = membership
+        self._lifecycle = lifecycle
+        self._batches = batches
+        self._evaluations = evaluations
+        self._diagnoses = diagnoses
+        self._warnings = warnings
+        self._reporter = reporter
+        self._shutdown = Shutdown(config.cluster)
+        self._stop_asked = False
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether the learner has asked to finish the run."""
+        return self._shutdown.finish is not None
+
+    @property
+    def is_draining(self) -> bool:
+        return self._shutdown.draining
+
+    def begin_attempt(self) -> None:
+        """All processes were restarted: nothing asks for the end any more."""
+        self._shutdown = Shutdown(self._config.cluster)
+        self._stop_asked = False
+        self._warnings.close("stop")
+
+    def ask_stop(self) -> None:
+        """The user asked to stop; the learner requests the end after its update."""
+        self._stop_asked = True
+        self._warnings.open("stop", STOPPING)
+
+    def request(self, finish: m.FinishRun, now_s: float) -> None:
+        self._shutdown.request(finish, now_s)
+        self._batches.cancel()
+
+    def phase(self, *, evaluated: bool) -> str:
+        """The phase of the run; `evaluated`: the first evaluation is complete."""
+        if self.is_draining:
+            return "draining"
+        if self._stop_asked:
+            return "stopping"
+        if not self._membership.present():
+            return "starting"
+        return "evaluating" if self.is_requested or not evaluated else "training"
+
+    def next(self, now_s: float, *, attempt: int, evaluated_version: int | None) -> Effects | None:
+        """The next step of a requested end; None while it waits."""
+        present = self._membership.present()
+        step = self._shutdown.next_step(
+            now_s,
+            evaluating_version=self._evaluations.target_version,
+            evaluated_version=evaluated_version,
+            num_present=len(present),
+        )
+        finish = self._shutdown.finish
+        if finish is None:
+            return None
+        match step:
+            case ShutdownStep.EVALUATE:
+                self._evaluations.start(finish.policy_version)
+            case ShutdownStep.DRAIN:
+                drain = m.Drain(reason=finish.reason)
+                return Effects(messages=[(state.name, drain) for state in present])
+            case ShutdownStep.GIVE_UP:
+                reason = "did not drain in time"
+                return Effects(lost=[Loss(state=state, reason=reason) for state in present])
+            case ShutdownStep.END:
+                final = evaluated_version == finish.policy_version
+                return self._finished(finish, now_s, attempt=attempt, final_evaluated=final)
+            case _:
+                pass
+        return None
+
+    def failed(self, peer: str, failure: m.Failure, now_s: float) -> Effects:
+        """A failure that `peer` reported ends the run. The other members abort."""
+        self._diagnose(now_s)
+        abort = m.Abort(role=failure.role, message=failure.message)
+        others = [state.name for state in self._membership.present() if state.name != peer]
+        return Effects(
+            messages=[(name, abort) for name in others],
+            to_learner=[abort] if self._membership.learner != peer else [],
+            events=[self._end_event("failed", str(RoleError(failure.role, failure.message)))],
+            ended=True,
+        )
+
+    def check_stalled(self, now_s: float) -> str:
+        """Update the diagnoses. Returns why the run fails if a batch is not filled in time, and an
+        empty text otherwise."""
+        self._diagnose(now_s)
+        if not self._batches.stalled(now_s):
+            return ""
+        self._batches.cancel()
+        stall_s = self._config.cluster.stall_timeout_s
+        reason = self._reporter.stall_reason()
+        return f"{ROLE}: no batch could be filled within {stall_s:.0f} s: {reason}"
+
+    def _finished(
+        self, finish: m.FinishRun, now_s: float, *, attempt: int, final_evaluated: bool
+    ) -> Effects:
+        self._diagnose(now_s)
+        outcome, reason = "stopped" if finish.stopped else "completed", finish.reason
+        if not finish.stopped and (nothing := self._diagnoses.nothing_learned()):
+            outcome, reason = "nothing_learned", nothing
+        fields = self._reporter.summary(now_s, attempt=attempt, final_evaluated=final_evaluated)
+        summary = m.Summary(fields=fields | {"outcome": outcome, "reason": reason})
+        return Effects(to_learner=[summary], events=[self._end_event(outcome, reason)], ended=True)
+
+    def _end_event(self, outcome: str, reason: str) -> tuple[EventKind, dict[str, Value]]:
+        self._warnings.close("stop")
+        return "end", {"ok": outcome == "completed", "outcome": outcome, "reason": reason}
+
+    def _diagnose(self, now_s: float) -> None:
+        waited_s = self._batches.waited_s(now_s)
+        self._diagnoses.look(now_s, self._lifecycle.policy_version, waited_s=waited_s)
