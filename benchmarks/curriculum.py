@@ -229,7 +229,6 @@ def time_millions() -> list[dict[str, object]]:
                 "choose_1_us": 1e6 * _choose_one_s(curriculum),
                 "record_us": 1e6 * record_s / 1_000,
                 "megabytes": curriculum.num_bytes / 1e6,
-                "state_megabytes": sum(a.nbytes for a in curriculum.state().values()) / 1e6,
             }
         )
         _choose_and_record(curriculum, 80)

@@ -27,8 +27,7 @@ from speed_async.actors.stepped_engine.engine import SteppedEngine
 from speed_async.actors.stepped_engine.worker import ThreadWorker
 from speed_async.actors.torch_engine.generator import TorchGenerator
 from speed_async.buffer.curriculum.curriculum import UniformCurriculum
-from speed_async.buffer.group_table import BufferedGroup
-from speed_async.buffer.priority import PriorityBuffer
+from speed_async.buffer.priority import BufferedGroup, PriorityBuffer
 from speed_async.config.load import load_config
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task

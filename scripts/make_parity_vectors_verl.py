@@ -227,7 +227,7 @@ def decoupled_cases(batch: Batch) -> list[Case]:
     ages_ST = padded(batch["ages"])
     alpha_ST = torch.where(ages_ST > 0, (ages_ST - 1) / ages_ST.clamp(min=1), 1.0)
     anchors = {
-        "decoupled_recomputed": log_pi_ST,
+        "token_tis": log_pi_ST,
         "decoupled_log_linear": log_mu_ST + alpha_ST * (log_pi_ST - log_mu_ST),
     }
     clips = {"clip_ratio_low": CLIP_LOW, "clip_ratio_high": CLIP_HIGH}

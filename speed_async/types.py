@@ -122,14 +122,6 @@ class Group:
         return self.num_passed / len(self.completions)
 
     @property
-    def screening_pass_rate(self) -> float | None:
-        """Pass rate at the gate; None for a group that was not screened."""
-        screened = self.completions[: self.num_screening]
-        if not screened:
-            return None
-        return sum(c.reward >= PASS_REWARD for c in screened) / len(screened)
-
-    @property
     def oldest_version(self) -> int:
         """Smallest policy version among the tokens; the staleness bound applies to it."""
         return min(

@@ -38,6 +38,11 @@ def token_tis(tokens: LossTokens, *, max_ratio: float) -> Corrected:
     Source: Ionides 2008, "Truncated Importance Sampling"; between engine and trainer: Yao et al.
     2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; IMPALA's
     clipped rho, Espeholt et al. 2018 (arXiv 1802.01561).
+
+    With a clipped loss, this is decoupled PPO with pi_prox recomputed at the start of the update.
+    An update is one optimiser step, so pi_prox equals pi_theta. Source: Hilton et al. 2021, "Batch
+    Size-Invariance for Policy Optimization" (arXiv 2110.00641), the decoupled clipped objective;
+    asynchronous: Fu et al. 2025, "AReaL" (arXiv 2505.24298).
     """
     return _truncated(tokens, _pi(tokens), _ratios(tokens), max_ratio)
 
@@ -67,18 +72,6 @@ def sequence_mask(tokens: LossTokens, *, min_ratio: float, max_ratio: float) -> 
     sampling).
     """
     return _masked(tokens, _sequence_ratios(tokens), min_ratio, max_ratio)
-
-
-def decoupled_recomputed(tokens: LossTokens, *, max_ratio: float) -> Corrected:
-    """Decoupled PPO with pi_prox recomputed at the start of the update: anchor pi_prox, weight
-    min(pi_prox / mu, max_ratio).
-
-    An update is one optimiser step, so pi_prox equals pi_theta and needs no separate forward pass.
-    The values equal those of `token_tis`; they would differ with several steps per update.
-    Source: Hilton et al. 2021, "Batch Size-Invariance for Policy Optimization" (arXiv 2110.00641),
-    the decoupled clipped objective; asynchronous: Fu et al. 2025, "AReaL" (arXiv 2505.24298).
-    """
-    return _truncated(tokens, _pi(tokens), _ratios(tokens), max_ratio)
 
 
 def decoupled_log_linear(tokens: LossTokens, *, max_ratio: float) -> Corrected:

@@ -135,7 +135,6 @@ def _correction(chosen: ObjectiveConfig) -> Correction:
         "sequence_tis": partial(corrections.sequence_tis, **cap),
         "token_mask": partial(corrections.token_mask, **band),
         "sequence_mask": partial(corrections.sequence_mask, **band),
-        "decoupled_recomputed": partial(corrections.decoupled_recomputed, **cap),
         "decoupled_log_linear": partial(corrections.decoupled_log_linear, **cap),
         "negative_sequence_mask": partial(
             corrections.negative_sequence_mask, max_negative_kl=chosen.max_negative_kl

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from speed_async.buffer.batches import Batches
 from speed_async.buffer.durability.stored import batch_message
 from speed_async.buffer.effects import Effects, Loss, restart_warning
-from speed_async.buffer.group_table import BufferedGroup
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import Membership
+from speed_async.buffer.priority import BufferedGroup
 from speed_async.buffer.reporting.evidence import Updates
 from speed_async.buffer.reporting.statistics import RunStatistics, UpdateTimes
 from speed_async.buffer.reporting.warnings import Warnings

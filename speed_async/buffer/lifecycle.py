@@ -7,11 +7,10 @@ updates all four here, so they stay consistent.
 from speed_async.buffer.credit import Credit
 from speed_async.buffer.curriculum.curriculum import Curriculum
 from speed_async.buffer.evaluations import Accuracy, Evaluations
-from speed_async.buffer.group_table import BufferedGroup
 from speed_async.buffer.leases import LeaseTable, OpenLease
 from speed_async.buffer.ledger import Ledger
 from speed_async.buffer.lineage import Lineage
-from speed_async.buffer.priority import PriorityBuffer
+from speed_async.buffer.priority import BufferedGroup, PriorityBuffer
 from speed_async.buffer.reporting.statistics import RunStatistics
 from speed_async.buffer.reporting.unusable import UnusablePrompts
 from speed_async.config.schema import Config

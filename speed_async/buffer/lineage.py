@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from speed_async.buffer.group_table import BufferedGroup
+from speed_async.buffer.priority import BufferedGroup
 from speed_async.transport.messages import Trained
 
 

@@ -143,7 +143,6 @@ class ObjectiveConfig(Section):
         "sequence_tis",
         "token_mask",
         "sequence_mask",
-        "decoupled_recomputed",
         "decoupled_log_linear",
         "negative_sequence_mask",
     ] = "none"

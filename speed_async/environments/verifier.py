@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import get_context
-from typing import Protocol, Self, TypeVar, cast
+from typing import Self, TypeVar, cast
 
 from pebble import ProcessExpired, ProcessPool
 from pebble.common.types import MultiprocessingContext
@@ -37,14 +37,6 @@ STOP_TIMEOUT_S = 15.0
 _GRACE_S = 5.0
 
 T = TypeVar("T")
-
-
-class Verifier(Protocol):
-    """Scores the completions of one prompt."""
-
-    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
-        """One verdict, its reward in [0, 1], for each completion. Raises TaskError."""
-        ...
 
 
 class VerifierPool:

@@ -52,20 +52,6 @@ class JsonlSink:
         self._file.close()
 
 
-class RecordingSink:
-    """A sink for tests that records its events."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.num_closes = 0
-
-    def write(self, event: Event) -> None:
-        self.events.append(event)
-
-    def close(self) -> None:
-        self.num_closes += 1
-
-
 def read_events(path: Path) -> list[Event]:
     """Read the events of a `metrics.jsonl`, skipping a partial last line.
 

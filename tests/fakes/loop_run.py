@@ -22,7 +22,7 @@ from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import Finished, LearnerLoop
 from speed_async.learner.progress import Progress
 from speed_async.learner.trainer import UpdateResult
-from speed_async.observability.sinks import RecordingSink
+from speed_async.observability.metrics import Event
 from speed_async.testing.inprocess_transport import InProcessHub
 from speed_async.testing.memory_channel import MemoryReceiver, MemorySender, MemoryStore
 from speed_async.testing.scripted_engine import ScriptedEngine
@@ -51,6 +51,17 @@ class DigitTask:
 
     def extract(self, completion: str) -> str | None:
         return completion[-1:]
+
+
+class RecordingSink:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def write(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        """Nothing to close."""
 
 
 class InlineVerifier:

@@ -170,27 +170,3 @@ class Beliefs:
         age_K = self.policy_version - self._last_version_N[prompts_K]
         kept_K = np.exp2(-age_K / self._half_life)
         return a + self._passes_N[prompts_K] * kept_K, b + self._fails_N[prompts_K] * kept_K
-
-    def state(self) -> dict[str, NDArray[np.generic]]:
-        """Copies of the learned state. The size is proportional to the number of seen prompts."""
-        seen = self.seen.copy()
-        return {
-            "seen": seen,
-            "passes": self._passes_N[seen],
-            "fails": self._fails_N[seen],
-            "last_version": self._last_version_N[seen],
-            "prior": self.prior.sums.copy(),
-            "policy_version": np.array(self.policy_version),
-        }
-
-    def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
-        """Load a `state()`, replacing the current one."""
-        self._passes_N[:], self._fails_N[:], self._last_version_N[:] = 0, 0, NEVER
-        seen = state["seen"].astype(np.int32)
-        self._num_seen = len(seen)
-        self._seen_N[: self._num_seen] = seen
-        self._passes_N[seen] = state["passes"]
-        self._fails_N[seen] = state["fails"]
-        self._last_version_N[seen] = state["last_version"]
-        self.prior.sums = state["prior"].astype(np.float64)
-        self.policy_version = int(state["policy_version"])

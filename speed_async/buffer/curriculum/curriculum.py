@@ -4,10 +4,8 @@ from collections import deque
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
-from speed_async.buffer.curriculum.random_state import pack_rng, unpack_rng
 from speed_async.config.schema import Config
 
 
@@ -93,27 +91,6 @@ class UniformCurriculum:
 
     def advance(self, policy_version: int) -> None:
         """Ignored: uniform sampling does not depend on versions."""
-
-    def state(self) -> dict[str, NDArray[np.generic]]:
-        """The complete state, including the random generator."""
-        return {
-            "num_prompts": np.array(self._num_prompts),
-            "epoch": np.array(self._epoch, np.int64),
-            "returned": np.array(self._returned, np.int64),
-            "retired": np.array(sorted(self._retired), np.int64),
-            "rng": pack_rng(self._rng),
-        }
-
-    def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
-        """Load a `state()`. Raises ValueError when it belongs to another data set."""
-        if int(state["num_prompts"]) != self._num_prompts:
-            raise ValueError(
-                f"curriculum state of {int(state['num_prompts'])} prompts, not {self._num_prompts}"
-            )
-        self._epoch = deque(state["epoch"].tolist())
-        self._returned = deque(state["returned"].tolist())
-        self._retired = set(state["retired"].tolist())
-        unpack_rng(self._rng, state["rng"])
 
 
 def make_curriculum(

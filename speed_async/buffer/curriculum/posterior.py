@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speed_async.buffer.curriculum.beliefs import Beliefs, GateAcceptance, IntArray
-from speed_async.buffer.curriculum.random_state import pack_rng, unpack_rng
 from speed_async.config.schema import CurriculumConfig, GateConfig
 
 FREE, OUTCOME_BASED, INDEPENDENT, RETIRED = 0, 1, 2, 3
@@ -193,30 +192,3 @@ class PosteriorCurriculum:
         others = np.setdiff1d(usable, chosen)
         refill = np.concatenate((self._rng.permutation(others), self._rng.permutation(usable)))
         return np.resize(refill, num).tolist()
-
-    def state(self) -> dict[str, NDArray[np.generic]]:
-        """The complete state, including the random generator. Open leases stay open."""
-        leased = np.flatnonzero(self._lease_N)  # including retired prompts
-        return self.beliefs.state() | {
-            "num_prompts": np.array(self._num_prompts),
-            "leased": leased,
-            "lease": self._lease_N[leased],
-            "returned": np.array(self._returned, np.int64),
-            "floor": np.array([self._num_chosen, self._num_walked, *self._walk.cursor]),
-            "rng": pack_rng(self._rng),
-        }
-
-    def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
-        """Load a `state()`. Raises ValueError when it belongs to another data set."""
-        if int(state["num_prompts"]) != self._num_prompts:
-            raise ValueError(
-                f"curriculum state of {int(state['num_prompts'])} prompts, not {self._num_prompts}"
-            )
-        self.beliefs.restore(state)
-        self._lease_N[:] = FREE
-        self._lease_N[state["leased"].astype(np.int64)] = state["lease"]
-        self._num_retired = int((state["lease"] == RETIRED).sum())
-        self._num_leased = len(state["leased"]) - self._num_retired
-        self._returned = deque(state["returned"].tolist())
-        self._num_chosen, self._num_walked, *self._walk.cursor = state["floor"].tolist()
-        unpack_rng(self._rng, state["rng"])

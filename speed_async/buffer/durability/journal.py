@@ -24,7 +24,6 @@ from typing import Literal, Self
 import msgpack
 import xxhash
 
-from speed_async.buffer.durability.direct_file import BLOCK_BYTES, DirectFile, is_padding
 from speed_async.config.whole_file import flush
 from speed_async.errors import JournalError
 from speed_async.transport.codec import Frame
@@ -82,7 +81,9 @@ class Journal:
         self._is_named = False
         self.num_bytes = 0
         """Size of this segment, including unwritten records."""
-        self._file = DirectFile(_path(folder, segment))
+        self._num_written = 0
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        self._descriptor = os.open(_path(folder, segment), flags, 0o600)
 
     @classmethod
     def begin(cls, folder: Path, segment: int, sequence: int) -> Self:
@@ -114,7 +115,7 @@ class Journal:
     @property
     def pending_bytes(self) -> int:
         """Number of bytes appended and not yet written."""
-        return self.num_bytes - self._file.end
+        return self.num_bytes - self._num_written
 
     def write(self) -> None:
         """Pass all appended records to the operating system, so that they survive a killed process.
@@ -123,12 +124,28 @@ class Journal:
         """
         with self._writing:
             records = self._unwritten[:]
-            self._file.append([part for record in records for part in record.parts()])
+            self._append([part for record in records for part in record.parts()])
             del self._unwritten[: len(records)]
+
+    def _append(self, parts: Sequence[Frame]) -> None:
+        """Write all parts, or raise OSError and leave the file as it was."""
+        end = self._num_written
+        try:
+            for part in parts:
+                rest = memoryview(part)
+                while rest:
+                    count = os.pwrite(self._descriptor, rest, end)
+                    rest, end = rest[count:], end + count
+        except OSError:
+            os.ftruncate(self._descriptor, self._num_written)
+            raise
+        self._num_written = end
 
     def sync(self) -> None:
         """Wait until the written data and the file's name are on disk. Raises OSError."""
-        self._file.sync()
+        os.fdatasync(self._descriptor)
+        # The journal is rarely read; a copy of all of it would fill the page cache.
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         if not self._is_named:
             flush(self.folder)
             self._is_named = True
@@ -136,7 +153,7 @@ class Journal:
     def read(self, place: Place) -> Record:
         """Read a record of any segment. Raises JournalError if it is damaged or missing."""
         segment, offset = place
-        if segment == self.segment and offset >= self._file.end:
+        if segment == self.segment and offset >= self._num_written:
             self.write()
         try:
             with _path(self.folder, segment).open("rb") as file:
@@ -155,7 +172,7 @@ class Journal:
                 _path(self.folder, segment).unlink(missing_ok=True)
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._descriptor)
 
     def remove(self) -> None:
         """Remove a segment whose creation failed."""
@@ -192,13 +209,10 @@ def format_of(folder: Path, segment: int) -> tuple[str, str]:
 def cut(folder: Path, segment: int, end: int) -> int:
     """Truncate a segment after its last complete record. Returns the number of damaged bytes."""
     path = _path(folder, segment)
-    with path.open("rb") as file:
-        file.seek(end)
-        padded = is_padding(file.read(BLOCK_BYTES))
     damaged = path.stat().st_size - end
     if damaged > 0:
         os.truncate(path, end)
-    return 0 if padded else damaged
+    return damaged
 
 
 def _checksum(length: int, sequence: int, body: Sequence[Frame]) -> int:

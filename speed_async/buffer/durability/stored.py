@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from speed_async.buffer.group_table import BufferedGroup
+from speed_async.buffer.priority import BufferedGroup
 from speed_async.transport.groups import batch_group
 from speed_async.transport.messages import Message
 

@@ -80,10 +80,6 @@ class PanelState:
         return finite(self.values.get("wall_s")) or 0.0
 
     @property
-    def last_event(self) -> str | None:
-        return self.recent_events[-1] if self.recent_events else None
-
-    @property
     def warnings(self) -> list[str]:
         return split_lines(self.values.get("warning"))
 

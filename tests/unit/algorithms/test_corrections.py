@@ -79,14 +79,6 @@ def test_sequence_mask_masks_whole_sequences():
     assert corrected.masked_N.tolist() == [False, False, False, True, True]
 
 
-def test_decoupled_recomputed_has_anchor_pi():
-    corrected = corrections.decoupled_recomputed(single(), max_ratio=1.5)
-
-    assert anchors(corrected) == pytest.approx(PI)
-    assert weights(corrected) == [1.5, 0.5, 1.0]
-    assert corrected.truncated_N.tolist() == [True, False, False]
-
-
 def test_decoupled_log_linear_interpolates_one_version_back():
     # pi = 0.8, mu = 0.1, ratio 8; alpha = (age - 1) / age is 0, 1/2, 2/3 at ages 1, 2, 3
     tokens = make_loss_tokens([0.8] * 4, [0.1] * 4, [1.0] * 4, ages=[0, 1, 2, 3])
@@ -119,7 +111,6 @@ def test_corrections_have_no_gradient():
         corrections.sequence_tis(tokens, max_ratio=2.0),
         corrections.token_mask(tokens, min_ratio=0.5, max_ratio=2.0),
         corrections.sequence_mask(tokens, min_ratio=0.5, max_ratio=2.0),
-        corrections.decoupled_recomputed(tokens, max_ratio=2.0),
         corrections.decoupled_log_linear(tokens, max_ratio=2.0),
         corrections.negative_sequence_mask(tokens, max_negative_kl=0.1),
     ):

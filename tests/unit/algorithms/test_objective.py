@@ -135,7 +135,6 @@ def test_every_configured_name_maps_to_its_strategy(tmp_path: Path):
         "sequence_tis": pytest.approx([3.0, 1.0]),
         "token_mask": pytest.approx([0.0, 1.0]),
         "sequence_mask": pytest.approx([0.0, 1.0]),
-        "decoupled_recomputed": pytest.approx([3.0, 1.0]),
         "decoupled_log_linear": pytest.approx([3.0, 1.0]),
         "negative_sequence_mask": [1.0, 1.0],
     }

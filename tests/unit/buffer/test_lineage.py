@@ -2,8 +2,8 @@
 
 import time
 
-from speed_async.buffer.group_table import BufferedGroup
 from speed_async.buffer.lineage import Lineage
+from speed_async.buffer.priority import BufferedGroup
 from tests.fakes.buffer_fixtures import make_group
 from tests.fakes.service_harness import trained
 

@@ -8,6 +8,7 @@ import pytest
 
 from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
+from speed_async.buffer.durability.snapshot import capture, restore
 from speed_async.buffer.service import BufferService
 from speed_async.environments.task import fingerprint
 from speed_async.errors import RoleError
@@ -44,7 +45,7 @@ def test_retired_prompt_is_never_chosen_again(kind: str) -> None:
     assert set(curriculum.choose(4)) == left
     assert set(curriculum.choose(9)) == left  # more leases than prompts
     restored = make()
-    restored.restore(curriculum.state())
+    restore(restored, capture(curriculum))
     assert restored.num_left == 4
     assert restored.choose(5) == curriculum.choose(5)
     for prompt_id in left:

@@ -294,7 +294,7 @@ def test_group_size_does_not_depend_on_the_gate_mode(config_file: Path) -> None:
         (["--gate.n_cont", "0"], "gate.n_cont", "gate.mode = 'filter'"),
         (
             [
-                *("--objective.correction", "decoupled_recomputed"),
+                *("--objective.correction", "decoupled_log_linear"),
                 *("--objective.policy_loss", "policy_gradient"),
             ],
             "objective.correction",

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import pytest
 
-from speed_async.environments.verifier import Verifier, VerifierPool
+from speed_async.actors.rollout import Scorer
+from speed_async.environments.verifier import VerifierPool
 from speed_async.environments.verifier_worker import MAX_EXTRACTED_CHARS, describe, score_all
 from speed_async.errors import DataError, TaskError
 from speed_async.testing.scripted_verifier import ScriptedVerifier
@@ -52,11 +53,11 @@ def run(scenario: Callable[[], Coroutine[object, object, T]]) -> T:
     return asyncio.run(bounded())
 
 
-async def rewards(pool: Verifier, scored: Prompt, completions: Sequence[str]) -> list[float]:
+async def rewards(pool: Scorer, scored: Prompt, completions: Sequence[str]) -> list[float]:
     return [verdict.reward for verdict in await pool.score(scored, completions)]
 
 
-async def failure(pool: Verifier, scored: Prompt, completion: str = "x") -> str:
+async def failure(pool: Scorer, scored: Prompt, completion: str = "x") -> str:
     with pytest.raises(TaskError) as caught:
         await pool.score(scored, [completion])
     return str(caught.value)
@@ -311,7 +312,6 @@ def test_scoring_stops_at_the_first_failure() -> None:
 
 def test_scripted_verifier_uses_its_function_and_records_calls() -> None:
     scripted = ScriptedVerifier(lambda prompt, completion: float(completion == prompt.answer))
-    verifier: Verifier = scripted
-    assert asyncio.run(rewards(verifier, prompt("sum"), ["7", "8"])) == [1.0, 0.0]
+    assert asyncio.run(rewards(scripted, prompt("sum"), ["7", "8"])) == [1.0, 0.0]
     assert [call.completions for call in scripted.calls] == [("7", "8")]
     assert scripted.calls[0].prompt.answer == "7"

@@ -41,7 +41,7 @@ def test_state_keeps_first_best_and_last_of_reward_and_accuracy() -> None:
     assert state.reward.points == [(1.0, 0.3), (2.0, 0.6), (3.0, 0.5)]
     assert (state.reward.first, state.reward.best, state.reward.last) == (0.3, 0.6, 0.5)
     assert state.accuracy.points == [(60.0, 0.52)]
-    assert state.last_event == "1m00s  held-out 0.520 at v10, 133/256 passed"
+    assert state.recent_events[-1] == "1m00s  held-out 0.520 at v10, 133/256 passed"
 
 
 def test_evaluation_of_an_older_version_does_not_lower_the_version() -> None:
@@ -53,7 +53,7 @@ def test_end_event_sets_outcome_and_reason() -> None:
     state = state_after(Event(kind="status", values=GAUGES), Event(kind="end", values=end))
     assert (state.outcome, state.reason) == ("failed", "actor-1: [2J lost")
     assert state.values["eta_s"] is None
-    assert state.last_event == "1m10s  failed: actor-1: [2J lost"
+    assert state.recent_events[-1] == "1m10s  failed: actor-1: [2J lost"
 
 
 def test_a_long_history_is_halved_by_averaging_neighbours() -> None:

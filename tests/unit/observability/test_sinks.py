@@ -8,7 +8,7 @@ import pytest
 from speed_async.errors import DataError
 from speed_async.observability.metrics import Event
 from speed_async.observability.sample_file import SampleFile
-from speed_async.observability.sinks import JsonlSink, RecordingSink, Sink, read_events
+from speed_async.observability.sinks import JsonlSink, read_events
 
 STEP = Event(kind="step", values={"wall_s": 1.5, "policy_version": 1, "phase": "training"})
 EVALUATION = Event(kind="evaluation", values={"wall_s": 2.0, "accuracy": 0.25, "note": None})
@@ -127,12 +127,3 @@ def test_malformed_line_error_has_the_line_number(tmp_path: Path, line: str) -> 
 def test_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"metrics\.jsonl: no such file"):
         read_events(tmp_path / "metrics.jsonl")
-
-
-def test_recording_sink_records_all_events() -> None:
-    sink = RecordingSink()
-    as_sink: Sink = sink
-    as_sink.write(STEP)
-    as_sink.write(END)
-    as_sink.close()
-    assert (sink.events, sink.num_closes) == ([STEP, END], 1)

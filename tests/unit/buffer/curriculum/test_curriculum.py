@@ -266,7 +266,8 @@ def test_the_service_reports_every_end_and_every_version_to_the_curriculum(tmp_p
     )
     assert beliefs.policy_version == 3
     # Only the drained prompt is kept, for the next choice.
-    assert curriculum.state()["leased"].tolist() == [prompts[3]]
+    leased_N = curriculum._lease_N  # pyright: ignore[reportPrivateUsage]
+    assert np.flatnonzero(leased_N).tolist() == [prompts[3]]
     # The drained prompt first, then the others, which are all free again.
     granted = lifecycle.grant("a", LeaseKind.TRAINING, 4)
     assert granted is not None

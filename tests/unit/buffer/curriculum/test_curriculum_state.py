@@ -1,13 +1,11 @@
 """A restored curriculum continues exactly."""
 
-from pathlib import Path
-
 import numpy as np
-import pytest
 
-from speed_async.buffer.curriculum.curriculum import UniformCurriculum, make_curriculum
+from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
-from tests.fakes.buffer_fixtures import make_config, posterior, screened
+from speed_async.buffer.durability.snapshot import capture, restore
+from tests.fakes.buffer_fixtures import posterior, screened
 
 
 def test_a_restored_posterior_continues_exactly() -> None:
@@ -23,7 +21,7 @@ def test_a_restored_posterior_continues_exactly() -> None:
             curriculum.give_back(chosen[-1])
     other = posterior(1_500, uniform_share=0.2, seed=99)
     other.choose(10)
-    other.restore(curriculum.state())
+    restore(other, capture(curriculum))
 
     def continued(one: PosteriorCurriculum) -> list[list[int]]:
         chosen = []
@@ -41,15 +39,5 @@ def test_a_restored_uniform_continues_exactly() -> None:
     curriculum = UniformCurriculum(20, np.random.default_rng(0))
     curriculum.give_back(curriculum.choose(7)[3])
     other = UniformCurriculum(20, np.random.default_rng(1))
-    other.restore(curriculum.state())
+    restore(other, capture(curriculum))
     assert [other.choose(9) for _ in range(9)] == [curriculum.choose(9) for _ in range(9)]
-
-
-@pytest.mark.parametrize("kind", ["uniform", "posterior"])
-def test_state_of_another_data_set_is_refused(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    config = make_config(str(tmp_path), curriculum={"kind": kind})
-    curriculum = make_curriculum(config, 5, np.random.default_rng(0))
-    state = make_curriculum(config, 6, np.random.default_rng(0)).state()
-    with pytest.raises(ValueError, match="6 prompts, not 5"):
-        curriculum.restore(state)

@@ -33,6 +33,23 @@ def test_records_are_read_back_as_appended(tmp_path: Path) -> None:
     assert bytes(records[3].frames[0]) == b"frame" * 3
 
 
+def test_written_records_of_any_size_are_in_the_file(tmp_path: Path) -> None:
+    journal = Journal.begin(tmp_path, 1, 0)
+    appended: list[bytes] = []
+    for index, size in enumerate((1, 0, 100, 3995, 4096, 12295, 4 << 20, 12, 90_000, 3)):
+        piece = bytes([index + 1]) * size
+        journal.append("message", 0.0, frames=[piece[:7], memoryview(piece)[7:]])
+        journal.write()
+        appended.append(piece)
+        records = [record for _, record in read_segment(tmp_path, 1)]  # as after a kill
+        assert [b"".join(record.frames) for record in records] == appended
+        assert (tmp_path / "00000001.journal").stat().st_size == records[-1].end
+    journal.sync()
+    journal.close()
+    records = [record for _, record in read_segment(tmp_path, 1)]
+    assert [b"".join(record.frames) for record in records] == appended
+
+
 def test_a_record_can_be_read_before_it_is_written(tmp_path: Path) -> None:
     journal = written(tmp_path, 0)
     journal.append("tick", 1.0)
@@ -65,17 +82,19 @@ def test_any_cut_or_flipped_bit_leaves_a_valid_prefix(
     assert path.stat().st_size == end
 
 
+@pytest.mark.parametrize("num_bytes", [5000, 9000, 200_000])
 def test_a_full_disk_loses_nothing_and_leaves_no_partial_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, num_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal = written(tmp_path)
     size = journal.num_bytes
-    journal.append("message", 9.0, peer="late", frames=[b"y" * 5000])
+    journal.append("message", 9.0, peer="late", frames=[b"y" * num_bytes])
     real = os.pwrite
 
     def partial_write(file: int, part: memoryview, offset: int) -> int:
-        real(file, part[:4096], offset)
-        raise OSError(28, "No space left on device")
+        if offset > size + 512:
+            raise OSError(28, "No space left on device")
+        return real(file, part[:512], offset)
 
     monkeypatch.setattr(os, "pwrite", partial_write)
     with pytest.raises(OSError, match="No space"):
