@@ -10,6 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from speed_async.errors import DeadlineExceeded, RoleError
@@ -31,9 +32,15 @@ class Stop(asyncio.Event):
 
     @property
     def has_lost_launcher(self) -> bool:
-        """Whether the launcher has died. The kernel then sends the stop signal, shortly before this
-        property becomes true: threads of the launcher may exit later."""
-        return os.getppid() != self._launcher
+        """Whether the launcher has died, and the kernel has sent the stop signal. The launcher
+        stays the parent, as a zombie, until its last thread has exited."""
+        if os.getppid() != self._launcher:
+            return True
+        try:
+            status = Path(f"/proc/{self._launcher}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return False  # no /proc
+        return status[0] in ("Z", "X")
 
     @property
     def reason(self) -> str:

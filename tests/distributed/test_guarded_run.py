@@ -106,7 +106,7 @@ def test_another_allowed_key_cannot_impersonate_a_peer(tmp_path: Path) -> None:
         run.wait_for_steps(2)
         host, _, port = run.address("actors join at").removeprefix("tcp://").rpartition(":")
         reasons = asyncio.run(impersonate(host, int(port), late))
-        assert [reason.partition(" ")[0] for reason in reasons] == ["the"] * 3 + ["actor-1", "a"]
+        assert [reason.partition(" ")[0] for reason in reasons] == ["the"] * 3 + ["actor-1", "this"]
         assert all("another key" in reason for reason in reasons[:4])
         status, _, err = run.finish()
         assert status == 0, err

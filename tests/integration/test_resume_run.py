@@ -153,7 +153,7 @@ def test_damaged_checkpoint_is_skipped_and_reported(tmp_path: Path) -> None:
     second = resume_train(first, "--run.updates", str(stopped_at + 2))
     status, out, err = second.finish()
     assert_whole(second, status, err, updates=stopped_at + 2)
-    notice = f"checkpoint version-{stopped_at:06d} is damaged (model.safetensors is not as it was"
+    notice = f"checkpoint version-{stopped_at:06d} is damaged (model.safetensors does not match its"
     assert notice in err
     assert any(notice in each for each in second.summary()["notices"])
     assert "note" in out.split("run ended", 1)[1]

@@ -58,7 +58,7 @@ def test_train_writes_config_metrics_summary_plot_and_a_loadable_checkpoint(
     assert any(not before[name].equal(tensor) for name, tensor in model.state_dict().items())
     # Without a terminal: one line per step, then the summary.
     assert sum(line.startswith("step ") for line in out.splitlines()) == 3
-    assert "closes" in out.split("run ended", 1)[1]
+    assert "balanced    yes" in out.split("run ended", 1)[1]
     assert run.processes() == {}
 
 
