@@ -1,5 +1,6 @@
 """The README and the docs name only what exists."""
 
+import ast
 import os
 import re
 import subprocess
@@ -37,3 +38,23 @@ def test_the_configuration_page_is_up_to_date() -> None:
 
 def test_the_readme_stays_within_200_lines() -> None:
     assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 200
+
+
+def test_the_path_of_a_group_names_functions_that_exist() -> None:
+    page = (REPOSITORY / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| \d+ \| ([^|]+) \| ([^|]+) \|", page, re.MULTILINE)
+    assert len(rows) == 15
+    for files, functions in rows:
+        for file, function in zip(
+            re.findall(r"`([^`]+)`", files), re.findall(r"`([^`]+)`", functions), strict=True
+        ):
+            module = ast.parse((REPOSITORY / "speed_async" / file).read_text())
+            assert defines(module, function.split(".")), f"{file}: {function}"
+
+
+def defines(node: ast.AST, path: list[str]) -> bool:
+    if not path:
+        return True
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    children = [each for each in ast.iter_child_nodes(node) if isinstance(each, kinds)]
+    return any(each.name == path[0] and defines(each, path[1:]) for each in children)
