@@ -13,6 +13,7 @@ from speed_async.transport.key_making import make_keys
 from tests.fakes.run_process import Run, own_address, start_train
 
 pytestmark = [
+    pytest.mark.multinode,
     pytest.mark.skipif(
         own_address() == "127.0.0.1", reason="this machine has only loopback addresses"
     ),

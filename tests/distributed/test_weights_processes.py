@@ -130,6 +130,7 @@ def test_a_receiver_that_loses_its_sender_joins_another(
 # --- GPUs ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="no GPU here")
 def test_gloo_copies_gpu_tensors_through_host_memory():
     with open_channel(TorchEndpoints("gloo", 1024, devices=("cuda:0", "cuda:0"))) as channel:
@@ -139,6 +140,7 @@ def test_gloo_copies_gpu_tensors_through_host_memory():
             assert_arrived(loaded[1], mixed_tensors())
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each rank")
 def test_nccl_moves_gpu_tensors_between_gpus():
     with open_channel(TorchEndpoints("nccl", 1024, devices=("cuda:0", "cuda:1"))) as channel:
@@ -149,6 +151,7 @@ def test_nccl_moves_gpu_tensors_between_gpus():
             assert_arrived(loaded, mixed_tensors())
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="CUDA IPC needs a GPU")
 def test_gpu_memory_is_shared_with_another_process():
     endpoints = TorchEndpoints("ipc", weights_process.BUCKET_BYTES, devices=("cuda:0",))

@@ -225,7 +225,9 @@ def on_every_channel(*, bucket_bytes: int = 1024, cast: torch.dtype | None = Non
             pytest.param(lambda: TorchEndpoints("gloo", bucket_bytes, cast), id="gloo"),
             pytest.param(lambda: TorchEndpoints("ipc", bucket_bytes, cast), id="ipc"),
             pytest.param(
-                lambda: TorchEndpoints("nccl", bucket_bytes, cast), id="nccl", marks=NEEDS_GPUS
+                lambda: TorchEndpoints("nccl", bucket_bytes, cast),
+                id="nccl",
+                marks=[pytest.mark.gpu, NEEDS_GPUS],
             ),
         ],
     )

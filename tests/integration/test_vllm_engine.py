@@ -26,6 +26,8 @@ from tests.fakes.vllm_harness import (  # noqa: E402
     vllm_model,
 )
 
+pytestmark = pytest.mark.vllm
+
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def shared_harness(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmHarness]:

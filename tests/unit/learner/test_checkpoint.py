@@ -131,6 +131,7 @@ def test_random_states_are_restored(model_folder: Path):
     assert draw() == expected
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
 def test_random_states_of_gpus_are_restored(model_folder: Path):
     torch.rand(1, device="cuda")
