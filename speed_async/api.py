@@ -13,9 +13,6 @@ from speed_async.config.load import load_config, save_config
 from speed_async.config.schema import Config
 from speed_async.errors import SpeedAsyncError
 
-WITH_SUMMARY = (0, 3, 130)
-"""Exit statuses of a run that wrote its summary: completed, nothing learned, interrupted."""
-
 
 def train(config: Config | str | Path, *overrides: str) -> dict[str, Any]:
     """Train on this machine as `speed-async train` does, and return the run's summary.
@@ -28,9 +25,13 @@ def train(config: Config | str | Path, *overrides: str) -> dict[str, Any]:
     `outcome` is "completed", "stopped" or "nothing_learned", its `run_folder` the folder.
     Raises ConfigError for an invalid configuration and SpeedAsyncError when the run fails.
     """
+    from speed_async.launcher.exit_status import EXIT_INTERRUPTED, EXIT_NOTHING_LEARNED
+    from speed_async.launcher.run_folder import numbered
+
     if not isinstance(config, Config):
         config = load_config(config, overrides)
-    run_folder = _free_folder(Path(config.run.folder))
+    wanted = Path(config.run.folder).expanduser().resolve()
+    run_folder = next(each for each in numbered(wanted) if _is_free(each))
     run = config.run.model_copy(update={"folder": str(run_folder)})
     with tempfile.TemporaryDirectory(prefix="speed_async-") as folder:
         path = Path(folder) / "resolved.json"
@@ -39,7 +40,7 @@ def train(config: Config | str | Path, *overrides: str) -> dict[str, Any]:
         status = subprocess.run(
             [sys.executable, "-m", "speed_async", "train", str(path)]
         ).returncode
-    if status not in WITH_SUMMARY:
+    if status not in (0, EXIT_NOTHING_LEARNED, EXIT_INTERRUPTED):  # those write a summary
         raise SpeedAsyncError(
             f"the run in '{run_folder}' failed with status {status}: its last line on standard "
             "error has the reason"
@@ -47,13 +48,8 @@ def train(config: Config | str | Path, *overrides: str) -> dict[str, Any]:
     return json.loads((run_folder / "summary.json").read_text())
 
 
-def _free_folder(wanted: Path) -> Path:
-    """`wanted`, or the first of wanted-2, wanted-3, ... that holds no run."""
-    path, number = wanted.expanduser().resolve(), 1
-    while path.is_dir() and any(path.iterdir()):
-        number += 1
-        path = path.with_name(f"{wanted.name}-{number}")
-    return path
+def _is_free(path: Path) -> bool:
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def register_task(name: str) -> Callable[[F], F]:

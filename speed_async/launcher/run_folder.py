@@ -1,9 +1,11 @@
 """The run folder and the paths of its files."""
 
 import fcntl
+import itertools
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +94,13 @@ class RunFolder:
         os.close(descriptor)
 
 
+def numbered(wanted: Path) -> Iterator[Path]:
+    """`wanted`, then wanted-2, wanted-3, ...: the order in which a run tries its folders."""
+    yield wanted
+    for number in itertools.count(2):
+        yield wanted.with_name(f"{wanted.name}-{number}")
+
+
 def make_run_folder(config: Config) -> tuple[RunFolder, Config]:
     """Create the configured folder, or the first free one of folder-2, folder-3, ...
 
@@ -99,8 +108,6 @@ def make_run_folder(config: Config) -> tuple[RunFolder, Config]:
     ConfigError.
     """
     wanted = Path(config.run.folder).expanduser().resolve()
-    path = wanted
-    number = 1
     try:
         str(wanted).encode()  # the path is sent to other processes as text
     except UnicodeEncodeError:
@@ -108,9 +115,7 @@ def make_run_folder(config: Config) -> tuple[RunFolder, Config]:
             "run.folder", ascii(config.run.folder), "its path is not UTF-8: use another folder"
         ) from None
     try:
-        while not _claim(path):
-            number += 1
-            path = wanted.with_name(f"{wanted.name}-{number}")
+        path = next(each for each in numbered(wanted) if _claim(each))
     except OSError as error:
         raise ConfigError(
             "run.folder", config.run.folder, f"cannot be created ({error.strerror})"
