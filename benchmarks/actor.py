@@ -51,7 +51,8 @@ from speed_async.environments.verifier import VerifierPool
 from speed_async.launcher.event_loop import run
 from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.launcher.processes import start_role
-from speed_async.launcher.roles.engine_choice import engine_environment, start_engine
+from speed_async.launcher.roles.engine_choice import start_engine
+from speed_async.launcher.roles.engine_environment import engine_environment
 from speed_async.launcher.run_folder import RunFolder
 from speed_async.transport import messages as m
 from speed_async.transport.zeromq import open_link

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 
 from speed_async.actors.vllm_engine.engine import StartedLlm, VllmEngine
-from speed_async.actors.vllm_engine.options import process_environment
+from speed_async.actors.vllm_engine.environment import process_environment
 from speed_async.actors.vllm_engine.start import start_llm
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config

@@ -352,7 +352,7 @@ def test_settings_that_need_more_gpus_are_rejected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def rejected(num_gpus: int, **sections: dict[str, Any]) -> list[str]:
-        monkeypatch.setattr(devices, "_torch_build", lambda: "cuda")
+        monkeypatch.setattr(devices, "torch_build", lambda: "cuda")
         monkeypatch.setattr(devices, "num_cuda_gpus", lambda: num_gpus)
         base = {"model": {"path": str(MODEL)}, "task": {"name": "arithmetic"}}
         findings = Findings()
@@ -372,7 +372,7 @@ def test_settings_that_need_more_gpus_are_rejected(
 
 
 def test_gpu_is_detected_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_torch_build", lambda: "cuda")
+    monkeypatch.setattr(devices, "torch_build", lambda: "cuda")
     monkeypatch.setattr(devices, "num_cuda_gpus", lambda: 0)
     monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "")
     assert "no CUDA device is visible (CUDA_VISIBLE_DEVICES = '')" in devices.why_no_gpu()

@@ -1,8 +1,4 @@
-"""Start-up options of vLLM, as plain values: this module does not import vLLM.
-
-`ENVIRONMENT` must be set before the process that starts vLLM imports torch, so the parent of that
-process sets it.
-"""
+"""Start-up options of vLLM, as plain values: this module does not import vLLM."""
 
 import os
 from pathlib import Path
@@ -21,32 +17,9 @@ from speed_async.errors import ConfigError
 TRANSFER_BACKEND = "speed_async"
 """Name under which actors/vllm_engine/worker.py registers the receiver in vLLM's workers."""
 WORKER_EXTENSION = "speed_async.actors.vllm_engine.worker.WorkerExtension"
-ENVIRONMENT = {
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # the actor already has threads
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # the actor's log file
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-}
-CPU_ENVIRONMENT = {
-    # With binding, threads of several actors share the same cores. Spinning threads starve the
-    # engine's scheduler, the learner and each other (docs/benchmarks.md).
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_WAIT_POLICY": "passive",
-    "GOMP_SPINCOUNT": "0",
-    "KMP_BLOCKTIME": "0",
-}
 SPARE_BLOCKS = 8
 """Extra KV cache blocks for the canary and for requests that have finished but not yet freed their
 blocks, so that no running request is preempted."""
-
-
-def process_environment(config: Config, *, on_cpu: bool) -> dict[str, str]:
-    """Environment variables of an actor process with a vLLM engine."""
-    ready = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.cluster.stall_timeout_s))}
-    if not on_cpu:
-        return ENVIRONMENT | ready
-    threads = {"OMP_NUM_THREADS": str(config.actors.num_threads)}
-    return ENVIRONMENT | ready | CPU_ENVIRONMENT | threads
 
 
 class ServingInfo:

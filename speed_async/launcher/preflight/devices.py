@@ -54,7 +54,7 @@ def _why_no_nccl(config: Config, actors_here: bool) -> str:
 
 def why_no_gpu() -> str:
     """Why torch has no usable GPU; empty if it has one."""
-    build = _torch_build()
+    build = torch_build()
     if build == "cpu":
         return f"the installed torch is a CPU-only build; install a CUDA build, or {REMEDY}"
     if build == "hip":
@@ -80,7 +80,7 @@ def num_cuda_gpus() -> int:
     return count.value
 
 
-def _torch_build() -> str:
+def torch_build() -> str:
     """`cpu`, `cuda` or `hip`, read from torch/version.py."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:

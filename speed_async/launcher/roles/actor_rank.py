@@ -10,8 +10,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from speed_async.config.load import save_config
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, RoleError, RunFinished, RunLost, SpeedAsyncError
@@ -20,7 +18,7 @@ from speed_async.launcher.exit_status import remote_end_line
 from speed_async.launcher.logs import log_to
 from speed_async.launcher.rank import Rank
 from speed_async.launcher.rendezvous import FOLDER_VARIABLE, node_rendezvous
-from speed_async.launcher.roles.engine_choice import engine_environment
+from speed_async.launcher.roles.engine_environment import engine_environment, num_gpus
 from speed_async.launcher.roles.join import Admitted, RunEnd, request_admission, wait_for_run_end
 from speed_async.launcher.roles.joiner import localized
 from speed_async.launcher.roles.supervisor import ActorPlan, supervise
@@ -130,7 +128,7 @@ def _own_gpus(config: Config, rank: Rank) -> dict[str, str]:
     The first GPUs belong to the learners of this node. With one GPU per actor, actors share GPUs
     when there are too few.
     """
-    count = torch.cuda.device_count()
+    count = num_gpus()
     if count == 0:
         return {}
     each = config.actors.weight_ranks

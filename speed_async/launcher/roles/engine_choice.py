@@ -1,4 +1,4 @@
-"""Creates the configured engine and the environment of its process."""
+"""Creates the configured engine."""
 
 import gc
 import importlib
@@ -6,14 +6,12 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import torch
 
 from speed_async.actors.engine import ManagedEngine
 from speed_async.actors.stepped_engine.engine import SteppedEngine
 from speed_async.actors.stepped_engine.process import ProcessWorker, may_fork
 from speed_async.actors.stepped_engine.stepper import Stepper
 from speed_async.actors.torch_engine.engine import load_torch_generator
-from speed_async.actors.vllm_engine.options import process_environment
 from speed_async.config.schema import Config
 from speed_async.testing.scripted_run import load_scripted_stepper
 
@@ -31,13 +29,6 @@ def start_engine(
 
         return make_vllm_engine(config, seed=seed)
     return SteppedEngine(start_stepper(config, seed=seed, begin=begin))
-
-
-def engine_environment(config: Config) -> dict[str, str]:
-    """Additional environment of an actor's process; must be set before torch is loaded."""
-    if config.actors.engine != "vllm":
-        return {}
-    return process_environment(config, on_cpu=not torch.cuda.is_available())
 
 
 def start_stepper(

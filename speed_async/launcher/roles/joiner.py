@@ -22,6 +22,7 @@ from speed_async.errors import (
 from speed_async.launcher.event_loop import stop_event
 from speed_async.launcher.ports import address_at
 from speed_async.launcher.processes import ENVIRONMENT
+from speed_async.launcher.roles.engine_environment import engine_environment
 from speed_async.launcher.roles.join import Admitted, request_admission, wait_for_run_end
 from speed_async.launcher.roles.supervisor import ActorPlan, supervise
 from speed_async.launcher.run_folder import make_run_folder
@@ -94,7 +95,7 @@ async def _run_actor(
         folder=folder.path,
         first_incarnation=accepted.incarnation,
         joined=True,
-        environment=_engine_environment(config),
+        environment=engine_environment(config),
     )
     address = address_at(host, port)
     print(f"joined {address} as {plan.role}; its logs are in {folder.path / 'logs'}")
@@ -142,11 +143,3 @@ def _on_this_machine(error: ConfigError) -> ConfigError:
         return error
     remedy = f"{error.remedy} on this machine; set its local path with {option}"
     return ConfigError(error.field, error.value, remedy)
-
-
-def _engine_environment(config: Config) -> dict[str, str]:
-    if config.actors.engine != "vllm":
-        return {}  # avoids importing torch
-    from speed_async.launcher.roles.engine_choice import engine_environment
-
-    return engine_environment(config)
