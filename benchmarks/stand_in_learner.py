@@ -61,10 +61,10 @@ async def _serve(
     assert isinstance(ledger, dict) and ledger["closes"], f"unbalanced ledger: {ledger}"
 
 
-async def _take(link: Link, num_groups: int, stop: Event) -> list[m.BatchGroup] | None:
+async def _take(link: Link, num_groups: int, stop: Event) -> list[m.GroupFinished] | None:
     """The next batch. None if `stop` is set first."""
     await link.send(m.TakeBatch(policy_version=0, num_groups=num_groups))
-    groups: list[m.BatchGroup] = []
+    groups: list[m.GroupFinished] = []
     while True:
         try:
             message = await link.receive(POLL_S)
@@ -72,7 +72,7 @@ async def _take(link: Link, num_groups: int, stop: Event) -> list[m.BatchGroup] 
             if stop.is_set() and not groups:
                 return None
             continue
-        if isinstance(message, m.BatchGroup):
+        if isinstance(message, m.GroupFinished):
             groups.append(message)
         elif isinstance(message, m.BatchReady):
             return groups

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from speed_async.buffer.durability.journal import Place
@@ -30,7 +30,6 @@ from speed_async.observability.sinks import Sink
 from speed_async.transport import messages as m
 from speed_async.transport.codec import decode
 from speed_async.transport.feed import FeedPublisher
-from speed_async.transport.groups import batch_group
 from speed_async.transport.transport import Delivery, Hub, PeerName
 
 KEPT_KINDS = ("step", "evaluation", "sample", "end")
@@ -326,14 +325,14 @@ class _Server:
         return delivery
 
     def _load_group(self, message: m.Message) -> m.Message:
-        """Replace a StoredGroup by its BatchGroup, from memory or from the journal."""
+        """Replace a StoredGroup by its GroupFinished, from memory or from the journal."""
         if not isinstance(message, StoredGroup):
             return message
         held = self._machine.service.lifecycle.in_training.get(message.lease_id)
         group = held.message if held is not None else None
         if group is None:
             group = self._read(message.place)
-        return batch_group(group, number=message.number, heard=message.heard)
+        return replace(group, number=message.number, heard=message.heard)
 
     def _read(self, place: Place) -> m.GroupFinished:
         """Read a group from the journal. Raises JournalError, with the remedy."""

@@ -193,7 +193,7 @@ class LearnerLoop:
             message = await self._inbox.next_or_stop(self._stop, timeout_s)
             if message is None:
                 return None
-            if isinstance(message, m.BatchGroup):
+            if isinstance(message, m.GroupFinished):
                 groups.append(unpack_group(message))
             elif isinstance(message, m.BatchReady):
                 return _complete_batch(groups, message)

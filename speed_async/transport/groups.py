@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from speed_async.errors import ProtocolError
-from speed_async.transport.messages import BatchGroup, GroupFinished
+from speed_async.transport.messages import GroupFinished
 from speed_async.types import PASS_REWARD, ActorCounts, Completion, Group, Sampled
 
 MAX_LOGPROB = 1e-4
@@ -77,9 +77,7 @@ class GroupStats:
         return self.pass_rate if screened is None else screened
 
 
-def validate_group(
-    message: GroupFinished | BatchGroup, bounds: GroupBounds = NO_BOUNDS
-) -> GroupStats:
+def validate_group(message: GroupFinished, bounds: GroupBounds = NO_BOUNDS) -> GroupStats:
     """Validate a group and compute its statistics without building its completions.
 
     Raises ProtocolError as `unpack_group` does, and when the group exceeds `bounds`.
@@ -103,7 +101,7 @@ def validate_group(
     )
 
 
-def unpack_group(message: GroupFinished | BatchGroup) -> Group:
+def unpack_group(message: GroupFinished) -> Group:
     """Build the group of a message. Its arrays are views of the arrays of the message.
 
     Raises ProtocolError when values are inconsistent or out of range.
@@ -134,28 +132,10 @@ def unpack_group(message: GroupFinished | BatchGroup) -> Group:
     )
 
 
-def batch_group(message: GroupFinished, *, number: int = 0, heard: int = 0) -> BatchGroup:
-    """Build the message that carries the same group to the learner, without copying."""
-    return BatchGroup(
-        number=number,
-        heard=heard,
-        lease_id=message.lease_id,
-        prompt_id=message.prompt_id,
-        num_screening=message.num_screening,
-        prompt_token_ids=message.prompt_token_ids,
-        lengths=message.lengths,
-        rewards=message.rewards,
-        cut=message.cut,
-        token_ids=message.token_ids,
-        logprobs=message.logprobs,
-        policy_versions=message.policy_versions,
-    )
-
-
 _smallest, _largest = np.minimum.reduce, np.maximum.reduce
 
 
-def _check_group(message: GroupFinished | BatchGroup, bounds: GroupBounds) -> int:
+def _check_group(message: GroupFinished, bounds: GroupBounds) -> int:
     """Validate a group and return the newest version of its tokens. Raises ProtocolError."""
     # Viewed as unsigned, negative numbers exceed every bound.
     newest = int(_largest(message.policy_versions.view(np.uint32), initial=0))
@@ -165,9 +145,7 @@ def _check_group(message: GroupFinished | BatchGroup, bounds: GroupBounds) -> in
     return newest
 
 
-def _first_fault(
-    message: GroupFinished | BatchGroup, bounds: GroupBounds, newest: int
-) -> str | None:
+def _first_fault(message: GroupFinished, bounds: GroupBounds, newest: int) -> str | None:
     """Describe the first fault; None for a valid group.
 
     This runs for every group, so long arrays are read as few times as possible. Short arrays are
@@ -207,9 +185,7 @@ def _first_fault(
 _CUT_VALUES = frozenset((0, 1))
 
 
-def _token_fault(
-    message: GroupFinished | BatchGroup, bounds: GroupBounds, newest: int
-) -> str | None:
+def _token_fault(message: GroupFinished, bounds: GroupBounds, newest: int) -> str | None:
     if newest > _UNBOUNDED:
         return "expected policy versions >= 0"
     if newest > bounds.newest_version:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from speed_async.types import ActorCounts, Float32Array, Int32Array
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 DRAINED = "drained"
 """Reason of a LeaseFailed that does not concern the prompt."""
@@ -74,7 +74,7 @@ class WantWork(Counted):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupFinished(Counted):
-    """A complete group that passed the gate."""
+    """A complete group that passed the gate. In a batch, the service forwards it to the learner."""
 
     lease_id: int
     prompt_id: int
@@ -321,22 +321,6 @@ class StopAsked(Message):
 
 
 # --- service -> learner -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BatchGroup(Message):
-    """One group of a batch; arrays as in GroupFinished."""
-
-    lease_id: int
-    prompt_id: int
-    num_screening: int
-    prompt_token_ids: Int32Array  # (P,)
-    lengths: Int32Array  # (N,)
-    rewards: Float32Array  # (N,)
-    cut: Int32Array  # (N,) 1 if the completion was truncated by a length limit, else 0
-    token_ids: Int32Array  # (S,)
-    logprobs: Float32Array  # (S,)
-    policy_versions: Int32Array  # (S,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,10 +14,8 @@ from pathlib import Path
 from speed_async.transport import messages as m
 from speed_async.transport.transport import Link
 
-Groups = m.GroupFinished | m.BatchGroup
 
-
-def digest_of(group: Groups) -> str:
+def digest_of(group: m.GroupFinished) -> str:
     """Identify a group on both sides of the service: lease, prompt and sampled tokens."""
     crc = zlib.crc32(group.token_ids.tobytes())
     crc = zlib.crc32(group.policy_versions.tobytes(), crc)
@@ -73,7 +71,7 @@ class TracedLink:
             return  # a duplicate, or out of order and retransmitted later
         self._received = max(self._received, message.number)
         match message:
-            case m.BatchGroup():
+            case m.GroupFinished():
                 self._taken[message.lease_id] = (digest_of(message), len(message.token_ids))
             case m.BatchReady():
                 groups = [self._known(lease_id)[0] for lease_id in message.lease_ids]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,8 +208,7 @@ def test_actor_and_learner_compute_the_same_digest_and_a_resent_message_counts_o
             await actor.send(message)
         hub.offer("actor-1.0", m.Welcome(policy_version=0, heard=1))
         await actor.receive(1.0)
-        fields = {name: getattr(message, name) for name in m.BatchGroup.__slots__}
-        hub.offer("learner", m.BatchGroup(**fields | {"number": 1, "heard": 0}))
+        hub.offer("learner", replace(message, number=1, heard=0))
         hub.offer("learner", m.BatchReady(policy_version=0, lease_ids=[3]))
         for _ in range(2):
             await learner.receive(1.0)

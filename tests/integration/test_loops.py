@@ -27,7 +27,6 @@ from speed_async.testing.memory_channel import MemorySender, MemoryStore
 from speed_async.testing.scripted_engine import ScriptedStepper
 from speed_async.transport import messages as m
 from speed_async.transport.feed import FeedPublisher
-from speed_async.transport.groups import batch_group
 from speed_async.transport.session import SessionLink
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.canary import Canary
@@ -324,7 +323,7 @@ class ScriptedLink:
 def test_batch_received_during_weight_publication_is_trained(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), run={"updates": 1}, learner={"groups_per_update": 1})
-    group = batch_group(make_group(5, 3))
+    group = make_group(5, 3)
     no_members = m.WeightMembers(
         policy_version=0, epoch=1, actor_names=[], ranks_each=[], world_size=1
     )

@@ -70,7 +70,7 @@ def test_without_overlap_the_batch_waits_for_all_leases(tmp_path: Path) -> None:
         assert "BatchReady" not in kinds(replies)
         assert leases_in(replies) == []
     replies = refuse(harness, leases.lease_ids[4])
-    assert kinds(replies) == ["BatchGroup", "BatchGroup", "BatchReady"]
+    assert kinds(replies) == ["GroupFinished", "GroupFinished", "BatchReady"]
     assert len(harness.service.lifecycle.buffer) == 2  # the surplus is kept
 
 
@@ -84,7 +84,7 @@ def test_without_overlap_an_insufficient_round_is_followed_by_another(
     [again] = leases_in(in_turns.send(ACTOR, failed(second, "verifier: x")))
     assert len(again.lease_ids) == 1
     replies = in_turns.send(ACTOR, whole_group(again.lease_ids[0], again.prompt_ids[0]))
-    assert kinds(replies) == ["BatchGroup", "BatchGroup", "BatchReady"]
+    assert kinds(replies) == ["GroupFinished", "GroupFinished", "BatchReady"]
 
 
 def test_without_overlap_the_next_round_waits_for_the_new_weights(in_turns: ServiceHarness) -> None:

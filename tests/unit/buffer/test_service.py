@@ -37,7 +37,7 @@ def test_first_evaluation_precedes_the_first_training_batch(harness: ServiceHarn
         "actor-1.0",
         evaluated(first.lease_ids[0]),
     )
-    assert kinds(replies) == ["BatchGroup", "BatchGroup", "BatchReady"]
+    assert kinds(replies) == ["GroupFinished", "GroupFinished", "BatchReady"]
 
 
 def test_credits_are_charged_at_the_grant_and_returned_when_the_group_ends(

@@ -30,7 +30,7 @@ from speed_async.learner.trainer import Trainer
 from speed_async.testing.inprocess_transport import InProcessHub
 from speed_async.testing.memory_channel import MemorySender, MemoryStore
 from speed_async.transport import messages as m
-from speed_async.transport.groups import batch_group, pack_group
+from speed_async.transport.groups import pack_group
 from speed_async.transport.transport import Delivery, Link
 from speed_async.types import ActorCounts
 from tests.fakes.buffer_fixtures import make_config, make_group
@@ -106,7 +106,7 @@ class Service:
                 return [m.Welcome(policy_version=self._version)]
             case m.TakeBatch(policy_version=version):
                 ids = [10 * version, 10 * version + 1]
-                groups = [batch_group(self.make_group(lease_id)) for lease_id in ids]
+                groups = [self.make_group(lease_id) for lease_id in ids]
                 return [*groups, m.BatchReady(policy_version=version, lease_ids=ids)]
             case m.PublishWeights(policy_version=version):
                 return [

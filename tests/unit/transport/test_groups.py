@@ -12,7 +12,6 @@ from speed_async.transport.codec import decode
 from speed_async.transport.groups import (
     MAX_LOGPROB,
     GroupBounds,
-    batch_group,
     pack_group,
     unpack_group,
     validate_group,
@@ -49,27 +48,26 @@ def test_groups_round_trip():
     assert message.token_ids.tolist() == [10, 11, 12]
     assert message.logprobs.tolist() == [-0.5, -0.25, -2.0]
     assert message.policy_versions.tolist() == [4, 5, 5]
-    for carrier in (message, batch_group(message)):
-        unpacked = unpack_group(decode(as_bytes(carrier)))  # type: ignore
-        assert (unpacked.lease_id, unpacked.prompt_id, unpacked.num_screening) == (7, 11, 1)
-        assert unpacked.prompt_token_ids.tolist() == [1, 2, 3]
-        assert [one.reward for one in unpacked.completions] == [1.0, 0.0, 0.25]
-        token_ids = [one.sampled.token_ids.tolist() for one in unpacked.completions]
-        assert token_ids == [[10, 11], [], [12]]
-        assert unpacked.completions[0].sampled.logprobs.tolist() == [-0.5, -0.25]
-        assert unpacked.completions[2].sampled.policy_versions.tolist() == [5]
-        assert unpacked.oldest_version == 4
-        stats = validate_group(carrier)
-        assert (stats.num_completions, stats.num_passed, stats.oldest_version) == (3, 1, 4)
-        assert stats.pass_rate == unpacked.pass_rate == pytest.approx(1 / 3)
-        assert stats.screening_pass_rate == 1.0
-        assert stats.mean_version == pytest.approx(14 / 3)
-        # Only truncation by a length limit is preserved of the finish reason.
-        assert [one.sampled.finish_reason for one in unpacked.completions] == [
-            "stop",
-            "stop",
-            "length",
-        ]
+    unpacked = unpack_group(decode(as_bytes(message)))  # type: ignore
+    assert (unpacked.lease_id, unpacked.prompt_id, unpacked.num_screening) == (7, 11, 1)
+    assert unpacked.prompt_token_ids.tolist() == [1, 2, 3]
+    assert [one.reward for one in unpacked.completions] == [1.0, 0.0, 0.25]
+    token_ids = [one.sampled.token_ids.tolist() for one in unpacked.completions]
+    assert token_ids == [[10, 11], [], [12]]
+    assert unpacked.completions[0].sampled.logprobs.tolist() == [-0.5, -0.25]
+    assert unpacked.completions[2].sampled.policy_versions.tolist() == [5]
+    assert unpacked.oldest_version == 4
+    stats = validate_group(message)
+    assert (stats.num_completions, stats.num_passed, stats.oldest_version) == (3, 1, 4)
+    assert stats.pass_rate == unpacked.pass_rate == pytest.approx(1 / 3)
+    assert stats.screening_pass_rate == 1.0
+    assert stats.mean_version == pytest.approx(14 / 3)
+    # Only truncation by a length limit is preserved of the finish reason.
+    assert [one.sampled.finish_reason for one in unpacked.completions] == [
+        "stop",
+        "stop",
+        "length",
+    ]
 
 
 INT, FLOAT = np.int32, np.float32

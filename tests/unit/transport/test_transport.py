@@ -10,7 +10,6 @@ from speed_async.errors import DeadlineExceeded, ProtocolError, TransportClosed
 from speed_async.transport.codec import encode
 from speed_async.transport.messages import (
     PROTOCOL_VERSION,
-    BatchGroup,
     GroupFinished,
     Rejected,
     WantWork,
@@ -353,27 +352,19 @@ async def test_fifty_megabytes_are_transferred_in_both_directions(setup: Transpo
         link.send(group_message(**arrays)), setup.hub.receive(SOON_S)
     )
     assert isinstance(received, GroupFinished)
-    small = {name: getattr(received, name) for name in ("lengths", "rewards", "cut")}
-    back = BatchGroup(
-        lease_id=1,
-        prompt_id=1,
-        num_screening=1,
-        prompt_token_ids=received.prompt_token_ids,
-        **small,
-        **{name: getattr(received, name) for name in arrays},
-    )
     _, returned = await asyncio.gather(
-        offer_until_queued(setup.hub, "actor-1.0", back), link.receive(SOON_S)
+        offer_until_queued(setup.hub, "actor-1.0", received), link.receive(SOON_S)
     )
-    assert isinstance(returned, BatchGroup)
+    assert isinstance(returned, GroupFinished)
     for name, array in arrays.items():
         assert np.array_equal(getattr(returned, name), array)
 
 
-def megabyte(number: int) -> BatchGroup:
+def megabyte(number: int) -> GroupFinished:
     quarter = np.full(262_144, number, np.int32)
     one = np.array([1], np.int32)
-    return BatchGroup(
+    return GroupFinished(
+        counts=ActorCounts(),
         lease_id=number,
         prompt_id=1,
         num_screening=1,
@@ -406,7 +397,7 @@ async def test_link_to_a_slow_hub_uses_bounded_memory(setup: TransportSetup):
     assert error.waited_s >= 0.5
     for number in range(num_sent):
         _, message = await setup.hub.receive(SOON_S)
-        assert isinstance(message, BatchGroup)
+        assert isinstance(message, GroupFinished)
         assert message.token_ids[-1] == number
     await link.send(want_work(1))
     assert await setup.hub.receive(SOON_S) == ("actor-1.0", want_work(1))
@@ -427,7 +418,7 @@ async def test_full_queue_of_a_slow_link_does_not_block_others(setup: TransportS
         assert await quick.receive(SOON_S) == Ping(sent=number)
     for number in range(num_sent):
         message = await slow.receive(SOON_S)
-        assert isinstance(message, BatchGroup)
+        assert isinstance(message, GroupFinished)
         assert message.token_ids[-1] == number
     await offer_until_queued(setup.hub, "slow-1.0", Welcome(policy_version=1))
     assert await slow.receive(SOON_S) == Welcome(policy_version=1)
