@@ -3,6 +3,7 @@
 Shape legend: P prompt tokens, T completion tokens.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -20,6 +21,10 @@ WeightBackend = Literal["gloo", "nccl", "ipc"]
 
 PASS_REWARD = 1.0
 """A completion passes when its reward reaches this; partial credit is not a pass."""
+
+
+def num_passed(rewards: Iterable[float]) -> int:
+    return sum(reward >= PASS_REWARD for reward in rewards)
 
 
 class Phase(StrEnum):
@@ -115,7 +120,7 @@ class Group:
 
     @property
     def num_passed(self) -> int:
-        return sum(completion.reward >= PASS_REWARD for completion in self.completions)
+        return num_passed(completion.reward for completion in self.completions)
 
     @property
     def pass_rate(self) -> float:

@@ -12,14 +12,8 @@ import time
 from collections.abc import Callable
 
 from speed_async.actors.engine import Engine
-from speed_async.actors.lease_result import Result, result_message
-from speed_async.actors.rollout import (
-    Aborted,
-    EvaluationResult,
-    GateRejection,
-    LeaseProgress,
-    Rollout,
-)
+from speed_async.actors.lease_result import result_message
+from speed_async.actors.rollout import Aborted, LeaseProgress, Rollout
 from speed_async.actors.sample_selector import SampleSelector
 from speed_async.config.schema import Config
 from speed_async.environments.task import Task
@@ -171,7 +165,7 @@ class ActorLoop:
         evaluation = lease.kind is LeaseKind.EVALUATION
         prompts = self._task.held_out_prompts if evaluation else self._task.train_prompts
         prompt = prompts[lease.prompt_id]
-        result: Result
+        result: Group | str | None
         try:
             result = await self._rollout.run(work, prompt)
         except Aborted:
@@ -189,25 +183,23 @@ class ActorLoop:
                 raise
         self._end_lease(work, prompt, result)
 
-    def _end_lease(self, work: LeaseProgress, prompt: Prompt, result: Result) -> None:
+    def _end_lease(self, work: LeaseProgress, prompt: Prompt, result: Group | str | None) -> None:
         lease_id = work.lease.lease_id
         del self._works[lease_id], self._tasks[lease_id]
         self._completions_generated += len(work.samples)
         self._enqueue(result_message(work, result, self._counts()))
         if not isinstance(result, str):
-            self._send_sample(work, prompt, result)
+            self._send_sample(work, prompt)
         self._request_work()
         self._check_drained()
 
-    def _send_sample(
-        self, work: LeaseProgress, prompt: Prompt, result: Group | GateRejection | EvaluationResult
-    ) -> None:
+    def _send_sample(self, work: LeaseProgress, prompt: Prompt) -> None:
         """Send one of the lease's completions as a sample, at most once per interval."""
         selected = self._selector.select(work)
         if selected is not None:
             text = self._rollout.text(selected.sampled)
             counts = self._counts()
-            self._enqueue(self._selector.message(selected, work, prompt, result, text, counts))
+            self._enqueue(self._selector.message(selected, work, prompt, text, counts))
 
     # --- outgoing messages -----------------------------------------------------------------
 

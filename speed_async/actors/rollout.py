@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from speed_async.actors.engine import Engine, GenerationRequest
 from speed_async.actors.failed_completions import FailedCompletions
-from speed_async.algorithms.gate import Gate, num_passed
+from speed_async.algorithms.gate import admits
 from speed_async.config.schema import Config
 from speed_async.errors import TaskError
 from speed_async.types import (
@@ -22,6 +20,7 @@ from speed_async.types import (
     Prompt,
     Sampled,
     Verdict,
+    num_passed,
 )
 
 PRIORITY = {Phase.EVALUATION: 0, Phase.CONTINUATION: 1, Phase.SCREENING: 2}
@@ -53,7 +52,7 @@ class LeaseProgress:
     samples: list[Sampled] = field(default_factory=list)
     """All samples, in the order in which they finished."""
     completions: list[Completion] = field(default_factory=list)
-    """EvaluationResult completions, in the order in which they were requested."""
+    """Scored completions, in the order in which they were requested."""
     num_tokens: int = 0
     """Total tokens of `samples`; cached, because every message's counts include it."""
     num_waiting: int = 0
@@ -71,25 +70,24 @@ class LeaseProgress:
         versions = [int(s.policy_versions.min()) for s in self.samples if s.num_tokens]
         return min(versions, default=None)
 
+    @property
+    def newest_version(self) -> int:
+        """Newest policy version of all sampled tokens; 0 when there are none."""
+        versions = [int(s.policy_versions.max()) for s in self.samples if s.num_tokens]
+        return max(versions, default=0)
+
+    @property
+    def num_passed(self) -> int:
+        return num_passed(completion.reward for completion in self.completions)
+
+    @property
+    def num_truncated(self) -> int:
+        """Completions truncated by a length limit."""
+        return sum(sample.finish_reason == "length" for sample in self.samples)
+
     def add(self, sample: Sampled) -> None:
         self.samples.append(sample)
         self.num_tokens += sample.num_tokens
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GateRejection:
-    """The gate rejected the group: its prompt is not of moderate difficulty."""
-
-    num_passed: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationResult:
-    """Result of an evaluation lease."""
-
-    num_passed: int
-    oldest_version: int
-    newest_version: int
 
 
 class Rollout:
@@ -110,33 +108,31 @@ class Rollout:
         self._scorer = scorer
         self._codec = codec
         self._failures = failures
-        self._gate = Gate(low=config.gate.low, high=config.gate.high)
 
-    async def run(
-        self, work: LeaseProgress, prompt: Prompt
-    ) -> Group | GateRejection | EvaluationResult:
-        """Raises TaskError (verifier), ModelError (unusable prompt) or Aborted."""
+    async def run(self, work: LeaseProgress, prompt: Prompt) -> Group | None:
+        """The group, or None: the gate rejected the prompt, or the lease is an evaluation. `work`
+        then has the outcome.
+
+        Raises TaskError (verifier), ModelError (unusable prompt) or Aborted.
+        """
         tokens = self._codec.encode(prompt.text)
         if work.lease.kind is LeaseKind.EVALUATION:
-            return await self._evaluate(work, prompt, tokens)
+            await self._phase(work, prompt, tokens, Phase.EVALUATION, work.lease.num_samples)
+            return None
         gate = self._config.gate
-        completions: list[Completion] = []
         if gate.num_screening:
-            completions = await self._phase(
-                work, prompt, tokens, Phase.SCREENING, gate.num_screening
-            )
-            rewards = [completion.reward for completion in completions]
-            if not self._gate.admits(rewards):
-                return GateRejection(num_passed=num_passed(rewards))
+            await self._phase(work, prompt, tokens, Phase.SCREENING, gate.num_screening)
+            if not admits(gate, work.num_passed, gate.num_screening):
+                return None
         work.continuing = True
         num_left = gate.group_size - gate.num_screening
         if num_left:
-            completions += await self._phase(work, prompt, tokens, Phase.CONTINUATION, num_left)
+            await self._phase(work, prompt, tokens, Phase.CONTINUATION, num_left)
         return Group(
             lease_id=work.lease.lease_id,
             prompt_id=prompt.prompt_id,
             prompt_token_ids=tokens,
-            completions=tuple(completions),
+            completions=tuple(work.completions),
             num_screening=gate.num_screening,
         )
 
@@ -144,23 +140,10 @@ class Rollout:
         """Decoded text of a sample."""
         return self._codec.decode(sampled.token_ids)
 
-    async def _evaluate(
-        self, work: LeaseProgress, prompt: Prompt, tokens: Int32Array
-    ) -> EvaluationResult:
-        completions = await self._phase(
-            work, prompt, tokens, Phase.EVALUATION, work.lease.num_samples
-        )
-        versions = np.concatenate([sample.policy_versions for sample in work.samples])
-        return EvaluationResult(
-            num_passed=num_passed([completion.reward for completion in completions]),
-            oldest_version=int(versions.min(initial=np.iinfo(np.int32).max)),
-            newest_version=int(versions.max(initial=0)),
-        )
-
     async def _phase(
         self, work: LeaseProgress, prompt: Prompt, tokens: Int32Array, phase: Phase, count: int
-    ) -> list[Completion]:
-        """Generate and score `count` completions."""
+    ) -> None:
+        """Generate and score `count` completions, which are added to `work`."""
         is_training = phase is not Phase.EVALUATION
         request = GenerationRequest(
             prompt_token_ids=tokens,
@@ -184,12 +167,10 @@ class Rollout:
             raise Aborted
         verdicts = await self._score(work, prompt, samples)
         # Not `work.samples`, which is in finishing order.
-        completions = [
+        work.completions += [
             Completion(sampled=sample, reward=verdict.reward, extracted=verdict.extracted)
             for sample, verdict in zip(samples, verdicts, strict=True)
         ]
-        work.completions += completions
-        return completions
 
     async def _score(
         self, work: LeaseProgress, prompt: Prompt, samples: Sequence[Sampled]

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable
 
-from speed_async.actors.rollout import EvaluationResult, GateRejection, LeaseProgress
+from speed_async.actors.rollout import LeaseProgress
 from speed_async.transport import messages as m
-from speed_async.types import PASS_REWARD, ActorCounts, Completion, Group, LeaseKind, Prompt
+from speed_async.types import PASS_REWARD, ActorCounts, Completion, LeaseKind, Prompt
 
 MAX_TEXT_CHARS = 4000
 """Maximum length of a prompt or completion. The middle of a longer text is removed."""
@@ -38,7 +38,6 @@ class SampleSelector:
         selected: Completion,
         work: LeaseProgress,
         prompt: Prompt,
-        result: Group | GateRejection | EvaluationResult,
         text: str,
         counts: ActorCounts,
     ) -> m.Sample:
@@ -48,7 +47,7 @@ class SampleSelector:
             policy_version=int(sampled.policy_versions.max(initial=0)),
             prompt_id=prompt.prompt_id,
             held_out=work.lease.kind is LeaseKind.EVALUATION,
-            decision=self._decision(result),
+            decision=self._decision(work),
             reward=selected.reward,
             is_extracted=selected.extracted is not None,
             extracted=truncate_middle(selected.extracted or ""),
@@ -59,14 +58,12 @@ class SampleSelector:
             counts=counts,
         )
 
-    def _decision(self, result: Group | GateRejection | EvaluationResult) -> str:
-        match result:
-            case EvaluationResult():
-                return "evaluated"
-            case GateRejection():
-                return "screened out"
-            case Group():
-                return "continued" if self._is_gated else "kept"
+    def _decision(self, work: LeaseProgress) -> str:
+        if work.lease.kind is LeaseKind.EVALUATION:
+            return "evaluated"
+        if not work.continuing:
+            return "screened out"
+        return "continued" if self._is_gated else "kept"
 
 
 def truncate_middle(text: str, max_chars: int = MAX_TEXT_CHARS) -> str:

@@ -1,24 +1,8 @@
 """The gate: selects screened prompts for continuation."""
 
-from dataclasses import dataclass
-
-from speed_async.types import PASS_REWARD
+from speed_async.config.schema import GateConfig
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gate:
-    """Continues a prompt when low < pass rate of its screening samples < high, both strict."""
-
-    low: float
-    high: float
-
-    def admits(self, rewards: list[float]) -> bool:
-        return self.low < self.pass_rate(rewards) < self.high
-
-    @staticmethod
-    def pass_rate(rewards: list[float]) -> float:
-        return num_passed(rewards) / len(rewards)
-
-
-def num_passed(rewards: list[float]) -> int:
-    return sum(reward >= PASS_REWARD for reward in rewards)
+def admits(gate: GateConfig, num_passed: int, num_screening: int) -> bool:
+    """Whether low < pass rate of the screening completions < high, both strict."""
+    return gate.low < num_passed / num_screening < gate.high

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from speed_async.algorithms.gate import admits
 from speed_async.config.schema import GateConfig
 
 Choice = Literal["all", "unbiased", "none"]
@@ -37,16 +38,11 @@ def kept(
     kept_N = np.ones(len(passed), dtype=np.bool_)
     if choice == "none":
         kept_N[:num_screening] = False
-    elif choice == "unbiased":
+    elif choice == "unbiased" and num_screening:
         screened = passed[:num_screening]
         num_passed = int(screened.sum())
-        gate_is_open = _is_open(num_passed, num_screening, gate)
-        pivotal_if_passed = _is_open(num_passed - 1, num_screening, gate) != gate_is_open
-        pivotal_if_failed = _is_open(num_passed + 1, num_screening, gate) != gate_is_open
+        is_open = admits(gate, num_passed, num_screening)
+        pivotal_if_passed = admits(gate, num_passed - 1, num_screening) != is_open
+        pivotal_if_failed = admits(gate, num_passed + 1, num_screening) != is_open
         kept_N[:num_screening] = ~np.where(screened, pivotal_if_passed, pivotal_if_failed)
     return kept_N
-
-
-def _is_open(num_passed: int, num_screening: int, gate: GateConfig) -> bool:
-    """The gate decision for this number of passes, equal to `Gate.admits`."""
-    return gate.low < num_passed / max(num_screening, 1) < gate.high

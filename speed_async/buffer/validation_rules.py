@@ -107,7 +107,7 @@ class PayloadRules:
             case _:
                 yield from self._other_faults(message)
 
-    def _token_faults(self, message: m.ScreenedOut | m.LeaseFailed | m.Evaluated) -> Iterator[str]:
+    def _token_faults(self, message: m.LeaseEnded) -> Iterator[str]:
         if message.num_tokens > message.num_completions * self._max_tokens:
             yield (
                 f"num_tokens = {message.num_tokens} is more than {message.num_completions} "
@@ -176,7 +176,7 @@ def _count_faults(counts: ActorCounts) -> Iterator[str]:
         yield "counts: more tokens in flight than were generated"
 
 
-def _passed_faults(message: m.ScreenedOut | m.Evaluated) -> Iterator[str]:
+def _passed_faults(message: m.LeaseScored) -> Iterator[str]:
     if message.num_passed > message.num_completions:
         yield f"{message.num_passed} of {message.num_completions} completions passed"
     if message.num_truncated > message.num_completions:

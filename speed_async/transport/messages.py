@@ -89,36 +89,39 @@ class GroupFinished(Counted):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScreenedOut(Counted):
-    """The gate rejected a prompt; only counts are sent."""
+class LeaseEnded(Counted):
+    """Base class: a lease ended without a group, so only counts are sent."""
 
     lease_id: int
-    num_passed: int
     num_completions: int
-    num_truncated: int
-    """Completions truncated by a length limit."""
     num_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LeaseFailed(Counted):
+class LeaseFailed(LeaseEnded):
     """A lease of either kind ended without a result (verifier failure, drain, too long)."""
 
-    lease_id: int
     reason: str
-    num_completions: int
-    num_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluated(Counted):
+class LeaseScored(LeaseEnded):
+    """Base class: the completions were scored."""
+
+    num_passed: int
+    num_truncated: int
+    """Completions truncated by a length limit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScreenedOut(LeaseScored):
+    """The gate rejected a prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated(LeaseScored):
     """A held-out prompt was sampled and scored."""
 
-    lease_id: int
-    num_passed: int
-    num_completions: int
-    num_truncated: int
-    num_tokens: int
     oldest_version: int
     """Oldest policy version of the tokens; 0 if there are no tokens."""
     newest_version: int

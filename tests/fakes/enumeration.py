@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from speed_async.algorithms.advantages import Advantages, rloo
-from speed_async.algorithms.gate import Gate
+from speed_async.algorithms.gate import admits
 from speed_async.algorithms.loss_tokens import Correction, LossTokens
 from speed_async.algorithms.screening import Choice, kept
 from speed_async.config.schema import GateConfig
-from speed_async.types import PASS_REWARD
+from speed_async.types import PASS_REWARD, num_passed
 
 Floats = NDArray[np.float64]
 Keep = Callable[[NDArray[np.float64]], NDArray[np.bool_]]
@@ -70,7 +70,7 @@ class Estimator:
             return self.opens(screened)
         if self.gate.mode == "off":
             return True
-        return Gate(low=self.gate.low, high=self.gate.high).admits(screened.tolist())
+        return admits(self.gate, num_passed(screened.tolist()), len(screened))
 
     def _kept(self, rewards_N: Floats) -> NDArray[np.bool_]:
         if self.keep is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speed_async.actors.rollout import GateRejection, LeaseProgress
+from speed_async.actors.rollout import LeaseProgress
 from speed_async.actors.sample_selector import MAX_TEXT_CHARS, SampleSelector, truncate_middle
 from speed_async.buffer.durability.journal import read_segment, segments
 from speed_async.buffer.durability.recovery import open_machine
@@ -85,9 +85,7 @@ def test_sample_message_has_the_fields_of_the_event() -> None:
     prompt = Prompt(prompt_id=8, text="p" * 9000, answer="")
     lease = work(0.0)
     selected = completion(0.0, truncated=True)
-    message = selector.message(
-        selected, lease, prompt, GateRejection(num_passed=0), "c\ud800" * 9000, ActorCounts()
-    )
+    message = selector.message(selected, lease, prompt, "c\ud800" * 9000, ActorCounts())
     assert (message.policy_version, message.prompt_id, message.num_tokens) == (5, 8, 2)
     assert (message.decision, message.truncated, message.held_out) == ("screened out", True, False)
     assert (message.is_extracted, message.extracted) == (False, "")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from speed_async.actors.engine import GenerationRequest
-from speed_async.actors.rollout import EvaluationResult, GateRejection, LeaseProgress, Rollout
+from speed_async.actors.rollout import LeaseProgress, Rollout
 from speed_async.config.schema import Config
 from speed_async.testing.scripted_engine import ScriptedEngine
 from speed_async.testing.scripted_verifier import ScriptedVerifier
@@ -32,12 +32,13 @@ def run_lease(
     *,
     kind: LeaseKind = LeaseKind.TRAINING,
     num_samples: int = 0,
-) -> Group | GateRejection | EvaluationResult:
-    async def scenario() -> Group | GateRejection | EvaluationResult:
+) -> tuple[Group | None, LeaseProgress]:
+    async def scenario() -> tuple[Group | None, LeaseProgress]:
         lease = Lease(lease_id=0, prompt_id=0, kind=kind, num_samples=num_samples)
         async with ScriptedEngine(script, num_slots=8) as engine:
             rollout = Rollout(config, engine, verifier, IntCodec())
-            return await rollout.run(LeaseProgress(lease=lease), PROMPT)
+            work = LeaseProgress(lease=lease)
+            return await rollout.run(work, PROMPT), work
 
     return asyncio.run(asyncio.wait_for(scenario(), 30))
 
@@ -50,7 +51,7 @@ def test_rewards_match_completions_regardless_of_finish_order(tmp_path: Path) ->
         return [number] * (9 - 2 * number)
 
     verifier = ScriptedVerifier(lambda _, completion: float(completion[0] in "03"))
-    group = run_lease(config, earlier_finishes_later, verifier)
+    group, _ = run_lease(config, earlier_finishes_later, verifier)
     assert isinstance(group, Group)
     first_tokens = [int(completion.sampled.token_ids[0]) for completion in group.completions]
     rewards = [completion.reward for completion in group.completions]
@@ -69,16 +70,16 @@ def test_truncated_completions_get_zero_reward(
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), actors={"max_new_tokens": 3})
     verifier = ScriptedVerifier(lambda _, completion: float(completion.endswith("1")))
-    group = run_lease(config, ends_in_the_answer, verifier)
+    group, _ = run_lease(config, ends_in_the_answer, verifier)
     assert isinstance(group, Group)
     reasons = [completion.sampled.finish_reason for completion in group.completions]
     assert sorted(reasons) == ["length", "length", "stop", "stop"]
     for reason, completion in zip(reasons, group.completions, strict=True):
         assert completion.reward == (1.0 if reason == "stop" else 0.0)
-    scored = run_lease(
+    result, work = run_lease(
         config, ends_in_the_answer, verifier, kind=LeaseKind.EVALUATION, num_samples=4
     )
-    assert isinstance(scored, EvaluationResult) and scored.num_passed == 2
+    assert result is None and work.num_passed == 2
     assert {text for call in verifier.calls for text in call.completions} == {"7 7 1"}
 
 
@@ -86,7 +87,8 @@ def test_verifier_is_not_called_when_all_completions_are_truncated(tmp_path: Pat
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), actors={"max_new_tokens": 2})
     verifier = ScriptedVerifier(lambda _, completion: 1.0)
-    assert run_lease(config, lambda *_: [1, 1, 1], verifier) == GateRejection(num_passed=0)
+    result, work = run_lease(config, lambda *_: [1, 1, 1], verifier)
+    assert (result, work.num_passed) == (None, 0)
     assert not verifier.calls
 
 
@@ -96,7 +98,7 @@ def test_truncated_completions_are_scored_with_score_truncated(tmp_path: Path) -
         str(tmp_path), task={"score_truncated": True}, actors={"max_new_tokens": 3}
     )
     verifier = ScriptedVerifier(lambda _, completion: float(completion.endswith("1")))
-    scored = run_lease(
+    result, work = run_lease(
         config, ends_in_the_answer, verifier, kind=LeaseKind.EVALUATION, num_samples=4
     )
-    assert isinstance(scored, EvaluationResult) and scored.num_passed == 4
+    assert result is None and work.num_passed == 4

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from speed_async.actors.lease_result import result_message
-from speed_async.actors.rollout import EvaluationResult, LeaseProgress
+from speed_async.actors.rollout import LeaseProgress
 from speed_async.transport import messages as m
 from speed_async.transport.groups import validate_group
 from speed_async.types import ActorCounts, Lease, LeaseKind
@@ -107,8 +107,7 @@ def test_an_evaluation_of_empty_completions_has_no_versions(tmp_path: Path) -> N
     harness.hello(ACTOR, 1)
     lease_id = harness.lease(1).lease_ids[0]
     work = LeaseProgress(lease=Lease(lease_id=lease_id, prompt_id=0, kind=LeaseKind.EVALUATION))
-    nothing = EvaluationResult(num_passed=0, oldest_version=2**31 - 1, newest_version=0)
-    message = result_message(work, nothing, ActorCounts())
+    message = result_message(work, None, ActorCounts())
     assert isinstance(message, m.Evaluated)
     harness.send(ACTOR, replace(message, num_completions=1))
     [event] = [event for event in harness.service.events if event.kind == "evaluation"]

@@ -24,7 +24,9 @@ from speed_async.transport.messages import (
     ActorReport,
     Counted,
     GroupFinished,
+    LeaseEnded,
     Leases,
+    LeaseScored,
     Message,
     OfferWeights,
     Summary,
@@ -35,7 +37,7 @@ from speed_async.types import ActorCounts, Float32Array, Int32Array
 from tests.fakes.wire_samples import as_bytes, group_message
 
 SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-ABSTRACT = {Message, Counted}
+ABSTRACT = {Message, Counted, LeaseEnded, LeaseScored}
 MESSAGE_TYPES = sorted(
     (
         value
