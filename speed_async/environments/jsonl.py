@@ -7,7 +7,7 @@ from typing import Literal
 
 from speed_async.environments.exact_answer import exact_answer, same_answer
 from speed_async.environments.final_answer import final_answer
-from speed_async.environments.jsonl_file import Row, read_rows
+from speed_async.environments.jsonl_file import DataRow, read_rows
 from speed_async.environments.numeric_answer import (
     answer_number,
     last_number,
@@ -102,7 +102,7 @@ def _check_size(path: str, num_rows: int, num_held_out: int) -> None:
         )
 
 
-def _prompt(index: int, row: Row, *, held_out: bool) -> Prompt:
+def _prompt(index: int, row: DataRow, *, held_out: bool) -> Prompt:
     level = row.extra.get("level", "")
     return Prompt(
         prompt_id=index,

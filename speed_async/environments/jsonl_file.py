@@ -23,7 +23,7 @@ _EXAMPLE = '{"prompt": "2 + 2 =", "answer": "4"}'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class DataRow:
     """One usable line; `extra` holds its keys other than prompt and answer."""
 
     line: int
@@ -41,14 +41,14 @@ class _BadLine(Exception):
     """Why a line cannot be used."""
 
 
-def read_rows(path: Path, check_answer: Callable[[str], str]) -> list[Row]:
+def read_rows(path: Path, check_answer: Callable[[str], str]) -> list[DataRow]:
     """Distinct rows in file order; a repeated prompt with the same answer is read once.
 
     `check_answer` returns the reason why an answer is unusable, or "". Raises DataError with the
     file and up to 5 bad lines.
     """
     _check_format(path)
-    rows: dict[str, Row] = {}
+    rows: dict[str, DataRow] = {}
     errors: list[str] = []
     for line, raw in _lines(path):
         try:
@@ -102,14 +102,14 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         ) from error
 
 
-def _parse(line: int, raw: bytes, check_answer: Callable[[str], str]) -> Row:
+def _parse(line: int, raw: bytes, check_answer: Callable[[str], str]) -> DataRow:
     record = _decode(raw)
     prompt, answer = _prompt(record), _answer(record)
     error = check_answer(answer)
     if error:
         raise _BadLine(error)
     extra = {key: value for key, value in record.items() if key not in ("prompt", "answer")}
-    return Row(line=line, prompt=prompt, answer=answer, extra=extra)
+    return DataRow(line=line, prompt=prompt, answer=answer, extra=extra)
 
 
 def _decode(raw: bytes) -> dict[str, object]:
@@ -161,7 +161,7 @@ def _required(record: dict[str, object], key: str) -> object:
     return record[key]
 
 
-def _check_duplicate(row: Row, first: Row) -> None:
+def _check_duplicate(row: DataRow, first: DataRow) -> None:
     if row.answer.strip() != first.answer.strip():
         raise _BadLine(
             f"same prompt as line {first.line} with a different answer: {_short_repr(row.answer)} "

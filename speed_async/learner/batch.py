@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speed_async.learner.rows import Row, TrainingSample
+from speed_async.learner.rows import TrainingRow, TrainingSample
 
 IndexArray = NDArray[np.int64]
 
@@ -46,7 +46,7 @@ class MicroBatch:
         return replace(self, **tensors)
 
 
-def make_micro_batch(rows: Sequence[Row], *, policy_version: int) -> MicroBatch:
+def make_micro_batch(rows: Sequence[TrainingRow], *, policy_version: int) -> MicroBatch:
     """Converts rows to tensors, without a loop over tokens. `policy_version` is the current one.
 
     A token of a later version, as after a rollback to a checkpoint, has age 0.
@@ -105,7 +105,7 @@ class _Layout:
         return torch.from_numpy(np.array(values_C, dtype=np.float32)[self.sample_N])
 
 
-def _make_layout(rows: Sequence[Row], samples: Sequence[TrainingSample]) -> _Layout:
+def _make_layout(rows: Sequence[TrainingRow], samples: Sequence[TrainingSample]) -> _Layout:
     prompt_B = np.array([len(row.prompt_token_ids) for row in rows])
     width_B = np.array([len(row.samples) for row in rows])
     length_C = np.array([len(sample.token_ids) for sample in samples])

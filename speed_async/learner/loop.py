@@ -14,9 +14,8 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded, RoleError, SpeedAsyncError
@@ -24,27 +23,17 @@ from speed_async.learner.checkpoint.checkpointer import Checkpointer
 from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox, Stop
 from speed_async.learner.progress import Progress, Restored
 from speed_async.learner.publisher import Publisher
-from speed_async.learner.trainer import UpdateResult
+from speed_async.learner.trainer import Trainer
 from speed_async.observability.summary import STOPPING
 from speed_async.transport import messages as m
 from speed_async.transport.groups import unpack_group
 from speed_async.transport.transport import Link
 from speed_async.types import Group, WeightBackend
-from speed_async.weight_sync.canary import Canary
-from speed_async.weight_sync.channel import NamedTensor, WeightSender
-
-
-class Updates(Protocol):
-    """The trainer, as used by the loop."""
-
-    def update(self, groups: list[Group]) -> UpdateResult: ...
-    def weights(self) -> Iterable[NamedTensor]: ...
-    def canary(self) -> Canary: ...
-    def save(self, progress: Progress) -> int: ...
+from speed_async.weight_sync.channel import WeightSender
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finished:
+class RunResult:
     """Result of the run."""
 
     reason: str
@@ -74,18 +63,18 @@ class LearnerLoop:
         config: Config,
         *,
         link: Link,
-        updates: Updates,
+        trainer: Trainer,
         sender: WeightSender,
         backend: WeightBackend,
         stop: Stop,
         restored: Restored | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`restored` describes the checkpoint that `updates` was restored from; None starts a new
+        """`restored` describes the checkpoint that `trainer` was restored from; None starts a new
         run."""
         self._config = config
         self._link = link
-        self._updates = updates
+        self._trainer = trainer
         self._stop = stop
         self._clock = clock
         self._inbox = Inbox(link, clock, run_folder=config.run.folder)
@@ -93,7 +82,7 @@ class LearnerLoop:
             config.weights,
             link=link,
             inbox=self._inbox,
-            updates=updates,
+            trainer=trainer,
             sender=sender,
             backend=backend,
             timeout_s=config.cluster.stall_timeout_s,
@@ -104,7 +93,7 @@ class LearnerLoop:
         self._checkpointer = Checkpointer(
             link=link,
             inbox=self._inbox,
-            updates=updates,
+            trainer=trainer,
             timeout_s=config.cluster.stall_timeout_s,
             saved_version=self._version if restored else None,
         )
@@ -124,7 +113,7 @@ class LearnerLoop:
     def _is_catching_up(self) -> bool:
         return self._version < self._catch_up_version
 
-    async def run(self, hello: m.Hello) -> Finished:
+    async def run(self, hello: m.Hello) -> RunResult:
         """Trains until `run.updates` or a stop. Raises the error that fails the run."""
         await self._connect(hello)
         announcing = asyncio.create_task(self._announce_stop(), name="stop")
@@ -214,7 +203,7 @@ class LearnerLoop:
     ) -> float | None:
         """One optimiser update and its broadcast. Returns the duration of the broadcast in seconds,
         or None when there was none."""
-        result = await asyncio.to_thread(self._updates.update, groups)
+        result = await asyncio.to_thread(self._trainer.update, groups)
         lease_ids = [group.lease_id for group in groups]
         self._progress = self._progress.updated(
             lease_ids, skipped=result.skipped, completions=result.completions, tokens=result.tokens
@@ -273,7 +262,7 @@ class LearnerLoop:
 
     # --- shutdown ----------------------------------------------------------------------------
 
-    async def _finish(self) -> Finished:
+    async def _finish(self) -> RunResult:
         evaluate = self._version >= self._config.run.updates
         completed = evaluate or self._reached is not None
         reason = "completed" if completed else self._stop.reason
@@ -303,7 +292,7 @@ class LearnerLoop:
             except OSError as error:  # the results of the run must still be written
                 save_error = f"the last checkpoint could not be saved: {error}"
         summary = await summarising
-        return Finished(
+        return RunResult(
             reason=str(summary.fields.get("reason", reason)),
             outcome=str(summary.fields.get("outcome", "completed" if completed else "stopped")),
             policy_version=self._version,

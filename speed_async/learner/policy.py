@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from speed_async.errors import ModelError
 from speed_async.learner.batch import MicroBatch, make_micro_batch
 from speed_async.learner.model import embedding_table, output_head
-from speed_async.learner.rows import MAX_PACKED_TOKENS, LayoutCost, Row, TrainingSample
+from speed_async.learner.rows import MAX_PACKED_TOKENS, LayoutCost, TrainingRow, TrainingSample
 
 MAX_LOGITS = 1 << 26
 """Largest number of logits in one chunk (N x V): 256 MiB in float32 for any vocabulary."""
@@ -144,7 +144,8 @@ def _probes(table: Tensor) -> tuple[MicroBatch, MicroBatch]:
     layouts = [[samples[:1], samples[1:]], [samples]]
     separate, packed = (
         make_micro_batch(
-            [Row(prompt_token_ids=prompt, samples=tuple(row)) for row in layout], policy_version=0
+            [TrainingRow(prompt_token_ids=prompt, samples=tuple(row)) for row in layout],
+            policy_version=0,
         )
         for layout in layouts
     )

@@ -9,18 +9,18 @@ continues  without a member that is missing or rejects the transfer: the service
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from speed_async.config.schema import WeightsConfig
 from speed_async.errors import WeightSyncError
 from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox
+from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
 from speed_async.transport.transport import Link
 from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weight_sync.canary import Canary
-from speed_async.weight_sync.channel import NamedTensor, WeightSender
+from speed_async.weight_sync.channel import WeightSender
 
 MAX_UNEXPLAINED_FAILURES = 3
 """Failed broadcasts of one version without a known faulty member, after which the run fails."""
@@ -33,13 +33,6 @@ class BroadcastFailure:
     """Names of the faulty actors."""
 
 
-class WeightSource(Protocol):
-    """The trainer, as used by the publisher."""
-
-    def weights(self) -> Iterable[NamedTensor]: ...
-    def canary(self) -> Canary: ...
-
-
 class Publisher:
     def __init__(
         self,
@@ -47,7 +40,7 @@ class Publisher:
         *,
         link: Link,
         inbox: Inbox,
-        updates: WeightSource,
+        trainer: Trainer,
         sender: WeightSender,
         backend: WeightBackend,
         timeout_s: float,
@@ -57,7 +50,7 @@ class Publisher:
         self._timeout_s = timeout_s + SERVICE_GRACE_S
         self._link = link
         self._inbox = inbox
-        self._updates = updates
+        self._trainer = trainer
         self._sender = sender
         self._backend: WeightBackend = backend
         self._clock = clock
@@ -70,7 +63,7 @@ class Publisher:
         """
         num_unexplained = 0
         # Computed before the members are requested, because actors then stop sampling.
-        canary = await asyncio.to_thread(self._updates.canary)
+        canary = await asyncio.to_thread(self._trainer.canary)
         while (failed := await self._broadcast(policy_version, canary)) is not None:
             num_unexplained += not failed.missing
             if num_unexplained == MAX_UNEXPLAINED_FAILURES:
@@ -108,7 +101,7 @@ class Publisher:
             )
             try:
                 report = await asyncio.to_thread(
-                    self._sender.send, offer, self._updates.weights(), canary
+                    self._sender.send, offer, self._trainer.weights(), canary
                 )
                 num_bytes = report.num_bytes
             except WeightSyncError as failure:

@@ -35,7 +35,7 @@ class TrainingSample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class TrainingRow:
     prompt_token_ids: Int32Array  # (P,)
     samples: tuple[TrainingSample, ...]
 
@@ -62,7 +62,7 @@ def training_row(
     advantages_N: NDArray[np.float64],
     weights_N: NDArray[np.float64],
     kept_N: NDArray[np.bool_],
-) -> Row:
+) -> TrainingRow:
     """The completions of a group that contribute to the gradient, as one row. These are the kept,
     non-empty completions with a non-zero advantage, in order of length. There may be none.
 
@@ -84,16 +84,18 @@ def training_row(
         if kept and advantage != 0.0 and completion.num_tokens
     ]
     samples.sort(key=lambda sample: len(sample.token_ids))
-    return Row(prompt_token_ids=group.prompt_token_ids, samples=tuple(samples))
+    return TrainingRow(prompt_token_ids=group.prompt_token_ids, samples=tuple(samples))
 
 
-def split_row(row: Row, width: int) -> Iterator[Row]:
+def split_row(row: TrainingRow, width: int) -> Iterator[TrainingRow]:
     """Splits a row into rows of `width` completions. A row without completions yields nothing."""
     for start in range(0, len(row.samples), width):
-        yield Row(prompt_token_ids=row.prompt_token_ids, samples=row.samples[start : start + width])
+        yield TrainingRow(
+            prompt_token_ids=row.prompt_token_ids, samples=row.samples[start : start + width]
+        )
 
 
-def choose_width(rows: Sequence[Row], cost: LayoutCost) -> int:
+def choose_width(rows: Sequence[TrainingRow], cost: LayoutCost) -> int:
     """Number of completions per row, given one row per group: the cheapest of a few candidates, or
     1 when the gain of sharing is below MIN_PACKING_GAIN."""
     largest = max((len(row.samples) for row in rows), default=1)
@@ -107,13 +109,13 @@ def choose_width(rows: Sequence[Row], cost: LayoutCost) -> int:
     return best if costs[1] >= MIN_PACKING_GAIN * costs[best] else 1
 
 
-def split_rows(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
+def split_rows(rows: Sequence[TrainingRow], max_tokens: int) -> list[list[TrainingRow]]:
     """Micro-batches of at most `max_tokens` padded positions, longest rows first. A longer row has
     a micro-batch of its own.
 
     Because of this order, insufficient memory shows in the first micro-batch of the first update.
     """
-    parts: list[list[Row]] = []
+    parts: list[list[TrainingRow]] = []
     for row in sorted(rows, key=lambda row: row.num_tokens, reverse=True):
         if not parts or (len(parts[-1]) + 1) * parts[-1][0].num_tokens > max_tokens:
             parts.append([])

@@ -8,7 +8,7 @@ import numpy as np
 from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateReport
 from speed_async.actors.stepped_engine.admission import ModelLimits, WaitingQueue, sequence_limit
 from speed_async.actors.stepped_engine.engine import SteppedEngine
-from speed_async.actors.stepped_engine.stepper import Finished, empty_sample
+from speed_async.actors.stepped_engine.stepper import FinishedRequest, empty_sample
 from speed_async.actors.stepped_engine.worker import ThreadWorker
 from speed_async.types import FinishReason, Sampled, WeightOffer
 
@@ -81,7 +81,7 @@ class ScriptedStepper:
             return 0
         return len(self._rows.pop(key).policy_versions)
 
-    def step(self) -> list[Finished]:
+    def step(self) -> list[FinishedRequest]:
         while len(self._waiting) and len(self._rows) < self._num_slots:
             self._start(*self._waiting.pop())
         for row in self._rows.values():
@@ -95,13 +95,13 @@ class ScriptedStepper:
             if (finish_reason := row.finish_reason) is not None
         ]
 
-    def abort(self) -> list[Finished]:
+    def abort(self) -> list[FinishedRequest]:
         finished = [self._end(key, "abort") for key in list(self._rows)]
         while len(self._waiting):
-            finished.append(Finished(key=self._waiting.pop()[0], sampled=empty_sample()))
+            finished.append(FinishedRequest(key=self._waiting.pop()[0], sampled=empty_sample()))
         return finished
 
-    def abort_stale(self, policy_version: int) -> list[Finished]:
+    def abort_stale(self, policy_version: int) -> list[FinishedRequest]:
         finished = [
             self._end(key, "abort")
             for key, row in list(self._rows.items())
@@ -109,7 +109,7 @@ class ScriptedStepper:
         ]
         for key in self._waiting.stale_keys(policy_version):
             self._waiting.remove(key)
-            finished.append(Finished(key=key, sampled=empty_sample()))
+            finished.append(FinishedRequest(key=key, sampled=empty_sample()))
         return finished
 
     def load_weights(self, offer: WeightOffer) -> float:
@@ -134,7 +134,7 @@ class ScriptedStepper:
         self._rows[key] = _Row(request=request, script=script, limit=limit)
         self._num_started += 1
 
-    def _end(self, key: int, finish_reason: FinishReason) -> Finished:
+    def _end(self, key: int, finish_reason: FinishReason) -> FinishedRequest:
         row = self._rows.pop(key)
         count = len(row.policy_versions)
         sampled = Sampled(
@@ -143,7 +143,7 @@ class ScriptedStepper:
             policy_versions=np.array(row.policy_versions, np.int32),
             finish_reason=finish_reason,
         )
-        return Finished(key=key, sampled=sampled)
+        return FinishedRequest(key=key, sampled=sampled)
 
 
 class ScriptedEngine(SteppedEngine):

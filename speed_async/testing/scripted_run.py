@@ -13,7 +13,7 @@ import torch
 
 from speed_async.actors.engine import GenerationRequest
 from speed_async.actors.model_folder import load_model_folder
-from speed_async.actors.stepped_engine.stepper import Finished
+from speed_async.actors.stepped_engine.stepper import FinishedRequest
 from speed_async.config.schema import ActorsConfig, ModelConfig
 from speed_async.errors import WeightSyncError
 from speed_async.testing.scripted_engine import Script, ScriptedStepper
@@ -27,7 +27,7 @@ STEP_S = 0.004
 
 
 class PacedStepper(ScriptedStepper):
-    def step(self) -> list[Finished]:
+    def step(self) -> list[FinishedRequest]:
         time.sleep(STEP_S)
         return super().step()
 

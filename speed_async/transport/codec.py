@@ -39,12 +39,12 @@ _ARRAY_DTYPES: dict[object, np.dtype] = {Int32Array: np.dtype("<i4"), Float32Arr
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Layout:
+class _Schema:
     """The fields of one record type, grouped by encoding. Computed once."""
 
     record: type
     plain: tuple[tuple[str, str, fields.Check], ...]  # (field, annotation, check)
-    nested: "tuple[tuple[str, _Layout], ...]"
+    nested: "tuple[tuple[str, _Schema], ...]"
     arrays: tuple[tuple[str, np.dtype, str, int], ...]  # (field, dtype, dtype name, itemsize)
 
     @property
@@ -52,9 +52,9 @@ class _Layout:
         return self.record.__name__
 
 
-def _layout_of(record: type) -> _Layout:
+def _schema_of(record: type) -> _Schema:
     plain: list[tuple[str, str, fields.Check]] = []
-    nested: list[tuple[str, _Layout]] = []
+    nested: list[tuple[str, _Schema]] = []
     arrays: list[tuple[str, np.dtype, str, int]] = []
     hints: dict[str, object] = get_type_hints(record)
     for name, hint in hints.items():
@@ -63,10 +63,10 @@ def _layout_of(record: type) -> _Layout:
             dtype = _ARRAY_DTYPES[hint]
             arrays.append((name, dtype, dtype.str, dtype.itemsize))
         elif isinstance(hint, type) and is_dataclass(hint):
-            nested.append((name, _layout_of(hint)))
+            nested.append((name, _schema_of(hint)))
         else:
             plain.append((name, shown, fields.CHECKS[hint]))
-    return _Layout(record=record, plain=tuple(plain), nested=tuple(nested), arrays=tuple(arrays))
+    return _Schema(record=record, plain=tuple(plain), nested=tuple(nested), arrays=tuple(arrays))
 
 
 def _message_types(base: type[Message]) -> Iterator[type[Message]]:
@@ -85,7 +85,7 @@ def _message_types(base: type[Message]) -> Iterator[type[Message]]:
 MESSAGE_MODULES = (messages, joining, session)
 """Modules that define the messages of the protocol."""
 
-_LAYOUTS = {record.__name__: _layout_of(record) for record in _message_types(Message)}
+_SCHEMAS = {record.__name__: _schema_of(record) for record in _message_types(Message)}
 
 
 def encode(message: Message) -> list[Frame]:
@@ -94,16 +94,16 @@ def encode(message: Message) -> list[Frame]:
     Raises ProtocolError when a field does not match its annotation or a size limit is exceeded.
     """
     name = type(message).__name__
-    layout = _LAYOUTS.get(name)
-    if layout is None or type(message) is not layout.record:
+    schema = _SCHEMAS.get(name)
+    if schema is None or type(message) is not schema.record:
         raise ProtocolError(f"{name} is not a message type of this protocol")
     array_frames: list[Frame] = []
     specs: list[object] = []
-    for field, dtype, shown, _ in layout.arrays:
+    for field, dtype, shown, _ in schema.arrays:
         array = _checked_array(name, field, dtype, message)
         array_frames.append(_frame_of(array, array.base))
         specs.append([field, shown, [len(array)]])
-    header = pack_header([MAGIC, PROTOCOL_VERSION, name, _to_plain(layout, message), specs])
+    header = pack_header([MAGIC, PROTOCOL_VERSION, name, _to_plain(schema, message), specs])
     frames: list[Frame] = [header, *array_frames]
     _check_total_size(name, frames)
     return frames
@@ -120,13 +120,13 @@ def decode(frames: Sequence[Frame]) -> Message:
     if len(header) != 5:
         raise ProtocolError(f"the header has {len(header)} elements, expected 5")
     _, _, name, values, specs = header
-    layout = _LAYOUTS.get(name) if isinstance(name, str) else None
-    if layout is None:
+    schema = _SCHEMAS.get(name) if isinstance(name, str) else None
+    if schema is None:
         raise ProtocolError(f"unknown message type {_shown(name)}")
-    _check_total_size(layout.name, frames)
-    arguments = _from_plain(layout, layout.name, values)
-    arguments.update(_arrays_from(layout, specs, frames[1:]))
-    return layout.record(**arguments)
+    _check_total_size(schema.name, frames)
+    arguments = _from_plain(schema, schema.name, values)
+    arguments.update(_arrays_from(schema, specs, frames[1:]))
+    return schema.record(**arguments)
 
 
 def pack_header(header: list[object]) -> bytes:
@@ -174,31 +174,31 @@ def unpack_header(frame: Frame) -> list[Plain]:
     return header
 
 
-def _to_plain(layout: _Layout, record: object) -> dict[str, object]:
+def _to_plain(schema: _Schema, record: object) -> dict[str, object]:
     values: dict[str, object] = {}
-    for field, annotation, check in layout.plain:
+    for field, annotation, check in schema.plain:
         value = values[field] = getattr(record, field)
         if not check(value):
-            raise _wrong_value(layout.name, field, annotation, value)
-    for field, inner in layout.nested:
+            raise _wrong_value(schema.name, field, annotation, value)
+    for field, inner in schema.nested:
         value = getattr(record, field)
         if not isinstance(value, inner.record):
-            raise _wrong_value(layout.name, field, inner.name, value)
+            raise _wrong_value(schema.name, field, inner.name, value)
         values[field] = _to_plain(inner, value)
     return values
 
 
-def _from_plain(layout: _Layout, where: str, values: Plain) -> dict[str, object]:
-    """Build constructor arguments from an untrusted map with exactly the fields of `layout`."""
+def _from_plain(schema: _Schema, where: str, values: Plain) -> dict[str, object]:
+    """Build constructor arguments from an untrusted map with exactly the fields of `schema`."""
     if not isinstance(values, dict):
         raise ProtocolError(f"{where} must be a map of fields, not {_shown(values)}")
     arguments: dict[str, object] = {}
     try:
-        for field, annotation, check in layout.plain:
+        for field, annotation, check in schema.plain:
             value = arguments[field] = values[field]
             if not check(value):
                 raise _wrong_value(where, field, annotation, value)
-        for field, inner in layout.nested:
+        for field, inner in schema.nested:
             inner_where = f"{where}.{field}"
             arguments[field] = inner.record(**_from_plain(inner, inner_where, values[field]))
     except KeyError as missing:
@@ -210,21 +210,21 @@ def _from_plain(layout: _Layout, where: str, values: Plain) -> dict[str, object]
 
 
 def _arrays_from(
-    layout: _Layout, specs: Plain, frames: Sequence[Frame]
+    schema: _Schema, specs: Plain, frames: Sequence[Frame]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    if not isinstance(specs, list) or len(specs) != len(layout.arrays):
-        raise ProtocolError(f"{layout.name} must declare {len(layout.arrays)} arrays")
-    if len(frames) != len(layout.arrays):
+    if not isinstance(specs, list) or len(specs) != len(schema.arrays):
+        raise ProtocolError(f"{schema.name} must declare {len(schema.arrays)} arrays")
+    if len(frames) != len(schema.arrays):
         raise ProtocolError(
-            f"{layout.name} has {len(frames)} array frames, expected {len(layout.arrays)}"
+            f"{schema.name} has {len(frames)} array frames, expected {len(schema.arrays)}"
         )
     # `Any`: each spec has a known shape once it equals the expected one.
     for (field, dtype, shown, item_bytes), spec, frame in zip(
-        layout.arrays, cast("list[Any]", specs), frames, strict=True
+        schema.arrays, cast("list[Any]", specs), frames, strict=True
     ):
         num_items, rest = divmod(len(frame), item_bytes)
         if rest or spec != [field, shown, [num_items]] or type(spec[2][0]) is not int:
-            raise _wrong_array(f"{layout.name}.{field}", [field, shown], item_bytes, spec, frame)
+            raise _wrong_array(f"{schema.name}.{field}", [field, shown], item_bytes, spec, frame)
         array = np.frombuffer(frame, dtype)
         flags = array.flags
         if not flags.aligned:

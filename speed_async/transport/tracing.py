@@ -15,7 +15,7 @@ from speed_async.transport import messages as m
 from speed_async.transport.transport import Link
 
 
-def digest_of(group: m.GroupFinished) -> str:
+def group_digest(group: m.GroupFinished) -> str:
     """Identify a group on both sides of the service: lease, prompt and sampled tokens."""
     crc = zlib.crc32(group.token_ids.tobytes())
     crc = zlib.crc32(group.policy_versions.tobytes(), crc)
@@ -72,7 +72,7 @@ class TracedLink:
         self._received = max(self._received, message.number)
         match message:
             case m.GroupFinished():
-                self._taken[message.lease_id] = (digest_of(message), len(message.token_ids))
+                self._taken[message.lease_id] = (group_digest(message), len(message.token_ids))
             case m.BatchReady():
                 groups = [self._known(lease_id)[0] for lease_id in message.lease_ids]
                 self._write("taken", policy_version=message.policy_version, groups=groups)
@@ -85,7 +85,7 @@ class TracedLink:
         self._traced = max(self._traced, message.number)
         match message:
             case m.GroupFinished():
-                self._sent(message, "group", len(message.token_ids), group=digest_of(message))
+                self._sent(message, "group", len(message.token_ids), group=group_digest(message))
             case m.ScreenedOut():
                 self._sent(message, "screened_out", message.num_tokens)
             case m.Evaluated():

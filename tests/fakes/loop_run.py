@@ -19,7 +19,7 @@ from speed_async.environments.task import fingerprint
 from speed_async.errors import TaskError
 from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.learner.inbox import Stop
-from speed_async.learner.loop import Finished, LearnerLoop
+from speed_async.learner.loop import LearnerLoop, RunResult
 from speed_async.learner.progress import Progress
 from speed_async.learner.trainer import UpdateResult
 from speed_async.observability.metrics import Event
@@ -150,7 +150,7 @@ class Run:
             started_s=0.0,
         )
 
-    async def execute(self, machine: StateMachine | None = None) -> Finished:
+    async def execute(self, machine: StateMachine | None = None) -> RunResult:
         """Run to completion; `machine` is a state machine with a journal for this service."""
         hub = InProcessHub()
         feed = FeedPublisher("127.0.0.1", 0)
@@ -164,7 +164,7 @@ class Run:
             learner = LearnerLoop(
                 self.config,
                 link=SessionLink(hub.connect("learner")),
-                updates=self.updates,
+                trainer=self.updates,
                 sender=MemorySender(store, bucket_bytes=1024),
                 backend="gloo",
                 stop=self.stop,
@@ -206,7 +206,7 @@ class Run:
         )
 
 
-def execute(run: Run) -> Finished:
+def execute(run: Run) -> RunResult:
     return asyncio.run(asyncio.wait_for(run.execute(), 30))
 
 

@@ -18,7 +18,7 @@ from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.transport import messages as m
 from speed_async.transport.codec import decode
-from speed_async.transport.tracing import digest_of
+from speed_async.transport.tracing import group_digest
 
 
 def held_groups(run_folder: Path) -> set[str]:
@@ -37,7 +37,7 @@ def held_groups(run_folder: Path) -> set[str]:
             assert group.place is not None
             message = decode(journal.read(group.place).frames)
             assert isinstance(message, m.GroupFinished)
-            held.add(digest_of(message))
+            held.add(group_digest(message))
         journal.close()
         return held
 

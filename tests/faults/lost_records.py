@@ -8,7 +8,7 @@ from pathlib import Path
 from speed_async.buffer.durability.journal import read_segment
 from speed_async.transport import messages as m
 from speed_async.transport.codec import decode
-from speed_async.transport.tracing import digest_of
+from speed_async.transport.tracing import group_digest
 
 ENDS: dict[type[m.Message], str] = {
     m.GroupFinished: "group",
@@ -37,4 +37,4 @@ class LostRecords:
             if (kind := ENDS.get(type(message))) is not None:
                 self.results[kind] += 1
             if isinstance(message, m.GroupFinished):
-                self.groups.add(digest_of(message))
+                self.groups.add(group_digest(message))

@@ -18,7 +18,7 @@ from benchmarks.fuzz import fuzz
 from benchmarks.fuzz_frames import DEEP_VALUE, FrameMutator, corpus
 from benchmarks.fuzz_target import CORRECT_ACTOR, FAULTY_ACTOR, Target, UnknownPeers, groups_balance
 from speed_async.errors import DeadlineExceeded, ProtocolError
-from speed_async.transport.codec import _LAYOUTS, MAGIC, decode, encode
+from speed_async.transport.codec import _SCHEMAS, MAGIC, decode, encode
 from speed_async.transport.messages import PROTOCOL_VERSION, Goodbye, WantWork
 from speed_async.transport.peer_names import new_identity
 from speed_async.transport.zeromq import open_hub, open_link
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_corpus_contains_every_message_of_the_protocol():
-    assert {type(message).__name__ for message in corpus()} == set(_LAYOUTS)
+    assert {type(message).__name__ for message in corpus()} == set(_SCHEMAS)
     for message in corpus():
         assert type(decode(encode(message))) is type(message)
 

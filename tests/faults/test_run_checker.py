@@ -13,7 +13,7 @@ from speed_async.buffer.durability.journal import Journal
 from speed_async.testing.inprocess_transport import InProcessHub
 from speed_async.transport import messages as m
 from speed_async.transport.codec import encode
-from speed_async.transport.tracing import digest_of, with_tracing
+from speed_async.transport.tracing import group_digest, with_tracing
 from speed_async.types import ActorCounts
 from tests.faults.lost_records import LostRecords
 from tests.faults.run_checker import check_finished, check_running
@@ -229,7 +229,7 @@ def test_actor_and_learner_compute_the_same_digest_and_a_resent_message_counts_o
     asyncio.run(run())
     traces = read_traces(tmp_path)
     [actor], [update], [batch] = traces.actors, traces.updates, traces.batches
-    assert [line["group"] for line in actor.sent] == [digest_of(finished_group(1))]
+    assert [line["group"] for line in actor.sent] == [group_digest(finished_group(1))]
     assert actor.is_accepted(actor.sent[0])
     assert update.groups == batch["groups"] == [actor.sent[0]["group"]]
     assert update.tokens == 3
@@ -250,4 +250,4 @@ def test_records_in_the_cut_part_of_a_journal_are_recorded(tmp_path: Path) -> No
     assert lost.results == {"group": 1}
     lost.add(segment, size // 2 - 1)
     assert lost.results == {"group": 3}
-    assert lost.groups == {digest_of(finished_group(1))}
+    assert lost.groups == {group_digest(finished_group(1))}

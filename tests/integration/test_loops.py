@@ -21,7 +21,7 @@ from speed_async.buffer.server import serve
 from speed_async.buffer.state_machine import StateMachine
 from speed_async.errors import RoleError, WeightSyncError
 from speed_async.learner.inbox import Stop
-from speed_async.learner.loop import Finished, LearnerLoop
+from speed_async.learner.loop import LearnerLoop, RunResult
 from speed_async.testing.inprocess_transport import InProcessHub, InProcessLink
 from speed_async.testing.memory_channel import MemorySender, MemoryStore
 from speed_async.testing.scripted_engine import ScriptedStepper
@@ -237,7 +237,7 @@ def test_verifier_failure_fails_only_its_group(
 def test_stop_drains_saves_and_the_ledger_balances(make_run: Callable[..., Run]) -> None:
     run = make_run(run={"updates": 10_000})
 
-    async def stopped() -> Finished:
+    async def stopped() -> RunResult:
         loop = asyncio.get_running_loop()
 
         def stop_after_three(num_updates: int) -> None:
@@ -263,7 +263,7 @@ def test_lease_in_scoring_is_ended_by_a_drain(
 ) -> None:
     run = make_run(num_actors=1, run={"updates": 10_000})
 
-    async def stopped() -> Finished:
+    async def stopped() -> RunResult:
         async def score_until_paused() -> None:
             """After the third update, scores are returned only after the engine is paused."""
             if len(run.updates.batches) >= 3:
@@ -343,7 +343,7 @@ def test_batch_received_during_weight_publication_is_trained(tmp_path: Path) -> 
     loop = LearnerLoop(
         config,
         link=link,
-        updates=updates,
+        trainer=updates,
         sender=MemorySender(MemoryStore(), bucket_bytes=1024),
         backend="gloo",
         stop=Stop(),
@@ -363,7 +363,7 @@ def test_batch_with_a_missing_group_raises(tmp_path: Path) -> None:
     loop = LearnerLoop(
         config,
         link=link,
-        updates=CountingUpdates(),
+        trainer=CountingUpdates(),
         sender=MemorySender(MemoryStore(), bucket_bytes=1024),
         backend="gloo",
         stop=Stop(),
@@ -376,7 +376,7 @@ def test_batch_with_a_missing_group_raises(tmp_path: Path) -> None:
 def test_hanging_verifier_does_not_block_the_drain(make_run: Callable[..., Run]) -> None:
     run = make_run(num_actors=1, run={"updates": 10_000})
 
-    async def stopped() -> Finished:
+    async def stopped() -> RunResult:
         async def hang() -> None:
             if len(run.updates.batches) >= 2:
                 run.stop.set()

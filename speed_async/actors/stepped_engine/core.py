@@ -1,7 +1,7 @@
 """The synchronous engine core: iterates a stepper, in a thread or in another process.
 
-Requests and commands of callers collect in an inbox. One iteration applies the inbox, runs one
-step and returns the results. Inboxes and results are plain records, so that they can cross a
+Requests and commands of callers collect in an input. One iteration applies it, runs one
+step and returns the results. Inputs and results are plain records, so that they can cross a
 process boundary.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateReport
 from speed_async.actors.stepped_engine.admission import ModelLimits
-from speed_async.actors.stepped_engine.stepper import Finished, Stepper
+from speed_async.actors.stepped_engine.stepper import FinishedRequest, Stepper
 from speed_async.errors import SpeedAsyncError
 from speed_async.types import WeightOffer
 
@@ -19,7 +19,7 @@ Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Update:
+class LoadWeights:
     offer: WeightOffer
 
 
@@ -33,12 +33,12 @@ class Resume:
     pass
 
 
-Command = Update | Pause | Resume
+Command = LoadWeights | Pause | Resume
 Answer = UpdateReport | SpeedAsyncError | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Inbox:
+class IterationInput:
     """Requests and commands since the start of the last iteration."""
 
     arrivals: list[tuple[int, GenerationRequest]] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Inbox:
 class IterationResult:
     """Results of one or more iterations; `stats` are those after the last one."""
 
-    finished: list[Finished]
+    finished: list[FinishedRequest]
     answers: list[Answer]
     """One result per command, in order. An error is raised in the command's caller only."""
     tokens_cancelled: int
@@ -83,7 +83,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Whether an iteration with an empty inbox would sample."""
+        """Whether an iteration with an empty input would sample."""
         return self._stepper.has_work and not self._is_paused
 
     @property
@@ -92,19 +92,19 @@ class EngineCore:
             self._stepper.stats(), sampling_s=self._sampling_s, updating_s=self._updating_s
         )
 
-    def iterate(self, inbox: Inbox) -> IterationResult:
-        """Apply the inbox and run one step.
+    def iterate(self, inputs: IterationInput) -> IterationResult:
+        """Apply the input and run one step.
 
         Raises the stepper's errors, and the error of an update that left no valid version.
         """
         stepper = self._stepper
-        finished: list[Finished] = []
+        finished: list[FinishedRequest] = []
         answers: list[Answer] = []
-        for key, request in inbox.arrivals:
+        for key, request in inputs.arrivals:
             stepper.submit(key, request)
-        tokens_cancelled = sum(stepper.cancel(key) for key in inbox.cancelled)
+        tokens_cancelled = sum(stepper.cancel(key) for key in inputs.cancelled)
         started_s = self._clock()
-        for command in inbox.commands:
+        for command in inputs.commands:
             try:
                 answers.append(self._execute(command, finished))
             except SpeedAsyncError as error:
@@ -123,9 +123,9 @@ class EngineCore:
             stats=self.stats,
         )
 
-    def _execute(self, command: Command, finished: list[Finished]) -> UpdateReport | None:
+    def _execute(self, command: Command, finished: list[FinishedRequest]) -> UpdateReport | None:
         match command:
-            case Update(offer=offer):
+            case LoadWeights(offer=offer):
                 started_s = self._clock()
                 finished += self._stepper.abort_stale(offer.policy_version)
                 transfer_s = self._stepper.load_weights(offer)

@@ -1,6 +1,6 @@
 """The asynchronous layer: implements `Engine` on top of any `Worker`.
 
-Requests and commands collect in an inbox that the worker fetches. Completions are delivered as
+Requests and commands collect in an input that the worker fetches. Completions are delivered as
 results arrive, and their callers run while the worker continues.
 """
 
@@ -15,11 +15,11 @@ from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateRepo
 from speed_async.actors.stepped_engine.admission import sequence_limit
 from speed_async.actors.stepped_engine.core import (
     Command,
-    Inbox,
+    IterationInput,
     IterationResult,
+    LoadWeights,
     Pause,
     Resume,
-    Update,
 )
 from speed_async.actors.stepped_engine.worker import Worker
 from speed_async.errors import SpeedAsyncError
@@ -36,7 +36,7 @@ class SteppedEngine:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._keys = itertools.count()
-        self._inbox = Inbox()
+        self._input = IterationInput()
         self._callers: dict[int, asyncio.Future[Sampled]] = {}
         self._commands: deque[asyncio.Future[Any]] = deque()  # pending commands, oldest first
         self._failure: Exception | None = None
@@ -90,7 +90,7 @@ class SteppedEngine:
         key = next(self._keys)
         future: asyncio.Future[Sampled] = asyncio.get_running_loop().create_future()
         self._callers[key] = future
-        self._inbox.arrivals.append((key, request))
+        self._input.arrivals.append((key, request))
         self._wake.set()
         try:
             sampled = await future
@@ -101,7 +101,7 @@ class SteppedEngine:
         return sampled
 
     async def update_weights(self, offer: WeightOffer) -> UpdateReport:
-        return await self._command(Update(offer=offer))
+        return await self._command(LoadWeights(offer=offer))
 
     async def pause(self, *, abort: bool) -> None:
         await self._command(Pause(abort=abort))
@@ -112,23 +112,23 @@ class SteppedEngine:
     async def _command(self, command: Command) -> Any:
         self._check_usable()
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._inbox.commands.append(command)
+        self._input.commands.append(command)
         self._commands.append(future)
         self._wake.set()
         return await future
 
     async def _run(self) -> None:
         try:
-            await self._worker.run(self._wake, self._take_inbox, self._deliver)
+            await self._worker.run(self._wake, self._take_input, self._deliver)
         except asyncio.CancelledError:
             self._fail(SpeedAsyncError("the engine was closed before this request finished"))
             raise
         except Exception as error:  # task boundary: an error in an iteration fails every request
             self._fail(error)
 
-    def _take_inbox(self) -> Inbox:
-        inbox, self._inbox = self._inbox, Inbox()
-        return inbox
+    def _take_input(self) -> IterationInput:
+        inputs, self._input = self._input, IterationInput()
+        return inputs
 
     def _deliver(self, result: IterationResult) -> None:
         self._stats = result.stats
@@ -153,7 +153,7 @@ class SteppedEngine:
         """Discard a request whose caller was cancelled."""
         if future.cancelled():
             if self._callers.pop(key, None) is not None:
-                self._inbox.cancelled.append(key)
+                self._input.cancelled.append(key)
                 self._wake.set()
         elif future.exception() is None:
             num_tokens = future.result().num_tokens

@@ -1,4 +1,4 @@
-"""Frames that carry inboxes and iteration results between an actor and its engine process.
+"""Frames that carry inputs and iteration results between an actor and its engine process.
 
 A frame is a 4-byte length and a msgpack value. Both ends run the same program, so frames carry no
 version and the only invalid input is a truncated frame.
@@ -16,13 +16,13 @@ from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateRepo
 from speed_async.actors.stepped_engine.core import (
     Answer,
     Command,
-    Inbox,
+    IterationInput,
     IterationResult,
+    LoadWeights,
     Pause,
     Resume,
-    Update,
 )
-from speed_async.actors.stepped_engine.stepper import Finished
+from speed_async.actors.stepped_engine.stepper import FinishedRequest
 from speed_async.errors import SpeedAsyncError
 from speed_async.types import Sampled, WeightOffer
 
@@ -35,16 +35,16 @@ def frame(value: Any) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
-def pack_inbox(inbox: Inbox) -> dict[str, Any]:
+def pack_input(inputs: IterationInput) -> dict[str, Any]:
     return {
-        "arrivals": [(key, *_pack_request(request)) for key, request in inbox.arrivals],
-        "cancelled": inbox.cancelled,
-        "commands": [_pack_command(command) for command in inbox.commands],
+        "arrivals": [(key, *_pack_request(request)) for key, request in inputs.arrivals],
+        "cancelled": inputs.cancelled,
+        "commands": [_pack_command(command) for command in inputs.commands],
     }
 
 
-def unpack_inbox(value: dict[str, Any]) -> Inbox:
-    return Inbox(
+def unpack_input(value: dict[str, Any]) -> IterationInput:
+    return IterationInput(
         arrivals=[(key, _unpack_request(*rest)) for key, *rest in value["arrivals"]],
         cancelled=value["cancelled"],
         commands=[_unpack_command(*parts) for parts in value["commands"]],
@@ -63,7 +63,8 @@ def pack_result(result: IterationResult) -> dict[str, Any]:
 def unpack_result(value: dict[str, Any]) -> IterationResult:
     return IterationResult(
         finished=[
-            Finished(key=key, sampled=_unpack_sampled(*rest)) for key, *rest in value["finished"]
+            FinishedRequest(key=key, sampled=_unpack_sampled(*rest))
+            for key, *rest in value["finished"]
         ],
         answers=[_unpack_answer(*parts) for parts in value["answers"]],
         tokens_cancelled=value["tokens_cancelled"],
@@ -118,7 +119,7 @@ def _unpack_sampled(tokens: bytes, logprobs: bytes, versions: bytes, finish_reas
 
 def _pack_command(command: Command) -> tuple[Any, ...]:
     match command:
-        case Update(offer=offer):
+        case LoadWeights(offer=offer):
             return ("update", dataclasses.asdict(offer))
         case Pause(abort=abort):
             return ("pause", abort)
@@ -128,7 +129,7 @@ def _pack_command(command: Command) -> tuple[Any, ...]:
 
 def _unpack_command(kind: str, value: Any) -> Command:
     if kind == "update":
-        return Update(offer=WeightOffer(**value))
+        return LoadWeights(offer=WeightOffer(**value))
     return Pause(abort=value) if kind == "pause" else Resume()
 
 

@@ -5,9 +5,9 @@ pair: when either end dies, the other one detects the closed socket.
 
 | loop | consumes | waits for | unblocked by |
 | --- | --- | --- | --- |
-| `ProcessWorker._send` | inboxes | `wake`, socket buffer space | any call; the process |
+| `ProcessWorker._send` | inputs | `wake`, socket buffer space | any call; the process |
 | `ProcessWorker.run` | results | a frame | the process, or its death |
-| `_serve` | inboxes | when idle, an inbox | its reader thread |
+| `_serve` | inputs | when idle, an input | its reader thread |
 """
 
 import asyncio
@@ -29,15 +29,15 @@ import msgpack
 
 from speed_async.actors.engine import EngineStats
 from speed_async.actors.stepped_engine.admission import ModelLimits
-from speed_async.actors.stepped_engine.core import EngineCore, Inbox, IterationResult
+from speed_async.actors.stepped_engine.core import EngineCore, IterationInput, IterationResult
 from speed_async.actors.stepped_engine.frames import (
     LENGTH,
     frame,
     pack_error,
-    pack_inbox,
+    pack_input,
     pack_result,
     unpack_error,
-    unpack_inbox,
+    unpack_input,
     unpack_result,
     unpack_stats,
 )
@@ -95,10 +95,10 @@ class ProcessWorker:
     async def run(
         self,
         wake: asyncio.Event,
-        take: Callable[[], Inbox],
+        take: Callable[[], IterationInput],
         deliver: Callable[[IterationResult], None],
     ) -> None:
-        sender = asyncio.create_task(self._send(wake, take), name="engine-inbox")
+        sender = asyncio.create_task(self._send(wake, take), name="engine-input")
         try:
             while True:
                 deliver(unpack_result(await self._receive()))
@@ -115,12 +115,12 @@ class ProcessWorker:
         if self.process.is_alive():
             self.process.kill()
 
-    async def _send(self, wake: asyncio.Event, take: Callable[[], Inbox]) -> None:
+    async def _send(self, wake: asyncio.Event, take: Callable[[], IterationInput]) -> None:
         assert self._writer is not None, "call start before run"
         while True:
             await wake.wait()
             wake.clear()
-            self._writer.write(frame(pack_inbox(take())))
+            self._writer.write(frame(pack_input(take())))
             await self._writer.drain()
 
     async def _receive(self) -> Any:
@@ -164,16 +164,16 @@ def _main(
 
 
 def _serve(engine_end: socket.socket, make_stepper: Callable[[], Stepper]) -> None:
-    inboxes: queue.SimpleQueue[Inbox] = queue.SimpleQueue()
+    queued: queue.SimpleQueue[IterationInput] = queue.SimpleQueue()
     # A reader thread drains the socket during long iterations and detects when it closes.
-    threading.Thread(target=_read, args=(engine_end, inboxes), name="inbox", daemon=True).start()
+    threading.Thread(target=_read, args=(engine_end, queued), name="input", daemon=True).start()
     core = EngineCore(make_stepper())
     stats = pack_result(_empty_result(core.stats))["stats"]
     engine_end.sendall(frame({"limits": asdict(core.limits), "stats": stats}))
     pending, sent_s = _empty_result(core.stats), time.monotonic()
     while True:
-        inbox = _drain_queue(inboxes, wait=not core.has_work)
-        pending = pending.followed_by(core.iterate(inbox))
+        inputs = _drain_queue(queued, wait=not core.has_work)
+        pending = pending.followed_by(core.iterate(inputs))
         now_s = time.monotonic()
         has_results = pending.finished or pending.answers or pending.tokens_cancelled
         if has_results or not core.has_work or now_s - sent_s >= STATS_INTERVAL_S:
@@ -181,14 +181,14 @@ def _serve(engine_end: socket.socket, make_stepper: Callable[[], Stepper]) -> No
             pending, sent_s = _empty_result(pending.stats), now_s
 
 
-def _drain_queue(inboxes: "queue.SimpleQueue[Inbox]", *, wait: bool) -> Inbox:
-    """All queued inboxes merged into one; with `wait`, blocks for the first."""
-    merged = inboxes.get() if wait else Inbox()
-    while not inboxes.empty():
-        inbox = inboxes.get()
-        merged.arrivals.extend(inbox.arrivals)
-        merged.cancelled.extend(inbox.cancelled)
-        merged.commands.extend(inbox.commands)
+def _drain_queue(queued: "queue.SimpleQueue[IterationInput]", *, wait: bool) -> IterationInput:
+    """All queued inputs merged into one; with `wait`, blocks for the first."""
+    merged = queued.get() if wait else IterationInput()
+    while not queued.empty():
+        inputs = queued.get()
+        merged.arrivals.extend(inputs.arrivals)
+        merged.cancelled.extend(inputs.cancelled)
+        merged.commands.extend(inputs.commands)
     return merged
 
 
@@ -196,12 +196,12 @@ def _empty_result(stats: EngineStats) -> IterationResult:
     return IterationResult(finished=[], answers=[], tokens_cancelled=0, stats=stats)
 
 
-def _read(engine_end: socket.socket, inboxes: "queue.SimpleQueue[Inbox]") -> None:
+def _read(engine_end: socket.socket, queued: "queue.SimpleQueue[IterationInput]") -> None:
     try:
         with engine_end.makefile("rb") as stream:
             while len(header := stream.read(LENGTH.size)) == LENGTH.size:
                 body = stream.read(*LENGTH.unpack(header))
-                inboxes.put(unpack_inbox(msgpack.unpackb(body)))
+                queued.put(unpack_input(msgpack.unpackb(body)))
     finally:  # an actor killed with unread results resets the connection
         os._exit(0)  # the actor has exited or closed the engine
 

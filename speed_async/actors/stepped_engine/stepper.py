@@ -11,7 +11,7 @@ from speed_async.types import Sampled, WeightOffer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finished:
+class FinishedRequest:
     """A finished request; `key` is the key it was submitted with."""
 
     key: int
@@ -42,13 +42,13 @@ class Stepper(Protocol):
         """Discard a request; returns its number of sampled tokens (0 when unknown)."""
         ...
 
-    def step(self) -> list[Finished]: ...
+    def step(self) -> list[FinishedRequest]: ...
 
-    def abort(self) -> list[Finished]:
+    def abort(self) -> list[FinishedRequest]:
         """Abort every running or waiting request; each returns its tokens so far."""
         ...
 
-    def abort_stale(self, policy_version: int) -> list[Finished]:
+    def abort_stale(self, policy_version: int) -> list[FinishedRequest]:
         """Abort every request that is too stale for this version (`GenerationRequest.is_stale`)."""
         ...
 

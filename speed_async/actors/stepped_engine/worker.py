@@ -2,7 +2,7 @@
 
 | loop | consumes | waits for | unblocked by |
 | --- | --- | --- | --- |
-| `ThreadWorker.run` | inboxes | an iteration; when idle, `wake` | the thread; any engine call |
+| `ThreadWorker.run` | inputs | an iteration; when idle, `wake` | the thread; any engine call |
 """
 
 import asyncio
@@ -13,7 +13,12 @@ from typing import Protocol
 
 from speed_async.actors.engine import EngineStats
 from speed_async.actors.stepped_engine.admission import ModelLimits
-from speed_async.actors.stepped_engine.core import Clock, EngineCore, Inbox, IterationResult
+from speed_async.actors.stepped_engine.core import (
+    Clock,
+    EngineCore,
+    IterationInput,
+    IterationResult,
+)
 from speed_async.actors.stepped_engine.stepper import Stepper
 
 
@@ -27,11 +32,11 @@ class Worker(Protocol):
     async def run(
         self,
         wake: asyncio.Event,
-        take: Callable[[], Inbox],
+        take: Callable[[], IterationInput],
         deliver: Callable[[IterationResult], None],
     ) -> None:
-        """Iterate until cancelled. `take` returns the inbox since its last call; `wake` is set
-        when the inbox is not empty. Raises the error of a failed iteration, which is final."""
+        """Iterate until cancelled. `take` returns the input since its last call; `wake` is set
+        when the input is not empty. Raises the error of a failed iteration, which is final."""
         ...
 
     async def close(self) -> None:
@@ -59,15 +64,15 @@ class ThreadWorker:
     async def run(
         self,
         wake: asyncio.Event,
-        take: Callable[[], Inbox],
+        take: Callable[[], IterationInput],
         deliver: Callable[[IterationResult], None],
     ) -> None:
         loop, core = asyncio.get_running_loop(), self._core
         assert core is not None, "call start before run"
         while True:
-            inbox = take()
-            if inbox or core.has_work:
-                deliver(await loop.run_in_executor(self._thread, core.iterate, inbox))
+            inputs = take()
+            if inputs or core.has_work:
+                deliver(await loop.run_in_executor(self._thread, core.iterate, inputs))
             else:
                 wake.clear()
                 await wake.wait()

@@ -20,7 +20,7 @@ from speed_async.actors.stepped_engine.admission import (
     WaitingQueue,
     sequence_limit,
 )
-from speed_async.actors.stepped_engine.stepper import Finished, empty_sample
+from speed_async.actors.stepped_engine.stepper import FinishedRequest, empty_sample
 from speed_async.actors.torch_engine.sampling import sample
 from speed_async.actors.torch_engine.slot_model import SlotModel
 from speed_async.actors.torch_engine.slots import Int64Array, SlotTable
@@ -96,13 +96,13 @@ class TorchGenerator:
         rows = np.flatnonzero(self._table.active & (self._table.keys == key))
         return sum(each.sampled.num_tokens for each in self._release(rows, "abort"))
 
-    def abort(self) -> list[Finished]:
+    def abort(self) -> list[FinishedRequest]:
         finished = self._release(np.flatnonzero(self._table.active), "abort")
         while len(self._waiting):
-            finished.append(Finished(key=self._waiting.pop()[0], sampled=empty_sample()))
+            finished.append(FinishedRequest(key=self._waiting.pop()[0], sampled=empty_sample()))
         return finished
 
-    def abort_stale(self, policy_version: int) -> list[Finished]:
+    def abort_stale(self, policy_version: int) -> list[FinishedRequest]:
         table = self._table
         rows = np.flatnonzero(table.active)
         has_tokens = table.length[rows] > table.num_prompt[rows]
@@ -117,11 +117,11 @@ class TorchGenerator:
         finished = self._release(np.array(stale, np.int64), "abort")
         for key in self._waiting.stale_keys(policy_version):
             self._waiting.remove(key)
-            finished.append(Finished(key=key, sampled=empty_sample()))
+            finished.append(FinishedRequest(key=key, sampled=empty_sample()))
         return finished
 
     @torch.inference_mode()
-    def step(self) -> list[Finished]:
+    def step(self) -> list[FinishedRequest]:
         """Admit waiting requests when due and sample one token for every running row.
 
         Raises SpeedAsyncError when the model returns non-finite log-probabilities.
@@ -223,7 +223,7 @@ class TorchGenerator:
                 "have diverged or its dtype overflows"
             )
 
-    def _collect(self, tokens_N: Int64Array) -> list[Finished]:
+    def _collect(self, tokens_N: Int64Array) -> list[FinishedRequest]:
         table, count = self._table, self._table.num_rows
         stopped_N = np.zeros(count, bool)
         for eos_token_id in self._eos_token_ids:
@@ -233,9 +233,9 @@ class TorchGenerator:
         finished = self._release(np.flatnonzero(stopped_N), "stop")
         return finished + self._release(np.flatnonzero(full_N), "length")
 
-    def _release(self, rows: Int64Array, finish_reason: FinishReason) -> list[Finished]:
+    def _release(self, rows: Int64Array, finish_reason: FinishReason) -> list[FinishedRequest]:
         finished = [
-            Finished(
+            FinishedRequest(
                 key=int(self._table.keys[row]), sampled=self._table.release(row, finish_reason)
             )
             for row in rows.tolist()

@@ -22,7 +22,7 @@ from speed_async.actors.torch_engine.slots import Int64Array
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
+class SlotSpan:
     """Rows of one attention call: the rows in use of one block."""
 
     first_row: int
@@ -125,7 +125,7 @@ class SlotCache(Cache):
         self._begin(rows, np.broadcast_to(np.arange(num_positions), (len(rows), num_positions)))
         self._lengths = lengths
 
-    def begin_decode(self, positions: Int64Array) -> list[Span]:
+    def begin_decode(self, positions: Int64Array) -> list[SlotSpan]:
         """Configure a forward pass that writes one position for each of the first N rows.
 
         Returns the spans that it attends over.
@@ -133,7 +133,7 @@ class SlotCache(Cache):
         num_rows = len(positions)
         self._begin(np.arange(num_rows), positions[:, None])
         return [
-            Span(
+            SlotSpan(
                 first_row=start,
                 end_row=min(start + self.block, num_rows),
                 capacity=int(self._capacity[start // self.block]),

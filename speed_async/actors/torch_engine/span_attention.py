@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from speed_async.actors.torch_engine.slot_cache import Span
+from speed_async.actors.torch_engine.slot_cache import SlotSpan
 from speed_async.errors import ModelError
 
 SPANS_KEYWORD = "slot_spans"
@@ -45,7 +45,7 @@ def span_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    slot_spans: list[Span] | None = None,
+    slot_spans: list[SlotSpan] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of query (N, Q, 1, D) over the stores of a SlotCache; returns (N, 1, Q, D).

@@ -36,7 +36,7 @@ from speed_async.transport.zeromq import open_link
 
 if TYPE_CHECKING:
     from speed_async.learner.inbox import Stop
-    from speed_async.learner.loop import Finished
+    from speed_async.learner.loop import RunResult
 
 ROLE = "learner"
 CHILD_GRACE_S = 5.0
@@ -150,7 +150,7 @@ async def _train(
     stop: "Stop",
     service: ServiceProcess,
     watch: asyncio.Task[None],
-) -> "Finished":
+) -> "RunResult":
     """Train until the run ends. Raises RoleError when the service dies."""
     # The import takes seconds; the actors, which only wait for the service, start in parallel.
     work = await asyncio.to_thread(
@@ -179,7 +179,7 @@ async def _train(
         await link.close()
 
 
-def _write_results(finished: "Finished", folder: RunFolder, *, breakdown: bool) -> None:
+def _write_results(finished: "RunResult", folder: RunFolder, *, breakdown: bool) -> None:
     summary = finished.service_fields | {
         "reason": finished.save_error or finished.reason,
         "outcome": "failed" if finished.save_error else finished.outcome,

@@ -15,7 +15,7 @@ from speed_async.launcher.identity.identity import DATA, Identity
 from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.launcher.rank import Rank
 from speed_async.learner.inbox import Stop
-from speed_async.learner.loop import Finished, LearnerLoop
+from speed_async.learner.loop import LearnerLoop, RunResult
 from speed_async.learner.model import load_model, stored_dtype
 from speed_async.learner.parallel import SingleRank
 from speed_async.learner.progress import Progress, Restored
@@ -29,7 +29,7 @@ from speed_async.weight_sync.process_group import choose_backend
 
 async def learn(
     attempt: Attempt, rank: Rank, link: Link, stop: Stop, identity: Identity
-) -> Finished:
+) -> RunResult:
     """Train until the run ends or `stop` is set."""
     config = attempt.config
     torch.set_num_threads(config.learner.num_threads)
@@ -65,7 +65,7 @@ async def learn(
     loop = LearnerLoop(
         config,
         link=link,
-        updates=trainer,
+        trainer=trainer,
         sender=sender,
         backend=backend,
         stop=stop,

@@ -9,18 +9,12 @@ raises     OSError when the checkpoint cannot be written; the caller handles it
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
 
 from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox
 from speed_async.learner.progress import Progress
+from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
 from speed_async.transport.transport import Link
-
-
-class CheckpointWriter(Protocol):
-    """The trainer, as used by the checkpointer."""
-
-    def save(self, progress: Progress) -> int: ...
 
 
 class Checkpointer:
@@ -29,7 +23,7 @@ class Checkpointer:
         *,
         link: Link,
         inbox: Inbox,
-        updates: CheckpointWriter,
+        trainer: Trainer,
         timeout_s: float,
         saved_version: int | None,
     ) -> None:
@@ -37,7 +31,7 @@ class Checkpointer:
         self.saved_version = saved_version
         self._link = link
         self._inbox = inbox
-        self._updates = updates
+        self._trainer = trainer
         self._timeout_s = timeout_s + SERVICE_GRACE_S
 
     async def prepare(self, progress: Progress) -> Progress:
@@ -59,7 +53,7 @@ class Checkpointer:
 
         Returns the progress without updates that every kept checkpoint includes. Raises OSError.
         """
-        oldest = await asyncio.to_thread(self._updates.save, progress)
+        oldest = await asyncio.to_thread(self._trainer.save, progress)
         self.saved_version = progress.policy_version
         if is_service_connected():
             await self._link.send(

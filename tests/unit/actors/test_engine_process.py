@@ -14,16 +14,22 @@ import pytest
 
 from speed_async.actors.engine import EngineStats, UpdateReport
 from speed_async.actors.stepped_engine import process as engine_process
-from speed_async.actors.stepped_engine.core import Inbox, IterationResult, Pause, Resume, Update
+from speed_async.actors.stepped_engine.core import (
+    IterationInput,
+    IterationResult,
+    LoadWeights,
+    Pause,
+    Resume,
+)
 from speed_async.actors.stepped_engine.engine import SteppedEngine
 from speed_async.actors.stepped_engine.frames import (
-    pack_inbox,
+    pack_input,
     pack_result,
-    unpack_inbox,
+    unpack_input,
     unpack_result,
 )
 from speed_async.actors.stepped_engine.process import ProcessWorker
-from speed_async.actors.stepped_engine.stepper import Finished, Stepper
+from speed_async.actors.stepped_engine.stepper import FinishedRequest, Stepper
 from speed_async.errors import DeadlineExceeded, IncarnationLost, ModelError, SpeedAsyncError
 from speed_async.testing.scripted_engine import ScriptedStepper
 from speed_async.types import Sampled, WeightOffer
@@ -44,7 +50,7 @@ STEP_S = 0.01
 
 
 class SlowStepper(ScriptedStepper):
-    def step(self) -> list[Finished]:
+    def step(self) -> list[FinishedRequest]:
         time.sleep(STEP_S)
         return super().step()
 
@@ -147,7 +153,7 @@ def test_hanging_load_raises_at_its_deadline() -> None:
 
 def test_error_in_a_step_is_reported_with_its_type(capfd) -> None:
     class Faulty(SlowStepper):
-        def step(self) -> list[Finished]:
+        def step(self) -> list[FinishedRequest]:
             raise ZeroDivisionError("scripted")
 
     def make() -> Stepper:
@@ -213,15 +219,15 @@ def is_zombie(process_id: int) -> bool:
         return True
 
 
-def test_frames_round_trip_inboxes_and_results() -> None:
-    inbox = Inbox(
+def test_frames_round_trip_inputs_and_results() -> None:
+    inputs = IterationInput(
         arrivals=[(3, request(5, priority=1)), (4, request(7))],
         cancelled=[2],
-        commands=[Update(offer=offer(9)), Pause(abort=True), Resume()],
+        commands=[LoadWeights(offer=offer(9)), Pause(abort=True), Resume()],
     )
-    unpacked = unpack_inbox(pack_inbox(inbox))
-    assert unpacked.cancelled == [2] and unpacked.commands == inbox.commands
-    pairs = zip(inbox.arrivals, unpacked.arrivals, strict=True)
+    unpacked = unpack_input(pack_input(inputs))
+    assert unpacked.cancelled == [2] and unpacked.commands == inputs.commands
+    pairs = zip(inputs.arrivals, unpacked.arrivals, strict=True)
     for (sent_key, sent), (received_key, received) in pairs:
         assert received_key == sent_key and received.prompt_token_ids.dtype == np.int32
         assert received.prompt_token_ids.tolist() == sent.prompt_token_ids.tolist()
@@ -248,7 +254,7 @@ def test_frames_round_trip_inboxes_and_results() -> None:
     result = unpack_result(
         pack_result(
             IterationResult(
-                finished=[Finished(key=3, sampled=sampled)],
+                finished=[FinishedRequest(key=3, sampled=sampled)],
                 answers=[report, None, DeadlineExceeded("rank 0", "a bucket", 2.0)],
                 tokens_cancelled=6,
                 stats=stats,

@@ -11,7 +11,7 @@ from speed_async.learner.model import load_model
 from speed_async.learner.policy import Policy, check_policy, layout_cost
 from speed_async.learner.rows import (
     LayoutCost,
-    Row,
+    TrainingRow,
     choose_width,
     split_row,
     split_rows,
@@ -30,7 +30,7 @@ LONG = make_completion([5, 6, 7], 1.0, [-0.1, -0.2, -0.3])
 SHORT = make_completion([8, 9], 0.0, [-0.4, -0.5])
 
 
-def full_row(group: Group, advantages: list[float] | None = None) -> Row:
+def full_row(group: Group, advantages: list[float] | None = None) -> TrainingRow:
     """A row of all completions. By default, the advantage is the index from 1, which identifies the
     completion in every layout. The weight is a tenth of the index."""
     numbers_N = np.arange(1.0, len(group.completions) + 1)

@@ -20,8 +20,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import RoleError
 from speed_async.learner.checkpoint.store import checkpoint_folder, kept_versions, latest_valid
 from speed_async.learner.inbox import Stop
-from speed_async.learner.loop import Finished, LearnerLoop
-from speed_async.learner.loop import Updates as TrainerProtocol
+from speed_async.learner.loop import LearnerLoop, RunResult
 from speed_async.learner.model import load_model
 from speed_async.learner.optimizer import named_state
 from speed_async.learner.parallel import SingleRank
@@ -138,7 +137,7 @@ class Service:
 
 class Harness:
     def __init__(
-        self, config: Config, updates: TrainerProtocol, version: int, restored: Restored | None
+        self, config: Config, updates: "Updates | Trainer", version: int, restored: Restored | None
     ) -> None:
         self.hub = InProcessHub()
         self.link = self.hub.connect(PEER)
@@ -153,14 +152,14 @@ class Harness:
         return LearnerLoop(
             self._config,
             link=link,
-            updates=self.updates,
+            trainer=self.updates,
             sender=MemorySender(MemoryStore(), bucket_bytes=1024),
             backend="gloo",
             stop=self.stop,
             restored=self._restored,
         )
 
-    async def run(self) -> Finished:
+    async def run(self) -> RunResult:
         async with asyncio.timeout(DEADLINE_S), self._serving():
             return await self.loop.run(HELLO)
 
@@ -198,7 +197,7 @@ def restored_at(version: int, *, notices: tuple[str, ...] = (), **progress: obje
 def test_a_learner_behind_the_service_replays_without_publishing(
     make_harness: Callable[..., Harness],
 ) -> None:
-    async def run() -> tuple[Harness, Finished]:
+    async def run() -> tuple[Harness, RunResult]:
         recent = (Update(policy_version=2, lease_ids=(8, 9)),)
         restored = restored_at(
             2,
@@ -314,7 +313,7 @@ def test_an_actor_that_joins_during_the_replay_receives_the_final_version(
 def test_a_stop_during_the_replay_keeps_the_older_checkpoint(
     make_harness: Callable[..., Harness],
 ) -> None:
-    async def run() -> tuple[Harness, Finished]:
+    async def run() -> tuple[Harness, RunResult]:
         harness = make_harness(updates=9, service_at=6, restored=restored_at(2))
 
         async def stop(message: m.Message) -> None:
@@ -335,7 +334,7 @@ def test_a_stop_during_the_replay_keeps_the_older_checkpoint(
 def test_a_reached_target_ends_the_run_after_the_replay(
     make_harness: Callable[..., Harness],
 ) -> None:
-    async def run() -> tuple[Harness, Finished]:
+    async def run() -> tuple[Harness, RunResult]:
         harness = make_harness(updates=9, service_at=3, restored=restored_at(1))
 
         async def reached(message: m.Message) -> None:
@@ -397,7 +396,7 @@ def test_a_checkpoint_records_the_journal_sequence_and_recent_groups(
 def test_a_failed_checkpoint_is_reported_and_training_continues(
     make_harness: Callable[..., Harness], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def run() -> tuple[Harness, Finished]:
+    async def run() -> tuple[Harness, RunResult]:
         harness = make_harness(updates=6, service_at=0, trainer=Updates(frozenset({2})))
         return harness, await harness.run()
 
@@ -419,7 +418,7 @@ def test_a_failed_checkpoint_is_reported_and_training_continues(
 def test_a_failed_last_checkpoint_is_an_error(
     make_harness: Callable[..., Harness],
 ) -> None:
-    async def run() -> tuple[Harness, Finished]:
+    async def run() -> tuple[Harness, RunResult]:
         harness = make_harness(updates=2, service_at=0, trainer=Updates(frozenset({2})))
         harness.service.finishes_after = m.FinishRun
         return harness, await harness.run()
@@ -459,7 +458,7 @@ def test_a_finished_service_is_not_notified_of_a_checkpoint(
 def test_damaged_checkpoints_are_reported_to_the_service_and_in_the_summary(
     make_harness: Callable[..., Harness], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def run() -> tuple[Harness, Finished]:
+    async def run() -> tuple[Harness, RunResult]:
         restored = restored_at(2, notices=("version-000004 is damaged", "and version-000003"))
         harness = make_harness(updates=4, service_at=4, restored=restored)
         return harness, await harness.run()
@@ -475,7 +474,7 @@ def test_damaged_checkpoints_are_reported_to_the_service_and_in_the_summary(
 def test_a_learner_that_fell_back_to_the_start_reports_why_and_replays(
     make_harness: Callable[..., Harness],
 ) -> None:
-    async def run() -> tuple[Harness, Finished]:
+    async def run() -> tuple[Harness, RunResult]:
         restored = restored_at(0, notices=("version-000002 is damaged",))
         harness = make_harness(updates=3, service_at=2, restored=restored)
         return harness, await harness.run()
@@ -588,7 +587,7 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def run_attempt(
     folder: Path, *, service_at: int
-) -> tuple[dict[int, dict[str, torch.Tensor]], Finished]:
+) -> tuple[dict[int, dict[str, torch.Tensor]], RunResult]:
     """Runs one attempt, from the newest valid checkpoint if there is one. Returns the state of
     model and optimiser at every published version, and the result."""
     learner = {"lr": 0.01, "warmup_updates": 3, "checkpoint_every": 2, "keep_last": 9}
@@ -602,7 +601,7 @@ def run_attempt(
         restored = Restored(progress=progress, notices=found.notices)
     states: dict[int, dict[str, torch.Tensor]] = {}
 
-    async def run() -> Finished:
+    async def run() -> RunResult:
         harness = Harness(config, trainer, service_at, restored)
         harness.service.make_group = recorded_group
 

@@ -78,7 +78,7 @@ def publish(service: Service, sender: FailingSender) -> None:
         WeightsConfig(),
         link=service,
         inbox=Inbox(service),
-        updates=Weights(),
+        trainer=Weights(),
         sender=sender,
         backend="gloo",
         timeout_s=20.0,
