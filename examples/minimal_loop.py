@@ -33,7 +33,6 @@ from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
 from speed_async.environments.task import Task
 from speed_async.learner.model import load_model
-from speed_async.learner.parallel import SingleRank
 from speed_async.learner.trainer import Trainer
 from speed_async.testing.memory_channel import MemoryReceiver, MemorySender, MemoryStore
 from speed_async.testing.scripted_verifier import ScriptedVerifier
@@ -153,9 +152,7 @@ async def train(config: Config) -> Counts:
     """Runs actor tasks and the learner until the last update."""
     task, folder = make_task(config.task), Path(config.model.path)
     store, counts = MemoryStore(), Counts()
-    trainer = Trainer(
-        config=config, model=load_model(config.model.path, device="cpu"), parallel=SingleRank()
-    )
+    trainer = Trainer(config=config, model=load_model(config.model.path, device="cpu"))
     sender = MemorySender(store, bucket_bytes=config.weights.bucket_bytes)
 
     def make_generator() -> TorchGenerator:

@@ -38,7 +38,7 @@ class CanaryProbe:
 
     @torch.no_grad()
     def measure(self, policy: nn.Module) -> Canary:
-        """Runs one forward pass of `policy`, a `Policy` as returned by `Parallel.wrap`.
+        """Runs one forward pass of `policy`.
 
         It runs in the precision of the parameters, before any cast by the sender. The tolerance of
         the receivers covers the rounding error of that cast. Raises ModelError when a value is not

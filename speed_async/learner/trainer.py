@@ -24,7 +24,6 @@ from speed_async.learner.checkpoint.model_files import read_model_files
 from speed_async.learner.checkpoint.store import checkpoint_folder, prune
 from speed_async.learner.model import context_length, embedding_table
 from speed_async.learner.optimizer import make_optimizer, set_lr, warmed_up_lr
-from speed_async.learner.parallel import Parallel
 from speed_async.learner.policy import Policy, check_policy, layout_cost
 from speed_async.learner.progress import Progress
 from speed_async.learner.rows import choose_width, split_row, split_rows, training_row
@@ -55,7 +54,6 @@ class Trainer:
         *,
         config: Config,
         model: PreTrainedModel,
-        parallel: Parallel,
         objective: Objective | None = None,
         clock: Callable[[], float] = time.perf_counter,
         run_id: str = "",
@@ -74,18 +72,16 @@ class Trainer:
         self._config = config.learner
         self._checkpoints = Path(config.run.folder) / "checkpoints"
         self._model_files = read_model_files(Path(config.model.path))
-        self._parallel = parallel
         self._clock = clock
         context = context_length(model, config.model.context_length)
         self._objective = objective or make_objective(config, context_length=context)
         self._device = next(model.parameters()).device
-        policy = Policy(model, temperature=config.actors.temperature)
-        self._can_share_prompts = check_policy(policy)
+        self._policy = Policy(model, temperature=config.actors.temperature)
+        self._can_share_prompts = check_policy(self._policy)
         self._layout_cost = layout_cost(model)
         self._canary_probe = CanaryProbe(
             model, max_context=config.model.context_length, seed=config.run.seed
         )
-        self._policy = parallel.wrap(policy)
         self._optimizer = make_optimizer(model, config.learner)
 
     def update(self, groups: Sequence[Group]) -> UpdateResult:
@@ -126,13 +122,14 @@ class Trainer:
         )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights to broadcast: each distinct parameter once, float32, valid until the next
-        update."""
-        return self._parallel.full_tensors(self.model)
+        """Weights to broadcast: each distinct parameter once, in layer order, float32, valid until
+        the next update. A tied parameter has its first name."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
 
     def canary(self) -> Canary:
-        """Canary of the current weights, which receivers verify. Runs one short forward pass on all
-        learner ranks. Raises ModelError when the weights have diverged."""
+        """Canary of the current weights, which receivers verify. Runs one short forward pass.
+        Raises ModelError when the weights have diverged."""
         return self._canary_probe.measure(self._policy)
 
     def check_save(self) -> None:
@@ -153,7 +150,7 @@ class Trainer:
         save_checkpoint(
             checkpoint_folder(self._checkpoints, progress.policy_version),
             model=self.model,
-            state=self._parallel.full_state(self.model, self._optimizer),
+            optimizer=self._optimizer,
             model_files=self._model_files,
             progress=progress,
         )
@@ -192,7 +189,11 @@ class Trainer:
             diagnostics.add(tokens, corrected, losses, loss=loss, entropies_N=entropies_N)
         self._fill_missing_gradients()
         metrics = diagnostics.metrics()
-        metrics["grad_norm"] = self._parallel.clip_grad_norm(self.model, self._config.grad_clip)
+        metrics["grad_norm"] = float(
+            torch.nn.utils.clip_grad_norm_(
+                self.model.parameters(), self._config.grad_clip, foreach=True
+            )
+        )
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
             self._optimizer.step()
         return metrics

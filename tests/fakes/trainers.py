@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from speed_async.learner.model import load_model
-from speed_async.learner.parallel import SingleRank
 from speed_async.learner.progress import Progress
 from speed_async.learner.trainer import Trainer
 from speed_async.weight_sync.contiguous import flatten_parameters
@@ -15,7 +14,7 @@ def make_trainer(folder: Path, **learner: object) -> Trainer:
     config = make_config(folder, **({"lr": 0.01, "warmup_updates": 5} | learner))
     model = load_model(folder, device="cpu")
     flatten_parameters(model)
-    return Trainer(config=config, model=model, parallel=SingleRank())
+    return Trainer(config=config, model=model)
 
 
 def at(policy_version: int) -> Progress:

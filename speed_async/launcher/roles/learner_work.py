@@ -17,7 +17,6 @@ from speed_async.launcher.rank import Rank
 from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import LearnerLoop, RunResult
 from speed_async.learner.model import load_model, stored_dtype
-from speed_async.learner.parallel import SingleRank
 from speed_async.learner.progress import Progress, Restored
 from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
@@ -37,7 +36,7 @@ async def learn(
     model = await asyncio.to_thread(load_model, config.model.path, device=config.learner.device)
     # Before the optimiser is created. Contiguous parameters are sent without being packed.
     flatten_parameters(model)
-    trainer = Trainer(config=config, model=model, parallel=SingleRank(), run_id=identity.run_id)
+    trainer = Trainer(config=config, model=model, run_id=identity.run_id)
     restored = None
     if (found := attempt.checkpoint) is not None:
         progress = Progress()

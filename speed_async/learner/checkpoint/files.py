@@ -29,8 +29,7 @@ from speed_async.learner.checkpoint.model_files import CONFIG_FILE, declares_cla
 from speed_async.learner.checkpoint.random_states import random_states, restore_random_states
 from speed_async.learner.checkpoint.store import TRAINER_FILE, TRAINING_FOLDER, clean_up, commit
 from speed_async.learner.model import load_model
-from speed_async.learner.optimizer import load_named_state
-from speed_async.learner.parallel import FullState
+from speed_async.learner.optimizer import load_named_state, named_state
 from speed_async.learner.progress import Progress, Update
 
 FORMAT = 3
@@ -49,7 +48,7 @@ def save_checkpoint(
     folder: Path,
     *,
     model: PreTrainedModel,
-    state: FullState,
+    optimizer: torch.optim.Optimizer,
     model_files: Mapping[str, bytes],
     progress: Progress,
 ) -> None:
@@ -59,11 +58,14 @@ def save_checkpoint(
     """
     partial = _make_partial_folder(folder)
     try:
-        _write_model(partial, model, state.model, model_files)
+        _write_model(partial, model, model.state_dict(), model_files)
         training = partial / TRAINING_FOLDER
         training.mkdir()
-        optimizer = {key: value.detach().contiguous() for key, value in state.optimizer.items()}
-        save_file(optimizer, training / OPTIMIZER_FILE)
+        tensors = named_state(optimizer, model)
+        save_file(
+            {key: value.detach().contiguous() for key, value in tensors.items()},
+            training / OPTIMIZER_FILE,
+        )
         _write_json(training / RANDOM_FILE, random_states())
         _write_json(training / TRAINER_FILE, {"format": FORMAT, **asdict(progress)})
         _copy_mode(training / TRAINER_FILE, partial)

@@ -23,7 +23,6 @@ from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import LearnerLoop, RunResult
 from speed_async.learner.model import load_model
 from speed_async.learner.optimizer import named_state
-from speed_async.learner.parallel import SingleRank
 from speed_async.learner.progress import Progress, Restored, Update
 from speed_async.learner.trainer import Trainer
 from speed_async.testing.inprocess_transport import InProcessHub
@@ -594,7 +593,7 @@ def run_attempt(
     config = make_learner_config(folder, **learner)
     config = config.model_copy(update={"run": config.run.model_copy(update={"updates": 7})})
     model = load_model(folder, device="cpu")
-    trainer = Trainer(config=config, model=model, parallel=SingleRank())
+    trainer = Trainer(config=config, model=model)
     found, restored = latest_valid(Path(config.run.folder) / "checkpoints", 9), None
     if found is not None and found.folder is not None:
         progress = trainer.restore(found.folder)

@@ -21,7 +21,6 @@ from speed_async.config.schema import GateConfig, ObjectiveConfig
 from speed_async.errors import ConfigError, ModelError
 from speed_async.learner.canary import CanaryProbe
 from speed_async.learner.model import load_model, resolve_device
-from speed_async.learner.parallel import SingleRank
 from speed_async.learner.policy import Policy, check_policy
 from speed_async.learner.trainer import Trainer
 from speed_async.types import Group
@@ -40,7 +39,7 @@ def make_trainer(folder: Path, *, seed: int = 0, **settings: Any):
     """`settings` are those of `make_config`."""
     save_tiny_llama(folder, seed=seed)
     config = make_config(folder, **settings)
-    return Trainer(config=config, model=load_model(folder, device="cpu"), parallel=SingleRank())
+    return Trainer(config=config, model=load_model(folder, device="cpu"))
 
 
 def parameters(trainer: Trainer) -> list[torch.Tensor]:
@@ -197,7 +196,7 @@ def test_a_non_finite_gradient_leaves_parameters_and_moments_unchanged(tmp_path:
         config = make_config(folder, lr=0.01, warmup_updates=0)
         trainers.append(
             Trainer(
-                config=config, model=load_model(folder, device="cpu"), parallel=SingleRank(),
+                config=config, model=load_model(folder, device="cpu"),
                 objective=replace(make_objective(config), policy_loss=sometimes_infinite),
             )
         )  # fmt: skip
@@ -291,7 +290,7 @@ def objective_trainer(
     """A trainer of the model in `folder` at version `age`, so that tokens of version 0 have this
     age."""
     config = make_config(folder, objective=objective, **learner)
-    trainer = Trainer(config=config, model=load_model(folder, device="cpu"), parallel=SingleRank())
+    trainer = Trainer(config=config, model=load_model(folder, device="cpu"))
     trainer.num_updates = age
     return trainer
 
@@ -386,7 +385,6 @@ def test_limits_beyond_the_context_have_no_effect(
         trainer = Trainer(
             config=config.model_copy(update={"model": chosen}),
             model=load_model(tmp_path, device="cpu"),
-            parallel=SingleRank(),
         )
         cut = make_completion([2] * 10, 1.0, finish_reason="length")
         trainer.update([make_group([1] * 6, cut, make_completion([3] * 4, 1.0))])
@@ -500,7 +498,6 @@ def test_gradient_checkpointing_preserves_gradients_with_dropout(tmp_path: Path)
         trainer = Trainer(
             config=make_config(folder, grad_clip=UNLIMITED),
             model=load_model(folder, device="cpu", gradient_checkpointing=flag),
-            parallel=SingleRank(),
         )
         trainer.update(random_groups(0))
         updates.append(gradients(trainer))
