@@ -6,7 +6,7 @@ answer `5210` (W + 1 digits).
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from speed_async.errors import TaskError
 from speed_async.types import Prompt
@@ -67,16 +67,8 @@ class ArithmeticTask:
                 "raise max_digits or request fewer prompts"
             )
         sums = _distinct_sums(random.Random(seed), max_digits)
-        self._held_out_prompts = _take(sums, num_held_out, held_out=True)
-        self._train_prompts = _take(sums, num_prompts, held_out=False)
-
-    @property
-    def train_prompts(self) -> Sequence[Prompt]:
-        return self._train_prompts
-
-    @property
-    def held_out_prompts(self) -> Sequence[Prompt]:
-        return self._held_out_prompts
+        self.held_out_prompts = _take(sums, num_held_out, held_out=True)
+        self.train_prompts = _take(sums, num_prompts, held_out=False)
 
     def score(self, prompt: Prompt, completion: str) -> float:
         """1.0 when the stripped completion equals the answer; else 0.0."""

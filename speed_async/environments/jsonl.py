@@ -1,7 +1,6 @@
 """The `jsonl` task: prompts and answers from a file, matched as text or as numbers."""
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -40,16 +39,8 @@ class JsonlTask:
         selected = set(random.Random(seed).sample(range(len(rows)), num_held_out))
         train = [row for index, row in enumerate(rows) if index not in selected]
         held_out = [row for index, row in enumerate(rows) if index in selected]
-        self._train = [_prompt(index, row, held_out=False) for index, row in enumerate(train)]
-        self._held_out = [_prompt(index, row, held_out=True) for index, row in enumerate(held_out)]
-
-    @property
-    def train_prompts(self) -> Sequence[Prompt]:
-        return self._train
-
-    @property
-    def held_out_prompts(self) -> Sequence[Prompt]:
-        return self._held_out
+        self.train_prompts = [_prompt(index, row, False) for index, row in enumerate(train)]
+        self.held_out_prompts = [_prompt(index, row, True) for index, row in enumerate(held_out)]
 
     def score(self, prompt: Prompt, completion: str) -> float:
         """1.0 when the completion's final answer matches, else 0.0."""
@@ -102,7 +93,7 @@ def _check_size(path: str, num_rows: int, num_held_out: int) -> None:
         )
 
 
-def _prompt(index: int, row: DataRow, *, held_out: bool) -> Prompt:
+def _prompt(index: int, row: DataRow, held_out: bool) -> Prompt:
     level = row.extra.get("level", "")
     return Prompt(
         prompt_id=index,

@@ -8,7 +8,7 @@ from speed_async.environments.task import Task
 from speed_async.errors import ConfigError
 
 _GYM = "reasoning_gym"
-_SCRIPTED = "speed_async.testing.scripted_task:make_task"
+_SCRIPTED = "speed_async.testing.scripted_task:make_scripted_task"
 
 
 def known_tasks() -> tuple[str, ...]:

@@ -40,7 +40,7 @@ def start_worker(make: MakeTask) -> None:
     try:
         _worker_task = make()
     except BaseException as error:
-        _worker_task = describe(error)
+        _worker_task = error_text(error)
 
 
 def report_start() -> str:
@@ -64,27 +64,24 @@ def score_all(task: Task, prompt: Prompt, completions: Sequence[str]) -> Reply:
             reward: object = task.score(prompt, completion)
             extracted: object = task.extract(completion)
         except BaseException as error:  # some libraries derive their timeouts from BaseException
-            return f"raised {describe(error)}"
+            return f"raised {error_text(error)}"
         if not _is_reward(reward):
-            return f"returned {_short_repr(reward)}, which is not a finite number in [0, 1]"
+            return f"returned {_shown_result(reward)}, which is not a finite number in [0, 1]"
         if extracted is not None and not isinstance(extracted, str):
-            return f"extracted {_short_repr(extracted)}, which is neither a string nor None"
+            return f"extracted {_shown_result(extracted)}, which is neither a string nor None"
         excerpt = None if extracted is None else str(extracted[:MAX_EXTRACTED_CHARS])
         verdicts.append(Verdict(reward=float(reward), extracted=excerpt))
     return verdicts
 
 
-def describe(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     if isinstance(error, SpeedAsyncError):
         return str(error)
-    return f"{type(error).__name__}: {_text(error)}"
-
-
-def _text(error: BaseException) -> str:
     try:
-        return str(error)[:MAX_ERROR_CHARS]
+        text = str(error)[:MAX_ERROR_CHARS]
     except Exception:  # a third-party __str__ may raise
-        return "(no error text)"
+        text = "(no error text)"
+    return f"{type(error).__name__}: {text}"
 
 
 def _is_reward(reward: object) -> TypeGuard[float]:
@@ -95,7 +92,7 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float | np.integer | np.floating)
 
 
-def _short_repr(value: object) -> str:
+def _shown_result(value: object) -> str:
     return repr(value)[:80] if _is_number(value) else f"a {type(value).__name__}"
 
 

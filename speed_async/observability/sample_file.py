@@ -32,7 +32,7 @@ class SampleFile:
         if self._is_full:
             return
         with self.path.open("a+b", buffering=0) as file:
-            size = _drop_partial_line(file.fileno())
+            size = drop_partial_line(file.fileno())
             line = _line({"kind": "sample"} | values)
             if size + len(line) > self._max_file_bytes:
                 self._is_full = True
@@ -53,7 +53,7 @@ def _line(values: dict[str, Value]) -> bytes:
     return json.dumps(values, allow_nan=False).encode() + b"\n"
 
 
-def _drop_partial_line(file: int) -> int:
+def drop_partial_line(file: int) -> int:
     """Truncate a partial last line of a killed process. Returns the new size."""
     size = os.fstat(file).st_size
     if size and os.pread(file, 1, size - 1) != b"\n":

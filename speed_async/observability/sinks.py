@@ -7,7 +7,7 @@ from typing import Protocol, cast, get_args
 
 from speed_async.errors import DataError
 from speed_async.observability.metrics import Event, EventKind, Value
-from speed_async.observability.sample_file import SampleFile
+from speed_async.observability.sample_file import SampleFile, drop_partial_line
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -35,7 +35,8 @@ class JsonlSink:
     def __init__(self, run_folder: Path) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
         self.path = run_folder / METRICS_FILE
-        _drop_partial_line(self.path)
+        with self.path.open("a+b") as file:
+            drop_partial_line(file.fileno())
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
         self._samples = SampleFile(run_folder)
 
@@ -78,14 +79,3 @@ def _parse(path: Path, number: int, line: str) -> Event:
 
 def _finite(value: Value) -> Value:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _drop_partial_line(path: Path) -> None:
-    """Truncate a partial last line of a killed process, so that the next line is valid."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    complete_bytes = content.rfind(b"\n") + 1
-    if complete_bytes < len(content):
-        with path.open("r+b") as file:
-            file.truncate(complete_bytes)

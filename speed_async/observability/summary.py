@@ -176,12 +176,9 @@ def _failure_lines(ledger: Mapping[object, object], key: str, label: str) -> lis
     for kind in failures:
         example = examples.get(kind) if isinstance(examples, Mapping) else None
         if example and example != kind:
-            lines += _paragraph("", f"first: {_short(str(example))}")
+            first = textwrap.shorten(str(example), MAX_EXAMPLE_CHARS, placeholder=" ...")
+            lines += _paragraph("", f"first: {first}")
     return lines
-
-
-def _short(text: str) -> str:
-    return textwrap.shorten(text, MAX_EXAMPLE_CHARS, placeholder=" ...")
 
 
 def _balance_lines(ledger: Mapping[object, object]) -> list[str]:

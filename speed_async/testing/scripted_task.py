@@ -6,7 +6,6 @@ no capable model.
 """
 
 import hashlib
-from collections.abc import Sequence
 
 from speed_async.config.schema import TaskConfig
 from speed_async.types import Prompt
@@ -15,7 +14,7 @@ PASS_RATES = (0.0, 0.25, 0.5, 0.5, 0.75, 1.0)
 """Pass rates of prompts 0, 1, 2, ..., repeated cyclically."""
 
 
-def make_task(config: TaskConfig) -> "ScriptedTask":
+def make_scripted_task(config: TaskConfig) -> "ScriptedTask":
     return ScriptedTask(num_prompts=config.num_prompts, num_held_out=config.num_held_out)
 
 
@@ -23,16 +22,8 @@ class ScriptedTask:
     """Implements `Task`. Prompts are six digits and `=`."""
 
     def __init__(self, *, num_prompts: int, num_held_out: int) -> None:
-        self._train_prompts = _prompts(0, num_prompts, held_out=False)
-        self._held_out_prompts = _prompts(num_prompts, num_held_out, held_out=True)
-
-    @property
-    def train_prompts(self) -> Sequence[Prompt]:
-        return self._train_prompts
-
-    @property
-    def held_out_prompts(self) -> Sequence[Prompt]:
-        return self._held_out_prompts
+        self.train_prompts = _prompts(0, num_prompts, held_out=False)
+        self.held_out_prompts = _prompts(num_prompts, num_held_out, held_out=True)
 
     def score(self, prompt: Prompt, completion: str) -> float:
         digest = hashlib.blake2b(f"{prompt.text}\0{completion}".encode(), digest_size=8).digest()

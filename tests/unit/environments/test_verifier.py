@@ -15,7 +15,7 @@ import pytest
 
 from speed_async.actors.rollout import Scorer
 from speed_async.environments.verifier import VerifierPool
-from speed_async.environments.verifier_worker import MAX_EXTRACTED_CHARS, describe, score_all
+from speed_async.environments.verifier_worker import MAX_EXTRACTED_CHARS, error_text, score_all
 from speed_async.errors import DataError, TaskError
 from speed_async.testing.scripted_verifier import ScriptedVerifier
 from speed_async.types import Prompt
@@ -302,7 +302,7 @@ def test_error_with_broken_str_is_described() -> None:
         def __str__(self) -> str:
             raise RuntimeError("no")
 
-    assert describe(BrokenStr()) == "BrokenStr: (no error text)"
+    assert error_text(BrokenStr()) == "BrokenStr: (no error text)"
 
 
 def test_scoring_stops_at_the_first_failure() -> None:
