@@ -7,13 +7,13 @@ unblocked by  the service's grants, requested with WantWork
 
 import asyncio
 import contextlib
-import math
 import time
 from collections.abc import Callable
 
 from speed_async.actors.engine import Engine
 from speed_async.actors.lease_result import result_message
 from speed_async.actors.rollout import Aborted, LeaseProgress, Rollout
+from speed_async.actors.running_leases import RunningLeases
 from speed_async.actors.sample_selector import SampleSelector
 from speed_async.config.schema import Config
 from speed_async.environments.task import Task
@@ -50,8 +50,6 @@ EXCERPT_CHARS = 40
 GOODBYE_TIMEOUT_S = 5.0
 LEAVE_GRACE_S = 2.0
 """How long a stopping actor waits for the service's Drain before it drains on its own."""
-REQUESTS_PER_SLOT = 2.0
-"""Target number of requests per engine slot, so that no slot waits for a lease."""
 
 
 class ActorLoop:
@@ -78,12 +76,9 @@ class ActorLoop:
             is_gated=config.gate.mode == "screen",
             clock=clock,
         )
-        self._works: dict[int, LeaseProgress] = {}
+        self._leases = RunningLeases(config.gate, config.actors.slots)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._outbox: asyncio.Queue[m.Message] = asyncio.Queue()
-        self._groups_leased = 0
-        self._completions_generated = 0
-        self._want_sent = 0
         self._draining = False
         self._drain_requested = asyncio.Event()
         self._drained = asyncio.Event()
@@ -154,9 +149,7 @@ class ActorLoop:
                 lease_id=lease_id, prompt_id=prompt_id, kind=kind, num_samples=leases.num_samples
             )
             work = LeaseProgress(lease=lease, stopped=self._draining)
-            self._works[lease_id] = work
-            self._groups_leased += 1
-            self._want_sent -= 1
+            self._leases.add(work)
             name = f"lease-{lease_id}"
             self._tasks[lease_id] = tasks.create_task(self._run_lease(work), name=name)
 
@@ -184,9 +177,8 @@ class ActorLoop:
         self._end_lease(work, prompt, result)
 
     def _end_lease(self, work: LeaseProgress, prompt: Prompt, result: Group | str | None) -> None:
-        lease_id = work.lease.lease_id
-        del self._works[lease_id], self._tasks[lease_id]
-        self._completions_generated += len(work.samples)
+        self._leases.remove(work)
+        del self._tasks[work.lease.lease_id]
         self._enqueue(result_message(work, result, self._counts()))
         if not isinstance(result, str):
             self._send_sample(work, prompt)
@@ -217,13 +209,9 @@ class ActorLoop:
         """Request enough prompts to keep the engine's queue non-empty."""
         if self._draining:
             return
-        slots, gate = self._config.actors.slots, self._config.gate
-        first_phase = gate.num_screening or gate.group_size  # completions that a new lease starts
-        requests = sum(work.num_waiting for work in self._works.values())
-        want = max(0, math.ceil((slots * REQUESTS_PER_SLOT - requests) / first_phase))
-        if abs(want - self._want_sent) * first_phase >= max(first_phase, slots // 16):
-            self._want_sent = want
-            self._enqueue(m.WantWork(num_prompts=want, counts=self._counts()))
+        num_prompts = self._leases.next_request()
+        if num_prompts is not None:
+            self._enqueue(m.WantWork(num_prompts=num_prompts, counts=self._counts()))
 
     async def _report(self) -> None:
         while True:
@@ -246,16 +234,7 @@ class ActorLoop:
             self._loop_lag_s = self._clock() - expected_s
 
     def _counts(self) -> ActorCounts:
-        stats = self._engine.stats
-        num_finished = sum(work.num_tokens for work in self._works.values())
-        return ActorCounts(
-            groups_leased=self._groups_leased,
-            groups_in_flight=len(self._works),
-            groups_continuing=sum(work.continuing for work in self._works.values()),
-            completions_generated=self._completions_generated,
-            tokens_generated=stats.tokens_generated,
-            tokens_in_flight=stats.tokens_running + num_finished,
-        )
+        return self._leases.counts(self._engine.stats)
 
     # --- weight updates and drain ------------------------------------------------------------
 
@@ -294,12 +273,12 @@ class ActorLoop:
 
     async def _drain(self) -> None:
         self._draining = True
-        for work in self._works.values():
+        for work in self._leases:
             work.stopped = True
         await self._engine.pause(abort=True)
-        for lease_id, work in self._works.items():
+        for work in self._leases:
             if work.scoring:  # all its samples are counted already
-                self._tasks[lease_id].cancel()
+                self._tasks[work.lease.lease_id].cancel()
         self._check_drained()
 
     async def _await_drained(self) -> None:
@@ -310,7 +289,7 @@ class ActorLoop:
             silent_s = self._clock() - self._link.last_received_s
             if self._clock() > ends_s or silent_s > SERVICE_TIMEOUT_S:
                 what = (
-                    f"{len(self._works)} leases running, {self._link.num_unacked} messages "
+                    f"{len(self._leases)} leases running, {self._link.num_unacked} messages "
                     "unacknowledged"
                 )
                 raise IncarnationLost(
@@ -323,7 +302,7 @@ class ActorLoop:
                 await asyncio.sleep(DRAIN_POLL_S)
 
     def _check_drained(self) -> None:
-        if self._draining and not self._works:
+        if self._draining and not self._leases:
             self._drained.set()
 
 

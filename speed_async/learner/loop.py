@@ -15,13 +15,12 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded, RoleError, SpeedAsyncError
 from speed_async.learner.checkpoint.checkpointer import Checkpointer
 from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox, Stop
-from speed_async.learner.progress import Progress, Restored
+from speed_async.learner.progress import Progress, Restored, RunResult
 from speed_async.learner.publisher import Publisher
 from speed_async.learner.trainer import Trainer
 from speed_async.observability.summary import STOPPING
@@ -30,31 +29,6 @@ from speed_async.transport.groups import unpack_group
 from speed_async.transport.transport import Link
 from speed_async.types import Group, WeightBackend
 from speed_async.weight_sync.channel import WeightSender
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunResult:
-    """Result of the run."""
-
-    reason: str
-    outcome: str
-    """"completed", "stopped" or "nothing_learned" (observability/metrics.py)."""
-    policy_version: int
-    optimizer_updates: int
-    completions_trained: int
-    tokens_trained: int
-    skipped_updates: int
-    accuracy_reached: float | None
-    """The held-out accuracy that ended the run (`run.stop_at_accuracy`), if one did."""
-    save_error: str
-    """Why the last checkpoint is missing; empty when it was saved."""
-    notices: tuple[str, ...]
-    """Human-readable notices of this attempt."""
-    service_fields: dict[str, object]
-
-    @property
-    def completed(self) -> bool:
-        return self.outcome == "completed"
 
 
 class LearnerLoop:
@@ -295,11 +269,7 @@ class LearnerLoop:
         return RunResult(
             reason=str(summary.fields.get("reason", reason)),
             outcome=str(summary.fields.get("outcome", "completed" if completed else "stopped")),
-            policy_version=self._version,
-            optimizer_updates=self._version - self._progress.num_skipped,
-            completions_trained=self._progress.completions_trained,
-            tokens_trained=self._progress.tokens_trained,
-            skipped_updates=self._progress.num_skipped,
+            progress=self._progress,
             accuracy_reached=self._reached.accuracy if self._reached else None,
             save_error=save_error,
             notices=tuple(self._notices),

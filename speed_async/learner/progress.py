@@ -55,6 +55,11 @@ class Progress:
         return replace(self, recent_updates=recent)
 
     @property
+    def optimizer_updates(self) -> int:
+        """Updates that were not skipped."""
+        return self.policy_version - self.num_skipped
+
+    @property
     def recent_lease_ids(self) -> list[int]:
         return [lease_id for update in self.recent_updates for lease_id in update.lease_ids]
 
@@ -66,6 +71,23 @@ class Restored:
     progress: Progress
     notices: tuple[str, ...]
     """Notices about damaged checkpoints that were skipped."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """Result of the run."""
+
+    reason: str
+    outcome: str
+    """"completed", "stopped" or "nothing_learned" (observability/metrics.py)."""
+    progress: Progress
+    accuracy_reached: float | None
+    """The held-out accuracy that ended the run (`run.stop_at_accuracy`), if one did."""
+    save_error: str
+    """Why the last checkpoint is missing; empty when it was saved."""
+    notices: tuple[str, ...]
+    """Human-readable notices of this attempt."""
+    service_fields: dict[str, object]
 
 
 def _newest(updates: tuple[Update, ...]) -> tuple[Update, ...]:

@@ -4,6 +4,8 @@ Messages are flat and frozen. Fields are int, float, str, bool, lists of those, 
 `dict[str, object]` of plain values (metrics), or numpy arrays (sent as raw frames). The packed
 arrays of a group hold its completions one after another; `lengths` holds their lengths.
 
+All messages are in one file, as the table of the protocol, in the order of who sends them.
+
 Shape legend: P prompt tokens, N completions, S sum of completion lengths.
 """
 

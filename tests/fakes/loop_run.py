@@ -19,8 +19,8 @@ from speed_async.environments.task import fingerprint
 from speed_async.errors import TaskError
 from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.learner.inbox import Stop
-from speed_async.learner.loop import LearnerLoop, RunResult
-from speed_async.learner.progress import Progress
+from speed_async.learner.loop import LearnerLoop
+from speed_async.learner.progress import Progress, RunResult
 from speed_async.learner.trainer import UpdateResult
 from speed_async.observability.metrics import Event
 from speed_async.testing.inprocess_transport import InProcessHub

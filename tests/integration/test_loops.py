@@ -21,7 +21,8 @@ from speed_async.buffer.server import serve
 from speed_async.buffer.state_machine import StateMachine
 from speed_async.errors import RoleError, WeightSyncError
 from speed_async.learner.inbox import Stop
-from speed_async.learner.loop import LearnerLoop, RunResult
+from speed_async.learner.loop import LearnerLoop
+from speed_async.learner.progress import RunResult
 from speed_async.testing.inprocess_transport import InProcessHub, InProcessLink
 from speed_async.testing.memory_channel import MemorySender, MemoryStore
 from speed_async.testing.scripted_engine import ScriptedStepper
@@ -67,7 +68,7 @@ def test_groups_above_the_memory_limit_are_spilled_to_the_journal_and_trained(
     service = make_service(config, run.task)
     machine, _ = open_machine(tmp_path / "journal", config, lambda _: service, life=0)
     finished = asyncio.run(asyncio.wait_for(run.execute(machine), 30))
-    assert finished.completed
+    assert finished.outcome == "completed"
     assert len(run.updates.batches) == 5
     lease_ids = [group.lease_id for batch in run.updates.batches for group in batch]
     assert len(set(lease_ids)) == len(lease_ids)
@@ -79,15 +80,15 @@ def test_groups_above_the_memory_limit_are_spilled_to_the_journal_and_trained(
 def test_run_trains_every_batch_and_its_ledger_balances(make_run: Callable[..., Run]) -> None:
     run = make_run()
     finished = execute(run)
-    assert finished.completed
-    assert finished.optimizer_updates == 5
+    assert finished.outcome == "completed"
+    assert finished.progress.optimizer_updates == 5
     assert run.updates.saved == [5]
     ledger = finished.service_fields["ledger"]
     assert isinstance(ledger, dict)
     assert ledger["checks"] == dict.fromkeys(ledger["checks"], True)
     assert ledger["groups"]["trained"] == 10
     trained = sum(group.num_tokens for batch in run.updates.batches for group in batch)
-    assert ledger["tokens"]["trained"] == trained == finished.tokens_trained
+    assert ledger["tokens"]["trained"] == trained == finished.progress.tokens_trained
     # The engines' token counts equal the ledger's "generated".
     assert ledger["tokens"]["generated"] == sum(e.stats.tokens_generated for e in run.engines)
 
@@ -152,7 +153,7 @@ def test_without_overlap_all_tokens_are_on_policy(
 ) -> None:
     run = make_run(run={"updates": 6, "overlap": False}, gate={"mode": "off"})
     finished = execute(run)
-    assert finished.completed
+    assert finished.outcome == "completed"
     for policy_version, batch in enumerate(run.updates.batches):
         for group in batch:
             for completion in group.completions:
@@ -165,7 +166,7 @@ def test_without_overlap_surplus_groups_are_kept(
 ) -> None:
     run = make_run(run={"updates": 8, "overlap": False})
     finished = execute(run)
-    assert finished.completed
+    assert finished.outcome == "completed"
     ages = {
         policy_version - group.oldest_version
         for policy_version, batch in enumerate(run.updates.batches)
@@ -180,14 +181,14 @@ def test_without_overlap_surplus_groups_are_kept(
 def test_run_stops_at_the_target_accuracy(make_run: Callable[..., Run]) -> None:
     run = make_run(run={"updates": 10_000, "stop_at_accuracy": 0.01})
     finished = execute(run)
-    assert finished.completed
-    assert finished.policy_version < 10_000
+    assert finished.outcome == "completed"
+    assert finished.progress.policy_version < 10_000
     assert finished.reason.startswith("accuracy 0.")
     assert "reached at version" in finished.reason
     assert finished.accuracy_reached is not None
     assert 0.01 <= finished.accuracy_reached <= 1
     assert finished.service_fields["accuracy_last"] is not None
-    assert run.updates.saved == [finished.policy_version]
+    assert run.updates.saved == [finished.progress.policy_version]
 
 
 def test_no_token_exceeds_max_staleness(make_run: Callable[..., Run]) -> None:
@@ -227,7 +228,7 @@ def test_verifier_failure_fails_only_its_group(
     run = make_run()
     run.verifier.broken_prompts = {0, 2, 4, 6}
     finished = execute(run)
-    assert finished.completed
+    assert finished.outcome == "completed"
     ledger = finished.service_fields["ledger"]
     assert isinstance(ledger, dict)
     assert ledger["failures"]["verifier"] >= 1
@@ -248,10 +249,10 @@ def test_stop_drains_saves_and_the_ledger_balances(make_run: Callable[..., Run])
         return await run.execute()
 
     finished = asyncio.run(asyncio.wait_for(stopped(), 30))
-    assert not finished.completed
+    assert finished.outcome != "completed"
     assert finished.reason == "stopped by a signal"
-    assert 3 <= finished.policy_version <= 4
-    assert run.updates.saved == [finished.policy_version]
+    assert 3 <= finished.progress.policy_version <= 4
+    assert run.updates.saved == [finished.progress.policy_version]
     ledger = finished.service_fields["ledger"]
     assert isinstance(ledger, dict)
     assert ledger["closes"] is True
@@ -350,7 +351,7 @@ def test_batch_received_during_weight_publication_is_trained(tmp_path: Path) -> 
     )
     hello = m.Hello(role="learner", index=0, incarnation=0, fingerprint="f", process_id=1)
     finished = asyncio.run(asyncio.wait_for(loop.run(hello), 10))
-    assert finished.completed
+    assert finished.outcome == "completed"
     assert [[g.lease_id for g in batch] for batch in updates.batches] == [[5]]
 
 

@@ -1,6 +1,9 @@
 # pyright: reportMissingImports=false
 """Implements the engine interface with vLLM: tokens in, tokens out, one request per completion.
 
+The engine is one state machine: requests and weight updates share its pauses, its unverified
+version and its failure.
+
 | loop | consumes | waits for | unblocked by |
 | --- | --- | --- | --- |
 | `generate` | one request | its final output, then a verified version | vLLM; the canary |

@@ -36,7 +36,7 @@ from speed_async.transport.zeromq import open_link
 
 if TYPE_CHECKING:
     from speed_async.learner.inbox import Stop
-    from speed_async.learner.loop import RunResult
+    from speed_async.learner.progress import RunResult
 
 ROLE = "learner"
 CHILD_GRACE_S = 5.0
@@ -180,17 +180,18 @@ async def _train(
 
 
 def _write_results(finished: "RunResult", folder: RunFolder, *, breakdown: bool) -> None:
+    progress = finished.progress
     summary = finished.service_fields | {
         "reason": finished.save_error or finished.reason,
         "outcome": "failed" if finished.save_error else finished.outcome,
         # Completed: all updates were made and saved, so there is nothing to resume.
         "completed": finished.outcome != "stopped" and not finished.save_error,
         "accuracy_reached": finished.accuracy_reached,
-        "optimizer_updates": finished.optimizer_updates,
-        "skipped_updates": finished.skipped_updates,
-        "policy_version": finished.policy_version,
-        "completions_trained": finished.completions_trained,
-        "tokens_trained": finished.tokens_trained,
+        "optimizer_updates": progress.optimizer_updates,
+        "skipped_updates": progress.num_skipped,
+        "policy_version": progress.policy_version,
+        "completions_trained": progress.completions_trained,
+        "tokens_trained": progress.tokens_trained,
         "run_folder": str(folder.path),
         "notices": list(finished.notices),
     }

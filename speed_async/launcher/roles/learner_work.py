@@ -15,9 +15,9 @@ from speed_async.launcher.identity.identity import DATA, Identity
 from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.launcher.rank import Rank
 from speed_async.learner.inbox import Stop
-from speed_async.learner.loop import LearnerLoop, RunResult
+from speed_async.learner.loop import LearnerLoop
 from speed_async.learner.model import load_model, stored_dtype
-from speed_async.learner.progress import Progress, Restored
+from speed_async.learner.progress import Progress, Restored, RunResult
 from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
 from speed_async.transport.transport import Link

@@ -20,10 +20,10 @@ from speed_async.config.schema import Config
 from speed_async.errors import RoleError
 from speed_async.learner.checkpoint.store import checkpoint_folder, kept_versions, latest_valid
 from speed_async.learner.inbox import Stop
-from speed_async.learner.loop import LearnerLoop, RunResult
+from speed_async.learner.loop import LearnerLoop
 from speed_async.learner.model import load_model
 from speed_async.learner.optimizer import named_state
-from speed_async.learner.progress import Progress, Restored, Update
+from speed_async.learner.progress import Progress, Restored, RunResult, Update
 from speed_async.learner.trainer import Trainer
 from speed_async.testing.inprocess_transport import InProcessHub
 from speed_async.testing.memory_channel import MemorySender, MemoryStore
@@ -240,8 +240,8 @@ def test_a_learner_behind_the_service_replays_without_publishing(
     assert isinstance(trained, m.Trained)
     assert trained.lease_ids == [20, 21]
     assert (trained.groups_trained, trained.completions_trained) == (4, 16)  # cumulative
-    assert (finished.policy_version, finished.optimizer_updates) == (8, 7)
-    assert finished.completions_trained == 8 + 6 * 2 * 4
+    assert (finished.progress.policy_version, finished.progress.optimizer_updates) == (8, 7)
+    assert finished.progress.completions_trained == 8 + 6 * 2 * 4
 
 
 def test_a_learner_without_a_checkpoint_replays_from_the_start(
@@ -324,7 +324,7 @@ def test_a_stop_during_the_replay_keeps_the_older_checkpoint(
         return harness, await harness.run()
 
     harness, finished = asyncio.run(run())
-    assert not finished.completed
+    assert finished.outcome != "completed"
     assert harness.updates.progress == []
     assert not harness.service.of(m.PrepareCheckpoint)
     assert not harness.service.of(m.PublishWeights)
@@ -344,8 +344,8 @@ def test_a_reached_target_ends_the_run_after_the_replay(
         return harness, await harness.run()
 
     harness, finished = asyncio.run(run())
-    assert finished.completed
-    assert finished.policy_version == 3
+    assert finished.outcome == "completed"
+    assert finished.progress.policy_version == 3
     assert harness.updates.saved == [3]
 
 
@@ -400,7 +400,7 @@ def test_a_failed_checkpoint_is_reported_and_training_continues(
         return harness, await harness.run()
 
     harness, finished = asyncio.run(run())
-    assert finished.completed
+    assert finished.outcome == "completed"
     assert finished.save_error == ""
     assert harness.updates.saved == [4, 6]
     # The next checkpoint includes the groups of the failed one.
