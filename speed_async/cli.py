@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import click
 
@@ -17,6 +16,7 @@ from speed_async.errors import ConfigError, ConfigErrors, RunFinished, SpeedAsyn
 from speed_async.launcher.attempt import check_resumable
 from speed_async.launcher.event_loop import run
 from speed_async.launcher.exit_status import exit_status
+from speed_async.launcher.ports import host_and_port
 from speed_async.launcher.preflight.findings import CHECKED
 from speed_async.launcher.rank import Node, check_world, node_of
 from speed_async.launcher.stages import log_stage, record_start
@@ -194,7 +194,7 @@ def console(run_folder_or_address: str, keys: Path | None) -> None:
     if folder.is_dir():
         run(watch_folder(folder.resolve(), curve))
         return
-    host, port = _host_and_port(run_folder_or_address)
+    host, port = host_and_port(run_folder_or_address)
     run(watch(Source(host=host, port=port, title=run_folder_or_address, keys=curve)))
 
 
@@ -236,7 +236,7 @@ def actor(
     restarted if it is killed. Ctrl-C drains this actor only; the run continues. On a machine with
     several GPUs, CUDA_VISIBLE_DEVICES selects the one to use.
     """
-    host, port = _host_and_port(address)
+    host, port = host_and_port(address)
     from speed_async.launcher.exit_status import EXIT_INTERRUPTED
     from speed_async.launcher.roles.joiner import join_run
 
@@ -277,20 +277,6 @@ def _warn(warnings: Sequence[str]) -> None:
     """Print warnings before the console draws on the terminal."""
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    malformed = SpeedAsyncError(
-        f"'{address}' is neither the address of a run (tcp://HOST:PORT) nor a folder"
-    )
-    try:
-        parts = urlsplit(address if "//" in address else f"tcp://{address}")
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        raise malformed from None
-    if host is None or port is None:
-        raise malformed
-    return host, port
 
 
 def main() -> None:

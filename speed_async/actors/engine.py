@@ -53,6 +53,17 @@ class EngineStats:
     updating_s: float = 0.0
     """Time spent on weight updates and other commands between steps."""
 
+    def gauges(self) -> dict[str, float]:
+        """The gauges of an ActorReport (transport/messages.py)."""
+        return {
+            "slots_busy": float(self.num_running),
+            "num_slots": float(self.num_slots),
+            "num_waiting": float(self.num_waiting),
+            "policy_version": float(self.policy_version),
+            "sampling_s": self.sampling_s,
+            "updating_s": self.updating_s,
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateReport:

@@ -216,16 +216,8 @@ class ActorLoop:
     async def _report(self) -> None:
         while True:
             self._request_work()
-            stats = self._engine.stats
-            gauges = {
-                "slots_busy": float(stats.num_running),
-                "num_slots": float(stats.num_slots),
-                "num_waiting": float(stats.num_waiting),
-                "policy_version": float(stats.policy_version),
-                "sampling_s": stats.sampling_s,
-                "updating_s": stats.updating_s,
-                "uptime_s": self._clock() - self._started_s,
-            }
+            gauges = self._engine.stats.gauges()
+            gauges["uptime_s"] = self._clock() - self._started_s
             if self._loop_lag_s is not None:
                 gauges["loop_lag_s"] = self._loop_lag_s
             self._enqueue(m.ActorReport(gauges=gauges, counts=self._counts()))

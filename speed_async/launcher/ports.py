@@ -1,8 +1,11 @@
-"""TCP ports: formatting an address, probing for a listener, and testing whether a port is free."""
+"""TCP ports: the text of an address, probing for a listener, and testing whether a port is free."""
 
 import asyncio
 import socket
 import time
+from urllib.parse import urlsplit
+
+from speed_async.errors import SpeedAsyncError
 
 POLL_S = 0.05
 
@@ -10,6 +13,21 @@ POLL_S = 0.05
 def address_at(host: str, port: int) -> str:
     """tcp://HOST:PORT, as `--join` and `console` accept it; an IPv6 address is in brackets."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Inverse of `address_at`; the scheme may be missing. Raises SpeedAsyncError."""
+    malformed = SpeedAsyncError(
+        f"'{address}' is neither the address of a run (tcp://HOST:PORT) nor a folder"
+    )
+    try:
+        parts = urlsplit(address if "//" in address else f"tcp://{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise malformed from None
+    if host is None or port is None:
+        raise malformed
+    return host, port
 
 
 async def listens(host: str, port: int, *, timeout_s: float) -> bool:

@@ -2,14 +2,13 @@
 
 import pytest
 
-from speed_async.cli import _host_and_port
-from speed_async.launcher.ports import address_at
+from speed_async.launcher.ports import address_at, host_and_port
 from tests.fakes.run_process import start_actor, start_train
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "fe80::1", "node-7"])
 def test_printed_address_is_accepted_by_the_commands(host: str) -> None:
-    assert _host_and_port(address_at(host, 4711)) == (host, 4711)
+    assert host_and_port(address_at(host, 4711)) == (host, 4711)
 
 
 def test_actor_joins_at_the_printed_ipv6_address(tmp_path) -> None:

@@ -158,11 +158,7 @@ def rate_rows(state: PanelState, layout: Layout) -> list[Line]:
     )
     generated = _rate_row("generated", "generated_tokens_per_s", state.generated, state, layout)
     trained = _rate_row("trained", "trained_tokens_per_s", state.trained, state, layout)
-    return [
-        Line(text=generated, rank=4),
-        Line(text=trained, rank=9),
-        Line(text=gate, rank=5),
-    ]
+    return [Line(text=generated, rank=4), Line(text=trained, rank=9), Line(text=gate, rank=5)]
 
 
 def _rate_row(label: str, key: str, recent: Recent, state: PanelState, layout: Layout) -> Text:
