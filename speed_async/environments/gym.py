@@ -63,6 +63,14 @@ class ReasoningGymTask:
         self._check_name()
         self._scorer = self._data_set("scorer", 1)
 
+    @property
+    def train_prompts(self) -> Sequence[Prompt]:
+        return self._train
+
+    @property
+    def held_out_prompts(self) -> Sequence[Prompt]:
+        return self._held_out
+
     def score(self, prompt: Prompt, completion: str) -> float:
         r"""1.0 when the library's score is 1.0 or more, else 0.0.
 
@@ -82,12 +90,12 @@ class ReasoningGymTask:
         return _extract(completion)
 
     @cached_property
-    def held_out_prompts(self) -> Sequence[Prompt]:
+    def _held_out(self) -> Sequence[Prompt]:
         return self._generate("held_out", self._num_held_out, exclude=frozenset())
 
     @cached_property
-    def train_prompts(self) -> Sequence[Prompt]:
-        held_out = frozenset(_key(prompt.text) for prompt in self.held_out_prompts)
+    def _train(self) -> Sequence[Prompt]:
+        held_out = frozenset(_key(prompt.text) for prompt in self._held_out)
         return self._generate("train", self._num_prompts, exclude=held_out)
 
     def _passes(self, answer: str, entry: Entry) -> float:
