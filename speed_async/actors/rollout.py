@@ -7,7 +7,7 @@ from typing import Protocol
 
 from speed_async.actors.engine import Engine, GenerationRequest
 from speed_async.actors.failed_completions import FailedCompletions
-from speed_async.algorithms.gate import admits
+from speed_async.actors.prompt_codec import PromptCodec
 from speed_async.config.schema import Config
 from speed_async.errors import TaskError
 from speed_async.types import (
@@ -31,13 +31,6 @@ class Scorer(Protocol):
     """Scores all completions of one prompt's phase; raises TaskError (environments/verifier.py)."""
 
     async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]: ...
-
-
-class Codec(Protocol):
-    """Encodes text and decodes tokens (actors/prompt_codec.py)."""
-
-    def encode(self, text: str) -> Int32Array: ...
-    def decode(self, token_ids: Int32Array) -> str: ...
 
 
 class Aborted(Exception):
@@ -98,7 +91,7 @@ class Rollout:
         config: Config,
         engine: Engine,
         scorer: Scorer,
-        codec: Codec,
+        codec: PromptCodec,
         *,
         failures: FailedCompletions | None = None,
     ) -> None:
@@ -122,7 +115,7 @@ class Rollout:
         gate = self._config.gate
         if gate.num_screening:
             await self._phase(work, prompt, tokens, Phase.SCREENING, gate.num_screening)
-            if not admits(gate, work.num_passed, gate.num_screening):
+            if not gate.admits(work.num_passed, gate.num_screening):
                 return None
         work.continuing = True
         num_left = gate.group_size - gate.num_screening

@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from speed_async.algorithms.gate import admits
 from speed_async.config.schema import GateConfig
 
 Choice = Literal["all", "unbiased", "none"]
@@ -41,8 +40,8 @@ def kept(
     elif choice == "unbiased" and num_screening:
         screened = passed[:num_screening]
         num_passed = int(screened.sum())
-        is_open = admits(gate, num_passed, num_screening)
-        pivotal_if_passed = admits(gate, num_passed - 1, num_screening) != is_open
-        pivotal_if_failed = admits(gate, num_passed + 1, num_screening) != is_open
+        is_open = gate.admits(num_passed, num_screening)
+        pivotal_if_passed = gate.admits(num_passed - 1, num_screening) != is_open
+        pivotal_if_failed = gate.admits(num_passed + 1, num_screening) != is_open
         kept_N[:num_screening] = ~np.where(screened, pivotal_if_passed, pivotal_if_failed)
     return kept_N

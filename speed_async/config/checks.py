@@ -43,8 +43,7 @@ def _check_gate(config: Config) -> Iterator[ConfigError]:
     if gate.low >= gate.high:
         yield ConfigError("gate.low", gate.low, f"must be below gate.high = {gate.high}")
         return
-    passing = [k for k in range(num_seen + 1) if gate.low < k / max(num_seen, 1) < gate.high]
-    if num_seen and not passing:
+    if num_seen and not any(gate.admits(k, num_seen) for k in range(num_seen + 1)):
         yield ConfigError(
             "gate.n_init",
             gate.n_init,

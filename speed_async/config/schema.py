@@ -104,6 +104,10 @@ class GateConfig(Section):
         """Completions of a group that the gate evaluates."""
         return {"screen": self.n_init, "filter": self.group_size, "off": 0}[self.mode]
 
+    def admits(self, num_passed: int, num_screening: int) -> bool:
+        """The decision of the gate on a prompt with these screening completions."""
+        return self.low < num_passed / num_screening < self.high
+
 
 class CurriculumConfig(Section):
     kind: Literal["uniform", "posterior"] = "uniform"

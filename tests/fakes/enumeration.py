@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 
 from speed_async.algorithms.advantages import Advantages, rloo
-from speed_async.algorithms.gate import admits
 from speed_async.algorithms.loss_tokens import Correction, LossTokens
 from speed_async.algorithms.screening import Choice, kept
 from speed_async.config.schema import GateConfig
@@ -70,7 +69,7 @@ class Estimator:
             return self.opens(screened)
         if self.gate.mode == "off":
             return True
-        return admits(self.gate, num_passed(screened.tolist()), len(screened))
+        return self.gate.admits(num_passed(screened.tolist()), len(screened))
 
     def _kept(self, rewards_N: Floats) -> NDArray[np.bool_]:
         if self.keep is not None:

@@ -8,7 +8,6 @@ from math import comb
 import numpy as np
 from numpy.typing import NDArray
 
-from speed_async.algorithms.gate import admits
 from speed_async.config.schema import GateConfig
 
 IntArray = NDArray[np.int64]
@@ -27,7 +26,7 @@ class GateAcceptance:
 
     def __init__(self, gate: GateConfig) -> None:
         size = gate.num_screening
-        passing = [k for k in range(size + 1) if admits(gate, k, size)]
+        passing = [k for k in range(size + 1) if gate.admits(k, size)]
         refused = [k for k in range(size + 1) if k not in passing]
         self._size = size
         self.passing = passing

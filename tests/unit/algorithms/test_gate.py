@@ -2,14 +2,13 @@
 
 import pytest
 
-from speed_async.algorithms.gate import admits
 from speed_async.config.schema import GateConfig
 from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.types import num_passed
 
 
 def is_admitted(rewards: list[float], low: float = 0.0, high: float = 1.0) -> bool:
-    return admits(GateConfig(low=low, high=high), num_passed(rewards), len(rewards))
+    return GateConfig(low=low, high=high).admits(num_passed(rewards), len(rewards))
 
 
 @pytest.mark.parametrize(
