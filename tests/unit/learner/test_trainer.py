@@ -17,7 +17,7 @@ from transformers import (
 
 from speed_async.algorithms.loss_tokens import Corrected, LossTokens, TokenLosses
 from speed_async.algorithms.objective import make_objective
-from speed_async.config.schema import GateConfig, ObjectiveConfig
+from speed_async.config.schema import POLICY_LOSSES, GateConfig, ObjectiveConfig
 from speed_async.errors import ConfigError, ModelError
 from speed_async.learner.canary import CanaryProbe
 from speed_async.learner.model import load_model, resolve_device
@@ -277,11 +277,8 @@ def test_the_gradient_respects_the_choice_of_screening_samples(
         torch.testing.assert_close(ours, theirs.grad, atol=1e-6, rtol=1e-4)
 
 
-def choices(field: str) -> tuple[str, ...]:
-    return get_args(ObjectiveConfig.model_fields[field].annotation)
-
-
-COMBINATIONS = list(product(choices("policy_loss"), choices("correction")))
+CORRECTIONS = get_args(ObjectiveConfig.model_fields["correction"].annotation)
+COMBINATIONS = list(product(POLICY_LOSSES, CORRECTIONS))
 
 
 def objective_trainer(
