@@ -1,6 +1,6 @@
 """Invalid frames are rejected and leave no state.
 
-`python -m benchmarks.fuzz` runs longer.
+`python -m tests.faults.fuzz` runs longer.
 """
 
 import asyncio
@@ -14,15 +14,21 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fuzz import fuzz
-from benchmarks.fuzz_frames import DEEP_VALUE, FrameMutator, corpus
-from benchmarks.fuzz_target import CORRECT_ACTOR, FAULTY_ACTOR, Target, UnknownPeers, groups_balance
 from speed_async.errors import DeadlineExceeded, ProtocolError
 from speed_async.transport.codec import _SCHEMAS, MAGIC, decode, encode
 from speed_async.transport.messages import PROTOCOL_VERSION, Goodbye, WantWork
 from speed_async.transport.peer_names import new_identity
 from speed_async.transport.zeromq import open_hub, open_link
 from speed_async.types import ActorCounts
+from tests.faults.fuzz import fuzz
+from tests.faults.fuzz_frames import DEEP_VALUE, FrameMutator, corpus
+from tests.faults.fuzz_target import (
+    CORRECT_ACTOR,
+    FAULTY_ACTOR,
+    Target,
+    UnknownPeers,
+    groups_balance,
+)
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 20.0

@@ -1,7 +1,7 @@
 """A service under attack in one process: codec, mute table, and the journaled state machine.
 
-Unknown peers use new names all the time. An insider is an actor with leases that starts to send
-invalid messages. Frames are processed as the server (buffer/server.py) processes them from its hub.
+Unknown peers use new names all the time. The faulty actor has leases and sends invalid
+messages. Frames are processed as the server (buffer/server.py) processes them from its hub.
 """
 
 import random
@@ -25,8 +25,8 @@ from speed_async.types import ActorCounts
 
 FINGERPRINT = "f"
 CORRECT_ACTOR, FAULTY_ACTOR = "actor-1.0", "actor-2.0"
-FRAMES_PER_INSIDER = 200
-"""Number of frames from one insider before the next run."""
+FRAMES_PER_FAULTY_ACTOR = 200
+"""Number of frames from one faulty actor before the next run."""
 
 
 @cache
@@ -100,6 +100,9 @@ class Target:
         self.num_delivered += 1
         self._flush()
 
+    def is_muted(self, peer: str) -> bool:
+        return peer.encode() in self.muted
+
     def _flush(self) -> None:
         """Stands in for the server's send loop: counts and discards outgoing messages."""
         sessions, guard = self.machine.sessions, self.machine.service.validator
@@ -136,7 +139,7 @@ class Target:
     def _send(self, peer: str, message: m.Message) -> None:
         self.machine.message(peer, message, self._now_s)
         self._flush()
-        assert peer.encode() not in self.muted
+        assert not self.is_muted(peer)
 
 
 class UnknownPeers:
@@ -154,47 +157,49 @@ class UnknownPeers:
 
 
 def groups_balance(target: Target) -> bool:
-    """Whether each group is accounted for exactly once, regardless of an insider's messages."""
+    """Whether each group is accounted for exactly once, whatever the faulty actor sent."""
     lifecycle = target.machine.service.lifecycle
     checks = lifecycle.ledger.checks(lifecycle.leases.num_training)
     return next(holds for name, holds in checks.items() if name.startswith("groups:"))
 
 
 MARKS = (
-    *("lost", "must be a map", "is missing field", "unknown field", "must be", "array frames"),
-    *("declares", "must declare", " array: ", "not one-dimensional", "protocol version"),
-    *(
-        "unknown message type",
-        "not valid msgpack",
-        "does not begin",
-        "the header has",
-        "is not for the service",
-    ),
-    *(
-        "is accepted from the learner only",
-        "send Hello first",
-        "has no frames",
-        "fingerprint",
-        "failure of",
-    ),
-    *(
-        "out of range",
-        "valid peer name",
-        "does not know this peer",
-        "characters",
-        "counts",
-        "is invalid",
-    ),
-    *(
-        "in flight than",
-        "from the future",
-        "newer than",
-        "vocabulary",
-        "not finite",
-        "is not one of",
-        "no lease",
-    ),
+    "lost",
+    "must be a map",
+    "is missing field",
+    "unknown field",
+    "must be",
+    "array frames",
+    "declares",
+    "must declare",
+    " array: ",
+    "not one-dimensional",
+    "protocol version",
+    "unknown message type",
+    "not valid msgpack",
+    "does not begin",
+    "the header has",
+    "is not for the service",
+    "is accepted from the learner only",
+    "send Hello first",
+    "has no frames",
+    "fingerprint",
+    "failure of",
+    "out of range",
+    "valid peer name",
+    "does not know this peer",
+    "characters",
+    "counts",
+    "is invalid",
+    "in flight than",
+    "from the future",
+    "newer than",
+    "vocabulary",
+    "not finite",
+    "is not one of",
+    "no lease",
 )
+"""Parts of error messages, by which errors are counted. The first match counts."""
 
 
 def _kind(reason: str) -> str:

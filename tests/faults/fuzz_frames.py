@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -77,10 +77,6 @@ class FrameMutator:
             *(self._flip, self._cut, self._splice, self._repeat, self._random_frames),
             *(self._leaf, self._leaf, self._leaf, self._array, self._unchanged, self._deep),
         ]
-
-    def __iter__(self) -> Iterator[Frames]:
-        while True:
-            yield self.next()
 
     def next(self) -> Frames:
         frames = list(self._random.choice(self._valid))

@@ -1,9 +1,9 @@
 """The same target under atheris: libFuzzer generates inputs that reach new code.
 
-    python -m benchmarks.fuzz_atheris FRAMES
+    python -m tests.faults.fuzz_atheris FRAMES
 
 An input consists of the number of frames, their lengths, and their bytes. A tenth of the inputs
-come from an insider.
+come from the faulty actor.
 """
 
 import sys
@@ -14,11 +14,11 @@ from pathlib import Path
 import atheris  # type: ignore[import-not-found]
 
 with atheris.instrument_imports(include=["speed_async.transport", "speed_async.buffer"]):
-    from benchmarks.fuzz_frames import FrameMutator, Frames, corpus
-    from benchmarks.fuzz_target import FAULTY_ACTOR, Target, UnknownPeers, groups_balance
     from speed_async.transport.codec import encode
+    from tests.faults.fuzz_frames import FrameMutator, Frames, corpus
+    from tests.faults.fuzz_target import FAULTY_ACTOR, Target, UnknownPeers, groups_balance
 
-from benchmarks.fuzz import ALLOWED_GROWTH, resident_mib
+from tests.faults.fuzz import ALLOWED_GROWTH, resident_mib
 
 MAX_INPUT_BYTES = 4096
 
@@ -58,7 +58,7 @@ class FuzzTarget:
             self._outer.receive(self._unknown_peers.next(), frames)
         else:
             self._inner.receive(FAULTY_ACTOR, frames)
-            if FAULTY_ACTOR.encode() in self._inner.muted:
+            if self._inner.is_muted(FAULTY_ACTOR):
                 assert groups_balance(self._inner)
                 self._inner = Target(self._model)
         if self._number % 10_000 == 0:
@@ -87,9 +87,9 @@ def main() -> None:
         model.mkdir()
         seeds.mkdir()
         (model / "config.json").write_text("{}")
-        spoiler = FrameMutator(1)
+        mutator = FrameMutator(1)
         valid = [[bytes(frame) for frame in encode(message)] for message in corpus()]
-        for number, frames in enumerate([*valid, *(spoiler.next() for _ in range(500))]):
+        for number, frames in enumerate([*valid, *(mutator.next() for _ in range(500))]):
             data = packed(frames[:15])
             if len(data) <= MAX_INPUT_BYTES:
                 (seeds / f"{number}").write_bytes(data)

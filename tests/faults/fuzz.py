@@ -1,11 +1,11 @@
 """A million malformed and mutated frames: no crash, no memory growth, and an unchanged ledger.
 
-    python -m benchmarks.fuzz --frames 1000000 [--seed 0] [--engine both|own|atheris]
+    python -m tests.faults.fuzz --frames 1000000 [--seed 0] [--engine both|own|atheris]
 
 Nine of ten frames come from unknown peers under ever new names; the service's complete state must
-be the same before and after. One of ten comes from an insider, an actor with leases that starts to
-send invalid messages: every group must stay accounted for exactly once, and the other actor must
-keep its leases. If `atheris` is installed, it searches for more inputs by coverage, in a separate
+be the same before and after. One of ten comes from a faulty actor, which has leases and sends
+invalid messages: every group must stay accounted for exactly once, and the other actor must keep
+its leases. If `atheris` is installed, it searches for more inputs by coverage, in a separate
 process.
 """
 
@@ -18,11 +18,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.fuzz_frames import FrameMutator
-from benchmarks.fuzz_target import (
+from tests.faults.fuzz_frames import FrameMutator
+from tests.faults.fuzz_target import (
     CORRECT_ACTOR,
     FAULTY_ACTOR,
-    FRAMES_PER_INSIDER,
+    FRAMES_PER_FAULTY_ACTOR,
     Target,
     UnknownPeers,
     groups_balance,
@@ -40,23 +40,23 @@ def resident_mib() -> float:
 
 def fuzz(num_frames: int, seed: int, model: Path) -> bool:
     """Print the results and return whether all invariants held."""
-    spoiler, unknown_peers = FrameMutator(seed), UnknownPeers(seed)
+    mutator, unknown_peers = FrameMutator(seed), UnknownPeers(seed)
     outer, inner = Target(model), Target(model)
     before = outer.digest()
     reasons: Counter[str] = Counter()
-    insider_frames, insiders, violations = 0, 1, 0
+    num_faulty_frames, num_faulty_actors, violations = 0, 1, 0
     warm_mib, largest_mib, start_s = 0.0, 0.0, time.perf_counter()
     for number in range(num_frames):
-        frames = spoiler.next()
+        frames = mutator.next()
         if number % 10:
             outer.receive(unknown_peers.next(), frames)
         else:
             inner.receive(FAULTY_ACTOR, frames)
-            insider_frames += 1
-            if insider_frames % FRAMES_PER_INSIDER == 0 or FAULTY_ACTOR.encode() in inner.muted:
+            num_faulty_frames += 1
+            if num_faulty_frames % FRAMES_PER_FAULTY_ACTOR == 0 or inner.is_muted(FAULTY_ACTOR):
                 violations += not _holds(inner)
                 reasons += inner.reasons
-                inner, insiders = Target(model), insiders + 1
+                inner, num_faulty_actors = Target(model), num_faulty_actors + 1
         if number == int(num_frames * WARM_SHARE):
             warm_mib = resident_mib()
         if number % 10_000 == 0:
@@ -73,7 +73,8 @@ def fuzz(num_frames: int, seed: int, model: Path) -> bool:
     )
     print(f"exceptions: 0; state unchanged by unknown peers: {unchanged}")
     print(
-        f"insiders: {insiders:,} runs, {insider_frames:,} frames, violated invariants: {violations}"
+        f"faulty actors: {num_faulty_actors:,}, {num_faulty_frames:,} frames, "
+        f"violated invariants: {violations}"
     )
     print(
         f"memory: {warm_mib:.1f} MiB after {WARM_SHARE:.0%}, {resident_mib():.1f} MiB at the end "
@@ -112,7 +113,7 @@ def main() -> int:
             print("--- atheris is not installed here (pip install atheris): not run")
         else:
             print("--- atheris: coverage-guided inputs", flush=True)
-            command = [sys.executable, "-m", "benchmarks.fuzz_atheris", str(arguments.frames)]
+            command = [sys.executable, "-m", "tests.faults.fuzz_atheris", str(arguments.frames)]
             held = subprocess.run(command, check=False).returncode == 0 and held
     print("all held" if held else "NOT ALL HELD")
     return 0 if held else 1
