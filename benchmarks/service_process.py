@@ -21,7 +21,7 @@ def main() -> None:
     settings, folder, *profile = sys.argv[1:]
     config = Config.model_validate_json(Path(settings).read_text())
     if not profile:
-        run(run_service(config, Path(folder), life=0))
+        run(run_service(config, Path(folder), attempt=0))
         return
     profiler = cProfile.Profile()
 
@@ -31,7 +31,7 @@ def main() -> None:
         os._exit(0)
 
     signal.signal(signal.SIGUSR1, write_profile)
-    profiler.runcall(run, run_service(config, Path(folder), life=0))
+    profiler.runcall(run, run_service(config, Path(folder), attempt=0))
 
 
 if __name__ == "__main__":

@@ -184,13 +184,13 @@ def _next_number(folder: RunFolder, *, continues: bool) -> int:
     number = 1 if continues else 0
     if folder.attempt.is_file():
         try:
-            number = int(json.loads(folder.attempt.read_text())["life"]) + 1
+            number = int(json.loads(folder.attempt.read_text())["attempt"]) + 1
         except (ValueError, TypeError, KeyError) as error:
             raise SpeedAsyncError(
-                f"'{folder.attempt}' is damaged ({error}): write {{\"life\": N}} to it, with N "
+                f"'{folder.attempt}' is damaged ({error}): write {{\"attempt\": N}} to it, with N "
                 "greater than every attempt number in logs/learner.log"
             ) from None
-    folder.write(folder.attempt, json.dumps({"life": number}) + "\n")
+    folder.write(folder.attempt, json.dumps({"attempt": number}) + "\n")
     return number
 
 

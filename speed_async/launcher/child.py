@@ -62,7 +62,7 @@ def _role(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
         fixed_ports = {name: port for name, port in ports.items() if port}
         cluster = config.cluster.model_copy(update=fixed_ports)
         config = config.model_copy(update={"cluster": cluster})
-        return run_service(config, Path(arguments.run_folder), life=arguments.attempt)
+        return run_service(config, Path(arguments.run_folder), attempt=arguments.attempt)
     from speed_async.launcher.roles.actor_role import run_actor
     from speed_async.launcher.roles.engine_choice import start_engine
 

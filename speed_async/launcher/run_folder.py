@@ -37,7 +37,7 @@ class RunFolder:
     @property
     def attempt(self) -> Path:
         """Number of the current attempt."""
-        return self.path / "life.json"
+        return self.path / "attempt.json"
 
     @property
     def identity(self) -> Path:

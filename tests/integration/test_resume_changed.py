@@ -313,7 +313,7 @@ def test_restarted_ranks_reject_data_changed_in_the_meantime(tmp_path: Path) -> 
     status, _, err = run.finish()
     assert status == 1
     assert f"the data in '{data}' changed (different numbers of prompts)" in err
-    assert json.loads((run.folder / "life.json").read_text()) == {"life": 0}
+    assert json.loads((run.folder / "attempt.json").read_text()) == {"attempt": 0}
     assert run.processes() == {}
 
 

@@ -23,7 +23,7 @@ def actors(run: Run) -> list[str]:
 
 
 def attempt_of(run: Run) -> int:
-    return json.loads((run.folder / "life.json").read_text())["life"]
+    return json.loads((run.folder / "attempt.json").read_text())["attempt"]
 
 
 def assert_whole(run: Run, status: int, err: str, *, updates: int) -> None:

@@ -90,7 +90,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
     log_to(folder.log(ROLE))
     sys.stderr.writelines([f"attempt {attempt.number}\n", *banner])
     identifying = asyncio.create_task(asyncio.to_thread(attempt.write_identity), name="identity")
-    service = ServiceProcess(config, folder, life=attempt.number)
+    service = ServiceProcess(config, folder, attempt=attempt.number)
     await service.start(attempt.ports)
     console: asyncio.subprocess.Process | None = None
     watch: asyncio.Task[None] | None = None

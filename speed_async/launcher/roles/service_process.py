@@ -24,12 +24,12 @@ RESTART_PAUSE_S = 0.1
 
 
 class ServiceProcess:
-    def __init__(self, config: Config, folder: RunFolder, *, life: int) -> None:
+    def __init__(self, config: Config, folder: RunFolder, *, attempt: int) -> None:
         self.ports = Ports()
         """Ports that the service has bound."""
         self._config = config
         self._folder = folder
-        self._attempt = life
+        self._attempt = attempt
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self, ports: Ports) -> None:

@@ -27,10 +27,10 @@ from speed_async.transport.feed import FeedPublisher
 from speed_async.transport.zeromq import open_hub
 
 
-async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
+async def run_service(config: Config, run_folder: Path, *, attempt: int) -> None:
     """Bind the sockets, print their ports to stdout (one JSON line), and serve until the run ends.
 
-    `life`: number of the run's attempt; all actors of an earlier attempt are lost.
+    `attempt`: number of the attempt; all actors of an earlier attempt are lost.
     """
     loop = asyncio.get_running_loop()
     # The learner stops this process by protocol or by exiting; signals to the group are ignored.
@@ -63,7 +63,7 @@ async def run_service(config: Config, run_folder: Path, *, life: int) -> None:
 
     keeps_journal = config.buffer.durability != "none"
     folder = RunFolder(path=run_folder).journal if keeps_journal else None
-    machine, notes = open_machine(folder, config, build, life=life)
+    machine, notes = open_machine(folder, config, build, life=attempt)
     for note in notes:
         sys.stderr.write(note + "\n")
     machine.service.warnings.show_first("\n".join(notes))

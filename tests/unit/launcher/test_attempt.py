@@ -130,13 +130,13 @@ def test_restart_uses_the_number_of_actors_from_torchrun(config: Config, begin) 
 
 
 def test_run_without_an_attempt_file_resumes_as_attempt_1(config: Config, begin) -> None:
-    (begin().folder.path / "life.json").unlink()
+    (begin().folder.path / "attempt.json").unlink()
     assert begin(resume=True).number == 1
 
 
 def test_damaged_attempt_file_is_an_error_with_a_remedy(config: Config, begin) -> None:
-    (begin().folder.path / "life.json").write_text("{")
-    with pytest.raises(SpeedAsyncError, match=r"life\.json' is damaged.*write"):
+    (begin().folder.path / "attempt.json").write_text("{")
+    with pytest.raises(SpeedAsyncError, match=r"attempt\.json' is damaged.*write"):
         begin(resume=True)
 
 
@@ -374,11 +374,11 @@ def test_run_folder_files_are_written_atomically(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(path=tmp_path)
-    folder.write(folder.attempt, json.dumps({"life": 1}))
+    folder.write(folder.attempt, json.dumps({"attempt": 1}))
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        folder.write(folder.attempt, json.dumps({"life": 2}))
-    assert json.loads(folder.attempt.read_text()) == {"life": 1}
+        folder.write(folder.attempt, json.dumps({"attempt": 2}))
+    assert json.loads(folder.attempt.read_text()) == {"attempt": 1}
 
 
 @pytest.fixture
@@ -406,7 +406,7 @@ def test_run_folder_file_and_its_directory_entry_are_flushed(
     """If an attempt number were lost in a power failure, it would be assigned twice."""
     folder = RunFolder(path=tmp_path)
     folder.write(folder.attempt, "{}")
-    written = ["flush .life.json.partial", "rename .life.json.partial life.json"]
+    written = ["flush .attempt.json.partial", "rename .attempt.json.partial attempt.json"]
     assert disk_operations == [*written, f"flush {tmp_path.name}"]
 
 

@@ -55,7 +55,7 @@ def make(
     (folder / "config.json").write_text("{}")
     (folder / "logs").mkdir()
     config = make_config(str(folder), buffer=buffer)
-    return ServiceProcess(config, RunFolder(path=folder), life=0)
+    return ServiceProcess(config, RunFolder(path=folder), attempt=0)
 
 
 def test_process_killed_before_it_has_ports_is_restarted(
