@@ -1,7 +1,7 @@
 """Long fault-injection drills: faults by kind, recovery times, and losses.
 
 Real runs (processes, ZeroMQ through a proxy, gloo, a journal on a small disk) with the scripted
-engine. Faults occur at random times drawn from a seed; tests/chaos implements the faults and the
+engine. Faults occur at random times drawn from a seed; tests/faults implements the faults and the
 checks. Stops at the first violated invariant with status 1 and the findings.
 
 Usage: python -m benchmarks.chaos [--faults 500] [--seed N] [--faults-a-run 50]
@@ -13,10 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import RESULTS, ROOT, report
-
-sys.path.insert(0, str(ROOT / "tests"))
-
+from benchmarks.harness import RESULTS, report
 from tests.faults.drill import run_drills
 from tests.faults.faults import KINDS, plan
 from tests.faults.results import Result, medians, service_growth

@@ -2,8 +2,14 @@
 
 The service (a separate process, started as in a run) receives groups of 24 from an actor, decodes
 and validates them, writes its journal, orders them, acknowledges them, and sends batches of 16 to a
-learner, which reports them as trained. Bare ZeroMQ is described in service_bare.py. Both move
-groups between the same three processes over loopback, with the same number of groups in flight.
+learner, which reports them as trained.
+
+Bare ZeroMQ is one ROUTER, one DEALER that sends groups and one that receives them, in plain
+blocking loops. The router inspects nothing: it answers every group with a frame of the size of an
+acknowledgement, forwards the group unchanged, and grants the sender 16 more credits when the
+receiver has acknowledged 16 groups. Queue bounds, socket options and copying are those of the
+project's sockets. Both move groups between the same three processes over loopback, with the same
+number of groups in flight.
 
 Arms alternate, so that machine load affects all alike. Each row is the median of its repeats, with
 quartiles. `cpu us` is the processor time of the middle process per group, including ZeroMQ's own
@@ -13,13 +19,11 @@ Usage: python -m benchmarks.service [--repeats 5] [--seconds 3] [--tokens 256 40
 """
 
 import argparse
-import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
@@ -27,22 +31,38 @@ import numpy as np
 import psutil
 import zmq
 
-from benchmarks import service_bare as bare
 from benchmarks.harness import report
-from benchmarks.service_harness import make_curve_keys, service, service_config
-from benchmarks.service_peers import Keys, Peer
-from benchmarks.service_roles import GROUP_SIZE, SimulatedActor, SimulatedLearner, make_group
+from benchmarks.service_harness import (
+    CREDITS,
+    SPAWN,
+    run_actor,
+    run_learner,
+    running_processes,
+    service,
+    service_config,
+)
+from benchmarks.service_peers import (
+    GROUP_SIZE,
+    GROUPS_A_BATCH,
+    client_socket,
+    make_group,
+    receive_frames,
+)
+from speed_async.transport.codec import MAX_MESSAGE_BYTES
+from speed_async.transport.curve import ClientKeys, load_client_keys
+from speed_async.transport.key_making import make_keys
+from speed_async.transport.sockets import send_frames, set_common_options
+from speed_async.transport.zeromq import QUEUED_MESSAGES
 
 TOKENS = (256, 4096, 32_768)
-CREDITS = 64
-WINDOW = 48
 WARM_UP_GROUPS = 32
 WARM_UP_S = 1.0
 DEADLINE_S = 120.0
-AIMS = {"batched": 0.5, "none": 0.8}
+TARGETS = {"batched": 0.5, "none": 0.8}
 
-SPAWN = multiprocessing.get_context("spawn")
-Work = tuple[Callable, tuple]
+HELLO, GO = b"h", b"g"
+ACKNOWLEDGED, MORE_CREDITS = b"a" * 64, b"m" * 64
+RECEIVER = "learner"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,34 +79,14 @@ class Measured:
     """Processor time of the middle process per group."""
 
 
-def run_actor(port: int, tokens_each: int, keys: Keys | None) -> None:
-    peer = Peer(zmq.Context(), port, "actor-1.0", keys)
-    actor = SimulatedActor(peer, 1, make_group(tokens_each), WINDOW)
-    while True:
-        while actor.may_send:
-            actor.send_one()
-        message = peer.receive(1.0)
-        if message is not None:
-            actor.take(message)
-
-
-def run_learner(
-    port: int, num_groups: "Synchronized[int]", keys: Keys | None, journals: bool
-) -> None:
-    learner = SimulatedLearner(Peer(zmq.Context(), port, "learner", keys), journals=journals)
-    while True:
-        learner.receive(1.0)
-        num_groups.value = learner.num_groups
-
-
-def measure(middle_pid: int, num_groups: "Synchronized[int]", seconds: float) -> Measured:
+def measure(middle_process_id: int, num_groups: "Synchronized[int]", seconds: float) -> Measured:
     deadline_s = time.monotonic() + DEADLINE_S
     while num_groups.value < WARM_UP_GROUPS:
         if time.monotonic() > deadline_s:
             raise RuntimeError(f"only {num_groups.value} groups arrived in {DEADLINE_S:.0f} s")
         time.sleep(0.02)
     time.sleep(WARM_UP_S)
-    middle = psutil.Process(middle_pid)
+    middle = psutil.Process(middle_process_id)
     groups, cpu, start_s = num_groups.value, sum(middle.cpu_times()[:2]), time.perf_counter()
     time.sleep(seconds)
     while num_groups.value == groups and time.perf_counter() - start_s < DEADLINE_S:
@@ -98,68 +98,111 @@ def measure(middle_pid: int, num_groups: "Synchronized[int]", seconds: float) ->
     return Measured(groups_per_s=groups / took_s, cpu_us=1e6 * cpu / groups)
 
 
-@contextmanager
-def running_processes(*works: Work) -> Iterator[list[int]]:
-    """Start a process per work item; kill them on exit."""
-    processes = [SPAWN.Process(target=work, args=args, daemon=True) for work, args in works]
-    for process in processes:
-        process.start()
-    try:
-        yield [process.pid or 0 for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def run_bare(arm: Arm, keys: Keys | None, seconds: float) -> Measured:
-    num_groups, port = SPAWN.Value("Q", 0), SPAWN.Value("i", 0)
-    server = zmq.curve_keypair() if arm.curve else None
-    if server is not None:
-        public, secret = zmq.curve_keypair()
-        keys = Keys(folder=Path(), server_public=server[0], public=public, secret=secret)
-    else:
-        keys = None
-    with running_processes((bare.route, (port, server))) as [router]:
-        while not port.value:
-            time.sleep(0.01)
-        sender = (bare.send, (port.value, arm.tokens_each, CREDITS, keys))
-        with running_processes(sender, (bare.take, (port.value, num_groups, keys))):
-            return measure(router, num_groups, seconds)
-
-
-def run_service_arm(arm: Arm, keys: Keys | None, seconds: float) -> Measured:
-    config = service_config(durability=arm.kind, credits=CREDITS, keys=keys)
+def run_service(arm: Arm, key_folder: Path | None, seconds: float) -> Measured:
+    config = service_config(durability=arm.kind, key_folder=key_folder)
+    keys = load_client_keys(key_folder) if key_folder else None
     num_groups = SPAWN.Value("Q", 0)
     with service(config) as running:
         learner = (run_learner, (running.port, num_groups, keys, arm.kind != "none"))
         actor = (run_actor, (running.port, arm.tokens_each, keys))
         with running_processes(learner, actor):
-            return measure(running.process.pid, num_groups, seconds)
+            return measure(running.process_id, num_groups, seconds)
 
 
-def run_arm(arm: Arm, keys: Keys | None, seconds: float) -> Measured:
-    work = run_bare if arm.kind == "bare" else run_service_arm
-    return work(arm, keys if arm.curve else None, seconds)
+def run_bare(arm: Arm, seconds: float) -> Measured:
+    num_groups, port = SPAWN.Value("Q", 0), SPAWN.Value("i", 0)
+    server, keys = None, None
+    if arm.curve:
+        server, (public, secret) = zmq.curve_keypair(), zmq.curve_keypair()
+        keys = ClientKeys(server_public=server[0], public=public, secret=secret)
+    with running_processes((route, (port, server))) as [router]:
+        while not port.value:
+            time.sleep(0.01)
+        sender = (send, (port.value, arm.tokens_each, keys))
+        with running_processes(sender, (receive, (port.value, num_groups, keys))):
+            return measure(router, num_groups, seconds)
+
+
+def route(port: "Synchronized[int]", server: tuple[bytes, bytes] | None) -> None:
+    """`server`: public and secret key of a CURVE server."""
+    socket: zmq.Socket = zmq.Context().socket(zmq.ROUTER)
+    socket.SNDHWM = socket.RCVHWM = QUEUED_MESSAGES
+    socket.ROUTER_MANDATORY = 1
+    set_common_options(socket, max_frame_bytes=MAX_MESSAGE_BYTES)
+    if server is not None:
+        socket.CURVE_SERVER = 1
+        socket.CURVE_PUBLICKEY, socket.CURVE_SECRETKEY = server
+    port.value = socket.bind_to_random_port("tcp://127.0.0.1")
+    with suppress(zmq.ZMQError):  # the peers are closed: the measurement is over
+        _forward(socket)
+
+
+def _forward(socket: zmq.Socket) -> None:
+    names = {socket.recv_multipart()[0], socket.recv_multipart()[0]}  # the hello of both
+    (receiver,) = {name for name in names if name.startswith(f"{RECEIVER}/".encode())}
+    (sender,) = names - {receiver}
+    socket.send_multipart([sender, GO])
+    while True:
+        identity, *frames = socket.recv_multipart(copy=False)
+        if identity.bytes == receiver:
+            socket.send_multipart([sender, MORE_CREDITS])
+            continue
+        socket.send_multipart([sender, ACKNOWLEDGED])
+        send_frames(socket, [receiver, *[frame.buffer for frame in frames]])
+
+
+def send(port: int, tokens_each: int, keys: ClientKeys | None) -> None:
+    socket = client_socket(zmq.Context(), port, "actor-1.0", keys)
+    frames = make_group(tokens_each).frames({})
+    socket.send(HELLO)
+    assert socket.recv() == GO
+    available = CREDITS
+    while True:
+        while available > 0:
+            send_frames(socket, frames)
+            available -= 1
+        if socket.recv() == MORE_CREDITS:
+            available += GROUPS_A_BATCH
+
+
+def receive(port: int, num_groups: "Synchronized[int]", keys: ClientKeys | None) -> None:
+    socket = client_socket(zmq.Context(), port, RECEIVER, keys)
+    socket.send(HELLO)
+    while True:
+        receive_frames(socket)
+        num_groups.value += 1
+        if num_groups.value % GROUPS_A_BATCH == 0:
+            socket.send(ACKNOWLEDGED)
+
+
+def run_arm(arm: Arm, key_folder: Path | None, seconds: float) -> Measured:
+    if arm.kind == "bare":
+        return run_bare(arm, seconds)
+    return run_service(arm, key_folder if arm.curve else None, seconds)
+
+
+def ratios(tokens_each: int, rates: list[float], baseline: list[float]) -> dict[str, object]:
+    """Medians of `rates` (groups per second) and of their ratios to adjacent ones of `baseline`."""
+    low, middle, high = np.quantile(np.divide(rates, baseline), [0.25, 0.5, 0.75])
+    rate = statistics.median(rates)
+    return {
+        "groups_per_s": rate,
+        "mb_per_s": 12e-6 * tokens_each * GROUP_SIZE * rate,
+        "ratio": float(middle),
+        "quartiles": f"{low:.2f} .. {high:.2f}",
+    }
 
 
 def row(arm: Arm, results: dict[Arm, list[Measured]]) -> dict[str, object]:
-    bare_arm = Arm(tokens_each=arm.tokens_each, kind="bare", curve=arm.curve)
     rates = [measured.groups_per_s for measured in results[arm]]
-    pairs = zip(results[arm], results[bare_arm], strict=True)
-    ratios = [mine.groups_per_s / theirs.groups_per_s for mine, theirs in pairs]
-    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-    megabytes = 12 * arm.tokens_each * GROUP_SIZE / 1e6
+    baseline = [measured.groups_per_s for measured in results[replace(arm, kind="bare")]]
     return {
         "tokens": arm.tokens_each,
         "curve": "on" if arm.curve else "off",
-        "what": arm.kind if arm.kind == "bare" else f"journal {arm.kind}",
-        "groups_per_s": statistics.median(rates),
-        "mb_per_s": megabytes * statistics.median(rates),
+        "arm": arm.kind if arm.kind == "bare" else f"journal {arm.kind}",
         "cpu_us": statistics.median(measured.cpu_us for measured in results[arm]),
-        "ratio": float(middle),
-        "quartiles": f"{low:.2f} .. {high:.2f}",
-        "aim": AIMS.get(arm.kind, 1.0),
+        **ratios(arm.tokens_each, rates, baseline),
+        "target": TARGETS.get(arm.kind, 1.0),
     }
 
 
@@ -171,17 +214,18 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="without CURVE")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        keys = None if arguments.plain else make_curve_keys(Path(folder) / "keys")
+        key_folder = Path(folder) / "keys"
+        make_keys(key_folder)
         arms = [
             Arm(tokens_each=tokens, kind=kind, curve=curve)
             for tokens in arguments.tokens
-            for curve in ((False, True) if keys else (False,))
+            for curve in ((False,) if arguments.plain else (False, True))
             for kind in ("bare", "none", "batched")
         ]
         results: dict[Arm, list[Measured]] = {arm: [] for arm in arms}
         for repeat in range(arguments.repeats):
             for arm in arms:
-                results[arm].append(run_arm(arm, keys, arguments.seconds))
+                results[arm].append(run_arm(arm, key_folder, arguments.seconds))
             title = f"The service relative to bare ZeroMQ; medians of {repeat + 1} repeats"
             report("service", title, [row(arm, results) for arm in arms])
 

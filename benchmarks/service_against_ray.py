@@ -7,27 +7,18 @@ The Ray arm is described in service_ray.py. The service runs with and without it
 import argparse
 import json
 import os
-import statistics
-
-import numpy as np
 
 from benchmarks.harness import output_of, report
-from benchmarks.service import Arm, run_service_arm
-from benchmarks.service_roles import GROUP_SIZE
+from benchmarks.service import Arm, ratios, run_service
 
-AIM = 5.0
+TARGET = 5.0
 
 
 def run_ray(python: str, tokens: int, seconds: float) -> float:
     """Groups per second. RuntimeError where Ray is not installed."""
     command = [python, "benchmarks/service_ray.py", "--tokens", tokens, "--seconds", seconds]
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
-    result = json.loads(
-        output_of([str(argument) for argument in command], environment).splitlines()[-1]
-    )
-    if "skipped" in result:
-        raise RuntimeError(result["skipped"])
-    return result["groups_per_s"]
+    return json.loads(output_of([*map(str, command)], environment).splitlines()[-1])["groups_per_s"]
 
 
 def main() -> None:
@@ -44,20 +35,15 @@ def main() -> None:
             rates["ray"].append(run_ray(arguments.ray, tokens, arguments.seconds))
             for kind in ("none", "batched"):
                 arm = Arm(tokens_each=tokens, kind=kind, curve=False)
-                measured = run_service_arm(arm, None, arguments.seconds)
+                measured = run_service(arm, None, arguments.seconds)
                 rates[kind].append(measured.groups_per_s)
-        for kind, figures in rates.items():
-            ratios = np.array(figures) / np.array(rates["ray"])
-            low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        for kind in rates:
             rows.append(
                 {
                     "tokens": tokens,
-                    "what": "Ray" if kind == "ray" else f"service, journal {kind}",
-                    "groups_per_s": statistics.median(figures),
-                    "mb_per_s": 12e-6 * tokens * GROUP_SIZE * statistics.median(figures),
-                    "times_ray": float(middle),
-                    "quartiles": f"{low:.1f} .. {high:.1f}",
-                    "aim": 1.0 if kind == "ray" else AIM,
+                    "arm": "Ray" if kind == "ray" else f"service, journal {kind}",
+                    **ratios(tokens, rates[kind], rates["ray"]),
+                    "target": 1.0 if kind == "ray" else TARGET,
                 }
             )
     report("service_against_ray", f"Against Ray, medians of {arguments.repeats}", rows)

@@ -1,57 +1,55 @@
-"""The buffer service in a separate process, started as in a run, for benchmarks."""
+"""The buffer service in a separate process, and processes with its simulated peers."""
 
 import json
+import multiprocessing
+import os
 import select
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
-from benchmarks.harness import QUICKSTART, ROOT
-from benchmarks.service_peers import Keys
-from benchmarks.service_roles import GROUP_SIZE, GROUPS_A_BATCH, TASK
-from speed_async.config.load import build_config
-from speed_async.config.schema import Config
+import zmq
 
+from benchmarks.harness import QUICKSTART, ROOT
+from benchmarks.service_peers import (
+    GROUP_SIZE,
+    GROUPS_A_BATCH,
+    TASK,
+    Peer,
+    SimulatedActor,
+    SimulatedLearner,
+    make_group,
+)
+from speed_async.config.load import build_config, save_config
+from speed_async.config.schema import Config
+from speed_async.transport.curve import ClientKeys
+
+CREDITS = 64
+WINDOW = 48
 START_S = 60.0
 FOREVER = 10**9
 
-
-def make_curve_keys(folder: Path) -> Keys | None:
-    """Create keys as `speed-async keys` does. None if this release has no CURVE support."""
-    try:
-        from speed_async.transport.curve import load_client_keys
-        from speed_async.transport.key_making import make_keys
-    except ImportError:
-        return None
-    if not folder.exists():
-        make_keys(folder)
-    keys = load_client_keys(folder)
-    return Keys(
-        folder=folder,
-        server_public=keys.server_public,
-        public=keys.public,
-        secret=keys.secret,
-    )
+SPAWN = multiprocessing.get_context("spawn")
+Work = tuple[Callable, tuple]
 
 
 def service_config(
     *,
-    durability: str = "none",
-    credits: int = 64,
+    durability: str,
+    credits: int = CREDITS,
     capacity_groups: int = 1024,
     group_size: int = GROUP_SIZE,
-    keys: Keys | None = None,
-    status_interval_s: float = 0.5,
+    key_folder: Path | None = None,
 ) -> Config:
     """A run without gate, staleness limit or end, so that only the service limits the speed."""
     cluster: dict[str, object] = {"stall_timeout_s": float(FOREVER), "actors": 1}
-    if keys is not None:
-        cluster |= {"security": "curve", "keys": str(keys.folder)}
+    if key_folder is not None:
+        cluster |= {"security": "curve", "keys": str(key_folder)}
     tree: dict[str, dict[str, object]] = {
         "run": {"updates": FOREVER},
         "model": {"path": str(QUICKSTART.parent / "model"), "context_length": 1 << 20},
@@ -68,47 +66,71 @@ def service_config(
         },
         "evaluate": {"every": 0},
         "cluster": cluster,
-        "observe": {"status_interval_s": status_interval_s},
+        "observe": {"status_interval_s": 0.5},
     }
     return build_config({"algorithm": "rloo", **tree})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    process: subprocess.Popen[str]
+    process_id: int
     port: int
     feed_port: int
     run_folder: Path
 
 
 @contextmanager
-def service(config: Config, *, profile: Path | None = None) -> Iterator[Running]:
-    """Run the buffer service in its own process and run folder; both are removed afterwards."""
+def service(config: Config) -> Iterator[Running]:
+    """Run the buffer service as in a run, with a run folder that is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="service-") as folder:
-        settings = Path(folder) / "settings.json"
-        settings.write_text(config.model_dump_json())
-        command = [sys.executable, "-m", "benchmarks.service_process", settings, folder]
-        process = subprocess.Popen(
-            [*map(str, command), *([str(profile)] if profile else [])],
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-            text=True,
-        )
+        saved = Path(folder) / "config.json"
+        save_config(config, saved)
+        command = [sys.executable, "-m", "speed_async.launcher.child", "service"]
+        command += ["--parent", str(os.getpid()), "--run-folder", folder, "--config", str(saved)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True)
         try:
             assert process.stdout is not None
             ready, _, _ = select.select([process.stdout], [], [], START_S)
-            ready_message = json.loads(process.stdout.readline()) if ready else {}
-            if "port" not in ready_message:
+            line = process.stdout.readline() if ready else ""
+            if not line:
                 raise RuntimeError("the service did not start")
-            yield Running(
-                process=process,
-                port=ready_message["port"],
-                feed_port=ready_message["feed_port"],
-                run_folder=Path(folder),
-            )
+            yield Running(process_id=process.pid, run_folder=Path(folder), **json.loads(line))
         finally:
-            if profile is not None:
-                process.send_signal(signal.SIGUSR1)
-                process.wait(START_S)
             process.kill()
             process.wait()
+
+
+@contextmanager
+def running_processes(*works: Work) -> Iterator[list[int]]:
+    """Start a process per work item and yield their ids; kill them on exit."""
+    processes = [SPAWN.Process(target=work, args=args, daemon=True) for work, args in works]
+    for process in processes:
+        process.start()
+    try:
+        yield [process.pid or 0 for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def run_actor(port: int, tokens_each: int, keys: ClientKeys | None) -> None:
+    """Send groups as fast as they are acknowledged."""
+    peer = Peer(zmq.Context(), port, "actor-1.0", keys)
+    actor = SimulatedActor(peer, 1, make_group(tokens_each), WINDOW)
+    while True:
+        while actor.may_send:
+            actor.send_one()
+        message = peer.receive(1.0)
+        if message is not None:
+            actor.take(message)
+
+
+def run_learner(
+    port: int, num_groups: "Synchronized[int]", keys: ClientKeys | None, checkpoints: bool
+) -> None:
+    """Take batches as fast as they come; `num_groups` counts their groups."""
+    learner = SimulatedLearner(Peer(zmq.Context(), port, "learner", keys), checkpoints=checkpoints)
+    while True:
+        learner.receive(1.0)
+        num_groups.value = learner.num_groups

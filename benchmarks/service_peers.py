@@ -1,42 +1,52 @@
 """Peers that use real sockets and messages like actors and learners do, with synthetic groups."""
 
+import os
 import time
 from collections import deque
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 import msgpack
+import numpy as np
 import zmq
 
+from benchmarks.harness import QUICKSTART
+from speed_async.config.schema import TaskConfig
+from speed_async.environments.registry import make_task
+from speed_async.environments.task import fingerprint
+from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.transport import messages as m
 from speed_async.transport.codec import MAX_MESSAGE_BYTES, Frame, decode, encode
+from speed_async.transport.curve import ClientKeys, configure_curve
 from speed_async.transport.peer_names import new_identity
 from speed_async.transport.session import Ack, Nack, Ping
 from speed_async.transport.sockets import send_frames, set_common_options
 from speed_async.transport.zeromq import QUEUED_MESSAGES
+from speed_async.types import ActorCounts
 
+GROUP_SIZE = 24
+GROUPS_A_BATCH = 16
+BATCHES_A_CHECKPOINT = 20
+"""The learner reports a durable checkpoint this often. Until then the journal keeps its groups."""
+PROMPT_TOKENS = 128
+VOCABULARY = 8
+"""Token ids that exist in any model."""
+TASK: dict[str, object] = {"name": "arithmetic", "num_prompts": 4096, "num_held_out": 1}
 ACK_INTERVAL = 16
 """Unacknowledged messages received before an acknowledgement is sent."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Keys:
-    """Z85 text. Of the server's keys, only the public one."""
-
-    folder: Path
-    server_public: bytes
-    public: bytes
-    secret: bytes
-
-
-def set_client_options(socket: zmq.Socket, name: str, keys: Keys | None) -> None:
+def client_socket(
+    context: zmq.Context, port: int, name: str, keys: ClientKeys | None
+) -> zmq.Socket:
+    socket: zmq.Socket = context.socket(zmq.DEALER)
     socket.IDENTITY = new_identity(name)
     socket.SNDHWM = socket.RCVHWM = QUEUED_MESSAGES
     set_common_options(socket, max_frame_bytes=MAX_MESSAGE_BYTES)
     socket.LINGER = 0
-    if keys is not None:
-        socket.CURVE_SERVERKEY = keys.server_public
-        socket.CURVE_PUBLICKEY, socket.CURVE_SECRETKEY = keys.public, keys.secret
+    configure_curve(socket, keys)
+    socket.connect(f"tcp://127.0.0.1:{port}")
+    return socket
 
 
 def receive_frames(socket: zmq.Socket, flags: int = 0) -> list[Frame]:
@@ -63,7 +73,6 @@ class PackedGroup:
 class ReceivedGroup(m.Message):
     """A group of a batch of which only the header was decoded."""
 
-    lease_id: int
     num_tokens: int
 
 
@@ -72,21 +81,16 @@ def _decode_header(frames: list[Frame]) -> m.Message:
         return decode(frames)
     _, _, _, values, _ = msgpack.unpackb(frames[0])
     return ReceivedGroup(
-        number=values["number"],
-        heard=values["heard"],
-        lease_id=values["lease_id"],
-        num_tokens=len(frames[5]) // 4,
+        number=values["number"], heard=values["heard"], num_tokens=len(frames[5]) // 4
     )
 
 
 class Peer:
     """An actor's or learner's end of a session, on a blocking socket."""
 
-    def __init__(self, context: zmq.Context, port: int, name: str, keys: Keys | None) -> None:
+    def __init__(self, context: zmq.Context, port: int, name: str, keys: ClientKeys | None) -> None:
         self.name = name
-        self.socket: zmq.Socket = context.socket(zmq.DEALER)
-        set_client_options(self.socket, name, keys)
-        self.socket.connect(f"tcp://127.0.0.1:{port}")
+        self.socket = client_socket(context, port, name, keys)
         self.unacknowledged: deque[tuple[int, float]] = deque()
         """Groups sent and not acknowledged: message number and send time."""
         self.latencies_s: list[float] = []
@@ -96,22 +100,23 @@ class Peer:
         self._acknowledged = 0
 
     def send(self, message: m.Message) -> None:
-        number, heard = self._next_number()
-        send_frames(self.socket, encode(replace(message, number=number, heard=heard)))
+        send_frames(self.socket, encode(replace(message, **self._numbers())))
 
     def send_group(
-        self, group: "PackedGroup", values: dict[str, object], due_s: float | None = None
+        self, group: PackedGroup, values: dict[str, object], due_s: float | None = None
     ) -> None:
         """Send a group with packed arrays; `values` go into its header. The wait for its
         acknowledgement starts now, or at `due_s`."""
-        number, heard = self._next_number()
-        self.unacknowledged.append((number, time.monotonic() if due_s is None else due_s))
-        send_frames(self.socket, group.frames(values | {"number": number, "heard": heard}))
+        numbers = self._numbers()
+        sent_s = time.monotonic() if due_s is None else due_s
+        self.unacknowledged.append((numbers["number"], sent_s))
+        send_frames(self.socket, group.frames(values | numbers))
 
-    def _next_number(self) -> tuple[int, int]:
+    def _numbers(self) -> dict[str, int]:
+        """Number of the next message, and of the last one received, which it acknowledges."""
         self._number += 1
         self._acknowledged = self._last_received
-        return self._number, self._last_received
+        return {"number": self._number, "heard": self._last_received}
 
     def receive(self, timeout_s: float) -> m.Message | None:
         """The next message that is not the session's own. None on timeout."""
@@ -138,9 +143,6 @@ class Peer:
                 return message
         return None
 
-    def close(self) -> None:
-        self.socket.close(linger=0)
-
     def _acknowledge(self, message: m.Message) -> None:
         now_s = time.monotonic()
         while self.unacknowledged and self.unacknowledged[0][0] <= message.heard:
@@ -149,3 +151,150 @@ class Peer:
     def _send_ack(self) -> None:
         self._acknowledged = self._last_received
         send_frames(self.socket, encode(Ack(heard=self._last_received)))
+
+
+class SimulatedActor:
+    """Sends the same group for each lease, with at most `window` groups unacknowledged."""
+
+    def __init__(self, peer: Peer, index: int, group: PackedGroup, window: int) -> None:
+        self.peer = peer
+        self.num_leases = 0
+        self.num_sent = 0
+        self._group = group
+        self._window = window
+        self._waiting: deque[tuple[int, int]] = deque()
+        self._requested = 0
+        self._tokens_sent = 0
+        peer.send(hello("actor", index))
+        self.request_prompts()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting)
+
+    @property
+    def may_send(self) -> bool:
+        return self.has_work and len(self.peer.unacknowledged) < self._window
+
+    def request_prompts(self) -> None:
+        """Request prompts up to one window, including the waiting ones."""
+        num_prompts = self._window - len(self._waiting)
+        if num_prompts - self._requested >= max(1, self._window // 2):
+            self._requested = num_prompts
+            self.peer.send(m.WantWork(num_prompts=num_prompts, counts=self._counts()))
+
+    def take(self, message: m.Message) -> None:
+        if not isinstance(message, m.Leases):
+            return
+        self.num_leases += len(message.lease_ids)
+        if message.kind == "evaluation":
+            self.num_sent += len(message.lease_ids)
+            self._tokens_sent += len(message.lease_ids)
+            for lease_id in message.lease_ids:
+                self._evaluate(lease_id)
+        else:
+            self._waiting.extend(zip(message.lease_ids, message.prompt_ids, strict=True))
+        self._requested -= len(message.lease_ids)
+        self.request_prompts()
+
+    def send_one(self, due_s: float | None = None) -> None:
+        lease_id, prompt_id = self._waiting.popleft()
+        self.num_sent += 1
+        self._tokens_sent += self._group.num_tokens
+        counts = asdict(self._counts())
+        values = {"lease_id": lease_id, "prompt_id": prompt_id, "counts": counts}
+        self.peer.send_group(self._group, values, due_s)
+        self.request_prompts()
+
+    def report(self) -> None:
+        """Send the heartbeat."""
+        gauges = {"slots_busy": 1.0, "num_slots": 1.0, "loop_lag_s": 0.0}
+        self.peer.send(m.ActorReport(gauges=gauges, counts=self._counts()))
+
+    def _evaluate(self, lease_id: int) -> None:
+        outcome = {"num_passed": 1, "num_completions": 1, "num_truncated": 0, "num_tokens": 1}
+        versions = {"oldest_version": 0, "newest_version": 0}
+        counts = self._counts()
+        self.peer.send(m.Evaluated(lease_id=lease_id, counts=counts, **outcome, **versions))
+
+    def _counts(self) -> ActorCounts:
+        return ActorCounts(
+            groups_leased=self.num_leases,
+            groups_in_flight=self.num_leases - self.num_sent,
+            completions_generated=GROUP_SIZE * self.num_sent,
+            tokens_generated=self._tokens_sent,
+        )
+
+
+class SimulatedLearner:
+    """Takes batches and reports them as trained, and as saved if it makes `checkpoints`."""
+
+    def __init__(self, peer: Peer, *, checkpoints: bool) -> None:
+        self.peer = peer
+        self.version = 0
+        self.num_groups = 0
+        self.num_tokens = 0
+        self._checkpoints = checkpoints
+        peer.send(hello("learner", 0))
+        self._take()
+
+    def receive(self, timeout_s: float) -> None:
+        message = self.peer.receive(timeout_s)
+        if isinstance(message, ReceivedGroup):
+            self.num_groups += 1
+            self.num_tokens += message.num_tokens
+        elif isinstance(message, m.BatchReady):
+            self._train(message)
+
+    def _take(self) -> None:
+        self.peer.send(m.TakeBatch(policy_version=self.version, num_groups=GROUPS_A_BATCH))
+
+    def _train(self, ready: m.BatchReady) -> None:
+        self.version += 1
+        trained = m.Trained(
+            policy_version=self.version,
+            lease_ids=ready.lease_ids,
+            skipped=False,
+            groups_trained=self.num_groups,
+            completions_trained=GROUP_SIZE * self.num_groups,
+            tokens_trained=self.num_tokens,
+            metrics={"loss": 0.0, "grad_norm": 0.0},
+        )
+        self.peer.send(trained)
+        if self._checkpoints and self.version % BATCHES_A_CHECKPOINT == 0:
+            self.peer.send(
+                m.CheckpointSaved(policy_version=self.version, oldest_kept_version=self.version)
+            )
+        self._take()
+
+
+def hello(role: str, index: int) -> m.Hello:
+    return m.Hello(role=role, index=index, incarnation=0, process_id=os.getpid(), **_fingerprints())
+
+
+@cache
+def _fingerprints() -> dict[str, str]:
+    return {
+        "fingerprint": fingerprint(make_task(TaskConfig.model_validate(TASK))),
+        "model_fingerprint": model_fingerprint(QUICKSTART.parent / "model", chat_template=False),
+    }
+
+
+def make_group(tokens_each: int, group_size: int = GROUP_SIZE) -> PackedGroup:
+    """A group whose first half passed."""
+    total = tokens_each * group_size
+    rng = np.random.default_rng(0)
+    group = m.GroupFinished(
+        counts=ActorCounts(),
+        lease_id=0,
+        prompt_id=0,
+        num_screening=0,
+        prompt_token_ids=rng.integers(0, VOCABULARY, PROMPT_TOKENS).astype(np.int32),
+        lengths=np.full(group_size, tokens_each, np.int32),
+        rewards=(np.arange(group_size) < group_size // 2).astype(np.float32),
+        cut=np.zeros(group_size, np.int32),
+        token_ids=rng.integers(0, VOCABULARY, total).astype(np.int32),
+        logprobs=-rng.random(total).astype(np.float32),
+        policy_versions=np.zeros(total, np.int32),
+    )
+    return PackedGroup(group)

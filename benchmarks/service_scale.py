@@ -23,10 +23,16 @@ import psutil
 import zmq
 
 from benchmarks.harness import report
-from benchmarks.service import SPAWN, Work, run_learner, running_processes
-from benchmarks.service_harness import Running, service, service_config
-from benchmarks.service_peers import Peer
-from benchmarks.service_roles import SimulatedActor, make_group
+from benchmarks.service_harness import (
+    SPAWN,
+    Running,
+    Work,
+    run_learner,
+    running_processes,
+    service,
+    service_config,
+)
+from benchmarks.service_peers import Peer, SimulatedActor, make_group
 from speed_async.errors import DeadlineExceeded
 from speed_async.transport.feed import FeedSubscriber
 
@@ -146,7 +152,7 @@ def measure(num_actors: int, completions_per_s: float, seconds: float, connect_s
             )
         with running_processes(*works):
             time.sleep(max(0.0, starts_at_s - time.monotonic()))
-            service_process = psutil.Process(running.process.pid)
+            service_process = psutil.Process(running.process_id)
             cpu_s = sum(service_process.cpu_times()[:2])
             lags_s = asyncio.run(watch(running, seconds))
             cpu_s = sum(service_process.cpu_times()[:2]) - cpu_s

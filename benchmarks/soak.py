@@ -17,9 +17,15 @@ import numpy as np
 import psutil
 
 from benchmarks.harness import report
-from benchmarks.service import CREDITS, SPAWN, run_actor, run_learner, running_processes
-from benchmarks.service_harness import service, service_config
-from benchmarks.service_roles import GROUP_SIZE
+from benchmarks.service_harness import (
+    SPAWN,
+    run_actor,
+    run_learner,
+    running_processes,
+    service,
+    service_config,
+)
+from benchmarks.service_peers import GROUP_SIZE
 
 SAMPLE_S = 1.0
 MAX_GROWTH = 0.01
@@ -36,10 +42,10 @@ def soak(minutes: float, warm_up_minutes: float, tokens: int, durability: str) -
     num_groups = SPAWN.Value("Q", 0)
     resident: list[float] = []
     journal_bytes: list[float] = []
-    with service(service_config(durability=durability, credits=CREDITS)) as running:
+    with service(service_config(durability=durability)) as running:
         learner = (run_learner, (running.port, num_groups, None, durability != "none"))
         with running_processes(learner, (run_actor, (running.port, tokens, None))):
-            service_process = psutil.Process(running.process.pid)
+            service_process = psutil.Process(running.process_id)
             time.sleep(60 * warm_up_minutes)
             start_s, before = time.monotonic(), num_groups.value
             while time.monotonic() < start_s + 60 * minutes:
