@@ -8,14 +8,9 @@ own size a run rarely sees a prompt twice, so there is little to predict from. M
 Usage: python -m benchmarks.curriculum_quickstart [num_seeds]
 """
 
-import json
-import os
-import statistics
 import sys
-import tempfile
-from pathlib import Path
 
-from benchmarks.harness import QUICKSTART, output_of, report
+from benchmarks.harness import QUICKSTART, medians, report, train
 from speed_async.config.load import load_config
 
 SIZES = (4096, 512)
@@ -23,16 +18,10 @@ KINDS = ("uniform", "posterior")
 
 
 def run_once(kind: str, num_prompts: int, seed: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "run"
-        overrides = ["--run.folder", str(folder), "--run.seed", str(seed)]
-        overrides += ["--curriculum.kind", kind, "--task.num_prompts", str(num_prompts)]
-        gate = load_config(QUICKSTART, overrides).gate
-        output_of(
-            [sys.executable, "-m", "speed_async", "train", str(QUICKSTART), *overrides],
-            os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-        )
-        summary = json.loads((folder / "summary.json").read_text())
+    overrides = ["--run.seed", str(seed), "--curriculum.kind", kind]
+    overrides += ["--task.num_prompts", str(num_prompts)]
+    gate = load_config(QUICKSTART, overrides).gate
+    summary = train([QUICKSTART, *overrides]).summary
     groups, tokens = summary["ledger"]["groups"], summary["ledger"]["tokens"]
     kept = [end for end in ("trained", "stale", "evicted", "buffered") if groups[end]]
     own = gate.n_init / gate.group_size * sum(tokens[end] for end in kept)
@@ -56,10 +45,7 @@ def main() -> None:
             kind: [run_once(kind, num_prompts, seed) for seed in range(num_seeds)] for kind in KINDS
         }
         for kind, kind_runs in runs.items():
-            medians = {
-                key: statistics.median(run[key] for run in kind_runs) for key in kind_runs[0]
-            }
-            rows.append({"prompts": num_prompts, "curriculum": kind, **medians})
+            rows.append({"prompts": num_prompts, "curriculum": kind, **medians(kind_runs)})
     report("curriculum_quickstart", f"The quickstart, medians of {num_seeds} seeds", rows)
 
 

@@ -1,12 +1,17 @@
-"""Shared by all benchmarks: a rich table on the terminal, and the same rows as JSON."""
+"""Shared by all benchmarks: other programs, runs, and results as a table and as JSON."""
 
 import json
 import os
 import platform
+import statistics
 import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +31,34 @@ def output_of(command: Sequence[str | Path], environment: Mapping[str, str]) -> 
     if completed.returncode:
         raise RuntimeError(f"{' '.join(texts)} failed:\n{completed.stderr[-2000:]}")
     return completed.stdout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingRun:
+    summary: dict[str, Any]
+    events: list[dict[str, Any]]
+    """The lines of metrics.jsonl."""
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["kind"] == kind]
+
+
+def train(
+    arguments: Sequence[str | Path], environment: Mapping[str, str] = os.environ
+) -> TrainingRun:
+    """Run `speed-async train ARGUMENTS` with a run folder that is removed afterwards."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "run"
+        command = [sys.executable, "-m", "speed_async", "train", *arguments]
+        output_of([*command, "--run.folder", folder], environment)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        summary = json.loads((folder / "summary.json").read_text())
+    return TrainingRun(summary=summary, events=[json.loads(line) for line in lines])
+
+
+def medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median of each value over the runs."""
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
 def report(name: str, title: str, rows: list[dict[str, object]]) -> None:

@@ -8,14 +8,9 @@ Usage: python -m benchmarks.running_at_update [--seeds N] [--engines torch,vllm]
 """
 
 import argparse
-import json
-import os
 import statistics
-import sys
-import tempfile
-from pathlib import Path
 
-from benchmarks.harness import QUICKSTART, output_of, report
+from benchmarks.harness import QUICKSTART, medians, report, train
 
 UPDATES = 40
 CHOICES = ("keep", "recompute")
@@ -23,24 +18,10 @@ MEASURES = ("kl_k3", "effective_sample_size", "clipped_share")
 
 
 def run_once(engine: str, choice: str, seed: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "run"
-        overrides = {
-            "run.folder": str(folder),
-            "run.seed": str(seed),
-            "run.updates": str(UPDATES),
-            "actors.engine": engine,
-            "actors.running_at_update": choice,
-            "evaluate.every": "0",
-        }
-        options = [option for name, value in overrides.items() for option in (f"--{name}", value)]
-        output_of(
-            [sys.executable, "-m", "speed_async", "train", str(QUICKSTART), *options],
-            os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-        )
-        summary = json.loads((folder / "summary.json").read_text())
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-    steps = [event for event in map(json.loads, lines) if event["kind"] == "step"]
+    options = ["--run.seed", str(seed), "--run.updates", str(UPDATES), "--evaluate.every", "0"]
+    options += ["--actors.engine", engine, "--actors.running_at_update", choice]
+    run = train([QUICKSTART, *options])
+    summary, steps = run.summary, run.of_kind("step")
     walls_s = [step["wall_s"] for step in steps]
     tokens = summary["ledger"]["tokens"]
     return {
@@ -66,10 +47,7 @@ def main() -> None:
             for choice in CHOICES if seed % 2 == 0 else reversed(CHOICES):
                 runs[choice].append(run_once(engine, choice, seed))
         for choice, choice_runs in runs.items():
-            medians = {
-                name: statistics.median(run[name] for run in choice_runs) for name in choice_runs[0]
-            }
-            rows.append({"engine": engine, "choice": choice, **medians})
+            rows.append({"engine": engine, "choice": choice, **medians(choice_runs)})
     report(
         "running_at_update",
         f"Running sequences at an update, quickstart, {UPDATES} updates, medians of "

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.harness import QUICKSTART, ROOT, output_of
+from benchmarks.harness import QUICKSTART, ROOT, output_of, train
 from benchmarks.spreads import SPREADS, write_prompts
 from benchmarks.time_to_accuracy_report import (
     TARGETS,
@@ -80,17 +80,19 @@ VARIANTS = ("async-speed-", "async-posterior-")
 TRL_SETTING = ["--threads", "2", "--micro-batch", "384"]
 """The fastest setting of benchmarks/trl.py on this machine."""
 
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+
 
 def run_job(job: Job, prompts: Path) -> Run:
     arguments = [
         *[str(QUICKSTART), "--task.name", "jsonl", "--task.path", str(prompts)],
         *["--task.num_held_out", str(NUM_HELD_OUT), "--evaluate.every", str(EVALUATE_EVERY)],
-        *[
-            "--run.updates",
-            str(MAX_UPDATES),
-            "--run.stop_at_accuracy",
-            str(max(TARGETS[job.spread])),
-        ],
+        *["--run.updates", str(MAX_UPDATES)],
+        *["--run.stop_at_accuracy", str(max(TARGETS[job.spread]))],
         *["--run.seed", str(job.seed), "--learner.lr", str(job.lr), *ARMS[job.arm]],
     ]
     start_s = time.monotonic()
@@ -101,13 +103,9 @@ def run_job(job: Job, prompts: Path) -> Run:
 def _our_points(arguments: Sequence[str]) -> list[Point]:
     """An evaluation belongs to the time at which its version was made. Time starts at the end of
     the first evaluation and includes later evaluations; their tokens are not counted."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "run"
-        _finish([sys.executable, "-m", "speed_async", "train", *arguments, "--run.folder", folder])
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    made = {e["policy_version"]: e for e in events if e["kind"] == "step"}
-    evaluations = [e for e in events if e["kind"] == "evaluation"]
+    run = train(arguments, os.environ | ENVIRONMENT)
+    made = {step["policy_version"]: step for step in run.of_kind("step")}
+    evaluations = run.of_kind("evaluation")
     made[0] = start = evaluations[0]
     return [
         Point(
@@ -127,22 +125,13 @@ def _training_tokens(event: Mapping[str, int]) -> int:
 def _trl_points(arguments: Sequence[str]) -> list[Point]:
     """Time starts at the end of the first evaluation and excludes evaluations."""
     command = [sys.executable, "-m", "benchmarks.trl_arm", *arguments, *TRL_SETTING]
-    output = _finish([*command, "--steps", str(MAX_UPDATES)])
+    output = output_of([*command, "--steps", str(MAX_UPDATES)], os.environ | ENVIRONMENT)
     results = json.loads(output.splitlines()[-1])
     ends_s, tokens = [0.0, *results["ends_s"]], [0, *results["tokens"]]
     return [
         Point(updates=int(step), wall_s=ends_s[int(step)], tokens=tokens[int(step)], accuracy=value)
         for step, value in results["accuracies"].items()
     ]
-
-
-def _finish(command: Sequence[str | Path]) -> str:
-    environment = os.environ | {
-        "OMP_WAIT_POLICY": "passive",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
-    return output_of(command, environment)
 
 
 class ResultsFile:

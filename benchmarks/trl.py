@@ -11,13 +11,11 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
-from benchmarks.harness import QUICKSTART, output_of, report
+from benchmarks.harness import QUICKSTART, output_of, report, train
 from speed_async.config.load import load_config
 from speed_async.config.schema import Config
 
@@ -75,14 +73,8 @@ def run_trl(config: Config, setting: TrlSetting, num_steps: int, arguments: list
 def run_ours(num_updates: int, arguments: list[str]) -> Rates:
     """Run as a user does, except for the folder and the length."""
     environment = {name: os.environ[name] for name in os.environ if name != "OMP_NUM_THREADS"}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "run"
-        command = [sys.executable, "-m", "speed_async", "train", *arguments]
-        command += ["--run.folder", str(folder), "--run.updates", str(num_updates)]
-        output_of(command, environment)
-        summary = json.loads((folder / "summary.json").read_text())
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-    steps = [event for event in map(json.loads, lines) if event["kind"] == "step"]
+    run = train([*arguments, "--run.updates", str(num_updates)], environment)
+    summary, steps = run.summary, run.of_kind("step")
     first, last = steps[NUM_SKIPPED_UPDATES - 1], steps[-1]
     elapsed_s = last["wall_s"] - first["wall_s"]
     tokens_per_completion = summary["tokens_generated"] / summary["completions_generated"]
