@@ -59,9 +59,9 @@ class ModelError(SpeedAsyncError):
 class DeadlineExceeded(SpeedAsyncError):
     """A wait passed its deadline."""
 
-    def __init__(self, whom: str, what: str, waited_s: float) -> None:
-        super().__init__(f"waited {waited_s:.1f} s for {whom}: {what}")
-        self.whom = whom
+    def __init__(self, peer: str, what: str, waited_s: float) -> None:
+        super().__init__(f"waited {waited_s:.1f} s for {peer}: {what}")
+        self.peer = peer
         """The peer that did not respond."""
         self.what = what
         self.waited_s = waited_s

@@ -43,7 +43,7 @@ class Lines:
         self._is_late = False
         """Whether more than half of the updates are done."""
 
-    def look(self, silent_s: float) -> Literal["stay", "leave"]:
+    def poll(self, silent_s: float) -> Literal["stay", "leave"]:
         """Return "stay": this output handles no keys."""
         return "stay"
 

@@ -69,7 +69,7 @@ class InProcessHub:
                     remaining_s, source="any peer", what="a message"
                 )
             except DeadlineExceeded as error:
-                raise DeadlineExceeded(error.whom, error.what, deadline_s) from None
+                raise DeadlineExceeded(error.peer, error.what, deadline_s) from None
             if (received := self._decoded(peer, frames)) is not None:
                 return received
 

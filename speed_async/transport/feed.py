@@ -101,7 +101,7 @@ class FeedSubscriber:
     async def receive(self, deadline_s: float) -> Event:
         """Wait for the next event. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
         frames = await self._socket.receive(
-            deadline_s=deadline_s, whom=self._source, what=self._awaited
+            deadline_s=deadline_s, peer=self._source, what=self._awaited
         )
         self._awaited = "an event"
         return decode_event(frames[0])

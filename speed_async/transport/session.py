@@ -195,7 +195,7 @@ class SessionLink:
                 message = await self._link.receive(max(0.0, min(left_s, PROBE_S)))
             except DeadlineExceeded as error:
                 if left_s <= PROBE_S:
-                    raise DeadlineExceeded(error.whom, error.what, deadline_s) from None
+                    raise DeadlineExceeded(error.peer, error.what, deadline_s) from None
                 await self._probe()
                 continue
             self.last_received_s = self._clock()

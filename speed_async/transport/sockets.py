@@ -71,7 +71,7 @@ class PolledSocket:
         return self._socket
 
     async def send(
-        self, frames: Sequence[Frame], *, deadline_s: float, whom: str, what: str
+        self, frames: Sequence[Frame], *, deadline_s: float, peer: str, what: str
     ) -> None:
         """Queue one message; waits up to `deadline_s` for space in the queue.
 
@@ -79,13 +79,13 @@ class PolledSocket:
         DeadlineExceeded or TransportClosed.
         """
         await self._retry_until_ready(
-            lambda: self.send_now(frames), self._writers, deadline_s, whom=whom, what=what
+            lambda: self.send_now(frames), self._writers, deadline_s, peer=peer, what=what
         )
 
-    async def receive(self, *, deadline_s: float, whom: str, what: str) -> list[Frame]:
+    async def receive(self, *, deadline_s: float, peer: str, what: str) -> list[Frame]:
         """Wait for the frames of the next message. Raises DeadlineExceeded or TransportClosed."""
         return await self._retry_until_ready(
-            self._receive_now, self._readers, deadline_s, whom=whom, what=what
+            self._receive_now, self._readers, deadline_s, peer=peer, what=what
         )
 
     def receive_now(self) -> list[Frame] | None:
@@ -139,7 +139,7 @@ class PolledSocket:
         waiters: set[asyncio.Future[None]],
         deadline_s: float,
         *,
-        whom: str,
+        peer: str,
         what: str,
     ) -> T:
         started_s = self._loop.time()
@@ -149,7 +149,7 @@ class PolledSocket:
             await asyncio.sleep(0)
         while True:
             if self._closed:
-                raise TransportClosed(f"the socket was closed while waiting for {whom}: {what}")
+                raise TransportClosed(f"the socket was closed while waiting for {peer}: {what}")
             with suppress(zmq.Again):
                 result = operation()
                 if self._readers or self._writers:
@@ -157,7 +157,7 @@ class PolledSocket:
                 return result
             waited_s = self._loop.time() - started_s
             if waited_s >= deadline_s:
-                raise DeadlineExceeded(whom, what, waited_s)
+                raise DeadlineExceeded(peer, what, waited_s)
             self._burst = 0
             await self._wait(waiters, deadline_s - waited_s)
 

@@ -81,10 +81,10 @@ class ZmqHub:
             remaining_s = max(0.0, ends_s - clock())
             try:
                 frames = await self._socket.receive(
-                    deadline_s=remaining_s, whom="any peer", what="a message"
+                    deadline_s=remaining_s, peer="any peer", what="a message"
                 )
             except DeadlineExceeded as error:
-                raise DeadlineExceeded(error.whom, error.what, deadline_s) from None
+                raise DeadlineExceeded(error.peer, error.what, deadline_s) from None
             if (received := self._decode_from_peer(frames)) is not None:
                 return received
             if clock() >= ends_s:  # endless malformed input must not block the caller
@@ -167,13 +167,13 @@ class ZmqLink:
         """Queue a message; waits while the outbox is full. Raises DeadlineExceeded."""
         what = f"space for {type(message).__name__} in the outbox"
         await self._socket.send(
-            encode(message), deadline_s=self._send_deadline_s, whom=self._peer, what=what
+            encode(message), deadline_s=self._send_deadline_s, peer=self._peer, what=what
         )
 
     async def receive(self, deadline_s: float) -> Message:
         """Wait for the next message. Raises DeadlineExceeded, TransportClosed or ProtocolError."""
         frames = await self._socket.receive(
-            deadline_s=deadline_s, whom=self._peer, what=self._awaited
+            deadline_s=deadline_s, peer=self._peer, what=self._awaited
         )
         self._awaited = "a message"
         return decode(frames)

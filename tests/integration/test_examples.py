@@ -1,4 +1,4 @@
-"""What lies in examples/ runs as it is."""
+"""The files of examples/ run as they are."""
 
 import os
 import subprocess

@@ -155,7 +155,7 @@ async def _follow(
                 if event.kind == "end":
                     return "ended"
             silent_s = clock() - received_s
-            if view.look(silent_s) == "leave":
+            if view.poll(silent_s) == "leave":
                 return "left"
             await _raise_if_gone(source, silent_s, patience_s, has_event=has_event)
     except DeadlineExceeded as error:

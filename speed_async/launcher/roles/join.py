@@ -91,7 +91,7 @@ async def wait_for_run_end(feed: FeedSubscriber, silence_s: float) -> RunEnd:
             event = await feed.receive(silence_s)
         except DeadlineExceeded as error:
             raise RunLost(
-                f"lost the run: no event from {error.whom} for {silence_s:.0f} s; its machine, "
+                f"lost the run: no event from {error.peer} for {silence_s:.0f} s; its machine, "
                 "its launcher or the network is down"
             ) from None
         if event.kind == "end":

@@ -57,7 +57,7 @@ async def join_run(
         )
     except DeadlineExceeded as error:
         raise DeadlineExceeded(
-            error.whom,
+            error.peer,
             'no reply. The address is in the run\'s logs/learner.log ("actors join at"; not that '
             "of the metrics feed), cluster.host must be reachable from this machine, and a run "
             "with keys replies to allowed clients only: pass this client's key folder as --keys",

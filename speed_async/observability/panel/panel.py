@@ -25,7 +25,7 @@ KEYS = "h help  s samples  q close"
 class Panel:
     """Draws the state of the run in place. The last frame remains when the panel is closed.
 
-    There is no thread: the panel draws on events and in `look`, to be called a few times per
+    There is no thread: the panel draws on events and in `poll`, to be called a few times per
     second. As a background job it draws nothing. Requires `can_show(console)`.
     """
 
@@ -80,7 +80,7 @@ class Panel:
         self._drawn_s = self._drawn_s if wall_s is None else wall_s
         self._draw()
 
-    def look(self, silent_s: float) -> Literal["stay", "leave"]:
+    def poll(self, silent_s: float) -> Literal["stay", "leave"]:
         """Handle pressed keys. `silent_s` is the time since the last event."""
         keys = self._keyboard.pressed()
         for key in keys:

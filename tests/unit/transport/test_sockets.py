@@ -12,7 +12,7 @@ from speed_async.transport.sockets import PolledSocket
 
 SOON_S = 5.0
 # A waiter that missed its signal wakes only at its deadline; these waits must end earlier.
-WAIT = {"deadline_s": 2 * SOON_S, "whom": "the peer", "what": "a message"}
+WAIT = {"deadline_s": 2 * SOON_S, "peer": "the peer", "what": "a message"}
 
 
 class ConsumedSignal(PolledSocket):

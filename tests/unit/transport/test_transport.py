@@ -392,7 +392,7 @@ async def fill(send) -> tuple[int, DeadlineExceeded]:
 async def test_link_to_a_slow_hub_uses_bounded_memory(setup: TransportSetup):
     link = await connected_link(setup, "actor-1.0")
     num_sent, error = await fill(link.send)
-    assert "service" in error.whom
+    assert "service" in error.peer
     assert error.what.endswith("box")
     assert error.waited_s >= 0.5
     for number in range(num_sent):
