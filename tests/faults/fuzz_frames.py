@@ -21,6 +21,8 @@ EDGE_VALUES: tuple[object, ...] = (
     *(0.0, -0.0, 1e308, math.nan, math.inf, -math.inf, "", "x" * 5000, "\x00", "\ud7ff", b"raw"),
     *([], {}, [[]], {"a": []}, [0] * 5000, {str(i): i for i in range(500)}, "<i8", "|O", [-1]),
 )
+HEARD = b"\xa5heard"
+"""The key of the field that `_deep` replaces, and that is below 128: its value is one byte."""
 DEEP_VALUE = b"\x91" * 1000 + b"\x90"
 EDGE_FLOATS = (math.nan, math.inf, -math.inf, 1.0, 1e38, -1e38)
 EDGE_INTS = (-1, -(2**31), 2**31 - 1, 100, 65)
@@ -117,9 +119,9 @@ class FrameMutator:
     def _deep(self, frames: Frames) -> Frames:
         """Replace some field by a value nested as deep as msgpack accepts."""
         header = frames[0]
-        offset = header.find(b"\xa5heard")
-        if offset > 0:
-            frames[0] = header[: offset + 6] + DEEP_VALUE + header[offset + 7 :]
+        value = header.find(HEARD) + len(HEARD)
+        if value >= len(HEARD):
+            frames[0] = header[:value] + DEEP_VALUE + header[value + 1 :]
         return frames
 
     def _leaf(self, frames: Frames) -> Frames:
