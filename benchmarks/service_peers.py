@@ -81,7 +81,7 @@ def _decode_header(frames: list[Frame]) -> m.Message:
         return decode(frames)
     _, _, _, values, _ = msgpack.unpackb(frames[0])
     return ReceivedGroup(
-        number=values["number"], heard=values["heard"], num_tokens=len(frames[5]) // 4
+        number=values["number"], received=values["received"], num_tokens=len(frames[5]) // 4
     )
 
 
@@ -116,7 +116,7 @@ class Peer:
         """Number of the next message, and of the last one received, which it acknowledges."""
         self._number += 1
         self._acknowledged = self._last_received
-        return {"number": self._number, "heard": self._last_received}
+        return {"number": self._number, "received": self._last_received}
 
     def receive(self, timeout_s: float) -> m.Message | None:
         """The next message that is not the session's own. None on timeout."""
@@ -145,12 +145,12 @@ class Peer:
 
     def _acknowledge(self, message: m.Message) -> None:
         now_s = time.monotonic()
-        while self.unacknowledged and self.unacknowledged[0][0] <= message.heard:
+        while self.unacknowledged and self.unacknowledged[0][0] <= message.received:
             self.latencies_s.append(now_s - self.unacknowledged.popleft()[1])
 
     def _send_ack(self) -> None:
         self._acknowledged = self._last_received
-        send_frames(self.socket, encode(Ack(heard=self._last_received)))
+        send_frames(self.socket, encode(Ack(received=self._last_received)))
 
 
 class SimulatedActor:

@@ -53,25 +53,27 @@ class Sessions:
         session = self._sessions.get(peer)
         if session is None:
             return self._admit_stranger(peer, message)
-        if message.heard > session.sent:  # acknowledges messages lost with the journal's tail
+        if message.received > session.sent:  # acknowledges messages lost with the journal's tail
             self.replies.append((peer, m.Rejected(reason=MESSAGES_LOST)))
             return False
         if isinstance(message, Nack):
-            if session.rewind(message.heard):
+            if session.rewind(message.received):
                 self.unsent.append(peer)
             else:
                 self.replies.append((peer, m.Rejected(reason=DECLARED_LOST)))
             return False
         if isinstance(message, Ping):
-            lacks = message.sent > session.heard
-            self.replies.append((peer, Nack(heard=session.heard) if lacks else session.word()))
+            lacks = message.sent > session.received
+            self.replies.append(
+                (peer, Nack(received=session.received) if lacks else session.make_ack())
+            )
             session.arrived(message)
             return False
-        if message.number == session.heard + 1:
+        if message.number == session.received + 1:
             return True
         receipt = session.arrived(message)
         if receipt is Receipt.DUPLICATE:
-            self.replies.append((peer, session.word()))
+            self.replies.append((peer, session.make_ack()))
         elif receipt is Receipt.GAP:
             self._send_nack(peer, session, now_s)
         return receipt is Receipt.UNNUMBERED and not isinstance(message, Ack)
@@ -95,13 +97,13 @@ class Sessions:
     def record_ack(self, peer: str, message: m.Message) -> None:
         """Record only the acknowledgement of a message that is not processed."""
         if session := self._sessions.get(peer):
-            session.forget(message.heard)
+            session.forget(message.received)
 
     def enqueue(self, peer: str, message: m.Message) -> None:
         """Queue a message for the server to send, and keep it until it is acknowledged."""
         if session := self._sessions.get(peer):
             self._hold(peer, session)
-            session.say(message)
+            session.enqueue(message)
         elif self.holding:
             self._held_once.append((peer, message))
         else:
@@ -115,7 +117,7 @@ class Sessions:
         replies, self.replies = self.replies, []
         unsent, self.unsent = self.unsent, []
         held = ((peer, self._sessions.get(peer)) for peer in peers)
-        marks = {peer: (session.sent, session.heard) for peer, session in held if session}
+        marks = {peer: (session.sent, session.received) for peer, session in held if session}
         return Sealed(marks=marks, once=once, replies=replies, unsent=unsent)
 
     def release(self, sealed: Sealed) -> None:
@@ -158,7 +160,7 @@ class Sessions:
         """Acks for those of `peers` with a pending one that no other message carries."""
         sessions = ((peer, self._sessions.get(peer)) for peer in peers)
         return [
-            (peer, s.word()) for peer, s in sessions if s and s.ack_pending and not s.has_unsent
+            (peer, s.make_ack()) for peer, s in sessions if s and s.ack_pending and not s.has_unsent
         ]
 
     def due_pings(self, now_s: float) -> list[tuple[str, Ping]]:
@@ -206,4 +208,4 @@ class Sessions:
     def _send_nack(self, peer: str, session: Session, now_s: float) -> None:
         if now_s - self._nack_s.get(peer, -1.0) >= 0.5:
             self._nack_s[peer] = now_s
-            self.replies.append((peer, Nack(heard=session.heard)))
+            self.replies.append((peer, Nack(received=session.received)))

@@ -73,7 +73,7 @@ class StateMachine:
 
     def begin_attempt(self, attempt: int, now_s: float) -> None:
         if self.journal is not None:
-            self.journal.append("life", now_s, value=float(attempt))
+            self.journal.append("attempt", now_s, value=float(attempt))
         self._begin_attempt(attempt, now_s)
 
     def replay(self, place: Place, record: Record) -> None:
@@ -89,7 +89,7 @@ class StateMachine:
                 self._gone(record.peer, record.now_s)
             case "refused":
                 self._refused(record.peer, record.text, record.now_s)
-            case "life":
+            case "attempt":
                 self._begin_attempt(int(record.value), record.now_s)
             case _:
                 return

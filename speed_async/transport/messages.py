@@ -29,7 +29,7 @@ class Message:
 
     number: int = 0
     """Sequence number in the session, from 1; 0 for a message that is not numbered."""
-    heard: int = 0
+    received: int = 0
     """Acknowledgement: all messages of the other side up to this number were received."""
 
 

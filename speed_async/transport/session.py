@@ -25,12 +25,12 @@ NACK_INTERVAL_S = 0.5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ack(Message):
-    """Acknowledges all messages up to `heard`."""
+    """Acknowledges all messages up to `received`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Nack(Message):
-    """Requests retransmission of all messages after `heard`."""
+    """Requests retransmission of all messages after `received`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,7 @@ class Session:
 
     sent: int = 0
     """Number of the last message; it may still wait for space in a queue."""
-    heard: int = 0
+    received: int = 0
     """All messages of the peer up to this number were received."""
     queued: int = 0
     """All messages up to this number were passed to the transport."""
@@ -81,21 +81,21 @@ class Session:
 
     @property
     def _ackable(self) -> int:
-        return self.heard if self._held_at is None else self._held_at[1]
+        return self.received if self._held_at is None else self._held_at[1]
 
     def hold(self) -> None:
         """Hold back messages and acknowledgements from now on until `release`."""
         if self._held_at is None:
-            self._held_at = (self.sent, self.heard)
+            self._held_at = (self.sent, self.received)
 
     def release(self, upto: tuple[int, int]) -> None:
         """Release messages and acknowledgements up to these (sent, received) numbers.
 
         The hold ends if no later ones are held back.
         """
-        self._held_at = None if upto == (self.sent, self.heard) else upto
+        self._held_at = None if upto == (self.sent, self.received) else upto
 
-    def say(self, message: Message) -> None:
+    def enqueue(self, message: Message) -> None:
         """Number and keep a message; `next_unsent` returns it."""
         self.sent += 1
         self._kept.append(replace(message, number=self.sent))
@@ -103,40 +103,40 @@ class Session:
     def next_unsent(self) -> Message:
         """The first message not passed to the transport; call `mark_queued` after passing it."""
         first = self.sent - len(self._kept) + 1
-        return replace(self._kept[self.queued + 1 - first], heard=self._ackable)
+        return replace(self._kept[self.queued + 1 - first], received=self._ackable)
 
     def mark_queued(self) -> None:
         """Record that the message of `next_unsent` was passed to the transport."""
         self.queued += 1
         self._acknowledged = self._ackable
 
-    def word(self) -> Ack:
+    def make_ack(self) -> Ack:
         """Create an acknowledgement of all that may be acknowledged."""
         self._acknowledged = self._ackable
-        return Ack(heard=self._acknowledged)
+        return Ack(received=self._acknowledged)
 
     def probe(self) -> Ping:
         """Create a Ping for the last message passed to the transport."""
-        return Ping(sent=self.queued, heard=self._ackable)
+        return Ping(sent=self.queued, received=self._ackable)
 
     def arrived(self, message: Message) -> Receipt:
         """Process the numbers of a received message."""
-        self.forget(message.heard)
+        self.forget(message.received)
         if message.number == 0:
             return Receipt.UNNUMBERED
-        if message.number <= self.heard:
+        if message.number <= self.received:
             return Receipt.DUPLICATE
-        if message.number > self.heard + 1:
+        if message.number > self.received + 1:
             return Receipt.GAP
-        self.heard = message.number
+        self.received = message.number
         return Receipt.NEW
 
-    def rewind(self, heard: int) -> bool:
-        """Retransmit all messages after `heard`. Returns False if they are no longer kept."""
-        self.forget(heard)
-        if heard < self.sent - len(self._kept):
+    def rewind(self, received: int) -> bool:
+        """Retransmit all messages after `received`. Returns False if they are no longer kept."""
+        self.forget(received)
+        if received < self.sent - len(self._kept):
             return False
-        self.queued = min(self.queued, heard)
+        self.queued = min(self.queued, received)
         return True
 
     def requeue_unacked(self) -> None:
@@ -148,11 +148,11 @@ class Session:
         self._kept.clear()
         self.queued = self.sent
 
-    def forget(self, heard: int) -> None:
+    def forget(self, received: int) -> None:
         """Drop messages that the peer acknowledged, up to this number."""
-        while self._kept and self._kept[0].number <= heard:
+        while self._kept and self._kept[0].number <= received:
             self._kept.popleft()
-        self.queued = max(self.queued, min(heard, self.sent))
+        self.queued = max(self.queued, min(received, self.sent))
 
 
 class SessionLink:
@@ -178,7 +178,7 @@ class SessionLink:
 
     async def send(self, message: Message) -> None:
         """Send a message. Raises the errors of the link; the message is kept and retransmitted."""
-        self._session.say(message)
+        self._session.enqueue(message)
         self._settled.clear()
         await self._send_unsent()
 
@@ -230,16 +230,16 @@ class SessionLink:
         match message:
             case Ack():
                 return False
-            case Nack(heard=heard):
-                if not self._session.rewind(heard):
+            case Nack(received=received):
+                if not self._session.rewind(received):
                     raise IncarnationLost(
-                        f"the buffer service lost the messages after number {heard}, and they are "
-                        "no longer kept here"
+                        f"the buffer service lost the messages after number {received}, and they "
+                        "are no longer kept here"
                     )
                 await self._send_unsent()
                 return False
             case Ping(sent=sent):
-                await (self._send_nack() if sent > self._session.heard else self._send_ack())
+                await (self._send_nack() if sent > self._session.received else self._send_ack())
                 return False
             case _:
                 pass
@@ -265,12 +265,12 @@ class SessionLink:
             await self._send_ack()
 
     async def _send_ack(self) -> None:
-        await self._link.send(self._session.word())
+        await self._link.send(self._session.make_ack())
 
     async def _send_nack(self) -> None:
-        heard, sent_s = self._last_nack
+        received, sent_s = self._last_nack
         now_s = self._clock()
-        if heard == self._session.heard and now_s - sent_s < NACK_INTERVAL_S:
+        if received == self._session.received and now_s - sent_s < NACK_INTERVAL_S:
             return
-        self._last_nack = (self._session.heard, now_s)
-        await self._link.send(Nack(heard=self._session.heard))
+        self._last_nack = (self._session.received, now_s)
+        await self._link.send(Nack(received=self._session.received))

@@ -29,7 +29,7 @@ class TracedLink:
     sent     result of one lease of an actor: `end`, its `tokens`, the `number` of the message and
              the total `generated` of the actor; a group has a `group` digest
     counted  any other message of an actor: `number` and `generated`
-    heard    the service acknowledged all messages up to `number`
+    acked    the service acknowledged all messages up to `number`
     taken    a batch was received: its `groups`, in order, and the `policy_version` of the request
     trained  an update: `policy_version` after it, its `groups`, their `tokens`, `skipped`
     refused  the service rejected a message of this peer
@@ -40,7 +40,7 @@ class TracedLink:
         path = folder / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl"
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._link = link
-        self._heard = 0
+        self._acked = 0
         self._traced = 0
         self._received = 0
         self._taken: dict[int, tuple[str, int]] = {}
@@ -61,12 +61,12 @@ class TracedLink:
             self._file = -1
 
     def _trace_received(self, message: m.Message) -> None:
-        # Before `heard`, which does not cover the rejected message.
+        # Before `acked`, which does not cover the rejected message.
         if isinstance(message, m.Rejected):
             self._write("refused", reason=message.reason)
-        if message.heard > self._heard:
-            self._heard = message.heard
-            self._write("heard", number=message.heard)
+        if message.received > self._acked:
+            self._acked = message.received
+            self._write("acked", number=message.received)
         if message.number not in (0, self._received + 1):
             return  # a duplicate, or out of order and retransmitted later
         self._received = max(self._received, message.number)

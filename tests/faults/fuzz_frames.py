@@ -21,7 +21,7 @@ EDGE_VALUES: tuple[object, ...] = (
     *(0.0, -0.0, 1e308, math.nan, math.inf, -math.inf, "", "x" * 5000, "\x00", "\ud7ff", b"raw"),
     *([], {}, [[]], {"a": []}, [0] * 5000, {str(i): i for i in range(500)}, "<i8", "|O", [-1]),
 )
-HEARD = b"\xa5heard"
+RECEIVED = b"\xa8received"
 """The key of the field that `_deep` replaces, and that is below 128: its value is one byte."""
 DEEP_VALUE = b"\x91" * 1000 + b"\x90"
 EDGE_FLOATS = (math.nan, math.inf, -math.inf, 1.0, 1e38, -1e38)
@@ -51,7 +51,7 @@ def _value(name: str, hint: object) -> object:
     arrays = {"lengths": [2, 1], "cut": [0, 1], "prompt_token_ids": [5, 6]}
     texts = {"role": "actor", "kind": "training", "backend": "gloo", "fingerprint": "not this one"}
     plain: dict[object, object] = {
-        int: 0 if name in ("number", "heard") else 1,
+        int: 0 if name in ("number", "received") else 1,
         float: 0.5,
         bool: False,
         str: texts.get(name, "\n"),  # unprintable: the Join of an unknown peer is refused
@@ -119,8 +119,8 @@ class FrameMutator:
     def _deep(self, frames: Frames) -> Frames:
         """Replace some field by a value nested as deep as msgpack accepts."""
         header = frames[0]
-        value = header.find(HEARD) + len(HEARD)
-        if value >= len(HEARD):
+        value = header.find(RECEIVED) + len(RECEIVED)
+        if value >= len(RECEIVED):
             frames[0] = header[:value] + DEEP_VALUE + header[value + 1 :]
         return frames
 

@@ -28,7 +28,7 @@ def held_groups(run_folder: Path) -> set[str]:
     with tempfile.TemporaryDirectory() as copy:
         folder = Path(copy) / "journal"
         shutil.copytree(run_folder / "journal", folder)
-        machine, _ = open_machine(folder, config, _build, life=0)
+        machine, _ = open_machine(folder, config, _build, attempt=0)
         journal, lifecycle = machine.journal, machine.service.lifecycle
         assert journal is not None
         waiting = [group for group, _ in lifecycle.buffer.waiting()]

@@ -36,7 +36,7 @@ def trained(version: int, *groups: str) -> dict[str, Any]:
     }
 
 
-ALL_ACKNOWLEDGED = {"kind": "heard", "number": 99}
+ALL_ACKNOWLEDGED = {"kind": "acked", "number": 99}
 GOOD_ACTOR = [sent(1, "a"), sent(2, "b"), sent(3), sent(4, "c"), ALL_ACKNOWLEDGED]
 GOOD_LEARNER = [trained(1, "a"), trained(2, "b")]
 
@@ -106,7 +106,7 @@ def test_an_accepted_group_that_is_lost_is_found(tmp_path: Path) -> None:
 
 
 def test_a_repeated_update_with_other_groups_is_found(tmp_path: Path) -> None:
-    repeated = [trained(1, "a"), {"kind": "heard", "number": 1}, trained(1, "c"), trained(2, "b")]
+    repeated = [trained(1, "a"), {"kind": "acked", "number": 1}, trained(1, "c"), trained(2, "b")]
     expected = "version 1 was trained again with other groups"
     assert expected in findings(tmp_path / "known", learner=repeated)
     unknown = [repeated[0], *repeated[2:]]
@@ -114,7 +114,7 @@ def test_a_repeated_update_with_other_groups_is_found(tmp_path: Path) -> None:
 
 
 def test_a_group_that_the_service_never_acknowledged_may_be_missing(tmp_path: Path) -> None:
-    unacknowledged = [*GOOD_ACTOR[:3], {"kind": "heard", "number": 3}, GOOD_ACTOR[3]]
+    unacknowledged = [*GOOD_ACTOR[:3], {"kind": "acked", "number": 3}, GOOD_ACTOR[3]]
     assert findings(tmp_path, actor=unacknowledged, held=set(), buffered=0, generated=3) == ""
 
 
@@ -206,9 +206,9 @@ def test_actor_and_learner_compute_the_same_digest_and_a_resent_message_counts_o
         message = finished_group(1)
         for _ in range(2):
             await actor.send(message)
-        hub.offer("actor-1.0", m.Welcome(policy_version=0, heard=1))
+        hub.offer("actor-1.0", m.Welcome(policy_version=0, received=1))
         await actor.receive(1.0)
-        hub.offer("learner", replace(message, number=1, heard=0))
+        hub.offer("learner", replace(message, number=1, received=0))
         hub.offer("learner", m.BatchReady(policy_version=0, lease_ids=[3]))
         for _ in range(2):
             await learner.receive(1.0)

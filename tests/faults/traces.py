@@ -85,7 +85,7 @@ def _read_actor(path: Path) -> ActorTrace:
                 trace.counted.append((line["number"], line["generated"]))
             case "counted":
                 trace.counted.append((line["number"], line["generated"]))
-            case "heard":
+            case "acked":
                 trace.acknowledged = line["number"]
             case "refused" if trace.acknowledged_when_refused is None:
                 trace.acknowledged_when_refused = trace.acknowledged
@@ -103,7 +103,7 @@ def _read_learner(path: Path, traces: Traces) -> None:
                 update = Update(**{name: line[name] for name in fields})
                 unacknowledged.append((line["number"], update))
                 traces.updates.append(update)
-            case "heard":
+            case "acked":
                 while unacknowledged and unacknowledged[0][0] <= line["number"]:
                     unacknowledged.pop(0)[1].is_acknowledged = True
 

@@ -32,7 +32,7 @@ SEGMENT_BYTES = 512 * 1024 * 1024
 """A larger segment is closed at the next opportunity for a snapshot."""
 MAX_RECORD_BYTES = 1 << 40
 
-RecordKind = Literal["opened", "snapshot", "message", "tick", "gone", "refused", "life"]
+RecordKind = Literal["opened", "snapshot", "message", "tick", "gone", "refused", "attempt"]
 Place = tuple[int, int]
 """Segment and offset of a record."""
 

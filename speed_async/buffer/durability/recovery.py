@@ -22,11 +22,11 @@ Build = Callable[[Config], BufferService]
 
 
 def open_machine(
-    folder: Path | None, config: Config, build: Build, *, life: int
+    folder: Path | None, config: Config, build: Build, *, attempt: int
 ) -> tuple[StateMachine, list[str]]:
     """Return the machine with its journal open, and human-readable notes about the recovery.
 
-    `folder` None keeps no journal. A higher `life` than the journal's begins a new attempt.
+    `folder` None keeps no journal. A higher `attempt` than the journal's begins a new attempt.
     Raises JournalRefused when the journal is intact and does not match, OSError when it cannot be
     written.
     """
@@ -37,8 +37,8 @@ def open_machine(
         last = max(segments(folder), default=0)
         machine.journal = begin_segment(folder, machine, last + 1, sequence)
         machine.journal.sync()
-    if life > machine.service.attempt:
-        machine.begin_attempt(life, machine.last_s)
+    if attempt > machine.service.attempt:
+        machine.begin_attempt(attempt, machine.last_s)
     return machine, notes
 
 

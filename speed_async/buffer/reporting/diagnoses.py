@@ -99,7 +99,7 @@ class Diagnoses:
         self._last_accuracy = accuracy
         self._best_accuracy.update(accuracy, policy_version)
 
-    def look(self, now_s: float, policy_version: int, *, waited_s: float | None) -> None:
+    def evaluate(self, now_s: float, policy_version: int, *, waited_s: float | None) -> None:
         """Apply every rule. `waited_s`: how long the learner has waited for a batch, or None."""
         if (mean := self._windowed_pass_rate()) is not None:
             self._best_pass_rate.update(mean, policy_version)

@@ -61,7 +61,7 @@ class MachineHarness:
         (folder / "config.json").write_text("{}")
         self.config = make_config(str(folder), run={"updates": 10})
         self.folder = folder / "journal"
-        self.machine, _ = open_machine(self.folder, self.config, build, life=0)
+        self.machine, _ = open_machine(self.folder, self.config, build, attempt=0)
         self.now_s = 1.0
         learner = replace(hello(0), role="learner")
         for peer, message in (("learner", learner), ("actor-1.0", hello(1))):
@@ -224,7 +224,7 @@ def test_replay_restores_joins_and_keys(harness: MachineHarness) -> None:
     harness.close_expired(5)
     assert harness.machine.journal is not None
     harness.machine.journal.write()
-    recovered, notes = open_machine(harness.folder, harness.config, build, life=0)
+    recovered, notes = open_machine(harness.folder, harness.config, build, attempt=0)
     assert notes == []
     assert capture(recovered.service.membership) == capture(harness.machine.service.membership)
     recovered.message("actor-2.5", hello(2, 5), harness.now_s, "other")

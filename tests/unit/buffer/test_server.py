@@ -62,7 +62,7 @@ class RecordingHub(InProcessHub):
         self.num_sent = 0
 
     def offer(self, peer: str, message: m.Message) -> Delivery:
-        if message.heard > written(self.folder).get(peer, 0):
+        if message.received > written(self.folder).get(peer, 0):
             self.too_early.append(message)
         self.num_sent += 1
         return super().offer(peer, message)
@@ -144,7 +144,7 @@ def test_no_effect_is_sent_before_its_input_is_written(
     (tmp_path / "config.json").write_text("{}")
     folder = tmp_path / "journal"
     config = make_config(str(tmp_path), buffer={"durability": "every"})
-    machine, _ = open_machine(folder, config, build, life=0)
+    machine, _ = open_machine(folder, config, build, attempt=0)
     hub = RecordingHub(folder)
     disk = SlowDisk(hub, monkeypatch)
     sending = send_reports(machine, hub, disk)
@@ -153,7 +153,7 @@ def test_no_effect_is_sent_before_its_input_is_written(
     assert hub.num_sent > 0
     assert disk.overlapped
     assert written(folder)["actor-1.0"] == num_sent
-    recovered, notes = open_machine(folder, config, build, life=0)
+    recovered, notes = open_machine(folder, config, build, attempt=0)
     assert notes == []
     assert recovered.sessions.admit("actor-1.0", m.Message(number=num_sent + 1), 0.0)
 
@@ -186,11 +186,11 @@ def test_actor_that_sends_malformed_frames_is_lost_and_its_prompts_are_requeued(
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), cluster={"peer_timeout_s": 10_000.0})
-    machine, _ = open_machine(tmp_path / "journal", config, build, life=0)
+    machine, _ = open_machine(tmp_path / "journal", config, build, attempt=0)
     leases = asyncio.run(asyncio.wait_for(send_malformed(machine, InProcessHub()), 2 * TIMEOUT_S))
     assert leases.prompt_ids == [0]
     assert list(machine.service.membership.lost) == ["actor-1.0"]
-    recovered, notes = open_machine(tmp_path / "journal", config, build, life=0)
+    recovered, notes = open_machine(tmp_path / "journal", config, build, attempt=0)
     assert notes == []
     assert recovered.service.membership.lost == machine.service.membership.lost
 
@@ -259,6 +259,6 @@ def test_corrupted_group_ends_the_run_with_the_remedy(tmp_path: Path) -> None:
     config = make_config(str(tmp_path), buffer={"spill": True})
     no_capacity = config.buffer.model_copy(update={"capacity_bytes": 1})
     config = config.model_copy(update={"buffer": no_capacity})
-    machine, _ = open_machine(tmp_path / "journal", config, build, life=0)
+    machine, _ = open_machine(tmp_path / "journal", config, build, attempt=0)
     with pytest.raises(JournalError, match=r"Move '.*journal' away and resume"):
         asyncio.run(asyncio.wait_for(corrupt_groups(machine, InProcessHub()), 2 * TIMEOUT_S))

@@ -96,7 +96,7 @@ def test_valid_messages_are_accepted(rules: PayloadRules) -> None:
         (replace(GROUP, num_screening=4), "num_screening must be 2"),
         (replace(GROUP, lease_id=-1), "lease_id = -1 is out of range"),
         (replace(GROUP, number=-1), "number = -1 is out of range"),
-        (replace(GROUP, heard=2**62), "heard = 4611686018427387904 is out of range"),
+        (replace(GROUP, received=2**62), "received = 4611686018427387904 is out of range"),
         (screened_out(1, num_passed=3), "3 of 2 completions passed"),
         (screened_out(1, num_passed=-1), "num_passed = -1 is out of range"),
         (replace(screened_out(1), num_completions=5), "more than a screening has"),

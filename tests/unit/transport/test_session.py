@@ -12,7 +12,7 @@ from speed_async.transport.session import Receipt, Session
 
 def enqueue_versions(session: Session, *versions: int) -> None:
     for version in versions:
-        session.say(Welcome(policy_version=version))
+        session.enqueue(Welcome(policy_version=version))
 
 
 def flush(session: Session) -> list[Message]:
@@ -33,9 +33,9 @@ def test_messages_are_numbered_and_kept_until_acknowledged() -> None:
     enqueue_versions(session, 7, 8)
     assert [message.number for message in flush(session)] == [1, 2]
     assert session.num_unacked == 2
-    session.arrived(Welcome(policy_version=0, number=1, heard=1))
+    session.arrived(Welcome(policy_version=0, number=1, received=1))
     assert session.num_unacked == 1
-    assert session.heard == 1
+    assert session.received == 1
 
 
 def test_duplicates_and_gaps_are_detected_by_number() -> None:
@@ -44,7 +44,7 @@ def test_duplicates_and_gaps_are_detected_by_number() -> None:
     assert session.arrived(Welcome(policy_version=0, number=1)) is Receipt.DUPLICATE
     assert session.arrived(Welcome(policy_version=0, number=3)) is Receipt.GAP
     assert session.arrived(Welcome(policy_version=0)) is Receipt.UNNUMBERED
-    assert session.heard == 1
+    assert session.received == 1
 
 
 def test_rewind_retransmits_all_later_messages() -> None:
@@ -59,7 +59,7 @@ def test_acknowledged_messages_cannot_be_retransmitted() -> None:
     session = Session()
     enqueue_versions(session, 1, 2)
     flush(session)
-    session.arrived(Welcome(policy_version=0, heard=2))
+    session.arrived(Welcome(policy_version=0, received=2))
     assert not session.rewind(1)
 
 
@@ -86,5 +86,5 @@ def test_lossy_connection_delivers_each_message_once(seed: int, num_messages: in
                 for _ in range(rng.randint(0, len(in_transit))):
                     in_transit.popleft()
             case "nack":  # like Nack or Ack
-                assert sender.rewind(receiver.heard)
+                assert sender.rewind(receiver.received)
     assert received == list(range(num_messages))

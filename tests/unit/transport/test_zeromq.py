@@ -74,7 +74,7 @@ def test_restarted_hub_reaches_an_idle_peer():
         link = SessionLink(await open_link(HOST, first.port, "learner"))
         await link.send(want_work(1))
         peer, message = await first.receive(SOON_S)
-        await offer_until_queued(first, peer, Ack(heard=message.number))
+        await offer_until_queued(first, peer, Ack(received=message.number))
         with pytest.raises(DeadlineExceeded):
             await link.receive(0.2)
         assert link.num_unacked == 0

@@ -48,7 +48,7 @@ class RandomRun:
         self.config = make_config(str(folder), run={"updates": 1000})
         self.folder = folder / "journal"
         self.build = builder(kind)
-        self.machine, _ = open_machine(self.folder, self.config, self.build, life=0)
+        self.machine, _ = open_machine(self.folder, self.config, self.build, attempt=0)
         self.rng = random.Random(seed)
         self.now_s = 1.0
         self.numbers: dict[str, int] = {}
@@ -197,7 +197,7 @@ def test_replaying_the_journal_restores_the_same_state(
         if number == snapshot_at:
             run.snapshot()
     run.crash()
-    recovered, notes = open_machine(run.folder, run.config, run.build, life=0)
+    recovered, notes = open_machine(run.folder, run.config, run.build, attempt=0)
     assert notes == []
     assert difference(state(recovered), state(run.machine)) == ""
     lifecycle = recovered.service.lifecycle
@@ -209,12 +209,12 @@ def test_time_continues_from_the_start_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path))
 
-    first, _ = open_machine(tmp_path / "journal", config, builder(started_s=0.5), life=0)
+    first, _ = open_machine(tmp_path / "journal", config, builder(started_s=0.5), attempt=0)
     first.tick(2.0, 0.0)
     assert first.journal is not None
     first.journal.write()
     first.journal.close()
-    recovered, _ = open_machine(tmp_path / "journal", config, builder(started_s=1000.0), life=0)
+    recovered, _ = open_machine(tmp_path / "journal", config, builder(started_s=1000.0), attempt=0)
     assert recovered.service.present_status(2.0).values["wall_s"] == 1.5
 
 
@@ -233,7 +233,7 @@ def test_a_new_attempt_returns_untrained_groups_and_removes_all_actors(tmp_path:
         run.step()
     taken = list(run.batch)
     run.crash()
-    recovered, _ = open_machine(run.folder, run.config, run.build, life=1)
+    recovered, _ = open_machine(run.folder, run.config, run.build, attempt=1)
     lifecycle = recovered.service.lifecycle
     assert recovered.service.membership.present() == ()
     assert lifecycle.leases.num_training == 0
@@ -249,7 +249,7 @@ def test_a_restarted_learner_receives_the_same_batches_again(tmp_path: Path) -> 
             batches.append(list(run.batch))
         run.step()
     run.crash()
-    recovered, _ = open_machine(run.folder, run.config, run.build, life=1)
+    recovered, _ = open_machine(run.folder, run.config, run.build, attempt=1)
     offered = []
     hello = m.Hello(role="learner", index=0, incarnation=1, fingerprint="f", process_id=1)
     recovered.message("learner", hello, run.now_s)
@@ -278,7 +278,7 @@ def test_a_damaged_tail_is_cut_and_reported_and_the_ledger_balances(tmp_path: Pa
     run.crash()
     path = run.folder / f"{segments(run.folder)[-1]:08d}.journal"
     path.write_bytes(path.read_bytes()[:-100])
-    recovered, notes = open_machine(run.folder, run.config, run.build, life=1)
+    recovered, notes = open_machine(run.folder, run.config, run.build, attempt=1)
     [note] = notes
     assert "tail was damaged" in note
     assert all(recovered.service.lifecycle.ledger.checks(0).values())
@@ -289,7 +289,7 @@ def test_a_checkpoint_ahead_of_a_cut_journal_takes_precedence(tmp_path: Path) ->
     while run.version < 2:
         run.step()
     run.crash()
-    recovered, _ = open_machine(run.folder, run.config, run.build, life=1)
+    recovered, _ = open_machine(run.folder, run.config, run.build, attempt=1)
     hello = m.Hello(role="learner", index=0, incarnation=1, fingerprint="f", process_id=1)
     recovered.message("learner", hello, run.now_s)
     resumed = m.Resumed(
@@ -318,7 +318,7 @@ def test_a_learner_without_a_checkpoint_cannot_go_back_before_the_journal(
         run.step()
     run.send("learner", m.CheckpointSaved(policy_version=3, oldest_kept_version=2))
     run.crash()
-    recovered, _ = open_machine(run.folder, run.config, run.build, life=1)
+    recovered, _ = open_machine(run.folder, run.config, run.build, attempt=1)
     hello = m.Hello(role="learner", index=0, incarnation=1, fingerprint="f", process_id=1)
     recovered.message("learner", replace(hello, number=1), run.now_s)
     resumed = m.Resumed(
@@ -356,7 +356,7 @@ def test_a_damaged_beginning_falls_back_to_the_previous_segment(tmp_path: Path) 
     newest = segments(run.folder)[-1]
     path = run.folder / f"{newest:08d}.journal"
     path.write_bytes(path.read_bytes()[:-1])
-    recovered, notes = open_machine(run.folder, run.config, run.build, life=0)
+    recovered, notes = open_machine(run.folder, run.config, run.build, attempt=0)
     assert any("damaged at its beginning" in note for note in notes)
     rebuilt = StateMachine(run.build(run.config))
     restore(rebuilt, expected)
@@ -370,7 +370,7 @@ def test_settings_may_change_between_attempts(tmp_path: Path) -> None:
     run.crash()
     buffer = run.config.buffer.model_copy(update={"capacity_groups": 99})
     config = run.config.model_copy(update={"buffer": buffer})
-    recovered, _ = open_machine(run.folder, config, run.build, life=0)
+    recovered, _ = open_machine(run.folder, config, run.build, attempt=0)
     assert recovered.service.config.buffer.capacity_groups == 99
     assert recovered.service.policy_version == run.machine.service.policy_version
     before = run.machine.service.lifecycle.ledger.table(0)
@@ -394,7 +394,7 @@ def crashed_run(tmp_path: Path) -> tuple[RandomRun, dict[str, bytes]]:
 
 def assert_refused(run: RandomRun, before: dict[str, bytes], expected: str, build=None) -> None:
     with pytest.raises(JournalRefused) as caught:
-        open_machine(run.folder, run.config, build or run.build, life=1)
+        open_machine(run.folder, run.config, build or run.build, attempt=1)
     assert expected in str(caught.value)
     assert "Nothing in it was changed" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -473,7 +473,7 @@ def test_a_torn_tail_is_cut_only_after_the_rest_was_replayed(
     with monkeypatch.context() as patch:
         patch.setattr("speed_async.buffer.durability.opened.PROTOCOL_VERSION", 99)
         assert_refused(run, before, "another release")
-    _, [note] = open_machine(run.folder, run.config, run.build, life=1)
+    _, [note] = open_machine(run.folder, run.config, run.build, attempt=1)
     assert "tail was damaged" in note
 
 
@@ -485,7 +485,7 @@ def test_recorded_paths_need_not_exist_any_more(tmp_path: Path) -> None:
     model = run.config.model.model_copy(update={"path": str(moved)})
     (tmp_path / "journal").rename(moved / "journal")
     config = run.config.model_copy(update={"model": model})
-    recovered, notes = open_machine(moved / "journal", config, run.build, life=0)
+    recovered, notes = open_machine(moved / "journal", config, run.build, attempt=0)
     assert notes == []
     assert recovered.service.config == config
     assert recovered.service.policy_version == run.machine.service.policy_version
