@@ -180,7 +180,7 @@ def test_run_emits_samples_of_all_decisions(tmp_path: Path) -> None:
     )
     run = Run(config, 2)
     finished = asyncio.run(asyncio.wait_for(run.execute(), 60))
-    assert finished.completed
+    assert finished.outcome == "completed"
     samples = [event.values for event in run.sink.events if event.kind == "sample"]
     assert samples and all(set(values) == KEYS for values in samples)
     for values in samples:

@@ -142,7 +142,7 @@ def service_of(task: DigitTask, run: Run) -> BufferService:
 def test_run_continues_without_the_prompts_that_are_too_long(tmp_path: Path) -> None:
     run = unusable_run(tmp_path, bad={0, 1, 2, 3, 4})
     finished = asyncio.run(asyncio.wait_for(run.execute(), 60))
-    assert finished.completed and finished.optimizer_updates == 5
+    assert finished.outcome == "completed" and finished.progress.optimizer_updates == 5
     unusable = run.service.lifecycle.unusable
     assert 0 < unusable.num_training <= 5
     assert run.service.lifecycle.ledger.failures["prompt"] == unusable.num_training
