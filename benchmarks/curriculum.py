@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import report
 from speed_async.buffer.curriculum.beliefs import GateAcceptance
-from speed_async.buffer.curriculum.curriculum import Curriculum, UniformCurriculum
-from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
+from speed_async.buffer.curriculum.curriculum import Curriculum, UniformCurriculum, UniformState
+from speed_async.buffer.curriculum.posterior import PosteriorCurriculum, PosteriorState
 from speed_async.config.schema import CurriculumConfig, GateConfig
 
 GATE = GateConfig()
@@ -62,8 +62,10 @@ class Arm:
     def curriculum(self, num_prompts: int, seed: int) -> Curriculum:
         rng = np.random.default_rng(seed)
         if self.settings is None:
-            return UniformCurriculum(num_prompts, rng)
-        return PosteriorCurriculum(num_prompts, rng, gate=GATE, settings=self.settings)
+            return UniformCurriculum(num_prompts, UniformState(rng=rng))
+        return PosteriorCurriculum(
+            num_prompts, PosteriorState.new(num_prompts, rng), gate=GATE, settings=self.settings
+        )
 
 
 def posterior_arm(candidates: int, half_life: float, share: float) -> Arm:
@@ -217,7 +219,10 @@ def _mean(values: list[float]) -> float | None:
 def time_millions() -> list[dict[str, object]]:
     """Choose 1,000 of 10 million prompts, at the start and after 100,000 outcomes."""
     curriculum = PosteriorCurriculum(
-        MILLIONS, np.random.default_rng(0), gate=GATE, settings=CurriculumConfig(kind="posterior")
+        MILLIONS,
+        PosteriorState.new(MILLIONS, np.random.default_rng(0)),
+        gate=GATE,
+        settings=CurriculumConfig(kind="posterior"),
     )
     rows: list[dict[str, object]] = []
     for when in ("first 20 choices", "after 100,000 outcomes"):

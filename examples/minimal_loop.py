@@ -26,7 +26,7 @@ from speed_async.actors.rollout import Aborted, LeaseProgress, Rollout
 from speed_async.actors.stepped_engine.engine import SteppedEngine
 from speed_async.actors.stepped_engine.worker import ThreadWorker
 from speed_async.actors.torch_engine.generator import TorchGenerator
-from speed_async.buffer.curriculum.curriculum import UniformCurriculum
+from speed_async.buffer.curriculum.curriculum import UniformCurriculum, UniformState
 from speed_async.buffer.priority import BufferedGroup, PriorityBuffer
 from speed_async.config.load import load_config
 from speed_async.config.schema import Config
@@ -168,7 +168,8 @@ async def train(config: Config) -> Counts:
         )
 
     buffer = Buffer(config, counts)
-    curriculum = UniformCurriculum(len(task.train_prompts), np.random.default_rng(config.run.seed))
+    order = UniformState(rng=np.random.default_rng(config.run.seed))
+    curriculum = UniformCurriculum(len(task.train_prompts), order)
     codec, lease_ids = PromptCodec(load_tokenizer(folder), chat_template=False), itertools.count()
     async with SteppedEngine(ThreadWorker(make_generator)) as engine:
         rollout = Rollout(config, engine, ScriptedVerifier(task.score), codec)

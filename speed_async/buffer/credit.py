@@ -1,5 +1,7 @@
 """Admission credits: how many more training leases may be granted, and the cost of each."""
 
+from dataclasses import dataclass
+
 from speed_async.buffer.leases import LeaseTable
 from speed_async.buffer.ledger import Ledger
 from speed_async.buffer.priority import PriorityBuffer
@@ -12,6 +14,12 @@ MIN_CREDITS_PER_PROMPT = 1 / 16
 """Bounds the number of leases when hardly any prompt passes the gate."""
 
 
+@dataclass(kw_only=True, slots=True)
+class CreditState:
+    mean_group_bytes: float = 0.0
+    """Running mean. It starts at 0, which underestimates the first groups."""
+
+
 class Credit:
     def __init__(
         self,
@@ -21,14 +29,14 @@ class Credit:
         ledger: Ledger,
         buffer: PriorityBuffer,
         statistics: RunStatistics,
+        state: CreditState,
     ) -> None:
         self._config = config
         self._leases = leases
         self._ledger = ledger
         self._buffer = buffer
         self._statistics = statistics
-        self._mean_group_bytes = 0.0
-        """Running mean. It starts at 0, which underestimates the first groups."""
+        self._state = state
 
     def left(self, num_in_training: int) -> int:
         """Number of additional training leases that may be granted.
@@ -54,14 +62,14 @@ class Credit:
         return max(self._statistics.expected_yield, MIN_CREDITS_PER_PROMPT)
 
     def record_group_size(self, num_bytes: int) -> None:
-        self._mean_group_bytes += (num_bytes - self._mean_group_bytes) / BYTES_WINDOW
+        self._state.mean_group_bytes += (num_bytes - self._state.mean_group_bytes) / BYTES_WINDOW
 
     @property
     def _max_groups(self) -> int:
         """Limit on groups in flight, buffered or in training. It is a number of groups and, unless
         surplus groups spill to disk, also the bytes that they take at their recent mean size."""
         most = self._config.max_credits
-        if self._config.buffer.spill or not self._mean_group_bytes:
+        if self._config.buffer.spill or not self._state.mean_group_bytes:
             return most
-        fitting = int(self._config.buffer.capacity_bytes / self._mean_group_bytes)
+        fitting = int(self._config.buffer.capacity_bytes / self._state.mean_group_bytes)
         return min(most, max(fitting, self._config.learner.groups_per_update))

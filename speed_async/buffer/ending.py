@@ -3,15 +3,17 @@
 Shutdown decides the steps; this module turns them into effects and emits the end event.
 """
 
+from dataclasses import dataclass, field
+
 from speed_async.buffer.batches import Batches
 from speed_async.buffer.effects import Effects, Loss
-from speed_async.buffer.evaluations import Evaluations
+from speed_async.buffer.evaluations import EvaluationPlan
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import Membership
 from speed_async.buffer.reporting.diagnoses import Diagnoses
 from speed_async.buffer.reporting.status import StatusReporter
 from speed_async.buffer.reporting.warnings import Warnings
-from speed_async.buffer.shutdown import Shutdown, ShutdownStep
+from speed_async.buffer.shutdown import Shutdown, ShutdownState, ShutdownStep
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
 from speed_async.observability.metrics import EventKind, Value
@@ -21,9 +23,13 @@ from speed_async.transport import messages as m
 ROLE = "buffer service"
 
 
-class Ending:
-    CONFIGURED = ("_reporter",)
+@dataclass(kw_only=True, slots=True)
+class EndingState:
+    stop_asked: bool = False
+    shutdown: ShutdownState = field(default_factory=ShutdownState)
 
+
+class Ending:
     def __init__(
         self,
         config: Config,
@@ -31,10 +37,11 @@ class Ending:
         membership: Membership,
         lifecycle: Lifecycle,
         batches: Batches,
-        evaluations: Evaluations,
+        evaluations: EvaluationPlan,
         diagnoses: Diagnoses,
         warnings: Warnings,
         reporter: StatusReporter,
+        state: EndingState,
     ) -> None:
         self._config = config
         self._membership = membership
@@ -44,8 +51,8 @@ class Ending:
         self._diagnoses = diagnoses
         self._warnings = warnings
         self._reporter = reporter
-        self._shutdown = Shutdown(config.cluster)
-        self._stop_asked = False
+        self._shutdown = Shutdown(config.cluster, state.shutdown)
+        self._state = state
 
     @property
     def is_requested(self) -> bool:
@@ -58,13 +65,13 @@ class Ending:
 
     def begin_attempt(self) -> None:
         """All processes were restarted: nothing asks for the end any more."""
-        self._shutdown = Shutdown(self._config.cluster)
-        self._stop_asked = False
+        self._shutdown.cancel()
+        self._state.stop_asked = False
         self._warnings.close("stop")
 
     def ask_stop(self) -> None:
         """The user asked to stop; the learner requests the end after its update."""
-        self._stop_asked = True
+        self._state.stop_asked = True
         self._warnings.open("stop", STOPPING)
 
     def request(self, finish: m.FinishRun, now_s: float) -> None:
@@ -75,7 +82,7 @@ class Ending:
         """The phase of the run; `evaluated`: the first evaluation is complete."""
         if self.is_draining:
             return "draining"
-        if self._stop_asked:
+        if self._state.stop_asked:
             return "stopping"
         if not self._membership.present():
             return "starting"

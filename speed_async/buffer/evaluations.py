@@ -1,45 +1,115 @@
-"""Interface of held-out evaluation for the service; evaluation/plan.py implements it."""
+"""Schedules held-out evaluations as leases and aggregates their results."""
 
-from typing import Protocol
-
-
-class Accuracy(Protocol):
-    """Result of one complete evaluation (defined in evaluation/plan.py)."""
-
-    @property
-    def accuracy(self) -> float: ...
-    @property
-    def policy_version(self) -> int: ...
-    @property
-    def num_passed(self) -> int: ...
-    @property
-    def num_completions(self) -> int: ...
-    @property
-    def oldest_version(self) -> int | None:
-        """None if no token was sampled."""
-        ...
-
-    @property
-    def newest_version(self) -> int | None: ...
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 
-class Evaluations(Protocol):
-    """Schedule and progress of held-out evaluations (implemented in evaluation/plan.py)."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accuracy:
+    """Mean pass rate over all held-out prompts, and the policy versions that sampled them."""
+
+    policy_version: int
+    """The version under evaluation."""
+    num_passed: int
+    num_completions: int
+    oldest_version: int | None
+    """Oldest and newest version of the tokens; None when there are none."""
+    newest_version: int | None
 
     @property
-    def num_samples(self) -> int: ...
+    def accuracy(self) -> float:
+        return self.num_passed / self.num_completions
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationState:
+    target: int | None = None
+    """Version under evaluation; None when no evaluation is running."""
+    pending: deque[int] = field(default_factory=deque)
+    """Prompts to lease."""
+    num_open: int = 0
+    results: list[Accuracy] = field(default_factory=list)
+    """One for each finished prompt."""
+
+
+class EvaluationPlan:
+    """Runs one evaluation at a time; versions that become due meanwhile are skipped."""
+
+    def __init__(
+        self, state: EvaluationState, *, num_prompts: int, num_samples: int, every: int
+    ) -> None:
+        self.num_samples = num_samples
+        self._state = state
+        self._num_prompts = num_prompts
+        self._every = every
+
     @property
-    def target_version(self) -> int | None: ...
+    def target_version(self) -> int | None:
+        """Version under evaluation; None when no evaluation is running."""
+        return self._state.target
+
     @property
-    def progress(self) -> tuple[int, int] | None: ...
-    def due(self, policy_version: int) -> bool: ...
-    def start(self, policy_version: int) -> None: ...
-    def next_prompt(self) -> int | None: ...
-    def give_back(self, prompt_id: int) -> None: ...
+    def progress(self) -> tuple[int, int] | None:
+        """Finished and total prompts of the running evaluation."""
+        if self._state.target is None:
+            return None
+        return self._num_prompts - self._state.num_open, self._num_prompts
+
+    def due(self, policy_version: int) -> bool:
+        return self._state.target is None and self._every > 0 and policy_version % self._every == 0
+
+    def start(self, policy_version: int) -> None:
+        """Start an evaluation. The previous one must be complete, so that results do not mix."""
+        assert self._state.target is None, (
+            f"evaluation of version {self._state.target} is still running"
+        )
+        self._state.target = policy_version
+        self._state.pending = deque(range(self._num_prompts))
+        self._state.num_open = self._num_prompts
+        self._state.results = []
+
+    def next_prompt(self) -> int | None:
+        return self._state.pending.popleft() if self._state.pending else None
+
+    def give_back(self, prompt_id: int) -> None:
+        self._state.pending.append(prompt_id)
+
     def record(
         self,
         num_passed: int,
         num_completions: int,
         oldest_version: int | None,
         newest_version: int | None,
-    ) -> Accuracy | None: ...
+    ) -> Accuracy | None:
+        """Record the result of one prompt; returns the accuracy after the last one."""
+        assert self._state.target is not None, "no evaluation is running"
+        self._state.results.append(
+            Accuracy(
+                policy_version=self._state.target,
+                num_passed=num_passed,
+                num_completions=num_completions,
+                oldest_version=oldest_version,
+                newest_version=newest_version,
+            )
+        )
+        self._state.num_open -= 1
+        if self._state.num_open:
+            return None
+        accuracy = Accuracy(
+            policy_version=self._state.target,
+            num_passed=sum(each.num_passed for each in self._state.results),
+            num_completions=sum(each.num_completions for each in self._state.results),
+            oldest_version=min(
+                _known(each.oldest_version for each in self._state.results), default=None
+            ),
+            newest_version=max(
+                _known(each.newest_version for each in self._state.results), default=None
+            ),
+        )
+        self._state.target = None
+        return accuracy
+
+
+def _known(versions: Iterable[int | None]) -> list[int]:
+    return [version for version in versions if version is not None]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from speed_async.buffer.batches import Batches
-from speed_async.buffer.evaluations import Evaluations
+from speed_async.buffer.evaluations import EvaluationPlan
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import ActorState
 from speed_async.config.schema import Config
@@ -13,10 +13,8 @@ from speed_async.types import LeaseKind
 
 
 class Grants:
-    CONFIGURED = ("_slack",)
-
     def __init__(
-        self, config: Config, lifecycle: Lifecycle, batches: Batches, evaluations: Evaluations
+        self, config: Config, lifecycle: Lifecycle, batches: Batches, evaluations: EvaluationPlan
     ) -> None:
         self._slack = config.buffer.max_staleness if config.run.overlap else 0
         self._lifecycle = lifecycle

@@ -8,9 +8,10 @@ answers    a TakeBatch when enough fresh groups are buffered, or immediately wit
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from speed_async.buffer.batches import Batches
-from speed_async.buffer.durability.stored import batch_message
+from speed_async.buffer.batches import Batches, BatchesState
+from speed_async.buffer.durability.encoding import StoredGroup
 from speed_async.buffer.effects import Effects, Loss, restart_warning
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import Membership
@@ -19,14 +20,18 @@ from speed_async.buffer.reporting.evidence import Updates
 from speed_async.buffer.reporting.statistics import RunStatistics, UpdateTimes
 from speed_async.buffer.reporting.warnings import Warnings
 from speed_async.buffer.reporting.weight_times import WeightTimes
-from speed_async.buffer.weight_group import WeightGroup
+from speed_async.buffer.weight_group import WeightGroup, WeightGroupState
 from speed_async.config.schema import Config
 from speed_async.transport import messages as m
 
 
-class LearnerHandler:
-    CONFIGURED = ("handlers",)
+@dataclass(kw_only=True, slots=True)
+class LearnerState:
+    batches: BatchesState = field(default_factory=BatchesState)
+    weight_group: WeightGroupState = field(default_factory=WeightGroupState)
 
+
+class LearnerHandler:
     def __init__(
         self,
         config: Config,
@@ -37,9 +42,10 @@ class LearnerHandler:
         updates: Updates,
         weight_times: WeightTimes,
         warnings: Warnings,
+        state: LearnerState,
     ) -> None:
-        self.batches = Batches(config, lifecycle)
-        self.weight_group = WeightGroup(membership)
+        self.batches = Batches(config, lifecycle, state.batches)
+        self.weight_group = WeightGroup(membership, state.weight_group)
         self._membership = membership
         self._lifecycle = lifecycle
         self._statistics = statistics
@@ -58,7 +64,6 @@ class LearnerHandler:
     def begin_attempt(self) -> None:
         """All processes were restarted: no request is open, and the next broadcast opens a new
         epoch."""
-        self._membership.learner = None
         self.batches.cancel()
         self._lifecycle.return_untrained()
         self.weight_group.reset()
@@ -73,7 +78,7 @@ class LearnerHandler:
 
     def published(self, message: m.WeightsPublished) -> Effects:
         """A broadcast ended. Actors that made it fail are lost."""
-        self._weight_times.ended(message)
+        self._weight_times.end(message)
         reason = f"it blocked the weight broadcast: {message.error}"
         what = f"died or was disconnected while it received version {message.policy_version}"
         failed = self.weight_group.published(message)
@@ -153,7 +158,7 @@ class LearnerHandler:
     # --- weights -----------------------------------------------------------------------------
 
     def _on_publish(self, peer: str, publish: m.PublishWeights, now_s: float) -> Effects:
-        self._weight_times.began(now_s)
+        self._weight_times.start(now_s)
         offers, members = self.weight_group.form(publish)
         return Effects(messages=offers, to_learner=[members])
 
@@ -179,4 +184,13 @@ def _batch_messages(policy_version: int, groups: Sequence[BufferedGroup]) -> lis
     """The groups of a batch, and the message that completes it."""
     lease_ids = [group.lease_id for group in groups]
     ready = m.BatchReady(policy_version=policy_version, lease_ids=lease_ids)
-    return [*map(batch_message, groups), ready]
+    return [*map(_group_message, groups), ready]
+
+
+def _group_message(group: BufferedGroup) -> m.Message:
+    """The message with this group. Arrays stay in place until its queue has capacity."""
+    if group.place is None:
+        assert group.message is not None, "a group that is neither in memory nor in a journal"
+        return group.message
+    segment, offset = group.place
+    return StoredGroup(lease_id=group.lease_id, segment=segment, offset=offset)

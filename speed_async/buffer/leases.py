@@ -1,7 +1,7 @@
 """Leases: the prompts that each actor works on. A training lease holds one credit from its grant
 until its group ends or the lease expires."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from speed_async.types import Lease, LeaseKind
 
@@ -23,17 +23,27 @@ class OpenLease:
         return self.lease.kind is LeaseKind.TRAINING
 
 
+@dataclass(kw_only=True, slots=True)
+class LeasesState:
+    next_id: int = 0
+    open: dict[int, OpenLease] = field(default_factory=dict)
+    """By id, in the order of grants."""
+
+
 class LeaseTable:
     """All open leases, by id and by holder. Ids increase and are never reused."""
 
-    def __init__(self) -> None:
-        self.num_training = 0
+    def __init__(self, state: LeasesState) -> None:
+        training = [entry for entry in state.open.values() if entry.is_training]
+        self.num_training = len(training)
         """Open training leases."""
-        self.num_charged = 0
+        self.num_charged = sum(not entry.expired for entry in training)
         """Open training leases that have not expired. Each holds a credit."""
-        self._next_id = 0
-        self._open: dict[int, OpenLease] = {}  # in the order of grants
+        self._state = state
+        self._open = state.open
         self._ids_of: dict[str, set[int]] = {}
+        for lease_id, entry in state.open.items():
+            self._ids_of.setdefault(entry.holder, set()).add(lease_id)
 
     def grant(
         self,
@@ -45,9 +55,9 @@ class LeaseTable:
         now_s: float = 0.0,
     ) -> OpenLease:
         lease = Lease(
-            lease_id=self._next_id, prompt_id=prompt_id, kind=kind, num_samples=num_samples
+            lease_id=self._state.next_id, prompt_id=prompt_id, kind=kind, num_samples=num_samples
         )
-        self._next_id += 1
+        self._state.next_id += 1
         entry = OpenLease(lease=lease, holder=holder, granted_s=now_s)
         self._open[lease.lease_id] = entry
         self._ids_of.setdefault(holder, set()).add(lease.lease_id)
@@ -57,7 +67,7 @@ class LeaseTable:
 
     def skip_past(self, lease_id: int) -> None:
         """Skip the ids up to this one and the SKIPPED_IDS after it, which may have been granted."""
-        self._next_id = max(self._next_id, lease_id + 1 + SKIPPED_IDS)
+        self._state.next_id = max(self._state.next_id, lease_id + 1 + SKIPPED_IDS)
 
     def held_by(self, holder: str, lease_id: int) -> Lease | None:
         """The lease if it is open and this actor holds it; None otherwise."""

@@ -45,7 +45,7 @@ class ActorAccount:
     leases_ended: int = 0
     tokens_reported: int = 0
     last_counts: ActorCounts = field(default_factory=ActorCounts)
-    engine_times_s: dict[str, float] = field(default_factory=dict)
+    engine_times_s: dict[str, int | float] = field(default_factory=dict)
     """ENGINE_TIMES of its last report."""
     lost: bool = False
 
@@ -59,30 +59,30 @@ class ActorAccount:
         )
 
 
+@dataclass(kw_only=True, slots=True)
 class Ledger:
-    def __init__(self) -> None:
-        self.ends: dict[GroupEnd, Tally] = {end: Tally() for end in GroupEnd}
-        self.evaluation = Tally()
-        self.buffered = Tally()
-        self.taken = Tally()
-        self.groups_granted = 0
-        self.learner_trained = Tally()
-        self.failures: dict[str, int] = {}
-        """Failed training leases by kind."""
-        self.held_out_failures: dict[str, int] = {}
-        self.failure_examples: dict[str, str] = {}
-        """The first full reason of each kind, of training and held-out failures."""
-        # Sums over the last counts of all actors; every message of an actor carries its counts.
-        self.tokens_generated = 0
-        """Counted by the engines."""
-        self.completions_generated = 0
-        self.groups_continuing = 0
-        """Groups in continuation: past the gate and still generating."""
-        self.tokens_in_flight = 0
-        self._actors: dict[str, ActorAccount] = {}
+    ends: dict[GroupEnd, Tally] = field(default_factory=lambda: {end: Tally() for end in GroupEnd})
+    evaluation: Tally = field(default_factory=Tally)
+    buffered: Tally = field(default_factory=Tally)
+    taken: Tally = field(default_factory=Tally)
+    groups_granted: int = 0
+    learner_trained: Tally = field(default_factory=Tally)
+    failures: dict[str, int] = field(default_factory=dict)
+    """Failed training leases by kind."""
+    held_out_failures: dict[str, int] = field(default_factory=dict)
+    failure_examples: dict[str, str] = field(default_factory=dict)
+    """The first full reason of each kind, of training and held-out failures."""
+    # Sums over the last counts of all actors; every message of an actor carries its counts.
+    tokens_generated: int = 0
+    """Counted by the engines."""
+    completions_generated: int = 0
+    groups_continuing: int = 0
+    """Groups in continuation: past the gate and still generating."""
+    tokens_in_flight: int = 0
+    actors: dict[str, ActorAccount] = field(default_factory=dict)
 
     def actor(self, name: str) -> ActorAccount:
-        return self._actors.setdefault(name, ActorAccount())
+        return self.actors.setdefault(name, ActorAccount())
 
     def granted(self, name: str, *, training: bool) -> None:
         self.actor(name).leases_granted += 1
@@ -176,13 +176,13 @@ class Ledger:
             == ended_tokens + self.evaluation.tokens + held_tokens,
             "trained: learner's count = service's count": self.learner_trained == trained,
             "actors: own counts = what the service received": all(
-                account.balanced for account in self._actors.values()
+                account.balanced for account in self.actors.values()
             ),
         }
 
     def engine_times_s(self) -> dict[str, float]:
         """Sum of ENGINE_TIMES over all actors; empty before the first report."""
-        reported = [a.engine_times_s for a in self._actors.values() if a.engine_times_s]
+        reported = [a.engine_times_s for a in self.actors.values() if a.engine_times_s]
         return {name: sum(t[name] for t in reported) for name in ENGINE_TIMES if reported}
 
     def by_actor(self) -> dict[str, object]:
@@ -193,7 +193,7 @@ class Ledger:
                 "tokens_generated": account.last_counts.tokens_generated,
                 "lost": account.lost,
             }
-            for name, account in self._actors.items()
+            for name, account in self.actors.items()
         }
 
     def table(self, groups_in_flight: int) -> dict[str, object]:

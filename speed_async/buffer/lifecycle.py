@@ -4,13 +4,15 @@ Owns the curriculum, the leases, the priority buffer and the ledger. Each transi
 updates all four here, so they stay consistent.
 """
 
-from speed_async.buffer.credit import Credit
+from dataclasses import dataclass, field
+
+from speed_async.buffer.credit import Credit, CreditState
 from speed_async.buffer.curriculum.curriculum import Curriculum
-from speed_async.buffer.evaluations import Accuracy, Evaluations
-from speed_async.buffer.leases import LeaseTable, OpenLease
+from speed_async.buffer.evaluations import Accuracy, EvaluationPlan
+from speed_async.buffer.leases import LeasesState, LeaseTable, OpenLease
 from speed_async.buffer.ledger import Ledger
 from speed_async.buffer.lineage import Lineage
-from speed_async.buffer.priority import BufferedGroup, PriorityBuffer
+from speed_async.buffer.priority import BufferedGroup, BufferState, PriorityBuffer
 from speed_async.buffer.reporting.statistics import RunStatistics
 from speed_async.buffer.reporting.unusable import UnusablePrompts
 from speed_async.config.schema import Config
@@ -19,23 +21,39 @@ from speed_async.transport.groups import GroupStats
 from speed_async.types import GroupEnd, LeaseKind
 
 
+@dataclass(kw_only=True, slots=True)
+class LifecycleState:
+    policy_version: int = 0
+    """Newest trained version."""
+    in_training: dict[int, BufferedGroup] = field(default_factory=dict)
+    """Groups that the learner holds, by lease."""
+    ledger: Ledger = field(default_factory=Ledger)
+    leases: LeasesState = field(default_factory=LeasesState)
+    buffer: BufferState = field(default_factory=BufferState)
+    credit: CreditState = field(default_factory=CreditState)
+    unusable: UnusablePrompts = field(default_factory=UnusablePrompts)
+    lineage: Lineage = field(default_factory=Lineage)
+
+
 class Lifecycle:
     def __init__(
         self,
         config: Config,
         *,
         curriculum: Curriculum,
-        evaluations: Evaluations,
+        evaluations: EvaluationPlan,
         statistics: RunStatistics,
+        state: LifecycleState,
     ) -> None:
-        self.ledger = Ledger()
-        self.leases = LeaseTable()
+        self.ledger = state.ledger
+        self.leases = LeaseTable(state.leases)
         self.buffer = PriorityBuffer(
             capacity_groups=config.buffer.capacity_groups,
             capacity_bytes=config.buffer.capacity_bytes,
             freshness_decay=config.buffer.freshness_decay,
             max_passed_over=config.buffer.max_passed_over,
             signal_weight=config.buffer.signal_weight,
+            state=state.buffer,
         )
         self.credit = Credit(
             config,
@@ -43,16 +61,22 @@ class Lifecycle:
             ledger=self.ledger,
             buffer=self.buffer,
             statistics=statistics,
+            state=state.credit,
         )
-        self.unusable = UnusablePrompts()
-        self.in_training: dict[int, BufferedGroup] = {}
-        self.lineage = Lineage()
+        self.unusable = state.unusable
+        self.in_training = state.in_training
+        """Groups that the learner holds, by lease."""
+        self.lineage = state.lineage
+        self._state = state
         self._config = config
         self._curriculum = curriculum
         self._evaluations = evaluations
         self._statistics = statistics
-        self.policy_version = 0
+
+    @property
+    def policy_version(self) -> int:
         """Newest trained version."""
+        return self._state.policy_version
 
     @property
     def is_exhausted(self) -> bool:
@@ -251,7 +275,7 @@ class Lifecycle:
         self.lineage.trained(message, groups)
         learner = self.ledger.learner_trained
         learner.groups, learner.tokens = message.groups_trained, message.tokens_trained
-        self.policy_version = message.policy_version
+        self._state.policy_version = message.policy_version
         self._curriculum.advance(message.policy_version)
         self._drop_stale()
 
@@ -280,7 +304,7 @@ class Lifecycle:
             self._leave_buffer(group, GroupEnd.STALE)
         self.ledger.reconcile_with_learner(resumed.groups_trained, resumed.tokens_trained)
         self.lineage.clear()
-        self.policy_version = resumed.policy_version
+        self._state.policy_version = resumed.policy_version
         self._drop_stale()
 
     def _drop_stale(self) -> None:

@@ -7,7 +7,7 @@ the journal.
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from speed_async.buffer.priority import BufferedGroup
 from speed_async.transport.messages import Trained
@@ -21,26 +21,27 @@ class TrainedBatch:
     """Policy version after the update."""
     groups: tuple[BufferedGroup, ...]
     skipped: bool
-    loss: float | None
-    grad_norm: float | None
+    loss: int | float | None
+    grad_norm: int | float | None
 
     @property
     def lease_ids(self) -> list[int]:
         return [group.lease_id for group in self.groups]
 
 
+@dataclass(kw_only=True, slots=True)
 class Lineage:
-    def __init__(self) -> None:
-        self.num_repeated = 0
-        """Updates repeated from the journal, in all attempts."""
-        self.num_repeated_identical = 0
-        """Repeated updates with bit-identical groups, loss and gradient norm."""
-        self._batches: deque[TrainedBatch] = deque()  # oldest first: versions ascend
+    num_repeated: int = 0
+    """Updates repeated from the journal, in all attempts."""
+    num_repeated_identical: int = 0
+    """Repeated updates with bit-identical groups, loss and gradient norm."""
+    batches: deque[TrainedBatch] = field(default_factory=deque)
+    """Oldest first: versions ascend."""
 
     def trained(self, message: Trained, groups: Sequence[BufferedGroup]) -> None:
         """Record an update. Without a journal it cannot be repeated, so it is not recorded."""
         if groups and all(group.place is not None for group in groups):
-            self._batches.append(
+            self.batches.append(
                 TrainedBatch(
                     policy_version=message.policy_version,
                     groups=tuple(replace(group, message=None) for group in groups),
@@ -52,8 +53,8 @@ class Lineage:
 
     def after(self, policy_version: int) -> TrainedBatch | None:
         """The recorded update from this version to the next; None if there is none."""
-        index = bisect_left(self._batches, policy_version + 1, key=lambda b: b.policy_version)
-        found = self._batches[index] if index < len(self._batches) else None
+        index = bisect_left(self.batches, policy_version + 1, key=lambda b: b.policy_version)
+        found = self.batches[index] if index < len(self.batches) else None
         return found if found and found.policy_version == policy_version + 1 else None
 
     def can_replay(self, version: int, to_version: int) -> bool:
@@ -75,12 +76,12 @@ class Lineage:
 
     def prune(self, policy_version: int) -> None:
         """Drop the updates up to this version, that of the oldest kept checkpoint."""
-        while self._batches and self._batches[0].policy_version <= policy_version:
-            self._batches.popleft()
+        while self.batches and self.batches[0].policy_version <= policy_version:
+            self.batches.popleft()
 
     def clear(self) -> None:
-        self._batches.clear()
+        self.batches.clear()
 
     @property
     def groups(self) -> list[BufferedGroup]:
-        return [group for batch in self._batches for group in batch.groups]
+        return [group for batch in self.batches for group in batch.groups]

@@ -22,7 +22,7 @@ class PendingJoin:
     requested_s: float
 
 
-@dataclass(slots=True)
+@dataclass(kw_only=True, slots=True)
 class ActorState:
     name: str
     index: int
@@ -43,30 +43,51 @@ class ActorState:
     """It is shutting down and receives no more leases or weight offers."""
     departed: bool = False
     """It sent Goodbye."""
-    gauges: dict[str, float] = field(default_factory=dict)
+    gauges: dict[str, int | float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class MembershipState:
+    actors: dict[str, ActorState] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    """Lost actors by name, with the reason. A lost incarnation cannot return."""
+    learner: str | None = None
+    last_index: int = 0
+    """The highest index ever used by a rank, in any attempt, or assigned to a supervisor. Indices
+    are never reused."""
+    pending: dict[str, PendingJoin] = field(default_factory=dict)
+    """By supervisor."""
+    admitted: dict[str, int] = field(default_factory=dict)
+    """Index by supervisor whose actor sent Hello."""
+    joined: set[int] = field(default_factory=set)
+    """Indices of actors that joined."""
+    expected: set[int] = field(default_factory=set)
+    """Joined actors that are present or may return."""
+    keys: dict[int, str] = field(default_factory=dict)
+    """Public key by index."""
 
 
 class Membership:
     """Present and expected members. Pure state, no I/O."""
 
-    CONFIGURED = ("_num_configured", "_first_free_index", "_present")
-
-    def __init__(self, config: ClusterConfig) -> None:
-        self.actors: dict[str, ActorState] = {}
-        self.lost: dict[str, str] = {}
-        """Lost actors by name, with the reason. A lost incarnation cannot return."""
-        self.learner: str | None = None
+    def __init__(self, config: ClusterConfig, state: MembershipState) -> None:
         self._num_configured = config.actors
         self._first_free_index = config.learners + config.actors
-        self._last_index = 0
-        """The highest index ever used by a rank, in any attempt, or assigned to a supervisor.
-        Indices are never reused."""
-        self._pending: dict[str, PendingJoin] = {}  # by supervisor
-        self._admitted: dict[str, int] = {}  # index by supervisor whose actor sent Hello
-        self._joined: set[int] = set()  # indices of actors that joined
-        self._expected: set[int] = set()  # joined actors that are present or may return
-        self._keys: dict[int, str] = {}  # public key by index
+        self._state = state
         self._present: tuple[ActorState, ...] | None = None  # cache of present()
+
+    @property
+    def actors(self) -> dict[str, ActorState]:
+        return self._state.actors
+
+    @property
+    def lost(self) -> dict[str, str]:
+        return self._state.lost
+
+    @property
+    def learner(self) -> str | None:
+        """Name of the connected learner."""
+        return self._state.learner
 
     def join(
         self, name: str, hello: Hello, now_s: float, policy_version: int, *, key: str = ""
@@ -86,20 +107,20 @@ class Membership:
             weight_ranks=hello.weight_ranks,
             awaits_weights=policy_version > 0,
         )
-        self._keys[hello.index] = key
+        self._state.keys[hello.index] = key
         if not self._is_free(hello.index):
-            self._last_index = max(self._last_index, hello.index)
-        elif hello.index <= self._last_index:
-            self._joined.add(hello.index)
-            self._expected.add(hello.index)
+            self._state.last_index = max(self._state.last_index, hello.index)
+        elif hello.index <= self._state.last_index:
+            self._state.joined.add(hello.index)
+            self._state.expected.add(hello.index)
             self._complete_join(hello.index)
         return replaced
 
     def _complete_join(self, index: int) -> None:
-        for supervisor, pending in self._pending.items():
+        for supervisor, pending in self._state.pending.items():
             if pending.index == index:
-                self._admitted[supervisor] = index
-                del self._pending[supervisor]
+                self._state.admitted[supervisor] = index
+                del self._state.pending[supervisor]
                 return
 
     def lose(self, name: str, reason: str) -> None:
@@ -111,7 +132,7 @@ class Membership:
         """The actor sent Goodbye."""
         state.departed = True
         self._present = None
-        self._expected.discard(state.index)
+        self._state.expected.discard(state.index)
 
     def present(self) -> tuple[ActorState, ...]:
         """Actors that have not sent Goodbye, by index."""
@@ -141,7 +162,7 @@ class Membership:
 
     def has_joined(self, supervisor: str) -> bool:
         """Whether this supervisor has an index."""
-        return supervisor in self._admitted or supervisor in self._pending
+        return supervisor in self._state.admitted or supervisor in self._state.pending
 
     def is_rank(self, role: str) -> bool:
         """Whether this is the learner or an actor that torchrun started."""
@@ -152,51 +173,57 @@ class Membership:
     @property
     def num_known(self) -> int:
         """Number of names that are stored, including those of peers that left."""
-        return len(self.actors) + len(self.lost) + len(self._admitted) + len(self._pending)
+        return (
+            len(self.actors) + len(self.lost) + len(self._state.admitted) + len(self._state.pending)
+        )
 
     def key_of(self, index: int) -> str | None:
         """The public key required of the actor with this index; None for any key."""
-        return self._keys.get(index)
+        return self._state.keys.get(index)
+
+    def learner_joined(self, name: str) -> None:
+        self._state.learner = name
 
     def begin_attempt(self) -> None:
-        """Ranks are restarted, possibly on hosts with other keys."""
-        self._keys = {i: key for i, key in self._keys.items() if self._is_free(i)}
+        """All processes are restarted, ranks possibly on hosts with other keys."""
+        self._state.learner = None
+        self._state.keys = {i: key for i, key in self._state.keys.items() if self._is_free(i)}
 
     # --- actors that join --------------------------------------------------------------------
 
     @property
     def num_expected(self) -> int:
         """Number of actors when none is missing."""
-        return self._num_configured + sum(map(self._is_free, self._expected))
+        return self._num_configured + sum(map(self._is_free, self._state.expected))
 
     def num_pending(self, key: str | None = None) -> int:
         """Number of pending joins, of one key or of all."""
         if key is None:
-            return len(self._pending)
-        return sum(pending.key == key for pending in self._pending.values())
+            return len(self._state.pending)
+        return sum(pending.key == key for pending in self._state.pending.values())
 
     def admit(self, supervisor: str, key: str, now_s: float) -> int:
         """The index of this supervisor's actor; assigns one on the first call."""
         if (index := self.index_of(supervisor)) is not None:
             return index
-        index = max(self._first_free_index, self._last_index + 1)
-        while index in self._keys:  # in use by an actor that chose its index itself
+        index = max(self._first_free_index, self._state.last_index + 1)
+        while index in self._state.keys:  # in use by an actor that chose its index itself
             index += 1
-        self._last_index = index
-        self._pending[supervisor] = PendingJoin(index=index, key=key, requested_s=now_s)
-        self._keys[index] = key
+        self._state.last_index = index
+        self._state.pending[supervisor] = PendingJoin(index=index, key=key, requested_s=now_s)
+        self._state.keys[index] = key
         return index
 
     def index_of(self, supervisor: str) -> int | None:
         """The index of this supervisor's actor; None if it has none."""
-        pending = self._pending.get(supervisor)
-        return pending.index if pending is not None else self._admitted.get(supervisor)
+        pending = self._state.pending.get(supervisor)
+        return pending.index if pending is not None else self._state.admitted.get(supervisor)
 
     def expire_joins(self, now_s: float) -> list[str]:
         """Remove the pending joins older than JOIN_TIMEOUT_S; returns their supervisors."""
         expired = [
             name
-            for name, pending in self._pending.items()
+            for name, pending in self._state.pending.items()
             if now_s - pending.requested_s > JOIN_TIMEOUT_S
         ]
         for name in expired:
@@ -204,9 +231,9 @@ class Membership:
         return expired
 
     def _remove_join(self, supervisor: str) -> None:
-        index = self._pending.pop(supervisor).index
+        index = self._state.pending.pop(supervisor).index
         if self._is_free(index):  # otherwise a rank uses it now
-            self._keys.pop(index, None)
+            self._state.keys.pop(index, None)
 
     def next_incarnation(self, index: int, attempt: int) -> int:
         """The first incarnation of an actor whose supervisor starts in this attempt."""
@@ -226,8 +253,8 @@ class Membership:
             return None
         index = hello.index
         joined = hello.incarnation < INCARNATIONS_PER_ATTEMPT and (
-            index in self._joined
-            or any(pending.index == index for pending in self._pending.values())
+            index in self._state.joined
+            or any(pending.index == index for pending in self._state.pending.values())
         )
         if joined and not self._is_free(index):
             return (
@@ -242,13 +269,13 @@ class Membership:
     def withdraw(self, supervisor: str) -> list[ActorState] | None:
         """The actor of this supervisor will not return. Returns its present states; None for an
         unknown supervisor."""
-        if supervisor in self._pending:
+        if supervisor in self._state.pending:
             self._remove_join(supervisor)
             return []
-        index = self._admitted.get(supervisor)
+        index = self._state.admitted.get(supervisor)
         if index is None:
             return None
-        self._expected.discard(index)
+        self._state.expected.discard(index)
         if not self._is_free(index):  # a rank uses the index
             return []
         return [state for state in self.present() if state.index == index]

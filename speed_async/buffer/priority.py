@@ -15,11 +15,12 @@ same as its new one.
 
 import heapq
 import math
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field, InstanceOf
 
 from speed_async.transport.messages import GroupFinished
 
@@ -33,10 +34,8 @@ MIN_COMPACTION = 64
 class BufferedGroup:
     """A finished group and its metadata."""
 
-    UNSAVED: ClassVar = ("message",)
-
-    message: GroupFinished | None
-    """None while the group is on disk, at `place`."""
+    message: Annotated[InstanceOf[GroupFinished] | None, Field(exclude=True)] = None
+    """None while the group is on disk, at `place`. A snapshot excludes it."""
     lease_id: int
     pass_rate: float
     oldest_version: int
@@ -45,6 +44,13 @@ class BufferedGroup:
     num_bytes: int
     place: tuple[int, int] | None = None
     """Journal segment and offset in it, both from 0; None without a journal."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BufferState:
+    num_takes: int = 0
+    waiting: OrderedDict[int, tuple[BufferedGroup, int]] = field(default_factory=OrderedDict)
+    """By lease, in order of arrival: group, and number of takes before it arrived."""
 
 
 class PriorityBuffer:
@@ -58,20 +64,24 @@ class PriorityBuffer:
         freshness_decay: float,
         max_passed_over: int,
         signal_weight: float = 1.0,
+        state: BufferState | None = None,
     ) -> None:
+        """`state` None: an empty buffer. Groups over capacity are evicted at the next insert."""
         self._capacity_groups = capacity_groups
         self._capacity_bytes = capacity_bytes
         self._log_freshness = -math.log(freshness_decay)
         self._max_passed_over = max_passed_over
         self._signal_weight = signal_weight
-        self._num_takes = 0
-        self._num_bytes = 0
-        self._num_tokens = 0
-        self._waiting: OrderedDict[int, tuple[BufferedGroup, int]] = OrderedDict()
-        """By lease, in order of arrival: group, and number of takes before it arrived."""
+        self._state = BufferState() if state is None else state
+        self._waiting = self._state.waiting
+        groups = [group for group, _ in self._waiting.values()]
+        self._num_bytes = sum(group.num_bytes for group in groups)
+        self._num_tokens = sum(group.num_tokens for group in groups)
         # Of equal keys, the oldest lease is taken first and evicted last.
-        self._best: list[tuple[float, int]] = []  # -key, lease
-        self._worst: list[tuple[float, int]] = []  # key, -lease
+        self._best = [(-self._key(group), group.lease_id) for group in groups]
+        self._worst = [(-minus_key, -lease_id) for minus_key, lease_id in self._best]
+        heapq.heapify(self._best)
+        heapq.heapify(self._worst)
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -92,7 +102,7 @@ class PriorityBuffer:
         """
         assert group.lease_id not in self._waiting, "a lease has one group"
         key = self._key(group)
-        self._waiting[group.lease_id] = (group, self._num_takes - num_passed_over)
+        self._waiting[group.lease_id] = (group, self._state.num_takes - num_passed_over)
         self._num_bytes += group.num_bytes
         self._num_tokens += group.num_tokens
         heapq.heappush(self._best, (-key, group.lease_id))
@@ -108,9 +118,9 @@ class PriorityBuffer:
         taken = []
         while len(taken) < num_groups and self._waiting:
             oldest, num_takes_before = next(iter(self._waiting.values()))
-            is_overdue = self._num_takes - num_takes_before >= self._max_passed_over
+            is_overdue = self._state.num_takes - num_takes_before >= self._max_passed_over
             taken.append(self._remove(oldest.lease_id if is_overdue else self._pop_best()))
-        self._num_takes += 1
+        self._state.num_takes += 1
         return taken
 
     def drop_older_than(self, oldest_version: int) -> list[BufferedGroup]:
@@ -122,25 +132,12 @@ class PriorityBuffer:
     def waiting(self) -> Iterator[tuple[BufferedGroup, int]]:
         """Every group in order of arrival, with the number of takes that have passed it over."""
         for group, num_takes_before in self._waiting.values():
-            yield group, self._num_takes - num_takes_before
+            yield group, self._state.num_takes - num_takes_before
 
     def remove_where(self, unwanted: Callable[[BufferedGroup], bool]) -> list[BufferedGroup]:
         """Remove and return the groups that match, in order of arrival. Takes O(n)."""
         found = [group for group, _ in self._waiting.values() if unwanted(group)]
         return [self._remove(group.lease_id) for group in found]
-
-    def saved(self) -> list[tuple[BufferedGroup, int]]:
-        """State for a snapshot. Groups in the journal are saved without their arrays."""
-        return list(self.waiting())
-
-    def load(self, groups: list[tuple[BufferedGroup, int]]) -> None:
-        """Fill an empty buffer with `saved()`. Groups over capacity are evicted at the next
-        insert."""
-        bounds = self._capacity_groups, self._capacity_bytes
-        self._capacity_groups = self._capacity_bytes = sys.maxsize
-        for group, num_passed_over in groups:
-            self.insert(group, num_passed_over=num_passed_over)
-        self._capacity_groups, self._capacity_bytes = bounds
 
     def _key(self, group: BufferedGroup) -> float:
         signal = max(group.pass_rate * (1 - group.pass_rate), SIGNAL_FLOOR)

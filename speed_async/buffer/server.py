@@ -18,9 +18,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from speed_async.buffer.durability.encoding import StoredGroup
 from speed_async.buffer.durability.journal import Place
 from speed_async.buffer.durability.segments import Segments
-from speed_async.buffer.durability.stored import StoredGroup
 from speed_async.buffer.sessions import Sealed
 from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.resumed import CONFIG_FILE

@@ -12,20 +12,19 @@ answers    a TakeBatch when enough fresh groups are buffered and the first evalu
 from collections.abc import Callable
 
 from speed_async.buffer.actor_handler import ActorHandler
-from speed_async.buffer.curriculum.curriculum import Curriculum
+from speed_async.buffer.curriculum.curriculum import make_curriculum
 from speed_async.buffer.durability.journal import Place
 from speed_async.buffer.effects import Effects, Loss, restart_warning
 from speed_async.buffer.ending import ROLE, Ending
-from speed_async.buffer.evaluations import Accuracy, Evaluations
+from speed_async.buffer.evaluations import Accuracy, EvaluationPlan
 from speed_async.buffer.grants import Grants
 from speed_async.buffer.learner_handler import LearnerHandler
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import Membership
 from speed_async.buffer.reporting.diagnoses import Diagnoses
-from speed_async.buffer.reporting.statistics import RunStatistics
 from speed_async.buffer.reporting.status import StatusReporter, evaluation_values
 from speed_async.buffer.reporting.warnings import Warnings
-from speed_async.buffer.reporting.weight_times import WeightTimes
+from speed_async.buffer.state import ServiceState, new_state
 from speed_async.buffer.validation import Checked, MessageValidator
 from speed_async.buffer.validation_rules import PayloadRules
 from speed_async.config.schema import Config
@@ -40,30 +39,25 @@ MAX_REASON_CHARS = 500
 
 
 class BufferService:
-    CONFIGURED = (
-        "fingerprint",
-        "model_fingerprint",
-        "_actors",
-        "_handlers",
-        "reporter",
-        "validator",
-        "_feed_port",
-        "outbox",
-        "events",
-    )
-
     def __init__(
         self,
         config: Config,
         *,
-        curriculum: Curriculum,
-        evaluations: Evaluations,
+        num_prompts: int,
+        num_held_out: int,
         fingerprint: str,
         started_s: float,
         model_fingerprint: str = "",
         feed_port: int = 0,
         vocab_size: int | None = None,
+        state: ServiceState | None = None,
     ) -> None:
+        """`state` None: a new run, which starts at `started_s`. Raises JournalError if the state
+        does not fit the configuration."""
+        is_new = state is None
+        if state is None:
+            state = new_state(config, num_prompts=num_prompts, started_s=started_s)
+        self.state = state
         self.fingerprint = fingerprint
         """Fingerprint of the task data."""
         self.model_fingerprint = model_fingerprint
@@ -74,23 +68,28 @@ class BufferService:
         """Newly lost peers, whose sessions the state machine discards."""
         self.expired_joins: list[str] = []
         """Supervisors of newly expired joins, whose sessions the state machine removes."""
-        self.ended = False
-        """The service has ended; the server flushes its messages and exits."""
         self.snapshot_due = False
         """A checkpoint is durable or an attempt began, so a snapshot makes older records
         unnecessary."""
-        self.attempt = 0
-        """Attempt number: how often this run was restarted."""
-        self.phase = "starting"
         self.config = config
-        self.membership = Membership(config.cluster)
-        self.statistics = RunStatistics(started_s)
-        self.diagnoses = Diagnoses(config, self.statistics)
-        self.lifecycle = Lifecycle(
-            config, curriculum=curriculum, evaluations=evaluations, statistics=self.statistics
+        self.membership = Membership(config.cluster, state.membership)
+        self.statistics = state.statistics
+        self.diagnoses = Diagnoses(config, self.statistics, state.diagnoses)
+        self.curriculum = make_curriculum(config, num_prompts, state.curriculum)
+        self._evaluations = EvaluationPlan(
+            state.evaluations,
+            num_prompts=num_held_out,
+            num_samples=config.evaluate.num_samples,
+            every=config.evaluate.every,
         )
-        self.weight_times = WeightTimes()
-        self.warnings = Warnings()
+        self.lifecycle = Lifecycle(
+            config,
+            curriculum=self.curriculum,
+            evaluations=self._evaluations,
+            statistics=self.statistics,
+            state=state.lifecycle,
+        )
+        self.warnings = Warnings(state.warnings)
         """Current warnings for the user."""
         self.learner = LearnerHandler(
             config,
@@ -98,8 +97,9 @@ class BufferService:
             lifecycle=self.lifecycle,
             statistics=self.statistics,
             updates=self.diagnoses.evidence.updates,
-            weight_times=self.weight_times,
+            weight_times=state.weight_times,
             warnings=self.warnings,
+            state=state.learner,
         )
         self._actors = ActorHandler(
             membership=self.membership,
@@ -107,14 +107,8 @@ class BufferService:
             evidence=self.diagnoses.evidence,
             warnings=self.warnings,
         )
-        self._loop_lag_s: float | None = None
-        """Delay of the last tick; None before the first."""
-        self._evaluations = evaluations
-        self._grants = Grants(config, self.lifecycle, self.learner.batches, evaluations)
+        self._grants = Grants(config, self.lifecycle, self.learner.batches, self._evaluations)
         self._feed_port = feed_port
-        self._target_reached = False
-        self._evaluated_version: int | None = None
-        """The last evaluated version; None before the first evaluation is complete."""
         self._handlers: dict[type[m.Message], Callable[..., Effects | None]] = {
             m.Failure: self._on_failure,
             m.LeaseFailed: self._on_lease_failed,
@@ -139,11 +133,11 @@ class BufferService:
             config,
             membership=self.membership,
             lifecycle=self.lifecycle,
-            evaluations=evaluations,
+            evaluations=self._evaluations,
             statistics=self.statistics,
             diagnoses=self.diagnoses,
             warnings=self.warnings,
-            weight_times=self.weight_times,
+            weight_times=state.weight_times,
             validator=self.validator,
         )
         self._ending = Ending(
@@ -151,12 +145,14 @@ class BufferService:
             membership=self.membership,
             lifecycle=self.lifecycle,
             batches=self.learner.batches,
-            evaluations=evaluations,
+            evaluations=self._evaluations,
             diagnoses=self.diagnoses,
             warnings=self.warnings,
             reporter=self.reporter,
+            state=state.ending,
         )
-        evaluations.start(0)
+        if is_new:
+            self._evaluations.start(0)
 
     # --- inputs ----------------------------------------------------------------------------
 
@@ -211,7 +207,7 @@ class BufferService:
             self._evaluation_done(effects.evaluation, now_s)
         for kind, values in effects.events:
             self._emit(kind, now_s, values)
-        self.ended = self.ended or effects.ended
+        self.state.ended = self.ended or effects.ended
 
     def reply_without_record(self, peer: str, message: m.Message, key: str) -> m.Message | None:
         """The reply to a message that changes no state and needs no journal record; None for other
@@ -228,12 +224,12 @@ class BufferService:
             self.validator.refused(peer)
             return m.Rejected(reason=checked.refusal[:MAX_REASON_CHARS])
         if isinstance(message, Join) and message.has_rank:
-            return self._accepted(message.rank, self.attempt)
+            return self._accepted(message.rank, self.state.attempt)
         return None
 
     def tick(self, now_s: float, loop_lag_s: float = 0.0) -> None:
         """Advance the time: peer timeouts, drain deadline, rates, a status event."""
-        self._loop_lag_s = loop_lag_s
+        self.state.loop_lag_s = loop_lag_s
         if loop_lag_s > MAX_TICK_DELAY_S:
             self.membership.extend_timeouts(loop_lag_s)
         for loss in self._actors.timed_out(now_s, self.config.cluster.peer_timeout_s):
@@ -265,18 +261,23 @@ class BufferService:
 
     def begin_attempt(self, attempt: int, now_s: float) -> None:
         """All processes were restarted; none of the old ones returns."""
-        self.attempt = attempt
-        self.ended = False
+        self.state.attempt = attempt
+        self.state.ended = False
         for state in self.membership.present():
             self._lose(Loss(state=state, reason="the run was restarted"))
         self.membership.begin_attempt()
         self.learner.begin_attempt()
         self._ending.begin_attempt()
-        self._target_reached = False
+        self.state.target_reached = False
         self.snapshot_due = True
         text = f"restarted (attempt {attempt}) at version {self.policy_version}"
         self.warnings.open("attempt", text, transient=True)
-        self.phase = self._current_phase()
+        self.state.phase = self._current_phase()
+
+    @property
+    def ended(self) -> bool:
+        """The service has ended; the server flushes its messages and exits."""
+        return self.state.ended
 
     @property
     def policy_version(self) -> int:
@@ -306,7 +307,7 @@ class BufferService:
 
     def _on_hello(self, peer: str, hello: m.Hello, now_s: float, key: str) -> None:
         if hello.role == "learner":
-            self.membership.learner = peer
+            self.membership.learner_joined(peer)
         elif peer not in self.membership.actors:
             for state in self.membership.join(peer, hello, now_s, self.policy_version, key=key):
                 warning = restart_warning(state, "was killed or exited")
@@ -361,13 +362,13 @@ class BufferService:
 
     def _evaluation_done(self, evaluation: Accuracy, now_s: float) -> None:
         accuracy, version = evaluation.accuracy, evaluation.policy_version
-        self._evaluated_version = version
+        self.state.evaluated_version = version
         self.statistics.evaluated(accuracy, version)
         self.diagnoses.evaluated(accuracy, evaluation.num_completions, version)
         self._emit("evaluation", now_s, evaluation_values(evaluation))
         target = self.config.run.stop_at_accuracy
-        if target is not None and accuracy >= target and not self._target_reached:
-            self._target_reached = True
+        if target is not None and accuracy >= target and not self.state.target_reached:
+            self.state.target_reached = True
             self._send_learner(m.TargetReached(accuracy=accuracy, policy_version=version))
 
     # --- checkpoints and weights -------------------------------------------------------------
@@ -382,7 +383,7 @@ class BufferService:
         self.snapshot_due = True
 
     def _on_published(self, peer: str, message: m.WeightsPublished, now_s: float) -> Effects:
-        evaluated = self._evaluated_version == message.policy_version  # published again
+        evaluated = self.state.evaluated_version == message.policy_version  # published again
         due = not message.error and self._evaluations.due(message.policy_version)
         if due and not evaluated and not self._ending.is_requested:
             self._evaluations.start(message.policy_version)
@@ -390,7 +391,7 @@ class BufferService:
 
     def _on_stop_asked(self, peer: str, asked: m.StopAsked, now_s: float) -> Effects:
         self._ending.ask_stop()
-        self.phase = self._current_phase()
+        self.state.phase = self._current_phase()
         return Effects(events=[("status", {})])  # immediately, as feedback to Ctrl-C
 
     def _on_finish(self, peer: str, finish: m.FinishRun, now_s: float) -> None:
@@ -403,24 +404,24 @@ class BufferService:
         if self.ended:
             return
         self._advance_ending(now_s)
-        self.phase = self._current_phase()
+        self.state.phase = self._current_phase()
         if not self._ending.is_draining:
             self._grant(now_s)
-        if self._evaluated_version is not None:
+        if self.state.evaluated_version is not None:
             evaluating = self._evaluations.target_version is not None
             self._send_learner(*self.learner.poll_batch(now_s, evaluating=evaluating))
 
     def _advance_ending(self, now_s: float) -> None:
         while not self.ended:
             effects = self._ending.next(
-                now_s, attempt=self.attempt, evaluated_version=self._evaluated_version
+                now_s, attempt=self.state.attempt, evaluated_version=self.state.evaluated_version
             )
             if effects is None:
                 return
             self._apply(effects, now_s)
 
     def _current_phase(self) -> str:
-        return self._ending.phase(evaluated=self._evaluated_version is not None)
+        return self._ending.phase(evaluated=self.state.evaluated_version is not None)
 
     def _grant(self, now_s: float) -> None:
         training = not self._ending.is_requested
@@ -445,5 +446,6 @@ class BufferService:
         self.events.append(self._event(kind, now_s, values))
 
     def _event(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> Event:
-        status = self.reporter.values(now_s, phase=self.phase, loop_lag_s=self._loop_lag_s)
+        phase, loop_lag_s = self.state.phase, self.state.loop_lag_s
+        status = self.reporter.values(now_s, phase=phase, loop_lag_s=loop_lag_s)
         return Event(kind=kind, values=status | values)

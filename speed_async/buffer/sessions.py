@@ -8,8 +8,9 @@ acknowledgements must wait until they are in the journal too. With `holding`, th
 the `Sealed` that covers them is released.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from speed_async.buffer.durability.encoding import SavedMessage
 from speed_async.transport import messages as m
 from speed_async.transport.session import Ack, Nack, Ping, Receipt, Session
 
@@ -31,10 +32,15 @@ class Sealed:
     unsent: list[str]
 
 
-class Sessions:
-    CONFIGURED = ("replies", "unsent", "holding", "_held", "_held_once", "_nack_s", "_ping_s")
+@dataclass(kw_only=True, slots=True)
+class SessionsState:
+    sessions: dict[str, Session[SavedMessage]] = field(default_factory=dict)
+    once: dict[str, list[SavedMessage]] = field(default_factory=dict)
+    """Unsent messages to peers without a session."""
 
-    def __init__(self) -> None:
+
+class Sessions:
+    def __init__(self, state: SessionsState) -> None:
         self.holding = False
         """Whether messages and acknowledgements wait for their release."""
         self._held: set[str] = set()
@@ -43,8 +49,8 @@ class Sessions:
         """Unnumbered control messages for the server to send; dropped if the queue is full."""
         self.unsent: list[str] = []
         """Peers with messages enqueued since the last seal."""
-        self._sessions: dict[str, Session] = {}
-        self._once: dict[str, list[m.Message]] = {}
+        self._sessions = state.sessions
+        self._once = state.once
         self._nack_s: dict[str, float] = {}  # time of the last Nack by peer
         self._ping_s: dict[str, float] = {}  # time of the last Ping by peer
 

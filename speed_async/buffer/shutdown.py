@@ -3,6 +3,7 @@
 This module decides only; ending.py acts on the decisions.
 """
 
+from dataclasses import dataclass
 from enum import Enum, auto
 
 from speed_async.config.schema import ClusterConfig
@@ -22,15 +23,33 @@ class ShutdownStep(Enum):
     END = auto()
 
 
+@dataclass(kw_only=True, slots=True)
+class ShutdownState:
+    finish: FinishRun | None = None
+    """The learner's request; None before it."""
+    draining: bool = False
+    since_s: float = 0.0
+    """Time of the request, then of the drain."""
+
+
 class Shutdown:
-    def __init__(self, config: ClusterConfig) -> None:
-        self.finish: FinishRun | None = None
-        self.draining = False
+    def __init__(self, config: ClusterConfig, state: ShutdownState) -> None:
         self._config = config
-        self._since_s = 0.0
+        self._state = state
+
+    @property
+    def finish(self) -> FinishRun | None:
+        return self._state.finish
+
+    @property
+    def draining(self) -> bool:
+        return self._state.draining
 
     def request(self, finish: FinishRun, now_s: float) -> None:
-        self.finish, self._since_s = finish, now_s
+        self._state.finish, self._state.since_s = finish, now_s
+
+    def cancel(self) -> None:
+        self._state.finish, self._state.draining = None, False
 
     def next_step(
         self,
@@ -43,12 +62,12 @@ class Shutdown:
         """The next step of the shutdown. DRAIN also advances this state."""
         if self.finish is None:
             return ShutdownStep.TRAIN
-        waited_s = now_s - self._since_s
+        waited_s = now_s - self._state.since_s
         if not self.draining:
             unevaluated = self.finish.evaluate and evaluated_version != self.finish.policy_version
             if unevaluated and waited_s < self._config.stall_timeout_s:
                 return ShutdownStep.EVALUATE if evaluating_version is None else ShutdownStep.WAIT
-            self.draining, self._since_s = True, now_s
+            self._state.draining, self._state.since_s = True, now_s
             return ShutdownStep.DRAIN
         if num_present == 0:
             return ShutdownStep.END

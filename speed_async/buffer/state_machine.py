@@ -9,24 +9,29 @@ from dataclasses import replace
 from speed_async.buffer.durability.journal import Journal, Place, Record
 from speed_async.buffer.service import BufferService
 from speed_async.buffer.sessions import Sessions
+from speed_async.buffer.state import MachineState
 from speed_async.observability.metrics import Event
 from speed_async.transport import messages as m
 from speed_async.transport.codec import decode, encode
 
 
 class StateMachine:
-    CONFIGURED = ("journal", "events")
-
-    def __init__(self, service: BufferService, journal: Journal | None = None) -> None:
+    def __init__(self, service: BufferService, state: MachineState | None = None) -> None:
+        """`state` is the one that the service was built from; None for that of a new run."""
         self.service = service
-        self.sessions = Sessions()
-        self.journal = journal
+        self.state = MachineState(service=service.state) if state is None else state
+        assert self.state.service is service.state
+        self.sessions = Sessions(self.state.sessions)
+        self.journal: Journal | None = None
         """Each input is appended before it is processed; None disables the journal."""
         self.events: list[Event] = []
         self.needs_sync = False
         """A pending message promises that the journal is durable."""
-        self.last_s = 0.0
+
+    @property
+    def last_s(self) -> float:
         """Time of the last input."""
+        return self.state.last_s
 
     # --- inputs: appended to the journal, then processed ---------------------------------------
 
@@ -140,7 +145,7 @@ class StateMachine:
         self._after(now_s)
 
     def _after(self, now_s: float) -> None:
-        self.last_s = now_s
+        self.state.last_s = now_s
         service = self.service
         for peer in service.lost_peers:
             self.sessions.discard_unacked(peer)

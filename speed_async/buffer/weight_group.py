@@ -5,6 +5,8 @@ that is published again goes only to the actors that joined since or missed it, 
 epoch; it does not involve the others. An actor that is still applying a version does not lack it.
 """
 
+from dataclasses import dataclass, field
+
 from speed_async.buffer.membership import ActorState, Membership
 from speed_async.transport.messages import (
     OfferWeights,
@@ -15,22 +17,35 @@ from speed_async.transport.messages import (
 )
 
 
+@dataclass(kw_only=True, slots=True)
+class WeightGroupState:
+    epoch: int = 0
+    newest_version: int = 0
+    """Newest version of which a broadcast has started."""
+    members: list[tuple[str, int]] = field(default_factory=list)
+    """Name and number of ranks, in rank order."""
+    broken: bool = False
+    invited: list[str] = field(default_factory=list)
+    """Members of the broadcast in progress."""
+    last_epochs: dict[str, int] = field(default_factory=dict)
+    """Epoch of the last offer, by actor."""
+
+
 class WeightGroup:
-    def __init__(self, membership: Membership) -> None:
-        self.epoch = 0
-        self.newest_version = 0
-        """Newest version of which a broadcast has started."""
+    def __init__(self, membership: Membership, state: WeightGroupState) -> None:
         self._membership = membership
-        self._members: list[tuple[str, int]] = []  # name and number of ranks, in rank order
-        self._broken = False
-        self._invited: list[str] = []  # members of the broadcast in progress
-        self._last_epochs: dict[str, int] = {}  # epoch of the last offer, by actor
+        self._state = state
+
+    @property
+    def newest_version(self) -> int:
+        """Newest version of which a broadcast has started."""
+        return self._state.newest_version
 
     def form(self, publish: PublishWeights) -> tuple[list[tuple[str, OfferWeights]], WeightMembers]:
         """The offers to the actors, in rank order, and the reply to the learner. A change of
         members or a broken group opens a new epoch. A broadcast without members changes
         nothing."""
-        self.newest_version = max(self.newest_version, publish.policy_version)
+        self._state.newest_version = max(self._state.newest_version, publish.policy_version)
         lacking = [
             state
             for state in self._membership.present()
@@ -38,16 +53,16 @@ class WeightGroup:
             and max(state.applied_version, state.sent_version) < publish.policy_version
         ]
         members = [(state.name, state.weight_ranks) for state in lacking]
-        if members and (self._broken or members != self._members):
-            self.epoch += 1
-            self._members, self._broken = members, False
-        self._invited = [state.name for state in lacking]
-        self._last_epochs |= dict.fromkeys(self._invited, self.epoch)
+        if members and (self._state.broken or members != self._state.members):
+            self._state.epoch += 1
+            self._state.members, self._state.broken = members, False
+        self._state.invited = [state.name for state in lacking]
+        self._state.last_epochs |= dict.fromkeys(self._state.invited, self._state.epoch)
         ranks_each = [state.weight_ranks for state in lacking]
         answer = WeightMembers(
             policy_version=publish.policy_version,
-            epoch=self.epoch,
-            actor_names=list(self._invited),
+            epoch=self._state.epoch,
+            actor_names=list(self._state.invited),
             ranks_each=ranks_each,
             world_size=1 + sum(ranks_each),
         )
@@ -60,19 +75,19 @@ class WeightGroup:
 
     def reset(self) -> None:
         """The learner and all actors were restarted: the next broadcast opens a new epoch."""
-        self._broken = True
-        self._invited = []
+        self._state.broken = True
+        self._state.invited = []
 
     def published(self, message: WeightsPublished) -> list[ActorState]:
         """The broadcast ended. Returns the actors that made it fail."""
         actors = self._membership.actors
-        invited, self._invited = self._invited, []
+        invited, self._state.invited = self._state.invited, []
         if not message.error:
             for name in invited:
                 if name in actors:
                     actors[name].sent_version = message.policy_version
             return []
-        self._broken = True
+        self._state.broken = True
         return [actors[name] for name in message.missing if name in actors]
 
     def applied(self, state: ActorState, message: WeightsApplied) -> bool:
@@ -81,12 +96,12 @@ class WeightGroup:
             state.applied_version = message.policy_version
             state.awaits_weights = False
             return False
-        if self._last_epochs.get(state.name) != message.epoch:
+        if self._state.last_epochs.get(state.name) != message.epoch:
             return False  # outdated: the actor has a newer offer
         state.sent_version = state.applied_version
-        if state.name in self._invited:
-            self._invited.remove(state.name)
-        self._broken = self._broken or message.epoch == self.epoch
+        if state.name in self._state.invited:
+            self._state.invited.remove(state.name)
+        self._state.broken = self._state.broken or message.epoch == self._state.epoch
         return True
 
 

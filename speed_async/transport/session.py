@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from typing import Generic, TypeVar
 
 from speed_async.errors import DeadlineExceeded, IncarnationLost, SpeedAsyncError
 from speed_async.transport.messages import Message
@@ -40,6 +41,9 @@ class Ping(Message):
     sent: int
 
 
+M = TypeVar("M", bound=Message)
+
+
 class Receipt(Enum):
     NEW = auto()
     DUPLICATE = auto()
@@ -51,8 +55,9 @@ class Receipt(Enum):
 
 
 @dataclass(kw_only=True, slots=True)
-class Session:
-    """State of one side of a session with one peer. It performs no I/O."""
+class Session(Generic[M]):
+    """State of one side of a session with one peer. It performs no I/O. M is the type of the
+    messages that it keeps."""
 
     sent: int = 0
     """Number of the last message; it may still wait for space in a queue."""
@@ -64,7 +69,7 @@ class Session:
     """Last received number that was acknowledged to the peer."""
     _held_at: tuple[int, int] | None = None
     """Messages sent after the first number and acknowledgements after the second are held back."""
-    _kept: deque[Message] = field(default_factory=deque)  # sent and unacknowledged, in order
+    _kept: deque[M] = field(default_factory=deque)  # sent and unacknowledged, in order
 
     @property
     def num_unacked(self) -> int:
@@ -95,12 +100,12 @@ class Session:
         """
         self._held_at = None if upto == (self.sent, self.received) else upto
 
-    def enqueue(self, message: Message) -> None:
+    def say(self, message: M) -> None:
         """Number and keep a message; `next_unsent` returns it."""
         self.sent += 1
         self._kept.append(replace(message, number=self.sent))
 
-    def next_unsent(self) -> Message:
+    def next_unsent(self) -> M:
         """The first message not passed to the transport; call `mark_queued` after passing it."""
         first = self.sent - len(self._kept) + 1
         return replace(self._kept[self.queued + 1 - first], received=self._ackable)
@@ -164,7 +169,7 @@ class SessionLink:
     def __init__(self, link: Link, clock: Callable[[], float] = time.monotonic) -> None:
         self._link = link
         self._clock = clock
-        self._session = Session()
+        self._session = Session[Message]()
         self._sending = asyncio.Lock()
         self._last_nack = (-1, 0.0)
         """Number it acknowledged, and when it was sent."""

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
+from speed_async.buffer.curriculum.posterior import PosteriorCurriculum, PosteriorState
+from speed_async.buffer.durability.snapshot import State, capture, restore
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config, CurriculumConfig, GateConfig
 from speed_async.transport.messages import GroupFinished
@@ -66,6 +67,7 @@ def posterior(
     half_life_updates: float = 20.0,
     uniform_share: float = 0.1,
     candidates: int = 4,
+    state: PosteriorState | None = None,
 ) -> PosteriorCurriculum:
     settings = CurriculumConfig(
         kind="posterior",
@@ -73,5 +75,11 @@ def posterior(
         uniform_share=uniform_share,
         candidates=candidates,
     )
-    rng = np.random.default_rng(seed)
-    return PosteriorCurriculum(num_prompts, rng, gate=GateConfig(), settings=settings)
+    if state is None:
+        state = PosteriorState.new(num_prompts, np.random.default_rng(seed))
+    return PosteriorCurriculum(num_prompts, state, gate=GateConfig(), settings=settings)
+
+
+def restored(state: State) -> State:
+    """The state after a snapshot and its restoration."""
+    return restore(type(state), capture(state))

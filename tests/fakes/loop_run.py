@@ -10,14 +10,12 @@ import torch
 from speed_async.actors.engine import GenerationRequest
 from speed_async.actors.loop import ActorLoop
 from speed_async.actors.rollout import Rollout
-from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
 from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.schema import Config
 from speed_async.environments.task import fingerprint
 from speed_async.errors import TaskError
-from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import LearnerLoop
 from speed_async.learner.progress import Progress, RunResult
@@ -144,8 +142,8 @@ class Run:
         """The canary received with each version."""
         self.service = BufferService(
             config,
-            curriculum=UniformCurriculum(NUM_PROMPTS, np.random.default_rng(0)),
-            evaluations=EvaluationPlan(num_prompts=4, num_samples=2, every=config.evaluate.every),
+            num_prompts=NUM_PROMPTS,
+            num_held_out=4,
             fingerprint=fingerprint(self.task),
             started_s=0.0,
         )
@@ -214,8 +212,8 @@ def make_service(config: Config, task: DigitTask) -> BufferService:
     """A service with the same task and another configuration."""
     return BufferService(
         config,
-        curriculum=UniformCurriculum(NUM_PROMPTS, np.random.default_rng(0)),
-        evaluations=EvaluationPlan(num_prompts=4, num_samples=2, every=config.evaluate.every),
+        num_prompts=NUM_PROMPTS,
+        num_held_out=4,
         fingerprint=fingerprint(task),
         started_s=0.0,
     )

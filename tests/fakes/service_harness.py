@@ -2,11 +2,8 @@
 
 from pathlib import Path
 
-import numpy as np
-
-from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.service import BufferService
-from speed_async.evaluation.plan import EvaluationPlan
+from speed_async.buffer.state import ServiceState
 from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
 from tests.fakes.buffer_fixtures import make_config
@@ -15,19 +12,23 @@ from tests.fakes.buffer_fixtures import make_config
 class ServiceHarness:
     """Drives a BufferService. Each input returns the messages that it causes, with their peers."""
 
-    def __init__(self, folder: Path, num_held_out: int = 1, **sections: dict[str, object]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        num_held_out: int = 1,
+        *,
+        state: ServiceState | None = None,
+        **sections: dict[str, object],
+    ) -> None:
         (folder / "config.json").write_text("{}")
         self.config = make_config(str(folder), **sections)
         self.service = BufferService(
             self.config,
-            curriculum=UniformCurriculum(100, np.random.default_rng(0)),
-            evaluations=EvaluationPlan(
-                num_prompts=num_held_out,
-                num_samples=self.config.evaluate.num_samples,
-                every=self.config.evaluate.every,
-            ),
+            num_prompts=100,
+            num_held_out=num_held_out,
             fingerprint="f",
             started_s=0.0,
+            state=state,
         )
         self.now_s = 0.0
 

@@ -9,15 +9,11 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-
-from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.service import BufferService
 from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config
 from speed_async.errors import ProtocolError
-from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.transport import messages as m
 from speed_async.transport.codec import decode
 from speed_async.transport.muting import BlockedPeers
@@ -49,8 +45,8 @@ class Target:
     def __init__(self, model: Path) -> None:
         service = BufferService(
             _config(model),
-            curriculum=UniformCurriculum(100, np.random.default_rng(0)),
-            evaluations=EvaluationPlan(num_prompts=1, num_samples=1, every=0),
+            num_prompts=100,
+            num_held_out=1,
             fingerprint=FINGERPRINT,
             started_s=0.0,
             vocab_size=64,
@@ -79,7 +75,7 @@ class Target:
             [(len(lifecycle.buffer), lifecycle.buffer.num_bytes), sorted(lifecycle.in_training)],
             [members.actors[name] for name in sorted(members.actors)],
             (sorted(members.lost), members.learner),
-            (service.policy_version, service.phase, service.ended, service.warning),
+            (service.policy_version, service.state.phase, service.ended, service.warning),
         )
         return repr(parts)
 

@@ -5,16 +5,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
-from speed_async.buffer.curriculum.curriculum import make_curriculum
 from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.service import BufferService
+from speed_async.buffer.state import ServiceState
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
 from speed_async.environments.task import fingerprint
-from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.transport import messages as m
 from speed_async.transport.codec import decode
@@ -42,19 +39,16 @@ def held_groups(run_folder: Path) -> set[str]:
         return held
 
 
-def _build(config: Config) -> BufferService:
+def _build(config: Config, state: ServiceState | None) -> BufferService:
     task = make_task(config.task)
     return BufferService(
         config,
-        curriculum=make_curriculum(config, len(task.train_prompts), np.random.default_rng(0)),
-        evaluations=EvaluationPlan(
-            num_prompts=len(task.held_out_prompts),
-            num_samples=config.evaluate.num_samples,
-            every=config.evaluate.every,
-        ),
+        num_prompts=len(task.train_prompts),
+        num_held_out=len(task.held_out_prompts),
         fingerprint=fingerprint(task),
         model_fingerprint=model_fingerprint(
             Path(config.model.path), chat_template=config.model.chat_template
         ),
         started_s=0.0,
+        state=state,
     )

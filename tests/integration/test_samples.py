@@ -143,7 +143,10 @@ def test_journal_omits_sample_texts_and_replay_emits_no_sample(tmp_path: Path) -
     harness = ServiceHarness(tmp_path)
     folder = tmp_path / "journal"
     machine, _ = open_machine(
-        folder, harness.config, lambda _: ServiceHarness(tmp_path).service, attempt=0
+        folder,
+        harness.config,
+        lambda _, state: ServiceHarness(tmp_path, state=state).service,
+        life=0,
     )
     hello = m.Hello(role="actor", index=1, incarnation=0, fingerprint="f", process_id=1)
     machine.message("actor-1.0", replace(hello, number=1), 1.0)
@@ -158,7 +161,10 @@ def test_journal_omits_sample_texts_and_replay_emits_no_sample(tmp_path: Path) -
     recorded = [decode(record.frames) for record in records if record.kind == "message"]
     assert [type(message).__name__ for message in recorded] == ["Hello", "Sample"]
     replayed, _ = open_machine(
-        folder, harness.config, lambda _: ServiceHarness(tmp_path).service, attempt=0
+        folder,
+        harness.config,
+        lambda _, state: ServiceHarness(tmp_path, state=state).service,
+        life=0,
     )
     assert replayed.events == []
     assert isinstance(replayed, StateMachine)

@@ -3,12 +3,16 @@
 Shape legend: N all prompts, K some of them, S screening completions, G completions of a group.
 """
 
+from dataclasses import dataclass, field
 from math import comb
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from speed_async.buffer.durability.encoding import SavedFloat32, SavedFloat64, SavedInt32
 from speed_async.config.schema import GateConfig
+from speed_async.errors import JournalError
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.floating]
@@ -43,6 +47,16 @@ class GateAcceptance:
         return 1.0 - total_K if self._complement else total_K
 
 
+def _initial_sums() -> SavedFloat64:
+    return np.array([PRIOR_WEIGHT, PRIOR_WEIGHT / 2, PRIOR_WEIGHT / 3])
+
+
+@dataclass(kw_only=True, slots=True)
+class PriorState:
+    sums: SavedFloat64 = field(default_factory=_initial_sums)
+    """Discounted number of prompts and sums of their two moments, initially of Beta(1, 1)."""
+
+
 class SharedPrior:
     """Beta(a, b) over the prompts' pass rates, fitted online by moments with a forgetting factor.
 
@@ -57,14 +71,13 @@ class SharedPrior:
     hypergeometric distribution, truncated to the passing k.
     """
 
-    def __init__(self, gate: GateConfig, half_life_updates: float) -> None:
+    def __init__(self, gate: GateConfig, half_life_updates: float, state: PriorState) -> None:
+        self._state = state
         self._half_life = half_life_updates
         self._size = gate.num_screening
         self._refused_moments = [self._moments_of(k) for k in range(self._size + 1)]
         self._group_size = gate.group_size
         self._group_moments = _screening_moments(gate, self._refused_moments)
-        self.sums = np.array([PRIOR_WEIGHT, PRIOR_WEIGHT / 2, PRIOR_WEIGHT / 3])
-        """Discounted number of prompts and sums of their two moments, initially of Beta(1, 1)."""
 
     def _moments_of(self, passed: int) -> tuple[float, float]:
         size = self._size
@@ -78,17 +91,23 @@ class SharedPrior:
             moments = self._group_moments[num_passed]
         else:
             return
-        self.sums += (1.0, *moments)
+        self._state.sums += (1.0, *moments)
 
     def discount(self, num_updates: int) -> None:
         """Discount like the outcomes; the lost weight returns to the initial prior."""
-        start = np.array([PRIOR_WEIGHT, PRIOR_WEIGHT / 2, PRIOR_WEIGHT / 3])
-        self.sums = start + (self.sums - start) * 0.5 ** (num_updates / self._half_life)
+        start = _initial_sums()
+        self._state.sums = start + (self._state.sums - start) * 0.5 ** (
+            num_updates / self._half_life
+        )
+
+    @property
+    def sums(self) -> FloatArray:
+        return self._state.sums
 
     @property
     def parameters(self) -> tuple[float, float]:
         """(a, b)."""
-        weight, first, second = self.sums.tolist()
+        weight, first, second = self._state.sums.tolist()
         mean, square = first / weight, second / weight
         spread = max(square - mean * mean, 1e-9)
         strength = min(max((mean - square) / spread, WEAKEST_PRIOR), STRONGEST_PRIOR)
@@ -114,6 +133,26 @@ def _screening_moments(
     return table
 
 
+@dataclass(kw_only=True, slots=True)
+class BeliefsState:
+    policy_version: int = 0
+    prior: PriorState = field(default_factory=PriorState)
+    passes_N: SavedFloat32
+    fails_N: SavedFloat32
+    last_version_N: SavedInt32
+    seen_N: SavedInt32
+    num_seen: int = 0
+
+    @classmethod
+    def new(cls, num_prompts: int) -> Self:
+        return cls(
+            passes_N=np.zeros(num_prompts, np.float32),
+            fails_N=np.zeros(num_prompts, np.float32),
+            last_version_N=np.full(num_prompts, NEVER, np.int32),
+            seen_N=np.zeros(num_prompts, np.int32),
+        )
+
+
 class Beliefs:
     """A discounted Beta posterior of every prompt: 12 bytes each, 4 more for the list of seen ones.
 
@@ -122,16 +161,24 @@ class Beliefs:
     earlier outcomes, and such a stopping rule does not change the likelihood of theta.
     """
 
-    def __init__(self, num_prompts: int, gate: GateConfig, half_life_updates: float) -> None:
-        self.num_prompts = num_prompts
-        self.policy_version = 0
-        self.prior = SharedPrior(gate, half_life_updates)
+    def __init__(
+        self, num_prompts: int, gate: GateConfig, half_life_updates: float, state: BeliefsState
+    ) -> None:
+        """Raises JournalError if the state is not that of `num_prompts` prompts."""
+        self.prior = SharedPrior(gate, half_life_updates, state.prior)
         self._half_life = half_life_updates
-        self._passes_N = np.zeros(num_prompts, np.float32)
-        self._fails_N = np.zeros(num_prompts, np.float32)
-        self._last_version_N = np.full(num_prompts, NEVER, np.int32)
-        self._seen_N = np.zeros(num_prompts, np.int32)
-        self._num_seen = 0
+        self._state = state
+        self._passes_N, self._fails_N = state.passes_N, state.fails_N
+        self._last_version_N, self._seen_N = state.last_version_N, state.seen_N
+        for array in (self._passes_N, self._fails_N, self._last_version_N, self._seen_N):
+            if array.shape != (num_prompts,):
+                raise JournalError(
+                    f"the snapshot does not fit: {len(array)} prompts, expected {num_prompts}"
+                )
+
+    @property
+    def policy_version(self) -> int:
+        return self._state.policy_version
 
     @property
     def num_bytes(self) -> int:
@@ -141,7 +188,7 @@ class Beliefs:
     @property
     def seen(self) -> NDArray[np.int32]:
         """Prompts with at least one outcome, in order of their first outcome."""
-        return self._seen_N[: self._num_seen]
+        return self._seen_N[: self._state.num_seen]
 
     def unseen(self, prompts_K: IntArray) -> NDArray[np.bool_]:
         return self._last_version_N[prompts_K] == NEVER
@@ -151,13 +198,13 @@ class Beliefs:
         newer = policy_version - self.policy_version
         if newer > 0:
             self.prior.discount(newer)
-            self.policy_version = policy_version
+            self._state.policy_version = policy_version
 
     def add(self, prompt_id: int, num_passed: int, num_completions: int) -> None:
         last = int(self._last_version_N[prompt_id])
         if last == NEVER:
-            self._seen_N[self._num_seen] = prompt_id
-            self._num_seen += 1
+            self._seen_N[self._state.num_seen] = prompt_id
+            self._state.num_seen += 1
         kept = 0.5 ** ((self.policy_version - last) / self._half_life)
         num_failed = num_completions - num_passed
         self._passes_N[prompt_id] = self._passes_N[prompt_id] * kept + num_passed

@@ -1,12 +1,15 @@
 """Selection of the prompts to lease next."""
 
 from collections import deque
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
-from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
+from speed_async.buffer.curriculum.posterior import PosteriorCurriculum, PosteriorState
+from speed_async.buffer.durability.encoding import SavedGenerator
 from speed_async.config.schema import Config
+from speed_async.errors import JournalError
 
 
 class Curriculum(Protocol):
@@ -38,15 +41,25 @@ class Curriculum(Protocol):
         ...
 
 
+@dataclass(kw_only=True, slots=True)
+class UniformState:
+    rng: SavedGenerator
+    epoch: list[int] = field(default_factory=list)
+    """Prompts left in this epoch, the next one last."""
+    returned: deque[int] = field(default_factory=deque)
+    retired: set[int] = field(default_factory=set)
+
+
+CurriculumState = UniformState | PosteriorState
+
+
 class UniformCurriculum:
     """Shuffled epochs over all prompts, as in SPEED. Returned prompts come first."""
 
-    def __init__(self, num_prompts: int, rng: np.random.Generator) -> None:
+    def __init__(self, num_prompts: int, state: UniformState) -> None:
         self._num_prompts = num_prompts
-        self._rng = rng
-        self._epoch: deque[int] = deque()
-        self._returned: deque[int] = deque()
-        self._retired: set[int] = set()
+        self._state = state
+        self._retired = state.retired
 
     @property
     def num_left(self) -> int:
@@ -65,23 +78,24 @@ class UniformCurriculum:
             else:
                 chosen.append(prompt_id)
                 chosen_set.add(prompt_id)
-        self._epoch.extendleft(reversed(duplicates))
+        self._state.epoch.extend(reversed(duplicates))
         return chosen
 
     def _next(self) -> int:
         """At least one prompt must not be retired."""
+        state = self._state
         while True:
-            if self._returned:
-                prompt_id = self._returned.popleft()
+            if state.returned:
+                prompt_id = state.returned.popleft()
             else:
-                if not self._epoch:
-                    self._epoch.extend(self._rng.permutation(self._num_prompts).tolist())
-                prompt_id = self._epoch.popleft()
+                if not state.epoch:
+                    state.epoch = state.rng.permutation(self._num_prompts)[::-1].tolist()
+                prompt_id = state.epoch.pop()
             if prompt_id not in self._retired:
                 return prompt_id
 
     def give_back(self, prompt_id: int) -> None:
-        self._returned.append(prompt_id)
+        self._state.returned.append(prompt_id)
 
     def retire(self, prompt_id: int) -> None:
         self._retired.add(prompt_id)
@@ -93,10 +107,20 @@ class UniformCurriculum:
         """Ignored: uniform sampling does not depend on versions."""
 
 
-def make_curriculum(
-    config: Config, num_prompts: int, rng: np.random.Generator
-) -> UniformCurriculum | PosteriorCurriculum:
-    """The curriculum selected by `curriculum.kind`."""
+def new_curriculum_state(config: Config, num_prompts: int) -> CurriculumState:
+    """The state of the curriculum of a new run."""
+    rng = np.random.default_rng(config.run.seed)
     if config.curriculum.kind == "uniform":
-        return UniformCurriculum(num_prompts, rng)
-    return PosteriorCurriculum(num_prompts, rng, gate=config.gate, settings=config.curriculum)
+        return UniformState(rng=rng)
+    return PosteriorState.new(num_prompts, rng)
+
+
+def make_curriculum(config: Config, num_prompts: int, state: CurriculumState) -> Curriculum:
+    """The curriculum selected by `curriculum.kind`. Raises JournalError if the state is that of
+    another kind or of another number of prompts."""
+    kind = config.curriculum.kind
+    if kind == "uniform" and isinstance(state, UniformState):
+        return UniformCurriculum(num_prompts, state)
+    if kind == "posterior" and isinstance(state, PosteriorState):
+        return PosteriorCurriculum(num_prompts, state, gate=config.gate, settings=config.curriculum)
+    raise JournalError(f"the snapshot does not fit curriculum.kind = {kind!r}")

@@ -4,13 +4,17 @@ Shape legend: N all prompts, K some of them.
 """
 
 from collections import deque
+from dataclasses import dataclass, field
 from math import gcd
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from speed_async.buffer.curriculum.beliefs import Beliefs, GateAcceptance, IntArray
+from speed_async.buffer.curriculum.beliefs import Beliefs, BeliefsState, GateAcceptance, IntArray
+from speed_async.buffer.durability.encoding import SavedGenerator, SavedUint8
 from speed_async.config.schema import CurriculumConfig, GateConfig
+from speed_async.errors import JournalError
 
 FREE, OUTCOME_BASED, INDEPENDENT, RETIRED = 0, 1, 2, 3
 """Lease state of a prompt: not leased, leased because of its own outcomes, leased independently of
@@ -21,39 +25,69 @@ same prompts would be trained repeatedly while millions wait."""
 WALK_BLOCK = 64
 
 
+@dataclass(kw_only=True, slots=True)
+class CycleState:
+    """The next i of this epoch, its start and its stride."""
+
+    next: int
+    start: int = 0
+    stride: int = 1
+
+
 class PermutationCycle:
     """Every prompt once per epoch, in an order that needs no memory: start + i x stride mod N.
 
     A stride coprime to N makes it a full cycle. Each epoch draws a new start and stride.
     """
 
-    def __init__(self, num_prompts: int, rng: np.random.Generator) -> None:
+    def __init__(self, num_prompts: int, rng: np.random.Generator, state: CycleState) -> None:
         self._num_prompts = num_prompts
         self._rng = rng
-        self.cursor = [num_prompts, 0, 1]
-        """Next i of this epoch, its start, its stride."""
+        self._state = state
 
     def take(self, num: int, lease_N: NDArray[np.uint8]) -> IntArray:
         """The next `num` free prompts. At least `num` prompts must be free."""
         taken: list[IntArray] = []
         while num > 0:
-            at, start, stride = self._position()
-            steps = np.arange(at, min(at + max(2 * num, WALK_BLOCK), self._num_prompts))
-            prompts = (start + steps * stride) % self._num_prompts
+            self._begin_epoch_when_due()
+            state = self._state
+            ends = min(state.next + max(2 * num, WALK_BLOCK), self._num_prompts)
+            steps = np.arange(state.next, ends)
+            prompts = (state.start + steps * state.stride) % self._num_prompts
             free = np.flatnonzero(lease_N[prompts] == FREE)[:num]
-            self.cursor[0] = int(steps[free[-1]] if len(free) == num else steps[-1]) + 1
+            state.next = int(steps[free[-1]] if len(free) == num else steps[-1]) + 1
             lease_N[prompts[free]] = INDEPENDENT
             taken.append(prompts[free])
             num -= len(free)
         return np.concatenate(taken) if taken else np.zeros(0, np.int64)
 
-    def _position(self) -> list[int]:
-        if self.cursor[0] == self._num_prompts:
-            stride = int(self._rng.integers(1, self._num_prompts + 1))
-            while gcd(stride, self._num_prompts) != 1:
-                stride = int(self._rng.integers(1, self._num_prompts + 1))
-            self.cursor = [0, int(self._rng.integers(self._num_prompts)), stride]
-        return self.cursor
+    def _begin_epoch_when_due(self) -> None:
+        state = self._state
+        if state.next == self._num_prompts:
+            state.stride = int(self._rng.integers(1, self._num_prompts + 1))
+            while gcd(state.stride, self._num_prompts) != 1:
+                state.stride = int(self._rng.integers(1, self._num_prompts + 1))
+            state.next, state.start = 0, int(self._rng.integers(self._num_prompts))
+
+
+@dataclass(kw_only=True, slots=True)
+class PosteriorState:
+    rng: SavedGenerator
+    beliefs: BeliefsState
+    cycle: CycleState
+    lease_N: SavedUint8
+    returned: deque[int] = field(default_factory=deque)
+    num_chosen: int = 0
+    num_walked: int = 0
+
+    @classmethod
+    def new(cls, num_prompts: int, rng: np.random.Generator) -> Self:
+        return cls(
+            rng=rng,
+            beliefs=BeliefsState.new(num_prompts),
+            cycle=CycleState(next=num_prompts),
+            lease_N=np.zeros(num_prompts, np.uint8),
+        )
 
 
 class PosteriorCurriculum:
@@ -62,21 +96,27 @@ class PosteriorCurriculum:
     def __init__(
         self,
         num_prompts: int,
-        rng: np.random.Generator,
+        state: PosteriorState,
         *,
         gate: GateConfig,
         settings: CurriculumConfig,
     ) -> None:
-        self.beliefs = Beliefs(num_prompts, gate, settings.half_life_updates)
+        """Raises JournalError if the state is not that of `num_prompts` prompts."""
+        self.beliefs = Beliefs(num_prompts, gate, settings.half_life_updates, state.beliefs)
+        if state.lease_N.shape != (num_prompts,):
+            raise JournalError(
+                f"the snapshot does not fit: {len(state.lease_N)} prompts, expected {num_prompts}"
+            )
         self._num_prompts = num_prompts
-        self._rng = rng
+        self._state = state
+        self._rng = state.rng
         self._odds = GateAcceptance(gate)
         self._settings = settings
-        self._walk = PermutationCycle(num_prompts, rng)
-        self._lease_N = np.zeros(num_prompts, np.uint8)
-        self._num_leased = self._num_retired = 0
-        self._returned: deque[int] = deque()
-        self._num_chosen = self._num_walked = 0
+        self._walk = PermutationCycle(num_prompts, state.rng, state.cycle)
+        self._lease_N = state.lease_N
+        self._returned = state.returned
+        self._num_retired = int(np.count_nonzero(self._lease_N == RETIRED))
+        self._num_leased = int(np.count_nonzero(self._lease_N)) - self._num_retired
 
     @property
     def num_bytes(self) -> int:
@@ -143,10 +183,13 @@ class PosteriorCurriculum:
 
     def _uniform_share_of(self, num_fresh: int) -> int:
         """Number of these choices in the uniform share. Fractions carry over to later choices."""
-        self._num_chosen += num_fresh
-        due = int(self._settings.uniform_share * self._num_chosen + 1e-9) - self._num_walked
+        self._state.num_chosen += num_fresh
+        due = (
+            int(self._settings.uniform_share * self._state.num_chosen + 1e-9)
+            - self._state.num_walked
+        )
         num_walked = min(max(due, 0), num_fresh)
-        self._num_walked += num_walked
+        self._state.num_walked += num_walked
         return num_walked
 
     def _most_promising(self, num: int) -> list[int]:

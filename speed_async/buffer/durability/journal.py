@@ -39,7 +39,7 @@ Place = tuple[int, int]
 _HEAD = struct.Struct("<4sQQQ")
 """Magic, checksum (XXH3, 64 bits) of all that follows it, length of the body, sequence."""
 _SUMMED = struct.Struct("<QQ")
-_MAGIC = b"saj3"
+_MAGIC = b"saj4"
 _ANY_MAGIC = re.compile(rb"saj\d")
 
 

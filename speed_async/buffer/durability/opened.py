@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from speed_async.buffer.durability.journal import Record, format_of, read_segment, segments
+from speed_async.buffer.durability.snapshot import SNAPSHOT_VERSION
 from speed_async.errors import JournalRefused
 from speed_async.transport.messages import PROTOCOL_VERSION
 
@@ -13,18 +14,18 @@ UNCHANGED = "Nothing in it was changed"
 
 def opened_text(*, data: str, model: str) -> str:
     """Text of the record. `data` and `model` are fingerprints."""
-    return json.dumps({"protocol": PROTOCOL_VERSION, "data": data, "model": model})
+    versions = {"protocol": PROTOCOL_VERSION, "snapshot": SNAPSHOT_VERSION}
+    return json.dumps(versions | {"data": data, "model": model})
 
 
 def check_opened(folder: Path, record: Record, *, data: str, model: str) -> None:
     """Raises JournalRefused when the segment that begins with this record does not match."""
     fields = json.loads(record.text)
-    if (version := fields.get("protocol")) != PROTOCOL_VERSION:
-        raise _of_another_release(folder, f"protocol version {version}", str(PROTOCOL_VERSION))
+    for name, current in (("protocol", PROTOCOL_VERSION), ("snapshot", SNAPSHOT_VERSION)):
+        if (version := fields.get(name)) != current:
+            raise _of_another_release(folder, f"{name} version {version}", str(current))
     for name, current in (("data", data), ("model", model)):
-        # Absent in journals of an earlier build of this protocol.
-        recorded = fields.get(name, current)
-        if recorded != current:
+        if (recorded := fields.get(name)) != current:
             raise JournalRefused(
                 f"the journal in '{folder}' was written with another {name} (fingerprint "
                 f"{recorded}, now {current}). {UNCHANGED}: restore that {name}, or start a new run"

@@ -13,12 +13,14 @@ from speed_async.buffer.durability.journal import Journal, Record, cut, read_seg
 from speed_async.buffer.durability.opened import UNCHANGED, check_format, check_opened, opened_text
 from speed_async.buffer.durability.snapshot import capture, restore
 from speed_async.buffer.service import BufferService
+from speed_async.buffer.state import MachineState, ServiceState
 from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.load import parse_config
 from speed_async.config.schema import Config
 from speed_async.errors import JournalRefused, SpeedAsyncError
 
-Build = Callable[[Config], BufferService]
+Build = Callable[[Config, ServiceState | None], BufferService]
+"""Builds the service from its configuration and its state; None for that of a new run."""
 
 
 def open_machine(
@@ -31,14 +33,14 @@ def open_machine(
     written.
     """
     if folder is None:
-        machine, notes = StateMachine(build(config)), []
+        machine, notes = StateMachine(build(config, None)), []
     else:
         machine, sequence, notes = _recovered(folder, config, build)
         last = max(segments(folder), default=0)
         machine.journal = begin_segment(folder, machine, last + 1, sequence)
         machine.journal.sync()
-    if attempt > machine.service.attempt:
-        machine.begin_attempt(attempt, machine.last_s)
+    if life > machine.state.service.attempt:
+        machine.begin_attempt(life, machine.last_s)
     return machine, notes
 
 
@@ -51,7 +53,7 @@ def begin_segment(folder: Path, machine: StateMachine, number: int, sequence: in
         text = opened_text(data=service.fingerprint, model=service.model_fingerprint)
         settings = service.config.model_dump_json().encode()
         journal.append("opened", machine.last_s, text=text, frames=[settings])
-        journal.append("snapshot", machine.last_s, frames=[capture(machine)])
+        journal.append("snapshot", machine.last_s, frames=[capture(machine.state)])
         journal.write()
     except OSError:
         journal.close()
@@ -83,7 +85,7 @@ def _recovered(folder: Path, config: Config, build: Build) -> tuple[StateMachine
         return machine, last.sequence, notes
     if notes:
         notes.append("a new journal was started")
-    return StateMachine(build(config)), 0, notes
+    return StateMachine(build(config, None)), 0, notes
 
 
 def _read(folder: Path, number: int, build: Build) -> tuple[StateMachine, Record] | None:
@@ -95,28 +97,24 @@ def _read(folder: Path, number: int, build: Build) -> tuple[StateMachine, Record
     if place is None or first is None or first.kind != "opened":
         return None
     # Its recorded paths may no longer exist; the current configuration replaces them later.
-    machine = StateMachine(build(parse_config(json.loads(bytes(first.frames[0])))))
-    service = machine.service
+    config = parse_config(json.loads(bytes(first.frames[0])))
+    service = build(config, None)
     check_opened(folder, first, data=service.fingerprint, model=service.model_fingerprint)
-    last, has_snapshot = first, False
+    _, last = next(records, (None, None))
+    if last is None or last.kind != "snapshot":
+        return None
+    state = restore(MachineState, last.frames[0])
+    machine = StateMachine(build(config, state.service), state)
     for place, record in records:
+        machine.replay(place, record)
         last = record
-        if record.kind == "snapshot":
-            restore(machine, record.frames[0])
-            has_snapshot = True
-        elif not has_snapshot:
-            return None
-        else:
-            machine.replay(place, record)
-    return (machine, last) if has_snapshot else None
+    return machine, last
 
 
 def _with_config(config: Config, machine: StateMachine, build: Build) -> StateMachine:
     """The same machine with the current configuration."""
     if machine.service.config != config:
-        current = StateMachine(build(config))
-        restore(current, capture(machine))
-        machine = current
+        machine = StateMachine(build(config, machine.state.service), machine.state)
     machine.sessions.rewind_all()
     return machine
 

@@ -7,7 +7,7 @@ that print changed texts do not repeat it twice per second.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from speed_async.buffer.reporting.evidence import (
     WINDOW_COMPLETIONS,
@@ -78,34 +78,63 @@ class Occurrence:
         return f"{self.finding.facts}, {since}. Change: {self.finding.change}"
 
 
+@dataclass(kw_only=True, slots=True)
+class RunningBest:
+    """The best value of a metric so far, and its policy version."""
+
+    value: float | None = None
+    policy_version: int = 0
+
+    def update(self, value: float, policy_version: int) -> None:
+        if self.value is None or value > self.value:
+            self.value, self.policy_version = value, policy_version
+
+    def drop(self, value: float | None, share: float) -> str:
+        """Describe a drop below that share of the best; empty if there is none or it is unknown."""
+        if (
+            value is None
+            or self.value is None
+            or value >= share * self.value
+            or self.value - value < MIN_FALL
+        ):
+            return ""
+        return f"fell from {self.value:.3f} (version {self.policy_version}) to {value:.3f}"
+
+
+@dataclass(kw_only=True, slots=True)
+class DiagnosesState:
+    evidence: Evidence
+    occurred: dict[str, Occurrence] = field(default_factory=dict)
+    best_pass_rate: RunningBest = field(default_factory=RunningBest)
+    best_accuracy: RunningBest = field(default_factory=RunningBest)
+    last_accuracy: float | None = None
+
+
 class Diagnoses:
-    def __init__(self, config: Config, statistics: RunStatistics) -> None:
-        self.evidence = Evidence(config)
+    def __init__(self, config: Config, statistics: RunStatistics, state: DiagnosesState) -> None:
+        self.evidence = state.evidence
         self._config = config
         self._statistics = statistics
-        self._occurred: dict[str, Occurrence] = {}
-        self._best_pass_rate = RunningBest()
-        self._best_accuracy = RunningBest()
-        self._last_accuracy: float | None = None
+        self._state = state
 
     @property
     def active(self) -> list[str]:
         """One text for each active diagnosis."""
-        return [each.text for each in self._occurred.values() if each.active]
+        return [each.text for each in self._state.occurred.values() if each.active]
 
     def evaluated(self, accuracy: float, num_completions: int, policy_version: int) -> None:
         if num_completions < MIN_EVALUATED:
             return
-        self._last_accuracy = accuracy
-        self._best_accuracy.update(accuracy, policy_version)
+        self._state.last_accuracy = accuracy
+        self._state.best_accuracy.update(accuracy, policy_version)
 
     def evaluate(self, now_s: float, policy_version: int, *, waited_s: float | None) -> None:
         """Apply every rule. `waited_s`: how long the learner has waited for a batch, or None."""
         if (mean := self._windowed_pass_rate()) is not None:
-            self._best_pass_rate.update(mean, policy_version)
+            self._state.best_pass_rate.update(mean, policy_version)
         found: dict[str, Finding] = {}
         for kind, rule in self._rules(now_s, waited_s).items():
-            finding = rule(kind in self._occurred and self._occurred[kind].active)
+            finding = rule(kind in self._state.occurred and self._state.occurred[kind].active)
             if finding is not None:
                 found[kind] = finding
         shown = {
@@ -113,7 +142,9 @@ class Diagnoses:
             for kind, finding in found.items()
             if not any(cause in found for cause in EXPLAINED_BY.get(kind, ()))
         }
-        for kind in list(self._occurred) + [kind for kind in shown if kind not in self._occurred]:
+        for kind in list(self._state.occurred) + [
+            kind for kind in shown if kind not in self._state.occurred
+        ]:
             self._note(kind, shown.get(kind), now_s - self._statistics.started_s, policy_version)
 
     def nothing_learned(self) -> str | None:
@@ -124,7 +155,7 @@ class Diagnoses:
         made, skipped = updates.num_made, updates.num_skipped
         parts = [f"{made - skipped} had no gradient"] if made > skipped else []
         parts += [f"{skipped} had numbers that are not finite and were skipped"] if skipped else []
-        active = [each.finding.facts for each in self._occurred.values() if each.active]
+        active = [each.finding.facts for each in self._state.occurred.values() if each.active]
         causes = "".join(f"; {facts}" for facts in active)
         return f"nothing was learned: of {counted(made, 'update')}, {' and '.join(parts)}{causes}"
 
@@ -141,17 +172,17 @@ class Diagnoses:
                 "times": each.num_times,
                 "active_at_end": each.active,
             }
-            for kind, each in self._occurred.items()
+            for kind, each in self._state.occurred.items()
         ]
 
     def _note(self, kind: str, finding: Finding | None, at_s: float, version: int) -> None:
-        each = self._occurred.get(kind)
+        each = self._state.occurred.get(kind)
         if finding is None:
             if each is not None:
                 each.active = False
             return
         if each is None:
-            self._occurred[kind] = Occurrence(
+            self._state.occurred[kind] = Occurrence(
                 finding=finding,
                 first_s=at_s,
                 first_version=version,
@@ -316,10 +347,10 @@ class Diagnoses:
         # A learning curriculum changes the pass rate through its choice of prompts.
         is_uniform = self._config.curriculum.kind == "uniform"
         mean = self._windowed_pass_rate() if is_uniform else None
-        drop, accuracy = self._best_pass_rate.drop(mean, share), self._last_accuracy
+        drop, accuracy = self._state.best_pass_rate.drop(mean, share), self._state.last_accuracy
         if drop:
             return Finding(facts=f"reward collapsed: the mean pass rate {drop}", change=change)
-        if drop := self._best_accuracy.drop(accuracy, share):
+        if drop := self._state.best_accuracy.drop(accuracy, share):
             return Finding(facts=f"reward collapsed: held-out accuracy {drop}", change=change)
         return None
 
@@ -333,29 +364,6 @@ class Diagnoses:
         """Those of training, or those of the evaluation while there are none."""
         evidence = self.evidence
         return evidence.training if evidence.training.num_completions else evidence.held_out
-
-
-class RunningBest:
-    """The best value of a metric so far, and its policy version."""
-
-    def __init__(self) -> None:
-        self._value: float | None = None
-        self._version = 0
-
-    def update(self, value: float, policy_version: int) -> None:
-        if self._value is None or value > self._value:
-            self._value, self._version = value, policy_version
-
-    def drop(self, value: float | None, share: float) -> str:
-        """Describe a drop below that share of the best; empty if there is none or it is unknown."""
-        if (
-            value is None
-            or self._value is None
-            or value >= share * self._value
-            or self._value - value < MIN_FALL
-        ):
-            return ""
-        return f"fell from {self._value:.3f} (version {self._version}) to {value:.3f}"
 
 
 def gate_starves(

@@ -4,10 +4,9 @@ The service feeds them in journal order. Nothing here reads the clock.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from speed_async.buffer.ledger import failure_kind
-from speed_async.config.schema import Config
 from speed_async.transport import messages as m
 from speed_async.transport.groups import GroupStats
 
@@ -29,26 +28,26 @@ class Outcome:
     num_truncated: int
 
 
+@dataclass(kw_only=True, slots=True)
 class CompletionWindow:
     """The most recent completions: at least WINDOW_COMPLETIONS once that many exist."""
 
-    def __init__(self) -> None:
-        self.num_completions = 0
-        self.num_rewarded = 0
-        self.num_truncated = 0
-        self._outcomes: deque[Outcome] = deque()
+    num_completions: int = 0
+    num_rewarded: int = 0
+    num_truncated: int = 0
+    outcomes: deque[Outcome] = field(default_factory=deque)
 
     def add(self, outcome: Outcome) -> None:
         if not outcome.num_completions:
             return
-        self._outcomes.append(outcome)
+        self.outcomes.append(outcome)
         self._count(outcome, 1)
-        while self.num_completions - self._outcomes[0].num_completions >= WINDOW_COMPLETIONS:
-            self._count(self._outcomes.popleft(), -1)
+        while self.num_completions - self.outcomes[0].num_completions >= WINDOW_COMPLETIONS:
+            self._count(self.outcomes.popleft(), -1)
 
     def span_s(self, now_s: float) -> float:
         """Time since the oldest outcome in the window."""
-        return now_s - self._outcomes[0].at_s if self._outcomes else 0.0
+        return now_s - self.outcomes[0].at_s if self.outcomes else 0.0
 
     @property
     def truncated_share(self) -> float | None:
@@ -60,37 +59,40 @@ class CompletionWindow:
         self.num_truncated += sign * outcome.num_truncated
 
 
+@dataclass(kw_only=True, slots=True)
 class FailureWindow:
     """Results and failure kinds of the most recent leases of one kind."""
 
-    def __init__(self) -> None:
-        self._kinds: deque[str | None] = deque(maxlen=WINDOW_LEASES)
-        self._examples: dict[str, str] = {}
+    kinds: deque[str | None] = field(default_factory=deque)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.kinds = deque(self.kinds, maxlen=WINDOW_LEASES)
 
     def add(self, reason: str | None) -> None:
         """`reason` of a failure, or None for a result."""
         kind = None if reason is None else failure_kind(reason)
-        self._kinds.append(kind)
-        if reason is not None and kind is not None and kind not in self._examples:
-            self._examples = {k: v for k, v in self._examples.items() if k in self._kinds}
-            self._examples[kind] = reason
+        self.kinds.append(kind)
+        if reason is not None and kind is not None and kind not in self.examples:
+            self.examples = {k: v for k, v in self.examples.items() if k in self.kinds}
+            self.examples[kind] = reason
 
     def __len__(self) -> int:
-        return len(self._kinds)
+        return len(self.kinds)
 
     @property
     def num_failed(self) -> int:
-        return sum(kind is not None for kind in self._kinds)
+        return sum(kind is not None for kind in self.kinds)
 
     @property
     def share(self) -> float:
-        return self.num_failed / len(self._kinds) if self._kinds else 0.0
+        return self.num_failed / len(self.kinds) if self.kinds else 0.0
 
     def most_common(self) -> tuple[int, str]:
         """Count of the most frequent failure kind, and its first example."""
-        kinds = [kind for kind in self._kinds if kind is not None]
+        kinds = [kind for kind in self.kinds if kind is not None]
         kind = max(dict.fromkeys(kinds), key=kinds.count)
-        return kinds.count(kind), self._examples[kind]
+        return kinds.count(kind), self.examples[kind]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,17 +102,20 @@ class UpdateRecord:
     has_gradient: bool
 
 
+@dataclass(kw_only=True, slots=True)
 class Updates:
     """Counters over all updates of the run."""
 
-    def __init__(self) -> None:
-        self.num_made = 0
-        self.num_skipped = 0
-        self.num_learned = 0
-        """Updates with a finite, nonzero gradient."""
-        self.covers_all_updates = True
-        """False after resuming from a checkpoint whose updates the journal does not contain."""
-        self.recent: deque[UpdateRecord] = deque(maxlen=WINDOW_UPDATES)
+    num_made: int = 0
+    num_skipped: int = 0
+    num_learned: int = 0
+    """Updates with a finite, nonzero gradient."""
+    covers_all_updates: bool = True
+    """False after resuming from a checkpoint whose updates the journal does not contain."""
+    recent: deque[UpdateRecord] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.recent = deque(self.recent, maxlen=WINDOW_UPDATES)
 
     def add(self, message: m.Trained) -> None:
         # Without a reported gradient norm, assume that there was a gradient.
@@ -126,17 +131,19 @@ class Updates:
         return self.covers_all_updates and self.num_made > 0 and not self.num_learned
 
 
+@dataclass(kw_only=True, slots=True)
 class Evidence:
-    def __init__(self, config: Config) -> None:
-        self.training = CompletionWindow()
-        self.held_out = CompletionWindow()
-        self.training_failures = FailureWindow()
-        self.held_out_failures = FailureWindow()
-        self.updates = Updates()
-        self.reward_ranges: deque[tuple[float, float]] = deque(
-            maxlen=2 * config.learner.groups_per_update
-        )
-        """Lowest and highest reward of each recent group."""
+    training: CompletionWindow = field(default_factory=CompletionWindow)
+    held_out: CompletionWindow = field(default_factory=CompletionWindow)
+    training_failures: FailureWindow = field(default_factory=FailureWindow)
+    held_out_failures: FailureWindow = field(default_factory=FailureWindow)
+    updates: Updates = field(default_factory=Updates)
+    max_reward_ranges: int
+    reward_ranges: deque[tuple[float, float]] = field(default_factory=deque)
+    """Lowest and highest reward of each recent group."""
+
+    def __post_init__(self) -> None:
+        self.reward_ranges = deque(self.reward_ranges, maxlen=self.max_reward_ranges)
 
     def group(self, facts: GroupStats, now_s: float) -> None:
         self.training_failures.add(None)

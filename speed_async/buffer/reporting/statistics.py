@@ -1,7 +1,8 @@
 """Counters, windows and time shares that describe the run's speed and health."""
 
-from collections import Counter, deque
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Self
 
 from speed_async.buffer.priority import BufferedGroup
 from speed_async.observability.rates import WindowedMean, WindowedRate
@@ -20,11 +21,11 @@ SHARE_WINDOW = 10
 class UpdateTimes:
     """Durations of one update, measured by the learner except for `starved_s`."""
 
-    wait_s: float
-    starved_s: float
+    wait_s: int | float
+    starved_s: int | float
     """Part of the wait during which the buffer had too few groups, measured by the service."""
-    train_s: float
-    sync_s: float
+    train_s: int | float
+    sync_s: int | float
 
     @property
     def total_s(self) -> float:
@@ -42,32 +43,48 @@ class UpdateTimes:
         }
 
 
+def _rate(started_s: float) -> WindowedRate:
+    return WindowedRate(window_s=RATE_WINDOW_S, start_s=started_s)
+
+
+def _mean() -> WindowedMean:
+    return WindowedMean(num_values=ACCEPTANCE_WINDOW)
+
+
+@dataclass(kw_only=True, slots=True)
 class RunStatistics:
-    def __init__(self, started_s: float) -> None:
-        self.started_s = started_s
-        """Start of the run's first process."""
-        self._generated = WindowedRate(window_s=RATE_WINDOW_S, start_s=started_s)
-        self._trained = WindowedRate(window_s=RATE_WINDOW_S, start_s=started_s)
-        self._tokens_generated = 0
-        self._tokens_trained = 0
-        self.first_token_s: float | None = None
-        self.num_screened = 0
-        self.num_accepted = 0
-        self.prompts_seen: set[int] = set()
-        self.prompts_accepted: set[int] = set()
-        self.accuracy_first: float | None = None
-        self.accuracy_first_version: int | None = None
-        self.accuracy_last: float | None = None
-        self.accuracy_last_version: int | None = None
-        self.staleness_last_mean: float | None = None
-        self.staleness_max: int | None = None
-        self._recent_accepted = WindowedMean(num_values=ACCEPTANCE_WINDOW)
-        self._recent_pass_rates = WindowedMean(num_values=ACCEPTANCE_WINDOW)
-        self._recent_times: deque[UpdateTimes] = deque(maxlen=SHARE_WINDOW)
-        self.learner_parts_s: Counter[str] = Counter()
-        """Sum of `UpdateTimes.parts_s` over all updates."""
-        self._staleness_sum = 0.0
-        self._staleness_tokens = 0
+    started_s: float
+    """Start of the run's first process."""
+    generated: WindowedRate
+    trained: WindowedRate
+    tokens_generated: int = 0
+    tokens_trained: int = 0
+    first_token_s: float | None = None
+    num_screened: int = 0
+    num_accepted: int = 0
+    prompts_seen: set[int] = field(default_factory=set)
+    prompts_accepted: set[int] = field(default_factory=set)
+    accuracy_first: float | None = None
+    accuracy_first_version: int | None = None
+    accuracy_last: float | None = None
+    accuracy_last_version: int | None = None
+    staleness_last_mean: float | None = None
+    staleness_max: int | None = None
+    recent_accepted: WindowedMean = field(default_factory=_mean)
+    recent_pass_rates: WindowedMean = field(default_factory=_mean)
+    recent_times: deque[UpdateTimes] = field(default_factory=deque)
+    learner_parts_s: dict[str, float] = field(default_factory=dict)
+    """Sum of `UpdateTimes.parts_s` over all updates."""
+    staleness_sum: float = 0.0
+    staleness_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.recent_times = deque(self.recent_times, maxlen=SHARE_WINDOW)
+
+    @classmethod
+    def begin(cls, started_s: float) -> Self:
+        """The statistics of a run that starts now."""
+        return cls(started_s=started_s, generated=_rate(started_s), trained=_rate(started_s))
 
     def screened(self, prompt_id: int, *, accepted: bool, pass_rate: float) -> None:
         self.num_screened += 1
@@ -75,35 +92,35 @@ class RunStatistics:
         self.prompts_seen.add(prompt_id)
         if accepted:
             self.prompts_accepted.add(prompt_id)
-        self._recent_accepted.add(accepted)
-        self._recent_pass_rates.add(pass_rate)
+        self.recent_accepted.add(accepted)
+        self.recent_pass_rates.add(pass_rate)
 
     def tokens(self, now_s: float, generated: int, trained: int) -> None:
         """Record the current totals of the ledger."""
         if generated and self.first_token_s is None:
             self.first_token_s = now_s
-        self._generated.add(now_s, generated - self._tokens_generated)
-        self._trained.add(now_s, trained - self._tokens_trained)
-        self._tokens_generated, self._tokens_trained = generated, trained
+        self.generated.add(now_s, generated - self.tokens_generated)
+        self.trained.add(now_s, trained - self.tokens_trained)
+        self.tokens_generated, self.tokens_trained = generated, trained
 
     def generated_per_s(self, now_s: float) -> float | None:
-        return self._generated.per_s(now_s)
+        return self.generated.per_s(now_s)
 
     def trained_per_s(self, now_s: float) -> float | None:
-        return self._trained.per_s(now_s)
+        return self.trained.per_s(now_s)
 
     def batch_taken(self, groups: list[BufferedGroup], policy_version: int) -> None:
         tokens = sum(group.num_tokens for group in groups)
         total = sum((policy_version - group.mean_version) * group.num_tokens for group in groups)
-        self._staleness_sum += total
-        self._staleness_tokens += tokens
+        self.staleness_sum += total
+        self.staleness_tokens += tokens
         self.staleness_last_mean = total / max(tokens, 1)
         oldest = min(group.oldest_version for group in groups)
         self.staleness_max = max(self.staleness_max or 0, policy_version - oldest)
 
     def updated(self, times: UpdateTimes) -> None:
-        self._recent_times.append(times)
-        self.learner_parts_s.update(times.parts_s)
+        self.recent_times.append(times)
+        _add(self.learner_parts_s, times.parts_s)
 
     def evaluated(self, accuracy: float, policy_version: int) -> None:
         if self.accuracy_first is None:
@@ -112,19 +129,19 @@ class RunStatistics:
 
     @property
     def gate_acceptance(self) -> float | None:
-        return self._recent_accepted.mean
+        return self.recent_accepted.mean
 
     @property
     def num_recently_screened(self) -> int:
         """Number of prompts in `gate_acceptance` and `reward_mean`."""
-        return len(self._recent_accepted)
+        return len(self.recent_accepted)
 
     @property
     def expected_yield(self) -> float:
         """Expected groups per lease: the running acceptance, shrunk towards PRIOR_ACCEPTANCE while
         few prompts have been screened."""
-        seen = len(self._recent_accepted)
-        accepted = seen * (self._recent_accepted.mean or 0.0)
+        seen = len(self.recent_accepted)
+        accepted = seen * (self.recent_accepted.mean or 0.0)
         return (accepted + PRIOR_ACCEPTANCE * PRIOR_PROMPTS) / (seen + PRIOR_PROMPTS)
 
     @property
@@ -135,18 +152,18 @@ class RunStatistics:
     def reward_mean(self) -> float | None:
         """Mean pass rate of recent prompts before the gate: of the screening samples, or of whole
         groups without a gate. None before the first prompt."""
-        return self._recent_pass_rates.mean
+        return self.recent_pass_rates.mean
 
     @property
     def staleness_mean(self) -> float | None:
         """Mean staleness in versions over all trained tokens."""
-        return self._staleness_sum / self._staleness_tokens if self._staleness_tokens else None
+        return self.staleness_sum / self.staleness_tokens if self.staleness_tokens else None
 
     def shares(self) -> dict[str, float]:
         """Share of the learner's recent time per component. The shares sum to 1."""
-        parts_s: Counter[str] = Counter()
-        for times in self._recent_times:
-            parts_s.update(times.parts_s)
+        parts_s: dict[str, float] = {}
+        for times in self.recent_times:
+            _add(parts_s, times.parts_s)
         total_s = sum(parts_s.values())
         return {name: part_s / total_s for name, part_s in parts_s.items()} if total_s > 0 else {}
 
@@ -155,7 +172,12 @@ class RunStatistics:
         return max(shares, key=lambda name: shares[name]) if shares else "starting"
 
     def eta_s(self, updates_left: int) -> float | None:
-        if not self._recent_times:
+        if not self.recent_times:
             return None
-        mean = sum(times.total_s for times in self._recent_times) / len(self._recent_times)
+        mean = sum(times.total_s for times in self.recent_times) / len(self.recent_times)
         return mean * updates_left
+
+
+def _add(sums_s: dict[str, float], parts_s: dict[str, float]) -> None:
+    for name, part_s in parts_s.items():
+        sums_s[name] = sums_s.get(name, 0.0) + part_s

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from speed_async.buffer.evaluations import Accuracy, Evaluations
+from speed_async.buffer.evaluations import Accuracy, EvaluationPlan
 from speed_async.buffer.ledger import ENGINE_TIMES
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import ActorState, Membership
@@ -26,7 +26,7 @@ class StatusReporter:
         *,
         membership: Membership,
         lifecycle: Lifecycle,
-        evaluations: Evaluations,
+        evaluations: EvaluationPlan,
         statistics: RunStatistics,
         diagnoses: Diagnoses,
         warnings: Warnings,

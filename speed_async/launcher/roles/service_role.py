@@ -7,18 +7,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
-from speed_async.buffer.curriculum.curriculum import make_curriculum
 from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
+from speed_async.buffer.state import ServiceState
 from speed_async.config.model_facts import read_model_info
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
 from speed_async.environments.task import fingerprint
 from speed_async.errors import ModelError
-from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.launcher.run_folder import RunFolder
 from speed_async.observability.sinks import JsonlSink, Sink
@@ -43,22 +40,17 @@ async def run_service(config: Config, run_folder: Path, *, attempt: int) -> None
     task_fingerprint, model_folder = fingerprint(task), Path(config.model.path)
     folder_fingerprint = model_fingerprint(model_folder, chat_template=config.model.chat_template)
 
-    def build(settings: Config) -> BufferService:
+    def build(settings: Config, state: ServiceState | None) -> BufferService:
         return BufferService(
             settings,
-            curriculum=make_curriculum(
-                settings, len(task.train_prompts), np.random.default_rng(settings.run.seed)
-            ),
-            evaluations=EvaluationPlan(
-                num_prompts=len(task.held_out_prompts),
-                num_samples=settings.evaluate.num_samples,
-                every=settings.evaluate.every,
-            ),
+            num_prompts=len(task.train_prompts),
+            num_held_out=len(task.held_out_prompts),
             fingerprint=task_fingerprint,
             model_fingerprint=folder_fingerprint,
             started_s=time.monotonic(),
             feed_port=feed.port,
             vocab_size=vocab_size(model_folder),
+            state=state,
         )
 
     keeps_journal = config.buffer.durability != "none"

@@ -6,22 +6,20 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import uvloop
 import zmq
 
-from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.durability.snapshot import capture
 from speed_async.buffer.membership import JOIN_TIMEOUT_S
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
+from speed_async.buffer.state import ServiceState
 from speed_async.buffer.state_machine import StateMachine
 from speed_async.buffer.validation import MAX_PENDING_JOINS, MAX_PENDING_JOINS_PER_KEY
 from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded
-from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.launcher.roles import join as admission
 from speed_async.transport import messages as m
 from speed_async.transport.codec import encode
@@ -37,13 +35,14 @@ COUNTS = ActorCounts()
 TIMEOUT_S = 90.0
 
 
-def build(config: Config) -> BufferService:
+def build(config: Config, state: ServiceState | None = None) -> BufferService:
     return BufferService(
         config,
-        curriculum=UniformCurriculum(100, np.random.default_rng(0)),
-        evaluations=EvaluationPlan(num_prompts=1, num_samples=1, every=0),
+        num_prompts=100,
+        num_held_out=1,
         fingerprint="f",
         started_s=0.0,
+        state=state,
     )
 
 
@@ -90,7 +89,7 @@ class MachineHarness:
         self.machine.events.clear()
 
     def size(self) -> int:
-        return len(capture(self.machine))
+        return len(capture(self.machine.state))
 
     def journal_bytes(self) -> int:
         journal = self.machine.journal
@@ -226,7 +225,7 @@ def test_replay_restores_joins_and_keys(harness: MachineHarness) -> None:
     harness.machine.journal.write()
     recovered, notes = open_machine(harness.folder, harness.config, build, attempt=0)
     assert notes == []
-    assert capture(recovered.service.membership) == capture(harness.machine.service.membership)
+    assert recovered.state.service.membership == harness.machine.state.service.membership
     recovered.message("actor-2.5", hello(2, 5), harness.now_s, "other")
     assert isinstance(recovered.sessions.replies[-1][1], m.Rejected)
 
@@ -249,7 +248,7 @@ def test_flood_of_joins_over_sockets_leaves_no_state_and_does_not_affect_others(
         actor = await open_link("127.0.0.1", hub.port, "actor-1.0")
         await actor.send(hello(1))
         assert isinstance(await actor.receive(TIMEOUT_S), m.Welcome)
-        before = len(capture(machine))
+        before = len(capture(machine.state))
         await asyncio.to_thread(flood, hub.port, 1200)
         members = machine.service.membership
         assert members.num_pending() == MAX_PENDING_JOINS_PER_KEY
@@ -259,7 +258,7 @@ def test_flood_of_joins_over_sockets_leaves_no_state_and_does_not_affect_others(
             while members.num_pending():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         await actor.send(m.ActorReport(counts=COUNTS, gauges={}))
-        assert len(capture(machine)) - before < 4096
+        assert len(capture(machine.state)) - before < 4096
         await actor.send(m.Failure(role="actor-1", message="that is all"))
         await serving
         await actor.close()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from speed_async.buffer.durability.snapshot import capture, restore
-from speed_async.buffer.leases import LeaseTable
+from speed_async.buffer.leases import LeasesState, LeaseTable
 from speed_async.buffer.ledger import Ledger
 from speed_async.types import ActorCounts, LeaseKind
 
@@ -33,7 +33,7 @@ def test_ledger_totals_equal_the_sums_over_its_actors() -> None:
 
 
 def test_leases_are_listed_by_holder_oldest_first_until_they_end() -> None:
-    table = LeaseTable()
+    table = LeaseTable(LeasesState())
     for prompt_id in range(6):
         kind = LeaseKind.EVALUATION if prompt_id == 4 else LeaseKind.TRAINING
         table.grant(f"actor-{prompt_id % 2}", prompt_id, kind)
@@ -51,12 +51,12 @@ def test_leases_are_listed_by_holder_oldest_first_until_they_end() -> None:
 
 
 def test_snapshot_restores_open_leases() -> None:
-    table = LeaseTable()
+    state = LeasesState()
+    table = LeaseTable(state)
     for prompt_id in range(4):
         table.grant(f"actor-{prompt_id % 2}", prompt_id, LeaseKind.TRAINING)
     table.end(0)
-    restored = LeaseTable()
-    restore(restored, capture(table))
+    restored = LeaseTable(restore(LeasesState, capture(state)))
     assert restored.of_holder("actor-1") == table.of_holder("actor-1")
     assert restored.of_holder("actor-0") == table.of_holder("actor-0") != []
     assert restored.num_training == 3

@@ -6,18 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.durability.journal import Journal, read_segment, segments
 from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
+from speed_async.buffer.state import ServiceState
 from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.schema import Config
 from speed_async.errors import JournalError
-from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.testing.inprocess_transport import InProcessHub
 from speed_async.transport import messages as m
 from speed_async.transport.codec import decode
@@ -32,13 +30,14 @@ MAX_REPORTS = 5000
 TIMEOUT_S = 90.0
 
 
-def build(config: Config) -> BufferService:
+def build(config: Config, state: ServiceState | None = None) -> BufferService:
     return BufferService(
         config,
-        curriculum=UniformCurriculum(100, np.random.default_rng(0)),
-        evaluations=EvaluationPlan(num_prompts=1, num_samples=1, every=0),
+        num_prompts=100,
+        num_held_out=1,
         fingerprint="f",
         started_s=0.0,
+        state=state,
     )
 
 

@@ -1,6 +1,6 @@
 """The sessions of the service: acknowledgements, holding and release of messages."""
 
-from speed_async.buffer.sessions import MESSAGES_LOST, Sessions
+from speed_async.buffer.sessions import MESSAGES_LOST, Sessions, SessionsState
 from speed_async.transport import messages as m
 from speed_async.transport.session import Ack
 
@@ -8,7 +8,7 @@ from speed_async.transport.session import Ack
 def connected(num_sent: int = 3) -> Sessions:
     """Sessions with one peer whose Hello was processed and to which `num_sent` messages were
     sent."""
-    sessions = Sessions()
+    sessions = Sessions(SessionsState())
     hello = m.Hello(number=1, role="actor", index=1, incarnation=0, fingerprint="f", process_id=1)
     assert sessions.admit("actor-1.0", hello, 0.0)
     sessions.record_received("actor-1.0", hello)

@@ -6,16 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speed_async.buffer.curriculum.curriculum import UniformCurriculum
-from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
-from speed_async.buffer.durability.snapshot import capture, restore
+from speed_async.buffer.curriculum.curriculum import (
+    CurriculumState,
+    UniformCurriculum,
+    UniformState,
+)
+from speed_async.buffer.curriculum.posterior import PosteriorCurriculum, PosteriorState
 from speed_async.buffer.service import BufferService
 from speed_async.environments.task import fingerprint
 from speed_async.errors import RoleError
-from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.transport import messages as m
 from speed_async.types import Prompt
-from tests.fakes.buffer_fixtures import make_config, posterior
+from tests.fakes.buffer_fixtures import make_config, posterior, restored
 from tests.fakes.loop_run import DigitTask, Run
 from tests.fakes.service_harness import ServiceHarness, failed, kinds
 
@@ -26,12 +28,14 @@ CONTEXT_LENGTH = 1024
 
 @pytest.mark.parametrize("kind", ["uniform", "posterior"])
 def test_retired_prompt_is_never_chosen_again(kind: str) -> None:
-    def make() -> UniformCurriculum | PosteriorCurriculum:
-        if kind == "uniform":
-            return UniformCurriculum(6, np.random.default_rng(0))
-        return posterior(6)
+    def make(state: CurriculumState) -> UniformCurriculum | PosteriorCurriculum:
+        if isinstance(state, UniformState):
+            return UniformCurriculum(6, state)
+        return posterior(6, state=state)
 
-    curriculum = make()
+    rng = np.random.default_rng(0)
+    state = UniformState(rng=rng) if kind == "uniform" else PosteriorState.new(6, rng)
+    curriculum = make(state)
     first = curriculum.choose(6)
     curriculum.give_back(first[0])
     for prompt_id in (first[0], first[1], first[1]):  # the first is queued again
@@ -44,10 +48,9 @@ def test_retired_prompt_is_never_chosen_again(kind: str) -> None:
     assert curriculum.num_left == 4
     assert set(curriculum.choose(4)) == left
     assert set(curriculum.choose(9)) == left  # more leases than prompts
-    restored = make()
-    restore(restored, capture(curriculum))
-    assert restored.num_left == 4
-    assert restored.choose(5) == curriculum.choose(5)
+    other = make(restored(state))
+    assert other.num_left == 4
+    assert other.choose(5) == curriculum.choose(5)
     for prompt_id in left:
         curriculum.retire(prompt_id)
     assert curriculum.num_left == 0
@@ -132,8 +135,8 @@ def unusable_run(folder: Path, bad: set[int]) -> Run:
 def service_of(task: DigitTask, run: Run) -> BufferService:
     return BufferService(
         run.config,
-        curriculum=UniformCurriculum(len(task.train_prompts), np.random.default_rng(0)),
-        evaluations=EvaluationPlan(num_prompts=4, num_samples=2, every=0),
+        num_prompts=len(task.train_prompts),
+        num_held_out=4,
         fingerprint=fingerprint(task),
         started_s=0.0,
     )

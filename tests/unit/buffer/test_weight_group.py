@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from speed_async.buffer.durability.snapshot import capture, restore
 from speed_async.transport import messages as m
 from speed_async.transport.joining import Join, JoinAccepted, Leaving
 from speed_async.types import ActorCounts
+from tests.fakes.buffer_fixtures import restored
 from tests.fakes.service_harness import ServiceHarness, kinds, trained
 
 
@@ -86,7 +86,7 @@ def not_applied(harness: ServiceHarness, actor: str, epoch: int) -> list[str]:
 def test_late_joiner_gets_a_separate_broadcast_before_its_first_lease(
     harness: ServiceHarness,
 ) -> None:
-    before = harness.service.learner.weight_group.epoch
+    before = harness.service.state.learner.weight_group.epoch
     replies = harness.hello("actor-3.0", 3)
     assert kinds(replies) == ["MembershipChanged", "Welcome"]
     assert kinds(harness.send("actor-3.0", m.WantWork(num_prompts=2, counts=ActorCounts()))) == []
@@ -125,7 +125,7 @@ def test_joiner_gets_no_lease_even_if_version_0_is_fresh(
 def test_broadcast_without_members_keeps_the_epoch(
     harness: ServiceHarness,
 ) -> None:
-    before = harness.service.learner.weight_group.epoch
+    before = harness.service.state.learner.weight_group.epoch
     offers, members = publish(harness, 5)
     assert (offers, members.actor_names, members.world_size) == ({}, [], 1)
     published(harness, 5)
@@ -284,8 +284,12 @@ def test_joined_actors_are_counted_until_they_leave(harness: ServiceHarness) -> 
 
 def next_attempt(harness: ServiceHarness, folder: Path, *, actors: int) -> ServiceHarness:
     """The same run, resumed with another number of ranks."""
-    resumed = ServiceHarness(folder, cluster={"actors": actors}, run={"updates": 100})
-    restore(resumed.service, capture(harness.service))
+    resumed = ServiceHarness(
+        folder,
+        state=restored(harness.service.state),
+        cluster={"actors": actors},
+        run={"updates": 100},
+    )
     resumed.service.begin_attempt(1, 0.0)
     resumed.hello("learner", 0, incarnation=1)
     return resumed
@@ -378,7 +382,7 @@ def test_pauses_transfers_and_lags_are_reported(harness: ServiceHarness) -> None
         "weights/lag/actor-2": 1,
     }
     # Pauses: 0.25 twice (version 5), 0.5 and 1.5. Lags: 5 twice (first update), 1 four times.
-    assert harness.service.weight_times.summary() == {
+    assert harness.service.state.weight_times.summary() == {
         "pause_s": 0.625,
         "transfer_s": 0.5,
         "bytes_per_s": 2000.0,

@@ -5,7 +5,13 @@ from itertools import product
 import numpy as np
 import pytest
 
-from speed_async.buffer.curriculum.beliefs import Beliefs, GateAcceptance, SharedPrior
+from speed_async.buffer.curriculum.beliefs import (
+    Beliefs,
+    BeliefsState,
+    GateAcceptance,
+    PriorState,
+    SharedPrior,
+)
 from speed_async.config.schema import GateConfig
 from tests.fakes.buffer_fixtures import screened
 
@@ -25,7 +31,7 @@ def test_gate_acceptance_is_the_binomial_sum_over_the_strict_band() -> None:
 
 
 def test_an_outcome_counts_half_after_a_half_life_and_a_quarter_after_two() -> None:
-    beliefs = Beliefs(2, GATE, half_life_updates=10.0)
+    beliefs = Beliefs(2, GATE, 10.0, BeliefsState.new(2))
     beliefs.add(1, 4, 24)
     beliefs.advance(10)
     alpha, beta = beliefs.posterior(np.array([0, 1]))
@@ -39,7 +45,7 @@ def test_an_outcome_counts_half_after_a_half_life_and_a_quarter_after_two() -> N
 
 
 def test_without_data_the_posterior_returns_to_the_prior_and_the_prior_to_its_start() -> None:
-    beliefs = Beliefs(1, GATE, half_life_updates=2.0)
+    beliefs = Beliefs(1, GATE, 2.0, BeliefsState.new(1))
     for _ in range(100):
         beliefs.prior.add(0, 4)
     beliefs.add(0, 0, 4)
@@ -50,7 +56,7 @@ def test_without_data_the_posterior_returns_to_the_prior_and_the_prior_to_its_st
 
 
 def test_the_prior_starts_as_beta_1_1_and_follows_the_moments() -> None:
-    prior = SharedPrior(GATE, half_life_updates=1e9)
+    prior = SharedPrior(GATE, 1e9, PriorState())
     assert prior.parameters == pytest.approx((1.0, 1.0))
     for _ in range(12):
         prior.add(2, 4)
@@ -61,7 +67,7 @@ def test_the_prior_starts_as_beta_1_1_and_follows_the_moments() -> None:
 
 def test_the_prior_recovers_a_beta_from_groups_of_gated_length() -> None:
     rng = np.random.default_rng(0)
-    prior = SharedPrior(GATE, half_life_updates=1e9)
+    prior = SharedPrior(GATE, 1e9, PriorState())
     for theta in rng.beta(0.5, 1.5, 20_000):
         prior.add(*screened(theta, rng))
     a, b = prior.parameters
@@ -72,10 +78,10 @@ def test_the_screening_part_is_inferred_without_bias_from_the_whole_group() -> N
     # 2 + 1 completions; each outcome of all 3 is enumerated at theta = 0.3.
     gate, theta = GateConfig(n_init=2, n_cont=1), 0.3
     expected = np.zeros(3)
-    refused, accepted = (SharedPrior(gate, 1e9) for _ in range(2))
+    refused, accepted = (SharedPrior(gate, 1e9, PriorState()) for _ in range(2))
     for outcome in product((0, 1), repeat=3):
         weight = theta ** sum(outcome) * (1 - theta) ** (3 - sum(outcome))
-        prior = SharedPrior(gate, 1e9)
+        prior = SharedPrior(gate, 1e9, PriorState())
         before = prior.sums.copy()
         passed = sum(outcome[:2])
         prior.add(*((sum(outcome), 3) if passed == 1 else (passed, 2)))
@@ -84,5 +90,5 @@ def test_the_screening_part_is_inferred_without_bias_from_the_whole_group() -> N
     # By hand: 1 of 3 in an accepted group is 1 of 2 before the continuation, and so is 2 of 3.
     refused.add(2, 2)
     accepted.add(2, 3)
-    assert refused.sums - SharedPrior(gate, 1e9).sums == pytest.approx([1, 1, 1])
-    assert accepted.sums - SharedPrior(gate, 1e9).sums == pytest.approx([1, 0.5, 0])
+    assert refused.sums - SharedPrior(gate, 1e9, PriorState()).sums == pytest.approx([1, 1, 1])
+    assert accepted.sums - SharedPrior(gate, 1e9, PriorState()).sums == pytest.approx([1, 0.5, 0])

@@ -8,11 +8,10 @@ from time import perf_counter
 import numpy as np
 import pytest
 
-from speed_async.buffer.curriculum.curriculum import UniformCurriculum, make_curriculum
+from speed_async.buffer.curriculum.curriculum import UniformCurriculum, UniformState
 from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
 from speed_async.buffer.service import BufferService
 from speed_async.config.schema import GateConfig
-from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.transport import messages as m
 from speed_async.transport.groups import validate_group
 from speed_async.types import ActorCounts, LeaseKind
@@ -25,7 +24,7 @@ GATE = GateConfig()
 
 
 def test_uniform_visits_every_prompt_once_an_epoch_and_returned_ones_first() -> None:
-    curriculum = UniformCurriculum(5, np.random.default_rng(0))
+    curriculum = UniformCurriculum(5, UniformState(rng=np.random.default_rng(0)))
     first = curriculum.choose(3)
     curriculum.give_back(first[1])
     assert curriculum.choose(1) == [first[1]]
@@ -34,7 +33,7 @@ def test_uniform_visits_every_prompt_once_an_epoch_and_returned_ones_first() -> 
 
 
 def test_a_uniform_choice_across_two_epochs_has_no_duplicates() -> None:
-    curriculum = UniformCurriculum(5, np.random.default_rng(0))
+    curriculum = UniformCurriculum(5, UniformState(rng=np.random.default_rng(0)))
     chosen = [curriculum.choose(4) for _ in range(20)]
     assert all(len(set(prompts)) == 4 for prompts in chosen)
     # 80 choices are 16 epochs: a prompt deferred in one epoch is not lost in the next.
@@ -43,7 +42,7 @@ def test_a_uniform_choice_across_two_epochs_has_no_duplicates() -> None:
 
 
 def test_a_uniform_choice_larger_than_the_data_set_contains_every_prompt() -> None:
-    curriculum = UniformCurriculum(3, np.random.default_rng(0))
+    curriculum = UniformCurriculum(3, UniformState(rng=np.random.default_rng(0)))
     chosen = curriculum.choose(7)
     assert len(chosen) == 7
     assert set(chosen[:3]) == {0, 1, 2}
@@ -212,16 +211,15 @@ def test_ten_million_prompts_take_170_million_bytes_and_are_chosen_from_quickly(
 def test_the_service_reports_every_end_and_every_version_to_the_curriculum(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), curriculum={"kind": "posterior"})
-    curriculum = make_curriculum(config, 4, np.random.default_rng(0))
-    assert isinstance(curriculum, PosteriorCurriculum)
     service = BufferService(
         config,
-        curriculum=curriculum,
-        evaluations=EvaluationPlan(num_prompts=1, num_samples=1, every=0),
+        num_prompts=4,
+        num_held_out=1,
         fingerprint="f",
         started_s=0.0,
     )
-    lifecycle = service.lifecycle
+    curriculum, lifecycle = service.curriculum, service.lifecycle
+    assert isinstance(curriculum, PosteriorCurriculum)
     leases = lifecycle.grant("a", LeaseKind.TRAINING, 4)
     assert leases is not None
     ids, prompts = leases.lease_ids, leases.prompt_ids

@@ -2,15 +2,15 @@
 
 import numpy as np
 
-from speed_async.buffer.curriculum.curriculum import UniformCurriculum
-from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
-from speed_async.buffer.durability.snapshot import capture, restore
-from tests.fakes.buffer_fixtures import posterior, screened
+from speed_async.buffer.curriculum.curriculum import UniformCurriculum, UniformState
+from speed_async.buffer.curriculum.posterior import PosteriorCurriculum, PosteriorState
+from tests.fakes.buffer_fixtures import posterior, restored, screened
 
 
 def test_a_restored_posterior_continues_exactly() -> None:
     rng = np.random.default_rng(4)
-    curriculum = posterior(1_500, uniform_share=0.2)
+    state = PosteriorState.new(1_500, np.random.default_rng(0))
+    curriculum = posterior(1_500, uniform_share=0.2, state=state)
     for version in range(30):
         chosen = curriculum.choose(64)
         curriculum.give_back(chosen[0])
@@ -19,9 +19,7 @@ def test_a_restored_posterior_continues_exactly() -> None:
         curriculum.advance(version)
         if version == 29:
             curriculum.give_back(chosen[-1])
-    other = posterior(1_500, uniform_share=0.2, seed=99)
-    other.choose(10)
-    restore(other, capture(curriculum))
+    other = posterior(1_500, uniform_share=0.2, state=restored(state))
 
     def continued(one: PosteriorCurriculum) -> list[list[int]]:
         chosen = []
@@ -36,8 +34,8 @@ def test_a_restored_posterior_continues_exactly() -> None:
 
 
 def test_a_restored_uniform_continues_exactly() -> None:
-    curriculum = UniformCurriculum(20, np.random.default_rng(0))
+    state = UniformState(rng=np.random.default_rng(0))
+    curriculum = UniformCurriculum(20, state)
     curriculum.give_back(curriculum.choose(7)[3])
-    other = UniformCurriculum(20, np.random.default_rng(1))
-    restore(other, capture(curriculum))
+    other = UniformCurriculum(20, restored(state))
     assert [other.choose(9) for _ in range(9)] == [curriculum.choose(9) for _ in range(9)]

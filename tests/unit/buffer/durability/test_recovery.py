@@ -5,35 +5,33 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgpack
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_async.buffer.curriculum.curriculum import UniformCurriculum
 from speed_async.buffer.durability.journal import segments
-from speed_async.buffer.durability.recovery import begin_segment, open_machine
+from speed_async.buffer.durability.recovery import Build, begin_segment, open_machine
 from speed_async.buffer.durability.snapshot import capture, restore
 from speed_async.buffer.service import BufferService
+from speed_async.buffer.state import MachineState, ServiceState
 from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.schema import Config
 from speed_async.errors import JournalRefused
-from speed_async.evaluation.plan import EvaluationPlan
 from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
-from tests.fakes.buffer_fixtures import make_config, make_group, posterior
+from tests.fakes.buffer_fixtures import make_config, make_group
 from tests.fakes.service_harness import evaluated, failed, screened_out, trained
 
 
-def builder(kind: str = "uniform", started_s: float = 0.0):
-    def build(config: Config) -> BufferService:
-        rng = np.random.default_rng(0)
+def builder(num_prompts: int = 100, started_s: float = 0.0) -> Build:
+    def build(config: Config, state: ServiceState | None) -> BufferService:
         return BufferService(
             config,
-            curriculum=UniformCurriculum(100, rng) if kind == "uniform" else posterior(100),
-            evaluations=EvaluationPlan(num_prompts=3, num_samples=1, every=2),
+            num_prompts=num_prompts,
+            num_held_out=3,
             fingerprint="f",
             started_s=started_s,
+            state=state,
         )
 
     return build
@@ -45,10 +43,15 @@ class RandomRun:
     def __init__(self, folder: Path, seed: int, kind: str = "uniform") -> None:
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text("{}")
-        self.config = make_config(str(folder), run={"updates": 1000})
+        self.config = make_config(
+            str(folder),
+            run={"updates": 1000},
+            curriculum={"kind": kind},
+            evaluate={"every": 2, "num_samples": 1},
+        )
         self.folder = folder / "journal"
-        self.build = builder(kind)
-        self.machine, _ = open_machine(self.folder, self.config, self.build, attempt=0)
+        self.build = builder()
+        self.machine, _ = open_machine(self.folder, self.config, self.build, life=0)
         self.rng = random.Random(seed)
         self.now_s = 1.0
         self.numbers: dict[str, int] = {}
@@ -166,7 +169,13 @@ class RandomRun:
 
 def state(machine: StateMachine) -> object:
     machine.sessions.rewind_all()  # the server, not the machine, knows what was sent
-    return msgpack.unpackb(capture(machine), strict_map_key=False)
+    return msgpack.unpackb(capture(machine.state), strict_map_key=False)
+
+
+def rebuilt(run: RandomRun, snapshot: bytes) -> StateMachine:
+    """A machine with the state of this snapshot."""
+    restored = restore(MachineState, snapshot)
+    return StateMachine(run.build(run.config, restored.service), restored)
 
 
 def difference(one: object, other: object, where: str = "") -> str:
@@ -222,9 +231,7 @@ def test_a_snapshot_restores_a_new_machine(tmp_path: Path) -> None:
     run = RandomRun(tmp_path, 3, "posterior")
     for _ in range(150):
         run.step()
-    fresh = StateMachine(run.build(run.config))
-    restore(fresh, capture(run.machine))
-    assert state(fresh) == state(run.machine)
+    assert state(rebuilt(run, capture(run.machine.state))) == state(run.machine)
 
 
 def test_a_new_attempt_returns_untrained_groups_and_removes_all_actors(tmp_path: Path) -> None:
@@ -350,7 +357,7 @@ def test_a_damaged_beginning_falls_back_to_the_previous_segment(tmp_path: Path) 
     run = RandomRun(tmp_path, 9)
     for _ in range(60):
         run.step()
-    expected = capture(run.machine)
+    expected = capture(run.machine.state)
     run.snapshot()
     run.crash()
     newest = segments(run.folder)[-1]
@@ -358,9 +365,7 @@ def test_a_damaged_beginning_falls_back_to_the_previous_segment(tmp_path: Path) 
     path.write_bytes(path.read_bytes()[:-1])
     recovered, notes = open_machine(run.folder, run.config, run.build, attempt=0)
     assert any("damaged at its beginning" in note for note in notes)
-    rebuilt = StateMachine(run.build(run.config))
-    restore(rebuilt, expected)
-    assert state(recovered) == state(rebuilt)
+    assert state(recovered) == state(rebuilt(run, expected))
 
 
 def test_settings_may_change_between_attempts(tmp_path: Path) -> None:
@@ -380,9 +385,9 @@ def test_settings_may_change_between_attempts(tmp_path: Path) -> None:
 # --- intact journals that do not match ---------------------------------------------------------
 
 
-def crashed_run(tmp_path: Path) -> tuple[RandomRun, dict[str, bytes]]:
+def crashed_run(tmp_path: Path, kind: str = "uniform") -> tuple[RandomRun, dict[str, bytes]]:
     """A crashed machine, and the bytes of its journal."""
-    run = RandomRun(tmp_path, 8)
+    run = RandomRun(tmp_path, 8, kind)
     for _ in range(60):
         run.step()
     run.snapshot()
@@ -409,8 +414,8 @@ def test_a_journal_of_other_data_or_another_model_is_refused(
 ) -> None:
     run, before = crashed_run(tmp_path)
 
-    def build(config: Config) -> BufferService:
-        service = run.build(config)
+    def build(config: Config, state: ServiceState | None) -> BufferService:
+        service = run.build(config, state)
         setattr(service, name, "other")
         return service
 
@@ -446,9 +451,26 @@ def test_a_record_that_cannot_be_replayed_refuses_the_journal(
     assert_refused(run, before, "cannot recover from it (KeyError: 'peer')")
 
 
-def test_a_snapshot_that_does_not_match_refuses_the_journal(tmp_path: Path) -> None:
-    run, before = crashed_run(tmp_path)
-    assert_refused(run, before, "snapshot does not fit", builder("posterior"))
+@pytest.mark.parametrize("kind", ["uniform", "posterior"])
+def test_a_snapshot_of_another_curriculum_refuses_the_journal(tmp_path: Path, kind: str) -> None:
+    run, before = crashed_run(tmp_path, kind)
+    other = "posterior" if kind == "uniform" else "uniform"
+    assert_refused(run, before, "snapshot does not fit", with_curriculum(run.build, other))
+
+
+def test_a_snapshot_of_another_number_of_prompts_refuses_the_journal(tmp_path: Path) -> None:
+    run, before = crashed_run(tmp_path, "posterior")
+    assert_refused(run, before, "100 prompts, expected 99", builder(99))
+
+
+def with_curriculum(build: Build, kind: str) -> Build:
+    """Build the service with this curriculum instead of the configured one."""
+
+    def build_other(config: Config, state: ServiceState | None) -> BufferService:
+        section = config.curriculum.model_copy(update={"kind": kind})
+        return build(config.model_copy(update={"curriculum": section}), state)
+
+    return build_other
 
 
 def test_settings_that_do_not_match_refuse_the_journal(tmp_path: Path) -> None:
@@ -457,8 +479,9 @@ def test_settings_that_do_not_match_refuse_the_journal(tmp_path: Path) -> None:
     section = run.config.run.model_copy(update={"updates": 7})
     run.config = run.config.model_copy(update={"run": section})
 
-    def build(config: Config) -> BufferService:
-        return builder("posterior" if config == run.config else "uniform")(config)
+    def build(config: Config, state: ServiceState | None) -> BufferService:
+        changed = with_curriculum(run.build, "posterior")
+        return (changed if config == run.config else run.build)(config, state)
 
     assert_refused(run, before, "snapshot does not fit", build)
 

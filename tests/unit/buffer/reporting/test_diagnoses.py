@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speed_async.buffer.durability.snapshot import capture, restore
 from speed_async.buffer.ledger import MAX_EXAMPLE_CHARS
 from speed_async.observability.metrics import Event, Value
 from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
-from tests.fakes.buffer_fixtures import make_group
+from tests.fakes.buffer_fixtures import make_group, restored
 from tests.fakes.service_harness import ServiceHarness, evaluated, failed, screened_out, trained
 
 ACTOR = "actor-1.0"
@@ -326,14 +325,14 @@ def test_a_text_is_refreshed_only_when_its_duration_has_doubled(harness: Watched
 
 
 def test_a_restored_service_reports_the_same_diagnoses(tmp_path: Path) -> None:
-    harness, other = WatchedService(tmp_path, **NO_GATE), WatchedService(tmp_path, **NO_GATE)
+    harness = WatchedService(tmp_path, **NO_GATE)
     for _ in range(3):
         harness.group((1, 1, 1, 1), gate=False)
     for _ in range(3):
         harness.update(0.0)
     text = harness.diagnoses()
     assert text
-    restore(other.service, capture(harness.service))
+    other = ServiceHarness(tmp_path, state=restored(harness.service.state), **NO_GATE)
     assert other.service.diagnoses.active == [text]
     assert other.service.diagnoses.nothing_learned() == harness.service.diagnoses.nothing_learned()
 
