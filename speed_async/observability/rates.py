@@ -14,9 +14,9 @@ class WindowedRate:
 
     window_s: float
     start_s: float
-    amounts: deque[tuple[float, float]] = field(default_factory=deque)
+    amounts: deque[tuple[float, int | float]] = field(default_factory=deque)
     """Time of the first amount, and sum, of each step."""
-    sum: float = 0.0
+    sum: int | float = 0
 
     def add(self, now_s: float, amount: float) -> None:
         if self.amounts and now_s - self.amounts[-1][0] < self.window_s / 64:
@@ -37,7 +37,7 @@ class WindowedRate:
         while self.amounts and self.amounts[0][0] <= now_s - self.window_s:
             self.sum -= self.amounts.popleft()[1]
         if not self.amounts:
-            self.sum = 0.0  # discard accumulated rounding errors
+            self.sum = 0  # discard accumulated rounding errors
 
 
 @dataclass(kw_only=True, slots=True)

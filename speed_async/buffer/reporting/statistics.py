@@ -92,7 +92,7 @@ class RunStatistics:
         self.prompts_seen.add(prompt_id)
         if accepted:
             self.prompts_accepted.add(prompt_id)
-        self.recent_accepted.add(accepted)
+        self.recent_accepted.add(float(accepted))
         self.recent_pass_rates.add(pass_rate)
 
     def tokens(self, now_s: float, generated: int, trained: int) -> None:

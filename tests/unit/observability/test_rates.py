@@ -33,7 +33,7 @@ def test_many_amounts_use_bounded_memory_and_keep_the_sum() -> None:
     for index in range(10_000):
         rate.add(index / 100, 1)  # 100 per second
     assert rate.per_s(99.99) == pytest.approx(100.0, rel=1 / 64)
-    assert len(rate._amounts) <= 66
+    assert len(rate.amounts) <= 66
 
 
 def test_mean_and_maximum_use_only_the_last_values() -> None:
