@@ -66,7 +66,7 @@ class ActorHandler:
         self._lifecycle.holder_lost(state.name, loss.reason)
         self._warnings.close(f"weights of {state.name}")
         warning = loss.warning or restart_warning(state, f"is lost: {loss.reason}")
-        self._warnings.open(f"actor-{state.index}", warning)
+        self._warnings.open(f"actor-{state.index}", warning, transient=loss.transient)
 
     def close_warnings(self) -> None:
         """Close the warnings about actors that returned. Each was in at least one event."""

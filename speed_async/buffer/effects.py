@@ -1,11 +1,11 @@
-"""What a handler asks of the service. The service applies it; handlers do not know the service."""
+"""What a handler asks of the service, and what an input of the service results in."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from speed_async.buffer.evaluations import Accuracy
 from speed_async.buffer.membership import ActorState
-from speed_async.observability.metrics import EventKind, Value
+from speed_async.observability.metrics import Event, EventKind, Value
 from speed_async.transport.messages import Message
 
 
@@ -17,11 +17,14 @@ class Loss:
     reason: str
     warning: str = ""
     """Text for the user; empty for one that contains the reason."""
+    transient: bool = False
+    """The warning needs no action."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Effects:
-    """Consequences of one message, applied in the order of the fields."""
+    """Consequences of one message. The service applies them in the order of the fields; handlers do
+    not know the service."""
 
     messages: Sequence[tuple[str, Message]] = ()
     """Messages with their peers."""
@@ -36,6 +39,23 @@ class Effects:
     """Events with their values in addition to those of the status."""
     ended: bool = False
     """The run has ended."""
+    snapshot_due: bool = False
+    """A checkpoint is durable, so a snapshot makes older records unnecessary."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Results:
+    """Everything that one input of the service results in, apart from its new state."""
+
+    messages: list[tuple[str, Message]] = field(default_factory=list)
+    """Messages with their peers."""
+    events: list[Event] = field(default_factory=list)
+    lost_peers: list[str] = field(default_factory=list)
+    """Peers that are lost now; their sessions end."""
+    expired_joins: list[str] = field(default_factory=list)
+    """Supervisors whose joins expired; their sessions are removed."""
+    snapshot_due: bool = False
+    """A snapshot makes older records unnecessary."""
 
 
 def restart_warning(state: ActorState, what: str) -> str:

@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from speed_async.config.schema import EvaluateConfig
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accuracy:
@@ -36,13 +38,11 @@ class EvaluationState:
 class EvaluationPlan:
     """Runs one evaluation at a time; versions that become due meanwhile are skipped."""
 
-    def __init__(
-        self, state: EvaluationState, *, num_prompts: int, num_samples: int, every: int
-    ) -> None:
-        self.num_samples = num_samples
-        self._state = state
+    def __init__(self, config: EvaluateConfig, num_prompts: int, state: EvaluationState) -> None:
+        self.num_samples = config.num_samples
+        self._every = config.every
         self._num_prompts = num_prompts
-        self._every = every
+        self._state = state
 
     @property
     def target_version(self) -> int | None:

@@ -148,16 +148,17 @@ class _Server:
     def _collect_batch(self) -> _InputBatch:
         machine, journal = self._machine, self._machine.journal
         every = self._config.buffer.durability == "every"
-        events, machine.events = machine.events, []
+        output = machine.take_output()
+        if output.snapshot_due:
+            self._segments.request_snapshot()
         senders, self._senders = self._senders, set()
         batch = _InputBatch(
             sealed=machine.sessions.seal(),
             senders=senders,
-            events=events,
+            events=output.events,
             syncs=journal is not None
-            and (machine.needs_sync or (every and journal.pending_bytes > 0)),
+            and (output.needs_sync or (every and journal.pending_bytes > 0)),
         )
-        machine.needs_sync = False
         return batch
 
     async def _finish_batch(self) -> None:

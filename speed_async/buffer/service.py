@@ -1,7 +1,7 @@
 """The buffer service as a pure state machine: messages in, messages and events out.
 
-It uses no socket, clock or file. `handle` and `tick` receive the time, and server.py sends the
-results that they leave in `outbox` and `events`.
+It uses no socket, clock or file. Every input brings its time and returns its Results, which
+state_machine.py passes on.
 
 consumes   messages of actors and of the learner
 waits for  nothing
@@ -9,18 +9,19 @@ answers    a TakeBatch when enough fresh groups are buffered and the first evalu
            a FinishRun when the final evaluation is complete and every actor sent Goodbye
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from speed_async.buffer.actor_handler import ActorHandler
 from speed_async.buffer.curriculum.curriculum import make_curriculum
 from speed_async.buffer.durability.journal import Place
-from speed_async.buffer.effects import Effects, Loss, restart_warning
+from speed_async.buffer.effects import Effects, Loss, Results
 from speed_async.buffer.ending import ROLE, Ending
 from speed_async.buffer.evaluations import Accuracy, EvaluationPlan
 from speed_async.buffer.grants import Grants
 from speed_async.buffer.learner_handler import LearnerHandler
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import Membership
+from speed_async.buffer.peer_handler import PeerHandler
 from speed_async.buffer.reporting.diagnoses import Diagnoses
 from speed_async.buffer.reporting.status import StatusReporter, evaluation_values
 from speed_async.buffer.reporting.warnings import Warnings
@@ -30,12 +31,14 @@ from speed_async.buffer.validation_rules import PayloadRules
 from speed_async.config.schema import Config
 from speed_async.observability.metrics import Event, EventKind, Value
 from speed_async.transport import messages as m
-from speed_async.transport.joining import Join, JoinAccepted
+from speed_async.transport.joining import Join
 from speed_async.types import GroupEnd
 
 MAX_TICK_DELAY_S = 1.0
 """A tick later than this means that the process was suspended or starved and received nothing."""
 MAX_REASON_CHARS = 500
+OTHER_MESSAGES = (Join, m.Hello, m.Failure, m.Sample, m.GroupFinished, m.PrepareCheckpoint)
+"""Messages whose handlers need more than the peer, the message and the time."""
 
 
 class BufferService:
@@ -54,34 +57,19 @@ class BufferService:
     ) -> None:
         """`state` None: a new run, which starts at `started_s`. Raises JournalError if the state
         does not fit the configuration."""
-        is_new = state is None
         if state is None:
-            state = new_state(config, num_prompts=num_prompts, started_s=started_s)
+            state = new_state(config, num_prompts, num_held_out, started_s)
         self.state = state
         self.fingerprint = fingerprint
         """Fingerprint of the task data."""
         self.model_fingerprint = model_fingerprint
         """Fingerprint of the model folder."""
-        self.outbox: list[tuple[str, m.Message]] = []
-        self.events: list[Event] = []
-        self.lost_peers: list[str] = []
-        """Newly lost peers, whose sessions the state machine discards."""
-        self.expired_joins: list[str] = []
-        """Supervisors of newly expired joins, whose sessions the state machine removes."""
-        self.snapshot_due = False
-        """A checkpoint is durable or an attempt began, so a snapshot makes older records
-        unnecessary."""
         self.config = config
         self.membership = Membership(config.cluster, state.membership)
         self.statistics = state.statistics
         self.diagnoses = Diagnoses(config, self.statistics, state.diagnoses)
         self.curriculum = make_curriculum(config, num_prompts, state.curriculum)
-        self._evaluations = EvaluationPlan(
-            state.evaluations,
-            num_prompts=num_held_out,
-            num_samples=config.evaluate.num_samples,
-            every=config.evaluate.every,
-        )
+        self._evaluations = EvaluationPlan(config.evaluate, num_held_out, state.evaluations)
         self.lifecycle = Lifecycle(
             config,
             curriculum=self.curriculum,
@@ -108,11 +96,8 @@ class BufferService:
             warnings=self.warnings,
         )
         self._grants = Grants(config, self.lifecycle, self.learner.batches, self._evaluations)
-        self._feed_port = feed_port
         self._handlers: dict[type[m.Message], Callable[..., Effects | None]] = {
-            m.Failure: self._on_failure,
             m.LeaseFailed: self._on_lease_failed,
-            m.Sample: self._on_sample,
             m.WeightsPublished: self._on_published,
             m.StopAsked: self._on_stop_asked,
             m.FinishRun: self._on_finish,
@@ -125,7 +110,7 @@ class BufferService:
             self.membership,
             fingerprint,
             model_fingerprint,
-            {Join, m.Hello, m.GroupFinished, m.PrepareCheckpoint, *self._handlers},
+            {*OTHER_MESSAGES, *self._handlers},
             PayloadRules(config, vocab_size),
             self.lifecycle,
         )
@@ -151,8 +136,14 @@ class BufferService:
             reporter=self.reporter,
             state=state.ending,
         )
-        if is_new:
-            self._evaluations.start(0)
+        self._peers = PeerHandler(
+            config,
+            membership=self.membership,
+            lifecycle=self.lifecycle,
+            ending=self._ending,
+            warnings=self.warnings,
+            feed_port=feed_port,
+        )
 
     # --- inputs ----------------------------------------------------------------------------
 
@@ -165,48 +156,58 @@ class BufferService:
         *,
         place: Place | None = None,
         sequence: int = 0,
-    ) -> None:
+    ) -> Results:
         """Process one message of `peer`, which has this public key. An invalid message is answered
         with Rejected; it does not raise. `place` and `sequence` are those of its journal record."""
+        results = Results()
         checked = self._check(peer, message, key)
         if checked.refusal:
-            self._refuse(peer, checked.refusal)
-            self._advance(now_s)
-            return
+            self._refuse(peer, checked.refusal, results)
+            self._advance(now_s, results)
+            return results
         if isinstance(message, m.Counted):
             self._actors.counted(peer, message, now_s)
+        effects = None
         match message:
             case Join():
-                self._on_join(peer, now_s, key)
+                effects = self._peers.on_join(peer, now_s, key)
             case m.Hello():
-                self._on_hello(peer, message, now_s, key)
+                effects = self._peers.on_hello(peer, message, now_s, key)
+            case m.Failure():
+                effects = self._peers.on_failure(peer, message, now_s)
+            case m.Sample():  # affects no count and no decision
+                results.events.append(self.reporter.sample(peer, message, now_s))
             case m.GroupFinished():
                 assert checked.group is not None, "a valid group has statistics"
                 stats = checked.group
                 self._actors.group_finished(peer, message, now_s, stats=stats, place=place)
-            case m.PrepareCheckpoint():
-                self._on_prepare(peer, message, sequence)
+            case m.PrepareCheckpoint(policy_version=version):
+                # The server delays this reply until all records up to it are durable.
+                durable = m.JournalDurable(policy_version=version, service_sequence=sequence)
+                results.messages.append((peer, durable))
             case _:
                 effects = self._handlers[type(message)](peer, message, now_s)
-                if effects is not None:
-                    self._apply(effects, now_s)
-        self._advance(now_s)
+        if effects is not None:
+            self._apply(effects, now_s, results)
+        self._advance(now_s, results)
+        return results
 
     def _check(self, peer: str, message: m.Message, key: str) -> Checked:
         newest_version = self.learner.newest_version
         return self.validator.check(peer, message, newest_version=newest_version, key=key)
 
-    def _apply(self, effects: Effects, now_s: float) -> None:
-        self.outbox += effects.messages
-        self._send_learner(*effects.to_learner)
+    def _apply(self, effects: Effects, now_s: float, results: Results) -> None:
+        results.messages += effects.messages
+        self._send_learner(effects.to_learner, results)
         for loss in effects.lost:
-            self._lose(loss)
+            self._lose(loss, results)
         if effects.failure:
-            self._fail(effects.failure, now_s)
+            self._fail(effects.failure, now_s, results)
         if effects.evaluation is not None:
-            self._evaluation_done(effects.evaluation, now_s)
+            self._evaluation_done(effects.evaluation, now_s, results)
         for kind, values in effects.events:
-            self._emit(kind, now_s, values)
+            results.events.append(self._event(kind, now_s, values))
+        results.snapshot_due = results.snapshot_due or effects.snapshot_due
         self.state.ended = self.ended or effects.ended
 
     def reply_without_record(self, peer: str, message: m.Message, key: str) -> m.Message | None:
@@ -216,7 +217,7 @@ class BufferService:
         if isinstance(message, Join) and not self._ending.is_requested:
             index = self.membership.index_of(peer)
             if index is not None:
-                return self._accepted(index)
+                return self._peers.accepted(index)
         if self.validator.is_member(peer):
             return None
         checked = self._check(peer, message, key)
@@ -224,29 +225,31 @@ class BufferService:
             self.validator.refused(peer)
             return m.Rejected(reason=checked.refusal[:MAX_REASON_CHARS])
         if isinstance(message, Join) and message.has_rank:
-            return self._accepted(message.rank, self.state.attempt)
+            return self._peers.accepted(message.rank, self.state.attempt)
         return None
 
-    def tick(self, now_s: float, loop_lag_s: float = 0.0) -> None:
+    def tick(self, now_s: float, loop_lag_s: float = 0.0) -> Results:
         """Advance the time: peer timeouts, drain deadline, rates, a status event."""
+        results = Results()
         self.state.loop_lag_s = loop_lag_s
         if loop_lag_s > MAX_TICK_DELAY_S:
             self.membership.extend_timeouts(loop_lag_s)
         for loss in self._actors.timed_out(now_s, self.config.cluster.peer_timeout_s):
-            self._lose(loss)
-        self.expired_joins += self.membership.expire_joins(now_s)
+            self._lose(loss, results)
+        results.expired_joins += self.membership.expire_joins(now_s)
         if self.lifecycle.expire(now_s - self.config.buffer.lease_timeout_s):
             text = "leases expired (buffer.lease_timeout_s); their prompts are leased again"
             self.warnings.open("leases", text, transient=True)
         ledger = self.lifecycle.ledger
         trained = ledger.ends[GroupEnd.TRAINED].tokens
         self.statistics.tokens(now_s, ledger.tokens_generated, trained)
-        self._advance(now_s)
+        self._advance(now_s, results)
         if stalled := self._ending.check_stalled(now_s):
-            self._fail(stalled, now_s)
-        self._emit("status", now_s, {})
+            self._fail(stalled, now_s, results)
+        results.events.append(self.present_status(now_s))
         self._actors.close_warnings()
         self.warnings.close_expired(now_s)
+        return results
 
     def gone(self, peer: str, now_s: float) -> None:
         """A peer lost its connection. `tick` declares an actor lost that does not reconnect."""
@@ -254,25 +257,28 @@ class BufferService:
         if state is not None and state.disconnected_since_s is None:
             state.disconnected_since_s = now_s
 
-    def refused(self, peer: str, reason: str, now_s: float) -> None:
+    def refused(self, peer: str, reason: str, now_s: float) -> Results:
         """The hub or the session layer refused a message of this peer."""
-        self._lose_refused(peer, reason)
-        self._advance(now_s)
+        results = Results()
+        self._lose_refused(peer, reason, results)
+        self._advance(now_s, results)
+        return results
 
-    def begin_attempt(self, attempt: int, now_s: float) -> None:
+    def begin_attempt(self, attempt: int) -> Results:
         """All processes were restarted; none of the old ones returns."""
+        results = Results(snapshot_due=True)
         self.state.attempt = attempt
         self.state.ended = False
         for state in self.membership.present():
-            self._lose(Loss(state=state, reason="the run was restarted"))
+            self._lose(Loss(state=state, reason="the run was restarted"), results)
         self.membership.begin_attempt()
         self.learner.begin_attempt()
         self._ending.begin_attempt()
         self.state.target_reached = False
-        self.snapshot_due = True
         text = f"restarted (attempt {attempt}) at version {self.policy_version}"
         self.warnings.open("attempt", text, transient=True)
         self.state.phase = self._current_phase()
+        return results
 
     @property
     def ended(self) -> bool:
@@ -288,71 +294,30 @@ class BufferService:
     def warning(self) -> str:
         return self.warnings.text
 
-    # --- peers -----------------------------------------------------------------------------
+    # --- losses and failures -----------------------------------------------------------------
 
-    def _on_join(self, peer: str, now_s: float, key: str) -> None:
-        if self._ending.is_requested:
-            self._send(peer, m.Rejected(reason="this run is ending"))
-            return
-        self._send(peer, self._accepted(self.membership.admit(peer, key, now_s)))
-
-    def _accepted(self, index: int, attempt: int = 0) -> JoinAccepted:
-        """`attempt` is that of the run for a rank, and 0 for an actor that joined."""
-        return JoinAccepted(
-            index=index,
-            config=self.config.model_dump_json(),
-            feed_port=self._feed_port,
-            incarnation=self.membership.next_incarnation(index, attempt),
-        )
-
-    def _on_hello(self, peer: str, hello: m.Hello, now_s: float, key: str) -> None:
-        if hello.role == "learner":
-            self.membership.learner_joined(peer)
-        elif peer not in self.membership.actors:
-            for state in self.membership.join(peer, hello, now_s, self.policy_version, key=key):
-                warning = restart_warning(state, "was killed or exited")
-                self._lose(Loss(state=state, reason="restarted", warning=warning))
-            if self.policy_version > 0:
-                self._send_learner(m.MembershipChanged(reason=f"{peer} joined"))
-        self._send(peer, m.Welcome(policy_version=self.policy_version))
-        if self._ending.is_draining:
-            self._send(peer, m.Drain(reason="the run is ending"))
-
-    def _on_failure(self, peer: str, failure: m.Failure, now_s: float) -> None:
-        """The failure of an actor that joined removes it; that of any other role ends the run."""
-        withdrawn = self.membership.withdraw(peer)
-        if withdrawn is not None:
-            for state in withdrawn:
-                self._lose(Loss(state=state, reason="its supervisor failed"))
-            text = f"{failure.role} left: {failure.message}"
-            self.warnings.open(failure.role, text, transient=True)
-            return
-        self._apply(self._ending.failed(peer, failure, now_s), now_s)
-
-    def _fail(self, text: str, now_s: float) -> None:
+    def _fail(self, text: str, now_s: float, results: Results) -> None:
         """End the run because of an error of the service."""
-        self._on_failure("", m.Failure(role=ROLE, message=text), now_s)
+        failure = m.Failure(role=ROLE, message=text)
+        self._apply(self._ending.failed("", failure, now_s), now_s, results)
 
-    def _on_sample(self, peer: str, sample: m.Sample, now_s: float) -> None:
-        """Emit a sample event. Samples affect no count and no decision."""
-        self.events.append(self.reporter.sample(peer, sample, now_s))
-
-    def _refuse(self, peer: str, reason: str) -> None:
+    def _refuse(self, peer: str, reason: str, results: Results) -> None:
         """Send Rejected and block the peer. An actor is declared lost and its prompts requeued."""
-        self._send(peer, m.Rejected(reason=reason[:MAX_REASON_CHARS]))
+        results.messages.append((peer, m.Rejected(reason=reason[:MAX_REASON_CHARS])))
         self.validator.refused(peer)
-        self._lose_refused(peer, reason)
+        self._lose_refused(peer, reason, results)
 
-    def _lose_refused(self, peer: str, reason: str) -> None:
+    def _lose_refused(self, peer: str, reason: str, results: Results) -> None:
         state = self.membership.actors.get(peer)
         if state is not None and not state.departed:
-            self._lose(Loss(state=state, reason=f"its message was refused: {reason}"))
+            loss = Loss(state=state, reason=f"its message was refused: {reason}")
+            self._lose(loss, results)
 
-    def _lose(self, loss: Loss) -> None:
+    def _lose(self, loss: Loss, results: Results) -> None:
         self._actors.lose(loss)
-        self.lost_peers.append(loss.state.name)
+        results.lost_peers.append(loss.state.name)
 
-    # --- results ---------------------------------------------------------------------------
+    # --- evaluations, checkpoints and weights --------------------------------------------------
 
     def _on_lease_failed(self, peer: str, message: m.LeaseFailed, now_s: float) -> Effects:
         effects = self._actors.lease_failed(peer, message)
@@ -360,27 +325,21 @@ class BufferService:
             return Effects(failure=self.lifecycle.unusable.describe_exhausted())
         return effects
 
-    def _evaluation_done(self, evaluation: Accuracy, now_s: float) -> None:
+    def _evaluation_done(self, evaluation: Accuracy, now_s: float, results: Results) -> None:
         accuracy, version = evaluation.accuracy, evaluation.policy_version
         self.state.evaluated_version = version
         self.statistics.evaluated(accuracy, version)
         self.diagnoses.evaluated(accuracy, evaluation.num_completions, version)
-        self._emit("evaluation", now_s, evaluation_values(evaluation))
+        results.events.append(self._event("evaluation", now_s, evaluation_values(evaluation)))
         target = self.config.run.stop_at_accuracy
         if target is not None and accuracy >= target and not self.state.target_reached:
             self.state.target_reached = True
-            self._send_learner(m.TargetReached(accuracy=accuracy, policy_version=version))
+            reached = m.TargetReached(accuracy=accuracy, policy_version=version)
+            self._send_learner([reached], results)
 
-    # --- checkpoints and weights -------------------------------------------------------------
-
-    def _on_prepare(self, peer: str, message: m.PrepareCheckpoint, sequence: int) -> None:
-        """The server delays this reply until all records up to it are durable."""
-        version = message.policy_version
-        self._send(peer, m.JournalDurable(policy_version=version, service_sequence=sequence))
-
-    def _on_saved(self, peer: str, saved: m.CheckpointSaved, now_s: float) -> None:
+    def _on_saved(self, peer: str, saved: m.CheckpointSaved, now_s: float) -> Effects:
         self.lifecycle.lineage.prune(saved.oldest_kept_version)
-        self.snapshot_due = True
+        return Effects(snapshot_due=True)
 
     def _on_published(self, peer: str, message: m.WeightsPublished, now_s: float) -> Effects:
         evaluated = self.state.evaluated_version == message.policy_version  # published again
@@ -399,51 +358,47 @@ class BufferService:
 
     # --- transitions that depend on the current state ----------------------------------------
 
-    def _advance(self, now_s: float) -> None:
+    def _advance(self, now_s: float, results: Results) -> None:
         """Perform every transition that the current state permits."""
         if self.ended:
             return
-        self._advance_ending(now_s)
+        self._advance_ending(now_s, results)
         self.state.phase = self._current_phase()
         if not self._ending.is_draining:
-            self._grant(now_s)
+            self._grant(now_s, results)
         if self.state.evaluated_version is not None:
             evaluating = self._evaluations.target_version is not None
-            self._send_learner(*self.learner.poll_batch(now_s, evaluating=evaluating))
+            batch = self.learner.poll_batch(now_s, evaluating=evaluating)
+            self._send_learner(batch, results)
 
-    def _advance_ending(self, now_s: float) -> None:
+    def _advance_ending(self, now_s: float, results: Results) -> None:
         while not self.ended:
             effects = self._ending.next(
                 now_s, attempt=self.state.attempt, evaluated_version=self.state.evaluated_version
             )
             if effects is None:
                 return
-            self._apply(effects, now_s)
+            self._apply(effects, now_s, results)
 
     def _current_phase(self) -> str:
         return self._ending.phase(evaluated=self.state.evaluated_version is not None)
 
-    def _grant(self, now_s: float) -> None:
+    def _grant(self, now_s: float, results: Results) -> None:
         training = not self._ending.is_requested
         present = self.membership.present()
-        self.outbox += self._grants.next(present, self.policy_version, now_s, training=training)
+        version = self.policy_version
+        results.messages += self._grants.next(present, version, now_s, training=training)
 
     # --- output ----------------------------------------------------------------------------
 
-    def _send(self, peer: str, message: m.Message) -> None:
-        self.outbox.append((peer, message))
-
-    def _send_learner(self, *messages: m.Message) -> None:
+    def _send_learner(self, messages: Sequence[m.Message], results: Results) -> None:
         """Send messages to the learner if it is connected."""
         if (learner := self.membership.learner) is not None:
-            self.outbox += [(learner, message) for message in messages]
+            results.messages += [(learner, message) for message in messages]
 
     def present_status(self, now_s: float) -> Event:
         """A status event for this time."""
         return self._event("status", now_s, {})
-
-    def _emit(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> None:
-        self.events.append(self._event(kind, now_s, values))
 
     def _event(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> Event:
         phase, loop_lag_s = self.state.phase, self.state.loop_lag_s

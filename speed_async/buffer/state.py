@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from speed_async.buffer.curriculum.curriculum import CurriculumState, new_curriculum_state
 from speed_async.buffer.ending import EndingState
-from speed_async.buffer.evaluations import EvaluationState
+from speed_async.buffer.evaluations import EvaluationPlan, EvaluationState
 from speed_async.buffer.learner_handler import LearnerState
 from speed_async.buffer.lifecycle import LifecycleState
 from speed_async.buffer.membership import MembershipState
@@ -49,11 +49,16 @@ class MachineState:
     """Time of the last input."""
 
 
-def new_state(config: Config, *, num_prompts: int, started_s: float) -> ServiceState:
-    """The state of a new run with this number of training prompts."""
+def new_state(
+    config: Config, num_prompts: int, num_held_out: int, started_s: float
+) -> ServiceState:
+    """The state of a new run with these numbers of prompts, whose first evaluation has begun."""
+    evaluations = EvaluationState()
+    EvaluationPlan(config.evaluate, num_held_out, evaluations).start(0)
     evidence = Evidence(max_reward_ranges=2 * config.learner.groups_per_update)
     return ServiceState(
         curriculum=new_curriculum_state(config, num_prompts),
         diagnoses=DiagnosesState(evidence=evidence),
+        evaluations=evaluations,
         statistics=RunStatistics.begin(started_s),
     )

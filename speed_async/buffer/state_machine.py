@@ -4,15 +4,27 @@ The same inputs always lead to the same state. The journal therefore records inp
 replay rebuilds the state of a failed service.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from speed_async.buffer.durability.journal import Journal, Place, Record
+from speed_async.buffer.effects import Results
 from speed_async.buffer.service import BufferService
 from speed_async.buffer.sessions import Sessions
 from speed_async.buffer.state import MachineState
 from speed_async.observability.metrics import Event
 from speed_async.transport import messages as m
 from speed_async.transport.codec import decode, encode
+
+
+@dataclass(kw_only=True, slots=True)
+class Output:
+    """What inputs resulted in, apart from messages."""
+
+    events: list[Event] = field(default_factory=list)
+    needs_sync: bool = False
+    """A message promises that the journal is durable."""
+    snapshot_due: bool = False
+    """A snapshot makes older records unnecessary."""
 
 
 class StateMachine:
@@ -24,9 +36,7 @@ class StateMachine:
         self.sessions = Sessions(self.state.sessions)
         self.journal: Journal | None = None
         """Each input is appended before it is processed; None disables the journal."""
-        self.events: list[Event] = []
-        self.needs_sync = False
-        """A pending message promises that the journal is durable."""
+        self._output = Output()
 
     @property
     def last_s(self) -> float:
@@ -98,7 +108,13 @@ class StateMachine:
                 self._begin_attempt(int(record.value), record.now_s)
             case _:
                 return
-        self.events.clear()
+        self._output = Output()
+
+    def take_output(self) -> Output:
+        """What the inputs since the last call resulted in, apart from the messages, which the
+        sessions keep."""
+        output, self._output = self._output, Output()
+        return output
 
     def _note_refusal(self, peer: str, now_s: float) -> None:
         """Handle the case that the session layer just rejected this peer."""
@@ -122,45 +138,37 @@ class StateMachine:
         sequence: int,
     ) -> None:
         self.sessions.record_received(peer, message)
-        self.service.handle(peer, message, now_s, key, place=place, sequence=sequence)
-        self._after(now_s)
+        results = self.service.handle(peer, message, now_s, key, place=place, sequence=sequence)
+        self._after(now_s, results)
 
     def _tick(self, now_s: float, loop_lag_s: float) -> None:
-        self.service.tick(now_s, loop_lag_s)
-        self._after(now_s)
+        self._after(now_s, self.service.tick(now_s, loop_lag_s))
 
     def _gone(self, peer: str, now_s: float) -> None:
         self.service.gone(peer, now_s)
         self.sessions.drop_unnumbered(peer)
-        self._after(now_s)
+        self.state.last_s = now_s
 
     def _refused(self, peer: str, reason: str, now_s: float) -> None:
-        self.service.refused(peer, reason, now_s)
-        self._after(now_s)
+        self._after(now_s, self.service.refused(peer, reason, now_s))
 
     def _begin_attempt(self, attempt: int, now_s: float) -> None:
-        self.service.begin_attempt(attempt, now_s)
-        self.service.outbox.clear()
+        results = self.service.begin_attempt(attempt)
         self.sessions.clear()
-        self._after(now_s)
+        self._after(now_s, results)
 
-    def _after(self, now_s: float) -> None:
+    def _after(self, now_s: float, results: Results) -> None:
         self.state.last_s = now_s
-        service = self.service
-        for peer in service.lost_peers:
+        for peer in results.lost_peers:
             self.sessions.discard_unacked(peer)
-        service.lost_peers.clear()
-        for peer in service.expired_joins:
+        for peer in results.expired_joins:
             self.sessions.remove(peer)
-        service.expired_joins.clear()
-        if service.outbox:
-            for peer, message in service.outbox:
-                self.needs_sync = self.needs_sync or isinstance(message, m.JournalDurable)
-                self.sessions.enqueue(peer, message)
-            service.outbox.clear()
-        if service.events:
-            self.events += service.events
-            service.events.clear()
+        output = self._output
+        for peer, message in results.messages:
+            output.needs_sync = output.needs_sync or isinstance(message, m.JournalDurable)
+            self.sessions.enqueue(peer, message)
+        output.events += results.events
+        output.snapshot_due = output.snapshot_due or results.snapshot_due
 
 
 def _to_record(message: m.Message) -> m.Message:

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from speed_async.buffer.effects import Results
 from speed_async.buffer.service import BufferService
 from speed_async.buffer.state import ServiceState
+from speed_async.observability.metrics import Event
 from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
 from tests.fakes.buffer_fixtures import make_config
@@ -31,19 +33,21 @@ class ServiceHarness:
             state=state,
         )
         self.now_s = 0.0
+        self.events: list[Event] = []
 
     def send(self, peer: str, message: m.Message) -> list[tuple[str, m.Message]]:
         """Send a message of a peer to the service."""
-        self.service.handle(peer, message, self.now_s)
-        replies, self.service.outbox = self.service.outbox, []
-        return replies
+        return self.record(self.service.handle(peer, message, self.now_s))
 
     def wait(self, seconds: float) -> list[tuple[str, m.Message]]:
         """Advance the clock and tick once."""
         self.now_s += seconds
-        self.service.tick(self.now_s)
-        replies, self.service.outbox = self.service.outbox, []
-        return replies
+        return self.record(self.service.tick(self.now_s))
+
+    def record(self, results: Results) -> list[tuple[str, m.Message]]:
+        """Keep the events of these results; returns the messages."""
+        self.events += results.events
+        return results.messages
 
     def hello(self, peer: str, index: int, incarnation: int = 0) -> list[tuple[str, m.Message]]:
         role = "learner" if peer == "learner" else "actor"

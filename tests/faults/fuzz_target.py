@@ -114,7 +114,7 @@ class Target:
                     self.reasons[f"refused: {_kind(message.reason)}"] += 1
                 sessions.mark_queued(peer)
         sessions.unsent.clear()
-        self.machine.events.clear()
+        self.machine.take_output()
         for peer in guard.to_block:
             self.muted.add(peer.encode())
         guard.to_block.clear()

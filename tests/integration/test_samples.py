@@ -101,7 +101,7 @@ def test_middle_of_a_long_text_is_removed() -> None:
 
 
 def sample_events(harness: ServiceHarness) -> list[dict[str, object]]:
-    return [dict(event.values) for event in harness.service.events if event.kind == "sample"]
+    return [dict(event.values) for event in harness.events if event.kind == "sample"]
 
 
 def test_service_emits_samples_without_counting_them(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_journal_omits_sample_texts_and_replay_emits_no_sample(tmp_path: Path) -
     hello = m.Hello(role="actor", index=1, incarnation=0, fingerprint="f", process_id=1)
     machine.message("actor-1.0", replace(hello, number=1), 1.0)
     machine.message("actor-1.0", replace(SAMPLE, completion="secret", number=2), 2.0)
-    [event] = [event for event in machine.events if event.kind == "sample"]
+    [event] = [event for event in machine.take_output().events if event.kind == "sample"]
     assert event.values["completion"] == "secret"
     assert machine.journal is not None
     machine.journal.write()
@@ -166,12 +166,12 @@ def test_journal_omits_sample_texts_and_replay_emits_no_sample(tmp_path: Path) -
         lambda _, state: ServiceHarness(tmp_path, state=state).service,
         life=0,
     )
-    assert replayed.events == []
+    assert replayed.take_output().events == []
     assert isinstance(replayed, StateMachine)
     replayed.message(
         "actor-1.0", replace(SAMPLE, number=3), 3.0
     )  # message numbers continue after the sample
-    assert [event.kind for event in replayed.events] == ["sample"]
+    assert [event.kind for event in replayed.take_output().events] == ["sample"]
     assert replayed.journal is not None
     replayed.journal.close()
 

@@ -27,6 +27,7 @@ class Segments:
         self._machine = machine
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._next_snapshot_s = 0.0
+        self._snapshot_due = False
         self._ended: list[Journal] = []  # segments before the current one, not yet synced
         self._needed: set[int] = set()
         self._syncing = threading.Lock()
@@ -54,26 +55,28 @@ class Segments:
                 with suppress(OSError):  # reported by the next write
                     await asyncio.to_thread(self._sync, journal)
 
+    def request_snapshot(self) -> None:
+        """A snapshot makes older records unnecessary."""
+        self._snapshot_due = True
+
     def is_due(self, now_s: float) -> bool:
         """Whether a snapshot should start a new segment."""
         journal = self._machine.journal
         if journal is None or now_s < self._next_snapshot_s:
             return False
-        return journal.num_bytes >= (
-            SNAPSHOT_BYTES if self._machine.service.snapshot_due else SEGMENT_BYTES
-        )
+        return journal.num_bytes >= (SNAPSHOT_BYTES if self._snapshot_due else SEGMENT_BYTES)
 
     def begin(self, now_s: float) -> None:
         """Start a new segment with a snapshot of the current state. No write may be in progress.
         When the disk is full, the current segment continues."""
         machine, journal = self._machine, self._machine.journal
         assert journal is not None
-        machine.service.snapshot_due = False
+        self._snapshot_due = False
         try:
             journal.write()
             fresh = begin_segment(journal.folder, machine, journal.segment + 1, journal.sequence)
         except OSError:
-            machine.service.snapshot_due = True
+            self._snapshot_due = True
             self._next_snapshot_s = now_s + SNAPSHOT_RETRY_S
             return
         machine.journal = fresh

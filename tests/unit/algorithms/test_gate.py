@@ -3,7 +3,8 @@
 import pytest
 
 from speed_async.buffer.evaluations import EvaluationPlan, EvaluationState
-from speed_async.config.schema import GateConfig
+from speed_async.buffer.evaluations import EvaluationPlan, EvaluationState
+from speed_async.config.schema import EvaluateConfig, GateConfig
 from speed_async.types import num_passed
 
 
@@ -30,7 +31,7 @@ def test_partial_credit_is_not_a_pass() -> None:
 
 
 def test_evaluation_finishes_with_its_last_prompt_and_aggregates_results() -> None:
-    plan = EvaluationPlan(EvaluationState(), num_prompts=2, num_samples=4, every=5)
+    plan = EvaluationPlan(EvaluateConfig(num_samples=4, every=5), 2, EvaluationState())
     assert plan.due(10)
     assert not plan.due(11)
     plan.start(10)

@@ -67,7 +67,7 @@ def test_the_time_of_a_removed_actor_stays_in_the_ledger(tmp_path: Path) -> None
     harness.pass_baseline(ACTOR)
     gauges = {"sampling_s": 2.0, "updating_s": 1.0, "uptime_s": 4.0}
     harness.send(ACTOR, m.ActorReport(counts=harness.counts(ACTOR), gauges=gauges))
-    harness.service.begin_attempt(1, harness.now_s)
+    harness.service.begin_attempt(1)
     harness.hello("actor-1.1000", 1, 1000)
     harness.send("actor-1.1000", m.ActorReport(counts=ActorCounts(), gauges=gauges))
     fields = summary(harness, final_evaluated=False)
@@ -110,7 +110,7 @@ def test_an_evaluation_of_empty_completions_has_no_versions(tmp_path: Path) -> N
     message = result_message(work, None, ActorCounts())
     assert isinstance(message, m.Evaluated)
     harness.send(ACTOR, replace(message, num_completions=1))
-    [event] = [event for event in harness.service.events if event.kind == "evaluation"]
+    [event] = [event for event in harness.events if event.kind == "evaluation"]
     assert (event.values["oldest_version"], event.values["newest_version"]) == (None, None)
 
 

@@ -86,7 +86,7 @@ class MachineHarness:
             self.now_s += 1.0
             self.machine.message("actor-1.0", m.ActorReport(counts=COUNTS, gauges={}), self.now_s)
             self.machine.tick(self.now_s, 0.0)
-        self.machine.events.clear()
+        self.machine.take_output()
 
     def size(self) -> int:
         return len(capture(self.machine.state))

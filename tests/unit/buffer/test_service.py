@@ -337,7 +337,7 @@ def test_failed_held_out_prompt_counts_as_not_passed(tmp_path: Path) -> None:
         "actor-1.0",
         evaluated(leases.lease_ids[1]),
     )
-    [done] = [event for event in harness.service.events if event.kind == "evaluation"]
+    [done] = [event for event in harness.events if event.kind == "evaluation"]
     assert (done.values["num_passed"], done.values["num_completions"]) == (1, 2)
 
 
@@ -379,7 +379,7 @@ def test_actor_with_unusable_weights_is_lost_immediately_with_a_warning(
         policy_version=1, store_host="h", store_port=1, backend="gloo", deadline_s=1.0
     )
     harness.send("learner", publish)
-    harness.service.events.clear()
+    harness.events.clear()
     refused = m.WeightsApplied(
         policy_version=-1,
         epoch=harness.service.state.learner.weight_group.epoch,
@@ -391,7 +391,7 @@ def test_actor_with_unusable_weights_is_lost_immediately_with_a_warning(
     )
     assert kinds(harness.send("actor-1.0", refused)) == []
     assert harness.ends() == {"failed": (2, 0)}
-    [event] = harness.service.events
+    [event] = harness.events
     assert (event.kind, event.values["actors_alive"]) == ("status", 0)
     warning = "actor-1.0 did not apply the weights: policy version 1 is"
     assert warning in str(event.values["warning"])
@@ -405,7 +405,7 @@ def test_actor_with_unusable_weights_is_lost_immediately_with_a_warning(
 
 def test_undelivered_weights_raise_a_warning_immediately(harness: ServiceHarness) -> None:
     harness.pass_baseline()
-    harness.service.events.clear()
+    harness.events.clear()
     failed = m.WeightsApplied(
         policy_version=-1,
         epoch=99,
@@ -415,7 +415,7 @@ def test_undelivered_weights_raise_a_warning_immediately(harness: ServiceHarness
         counts=harness.counts("actor-1.0"),
     )
     harness.send("actor-1.0", failed)
-    [event] = harness.service.events
+    [event] = harness.events
     assert event.values["warning"] == "actor-1.0 did not apply the weights: connection lost"
     assert event.values["actors_alive"] == 1
 
@@ -515,7 +515,7 @@ def test_suspended_service_does_not_time_out_its_peers(
     harness.lease(1)
     suspended_s = 2 * harness.config.cluster.peer_timeout_s
     harness.now_s += suspended_s
-    harness.service.tick(harness.now_s, loop_lag_s=suspended_s)
+    harness.record(harness.service.tick(harness.now_s, loop_lag_s=suspended_s))
     assert [state.name for state in harness.service.membership.present()] == ["actor-1.0"]
     harness.wait(harness.config.cluster.peer_timeout_s + 1)  # without messages
     assert harness.service.membership.present() == ()
@@ -528,7 +528,7 @@ def test_recovery_notes_precede_later_warnings(
     harness.service.warnings.show_first("the journal's tail was damaged")
     harness.service.refused("actor-1.0", "malformed", harness.now_s)
     harness.wait(0.1)
-    warning = harness.service.events[-1].values["warning"]
+    warning = harness.events[-1].values["warning"]
     assert warning == (
         "the journal's tail was damaged\nactor-1 is lost: its message was refused: malformed; its "
         "supervisor restarts it"

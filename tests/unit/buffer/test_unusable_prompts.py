@@ -84,7 +84,7 @@ def test_unusable_held_out_prompt_counts_as_not_passed_with_a_warning(
     assert leases.kind == "evaluation"
     for lease_id in leases.lease_ids:
         harness.send("actor-1.0", failed(lease_id, TOO_LONG))
-    [evaluation] = [event for event in harness.service.events if event.kind == "evaluation"]
+    [evaluation] = [event for event in harness.events if event.kind == "evaluation"]
     assert (evaluation.values["num_passed"], evaluation.values["num_completions"]) == (0, 2)
     assert harness.service.warning.startswith(
         "2 held-out prompts cannot be used (counted as not passed); first prompt 0: the prompt has"

@@ -162,9 +162,9 @@ def test_refused_actor_is_rejected_once_and_blocked_and_its_prompts_are_requeued
     assert all(ledger.checks(harness.service.lifecycle.leases.num_training).values())
     requeued = harness.lease(3, "actor-2.0")
     assert requeued.prompt_ids == leases.prompt_ids
-    fields = harness.service.events[-1].values if harness.service.events else {}
+    fields = harness.events[-1].values if harness.events else {}
     harness.wait(0.1)
-    fields = harness.service.events[-1].values
+    fields = harness.events[-1].values
     assert fields["messages_refused"] == 1
 
 

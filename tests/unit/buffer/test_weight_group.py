@@ -227,7 +227,7 @@ def join(harness: ServiceHarness, supervisor: str) -> m.Message:
 
 def totals(harness: ServiceHarness) -> tuple[object, object]:
     harness.wait(0.1)
-    values = harness.service.events[-1].values
+    values = harness.events[-1].values
     return values["actors_alive"], values["actors_total"]
 
 
@@ -290,7 +290,7 @@ def next_attempt(harness: ServiceHarness, folder: Path, *, actors: int) -> Servi
         cluster={"actors": actors},
         run={"updates": 100},
     )
-    resumed.service.begin_attempt(1, 0.0)
+    resumed.service.begin_attempt(1)
     resumed.hello("learner", 0, incarnation=1)
     return resumed
 
@@ -360,7 +360,7 @@ def test_pauses_transfers_and_lags_are_reported(harness: ServiceHarness) -> None
     harness.send("learner", trained(6, [], groups=0, tokens=0))
     publish(harness, 6)
     harness.wait(0.75)
-    assert harness.service.events[-1].values["weights/publishing_s"] == 0.75
+    assert harness.events[-1].values["weights/publishing_s"] == 0.75
     published(harness, 6, num_bytes=1000)
     applied(harness, "actor-1.0", 6, pause_s=0.5)
     applied(harness, "actor-2.0", 6, pause_s=1.5)
@@ -368,7 +368,7 @@ def test_pauses_transfers_and_lags_are_reported(harness: ServiceHarness) -> None
     publish(harness, 7)
     published(harness, 7, error="x")
     harness.wait(0.1)
-    values = harness.service.events[-1].values
+    values = harness.events[-1].values
     assert {key: value for key, value in values.items() if key.startswith("weights/")} == {
         "weights/pause_s": 1.0,
         "weights/pause_max_s": 1.5,

@@ -32,12 +32,12 @@ class WatchedService(ServiceHarness):
     def status(self, seconds: float = 0.5) -> dict[str, Value]:
         """Values of the status event at the tick after `seconds`."""
         self.send(ACTOR, m.WantWork(num_prompts=0, counts=ActorCounts()))  # a heartbeat
-        self.service.events.clear()
+        self.events.clear()
         self.wait(seconds)
         return self.last("status").values
 
     def last(self, kind: str) -> Event:
-        return next(event for event in reversed(self.service.events) if event.kind == kind)
+        return next(event for event in reversed(self.events) if event.kind == kind)
 
     def diagnoses(self, seconds: float = 0.5) -> str:
         return str(self.status(seconds)["diagnoses"])
@@ -269,7 +269,7 @@ def test_failing_held_out_prompts_are_diagnosed_because_they_lower_the_accuracy(
         fails = number % 16 == 0
         harness.send(ACTOR, failed(lease_id, "prompt: too long") if fails else evaluated(lease_id))
     harness.wait(0.5)
-    text = str(harness.service.events[-1].values["diagnoses"])
+    text = str(harness.events[-1].values["diagnoses"])
     assert text.startswith("held-out prompts fail: 2 of the last 32 count as not passed")
     assert "for example: prompt: too long" in text
 

@@ -24,8 +24,8 @@ def harness(tmp_path) -> ServiceHarness:
 
 def new_warnings(harness: ServiceHarness) -> list[str]:
     """Distinct warnings of the events since the last call."""
-    texts = [str(event.values["warning"]) for event in harness.service.events]
-    harness.service.events.clear()
+    texts = [str(event.values["warning"]) for event in harness.events]
+    harness.events.clear()
     return [*dict.fromkeys(texts)]
 
 
@@ -102,7 +102,7 @@ def test_weights_that_did_not_arrive_are_reported_until_they_do(harness: Service
 
 
 def test_a_past_event_is_reported_for_a_minute(harness: ServiceHarness) -> None:
-    harness.service.begin_attempt(2, harness.now_s)
+    harness.service.begin_attempt(2)
     for index in (1, 2):
         harness.hello(f"actor-{index}.1", index, incarnation=1)
     harness.wait(0.1)

@@ -1,0 +1,80 @@
+"""The part of the service that admits peers and handles their failures.
+
+consumes   Join, Hello and Failure
+waits for  nothing
+answers    Join with JoinAccepted, Hello with Welcome
+"""
+
+from speed_async.buffer.effects import Effects, Loss, restart_warning
+from speed_async.buffer.ending import Ending
+from speed_async.buffer.lifecycle import Lifecycle
+from speed_async.buffer.membership import Membership
+from speed_async.buffer.reporting.warnings import Warnings
+from speed_async.config.schema import Config
+from speed_async.transport import messages as m
+from speed_async.transport.joining import JoinAccepted
+
+
+class PeerHandler:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        membership: Membership,
+        lifecycle: Lifecycle,
+        ending: Ending,
+        warnings: Warnings,
+        feed_port: int,
+    ) -> None:
+        self._config = config
+        self._membership = membership
+        self._lifecycle = lifecycle
+        self._ending = ending
+        self._warnings = warnings
+        self._feed_port = feed_port
+
+    def on_join(self, peer: str, now_s: float, key: str) -> Effects:
+        if self._ending.is_requested:
+            return Effects(messages=[(peer, m.Rejected(reason="this run is ending"))])
+        accepted = self.accepted(self._membership.admit(peer, key, now_s))
+        return Effects(messages=[(peer, accepted)])
+
+    def accepted(self, index: int, attempt: int = 0) -> JoinAccepted:
+        """The reply to a join. `attempt` is that of the run for a rank, and 0 otherwise."""
+        return JoinAccepted(
+            index=index,
+            config=self._config.model_dump_json(),
+            feed_port=self._feed_port,
+            incarnation=self._membership.next_incarnation(index, attempt),
+        )
+
+    def on_hello(self, peer: str, hello: m.Hello, now_s: float, key: str) -> Effects:
+        version = self._lifecycle.policy_version
+        messages: list[tuple[str, m.Message]] = []
+        lost: list[Loss] = []
+        if hello.role == "learner":
+            self._membership.learner_joined(peer)
+        elif peer not in self._membership.actors:
+            for state in self._membership.join(peer, hello, now_s, version, key=key):
+                warning = restart_warning(state, "was killed or exited")
+                lost.append(Loss(state=state, reason="restarted", warning=warning))
+            if version > 0 and (learner := self._membership.learner) is not None:
+                messages.append((learner, m.MembershipChanged(reason=f"{peer} joined")))
+        messages.append((peer, m.Welcome(policy_version=version)))
+        if self._ending.is_draining:
+            messages.append((peer, m.Drain(reason="the run is ending")))
+        return Effects(messages=messages, lost=lost)
+
+    def on_failure(self, peer: str, failure: m.Failure, now_s: float) -> Effects:
+        """The failure of an actor that joined removes it; that of any other role ends the run."""
+        withdrawn = self._membership.withdraw(peer)
+        if withdrawn is None:
+            return self._ending.failed(peer, failure, now_s)
+        text = f"{failure.role} left: {failure.message}"
+        self._warnings.open(failure.role, text, transient=True)
+        return Effects(
+            lost=[
+                Loss(state=state, reason="its supervisor failed", warning=text, transient=True)
+                for state in withdrawn
+            ]
+        )
