@@ -8,13 +8,10 @@ answers    Leaving with a Drain; results update the lifecycle and the evidence o
 
 from collections.abc import Callable
 
+from speed_async.buffer.components import Components
 from speed_async.buffer.durability.journal import Place
 from speed_async.buffer.effects import Effects, Loss, restart_warning
 from speed_async.buffer.ledger import ENGINE_TIMES
-from speed_async.buffer.lifecycle import Lifecycle
-from speed_async.buffer.membership import Membership
-from speed_async.buffer.reporting.evidence import Evidence
-from speed_async.buffer.reporting.warnings import Warnings
 from speed_async.transport import messages as m
 from speed_async.transport.groups import GroupStats
 from speed_async.transport.joining import Leaving
@@ -22,18 +19,11 @@ from speed_async.types import LeaseKind
 
 
 class ActorHandler:
-    def __init__(
-        self,
-        *,
-        membership: Membership,
-        lifecycle: Lifecycle,
-        evidence: Evidence,
-        warnings: Warnings,
-    ) -> None:
-        self._membership = membership
-        self._lifecycle = lifecycle
-        self._evidence = evidence
-        self._warnings = warnings
+    def __init__(self, components: Components) -> None:
+        self._membership = components.membership
+        self._lifecycle = components.lifecycle
+        self._evidence = components.diagnoses.evidence
+        self._warnings = components.warnings
         self.handlers: dict[type[m.Message], Callable[..., Effects | None]] = {
             m.WantWork: self._on_want,
             m.ScreenedOut: self._on_screened_out,

@@ -1,20 +1,12 @@
 """How a run ends: by request, after the final evaluation and a drain, or with a failure.
 
-Shutdown decides the steps; this module turns them into effects and emits the end event.
+Shutdown decides the steps; Ending turns them into effects and emits the end event.
 """
 
-from dataclasses import dataclass, field
-
-from speed_async.buffer.batches import Batches
+from speed_async.buffer.components import Components
 from speed_async.buffer.effects import Effects, Loss
-from speed_async.buffer.evaluations import EvaluationPlan
-from speed_async.buffer.lifecycle import Lifecycle
-from speed_async.buffer.membership import Membership
-from speed_async.buffer.reporting.diagnoses import Diagnoses
 from speed_async.buffer.reporting.status import StatusReporter
-from speed_async.buffer.reporting.warnings import Warnings
 from speed_async.buffer.shutdown import Shutdown, ShutdownState, ShutdownStep
-from speed_async.config.schema import Config
 from speed_async.errors import RoleError
 from speed_async.observability.metrics import EventKind, Value
 from speed_async.observability.summary import STOPPING
@@ -23,35 +15,19 @@ from speed_async.transport import messages as m
 ROLE = "buffer service"
 
 
-@dataclass(kw_only=True, slots=True)
-class EndingState:
-    stop_asked: bool = False
-    shutdown: ShutdownState = field(default_factory=ShutdownState)
-
-
 class Ending:
     def __init__(
-        self,
-        config: Config,
-        *,
-        membership: Membership,
-        lifecycle: Lifecycle,
-        batches: Batches,
-        evaluations: EvaluationPlan,
-        diagnoses: Diagnoses,
-        warnings: Warnings,
-        reporter: StatusReporter,
-        state: EndingState,
+        self, components: Components, reporter: StatusReporter, state: ShutdownState
     ) -> None:
-        self._config = config
-        self._membership = membership
-        self._lifecycle = lifecycle
-        self._batches = batches
-        self._evaluations = evaluations
-        self._diagnoses = diagnoses
-        self._warnings = warnings
+        self._config = components.config
+        self._membership = components.membership
+        self._lifecycle = components.lifecycle
+        self._batches = components.batches
+        self._evaluations = components.evaluations
+        self._diagnoses = components.diagnoses
+        self._warnings = components.warnings
         self._reporter = reporter
-        self._shutdown = Shutdown(config.cluster, state.shutdown)
+        self._shutdown = Shutdown(components.config.cluster, state)
         self._state = state
 
     @property
@@ -66,7 +42,6 @@ class Ending:
     def begin_attempt(self) -> None:
         """All processes were restarted: nothing asks for the end any more."""
         self._shutdown.cancel()
-        self._state.stop_asked = False
         self._warnings.close("stop")
 
     def ask_stop(self) -> None:

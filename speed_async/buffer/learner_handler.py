@@ -8,50 +8,25 @@ answers    a TakeBatch when enough fresh groups are buffered, or immediately wit
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-from speed_async.buffer.batches import Batches, BatchesState
+from speed_async.buffer.components import Components
 from speed_async.buffer.durability.encoding import StoredGroup
 from speed_async.buffer.effects import Effects, Loss, restart_warning
-from speed_async.buffer.lifecycle import Lifecycle
-from speed_async.buffer.membership import Membership
 from speed_async.buffer.priority import BufferedGroup
-from speed_async.buffer.reporting.evidence import Updates
-from speed_async.buffer.reporting.statistics import RunStatistics, UpdateTimes
-from speed_async.buffer.reporting.warnings import Warnings
-from speed_async.buffer.reporting.weight_times import WeightTimes
-from speed_async.buffer.weight_group import WeightGroup, WeightGroupState
-from speed_async.config.schema import Config
+from speed_async.buffer.reporting.statistics import UpdateTimes
 from speed_async.transport import messages as m
 
 
-@dataclass(kw_only=True, slots=True)
-class LearnerState:
-    batches: BatchesState = field(default_factory=BatchesState)
-    weight_group: WeightGroupState = field(default_factory=WeightGroupState)
-
-
 class LearnerHandler:
-    def __init__(
-        self,
-        config: Config,
-        *,
-        membership: Membership,
-        lifecycle: Lifecycle,
-        statistics: RunStatistics,
-        updates: Updates,
-        weight_times: WeightTimes,
-        warnings: Warnings,
-        state: LearnerState,
-    ) -> None:
-        self.batches = Batches(config, lifecycle, state.batches)
-        self.weight_group = WeightGroup(membership, state.weight_group)
-        self._membership = membership
-        self._lifecycle = lifecycle
-        self._statistics = statistics
-        self._updates = updates
-        self._weight_times = weight_times
-        self._warnings = warnings
+    def __init__(self, components: Components) -> None:
+        self._membership = components.membership
+        self._lifecycle = components.lifecycle
+        self._batches = components.batches
+        self._weight_group = components.weight_group
+        self._statistics = components.statistics
+        self._updates = components.diagnoses.evidence.updates
+        self._weight_times = components.weight_times
+        self._warnings = components.warnings
         self.handlers: dict[type[m.Message], Callable[..., Effects | None]] = {
             m.Resumed: self._on_resumed,
             m.TakeBatch: self._on_take,
@@ -64,13 +39,13 @@ class LearnerHandler:
     def begin_attempt(self) -> None:
         """All processes were restarted: no request is open, and the next broadcast opens a new
         epoch."""
-        self.batches.cancel()
+        self._batches.cancel()
         self._lifecycle.return_untrained()
-        self.weight_group.reset()
+        self._weight_group.reset()
 
     def poll_batch(self, now_s: float, *, evaluating: bool) -> list[m.Message]:
         """The messages of the requested batch; empty until it is ready."""
-        ready = self.batches.poll(now_s, evaluating=evaluating)
+        ready = self._batches.poll(now_s, evaluating=evaluating)
         if ready is None:
             return []
         take, groups = ready
@@ -81,7 +56,7 @@ class LearnerHandler:
         self._weight_times.end(message)
         reason = f"it blocked the weight broadcast: {message.error}"
         what = f"died or was disconnected while it received version {message.policy_version}"
-        failed = self.weight_group.published(message)
+        failed = self._weight_group.published(message)
         return Effects(
             lost=[
                 Loss(state=state, reason=reason, warning=restart_warning(state, what))
@@ -92,7 +67,7 @@ class LearnerHandler:
     @property
     def newest_version(self) -> int:
         """Newest version that was trained or of which a broadcast has started."""
-        return max(self._lifecycle.policy_version, self.weight_group.newest_version)
+        return max(self._lifecycle.policy_version, self._weight_group.newest_version)
 
     # --- messages of the learner -------------------------------------------------------------
 
@@ -127,7 +102,7 @@ class LearnerHandler:
     def _on_take(self, peer: str, take: m.TakeBatch, now_s: float) -> Effects | None:
         newest = self._lifecycle.policy_version
         if take.policy_version >= newest:
-            self.batches.request(take, now_s)
+            self._batches.request(take, now_s)
             return None
         if batch := self._lifecycle.lineage.after(take.policy_version):
             return Effects(to_learner=_batch_messages(take.policy_version, batch.groups))
@@ -147,7 +122,7 @@ class LearnerHandler:
         self._statistics.updated(
             UpdateTimes(
                 wait_s=metrics.get("time/wait_s", 0.0),
-                starved_s=self.batches.starved_s,
+                starved_s=self._batches.starved_s,
                 train_s=metrics.get("time/train_s", 0.0),
                 sync_s=metrics.get("time/sync_s", 0.0),
             )
@@ -159,7 +134,7 @@ class LearnerHandler:
 
     def _on_publish(self, peer: str, publish: m.PublishWeights, now_s: float) -> Effects:
         self._weight_times.start(now_s)
-        offers, members = self.weight_group.form(publish)
+        offers, members = self._weight_group.form(publish)
         return Effects(messages=offers, to_learner=[members])
 
     def _on_applied(self, peer: str, message: m.WeightsApplied, now_s: float) -> Effects | None:
@@ -167,7 +142,7 @@ class LearnerHandler:
         warning hides it."""
         state = self._membership.actors[peer]
         self._weight_times.applied(message)
-        needs_resend = self.weight_group.applied(state, message)
+        needs_resend = self._weight_group.applied(state, message)
         if not message.error:
             self._warnings.close(f"weights of {peer}")
             return None

@@ -6,10 +6,9 @@ updates all four here, so they stay consistent.
 
 from dataclasses import dataclass, field
 
-from speed_async.buffer.credit import Credit, CreditState
 from speed_async.buffer.curriculum.curriculum import Curriculum
 from speed_async.buffer.evaluations import Accuracy, EvaluationPlan
-from speed_async.buffer.leases import LeasesState, LeaseTable, OpenLease
+from speed_async.buffer.leases import Credit, CreditState, LeasesState, LeaseTable, OpenLease
 from speed_async.buffer.ledger import Ledger
 from speed_async.buffer.lineage import Lineage
 from speed_async.buffer.priority import BufferedGroup, BufferState, PriorityBuffer

@@ -5,32 +5,20 @@ waits for  nothing
 answers    Join with JoinAccepted, Hello with Welcome
 """
 
+from speed_async.buffer.components import Components
 from speed_async.buffer.effects import Effects, Loss, restart_warning
 from speed_async.buffer.ending import Ending
-from speed_async.buffer.lifecycle import Lifecycle
-from speed_async.buffer.membership import Membership
-from speed_async.buffer.reporting.warnings import Warnings
-from speed_async.config.schema import Config
 from speed_async.transport import messages as m
 from speed_async.transport.joining import JoinAccepted
 
 
 class PeerHandler:
-    def __init__(
-        self,
-        config: Config,
-        *,
-        membership: Membership,
-        lifecycle: Lifecycle,
-        ending: Ending,
-        warnings: Warnings,
-        feed_port: int,
-    ) -> None:
-        self._config = config
-        self._membership = membership
-        self._lifecycle = lifecycle
+    def __init__(self, components: Components, ending: Ending, feed_port: int) -> None:
+        self._config = components.config
+        self._membership = components.membership
+        self._lifecycle = components.lifecycle
+        self._warnings = components.warnings
         self._ending = ending
-        self._warnings = warnings
         self._feed_port = feed_port
 
     def on_join(self, peer: str, now_s: float, key: str) -> Effects:

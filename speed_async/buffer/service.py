@@ -12,19 +12,15 @@ answers    a TakeBatch when enough fresh groups are buffered and the first evalu
 from collections.abc import Callable, Sequence
 
 from speed_async.buffer.actor_handler import ActorHandler
-from speed_async.buffer.curriculum.curriculum import make_curriculum
+from speed_async.buffer.batches import Grants
+from speed_async.buffer.components import Components
 from speed_async.buffer.durability.journal import Place
 from speed_async.buffer.effects import Effects, Loss, Results
 from speed_async.buffer.ending import ROLE, Ending
-from speed_async.buffer.evaluations import Accuracy, EvaluationPlan
-from speed_async.buffer.grants import Grants
+from speed_async.buffer.evaluations import Accuracy
 from speed_async.buffer.learner_handler import LearnerHandler
-from speed_async.buffer.lifecycle import Lifecycle
-from speed_async.buffer.membership import Membership
 from speed_async.buffer.peer_handler import PeerHandler
-from speed_async.buffer.reporting.diagnoses import Diagnoses
 from speed_async.buffer.reporting.status import StatusReporter, evaluation_values
-from speed_async.buffer.reporting.warnings import Warnings
 from speed_async.buffer.state import ServiceState, new_state
 from speed_async.buffer.validation import Checked, MessageValidator
 from speed_async.buffer.validation_rules import PayloadRules
@@ -65,37 +61,15 @@ class BufferService:
         self.model_fingerprint = model_fingerprint
         """Fingerprint of the model folder."""
         self.config = config
-        self.membership = Membership(config.cluster, state.membership)
-        self.statistics = state.statistics
-        self.diagnoses = Diagnoses(config, self.statistics, state.diagnoses)
-        self.curriculum = make_curriculum(config, num_prompts, state.curriculum)
-        self._evaluations = EvaluationPlan(config.evaluate, num_held_out, state.evaluations)
-        self.lifecycle = Lifecycle(
-            config,
-            curriculum=self.curriculum,
-            evaluations=self._evaluations,
-            statistics=self.statistics,
-            state=state.lifecycle,
-        )
-        self.warnings = Warnings(state.warnings)
-        """Current warnings for the user."""
-        self.learner = LearnerHandler(
-            config,
-            membership=self.membership,
-            lifecycle=self.lifecycle,
-            statistics=self.statistics,
-            updates=self.diagnoses.evidence.updates,
-            weight_times=state.weight_times,
-            warnings=self.warnings,
-            state=state.learner,
-        )
-        self._actors = ActorHandler(
-            membership=self.membership,
-            lifecycle=self.lifecycle,
-            evidence=self.diagnoses.evidence,
-            warnings=self.warnings,
-        )
-        self._grants = Grants(config, self.lifecycle, self.learner.batches, self._evaluations)
+        parts = Components.build(config, state, num_prompts=num_prompts, num_held_out=num_held_out)
+        self.components = parts
+        self.membership, self.lifecycle = parts.membership, parts.lifecycle
+        self.statistics, self.diagnoses = parts.statistics, parts.diagnoses
+        self.warnings = parts.warnings
+        self._evaluations = parts.evaluations
+        self._grants = Grants(config, self.lifecycle, parts.batches, self._evaluations)
+        self._learner = LearnerHandler(parts)
+        self._actors = ActorHandler(parts)
         self._handlers: dict[type[m.Message], Callable[..., Effects | None]] = {
             m.LeaseFailed: self._on_lease_failed,
             m.WeightsPublished: self._on_published,
@@ -103,7 +77,7 @@ class BufferService:
             m.FinishRun: self._on_finish,
             m.CheckpointSaved: self._on_saved,
             **self._actors.handlers,
-            **self.learner.handlers,
+            **self._learner.handlers,
         }
         """Handlers that need nothing but the peer, the message and the time."""
         self.validator = MessageValidator(
@@ -114,36 +88,9 @@ class BufferService:
             PayloadRules(config, vocab_size),
             self.lifecycle,
         )
-        self.reporter = StatusReporter(
-            config,
-            membership=self.membership,
-            lifecycle=self.lifecycle,
-            evaluations=self._evaluations,
-            statistics=self.statistics,
-            diagnoses=self.diagnoses,
-            warnings=self.warnings,
-            weight_times=state.weight_times,
-            validator=self.validator,
-        )
-        self._ending = Ending(
-            config,
-            membership=self.membership,
-            lifecycle=self.lifecycle,
-            batches=self.learner.batches,
-            evaluations=self._evaluations,
-            diagnoses=self.diagnoses,
-            warnings=self.warnings,
-            reporter=self.reporter,
-            state=state.ending,
-        )
-        self._peers = PeerHandler(
-            config,
-            membership=self.membership,
-            lifecycle=self.lifecycle,
-            ending=self._ending,
-            warnings=self.warnings,
-            feed_port=feed_port,
-        )
+        self.reporter = StatusReporter(parts, self.validator)
+        self._ending = Ending(parts, self.reporter, state.shutdown)
+        self._peers = PeerHandler(parts, self._ending, feed_port)
 
     # --- inputs ----------------------------------------------------------------------------
 
@@ -193,7 +140,7 @@ class BufferService:
         return results
 
     def _check(self, peer: str, message: m.Message, key: str) -> Checked:
-        newest_version = self.learner.newest_version
+        newest_version = self._learner.newest_version
         return self.validator.check(peer, message, newest_version=newest_version, key=key)
 
     def _apply(self, effects: Effects, now_s: float, results: Results) -> None:
@@ -272,7 +219,7 @@ class BufferService:
         for state in self.membership.present():
             self._lose(Loss(state=state, reason="the run was restarted"), results)
         self.membership.begin_attempt()
-        self.learner.begin_attempt()
+        self._learner.begin_attempt()
         self._ending.begin_attempt()
         self.state.target_reached = False
         text = f"restarted (attempt {attempt}) at version {self.policy_version}"
@@ -346,7 +293,7 @@ class BufferService:
         due = not message.error and self._evaluations.due(message.policy_version)
         if due and not evaluated and not self._ending.is_requested:
             self._evaluations.start(message.policy_version)
-        return self.learner.published(message)
+        return self._learner.published(message)
 
     def _on_stop_asked(self, peer: str, asked: m.StopAsked, now_s: float) -> Effects:
         self._ending.ask_stop()
@@ -368,7 +315,7 @@ class BufferService:
             self._grant(now_s, results)
         if self.state.evaluated_version is not None:
             evaluating = self._evaluations.target_version is not None
-            batch = self.learner.poll_batch(now_s, evaluating=evaluating)
+            batch = self._learner.poll_batch(now_s, evaluating=evaluating)
             self._send_learner(batch, results)
 
     def _advance_ending(self, now_s: float, results: Results) -> None:

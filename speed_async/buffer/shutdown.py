@@ -25,6 +25,8 @@ class ShutdownStep(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class ShutdownState:
+    stop_asked: bool = False
+    """The user asked to stop; `finish` follows."""
     finish: FinishRun | None = None
     """The learner's request; None before it."""
     draining: bool = False
@@ -49,7 +51,8 @@ class Shutdown:
         self._state.finish, self._state.since_s = finish, now_s
 
     def cancel(self) -> None:
-        self._state.finish, self._state.draining = None, False
+        state = self._state
+        state.stop_asked, state.finish, state.draining = False, None, False
 
     def next_step(
         self,

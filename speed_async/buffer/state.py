@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from speed_async.buffer.batches import BatchesState
 from speed_async.buffer.curriculum.curriculum import CurriculumState, new_curriculum_state
-from speed_async.buffer.ending import EndingState
 from speed_async.buffer.evaluations import EvaluationPlan, EvaluationState
-from speed_async.buffer.learner_handler import LearnerState
 from speed_async.buffer.lifecycle import LifecycleState
 from speed_async.buffer.membership import MembershipState
 from speed_async.buffer.reporting.diagnoses import DiagnosesState
@@ -14,6 +13,8 @@ from speed_async.buffer.reporting.statistics import RunStatistics
 from speed_async.buffer.reporting.warnings import WarningsState
 from speed_async.buffer.reporting.weight_times import WeightTimes
 from speed_async.buffer.sessions import SessionsState
+from speed_async.buffer.shutdown import ShutdownState
+from speed_async.buffer.weight_group import WeightGroupState
 from speed_async.config.schema import Config
 
 
@@ -32,9 +33,10 @@ class ServiceState:
     curriculum: CurriculumState
     diagnoses: DiagnosesState
     statistics: RunStatistics
-    ending: EndingState = field(default_factory=EndingState)
+    shutdown: ShutdownState = field(default_factory=ShutdownState)
     evaluations: EvaluationState = field(default_factory=EvaluationState)
-    learner: LearnerState = field(default_factory=LearnerState)
+    batches: BatchesState = field(default_factory=BatchesState)
+    weight_group: WeightGroupState = field(default_factory=WeightGroupState)
     lifecycle: LifecycleState = field(default_factory=LifecycleState)
     membership: MembershipState = field(default_factory=MembershipState)
     warnings: WarningsState = field(default_factory=WarningsState)

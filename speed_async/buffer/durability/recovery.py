@@ -2,22 +2,79 @@
 
 Loads the snapshot of the newest segment whose beginning is intact, and replays the records after
 it. Bytes that fail their checksum are damaged: they are cut off and reported, never interpreted. An
-intact journal that does not match is refused, and stays on disk unchanged.
+intact journal that does not match is refused, and stays on disk unchanged. The first record of a
+segment tells the release, the data and the model that it was written with.
 """
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 
-from speed_async.buffer.durability.journal import Journal, Record, cut, read_segment, segments
-from speed_async.buffer.durability.opened import UNCHANGED, check_format, check_opened, opened_text
-from speed_async.buffer.durability.snapshot import capture, restore
+from speed_async.buffer.durability.journal import (
+    Journal,
+    Record,
+    cut,
+    format_of,
+    read_segment,
+    segments,
+)
+from speed_async.buffer.durability.snapshot import SNAPSHOT_VERSION, capture, restore
 from speed_async.buffer.service import BufferService
 from speed_async.buffer.state import MachineState, ServiceState
 from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.load import parse_config
 from speed_async.config.schema import Config
 from speed_async.errors import JournalRefused, SpeedAsyncError
+from speed_async.transport.messages import PROTOCOL_VERSION
+
+UNCHANGED = "Nothing in it was changed"
+
+
+def opened_text(*, data: str, model: str) -> str:
+    """Text of the record. `data` and `model` are fingerprints."""
+    versions = {"protocol": PROTOCOL_VERSION, "snapshot": SNAPSHOT_VERSION}
+    return json.dumps(versions | {"data": data, "model": model})
+
+
+def check_opened(folder: Path, record: Record, *, data: str, model: str) -> None:
+    """Raises JournalRefused when the segment that begins with this record does not match."""
+    fields = json.loads(record.text)
+    for name, current in (("protocol", PROTOCOL_VERSION), ("snapshot", SNAPSHOT_VERSION)):
+        if (version := fields.get(name)) != current:
+            raise _of_another_release(folder, f"{name} version {version}", str(current))
+    for name, current in (("data", data), ("model", model)):
+        if (recorded := fields.get(name)) != current:
+            raise JournalRefused(
+                f"the journal in '{folder}' was written with another {name} (fingerprint "
+                f"{recorded}, now {current}). {UNCHANGED}: restore that {name}, or start a new run"
+            )
+
+
+def check_format(folder: Path, segment: int) -> None:
+    """Raises JournalRefused for a segment in the format of another release."""
+    found, expected = format_of(folder, segment)
+    if found != expected:
+        raise _of_another_release(folder, f"format {found}", expected)
+
+
+def check_segments(folder: Path, *, data: str, model: str) -> None:
+    """Raises JournalRefused when the newest segment with a readable first record does not match.
+    Changes nothing, and reads only first records."""
+    for number in reversed(segments(folder)):
+        check_format(folder, number)
+        _, first = next(read_segment(folder, number), (None, None))
+        if first is not None and first.kind == "opened":
+            check_opened(folder, first, data=data, model=model)
+            return
+
+
+def _of_another_release(folder: Path, found: str, expected: str) -> JournalRefused:
+    return JournalRefused(
+        f"the journal in '{folder}' was written by another release (it has {found}, this release "
+        f"{expected}). {UNCHANGED}: resume with the release that wrote it, or start a new run from "
+        "a checkpoint"
+    )
+
 
 Build = Callable[[Config, ServiceState | None], BufferService]
 """Builds the service from its configuration and its state; None for that of a new run."""

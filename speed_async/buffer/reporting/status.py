@@ -2,16 +2,12 @@
 
 from collections.abc import Sequence
 
-from speed_async.buffer.evaluations import Accuracy, EvaluationPlan
+from speed_async.buffer.components import Components
+from speed_async.buffer.evaluations import Accuracy
 from speed_async.buffer.ledger import ENGINE_TIMES
-from speed_async.buffer.lifecycle import Lifecycle
-from speed_async.buffer.membership import ActorState, Membership
-from speed_async.buffer.reporting.diagnoses import Diagnoses, gate_remedy, shortened
-from speed_async.buffer.reporting.statistics import RunStatistics
-from speed_async.buffer.reporting.warnings import Warnings
-from speed_async.buffer.reporting.weight_times import WeightTimes
+from speed_async.buffer.membership import ActorState
+from speed_async.buffer.reporting.diagnoses import gate_remedy, shortened
 from speed_async.buffer.validation import MessageValidator
-from speed_async.config.schema import Config
 from speed_async.observability.metrics import Event, Value
 from speed_async.transport.messages import Sample
 from speed_async.types import GroupEnd
@@ -20,27 +16,15 @@ from speed_async.types import GroupEnd
 class StatusReporter:
     """Reads the components of the service; changes none and has no state."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        membership: Membership,
-        lifecycle: Lifecycle,
-        evaluations: EvaluationPlan,
-        statistics: RunStatistics,
-        diagnoses: Diagnoses,
-        warnings: Warnings,
-        weight_times: WeightTimes,
-        validator: MessageValidator,
-    ) -> None:
-        self._config = config
-        self._membership = membership
-        self._lifecycle = lifecycle
-        self._evaluations = evaluations
-        self._statistics = statistics
-        self._diagnoses = diagnoses
-        self._warnings = warnings
-        self._weight_times = weight_times
+    def __init__(self, components: Components, validator: MessageValidator) -> None:
+        self._config = components.config
+        self._membership = components.membership
+        self._lifecycle = components.lifecycle
+        self._evaluations = components.evaluations
+        self._statistics = components.statistics
+        self._diagnoses = components.diagnoses
+        self._warnings = components.warnings
+        self._weight_times = components.weight_times
         self._validator = validator
 
     def values(self, now_s: float, *, phase: str, loop_lag_s: float | None) -> dict[str, Value]:

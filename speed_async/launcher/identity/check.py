@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from speed_async.buffer.durability.opened import check_segments
+from speed_async.buffer.durability.recovery import check_segments
 from speed_async.config.resumed import fixed_settings
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, DataError, IdentityError, TaskError

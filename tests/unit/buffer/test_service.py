@@ -349,7 +349,7 @@ def test_undelivered_weights_are_offered_again_in_a_new_epoch(
         policy_version=1, store_host="h", store_port=1, backend="gloo", deadline_s=1.0
     )
     harness.send("learner", publish)
-    epoch = harness.service.state.learner.weight_group.epoch
+    epoch = harness.service.state.weight_group.epoch
 
     def failed(epoch: int) -> m.WeightsApplied:
         return m.WeightsApplied(
@@ -363,11 +363,11 @@ def test_undelivered_weights_are_offered_again_in_a_new_epoch(
 
     assert kinds(harness.send("actor-1.0", failed(epoch))) == ["MembershipChanged"]
     harness.send("learner", publish)
-    assert harness.service.state.learner.weight_group.epoch == epoch + 1
+    assert harness.service.state.weight_group.epoch == epoch + 1
     # A late message about the old group does not affect the new one.
     assert kinds(harness.send("actor-1.0", failed(epoch))) == []
     harness.send("learner", publish)
-    assert harness.service.state.learner.weight_group.epoch == epoch + 1
+    assert harness.service.state.weight_group.epoch == epoch + 1
 
 
 def test_actor_with_unusable_weights_is_lost_immediately_with_a_warning(
@@ -382,7 +382,7 @@ def test_actor_with_unusable_weights_is_lost_immediately_with_a_warning(
     harness.events.clear()
     refused = m.WeightsApplied(
         policy_version=-1,
-        epoch=harness.service.state.learner.weight_group.epoch,
+        epoch=harness.service.state.weight_group.epoch,
         pause_s=0,
         transfer_s=0,
         error="policy version 1 is refused, its canary failed",

@@ -86,7 +86,7 @@ def not_applied(harness: ServiceHarness, actor: str, epoch: int) -> list[str]:
 def test_late_joiner_gets_a_separate_broadcast_before_its_first_lease(
     harness: ServiceHarness,
 ) -> None:
-    before = harness.service.state.learner.weight_group.epoch
+    before = harness.service.state.weight_group.epoch
     replies = harness.hello("actor-3.0", 3)
     assert kinds(replies) == ["MembershipChanged", "Welcome"]
     assert kinds(harness.send("actor-3.0", m.WantWork(num_prompts=2, counts=ActorCounts()))) == []
@@ -125,7 +125,7 @@ def test_joiner_gets_no_lease_even_if_version_0_is_fresh(
 def test_broadcast_without_members_keeps_the_epoch(
     harness: ServiceHarness,
 ) -> None:
-    before = harness.service.state.learner.weight_group.epoch
+    before = harness.service.state.weight_group.epoch
     offers, members = publish(harness, 5)
     assert (offers, members.actor_names, members.world_size) == ({}, [], 1)
     published(harness, 5)

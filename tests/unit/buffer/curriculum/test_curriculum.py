@@ -218,7 +218,7 @@ def test_the_service_reports_every_end_and_every_version_to_the_curriculum(tmp_p
         fingerprint="f",
         started_s=0.0,
     )
-    curriculum, lifecycle = service.curriculum, service.lifecycle
+    curriculum, lifecycle = service.components.curriculum, service.lifecycle
     assert isinstance(curriculum, PosteriorCurriculum)
     leases = lifecycle.grant("a", LeaseKind.TRAINING, 4)
     assert leases is not None

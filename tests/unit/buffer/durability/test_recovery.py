@@ -281,7 +281,7 @@ def test_a_journal_of_another_protocol_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, before = crashed_run(tmp_path)
-    monkeypatch.setattr("speed_async.buffer.durability.opened.PROTOCOL_VERSION", 99)
+    monkeypatch.setattr("speed_async.buffer.durability.recovery.PROTOCOL_VERSION", 99)
     assert_refused(run, before, "was written by another release (it has protocol version")
 
 
@@ -349,7 +349,7 @@ def test_a_torn_tail_is_cut_only_after_the_rest_was_replayed(
     before[newest] = before[newest].rstrip(b"\0")[:-3]
     (run.folder / newest).write_bytes(before[newest])
     with monkeypatch.context() as patch:
-        patch.setattr("speed_async.buffer.durability.opened.PROTOCOL_VERSION", 99)
+        patch.setattr("speed_async.buffer.durability.recovery.PROTOCOL_VERSION", 99)
         assert_refused(run, before, "another release")
     _, [note] = open_machine(run.folder, run.config, run.build, attempt=1)
     assert "tail was damaged" in note
