@@ -63,7 +63,7 @@ class Batches:
             return credits_left
         if self._state.request is None:
             return 0
-        missing = self._state.request.num_groups - len(self._lifecycle.buffer)
+        missing = self._state.request.num_groups - len(self._lifecycle.groups.buffer)
         if not self._state.round_left and missing > 0 and not self._lifecycle.leases.num_charged:
             self._state.round_left = self._round_size(missing)
         return min(self._state.round_left, credits_left)
@@ -84,7 +84,7 @@ class Batches:
             return None
         if not self._config.run.overlap and (evaluating or self._lifecycle.leases.num_charged):
             return None
-        groups = self._lifecycle.take(self._state.request.num_groups)
+        groups = self._lifecycle.groups.take(self._state.request.num_groups)
         if groups is None:
             return None
         take = self._state.request

@@ -53,19 +53,22 @@ class Ending:
         self._shutdown.request(finish, now_s)
         self._batches.cancel()
 
-    def phase(self, *, evaluated: bool) -> str:
-        """The phase of the run; `evaluated`: the first evaluation is complete."""
+    @property
+    def phase(self) -> str:
+        """The phase of the run."""
         if self.is_draining:
             return "draining"
         if self._state.stop_asked:
             return "stopping"
         if not self._membership.present():
             return "starting"
+        evaluated = self._evaluations.evaluated_version is not None
         return "evaluating" if self.is_requested or not evaluated else "training"
 
-    def next(self, now_s: float, *, attempt: int, evaluated_version: int | None) -> Effects | None:
+    def next(self, now_s: float, *, attempt: int) -> Effects | None:
         """The next step of a requested end; None while it waits."""
         present = self._membership.present()
+        evaluated_version = self._evaluations.evaluated_version
         step = self._shutdown.next_step(
             now_s,
             evaluating_version=self._evaluations.target_version,
@@ -131,4 +134,4 @@ class Ending:
 
     def _diagnose(self, now_s: float) -> None:
         waited_s = self._batches.waited_s(now_s)
-        self._diagnoses.evaluate(now_s, self._lifecycle.policy_version, waited_s=waited_s)
+        self._diagnoses.look(now_s, self._lifecycle.groups.policy_version, waited_s=waited_s)

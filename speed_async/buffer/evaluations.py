@@ -33,6 +33,8 @@ class EvaluationState:
     num_open: int = 0
     results: list[Accuracy] = field(default_factory=list)
     """One for each finished prompt."""
+    evaluated_version: int | None = None
+    """The last evaluated version; None before the first evaluation is complete."""
 
 
 class EvaluationPlan:
@@ -50,6 +52,11 @@ class EvaluationPlan:
         return self._state.target
 
     @property
+    def evaluated_version(self) -> int | None:
+        """The last evaluated version; None before the first evaluation is complete."""
+        return self._state.evaluated_version
+
+    @property
     def progress(self) -> tuple[int, int] | None:
         """Finished and total prompts of the running evaluation."""
         if self._state.target is None:
@@ -57,7 +64,11 @@ class EvaluationPlan:
         return self._num_prompts - self._state.num_open, self._num_prompts
 
     def due(self, policy_version: int) -> bool:
-        return self._state.target is None and self._every > 0 and policy_version % self._every == 0
+        """Whether to evaluate this version, which was published. It may be published again."""
+        state = self._state
+        if state.target is not None or policy_version == state.evaluated_version:
+            return False
+        return self._every > 0 and policy_version % self._every == 0
 
     def start(self, policy_version: int) -> None:
         """Start an evaluation. The previous one must be complete, so that results do not mix."""
@@ -107,7 +118,7 @@ class EvaluationPlan:
                 _known(each.newest_version for each in self._state.results), default=None
             ),
         )
-        self._state.target = None
+        self._state.evaluated_version, self._state.target = self._state.target, None
         return accuracy
 
 

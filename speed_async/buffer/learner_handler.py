@@ -31,6 +31,7 @@ class LearnerHandler:
             m.Resumed: self._on_resumed,
             m.TakeBatch: self._on_take,
             m.Trained: self._on_trained,
+            m.CheckpointSaved: self._on_saved,
             m.PublishWeights: self._on_publish,
             m.WeightsApplied: self._on_applied,
         }
@@ -40,7 +41,7 @@ class LearnerHandler:
         """All processes were restarted: no request is open, and the next broadcast opens a new
         epoch."""
         self._batches.cancel()
-        self._lifecycle.return_untrained()
+        self._lifecycle.groups.return_untrained()
         self._weight_group.reset()
 
     def poll_batch(self, now_s: float, *, evaluating: bool) -> list[m.Message]:
@@ -64,20 +65,15 @@ class LearnerHandler:
             ]
         )
 
-    @property
-    def newest_version(self) -> int:
-        """Newest version that was trained or of which a broadcast has started."""
-        return max(self._lifecycle.policy_version, self._weight_group.newest_version)
-
     # --- messages of the learner -------------------------------------------------------------
 
     def _on_resumed(self, peer: str, resumed: m.Resumed, now_s: float) -> Effects | None:
         """The learner resumed from a checkpoint. It repeats the batches after it from the journal.
         If the journal does not hold them, the service also resumes from that checkpoint; a resume
         from version 0 then fails."""
-        version, journal_version = resumed.policy_version, self._lifecycle.policy_version
+        version, journal_version = resumed.policy_version, self._lifecycle.groups.policy_version
         notice = f"{resumed.notice}; " if resumed.notice else ""
-        if self._lifecycle.lineage.can_replay(version, journal_version):
+        if self._lifecycle.groups.lineage.can_replay(version, journal_version):
             warning = f"{notice}resumed from version {version}"
             if version < journal_version:
                 warning += f"; updates to {journal_version} are repeated from the journal"
@@ -100,11 +96,11 @@ class LearnerHandler:
         return Effects(messages=[(peer, m.Welcome(policy_version=version))])
 
     def _on_take(self, peer: str, take: m.TakeBatch, now_s: float) -> Effects | None:
-        newest = self._lifecycle.policy_version
+        newest = self._lifecycle.groups.policy_version
         if take.policy_version >= newest:
             self._batches.request(take, now_s)
             return None
-        if batch := self._lifecycle.lineage.after(take.policy_version):
+        if batch := self._lifecycle.groups.lineage.after(take.policy_version):
             return Effects(to_learner=_batch_messages(take.policy_version, batch.groups))
         reason = f"version {take.policy_version} is outdated: the service is at version {newest}"
         return Effects(messages=[(peer, m.Rejected(reason=reason))])
@@ -113,8 +109,8 @@ class LearnerHandler:
         """Only a new update is an event, not one that is repeated after a resume."""
         if message.notice:
             self._warnings.open("learner", message.notice, transient=True)
-        if not self._lifecycle.is_training(message.lease_ids):
-            self._lifecycle.lineage.record_repeat(message)
+        if not self._lifecycle.groups.is_training(message.lease_ids):
+            self._lifecycle.groups.lineage.record_repeat(message)
             return None
         self._lifecycle.trained(message)
         self._updates.add(message)
@@ -129,6 +125,10 @@ class LearnerHandler:
         )
         self._weight_times.stepped(message.policy_version, self._membership.present())
         return Effects(events=[("step", dict(metrics))])
+
+    def _on_saved(self, peer: str, saved: m.CheckpointSaved, now_s: float) -> Effects:
+        self._lifecycle.groups.lineage.prune(saved.oldest_kept_version)
+        return Effects(snapshot_due=True)
 
     # --- weights -----------------------------------------------------------------------------
 

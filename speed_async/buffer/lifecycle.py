@@ -1,6 +1,6 @@
 """The lifecycle of every group, from its lease to its single end.
 
-Owns the curriculum, the leases, the priority buffer and the ledger. Each transition of a group
+Owns the curriculum, the leases, the finished groups and the ledger. Each transition of a group
 updates all four here, so they stay consistent.
 """
 
@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 
 from speed_async.buffer.curriculum.curriculum import Curriculum
 from speed_async.buffer.evaluations import Accuracy, EvaluationPlan
+from speed_async.buffer.groups import FinishedGroups, GroupsState
 from speed_async.buffer.leases import Credit, CreditState, LeasesState, LeaseTable, OpenLease
 from speed_async.buffer.ledger import Ledger
-from speed_async.buffer.lineage import Lineage
-from speed_async.buffer.priority import BufferedGroup, BufferState, PriorityBuffer
 from speed_async.buffer.reporting.statistics import RunStatistics
 from speed_async.buffer.reporting.unusable import UnusablePrompts
 from speed_async.config.schema import Config
@@ -22,16 +21,11 @@ from speed_async.types import GroupEnd, LeaseKind
 
 @dataclass(kw_only=True, slots=True)
 class LifecycleState:
-    policy_version: int = 0
-    """Newest trained version."""
-    in_training: dict[int, BufferedGroup] = field(default_factory=dict)
-    """Groups that the learner holds, by lease."""
+    groups: GroupsState = field(default_factory=GroupsState)
     ledger: Ledger = field(default_factory=Ledger)
     leases: LeasesState = field(default_factory=LeasesState)
-    buffer: BufferState = field(default_factory=BufferState)
     credit: CreditState = field(default_factory=CreditState)
     unusable: UnusablePrompts = field(default_factory=UnusablePrompts)
-    lineage: Lineage = field(default_factory=Lineage)
 
 
 class Lifecycle:
@@ -46,36 +40,19 @@ class Lifecycle:
     ) -> None:
         self.ledger = state.ledger
         self.leases = LeaseTable(state.leases)
-        self.buffer = PriorityBuffer(
-            capacity_groups=config.buffer.capacity_groups,
-            capacity_bytes=config.buffer.capacity_bytes,
-            freshness_decay=config.buffer.freshness_decay,
-            max_passed_over=config.buffer.max_passed_over,
-            signal_weight=config.buffer.signal_weight,
-            state=state.buffer,
-        )
+        self.groups = FinishedGroups(config, self.ledger, statistics, state.groups)
         self.credit = Credit(
             config,
             leases=self.leases,
             ledger=self.ledger,
-            buffer=self.buffer,
+            buffer=self.groups.buffer,
             statistics=statistics,
             state=state.credit,
         )
         self.unusable = state.unusable
-        self.in_training = state.in_training
-        """Groups that the learner holds, by lease."""
-        self.lineage = state.lineage
-        self._state = state
-        self._config = config
         self._curriculum = curriculum
         self._evaluations = evaluations
         self._statistics = statistics
-
-    @property
-    def policy_version(self) -> int:
-        """Newest trained version."""
-        return self._state.policy_version
 
     @property
     def is_exhausted(self) -> bool:
@@ -87,7 +64,7 @@ class Lifecycle:
     @property
     def credits_left(self) -> int:
         """Number of additional training leases that may be granted."""
-        return self.credit.left(len(self.in_training))
+        return self.credit.left(len(self.groups.in_training))
 
     def grant(
         self, holder: str, kind: LeaseKind, max_leases: int, now_s: float = 0.0
@@ -143,25 +120,7 @@ class Lifecycle:
         self._curriculum.record(prompt_id, stats.num_passed, stats.num_completions)
         num_bytes = 12 * num_tokens + 4 * len(message.prompt_token_ids)
         self.credit.record_group_size(num_bytes)
-        capacity = self._config.buffer.capacity_bytes
-        spilled = place is not None and self._config.buffer.spill
-        spilled = spilled and self.buffer.num_bytes + num_bytes > capacity
-        buffered = BufferedGroup(
-            message=None if spilled else message,
-            lease_id=message.lease_id,
-            place=place,
-            pass_rate=stats.pass_rate,
-            oldest_version=stats.oldest_version,
-            mean_version=stats.mean_version,
-            num_tokens=num_tokens,
-            num_bytes=0 if spilled else num_bytes,
-        )
-        if buffered.oldest_version < self._oldest_allowed:
-            self.ledger.ends[GroupEnd.STALE].add(num_tokens)
-            return
-        self.ledger.buffered.add(num_tokens)
-        for evicted in self.buffer.insert(buffered):
-            self._leave_buffer(evicted, GroupEnd.EVICTED)
+        self.groups.add(message, stats, place, num_bytes)
 
     def screened_out(self, holder: str, message: m.ScreenedOut) -> None:
         entry = self._end_lease(holder, message.lease_id, message.num_tokens)
@@ -246,81 +205,17 @@ class Lifecycle:
 
     # --- training --------------------------------------------------------------------------
 
-    def take(self, num_groups: int) -> list[BufferedGroup] | None:
-        """Take a full batch from the buffer. Returns None if it holds too few groups."""
-        if len(self.buffer) < num_groups:
-            return None
-        taken = self.buffer.take(num_groups)
-        for group in taken:
-            self.ledger.buffered.add(-group.num_tokens, -1)
-            self.ledger.taken.add(group.num_tokens)
-            self.in_training[group.lease_id] = group
-        self._statistics.batch_taken(taken, self.policy_version)
-        return taken
-
-    def is_training(self, lease_ids: list[int]) -> bool:
-        """Whether the learner holds all these groups and has not trained them yet."""
-        return all(lease_id in self.in_training for lease_id in lease_ids)
-
     def trained(self, message: m.Trained) -> None:
         """An update is complete: its groups end, and stale groups leave the buffer."""
-        groups = [self.in_training.pop(lease_id) for lease_id in message.lease_ids]
-        for group in groups:
-            self.ledger.taken.add(-group.num_tokens, -1)
-            if message.skipped:
-                self.ledger.failed("non-finite update", group.num_tokens)
-            else:
-                self.ledger.ends[GroupEnd.TRAINED].add(group.num_tokens)
-        self.lineage.trained(message, groups)
-        learner = self.ledger.learner_trained
-        learner.groups, learner.tokens = message.groups_trained, message.tokens_trained
-        self._state.policy_version = message.policy_version
+        self.groups.trained(message)
         self._curriculum.advance(message.policy_version)
-        self._drop_stale()
-
-    # --- new attempt of the run --------------------------------------------------------------
-
-    def return_untrained(self) -> None:
-        """Return the groups in training to the buffer: the learner failed before their update, so
-        no checkpoint includes them."""
-        for group in self.in_training.values():
-            self.ledger.taken.add(-group.num_tokens, -1)
-            self.ledger.buffered.add(group.num_tokens)
-            for evicted in self.buffer.insert(group):
-                self._leave_buffer(evicted, GroupEnd.EVICTED)
-        self.in_training.clear()
 
     def resume_from(self, resumed: m.Resumed) -> None:
         """Continue from the learner's checkpoint after the journal lost its tail or the batches
         after that checkpoint. The ledger adopts the learner's counts."""
-        known = set(resumed.recent_lease_ids)
-        for group in self.buffer.remove_where(lambda group: group.lease_id in known):
-            self._leave_buffer(group, GroupEnd.TRAINED)
         if resumed.recent_lease_ids:
-            self.leases.skip_past(max(known))
-        version = resumed.policy_version
-        for group in self.buffer.remove_where(lambda group: group.mean_version > version):
-            self._leave_buffer(group, GroupEnd.STALE)
-        self.ledger.reconcile_with_learner(resumed.groups_trained, resumed.tokens_trained)
-        self.lineage.clear()
-        self._state.policy_version = resumed.policy_version
-        self._drop_stale()
-
-    def _drop_stale(self) -> None:
-        for group in self.buffer.drop_older_than(self._oldest_allowed):
-            self._leave_buffer(group, GroupEnd.STALE)
-
-    @property
-    def needed_segments(self) -> set[int]:
-        """Journal segments that hold a group that may still be read."""
-        groups = [group for group, _ in self.buffer.waiting()]
-        groups += self.in_training.values()
-        groups += self.lineage.groups
-        return {group.place[0] for group in groups if group.place is not None}
-
-    @property
-    def _oldest_allowed(self) -> int:
-        return self.policy_version - self._config.buffer.max_staleness
+            self.leases.skip_past(max(resumed.recent_lease_ids))
+        self.groups.resume_from(resumed)
 
     # --- ends ------------------------------------------------------------------------------
 
@@ -330,10 +225,6 @@ class Lifecycle:
             return None
         self.ledger.reported(holder, num_tokens)
         return self.leases.end(lease_id)
-
-    def _leave_buffer(self, group: BufferedGroup, end: GroupEnd) -> None:
-        self.ledger.buffered.add(-group.num_tokens, -1)
-        self.ledger.ends[end].add(group.num_tokens)
 
     def _count_without_result(self, entry: OpenLease, reason: str, num_tokens: int) -> None:
         training, is_drained = entry.lease.kind is LeaseKind.TRAINING, reason == m.DRAINED

@@ -8,26 +8,53 @@ answers    Join with JoinAccepted, Hello with Welcome
 from speed_async.buffer.components import Components
 from speed_async.buffer.effects import Effects, Loss, restart_warning
 from speed_async.buffer.ending import Ending
+from speed_async.buffer.validation import MessageValidator
 from speed_async.transport import messages as m
-from speed_async.transport.joining import JoinAccepted
+from speed_async.transport.joining import Join, JoinAccepted
 
 
 class PeerHandler:
-    def __init__(self, components: Components, ending: Ending, feed_port: int) -> None:
+    def __init__(
+        self,
+        components: Components,
+        ending: Ending,
+        validator: MessageValidator,
+        feed_port: int,
+    ) -> None:
         self._config = components.config
         self._membership = components.membership
         self._lifecycle = components.lifecycle
         self._warnings = components.warnings
         self._ending = ending
+        self._validator = validator
         self._feed_port = feed_port
+
+    def reply_without_record(
+        self, peer: str, message: m.Message, key: str, attempt: int
+    ) -> m.Message | None:
+        """The reply to a message that changes no state and needs no journal record; None for other
+        messages. These are refused messages of unknown peers, repeated joins, and joins of the
+        supervisors of ranks."""
+        if isinstance(message, Join) and not self._ending.is_requested:
+            index = self._membership.index_of(peer)
+            if index is not None:
+                return self._accepted(index)
+        if self._validator.is_member(peer):
+            return None
+        checked = self._validator.check(peer, message, key)
+        if checked.refusal:
+            return self._validator.refuse(peer, checked.refusal)
+        if isinstance(message, Join) and message.has_rank:
+            return self._accepted(message.rank, attempt)
+        return None
 
     def on_join(self, peer: str, now_s: float, key: str) -> Effects:
         if self._ending.is_requested:
             return Effects(messages=[(peer, m.Rejected(reason="this run is ending"))])
-        accepted = self.accepted(self._membership.admit(peer, key, now_s))
+        accepted = self._accepted(self._membership.admit(peer, key, now_s))
         return Effects(messages=[(peer, accepted)])
 
-    def accepted(self, index: int, attempt: int = 0) -> JoinAccepted:
+    def _accepted(self, index: int, attempt: int = 0) -> JoinAccepted:
         """The reply to a join. `attempt` is that of the run for a rank, and 0 otherwise."""
         return JoinAccepted(
             index=index,
@@ -37,7 +64,7 @@ class PeerHandler:
         )
 
     def on_hello(self, peer: str, hello: m.Hello, now_s: float, key: str) -> Effects:
-        version = self._lifecycle.policy_version
+        version = self._lifecycle.groups.policy_version
         messages: list[tuple[str, m.Message]] = []
         lost: list[Loss] = []
         if hello.role == "learner":

@@ -15,12 +15,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from speed_async.buffer.durability.encoding import StoredGroup
-from speed_async.buffer.durability.journal import Place
 from speed_async.buffer.durability.segments import Segments
+from speed_async.buffer.sender import Sender
 from speed_async.buffer.sessions import Sealed
 from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.resumed import CONFIG_FILE
@@ -28,12 +27,9 @@ from speed_async.errors import DeadlineExceeded, JournalError
 from speed_async.observability.metrics import Event
 from speed_async.observability.sinks import Sink
 from speed_async.transport import messages as m
-from speed_async.transport.codec import decode
 from speed_async.transport.feed import FeedPublisher
-from speed_async.transport.transport import Delivery, Hub, PeerName
+from speed_async.transport.transport import Hub, PeerName
 
-KEPT_KINDS = ("step", "evaluation", "sample", "end")
-"""Event kinds that the sinks store. Status events go to the metrics feed only."""
 BATCH_MESSAGES = 64
 BATCH_BYTES = 4 * 1024 * 1024
 """Bounds of an input batch: its messages share one journal write before their effects are sent."""
@@ -44,8 +40,7 @@ INLINE_BYTES = 256 * 1024
 WRITE_POLL_S = 0.001
 """Timeout of each receive while a write is in progress."""
 FULL_RETRY_S = 0.005
-"""Retry interval for a full peer queue during FULL_RETRY_LIMIT_S; then only each step retries."""
-FULL_RETRY_LIMIT_S = 1.0
+"""Retry interval while the queue of a peer is full."""
 DISK_RETRY_S = 0.5
 FINAL_ACK_TIMEOUT_S = 2.0
 
@@ -104,14 +99,13 @@ class _Server:
         self._machine = machine
         self._hub = hub
         self._feed = feed
-        self._sinks = sinks
+        self._sender = Sender(machine, hub, feed, sinks, self._now)
         self._clock = clock
         self._config = machine.service.config
         # After a restart, the machine's time continues at its last input.
         self._clock_offset_s = clock() - machine.last_s if machine.last_s else 0.0
         self._interval_s = self._config.observe.status_interval_s
         self._next_tick_s = self._now() + self._interval_s
-        self._unsent: dict[str, float] = {}  # peers with unsent messages, and since when
         self._senders: set[str] = set()
         self._batches: deque[_InputBatch] = deque()  # processed; effects not published
         self._segments = segments
@@ -132,7 +126,7 @@ class _Server:
             self._check_folder()
             self._next_tick_s = self._now() + self._interval_s
             for peer, ping in self._machine.sessions.due_pings(now_s):
-                self._offer(peer, ping)
+                self._sender.offer(peer, ping)
         batch, journal = self._collect_batch(), self._machine.journal
         if journal is not None and (
             self._batches or batch.syncs or journal.pending_bytes > INLINE_BYTES
@@ -166,9 +160,9 @@ class _Server:
         batch = self._batches[0]
         await self._wait_written(batch)
         self._batches.popleft()
-        self._send_effects(batch.sealed, batch.senders)
+        self._sender.send_effects(batch.sealed, batch.senders)
         self._block_refused()
-        await self._publish(batch.events)
+        await self._sender.publish(batch.events)
 
     async def _finish_batches(self) -> None:
         while self._batches:
@@ -185,14 +179,14 @@ class _Server:
         await self._finish_batches()
         peers = [*service.membership.actors, service.membership.learner or ""]
         while any(map(sessions.num_unacked, peers)) and (left_s := ends_s - self._now()) > 0:
-            self._send_effects(sessions.seal(), set())
+            self._sender.send_effects(sessions.seal(), set())
             try:
                 peer, message = await self._hub.receive(min(left_s, 0.1))
             except DeadlineExceeded:
                 continue
             if sessions.admit(peer, message, self._now()):
                 sessions.record_ack(peer, message)
-        self._send_effects(sessions.seal(), set())
+        self._sender.send_effects(sessions.seal(), set())
 
     # --- input ---------------------------------------------------------------------------------
 
@@ -224,7 +218,7 @@ class _Server:
     def _max_wait_s(self) -> float:
         now_s = self._now()
         wait_s = max(0.0, self._next_tick_s - now_s)
-        if any(now_s - since_s < FULL_RETRY_LIMIT_S for since_s in self._unsent.values()):
+        if self._sender.retries_soon:
             return min(wait_s, FULL_RETRY_S)
         return wait_s
 
@@ -289,78 +283,3 @@ class _Server:
                 "checkpoints"
             )
             self._machine.service.warnings.open("folder", text)
-
-    # --- output --------------------------------------------------------------------------------
-
-    def _send_effects(self, sealed: Sealed, senders: set[str]) -> None:
-        """Send the sealed messages as far as the queues have space, and acknowledge `senders`."""
-        sessions = self._machine.sessions
-        sessions.release(sealed)
-        for peer, reply in sealed.replies:
-            self._hub.offer(peer, reply)
-        for peer in sealed.unsent:
-            self._unsent.setdefault(peer, self._now())
-        for peer in filter(sessions.has_unsent, senders):  # it may have been disconnected
-            self._unsent.setdefault(peer, self._now())
-        for peer in list(self._unsent):
-            self._send_to(peer)
-        for peer, ack in sessions.due_acks(senders):
-            self._hub.offer(peer, ack)
-
-    def _send_to(self, peer: str) -> None:
-        sessions = self._machine.sessions
-        while (message := sessions.next_unsent(peer)) is not None:
-            delivery = self._offer(peer, self._load_group(message))
-            if delivery is not Delivery.QUEUED:
-                if delivery is Delivery.GONE:
-                    del self._unsent[peer]
-                return
-            sessions.mark_queued(peer)
-            self._unsent[peer] = self._now()
-        self._unsent.pop(peer, None)
-
-    def _offer(self, peer: str, message: m.Message) -> Delivery:
-        delivery = self._hub.offer(peer, message)
-        if delivery is Delivery.GONE:
-            self._machine.gone(peer, self._now())
-        return delivery
-
-    def _load_group(self, message: m.Message) -> m.Message:
-        """Replace a StoredGroup by its GroupFinished, from memory or from the journal."""
-        if not isinstance(message, StoredGroup):
-            return message
-        held = self._machine.service.lifecycle.in_training.get(message.lease_id)
-        group = held.message if held is not None else None
-        if group is None:
-            group = self._read(message.place)
-        return replace(group, number=message.number, received=message.received)
-
-    def _read(self, place: Place) -> m.GroupFinished:
-        """Read a group from the journal. Raises JournalError, with the remedy."""
-        journal = self._machine.journal
-        assert journal is not None
-        try:
-            group = decode(journal.read(place).frames)
-        except JournalError as error:
-            raise JournalError(
-                f"a group of the next batch cannot be read: {error}. Move '{journal.folder}' "
-                "away and resume: the run then continues from its last checkpoint, without the "
-                "groups that were not trained yet"
-            ) from error
-        assert isinstance(group, m.GroupFinished)
-        return group
-
-    async def _publish(self, events: list[Event]) -> None:
-        for event in events:
-            await self._feed.publish(event)
-            self._store(event)
-
-    def _store(self, event: Event) -> None:
-        if event.kind not in KEPT_KINDS:
-            return
-        for sink in self._sinks:
-            try:
-                sink.write(event)
-            except OSError as error:
-                text = f"metrics could not be written: {error}"
-                self._machine.service.warnings.open("metrics", text, transient=True)

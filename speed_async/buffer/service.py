@@ -22,7 +22,7 @@ from speed_async.buffer.learner_handler import LearnerHandler
 from speed_async.buffer.peer_handler import PeerHandler
 from speed_async.buffer.reporting.status import StatusReporter, evaluation_values
 from speed_async.buffer.state import ServiceState, new_state
-from speed_async.buffer.validation import Checked, MessageValidator
+from speed_async.buffer.validation import MessageValidator
 from speed_async.buffer.validation_rules import PayloadRules
 from speed_async.config.schema import Config
 from speed_async.observability.metrics import Event, EventKind, Value
@@ -32,9 +32,6 @@ from speed_async.types import GroupEnd
 
 MAX_TICK_DELAY_S = 1.0
 """A tick later than this means that the process was suspended or starved and received nothing."""
-MAX_REASON_CHARS = 500
-OTHER_MESSAGES = (Join, m.Hello, m.Failure, m.Sample, m.GroupFinished, m.PrepareCheckpoint)
-"""Messages whose handlers need more than the peer, the message and the time."""
 
 
 class BufferService:
@@ -74,23 +71,17 @@ class BufferService:
             m.LeaseFailed: self._on_lease_failed,
             m.WeightsPublished: self._on_published,
             m.StopAsked: self._on_stop_asked,
-            m.FinishRun: self._on_finish,
-            m.CheckpointSaved: self._on_saved,
             **self._actors.handlers,
             **self._learner.handlers,
         }
         """Handlers that need nothing but the peer, the message and the time."""
-        self.validator = MessageValidator(
-            self.membership,
-            fingerprint,
-            model_fingerprint,
-            {*OTHER_MESSAGES, *self._handlers},
-            PayloadRules(config, vocab_size),
-            self.lifecycle,
-        )
+        others = {Join, m.Hello, m.Failure, m.Sample, m.GroupFinished, m.FinishRun}
+        accepted = {*others, m.PrepareCheckpoint, *self._handlers}
+        rules = PayloadRules(config, vocab_size)
+        self.validator = MessageValidator(parts, fingerprint, model_fingerprint, accepted, rules)
         self.reporter = StatusReporter(parts, self.validator)
         self._ending = Ending(parts, self.reporter, state.shutdown)
-        self._peers = PeerHandler(parts, self._ending, feed_port)
+        self._peers = PeerHandler(parts, self._ending, self.validator, feed_port)
 
     # --- inputs ----------------------------------------------------------------------------
 
@@ -107,7 +98,7 @@ class BufferService:
         """Process one message of `peer`, which has this public key. An invalid message is answered
         with Rejected; it does not raise. `place` and `sequence` are those of its journal record."""
         results = Results()
-        checked = self._check(peer, message, key)
+        checked = self.validator.check(peer, message, key)
         if checked.refusal:
             self._refuse(peer, checked.refusal, results)
             self._advance(now_s, results)
@@ -128,6 +119,8 @@ class BufferService:
                 assert checked.group is not None, "a valid group has statistics"
                 stats = checked.group
                 self._actors.group_finished(peer, message, now_s, stats=stats, place=place)
+            case m.FinishRun():
+                self._ending.request(message, now_s)
             case m.PrepareCheckpoint(policy_version=version):
                 # The server delays this reply until all records up to it are durable.
                 durable = m.JournalDurable(policy_version=version, service_sequence=sequence)
@@ -138,10 +131,6 @@ class BufferService:
             self._apply(effects, now_s, results)
         self._advance(now_s, results)
         return results
-
-    def _check(self, peer: str, message: m.Message, key: str) -> Checked:
-        newest_version = self._learner.newest_version
-        return self.validator.check(peer, message, newest_version=newest_version, key=key)
 
     def _apply(self, effects: Effects, now_s: float, results: Results) -> None:
         results.messages += effects.messages
@@ -159,21 +148,8 @@ class BufferService:
 
     def reply_without_record(self, peer: str, message: m.Message, key: str) -> m.Message | None:
         """The reply to a message that changes no state and needs no journal record; None for other
-        messages. These are refused messages of unknown peers, repeated joins, and joins of the
-        supervisors of ranks."""
-        if isinstance(message, Join) and not self._ending.is_requested:
-            index = self.membership.index_of(peer)
-            if index is not None:
-                return self._peers.accepted(index)
-        if self.validator.is_member(peer):
-            return None
-        checked = self._check(peer, message, key)
-        if checked.refusal:
-            self.validator.refused(peer)
-            return m.Rejected(reason=checked.refusal[:MAX_REASON_CHARS])
-        if isinstance(message, Join) and message.has_rank:
-            return self._peers.accepted(message.rank, self.state.attempt)
-        return None
+        messages."""
+        return self._peers.reply_without_record(peer, message, key, self.state.attempt)
 
     def tick(self, now_s: float, loop_lag_s: float = 0.0) -> Results:
         """Advance the time: peer timeouts, drain deadline, rates, a status event."""
@@ -224,7 +200,7 @@ class BufferService:
         self.state.target_reached = False
         text = f"restarted (attempt {attempt}) at version {self.policy_version}"
         self.warnings.open("attempt", text, transient=True)
-        self.state.phase = self._current_phase()
+        self.state.phase = self._ending.phase
         return results
 
     @property
@@ -235,7 +211,7 @@ class BufferService:
     @property
     def policy_version(self) -> int:
         """Newest trained version."""
-        return self.lifecycle.policy_version
+        return self.lifecycle.groups.policy_version
 
     @property
     def warning(self) -> str:
@@ -250,8 +226,7 @@ class BufferService:
 
     def _refuse(self, peer: str, reason: str, results: Results) -> None:
         """Send Rejected and block the peer. An actor is declared lost and its prompts requeued."""
-        results.messages.append((peer, m.Rejected(reason=reason[:MAX_REASON_CHARS])))
-        self.validator.refused(peer)
+        results.messages.append((peer, self.validator.refuse(peer, reason)))
         self._lose_refused(peer, reason, results)
 
     def _lose_refused(self, peer: str, reason: str, results: Results) -> None:
@@ -274,7 +249,6 @@ class BufferService:
 
     def _evaluation_done(self, evaluation: Accuracy, now_s: float, results: Results) -> None:
         accuracy, version = evaluation.accuracy, evaluation.policy_version
-        self.state.evaluated_version = version
         self.statistics.evaluated(accuracy, version)
         self.diagnoses.evaluated(accuracy, evaluation.num_completions, version)
         results.events.append(self._event("evaluation", now_s, evaluation_values(evaluation)))
@@ -284,24 +258,16 @@ class BufferService:
             reached = m.TargetReached(accuracy=accuracy, policy_version=version)
             self._send_learner([reached], results)
 
-    def _on_saved(self, peer: str, saved: m.CheckpointSaved, now_s: float) -> Effects:
-        self.lifecycle.lineage.prune(saved.oldest_kept_version)
-        return Effects(snapshot_due=True)
-
     def _on_published(self, peer: str, message: m.WeightsPublished, now_s: float) -> Effects:
-        evaluated = self.state.evaluated_version == message.policy_version  # published again
         due = not message.error and self._evaluations.due(message.policy_version)
-        if due and not evaluated and not self._ending.is_requested:
+        if due and not self._ending.is_requested:
             self._evaluations.start(message.policy_version)
         return self._learner.published(message)
 
     def _on_stop_asked(self, peer: str, asked: m.StopAsked, now_s: float) -> Effects:
         self._ending.ask_stop()
-        self.state.phase = self._current_phase()
+        self.state.phase = self._ending.phase
         return Effects(events=[("status", {})])  # immediately, as feedback to Ctrl-C
-
-    def _on_finish(self, peer: str, finish: m.FinishRun, now_s: float) -> None:
-        self._ending.request(finish, now_s)
 
     # --- transitions that depend on the current state ----------------------------------------
 
@@ -309,32 +275,20 @@ class BufferService:
         """Perform every transition that the current state permits."""
         if self.ended:
             return
-        self._advance_ending(now_s, results)
-        self.state.phase = self._current_phase()
+        while not self.ended:
+            effects = self._ending.next(now_s, attempt=self.state.attempt)
+            if effects is None:
+                break
+            self._apply(effects, now_s, results)
+        self.state.phase = self._ending.phase
         if not self._ending.is_draining:
-            self._grant(now_s, results)
-        if self.state.evaluated_version is not None:
+            present, training = self.membership.present(), not self._ending.is_requested
+            version = self.policy_version
+            results.messages += self._grants.next(present, version, now_s, training=training)
+        if self._evaluations.evaluated_version is not None:
             evaluating = self._evaluations.target_version is not None
             batch = self._learner.poll_batch(now_s, evaluating=evaluating)
             self._send_learner(batch, results)
-
-    def _advance_ending(self, now_s: float, results: Results) -> None:
-        while not self.ended:
-            effects = self._ending.next(
-                now_s, attempt=self.state.attempt, evaluated_version=self.state.evaluated_version
-            )
-            if effects is None:
-                return
-            self._apply(effects, now_s, results)
-
-    def _current_phase(self) -> str:
-        return self._ending.phase(evaluated=self.state.evaluated_version is not None)
-
-    def _grant(self, now_s: float, results: Results) -> None:
-        training = not self._ending.is_requested
-        present = self.membership.present()
-        version = self.policy_version
-        results.messages += self._grants.next(present, version, now_s, training=training)
 
     # --- output ----------------------------------------------------------------------------
 

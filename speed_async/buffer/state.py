@@ -24,8 +24,6 @@ class ServiceState:
     """Attempt number: how often this run was restarted."""
     phase: str = "starting"
     ended: bool = False
-    evaluated_version: int | None = None
-    """The last evaluated version; None before the first evaluation is complete."""
     target_reached: bool = False
     """The learner was told in this attempt that the accuracy reached `run.stop_at_accuracy`."""
     loop_lag_s: float | None = None

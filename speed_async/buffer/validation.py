@@ -7,8 +7,7 @@ exits when it is refused, so a peer that continues is faulty or hostile.
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from speed_async.buffer.lifecycle import Lifecycle
-from speed_async.buffer.membership import Membership
+from speed_async.buffer.components import Components
 from speed_async.buffer.validation_rules import PayloadRules
 from speed_async.errors import ProtocolError
 from speed_async.transport import messages as m
@@ -21,6 +20,7 @@ MAX_KNOWN = 65536
 MAX_PENDING_JOINS = 1024
 MAX_PENDING_JOINS_PER_KEY = 256
 """Joins whose actor has not sent Hello."""
+MAX_REASON_CHARS = 500
 
 
 Result = m.GroupFinished | m.ScreenedOut | m.Evaluated
@@ -45,12 +45,11 @@ class Checked:
 class MessageValidator:
     def __init__(
         self,
-        membership: Membership,
+        components: Components,
         fingerprint: str,
         model_fingerprint: str,
         accepted: Collection[type[m.Message]],
         rules: PayloadRules,
-        lifecycle: Lifecycle,
     ) -> None:
         self.num_refused = 0
         """Messages refused here."""
@@ -60,12 +59,13 @@ class MessageValidator:
         """Peers blocked by the hub; the server updates it."""
         self.to_block: list[str] = []
         """Peers for the server to block."""
-        self._membership = membership
+        self._membership = components.membership
+        self._weight_group = components.weight_group
         self._fingerprint = fingerprint
         self._model_fingerprint = model_fingerprint
         self._accepted = accepted
         self._rules = rules
-        self._lifecycle = lifecycle
+        self._lifecycle = components.lifecycle
 
     def is_member(self, peer: str) -> bool:
         """Whether this peer is a member of the run."""
@@ -73,15 +73,19 @@ class MessageValidator:
         is_present = peer in membership.actors or peer == membership.learner
         return is_present or membership.has_joined(peer)
 
+    def refuse(self, peer: str, reason: str) -> m.Rejected:
+        """Count a refused message and block its sender. Returns the reply."""
+        self.refused(peer)
+        return m.Rejected(reason=reason[:MAX_REASON_CHARS])
+
     def refused(self, peer: str) -> None:
         """Count a refused message and block its sender."""
         self.num_refused += 1
         self.to_block.append(peer)
 
-    def check(
-        self, peer: str, message: m.Message, *, newest_version: int, key: str = ""
-    ) -> Checked:
+    def check(self, peer: str, message: m.Message, key: str) -> Checked:
         """Check a message of `peer`, which has this public key. Changes nothing."""
+        newest_version = self._newest_version
         refusal = self._refusal(peer, message, newest_version, key)
         if refusal is not None:
             return Checked(refusal=refusal)
@@ -91,6 +95,11 @@ class MessageValidator:
             return Checked(group=self._rules.check_group(message, newest_version))
         except ProtocolError as error:
             return Checked(refusal=str(error))
+
+    @property
+    def _newest_version(self) -> int:
+        """Newest version that was trained or of which a broadcast has started."""
+        return max(self._lifecycle.groups.policy_version, self._weight_group.newest_version)
 
     def _refusal(self, peer: str, message: m.Message, newest_version: int, key: str) -> str | None:
         """Why the message is refused, apart from the contents of a group; None if it is valid."""
@@ -119,8 +128,8 @@ class MessageValidator:
         if isinstance(message, Result) and (mismatch := self._lease_mismatch(peer, message)):
             return mismatch
         is_trained = isinstance(message, m.Trained)
-        if is_trained and message.policy_version > self._lifecycle.policy_version:
-            unknown = [i for i in message.lease_ids if i not in self._lifecycle.in_training]
+        if is_trained and message.policy_version > self._lifecycle.groups.policy_version:
+            unknown = [i for i in message.lease_ids if i not in self._lifecycle.groups.in_training]
             if unknown:
                 return f"Trained: lease {unknown[0]} is not in training"
         return None

@@ -72,7 +72,10 @@ class Target:
                 for name in (CORRECT_ACTOR, FAULTY_ACTOR)
                 for entry in lifecycle.leases.of_holder(name)
             ],
-            [(len(lifecycle.buffer), lifecycle.buffer.num_bytes), sorted(lifecycle.in_training)],
+            [
+                (len(lifecycle.groups.buffer), lifecycle.groups.buffer.num_bytes),
+                sorted(lifecycle.groups.in_training),
+            ],
             [members.actors[name] for name in sorted(members.actors)],
             (sorted(members.lost), members.learner),
             (service.policy_version, service.state.phase, service.ended, service.warning),

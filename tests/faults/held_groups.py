@@ -28,9 +28,9 @@ def held_groups(run_folder: Path) -> set[str]:
         machine, _ = open_machine(folder, config, _build, attempt=0)
         journal, lifecycle = machine.journal, machine.service.lifecycle
         assert journal is not None
-        waiting = [group for group, _ in lifecycle.buffer.waiting()]
+        waiting = [group for group, _ in lifecycle.groups.buffer.waiting()]
         held: set[str] = set()
-        for group in [*waiting, *lifecycle.in_training.values()]:
+        for group in [*waiting, *lifecycle.groups.in_training.values()]:
             assert group.place is not None
             message = decode(journal.read(group.place).frames)
             assert isinstance(message, m.GroupFinished)

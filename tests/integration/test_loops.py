@@ -72,7 +72,7 @@ def test_groups_above_the_memory_limit_are_spilled_to_the_journal_and_trained(
     assert len(run.updates.batches) == 5
     lease_ids = [group.lease_id for batch in run.updates.batches for group in batch]
     assert len(set(lease_ids)) == len(lease_ids)
-    assert machine.service.lifecycle.buffer.num_bytes == 0
+    assert machine.service.lifecycle.groups.buffer.num_bytes == 0
     table = finished.service_fields["ledger"]
     assert isinstance(table, dict) and table["closes"]
 

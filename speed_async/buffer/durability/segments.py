@@ -82,7 +82,7 @@ class Segments:
         machine.journal = fresh
         self._ended.append(journal)
         # The set of needed segments only shrinks, and none is removed before the next `_sync`.
-        self._needed = machine.service.lifecycle.needed_segments | {journal.segment}
+        self._needed = machine.service.lifecycle.groups.needed_segments | {journal.segment}
 
     async def close(self) -> None:
         """Close all segments once no other thread uses them."""

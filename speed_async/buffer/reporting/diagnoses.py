@@ -6,54 +6,15 @@ in a text date from its first occurrence, and are refreshed whenever its duratio
 that print changed texts do not repeat it twice per second.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from speed_async.buffer.reporting.evidence import (
-    WINDOW_COMPLETIONS,
-    CompletionWindow,
-    Evidence,
-    UpdateRecord,
-)
-from speed_async.buffer.reporting.statistics import ACCEPTANCE_WINDOW, RunStatistics
-from speed_async.config.schema import Config, GateConfig
+from speed_async.buffer.reporting.evidence import Evidence
+from speed_async.buffer.reporting.rules import Finding, Peaks, Rules
+from speed_async.buffer.reporting.statistics import RunStatistics
+from speed_async.config.schema import Config
 from speed_async.observability.notation import counted, duration
 
-MIN_COMPLETIONS = 128
-PATIENCE_S = 30.0
-"""Fewer than WINDOW_COMPLETIONS completions suffice when they span this time."""
-MIN_LEASES = 16
-FAILING, STILL_FAILING = 0.2, 0.1
-HELD_OUT_FAILING = 0.02
-TRUNCATED, STILL_TRUNCATED = 0.95, 0.9
-STILL_UNREWARDED = 0.01
-STARVING_AFTER_S = 20.0
-STARVING_MIN_SCREENED = 64
-STARVING_ACCEPTANCE = 0.02
-MIN_UPDATES = 3
-NOT_FINITE = 0.5
-COLLAPSED, STILL_COLLAPSED = 0.5, 0.7
-"""Fractions of the best value: a collapse begins below the first and ends above the second."""
-MIN_FALL = 0.1
-MIN_EVALUATED = 64
-"""Minimum completions of an evaluation whose accuracy can indicate a collapse."""
 RENEW_AFTER_S = 20.0
-MAX_EXAMPLE_CHARS = 300
-
-EXPLAINED_BY = {
-    "no_reward": ("truncated", "collapsed"),
-    "gate_starves": ("truncated", "no_reward", "collapsed"),
-    "no_signal": ("truncated", "no_reward", "collapsed", "not_finite"),
-}
-"""A diagnosis is hidden while one of its causes holds."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """The problem with its numbers, and the remedy. The time is added later."""
-
-    facts: str
-    change: str
 
 
 @dataclass(kw_only=True, slots=True)
@@ -79,43 +40,18 @@ class Occurrence:
 
 
 @dataclass(kw_only=True, slots=True)
-class RunningBest:
-    """The best value of a metric so far, and its policy version."""
-
-    value: float | None = None
-    policy_version: int = 0
-
-    def update(self, value: float, policy_version: int) -> None:
-        if self.value is None or value > self.value:
-            self.value, self.policy_version = value, policy_version
-
-    def drop(self, value: float | None, share: float) -> str:
-        """Describe a drop below that share of the best; empty if there is none or it is unknown."""
-        if (
-            value is None
-            or self.value is None
-            or value >= share * self.value
-            or self.value - value < MIN_FALL
-        ):
-            return ""
-        return f"fell from {self.value:.3f} (version {self.policy_version}) to {value:.3f}"
-
-
-@dataclass(kw_only=True, slots=True)
 class DiagnosesState:
     evidence: Evidence
     occurred: dict[str, Occurrence] = field(default_factory=dict)
-    best_pass_rate: RunningBest = field(default_factory=RunningBest)
-    best_accuracy: RunningBest = field(default_factory=RunningBest)
-    last_accuracy: float | None = None
+    peaks: Peaks = field(default_factory=Peaks)
 
 
 class Diagnoses:
     def __init__(self, config: Config, statistics: RunStatistics, state: DiagnosesState) -> None:
         self.evidence = state.evidence
-        self._config = config
         self._statistics = statistics
         self._state = state
+        self._rules = Rules(config, statistics, state.evidence, state.peaks)
 
     @property
     def active(self) -> list[str]:
@@ -123,28 +59,14 @@ class Diagnoses:
         return [each.text for each in self._state.occurred.values() if each.active]
 
     def evaluated(self, accuracy: float, num_completions: int, policy_version: int) -> None:
-        if num_completions < MIN_EVALUATED:
-            return
-        self._state.last_accuracy = accuracy
-        self._state.best_accuracy.update(accuracy, policy_version)
+        self._rules.evaluated(accuracy, num_completions, policy_version)
 
     def evaluate(self, now_s: float, policy_version: int, *, waited_s: float | None) -> None:
         """Apply every rule. `waited_s`: how long the learner has waited for a batch, or None."""
-        if (mean := self._windowed_pass_rate()) is not None:
-            self._state.best_pass_rate.update(mean, policy_version)
-        found: dict[str, Finding] = {}
-        for kind, rule in self._rules(now_s, waited_s).items():
-            finding = rule(kind in self._state.occurred and self._state.occurred[kind].active)
-            if finding is not None:
-                found[kind] = finding
-        shown = {
-            kind: finding
-            for kind, finding in found.items()
-            if not any(cause in found for cause in EXPLAINED_BY.get(kind, ()))
-        }
-        for kind in list(self._state.occurred) + [
-            kind for kind in shown if kind not in self._state.occurred
-        ]:
+        occurred = self._state.occurred
+        active = {kind for kind, each in occurred.items() if each.active}
+        shown = self._rules.findings(now_s, policy_version, active=active, waited_s=waited_s)
+        for kind in list(occurred) + [kind for kind in shown if kind not in occurred]:
             self._note(kind, shown.get(kind), now_s - self._statistics.started_s, policy_version)
 
     def nothing_learned(self) -> str | None:
@@ -201,202 +123,3 @@ class Diagnoses:
         lasted_s = each.renewed_s - each.since_s
         if at_s - each.renewed_s >= max(RENEW_AFTER_S, lasted_s):
             each.finding, each.renewed_s = finding, at_s
-
-    # --- the rules, causes first; each receives whether it held before ---------------------------
-
-    def _rules(
-        self, now_s: float, waited_s: float | None
-    ) -> dict[str, Callable[[bool], Finding | None]]:
-        return {
-            "failures": self._failures,
-            "held_out_failures": self._held_out_failures,
-            "not_finite": self._not_finite,
-            "truncated": lambda held: self._truncated(held, now_s),
-            "collapsed": self._collapsed,
-            "no_reward": lambda held: self._no_reward(held, now_s),
-            "no_signal": lambda _: self._no_signal(),
-            "gate_starves": lambda held: self._gate_starves(held, waited_s),
-        }
-
-    def _failures(self, held: bool) -> Finding | None:
-        window = self.evidence.training_failures
-        if len(window) < MIN_LEASES or window.share < (STILL_FAILING if held else FAILING):
-            return None
-        times, example = window.most_common()
-        return Finding(
-            facts=f"prompts fail: {window.num_failed} of the last {len(window)} training prompts "
-            f"gave no result; {times} times, for example: {shortened(example)}",
-            change="fix or remove the prompts named in the example, or fix their verifier",
-        )
-
-    def _held_out_failures(self, held: bool) -> Finding | None:
-        window = self.evidence.held_out_failures
-        if len(window) < MIN_LEASES or window.share < HELD_OUT_FAILING:
-            return None
-        times, example = window.most_common()
-        return Finding(
-            facts=f"held-out prompts fail: {window.num_failed} of the last {len(window)} count as "
-            f"not passed without having been scored; {times} times, for example: "
-            f"{shortened(example)}",
-            change="correct or remove these prompts: the accuracy is too low by their share",
-        )
-
-    def _not_finite(self, held: bool) -> Finding | None:
-        recent = self.evidence.updates.recent
-        num_skipped = sum(update.skipped for update in recent)
-        if len(recent) < MIN_UPDATES or num_skipped < NOT_FINITE * len(recent):
-            return None
-        return Finding(
-            facts=f"updates are not finite: {num_skipped} of the last {len(recent)} were skipped "
-            "because a loss, a gradient or an input was not a finite number",
-            change="lower learner.lr, and resume from a checkpoint before the first of them; check "
-            "the rewards of a custom task",
-        )
-
-    def _truncated(self, held: bool, now_s: float) -> Finding | None:
-        window = self._completions()
-        share = window.truncated_share
-        if share is None or not _is_enough(window, now_s):
-            return None
-        if share < (STILL_TRUNCATED if held else TRUNCATED):
-            return None
-        return Finding(
-            facts=f"completions are truncated: {window.num_truncated} of the last "
-            f"{window.num_completions} reached a length limit before they ended, "
-            f"{window.num_rewarded} earned a reward",
-            change=f"raise actors.max_new_tokens (now {self._config.actors.max_new_tokens}) or "
-            "model.context_length, or use a model that ends its answers (its EOS token, "
-            "model.chat_template)",
-        )
-
-    def _no_reward(self, held: bool, now_s: float) -> Finding | None:
-        """One or two passed completions do not end the diagnosis."""
-        window = self._completions()
-        tolerated = STILL_UNREWARDED * window.num_completions if held else 0
-        if window.num_rewarded > tolerated or window.num_completions < MIN_COMPLETIONS:
-            return None
-        if not (_is_enough(window, now_s) or self._updates_lack_gradient()):
-            return None
-        return Finding(
-            facts=f"no reward: {window.num_rewarded or 'none'} of the last "
-            f"{window.num_completions} completions passed "
-            f"({window.num_truncated} of them were truncated)",
-            change="check in samples.jsonl whether the verifier parses the answers (task.match); "
-            "then try easier prompts, a stronger model, or a larger actors.max_new_tokens",
-        )
-
-    def _no_signal(self) -> Finding | None:
-        if any(update.has_gradient for update in self.evidence.updates.recent):
-            return None
-        facts = ""
-        if self._updates_lack_gradient():
-            num_updates = len(self._steps())
-            facts = f"the last {num_updates} updates had a gradient of zero"
-        elif self._groups_lack_spread():
-            num_groups = len(self.evidence.reward_ranges)
-            facts = f"in each of the last {num_groups} groups all rewards were equal"
-        if not facts:
-            return None
-        mean = self._statistics.reward_mean
-        known = "" if mean is None else f" (mean pass rate {mean:.3f})"
-        return Finding(
-            facts=f"no signal: {facts}{known}",
-            change=f"{self._difficulty_change(mean)}, larger groups (gate.n_init + gate.n_cont), "
-            'or a gate that keeps prompts of moderate difficulty (algorithm = "speed-rloo")',
-        )
-
-    def _updates_lack_gradient(self) -> bool:
-        """Whether at least MIN_UPDATES recent updates exist and none had a gradient."""
-        steps = self._steps()
-        return len(steps) >= MIN_UPDATES and not any(step.has_gradient for step in steps)
-
-    def _steps(self) -> list[UpdateRecord]:
-        return [update for update in self.evidence.updates.recent if not update.skipped]
-
-    def _groups_lack_spread(self) -> bool:
-        ranges = self.evidence.reward_ranges
-        if len(ranges) < (ranges.maxlen or 0) or self._config.objective.overlong_share > 0:
-            return False
-        if self._config.objective.advantage == "batch":  # compares across groups
-            return min(low for low, _ in ranges) == max(high for _, high in ranges)
-        return all(low == high for low, high in ranges)
-
-    def _difficulty_change(self, pass_rate: float | None) -> str:
-        return "harder prompts" if (pass_rate or 0.0) > 0.5 else "easier prompts"
-
-    def _gate_starves(self, held: bool, waited_s: float | None) -> Finding | None:
-        acceptance, gate = self._statistics.gate_acceptance, self._config.gate
-        num_screened = self._statistics.num_recently_screened
-        if gate.mode == "off" or num_screened < STARVING_MIN_SCREENED:
-            return None
-        if acceptance is None or acceptance >= STARVING_ACCEPTANCE:
-            return None
-        if not held and (waited_s is None or waited_s < STARVING_AFTER_S):
-            return None
-        pass_rate = self._statistics.reward_mean or 0.0
-        return gate_starves(
-            num_screened=num_screened, acceptance=acceptance, pass_rate=pass_rate, gate=gate
-        )
-
-    def _collapsed(self, held: bool) -> Finding | None:
-        share = STILL_COLLAPSED if held else COLLAPSED
-        change = (
-            "lower learner.lr or buffer.max_staleness, and restart from a checkpoint before the "
-            "collapse"
-        )
-        # A learning curriculum changes the pass rate through its choice of prompts.
-        is_uniform = self._config.curriculum.kind == "uniform"
-        mean = self._windowed_pass_rate() if is_uniform else None
-        drop, accuracy = self._state.best_pass_rate.drop(mean, share), self._state.last_accuracy
-        if drop:
-            return Finding(facts=f"reward collapsed: the mean pass rate {drop}", change=change)
-        if drop := self._state.best_accuracy.drop(accuracy, share):
-            return Finding(facts=f"reward collapsed: held-out accuracy {drop}", change=change)
-        return None
-
-    def _windowed_pass_rate(self) -> float | None:
-        """Over a full window, so that noise does not create a best value or a drop."""
-        if self._statistics.num_recently_screened < ACCEPTANCE_WINDOW:
-            return None
-        return self._statistics.reward_mean
-
-    def _completions(self) -> CompletionWindow:
-        """Those of training, or those of the evaluation while there are none."""
-        evidence = self.evidence
-        return evidence.training if evidence.training.num_completions else evidence.held_out
-
-
-def gate_starves(
-    *, num_screened: int, acceptance: float, pass_rate: float, gate: GateConfig
-) -> Finding:
-    return Finding(
-        facts=f"the gate starves: of the last {num_screened} prompts {acceptance:.1%} passed "
-        f"({gate.low} < pass rate < {gate.high}), mean pass rate {pass_rate:.3f}",
-        change=gate_remedy(gate, pass_rate),
-    )
-
-
-def gate_remedy(gate: GateConfig, pass_rate: float) -> str:
-    """How to change the gate when few prompts pass. `pass_rate`: mean of the screened prompts."""
-    if pass_rate <= max(gate.low, 0.1):
-        lower = ", a lower gate.low" if gate.low > 0 else ""
-        return (
-            f"easier prompts, a larger gate.n_init{lower}, or a larger actors.max_new_tokens where "
-            "answers are cut off"
-        )
-    if pass_rate >= min(gate.high, 0.9):
-        higher = ", or a higher gate.high" if gate.high < 1 else ""
-        return f"harder prompts, a larger gate.n_init{higher}"
-    return "a wider band (gate.low, gate.high), or a larger gate.n_init"
-
-
-def shortened(text: str) -> str:
-    """An example as one line of bounded length."""
-    line = " ".join(text.split())
-    return line if len(line) <= MAX_EXAMPLE_CHARS else line[: MAX_EXAMPLE_CHARS - 3] + "..."
-
-
-def _is_enough(window: CompletionWindow, now_s: float) -> bool:
-    if window.num_completions < MIN_COMPLETIONS:
-        return False
-    return window.num_completions >= WINDOW_COMPLETIONS or window.span_s(now_s) >= PATIENCE_S

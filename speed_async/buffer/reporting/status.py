@@ -6,7 +6,7 @@ from speed_async.buffer.components import Components
 from speed_async.buffer.evaluations import Accuracy
 from speed_async.buffer.ledger import ENGINE_TIMES
 from speed_async.buffer.membership import ActorState
-from speed_async.buffer.reporting.diagnoses import gate_remedy, shortened
+from speed_async.buffer.reporting.rules import gate_remedy, shortened
 from speed_async.buffer.validation import MessageValidator
 from speed_async.observability.metrics import Event, Value
 from speed_async.transport.messages import Sample
@@ -35,7 +35,7 @@ class StatusReporter:
         checks = lifecycle.ledger.checks(lifecycle.leases.num_training)
         values: dict[str, Value] = {
             "wall_s": round(now_s - statistics.started_s, 3),
-            "policy_version": lifecycle.policy_version,
+            "policy_version": lifecycle.groups.policy_version,
             "updates_total": self._config.run.updates,
             "phase": phase,
             "generated_tokens_per_s": statistics.generated_per_s(now_s),
@@ -43,7 +43,7 @@ class StatusReporter:
             "tokens_generated": lifecycle.ledger.tokens_generated,
             "tokens_evaluation": lifecycle.ledger.evaluation.tokens,
             "gate_acceptance": statistics.gate_acceptance if self._has_gate else None,
-            "buffer_groups": len(lifecycle.buffer),
+            "buffer_groups": len(lifecycle.groups.buffer),
             "buffer_capacity": self._config.buffer.capacity_groups,
             "in_flight_groups": lifecycle.leases.num_training,
             "credits": lifecycle.leases.num_training + lifecycle.credits_left,
@@ -59,7 +59,7 @@ class StatusReporter:
             "accuracy_version": statistics.accuracy_last_version,
             "accuracy_before": statistics.accuracy_first,
             "bottleneck": statistics.bottleneck(),
-            "eta_s": statistics.eta_s(self._config.run.updates - lifecycle.policy_version),
+            "eta_s": statistics.eta_s(self._config.run.updates - lifecycle.groups.policy_version),
             "groups_failed": lifecycle.ledger.ends[GroupEnd.FAILED].groups,
             "groups_stale": lifecycle.ledger.ends[GroupEnd.STALE].groups,
             "groups_evicted": lifecycle.ledger.ends[GroupEnd.EVICTED].groups,
@@ -75,7 +75,7 @@ class StatusReporter:
         values |= {"evaluated_prompts": done, "evaluation_prompts": total}
         shares = statistics.shares()
         values |= {f"share_{name}": share for name, share in shares.items()}
-        return values | self._weight_times.values(lifecycle.policy_version, present, now_s)
+        return values | self._weight_times.values(lifecycle.groups.policy_version, present, now_s)
 
     def sample(self, actor: str, sample: Sample, now_s: float) -> Event:
         """The event of a sampled completion."""
@@ -163,9 +163,9 @@ class StatusReporter:
             "actors": lifecycle.ledger.by_actor(),
             "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
             "diagnoses": self._diagnoses.record(),
-            "attempts": attempt + 1,
-            "updates_repeated": lifecycle.lineage.num_repeated,
-            "updates_repeated_alike": lifecycle.lineage.num_repeated_identical,
+            "lives": attempt + 1,
+            "updates_repeated": lifecycle.groups.lineage.num_repeated,
+            "updates_repeated_alike": lifecycle.groups.lineage.num_repeated_identical,
             "breakdown": {"learner": self._learner_times(), "actors": self._actor_times()},
         }
 

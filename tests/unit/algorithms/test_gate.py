@@ -3,7 +3,6 @@
 import pytest
 
 from speed_async.buffer.evaluations import EvaluationPlan, EvaluationState
-from speed_async.buffer.evaluations import EvaluationPlan, EvaluationState
 from speed_async.config.schema import EvaluateConfig, GateConfig
 from speed_async.types import num_passed
 

@@ -71,7 +71,7 @@ def test_without_overlap_the_batch_waits_for_all_leases(tmp_path: Path) -> None:
         assert leases_in(replies) == []
     replies = refuse(harness, leases.lease_ids[4])
     assert kinds(replies) == ["GroupFinished", "GroupFinished", "BatchReady"]
-    assert len(harness.service.lifecycle.buffer) == 2  # the surplus is kept
+    assert len(harness.service.lifecycle.groups.buffer) == 2  # the surplus is kept
 
 
 def test_without_overlap_an_insufficient_round_is_followed_by_another(

@@ -505,7 +505,7 @@ def test_expired_lease_is_requeued_and_its_late_result_counts_once(
     group = make_group(lease_id, prompt_id)
     harness.send("actor-1.0", group)
     harness.send("actor-1.0", group)
-    assert len(harness.service.lifecycle.buffer) == 1
+    assert len(harness.service.lifecycle.groups.buffer) == 1
 
 
 def test_suspended_service_does_not_time_out_its_peers(

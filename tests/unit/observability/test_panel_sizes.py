@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.cells import cell_len
 
-from speed_async.buffer.reporting.diagnoses import gate_starves
+from speed_async.buffer.reporting.rules import gate_starves
 from speed_async.config.schema import GateConfig
 from speed_async.observability.metrics import Event, Value
 from speed_async.observability.panel.state import PanelState

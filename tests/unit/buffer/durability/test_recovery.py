@@ -99,7 +99,7 @@ def test_a_new_attempt_returns_untrained_groups_and_removes_all_actors(tmp_path:
     lifecycle = recovered.service.lifecycle
     assert recovered.service.membership.present() == ()
     assert lifecycle.leases.num_training == 0
-    assert {group.lease_id for group, _ in lifecycle.buffer.waiting()} >= set(taken)
+    assert {group.lease_id for group, _ in lifecycle.groups.buffer.waiting()} >= set(taken)
     assert all(lifecycle.ledger.checks(0).values())
 
 
@@ -127,8 +127,8 @@ def test_a_restarted_learner_receives_the_same_batches_again(tmp_path: Path) -> 
     assert recovered.service.policy_version == 3
     assert recovered.service.lifecycle.ledger.table(0) == before
     assert (
-        recovered.service.lifecycle.lineage.num_repeated_identical
-        == recovered.service.lifecycle.lineage.num_repeated
+        recovered.service.lifecycle.groups.lineage.num_repeated_identical
+        == recovered.service.lifecycle.groups.lineage.num_repeated
         == 3
     )
 

@@ -329,7 +329,7 @@ class Comparison:
         before = self.version - 1
         if self.rng.random() < 0.3:
             self.resume_ahead()
-        elif self.machine.service.lifecycle.lineage.after(before):
+        elif self.machine.service.lifecycle.groups.lineage.after(before):
             self.send("learner", m.TakeBatch(policy_version=before, num_groups=2))
             self.send("learner", self.last_trained)
             self.batch = []
