@@ -277,12 +277,14 @@ def test_a_journal_of_other_data_or_another_model_is_refused(
     assert_refused(run, before, f"was written with another {kind} (fingerprint ", build)
 
 
-def test_a_journal_of_another_protocol_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["protocol", "snapshot"])
+def test_a_journal_of_another_version_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     run, before = crashed_run(tmp_path)
-    monkeypatch.setattr("speed_async.buffer.durability.recovery.PROTOCOL_VERSION", 99)
-    assert_refused(run, before, "was written by another release (it has protocol version")
+    name = f"speed_async.buffer.durability.recovery.{kind.upper()}_VERSION"
+    monkeypatch.setattr(name, 99)
+    assert_refused(run, before, f"was written by another release (it has {kind} version")
 
 
 def test_a_journal_in_another_format_is_refused_and_not_treated_as_damaged(tmp_path: Path) -> None:
