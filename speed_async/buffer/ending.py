@@ -134,4 +134,4 @@ class Ending:
 
     def _diagnose(self, now_s: float) -> None:
         waited_s = self._batches.waited_s(now_s)
-        self._diagnoses.look(now_s, self._lifecycle.groups.policy_version, waited_s=waited_s)
+        self._diagnoses.evaluate(now_s, self._lifecycle.groups.policy_version, waited_s=waited_s)

@@ -84,7 +84,7 @@ class Sender:
         group = held.message if held is not None else None
         if group is None:
             group = self._read(message.place)
-        return replace(group, number=message.number, heard=message.heard)
+        return replace(group, number=message.number, received=message.received)
 
     def _read(self, place: Place) -> m.GroupFinished:
         """Read a group from the journal. Raises JournalError, with the remedy."""

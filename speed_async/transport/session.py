@@ -100,7 +100,7 @@ class Session(Generic[M]):
         """
         self._held_at = None if upto == (self.sent, self.received) else upto
 
-    def say(self, message: M) -> None:
+    def enqueue(self, message: M) -> None:
         """Number and keep a message; `next_unsent` returns it."""
         self.sent += 1
         self._kept.append(replace(message, number=self.sent))

@@ -42,7 +42,7 @@ class RandomRun:
         )
         self.folder = folder / "journal"
         self.build = builder()
-        self.machine, _ = open_machine(self.folder, self.config, self.build, life=0)
+        self.machine, _ = open_machine(self.folder, self.config, self.build, attempt=0)
         self.rng = random.Random(seed)
         self.now_s = 1.0
         self.numbers: dict[str, int] = {}

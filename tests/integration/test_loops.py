@@ -66,7 +66,7 @@ def test_groups_above_the_memory_limit_are_spilled_to_the_journal_and_trained(
     config = run.config.model_copy(update={"buffer": buffer_config})
     run.config = config
     service = make_service(config, run.task)
-    machine, _ = open_machine(tmp_path / "journal", config, lambda *_: service, life=0)
+    machine, _ = open_machine(tmp_path / "journal", config, lambda *_: service, attempt=0)
     finished = asyncio.run(asyncio.wait_for(run.execute(machine), 30))
     assert finished.outcome == "completed"
     assert len(run.updates.batches) == 5

@@ -146,7 +146,7 @@ def test_journal_omits_sample_texts_and_replay_emits_no_sample(tmp_path: Path) -
         folder,
         harness.config,
         lambda _, state: ServiceHarness(tmp_path, state=state).service,
-        life=0,
+        attempt=0,
     )
     hello = m.Hello(role="actor", index=1, incarnation=0, fingerprint="f", process_id=1)
     machine.message("actor-1.0", replace(hello, number=1), 1.0)
@@ -164,7 +164,7 @@ def test_journal_omits_sample_texts_and_replay_emits_no_sample(tmp_path: Path) -
         folder,
         harness.config,
         lambda _, state: ServiceHarness(tmp_path, state=state).service,
-        life=0,
+        attempt=0,
     )
     assert replayed.take_output().events == []
     assert isinstance(replayed, StateMachine)

@@ -96,8 +96,8 @@ def open_machine(
         last = max(segments(folder), default=0)
         machine.journal = begin_segment(folder, machine, last + 1, sequence)
         machine.journal.sync()
-    if life > machine.state.service.attempt:
-        machine.begin_attempt(life, machine.last_s)
+    if attempt > machine.state.service.attempt:
+        machine.begin_attempt(attempt, machine.last_s)
     return machine, notes
 
 

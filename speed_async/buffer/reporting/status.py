@@ -163,7 +163,7 @@ class StatusReporter:
             "actors": lifecycle.ledger.by_actor(),
             "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
             "diagnoses": self._diagnoses.record(),
-            "lives": attempt + 1,
+            "attempts": attempt + 1,
             "updates_repeated": lifecycle.groups.lineage.num_repeated,
             "updates_repeated_alike": lifecycle.groups.lineage.num_repeated_identical,
             "breakdown": {"learner": self._learner_times(), "actors": self._actor_times()},

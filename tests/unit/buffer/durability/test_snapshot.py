@@ -89,7 +89,7 @@ class Comparison:
         self.rng = random.Random(seed)
         self.now_s = 1.0
         self.numbers: dict[str, int] = {}
-        self.heard: dict[str, int] = {}
+        self.received: dict[str, int] = {}
         self.actors = {"actor-1": 0, "actor-2": 0}  # incarnations
         self.leases: list[tuple[str, m.Leases, int]] = []
         self.batch: list[int] = []
@@ -151,7 +151,7 @@ class Comparison:
         return messages
 
     def receive(self, peer: str, message: m.Message) -> None:
-        self.heard[peer] = max(self.heard.get(peer, 0), message.number)
+        self.received[peer] = max(self.received.get(peer, 0), message.number)
         if isinstance(message, m.Leases):
             self.leases += [(peer, message, at) for at in range(len(message.lease_ids))]
         elif isinstance(message, m.BatchReady):
@@ -168,8 +168,8 @@ class Comparison:
         if peer in self.rejected:
             return
         self.numbers[peer] = self.numbers.get(peer, 0) + 1
-        heard = self.heard.get(peer, 0) if self.rng.random() < 0.7 else 0
-        numbered = replace(message, number=self.numbers[peer], heard=heard)
+        received = self.received.get(peer, 0) if self.rng.random() < 0.7 else 0
+        numbered = replace(message, number=self.numbers[peer], received=received)
         self.input("message", peer, numbered, self.now_s, "key")
 
     def hello(self, role: str) -> None:
@@ -319,7 +319,7 @@ class Comparison:
         attempt = self.machine.state.service.attempt + 1
         self.input("begin_attempt", attempt, self.now_s)
         self.numbers.clear()
-        self.heard.clear()
+        self.received.clear()
         self.leases.clear()
         self.batch = []
         self.hello("learner")
