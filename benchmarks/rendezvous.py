@@ -1,6 +1,6 @@
 """Time of the coordination around a weight transfer, by number of receivers.
 
-Measures the store's part, with the calls of `speed_async/weight_sync/handshake.py`. At the
+Measures the store's part, with the calls of `speed_async/weight_sync/epoch_group.py`. At the
 rendezvous every receiver registers and waits for the start signal. In every transfer it writes its
 verdict on the manifest, and the sender collects the verdicts. Receivers are threads of four
 processes on this machine, so they share its cores with the store. Connecting is timed separately:
@@ -22,8 +22,7 @@ from torch._C._distributed_c10d import Store
 
 from benchmarks.harness import report
 from speed_async.types import WeightOffer
-from speed_async.weight_sync.epoch_group import wait_for_keys
-from speed_async.weight_sync.process_group import host_store, reach_store
+from speed_async.weight_sync.process_group import has_keys, host_store, reach_store
 
 NUM_RECEIVERS = (8, 16, 32, 64, 128)
 NUM_PROCESSES = 4
@@ -49,7 +48,7 @@ def _one_receiver(offer: WeightOffer, rank: int, barrier: Barrier) -> None:
         barrier.wait(DEADLINE_S)
         barrier.wait(DEADLINE_S)
         store.set(f"{repeat}/joined/{rank}", "")
-        assert wait_for_keys(store, [f"{repeat}/go"], DEADLINE_S)
+        assert has_keys(store, [f"{repeat}/go"], DEADLINE_S)
         store.get(f"{repeat}/go")
         barrier.wait(DEADLINE_S)
         barrier.wait(DEADLINE_S)
@@ -81,7 +80,7 @@ def gather(store: Store, num_receivers: int, barrier: Barrier) -> dict[str, list
 
 
 def _collect(store: Store, keys: list[str]) -> None:
-    assert wait_for_keys(store, keys, DEADLINE_S)
+    assert has_keys(store, keys, DEADLINE_S)
     store.multi_get(keys)
 
 

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 from torch import nn
@@ -27,18 +28,14 @@ from torch._C._distributed_c10d import PrefixStore
 from benchmarks.harness import report
 from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weight_sync.broadcast import TorchReceiver, TorchSender
+from speed_async.weight_sync.buckets import flatten_parameters
 from speed_async.weight_sync.channel import NamedTensor
-from speed_async.weight_sync.contiguous import flatten_parameters
-from speed_async.weight_sync.process_group import (
-    broadcast_from_sender,
-    host_store,
-    make_group,
-    reach_store,
-)
+from speed_async.weight_sync.process_group import host_store, make_group, reach_store
 
 MIB = 1024 * 1024
 BUCKET_BYTES = 64 * MIB
 DEADLINE_S = 120.0
+TIMEOUT = timedelta(seconds=DEADLINE_S)
 CPU = torch.device("cpu")
 BACKENDS: tuple[WeightBackend, ...] = ("gloo", "ipc")
 
@@ -85,10 +82,10 @@ def measure(
 
     def send_each() -> None:
         for _, tensor in scattered:
-            broadcast_from_sender(group, [tensor], DEADLINE_S, "gloo")
+            group.broadcast(tensor, 0, TIMEOUT).wait(TIMEOUT)
 
     contestants: dict[str, Callable[[], object]] = {
-        "flat": lambda: broadcast_from_sender(group, [one], DEADLINE_S, "gloo"),
+        "flat": lambda: group.broadcast(one, 0, TIMEOUT).wait(TIMEOUT),
         "each": send_each,
         "memcpy": lambda: raw_offer.rank == 0 and copy.copy_(source),
     }

@@ -11,8 +11,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from speed_async.errors import WeightSyncError
-
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
 
@@ -178,12 +176,3 @@ class WeightOffer:
     store_port: int
     backend: WeightBackend
     deadline_s: float
-
-
-def weight_backend(text: str) -> WeightBackend:
-    """Parse the backend named by a message. Raises WeightSyncError for an unknown one."""
-    if text == "gloo" or text == "nccl" or text == "ipc":
-        return text
-    raise WeightSyncError(
-        f"weight backend '{text[:40]}' is not known: do all ranks run the same version?"
-    )

@@ -36,7 +36,6 @@ from speed_async.types import (
     LeaseKind,
     Prompt,
     WeightOffer,
-    weight_backend,
 )
 
 REPORT_INTERVAL_S = 0.5
@@ -130,8 +129,8 @@ class ActorLoop:
             match message:
                 case m.Leases():
                     self._start(message, tasks)
-                case m.OfferWeights():
-                    tasks.create_task(self._apply(message), name="weights")
+                case m.OfferWeights(offer=offer):
+                    tasks.create_task(self._apply(offer), name="weights")
                 case m.Drain():
                     self._drain_requested.set()
                 case m.Abort(role=role, message=text):
@@ -230,12 +229,12 @@ class ActorLoop:
 
     # --- weight updates and drain ------------------------------------------------------------
 
-    async def _apply(self, offer: m.OfferWeights) -> None:
+    async def _apply(self, offer: WeightOffer) -> None:
         async with self._update_lock:
             version, error, usable = offer.policy_version, "", True
             pause_s = transfer_s = 0.0
             try:
-                report = await self._engine.update_weights(_offer(offer))
+                report = await self._engine.update_weights(offer)
                 pause_s, transfer_s = report.pause_s, report.transfer_s
             except (WeightSyncError, DeadlineExceeded) as failure:
                 version, error = -1, str(failure)
@@ -296,19 +295,6 @@ class ActorLoop:
     def _check_drained(self) -> None:
         if self._draining and not self._leases:
             self._drained.set()
-
-
-def _offer(message: m.OfferWeights) -> WeightOffer:
-    return WeightOffer(
-        policy_version=message.policy_version,
-        epoch=message.epoch,
-        rank=message.rank,
-        world_size=message.world_size,
-        store_host=message.store_host,
-        store_port=message.store_port,
-        backend=weight_backend(message.backend),
-        deadline_s=message.deadline_s,
-    )
 
 
 def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -15,6 +15,7 @@ from speed_async.transport.messages import (
     WeightsApplied,
     WeightsPublished,
 )
+from speed_async.types import WeightOffer
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,12 +108,14 @@ class WeightGroup:
 
 def _offer(publish: PublishWeights, members: WeightMembers, rank: int) -> OfferWeights:
     return OfferWeights(
-        policy_version=publish.policy_version,
-        epoch=members.epoch,
-        rank=rank,
-        world_size=members.world_size,
-        store_host=publish.store_host,
-        store_port=publish.store_port,
-        backend=publish.backend,
-        deadline_s=publish.deadline_s,
+        offer=WeightOffer(
+            policy_version=publish.policy_version,
+            epoch=members.epoch,
+            rank=rank,
+            world_size=members.world_size,
+            store_host=publish.store_host,
+            store_port=publish.store_port,
+            backend=publish.backend,
+            deadline_s=publish.deadline_s,
+        )
     )

@@ -19,7 +19,7 @@ from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
 from speed_async.transport.transport import Link
 from speed_async.types import WeightBackend, WeightOffer
-from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import WeightSender
 
 MAX_UNEXPLAINED_FAILURES = 3

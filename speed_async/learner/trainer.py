@@ -18,7 +18,7 @@ from speed_async.algorithms.objective import GroupSignal, Objective, compute_sig
 from speed_async.config.schema import Config
 from speed_async.errors import ModelError
 from speed_async.learner.batch import MicroBatch, make_micro_batch
-from speed_async.learner.canary import CanaryProbe
+from speed_async.learner.canary_probe import CanaryProbe
 from speed_async.learner.checkpoint.files import check_can_save, load_checkpoint, save_checkpoint
 from speed_async.learner.checkpoint.model_files import read_model_files
 from speed_async.learner.checkpoint.store import checkpoint_folder, prune
@@ -28,7 +28,7 @@ from speed_async.learner.policy import Policy, check_policy, layout_cost
 from speed_async.learner.progress import Progress
 from speed_async.learner.rows import choose_width, split_row, split_rows, training_row
 from speed_async.types import Group
-from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.canary_check import Canary
 
 CPU_MICRO_BATCH_TOKENS = 2048
 """Larger micro-batches exceed the cache of a CPU core and cost more per token (measured)."""

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
-from speed_async.weight_sync.buckets import plan_buckets
-from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.buckets import plan_buckets, transfer_report
+from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferReport
-from speed_async.weight_sync.epoch_group import name_ranks
 from speed_async.weight_sync.manifest import Manifest, accept_manifest, describe, encode_manifest
+from speed_async.weight_sync.process_group import name_ranks
 
 ADDRESS = ("memory", 0)
 
@@ -158,7 +158,8 @@ class MemorySender:
                 reason = f"manifest: {'; '.join(rejections.values())}"
                 raise self._store.fail(offer, transfer, reason, [*rejections])
         self._store.finish(offer, transfer)
-        return _report(manifest, self._clock() - started_s)
+        buckets = plan_buckets(manifest.tensors, manifest.bucket_bytes)
+        return transfer_report(buckets, self._clock() - started_s)
 
     def close(self) -> None:
         """No resources to free."""
@@ -208,7 +209,8 @@ class MemoryReceiver:
                     reason = f"rank {offer.rank} failed to load: {sys.exception()}"
                     self._store.fail(offer, transfer, reason)
         self._store.finish(offer, transfer)
-        return _report(manifest, self._clock() - started_s, manifest.canary)
+        buckets = plan_buckets(manifest.tensors, manifest.bucket_bytes)
+        return transfer_report(buckets, self._clock() - started_s, manifest.canary)
 
     def close(self) -> None:
         """No resources to free."""
@@ -242,18 +244,7 @@ class MemoryReceiver:
 
 def _load(manifest: Manifest, transfer: _Transfer, load: LoadTensors) -> None:
     for bucket in plan_buckets(manifest.tensors, manifest.bucket_bytes):
-        names = [span.spec.name for span in bucket.spans]
-        copies = [(name, transfer.tensors[name].clone()) for name in names]
+        copies = [(name, transfer.tensors[name].clone()) for name in bucket.names]
         load(copies)
         for _, copy in copies:
             copy.zero_()  # like a reused buffer, to detect receivers that keep the tensors
-
-
-def _report(manifest: Manifest, transfer_s: float, canary: Canary | None = None) -> TransferReport:
-    buckets = plan_buckets(manifest.tensors, manifest.bucket_bytes)
-    return TransferReport(
-        num_bytes=sum(bucket.num_bytes for bucket in buckets),
-        num_buckets=len(buckets),
-        transfer_s=transfer_s,
-        canary=canary,
-    )

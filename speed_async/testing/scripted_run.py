@@ -19,8 +19,8 @@ from speed_async.errors import WeightSyncError
 from speed_async.testing.scripted_engine import Script, ScriptedStepper
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.broadcast import TorchReceiver
+from speed_async.weight_sync.buckets import flatten_parameters
 from speed_async.weight_sync.channel import NamedTensor, WeightReceiver
-from speed_async.weight_sync.contiguous import flatten_parameters
 
 STEP_S = 0.004
 """Duration of a step, similar to that of a model, which leaves CPU time to other processes."""

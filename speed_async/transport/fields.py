@@ -7,7 +7,9 @@ reported.
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TypeAlias, get_args
+
+from speed_async.types import WeightBackend
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 """A value of a header, as msgpack unpacks it."""
@@ -74,6 +76,7 @@ CHECKS: dict[object, Check] = {
     int: is_int,
     float: is_finite,
     str: is_str,
+    WeightBackend: lambda value: value in get_args(WeightBackend),
     list[bool]: list_of(is_bool),
     list[int]: list_of(is_int),
     list[float]: list_of(is_finite),

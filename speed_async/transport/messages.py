@@ -11,7 +11,7 @@ Shape legend: P prompt tokens, N completions, S sum of completion lengths.
 
 from dataclasses import dataclass
 
-from speed_async.types import ActorCounts, Float32Array, Int32Array
+from speed_async.types import ActorCounts, Float32Array, Int32Array, WeightBackend, WeightOffer
 
 PROTOCOL_VERSION = 8
 
@@ -196,16 +196,9 @@ class Leases(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OfferWeights(Message):
-    """Request to join a broadcast. Fields as in `types.WeightOffer`; `rank` is the first rank."""
+    """Request to join a broadcast. The rank of the offer is the first rank of the actor."""
 
-    policy_version: int
-    epoch: int
-    rank: int
-    world_size: int
-    store_host: str
-    store_port: int
-    backend: str
-    deadline_s: float
+    offer: WeightOffer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,7 +251,7 @@ class PublishWeights(Message):
     policy_version: int
     store_host: str
     store_port: int
-    backend: str
+    backend: WeightBackend
     deadline_s: float
 
 

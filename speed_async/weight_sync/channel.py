@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from speed_async.types import WeightOffer
-from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.canary_check import Canary
 
 NamedTensor = tuple[str, Tensor]
 LoadTensors = Callable[[Sequence[NamedTensor]], None]

@@ -1,248 +1,299 @@
-"""The weight group of one epoch: store, process group, and the deadline of every stage.
+"""The weight group of one epoch: rendezvous, messages, and the deadline of every stage.
+
+Every message is a key in the sender's store: `epoch-3/verdict/0/2` is the verdict of rank 2 on the
+manifest of the first transfer of epoch 3. The buckets are sent by the transport of the backend.
 
 torch's store and process groups can block longer than their timeouts: a store whose host process is
-stopped never responds to a cancelled wait, and destructors join their threads. One daemon thread
-therefore owns the store and the group, and callers only wait on futures.
-
-Shape legend: B bytes of one bucket or message.
+stopped never responds to a cancelled wait, and destructors join their threads. Such calls run in
+daemon threads, which are abandoned when they are late. To set a key, and to use the store in the
+sender's own process, never blocks.
 """
 
-import re
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import DistStoreError
 
+from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
-from speed_async.weight_sync.buckets import Bucket, plan_buckets
-from speed_async.weight_sync.executor import SingleThreadExecutor
-from speed_async.weight_sync.ipc_group import IpcGroup
-from speed_async.weight_sync.manifest import Agreement, Manifest
-from speed_async.weight_sync.process_group import broadcast_from_sender, make_group
+from speed_async.weight_sync.buckets import Bucket, Views, plan_buckets
+from speed_async.weight_sync.ipc import (
+    IpcTransport,
+    host_sockets,
+    join_sockets,
+    machine_identity,
+    machine_mismatch,
+)
+from speed_async.weight_sync.manifest import KnownTensors, Manifest
+from speed_async.weight_sync.process_group import (
+    GroupTransport,
+    MemberLeft,
+    describe_error,
+    has_keys,
+    make_group,
+    name_ranks,
+    reach_store,
+)
 
 T = TypeVar("T")
 
 SLACK_S = 0.25
-"""Margin after torch's own timeout before the thread is considered stuck."""
+"""Margin after torch's own timeout before a call is considered stuck."""
+GRACE_S = 0.5
+"""Time after a failure that peers have to report their state."""
+POLL_S = 0.01
 MAX_REASON = 1000
-MAX_ERROR_LENGTH = 200
-CLOSED = re.compile(r"closed by peer|reset by peer|Broken pipe", re.IGNORECASE)
-CPP_LOCATION = re.compile(r"\[\S+\.(?:cc|cpp|cu|h|hpp):\d+\]")
-"""Source location in a C++ error: `[/__w/.../pair.cc:553]`."""
 
 
 class StageFailed(Exception):
-    """A stage of a transfer failed. The sender and the receiver add the peers they waited for."""
+    """A stage of a transfer failed; `EpochGroup.explain` adds the peers that it waited for."""
 
-    def __init__(
-        self, stage: str, waited_s: float, reason: str, missing_ranks: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, stage: str, waited_s: float, reason: str, ranks: Sequence[int]) -> None:
         super().__init__(f"{stage} failed after {waited_s:.1f} s ({reason})")
-        self.missing_ranks = tuple(missing_ranks)
-
-
-class MemberLeft(RuntimeError):
-    """These ranks did not respond within the deadline."""
-
-    def __init__(self, ranks: Sequence[int], absence: str) -> None:
-        super().__init__(f"{name_ranks(ranks)} {absence}")
-        self.ranks = tuple(ranks)
+        self.missing_ranks = tuple(ranks)
 
 
 class EpochGroup:
-    """The store and the process group of one epoch, with the deadline of every stage."""
+    """One member of the group of an epoch. Rank 0 is the sender."""
 
     def __init__(self, offer: WeightOffer, device: torch.device) -> None:
         self.offer = offer
-        self.formed = False
-        self.stuck = False
-        self.num_transfers = 0
-        self.agreed: Agreement | None = None
-        self._plan: tuple[Manifest, tuple[Bucket, ...]] | None = None
-        self._announced = False
-        self._broken = ""
+        self.known: KnownTensors | None = None
+        """The tensors that later manifests refer to by their digest."""
+        self.views = Views()
+        self._num_transfers = 0
+        self._plan: tuple[object, tuple[Bucket, ...]] = (None, ())
         self._device = device
-        self._store: Store | None = None  # the store and the group are used by the thread only
-        self._group: Any = None
-        self._executor = SingleThreadExecutor(f"weights-epoch-{offer.epoch}-rank-{offer.rank}")
+        self._store: Any = None  # a Store, from the rendezvous on
+        self._transport: GroupTransport | IpcTransport | None = None
+        self._stuck = False
 
     @property
-    def receiver_ranks(self) -> range:
-        return range(1, self.offer.world_size)
+    def transport(self) -> GroupTransport | IpcTransport:
+        assert self._transport is not None, "the group is not formed"
+        return self._transport
 
-    @property
-    def ipc(self) -> IpcGroup:
-        """The members' sockets, once formed. Their calls respect deadlines and need no thread."""
-        assert isinstance(self._group, IpcGroup)
-        return self._group
-
-    @property
-    def last_plan(self) -> tuple[Bucket, ...]:
-        """The buckets of the previous transfer; empty in the first transfer of an epoch."""
-        return self._plan[1] if self._plan else ()
+    def form(self, store: Store | None = None) -> None:
+        """Waits until every receiver has joined, then creates the transport; the first transfer of
+        an epoch calls it. The sender passes its `store`."""
+        if self._transport is not None:
+            return
+        with self.stage("rendezvous"):
+            if store is not None:
+                self._store = store
+                self._await_receivers()
+            else:
+                self._store = self._run(lambda: reach_store(self.offer))
+                self._await_sender()
+            prefixed = PrefixStore(self._key("group"), self._store)
+            self._transport = self._run(lambda: self._connect(prefixed))
 
     def plan(self, manifest: Manifest) -> tuple[Bucket, ...]:
         """Buckets of these tensors. The result is the same object while the tensors and the bucket
         size are unchanged."""
-        kept = self._plan
-        if kept is None or (kept[0].tensors, kept[0].bucket_bytes) != (
-            manifest.tensors,
-            manifest.bucket_bytes,
-        ):
-            kept = manifest, plan_buckets(manifest.tensors, manifest.bucket_bytes)
-            self._plan = kept
-        return kept[1]
+        wanted = manifest.tensors, manifest.bucket_bytes
+        if self._plan[0] != wanted:
+            self._plan = wanted, plan_buckets(*wanted)
+        return self._plan[1]
 
-    def key(self, *parts: object) -> str:
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Converts failures of the block to StageFailed."""
+        started_s = time.monotonic()
+        try:
+            yield
+        except TimeoutError as error:
+            self._stuck = True
+            raise StageFailed(name, time.monotonic() - started_s, "no response", ()) from error
+        except RuntimeError as error:  # torch.distributed raises it for all failures
+            # The frames keep the process group alive, which must be freed to wake its members.
+            traceback.clear_frames(error.__traceback__)
+            ranks = error.ranks if isinstance(error, MemberLeft) else ()
+            waited_s = time.monotonic() - started_s
+            raise StageFailed(name, waited_s, describe_error(error), ranks) from error
+
+    # --- messages -------------------------------------------------------------------------------
+
+    def announce(self, manifest: bytes) -> None:
+        """Sender: sends the manifest and waits for all verdicts. Raises WeightSyncError for a
+        refusal. A lost member is detected here, while all others still have their old weights."""
+        with self.stage("manifest"):
+            self._store.set(self._key("manifest", self._num_transfers), manifest)
+            if self._num_transfers:  # all members have read the messages of the previous transfer
+                previous = self._num_transfers - 1
+                read = self._receiver_keys("verdict", previous).values()
+                for key in (self._key("manifest", previous), *read):
+                    self._store.delete_key(key)
+            verdicts = self._gather("verdict", "did not answer")
+        if refusals := {rank: text for rank, text in verdicts.items() if text}:
+            reasons = "; ".join(f"rank {rank} refused: {text}" for rank, text in refusals.items())
+            raise self.error(f"manifest: {reasons}", [*refusals])
+
+    def receive_manifest(self) -> bytes:
+        """Receiver: waits for the manifest."""
+        key = self._key("manifest", self._num_transfers)
+        with self.stage("manifest"):
+            payload = self._wait_for(key, "the sender sent no manifest")
+            if not payload:
+                raise RuntimeError("the sender left the group")
+            return payload
+
+    def answer(self, verdict: str) -> None:
+        """Receiver: sends the reason of a refusal, or an empty verdict."""
+        with self.stage("manifest"):
+            key = self._key("verdict", self._num_transfers, self.offer.rank)
+            self._store.set(key, verdict)
+
+    def complete(self) -> None:
+        """Ends a transfer."""
+        self._report_end("")
+        self._num_transfers += 1
+
+    # --- failures -------------------------------------------------------------------------------
+
+    def leave(self, reason: str) -> None:
+        """Reports why this member leaves the group, and frees the transport, which wakes the peers
+        that wait for this member."""
+        self._report_end(reason)
+        self.free()
+
+    def explain(self, failure: StageFailed) -> WeightSyncError:
+        """The failure of a member that has left, with the peers that it waited for."""
+        if self.offer.rank == 0:
+            lost = self._unresponsive_ranks()
+            suffix = f"; no response from {name_ranks(lost)}" if lost else ""
+            # The ranks of the failure are certain, the unresponsive ones are likely.
+            return self.error(f"{failure}{suffix}", failure.missing_ranks or lost)
+        where = f"waiting for rank 0 at {self.offer.store_host}:{self.offer.store_port}"
+        return self.error(f"{failure}, {where}{self._reason_of_sender()}")
+
+    def error(self, text: str, missing_ranks: Sequence[int] = ()) -> WeightSyncError:
+        version, epoch = self.offer.policy_version, self.offer.epoch
+        return WeightSyncError(
+            f"policy version {version}, epoch {epoch}, {text}", missing_ranks=missing_ranks
+        )
+
+    def free(self, timeout_s: float = 0.0) -> None:
+        """Frees the transport in a daemon thread, and waits at most `timeout_s` for it."""
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            thread = threading.Thread(target=transport.abort, daemon=True)
+            thread.start()
+            thread.join(timeout_s)
+
+    def _report_end(self, failure: str) -> None:
+        """A receiver reports that it has ended the transfer; a sender only reports a failure, also
+        to receivers that wait for its next message."""
+        transfer = self._num_transfers
+        messages = {}
+        if self.offer.rank:
+            messages = {self._key("ended", self.offer.rank): str(transfer)}
+        elif failure:
+            messages = dict.fromkeys(map(self._key, ("over", "go")), failure[:MAX_REASON])
+            messages |= {self._key("manifest", each): "" for each in (transfer, transfer + 1)}
+        if self._store is not None and not self._stuck:
+            with suppress(RuntimeError):
+                for key, value in messages.items():
+                    self._store.set(key, value)
+
+    def _unresponsive_ranks(self) -> list[int]:
+        """Sender: receivers that have not ended the transfer within GRACE_S."""
+        ended = str(self._num_transfers).encode()
+        waiting = self._receiver_keys("ended")
+        end_s = time.monotonic() + GRACE_S
+        while waiting and time.monotonic() < end_s:
+            for rank, key in [*waiting.items()]:
+                if self._store.check([key]) and self._store.get(key) == ended:
+                    del waiting[rank]
+            time.sleep(POLL_S)
+        return [*waiting]
+
+    def _reason_of_sender(self) -> str:
+        """Receiver: the sender's reason for the end of this epoch, if any."""
+        if self._store is None or self._stuck:
+            return ""
+        try:
+            over = self._wait_for(self._key("over"), "no reason", GRACE_S)
+        except (RuntimeError, TimeoutError):
+            return ""
+        return f"; it reported: {over.decode(errors='replace')}"
+
+    # --- rendezvous -----------------------------------------------------------------------------
+
+    def _await_receivers(self) -> None:
+        identities = self._gather("joined", "never joined")
+        if self.offer.backend == "ipc":
+            ours = machine_identity()
+            problems = {rank: machine_mismatch(ours, theirs) for rank, theirs in identities.items()}
+            if remote := [f"rank {rank} {text}" for rank, text in problems.items() if text]:
+                raise self.error(f"rendezvous: {'; '.join(remote)}")
+        self._store.set(self._key("go"), "")
+
+    def _await_sender(self) -> None:
+        identity = machine_identity() if self.offer.backend == "ipc" else ""
+        self._store.set(self._key("joined", 0, self.offer.rank), identity)
+        refusal = self._wait_for(self._key("go"), "the sender did not start this epoch")
+        if refusal:
+            reason = refusal.decode(errors="replace")
+            raise self.error(f"rendezvous: the sender reported: {reason}")
+
+    def _connect(self, store: Store) -> GroupTransport | IpcTransport:
+        if self.offer.backend != "ipc":
+            group = make_group(store, self.offer, self._device)
+            return GroupTransport(group, self.offer, self._device)
+        connect = join_sockets if self.offer.rank else host_sockets
+        return IpcTransport(connect(store, self.offer), self.offer, self._device)
+
+    # --- store ----------------------------------------------------------------------------------
+
+    def _key(self, *parts: object) -> str:
         return "/".join(map(str, (f"epoch-{self.offer.epoch}", *parts)))
 
-    def connect(self, make_store: Callable[[], Store]) -> "Future[None]":
-        def call() -> None:
-            self._store = make_store()
+    def _receiver_keys(self, *parts: object) -> dict[int, str]:
+        return {rank: self._key(*parts, rank) for rank in range(1, self.offer.world_size)}
 
-        return self._executor.submit(call)
+    def _gather(self, message: str, absence: str) -> dict[int, str]:
+        """Sender: one value from every receiver, by rank. Raises MemberLeft."""
+        keys = self._receiver_keys(message, self._num_transfers)
+        if not has_keys(self._store, [*keys.values()], self.offer.deadline_s):
+            missing = [rank for rank, key in keys.items() if not self._store.check([key])]
+            raise MemberLeft(missing, absence)
+        values = self._store.multi_get([*keys.values()])
+        return {
+            rank: value.decode(errors="replace") for rank, value in zip(keys, values, strict=True)
+        }
 
-    def on_store(self, call: Callable[[Store], T]) -> "Future[T]":
-        def with_store() -> T:
-            if self._store is None:
-                raise RuntimeError("the store is not connected")
-            return call(self._store)
+    def _wait_for(self, key: str, absence: str, timeout_s: float | None = None) -> bytes:
+        """Receiver: a value that the sender sets."""
+        store, timeout_s = self._store, timeout_s or self.offer.deadline_s
 
-        return self._executor.submit(with_store)
-
-    def build(self) -> "Future[None]":
-        """Creates the process group; a collective call of all members."""
-
-        def call(store: Store) -> None:
-            prefixed = PrefixStore(self.key("group"), store)
-            self._group = make_group(prefixed, self.offer, self._device)
-
-        return self.on_store(call)
-
-    def broadcast(self, *buffers_B: Tensor) -> "list[Future[None]]":
-        """Sends from rank 0, or receives into `buffers_B`, (B,) uint8 each. Returns one future per
-        buffer.
-
-        Empty buffers are not transferred. With ipc, the call is synchronous, because later calls
-        use the same sockets from the calling thread.
-        """
-        futures: list[Future[None]] = [Future() for _ in buffers_B]
-        full = [index for index, buffer_B in enumerate(buffers_B) if buffer_B.numel()]
-
-        def mark_done(index: int) -> None:
-            futures[full[index]].set_result(None)
-
-        def call() -> None:
-            offer, transferred = self.offer, [buffers_B[index] for index in full]
+        def get() -> bytes:
+            store.set_timeout(timedelta(seconds=timeout_s))
             try:
-                if self._broken:  # fail immediately instead of waiting for another timeout
-                    raise RuntimeError(f"an earlier broadcast failed: {self._broken}")
-                broadcast_from_sender(
-                    self._group, transferred, offer.deadline_s, offer.backend, mark_done
-                )
-            except RuntimeError as error:
-                self._broken = self._broken or describe_error(error)
-                # The frames keep the process group alive, which must be freed to wake its members.
-                traceback.clear_frames(error.__traceback__)
-                for future in futures:
-                    if not future.done():
-                        future.set_exception(error)
+                return store.get(key)
+            except DistStoreError as error:
+                raise RuntimeError(absence) from error
 
-        for index in set(range(len(buffers_B))).difference(full):
-            futures[index].set_result(None)
-        if self.offer.backend == "ipc":
-            call()
-        else:
-            self._executor.submit(call)
-        return futures
+        return self._run(get, timeout_s)
 
-    def to_transfer_device(self, message_B: Tensor) -> Tensor:
-        """The message on the device that the backend uses."""
-        return message_B.to(self._device) if self.offer.backend == "nccl" else message_B
+    def _run(self, call: Callable[[], T], timeout_s: float | None = None) -> T:
+        """Result of a call that may block, in a daemon thread. Raises TimeoutError when it is
+        stuck."""
+        future: Future[T] = Future()
 
-    def wait(self, stage: str, future: "Future[T]", deadline_s: float | None = None) -> T:
-        """Result of a call. Raises StageFailed when it fails or exceeds the deadline."""
-        started_s = time.monotonic()
-        try:
-            return future.result((deadline_s or self.offer.deadline_s) + SLACK_S)
-        except TimeoutError as error:
-            self.stuck = True
-            raise StageFailed(stage, time.monotonic() - started_s, "no response") from error
-        except RuntimeError as error:  # torch.distributed raises it for all failures
-            reason = describe_error(error)
-            ranks = error.ranks if isinstance(error, MemberLeft) else ()
-            raise StageFailed(stage, time.monotonic() - started_s, reason, ranks) from error
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except Exception as error:  # task boundary: the caller that waits handles the error
+                future.set_exception(error)
 
-    def attempt(self, stage: str, call: Callable[[], T]) -> T:
-        """Result of a call with its own deadline. Raises StageFailed when it fails."""
-        started_s = time.monotonic()
-        try:
-            return call()
-        except RuntimeError as error:
-            raise StageFailed(stage, time.monotonic() - started_s, describe_error(error)) from error
-
-    def announce_end(self, reason: str) -> None:
-        """Reports, once, why this member leaves the group, and frees the process group.
-
-        Freeing it closes its connections, which wakes the peers that wait for this member.
-        """
-        if self._announced:
-            return
-        self._announced = True
-        keys = ("over", "go") if self.offer.rank == 0 else (f"left/{self.offer.rank}",)
-
-        def call(store: Store) -> None:
-            for key in keys:
-                store.set(self.key(key), reason[:MAX_REASON])
-            self._free_group()
-
-        self.on_store(call)
-
-    def drop(self) -> None:
-        """Frees the group and the store in the thread, and stops it. Never waits."""
-
-        def call() -> None:
-            self._free_group()
-            self._store = None
-
-        self._executor.submit(call)
-        self._executor.stop()
-
-    def join(self, timeout_s: float) -> None:
-        """Waits at most `timeout_s` until a dropped group is freed."""
-        self._executor.join(timeout_s)
-
-    def _free_group(self) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            group.abort()
-
-
-def describe_error(error: BaseException) -> str:
-    """First line of a backend's error message, without C++ source locations."""
-    text = str(error).partition("\n")[0]
-    if CLOSED.search(text):
-        return "the connection was closed by the peer"
-    text = CPP_LOCATION.sub("", text).strip()
-    return text[:MAX_ERROR_LENGTH] or type(error).__name__
-
-
-def wait_for_keys(store: Store, keys: Sequence[str], timeout_s: float) -> bool:
-    """Whether all keys were set within the timeout. Raises RuntimeError when the store is
-    unreachable."""
-    try:
-        store.wait(list(keys), timedelta(seconds=timeout_s))
-    except DistStoreError:
-        return False
-    return True
-
-
-def name_ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        threading.Thread(target=run, daemon=True).start()
+        return future.result((timeout_s or self.offer.deadline_s) + SLACK_S)

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from torch import Tensor
 
 from speed_async.errors import WeightSyncError
-from speed_async.weight_sync.canary import MAX_CANARY_TOKENS, Canary
+from speed_async.weight_sync.canary_check import MAX_CANARY_TOKENS, Canary
 from speed_async.weight_sync.channel import NamedTensor
 
-FORMAT_VERSION = 2
-MAX_MANIFEST_BYTES = 16 * 1024 * 1024
+FORMAT_VERSION = 3
+MAX_MANIFEST_BYTES = 8 * 1024 * 1024
+"""The largest value that torch's TCPStore accepts."""
 MAX_NAMES_SHOWN = 5
 
 DTYPES: dict[str, torch.dtype] = {
@@ -50,6 +52,10 @@ class TensorSpec:
     def num_bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
+    def fits(self, tensor: Tensor, cast: torch.dtype | None = None) -> bool:
+        """Whether the tensor, after a cast of floating-point values, has this shape and dtype."""
+        return self.shape == tensor.shape and self.dtype == _sent_dtype(tensor, cast)
+
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
@@ -60,28 +66,27 @@ class Manifest:
     bucket_bytes: int
     tensors: tuple[TensorSpec, ...]
     canary: Canary | None = None
+    memory: object = None
+    """JSON value that describes the sender's shared memory; validated by `ipc.open_memory`."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Agreement:
-    """The list of tensors known to all members of an epoch, and the specs the receiver expected."""
+class KnownTensors:
+    """A list of tensors that all members of an epoch know, with its SHA-256 digest."""
 
-    tensors: tuple[TensorSpec, ...]
-    digest: str
-    expected: tuple[TensorSpec, ...] = ()
+    def __init__(self, specs: tuple[TensorSpec, ...]) -> None:
+        self.specs = specs
+        self.digest = hashlib.sha256(json.dumps(_rows(specs)).encode()).hexdigest()
 
 
-def describe(tensors: Sequence[NamedTensor], cast: torch.dtype | None) -> tuple[TensorSpec, ...]:
+def describe(
+    tensors: Sequence[NamedTensor], cast: torch.dtype | None = None
+) -> tuple[TensorSpec, ...]:
     """Specs of the tensors as sent; `cast` replaces the dtype of floating-point tensors.
 
     Raises WeightSyncError for a duplicate name and for an unsupported dtype.
     """
     specs = tuple(
-        TensorSpec(
-            name=name,
-            dtype=cast if cast is not None and tensor.is_floating_point() else tensor.dtype,
-            shape=tuple(tensor.shape),
-        )
+        TensorSpec(name=name, dtype=_sent_dtype(tensor, cast), shape=tuple(tensor.shape))
         for name, tensor in tensors
     )
     _check_names(specs)
@@ -96,32 +101,27 @@ def matches(
 ) -> bool:
     """Whether `describe` would return these specs; much faster than calling it."""
     return len(specs) == len(tensors) and all(
-        spec.name == name
-        and spec.shape == tensor.shape
-        and spec.dtype
-        == (cast if cast is not None and tensor.is_floating_point() else tensor.dtype)
+        spec.name == name and spec.fits(tensor, cast)
         for spec, (name, tensor) in zip(specs, tensors, strict=True)
     )
 
 
-def digest_of(specs: Sequence[TensorSpec]) -> str:
-    """SHA-256 of a list of tensors, in hexadecimal."""
-    return hashlib.sha256(json.dumps(_rows(specs)).encode()).hexdigest()
-
-
-def encode_manifest(manifest: Manifest, known: Agreement | None = None) -> bytes:
+def encode_manifest(manifest: Manifest, known: KnownTensors | None = None) -> bytes:
     """JSON bytes. The digest replaces the tensors when they are those of `known`.
 
     Raises WeightSyncError when the bytes exceed MAX_MANIFEST_BYTES.
     """
-    digest = known.digest if known is not None and known.tensors == manifest.tensors else None
+    digest = known.digest if known is not None and known.specs == manifest.tensors else None
+    canary = manifest.canary
     payload = json.dumps(
         {
             "format": FORMAT_VERSION,
             "policy_version": manifest.policy_version,
             "bucket_bytes": manifest.bucket_bytes,
-            "tensors": _rows(manifest.tensors) if digest is None else digest,
-            "canary": _encode_canary(manifest.canary),
+            "tensors": digest or _rows(manifest.tensors),
+            # JSON preserves floats bitwise, because they are written with all necessary digits.
+            "canary": canary and {"token_ids": canary.token_ids, "logprobs": canary.logprobs},
+            "memory": manifest.memory,
         }
     ).encode()
     if len(payload) > MAX_MANIFEST_BYTES:
@@ -132,83 +132,78 @@ def encode_manifest(manifest: Manifest, known: Agreement | None = None) -> bytes
     return payload
 
 
-def decode_manifest(payload: bytes, known: Agreement | None = None) -> Manifest:
+def decode_manifest(payload: bytes, known: KnownTensors | None = None) -> Manifest:
     """Inverse of `encode_manifest`. Raises WeightSyncError for anything malformed."""
     if len(payload) > MAX_MANIFEST_BYTES:
         raise WeightSyncError(f"manifest of {len(payload)} bytes, more than {MAX_MANIFEST_BYTES}")
     try:
         match json.loads(payload):
             case {
-                "format": 2,
+                "format": 3,
                 "policy_version": int(policy_version),
                 "bucket_bytes": int(bucket_bytes),
                 "tensors": list() | str() as tensors,
-                "canary": canary_value,
+                "canary": canary,
+                "memory": memory,
             } if bucket_bytes > 0:
-                specs = _decode_tensors(tensors, known)
-                canary = _decode_canary(canary_value)
+                return Manifest(
+                    policy_version=policy_version,
+                    bucket_bytes=bucket_bytes,
+                    tensors=_decode_tensors(tensors, known),
+                    canary=_decode_canary(canary),
+                    memory=memory,
+                )
             case _:
                 raise WeightSyncError(f"manifest is not of format {FORMAT_VERSION}")
     except (ValueError, RecursionError) as error:
         raise WeightSyncError(f"manifest is not JSON: {error}") from error
-    return Manifest(
-        policy_version=policy_version, bucket_bytes=bucket_bytes, tensors=specs, canary=canary
-    )
 
 
 def accept_manifest(
     payload: bytes,
     policy_version: int,
     expected: Sequence[NamedTensor],
-    known: Agreement | None = None,
-    *,
-    is_unchanged: bool = False,
+    known: KnownTensors | None = None,
 ) -> Manifest:
-    """The manifest, if it has the offered version and the expected tensors. Raises WeightSyncError.
-
-    `is_unchanged` means that `expected` is the same as when the list of `known` was accepted.
-    """
+    """The manifest, if it has the offered version and the expected tensors, in any order, because
+    tensors are loaded by name. Raises WeightSyncError that names the difference."""
     manifest = decode_manifest(payload, known)
     if manifest.policy_version != policy_version:
         raise WeightSyncError(
             f"policy version {manifest.policy_version} was received, {policy_version} was offered"
         )
-    if is_unchanged and known is not None and manifest.tensors is known.tensors:
-        return manifest
-    if differs := difference(manifest.tensors, expected):
-        raise WeightSyncError(differs)
-    return manifest
-
-
-def difference(announced: Sequence[TensorSpec], expected: Sequence[NamedTensor]) -> str:
-    """Description of the difference between announced and expected tensors; empty for none.
-
-    The order is ignored, because tensors are loaded by name.
-    """
-    theirs = {spec.name: spec for spec in announced}
-    ours = {spec.name: spec for spec in describe(expected, None)}
-    differing = [
-        f"{name} is {theirs[name]}, expected {spec}"
-        for name, spec in ours.items()
-        if name in theirs and theirs[name] != spec
-    ]
+    theirs, ours = {spec.name: spec for spec in manifest.tensors}, dict(expected)
+    differing = [name for name in ours if name in theirs and not theirs[name].fits(ours[name])]
     parts = {
         "missing": [name for name in ours if name not in theirs],
         "not expected": [name for name in theirs if name not in ours],
-        "different": differing,
+        "different": [
+            f"{spec.name} is {theirs[spec.name]}, expected {spec}"
+            for spec in describe([(name, ours[name]) for name in differing])
+        ],
     }
-    return "; ".join(f"{label}: {_shorten(names)}" for label, names in parts.items() if names)
+    if any(parts.values()):
+        raise WeightSyncError(
+            "; ".join(f"{label}: {_shorten(names)}" for label, names in parts.items() if names)
+        )
+    return manifest
+
+
+def _sent_dtype(tensor: Tensor, cast: torch.dtype | None) -> torch.dtype:
+    return cast if cast is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def _rows(specs: Sequence[TensorSpec]) -> list[list[object]]:
     return [[spec.name, str(spec.dtype).removeprefix("torch."), list(spec.shape)] for spec in specs]
 
 
-def _decode_tensors(tensors: list[object] | str, known: Agreement | None) -> tuple[TensorSpec, ...]:
+def _decode_tensors(
+    tensors: list[object] | str, known: KnownTensors | None
+) -> tuple[TensorSpec, ...]:
     if isinstance(tensors, str):
         if known is None or tensors != known.digest:
             raise WeightSyncError(f"manifest refers to unknown tensors {tensors[:64]}")
-        return known.tensors
+        return known.specs
     specs = tuple(_decode_spec(row) for row in tensors)
     _check_names(specs)
     return specs
@@ -222,13 +217,6 @@ def _decode_spec(row: object) -> TensorSpec:
             return TensorSpec(name=name, dtype=DTYPES[dtype], shape=tuple(shape))
         case _:
             raise WeightSyncError(f"manifest has a malformed entry: {str(row)[:200]}")
-
-
-def _encode_canary(canary: Canary | None) -> dict[str, object] | None:
-    """JSON preserves floats bitwise, because they are written with all necessary digits."""
-    if canary is None:
-        return None
-    return {"token_ids": list(canary.token_ids), "logprobs": list(canary.logprobs)}
 
 
 def _decode_canary(value: object) -> Canary | None:

@@ -1,21 +1,30 @@
-"""torch.distributed groups created without `init_process_group`, and their rendezvous store."""
+"""torch.distributed groups created without `init_process_group`, their store, and the transfer of
+buckets through them.
 
+Shape legend: B bytes of one bucket.
+"""
+
+import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroupGloo, Store, TCPStore
+from torch.distributed import DistStoreError
 
 from speed_async.errors import ConfigError, WeightSyncError
 from speed_async.types import WeightBackend, WeightOffer
-from speed_async.weight_sync.ipc_group import host_ipc, join_ipc
+from speed_async.weight_sync.buckets import NUM_BUFFERS, Bucket, largest_bytes
 
-NUM_IN_FLIGHT = 2
+MAX_ERROR_LENGTH = 200
+CLOSED = re.compile(r"closed by peer|reset by peer|Broken pipe", re.IGNORECASE)
+CPP_LOCATION = re.compile(r"\[\S+\.(?:cc|cpp|cu|h|hpp):\d+\]")
+"""Source location in a C++ error: `[/__w/.../pair.cc:553]`."""
 NCCL_POLL_S = 0.0005
 NCCL_WATCHDOG_FACTOR = 10
 """The NCCL watchdog kills the process at its timeout, which must therefore never expire first."""
@@ -37,40 +46,32 @@ def choose_backend(
     On a CPU, ipc is faster (docs/benchmarks.md) but excludes late joiners on other machines.
     Raises ConfigError when nccl or ipc is configured and not possible.
     """
-    own_gpus = learner_device.startswith("cuda") and num_visible_gpus >= num_local_ranks
+    on_gpu = learner_device.startswith("cuda")
+    own_gpus = on_gpu and num_visible_gpus >= num_local_ranks
     one_machine = num_ranks is None or num_ranks == num_local_ranks
     match configured:
-        case "auto" if own_gpus:
+        case "nccl" | "auto" if own_gpus:
             return "nccl"
-        case "auto" if learner_device.startswith("cuda") and one_machine and actors_device != "cpu":
+        case "auto" if on_gpu and one_machine and actors_device != "cpu":
             return "ipc"
         case "auto" | "gloo":
             return "gloo"
-        case "nccl" if own_gpus:
-            return "nccl"
         case "nccl":
-            raise ConfigError(
-                "weights.backend",
-                configured,
+            remedy = (
                 f"requires a GPU for each of {num_local_ranks} ranks, but the learner runs on"
-                f" '{learner_device}' and {num_visible_gpus} GPUs are visible; use 'auto'",
+                f" '{learner_device}' and {num_visible_gpus} GPUs are visible; use 'auto'"
             )
+        case "ipc" if not sys.platform.startswith("linux"):
+            remedy = f"requires Linux, and this is '{sys.platform}'; use 'auto'"
+        case "ipc" if not one_machine:
+            remedy = "requires all ranks on one machine, and this run has several nodes; use 'auto'"
+        case "ipc" if on_gpu and actors_device == "cpu":
+            remedy = "cannot share GPU memory with actors.device = 'cpu'; use 'auto'"
         case "ipc":
-            return _check_ipc(learner_device, one_machine=one_machine, actors_device=actors_device)
+            return "ipc"
         case _:
-            raise ConfigError("weights.backend", configured, "use 'auto', 'gloo', 'nccl' or 'ipc'")
-
-
-def _check_ipc(learner_device: str, *, one_machine: bool, actors_device: str) -> WeightBackend:
-    if not sys.platform.startswith("linux"):
-        remedy = f"requires Linux, and this is '{sys.platform}'; use 'auto'"
-    elif not one_machine:
-        remedy = "requires all ranks on one machine, and this run has several nodes; use 'auto'"
-    elif learner_device.startswith("cuda") and actors_device == "cpu":
-        remedy = "cannot share GPU memory with actors.device = 'cpu'; use 'auto'"
-    else:
-        return "ipc"
-    raise ConfigError("weights.backend", "ipc", remedy)
+            remedy = "use 'auto', 'gloo', 'nccl' or 'ipc'"
+    raise ConfigError("weights.backend", configured, remedy)
 
 
 def host_store(host: str, timeout_s: float) -> TCPStore:
@@ -108,6 +109,37 @@ def reach_store(offer: WeightOffer) -> TCPStore:
     )
 
 
+def describe_error(error: BaseException) -> str:
+    """First line of a backend's error message, without C++ source locations."""
+    text = str(error).partition("\n")[0]
+    if CLOSED.search(text):
+        return "the connection was closed by the peer"
+    text = CPP_LOCATION.sub("", text).strip()
+    return text[:MAX_ERROR_LENGTH] or type(error).__name__
+
+
+def has_keys(store: Store, keys: Sequence[str], timeout_s: float) -> bool:
+    """Whether all keys were set within the timeout. Raises RuntimeError when the store is
+    unreachable."""
+    try:
+        store.wait(list(keys), timedelta(seconds=timeout_s))
+    except DistStoreError:
+        return False
+    return True
+
+
+class MemberLeft(RuntimeError):
+    """These ranks did not respond within the deadline."""
+
+    def __init__(self, ranks: Sequence[int], absence: str) -> None:
+        super().__init__(f"{name_ranks(ranks)} {absence}")
+        self.ranks = tuple(ranks)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
 def make_group(store: Store, offer: WeightOffer, device: torch.device) -> Any:
     """Process group of all ranks of the offer; blocks until all have joined or the deadline passes.
 
@@ -115,8 +147,6 @@ def make_group(store: Store, offer: WeightOffer, device: torch.device) -> Any:
     """
     if offer.backend == "nccl":
         return _nccl_group(store, offer, device)
-    if offer.backend == "ipc":
-        return join_ipc(store, offer) if offer.rank else host_ipc(store, offer)
     # Gloo's default interface is that of the machine's host name, which other nodes often cannot
     # reach. The interface on the route to the store is reachable.
     gloo: Any = ProcessGroupGloo  # its options are missing from the stubs
@@ -126,35 +156,82 @@ def make_group(store: Store, offer: WeightOffer, device: torch.device) -> Any:
     return gloo(store, offer.rank, offer.world_size, options)
 
 
-def broadcast_from_sender(
-    group: Any,
-    buffers_B: Sequence[Tensor],
-    deadline_s: float,
-    backend: str,
-    on_done: Callable[[int], None] = lambda _: None,
-) -> None:
-    """Sends from rank 0, or receives into `buffers_B`, (B,) uint8 each; blocks until all are done.
+class GroupTransport:
+    """Broadcasts buckets over a process group. Failures are RuntimeErrors.
 
-    Two broadcasts are in flight at a time, so that the network is never idle between them.
-    `on_done` is called with the index of each buffer, in order, when its transfer completes.
-    Raises RuntimeError when a member is lost or the deadline of a buffer passes.
+    A receiver has its own buffers: a transfer that fails before its first bucket is complete must
+    leave the old weights of the model intact.
     """
-    if backend == "ipc":
-        for index, buffer_B in enumerate(buffers_B):
-            group.broadcast(buffer_B, deadline_s)
-            on_done(index)
-        return
-    timeout = timedelta(seconds=deadline_s)
-    works: list[Any] = []
-    for index in range(len(buffers_B)):
-        for buffer_B in buffers_B[len(works) : index + NUM_IN_FLIGHT]:
-            works.append(group.broadcast(buffer_B, 0, timeout))
-        _await_work(works[index], deadline_s, backend)
-        on_done(index)
+
+    def __init__(self, group: Any, offer: WeightOffer, device: torch.device) -> None:
+        self._group: Any = group
+        self._polls = offer.backend == "nccl"
+        self._device = device if self._polls else torch.device("cpu")
+        self._pinned = device.type == "cuda" and self._device.type == "cpu"
+        self._buffers_B: list[Tensor] = []
+        self._buckets: Sequence[Bucket] = ()
+        self._works: list[Any] = []
+        self._deadline_s = offer.deadline_s
+
+    def begin(self, buckets: Sequence[Bucket], deadline_s: float) -> None:
+        """Starts a transfer of these buckets."""
+        self._buckets, self._works, self._deadline_s = buckets, [], deadline_s
+        num_bytes = largest_bytes(buckets)
+        if not self._buffers_B or self._buffers_B[0].numel() < num_bytes:
+            self._buffers_B = [
+                torch.empty(
+                    num_bytes, dtype=torch.uint8, device=self._device, pin_memory=self._pinned
+                )
+                for _ in range(NUM_BUFFERS)
+            ]
+
+    def can_send(self, packed_B: Tensor) -> bool:
+        """Whether `send` accepts this memory instead of the acquired buffer."""
+        return packed_B.device == self._device
+
+    def acquire(self, index: int) -> Tensor:
+        """Sender: a buffer for this bucket, at least (B,) uint8; waits until one is free.
+
+        Two broadcasts are therefore in flight, so that the network is never idle between them.
+        """
+        if index >= NUM_BUFFERS:
+            self._await(index - NUM_BUFFERS)
+        return self._buffers_B[index % NUM_BUFFERS]
+
+    def send(self, index: int, packed_B: Tensor) -> None:
+        """Sender: starts to send the next bucket, which must not change until `finish`."""
+        self._works.append(self._broadcast(packed_B))
+
+    def finish(self) -> None:
+        """Sender: waits until every bucket was sent."""
+        for index in range(len(self._works)):
+            self._await(index)
+
+    def take(self, index: int) -> Tensor:
+        """Receiver: this bucket, at least (B,) uint8, valid until the next call."""
+        for posted in range(len(self._works), min(index + NUM_BUFFERS, len(self._buckets))):
+            buffer_B = self._buffers_B[posted % NUM_BUFFERS]
+            self._works.append(self._broadcast(buffer_B[: self._buckets[posted].num_bytes]))
+        self._await(index)
+        return self._buffers_B[index % NUM_BUFFERS]
+
+    def release(self) -> None:
+        """Receiver: a no-op, because `take` posts the next receive."""
+
+    def abort(self) -> None:
+        """Frees the group, which closes its connections and wakes waiting peers."""
+        group, self._group, self._works = self._group, None, []
+        group.abort()
+
+    def _broadcast(self, buffer_B: Tensor) -> Any:
+        return self._group.broadcast(buffer_B, 0, timedelta(seconds=self._deadline_s))
+
+    def _await(self, index: int) -> None:
+        _await_work(self._works[index], self._deadline_s, polls=self._polls)
 
 
-def _await_work(work: Any, deadline_s: float, backend: str) -> None:
-    if backend == "nccl":
+def _await_work(work: Any, deadline_s: float, *, polls: bool) -> None:
+    if polls:
         # NCCL's wait only orders streams; the caller requires a completed transfer.
         end_s = time.monotonic() + deadline_s
         while not work.is_completed():
@@ -167,10 +244,14 @@ def _await_work(work: Any, deadline_s: float, backend: str) -> None:
 def _nccl_group(store: Store, offer: WeightOffer, device: torch.device) -> Any:
     from torch.distributed import ProcessGroupNCCL  # absent from CPU builds
 
-    torch.cuda.set_device(device)  # thread-local; this is the thread of the group
+    torch.cuda.set_device(device)  # thread-local
     options = ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=NCCL_WATCHDOG_FACTOR * offer.deadline_s)
-    return ProcessGroupNCCL(store, offer.rank, offer.world_size, options)
+    group: Any = ProcessGroupNCCL(store, offer.rank, offer.world_size, options)
+    # The first operation creates the communicator and may block: it belongs to the rendezvous.
+    first = group.broadcast(torch.zeros(1, device=device), 0)
+    _await_work(first, offer.deadline_s, polls=True)
+    return group
 
 
 def _own_address(offer: WeightOffer) -> str:

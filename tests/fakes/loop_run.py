@@ -28,7 +28,7 @@ from speed_async.transport import messages as m
 from speed_async.transport.feed import FeedPublisher
 from speed_async.transport.session import SessionLink
 from speed_async.types import Group, Int32Array, Prompt, Verdict
-from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.canary_check import Canary
 
 NUM_PROMPTS = 30
 

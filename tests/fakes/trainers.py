@@ -5,7 +5,7 @@ from pathlib import Path
 from speed_async.learner.model import load_model
 from speed_async.learner.progress import Progress
 from speed_async.learner.trainer import Trainer
-from speed_async.weight_sync.contiguous import flatten_parameters
+from speed_async.weight_sync.buckets import flatten_parameters
 from tests.fakes.learner_samples import make_config
 
 

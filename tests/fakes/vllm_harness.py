@@ -23,7 +23,7 @@ from speed_async.config.load import build_config
 from speed_async.config.schema import Config
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.broadcast import TorchSender
-from speed_async.weight_sync.canary import Canary, canary_token_ids
+from speed_async.weight_sync.canary_check import Canary, canary_token_ids
 from tests.fakes.engine_contract import CONTEXT_LENGTH
 from tests.fakes.tiny_models import save_tiny_folder, tiny_model
 

@@ -14,7 +14,7 @@ from speed_async.errors import SpeedAsyncError
 from speed_async.testing.memory_channel import MemoryReceiver, MemorySender, MemoryStore
 from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weight_sync.broadcast import TorchReceiver, TorchSender
-from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import (
     LoadTensors,
     NamedTensor,

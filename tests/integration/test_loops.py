@@ -30,7 +30,7 @@ from speed_async.transport import messages as m
 from speed_async.transport.feed import FeedPublisher
 from speed_async.transport.session import SessionLink
 from speed_async.types import WeightOffer
-from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.canary_check import Canary
 from tests.fakes.buffer_fixtures import make_config, make_group
 from tests.fakes.loop_run import (
     CharCodec,
@@ -429,7 +429,7 @@ def test_actor_reports_a_rejected_version_before_it_exits(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), actors={"slots": 4, "max_new_tokens": 90_000})
     task = DigitTask()
-    offer = m.OfferWeights(
+    offer = WeightOffer(
         policy_version=1,
         epoch=3,
         rank=1,
@@ -468,7 +468,7 @@ def test_actor_reports_a_rejected_version_before_it_exits(tmp_path: Path) -> Non
             hub.offer("actor-1.0", leases)
             while engine.stats.num_running < 4:  # noqa: ASYNC110 - the engine has no event for it
                 await asyncio.sleep(0)
-            hub.offer("actor-1.0", offer)
+            hub.offer("actor-1.0", m.OfferWeights(offer=offer))
             received: list[m.Message] = []
             while not received or not isinstance(received[-1], m.WeightsApplied):
                 message = (await hub.receive(10))[1]

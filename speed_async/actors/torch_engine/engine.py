@@ -8,7 +8,7 @@ from speed_async.actors.model_folder import load_model_folder, resolve_device
 from speed_async.actors.torch_engine.generator import TorchGenerator
 from speed_async.config.schema import ActorsConfig, ModelConfig
 from speed_async.weight_sync.broadcast import TorchReceiver
-from speed_async.weight_sync.contiguous import flatten_parameters
+from speed_async.weight_sync.buckets import flatten_parameters
 
 
 def load_torch_generator(

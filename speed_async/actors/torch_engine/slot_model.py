@@ -16,7 +16,7 @@ from speed_async.actors.torch_engine.slots import Int64Array
 from speed_async.actors.torch_engine.span_attention import SPANS_KEYWORD, attend_by_span
 from speed_async.errors import WeightSyncError
 from speed_async.types import Int32Array, WeightOffer
-from speed_async.weight_sync.canary import Canary, canary_tolerance, verify
+from speed_async.weight_sync.canary_check import Canary, canary_tolerance, verify
 from speed_async.weight_sync.channel import NamedTensor, WeightReceiver
 
 PREFILL_TOKENS = {"cpu": 512, "cuda": 16384}

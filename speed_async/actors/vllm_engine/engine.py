@@ -35,7 +35,7 @@ from speed_async.actors.vllm_engine.requests import (
 from speed_async.errors import DeadlineExceeded, IncarnationLost, SpeedAsyncError, WeightSyncError
 from speed_async.observability.first_error import LogSince, one_line
 from speed_async.types import Sampled, WeightOffer
-from speed_async.weight_sync.canary import Canary, canary_tolerance, verify
+from speed_async.weight_sync.canary_check import Canary, canary_tolerance, verify
 
 NUM_STAGES = 4
 """Stages of a transfer, each with the offer's deadline; vLLM itself has no timeout."""

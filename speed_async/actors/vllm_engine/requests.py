@@ -12,7 +12,7 @@ from vllm.sampling_params import RequestOutputKind
 from speed_async.actors.engine import GenerationRequest
 from speed_async.errors import SpeedAsyncError
 from speed_async.types import FinishReason, Sampled
-from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.canary_check import Canary
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
 from speed_async.transport.transport import Link
 from speed_async.weight_sync.broadcast import TorchSender
-from speed_async.weight_sync.contiguous import flatten_parameters
+from speed_async.weight_sync.buckets import flatten_parameters
 from speed_async.weight_sync.process_group import choose_backend
 
 

@@ -15,10 +15,10 @@ from speed_async.actors.torch_engine import slot_model
 from speed_async.actors.torch_engine.generator import TorchGenerator
 from speed_async.actors.torch_engine.sampling import keep_nucleus, sample
 from speed_async.errors import SpeedAsyncError, WeightSyncError
-from speed_async.learner.canary import CanaryProbe
+from speed_async.learner.canary_probe import CanaryProbe
 from speed_async.learner.policy import Policy
 from speed_async.types import Sampled, WeightOffer
-from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferReport
 from tests.fakes.engine_contract import CONTRACT, gather, offer, request, start_all, until
 from tests.fakes.forced_logprobs import forced_logprobs, logprobs_with_old_cache, mixed_requests

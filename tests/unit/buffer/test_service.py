@@ -213,7 +213,7 @@ def test_offers_have_ordered_ranks_and_only_new_members_open_an_epoch(
         policy_version=1, store_host="h", store_port=1, backend="gloo", deadline_s=1.0
     )
     replies = harness.send("learner", publish)
-    offers = {peer: offer for peer, offer in replies if isinstance(offer, m.OfferWeights)}
+    offers = {peer: each.offer for peer, each in replies if isinstance(each, m.OfferWeights)}
     assert {peer: (offer.rank, offer.world_size) for peer, offer in offers.items()} == {
         "actor-1.0": (1, 3),
         "actor-2.0": (2, 3),

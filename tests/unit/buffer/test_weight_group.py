@@ -6,7 +6,7 @@ import pytest
 
 from speed_async.transport import messages as m
 from speed_async.transport.joining import Join, JoinAccepted, Leaving
-from speed_async.types import ActorCounts
+from speed_async.types import ActorCounts, WeightOffer
 from tests.fakes.buffer_fixtures import restored
 from tests.fakes.service_harness import ServiceHarness, kinds, trained
 
@@ -27,13 +27,13 @@ def harness(tmp_path: Path) -> ServiceHarness:
 
 def publish(
     harness: ServiceHarness, version: int
-) -> tuple[dict[str, m.OfferWeights], m.WeightMembers]:
+) -> tuple[dict[str, WeightOffer], m.WeightMembers]:
     message = m.PublishWeights(
         policy_version=version, store_host="h", store_port=1, backend="gloo", deadline_s=1.0
     )
     replies = harness.send("learner", message)
     [members] = [reply for _, reply in replies if isinstance(reply, m.WeightMembers)]
-    return {peer: a for peer, a in replies if isinstance(a, m.OfferWeights)}, members
+    return {peer: a.offer for peer, a in replies if isinstance(a, m.OfferWeights)}, members
 
 
 def published(

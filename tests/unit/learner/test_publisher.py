@@ -12,7 +12,7 @@ from speed_async.learner.inbox import Inbox
 from speed_async.learner.publisher import MAX_UNEXPLAINED_FAILURES, Publisher
 from speed_async.transport import messages as m
 from speed_async.types import WeightOffer
-from speed_async.weight_sync.canary import Canary
+from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import NamedTensor, TransferReport
 
 

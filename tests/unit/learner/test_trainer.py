@@ -19,7 +19,7 @@ from speed_async.algorithms.loss_tokens import Corrected, LossTokens, TokenLosse
 from speed_async.algorithms.objective import make_objective
 from speed_async.config.schema import POLICY_LOSSES, GateConfig, ObjectiveConfig
 from speed_async.errors import ConfigError, ModelError
-from speed_async.learner.canary import CanaryProbe
+from speed_async.learner.canary_probe import CanaryProbe
 from speed_async.learner.model import load_model, resolve_device
 from speed_async.learner.policy import Policy, check_policy
 from speed_async.learner.trainer import Trainer

@@ -1,7 +1,7 @@
 """The codec: messages round-trip, and invalid bytes raise only ProtocolError."""
 
 from dataclasses import fields
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import msgpack
 import numpy as np
@@ -33,7 +33,7 @@ from speed_async.transport.messages import (
     Trained,
 )
 from speed_async.transport.session import Ping
-from speed_async.types import ActorCounts, Float32Array, Int32Array
+from speed_async.types import ActorCounts, Float32Array, Int32Array, WeightBackend, WeightOffer
 from tests.fakes.wire_samples import as_bytes, group_message
 
 SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -65,6 +65,7 @@ VALUES = {
     dict[str, float]: st.dictionaries(st.text(max_size=5), st.floats(allow_nan=False), max_size=4),
     dict[str, object]: st.dictionaries(st.text(max_size=5), PLAIN, max_size=4),
     ActorCounts: st.builds(ActorCounts, **dict.fromkeys(get_type_hints(ActorCounts), INTS)),
+    WeightBackend: st.sampled_from(get_args(WeightBackend)),
     Int32Array: st.lists(st.integers(-(2**31), 2**31 - 1), max_size=9).map(
         lambda items: np.array(items, np.int32)
     ),
@@ -72,6 +73,9 @@ VALUES = {
         lambda raw: np.frombuffer(raw[: len(raw) // 4 * 4], np.float32)
     ),
 }
+VALUES[WeightOffer] = st.builds(
+    WeightOffer, **{name: VALUES[hint] for name, hint in get_type_hints(WeightOffer).items()}
+)
 ANY_MESSAGE = st.sampled_from(MESSAGE_TYPES).flatmap(
     lambda record: st.builds(
         record, **{name: VALUES[hint] for name, hint in get_type_hints(record).items()}
@@ -300,17 +304,26 @@ def test_invalid_messages_are_rejected_by_encode(message, error):
         encode(message)
 
 
-def offer(deadline_s: float) -> OfferWeights:
+def offer(deadline_s: float, backend: str = "gloo") -> OfferWeights:
     return OfferWeights(
-        policy_version=1,
-        epoch=1,
-        rank=1,
-        world_size=2,
-        store_host="h",
-        store_port=1,
-        backend="gloo",
-        deadline_s=deadline_s,
+        offer=WeightOffer(
+            policy_version=1,
+            epoch=1,
+            rank=1,
+            world_size=2,
+            store_host="h",
+            store_port=1,
+            backend=backend,  # type: ignore[arg-type]
+            deadline_s=deadline_s,
+        )
     )
+
+
+def test_an_unknown_weight_backend_is_rejected():
+    for backend in ("gloo", "nccl", "ipc"):
+        assert decode(as_bytes(offer(5.0, backend))) == offer(5.0, backend)
+    with pytest.raises(ProtocolError, match=r"backend must be .* not str 'mpi'"):
+        encode(offer(5.0, "mpi"))
 
 
 def test_float_fields_accept_int_and_reject_non_finite():

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightBackend
-from speed_async.weight_sync.buckets import plan_buckets
+from speed_async.weight_sync.buckets import contiguous_view, flatten_parameters, plan_buckets
 from speed_async.weight_sync.channel import NamedTensor, TransferReport
-from speed_async.weight_sync.contiguous import contiguous_view, flatten_parameters
 from speed_async.weight_sync.manifest import describe
 from tests.fakes.weights_contract import TorchEndpoints, open_channel, same_bits
 
@@ -61,14 +60,14 @@ def test_contiguous_view_requires_the_layout_of_the_bucket():
     model = Tied(2)
     scattered = dict(named(model))
     plan = plan_buckets(describe(list(scattered.items()), None), BUCKET_BYTES)
-    assert [len(bucket.spans) for bucket in plan] == [1, 4]
+    assert [len(bucket.tensors) for bucket in plan] == [1, 4]
     assert contiguous_view(plan[1], scattered) is None
     flatten_parameters(model)
     flat = dict(named(model))
     for bucket in plan:
         view_B = contiguous_view(bucket, flat)
         assert view_B is not None and view_B.shape == (bucket.num_bytes,)
-        assert view_B.data_ptr() == flat[bucket.spans[0].spec.name].data_ptr()
+        assert view_B.data_ptr() == flat[bucket.tensors[0].spec.name].data_ptr()
     transposed = flat | {"half.weight": flat["half.weight"].clone().t().contiguous().t()}
     assert contiguous_view(plan[1], transposed) is None
     assert contiguous_view(plan[1], flat | {"norm.bias": flat["norm.weight"]}) is None

@@ -1,6 +1,5 @@
 """The ipc backend: sockets and shared memory between members on one machine."""
 
-import json
 import os
 import socket
 import threading
@@ -14,10 +13,17 @@ from torch.distributed import HashStore, TCPStore
 
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
-from speed_async.weight_sync import ipc_group
-from speed_async.weight_sync.ipc_group import HEADER, SOCKET_KEY, Kind, host_ipc, join_ipc
-from speed_async.weight_sync.shared_memory import MemoryRefused, make_memory, open_memory
-from tests.fakes.weights_contract import Loaded, TorchEndpoints, attempt, open_channel
+from speed_async.weight_sync.buckets import plan_buckets
+from speed_async.weight_sync.ipc import (
+    RANK,
+    SOCKET_KEY,
+    IpcTransport,
+    host_sockets,
+    join_sockets,
+)
+from speed_async.weight_sync.manifest import describe
+from speed_async.weight_sync.shared_memory import make_memory, open_memory
+from tests.fakes.weights_contract import Loaded, TorchEndpoints, open_channel
 
 CPU = torch.device("cpu")
 JOIN_S = 30.0
@@ -42,8 +48,7 @@ def test_the_error_of_a_receiver_on_another_machine_names_the_setting():
     with open_channel(TorchEndpoints("ipc", 1024)) as channel:
         host, port = channel.sender.store_address
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=JOIN_S))
-        other_machine = json.dumps({"boot": "another", "host": "node7"})
-        store.set("epoch-1/joined/0/1", other_machine)
+        store.set("epoch-1/joined/0/1", "another-boot node7")
         started_s = time.monotonic()
         with pytest.raises(WeightSyncError) as caught:
             channel.sender.send(channel.offer(1), [("w", torch.ones(4))])
@@ -56,64 +61,52 @@ def test_the_error_of_a_receiver_on_another_machine_names_the_setting():
 
 def test_connections_that_are_not_members_are_closed():
     store = HashStore()
-    outcomes: dict[int, object] = {}
+    outcomes: dict[int, IpcTransport] = {}
 
     def host() -> None:
-        outcomes[0] = host_ipc(store, make_offer())
+        outcomes[0] = IpcTransport(host_sockets(store, make_offer()), make_offer(), CPU)
 
     thread = threading.Thread(target=host)
     thread.start()
     address = f"\0speed-async-weights-{store.get(SOCKET_KEY).decode()}"
-    frames = [HEADER.pack(Kind.HELLO, 2), HEADER.pack(99, 1), HEADER.pack(Kind.TAKEN, 0), b""]
-    for frame in frames:  # unknown rank, unknown kind, not a HELLO, empty
+    for message in (RANK.pack(2), RANK.pack(0), b"\1", b""):  # unknown ranks, incomplete, empty
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.connect(address)
-            connection.sendall(frame)
+            connection.sendall(message)
             connection.shutdown(socket.SHUT_WR)
             assert connection.recv(1) == b""
-    receiver = join_ipc(store, make_offer(rank=1))
+    receiver = IpcTransport(join_sockets(store, make_offer(rank=1)), make_offer(rank=1), CPU)
     thread.join(JOIN_S)
     sender = outcomes[0]
-    assert isinstance(sender, ipc_group.IpcGroup)
-    sender.broadcast(torch.tensor([1, 2, 3], dtype=torch.uint8), 5.0)
-    message_B = torch.zeros(3, dtype=torch.uint8)
-    receiver.broadcast(message_B, 5.0)
-    assert message_B.tolist() == [1, 2, 3]
+    buckets = plan_buckets(describe([("w", torch.ones(3, dtype=torch.uint8))]), 64)
+    sender.begin(buckets, 5.0)
+    receiver.open(sender.memory, buckets)
+    buffer_B = sender.acquire(0)
+    buffer_B.copy_(torch.tensor([1, 2, 3], dtype=torch.uint8))
+    sender.send(0, buffer_B)
+    assert receiver.take(0).tolist() == [1, 2, 3]
     sender.abort()
-    with pytest.raises(RuntimeError, match="rank 0: closed its connection"):
-        receiver.broadcast(message_B, 5.0)
+    with pytest.raises(RuntimeError, match="rank 0 closed its connection"):
+        receiver.take(1)
     receiver.abort()
 
 
 def test_a_rank_that_never_connects_is_named():
     with pytest.raises(RuntimeError, match="no connection from rank 1, 2"):
-        host_ipc(HashStore(), make_offer(world_size=3, deadline_s=0.2))
+        host_sockets(HashStore(), make_offer(world_size=3, deadline_s=0.2))
 
 
 def test_a_stale_socket_name_raises():
     store = HashStore()
     store.set(SOCKET_KEY, "0" * 32)
     with pytest.raises(RuntimeError, match=r"rank 0 cannot be reached .* one machine"):
-        join_ipc(store, make_offer(rank=1))
-
-
-def test_an_oversized_frame_is_rejected():
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        theirs.sendall(HEADER.pack(Kind.MESSAGE, 2**40))
-        group = ipc_group.IpcGroup({0: ours})
-        with pytest.raises(RuntimeError, match="rank 0: announced 1099511627776 bytes"):
-            group.receive(0, 5.0)
-
-
-def memory_description(**changes: object) -> bytes:
-    return json.dumps(DESCRIPTION | changes).encode()
+        join_sockets(store, make_offer(rank=1))
 
 
 def test_shared_memory_is_shared_and_cannot_shrink():
     descriptor = make_memory(2 * 4096)
-    ours = open_memory(memory_description(), os.dup(descriptor), CPU)
-    theirs = open_memory(memory_description(), os.dup(descriptor), CPU)
+    ours = open_memory(DESCRIPTION, [os.dup(descriptor)], CPU)
+    theirs = open_memory(DESCRIPTION, [os.dup(descriptor)], CPU)
     ours[1].fill_(7)
     assert theirs[1].eq(7).all() and theirs[0].eq(0).all()
     with pytest.raises(PermissionError):
@@ -123,54 +116,46 @@ def test_shared_memory_is_shared_and_cannot_shrink():
 
 
 @pytest.mark.parametrize(
-    ("payload", "message"),
+    ("memory", "message"),
     [
-        (memory_description(num_bytes=4097), "smaller than its description"),
-        (memory_description(num_bytes=-1), "smaller than its description"),
-        (memory_description(device="tpu"), "malformed"),
-        (b"\x80\x04N.", "cannot be opened"),
-        (json.dumps({"device": "cuda", "gpu": "x", "buffers": [[], []]}).encode(), "on a GPU"),
+        (DESCRIPTION | {"num_bytes": 4097}, "smaller than its description"),
+        (DESCRIPTION | {"num_bytes": -1}, "smaller than its description"),
+        (DESCRIPTION | {"device": "tpu"}, "malformed"),
+        (None, "malformed"),
+        ({"device": "cuda", "gpu": "x", "buffers": [[], []]}, "on a GPU"),
     ],
 )
-def test_memory_that_does_not_match_its_description_is_refused(payload: bytes, message: str):
-    with pytest.raises(MemoryRefused, match=message):
-        open_memory(payload, make_memory(2 * 4096), CPU)
+def test_memory_that_does_not_match_its_description_is_refused(memory: object, message: str):
+    with pytest.raises(WeightSyncError, match=message):
+        open_memory(memory, [make_memory(2 * 4096)], CPU)
 
 
 def test_memory_that_could_shrink_is_refused():
     descriptor = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, 2 * 4096)
-    with pytest.raises(MemoryRefused, match="not sealed"):
-        open_memory(memory_description(), descriptor, CPU)
+    with pytest.raises(WeightSyncError, match="not sealed"):
+        open_memory(DESCRIPTION, [descriptor], CPU)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
 
 
-def test_a_receiver_reports_why_it_cannot_open_the_memory():
-    """The actor is on the CPU and the learner shares GPU memory. The actor reports the error to the
-    learner, as any error after an accepted manifest."""
+def test_a_receiver_reports_why_it_cannot_open_the_memory(monkeypatch: pytest.MonkeyPatch):
+    """The actor is on the CPU and the learner shares GPU memory. Both sides report the reason."""
+    gpu = {"device": "cuda", "gpu": "x", "buffers": [[], []]}
     with open_channel(TorchEndpoints("ipc", 1024)) as channel:
         tensors = [("w", torch.ones(4))]
         first = channel.transfer(channel.offer(1), tensors, {1: tensors}, {1: Loaded().load})
         assert not any(isinstance(outcome, Exception) for outcome in first.values())
-        group = channel.sender._membership._group  # type: ignore[attr-defined]
-        outcomes: dict[int, object] = {}
-        theirs = channel.offer(2, 1)
-        thread = threading.Thread(
-            target=attempt,
-            args=(
-                outcomes,
-                1,
-                lambda: channel.receiver(1).receive(theirs, tensors, Loaded().load),
-            ),
-        )
-        thread.start()
-        # The frame that a learner on a GPU sends before the first bucket.
-        group.ipc.buffers_B = []
-        gpu = {"device": "cuda", "gpu": "x", "buffers": [[], []]}
-        send_memory = group.ipc.send_memory
-        group.ipc.send_memory = lambda _, __, deadline_s: send_memory(gpu, None, deadline_s)
-        attempt(outcomes, 0, lambda: channel.sender.send(channel.offer(2), tensors))
-        thread.join(JOIN_S)
-    assert "set actors.device = 'cuda', or weights.backend = 'gloo'" in str(outcomes[1])
-    assert "the learner's weights are on a GPU" in str(outcomes[1])
+        begin = IpcTransport.begin
+
+        def begin_on_gpu(transport: IpcTransport, *arguments) -> None:
+            begin(transport, *arguments)
+            if transport.is_sender:
+                transport.memory = gpu
+
+        monkeypatch.setattr(IpcTransport, "begin", begin_on_gpu)
+        second = channel.transfer(channel.offer(2), tensors, {1: tensors}, {1: Loaded().load})
+    for outcome in (second[0], second[1]):
+        assert "set actors.device = 'cuda', or weights.backend = 'gloo'" in str(outcome)
+        assert "the learner's weights are on a GPU" in str(outcome)
+    assert isinstance(second[0], WeightSyncError) and second[0].missing_ranks == (1,)

@@ -5,7 +5,7 @@ import pytest
 from speed_async.buffer.reporting.warnings import TRANSIENT_S
 from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
-from speed_async.weight_sync.epoch_group import describe_error
+from speed_async.weight_sync.process_group import describe_error
 from tests.fakes.service_harness import ServiceHarness
 
 GLOO = (

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from speed_async.errors import WeightSyncError
-from speed_async.weight_sync.canary import (
+from speed_async.weight_sync.canary_check import (
     CANARY_TOKENS,
     MAX_CANARY_TOKENS,
     Canary,
@@ -94,7 +94,7 @@ def test_the_tokens_fit_a_small_vocabulary_and_a_short_context() -> None:
 
 
 def manifest_with(canary: object) -> bytes:
-    plain = {"format": 2, "policy_version": 1, "bucket_bytes": 1, "tensors": []}
+    plain = {"format": 3, "policy_version": 1, "bucket_bytes": 1, "tensors": [], "memory": None}
     return json.dumps(plain | {"canary": canary}).encode()
 
 

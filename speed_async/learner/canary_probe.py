@@ -12,7 +12,7 @@ from speed_async.errors import ModelError
 from speed_async.learner.batch import make_micro_batch
 from speed_async.learner.model import context_length, embedding_table
 from speed_async.learner.rows import TrainingRow, TrainingSample
-from speed_async.weight_sync.canary import CANARY_TOKENS, Canary, canary_token_ids
+from speed_async.weight_sync.canary_check import CANARY_TOKENS, Canary, canary_token_ids
 
 
 class CanaryProbe:
