@@ -12,7 +12,7 @@ import numpy as np
 from speed_async.transport import joining, messages, session
 from speed_async.transport.codec import encode
 from speed_async.transport.messages import Message
-from speed_async.types import ActorCounts, Float32Array, Int32Array
+from speed_async.types import ActorCounts, Float32Array, Int32Array, WeightBackend
 
 Frames = list[bytes]
 
@@ -49,7 +49,7 @@ def _sample(kind: type[Any]) -> Any:
 
 def _value(name: str, hint: object) -> object:
     arrays = {"lengths": [2, 1], "cut": [0, 1], "prompt_token_ids": [5, 6]}
-    texts = {"role": "actor", "kind": "training", "backend": "gloo", "fingerprint": "not this one"}
+    texts = {"role": "actor", "kind": "training", "fingerprint": "not this one"}
     plain: dict[object, object] = {
         int: 0 if name in ("number", "received") else 1,
         float: 0.5,
@@ -62,9 +62,11 @@ def _value(name: str, hint: object) -> object:
         Float32Array: np.array([0.5, 0.5] if name == "rewards" else [-0.5] * 3, np.float32),
         Int32Array: np.array(arrays.get(name, [1, 2, 3]), np.int32),
     }
-    if isinstance(hint, type) and is_dataclass(hint):
+    if hint is ActorCounts:
         return ActorCounts(groups_leased=1, groups_in_flight=1)
-    return plain[hint]
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _sample(hint)
+    return "gloo" if hint == WeightBackend else plain[hint]
 
 
 class FrameMutator:
