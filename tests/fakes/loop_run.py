@@ -159,15 +159,17 @@ class Run:
             )
             for index in range(1, self.num_actors + 1):
                 tasks.create_task(self._act(hub, index, store))
+            link = SessionLink(hub.connect("learner"))
             learner = LearnerLoop(
                 self.config,
-                link=SessionLink(hub.connect("learner")),
+                link=link,
                 trainer=self.updates,
                 sender=MemorySender(store, bucket_bytes=1024),
                 backend="gloo",
                 stop=self.stop,
             )
             finished = await learner.run(self._hello("learner", 0))
+            await link.close()  # it acknowledges; the service waits for that
             await serving
         return finished
 
@@ -183,16 +185,20 @@ class Run:
         engine = ScriptedEngine(alternate, num_slots=self.config.actors.slots, receive=receive)
         self.engines.append(engine)
         name = f"actor-{index}"
+        link = SessionLink(hub.connect(f"{name}.0"))
         async with engine:
             loop = ActorLoop(
                 self.config,
                 name=name,
-                link=SessionLink(hub.connect(f"{name}.0")),
+                link=link,
                 engine=engine,
                 rollout=Rollout(self.config, engine, self.verifier, CharCodec()),
                 task=self.task,
             )
-            await loop.run(self._hello("actor", index))
+            try:
+                await loop.run(self._hello("actor", index))
+            finally:
+                await link.close()
 
     def _hello(self, role: str, index: int) -> m.Hello:
         return m.Hello(
