@@ -467,41 +467,53 @@ def test_a_full_disk_raises_an_os_error_and_its_space_is_freed(model_folder: Pat
 
 
 SAVER = """
+import os
 import sys
 from pathlib import Path
-from tests.fakes.learner_samples import random_groups
-from tests.fakes.paths import REPOSITORY
 from tests.fakes.trainers import at, make_trainer
 trainer = make_trainer(Path(sys.argv[1]), keep_last=2)
-version = int(sys.argv[2])
-print("ready", flush=True)
-while True:
-    trainer.save(at(version))
-    trainer.save(at(version))  # replaces itself
-    version += 1
+for line in sys.stdin:
+    version = int(line)
+    process_id = os.fork()
+    while process_id == 0:
+        trainer.save(at(version))
+        trainer.save(at(version))  # replaces itself
+        version += 1
+    print(process_id, flush=True)
+    os.waitpid(process_id, 0)
+    print("gone", flush=True)
 """
+"""Starts a process for each version on stdin, which saves this version and the following ones."""
 
 
 def test_a_process_killed_at_any_time_leaves_a_valid_checkpoint(model_folder: Path):
     root, rng, version = root_of(model_folder), random.Random(5), 0
-    for round_number in range(6):
-        command = [sys.executable, "-c", SAVER, str(model_folder), str(version)]
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-        saver = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, cwd=REPOSITORY)
-        assert saver.stdout is not None
-        assert saver.stdout.readline() == b"ready\n"
-        if round_number == 0:
-            while not kept_versions(root):  # a checkpoint must exist from here on
-                time.sleep(0.001)
-        time.sleep(rng.uniform(0.0, 0.15))
-        saver.send_signal(signal.SIGKILL)
-        saver.wait()
-        found = latest_valid(root, 2)
-        assert found is not None
-        assert found.notices == ()
-        assert found.policy_version >= version - 1
-        assert not [path for path in root.iterdir() if path.name.startswith(".")]
-        version = found.policy_version + 1
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(
+        [sys.executable, "-c", SAVER, str(model_folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=REPOSITORY,
+    ) as saver:
+        assert saver.stdin is not None and saver.stdout is not None
+        for round_number in range(6):
+            saver.stdin.write(f"{version}\n")
+            saver.stdin.flush()
+            process_id = int(saver.stdout.readline())
+            if round_number == 0:
+                while not kept_versions(root):  # a checkpoint must exist from here on
+                    time.sleep(0.001)
+            time.sleep(rng.uniform(0.0, 0.15))
+            os.kill(process_id, signal.SIGKILL)
+            assert saver.stdout.readline() == "gone\n"
+            found = latest_valid(root, 2)
+            assert found is not None
+            assert found.notices == ()
+            assert found.policy_version >= version - 1
+            assert not [path for path in root.iterdir() if path.name.startswith(".")]
+            version = found.policy_version + 1
 
 
 # --- the checkpoint store ----------------------------------------------------------------------

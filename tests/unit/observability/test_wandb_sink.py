@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from speed_async.errors import ConfigError
 from speed_async.observability.wandb_sink import WandbSink, choose_mode, find_api_key
 from tests.fakes.wandb_record import history
+
+pytestmark = pytest.mark.xdist_group("wandb run")
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -49,71 +52,81 @@ sink.close()
 """
 
 
-def test_offline_run_without_a_key_is_written_to_the_run_folder(tmp_path: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One process of a run, its record, and the rows it logged."""
+
+    record: Path
+    rows: list[dict[str, object]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("wandb")
+
+
+@pytest.fixture(scope="module")
+def attempts(folder: Path) -> list[Attempt]:
+    """Three attempts of one run in consecutive processes without a key. The first one is killed."""
     environ = {name: value for name, value in os.environ.items() if "WANDB" not in name}
-    environ |= {"HOME": str(tmp_path / "home")}
-    result = subprocess.run(
-        [sys.executable, "-c", OFFLINE_RUN, str(tmp_path / "run")],
-        env=environ,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=240,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
-    (record,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    content = record.read_bytes()
+    environ |= {"HOME": str(folder / "home")}
+    found: dict[Path, Attempt] = {}
+    for extra in (["killed"], [], []):
+        result = subprocess.run(
+            [sys.executable, "-c", OFFLINE_RUN, str(folder / "run"), *extra],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=240,
+            cwd=folder,
+        )
+        assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+        for record in (folder / "run" / "wandb").glob("offline-run-*/run-*.wandb"):
+            if record not in found:
+                found[record] = Attempt(record=record, rows=history(record))
+    assert len(found) == 3
+    return list(found.values())
+
+
+def test_offline_run_without_a_key_is_written_to_the_run_folder(
+    folder: Path, attempts: list[Attempt]
+) -> None:
+    content = attempts[-1].record.read_bytes()
     for logged in (b"step/loss", b"evaluation/accuracy", b"end/reason", b"seed"):
         assert logged in content
     assert b"secret_gauge" not in content
-    assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == ["run"]
-
-
-def offline_attempts(folder: Path, *arguments: list[str]) -> list[list[dict[str, object]]]:
-    """The rows logged by each attempt of a run, in consecutive processes."""
-    environ = {name: value for name, value in os.environ.items() if "WANDB" not in name}
-    environ |= {"HOME": str(folder / "home")}
-    attempts: dict[Path, list[dict[str, object]]] = {}
-    for extra in arguments:
-        command = [sys.executable, "-c", OFFLINE_RUN, str(folder / "run"), *extra]
-        result = subprocess.run(command, env=environ, capture_output=True, timeout=240, cwd=folder)
-        assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
-        for record in (folder / "run" / "wandb").glob("offline-run-*/run-*.wandb"):
-            attempts.setdefault(record, history(record))
-    run_id = (folder / "run" / "wandb-run-id").read_text().strip()
-    assert {record.stem for record in attempts} == {f"run-{run_id}"}
-    assert len(attempts) == len(arguments)
-    return list(attempts.values())
+    assert [path.name for path in folder.iterdir() if path.name != "home"] == ["run"]
 
 
 def test_resumed_run_continues_the_wandb_run_and_its_steps(
-    tmp_path: Path,
+    folder: Path, attempts: list[Attempt]
 ) -> None:
-    first, second = offline_attempts(tmp_path, [], [])
-    assert [row["_step"] for row in first] == [0, 1, 2, 3]
-    assert [row["_step"] for row in second] == [4, 5, 6, 7]
-    assert [row.get("step/loss") for row in second] == [0.5, None, None, None]
+    run_id = (folder / "run" / "wandb-run-id").read_text().strip()
+    assert {attempt.record.stem for attempt in attempts} == {f"run-{run_id}"}
+    _, before, resumed = attempts
+    assert [row["_step"] for row in before.rows] == [2, 3, 4, 5]
+    assert [row["_step"] for row in resumed.rows] == [6, 7, 8, 9]
+    assert [row.get("step/loss") for row in resumed.rows] == [0.5, None, None, None]
 
 
-def test_attempt_after_a_kill_overwrites_no_step(tmp_path: Path) -> None:
-    killed, second = offline_attempts(tmp_path, ["killed"], [])
-    steps = [row["_step"] for row in killed]
+def test_attempt_after_a_kill_overwrites_no_step(attempts: list[Attempt]) -> None:
+    killed, second, _ = attempts
+    steps = [row["_step"] for row in killed.rows]
     assert steps == [0, 1][: len(steps)]  # a killed wandb process may lose its last rows
-    assert [row["_step"] for row in second] == [2, 3, 4, 5]
+    assert [row["_step"] for row in second.rows] == [2, 3, 4, 5]
 
 
-def test_samples_are_a_bounded_table_and_diagnoses_are_text(tmp_path: Path) -> None:
-    [rows] = offline_attempts(tmp_path, [])
+def test_samples_are_a_bounded_table_and_diagnoses_are_text(attempts: list[Attempt]) -> None:
+    last = attempts[-1]
+    rows = last.rows
     assert rows[1]["step/diagnoses"] == "no reward: x"
     # Nested keys of a value are separate items in a row.
     assert ["samples.path" in row for row in rows] == [False, False, True, False]
     assert (rows[2]["samples.nrows"], rows[2]["samples.ncols"]) == (64, 10)
-    pattern = f"offline-run-*/files/{rows[2]['samples.path']}"
-    [file] = (tmp_path / "run" / "wandb").glob(pattern)
+    file = last.record.parent / "files" / str(rows[2]["samples.path"])
     content = json.loads(file.read_text())
-    last = dict(zip(content["columns"], content["data"][-1], strict=True))
-    assert (last["prompt_id"], last["prompt"], last["extracted"]) == (99, "1+1=", "2")
+    sample = dict(zip(content["columns"], content["data"][-1], strict=True))
+    assert (sample["prompt_id"], sample["prompt"], sample["extracted"]) == (99, "1+1=", "2")
 
 
 def test_api_key_is_read_from_the_environment_or_netrc(tmp_path: Path) -> None:
