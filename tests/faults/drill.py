@@ -5,7 +5,7 @@ run ──► wait until it trains ──► [ fault ──► recovered? ──
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,6 +72,15 @@ class Drill:
         watcher.clear_events()
         return rounds
 
+    def inject_all(self, faults: Sequence[Fault]) -> None:
+        """Inject each fault together with those that overlap it."""
+        left = [*faults]
+        while left:
+            chosen = [left.pop(0)]
+            while left and left[0].overlaps:
+                chosen.append(left.pop(0))
+            self.inject(*chosen)
+
     def finish(self) -> None:
         """Stop the run, resume it for more updates, and check it after it has finished. Raises
         DrillFailed."""
@@ -103,12 +112,7 @@ def run_drill(folder: Path, plan: Plan, log: Callable[[str], None] = print) -> R
     """Inject all faults of `plan` into one run, and finish it. Raises DrillFailed."""
     start_s = time.monotonic()
     with drilling(folder, plan, log) as drill:
-        faults = [*plan.faults]
-        while faults:
-            chosen = [faults.pop(0)]
-            while faults and faults[0].overlaps:
-                chosen.append(faults.pop(0))
-            drill.inject(*chosen)
+        drill.inject_all(plan.faults)
         drill.finish()
     drill.result.seconds = time.monotonic() - start_s
     return drill.result

@@ -17,7 +17,7 @@ from tests.faults.lost_records import LostRecords
 from tests.faults.proxy import Proxy
 from tests.faults.targets import Targets
 
-TARGET_DEADLINE_S = 60.0
+TARGET_DEADLINE_S = 240.0
 """How long to wait for a target that is being restarted."""
 NEWEST_RECORDS_BYTES = 4096
 """Maximum number of bytes cut from a journal's tail."""

@@ -5,6 +5,11 @@ from dataclasses import dataclass, field
 
 from tests.faults.run_checker import Verdict
 
+GROWTH = 1.15
+"""Limit of the service's memory at the end of a short drill over that after its first faults. It
+includes buffers, records of actor incarnations and allocator overhead. The long drill has a lower
+limit."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Round:

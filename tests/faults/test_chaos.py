@@ -1,19 +1,22 @@
-"""A short drill on every test run. The long one is `python -m benchmarks.chaos --faults 500`."""
+"""All kinds of faults at random times in one run; test_recovery.py injects them one by one.
+
+The long drill is `python -m benchmarks.chaos --faults 500`.
+"""
 
 from pathlib import Path
 
+import pytest
+
 from tests.faults.drill import run_drills
 from tests.faults.faults import KINDS, plan
-from tests.faults.results import service_growth
+from tests.faults.results import GROWTH, service_growth
 from tests.faults.settings import GROUPS_PER_UPDATE, Plan
 
 SEED = 1640
 NUM_FAULTS = 20
-GROWTH = 1.15
-"""The service's memory at the end over that after its first faults. It includes buffers, records of
-actor incarnations and allocator overhead. The long drill has a lower limit."""
 
 
+@pytest.mark.slow
 def test_twenty_faults_lose_no_group_train_none_twice_and_the_run_finishes(
     tmp_path: Path,
 ) -> None:

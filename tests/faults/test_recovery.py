@@ -1,16 +1,27 @@
-"""One fault of each kind that a run survives without a restart, and which processes it affects.
+"""One fault of each kind in one real run, and which processes it affects.
 
-There are two real runs. Each fault is injected in turn, and the unaffected processes are checked.
+Faults that restart nothing come first, then damaged files, then lost and hanging processes at
+random times, some of them before the run has recovered from the previous one.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from tests.faults.drill import Drill, drilling
-from tests.faults.faults import Fault
-from tests.faults.settings import Plan
+from tests.faults.faults import KINDS, Fault, plan
+from tests.faults.results import GROWTH, service_growth
+from tests.faults.settings import GROUPS_PER_UPDATE, Plan
+from tests.faults.traces import read_traces
+
+SEED = 1640
+WITHOUT_RESTARTS = ("cut links", "refuse links", "stall links", "delay links", "fill disk")
+STOPPED_SERVICE = ("stop service", "hang service")
+KILLED_SERVICE = "kill service"
+DAMAGED_FILES = ("truncate journal", "damage checkpoint")
+LOST_PROCESSES = [
+    kind
+    for kind in KINDS
+    if kind not in (*WITHOUT_RESTARTS, *STOPPED_SERVICE, KILLED_SERVICE, *DAMAGED_FILES)
+]
 
 
 def inject(drill: Drill, kind: str, share: float = 0.3) -> float:
@@ -25,41 +36,46 @@ def replaced(drill: Drill, before: dict[str, int]) -> set[str]:
     return {name for name in before if now.get(name) != before[name]}
 
 
-@pytest.fixture
-def drill(tmp_path: Path) -> Iterator[Drill]:
-    with drilling(tmp_path, Plan(faults=[], seed=1)) as drill:
-        yield drill
-
-
-def test_faults_of_links_disk_and_service_restart_no_other_process(
-    drill: Drill,
+def test_each_kind_of_fault_loses_no_group_trains_none_twice_and_the_run_finishes(
+    tmp_path: Path,
 ) -> None:
+    with drilling(tmp_path, Plan(faults=[], seed=1, num_actors=1)) as drill:
+        check_that_no_other_process_restarts(drill)
+        check_that_damaged_files_are_reported(drill)
+        assert drill.result.skipped == []
+        drill.inject_all(plan(SEED, len(LOST_PROCESSES), LOST_PROCESSES, overlapping=0.75))
+        drill.finish()
+    result = drill.result
+    assert {each.kind for each in result.rounds} == set(KINDS)
+    assert result.skipped == []
+    numbers = result.verdict.numbers
+    assert numbers["groups_trained"] == numbers["updates"] * GROUPS_PER_UPDATE
+    assert service_growth(result.rounds) < GROWTH
+
+
+def check_that_no_other_process_restarts(drill: Drill) -> None:
     before = drill.run.targets.all()
-    for kind in ("cut links", "refuse links", "stall links", "delay links", "fill disk"):
+    for kind in WITHOUT_RESTARTS:
         assert inject(drill, kind) < 20.0, kind
         assert replaced(drill, before) == set(), kind
     warning = "the journal cannot be written (No space left on device): the run waits for space"
     assert warning in drill.run.watcher.warnings or drill.run.injector.limits_files
-    for kind in ("stop service", "hang service"):
+    for kind in STOPPED_SERVICE:
         assert inject(drill, kind) < 20.0
         assert replaced(drill, before) == set(), kind
-    assert inject(drill, "kill service") < 20.0
+    assert inject(drill, KILLED_SERVICE) < 20.0
     assert replaced(drill, before) == {"service"}
-    drill.finish()
-    numbers = drill.result.verdict.numbers
-    assert numbers["actor_incarnations"] == 2 + 2  # two of them after the resume
-    assert numbers["updates_rolled_back"] == 0
+    traces = read_traces(drill.run.trace_folder)
+    assert len(traces.actors) == drill.run.plan.num_actors
+    assert len(traces.updates) == len(traces.lineage())  # none was rolled back
 
 
-def test_a_truncated_journal_and_a_damaged_checkpoint_are_reported_and_recovered(
-    drill: Drill,
-) -> None:
-    inject(drill, "truncate journal", 0.9)
+def check_that_damaged_files_are_reported(drill: Drill) -> None:
+    truncate, damage = DAMAGED_FILES
+    inject(drill, truncate, 0.9)
     assert any("the journal's tail was damaged" in text for text in drill.run.watcher.warnings)
     drill.run.await_recovery(60.0, since_s=0.0, past_version=25)  # several checkpoints
-    inject(drill, "damage checkpoint")
+    inject(drill, damage)
     stderr = (drill.run.run_folder.parents[1] / "stderr.txt").read_text()
     assert "is damaged (" in stderr
     assert "; resuming from version-0000" in stderr
-    drill.finish()
-    assert drill.result.skipped == []
