@@ -18,5 +18,5 @@ step "basedpyright"
 step "import-linter"
 "$(dirname "$python")/lint-imports" --no-logo
 step "pytest"
-# Most of the time goes to real runs, which wait for one another: worth a second one beside each.
-"$python" -m pytest -n auto --maxprocesses 8 --dist worksteal "$@"
+# Most of the time goes to real runs. Tests that read the same run are a group: it is started once.
+"$python" -m pytest -n auto --maxprocesses 8 --dist loadgroup "$@"

@@ -29,11 +29,12 @@ def free_port(host: str) -> int:
         return probe.getsockname()[1]
 
 
-def start_nodes(folder: Path, *overrides: str) -> tuple[Run, Run]:
-    """Start the learner's node and a second node; every rank except the learner is an actor."""
+def start_nodes(folder: Path, *overrides: str, ranks: int = 1) -> tuple[Run, Run]:
+    """Start the learner's node and a second node, each with `ranks` ranks; every rank except the
+    learner is an actor."""
     make_keys(folder / "keys")
     host = own_address()
-    options = ["--nnodes", "2", "--nproc-per-node", "2"]
+    options = ["--nnodes", "2", "--nproc-per-node", str(ranks)]
     options += ["--cluster.host", host, "--cluster.keys", str(folder / "keys")]
     options += ["--cluster.service_port", str(free_port(host))]
     options += ["--cluster.peer_timeout_s", str(PEER_TIMEOUT_S), *overrides]
@@ -60,9 +61,9 @@ def kill_node(run: Run, rank: int) -> None:
         os.kill(process_id, signal.SIGKILL)
 
 
-def wait_for_all(run: Run) -> None:
+def wait_for_actors(run: Run, count: int) -> None:
     run.wait_for(
-        "all actors", lambda: any(event["actors_alive"] == 3 for event in run.events("step"))
+        "all actors", lambda: any(event["actors_alive"] == count for event in run.events("step"))
     )
 
 
@@ -74,7 +75,7 @@ def end_all(*nodes: Run) -> None:
 def test_two_nodes_train_and_each_reports_the_outcome_in_its_last_line(tmp_path: Path) -> None:
     first, second = start_nodes(tmp_path, *ENDLESS)
     try:
-        wait_for_all(first)
+        wait_for_actors(first, 1)
         first.interrupt()
         status, _, err = first.finish()
         assert status == 130
@@ -90,11 +91,13 @@ def test_two_nodes_train_and_each_reports_the_outcome_in_its_last_line(tmp_path:
 
 
 def test_run_completes_when_an_actor_node_is_killed(tmp_path: Path) -> None:
-    first, second = start_nodes(tmp_path, "--run.updates", "150", "--weights.deadline_s", "5")
+    first, second = start_nodes(
+        tmp_path, "--run.updates", "150", "--weights.deadline_s", "5", ranks=2
+    )
     try:
         first.wait_for_steps(1)
         with first.slowed_down():
-            wait_for_all(first)
+            wait_for_actors(first, 3)
         kill_node(second, 1)
         status, _, err = first.finish()
         assert status == 0, err
@@ -108,7 +111,7 @@ def test_run_completes_when_an_actor_node_is_killed(tmp_path: Path) -> None:
 def test_node_that_lost_the_run_exits_and_reports_it(tmp_path: Path) -> None:
     first, second = start_nodes(tmp_path, *ENDLESS)
     try:
-        wait_for_all(first)
+        wait_for_actors(first, 1)
         kill_node(first, 0)
         began_s = time.monotonic()
         status, _, err = second.finish()

@@ -4,23 +4,27 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speed_async.launcher.ports import host_and_port
 from speed_async.transport.feed import FeedSubscriber
 from tests.fakes.paths import MODEL
 
 DEADLINE_S = 240.0
 """Deadline of every wait; reached only on a failure."""
+
+EMPTY: Mapping[str, str] = {}
 
 SMALL = """
 [run]
@@ -133,21 +137,50 @@ class Run:
                 os.kill(process_id, signal.SIGKILL)
         self.process.wait()
 
+    def kill_learner(self) -> None:
+        os.kill(self.learner(), signal.SIGKILL)
+
+    def kill_launcher(self) -> None:
+        """Kill the process that started the ranks, and wait until they have drained and ended."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()  # their output has no reader
+        self.wait_for_no_process()
+
     def versions(self) -> list[int]:
         """Policy versions of the reported updates, in order."""
         return [event["policy_version"] for event in self.events("step")]
+
+    def wait_for_version(self, version: int) -> None:
+        self.wait_for(f"version {version}", lambda: max(self.versions(), default=0) >= version)
+
+    def attempt(self) -> int:
+        """0 for the first start of the ranks; each restart or resume adds one."""
+        return json.loads((self.folder / "attempt.json").read_text())["attempt"]
+
+    def assert_saved(self) -> None:
+        """It has ended with a summary, a balanced ledger and a checkpoint of its last version."""
+        summary = self.summary()
+        assert summary["ledger"]["closes"] is True
+        saved = self.folder / "checkpoints" / f"version-{summary['policy_version']:06d}"
+        assert (saved / "SHA256SUMS").is_file()
 
     def address(self, after: str) -> str:
         """tcp://HOST:PORT in the learner's log after this text."""
         log = (self.folder / "logs" / "learner.log").read_text()
         return next(line for line in log.splitlines() if after in line).split()[-1]
 
+    def endpoint(self, after: str) -> tuple[str, int]:
+        """Host and port in the learner's log after this text."""
+        return host_and_port(self.address(after))
+
     def wait_for_event(self, what: str, happened: Callable[[dict[str, Any]], object]) -> None:
         """Follow the metrics feed until `happened` is true of an event's values."""
 
         async def follow() -> None:
-            host, _, port = self.address("metrics feed at").removeprefix("tcp://").rpartition(":")
-            feed = FeedSubscriber(host, int(port))
+            feed = FeedSubscriber(*self.endpoint("metrics feed at"))
             try:
                 while not happened((await feed.receive(DEADLINE_S)).values):
                     assert self.process.poll() is None, f"the run ended before {what}"
@@ -199,28 +232,42 @@ def write_config(folder: Path, text: str = SMALL, model: Path = MODEL) -> Path:
     return path
 
 
+def train_command(config: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "speed_async", "train", str(config), *overrides]
+
+
 def start_train(folder: Path, *overrides: str, config: Path | None = None) -> Run:
     """Start `speed-async train` in `folder`."""
-    config = config or write_config(folder)
-    command = [sys.executable, "-m", "speed_async", "train", str(config), *overrides]
-    return _start(folder, command)
+    return start(folder, train_command(config or write_config(folder), *overrides))
+
+
+def copied(run: Run, folder: Path) -> Run:
+    """A copy in `folder` of a run that has ended, with everything beside its run folder."""
+    shutil.copytree(run.folder.parent, folder, dirs_exist_ok=True)
+    return Run(process=run.process, folder=folder / run.folder.name)
 
 
 def resume_train(run: Run, *overrides: str) -> Run:
     """Start `speed-async train --resume` of a run that has ended."""
     command = [sys.executable, "-m", "speed_async", "train", "--resume", str(run.folder)]
-    return _start(run.folder.parent, [*command, *overrides])
+    return start(run.folder.parent, [*command, *overrides])
 
 
 def start_torchrun(
-    folder: Path, nproc: int, *overrides: str, max_restarts: int = 0, resume: bool = False
+    folder: Path,
+    nproc: int,
+    *overrides: str,
+    max_restarts: int = 0,
+    resume: bool = False,
+    torchrun: Sequence[str] = (),
 ) -> Run:
+    """`torchrun`: further options of torchrun."""
     config = write_config(folder)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *torchrun]
     command += ["--max-restarts", str(max_restarts), "-m", "speed_async.launch"]
     command += ["--resume", str(folder / "run")] if resume else [str(config)]
-    return _start(folder, [*command, *overrides])
+    return start(folder, [*command, *overrides])
 
 
 def start_actor(run: Run, *options: str) -> Run:
@@ -230,11 +277,14 @@ def start_actor(run: Run, *options: str) -> Run:
     return Run(process=_open(run.folder.parent, command), folder=run.folder)
 
 
-def _start(folder: Path, command: list[str]) -> Run:
-    return Run(process=_open(folder, command), folder=folder / "run")
+def start(folder: Path, command: list[str], environment: Mapping[str, str] = EMPTY) -> Run:
+    """Start a command that makes the run folder `folder`/run."""
+    return Run(process=_open(folder, command, environment), folder=folder / "run")
 
 
-def _open(folder: Path, command: list[str]) -> subprocess.Popen[str]:
+def _open(
+    folder: Path, command: list[str], environment: Mapping[str, str] = EMPTY
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -243,5 +293,5 @@ def _open(folder: Path, command: list[str]) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )

@@ -14,8 +14,11 @@ from safetensors.numpy import load_file, save_file
 from speed_async.buffer.durability.journal import Journal, segments
 from speed_async.environments.arithmetic import ArithmeticTask
 from speed_async.launcher.identity.content import NUM_SAMPLES, SAMPLE_BYTES, sample_digest
+from tests.fakes.command_line import run_command
 from tests.fakes.paths import MODEL, REPOSITORY
 from tests.fakes.run_process import SMALL, Run, resume_train, start_torchrun, start_train
+
+pytestmark = pytest.mark.xdist_group("changed run")
 
 # Without a gate every group is trained on, regardless of its pass rate.
 CONFIG = 'algorithm = "rloo"' + SMALL.replace(
@@ -26,11 +29,19 @@ NUM_TRAIN, NUM_HELD_OUT = 47, 8
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
+FLAGS = {"do_sample": False, "temperature": 0.6}
+"""Sampling flags: transformers loads a model with them, but cannot save it."""
+
+
 def make_parts(folder: Path) -> None:
     """Create a configuration with its own data and model in `folder`."""
     shutil.copytree(MODEL, folder / "model")
-    path = folder / "model" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
+    for name, values in (
+        ("tokenizer_config.json", {"chat_template": TEMPLATE}),
+        ("generation_config.json", FLAGS),
+    ):
+        path = folder / "model" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
     task = ArithmeticTask(
         num_prompts=NUM_TRAIN + NUM_HELD_OUT, num_held_out=1, max_digits=4, seed=1
     )
@@ -74,7 +85,24 @@ def changed(path: Path, new: bytes) -> Iterator[None]:
 def refusal(run: Run, *overrides: str) -> str:
     """Resume the run and return the error; asserts that the run folder is unchanged."""
     before = content(run.folder)
-    status, out, err = resume_train(run, "--run.updates", "5", *overrides).finish()
+    folder = str(run.folder)
+    ended = run_command(
+        run.folder.parent, "train", "--resume", folder, "--run.updates", "9", *overrides
+    )
+    return checked_error(run, ended, before)
+
+
+def refusal_of_this_package(run: Run, *overrides: str) -> str:
+    """Like `refusal`, by the package beside the run folder: Python looks there first."""
+    before = content(run.folder)
+    ended = resume_train(run, "--run.updates", "9", *overrides).finish()
+    return checked_error(run, ended, before)
+
+
+def checked_error(
+    run: Run, ended: tuple[int, str, str], before: dict[str, tuple[int, bytes]]
+) -> str:
+    status, out, err = ended
     assert (status, out) == (1, "")
     assert content(run.folder) == before
     assert len(err.splitlines()) == 1
@@ -124,17 +152,6 @@ def test_changed_data_are_rejected_with_the_difference(
 def test_data_reduced_below_the_minimum_are_rejected_as_changed(ended: Run) -> None:
     with changed(ended.folder.parent / "data.jsonl", b'{"prompt": "1+1=", "answer": "2"}\n'):
         assert f"the data of the run in '{ended.folder}' cannot be loaded again" in refusal(ended)
-
-
-def test_whitespace_in_the_data_file_is_not_a_change(ended: Run, tmp_path: Path) -> None:
-    path = ended.folder.parent / "data.jsonl"
-    rewritten = path.read_bytes().replace(b'": "', b'":"').replace(b"\n", b"\r\n\r\n")
-    with changed(path, rewritten):
-        copy = Run(process=ended.process, folder=tmp_path / "run")
-        shutil.copytree(ended.folder, copy.folder)
-        status, _, err = resume_train(copy, "--run.updates", "4").finish()
-    assert status == 0, err
-    assert copy.summary()["policy_version"] == 4
 
 
 def weights_times_two(folder: Path) -> bytes:
@@ -204,7 +221,8 @@ def test_all_differences_are_reported_together(ended: Run) -> None:
         changed(data, without_a_line(data.read_bytes())),
         changed(tokenizer, tokenizer.read_bytes() + b" "),
     ):
-        _, _, err = resume_train(ended, "--run.updates", "5").finish()
+        command = ("train", "--resume", str(ended.folder), "--run.updates", "9")
+        _, _, err = run_command(ended.folder.parent, *command)
     assert content(ended.folder) == before
     assert "\n  the data in " in err
     assert "\n  the tokenizer in " in err
@@ -317,12 +335,19 @@ def test_restarted_ranks_reject_data_changed_in_the_meantime(tmp_path: Path) -> 
     assert run.processes() == {}
 
 
-def test_moved_data_and_model_are_found_at_their_new_path(ended: Run, tmp_path: Path) -> None:
+def test_moved_parts_and_accepted_scoring_code_are_found_when_it_is_resumed_again(
+    ended: Run, tmp_path: Path
+) -> None:
+    """Whitespace in the data file and a model that transformers refuses to save are no obstacle."""
     shutil.copytree(ended.folder, tmp_path / "run")
     moved = Run(process=ended.process, folder=tmp_path / "run")
     parts = ended.folder.parent
     shutil.copytree(parts / "model", tmp_path / "other-model")
-    shutil.copyfile(parts / "data.jsonl", tmp_path / "other-data")
+    flags = tmp_path / "other-model" / "generation_config.json"
+    data = (parts / "data.jsonl").read_bytes()
+    rewritten = data.replace(b'": "', b'":"').replace(b"\n", b"\r\n\r\n")
+    assert rewritten != data
+    (tmp_path / "other-data").write_bytes(rewritten)
     (parts / "model").rename(parts / "gone")
     try:
         error = refusal(moved)
@@ -332,32 +357,39 @@ def test_moved_data_and_model_are_found_at_their_new_path(ended: Run, tmp_path: 
         status, _, err = resume_train(moved, "--run.updates", "4", *paths).finish()
         assert status == 0, err
         (parts / "data.jsonl").rename(parts / "gone-data")  # the new path has been saved
-        status, _, err = resume_train(moved, "--run.updates", "5").finish()
+        change_and_accept_scoring_code(moved)
     finally:
         (parts / "gone").rename(parts / "model")
         if (parts / "gone-data").exists():
             (parts / "gone-data").rename(parts / "data.jsonl")
-    assert status == 0, err
     assert moved.versions() == [1, 2, 3, 4, 5]
     assert "a new journal was started" not in (moved.folder / "logs" / "service.log").read_text()
+    saved = moved.folder / "checkpoints" / "version-000005" / "generation_config.json"
+    assert json.loads(saved.read_text()) == json.loads(flags.read_text())
 
 
-def test_changed_scoring_code_is_rejected_until_it_is_accepted(ended: Run, tmp_path: Path) -> None:
-    shutil.copytree(ended.folder, tmp_path / "run")
-    run = Run(process=ended.process, folder=tmp_path / "run")
-    # Python imports a package from the current directory first.
-    shutil.copytree(REPOSITORY / "speed_async", tmp_path / "speed_async")
-    answers = tmp_path / "speed_async" / "environments" / "final_answer.py"
+def change_and_accept_scoring_code(run: Run) -> None:
+    """Resume the run with another version of this package for one more update."""
+    package = run.folder.parent / "speed_async"
+    shutil.copytree(REPOSITORY / "speed_async", package)
+    answers = package / "environments" / "final_answer.py"
     answers.write_text(answers.read_text() + "# fixed\n")
-    error = refusal(run)
-    assert (
-        "the scoring code (speed_async.environments.jsonl.JsonlTask) changed: final_answer.py"
-        in error
-    )
+    error = refusal_of_this_package(run)
+    changed = "the scoring code (speed_async.environments.jsonl.JsonlTask) changed: final_answer.py"
+    assert changed in error
     option, value = error.partition("add ")[2].partition(")")[0].split()
     assert option == "--run.accept_scoring"
-    assert "changed: final_answer.py" in refusal(run, option, "code-00000000")
-    status, _, err = resume_train(run, "--run.updates", "4", option, value).finish()
+    assert "changed: final_answer.py" in refusal_of_this_package(run, option, "code-00000000")
+    status, _, err = resume_train(run, "--run.updates", "5", option, value).finish()
     assert status == 0, err
     answers.write_text(answers.read_text() + "# and again\n")
-    assert "changed: final_answer.py" in refusal(run)  # only the earlier code was accepted
+    assert "changed: final_answer.py" in refusal_of_this_package(run)  # only the earlier code
+
+
+def test_without_a_gate_the_step_reward_covers_whole_groups(ended: Run) -> None:
+    steps = ended.events("step")
+    assert any(step["trained_reward_mean"] > 0 for step in steps)
+    assert any(step["reward_mean"] > 0 for step in steps)
+    assert {step["gate_acceptance"] for step in steps} == {None}
+    assert "time/sync_s" not in steps[0]
+    assert ended.summary()["gate_acceptance"] is None

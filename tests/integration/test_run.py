@@ -1,167 +1,19 @@
 """Whole runs as a user starts them: their output files, and their error messages."""
 
-import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from speed_async.environments.arithmetic import ArithmeticTask
 from tests.fakes.paths import MODEL
-from tests.fakes.run_process import resume_train, start_torchrun, start_train, write_config
-
-SUMMARY_KEYS = {
-    "accuracy_before",
-    "accuracy_after",
-    "wall_s",
-    "optimizer_updates",
-    "completions_trained",
-    "tokens_generated",
-    "tokens_per_s",
-    "gate_acceptance",
-    "staleness_mean",
-    "staleness_max",
-    "ledger",
-}
-
-
-def test_train_writes_config_metrics_summary_plot_and_a_loadable_checkpoint(
-    tmp_path: Path,
-) -> None:
-    run = start_train(tmp_path)
-    status, out, err = run.finish()
-    assert status == 0, err
-    summary = run.summary()
-    assert set(summary) >= SUMMARY_KEYS
-    assert summary["optimizer_updates"] == 3
-    assert summary["completions_trained"] == 3 * 2 * 4
-    assert summary["ledger"]["closes"] is True
-    assert summary["ledger"]["groups"]["in_flight"] == 0
-    assert summary["staleness_max"] <= 2
-    assert len(run.events("step")) == 3
-    assert [event["policy_version"] for event in run.events("evaluation")] == [0, 3]
-    assert json.loads((run.folder / "config.json").read_text())["gate"]["n_init"] == 2
-    assert (run.folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    checkpoint = run.folder / "checkpoints" / "version-000003"
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    assert AutoTokenizer.from_pretrained(checkpoint).eos_token_id is not None
-    before = AutoModelForCausalLM.from_pretrained(MODEL).state_dict()
-    assert any(not before[name].equal(tensor) for name, tensor in model.state_dict().items())
-    # Without a terminal: one line per step, then the summary.
-    assert sum(line.startswith("step ") for line in out.splitlines()) == 3
-    assert "balanced    yes" in out.split("run ended", 1)[1]
-    assert run.processes() == {}
-
-
-def test_model_that_transformers_refuses_to_save_is_trained_saved_and_resumed(
-    tmp_path: Path,
-) -> None:
-    """Sampling flags with do_sample = False: transformers loads the model but cannot save it."""
-    model = tmp_path / "model"
-    shutil.copytree(MODEL, model)
-    flags = model / "generation_config.json"
-    refused = json.loads(flags.read_text()) | {"do_sample": False, "temperature": 0.6}
-    flags.write_text(json.dumps(refused))
-    arguments = ("--learner.checkpoint_every", "1", "--run.updates", "2")
-    run = start_train(tmp_path, *arguments, config=write_config(tmp_path, model=model))
-    status, _, err = run.finish()
-    assert status == 0, err
-    run = resume_train(run, "--run.updates", "3")
-    status, _, err = run.finish()
-    assert status == 0, err
-    saved = run.folder / "checkpoints" / "version-000003" / "generation_config.json"
-    assert json.loads(saved.read_text()) == refused
-
-
-def test_torchrun_trains_with_two_actors(tmp_path: Path) -> None:
-    run = start_torchrun(tmp_path, 3)
-    status, _, err = run.finish()
-    assert status == 0, err
-    assert run.summary()["ledger"]["closes"] is True
-    assert {path.name for path in (run.folder / "logs").glob("actor-?.log")} == {
-        "actor-1.log",
-        "actor-2.log",
-    }
-    assert run.processes() == {}
-
-
-def test_ctrl_c_drains_saves_and_leaves_no_process(tmp_path: Path) -> None:
-    run = start_train(tmp_path, "--run.updates", "100000", "--evaluate.every", "1")
-    run.wait_for_steps(2)
-    run.wait_for("a second evaluation", lambda: len(run.events("evaluation")) > 1)
-    run.interrupt()
-    status, out, _ = run.finish()
-    assert status == 130
-    # The stop is acknowledged at once; the run then ends neither completed nor failed.
-    progress, closing = out.split("run ended: ", 1)
-    assert "a second Ctrl-C ends the run immediately" in progress
-    assert closing.startswith("stopped by a signal\n")
-    assert f"\n  resume      speed-async train --resume {run.folder}\n" in closing
-    [end] = run.events("end")
-    assert (end["outcome"], end["ok"]) == ("stopped", False)
-    summary = run.summary()
-    assert (summary["outcome"], summary["completed"]) == ("stopped", False)
-    # The last measured accuracy is shown although the last version was not evaluated.
-    last = run.events("evaluation")[-1]
-    version, accuracy = last["policy_version"], 100 * last["accuracy"]
-    assert f"-> {accuracy:.1f} %" in closing
-    if summary["accuracy_after"] is None:
-        assert f"points) at version {version}, the last one measured" in closing
-    assert summary["ledger"]["closes"] is True
-    assert summary["policy_version"] >= 2
-    saved = run.folder / "checkpoints" / f"version-{summary['policy_version']:06d}"
-    assert (saved / "model.safetensors").is_file()
-    assert run.processes() == {}
-
-
-def test_second_ctrl_c_ends_the_run_immediately_and_it_can_be_resumed(
-    tmp_path: Path,
-) -> None:
-    """SIGINT is sent to the leading learner, as the launcher forwards it."""
-    slow_drain = ("--cluster.drain_timeout_s", "60", "--learner.checkpoint_every", "1")
-    run = start_train(tmp_path, "--run.updates", "100000", *slow_drain)
-    run.wait_for_steps(2)
-    learner = run.learner()
-    os.kill(run.child("actor"), signal.SIGSTOP)  # the actor cannot drain
-    os.kill(learner, signal.SIGINT)
-    run.wait_for_event("a stop", lambda values: values["phase"] in ("stopping", "draining"))
-    began_s = time.monotonic()
-    while learner in run.processes():
-        assert time.monotonic() - began_s < 30  # less than the drain timeout of 60 s
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(learner, signal.SIGINT)
-        time.sleep(0.25)
-    status, out, _ = run.finish()
-    assert status == 130
-    assert out.endswith(
-        "stopped immediately by a second Ctrl-C, without a final checkpoint and summary\n"
-        f"  resume      speed-async train --resume {run.folder}\n"
-    )
-    assert not (run.folder / "summary.json").exists()
-    run.wait_for_no_process()
-    status, _, err = resume_train(run, "--run.updates", str(run.versions()[-1] + 1)).finish()
-    assert status == 0, err
-
-
-def test_run_stopped_before_its_first_update_reports_the_accuracy_without_a_change(
-    tmp_path: Path,
-) -> None:
-    run = start_train(tmp_path, "--run.updates", "100000")
-    run.wait_for("the first evaluation", lambda: run.events("evaluation"))
-    os.kill(run.learner(), signal.SIGINT)
-    _, out, _ = run.finish()
-    if run.summary()["policy_version"] == 0:
-        assert "at version 0, the only one measured" in out
-        assert "points" not in out
+from tests.fakes.run_process import start_train, write_config
 
 
 def data_file(folder: Path, *answers: str) -> tuple[str, ...]:
@@ -202,62 +54,6 @@ def test_run_with_only_truncated_completions_names_the_limit_in_its_last_line(
     assert last.startswith("error: buffer service: no batch could be filled within 20 s")
     assert "completions are truncated: 512 of the last 512 reached a length limit" in last
     assert "raise actors.max_new_tokens (now 1)" in last
-
-
-def test_without_a_gate_the_step_reward_covers_whole_groups(tmp_path: Path) -> None:
-    run = start_train(tmp_path, "--algorithm", "rloo", "--run.updates", "4")
-    status, _, err = run.finish()
-    assert status == 0, err
-    steps = run.events("step")
-    assert any(step["trained_reward_mean"] > 0 for step in steps)
-    assert any(step["reward_mean"] > 0 for step in steps)
-    assert {step["gate_acceptance"] for step in steps} == {None}
-    assert "time/sync_s" not in steps[0]
-    assert run.summary()["gate_acceptance"] is None
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
-def test_scheduler_signals_drain_the_run(tmp_path: Path, how: signal.Signals) -> None:
-    run = start_train(tmp_path, "--run.updates", "100000")
-    run.wait_for_steps(1)
-    run.process.send_signal(how)
-    status, _, _ = run.finish()
-    assert status == 130
-    assert run.summary()["ledger"]["closes"] is True
-    assert run.processes() == {}
-
-
-@pytest.mark.parametrize("victim", ["actor", "engine"])
-def test_killed_actor_is_restarted_and_the_run_completes(tmp_path: Path, victim: str) -> None:
-    run = start_train(tmp_path, "--run.updates", "12", "--weights.deadline_s", "5")
-    run.wait_for_steps(2)
-    os.kill(run.child(victim), signal.SIGKILL)
-    status, out, err = run.finish()
-    assert status == 0, err
-    warned = [line for line in out.splitlines() if line.startswith("warning actor-1")]
-    assert warned, out
-    assert not any(".cc:" in line for line in warned)
-    summary = run.summary()
-    assert summary["optimizer_updates"] == 12
-    assert summary["ledger"]["closes"] is True
-    assert summary["ledger"]["failures"]["actor lost"] >= 1
-    assert run.processes() == {}
-
-
-def test_killed_service_recovers_from_its_journal_and_actors_keep_their_incarnation(
-    tmp_path: Path,
-) -> None:
-    run = start_train(tmp_path, "--run.updates", "12")
-    run.wait_for_steps(2)
-    os.kill(run.child("service"), signal.SIGKILL)
-    status, _, err = run.finish()
-    assert status == 0, err
-    summary = run.summary()
-    assert summary["optimizer_updates"] == 12
-    assert summary["ledger"]["closes"] is True
-    assert "actor lost" not in summary["ledger"]["failures"]
-    assert list(summary["actors"]) == ["actor-1.0"]
-    assert run.processes() == {}
 
 
 def test_killed_service_without_a_journal_ends_the_run_and_is_named_last(
@@ -324,7 +120,7 @@ def test_port_in_use_is_reported_with_its_field(tmp_path: Path) -> None:
     assert run.processes() == {}
 
 
-def test_prompts_longer_than_the_context_count_as_failed_and_the_rest_is_trained_on(
+def test_prompts_longer_than_the_context_count_as_failed_and_a_scheduler_s_signal_drains_the_run(
     tmp_path: Path,
 ) -> None:
     task = ArithmeticTask(num_prompts=60, num_held_out=8, max_digits=4, seed=0)
@@ -338,7 +134,7 @@ def test_prompts_longer_than_the_context_count_as_failed_and_the_rest_is_trained
     run.wait_for(
         "a failed group", lambda: any(event["groups_failed"] for event in run.events("step"))
     )
-    run.interrupt()
+    run.process.send_signal(signal.SIGUSR1)
     status, out, _ = run.finish()
     assert status == 130
     ledger = run.summary()["ledger"]
@@ -346,6 +142,7 @@ def test_prompts_longer_than_the_context_count_as_failed_and_the_rest_is_trained
     assert "tokens and the context holds" in ledger["failure_examples"]["prompt"]
     assert "first: prompt: the prompt has 50" in re.sub(r"\s+", " ", out)
     assert run.summary()["ledger"]["closes"] is True
+    assert run.processes() == {}
 
 
 @pytest.mark.parametrize(

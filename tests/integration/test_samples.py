@@ -1,7 +1,6 @@
 """Completion samples: selected by the actor, emitted by the service, written by the sink."""
 
 import asyncio
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from speed_async.transport.codec import decode
 from speed_async.types import ActorCounts, Completion, Lease, LeaseKind, Prompt, Sampled
 from tests.fakes.buffer_fixtures import make_config
 from tests.fakes.loop_run import Run
-from tests.fakes.run_process import start_train
 from tests.fakes.service_harness import ServiceHarness
 
 KEYS = {
@@ -192,12 +190,3 @@ def test_run_emits_samples_of_all_decisions(tmp_path: Path) -> None:
     for values in samples:
         assert values["extracted"] == str(values["completion"])[-1:]
         assert values["decision"] in ("continued", "screened out", "evaluated")
-
-
-def test_run_writes_samples_to_its_folder(tmp_path: Path) -> None:
-    run = start_train(tmp_path)
-    code, _, error = run.finish()
-    assert code == 0, error
-    lines = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
-    assert lines and all(set(line) == KEYS | {"kind"} for line in lines)
-    assert all(line["completion"].strip() == line["extracted"] for line in lines)

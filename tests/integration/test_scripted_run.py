@@ -19,7 +19,7 @@ from tests.fakes.run_process import start_train
 SCRIPTED = ["--actors.engine", "scripted", "--task.name", "scripted"]
 
 
-@pytest.mark.parametrize("backend", ["gloo", "ipc"])
+@pytest.mark.parametrize("backend", [pytest.param("gloo", marks=pytest.mark.slow), "ipc"])
 def test_scripted_run_receives_every_version_and_its_ledger_balances(
     tmp_path: Path, backend: str
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.run_process import SMALL, Run, write_config
+from tests.fakes.run_process import write_config
 
 WRITES = """
 import sys
@@ -16,40 +16,6 @@ standard_streams.WRITE_DEADLINE_S = float(sys.argv[1])
 sys.stderr.write(str(standard_streams.write_stream("x" * int(sys.argv[2]))))
 """
 CLOSED = 'exec "$@" <&- >&- 2>&-'
-
-
-def test_run_completes_after_the_reader_of_its_output_exits(tmp_path: Path) -> None:
-    """`speed-async train ... | head -1`: the reader exits before the run ends."""
-    command = [sys.executable, "-m", "speed_async", "train", str(write_config(tmp_path))]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    run = Run(process=process, folder=tmp_path / "run")
-    try:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.readline().startswith("start ")
-        process.stdout.close()
-        err = process.stderr.read()
-        assert (process.wait(240), err) == (0, "preflight checks passed\n")
-        assert run.summary()["completed"] is True
-        assert run.processes() == {}
-    finally:
-        run.kill()
-
-
-def test_run_without_standard_streams_completes(tmp_path: Path) -> None:
-    """`speed-async train ... <&- >&- 2>&-`, as some daemons start their children."""
-    config = write_config(tmp_path, SMALL)
-    command = [sys.executable, "-m", "speed_async", "train", str(config)]
-    process = subprocess.Popen(["sh", "-c", CLOSED, "sh", *command], cwd=tmp_path, text=True)
-    run = Run(process=process, folder=tmp_path / "run")
-    try:
-        assert process.wait(180) == 0
-        assert run.summary()["completed"] is True
-        assert run.processes() == {}
-    finally:
-        run.kill()
 
 
 def test_closed_streams_are_opened_and_open_streams_are_unchanged(tmp_path: Path) -> None:
