@@ -14,7 +14,7 @@ from typing import Literal
 from rich.console import Console
 
 from speed_async.errors import DeadlineExceeded
-from speed_async.launcher.ports import listens
+from speed_async.launcher.ports import address_at, listens
 from speed_async.launcher.standard_streams import discard_stdout
 from speed_async.observability.lines import Lines
 from speed_async.observability.metrics import Event
@@ -47,7 +47,7 @@ class Source:
 
     @property
     def address(self) -> str:
-        return f"tcp://{self.host}:{self.port}"
+        return address_at(self.host, self.port)
 
 
 async def run_console(source: Source) -> None:

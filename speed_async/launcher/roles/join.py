@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from speed_async.errors import DeadlineExceeded, ProtocolError, RunLost, SpeedAsyncError
+from speed_async.launcher.ports import address_at
 from speed_async.transport import messages as m
 from speed_async.transport.curve import ClientKeys
 from speed_async.transport.feed import FeedSubscriber
@@ -68,7 +69,7 @@ async def request_admission(
             await _sleep(stopping, LOOK_UP_AGAIN_S)
             continue
         host, port = address
-        service = f"a run at tcp://{host}:{port}"
+        service = f"a run at {address_at(host, port)}"
         name = f"join-{uuid.uuid4().hex}"
         link = await open_link(
             host, port, name if rank is None else f"actor-{rank}.{name}", keys=keys
