@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.resumed_run import OFTEN, assert_whole
+from tests.fakes.resumed_run import assert_whole
 from tests.fakes.run_process import Run, resume_train, start_train
 
 ENDLESS = ("--run.updates", "100000")
@@ -94,7 +94,7 @@ def test_run_resumes_after_each_sudden_end_and_replays_to_its_last_version(tmp_p
     end_by_power_failure(run)  # before the first checkpoint
 
     reached = max(run.versions())
-    run = resume_train(run, *OFTEN)
+    run = resume_train(run, "--learner.checkpoint_every", "4")
     run.wait_for_version(reached + NEW_UPDATES)
     assert "from its start (attempt 1)" in end_by_power_failure(run)
 
