@@ -7,9 +7,6 @@ from speed_async.actors.rollout import LeaseProgress
 from speed_async.transport import messages as m
 from speed_async.types import PASS_REWARD, ActorCounts, Completion, LeaseKind, Prompt
 
-MAX_TEXT_CHARS = 4000
-"""Maximum length of a prompt or completion. The middle of a longer text is removed."""
-
 
 class SampleSelector:
     """Selects at most one sample every `interval_s` seconds."""
@@ -50,11 +47,11 @@ class SampleSelector:
             decision=self._decision(work),
             reward=selected.reward,
             is_extracted=selected.extracted is not None,
-            extracted=truncate_middle(selected.extracted or ""),
+            extracted=selected.extracted or "",
             truncated=sampled.finish_reason == "length",
             num_tokens=sampled.num_tokens,
-            prompt=truncate_middle(prompt.text),
-            completion=truncate_middle(text),
+            prompt=prompt.text,
+            completion=text,
             counts=counts,
         )
 
@@ -64,13 +61,3 @@ class SampleSelector:
         if not work.continuing:
             return "screened out"
         return "continued" if self._is_gated else "kept"
-
-
-def truncate_middle(text: str, max_chars: int = MAX_TEXT_CHARS) -> str:
-    """`text` as valid UTF-8, with its middle removed when it exceeds `max_chars`."""
-    text = text.encode("utf-8", "replace").decode()
-    if len(text) <= max_chars:
-        return text
-    mark = f" ... ({len(text) - max_chars} or more characters omitted) ... "
-    num_shown = max_chars - len(mark)
-    return text[: num_shown - num_shown // 2] + mark + text[len(text) - num_shown // 2 :]

@@ -16,8 +16,8 @@ from speed_async.types import ActorCounts
 
 MAX_COUNT = 2**53
 """Largest count; floats represent all integers up to it."""
-MAX_TEXT = 4096
-"""Characters of a text. A Failure is bounded by the header size only, so none is refused."""
+MAX_TEXT = m.MAX_PROSE_CHARS
+"""Characters of a text; the codec shortens longer prose."""
 MAX_METRICS = 1024
 MAX_WEIGHT_RANKS = 4096
 MAX_INDEX = 2**20
@@ -147,7 +147,7 @@ def _plain_faults(message: m.Message) -> Iterator[str]:
     for name, kind in _plain_fields(type(message)):
         value = getattr(message, name)
         if kind is str:
-            if len(value) > MAX_TEXT and not isinstance(message, m.Failure):
+            if len(value) > MAX_TEXT:
                 yield f"{name} has {len(value)} characters; the maximum is {MAX_TEXT}"
         elif kind == list[int]:
             if value and not 0 <= min(value) <= max(value) <= MAX_COUNT:

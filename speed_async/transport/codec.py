@@ -16,7 +16,7 @@ import numpy as np
 from speed_async.errors import ProtocolError
 from speed_async.transport import fields, joining, messages, session
 from speed_async.transport.fields import Plain
-from speed_async.transport.messages import PROTOCOL_VERSION, Message
+from speed_async.transport.messages import MAX_PROSE_CHARS, PROTOCOL_VERSION, Message, Prose
 from speed_async.types import Float32Array, Int32Array
 
 Frame = bytes | memoryview
@@ -46,6 +46,8 @@ class _Schema:
     plain: tuple[tuple[str, str, fields.Check], ...]  # (field, annotation, check)
     nested: "tuple[tuple[str, _Schema], ...]"
     arrays: tuple[tuple[str, np.dtype, str, int], ...]  # (field, dtype, dtype name, itemsize)
+    prose: tuple[str, ...]
+    """Those of the plain fields that are bounded when they are encoded."""
 
     @property
     def name(self) -> str:
@@ -56,8 +58,9 @@ def _schema_of(record: type) -> _Schema:
     plain: list[tuple[str, str, fields.Check]] = []
     nested: list[tuple[str, _Schema]] = []
     arrays: list[tuple[str, np.dtype, str, int]] = []
-    hints: dict[str, object] = get_type_hints(record)
-    for name, hint in hints.items():
+    annotated: dict[str, object] = get_type_hints(record, include_extras=True)
+    prose = tuple(name for name, hint in annotated.items() if hint == Prose)
+    for name, hint in get_type_hints(record).items():
         shown = hint.__name__ if isinstance(hint, type) else str(hint)
         if hint in _ARRAY_DTYPES:
             dtype = _ARRAY_DTYPES[hint]
@@ -66,7 +69,13 @@ def _schema_of(record: type) -> _Schema:
             nested.append((name, _schema_of(hint)))
         else:
             plain.append((name, shown, fields.CHECKS[hint]))
-    return _Schema(record=record, plain=tuple(plain), nested=tuple(nested), arrays=tuple(arrays))
+    return _Schema(
+        record=record,
+        plain=tuple(plain),
+        nested=tuple(nested),
+        arrays=tuple(arrays),
+        prose=prose,
+    )
 
 
 def _message_types(base: type[Message]) -> Iterator[type[Message]]:
@@ -180,6 +189,8 @@ def _to_plain(schema: _Schema, record: object) -> dict[str, object]:
         value = values[field] = getattr(record, field)
         if not check(value):
             raise _wrong_value(schema.name, field, annotation, value)
+    for field in schema.prose:
+        values[field] = fields.truncate_middle(getattr(record, field), MAX_PROSE_CHARS)
     for field, inner in schema.nested:
         value = getattr(record, field)
         if not isinstance(value, inner.record):

@@ -84,3 +84,13 @@ CHECKS: dict[object, Check] = {
     dict[str, float]: map_of(is_number),
     dict[str, object]: map_of(lambda value: is_plain(value, MAX_DEPTH)),
 }
+
+
+def truncate_middle(text: str, max_chars: int) -> str:
+    """`text` as valid UTF-8, with its middle removed when it exceeds `max_chars`."""
+    text = text.encode("utf-8", "replace").decode()
+    if len(text) <= max_chars:
+        return text
+    mark = f" ... ({len(text) - max_chars} or more characters omitted) ... "
+    num_shown = max_chars - len(mark)
+    return text[: num_shown - num_shown // 2] + mark + text[len(text) - num_shown // 2 :]

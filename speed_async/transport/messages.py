@@ -10,10 +10,15 @@ Shape legend: P prompt tokens, N completions, S sum of completion lengths.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from speed_async.types import ActorCounts, Float32Array, Int32Array, WeightBackend, WeightOffer
 
 PROTOCOL_VERSION = 8
+MAX_PROSE_CHARS = 4096
+Prose = Annotated[str, "prose"]
+"""Text for people, of any length and content. Encoding cuts out the middle of a longer one and
+replaces what UTF-8 cannot encode: no error is lost because of its own text."""
 
 DRAINED = "drained"
 """Reason of a LeaseFailed that does not concern the prompt."""
@@ -56,7 +61,7 @@ class Failure(Message):
     """A role failed with an error that ends the run."""
 
     role: str
-    message: str
+    message: Prose
 
 
 # --- actor -> service (with the counts of the actor) --------------------------------------------
@@ -103,7 +108,7 @@ class LeaseEnded(Counted):
 class LeaseFailed(LeaseEnded):
     """A lease of either kind ended without a result (verifier failure, drain, too long)."""
 
-    reason: str
+    reason: Prose
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,11 +147,11 @@ class Sample(Counted):
     decision: str
     reward: float
     is_extracted: bool
-    extracted: str
+    extracted: Prose
     truncated: bool
     num_tokens: int
-    prompt: str
-    completion: str
+    prompt: Prose
+    completion: Prose
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +169,7 @@ class WeightsApplied(Counted):
     epoch: int
     pause_s: float
     transfer_s: float
-    error: str
+    error: Prose
     usable: bool = True
     """False if the engine no longer has complete weights; the actor then exits."""
 
@@ -205,14 +210,14 @@ class OfferWeights(Message):
 class Drain(Message):
     """Request to abort running work, report it, send Goodbye and exit."""
 
-    reason: str
+    reason: Prose
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rejected(Message):
     """A message of the peer was rejected for this reason."""
 
-    reason: str
+    reason: Prose
 
 
 # --- learner -> service -------------------------------------------------------------------------
@@ -240,7 +245,7 @@ class Trained(Message):
     completions_trained: int
     tokens_trained: int
     metrics: dict[str, float]
-    notice: str = ""
+    notice: Prose = ""
     """Human-readable notice, such as a checkpoint that could not be written."""
 
 
@@ -263,7 +268,7 @@ class WeightsPublished(Message):
     epoch: int
     transfer_s: float
     num_bytes: int
-    error: str
+    error: Prose
     missing: list[str]
 
 
@@ -283,7 +288,7 @@ class Resumed(Message):
     tokens_trained: int
     recent_lease_ids: list[int]
     """Groups trained by the last updates; a journal that lost its tail may still list them."""
-    notice: str = ""
+    notice: Prose = ""
     """Human-readable notice: newer checkpoints were damaged and skipped."""
 
 
@@ -308,7 +313,7 @@ class FinishRun(Message):
 
     policy_version: int
     evaluate: bool
-    reason: str
+    reason: Prose
     stopped: bool = False
     """True if a user or a scheduler stopped the run before it was complete."""
 
@@ -358,7 +363,7 @@ class WeightMembers(Message):
 class MembershipChanged(Message):
     """An actor needs weights; the learner publishes its version to the actors that lack it."""
 
-    reason: str
+    reason: Prose
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -374,7 +379,7 @@ class Abort(Message):
     """Another role failed: stop immediately. Sent to the learner and the actors."""
 
     role: str
-    message: str
+    message: Prose
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
