@@ -104,6 +104,8 @@ class _Launcher:
         self._ranks = _Ranks()
         self._stopped_by: signal.Signals | None = None
         self._stopped_s = 0.0
+        self._forced = False
+        """A second Ctrl-C ended the ranks without a drain; their errors say nothing more."""
         self._changed = asyncio.Event()
         """Set when a rank has exited or a stop signal has arrived."""
 
@@ -199,6 +201,7 @@ class _Launcher:
             self._changed.set()
         elif which == signal.SIGINT and now_s - self._stopped_s > FORCE_AFTER_S:
             # The learner restores the terminal and exits; every rank that does not exit is killed.
+            self._forced = True
             self._ranks.signal(signal.SIGINT)
             loop = asyncio.get_running_loop()
             loop.call_later(FORCE_GRACE_S, self._ranks.signal, signal.SIGKILL)
@@ -215,7 +218,7 @@ class _Launcher:
                 return _End(status=learner)
         if self._stopped_by:
             errors = [one for one in statuses if one > 0 and one != EXIT_INTERRUPTED]
-            if not errors:
+            if self._forced or not errors:
                 late = "ranks did not exit in time and were killed" if killed else ""
                 return _End(status=EXIT_INTERRUPTED, text=late)
         for local, status in ranks.ends.items():
