@@ -62,10 +62,11 @@ class TaskConfig(Section):
     for fault injection tests: each prompt passes at random with its own rate."""
     path: str | None = None
     """Data file of `jsonl`: one object per line with `prompt` and `answer`."""
-    match: Literal["exact", "numeric"] = "exact"
+    match: Literal["exact", "numeric", "math"] = "exact"
     """How `jsonl` compares the final answer of a completion with that of the row. `exact`: as text,
     ignoring spacing (rules: environments/exact_answer.py). `numeric`: as numbers; a row whose
-    answer is not one whole number is rejected (environments/whole_number.py)."""
+    answer is not one whole number is rejected (environments/whole_number.py). `math`: as values of
+    mathematical expressions, exactly, then by math-verify (docs/verifier.md)."""
     score_truncated: bool = False
     """Whether a completion truncated by a length limit is scored like any other. False: its reward
     is 0 in training and evaluation, regardless of its text."""

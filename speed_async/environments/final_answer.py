@@ -2,15 +2,16 @@ r"""Extracts the final answer of a text: from `<answer>` tags, from `\boxed{}`, 
 
 import re
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_OPEN_TAG, _CLOSE_TAG = "<answer>", "</answer>"
 _BRACE = re.compile(r"\\boxed\{|(?<!\\)[{}]")
-_MARK = "####"
+MARK = "####"
 
 
 def last_tagged(text: str) -> str | None:
     """Stripped content of the last `<answer>...</answer>`, or None."""
-    contents = _TAGGED.findall(text)
-    return contents[-1].strip() if contents else None
+    end = text.rfind(_CLOSE_TAG)
+    start = text.rfind(_OPEN_TAG, 0, max(end, 0))
+    return text[start + len(_OPEN_TAG) : end].strip() if start >= 0 else None
 
 
 def last_boxed(text: str) -> str | None:
@@ -32,7 +33,7 @@ def marked_answer(text: str) -> str | None:
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
-    _, mark, tail = text.rpartition(_MARK)
+    _, mark, tail = text.rpartition(MARK)
     return tail.strip() if mark else None
 
 

@@ -39,7 +39,7 @@ _UNIT = re.compile(
     rf"|\s*{_LATEX_TEXT}\s*\{{[A-Za-z./\s]+\}}(?:\s*\^\s*\{{?[23]\}}?)?"
     r"|\s+[A-Za-z]{3,}\.?(?:\^[23])?){0,6}\s*"
 )
-_NO_UNITS = re.compile(
+CHANGES_VALUE = re.compile(
     r"(?i)(?<![a-z])(?:hundreds?|thousands?|[mb]illions?|trillions?|dozens?|gross|score|lakh|crore"
     r"|half|halves|thirds?|quarters?|pi|infinity|squared|cubed|factorial|root|power|times|plus|minus"
     r"|over|mod|modulo|base|choose|remainder|and|or|to|abcd?|xyz|pqr|rst|uvw)(?![a-z])"
@@ -100,4 +100,4 @@ def _strip_markup(text: str) -> str:
 
 
 def _is_unit(text: str) -> bool:
-    return _UNIT.fullmatch(text) is not None and _NO_UNITS.search(text) is None
+    return _UNIT.fullmatch(text) is not None and CHANGES_VALUE.search(text) is None
