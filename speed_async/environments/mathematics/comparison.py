@@ -9,7 +9,6 @@ equals only the same brackets.
 from fractions import Fraction
 from functools import lru_cache
 
-from speed_async.environments.exact_answer import normalised, same_answer
 from speed_async.environments.mathematics.expression import (
     TooLarge,
     Unreadable,
@@ -49,24 +48,20 @@ def same_math(candidate: str, answer: str) -> bool | None:
         return True
     if max(len(candidate), len(answer)) > MAX_CHARS:
         return False
-    if same_answer(normalised(candidate), normalised(answer)):
-        return True
-    try:
-        return _same_read(candidate, answer)
-    except TooLarge:
-        return False
-
-
-def _same_read(candidate: str, answer: str) -> bool | None:
     left, right = clean(candidate), clean(answer)
+    if left == right:
+        return True
     if is_words(left) or is_words(right):
         words = words_in(left)
         if words is not None and words == words_in(right):
             return True
-    forms = _form(left), _form(right)
-    if forms[0] is None or forms[1] is None:
-        return None
-    return same_form(forms[0], forms[1])
+    try:
+        forms = _form(left), _form(right)
+        if forms[0] is None or forms[1] is None:
+            return None
+        return same_form(forms[0], forms[1])
+    except TooLarge:
+        return False
 
 
 @lru_cache(maxsize=2048)

@@ -57,7 +57,7 @@ def _stated(text: str) -> str | None:
 
 def _undelimited(line: str) -> str:
     """`line` without a final period and delimiters of mathematics or emphasis around it all."""
-    line = line.strip().removesuffix(".")
+    line = line.strip().rstrip("*. ") if line.count("**") % 2 else line.strip().removesuffix(".")
     whole = _DELIMITED.fullmatch(line)
     if whole is not None:
         line = next(part for part in whole.groups() if part is not None)

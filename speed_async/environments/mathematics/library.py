@@ -5,10 +5,11 @@ timeouts use SIGALRM, work only in the main thread and do not reclaim the proces
 
 It is not asked, and the answers differ, where it is known to be wrong:
 
+- anything but letters, digits, brackets and operators: `5'` is 5 to it;
 - words: `\text{east}` and `\text{seat}` are the same product of letters to it;
 - relations: it reduces two different equations to 0;
 - percent signs, and answers whose brackets or numbers of items differ: `(1,2)` is `\{1,2\}` to it;
-- numbers, powers and factorials that may be too large to evaluate.
+- numbers in another base (`40_0`), and what may be too large to evaluate.
 """
 
 import logging
@@ -23,12 +24,14 @@ FLOAT_DECIMALS = 12
 """math-verify compares decimals after rounding; its default is 6."""
 
 _COMMA = re.compile(r"[,;]")
-_RELATION = re.compile(r"[=<>]|\\(?:leq?|geq?|neq?|lt|gt|in|approx|equiv|sim)(?![A-Za-z])")
-_WORD = re.compile(r"\\(?:text|mbox)|(?<![A-Za-z\\])[A-Za-z]{4,}|%")
+_RELATION = re.compile(r"\\(?:leq?|geq?|neq?|lt|gt|in|approx|equiv|sim)(?![A-Za-z])")
+_WORD = re.compile(r"\\(?:text|mbox)|(?<![A-Za-z\\])[A-Za-z]{4,}")
 _KNOWN_WORDS = re.compile(r"(?<![A-Za-z\\])(?:sqrt|arc(?:sin|cos|tan))(?![A-Za-z])")
+_FOREIGN = re.compile(r"[^A-Za-z0-9\s\\{}()\[\].,;+*/^_|!-]")
 _LARGE = re.compile(
-    r"\d{20}|\^\s*\{?\s*-?\d{4}|\d{4}\s*!|!\s*!|[)}]\s*!|\^\s*\{?[^^]{0,30}\^\s*\{?[^^]{0,30}\^"
-    r"|\d[)}]*\s*\^\s*[{(]*\s*\d+[)}]*\s*\^|\\(?:binom|sum|prod|int|lim)(?![A-Za-z])"
+    r"\d{20}|\d\s*_|\^\s*\{?\s*-?\d{4}|\d{4}\s*!|!\s*!|[)}]\s*!"
+    r"|\^\s*\{[^{}]{0,30}\^\s*\{[^{}]{0,30}\^|\d[)}]*\s*\^\s*[{(]*\s*\d+[)}]*\s*\^"
+    r"|\\(?:binom|sum|prod|int|lim)(?![A-Za-z])"
 )
 
 
@@ -50,7 +53,8 @@ def library_verdict(candidate: str, answer: str) -> bool:
 
 
 def _is_expression(text: str) -> bool:
-    if len(text) > MAX_CHARS or _RELATION.search(text) or _LARGE.search(text):
+    refused = (_FOREIGN, _RELATION, _LARGE)
+    if len(text) > MAX_CHARS or any(pattern.search(text) for pattern in refused):
         return False
     return _WORD.search(_KNOWN_WORDS.sub("", text)) is None
 

@@ -1,6 +1,7 @@
 """Reads clean text (text.py) as one of the forms (forms.py)."""
 
 import re
+from fractions import Fraction
 
 from speed_async.environments.mathematics.expression import (
     TooLarge,
@@ -45,7 +46,8 @@ _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 _COLON = re.compile(r":")
 _RELATION = re.compile(r"<=|>=|\\(?:leq?|geq?|leqslant|geqslant|lt|gt)(?![A-Za-z])|[<>=]")
 _MATRIX = re.compile(r"\\begin\{([pb]matrix)\}(.*)\\end\{\1\}")
-_NUMERAL = re.compile(r"(-?\d[0-9A-F]*)_\{?(\d+)\}?")
+_DECIMAL = re.compile(r"-?(?:\d{1,100}(?:\.\d{0,100})?|\.\d{1,100})")
+_NUMERAL = re.compile(r"(-?\d[0-9A-F]*|\(\d[0-9A-F]*\))_\{?(\d+)\}?")
 _NAME = re.compile(
     r"(?:m?\\angle )?(?:[A-Z]{2,4}|\\?[A-Za-z]+)(?:'|_\w|_\{\w+\})?(?:\([A-Za-z](?:,[A-Za-z])*\))?"
     r"|\([A-Za-z](?:,[A-Za-z])+\)"
@@ -57,6 +59,8 @@ def read_form(text: str, depth: int = 0) -> Form:
     """`text` is clean (text.py). Raises Unreadable or TooLarge."""
     if depth > MAX_DEPTH:
         raise TooLarge
+    if _DECIMAL.fullmatch(text) is not None:  # most answers
+        return Scalar(constant(Fraction(text)))
     if is_words(text):
         words = words_in(text) or ""
         number = _NUMBER_WORDS.get(words)
@@ -261,10 +265,10 @@ _LESS = ("<", "\\lt", "<=", "\\le", "\\leq", "\\leqslant")
 def _scalar(text: str) -> Form:
     numeral = _NUMERAL.fullmatch(text)
     if numeral is not None:
-        base = int(numeral[2][:3])
-        if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in numeral[1].lstrip("-")):
+        digits, base = numeral[1].strip("()"), int(numeral[2][:3])
+        if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in digits.lstrip("-")):
             raise Unreadable
-        return Numeral(int(numeral[1], base), base)
+        return Numeral(int(digits, base), base)
     number, factor, unit = split_unit(text)
     value = read_expression(number)
     return Scalar(multiply(value, constant(factor)), unit)
