@@ -5,7 +5,8 @@ r"""Compares the rules of `task.match = "math"` with those of other libraries on
 
 The corpus is benchmarks/data/verifier_corpus.jsonl, one object per line: `kind`, `prompt`,
 `completion`, `answer`, `label` (whether the completion is right). `<<text*n>>` stands for n copies
-of a text. Labels are by hand. docs/verifier.md shows the tables.
+of a text. Labels are by hand. The kind `later` was written after the rules and judged once.
+docs/verifier.md shows the tables.
 """
 
 import argparse
@@ -211,9 +212,10 @@ def by_kind(pairs: Sequence[Pair], columns: dict[str, list[Outcome]]) -> list[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rule", choices=tuple(RULES), action="append")
+    parser.add_argument("--kind", help="only the pairs of this kind")
     parser.add_argument("--wrong", action="store_true", help="list the pairs judged wrongly")
     arguments = parser.parse_args()
-    pairs = read_corpus()
+    pairs = [pair for pair in read_corpus() if arguments.kind in (None, pair.kind)]
     columns: dict[str, list[Outcome]] = {}
     print(f"{len(pairs)} pairs, {sum(pair.label for pair in pairs)} of them right\n")
     print(
