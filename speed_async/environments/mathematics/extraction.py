@@ -16,7 +16,7 @@ from speed_async.environments.final_answer import MARK, last_boxed, last_tagged
 _BOX = "\\boxed{"
 _STATED = re.compile(r"\banswer(?: is\b:?|[:=]| [:=])(?:[ \t]*\*\*)?", re.IGNORECASE)
 _DELIMITED = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]|\*\*([^*]+)\*\*")
-_MARKUP = " \t\r\n$*."
+_FINAL_MARKUP = " \t\r$*."
 
 
 def math_answer(text: str) -> str | None:
@@ -44,7 +44,7 @@ def _marked(text: str) -> str | None:
 
 
 def _open_box(tail: str) -> str:
-    return tail[len(_BOX) :].lstrip().partition("\n")[0].strip(_MARKUP)
+    return tail[len(_BOX) :].lstrip(" \n$").partition("\n")[0].rstrip(_FINAL_MARKUP)
 
 
 def _stated(text: str) -> str | None:

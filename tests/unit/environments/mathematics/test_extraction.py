@@ -19,6 +19,7 @@ def test_an_empty_last_box_is_no_answer() -> None:
 
 def test_an_unclosed_last_box_ends_with_its_line() -> None:
     assert math_answer(r"The value is $\boxed{3$.") == "3"
+    assert math_answer(r"The value is $\boxed{.5$.") == ".5"
     assert math_answer("\\boxed{7} and \\boxed{\\frac{1}{2}\nso it is") == r"\frac{1}{2}"
 
 
