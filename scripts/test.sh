@@ -18,5 +18,7 @@ step "basedpyright"
 step "import-linter"
 "$(dirname "$python")/lint-imports" --no-logo
 step "pytest"
-# Most of the time goes to real runs. Tests that read the same run are a group: it is started once.
-"$python" -m pytest -n auto --maxprocesses 8 --dist loadgroup "$@"
+# Most of the time goes to real runs, which also wait: one worker more than cores keeps these busy.
+# Tests that read the same run are a group, so that it is started once.
+workers=$(($(nproc) < 7 ? $(nproc) + 1 : 8))
+"$python" -m pytest -n "$workers" --dist loadgroup "$@"
