@@ -1,7 +1,7 @@
 """The learner's batch request, and the distribution of the leases that fill it.
 
 Batches decides which leases a request permits, when it completes and how long it waits; Grants
-distributes the leases among the actors; learner_handler.py sends the batch.
+distributes the leases among the actors; handlers/learner.py sends the batch.
 
 With `run.overlap`, actors generate whatever the credits allow, and a request completes as soon as
 its batch is full. Without it, generation and training alternate. Prompts are granted only while

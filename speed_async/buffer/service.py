@@ -11,15 +11,15 @@ answers    a TakeBatch when enough fresh groups are buffered and the first evalu
 
 from collections.abc import Callable, Sequence
 
-from speed_async.buffer.actor_handler import ActorHandler
 from speed_async.buffer.batches import Grants
 from speed_async.buffer.components import Components
 from speed_async.buffer.durability.journal import Place
-from speed_async.buffer.effects import Effects, Loss, Results
-from speed_async.buffer.ending import ROLE, Ending
 from speed_async.buffer.evaluations import Accuracy
-from speed_async.buffer.learner_handler import LearnerHandler
-from speed_async.buffer.peer_handler import PeerHandler
+from speed_async.buffer.handlers.actors import ActorHandler
+from speed_async.buffer.handlers.effects import Effects, Loss, Results
+from speed_async.buffer.handlers.ending import ROLE, Ending
+from speed_async.buffer.handlers.learner import LearnerHandler
+from speed_async.buffer.handlers.peers import PeerHandler
 from speed_async.buffer.reporting.status import StatusReporter, evaluation_values
 from speed_async.buffer.state import ServiceState, new_state
 from speed_async.buffer.validation import MessageValidator

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from speed_async.buffer.batches import BatchesState
 from speed_async.buffer.curriculum.curriculum import CurriculumState, new_curriculum_state
 from speed_async.buffer.evaluations import EvaluationPlan, EvaluationState
+from speed_async.buffer.handlers.shutdown import ShutdownState
 from speed_async.buffer.lifecycle import LifecycleState
 from speed_async.buffer.membership import MembershipState
 from speed_async.buffer.reporting.diagnoses import DiagnosesState
@@ -13,7 +14,6 @@ from speed_async.buffer.reporting.statistics import RunStatistics
 from speed_async.buffer.reporting.warnings import WarningsState
 from speed_async.buffer.reporting.weight_times import WeightTimes
 from speed_async.buffer.sessions import SessionsState
-from speed_async.buffer.shutdown import ShutdownState
 from speed_async.buffer.weight_group import WeightGroupState
 from speed_async.config.schema import Config
 

@@ -7,7 +7,7 @@ replay rebuilds the state of a failed service.
 from dataclasses import dataclass, field, replace
 
 from speed_async.buffer.durability.journal import Journal, Place, Record
-from speed_async.buffer.effects import Results
+from speed_async.buffer.handlers.effects import Results
 from speed_async.buffer.service import BufferService
 from speed_async.buffer.sessions import Sessions
 from speed_async.buffer.state import MachineState

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from speed_async.buffer.effects import Results
+from speed_async.buffer.handlers.effects import Results
 from speed_async.buffer.service import BufferService
 from speed_async.buffer.state import ServiceState
 from speed_async.observability.metrics import Event

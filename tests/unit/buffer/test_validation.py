@@ -13,6 +13,7 @@ from speed_async.buffer.validation import MAX_KNOWN
 from speed_async.buffer.validation_rules import MAX_TEXT, PayloadRules
 from speed_async.errors import ProtocolError
 from speed_async.transport import messages as m
+from speed_async.transport.codec import decode, encode
 from speed_async.transport.joining import Join, Leaving
 from speed_async.transport.muting import BlockedPeers
 from speed_async.types import ActorCounts
@@ -75,7 +76,8 @@ def test_valid_messages_are_accepted(rules: PayloadRules) -> None:
     valid += [APPLIED, refused, HELLO, PUBLISH, trained(9, [1, 2], groups=2, tokens=9)]
     valid += [m.WantWork(counts=COUNTS, num_prompts=0), m.Goodbye(counts=COUNTS)]
     valid += [m.TakeBatch(policy_version=3, num_groups=2), Leaving(counts=COUNTS)]
-    valid += [Join(machine="node-7", process_id=3), m.Failure(role="learner", message="x" * 9999)]
+    failure = decode(encode(m.Failure(role="learner", message="x" * 9999)))
+    valid += [Join(machine="node-7", process_id=3), failure]
     valid += [replace(REPORT, gauges={"loop_lag_s": -1e-6})]
     assert [fault_of(rules, message) for message in valid] == [None] * len(valid)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from speed_async.buffer.components import Components
 from speed_async.buffer.durability.encoding import StoredGroup
-from speed_async.buffer.effects import Effects, Loss, restart_warning
+from speed_async.buffer.handlers.effects import Effects, Loss, restart_warning
 from speed_async.buffer.priority import BufferedGroup
 from speed_async.buffer.reporting.statistics import UpdateTimes
 from speed_async.transport import messages as m

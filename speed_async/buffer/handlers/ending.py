@@ -4,9 +4,9 @@ Shutdown decides the steps; Ending turns them into effects and emits the end eve
 """
 
 from speed_async.buffer.components import Components
-from speed_async.buffer.effects import Effects, Loss
+from speed_async.buffer.handlers.effects import Effects, Loss
+from speed_async.buffer.handlers.shutdown import Shutdown, ShutdownState, ShutdownStep
 from speed_async.buffer.reporting.status import StatusReporter
-from speed_async.buffer.shutdown import Shutdown, ShutdownState, ShutdownStep
 from speed_async.errors import RoleError
 from speed_async.observability.metrics import EventKind, Value
 from speed_async.observability.summary import STOPPING

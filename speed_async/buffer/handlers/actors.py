@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from speed_async.buffer.components import Components
 from speed_async.buffer.durability.journal import Place
-from speed_async.buffer.effects import Effects, Loss, restart_warning
+from speed_async.buffer.handlers.effects import Effects, Loss, restart_warning
 from speed_async.buffer.ledger import ENGINE_TIMES
 from speed_async.transport import messages as m
 from speed_async.transport.groups import GroupStats

@@ -6,8 +6,8 @@ answers    Join with JoinAccepted, Hello with Welcome
 """
 
 from speed_async.buffer.components import Components
-from speed_async.buffer.effects import Effects, Loss, restart_warning
-from speed_async.buffer.ending import Ending
+from speed_async.buffer.handlers.effects import Effects, Loss, restart_warning
+from speed_async.buffer.handlers.ending import Ending
 from speed_async.buffer.validation import MessageValidator
 from speed_async.transport import messages as m
 from speed_async.transport.joining import Join, JoinAccepted
