@@ -89,6 +89,21 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
     log_stage(f"run folder {folder.path}; starting the service")
     log_to(folder.log(ROLE))
     sys.stderr.writelines([f"attempt {attempt.number}\n", *banner])
+    finished = await _run_attempt(attempt, rank, stopping)
+    _write_results(finished, folder, breakdown=config.observe.breakdown)
+    if stopping.stop.has_lost_launcher:
+        text = f"the launcher of this run has died; {resume_hint(folder.path)}\n"
+        sys.stderr.write(text)
+        write_stream(text)
+    if finished.save_error:
+        raise RoleError(ROLE, finished.save_error)
+    return finished.outcome
+
+
+async def _run_attempt(attempt: Attempt, rank: Rank, stopping: Stopping) -> "RunResult":
+    """Start the service and the console, train, and end both. Raises what ended the training."""
+    config, folder = attempt.config, attempt.folder
+    rendezvous = node_rendezvous()
     identifying = asyncio.create_task(asyncio.to_thread(attempt.write_identity), name="identity")
     service = ServiceProcess(config, folder, attempt=attempt.number)
     await service.start(attempt.ports)
@@ -125,14 +140,7 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
             await end_process(console, grace_s)
         if has_failed:
             write_stream(f"{resume_line(str(folder.path))}\n")
-    _write_results(finished, folder, breakdown=config.observe.breakdown)
-    if stopping.stop.has_lost_launcher:
-        text = f"the launcher of this run has died; {resume_hint(folder.path)}\n"
-        sys.stderr.write(text)
-        write_stream(text)
-    if finished.save_error:
-        raise RoleError(ROLE, finished.save_error)
-    return finished.outcome
+    return finished
 
 
 async def _start_console(address: ServiceAddress, folder: RunFolder) -> asyncio.subprocess.Process:
