@@ -27,6 +27,9 @@ T = TypeVar("T")
 
 HEARTBEAT_INTERVAL_S = 2.0
 HEARTBEAT_TIMEOUT_S = 10.0
+HANDSHAKE_TIMEOUT_S = 5.0
+"""Heartbeats begin after the handshake. A connection whose other end died before it is given up
+after this time; the default of ZeroMQ, 30 s, would leave a peer without its service that long."""
 RECONNECT_FIRST_S = 0.05
 RECONNECT_LONGEST_S = 1.0
 LINGER_S = 2.0
@@ -213,6 +216,7 @@ def set_common_options(socket: Socket, *, max_frame_bytes: int) -> None:
     socket.HEARTBEAT_IVL = int(HEARTBEAT_INTERVAL_S * 1000)
     socket.HEARTBEAT_TIMEOUT = int(HEARTBEAT_TIMEOUT_S * 1000)
     socket.HEARTBEAT_TTL = int(HEARTBEAT_TIMEOUT_S * 1000)
+    socket.HANDSHAKE_IVL = int(HANDSHAKE_TIMEOUT_S * 1000)
     socket.RECONNECT_IVL = int(RECONNECT_FIRST_S * 1000)
     socket.RECONNECT_IVL_MAX = int(RECONNECT_LONGEST_S * 1000)
 

@@ -68,6 +68,28 @@ def test_link_reconnects_to_a_restarted_hub():
     uvloop.run(run_test())
 
 
+def test_link_gives_up_a_connection_that_never_completes_its_handshake():
+    """A service that dies while a peer connects leaves such a connection."""
+
+    async def run_test():
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            link = await open_link("127.0.0.1", port, "actor-1.0")
+            silent, _ = await asyncio.to_thread(listener.accept)
+        hub = await open_hub("127.0.0.1", port)
+        started_s = asyncio.get_running_loop().time()
+        try:
+            await link.send(want_work(1))
+            assert await hub.receive(60.0) == ("actor-1.0", want_work(1))
+            assert asyncio.get_running_loop().time() - started_s < 25.0  # ZeroMQ's default is 30
+        finally:
+            silent.close()
+            await link.close()
+            await hub.close()
+
+    uvloop.run(run_test())
+
+
 def test_restarted_hub_reaches_an_idle_peer():
     async def run_test() -> None:
         first = await open_hub(HOST, 0)
