@@ -13,6 +13,8 @@ from tests.faults.settings import GROUPS_PER_UPDATE, Plan
 from tests.faults.traces import read_traces
 
 SEED = 1640
+RECOVERS_IN_S = 25.0
+"""Long for a busy machine, and shorter than a handshake of ZeroMQ that nobody gives up (30 s)."""
 WITHOUT_RESTARTS = ("cut links", "refuse links", "stall links", "delay links", "fill disk")
 STOPPED_SERVICE = ("stop service", "hang service")
 KILLED_SERVICE = "kill service"
@@ -56,14 +58,14 @@ def test_each_kind_of_fault_loses_no_group_trains_none_twice_and_the_run_finishe
 def check_that_no_other_process_restarts(drill: Drill) -> None:
     before = drill.run.targets.all()
     for kind in WITHOUT_RESTARTS:
-        assert inject(drill, kind) < 20.0, kind
+        assert inject(drill, kind) < RECOVERS_IN_S, kind
         assert replaced(drill, before) == set(), kind
     warning = "the journal cannot be written (No space left on device): the run waits for space"
     assert warning in drill.run.watcher.warnings or drill.run.injector.limits_files
     for kind in STOPPED_SERVICE:
-        assert inject(drill, kind) < 20.0
+        assert inject(drill, kind) < RECOVERS_IN_S
         assert replaced(drill, before) == set(), kind
-    assert inject(drill, KILLED_SERVICE) < 20.0
+    assert inject(drill, KILLED_SERVICE) < RECOVERS_IN_S
     assert replaced(drill, before) == {"service"}
     traces = read_traces(drill.run.trace_folder)
     assert len(traces.actors) == drill.run.plan.num_actors
