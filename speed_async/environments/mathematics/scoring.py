@@ -3,7 +3,7 @@
 from speed_async.environments.final_answer import final_answer
 from speed_async.environments.mathematics.comparison import MAX_CHARS, same_math
 from speed_async.environments.mathematics.extraction import math_answer
-from speed_async.environments.mathematics.library import is_askable, library_verdict
+from speed_async.environments.mathematics.fallback import fallback_verdict, is_askable
 
 
 def is_correct(completion: str, answer: str) -> bool:
@@ -21,7 +21,7 @@ def same_answer(candidate: str, answer: str) -> bool:
     decided = same_math(candidate, answer)
     if decided is not None:
         return decided
-    return is_askable(candidate, answer) and library_verdict(candidate, answer)
+    return is_askable(candidate, answer) and fallback_verdict(candidate, answer)
 
 
 def math_answer_error(answer: str) -> str:

@@ -40,7 +40,7 @@ print("one", "line", file=sys.stderr)
 sys.stderr.write("half a line, ")
 sys.stderr.write("and its end\\nand another\\n")
 sys.stderr.write("(EngineCore pid=12) INFO 11-29 02:13:00 [core.py:1] has both\\n")
-logging.getLogger("a.library").warning("a record")
+logging.getLogger("a.package").warning("a record")
 warnings.warn("a warning")
 try:
     raise ValueError("why")
@@ -66,7 +66,7 @@ def test_every_log_line_has_time_and_level_and_progress_bars_are_omitted(
         "INFO    and another",
         "(EngineCore pid=12) INFO 11-29 02:13:00 [core.py:1] has both",
     ]
-    assert unstamped[4] == "WARNING a.library: a record"
+    assert unstamped[4] == "WARNING a.package: a record"
     assert unstamped[5].startswith("WARNING py.warnings: ")
     assert "ERROR   ValueError: why" in unstamped
     assert [line for line in lines if "%|" in line or "\r" in line] == []

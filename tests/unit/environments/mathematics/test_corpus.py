@@ -3,7 +3,7 @@
 from benchmarks.verifier import Pair, read_corpus
 from speed_async.environments.mathematics.comparison import same_math
 from speed_async.environments.mathematics.extraction import math_answer
-from speed_async.environments.mathematics.library import library_verdict
+from speed_async.environments.mathematics.fallback import fallback_verdict
 from speed_async.environments.mathematics.scoring import is_correct
 
 NOT_SENT_TO_MATH_VERIFY = ("hang", "adversarial", "extraction")
@@ -53,7 +53,7 @@ def test_the_exact_path_is_right_where_math_verify_differs() -> None:
         if exact is None:
             continue
         num_both += 1
-        if library_verdict(candidate or "", pair.answer) == exact:
+        if fallback_verdict(candidate or "", pair.answer) == exact:
             num_same += 1
         elif exact != pair.label:
             wrong.append(pair)

@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 
 from speed_async.config.schema import TaskConfig
-from speed_async.environments.mathematics import library
-from speed_async.environments.mathematics.library import is_askable
+from speed_async.environments.mathematics import fallback
+from speed_async.environments.mathematics.fallback import is_askable
 from speed_async.environments.mathematics.scoring import same_answer
 from speed_async.environments.registry import make_task
 from speed_async.environments.verifier import VerifierPool
@@ -72,7 +72,7 @@ def test_an_error_of_math_verify_is_not_a_zero(
     def fails(*_: object) -> object:
         raise Timeout("slow")
 
-    monkeypatch.setattr(library, "_parsed", fails)
+    monkeypatch.setattr(fallback, "_parsed", fails)
     task = make_task(config)
     reply = score_all(task, task.train_prompts[0], [r"\boxed{\tan x}"])
     assert reply == "raised Timeout: slow"

@@ -41,7 +41,7 @@ def is_askable(candidate: str, answer: str) -> bool:
     return _is_expression(left) and _is_expression(right) and _shape(left) == _shape(right)
 
 
-def library_verdict(candidate: str, answer: str) -> bool:
+def fallback_verdict(candidate: str, answer: str) -> bool:
     """Whether math-verify calls the answers equal. May raise anything, or never return."""
     module = _math_verify()
     gold, target = (_parsed(module, text) for text in (answer, candidate))
