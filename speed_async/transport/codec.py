@@ -58,9 +58,12 @@ def _schema_of(record: type) -> _Schema:
     plain: list[tuple[str, str, fields.Check]] = []
     nested: list[tuple[str, _Schema]] = []
     arrays: list[tuple[str, np.dtype, str, int]] = []
-    annotated: dict[str, object] = get_type_hints(record, include_extras=True)
-    prose = tuple(name for name, hint in annotated.items() if hint == Prose)
-    for name, hint in get_type_hints(record).items():
+    prose: list[str] = []
+    hints: dict[str, object] = get_type_hints(record, include_extras=True)
+    for name, hint in hints.items():
+        if hint == Prose:
+            prose.append(name)
+            hint = str
         shown = hint.__name__ if isinstance(hint, type) else str(hint)
         if hint in _ARRAY_DTYPES:
             dtype = _ARRAY_DTYPES[hint]
@@ -74,7 +77,7 @@ def _schema_of(record: type) -> _Schema:
         plain=tuple(plain),
         nested=tuple(nested),
         arrays=tuple(arrays),
-        prose=prose,
+        prose=tuple(prose),
     )
 
 

@@ -16,24 +16,10 @@ from tests.fakes.completed_run import MAY_SET_HOST_NAME, UPDATES, Completed
 from tests.fakes.paths import MODEL
 from tests.fakes.pickle_trap import SITECUSTOMIZE
 from tests.fakes.run_process import DEADLINE_S, start, train_command, write_config
+from tests.fakes.sample_keys import SAMPLE_KEYS
 
 pytestmark = pytest.mark.xdist_group("completed run")
 
-SAMPLE_KEYS = {
-    "kind",
-    "wall_s",
-    "policy_version",
-    "actor",
-    "prompt_id",
-    "held_out",
-    "decision",
-    "reward",
-    "extracted",
-    "truncated",
-    "num_tokens",
-    "prompt",
-    "completion",
-}
 SUMMARY_KEYS = {
     "accuracy_before",
     "accuracy_after",
@@ -73,7 +59,7 @@ def test_train_writes_config_metrics_summary_and_plot(completed: Completed) -> N
 def test_train_writes_samples(completed: Completed) -> None:
     written = (completed.run.folder / "samples.jsonl").read_text()
     lines = [json.loads(line) for line in written.splitlines()]
-    assert lines and all(set(line) == SAMPLE_KEYS for line in lines)
+    assert lines and all(set(line) == SAMPLE_KEYS | {"kind"} for line in lines)
     assert all(line["completion"].strip() == line["extracted"] for line in lines)
 
 

@@ -18,22 +18,9 @@ from speed_async.transport.codec import decode
 from speed_async.types import ActorCounts, Completion, Lease, LeaseKind, Prompt, Sampled
 from tests.fakes.buffer_fixtures import make_config
 from tests.fakes.loop_run import Run
+from tests.fakes.sample_keys import SAMPLE_KEYS
 from tests.fakes.service_harness import ServiceHarness
 
-KEYS = {
-    "wall_s",
-    "policy_version",
-    "actor",
-    "prompt_id",
-    "held_out",
-    "decision",
-    "reward",
-    "extracted",
-    "truncated",
-    "num_tokens",
-    "prompt",
-    "completion",
-}
 SAMPLE = m.Sample(
     policy_version=0,
     prompt_id=3,
@@ -102,7 +89,7 @@ def test_service_emits_samples_without_counting_them(tmp_path: Path) -> None:
     assert harness.send("actor-1.0", replace(SAMPLE, counts=counts)) == []
     assert harness.send("actor-1.0", replace(SAMPLE, is_extracted=False, counts=counts)) == []
     first, second = sample_events(harness)
-    assert set(first) == KEYS
+    assert set(first) == SAMPLE_KEYS
     assert (first["actor"], first["prompt_id"], first["reward"]) == ("actor-1.0", 3, 1.0)
     assert (first["extracted"], second["extracted"]) == ("7", None)
     assert harness.service.lifecycle.ledger.table(0) == before
@@ -178,7 +165,7 @@ def test_run_emits_samples_of_all_decisions(tmp_path: Path) -> None:
     finished = asyncio.run(asyncio.wait_for(run.execute(), 60))
     assert finished.outcome == "completed"
     samples = [event.values for event in run.sink.events if event.kind == "sample"]
-    assert samples and all(set(values) == KEYS for values in samples)
+    assert samples and all(set(values) == SAMPLE_KEYS for values in samples)
     for values in samples:
         assert values["extracted"] == str(values["completion"])[-1:]
         assert values["decision"] in ("continued", "screened out", "evaluated")

@@ -39,6 +39,7 @@ async def run_service(config: Config, run_folder: Path, *, attempt: int) -> None
     feed = FeedPublisher(config.cluster.host, config.cluster.feed_port, keys=keys)
     task_fingerprint, model_folder = fingerprint(task), Path(config.model.path)
     folder_fingerprint = model_fingerprint(model_folder, chat_template=config.model.chat_template)
+    num_token_ids = vocab_size(model_folder)
 
     def build(settings: Config, state: ServiceState | None) -> BufferService:
         return BufferService(
@@ -49,7 +50,7 @@ async def run_service(config: Config, run_folder: Path, *, attempt: int) -> None
             model_fingerprint=folder_fingerprint,
             started_s=time.monotonic(),
             feed_port=feed.port,
-            vocab_size=vocab_size(model_folder),
+            vocab_size=num_token_ids,
             state=state,
         )
 

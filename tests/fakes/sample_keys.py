@@ -1,0 +1,16 @@
+"""Keys of a sample event."""
+
+SAMPLE_KEYS = {
+    "wall_s",
+    "policy_version",
+    "actor",
+    "prompt_id",
+    "held_out",
+    "decision",
+    "reward",
+    "extracted",
+    "truncated",
+    "num_tokens",
+    "prompt",
+    "completion",
+}
