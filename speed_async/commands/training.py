@@ -1,0 +1,173 @@
+"""The commands `train`, `check` and `config`."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import click
+
+from speed_async.config.load import examine_config, load_config
+from speed_async.config.resumed import load_resumed
+from speed_async.config.schema import Config
+from speed_async.errors import ConfigError, ConfigErrors, RunFinished
+from speed_async.launcher.attempt import check_resumable
+from speed_async.launcher.preflight.findings import CHECKED
+from speed_async.launcher.rank import Node, check_world, node_of
+from speed_async.launcher.stages import log_stage, record_start
+
+PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+class WithOverrides(click.Command):
+    """A command whose help lists all fields that can be overridden."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from speed_async.config.names import fields_by_section
+
+        with formatter.section("Overrides, each as --section.field value"):
+            formatter.write_dl(
+                [(section, ", ".join(fields)) for section, fields in fields_by_section().items()]
+            )
+        with formatter.indentation():
+            formatter.write_text("`speed-async config CONFIG` prints their meaning.")
+
+
+@click.command(cls=WithOverrides, context_settings=PASS_THROUGH)
+@click.argument("config", required=False)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--resume",
+    "run_folder",
+    metavar="RUN_DIR",
+    type=click.Path(path_type=Path),
+    help="Resume the run in this folder from its newest complete checkpoint.",
+)
+@click.option(
+    "--nnodes",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Number of nodes; start this command on each of them.  [default: 1]",
+)
+@click.option(
+    "--node-rank",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Rank of this node; the learner runs on node 0.  [default: 0]",
+)
+@click.option(
+    "--nproc-per-node",
+    type=click.IntRange(min=1),
+    help="Ranks per node; rank 0 is the learner.  [default: cluster.learners plus cluster.actors, "
+    "divided evenly among the nodes]",
+)
+def train(
+    config: str | None,
+    overrides: tuple[str, ...],
+    run_folder: Path | None,
+    nnodes: int,
+    node_rank: int,
+    nproc_per_node: int | None,
+) -> None:
+    """Train with the configuration CONFIG. OVERRIDES have the form --learner.lr 1e-4.
+
+    Starts one learner and cluster.actors actors on this machine; with --nnodes and --node-rank,
+    this node's share of them. With --resume there is no CONFIG: the run folder contains it. Some
+    fields, such as run.updates, can be overridden on resume.
+    """
+    record_start()
+    from speed_async.launcher.node_launcher import launch_node
+    from speed_async.observability.panel.keyboard import preserve_terminal
+
+    make_node = partial(node_of, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)
+    if run_folder is None:
+        if config is None:
+            raise click.UsageError("give a CONFIG, or --resume RUN_DIR")
+        (resolved, errors), arguments = examine_config(config, overrides), [config, *overrides]
+        if resolved is None:
+            raise ConfigErrors.of(errors)
+    else:
+        # With --resume the first argument is an override.
+        overrides = (config, *overrides) if config is not None else ()
+        resolved, errors = load_resumed(run_folder, overrides), []
+        try:
+            check_resumable(resolved)
+        except RunFinished as finished:
+            click.echo(finished)
+            return
+        arguments = ["--resume", str(run_folder), *overrides]
+    node = _checked(resolved, errors, make_node, resume=run_folder is not None)
+    os.environ[CHECKED] = "yes"
+    log_stage(f"starting {node.num_ranks} processes; the learner loads PyTorch")
+    with preserve_terminal():
+        status = launch_node(resolved, arguments, node)
+    sys.exit(status)
+
+
+@click.command(cls=WithOverrides, context_settings=PASS_THROUGH)
+@click.argument("config")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def check(config: str, overrides: tuple[str, ...]) -> None:
+    """Check CONFIG within seconds, and show what a run with it would do.
+
+    Runs every check on this machine that does not require loading the model, and writes nothing.
+    The last line is `ok` (exit status 0) or the number of errors (1). `train` runs the same checks.
+    """
+    from speed_async.launcher.exit_status import EXIT_FAILED
+    from speed_async.launcher.preflight.checks import run_checks
+    from speed_async.launcher.preflight.findings import Findings
+    from speed_async.launcher.preflight.report import report
+
+    resolved, errors = examine_config(config, overrides)
+    findings = run_checks(resolved, errors) if resolved else Findings(errors=list(errors))
+    click.echo(report(findings))
+    sys.exit(EXIT_FAILED if findings.errors else 0)
+
+
+@click.command(name="config", cls=WithOverrides, context_settings=PASS_THROUGH)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of TOML.")
+def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Print CONFIG as a run resolves it, with presets, defaults and OVERRIDES applied.
+
+    The output is a configuration that `train` accepts, with a description of every field.
+    """
+    from speed_async.config.toml_text import to_toml
+
+    resolved = load_config(config, overrides)
+    click.echo(resolved.model_dump_json(indent=2) if as_json else to_toml(resolved), nl=as_json)
+
+
+def _checked(
+    config: Config, errors: list[ConfigError], make_node: Callable[[Config], Node], *, resume: bool
+) -> Node:
+    """Run all checks and return this machine's node. Raises SpeedAsyncError with all errors."""
+    from speed_async.launcher.preflight.checks import combine_errors, run_checks
+
+    node = None
+    try:
+        node = make_node(config)
+        check_world(config, node.rank(0))
+    except ConfigError as error:
+        errors = [*errors, error]
+    findings = run_checks(
+        config,
+        errors,
+        resume=resume,
+        actors_here=node is None or node.num_nodes == 1,
+        leads=node is None or node.index == 0,
+    )
+    if findings.errors or node is None:
+        raise combine_errors(findings.errors)
+    _warn(findings.warnings)
+    if not findings.warnings and not resume:
+        click.echo("preflight checks passed", err=True)
+    return node
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    """Print warnings before the console draws on the terminal."""
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
