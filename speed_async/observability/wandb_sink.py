@@ -4,7 +4,7 @@ import netrc
 import os
 import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -109,7 +109,7 @@ class WandbSink:
         if not (is_due and self._has_new_samples):
             return {}
         self._has_new_samples, self._steps_since_samples = False, 0
-        rows: list[Sequence[Value]] = [[_cell(item) for item in row] for row in self._samples]
+        rows: list[Iterable[Value]] = [[_cell(item) for item in row] for row in self._samples]
         return {"samples": wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)}
 
     def close(self) -> None:
