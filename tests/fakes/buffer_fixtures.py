@@ -11,6 +11,9 @@ from speed_async.config.schema import Config, CurriculumConfig, GateConfig
 from speed_async.transport.messages import GroupFinished
 from speed_async.types import ActorCounts
 
+FINGERPRINTS = {"data": "f", "model": ""}
+"""Those of the services of these tests, as parameters of `open_machine`."""
+
 
 def make_config(tmp_model: str, **sections: dict[str, object]) -> Config:
     tree: dict[str, dict[str, object]] = {

@@ -10,7 +10,7 @@ from speed_async.buffer.state import ServiceState
 from speed_async.config.schema import Config
 from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
-from tests.fakes.buffer_fixtures import make_config, make_group
+from tests.fakes.buffer_fixtures import FINGERPRINTS, make_config, make_group
 from tests.fakes.service_harness import evaluated, failed, screened_out, trained
 
 
@@ -42,7 +42,9 @@ class RandomRun:
         )
         self.folder = folder / "journal"
         self.build = builder()
-        self.machine, _ = open_machine(self.folder, self.config, self.build, attempt=0)
+        self.machine, _ = open_machine(
+            self.folder, self.config, self.build, **FINGERPRINTS, attempt=0
+        )
         self.rng = random.Random(seed)
         self.now_s = 1.0
         self.numbers: dict[str, int] = {}

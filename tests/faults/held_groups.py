@@ -25,7 +25,8 @@ def held_groups(run_folder: Path) -> set[str]:
     with tempfile.TemporaryDirectory() as copy:
         folder = Path(copy) / "journal"
         shutil.copytree(run_folder / "journal", folder)
-        machine, _ = open_machine(folder, config, _build, attempt=0)
+        data, model = _fingerprints(config)
+        machine, _ = open_machine(folder, config, _build, data=data, model=model, attempt=0)
         journal, lifecycle = machine.journal, machine.service.lifecycle
         assert journal is not None
         waiting = [group for group, _ in lifecycle.groups.buffer.waiting()]
@@ -39,16 +40,21 @@ def held_groups(run_folder: Path) -> set[str]:
         return held
 
 
+def _fingerprints(config: Config) -> tuple[str, str]:
+    folder, chat_template = Path(config.model.path), config.model.chat_template
+    data = fingerprint(make_task(config.task))
+    return data, model_fingerprint(folder, chat_template=chat_template)
+
+
 def _build(config: Config, state: ServiceState | None) -> BufferService:
     task = make_task(config.task)
+    data, model = _fingerprints(config)
     return BufferService(
         config,
         num_prompts=len(task.train_prompts),
         num_held_out=len(task.held_out_prompts),
-        fingerprint=fingerprint(task),
-        model_fingerprint=model_fingerprint(
-            Path(config.model.path), chat_template=config.model.chat_template
-        ),
+        fingerprint=data,
+        model_fingerprint=model,
         started_s=0.0,
         state=state,
     )

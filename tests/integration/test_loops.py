@@ -31,7 +31,7 @@ from speed_async.transport.feed import FeedPublisher
 from speed_async.transport.session import SessionLink
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.canary_check import Canary
-from tests.fakes.buffer_fixtures import make_config, make_group
+from tests.fakes.buffer_fixtures import FINGERPRINTS, make_config, make_group
 from tests.fakes.loop_run import (
     CharCodec,
     CountingUpdates,
@@ -66,7 +66,8 @@ def test_groups_above_the_memory_limit_are_spilled_to_the_journal_and_trained(
     config = run.config.model_copy(update={"buffer": buffer_config})
     run.config = config
     service = make_service(config, run.task)
-    machine, _ = open_machine(tmp_path / "journal", config, lambda *_: service, attempt=0)
+    folder = tmp_path / "journal"
+    machine, _ = open_machine(folder, config, lambda *_: service, **FINGERPRINTS, attempt=0)
     finished = asyncio.run(asyncio.wait_for(run.execute(machine), 30))
     assert finished.outcome == "completed"
     assert len(run.updates.batches) == 5

@@ -16,7 +16,7 @@ from speed_async.buffer.validation_rules import MAX_TEXT
 from speed_async.transport import messages as m
 from speed_async.transport.codec import decode
 from speed_async.types import ActorCounts, Completion, Lease, LeaseKind, Prompt, Sampled
-from tests.fakes.buffer_fixtures import make_config
+from tests.fakes.buffer_fixtures import FINGERPRINTS, make_config
 from tests.fakes.loop_run import Run
 from tests.fakes.sample_keys import SAMPLE_KEYS
 from tests.fakes.service_harness import ServiceHarness
@@ -123,6 +123,7 @@ def test_journal_omits_sample_texts_and_replay_emits_no_sample(tmp_path: Path) -
         folder,
         harness.config,
         lambda _, state: ServiceHarness(tmp_path, state=state).service,
+        **FINGERPRINTS,
         attempt=0,
     )
     hello = m.Hello(role="actor", index=1, incarnation=0, fingerprint="f", process_id=1)
@@ -141,6 +142,7 @@ def test_journal_omits_sample_texts_and_replay_emits_no_sample(tmp_path: Path) -
         folder,
         harness.config,
         lambda _, state: ServiceHarness(tmp_path, state=state).service,
+        **FINGERPRINTS,
         attempt=0,
     )
     assert replayed.take_output().events == []

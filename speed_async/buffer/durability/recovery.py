@@ -81,18 +81,19 @@ Build = Callable[[Config, ServiceState | None], BufferService]
 
 
 def open_machine(
-    folder: Path | None, config: Config, build: Build, *, attempt: int
+    folder: Path | None, config: Config, build: Build, *, data: str, model: str, attempt: int
 ) -> tuple[StateMachine, list[str]]:
     """Return the machine with its journal open, and human-readable notes about the recovery.
 
-    `folder` None keeps no journal. A higher `attempt` than the journal's begins a new attempt.
+    `folder` None keeps no journal. `data` and `model` are the fingerprints of the service that
+    `build` builds. A higher `attempt` than the journal's begins a new attempt.
     Raises JournalRefused when the journal is intact and does not match, OSError when it cannot be
     written.
     """
     if folder is None:
         machine, notes = StateMachine(build(config, None)), []
     else:
-        machine, sequence, notes = _recovered(folder, config, build)
+        machine, sequence, notes = _recovered(folder, config, build, data=data, model=model)
         last = max(segments(folder), default=0)
         machine.journal = begin_segment(folder, machine, last + 1, sequence)
         machine.journal.sync()
@@ -119,12 +120,14 @@ def begin_segment(folder: Path, machine: StateMachine, number: int, sequence: in
     return journal
 
 
-def _recovered(folder: Path, config: Config, build: Build) -> tuple[StateMachine, int, list[str]]:
+def _recovered(
+    folder: Path, config: Config, build: Build, *, data: str, model: str
+) -> tuple[StateMachine, int, list[str]]:
     """The machine, the sequence number of its last record, and notes about the recovery."""
     notes: list[str] = []
     for number in reversed(segments(folder)):
         try:
-            found = _read(folder, number, build)
+            found = _read(folder, number, build, data=data, model=model)
             machine = None if found is None else _with_config(config, found[0], build)
         except JournalRefused:
             raise
@@ -145,7 +148,9 @@ def _recovered(folder: Path, config: Config, build: Build) -> tuple[StateMachine
     return StateMachine(build(config, None)), 0, notes
 
 
-def _read(folder: Path, number: int, build: Build) -> tuple[StateMachine, Record] | None:
+def _read(
+    folder: Path, number: int, build: Build, *, data: str, model: str
+) -> tuple[StateMachine, Record] | None:
     """The machine after this segment's last complete record, and that record. Returns None when
     the segment's beginning is damaged. Changes nothing on disk."""
     check_format(folder, number)
@@ -153,10 +158,9 @@ def _read(folder: Path, number: int, build: Build) -> tuple[StateMachine, Record
     place, first = next(records, (None, None))
     if place is None or first is None or first.kind != "opened":
         return None
+    check_opened(folder, first, data=data, model=model)
     # Its recorded paths may no longer exist; the current configuration replaces them later.
     config = parse_config(json.loads(bytes(first.frames[0])))
-    service = build(config, None)
-    check_opened(folder, first, data=service.fingerprint, model=service.model_fingerprint)
     _, last = next(records, (None, None))
     if last is None or last.kind != "snapshot":
         return None

@@ -56,7 +56,9 @@ async def run_service(config: Config, run_folder: Path, *, attempt: int) -> None
 
     keeps_journal = config.buffer.durability != "none"
     folder = RunFolder(path=run_folder).journal if keeps_journal else None
-    machine, notes = open_machine(folder, config, build, attempt=attempt)
+    machine, notes = open_machine(
+        folder, config, build, data=task_fingerprint, model=folder_fingerprint, attempt=attempt
+    )
     for note in notes:
         sys.stderr.write(note + "\n")
     machine.service.warnings.show_first("\n".join(notes))

@@ -28,7 +28,7 @@ from speed_async.transport.joining import Join, JoinAccepted
 from speed_async.transport.peer_names import new_identity
 from speed_async.transport.zeromq import ZmqHub, open_hub, open_link
 from speed_async.types import ActorCounts
-from tests.fakes.buffer_fixtures import make_config
+from tests.fakes.buffer_fixtures import FINGERPRINTS, make_config
 
 JOIN = Join(machine="there", process_id=1)
 COUNTS = ActorCounts()
@@ -60,7 +60,7 @@ class MachineHarness:
         (folder / "config.json").write_text("{}")
         self.config = make_config(str(folder), run={"updates": 10})
         self.folder = folder / "journal"
-        self.machine, _ = open_machine(self.folder, self.config, build, attempt=0)
+        self.machine, _ = open_machine(self.folder, self.config, build, **FINGERPRINTS, attempt=0)
         self.now_s = 1.0
         learner = replace(hello(0), role="learner")
         for peer, message in (("learner", learner), ("actor-1.0", hello(1))):
@@ -223,7 +223,9 @@ def test_replay_restores_joins_and_keys(harness: MachineHarness) -> None:
     harness.close_expired(5)
     assert harness.machine.journal is not None
     harness.machine.journal.write()
-    recovered, notes = open_machine(harness.folder, harness.config, build, attempt=0)
+    recovered, notes = open_machine(
+        harness.folder, harness.config, build, **FINGERPRINTS, attempt=0
+    )
     assert notes == []
     assert recovered.state.service.membership == harness.machine.state.service.membership
     recovered.message("actor-2.5", hello(2, 5), harness.now_s, "other")

@@ -23,7 +23,7 @@ from speed_async.transport.feed import FeedPublisher
 from speed_async.transport.session import SessionLink
 from speed_async.transport.transport import Delivery
 from speed_async.types import ActorCounts
-from tests.fakes.buffer_fixtures import make_config, make_group
+from tests.fakes.buffer_fixtures import FINGERPRINTS, make_config, make_group
 from tests.fakes.service_harness import evaluated
 
 MAX_REPORTS = 5000
@@ -143,7 +143,7 @@ def test_no_effect_is_sent_before_its_input_is_written(
     (tmp_path / "config.json").write_text("{}")
     folder = tmp_path / "journal"
     config = make_config(str(tmp_path), buffer={"durability": "every"})
-    machine, _ = open_machine(folder, config, build, attempt=0)
+    machine, _ = open_machine(folder, config, build, **FINGERPRINTS, attempt=0)
     hub = RecordingHub(folder)
     disk = SlowDisk(hub, monkeypatch)
     sending = send_reports(machine, hub, disk)
@@ -152,7 +152,7 @@ def test_no_effect_is_sent_before_its_input_is_written(
     assert hub.num_sent > 0
     assert disk.overlapped
     assert written(folder)["actor-1.0"] == num_sent
-    recovered, notes = open_machine(folder, config, build, attempt=0)
+    recovered, notes = open_machine(folder, config, build, **FINGERPRINTS, attempt=0)
     assert notes == []
     assert recovered.sessions.admit("actor-1.0", m.Message(number=num_sent + 1), 0.0)
 
@@ -185,11 +185,11 @@ def test_actor_that_sends_malformed_frames_is_lost_and_its_prompts_are_requeued(
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), cluster={"peer_timeout_s": 10_000.0})
-    machine, _ = open_machine(tmp_path / "journal", config, build, attempt=0)
+    machine, _ = open_machine(tmp_path / "journal", config, build, **FINGERPRINTS, attempt=0)
     leases = asyncio.run(asyncio.wait_for(send_malformed(machine, InProcessHub()), 2 * TIMEOUT_S))
     assert leases.prompt_ids == [0]
     assert list(machine.service.membership.lost) == ["actor-1.0"]
-    recovered, notes = open_machine(tmp_path / "journal", config, build, attempt=0)
+    recovered, notes = open_machine(tmp_path / "journal", config, build, **FINGERPRINTS, attempt=0)
     assert notes == []
     assert recovered.service.membership.lost == machine.service.membership.lost
 
@@ -258,6 +258,6 @@ def test_corrupted_group_ends_the_run_with_the_remedy(tmp_path: Path) -> None:
     config = make_config(str(tmp_path), buffer={"spill": True})
     no_capacity = config.buffer.model_copy(update={"capacity_bytes": 1})
     config = config.model_copy(update={"buffer": no_capacity})
-    machine, _ = open_machine(tmp_path / "journal", config, build, attempt=0)
+    machine, _ = open_machine(tmp_path / "journal", config, build, **FINGERPRINTS, attempt=0)
     with pytest.raises(JournalError, match=r"Move '.*journal' away and resume"):
         asyncio.run(asyncio.wait_for(corrupt_groups(machine, InProcessHub()), 2 * TIMEOUT_S))

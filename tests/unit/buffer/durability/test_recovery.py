@@ -17,7 +17,7 @@ from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.schema import Config
 from speed_async.errors import JournalRefused
 from speed_async.transport import messages as m
-from tests.fakes.buffer_fixtures import make_config
+from tests.fakes.buffer_fixtures import FINGERPRINTS, make_config
 from tests.fakes.random_run import RandomRun, builder
 from tests.fakes.service_harness import trained
 
@@ -61,7 +61,7 @@ def test_replaying_the_journal_restores_the_same_state(
         if number == snapshot_at:
             run.snapshot()
     run.crash()
-    recovered, notes = open_machine(run.folder, run.config, run.build, attempt=0)
+    recovered, notes = open_machine(run.folder, run.config, run.build, **FINGERPRINTS, attempt=0)
     assert notes == []
     assert difference(state(recovered), state(run.machine)) == ""
     lifecycle = recovered.service.lifecycle
@@ -73,12 +73,16 @@ def test_time_continues_from_the_start_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path))
 
-    first, _ = open_machine(tmp_path / "journal", config, builder(started_s=0.5), attempt=0)
+    first, _ = open_machine(
+        tmp_path / "journal", config, builder(started_s=0.5), **FINGERPRINTS, attempt=0
+    )
     first.tick(2.0, 0.0)
     assert first.journal is not None
     first.journal.write()
     first.journal.close()
-    recovered, _ = open_machine(tmp_path / "journal", config, builder(started_s=1000.0), attempt=0)
+    recovered, _ = open_machine(
+        tmp_path / "journal", config, builder(started_s=1000.0), **FINGERPRINTS, attempt=0
+    )
     assert recovered.service.present_status(2.0).values["wall_s"] == 1.5
 
 
@@ -95,7 +99,7 @@ def test_a_new_attempt_returns_untrained_groups_and_removes_all_actors(tmp_path:
         run.step()
     taken = list(run.batch)
     run.crash()
-    recovered, _ = open_machine(run.folder, run.config, run.build, attempt=1)
+    recovered, _ = open_machine(run.folder, run.config, run.build, **FINGERPRINTS, attempt=1)
     lifecycle = recovered.service.lifecycle
     assert recovered.service.membership.present() == ()
     assert lifecycle.leases.num_training == 0
@@ -111,7 +115,7 @@ def test_a_restarted_learner_receives_the_same_batches_again(tmp_path: Path) -> 
             batches.append(list(run.batch))
         run.step()
     run.crash()
-    recovered, _ = open_machine(run.folder, run.config, run.build, attempt=1)
+    recovered, _ = open_machine(run.folder, run.config, run.build, **FINGERPRINTS, attempt=1)
     offered = []
     hello = m.Hello(role="learner", index=0, incarnation=1, fingerprint="f", process_id=1)
     recovered.message("learner", hello, run.now_s)
@@ -140,7 +144,7 @@ def test_a_damaged_tail_is_cut_and_reported_and_the_ledger_balances(tmp_path: Pa
     run.crash()
     path = run.folder / f"{segments(run.folder)[-1]:08d}.journal"
     path.write_bytes(path.read_bytes()[:-100])
-    recovered, notes = open_machine(run.folder, run.config, run.build, attempt=1)
+    recovered, notes = open_machine(run.folder, run.config, run.build, **FINGERPRINTS, attempt=1)
     [note] = notes
     assert "tail was damaged" in note
     assert all(recovered.service.lifecycle.ledger.checks(0).values())
@@ -151,7 +155,7 @@ def test_a_checkpoint_ahead_of_a_cut_journal_takes_precedence(tmp_path: Path) ->
     while run.version < 2:
         run.step()
     run.crash()
-    recovered, _ = open_machine(run.folder, run.config, run.build, attempt=1)
+    recovered, _ = open_machine(run.folder, run.config, run.build, **FINGERPRINTS, attempt=1)
     hello = m.Hello(role="learner", index=0, incarnation=1, fingerprint="f", process_id=1)
     recovered.message("learner", hello, run.now_s)
     resumed = m.Resumed(
@@ -180,7 +184,7 @@ def test_a_learner_without_a_checkpoint_cannot_go_back_before_the_journal(
         run.step()
     run.send("learner", m.CheckpointSaved(policy_version=3, oldest_kept_version=2))
     run.crash()
-    recovered, _ = open_machine(run.folder, run.config, run.build, attempt=1)
+    recovered, _ = open_machine(run.folder, run.config, run.build, **FINGERPRINTS, attempt=1)
     hello = m.Hello(role="learner", index=0, incarnation=1, fingerprint="f", process_id=1)
     recovered.message("learner", replace(hello, number=1), run.now_s)
     resumed = m.Resumed(
@@ -218,7 +222,7 @@ def test_a_damaged_beginning_falls_back_to_the_previous_segment(tmp_path: Path) 
     newest = segments(run.folder)[-1]
     path = run.folder / f"{newest:08d}.journal"
     path.write_bytes(path.read_bytes()[:-1])
-    recovered, notes = open_machine(run.folder, run.config, run.build, attempt=0)
+    recovered, notes = open_machine(run.folder, run.config, run.build, **FINGERPRINTS, attempt=0)
     assert any("damaged at its beginning" in note for note in notes)
     assert state(recovered) == state(rebuilt(run, expected))
 
@@ -230,7 +234,7 @@ def test_settings_may_change_between_attempts(tmp_path: Path) -> None:
     run.crash()
     buffer = run.config.buffer.model_copy(update={"capacity_groups": 99})
     config = run.config.model_copy(update={"buffer": buffer})
-    recovered, _ = open_machine(run.folder, config, run.build, attempt=0)
+    recovered, _ = open_machine(run.folder, config, run.build, **FINGERPRINTS, attempt=0)
     assert recovered.service.config.buffer.capacity_groups == 99
     assert recovered.service.policy_version == run.machine.service.policy_version
     before = run.machine.service.lifecycle.ledger.table(0)
@@ -252,29 +256,23 @@ def crashed_run(tmp_path: Path, kind: str = "uniform") -> tuple[RandomRun, dict[
     return run, {path.name: path.read_bytes() for path in run.folder.iterdir()}
 
 
-def assert_refused(run: RandomRun, before: dict[str, bytes], expected: str, build=None) -> None:
+def assert_refused(
+    run: RandomRun, before: dict[str, bytes], expected: str, build=None, **changed: str
+) -> None:
+    build, fingerprints = build or run.build, FINGERPRINTS | changed
     with pytest.raises(JournalRefused) as caught:
-        open_machine(run.folder, run.config, build or run.build, attempt=1)
+        open_machine(run.folder, run.config, build, **fingerprints, attempt=1)
     assert expected in str(caught.value)
     assert "Nothing in it was changed" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("fingerprint", "data"), ("model_fingerprint", "model")]
-)
-def test_a_journal_of_other_data_or_another_model_is_refused(
-    tmp_path: Path, name: str, kind: str
-) -> None:
+@pytest.mark.parametrize("kind", ["data", "model"])
+def test_a_journal_of_other_data_or_another_model_is_refused(tmp_path: Path, kind: str) -> None:
     run, before = crashed_run(tmp_path)
-
-    def build(config: Config, state: ServiceState | None) -> BufferService:
-        service = run.build(config, state)
-        setattr(service, name, "other")
-        return service
-
-    assert_refused(run, before, f"was written with another {kind} (fingerprint ", build)
+    expected = f"was written with another {kind} (fingerprint "
+    assert_refused(run, before, expected, **{kind: "other"})
 
 
 @pytest.mark.parametrize("kind", ["protocol", "snapshot"])
@@ -353,7 +351,7 @@ def test_a_torn_tail_is_cut_only_after_the_rest_was_replayed(
     with monkeypatch.context() as patch:
         patch.setattr("speed_async.buffer.durability.recovery.PROTOCOL_VERSION", 99)
         assert_refused(run, before, "another release")
-    _, [note] = open_machine(run.folder, run.config, run.build, attempt=1)
+    _, [note] = open_machine(run.folder, run.config, run.build, **FINGERPRINTS, attempt=1)
     assert "tail was damaged" in note
 
 
@@ -365,7 +363,7 @@ def test_recorded_paths_need_not_exist_any_more(tmp_path: Path) -> None:
     model = run.config.model.model_copy(update={"path": str(moved)})
     (tmp_path / "journal").rename(moved / "journal")
     config = run.config.model_copy(update={"model": model})
-    recovered, notes = open_machine(moved / "journal", config, run.build, attempt=0)
+    recovered, notes = open_machine(moved / "journal", config, run.build, **FINGERPRINTS, attempt=0)
     assert notes == []
     assert recovered.service.config == config
     assert recovered.service.policy_version == run.machine.service.policy_version
