@@ -20,7 +20,7 @@ from speed_async.buffer.handlers.effects import Effects, Loss, Results
 from speed_async.buffer.handlers.ending import ROLE, Ending
 from speed_async.buffer.handlers.learner import LearnerHandler
 from speed_async.buffer.handlers.peers import PeerHandler
-from speed_async.buffer.reporting.status import StatusReporter, evaluation_values
+from speed_async.buffer.reporting.status import evaluation_values, sample_event, status_values
 from speed_async.buffer.state import ServiceState, new_state
 from speed_async.buffer.validation import MessageValidator
 from speed_async.buffer.validation_rules import PayloadRules
@@ -79,8 +79,7 @@ class BufferService:
         accepted = {*others, m.PrepareCheckpoint, *self._handlers}
         rules = PayloadRules(config, vocab_size)
         self.validator = MessageValidator(parts, fingerprint, model_fingerprint, accepted, rules)
-        self.reporter = StatusReporter(parts, self.validator)
-        self._ending = Ending(parts, self.reporter, state.shutdown)
+        self._ending = Ending(parts, self.validator, state.shutdown)
         self._peers = PeerHandler(parts, self._ending, self.validator, feed_port)
 
     # --- inputs ----------------------------------------------------------------------------
@@ -114,7 +113,8 @@ class BufferService:
             case m.Failure():
                 effects = self._peers.on_failure(peer, message, now_s)
             case m.Sample():  # affects no count and no decision
-                results.events.append(self.reporter.sample(peer, message, now_s))
+                wall_s = now_s - self.statistics.started_s
+                results.events.append(sample_event(peer, message, wall_s))
             case m.GroupFinished():
                 assert checked.group is not None, "a valid group has statistics"
                 stats = checked.group
@@ -303,5 +303,7 @@ class BufferService:
 
     def _event(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> Event:
         phase, loop_lag_s = self.state.phase, self.state.loop_lag_s
-        status = self.reporter.values(now_s, phase=phase, loop_lag_s=loop_lag_s)
+        status = status_values(
+            self.components, self.validator, now_s, phase=phase, loop_lag_s=loop_lag_s
+        )
         return Event(kind=kind, values=status | values)

@@ -6,7 +6,8 @@ Shutdown decides the steps; Ending turns them into effects and emits the end eve
 from speed_async.buffer.components import Components
 from speed_async.buffer.handlers.effects import Effects, Loss
 from speed_async.buffer.handlers.shutdown import Shutdown, ShutdownState, ShutdownStep
-from speed_async.buffer.reporting.status import StatusReporter
+from speed_async.buffer.reporting.status import stall_reason, summary_fields
+from speed_async.buffer.validation import MessageValidator
 from speed_async.errors import RoleError
 from speed_async.observability.metrics import EventKind, Value
 from speed_async.observability.summary import STOPPING
@@ -17,18 +18,11 @@ ROLE = "buffer service"
 
 class Ending:
     def __init__(
-        self, components: Components, reporter: StatusReporter, state: ShutdownState
+        self, components: Components, validator: MessageValidator, state: ShutdownState
     ) -> None:
-        self._config = components.config
-        self._membership = components.membership
-        self._lifecycle = components.lifecycle
-        self._batches = components.batches
-        self._evaluations = components.evaluations
-        self._diagnoses = components.diagnoses
-        self._warnings = components.warnings
-        self._reporter = reporter
+        self._parts = components
+        self._validator = validator
         self._shutdown = Shutdown(components.config.cluster, state)
-        self._state = state
 
     @property
     def is_requested(self) -> bool:
@@ -42,36 +36,36 @@ class Ending:
     def begin_attempt(self) -> None:
         """All processes were restarted: nothing asks for the end any more."""
         self._shutdown.cancel()
-        self._warnings.close("stop")
+        self._parts.warnings.close("stop")
 
     def ask_stop(self) -> None:
         """The user asked to stop; the learner requests the end after its update."""
-        self._state.stop_asked = True
-        self._warnings.open("stop", STOPPING)
+        self._shutdown.ask_stop()
+        self._parts.warnings.open("stop", STOPPING)
 
     def request(self, finish: m.FinishRun, now_s: float) -> None:
         self._shutdown.request(finish, now_s)
-        self._batches.cancel()
+        self._parts.batches.cancel()
 
     @property
     def phase(self) -> str:
         """The phase of the run."""
         if self.is_draining:
             return "draining"
-        if self._state.stop_asked:
+        if self._shutdown.stop_asked:
             return "stopping"
-        if not self._membership.present():
+        if not self._parts.membership.present():
             return "starting"
-        evaluated = self._evaluations.evaluated_version is not None
+        evaluated = self._parts.evaluations.evaluated_version is not None
         return "evaluating" if self.is_requested or not evaluated else "training"
 
     def next(self, now_s: float, *, attempt: int) -> Effects | None:
         """The next step of a requested end; None while it waits."""
-        present = self._membership.present()
-        evaluated_version = self._evaluations.evaluated_version
+        present = self._parts.membership.present()
+        evaluated_version = self._parts.evaluations.evaluated_version
         step = self._shutdown.next_step(
             now_s,
-            evaluating_version=self._evaluations.target_version,
+            evaluating_version=self._parts.evaluations.target_version,
             evaluated_version=evaluated_version,
             num_present=len(present),
         )
@@ -80,7 +74,7 @@ class Ending:
             return None
         match step:
             case ShutdownStep.EVALUATE:
-                self._evaluations.start(finish.policy_version)
+                self._parts.evaluations.start(finish.policy_version)
             case ShutdownStep.DRAIN:
                 drain = m.Drain(reason=finish.reason)
                 return Effects(messages=[(state.name, drain) for state in present])
@@ -98,10 +92,10 @@ class Ending:
         """A failure that `peer` reported ends the run. The other members abort."""
         self._diagnose(now_s)
         abort = m.Abort(role=failure.role, message=failure.message)
-        others = [state.name for state in self._membership.present() if state.name != peer]
+        others = [state.name for state in self._parts.membership.present() if state.name != peer]
         return Effects(
             messages=[(name, abort) for name in others],
-            to_learner=[abort] if self._membership.learner != peer else [],
+            to_learner=[abort] if self._parts.membership.learner != peer else [],
             events=[self._end_event("failed", str(RoleError(failure.role, failure.message)))],
             ended=True,
         )
@@ -110,11 +104,11 @@ class Ending:
         """Update the diagnoses. Returns why the run fails if a batch is not filled in time, and an
         empty text otherwise."""
         self._diagnose(now_s)
-        if not self._batches.stalled(now_s):
+        if not self._parts.batches.stalled(now_s):
             return ""
-        self._batches.cancel()
-        stall_s = self._config.cluster.stall_timeout_s
-        reason = self._reporter.stall_reason()
+        self._parts.batches.cancel()
+        stall_s = self._parts.config.cluster.stall_timeout_s
+        reason = stall_reason(self._parts)
         return f"{ROLE}: no batch could be filled within {stall_s:.0f} s: {reason}"
 
     def _finished(
@@ -122,16 +116,24 @@ class Ending:
     ) -> Effects:
         self._diagnose(now_s)
         outcome, reason = "stopped" if finish.stopped else "completed", finish.reason
-        if not finish.stopped and (nothing := self._diagnoses.nothing_learned()):
+        if not finish.stopped and (nothing := self._parts.diagnoses.nothing_learned()):
             outcome, reason = "nothing_learned", nothing
-        fields = self._reporter.summary(now_s, attempt=attempt, final_evaluated=final_evaluated)
-        summary = m.Summary(fields=fields | {"outcome": outcome, "reason": reason})
-        return Effects(to_learner=[summary], events=[self._end_event(outcome, reason)], ended=True)
+        fields = summary_fields(
+            self._parts,
+            self._validator,
+            now_s,
+            attempt=attempt,
+            final_evaluated=final_evaluated,
+        )
+        message = m.Summary(fields=fields | {"outcome": outcome, "reason": reason})
+        return Effects(to_learner=[message], events=[self._end_event(outcome, reason)], ended=True)
 
     def _end_event(self, outcome: str, reason: str) -> tuple[EventKind, dict[str, Value]]:
-        self._warnings.close("stop")
+        self._parts.warnings.close("stop")
         return "end", {"ok": outcome == "completed", "outcome": outcome, "reason": reason}
 
     def _diagnose(self, now_s: float) -> None:
-        waited_s = self._batches.waited_s(now_s)
-        self._diagnoses.evaluate(now_s, self._lifecycle.groups.policy_version, waited_s=waited_s)
+        waited_s = self._parts.batches.waited_s(now_s)
+        self._parts.diagnoses.evaluate(
+            now_s, self._parts.lifecycle.groups.policy_version, waited_s=waited_s
+        )

@@ -44,8 +44,15 @@ class Shutdown:
         return self._state.finish
 
     @property
+    def stop_asked(self) -> bool:
+        return self._state.stop_asked
+
+    @property
     def draining(self) -> bool:
         return self._state.draining
+
+    def ask_stop(self) -> None:
+        self._state.stop_asked = True
 
     def request(self, finish: FinishRun, now_s: float) -> None:
         self._state.finish, self._state.since_s = finish, now_s

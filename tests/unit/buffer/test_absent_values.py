@@ -7,6 +7,7 @@ import pytest
 
 from speed_async.actors.lease_result import result_message
 from speed_async.actors.rollout import LeaseProgress
+from speed_async.buffer.reporting.status import summary_fields
 from speed_async.transport import messages as m
 from speed_async.transport.groups import validate_group
 from speed_async.types import ActorCounts, Lease, LeaseKind
@@ -37,8 +38,10 @@ UNKNOWN_AT_THE_START = (
 
 
 def summary(harness: ServiceHarness, *, final_evaluated: bool) -> dict[str, object]:
-    reporter = harness.service.reporter
-    return reporter.summary(1.0, attempt=0, final_evaluated=final_evaluated)
+    service = harness.service
+    return summary_fields(
+        service.components, service.validator, 1.0, attempt=0, final_evaluated=final_evaluated
+    )
 
 
 def test_before_any_measurement_no_value_is_zero(tmp_path: Path) -> None:
