@@ -1,4 +1,4 @@
-"""Throughput of the complete service, relative to bare ZeroMQ moving the same frames.
+"""Throughput of the complete service, relative to bare ZeroMQ or to Ray moving the same groups.
 
 The service (a separate process, started as in a run) receives groups of 24 from an actor, decodes
 and validates them, writes its journal, orders them, acknowledges them, and sends batches of 16 to a
@@ -15,10 +15,15 @@ Arms alternate, so that machine load affects all alike. Each row is the median o
 quartiles. `cpu us` is the processor time of the middle process per group, including ZeroMQ's own
 threads.
 
+With `--ray`, the baseline is Ray, as described in service_ray.py, and all arms are without CURVE.
+
 Usage: python -m benchmarks.service [--repeats 5] [--seconds 3] [--tokens 256 4096 32768] [--plain]
+       python -m benchmarks.service --ray /somewhere/bin/python
 """
 
 import argparse
+import json
+import os
 import statistics
 import tempfile
 import time
@@ -31,22 +36,24 @@ import numpy as np
 import psutil
 import zmq
 
-from benchmarks.harness import report
-from benchmarks.service_harness import (
+from benchmarks.harness import (
     CREDITS,
+    GROUP_SIZE,
+    GROUPS_A_BATCH,
     SPAWN,
-    run_actor,
-    run_learner,
+    make_group,
+    output_of,
+    report,
     running_processes,
     service,
     service_config,
 )
 from benchmarks.service_peers import (
-    GROUP_SIZE,
-    GROUPS_A_BATCH,
+    PackedGroup,
     client_socket,
-    make_group,
     receive_frames,
+    run_actor,
+    run_learner,
 )
 from speed_async.transport.codec import MAX_MESSAGE_BYTES
 from speed_async.transport.curve import ClientKeys, load_client_keys
@@ -58,7 +65,8 @@ TOKENS = (256, 4096, 32_768)
 WARM_UP_GROUPS = 32
 WARM_UP_S = 1.0
 DEADLINE_S = 120.0
-TARGETS = {"batched": 0.5, "none": 0.8}
+TARGETS = {"bare": {"batched": 0.5, "none": 0.8}, "ray": {"batched": 5.0, "none": 5.0}}
+"""Ratio to each baseline, by buffer.durability."""
 
 HELLO, GO = b"h", b"g"
 ACKNOWLEDGED, MORE_CREDITS = b"a" * 64, b"m" * 64
@@ -68,15 +76,15 @@ RECEIVER = "learner"
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     tokens_each: int
-    kind: str  # "bare" | a value of buffer.durability
+    kind: str  # a baseline: "bare" | "ray"; or a value of buffer.durability
     curve: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     groups_per_s: float
-    cpu_us: float
-    """Processor time of the middle process per group."""
+    cpu_us: float | None
+    """Processor time of the middle process per group; None for Ray, which has several."""
 
 
 def measure(middle_process_id: int, num_groups: "Synchronized[int]", seconds: float) -> Measured:
@@ -153,7 +161,7 @@ def _forward(socket: zmq.Socket) -> None:
 
 def send(port: int, tokens_each: int, keys: ClientKeys | None) -> None:
     socket = client_socket(zmq.Context(), port, "actor-1.0", keys)
-    frames = make_group(tokens_each).frames({})
+    frames = PackedGroup(make_group(tokens_each)).frames({})
     socket.send(HELLO)
     assert socket.recv() == GO
     available = CREDITS
@@ -175,34 +183,41 @@ def receive(port: int, num_groups: "Synchronized[int]", keys: ClientKeys | None)
             socket.send(ACKNOWLEDGED)
 
 
-def run_arm(arm: Arm, key_folder: Path | None, seconds: float) -> Measured:
-    if arm.kind == "bare":
-        return run_bare(arm, seconds)
-    return run_service(arm, key_folder if arm.curve else None, seconds)
+def run_ray(python: str, tokens_each: int, seconds: float) -> Measured:
+    """Raises RuntimeError if this Python has no Ray."""
+    command = [python, "benchmarks/service_ray.py", "--tokens", tokens_each, "--seconds", seconds]
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    printed = json.loads(output_of([*map(str, command)], environment).splitlines()[-1])
+    return Measured(groups_per_s=printed["groups_per_s"], cpu_us=None)
 
 
-def ratios(tokens_each: int, rates: list[float], baseline: list[float]) -> dict[str, object]:
-    """Medians of `rates` (groups per second) and of their ratios to adjacent ones of `baseline`."""
-    low, middle, high = np.quantile(np.divide(rates, baseline), [0.25, 0.5, 0.75])
-    rate = statistics.median(rates)
-    return {
-        "groups_per_s": rate,
-        "mb_per_s": 12e-6 * tokens_each * GROUP_SIZE * rate,
-        "ratio": float(middle),
-        "quartiles": f"{low:.2f} .. {high:.2f}",
-    }
+def run_arm(arm: Arm, key_folder: Path | None, seconds: float, ray_python: str = "") -> Measured:
+    match arm.kind:
+        case "bare":
+            return run_bare(arm, seconds)
+        case "ray":
+            return run_ray(ray_python, arm.tokens_each, seconds)
+        case _:
+            return run_service(arm, key_folder if arm.curve else None, seconds)
 
 
-def row(arm: Arm, results: dict[Arm, list[Measured]]) -> dict[str, object]:
+def row(arm: Arm, results: dict[Arm, list[Measured]], baseline: str) -> dict[str, object]:
+    """Medians of the arm, and of its ratios to adjacent repeats of the baseline."""
     rates = [measured.groups_per_s for measured in results[arm]]
-    baseline = [measured.groups_per_s for measured in results[replace(arm, kind="bare")]]
+    others = [measured.groups_per_s for measured in results[replace(arm, kind=baseline)]]
+    low, middle, high = np.quantile(np.divide(rates, others), [0.25, 0.5, 0.75])
+    cpus_us = [measured.cpu_us for measured in results[arm] if measured.cpu_us is not None]
+    rate = statistics.median(rates)
     return {
         "tokens": arm.tokens_each,
         "curve": "on" if arm.curve else "off",
-        "arm": arm.kind if arm.kind == "bare" else f"journal {arm.kind}",
-        "cpu_us": statistics.median(measured.cpu_us for measured in results[arm]),
-        **ratios(arm.tokens_each, rates, baseline),
-        "target": TARGETS.get(arm.kind, 1.0),
+        "arm": baseline if arm.kind == baseline else f"journal {arm.kind}",
+        "cpu_us": statistics.median(cpus_us) if cpus_us else "",
+        "groups_per_s": rate,
+        "mb_per_s": 12e-6 * arm.tokens_each * GROUP_SIZE * rate,
+        "ratio": float(middle),
+        "quartiles": f"{low:.2f} .. {high:.2f}",
+        "target": TARGETS[baseline].get(arm.kind, 1.0),
     }
 
 
@@ -212,22 +227,26 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--plain", action="store_true", help="without CURVE")
+    parser.add_argument("--ray", default="", help="a Python with Ray installed: the baseline")
     arguments = parser.parse_args()
+    baseline = "ray" if arguments.ray else "bare"
     with tempfile.TemporaryDirectory() as folder:
         key_folder = Path(folder) / "keys"
         make_keys(key_folder)
         arms = [
             Arm(tokens_each=tokens, kind=kind, curve=curve)
             for tokens in arguments.tokens
-            for curve in ((False,) if arguments.plain else (False, True))
-            for kind in ("bare", "none", "batched")
+            for curve in ((False,) if arguments.plain or arguments.ray else (False, True))
+            for kind in (baseline, "none", "batched")
         ]
         results: dict[Arm, list[Measured]] = {arm: [] for arm in arms}
         for repeat in range(arguments.repeats):
             for arm in arms:
-                results[arm].append(run_arm(arm, key_folder, arguments.seconds))
-            title = f"The service relative to bare ZeroMQ; medians of {repeat + 1} repeats"
-            report("service", title, [row(arm, results) for arm in arms])
+                measured = run_arm(arm, key_folder, arguments.seconds, arguments.ray)
+                results[arm].append(measured)
+            title = f"The service relative to {baseline}; medians of {repeat + 1} repeats"
+            name = "service_against_ray" if arguments.ray else "service"
+            report(name, title, [row(arm, results, baseline) for arm in arms])
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from multiprocessing.sharedctypes import Synchronized
 
 import msgpack
-import numpy as np
 import zmq
 
-from benchmarks.harness import QUICKSTART
+from benchmarks.harness import GROUP_SIZE, GROUPS_A_BATCH, QUICKSTART, TASK, make_group
 from speed_async.config.schema import TaskConfig
 from speed_async.environments.registry import make_task
 from speed_async.environments.task import fingerprint
@@ -24,14 +24,10 @@ from speed_async.transport.sockets import send_frames, set_common_options
 from speed_async.transport.zeromq import QUEUED_MESSAGES
 from speed_async.types import ActorCounts
 
-GROUP_SIZE = 24
-GROUPS_A_BATCH = 16
 BATCHES_A_CHECKPOINT = 20
 """The learner reports a durable checkpoint this often. Until then the journal keeps its groups."""
-PROMPT_TOKENS = 128
-VOCABULARY = 8
-"""Token ids that exist in any model."""
-TASK: dict[str, object] = {"name": "arithmetic", "num_prompts": 4096, "num_held_out": 1}
+WINDOW = 48
+"""Unacknowledged groups of `run_actor`."""
 ACK_INTERVAL = 16
 """Unacknowledged messages received before an acknowledgement is sent."""
 
@@ -280,21 +276,23 @@ def _fingerprints() -> dict[str, str]:
     }
 
 
-def make_group(tokens_each: int, group_size: int = GROUP_SIZE) -> PackedGroup:
-    """A group whose first half passed."""
-    total = tokens_each * group_size
-    rng = np.random.default_rng(0)
-    group = m.GroupFinished(
-        counts=ActorCounts(),
-        lease_id=0,
-        prompt_id=0,
-        num_screening=0,
-        prompt_token_ids=rng.integers(0, VOCABULARY, PROMPT_TOKENS).astype(np.int32),
-        lengths=np.full(group_size, tokens_each, np.int32),
-        rewards=(np.arange(group_size) < group_size // 2).astype(np.float32),
-        cut=np.zeros(group_size, np.int32),
-        token_ids=rng.integers(0, VOCABULARY, total).astype(np.int32),
-        logprobs=-rng.random(total).astype(np.float32),
-        policy_versions=np.zeros(total, np.int32),
-    )
-    return PackedGroup(group)
+def run_actor(port: int, tokens_each: int, keys: ClientKeys | None) -> None:
+    """Send groups as fast as they are acknowledged."""
+    peer = Peer(zmq.Context(), port, "actor-1.0", keys)
+    actor = SimulatedActor(peer, 1, PackedGroup(make_group(tokens_each)), WINDOW)
+    while True:
+        while actor.may_send:
+            actor.send_one()
+        message = peer.receive(1.0)
+        if message is not None:
+            actor.take(message)
+
+
+def run_learner(
+    port: int, num_groups: "Synchronized[int]", keys: ClientKeys | None, checkpoints: bool
+) -> None:
+    """Take batches as fast as they come; `num_groups` counts their groups."""
+    learner = SimulatedLearner(Peer(zmq.Context(), port, "learner", keys), checkpoints=checkpoints)
+    while True:
+        learner.receive(1.0)
+        num_groups.value = learner.num_groups

@@ -8,8 +8,8 @@ nothing.
 Install Ray in a separate environment, never the project's: python -m venv /somewhere; pip install
 ray numpy.
 Usage: /somewhere/bin/python benchmarks/service_ray.py [--tokens 1024] [--seconds 5]
-Prints one JSON object. `python -m benchmarks.service_against_ray --ray /somewhere/bin/python`
-alternates it with the service and reports both.
+Prints one JSON object. `python -m benchmarks.service --ray /somewhere/bin/python` alternates it
+with the service and reports both.
 """
 
 import argparse

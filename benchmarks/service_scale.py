@@ -22,17 +22,17 @@ import numpy as np
 import psutil
 import zmq
 
-from benchmarks.harness import report
-from benchmarks.service_harness import (
+from benchmarks.harness import (
     SPAWN,
-    Running,
+    RunningService,
     Work,
-    run_learner,
+    make_group,
+    report,
     running_processes,
     service,
     service_config,
 )
-from benchmarks.service_peers import Peer, SimulatedActor, make_group
+from benchmarks.service_peers import PackedGroup, Peer, SimulatedActor, run_learner
 from speed_async.errors import DeadlineExceeded
 from speed_async.transport.feed import FeedSubscriber
 
@@ -56,7 +56,7 @@ def run_actors(
     """Run many actors in one process, and send the result of `ActorPool.run`."""
     context = zmq.Context()
     context.set(zmq.MAX_SOCKETS, 2 * len(indices) + 16)
-    group = make_group(TOKENS, COMPLETIONS_A_GROUP)
+    group = PackedGroup(make_group(TOKENS, COMPLETIONS_A_GROUP))
     epoll = select.epoll()
     actors: dict[int, SimulatedActor] = {}
     for index in indices:
@@ -115,7 +115,7 @@ class ActorPool:
             actor.take(message)
 
 
-async def watch(running: Running, seconds: float) -> list[float]:
+async def watch(running: RunningService, seconds: float) -> list[float]:
     """Event-loop lags that the service reports, until the time is over."""
     feed = FeedSubscriber("127.0.0.1", running.feed_port)
     lags_s, deadline_s = [], time.monotonic() + seconds

@@ -16,16 +16,15 @@ from collections.abc import Sequence
 import numpy as np
 import psutil
 
-from benchmarks.harness import report
-from benchmarks.service_harness import (
+from benchmarks.harness import (
+    GROUP_SIZE,
     SPAWN,
-    run_actor,
-    run_learner,
+    report,
     running_processes,
     service,
     service_config,
 )
-from benchmarks.service_peers import GROUP_SIZE
+from benchmarks.service_peers import run_actor, run_learner
 
 SAMPLE_S = 1.0
 MAX_GROWTH = 0.01
