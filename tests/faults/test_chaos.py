@@ -1,6 +1,6 @@
 """All kinds of faults at random times in one run; test_recovery.py injects them one by one.
 
-The long drill is `python -m benchmarks.chaos --faults 500`.
+The long drill is `python -m tests.faults.chaos --faults 500`.
 """
 
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""Long fault-injection drills: faults by kind, recovery times, and losses.
+"""The long form of fault injection: faults by kind, recovery times, and losses.
+
+    python -m tests.faults.chaos [--faults 500] [--seed N] [--faults-a-run 50] [--kinds A,B]
 
 Real runs (processes, ZeroMQ through a proxy, gloo, a journal on a small disk) with the scripted
-engine. Faults occur at random times drawn from a seed; tests/faults implements the faults and the
-checks. Stops at the first violated invariant with status 1 and the findings.
-
-Usage: python -m benchmarks.chaos [--faults 500] [--seed N] [--faults-a-run 50]
+engine. Faults occur at random times drawn from a seed. Stops at the first violated invariant with
+status 1 and the findings.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import RESULTS, report
 from tests.faults.drill import run_drills
 from tests.faults.faults import KINDS, plan
 from tests.faults.results import Result, medians, service_growth
@@ -37,7 +36,7 @@ def main() -> int:
         except DrillFailed as failed:
             log(f"seed {arguments.seed}: {failed}")
             return 1
-    write_results(results, arguments.seed)
+    log(report(results, arguments.seed))
     return 0
 
 
@@ -45,20 +44,17 @@ def log(text: str) -> None:
     print(text, flush=True)
 
 
-def write_results(results: list[Result], seed: int) -> None:
+def report(results: list[Result], seed: int) -> str:
+    """The figures of all runs, in Markdown."""
     rounds = [each for result in results for each in result.rounds]
-    rows: list[dict[str, object]] = [
-        {"fault": kind, "times": times, "median_recovery_s": median, "longest_s": longest}
-        for kind, (times, median, longest) in medians(rounds).items()
-    ]
-    report("chaos", f"Faults and recoveries, seed {seed}", rows)
     totals = {
         key: sum(result.verdict.numbers[key] for result in results)
         for key in results[0].verdict.numbers
     }
     growth = max(service_growth(result.rounds) for result in results)
     lines = [
-        f"{len(rounds)} faults in {len(results)} runs, {sum(r.seconds for r in results):,.0f} s",
+        f"seed {seed}: {len(rounds)} faults in {len(results)} runs, "
+        f"{sum(result.seconds for result in results):,.0f} s",
         f"faults without a target, not injected: {sum(len(result.skipped) for result in results)}",
         *(f"{key.replace('_', ' ')}: {value:,}" for key, value in totals.items()),
         "accepted groups lost: 0; trained twice: 0; unbalanced ledgers: 0",
@@ -69,9 +65,7 @@ def write_results(results: list[Result], seed: int) -> None:
         f"| {kind} | {times} | {median:.1f} | {longest:.1f} |"
         for kind, (times, median, longest) in medians(rounds).items()
     ]
-    text = "\n".join([*table, "", *(f"- {line}" for line in lines)]) + "\n"
-    (RESULTS / "chaos.md").write_text(text)
-    log(text)
+    return "\n".join([*table, "", *(f"- {line}" for line in lines)])
 
 
 if __name__ == "__main__":
