@@ -4,7 +4,7 @@ import re
 
 _OPEN_TAG, _CLOSE_TAG = "<answer>", "</answer>"
 _BRACE = re.compile(r"\\boxed\{|(?<!\\)[{}]")
-MARK = "####"
+_MARK = "####"
 
 
 def last_tagged(text: str) -> str | None:
@@ -28,13 +28,16 @@ def last_boxed(text: str) -> str | None:
     return None if last is None else text[slice(*last)].strip()
 
 
+def after_mark(text: str) -> str | None:
+    """Stripped text after the last `####`, or None."""
+    _, mark, tail = text.rpartition(_MARK)
+    return tail.strip() if mark else None
+
+
 def marked_answer(text: str) -> str | None:
     r"""The last `\boxed{}`, else the text after the last `####`, stripped; else None."""
     boxed = last_boxed(text)
-    if boxed is not None:
-        return boxed
-    _, mark, tail = text.rpartition(MARK)
-    return tail.strip() if mark else None
+    return after_mark(text) if boxed is None else boxed
 
 
 def final_answer(text: str) -> str:

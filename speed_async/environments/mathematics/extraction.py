@@ -11,7 +11,7 @@ The first rule that applies decides, and an empty answer is no answer:
 
 import re
 
-from speed_async.environments.final_answer import MARK, last_boxed, last_tagged
+from speed_async.environments.final_answer import after_mark, last_boxed, last_tagged
 
 _BOX = "\\boxed{"
 _STATED = re.compile(r"\banswer(?: is\b:?|[:=]| [:=])(?:[ \t]*\*\*)?", re.IGNORECASE)
@@ -21,7 +21,7 @@ _FINAL_MARKUP = " \t\r$*."
 
 def math_answer(text: str) -> str | None:
     """The stated answer of a completion; None when it states none."""
-    answer = _marked(text)
+    answer = _delimited(text)
     if answer is None:
         answer = _stated(text)
     if answer is None:
@@ -30,17 +30,16 @@ def math_answer(text: str) -> str | None:
     return answer or None
 
 
-def _marked(text: str) -> str | None:
+def _delimited(text: str) -> str | None:
+    """Rules 1 to 3. Unlike `marked_answer`, which reads ground truths, it also accepts tags and a
+    last box that is never closed."""
     start = text.rfind(_BOX)
     if start >= 0:
         tail = text[start:]
         closed = last_boxed(tail)
         return closed if closed is not None else _open_box(tail)
     tagged = last_tagged(text)
-    if tagged is not None:
-        return tagged
-    _, mark, tail = text.rpartition(MARK)
-    return tail.strip() if mark else None
+    return after_mark(text) if tagged is None else tagged
 
 
 def _open_box(tail: str) -> str:
