@@ -29,11 +29,15 @@ from torch._C._distributed_c10d import Store
 
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
-from speed_async.weight_sync.buckets import Bucket, contiguous_view, pack, transfer_report
+from speed_async.weight_sync.buckets import (
+    Bucket,
+    contiguous_view,
+    pack,
+    transfer_report,
+)
 from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferReport
 from speed_async.weight_sync.epoch_group import EpochGroup, StageFailed
-from speed_async.weight_sync.ipc import IpcTransport
 from speed_async.weight_sync.manifest import (
     KnownTensors,
     Manifest,
@@ -160,10 +164,8 @@ class TorchSender:
             group.form(self._store)
             buckets = group.plan(manifest)
             with group.stage("buffers"):
-                group.transport.begin(buckets, offer.deadline_s)
-            if isinstance(group.transport, IpcTransport):
-                manifest = replace(manifest, memory=group.transport.memory)
-            group.announce(encode_manifest(manifest, group.known))
+                memory = group.transport.begin_sending(buckets, offer.deadline_s)
+            group.announce(encode_manifest(replace(manifest, memory=memory), group.known))
             group.known = self._tensors
             self._send_buckets(group, buckets, weights)
         return transfer_report(buckets, time.monotonic() - started_s)
@@ -233,8 +235,7 @@ class TorchReceiver:
             )
         with self._epoch.transfer(offer) as group:
             group.form()
-            manifest = _accept(group, expected)
-            buckets = group.plan(manifest)
+            manifest, buckets = _accept(group, expected)
             self._load_buckets(group, buckets, dict(expected), load)
         return transfer_report(buckets, time.monotonic() - started_s, manifest.canary)
 
@@ -265,23 +266,23 @@ class TorchReceiver:
                 group.transport.release()
 
 
-def _accept(group: EpochGroup, expected: Sequence[NamedTensor]) -> Manifest:
-    """Receiver: the manifest, verified and answered."""
+def _accept(
+    group: EpochGroup, expected: Sequence[NamedTensor]
+) -> tuple[Manifest, tuple[Bucket, ...]]:
+    """Receiver: the manifest, verified and answered, and its buckets."""
     payload, offer = group.receive_manifest(), group.offer
     try:
         manifest = accept_manifest(payload, offer.policy_version, expected, group.known)
         buckets = group.plan(manifest)
         with group.stage("manifest"):
-            group.transport.begin(buckets, offer.deadline_s)
-            if isinstance(group.transport, IpcTransport):
-                group.transport.open(manifest.memory, buckets)
+            group.transport.begin_receiving(buckets, offer.deadline_s, manifest.memory)
     except WeightSyncError as error:
         group.answer(str(error))
         raise group.error(f"manifest: {error}") from error
     group.answer("")
     if group.known is None or group.known.specs is not manifest.tensors:
         group.known = KnownTensors(manifest.tensors)
-    return manifest
+    return manifest, buckets
 
 
 def bucket_stage(index: int, buckets: Sequence[Bucket]) -> str:

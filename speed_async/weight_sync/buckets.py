@@ -92,7 +92,8 @@ def unpack(bucket: Bucket, buffer_B: Tensor) -> list[NamedTensor]:
 
 
 class Views:
-    """Results of `unpack`, which are kept while the bucket and its buffer stay the same."""
+    """Results of `unpack`, which are kept while the bucket and its buffer stay the same: with 300
+    tensors, a call takes as long as their transfer."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Bucket, Tensor, list[NamedTensor]]] = {}

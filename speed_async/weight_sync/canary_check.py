@@ -55,15 +55,15 @@ class Canary:
 
 
 def canary_token_ids(
-    vocabulary_size: int, *, context_length: int, length: int = CANARY_TOKENS, seed: int = 0
+    vocabulary_size: int, *, context_length: int, seed: int = 0
 ) -> tuple[int, ...]:
-    """min(length, context_length) token ids, deterministic in the arguments.
+    """min(CANARY_TOKENS, context_length) token ids, deterministic in the arguments.
 
     One id is drawn from each of equally sized ranges of the vocabulary, in random order, so that
     the canary covers all parts of the embeddings.
     """
     rng = random.Random(seed)
-    count = min(length, context_length)
+    count = min(CANARY_TOKENS, context_length)
     token_ids = [int((i + rng.random()) * vocabulary_size / count) for i in range(count)]
     rng.shuffle(token_ids)
     return tuple(token_ids)

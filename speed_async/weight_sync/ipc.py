@@ -49,8 +49,8 @@ class IpcTransport:
         self, sockets: dict[int, socket.socket], offer: WeightOffer, device: torch.device
     ) -> None:
         """`sockets`: those of all receivers by rank, or that of rank 0."""
-        self.memory: object = None
-        """Sender: description of the shared memory for the manifest."""
+        self._memory: object = None
+        """Description of the shared memory, as in the manifest."""
         self._sockets = sockets
         self._device = device
         self._deadline_s = offer.deadline_s
@@ -60,42 +60,40 @@ class IpcTransport:
         """For each buffer, the number of buckets sent up to and including its last use."""
         self._num_loaded = dict.fromkeys(sockets, 0)
 
-    @property
-    def is_sender(self) -> bool:
-        return 0 not in self._sockets
-
-    def begin(self, buckets: Sequence[Bucket], deadline_s: float) -> None:
-        """Starts a transfer of these buckets. The sender allocates memory and sends it."""
+    def begin_sending(self, buckets: Sequence[Bucket], deadline_s: float) -> object:
+        """Sender: starts a transfer. Allocates memory if necessary and sends its descriptor.
+        Returns its description for the receivers."""
         self._deadline_s = deadline_s
         num_bytes = max(largest_bytes(buckets), 1)
-        is_large_enough = bool(self._buffers_B) and self._buffers_B[0].numel() >= num_bytes
-        if not self.is_sender or is_large_enough:
-            return
+        if self._buffers_B and self._buffers_B[0].numel() >= num_bytes:
+            return self._memory
         self._await_loaded(self._num_sent)  # receivers may still use the previous memory
         if self._device.type == "cuda":
             self._buffers_B = [
                 torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
                 for _ in range(NUM_BUFFERS)
             ]
-            self.memory = describe_on_gpu(self._buffers_B)
-            return
+            self._memory = describe_on_gpu(self._buffers_B)
+            return self._memory
         descriptor = make_memory(num_bytes * NUM_BUFFERS)
         try:
             self._buffers_B = map_memory(descriptor, num_bytes)
-            self.memory = {"device": "cpu", "num_bytes": num_bytes}
+            self._memory = {"device": "cpu", "num_bytes": num_bytes}
             self._signal([descriptor])
         finally:
             os.close(descriptor)
+        return self._memory
 
-    def open(self, memory: object, buckets: Sequence[Bucket]) -> None:
-        """Receiver: opens the sender's memory, unless it is open already. Raises WeightSyncError
-        when this is not possible."""
-        if memory != self.memory:
+    def begin_receiving(self, buckets: Sequence[Bucket], deadline_s: float, memory: object) -> None:
+        """Receiver: starts a transfer. Opens the sender's memory, unless it is open already.
+        Raises WeightSyncError when this is not possible."""
+        self._deadline_s = deadline_s
+        if memory != self._memory:
             descriptors: list[int] = []
             if isinstance(memory, dict) and memory.get("device") == "cpu":
                 _, descriptors = self._receive(0, 1, "sent no memory")
             self._buffers_B = open_memory(memory, descriptors, self._device)
-            self.memory = memory
+            self._memory = memory
         if not self._buffers_B or largest_bytes(buckets) > self._buffers_B[0].numel():
             raise WeightSyncError("rank 0 shares less memory than a bucket requires")
 

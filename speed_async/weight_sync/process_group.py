@@ -173,8 +173,16 @@ class GroupTransport:
         self._works: list[Any] = []
         self._deadline_s = offer.deadline_s
 
-    def begin(self, buckets: Sequence[Bucket], deadline_s: float) -> None:
-        """Starts a transfer of these buckets."""
+    def begin_sending(self, buckets: Sequence[Bucket], deadline_s: float) -> object:
+        """Sender: starts a transfer. Returns None, because it shares no memory."""
+        self._begin(buckets, deadline_s)
+        return None
+
+    def begin_receiving(self, buckets: Sequence[Bucket], deadline_s: float, memory: object) -> None:
+        """Receiver: starts a transfer. `memory` is None."""
+        self._begin(buckets, deadline_s)
+
+    def _begin(self, buckets: Sequence[Bucket], deadline_s: float) -> None:
         self._buckets, self._works, self._deadline_s = buckets, [], deadline_s
         num_bytes = largest_bytes(buckets)
         if not self._buffers_B or self._buffers_B[0].numel() < num_bytes:

@@ -87,7 +87,7 @@ def test_the_tokens_are_deterministic_and_cover_the_vocabulary() -> None:
 def test_the_tokens_fit_a_small_vocabulary_and_a_short_context() -> None:
     token_ids = canary_token_ids(11, context_length=20)
     assert len(token_ids) == 20 and set(token_ids) == set(range(11))
-    assert len(canary_token_ids(11, context_length=64, length=8)) == 8
+    assert len(canary_token_ids(11, context_length=64)) == CANARY_TOKENS
 
 
 # --- encoding -----------------------------------------------------------------------------------

@@ -79,8 +79,7 @@ def test_connections_that_are_not_members_are_closed():
     thread.join(JOIN_S)
     sender = outcomes[0]
     buckets = plan_buckets(describe([("w", torch.ones(3, dtype=torch.uint8))]), 64)
-    sender.begin(buckets, 5.0)
-    receiver.open(sender.memory, buckets)
+    receiver.begin_receiving(buckets, 5.0, sender.begin_sending(buckets, 5.0))
     buffer_B = sender.acquire(0)
     buffer_B.copy_(torch.tensor([1, 2, 3], dtype=torch.uint8))
     sender.send(0, buffer_B)
@@ -146,14 +145,7 @@ def test_a_receiver_reports_why_it_cannot_open_the_memory(monkeypatch: pytest.Mo
         tensors = [("w", torch.ones(4))]
         first = channel.transfer(channel.offer(1), tensors, {1: tensors}, {1: Loaded().load})
         assert not any(isinstance(outcome, Exception) for outcome in first.values())
-        begin = IpcTransport.begin
-
-        def begin_on_gpu(transport: IpcTransport, *arguments) -> None:
-            begin(transport, *arguments)
-            if transport.is_sender:
-                transport.memory = gpu
-
-        monkeypatch.setattr(IpcTransport, "begin", begin_on_gpu)
+        monkeypatch.setattr(IpcTransport, "begin_sending", lambda *_: gpu)
         second = channel.transfer(channel.offer(2), tensors, {1: tensors}, {1: Loaded().load})
     for outcome in (second[0], second[1]):
         assert "set actors.device = 'cuda', or weights.backend = 'gloo'" in str(outcome)
