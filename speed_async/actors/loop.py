@@ -29,14 +29,7 @@ from speed_async.errors import (
 from speed_async.transport import messages as m
 from speed_async.transport.joining import Leaving
 from speed_async.transport.session import SessionLink
-from speed_async.types import (
-    ActorCounts,
-    Group,
-    Lease,
-    LeaseKind,
-    Prompt,
-    WeightOffer,
-)
+from speed_async.types import ActorCounts, Group, Lease, LeaseKind, Prompt, WeightOffer
 
 REPORT_INTERVAL_S = 0.5
 SAMPLE_INTERVAL_S = 1.0

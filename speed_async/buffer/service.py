@@ -50,8 +50,7 @@ class BufferService:
     ) -> None:
         """`state` None: a new run, which starts at `started_s`. Raises JournalError if the state
         does not fit the configuration."""
-        if state is None:
-            state = new_state(config, num_prompts, num_held_out, started_s)
+        state = state or new_state(config, num_prompts, num_held_out, started_s)
         self.state = state
         self.fingerprint = fingerprint
         """Fingerprint of the task data."""
@@ -106,12 +105,8 @@ class BufferService:
             self._actors.counted(peer, message, now_s)
         effects = None
         match message:
-            case Join():
-                effects = self._peers.on_join(peer, now_s, key)
-            case m.Hello():
-                effects = self._peers.on_hello(peer, message, now_s, key)
-            case m.Failure():
-                effects = self._peers.on_failure(peer, message, now_s)
+            case Join() | m.Hello() | m.Failure():
+                effects = self._peers.handle(peer, message, now_s, key)
             case m.Sample():  # affects no count and no decision
                 wall_s = now_s - self.statistics.started_s
                 results.events.append(sample_event(peer, message, wall_s))
@@ -232,8 +227,7 @@ class BufferService:
     def _lose_refused(self, peer: str, reason: str, results: Results) -> None:
         state = self.membership.actors.get(peer)
         if state is not None and not state.departed:
-            loss = Loss(state=state, reason=f"its message was refused: {reason}")
-            self._lose(loss, results)
+            self._lose(Loss(state=state, reason=f"its message was refused: {reason}"), results)
 
     def _lose(self, loss: Loss, results: Results) -> None:
         self._actors.lose(loss)
@@ -302,8 +296,5 @@ class BufferService:
         return self._event("status", now_s, {})
 
     def _event(self, kind: EventKind, now_s: float, values: dict[str, Value]) -> Event:
-        phase, loop_lag_s = self.state.phase, self.state.loop_lag_s
-        status = status_values(
-            self.components, self.validator, now_s, phase=phase, loop_lag_s=loop_lag_s
-        )
+        status = status_values(self.components, self.validator, self.state, now_s)
         return Event(kind=kind, values=status | values)

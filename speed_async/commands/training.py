@@ -116,8 +116,7 @@ def check(config: str, overrides: tuple[str, ...]) -> None:
     """
     from speed_async.launcher.exit_status import EXIT_FAILED
     from speed_async.launcher.preflight.checks import run_checks
-    from speed_async.launcher.preflight.findings import Findings
-    from speed_async.launcher.preflight.report import report
+    from speed_async.launcher.preflight.findings import Findings, report
 
     resolved, errors = examine_config(config, overrides)
     findings = run_checks(resolved, errors) if resolved else Findings(errors=list(errors))

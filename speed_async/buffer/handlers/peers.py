@@ -48,7 +48,18 @@ class PeerHandler:
             return self._accepted(message.rank, attempt)
         return None
 
-    def on_join(self, peer: str, now_s: float, key: str) -> Effects:
+    def handle(
+        self, peer: str, message: Join | m.Hello | m.Failure, now_s: float, key: str
+    ) -> Effects:
+        match message:
+            case Join():
+                return self._on_join(peer, now_s, key)
+            case m.Hello():
+                return self._on_hello(peer, message, now_s, key)
+            case m.Failure():
+                return self._on_failure(peer, message, now_s)
+
+    def _on_join(self, peer: str, now_s: float, key: str) -> Effects:
         if self._ending.is_requested:
             return Effects(messages=[(peer, m.Rejected(reason="this run is ending"))])
         accepted = self._accepted(self._membership.admit(peer, key, now_s))
@@ -63,7 +74,7 @@ class PeerHandler:
             incarnation=self._membership.next_incarnation(index, attempt),
         )
 
-    def on_hello(self, peer: str, hello: m.Hello, now_s: float, key: str) -> Effects:
+    def _on_hello(self, peer: str, hello: m.Hello, now_s: float, key: str) -> Effects:
         version = self._lifecycle.groups.policy_version
         messages: list[tuple[str, m.Message]] = []
         lost: list[Loss] = []
@@ -80,7 +91,7 @@ class PeerHandler:
             messages.append((peer, m.Drain(reason="the run is ending")))
         return Effects(messages=messages, lost=lost)
 
-    def on_failure(self, peer: str, failure: m.Failure, now_s: float) -> Effects:
+    def _on_failure(self, peer: str, failure: m.Failure, now_s: float) -> Effects:
         """The failure of an actor that joined removes it; that of any other role ends the run."""
         withdrawn = self._membership.withdraw(peer)
         if withdrawn is None:

@@ -8,8 +8,8 @@ that print changed texts do not repeat it twice per second.
 
 from dataclasses import dataclass, field
 
-from speed_async.buffer.reporting.evidence import Evidence
-from speed_async.buffer.reporting.rules import Finding, Peaks, Rules
+from speed_async.buffer.reporting.evidence import Evidence, Peaks
+from speed_async.buffer.reporting.rules import Finding, Rules
 from speed_async.buffer.reporting.statistics import RunStatistics
 from speed_async.config.schema import Config
 from speed_async.observability.notation import counted, duration

@@ -1,4 +1,4 @@
-"""Bounded windows over recent leases, groups and updates, read by the diagnoses.
+"""What the diagnoses read: bounded windows over recent leases, groups and updates, and best values.
 
 The service feeds them in journal order. Nothing here reads the clock.
 """
@@ -13,6 +13,8 @@ from speed_async.transport.groups import GroupStats
 WINDOW_COMPLETIONS = 512
 WINDOW_LEASES = 128
 WINDOW_UPDATES = 8
+MIN_FALL = 0.1
+"""A smaller fall below the best value is none."""
 NOT_THE_PROMPTS = (m.DRAINED, m.STALE)
 """LeaseFailed reasons that are unrelated to the prompt."""
 
@@ -177,3 +179,35 @@ def _outcome(message: m.ScreenedOut | m.Evaluated, now_s: float) -> Outcome:
         num_rewarded=message.num_passed,
         num_truncated=message.num_truncated,
     )
+
+
+@dataclass(kw_only=True, slots=True)
+class RunningBest:
+    """The best value of a metric so far, and its policy version."""
+
+    value: float | None = None
+    policy_version: int = 0
+
+    def update(self, value: float, policy_version: int) -> None:
+        if self.value is None or value > self.value:
+            self.value, self.policy_version = value, policy_version
+
+    def drop(self, value: float | None, share: float) -> str:
+        """Describe a drop below that share of the best; empty if there is none or it is unknown."""
+        if (
+            value is None
+            or self.value is None
+            or value >= share * self.value
+            or self.value - value < MIN_FALL
+        ):
+            return ""
+        return f"fell from {self.value:.3f} (version {self.policy_version}) to {value:.3f}"
+
+
+@dataclass(kw_only=True, slots=True)
+class Peaks:
+    """Best values so far, from which a collapse is measured."""
+
+    best_pass_rate: RunningBest = field(default_factory=RunningBest)
+    best_accuracy: RunningBest = field(default_factory=RunningBest)
+    last_accuracy: float | None = None

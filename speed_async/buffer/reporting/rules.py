@@ -3,12 +3,13 @@
 A rule that was active before holds until a second, weaker threshold.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from speed_async.buffer.reporting.evidence import (
     WINDOW_COMPLETIONS,
     CompletionWindow,
     Evidence,
+    Peaks,
     UpdateRecord,
 )
 from speed_async.buffer.reporting.statistics import ACCEPTANCE_WINDOW, RunStatistics
@@ -29,7 +30,6 @@ MIN_UPDATES = 3
 NOT_FINITE = 0.5
 COLLAPSED, STILL_COLLAPSED = 0.5, 0.7
 """Fractions of the best value: a collapse begins below the first and ends above the second."""
-MIN_FALL = 0.1
 MIN_EVALUATED = 64
 """Minimum completions of an evaluation whose accuracy can indicate a collapse."""
 MAX_EXAMPLE_CHARS = 300
@@ -48,38 +48,6 @@ class Finding:
 
     facts: str
     change: str
-
-
-@dataclass(kw_only=True, slots=True)
-class RunningBest:
-    """The best value of a metric so far, and its policy version."""
-
-    value: float | None = None
-    policy_version: int = 0
-
-    def update(self, value: float, policy_version: int) -> None:
-        if self.value is None or value > self.value:
-            self.value, self.policy_version = value, policy_version
-
-    def drop(self, value: float | None, share: float) -> str:
-        """Describe a drop below that share of the best; empty if there is none or it is unknown."""
-        if (
-            value is None
-            or self.value is None
-            or value >= share * self.value
-            or self.value - value < MIN_FALL
-        ):
-            return ""
-        return f"fell from {self.value:.3f} (version {self.policy_version}) to {value:.3f}"
-
-
-@dataclass(kw_only=True, slots=True)
-class Peaks:
-    """Best values so far, from which a collapse is measured."""
-
-    best_pass_rate: RunningBest = field(default_factory=RunningBest)
-    best_accuracy: RunningBest = field(default_factory=RunningBest)
-    last_accuracy: float | None = None
 
 
 class Rules:

@@ -11,6 +11,7 @@ from speed_async.buffer.ledger import ENGINE_TIMES, Ledger
 from speed_async.buffer.membership import ActorState
 from speed_async.buffer.reporting.rules import gate_remedy, shortened
 from speed_async.buffer.reporting.statistics import RunStatistics
+from speed_async.buffer.state import ServiceState
 from speed_async.buffer.validation import MessageValidator
 from speed_async.observability.metrics import Event, Value
 from speed_async.transport.messages import Sample
@@ -18,15 +19,9 @@ from speed_async.types import GroupEnd
 
 
 def status_values(
-    parts: Components,
-    validator: MessageValidator,
-    now_s: float,
-    *,
-    phase: str,
-    loop_lag_s: float | None,
+    parts: Components, validator: MessageValidator, state: ServiceState, now_s: float
 ) -> dict[str, Value]:
-    """Gauges in every event (keys: observability/metrics.py). `loop_lag_s`: delay of the last
-    tick; None before the first."""
+    """Gauges in every event (keys: observability/metrics.py)."""
     lifecycle, statistics = parts.lifecycle, parts.statistics
     present = parts.membership.present()
     checks = lifecycle.ledger.checks(lifecycle.leases.num_training)
@@ -34,7 +29,7 @@ def status_values(
         "wall_s": round(now_s - statistics.started_s, 3),
         "policy_version": lifecycle.groups.policy_version,
         "updates_total": parts.config.run.updates,
-        "phase": phase,
+        "phase": state.phase,
         "generated_tokens_per_s": statistics.generated_per_s(now_s),
         "trained_tokens_per_s": statistics.trained_per_s(now_s),
         "tokens_generated": lifecycle.ledger.tokens_generated,
@@ -61,7 +56,7 @@ def status_values(
         "groups_stale": lifecycle.ledger.ends[GroupEnd.STALE].groups,
         "groups_evicted": lifecycle.ledger.ends[GroupEnd.EVICTED].groups,
         "ledger_closes": all(checks.values()),
-        "loop_lag_s": loop_lag_s,
+        "loop_lag_s": state.loop_lag_s,
         "actors_total": parts.membership.num_expected,
         "warning": parts.warnings.text,
         "peers_muted": validator.num_blocked,

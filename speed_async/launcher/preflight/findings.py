@@ -1,4 +1,4 @@
-"""Results of the preflight checks: errors, warnings, and sections to print."""
+"""Results of the preflight checks: errors, warnings, and sections, and the text that shows them."""
 
 from dataclasses import dataclass, field
 
@@ -28,3 +28,16 @@ class PreflightError(SpeedAsyncError):
         listed = "".join(f"\n  {error}" for error in errors)
         super().__init__(f"{len(errors)} errors prevent this run from starting:{listed}")
         self.errors = tuple(errors)
+
+
+def report(findings: Findings) -> str:
+    """The text of `speed-async check`. The last line is `ok` or the number of errors."""
+    lines: list[str] = []
+    for heading, shown in findings.sections:
+        lines.append(heading)
+        lines += [f"  {line}" for line in shown]
+    lines += [f"warning: {warning}" for warning in findings.warnings]
+    lines += [f"error: {error}" for error in findings.errors]
+    count = len(findings.errors)
+    lines.append("ok" if not count else f"{count} error{'s' if count > 1 else ''}")
+    return "\n".join(lines)

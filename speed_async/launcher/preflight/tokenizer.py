@@ -1,19 +1,53 @@
-"""Loads the model's tokenizer with the `tokenizers` library: milliseconds, without transformers."""
+"""Encodes prompts like transformers, without its import: milliseconds.
 
-from collections.abc import Sequence
+Loads the model's tokenizer with the `tokenizers` library, and renders its chat template.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from speed_async.config.model_facts import read_json
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, ModelError, SpeedAsyncError
-from speed_async.launcher.preflight.chat_template import ChatTemplate, find_template
 from speed_async.launcher.preflight.findings import Findings
 
 FILE = "tokenizer.json"
 OTHER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 PLAIN_CLASSES = (None, "TokenizersBackend", "PreTrainedTokenizerFast")
 """Tokenizer classes that define no special tokens."""
+TEMPLATE_FILE = "chat_template.jinja"
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+"""Tags for training masks; they render no text."""
+
+
+class ChatTemplate:
+    def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
+        """Raises jinja2.TemplateError if the text is not a valid template."""
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        self._template = environment.from_string(_GENERATION.sub("", text))
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, prompt: str) -> str:
+        """Render one user message and the generation prompt. The template may raise."""
+        return self._template.render(
+            messages=[{"role": "user", "content": prompt}],
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            **self._special_tokens,
+        )
 
 
 class PromptTokenizer:
@@ -115,7 +149,7 @@ def _check_eos(
 def _template(config: Config, special_tokens: dict[str, str]) -> ChatTemplate:
     from jinja2 import TemplateError
 
-    text = find_template(Path(config.model.path))
+    text = _find_template(Path(config.model.path))
     if text is None:
         remedy = "this model's tokenizer has no chat template; set false"
         raise ConfigError("model.chat_template", True, remedy)
@@ -127,3 +161,25 @@ def _template(config: Config, special_tokens: dict[str, str]) -> ChatTemplate:
             "model.chat_template", True, f"the chat template fails on a user message: {error}"
         ) from None
     return template
+
+
+def _find_template(folder: Path) -> str | None:
+    """Return the template's text, or None. Raises ModelError for an unreadable file."""
+    if (folder / TEMPLATE_FILE).is_file():
+        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    settings = folder / "tokenizer_config.json"
+    found = read_json(settings).get("chat_template") if settings.is_file() else None
+    if isinstance(found, list):  # several templates with names
+        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) and found else None
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _refuse(message: str) -> NoReturn:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
