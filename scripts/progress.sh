@@ -1,11 +1,11 @@
-# Sourced by the scripts: says what they are at, with the seconds since they began.
+# Sourced by the scripts: prints their progress, with the seconds since their start.
 
 step() {
   printf '%4d s  %s\n' "$SECONDS" "$1"
 }
 
-# Installs into the environment of $python. On a terminal pip shows what it does; elsewhere a line
-# every ten seconds says that it is still at it.
+# Installs into the environment of $python. On a terminal pip shows its progress; elsewhere a line is
+# printed every ten seconds.
 pip_install() {
   if [ -t 1 ]; then
     "$python" -m pip install --disable-pip-version-check "$@"

@@ -67,7 +67,7 @@ def test_run_between_hosts_accepts_only_clients_with_keys_and_recovers_its_servi
 
 
 def assert_no_reply(run: Run, address: str, *options: str) -> None:
-    """An actor with these keys waits in vain, and says why."""
+    """An actor with these keys gets no answer, and its error names the reason."""
     status, _, err = start_actor(run, "--timeout", "2", *options).finish()
     assert (status, len(err.splitlines())) == (1, 1)
     assert err.startswith(f"error: waited 2.0 s for a run at {address}")

@@ -190,7 +190,7 @@ def with_another_tokenizer(folder: Path) -> Path:
 
 
 def assert_rejected(run: Run, model: str, *texts: str) -> None:
-    """An actor with this model cannot join, and says why in one line."""
+    """An actor with this model cannot join, and its error names the reason in one line."""
     status, _, err = start_actor(run, "--model", model).finish()
     assert (status, len(err.splitlines())) == (1, 1)
     assert err.startswith("error: ")

@@ -1,4 +1,4 @@
-"""How the launcher of a node judges the exits of its ranks."""
+"""How the launcher of a node handles the exits of its ranks."""
 
 import asyncio
 import signal
