@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from speed_async.buffer.curriculum.posterior import PosteriorCurriculum, PosteriorState
+from speed_async.buffer.durability.recovery import Build
 from speed_async.buffer.durability.snapshot import State, capture, restore
+from speed_async.buffer.service import BufferService
+from speed_async.buffer.state import ServiceState
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config, CurriculumConfig, GateConfig
 from speed_async.transport.messages import GroupFinished
@@ -28,6 +31,22 @@ def make_config(tmp_model: str, **sections: dict[str, object]) -> Config:
     for name, fields in sections.items():
         tree.setdefault(name, {}).update(fields)
     return build_config(tree)
+
+
+def builder(num_prompts: int = 100, *, num_held_out: int = 3, started_s: float = 0.0) -> Build:
+    """Builds services with these prompts."""
+
+    def build(config: Config, state: ServiceState | None) -> BufferService:
+        return BufferService(
+            config,
+            num_prompts=num_prompts,
+            num_held_out=num_held_out,
+            fingerprint="f",
+            started_s=started_s,
+            state=state,
+        )
+
+    return build
 
 
 def make_group(

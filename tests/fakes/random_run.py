@@ -4,28 +4,11 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-from speed_async.buffer.durability.recovery import Build, begin_segment, open_machine
-from speed_async.buffer.service import BufferService
-from speed_async.buffer.state import ServiceState
-from speed_async.config.schema import Config
+from speed_async.buffer.durability.recovery import begin_segment, open_machine
 from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
-from tests.fakes.buffer_fixtures import FINGERPRINTS, make_config, make_group
+from tests.fakes.buffer_fixtures import FINGERPRINTS, builder, make_config, make_group
 from tests.fakes.service_harness import evaluated, failed, screened_out, trained
-
-
-def builder(num_prompts: int = 100, started_s: float = 0.0) -> Build:
-    def build(config: Config, state: ServiceState | None) -> BufferService:
-        return BufferService(
-            config,
-            num_prompts=num_prompts,
-            num_held_out=3,
-            fingerprint="f",
-            started_s=started_s,
-            state=state,
-        )
-
-    return build
 
 
 class RandomRun:

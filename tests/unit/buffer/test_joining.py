@@ -14,11 +14,8 @@ from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.durability.snapshot import capture
 from speed_async.buffer.membership import JOIN_TIMEOUT_S
 from speed_async.buffer.server import serve
-from speed_async.buffer.service import BufferService
-from speed_async.buffer.state import ServiceState
 from speed_async.buffer.state_machine import StateMachine
 from speed_async.buffer.validation import MAX_PENDING_JOINS, MAX_PENDING_JOINS_PER_KEY
-from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded
 from speed_async.launcher.roles import join as admission
 from speed_async.transport import messages as m
@@ -28,22 +25,12 @@ from speed_async.transport.joining import Join, JoinAccepted
 from speed_async.transport.peer_names import new_identity
 from speed_async.transport.zeromq import ZmqHub, open_hub, open_link
 from speed_async.types import ActorCounts
-from tests.fakes.buffer_fixtures import FINGERPRINTS, make_config
+from tests.fakes.buffer_fixtures import FINGERPRINTS, builder, make_config
 
 JOIN = Join(machine="there", process_id=1)
 COUNTS = ActorCounts()
 TIMEOUT_S = 90.0
-
-
-def build(config: Config, state: ServiceState | None = None) -> BufferService:
-    return BufferService(
-        config,
-        num_prompts=100,
-        num_held_out=1,
-        fingerprint="f",
-        started_s=0.0,
-        state=state,
-    )
+build = builder(num_held_out=1)
 
 
 def hello(index: int, incarnation: int = 0) -> m.Hello:
@@ -237,7 +224,7 @@ def test_flood_of_joins_over_sockets_leaves_no_state_and_does_not_affect_others(
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path), run={"updates": 10}, buffer={"durability": "none"})
-    machine, late_s = StateMachine(build(config)), 0.0
+    machine, late_s = StateMachine(build(config, None)), 0.0
     loop_clock = asyncio.new_event_loop().time
 
     async def scenario() -> None:

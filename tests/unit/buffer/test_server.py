@@ -11,10 +11,7 @@ import pytest
 from speed_async.buffer.durability.journal import Journal, read_segment, segments
 from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.server import serve
-from speed_async.buffer.service import BufferService
-from speed_async.buffer.state import ServiceState
 from speed_async.buffer.state_machine import StateMachine
-from speed_async.config.schema import Config
 from speed_async.errors import JournalError
 from speed_async.testing.inprocess_transport import InProcessHub
 from speed_async.transport import messages as m
@@ -23,22 +20,12 @@ from speed_async.transport.feed import FeedPublisher
 from speed_async.transport.session import SessionLink
 from speed_async.transport.transport import Delivery
 from speed_async.types import ActorCounts
-from tests.fakes.buffer_fixtures import FINGERPRINTS, make_config, make_group
+from tests.fakes.buffer_fixtures import FINGERPRINTS, builder, make_config, make_group
 from tests.fakes.service_harness import evaluated
 
 MAX_REPORTS = 5000
 TIMEOUT_S = 90.0
-
-
-def build(config: Config, state: ServiceState | None = None) -> BufferService:
-    return BufferService(
-        config,
-        num_prompts=100,
-        num_held_out=1,
-        fingerprint="f",
-        started_s=0.0,
-        state=state,
-    )
+build = builder(num_held_out=1)
 
 
 def written(folder: Path) -> dict[str, int]:
@@ -220,7 +207,7 @@ def test_removal_of_the_run_folder_raises_a_warning(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{}")
     run = {"folder": str(folder)}
     config = make_config(str(folder), run=run, buffer={"durability": "none"})
-    warning = asyncio.run(move_folder(StateMachine(build(config)), InProcessHub()))
+    warning = asyncio.run(move_folder(StateMachine(build(config, None)), InProcessHub()))
     assert f"the run folder '{folder}' was removed or moved" in warning
 
 

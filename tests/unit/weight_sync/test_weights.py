@@ -174,42 +174,36 @@ def test_a_refused_manifest_is_reported_by_both_sides_and_loads_nothing(channel:
     send_to(channel, channel.offer(2, epoch=2, world_size=3), sent)
 
 
-@on_every_channel()
-def test_a_receiver_refuses_a_version_that_was_not_offered(channel: Channel):
+def assert_other_version_refused(channel: Channel, *, sent: int, offered: int) -> None:
+    """Rank 1 is offered one version and sent another one, loads nothing, and both sides report
+    it."""
     tensors = [("w", torch.ones(4))]
-    errors: list[str] = []
-
-    def receive() -> None:
-        with pytest.raises(WeightSyncError) as caught:
-            channel.receiver(1).receive(channel.offer(5, 1), tensors, Loaded().load)
-        errors.append(str(caught.value))
-
-    thread = threading.Thread(target=receive)
-    thread.start()
-    with pytest.raises(WeightSyncError, match="rank 1 refused: policy version 6 was received, 5"):
-        channel.sender.send(channel.offer(6), tensors)
-    thread.join(CHILD_STARTS_S)
-    assert "policy version 6 was received, 5 was offered" in errors[0]
-
-
-@on_every_channel()
-def test_a_later_transfer_also_refuses_a_wrong_version(channel: Channel):
-    tensors = [("w", torch.ones(4))]
-    send_to(channel, channel.offer(1), tensors)
     loaded, errors = Loaded(), []
 
     def receive() -> None:
         with pytest.raises(WeightSyncError) as caught:
-            channel.receiver(1).receive(channel.offer(5, 1), tensors, loaded.load)
+            channel.receiver(1).receive(channel.offer(offered, 1), tensors, loaded.load)
         errors.append(str(caught.value))
 
     thread = threading.Thread(target=receive)
     thread.start()
-    with pytest.raises(WeightSyncError, match="rank 1 refused: policy version 2 was received, 5"):
-        channel.sender.send(channel.offer(2), tensors)
+    difference = f"policy version {sent} was received, {offered}"
+    with pytest.raises(WeightSyncError, match=f"rank 1 refused: {difference}"):
+        channel.sender.send(channel.offer(sent), tensors)
     thread.join(CHILD_STARTS_S)
-    assert "policy version 2 was received, 5 was offered" in errors[0]
+    assert f"{difference} was offered" in errors[0]
     assert loaded.tensors == {}
+
+
+@on_every_channel()
+def test_a_receiver_refuses_a_version_that_was_not_offered(channel: Channel):
+    assert_other_version_refused(channel, sent=6, offered=5)
+
+
+@on_every_channel()
+def test_a_later_transfer_also_refuses_a_wrong_version(channel: Channel):
+    send_to(channel, channel.offer(1), [("w", torch.ones(4))])
+    assert_other_version_refused(channel, sent=2, offered=5)
 
 
 @on_every_channel()

@@ -17,8 +17,8 @@ from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.schema import Config
 from speed_async.errors import JournalRefused
 from speed_async.transport import messages as m
-from tests.fakes.buffer_fixtures import FINGERPRINTS, make_config
-from tests.fakes.random_run import RandomRun, builder
+from tests.fakes.buffer_fixtures import FINGERPRINTS, builder, make_config
+from tests.fakes.random_run import RandomRun
 from tests.fakes.service_harness import trained
 
 
