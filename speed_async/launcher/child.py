@@ -13,6 +13,7 @@ from speed_async.config.load import read_resolved
 from speed_async.errors import IncarnationLost, WeightSyncError
 from speed_async.launcher.event_loop import run
 from speed_async.launcher.exit_status import EXIT_FAILED, EXIT_INCARNATION_LOST, record
+from speed_async.launcher.large_imports import large_imports
 from speed_async.launcher.logs import log_stderr
 from speed_async.launcher.processes import die_with_parent
 from speed_async.launcher.run_folder import RunFolder
@@ -63,8 +64,9 @@ def _role(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
         cluster = config.cluster.model_copy(update=fixed_ports)
         config = config.model_copy(update={"cluster": cluster})
         return run_service(config, Path(arguments.run_folder), attempt=arguments.attempt)
-    from speed_async.launcher.roles.actor_role import run_actor
-    from speed_async.launcher.roles.engine_choice import start_engine
+    with large_imports():
+        from speed_async.launcher.roles.actor_role import run_actor
+        from speed_async.launcher.roles.engine_choice import start_engine
 
     actor = {"index": arguments.index, "incarnation": arguments.incarnation}
     # A stopped (SIGSTOP) engine does not see its actor's socket close; the kernel kills it instead.

@@ -1,6 +1,5 @@
 """Creates the configured engine."""
 
-import gc
 import importlib
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,7 @@ from speed_async.actors.stepped_engine.process import ProcessWorker, may_fork
 from speed_async.actors.stepped_engine.stepper import Stepper
 from speed_async.actors.torch_engine.engine import load_torch_generator
 from speed_async.config.schema import Config
+from speed_async.launcher.large_imports import large_imports
 from speed_async.testing.scripted_run import load_scripted_stepper
 
 
@@ -25,7 +25,8 @@ def start_engine(
     seeds = np.random.SeedSequence([config.run.seed, index, incarnation])
     seed = int(seeds.generate_state(1)[0])
     if config.actors.engine == "vllm":
-        from speed_async.actors.vllm_engine.start import make_vllm_engine
+        with large_imports():
+            from speed_async.actors.vllm_engine.start import make_vllm_engine
 
         return make_vllm_engine(config, seed=seed)
     return SteppedEngine(start_stepper(config, seed=seed, begin=begin))
@@ -37,8 +38,8 @@ def start_stepper(
     """Start the process of a torch or scripted engine."""
     fork = may_fork(config.actors.device)
     if fork:
-        importlib.import_module("transformers.models.auto")  # takes seconds; shared by the fork
-    gc.freeze()  # excludes imported modules from full collections, which take 170 ms otherwise
+        with large_imports():
+            importlib.import_module("transformers.models.auto")  # shared by the fork
     make_stepper = _stepper_maker(config, seed=seed)
     if begin is not None:
         make_stepper = partial(_after, begin, make_stepper)

@@ -9,6 +9,7 @@ import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from speed_async.config.schema import Config
@@ -16,6 +17,7 @@ from speed_async.errors import DataError, RoleError, RunFinished, SpeedAsyncErro
 from speed_async.launcher.attempt import Attempt, begin_attempt, recorded_outcome, save_ports
 from speed_async.launcher.exit_status import describe, resume_hint
 from speed_async.launcher.identity.identity import Identity
+from speed_async.launcher.large_imports import large_imports
 from speed_async.launcher.logs import log_to
 from speed_async.launcher.ports import address_at
 from speed_async.launcher.processes import end_process, start_role
@@ -161,9 +163,7 @@ async def _train(
 ) -> "RunResult":
     """Train until the run ends. Raises RoleError when the service dies."""
     # The import takes seconds; the actors, which only wait for the service, start in parallel.
-    work = await asyncio.to_thread(
-        importlib.import_module, "speed_async.launcher.roles.learner_work"
-    )
+    work = await asyncio.to_thread(_import_work)
     keys = client_keys(attempt.config.cluster)
     wire = await open_link(address.host, address.port, ROLE, keys=keys)
     link = SessionLink(with_tracing(wire, attempt.config.observe.trace, ROLE))
@@ -185,6 +185,11 @@ async def _train(
         raise
     finally:
         await link.close()
+
+
+def _import_work() -> ModuleType:
+    with large_imports():
+        return importlib.import_module("speed_async.launcher.roles.learner_work")
 
 
 def _write_results(finished: "RunResult", folder: RunFolder, *, breakdown: bool) -> None:
