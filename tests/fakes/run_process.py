@@ -24,6 +24,9 @@ from tests.fakes.paths import MODEL
 DEADLINE_S = 240.0
 """Deadline of every wait; reached only on a failure."""
 
+POLL_S = 0.2
+"""Each poll reads the metrics of the run from the start: it must not take its CPU time."""
+
 EMPTY: Mapping[str, str] = {}
 
 SMALL = """
@@ -73,7 +76,7 @@ class Run:
         while not happened():
             assert self.process.poll() is None, f"the run ended before {what}: {self.finish()}"
             assert time.monotonic() < ends_s, f"no {what} within {DEADLINE_S} s"
-            time.sleep(0.05)
+            time.sleep(POLL_S)
 
     def wait_for_steps(self, count: int) -> None:
         self.wait_for(f"{count} updates", lambda: len(self.events("step")) >= count)
@@ -114,7 +117,7 @@ class Run:
         ends_s = time.monotonic() + DEADLINE_S
         while left := self.processes():
             assert time.monotonic() < ends_s, f"still running: {left}"
-            time.sleep(0.05)
+            time.sleep(POLL_S)
 
     def child(self, role: str, index: int | None = None) -> int:
         """Process id of a role's child process, of actor `index` if given. The role `engine` is

@@ -4,8 +4,10 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from wandb.proto import wandb_internal_pb2
+if TYPE_CHECKING:
+    from wandb.proto.wandb_internal_pb2 import HistoryItem
 
 HEADER_BYTES = 7
 """Header size of the file and of each record fragment."""
@@ -15,6 +17,8 @@ FULL, FIRST, LAST = 1, 2, 4
 
 def history(path: Path) -> list[dict[str, object]]:
     """The rows of a `run-ID.wandb`, in order."""
+    from wandb.proto import wandb_internal_pb2  # seconds, in each worker that collects the tests
+
     rows = []
     for payload in _payloads(path.read_bytes()):
         record = wandb_internal_pb2.Record()
@@ -24,7 +28,7 @@ def history(path: Path) -> list[dict[str, object]]:
     return rows
 
 
-def _key(item: wandb_internal_pb2.HistoryItem) -> str:
+def _key(item: "HistoryItem") -> str:
     return item.key or ".".join(item.nested_key)
 
 

@@ -1,5 +1,6 @@
 """The reasoning-gym task, with the real library."""
 
+import importlib.util
 import os
 import random
 import subprocess
@@ -12,7 +13,13 @@ from speed_async.environments.task import fingerprint
 from speed_async.errors import ConfigError, TaskError
 from speed_async.types import Prompt
 
-reasoning_gym = pytest.importorskip("reasoning_gym")
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed"
+    ),
+    # Only one worker imports the library, which takes seconds.
+    pytest.mark.xdist_group("reasoning gym"),
+]
 
 
 def make(
@@ -50,6 +57,8 @@ def test_partial_credit_of_the_library_scores_zero() -> None:
     task = make()
     prompt = chain_prompt("3")
     entry = {"question": prompt.text, **prompt.metadata}
+    import reasoning_gym
+
     library = reasoning_gym.create_dataset("chain_sum", size=1, seed=0)
     assert library.score_answer("31", entry) == 0.5
     assert task.score(prompt, "31") == 0.0
@@ -123,6 +132,8 @@ def test_missing_library_raises_with_the_extra_to_install(monkeypatch: pytest.Mo
 def test_text_that_breaks_the_scorer_scores_zero() -> None:
     task = make("prime_factorization", num_prompts=2, num_held_out=1)
     prompt = task.train_prompts[0]
+    import reasoning_gym
+
     library = reasoning_gym.create_dataset("prime_factorization", size=1, seed=0)
     with pytest.raises(ValueError):
         library.score_answer("import os", {"question": prompt.text, **prompt.metadata})

@@ -48,6 +48,7 @@ def test_jsonl_task_is_created_from_the_section(tmp_path: Path) -> None:
     assert task.score(prompt, f"that makes {prompt.answer}.0") == 1.0
 
 
+@pytest.mark.xdist_group("reasoning gym")
 def test_reasoning_gym_task_is_created_from_the_section() -> None:
     pytest.importorskip("reasoning_gym")
     config = TaskConfig(
