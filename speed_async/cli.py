@@ -5,6 +5,7 @@ import sys
 import click
 
 from speed_async import __version__
+from speed_async.commands.data import data
 from speed_async.commands.runs import actor, console, keys
 from speed_async.commands.training import check, show_config, train
 from speed_async.errors import SpeedAsyncError
@@ -18,7 +19,7 @@ def commands() -> None:
     """Asynchronous actor-learner RL for reasoning models, with pass-rate screening."""
 
 
-for command in (train, check, show_config, keys, console, actor):
+for command in (train, check, show_config, data, keys, console, actor):
     commands.add_command(command)
 
 

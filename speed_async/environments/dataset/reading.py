@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Format = Literal["parquet", "json array", "json lines", "csv"]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BATCH_ROWS = 4096
+_DOWNLOAD = "download one of its files and give the path of that"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +70,15 @@ def first_record(path: Path) -> dict[str, object]:
     raise DataError(f"data file '{path}' has no rows: give a file with at least one")
 
 
+def count_rows(path: Path) -> int | None:
+    """The number of rows that a parquet file states; None for other files. Raises DataError."""
+    if file_format(path) != "parquet" or compression_of(path) is not None:
+        return None
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path).num_rows
+
+
 def file_format(path: Path) -> Format:
     """The format of a file. Raises DataError when it does not exist or has none of the four."""
     if path.is_dir():
@@ -95,10 +105,12 @@ def file_format(path: Path) -> Format:
     )
 
 
-def open_hub(name: str, *, config: str | None = None, split: str = "train") -> "Dataset":
+def open_hub(
+    name: str, *, config: str | None = None, split: str = "train", remedy: str = _DOWNLOAD
+) -> "Dataset":
     """A data set of the hub, or of a local folder of its files, memory-mapped from the cache.
 
-    Raises DataError when it cannot be loaded.
+    Raises DataError, with this remedy, when it cannot be loaded.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -108,8 +120,7 @@ def open_hub(name: str, *, config: str | None = None, split: str = "train") -> "
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
             f"data set {name!r} (config {config!r}, split {split!r}) cannot be loaded from the "
-            f"Hugging Face hub ({_first_line(error)}): correct it, or download one of its files "
-            "and give the path of that"
+            f"Hugging Face hub ({_first_line(error)}): {remedy}"
         ) from error
 
 
