@@ -131,13 +131,18 @@ def step_lines(card: Card) -> list[str]:
 
 def contamination_lines(card: Card) -> list[str]:
     """One line for each evaluation set that was compared."""
-    return [
-        f"- {each['evaluation_set']}: {each['same_text']:,} rows with the same text, "
-        f"{each['half']:,} with half of the passages or more, {each['passage']:,} with fewer "
-        f"({each['problems']:,} of its problems in the first two); "
+    return [f"- {each['evaluation_set']}: {_overlap_text(each)}" for each in card["contamination"]]
+
+
+def _overlap_text(each: Card) -> str:
+    if not any(each[kind] for kind in ("same_text", "half", "passage")):
+        return "no overlap"
+    return (
+        f"{each['same_text']:,} rows with the text of one of its problems, {each['half']:,} with "
+        f"at least half of one's passages, {each['passage']:,} with fewer; "
+        f"{each['problems']:,} of its problems are in the first two; "
         + ("removed" if each["removed"] else "not removed")
-        for each in card["contamination"]
-    ]
+    )
 
 
 def _held_out(source: Source) -> Card | None:
