@@ -139,8 +139,11 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[RawRow]
     numbers = itertools.count(1)
     source = io.BytesIO(open_decompressed(path).read()) if compression_of(path) else path
     try:
-        with pq.ParquetFile(source) as file:
-            for batch in file.iter_batches(_BATCH_ROWS, columns=list(columns) if columns else None):
+        # Buffered and without threads: a row group, often the whole file, is not read at once.
+        with pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as file:
+            for batch in file.iter_batches(
+                _BATCH_ROWS, columns=list(columns) if columns else None, use_threads=False
+            ):
                 for record in batch.to_pylist():
                     yield RawRow(number=next(numbers), record=record)
     except pa.ArrowException as error:

@@ -31,3 +31,11 @@ def test_the_earlier_row_with_the_same_answer_is_named_first() -> None:
         (1, 0, False),
         (2, 1, True),
     ]
+
+
+def test_no_pair_below_the_threshold_is_reported() -> None:
+    words = [f"w{index}" for index in range(23)]
+    text = " ".join(words)
+    changed = [text.replace(f"{word} ", f"x{word} ") for word in words[2:20]]
+    # each shares 18 of 24 shingles with the first: 0.75, which many hashes take for similar
+    assert not list(near_duplicates([row(text, "1"), *(row(each, "1") for each in changed)]))
