@@ -64,10 +64,12 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[RawR
 
 def first_record(path: Path) -> dict[str, object]:
     """The first row that can be read. Raises DataError when there is none."""
+    error = "it is empty"
     for row in itertools.islice(read_rows(path), 1000):
         if not row.error:
             return row.record
-    raise DataError(f"data file '{path}' has no rows: give a file with at least one")
+        error = f"row {row.number}: {row.error}"
+    raise DataError(f"data file '{path}' has no rows that can be read ({error}): correct it")
 
 
 def count_rows(path: Path) -> int | None:

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -274,3 +275,11 @@ def test_a_data_set_that_the_hub_does_not_give_needs_a_file(
     status, _, error = run_command(tmp_path, "data", "prepare", "gsm8k")
     assert status != 0
     assert "'openai/gsm8k'" in error and "pass --from FILE" in error
+
+
+def test_the_help_lists_every_data_set(tmp_path: Path) -> None:
+    _, text, _ = run_command(tmp_path, "data", "prepare", "--help")
+    training, _, evaluation = " ".join(text.split()).partition("For evaluation: ")
+    for name, source in SOURCES.items():
+        part = training if source.role == "training" else evaluation
+        assert re.search(rf"\b{name}[,.]", part), name
