@@ -168,6 +168,7 @@ def make_group(tokens_each: int, group_size: int = GROUP_SIZE) -> GroupFinished:
         prompt_token_ids=rng.integers(0, VOCABULARY, PROMPT_TOKENS).astype(np.int32),
         lengths=np.full(group_size, tokens_each, np.int32),
         rewards=(np.arange(group_size) < group_size // 2).astype(np.float32),
+        passed=(np.arange(group_size) < group_size // 2).astype(np.int32),
         cut=np.zeros(group_size, np.int32),
         token_ids=rng.integers(0, VOCABULARY, total).astype(np.int32),
         logprobs=-rng.random(total).astype(np.float32),

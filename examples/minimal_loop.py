@@ -116,7 +116,7 @@ async def act(
             counts.stale += work.num_tokens
             continue
         screening = work.completions[: config.gate.num_screening]
-        counts.pass_rates.append(sum(each.reward for each in screening) / len(screening))
+        counts.pass_rates.append(sum(each.passed for each in screening) / len(screening))
         if isinstance(result, Group):
             buffer.put(result)
         else:

@@ -3,7 +3,6 @@
 Shape legend: P prompt tokens, T completion tokens.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -17,12 +16,14 @@ Float32Array = NDArray[np.float32]
 FinishReason = Literal["stop", "length", "abort"]
 WeightBackend = Literal["gloo", "nccl", "ipc"]
 
+VerifierOutcome = Literal["scored", "timeout", "error"]
+"""Of the verification of one completion."""
+
 PASS_REWARD = 1.0
-"""A completion passes when its reward reaches this; partial credit is not a pass."""
-
-
-def num_passed(rewards: Iterable[float]) -> int:
-    return sum(reward >= PASS_REWARD for reward in rewards)
+"""A completion passes when the reward that decides this (environments/rewards.py) reaches it;
+partial credit is not a pass."""
+MAX_REWARD = 1e6
+"""Largest magnitude of a reward."""
 
 
 class Phase(StrEnum):
@@ -83,8 +84,17 @@ class Verdict:
     """A verifier's result for one completion."""
 
     reward: float
+    """NaN if the outcome is not `scored`: the reward is then unknown, not 0."""
+    passed: bool
+    """Whether the completion is correct, for the gate, pass rates and accuracy. Format rewards and
+    other bonuses do not change it."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Values that are logged by name: the rewards before weighting, and the parts of each."""
     extracted: str | None = None
     """The answer as the verifier extracted it; human-readable."""
+    outcome: VerifierOutcome = "scored"
+    error: str = ""
+    """Why the completion has no reward; human-readable."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,12 +103,20 @@ class Completion:
 
     sampled: Sampled
     reward: float
+    passed: bool
+    """Whether it is correct; see `Verdict`."""
+    parts: dict[str, float] = field(default_factory=dict)
     extracted: str | None = None
-    """The answer as the verifier extracted it. It is not sent with the group."""
+    """`parts` and `extracted` are those of the verdict. They are not sent with the group."""
 
     @property
     def num_tokens(self) -> int:
         return self.sampled.num_tokens
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether a length limit ended it."""
+        return self.sampled.finish_reason == "length"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +136,7 @@ class Group:
 
     @property
     def num_passed(self) -> int:
-        return num_passed(completion.reward for completion in self.completions)
+        return sum(completion.passed for completion in self.completions)
 
     @property
     def pass_rate(self) -> float:

@@ -1,8 +1,7 @@
 """Records completions that the verifier failed to score, for manual inspection.
 
-Each failed call is one JSON line: prompt id, prompt text, the completions of the call and the
-error. The records are diagnostic only: when the disk is full or missing, records are dropped and
-counted, and the run continues.
+Each completion is one JSON line with its prompt and the error. The records are diagnostic only:
+when the disk is full or missing, records are dropped and counted, and the run continues.
 """
 
 import json
@@ -29,15 +28,21 @@ class FailedCompletions:
         self._max_file_bytes = max_file_bytes
         self._lock = threading.Lock()
 
-    def record(self, prompt: Prompt, completions: Sequence[str], error: str) -> None:
-        """Write one record atomically. Blocks on disk I/O; thread-safe."""
-        record = {
-            "prompt_id": prompt.prompt_id,
-            "held_out": prompt.held_out,
-            "prompt": _truncate(prompt.text),
-            "completions": [_truncate(text) for text in completions],
-            "error": error,
-        }
+    def record(self, prompt: Prompt, errors: Sequence[tuple[str, str]]) -> None:
+        """Write one record, atomically, for each completion and error. Blocks on disk I/O;
+        thread-safe."""
+        for completion, error in errors:
+            self._record(
+                {
+                    "prompt_id": prompt.prompt_id,
+                    "held_out": prompt.held_out,
+                    "prompt": _truncate(prompt.text),
+                    "completion": _truncate(completion),
+                    "error": error,
+                }
+            )
+
+    def _record(self, record: dict[str, object]) -> None:
         line = json.dumps(record, ensure_ascii=True).encode() + b"\n"
         with self._lock:
             try:

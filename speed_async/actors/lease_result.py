@@ -28,6 +28,8 @@ def result_message(
             num_passed=work.num_passed,
             num_completions=num_completions,
             num_truncated=work.num_truncated,
+            num_truncated_passed=work.num_truncated_passed,
+            num_unscored=len(work.unscored),
             num_tokens=num_tokens,
             oldest_version=work.oldest_version or 0,
             newest_version=work.newest_version,
@@ -38,6 +40,7 @@ def result_message(
         num_passed=work.num_passed,
         num_completions=num_completions,
         num_truncated=work.num_truncated,
+        num_truncated_passed=work.num_truncated_passed,
         num_tokens=num_tokens,
         counts=counts,
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from speed_async.actors.engine import Engine
 from speed_async.actors.lease_result import result_message
-from speed_async.actors.rollout import Aborted, LeaseProgress, Rollout
+from speed_async.actors.rollout import Aborted, LeaseProgress, Rollout, UnscoredCompletions
 from speed_async.actors.running_leases import RunningLeases
 from speed_async.actors.sample_selector import SampleSelector
 from speed_async.config.schema import Config
@@ -159,6 +159,8 @@ class ActorLoop:
             if not self._draining:
                 raise
             result = m.DRAINED
+        except UnscoredCompletions as error:
+            result = str(error)
         except TaskError as error:
             result = f"verifier: {error}"
         except ModelError as error:

@@ -20,7 +20,7 @@ from speed_async.types import (
     Prompt,
     Sampled,
     Verdict,
-    num_passed,
+    VerifierOutcome,
 )
 
 PRIORITY = {Phase.EVALUATION: 0, Phase.CONTINUATION: 1, Phase.SCREENING: 2}
@@ -28,13 +28,19 @@ PRIORITY = {Phase.EVALUATION: 0, Phase.CONTINUATION: 1, Phase.SCREENING: 2}
 
 
 class Scorer(Protocol):
-    """Scores all completions of one prompt's phase; raises TaskError (environments/verifier.py)."""
+    """Scores all completions of one prompt's phase; raises TaskError if the verifier itself is
+    broken (environments/verifier.py)."""
 
     async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]: ...
 
 
 class Aborted(Exception):
     """The engine aborted a completion: the actor drains, or the group is too stale to train on."""
+
+
+class UnscoredCompletions(TaskError):
+    """Completions of a training group have no verdict, so the group has neither a gate decision nor
+    baselines. The text begins with `verifier timeout:` or `verifier error:`."""
 
 
 @dataclass(slots=True)
@@ -46,6 +52,10 @@ class LeaseProgress:
     """All samples, in the order in which they finished."""
     completions: list[Completion] = field(default_factory=list)
     """Scored completions, in the order in which they were requested."""
+    unscored: list[Verdict] = field(default_factory=list)
+    """Verdicts of the completions that the verifier could not score."""
+    verified: list[tuple[Sampled, VerifierOutcome]] = field(default_factory=list)
+    """Completions that the verifier was called for."""
     num_tokens: int = 0
     """Total tokens of `samples`; cached, because every message's counts include it."""
     num_waiting: int = 0
@@ -71,12 +81,16 @@ class LeaseProgress:
 
     @property
     def num_passed(self) -> int:
-        return num_passed(completion.reward for completion in self.completions)
+        return sum(completion.passed for completion in self.completions)
 
     @property
     def num_truncated(self) -> int:
         """Completions truncated by a length limit."""
         return sum(sample.finish_reason == "length" for sample in self.samples)
+
+    @property
+    def num_truncated_passed(self) -> int:
+        return sum(each.passed and each.is_truncated for each in self.completions)
 
     def add(self, sample: Sampled) -> None:
         self.samples.append(sample)
@@ -95,7 +109,7 @@ class Rollout:
         *,
         failures: FailedCompletions | None = None,
     ) -> None:
-        """`failures` records completions that could not be scored."""
+        """`failures` records the completions that could not be scored."""
         self._config = config
         self._engine = engine
         self._scorer = scorer
@@ -106,7 +120,8 @@ class Rollout:
         """The group, or None: the gate rejected the prompt, or the lease is an evaluation. `work`
         then has the outcome.
 
-        Raises TaskError (verifier), ModelError (unusable prompt) or Aborted.
+        Raises UnscoredCompletions (of a training lease), TaskError (broken verifier), ModelError
+        (unusable prompt) or Aborted.
         """
         tokens = self._codec.encode(prompt.text)
         if work.lease.kind is LeaseKind.EVALUATION:
@@ -161,19 +176,29 @@ class Rollout:
         verdicts = await self._score(work, prompt, samples)
         # Not `work.samples`, which is in finishing order.
         work.completions += [
-            Completion(sampled=sample, reward=verdict.reward, extracted=verdict.extracted)
+            _completion(sample, verdict)
             for sample, verdict in zip(samples, verdicts, strict=True)
+            if verdict.outcome == "scored"
         ]
+        work.unscored += [verdict for verdict in verdicts if verdict.outcome != "scored"]
+        if work.unscored and is_training:
+            first = work.unscored[0]
+            raise UnscoredCompletions(
+                f"verifier {first.outcome}: {len(work.unscored)} of {len(samples)} completions of "
+                f"training prompt {prompt.prompt_id}: {first.error}"
+            )
 
     async def _score(
         self, work: LeaseProgress, prompt: Prompt, samples: Sequence[Sampled]
     ) -> list[Verdict]:
-        """Verdicts on all samples. Truncated samples get reward 0 without verification."""
-        verdicts = [Verdict(reward=0.0)] * len(samples)
+        """Verdicts on all samples. Truncated samples are not verified, unless the configuration
+        says so."""
+        chosen = self._config.task
+        verdicts = [Verdict(reward=chosen.truncated_reward, passed=False)] * len(samples)
         verified = [
             index
             for index, sample in enumerate(samples)
-            if sample.finish_reason != "length" or self._config.task.score_truncated
+            if sample.finish_reason != "length" or chosen.score_truncated
         ]
         if not verified:
             return verdicts
@@ -182,14 +207,23 @@ class Rollout:
         try:
             scored = await self._scorer.score(prompt, texts)
         except TaskError as error:
-            if self._failures is not None:
-                await asyncio.to_thread(self._failures.record, prompt, texts, str(error))
+            await self._record_failures(prompt, [(text, str(error)) for text in texts])
             raise
         finally:
             work.scoring = False
         for index, verdict in zip(verified, scored, strict=True):
             verdicts[index] = verdict
+            work.verified.append((samples[index], verdict.outcome))
+        pairs = zip(texts, scored, strict=True)
+        await self._record_failures(
+            prompt, [(text, each.error) for text, each in pairs if each.outcome != "scored"]
+        )
         return verdicts
+
+    async def _record_failures(self, prompt: Prompt, errors: Sequence[tuple[str, str]]) -> None:
+        """Record completions with the reasons why they were not scored."""
+        if self._failures is not None and errors:
+            await asyncio.to_thread(self._failures.record, prompt, errors)
 
     async def _generate(self, work: LeaseProgress, request: GenerationRequest) -> Sampled:
         try:
@@ -201,3 +235,13 @@ class Rollout:
         # No await between the engine's return and this line keeps the token counts consistent.
         work.add(sample)
         return sample
+
+
+def _completion(sample: Sampled, verdict: Verdict) -> Completion:
+    return Completion(
+        sampled=sample,
+        reward=verdict.reward,
+        passed=verdict.passed,
+        parts=verdict.parts,
+        extracted=verdict.extracted,
+    )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from speed_async.actors.rollout import LeaseProgress
 from speed_async.transport import messages as m
-from speed_async.types import PASS_REWARD, ActorCounts, Completion, LeaseKind, Prompt
+from speed_async.types import ActorCounts, Completion, LeaseKind, Prompt
 
 
 class SampleSelector:
@@ -25,9 +25,9 @@ class SampleSelector:
         if not work.completions or now_s - self._last_s < self._interval_s:
             return None
         self._last_s = now_s
-        wanted = [c for c in work.completions if (c.reward >= PASS_REWARD) == self._wants_pass]
+        wanted = [c for c in work.completions if c.passed == self._wants_pass]
         selected = (wanted or work.completions)[0]
-        self._wants_pass = selected.reward < PASS_REWARD
+        self._wants_pass = not selected.passed
         return selected
 
     def message(
@@ -46,6 +46,7 @@ class SampleSelector:
             held_out=work.lease.kind is LeaseKind.EVALUATION,
             decision=self._decision(work),
             reward=selected.reward,
+            passed=selected.passed,
             is_extracted=selected.extracted is not None,
             extracted=selected.extracted or "",
             truncated=sampled.finish_reason == "length",

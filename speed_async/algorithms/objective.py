@@ -26,12 +26,12 @@ from speed_async.algorithms.rewards import (
 from speed_async.algorithms.screening import kept
 from speed_async.config.extensions import import_part
 from speed_async.config.schema import Config, ObjectiveConfig
-from speed_async.types import PASS_REWARD, Group
+from speed_async.types import Group
 
 Shaping = Callable[[NDArray[np.int64], int], NDArray[np.float64]]
 """Maps lengths (N,) and the prompt length, in tokens, to values added to the raw rewards (N,)."""
 Selection = Callable[[NDArray[np.bool_], int], NDArray[np.bool_]]
-"""Maps raw passes (N,) and the number of screening samples to a mask of kept completions (N,)."""
+"""Maps passes (N,) and the number of screening samples to a mask of kept completions (N,)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,12 +79,13 @@ def make_objective(config: Config, *, context_length: int | None = None) -> Obje
 def compute_signals(objective: Objective, groups: Sequence[Group]) -> list[GroupSignal]:
     """Advantages, weights and masks for all groups of an update, in order.
 
-    The mask of kept completions follows from raw rewards, as in the gate. Advantages follow from
+    The mask of kept completions follows from what passed, as in the gate. Advantages follow from
     shaped rewards, over kept and dropped completions.
     Raises ValueError when a group or the update has too few completions for the advantage.
     """
     lengths = [np.array([c.num_tokens for c in g.completions], np.int64) for g in groups]
     raw = [np.array([c.reward for c in group.completions], np.float64) for group in groups]
+    passed = [np.array([c.passed for c in group.completions], np.bool_) for group in groups]
     shaped = [
         raw_N + objective.shaping(lengths_N, len(group.prompt_token_ids))
         for group, raw_N, lengths_N in zip(groups, raw, lengths, strict=True)
@@ -93,10 +94,14 @@ def compute_signals(objective: Objective, groups: Sequence[Group]) -> list[Group
         GroupSignal(
             advantages_N=advantages_N,
             weights_N=weights_N,
-            kept_N=objective.selection(raw_N >= PASS_REWARD, group.num_screening),
+            kept_N=objective.selection(passed_N, group.num_screening),
         )
-        for group, raw_N, advantages_N, weights_N in zip(
-            groups, raw, objective.advantages(shaped), objective.aggregation(lengths), strict=True
+        for group, passed_N, advantages_N, weights_N in zip(
+            groups,
+            passed,
+            objective.advantages(shaped),
+            objective.aggregation(lengths),
+            strict=True,
         )
     ]
 

@@ -29,10 +29,10 @@ def kept(
     Proof of unbiasedness: given the other samples, the gate is open and i is kept either for both
     outcomes of i or for neither. A kept y_i is therefore distributed as under the policy, and its
     score-function estimate, with a baseline of the others, has the correct expectation. The gate
-    uses only pass or fail, so this also holds for shaped and fractional rewards. `passed` must be
-    computed from the raw reward, as in the gate, never from the shaped reward.
+    uses only pass or fail, so this also holds for weighted, shaped and fractional rewards. `passed`
+    must be what the gate counted, never a threshold on a weighted or shaped reward.
 
-    Args: passed (N,), whether the raw reward of each completion reached PASS_REWARD.
+    Args: passed (N,), whether each completion passed (types.py).
     """
     kept_N = np.ones(len(passed), dtype=np.bool_)
     if choice == "none":

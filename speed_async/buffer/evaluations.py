@@ -9,19 +9,25 @@ from speed_async.config.schema import EvaluateConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accuracy:
-    """Mean pass rate over all held-out prompts, and the policy versions that sampled them."""
+    """Mean pass rate of the held-out completions that the verifier scored, and the policy versions
+    that sampled them."""
 
     policy_version: int
     """The version under evaluation."""
     num_passed: int
     num_completions: int
+    """Scored completions."""
+    num_unscored: int
+    """Completions without a verdict, because the verifier timed out or failed. They count neither
+    as passed nor as failed."""
     oldest_version: int | None
     """Oldest and newest version of the tokens; None when there are none."""
     newest_version: int | None
 
     @property
     def accuracy(self) -> float:
-        return self.num_passed / self.num_completions
+        """0 if no completion was scored."""
+        return self.num_passed / max(self.num_completions, 1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,14 +98,18 @@ class EvaluationPlan:
         num_completions: int,
         oldest_version: int | None,
         newest_version: int | None,
+        *,
+        num_unscored: int = 0,
     ) -> Accuracy | None:
-        """Record the result of one prompt; returns the accuracy after the last one."""
+        """Record the result of one prompt, with `num_completions` scored completions; returns the
+        accuracy after the last one."""
         assert self._state.target is not None, "no evaluation is running"
         self._state.results.append(
             Accuracy(
                 policy_version=self._state.target,
                 num_passed=num_passed,
                 num_completions=num_completions,
+                num_unscored=num_unscored,
                 oldest_version=oldest_version,
                 newest_version=newest_version,
             )
@@ -111,6 +121,7 @@ class EvaluationPlan:
             policy_version=self._state.target,
             num_passed=sum(each.num_passed for each in self._state.results),
             num_completions=sum(each.num_completions for each in self._state.results),
+            num_unscored=sum(each.num_unscored for each in self._state.results),
             oldest_version=min(
                 _known(each.oldest_version for each in self._state.results), default=None
             ),

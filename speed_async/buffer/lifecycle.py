@@ -137,7 +137,8 @@ class Lifecycle:
 
         After a drain, the prompt is requeued. A prompt that failed would fail again, so it is
         skipped until its next epoch, and retired if the model cannot accept it. In an evaluation
-        it counts as not passed. Returns the accuracy if this result completes the evaluation.
+        the completions of a prompt that the model cannot accept count as not passed, others as
+        unscored. Returns the accuracy if this result completes the evaluation.
         """
         entry = self._end_lease(holder, message.lease_id, message.num_tokens)
         if entry is None:
@@ -161,7 +162,10 @@ class Lifecycle:
         version = self._evaluations.target_version
         if training or version is None or entry.expired:
             return None
-        return self._evaluations.record(0, entry.lease.num_samples, None, None)
+        num_samples = entry.lease.num_samples
+        if kind == m.UNUSABLE:
+            return self._evaluations.record(0, num_samples, None, None)
+        return self._evaluations.record(0, 0, None, None, num_unscored=num_samples)
 
     def evaluated(self, holder: str, message: m.Evaluated) -> Accuracy | None:
         entry = self._end_lease(holder, message.lease_id, message.num_tokens)
@@ -173,9 +177,10 @@ class Lifecycle:
         has_tokens = message.num_tokens > 0
         return self._evaluations.record(
             message.num_passed,
-            message.num_completions,
+            message.num_completions - message.num_unscored,
             message.oldest_version if has_tokens else None,
             message.newest_version if has_tokens else None,
+            num_unscored=message.num_unscored,
         )
 
     def expire(self, before_s: float) -> int:

@@ -12,7 +12,7 @@ from speed_async.errors import ProtocolError
 from speed_async.transport import messages as m
 from speed_async.transport.groups import GroupBounds, GroupStats, validate_group
 from speed_async.transport.joining import Join
-from speed_async.types import ActorCounts
+from speed_async.types import MAX_REWARD, ActorCounts
 
 MAX_COUNT = 2**53
 """Largest count; floats represent all integers up to it."""
@@ -81,6 +81,11 @@ class PayloadRules:
                 yield from self._token_faults(message)
             case m.Evaluated():
                 yield from _passed_faults(message)
+                if message.num_passed + message.num_unscored > message.num_completions:
+                    yield (
+                        f"{message.num_passed} passed and {message.num_unscored} unscored of "
+                        f"{message.num_completions} completions"
+                    )
                 if message.num_completions != self._num_evaluated:
                     yield f"num_completions must be evaluate.num_samples = {self._num_evaluated}"
                 yield from self._token_faults(message)
@@ -91,8 +96,8 @@ class PayloadRules:
             case m.Sample():
                 if message.decision not in DECISIONS:
                     yield f"decision {message.decision[:20]!r} is not one of {DECISIONS}"
-                if message.reward > 1:
-                    yield f"reward = {message.reward} is above 1"
+                if not abs(message.reward) <= MAX_REWARD:
+                    yield f"reward = {message.reward} is out of range"
                 if message.num_tokens > self._max_tokens:
                     yield f"num_tokens = {message.num_tokens} is more than a completion has"
                 if message.policy_version > policy_version:
@@ -154,7 +159,8 @@ def _plain_faults(message: m.Message) -> Iterator[str]:
                 yield f"{name} has an id that is out of range"
         elif not 0 <= value <= MAX_COUNT:
             may_fail = isinstance(message, m.WeightsApplied) and name == "policy_version"
-            if not (may_fail and value == -1):  # -1: the version was not applied
+            is_reward = isinstance(message, m.Sample) and name == "reward"
+            if not is_reward and not (may_fail and value == -1):  # -1: it was not applied
                 yield f"{name} = {value} is out of range"
 
 
@@ -181,6 +187,8 @@ def _passed_faults(message: m.LeaseScored) -> Iterator[str]:
         yield f"{message.num_passed} of {message.num_completions} completions passed"
     if message.num_truncated > message.num_completions:
         yield f"{message.num_truncated} of {message.num_completions} completions truncated"
+    if message.num_truncated_passed > min(message.num_truncated, message.num_passed):
+        yield f"{message.num_truncated_passed} truncated completions passed, more than either"
 
 
 def _metric_faults(name: str, metrics: dict[str, float]) -> Iterator[str]:

@@ -25,6 +25,7 @@ Algorithm = Literal[
 ADVANTAGES = ("rloo", "grpo", "dr_grpo", "batch")
 POLICY_LOSSES = ("policy_gradient", "ppo_clip", "cispo", "gspo")
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Reward = Annotated[float, Field(ge=-1e6, le=1e6)]  # MAX_REWARD of types.py, which needs numpy
 
 
 class Section(BaseModel):
@@ -68,8 +69,10 @@ class TaskConfig(Section):
     answer is not one whole number is rejected (environments/whole_number.py). `math`: as values of
     mathematical expressions, exactly, then by math-verify (docs/verifier.md)."""
     score_truncated: bool = False
-    """Whether a completion truncated by a length limit is scored like any other. False: its reward
-    is 0 in training and evaluation, regardless of its text."""
+    """Whether a completion truncated by a length limit is scored like any other. False: it does not
+    pass, in training and evaluation, and its reward is `truncated_reward`, whatever its text."""
+    truncated_reward: Reward = 0.0
+    """Reward of a truncated completion that is not scored (`score_truncated`)."""
     num_prompts: PositiveInt = 4096
     """Number of training prompts to generate (tasks that generate prompts)."""
     num_held_out: PositiveInt = 256

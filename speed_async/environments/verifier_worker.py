@@ -14,7 +14,7 @@ import numpy as np
 
 from speed_async.environments.task import Task
 from speed_async.errors import SpeedAsyncError
-from speed_async.types import Prompt, Verdict
+from speed_async.types import PASS_REWARD, Prompt, Verdict
 
 MakeTask = Callable[[], Task]
 Reply = list[Verdict] | str
@@ -70,7 +70,9 @@ def score_all(task: Task, prompt: Prompt, completions: Sequence[str]) -> Reply:
         if extracted is not None and not isinstance(extracted, str):
             return f"extracted {_shown_result(extracted)}, which is neither a string nor None"
         excerpt = None if extracted is None else str(extracted[:MAX_EXTRACTED_CHARS])
-        verdicts.append(Verdict(reward=float(reward), extracted=excerpt))
+        verdicts.append(
+            Verdict(reward=float(reward), passed=reward >= PASS_REWARD, extracted=excerpt)
+        )
     return verdicts
 
 

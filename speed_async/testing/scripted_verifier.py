@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from speed_async.types import Prompt, Verdict
+from speed_async.types import PASS_REWARD, Prompt, Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,4 +21,5 @@ class ScriptedVerifier:
 
     async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
         self.calls.append(VerifierCall(prompt=prompt, completions=tuple(completions)))
-        return [Verdict(reward=self._reward(prompt, completion)) for completion in completions]
+        rewards = [self._reward(prompt, completion) for completion in completions]
+        return [Verdict(reward=reward, passed=reward >= PASS_REWARD) for reward in rewards]

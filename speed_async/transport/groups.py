@@ -9,7 +9,7 @@ import numpy as np
 
 from speed_async.errors import ProtocolError
 from speed_async.transport.messages import GroupFinished
-from speed_async.types import PASS_REWARD, ActorCounts, Completion, Group, Sampled
+from speed_async.types import MAX_REWARD, ActorCounts, Completion, Group, Sampled
 
 MAX_LOGPROB = 1e-4
 """Tolerance above 0 for rounding errors of engines."""
@@ -34,6 +34,7 @@ def pack_group(group: Group, counts: ActorCounts) -> GroupFinished:
     """Build the message that reports `group`, with the current `counts` of the actor."""
     samples = [completion.sampled for completion in group.completions]
     rewards = [completion.reward for completion in group.completions]
+    passed = [completion.passed for completion in group.completions]
     return GroupFinished(
         counts=counts,
         lease_id=group.lease_id,
@@ -42,6 +43,7 @@ def pack_group(group: Group, counts: ActorCounts) -> GroupFinished:
         prompt_token_ids=group.prompt_token_ids,  # (P,)
         lengths=np.array([sampled.num_tokens for sampled in samples], np.int32),  # (N,)
         rewards=np.array(rewards, np.float32),  # (N,)
+        passed=np.array(passed, np.int32),  # (N,)
         cut=np.array([sampled.finish_reason == "length" for sampled in samples], np.int32),  # (N,)
         token_ids=np.concatenate([sampled.token_ids for sampled in samples]),  # (S,)
         logprobs=np.concatenate([sampled.logprobs for sampled in samples]),  # (S,)
@@ -57,8 +59,9 @@ class GroupStats:
     num_passed: int
     screening_pass_rate: float | None
     num_rewarded: int
-    """Completions with a reward above 0."""
+    """Completions that passed or have a reward above 0."""
     num_truncated: int
+    num_truncated_passed: int
     lowest_reward: float
     highest_reward: float
     oldest_version: int
@@ -86,14 +89,15 @@ def validate_group(message: GroupFinished, bounds: GroupBounds = NO_BOUNDS) -> G
     versions = message.policy_versions
     oldest = int(_smallest(versions))
     rewards = message.rewards.tolist()
-    passed = [reward >= PASS_REWARD for reward in rewards]
+    passed, cut = message.passed.tolist(), message.cut.tolist()
     num_screening = message.num_screening
     return GroupStats(
         num_completions=len(passed),
         num_passed=sum(passed),
         screening_pass_rate=sum(passed[:num_screening]) / num_screening if num_screening else None,
-        num_rewarded=sum(reward > 0.0 for reward in rewards),
-        num_truncated=sum(message.cut.tolist()),
+        num_rewarded=sum(map(_is_rewarded, rewards, passed)),
+        num_truncated=sum(cut),
+        num_truncated_passed=sum(map(int.__and__, passed, cut)),
         lowest_reward=min(rewards),
         highest_reward=max(rewards),
         oldest_version=oldest,
@@ -118,9 +122,15 @@ def unpack_group(message: GroupFinished) -> Group:
                 finish_reason="length" if cut else "stop",
             ),
             reward=reward,
+            passed=passed == 1,
         )
-        for start, end, reward, cut in zip(
-            starts, ends, message.rewards.tolist(), message.cut.tolist(), strict=True
+        for start, end, reward, passed, cut in zip(
+            starts,
+            ends,
+            message.rewards.tolist(),
+            message.passed.tolist(),
+            message.cut.tolist(),
+            strict=True,
         )
     )
     return Group(
@@ -130,6 +140,10 @@ def unpack_group(message: GroupFinished) -> Group:
         completions=completions,
         num_screening=message.num_screening,
     )
+
+
+def _is_rewarded(reward: float, passed: int) -> bool:
+    return passed == 1 or reward > 0.0
 
 
 _smallest, _largest = np.minimum.reduce, np.maximum.reduce
@@ -152,7 +166,8 @@ def _first_fault(message: GroupFinished, bounds: GroupBounds, newest: int) -> st
     faster as lists.
     """
     num_tokens = len(message.token_ids)
-    lengths, rewards, cut = message.lengths.tolist(), message.rewards.tolist(), message.cut.tolist()
+    lengths, rewards = message.lengths.tolist(), message.rewards.tolist()
+    passed, cut = message.passed.tolist(), message.cut.tolist()
     if not lengths:
         return "expected at least one completion"
     if not num_tokens:
@@ -169,20 +184,22 @@ def _first_fault(message: GroupFinished, bounds: GroupBounds, newest: int) -> st
         return f"a completion is longer than actors.max_new_tokens = {bounds.completion_tokens}"
     if len(rewards) != len(lengths):
         return "expected one reward per completion"
-    if len(cut) != len(lengths) or not _CUT_VALUES.issuperset(cut):
+    if len(passed) != len(lengths) or not _FLAGS.issuperset(passed):
+        return "expected one passed value (0 or 1) per completion"
+    if len(cut) != len(lengths) or not _FLAGS.issuperset(cut):
         return "expected one cut value (0 or 1) per completion"
     if len(message.logprobs) != num_tokens:
         return "expected one logprob per token"
     if len(message.policy_versions) != num_tokens:
         return "expected one policy version per token"
-    if not all(0.0 <= reward <= 1.0 for reward in rewards):
-        return "expected rewards in [0, 1]"
+    if not all(-MAX_REWARD <= reward <= MAX_REWARD for reward in rewards):
+        return f"expected rewards in [-{MAX_REWARD:g}, {MAX_REWARD:g}]"
     if not _are_logprobs(message.logprobs):
         return "expected logprobs finite and <= 0"
     return _token_fault(message, bounds, newest)
 
 
-_CUT_VALUES = frozenset((0, 1))
+_FLAGS = frozenset((0, 1))
 
 
 def _token_fault(message: GroupFinished, bounds: GroupBounds, newest: int) -> str | None:

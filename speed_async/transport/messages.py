@@ -14,7 +14,7 @@ from typing import Annotated
 
 from speed_async.types import ActorCounts, Float32Array, Int32Array, WeightBackend, WeightOffer
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 MAX_PROSE_CHARS = 4096
 Prose = Annotated[str, "prose"]
 """Text for people, of any length and content. Encoding cuts out the middle of a longer one and
@@ -88,7 +88,8 @@ class GroupFinished(Counted):
     num_screening: int
     prompt_token_ids: Int32Array  # (P,)
     lengths: Int32Array  # (N,)
-    rewards: Float32Array  # (N,)
+    rewards: Float32Array  # (N,) of any sign
+    passed: Int32Array  # (N,) 1 if the completion passed, else 0
     cut: Int32Array  # (N,) 1 if the completion was truncated by a length limit, else 0
     token_ids: Int32Array  # (S,)
     logprobs: Float32Array  # (S,)
@@ -118,6 +119,8 @@ class LeaseScored(LeaseEnded):
     num_passed: int
     num_truncated: int
     """Completions truncated by a length limit."""
+    num_truncated_passed: int = 0
+    """Those of them that passed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +132,8 @@ class ScreenedOut(LeaseScored):
 class Evaluated(LeaseScored):
     """A held-out prompt was sampled and scored."""
 
+    num_unscored: int = 0
+    """Completions without a verdict (timeout or error of the verifier); none of them passed."""
     oldest_version: int
     """Oldest policy version of the tokens; 0 if there are no tokens."""
     newest_version: int
@@ -146,6 +151,7 @@ class Sample(Counted):
     held_out: bool
     decision: str
     reward: float
+    passed: bool
     is_extracted: bool
     extracted: Prose
     truncated: bool

@@ -67,6 +67,7 @@ def make_group(
         prompt_token_ids=np.array([5, 6], np.int32),
         lengths=np.full(len(rewards), tokens_each, np.int32),
         rewards=np.array(rewards, np.float32),
+        passed=np.array([reward >= 1 for reward in rewards], np.int32),
         cut=np.zeros(len(rewards), np.int32),
         token_ids=np.arange(total, dtype=np.int32),
         logprobs=np.full(total, -0.5, np.float32),

@@ -78,6 +78,7 @@ def make_completion(
             finish_reason=finish_reason,
         ),
         reward=reward,
+        passed=reward >= 1.0,
     )
 
 

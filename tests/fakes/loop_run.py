@@ -27,7 +27,7 @@ from speed_async.testing.scripted_engine import ScriptedEngine
 from speed_async.transport import messages as m
 from speed_async.transport.feed import FeedPublisher
 from speed_async.transport.session import SessionLink
-from speed_async.types import Group, Int32Array, Prompt, Verdict
+from speed_async.types import PASS_REWARD, Group, Int32Array, Prompt, Verdict
 from speed_async.weight_sync.canary_check import Canary
 
 NUM_PROMPTS = 30
@@ -76,9 +76,10 @@ class InlineVerifier:
         await asyncio.sleep(0)
         if self.on_score is not None:
             await self.on_score()
+        rewards = [self.task.score(prompt, text) for text in completions]
         return [
-            Verdict(reward=self.task.score(prompt, text), extracted=self.task.extract(text))
-            for text in completions
+            Verdict(reward=reward, passed=reward >= PASS_REWARD, extracted=self.task.extract(text))
+            for reward, text in zip(rewards, completions, strict=True)
         ]
 
 

@@ -8,6 +8,7 @@ SAMPLE_KEYS = {
     "held_out",
     "decision",
     "reward",
+    "passed",
     "extracted",
     "truncated",
     "num_tokens",

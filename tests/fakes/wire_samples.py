@@ -19,6 +19,7 @@ def group_message(**changes: object) -> GroupFinished:
         prompt_token_ids=np.array([1, 2, 3], np.int32),
         lengths=np.array([2, 1], np.int32),
         rewards=np.array([1.0, 0.0], np.float32),
+        passed=np.array([1, 0], np.int32),
         cut=np.array([1, 0], np.int32),
         token_ids=np.array([10, 11, 12], np.int32),
         logprobs=np.array([-0.5, -0.25, -2.0], np.float32),

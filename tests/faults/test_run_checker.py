@@ -189,6 +189,7 @@ def finished_group(number: int) -> m.GroupFinished:
         prompt_token_ids=np.array([7], np.int32),
         lengths=np.array([2, 1], np.int32),
         rewards=np.array([0, 1], np.float32),
+        passed=np.array([0, 1], np.int32),
         cut=np.zeros(2, np.int32),
         token_ids=np.array([4, 5, 6], np.int32),
         logprobs=np.zeros(3, np.float32),

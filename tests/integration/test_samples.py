@@ -27,6 +27,7 @@ SAMPLE = m.Sample(
     held_out=False,
     decision="continued",
     reward=1.0,
+    passed=True,
     is_extracted=True,
     extracted="7",
     truncated=False,
@@ -44,7 +45,7 @@ def completion(reward: float, *, truncated: bool = False) -> Completion:
         policy_versions=np.array([4, 5], np.int32),
         finish_reason="length" if truncated else "stop",
     )
-    return Completion(sampled=sampled, reward=reward)
+    return Completion(sampled=sampled, reward=reward, passed=reward >= 1.0)
 
 
 def work(*rewards: float) -> LeaseProgress:

@@ -80,6 +80,7 @@ def sample_event(actor: str, sample: Sample, wall_s: float) -> Event:
         "held_out": sample.held_out,
         "decision": sample.decision,
         "reward": sample.reward,
+        "passed": sample.passed,
         "extracted": sample.extracted if sample.is_extracted else None,
         "truncated": sample.truncated,
         "num_tokens": sample.num_tokens,
@@ -215,6 +216,7 @@ def evaluation_values(accuracy: Accuracy) -> dict[str, Value]:
         "policy_version": accuracy.policy_version,
         "num_passed": accuracy.num_passed,
         "num_completions": accuracy.num_completions,
+        "num_unscored": accuracy.num_unscored,
         "oldest_version": accuracy.oldest_version,
         "newest_version": accuracy.newest_version,
     }

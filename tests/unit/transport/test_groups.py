@@ -35,9 +35,9 @@ def test_groups_round_trip():
         prompt_id=11,
         prompt_token_ids=np.array([1, 2, 3], np.int32),
         completions=(
-            Completion(sampled=sampled([10, 11], [-0.5, -0.25], [4, 5]), reward=1.0),
-            Completion(sampled=sampled([], [], [], "abort"), reward=0.0),
-            Completion(sampled=sampled([12], [-2.0], [5], "length"), reward=0.25),
+            Completion(sampled=sampled([10, 11], [-0.5, -0.25], [4, 5]), reward=1.0, passed=True),
+            Completion(sampled=sampled([], [], [], "abort"), reward=0.0, passed=False),
+            Completion(sampled=sampled([12], [-2.0], [5], "length"), reward=-0.25, passed=True),
         ),
         num_screening=1,
     )
@@ -51,15 +51,17 @@ def test_groups_round_trip():
     unpacked = unpack_group(decode(as_bytes(message)))  # type: ignore
     assert (unpacked.lease_id, unpacked.prompt_id, unpacked.num_screening) == (7, 11, 1)
     assert unpacked.prompt_token_ids.tolist() == [1, 2, 3]
-    assert [one.reward for one in unpacked.completions] == [1.0, 0.0, 0.25]
+    assert [one.reward for one in unpacked.completions] == [1.0, 0.0, -0.25]
+    assert [one.passed for one in unpacked.completions] == [True, False, True]
     token_ids = [one.sampled.token_ids.tolist() for one in unpacked.completions]
     assert token_ids == [[10, 11], [], [12]]
     assert unpacked.completions[0].sampled.logprobs.tolist() == [-0.5, -0.25]
     assert unpacked.completions[2].sampled.policy_versions.tolist() == [5]
     assert unpacked.oldest_version == 4
     stats = validate_group(message)
-    assert (stats.num_completions, stats.num_passed, stats.oldest_version) == (3, 1, 4)
-    assert stats.pass_rate == unpacked.pass_rate == pytest.approx(1 / 3)
+    assert (stats.num_completions, stats.num_passed, stats.oldest_version) == (3, 2, 4)
+    assert (stats.num_rewarded, stats.num_truncated, stats.num_truncated_passed) == (2, 1, 1)
+    assert stats.pass_rate == unpacked.pass_rate == pytest.approx(2 / 3)
     assert stats.screening_pass_rate == 1.0
     assert stats.mean_version == pytest.approx(14 / 3)
     # Only truncation by a length limit is preserved of the finish reason.
@@ -84,9 +86,11 @@ INT, FLOAT = np.int32, np.float32
         ),
         ({"lengths": np.array([], INT)}, "at least one completion"),
         ({"rewards": np.array([1.0], FLOAT)}, "one reward per completion"),
-        ({"rewards": np.array([1.0, 1.5], FLOAT)}, "rewards in"),
-        ({"rewards": np.array([1.0, -0.5], FLOAT)}, "rewards in"),
+        ({"rewards": np.array([1.0, 2e6], FLOAT)}, "rewards in"),
+        ({"rewards": np.array([1.0, -np.inf], FLOAT)}, "rewards in"),
         ({"rewards": np.array([1.0, np.nan], FLOAT)}, "rewards in"),
+        ({"passed": np.array([1], INT)}, "one passed value"),
+        ({"passed": np.array([1, 2], INT)}, "one passed value"),
         ({"logprobs": np.array([-1.0, -1.0], FLOAT)}, "one logprob per token"),
         ({"logprobs": np.array([-1.0, -1.0, 0.001], FLOAT)}, "logprobs finite"),
         ({"logprobs": np.array([-1.0, -1.0, np.nan], FLOAT)}, "logprobs finite"),

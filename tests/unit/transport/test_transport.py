@@ -371,6 +371,7 @@ def megabyte(number: int) -> GroupFinished:
         prompt_token_ids=one,
         lengths=one,
         rewards=np.array([1.0], np.float32),
+        passed=np.array([1], np.int32),
         cut=np.zeros(1, np.int32),
         token_ids=quarter,
         logprobs=np.array([-1.0], np.float32),
