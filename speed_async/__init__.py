@@ -4,7 +4,13 @@ The public API: `train`, `load_config`, `Config`, and one decorator for each par
 configuration can name (docs/extending.md).
 """
 
-from speed_async.api import register_advantage, register_policy_loss, register_task, train
+from speed_async.api import (
+    register_advantage,
+    register_policy_loss,
+    register_reward,
+    register_task,
+    train,
+)
 from speed_async.config.load import load_config
 from speed_async.config.schema import Config
 
@@ -14,6 +20,7 @@ __all__ = [
     "load_config",
     "register_advantage",
     "register_policy_loss",
+    "register_reward",
     "register_task",
     "train",
 ]

@@ -58,6 +58,16 @@ def register_task(name: str) -> Callable[[F], F]:
     return register("task", name)
 
 
+def register_reward(name: str) -> Callable[[F], F]:
+    """Register a reward function, sync or async, for `task.reward = name` or the `name` of one of
+    `[[task.rewards]]`.
+
+    It is called with the keywords `prompt`, `completion`, `answer` (str) and `metadata` (dict), and
+    returns a number, or a dict with the number as `reward`, optionally `passed` (bool), and other
+    numbers that are logged (environments/rewards.py)."""
+    return register("reward", name)
+
+
 def register_advantage(name: str) -> Callable[[F], F]:
     """Register a function from rewards to advantages (algorithms/advantages.py: one (N,) array per
     group in and out), for `objective.advantage = name`."""

@@ -20,6 +20,7 @@ def check_combinations(config: Config) -> list[ConfigError]:
     """Return an error for every invalid combination."""
     checks = (
         _check_gate,
+        _check_rewards,
         _check_objective,
         _check_buffer,
         _check_lengths,
@@ -93,6 +94,33 @@ def _check_objective(config: Config) -> Iterator[ConfigError]:
             "none",
             "with gate.mode = 'filter' every sample is a screening sample, so training "
             "would use none; set 'unbiased' or 'all'",
+        )
+
+
+def _check_rewards(config: Config) -> Iterator[ConfigError]:
+    task = config.task
+    if task.rewards and task.reward != "correct":
+        yield ConfigError(
+            "task.reward",
+            task.reward,
+            "cannot be set together with task.rewards; add it to them as one more table with its "
+            "name and weight",
+        )
+    labels = [each.label for each in task.weighted_rewards]
+    for label in sorted({each for each in labels if labels.count(each) > 1}):
+        yield ConfigError(
+            "task.rewards",
+            label,
+            "several rewards have this name, which identifies them in metrics; use each once, or "
+            "give functions different names",
+        )
+    if "overlong" in labels:
+        yield ConfigError(
+            "task.rewards",
+            "overlong",
+            "the length of a completion is known in tokens to the learner only, which applies this "
+            "one; set objective.overlong_share (such as 0.1667) and objective.overlong_penalty, "
+            "its weight",
         )
 
 

@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from speed_async.errors import ConfigError
 
-Kind = Literal["task", "advantage", "policy_loss"]
+Kind = Literal["task", "reward", "advantage", "policy_loss"]
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 FORM = "<module>:<name>"
 

@@ -243,6 +243,8 @@ def _expected(error: ErrorDetails) -> str:
 
 def _unknown_key(field: str) -> str:
     section, _, name = field.rpartition(".")
+    if section and section not in all_sections():  # in a list of tables
+        return f"'{name}' is not a key of this table"
     model: type[BaseModel] = all_sections()[section] if section else Config
     known = sorted(model.model_fields)
     close = difflib.get_close_matches(name, known, n=1)

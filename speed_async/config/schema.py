@@ -23,6 +23,7 @@ Algorithm = Literal[
     "speed-dapo",
 ]
 ADVANTAGES = ("rloo", "grpo", "dr_grpo", "batch")
+REWARDS = ("correct", "boxed", "answer_tag", "overlong")
 POLICY_LOSSES = ("policy_gradient", "ppo_clip", "cispo", "gspo")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Reward = Annotated[float, Field(ge=-1e6, le=1e6)]  # MAX_REWARD of types.py, which needs numpy
@@ -57,6 +58,20 @@ class ModelConfig(Section):
     """Wrap each prompt as one user message in the tokenizer's chat template."""
 
 
+class RewardConfig(Section):
+    """One of several rewards (`[[task.rewards]]`)."""
+
+    name: Annotated[str, part_name("reward", *REWARDS)]
+    """As `task.reward`."""
+    weight: float = 1.0
+    """Its factor in the sum. May be negative, for a penalty."""
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics."""
+        return self.name.rpartition(":")[2]
+
+
 class TaskConfig(Section):
     name: Annotated[str, AfterValidator(partial(registered_path, "task"))]
     """`arithmetic`, `jsonl`, `reasoning_gym:<data set>`, or `<module>:<callable>`. `scripted` is
@@ -68,6 +83,13 @@ class TaskConfig(Section):
     ignoring spacing (rules: environments/exact_answer.py). `numeric`: as numbers; a row whose
     answer is not one whole number is rejected (environments/whole_number.py). `math`: as values of
     mathematical expressions, exactly, then by math-verify (docs/verifier.md)."""
+    reward: Annotated[str, part_name("reward", *REWARDS)] = "correct"
+    """`correct`: the task's own score. `boxed`, `answer_tag`: format only
+    (environments/format_rewards.py). `<module>:<function>`: a function of prompt, completion,
+    answer and metadata (docs/extending.md)."""
+    rewards: list[RewardConfig] = Field(default_factory=list)
+    """Several rewards, `[[task.rewards]]` with `name` and `weight`; the reward is their weighted
+    sum. What passes is decided by `correct` if it is one of them, else by the first one."""
     score_truncated: bool = False
     """Whether a completion truncated by a length limit is scored like any other. False: it does not
     pass, in training and evaluation, and its reward is `truncated_reward`, whatever its text."""
@@ -83,6 +105,11 @@ class TaskConfig(Section):
     """Passed to the reasoning-gym data set."""
     seed: NonNegativeInt = 0
     """Seed of the data, separate from `run.seed` so that runs can share their data."""
+
+    @property
+    def weighted_rewards(self) -> tuple[RewardConfig, ...]:
+        """`rewards`, or `reward` alone."""
+        return tuple(self.rewards) or (RewardConfig(name=self.reward),)
 
 
 class GateConfig(Section):

@@ -55,6 +55,8 @@ def _value(value: Any) -> str:
         return repr(value)
     if isinstance(value, date | time):
         return value.isoformat()
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
     if isinstance(value, Mapping):
         pairs = [
             f"{_value(str(key))} = {_value(each)}"

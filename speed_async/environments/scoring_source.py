@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -11,15 +11,18 @@ SCORING_PACKAGES = ("speed_async.environments.", "speed_async.testing.")
 INSTALL_FOLDERS = frozenset({"site-packages", "dist-packages"})
 
 
-def scoring_files(task: object) -> list[Path]:
-    """Source files of the task's classes and of the modules that they import, transitively.
+def scoring_files(task: object, functions: Sequence[Callable[..., object]] = ()) -> list[Path]:
+    """Source files of the task's classes and of these reward functions, and of the modules that
+    they import, transitively.
 
     Of this package, only modules in `environments` and `testing` are included; of user code, only
     modules in the task's folder or its subfolders. Installed packages are excluded.
     """
     found: set[Path] = set()
-    for kind in type(task).__mro__:
-        module = sys.modules.get(kind.__module__)
+    names = [kind.__module__ for kind in type(task).__mro__]
+    names += [origin.__name__ for each in functions if (origin := inspect.getmodule(each))]
+    for name in names:
+        module = sys.modules.get(name)
         if module is not None and module.__name__.partition(".")[0] not in sys.stdlib_module_names:
             path = _file_of(module)
             if path is not None:

@@ -17,6 +17,8 @@ from typing import Self, TypeVar, cast
 from pebble import ProcessExpired, ProcessPool
 from pebble.common.types import MultiprocessingContext
 
+from speed_async.config.schema import RewardConfig
+from speed_async.environments.rewards import CORRECT, unscored
 from speed_async.environments.verifier_worker import (
     MakeTask,
     Reply,
@@ -33,6 +35,9 @@ MAX_ATTEMPTS = 3
 MAX_WORKER_DEATHS = 2
 """Worker deaths during a call before the call fails. One is tolerated, because pebble can
 attribute a death to the previous call, whose reply was still in transit."""
+MAX_FAILED_CALLS = 3
+"""Calls with one completion that may time out or kill their worker before the rest is given up. A
+call of the pool thus takes at most 1 + MAX_FAILED_CALLS time limits, apart from valid calls."""
 STOP_TIMEOUT_S = 15.0
 _GRACE_S = 5.0
 
@@ -54,10 +59,13 @@ class VerifierPool:
         num_workers: int,
         timeout_s: float,
         *,
+        rewards: Sequence[RewardConfig] = CORRECT,
         start_timeout_s: float = 120.0,
     ) -> None:
-        """`timeout_s` limits the scoring time of one call, excluding time in the queue."""
+        """`timeout_s` limits the scoring time of one call, excluding time in the queue; `rewards`
+        are those of the configuration (environments/rewards.py)."""
         self._make = make
+        self._rewards = tuple(rewards)
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
@@ -87,41 +95,67 @@ class VerifierPool:
         self._starter.shutdown(wait=False)
 
     async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
-        """Verdicts on all completions of one prompt, in one round trip.
+        """A verdict for each completion of one prompt, in one round trip.
 
-        Raises TaskError when the verifier raises, exceeds `timeout_s`, kills its process, or
-        returns anything but a finite number in [0, 1] (`extract`: a string or None). Other calls
-        are not affected.
+        Scoring that raises or returns no valid reward is the outcome `error` of its completion.
+        When the call exceeds `timeout_s` or kills its process, its completions are scored one at a
+        time, so that only those at fault are left without a reward. Raises TaskError when nothing
+        can be scored: the pool is closed or broken, or the prompt cannot be sent.
         """
-        reply = await self._score_packed(_pack(prompt, completions), _prompt_name(prompt))
-        if isinstance(reply, str):
-            raise TaskError(f"the verifier of {_prompt_name(prompt)} {reply}")
-        return reply
+        verdicts = await self._score_together(prompt, completions)
+        if isinstance(verdicts, list):
+            return verdicts
+        return [verdicts] if len(completions) == 1 else await self._score_each(prompt, completions)
 
-    async def _score_packed(self, payload: bytes, prompt_name: str) -> Reply:
+    async def _score_each(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
+        """Verdicts of calls with one completion. After MAX_FAILED_CALLS that failed, the rest of the
+        completions share the outcome of the last one, so that a call takes a bounded time."""
+        verdicts: list[Verdict] = []
+        failed: list[Verdict] = []
+        for completion in completions:
+            if len(failed) == MAX_FAILED_CALLS:
+                text = (
+                    f"was not tried after {MAX_FAILED_CALLS} other completions: {failed[-1].error}"
+                )
+                verdicts.append(unscored(failed[-1].outcome, text))
+                continue
+            scored = await self._score_together(prompt, [completion])
+            if not isinstance(scored, list):
+                failed.append(scored)
+                scored = [scored]
+            verdicts += scored
+        return verdicts
+
+    async def _score_together(
+        self, prompt: Prompt, completions: Sequence[str]
+    ) -> list[Verdict] | Verdict:
+        """Verdicts of one call, or a verdict without a reward if the call failed as a whole."""
+        payload, name = _pack(prompt, completions), _prompt_name(prompt)
         num_deaths = 0
         for _ in range(MAX_ATTEMPTS):
             pool = self._pool
             if pool is None:
                 raise TaskError("the verifier pool is not open")
             try:
-                return await self._call(pool, payload)
+                reply = await self._call(pool, payload)
             except BrokenProcessPool:
                 await self._replace(pool)
             except TimeoutError:
-                raise TaskError(
-                    f"the verifier of {prompt_name} did not return within {self._timeout_s:g} s "
-                    "(actors.verifier_timeout_s); its worker was killed"
-                ) from None
+                return unscored(
+                    "timeout",
+                    f"did not return within {self._timeout_s:g} s (actors.verifier_timeout_s); its "
+                    "worker was killed",
+                )
             except ProcessExpired as error:
                 num_deaths += 1
-                if num_deaths < MAX_WORKER_DEATHS:
-                    continue
-                raise TaskError(
-                    f"the verifier of {prompt_name} ended its worker process "
-                    f"(exit code {error.exitcode})"
-                ) from None
-        raise TaskError(f"the verifier pool broke {MAX_ATTEMPTS} times on {prompt_name}")
+                if num_deaths == MAX_WORKER_DEATHS:
+                    text = f"ended its worker process (exit code {error.exitcode})"
+                    return unscored("error", text)
+            else:
+                if isinstance(reply, str):
+                    raise TaskError(f"the verifier of {name} {reply}")
+                return reply
+        raise TaskError(f"the verifier pool broke {MAX_ATTEMPTS} times on {name}")
 
     async def _call(self, pool: ProcessPool, payload: bytes) -> Reply:
         """Raises BrokenProcessPool also when no worker of the pool replies for `_stall_s`."""
@@ -163,7 +197,7 @@ class VerifierPool:
         pool = ProcessPool(
             self._num_workers,
             initializer=start_worker,
-            initargs=(self._make,),
+            initargs=(self._make, self._rewards),
             context=cast(MultiprocessingContext, get_context("spawn")),
         )
         try:

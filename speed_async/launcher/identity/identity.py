@@ -16,6 +16,7 @@ from speed_async import __version__
 from speed_async.config.resumed import fixed_settings
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
+from speed_async.environments.rewards import reward_functions
 from speed_async.environments.scoring_source import scoring_files
 from speed_async.environments.task import Task, fingerprint
 from speed_async.errors import IdentityError
@@ -153,7 +154,8 @@ def _data(config: Config, task: Task) -> IdentityPart:
 
 
 def _scoring(config: Config, task: Task) -> IdentityPart:
-    files = digest_files(scoring_files(task))
+    rewards = reward_functions(config.task.weighted_rewards)
+    files = digest_files(scoring_files(task, rewards))
     parts: dict[str, str | int] = {Path(path).name: found.digest for path, found in files.items()}
     if config.task.name.startswith(GYM):
         parts[GYM_LIBRARY] = importlib.metadata.version(GYM_LIBRARY)

@@ -1,15 +1,16 @@
 """Checks of the task: its data, and that its verifier distinguishes right from empty answers."""
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
+from speed_async.environments.rewards import Rewards, unscored
 from speed_async.environments.task import Task
-from speed_async.environments.verifier_worker import Reply, score_all
-from speed_async.errors import SpeedAsyncError, TaskError
+from speed_async.errors import ConfigError, SpeedAsyncError, TaskError
 from speed_async.launcher.preflight.findings import Findings
-from speed_async.types import Prompt
+from speed_async.types import Prompt, Verdict
 
 NUM_EXAMPLES = 3
 WITHOUT_ANSWERS = frozenset({"scripted"})
@@ -45,45 +46,59 @@ def _check_verifier(
     config: Config, task: Task, examples: list[Prompt], findings: Findings
 ) -> list[float] | None:
     """Score every example and report errors. Returns the scores of the first example."""
+    try:
+        rewards = Rewards(task, config.task.weighted_rewards)
+    except ConfigError as error:
+        findings.errors.append(error)
+        return None
     timeout_s = config.actors.verifier_timeout_s
-    replies: list[list[float]] = []
+    replies: list[list[Verdict]] = []
     for prompt in examples:
-        reply = _score(task, prompt, [prompt.answer, ""], timeout_s)
-        if isinstance(reply, str):
-            text = f"the verifier of training prompt {prompt.prompt_id} {reply}"
-            findings.errors.append(TaskError(f"task.name = {config.task.name!r}: {text}"))
-            return None
-        replies.append([verdict.reward for verdict in reply])
+        reply = _score(rewards, prompt, [prompt.answer, ""], timeout_s)
+        for verdict in reply:
+            if verdict.outcome != "scored":
+                text = f"the verifier of training prompt {prompt.prompt_id} {verdict.error}"
+                findings.errors.append(TaskError(f"task.name = {config.task.name!r}: {text}"))
+                return None
+        replies.append(reply)
+    is_own = [each.name for each in config.task.weighted_rewards] == ["correct"]
+    if is_own:
+        findings.errors += _wrong_rewards(config.task.name, examples, replies)
+    return [verdict.reward for verdict in replies[0]]
+
+
+def _wrong_rewards(
+    name: str, examples: list[Prompt], replies: list[list[Verdict]]
+) -> Iterator[TaskError]:
+    """Errors about the task's own scores of reference answers and of empty completions."""
     answerable = [
         reply for prompt, reply in zip(examples, replies, strict=True) if prompt.answer.strip()
     ]
-    if answerable and not any(right for right, _ in answerable):
-        findings.errors.append(
-            TaskError(
-                f"task.name = {config.task.name!r}: the verifier rejects the reference answer of "
-                f"each of the first {len(examples)} prompts (such as {examples[0].answer!r}), so "
-                "nothing could be learned; correct the answers, or task.match"
-            )
+    if answerable and not any(right.reward for right, _ in answerable):
+        yield TaskError(
+            f"task.name = {name!r}: the verifier rejects the reference answer of each of the first "
+            f"{len(examples)} prompts (such as {examples[0].answer!r}), so nothing could be "
+            "learned; correct the answers, or task.match"
         )
-    rewarded = [prompt for prompt, reply in zip(examples, replies, strict=True) if reply[1] > 0]
-    if rewarded:
-        findings.errors.append(
-            TaskError(
-                f"task.name = {config.task.name!r}: the verifier scores an empty completion "
-                f"{replies[0][1]:g} for training prompt {rewarded[0].prompt_id} (answer "
-                f"{rewarded[0].answer!r}), which a policy would learn to exploit; correct that "
-                "answer"
+    for prompt, (_, empty) in zip(examples, replies, strict=True):
+        if empty.reward > 0:
+            yield TaskError(
+                f"task.name = {name!r}: the verifier scores an empty completion {empty.reward:g} "
+                f"for training prompt {prompt.prompt_id} (answer {prompt.answer!r}), which a policy "
+                "would learn to exploit; correct that answer"
             )
-        )
-    return replies[0]
+            return
 
 
-def _score(task: Task, prompt: Prompt, completions: list[str], timeout_s: float) -> Reply:
+def _score(
+    rewards: Rewards, prompt: Prompt, completions: list[str], timeout_s: float
+) -> list[Verdict]:
     """Score in a daemon thread, which is abandoned if the verifier hangs."""
-    replies: list[Reply] = []
+    replies: list[list[Verdict]] = []
     scoring = threading.Thread(
-        target=lambda: replies.append(score_all(task, prompt, completions)), daemon=True
+        target=lambda: replies.append(rewards.verdicts(prompt, completions)), daemon=True
     )
     scoring.start()
     scoring.join(timeout_s)
-    return replies[0] if replies else f"returned no result within {timeout_s:g} s"
+    late = unscored("timeout", f"returned no result within {timeout_s:g} s")
+    return replies[0] if replies else [late]

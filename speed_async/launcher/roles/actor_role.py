@@ -74,6 +74,7 @@ async def _work(
         partial(make_task, config.task),
         config.actors.verifier_workers,
         config.actors.verifier_timeout_s,
+        rewards=config.task.weighted_rewards,
     )
     folder = Path(config.model.path)
     check_model_folder(folder)

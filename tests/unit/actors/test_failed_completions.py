@@ -86,17 +86,17 @@ def test_completions_that_break_the_verifier_are_recorded(
     assert isinstance(hung, str) and "did not return within 1 s" in hung
     assert isinstance(died, str) and "ended its worker process" in died
     assert isinstance(raised, str) and "ValueError: cannot parse '7 8 6'" in raised
-    assert records(tmp_path / "failed" / "actor-1.jsonl") == [
-        {
-            "prompt_id": number,
-            "held_out": False,
-            "prompt": text,
-            "completions": [f"7 8 {2 * number}", f"7 8 {2 * number + 1}"],
-            "error": error,
-        }
-        for number, text, error in ((1, "hang", hung), (2, "die", died), (3, "raise", raised))
+    assert hung.startswith("verifier timeout: 2 of 2 completions of training prompt 1: ")
+    assert raised.startswith("verifier error: 2 of 2 completions of training prompt 3: ")
+    found = records(tmp_path / "failed" / "actor-1.jsonl")
+    assert [(each["prompt_id"], each["prompt"], each["completion"]) for each in found] == [
+        (number, text, f"7 8 {2 * number + sample}")
+        for number, text in ((1, "hang"), (2, "die"), (3, "raise"))
+        for sample in range(2)
     ]
-    assert (failures.num_recorded, failures.num_dropped) == (3, 0)
+    assert found[0]["error"] == hung.partition("prompt 1: ")[2]
+    assert found[5]["error"] == "raised ValueError: cannot parse '7 8 7'"
+    assert (failures.num_recorded, failures.num_dropped) == (6, 0)
 
 
 def test_file_size_is_bounded_and_keeps_the_first_failures(tmp_path: Path) -> None:
@@ -104,15 +104,15 @@ def test_file_size_is_bounded_and_keeps_the_first_failures(tmp_path: Path) -> No
     prompt = Prompt(prompt_id=0, text="p", answer="")
     first = FailedCompletions(path, max_file_bytes=1000)
     for number in range(20):
-        first.record(prompt, [f"completion {number}"], "no")
+        first.record(prompt, [(f"completion {number}", "no")])
     assert 0 < first.num_recorded < 20
     assert first.num_dropped == 20 - first.num_recorded
     assert path.stat().st_size <= 1000
     second = FailedCompletions(path, max_file_bytes=1000)  # the next incarnation
-    second.record(prompt, ["late " * 100], "no")
+    second.record(prompt, [("late " * 100, "no")])
     assert (second.num_recorded, second.num_dropped) == (0, 1)
-    assert [record["completions"] for record in records(path)] == [
-        [f"completion {number}"] for number in range(first.num_recorded)
+    assert [record["completion"] for record in records(path)] == [
+        f"completion {number}" for number in range(first.num_recorded)
     ]
 
 
@@ -121,34 +121,32 @@ def test_long_text_is_truncated_and_unusual_characters_stay_on_one_line(tmp_path
     failures = FailedCompletions(path)
     failures.record(
         Prompt(prompt_id=0, text="p\n\u2028\ud800", answer="", held_out=True),
-        ["x" * (MAX_TEXT_CHARS + 7)],
-        "no",
+        [("x" * (MAX_TEXT_CHARS + 7), "no")],
     )
     [record] = records(path)
     assert record["prompt"] == "p\n\u2028\ud800"
-    [text] = record["completions"]  # pyright: ignore[reportGeneralTypeIssues]
-    assert text.endswith("x ... (7 more characters)")
+    assert str(record["completion"]).endswith("x ... (7 more characters)")
 
 
 def test_full_disk_drops_the_record_only(tmp_path: Path) -> None:
     path = tmp_path / "failed" / "actor-1.jsonl"
     failures = FailedCompletions(path)
     prompt = Prompt(prompt_id=0, text="p", answer="")
-    failures.record(prompt, ["short"], "no")
+    failures.record(prompt, [("short", "no")])
     before = path.read_bytes()
     # The kernel truncates writes at this size, as on a full disk.
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, hard))
     try:
-        failures.record(prompt, ["long " * 100], "no")
+        failures.record(prompt, [("long " * 100, "no")])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         signal.signal(signal.SIGXFSZ, handler)
     assert (failures.num_recorded, failures.num_dropped) == (1, 1)
     assert path.read_bytes() == before
-    failures.record(prompt, ["after"], "no")
+    failures.record(prompt, [("after", "no")])
     assert len(records(path)) == 2
     invalid_path = FailedCompletions(path / "below" / "a file")
-    invalid_path.record(prompt, ["x"], "no")
+    invalid_path.record(prompt, [("x", "no")])
     assert invalid_path.num_dropped == 1

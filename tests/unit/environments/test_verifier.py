@@ -1,6 +1,7 @@
 """The verifier pool with real processes: verifiers that hang, raise or die, and valid calls."""
 
 import asyncio
+import math
 import os
 import signal
 import subprocess
@@ -14,8 +15,8 @@ from typing import TypeVar
 import pytest
 
 from speed_async.actors.rollout import Scorer
-from speed_async.environments.verifier import VerifierPool
-from speed_async.environments.verifier_worker import MAX_EXTRACTED_CHARS, error_text, score_all
+from speed_async.environments.rewards import MAX_EXTRACTED_CHARS, Rewards, error_text
+from speed_async.environments.verifier import MAX_FAILED_CALLS, VerifierPool
 from speed_async.errors import DataError, TaskError
 from speed_async.testing.scripted_verifier import ScriptedVerifier
 from speed_async.types import Prompt
@@ -58,8 +59,15 @@ async def rewards(pool: Scorer, scored: Prompt, completions: Sequence[str]) -> l
 
 
 async def failure(pool: Scorer, scored: Prompt, completion: str = "x") -> str:
+    """Outcome and error of a completion without a reward."""
+    [verdict] = await pool.score(scored, [completion])
+    assert math.isnan(verdict.reward) and not verdict.passed
+    return f"{verdict.outcome}: {verdict.error}"
+
+
+async def broken(pool: Scorer, scored: Prompt) -> str:
     with pytest.raises(TaskError) as caught:
-        await pool.score(scored, [completion])
+        await pool.score(scored, ["x"])
     return str(caught.value)
 
 
@@ -93,13 +101,13 @@ def test_one_call_scores_all_completions() -> None:
 
 def test_each_failure_is_reported_and_the_pool_recovers() -> None:
     expected = {
-        "raise": "the verifier of training prompt 4 raised ValueError: cannot parse this",
-        "raise timeout": "the verifier of training prompt 4 raised LibraryTimeout: too slow",
-        "system exit": "the verifier of training prompt 4 raised SystemExit: 2",
-        "two": "returned 2.0, which is not a finite number in [0, 1]",
+        "raise": "error: raised ValueError: cannot parse this",
+        "raise timeout": "error: raised LibraryTimeout: too slow",
+        "system exit": "error: raised SystemExit: 2",
+        "two": "error: returned 2.0, which is not a finite number in [0, 1]",
         "nan": "returned nan, which is not",
         "none": "returned a NoneType, which is not",
-        "exit": "the verifier of training prompt 4 ended its worker process (exit code 3)",
+        "exit": "error: ended its worker process (exit code 3)",
     }
 
     async def scenario() -> None:
@@ -151,7 +159,7 @@ def test_hanging_call_fails_and_queued_calls_are_scored() -> None:
             good = [rewards(pool, prompt("sum"), ["7", "1"]) for _ in range(20)]
             assert await asyncio.gather(*good) == [[1.0, 0.0]] * 20
             text = await hanging
-        assert "training prompt 9 did not return within 0.5 s" in text
+        assert text.startswith("timeout: did not return within 0.5 s")
         assert "actors.verifier_timeout_s" in text
 
     run(scenario)
@@ -250,13 +258,13 @@ def test_closing_fails_pending_calls_and_stops_all_processes(tmp_path: Path) -> 
 
     async def scenario() -> None:
         async with VerifierPool(make_faulty, 1, 30.0) as pool:
-            hanging = asyncio.create_task(failure(pool, prompt("pid and hang", str(written))))
-            queued = asyncio.create_task(failure(pool, prompt("sum")))
+            hanging = asyncio.create_task(broken(pool, prompt("pid and hang", str(written))))
+            queued = asyncio.create_task(broken(pool, prompt("sum")))
             await asyncio.to_thread(wait_until, partial(has_text, written))
         assert "was closed" in await hanging
         assert "was closed" in await queued
         assert has_exited(int(written.read_text()))
-        assert "not open" in await failure(pool, prompt("sum"))
+        assert "not open" in await broken(pool, prompt("sum"))
 
     run(scenario)
 
@@ -305,9 +313,37 @@ def test_error_with_broken_str_is_described() -> None:
     assert error_text(BrokenStr()) == "BrokenStr: (no error text)"
 
 
-def test_scoring_stops_at_the_first_failure() -> None:
-    reply = score_all(FaultyTask(), prompt("raise"), ["a", "b"])
-    assert reply == "raised ValueError: cannot parse this"
+def test_an_error_leaves_only_its_completion_without_a_reward() -> None:
+    verdicts = Rewards(FaultyTask()).verdicts(prompt("sum"), ["7", "raise in extract", "8"])
+    assert [verdict.outcome for verdict in verdicts] == ["scored", "error", "scored"]
+    assert [verdict.passed for verdict in verdicts] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"), [("hang in extract", "timeout"), ("exit in extract", "error")]
+)
+def test_completions_beside_a_hanging_or_fatal_one_are_scored(fault: str, outcome: str) -> None:
+    async def scenario() -> None:
+        async with VerifierPool(make_faulty, 1, 1.0) as pool:
+            verdicts = await pool.score(prompt("sum"), ["7", fault, "8", "7"])
+        assert [each.outcome for each in verdicts] == ["scored", outcome, "scored", "scored"]
+        assert [each.passed for each in verdicts] == [True, False, False, True]
+
+    run(scenario)
+
+
+def test_a_call_ends_in_bounded_time_when_all_its_completions_hang() -> None:
+    async def scenario() -> float:
+        async with VerifierPool(make_faulty, 1, 0.3) as pool:
+            started_s = time.monotonic()
+            verdicts = await pool.score(prompt("hang"), [str(number) for number in range(30)])
+            took_s = time.monotonic() - started_s
+        assert {verdict.outcome for verdict in verdicts} == {"timeout"}
+        texts = [verdict.error for verdict in verdicts[MAX_FAILED_CALLS:]]
+        assert all(text.startswith("was not tried after 3 other completions") for text in texts)
+        return took_s
+
+    assert run(scenario) < 30 * 0.3
 
 
 def test_scripted_verifier_uses_its_function_and_records_calls() -> None:

@@ -10,9 +10,8 @@ from speed_async.environments.mathematics import fallback
 from speed_async.environments.mathematics.fallback import is_askable
 from speed_async.environments.mathematics.scoring import same_answer
 from speed_async.environments.registry import make_task
+from speed_async.environments.rewards import Rewards
 from speed_async.environments.verifier import VerifierPool
-from speed_async.environments.verifier_worker import score_all
-from speed_async.errors import TaskError
 from speed_async.types import Verdict
 
 
@@ -74,16 +73,16 @@ def test_an_error_of_math_verify_is_not_a_zero(
 
     monkeypatch.setattr(fallback, "_parsed", fails)
     task = make_task(config)
-    reply = score_all(task, task.train_prompts[0], [r"\boxed{\tan x}"])
-    assert reply == "raised Timeout: slow"
+    [verdict] = Rewards(task).verdicts(task.train_prompts[0], [r"\boxed{\tan x}"])
+    assert (verdict.outcome, verdict.error) == ("error", "raised Timeout: slow")
 
 
-def test_a_call_that_hangs_is_a_task_error(config: TaskConfig) -> None:
+def test_a_completion_that_hangs_is_a_timeout(config: TaskConfig) -> None:
     nested = "\\sin(" * 12 + r"\sqrt[7]{x^5+\tan x}" + ")" * 12
 
     async def scored() -> list[Verdict]:
         async with VerifierPool(partial(make_task, config), 1, 0.01) as pool:
             return await pool.score(make_task(config).train_prompts[0], [rf"\boxed{{{nested}}}"])
 
-    with pytest.raises(TaskError, match="did not return within"):
-        asyncio.run(scored())
+    [verdict] = asyncio.run(scored())
+    assert verdict.outcome == "timeout" and "did not return within" in verdict.error
