@@ -81,10 +81,8 @@ class Rewards:
     def verdicts(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
         """One verdict for each completion, `scored` or `error`. Async rewards run concurrently, the
         others one at a time."""
-        calls = [(reward, completion) for completion in completions for reward in self._rewards]
-        results = [
-            _called(partial(each.function, prompt), completion) for each, completion in calls
-        ]
+        functions = [partial(reward.function, prompt) for reward in self._rewards]
+        results = [_called(each, completion) for completion in completions for each in functions]
         results = self._awaited(results)
         width = len(self._rewards)
         return [
