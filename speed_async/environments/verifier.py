@@ -108,16 +108,15 @@ class VerifierPool:
         return [verdicts] if len(completions) == 1 else await self._score_each(prompt, completions)
 
     async def _score_each(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
-        """Verdicts of calls with one completion. After MAX_FAILED_CALLS that failed, the rest of the
-        completions share the outcome of the last one, so that a call takes a bounded time."""
+        """Verdicts of calls with one completion. After MAX_FAILED_CALLS that failed, the rest
+        shares the outcome of the last one, so that a call takes a bounded time."""
         verdicts: list[Verdict] = []
         failed: list[Verdict] = []
         for completion in completions:
             if len(failed) == MAX_FAILED_CALLS:
-                text = (
-                    f"was not tried after {MAX_FAILED_CALLS} other completions: {failed[-1].error}"
-                )
-                verdicts.append(unscored(failed[-1].outcome, text))
+                last = failed[-1]
+                text = f"was not tried after {MAX_FAILED_CALLS} other completions: {last.error}"
+                verdicts.append(unscored(last.outcome, text))
                 continue
             scored = await self._score_together(prompt, [completion])
             if not isinstance(scored, list):

@@ -21,12 +21,13 @@ not unpickle."""
 _PR_SET_PDEATHSIG = 1
 _NOT_STARTED = "worker was not initialised"
 
-# The rewards of this process. A global, because a pool's initializer cannot pass values to its calls.
+# Those of this process. A global, because a pool's initializer cannot pass values to its calls.
 _worker_rewards: Rewards | str = _NOT_STARTED
 
 
 def start_worker(make: MakeTask, chosen: Sequence[RewardConfig]) -> None:
-    """Initializer of a worker: creates its task and rewards once. An error is reported by the first call."""
+    """Initializer of a worker: creates its task and rewards once. The first call reports an
+    error."""
     global _worker_rewards
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Python handler cannot run during C code

@@ -84,8 +84,8 @@ def _wrong_rewards(
         if empty.reward > 0:
             yield TaskError(
                 f"task.name = {name!r}: the verifier scores an empty completion {empty.reward:g} "
-                f"for training prompt {prompt.prompt_id} (answer {prompt.answer!r}), which a policy "
-                "would learn to exploit; correct that answer"
+                f"for training prompt {prompt.prompt_id} (answer {prompt.answer!r}), which a "
+                "policy would learn to exploit; correct that answer"
             )
             return
 

@@ -332,18 +332,16 @@ def test_completions_beside_a_hanging_or_fatal_one_are_scored(fault: str, outcom
     run(scenario)
 
 
-def test_a_call_ends_in_bounded_time_when_all_its_completions_hang() -> None:
-    async def scenario() -> float:
+def test_few_calls_are_made_when_all_completions_hang() -> None:
+    async def scenario() -> None:
         async with VerifierPool(make_faulty, 1, 0.3) as pool:
-            started_s = time.monotonic()
             verdicts = await pool.score(prompt("hang"), [str(number) for number in range(30)])
-            took_s = time.monotonic() - started_s
         assert {verdict.outcome for verdict in verdicts} == {"timeout"}
-        texts = [verdict.error for verdict in verdicts[MAX_FAILED_CALLS:]]
-        assert all(text.startswith("was not tried after 3 other completions") for text in texts)
-        return took_s
+        texts = [verdict.error for verdict in verdicts]
+        assert all(text.startswith("did not return") for text in texts[:MAX_FAILED_CALLS])
+        assert all(text.startswith("was not tried") for text in texts[MAX_FAILED_CALLS:])
 
-    assert run(scenario) < 30 * 0.3
+    run(scenario)
 
 
 def test_scripted_verifier_uses_its_function_and_records_calls() -> None:
