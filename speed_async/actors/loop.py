@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from speed_async.actors.engine import Engine
 from speed_async.actors.lease_result import result_message
+from speed_async.actors.reward_report import RewardReport
 from speed_async.actors.rollout import Aborted, LeaseProgress, Rollout, UnscoredCompletions
 from speed_async.actors.running_leases import RunningLeases
 from speed_async.actors.sample_selector import SampleSelector
@@ -69,6 +70,7 @@ class ActorLoop:
             clock=clock,
         )
         self._leases = RunningLeases(config.gate, config.actors.slots)
+        self._rewards = RewardReport()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._outbox: asyncio.Queue[m.Message] = asyncio.Queue()
         self._draining = False
@@ -91,6 +93,7 @@ class ActorLoop:
                 await self._drain()
                 await self._await_drained()
                 reporter.cancel()
+                self._enqueue(m.ActorReport(gauges=self._gauges(), counts=self._counts()))
                 self._enqueue(m.Goodbye(counts=self._counts()))
                 await self._outbox.join()
                 await self._link.settle(GOODBYE_TIMEOUT_S)
@@ -172,6 +175,7 @@ class ActorLoop:
 
     def _end_lease(self, work: LeaseProgress, prompt: Prompt, result: Group | str | None) -> None:
         self._leases.remove(work)
+        self._rewards.add(work)
         del self._tasks[work.lease.lease_id]
         self._enqueue(result_message(work, result, self._counts()))
         if not isinstance(result, str):
@@ -210,14 +214,17 @@ class ActorLoop:
     async def _report(self) -> None:
         while True:
             self._request_work()
-            gauges = self._engine.stats.gauges()
-            gauges["uptime_s"] = self._clock() - self._started_s
-            if self._loop_lag_s is not None:
-                gauges["loop_lag_s"] = self._loop_lag_s
-            self._enqueue(m.ActorReport(gauges=gauges, counts=self._counts()))
+            self._enqueue(m.ActorReport(gauges=self._gauges(), counts=self._counts()))
             expected_s = self._clock() + REPORT_INTERVAL_S
             await asyncio.sleep(REPORT_INTERVAL_S)
             self._loop_lag_s = self._clock() - expected_s
+
+    def _gauges(self) -> dict[str, float]:
+        gauges = self._engine.stats.gauges() | self._rewards.gauges()
+        gauges["uptime_s"] = self._clock() - self._started_s
+        if self._loop_lag_s is not None:
+            gauges["loop_lag_s"] = self._loop_lag_s
+        return gauges
 
     def _counts(self) -> ActorCounts:
         return self._leases.counts(self._engine.stats)

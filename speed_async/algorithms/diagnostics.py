@@ -93,7 +93,7 @@ def batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Metrics that depend on the batch only, from raw rewards.
 
     A zero-signal group is a group whose rewards are all equal. `cut_completions` counts completions
-    that reached the length limit.
+    that reached the length limit, `cut_passed` those of them that passed.
     """
     completions = [c for group in groups for c in group.completions]
     num_zero_signal = sum(len({c.reward for c in group.completions}) == 1 for group in groups)
@@ -104,7 +104,8 @@ def batch_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "zero_signal_share": num_zero_signal / len(groups),
         "completion_tokens_mean": float(np.mean([c.num_tokens for c in completions])),
         "empty_completions": float(sum(c.num_tokens == 0 for c in completions)),
-        "cut_completions": float(sum(c.sampled.finish_reason == "length" for c in completions)),
+        "cut_completions": float(sum(c.is_truncated for c in completions)),
+        "cut_passed": float(sum(c.is_truncated and c.passed for c in completions)),
     }
     return metrics | pass_rate_histogram(groups)
 
@@ -131,3 +132,8 @@ def screening_metrics(groups: Sequence[Group], signals: Sequence[GroupSignal]) -
         return {}
     num_dropped = sum(int((~signal.kept_N).sum()) for signal in signals)
     return {"pivotal_share": num_dropped / num_screening}
+
+
+def shaping_metrics(signals: Sequence[GroupSignal]) -> dict[str, float]:
+    """`reward/overlong`: mean of the overlong penalty over the completions, at most 0."""
+    return {"reward/overlong": float(np.mean(np.concatenate([s.shaping_N for s in signals])))}

@@ -51,6 +51,7 @@ class GroupSignal:
     advantages_N: NDArray[np.float64]
     weights_N: NDArray[np.float64]  # factor on each token's loss
     kept_N: NDArray[np.bool_]  # whether the completion enters the gradient
+    shaping_N: NDArray[np.float64]  # what the overlong penalty added to the reward
 
 
 def make_objective(config: Config, *, context_length: int | None = None) -> Objective:
@@ -86,19 +87,22 @@ def compute_signals(objective: Objective, groups: Sequence[Group]) -> list[Group
     lengths = [np.array([c.num_tokens for c in g.completions], np.int64) for g in groups]
     raw = [np.array([c.reward for c in group.completions], np.float64) for group in groups]
     passed = [np.array([c.passed for c in group.completions], np.bool_) for group in groups]
-    shaped = [
-        raw_N + objective.shaping(lengths_N, len(group.prompt_token_ids))
-        for group, raw_N, lengths_N in zip(groups, raw, lengths, strict=True)
+    shaping = [
+        objective.shaping(lengths_N, len(group.prompt_token_ids))
+        for group, lengths_N in zip(groups, lengths, strict=True)
     ]
+    shaped = [raw_N + shaping_N for raw_N, shaping_N in zip(raw, shaping, strict=True)]
     return [
         GroupSignal(
             advantages_N=advantages_N,
             weights_N=weights_N,
             kept_N=objective.selection(passed_N, group.num_screening),
+            shaping_N=shaping_N,
         )
-        for group, passed_N, advantages_N, weights_N in zip(
+        for group, passed_N, shaping_N, advantages_N, weights_N in zip(
             groups,
             passed,
+            shaping,
             objective.advantages(shaped),
             objective.aggregation(lengths),
             strict=True,

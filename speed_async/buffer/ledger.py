@@ -47,6 +47,8 @@ class ActorAccount:
     last_counts: ActorCounts = field(default_factory=ActorCounts)
     engine_times_s: dict[str, int | float] = field(default_factory=dict)
     """ENGINE_TIMES of its last report."""
+    verifier_sums: dict[str, float] = field(default_factory=dict)
+    """Running sums of the outcomes of its verifier, of its last report."""
     lost: bool = False
 
     @property
@@ -184,6 +186,14 @@ class Ledger:
         """Sum of ENGINE_TIMES over all actors; empty before the first report."""
         reported = [a.engine_times_s for a in self.actors.values() if a.engine_times_s]
         return {name: sum(t[name] for t in reported) for name in ENGINE_TIMES if reported}
+
+    def verifier_sums(self) -> dict[str, float]:
+        """Sums of the outcomes of the verifiers of all actors of the run, past ones included."""
+        sums: dict[str, float] = {}
+        for account in self.actors.values():
+            for name, value in account.verifier_sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return sums
 
     def by_actor(self) -> dict[str, object]:
         """Work of each incarnation of each actor, for `summary.json`."""

@@ -118,6 +118,9 @@ class Lifecycle:
         prompt_id = entry.lease.prompt_id
         self._statistics.screened(prompt_id, accepted=True, pass_rate=stats.unselected_pass_rate)
         self._curriculum.record(prompt_id, stats.num_passed, stats.num_completions)
+        self._statistics.truncation["kept"].add(
+            stats.num_completions, stats.num_truncated, stats.num_truncated_passed
+        )
         num_bytes = 12 * num_tokens + 4 * len(message.prompt_token_ids)
         self.credit.record_group_size(num_bytes)
         self.groups.add(message, stats, place, num_bytes)
@@ -130,6 +133,7 @@ class Lifecycle:
         self._curriculum.record(prompt_id, message.num_passed, message.num_completions)
         pass_rate = message.num_passed / max(message.num_completions, 1)
         self._statistics.screened(prompt_id, accepted=False, pass_rate=pass_rate)
+        self._count_truncated("screened_out", message)
         self.ledger.ends[GroupEnd.SCREENED_OUT].add(message.num_tokens)
 
     def failed(self, holder: str, message: m.LeaseFailed) -> Accuracy | None:
@@ -172,6 +176,7 @@ class Lifecycle:
         if entry is None:
             return None
         self.ledger.evaluation.add(message.num_tokens)
+        self._count_truncated("evaluated", message)
         if entry.expired:  # another lease covers its prompt
             return None
         has_tokens = message.num_tokens > 0
@@ -241,6 +246,11 @@ class Lifecycle:
             self.ledger.evaluation.add(num_tokens)
         else:
             self.ledger.held_out_failed(reason, num_tokens)
+
+    def _count_truncated(self, end: str, message: m.ScreenedOut | m.Evaluated) -> None:
+        self._statistics.truncation[end].add(
+            message.num_completions, message.num_truncated, message.num_truncated_passed
+        )
 
     def _record_no_outcome(self, entry: OpenLease) -> None:
         if entry.lease.kind is LeaseKind.TRAINING:

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speed_async.algorithms.diagnostics import Diagnostics, batch_metrics, screening_metrics
+from speed_async.algorithms.diagnostics import (
+    Diagnostics,
+    batch_metrics,
+    screening_metrics,
+    shaping_metrics,
+)
 from speed_async.algorithms.loss_tokens import LossTokens
 from speed_async.algorithms.objective import GroupSignal, Objective, compute_signals, make_objective
 from speed_async.config.schema import Config
@@ -104,6 +109,8 @@ class Trainer:
             signals = compute_signals(self._objective, groups)
             step_metrics = self._step(groups, signals)
             metrics |= screening_metrics(groups, signals) | step_metrics
+            if self._config.objective.overlong_share:
+                metrics |= shaping_metrics(signals)
             if non_finite := [
                 key for key in ("loss", "grad_norm") if not math.isfinite(step_metrics[key])
             ]:

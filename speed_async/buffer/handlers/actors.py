@@ -12,6 +12,7 @@ from speed_async.buffer.components import Components
 from speed_async.buffer.durability.journal import Place
 from speed_async.buffer.handlers.effects import Effects, Loss, restart_warning
 from speed_async.buffer.ledger import ENGINE_TIMES
+from speed_async.environments.outcome_lengths import GAUGES
 from speed_async.transport import messages as m
 from speed_async.transport.groups import GroupStats
 from speed_async.transport.joining import Leaving
@@ -110,7 +111,9 @@ class ActorHandler:
     def _on_report(self, peer: str, report: m.ActorReport, now_s: float) -> None:
         self._membership.actors[peer].gauges = report.gauges
         times_s = {name: report.gauges.get(name, 0.0) for name in ENGINE_TIMES}
-        self._lifecycle.ledger.actor(peer).engine_times_s = times_s
+        account = self._lifecycle.ledger.actor(peer)
+        account.engine_times_s = times_s
+        account.verifier_sums = {name: report.gauges.get(name, 0.0) for name in GAUGES}
 
     def _on_leaving(self, peer: str, leaving: Leaving, now_s: float) -> Effects:
         self._membership.actors[peer].leaving = True

@@ -13,6 +13,8 @@ ACCEPTANCE_WINDOW = 256
 PRIOR_ACCEPTANCE = 0.5
 PRIOR_PROMPTS = 16
 """Acceptance assumed before any data, and its weight in prompts."""
+TRUNCATION_ENDS = ("screened_out", "kept", "evaluated")
+"""Ends of leases by which truncated completions are counted; `kept` groups passed the gate."""
 SHARE_WINDOW = 10
 """Number of updates in the running shares of the learner's time."""
 
@@ -43,6 +45,24 @@ class UpdateTimes:
         }
 
 
+@dataclass(kw_only=True, slots=True)
+class TruncationCounts:
+    """Completions of leases with the same end, and those that a length limit truncated."""
+
+    num_completions: int = 0
+    num_truncated: int = 0
+    num_passed: int = 0
+    """Truncated completions that passed."""
+    recent: WindowedMean = field(default_factory=lambda: _mean())
+    """Share of truncated completions in each of the last leases."""
+
+    def add(self, num_completions: int, num_truncated: int, num_passed: int) -> None:
+        self.num_completions += num_completions
+        self.num_truncated += num_truncated
+        self.num_passed += num_passed
+        self.recent.add(num_truncated / max(num_completions, 1))
+
+
 def _rate(started_s: float) -> WindowedRate:
     return WindowedRate(window_s=RATE_WINDOW_S, start_s=started_s)
 
@@ -70,6 +90,9 @@ class RunStatistics:
     accuracy_last_version: int | None = None
     staleness_last_mean: float | None = None
     staleness_max: int | None = None
+    truncation: dict[str, TruncationCounts] = field(
+        default_factory=lambda: {end: TruncationCounts() for end in TRUNCATION_ENDS}
+    )
     recent_accepted: WindowedMean = field(default_factory=_mean)
     recent_pass_rates: WindowedMean = field(default_factory=_mean)
     recent_times: deque[UpdateTimes] = field(default_factory=deque)

@@ -10,6 +10,7 @@ from speed_async.buffer.evaluations import Accuracy
 from speed_async.buffer.ledger import ENGINE_TIMES, Ledger
 from speed_async.buffer.membership import ActorState
 from speed_async.buffer.reporting.rules import gate_remedy, shortened
+from speed_async.buffer.reporting.scoring import scoring_summary, scoring_values
 from speed_async.buffer.reporting.statistics import RunStatistics
 from speed_async.buffer.state import ServiceState
 from speed_async.buffer.validation import MessageValidator
@@ -67,6 +68,7 @@ def status_values(
     values |= {"evaluated_prompts": done, "evaluation_prompts": total}
     shares = statistics.shares()
     values |= {f"share_{name}": share for name, share in shares.items()}
+    values |= scoring_values(lifecycle.ledger, statistics, present)
     return values | parts.weight_times.values(lifecycle.groups.policy_version, present, now_s)
 
 
@@ -167,6 +169,7 @@ def summary_fields(
         "actors": lifecycle.ledger.by_actor(),
         "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
         "diagnoses": parts.diagnoses.record(),
+        **scoring_summary(lifecycle.ledger, statistics),
         "attempts": attempt + 1,
         "updates_repeated": lifecycle.groups.lineage.num_repeated,
         "updates_repeated_alike": lifecycle.groups.lineage.num_repeated_identical,

@@ -11,6 +11,7 @@ from speed_async.algorithms.diagnostics import (
     batch_metrics,
     pass_rate_histogram,
     screening_metrics,
+    shaping_metrics,
 )
 from speed_async.algorithms.loss_tokens import Corrected, LossTokens
 from speed_async.algorithms.losses import ppo_clip
@@ -132,14 +133,17 @@ def test_metrics_of_an_example_batch():
     assert metrics["zero_signal_share"] == 0.5
     assert metrics["completion_tokens_mean"] == pytest.approx(8 / 5)
     assert metrics["empty_completions"] == 1.0
-    assert metrics["cut_completions"] == 1.0
+    assert metrics["cut_completions"] == metrics["cut_passed"] == 1.0
     assert metrics["pass_rate_histogram/0"] == 1.0
     assert metrics["pass_rate_histogram/0.3-0.4"] == 1.0
 
 
 def signal(kept: list[bool]) -> GroupSignal:
     return GroupSignal(
-        advantages_N=np.zeros(len(kept)), weights_N=np.zeros(len(kept)), kept_N=np.array(kept)
+        advantages_N=np.zeros(len(kept)),
+        weights_N=np.zeros(len(kept)),
+        kept_N=np.array(kept),
+        shaping_N=np.linspace(-1.0, 0.0, len(kept)),
     )
 
 
@@ -150,3 +154,8 @@ def test_the_pivotal_share_is_relative_to_screening_samples():
 
     assert screening_metrics(screened, signals) == {"pivotal_share": 0.25}
     assert screening_metrics([make_group([1], *completions)], signals[1:]) == {}
+
+
+def test_the_mean_of_the_overlong_penalty_is_over_completions():
+    signals = [signal([True, True, True]), signal([True, True])]
+    assert shaping_metrics(signals) == {"reward/overlong": pytest.approx(-0.5)}
