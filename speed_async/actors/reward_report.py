@@ -32,7 +32,5 @@ class RewardReport:
     def gauges(self) -> dict[str, float]:
         """Running sums of the outcomes since the start of the actor, and `reward/NAME`, the mean of
         each part over the last training completions."""
-        means = {PREFIX + name: mean.mean for name, mean in self._means.items()}
-        return self._lengths.sums | {
-            name: value for name, value in means.items() if value is not None
-        }
+        means = {PREFIX + name: mean.mean or 0.0 for name, mean in self._means.items()}
+        return self._lengths.sums | means

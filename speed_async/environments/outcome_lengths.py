@@ -60,18 +60,15 @@ class OutcomeLengths:
     def summary(self) -> dict[str, dict[str, float | None]]:
         """By outcome: number of completions, mean length in tokens, and, except for `scored`, the
         correlation with the length."""
-        return {
-            outcome: {
+        table: dict[str, dict[str, float | None]] = {}
+        for outcome in OUTCOMES:
+            row = table[outcome] = {
                 "completions": self.num_completions(outcome),
                 "mean_tokens": self.mean_tokens(outcome),
             }
-            | (
-                {}
-                if outcome == "scored"
-                else {"length_correlation": self.length_correlation(outcome)}
-            )
-            for outcome in OUTCOMES
-        }
+            if outcome != "scored":
+                row["length_correlation"] = self.length_correlation(outcome)
+        return table
 
     def _sums(self, outcome: VerifierOutcome) -> tuple[float, float, float]:
         count, total, squares = (self.sums[f"verifier/{outcome}/{name}"] for name in SUMS)

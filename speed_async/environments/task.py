@@ -21,7 +21,8 @@ class Task(Protocol):
         ...
 
     def score(self, prompt: Prompt, completion: str) -> float:
-        """Reward in [0, 1]; 1.0 means correct. May raise or hang: the verifier pool handles it."""
+        """Score in [0, 1]; 1.0 means correct. May raise or hang: the verifier pool handles it. It
+        is the reward, unless the configuration names others (environments/rewards.py)."""
         ...
 
     def extract(self, completion: str) -> str | None:

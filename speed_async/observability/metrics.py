@@ -45,14 +45,21 @@ class Event:
     `weights/failed` (failed broadcasts so far), `weights/newest` (actors with the last published
     version), `weights/lag/actor-N` and `weights/lag_max` (`policy_version` minus the version
     applied by the actor; a step is reported before its own version is published, so its minimum is
-    1). step: also `loss`, `grad_norm`, `ratio_mean`, `ratio_max`, `kl_k1`, `kl_k3`, ...
-    (learner's). evaluation: `accuracy`, `num_passed`, `num_completions`, `oldest_version`,
-    `newest_version`. sample: `policy_version` (the newest of its tokens), `actor`, `prompt_id`,
-    `held_out`, `decision` ("continued" | "screened out" | "kept" | "evaluated"), `reward`,
-    `extracted` (the answer found by the verifier, or None), `truncated` (by a length limit),
-    `num_tokens`, `prompt`, `completion` (long texts are shortened in the middle). end: `reason`,
-    `outcome` ("completed" | "stopped" | "nothing_learned" | "failed"), `ok` (whether the outcome is
-    "completed").
+    1). status and step, rewards: `reward/NAME` (mean of each part of the reward over the last
+    training completions of each actor, if there are several rewards or custom ones),
+    `verifier/timeouts`, `verifier/errors` (completions without a verdict so far),
+    `verifier/{timeout,error,scored}_tokens_mean` (their mean length),
+    `verifier/{timeout,error}_length_correlation` (with the length, against scored completions),
+    `truncated/{screened_out,kept,evaluated}` (share of truncated completions in the last leases
+    with this end) and the same names with `_passed` (truncated completions that passed so far).
+    step: also `loss`, `grad_norm`, `ratio_mean`, `ratio_max`, `kl_k1`, `kl_k3`, ... (learner's).
+    evaluation: `accuracy`, `num_passed`, `num_completions` (scored ones), `num_unscored`,
+    `oldest_version`, `newest_version`. sample: `policy_version` (the newest of its tokens),
+    `actor`, `prompt_id`, `held_out`, `decision` ("continued" | "screened out" | "kept" |
+    "evaluated"), `reward`, `passed`, `extracted` (the answer found by the verifier, or None),
+    `truncated` (by a length limit), `num_tokens`, `prompt`, `completion` (long texts are shortened
+    in the middle). end: `reason`, `outcome` ("completed" | "stopped" | "nothing_learned" |
+    "failed"), `ok` (whether the outcome is "completed").
     """
 
     kind: EventKind

@@ -68,6 +68,7 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
         identical = count(_number(summary, "updates_repeated_alike"))
         text = f"{counted(repeated, 'update')} from the journal, {identical} bitwise identical"
         facts.append(("repeated", text))
+    facts += _unscored(summary.get("verifier"))
     lines = [*textwrap.wrap(f"run ended: {summary.get('reason') or DASH}", 80), ""]
     lines += [f"  {name:<12}{text}" for name, text in facts]
     lines += ["", *_ledger_lines(summary.get("ledger")), ""]
@@ -82,6 +83,17 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
     if folder and summary.get("completed") is False:
         lines.append(resume_line(str(folder)))
     return "\n".join(lines) + "\n"
+
+
+def _unscored(outcomes: object) -> list[tuple[str, str]]:
+    """The number of completions without a verdict, if there are any."""
+    table = outcomes if isinstance(outcomes, Mapping) else {}
+    counts = {outcome: _table(table, outcome).get("completions", 0) for outcome in table}
+    unscored = {name: number for name, number in counts.items() if name != "scored" and number}
+    if not unscored:
+        return []
+    parts = [counted(number, str(name)) for name, number in unscored.items()]
+    return [("verifier", f"{', '.join(parts)} of {sum(counts.values()):,.0f} completions")]
 
 
 def resume_line(run_folder: str) -> str:

@@ -19,7 +19,14 @@ INIT_TIMEOUT_S = 30.0
 ID_FILE = "wandb-run-id"
 """File in the run folder with the wandb run id, so a resumed run continues the wandb run."""
 AXES = ("policy_version", "wall_s")
-EVALUATION_KEYS = ("accuracy", "num_passed", "num_completions", "oldest_version", "newest_version")
+EVALUATION_KEYS = (
+    "accuracy",
+    "num_passed",
+    "num_completions",
+    "num_unscored",
+    "oldest_version",
+    "newest_version",
+)
 """Logged keys of an evaluation event; its other gauges are logged with steps."""
 SAMPLE_COLUMNS = (
     "policy_version",
@@ -27,6 +34,7 @@ SAMPLE_COLUMNS = (
     "held_out",
     "decision",
     "reward",
+    "passed",
     "extracted",
     "truncated",
     "num_tokens",

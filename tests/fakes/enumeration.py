@@ -19,7 +19,7 @@ from speed_async.algorithms.advantages import Advantages, rloo
 from speed_async.algorithms.loss_tokens import Correction, LossTokens
 from speed_async.algorithms.screening import Choice, kept
 from speed_async.config.schema import GateConfig
-from speed_async.types import PASS_REWARD, num_passed
+from speed_async.types import PASS_REWARD
 
 Floats = NDArray[np.float64]
 Keep = Callable[[NDArray[np.float64]], NDArray[np.bool_]]
@@ -69,7 +69,7 @@ class Estimator:
             return self.opens(screened)
         if self.gate.mode == "off":
             return True
-        return self.gate.admits(num_passed(screened.tolist()), len(screened))
+        return self.gate.admits(int((screened >= PASS_REWARD).sum()), len(screened))
 
     def _kept(self, rewards_N: Floats) -> NDArray[np.bool_]:
         if self.keep is not None:

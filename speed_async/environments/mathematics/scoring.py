@@ -9,8 +9,8 @@ from speed_async.environments.mathematics.fallback import fallback_verdict, is_a
 def is_correct(completion: str, answer: str) -> bool:
     """Whether the stated answer of `completion` equals the ground truth.
 
-    May raise or hang inside math-verify. The verifier pool turns both into a TaskError, which is
-    an outcome of its own: such a completion is never scored 0.
+    May raise or hang inside math-verify. The verifier pool turns both into an outcome of its own:
+    such a completion is never scored 0.
     """
     candidate = math_answer(completion)
     return candidate is not None and same_answer(candidate, final_answer(answer))
