@@ -1,17 +1,31 @@
 """Rollout of one lease: assignment of rewards to completions, and truncation."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from speed_async.actors.engine import GenerationRequest
-from speed_async.actors.rollout import LeaseProgress, Rollout
+from speed_async.actors.lease_result import result_message
+from speed_async.actors.reward_report import RewardReport
+from speed_async.actors.rollout import LeaseProgress, Rollout, Scorer, UnscoredCompletions
 from speed_async.config.schema import Config
+from speed_async.environments.outcome_lengths import OutcomeLengths
+from speed_async.environments.rewards import unscored
 from speed_async.testing.scripted_engine import ScriptedEngine
 from speed_async.testing.scripted_verifier import ScriptedVerifier
-from speed_async.types import Group, Int32Array, Lease, LeaseKind, Prompt
+from speed_async.transport import messages as m
+from speed_async.types import (
+    ActorCounts,
+    Group,
+    Int32Array,
+    Lease,
+    LeaseKind,
+    Prompt,
+    Verdict,
+)
 from tests.fakes.buffer_fixtures import make_config
 
 PROMPT = Prompt(prompt_id=0, text="p", answer="")
@@ -28,7 +42,7 @@ class IntCodec:
 def run_lease(
     config: Config,
     script: Callable[[GenerationRequest, int], list[int]],
-    verifier: ScriptedVerifier,
+    verifier: Scorer,
     *,
     kind: LeaseKind = LeaseKind.TRAINING,
     num_samples: int = 0,
@@ -102,3 +116,74 @@ def test_truncated_completions_are_scored_with_score_truncated(tmp_path: Path) -
         config, ends_in_the_answer, verifier, kind=LeaseKind.EVALUATION, num_samples=4
     )
     assert result is None and work.num_passed == 4
+    assert work.num_truncated_passed == 2
+
+
+class OneInTwo:
+    """Times out on the first and every second completion; the others pass, with a bonus."""
+
+    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
+        passed = Verdict(reward=1.5, passed=True, parts={"bonus": 0.5})
+        late = unscored("timeout", "did not return")
+        return [passed if number % 2 else late for number in range(len(completions))]
+
+
+def lengthening(request: GenerationRequest, number: int) -> list[int]:
+    return [7] * (1 + number)
+
+
+def test_a_training_group_with_an_unscored_completion_fails_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(str(tmp_path))
+    with pytest.raises(
+        UnscoredCompletions, match=r"^verifier timeout: 1 of 2 completions"
+    ):
+        run_lease(config, lengthening, OneInTwo())
+
+
+def test_an_evaluation_counts_unscored_completions_apart_and_reports_lengths(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(str(tmp_path))
+    result, work = run_lease(
+        config, lengthening, OneInTwo(), kind=LeaseKind.EVALUATION, num_samples=4
+    )
+    message = result_message(work, result, ActorCounts())
+    assert isinstance(message, m.Evaluated)
+    assert (message.num_completions, message.num_passed, message.num_unscored) == (4, 2, 2)
+    report = RewardReport()
+    report.add(work)
+    lengths = OutcomeLengths(report.gauges())
+    assert lengths.num_completions("timeout") == lengths.num_completions("scored") == 2
+    assert (lengths.mean_tokens("timeout"), lengths.mean_tokens("scored")) == (2.0, 3.0)
+    assert not any(name.startswith("reward/") for name in report.gauges())
+
+
+def test_parts_of_training_rewards_are_reported_by_their_mean(tmp_path: Path) -> None:
+    class Bonus:
+        async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
+            return [
+                Verdict(reward=1.0, passed=number == 0, parts={"bonus": float(number)})
+                for number in range(len(completions))
+            ]
+
+    (tmp_path / "config.json").write_text("{}")
+    group, work = run_lease(make_config(str(tmp_path)), lengthening, Bonus())
+    assert isinstance(group, Group) and group.num_passed == 2
+    report = RewardReport()
+    report.add(work)
+    assert report.gauges()["reward/bonus"] == 0.5
+
+
+def test_a_truncated_completion_earns_the_reward_of_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    task = {"truncated_reward": -0.5}
+    config = make_config(str(tmp_path), task=task, actors={"max_new_tokens": 3})
+    verifier = ScriptedVerifier(lambda _, completion: 1.0)
+    group, _ = run_lease(config, ends_in_the_answer, verifier)
+    assert isinstance(group, Group)
+    assert {(each.is_truncated, each.reward, each.passed) for each in group.completions} == {
+        (True, -0.5, False),
+        (False, 1.0, True),
+    }

@@ -4,29 +4,24 @@ import pytest
 
 from speed_async.buffer.evaluations import EvaluationPlan, EvaluationState
 from speed_async.config.schema import EvaluateConfig, GateConfig
-from speed_async.types import num_passed
 
 
-def is_admitted(rewards: list[float], low: float = 0.0, high: float = 1.0) -> bool:
-    return GateConfig(low=low, high=high).admits(num_passed(rewards), len(rewards))
+def is_admitted(passed: list[int], low: float = 0.0, high: float = 1.0) -> bool:
+    return GateConfig(low=low, high=high).admits(sum(passed), len(passed))
 
 
 @pytest.mark.parametrize(
-    ("rewards", "admitted"),
+    ("passed", "admitted"),
     [([0, 0, 0, 0], False), ([1, 0, 0, 0], True), ([1, 1, 1, 0], True), ([1, 1, 1, 1], False)],
 )
-def test_default_band_admits_all_mixed_outcomes(rewards: list[float], admitted: bool) -> None:
-    assert is_admitted(rewards) is admitted
+def test_default_band_admits_all_mixed_outcomes(passed: list[int], admitted: bool) -> None:
+    assert is_admitted(passed) is admitted
 
 
 def test_thresholds_are_exclusive() -> None:
     assert not is_admitted([1, 0, 0, 0], 0.25, 0.75)
     assert is_admitted([1, 1, 0, 0], 0.25, 0.75)
     assert not is_admitted([1, 1, 1, 0], 0.25, 0.75)
-
-
-def test_partial_credit_is_not_a_pass() -> None:
-    assert not is_admitted([0.9, 0.5])
 
 
 def test_evaluation_finishes_with_its_last_prompt_and_aggregates_results() -> None:
@@ -46,3 +41,12 @@ def test_evaluation_finishes_with_its_last_prompt_and_aggregates_results() -> No
     assert (result.accuracy, result.policy_version) == (3 / 8, 10)
     assert (result.oldest_version, result.newest_version) == (10, 11)
     assert plan.target_version is None
+
+
+def test_completions_without_a_verdict_count_apart_in_an_evaluation() -> None:
+    plan = EvaluationPlan(EvaluateConfig(num_samples=4), 2, EvaluationState())
+    plan.start(1)
+    plan.record(3, 3, 1, 1, num_unscored=1)
+    result = plan.record(0, 0, None, None, num_unscored=4)
+    assert result is not None
+    assert (result.accuracy, result.num_completions, result.num_unscored) == (1.0, 3, 5)

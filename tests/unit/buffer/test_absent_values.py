@@ -34,6 +34,11 @@ UNKNOWN_AT_THE_START = (
     "weights/transfer_s",
     "weights/bytes_per_s",
     "weights/lag_max",
+    "verifier/scored_tokens_mean",
+    "verifier/timeout_tokens_mean",
+    "verifier/timeout_length_correlation",
+    "truncated/screened_out",
+    "truncated/kept",
 )
 
 

@@ -1,10 +1,13 @@
 """The buffer service: leases, credits, staleness, evaluation, group ends and the ledger."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from speed_async.buffer.membership import RECONNECT_S
+from speed_async.environments.outcome_lengths import OutcomeLengths
 from speed_async.transport import messages as m
 from speed_async.types import ActorCounts, GroupEnd
 from tests.fakes.buffer_fixtures import make_group
@@ -533,3 +536,33 @@ def test_recovery_notes_precede_later_warnings(
         "the journal's tail was damaged\nactor-1 is lost: its message was refused: malformed; its "
         "supervisor restarts it"
     )
+
+
+def test_truncation_and_outcomes_of_the_verifier_are_in_events_and_summary(
+    harness: ServiceHarness,
+) -> None:
+    harness.pass_baseline()
+    leases = harness.lease(2)
+    counts = replace(harness.counts("actor-1.0"), tokens_generated=1 + 6 + 12)
+    rejected = screened_out(leases.lease_ids[0], num_passed=2, num_truncated=1)
+    harness.send("actor-1.0", replace(rejected, num_truncated_passed=1, counts=counts))
+    group = make_group(leases.lease_ids[1], leases.prompt_ids[1], counts=counts)
+    harness.send("actor-1.0", replace(group, cut=np.array([1, 0, 1, 0], np.int32)))
+    lengths = OutcomeLengths()
+    for num_tokens in (2, 4):
+        lengths.add("scored", num_tokens)
+    lengths.add("timeout", 9)
+    gauges = lengths.sums | {"reward/bonus": 0.25}
+    harness.send("actor-1.0", m.ActorReport(gauges=gauges, counts=counts))
+    values = harness.service.present_status(1.0).values
+    assert (values["truncated/screened_out"], values["truncated/screened_out_passed"]) == (0.5, 1)
+    assert (values["truncated/kept"], values["truncated/kept_passed"]) == (0.5, 1)
+    assert (values["verifier/timeouts"], values["verifier/errors"]) == (1, 0)
+    assert values["verifier/timeout_tokens_mean"] == 9.0
+    assert values["verifier/timeout_length_correlation"] == lengths.length_correlation("timeout")
+    assert values["reward/bonus"] == 0.25
+    fields = harness.service.reporter.summary(1.0, attempt=0, final_evaluated=False)
+    assert fields["verifier"] == lengths.summary()
+    truncation = fields["truncation"]
+    assert isinstance(truncation, dict)
+    assert truncation["kept"] == {"completions": 4, "truncated": 2, "truncated_passed": 1}

@@ -101,6 +101,8 @@ def test_valid_messages_are_accepted(rules: PayloadRules) -> None:
         (replace(GROUP, received=2**62), "received = 4611686018427387904 is out of range"),
         (screened_out(1, num_passed=3), "3 of 2 completions passed"),
         (screened_out(1, num_passed=-1), "num_passed = -1 is out of range"),
+        (replace(screened_out(1, 1, 1), num_truncated_passed=2), "2 truncated completions passed"),
+        (replace(evaluated(1), num_unscored=1), "1 passed and 1 unscored of 1 completions"),
         (replace(screened_out(1), num_completions=5), "more than a screening has"),
         (replace(screened_out(1), num_tokens=129), "num_tokens = 129 is more than 2 completions"),
         (replace(screened_out(1), num_tokens=-6), "num_tokens = -6 is out of range"),

@@ -137,6 +137,15 @@ def test_what_is_not_a_reward_is_an_error_of_its_completion(
     assert math.isnan(verdict.reward)
 
 
+def partial_credit(**_: object) -> float:
+    return 0.9
+
+
+def test_partial_credit_is_not_a_pass() -> None:
+    [verdict] = Rewards(FaultyTask(), [chosen(partial_credit)]).verdicts(PROMPT, ["7"])
+    assert (verdict.reward, verdict.passed) == (0.9, False)
+
+
 def test_a_function_that_cannot_be_imported_names_the_field() -> None:
     with pytest.raises(ConfigError, match=r"task\.reward.*no_such_module"):
         Rewards(FaultyTask(), [chosen("no_such_module:x")])

@@ -23,7 +23,7 @@ from speed_async.types import Prompt
 from tests.fakes.faulty_task import FaultyTask, make_faulty, prompt
 from tests.fakes.paths import REPOSITORY
 
-LIMIT_S = 60.0
+LIMIT_S = 240.0
 T = TypeVar("T")
 
 
