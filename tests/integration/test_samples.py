@@ -101,7 +101,7 @@ def test_service_emits_samples_without_counting_them(tmp_path: Path) -> None:
     [
         ({"prompt": "x" * (MAX_TEXT + 1)}, "prompt has 4097 characters"),
         ({"decision": "thrown away"}, "decision 'thrown away' is not one of"),
-        ({"reward": 1.5}, "reward = 1.5 is above 1"),
+        ({"reward": 2e6}, "reward = 2000000.0 is out of range"),
         ({"reward": float("nan")}, "reward = nan is out of range"),
         ({"num_tokens": 65}, "num_tokens = 65 is more than a completion has"),
         ({"policy_version": 3}, "policy_version = 3 is from the future"),

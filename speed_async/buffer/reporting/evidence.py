@@ -164,7 +164,12 @@ class Evidence:
         self.training.add(_outcome(message, now_s))
 
     def evaluated(self, message: m.Evaluated, now_s: float) -> None:
-        self.held_out_failures.add(None)
+        if message.num_unscored:
+            total = message.num_completions
+            reason = f"verifier: {message.num_unscored} of {total} completions have no verdict"
+            self.held_out_failures.add(reason)
+        else:
+            self.held_out_failures.add(None)
         self.held_out.add(_outcome(message, now_s))
 
     def failed(self, reason: str, *, training: bool) -> None:

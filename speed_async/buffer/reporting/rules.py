@@ -106,10 +106,10 @@ class Rules:
             return None
         times, example = window.most_common()
         return Finding(
-            facts=f"held-out prompts fail: {window.num_failed} of the last {len(window)} count as "
-            f"not passed without having been scored; {times} times, for example: "
-            f"{shortened(example)}",
-            change="correct or remove these prompts: the accuracy is too low by their share",
+            facts=f"held-out prompts fail: {window.num_failed} of the last {len(window)} have "
+            f"completions that were not scored; {times} times, for example: {shortened(example)}",
+            change="correct or remove these prompts, or fix their verifier: the accuracy counts "
+            "what was not sampled as not passed, and leaves out what has no verdict",
         )
 
     def _not_finite(self) -> Finding | None:

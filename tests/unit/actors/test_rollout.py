@@ -135,9 +135,7 @@ def lengthening(request: GenerationRequest, number: int) -> list[int]:
 def test_a_training_group_with_an_unscored_completion_fails_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = make_config(str(tmp_path))
-    with pytest.raises(
-        UnscoredCompletions, match=r"^verifier timeout: 1 of 2 completions"
-    ):
+    with pytest.raises(UnscoredCompletions, match=r"^verifier timeout: 1 of 2 completions"):
         run_lease(config, lengthening, OneInTwo())
 
 

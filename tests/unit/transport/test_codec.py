@@ -157,7 +157,7 @@ def test_decoded_arrays_are_read_only_views_of_the_frames():
     message = decode(frames)
     assert isinstance(message, GroupFinished)
     assert not message.logprobs.flags.writeable
-    assert np.shares_memory(message.logprobs, np.frombuffer(frames[6], np.float32))
+    assert np.shares_memory(message.logprobs, np.frombuffer(frames[7], np.float32))
     with pytest.raises(ValueError, match="read-only"):
         message.logprobs[0] = 0.0
 
@@ -221,7 +221,7 @@ def test_protocol_version_mismatch_names_both_versions():
             "4 items of 4 bytes but its",
         ),
         (group_message(), lambda h: h[4][0].__setitem__(2, [-3]), "declares -3"),
-        (group_message(), lambda h: h[4].pop(), "must declare 7 arrays"),
+        (group_message(), lambda h: h[4].pop(), "must declare 8 arrays"),
     ],
 )
 def test_invalid_header_error_names_the_field(message, change, error):

@@ -30,6 +30,7 @@ CONSTANT = {
     "Evidence.max_reward_ranges",
     "Ledger.ends",  # its tallies are compared one by one
     "RunStatistics.started_s",
+    "RunStatistics.truncation",  # its counts are compared one by one
     "WindowedMean.num_values",
     "WindowedRate.start_s",
     "WindowedRate.window_s",
@@ -268,7 +269,8 @@ class Comparison:
             group = make_group(lease, prompt, rewards=rewards, version=version, counts=counts)
             self.send(peer, group)
         else:
-            self.send(peer, replace(screened_out(lease, num_truncated=2), counts=counts))
+            result = screened_out(lease, num_passed=1, num_truncated=2)
+            self.send(peer, replace(result, num_truncated_passed=1, counts=counts))
 
     def train(self) -> None:
         if self.batch:

@@ -266,11 +266,15 @@ def test_failing_held_out_prompts_are_diagnosed_because_they_lower_the_accuracy(
     harness.hello("learner", 0)
     harness.hello(ACTOR, 1)
     for number, lease_id in enumerate(harness.lease(32).lease_ids):
-        fails = number % 16 == 0
-        harness.send(ACTOR, failed(lease_id, "prompt: too long") if fails else evaluated(lease_id))
+        message: m.Message = evaluated(lease_id)
+        if number == 0:
+            message = failed(lease_id, "prompt: too long")
+        elif number == 16:
+            message = replace(evaluated(lease_id), num_passed=0, num_unscored=1)
+        harness.send(ACTOR, message)
     harness.wait(0.5)
     text = str(harness.events[-1].values["diagnoses"])
-    assert text.startswith("held-out prompts fail: 2 of the last 32 count as not passed")
+    assert text.startswith("held-out prompts fail: 2 of the last 32 have completions")
     assert "for example: prompt: too long" in text
 
 
