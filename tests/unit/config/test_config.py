@@ -316,6 +316,23 @@ def test_group_size_does_not_depend_on_the_gate_mode(config_file: Path) -> None:
             "would use none",
         ),
         (["--gate.mode", "off", "--curriculum.kind", "posterior"], "curriculum.kind", "uniform"),
+        (
+            ["--task.reward", "boxed", "--task.rewards", '[{name = "correct"}]'],
+            "task.reward",
+            "add it to them as one more table",
+        ),
+        (
+            ["--task.rewards", '[{name = "a:close"}, {name = "b:close"}]'],
+            "task.rewards",
+            "several rewards have this name",
+        ),
+        (["--task.reward", "overlong"], "task.rewards", "set objective.overlong_share"),
+        (["--task.reward", "boxes"], "task.reward", "'correct', 'boxed'"),
+        (
+            ["--task.rewards", '[{name = "correct", wieght = 2.0}]'],
+            "task.rewards.0.wieght",
+            "'wieght' is not a key of this table",
+        ),
         (["--algorithm", "speed-grpo"], "algorithm", "input should be 'rloo'"),
         (["--objective.clip_high", "none"], "objective.clip_high", "give a number"),
     ],

@@ -72,6 +72,16 @@ def test_strings_numbers_and_tables_round_trip() -> None:
     assert build_config(tomllib.loads(to_toml(config))) == config
 
 
+def test_tables_of_rewards_round_trip(tmp_path: Path) -> None:
+    rewards = '[{name = "correct"}, {name = "my_module:my_reward", weight = -0.5}]'
+    config = load_config(write_config(tmp_path), ["--task.rewards", rewards])
+    printed = tmp_path / "printed.toml"
+    printed.write_text(to_toml(config))
+    again = load_config(printed)
+    assert again == config
+    assert [each.weight for each in again.task.weighted_rewards] == [1.0, -0.5]
+
+
 def test_the_help_of_train_lists_every_field(tmp_path: Path) -> None:
     help_text = " ".join(command(tmp_path, "train", "--help").split())
     for field in all_fields():

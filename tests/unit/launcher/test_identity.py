@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from speed_async.config.load import build_config
-from speed_async.config.schema import Config
+from speed_async.config.schema import Config, RewardConfig
 from speed_async.environments.registry import make_task
+from speed_async.environments.rewards import reward_functions
 from speed_async.environments.scoring_source import scoring_files
 from speed_async.launcher.identity.content import (
     MIN_CACHED_BYTES,
@@ -140,13 +141,16 @@ def test_scoring_files_of_a_user_task_include_its_local_modules(
         "from speed_async.environments.final_answer import final_answer\n"
         "class MyTask:\n    def score(self, prompt, completion): return right(completion)\n"
     )
+    (tmp_path / "my_reward.py").write_text("def bonus(**given): return 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
     task = importlib.import_module("my_task").MyTask()
     try:
         names = {path.name for path in scoring_files(task)}
         assert names == {"my_task.py", "my_rules.py", "final_answer.py"}
+        functions = reward_functions([RewardConfig(name="my_reward:bonus")])
+        assert {path.name for path in scoring_files(task, functions)} - names == {"my_reward.py"}
     finally:
-        for module in ("my_task", "my_rules"):
+        for module in ("my_task", "my_rules", "my_reward"):
             del sys.modules[module]
 
 

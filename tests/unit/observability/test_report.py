@@ -147,6 +147,14 @@ def test_diagnoses_and_failure_examples_fit_80_columns() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_completions_without_a_verdict_are_in_the_summary_only_if_there_are_any() -> None:
+    counts = {"scored": 1200, "timeout": 3, "error": 0}
+    verifier = {name: {"completions": number} for name, number in counts.items()}
+    assert "  verifier    3 timeouts of 1,203 completions\n" in summary_text({"verifier": verifier})
+    verifier["timeout"] = {"completions": 0}
+    assert "verifier" not in summary_text({"verifier": verifier})
+
+
 def test_unbalanced_ledger_names_violated_checks_and_failures() -> None:
     ledger = {
         "groups": {"failed": 3},
