@@ -74,6 +74,7 @@ class Trainer:
         determines the warm-up."""
         self.num_skipped = 0
         self._run_id = run_id
+        self._punishes_length = config.objective.overlong_share > 0
         self._config = config.learner
         self._checkpoints = Path(config.run.folder) / "checkpoints"
         self._model_files = read_model_files(Path(config.model.path))
@@ -109,7 +110,7 @@ class Trainer:
             signals = compute_signals(self._objective, groups)
             step_metrics = self._step(groups, signals)
             metrics |= screening_metrics(groups, signals) | step_metrics
-            if self._config.objective.overlong_share:
+            if self._punishes_length:
                 metrics |= shaping_metrics(signals)
             if non_finite := [
                 key for key in ("loss", "grad_norm") if not math.isfinite(step_metrics[key])
