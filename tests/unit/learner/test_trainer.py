@@ -384,7 +384,8 @@ def test_limits_beyond_the_context_have_no_effect(
             model=load_model(tmp_path, device="cpu"),
         )
         cut = make_completion([2] * 10, 1.0, finish_reason="length")
-        trainer.update([make_group([1] * 6, cut, make_completion([3] * 4, 1.0))])
+        result = trainer.update([make_group([1] * 6, cut, make_completion([3] * 4, 1.0))])
+        assert result.metrics["reward/overlong"] == -0.5  # -1 at the limit of 10, and 0
         return gradients(trainer)
 
     reference = gradient(16, 16, None)
