@@ -165,7 +165,8 @@ def evaluation_line(values: Mapping[str, Value]) -> str:
         f"evaluation v{n('policy_version')}"
         f" accuracy {decimal(values.get('accuracy'), 3)}"
         f" passed {n('num_passed')}/{n('num_completions')}"
-        f" versions {n('oldest_version')}..{n('newest_version')}"
+        + (f" unscored {n('num_unscored')}" if values.get("num_unscored") else "")
+        + f" versions {n('oldest_version')}..{n('newest_version')}"
         f" at {duration(values.get('wall_s'))}"
     )
 

@@ -1,6 +1,6 @@
 import io
 
-from speed_async.observability.lines import Lines
+from speed_async.observability.lines import Lines, evaluation_line
 from speed_async.observability.metrics import Event, Value
 
 GAUGES: dict[str, Value] = {
@@ -66,6 +66,8 @@ def test_evaluation_and_end_are_printed() -> None:
     )
     assert start.startswith("start ")
     assert evaluated == ("evaluation v10 accuracy 0.520 passed 133/256 versions 10..11 at 1h02m")
+    unscored = evaluation_line({"num_passed": 1, "num_completions": 2, "num_unscored": 3})
+    assert " passed 1/2 unscored 3 versions " in unscored
     assert ended == "end failed v- at 7s: actor-1: killed by signal 9"
 
 
