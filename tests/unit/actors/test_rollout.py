@@ -176,8 +176,9 @@ def test_parts_of_training_rewards_are_reported_by_their_mean(tmp_path: Path) ->
 
 def test_a_truncated_completion_earns_the_reward_of_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    task = {"truncated_reward": -0.5}
-    config = make_config(str(tmp_path), task=task, actors={"max_new_tokens": 3})
+    config = make_config(
+        str(tmp_path), task={"truncated_reward": -0.5}, actors={"max_new_tokens": 3}
+    )
     verifier = ScriptedVerifier(lambda _, completion: 1.0)
     group, _ = run_lease(config, ends_in_the_answer, verifier)
     assert isinstance(group, Group)

@@ -4,6 +4,7 @@ The reward of an answer without a verdict is NaN. A group with such an answer is
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def all_scored(rewards_N: Floats) -> bool:
     return not np.isnan(rewards_N).any()
 
 
-def over_the_scored(rewards: list[Floats]) -> list[Floats]:
+def over_the_scored(rewards: Sequence[Floats]) -> list[Floats]:
     """RLOO over the scored completions of each group; 0 for the others."""
     advantages: list[Floats] = []
     for rewards_N in rewards:
