@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from speed_async.buffer.membership import RECONNECT_S
+from speed_async.buffer.reporting.scoring import scoring_summary
 from speed_async.environments.outcome_lengths import OutcomeLengths
 from speed_async.transport import messages as m
 from speed_async.types import ActorCounts, GroupEnd
@@ -561,7 +562,8 @@ def test_truncation_and_outcomes_of_the_verifier_are_in_events_and_summary(
     assert values["verifier/timeout_tokens_mean"] == 9.0
     assert values["verifier/timeout_length_correlation"] == lengths.length_correlation("timeout")
     assert values["reward/bonus"] == 0.25
-    fields = harness.service.reporter.summary(1.0, attempt=0, final_evaluated=False)
+    lifecycle, statistics = harness.service.lifecycle, harness.service.statistics
+    fields = scoring_summary(lifecycle.ledger, statistics)
     assert fields["verifier"] == lengths.summary()
     truncation = fields["truncation"]
     assert isinstance(truncation, dict)
