@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from speed_async.environments.dataset.columns import DatasetRow
 from speed_async.environments.dataset.preparation.progress import track
@@ -12,6 +11,9 @@ THRESHOLD = 0.8
 """Least Jaccard similarity of the shingles of two near duplicates."""
 SHINGLE_WORDS = 3
 NUM_PERMUTATIONS = 128
+NUM_BANDS = 16
+"""Of 8 permutations each: a pair of similarity s is a candidate with probability
+1 - (1 - s^8)^16, which is 0.95 at the threshold and 0.06 at 0.5."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,19 +35,14 @@ def near_duplicates(rows: Sequence[DatasetRow]) -> Iterator[NearDuplicate]:
     the exact Jaccard similarity of the sets of shingles decides. A pair may be missed when its
     similarity is close to the threshold; no pair below it is reported.
     """
-    import xxhash
-    from datasketch import MinHash, MinHashLSH
+    from rensa import RMinHash, RMinHashLSH
 
-    index = MinHashLSH(threshold=THRESHOLD, num_perm=NUM_PERMUTATIONS)
-    signatures = MinHash.generator(
-        ([shingle.encode() for shingle in _shingles(row)] for row in rows),
-        num_perm=NUM_PERMUTATIONS,
-        hashfunc=xxhash.xxh32_intdigest,
-    )
-    numbered = track(enumerate(signatures), "finding near duplicates", len(rows))
-    for position, signature in numbered:
-        candidates = cast(list[int], index.query(signature))
-        index.insert(position, signature, check_duplication=False)
+    index = RMinHashLSH(threshold=THRESHOLD, num_perm=NUM_PERMUTATIONS, num_bands=NUM_BANDS)
+    for position, row in track(enumerate(rows), "finding near duplicates", len(rows)):
+        signature = RMinHash(num_perm=NUM_PERMUTATIONS, seed=0)
+        signature.update(sorted(_shingles(row)))
+        candidates = index.query(signature)
+        index.insert(position, signature)
         if candidates:
             similar = _most_similar(rows, position, candidates)
             if similar is not None:
