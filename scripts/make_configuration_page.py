@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from speed_async.config.names import all_sections, section_of
+from speed_async.config.names import all_fields, all_sections, section_of
 from speed_async.config.toml_text import field_descriptions
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -43,9 +43,10 @@ def main() -> int:
 
 def _sections() -> Iterator[str]:
     for name, model in all_sections().items():
-        yield f"\n## `[{name}]`\n\n"
+        heading = f"[[{name}]]" if name in all_fields() else f"[{name}]"  # a list of sections
+        yield f"\n## `{heading}`\n\n"
         yield "| field | type | default | meaning |\n| --- | --- | --- | --- |\n"
-        descriptions = field_descriptions(model.__name__)
+        descriptions = field_descriptions(model)
         for field, info in model.model_fields.items():
             if section_of(info.annotation) is None:
                 meaning = " ".join(descriptions.get(field, "").split()).replace("|", "\\|")

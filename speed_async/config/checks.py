@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from speed_async.config.hub_id import is_hub_id
 from speed_async.config.key_folder import check_client_files
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError
@@ -25,6 +26,7 @@ def check_combinations(config: Config) -> list[ConfigError]:
         _check_buffer,
         _check_lengths,
         _check_roles,
+        _check_sources,
         _check_files,
         _check_security,
     )
@@ -186,17 +188,59 @@ def _check_roles(config: Config) -> Iterator[ConfigError]:
         yield ConfigError("task.path", None, "task.name = 'jsonl' needs a data file")
 
 
+def _check_sources(config: Config) -> Iterator[ConfigError]:
+    task = config.task
+    if task.name != "dataset":
+        if task.sources:
+            yield ConfigError(
+                "task.sources",
+                f"{len(task.sources)} sources",
+                "only task.name = 'dataset' has them",
+            )
+        return
+    if not task.all_sources:
+        yield ConfigError(
+            "task.path",
+            None,
+            "task.name = 'dataset' needs a data set: a folder written by `speed-async data "
+            "prepare`, a file, or the id of a hub data set",
+        )
+    if task.path is not None and task.sources:
+        yield ConfigError(
+            "task.path", task.path, "it is set beside task.sources; list it as one of the sources"
+        )
+    weighted = [source for source in task.sources if source.weight is not None]
+    if 0 < len(weighted) < len(task.sources):
+        without = next(source for source in task.sources if source.weight is None)
+        yield ConfigError(
+            "task.sources",
+            without.path,
+            "this source has no weight, and others have one; give all of them a weight, or none",
+        )
+    for source in task.all_sources:
+        if not Path(source.path).exists() and not is_hub_id(source.path):
+            field = "task.sources" if task.sources else "task.path"
+            yield ConfigError(
+                field, source.path, "no such file or folder; set the path of a data set"
+            )
+
+
 def _check_files(config: Config) -> Iterator[ConfigError]:
     folder = Path(config.model.path)
     if not folder.is_dir():
-        yield ConfigError("model.path", config.model.path, f"no such folder; {MODEL_FOLDER}")
+        if not is_hub_id(config.model.path):  # config/local_model.py looks for it in the hub
+            yield ConfigError("model.path", config.model.path, f"no such folder; {MODEL_FOLDER}")
     elif not (folder / "config.json").is_file():
         yield ConfigError(
             "model.path",
             config.model.path,
             f"the folder has no config.json; {MODEL_FOLDER}",
         )
-    if config.task.path is not None and not Path(config.task.path).is_file():
+    if (
+        config.task.name != "dataset"
+        and config.task.path is not None
+        and not Path(config.task.path).is_file()
+    ):
         yield ConfigError(
             "task.path", config.task.path, "no such file; set the path of a data file"
         )

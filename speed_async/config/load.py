@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from speed_async.config.checks import check_combinations
+from speed_async.config.hub_id import local_or_hub
 from speed_async.config.names import all_sections, did_you_mean, similar_fields
 from speed_async.config.overrides import ROOT_FIELDS, parse_overrides
 from speed_async.config.presets import with_preset
@@ -20,6 +21,8 @@ from speed_async.config.whole_file import write_atomically
 from speed_async.errors import CONFIG_FILE, ConfigError, ConfigErrors
 
 PATH_FIELDS = (("model", "path"), ("task", "path"), ("cluster", "keys"))
+HUB_FIELDS = frozenset({"model.path", "task.path"})
+"""Paths that may be ids of the Hugging Face hub."""
 EXPECTED = {
     "int_": "give a whole number",
     "float_": "give a number",
@@ -204,8 +207,18 @@ def _read_file(path: Path) -> dict[str, Any]:
 def _absolute_paths(tree: dict[str, Any], base: Path) -> None:
     for section, field in PATH_FIELDS:
         values = tree.get(section)
-        if isinstance(values, dict) and isinstance(values.get(field), str):
-            values[field] = str((base / Path(values[field]).expanduser()).resolve())
+        if isinstance(values, dict) and isinstance(path := values.get(field), str):
+            may_be_id = f"{section}.{field}" in HUB_FIELDS
+            values[field] = (local_or_hub if may_be_id else _absolute)(path, base)
+    task = tree.get("task")
+    sources = task.get("sources") if isinstance(task, dict) else None
+    for source in sources if isinstance(sources, list) else ():
+        if isinstance(source, dict) and isinstance(source.get("path"), str):
+            source["path"] = local_or_hub(source["path"], base)
+
+
+def _absolute(path: str, base: Path) -> str:
+    return str((base / Path(path).expanduser()).resolve())
 
 
 def _config_error(error: ErrorDetails) -> ConfigError:
@@ -218,7 +231,7 @@ def _config_error(error: ErrorDetails) -> ConfigError:
         remedy = "this field is required; set it in the file or as an override"
         return ConfigError(field, None, remedy)
     if error["type"] == "model_type":
-        fields = ", ".join(all_sections()[field].model_fields)
+        fields = ", ".join(all_sections()[_without_indices(field)].model_fields)
         return ConfigError(field, value, f"is a section; set its fields: {fields}")
     remedy = _expected(error) or error["msg"][0].lower() + error["msg"][1:]
     if error["type"] == "literal_error":
@@ -242,11 +255,14 @@ def _expected(error: ErrorDetails) -> str:
 
 
 def _unknown_key(field: str) -> str:
-    section, _, name = field.rpartition(".")
-    if section and section not in all_sections():  # in a list of tables
-        return f"'{name}' is not a key of this table"
+    section, _, name = _without_indices(field).rpartition(".")
     model: type[BaseModel] = all_sections()[section] if section else Config
     known = sorted(model.model_fields)
     close = difflib.get_close_matches(name, known, n=1)
     choices = [f"'{each}'" for each in close or similar_fields(field)]
     return f"unknown key; {did_you_mean(choices)}known keys here: {', '.join(known)}"
+
+
+def _without_indices(field: str) -> str:
+    """`task.sources` for `task.sources.0`."""
+    return ".".join(part for part in field.split(".") if not part.isdigit())

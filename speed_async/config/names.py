@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -46,6 +46,12 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def element_section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class of the elements of a list, such as `task.sources`; None otherwise."""
+    arguments = get_args(annotation)
+    return section_of(arguments[0]) if get_origin(annotation) is list else None
+
+
 @cache
 def all_fields() -> dict[str, Any]:
     """All value fields, such as `learner.lr`, with their annotations."""
@@ -54,7 +60,8 @@ def all_fields() -> dict[str, Any]:
 
 @cache
 def all_sections() -> dict[str, type[BaseModel]]:
-    """All sections, such as `actors` and `actors.vllm`."""
+    """All sections, such as `actors` and `actors.vllm`, and elements of lists of sections, such as
+    `task.sources`."""
     return dict(_sections(Config, ""))
 
 
@@ -115,7 +122,7 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
     for name, info in model.model_fields.items():
-        section = section_of(info.annotation)
+        section = section_of(info.annotation) or element_section_of(info.annotation)
         if section is not None:
             yield f"{prefix}{name}", section
             yield from _sections(section, f"{prefix}{name}.")

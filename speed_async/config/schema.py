@@ -4,13 +4,18 @@ import ipaddress
 from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from speed_async.config.extensions import part_name, registered_path
+from speed_async.config.section import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from speed_async.config.sources import PROMPT_FORMAT, SourceConfig
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
 Algorithm = Literal[
     "rloo",
     "grpo",
@@ -25,12 +30,7 @@ Algorithm = Literal[
 ADVANTAGES = ("rloo", "grpo", "dr_grpo", "batch")
 REWARDS = ("correct", "boxed", "answer_tag", "overlong")
 POLICY_LOSSES = ("policy_gradient", "ppo_clip", "cispo", "gspo")
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Reward = Annotated[float, Field(ge=-1e6, le=1e6)]  # MAX_REWARD of types.py, which needs numpy
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -51,7 +51,8 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     path: str
-    """Hugging Face folder (config, safetensors, tokenizer)."""
+    """Hugging Face folder (config, safetensors, tokenizer), or the id of a model of the hub, such
+    as `Qwen/Qwen2.5-Math-1.5B`. A folder of that name has precedence."""
     context_length: PositiveInt | None = None
     """Prompt plus completion tokens; None uses the limit of the model."""
     chat_template: bool = False
@@ -74,15 +75,26 @@ class RewardConfig(Section):
 
 class TaskConfig(Section):
     name: Annotated[str, AfterValidator(partial(registered_path, "task"))]
-    """`arithmetic`, `jsonl`, `reasoning_gym:<data set>`, or `<module>:<callable>`. `scripted` is
-    for fault injection tests: each prompt passes at random with its own rate."""
+    """`arithmetic`, `dataset`, `jsonl`, `reasoning_gym:<data set>`, or `<module>:<callable>`.
+    `scripted` is for fault injection tests: each prompt passes at random with its own rate."""
     path: str | None = None
-    """Data file of `jsonl`: one object per line with `prompt` and `answer`."""
+    """Data file of `jsonl`: one object per line with `prompt` and `answer`. Source of `dataset`:
+    prepared folder, file, or hub data set (docs/data.md)."""
+    split: str | None = None
+    """Split of `path` (`dataset`); None: `train`."""
+    subset: str | None = None
+    """Subset of the hub data set `path` (`dataset`)."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns of `path` (`dataset`), as in `task.sources`."""
+    format: str = PROMPT_FORMAT
+    """Text that the model gets (`dataset`), as in `task.sources`."""
+    sources: list[SourceConfig] = Field(default_factory=list)
+    """Sources of `dataset`, mixed by weight, instead of `path`: `[[task.sources]]`."""
     match: Literal["exact", "numeric", "math"] = "exact"
-    """How `jsonl` compares the final answer of a completion with that of the row. `exact`: as text,
-    ignoring spacing (rules: environments/exact_answer.py). `numeric`: as numbers; a row whose
-    answer is not one whole number is rejected (environments/whole_number.py). `math`: as values of
-    mathematical expressions, exactly, then by math-verify (docs/verifier.md)."""
+    """How `jsonl` and `dataset` compare the final answer of a completion with that of the row.
+    `exact`: as text, ignoring spacing (rules: environments/exact_answer.py). `numeric`: as numbers;
+    a row whose answer is not one whole number is rejected (environments/whole_number.py). `math`:
+    as values of mathematical expressions, exactly, then by math-verify (docs/verifier.md)."""
     reward: Annotated[str, part_name("reward", *REWARDS)] = "correct"
     """`correct`: the task's own score. `boxed`, `answer_tag`: format only
     (environments/format_rewards.py). `<module>:<function>`: a function of prompt, completion,
@@ -110,6 +122,20 @@ class TaskConfig(Section):
     def weighted_rewards(self) -> tuple[RewardConfig, ...]:
         """`rewards`, or `reward` alone."""
         return tuple(self.rewards) or (RewardConfig(name=self.reward),)
+
+    @property
+    def all_sources(self) -> list[SourceConfig]:
+        """Sources of `dataset`: those of `sources`, or the one of `path`."""
+        if self.path is None:
+            return self.sources
+        source = SourceConfig(
+            path=self.path,
+            split=self.split,
+            subset=self.subset,
+            columns=self.columns,
+            format=self.format,
+        )
+        return [source]
 
 
 class GateConfig(Section):

@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from speed_async.config import schema
 from speed_async.config.schema import Config
 
 WIDTH = 100
@@ -35,7 +34,7 @@ def _section(section: BaseModel, path: str) -> Iterator[str]:
         if isinstance(value, BaseModel):
             inner.append((name, value))
             continue
-        yield from _comment(field_descriptions(type(section).__name__).get(name, ""))
+        yield from _comment(field_descriptions(type(section)).get(name, ""))
         yield f"# {name} =" if value is None else f"{name} = {_value(value)}"
     for name, value in inner:
         yield from _section(value, f"{path}.{name}" if path else name)
@@ -56,7 +55,7 @@ def _value(value: Any) -> str:
     if isinstance(value, date | time):
         return value.isoformat()
     if isinstance(value, BaseModel):
-        value = value.model_dump()
+        value = value.model_dump(exclude_defaults=True)
     if isinstance(value, Mapping):
         pairs = [
             f"{_value(str(key))} = {_value(each)}"
@@ -70,10 +69,9 @@ def _value(value: Any) -> str:
 
 
 @cache
-def field_descriptions(section: str) -> dict[str, str]:
-    """Docstrings of the fields, parsed from the source of the schema."""
-    tree = ast.parse(inspect.getsource(schema))
-    found = next(each for each in tree.body if getattr(each, "name", "") == section)
+def field_descriptions(section: type[BaseModel]) -> dict[str, str]:
+    """Docstrings of the fields, parsed from the source of the section."""
+    [found] = ast.parse(inspect.getsource(section)).body
     assert isinstance(found, ast.ClassDef)
     descriptions: dict[str, str] = {}
     for field, below in zip(found.body, found.body[1:], strict=False):
