@@ -1,28 +1,14 @@
 """The `jsonl` task: prompts and answers from a file, matched as text, numbers or mathematics."""
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from speed_async.environments.exact_answer import exact_answer, same_answer
-from speed_async.environments.final_answer import final_answer
 from speed_async.environments.jsonl_file import DataRow, read_rows
-from speed_async.environments.mathematics.extraction import math_answer
-from speed_async.environments.mathematics.scoring import is_correct, math_answer_error
-from speed_async.environments.numeric_answer import (
-    answer_number,
-    last_number,
-    last_number_text,
-    same_number,
-)
+from speed_async.environments.matching import MATCHING, MatchKind
 from speed_async.errors import ConfigError, DataError
 from speed_async.types import Prompt
 
 MIN_TRAIN_PROMPTS = 2
-
-MatchKind = Literal["exact", "numeric", "math"]
 
 
 class JsonlTask:
@@ -36,8 +22,8 @@ class JsonlTask:
 
     def __init__(self, *, path: str, match: MatchKind, num_held_out: int, seed: int) -> None:
         """Raises DataError (unusable file) or ConfigError (too many held-out prompts)."""
-        self._matching = _MATCHING[match]
-        rows = read_rows(Path(path), self._answer_error)
+        self._matching = MATCHING[match]
+        rows = read_rows(Path(path), self._matching.answer_error)
         _check_size(path, len(rows), num_held_out)
         selected = set(random.Random(seed).sample(range(len(rows)), num_held_out))
         train = [row for index, row in enumerate(rows) if index not in selected]
@@ -52,59 +38,6 @@ class JsonlTask:
     def extract(self, completion: str) -> str | None:
         """The final answer as written in the completion, whether it can be parsed or not."""
         return self._matching.extract(completion)
-
-    def _answer_error(self, answer: str) -> str:
-        """Why a row's answer cannot be used, or ""."""
-        if not exact_answer(answer):
-            return (
-                f"'answer' {_excerpt(answer)} has an empty final answer: add one or remove the row"
-            )
-        return self._matching.answer_error(answer)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Matching:
-    """One value of `task.match`."""
-
-    is_correct: Callable[[str, str], bool]
-    """Of a completion and the answer of its row."""
-    extract: Callable[[str], str | None]
-    """The final answer of a completion, for display."""
-    answer_error: Callable[[str], str]
-    """Why the non-empty answer of a row cannot be used, or ""."""
-
-
-def _has_same_text(completion: str, answer: str) -> bool:
-    return same_answer(exact_answer(completion), exact_answer(answer))
-
-
-def _has_same_number(completion: str, answer: str) -> bool:
-    candidate, number = last_number(completion), answer_number(answer)
-    return candidate is not None and number is not None and same_number(candidate, number)
-
-
-def _numeric_answer_error(answer: str) -> str:
-    if answer_number(answer) is not None:
-        return ""
-    return (
-        f"'answer' {_excerpt(answer)} is not one whole number: correct or remove the row, or set "
-        "task.match = 'exact' or 'math'"
-    )
-
-
-_MATCHING: dict[MatchKind, _Matching] = {
-    "exact": _Matching(is_correct=_has_same_text, extract=final_answer, answer_error=lambda _: ""),
-    "numeric": _Matching(
-        is_correct=_has_same_number,
-        extract=last_number_text,
-        answer_error=_numeric_answer_error,
-    ),
-    "math": _Matching(is_correct=is_correct, extract=math_answer, answer_error=math_answer_error),
-}
-
-
-def _excerpt(answer: str) -> str:
-    return repr(answer if len(answer) <= 40 else "..." + answer[-37:])
 
 
 def _check_size(path: str, num_rows: int, num_held_out: int) -> None:
