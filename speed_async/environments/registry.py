@@ -14,7 +14,7 @@ _SCRIPTED = "speed_async.testing.scripted_task:make_scripted_task"
 def known_tasks() -> tuple[str, ...]:
     """Valid values of `task.name`. `<name>` is any reasoning-gym data set; `<module>:<callable>`
     is a user-defined factory that receives the section `[task]`."""
-    return ("arithmetic", "jsonl", f"{_GYM}:<name>", "<module>:<callable>", "scripted")
+    return ("arithmetic", "dataset", "jsonl", f"{_GYM}:<name>", "<module>:<callable>", "scripted")
 
 
 def make_task(config: TaskConfig) -> Task:
@@ -28,6 +28,8 @@ def make_task(config: TaskConfig) -> Task:
         return _make_gym(config, data_set)
     if config.name == "arithmetic":
         return _make_arithmetic(config)
+    if config.name == "dataset":
+        return _make_dataset(config)
     if config.name == "jsonl":
         return _make_jsonl(config)
     path = _SCRIPTED if config.name == "scripted" else config.name
@@ -54,6 +56,19 @@ def _make_jsonl(config: TaskConfig) -> Task:
         raise ConfigError("task.path", None, "the jsonl task needs the path of its data file")
     return JsonlTask(
         path=config.path,
+        match=config.match,
+        num_held_out=config.num_held_out,
+        seed=config.seed,
+    )
+
+
+def _make_dataset(config: TaskConfig) -> Task:
+    from speed_async.environments.dataset.task import DatasetTask
+
+    if not config.all_sources:
+        raise ConfigError("task.path", None, "the dataset task needs a data set")
+    return DatasetTask(
+        config.all_sources,
         match=config.match,
         num_held_out=config.num_held_out,
         seed=config.seed,

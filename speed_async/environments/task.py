@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from speed_async.types import Prompt
 
@@ -31,8 +32,40 @@ class Task(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContentDigest:
+    """Digests of all training and held-out prompts."""
+
+    ordered: str
+    """Of texts and answers in their order."""
+    prompts: str
+    """Of the texts, regardless of their order."""
+    answers: str
+    """Of the texts with their answers, regardless of their order."""
+
+
+@runtime_checkable
+class StoredTask(Protocol):
+    """A task whose prompts stay on disk and are too many to read all of them at each start."""
+
+    @property
+    def content(self) -> ContentDigest: ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Lines about its sources, for display."""
+        ...
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What is wrong with its sources, such as unusable rows."""
+        ...
+
+
 def fingerprint(task: Task) -> str:
     """Digest of all prompts. Must be equal in the processes that exchange prompt ids."""
+    if isinstance(task, StoredTask):
+        return task.content.ordered
     digest = hashlib.sha256()
     for prompts in (task.train_prompts, task.held_out_prompts):
         for prompt in prompts:

@@ -18,7 +18,7 @@ from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
 from speed_async.environments.rewards import reward_functions
 from speed_async.environments.scoring_source import scoring_files
-from speed_async.environments.task import Task, fingerprint
+from speed_async.environments.task import StoredTask, Task, fingerprint
 from speed_async.errors import IdentityError
 from speed_async.launcher.identity.content import FileDigest, digest_files, digest_text
 from speed_async.launcher.identity.model_files import (
@@ -140,15 +140,21 @@ def _unreadable(error: OSError) -> IdentityError:
 
 
 def _data(config: Config, task: Task) -> IdentityPart:
-    prompts = [*task.train_prompts, *task.held_out_prompts]
+    sources = ", ".join(source.path for source in config.task.sources)
+    if isinstance(task, StoredTask):
+        prompts, answers = task.content.prompts, task.content.answers
+    else:
+        both = [*task.train_prompts, *task.held_out_prompts]
+        prompts = _unordered([(prompt.text,) for prompt in both])
+        answers = _unordered([(prompt.text, prompt.answer) for prompt in both])
     return IdentityPart(
-        place=config.task.path or config.task.name,
+        place=config.task.path or sources or config.task.name,
         digest=fingerprint(task),
         parts={
             "train": len(task.train_prompts),
             "held_out": len(task.held_out_prompts),
-            "prompts": _unordered([(prompt.text,) for prompt in prompts]),
-            "answers": _unordered([(prompt.text, prompt.answer) for prompt in prompts]),
+            "prompts": prompts,
+            "answers": answers,
         },
     )
 

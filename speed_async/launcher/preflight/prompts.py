@@ -18,6 +18,7 @@ BATCH = 1024
 MAX_QUOTED = 40
 MAX_CHARACTERS = 4_000_000
 """Above this many characters, only a sample of the prompts is encoded (some seconds of work)."""
+NUM_PROBED = 1000
 TOO_LONG, EMPTY, UNKNOWN_TOKEN, TEMPLATE = "too long", "empty", "unknown token", "template"
 REMEDIES = {
     TOO_LONG: "use shorter prompts, or a model with a longer context",
@@ -119,8 +120,11 @@ def _shortened(text: str) -> str:
 
 
 def _sample(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-    """All prompts, or every n-th if there are more than MAX_CHARACTERS characters."""
-    size = sum(len(prompt.text) for prompt in prompts)
+    """All prompts, or every n-th if there are more than MAX_CHARACTERS characters. The characters
+    of more than NUM_PROBED prompts are estimated from NUM_PROBED of them."""
+    probed = prompts[:: max(1, len(prompts) // NUM_PROBED)]
+    probed_size = sum(len(prompt.text) for prompt in probed)
+    size = probed_size * len(prompts) // max(1, len(probed))
     return prompts[:: -(-size // MAX_CHARACTERS)] if size > MAX_CHARACTERS else prompts
 
 

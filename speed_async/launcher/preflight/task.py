@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
 from speed_async.environments.rewards import Rewards, unscored
-from speed_async.environments.task import Task
+from speed_async.environments.task import StoredTask, Task
 from speed_async.errors import ConfigError, SpeedAsyncError, TaskError
 from speed_async.launcher.preflight.findings import Findings
 from speed_async.types import Prompt, Verdict
@@ -36,6 +36,9 @@ def check_task(config: Config, findings: Findings) -> CheckedTask | None:
     except SpeedAsyncError as error:
         findings.errors.append(error)
         return None
+    if isinstance(task, StoredTask):
+        findings.show("data", list(task.notes))
+        findings.warnings += task.warnings
     scores = None
     if config.task.name not in WITHOUT_ANSWERS:
         scores = _check_verifier(config, task, examples, findings)

@@ -1,0 +1,41 @@
+"""Prompts of the `dataset` task, read from its memory-mapped rows one at a time."""
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+from speed_async.environments.dataset.mixture import Int32Array
+from speed_async.environments.dataset.rows import row_at
+from speed_async.types import Prompt
+
+
+class DatasetPrompts(Sequence[Prompt]):
+    """Prompt i is row `rows_N[i]` of the table. A slice is such a sequence, and copies nothing."""
+
+    def __init__(
+        self, table: Any, rows_N: Int32Array, *, held_out: bool, ids: range | None = None
+    ) -> None:
+        self._table = table
+        self._rows_N = rows_N
+        self._held_out = held_out
+        self._ids = range(len(rows_N)) if ids is None else ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> "DatasetPrompts": ...
+    def __getitem__(self, index: int | slice) -> "Prompt | DatasetPrompts":
+        chosen = self._ids[index]
+        if isinstance(chosen, range):
+            return DatasetPrompts(self._table, self._rows_N, held_out=self._held_out, ids=chosen)
+        row = row_at(self._table, int(self._rows_N[chosen]))
+        return Prompt(
+            prompt_id=chosen,
+            text=row.prompt,
+            answer=row.answer,
+            level=row.level,
+            held_out=self._held_out,
+            metadata=row.metadata,
+        )

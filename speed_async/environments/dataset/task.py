@@ -1,0 +1,105 @@
+"""The `dataset` task: prompts and answers of prepared folders, files and hub data sets."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import xxhash
+
+from speed_async.config.sources import SourceConfig
+from speed_async.environments.dataset.mixture import MixedSource, UInt64Array, mix
+from speed_async.environments.dataset.prompts import DatasetPrompts
+from speed_async.environments.dataset.rows import open_source, summary
+from speed_async.environments.matching import MATCHING, MatchKind
+from speed_async.environments.task import ContentDigest
+from speed_async.types import Prompt
+
+
+class DatasetTask:
+    """Prompts stay on disk; this object has four bytes for each. The held-out prompts are sampled
+    with the seed, from each source in proportion to its share (mixture.py)."""
+
+    def __init__(
+        self,
+        sources: Sequence[SourceConfig],
+        *,
+        match: MatchKind,
+        num_held_out: int,
+        seed: int,
+    ) -> None:
+        """Raises DataError (unusable source) or ConfigError (too many held-out prompts, weights
+        too uneven)."""
+        import pyarrow as pa
+
+        self._matching = MATCHING[match]
+        opened = [open_source(source, match) for source in sources]
+        table = pa.concat_tables([rows.table for rows in opened])
+        mixed = [
+            MixedSource(
+                path=source.path,
+                weight=source.weight,
+                prompt_keys=rows.keys("prompt_key"),
+                answer_keys=rows.keys("answer_key"),
+            )
+            for source, rows in zip(sources, opened, strict=True)
+        ]
+        mixture = mix(mixed, num_held_out=num_held_out, seed=seed)
+        self.train_prompts: Sequence[Prompt] = DatasetPrompts(
+            table, mixture.train_T, held_out=False
+        )
+        self.held_out_prompts: Sequence[Prompt] = DatasetPrompts(
+            table, mixture.held_out_H, held_out=True
+        )
+        self.content = _content(
+            mixed,
+            [rows.report.digest for rows in opened],
+            chosen=(mixture.train_T, mixture.held_out_H),
+        )
+        self.notes = [
+            f"{summary(source.path, rows.report)}; memory-mapped from {rows.file}"
+            for source, rows in zip(sources, opened, strict=True)
+        ]
+        """Lines about each source, for display."""
+        self.warnings = [
+            f"data set {summary(source.path, rows.report)}; the first is {rows.report.examples[0]}"
+            for source, rows in zip(sources, opened, strict=True)
+            if rows.report.unusable
+        ]
+        if mixture.num_contradicting:
+            self.warnings.append(
+                f"{mixture.num_contradicting:,} rows repeat a prompt with another answer: the "
+                "first row of each prompt is used"
+            )
+        if mixture.num_repeated:
+            self.notes.append(f"{mixture.num_repeated:,} repeated prompts are used once")
+
+    def score(self, prompt: Prompt, completion: str) -> float:
+        """1.0 when the completion's final answer matches, else 0.0. "math" may raise or hang."""
+        return float(self._matching.is_correct(completion, prompt.answer))
+
+    def extract(self, completion: str) -> str | None:
+        """The final answer as written in the completion, whether it can be parsed or not."""
+        return self._matching.extract(completion)
+
+
+def _content(
+    sources: Sequence[MixedSource],
+    digests: Sequence[str],
+    *,
+    chosen: tuple[np.ndarray, np.ndarray],
+) -> ContentDigest:
+    """Digests of the prompts, from those of the sources: no prompt is read."""
+    ordered = xxhash.xxh3_128("".join(digests).encode())
+    for rows in chosen:
+        ordered.update(len(rows).to_bytes(8, "little") + rows.tobytes())
+    prompts = np.concatenate([source.prompt_keys for source in sources])
+    answers = np.concatenate([source.answer_keys for source in sources])
+    pairs = prompts ^ (answers * np.uint64(0x9E3779B97F4A7C15))
+    return ContentDigest(
+        ordered=ordered.hexdigest()[:16],
+        prompts=_unordered(prompts),
+        answers=_unordered(pairs),
+    )
+
+
+def _unordered(keys: UInt64Array) -> str:
+    return xxhash.xxh3_128_hexdigest(np.sort(keys).tobytes())
