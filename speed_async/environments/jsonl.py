@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 from speed_async.environments.jsonl_file import DataRow, read_rows
-from speed_async.environments.matching import MATCHING, MatchKind
+from speed_async.environments.matching import MatchKind, matching
 from speed_async.errors import ConfigError, DataError
 from speed_async.types import Prompt
 
@@ -22,7 +22,7 @@ class JsonlTask:
 
     def __init__(self, *, path: str, match: MatchKind, num_held_out: int, seed: int) -> None:
         """Raises DataError (unusable file) or ConfigError (too many held-out prompts)."""
-        self._matching = MATCHING[match]
+        self._matching = matching(match)
         rows = read_rows(Path(path), self._matching.answer_error)
         _check_size(path, len(rows), num_held_out)
         selected = set(random.Random(seed).sample(range(len(rows)), num_held_out))

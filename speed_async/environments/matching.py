@@ -63,7 +63,7 @@ def _excerpt(answer: str) -> str:
     return repr(answer if len(answer) <= 40 else "..." + answer[-37:])
 
 
-MATCHING: dict[MatchKind, Matching] = {
+_MATCHING: dict[MatchKind, Matching] = {
     "exact": Matching(is_correct=_has_same_text, extract=final_answer, check_answer=lambda _: ""),
     "numeric": Matching(
         is_correct=_has_same_number,
@@ -72,3 +72,8 @@ MATCHING: dict[MatchKind, Matching] = {
     ),
     "math": Matching(is_correct=is_correct, extract=math_answer, check_answer=math_answer_error),
 }
+
+
+def matching(kind: MatchKind) -> Matching:
+    # A function, so that scoring_source.py sees that a task uses this module.
+    return _MATCHING[kind]

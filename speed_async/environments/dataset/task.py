@@ -9,7 +9,7 @@ from speed_async.config.sources import SourceConfig
 from speed_async.environments.dataset.mixture import MixedSource, UInt64Array, mix
 from speed_async.environments.dataset.prompts import DatasetPrompts
 from speed_async.environments.dataset.rows import open_source, summary
-from speed_async.environments.matching import MATCHING, MatchKind
+from speed_async.environments.matching import MatchKind, matching
 from speed_async.environments.task import ContentDigest
 from speed_async.types import Prompt
 
@@ -30,7 +30,7 @@ class DatasetTask:
         too uneven)."""
         import pyarrow as pa
 
-        self._matching = MATCHING[match]
+        self._matching = matching(match)
         opened = [open_source(source, match) for source in sources]
         table = pa.concat_tables([rows.table for rows in opened])
         mixed = [

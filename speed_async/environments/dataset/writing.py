@@ -32,7 +32,7 @@ from speed_async.environments.dataset.reading import (
     open_hub,
     read_rows,
 )
-from speed_async.environments.matching import MATCHING, MatchKind
+from speed_async.environments.matching import MatchKind, matching
 from speed_async.errors import DataError
 
 BATCH_ROWS = 8192
@@ -160,7 +160,7 @@ class _Selection:
         if raw.error:
             raise RowError(raw.error)
         row = read_row(raw.record, self._columns)
-        if MATCHING[self._match].answer_error(row.answer):
+        if matching(self._match).answer_error(row.answer):
             raise RowError(f"the answer has no form that match = {self._match!r} can compare")
         text = formatted(self._source.format, row.prompt, raw.record)
         try:
