@@ -63,7 +63,7 @@ def _excerpt(answer: str) -> str:
     return repr(answer if len(answer) <= 40 else "..." + answer[-37:])
 
 
-_MATCHING: dict[MatchKind, Matching] = {
+MATCHING: dict[MatchKind, Matching] = {
     "exact": Matching(is_correct=_has_same_text, extract=final_answer, check_answer=lambda _: ""),
     "numeric": Matching(
         is_correct=_has_same_number,
@@ -76,4 +76,4 @@ _MATCHING: dict[MatchKind, Matching] = {
 
 def matching(kind: MatchKind) -> Matching:
     # A function, so that scoring_source.py sees that a task uses this module.
-    return _MATCHING[kind]
+    return MATCHING[kind]
