@@ -65,8 +65,8 @@ def console(run_folder_or_address: str, keys: Path | None) -> None:
     metavar="tcp://HOST:PORT",
     help="Address of the run's service; logs/learner.log of the run contains it.",
 )
-@click.option("--model", type=click.Path(path_type=Path), help="Model folder on this machine.")
-@click.option("--data", type=click.Path(path_type=Path), help="Data file on this machine.")
+@click.option("--model", help="Model folder on this machine, or the id of a hub model.")
+@click.option("--data", help="Data set on this machine, or the id of a hub data set.")
 @click.option(
     "--run-folder",
     type=click.Path(path_type=Path),
@@ -83,8 +83,8 @@ def console(run_folder_or_address: str, keys: Path | None) -> None:
 @KEYS
 def actor(
     address: str,
-    model: Path | None,
-    data: Path | None,
+    model: str | None,
+    data: str | None,
     run_folder: Path | None,
     timeout_s: float,
     keys: Path | None,

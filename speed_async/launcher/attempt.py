@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speed_async.config.load import save_config
+from speed_async.config.local_model import model_folder
 from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
 from speed_async.errors import RunFinished, SpeedAsyncError
@@ -69,7 +70,7 @@ class Attempt:
         if WEIGHTS in identity.things:
             return
         try:
-            whole = with_weights(identity, Path(self.config.model.path))
+            whole = with_weights(identity, model_folder(self.config.model.path))
             self.folder.write(self.folder.identity, whole.text())
         except (SpeedAsyncError, OSError) as error:
             sys.stderr.write(f"no digest of the model's weights was saved: {error}\n")

@@ -20,6 +20,7 @@ from speed_async.algorithms.diagnostics import (
 )
 from speed_async.algorithms.loss_tokens import LossTokens
 from speed_async.algorithms.objective import GroupSignal, Objective, compute_signals, make_objective
+from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
 from speed_async.errors import ModelError
 from speed_async.learner.batch import MicroBatch, make_micro_batch
@@ -77,7 +78,7 @@ class Trainer:
         self._punishes_length = config.objective.overlong_share > 0
         self._config = config.learner
         self._checkpoints = Path(config.run.folder) / "checkpoints"
-        self._model_files = read_model_files(Path(config.model.path))
+        self._model_files = read_model_files(model_folder(config.model.path))
         self._clock = clock
         context = context_length(model, config.model.context_length)
         self._objective = objective or make_objective(config, context_length=context)

@@ -7,13 +7,13 @@ a real model. The weights are not used, so the canary is not checked.
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from speed_async.actors.engine import GenerationRequest
 from speed_async.actors.model_folder import load_model_folder
 from speed_async.actors.stepped_engine.stepper import FinishedRequest
+from speed_async.config.local_model import model_folder
 from speed_async.config.schema import ActorsConfig, ModelConfig
 from speed_async.errors import WeightSyncError
 from speed_async.testing.scripted_engine import Script, ScriptedStepper
@@ -39,7 +39,7 @@ def load_scripted_stepper(model: ModelConfig, actors: ActorsConfig, *, seed: int
     """
     torch.set_num_threads(1)
     loaded = load_model_folder(
-        Path(model.path), context_length=model.context_length, device=actors.device
+        model_folder(model.path), context_length=model.context_length, device=actors.device
     )
     flatten_parameters(loaded.model)
     parameters = {name: value.detach() for name, value in loaded.model.named_parameters()}

@@ -239,7 +239,7 @@ def test_prompts_are_encoded_exactly_like_in_the_actors(model: Path, chat_templa
             "task": {"name": "arithmetic"},
         }
     )
-    tokenizer = check_tokenizer(config, Findings())
+    tokenizer = check_tokenizer(config, Path(config.model.path), Findings())
     codec = PromptCodec(load_tokenizer(model), chat_template=chat_template)
     prompts = ["12+34=", "<eos>", "", " 7 \n", "8\u00e9"]
     assert tokenizer is not None

@@ -1,11 +1,10 @@
 """Creates the stepper of the embedded engine from a model folder and the configuration."""
 
-from pathlib import Path
-
 import torch
 
 from speed_async.actors.model_folder import load_model_folder, resolve_device
 from speed_async.actors.torch_engine.generator import TorchGenerator
+from speed_async.config.local_model import model_folder
 from speed_async.config.schema import ActorsConfig, ModelConfig
 from speed_async.weight_sync.broadcast import TorchReceiver
 from speed_async.weight_sync.buckets import flatten_parameters
@@ -27,7 +26,10 @@ def load_torch_generator(
     if device.type == "cpu":
         torch.set_num_threads(actors.num_threads)
     loaded = load_model_folder(
-        Path(model.path), context_length=model.context_length, device=actors.device, dtype=dtype
+        model_folder(model.path),
+        context_length=model.context_length,
+        device=actors.device,
+        dtype=dtype,
     )
     flatten_parameters(loaded.model)  # same layout as the learner's: weights are received in place
     return TorchGenerator(

@@ -1,7 +1,6 @@
 """Start-up options of vLLM, as plain values: this module does not import vLLM."""
 
 import os
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +10,7 @@ from speed_async.actors.model_folder import (
     load_tokenizer,
     usable_context,
 )
+from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError
 
@@ -29,7 +29,7 @@ class ServingInfo:
         """Raises ModelError when the folder is unusable."""
         from transformers import AutoConfig, GenerationConfig
 
-        folder = Path(config.model.path)
+        folder = model_folder(config.model.path)
         check_model_folder(folder)
         self.hf_config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
         try:
@@ -50,7 +50,7 @@ def engine_arguments(
     """
     actors = config.actors
     arguments: dict[str, Any] = {
-        "model": config.model.path,
+        "model": str(model_folder(config.model.path)),
         "skip_tokenizer_init": True,  # tokens in, tokens out
         "generation_config": "vllm",
         "max_model_len": info.context_length,

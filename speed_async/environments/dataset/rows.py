@@ -7,6 +7,7 @@ written again when the source, its settings or the code that reads it change.
 
 import fcntl
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -94,6 +95,8 @@ def open_source(source: SourceConfig, match: MatchKind = "math") -> Rows:
     if not (record.is_file() and arrow.is_file()):
         with _writable(folder), _lock(folder / f"{name}.lock"):
             if not (record.is_file() and arrow.is_file()):
+                sys.stderr.write(f"reading data set '{source.path}' once, to '{arrow}'\n")
+                sys.stderr.flush()
                 write_rows(source, match, place, arrow=arrow, record=record)
     try:
         report = RowsReport(**json.loads(record.read_text(encoding="utf-8")))

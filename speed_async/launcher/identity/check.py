@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from speed_async.buffer.durability.recovery import check_segments
+from speed_async.config.local_model import model_folder
 from speed_async.config.resumed import fixed_settings
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, DataError, IdentityError, TaskError
@@ -48,7 +48,7 @@ def check_identity(config: Config, folder: RunFolder) -> Identity:
     """
     then = read_identity(folder.identity)
     owners = run_ids(folder.checkpoints)
-    model = Path(config.model.path)
+    model = model_folder(config.model.path)
     if then is None:
         now = _identify(config, folder, next(reversed(owners.values()), new_run_id()))
     else:

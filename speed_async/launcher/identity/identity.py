@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from speed_async import __version__
+from speed_async.config.local_model import model_folder
 from speed_async.config.resumed import fixed_settings
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
@@ -75,7 +76,7 @@ def identify(config: Config, *, run_id: str) -> Identity:
     when a file cannot be read.
     """
     task = make_task(config.task)
-    folder = Path(config.model.path)
+    folder = model_folder(config.model.path)
     try:
         things = {
             DATA: _data(config, task),

@@ -12,7 +12,7 @@ from speed_async.launcher.preflight.machine import (
     check_ports,
 )
 from speed_async.launcher.preflight.memory import CHECKPOINT_BYTES, estimate_memory
-from speed_async.launcher.preflight.model import CheckedModel, check_model
+from speed_async.launcher.preflight.model import CheckedModel, check_model, find_model
 from speed_async.launcher.preflight.prompts import check_prompts, describe
 from speed_async.launcher.preflight.task import CheckedTask, check_task
 from speed_async.launcher.preflight.tokenizer import PromptTokenizer, check_tokenizer
@@ -38,8 +38,9 @@ def run_checks(
         check_keys(config, findings)
         check_ports(config, findings, resume=resume)
     parent = check_folders(config, findings)
-    model = check_model(config, findings)
-    tokenizer = check_tokenizer(config, findings)
+    folder = find_model(config, findings)
+    model = None if folder is None else check_model(config, folder, findings)
+    tokenizer = None if folder is None else check_tokenizer(config, folder, findings)
     task = check_task(config, findings)
     if task is not None:
         _show_example(task, tokenizer, findings)

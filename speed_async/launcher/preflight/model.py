@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from speed_async.config.local_model import model_folder
 from speed_async.config.model_facts import ModelInfo, read_model_info
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, ModelError
@@ -18,9 +19,20 @@ class CheckedModel:
     """Context length of the run; None if only the model's class defines it."""
 
 
-def check_model(config: Config, findings: Findings) -> CheckedModel | None:
+def find_model(config: Config, findings: Findings) -> Path | None:
+    """The model folder. Returns None if it is a model of the hub that cannot be found."""
+    try:
+        folder = model_folder(config.model.path)
+    except ConfigError as error:
+        findings.errors.append(error)
+        return None
+    if str(folder) != config.model.path:
+        findings.show("model", [f"{config.model.path}: {folder}"])
+    return folder
+
+
+def check_model(config: Config, folder: Path, findings: Findings) -> CheckedModel | None:
     """Check the model folder. Returns None if its config.json cannot be read."""
-    folder = Path(config.model.path)
     if not (folder / "config.json").is_file():
         return None  # reported by config/checks.py
     weights, errors = read_weights(folder)

@@ -72,11 +72,10 @@ class PromptTokenizer:
         return [self._tokenizer.decode([each], skip_special_tokens=False) for each in ids]
 
 
-def check_tokenizer(config: Config, findings: Findings) -> PromptTokenizer | None:
+def check_tokenizer(config: Config, folder: Path, findings: Findings) -> PromptTokenizer | None:
     """Load the tokenizer. Returns None if it is unusable or only transformers can read it."""
     from tokenizers import Tokenizer
 
-    folder = Path(config.model.path)
     if not folder.is_dir():
         return None  # reported by config/checks.py
     if not (folder / FILE).is_file():
@@ -92,7 +91,7 @@ def check_tokenizer(config: Config, findings: Findings) -> PromptTokenizer | Non
     try:
         special_tokens, plain = _special_tokens(folder)
         _check_eos(folder, tokenizer, special_tokens.get("eos_token"), plain, findings)
-        template = _template(config, special_tokens) if config.model.chat_template else None
+        template = _template(folder, special_tokens) if config.model.chat_template else None
     except SpeedAsyncError as error:
         findings.errors.append(error)
         return None
@@ -146,10 +145,10 @@ def _check_eos(
         )
 
 
-def _template(config: Config, special_tokens: dict[str, str]) -> ChatTemplate:
+def _template(folder: Path, special_tokens: dict[str, str]) -> ChatTemplate:
     from jinja2 import TemplateError
 
-    text = _find_template(Path(config.model.path))
+    text = _find_template(folder)
     if text is None:
         remedy = "this model's tokenizer has no chat template; set false"
         raise ConfigError("model.chat_template", True, remedy)

@@ -87,10 +87,11 @@ async def _run_actor(
     cluster, accepted = config.cluster, admitted.accepted
     resolved = localized(
         accepted.config,
-        model=None if rank.is_on_first_node else Path(config.model.path),
-        data=Path(config.task.path) if config.task.path and not rank.is_on_first_node else None,
+        model=None if rank.is_on_first_node else config.model.path,
+        data=None if rank.is_on_first_node else config.task.path,
         run_folder=None,
         keys=Path(cluster.keys) if cluster.keys else None,
+        sources=() if rank.is_on_first_node else config.task.sources,
     )
     folder, name = RunFolder(path=Path(resolved.run.folder)), f"actor-{rank.rank}"
     own_config = None if rank.is_on_first_node else folder.log(name).with_suffix(".config.json")

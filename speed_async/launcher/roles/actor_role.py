@@ -14,6 +14,7 @@ from speed_async.actors.loop import ActorLoop
 from speed_async.actors.model_folder import check_model_folder, load_tokenizer
 from speed_async.actors.prompt_codec import PromptCodec
 from speed_async.actors.rollout import Rollout
+from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
 from speed_async.environments.task import fingerprint
@@ -76,7 +77,7 @@ async def _work(
         config.actors.verifier_timeout_s,
         rewards=config.task.weighted_rewards,
     )
-    folder = Path(config.model.path)
+    folder = model_folder(config.model.path)
     check_model_folder(folder)
     codec = PromptCodec(load_tokenizer(folder), chat_template=config.model.chat_template)
     failures = FailedCompletions(RunFolder(path=Path(config.run.folder)).failed(name))

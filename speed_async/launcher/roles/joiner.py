@@ -8,10 +8,14 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from speed_async.config.hub_id import local_or_hub
 from speed_async.config.load import build_config
+from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
+from speed_async.config.sources import SourceConfig
 from speed_async.errors import (
     ConfigError,
     ConfigErrors,
@@ -35,8 +39,8 @@ async def join_run(
     host: str,
     port: int,
     *,
-    model: Path | None,
-    data: Path | None,
+    model: str | None,
+    data: str | None,
     run_folder: Path | None,
     timeout_s: float,
     keys: Path | None = None,
@@ -113,26 +117,32 @@ async def _run_actor(
 def localized(
     text: str,
     *,
-    model: Path | None,
-    data: Path | None,
+    model: str | None,
+    data: str | None,
     run_folder: Path | None,
     keys: Path | None,
+    sources: Sequence[SourceConfig] = (),
 ) -> Config:
-    """Parse the run's configuration and replace paths by those of this machine. Raises ConfigError
-    for a missing path."""
+    """Parse the run's configuration and replace paths by those of this machine. `model` and `data`
+    may be ids of the hub. Raises ConfigError for a missing path, and for a model of the hub that
+    this machine neither has nor can download."""
     try:
         tree = json.loads(text)
         if run_folder is not None:
             tree["run"]["folder"] = str(run_folder)
         if model is not None:
-            tree["model"]["path"] = str(model.expanduser().resolve())
+            tree["model"]["path"] = local_or_hub(model, Path.cwd())
         if data is not None:
-            tree["task"]["path"] = str(data.expanduser().resolve())
+            tree["task"]["path"] = local_or_hub(data, Path.cwd())
+        if sources:
+            tree["task"]["sources"] = [source.model_dump() for source in sources]
         tree["cluster"]["keys"] = str(keys.expanduser().resolve()) if keys is not None else None
     except (ValueError, TypeError, KeyError) as error:
         raise ProtocolError(f"the run's configuration is malformed: {error}") from None
     try:
-        return build_config(tree)
+        config = build_config(tree)
+        model_folder(config.model.path)
+        return config
     except ConfigError as error:
         raise ConfigErrors.of([_on_this_machine(each) for each in error.errors]) from None
 

@@ -6,10 +6,10 @@ Separate from learner_role.py because its imports take seconds.
 import asyncio
 import gc
 import os
-from pathlib import Path
 
 import torch
 
+from speed_async.config.local_model import model_folder
 from speed_async.launcher.attempt import Attempt
 from speed_async.launcher.identity.identity import DATA, Identity
 from speed_async.launcher.identity.model_files import model_fingerprint
@@ -31,9 +31,10 @@ async def learn(
 ) -> RunResult:
     """Train until the run ends or `stop` is set."""
     config = attempt.config
+    folder = model_folder(config.model.path)
     torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.run.seed)
-    model = await asyncio.to_thread(load_model, config.model.path, device=config.learner.device)
+    model = await asyncio.to_thread(load_model, folder, device=config.learner.device)
     # Before the optimiser is created. Contiguous parameters are sent without being packed.
     flatten_parameters(model)
     trainer = Trainer(config=config, model=model, run_id=identity.run_id)
@@ -50,7 +51,7 @@ async def learn(
         host=config.cluster.host,
         bucket_bytes=config.weights.bucket_bytes,
         device=device,
-        cast=stored_dtype(config.model.path) if device.type == "cuda" else None,
+        cast=stored_dtype(folder) if device.type == "cuda" else None,
         store_timeout_s=config.weights.deadline_s,
     )
     backend = choose_backend(
@@ -79,7 +80,7 @@ async def learn(
                 incarnation=attempt.number,
                 fingerprint=identity.things[DATA].digest,
                 model_fingerprint=model_fingerprint(
-                    Path(config.model.path), chat_template=config.model.chat_template
+                    folder, chat_template=config.model.chat_template
                 ),
                 process_id=os.getpid(),
             )

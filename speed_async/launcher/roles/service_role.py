@@ -11,6 +11,7 @@ from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
 from speed_async.buffer.state import ServiceState
+from speed_async.config.local_model import model_folder
 from speed_async.config.model_facts import read_model_info
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
@@ -37,9 +38,9 @@ async def run_service(config: Config, run_folder: Path, *, attempt: int) -> None
     keys = server_keys(config.cluster)
     hub = await open_hub(config.cluster.host, config.cluster.service_port, keys=keys)
     feed = FeedPublisher(config.cluster.host, config.cluster.feed_port, keys=keys)
-    task_fingerprint, model_folder = fingerprint(task), Path(config.model.path)
-    folder_fingerprint = model_fingerprint(model_folder, chat_template=config.model.chat_template)
-    num_token_ids = vocab_size(model_folder)
+    task_fingerprint, model = fingerprint(task), model_folder(config.model.path)
+    folder_fingerprint = model_fingerprint(model, chat_template=config.model.chat_template)
+    num_token_ids = vocab_size(model)
 
     def build(settings: Config, state: ServiceState | None) -> BufferService:
         return BufferService(
