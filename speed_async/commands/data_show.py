@@ -1,0 +1,75 @@
+"""The command `data show`: the prompts of a configuration as the engine gets them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from speed_async.commands.training import PASS_THROUGH, WithOverrides
+from speed_async.config.load import load_config
+from speed_async.types import Prompt
+
+if TYPE_CHECKING:
+    from speed_async.environments.task import Task
+
+
+@click.command(cls=WithOverrides, context_settings=PASS_THROUGH)
+@click.argument("config")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--num", type=click.IntRange(min=1), default=3, show_default=True, help="Number of prompts."
+)
+def show(config: str, overrides: tuple[str, ...], num: int) -> None:
+    """Print prompts of CONFIG exactly as the engine gets them.
+
+    Shows the sources of the data, and for the first training prompts: the text with special tokens
+    and the chat template, its number of tokens, the answer, and what the verifier says to a right
+    answer in a box, a right answer without one, and a wrong answer.
+    """
+    from speed_async.actors.model_folder import load_tokenizer
+    from speed_async.actors.prompt_codec import PromptCodec
+    from speed_async.config.local_model import model_folder
+    from speed_async.environments.registry import make_task
+    from speed_async.environments.task import StoredTask
+
+    resolved = load_config(config, overrides)
+    tokenizer = load_tokenizer(model_folder(resolved.model.path))
+    codec = PromptCodec(tokenizer, chat_template=resolved.model.chat_template)
+    task = make_task(resolved.task)
+    if isinstance(task, StoredTask):
+        for line in (*task.notes, *(f"warning: {warning}" for warning in task.warnings)):
+            click.echo(line)
+    train, held_out = len(task.train_prompts), len(task.held_out_prompts)
+    click.echo(f"{train:,} training prompts, {held_out:,} held out")
+    for prompt in task.train_prompts[:num]:
+        ids = codec.encode(prompt.text).tolist()
+        click.echo(f"\n--- training prompt {prompt.prompt_id}: {len(ids)} tokens ---")
+        click.echo(_visible(tokenizer, ids))
+        level = f" (level {prompt.level})" if prompt.level else ""
+        click.echo(f"answer: {prompt.answer!r}{level}")
+        for what, completion in made_up_completions(prompt.answer):
+            click.echo(f"  {what}: {_verdict(task, prompt, completion)}")
+
+
+def made_up_completions(answer: str) -> tuple[tuple[str, str], ...]:
+    """Three completions by what they are: a right answer in a box and without one, and a wrong
+    one."""
+    return (
+        ("right, in a box", f"The answer is \\boxed{{{answer}}}."),
+        ("right, no box", f"The answer is {answer}"),
+        ("wrong", f"The answer is \\boxed{{{answer}7}}."),
+    )
+
+
+def _visible(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of the token ids, special tokens included; control characters are escaped."""
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _verdict(task: "Task", prompt: Prompt, completion: str) -> str:
+    try:
+        reward, extracted = task.score(prompt, completion), task.extract(completion)
+    except Exception as error:  # a user's verifier may raise anything
+        return f"the verifier raised {type(error).__name__}: {error}"
+    return f"reward {reward:g}, extracted {extracted!r}"
