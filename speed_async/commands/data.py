@@ -4,10 +4,12 @@ from pathlib import Path
 
 import click
 
+from speed_async.commands.data_show import show
+
 
 @click.group()
 def data() -> None:
-    """Prepare data sets for training and evaluation."""
+    """Prepare data sets for training and evaluation, and look at prompts."""
 
 
 @data.command()
@@ -49,3 +51,6 @@ def prepare(name: str, path: Path | None, out: Path | None, decontaminate: tuple
 
     suites = [each for given in decontaminate for each in given.split(",") if each]
     click.echo(summary(run(name, path=path, out=out, decontaminate=suites)))
+
+
+data.add_command(show)
