@@ -6,7 +6,7 @@ from pathlib import Path
 
 from speed_async.config.hub_id import is_hub_id
 from speed_async.config.key_folder import check_client_files
-from speed_async.config.schema import Config
+from speed_async.config.schema import Config, TaskConfig
 from speed_async.errors import ConfigError
 
 INCARNATIONS_PER_ATTEMPT = 1000
@@ -209,6 +209,16 @@ def _check_sources(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(
             "task.path", task.path, "it is set beside task.sources; list it as one of the sources"
         )
+    single = ("split", "subset", "columns", "format")
+    for field in single if task.sources else ():
+        if getattr(task, field) != TaskConfig.model_fields[field].get_default(
+            call_default_factory=True
+        ):
+            yield ConfigError(
+                f"task.{field}",
+                getattr(task, field),
+                "it belongs to task.path; with task.sources, set it in each source",
+            )
     weighted = [source for source in task.sources if source.weight is not None]
     if 0 < len(weighted) < len(task.sources):
         without = next(source for source in task.sources if source.weight is None)

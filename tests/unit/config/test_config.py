@@ -386,3 +386,51 @@ def test_byte_order_mark_is_ignored(config_file: Path) -> None:
 def test_config_name_that_is_too_long_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="cannot be read: File name too long"):
         load_config("x" * 5000)
+
+
+SOURCES = """
+[model]
+path = "org/model"
+[task]
+name = "dataset"
+[[task.sources]]
+path = "here.jsonl"
+[[task.sources]]
+path = "org/name"
+"""
+
+
+def test_paths_that_do_not_exist_may_be_ids_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "here.jsonl").touch()
+    (tmp_path / "config.toml").write_text(SOURCES)
+    config = load_config(tmp_path / "config.toml")
+    assert config.model.path == "org/model"
+    assert [s.path for s in config.task.sources] == [str(tmp_path / "here.jsonl"), "org/name"]
+
+
+@pytest.mark.parametrize(
+    ("added", "field", "remedy"),
+    [
+        ("weight = 2.0", "task.sources", "no weight, and others have one"),
+        ("wait = 2.0", "task.sources.1.wait", "did you mean 'weight'"),
+        ("[gate]", "task.sources", "no such file or folder"),
+        ("task_format", "task.format", "set it in each source"),
+        ("task_path", "task.path", "list it as one of the sources"),
+        ("arithmetic", "task.sources", "only task.name = 'dataset' has them"),
+    ],
+)
+def test_errors_of_sources_name_the_field(
+    tmp_path: Path, added: str, field: str, remedy: str
+) -> None:
+    if added != "[gate]":
+        (tmp_path / "here.jsonl").touch()
+    text = f"{SOURCES}{added}\n"
+    overrides = {
+        "task_format": ["--task.format", "{prompt}?"],
+        "task_path": ["--task.path", "org/other"],
+        "arithmetic": ["--task.name", "arithmetic"],
+    }.get(added, [])
+    (tmp_path / "config.toml").write_text(SOURCES if overrides else text)
+    with pytest.raises(ConfigError, match=remedy) as error:
+        load_config(tmp_path / "config.toml", overrides)
+    assert error.value.field == field

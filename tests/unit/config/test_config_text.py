@@ -82,6 +82,19 @@ def test_tables_of_rewards_round_trip(tmp_path: Path) -> None:
     assert [each.weight for each in again.task.weighted_rewards] == [1.0, -0.5]
 
 
+def test_a_list_of_sections_round_trips(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    sources = [
+        {"path": str(tmp_path / "a.jsonl"), "columns": {"prompt": "q.text"}, "weight": 1.0},
+        {"path": "org/name", "format": "{prompt}\n\\boxed{}", "subset": "main", "weight": 2.5},
+    ]
+    config = build_config(
+        {"model": {"path": str(MODEL)}, "task": {"name": "dataset", "sources": sources}}
+    )
+    assert [source.path for source in config.task.all_sources] == [s["path"] for s in sources]
+    assert build_config(tomllib.loads(to_toml(config))) == config
+
+
 def test_the_help_of_train_lists_every_field(tmp_path: Path) -> None:
     help_text = " ".join(command(tmp_path, "train", "--help").split())
     for field in all_fields():

@@ -1,0 +1,37 @@
+"""`speed-async data show`: prompts as the engine gets them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from speed_async.commands.data import data
+from tests.fakes.paths import MODEL
+
+
+def test_prompts_are_shown_with_special_tokens_answers_and_verdicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"problem": f"{i}0+20=", "answer": str(i)} for i in range(1, 5)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "c.toml").write_text(
+        f'[model]\npath = "{MODEL}"\n[task]\nname = "dataset"\npath = "data.jsonl"\n'
+        'format = "<eos>{prompt}"\nnum_held_out = 1\nmatch = "math"\n'
+    )
+    arguments = ["show", str(tmp_path / "c.toml"), "--num", "2", "--task.seed", "3"]
+    result = CliRunner().invoke(data, arguments, catch_exceptions=False)
+    assert "4 of 4 rows are usable" in result.output
+    assert "3 training prompts, 1 held out" in result.output
+    assert result.output.count("--- training prompt") == 2
+    shown = result.output.partition("--- training prompt 0: ")[2].splitlines()[:6]
+    answer = shown[2].removeprefix("answer: ").strip("'")
+    assert shown == [
+        "8 tokens ---",
+        f"<bos><eos>{answer}0+20=",
+        f"answer: '{answer}'",
+        f"  right, in a box: reward 1, extracted '{answer}'",
+        f"  right, no box: reward 1, extracted '{answer}'",
+        f"  wrong: reward 0, extracted '{answer}7'",
+    ]
