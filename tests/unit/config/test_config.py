@@ -331,7 +331,7 @@ def test_group_size_does_not_depend_on_the_gate_mode(config_file: Path) -> None:
         (
             ["--task.rewards", '[{name = "correct", wieght = 2.0}]'],
             "task.rewards.0.wieght",
-            "'wieght' is not a key of this table",
+            "did you mean 'weight'?",
         ),
         (["--algorithm", "speed-grpo"], "algorithm", "input should be 'rloo'"),
         (["--objective.clip_high", "none"], "objective.clip_high", "give a number"),
