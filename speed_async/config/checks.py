@@ -7,6 +7,7 @@ from pathlib import Path
 from speed_async.config.hub_id import is_hub_id
 from speed_async.config.key_folder import check_client_files
 from speed_async.config.schema import Config, TaskConfig
+from speed_async.config.suites import HELD_OUT
 from speed_async.errors import ConfigError
 
 INCARNATIONS_PER_ATTEMPT = 1000
@@ -27,6 +28,7 @@ def check_combinations(config: Config) -> list[ConfigError]:
         _check_lengths,
         _check_roles,
         _check_sources,
+        _check_suites,
         _check_files,
         _check_security,
     )
@@ -232,6 +234,25 @@ def _check_sources(config: Config) -> Iterator[ConfigError]:
             field = "task.sources" if task.sources else "task.path"
             yield ConfigError(
                 field, source.path, "no such file or folder; set the path of a data set"
+            )
+
+
+def _check_suites(config: Config) -> Iterator[ConfigError]:
+    names = [HELD_OUT]
+    for suite in config.evaluate.suites:
+        if suite.name in names:
+            taken = "the task's own held-out prompts" if suite.name == HELD_OUT else "another suite"
+            yield ConfigError(
+                "evaluate.suites",
+                suite.name,
+                f"this name is that of {taken}; give each suite a name of its own",
+            )
+        names.append(suite.name)
+        if not Path(suite.path).exists() and not is_hub_id(suite.path):
+            yield ConfigError(
+                "evaluate.suites",
+                suite.path,
+                f"no such file or folder; set the path of the data of suite '{suite.name}'",
             )
 
 

@@ -21,6 +21,7 @@ from speed_async.config.whole_file import write_atomically
 from speed_async.errors import CONFIG_FILE, ConfigError, ConfigErrors
 
 PATH_FIELDS = (("model", "path"), ("task", "path"), ("cluster", "keys"))
+SOURCE_LISTS = (("task", "sources"), ("evaluate", "suites"))
 HUB_FIELDS = frozenset({"model.path", "task.path"})
 """Paths that may be ids of the Hugging Face hub."""
 EXPECTED = {
@@ -210,11 +211,12 @@ def _absolute_paths(tree: dict[str, Any], base: Path) -> None:
         if isinstance(values, dict) and isinstance(path := values.get(field), str):
             may_be_id = f"{section}.{field}" in HUB_FIELDS
             values[field] = (local_or_hub if may_be_id else _absolute)(path, base)
-    task = tree.get("task")
-    sources = task.get("sources") if isinstance(task, dict) else None
-    for source in sources if isinstance(sources, list) else ():
-        if isinstance(source, dict) and isinstance(source.get("path"), str):
-            source["path"] = local_or_hub(source["path"], base)
+    for section, field in SOURCE_LISTS:
+        values = tree.get(section)
+        sources = values.get(field) if isinstance(values, dict) else None
+        for source in sources if isinstance(sources, list) else ():
+            if isinstance(source, dict) and isinstance(source.get("path"), str):
+                source["path"] = local_or_hub(source["path"], base)
 
 
 def _absolute(path: str, base: Path) -> str:

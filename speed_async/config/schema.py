@@ -15,6 +15,7 @@ from speed_async.config.section import (
     Section,
 )
 from speed_async.config.sources import PROMPT_FORMAT, SourceConfig
+from speed_async.config.suites import SuiteConfig
 
 Algorithm = Literal[
     "rloo",
@@ -330,10 +331,18 @@ class WeightsConfig(Section):
 
 
 class EvaluateConfig(Section):
+    """`every` and `num_samples` are those of the task's own held-out prompts, which are the suite
+    `held_out`."""
+
     every: NonNegativeInt = 10
     """Updates between held-out evaluations; 0 runs only the first and the last."""
     num_samples: PositiveInt = 1
     """Completions per held-out prompt, at the temperature of the actors."""
+    max_share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Share of the generated tokens of a run that evaluations get even when training needs all
+    slots; beyond it, they use free slots only. It bounds how much they delay training."""
+    suites: list[SuiteConfig] = Field(default_factory=list)
+    """Suites evaluated in training besides the held-out prompts."""
 
 
 class ClusterConfig(Section):
@@ -409,6 +418,13 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
     observe: ObserveConfig = ObserveConfig()
+
+    def sampling(self, suite: str) -> tuple[float, float]:
+        """Temperature and top-p for this suite; that of training if it is empty."""
+        for each in self.evaluate.suites:
+            if each.name == suite:
+                return each.temperature, 1.0
+        return self.actors.temperature, self.actors.top_p
 
     @property
     def max_credits(self) -> int:
