@@ -154,12 +154,17 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lease:
-    """The right to work on one prompt once. `num_samples` is used by evaluation leases."""
+    """The right to work on one prompt once."""
 
     lease_id: int
     prompt_id: int
     kind: LeaseKind
+    suite: str = ""
+    """Suite of an evaluation lease; empty for training."""
     num_samples: int = 0
+    """Completions of an evaluation lease."""
+    gives_way: bool = False
+    """An evaluation lease that gives way to training (actors/evaluation_gate.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

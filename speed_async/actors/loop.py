@@ -8,7 +8,8 @@ unblocked by  the service's grants, requested with WantWork
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from speed_async.actors.engine import Engine
 from speed_async.actors.lease_result import result_message
@@ -17,6 +18,7 @@ from speed_async.actors.rollout import Aborted, LeaseProgress, Rollout, Unscored
 from speed_async.actors.running_leases import RunningLeases
 from speed_async.actors.sample_selector import SampleSelector
 from speed_async.config.schema import Config
+from speed_async.config.suites import HELD_OUT
 from speed_async.environments.task import Task
 from speed_async.errors import (
     DeadlineExceeded,
@@ -55,14 +57,17 @@ class ActorLoop:
         engine: Engine,
         rollout: Rollout,
         task: Task,
+        suites: Mapping[str, Sequence[Prompt]] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`suites`: prompts of each suite of the configuration."""
         self._config = config
         self._name = name
         self._link = link
         self._engine = engine
         self._rollout = rollout
         self._task = task
+        self._suites: dict[str, Sequence[Prompt]] = {HELD_OUT: task.held_out_prompts, **suites}
         self._clock = clock
         self._selector = SampleSelector(
             SAMPLE_INTERVAL_S * config.cluster.actors,
@@ -141,7 +146,12 @@ class ActorLoop:
         kind = LeaseKind(leases.kind)
         for lease_id, prompt_id in zip(leases.lease_ids, leases.prompt_ids, strict=True):
             lease = Lease(
-                lease_id=lease_id, prompt_id=prompt_id, kind=kind, num_samples=leases.num_samples
+                lease_id=lease_id,
+                prompt_id=prompt_id,
+                kind=kind,
+                suite=leases.suite,
+                num_samples=leases.num_samples,
+                gives_way=kind is LeaseKind.EVALUATION and not leases.urgent,
             )
             work = LeaseProgress(lease=lease, stopped=self._draining)
             self._leases.add(work)
@@ -151,7 +161,7 @@ class ActorLoop:
     async def _run_lease(self, work: LeaseProgress) -> None:
         lease = work.lease
         evaluation = lease.kind is LeaseKind.EVALUATION
-        prompts = self._task.held_out_prompts if evaluation else self._task.train_prompts
+        prompts = self._suites[lease.suite] if evaluation else self._task.train_prompts
         prompt = prompts[lease.prompt_id]
         result: Group | str | None
         try:
@@ -268,6 +278,7 @@ class ActorLoop:
         self._draining = True
         for work in self._leases:
             work.stopped = True
+        self._rollout.stop()
         await self._engine.pause(abort=True)
         for work in self._leases:
             if work.scoring:  # all its samples are counted already

@@ -1,11 +1,13 @@
 """Runs one lease: screening, gate, continuation, scoring."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 from speed_async.actors.engine import Engine, GenerationRequest
+from speed_async.actors.evaluation_gate import EvaluationGate
 from speed_async.actors.failed_completions import FailedCompletions
 from speed_async.actors.prompt_codec import PromptCodec
 from speed_async.config.schema import Config
@@ -24,7 +26,8 @@ from speed_async.types import (
 )
 
 PRIORITY = {Phase.EVALUATION: 0, Phase.CONTINUATION: 1, Phase.SCREENING: 2}
-"""Lower values are served first: finishing a group takes precedence over starting one."""
+"""Lower values are served first: finishing a group takes precedence over starting one. An
+evaluation gives way to training before it enters the engine (evaluation_gate.py)."""
 
 
 class Scorer(Protocol):
@@ -98,7 +101,7 @@ class LeaseProgress:
 
 
 class Rollout:
-    """Runs leases on the engine and the verifier. Stateless between leases."""
+    """Runs leases on the engine and the verifier."""
 
     def __init__(
         self,
@@ -107,6 +110,7 @@ class Rollout:
         scorer: Scorer,
         codec: PromptCodec,
         *,
+        suite_scorers: Mapping[str, Scorer] = MappingProxyType({}),
         failures: FailedCompletions | None = None,
     ) -> None:
         """`failures` records the completions that could not be scored."""
@@ -115,6 +119,9 @@ class Rollout:
         self._scorer = scorer
         self._codec = codec
         self._failures = failures
+        self._suite_scorers = suite_scorers
+        """Of the suites other than the held-out prompts."""
+        self._gate = EvaluationGate(config.actors.slots, config.evaluate.max_share)
 
     async def run(self, work: LeaseProgress, prompt: Prompt) -> Group | None:
         """The group, or None: the gate rejected the prompt, or the lease is an evaluation. `work`
@@ -144,6 +151,10 @@ class Rollout:
             num_screening=gate.num_screening,
         )
 
+    def stop(self) -> None:
+        """Abort what has not entered the engine. The leases are `stopped`."""
+        self._gate.close()
+
     def text(self, sampled: Sampled) -> str:
         """Decoded text of a sample."""
         return self._codec.decode(sampled.token_ids)
@@ -153,13 +164,14 @@ class Rollout:
     ) -> None:
         """Generate and score `count` completions, which are added to `work`."""
         is_training = phase is not Phase.EVALUATION
+        temperature, top_p = self._config.sampling(work.lease.suite)
         request = GenerationRequest(
             prompt_token_ids=tokens,
             max_staleness=self._config.buffer.max_staleness if is_training else None,
             oldest_version=work.oldest_version if is_training else None,
             max_new_tokens=self._config.actors.max_new_tokens,
-            temperature=self._config.actors.temperature,
-            top_p=self._config.actors.top_p,
+            temperature=temperature,
+            top_p=top_p,
             priority=PRIORITY[phase],
         )
         work.num_waiting += count
@@ -192,20 +204,22 @@ class Rollout:
         self, work: LeaseProgress, prompt: Prompt, samples: Sequence[Sampled]
     ) -> list[Verdict]:
         """Verdicts on all samples. Truncated samples are not verified, unless the configuration
-        says so."""
+        says so or they are of a suite of the configuration."""
         chosen = self._config.task
+        suite_scorer = self._suite_scorers.get(work.lease.suite)
+        score_truncated = chosen.score_truncated or suite_scorer is not None
         verdicts = [Verdict(reward=chosen.truncated_reward, passed=False)] * len(samples)
         verified = [
             index
             for index, sample in enumerate(samples)
-            if sample.finish_reason != "length" or chosen.score_truncated
+            if sample.finish_reason != "length" or score_truncated
         ]
         if not verified:
             return verdicts
         texts = [self.text(samples[index]) for index in verified]
         work.scoring = True
         try:
-            scored = await self._scorer.score(prompt, texts)
+            scored = await (suite_scorer or self._scorer).score(prompt, texts)
         except TaskError as error:
             await self._record_failures(prompt, [(text, str(error)) for text in texts])
             raise
@@ -226,10 +240,13 @@ class Rollout:
             await asyncio.to_thread(self._failures.record, prompt, errors)
 
     async def _generate(self, work: LeaseProgress, request: GenerationRequest) -> Sampled:
-        try:
+        def generate() -> Awaitable[Sampled]:
             if work.stopped:
                 raise Aborted
-            sample = await self._engine.generate(request)
+            return self._engine.generate(request)
+
+        try:
+            sample = await self._gate.run(generate, gives_way=work.lease.gives_way)
         finally:
             work.num_waiting -= 1
         # No await between the engine's return and this line keeps the token counts consistent.

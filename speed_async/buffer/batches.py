@@ -14,13 +14,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from speed_async.buffer.evaluations import EvaluationPlan
+from speed_async.buffer.evaluations import EvaluationPlan, Evaluations
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import ActorState
 from speed_async.buffer.priority import BufferedGroup
 from speed_async.config.schema import Config
 from speed_async.transport.messages import Leases, TakeBatch
-from speed_async.types import LeaseKind
 
 ROUND_MARGIN = 1.15
 """Factor by which a round exceeds the size that the acceptance rate implies, since a second round
@@ -104,10 +103,18 @@ class Batches:
 
 
 class Grants:
+    """Distributes leases among the actors that want work.
+
+    The first evaluation of a suite, and evaluations when training is over, are urgent: they take
+    the place of training. Any other evaluation is given in addition to what an actor wants, at most
+    one completion per slot; the actor fits it in (actors/evaluation_gate.py).
+    """
+
     def __init__(
-        self, config: Config, lifecycle: Lifecycle, batches: Batches, evaluations: EvaluationPlan
+        self, config: Config, lifecycle: Lifecycle, batches: Batches, evaluations: Evaluations
     ) -> None:
         self._slack = config.buffer.max_staleness if config.run.overlap else 0
+        self._slots = config.actors.slots
         self._lifecycle = lifecycle
         self._batches = batches
         self._evaluations = evaluations
@@ -118,16 +125,14 @@ class Grants:
         """All leases that may be granted now. Evaluation leases go to actors that hold the
         evaluated version. Training leases go, in equal shares, to actors within the staleness
         bound."""
-        target = self._evaluations.target_version
-        if target is None and not (training and self._batches.num_grantable > 0):
+        plans = self._evaluations.leasable()
+        if not plans and not (training and self._batches.num_grantable > 0):
             return
         if not any(state.want for state in present):
             return
         ready = [state for state in present if not (state.leaving or state.awaits_weights)]
-        if target is not None:
-            for state in ready:
-                if state.applied_version >= target:
-                    yield from self._grant(state, LeaseKind.EVALUATION, state.want, now_s)
+        for plan in plans:
+            yield from self._grant_evaluation(plan, ready, now_s, training=training)
         if not training:
             return
         oldest = policy_version - self._slack
@@ -140,14 +145,26 @@ class Grants:
             if share < 1:
                 break
             count = min(state.want, share)
-            for name, leases in self._grant(state, LeaseKind.TRAINING, count, now_s):
+            leases = self._lifecycle.grant_training(state.name, count, now_s)
+            if leases is not None:
+                state.want -= len(leases.lease_ids)
                 self._batches.granted(len(leases.lease_ids))
-                yield name, leases
+                yield state.name, leases
 
-    def _grant(
-        self, state: ActorState, kind: LeaseKind, max_leases: int, now_s: float
+    def _grant_evaluation(
+        self, plan: EvaluationPlan, ready: Sequence[ActorState], now_s: float, *, training: bool
     ) -> Iterator[tuple[str, Leases]]:
-        leases = self._lifecycle.grant(state.name, kind, max_leases, now_s)
-        if leases is not None:
-            state.want -= len(leases.lease_ids)
-            yield state.name, leases
+        urgent = plan.evaluated_version is None or not training
+        for state in ready:
+            if not state.want or state.applied_version < (plan.target_version or 0):
+                continue
+            count = state.want if urgent else self._num_fitting(plan, state)
+            leases = self._lifecycle.grant_evaluation(state.name, plan, count, now_s, urgent=urgent)
+            if leases is not None:
+                state.want -= urgent * len(leases.lease_ids)
+                yield state.name, leases
+
+    def _num_fitting(self, plan: EvaluationPlan, state: ActorState) -> int:
+        """Leases that bring an actor's open evaluation completions to its number of slots."""
+        num_free = self._slots - self._lifecycle.leases.num_evaluating(state.name)
+        return max(0, math.ceil(num_free / plan.num_samples))

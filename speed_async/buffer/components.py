@@ -1,11 +1,12 @@
 """The components of the service that hold state. Its handlers share them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 from speed_async.buffer.batches import Batches
 from speed_async.buffer.curriculum.curriculum import Curriculum, make_curriculum
-from speed_async.buffer.evaluations import EvaluationPlan
+from speed_async.buffer.evaluations import Evaluations
 from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import Membership
 from speed_async.buffer.reporting.diagnoses import Diagnoses
@@ -24,7 +25,7 @@ class Components:
     statistics: RunStatistics
     diagnoses: Diagnoses
     curriculum: Curriculum
-    evaluations: EvaluationPlan
+    evaluations: Evaluations
     lifecycle: Lifecycle
     batches: Batches
     weight_group: WeightGroup
@@ -34,13 +35,19 @@ class Components:
 
     @classmethod
     def build(
-        cls, config: Config, state: ServiceState, *, num_prompts: int, num_held_out: int
+        cls,
+        config: Config,
+        state: ServiceState,
+        *,
+        num_prompts: int,
+        suite_sizes: Mapping[str, int],
     ) -> Self:
-        """Raises JournalError if the state does not fit the configuration."""
+        """`suite_sizes`: number of prompts of each suite. Raises JournalError if the state does not
+        fit the configuration."""
         statistics = state.statistics
         membership = Membership(config.cluster, state.membership)
         curriculum = make_curriculum(config, num_prompts, state.curriculum)
-        evaluations = EvaluationPlan(config.evaluate, num_held_out, state.evaluations)
+        evaluations = Evaluations(config.evaluate, suite_sizes, state.evaluations)
         lifecycle = Lifecycle(
             config,
             curriculum=curriculum,

@@ -3,6 +3,7 @@
 A training lease holds one credit from its grant until its group ends or the lease expires.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from speed_async.buffer.ledger import Ledger
@@ -48,28 +49,40 @@ class LeaseTable:
         self._state = state
         self._open = state.open
         self._ids_of: dict[str, set[int]] = {}
+        self._num_evaluating: Counter[str] = Counter()
         for lease_id, entry in state.open.items():
             self._ids_of.setdefault(entry.holder, set()).add(lease_id)
+            self._num_evaluating[entry.holder] += entry.lease.num_samples
 
     def grant(
         self,
         holder: str,
         prompt_id: int,
-        kind: LeaseKind,
-        num_samples: int = 0,
         *,
+        suite: str = "",
+        num_samples: int = 0,
         now_s: float = 0.0,
     ) -> OpenLease:
+        """Open a training lease, or an evaluation lease of this suite."""
         lease = Lease(
-            lease_id=self._state.next_id, prompt_id=prompt_id, kind=kind, num_samples=num_samples
+            lease_id=self._state.next_id,
+            prompt_id=prompt_id,
+            kind=LeaseKind.EVALUATION if suite else LeaseKind.TRAINING,
+            suite=suite,
+            num_samples=num_samples,
         )
         self._state.next_id += 1
         entry = OpenLease(lease=lease, holder=holder, granted_s=now_s)
         self._open[lease.lease_id] = entry
         self._ids_of.setdefault(holder, set()).add(lease.lease_id)
+        self._num_evaluating[holder] += num_samples
         self.num_training += entry.is_training
         self.num_charged += entry.is_training
         return entry
+
+    def num_evaluating(self, holder: str) -> int:
+        """Completions of the open evaluation leases of this actor."""
+        return self._num_evaluating[holder]
 
     def skip_past(self, lease_id: int) -> None:
         """Skip the ids up to this one and the SKIPPED_IDS after it, which may have been granted."""
@@ -86,6 +99,9 @@ class LeaseTable:
         self._ids_of[entry.holder].discard(lease_id)
         if not self._ids_of[entry.holder]:
             del self._ids_of[entry.holder]
+        self._num_evaluating[entry.holder] -= entry.lease.num_samples
+        if not self._num_evaluating[entry.holder]:
+            del self._num_evaluating[entry.holder]
         self.num_training -= entry.is_training
         self.num_charged -= entry.is_training and not entry.expired
         return entry

@@ -7,7 +7,7 @@ updates all four here, so they stay consistent.
 from dataclasses import dataclass, field
 
 from speed_async.buffer.curriculum.curriculum import Curriculum
-from speed_async.buffer.evaluations import Accuracy, EvaluationPlan
+from speed_async.buffer.evaluations import Accuracy, EvaluationPlan, Evaluations
 from speed_async.buffer.groups import FinishedGroups, GroupsState
 from speed_async.buffer.leases import Credit, CreditState, LeasesState, LeaseTable, OpenLease
 from speed_async.buffer.ledger import Ledger
@@ -16,7 +16,7 @@ from speed_async.buffer.reporting.unusable import UnusablePrompts
 from speed_async.config.schema import Config
 from speed_async.transport import messages as m
 from speed_async.transport.groups import GroupStats
-from speed_async.types import GroupEnd, LeaseKind
+from speed_async.types import GroupEnd, Lease, LeaseKind
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,7 +34,7 @@ class Lifecycle:
         config: Config,
         *,
         curriculum: Curriculum,
-        evaluations: EvaluationPlan,
+        evaluations: Evaluations,
         statistics: RunStatistics,
         state: LifecycleState,
     ) -> None:
@@ -66,40 +66,46 @@ class Lifecycle:
         """Number of additional training leases that may be granted."""
         return self.credit.left(len(self.groups.in_training))
 
-    def grant(
-        self, holder: str, kind: LeaseKind, max_leases: int, now_s: float = 0.0
-    ) -> m.Leases | None:
+    def grant_training(self, holder: str, max_leases: int, now_s: float = 0.0) -> m.Leases | None:
         """Grant an actor up to `max_leases` leases. Returns None if there is nothing to grant."""
-        training = kind is LeaseKind.TRAINING
-        grant_leases = self._grant_training if training else self._grant_evaluation
-        granted = grant_leases(holder, max_leases, now_s)
-        if not granted:
-            return None
-        for _ in granted:
-            self.ledger.granted(holder, training=training)
-        return m.Leases(
-            lease_ids=[entry.lease.lease_id for entry in granted],
-            prompt_ids=[entry.lease.prompt_id for entry in granted],
-            kind=str(kind),
-            num_samples=granted[0].lease.num_samples,
-        )
-
-    def _grant_training(self, holder: str, max_leases: int, now_s: float) -> list[OpenLease]:
-        return [
-            self.leases.grant(holder, prompt_id, LeaseKind.TRAINING, now_s=now_s)
+        granted = [
+            self.leases.grant(holder, prompt_id, now_s=now_s).lease
             for prompt_id in self._curriculum.choose(min(max_leases, self.credits_left))
         ]
+        return self._granted(holder, granted, urgent=False)
 
-    def _grant_evaluation(self, holder: str, max_leases: int, now_s: float) -> list[OpenLease]:
-        granted: list[OpenLease] = []
-        samples = self._evaluations.num_samples
-        while len(granted) < max_leases:
-            prompt_id = self._evaluations.next_prompt()
-            if prompt_id is None:
-                break
-            kind = LeaseKind.EVALUATION
-            granted.append(self.leases.grant(holder, prompt_id, kind, samples, now_s=now_s))
-        return granted
+    def grant_evaluation(
+        self,
+        holder: str,
+        plan: EvaluationPlan,
+        max_leases: int,
+        now_s: float = 0.0,
+        *,
+        urgent: bool = False,
+    ) -> m.Leases | None:
+        """Grant an actor up to `max_leases` prompts of an evaluation. Returns None if there is
+        nothing to grant."""
+        granted: list[Lease] = []
+        while len(granted) < max_leases and (prompt_id := plan.next_prompt()) is not None:
+            entry = self.leases.grant(
+                holder, prompt_id, suite=plan.suite, num_samples=plan.num_samples, now_s=now_s
+            )
+            granted.append(entry.lease)
+        return self._granted(holder, granted, urgent=urgent)
+
+    def _granted(self, holder: str, leases: list[Lease], *, urgent: bool) -> m.Leases | None:
+        if not leases:
+            return None
+        for lease in leases:
+            self.ledger.granted(holder, training=lease.kind is LeaseKind.TRAINING)
+        return m.Leases(
+            lease_ids=[lease.lease_id for lease in leases],
+            prompt_ids=[lease.prompt_id for lease in leases],
+            kind=str(leases[0].kind),
+            suite=leases[0].suite,
+            num_samples=leases[0].num_samples,
+            urgent=urgent,
+        )
 
     # --- results ---------------------------------------------------------------------------
 
@@ -160,16 +166,18 @@ class Lifecycle:
         self._record_no_outcome(entry)
         kind, _, detail = message.reason.partition(": ")
         if kind == m.UNUSABLE:
-            self.unusable.add(entry.lease.prompt_id, detail, training=training)
+            self.unusable.add(entry.lease.prompt_id, detail, suite=entry.lease.suite)
             if training:
                 self._curriculum.retire(entry.lease.prompt_id)
-        version = self._evaluations.target_version
-        if training or version is None or entry.expired:
+        if training or entry.expired:
+            return None
+        plan = self._evaluations.of(entry.lease.suite)
+        if plan.target_version is None:
             return None
         num_samples = entry.lease.num_samples
         if kind == m.UNUSABLE:
-            return self._evaluations.record(0, num_samples, None, None)
-        return self._evaluations.record(0, 0, None, None, num_unscored=num_samples)
+            return plan.record(0, num_samples, None, None)
+        return plan.record(0, 0, None, None, num_unscored=num_samples)
 
     def evaluated(self, holder: str, message: m.Evaluated) -> Accuracy | None:
         entry = self._end_lease(holder, message.lease_id, message.num_tokens)
@@ -180,12 +188,13 @@ class Lifecycle:
         if entry.expired:  # another lease covers its prompt
             return None
         has_tokens = message.num_tokens > 0
-        return self._evaluations.record(
+        return self._evaluations.of(entry.lease.suite).record(
             message.num_passed,
             message.num_completions - message.num_unscored,
             message.oldest_version if has_tokens else None,
             message.newest_version if has_tokens else None,
             num_unscored=message.num_unscored,
+            num_truncated=message.num_truncated,
         )
 
     def expire(self, before_s: float) -> int:
@@ -262,4 +271,4 @@ class Lifecycle:
         if entry.lease.kind is LeaseKind.TRAINING:
             self._curriculum.give_back(entry.lease.prompt_id)
         else:
-            self._evaluations.give_back(entry.lease.prompt_id)
+            self._evaluations.of(entry.lease.suite).give_back(entry.lease.prompt_id)

@@ -15,7 +15,7 @@ from speed_async.transport.codec import decode
 from speed_async.transport.feed import FeedPublisher
 from speed_async.transport.transport import Delivery, Hub
 
-KEPT_KINDS = ("step", "evaluation", "sample", "end")
+KEPT_KINDS = ("step", "evaluation", "suite", "sample", "end")
 """Event kinds that the sinks store. Status events go to the metrics feed only."""
 FULL_RETRY_LIMIT_S = 1.0
 """How long a full peer queue is retried at short intervals; then only each step retries."""

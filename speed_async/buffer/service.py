@@ -9,22 +9,25 @@ answers    a TakeBatch when enough fresh groups are buffered and the first evalu
            a FinishRun when the final evaluation is complete and every actor sent Goodbye
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 
 from speed_async.buffer.batches import Grants
 from speed_async.buffer.components import Components
 from speed_async.buffer.durability.journal import Place
-from speed_async.buffer.evaluations import Accuracy
 from speed_async.buffer.handlers.actors import ActorHandler
 from speed_async.buffer.handlers.effects import Effects, Loss, Results
 from speed_async.buffer.handlers.ending import ROLE, Ending
+from speed_async.buffer.handlers.evaluations import EvaluationHandler
 from speed_async.buffer.handlers.learner import LearnerHandler
 from speed_async.buffer.handlers.peers import PeerHandler
-from speed_async.buffer.reporting.status import evaluation_values, sample_event, status_values
+from speed_async.buffer.reporting.status import sample_event, status_values
 from speed_async.buffer.state import ServiceState, new_state
 from speed_async.buffer.validation import MessageValidator
 from speed_async.buffer.validation_rules import PayloadRules
 from speed_async.config.schema import Config
+from speed_async.config.suites import HELD_OUT
 from speed_async.observability.metrics import Event, EventKind, Value
 from speed_async.transport import messages as m
 from speed_async.transport.joining import Join
@@ -41,6 +44,7 @@ class BufferService:
         *,
         num_prompts: int,
         num_held_out: int,
+        suite_sizes: Mapping[str, int] = MappingProxyType({}),
         fingerprint: str,
         started_s: float,
         model_fingerprint: str = "",
@@ -48,21 +52,24 @@ class BufferService:
         vocab_size: int | None = None,
         state: ServiceState | None = None,
     ) -> None:
-        """`state` None: a new run, which starts at `started_s`. Raises JournalError if the state
-        does not fit the configuration."""
-        state = state or new_state(config, num_prompts, num_held_out, started_s)
+        """`suite_sizes`: number of prompts of each suite of the configuration. `state` None: a new
+        run, which starts at `started_s`. Raises JournalError if the state does not fit the
+        configuration."""
+        sizes = {HELD_OUT: num_held_out, **suite_sizes}
+        state = state or new_state(config, num_prompts, sizes, started_s)
         self.state = state
         self.fingerprint = fingerprint
         """Fingerprint of the task data."""
         self.model_fingerprint = model_fingerprint
         """Fingerprint of the model folder."""
         self.config = config
-        parts = Components.build(config, state, num_prompts=num_prompts, num_held_out=num_held_out)
+        parts = Components.build(config, state, num_prompts=num_prompts, suite_sizes=sizes)
         self.components = parts
         self.membership, self.lifecycle = parts.membership, parts.lifecycle
         self.statistics, self.diagnoses = parts.statistics, parts.diagnoses
         self.warnings = parts.warnings
         self._evaluations = parts.evaluations
+        self._evaluation = EvaluationHandler(parts, state)
         self._grants = Grants(config, self.lifecycle, parts.batches, self._evaluations)
         self._learner = LearnerHandler(parts)
         self._actors = ActorHandler(parts)
@@ -135,7 +142,7 @@ class BufferService:
         if effects.failure:
             self._fail(effects.failure, now_s, results)
         if effects.evaluation is not None:
-            self._evaluation_done(effects.evaluation, now_s, results)
+            self._apply(self._evaluation.completed(effects.evaluation), now_s, results)
         for kind, values in effects.events:
             results.events.append(self._event(kind, now_s, values))
         results.snapshot_due = results.snapshot_due or effects.snapshot_due
@@ -241,22 +248,9 @@ class BufferService:
             return Effects(failure=self.lifecycle.unusable.describe_exhausted())
         return effects
 
-    def _evaluation_done(self, evaluation: Accuracy, now_s: float, results: Results) -> None:
-        accuracy, version = evaluation.accuracy, evaluation.policy_version
-        self.statistics.evaluated(accuracy, version)
-        self.diagnoses.evaluated(accuracy, evaluation.num_completions, version)
-        results.events.append(self._event("evaluation", now_s, evaluation_values(evaluation)))
-        target = self.config.run.stop_at_accuracy
-        if target is not None and accuracy >= target and not self.state.target_reached:
-            self.state.target_reached = True
-            reached = m.TargetReached(accuracy=accuracy, policy_version=version)
-            self._send_learner([reached], results)
-
     def _on_published(self, peer: str, message: m.WeightsPublished, now_s: float) -> Effects:
-        due = not message.error and self._evaluations.due(message.policy_version)
-        if due and not self._ending.is_requested:
-            self._evaluations.start(message.policy_version)
-        return self._learner.published(message)
+        to_learner = [] if self._ending.is_requested else self._evaluation.published(message)
+        return replace(self._learner.published(message), to_learner=to_learner)
 
     def _on_stop_asked(self, peer: str, asked: m.StopAsked, now_s: float) -> Effects:
         self._ending.ask_stop()
@@ -279,9 +273,8 @@ class BufferService:
             present, training = self.membership.present(), not self._ending.is_requested
             version = self.policy_version
             results.messages += self._grants.next(present, version, now_s, training=training)
-        if self._evaluations.evaluated_version is not None:
-            evaluating = self._evaluations.target_version is not None
-            batch = self._learner.poll_batch(now_s, evaluating=evaluating)
+        if self._evaluations.held_out.evaluated_version is not None:
+            batch = self._learner.poll_batch(now_s, evaluating=self._evaluations.is_running)
             self._send_learner(batch, results)
 
     # --- output ----------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """The complete state of the service: one state class for each component, which owns it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from speed_async.buffer.batches import BatchesState
 from speed_async.buffer.curriculum.curriculum import CurriculumState, new_curriculum_state
-from speed_async.buffer.evaluations import EvaluationPlan, EvaluationState
+from speed_async.buffer.evaluations import EvaluationState, new_evaluation_states
 from speed_async.buffer.handlers.shutdown import ShutdownState
 from speed_async.buffer.lifecycle import LifecycleState
 from speed_async.buffer.membership import MembershipState
@@ -29,10 +30,11 @@ class ServiceState:
     loop_lag_s: float | None = None
     """Delay of the last tick; None before the first."""
     curriculum: CurriculumState
+    evaluations: dict[str, EvaluationState]
+    """By suite."""
     diagnoses: DiagnosesState
     statistics: RunStatistics
     shutdown: ShutdownState = field(default_factory=ShutdownState)
-    evaluations: EvaluationState = field(default_factory=EvaluationState)
     batches: BatchesState = field(default_factory=BatchesState)
     weight_group: WeightGroupState = field(default_factory=WeightGroupState)
     lifecycle: LifecycleState = field(default_factory=LifecycleState)
@@ -50,15 +52,14 @@ class MachineState:
 
 
 def new_state(
-    config: Config, num_prompts: int, num_held_out: int, started_s: float
+    config: Config, num_prompts: int, suite_sizes: Mapping[str, int], started_s: float
 ) -> ServiceState:
-    """The state of a new run with these numbers of prompts, whose first evaluation has begun."""
-    evaluations = EvaluationState()
-    EvaluationPlan(config.evaluate, num_held_out, evaluations).start(0)
+    """The state of a new run with these numbers of prompts, for training and of each suite, whose
+    first evaluations have begun."""
     evidence = Evidence(max_reward_ranges=2 * config.learner.groups_per_update)
     return ServiceState(
         curriculum=new_curriculum_state(config, num_prompts),
         diagnoses=DiagnosesState(evidence=evidence),
-        evaluations=evaluations,
+        evaluations=new_evaluation_states(config.evaluate, suite_sizes),
         statistics=RunStatistics.begin(started_s),
     )

@@ -142,6 +142,11 @@ class MessageValidator:
             return None
         if lease.kind is not _LEASED_AS[type(result)]:
             return f"{type(result).__name__}: lease {lease.lease_id} is for {lease.kind}"
+        if isinstance(result, m.Evaluated) and result.num_completions != lease.num_samples:
+            return (
+                f"Evaluated: num_completions = {result.num_completions}, but a prompt of "
+                f"{lease.suite} has {lease.num_samples}"
+            )
         if isinstance(result, m.GroupFinished) and result.prompt_id != lease.prompt_id:
             prompts = f"prompt {lease.prompt_id}, not {result.prompt_id}"
             return f"GroupFinished: lease {lease.lease_id} is for {prompts}"

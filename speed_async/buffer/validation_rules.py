@@ -36,7 +36,8 @@ class PayloadRules:
             self._bounds = replace(self._bounds, largest_token_id=vocab_size - 1)
         self._num_screening = config.gate.num_screening
         self._group_size = config.gate.group_size
-        self._num_evaluated = config.evaluate.num_samples
+        suites = config.evaluate.suites
+        self._max_evaluated = max([config.evaluate.num_samples, *(s.samples for s in suites)])
         self._capacity_groups = config.buffer.capacity_groups
 
     def fault(self, message: m.Message, policy_version: int) -> str | None:
@@ -76,7 +77,7 @@ class PayloadRules:
                     )
                 yield from self._token_faults(message)
             case m.LeaseFailed():
-                if message.num_completions > max(self._group_size, self._num_evaluated):
+                if message.num_completions > max(self._group_size, self._max_evaluated):
                     yield f"num_completions = {message.num_completions} is more than a lease has"
                 yield from self._token_faults(message)
             case m.Evaluated():
@@ -86,8 +87,6 @@ class PayloadRules:
                         f"{message.num_passed} passed and {message.num_unscored} unscored of "
                         f"{message.num_completions} completions"
                     )
-                if message.num_completions != self._num_evaluated:
-                    yield f"num_completions must be evaluate.num_samples = {self._num_evaluated}"
                 yield from self._token_faults(message)
                 if message.num_tokens and message.oldest_version > message.newest_version:
                     yield "oldest_version is above newest_version"

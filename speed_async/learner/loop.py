@@ -167,6 +167,8 @@ class LearnerLoop:
             elif isinstance(message, m.MembershipChanged):
                 if not self._is_catching_up:  # otherwise publish once, at the end of the replay
                     await self._publisher.publish(self._version)
+            elif isinstance(message, m.EvaluationBegan | m.EvaluationEnded):
+                self._keep_best(message)
             elif isinstance(message, m.TargetReached):
                 self._reached = message
                 if not self._is_catching_up:
@@ -221,6 +223,12 @@ class LearnerLoop:
                 text = f"checkpoint of version {self._version} could not be saved: {error}"
                 self._add_notice(f"{text}; training continues")
         return sync_s
+
+    def _keep_best(self, message: m.EvaluationBegan | m.EvaluationEnded) -> None:
+        try:
+            self._checkpointer.evaluated(message)
+        except OSError as error:
+            self._add_notice(f"the best checkpoint of {message.suite} could not be linked: {error}")
 
     def _add_notice(self, notice: str) -> None:
         """Adds a human-readable notice to the log, to the next `Trained` message and to the final
@@ -281,12 +289,15 @@ class LearnerLoop:
         cluster = self._config.cluster
         timeout_s = cluster.drain_timeout_s + SERVICE_GRACE_S
         if evaluate:
-            timeout_s += cluster.stall_timeout_s
+            num_suites = 1 + len(self._config.evaluate.suites)
+            timeout_s += cluster.stall_timeout_s * num_suites
         ends_s = self._clock() + timeout_s
         while (left_s := ends_s - self._clock()) > 0:
             message = await self._inbox.next(left_s)
             if isinstance(message, m.Summary):
                 return message
+            if isinstance(message, m.EvaluationBegan | m.EvaluationEnded):
+                self._keep_best(message)
             if isinstance(message, m.MembershipChanged) and evaluate:
                 await self._publisher.publish(self._version)
         raise DeadlineExceeded("the buffer service", "the run's summary", timeout_s)

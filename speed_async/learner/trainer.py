@@ -25,6 +25,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import ModelError
 from speed_async.learner.batch import MicroBatch, make_micro_batch
 from speed_async.learner.canary_probe import CanaryProbe
+from speed_async.learner.checkpoint.best import BestCheckpoints
 from speed_async.learner.checkpoint.files import check_can_save, load_checkpoint, save_checkpoint
 from speed_async.learner.checkpoint.model_files import read_model_files
 from speed_async.learner.checkpoint.store import checkpoint_folder, prune
@@ -78,6 +79,7 @@ class Trainer:
         self._punishes_length = config.objective.overlong_share > 0
         self._config = config.learner
         self._checkpoints = Path(config.run.folder) / "checkpoints"
+        self.best = BestCheckpoints(self._checkpoints)
         self._model_files = read_model_files(model_folder(config.model.path))
         self._clock = clock
         context = context_length(model, config.model.context_length)
@@ -151,7 +153,8 @@ class Trainer:
 
     def save(self, progress: Progress) -> int:
         """Writes a checkpoint of the current state, then removes all but the newest
-        `learner.keep_last`. Returns the oldest version that is kept.
+        `learner.keep_last` and those in `best.kept`. Returns the oldest version that can be
+        resumed.
 
         Raises OSError; all older checkpoints are then unchanged.
         """
@@ -163,7 +166,7 @@ class Trainer:
             model_files=self._model_files,
             progress=progress,
         )
-        return prune(self._checkpoints, self._config.keep_last)
+        return prune(self._checkpoints, self._config.keep_last, self.best.kept)
 
     def restore(self, folder: Path, *, is_whole: bool = False) -> Progress:
         """Restores the state written by `save`; `is_whole` as for `load_checkpoint`.

@@ -49,7 +49,7 @@ class Lines:
 
     def remember(self, event: Event) -> None:
         """Process an event from before the start of this process; prints evaluations and ends."""
-        if event.kind in ("evaluation", "end"):
+        if event.kind in ("evaluation", "suite", "end"):
             self.update(event)
         elif event.kind == "sample":
             self._sample = event.values
@@ -171,6 +171,17 @@ def evaluation_line(values: Mapping[str, Value]) -> str:
     )
 
 
+def suite_line(values: Mapping[str, Value]) -> str:
+    n = _whole_numbers(values)
+    return (
+        f"suite {single_line(values.get('suite'))} v{n('policy_version')}"
+        f" mean@{n('num_samples')} {decimal(values.get('mean'), 3)}"
+        f" versions {n('oldest_version')}..{n('newest_version')}"
+        f" truncated {n('num_truncated')}/{n('num_completions')}"
+        f" at {duration(values.get('wall_s'))}"
+    )
+
+
 def end_line(values: Mapping[str, Value]) -> str:
     n = _whole_numbers(values)
     outcome = outcome_of(values)
@@ -199,7 +210,12 @@ def is_late(values: Mapping[str, Value]) -> bool:
     return done is not None and total is not None and done > total / 2
 
 
-LINE_OF_KIND = {"step": step_line, "evaluation": evaluation_line, "end": end_line}
+LINE_OF_KIND = {
+    "step": step_line,
+    "evaluation": evaluation_line,
+    "suite": suite_line,
+    "end": end_line,
+}
 
 
 def _whole_numbers(values: Mapping[str, Value]) -> Callable[[str], str]:

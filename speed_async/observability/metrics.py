@@ -1,8 +1,9 @@
-"""Metric events of a run: five kinds, with flat scalar values. Does not import torch.
+"""Metric events of a run: six kinds, with flat scalar values. Does not import torch.
 
 - `status`: current gauges, a few times per second; only in the live feed.
 - `step`: one event per optimiser update; stored in metrics.jsonl.
 - `evaluation`: held-out accuracy of one policy version; stored in metrics.jsonl.
+- `suite`: result of another suite for one policy version; stored in metrics.jsonl.
 - `sample`: one human-readable completion with prompt and reward; stored in samples.jsonl.
 - `end`: outcome of the run; stored in metrics.jsonl.
 """
@@ -10,7 +11,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-EventKind = Literal["status", "step", "evaluation", "sample", "end"]
+EventKind = Literal["status", "step", "evaluation", "suite", "sample", "end"]
 Value = float | int | str | bool | None
 
 
@@ -54,7 +55,10 @@ class Event:
     with this end) and the same names with `_passed` (truncated completions that passed so far).
     step: also `loss`, `grad_norm`, `ratio_mean`, `ratio_max`, `kl_k1`, `kl_k3`, ... (learner's).
     evaluation: `accuracy`, `num_passed`, `num_completions` (scored ones), `num_unscored`,
-    `oldest_version`, `newest_version`. sample: `policy_version` (the newest of its tokens),
+    `oldest_version`, `newest_version`. evaluation and suite: `suite` (`held_out` for evaluation),
+    `mean` (mean@k), `num_samples` (k), `num_passed`, `num_completions`, `num_unscored`,
+    `num_truncated`, `policy_version` (the version that was evaluated), `oldest_version` and
+    `newest_version` (of the tokens). sample: `policy_version` (the newest of its tokens),
     `actor`, `prompt_id`, `held_out`, `decision` ("continued" | "screened out" | "kept" |
     "evaluated"), `reward`, `passed`, `extracted` (the answer found by the verifier, or None),
     `truncated` (by a length limit), `num_tokens`, `prompt`, `completion` (long texts are shortened

@@ -36,8 +36,11 @@ def plot_accuracy(run_folder: Path) -> Path:
     axes = figure.add_subplot()
     _draw_reward(axes, reward)
     _draw_accuracy(axes, accuracy)
+    suites = suite_points(events)
+    for name, points in suites.items():
+        axes.plot(*zip(*points, strict=True), marker=".", linewidth=1.2, label=name, clip_on=False)
     _add_labels(axes, title=run_folder.resolve().name, num_evaluations=len(accuracy))
-    if accuracy or reward:
+    if accuracy or reward or suites:
         axes.legend(loc="best", frameon=False)
     else:
         axes.set_xlim(0.0, 1.0)
@@ -54,6 +57,23 @@ def _points(events: Sequence[Event], *, kind: str, key: str) -> list[Point]:
         if event.kind == kind
     )
     return sorted((at_s, value) for at_s, value in pairs if at_s is not None and value is not None)
+
+
+def suite_points(events: Sequence[Event]) -> dict[str, list[Point]]:
+    """(seconds, mean@k) by suite and k. A result is placed where its version was trained: an
+    evaluation that gives way to training may end many updates later."""
+    trained_s = {0.0: 0.0}
+    for event in events:
+        version, at_s = (finite(event.values.get(key)) for key in ("policy_version", "wall_s"))
+        if event.kind == "step" and version is not None and at_s is not None:
+            trained_s[version] = at_s
+    suites: dict[str, list[Point]] = {}
+    for event in events:
+        version, mean = (finite(event.values.get(key)) for key in ("policy_version", "mean"))
+        if event.kind == "suite" and version in trained_s and mean is not None:
+            name = f"{event.values.get('suite')} mean@{event.values.get('num_samples')}"
+            suites.setdefault(name, []).append((trained_s[version], mean))
+    return suites
 
 
 def _draw_reward(axes: "Axes", points: Sequence[Point]) -> None:

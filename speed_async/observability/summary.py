@@ -4,6 +4,7 @@ import shlex
 import textwrap
 from collections.abc import Mapping
 
+from speed_async.config.suites import HELD_OUT
 from speed_async.observability.notation import (
     DASH,
     count,
@@ -68,6 +69,7 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
         identical = count(_number(summary, "updates_repeated_alike"))
         text = f"{counted(repeated, 'update')} from the journal, {identical} bitwise identical"
         facts.append(("repeated", text))
+    facts += _suites(summary.get("suites"))
     facts += _unscored(summary.get("verifier"))
     lines = [*textwrap.wrap(f"run ended: {summary.get('reason') or DASH}", 80), ""]
     lines += [f"  {name:<12}{text}" for name, text in facts]
@@ -154,6 +156,26 @@ def _accuracy_change(summary: Mapping[str, object]) -> str:
 
 def _accuracy(share: float | None) -> str:
     return DASH if share is None else f"{100 * share:.1f} %"
+
+
+def _suites(suites: object) -> list[tuple[str, str]]:
+    """Change of each suite other than the held-out prompts, and its best version."""
+    named = suites if isinstance(suites, Mapping) else {}
+    facts: list[tuple[str, str]] = []
+    for name, suite in named.items():
+        if name == HELD_OUT or not isinstance(suite, Mapping) or "last" not in suite:
+            continue
+        first, last, best = (suite[key] for key in ("first", "last", "best"))
+        facts.append(
+            (
+                str(name)[:11],
+                f"mean@{suite.get('num_samples')} {_accuracy(_number(first, 'mean'))} (version "
+                f"{first.get('policy_version')}) -> {_accuracy(_number(last, 'mean'))} "
+                f"({last.get('policy_version')}), best {_accuracy(_number(best, 'mean'))} "
+                f"({best.get('policy_version')})",
+            )
+        )
+    return facts
 
 
 def _ledger_lines(ledger: object) -> list[str]:

@@ -28,6 +28,8 @@ EVALUATION_KEYS = (
     "newest_version",
 )
 """Logged keys of an evaluation event; its other gauges are logged with steps."""
+SUITE_KEYS = ("mean", "num_truncated", *EVALUATION_KEYS[1:])
+"""Logged keys of a suite event, below `suite/NAME/`."""
 SAMPLE_COLUMNS = (
     "policy_version",
     "prompt_id",
@@ -95,20 +97,12 @@ class WandbSink:
             self._samples.append(tuple(event.values.get(key) for key in SAMPLE_COLUMNS))
             self._has_new_samples = True
             return
-        row = self._row(event) | self._sample_table(event)
+        row = row_of(event) | self._sample_table(event)
         if event.kind == "end":
             run.summary.update({f"end/{key}": item for key, item in event.values.items()})
         # Commit immediately: an uncommitted row is lost if the process is killed.
         run.log(row, step=self._next_step, commit=True)
         self._next_step += 1
-
-    def _row(self, event: Event) -> dict[str, object]:
-        axes = {key: event.values.get(key) for key in AXES}
-        if event.kind == "end":
-            return {key: item for key, item in axes.items() if item is not None}
-        keys = EVALUATION_KEYS if event.kind == "evaluation" else event.values
-        named = {f"{event.kind}/{key}": event.values.get(key) for key in keys if key not in AXES}
-        return {key: item for key, item in (axes | named).items() if item is not None}
 
     def _sample_table(self, event: Event) -> dict[str, object]:
         """The last samples as a table, at intervals, because each table is a separate file."""
@@ -124,6 +118,20 @@ class WandbSink:
         if self._run is not None:
             self._run.finish()
             self._run = None
+
+
+def row_of(event: Event) -> dict[str, object]:
+    """The logged values of an event; those of a suite are below `suite/NAME/`."""
+    axes = {key: event.values.get(key) for key in AXES}
+    if event.kind == "end":
+        return {key: item for key, item in axes.items() if item is not None}
+    keys, prefix = event.values.keys(), str(event.kind)
+    if event.kind == "evaluation":
+        keys = EVALUATION_KEYS
+    elif event.kind == "suite":
+        keys, prefix = SUITE_KEYS, f"suite/{event.values.get('suite')}"
+    named = {f"{prefix}/{key}": event.values.get(key) for key in keys if key not in AXES}
+    return {key: item for key, item in (axes | named).items() if item is not None}
 
 
 def choose_mode(environ: Mapping[str, str], *, has_key: bool) -> str:

@@ -197,12 +197,16 @@ class Welcome(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Leases(Message):
-    """Granted leases, as parallel lists. `num_samples` is 0 for training leases."""
+    """Granted leases, as parallel lists. For training leases, `suite` is empty and `num_samples` is
+    0. Leases that are not `urgent` evaluations come in addition to what the actor requested."""
 
     lease_ids: list[int]
     prompt_ids: list[int]
     kind: str  # LeaseKind
     num_samples: int
+    suite: str = ""
+    urgent: bool = False
+    """Evaluations that do not give way to training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -370,6 +374,23 @@ class MembershipChanged(Message):
     """An actor needs weights; the learner publishes its version to the actors that lack it."""
 
     reason: Prose
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationBegan(Message):
+    """A suite evaluates this version: its checkpoint is kept until EvaluationEnded."""
+
+    suite: str
+    policy_version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationEnded(Message):
+    """Result of a suite. May be sent again, to a learner that reconnects."""
+
+    suite: str
+    policy_version: int
+    accuracy: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """Small groups and messages for tests of the buffer service."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -41,12 +42,20 @@ def builder(num_prompts: int = 100, *, num_held_out: int = 3, started_s: float =
             config,
             num_prompts=num_prompts,
             num_held_out=num_held_out,
+            suite_sizes={suite.name: 2 for suite in config.evaluate.suites},
             fingerprint="f",
             started_s=started_s,
             state=state,
         )
 
     return build
+
+
+def make_suite(folder: Path, name: str, **fields: object) -> dict[str, object]:
+    """Configuration of a suite, with an empty data file in `folder`."""
+    path = folder / f"{name}.jsonl"
+    path.touch()
+    return {"name": name, "path": str(path), **fields}
 
 
 def make_group(

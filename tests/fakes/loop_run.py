@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.schema import Config
 from speed_async.environments.task import fingerprint
 from speed_async.errors import TaskError
+from speed_async.learner.checkpoint.best import BestCheckpoints
 from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import LearnerLoop
 from speed_async.learner.progress import Progress, RunResult
@@ -83,6 +85,9 @@ class InlineVerifier:
         ]
 
 
+SUITE_PROMPTS = [Prompt(prompt_id=i, text=f"s{i}", answer="1", held_out=True) for i in range(3)]
+
+
 class CharCodec:
     def encode(self, text: str) -> Int32Array:
         return np.array([ord(c) % 50 for c in text], np.int32)
@@ -102,6 +107,7 @@ class CountingUpdates:
     def __init__(self, act: Callable[[int], None] = lambda n: None) -> None:
         self.batches: list[list[Group]] = []
         self.saved: list[int] = []
+        self.best = BestCheckpoints(Path("no-checkpoints"))
         self._act = act
 
     def update(self, groups: list[Group]) -> UpdateResult:
@@ -145,6 +151,7 @@ class Run:
             config,
             num_prompts=NUM_PROMPTS,
             num_held_out=4,
+            suite_sizes={suite.name: len(SUITE_PROMPTS) for suite in config.evaluate.suites},
             fingerprint=fingerprint(self.task),
             started_s=0.0,
         )
@@ -195,6 +202,7 @@ class Run:
                 engine=engine,
                 rollout=Rollout(self.config, engine, self.verifier, CharCodec()),
                 task=self.task,
+                suites={suite.name: SUITE_PROMPTS for suite in self.config.evaluate.suites},
             )
             try:
                 await loop.run(self._hello("actor", index))

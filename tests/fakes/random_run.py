@@ -7,7 +7,13 @@ from pathlib import Path
 from speed_async.buffer.durability.recovery import begin_segment, open_machine
 from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
-from tests.fakes.buffer_fixtures import FINGERPRINTS, builder, make_config, make_group
+from tests.fakes.buffer_fixtures import (
+    FINGERPRINTS,
+    builder,
+    make_config,
+    make_group,
+    make_suite,
+)
 from tests.fakes.service_harness import evaluated, failed, screened_out, trained
 
 
@@ -21,7 +27,11 @@ class RandomRun:
             str(folder),
             run={"updates": 1000},
             curriculum={"kind": kind},
-            evaluate={"every": 2, "num_samples": 1},
+            evaluate={
+                "every": 2,
+                "num_samples": 1,
+                "suites": [make_suite(folder, "hard", every=3)],
+            },
         )
         self.folder = folder / "journal"
         self.build = builder()

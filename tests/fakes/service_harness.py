@@ -1,6 +1,8 @@
 """A buffer service with a manual clock, driven by messages."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from speed_async.buffer.handlers.effects import Results
 from speed_async.buffer.service import BufferService
@@ -19,6 +21,7 @@ class ServiceHarness:
         folder: Path,
         num_held_out: int = 1,
         *,
+        suite_sizes: Mapping[str, int] = MappingProxyType({}),
         state: ServiceState | None = None,
         **sections: dict[str, object],
     ) -> None:
@@ -28,6 +31,7 @@ class ServiceHarness:
             self.config,
             num_prompts=100,
             num_held_out=num_held_out,
+            suite_sizes=suite_sizes,
             fingerprint="f",
             started_s=0.0,
             state=state,

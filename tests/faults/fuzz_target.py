@@ -18,6 +18,7 @@ from speed_async.transport import messages as m
 from speed_async.transport.codec import decode
 from speed_async.transport.muting import BlockedPeers
 from speed_async.types import ActorCounts
+from tests.fakes.buffer_fixtures import make_suite
 
 FINGERPRINT = "f"
 CORRECT_ACTOR, FAULTY_ACTOR = "actor-1.0", "actor-2.0"
@@ -32,7 +33,7 @@ def _config(model: Path) -> Config:
         "task": {"name": "arithmetic"},
         "gate": {"n_init": 2, "n_cont": 2},
         "learner": {"groups_per_update": 2},
-        "evaluate": {"every": 0},
+        "evaluate": {"every": 0, "suites": [make_suite(model, "hard", samples=2)]},
         "cluster": {"actors": 2},
         "buffer": {"durability": "none"},
     }
@@ -47,6 +48,7 @@ class Target:
             _config(model),
             num_prompts=100,
             num_held_out=1,
+            suite_sizes={"hard": 1},
             fingerprint=FINGERPRINT,
             started_s=0.0,
             vocab_size=64,

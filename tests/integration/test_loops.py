@@ -31,7 +31,7 @@ from speed_async.transport.feed import FeedPublisher
 from speed_async.transport.session import SessionLink
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.canary_check import Canary
-from tests.fakes.buffer_fixtures import FINGERPRINTS, make_config, make_group
+from tests.fakes.buffer_fixtures import FINGERPRINTS, make_config, make_group, make_suite
 from tests.fakes.loop_run import (
     CharCodec,
     CountingUpdates,
@@ -488,3 +488,20 @@ def test_actor_reports_a_rejected_version_before_it_exits(tmp_path: Path) -> Non
     assert not any(isinstance(message, m.GroupFinished | m.LeaseFailed) for message in received)
     assert applied.counts.groups_in_flight == 3
     assert applied.counts.tokens_generated == applied.counts.tokens_in_flight > 0
+
+
+def test_suites_are_evaluated_beside_training_and_at_the_end(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    suite = make_suite(tmp_path, "hard", samples=2, every=2)
+    run = make_run(evaluate={"every": 2, "num_samples": 2, "suites": [suite]})
+    result = execute(run)
+    events = [event.values for event in run.sink.events if event.kind == "suite"]
+    versions = [event["policy_version"] for event in events]
+    assert (versions[0], versions[-1]) == (0, 5) and set(versions) <= {0, 2, 4, 5}
+    assert all(event["num_completions"] == 6 for event in events)
+    assert all(event["oldest_version"] >= event["policy_version"] for event in events)
+    fields = result.service_fields
+    assert fields["ledger"]["closes"] is True
+    assert fields["suites"]["hard"]["last"]["policy_version"] == 5
+    assert len(run.updates.batches) == 5

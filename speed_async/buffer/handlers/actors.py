@@ -12,6 +12,7 @@ from speed_async.buffer.components import Components
 from speed_async.buffer.durability.journal import Place
 from speed_async.buffer.handlers.effects import Effects, Loss, restart_warning
 from speed_async.buffer.ledger import ENGINE_TIMES
+from speed_async.config.suites import HELD_OUT
 from speed_async.environments.outcome_lengths import GAUGES
 from speed_async.transport import messages as m
 from speed_async.transport.groups import GroupStats
@@ -97,11 +98,12 @@ class ActorHandler:
         self._lifecycle.screened_out(peer, message)
 
     def _on_evaluated(self, peer: str, message: m.Evaluated, now_s: float) -> Effects:
-        if self._is_leased(peer, message):
+        lease = self._lifecycle.leases.held_by(peer, message.lease_id)
+        if lease is not None and lease.suite == HELD_OUT:  # suites differ from the training data
             self._evidence.evaluated(message, now_s)
         return Effects(evaluation=self._lifecycle.evaluated(peer, message))
 
-    def _is_leased(self, peer: str, message: m.GroupFinished | m.ScreenedOut | m.Evaluated) -> bool:
+    def _is_leased(self, peer: str, message: m.GroupFinished | m.ScreenedOut) -> bool:
         """Whether the lease of this result is open, so that the result counts."""
         return self._lifecycle.leases.held_by(peer, message.lease_id) is not None
 

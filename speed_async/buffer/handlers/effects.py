@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from speed_async.buffer.evaluations import Accuracy
+from speed_async.buffer.evaluations import Accuracy, EvaluationPlan, Evaluations
 from speed_async.buffer.membership import ActorState
 from speed_async.observability.metrics import Event, EventKind, Value
-from speed_async.transport.messages import Message
+from speed_async.transport.messages import EvaluationBegan, EvaluationEnded, Message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +56,34 @@ class Results:
     """Supervisors whose joins expired; their sessions are removed."""
     snapshot_due: bool = False
     """A snapshot makes older records unnecessary."""
+
+
+def began_messages(plans: Sequence[EvaluationPlan]) -> list[Message]:
+    """To the learner: these evaluations are running. Version 0 has no checkpoint to keep."""
+    return [
+        EvaluationBegan(suite=plan.suite, policy_version=plan.target_version)
+        for plan in plans
+        if plan.target_version
+    ]
+
+
+def ended_messages(results: Sequence[Accuracy]) -> list[Message]:
+    """To the learner: these evaluations are complete."""
+    return [
+        EvaluationEnded(
+            suite=each.suite, policy_version=each.policy_version, accuracy=each.accuracy
+        )
+        for each in results
+        if each.policy_version
+    ]
+
+
+def evaluation_messages(evaluations: Evaluations) -> list[Message]:
+    """To a learner that connects: the last results, which it may have missed, and what is
+    running."""
+    known = [plan.results for plan in evaluations.plans]
+    ended = ended_messages([results.last for results in known if results is not None])
+    return [*ended, *began_messages(evaluations.plans)]
 
 
 def restart_warning(state: ActorState, what: str) -> str:

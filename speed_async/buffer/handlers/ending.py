@@ -4,7 +4,7 @@ Shutdown decides the steps; Ending turns them into effects and emits the end eve
 """
 
 from speed_async.buffer.components import Components
-from speed_async.buffer.handlers.effects import Effects, Loss
+from speed_async.buffer.handlers.effects import Effects, Loss, began_messages
 from speed_async.buffer.handlers.shutdown import Shutdown, ShutdownState, ShutdownStep
 from speed_async.buffer.reporting.status import stall_reason, summary_fields
 from speed_async.buffer.validation import MessageValidator
@@ -56,25 +56,22 @@ class Ending:
             return "stopping"
         if not self._parts.membership.present():
             return "starting"
-        evaluated = self._parts.evaluations.evaluated_version is not None
+        evaluated = self._parts.evaluations.held_out.evaluated_version is not None
         return "evaluating" if self.is_requested or not evaluated else "training"
 
     def next(self, now_s: float, *, attempt: int) -> Effects | None:
         """The next step of a requested end; None while it waits."""
         present = self._parts.membership.present()
-        evaluated_version = self._parts.evaluations.evaluated_version
         step = self._shutdown.next_step(
-            now_s,
-            evaluating_version=self._parts.evaluations.target_version,
-            evaluated_version=evaluated_version,
-            num_present=len(present),
+            now_s, evaluations=self._parts.evaluations, num_present=len(present)
         )
         finish = self._shutdown.finish
         if finish is None:
             return None
         match step:
             case ShutdownStep.EVALUATE:
-                self._parts.evaluations.start(finish.policy_version)
+                started = self._parts.evaluations.start_missing(finish.policy_version)
+                return Effects(to_learner=began_messages(started))
             case ShutdownStep.DRAIN:
                 drain = m.Drain(reason=finish.reason)
                 return Effects(messages=[(state.name, drain) for state in present])
@@ -82,7 +79,7 @@ class Ending:
                 reason = "did not drain in time"
                 return Effects(lost=[Loss(state=state, reason=reason) for state in present])
             case ShutdownStep.END:
-                final = evaluated_version == finish.policy_version
+                final = self._parts.evaluations.held_out.evaluated_version == finish.policy_version
                 return self._finished(finish, now_s, attempt=attempt, final_evaluated=final)
             case _:
                 pass

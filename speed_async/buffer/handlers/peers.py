@@ -6,7 +6,12 @@ answers    Join with JoinAccepted, Hello with Welcome
 """
 
 from speed_async.buffer.components import Components
-from speed_async.buffer.handlers.effects import Effects, Loss, restart_warning
+from speed_async.buffer.handlers.effects import (
+    Effects,
+    Loss,
+    evaluation_messages,
+    restart_warning,
+)
 from speed_async.buffer.handlers.ending import Ending
 from speed_async.buffer.validation import MessageValidator
 from speed_async.transport import messages as m
@@ -24,6 +29,7 @@ class PeerHandler:
         self._config = components.config
         self._membership = components.membership
         self._lifecycle = components.lifecycle
+        self._evaluations = components.evaluations
         self._warnings = components.warnings
         self._ending = ending
         self._validator = validator
@@ -87,6 +93,8 @@ class PeerHandler:
             if version > 0 and (learner := self._membership.learner) is not None:
                 messages.append((learner, m.MembershipChanged(reason=f"{peer} joined")))
         messages.append((peer, m.Welcome(policy_version=version)))
+        if hello.role == "learner":
+            messages += [(peer, message) for message in evaluation_messages(self._evaluations)]
         if self._ending.is_draining:
             messages.append((peer, m.Drain(reason="the run is ending")))
         return Effects(messages=messages, lost=lost)

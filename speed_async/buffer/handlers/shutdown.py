@@ -6,6 +6,7 @@ This module decides only; ending.py acts on the decisions.
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from speed_async.buffer.evaluations import Evaluations
 from speed_async.config.schema import ClusterConfig
 from speed_async.transport.messages import FinishRun
 
@@ -65,18 +66,20 @@ class Shutdown:
         self,
         now_s: float,
         *,
-        evaluating_version: int | None,
-        evaluated_version: int | None,
+        evaluations: Evaluations,
         num_present: int,
     ) -> ShutdownStep:
-        """The next step of the shutdown. DRAIN also advances this state."""
+        """The next step of the shutdown. DRAIN also advances this state. The last evaluation may
+        take `stall_timeout_s` for each suite."""
         if self.finish is None:
             return ShutdownStep.TRAIN
         waited_s = now_s - self._state.since_s
         if not self.draining:
-            unevaluated = self.finish.evaluate and evaluated_version != self.finish.policy_version
-            if unevaluated and waited_s < self._config.stall_timeout_s:
-                return ShutdownStep.EVALUATE if evaluating_version is None else ShutdownStep.WAIT
+            version = self.finish.policy_version
+            unevaluated = self.finish.evaluate and not evaluations.are_complete(version)
+            if unevaluated and waited_s < self._config.stall_timeout_s * len(evaluations.plans):
+                can_start = evaluations.can_start(version)
+                return ShutdownStep.EVALUATE if can_start else ShutdownStep.WAIT
             self._state.draining, self._state.since_s = True, now_s
             return ShutdownStep.DRAIN
         if num_present == 0:

@@ -6,7 +6,7 @@ These functions read the components of the service and change none.
 from collections.abc import Sequence
 
 from speed_async.buffer.components import Components
-from speed_async.buffer.evaluations import Accuracy
+from speed_async.buffer.evaluations import Accuracy, EvaluationPlan
 from speed_async.buffer.ledger import ENGINE_TIMES, Ledger
 from speed_async.buffer.membership import ActorState
 from speed_async.buffer.reporting.rules import gate_remedy, shortened
@@ -17,6 +17,17 @@ from speed_async.buffer.validation import MessageValidator
 from speed_async.observability.metrics import Event, Value
 from speed_async.transport.messages import Sample
 from speed_async.types import GroupEnd
+
+SUITE_RESULT_KEYS = (
+    "policy_version",
+    "mean",
+    "num_completions",
+    "num_unscored",
+    "num_truncated",
+    "oldest_version",
+    "newest_version",
+)
+"""Values of an evaluation in the summary."""
 
 
 def status_values(
@@ -170,6 +181,7 @@ def summary_fields(
         "ledger": lifecycle.ledger.table(lifecycle.leases.num_training),
         "diagnoses": parts.diagnoses.record(),
         **scoring_summary(lifecycle.ledger, statistics),
+        "suites": {plan.suite: _suite_fields(plan) for plan in parts.evaluations.plans},
         "attempts": attempt + 1,
         "updates_repeated": lifecycle.groups.lineage.num_repeated,
         "updates_repeated_alike": lifecycle.groups.lineage.num_repeated_identical,
@@ -213,16 +225,35 @@ def _has_gate(parts: Components) -> bool:
     return parts.config.gate.mode != "off"
 
 
-def evaluation_values(accuracy: Accuracy) -> dict[str, Value]:
-    """Additional values of an evaluation event."""
+def evaluation_values(result: Accuracy, num_samples: int) -> dict[str, Value]:
+    """Additional values of an evaluation event. `num_samples`: completions per prompt."""
     return {
-        "policy_version": accuracy.policy_version,
-        "num_passed": accuracy.num_passed,
-        "num_completions": accuracy.num_completions,
-        "num_unscored": accuracy.num_unscored,
-        "oldest_version": accuracy.oldest_version,
-        "newest_version": accuracy.newest_version,
+        "suite": result.suite,
+        "policy_version": result.policy_version,
+        "mean": result.accuracy,
+        "num_samples": num_samples,
+        "num_passed": result.num_passed,
+        "num_completions": result.num_completions,
+        "num_unscored": result.num_unscored,
+        "num_truncated": result.num_truncated,
+        "oldest_version": result.oldest_version,
+        "newest_version": result.newest_version,
     }
+
+
+def _suite_fields(plan: EvaluationPlan) -> dict[str, object]:
+    """The summary of a suite: its first, last and best evaluation, if there are any."""
+    fields: dict[str, object] = {"num_samples": plan.num_samples}
+    if plan.results is not None:
+        shown = {
+            "first": plan.results.first,
+            "last": plan.results.last,
+            "best": plan.results.best,
+        }
+        for name, result in shown.items():
+            values = evaluation_values(result, plan.num_samples)
+            fields[name] = {key: values[key] for key in SUITE_RESULT_KEYS}
+    return fields
 
 
 def _gauge_sum(present: Sequence[ActorState], name: str) -> float | None:

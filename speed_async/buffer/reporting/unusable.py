@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass, field
 
+from speed_async.config.suites import HELD_OUT
+
 
 @dataclass(kw_only=True, slots=True)
 class UnusablePrompts:
     """Each prompt counts once, regardless of how often it fails."""
 
     training: set[int] = field(default_factory=set)
-    held_out: set[int] = field(default_factory=set)
+    held_out: dict[str, set[int]] = field(default_factory=dict)
+    """By suite."""
     first_training: str = ""
     first_held_out: str = ""
 
@@ -18,16 +21,17 @@ class UnusablePrompts:
 
     @property
     def num_held_out(self) -> int:
-        return len(self.held_out)
+        return sum(map(len, self.held_out.values()))
 
-    def add(self, prompt_id: int, reason: str, *, training: bool) -> None:
-        example = f"prompt {prompt_id}: {reason}"
-        if training:
+    def add(self, prompt_id: int, reason: str, *, suite: str = "") -> None:
+        """`suite` is empty for a training prompt."""
+        if not suite:
             self.training.add(prompt_id)
-            self.first_training = self.first_training or example
-        else:
-            self.held_out.add(prompt_id)
-            self.first_held_out = self.first_held_out or example
+            self.first_training = self.first_training or f"prompt {prompt_id}: {reason}"
+            return
+        self.held_out.setdefault(suite, set()).add(prompt_id)
+        of_suite = "" if suite == HELD_OUT else f" of {suite}"
+        self.first_held_out = self.first_held_out or f"prompt {prompt_id}{of_suite}: {reason}"
 
     def describe(self) -> str:
         """Human-readable summary. Empty while every prompt is usable."""
@@ -39,7 +43,7 @@ class UnusablePrompts:
             )
         if self.held_out:
             parts.append(
-                f"{_prompts(len(self.held_out), 'held-out')} cannot be used (counted as not "
+                f"{_prompts(self.num_held_out, 'held-out')} cannot be used (counted as not "
                 f"passed); first {self.first_held_out}"
             )
         return "; ".join(parts)

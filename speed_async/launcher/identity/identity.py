@@ -19,7 +19,8 @@ from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
 from speed_async.environments.rewards import reward_functions
 from speed_async.environments.scoring_source import scoring_files
-from speed_async.environments.task import StoredTask, Task, fingerprint
+from speed_async.environments.suites import data_fingerprint, open_suites
+from speed_async.environments.task import StoredTask, Task
 from speed_async.errors import IdentityError
 from speed_async.launcher.identity.content import FileDigest, digest_files, digest_text
 from speed_async.launcher.identity.model_files import (
@@ -148,15 +149,17 @@ def _data(config: Config, task: Task) -> IdentityPart:
         both = [*task.train_prompts, *task.held_out_prompts]
         prompts = _unordered([(prompt.text,) for prompt in both])
         answers = _unordered([(prompt.text, prompt.answer) for prompt in both])
+    suites = open_suites(config.evaluate.suites)
     return IdentityPart(
         place=config.task.path or sources or config.task.name,
-        digest=fingerprint(task),
+        digest=data_fingerprint(task, suites),
         parts={
             "train": len(task.train_prompts),
             "held_out": len(task.held_out_prompts),
             "prompts": prompts,
             "answers": answers,
-        },
+        }
+        | {f"suite {name}": len(suite) for name, suite in suites.items()},
     )
 
 

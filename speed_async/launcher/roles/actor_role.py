@@ -17,7 +17,7 @@ from speed_async.actors.rollout import Rollout
 from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
-from speed_async.environments.task import fingerprint
+from speed_async.environments.suites import SuiteVerifiers, data_fingerprint, open_suites
 from speed_async.environments.verifier import VerifierPool
 from speed_async.errors import IncarnationLost, SpeedAsyncError, WeightSyncError
 from speed_async.launcher.exit_status import describe
@@ -71,6 +71,8 @@ async def _work(
     engine: ManagedEngine,
 ) -> None:
     task = make_task(config.task)
+    suites = open_suites(config.evaluate.suites)
+    suite_verifiers = SuiteVerifiers(config)
     verifier = VerifierPool(
         partial(make_task, config.task),
         config.actors.verifier_workers,
@@ -84,15 +86,23 @@ async def _work(
     sys.stderr.write(
         f"{name}.{incarnation}: loading {folder} with the {config.actors.engine} engine\n"
     )
-    async with verifier, engine:
+    async with verifier, suite_verifiers, engine:
         sys.stderr.write(f"{name}.{incarnation}: engine and verifier are ready; joining the run\n")
         loop = ActorLoop(
             config,
             name=name,
             link=link,
             engine=engine,
-            rollout=Rollout(config, engine, verifier, codec, failures=failures),
+            rollout=Rollout(
+                config,
+                engine,
+                verifier,
+                codec,
+                suite_scorers=suite_verifiers.by_suite,
+                failures=failures,
+            ),
             task=task,
+            suites=suites,
         )
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, loop.request_drain)
         await loop.run(
@@ -100,7 +110,7 @@ async def _work(
                 role="actor",
                 index=index,
                 incarnation=incarnation,
-                fingerprint=fingerprint(task),
+                fingerprint=data_fingerprint(task, suites),
                 model_fingerprint=model_fingerprint(
                     folder, chat_template=config.model.chat_template
                 ),

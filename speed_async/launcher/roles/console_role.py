@@ -31,7 +31,7 @@ POLL_S = 0.1
 """Interval of polling the keyboard and the clock."""
 PROBE_S = 2.0
 """Interval of probing whether a silent feed still accepts connections."""
-REMEMBERED_KINDS = ("step", "evaluation")
+REMEMBERED_KINDS = ("step", "evaluation", "suite")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from speed_async.config.local_model import model_folder
 from speed_async.config.model_facts import read_model_info
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
-from speed_async.environments.task import fingerprint
+from speed_async.environments.suites import data_fingerprint, open_suites
 from speed_async.errors import ModelError
 from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.launcher.run_folder import RunFolder
@@ -35,10 +35,11 @@ async def run_service(config: Config, run_folder: Path, *, attempt: int) -> None
     for ignored in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(ignored, lambda: None)
     task = make_task(config.task)
+    suites = open_suites(config.evaluate.suites)
     keys = server_keys(config.cluster)
     hub = await open_hub(config.cluster.host, config.cluster.service_port, keys=keys)
     feed = FeedPublisher(config.cluster.host, config.cluster.feed_port, keys=keys)
-    task_fingerprint, model = fingerprint(task), model_folder(config.model.path)
+    task_fingerprint, model = data_fingerprint(task, suites), model_folder(config.model.path)
     folder_fingerprint = model_fingerprint(model, chat_template=config.model.chat_template)
     num_token_ids = vocab_size(model)
 
@@ -47,6 +48,7 @@ async def run_service(config: Config, run_folder: Path, *, attempt: int) -> None
             settings,
             num_prompts=len(task.train_prompts),
             num_held_out=len(task.held_out_prompts),
+            suite_sizes={name: len(prompts) for name, prompts in suites.items()},
             fingerprint=task_fingerprint,
             model_fingerprint=folder_fingerprint,
             started_s=time.monotonic(),

@@ -7,6 +7,7 @@ raises     OSError when the checkpoint cannot be written; the caller handles it
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -34,6 +35,14 @@ class Checkpointer:
         self._trainer = trainer
         self._timeout_s = timeout_s + SERVICE_GRACE_S
 
+    def evaluated(self, message: m.EvaluationBegan | m.EvaluationEnded) -> None:
+        """Keep the checkpoint under evaluation, or the best one. Raises OSError."""
+        best = self._trainer.best
+        if isinstance(message, m.EvaluationBegan):
+            best.began(message.suite, message.policy_version)
+        else:
+            best.ended(message.suite, message.policy_version, message.accuracy)
+
     async def prepare(self, progress: Progress) -> Progress:
         """Waits until the service's journal is durable up to this progress, and records its
         sequence number.
@@ -55,6 +64,8 @@ class Checkpointer:
         """
         oldest = await asyncio.to_thread(self._trainer.save, progress)
         self.saved_version = progress.policy_version
+        with contextlib.suppress(OSError):  # tried again after the next evaluation
+            self._trainer.best.update()
         if is_service_connected():
             await self._link.send(
                 m.CheckpointSaved(

@@ -12,6 +12,7 @@ import contextlib
 import json
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,14 +87,16 @@ def commit(partial: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def prune(root: Path, keep_last: int) -> int:
-    """Removes all but the newest `keep_last` checkpoints. Returns the oldest version from which the
-    run can resume.
+def prune(root: Path, keep_last: int, kept: Collection[int] = ()) -> int:
+    """Removes all but the newest `keep_last` checkpoints and those of the versions in `kept`.
+    Returns the oldest version from which the run can resume; older ones are kept for their weights.
 
     This is 0, the initial model, until there are `keep_last` checkpoints. A checkpoint that cannot
     be removed is removed by a later call.
     """
     for version in kept_versions(root)[:-keep_last]:
+        if version in kept:
+            continue
         folder = checkpoint_folder(root, version)
         removed = folder.with_name(f".{folder.name}.removed")
         try:
@@ -101,8 +104,8 @@ def prune(root: Path, keep_last: int) -> int:
         except OSError:
             continue
         shutil.rmtree(removed, ignore_errors=True)
-    kept = kept_versions(root)
-    return kept[0] if len(kept) >= keep_last else 0
+    left = kept_versions(root)
+    return left[-keep_last] if len(left) >= keep_last else 0
 
 
 def latest_valid(root: Path, keep_last: int) -> FoundCheckpoint | None:

@@ -74,7 +74,7 @@ class Panel:
         self._state.update(event)
         self._silent_s = 0.0
         wall_s = finite(event.values.get("wall_s"))
-        can_wait = event.kind not in ("evaluation", "end")
+        can_wait = event.kind not in ("evaluation", "suite", "end")
         if can_wait and wall_s is not None and 0 <= wall_s - self._drawn_s < MIN_FRAME_S:
             return
         self._drawn_s = self._drawn_s if wall_s is None else wall_s

@@ -17,7 +17,7 @@ from speed_async.observability.notation import (
 )
 from speed_async.observability.outcomes import OUTCOMES
 from speed_async.observability.panel.glyphs import SHARE_GLYPHS, bar, sparkline, stacked_bar
-from speed_async.observability.panel.histories import RECENT_S, History, Recent
+from speed_async.observability.panel.histories import RECENT_S, Recent
 from speed_async.observability.panel.layout import (
     FIGURE,
     GAP,
@@ -120,32 +120,6 @@ def _phase(state: PanelState) -> Text:
     if state.outcome is None:
         return Text(single_line(state.values.get("phase")), "cyan")
     return Text(OUTCOMES[state.outcome], OUTCOME_STYLES[state.outcome])
-
-
-def learning_rows(state: PanelState, layout: Layout) -> list[Line]:
-    values = state.values
-    reward = _history_row("reward", values.get("reward_mean"), "train", state.reward, state, layout)
-    accuracy = _history_row(
-        "accuracy", values.get("accuracy"), "held-out", state.accuracy, state, layout
-    )
-    return [Line(text=reward, rank=1), Line(text=accuracy, rank=2)]
-
-
-def _history_row(
-    label: str, value: Value, unit: str, history: History, state: PanelState, layout: Layout
-) -> Text:
-    numbers = [number for _, number in history.points]
-    low, high = (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
-    # The range is at least 0.1, so that noise does not look like progress.
-    high = max(high, low + 0.1)
-    line = sparkline(
-        history.points, layout.graphic, from_s=0.0, to_s=state.wall_s, low=low, high=high
-    )
-    reported = state.values.get("accuracy_before") if history is state.accuracy else None
-    first = history.first if reported is None else reported
-    best = f"best {decimal(history.best, 2)}"
-    note = f"first {decimal(first, 2)}  {best}" if layout.wide else best
-    return layout.row(label, decimal(value, 3), unit=unit, graphic=Text(line, "green"), note=note)
 
 
 def rate_rows(state: PanelState, layout: Layout) -> list[Line]:

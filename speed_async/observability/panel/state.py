@@ -24,6 +24,16 @@ GAUGE_KINDS = ("status", "step", "end")
 
 
 @dataclass(slots=True)
+class SuiteResults:
+    """Results of one suite."""
+
+    history: History = field(default_factory=History)
+    """mean@k."""
+    last: dict[str, Value] = field(default_factory=dict)
+    """Values of the last event."""
+
+
+@dataclass(slots=True)
 class PanelState:
     """Latest value of every key, histories of the sparklines, and recent events."""
 
@@ -31,6 +41,8 @@ class PanelState:
     values: dict[str, Value] = field(default_factory=dict)
     reward: History = field(default_factory=History)
     accuracy: History = field(default_factory=History)
+    suites: dict[str, SuiteResults] = field(default_factory=dict)
+    """Results of the suites other than the held-out prompts, in the order of their first one."""
     generated: Recent = field(default_factory=Recent)
     trained: Recent = field(default_factory=Recent)
     recent_events: deque[str] = field(default_factory=lambda: deque(maxlen=NUM_RECENT_EVENTS))
@@ -69,6 +81,8 @@ class PanelState:
             self.reward.add(at_s, event.values.get("reward_mean"))
         elif event.kind == "evaluation":
             self._handle_evaluation(at_s, event.values)
+        elif event.kind == "suite":
+            self._handle_suite(at_s, event.values)
         elif event.kind == "end":
             self._handle_end(at_s, event.values)
         if wall_s is not None:
@@ -117,6 +131,17 @@ class PanelState:
             f"held-out {decimal(accuracy, 3)} at v{decimal(values.get('policy_version'), 0)},"
             f" {decimal(values.get('num_passed'), 0)}"
             f"/{decimal(values.get('num_completions'), 0)} passed",
+        )
+
+    def _handle_suite(self, at_s: float, values: Mapping[str, Value]) -> None:
+        name = single_line(values.get("suite"))
+        results = self.suites.setdefault(name, SuiteResults())
+        results.history.add(at_s, values.get("mean"))
+        results.last = dict(values)
+        self._record(
+            at_s,
+            f"{name} mean@{decimal(values.get('num_samples'), 0)} {decimal(values.get('mean'), 3)}"
+            f" at v{decimal(values.get('policy_version'), 0)}",
         )
 
     def _handle_end(self, at_s: float, values: Mapping[str, Value]) -> None:

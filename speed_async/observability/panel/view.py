@@ -11,12 +11,12 @@ from speed_async.observability.notation import single_line
 from speed_async.observability.panel.help import help_pages
 from speed_async.observability.panel.histories import RECENT_S
 from speed_async.observability.panel.layout import REQUIRED, Layout, Line, fitting, rule
+from speed_async.observability.panel.learning import learning_rows
 from speed_async.observability.panel.notices import event_lines, notice_lines
 from speed_async.observability.panel.rows import (
     actor_rows,
     bottleneck_rows,
     flow_rows,
-    learning_rows,
     progress_rows,
     rate_rows,
 )

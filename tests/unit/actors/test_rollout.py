@@ -1,8 +1,9 @@
 """Rollout of one lease: assignment of rewards to completions, and truncation."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from speed_async.types import (
     Prompt,
     Verdict,
 )
-from tests.fakes.buffer_fixtures import make_config
+from tests.fakes.buffer_fixtures import make_config, make_suite
 
 PROMPT = Prompt(prompt_id=0, text="p", answer="")
 
@@ -46,11 +47,13 @@ def run_lease(
     *,
     kind: LeaseKind = LeaseKind.TRAINING,
     num_samples: int = 0,
+    suite: str = "",
+    suite_scorers: Mapping[str, Scorer] = MappingProxyType({}),
 ) -> tuple[Group | None, LeaseProgress]:
     async def scenario() -> tuple[Group | None, LeaseProgress]:
-        lease = Lease(lease_id=0, prompt_id=0, kind=kind, num_samples=num_samples)
+        lease = Lease(lease_id=0, prompt_id=0, kind=kind, num_samples=num_samples, suite=suite)
         async with ScriptedEngine(script, num_slots=8) as engine:
-            rollout = Rollout(config, engine, verifier, IntCodec())
+            rollout = Rollout(config, engine, verifier, IntCodec(), suite_scorers=suite_scorers)
             work = LeaseProgress(lease=lease)
             return await rollout.run(work, PROMPT), work
 
@@ -186,3 +189,36 @@ def test_a_truncated_completion_earns_the_reward_of_the_configuration(tmp_path: 
         (True, -0.5, False),
         (False, 1.0, True),
     }
+
+
+def test_a_suite_has_its_own_temperature_and_scorer_and_scores_truncated_text(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    suite = make_suite(tmp_path, "greedy", samples=2, temperature=0.0)
+    config = make_config(
+        str(tmp_path),
+        actors={"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 4},
+        evaluate={"suites": [suite]},
+    )
+    requests: list[GenerationRequest] = []
+
+    def record(request: GenerationRequest, number: int) -> list[int]:
+        requests.append(request)
+        return [1] * (4 + number % 2)  # every second one exceeds the limit
+
+    def evaluate(name: str, samples: int) -> LeaseProgress:
+        _, work = run_lease(
+            config,
+            record,
+            ScriptedVerifier(lambda _, completion: 0.0),
+            kind=LeaseKind.EVALUATION,
+            num_samples=samples,
+            suite=name,
+            suite_scorers={"greedy": ScriptedVerifier(lambda _, completion: 1.0)},
+        )
+        return work
+
+    assert (evaluate("greedy", 2).num_passed, evaluate("held_out", 2).num_passed) == (2, 0)
+    sampling = [(each.temperature, each.top_p) for each in requests]
+    assert sampling == [(0.0, 1.0)] * 2 + [(0.7, 0.9)] * 2

@@ -3,7 +3,7 @@
 import pytest
 
 from speed_async.buffer.evaluations import EvaluationPlan, EvaluationState
-from speed_async.config.schema import EvaluateConfig, GateConfig
+from speed_async.config.schema import GateConfig
 
 
 def is_admitted(passed: list[int], low: float = 0.0, high: float = 1.0) -> bool:
@@ -25,7 +25,7 @@ def test_thresholds_are_exclusive() -> None:
 
 
 def test_evaluation_finishes_with_its_last_prompt_and_aggregates_results() -> None:
-    plan = EvaluationPlan(EvaluateConfig(num_samples=4, every=5), 2, EvaluationState())
+    plan = EvaluationPlan("s", every=5, num_samples=4, num_prompts=2, state=EvaluationState())
     assert plan.due(10)
     assert not plan.due(11)
     plan.start(10)
@@ -44,7 +44,7 @@ def test_evaluation_finishes_with_its_last_prompt_and_aggregates_results() -> No
 
 
 def test_completions_without_a_verdict_count_apart_in_an_evaluation() -> None:
-    plan = EvaluationPlan(EvaluateConfig(num_samples=4), 2, EvaluationState())
+    plan = EvaluationPlan("s", every=10, num_samples=4, num_prompts=2, state=EvaluationState())
     plan.start(1)
     plan.record(3, 3, 1, 1, num_unscored=1)
     result = plan.record(0, 0, None, None, num_unscored=4)

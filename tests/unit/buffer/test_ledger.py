@@ -6,7 +6,7 @@ import pytest
 from speed_async.buffer.durability.snapshot import capture, restore
 from speed_async.buffer.leases import LeasesState, LeaseTable
 from speed_async.buffer.ledger import Ledger
-from speed_async.types import ActorCounts, LeaseKind
+from speed_async.types import ActorCounts
 
 
 def test_ledger_totals_equal_the_sums_over_its_actors() -> None:
@@ -35,14 +35,17 @@ def test_ledger_totals_equal_the_sums_over_its_actors() -> None:
 def test_leases_are_listed_by_holder_oldest_first_until_they_end() -> None:
     table = LeaseTable(LeasesState())
     for prompt_id in range(6):
-        kind = LeaseKind.EVALUATION if prompt_id == 4 else LeaseKind.TRAINING
-        table.grant(f"actor-{prompt_id % 2}", prompt_id, kind)
+        suite, num_samples = ("hard", 3) if prompt_id == 4 else ("", 0)
+        holder = f"actor-{prompt_id % 2}"
+        table.grant(holder, prompt_id, suite=suite, num_samples=num_samples)
     assert table.num_training == 5
+    assert (table.num_evaluating("actor-0"), table.num_evaluating("actor-1")) == (3, 0)
     table.end(2)
     assert [entry.lease.prompt_id for entry in table.of_holder("actor-0")] == [0, 4]
     assert table.num_training == 4
     table.end(4)
     assert table.num_training == 4  # it was an evaluation
+    assert table.num_evaluating("actor-0") == 0
     with pytest.raises(KeyError):
         table.end(4)
     table.end(0)
@@ -54,12 +57,14 @@ def test_snapshot_restores_open_leases() -> None:
     state = LeasesState()
     table = LeaseTable(state)
     for prompt_id in range(4):
-        table.grant(f"actor-{prompt_id % 2}", prompt_id, LeaseKind.TRAINING)
+        table.grant(f"actor-{prompt_id % 2}", prompt_id)
+    table.grant("actor-1", 0, suite="hard", num_samples=3)
     table.end(0)
     restored = LeaseTable(restore(LeasesState, capture(state)))
     assert restored.of_holder("actor-1") == table.of_holder("actor-1")
     assert restored.of_holder("actor-0") == table.of_holder("actor-0") != []
-    assert restored.num_training == 3
+    assert (restored.num_training, restored.num_evaluating("actor-1")) == (3, 3)
     restored.end(3)
+    restored.end(4)
     assert [entry.lease.prompt_id for entry in restored.of_holder("actor-1")] == [1]
-    assert restored.grant("actor-0", 9, LeaseKind.TRAINING).lease.lease_id == 4
+    assert restored.grant("actor-0", 9).lease.lease_id == 5

@@ -248,7 +248,7 @@ def test_shutdown_evaluates_drains_and_sends_the_summary(harness: ServiceHarness
     )
     finish = m.FinishRun(policy_version=2, evaluate=True, reason="completed")
     harness.send("learner", trained(2, [], groups=0, tokens=0))
-    assert kinds(harness.send("learner", finish)) == []
+    assert kinds(harness.send("learner", finish)) == ["EvaluationBegan"]
     # Only an actor that holds version 2 may evaluate it.
     assert kinds(harness.send("actor-1.0", m.WantWork(num_prompts=4, counts=ActorCounts()))) == []
     [(_, leases)] = harness.send("actor-1.0", applied)
@@ -264,7 +264,7 @@ def test_shutdown_evaluates_drains_and_sends_the_summary(harness: ServiceHarness
         newest_version=2,
         counts=ActorCounts(groups_leased=2, tokens_generated=3),
     )
-    assert kinds(harness.send("actor-1.0", done)) == ["Drain"]
+    assert kinds(harness.send("actor-1.0", done)) == ["EvaluationEnded", "Drain"]
     goodbye = m.Goodbye(counts=ActorCounts(groups_leased=2, tokens_generated=3))
     [(peer, summary)] = harness.send("actor-1.0", goodbye)
     assert peer == "learner"

@@ -109,7 +109,6 @@ def test_valid_messages_are_accepted(rules: PayloadRules) -> None:
         (replace(failed(1, "x"), num_tokens=1), "num_tokens = 1 is more than 0 completions"),
         (replace(failed(1, "x"), num_completions=5), "more than a lease has"),
         (failed(1, "x" * (MAX_TEXT + 1)), f"reason has {MAX_TEXT + 1} characters"),
-        (evaluated(1, num_completions=2), "must be evaluate.num_samples = 1"),
         (replace(evaluated(1), newest_version=5), "from the future"),
         (replace(evaluated(1), oldest_version=1), "above newest_version"),
         (replace(REPORT, gauges={"a": float("inf")}), "finite"),

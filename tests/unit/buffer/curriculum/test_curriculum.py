@@ -14,7 +14,7 @@ from speed_async.buffer.service import BufferService
 from speed_async.config.schema import GateConfig
 from speed_async.transport import messages as m
 from speed_async.transport.groups import validate_group
-from speed_async.types import ActorCounts, LeaseKind
+from speed_async.types import ActorCounts
 from tests.fakes.buffer_fixtures import make_config, make_group, posterior, screened
 
 GATE = GateConfig()
@@ -220,7 +220,7 @@ def test_the_service_reports_every_end_and_every_version_to_the_curriculum(tmp_p
     )
     curriculum, lifecycle = service.components.curriculum, service.lifecycle
     assert isinstance(curriculum, PosteriorCurriculum)
-    leases = lifecycle.grant("a", LeaseKind.TRAINING, 4)
+    leases = lifecycle.grant_training("a", 4)
     assert leases is not None
     ids, prompts = leases.lease_ids, leases.prompt_ids
     assert sorted(prompts) == [0, 1, 2, 3]
@@ -267,7 +267,7 @@ def test_the_service_reports_every_end_and_every_version_to_the_curriculum(tmp_p
     leased_N = curriculum._lease_N  # pyright: ignore[reportPrivateUsage]
     assert np.flatnonzero(leased_N).tolist() == [prompts[3]]
     # The drained prompt first, then the others, which are all free again.
-    granted = lifecycle.grant("a", LeaseKind.TRAINING, 4)
+    granted = lifecycle.grant_training("a", 4)
     assert granted is not None
     assert granted.prompt_ids[0] == prompts[3]
     assert sorted(granted.prompt_ids) == [0, 1, 2, 3]

@@ -172,7 +172,7 @@ def test_a_checkpoint_ahead_of_a_cut_journal_takes_precedence(tmp_path: Path) ->
     assert recovered.service.policy_version == 4
     assert lifecycle.ledger.ends["trained"].groups == 8
     assert all(lifecycle.ledger.checks(0).values())
-    entry = lifecycle.leases.grant("x", 1, "training")  # type: ignore[arg-type]
+    entry = lifecycle.leases.grant("x", 1)
     assert entry.lease.lease_id > 1003
 
 

@@ -23,7 +23,7 @@ from speed_async.transport import messages as m
 from speed_async.transport.codec import encode
 from speed_async.transport.joining import Join, JoinAccepted, Leaving
 from speed_async.types import ActorCounts
-from tests.fakes.buffer_fixtures import make_config, make_group, restored
+from tests.fakes.buffer_fixtures import make_config, make_group, make_suite, restored
 from tests.fakes.service_harness import evaluated, failed, screened_out, trained
 
 CONSTANT = {
@@ -34,6 +34,7 @@ CONSTANT = {
     "WindowedMean.num_values",
     "WindowedRate.start_s",
     "WindowedRate.window_s",
+    "ServiceState.evaluations",  # the states of its suites are compared one by one
     "ServiceState.ended",  # nothing follows it but another attempt, which resets it
 }
 """Fields with the same value in every state of one run."""
@@ -79,7 +80,11 @@ class Comparison:
             str(folder),
             run={"updates": 1000, "stop_at_accuracy": 0.01, "overlap": seed % 2 == 0},
             curriculum={"kind": kind},
-            evaluate={"every": 2, "num_samples": 32},
+            evaluate={
+                "every": 2,
+                "num_samples": 32,
+                "suites": [make_suite(folder, "hard", every=1, samples=2)],
+            },
             buffer={"max_staleness": 3, "max_passed_over": 1, "lease_timeout_s": 20.0},
         )
         small = config.buffer.model_copy(update={"capacity_bytes": 1000})
@@ -110,6 +115,7 @@ class Comparison:
             self.config,
             num_prompts=200,
             num_held_out=3,
+            suite_sizes={"hard": 2},
             fingerprint="f",
             started_s=0.5,
             state=None if state is None else state.service,
@@ -262,7 +268,7 @@ class Comparison:
             reasons = ("verifier: broken", f"{m.UNUSABLE}: too long", m.DRAINED, m.STALE)
             self.send(peer, replace(failed(lease, self.rng.choice(reasons)), counts=counts))
         elif leases.kind == "evaluation":
-            self.send(peer, evaluated(lease, num_completions=32, counts=counts))
+            self.send(peer, evaluated(lease, num_completions=leases.num_samples, counts=counts))
         elif outcome < 8:
             rewards = [float(self.rng.random() < 0.5) for _ in range(4)]
             version = max(0, self.version - self.rng.randrange(3))
