@@ -17,12 +17,16 @@ class GenerationRequest:
     prompt_token_ids: Int32Array  # (P,)
     max_new_tokens: int
     temperature: float
+    """0 is greedy decoding; the log-probabilities are then those at temperature 1."""
     top_p: float
     priority: int
     max_staleness: int | None = None
     """Maximum age of usable tokens, in policy versions; None: unbounded."""
     oldest_version: int | None = None
     """Oldest policy version among the tokens that its group already has."""
+    seed: int | None = None
+    """Seed of this request's samples, in [0, 2^63). The completion is then reproducible, regardless
+    of the other requests, up to rounding of the logits. None: the engine's own random state."""
 
     def is_stale(self, first_version: int | None, policy_version: int) -> bool:
         """Whether a group with this completion exceeds `max_staleness` at `policy_version`.

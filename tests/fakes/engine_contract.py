@@ -279,6 +279,31 @@ async def closing_fails_running_requests(start: StartEngine) -> None:
         await engine.generate(request(3))
 
 
+async def a_request_with_a_seed_is_reproducible(start: StartEngine) -> None:
+    seeded = replace(request(12), seed=2**62 + 1)
+    other = replace(seeded, seed=7)
+    async with start() as engine:
+        [alone] = await gather(start_all(engine, [seeded]))
+        [*_, among, different] = await gather(
+            start_all(engine, [request(12), request(3), seeded, other])
+        )
+    assert alone.token_ids.tolist() == among.token_ids.tolist()
+    assert alone.token_ids.tolist() != different.token_ids.tolist()
+
+
+async def temperature_zero_is_greedy(start: StartEngine) -> None:
+    greedy = replace(request(12), temperature=0.0)
+    async with start() as engine:
+        results = await gather(
+            start_all(engine, [greedy, request(12), replace(greedy, seed=1), request(12)])
+        )
+        with pytest.raises(ConfigError, match="temperature"):
+            await engine.generate(replace(greedy, temperature=-0.5))
+    first, sampled, second, _ = (each.token_ids.tolist() for each in results)
+    assert first == second != sampled
+    assert np.isfinite(results[0].logprobs).all() and (results[0].logprobs < 0).all()
+
+
 CONTRACT: list[Callable[[StartEngine], Awaitable[None]]] = [
     completion_has_requested_length_and_versions,
     more_requests_than_slots_all_complete,
@@ -295,4 +320,6 @@ CONTRACT: list[Callable[[StartEngine], Awaitable[None]]] = [
     update_aborts_stale_requests,
     event_loop_is_not_blocked_by_the_engine,
     closing_fails_running_requests,
+    a_request_with_a_seed_is_reproducible,
+    temperature_zero_is_greedy,
 ]

@@ -44,8 +44,8 @@ def sequence_limit(request: GenerationRequest, limits: ModelLimits) -> int:
         )
     if request.max_new_tokens < 1:
         raise ConfigError("actors.max_new_tokens", request.max_new_tokens, "must be at least 1")
-    if not request.temperature > 0:
-        raise ConfigError("actors.temperature", request.temperature, "must be above 0")
+    if not request.temperature >= 0:
+        raise ConfigError("actors.temperature", request.temperature, "must be at least 0")
     if not 0 < request.top_p <= 1:
         raise ConfigError("actors.top_p", request.top_p, "must be above 0 and at most 1")
     return min(num_prompt + request.max_new_tokens, context_length)

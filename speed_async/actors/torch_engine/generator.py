@@ -61,6 +61,7 @@ class TorchGenerator:
         self._recompute_at_update = recompute_at_update
         self._waiting = WaitingQueue()
         self._requests: dict[int, GenerationRequest] = {}  # requests of the rows in use
+        self._seeded: dict[int, torch.Generator] = {}  # random states of requests with a seed
         self._admission = AdmissionCost()
         self._table = SlotTable(num_slots)
         self._tokens_generated = 0
@@ -169,6 +170,9 @@ class TorchGenerator:
         for row, (key, request), limit in zip(rows, entering, limits, strict=True):
             prompt = request.prompt_token_ids
             self._requests[key] = request
+            if request.seed is not None:
+                generator = torch.Generator(self._random.device)
+                self._seeded[key] = generator.manual_seed(request.seed)
             self._table.occupy(row, key, prompt, limit, request.temperature, request.top_p)
             source = prompt_rows.setdefault(prompt.tobytes(), row)
             if source == row:
@@ -210,8 +214,17 @@ class TorchGenerator:
             temperature_N=None if (temperature == 1).all() else self._model.to_device(temperature),
             top_p_N=None if (top_p == 1).all() else self._model.to_device(top_p),
             random=self._random,
+            seeded=self._seeded_rows(),
+            has_greedy=bool((temperature == 0).any()),
         )
         return tokens_N.cpu().numpy(), logprobs_N.cpu().numpy()
+
+    def _seeded_rows(self) -> dict[int, torch.Generator]:
+        if not self._seeded:
+            return {}
+        rows = np.flatnonzero(self._table.active[: self._table.num_rows]).tolist()
+        keys = {int(self._table.keys[row]): row for row in rows}
+        return {keys[key]: generator for key, generator in self._seeded.items()}
 
     def _check_finite(self, logprobs_N: Float32Array) -> None:
         invalid_N = ~np.isfinite(logprobs_N) & self._table.active[: len(logprobs_N)]
@@ -242,4 +255,5 @@ class TorchGenerator:
         ]
         for each in finished:
             del self._requests[each.key]
+            self._seeded.pop(each.key, None)
         return finished

@@ -43,6 +43,7 @@ def sampling_params(
         max_tokens=limit - len(request.prompt_token_ids),
         temperature=request.temperature,
         top_p=request.top_p,
+        seed=request.seed,
         logprobs=0,
         flat_logprobs=True,
         stop_token_ids=list(eos_token_ids),
