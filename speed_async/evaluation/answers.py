@@ -6,14 +6,12 @@ first class whose first member it equals.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 from speed_async.environments.exact_answer import normalised, same_answer
+from speed_async.environments.matching import MatchKind
 from speed_async.environments.mathematics.comparison import same_math
 from speed_async.environments.numeric_answer import same_number
 from speed_async.environments.whole_number import whole_number
-
-MatchKind = Literal["exact", "numeric", "math"]
 
 
 def answer_classes(answers: Sequence[str | None], match: MatchKind) -> list[int | None]:

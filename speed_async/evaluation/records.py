@@ -12,18 +12,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from speed_async.config.whole_file import flush, write_atomically
 from speed_async.errors import DataError, SpeedAsyncError
-from speed_async.types import PASS_REWARD, FinishReason
+from speed_async.types import FinishReason, VerifierOutcome
 
 FORMAT = 1
 SYNC_INTERVAL_S = 1.0
 """A power failure loses at most the lines of this interval; the death of the process loses none."""
 _SHOWN_CHARS = 60
-
-Outcome = Literal["scored", "timeout", "error"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,9 +34,11 @@ class SampleRecord:
     level: str
     num_tokens: int
     finish_reason: FinishReason
-    outcome: Outcome
+    outcome: VerifierOutcome
     """`timeout` and `error`: the verifier gave no verdict, so `reward` is None."""
     reward: float | None
+    passed: bool
+    """Whether it is correct; False without a verdict."""
     extracted: str | None
     """The answer as the verifier extracted it; None when there is none."""
     answer: str
@@ -50,10 +50,6 @@ class SampleRecord:
     @property
     def key(self) -> tuple[int, int]:
         return self.prompt_id, self.sample
-
-    @property
-    def has_passed(self) -> bool:
-        return self.reward is not None and self.reward >= PASS_REWARD
 
     @property
     def is_truncated(self) -> bool:
@@ -117,8 +113,8 @@ class SampleFile:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SpeedAsyncError(
-                f"'{self.path}' is being written by another evaluation: wait for it, or set another "
-                "folder with --out"
+                f"'{self.path}' is being written by another evaluation: wait for it, or set "
+                "another folder with --out"
             ) from None
 
     def _check_settings(self) -> None:
@@ -126,8 +122,8 @@ class SampleFile:
         if not path.is_file():
             if os.fstat(self._descriptor).st_size:
                 raise SpeedAsyncError(
-                    f"'{self.path}' has samples but '{path.name}' is missing, so their settings are "
-                    "not known: remove it, or set another folder with --out"
+                    f"'{self.path}' has samples but '{path.name}' is missing, so their settings "
+                    "are not known: remove it, or set another folder with --out"
                 )
             write_atomically(path, json.dumps(self._settings, indent=2) + "\n")
             flush(self.path.parent)
@@ -143,6 +139,10 @@ class SampleFile:
                 f"'{self.path}' was started with other settings ({'; '.join(changes)}): use the "
                 "same settings to continue it, or set another folder with --out"
             )
+
+
+def samples_path(folder: Path, suite: str) -> Path:
+    return folder / f"{suite}.jsonl"
 
 
 def settings_path(samples: Path) -> Path:
@@ -177,8 +177,8 @@ def parse_records(path: Path, content: bytes) -> list[SampleRecord]:
             record = SampleRecord(**{name: values[name] for name in _FIELDS & values.keys()})
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(
-                f"samples '{path}', line {number}: not a sample ({error}); remove the line, and its "
-                "sample is generated again"
+                f"samples '{path}', line {number}: not a sample ({error}); remove the line, and "
+                "its sample is generated again"
             ) from None
         records.setdefault(record.key, record)
     return list(records.values())

@@ -108,8 +108,24 @@ def bootstrap(
     return Estimate(value=mean, low=low, high=high, num_prompts=count)
 
 
+def paired_bootstrap(
+    differences: Sequence[float] | Float64Array,
+    *,
+    confidence: float = CONFIDENCE,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Estimate:
+    """Mean of the differences of two models on the same prompts, with the percentile interval.
+
+    A resampled prompt brings both of its values, so what is hard for both models cancels. NaN as in
+    `bootstrap`.
+    """
+    return bootstrap_mean_of_means(
+        [differences], confidence=confidence, num_resamples=num_resamples
+    )
+
+
 def bootstrap_mean_of_means(
-    parts: Sequence[Sequence[float]],
+    parts: Sequence[Sequence[float] | Float64Array],
     *,
     confidence: float = CONFIDENCE,
     num_resamples: int = NUM_RESAMPLES,
@@ -135,7 +151,9 @@ def _present(values: Sequence[float] | Float64Array) -> Float64Array:
     return values_P[~np.isnan(values_P)]
 
 
-def _resampled_means(values_P: Float64Array, num_resamples: int, *, stream: int = 0) -> Float64Array:
+def _resampled_means(
+    values_P: Float64Array, num_resamples: int, *, stream: int = 0
+) -> Float64Array:
     """Means (R,) of resampled prompts."""
     random = np.random.default_rng([_SEED, stream])
     count = len(values_P)

@@ -18,6 +18,7 @@ RECORD = SampleRecord(
     finish_reason="stop",
     outcome="scored",
     reward=1.0,
+    passed=True,
     extracted="42",
     answer="42",
     text="it is\n42 \u221a \u2028",
@@ -26,7 +27,7 @@ RECORD = SampleRecord(
 
 def test_records_are_read_back_by_the_next_process(tmp_path: Path) -> None:
     path = tmp_path / "out" / "aime24.jsonl"
-    unscored = replace(RECORD, sample=2, outcome="timeout", reward=None, error="10 s")
+    unscored = replace(RECORD, sample=2, outcome="timeout", reward=None, passed=False, error="10 s")
     with SampleFile(path, SETTINGS) as file:
         assert file.records == []
         file.append(RECORD)
