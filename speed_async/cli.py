@@ -6,6 +6,7 @@ import click
 
 from speed_async import __version__
 from speed_async.commands.data import data
+from speed_async.commands.evaluation import compare_command, evaluate_command
 from speed_async.commands.runs import actor, console, keys
 from speed_async.commands.training import check, show_config, train
 from speed_async.errors import SpeedAsyncError
@@ -19,7 +20,18 @@ def commands() -> None:
     """Asynchronous actor-learner RL for reasoning models, with pass-rate screening."""
 
 
-for command in (train, check, show_config, data, keys, console, actor):
+COMMANDS = (
+    train,
+    evaluate_command,
+    compare_command,
+    data,
+    check,
+    show_config,
+    console,
+    actor,
+    keys,
+)
+for command in COMMANDS:
     commands.add_command(command)
 
 

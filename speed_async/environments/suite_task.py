@@ -1,6 +1,6 @@
 """Scores the completions of an evaluation suite. It has no prompts of its own."""
 
-from speed_async.environments.matching import MATCHING, MatchKind
+from speed_async.environments.matching import MatchKind, matching
 from speed_async.types import Prompt
 
 
@@ -11,7 +11,7 @@ class SuiteTask:
     held_out_prompts: tuple[Prompt, ...] = ()
 
     def __init__(self, match: MatchKind) -> None:
-        self._matching = MATCHING[match]
+        self._matching = matching(match)
 
     def score(self, prompt: Prompt, completion: str) -> float:
         """1.0 when the completion's final answer matches, else 0.0. "math" may raise or hang."""

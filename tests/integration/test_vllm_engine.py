@@ -5,6 +5,7 @@ import copy
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,16 @@ import numpy as np
 import pytest
 import torch
 
+from speed_async.actors.stepped_engine.engine import SteppedEngine
+from speed_async.actors.stepped_engine.worker import ThreadWorker
+from speed_async.actors.torch_engine.generator import TorchGenerator
 from speed_async.errors import IncarnationLost, SpeedAsyncError, WeightSyncError
+from speed_async.evaluation.statistics import paired_bootstrap
 from tests.fakes.engine_contract import CONTRACT, gather, offer, request, start_all, until
 from tests.fakes.forced_logprobs import forced_logprobs, logprobs_with_old_cache, mixed_requests
 from tests.fakes.open_sockets import descendants, is_loopback, listening
 from tests.fakes.vllm_setup import (
+    CONTEXT_LENGTH,
     NEEDS_VLLM,
     canary_of,
     vllm_config,
@@ -62,6 +68,49 @@ def harness(shared_harness: "VllmHarness") -> "VllmHarness":
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
 def test_vllm_engine_satisfies_the_contract(harness: "VllmHarness", check: Any) -> None:
     harness.run(check(harness.start))
+
+
+def test_both_engines_agree_on_the_same_weights(harness: "VllmHarness") -> None:
+    """Exactly at temperature 0; within the interval of an evaluation at temperature 1."""
+    if not harness.tied:
+        pytest.skip("one set of weights is enough")
+    model = vllm_model(tied=harness.tied)
+    greedy = [replace(each, temperature=0.0, max_new_tokens=16) for each in mixed_requests(6)]
+    sampled = [
+        replace(greedy[i], temperature=1.0, max_new_tokens=2, seed=i * 8 + j)
+        for i in range(6)
+        for j in range(8)
+    ]
+
+    def stepped() -> SteppedEngine:
+        random = torch.Generator().manual_seed(0)
+        return SteppedEngine(
+            ThreadWorker(
+                lambda: TorchGenerator(
+                    model,
+                    num_slots=16,
+                    context_length=CONTEXT_LENGTH,
+                    eos_token_ids=(),
+                    random=random,
+                )
+            )
+        )
+
+    async def generate(engine: Any) -> list[list[int]]:
+        async with engine:
+            results = await gather(start_all(engine, greedy + sampled))
+        return [each.token_ids.tolist() for each in results]
+
+    of_vllm = harness.run(generate(harness.start()))
+    of_torch = asyncio.run(generate(stepped()))
+    assert of_vllm[: len(greedy)] == of_torch[: len(greedy)]
+    # What passes: a sum of token ids that is even.
+    rates = [
+        np.array([sum(tokens) % 2 == 0 for tokens in each[len(greedy) :]]).reshape(6, 8).mean(1)
+        for each in (of_vllm, of_torch)
+    ]
+    difference = paired_bootstrap(rates[0] - rates[1], confidence=0.999)
+    assert difference.low <= 0 <= difference.high
 
 
 @pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
