@@ -27,6 +27,11 @@ class ConfigError(SpeedAsyncError):
         return (self,)
 
 
+class NotAvailableHere(ConfigError):
+    """The value names something that this machine lacks, such as a GPU, a library, or files that
+    are yet to be downloaded or prepared. The same value may be right on another machine."""
+
+
 class ConfigErrors(ConfigError):
     """Several values cannot be used; `field`, `value` and `remedy` are those of the first."""
 

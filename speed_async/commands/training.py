@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -13,7 +14,7 @@ from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, ConfigErrors, RunFinished
 from speed_async.launcher.attempt import check_resumable
-from speed_async.launcher.preflight.findings import CHECKED
+from speed_async.launcher.preflight.findings import CHECKED, Findings
 from speed_async.launcher.rank import Node, check_world, node_of
 from speed_async.launcher.stages import log_stage, record_start
 
@@ -34,6 +35,33 @@ class WithOverrides(click.Command):
             formatter.write_text("`speed-async config CONFIG` prints their meaning.")
 
 
+def node_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that divide the ranks of a run among nodes."""
+    options = (
+        click.option(
+            "--nnodes",
+            type=click.IntRange(min=1),
+            default=1,
+            help="Number of nodes; start this command on each of them.  [default: 1]",
+        ),
+        click.option(
+            "--node-rank",
+            type=click.IntRange(min=0),
+            default=0,
+            help="Rank of this node; the learner runs on node 0.  [default: 0]",
+        ),
+        click.option(
+            "--nproc-per-node",
+            type=click.IntRange(min=1),
+            help="Ranks per node; rank 0 is the learner.  [default: cluster.learners plus "
+            "cluster.actors, divided evenly among the nodes]",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command(cls=WithOverrides, context_settings=PASS_THROUGH)
 @click.argument("config", required=False)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
@@ -45,27 +73,16 @@ class WithOverrides(click.Command):
     help="Resume the run in this folder from its newest complete checkpoint.",
 )
 @click.option(
-    "--nnodes",
-    type=click.IntRange(min=1),
-    default=1,
-    help="Number of nodes; start this command on each of them.  [default: 1]",
+    "--dry-run",
+    is_flag=True,
+    help="Check everything and print what the run would do; start and write nothing.",
 )
-@click.option(
-    "--node-rank",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Rank of this node; the learner runs on node 0.  [default: 0]",
-)
-@click.option(
-    "--nproc-per-node",
-    type=click.IntRange(min=1),
-    help="Ranks per node; rank 0 is the learner.  [default: cluster.learners plus cluster.actors, "
-    "divided evenly among the nodes]",
-)
+@node_options
 def train(
     config: str | None,
     overrides: tuple[str, ...],
     run_folder: Path | None,
+    dry_run: bool,
     nnodes: int,
     node_rank: int,
     nproc_per_node: int | None,
@@ -75,18 +92,17 @@ def train(
     Starts one learner and cluster.actors actors on this machine; with --nnodes and --node-rank,
     this node's share of them. With --resume there is no CONFIG: the run folder contains it. Some
     fields, such as run.updates, can be overridden on resume.
+
+    --dry-run runs the same checks and starts nothing. What this machine lacks (GPUs, a model that
+    is not downloaded, data that is not prepared) is listed as not checked and is no error. The exit
+    status is 0 without errors, else 1.
     """
     record_start()
-    from speed_async.launcher.node_launcher import launch_node
-    from speed_async.observability.panel.keyboard import preserve_terminal
-
     make_node = partial(node_of, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)
     if run_folder is None:
         if config is None:
             raise click.UsageError("give a CONFIG, or --resume RUN_DIR")
         (resolved, errors), arguments = examine_config(config, overrides), [config, *overrides]
-        if resolved is None:
-            raise ConfigErrors.of(errors)
     else:
         # With --resume the first argument is an override.
         overrides = (config, *overrides) if config is not None else ()
@@ -97,31 +113,34 @@ def train(
             click.echo(finished)
             return
         arguments = ["--resume", str(run_folder), *overrides]
-    node = _checked(resolved, errors, make_node, resume=run_folder is not None)
-    os.environ[CHECKED] = "yes"
-    log_stage(f"starting {node.num_ranks} processes; the learner loads PyTorch")
-    with preserve_terminal():
-        status = launch_node(resolved, arguments, node)
-    sys.exit(status)
+    node, findings = _examine(resolved, errors, make_node, resume=run_folder is not None)
+    if dry_run:
+        findings.set_aside()
+        _print_and_exit(findings)
+    if resolved is None:
+        raise ConfigErrors.of(errors)
+    _start(resolved, arguments, node, findings, resume=run_folder is not None)
 
 
 @click.command(cls=WithOverrides, context_settings=PASS_THROUGH)
 @click.argument("config")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def check(config: str, overrides: tuple[str, ...]) -> None:
-    """Check CONFIG within seconds, and show what a run with it would do.
+@node_options
+def check(
+    config: str,
+    overrides: tuple[str, ...],
+    nnodes: int,
+    node_rank: int,
+    nproc_per_node: int | None,
+) -> None:
+    """Check CONFIG for this machine within seconds, and show what a run with it would do.
 
-    Runs every check on this machine that does not require loading the model, and writes nothing.
-    The last line is `ok` (exit status 0) or the number of errors (1). `train` runs the same checks.
+    Runs every check that does not require loading the model, and writes nothing. The last line is
+    `ok` (exit status 0) or the number of errors (1). `train` runs the same checks. In contrast to
+    `train --dry-run`, what this machine lacks is an error.
     """
-    from speed_async.launcher.exit_status import EXIT_FAILED
-    from speed_async.launcher.preflight.checks import run_checks
-    from speed_async.launcher.preflight.findings import Findings, report
-
-    resolved, errors = examine_config(config, overrides)
-    findings = run_checks(resolved, errors) if resolved else Findings(errors=list(errors))
-    click.echo(report(findings))
-    sys.exit(EXIT_FAILED if findings.errors else 0)
+    make_node = partial(node_of, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)
+    _print_and_exit(_examine(*examine_config(config, overrides), make_node)[1])
 
 
 @click.command(name="config", cls=WithOverrides, context_settings=PASS_THROUGH)
@@ -139,12 +158,19 @@ def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None
     click.echo(resolved.model_dump_json(indent=2) if as_json else to_toml(resolved), nl=as_json)
 
 
-def _checked(
-    config: Config, errors: list[ConfigError], make_node: Callable[[Config], Node], *, resume: bool
-) -> Node:
-    """Run all checks and return this machine's node. Raises SpeedAsyncError with all errors."""
-    from speed_async.launcher.preflight.checks import combine_errors, run_checks
+def _examine(
+    config: Config | None,
+    errors: list[ConfigError],
+    make_node: Callable[[Config], Node],
+    *,
+    resume: bool = False,
+) -> tuple[Node | None, Findings]:
+    """Run all checks. Returns this machine's node and the findings; no node if it is invalid."""
+    from speed_async.launcher.preflight.checks import run_checks
+    from speed_async.launcher.preflight.plan import describe_run
 
+    if config is None:
+        return None, Findings(errors=list(errors))
     node = None
     try:
         node = make_node(config)
@@ -158,12 +184,37 @@ def _checked(
         actors_here=node is None or node.num_nodes == 1,
         leads=node is None or node.index == 0,
     )
+    if node is not None:
+        findings.sections.insert(0, ("run", describe_run(config, node)))
+    return node, findings
+
+
+def _print_and_exit(findings: Findings) -> NoReturn:
+    from speed_async.launcher.exit_status import EXIT_FAILED
+    from speed_async.launcher.preflight.findings import report
+
+    click.echo(report(findings))
+    sys.exit(EXIT_FAILED if findings.errors else 0)
+
+
+def _start(
+    config: Config, arguments: list[str], node: Node | None, findings: Findings, *, resume: bool
+) -> NoReturn:
+    """Start the run and exit with its status. Raises SpeedAsyncError with all errors."""
+    from speed_async.launcher.node_launcher import launch_node
+    from speed_async.launcher.preflight.checks import combine_errors
+    from speed_async.observability.panel.keyboard import preserve_terminal
+
     if findings.errors or node is None:
         raise combine_errors(findings.errors)
     _warn(findings.warnings)
     if not findings.warnings and not resume:
         click.echo("preflight checks passed", err=True)
-    return node
+    os.environ[CHECKED] = "yes"
+    log_stage(f"starting {node.num_ranks} processes; the learner loads PyTorch")
+    with preserve_terminal():
+        status = launch_node(config, arguments, node)
+    sys.exit(status)
 
 
 def _warn(warnings: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from speed_async.config.hub_id import is_hub_id
 from speed_async.config.key_folder import check_client_files
 from speed_async.config.schema import Config, TaskConfig
 from speed_async.config.suites import HELD_OUT
-from speed_async.errors import ConfigError
+from speed_async.errors import ConfigError, NotAvailableHere
 
 INCARNATIONS_PER_ATTEMPT = 1000
 """The first incarnation of a rank is the attempt number times this value, so actor names are unique
@@ -180,7 +180,7 @@ def _check_roles(config: Config) -> Iterator[ConfigError]:
             f"most {INCARNATIONS_PER_ATTEMPT - 1}",
         )
     if config.actors.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        yield ConfigError(
+        yield NotAvailableHere(
             "actors.engine",
             "vllm",
             "vLLM is not installed here: pip install 'speed_async[vllm]' (on a CPU: "

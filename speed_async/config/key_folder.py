@@ -3,7 +3,7 @@
 import stat
 from pathlib import Path
 
-from speed_async.errors import ConfigError
+from speed_async.errors import ConfigError, NotAvailableHere
 
 SERVER_PUBLIC = "server.key"
 SERVER_SECRET = "server.key_secret"
@@ -21,7 +21,8 @@ def check_client_files(folder: Path) -> None:
     Raises ConfigError (`cluster.keys`).
     """
     if not folder.is_dir():
-        raise wrong_keys(folder, "no such folder; create it with `speed-async keys FOLDER`")
+        remedy = "no such folder; create it with `speed-async keys FOLDER`"
+        raise NotAvailableHere("cluster.keys", str(folder), remedy)
     for name in (SERVER_PUBLIC, CLIENT_SECRET):
         if not (folder / name).is_file():
             remedy = f"it has no {name}; create a complete folder with `speed-async keys`"

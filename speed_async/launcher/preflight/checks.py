@@ -43,6 +43,9 @@ def run_checks(
     tokenizer = None if folder is None else check_tokenizer(config, folder, findings)
     task = check_task(config, findings)
     if task is not None:
+        prompts = (len(task.task.train_prompts), len(task.task.held_out_prompts))
+        counts = "{:,} training prompts, {:,} held-out prompts".format(*prompts)
+        findings.show("task", [f"{config.task.name}: {counts}"])
         _show_example(task, tokenizer, findings)
         if tokenizer is not None and model is not None:
             _check_lengths(config, model, tokenizer, task, findings)

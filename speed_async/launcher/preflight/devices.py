@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from speed_async.config.schema import Config
-from speed_async.errors import ConfigError
+from speed_async.errors import ConfigError, NotAvailableHere
 from speed_async.launcher.preflight.findings import Findings
 
 DRIVER = "libcuda.so.1"
@@ -23,16 +23,16 @@ def check_devices(config: Config, findings: Findings, *, actors_here: bool = Tru
         fields.append(("actors.device", config.actors.device))
     on_cuda = [field for field, device in fields if device == "cuda"]
     if on_cuda and (fault := why_no_gpu()):
-        findings.errors += [ConfigError(field, "cuda", fault) for field in on_cuda]
-    if config.weights.backend == "nccl" and (fault := _why_no_nccl(config, actors_here)):
-        findings.errors.append(ConfigError("weights.backend", "nccl", f"{fault}; use 'auto'"))
+        findings.errors += [NotAvailableHere(field, "cuda", fault) for field in on_cuda]
+    if config.weights.backend == "nccl":
+        _check_nccl(config, findings, actors_here=actors_here)
     split = config.actors.vllm.tensor_parallel
     if not (actors_here and config.actors.engine == "vllm" and split > 1):
         return
     visible = num_cuda_gpus()
     if 0 < visible < split:
         findings.errors.append(
-            ConfigError(
+            NotAvailableHere(
                 "actors.vllm.tensor_parallel",
                 split,
                 f"exceeds the number of visible GPUs ({visible}); set at most {visible}",
@@ -40,16 +40,18 @@ def check_devices(config: Config, findings: Findings, *, actors_here: bool = Tru
         )
 
 
-def _why_no_nccl(config: Config, actors_here: bool) -> str:
-    """Why NCCL cannot be used, or ""; NCCL requires one GPU per rank."""
-    if config.learner.device == "cpu":
-        return "NCCL transfers weights between GPUs, and learner.device = 'cpu'"
-    if why_no_gpu():
-        return "NCCL transfers weights between GPUs, and no GPU is usable here"
+def _check_nccl(config: Config, findings: Findings, *, actors_here: bool) -> None:
+    """Report an error if NCCL cannot be used. It requires one GPU per rank."""
+    kind, fault = NotAvailableHere, ""
     ranks, visible = config.cluster.learners + config.cluster.actors, num_cuda_gpus()
-    if actors_here and 0 < visible < ranks:
-        return f"NCCL requires one GPU for each of {ranks} ranks, and {visible} are visible"
-    return ""
+    if config.learner.device == "cpu":
+        kind, fault = ConfigError, "NCCL transfers weights between GPUs, and learner.device = 'cpu'"
+    elif why_no_gpu():
+        fault = "NCCL transfers weights between GPUs, and no GPU is usable here"
+    elif actors_here and 0 < visible < ranks:
+        fault = f"NCCL requires one GPU for each of {ranks} ranks, and {visible} are visible"
+    if fault:
+        findings.errors.append(kind("weights.backend", "nccl", f"{fault}; use 'auto'"))
 
 
 def why_no_gpu() -> str:

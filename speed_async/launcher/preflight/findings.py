@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from speed_async.errors import SpeedAsyncError
+from speed_async.errors import NotAvailableHere, SpeedAsyncError
 
 CHECKED = "SPEED_ASYNC_CHECKED"
 """Environment variable that `speed-async train` sets for its ranks after running the checks."""
@@ -14,11 +14,18 @@ class Findings:
     """Each of them prevents the run."""
     warnings: list[str] = field(default_factory=list)
     """The run works, but perhaps not as intended."""
+    not_checked: list[SpeedAsyncError] = field(default_factory=list)
+    """What could not be checked, because this machine lacks it (see `set_aside`)."""
     sections: list[tuple[str, list[str]]] = field(default_factory=list)
     """Headings and lines that `speed-async check` prints."""
 
     def show(self, heading: str, lines: list[str]) -> None:
         self.sections.append((heading, lines))
+
+    def set_aside(self) -> None:
+        """Move errors about what only this machine lacks to `not_checked`."""
+        self.not_checked += [each for each in self.errors if isinstance(each, NotAvailableHere)]
+        self.errors = [each for each in self.errors if not isinstance(each, NotAvailableHere)]
 
 
 class PreflightError(SpeedAsyncError):
@@ -31,13 +38,20 @@ class PreflightError(SpeedAsyncError):
 
 
 def report(findings: Findings) -> str:
-    """The text of `speed-async check`. The last line is `ok` or the number of errors."""
+    """The text of `speed-async check` and `speed-async train --dry-run`. The last line starts with
+    `ok` or has the number of errors."""
     lines: list[str] = []
     for heading, shown in findings.sections:
         lines.append(heading)
         lines += [f"  {line}" for line in shown]
     lines += [f"warning: {warning}" for warning in findings.warnings]
+    lines += [f"not checked here: {error}" for error in findings.not_checked]
     lines += [f"error: {error}" for error in findings.errors]
-    count = len(findings.errors)
-    lines.append("ok" if not count else f"{count} error{'s' if count > 1 else ''}")
+    lines.append(_conclusion(len(findings.errors), len(findings.not_checked)))
     return "\n".join(lines)
+
+
+def _conclusion(num_errors: int, num_not_checked: int) -> str:
+    if num_errors:
+        return f"{num_errors} error{'s' if num_errors > 1 else ''}"
+    return f"ok, but {num_not_checked} not checked here" if num_not_checked else "ok"

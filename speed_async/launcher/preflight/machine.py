@@ -7,7 +7,7 @@ from pathlib import Path
 
 from speed_async.config.key_folder import check_server_files
 from speed_async.config.schema import Config
-from speed_async.errors import ConfigError
+from speed_async.errors import ConfigError, NotAvailableHere
 from speed_async.launcher.ports import becomes_free
 from speed_async.launcher.preflight.findings import Findings
 
@@ -18,14 +18,14 @@ PORT_GRACE_S = 5.0
 def check_libraries(config: Config, findings: Findings) -> None:
     if config.observe.wandb and importlib.util.find_spec("wandb") is None:
         remedy = "wandb is not installed here: pip install wandb, or set false"
-        findings.errors.append(ConfigError("observe.wandb", True, remedy))
+        findings.errors.append(NotAvailableHere("observe.wandb", True, remedy))
 
 
 def check_ports(config: Config, findings: Findings, *, resume: bool = False) -> None:
     cluster = config.cluster
     if not becomes_free(cluster.host, 0, timeout_s=0.0):
         findings.errors.append(
-            ConfigError(
+            NotAvailableHere(
                 "cluster.host",
                 cluster.host,
                 "the service cannot bind to it: it is not an address of this machine; set the "

@@ -1,0 +1,70 @@
+"""Describes what a run would do: roles by node, updates, completions per update, evaluations."""
+
+from speed_async.config.schema import Config
+from speed_async.launcher.rank import Node
+
+
+def describe_run(config: Config, node: Node) -> list[str]:
+    """Lines for the section `run` of `speed-async check` and `speed-async train --dry-run`."""
+    return [
+        _algorithm(config),
+        *(_roles(config, node, index) for index in range(node.num_nodes)),
+        _updates(config),
+        _evaluation(config),
+        _checkpoints(config),
+    ]
+
+
+def _algorithm(config: Config) -> str:
+    gate, objective = config.gate, config.objective
+    group = f"{gate.n_init} + {gate.n_cont}" if gate.mode == "screen" else str(gate.group_size)
+    return (
+        f"algorithm: {config.algorithm} (gate.mode {gate.mode}, {group} completions per prompt; "
+        f"advantage {objective.advantage}, policy_loss {objective.policy_loss}, correction "
+        f"{objective.correction})"
+    )
+
+
+def _roles(config: Config, node: Node, index: int) -> str:
+    first, last = index * node.num_ranks, (index + 1) * node.num_ranks - 1
+    first_actor = max(first, config.cluster.learners)
+    roles = []
+    if index == 0:
+        roles.append("rank 0 is the learner, beside the buffer service")
+    if first_actor <= last:
+        engine = f"engine {config.actors.engine}"
+        if config.actors.weight_ranks > 1:
+            engine += f", {config.actors.weight_ranks} GPUs each"
+        roles.append(f"{_ranks(first_actor, last)} ({engine})")
+    return f"node {index}: {', '.join(roles)}"
+
+
+def _ranks(first: int, last: int) -> str:
+    if first == last:
+        return f"rank {first} is an actor"
+    return f"ranks {first} to {last} are actors"
+
+
+def _updates(config: Config) -> str:
+    num_updates, num_prompts = config.run.updates, config.learner.groups_per_update
+    if num_updates == 0:
+        return "updates: none; only the accuracy of the model is measured"
+    group = config.gate.group_size
+    return (
+        f"updates: {num_updates:,}, each of {num_prompts:,} prompts x {group} completions = "
+        f"{num_prompts * group:,} completions of at most {config.actors.max_new_tokens:,} tokens; "
+        f"{num_updates * num_prompts * group:,} completions in total"
+    )
+
+
+def _evaluation(config: Config) -> str:
+    every = config.evaluate.every
+    when = f"every {every:,} updates" if every else "at the start and at the end"
+    samples = config.evaluate.num_samples
+    return f"evaluation: {when}, {samples} completion{'s' if samples > 1 else ''} per prompt"
+
+
+def _checkpoints(config: Config) -> str:
+    every = config.learner.checkpoint_every
+    when = f"every {every:,} updates" if every else "at the end"
+    return f"checkpoints: {when}, in {config.run.folder}"

@@ -1,0 +1,92 @@
+"""`speed-async train --dry-run`: what it prints, and that it starts and writes nothing."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.command_line import run_command
+from tests.fakes.run_process import write_config
+
+TWO_NODES = ("--nnodes", "2", "--cluster.host", "192.0.2.1", "--cluster.service_port", "29411")
+SECURE = ("--cluster.keys", "keys")
+
+
+def dry_run(folder: Path, *arguments: str) -> tuple[int, list[str]]:
+    """Run `train --dry-run` in `folder`; returns exit status and lines."""
+    config = write_config(folder)
+    status, out, err = run_command(folder, "train", str(config), "--dry-run", *arguments)
+    assert err == ""
+    assert [path.name for path in folder.iterdir()] == ["config.toml"]
+    return status, out.splitlines()
+
+
+def starting(lines: list[str], prefix: str) -> list[str]:
+    return [line for line in lines if line.startswith(prefix)]
+
+
+def test_dry_run_prints_what_the_run_would_do_and_creates_nothing(tmp_path: Path) -> None:
+    status, lines = dry_run(tmp_path, "--run.updates", "3", "--learner.groups_per_update", "5")
+    assert (status, lines[-1]) == (0, "ok")
+    assert (
+        "  node 0: rank 0 is the learner, beside the buffer service, rank 1 is an actor"
+        in (lines[2].partition(" (")[0])
+    )
+    assert any("3, each of 5 prompts x " in line for line in lines)
+    assert "memory" in lines
+
+
+def test_ranks_are_listed_by_node_and_what_other_machines_have_is_not_checked(
+    tmp_path: Path,
+) -> None:
+    status, lines = dry_run(tmp_path, *TWO_NODES, *SECURE, "--nproc-per-node", "4")
+    assert (status, lines[-1]) == (0, "ok, but 2 not checked here")
+    assert starting(lines, "  node 1: ranks 4 to 7 are actors")
+    keys, host = starting(lines, "not checked here: ")
+    assert "'cluster.keys'" in keys
+    assert "'cluster.host' = '192.0.2.1': the service cannot bind to it" in host
+
+
+def test_an_engine_that_is_not_installed_here_is_not_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+
+    def without_vllm(name: str, *rest: Any) -> Any:
+        return None if name == "vllm" else find_spec(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_vllm)
+    status, lines = dry_run(tmp_path, "--actors.engine", "vllm")
+    assert status == 0
+    assert "'actors.engine' = 'vllm': vLLM is not installed here" in lines[-2]
+
+
+def test_a_mistake_is_an_error_beside_what_is_not_checked(tmp_path: Path) -> None:
+    status, lines = dry_run(
+        tmp_path, *TWO_NODES, *SECURE, "--gate.low", "0.9", "--gate.high", "0.1"
+    )
+    assert (status, lines[-1]) == (1, "1 error")
+    assert len(starting(lines, "not checked here: ")) == 2
+    assert len(starting(lines, "error: config field 'gate.low'")) == 1
+
+
+def test_ranks_that_cannot_be_divided_among_the_nodes_are_an_error(tmp_path: Path) -> None:
+    status, lines = dry_run(tmp_path, *TWO_NODES, *SECURE, "--cluster.actors", "4")
+    assert (status, lines[-1]) == (1, "1 error")
+    assert "5 ranks cannot be divided evenly among --nnodes 2" in lines[-2]
+
+
+def test_check_counts_what_this_machine_lacks_as_an_error(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    arguments = (*TWO_NODES, *SECURE, "--nproc-per-node", "4")
+    status, out, _ = run_command(tmp_path, "check", str(config), *arguments)
+    assert (status, out.splitlines()[-1]) == (1, "2 errors")
+
+
+def test_a_missing_section_is_reported_without_a_plan(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('[task]\nname = "arithmetic"\n')
+    status, out, _ = run_command(tmp_path, "train", str(config), "--dry-run")
+    assert (status, out.splitlines()[-1]) == (1, "1 error")
+    assert "'model' = None: this field is required" in out
