@@ -43,6 +43,9 @@ RESOLVED_FILE = "config.json"
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path`, apply overrides such as `--learner.lr 1e-4`, and validate the result.
 
+    `base = "other.toml"` in the file starts from the values of that file. Tables are merged; any
+    other value, also a list, replaces that of the base.
+
     Relative paths in the file (model, data, keys) are relative to the folder of the file; relative
     paths in overrides to the current directory. Raises ConfigError with all errors.
     """
@@ -58,8 +61,7 @@ def examine_config(
     With errors, the config omits the invalid values; it is None if a required field is missing.
     Raises ConfigError if the file cannot be read.
     """
-    tree = _read_file(Path(path))
-    _absolute_paths(tree, Path(path).resolve().parent)
+    tree = _read_with_base(Path(path))
     changes, wrong_overrides = parse_overrides(overrides)
     try:
         _apply(tree, changes)
@@ -168,6 +170,28 @@ def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
             _merge(present, value)
         else:
             tree[name] = value
+
+
+def _read_with_base(path: Path, based: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a file and its `base`, with absolute paths. `based`: the files that lead to this one."""
+    tree = _read_file(path)
+    folder = path.resolve().parent
+    _absolute_paths(tree, folder)
+    if "base" not in tree:
+        return tree
+    name = tree.pop("base")
+    if not isinstance(name, str):
+        raise ConfigError("base", name, f"in {path}: give the path of one TOML file, in quotes")
+    base, based = (folder / Path(name).expanduser()).resolve(), (*based, path.resolve())
+    if base in based:
+        chain = " -> ".join(each.name for each in (*based, base))
+        raise ConfigError("base", name, f"in {path}: a file cannot be its own base ({chain})")
+    if not base.is_file():
+        remedy = f"in {path}: no such file {base}; give the path of a TOML file"
+        raise ConfigError("base", name, remedy)
+    merged = _read_with_base(base, based)
+    _merge(merged, tree)
+    return merged
 
 
 def _read_file(path: Path) -> dict[str, Any]:
