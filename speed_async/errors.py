@@ -32,6 +32,11 @@ class NotAvailableHere(ConfigError):
     are yet to be downloaded or prepared. The same value may be right on another machine."""
 
 
+class NotDownloaded(NotAvailableHere):
+    """The value names a model or data set of the hub that is not in the cache; a run downloads
+    it."""
+
+
 class ConfigErrors(ConfigError):
     """Several values cannot be used; `field`, `value` and `remedy` are those of the first."""
 

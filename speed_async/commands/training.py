@@ -12,7 +12,13 @@ import click
 from speed_async.config.load import examine_config, load_config
 from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
-from speed_async.errors import ConfigError, ConfigErrors, RunFinished
+from speed_async.errors import (
+    ConfigError,
+    ConfigErrors,
+    NotAvailableHere,
+    NotDownloaded,
+    RunFinished,
+)
 from speed_async.launcher.attempt import check_resumable
 from speed_async.launcher.preflight.findings import CHECKED, Findings
 from speed_async.launcher.rank import Node, check_world, node_of
@@ -113,9 +119,11 @@ def train(
             click.echo(finished)
             return
         arguments = ["--resume", str(run_folder), *overrides]
+    if dry_run:
+        _download_nothing()
     node, findings = _examine(resolved, errors, make_node, resume=run_folder is not None)
     if dry_run:
-        findings.set_aside()
+        findings.set_aside(NotAvailableHere)
         _print_and_exit(findings)
     if resolved is None:
         raise ConfigErrors.of(errors)
@@ -140,7 +148,10 @@ def check(
     `train --dry-run`, what this machine lacks is an error.
     """
     make_node = partial(node_of, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)
-    _print_and_exit(_examine(*examine_config(config, overrides), make_node)[1])
+    _download_nothing()
+    _, findings = _examine(*examine_config(config, overrides), make_node)
+    findings.set_aside(NotDownloaded)
+    _print_and_exit(findings)
 
 
 @click.command(name="config", cls=WithOverrides, context_settings=PASS_THROUGH)
@@ -187,6 +198,11 @@ def _examine(
     if node is not None:
         findings.sections.insert(0, ("run", describe_run(config, node)))
     return node, findings
+
+
+def _download_nothing() -> None:
+    """Let the libraries of the Hugging Face hub use their cache only; they read this at import."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _print_and_exit(findings: Findings) -> NoReturn:

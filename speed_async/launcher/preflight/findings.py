@@ -22,10 +22,10 @@ class Findings:
     def show(self, heading: str, lines: list[str]) -> None:
         self.sections.append((heading, lines))
 
-    def set_aside(self) -> None:
-        """Move errors about what only this machine lacks to `not_checked`."""
-        self.not_checked += [each for each in self.errors if isinstance(each, NotAvailableHere)]
-        self.errors = [each for each in self.errors if not isinstance(each, NotAvailableHere)]
+    def set_aside(self, kind: type[NotAvailableHere]) -> None:
+        """Move errors of this kind to `not_checked`."""
+        self.not_checked += [each for each in self.errors if isinstance(each, kind)]
+        self.errors = [each for each in self.errors if not isinstance(each, kind)]
 
 
 class PreflightError(SpeedAsyncError):
