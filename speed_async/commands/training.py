@@ -20,7 +20,7 @@ from speed_async.errors import (
     RunFinished,
 )
 from speed_async.launcher.attempt import check_resumable
-from speed_async.launcher.preflight.findings import CHECKED, Findings
+from speed_async.launcher.preflight.findings import CHECKED, Findings, report
 from speed_async.launcher.rank import Node, check_world, node_of
 from speed_async.launcher.stages import log_stage, record_start
 
@@ -207,7 +207,6 @@ def _download_nothing() -> None:
 
 def _print_and_exit(findings: Findings) -> NoReturn:
     from speed_async.launcher.exit_status import EXIT_FAILED
-    from speed_async.launcher.preflight.findings import report
 
     click.echo(report(findings))
     sys.exit(EXIT_FAILED if findings.errors else 0)
