@@ -232,8 +232,11 @@ def _check_sources(config: Config) -> Iterator[ConfigError]:
     for source in task.all_sources:
         if not Path(source.path).exists() and not is_hub_id(source.path):
             field = "task.sources" if task.sources else "task.path"
-            yield ConfigError(
-                field, source.path, "no such file or folder; set the path of a data set"
+            yield NotAvailableHere(
+                field,
+                source.path,
+                "no such file or folder; set the path of a data set, or create it with "
+                "`speed-async data prepare`",
             )
 
 
@@ -249,10 +252,11 @@ def _check_suites(config: Config) -> Iterator[ConfigError]:
             )
         names.append(suite.name)
         if not Path(suite.path).exists() and not is_hub_id(suite.path):
-            yield ConfigError(
+            yield NotAvailableHere(
                 "evaluate.suites",
                 suite.path,
-                f"no such file or folder; set the path of the data of suite '{suite.name}'",
+                f"no such file or folder; set the path of the data of suite '{suite.name}', or "
+                "create it with `speed-async data prepare`",
             )
 
 

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from speed_async.config.hub_id import is_hub_id
-from speed_async.errors import ConfigError
+from speed_async.errors import ConfigError, NotDownloaded
 
 FILES = [
     "*.safetensors",
@@ -45,7 +45,7 @@ def _local_copy(name: str) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=FILES))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ConfigError("model.path", name, _remedy(name, error)) from None
+        raise NotDownloaded("model.path", name, _remedy(name, error)) from None
     if not (folder / "config.json").is_file():
         remedy = f"its copy in {folder} has no config.json: download it again"
         raise ConfigError("model.path", name, remedy)

@@ -1,5 +1,7 @@
 """Describes what a run would do: roles by node, updates, completions per update, evaluations."""
 
+from collections.abc import Iterator
+
 from speed_async.config.schema import Config
 from speed_async.launcher.rank import Node
 
@@ -10,7 +12,7 @@ def describe_run(config: Config, node: Node) -> list[str]:
         _algorithm(config),
         *(_roles(config, node, index) for index in range(node.num_nodes)),
         _updates(config),
-        _evaluation(config),
+        *_evaluations(config),
         _checkpoints(config),
     ]
 
@@ -57,11 +59,17 @@ def _updates(config: Config) -> str:
     )
 
 
-def _evaluation(config: Config) -> str:
-    every = config.evaluate.every
+def _evaluations(config: Config) -> Iterator[str]:
+    evaluate = config.evaluate
+    yield _evaluation("held-out prompts", evaluate.every, evaluate.num_samples)
+    for suite in evaluate.suites:
+        yield _evaluation(suite.name, suite.every, suite.samples)
+
+
+def _evaluation(name: str, every: int, num_samples: int) -> str:
     when = f"every {every:,} updates" if every else "at the start and at the end"
-    samples = config.evaluate.num_samples
-    return f"evaluation: {when}, {samples} completion{'s' if samples > 1 else ''} per prompt"
+    plural = "s" if num_samples > 1 else ""
+    return f"evaluation: {name} {when}, {num_samples} completion{plural} per prompt"
 
 
 def _checkpoints(config: Config) -> str:
