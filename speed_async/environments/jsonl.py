@@ -4,14 +4,14 @@ import random
 from pathlib import Path
 
 from speed_async.environments.jsonl_file import DataRow, read_rows
-from speed_async.environments.matching import MatchKind, matching
+from speed_async.environments.matching import MatchedTask, MatchKind
 from speed_async.errors import ConfigError, DataError
 from speed_async.types import Prompt
 
 MIN_TRAIN_PROMPTS = 2
 
 
-class JsonlTask:
+class JsonlTask(MatchedTask):
     r"""One object per line: `prompt` (string), `answer` (string or number), other keys as metadata.
 
     Match "exact" compares texts (rules: exact_answer.py), "numeric" compares numbers
@@ -22,7 +22,7 @@ class JsonlTask:
 
     def __init__(self, *, path: str, match: MatchKind, num_held_out: int, seed: int) -> None:
         """Raises DataError (unusable file) or ConfigError (too many held-out prompts)."""
-        self._matching = matching(match)
+        super().__init__(match)
         rows = read_rows(Path(path), self._matching.answer_error)
         _check_size(path, len(rows), num_held_out)
         selected = set(random.Random(seed).sample(range(len(rows)), num_held_out))
@@ -30,14 +30,6 @@ class JsonlTask:
         held_out = [row for index, row in enumerate(rows) if index in selected]
         self.train_prompts = [_prompt(index, row, False) for index, row in enumerate(train)]
         self.held_out_prompts = [_prompt(index, row, True) for index, row in enumerate(held_out)]
-
-    def score(self, prompt: Prompt, completion: str) -> float:
-        """1.0 when the completion's final answer matches, else 0.0. "math" may raise or hang."""
-        return float(self._matching.is_correct(completion, prompt.answer))
-
-    def extract(self, completion: str) -> str | None:
-        """The final answer as written in the completion, whether it can be parsed or not."""
-        return self._matching.extract(completion)
 
 
 def _check_size(path: str, num_rows: int, num_held_out: int) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 from speed_async.environments.exact_answer import exact_answer, same_answer
 from speed_async.environments.final_answer import final_answer
 from speed_async.environments.mathematics.extraction import math_answer
+from speed_async.environments.mathematics.fallback import math_verify
 from speed_async.environments.mathematics.scoring import is_correct, math_answer_error
 from speed_async.environments.numeric_answer import (
     answer_number,
@@ -17,6 +18,7 @@ from speed_async.environments.numeric_answer import (
     last_number_text,
     same_number,
 )
+from speed_async.types import Prompt
 
 MatchKind = Literal["exact", "numeric", "math"]
 
@@ -31,6 +33,8 @@ class Matching:
     """The final answer of a completion as written, for display."""
     check_answer: Callable[[str], str]
     """Why the non-empty answer of a row cannot be used, or ""."""
+    warm_up: Callable[[], object] = lambda: None
+    """Imports the libraries that `is_correct` may use."""
 
     def answer_error(self, answer: str) -> str:
         """Why the answer of a row cannot be used, or ""."""
@@ -70,10 +74,33 @@ MATCHING: dict[MatchKind, Matching] = {
         extract=last_number_text,
         check_answer=_numeric_answer_error,
     ),
-    "math": Matching(is_correct=is_correct, extract=math_answer, check_answer=math_answer_error),
+    "math": Matching(
+        is_correct=is_correct,
+        extract=math_answer,
+        check_answer=math_answer_error,
+        warm_up=math_verify,
+    ),
 }
 
 
 def matching(kind: MatchKind) -> Matching:
     # A function, so that scoring_source.py sees that a task uses this module.
     return MATCHING[kind]
+
+
+class MatchedTask:
+    """How a task with one value of `task.match` scores completions."""
+
+    def __init__(self, match: MatchKind) -> None:
+        self._matching = matching(match)
+
+    def warm_up(self) -> None:
+        self._matching.warm_up()
+
+    def score(self, prompt: Prompt, completion: str) -> float:
+        """1.0 when the completion's final answer matches, else 0.0. "math" may raise or hang."""
+        return float(self._matching.is_correct(completion, prompt.answer))
+
+    def extract(self, completion: str) -> str | None:
+        """The final answer as written in the completion, whether it can be parsed or not."""
+        return self._matching.extract(completion)

@@ -9,7 +9,11 @@ from speed_async.types import Prompt
 
 
 class Task(Protocol):
-    """Prompts and their verifier. Created from the config, once per process."""
+    """Prompts and their verifier. Created from the config, once per process.
+
+    A method `warm_up()` is optional. Each verifier worker calls it at its start, to import what
+    `score` needs; in the first call, that would count against its time limit.
+    """
 
     @property
     def train_prompts(self) -> Sequence[Prompt]:

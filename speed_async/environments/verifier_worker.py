@@ -26,16 +26,22 @@ _worker_rewards: Rewards | str = _NOT_STARTED
 
 
 def start_worker(make: MakeTask, chosen: Sequence[RewardConfig]) -> None:
-    """Initializer of a worker: creates its task and rewards once. The first call reports an
-    error."""
+    """Initializer of a worker: creates its task and rewards once, and imports what scoring needs,
+    which would count against the time limit of the first call. That call reports an error."""
     global _worker_rewards
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Python handler cannot run during C code
     _die_with_parent()
     try:
-        _worker_rewards = Rewards(make(), chosen)
+        task = make()
+        getattr(task, "warm_up", _nothing_to_warm_up)()
+        _worker_rewards = Rewards(task, chosen)
     except BaseException as error:
         _worker_rewards = error_text(error)
+
+
+def _nothing_to_warm_up() -> None:
+    """Of a task without the optional method."""
 
 
 def report_start() -> str:

@@ -9,12 +9,12 @@ from speed_async.config.sources import SourceConfig
 from speed_async.environments.dataset.mixture import MixedSource, UInt64Array, mix
 from speed_async.environments.dataset.prompts import DatasetPrompts
 from speed_async.environments.dataset.rows import open_source, summary
-from speed_async.environments.matching import MatchKind, matching
+from speed_async.environments.matching import MatchedTask, MatchKind
 from speed_async.environments.task import ContentDigest
 from speed_async.types import Prompt
 
 
-class DatasetTask:
+class DatasetTask(MatchedTask):
     """Prompts stay on disk; this object has four bytes for each. The held-out prompts are sampled
     with the seed, from each source in proportion to its share (mixture.py)."""
 
@@ -30,7 +30,7 @@ class DatasetTask:
         too uneven)."""
         import pyarrow as pa
 
-        self._matching = matching(match)
+        super().__init__(match)
         opened = [open_source(source, match) for source in sources]
         table = pa.concat_tables([rows.table for rows in opened])
         mixed = [
@@ -71,14 +71,6 @@ class DatasetTask:
             )
         if mixture.num_repeated:
             self.notes.append(f"{mixture.num_repeated:,} repeated prompts are used once")
-
-    def score(self, prompt: Prompt, completion: str) -> float:
-        """1.0 when the completion's final answer matches, else 0.0. "math" may raise or hang."""
-        return float(self._matching.is_correct(completion, prompt.answer))
-
-    def extract(self, completion: str) -> str | None:
-        """The final answer as written in the completion, whether it can be parsed or not."""
-        return self._matching.extract(completion)
 
 
 def _content(

@@ -43,7 +43,7 @@ def is_askable(candidate: str, answer: str) -> bool:
 
 def fallback_verdict(candidate: str, answer: str) -> bool:
     """Whether math-verify calls the answers equal. May raise anything, or never return."""
-    module = _math_verify()
+    module = math_verify()
     gold, target = (_parsed(module, text) for text in (answer, candidate))
     if gold is None or target is None:
         return False
@@ -80,8 +80,9 @@ def _parsed(module: ModuleType, text: str) -> object | None:
 
 
 @lru_cache(maxsize=1)
-def _math_verify() -> ModuleType:
-    import math_verify  # it imports sympy, which takes a second
+def math_verify() -> ModuleType:
+    """The library. The first call imports it, with sympy, which takes a second of CPU."""
+    import math_verify
 
     for name in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(name).setLevel(logging.ERROR)  # it warns that its timeouts are off

@@ -16,6 +16,7 @@ import pytest
 
 from speed_async.actors.rollout import Scorer
 from speed_async.environments.rewards import MAX_EXTRACTED_CHARS, Rewards, error_text
+from speed_async.environments.suite_task import SuiteTask
 from speed_async.environments.verifier import MAX_FAILED_CALLS, VerifierPool
 from speed_async.errors import DataError, TaskError
 from speed_async.testing.scripted_verifier import ScriptedVerifier
@@ -44,6 +45,13 @@ def make_once(marker: Path) -> FaultyTask:
     """Creates one file for every process that calls it."""
     (marker / str(os.getpid())).touch()
     return FaultyTask()
+
+
+class MathLoaded(SuiteTask):
+    """Its extracted answer is whether math-verify is imported."""
+
+    def extract(self, completion: str) -> str:
+        return str("math_verify" in sys.modules)
 
 
 def run(scenario: Callable[[], Coroutine[object, object, T]]) -> T:
@@ -229,6 +237,15 @@ def test_worker_creates_its_task_once(tmp_path: Path) -> None:
     run(scenario)
     assert len(list(tmp_path.iterdir())) == 1
     assert not (tmp_path / str(os.getpid())).exists()
+
+
+def test_worker_imports_the_library_of_its_task_before_the_first_call() -> None:
+    async def scenario() -> None:
+        async with VerifierPool(partial(MathLoaded, "math"), 1, 60.0) as pool:
+            [verdict] = await pool.score(prompt("2 + 3", answer="5"), [r"\boxed{5}"])
+            assert verdict.passed and verdict.extracted == "True"
+
+    run(scenario)
 
 
 @pytest.mark.parametrize(
