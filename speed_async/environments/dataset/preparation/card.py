@@ -116,17 +116,21 @@ def card_text(card: Card) -> str:
 
 
 def step_lines(card: Card) -> list[str]:
-    """A table of the steps and the rows that each leaves."""
-    steps = card["steps"]
-    before = [steps[0]["num_rows"], *(step["num_rows"] for step in steps[:-1])]
+    """A table of the steps and the rows that each removes and leaves."""
     return [
         "| step | removed | rows left |",
         "| --- | ---: | ---: |",
         *(
-            f"| {step['name']} | {rows - step['num_rows']:,} | {step['num_rows']:,} |"
-            for step, rows in zip(steps, before, strict=True)
+            f"| {step['name']} | {removed:,} | {step['num_rows']:,} |"
+            for step, removed in with_removed(card["steps"])
         ),
     ]
+
+
+def with_removed(steps: Sequence[Card]) -> list[tuple[Card, int]]:
+    """Each step of a card and the number of rows that it removed."""
+    before = [steps[0]["num_rows"], *(step["num_rows"] for step in steps[:-1])]
+    return [(step, rows - step["num_rows"]) for step, rows in zip(steps, before, strict=True)]
 
 
 def contamination_lines(card: Card) -> list[str]:
