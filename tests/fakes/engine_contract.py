@@ -36,6 +36,14 @@ def request(max_new_tokens: int, *, priority: int = 0, num_prompt: int = 5) -> G
     )
 
 
+def contract_script(request: GenerationRequest, num_earlier: int) -> list[int]:
+    """Tokens of a scripted engine: those of the request's seed, and constant at temperature 0."""
+    if request.temperature == 0:
+        return [9] * 200
+    seed = num_earlier if request.seed is None else request.seed
+    return np.random.default_rng(seed).integers(4, NUM_TOKEN_IDS, 200).tolist()
+
+
 def offer(policy_version: int) -> WeightOffer:
     return WeightOffer(
         policy_version=policy_version,

@@ -6,6 +6,7 @@ A whole run takes long to start, so each meets several conditions at once, and e
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,12 +148,13 @@ def test_run_unpickles_nothing_and_survives_completions_that_kill_their_verifier
     assert {line.split()[0] for line in lines} == {"actor"}  # results of its own verifiers
     written = (completed.run.folder / "failed" / "actor-1.jsonl").read_text()
     failed = [json.loads(line) for line in written.splitlines()]
-    assert len(failed) == summary["ledger"]["failures"]["verifier"] > 0
+    assert len(failed) == summary["verifier"]["error"]["completions"] > 0
+    assert 0 < summary["ledger"]["failures"]["verifier error"] <= len(failed)
     fatal = [record for record in failed if record["prompt_id"] % 16 == 0]
     assert len(failed) - 1 <= len(fatal)  # pebble may attribute a repeated crash to another task
-    for record in fatal:
-        assert len(record["completions"]) == 2
-        assert "ended its worker process" in record["error"]
+    assert all("ended its worker process" in record["error"] for record in fatal)
+    # Both completions of a phase kill their worker, and each is recorded.
+    assert {count % 2 for count in Counter(each["prompt_id"] for each in fatal).values()} == {0}
 
 
 def test_run_of_no_updates_without_standard_streams_evaluates_the_model(tmp_path: Path) -> None:

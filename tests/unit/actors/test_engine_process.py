@@ -37,6 +37,7 @@ from tests.fakes.engine_contract import (
     CONTRACT,
     NUM_TOKEN_IDS,
     WAIT_S,
+    contract_script,
     gather,
     offer,
     request,
@@ -57,7 +58,7 @@ class SlowStepper(ScriptedStepper):
 
 def slow_stepper(receive: Callable[[WeightOffer], float] = lambda _: 0.0) -> SlowStepper:
     return SlowStepper(
-        lambda request, index: [9] * 200,
+        contract_script,
         num_slots=2,
         context_length=CONTEXT_LENGTH,
         num_token_ids=NUM_TOKEN_IDS,

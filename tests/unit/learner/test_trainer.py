@@ -122,7 +122,8 @@ def test_metrics_of_an_update(tmp_path: Path):
         "loss", "grad_norm", "lr", "ratio_mean", "ratio_max", "clipped_share", "truncated_share",
         "masked_share", "kl_k1", "kl_k3", "effective_sample_size", "entropy",
         "trained_reward_mean", "pass_rate_mean", "zero_signal_groups", "zero_signal_share",
-        "completion_tokens_mean", "empty_completions", "cut_completions", "pivotal_share",
+        "completion_tokens_mean", "empty_completions", "cut_completions", "cut_passed",
+            "pivotal_share",
         "skipped_updates", "optimizer_updates",
     }  # fmt: skip
 

@@ -122,7 +122,7 @@ def test_samples_are_a_bounded_table_and_diagnoses_are_text(attempts: list[Attem
     assert rows[1]["step/diagnoses"] == "no reward: x"
     # Nested keys of a value are separate items in a row.
     assert ["samples.path" in row for row in rows] == [False, False, True, False]
-    assert (rows[2]["samples.nrows"], rows[2]["samples.ncols"]) == (64, 10)
+    assert (rows[2]["samples.nrows"], rows[2]["samples.ncols"]) == (64, 11)
     file = last.record.parent / "files" / str(rows[2]["samples.path"])
     content = json.loads(file.read_text())
     sample = dict(zip(content["columns"], content["data"][-1], strict=True))

@@ -10,6 +10,7 @@ from tests.fakes.engine_contract import (
     CONTRACT,
     NUM_TOKEN_IDS,
     StartEngine,
+    contract_script,
     gather,
     offer,
     request,
@@ -20,7 +21,7 @@ from tests.fakes.engine_contract import (
 
 def start() -> ScriptedEngine:
     return ScriptedEngine(
-        lambda request, index: [9] * 200,
+        contract_script,
         num_slots=2,
         context_length=96,
         num_token_ids=NUM_TOKEN_IDS,
