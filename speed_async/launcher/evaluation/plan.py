@@ -132,7 +132,7 @@ def plan_run(folder: Path, config: Config, checkpoints: Sequence[Path], options:
     return Plan(
         targets=tuple(targets),
         suites=tuple(
-            _planned(suite, protocol, options, is_configured=suite.name in configured)
+            _planned(suite, protocol, options, is_configured=configured.get(suite.name) is suite)
             for suite in suites
             if suite.name != HELD_OUT
         ),

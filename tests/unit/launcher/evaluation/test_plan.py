@@ -99,6 +99,11 @@ def test_a_run_is_evaluated_with_its_own_settings(base: Path, monkeypatch) -> No
     assert (math500.config.temperature, math500.format) == (0.7, "Q: {prompt}")
     assert plan.held_out_of is None and plan.targets[0].config.model.chat_template
 
+    # A path is not the suite of the run that has its name.
+    plan = plan_run(base / "run", config, [checkpoint], Options(suites=("own=own.jsonl.gz",)))
+    [own] = plan.suites
+    assert (own.config.temperature, own.config.samples, own.format) == (0.7, 1, "Q: {prompt}")
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
