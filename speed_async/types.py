@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
+UInt64Array = NDArray[np.uint64]
 
 FinishReason = Literal["stop", "length", "abort"]
 WeightBackend = Literal["gloo", "nccl", "ipc"]

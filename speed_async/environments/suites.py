@@ -14,7 +14,7 @@ from speed_async.environments.dataset.prompts import DatasetPrompts
 from speed_async.environments.dataset.rows import open_source
 from speed_async.environments.matching import MatchKind
 from speed_async.environments.suite_task import SuiteTask
-from speed_async.environments.task import Task, fingerprint
+from speed_async.environments.task import Task, fingerprint, prompt_bytes
 from speed_async.environments.verifier import VerifierPool
 from speed_async.types import Prompt
 
@@ -32,7 +32,7 @@ def data_fingerprint(task: Task, suites: Mapping[str, Sequence[Prompt]]) -> str:
     for name, prompts in suites.items():
         digest.update(f"{name}\0{len(prompts)}\n".encode())
         for prompt in prompts:
-            digest.update(f"{prompt.prompt_id}\0{prompt.text}\0{prompt.answer}\n".encode())
+            digest.update(prompt_bytes(prompt))
     return digest.hexdigest()[:16]
 
 

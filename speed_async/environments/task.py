@@ -73,6 +73,11 @@ def fingerprint(task: Task) -> str:
     digest = hashlib.sha256()
     for prompts in (task.train_prompts, task.held_out_prompts):
         for prompt in prompts:
-            digest.update(f"{prompt.prompt_id}\0{prompt.text}\0{prompt.answer}\n".encode())
+            digest.update(prompt_bytes(prompt))
         digest.update(b"\1")
     return digest.hexdigest()[:16]
+
+
+def prompt_bytes(prompt: Prompt) -> bytes:
+    """What a digest of prompts covers of each."""
+    return f"{prompt.prompt_id}\0{prompt.text}\0{prompt.answer}\n".encode()

@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speed_async.errors import ConfigError, DataError
+from speed_async.types import Int32Array, UInt64Array
 
-Int32Array = NDArray[np.int32]
-UInt64Array = NDArray[np.uint64]
 MIN_TRAIN_PROMPTS = 2
 MAX_REPETITIONS = 20
 """Limit of the training prompts, relative to the distinct ones."""

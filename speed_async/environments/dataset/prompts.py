@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, overload
 
-from speed_async.environments.dataset.mixture import Int32Array
 from speed_async.environments.dataset.rows import row_at
-from speed_async.types import Prompt
+from speed_async.types import Int32Array, Prompt
 
 
 class DatasetPrompts(Sequence[Prompt]):

@@ -17,15 +17,14 @@ from typing import Any, overload
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from speed_async.config.sources import SourceConfig
 from speed_async.environments.dataset.places import SourcePlace, locate, rows_folder
 from speed_async.environments.dataset.writing import RowsReport, write_rows
 from speed_async.environments.matching import MatchKind
 from speed_async.errors import DataError
+from speed_async.types import UInt64Array
 
-UInt64Array = NDArray[np.uint64]
 FORMAT = 1
 _CODE = Path(__file__).resolve().parents[1]
 

@@ -6,12 +6,12 @@ import numpy as np
 import xxhash
 
 from speed_async.config.sources import SourceConfig
-from speed_async.environments.dataset.mixture import MixedSource, UInt64Array, mix
+from speed_async.environments.dataset.mixture import MixedSource, mix
 from speed_async.environments.dataset.prompts import DatasetPrompts
 from speed_async.environments.dataset.rows import open_source, summary
 from speed_async.environments.matching import MatchedTask, MatchKind
 from speed_async.environments.task import ContentDigest
-from speed_async.types import Prompt
+from speed_async.types import Prompt, UInt64Array
 
 
 class DatasetTask(MatchedTask):
