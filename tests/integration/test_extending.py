@@ -27,11 +27,16 @@ def test_a_run_uses_parts_that_are_named_by_import_path(folder: Path) -> None:
     parts = ["--task.name", "my_task:make_reversal", "--task.num_held_out", "8"]
     parts += ["--objective.advantage", "my_advantage:median_baseline"]
     parts += ["--objective.policy_loss", "my_loss:penalized", "--task.reward", "my_reward:close"]
-    run: Run = start_train(folder, *parts, "--run.updates", "2", "--gate.mode", "off")
+    names = {"reward/close", "reward/close/digits"}
+    run: Run = start_train(folder, *parts, "--run.updates", "100000", "--gate.mode", "off")
+    run.wait_for(
+        "an update after a report of the actor about its rewards",
+        lambda: any(names <= set(event) for event in run.events("step")),
+    )
+    run.interrupt()
     status, _, err = run.finish()
-    assert status in (0, 3), err  # the model may never be right at this task
-    assert run.summary()["policy_version"] == 2
-    assert {"reward/close", "reward/close/digits"} <= set(run.events("step")[-1])
+    assert status == 130, err
+    assert run.summary()["policy_version"] >= 1
 
 
 def test_a_script_trains_with_registered_names_and_gets_the_summary(folder: Path) -> None:
