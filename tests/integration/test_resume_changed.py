@@ -31,6 +31,7 @@ TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}
 
 FLAGS = {"do_sample": False, "temperature": 0.6}
 """Sampling flags: transformers loads a model with them, but cannot save it."""
+SCORING = "the scoring code (speed_async.environments.jsonl.JsonlTask)"
 
 
 def make_parts(folder: Path) -> None:
@@ -354,36 +355,40 @@ def test_moved_parts_and_accepted_scoring_code_are_found_when_it_is_resumed_agai
         assert "config field 'model.path'" in error
         assert "if it was moved, set the new path: --model.path FOLDER" in error
         paths = ("--model.path", "other-model", "--task.path", "other-data")
-        status, _, err = resume_train(moved, "--run.updates", "4", *paths).finish()
+        answers = copied_scoring_code(tmp_path)
+        answers.write_text(answers.read_text() + "# fixed\n")
+        option, value = accepting_option(moved, *paths)
+        status, _, err = resume_train(moved, "--run.updates", "4", *paths, option, value).finish()
         assert status == 0, err
-        (parts / "data.jsonl").rename(parts / "gone-data")  # the new path has been saved
-        change_and_accept_scoring_code(moved)
+        # The new paths have been saved, and only this code has been accepted.
+        (parts / "data.jsonl").rename(parts / "gone-data")
+        answers.write_text(answers.read_text() + "# and again\n")
+        assert f"{SCORING} changed: final_answer.py" in refusal_of_this_package(moved)
     finally:
         (parts / "gone").rename(parts / "model")
         if (parts / "gone-data").exists():
             (parts / "gone-data").rename(parts / "data.jsonl")
-    assert moved.versions() == [1, 2, 3, 4, 5]
+    assert moved.versions() == [1, 2, 3, 4]
     assert "a new journal was started" not in (moved.folder / "logs" / "service.log").read_text()
-    saved = moved.folder / "checkpoints" / "version-000005" / "generation_config.json"
+    saved = moved.folder / "checkpoints" / "version-000004" / "generation_config.json"
     assert json.loads(saved.read_text()) == json.loads(flags.read_text())
 
 
-def change_and_accept_scoring_code(run: Run) -> None:
-    """Resume the run with another version of this package for one more update."""
-    package = run.folder.parent / "speed_async"
-    shutil.copytree(REPOSITORY / "speed_async", package)
-    answers = package / "environments" / "final_answer.py"
-    answers.write_text(answers.read_text() + "# fixed\n")
-    error = refusal_of_this_package(run)
-    changed = "the scoring code (speed_async.environments.jsonl.JsonlTask) changed: final_answer.py"
-    assert changed in error
+def copied_scoring_code(folder: Path) -> Path:
+    """Copy this package to `folder`; returns the module of the copy that scores answers."""
+    shutil.copytree(REPOSITORY / "speed_async", folder / "speed_async")
+    return folder / "speed_async" / "environments" / "final_answer.py"
+
+
+def accepting_option(run: Run, *overrides: str) -> tuple[str, str]:
+    """The option and its value that the refusal of changed scoring code names."""
+    error = refusal_of_this_package(run, *overrides)
+    assert f"{SCORING} changed: final_answer.py" in error
     option, value = error.partition("add ")[2].partition(")")[0].split()
     assert option == "--run.accept_scoring"
-    assert "changed: final_answer.py" in refusal_of_this_package(run, option, "code-00000000")
-    status, _, err = resume_train(run, "--run.updates", "5", option, value).finish()
-    assert status == 0, err
-    answers.write_text(answers.read_text() + "# and again\n")
-    assert "changed: final_answer.py" in refusal_of_this_package(run)  # only the earlier code
+    wrong = (option, "code-00000000")
+    assert "changed: final_answer.py" in refusal_of_this_package(run, *overrides, *wrong)
+    return option, value
 
 
 def test_without_a_gate_the_step_reward_covers_whole_groups(ended: Run) -> None:
