@@ -4,7 +4,7 @@ import asyncio
 import copy
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from speed_async.actors.stepped_engine.engine import SteppedEngine
 from speed_async.actors.stepped_engine.worker import ThreadWorker
@@ -230,19 +231,41 @@ def test_killed_vllm_raises_given_up(shared_harness: "VllmHarness") -> None:
     harness.run(run())
 
 
-def test_start_error_names_its_cause(tmp_path: Path) -> None:
+def with_unknown_architecture(model: Path) -> None:
+    path = model / "config.json"
+    path.write_text(path.read_text().replace("LlamaForCausalLM", "LlamaForNothing"))
+
+
+def with_weights_of_an_optimizer(model: Path) -> None:
+    """Without an index, vLLM reads every *.safetensors. The error is only in the worker's log."""
+    (model / "model.safetensors.index.json").unlink()
+    save_file({"lm_head.weight.exp_avg": torch.zeros(1)}, model / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        (with_unknown_architecture, "Model architectures ['LlamaForNothing'] are not supported"),
+        (
+            with_weights_of_an_optimizer,
+            "ValueError: Attempted to load nested weight 'lm_head.weight.exp_avg'",
+        ),
+    ],
+)
+def test_start_error_names_its_cause(
+    tmp_path: Path, damage: Callable[[Path], None], cause: str
+) -> None:
     from speed_async.actors.vllm_engine.start import start_llm
 
-    config = vllm_config(tmp_path, tied=True)
-    path = Path(config.model.path) / "config.json"
-    path.write_text(path.read_text().replace("LlamaForCausalLM", "LlamaForNothing"))
+    config = vllm_config(tmp_path, tied=False)
+    damage(Path(config.model.path))
     with (
         vllm_environment(config),
         pytest.raises(SpeedAsyncError, match=r"^vLLM did not start: ") as raised,
     ):
         start_llm(config, seed=0)
     error = str(raised.value)
-    assert "Model architectures ['LlamaForNothing'] are not supported" in error
+    assert cause in error
     assert "See root cause" not in error
     assert len(error) < 600
 
