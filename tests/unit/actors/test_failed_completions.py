@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from speed_async.errors import TaskError
 from speed_async.testing.scripted_engine import ScriptedEngine
 from speed_async.types import Int32Array, Lease, LeaseKind, Prompt
 from tests.fakes.buffer_fixtures import make_config
+from tests.fakes.faulty_task import HANGS_S
 
 
 class FaultyTask:
@@ -30,8 +32,7 @@ class FaultyTask:
 
     def score(self, prompt: Prompt, completion: str) -> float:
         if prompt.text == "hang":
-            while True:
-                pass
+            time.sleep(HANGS_S)
         if prompt.text == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if prompt.text == "raise":

@@ -21,7 +21,7 @@ from speed_async.environments.verifier import MAX_FAILED_CALLS, VerifierPool
 from speed_async.errors import DataError, TaskError
 from speed_async.testing.scripted_verifier import ScriptedVerifier
 from speed_async.types import Prompt
-from tests.fakes.faulty_task import FaultyTask, make_faulty, prompt
+from tests.fakes.faulty_task import HANGS_S, FaultyTask, make_faulty, prompt
 from tests.fakes.paths import REPOSITORY
 
 LIMIT_S = 240.0
@@ -37,8 +37,8 @@ def make_exiting() -> FaultyTask:
 
 
 def make_hanging() -> FaultyTask:
-    while True:
-        pass
+    time.sleep(HANGS_S)
+    raise AssertionError
 
 
 def make_once(marker: Path) -> FaultyTask:
