@@ -19,7 +19,7 @@ step "basedpyright"
 step "import-linter"
 "$(dirname "$python")/lint-imports" --no-logo
 step "pytest"
-# Most of the time goes to real runs, which also wait: one worker more than cores keeps these busy.
+# Most of the time goes to real runs, which also wait: two workers more than cores keep these busy.
 # Tests that read the same run are a group, so that it is started once.
-workers=$(($(nproc) < 7 ? $(nproc) + 1 : 8))
+workers=$(($(nproc) < 6 ? $(nproc) + 2 : 8))
 "$python" -m pytest -n "$workers" --dist loadgroup "$@"
