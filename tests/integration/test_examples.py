@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.command_line import run_command
 from tests.fakes.paths import REPOSITORY
 from tests.fakes.run_process import DEADLINE_S, Run
 
@@ -15,7 +16,29 @@ EXAMPLES = REPOSITORY / "examples"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
-@pytest.mark.parametrize("config", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+CONFIGS = sorted(EXAMPLES.glob("*.toml"))
+IN_OTHER_RUNS = ("own_data", "own_task")
+"""test_resume_changed.py trains on a data file, test_extending.py on a task by import path."""
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_each_config_passes_the_checks_of_train(config: Path) -> None:
+    """They load the task, score answers with its rewards, and encode prompts."""
+    status, out, err = run_command(REPOSITORY, "train", str(config), "--dry-run")
+    assert (status, out.splitlines()[-1], err) == (0, "ok", "")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(
+            path,
+            marks=[pytest.mark.slow] if path.stem in IN_OTHER_RUNS else [],
+            id=path.stem,
+        )
+        for path in CONFIGS
+    ],
+)
 def test_each_config_trains_from_the_root_of_the_repository(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "speed_async", "train", str(config)]
