@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.resumed_run import assert_whole
+from tests.fakes.ended_run import assert_whole
 from tests.fakes.run_process import Run, resume_train, start_train
 
 ENDLESS = ("--run.updates", "100000")
@@ -22,6 +22,18 @@ def end_by_power_failure(run: Run) -> str:
     """Returns what the launcher wrote to stderr."""
     run.kill()
     return run.finish()[2]
+
+
+def end_with_stopped_learner(run: Run) -> None:
+    """By a second Ctrl-C, after which the launcher kills the ranks that do not exit."""
+    os.kill(run.learner(), signal.SIGSTOP)
+    run.interrupt()
+    time.sleep(1.5)  # an earlier signal would count as a duplicate of the first Ctrl-C
+    run.interrupt()
+    status, _, err = run.finish()
+    assert status == 130
+    assert err.splitlines()[-1].startswith("stopped by SIGINT")
+    run.wait_for_no_process()
 
 
 def end_by_killed_learner(run: Run) -> None:
@@ -91,7 +103,7 @@ def test_run_resumes_after_each_sudden_end_and_replays_to_its_last_version(tmp_p
     keep = ("--learner.keep_last", "100", "--cluster.drain_timeout_s", "60")
     run = start_train(tmp_path, *ENDLESS, *keep, "--learner.checkpoint_every", "0")
     run.wait_for_steps(3)
-    end_by_power_failure(run)  # before the first checkpoint
+    end_with_stopped_learner(run)  # before the first checkpoint
 
     reached = max(run.versions())
     run = resume_train(run, "--learner.checkpoint_every", "4")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from speed_async.environments.arithmetic import ArithmeticTask
+from tests.fakes.ended_run import drain
 from tests.fakes.paths import MODEL
 from tests.fakes.run_process import start_train, write_config
 
@@ -46,7 +47,10 @@ def test_run_without_rewards_ends_as_nothing_learned_with_a_diagnosis(tmp_path: 
 def test_run_with_only_truncated_completions_names_the_limit_in_its_last_line(
     tmp_path: Path,
 ) -> None:
-    run = start_train(tmp_path, "--actors.max_new_tokens", "1", "--cluster.stall_timeout_s", "20")
+    few = ("--actors.slots", "2")  # leaves CPU time to other tests until the deadline
+    run = start_train(
+        tmp_path, *few, "--actors.max_new_tokens", "1", "--cluster.stall_timeout_s", "20"
+    )
     status, out, err = run.finish()
     assert status == 1
     assert out.endswith(f"  resume      speed-async train --resume {run.folder}\n")
@@ -134,15 +138,11 @@ def test_prompts_longer_than_the_context_count_as_failed_and_a_scheduler_s_signa
     run.wait_for(
         "a failed group", lambda: any(event["groups_failed"] for event in run.events("step"))
     )
-    run.process.send_signal(signal.SIGUSR1)
-    status, out, _ = run.finish()
-    assert status == 130
+    out = drain(run, signal.SIGUSR1)
     ledger = run.summary()["ledger"]
     assert ledger["failures"]["prompt"] >= 1
     assert "tokens and the context holds" in ledger["failure_examples"]["prompt"]
     assert "first: prompt: the prompt has 50" in re.sub(r"\s+", " ", out)
-    assert run.summary()["ledger"]["closes"] is True
-    assert run.processes() == {}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.resumed_run import GROUPS, OFTEN, assert_whole
+from tests.fakes.ended_run import GROUPS, OFTEN, assert_whole
 from tests.fakes.run_process import Run, copied, resume_train, start_torchrun, start_train
 
 EVALUATED_EVERY = 20
@@ -128,7 +128,8 @@ def test_run_that_reached_its_accuracy_is_finished_until_the_target_is_raised(
 def test_run_resumed_at_its_last_update_is_evaluated_and_finished(
     stopped: Ended, tmp_path: Path
 ) -> None:
-    """It can be resumed again without its summary, and for more updates without its journal."""
+    """It can be resumed again without its summary, and by torchrun with one more rank for more
+    updates without its journal."""
     run, reached = copied(stopped.run, tmp_path / "copy"), stopped.version
     assert run.summary()["accuracy_after"] is None
     status, _, err = resume_train(run, "--run.updates", str(reached)).finish()
@@ -156,8 +157,14 @@ def test_run_resumed_at_its_last_update_is_evaluated_and_finished(
     assert run.versions() == list(range(1, reached + 1))
 
     (run.folder / "journal").rename(tmp_path / "journal")
-    status, _, err = resume_train(run, "--run.updates", str(reached + 2)).finish()
+    further = ("--run.updates", str(reached + 2))
+    status, _, err = start_torchrun(run.folder.parent, 3, *further, resume=True).finish()
     assert_whole(run, status, err, updates=reached + 2)
+    assert run.attempt() == 3
+    assert {path.name for path in (run.folder / "logs").glob("actor-?.log")} == {
+        "actor-1.log",
+        "actor-2.log",
+    }
     # The new journal knows the earlier groups that were trained from the learner's report.
     groups = run.summary()["ledger"]["groups"]
     assert groups["generated"] >= groups["trained"] == GROUPS * (reached + 2)

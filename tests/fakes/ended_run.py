@@ -1,4 +1,6 @@
-"""What holds for a run that has been resumed and has completed."""
+"""What holds for a run that was drained by a signal, or has been resumed and has completed."""
+
+import signal
 
 from tests.fakes.run_process import Run
 
@@ -20,3 +22,17 @@ def assert_whole(run: Run, status: int, err: str, *, updates: int) -> None:
     assert sorted(path.name for path in run.folder.parent.iterdir()) == ["config.toml", "run"]
     assert (run.folder / "checkpoints" / f"version-{updates:06d}" / "SHA256SUMS").is_file()
     assert run.processes() == {}
+
+
+def drain(run: Run, which: signal.Signals) -> str:
+    """Send a stop signal to the launcher: the run drains, saves and leaves no process. Returns
+    stdout."""
+    run.process.send_signal(which)
+    status, out, err = run.finish()
+    assert status == 130, err
+    # The last line contains the resume command.
+    last = err.splitlines()[-1]
+    assert last == f"stopped by {which.name}; to resume: speed-async train --resume {run.folder}"
+    run.assert_saved()
+    assert run.processes() == {}
+    return out
