@@ -223,6 +223,20 @@ def test_first_and_last_version_are_evaluated_on_held_out_prompts(
     assert finished.service_fields["accuracy_after"] is not None
 
 
+def test_run_of_no_updates_only_evaluates_the_model(make_run: Callable[..., Run]) -> None:
+    run = make_run(run={"updates": 0})
+    finished = execute(run)
+    assert (finished.outcome, finished.progress.optimizer_updates) == ("completed", 0)
+    summary = finished.service_fields
+    accuracy = summary["accuracy_last"]
+    assert isinstance(accuracy, float) and 0 <= accuracy <= 1
+    assert summary["accuracy_after"] is None  # there was no update
+    assert summary["prompts_screened"] == 0
+    evaluations = [event for event in run.sink.events if event.kind == "evaluation"]
+    assert [event.values["policy_version"] for event in evaluations] == [0]
+    assert (run.updates.batches, run.updates.saved) == ([], [])  # no checkpoint
+
+
 def test_verifier_failure_fails_only_its_group(
     make_run: Callable[..., Run],
 ) -> None:
