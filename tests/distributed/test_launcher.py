@@ -1,33 +1,13 @@
-"""Starting and stopping the ranks of a run: signals, launcher failures, and open sockets."""
+"""Starting and stopping the ranks of a run by torchrun, and the failure of torchrun."""
 
-import signal
 from pathlib import Path
 
-from tests.fakes.ended_run import OFTEN, drain
-from tests.fakes.open_sockets import is_loopback, watched
-from tests.fakes.run_process import start_torchrun, start_train
+from tests.fakes.ended_run import OFTEN
+from tests.fakes.run_process import start_torchrun
 
 ENDLESS = ("--run.updates", "100000")
 LAST_CALL = "last_call_timeout=1"
 """Seconds in which torchrun waits for further nodes."""
-# The service's two sockets; the learner's weight store; gloo on both sides.
-LISTENERS = ("speed_async.launcher.child service", "speed_async.launch", "child actor")
-
-
-def test_local_run_listens_on_loopback_only_and_is_drained_by_sigterm(tmp_path: Path) -> None:
-    run = start_train(tmp_path, *ENDLESS)
-    with watched(run.process.pid) as seen:
-        run.wait_for(
-            "every listener",
-            lambda: all(
-                any(command in one and found for one, found in list(seen.items()))
-                for command in LISTENERS
-            ),
-        )
-        run.wait_for_steps(1)
-        drain(run, signal.SIGTERM)
-    addresses = set().union(*seen.values())
-    assert all(map(is_loopback, addresses)), seen
 
 
 def test_elastic_number_of_nodes_is_rejected_at_the_start(tmp_path: Path) -> None:

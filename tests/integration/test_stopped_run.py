@@ -2,14 +2,18 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.fakes.ended_run import GROUPS, OFTEN, assert_whole
+from tests.fakes.open_sockets import is_loopback, watched
 from tests.fakes.run_process import Run, copied, resume_train, start_torchrun, start_train
 
 EVALUATED_EVERY = 20
+# The service's two sockets; the learner's weight store; gloo on both sides.
+LISTENERS = ("speed_async.launcher.child service", "speed_async.launch", "child actor")
 pytestmark = pytest.mark.xdist_group("stopped run")
 
 
@@ -21,6 +25,8 @@ class Ended:
     status: int
     out: str
     err: str
+    listeners: dict[str, set[str]]
+    """Listening addresses by command; empty unless they were watched."""
 
     @property
     def version(self) -> int:
@@ -33,21 +39,32 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     it."""
     endless = ("--run.updates", "100000", "--evaluate.every", str(EVALUATED_EVERY))
     run = start_train(tmp_path_factory.mktemp("stopped"), *endless, *OFTEN)
-    run.wait_for("a second evaluation", lambda: len(run.events("evaluation")) > 1)
+    with watched(run.process.pid) as seen:
+        run.wait_for("every listener", lambda: all(map(partial(listens, dict(seen)), LISTENERS)))
+        run.wait_for("a second evaluation", lambda: len(run.events("evaluation")) > 1)
+        assert_in_progress(run)
+        run.wait_for(
+            "a version between two evaluations",
+            lambda: 2 <= run.versions()[-1] % EVALUATED_EVERY <= EVALUATED_EVERY // 2,
+        )
+        run.interrupt()
+        status, out, err = run.finish()
+    assert run.processes() == {}
+    return Ended(run=run, status=status, out=out, err=err, listeners=seen)
+
+
+def assert_in_progress(run: Run) -> None:
+    """Another process cannot resume it meanwhile."""
     status, _, err = resume_train(run).finish()
     assert status == 1
     assert err == (
         f"error: the run in '{run.folder}' is in progress: stop it first (Ctrl-C), or start a new "
         "run in another folder\n"
     )
-    run.wait_for(
-        "a version between two evaluations",
-        lambda: 2 <= run.versions()[-1] % EVALUATED_EVERY <= EVALUATED_EVERY // 2,
-    )
-    run.interrupt()
-    status, out, err = run.finish()
-    assert run.processes() == {}
-    return Ended(run=run, status=status, out=out, err=err)
+
+
+def listens(seen: dict[str, set[str]], command: str) -> bool:
+    return any(command in one and found for one, found in seen.items())
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +74,7 @@ def resumed(stopped: Ended, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     run = resume_train(run, "--run.updates", "50000", "--run.stop_at_accuracy", "0.01")
     run.wait_for("an actor", lambda: "--incarnation 1000" in " ".join(run.processes().values()))
     status, out, err = run.finish()
-    ended = Ended(run=run, status=status, out=out, err=err)
+    ended = Ended(run=run, status=status, out=out, err=err, listeners={})
     assert_whole(run, status, err, updates=ended.version)
     return ended
 
@@ -82,6 +99,11 @@ def test_ctrl_c_drains_saves_and_leaves_no_process(stopped: Ended) -> None:
         assert f"points) at version {version}, the last one measured" in closing
     assert summary["policy_version"] >= 5
     run.assert_saved()
+
+
+def test_local_run_listens_on_loopback_only(stopped: Ended) -> None:
+    addresses = set().union(*stopped.listeners.values())
+    assert addresses and all(map(is_loopback, addresses)), stopped.listeners
 
 
 def test_run_stopped_by_ctrl_c_resumes_and_completes(stopped: Ended, resumed: Ended) -> None:
