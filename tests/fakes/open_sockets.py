@@ -6,22 +6,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.fakes.run_process import parent_of
-
 LISTEN = "0A"
 POLL_S = 0.2
 
 
+def children_of(process_id: int) -> list[int]:
+    """Empty when the process has ended."""
+    found = []
+    with suppress(OSError):
+        for task in Path(f"/proc/{process_id}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return found
+
+
 def descendants(process_id: int) -> list[int]:
     """This process and all its descendants."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                children.setdefault(parent_of(int(entry.name)), []).append(int(entry.name))
     found = [process_id]
     for one in found:
-        found += children.get(one, [])
+        found += children_of(one)
     return found
 
 

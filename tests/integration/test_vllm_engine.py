@@ -21,7 +21,7 @@ from speed_async.errors import IncarnationLost, SpeedAsyncError, WeightSyncError
 from speed_async.evaluation.statistics import paired_bootstrap
 from tests.fakes.engine_contract import CONTRACT, gather, offer, request, start_all, until
 from tests.fakes.forced_logprobs import forced_logprobs, logprobs_with_old_cache, mixed_requests
-from tests.fakes.open_sockets import descendants, is_loopback, listening
+from tests.fakes.open_sockets import children_of, descendants, is_loopback, listening
 from tests.fakes.vllm_setup import (
     CONTEXT_LENGTH,
     NEEDS_VLLM,
@@ -268,13 +268,6 @@ def test_start_error_names_its_cause(
     assert cause in error
     assert "See root cause" not in error
     assert len(error) < 600
-
-
-def children_of(process_id: int) -> list[int]:
-    tasks = Path(f"/proc/{process_id}/task")
-    return [
-        int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()
-    ]
 
 
 def name_of(process_id: int) -> str:
