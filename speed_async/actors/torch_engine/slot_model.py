@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speed_async.actors.torch_engine import llama_decoder
 from speed_async.actors.torch_engine.slot_cache import SlotCache
 from speed_async.actors.torch_engine.slots import Int64Array
 from speed_async.actors.torch_engine.span_attention import SPANS_KEYWORD, attend_by_span
@@ -40,6 +41,9 @@ class SlotModel:
             self._cache = SlotCache(num_slots, block=max(16, num_slots // 8), granularity=16)
         else:  # one block needs one kernel launch, which outweighs shorter reads
             self._cache = SlotCache(num_slots, block=num_slots, granularity=64)
+        self._decoder = None
+        if self._attends_by_span and llama_decoder.supports(model):
+            self._decoder = llama_decoder.LlamaDecoder(model)
         self.has_valid_weights = True
         """False after an update was interrupted or failed its canary: the weights then match no
         version."""
@@ -90,14 +94,18 @@ class SlotModel:
     def decode(self, feed: Int64Array) -> Tensor:
         """Logits (N, V) after each row's newest token; `feed` (2, N): tokens and positions."""
         feed_2N = self.to_device(feed)
-        positions_N = feed_2N[1]
+        tokens_N, positions_N = feed_2N
         spans = self._cache.begin_decode(feed[1])
         attended = max(span.capacity for span in spans)
         mask_NL = torch.where(
             torch.arange(attended, device=self._device) <= positions_N[:, None], 0.0, -torch.inf
         ).to(self._dtype)
+        if self._decoder is not None:
+            return self._decoder(
+                tokens_N, positions_N, mask_NL=mask_NL, spans=spans, cache=self._cache
+            )
         logits_N1V = self._model(
-            input_ids=feed_2N[0][:, None],
+            input_ids=tokens_N[:, None],
             position_ids=positions_N[:, None],
             attention_mask=mask_NL[:, None, None],
             past_key_values=self._cache,

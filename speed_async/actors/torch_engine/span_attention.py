@@ -7,6 +7,7 @@ Shape legend: N rows in use, Q query heads, H key/value heads, G = Q / H query h
 L largest capacity, D head dimension, V vectors of a SlotCache.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,13 +64,30 @@ def span_attention(
             f"{type(module).__name__} uses a position bias, which the torch engine does not "
             'support: use engine = "vllm"'
         )
-    num_rows, num_query_heads, _, dim = query.shape
-    num_heads = key.shape[1]
+    output_NQ1D = attend(
+        query, key, value, mask_N11L=attention_mask, spans=slot_spans, scaling=scaling
+    )
+    return output_NQ1D.transpose(1, 2), None
+
+
+def attend(
+    query_NQ1D: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    mask_N11L: Tensor,
+    spans: Sequence[SlotSpan],
+    scaling: float | None,
+) -> Tensor:
+    """Attention (N, Q, 1, D) over the stores that `SlotCache.update` returned, one call per span.
+    The mask is additive."""
+    num_rows, num_query_heads, _, dim = query_NQ1D.shape
+    num_heads = keys.shape[1]
     # Query heads that share keys become query positions, so keys are not repeated.
-    query_NHGD = query.reshape(num_rows, num_heads, num_query_heads // num_heads, dim)
-    keys_VD, values_VD = key.reshape(-1, key.shape[-1]), value.reshape(-1, value.shape[-1])
+    query_NHGD = query_NQ1D.reshape(num_rows, num_heads, num_query_heads // num_heads, dim)
+    keys_VD, values_VD = keys.reshape(-1, keys.shape[-1]), values.reshape(-1, values.shape[-1])
     outputs = []
-    for span in slot_spans:
+    for span in spans:
         start, end = span.first_row, span.end_row
         span_vectors = slice(
             num_heads * span.offset, num_heads * (span.offset + (end - start) * span.capacity)
@@ -80,9 +98,9 @@ def span_attention(
                 query_NHGD[start:end],
                 keys_VD[span_vectors].view(shape),
                 values_VD[span_vectors].view(shape),
-                attn_mask=attention_mask[start:end, :, :, : span.capacity],
+                attn_mask=mask_N11L[start:end, :, :, : span.capacity],
                 scale=scaling,
             )
         )
     output_NHGD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return output_NHGD.reshape(num_rows, 1, num_query_heads, value.shape[-1]), None
+    return output_NHGD.reshape(num_rows, num_query_heads, 1, values.shape[-1])
