@@ -25,6 +25,7 @@ from speed_async.actors.engine import GenerationRequest
 from speed_async.actors.stepped_engine.engine import SteppedEngine
 from speed_async.actors.stepped_engine.worker import ThreadWorker
 from speed_async.actors.torch_engine.generator import TorchGenerator
+from speed_async.weight_sync.buckets import flatten_parameters
 
 NUM_PROMPT_TOKENS = 14
 MIN_NEW_TOKENS, MAX_NEW_TOKENS = 4, 64
@@ -66,6 +67,7 @@ def mixed_requests(count: int, seed: int, per_prompt: int = 1) -> list[Generatio
 
 
 def new_generator(model: Any, num_slots: int) -> TorchGenerator:
+    flatten_parameters(model)  # as the actor does
     return TorchGenerator(
         model,
         num_slots=num_slots,
