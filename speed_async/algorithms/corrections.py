@@ -1,7 +1,13 @@
 """Off-policy corrections for tokens that were sampled by an older policy or by another engine.
 
 A correction sets two values for every token: the anchor, which is the denominator of the ratio in a
-clipped loss, and a weight on the token's loss. rho = pi_theta / mu, without gradient.
+clipped loss, and a weight on the token's loss. rho = pi_prox / mu, without gradient.
+
+pi_prox is the policy at the start of the update. With one optimiser update per batch it equals
+pi_theta. With several (`learner.passes`, `learner.minibatches`) and a loss with a ratio, pi_prox,
+and thus rho, are fixed over the optimiser updates of the batch, and the ratio pi_theta / pi_prox of
+the loss accounts for what they change. `policy_gradient` has no ratio: its rho is always
+pi_theta / mu.
 
 pi is the trained distribution at the sampling temperature over the full vocabulary. mu is the
 behaviour policy, from which the token was sampled. With top_p = 1, both are normalised over the
@@ -32,7 +38,7 @@ def none(tokens: LossTokens) -> Corrected:
 
 
 def token_tis(tokens: LossTokens, *, max_ratio: float) -> Corrected:
-    """Token-level truncated importance sampling: anchor pi_theta, weight min(rho, max_ratio).
+    """Token-level truncated importance sampling: anchor pi_prox, weight min(rho, max_ratio).
 
     The estimate has bounded variance and is biased for tokens above the cap.
     Source: Ionides 2008, "Truncated Importance Sampling"; between engine and trainer: Yao et al.
@@ -40,9 +46,8 @@ def token_tis(tokens: LossTokens, *, max_ratio: float) -> Corrected:
     clipped rho, Espeholt et al. 2018 (arXiv 1802.01561).
 
     With a clipped loss, this is decoupled PPO with pi_prox recomputed at the start of the update.
-    An update is one optimiser step, so pi_prox equals pi_theta. Source: Hilton et al. 2021, "Batch
-    Size-Invariance for Policy Optimization" (arXiv 2110.00641), the decoupled clipped objective;
-    asynchronous: Fu et al. 2025, "AReaL" (arXiv 2505.24298).
+    Source: Hilton et al. 2021, "Batch Size-Invariance for Policy Optimization" (arXiv 2110.00641),
+    the decoupled clipped objective; asynchronous: Fu et al. 2025, "AReaL" (arXiv 2505.24298).
     """
     return _truncated(tokens, _pi(tokens), _ratios(tokens), max_ratio)
 
@@ -58,7 +63,7 @@ def sequence_tis(tokens: LossTokens, *, max_ratio: float) -> Corrected:
 
 
 def token_mask(tokens: LossTokens, *, min_ratio: float, max_ratio: float) -> Corrected:
-    """Anchor pi_theta, weight rho where min_ratio <= rho <= max_ratio, else 0.
+    """Anchor pi_prox, weight rho where min_ratio <= rho <= max_ratio, else 0.
 
     Source: IcePop, Ling Team 2025, "Every Step Evolves" (arXiv 2510.18855).
     """
@@ -75,10 +80,10 @@ def sequence_mask(tokens: LossTokens, *, min_ratio: float, max_ratio: float) -> 
 
 
 def decoupled_log_linear(tokens: LossTokens, *, max_ratio: float) -> Corrected:
-    """Decoupled PPO with an interpolated pi_prox, the policy one version earlier:
-    log pi_prox = log mu + alpha (log pi_theta - log mu), alpha = (v_prox - v_mu) / (v_theta - v_mu)
-    with v_prox = v_theta - 1, so alpha = (age - 1) / age. Tokens of the current version (age 0)
-    use pi_prox = pi_theta. Anchor pi_prox, weight min(pi_prox / mu, max_ratio).
+    """Decoupled PPO with an interpolated anchor pi_a, the policy one version before the update:
+    log pi_a = log mu + alpha (log pi_prox - log mu), alpha = (v_a - v_mu) / (v_prox - v_mu) with
+    v_a = v_prox - 1, so alpha = (age - 1) / age. Tokens of the current version (age 0) use
+    pi_a = pi_prox. Anchor pi_a, weight min(pi_a / mu, max_ratio).
 
     Source: AReaL documentation, "Proximal Log-Probability Approximation" (method `loglinear`).
     AReaL's code differs in two points: age 0 uses mu, and tokens above the cap are dropped instead
@@ -86,7 +91,7 @@ def decoupled_log_linear(tokens: LossTokens, *, max_ratio: float) -> Corrected:
     """
     ages_N = tokens.ages_N.to(tokens.behaviour_logprobs_N.dtype)
     alpha_N = torch.where(ages_N > 0, (ages_N - 1) / ages_N.clamp(min=1), 1.0)
-    log_weights_N = alpha_N * tokens.log_ratios_N.detach()
+    log_weights_N = alpha_N * tokens.proximal_log_ratios_N
     anchor_N = torch.where(ages_N > 0, tokens.behaviour_logprobs_N + log_weights_N, _pi(tokens))
     return _truncated(tokens, anchor_N, log_weights_N.exp(), max_ratio)
 
@@ -119,16 +124,17 @@ def _sequence_sums(tokens: LossTokens, values_N: Tensor) -> Tensor:
 
 
 def _pi(tokens: LossTokens) -> Tensor:
-    return tokens.logprobs_N.detach()
+    """log pi_prox."""
+    return tokens.proximal_N
 
 
 def _ratios(tokens: LossTokens) -> Tensor:
-    return tokens.log_ratios_N.detach().exp()
+    return tokens.proximal_log_ratios_N.exp()
 
 
 def _sequence_ratios(tokens: LossTokens) -> Tensor:
     """exp(sum of log rho) over the sequence of each token, (N,)."""
-    sums_S = _sequence_sums(tokens, tokens.log_ratios_N.detach())
+    sums_S = _sequence_sums(tokens, tokens.proximal_log_ratios_N)
     return sums_S.clamp(max=MAX_LOG_RATIO).exp()[tokens.sequence_ids_N]
 
 

@@ -25,11 +25,25 @@ class LossTokens:
     ages_N: Tensor  # int64, staleness of the token: versions behind pi_theta, >= 0
     sequence_ids_N: Tensor  # int64 in [0, S)
     num_sequences: int
+    proximal_logprobs_N: Tensor | None = None
+    """log pi_prox, without gradient; None: pi_prox is the current pi_theta."""
 
     @property
     def log_ratios_N(self) -> Tensor:
         """log rho = log pi_theta - log mu, with gradient."""
         return (self.logprobs_N - self.behaviour_logprobs_N).clamp(max=MAX_LOG_RATIO)
+
+    @property
+    def proximal_N(self) -> Tensor:
+        """log pi_prox, without gradient."""
+        if self.proximal_logprobs_N is None:
+            return self.logprobs_N.detach()
+        return self.proximal_logprobs_N
+
+    @property
+    def proximal_log_ratios_N(self) -> Tensor:
+        """log pi_prox - log mu, without gradient."""
+        return (self.proximal_N - self.behaviour_logprobs_N).clamp(max=MAX_LOG_RATIO)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

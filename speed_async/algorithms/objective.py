@@ -33,6 +33,9 @@ Shaping = Callable[[NDArray[np.int64], int], NDArray[np.float64]]
 Selection = Callable[[NDArray[np.bool_], int], NDArray[np.bool_]]
 """Maps passes (N,) and the number of screening samples to a mask of kept completions (N,)."""
 
+ANCHORED_AT_BEHAVIOUR = ("none", "negative_sequence_mask")
+"""Corrections that do not use pi_prox."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
@@ -42,6 +45,9 @@ class Objective:
     aggregation: Aggregation
     correction: Correction
     policy_loss: PolicyLoss
+    has_fixed_proximal: bool = False
+    """Whether pi_prox stays that of the start of the update over the optimiser updates of a batch
+    (algorithms/corrections.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +80,10 @@ def make_objective(config: Config, *, context_length: int | None = None) -> Obje
         }[chosen.aggregation],
         correction=_correction(chosen),
         policy_loss=_policy_loss(chosen),
+        has_fixed_proximal=(
+            chosen.policy_loss != "policy_gradient"
+            and chosen.correction not in ANCHORED_AT_BEHAVIOUR
+        ),
     )
 
 
@@ -84,7 +94,7 @@ def compute_signals(objective: Objective, groups: Sequence[Group]) -> list[Group
     shaped rewards, over kept and dropped completions.
     Raises ValueError when a group or the update has too few completions for the advantage.
     """
-    lengths = [np.array([c.num_tokens for c in g.completions], np.int64) for g in groups]
+    lengths = completion_lengths(groups)
     raw = [np.array([c.reward for c in group.completions], np.float64) for group in groups]
     passed = [np.array([c.passed for c in group.completions], np.bool_) for group in groups]
     shaping = [
@@ -108,6 +118,11 @@ def compute_signals(objective: Objective, groups: Sequence[Group]) -> list[Group
             strict=True,
         )
     ]
+
+
+def completion_lengths(groups: Sequence[Group]) -> list[NDArray[np.int64]]:
+    """Lengths in tokens (N,) of each group."""
+    return [np.array([c.num_tokens for c in g.completions], np.int64) for g in groups]
 
 
 def _overlong(

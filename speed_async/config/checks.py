@@ -8,6 +8,7 @@ from speed_async.config.hub_id import is_hub_id
 from speed_async.config.key_folder import check_client_files
 from speed_async.config.schema import Config, TaskConfig
 from speed_async.config.suites import HELD_OUT
+from speed_async.config.update_checks import check_update
 from speed_async.errors import ConfigError, NotAvailableHere
 
 INCARNATIONS_PER_ATTEMPT = 1000
@@ -24,6 +25,7 @@ def check_combinations(config: Config) -> list[ConfigError]:
         _check_gate,
         _check_rewards,
         _check_objective,
+        check_update,
         _check_buffer,
         _check_lengths,
         _check_roles,

@@ -39,7 +39,8 @@ class RunConfig(Section):
     """Run folder. A relative path is relative to the current directory."""
     seed: NonNegativeInt = 0
     updates: NonNegativeInt = 100
-    """Optimiser updates of the whole run; 0 only measures the held-out accuracy of the model."""
+    """Updates of the whole run: batches, each of which makes one policy version. 0 only measures
+    the held-out accuracy of the model."""
     overlap: bool = True
     """False: alternate generation and training, so each batch is sampled by the newest policy
     (except surplus groups of earlier rounds). For comparisons."""
@@ -300,9 +301,15 @@ class BufferConfig(Section):
 
 class LearnerConfig(Section):
     groups_per_update: PositiveInt = 16
+    passes: PositiveInt = 1
+    """Passes over each batch (PPO epochs). The batch makes passes x minibatches optimiser updates
+    and one policy version."""
+    minibatches: PositiveInt = 1
+    """Mini-batches of a pass, of whole groups in random order. It divides `groups_per_update`."""
     lr: Annotated[float, Field(ge=0)] = 1e-6
     """0 leaves the weights unchanged, to test everything else."""
     warmup_updates: NonNegativeInt = 10
+    """Updates (batches, whatever their number of optimiser updates) of the linear warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     grad_clip: PositiveFloat = 1.0
     micro_batch_tokens: PositiveInt = 8192
@@ -314,6 +321,10 @@ class LearnerConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: PositiveInt = 1
     """Torch threads of one learner on a CPU."""
+
+    @property
+    def optimizer_updates_per_batch(self) -> int:
+        return self.passes * self.minibatches
 
 
 class WeightsConfig(Section):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from speed_async.learner.rows import TrainingRow, TrainingSample
+from speed_async.types import Float32Array
 
 IndexArray = NDArray[np.int64]
 
@@ -36,6 +37,7 @@ class MicroBatch:
     ages_N: Tensor  # int64, staleness in versions; >= 0
     sequence_ids_N: Tensor  # int64 in [0, num_sequences)
     num_sequences: int
+    proximal_logprobs_N: Tensor | None  # float32; None: that of the forward pass
 
     def to(self, device: torch.device) -> "MicroBatch":
         tensors = {
@@ -77,7 +79,14 @@ def make_micro_batch(rows: Sequence[TrainingRow], *, policy_version: int) -> Mic
         ages_N=torch.from_numpy(np.maximum(policy_version - versions_N, 0)),
         sequence_ids_N=torch.from_numpy(layout.sample_N),
         num_sequences=len(samples),
+        proximal_logprobs_N=_concatenated([sample.proximal_logprobs for sample in samples]),
     )
+
+
+def _concatenated(values: Sequence[Float32Array | None]) -> Tensor | None:
+    """(N,), or None if a completion lacks them."""
+    present = [value for value in values if value is not None]
+    return torch.from_numpy(np.concatenate(present)) if len(present) == len(values) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

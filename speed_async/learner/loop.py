@@ -177,12 +177,16 @@ class LearnerLoop:
     async def _update(
         self, groups: list[Group], wait_s: float, last_sync_s: float | None
     ) -> float | None:
-        """One optimiser update and its broadcast. Returns the duration of the broadcast in seconds,
-        or None when there was none."""
+        """One update and its broadcast. Returns the duration of the broadcast in seconds, or None
+        when there was none."""
         result = await asyncio.to_thread(self._trainer.update, groups)
         lease_ids = [group.lease_id for group in groups]
         self._progress = self._progress.updated(
-            lease_ids, skipped=result.skipped, completions=result.completions, tokens=result.tokens
+            lease_ids,
+            optimizer_updates=result.optimizer_updates,
+            num_skipped=result.num_skipped,
+            completions=result.completions,
+            tokens=result.tokens,
         )
         metrics = dict(result.metrics)
         metrics |= {
@@ -193,9 +197,10 @@ class LearnerLoop:
         }
         if last_sync_s is not None:
             metrics["time/sync_s"] = last_sync_s
-        if result.skipped and not self._skip_reported:
+        if result.skip_reason and not self._skip_reported:
             self._skip_reported = True
-            self._add_notice(f"update {self._version} was skipped, {result.skip_reason}")
+            what = "was skipped" if result.skipped else "was partly skipped"
+            self._add_notice(f"update {self._version} {what}, {result.skip_reason}")
         notice, self._pending_notice = self._pending_notice, ""
         await self._link.send(
             m.Trained(

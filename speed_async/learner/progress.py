@@ -18,13 +18,16 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """Cumulative counts of the learner. Groups of skipped updates are not counted."""
+    """Cumulative counts of the learner. Groups of skipped batches are not counted."""
 
     policy_version: int = 0
     service_sequence: int = 0
     """Sequence number of the service's journal that corresponds to this progress."""
+    optimizer_updates: int = 0
+    """Steps of the optimiser: learner.passes x learner.minibatches per batch, without the skipped
+    ones."""
     num_skipped: int = 0
-    """Updates skipped because a value was not finite."""
+    """Optimiser updates skipped because a value was not finite."""
     groups_trained: int = 0
     completions_trained: int = 0
     tokens_trained: int = 0
@@ -35,14 +38,23 @@ class Progress:
     """Id of the run that wrote the checkpoint (launcher/identity/identity.py)."""
 
     def updated(
-        self, lease_ids: Sequence[int], *, skipped: bool, completions: int, tokens: int
+        self,
+        lease_ids: Sequence[int],
+        *,
+        optimizer_updates: int,
+        num_skipped: int,
+        completions: int,
+        tokens: int,
     ) -> "Progress":
-        """Progress after one more update on these groups."""
+        """Progress after one more batch, of these groups. Both numbers of optimiser updates are
+        those of the batch; without any, its groups are not counted as trained."""
+        skipped = optimizer_updates == 0
         update = Update(policy_version=self.policy_version + 1, lease_ids=tuple(lease_ids))
         return replace(
             self,
             policy_version=update.policy_version,
-            num_skipped=self.num_skipped + skipped,
+            optimizer_updates=self.optimizer_updates + optimizer_updates,
+            num_skipped=self.num_skipped + num_skipped,
             groups_trained=self.groups_trained + (0 if skipped else len(lease_ids)),
             completions_trained=self.completions_trained + (0 if skipped else completions),
             tokens_trained=self.tokens_trained + (0 if skipped else tokens),
@@ -53,11 +65,6 @@ class Progress:
         """Progress without the updates up to this version, which every kept checkpoint includes."""
         recent = tuple(u for u in self.recent_updates if u.policy_version > policy_version)
         return replace(self, recent_updates=recent)
-
-    @property
-    def optimizer_updates(self) -> int:
-        """Updates that were not skipped."""
-        return self.policy_version - self.num_skipped
 
     @property
     def recent_lease_ids(self) -> list[int]:

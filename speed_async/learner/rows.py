@@ -8,7 +8,7 @@ Shape legend: P prompt tokens, T completion tokens, N completions of one group.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,9 @@ class TrainingSample:
     advantage: float
     weight: float
     """Factor on each token's loss (algorithms/aggregation.py)."""
+    index: int = 0
+    """Position in its group."""
+    proximal_logprobs: Float32Array | None = None  # (T,) log pi_prox (algorithms/corrections.py)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,14 +80,21 @@ def training_row(
             policy_versions=completion.sampled.policy_versions,
             advantage=float(advantage),
             weight=float(weight),
+            index=index,
         )
-        for completion, advantage, weight, kept in zip(
-            group.completions, advantages_N, weights_N, kept_N, strict=True
+        for index, (completion, advantage, weight, kept) in enumerate(
+            zip(group.completions, advantages_N, weights_N, kept_N, strict=True)
         )
         if kept and advantage != 0.0 and completion.num_tokens
     ]
     samples.sort(key=lambda sample: len(sample.token_ids))
     return TrainingRow(prompt_token_ids=group.prompt_token_ids, samples=tuple(samples))
+
+
+def reweighted(row: TrainingRow, weights_N: NDArray[np.float64]) -> TrainingRow:
+    """The row of a group with these weights of its completions."""
+    samples = (replace(sample, weight=float(weights_N[sample.index])) for sample in row.samples)
+    return replace(row, samples=tuple(samples))
 
 
 def split_row(row: TrainingRow, width: int) -> Iterator[TrainingRow]:

@@ -1,7 +1,7 @@
 """Metric events of a run: six kinds, with flat scalar values. Does not import torch.
 
 - `status`: current gauges, a few times per second; only in the live feed.
-- `step`: one event per optimiser update; stored in metrics.jsonl.
+- `step`: one event per update (batch); stored in metrics.jsonl.
 - `evaluation`: held-out accuracy of one policy version; stored in metrics.jsonl.
 - `suite`: result of another suite for one policy version; stored in metrics.jsonl.
 - `sample`: one human-readable completion with prompt and reward; stored in samples.jsonl.
@@ -53,7 +53,10 @@ class Event:
     `verifier/{timeout,error}_length_correlation` (with the length, against scored completions),
     `truncated/{screened_out,kept,evaluated}` (share of truncated completions in the last leases
     with this end) and the same names with `_passed` (truncated completions that passed so far).
-    step: also `loss`, `grad_norm`, `ratio_mean`, `ratio_max`, `kl_k1`, `kl_k3`, ... (learner's).
+    step: also `optimizer_updates` and `skipped_updates` (steps of the optimiser so far, made and
+    skipped: several per update with `learner.passes` or `learner.minibatches`), and the means over
+    the optimiser updates of the batch of `loss`, `grad_norm`, `ratio_mean`, `kl_k1`, `kl_k3`, ...
+    (learner's; `ratio_max` is the maximum).
     evaluation: `accuracy`, `num_passed`, `num_completions` (scored ones), `num_unscored`,
     `oldest_version`, `newest_version`. evaluation and suite: `suite` (`held_out` for evaluation),
     `mean` (mean@k), `num_samples` (k), `num_passed`, `num_completions`, `num_unscored`,

@@ -114,7 +114,8 @@ class CountingUpdates:
         self.batches.append(groups)
         self._act(len(self.batches))
         return UpdateResult(
-            skipped=False,
+            optimizer_updates=1,
+            num_skipped=0,
             skip_reason="",
             tokens=sum(group.num_tokens for group in groups),
             completions=sum(len(group.completions) for group in groups),

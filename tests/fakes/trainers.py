@@ -18,4 +18,5 @@ def make_trainer(folder: Path, **learner: object) -> Trainer:
 
 
 def at(policy_version: int) -> Progress:
-    return Progress(policy_version=policy_version)
+    """One optimiser update per version."""
+    return Progress(policy_version=policy_version, optimizer_updates=policy_version)

@@ -52,10 +52,16 @@ def _updates(config: Config) -> str:
     if num_updates == 0:
         return "updates: none; only the accuracy of the model is measured"
     group = config.gate.group_size
+    steps = ""
+    if (num_steps := config.learner.optimizer_updates_per_batch) > 1:
+        steps = (
+            f"; {num_steps} optimizer updates each ({config.learner.passes} passes x "
+            f"{config.learner.minibatches} mini-batches)"
+        )
     return (
         f"updates: {num_updates:,}, each of {num_prompts:,} prompts x {group} completions = "
         f"{num_prompts * group:,} completions of at most {config.actors.max_new_tokens:,} tokens; "
-        f"{num_updates * num_prompts * group:,} completions in total"
+        f"{num_updates * num_prompts * group:,} completions in total{steps}"
     )
 
 

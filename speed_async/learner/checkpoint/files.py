@@ -32,9 +32,10 @@ from speed_async.learner.model import load_model
 from speed_async.learner.optimizer import load_named_state, named_state
 from speed_async.learner.progress import Progress, Update
 
-FORMAT = 3
-LEGACY_FORMAT = 2
-"""Format with all files next to the model; it can still be resumed."""
+FORMAT = 4
+LEGACY_FORMATS = (2, 3)
+"""Formats that can still be resumed. Format 2 has all files next to the model, and neither counts
+optimiser updates."""
 OPTIMIZER_FILE = "optimizer.tensors"
 """In the format of safetensors."""
 LEGACY_OPTIMIZER_FILE = "optimizer.safetensors"
@@ -187,8 +188,10 @@ def _training_file(folder: Path, name: str) -> Path:
 
 def _read_progress(folder: Path) -> Progress:
     record = _read_json(_training_file(folder, TRAINER_FILE))
-    if (version := record.pop("format")) not in (LEGACY_FORMAT, FORMAT):
+    if (version := record.pop("format")) not in (*LEGACY_FORMATS, FORMAT):
         raise ModelError(f"checkpoint '{folder}' has format {version}, not {FORMAT}")
+    if version != FORMAT:  # every batch made one optimiser update, or none
+        record["optimizer_updates"] = record["policy_version"] - record["num_skipped"]
     updates = [
         Update(policy_version=update["policy_version"], lease_ids=tuple(update["lease_ids"]))
         for update in record.pop("recent_updates")

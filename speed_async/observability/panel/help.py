@@ -14,7 +14,7 @@ KEYS = (
     ),
 )
 ROWS = (
-    ("updates", "optimiser updates done and in total; the phase of the run"),
+    ("updates", "updates (batches) done and in total; the phase of the run"),
     ("time", "duration of the run over all attempts; remaining time at the current rate; delay of "
      "the service loop, in red if the service is overloaded"),
     ("stage", "activity of the run before, between and after updates"),

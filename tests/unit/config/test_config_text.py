@@ -36,7 +36,7 @@ def test_config_output_is_a_valid_configuration_file(tmp_path: Path) -> None:
     printed.parent.mkdir()
     printed.write_text(command(tmp_path, "config", str(source), *overrides))
     assert load_config(printed) == load_config(source, overrides)
-    assert "# Optimiser updates of the whole run" in printed.read_text()
+    assert "# Updates of the whole run" in printed.read_text()
     assert command(tmp_path, "check", str(printed)).endswith("\nok\n")
 
 

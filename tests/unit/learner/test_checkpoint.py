@@ -85,9 +85,9 @@ def test_training_after_a_restore_is_bitwise_identical(model_folder: Path, num_b
 
 def test_the_count_of_skipped_updates_is_restored(model_folder: Path):
     uninterrupted, resumed = make_trainer(model_folder), make_trainer(model_folder)
-    uninterrupted.save(Progress(policy_version=7, num_skipped=2))
-    progress = resumed.restore(checkpoint_folder(root_of(model_folder), 7))
-    assert progress == Progress(policy_version=7, num_skipped=2)
+    saved = Progress(policy_version=7, optimizer_updates=5, num_skipped=2)
+    uninterrupted.save(saved)
+    assert resumed.restore(checkpoint_folder(root_of(model_folder), 7)) == saved
     metrics = resumed.update(random_groups(0)).metrics
     assert (metrics["skipped_updates"], metrics["optimizer_updates"]) == (2, 6)
 
@@ -96,6 +96,7 @@ def test_progress_is_restored_unchanged(model_folder: Path):
     progress = Progress(
         policy_version=3,
         service_sequence=1_234,
+        optimizer_updates=11,
         num_skipped=1,
         groups_trained=4,
         completions_trained=24,
@@ -184,7 +185,7 @@ def test_checkpoint_files_respect_the_umask(model_folder: Path):
 
 
 def test_a_checkpoint_of_format_2_can_be_resumed(model_folder: Path):
-    """Format 2 has the training state next to the model."""
+    """Format 2 has the training state next to the model, and no count of optimiser updates."""
     uninterrupted = make_trainer(model_folder)
     uninterrupted.update(random_groups(0))
     uninterrupted.save(at(1))
@@ -194,6 +195,7 @@ def test_a_checkpoint_of_format_2_can_be_resumed(model_folder: Path):
     (folder / "training").rmdir()
     (folder / "optimizer.tensors").rename(folder / "optimizer.safetensors")
     record = json.loads((folder / "trainer.json").read_text())
+    assert record.pop("optimizer_updates") == 1
     (folder / "trainer.json").write_text(json.dumps(record | {"format": 2}))
     seal(folder)
     resumed = make_trainer(model_folder)
@@ -622,11 +624,14 @@ def test_the_checkpoint_store_does_not_import_torch():
 
 
 def test_progress_counts_trained_groups_and_records_their_leases():
-    progress = Progress().updated([1, 2], skipped=False, completions=8, tokens=50)
-    progress = progress.updated([3], skipped=True, completions=4, tokens=9)
+    progress = Progress().updated(
+        [1, 2], optimizer_updates=3, num_skipped=1, completions=8, tokens=50
+    )
+    progress = progress.updated([3], optimizer_updates=0, num_skipped=4, completions=4, tokens=9)
     assert progress == Progress(
         policy_version=2,
-        num_skipped=1,
+        optimizer_updates=3,
+        num_skipped=5,
         groups_trained=2,
         completions_trained=8,
         tokens_trained=50,
@@ -645,5 +650,7 @@ def test_recent_lease_ids_are_bounded(monkeypatch: pytest.MonkeyPatch):
     progress = Progress()
     for version in range(10):
         ids = [2 * version, 2 * version + 1]
-        progress = progress.updated(ids, skipped=False, completions=1, tokens=1)
+        progress = progress.updated(
+            ids, optimizer_updates=1, num_skipped=0, completions=1, tokens=1
+        )
     assert progress.recent_lease_ids == [16, 17, 18, 19]

@@ -201,6 +201,7 @@ def test_a_learner_behind_the_service_replays_without_publishing(
         restored = restored_at(
             2,
             service_sequence=77,
+            optimizer_updates=1,
             num_skipped=1,
             groups_trained=2,
             completions_trained=8,
@@ -585,12 +586,12 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def run_attempt(
-    folder: Path, *, service_at: int
+    folder: Path, *, service_at: int, **learner: Any
 ) -> tuple[dict[int, dict[str, torch.Tensor]], RunResult]:
     """Runs one attempt, from the newest valid checkpoint if there is one. Returns the state of
     model and optimiser at every published version, and the result."""
-    learner = {"lr": 0.01, "warmup_updates": 3, "checkpoint_every": 2, "keep_last": 9}
-    config = make_learner_config(folder, **learner)
+    settings = {"lr": 0.01, "warmup_updates": 3, "checkpoint_every": 2, "keep_last": 9}
+    config = make_learner_config(folder, **(settings | learner))
     config = config.model_copy(update={"run": config.run.model_copy(update={"updates": 7})})
     model = load_model(folder, device="cpu")
     trainer = Trainer(config=config, model=model)
@@ -614,19 +615,29 @@ def run_attempt(
     return states, asyncio.run(run())
 
 
-@pytest.mark.parametrize(("checkpoint", "service_at"), [(4, 4), (4, 5), (2, 6), (None, 3), (4, 7)])
+@pytest.mark.parametrize(
+    ("checkpoint", "service_at", "learner"),
+    [
+        (4, 4, {}),
+        (4, 5, {}),
+        (2, 6, {}),
+        (None, 3, {}),
+        (4, 7, {}),
+        (2, 6, {"passes": 2, "minibatches": 2}),
+    ],
+)
 def test_weights_published_after_a_replay_are_bitwise_identical(
-    tmp_path: Path, checkpoint: int | None, service_at: int
+    tmp_path: Path, checkpoint: int | None, service_at: int, learner: dict[str, Any]
 ) -> None:
     folder = save_tiny_llama(tmp_path / "model")
-    before, uninterrupted = run_attempt(folder, service_at=0)
+    before, uninterrupted = run_attempt(folder, service_at=0, **learner)
     root = folder / "run" / "checkpoints"
     assert kept_versions(root) == [2, 4, 6, 7]
     for version in kept_versions(root):
         if checkpoint is None or version > checkpoint:
             shutil.rmtree(checkpoint_folder(root, version))
 
-    after, resumed = run_attempt(folder, service_at=service_at)
+    after, resumed = run_attempt(folder, service_at=service_at, **learner)
 
     assert list(after) == list(range(service_at, 8))
     for version, state in after.items():

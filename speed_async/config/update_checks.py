@@ -1,0 +1,30 @@
+"""Checks for invalid combinations of the settings of an update: passes and objective."""
+
+from collections.abc import Iterator
+
+from speed_async.config.schema import Config
+from speed_async.errors import ConfigError
+
+
+def check_update(config: Config) -> Iterator[ConfigError]:
+    learner, objective = config.learner, config.objective
+    if learner.groups_per_update % learner.minibatches:
+        yield ConfigError(
+            "learner.minibatches",
+            learner.minibatches,
+            f"does not divide learner.groups_per_update = {learner.groups_per_update}, so "
+            "mini-batches would differ in size; set a divisor",
+        )
+    if (
+        learner.optimizer_updates_per_batch > 1
+        and objective.policy_loss == "policy_gradient"
+        and objective.correction == "none"
+    ):
+        yield ConfigError(
+            "objective.correction",
+            "none",
+            f"a batch has {learner.optimizer_updates_per_batch} optimiser updates "
+            "(learner.passes x learner.minibatches) and nothing corrects for the change of the "
+            "policy between them; set objective.policy_loss = 'ppo_clip', or a correction such as "
+            "'token_tis'",
+        )

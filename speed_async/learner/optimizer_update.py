@@ -1,0 +1,77 @@
+"""One optimiser update: gradient over micro-batches, clipping, step."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from speed_async.algorithms.diagnostics import Diagnostics
+from speed_async.algorithms.loss_tokens import LossTokens
+from speed_async.algorithms.objective import Objective
+from speed_async.learner.batch import MicroBatch
+from speed_async.learner.policy import Policy
+
+Metrics = dict[str, float]
+
+
+def update_parameters(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    grad_clip: float,
+) -> Metrics:
+    """Accumulates the gradient over all micro-batches, then steps if `loss` and `grad_norm` are
+    finite. Returns the metrics of `Diagnostics`, and the norm before clipping."""
+    diagnostics = Diagnostics()
+    optimizer.zero_grad(set_to_none=True)
+    for batch in micro_batches:
+        logprobs_N, entropies_N = policy(batch)
+        tokens = LossTokens(
+            logprobs_N=logprobs_N,
+            behaviour_logprobs_N=batch.behaviour_logprobs_N,
+            advantages_N=batch.advantages_N,
+            ages_N=batch.ages_N,
+            sequence_ids_N=batch.sequence_ids_N,
+            num_sequences=batch.num_sequences,
+            proximal_logprobs_N=batch.proximal_logprobs_N,
+        )
+        corrected = objective.correction(tokens)
+        losses = objective.policy_loss(tokens, corrected)
+        loss = (batch.weights_N * losses.losses_N).sum()
+        loss.backward()
+        diagnostics.add(tokens, corrected, losses, loss=loss, entropies_N=entropies_N)
+    _fill_missing_gradients(policy)
+    metrics = diagnostics.metrics()
+    metrics["grad_norm"] = float(
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip, foreach=True)
+    )
+    if not non_finite(metrics):
+        optimizer.step()
+    return metrics
+
+
+def non_finite(metrics: Metrics) -> str:
+    """Names of the values that made `update_parameters` skip the step; empty if it stepped."""
+    return " and ".join(k for k in ("loss", "grad_norm") if not math.isfinite(metrics[k]))
+
+
+def combine(updates: Sequence[Metrics]) -> Metrics:
+    """Metrics of a batch from those of its optimiser updates: means, for `ratio_max` the maximum.
+    Updates that were not finite count only if all of them were."""
+    counted = [metrics for metrics in updates if not non_finite(metrics)] or updates
+    keys = dict.fromkeys(key for metrics in counted for key in metrics)
+    values = {key: [metrics[key] for metrics in counted if key in metrics] for key in keys}
+    return {
+        key: max(found) if key == "ratio_max" else sum(found) / len(found)
+        for key, found in values.items()
+    }
+
+
+def _fill_missing_gradients(policy: Policy) -> None:
+    """Sets missing gradients to zero: a batch without signal is still a step, with momentum and
+    weight decay."""
+    for parameter in policy.parameters():
+        if parameter.grad is None and parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
