@@ -28,3 +28,22 @@ def check_update(config: Config) -> Iterator[ConfigError]:
             "policy between them; set objective.policy_loss = 'ppo_clip', or a correction such as "
             "'token_tis'",
         )
+    yield from _check_schedule(config)
+
+
+def _check_schedule(config: Config) -> Iterator[ConfigError]:
+    learner, num_updates = config.learner, config.run.updates
+    if learner.lr_schedule == "constant":
+        if learner.min_lr_share > 0:
+            yield ConfigError(
+                "learner.min_lr_share",
+                learner.min_lr_share,
+                "learner.lr_schedule = 'constant' has no minimum; set 'linear' or 'cosine'",
+            )
+    elif 0 < num_updates <= learner.warmup_updates:
+        yield ConfigError(
+            "learner.lr_schedule",
+            learner.lr_schedule,
+            f"the warm-up of learner.warmup_updates = {learner.warmup_updates} does not end before "
+            f"run.updates = {num_updates}; lower it",
+        )

@@ -29,7 +29,7 @@ from speed_async.learner.checkpoint.store import checkpoint_folder, prune
 from speed_async.learner.micro_batches import MicroBatches
 from speed_async.learner.minibatches import split_groups
 from speed_async.learner.model import context_length, embedding_table
-from speed_async.learner.optimizer import make_optimizer, set_lr, warmed_up_lr
+from speed_async.learner.optimizer import learning_rate, make_optimizer, set_lr
 from speed_async.learner.optimizer_update import Metrics, combine, non_finite, update_parameters
 from speed_async.learner.policy import Policy
 from speed_async.learner.progress import Progress
@@ -86,6 +86,7 @@ class Trainer:
         self._punishes_length = config.objective.overlong_share > 0
         self._config = config.learner
         self._seed = config.run.seed
+        self._total_updates = config.run.updates
         self._checkpoints = Path(config.run.folder) / "checkpoints"
         self.best = BestCheckpoints(self._checkpoints)
         self._model_files = read_model_files(model_folder(config.model.path))
@@ -113,7 +114,7 @@ class Trainer:
         if not groups:
             raise ValueError("an update needs at least one group")
         self._check_token_ids(groups)
-        lr = warmed_up_lr(self._config, self.num_updates)
+        lr = learning_rate(self._config, self.num_updates, total_updates=self._total_updates)
         metrics = batch_metrics(groups) | {"lr": lr}
         num_planned = num_skipped = self._config.optimizer_updates_per_batch
         reason = "" if _inputs_finite(groups) else "a reward or behaviour log-probability"

@@ -5,7 +5,7 @@ Under its final name it is always complete. Loaders read every file that looks l
 reads every `*.safetensors`), so the top level contains only the model, and the optimiser tensors
 have a different suffix. `training/` contains the optimiser tensors, the random states of the
 process, and the learner's progress. The learning rate is not stored: it follows from the number of
-updates (`warmed_up_lr`). No pickles are used.
+updates (`learning_rate`). No pickles are used.
 """
 
 import contextlib
