@@ -27,6 +27,8 @@ class LossTokens:
     num_sequences: int
     proximal_logprobs_N: Tensor | None = None
     """log pi_prox, without gradient; None: pi_prox is the current pi_theta."""
+    reference_logprobs_N: Tensor | None = None
+    """Log-probabilities under the reference policy of the KL term, if there is one."""
 
     @property
     def log_ratios_N(self) -> Tensor:

@@ -18,6 +18,7 @@ from speed_async.algorithms import advantages, aggregation, corrections, losses
 from speed_async.algorithms.advantages import Advantages
 from speed_async.algorithms.aggregation import Aggregation
 from speed_async.algorithms.loss_tokens import Correction, PolicyLoss
+from speed_async.algorithms.regularization import NO_REGULARIZATION, Regularization
 from speed_async.algorithms.rewards import (
     completion_limit,
     overlong_buffer,
@@ -48,6 +49,8 @@ class Objective:
     has_fixed_proximal: bool = False
     """Whether pi_prox stays that of the start of the update over the optimiser updates of a batch
     (algorithms/corrections.py)."""
+    masks_truncated: bool = False
+    regularization: Regularization = NO_REGULARIZATION
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,8 +59,14 @@ class GroupSignal:
 
     advantages_N: NDArray[np.float64]
     weights_N: NDArray[np.float64]  # factor on each token's loss
-    kept_N: NDArray[np.bool_]  # whether the completion enters the gradient
+    kept_N: NDArray[np.bool_]  # whether `screening_samples` leaves it in the gradient
     shaping_N: NDArray[np.float64]  # what the overlong penalty added to the reward
+    masked_N: NDArray[np.bool_]  # whether it is out of the gradient because it was truncated
+
+    @property
+    def trained_N(self) -> NDArray[np.bool_]:
+        """Whether the completion enters the gradient."""
+        return self.kept_N & ~self.masked_N
 
 
 def make_objective(config: Config, *, context_length: int | None = None) -> Objective:
@@ -84,14 +93,26 @@ def make_objective(config: Config, *, context_length: int | None = None) -> Obje
             chosen.policy_loss != "policy_gradient"
             and chosen.correction not in ANCHORED_AT_BEHAVIOUR
         ),
+        masks_truncated=chosen.mask_truncated,
+        regularization=Regularization(
+            kl=chosen.kl,
+            kl_coefficient=chosen.kl_coefficient,
+            entropy_coefficient=chosen.entropy_coefficient,
+            max_ratio=chosen.max_ratio,
+        ),
     )
 
 
-def compute_signals(objective: Objective, groups: Sequence[Group]) -> list[GroupSignal]:
-    """Advantages, weights and masks for all groups of an update, in order.
+def compute_signals(
+    objective: Objective,
+    groups: Sequence[Group],
+    kl: Sequence[NDArray[np.float64]] | None = None,
+) -> list[GroupSignal]:
+    """Advantages, weights and masks for all groups of an update, in order. `kl` has the sums of k1
+    over the tokens of each completion (N,), for a KL divergence in the reward.
 
     The mask of kept completions follows from what passed, as in the gate. Advantages follow from
-    shaped rewards, over kept and dropped completions.
+    shaped rewards, over all completions, also those that do not enter the gradient.
     Raises ValueError when a group or the update has too few completions for the advantage.
     """
     lengths = completion_lengths(groups)
@@ -102,17 +123,23 @@ def compute_signals(objective: Objective, groups: Sequence[Group]) -> list[Group
         for group, lengths_N in zip(groups, lengths, strict=True)
     ]
     shaped = [raw_N + shaping_N for raw_N, shaping_N in zip(raw, shaping, strict=True)]
+    if kl is not None:
+        factor = objective.regularization.kl_coefficient
+        shaped = [r_N - factor * kl_N for r_N, kl_N in zip(shaped, kl, strict=True)]
+    truncated = [np.array([c.is_truncated for c in g.completions], np.bool_) for g in groups]
     return [
         GroupSignal(
             advantages_N=advantages_N,
             weights_N=weights_N,
             kept_N=objective.selection(passed_N, group.num_screening),
             shaping_N=shaping_N,
+            masked_N=truncated_N & objective.masks_truncated,
         )
-        for group, passed_N, shaping_N, advantages_N, weights_N in zip(
+        for group, passed_N, shaping_N, truncated_N, advantages_N, weights_N in zip(
             groups,
             passed,
             shaping,
+            truncated,
             objective.advantages(shaped),
             objective.aggregation(lengths),
             strict=True,

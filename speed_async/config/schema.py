@@ -223,6 +223,17 @@ class ObjectiveConfig(Section):
     limit is actors.max_new_tokens, or the context minus the prompt if that is less."""
     overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
     """Reduction of the reward at the limit."""
+    mask_truncated: bool = False
+    """Take completions that a length limit truncated out of the gradient (overlong filtering of
+    DAPO). Their rewards remain in the baselines."""
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """Factor of the KL divergence from the start model (`model.path`); 0 disables it. It keeps a
+    second copy of the model."""
+    kl: Literal["k1", "k2", "k3"] = "k2"
+    """Estimator of the KL divergence (algorithms/regularization.py). `k1`: subtracted from the
+    reward, summed over the completion. `k2`, `k3`: added to the loss of each token."""
+    entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """Factor of the entropy that is subtracted from the loss of each token."""
     screening_samples: Literal["all", "unbiased", "none"] = "all"
     """Screening samples that enter the gradient (all are used in baselines). The gate depends on
     these samples: `unbiased` drops those whose flipped reward would flip the gate decision."""

@@ -28,6 +28,17 @@ def check_update(config: Config) -> Iterator[ConfigError]:
             "policy between them; set objective.policy_loss = 'ppo_clip', or a correction such as "
             "'token_tis'",
         )
+    if (
+        objective.mask_truncated
+        and config.task.truncated_reward
+        and not config.task.score_truncated
+    ):
+        yield ConfigError(
+            "objective.mask_truncated",
+            True,
+            f"truncated completions have no gradient to learn from task.truncated_reward = "
+            f"{config.task.truncated_reward}; set one of the two to its default",
+        )
     yield from _check_schedule(config)
 
 

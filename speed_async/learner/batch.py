@@ -37,7 +37,8 @@ class MicroBatch:
     ages_N: Tensor  # int64, staleness in versions; >= 0
     sequence_ids_N: Tensor  # int64 in [0, num_sequences)
     num_sequences: int
-    proximal_logprobs_N: Tensor | None  # float32; None: that of the forward pass
+    proximal_logprobs_N: Tensor | None  # float32; None: those of the forward pass
+    reference_logprobs_N: Tensor | None  # float32; None without a reference policy
 
     def to(self, device: torch.device) -> "MicroBatch":
         tensors = {
@@ -80,6 +81,7 @@ def make_micro_batch(rows: Sequence[TrainingRow], *, policy_version: int) -> Mic
         sequence_ids_N=torch.from_numpy(layout.sample_N),
         num_sequences=len(samples),
         proximal_logprobs_N=_concatenated([sample.proximal_logprobs for sample in samples]),
+        reference_logprobs_N=_concatenated([sample.reference_logprobs for sample in samples]),
     )
 
 

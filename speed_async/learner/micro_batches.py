@@ -1,6 +1,6 @@
 """Layout of rows in micro-batches, and their log-probabilities without gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -10,10 +10,19 @@ import torch
 from speed_async.config.schema import LearnerConfig
 from speed_async.learner.batch import MicroBatch, make_micro_batch
 from speed_async.learner.policy import Policy, check_policy, layout_cost
-from speed_async.learner.rows import TrainingRow, choose_width, split_row, split_rows
+from speed_async.learner.rows import (
+    TrainingRow,
+    TrainingSample,
+    choose_width,
+    split_row,
+    split_rows,
+)
+from speed_async.types import Float32Array
 
 CPU_MICRO_BATCH_TOKENS = 2048
 """Larger micro-batches exceed the cache of a CPU core and cost more per token (measured)."""
+
+AddLogprobs = Callable[[TrainingSample, Float32Array], TrainingSample]
 
 
 class MicroBatches:
@@ -32,18 +41,33 @@ class MicroBatches:
         """All completions of `group_rows`, which are one row per group."""
         return [self._tensors(part, policy_version) for part in self._parts(group_rows)]
 
-    @torch.no_grad()
     def with_proximal(self, policy: Policy, group_rows: Sequence[TrainingRow]) -> list[TrainingRow]:
         """The rows with `proximal_logprobs` of the current policy."""
+        return self._scored(
+            policy, group_rows, lambda sample, values: replace(sample, proximal_logprobs=values)
+        )
+
+    def with_reference(
+        self, reference: Policy, group_rows: Sequence[TrainingRow]
+    ) -> list[TrainingRow]:
+        """The rows with `reference_logprobs` of this policy."""
+        return self._scored(
+            reference, group_rows, lambda sample, values: replace(sample, reference_logprobs=values)
+        )
+
+    @torch.no_grad()
+    def _scored(
+        self, policy: Policy, group_rows: Sequence[TrainingRow], add: AddLogprobs
+    ) -> list[TrainingRow]:
         found = {}
         for part in self._parts(group_rows):
             logprobs_N, _ = policy(self._tensors(part, policy_version=0))
             samples = [sample for row in part for sample in row.samples]
             ends = np.cumsum([len(sample.token_ids) for sample in samples])[:-1]
-            for sample, logprobs in zip(
+            for sample, values in zip(
                 samples, np.split(logprobs_N.cpu().numpy(), ends), strict=True
             ):
-                found[id(sample)] = replace(sample, proximal_logprobs=logprobs)
+                found[id(sample)] = add(sample, values)
         return [
             replace(row, samples=tuple(found[id(sample)] for sample in row.samples))
             for row in group_rows

@@ -8,6 +8,7 @@ import torch
 from speed_async.algorithms.diagnostics import Diagnostics
 from speed_async.algorithms.loss_tokens import LossTokens
 from speed_async.algorithms.objective import Objective
+from speed_async.algorithms.regularization import ReferenceDivergence
 from speed_async.learner.batch import MicroBatch
 from speed_async.learner.policy import Policy
 
@@ -24,7 +25,7 @@ def update_parameters(
 ) -> Metrics:
     """Accumulates the gradient over all micro-batches, then steps if `loss` and `grad_norm` are
     finite. Returns the metrics of `Diagnostics`, and the norm before clipping."""
-    diagnostics = Diagnostics()
+    diagnostics, divergence = Diagnostics(), ReferenceDivergence()
     optimizer.zero_grad(set_to_none=True)
     for batch in micro_batches:
         logprobs_N, entropies_N = policy(batch)
@@ -36,14 +37,19 @@ def update_parameters(
             sequence_ids_N=batch.sequence_ids_N,
             num_sequences=batch.num_sequences,
             proximal_logprobs_N=batch.proximal_logprobs_N,
+            reference_logprobs_N=batch.reference_logprobs_N,
         )
         corrected = objective.correction(tokens)
         losses = objective.policy_loss(tokens, corrected)
-        loss = (batch.weights_N * losses.losses_N).sum()
+        losses_N = losses.losses_N
+        if objective.regularization.has_loss:
+            losses_N = losses_N + objective.regularization.losses(tokens, entropies_N)
+        loss = (batch.weights_N * losses_N).sum()
         loss.backward()
         diagnostics.add(tokens, corrected, losses, loss=loss, entropies_N=entropies_N)
+        divergence.add(tokens)
     _fill_missing_gradients(policy)
-    metrics = diagnostics.metrics()
+    metrics = diagnostics.metrics() | divergence.metrics()
     metrics["grad_norm"] = float(
         torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip, foreach=True)
     )

@@ -37,14 +37,18 @@ def layout_cost(model: PreTrainedModel) -> LayoutCost:
 class Policy(nn.Module):
     """log pi of the sampled tokens: base model on all positions, head on N positions."""
 
-    def __init__(self, causal_lm: PreTrainedModel, *, temperature: float) -> None:
+    def __init__(
+        self, causal_lm: PreTrainedModel, *, temperature: float, entropy_gradient: bool = False
+    ) -> None:
         super().__init__()
+        self.entropy_gradient = entropy_gradient
         self.causal_lm = causal_lm
         self.temperature = temperature
 
     def forward(self, batch: MicroBatch, *, plain: bool = False) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (N,) with gradient and entropies (N,) without gradient, both of
-        softmax(logits / temperature) over the full vocabulary, in float32.
+        """Log-probabilities (N,) with gradient and entropies (N,), with gradient if
+        `entropy_gradient`, both of softmax(logits / temperature) over the full vocabulary, in
+        float32.
 
         On a GPU, matrix products run in bfloat16; parameters and log-softmax stay in float32.
         `plain` uses temperature 1 and the precision of the parameters throughout.
@@ -88,7 +92,7 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         logits_NV = output_head(self.causal_lm)(hidden_NH).float() / temperature
         logprobs_NV = logits_NV.log_softmax(-1)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()):
             entropies_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
         return logprobs_NV.gather(-1, target_ids_N[:, None])[:, 0], entropies_N
 

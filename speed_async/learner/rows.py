@@ -35,6 +35,7 @@ class TrainingSample:
     index: int = 0
     """Position in its group."""
     proximal_logprobs: Float32Array | None = None  # (T,) log pi_prox (algorithms/corrections.py)
+    reference_logprobs: Float32Array | None = None  # (T,) of the reference policy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,9 +66,11 @@ def training_row(
     advantages_N: NDArray[np.float64],
     weights_N: NDArray[np.float64],
     kept_N: NDArray[np.bool_],
+    with_zero_advantage: bool = False,
 ) -> TrainingRow:
     """The completions of a group that contribute to the gradient, as one row. These are the kept,
-    non-empty completions with a non-zero advantage, in order of length. There may be none.
+    non-empty completions with a non-zero advantage (or any, `with_zero_advantage`), in order of
+    length. There may be none.
 
     Raises ValueError for an empty prompt, after which no position predicts the first token.
     """
@@ -85,7 +88,7 @@ def training_row(
         for index, (completion, advantage, weight, kept) in enumerate(
             zip(group.completions, advantages_N, weights_N, kept_N, strict=True)
         )
-        if kept and advantage != 0.0 and completion.num_tokens
+        if kept and (with_zero_advantage or advantage != 0.0) and completion.num_tokens
     ]
     samples.sort(key=lambda sample: len(sample.token_ids))
     return TrainingRow(prompt_token_ids=group.prompt_token_ids, samples=tuple(samples))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -33,6 +34,7 @@ from speed_async.learner.optimizer import learning_rate, make_optimizer, set_lr
 from speed_async.learner.optimizer_update import Metrics, combine, non_finite, update_parameters
 from speed_async.learner.policy import Policy
 from speed_async.learner.progress import Progress
+from speed_async.learner.reference import Reference, load_reference
 from speed_async.learner.rows import TrainingRow, reweighted, training_row
 from speed_async.types import Group
 from speed_async.weight_sync.canary_check import Canary
@@ -93,8 +95,15 @@ class Trainer:
         self._clock = clock
         context = context_length(model, config.model.context_length)
         self._objective = objective or make_objective(config, context_length=context)
-        self._policy = Policy(model, temperature=config.actors.temperature)
+        self._policy = Policy(
+            model,
+            temperature=config.actors.temperature,
+            entropy_gradient=config.objective.entropy_coefficient > 0,
+        )
         self._micro_batches = MicroBatches(self._policy, config.learner)
+        self._reference = None
+        if config.objective.kl_coefficient > 0:
+            self._reference = Reference(load_reference(config), self._micro_batches)
         self._canary_probe = CanaryProbe(
             model, max_context=config.model.context_length, seed=config.run.seed
         )
@@ -120,7 +129,7 @@ class Trainer:
         reason = "" if _inputs_finite(groups) else "a reward or behaviour log-probability"
         if not reason:
             set_lr(self._optimizer, lr)
-            signals = compute_signals(self._objective, groups)
+            signals = compute_signals(self._objective, groups, self._kl_of_reward(groups))
             updates = self._train(groups, signals)
             metrics |= screening_metrics(groups, signals) | combine(updates)
             if self._punishes_length:
@@ -196,7 +205,18 @@ class Trainer:
 
     def _train(self, groups: Sequence[Group], signals: Sequence[GroupSignal]) -> list[Metrics]:
         """All optimiser updates of the batch. Returns the metrics of each."""
-        rows = [_row(group, signal) for group, signal in zip(groups, signals, strict=True)]
+        rows = [
+            training_row(
+                group,
+                advantages_N=signal.advantages_N,
+                weights_N=signal.weights_N,
+                kept_N=signal.trained_N,
+                with_zero_advantage=self._objective.regularization.has_loss,
+            )
+            for group, signal in zip(groups, signals, strict=True)
+        ]
+        if self._reference is not None:
+            rows = self._reference.score(rows)
         if self._objective.has_fixed_proximal and self._config.optimizer_updates_per_batch > 1:
             rows = self._micro_batches.with_proximal(self._policy, rows)
         lengths = completion_lengths(groups)
@@ -211,6 +231,12 @@ class Trainer:
                 ]
                 updates.append(self._update_parameters(minibatch))
         return updates
+
+    def _kl_of_reward(self, groups: Sequence[Group]) -> list[NDArray[np.float64]] | None:
+        """Sums of k1 (N,) of each group, if the reward has a KL divergence."""
+        if self._reference is None or not self._objective.regularization.kl_in_reward:
+            return None
+        return self._reference.sequence_k1(self._policy, groups)
 
     def _update_parameters(self, rows: Sequence[TrainingRow]) -> Metrics:
         return update_parameters(
@@ -231,15 +257,6 @@ class Trainer:
                 f"a group has token ids {token_ids.min()}..{token_ids.max()}, the model has "
                 f"{num_token_ids}: actors and learner must use the same model folder"
             )
-
-
-def _row(group: Group, signal: GroupSignal) -> TrainingRow:
-    return training_row(
-        group,
-        advantages_N=signal.advantages_N,
-        weights_N=signal.weights_N,
-        kept_N=signal.kept_N,
-    )
 
 
 def _inputs_finite(groups: Sequence[Group]) -> bool:

@@ -27,13 +27,18 @@ def starting(lines: list[str], prefix: str) -> list[str]:
 
 
 def test_dry_run_prints_what_the_run_would_do_and_creates_nothing(tmp_path: Path) -> None:
-    status, lines = dry_run(tmp_path, "--run.updates", "3", "--learner.groups_per_update", "5")
+    settings = ("--learner.passes", "2", "--objective.kl_coefficient", "0.1")
+    status, lines = dry_run(
+        tmp_path, "--run.updates", "3", "--learner.groups_per_update", "5", *settings
+    )
     assert (status, lines[-1]) == (0, "ok")
     assert (
         "  node 0: rank 0 is the learner, beside the buffer service, rank 1 is an actor"
         in (lines[2].partition(" (")[0])
     )
-    assert any("3, each of 5 prompts x " in line for line in lines)
+    [updates] = [line for line in lines if "3, each of 5 prompts x " in line]
+    assert updates.endswith("; 2 optimizer updates each (learner.passes x learner.minibatches)")
+    assert any("(20 bytes per parameter: weights, gradients, two moments, ref" in x for x in lines)
     assert "memory" in lines
 
 

@@ -1,6 +1,7 @@
 """Estimates the memory of weights, gradients, optimiser state and KV cache.
 
-learner    16 bytes per parameter: float32 weights, gradients and two moments of AdamW
+learner    16 bytes per parameter: float32 weights, gradients and two moments of AdamW; 4 more for
+           the reference model of a KL divergence
 actor      weights (float32 on a CPU, the stored dtype on a GPU), and a KV cache of
            slots x context tokens x 2 x layers x KV heads x head size values
 Not included: activations, logits and the code of the processes (about 1 GiB each with torch).
@@ -26,7 +27,9 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
     if model.weights is None:
         return []
     on_gpu = not why_no_gpu()
-    learner_bytes = LEARNER_BYTES * model.weights.num_parameters
+    has_reference = config.objective.kl_coefficient > 0
+    bytes_each = LEARNER_BYTES + FLOAT32_BYTES * has_reference
+    learner_bytes = bytes_each * model.weights.num_parameters
     value_bytes = FLOAT32_BYTES
     if on_gpu and config.actors.device != "cpu":
         value_bytes = DTYPE_BYTES.get(model.facts.dtype or "", FLOAT32_BYTES)
@@ -35,8 +38,8 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
     lines = [
         f"model: {model.weights.num_parameters:,} parameters, {size(model.weights.num_bytes)} of "
         f"weights ({model.facts.dtype or 'dtype not specified'})",
-        f"learner: about {size(learner_bytes)} ({LEARNER_BYTES} bytes per parameter: weights, "
-        "gradients, two moments)",
+        f"learner: about {size(learner_bytes)} ({bytes_each} bytes per parameter: weights, "
+        f"gradients, two moments{', reference model' if has_reference else ''})",
     ]
     cache = "a KV cache of unknown size"
     if config.actors.engine == "vllm" and on_gpu:

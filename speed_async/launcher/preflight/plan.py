@@ -54,10 +54,7 @@ def _updates(config: Config) -> str:
     group = config.gate.group_size
     steps = ""
     if (num_steps := config.learner.optimizer_updates_per_batch) > 1:
-        steps = (
-            f"; {num_steps} optimizer updates each ({config.learner.passes} passes x "
-            f"{config.learner.minibatches} mini-batches)"
-        )
+        steps = f"; {num_steps} optimizer updates each (learner.passes x learner.minibatches)"
     return (
         f"updates: {num_updates:,}, each of {num_prompts:,} prompts x {group} completions = "
         f"{num_prompts * group:,} completions of at most {config.actors.max_new_tokens:,} tokens; "

@@ -144,6 +144,7 @@ def signal(kept: list[bool]) -> GroupSignal:
         weights_N=np.zeros(len(kept)),
         kept_N=np.array(kept),
         shaping_N=np.linspace(-1.0, 0.0, len(kept)),
+        masked_N=np.zeros(len(kept), np.bool_),
     )
 
 
