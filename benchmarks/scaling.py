@@ -89,7 +89,7 @@ def constants() -> list[str]:
          "the same; excludes connecting and creating the NCCL group"),
         ("pause beyond the transfer", kept, MEASURED, "`running_at_update = keep`, 0.35 M model"),
         ("tokens generated per trained token", f"{c.GENERATED_PER_TRAINED}", MEASURED,
-         "time_to_accuracy.md, SPEED over RLOO"),
+         "tokens per update, SPEED over RLOO, at the real spread"),
         ("service, one core", f"{number(c.SERVICE_MESSAGES_PER_S)} messages/s of 256 tokens;"
          f" {c.SERVICE_BYTES_PER_S / 1e6:.0f} MB/s", MEASURED, "ZeroMQ on loopback, 32,768 tokens"),
         ("bucket, NCCL poll", f"{c.BUCKET_BYTES // c.MIB} MiB, {1000 * c.NCCL_POLL_S} ms", CODE,

@@ -1,0 +1,266 @@
+"""One training run with a fixed horizon in generated tokens, and what it cost at each version.
+
+The run keeps its checkpoints for scoring and evaluates nothing but one prompt at its start and end.
+It ends when it has generated `horizon_tokens`, whatever it has learned. The clocks start with the
+first generated token (see `_origin`).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.evidence.process_times import ProcessTimes, machine_busy_s
+from benchmarks.harness import ROOT, output_of
+from speed_async.launcher.processes import die_with_parent
+
+POLL_S = 0.2
+STALL_TIMEOUT_S = 180.0
+"""Ends a run whose policy has collapsed, so that no group passes the gate."""
+BUSY_CORES = 0.5
+"""With more cores used by others, a run that ends early has failed: it may have been starved."""
+RUN_TIMEOUT_S = 3600.0
+MAX_UPDATES = 3000
+"""Only bounds a run that nobody stops."""
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+}
+CHECKPOINTS = "checkpoints"
+"""Folder in a run folder."""
+TRL_SETTING = ["--threads", "2", "--micro-batch", "384"]
+"""The fastest setting of benchmarks/trl.py."""
+FIXED = {
+    "task.name": "benchmarks.evidence.task:LiteralTask",
+    "task.num_held_out": 1,
+    "evaluate.every": 0,
+    "run.updates": MAX_UPDATES,
+    "learner.keep_last": MAX_UPDATES,
+    "buffer.durability": "none",
+    "cluster.stall_timeout_s": STALL_TIMEOUT_S,
+    # A slow machine must not end a run or fail a completion.
+    "cluster.connect_timeout_s": RUN_TIMEOUT_S,
+    "cluster.peer_timeout_s": RUN_TIMEOUT_S,
+    "weights.deadline_s": RUN_TIMEOUT_S,
+    "actors.verifier_timeout_s": RUN_TIMEOUT_S,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Version:
+    """A policy version and what had been spent when it was made."""
+
+    version: int
+    tokens: int
+    """Generated for training: trained, screened out, stale, in flight."""
+    wall_s: float
+    core_s: float
+    """CPU seconds of all processes of the run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    versions: list[Version]
+    """Of every checkpoint, oldest first, without version 0."""
+    ended: str
+    """`horizon`, or why the run ended before it."""
+    role_core_s: dict[str, float]
+    """Of the whole run, start and end included."""
+    process_s: float
+    foreign_cores: float
+    """Mean number of cores that other processes of the machine used meanwhile."""
+    totals: dict[str, Any] = field(default_factory=dict)
+    """Completions and tokens by how their groups ended, staleness: from the run's summary."""
+
+
+class RunFailed(Exception):
+    """A run that counts for nothing: its configuration or the machine is at fault."""
+
+
+def train_ours(
+    arguments: Sequence[str], *, prompts: Path, folder: Path, horizon_tokens: int, every: int
+) -> Trace:
+    """Runs `speed-async train ARGUMENTS` in `folder`. Raises RunFailed."""
+    fixed = FIXED | {
+        "task.path": str(prompts),
+        "run.folder": str(folder),
+        "learner.checkpoint_every": every,
+    }
+    command = [sys.executable, "-m", "speed_async", "train", *arguments]
+    command += [part for name, value in fixed.items() for part in (f"--{name}", str(value))]
+    start_s, busy_s = time.monotonic(), machine_busy_s()
+    watch = _Watch(folder / "metrics.jsonl", horizon_tokens)
+    with (folder.parent / "output").open("w+") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=partial(die_with_parent, os.getpid(), signal.SIGTERM),
+        )
+        times = ProcessTimes(process.pid)
+        try:
+            while process.poll() is None:
+                watch.poll(times.sample())
+                if watch.should_stop:
+                    process.send_signal(signal.SIGTERM)
+                if time.monotonic() - start_s > RUN_TIMEOUT_S:
+                    raise RunFailed(f"{' '.join(command)} ran for more than {RUN_TIMEOUT_S:.0f} s")
+                time.sleep(POLL_S)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(60)
+        output.seek(0)
+        tail = output.read()[-2000:]
+    watch.poll(sum(times.by_role().values()))
+    if len(watch.steps) < every:
+        raise RunFailed(f"{' '.join(command)} made {len(watch.steps)} updates:\n{tail}")
+    reason = "horizon" if watch.stopped else (tail.strip().splitlines() or ["no output"])[-1]
+    process_s = time.monotonic() - start_s
+    role_core_s = {role: round(each_s, 2) for role, each_s in sorted(times.by_role().items())}
+    foreign_cores = (machine_busy_s() - busy_s - sum(role_core_s.values())) / process_s
+    if not watch.stopped and foreign_cores > BUSY_CORES:
+        raise RunFailed(f"ended early on a busy machine ({foreign_cores:.1f} cores): {reason}")
+    return Trace(
+        versions=watch.versions(every),
+        ended=reason,
+        role_core_s=role_core_s,
+        process_s=round(process_s, 2),
+        foreign_cores=round(max(0.0, foreign_cores), 3),
+        totals=_totals(folder / "summary.json"),
+    )
+
+
+class _Watch:
+    """Follows metrics.jsonl, and relates its times to the samples of CPU time."""
+
+    def __init__(self, path: Path, horizon_tokens: int) -> None:
+        self._path = path
+        self._horizon_tokens = horizon_tokens
+        self._num_read = 0
+        self._start: dict[str, Any] | None = None
+        self.steps: list[dict[str, Any]] = []
+        self.stopped = False
+        self._samples: list[tuple[float, float]] = []
+        self._offset_s = float("inf")
+        """Monotonic time minus `wall_s` of an event; the least over all events, whose line may be
+        read late but never early."""
+
+    def poll(self, core_s: float) -> None:
+        now_s = time.monotonic()
+        self._samples.append((now_s, core_s))
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._num_read)
+            lines = file.read().splitlines(keepends=True)
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            self._num_read += len(line)
+            event = json.loads(line)
+            self._offset_s = min(self._offset_s, now_s - event["wall_s"])
+            if event["kind"] == "step":
+                self.steps.append(event)
+            elif event["kind"] == "evaluation" and self._start is None:
+                self._start = event
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the horizon is reached; true once."""
+        if self.stopped or not self.steps or _tokens(self.steps[-1]) < self._horizon_tokens:
+            return False
+        self.stopped = True
+        return True
+
+    def versions(self, every: int) -> list[Version]:
+        times_s, cores_s = np.array(self._samples).T
+
+        def core_s_at(wall_s: float) -> float:
+            return float(np.interp(wall_s + self._offset_s, times_s, cores_s))
+
+        wall_s = self._origin_s()
+        core_s = core_s_at(wall_s)
+        return [
+            Version(
+                version=step["policy_version"],
+                tokens=_tokens(step),
+                wall_s=round(step["wall_s"] - wall_s, 3),
+                core_s=round(core_s_at(step["wall_s"]) - core_s, 2),
+            )
+            for step in self.steps
+            if step["policy_version"] % every == 0
+        ]
+
+    def _origin_s(self) -> float:
+        """When generation began, on the clock of the run.
+
+        The first event is the evaluation of one prompt, before the first update. The tokens that
+        were generated by then are counted, so their time is too: at the rate of the first update.
+        """
+        assert self._start is not None
+        start_s, start_tokens = self._start["wall_s"], _tokens(self._start)
+        first = self.steps[0]
+        rate = (first["wall_s"] - start_s) / max(1, _tokens(first) - start_tokens)
+        return start_s - rate * start_tokens
+
+
+def _tokens(event: Mapping[str, Any]) -> int:
+    return event["tokens_generated"] - event["tokens_evaluation"]
+
+
+def _totals(summary: Path) -> dict[str, Any]:
+    if not summary.exists():
+        return {}
+    values = json.loads(summary.read_text())
+    return {
+        "completions": values["completions_generated"],
+        "gate_acceptance": values["gate_acceptance"],
+        "staleness_mean": values["staleness_mean"],
+        "tokens": values["ledger"]["tokens"],
+    }
+
+
+def train_trl(
+    arguments: Sequence[str], *, prompts: Path, folder: Path, horizon_tokens: int, every: int
+) -> Trace:
+    """Runs TRL's RLOOTrainer on the same configuration. Raises RuntimeError."""
+    command = [sys.executable, "-m", "benchmarks.trl_arm", *arguments, *TRL_SETTING]
+    command += ["--task.name", str(FIXED["task.name"]), "--task.path", str(prompts)]
+    command += ["--task.num_held_out", "1", "--steps", str(MAX_UPDATES)]
+    command += ["--max-tokens", str(horizon_tokens), "--checkpoint-every", str(every)]
+    command += ["--checkpoints", str(folder / CHECKPOINTS)]
+    start_s, busy_s, own_s = time.monotonic(), machine_busy_s(), _children_s()
+    output = output_of(command, os.environ | ENVIRONMENT)
+    process_s, core_s = time.monotonic() - start_s, _children_s() - own_s
+    results = json.loads(output.splitlines()[-1])
+    steps = zip(results["tokens"], results["ends_s"], results["core_s"], strict=True)
+    return Trace(
+        versions=[
+            Version(version=step, tokens=tokens, wall_s=round(end_s, 3), core_s=round(cores, 2))
+            for step, (tokens, end_s, cores) in enumerate(steps, start=1)
+            if step % every == 0
+        ],
+        ended="horizon",
+        role_core_s={"trainer": round(core_s, 2)},
+        process_s=round(process_s, 2),
+        foreign_cores=round(max(0.0, (machine_busy_s() - busy_s - core_s) / process_s), 3),
+    )
+
+
+def _children_s() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
