@@ -1,8 +1,7 @@
 """One training run with a fixed horizon in generated tokens, and what it cost at each version.
 
 The run keeps its checkpoints for scoring and evaluates nothing but one prompt at its start and end.
-It ends when it has generated `horizon_tokens`, whatever it has learned. The clocks start with the
-first generated token (see `_origin`).
+It ends when it has generated `horizon_tokens`, whatever it has learned.
 """
 
 import json
@@ -11,15 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.evidence.process_times import ProcessTimes, machine_busy_s
+from benchmarks.evidence.watch import RunWatch, Version
 from benchmarks.harness import ROOT, output_of
 from speed_async.launcher.processes import die_with_parent
 
@@ -58,18 +56,6 @@ FIXED = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Version:
-    """A policy version and what had been spent when it was made."""
-
-    version: int
-    tokens: int
-    """Generated for training: trained, screened out, stale, in flight."""
-    wall_s: float
-    core_s: float
-    """CPU seconds of all processes of the run."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Trace:
     versions: list[Version]
     """Of every checkpoint, oldest first, without version 0."""
@@ -100,7 +86,7 @@ def train_ours(
     command = [sys.executable, "-m", "speed_async", "train", *arguments]
     command += [part for name, value in fixed.items() for part in (f"--{name}", str(value))]
     start_s, busy_s = time.monotonic(), machine_busy_s()
-    watch = _Watch(folder / "metrics.jsonl", horizon_tokens)
+    watch = RunWatch(folder / "metrics.jsonl", horizon_tokens)
     with (folder.parent / "output").open("w+") as output:
         process = subprocess.Popen(
             command,
@@ -114,7 +100,7 @@ def train_ours(
         try:
             while process.poll() is None:
                 watch.poll(times.sample())
-                if watch.should_stop:
+                if watch.should_stop():
                     process.send_signal(signal.SIGTERM)
                 if time.monotonic() - start_s > RUN_TIMEOUT_S:
                     raise RunFailed(f"{' '.join(command)} ran for more than {RUN_TIMEOUT_S:.0f} s")
@@ -142,84 +128,6 @@ def train_ours(
         foreign_cores=round(max(0.0, foreign_cores), 3),
         totals=_totals(folder / "summary.json"),
     )
-
-
-class _Watch:
-    """Follows metrics.jsonl, and relates its times to the samples of CPU time."""
-
-    def __init__(self, path: Path, horizon_tokens: int) -> None:
-        self._path = path
-        self._horizon_tokens = horizon_tokens
-        self._num_read = 0
-        self._start: dict[str, Any] | None = None
-        self.steps: list[dict[str, Any]] = []
-        self.stopped = False
-        self._samples: list[tuple[float, float]] = []
-        self._offset_s = float("inf")
-        """Monotonic time minus `wall_s` of an event; the least over all events, whose line may be
-        read late but never early."""
-
-    def poll(self, core_s: float) -> None:
-        now_s = time.monotonic()
-        self._samples.append((now_s, core_s))
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._num_read)
-            lines = file.read().splitlines(keepends=True)
-        for line in lines:
-            if not line.endswith(b"\n"):
-                break
-            self._num_read += len(line)
-            event = json.loads(line)
-            self._offset_s = min(self._offset_s, now_s - event["wall_s"])
-            if event["kind"] == "step":
-                self.steps.append(event)
-            elif event["kind"] == "evaluation" and self._start is None:
-                self._start = event
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether the horizon is reached; true once."""
-        if self.stopped or not self.steps or _tokens(self.steps[-1]) < self._horizon_tokens:
-            return False
-        self.stopped = True
-        return True
-
-    def versions(self, every: int) -> list[Version]:
-        times_s, cores_s = np.array(self._samples).T
-
-        def core_s_at(wall_s: float) -> float:
-            return float(np.interp(wall_s + self._offset_s, times_s, cores_s))
-
-        wall_s = self._origin_s()
-        core_s = core_s_at(wall_s)
-        return [
-            Version(
-                version=step["policy_version"],
-                tokens=_tokens(step),
-                wall_s=round(step["wall_s"] - wall_s, 3),
-                core_s=round(core_s_at(step["wall_s"]) - core_s, 2),
-            )
-            for step in self.steps
-            if step["policy_version"] % every == 0
-        ]
-
-    def _origin_s(self) -> float:
-        """When generation began, on the clock of the run.
-
-        The first event is the evaluation of one prompt, before the first update. The tokens that
-        were generated by then are counted, so their time is too: at the rate of the first update.
-        """
-        assert self._start is not None
-        start_s, start_tokens = self._start["wall_s"], _tokens(self._start)
-        first = self.steps[0]
-        rate = (first["wall_s"] - start_s) / max(1, _tokens(first) - start_tokens)
-        return start_s - rate * start_tokens
-
-
-def _tokens(event: Mapping[str, Any]) -> int:
-    return event["tokens_generated"] - event["tokens_evaluation"]
 
 
 def _totals(summary: Path) -> dict[str, Any]:
