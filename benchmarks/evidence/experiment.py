@@ -50,7 +50,7 @@ class Experiment:
         self._scorer = ExactScorer(MODEL, self.prompts.scored)
 
     def run(self, job: Job) -> Record:
-        """Makes a run. Raises RunFailed or RuntimeError if it trained nothing."""
+        """Makes a run. Raises RunFailed if it counts for nothing."""
         arm = ARMS[job.arm]
         values = overrides(arm, job.setting, job.seed)
         exact_only(load_config(str(QUICKSTART), values), NUM_ANSWER_CHARACTERS)

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.evidence.process_times import ProcessTimes, machine_busy_s
 from benchmarks.evidence.watch import RunWatch, Version
-from benchmarks.harness import ROOT, output_of
+from benchmarks.harness import ROOT
 from speed_async.launcher.processes import die_with_parent
 
 POLL_S = 0.2
@@ -27,6 +27,7 @@ STALL_TIMEOUT_S = 180.0
 BUSY_CORES = 0.5
 """With more cores used by others, a run that ends early has failed: it may have been starved."""
 RUN_TIMEOUT_S = 3600.0
+END_GRACE_S = 60.0
 MAX_UPDATES = 3000
 """Only bounds a run that nobody stops."""
 ENVIRONMENT = {
@@ -98,17 +99,9 @@ def train_ours(
         )
         times = ProcessTimes(process.pid)
         try:
-            while process.poll() is None:
-                watch.poll(times.sample())
-                if watch.should_stop():
-                    process.send_signal(signal.SIGTERM)
-                if time.monotonic() - start_s > RUN_TIMEOUT_S:
-                    raise RunFailed(f"{' '.join(command)} ran for more than {RUN_TIMEOUT_S:.0f} s")
-                time.sleep(POLL_S)
+            _follow(process, watch, times)
         finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait(60)
+            _end(process)
         output.seek(0)
         tail = output.read()[-2000:]
     watch.poll(sum(times.by_role().values()))
@@ -130,6 +123,28 @@ def train_ours(
     )
 
 
+def _follow(process: subprocess.Popen[bytes], watch: RunWatch, times: ProcessTimes) -> None:
+    """Returns when the run has ended, by itself or because it reached its horizon."""
+    end_s = time.monotonic() + RUN_TIMEOUT_S
+    while process.poll() is None:
+        watch.poll(times.sample())
+        if watch.should_stop():
+            process.send_signal(signal.SIGTERM)
+        if time.monotonic() > end_s:
+            raise RunFailed(f"the run took more than {RUN_TIMEOUT_S:.0f} s")
+        time.sleep(POLL_S)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(END_GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 def _totals(summary: Path) -> dict[str, Any]:
     if not summary.exists():
         return {}
@@ -145,16 +160,29 @@ def _totals(summary: Path) -> dict[str, Any]:
 def train_trl(
     arguments: Sequence[str], *, prompts: Path, folder: Path, horizon_tokens: int, every: int
 ) -> Trace:
-    """Runs TRL's RLOOTrainer on the same configuration. Raises RuntimeError."""
+    """Runs TRL's RLOOTrainer on the same configuration. Raises RunFailed."""
     command = [sys.executable, "-m", "benchmarks.trl_arm", *arguments, *TRL_SETTING]
     command += ["--task.name", str(FIXED["task.name"]), "--task.path", str(prompts)]
     command += ["--task.num_held_out", "1", "--steps", str(MAX_UPDATES)]
     command += ["--max-tokens", str(horizon_tokens), "--checkpoint-every", str(every)]
     command += ["--checkpoints", str(folder / CHECKPOINTS)]
     start_s, busy_s, own_s = time.monotonic(), machine_busy_s(), _children_s()
-    output = output_of(command, os.environ | ENVIRONMENT)
+    try:
+        completed = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=RUN_TIMEOUT_S,
+            preexec_fn=partial(die_with_parent, os.getpid(), signal.SIGTERM),
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RunFailed(str(error)) from error
+    if completed.returncode:
+        raise RunFailed(f"{' '.join(command)} failed:\n{completed.stderr[-2000:]}")
     process_s, core_s = time.monotonic() - start_s, _children_s() - own_s
-    results = json.loads(output.splitlines()[-1])
+    results = json.loads(completed.stdout.splitlines()[-1])
     steps = zip(results["tokens"], results["ends_s"], results["core_s"], strict=True)
     return Trace(
         versions=[
