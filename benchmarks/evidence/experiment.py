@@ -9,11 +9,11 @@ from pathlib import Path
 from benchmarks.evidence.pass_rates import ExactScorer, exact_only
 from benchmarks.evidence.plan import (
     ARMS,
-    CHECKPOINT_EVERY,
     DATA_SEED,
     NUM_SCORED,
     NUM_TRAIN,
     SPREADS,
+    checkpoint_every,
     overrides,
 )
 from benchmarks.evidence.records import Job, Point, Record
@@ -54,6 +54,7 @@ class Experiment:
         arm = ARMS[job.arm]
         values = overrides(arm, job.setting, job.seed)
         exact_only(load_config(str(QUICKSTART), values), NUM_ANSWER_CHARACTERS)
+        commit = _commit()
         started = datetime.now(UTC).isoformat(timespec="seconds")
         with tempfile.TemporaryDirectory(prefix="evidence-") as temporary:
             prompts, folder = Path(temporary) / "prompts.jsonl", Path(temporary) / "run"
@@ -63,7 +64,7 @@ class Experiment:
                 prompts=prompts,
                 folder=folder,
                 horizon_tokens=self._horizon_tokens,
-                every=CHECKPOINT_EVERY,
+                every=checkpoint_every(arm),
             )
             points = [
                 Point(version=0, tokens=0, wall_s=0, core_s=0, accuracy=self._accuracy(MODEL))
@@ -84,7 +85,7 @@ class Experiment:
             **{each.name: getattr(job, each.name) for each in fields(Job)},
             points=tuple(points),
             ended=trace.ended,
-            commit=_commit(),
+            commit=commit,
             started=started,
             prompts=self.prompts.digest,
             overrides=tuple(values),

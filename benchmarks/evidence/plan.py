@@ -11,12 +11,10 @@ from typing import Literal
 
 from benchmarks.evidence.spreads import NUM_ANSWER_CHARACTERS, Spread
 
-EXPERIMENT = "2026-11-29"
+EXPERIMENT = "2026-11-30"
 
 NUM_TRAIN, NUM_SCORED, DATA_SEED = 2560, 800, 5
 COMPLETIONS_PER_UPDATE = 384
-CHECKPOINT_EVERY = 2
-"""Policy versions between scored checkpoints; a crossing is interpolated between two of them."""
 
 TUNING_SEEDS = (1001, 1002, 1003)
 NUM_SURVIVORS = 4
@@ -165,6 +163,12 @@ def settings(arm: Arm) -> list[Setting]:
         Setting(lr=lr, clip=clip, shape=shape)
         for lr, clip, shape in product(LEARNING_RATES, CLIPS, arm.shapes)
     ]
+
+
+def checkpoint_every(arm: Arm) -> int:
+    """Policy versions between scored checkpoints; a crossing is interpolated between two of them.
+    With a gate, a version costs more tokens, so every one is scored."""
+    return 1 if arm.screen else 2
 
 
 def overrides(arm: Arm, setting: Setting, seed: int) -> list[str]:
