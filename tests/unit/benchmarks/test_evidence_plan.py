@@ -186,7 +186,7 @@ def test_evaluation_begins_when_all_arms_are_tuned_and_goes_by_blocks():
 def test_every_arm_of_the_plan_is_a_valid_configuration_with_equal_completions():
     for arm in ARMS.values():
         for setting in settings(arm):
-            values = overrides(dataclasses.replace(arm, passes=1), setting, 3)
+            values = overrides(arm, setting, 3)
             config = load_config(QUICKSTART, values)
             total = config.gate.group_size * config.learner.groups_per_update
             assert total == plan.COMPLETIONS_PER_UPDATE
