@@ -40,8 +40,6 @@ def kept(
     elif choice == "unbiased" and num_screening:
         screened = passed[:num_screening]
         num_passed = int(screened.sum())
-        is_open = gate.admits(num_passed, num_screening)
-        pivotal_if_passed = gate.admits(num_passed - 1, num_screening) != is_open
-        pivotal_if_failed = gate.admits(num_passed + 1, num_screening) != is_open
-        kept_N[:num_screening] = ~np.where(screened, pivotal_if_passed, pivotal_if_failed)
+        pivotal = [gate.is_pivotal(num_passed, num_screening, passed=own) for own in (False, True)]
+        kept_N[:num_screening] = ~np.where(screened, pivotal[1], pivotal[0])
     return kept_N

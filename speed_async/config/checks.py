@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from speed_async.config.gate_checks import check_gate
 from speed_async.config.hub_id import is_hub_id
 from speed_async.config.key_folder import check_client_files
 from speed_async.config.schema import Config, TaskConfig
@@ -22,7 +23,7 @@ BYTES_PER_TOKEN = 12
 def check_combinations(config: Config) -> list[ConfigError]:
     """Return an error for every invalid combination."""
     checks = (
-        _check_gate,
+        check_gate,
         _check_rewards,
         _check_objective,
         check_update,
@@ -35,42 +36,6 @@ def check_combinations(config: Config) -> list[ConfigError]:
         _check_security,
     )
     return [error for check in checks for error in check(config)]
-
-
-def _check_gate(config: Config) -> Iterator[ConfigError]:
-    gate, num_seen = config.gate, config.gate.num_screening
-    if gate.group_size < 2:
-        yield ConfigError(
-            "gate.n_cont",
-            gate.n_cont,
-            f"with gate.n_init = {gate.n_init} a group has a single completion and no baseline; "
-            "set n_init + n_cont to 2 or more",
-        )
-        return
-    if gate.low >= gate.high:
-        yield ConfigError("gate.low", gate.low, f"must be below gate.high = {gate.high}")
-        return
-    if num_seen and not any(gate.admits(k, num_seen) for k in range(num_seen + 1)):
-        yield ConfigError(
-            "gate.n_init",
-            gate.n_init,
-            f"no pass rate k/{num_seen} lies strictly between gate.low = {gate.low} and "
-            f"gate.high = {gate.high}, so no prompt can pass; raise gate.n_init (at least 2) "
-            "or widen the band",
-        )
-    if gate.mode == "screen" and gate.n_cont == 0:
-        yield ConfigError(
-            "gate.n_cont",
-            gate.n_cont,
-            "the gate would continue no prompt; set 1 or more, or gate.mode = 'filter'",
-        )
-    if gate.mode == "off" and config.curriculum.kind == "posterior":
-        yield ConfigError(
-            "curriculum.kind",
-            "posterior",
-            "it selects prompts that pass the gate, and gate.mode = 'off' has none; set 'uniform', "
-            "or an algorithm with a gate (speed-rloo, dapo)",
-        )
 
 
 def _check_objective(config: Config) -> Iterator[ConfigError]:

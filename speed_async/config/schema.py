@@ -167,6 +167,12 @@ class GateConfig(Section):
         """The decision of the gate on a prompt with these screening completions."""
         return self.low < num_passed / num_screening < self.high
 
+    def is_pivotal(self, num_passed: int, num_screening: int, *, passed: bool) -> bool:
+        """Whether the decision would be another one if one of these screening samples, which passed
+        or failed, had the other outcome."""
+        flipped = num_passed - 1 if passed else num_passed + 1
+        return self.admits(flipped, num_screening) != self.admits(num_passed, num_screening)
+
 
 class CurriculumConfig(Section):
     kind: Literal["uniform", "posterior"] = "uniform"

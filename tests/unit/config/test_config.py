@@ -315,6 +315,15 @@ def test_group_size_does_not_depend_on_the_gate_mode(config_file: Path) -> None:
             "objective.screening_samples",
             "would use none",
         ),
+        (
+            [
+                *("--gate.mode", "filter", "--gate.n_init", "2", "--gate.n_cont", "2"),
+                *("--gate.low", "0.25", "--gate.high", "0.75"),
+                *("--objective.screening_samples", "unbiased"),
+            ],
+            "objective.screening_samples",
+            "raise gate.n_init, or set 'all'",
+        ),
         (["--gate.mode", "off", "--curriculum.kind", "posterior"], "curriculum.kind", "uniform"),
         (
             ["--task.reward", "boxed", "--task.rewards", '[{name = "correct"}]'],

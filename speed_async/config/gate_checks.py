@@ -1,0 +1,67 @@
+"""Checks of the gate, and of what it leaves for training."""
+
+from collections.abc import Iterator
+
+from speed_async.config.schema import Config, GateConfig
+from speed_async.errors import ConfigError
+
+
+def check_gate(config: Config) -> Iterator[ConfigError]:
+    gate, num_seen = config.gate, config.gate.num_screening
+    if gate.group_size < 2:
+        yield ConfigError(
+            "gate.n_cont",
+            gate.n_cont,
+            f"with gate.n_init = {gate.n_init} a group has a single completion and no baseline; "
+            "set n_init + n_cont to 2 or more",
+        )
+        return
+    if gate.low >= gate.high:
+        yield ConfigError("gate.low", gate.low, f"must be below gate.high = {gate.high}")
+        return
+    if num_seen and not any(gate.admits(k, num_seen) for k in range(num_seen + 1)):
+        yield ConfigError(
+            "gate.n_init",
+            gate.n_init,
+            f"no pass rate k/{num_seen} lies strictly between gate.low = {gate.low} and "
+            f"gate.high = {gate.high}, so no prompt can pass; raise gate.n_init (at least 2) "
+            "or widen the band",
+        )
+        return
+    if gate.mode == "screen" and gate.n_cont == 0:
+        yield ConfigError(
+            "gate.n_cont",
+            gate.n_cont,
+            "the gate would continue no prompt; set 1 or more, or gate.mode = 'filter'",
+        )
+    if gate.mode == "off" and config.curriculum.kind == "posterior":
+        yield ConfigError(
+            "curriculum.kind",
+            "posterior",
+            "it selects prompts that pass the gate, and gate.mode = 'off' has none; set 'uniform', "
+            "or an algorithm with a gate (speed-rloo, dapo)",
+        )
+    if config.objective.screening_samples == "unbiased" and not _trains_any(gate):
+        yield ConfigError(
+            "objective.screening_samples",
+            "unbiased",
+            f"with gate.mode = '{gate.mode}', {num_seen} screening completions and a pass rate "
+            f"between gate.low = {gate.low} and gate.high = {gate.high}, every sample of an "
+            "admitted group is pivotal, so training would use none; widen the band, raise "
+            "gate.n_init, or set 'all'",
+        )
+
+
+def _trains_any(gate: GateConfig) -> bool:
+    """Whether an admitted group can have a sample that `unbiased` keeps: one of the continuation,
+    or a screening sample that is not pivotal."""
+    num_seen = gate.num_screening
+    if num_seen < gate.group_size:
+        return True
+    return any(
+        not gate.is_pivotal(k, num_seen, passed=passed)
+        for k in range(num_seen + 1)
+        if gate.admits(k, num_seen)
+        for passed, count in ((True, k), (False, num_seen - k))
+        if count
+    )
