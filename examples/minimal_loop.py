@@ -60,7 +60,7 @@ class Buffer:
         self.counts = counts
         self._groups: dict[int, Group] = {}
         self._order = PriorityBuffer(
-            capacity_groups=config.buffer.capacity_groups,
+            capacity_groups=config.capacity_groups,
             capacity_bytes=config.buffer.capacity_bytes,
             freshness_decay=config.buffer.freshness_decay,
             max_passed_over=config.buffer.max_passed_over,

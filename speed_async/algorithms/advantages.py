@@ -34,6 +34,37 @@ def rloo(rewards: Sequence[Float64Array]) -> list[Float64Array]:
     ]
 
 
+def shrunken(rewards: Sequence[Float64Array], *, prior_weight: float) -> list[Float64Array]:
+    """Leave-one-out, shrunken towards the other groups of the update: A_i = r_i - b_i with
+
+        b_i = (m c + sum of the other rewards of the group) / (m + N - 1),
+
+    where m is `prior_weight`, in completions, and c is the mean reward of all other groups. For
+    pass or fail it is the posterior mean of the pass rate under a Beta prior of mean c and strength
+    m. b_i does not depend on completion i, so the estimate stays unbiased as with `rloo`. A group
+    of one completion has the baseline c. A group with equal rewards has a gradient, unless all
+    rewards of the update are equal.
+    Source: Zeng et al. 2025, "Shrinking the Variance: Shrinkage Baselines for Reinforcement
+    Learning with Verifiable Rewards" (arXiv 2511.03710), leave-one-out at both levels; there, m is
+    estimated in every update.
+
+    Args: rewards (N,) of each group. Returns: advantages (N,) of each group, float64.
+    Raises ValueError for an update of one group.
+    """
+    if len(rewards) < 2:
+        raise ValueError("a shrunken baseline needs at least 2 groups in an update")
+    rewards_all = np.concatenate(rewards).astype(np.float64)
+    if (rewards_all == rewards_all[0]).all():
+        return [np.zeros(len(rewards_N)) for rewards_N in rewards]
+    results: list[Float64Array] = []
+    for rewards_N in rewards:
+        size, own = len(rewards_N), rewards_N.sum()
+        others = (rewards_all.sum() - own) / (len(rewards_all) - size)
+        baseline_N = (prior_weight * others + own - rewards_N) / (prior_weight + size - 1)
+        results.append(rewards_N - baseline_N)
+    return results
+
+
 def grpo(rewards: Sequence[Float64Array]) -> list[Float64Array]:
     """A_i = (r_i - mean) / (std + 1e-4) over the group, with the sample standard deviation (n - 1).
 

@@ -79,7 +79,7 @@ def make_objective(config: Config, *, context_length: int | None = None) -> Obje
     limit = partial(completion_limit, config.actors.max_new_tokens, context_length=context_length)
     return Objective(
         shaping=partial(_overlong, chosen=chosen, limit=limit),
-        advantages=_advantages(chosen.advantage),
+        advantages=_advantages(chosen),
         selection=partial(kept, gate=config.gate, choice=chosen.screening_samples),
         aggregation={
             "token_mean": aggregation.token_mean,
@@ -167,13 +167,15 @@ def _overlong(
     )
 
 
-def _advantages(name: str) -> Advantages:
+def _advantages(chosen: ObjectiveConfig) -> Advantages:
     choices: dict[str, Advantages] = {
         "rloo": advantages.rloo,
+        "shrunken": partial(advantages.shrunken, prior_weight=chosen.prior_weight),
         "grpo": advantages.grpo,
         "dr_grpo": advantages.dr_grpo,
         "batch": advantages.batch,
     }
+    name = chosen.advantage
     return choices.get(name) or import_part("objective.advantage", name)
 
 

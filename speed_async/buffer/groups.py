@@ -27,7 +27,7 @@ class FinishedGroups:
         self, config: Config, ledger: Ledger, statistics: RunStatistics, state: GroupsState
     ) -> None:
         self.buffer = PriorityBuffer(
-            capacity_groups=config.buffer.capacity_groups,
+            capacity_groups=config.capacity_groups,
             capacity_bytes=config.buffer.capacity_bytes,
             freshness_decay=config.buffer.freshness_decay,
             max_passed_over=config.buffer.max_passed_over,

@@ -38,7 +38,7 @@ class PayloadRules:
         self._group_size = config.gate.group_size
         suites = config.evaluate.suites
         self._max_evaluated = max([config.evaluate.num_samples, *(s.samples for s in suites)])
-        self._capacity_groups = config.buffer.capacity_groups
+        self._capacity_groups = config.capacity_groups
 
     def fault(self, message: m.Message, policy_version: int) -> str | None:
         """The first violation if this is the newest version; None if there is none."""

@@ -104,10 +104,10 @@ def _check_buffer(config: Config) -> Iterator[ConfigError]:
             f"fewer credits than learner.groups_per_update = {batch}: no batch would be complete; "
             f"set at least {batch}",
         )
-    if config.buffer.capacity_groups < batch:
+    if config.capacity_groups < batch:
         yield ConfigError(
             "buffer.capacity_groups",
-            config.buffer.capacity_groups,
+            config.capacity_groups,
             f"smaller than learner.groups_per_update = {batch}: no batch would be complete; "
             f"set at least {batch}",
         )

@@ -2,18 +2,21 @@
 
 from collections.abc import Iterator
 
-from speed_async.config.schema import Config, GateConfig
+from speed_async.config.schema import ACROSS_GROUPS, Config, GateConfig
 from speed_async.errors import ConfigError
 
 
 def check_gate(config: Config) -> Iterator[ConfigError]:
     gate, num_seen = config.gate, config.gate.num_screening
-    if gate.group_size < 2:
+    yield from _check_baseline(config)
+    needs_two = gate.mode != "off" or config.objective.advantage not in ACROSS_GROUPS
+    if gate.group_size < 2 and needs_two:
         yield ConfigError(
             "gate.n_cont",
             gate.n_cont,
             f"with gate.n_init = {gate.n_init} a group has a single completion and no baseline; "
-            "set n_init + n_cont to 2 or more",
+            "set n_init + n_cont to 2 or more, or gate.mode = 'off' and objective.advantage = "
+            "'shrunken', whose baseline is the other groups of the update",
         )
         return
     if gate.low >= gate.high:
@@ -49,6 +52,25 @@ def check_gate(config: Config) -> Iterator[ConfigError]:
             f"between gate.low = {gate.low} and gate.high = {gate.high}, every sample of an "
             "admitted group is pivotal, so training would use none; widen the band, raise "
             "gate.n_init, or set 'all'",
+        )
+
+
+def _check_baseline(config: Config) -> Iterator[ConfigError]:
+    if config.objective.advantage != "shrunken":
+        return
+    if config.learner.groups_per_update < 2:
+        yield ConfigError(
+            "learner.groups_per_update",
+            config.learner.groups_per_update,
+            "objective.advantage = 'shrunken' compares groups of one update; set 2 or more, or "
+            "objective.advantage = 'rloo'",
+        )
+    if config.gate.mode == "off" and config.buffer.signal_weight > 0:
+        yield ConfigError(
+            "buffer.signal_weight",
+            config.buffer.signal_weight,
+            "with objective.advantage = 'shrunken' and gate.mode = 'off', groups of equal rewards "
+            "have a gradient, and this priority would let them become stale; set 0",
         )
 
 

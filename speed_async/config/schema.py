@@ -28,9 +28,12 @@ Algorithm = Literal[
     "speed-rloo",
     "speed-dapo",
 ]
-ADVANTAGES = ("rloo", "grpo", "dr_grpo", "batch")
+ADVANTAGES = ("rloo", "shrunken", "grpo", "dr_grpo", "batch")
+ACROSS_GROUPS = ("shrunken", "batch")
+"""Advantages that compare groups: a group with equal rewards, or of one completion, teaches too."""
 REWARDS = ("correct", "boxed", "answer_tag", "overlong")
 POLICY_LOSSES = ("policy_gradient", "ppo_clip", "cispo", "gspo")
+MIN_CAPACITY_GROUPS = 256
 Reward = Annotated[float, Field(ge=-1e6, le=1e6)]  # MAX_REWARD of types.py, which needs numpy
 
 
@@ -191,7 +194,11 @@ class ObjectiveConfig(Section):
     """The objective. `algorithm` sets these fields; a value set here overrides the preset."""
 
     advantage: Annotated[str, part_name("advantage", *ADVANTAGES)] = "rloo"
-    """`rloo`, `grpo`, `dr_grpo` or `batch` (algorithms/advantages.py), or `<module>:<function>`."""
+    """`rloo`, `shrunken`, `grpo`, `dr_grpo` or `batch` (algorithms/advantages.py), or
+    `<module>:<function>`."""
+    prior_weight: PositiveFloat = 2.0
+    """Weight of the mean reward of the other groups of the update in the baseline of `shrunken`, in
+    completions of the own group."""
     policy_loss: Annotated[str, part_name("policy_loss", *POLICY_LOSSES)] = "ppo_clip"
     """`policy_gradient`, `ppo_clip`, `cispo` or `gspo` (algorithms/losses.py), or
     `<module>:<function>`. All except `policy_gradient` use the importance ratio to the behaviour
@@ -290,8 +297,9 @@ class ActorsConfig(Section):
 
 
 class BufferConfig(Section):
-    capacity_groups: PositiveInt = 256
-    """Maximum number of buffered groups. Beyond it the group of lowest priority is evicted."""
+    capacity_groups: PositiveInt | None = None
+    """Maximum number of buffered groups. Beyond it the group of lowest priority is evicted. None:
+    the number of credits, at least 256."""
     capacity_bytes: PositiveInt = 1024 * 1024 * 1024
     """Maximum array bytes of buffered groups, with the same eviction."""
     credits: PositiveInt | None = None
@@ -462,6 +470,11 @@ class Config(Section):
             if each.name == suite:
                 return each.temperature, 1.0
         return self.actors.temperature, self.actors.top_p
+
+    @property
+    def capacity_groups(self) -> int:
+        """Maximum number of buffered groups."""
+        return self.buffer.capacity_groups or max(MIN_CAPACITY_GROUPS, self.max_credits)
 
     @property
     def max_credits(self) -> int:

@@ -116,8 +116,8 @@ class Trainer:
 
         Completions with zero advantage and dropped screening samples count in the denominators of
         the aggregation. They have no gradient and are not computed. Raises ModelError for token ids
-        outside the vocabulary of the model, and ValueError for a group of one completion, an empty
-        prompt, or fewer groups than mini-batches.
+        outside the vocabulary of the model, and ValueError for too few completions or groups for
+        the advantage, an empty prompt, or fewer groups than mini-batches.
         """
         started_s = self._clock()
         if not groups:

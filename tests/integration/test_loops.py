@@ -94,6 +94,20 @@ def test_run_trains_every_batch_and_its_ledger_balances(make_run: Callable[..., 
     assert ledger["tokens"]["generated"] == sum(e.stats.tokens_generated for e in run.engines)
 
 
+def test_a_group_may_have_one_completion(make_run: Callable[..., Run]) -> None:
+    run = make_run(
+        gate={"mode": "off", "n_init": 1, "n_cont": 0},
+        objective={"advantage": "shrunken"},
+        buffer={"signal_weight": 0.0},
+    )
+    finished = execute(run)
+    assert finished.outcome == "completed"
+    groups = [group for batch in run.updates.batches for group in batch]
+    assert [len(group.completions) for group in groups] == [1] * 10
+    ledger = finished.service_fields["ledger"]
+    assert isinstance(ledger, dict) and ledger["closes"]
+
+
 def test_every_version_is_published_with_its_canary(
     make_run: Callable[..., Run],
 ) -> None:

@@ -13,7 +13,7 @@ from speed_async.buffer.reporting.evidence import (
     UpdateRecord,
 )
 from speed_async.buffer.reporting.statistics import ACCEPTANCE_WINDOW, RunStatistics
-from speed_async.config.schema import Config, GateConfig
+from speed_async.config.schema import ACROSS_GROUPS, Config, GateConfig
 
 MIN_COMPLETIONS = 128
 PATIENCE_S = 30.0
@@ -189,7 +189,7 @@ class Rules:
         ranges = self._evidence.reward_ranges
         if len(ranges) < (ranges.maxlen or 0) or self._config.objective.overlong_share > 0:
             return False
-        if self._config.objective.advantage == "batch":  # compares across groups
+        if self._config.objective.advantage in ACROSS_GROUPS:
             return min(low for low, _ in ranges) == max(high for _, high in ranges)
         return all(low == high for low, high in ranges)
 

@@ -48,7 +48,7 @@ def status_values(
         "tokens_evaluation": lifecycle.ledger.evaluation.tokens,
         "gate_acceptance": statistics.gate_acceptance if _has_gate(parts) else None,
         "buffer_groups": len(lifecycle.groups.buffer),
-        "buffer_capacity": parts.config.buffer.capacity_groups,
+        "buffer_capacity": parts.config.capacity_groups,
         "in_flight_groups": lifecycle.leases.num_training,
         "credits": lifecycle.leases.num_training + lifecycle.credits_left,
         "staleness_mean": statistics.staleness_last_mean,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speed_async.algorithms.advantages import Advantages, batch, dr_grpo, grpo, rloo
+from speed_async.algorithms.advantages import Advantages, batch, dr_grpo, grpo, rloo, shrunken
 
 
 def of_one_group(advantages: Advantages, rewards: Sequence[float]) -> np.ndarray:
@@ -27,6 +27,31 @@ def test_rloo_with_two_successes_in_four():
 def test_rloo_with_fractional_rewards():
     # 0.2 - mean(0.5, 0.8), 0.5 - mean(0.2, 0.8), 0.8 - mean(0.2, 0.5)
     np.testing.assert_allclose(of_one_group(rloo, [0.2, 0.5, 0.8]), [-0.45, 0.0, 0.45], atol=1e-15)
+
+
+def test_shrunken_baseline_counts_the_other_groups_as_completions():
+    # First group: others 3 of 4, m = 2: b = (2 x 3/4 + 1) / 3 without a pass of its own, else 1/2.
+    # Second group: others 1 of 2, so b = (2 x 1/2 + own passes among the other three) / 5.
+    first, second = shrunken(
+        [np.array([1.0, 0.0]), np.array([1.0, 1.0, 1.0, 0.0])], prior_weight=2.0
+    )
+    np.testing.assert_allclose(first, [1 - 1.5 / 3, -2.5 / 3], rtol=1e-15)
+    np.testing.assert_allclose(second, [1 - 3 / 5, 1 - 3 / 5, 1 - 3 / 5, -4 / 5], rtol=1e-15)
+
+
+def test_shrunken_group_of_one_has_the_mean_of_the_other_groups_as_baseline():
+    one, _, _ = shrunken([np.array([1.0]), np.array([0.0]), np.array([0.5])], prior_weight=7.0)
+    assert one.tolist() == [0.75]
+
+
+def test_shrunken_is_zero_for_equal_rewards_and_rloo_without_prior():
+    groups = [np.full(3, 0.1), np.full(2, 0.1)]
+    assert [a.tolist() for a in shrunken(groups, prior_weight=2.0)] == [[0.0] * 3, [0.0] * 2]
+    groups = [np.array([1.0, 0.0, 0.0]), np.array([1.0, 1.0, 0.0])]
+    for ours, theirs in zip(shrunken(groups, prior_weight=1e-12), rloo(groups), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-11)
+    with pytest.raises(ValueError, match="at least 2 groups"):
+        shrunken(groups[:1], prior_weight=2.0)
 
 
 def test_grpo_divides_by_the_sample_standard_deviation():

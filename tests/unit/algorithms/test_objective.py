@@ -171,6 +171,13 @@ def test_advantages_by_name(tmp_path: Path, advantage: str, expected: list[float
     assert signal.advantages_N.tolist()[: len(expected)] == pytest.approx(expected)
 
 
+def test_the_shrunken_advantage_uses_the_prior_weight(tmp_path: Path):
+    # Rewards 1 0 1 beside 1 0 1: c = 2/3, so b = (4 x 2/3 + passes among the other two) / 6.
+    objective = objective_of(tmp_path, advantage="shrunken", prior_weight=4.0)
+    for signal in compute_signals(objective, [example(), example()]):
+        assert signal.advantages_N.tolist() == pytest.approx([7 / 18, -7 / 9, 7 / 18])
+
+
 @pytest.mark.parametrize(
     ("aggregation", "expected"),
     [

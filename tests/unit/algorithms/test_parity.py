@@ -26,7 +26,7 @@ from tests.fakes.paths import FAKES, REPOSITORY
 ROOT = REPOSITORY
 FILES = sorted((FAKES / "parity").glob("*.json"))
 VERSIONS = {"trl": "1.16.0", "verl": "0.9.1"}
-WITHOUT_REFERENCE = {"aggregation": {"prompt_mean"}}
+WITHOUT_REFERENCE = {"aggregation": {"prompt_mean"}, "advantage": {"shrunken"}}
 ANCHORED_AT_MU = {"none", "decoupled_log_linear", "negative_sequence_mask"}
 NO_LIMIT = {
     "min_ratio": 0.0,

@@ -261,6 +261,12 @@ def test_overrides_take_precedence_over_the_preset(config_file: Path) -> None:
     assert config.objective.overlong_share == pytest.approx(1 / 6)
 
 
+ONE_COMPLETION = [
+    *("--gate.mode", "off", "--gate.n_init", "1", "--gate.n_cont", "0"),
+    *("--objective.advantage", "shrunken", "--buffer.signal_weight", "0"),
+]
+
+
 @pytest.mark.parametrize("algorithm", get_args(Algorithm))
 def test_every_algorithm_preset_is_applied_in_full(
     algorithm: str, config_file: Path, tmp_path: Path
@@ -272,6 +278,20 @@ def test_every_algorithm_preset_is_applied_in_full(
         assert {name: resolved[name] for name in parts} == parts
     save_config(config, tmp_path / "resolved.json")
     assert read_resolved(tmp_path / "resolved.json") == config
+
+
+def test_groups_of_one_completion_need_an_advantage_that_compares_groups(
+    config_file: Path,
+) -> None:
+    assert load_config(config_file, ONE_COMPLETION).gate.group_size == 1
+
+
+def test_the_buffer_has_space_for_all_credits_unless_it_is_limited(config_file: Path) -> None:
+    many = ["--learner.groups_per_update", "96", "--buffer.max_staleness", "2"]
+    assert load_config(config_file, ["--buffer.max_staleness", "2"]).capacity_groups == 256
+    assert load_config(config_file, many).capacity_groups == 288
+    limited = load_config(config_file, [*many, "--buffer.capacity_groups", "100"])
+    assert limited.capacity_groups == 100
 
 
 def test_group_size_does_not_depend_on_the_gate_mode(config_file: Path) -> None:
@@ -324,6 +344,22 @@ def test_group_size_does_not_depend_on_the_gate_mode(config_file: Path) -> None:
             "objective.screening_samples",
             "raise gate.n_init, or set 'all'",
         ),
+        (
+            ["--objective.advantage", "shrunken", "--learner.groups_per_update", "1"],
+            "learner.groups_per_update",
+            "set 2 or more",
+        ),
+        (
+            ["--gate.mode", "off", "--objective.advantage", "shrunken"],
+            "buffer.signal_weight",
+            "become stale; set 0",
+        ),
+        (
+            [*ONE_COMPLETION, "--objective.advantage", "rloo"],
+            "gate.n_cont",
+            "objective.advantage = 'shrunken'",
+        ),
+        ([*ONE_COMPLETION, "--gate.mode", "screen"], "gate.n_cont", "gate.mode = 'off'"),
         (["--gate.mode", "off", "--curriculum.kind", "posterior"], "curriculum.kind", "uniform"),
         (
             ["--task.reward", "boxed", "--task.rewards", '[{name = "correct"}]'],

@@ -177,6 +177,20 @@ def test_equal_rewards_are_diagnosed_before_the_first_update(ungated: WatchedSer
     assert ungated.diagnoses() == ""
 
 
+@pytest.mark.parametrize("advantage", ["shrunken", "batch"])
+def test_equal_rewards_within_groups_are_a_signal_if_groups_are_compared(
+    tmp_path: Path, advantage: str
+) -> None:
+    by_age = NO_GATE | {"buffer": NO_GATE["buffer"] | {"signal_weight": 0}}
+    harness = WatchedService(tmp_path, objective={"advantage": advantage}, **by_age)
+    for reward in (1, 0, 1, 0):
+        harness.group((reward,) * 4, gate=False)
+    assert harness.diagnoses() == ""
+    for _ in range(4):
+        harness.group((0,) * 4, gate=False)
+    assert "in each of the last 4 groups all rewards were equal" in harness.diagnoses()
+
+
 def test_one_update_with_a_gradient_makes_a_completed_run(ungated: WatchedService) -> None:
     ungated.update(0.0)
     ungated.update(0.25)
