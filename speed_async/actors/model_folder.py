@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from speed_async.errors import ModelError
+from speed_async.weight_sync.device import DeviceChoice, resolve_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +23,7 @@ def load_model_folder(
     path: str | Path,
     *,
     context_length: int | None = None,
-    device: str = "auto",
+    device: DeviceChoice = "auto",
     dtype: torch.dtype | None = None,
 ) -> LoadedModel:
     """Load a model folder onto a device ("auto": CUDA when available).
@@ -35,7 +36,7 @@ def load_model_folder(
     from transformers import AutoModelForCausalLM  # slow import: after the cheap checks
 
     tokenizer = load_tokenizer(folder)
-    target = resolve_device(device)
+    target = resolve_device("actors.device", device)
     if dtype is None:
         dtype_choice: torch.dtype | str = torch.float32 if target.type == "cpu" else "auto"
     else:
@@ -138,11 +139,3 @@ def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
         if value is not None:
             found.update([value] if isinstance(value, int) else value)
     return tuple(sorted(found))
-
-
-def resolve_device(device: str) -> torch.device:
-    """Raises ModelError when CUDA is requested but not available."""
-    has_cuda = torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
-        raise ModelError('device = "cuda", but torch finds no CUDA device: use "auto" or "cpu"')
-    return torch.device("cuda" if has_cuda and device != "cpu" else "cpu")

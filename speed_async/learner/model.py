@@ -1,7 +1,7 @@
 """Model loading, and the properties that the learner requires of every model family."""
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -9,20 +9,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from speed_async.errors import ConfigError, ModelError
+from speed_async.errors import ModelError
+from speed_async.weight_sync.device import DeviceChoice, resolve_device
 
 CHECKPOINTING_PARAMETERS = 300_000_000
 """Number of parameters from which models on a GPU recompute activations in the backward pass."""
-
-
-def resolve_device(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """Raises ConfigError for "cuda" on a machine without one."""
-    available = torch.cuda.is_available()
-    if choice == "cuda" and not available:
-        raise ConfigError(
-            "learner.device", choice, "no CUDA device is visible; use 'auto' or 'cpu'"
-        )
-    return torch.device("cuda" if available and choice != "cpu" else "cpu")
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:
@@ -34,7 +25,7 @@ def stored_dtype(path: str | Path) -> torch.dtype:
 def load_model(
     path: str | Path,
     *,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: DeviceChoice = "auto",
     gradient_checkpointing: bool | None = None,
 ) -> PreTrainedModel:
     """Loads a Hugging Face causal LM for training, with float32 parameters and without dropout.
@@ -59,7 +50,7 @@ def load_model(
         raise ModelError(
             f"model folder '{folder}' lacks {len(missing)} weights, such as {missing[0]}"
         )
-    target = resolve_device(device)
+    target = resolve_device("learner.device", device)
     nn.Module.to(model, target)
     if gradient_checkpointing is None:
         gradient_checkpointing = (

@@ -2,12 +2,13 @@
 
 import torch
 
-from speed_async.actors.model_folder import load_model_folder, resolve_device
+from speed_async.actors.model_folder import load_model_folder
 from speed_async.actors.torch_engine.generator import TorchGenerator
 from speed_async.config.local_model import model_folder
 from speed_async.config.schema import ActorsConfig, ModelConfig
 from speed_async.weight_sync.broadcast import TorchReceiver
 from speed_async.weight_sync.buckets import flatten_parameters
+from speed_async.weight_sync.device import resolve_device
 
 
 def load_torch_generator(
@@ -22,7 +23,7 @@ def load_torch_generator(
 
     Raises ModelError when the folder is unusable. Sets the number of torch threads of this process.
     """
-    device = resolve_device(actors.device)
+    device = resolve_device("actors.device", actors.device)
     if device.type == "cpu":
         torch.set_num_threads(actors.num_threads)
     loaded = load_model_folder(
