@@ -32,41 +32,50 @@ NCCL_WATCHDOG_FACTOR = 10
 
 def choose_backend(
     configured: str,
-    learner_device: str,
+    learner_device: torch.device,
     *,
-    num_visible_gpus: int,
-    num_local_ranks: int = 2,
-    num_ranks: int | None = None,
+    actor_gpus: Sequence[Sequence[int]],
+    one_machine: bool = True,
     actors_device: str = "auto",
 ) -> WeightBackend:
-    """Backend of all epochs of a run. `num_ranks` None means that all ranks are local.
+    """Backend of all epochs of a run.
 
-    "auto" selects nccl when every local rank can have its own GPU (NCCL does not support two ranks
-    on one GPU), ipc when the learner and the actors share GPUs of one machine, and gloo otherwise.
-    On a CPU, ipc is faster (docs/benchmarks.md) but excludes late joiners on other machines.
+    `actor_gpus`: GPUs that each actor on the learner's machine can see, numbered as in the learner.
+    `one_machine`: whether these are all actors.
+    "auto" selects nccl when every rank has its own GPU (NCCL does not support two ranks on one
+    GPU), ipc when every actor sees the learner's GPU, and gloo otherwise. On a CPU, ipc is faster
+    (docs/benchmarks.md) but excludes late joiners on other machines.
     Raises ConfigError when nccl or ipc is configured and not possible.
     """
-    on_gpu = learner_device.startswith("cuda")
-    own_gpus = on_gpu and num_visible_gpus >= num_local_ranks
-    one_machine = num_ranks is None or num_ranks == num_local_ranks
+    on_gpu = learner_device.type == "cuda" and actors_device != "cpu"
+    used = [learner_device.index, *(gpu for gpus in actor_gpus for gpu in gpus)]
+    own_gpus = on_gpu and all(actor_gpus) and len(set(used)) == len(used)
+    sees_learner = one_machine and all(learner_device.index in gpus for gpus in actor_gpus)
     match configured:
         case "nccl" | "auto" if own_gpus:
             return "nccl"
-        case "auto" if on_gpu and one_machine and actors_device != "cpu":
+        case "auto" if on_gpu and sees_learner:
             return "ipc"
         case "auto" | "gloo":
             return "gloo"
         case "nccl":
+            shown = "; ".join(", ".join(map(str, gpus)) or "none" for gpus in actor_gpus)
             remedy = (
-                f"requires a GPU for each of {num_local_ranks} ranks, but the learner runs on"
-                f" '{learner_device}' and {num_visible_gpus} GPUs are visible; use 'auto'"
+                f"requires a GPU for each rank, but the learner runs on '{learner_device}' and the "
+                f"actors of its machine have GPUs [{shown}] with actors.device = "
+                f"'{actors_device}'; use 'auto'"
             )
         case "ipc" if not sys.platform.startswith("linux"):
             remedy = f"requires Linux, and this is '{sys.platform}'; use 'auto'"
         case "ipc" if not one_machine:
             remedy = "requires all ranks on one machine, and this run has several nodes; use 'auto'"
-        case "ipc" if on_gpu and actors_device == "cpu":
+        case "ipc" if learner_device.type == "cuda" and actors_device == "cpu":
             remedy = "cannot share GPU memory with actors.device = 'cpu'; use 'auto'"
+        case "ipc" if on_gpu and not sees_learner:
+            remedy = (
+                f"requires that every actor sees the learner's GPU ('{learner_device}'), but each "
+                "actor sees only GPUs of its own; use 'auto'"
+            )
         case "ipc":
             return "ipc"
         case _:

@@ -15,6 +15,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, RoleError, RunFinished, RunLost, SpeedAsyncError
 from speed_async.launcher.event_loop import stop_event
 from speed_async.launcher.exit_status import remote_end_line
+from speed_async.launcher.gpus import actor_gpus
 from speed_async.launcher.logs import log_to
 from speed_async.launcher.rank import Rank
 from speed_async.launcher.rendezvous import FOLDER_VARIABLE, node_rendezvous
@@ -124,24 +125,10 @@ async def _run_actor(
 
 
 def _own_gpus(config: Config, rank: Rank) -> dict[str, str]:
-    """Environment that selects the actor's GPUs (one per tensor-parallel rank); empty without GPUs.
-
-    The first GPUs belong to the learners of this node. With one GPU per actor, actors share GPUs
-    when there are too few.
-    """
+    """Environment that hides all GPUs except the actor's own; empty without GPUs."""
     count = num_gpus()
-    if count == 0:
+    chosen = actor_gpus(config, rank, count)
+    if not chosen:
         return {}
-    each = config.actors.weight_ranks
-    num_learners = max(0, config.cluster.learners - (rank.rank - rank.local_rank))
-    first = num_learners + (rank.local_rank - num_learners) * each
-    if each > 1 and first + each > count:
-        raise ConfigError(
-            "actors.vllm.tensor_parallel",
-            each,
-            f"rank {rank.rank} needs GPUs {first} to {first + each - 1} of its node, which has "
-            f"{count}; start fewer processes per node, or use fewer GPUs per actor",
-        )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    chosen = [visible[(first + i) % len(visible)] for i in range(each)]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[index % len(visible)] for index in chosen)}

@@ -11,6 +11,7 @@ import torch
 
 from speed_async.config.local_model import model_folder
 from speed_async.launcher.attempt import Attempt
+from speed_async.launcher.gpus import local_actor_gpus
 from speed_async.launcher.identity.identity import DATA, Identity
 from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.launcher.rank import Rank
@@ -56,11 +57,10 @@ async def learn(
     )
     backend = choose_backend(
         config.weights.backend,
-        device.type,
-        num_visible_gpus=torch.cuda.device_count(),
-        num_local_ranks=rank.local_world_size,
-        num_ranks=rank.world_size,
-        actors_device=config.actors.device,
+        device,
+        actor_gpus=local_actor_gpus(config, rank, torch.cuda.device_count()),
+        one_machine=not rank.has_many_nodes,
+        actors_device="auto" if config.actors.engine == "vllm" else config.actors.device,
     )
     loop = LearnerLoop(
         config,

@@ -419,54 +419,62 @@ def test_a_store_host_of_another_machine_is_a_configuration_error():
         host_store("192.0.2.1", 1.0)
 
 
+# --- the choice of the backend ------------------------------------------------------------------
+
+GPU = torch.device("cuda", 0)
+
+
 @pytest.mark.parametrize(
-    ("configured", "device", "num_visible_gpus", "num_local_ranks", "num_ranks", "chosen"),
+    ("configured", "device", "actor_gpus", "one_machine", "chosen"),
     [
-        ("auto", "cpu", 0, 2, 2, "gloo"),
-        ("auto", "cpu", 8, 2, None, "gloo"),
-        ("auto", "cuda", 1, 2, None, "ipc"),
-        ("auto", "cuda", 1, 2, 2, "ipc"),
-        ("auto", "cuda", 1, 2, 4, "gloo"),
-        ("auto", "cuda:0", 2, 2, 4, "nccl"),
-        ("auto", "cuda:0", 2, 3, 3, "ipc"),
-        ("gloo", "cuda:0", 8, 2, 2, "gloo"),
-        ("nccl", "cuda:0", 8, 8, 8, "nccl"),
-        ("ipc", "cuda:0", 8, 8, 8, "ipc"),
-        ("ipc", "cpu", 0, 3, 3, "ipc"),
+        ("auto", CPU, [()], True, "gloo"),
+        ("auto", CPU, [(1,)], True, "gloo"),
+        ("auto", GPU, [(0,)], True, "ipc"),
+        ("auto", GPU, [(0,), (0,)], True, "ipc"),
+        ("auto", GPU, [(0,)], False, "gloo"),
+        ("auto", GPU, [(1,)], False, "nccl"),
+        ("auto", GPU, [], False, "nccl"),
+        # Two GPUs and two actors: the first actor cannot open memory of GPU 0.
+        ("auto", GPU, [(1,), (0,)], True, "gloo"),
+        ("auto", GPU, [(1, 2), (3, 4)], True, "nccl"),
+        ("gloo", GPU, [(1,)], True, "gloo"),
+        ("nccl", GPU, [(1,), (2,)], True, "nccl"),
+        ("ipc", GPU, [(0,), (0,)], True, "ipc"),
+        ("ipc", CPU, [(), ()], True, "ipc"),
     ],
 )
 def test_choose_backend(
     configured: str,
-    device: str,
-    num_visible_gpus: int,
-    num_local_ranks: int,
-    num_ranks: int | None,
+    device: torch.device,
+    actor_gpus: Sequence[Sequence[int]],
+    one_machine: bool,
     chosen: str,
 ):
-    backend = choose_backend(
-        configured,
-        device,
-        num_visible_gpus=num_visible_gpus,
-        num_local_ranks=num_local_ranks,
-        num_ranks=num_ranks,
-    )
+    backend = choose_backend(configured, device, actor_gpus=actor_gpus, one_machine=one_machine)
     assert backend == chosen
 
 
-def test_actors_on_the_cpu_do_not_share_the_learners_gpu():
-    def choose(configured: str) -> str:
-        return choose_backend(configured, "cuda", num_visible_gpus=1, actors_device="cpu")
+def test_actors_on_the_cpu_use_neither_the_learners_gpu_nor_nccl():
+    def choose(configured: str, *, gpu: int) -> str:
+        return choose_backend(configured, GPU, actor_gpus=[(gpu,)], actors_device="cpu")
 
-    assert choose("auto") == "gloo"
+    assert choose("auto", gpu=0) == choose("auto", gpu=1) == "gloo"
     with pytest.raises(ConfigError, match=r"weights\.backend.*actors\.device = 'cpu'"):
-        choose("ipc")
+        choose("ipc", gpu=0)
+    with pytest.raises(ConfigError, match=r"weights\.backend.*actors\.device = 'cpu'"):
+        choose("nccl", gpu=1)
 
 
 def test_nccl_on_one_gpu_is_a_configuration_error():
     with pytest.raises(ConfigError, match=r"weights\.backend.*'auto'"):
-        choose_backend("nccl", "cuda:0", num_visible_gpus=1)
+        choose_backend("nccl", GPU, actor_gpus=[(0,)])
+
+
+def test_ipc_with_actors_that_do_not_see_the_learners_gpu_is_a_configuration_error():
+    with pytest.raises(ConfigError, match=r"weights\.backend.*'cuda:0'.*use 'auto'"):
+        choose_backend("ipc", GPU, actor_gpus=[(1,), (0,)])
 
 
 def test_ipc_over_several_nodes_is_a_configuration_error():
     with pytest.raises(ConfigError, match=r"weights\.backend.*several nodes; use 'auto'"):
-        choose_backend("ipc", "cpu", num_visible_gpus=0, num_local_ranks=2, num_ranks=4)
+        choose_backend("ipc", CPU, actor_gpus=[()], one_machine=False)
