@@ -22,6 +22,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import SpeedAsyncError
 from speed_async.launcher.event_loop import run
 from speed_async.launcher.exit_status import EXIT_FAILED, EXIT_STATUS, describe, exit_status
+from speed_async.launcher.nccl_environment import nccl_environment
 from speed_async.launcher.node_launcher import PROCESS_VARIABLE
 from speed_async.launcher.preflight.findings import CHECKED
 from speed_async.launcher.processes import die_with_parent
@@ -72,6 +73,7 @@ def _read_config(arguments: list[str]) -> tuple[Config, bool]:
 
 def run_rank(config: Config, rank: Rank, *, resume: bool) -> int:
     if rank.rank < config.cluster.learners:
+        os.environ.update(nccl_environment(config))
         from speed_async.launcher.roles.learner_role import lead_run
 
         return EXIT_STATUS[run(lead_run(config, rank, resume=resume))]

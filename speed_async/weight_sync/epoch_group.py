@@ -226,6 +226,12 @@ class EpochGroup:
             return ""
         return f"; it reported: {over.decode(errors='replace')}"
 
+    def _has_sender_left(self) -> bool:
+        """Receiver: whether the sender has reported a failure of this epoch."""
+        if self.offer.rank == 0:
+            return False
+        return self._run(lambda: self._store.check([self._key("over")]))
+
     # --- rendezvous -----------------------------------------------------------------------------
 
     def _await_receivers(self) -> None:
@@ -247,8 +253,8 @@ class EpochGroup:
 
     def _connect(self, store: Store) -> GroupTransport | IpcTransport:
         if self.offer.backend != "ipc":
-            group = make_group(store, self.offer, self._device)
-            return GroupTransport(group, self.offer, self._device)
+            group = make_group(store, self.offer, self._device, self._has_sender_left)
+            return GroupTransport(group, self.offer, self._device, self._has_sender_left)
         connect = join_sockets if self.offer.rank else host_sockets
         return IpcTransport(connect(store, self.offer), self.offer, self._device)
 

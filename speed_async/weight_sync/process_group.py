@@ -7,7 +7,6 @@ Shape legend: B bytes of one bucket.
 import re
 import socket
 import sys
-import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -20,14 +19,12 @@ from torch.distributed import DistStoreError
 from speed_async.errors import ConfigError, WeightSyncError
 from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weight_sync.buckets import NUM_BUFFERS, Bucket, largest_bytes
+from speed_async.weight_sync.nccl import HasLeft, await_work, make_nccl_group, start_broadcast
 
 MAX_ERROR_LENGTH = 200
 CLOSED = re.compile(r"closed by peer|reset by peer|Broken pipe", re.IGNORECASE)
 CPP_LOCATION = re.compile(r"\[\S+\.(?:cc|cpp|cu|h|hpp):\d+\]")
 """Source location in a C++ error: `[/__w/.../pair.cc:553]`."""
-NCCL_POLL_S = 0.0005
-NCCL_WATCHDOG_FACTOR = 10
-"""The NCCL watchdog kills the process at its timeout, which must therefore never expire first."""
 
 
 def choose_backend(
@@ -149,13 +146,13 @@ def name_ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def make_group(store: Store, offer: WeightOffer, device: torch.device) -> Any:
+def make_group(store: Store, offer: WeightOffer, device: torch.device, has_left: HasLeft) -> Any:
     """Process group of all ranks of the offer; blocks until all have joined or the deadline passes.
 
     Raises RuntimeError, as torch.distributed does.
     """
     if offer.backend == "nccl":
-        return _nccl_group(store, offer, device)
+        return make_nccl_group(store, offer, device, has_left)
     # Gloo's default interface is that of the machine's host name, which other nodes often cannot
     # reach. The interface on the route to the store is reachable.
     gloo: Any = ProcessGroupGloo  # its options are missing from the stubs
@@ -172,10 +169,13 @@ class GroupTransport:
     leave the old weights of the model intact.
     """
 
-    def __init__(self, group: Any, offer: WeightOffer, device: torch.device) -> None:
+    def __init__(
+        self, group: Any, offer: WeightOffer, device: torch.device, has_left: HasLeft
+    ) -> None:
         self._group: Any = group
-        self._polls = offer.backend == "nccl"
-        self._device = device if self._polls else torch.device("cpu")
+        self._has_left = has_left
+        self._is_nccl = offer.backend == "nccl"
+        self._device = device if self._is_nccl else torch.device("cpu")
         self._pinned = device.type == "cuda" and self._device.type == "cpu"
         self._buffers_B: list[Tensor] = []
         self._buckets: Sequence[Bucket] = ()
@@ -241,34 +241,15 @@ class GroupTransport:
         group.abort()
 
     def _broadcast(self, buffer_B: Tensor) -> Any:
+        if self._is_nccl:
+            return start_broadcast(self._group, buffer_B, self._deadline_s, self._has_left)
         return self._group.broadcast(buffer_B, 0, timedelta(seconds=self._deadline_s))
 
     def _await(self, index: int) -> None:
-        _await_work(self._works[index], self._deadline_s, polls=self._polls)
-
-
-def _await_work(work: Any, deadline_s: float, *, polls: bool) -> None:
-    if polls:
-        # NCCL's wait only orders streams; the caller requires a completed transfer.
-        end_s = time.monotonic() + deadline_s
-        while not work.is_completed():
-            if time.monotonic() > end_s:
-                raise RuntimeError("Operation timed out!")
-            time.sleep(NCCL_POLL_S)
-    work.wait(timedelta(seconds=deadline_s))
-
-
-def _nccl_group(store: Store, offer: WeightOffer, device: torch.device) -> Any:
-    from torch.distributed import ProcessGroupNCCL  # absent from CPU builds
-
-    torch.cuda.set_device(device)  # thread-local
-    options = ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=NCCL_WATCHDOG_FACTOR * offer.deadline_s)
-    group: Any = ProcessGroupNCCL(store, offer.rank, offer.world_size, options)
-    # The first operation creates the communicator and may block: it belongs to the rendezvous.
-    first = group.broadcast(torch.zeros(1, device=device), 0)
-    _await_work(first, offer.deadline_s, polls=True)
-    return group
+        if self._is_nccl:
+            await_work(self._works[index], self._deadline_s, self._has_left)
+        else:
+            self._works[index].wait(timedelta(seconds=self._deadline_s))
 
 
 def _own_address(offer: WeightOffer) -> str:

@@ -3,14 +3,16 @@ their import takes seconds, and the supervisor would delay its actor by it."""
 
 from speed_async.actors.vllm_engine.environment import process_environment
 from speed_async.config.schema import Config
+from speed_async.launcher.nccl_environment import nccl_environment
 from speed_async.launcher.preflight.devices import num_cuda_gpus, torch_build
 
 
 def engine_environment(config: Config) -> dict[str, str]:
     """Additional environment of an actor's process; must be set before torch is loaded."""
+    nccl = nccl_environment(config)
     if config.actors.engine != "vllm":
-        return {}
-    return process_environment(config, on_cpu=num_gpus() == 0)
+        return nccl
+    return nccl | process_environment(config, on_cpu=num_gpus() == 0)
 
 
 def num_gpus() -> int:
