@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from speed_async.errors import ModelError
@@ -14,12 +14,6 @@ from speed_async.weight_sync.device import DeviceChoice, resolve_device
 
 CHECKPOINTING_PARAMETERS = 300_000_000
 """Number of parameters from which models on a GPU recompute activations in the backward pass."""
-
-
-def stored_dtype(path: str | Path) -> torch.dtype:
-    """Dtype of the stored weights, which actors on a GPU use for sampling."""
-    dtype = AutoConfig.from_pretrained(path, local_files_only=True).dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def load_model(

@@ -7,11 +7,10 @@ an offer is ignored. A receiver loads copies, so later optimizer steps do not ch
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Condition
 
-import torch
 from torch import Tensor
 
 from speed_async.errors import WeightSyncError
@@ -19,6 +18,7 @@ from speed_async.types import WeightOffer
 from speed_async.weight_sync.buckets import plan_buckets, transfer_report
 from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferReport
+from speed_async.weight_sync.float_dtypes import FloatDtypes, agreed_dtypes, float_dtypes
 from speed_async.weight_sync.manifest import Manifest, accept_manifest, describe, encode_manifest
 from speed_async.weight_sync.process_group import name_ranks
 
@@ -41,7 +41,7 @@ class ReceiveCall:
 class _Transfer:
     """Shared state of the members of one transfer."""
 
-    joined: set[int] = field(default_factory=set)
+    joined: dict[int, FloatDtypes] = field(default_factory=dict)
     payload: bytes | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     verdicts: dict[int, str] = field(default_factory=dict)
@@ -111,13 +111,11 @@ class MemorySender:
         store: MemoryStore,
         *,
         bucket_bytes: int,
-        cast: torch.dtype | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.calls: list[SendCall] = []
         self._store = store
         self._bucket_bytes = bucket_bytes
-        self._cast = cast
         self._clock = clock
 
     @property
@@ -130,18 +128,23 @@ class MemorySender:
         started_s = self._clock()
         named = list(tensors)
         self.calls.append(SendCall(offer=offer, names=tuple(name for name, _ in named)))
-        specs = describe(named, self._cast)
-        manifest = Manifest(
-            policy_version=offer.policy_version,
-            bucket_bytes=self._bucket_bytes,
-            tensors=specs,
-            canary=canary,
-        )
         if offer.world_size == 1:
             return TransferReport(num_bytes=0, num_buckets=0, transfer_s=0.0)
+        describe(named)  # raises for a duplicate name
         transfer = self._store.join(offer)
         with self._store.changed:
             self._await_all(offer, transfer, "rendezvous", transfer.joined, "never joined")
+            try:
+                specs = describe(named, agreed_dtypes(transfer.joined))
+            except WeightSyncError as error:
+                reason = f"rendezvous: {error}"
+                raise self._store.fail(offer, transfer, reason, error.missing_ranks) from None
+            manifest = Manifest(
+                policy_version=offer.policy_version,
+                bucket_bytes=self._bucket_bytes,
+                tensors=specs,
+                canary=canary,
+            )
             transfer.tensors = {
                 spec.name: tensor.to(dtype=spec.dtype, copy=True)
                 for spec, (_, tensor) in zip(specs, named, strict=True)
@@ -169,7 +172,7 @@ class MemorySender:
         offer: WeightOffer,
         transfer: _Transfer,
         stage: str,
-        present: set[int] | dict[int, str],
+        present: Collection[int],
         absence: str,
     ) -> None:
         ranks = range(1, offer.world_size)
@@ -218,7 +221,7 @@ class MemoryReceiver:
     def _accept(
         self, offer: WeightOffer, transfer: _Transfer, expected: Sequence[NamedTensor]
     ) -> Manifest:
-        transfer.joined.add(offer.rank)
+        transfer.joined[offer.rank] = float_dtypes(expected)
         self._store.changed.notify_all()
 
         def has_manifest() -> bool:

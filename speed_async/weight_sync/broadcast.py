@@ -116,15 +116,13 @@ class TorchSender:
         host: str,
         bucket_bytes: int,
         device: torch.device,
-        cast: torch.dtype | None = None,
         store_timeout_s: float = 60.0,
     ) -> None:
-        """Serves the store at a free port of `host`. `cast` converts floating-point tensors.
+        """Serves the store at a free port of `host`.
 
         Raises WeightSyncError when `host` is not an address of this machine.
         """
         self._bucket_bytes = bucket_bytes
-        self._cast = cast
         self._device = device
         self._tensors = KnownTensors(())
         self._epoch = CurrentEpoch(device)
@@ -140,28 +138,32 @@ class TorchSender:
     ) -> TransferReport:
         """Broadcasts all tensors, which must not change meanwhile. A no-op for world size 1.
 
+        Floating-point tensors are converted to the dtypes that the receivers state.
         Raises WeightSyncError naming the stage and the failed ranks.
         """
         started_s = time.monotonic()
         if offer.rank != 0:
             raise WeightSyncError(f"the sender was offered rank {offer.rank}: it is rank 0")
-        weights = dict(named := list(tensors))
-        if not matches(self._tensors.specs, named, self._cast):
-            self._tensors = KnownTensors(describe(named, self._cast))
-        manifest = Manifest(
-            policy_version=offer.policy_version,
-            bucket_bytes=self._bucket_bytes,
-            tensors=self._tensors.specs,
-            canary=canary,
-        )
         if offer.world_size == 1:
             return TransferReport(num_bytes=0, num_buckets=0, transfer_s=0.0)
         if self._store is None:
             raise WeightSyncError("the weight sender is closed")
+        bucket_bytes = self._bucket_bytes
         if offer.backend == "ipc" and self._device.type == "cpu":
-            manifest = replace(manifest, bucket_bytes=min(self._bucket_bytes, CACHED_BUCKET_BYTES))
+            bucket_bytes = min(bucket_bytes, CACHED_BUCKET_BYTES)
+        weights = dict(named := list(tensors))
+        if len(weights) < len(named):
+            describe(named)  # raises for the duplicate name
         with self._epoch.transfer(offer) as group:
             group.form(self._store)
+            if not matches(self._tensors.specs, named, group.cast):
+                self._tensors = KnownTensors(describe(named, group.cast))
+            manifest = Manifest(
+                policy_version=offer.policy_version,
+                bucket_bytes=bucket_bytes,
+                tensors=self._tensors.specs,
+                canary=canary,
+            )
             buckets = group.plan(manifest)
             with group.stage("buffers"):
                 memory = group.transport.begin_sending(buckets, offer.deadline_s)
@@ -234,7 +236,7 @@ class TorchReceiver:
                 " receivers are ranks 1 and up"
             )
         with self._epoch.transfer(offer) as group:
-            group.form()
+            group.form(expected=expected)
             manifest, buckets = _accept(group, expected)
             self._load_buckets(group, buckets, dict(expected), load)
         return transfer_report(buckets, time.monotonic() - started_s, manifest.canary)

@@ -25,6 +25,14 @@ from torch.distributed import DistStoreError
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.buckets import Bucket, Views, plan_buckets
+from speed_async.weight_sync.channel import NamedTensor
+from speed_async.weight_sync.float_dtypes import (
+    FloatDtypes,
+    agreed_dtypes,
+    decode_dtypes,
+    encode_dtypes,
+    float_dtypes,
+)
 from speed_async.weight_sync.ipc import (
     IpcTransport,
     host_sockets,
@@ -68,6 +76,8 @@ class EpochGroup:
         self.offer = offer
         self.known: KnownTensors | None = None
         """The tensors that later manifests refer to by their digest."""
+        self.cast = FloatDtypes()
+        """Sender: the dtypes that the receivers have stated."""
         self.views = Views()
         self._num_transfers = 0
         self._plan: tuple[object, tuple[Bucket, ...]] = (None, ())
@@ -81,9 +91,9 @@ class EpochGroup:
         assert self._transport is not None, "the group is not formed"
         return self._transport
 
-    def form(self, store: Store | None = None) -> None:
+    def form(self, store: Store | None = None, *, expected: Sequence[NamedTensor] = ()) -> None:
         """Waits until every receiver has joined, then creates the transport; the first transfer of
-        an epoch calls it. The sender passes its `store`."""
+        an epoch calls it. The sender passes its `store`, a receiver the tensors it will load."""
         if self._transport is not None:
             return
         with self.stage("rendezvous"):
@@ -92,7 +102,7 @@ class EpochGroup:
                 self._await_receivers()
             else:
                 self._store = self._run(lambda: reach_store(self.offer))
-                self._await_sender()
+                self._await_sender(expected)
             prefixed = PrefixStore(self._key("group"), self._store)
             self._transport = self._run(lambda: self._connect(prefixed))
 
@@ -235,17 +245,25 @@ class EpochGroup:
     # --- rendezvous -----------------------------------------------------------------------------
 
     def _await_receivers(self) -> None:
-        identities = self._gather("joined", "never joined")
+        joined = self._gather("joined", "never joined")
+        parts = {rank: value.partition("\n") for rank, value in joined.items()}
         if self.offer.backend == "ipc":
             ours = machine_identity()
-            problems = {rank: machine_mismatch(ours, theirs) for rank, theirs in identities.items()}
+            problems = {rank: machine_mismatch(ours, part[0]) for rank, part in parts.items()}
             if remote := [f"rank {rank} {text}" for rank, text in problems.items() if text]:
                 raise self.error(f"rendezvous: {'; '.join(remote)}")
+        try:
+            self.cast = agreed_dtypes(
+                {rank: decode_dtypes(part[2]) for rank, part in parts.items()}
+            )
+        except WeightSyncError as error:
+            raise self.error(f"rendezvous: {error}", error.missing_ranks) from None
         self._store.set(self._key("go"), "")
 
-    def _await_sender(self) -> None:
+    def _await_sender(self, expected: Sequence[NamedTensor]) -> None:
         identity = machine_identity() if self.offer.backend == "ipc" else ""
-        self._store.set(self._key("joined", 0, self.offer.rank), identity)
+        stated = encode_dtypes(float_dtypes(expected))
+        self._store.set(self._key("joined", 0, self.offer.rank), f"{identity}\n{stated}")
         refusal = self._wait_for(self._key("go"), "the sender did not start this epoch")
         if refusal:
             reason = refusal.decode(errors="replace")

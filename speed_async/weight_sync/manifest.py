@@ -17,11 +17,13 @@ from torch import Tensor
 from speed_async.errors import WeightSyncError
 from speed_async.weight_sync.canary_check import MAX_CANARY_TOKENS, Canary
 from speed_async.weight_sync.channel import NamedTensor
+from speed_async.weight_sync.float_dtypes import FloatDtypes
 
 FORMAT_VERSION = 3
 MAX_MANIFEST_BYTES = 8 * 1024 * 1024
 """The largest value that torch's TCPStore accepts."""
 MAX_NAMES_SHOWN = 5
+UNCHANGED = FloatDtypes()
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -52,9 +54,9 @@ class TensorSpec:
     def num_bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
-    def fits(self, tensor: Tensor, cast: torch.dtype | None = None) -> bool:
+    def fits(self, tensor: Tensor, cast: FloatDtypes = UNCHANGED) -> bool:
         """Whether the tensor, after a cast of floating-point values, has this shape and dtype."""
-        return self.shape == tensor.shape and self.dtype == _sent_dtype(tensor, cast)
+        return self.shape == tensor.shape and self.dtype == cast.of(self.name, tensor)
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
@@ -79,14 +81,14 @@ class KnownTensors:
 
 
 def describe(
-    tensors: Sequence[NamedTensor], cast: torch.dtype | None = None
+    tensors: Sequence[NamedTensor], cast: FloatDtypes = UNCHANGED
 ) -> tuple[TensorSpec, ...]:
     """Specs of the tensors as sent; `cast` replaces the dtype of floating-point tensors.
 
     Raises WeightSyncError for a duplicate name and for an unsupported dtype.
     """
     specs = tuple(
-        TensorSpec(name=name, dtype=_sent_dtype(tensor, cast), shape=tuple(tensor.shape))
+        TensorSpec(name=name, dtype=cast.of(name, tensor), shape=tuple(tensor.shape))
         for name, tensor in tensors
     )
     _check_names(specs)
@@ -96,9 +98,7 @@ def describe(
     return specs
 
 
-def matches(
-    specs: Sequence[TensorSpec], tensors: Sequence[NamedTensor], cast: torch.dtype | None
-) -> bool:
+def matches(specs: Sequence[TensorSpec], tensors: Sequence[NamedTensor], cast: FloatDtypes) -> bool:
     """Whether `describe` would return these specs; much faster than calling it."""
     return len(specs) == len(tensors) and all(
         spec.name == name and spec.fits(tensor, cast)
@@ -187,10 +187,6 @@ def accept_manifest(
             "; ".join(f"{label}: {_shorten(names)}" for label, names in parts.items() if names)
         )
     return manifest
-
-
-def _sent_dtype(tensor: Tensor, cast: torch.dtype | None) -> torch.dtype:
-    return cast if cast is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def _rows(specs: Sequence[TensorSpec]) -> list[list[object]]:

@@ -102,7 +102,6 @@ class TorchEndpoints:
         self,
         backend: WeightBackend,
         bucket_bytes: int,
-        cast: torch.dtype | None = None,
         *,
         in_place: bool = False,
         devices: Sequence[str] = (),
@@ -113,7 +112,7 @@ class TorchEndpoints:
         )
         self._in_place = in_place
         self.sender = TorchSender(
-            host="127.0.0.1", bucket_bytes=bucket_bytes, device=self._next_device(), cast=cast
+            host="127.0.0.1", bucket_bytes=bucket_bytes, device=self._next_device()
         )
 
     def make_receiver(self) -> TorchReceiver:
@@ -126,9 +125,9 @@ class TorchEndpoints:
 class MemoryEndpoints:
     backend: WeightBackend = "gloo"
 
-    def __init__(self, bucket_bytes: int, cast: torch.dtype | None) -> None:
+    def __init__(self, bucket_bytes: int) -> None:
         self._store = MemoryStore()
-        self.sender = MemorySender(self._store, bucket_bytes=bucket_bytes, cast=cast)
+        self.sender = MemorySender(self._store, bucket_bytes=bucket_bytes)
 
     def make_receiver(self) -> MemoryReceiver:
         return MemoryReceiver(self._store)
@@ -216,16 +215,16 @@ def open_channel(endpoints: Endpoints) -> Iterator[Channel]:
         channel.close()
 
 
-def on_every_channel(*, bucket_bytes: int = 1024, cast: torch.dtype | None = None):
+def on_every_channel(*, bucket_bytes: int = 1024):
     """Parametrizes the test with a `channel` in memory and over each backend."""
     return pytest.mark.parametrize(
         "make_endpoints",
         [
-            pytest.param(lambda: MemoryEndpoints(bucket_bytes, cast), id="memory"),
-            pytest.param(lambda: TorchEndpoints("gloo", bucket_bytes, cast), id="gloo"),
-            pytest.param(lambda: TorchEndpoints("ipc", bucket_bytes, cast), id="ipc"),
+            pytest.param(lambda: MemoryEndpoints(bucket_bytes), id="memory"),
+            pytest.param(lambda: TorchEndpoints("gloo", bucket_bytes), id="gloo"),
+            pytest.param(lambda: TorchEndpoints("ipc", bucket_bytes), id="ipc"),
             pytest.param(
-                lambda: TorchEndpoints("nccl", bucket_bytes, cast),
+                lambda: TorchEndpoints("nccl", bucket_bytes),
                 id="nccl",
                 marks=[pytest.mark.gpu, NEEDS_GPUS],
             ),

@@ -17,7 +17,7 @@ from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.launcher.rank import Rank
 from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import LearnerLoop
-from speed_async.learner.model import load_model, stored_dtype
+from speed_async.learner.model import load_model
 from speed_async.learner.progress import Progress, Restored, RunResult
 from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
@@ -52,7 +52,6 @@ async def learn(
         host=config.cluster.host,
         bucket_bytes=config.weights.bucket_bytes,
         device=device,
-        cast=stored_dtype(folder) if device.type == "cuda" else None,
         store_timeout_s=config.weights.deadline_s,
     )
     backend = choose_backend(

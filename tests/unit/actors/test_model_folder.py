@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +14,11 @@ from speed_async.actors.model_folder import load_model_folder
 from speed_async.actors.stepped_engine.engine import SteppedEngine
 from speed_async.actors.stepped_engine.worker import ThreadWorker
 from speed_async.actors.torch_engine.engine import load_torch_generator
+from speed_async.actors.torch_engine.generator import TorchGenerator
 from speed_async.config.schema import ActorsConfig, ModelConfig
 from speed_async.errors import ModelError
+from speed_async.types import WeightOffer
+from speed_async.weight_sync.broadcast import TorchReceiver, TorchSender
 from tests.fakes.engine_contract import gather, request, start_all
 from tests.fakes.tiny_models import (
     CONTEXT_LENGTH,
@@ -21,6 +26,7 @@ from tests.fakes.tiny_models import (
     FAMILIES,
     save_tiny_folder,
     save_tokenizer,
+    tiny_model,
 )
 
 
@@ -77,3 +83,40 @@ def test_context_length_above_the_model_limit_raises(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"context_length = 97, but .* supports 96"):
         load_model_folder(tmp_path, context_length=97, device="cpu")
     assert load_model_folder(tmp_path, context_length=40, device="cpu").context_length == 40
+
+
+def test_a_bfloat16_engine_receives_from_a_float32_learner(tmp_path: Path) -> None:
+    """As with a float32 folder on a GPU, which engines load in half precision."""
+    save_tiny_folder(tmp_path, tied=False)
+    model = tiny_model("llama", tied=False, seed=1)
+    learner = {name: each.detach() for name, each in model.named_parameters()}
+    sender = TorchSender(host="127.0.0.1", bucket_bytes=4096, device=torch.device("cpu"))
+    host, port = sender.store_address
+    offer = WeightOffer(
+        policy_version=1,
+        epoch=1,
+        rank=0,
+        world_size=2,
+        store_host=host,
+        store_port=port,
+        backend="gloo",
+        deadline_s=30.0,
+    )
+    loaded = load_model_folder(tmp_path, device="cpu", dtype=torch.bfloat16)
+    engine = TorchGenerator(
+        loaded.model,
+        num_slots=2,
+        context_length=loaded.context_length,
+        eos_token_ids=loaded.eos_token_ids,
+        random=torch.Generator(),
+        receiver=TorchReceiver(device=torch.device("cpu"), in_place=True),
+    )
+    sending = threading.Thread(target=sender.send, args=(offer, learner.items()))
+    sending.start()
+    engine.load_weights(replace(offer, rank=1))
+    sending.join()
+    sender.close()
+    for name, parameter in loaded.model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, learner[name].bfloat16()), name
+    assert engine.stats().policy_version == 1

@@ -59,7 +59,7 @@ def test_parameters_that_share_a_storage_are_not_moved():
 def test_contiguous_view_requires_the_layout_of_the_bucket():
     model = Tied(2)
     scattered = dict(named(model))
-    plan = plan_buckets(describe(list(scattered.items()), None), BUCKET_BYTES)
+    plan = plan_buckets(describe(list(scattered.items())), BUCKET_BYTES)
     assert [len(bucket.tensors) for bucket in plan] == [1, 4]
     assert contiguous_view(plan[1], scattered) is None
     flatten_parameters(model)

@@ -20,12 +20,14 @@ from speed_async.launcher.rank import Node
 from speed_async.launcher.roles import learner_role
 from speed_async.launcher.roles.engine_environment import engine_environment
 from speed_async.weight_sync.channel import NamedTensor, TransferReport
+from speed_async.weight_sync.float_dtypes import encode_dtypes, float_dtypes
 from speed_async.weight_sync.process_group import reach_store
 from tests.fakes.learner_samples import make_config
 from tests.fakes.weights_contract import Channel, Loaded, TorchEndpoints, assert_arrived
 
 DEADLINE_S = 1.0
 LONG_S = 60.0
+STATED = encode_dtypes(float_dtypes([("w", torch.ones(3))]))
 
 
 @dataclass
@@ -126,7 +128,7 @@ def test_communicators_do_not_block_and_the_watchdog_is_the_last_to_expire(
 
 def test_a_member_that_dies_before_the_communicator_exists_is_named(channel: Channel, peers: Peers):
     offer = channel.offer(1, world_size=3, deadline_s=DEADLINE_S)
-    reach_store(offer).set("epoch-1/joined/0/2", "")  # the last that is heard of rank 2
+    reach_store(offer).set("epoch-1/joined/0/2", f"\n{STATED}")  # rank 2 then dies
     tensors = [("w", torch.ones(3))]
     loaded = Loaded()
     outcomes = channel.transfer(offer, tensors, {1: tensors}, {1: loaded.load})

@@ -18,6 +18,7 @@ from speed_async.weight_sync.broadcast import TorchSender
 from speed_async.weight_sync.buckets import pack, plan_buckets, unpack
 from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import NamedTensor, TransferReport
+from speed_async.weight_sync.float_dtypes import decode_dtypes
 from speed_async.weight_sync.manifest import (
     KnownTensors,
     Manifest,
@@ -85,7 +86,7 @@ def test_a_new_epoch_may_have_more_or_fewer_members(channel: Channel):
 def test_a_manifest_of_many_tensors_is_received(channel: Channel):
     tensors = [(f"model.layers.{index}.weight", torch.full((3,), index)) for index in range(2000)]
     size = len(
-        encode_manifest(Manifest(policy_version=1, bucket_bytes=1, tensors=describe(tensors, None)))
+        encode_manifest(Manifest(policy_version=1, bucket_bytes=1, tensors=describe(tensors)))
     )
     assert size > 64 * 1024
     assert_arrived(send_to(channel, channel.offer(1), tensors)[1], tensors)
@@ -120,15 +121,48 @@ def test_nothing_is_sent_without_receivers(channel: Channel):
     assert (report.num_bytes, report.num_buckets) == (0, 0)
 
 
-@on_every_channel(cast=torch.bfloat16)
-def test_the_sender_casts_floating_point_tensors_only(channel: Channel):
-    tensors = [("w", torch.tensor([1.0, 1.00390625])), ("n", torch.tensor([2**40 + 1]))]
-    expected = [("w", torch.empty(2, dtype=torch.bfloat16)), ("n", torch.empty_like(tensors[1][1]))]
+@on_every_channel()
+def test_the_sender_converts_floating_point_tensors_to_the_stated_dtypes(channel: Channel):
+    tensors = [
+        ("w", torch.tensor([1.0, 1.00390625])),
+        ("v", torch.ones(2)),
+        ("router", torch.tensor([1.00390625])),
+        ("n", torch.tensor([2**40 + 1])),
+    ]
+    half = {"dtype": torch.bfloat16}
+    shapes = [torch.empty(2, **half), torch.empty(2, **half), torch.empty(1), tensors[3][1]]
+    expected = [(name, each) for (name, _), each in zip(tensors, shapes, strict=True)]
     loaded = Loaded()
-    channel.transfer(channel.offer(1), tensors, {1: expected}, {1: loaded.load})
+    outcomes = channel.transfer(channel.offer(1), tensors, {1: expected}, {1: loaded.load})
+    assert isinstance(outcomes[0], TransferReport), outcomes
     # bfloat16 has 8 significant bits: 1 + 2**-8 is a tie and rounds to even, 1.0.
-    assert same_bits(loaded.tensors["w"], torch.tensor([1.0, 1.0], dtype=torch.bfloat16))
+    assert same_bits(loaded.tensors["w"], torch.tensor([1.0, 1.0], **half))
+    assert same_bits(loaded.tensors["router"], torch.tensor([1.00390625]))
     assert loaded.tensors["n"].tolist() == [2**40 + 1]
+
+
+@on_every_channel()
+def test_receivers_with_different_dtypes_are_refused_by_name(channel: Channel):
+    tensors = [("w", torch.ones(2))]
+    expected = {1: tensors, 2: [("w", torch.ones(2, dtype=torch.float16))]}
+    loaded = {rank: Loaded() for rank in expected}
+    outcomes = channel.transfer(
+        channel.offer(1, world_size=3),
+        tensors,
+        expected,
+        {rank: each.load for rank, each in loaded.items()},
+    )
+    for outcome in outcomes.values():
+        assert isinstance(outcome, WeightSyncError)
+        assert "rank 1 loads float32 and rank 2 float16: all actors must load one" in str(outcome)
+    assert outcomes[0].missing_ranks == (2,)
+    assert not loaded[1].tensors
+
+
+def test_malformed_dtypes_are_refused():
+    for text in ("", "[]", '{"common": "int64", "others": {}}', '{"common": 1, "others": {}}'):
+        with pytest.raises(WeightSyncError, match="malformed dtypes"):
+            decode_dtypes(text)
 
 
 @on_every_channel()
@@ -150,7 +184,7 @@ def test_the_canary_is_received_bitwise_and_is_optional(channel: Channel):
 def test_a_refused_manifest_is_reported_by_both_sides_and_loads_nothing(channel: Channel):
     sent = [("a", torch.ones(2)), ("b", torch.ones(2, 3)), ("c", torch.ones(1))]
     wanted = [
-        ("a", torch.ones(2, dtype=torch.float16)),
+        ("a", torch.ones(2, dtype=torch.int32)),
         ("b", torch.ones(3, 2)),
         ("d", torch.ones(1)),
     ]
@@ -162,7 +196,7 @@ def test_a_refused_manifest_is_reported_by_both_sides_and_loads_nothing(channel:
         {rank: each.load for rank, each in loaded.items()},
     )
     difference = (
-        "missing: d; not expected: c; different: a is float32[2], expected float16[2],"
+        "missing: d; not expected: c; different: a is float32[2], expected int32[2],"
         " b is float32[2, 3], expected float32[3, 2]"
     )
     assert isinstance(outcomes[2], WeightSyncError) and difference in str(outcomes[2])
@@ -293,8 +327,7 @@ def test_the_memory_channel_records_calls_and_invalidates_tensors():
 
 def test_buckets_are_filled_in_order_and_aligned():
     specs = describe(
-        [("a", torch.ones(5)), ("b", torch.ones(4)), ("c", torch.ones(100)), ("d", torch.ones(1))],
-        None,
+        [("a", torch.ones(5)), ("b", torch.ones(4)), ("c", torch.ones(100)), ("d", torch.ones(1))]
     )
     plan = plan_buckets(specs, 64)
     starts = [[(each.spec.name, each.start) for each in bucket.tensors] for bucket in plan]
@@ -305,7 +338,7 @@ def test_buckets_are_filled_in_order_and_aligned():
 
 def test_packing_and_unpacking_a_bucket_are_inverse():
     tensors = dict(mixed_tensors())
-    plan = plan_buckets(describe(list(tensors.items()), None), 1024)
+    plan = plan_buckets(describe(list(tensors.items())), 1024)
     for bucket in plan:
         views = unpack(bucket, torch.empty(bucket.num_bytes, dtype=torch.uint8))
         pack(tensors, views)
@@ -314,12 +347,12 @@ def test_packing_and_unpacking_a_bucket_are_inverse():
 
 
 def test_encoding_and_decoding_a_manifest_are_inverse():
-    manifest = Manifest(policy_version=9, bucket_bytes=64, tensors=describe(mixed_tensors(), None))
+    manifest = Manifest(policy_version=9, bucket_bytes=64, tensors=describe(mixed_tensors()))
     assert decode_manifest(encode_manifest(manifest)) == manifest
 
 
 def test_a_known_list_of_tensors_is_sent_as_a_digest():
-    specs = describe([(f"w{index}", torch.ones(index)) for index in range(1000)], None)
+    specs = describe([(f"w{index}", torch.ones(index)) for index in range(1000)])
     manifest = Manifest(policy_version=9, bucket_bytes=64, tensors=specs)
     known = KnownTensors(specs)
     payload = encode_manifest(manifest, known)
