@@ -126,7 +126,12 @@ class ActorLoop:
     async def _receive(self, tasks: asyncio.TaskGroup) -> None:
         silence_s = self._config.cluster.stall_timeout_s
         while True:
-            message = await self._link.receive(silence_s)
+            try:
+                message = await self._link.receive(silence_s)
+            except DeadlineExceeded:  # without new leases, the service only acknowledges
+                if self._clock() - self._link.last_received_s >= silence_s:
+                    raise
+                continue
             match message:
                 case m.Leases():
                     self._start(message, tasks)

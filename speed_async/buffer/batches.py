@@ -19,11 +19,13 @@ from speed_async.buffer.lifecycle import Lifecycle
 from speed_async.buffer.membership import ActorState
 from speed_async.buffer.priority import BufferedGroup
 from speed_async.config.schema import Config
-from speed_async.transport.messages import Leases, TakeBatch
+from speed_async.transport.messages import BatchPending, Leases, TakeBatch
 
 ROUND_MARGIN = 1.15
 """Factor by which a round exceeds the size that the acceptance rate implies, since a second round
 costs more."""
+NOTICES_PER_TIMEOUT = 4
+"""Messages to a waiting learner within `cluster.stall_timeout_s`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,6 +37,16 @@ class BatchesState:
     """Leases of the current round that are not granted yet."""
     starved_s: float = 0.0
     """Time that the last batch waited for groups."""
+    told_s: float = 0.0
+    """When the learner was last told that its request is open."""
+    tokens: int = 0
+    """Generated tokens of all actors, and when their number last increased, below."""
+    tokens_s: float = 0.0
+    num_usable: int = 0
+    """Groups that entered the buffer, and when their number last increased, below."""
+    usable_s: float = 0.0
+    num_rejected: int = 0
+    """Groups that had ended without entering the buffer at `usable_s`."""
 
 
 class Batches:
@@ -49,7 +61,10 @@ class Batches:
         return self._state.starved_s
 
     def request(self, take: TakeBatch, now_s: float) -> None:
-        self._state.request, self._state.requested_s = take, now_s
+        state = self._state
+        state.request, state.requested_s, state.told_s = take, now_s, now_s
+        state.tokens_s = state.usable_s = now_s
+        state.num_rejected = self._lifecycle.ledger.num_rejected
 
     def cancel(self) -> None:
         self._state.request, self._state.round_left = None, 0
@@ -91,11 +106,40 @@ class Batches:
         self.cancel()
         return take, groups
 
-    def stalled(self, now_s: float) -> bool:
-        return (
-            self._state.request is not None
-            and now_s - self._state.requested_s >= self._config.cluster.stall_timeout_s
-        )
+    def pending(self, now_s: float) -> list[BatchPending]:
+        """Tells the learner, several times within its own deadline, that its request is open."""
+        interval_s = self._config.cluster.stall_timeout_s / NOTICES_PER_TIMEOUT
+        if self._state.request is None or now_s - self._state.told_s < interval_s:
+            return []
+        self._state.told_s = now_s
+        return [BatchPending()]
+
+    def stalled(self, now_s: float, *, is_starting: bool) -> str:
+        """Why the request cannot be filled; empty while there is progress.
+
+        No new token for `stall_timeout_s` is a stall, however long the completions are. So is a
+        whole window of prompts (`max_credits`) of which none entered the buffer, if it took that
+        long. `is_starting`: no actor has loaded its model yet; the engine bounds that itself.
+        """
+        state, ledger = self._state, self._lifecycle.ledger
+        if state.request is None:
+            return ""
+        if ledger.tokens_generated > state.tokens:
+            state.tokens_s = now_s
+        if (num_usable := ledger.num_usable) > state.num_usable:
+            state.usable_s, state.num_rejected = now_s, ledger.num_rejected
+        state.tokens, state.num_usable = ledger.tokens_generated, num_usable
+        limit_s = self._config.cluster.stall_timeout_s
+        start_s = self._config.cluster.connect_timeout_s if is_starting else 0.0
+        if now_s - state.tokens_s >= limit_s + start_s:
+            return f"no token was generated for {now_s - state.tokens_s:.0f} s"
+        num_rejected = ledger.num_rejected - state.num_rejected
+        if now_s - state.usable_s >= limit_s and num_rejected >= self._config.max_credits:
+            return (
+                f"none of the last {num_rejected} prompts entered the buffer, for "
+                f"{now_s - state.usable_s:.0f} s"
+            )
+        return ""
 
     def waited_s(self, now_s: float) -> float | None:
         """Time that the learner has waited for a batch; None without an open request."""

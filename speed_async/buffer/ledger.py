@@ -83,6 +83,17 @@ class Ledger:
     tokens_in_flight: int = 0
     actors: dict[str, ActorAccount] = field(default_factory=dict)
 
+    @property
+    def num_usable(self) -> int:
+        """Groups that have entered the buffer, whatever became of them."""
+        ended = (GroupEnd.TRAINED, GroupEnd.STALE, GroupEnd.EVICTED)
+        return self.buffered.groups + self.taken.groups + sum(self.ends[e].groups for e in ended)
+
+    @property
+    def num_rejected(self) -> int:
+        """Groups that were screened out or failed."""
+        return self.ends[GroupEnd.SCREENED_OUT].groups + self.ends[GroupEnd.FAILED].groups
+
     def actor(self, name: str) -> ActorAccount:
         return self.actors.setdefault(name, ActorAccount())
 

@@ -70,6 +70,7 @@ class BufferService:
         self.warnings = parts.warnings
         self._evaluations = parts.evaluations
         self._evaluation = EvaluationHandler(parts, state)
+        self._batches = parts.batches
         self._grants = Grants(config, self.lifecycle, parts.batches, self._evaluations)
         self._learner = LearnerHandler(parts)
         self._actors = ActorHandler(parts)
@@ -171,6 +172,7 @@ class BufferService:
         self._advance(now_s, results)
         if stalled := self._ending.check_stalled(now_s):
             self._fail(stalled, now_s, results)
+        self._send_learner(self._batches.pending(now_s), results)
         results.events.append(self.present_status(now_s))
         self._actors.close_warnings()
         self.warnings.close_expired(now_s)

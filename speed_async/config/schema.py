@@ -418,7 +418,9 @@ class ClusterConfig(Section):
     peer_timeout_s: PositiveFloat = 60.0
     """Time without messages after which a peer is considered dead."""
     stall_timeout_s: PositiveFloat = 600.0
-    """Maximum wait of the learner for one batch."""
+    """Time without any new token of any actor after which the run fails. Also the limit of one
+    engine start, of the last evaluation of each suite, and of the time in which none of
+    `max_credits` prompts in a row enters the buffer."""
     drain_timeout_s: PositiveFloat = 20.0
 
     @property

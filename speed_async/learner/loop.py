@@ -149,7 +149,7 @@ class LearnerLoop:
             policy_version=self._version, num_groups=self._config.learner.groups_per_update
         )
         await self._link.send(take)
-        # The service's own deadline expires first, so that the service can report the cause.
+        # The service reports the cause of a stall, and BatchPending while there is none.
         timeout_s = self._config.cluster.stall_timeout_s + SERVICE_GRACE_S
         groups: list[Group] = []
         while True:

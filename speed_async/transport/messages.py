@@ -14,7 +14,7 @@ from typing import Annotated
 
 from speed_async.types import ActorCounts, Float32Array, Int32Array, WeightBackend, WeightOffer
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 MAX_PROSE_CHARS = 4096
 Prose = Annotated[str, "prose"]
 """Text for people, of any length and content. Encoding cuts out the middle of a longer one and
@@ -391,6 +391,11 @@ class EvaluationEnded(Message):
     suite: str
     policy_version: int
     accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPending(Message):
+    """The requested batch is not complete, and generation makes progress. Sent at intervals."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

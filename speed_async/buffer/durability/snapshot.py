@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from speed_async.errors import JournalError, ProtocolError
 
-SNAPSHOT_VERSION = 2
+SNAPSHOT_VERSION = 3
 State = TypeVar("State")
 
 

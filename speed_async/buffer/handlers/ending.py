@@ -98,15 +98,17 @@ class Ending:
         )
 
     def check_stalled(self, now_s: float) -> str:
-        """Update the diagnoses. Returns why the run fails if a batch is not filled in time, and an
+        """Update the diagnoses. Returns why the run fails if a batch makes no progress, and an
         empty text otherwise."""
         self._diagnose(now_s)
-        if not self._parts.batches.stalled(now_s):
+        parts = self._parts
+        what = parts.batches.stalled(now_s, is_starting=not parts.lifecycle.ledger.actors)
+        if not what:
             return ""
-        self._parts.batches.cancel()
-        stall_s = self._parts.config.cluster.stall_timeout_s
-        reason = stall_reason(self._parts)
-        return f"{ROLE}: no batch could be filled within {stall_s:.0f} s: {reason}"
+        waited_s = parts.batches.waited_s(now_s) or 0.0
+        parts.batches.cancel()
+        reason = stall_reason(parts)
+        return f"{ROLE}: no batch could be filled within {waited_s:.0f} s: {what}: {reason}"
 
     def _finished(
         self, finish: m.FinishRun, now_s: float, *, attempt: int, final_evaluated: bool

@@ -478,6 +478,60 @@ def test_stalled_batch_ends_the_run_with_the_reason(harness: ServiceHarness) -> 
     assert "easier prompts" in abort.message
 
 
+def end_reason(harness: ServiceHarness) -> str:
+    [end] = [event for event in harness.events if event.kind == "end"]
+    return str(end.values["reason"])
+
+
+def test_a_batch_of_long_completions_is_no_stall_while_tokens_arrive(
+    harness: ServiceHarness,
+) -> None:
+    harness.pass_baseline()
+    harness.lease(1)
+    harness.send("learner", m.TakeBatch(policy_version=0, num_groups=2))
+    before, waited_s, notices = harness.counts("actor-1.0"), 0, 0
+    while waited_s < 3 * harness.config.cluster.stall_timeout_s:
+        waited_s += 30
+        generating = replace(
+            before,
+            tokens_generated=before.tokens_generated + waited_s,
+            tokens_in_flight=before.tokens_in_flight + waited_s,
+        )
+        harness.send("actor-1.0", m.ActorReport(gauges={}, counts=generating))
+        replies = harness.wait(30)
+        notices += ("learner", m.BatchPending()) in replies
+    assert not harness.service.ended
+    assert notices == 12  # four within each timeout, so that the learner's own never expires
+    silent_s = 0
+    while not harness.service.ended:
+        harness.send("actor-1.0", m.ActorReport(gauges={}, counts=generating))
+        harness.wait(30)
+        silent_s += 30
+    assert silent_s == harness.config.cluster.stall_timeout_s
+    assert "no token was generated for 600 s" in end_reason(harness)
+
+
+def test_tokens_without_any_usable_prompt_are_a_stall(tmp_path: Path) -> None:
+    harness = ServiceHarness(tmp_path, buffer={"credits": 4})
+    harness.pass_baseline()
+    harness.send("learner", m.TakeBatch(policy_version=0, num_groups=2))
+    for _ in range(4):
+        leases, before = harness.lease(1), harness.counts("actor-1.0")
+        counts = replace(before, tokens_generated=before.tokens_generated + 6)
+        harness.send("actor-1.0", replace(screened_out(leases.lease_ids[0]), counts=counts))
+    while not harness.service.ended:
+        before = harness.counts("actor-1.0")
+        counts = replace(
+            before,
+            tokens_generated=before.tokens_generated + 1,
+            tokens_in_flight=before.tokens_in_flight + 1,
+        )
+        harness.send("actor-1.0", m.ActorReport(gauges={}, counts=counts))
+        harness.wait(30)
+    reason = end_reason(harness)
+    assert "none of the last 4 prompts entered the buffer, for 600 s" in reason
+
+
 def test_backpressure_starts_before_the_memory_limit(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path, buffer={"credits": 100, "capacity_groups": 200})
     harness.pass_baseline()
