@@ -10,6 +10,7 @@ from speed_async.config.key_folder import check_client_files
 from speed_async.config.schema import Config, TaskConfig
 from speed_async.config.suites import HELD_OUT
 from speed_async.config.update_checks import check_update
+from speed_async.config.vllm_checks import check_vllm
 from speed_async.errors import ConfigError, NotAvailableHere
 
 INCARNATIONS_PER_ATTEMPT = 1000
@@ -30,6 +31,7 @@ def check_combinations(config: Config) -> list[ConfigError]:
         _check_buffer,
         _check_lengths,
         _check_roles,
+        check_vllm,
         _check_sources,
         _check_suites,
         _check_files,
