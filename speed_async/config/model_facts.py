@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class ModelInfo:
     """Attention window in tokens of the sliding window layers; None if all layers attend to all
     tokens."""
     layer_types: frozenset[str] = frozenset()
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """config.json, or the part that describes the language model."""
 
     @property
     def kv_values_per_token(self) -> int | None:
@@ -73,6 +75,7 @@ def read_model_info(folder: str | Path) -> ModelInfo:
         dtype=dtype if isinstance(dtype, str) else None,
         sliding_window=window,
         layer_types=kinds,
+        record=text,
     )
 
 

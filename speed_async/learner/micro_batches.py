@@ -28,9 +28,11 @@ AddLogprobs = Callable[[TrainingSample, Float32Array], TrainingSample]
 class MicroBatches:
     """Forms micro-batches for one model."""
 
-    def __init__(self, policy: Policy, config: LearnerConfig) -> None:
+    def __init__(
+        self, policy: Policy, config: LearnerConfig, *, context_length: int | None
+    ) -> None:
         """Raises ModelError when the learner does not support the model."""
-        self._can_share_prompts = check_policy(policy)
+        self._can_share_prompts = check_policy(policy, context_length)
         self._cost = layout_cost(policy.causal_lm)
         self._device = next(policy.parameters()).device
         self._max_tokens = config.micro_batch_tokens

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from speed_async.config.model_family import family_faults
 from speed_async.errors import ModelError
 from speed_async.learner.batch import MicroBatch, make_micro_batch
 from speed_async.learner.model import embedding_table, output_head
@@ -97,13 +98,16 @@ class Policy(nn.Module):
         return logprobs_NV.gather(-1, target_ids_N[:, None])[:, 0], entropies_N
 
 
-def check_policy(policy: Policy) -> bool:
+def check_policy(policy: Policy, context_length: int | None) -> bool:
     """Evaluates a few tokens in every layout. Returns whether completions can share a row.
 
+    `context_length`: prompt plus completion tokens of the run; None if unknown.
     Raises ModelError when log pi differs from that of the complete model, as in families that scale
     or cap their logits. The trained policy would then differ from that of the engine.
     """
     model = policy.causal_lm
+    for fault in family_faults(model.config.get_text_config().to_dict(), context_length):
+        raise ModelError(f"{type(model).__name__}: {fault}")
     separate, packed = _probes(embedding_table(model))
     with torch.no_grad():
         try:

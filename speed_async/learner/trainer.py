@@ -100,7 +100,7 @@ class Trainer:
             temperature=config.actors.temperature,
             entropy_gradient=config.objective.entropy_coefficient > 0,
         )
-        self._micro_batches = MicroBatches(self._policy, config.learner)
+        self._micro_batches = MicroBatches(self._policy, config.learner, context_length=context)
         self._reference = None
         if config.objective.kl_coefficient > 0:
             self._reference = Reference(load_reference(config), self._micro_batches)

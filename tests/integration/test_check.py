@@ -162,6 +162,10 @@ def add_sliding_window(model: Path) -> None:
     edit(model / "config.json", sliding_window=16)
 
 
+def cap_logits(model: Path) -> None:
+    edit(model / "config.json", final_logit_softcapping=30.0)
+
+
 def add_state_space_layer(model: Path) -> None:
     edit(model / "config.json", layer_types=["full_attention", "mamba"])
 
@@ -187,6 +191,7 @@ CHAT = ("--model.chat_template", "true")
         (remove_model_type, (), "has no model_type"),
         (add_sliding_window, (), "set model.context_length to at most 16"),
         (add_state_space_layer, (), "layers of type mamba"),
+        (cap_logits, (), "final_logit_softcapping = 30.0 changes its logits after the head"),
         (None, CHAT, "'model.chat_template' = True: this model's tokenizer has no chat template"),
         (require_system_message, CHAT, "a system message is needed"),
         (None, ("--actors.max_new_tokens", "128"), "no space for a prompt in the model's context"),

@@ -191,5 +191,5 @@ def test_the_quickstart_model_shares_prompts(tmp_path: Path):
         device="cpu",
     )
     group = make_group([1] * 14, *[make_completion([1] * n, 0.0) for n in (4, 5, 6, 8, 9, 10)] * 4)
-    assert check_policy(Policy(model, temperature=1.0))
+    assert check_policy(Policy(model, temperature=1.0), None)
     assert choose_width([full_row(group)], layout_cost(model)) in (8, 12, 24)

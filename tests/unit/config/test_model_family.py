@@ -1,0 +1,73 @@
+"""Families that are refused from config.json alone, as transformers writes it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import (
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    Phi3Config,
+)
+
+from speed_async.config.model_facts import read_model_info
+from speed_async.config.model_family import family_faults
+
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 48,
+    "long_factor": [2.0] * 48,
+    "original_max_position_embeddings": 4096,
+}
+LINEAR, DYNAMIC = ({"rope_type": kind, "factor": 4.0} for kind in ("linear", "dynamic"))
+
+
+def faults(folder: Path, config: Any, context_length: int | None = None) -> list[str]:
+    config.save_pretrained(folder)
+    return list(family_faults(read_model_info(folder).record, context_length))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (Gemma2Config(), ["final_logit_softcapping = 30.0", "attn_logit_softcapping = 50.0"]),
+        (CohereConfig(), ["logit_scale = 0.0625"]),
+        (GraniteConfig(logits_scaling=8.0), ["logits_scaling = 8.0"]),
+        (GraniteConfig(), []),
+        (Gemma3TextConfig(), []),
+        (LlamaConfig(), []),
+        (LlamaConfig(rope_scaling=LINEAR), []),
+    ],
+)
+def test_caps_and_scales_are_recognised_by_name(tmp_path: Path, config: Any, expected: list[str]):
+    found = faults(tmp_path, config, 1024)
+    assert len(found) == len(expected)
+    for fault, start in zip(found, expected, strict=True):
+        assert fault.startswith(start) and "choose another model family" in fault
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (Phi3Config(max_position_embeddings=131072, rope_scaling=LONG), 4096),
+        (LlamaConfig(max_position_embeddings=2048, rope_scaling=DYNAMIC), 2048),
+    ],
+)
+def test_embeddings_that_depend_on_the_batch_are_refused_beyond_their_limit(
+    tmp_path: Path, config: Any, limit: int
+):
+    assert faults(tmp_path, config, limit) == []
+    for context_length in (limit + 1, None):
+        [fault] = faults(tmp_path, config, context_length)
+        assert f"set model.context_length to at most {limit}" in fault
+
+
+def test_a_cap_in_the_text_part_of_a_larger_model_is_found(tmp_path: Path):
+    record = {"model_type": "gemma3", "text_config": {"final_logit_softcapping": 20.0}}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    [fault] = family_faults(read_model_info(tmp_path).record, 1024)
+    assert fault.startswith("final_logit_softcapping = 20.0")
