@@ -57,15 +57,6 @@ def timed(calls: Iterator[Callable[[], object]], groups_each: int = 1) -> tuple[
     return 1e6 * total_s / (num_calls * groups_each), 1e3 * longest_s
 
 
-def make_buffer(capacity_groups: int, max_passed_over: int) -> PriorityBuffer:
-    return PriorityBuffer(
-        capacity_groups=capacity_groups,
-        capacity_bytes=1 << 62,
-        freshness_decay=0.5,
-        max_passed_over=max_passed_over,
-    )
-
-
 def inserts(buffer: PriorityBuffer, groups: Iterator[BufferedGroup]) -> Iterator[Callable]:
     for group in groups:
         yield lambda group=group: buffer.insert(group)
@@ -76,18 +67,18 @@ def takes(buffer: PriorityBuffer, num_takes: int) -> Iterator[Callable]:
         yield lambda: buffer.take(GROUPS_A_BATCH)
 
 
-def measure(num_groups: int, num_steady: int, max_passed_over: int) -> list[dict[str, object]]:
+def measure(num_groups: int, num_steady: int, *, by_signal: bool) -> list[dict[str, object]]:
     process = psutil.Process()
     gc.collect()
     before = process.memory_info().rss
-    buffer = make_buffer(num_groups, max_passed_over)
+    buffer = PriorityBuffer(capacity_groups=num_groups, capacity_bytes=1 << 62, by_signal=by_signal)
     rows: list[dict[str, object]] = []
 
     def add_row(what: str, times: tuple[float, float]) -> None:
         gc.collect()
         rows.append(
             {
-                "overdue_after": max_passed_over,
+                "order": "signal" if by_signal else "arrival",
                 "what": what,
                 "groups_held": len(buffer),
                 "us_a_group": times[0],
@@ -116,7 +107,8 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=NUM_GROUPS)
     arguments = parser.parse_args()
     steady = min(NUM_STEADY, arguments.groups)
-    rows = measure(arguments.groups, steady, 4) + measure(arguments.groups, steady, 10**6)
+    rows = measure(arguments.groups, steady, by_signal=True)
+    rows += measure(arguments.groups, steady, by_signal=False)
     report("priority_buffer", f"Priority buffer of {arguments.groups:,} groups", rows)
 
 

@@ -62,8 +62,7 @@ class Buffer:
         self._order = PriorityBuffer(
             capacity_groups=config.capacity_groups,
             capacity_bytes=config.buffer.capacity_bytes,
-            freshness_decay=config.buffer.freshness_decay,
-            max_passed_over=config.buffer.max_passed_over,
+            by_signal=config.takes_by_signal,
         )
         self._max_staleness = config.buffer.max_staleness
         self._arrived = asyncio.Event()

@@ -3,11 +3,12 @@
 Batches decides which leases a request permits, when it completes and how long it waits; Grants
 distributes the leases among the actors; handlers/learner.py sends the batch.
 
-With `run.overlap`, actors generate whatever the credits allow, and a request completes as soon as
-its batch is full. Without it, generation and training alternate. Prompts are granted only while
-the learner waits, in rounds large enough to fill the batch, and the request completes when the
-round has finished and no lease is in flight. Surplus groups of a round stay buffered for the next
-batch.
+With `run.overlap`, actors generate whatever the credits allow. A request completes as soon as its
+batch is full and no late group remains: one that is still being generated, and that the update
+would make stale. To drop it instead would favor short completions. Without `run.overlap`,
+generation and training alternate. Prompts are granted only while the learner waits, in rounds large
+enough to fill the batch, and the request completes when the round has finished and no lease is in
+flight. Surplus groups of a round stay buffered for the next batch.
 """
 
 import math
@@ -21,6 +22,8 @@ from speed_async.buffer.priority import BufferedGroup
 from speed_async.config.schema import Config
 from speed_async.transport.messages import BatchPending, Leases, TakeBatch
 
+MAX_LATE_SHARE = 0.5
+"""Share of `cluster.stall_timeout_s` that a batch waits at most for late groups."""
 ROUND_MARGIN = 1.15
 """Factor by which a round exceeds the size that the acceptance rate implies, since a second round
 costs more."""
@@ -69,10 +72,10 @@ class Batches:
     def cancel(self) -> None:
         self._state.request, self._state.round_left = None, 0
 
-    @property
-    def num_grantable(self) -> int:
-        """Training leases that may be granted now."""
-        credits_left = self._lifecycle.credits_left
+    def num_grantable(self, version_lag: int = 0) -> int:
+        """Training leases that may be granted now to an actor that samples with a version this far
+        behind the newest."""
+        credits_left = self._lifecycle.credits_left(version_lag)
         if self._config.run.overlap:
             return credits_left
         if self._state.request is None:
@@ -98,6 +101,8 @@ class Batches:
             return None
         if not self._config.run.overlap and (evaluating or self._lifecycle.leases.num_charged):
             return None
+        if self._waits_for_late_groups(now_s):
+            return None
         groups = self._lifecycle.groups.take(self._state.request.num_groups)
         if groups is None:
             return None
@@ -105,6 +110,17 @@ class Batches:
         self._state.starved_s = now_s - self._state.requested_s
         self.cancel()
         return take, groups
+
+    def _waits_for_late_groups(self, now_s: float) -> bool:
+        """Whether the update would make a group stale that is still being generated."""
+        if self._config.buffer.late_groups == "drop":
+            return False
+        oldest = self._lifecycle.leases.oldest_version
+        next_version = self._lifecycle.groups.policy_version + 1
+        if oldest is None or next_version - oldest <= self._config.buffer.max_staleness:
+            return False
+        waited_s = now_s - self._state.requested_s
+        return waited_s < MAX_LATE_SHARE * self._config.cluster.stall_timeout_s
 
     def pending(self, now_s: float) -> list[BatchPending]:
         """Tells the learner, several times within its own deadline, that its request is open."""
@@ -170,7 +186,7 @@ class Grants:
         evaluated version. Training leases go, in equal shares, to actors within the staleness
         bound."""
         plans = self._evaluations.leasable()
-        if not plans and not (training and self._batches.num_grantable > 0):
+        if not plans and not (training and self._batches.num_grantable() > 0):
             return
         if not any(state.want for state in present):
             return
@@ -185,11 +201,14 @@ class Grants:
         for position, state in enumerate(fresh):
             if not state.want:
                 break
-            share = math.ceil(self._batches.num_grantable / (len(fresh) - position))
+            num_grantable = self._batches.num_grantable(policy_version - state.applied_version)
+            share = math.ceil(num_grantable / (len(fresh) - position))
             if share < 1:
-                break
+                continue
             count = min(state.want, share)
-            leases = self._lifecycle.grant_training(state.name, count, now_s)
+            leases = self._lifecycle.grant_training(
+                state.name, count, now_s, policy_version=state.applied_version
+            )
             if leases is not None:
                 state.want -= len(leases.lease_ids)
                 self._batches.granted(len(leases.lease_ids))

@@ -29,9 +29,7 @@ class FinishedGroups:
         self.buffer = PriorityBuffer(
             capacity_groups=config.capacity_groups,
             capacity_bytes=config.buffer.capacity_bytes,
-            freshness_decay=config.buffer.freshness_decay,
-            max_passed_over=config.buffer.max_passed_over,
-            signal_weight=config.buffer.signal_weight,
+            by_signal=config.takes_by_signal,
             state=state.buffer,
         )
         self.in_training = state.in_training
@@ -138,7 +136,7 @@ class FinishedGroups:
     @property
     def needed_segments(self) -> set[int]:
         """Journal segments that hold a group that may still be read."""
-        groups = [group for group, _ in self.buffer.waiting()]
+        groups = list(self.buffer.waiting())
         groups += self.in_training.values()
         groups += self.lineage.groups
         return {group.place[0] for group in groups if group.place is not None}

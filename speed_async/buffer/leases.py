@@ -3,6 +3,7 @@
 A training lease holds one credit from its grant until its group ends or the lease expires.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +23,8 @@ class OpenLease:
     holder: str
     """Name of the actor that holds the lease."""
     granted_s: float
+    policy_version: int = 0
+    """Version that the actor sampled with at the grant: no token of the lease is older."""
     expired: bool = False
     """Its prompt was requeued and its credit returned. A late result still counts once."""
 
@@ -48,6 +51,7 @@ class LeaseTable:
         """Open training leases that have not expired. Each holds a credit."""
         self._state = state
         self._open = state.open
+        self._versions = Counter(e.policy_version for e in training if not e.expired)
         self._ids_of: dict[str, set[int]] = {}
         self._num_evaluating: Counter[str] = Counter()
         for lease_id, entry in state.open.items():
@@ -62,6 +66,7 @@ class LeaseTable:
         suite: str = "",
         num_samples: int = 0,
         now_s: float = 0.0,
+        policy_version: int = 0,
     ) -> OpenLease:
         """Open a training lease, or an evaluation lease of this suite."""
         lease = Lease(
@@ -72,12 +77,14 @@ class LeaseTable:
             num_samples=num_samples,
         )
         self._state.next_id += 1
-        entry = OpenLease(lease=lease, holder=holder, granted_s=now_s)
+        entry = OpenLease(
+            lease=lease, holder=holder, granted_s=now_s, policy_version=policy_version
+        )
         self._open[lease.lease_id] = entry
         self._ids_of.setdefault(holder, set()).add(lease.lease_id)
         self._num_evaluating[holder] += num_samples
         self.num_training += entry.is_training
-        self.num_charged += entry.is_training
+        self._charge(entry, 1)
         return entry
 
     def num_evaluating(self, holder: str) -> int:
@@ -103,7 +110,8 @@ class LeaseTable:
         if not self._num_evaluating[entry.holder]:
             del self._num_evaluating[entry.holder]
         self.num_training -= entry.is_training
-        self.num_charged -= entry.is_training and not entry.expired
+        if not entry.expired:
+            self._charge(entry, -1)
         return entry
 
     def expire(self, before_s: float) -> list[OpenLease]:
@@ -116,8 +124,23 @@ class LeaseTable:
                 expired.append(entry)
         for entry in expired:
             self._open[entry.lease.lease_id] = replace(entry, expired=True)
-            self.num_charged -= entry.is_training
+            self._charge(entry, -1)
         return expired
+
+    @property
+    def oldest_version(self) -> int | None:
+        """Oldest version that an open, unexpired training lease may have tokens of; None if there
+        is none."""
+        return min(self._versions, default=None)
+
+    def _charge(self, entry: OpenLease, num_leases: int) -> None:
+        """Count an unexpired training lease that begins or ends."""
+        if not entry.is_training:
+            return
+        self.num_charged += num_leases
+        self._versions[entry.policy_version] += num_leases
+        if not self._versions[entry.policy_version]:
+            del self._versions[entry.policy_version]
 
     def of_holder(self, holder: str) -> list[OpenLease]:
         return [self._open[lease_id] for lease_id in sorted(self._ids_of.get(holder, ()))]
@@ -125,6 +148,9 @@ class LeaseTable:
 
 BYTES_WINDOW = 16
 """Time constant, in groups, of the running mean of group sizes."""
+YIELD_MARGIN = 3.0
+"""Standard deviations of the number of groups from the prompts under screening. A smaller margin
+admits more groups than the learner trains before they become stale."""
 MIN_CREDITS_PER_PROMPT = 1 / 16
 """Bounds the number of leases when hardly any prompt passes the gate."""
 
@@ -153,21 +179,37 @@ class Credit:
         self._statistics = statistics
         self._state = state
 
-    def left(self, num_in_training: int) -> int:
-        """Number of additional training leases that may be granted.
+    def left(self, num_in_training: int, version_lag: int) -> int:
+        """Number of additional training leases that may be granted to an actor that samples with a
+        version this far behind the newest.
 
-        A prompt under screening costs its expected yield, which is the acceptance rate of the
-        gate. A group that is continued, buffered or in training costs one credit. So one batch for
-        each version of the staleness window is in progress at any acceptance rate, and no more.
+        A group that is continued, buffered or in training costs one credit, a prompt under
+        screening its expected yield, which is the acceptance rate of the gate, and a margin. So at
+        any acceptance rate, no more groups are in progress than the learner trains until the first
+        tokens of the lease become stale: one batch for each version until then. There is no margin
+        for the prompts that complete the next batch, so that the learner does not wait longer.
         Backpressure starts earlier if these groups would not fit `buffer.capacity_bytes`.
         """
         if self._config.run.updates == 0:
             return 0  # the run only evaluates
         num_leased = self._leases.num_charged
         continuing = min(self._ledger.groups_continuing, num_leased)
-        certain = len(self._buffer) + num_in_training + continuing
-        uncertain = int((self._max_groups - certain) / self.credits_per_prompt)
+        waiting = len(self._buffer) + continuing
+        spare = self._max_groups(version_lag) - num_in_training - waiting
+        missing = self._config.learner.groups_per_update - waiting
+        completing = int(min(spare, missing) / self.credits_per_prompt)
+        uncertain = max(self._num_prompts(spare), completing)
         return max(0, uncertain - num_leased + continuing)
+
+    def _num_prompts(self, num_groups: int) -> int:
+        """Number of prompts under screening that rarely yield more groups than this: the mean of
+        their yield plus YIELD_MARGIN standard deviations of a binomial distribution is
+        `num_groups`. Without overlap, surplus groups are intended (buffer/batches.py), and there is
+        no margin."""
+        mean = self.credits_per_prompt
+        margin = YIELD_MARGIN * math.sqrt(mean * (1 - mean)) if self._config.run.overlap else 0.0
+        root = math.sqrt(margin**2 + 4 * mean * max(0, num_groups)) - margin
+        return int((root / (2 * mean)) ** 2 + 1e-9)
 
     @property
     def credits_per_prompt(self) -> float:
@@ -179,12 +221,14 @@ class Credit:
     def record_group_size(self, num_bytes: int) -> None:
         self._state.mean_group_bytes += (num_bytes - self._state.mean_group_bytes) / BYTES_WINDOW
 
-    @property
-    def _max_groups(self) -> int:
-        """Limit on groups in flight, buffered or in training. It is a number of groups and, unless
-        surplus groups spill to disk, also the bytes that they take at their recent mean size."""
-        most = self._config.max_credits
+    def _max_groups(self, version_lag: int) -> int:
+        """Limit on groups in flight, buffered or in training, for a lease whose first tokens are
+        `version_lag` versions old, so that as many batches less are trained before they are stale.
+        It is a number of groups and, unless surplus groups spill to disk, also the bytes that they
+        take at their recent mean size."""
+        batch = self._config.learner.groups_per_update
+        most = self._config.max_credits - version_lag * batch
         if self._config.buffer.spill or not self._state.mean_group_bytes:
             return most
         fitting = int(self._config.buffer.capacity_bytes / self._state.mean_group_bytes)
-        return min(most, max(fitting, self._config.learner.groups_per_update))
+        return min(most, max(fitting, batch))

@@ -61,16 +61,19 @@ class Lifecycle:
 
     # --- granting --------------------------------------------------------------------------
 
-    @property
-    def credits_left(self) -> int:
-        """Number of additional training leases that may be granted."""
-        return self.credit.left(len(self.groups.in_training))
+    def credits_left(self, version_lag: int = 0) -> int:
+        """Number of additional training leases that may be granted to an actor that samples with a
+        version this far behind the newest."""
+        return self.credit.left(len(self.groups.in_training), version_lag)
 
-    def grant_training(self, holder: str, max_leases: int, now_s: float = 0.0) -> m.Leases | None:
-        """Grant an actor up to `max_leases` leases. Returns None if there is nothing to grant."""
+    def grant_training(
+        self, holder: str, num_leases: int, now_s: float = 0.0, *, policy_version: int = 0
+    ) -> m.Leases | None:
+        """Grant an actor that samples with this version this many leases. Returns None if no prompt
+        is left."""
         granted = [
-            self.leases.grant(holder, prompt_id, now_s=now_s).lease
-            for prompt_id in self._curriculum.choose(min(max_leases, self.credits_left))
+            self.leases.grant(holder, prompt_id, now_s=now_s, policy_version=policy_version).lease
+            for prompt_id in self._curriculum.choose(num_leases)
         ]
         return self._granted(holder, granted, urgent=False)
 

@@ -304,7 +304,7 @@ class BufferConfig(Section):
     """Maximum array bytes of buffered groups, with the same eviction."""
     credits: PositiveInt | None = None
     """Maximum number of groups that are leased, buffered or in training; None derives it (see
-    `max_credits`)."""
+    `max_credits`). With a higher number, groups become stale."""
     durability: Literal["none", "batched", "every"] = "batched"
     """Durability of the journal. `batched`: a killed process loses nothing, a power failure at most
     the last second. `every`: neither loses data; each acknowledgement waits for the disk. `none`:
@@ -316,12 +316,15 @@ class BufferConfig(Section):
     once."""
     max_staleness: NonNegativeInt = 2
     """Maximum age in policy versions of a token used for training."""
-    freshness_decay: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Factor on the priority of a group per version of age."""
-    signal_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Exponent of p(1 - p) in the priority of a group with pass rate p; 0 uses age only."""
-    max_passed_over: PositiveInt = 4
-    """Maximum number of batches that pass over a group; it is taken next."""
+    late_groups: Literal["wait", "drop"] = "wait"
+    """Groups that are still being generated and that the next update would make stale. `wait`: the
+    update waits for them, at most half of `cluster.stall_timeout_s`. `drop`: it does not, so fewer
+    long completions are trained than are generated."""
+    order: Literal["auto", "signal", "arrival"] = "auto"
+    """Order of buffered groups whose oldest tokens are of the same version; older tokens always
+    come first. `signal`: by p(1 - p) of the pass rate p of the group, the largest first. `arrival`:
+    first in, first out. `auto`: `arrival` if `gate.mode` is `off`, so that groups without signal
+    wait no longer than others, else `signal`."""
 
 
 class LearnerConfig(Section):
@@ -477,6 +480,13 @@ class Config(Section):
     def capacity_groups(self) -> int:
         """Maximum number of buffered groups."""
         return self.buffer.capacity_groups or max(MIN_CAPACITY_GROUPS, self.max_credits)
+
+    @property
+    def takes_by_signal(self) -> bool:
+        """Whether groups of the same version are trained in the order of p(1 - p)."""
+        if self.buffer.order == "auto":
+            return self.gate.mode != "off"
+        return self.buffer.order == "signal"
 
     @property
     def max_credits(self) -> int:

@@ -29,7 +29,7 @@ def held_groups(run_folder: Path) -> set[str]:
         machine, _ = open_machine(folder, config, _build, data=data, model=model, attempt=0)
         journal, lifecycle = machine.journal, machine.service.lifecycle
         assert journal is not None
-        waiting = [group for group, _ in lifecycle.groups.buffer.waiting()]
+        waiting = list(lifecycle.groups.buffer.waiting())
         held: set[str] = set()
         for group in [*waiting, *lifecycle.groups.in_training.values()]:
             assert group.place is not None

@@ -50,7 +50,7 @@ def status_values(
         "buffer_groups": len(lifecycle.groups.buffer),
         "buffer_capacity": parts.config.capacity_groups,
         "in_flight_groups": lifecycle.leases.num_training,
-        "credits": lifecycle.leases.num_training + lifecycle.credits_left,
+        "credits": lifecycle.leases.num_training + lifecycle.credits_left(),
         "staleness_mean": statistics.staleness_last_mean,
         "staleness_max": statistics.staleness_max,
         "max_staleness": parts.config.buffer.max_staleness,

@@ -37,9 +37,7 @@ def test_masking_cannot_correct_dropping_finished_groups_by_their_own_pass_rate(
 
 def test_eviction_from_the_real_buffer_changes_the_weight_of_a_sample() -> None:
     def evicted_by_rival(rewards_N: Floats, rival_passes: int) -> bool:
-        buffer = PriorityBuffer(
-            capacity_groups=1, capacity_bytes=10**9, freshness_decay=0.5, max_passed_over=9
-        )
+        buffer = PriorityBuffer(capacity_groups=1, capacity_bytes=10**9)
         lost: list[BufferedGroup] = []
         for lease_id, pass_rate in ((2, rival_passes / 4), (1, float(rewards_N.mean()))):
             group = BufferedGroup(

@@ -1,4 +1,4 @@
-"""Priority, eviction, staleness and fairness of the buffer, against hand-computed values."""
+"""Order, eviction and staleness of the buffer, against hand-computed values."""
 
 import gc
 import math
@@ -40,13 +40,10 @@ def groups_on_disk(num_groups: int, first_lease: int) -> Iterator[BufferedGroup]
 
 
 def make_buffer(
-    capacity_groups: int = 10, capacity_bytes: int = 10**9, decay: float = 0.5, passed: int = 100
+    capacity_groups: int = 10, capacity_bytes: int = 10**9, *, by_signal: bool = True
 ) -> PriorityBuffer:
     return PriorityBuffer(
-        capacity_groups=capacity_groups,
-        capacity_bytes=capacity_bytes,
-        freshness_decay=decay,
-        max_passed_over=passed,
+        capacity_groups=capacity_groups, capacity_bytes=capacity_bytes, by_signal=by_signal
     )
 
 
@@ -62,15 +59,22 @@ def test_group_with_pass_rate_nearest_one_half_is_taken_first() -> None:
     assert taken_ids(buffer, 4) == [1, 3, 0, 2]
 
 
-def test_priority_halves_with_each_version_of_age() -> None:
-    buffer = make_buffer(decay=0.5)
-    buffer.insert(buffered(0, pass_rate=0.5, version=0))  # .25 * .5 at version 1 = .125
-    buffer.insert(buffered(1, pass_rate=0.2, version=1))  # .16
-    buffer.insert(buffered(2, pass_rate=0.1, version=1))  # .09
-    assert taken_ids(buffer, 3) == [1, 0, 2]
+def test_group_with_the_oldest_token_is_taken_first() -> None:
+    buffer = make_buffer()
+    for lease_id, (version, pass_rate) in enumerate([(1, 0.5), (0, 1.0), (1, 0.2), (0, 0.1)]):
+        buffer.insert(buffered(lease_id, pass_rate=pass_rate, version=version))
+    # Those of version 0 first, then by p(1-p): 0, .09 and .25, .16.
+    assert taken_ids(buffer, 4) == [3, 1, 0, 2]
 
 
-def test_lowest_priority_group_is_evicted_over_capacity() -> None:
+def test_without_order_by_signal_groups_of_a_version_are_taken_as_they_arrived() -> None:
+    buffer = make_buffer(by_signal=False)
+    for lease_id, (version, pass_rate) in enumerate([(1, 1.0), (1, 0.5), (0, 0.0), (1, 0.4)]):
+        buffer.insert(buffered(lease_id, pass_rate=pass_rate, version=version))
+    assert taken_ids(buffer, 4) == [2, 0, 1, 3]
+
+
+def test_last_group_in_order_is_evicted_over_capacity() -> None:
     buffer = make_buffer(capacity_groups=2)
     assert buffer.insert(buffered(0, pass_rate=0.1)) == []
     assert buffer.insert(buffered(1, pass_rate=0.5)) == []
@@ -89,24 +93,12 @@ def test_capacity_in_bytes_causes_eviction() -> None:
     assert buffer.num_bytes == 200
 
 
-def test_group_passed_over_max_times_is_taken_first() -> None:
-    buffer = make_buffer(passed=2)
-    buffer.insert(buffered(0, pass_rate=0.05))
-    for lease_id in range(1, 7):
-        buffer.insert(buffered(lease_id, pass_rate=0.5))
-    assert taken_ids(buffer, 2) == [1, 2]
-    buffer.insert(buffered(7, pass_rate=0.5))
-    assert taken_ids(buffer, 2) == [3, 4]
-    # Group 0 has been passed over twice: it is first, then the rest by priority; 7 is newer.
-    assert taken_ids(buffer, 2) == [0, 5]
-
-
 def test_groups_with_a_stale_token_are_dropped() -> None:
     buffer = make_buffer()
     for lease_id, version in enumerate([0, 1, 2, 0]):
         buffer.insert(buffered(lease_id, version=version))
     assert [group.lease_id for group in buffer.drop_older_than(1)] == [0, 3]
-    assert taken_ids(buffer, 4) == [2, 1]
+    assert taken_ids(buffer, 4) == [1, 2]
 
 
 def test_group_without_signal_has_the_lowest_priority() -> None:

@@ -45,14 +45,15 @@ def test_first_evaluation_precedes_the_first_training_batch(harness: ServiceHarn
 
 
 def test_credits_are_charged_at_the_grant_and_returned_when_the_group_ends(
-    harness: ServiceHarness,
+    tmp_path: Path,
 ) -> None:
+    harness = ServiceHarness(tmp_path, buffer={"credits": 9})
     harness.pass_baseline()
-    assert harness.config.max_credits == 4  # (1 + 1) * 2
     leases = harness.lease(20)
-    assert len(leases.lease_ids) == 8  # half a credit each, before any screening
-    # The actor still requests 12. A screened-out prompt ends one lease and lowers the expected
-    # yield to 8 of 17, so 4 * 17 / 8 = 8.5 leases may be open: one more is granted.
+    # Before any screening, half of the prompts are expected to pass: 9 / 2 + 3 * sqrt(9 / 4) = 9.
+    assert len(leases.lease_ids) == 9
+    # The actor still requests 11. A screened-out prompt ends one lease and lowers the expected
+    # yield to 8 of 17, so 9.4 leases may be open: one more is granted.
     replies = harness.send(
         "actor-1.0",
         screened_out(leases.lease_ids[0]),
@@ -73,7 +74,8 @@ def test_duplicate_result_counts_once(harness: ServiceHarness) -> None:
     assert harness.service.lifecycle.ledger.buffered.groups == 1
 
 
-def test_every_end_is_counted_and_the_ledger_balances(harness: ServiceHarness) -> None:
+def test_every_end_is_counted_and_the_ledger_balances(tmp_path: Path) -> None:
+    harness = ServiceHarness(tmp_path, buffer={"credits": 9})
     harness.pass_baseline()
     leases = harness.lease(6)
     ids, prompts = leases.lease_ids, leases.prompt_ids
@@ -536,7 +538,7 @@ def test_backpressure_starts_before_the_memory_limit(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path, buffer={"credits": 100, "capacity_groups": 200})
     harness.pass_baseline()
     leases = harness.lease(100)
-    credits_before = harness.service.lifecycle.credits_left
+    credits_before = harness.service.lifecycle.credits_left()
     buffer = harness.config.buffer.model_copy(update={"capacity_bytes": 1000})
     harness.service.lifecycle.credit._config = harness.config.model_copy(  # pyright: ignore
         update={"buffer": buffer}
@@ -545,7 +547,7 @@ def test_backpressure_starts_before_the_memory_limit(tmp_path: Path) -> None:
         harness.send("actor-1.0", make_group(lease_id, prompt_id))  # 152 bytes each
     lifecycle = harness.service.lifecycle
     assert credits_before > 0
-    assert lifecycle.credits_left == 0
+    assert lifecycle.credits_left() == 0
 
 
 def test_expired_lease_is_requeued_and_its_late_result_counts_once(

@@ -151,7 +151,7 @@ def test_invalid_messages_are_rejected_with_the_reason(
 def test_refused_actor_is_rejected_once_and_blocked_and_its_prompts_are_requeued(
     tmp_path: Path,
 ) -> None:
-    harness = ServiceHarness(tmp_path)
+    harness = ServiceHarness(tmp_path, buffer={"credits": 20})
     harness.pass_baseline()
     harness.hello("actor-2.0", 2)
     leases = harness.lease(3)

@@ -103,7 +103,7 @@ def test_a_new_attempt_returns_untrained_groups_and_removes_all_actors(tmp_path:
     lifecycle = recovered.service.lifecycle
     assert recovered.service.membership.present() == ()
     assert lifecycle.leases.num_training == 0
-    assert {group.lease_id for group, _ in lifecycle.groups.buffer.waiting()} >= set(taken)
+    assert {group.lease_id for group in lifecycle.groups.buffer.waiting()} >= set(taken)
     assert all(lifecycle.ledger.checks(0).values())
 
 

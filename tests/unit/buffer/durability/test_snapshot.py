@@ -85,7 +85,7 @@ class Comparison:
                 "num_samples": 32,
                 "suites": [make_suite(folder, "hard", every=1, samples=2)],
             },
-            buffer={"max_staleness": 3, "max_passed_over": 1, "lease_timeout_s": 20.0},
+            buffer={"max_staleness": 3, "lease_timeout_s": 20.0},
         )
         small = config.buffer.model_copy(update={"capacity_bytes": 1000})
         self.config: Config = config.model_copy(update={"buffer": small})
@@ -365,7 +365,7 @@ class Comparison:
         finish = m.FinishRun(policy_version=self.version, evaluate=evaluate, reason="completed")
         self.send("learner", finish)
         self.compare()
-        for _ in range(40):
+        for _ in range(60):  # more than cluster.stall_timeout_s for each suite
             self.now_s += 25.0
             self.input("tick", self.now_s, 0.0)
             self.compare()
