@@ -187,8 +187,7 @@ def overrides(arm: Arm, setting: Setting, seed: int) -> list[str]:
         "learner.lr": setting.lr,
         "learner.grad_clip": clip,
     }
-    if arm.fifo:
-        values |= {"buffer.signal_weight": 0, "buffer.freshness_decay": 1}
+    values["buffer.order"] = "arrival" if arm.fifo else "signal"
     if arm.both_cores:
         values |= {"cluster.actors": 2, "learner.num_threads": 2}
     if arm.passes > 1:

@@ -29,6 +29,12 @@ class Accuracy:
     newest_version: int | None
 
     @property
+    def sampled_version(self) -> int:
+        """The newest version of the tokens, to which the accuracy is credited: a later version than
+        the one under evaluation may have sampled most of them. That version if there are none."""
+        return self.policy_version if self.newest_version is None else self.newest_version
+
+    @property
     def accuracy(self) -> float:
         """0 if no completion was scored."""
         return self.num_passed / max(self.num_completions, 1)

@@ -65,12 +65,12 @@ def _check_baseline(config: Config) -> Iterator[ConfigError]:
             "objective.advantage = 'shrunken' compares groups of one update; set 2 or more, or "
             "objective.advantage = 'rloo'",
         )
-    if config.gate.mode == "off" and config.buffer.signal_weight > 0:
+    if config.gate.mode == "off" and config.takes_by_signal:
         yield ConfigError(
-            "buffer.signal_weight",
-            config.buffer.signal_weight,
+            "buffer.order",
+            config.buffer.order,
             "with objective.advantage = 'shrunken' and gate.mode = 'off', groups of equal rewards "
-            "have a gradient, and this priority would let them become stale; set 0",
+            "have a gradient, and this order would train them last; set 'arrival'",
         )
 
 

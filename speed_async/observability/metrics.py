@@ -60,13 +60,13 @@ class Event:
     evaluation: `accuracy`, `num_passed`, `num_completions` (scored ones), `num_unscored`,
     `oldest_version`, `newest_version`. evaluation and suite: `suite` (`held_out` for evaluation),
     `mean` (mean@k), `num_samples` (k), `num_passed`, `num_completions`, `num_unscored`,
-    `num_truncated`, `policy_version` (the version that was evaluated), `oldest_version` and
-    `newest_version` (of the tokens). sample: `policy_version` (the newest of its tokens),
-    `actor`, `prompt_id`, `held_out`, `decision` ("continued" | "screened out" | "kept" |
-    "evaluated"), `reward`, `passed`, `extracted` (the answer found by the verifier, or None),
-    `truncated` (by a length limit), `num_tokens`, `prompt`, `completion` (long texts are shortened
-    in the middle). end: `reason`, `outcome` ("completed" | "stopped" | "nothing_learned" |
-    "failed"), `ok` (whether the outcome is "completed").
+    `num_truncated`, `requested_version` (whose evaluation it is), `oldest_version` and
+    `newest_version` (of the tokens), `policy_version` (the newest of the tokens). sample:
+    `policy_version` (the newest of its tokens), `actor`, `prompt_id`, `held_out`, `decision`
+    ("continued" | "screened out" | "kept" | "evaluated"), `reward`, `passed`, `extracted` (the
+    answer found by the verifier, or None), `truncated` (by a length limit), `num_tokens`, `prompt`,
+    `completion` (long texts are shortened in the middle). end: `reason`, `outcome` ("completed" |
+    "stopped" | "nothing_learned" | "failed"), `ok` (whether the outcome is "completed").
     """
 
     kind: EventKind

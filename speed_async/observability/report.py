@@ -60,8 +60,8 @@ def _points(events: Sequence[Event], *, kind: str, key: str) -> list[Point]:
 
 
 def suite_points(events: Sequence[Event]) -> dict[str, list[Point]]:
-    """(seconds, mean@k) by suite and k. A result is placed where its version was trained: an
-    evaluation that gives way to training may end many updates later."""
+    """(seconds, mean@k) by suite and k. A result is placed where the newest version that sampled it
+    was trained."""
     trained_s = {0.0: 0.0}
     for event in events:
         version, at_s = (finite(event.values.get(key)) for key in ("policy_version", "wall_s"))

@@ -65,11 +65,9 @@ class InlineEngine:
         self._stepper.load_weights(offer)
         return UpdateReport(policy_version=offer.policy_version, transfer_s=0.0, pause_s=0.0)
 
-    async def pause(self, *, abort: bool) -> None:
-        """Nothing pauses a simulated run."""
+    async def pause(self, *, abort: bool) -> None: ...
 
-    async def resume(self) -> None:
-        """Nothing pauses a simulated run."""
+    async def resume(self) -> None: ...
 
 
 class IdCodec:
@@ -197,11 +195,7 @@ class SimulatedRun:
         self.outcome = Outcome()
         self._train_s, self._sync_s = train_s, sync_s
         self.service = BufferService(
-            config,
-            num_prompts=len(pass_rates),
-            num_held_out=1,
-            fingerprint="f",
-            started_s=0.0,
+            config, num_prompts=len(pass_rates), num_held_out=1, fingerprint="f", started_s=0.0
         )
         self._now_s = 0.0
         self._actors: dict[str, SimulatedActor] = {}

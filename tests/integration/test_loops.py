@@ -98,7 +98,6 @@ def test_a_group_may_have_one_completion(make_run: Callable[..., Run]) -> None:
     run = make_run(
         gate={"mode": "off", "n_init": 1, "n_cont": 0},
         objective={"advantage": "shrunken"},
-        buffer={"signal_weight": 0.0},
     )
     finished = execute(run)
     assert finished.outcome == "completed"
@@ -525,10 +524,10 @@ def test_suites_are_evaluated_beside_training_and_at_the_end(
     run = make_run(evaluate={"every": 2, "num_samples": 2, "suites": [suite]})
     result = execute(run)
     events = [event.values for event in run.sink.events if event.kind == "suite"]
-    versions = [event["policy_version"] for event in events]
+    versions = [event["requested_version"] for event in events]
     assert (versions[0], versions[-1]) == (0, 5) and set(versions) <= {0, 2, 4, 5}
     assert all(event["num_completions"] == 6 for event in events)
-    assert all(event["oldest_version"] >= event["policy_version"] for event in events)
+    assert all(event["oldest_version"] >= event["requested_version"] for event in events)
     fields = result.service_fields
     assert fields["ledger"]["closes"] is True
     assert fields["suites"]["hard"]["last"]["policy_version"] == 5

@@ -35,9 +35,9 @@ class EvaluationHandler:
         to_learner = ended_messages([result])
         is_held_out = result.suite == HELD_OUT
         if is_held_out:
-            self._statistics.evaluated(result.accuracy, result.policy_version)
+            self._statistics.evaluated(result.accuracy, result.sampled_version)
             self._diagnoses.evaluated(
-                result.accuracy, result.num_completions, result.policy_version
+                result.accuracy, result.num_completions, result.sampled_version
             )
             to_learner += self._target_reached(result)
         num_samples = self._evaluations.of(result.suite).num_samples
@@ -50,4 +50,4 @@ class EvaluationHandler:
         if target is None or result.accuracy < target or self._state.target_reached:
             return []
         self._state.target_reached = True
-        return [m.TargetReached(accuracy=result.accuracy, policy_version=result.policy_version)]
+        return [m.TargetReached(accuracy=result.accuracy, policy_version=result.sampled_version)]

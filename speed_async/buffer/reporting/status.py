@@ -20,6 +20,7 @@ from speed_async.types import GroupEnd
 
 SUITE_RESULT_KEYS = (
     "policy_version",
+    "requested_version",
     "mean",
     "num_completions",
     "num_unscored",
@@ -229,7 +230,8 @@ def evaluation_values(result: Accuracy, num_samples: int) -> dict[str, Value]:
     """Additional values of an evaluation event. `num_samples`: completions per prompt."""
     return {
         "suite": result.suite,
-        "policy_version": result.policy_version,
+        "policy_version": result.sampled_version,
+        "requested_version": result.policy_version,
         "mean": result.accuracy,
         "num_samples": num_samples,
         "num_passed": result.num_passed,

@@ -118,7 +118,8 @@ def test_a_result_has_its_suite_its_version_and_the_range_of_versions(
     assert base.values["policy_version"] == 0
     shown = {
         "suite": "hard",
-        "policy_version": 1,
+        "policy_version": 2,  # the newest of the tokens
+        "requested_version": 1,
         "mean": 0.5,
         "num_samples": 2,
         "num_passed": 3,
@@ -215,3 +216,19 @@ def test_an_unfinished_evaluation_is_not_restarted_by_a_later_version() -> None:
     evaluations = Evaluations(config, {"held_out": 1}, states)
     assert evaluations.start_due(1) == []
     assert evaluations.held_out.target_version == 0
+
+
+def test_the_accuracy_that_ends_a_run_is_credited_to_the_newest_version_that_sampled_it(
+    tmp_path: Path,
+) -> None:
+    harness = ServiceHarness(tmp_path, run={"stop_at_accuracy": 0.5}, evaluate={"every": 1})
+    harness.hello("learner", 0)
+    harness.hello(ACTOR, 1)
+    finish(harness, want(harness, 1)["held_out"], num_passed=0)
+    publish(harness, 1)
+    leases = want(harness, 1)["held_out"]
+    harness.service.lifecycle.groups._state.policy_version = 3
+    [ended, reached] = finish(harness, leases)
+    assert ended == m.EvaluationEnded(suite="held_out", policy_version=1, accuracy=1.0)
+    assert reached == m.TargetReached(accuracy=1.0, policy_version=3)
+    assert harness.events[-1].values["accuracy_version"] == 3

@@ -263,7 +263,7 @@ def test_overrides_take_precedence_over_the_preset(config_file: Path) -> None:
 
 ONE_COMPLETION = [
     *("--gate.mode", "off", "--gate.n_init", "1", "--gate.n_cont", "0"),
-    *("--objective.advantage", "shrunken", "--buffer.signal_weight", "0"),
+    *("--objective.advantage", "shrunken"),
 ]
 
 
@@ -350,9 +350,12 @@ def test_group_size_does_not_depend_on_the_gate_mode(config_file: Path) -> None:
             "set 2 or more",
         ),
         (
-            ["--gate.mode", "off", "--objective.advantage", "shrunken"],
-            "buffer.signal_weight",
-            "become stale; set 0",
+            [
+                *("--gate.mode", "off", "--objective.advantage", "shrunken"),
+                *("--buffer.order", "signal"),
+            ],
+            "buffer.order",
+            "set 'arrival'",
         ),
         (
             [*ONE_COMPLETION, "--objective.advantage", "rloo"],

@@ -268,7 +268,8 @@ class Comparison:
             reasons = ("verifier: broken", f"{m.UNUSABLE}: too long", m.DRAINED, m.STALE)
             self.send(peer, replace(failed(lease, self.rng.choice(reasons)), counts=counts))
         elif leases.kind == "evaluation":
-            self.send(peer, evaluated(lease, num_completions=leases.num_samples, counts=counts))
+            result = evaluated(lease, num_completions=leases.num_samples, counts=counts)
+            self.send(peer, replace(result, newest_version=self.version))
         elif outcome < 8:
             rewards = [float(self.rng.random() < 0.5) for _ in range(4)]
             version = max(0, self.version - self.rng.randrange(3))

@@ -181,8 +181,7 @@ def test_equal_rewards_are_diagnosed_before_the_first_update(ungated: WatchedSer
 def test_equal_rewards_within_groups_are_a_signal_if_groups_are_compared(
     tmp_path: Path, advantage: str
 ) -> None:
-    by_age = NO_GATE | {"buffer": NO_GATE["buffer"] | {"signal_weight": 0}}
-    harness = WatchedService(tmp_path, objective={"advantage": advantage}, **by_age)
+    harness = WatchedService(tmp_path, objective={"advantage": advantage}, **NO_GATE)
     for reward in (1, 0, 1, 0):
         harness.group((reward,) * 4, gate=False)
     assert harness.diagnoses() == ""
