@@ -91,7 +91,6 @@ def make_trainer(
         num_generations=group_size,
         max_completion_length=config.actors.max_new_tokens,
         temperature=config.actors.temperature,
-        top_p=config.actors.top_p,
         top_k=0,
         beta=0.0,
         learning_rate=config.learner.lr,

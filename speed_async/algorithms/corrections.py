@@ -10,12 +10,10 @@ the loss accounts for what they change. `policy_gradient` has no ratio: its rho 
 pi_theta / mu.
 
 pi is the trained distribution at the sampling temperature over the full vocabulary. mu is the
-behaviour policy, from which the token was sampled. With top_p = 1, both are normalised over the
-same set, and rho has mean 1 under mu when the weights agree. With top_p < 1, mu is renormalised
-over the nucleus, whose mass Z lies in [top_p, 1]. For tokens in the nucleus, rho is then
-(pi / pi_mu) * Z, which is too small by the factor Z. Tokens outside the nucleus are never sampled.
-The gradient is that of the full-vocabulary policy restricted to the nuclei, scaled down by at most
-1 - top_p.
+behaviour policy, from which the token was sampled, at the same temperature and over the same
+vocabulary, so that rho is 1 when the weights agree. The configuration therefore refuses nucleus
+sampling in training: mu would be renormalised over a nucleus of mass Z >= top_p, rho would be Z
+without any staleness, and clips and masks would act on tokens that no update has changed.
 
 Shape legend: N concatenated completion tokens of one micro-batch; S sequences.
 """

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from speed_async.config.checks import check_combinations
 from speed_async.config.hub_id import local_or_hub
-from speed_async.config.names import all_sections, did_you_mean, similar_fields
+from speed_async.config.names import REFUSED, all_sections, did_you_mean, similar_fields
 from speed_async.config.overrides import ROOT_FIELDS, parse_overrides
 from speed_async.config.presets import with_preset
 from speed_async.config.schema import Config
@@ -281,6 +281,8 @@ def _expected(error: ErrorDetails) -> str:
 
 
 def _unknown_key(field: str) -> str:
+    if field in REFUSED:
+        return REFUSED[field]
     section, _, name = _without_indices(field).rpartition(".")
     model: type[BaseModel] = all_sections()[section] if section else Config
     known = sorted(model.model_fields)

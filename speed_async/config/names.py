@@ -37,6 +37,12 @@ SYNONYMS = {
     "dataset": "task.path",
 }
 """Names of these fields in other libraries."""
+REFUSED = {
+    "actors.top_p": "training samples from the whole vocabulary: within a nucleus, the ratio of "
+    "policy to behaviour policy carries the mass of the nucleus, so that clips act "
+    "without staleness; leave it out, or lower actors.temperature (evaluate.suites have top_p)",
+}
+"""Fields of other libraries that this one does not have on purpose, and the remedy."""
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

@@ -25,7 +25,6 @@ FIXED = (
     "gate",
     "curriculum",
     "actors.temperature",
-    "actors.top_p",
     "actors.max_new_tokens",
     "buffer",
     "learner.groups_per_update",

@@ -276,7 +276,6 @@ class ActorsConfig(Section):
     slots: PositiveInt = 64
     """Sequences that one actor decodes concurrently."""
     temperature: PositiveFloat = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: PositiveInt = 64
     running_at_update: Literal["keep", "recompute"] = "keep"
     """Handling of running sequences when weights change. `keep`: they continue with their KV cache.
@@ -473,8 +472,8 @@ class Config(Section):
         """Temperature and top-p for this suite; that of training if it is empty."""
         for each in self.evaluate.suites:
             if each.name == suite:
-                return each.temperature, 1.0
-        return self.actors.temperature, self.actors.top_p
+                return each.temperature, each.top_p
+        return self.actors.temperature, 1.0
 
     @property
     def capacity_groups(self) -> int:

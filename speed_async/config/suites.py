@@ -32,7 +32,9 @@ class SuiteConfig(Section):
     """Completions per prompt: k of mean@k. One that a length limit truncates is scored by its
     text."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    """Sampling temperature, without top-p truncation; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling: sample from the smallest set of tokens with this probability."""
     every: NonNegativeInt = 20
     """Updates between evaluations in training; 0 runs only the first and the last."""
     num_prompts: PositiveInt | None = None

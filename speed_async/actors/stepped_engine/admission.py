@@ -47,7 +47,7 @@ def sequence_limit(request: GenerationRequest, limits: ModelLimits) -> int:
     if not request.temperature >= 0:
         raise ConfigError("actors.temperature", request.temperature, "must be at least 0")
     if not 0 < request.top_p <= 1:
-        raise ConfigError("actors.top_p", request.top_p, "must be above 0 and at most 1")
+        raise ConfigError("evaluate.suites.top_p", request.top_p, "must be above 0 and at most 1")
     return min(num_prompt + request.max_new_tokens, context_length)
 
 

@@ -191,14 +191,14 @@ def test_a_truncated_completion_earns_the_reward_of_the_configuration(tmp_path: 
     }
 
 
-def test_a_suite_has_its_own_temperature_and_scorer_and_scores_truncated_text(
+def test_a_suite_has_its_own_sampling_and_scorer_and_scores_truncated_text(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    suite = make_suite(tmp_path, "greedy", samples=2, temperature=0.0)
+    suite = make_suite(tmp_path, "nucleus", samples=2, temperature=0.6, top_p=0.95)
     config = make_config(
         str(tmp_path),
-        actors={"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 4},
+        actors={"temperature": 0.7, "max_new_tokens": 4},
         evaluate={"suites": [suite]},
     )
     requests: list[GenerationRequest] = []
@@ -215,10 +215,10 @@ def test_a_suite_has_its_own_temperature_and_scorer_and_scores_truncated_text(
             kind=LeaseKind.EVALUATION,
             num_samples=samples,
             suite=name,
-            suite_scorers={"greedy": ScriptedVerifier(lambda _, completion: 1.0)},
+            suite_scorers={"nucleus": ScriptedVerifier(lambda _, completion: 1.0)},
         )
         return work
 
-    assert (evaluate("greedy", 2).num_passed, evaluate("held_out", 2).num_passed) == (2, 0)
+    assert (evaluate("nucleus", 2).num_passed, evaluate("held_out", 2).num_passed) == (2, 0)
     sampling = [(each.temperature, each.top_p) for each in requests]
-    assert sampling == [(0.0, 1.0)] * 2 + [(0.7, 0.9)] * 2
+    assert sampling == [(0.6, 0.95)] * 2 + [(0.7, 1.0)] * 2

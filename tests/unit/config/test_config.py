@@ -76,6 +76,7 @@ def test_default_credits_are_one_batch_per_version_of_the_staleness_window(
     ("overrides", "field", "expected"),
     [
         (["--learner.learning_rate", "1"], "learner.learning_rate", "unknown key"),
+        (["--actors.top_p", "0.9"], "actors.top_p", "the mass of the nucleus"),
         (["--learner.groups_per_updat", "1"], "learner.groups_per_updat", "groups_per_update"),
         (["--learnr.lr", "1"], "learnr", "did you mean 'learner'"),
         (["--learner.lr", "fast"], "learner.lr", "number"),
