@@ -4,7 +4,7 @@
 
 Every number comes from verl's own functions, in float64: `compute_*_outcome_advantage`, the
 registered policy losses, and `compute_policy_loss_bypass_mode` for importance weights. verl's
-options are set so that the formula is the same. `note` names defaults that differ.
+options are set so that the formula is the same. `note` names options that differ from the defaults.
 
 Shape legend: S sequences, T tokens (padded to the longest).
 """
@@ -36,6 +36,7 @@ from verl.workers.config import ActorConfig
 from verl.workers.config.actor import PolicyLossConfig
 
 NO_DUAL_CLIP = 1e9
+DUAL_CLIP = 1.5
 GSPO_CLIP = 0.1
 CISPO_HIGH = 0.5
 MAX_RATIO = 2.0
@@ -59,14 +60,16 @@ def mask_of(batch: Batch) -> Tensor:
     return padded([[1.0] * length for length in batch["lengths"]])
 
 
-def actor_config(aggregation: str, **options: Any) -> ActorConfig:
+def actor_config(
+    aggregation: str, *, dual_clip: float = NO_DUAL_CLIP, **options: Any
+) -> ActorConfig:
     scale = {"loss_scale_factor": MAX_TOKENS} if aggregation.endswith("norm") else {}
     return ActorConfig(
         strategy="fsdp",
         rollout_n=1,
         ppo_micro_batch_size_per_gpu=1,
         loss_agg_mode=aggregation,
-        clip_ratio_c=NO_DUAL_CLIP,
+        clip_ratio_c=dual_clip,
         global_batch_info=scale,
         **options,
     )
@@ -146,16 +149,17 @@ def loss_case(
 
 def clipped_cases(batch: Batch) -> list[Case]:
     clips = {"clip_ratio_low": CLIP_LOW, "clip_ratio_high": CLIP_HIGH}
-    ppo = ["ppo_clip", {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH}]
-    gspo = ["gspo", {"clip_low": GSPO_CLIP, "clip_high": GSPO_CLIP}]
+    ppo = ["ppo_clip", {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH, "dual_clip": DUAL_CLIP}]
+    no_dual_clip = {"dual_clip": NO_DUAL_CLIP}
+    gspo = ["gspo", {"clip_low": GSPO_CLIP, "clip_high": GSPO_CLIP, **no_dual_clip}]
     cases = [
         loss_case(
             batch,
             formula=f"ppo_clip {mode}",
             loss="vanilla",
-            config=actor_config(mode, **clips),
+            config=actor_config(mode, dual_clip=DUAL_CLIP, **clips),
             ours={"correction": PLAIN, "policy_loss": ppo},
-            note="verl's dual clip is on by default; here clip_ratio_c is 1e9",
+            note="clip_ratio_c is 1.5, so that the dual clip acts on some tokens (verl: 3)",
         )
         for mode in AGGREGATIONS
     ]
@@ -244,7 +248,10 @@ def decoupled_cases(batch: Batch) -> list[Case]:
                 config=actor_config("token-mean", **clips),
                 ours={
                     "correction": [name, {"max_ratio": MAX_RATIO}],
-                    "policy_loss": ["ppo_clip", {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH}],
+                    "policy_loss": [
+                        "ppo_clip",
+                        {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH, "dual_clip": NO_DUAL_CLIP},
+                    ],
                 },
                 anchor_ST=anchor_ST,
                 weights_ST=weights_ST,

@@ -25,8 +25,8 @@ class Diagnostics:
 
     def __init__(self) -> None:
         self._num_tokens = 0
-        self._sums: Tensor | None = None  # (9,) float64
-        self._max_ratio: Tensor | None = None  # ()
+        self._sums: Tensor | None = None  # (10,) float64
+        self._maxima: Tensor | None = None  # (2,) float64
 
     def add(
         self,
@@ -37,7 +37,8 @@ class Diagnostics:
         loss: Tensor,
         entropies_N: Tensor,
     ) -> None:
-        """Accumulate one micro-batch. `loss` () is its contribution to the loss of the update."""
+        """Accumulate one micro-batch, before its backward pass. `loss` () is its contribution to
+        the loss of the update."""
         log_ratios_N = tokens.log_ratios_N.detach().double()
         ratios_N = log_ratios_N.exp()
         sums = torch.stack(
@@ -46,6 +47,7 @@ class Diagnostics:
                 ratios_N.sum(),
                 (ratios_N * ratios_N).sum(),
                 losses.clipped_N.sum().double(),
+                _num_dual_clipped(losses),
                 corrected.truncated_N.sum().double(),
                 corrected.masked_N.sum().double(),
                 log_ratios_N.sum(),
@@ -55,31 +57,33 @@ class Diagnostics:
         )
         self._num_tokens += len(log_ratios_N)
         self._sums = sums if self._sums is None else self._sums + sums
-        largest = ratios_N.max()
-        self._max_ratio = (
-            largest if self._max_ratio is None else torch.maximum(self._max_ratio, largest)
-        )
+        maxima = torch.stack([ratios_N.max(), token_weights(tokens, losses).max()])
+        self._maxima = maxima if self._maxima is None else torch.maximum(self._maxima, maxima)
 
     def metrics(self) -> dict[str, float]:
         """`loss` is the sum over micro-batches; all other metrics are over the accumulated tokens.
-        Ratios are taken before truncation.
+        Ratios are taken before truncation. token_weight_max is the largest weight of one token in
+        the gradient (`token_weights`).
 
         kl_k1 = mean(-log rho) and kl_k3 = mean(rho - 1 - log rho) estimate KL(mu || pi_theta)
         (Schulman 2020, "Approximating KL Divergence"). effective_sample_size is
         (sum rho)^2 / (n * sum rho^2), a fraction in (0, 1] (Kong 1992). Without tokens, the result
         contains only `loss`.
         """
-        if self._sums is None or self._max_ratio is None:
+        if self._sums is None or self._maxima is None:
             return {"loss": 0.0}
         count = self._num_tokens
-        loss, ratio, ratio_squared, clipped, truncated, masked, log_ratio, k3, entropy = (
+        loss, ratio, ratio_squared, clipped, dual, truncated, masked, log_ratio, k3, entropy = (
             self._sums.cpu().numpy().tolist()
         )
+        ratio_max, token_weight_max = self._maxima.cpu().numpy().tolist()
         return {
             "loss": loss,
             "ratio_mean": ratio / count,
-            "ratio_max": float(self._max_ratio),
+            "ratio_max": ratio_max,
+            "token_weight_max": token_weight_max,
             "clipped_share": clipped / count,
+            "dual_clipped_share": dual / count,
             "truncated_share": truncated / count,
             "masked_share": masked / count,
             "kl_k1": -log_ratio / count,
@@ -87,6 +91,20 @@ class Diagnostics:
             "effective_sample_size": ratio * ratio / (count * ratio_squared or 1.0),
             "entropy": entropy / count,
         }
+
+
+def token_weights(tokens: LossTokens, losses: TokenLosses) -> Tensor:
+    """Weight of each token in the gradient, (N,) float64: |d loss / d log pi|, with advantage and
+    correction, without the weight of the aggregation."""
+    (gradient_N,) = torch.autograd.grad(losses.losses_N.sum(), tokens.logprobs_N, retain_graph=True)
+    return gradient_N.detach().abs().double()
+
+
+def _num_dual_clipped(losses: TokenLosses) -> Tensor:
+    dual_N = losses.dual_clipped_N
+    if dual_N is None:
+        return losses.losses_N.new_zeros((), dtype=torch.float64)
+    return dual_N.sum().double()
 
 
 def batch_metrics(groups: Sequence[Group]) -> dict[str, float]:

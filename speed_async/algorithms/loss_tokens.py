@@ -66,10 +66,13 @@ class Corrected:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLosses:
     """`losses_N` with gradient; it includes the correction weight and excludes the aggregation
-    weight. `clipped_N` marks tokens whose gradient the loss clips to zero or truncates."""
+    weight. `clipped_N` marks tokens whose gradient the loss clips to zero or truncates,
+    `dual_clipped_N` those with negative advantage that the dual clip takes out; None without one.
+    """
 
     losses_N: Tensor
     clipped_N: Tensor  # bool
+    dual_clipped_N: Tensor | None = None  # bool
 
 
 Correction = Callable[[LossTokens], Corrected]

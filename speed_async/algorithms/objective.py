@@ -197,7 +197,11 @@ def _correction(chosen: ObjectiveConfig) -> Correction:
 
 
 def _policy_loss(chosen: ObjectiveConfig) -> PolicyLoss:
-    bounds = {"clip_low": chosen.clip_low, "clip_high": chosen.clip_high}
+    bounds = {
+        "clip_low": chosen.clip_low,
+        "clip_high": chosen.clip_high,
+        "dual_clip": chosen.dual_clip,
+    }
     choices: dict[str, PolicyLoss] = {
         "policy_gradient": losses.policy_gradient,
         "ppo_clip": partial(losses.ppo_clip, **bounds),

@@ -207,6 +207,9 @@ class ObjectiveConfig(Section):
     clip_high: PositiveFloat = 0.28
     """Ratios outside of [1 - clip_low, 1 + clip_high] have no gradient (cispo: the ratio is capped
     at the upper limit)."""
+    dual_clip: Annotated[float, Field(gt=1)] = 3.0
+    """`ppo_clip` and `gspo`: ratios above this value have no gradient at negative advantages (c of
+    dual-clip PPO). A very large value disables it."""
     aggregation: Literal["token_mean", "sequence_mean", "prompt_mean", "fixed_length"] = (
         "token_mean"
     )

@@ -45,8 +45,9 @@ def update_parameters(
         if objective.regularization.has_loss:
             losses_N = losses_N + objective.regularization.losses(tokens, entropies_N)
         loss = (batch.weights_N * losses_N).sum()
-        loss.backward()
+        # Before `backward` frees the graph, which the weights of the tokens need.
         diagnostics.add(tokens, corrected, losses, loss=loss, entropies_N=entropies_N)
+        loss.backward()
         divergence.add(tokens)
     _fill_missing_gradients(policy)
     metrics = diagnostics.metrics() | divergence.metrics()
@@ -64,13 +65,13 @@ def non_finite(metrics: Metrics) -> str:
 
 
 def combine(updates: Sequence[Metrics]) -> Metrics:
-    """Metrics of a batch from those of its optimiser updates: means, for `ratio_max` the maximum.
+    """Metrics of a batch from those of its optimiser updates: means, for `..._max` the maximum.
     Updates that were not finite count only if all of them were."""
     counted = [metrics for metrics in updates if not non_finite(metrics)] or updates
     keys = dict.fromkeys(key for metrics in counted for key in metrics)
     values = {key: [metrics[key] for metrics in counted if key in metrics] for key in keys}
     return {
-        key: max(found) if key == "ratio_max" else sum(found) / len(found)
+        key: max(found) if key.endswith("_max") else sum(found) / len(found)
         for key, found in values.items()
     }
 

@@ -56,7 +56,7 @@ class Event:
     step: also `optimizer_updates` and `skipped_updates` (steps of the optimiser so far, made and
     skipped: several per update with `learner.passes` or `learner.minibatches`), and the means over
     the optimiser updates of the batch of `loss`, `grad_norm`, `ratio_mean`, `kl_k1`, `kl_k3`, ...
-    (learner's; `ratio_max` is the maximum).
+    (learner's; `ratio_max` and `token_weight_max` are maxima).
     evaluation: `accuracy`, `num_passed`, `num_completions` (scored ones), `num_unscored`,
     `oldest_version`, `newest_version`. evaluation and suite: `suite` (`held_out` for evaluation),
     `mean` (mean@k), `num_samples` (k), `num_passed`, `num_completions`, `num_unscored`,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from speed_async.algorithms.corrections import token_mask, token_tis
+from speed_async.algorithms.corrections import none, token_mask, token_tis
 from speed_async.algorithms.diagnostics import (
     Diagnostics,
     batch_metrics,
@@ -23,7 +23,7 @@ from tests.fakes.learner_samples import make_completion, make_group, make_loss_t
 def add(
     diagnostics: Diagnostics, tokens: LossTokens, corrected: Corrected, entropies: list[float]
 ) -> None:
-    losses = ppo_clip(tokens, corrected, clip_low=0.2, clip_high=0.2)
+    losses = ppo_clip(tokens, corrected, clip_low=0.2, clip_high=0.2, dual_clip=3.0)
     diagnostics.add(
         tokens,
         corrected,
@@ -43,7 +43,9 @@ def test_diagnostics_of_two_tokens():
             "loss": -(1.5 + 0.5) / 4,
             "ratio_mean": 1.25,
             "ratio_max": 2.0,
+            "token_weight_max": 1.5,
             "clipped_share": 0.0,  # the anchor is the policy itself
+            "dual_clipped_share": 0.0,
             "truncated_share": 0.5,
             "masked_share": 0.0,
             "kl_k1": 0.0,  # -(log 2 + log 1/2) / 2
@@ -67,6 +69,19 @@ def test_masked_and_clipped_tokens_are_counted_separately():
     assert metrics["masked_share"] == 0.25
     assert metrics["clipped_share"] == 0.25
     assert metrics["truncated_share"] == 0.0
+
+
+def test_the_dual_clip_and_the_largest_token_weight_are_reported():
+    # ratios 2, 2 and 4 at negative advantages: the last is beyond the dual clip at 3
+    tokens = make_loss_tokens([0.5, 0.5, 0.8], [0.25, 0.25, 0.2], [-1.0, -2.0, -5.0])
+    diagnostics = Diagnostics()
+    add(diagnostics, tokens, none(tokens), [0.0] * 3)
+
+    metrics = diagnostics.metrics()
+
+    assert metrics["dual_clipped_share"] == pytest.approx(1 / 3)
+    assert metrics["clipped_share"] == 0.0
+    assert metrics["token_weight_max"] == pytest.approx(2 * 2)
 
 
 def test_diagnostics_do_not_depend_on_micro_batches():

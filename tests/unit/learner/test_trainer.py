@@ -119,7 +119,8 @@ def test_metrics_of_an_update(tmp_path: Path):
     histogram = {key for key in result.metrics if key.startswith("pass_rate_histogram/")}
     assert len(histogram) == 12
     assert set(result.metrics) - histogram == {
-        "loss", "grad_norm", "lr", "ratio_mean", "ratio_max", "clipped_share", "truncated_share",
+        "loss", "grad_norm", "lr", "ratio_mean", "ratio_max", "token_weight_max",
+        "clipped_share", "dual_clipped_share", "truncated_share",
         "masked_share", "kl_k1", "kl_k3", "effective_sample_size", "entropy",
         "trained_reward_mean", "pass_rate_mean", "zero_signal_groups", "zero_signal_share",
         "completion_tokens_mean", "empty_completions", "cut_completions", "cut_passed",
