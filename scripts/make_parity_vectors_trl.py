@@ -33,6 +33,7 @@ GSPO_CLIP = 0.1
 CISPO_HIGH = 0.5
 MIN_RATIO, MAX_RATIO = 0.5, 2.0
 MAX_NEGATIVE_KL = 0.05
+DUAL_CLIP = 1.5
 NO_DUAL_CLIP = {"dual_clip": 1e9}
 PPO = ["ppo_clip", {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH, **NO_DUAL_CLIP}]
 GSPO = ["gspo", {"clip_low": GSPO_CLIP, "clip_high": GSPO_CLIP, **NO_DUAL_CLIP}]
@@ -120,6 +121,14 @@ def loss_cases(name: str, batch: Batch) -> list[Case]:
             "cispo (TRL's epsilon_high is our 1 + clip_high)",
             {"policy_loss": CISPO, "aggregation": AGGREGATIONS["dapo"]},
             {"loss_type": "cispo", "epsilon_high": 1 + CISPO_HIGH},
+        ),
+        (
+            "ppo_clip with the dual clip (TRL's delta)",
+            {
+                "policy_loss": ["ppo_clip", PPO[1] | {"dual_clip": DUAL_CLIP}],
+                "aggregation": AGGREGATIONS["dapo"],
+            },
+            {"loss_type": "dapo", "delta": DUAL_CLIP, **CLIPS},
         ),
         (
             "ppo_clip negative_sequence_mask",

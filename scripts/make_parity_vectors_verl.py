@@ -40,6 +40,12 @@ DUAL_CLIP = 1.5
 GSPO_CLIP = 0.1
 CISPO_HIGH = 0.5
 MAX_RATIO = 2.0
+GEOMETRIC_BAND = (0.9, 1 / 0.9)  # verl bounds the inverse ratio, so the band is its own inverse
+MAX_CHANGE, DPPO_CAP = 0.1, 1.5
+PPO_AT_PI: list[Any] = [
+    "ppo_clip",
+    {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH, "dual_clip": NO_DUAL_CLIP},
+]
 Ours = dict[str, list[Any]]
 AGGREGATIONS: dict[str, list[Any]] = {
     "token-mean": ["token_mean", {}],
@@ -195,6 +201,7 @@ def importance_cases(batch: Batch) -> list[Case]:
         "sequence_tis": ("sequence", MAX_RATIO, {}),
         "token_mask": ("token", f"0.5_{MAX_RATIO}", low),
         "sequence_mask": ("sequence", f"0.5_{MAX_RATIO}", low),
+        "sequence_snis": ("sequence", MAX_RATIO, {}),
         "none": (None, None, None),
     }
     cases = []
@@ -203,6 +210,7 @@ def importance_cases(batch: Batch) -> list[Case]:
             loss_type="reinforce",
             rollout_is=level,
             rollout_is_threshold=threshold,
+            rollout_is_batch_normalize=name == "sequence_snis",
             bypass_mode=True,
         )
         correction = [name, {} if more is None else {"max_ratio": MAX_RATIO, **more}]
@@ -221,44 +229,70 @@ def importance_cases(batch: Batch) -> list[Case]:
     return cases
 
 
-def decoupled_cases(batch: Batch) -> list[Case]:
-    """The clipped loss with an anchor other than mu, and verl's weights on anchor / mu.
-
-    The anchors are inputs, because verl has no interpolation of its own: pi_theta, and
-    log mu + (age - 1) / age x (log pi - log mu), pi_theta at age 0.
-    """
+def decoupled_case(batch: Batch) -> Case:
+    """The clipped loss with anchor pi_theta, and verl's weights on pi_theta / mu."""
     log_mu_ST, log_pi_ST = padded(batch["behaviour_logprobs"]), padded(batch["logprobs"])
-    ages_ST = padded(batch["ages"])
-    alpha_ST = torch.where(ages_ST > 0, (ages_ST - 1) / ages_ST.clamp(min=1), 1.0)
-    anchors = {
-        "token_tis": log_pi_ST,
-        "decoupled_log_linear": log_mu_ST + alpha_ST * (log_pi_ST - log_mu_ST),
-    }
     clips = {"clip_ratio_low": CLIP_LOW, "clip_ratio_high": CLIP_HIGH}
-    cases = []
-    for name, anchor_ST in anchors.items():
-        weights_ST, _ = rollout_corr_helper.compute_rollout_correction_weights(
-            anchor_ST - log_mu_ST, mask_of(batch), "token", MAX_RATIO
-        )
-        cases.append(
-            loss_case(
-                batch,
-                formula=f"ppo_clip {name}",
-                loss="vanilla",
-                config=actor_config("token-mean", **clips),
-                ours={
-                    "correction": [name, {"max_ratio": MAX_RATIO}],
-                    "policy_loss": [
-                        "ppo_clip",
-                        {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH, "dual_clip": NO_DUAL_CLIP},
-                    ],
-                },
-                anchor_ST=anchor_ST,
-                weights_ST=weights_ST,
-                note="the anchor is an input; weights by compute_rollout_correction_weights",
-            )
-        )
-    return cases
+    weights_ST, _ = rollout_corr_helper.compute_rollout_correction_weights(
+        log_pi_ST - log_mu_ST, mask_of(batch), "token", MAX_RATIO
+    )
+    return loss_case(
+        batch,
+        formula="ppo_clip token_tis",
+        loss="vanilla",
+        config=actor_config("token-mean", **clips),
+        ours={"correction": ["token_tis", {"max_ratio": MAX_RATIO}], "policy_loss": PPO_AT_PI},
+        anchor_ST=log_pi_ST,
+        weights_ST=weights_ST,
+        note="the anchor is an input; weights by compute_rollout_correction_weights",
+    )
+
+
+def geometric_mask_case(batch: Batch) -> Case:
+    """The GSPO loss without a clip on the completions that verl's rejection by the geometric mean
+    keeps. Its value is -s A at our ratio of 1, and s is our weight."""
+    log_ratios_ST = padded(batch["logprobs"]) - padded(batch["behaviour_logprobs"])
+    low, high = GEOMETRIC_BAND
+    kept_ST, _ = rollout_corr_helper.compute_rollout_rejection_mask(
+        log_ratios_ST, mask_of(batch), "seq_mean_k1", f"{low}_{high}"
+    )
+    return loss_case(
+        batch,
+        formula="geometric_mask",
+        loss="gspo",
+        config=actor_config(
+            "seq-mean-token-mean", clip_ratio_low=NO_DUAL_CLIP, clip_ratio_high=NO_DUAL_CLIP
+        ),
+        ours={
+            "correction": ["geometric_mask", {"min_ratio": low, "max_ratio": high}],
+            "policy_loss": PPO_AT_PI,
+        },
+        weights_ST=kept_ST,
+        note=f"rollout_rs=seq_mean_k1 at {low}_{high}, as weights of 0 and 1",
+    )
+
+
+def probability_mask_case(batch: Batch) -> Case:
+    """DPPO with the mask by total variation. Its loss is a weighted log-probability."""
+    return loss_case(
+        batch,
+        formula="probability_mask",
+        loss="dppo_tv",
+        config=actor_config(
+            "token-mean",
+            dual_clip=DPPO_CAP,
+            clip_ratio_low=MAX_CHANGE,
+            clip_ratio_high=MAX_CHANGE,
+        ),
+        ours={
+            "correction": [
+                "probability_mask",
+                {"max_ratio": DPPO_CAP, "max_probability_change": MAX_CHANGE},
+            ],
+            "policy_loss": ["policy_gradient", {}],
+        },
+        note="clip_ratio_c, the cap of the ratio, is 1.5, so that it acts (verl: 20)",
+    )
 
 
 def main() -> None:
@@ -268,7 +302,9 @@ def main() -> None:
         *advantage_cases(batch),
         *clipped_cases(batch),
         *importance_cases(batch),
-        *decoupled_cases(batch),
+        decoupled_case(batch),
+        geometric_mask_case(batch),
+        probability_mask_case(batch),
     ]
     save("verl", batches={"ragged": batch}, cases=cases)
 

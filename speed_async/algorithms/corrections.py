@@ -56,8 +56,22 @@ def sequence_tis(tokens: LossTokens, *, max_ratio: float) -> Corrected:
 
     Source: Liu et al. 2025, "When Speed Kills Stability" (sequence-level truncated importance
     sampling); the estimator is that of Ionides 2008.
+
+    `objective.correction = "sequence_snis"` also divides the gradient of an optimiser update by the
+    mean of these weights over its completions (self-normalised importance sampling). Source: Owen
+    2013, "Monte Carlo theory, methods and examples", section 9.2; verl's
+    `rollout_is_batch_normalize`.
     """
     return _truncated(tokens, _pi(tokens), _sequence_ratios(tokens), max_ratio)
+
+
+def geometric_tis(tokens: LossTokens, *, max_ratio: float) -> Corrected:
+    """As `sequence_tis`, with the geometric mean of the ratios, rho_seq ** (1 / length). Its
+    variance does not grow with the length; it is biased for sequences of several tokens.
+
+    Source: Zheng et al. 2025, "GSPO" (arXiv 2507.18071), equation 7, as a weight.
+    """
+    return _truncated(tokens, _pi(tokens), _geometric_ratios(tokens), max_ratio)
 
 
 def token_mask(tokens: LossTokens, *, min_ratio: float, max_ratio: float) -> Corrected:
@@ -77,21 +91,37 @@ def sequence_mask(tokens: LossTokens, *, min_ratio: float, max_ratio: float) -> 
     return _masked(tokens, _sequence_ratios(tokens), min_ratio, max_ratio)
 
 
-def decoupled_log_linear(tokens: LossTokens, *, max_ratio: float) -> Corrected:
-    """Decoupled PPO with an interpolated anchor pi_a, the policy one version before the update:
-    log pi_a = log mu + alpha (log pi_prox - log mu), alpha = (v_a - v_mu) / (v_prox - v_mu) with
-    v_a = v_prox - 1, so alpha = (age - 1) / age. Tokens of the current version (age 0) use
-    pi_a = pi_prox. Anchor pi_a, weight min(pi_a / mu, max_ratio).
+def geometric_mask(tokens: LossTokens, *, min_ratio: float, max_ratio: float) -> Corrected:
+    """As `sequence_mask`, with the geometric mean of the ratios, rho_seq ** (1 / length). Unlike
+    rho_seq, it does not move away from 1 with the length.
 
-    Source: AReaL documentation, "Proximal Log-Probability Approximation" (method `loglinear`).
-    AReaL's code differs in two points: age 0 uses mu, and tokens above the cap are dropped instead
-    of truncated.
+    Source: Liu et al. 2025, "When Speed Kills Stability", part 3, rejection by the geometric mean;
+    verl's `seq_mean_k1`, which takes the weight of what it keeps from another level.
     """
-    ages_N = tokens.ages_N.to(tokens.behaviour_logprobs_N.dtype)
-    alpha_N = torch.where(ages_N > 0, (ages_N - 1) / ages_N.clamp(min=1), 1.0)
-    log_weights_N = alpha_N * tokens.proximal_log_ratios_N
-    anchor_N = torch.where(ages_N > 0, tokens.behaviour_logprobs_N + log_weights_N, _pi(tokens))
-    return _truncated(tokens, anchor_N, log_weights_N.exp(), max_ratio)
+    return _masked(tokens, _geometric_ratios(tokens), min_ratio, max_ratio)
+
+
+def probability_mask(
+    tokens: LossTokens, *, max_ratio: float, max_probability_change: float
+) -> Corrected:
+    """Anchor pi_prox, weight min(rho, max_ratio), and 0 for a token whose probability has already
+    changed by more than max_probability_change in the direction of its gradient: pi_prox - mu at
+    positive, mu - pi_prox at negative advantages. A rare token is not masked for its large ratio.
+
+    Source: "Rethinking the Trust Region in LLM Reinforcement Learning" 2026 (DPPO, arXiv
+    2602.04879), the mask by total variation, with the cap of section 5.4. prime-rl's default loss
+    has the same mask, at 0.2, without a cap.
+    """
+    changes_N = _pi(tokens).exp() - tokens.behaviour_logprobs_N.exp()
+    masked_N = tokens.advantages_N.sign() * changes_N > max_probability_change
+    ratios_N = _ratios(tokens)
+    return _corrected(
+        tokens,
+        anchor_N=_pi(tokens),
+        weights_N=ratios_N.clamp(max=max_ratio).masked_fill(masked_N, 0.0),
+        truncated_N=(ratios_N > max_ratio) & ~masked_N,
+        masked_N=masked_N,
+    )
 
 
 def negative_sequence_mask(tokens: LossTokens, *, max_negative_kl: float) -> Corrected:
@@ -126,14 +156,23 @@ def _pi(tokens: LossTokens) -> Tensor:
     return tokens.proximal_N
 
 
+def _log_ratios(tokens: LossTokens) -> Tensor:
+    return tokens.proximal_log_ratios_N
+
+
 def _ratios(tokens: LossTokens) -> Tensor:
-    return tokens.proximal_log_ratios_N.exp()
+    return _log_ratios(tokens).exp()
 
 
 def _sequence_ratios(tokens: LossTokens) -> Tensor:
     """exp(sum of log rho) over the sequence of each token, (N,)."""
-    sums_S = _sequence_sums(tokens, tokens.proximal_log_ratios_N)
+    sums_S = _sequence_sums(tokens, _log_ratios(tokens))
     return sums_S.clamp(max=MAX_LOG_RATIO).exp()[tokens.sequence_ids_N]
+
+
+def _geometric_ratios(tokens: LossTokens) -> Tensor:
+    """exp(mean of log rho) over the sequence of each token, (N,)."""
+    return sequence_means(tokens, _log_ratios(tokens)).exp()
 
 
 def _truncated(

@@ -25,7 +25,8 @@ class Diagnostics:
 
     def __init__(self) -> None:
         self._num_tokens = 0
-        self._sums: Tensor | None = None  # (10,) float64
+        self._num_sequences = 0
+        self._sums: Tensor | None = None  # (11,) float64
         self._maxima: Tensor | None = None  # (2,) float64
 
     def add(
@@ -53,16 +54,19 @@ class Diagnostics:
                 log_ratios_N.sum(),
                 (ratios_N - 1.0 - log_ratios_N).sum(),
                 entropies_N.detach().double().sum(),
+                _sum_of_sequence_means(tokens, corrected.weights_N.double()),
             ]
         )
         self._num_tokens += len(log_ratios_N)
+        self._num_sequences += tokens.num_sequences
         self._sums = sums if self._sums is None else self._sums + sums
         maxima = torch.stack([ratios_N.max(), token_weights(tokens, losses).max()])
         self._maxima = maxima if self._maxima is None else torch.maximum(self._maxima, maxima)
 
     def metrics(self) -> dict[str, float]:
         """`loss` is the sum over micro-batches; all other metrics are over the accumulated tokens.
-        Ratios are taken before truncation. token_weight_max is the largest weight of one token in
+        Ratios are taken before truncation. weight_mean is the mean over completions of the mean
+        correction weight of their tokens. token_weight_max is the largest weight of one token in
         the gradient (`token_weights`).
 
         kl_k1 = mean(-log rho) and kl_k3 = mean(rho - 1 - log rho) estimate KL(mu || pi_theta)
@@ -73,17 +77,28 @@ class Diagnostics:
         if self._sums is None or self._maxima is None:
             return {"loss": 0.0}
         count = self._num_tokens
-        loss, ratio, ratio_squared, clipped, dual, truncated, masked, log_ratio, k3, entropy = (
-            self._sums.cpu().numpy().tolist()
-        )
+        (
+            loss,
+            ratio,
+            ratio_squared,
+            clipped,
+            dual_clipped,
+            truncated,
+            masked,
+            log_ratio,
+            k3,
+            entropy,
+            weight,
+        ) = self._sums.cpu().numpy().tolist()
         ratio_max, token_weight_max = self._maxima.cpu().numpy().tolist()
         return {
             "loss": loss,
             "ratio_mean": ratio / count,
             "ratio_max": ratio_max,
+            "weight_mean": weight / self._num_sequences,
             "token_weight_max": token_weight_max,
             "clipped_share": clipped / count,
-            "dual_clipped_share": dual / count,
+            "dual_clipped_share": dual_clipped / count,
             "truncated_share": truncated / count,
             "masked_share": masked / count,
             "kl_k1": -log_ratio / count,
@@ -98,6 +113,11 @@ def token_weights(tokens: LossTokens, losses: TokenLosses) -> Tensor:
     correction, without the weight of the aggregation."""
     (gradient_N,) = torch.autograd.grad(losses.losses_N.sum(), tokens.logprobs_N, retain_graph=True)
     return gradient_N.detach().abs().double()
+
+
+def _sum_of_sequence_means(tokens: LossTokens, values_N: Tensor) -> Tensor:
+    lengths_S = torch.bincount(tokens.sequence_ids_N, minlength=tokens.num_sequences)
+    return (values_N / lengths_S[tokens.sequence_ids_N]).sum()
 
 
 def _num_dual_clipped(losses: TokenLosses) -> Tensor:

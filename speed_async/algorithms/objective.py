@@ -10,6 +10,7 @@ Shape legend: N completions of one group.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,9 @@ ANCHORED_AT_BEHAVIOUR = ("none", "negative_sequence_mask")
 """Corrections that do not use pi_prox."""
 
 
+SELF_NORMALIZED = "sequence_snis"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
     shaping: Shaping
@@ -51,6 +55,8 @@ class Objective:
     (algorithms/corrections.py)."""
     masks_truncated: bool = False
     regularization: Regularization = NO_REGULARIZATION
+    normalizes_weights: bool = False
+    """Whether the gradient of an optimiser update is divided by the mean correction weight."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +106,7 @@ def make_objective(config: Config, *, context_length: int | None = None) -> Obje
             entropy_coefficient=chosen.entropy_coefficient,
             max_ratio=chosen.max_ratio,
         ),
+        normalizes_weights=chosen.correction == SELF_NORMALIZED,
     )
 
 
@@ -180,15 +187,22 @@ def _advantages(chosen: ObjectiveConfig) -> Advantages:
 
 
 def _correction(chosen: ObjectiveConfig) -> Correction:
-    cap = {"max_ratio": chosen.max_ratio}
-    band = {"min_ratio": chosen.min_ratio, "max_ratio": chosen.max_ratio}
+    cap: dict[str, Any] = {"max_ratio": chosen.max_ratio}
+    band: dict[str, Any] = {"min_ratio": chosen.min_ratio, **cap}
     choices: dict[str, Correction] = {
         "none": corrections.none,
         "token_tis": partial(corrections.token_tis, **cap),
         "sequence_tis": partial(corrections.sequence_tis, **cap),
+        SELF_NORMALIZED: partial(corrections.sequence_tis, **cap),
+        "geometric_tis": partial(corrections.geometric_tis, **cap),
         "token_mask": partial(corrections.token_mask, **band),
         "sequence_mask": partial(corrections.sequence_mask, **band),
-        "decoupled_log_linear": partial(corrections.decoupled_log_linear, **cap),
+        "geometric_mask": partial(corrections.geometric_mask, **band),
+        "probability_mask": partial(
+            corrections.probability_mask,
+            max_probability_change=chosen.max_probability_change,
+            **cap,
+        ),
         "negative_sequence_mask": partial(
             corrections.negative_sequence_mask, max_negative_kl=chosen.max_negative_kl
         ),

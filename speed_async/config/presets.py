@@ -34,6 +34,19 @@ SPEED_DAPO = DAPO | {"screening_samples": "unbiased"}
 """The overlong penalty adds a third reward value. Training on all screening samples then changes
 the direction of the gradient of a prompt (docs/algorithms.md)."""
 
+RATIO_LIMITS: Mapping[str, Mapping[str, float]] = {
+    "token_tis": {"max_ratio": 2.0},
+    "sequence_tis": {"max_ratio": 2.0},
+    "sequence_snis": {"max_ratio": 2.0},
+    "geometric_tis": {"max_ratio": 2.0},
+    "token_mask": {"min_ratio": 0.5, "max_ratio": 5.0},
+    "sequence_mask": {"min_ratio": 0.5, "max_ratio": 2.0},
+    "geometric_mask": {"min_ratio": 0.999, "max_ratio": 1.001},
+    "probability_mask": {"max_ratio": 20.0},
+}
+"""Defaults of `objective.min_ratio` and `max_ratio` by correction. `token_mask`: IcePop;
+`geometric_mask`: verl; `probability_mask`: DPPO."""
+
 PRESETS: Mapping[str, Parts] = {
     "rloo": {"gate": {"mode": "off"}, "objective": RLOO},
     "grpo": {"gate": {"mode": "off"}, "objective": GRPO},

@@ -4,9 +4,10 @@ import ipaddress
 from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from speed_async.config.extensions import part_name, registered_path
+from speed_async.config.presets import RATIO_LIMITS
 from speed_async.config.section import (
     Fraction,
     NonNegativeInt,
@@ -220,17 +221,25 @@ class ObjectiveConfig(Section):
         "none",
         "token_tis",
         "sequence_tis",
+        "sequence_snis",
+        "geometric_tis",
         "token_mask",
         "sequence_mask",
-        "decoupled_log_linear",
+        "geometric_mask",
+        "probability_mask",
         "negative_sequence_mask",
     ] = "none"
-    """Off-policy correction for tokens sampled by an older policy mu
-    (algorithms/corrections.py)."""
-    min_ratio: Annotated[float, Field(ge=0)] = 0.5
-    """Masks keep pi_theta / mu in [min_ratio, max_ratio]."""
-    max_ratio: PositiveFloat = 2.0
-    """Cap of the importance ratio (tis, decoupled), and upper limit of the masks."""
+    """Off-policy correction for tokens sampled by an older policy mu (algorithms/corrections.py):
+    the ratio pi_theta / mu of the token, of its sequence, or the geometric mean over the sequence,
+    truncated (`tis`, `snis`) or masked outside of limits."""
+    min_ratio: Annotated[float, Field(ge=0)] | None = None
+    """`token_mask`, `sequence_mask` and `geometric_mask` keep ratios in [min_ratio, max_ratio].
+    None: the default of the correction (config/presets.py)."""
+    max_ratio: PositiveFloat | None = None
+    """Largest ratio of every correction that uses ratios; None: the default of the correction."""
+    max_probability_change: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """`probability_mask` drops a token whose probability has changed by more than this value in the
+    direction of its gradient."""
     max_negative_kl: PositiveFloat = 0.1
     """`negative_sequence_mask` drops a completion with negative advantage if its mean
     log(mu / pi_theta) exceeds this value."""
@@ -253,6 +262,15 @@ class ObjectiveConfig(Section):
     screening_samples: Literal["all", "unbiased", "none"] = "all"
     """Screening samples that enter the gradient (all are used in baselines). The gate depends on
     these samples: `unbiased` drops those whose flipped reward would flip the gate decision."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_ratio_limits(cls, values: object) -> object:
+        """Fills `min_ratio` and `max_ratio` that are not set."""
+        if not isinstance(values, dict):
+            return values
+        limits = RATIO_LIMITS.get(str(values.get("correction")), {})
+        return values | {name: limits[name] for name in limits if values.get(name) is None}
 
 
 class VllmConfig(Section):

@@ -51,6 +51,9 @@ def update_parameters(
         divergence.add(tokens)
     _fill_missing_gradients(policy)
     metrics = diagnostics.metrics() | divergence.metrics()
+    if objective.normalizes_weights and metrics.get("weight_mean", 0.0) > 0:
+        _divide_gradients(policy, metrics["weight_mean"])
+        metrics["loss"] /= metrics["weight_mean"]
     metrics["grad_norm"] = float(
         torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip, foreach=True)
     )
@@ -74,6 +77,12 @@ def combine(updates: Sequence[Metrics]) -> Metrics:
         key: max(found) if key.endswith("_max") else sum(found) / len(found)
         for key, found in values.items()
     }
+
+
+def _divide_gradients(policy: Policy, divisor: float) -> None:
+    for parameter in policy.parameters():
+        if parameter.grad is not None:
+            parameter.grad /= divisor
 
 
 def _fill_missing_gradients(policy: Policy) -> None:

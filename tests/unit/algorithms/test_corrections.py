@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -79,15 +77,33 @@ def test_sequence_mask_masks_whole_sequences():
     assert corrected.masked_N.tolist() == [False, False, False, True, True]
 
 
-def test_decoupled_log_linear_interpolates_one_version_back():
-    # pi = 0.8, mu = 0.1, ratio 8; alpha = (age - 1) / age is 0, 1/2, 2/3 at ages 1, 2, 3
-    tokens = make_loss_tokens([0.8] * 4, [0.1] * 4, [1.0] * 4, ages=[0, 1, 2, 3])
+def test_geometric_tis_uses_the_geometric_mean_of_the_ratios():
+    corrected = corrections.geometric_tis(double(), max_ratio=1.1)
 
-    corrected = corrections.decoupled_log_linear(tokens, max_ratio=3.0)
+    # 2 ** (1 / 3) = 1.26 and 0.25 ** (1 / 2)
+    assert weights(corrected) == [1.1, 1.1, 1.1, 0.5, 0.5]
+    assert anchors(corrected) == pytest.approx(LONG_PI)
+    assert corrected.truncated_N.tolist() == [True, True, True, False, False]
 
-    assert anchors(corrected) == pytest.approx([0.8, 0.1, 0.1 * math.sqrt(8), 0.1 * 4])
-    assert corrected.weights_N.tolist() == pytest.approx([3.0, 1.0, math.sqrt(8), 3.0])
-    assert corrected.truncated_N.tolist() == [True, False, False, True]
+
+def test_geometric_mask_masks_whole_sequences_by_the_geometric_mean():
+    corrected = corrections.geometric_mask(double(), min_ratio=0.6, max_ratio=1.5)
+
+    assert weights(corrected) == [round(2 ** (1 / 3), 12)] * 3 + [0.0, 0.0]
+    assert corrected.masked_N.tolist() == [False, False, False, True, True]
+
+
+def test_probability_mask_masks_changes_in_the_direction_of_the_gradient():
+    # changes 0.25, 0.25, -0.25, -0.25 and 0.01 with ratios 2, 2, 0.5, 0.5 and 11
+    pi, mu = [0.5, 0.5, 0.25, 0.25, 0.011], [0.25, 0.25, 0.5, 0.5, 0.001]
+    tokens = make_loss_tokens(pi, mu, [1.0, -1.0, 1.0, -1.0, 1.0])
+
+    corrected = corrections.probability_mask(tokens, max_ratio=4.0, max_probability_change=0.2)
+
+    assert weights(corrected) == [0.0, 2.0, 0.5, 0.0, 4.0]
+    assert anchors(corrected) == pytest.approx(pi)
+    assert corrected.masked_N.tolist() == [True, False, False, True, False]
+    assert corrected.truncated_N.tolist() == [False, False, False, False, True]
 
 
 def test_negative_sequence_mask_masks_unlikely_failed_sequences():
@@ -111,7 +127,9 @@ def test_corrections_have_no_gradient():
         corrections.sequence_tis(tokens, max_ratio=2.0),
         corrections.token_mask(tokens, min_ratio=0.5, max_ratio=2.0),
         corrections.sequence_mask(tokens, min_ratio=0.5, max_ratio=2.0),
-        corrections.decoupled_log_linear(tokens, max_ratio=2.0),
+        corrections.geometric_tis(tokens, max_ratio=2.0),
+        corrections.geometric_mask(tokens, min_ratio=0.5, max_ratio=2.0),
+        corrections.probability_mask(tokens, max_ratio=2.0, max_probability_change=0.2),
         corrections.negative_sequence_mask(tokens, max_negative_kl=0.1),
     ):
         assert not corrected.weights_N.requires_grad
@@ -130,7 +148,8 @@ def test_ratios_beyond_the_float_range_stay_finite():
     for corrected in (
         corrections.token_tis(tokens, max_ratio=2.0),
         corrections.sequence_tis(tokens, max_ratio=2.0),
-        corrections.decoupled_log_linear(tokens, max_ratio=2.0),
+        corrections.geometric_tis(tokens, max_ratio=2.0),
+        corrections.probability_mask(tokens, max_ratio=2.0, max_probability_change=0.5),
     ):
         assert corrected.weights_N.tolist() == [2.0, 2.0]
     assert corrections.token_mask(tokens, min_ratio=0.5, max_ratio=2.0).masked_N.all()

@@ -43,6 +43,7 @@ def test_diagnostics_of_two_tokens():
             "loss": -(1.5 + 0.5) / 4,
             "ratio_mean": 1.25,
             "ratio_max": 2.0,
+            "weight_mean": 1.0,
             "token_weight_max": 1.5,
             "clipped_share": 0.0,  # the anchor is the policy itself
             "dual_clipped_share": 0.0,

@@ -126,16 +126,24 @@ def test_every_configured_name_maps_to_its_strategy(tmp_path: Path):
     factors = {}
     for correction in get_args(ObjectiveConfig.model_fields["correction"].annotation):
         objective = objective_of(
-            tmp_path, correction=correction, min_ratio=0.5, max_ratio=3.0, max_negative_kl=0.1
+            tmp_path,
+            correction=correction,
+            min_ratio=0.5,
+            max_ratio=3.0,
+            max_negative_kl=0.1,
+            max_probability_change=0.2,
         )
         factors[correction] = objective.correction(tokens).weights_N.tolist()
     assert factors == {
         "none": [1.0, 1.0],
         "token_tis": pytest.approx([3.0, 1.0]),
         "sequence_tis": pytest.approx([3.0, 1.0]),
+        "sequence_snis": pytest.approx([3.0, 1.0]),  # the trainer divides by their mean
+        "geometric_tis": pytest.approx([3.0, 1.0]),
         "token_mask": pytest.approx([0.0, 1.0]),
         "sequence_mask": pytest.approx([0.0, 1.0]),
-        "decoupled_log_linear": pytest.approx([3.0, 1.0]),
+        "geometric_mask": pytest.approx([0.0, 1.0]),
+        "probability_mask": pytest.approx([0.0, 1.0]),
         "negative_sequence_mask": [1.0, 1.0],
     }
 

@@ -19,19 +19,26 @@ import torch
 from torch import Tensor
 
 from speed_async.algorithms import advantages, aggregation, corrections, losses, rewards
+from speed_async.algorithms.diagnostics import Diagnostics
 from speed_async.algorithms.loss_tokens import LossTokens
+from speed_async.algorithms.objective import SELF_NORMALIZED
 from speed_async.config.schema import ADVANTAGES, POLICY_LOSSES, ObjectiveConfig
 from tests.fakes.paths import FAKES, REPOSITORY
 
 ROOT = REPOSITORY
 FILES = sorted((FAKES / "parity").glob("*.json"))
 VERSIONS = {"trl": "1.16.0", "verl": "0.9.1"}
-WITHOUT_REFERENCE = {"aggregation": {"prompt_mean"}, "advantage": {"shrunken"}}
-ANCHORED_AT_MU = {"none", "decoupled_log_linear", "negative_sequence_mask"}
+WITHOUT_REFERENCE = {
+    "aggregation": {"prompt_mean"},
+    "advantage": {"shrunken"},
+    "correction": {"geometric_tis"},
+}
+ANCHORED_AT_MU = {"none", "negative_sequence_mask"}
 NO_LIMIT = {
     "min_ratio": 0.0,
     "max_ratio": 1e9,
     "max_negative_kl": 1e9,
+    "max_probability_change": 1.0,
     "clip_low": 1e9,
     "clip_high": 1e9,
     "dual_clip": 1e9,
@@ -97,13 +104,20 @@ def loss_tokens(batch: Batch) -> LossTokens:
 def loss_and_gradient(batch: Batch, ours: dict[str, list[Any]]) -> tuple[float, Tensor]:
     """Loss of the batch as one update, and its gradient (N,) with respect to log pi."""
     tokens = loss_tokens(batch)
-    corrected = bound(corrections, ours["correction"])(tokens)
+    name, limits = ours["correction"]
+    is_normalized = name == SELF_NORMALIZED
+    corrected = bound(corrections, ["sequence_tis" if is_normalized else name, limits])(tokens)
     token_losses = bound(losses, ours["policy_loss"])(tokens, corrected)
     weights_S = np.concatenate(
         bound(aggregation, ours["aggregation"])(grouped(batch["lengths"], batch))
     )
     weights_N = torch.from_numpy(np.repeat(weights_S, batch["lengths"]))
     loss = (weights_N * token_losses.losses_N).sum()
+    if is_normalized:
+        diagnostics = Diagnostics()
+        entropies_N = torch.zeros_like(weights_N)
+        diagnostics.add(tokens, corrected, token_losses, loss=loss, entropies_N=entropies_N)
+        loss = loss / diagnostics.metrics()["weight_mean"]
     (gradient_N,) = torch.autograd.grad(loss, tokens.logprobs_N)
     return loss.item(), gradient_N
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from speed_async.algorithms.advantages import grpo, rloo
-from speed_async.algorithms.corrections import sequence_tis, token_tis
+from speed_async.algorithms.corrections import geometric_tis, sequence_tis, token_tis
 from speed_async.algorithms.screening import kept
 from speed_async.buffer.priority import BufferedGroup, PriorityBuffer
 from speed_async.config.schema import GateConfig
@@ -103,8 +103,10 @@ def test_token_level_ratios_are_not_exact_for_longer_answers_even_without_a_cap(
     estimator = partial(Estimator, gate=GateConfig(mode="off", n_init=1, n_cont=1))
     by_sequence = estimator(correction=partial(sequence_tis, max_ratio=1e6))
     by_token = estimator(correction=partial(token_tis, max_ratio=1e6))
+    by_mean = estimator(correction=partial(geometric_tis, max_ratio=1e6))
     assert total(policies, by_sequence) == pytest.approx(2 * policies.gradient_D)
     assert cosine(policies, by_token) == pytest.approx(0.840, abs=1e-3)
+    assert cosine(policies, by_mean) == pytest.approx(0.931, abs=1e-3)
 
 
 def test_grpo_weights_prompts_by_difficulty_without_any_gate() -> None:

@@ -295,6 +295,17 @@ def test_the_buffer_has_space_for_all_credits_unless_it_is_limited(config_file: 
     assert limited.capacity_groups == 100
 
 
+def test_ratio_limits_follow_from_the_correction(config_file: Path) -> None:
+    def limits(*overrides: str) -> tuple[float | None, float | None]:
+        objective = load_config(config_file, overrides).objective
+        return objective.min_ratio, objective.max_ratio
+
+    assert limits() == (None, None)
+    assert limits("--objective.correction", "token_tis") == (None, 2.0)
+    assert limits("--objective.correction", "token_mask") == (0.5, 5.0)
+    assert limits("--objective.correction=token_mask", "--objective.max_ratio=3") == (0.5, 3.0)
+
+
 def test_group_size_does_not_depend_on_the_gate_mode(config_file: Path) -> None:
     seen = {
         mode: load_config(config_file, ["--gate.mode", mode]).gate
@@ -314,17 +325,9 @@ def test_group_size_does_not_depend_on_the_gate_mode(config_file: Path) -> None:
         (["--gate.n_init", "1", "--gate.n_cont", "0"], "gate.n_cont", "set n_init + n_cont to 2"),
         (["--gate.n_cont", "0"], "gate.n_cont", "gate.mode = 'filter'"),
         (
-            [
-                *("--objective.correction", "decoupled_log_linear"),
-                *("--objective.policy_loss", "policy_gradient"),
-            ],
-            "objective.correction",
-            "ppo_clip",
-        ),
-        (
-            ["--objective.correction", "token_mask", "--objective.min_ratio", "3.0"],
+            ["--objective.correction", "token_mask", "--objective.min_ratio", "6.0"],
             "objective.min_ratio",
-            "below objective.max_ratio = 2.0",
+            "below objective.max_ratio = 5.0",
         ),
         (
             ["--gate.mode", "off", "--objective.screening_samples", "none"],

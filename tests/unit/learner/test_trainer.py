@@ -119,7 +119,7 @@ def test_metrics_of_an_update(tmp_path: Path):
     histogram = {key for key in result.metrics if key.startswith("pass_rate_histogram/")}
     assert len(histogram) == 12
     assert set(result.metrics) - histogram == {
-        "loss", "grad_norm", "lr", "ratio_mean", "ratio_max", "token_weight_max",
+        "loss", "grad_norm", "lr", "ratio_mean", "ratio_max", "weight_mean", "token_weight_max",
         "clipped_share", "dual_clipped_share", "truncated_share",
         "masked_share", "kl_k1", "kl_k3", "effective_sample_size", "entropy",
         "trained_reward_mean", "pass_rate_mean", "zero_signal_groups", "zero_signal_share",
@@ -337,29 +337,23 @@ def test_on_policy_losses_and_corrections_equal_the_policy_gradient(tmp_path: Pa
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("age", [0, 1])
-def test_interpolated_anchors_depend_on_the_token_age(tmp_path: Path, age: int):
-    """At age 1, the proximal policy is mu and the weight is 1. At age 0, it is the policy itself
-    and the weight is rho. Truncation of weights at 0.5 distinguishes the two cases."""
+def test_self_normalized_weights_divide_the_gradient_by_the_mean_weight(tmp_path: Path):
     save_tiny_llama(tmp_path)
-    chosen = ObjectiveConfig(
-        policy_loss="cispo", clip_high=1e6, correction="decoupled_log_linear", max_ratio=0.5
-    )
-    trainer = objective_trainer(tmp_path, chosen, age=age, grad_clip=UNLIMITED)
-    reference, loss = load_model(tmp_path, device="cpu"), torch.zeros(())
-    for token, advantage in ((2, 1.0), (3, -1.0)):
-        of_token = logprob(reference, [1], [token])[0]
-        rho = (of_token.detach() + 4.0).exp()
-        factor = 0.5 * rho if age else rho.clamp(max=0.5)
-        loss = loss - factor * advantage * of_token / 2
-    loss.backward()
+    runs = {}
+    for correction in ("sequence_tis", "sequence_snis"):
+        chosen = ObjectiveConfig(
+            policy_loss="policy_gradient", correction=correction, max_ratio=1.1
+        )
+        trainer = objective_trainer(tmp_path, chosen, grad_clip=UNLIMITED, micro_batch_tokens=16)
+        runs[correction] = trainer.update(random_groups(3)).metrics, gradients(trainer)
 
-    trainer.update(
-        [make_group([1], make_completion([2], 1.0, [-4.0]), make_completion([3], 0.0, [-4.0]))]
-    )
-
-    for ours, theirs in zip(gradients(trainer), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs.grad, atol=1e-5, rtol=1e-4)
+    (plain, plain_gradients), (metrics, normalized) = runs.values()
+    mean = plain["weight_mean"]
+    assert mean == metrics["weight_mean"] != pytest.approx(1.0, abs=0.1)
+    assert metrics["loss"] == pytest.approx(plain["loss"] / mean)
+    assert metrics["grad_norm"] == pytest.approx(plain["grad_norm"] / mean)
+    for ours, theirs in zip(normalized, plain_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs / mean)
 
 
 @pytest.mark.parametrize(
