@@ -32,7 +32,8 @@ DAPO = GRPO | {"aggregation": "token_mean", "clip_high": 0.28, "overlong_share":
 
 SPEED_DAPO = DAPO | {"screening_samples": "unbiased"}
 """The overlong penalty adds a third reward value. Training on all screening samples then changes
-the direction of the gradient of a prompt (docs/algorithms.md)."""
+the direction of the gradient of a prompt (docs/algorithms.md). `unbiased` takes out that bias. With
+GRPO's division it is exact for binary rewards only: the bias of the division remains."""
 
 RATIO_LIMITS: Mapping[str, Mapping[str, float]] = {
     "token_tis": {"max_ratio": 2.0},

@@ -1,5 +1,6 @@
 """Biases other than the gate's: selection of finished groups, divisors, and truncated ratios."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -17,9 +18,11 @@ from tests.fakes.enumeration import (
     TRIAL,
     Estimator,
     Floats,
+    Policies,
     binomial,
     cosine,
     expected_coefficients,
+    one_of,
     probabilities,
     total,
     two_tokens,
@@ -116,3 +119,19 @@ def test_grpo_weights_prompts_by_difficulty_without_any_gate() -> None:
         for p in (0.05, 0.5)
     )
     assert hard / moderate == pytest.approx(1.33, abs=0.01)
+
+
+def test_grpo_with_unbiased_screening_samples_is_exact_for_binary_rewards_only() -> None:
+    binary = one_of(rewards=(0.0, 1.0, 1.0), probs=(0.5, 0.3, 0.2))
+    unbiased = Estimator(gate=TRIAL, choice="unbiased", advantages=grpo)
+    ungated = Estimator(gate=GateConfig(mode="off", n_init=3, n_cont=2), advantages=grpo)
+
+    assert cosine(binary, unbiased) == pytest.approx(1.0)
+    assert degrees(PARTIAL_CREDIT, ungated) == pytest.approx(3.6, abs=0.05)
+    assert degrees(PARTIAL_CREDIT, unbiased) == pytest.approx(8.8, abs=0.05)
+    every = Estimator(gate=TRIAL, choice="all", advantages=grpo)
+    assert degrees(PARTIAL_CREDIT, every) == pytest.approx(48.6, abs=0.05)
+
+
+def degrees(policies: Policies, estimator: Estimator) -> float:
+    return math.degrees(math.acos(cosine(policies, estimator)))
