@@ -37,8 +37,6 @@ Selection = Callable[[NDArray[np.bool_], int], NDArray[np.bool_]]
 
 ANCHORED_AT_BEHAVIOUR = ("none", "negative_sequence_mask")
 """Corrections that do not use pi_prox."""
-
-
 SELF_NORMALIZED = "sequence_snis"
 
 
@@ -104,7 +102,6 @@ def make_objective(config: Config, *, context_length: int | None = None) -> Obje
             kl=chosen.kl,
             kl_coefficient=chosen.kl_coefficient,
             entropy_coefficient=chosen.entropy_coefficient,
-            max_ratio=chosen.max_ratio,
         ),
         normalizes_weights=chosen.correction == SELF_NORMALIZED,
     )

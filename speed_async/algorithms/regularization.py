@@ -25,6 +25,7 @@ from torch import Tensor
 
 from speed_async.algorithms.loss_tokens import MAX_LOG_RATIO, LossTokens
 
+MAX_KL_RATIO = 2.0
 KlEstimator = Literal["k1", "k2", "k3"]
 
 
@@ -52,7 +53,7 @@ class Regularization:
     kl: KlEstimator = "k2"
     kl_coefficient: float = 0.0
     entropy_coefficient: float = 0.0
-    max_ratio: float = 2.0
+    max_ratio: float = MAX_KL_RATIO
     """Cap of the importance weight of the KL loss."""
 
     @property

@@ -39,6 +39,16 @@ def check_update(config: Config) -> Iterator[ConfigError]:
             f"truncated completions have no gradient to learn from task.truncated_reward = "
             f"{config.task.truncated_reward}; set one of the two to its default",
         )
+    if objective.correction == "sequence_snis" and (
+        objective.entropy_coefficient or (objective.kl_coefficient and objective.kl != "k1")
+    ):
+        yield ConfigError(
+            "objective.correction",
+            objective.correction,
+            "divides the whole gradient by the mean weight, also that of the entropy "
+            "(objective.entropy_coefficient) and of the KL divergence (objective.kl_coefficient); "
+            "set 'sequence_tis', or the coefficients to 0",
+        )
     yield from _check_schedule(config)
 
 

@@ -330,6 +330,11 @@ def test_group_size_does_not_depend_on_the_gate_mode(config_file: Path) -> None:
             "below objective.max_ratio = 5.0",
         ),
         (
+            ["--objective.correction=sequence_snis", "--objective.entropy_coefficient=0.1"],
+            "objective.correction",
+            "set 'sequence_tis'",
+        ),
+        (
             ["--gate.mode", "off", "--objective.screening_samples", "none"],
             "objective.screening_samples",
             "set 'all'",

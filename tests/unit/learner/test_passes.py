@@ -22,7 +22,7 @@ from speed_async.types import Completion, Group
 from tests.fakes.learner_samples import make_config, random_groups, save_tiny_llama
 
 LR = 0.01
-LOW, HIGH, CAP = 0.2, 0.28, 1.3
+LOW, HIGH, DUAL, CAP = 0.2, 0.28, 3.0, 1.3
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 """Maps log pi with gradient, log pi_prox, log mu, each (T,), and the advantage to losses (T,)."""
 
@@ -31,7 +31,8 @@ def clipped_at_mu(
     pi_T: torch.Tensor, prox_T: torch.Tensor, mu_T: torch.Tensor, advantage: float
 ) -> torch.Tensor:
     ratio_T = (pi_T - mu_T).exp()
-    return -torch.minimum(ratio_T * advantage, ratio_T.clamp(1 - LOW, 1 + HIGH) * advantage)
+    gain_T = torch.minimum(ratio_T * advantage, ratio_T.clamp(1 - LOW, 1 + HIGH) * advantage)
+    return -gain_T.clamp(min=DUAL * advantage) if advantage < 0 else -gain_T
 
 
 def decoupled(

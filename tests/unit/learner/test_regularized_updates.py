@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from speed_async.algorithms.regularization import MAX_KL_RATIO
 from speed_async.config.checks import check_combinations
 from speed_async.config.schema import ObjectiveConfig, TaskConfig
 from speed_async.learner.model import load_model
@@ -20,13 +21,13 @@ from tests.fakes.learner_samples import (
     save_tiny_llama,
 )
 
-FACTOR, CAP = 0.2, 1.5
+FACTOR, CAP = 0.2, MAX_KL_RATIO
 TEMPERATURE = 0.8
 
 
 def make_trainer(folder: Path, **objective: Any) -> Trainer:
     """The trained model differs from the start model, which is the reference."""
-    chosen = ObjectiveConfig(policy_loss="policy_gradient", max_ratio=CAP, **objective)
+    chosen = ObjectiveConfig(policy_loss="policy_gradient", **objective)
     config = make_config(
         folder, objective=chosen, temperature=TEMPERATURE, lr=0.0, grad_clip=1e9,
         weight_decay=0.0,
