@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from speed_async.environments.dataset.answers import is_encodable, number_text
 from speed_async.errors import DataError
 
 MAX_LISTED_KEYS = 8
@@ -134,10 +135,9 @@ def _prompt(record: dict[str, object]) -> str:
 def _answer(record: dict[str, object]) -> str:
     answer = _required(record, "answer")
     if isinstance(answer, float) and math.isfinite(answer):
-        is_exact_integer = answer.is_integer() and abs(answer) < 2**53
-        return str(int(answer) if is_exact_integer else answer)  # 18.0 is 18, -0.0 is 0
+        return number_text(answer)
     if isinstance(answer, int) and not isinstance(answer, bool):
-        return str(answer)
+        return number_text(answer)
     if not isinstance(answer, str) or not answer.strip():
         raise _BadLine(
             f"'answer' must be a number or a non-blank string, not {_short_repr(answer)}"
@@ -146,11 +146,9 @@ def _answer(record: dict[str, object]) -> str:
 
 
 def _text(key: str, text: str) -> str:
-    """Raises _BadLine for a lone surrogate, which JSON allows but UTF-8 cannot encode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _BadLine(f"'{key}' contains a lone surrogate: {_short_repr(text)}") from None
+    """Raises _BadLine for a lone surrogate."""
+    if not is_encodable(text):
+        raise _BadLine(f"'{key}' contains a lone surrogate: {_short_repr(text)}")
     return text
 
 

@@ -67,23 +67,32 @@ def is_integer(answer: str) -> bool:
     return _INTEGER.fullmatch(answer) is not None
 
 
-def _plain(value: object) -> str:
-    """Raises AnswerError for a value that is neither a text nor a number."""
-    if isinstance(value, str):
-        return _encodable(value)
-    if value is None:
-        raise AnswerError("the answer is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise AnswerError(f"the answer is a {type(value).__name__}, not a text or a number")
-    if not math.isfinite(value):
-        raise AnswerError("the answer is not a finite number")
+def number_text(value: int | float) -> str:
+    """A finite number as text. An integral float is an integer (18.0 is 18, -0.0 is 0), unless it
+    is too large to be exact."""
     is_exact_integer = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
     return str(int(value) if is_exact_integer else value)
 
 
-def _encodable(text: str) -> str:
+def is_encodable(text: str) -> bool:
+    """False for a text with a lone surrogate, which JSON allows but UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise AnswerError("the answer contains a lone surrogate") from None
-    return text
+        return False
+    return True
+
+
+def _plain(value: object) -> str:
+    """Raises AnswerError for a value that is neither a text nor a number."""
+    if isinstance(value, str):
+        if not is_encodable(value):
+            raise AnswerError("the answer contains a lone surrogate")
+        return value
+    if value is None:
+        raise AnswerError("the answer is missing")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise AnswerError(f"the answer is a {type(value).__name__}, not a text or a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise AnswerError("the answer is not a finite number")
+    return number_text(value)

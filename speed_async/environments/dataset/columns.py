@@ -12,7 +12,12 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from speed_async.environments.dataset.answers import AnswerError, answer_text, solution_answer
+from speed_async.environments.dataset.answers import (
+    AnswerError,
+    answer_text,
+    is_encodable,
+    solution_answer,
+)
 from speed_async.environments.dataset.instructions import without_instruction
 from speed_async.errors import DataError
 
@@ -133,10 +138,8 @@ def prompt_text(value: object) -> str:
         raise RowError("the prompt is missing")
     if not isinstance(value, str):
         raise RowError(f"the prompt is a {type(value).__name__}, not a text or a chat")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RowError("the prompt contains a lone surrogate") from None
+    if not is_encodable(value):
+        raise RowError("the prompt contains a lone surrogate")
     return value.strip()
 
 
