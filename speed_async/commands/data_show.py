@@ -1,16 +1,18 @@
 """The command `data show`: the prompts of a configuration as the engine gets them."""
 
+import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from speed_async.commands.training import PASS_THROUGH, WithOverrides
 from speed_async.config.load import load_config
-from speed_async.types import Prompt
+from speed_async.types import Prompt, Verdict
 
 if TYPE_CHECKING:
-    from speed_async.environments.task import Task
+    from speed_async.config.schema import Config
 
 
 @click.command(cls=WithOverrides, context_settings=PASS_THROUGH)
@@ -24,7 +26,8 @@ def show(config: str, overrides: tuple[str, ...], num: int) -> None:
 
     Shows the sources of the data, and for the first training prompts: the text with special tokens
     and the chat template, its number of tokens, the answer, and what the verifier says to a right
-    answer in a box, a right answer without one, and a wrong answer.
+    answer in a box, a right answer without one, and a wrong answer: scored as in training, with
+    the rewards and the time limit of CONFIG.
     """
     from speed_async.actors.model_folder import load_tokenizer
     from speed_async.actors.prompt_codec import PromptCodec
@@ -41,14 +44,16 @@ def show(config: str, overrides: tuple[str, ...], num: int) -> None:
             click.echo(line)
     train, held_out = len(task.train_prompts), len(task.held_out_prompts)
     click.echo(f"{train:,} training prompts, {held_out:,} held out")
-    for prompt in task.train_prompts[:num]:
+    prompts = task.train_prompts[:num]
+    scored = asyncio.run(_scored(resolved, prompts))
+    for prompt, verdicts in zip(prompts, scored, strict=True):
         ids = codec.encode(prompt.text).tolist()
         click.echo(f"\n--- training prompt {prompt.prompt_id}: {len(ids)} tokens ---")
         click.echo(_visible(tokenizer, ids))
         level = f" (level {prompt.level})" if prompt.level else ""
         click.echo(f"answer: {prompt.answer!r}{level}")
-        for what, completion in made_up_completions(prompt.answer):
-            click.echo(f"  {what}: {_verdict(task, prompt, completion)}")
+        for (what, _), verdict in zip(made_up_completions(prompt.answer), verdicts, strict=True):
+            click.echo(f"  {what}: {_described(verdict)}")
 
 
 def made_up_completions(answer: str) -> tuple[tuple[str, str], ...]:
@@ -67,9 +72,28 @@ def _visible(tokenizer: Any, ids: Sequence[int]) -> str:
     return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _verdict(task: "Task", prompt: Prompt, completion: str) -> str:
-    try:
-        reward, extracted = task.score(prompt, completion), task.extract(completion)
-    except Exception as error:  # a user's verifier may raise anything
-        return f"the verifier raised {type(error).__name__}: {error}"
-    return f"reward {reward:g}, extracted {extracted!r}"
+async def _scored(config: "Config", prompts: Sequence[Prompt]) -> list[list[Verdict]]:
+    """Verdicts on the made-up completions of each prompt. Raises TaskError when the verifier cannot
+    start."""
+    from speed_async.environments.registry import make_task
+    from speed_async.environments.verifier import VerifierPool
+
+    pool = VerifierPool(
+        partial(make_task, config.task),
+        1,
+        config.actors.verifier_timeout_s,
+        rewards=config.task.weighted_rewards,
+    )
+    async with pool:
+        return [
+            await pool.score(prompt, [text for _, text in made_up_completions(prompt.answer)])
+            for prompt in prompts
+        ]
+
+
+def _described(verdict: Verdict) -> str:
+    if verdict.outcome != "scored":
+        return f"{verdict.outcome}, the verifier {verdict.error}"
+    parts = ", ".join(f"{name} {value:g}" for name, value in verdict.parts.items())
+    shown = f" ({parts}; {'passes' if verdict.passed else 'does not pass'})" if parts else ""
+    return f"reward {verdict.reward:g}{shown}, extracted {verdict.extracted!r}"

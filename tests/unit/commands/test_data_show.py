@@ -35,3 +35,32 @@ def test_prompts_are_shown_with_special_tokens_answers_and_verdicts(
         f"  right, no box: reward 1, extracted '{answer}'",
         f"  wrong: reward 0, extracted '{answer}7'",
     ]
+
+
+def test_weighted_rewards_are_shown_with_their_parts_and_a_hanging_one_is_timed_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    rows = [{"problem": f"{i}0+20=", "answer": str(i)} for i in range(1, 5)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "slow_wrong.py").write_text(
+        "import time\n"
+        "def reward(*, prompt, completion, answer, metadata):\n"
+        "    time.sleep(60 if 'boxed' not in completion else 0)\n"
+        "    return 0.5\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[3]}")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "c.toml").write_text(
+        f'[model]\npath = "{MODEL}"\n[task]\nname = "dataset"\npath = "data.jsonl"\n'
+        'num_held_out = 1\nmatch = "math"\n[actors]\nverifier_timeout_s = 2.0\n'
+        '[[task.rewards]]\nname = "correct"\n'
+        '[[task.rewards]]\nname = "slow_wrong:reward"\nweight = 0.5\n'
+    )
+    arguments = ["show", str(tmp_path / "c.toml"), "--num", "1"]
+    result = CliRunner().invoke(data, arguments, catch_exceptions=False)
+    right, unboxed, wrong = result.output.splitlines()[-3:]
+    assert "reward 1.25 (correct 1, reward 0.5; passes)" in right
+    assert "timeout, the verifier did not return within 2 s" in unboxed
+    assert "reward 0.25 (correct 0, reward 0.5; does not pass)" in wrong
