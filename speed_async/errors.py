@@ -62,6 +62,22 @@ class DataError(SpeedAsyncError):
     """A data file is missing, empty, or has a malformed line (the text names file and line)."""
 
 
+class HubDataError(DataError):
+    """A data set of the Hugging Face hub cannot be loaded."""
+
+    def __init__(self, name: str, remedy: str, *, is_unreachable: bool) -> None:
+        """`is_unreachable`: the cache lacks it, and the hub cannot be reached."""
+        super().__init__(f"data set {name!r}: {remedy}")
+        self.name = name
+        self.remedy = remedy
+        self.is_unreachable = is_unreachable
+
+    def in_field(self, field: str) -> ConfigError:
+        """The same error as one of the configuration field that names the data set."""
+        kind = NotDownloaded if self.is_unreachable else ConfigError
+        return kind(field, self.name, self.remedy)
+
+
 class ModelError(SpeedAsyncError):
     """A model folder, its tokenizer or its context length cannot be used by this run."""
 

@@ -19,7 +19,7 @@ from speed_async.environments.dataset.compression import (
     compression_of,
     open_decompressed,
 )
-from speed_async.errors import DataError
+from speed_async.errors import DataError, HubDataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 Format = Literal["parquet", "json array", "json lines", "csv"]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BATCH_ROWS = 4096
-_DOWNLOAD = "download one of its files and give the path of that"
+_DOWNLOAD = (
+    "correct its name, load it once where there is a connection, or download one of its files and "
+    "give the path of that"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +115,7 @@ def open_hub(
 ) -> "Dataset":
     """A data set of the hub, or of a local folder of its files, memory-mapped from the cache.
 
-    Raises DataError, with this remedy, when it cannot be loaded.
+    Raises HubDataError, with this remedy, when it cannot be loaded.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -120,9 +123,11 @@ def open_hub(
     try:
         return load_dataset(name, config, split=split)
     except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"data set {name!r} (config {config!r}, split {split!r}) cannot be loaded from the "
-            f"Hugging Face hub ({_first_line(error)}): {remedy}"
+        raise HubDataError(
+            name,
+            f"split {split!r} of subset {config!r} cannot be loaded from the Hugging Face hub or "
+            f"its cache ({_first_line(error)}): {remedy}",
+            is_unreachable=isinstance(error, ConnectionError),
         ) from error
 
 
