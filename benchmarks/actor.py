@@ -46,7 +46,7 @@ from speed_async.actors.rollout import Rollout
 from speed_async.config.load import load_config, save_config
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
-from speed_async.environments.task import fingerprint
+from speed_async.environments.task import data_fingerprint
 from speed_async.environments.verifier import VerifierPool
 from speed_async.launcher.event_loop import run
 from speed_async.launcher.identity.model_files import model_fingerprint
@@ -137,7 +137,7 @@ async def running_actor(config: Config, engine: RecordingEngine) -> AsyncIterato
     model = model_fingerprint(Path(config.model.path), chat_template=config.model.chat_template)
     learner = context.Process(
         target=run_stand_in_learner,
-        args=(port, fingerprint(task), model, config.learner.groups_per_update, stop),
+        args=(port, data_fingerprint(task, {}), model, config.learner.groups_per_update, stop),
         daemon=True,
     )
     learner.start()
@@ -156,7 +156,7 @@ async def running_actor(config: Config, engine: RecordingEngine) -> AsyncIterato
             role="actor",
             index=1,
             incarnation=0,
-            fingerprint=fingerprint(task),
+            fingerprint=data_fingerprint(task, {}),
             model_fingerprint=model_fingerprint(
                 Path(config.model.path), chat_template=config.model.chat_template
             ),

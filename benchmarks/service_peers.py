@@ -13,7 +13,7 @@ import zmq
 from benchmarks.harness import GROUP_SIZE, GROUPS_A_BATCH, QUICKSTART, TASK, make_group
 from speed_async.config.schema import TaskConfig
 from speed_async.environments.registry import make_task
-from speed_async.environments.task import fingerprint
+from speed_async.environments.task import data_fingerprint
 from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.transport import messages as m
 from speed_async.transport.codec import MAX_MESSAGE_BYTES, Frame, decode, encode
@@ -271,7 +271,7 @@ def hello(role: str, index: int) -> m.Hello:
 @cache
 def _fingerprints() -> dict[str, str]:
     return {
-        "fingerprint": fingerprint(make_task(TaskConfig.model_validate(TASK))),
+        "fingerprint": data_fingerprint(make_task(TaskConfig.model_validate(TASK)), {}),
         "model_fingerprint": model_fingerprint(QUICKSTART.parent / "model", chat_template=False),
     }
 

@@ -15,7 +15,7 @@ from speed_async.config.section import (
     PositiveInt,
     Section,
 )
-from speed_async.config.sources import PROMPT_FORMAT, SourceConfig
+from speed_async.config.sources import PROMPT_FORMAT, TaskSource
 from speed_async.config.suites import SuiteConfig
 
 Algorithm = Literal[
@@ -94,7 +94,7 @@ class TaskConfig(Section):
     """Columns of `path` (`dataset`), as in `task.sources`."""
     format: str = PROMPT_FORMAT
     """Text that the model gets (`dataset`), as in `task.sources`."""
-    sources: list[SourceConfig] = Field(default_factory=list)
+    sources: list[TaskSource] = Field(default_factory=list)
     """Sources of `dataset`, mixed by weight, instead of `path`: `[[task.sources]]`."""
     match: Literal["exact", "numeric", "math"] = "exact"
     """How `jsonl` and `dataset` compare the final answer of a completion with that of the row.
@@ -130,11 +130,11 @@ class TaskConfig(Section):
         return tuple(self.rewards) or (RewardConfig(name=self.reward),)
 
     @property
-    def all_sources(self) -> list[SourceConfig]:
+    def all_sources(self) -> list[TaskSource]:
         """Sources of `dataset`: those of `sources`, or the one of `path`."""
         if self.path is None:
             return self.sources
-        source = SourceConfig(
+        source = TaskSource(
             path=self.path,
             split=self.split,
             subset=self.subset,

@@ -21,6 +21,11 @@ class SourceConfig(Section):
     format: str = PROMPT_FORMAT
     """Text that the model gets. `{prompt}` is replaced by the prompt, and the name of any column in
     braces by its value; other braces are kept, as in `\\boxed{}`."""
+
+
+class TaskSource(SourceConfig):
+    """One of several sources of training prompts (`[[task.sources]]`)."""
+
     weight: PositiveFloat | None = None
     """Share of this source in the training prompts, relative to the weights of the others. None,
     which then applies to all sources: each prompt occurs once."""

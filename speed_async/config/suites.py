@@ -4,28 +4,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from speed_async.config.section import NonNegativeInt, PositiveInt, Section
-from speed_async.config.sources import PROMPT_FORMAT, SourceConfig
+from speed_async.config.section import NonNegativeInt, PositiveInt
+from speed_async.config.sources import SourceConfig
 
 HELD_OUT = "held_out"
 """Name of the suite of the task's own held-out prompts, which every run has."""
 
 
-class SuiteConfig(Section):
+class SuiteConfig(SourceConfig):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
     """Name in metrics and files: letters, digits, `_`, `.` and `-`."""
-    path: str
-    """Folder written by `speed-async data prepare`, a file (parquet, JSON array, JSON lines, CSV;
-    also compressed), or a data set of the Hugging Face hub as `org/name`."""
-    split: str | None = None
-    """Split of a hub data set, or of a folder that has several; None: `train`."""
-    subset: str | None = None
-    """Subset (configuration) of a hub data set."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Column of `prompt` and of `answer`, and of `level` if there is one; empty: recognised by
-    their names."""
-    format: str = PROMPT_FORMAT
-    """Text that the model gets, as in `task.sources`."""
     match: Literal["exact", "numeric", "math"] = "math"
     """How the final answer of a completion is compared with that of the row (`task.match`)."""
     samples: PositiveInt = 1
@@ -39,14 +27,3 @@ class SuiteConfig(Section):
     """Updates between evaluations in training; 0 runs only the first and the last."""
     num_prompts: PositiveInt | None = None
     """Use only the first prompts of the source; None: all."""
-
-    @property
-    def source(self) -> SourceConfig:
-        """Where the prompts are (environments/dataset/)."""
-        return SourceConfig(
-            path=self.path,
-            split=self.split,
-            subset=self.subset,
-            columns=self.columns,
-            format=self.format,
-        )

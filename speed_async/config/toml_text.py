@@ -70,10 +70,13 @@ def _value(value: Any) -> str:
 
 @cache
 def field_descriptions(section: type[BaseModel]) -> dict[str, str]:
-    """Docstrings of the fields, parsed from the source of the section."""
+    """Docstrings of the fields, parsed from the source of the section and its base classes."""
+    if section is BaseModel:
+        return {}
     [found] = ast.parse(inspect.getsource(section)).body
     assert isinstance(found, ast.ClassDef)
-    descriptions: dict[str, str] = {}
+    [base] = section.__bases__
+    descriptions = dict(field_descriptions(base))
     for field, below in zip(found.body, found.body[1:], strict=False):
         if (
             isinstance(field, ast.AnnAssign)

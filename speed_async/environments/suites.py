@@ -1,7 +1,6 @@
 """The evaluation suites of a run: their prompts, and the processes that score them."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Self
@@ -11,29 +10,37 @@ import numpy as np
 from speed_async.config.schema import Config
 from speed_async.config.suites import SuiteConfig
 from speed_async.environments.dataset.prompts import DatasetPrompts
-from speed_async.environments.dataset.rows import open_source
+from speed_async.environments.dataset.rows import Rows, open_source
 from speed_async.environments.matching import MatchKind
 from speed_async.environments.suite_task import SuiteTask
-from speed_async.environments.task import Task, fingerprint, prompt_bytes
 from speed_async.environments.verifier import VerifierPool
+from speed_async.errors import HubDataError
 from speed_async.types import Prompt
 
 
 def open_suites(suites: Sequence[SuiteConfig]) -> dict[str, Sequence[Prompt]]:
-    """The prompts of each suite; they stay on disk. Raises DataError for an unusable source."""
-    return {suite.name: _open(suite) for suite in suites}
+    """The prompts of each suite; they stay on disk. Raises DataError or ConfigError for an unusable
+    source."""
+    return {suite.name: suite_prompts(suite_rows(suite), suite.num_prompts) for suite in suites}
 
 
-def data_fingerprint(task: Task, suites: Mapping[str, Sequence[Prompt]]) -> str:
-    """Digest of all prompts of a run. Must be equal in processes that exchange prompt ids."""
-    if not suites:
-        return fingerprint(task)
-    digest = hashlib.sha256(fingerprint(task).encode())
-    for name, prompts in suites.items():
-        digest.update(f"{name}\0{len(prompts)}\n".encode())
-        for prompt in prompts:
-            digest.update(prompt_bytes(prompt))
-    return digest.hexdigest()[:16]
+def suite_rows(suite: SuiteConfig) -> Rows:
+    """All rows of its source. Raises DataError or ConfigError."""
+    try:
+        return open_source(suite, suite.match)
+    except HubDataError as error:
+        raise error.in_field("evaluate.suites") from error
+
+
+def suite_prompts(rows: Rows, num_prompts: int | None) -> DatasetPrompts:
+    """The first prompts of a source, or all of them."""
+    count = min(len(rows), num_prompts or len(rows))
+    return DatasetPrompts(
+        rows.table,
+        np.arange(count, dtype=np.int32),
+        held_out=True,
+        digest=rows.report.digest if count == len(rows) else None,
+    )
 
 
 class SuiteVerifiers:
@@ -63,9 +70,3 @@ class SuiteVerifiers:
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
-
-
-def _open(suite: SuiteConfig) -> DatasetPrompts:
-    rows = open_source(suite.source, suite.match)
-    num_prompts = min(len(rows), suite.num_prompts or len(rows))
-    return DatasetPrompts(rows.table, np.arange(num_prompts, dtype=np.int32), held_out=True)

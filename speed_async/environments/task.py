@@ -1,9 +1,10 @@
 """The task interface: prompts and the scoring of completions."""
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+import xxhash
 
 from speed_async.types import Prompt
 
@@ -38,14 +39,12 @@ class Task(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContentDigest:
-    """Digests of all training and held-out prompts."""
+    """Digests of all training and held-out prompts, regardless of their order."""
 
-    ordered: str
-    """Of texts and answers in their order."""
     prompts: str
-    """Of the texts, regardless of their order."""
+    """Of the texts."""
     answers: str
-    """Of the texts with their answers, regardless of their order."""
+    """Of the texts with their answers."""
 
 
 @runtime_checkable
@@ -66,18 +65,45 @@ class StoredTask(Protocol):
         ...
 
 
-def fingerprint(task: Task) -> str:
-    """Digest of all prompts. Must be equal in the processes that exchange prompt ids."""
-    if isinstance(task, StoredTask):
-        return task.content.ordered
-    digest = hashlib.sha256()
-    for prompts in (task.train_prompts, task.held_out_prompts):
-        for prompt in prompts:
-            digest.update(prompt_bytes(prompt))
-        digest.update(b"\1")
+@runtime_checkable
+class StoredPrompts(Protocol):
+    """Prompts on disk, whose digest is known without reading them."""
+
+    @property
+    def digest(self) -> str | None:
+        """None if it is not known."""
+        ...
+
+
+class PromptsDigest:
+    """Digest of the texts and answers of prompts in their order."""
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_128()
+
+    def add(self, text: str, answer: str) -> None:
+        for part in (text, answer):
+            content = part.encode(errors="surrogatepass")
+            self._digest.update(len(content).to_bytes(8, "little") + content)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Digest of prompts in their order, with their answers."""
+    if isinstance(prompts, StoredPrompts) and prompts.digest is not None:
+        return prompts.digest
+    digest = PromptsDigest()
+    for prompt in prompts:
+        digest.add(prompt.text, prompt.answer)
+    return digest.hexdigest()
+
+
+def data_fingerprint(task: Task, suites: Mapping[str, Sequence[Prompt]]) -> str:
+    """Digest of all prompts of a run. Must be equal in processes that exchange prompt ids."""
+    digest = xxhash.xxh3_128()
+    parts = {"train": task.train_prompts, "held_out": task.held_out_prompts}
+    for name, prompts in [*parts.items(), *suites.items()]:
+        digest.update(f"{name}\0{len(prompts)}\0{prompts_digest(prompts)}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def prompt_bytes(prompt: Prompt) -> bytes:
-    """What a digest of prompts covers of each."""
-    return f"{prompt.prompt_id}\0{prompt.text}\0{prompt.answer}\n".encode()

@@ -15,7 +15,7 @@ from speed_async.buffer.server import serve
 from speed_async.buffer.service import BufferService
 from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.schema import Config
-from speed_async.environments.task import fingerprint
+from speed_async.environments.task import data_fingerprint
 from speed_async.errors import TaskError
 from speed_async.learner.checkpoint.best import BestCheckpoints
 from speed_async.learner.inbox import Stop
@@ -153,7 +153,7 @@ class Run:
             num_prompts=NUM_PROMPTS,
             num_held_out=4,
             suite_sizes={suite.name: len(SUITE_PROMPTS) for suite in config.evaluate.suites},
-            fingerprint=fingerprint(self.task),
+            fingerprint=data_fingerprint(self.task, {}),
             started_s=0.0,
         )
 
@@ -215,7 +215,7 @@ class Run:
             role=role,
             index=index,
             incarnation=0,
-            fingerprint=fingerprint(self.task),
+            fingerprint=data_fingerprint(self.task, {}),
             process_id=index,
         )
 
@@ -230,6 +230,6 @@ def make_service(config: Config, task: DigitTask) -> BufferService:
         config,
         num_prompts=NUM_PROMPTS,
         num_held_out=4,
-        fingerprint=fingerprint(task),
+        fingerprint=data_fingerprint(task, {}),
         started_s=0.0,
     )

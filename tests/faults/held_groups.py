@@ -11,7 +11,7 @@ from speed_async.buffer.state import ServiceState
 from speed_async.config.load import build_config
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
-from speed_async.environments.task import fingerprint
+from speed_async.environments.task import data_fingerprint
 from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.transport import messages as m
 from speed_async.transport.codec import decode
@@ -42,7 +42,7 @@ def held_groups(run_folder: Path) -> set[str]:
 
 def _fingerprints(config: Config) -> tuple[str, str]:
     folder, chat_template = Path(config.model.path), config.model.chat_template
-    data = fingerprint(make_task(config.task))
+    data = data_fingerprint(make_task(config.task), {})
     return data, model_fingerprint(folder, chat_template=chat_template)
 
 

@@ -11,12 +11,20 @@ class DatasetPrompts(Sequence[Prompt]):
     """Prompt i is row `rows_N[i]` of the table. A slice is such a sequence, and copies nothing."""
 
     def __init__(
-        self, table: Any, rows_N: Int32Array, *, held_out: bool, ids: range | None = None
+        self,
+        table: Any,
+        rows_N: Int32Array,
+        *,
+        held_out: bool,
+        ids: range | None = None,
+        digest: str | None = None,
     ) -> None:
+        """`ids`: the prompts of a slice; None: all. `digest`: see StoredPrompts (task.py)."""
         self._table = table
         self._rows_N = rows_N
         self._held_out = held_out
         self._ids = range(len(rows_N)) if ids is None else ids
+        self.digest = digest
 
     def __len__(self) -> int:
         return len(self._ids)

@@ -115,7 +115,7 @@ def _map(path: Path) -> Any:
 
 def _key(source: SourceConfig, match: MatchKind, place: SourcePlace) -> str:
     """Name of the Arrow file: a digest of everything that its content depends on."""
-    settings = source.model_dump(exclude={"weight"})
+    settings = source.model_dump(include=set(SourceConfig.model_fields))
     text = json.dumps([FORMAT, _code_digest(), settings, match, asdict(place)], default=str)
     return xxhash.xxh3_128_hexdigest(text.encode())
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from speed_async.config.sources import SourceConfig
+from speed_async.config.sources import TaskSource
 from speed_async.environments.dataset.mixture import MixedSource, mix
 from speed_async.environments.dataset.prompts import DatasetPrompts
 from speed_async.environments.dataset.rows import open_source, summary
 from speed_async.environments.matching import MatchedTask, MatchKind
 from speed_async.environments.task import ContentDigest
-from speed_async.types import Prompt, UInt64Array
+from speed_async.types import Int32Array, Prompt, UInt64Array
 
 
 class DatasetTask(MatchedTask):
@@ -20,7 +20,7 @@ class DatasetTask(MatchedTask):
 
     def __init__(
         self,
-        sources: Sequence[SourceConfig],
+        sources: Sequence[TaskSource],
         *,
         match: MatchKind,
         num_held_out: int,
@@ -44,16 +44,15 @@ class DatasetTask(MatchedTask):
         ]
         mixture = mix(mixed, num_held_out=num_held_out, seed=seed)
         self.train_prompts: Sequence[Prompt] = DatasetPrompts(
-            table, mixture.train_T, held_out=False
+            table,
+            mixture.train_T,
+            held_out=False,
+            digest=_chosen_digest([rows.report.digest for rows in opened], mixture.train_T),
         )
         self.held_out_prompts: Sequence[Prompt] = DatasetPrompts(
             table, mixture.held_out_H, held_out=True
         )
-        self.content = _content(
-            mixed,
-            [rows.report.digest for rows in opened],
-            chosen=(mixture.train_T, mixture.held_out_H),
-        )
+        self.content = _content(mixed)
         self.notes = [
             f"{summary(source.path, rows.report)}; memory-mapped from {rows.file}"
             for source, rows in zip(sources, opened, strict=True)
@@ -73,24 +72,19 @@ class DatasetTask(MatchedTask):
             self.notes.append(f"{mixture.num_repeated:,} repeated prompts are used once")
 
 
-def _content(
-    sources: Sequence[MixedSource],
-    digests: Sequence[str],
-    *,
-    chosen: tuple[np.ndarray, np.ndarray],
-) -> ContentDigest:
-    """Digests of the prompts, from those of the sources: no prompt is read."""
-    ordered = xxhash.xxh3_128("".join(digests).encode())
-    for rows in chosen:
-        ordered.update(len(rows).to_bytes(8, "little") + rows.tobytes())
+def _chosen_digest(sources: Sequence[str], rows_N: Int32Array) -> str:
+    """Digest of these rows of sources with these digests; no row is read."""
+    digest = xxhash.xxh3_128("".join(sources).encode())
+    digest.update(rows_N.tobytes())
+    return digest.hexdigest()
+
+
+def _content(sources: Sequence[MixedSource]) -> ContentDigest:
+    """Digests of the prompts, from those of each row: no prompt is read."""
     prompts = np.concatenate([source.prompt_keys for source in sources])
     answers = np.concatenate([source.answer_keys for source in sources])
     pairs = prompts ^ (answers * np.uint64(0x9E3779B97F4A7C15))
-    return ContentDigest(
-        ordered=ordered.hexdigest()[:16],
-        prompts=_unordered(prompts),
-        answers=_unordered(pairs),
-    )
+    return ContentDigest(prompts=_unordered(prompts), answers=_unordered(pairs))
 
 
 def _unordered(keys: UInt64Array) -> str:

@@ -33,6 +33,7 @@ from speed_async.environments.dataset.reading import (
     read_rows,
 )
 from speed_async.environments.matching import MatchKind, matching
+from speed_async.environments.task import PromptsDigest
 from speed_async.errors import DataError
 
 BATCH_ROWS = 8192
@@ -54,7 +55,7 @@ class RowsReport:
     columns: dict[str, str]
     """The columns of the source that were read, by their role."""
     digest: str
-    """Digest of all prompts and answers in their order."""
+    """Of all usable rows (PromptsDigest)."""
 
 
 def write_rows(
@@ -98,14 +99,12 @@ def _write(source: SourceConfig, match: MatchKind, place: SourcePlace, part: Pat
         + [(name, pa.uint64()) for name in ("prompt_key", "answer_key")]
     )
     selection = _Selection(source, match, place)
-    digest = xxhash.xxh3_128()
+    digest = PromptsDigest()
     with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         usable = selection.usable()
         while batch := list(itertools.islice(usable, BATCH_ROWS)):
             for row in batch:
-                for text in (row["prompt"], row["answer"]):
-                    content = text.encode()
-                    digest.update(len(content).to_bytes(8, "little") + content)
+                digest.add(row["prompt"], row["answer"])
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
     return selection.report(digest.hexdigest())
 

@@ -14,7 +14,8 @@ from speed_async.environments.registry import make_task
 from speed_async.environments.rewards import CORRECT
 from speed_async.environments.scoring_source import scoring_files
 from speed_async.environments.suite_task import SuiteTask
-from speed_async.environments.task import Task
+from speed_async.environments.suites import suite_prompts
+from speed_async.environments.task import Task, prompts_digest
 from speed_async.environments.verifier_worker import MakeTask
 from speed_async.launcher.identity.content import digest_files, digest_text
 from speed_async.types import Prompt
@@ -53,7 +54,7 @@ class Suite:
         """What its samples depend on, besides the model: plain JSON values."""
         return {
             "suite": self.name,
-            "suite_digest": _prompts_digest(self.prompts),
+            "suite_digest": prompts_digest(self.prompts),
             "num_prompts": len(self.prompts),
             "format": self.format,
             "temperature": self.temperature,
@@ -71,22 +72,11 @@ def open_suite(config: SuiteConfig, *, format: str, max_new_tokens: int) -> Suit
     `config.format` is applied by the source, `format` to the result, so that the digest of the
     prompts does not depend on the latter: evaluations with different protocols can be compared.
     """
-    rows = open_source(config.source, config.match)
-    count = len(rows) if config.num_prompts is None else min(config.num_prompts, len(rows))
+    rows = open_source(config, config.match)
     make = partial(SuiteTask, config.match)
     return Suite(
         name=config.name,
-        prompts=[
-            Prompt(
-                prompt_id=index,
-                text=row.prompt,
-                answer=row.answer,
-                level=row.level,
-                held_out=True,
-                metadata=row.metadata,
-            )
-            for index, row in enumerate(rows[:count])
-        ],
+        prompts=suite_prompts(rows, config.num_prompts),
         format=format,
         num_samples=config.samples,
         temperature=config.temperature,
@@ -118,12 +108,6 @@ def held_out_suite(config: Config) -> Suite:
         make_task=make,
         rewards=config.task.weighted_rewards,
         verifier_digest=_verifier_digest(task),
-    )
-
-
-def _prompts_digest(prompts: Sequence[Prompt]) -> str:
-    return digest_text(
-        *(part for each in prompts for part in (str(each.prompt_id), each.text, each.answer))
     )
 
 

@@ -19,8 +19,8 @@ from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
 from speed_async.environments.rewards import reward_functions
 from speed_async.environments.scoring_source import scoring_files
-from speed_async.environments.suites import data_fingerprint, open_suites
-from speed_async.environments.task import StoredTask, Task
+from speed_async.environments.suites import open_suites
+from speed_async.environments.task import StoredTask, Task, data_fingerprint
 from speed_async.errors import IdentityError
 from speed_async.launcher.identity.content import FileDigest, digest_files, digest_text
 from speed_async.launcher.identity.model_files import (

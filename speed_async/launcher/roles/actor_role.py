@@ -17,7 +17,8 @@ from speed_async.actors.rollout import Rollout
 from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
-from speed_async.environments.suites import SuiteVerifiers, data_fingerprint, open_suites
+from speed_async.environments.suites import SuiteVerifiers, open_suites
+from speed_async.environments.task import data_fingerprint
 from speed_async.environments.verifier import VerifierPool
 from speed_async.errors import IncarnationLost, SpeedAsyncError, WeightSyncError
 from speed_async.launcher.exit_status import describe

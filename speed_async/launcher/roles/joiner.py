@@ -15,7 +15,7 @@ from speed_async.config.hub_id import local_or_hub
 from speed_async.config.load import build_config
 from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
-from speed_async.config.sources import SourceConfig
+from speed_async.config.sources import TaskSource
 from speed_async.errors import (
     ConfigError,
     ConfigErrors,
@@ -121,7 +121,7 @@ def localized(
     data: str | None,
     run_folder: Path | None,
     keys: Path | None,
-    sources: Sequence[SourceConfig] = (),
+    sources: Sequence[TaskSource] = (),
 ) -> Config:
     """Parse the run's configuration and replace paths by those of this machine. `model` and `data`
     may be ids of the hub. Raises ConfigError for a missing path, and for a model of the hub that

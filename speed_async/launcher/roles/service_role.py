@@ -15,7 +15,8 @@ from speed_async.config.local_model import model_folder
 from speed_async.config.model_facts import read_model_info
 from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
-from speed_async.environments.suites import data_fingerprint, open_suites
+from speed_async.environments.suites import open_suites
+from speed_async.environments.task import data_fingerprint
 from speed_async.errors import ModelError
 from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.launcher.run_folder import RunFolder

@@ -13,7 +13,7 @@ from speed_async.buffer.curriculum.curriculum import (
 )
 from speed_async.buffer.curriculum.posterior import PosteriorCurriculum, PosteriorState
 from speed_async.buffer.service import BufferService
-from speed_async.environments.task import fingerprint
+from speed_async.environments.task import data_fingerprint
 from speed_async.errors import RoleError
 from speed_async.transport import messages as m
 from speed_async.types import Prompt
@@ -137,7 +137,7 @@ def service_of(task: DigitTask, run: Run) -> BufferService:
         run.config,
         num_prompts=len(task.train_prompts),
         num_held_out=4,
-        fingerprint=fingerprint(task),
+        fingerprint=data_fingerprint(task, {}),
         started_s=0.0,
     )
 

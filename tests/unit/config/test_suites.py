@@ -35,8 +35,8 @@ split = "test"
     hard, hub = config.evaluate.suites
     assert hard.path == str(tmp_path / "rows.jsonl")
     assert (hard.samples, hard.temperature, hard.every, hard.match) == (4, 0.0, 20, "math")
-    assert hard.source.columns == {"prompt": "question"}
-    assert (hub.path, hub.source.split) == ("org/name", "test")
+    assert hard.columns == {"prompt": "question"}
+    assert (hub.path, hub.split) == ("org/name", "test")
     assert config.sampling("hard") == (0.0, 1.0)
     assert config.sampling("held_out") == config.sampling("") == (1.0, 1.0)
     resolved = tmp_path / "resolved.toml"

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from speed_async.environments.arithmetic import ArithmeticTask, draw_sum, level_cycle
-from speed_async.environments.task import fingerprint
+from speed_async.environments.task import data_fingerprint
 from speed_async.errors import TaskError
 from speed_async.types import Prompt
 from tests.fakes.paths import MODEL
@@ -44,8 +44,8 @@ def test_train_and_held_out_prompts_are_distinct() -> None:
 
 
 def test_prompts_depend_on_the_seed() -> None:
-    assert fingerprint(make_task(seed=3)) == fingerprint(make_task(seed=3))
-    assert fingerprint(make_task(seed=3)) != fingerprint(make_task(seed=4))
+    assert data_fingerprint(make_task(seed=3), {}) == data_fingerprint(make_task(seed=3), {})
+    assert data_fingerprint(make_task(seed=3), {}) != data_fingerprint(make_task(seed=4), {})
 
 
 def test_held_out_prompts_are_independent_of_num_prompts() -> None:

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from speed_async.config.sources import SourceConfig
+from speed_async.config.sources import TaskSource
 from speed_async.environments.dataset.rows import open_source
 from speed_async.environments.dataset.task import DatasetTask
-from speed_async.environments.task import fingerprint
+from speed_async.environments.task import data_fingerprint
 from speed_async.errors import ConfigError, DataError
 
 
@@ -36,7 +36,7 @@ def questions(path: Path, num: int, name: str = "q") -> str:
     return lines(path, [{"problem": f"{name}{i}", "answer": i} for i in range(num)])
 
 
-def load(*sources: SourceConfig, num_held_out: int = 1, seed: int = 0) -> DatasetTask:
+def load(*sources: TaskSource, num_held_out: int = 1, seed: int = 0) -> DatasetTask:
     return DatasetTask(sources, match="math", num_held_out=num_held_out, seed=seed)
 
 
@@ -50,7 +50,7 @@ def test_a_format_replaces_columns_and_keeps_the_braces_of_latex(tmp_path: Path)
         for i in range(1, 5)
     ]
     text = "{prompt} ({id}, {unknown})\nPut it in \\boxed{}."
-    task = load(SourceConfig(path=lines(tmp_path / "a.jsonl", rows), format=text))
+    task = load(TaskSource(path=lines(tmp_path / "a.jsonl", rows), format=text))
     prompts = sorted([*task.train_prompts, *task.held_out_prompts], key=lambda p: p.text)
     assert prompts[0].text == (
         "Is $\\frac{1}{1}$ {prompt} small? (1, {unknown})\nPut it in \\boxed{}."
@@ -73,12 +73,12 @@ def test_a_prepared_folder_has_levels_and_metadata(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     pq.write_table(table, tmp_path / "data" / "train.parquet")
     (tmp_path / "data" / "card.json").write_text("{}")
-    task = load(SourceConfig(path=str(tmp_path / "data")))
+    task = load(TaskSource(path=str(tmp_path / "data")))
     found = {p.text: p for p in (*task.train_prompts, *task.held_out_prompts)}
     assert (found["a"].level, found["c"].level) == ("4", "")
     assert found["b"].metadata == {"source": "y", "id": "j"}
     with pytest.raises(DataError, match=r"split 'test' .*train\.parquet"):
-        load(SourceConfig(path=str(tmp_path / "data"), split="test"))
+        load(TaskSource(path=str(tmp_path / "data"), split="test"))
 
 
 def test_columns_can_be_named_and_others_become_metadata(tmp_path: Path) -> None:
@@ -86,16 +86,16 @@ def test_columns_can_be_named_and_others_become_metadata(tmp_path: Path) -> None
     path = tmp_path / "a.json.gz"
     path.write_bytes(gzip.compress(json.dumps(rows).encode()))
     columns = {"prompt": "q.text", "answer": "a", "when": "year"}
-    task = load(SourceConfig(path=str(path), columns=columns))
+    task = load(TaskSource(path=str(path), columns=columns))
     for prompt in task.train_prompts:
         assert prompt.text == f"q{prompt.answer}"
         assert prompt.metadata == {"when": 1980 + int(prompt.answer)}
     with pytest.raises(DataError, match="'wen'"):
-        load(SourceConfig(path=str(path), columns=columns | {"when": "wen"}))
+        load(TaskSource(path=str(path), columns=columns | {"when": "wen"}))
 
 
 def test_prompts_are_numbered_and_held_out_ones_are_disjoint(tmp_path: Path) -> None:
-    source = SourceConfig(path=questions(tmp_path / "a.jsonl", 20))
+    source = TaskSource(path=questions(tmp_path / "a.jsonl", 20))
     task = load(source, num_held_out=5)
     train, held_out = task.train_prompts, task.held_out_prompts
     assert [p.prompt_id for p in train] == list(range(15))
@@ -113,8 +113,8 @@ def test_prompts_are_numbered_and_held_out_ones_are_disjoint(tmp_path: Path) -> 
 
 
 def test_each_source_has_its_share_and_each_prompt_occurs(tmp_path: Path) -> None:
-    small = SourceConfig(path=questions(tmp_path / "s.jsonl", 11, "s"), weight=1)
-    large = SourceConfig(path=questions(tmp_path / "l.jsonl", 44, "l"), weight=1)
+    small = TaskSource(path=questions(tmp_path / "s.jsonl", 11, "s"), weight=1)
+    large = TaskSource(path=questions(tmp_path / "l.jsonl", 44, "l"), weight=1)
     task = load(small, large, num_held_out=8)
     assert Counter(p.text[0] for p in task.held_out_prompts) == {"s": 4, "l": 4}
     # 40 of the large source remain, so 40 of the small one: its 7 prompts occur 5 or 6 times.
@@ -135,9 +135,9 @@ def test_without_weights_each_distinct_prompt_is_used_once(tmp_path: Path) -> No
         {"prompt": "two", "answer": "2"},
         {"prompt": "two", "answer": "3"},
     ]
-    first = SourceConfig(path=lines(tmp_path / "a.jsonl", rows))
+    first = TaskSource(path=lines(tmp_path / "a.jsonl", rows))
     more = [{"prompt": "one", "answer": "1"}, {"prompt": "three", "answer": "3"}]
-    second = SourceConfig(path=lines(tmp_path / "b.jsonl", more))
+    second = TaskSource(path=lines(tmp_path / "b.jsonl", more))
     task = load(first, second, num_held_out=0)
     assert [(p.text, p.answer) for p in task.train_prompts] == [
         ("one", "1"),
@@ -153,19 +153,19 @@ def test_without_weights_each_distinct_prompt_is_used_once(tmp_path: Path) -> No
 def test_unusable_rows_are_counted_by_reason(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"prompt": f"q{i}", "answer": i} for i in range(7)]
     rows += [{"prompt": "x", "answer": None}, {"prompt": "y", "answer": None}, {"prompt": " "}]
-    task = load(SourceConfig(path=lines(tmp_path / "a.jsonl", rows)))
+    task = load(TaskSource(path=lines(tmp_path / "a.jsonl", rows)))
     [warning] = task.warnings
     assert "7 of 10 rows are usable (2: the answer is missing; 1: the prompt is" in warning
     assert warning.endswith("the first is row 8: the answer is missing")
     path = lines(tmp_path / "b.jsonl", rows[-3:] + rows[:2])
     with pytest.raises(DataError, match="3 of 5 rows cannot be used, more than 50%") as error:
-        load(SourceConfig(path=path))
+        load(TaskSource(path=path))
     assert "row 1: the answer is missing" in str(error.value)
 
 
 def test_rows_are_written_once_until_the_source_changes(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "a.jsonl"
-    source = SourceConfig(path=questions(path, 5))
+    source = TaskSource(path=questions(path, 5))
     with ThreadPoolExecutor(4) as threads:
         opened = list(threads.map(lambda _: open_source(source), range(4)))
     [file] = cache.glob("*.arrow")
@@ -184,10 +184,10 @@ def test_the_fingerprint_depends_on_content_and_not_on_location(tmp_path: Path) 
     def task(name: str, answer: int) -> DatasetTask:
         rows = [{"prompt": f"q{i}", "answer": i} for i in range(4)]
         rows.append({"prompt": "last", "answer": answer})
-        return load(SourceConfig(path=lines(tmp_path / name, rows)))
+        return load(TaskSource(path=lines(tmp_path / name, rows)))
 
     one, moved, other = task("a.jsonl", 1), task("b.jsonl", 1), task("c.jsonl", 2)
-    assert fingerprint(one) == fingerprint(moved) != fingerprint(other)
+    assert data_fingerprint(one, {}) == data_fingerprint(moved, {}) != data_fingerprint(other, {})
     assert one.content == moved.content
     assert one.content.prompts == other.content.prompts
     assert one.content.answers != other.content.answers
@@ -196,14 +196,14 @@ def test_the_fingerprint_depends_on_content_and_not_on_location(tmp_path: Path) 
 def test_an_unwritable_cache_names_the_variable(tmp_path: Path, cache: Path) -> None:
     cache.parent.write_text("a file")
     with pytest.raises(DataError, match="HF_DATASETS_CACHE"):
-        load(SourceConfig(path=questions(tmp_path / "a.jsonl", 5)))
+        load(TaskSource(path=questions(tmp_path / "a.jsonl", 5)))
 
 
 HUB = """
 import json, os, shutil, sys
 from pathlib import Path
 import datasets
-from speed_async.config.sources import SourceConfig
+from speed_async.config.sources import TaskSource
 from speed_async.environments.dataset.rows import open_source
 cache = Path(os.environ["HF_DATASETS_CACHE"])
 made = datasets.load_dataset("json", data_files=sys.argv[1], split="train")
@@ -212,7 +212,7 @@ shutil.copytree(Path(made.cache_files[0]["filename"]).parent, copy)
 (copy / "json-train.arrow").rename(copy / "name-train.arrow")
 facts = json.loads((copy / "dataset_info.json").read_text())
 (copy / "dataset_info.json").write_text(json.dumps(facts | {"dataset_name": "name"}))
-print([(row.prompt, row.answer) for row in open_source(SourceConfig(path="org/name"))])
+print([(row.prompt, row.answer) for row in open_source(TaskSource(path="org/name"))])
 """
 
 

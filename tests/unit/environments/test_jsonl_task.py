@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from speed_async.environments.jsonl import JsonlTask
-from speed_async.environments.task import fingerprint
+from speed_async.environments.task import data_fingerprint
 from speed_async.errors import ConfigError, DataError
 
 
@@ -56,7 +56,7 @@ def test_prompt_ids_start_at_zero_in_both_splits(tmp_path: Path) -> None:
 def test_split_depends_on_seed_and_contains_every_prompt(tmp_path: Path) -> None:
     path = numbered(tmp_path / "data.jsonl", 40)
     one, again, other = (load(path, num_held_out=10, seed=seed) for seed in (1, 1, 2))
-    assert fingerprint(one) == fingerprint(again) != fingerprint(other)
+    assert data_fingerprint(one, {}) == data_fingerprint(again, {}) != data_fingerprint(other, {})
     texts = {p.text for p in one.train_prompts} | {p.text for p in one.held_out_prompts}
     assert texts == {f"{i} + 0 =" for i in range(40)}
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from speed_async.environments.gym import ReasoningGymTask
-from speed_async.environments.task import fingerprint
+from speed_async.environments.task import data_fingerprint
 from speed_async.errors import ConfigError, TaskError
 from speed_async.types import Prompt
 
@@ -79,7 +79,11 @@ def test_train_and_held_out_questions_are_distinct_in_a_small_data_set() -> None
 
 
 def test_prompts_depend_on_seed_and_held_out_prompts_only_on_their_number() -> None:
-    assert fingerprint(make(seed=3)) == fingerprint(make(seed=3)) != fingerprint(make(seed=4))
+    assert (
+        data_fingerprint(make(seed=3), {})
+        == data_fingerprint(make(seed=3), {})
+        != data_fingerprint(make(seed=4), {})
+    )
     small, large = make(num_prompts=5), make(num_prompts=30)
     assert list(small.held_out_prompts) == list(large.held_out_prompts)
     assert list(small.train_prompts) == list(large.train_prompts)[:5]
@@ -173,12 +177,12 @@ def test_global_random_state_is_preserved() -> None:
 def test_hash_ordered_data_set_requires_a_fixed_hash_seed() -> None:
     program = (
         "from speed_async.environments.gym import ReasoningGymTask\n"
-        "from speed_async.environments.task import fingerprint\n"
+        "from speed_async.environments.task import data_fingerprint\n"
         "from speed_async.errors import TaskError\n"
         "try:\n"
         "    task = ReasoningGymTask(data_set='ransom_note', options={}, num_prompts=20,\n"
         "                            num_held_out=5, seed=0)\n"
-        "    print(fingerprint(task))\n"
+        "    print(data_fingerprint(task, {}))\n"
         "except TaskError as error:\n"
         "    print(error)\n"
     )

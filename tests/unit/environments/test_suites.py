@@ -8,8 +8,8 @@ import pytest
 
 from speed_async.config.suites import SuiteConfig
 from speed_async.environments.arithmetic import ArithmeticTask
-from speed_async.environments.suites import SuiteVerifiers, data_fingerprint, open_suites
-from speed_async.environments.task import fingerprint
+from speed_async.environments.suites import SuiteVerifiers, open_suites
+from speed_async.environments.task import data_fingerprint, prompts_digest
 from speed_async.types import Prompt
 from tests.fakes.buffer_fixtures import make_config
 
@@ -43,11 +43,17 @@ def test_a_suite_has_the_first_prompts_of_its_source_in_its_format(path: Path) -
 
 def test_the_fingerprint_covers_the_prompts_of_the_suites(path: Path) -> None:
     task = ArithmeticTask(num_prompts=3, num_held_out=1, max_digits=1, seed=0)
-    assert data_fingerprint(task, {}) == fingerprint(task)
-    seen = {fingerprint(task)}
+    seen = {data_fingerprint(task, {})}
     for chosen in ([suite(path)], [suite(path, num_prompts=2)], [suite(path, "other")]):
         seen.add(data_fingerprint(task, open_suites(chosen)))
     assert len(seen) == 4
+
+
+def test_the_stored_digest_of_a_suite_is_that_of_its_prompts(path: Path) -> None:
+    whole = open_suites([suite(path)])["s"]
+    part = open_suites([suite(path, num_prompts=2)])["s"]
+    assert prompts_digest(whole) == prompts_digest(list(whole))
+    assert prompts_digest(part) == prompts_digest(list(whole)[:2]) == prompts_digest(whole[:2])
 
 
 def test_each_suite_is_scored_by_its_own_match(path: Path, tmp_path: Path) -> None:
