@@ -5,7 +5,7 @@ import difflib
 from speed_async.config.extensions import import_part
 from speed_async.config.schema import TaskConfig
 from speed_async.environments.task import Task
-from speed_async.errors import ConfigError
+from speed_async.errors import ConfigError, HubDataError
 
 _GYM = "reasoning_gym"
 _SCRIPTED = "speed_async.testing.scripted_task:make_scripted_task"
@@ -67,12 +67,15 @@ def _make_dataset(config: TaskConfig) -> Task:
 
     if not config.all_sources:
         raise ConfigError("task.path", None, "the dataset task needs a data set")
-    return DatasetTask(
-        config.all_sources,
-        match=config.match,
-        num_held_out=config.num_held_out,
-        seed=config.seed,
-    )
+    try:
+        return DatasetTask(
+            config.all_sources,
+            match=config.match,
+            num_held_out=config.num_held_out,
+            seed=config.seed,
+        )
+    except HubDataError as error:
+        raise error.in_field("task.sources" if config.sources else "task.path") from error
 
 
 def _make_gym(config: TaskConfig, data_set: str) -> Task:

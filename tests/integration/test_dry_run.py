@@ -1,6 +1,7 @@
 """`speed-async train --dry-run`: what it prints, and that it starts and writes nothing."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,53 @@ def test_a_missing_section_is_reported_without_a_plan(tmp_path: Path) -> None:
     status, out, _ = run_command(tmp_path, "train", str(config), "--dry-run")
     assert (status, out.splitlines()[-1]) == (1, "1 error")
     assert "'model' = None: this field is required" in out
+
+
+def with_suite(folder: Path, path: str, task: str = "") -> Path:
+    """A configuration with one evaluation suite; `task`: its own data set."""
+    suite = f'\n[[evaluate.suites]]\nname = "own"\npath = "{path}"\n'
+    config = write_config(folder)
+    text = config.read_text()
+    if task:
+        head, _, rest = text.partition("[task]\n")
+        rest = rest[rest.index("\n[") :]
+        text = f'{head}[task]\nname = "dataset"\npath = "{task}"\nmatch = "math"\n{rest}'
+    config.write_text(text + suite)
+    return config
+
+
+def test_prompts_of_suites_are_counted_and_compared_with_the_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    prompts = ["2+2=", "1+1=", "1+" * 400 + "1="]
+    rows = [{"problem": text, "answer": "4"} for text in prompts] + [{"problem": "", "answer": "4"}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = with_suite(tmp_path, "own.jsonl")
+    status, out, _ = run_command(
+        tmp_path, "train", str(config), "--dry-run", "--model.context_length", "64"
+    )
+    assert status == 0
+    assert "evaluation suites\n  own: 3 prompts\n" in out
+    assert "'own' suite: 3 prompts of " in out
+    assert "warning: suite own: " in out and "3 of 4 rows are usable" in out
+    assert "warning: 1 of 3 'own' suite prompts count as wrong (too long)" in out
+
+
+def test_hub_data_that_is_not_in_the_cache_is_named_with_its_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    config = str(with_suite(tmp_path, "no/such-suite", task="no/such-set"))
+    for command in (("train", "--dry-run"), ("check",)):
+        status, out, _ = run_command(tmp_path, *command, config)
+        found = starting(out.splitlines(), "not checked here: ")
+        assert status == 0, out
+        assert "config field 'task.path' = 'no/such-set': split 'train'" in found[0]
+        assert "config field 'evaluate.suites' = 'no/such-suite': split 'train'" in found[1]
+        assert "load it once where there is a connection" in found[0]
+    status, _, err = run_command(tmp_path, "data", "show", config)
+    assert status == 1
+    assert err.splitlines()[-1].startswith("error: config field 'task.path' = 'no/such-set'")

@@ -1,5 +1,7 @@
 """Runs all checks that do not require loading the model. Writes nothing."""
 
+from collections.abc import Sequence
+
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, SpeedAsyncError
 from speed_async.launcher.preflight.devices import check_devices
@@ -14,8 +16,10 @@ from speed_async.launcher.preflight.machine import (
 from speed_async.launcher.preflight.memory import CHECKPOINT_BYTES, estimate_memory
 from speed_async.launcher.preflight.model import CheckedModel, check_model, find_model
 from speed_async.launcher.preflight.prompts import check_prompts, describe
+from speed_async.launcher.preflight.suites import check_suites
 from speed_async.launcher.preflight.task import CheckedTask, check_task
 from speed_async.launcher.preflight.tokenizer import PromptTokenizer, check_tokenizer
+from speed_async.types import Prompt
 
 MAX_SHOWN_TOKENS = 200
 
@@ -42,13 +46,17 @@ def run_checks(
     model = None if folder is None else check_model(config, folder, findings)
     tokenizer = None if folder is None else check_tokenizer(config, folder, findings)
     task = check_task(config, findings)
+    suites = check_suites(config, findings)
+    parts = [(f"'{name}' suite", prompts) for name, prompts in suites.items()]
     if task is not None:
         prompts = (len(task.task.train_prompts), len(task.task.held_out_prompts))
         counts = "{:,} training prompts, {:,} held-out prompts".format(*prompts)
         findings.show("task", [f"{config.task.name}: {counts}"])
         _show_example(task, tokenizer, findings)
-        if tokenizer is not None and model is not None:
-            _check_lengths(config, model, tokenizer, task, findings)
+        own = [("training", task.task.train_prompts), ("held-out", task.task.held_out_prompts)]
+        parts = [*own, *parts]
+    if tokenizer is not None and model is not None and parts:
+        _check_lengths(config, model, tokenizer, parts, findings)
     if model is not None and model.weights is not None:
         checkpoint_bytes = CHECKPOINT_BYTES * model.weights.num_parameters
         findings.show("memory", estimate_memory(config, model, findings))
@@ -76,10 +84,9 @@ def _check_lengths(
     config: Config,
     model: CheckedModel,
     tokenizer: PromptTokenizer,
-    task: CheckedTask,
+    parts: Sequence[tuple[str, Sequence[Prompt]]],
     findings: Findings,
 ) -> None:
-    parts = [("training", task.task.train_prompts), ("held-out", task.task.held_out_prompts)]
     measured = check_prompts(config, model, tokenizer, parts, findings)
     context = model.context_length or "of unknown length"
     limits = f"context {context}, actors.max_new_tokens {config.actors.max_new_tokens}"

@@ -18,7 +18,8 @@ BATCH = 1024
 MAX_QUOTED = 40
 MAX_CHARACTERS = 4_000_000
 """Above this many characters, only a sample of the prompts is encoded (some seconds of work)."""
-NUM_PROBED = 1000
+NUM_BLOCKS = 64
+PROBED_PER_BLOCK = 16
 TOO_LONG, EMPTY, UNKNOWN_TOKEN, TEMPLATE = "too long", "empty", "unknown token", "template"
 REMEDIES = {
     TOO_LONG: "use shorter prompts, or a model with a longer context",
@@ -30,7 +31,8 @@ REMEDIES = {
 
 @dataclass(kw_only=True, slots=True)
 class Lengths:
-    """Lengths of the training or the held-out prompts, or of a sample of them."""
+    """Lengths of the training prompts, the held-out prompts or those of a suite, or of a sample of
+    them."""
 
     what: str
     num_prompts: int
@@ -59,7 +61,7 @@ def check_prompts(
     parts: Sequence[tuple[str, Sequence[Prompt]]],
     findings: Findings,
 ) -> list[Lengths]:
-    """Measure and check prompts. `parts`: training and held-out prompts with their names."""
+    """Measure and check prompts. `parts`: those of training, held out and of suites, by name."""
     measured = [_measure(config, model, tokenizer, what, prompts) for what, prompts in parts]
     for part in measured:
         _report(config, model, part, findings)
@@ -120,12 +122,24 @@ def _shortened(text: str) -> str:
 
 
 def _sample(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-    """All prompts, or every n-th if there are more than MAX_CHARACTERS characters. The characters
-    of more than NUM_PROBED prompts are estimated from NUM_PROBED of them."""
-    probed = prompts[:: max(1, len(prompts) // NUM_PROBED)]
-    probed_size = sum(len(prompt.text) for prompt in probed)
-    size = probed_size * len(prompts) // max(1, len(probed))
-    return prompts[:: -(-size // MAX_CHARACTERS)] if size > MAX_CHARACTERS else prompts
+    """All prompts, or evenly spaced blocks of them with about MAX_CHARACTERS characters."""
+    if len(prompts) <= NUM_BLOCKS * PROBED_PER_BLOCK:
+        size = sum(len(prompt.text) for prompt in prompts)
+    else:
+        probed = _blocks(prompts, PROBED_PER_BLOCK)
+        size = sum(len(prompt.text) for prompt in probed) * len(prompts) // len(probed)
+    if size <= MAX_CHARACTERS:
+        return prompts
+    num_prompts = max(1, MAX_CHARACTERS * len(prompts) // size)
+    return _blocks(prompts, -(-num_prompts // NUM_BLOCKS))
+
+
+def _blocks(prompts: Sequence[Prompt], num_each: int) -> list[Prompt]:
+    """Neighbours rather than every n-th prompt: of prompts in a mapped file, these are in few
+    pages, so the rest of the file does not count as memory of this process."""
+    starts = (len(prompts) * block // NUM_BLOCKS for block in range(NUM_BLOCKS))
+    chosen = dict.fromkeys(i for start in starts for i in range(start, start + num_each))
+    return [prompts[i] for i in chosen if i < len(prompts)]
 
 
 def _encoded(
@@ -161,7 +175,7 @@ def _report(config: Config, model: CheckedModel, part: Lengths, findings: Findin
             )
         )
         return
-    effect = "count as wrong" if part.what == "held-out" else "cannot be trained on"
+    effect = "cannot be trained on" if part.what == "training" else "count as wrong"
     for reason, count in part.unusable.items():
         findings.warnings.append(
             f"{count:,} of {part.num_seen:,} {part.what} prompts {effect} ({reason}); the first is "
