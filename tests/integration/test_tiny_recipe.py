@@ -14,6 +14,7 @@ import pytest
 
 from tests.fakes.paths import REPOSITORY
 from tests.fakes.run_process import DEADLINE_S, start_train
+from tests.fakes.vllm_setup import NEEDS_VLLM
 
 FOLDER = REPOSITORY / "examples" / "recipes" / "tiny"
 CONFIG = tomllib.loads((FOLDER / "config.toml").read_text())
@@ -76,9 +77,9 @@ def test_the_model_is_small_and_pretrained_on_the_prompts_of_the_recipe(make: Mo
     assert tokenizer.tokenize("23") == ["2", "3"]
 
 
-def test_the_recipe_trains_and_evaluates_from_files_of_the_schema_of_gsm8k(
-    make: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def config(make: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The recipe for small files beside it, which it makes."""
     sizes = {"NUM_TRAIN": 200, "NUM_TEST": 20, "MAX_NUMBER": 2, "NUM_STEPS": 40}
     for name, value in sizes.items():
         monkeypatch.setattr(make, name, value)
@@ -86,11 +87,30 @@ def test_the_recipe_trains_and_evaluates_from_files_of_the_schema_of_gsm8k(
     make.main()
     config = tmp_path / "own.toml"
     config.write_text(OWN.format(recipe=FOLDER / "config.toml"))
-    run = start_train(tmp_path, "--run.updates", "2", config=config)
-    status, _, err = run.finish()
+    return config
+
+
+ENGINES = [
+    "torch",
+    pytest.param("vllm", marks=[*NEEDS_VLLM, pytest.mark.timeout(1800)]),
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_recipe_trains_and_evaluates_from_files_of_the_schema_of_gsm8k(
+    config: Path, tmp_path: Path, engine: str
+) -> None:
+    arguments = ("--actors.engine", engine, "--actors.vllm.enforce_eager", "true")
+    run = start_train(tmp_path, "--run.updates", "2", *arguments, config=config)
+    status, _, err = run.finish(2 * DEADLINE_S)
     assert status == 0, err
     assert run.summary()["policy_version"] == 2
-    command = [sys.executable, "-m", "speed_async", "eval", str(run.folder)]
+    evaluated = [
+        (each["suite"], each["policy_version"], each["num_completions"])
+        for each in run.events("suite")
+    ]
+    assert evaluated == [("test", 0, 10), ("test", 2, 10)]
+    command = [sys.executable, "-m", "speed_async", "eval", str(run.folder), "--engine", "torch"]
     done = subprocess.run(
         [*command, "--suite", f"test={tmp_path / 'test.jsonl'}"],
         cwd=tmp_path,
