@@ -81,7 +81,8 @@ class RewardConfig(Section):
 
 class TaskConfig(Section):
     name: Annotated[str, AfterValidator(partial(registered_path, "task"))]
-    """`arithmetic`, `dataset`, `jsonl`, `reasoning_gym:<data set>`, or `<module>:<callable>`.
+    """`arithmetic`, `dataset`, `jsonl`, `reasoning_gym:<data set>`, `verifiers:<environment>`, or
+    `<module>:<callable>`.
     `scripted` is for fault injection tests: each prompt passes at random with its own rate."""
     path: str | None = None
     """Data file of `jsonl`: one object per line with `prompt` and `answer`. Source of `dataset`:
@@ -114,13 +115,18 @@ class TaskConfig(Section):
     truncated_reward: Reward = 0.0
     """Reward of a truncated completion that is not scored (`score_truncated`)."""
     num_prompts: PositiveInt = 4096
-    """Number of training prompts to generate (tasks that generate prompts)."""
+    """Number of training prompts to generate (tasks that generate prompts), or to use at most
+    (`verifiers:<environment>`)."""
     num_held_out: PositiveInt = 256
     """Prompts held out for evaluation and never trained on."""
     max_digits: PositiveInt = 6
     """Hardest level of `arithmetic`."""
     options: dict[str, object] = Field(default_factory=dict)
-    """Passed to the reasoning-gym data set."""
+    """Passed to the reasoning-gym data set, or to `load_environment` of the verifiers
+    environment."""
+    python: str | None = None
+    """Interpreter that has `verifiers` and the environment (`verifiers:<environment>`); None: that
+    of the run."""
     seed: NonNegativeInt = 0
     """Seed of the data, separate from `run.seed` so that runs can share their data."""
 

@@ -8,13 +8,16 @@ from speed_async.environments.task import Task
 from speed_async.errors import ConfigError, HubDataError
 
 _GYM = "reasoning_gym"
+_VERIFIERS = "verifiers"
 _SCRIPTED = "speed_async.testing.scripted_task:make_scripted_task"
 
 
 def known_tasks() -> tuple[str, ...]:
-    """Valid values of `task.name`. `<name>` is any reasoning-gym data set; `<module>:<callable>`
-    is a user-defined factory that receives the section `[task]`."""
-    return ("arithmetic", "dataset", "jsonl", f"{_GYM}:<name>", "<module>:<callable>", "scripted")
+    """Valid values of `task.name`. `<name>` is any data set of reasoning-gym, or environment of
+    verifiers; `<module>:<callable>` is a user-defined factory that receives the section `[task]`.
+    """
+    libraries = (f"{_GYM}:<name>", f"{_VERIFIERS}:<name>")
+    return ("arithmetic", "dataset", "jsonl", *libraries, "<module>:<callable>", "scripted")
 
 
 def make_task(config: TaskConfig) -> Task:
@@ -26,6 +29,8 @@ def make_task(config: TaskConfig) -> Task:
     kind, _, data_set = config.name.partition(":")
     if kind == _GYM and data_set:
         return _make_gym(config, data_set)
+    if kind == _VERIFIERS and data_set:
+        return _make_verifiers(config, data_set)
     if config.name == "arithmetic":
         return _make_arithmetic(config)
     if config.name == "dataset":
@@ -84,6 +89,19 @@ def _make_gym(config: TaskConfig, data_set: str) -> Task:
     return ReasoningGymTask(
         data_set=data_set,
         options=config.options,
+        num_prompts=config.num_prompts,
+        num_held_out=config.num_held_out,
+        seed=config.seed,
+    )
+
+
+def _make_verifiers(config: TaskConfig, environment: str) -> Task:
+    from speed_async.environments.verifiers_library.task import VerifiersTask
+
+    return VerifiersTask(
+        environment=environment,
+        options=config.options,
+        python=config.python,
         num_prompts=config.num_prompts,
         num_held_out=config.num_held_out,
         seed=config.seed,

@@ -5,15 +5,24 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol, runtime_checkable
 
 PACKAGE = "speed_async."
 SCORING_PACKAGES = ("speed_async.environments.", "speed_async.testing.")
 INSTALL_FOLDERS = frozenset({"site-packages", "dist-packages"})
 
 
+@runtime_checkable
+class NamesItsSources(Protocol):
+    """A task that is scored by code in another process."""
+
+    @property
+    def source_files(self) -> Sequence[Path]: ...
+
+
 def scoring_files(task: object, functions: Sequence[Callable[..., object]] = ()) -> list[Path]:
     """Source files of the task's classes and of these reward functions, and of the modules that
-    they import, transitively.
+    they import, transitively; and those that the task names itself.
 
     Of this package, only modules in `environments` and `testing` are included; of user code, only
     modules in the task's folder or its subfolders. Installed packages are excluded.
@@ -27,6 +36,8 @@ def scoring_files(task: object, functions: Sequence[Callable[..., object]] = ())
             path = _file_of(module)
             if path is not None:
                 _collect(module, path.parent, found)
+    if isinstance(task, NamesItsSources):
+        found |= set(task.source_files)
     return sorted(found)
 
 

@@ -8,13 +8,15 @@ from speed_async.config.schema import Config
 from speed_async.environments.registry import make_task
 from speed_async.environments.rewards import Rewards, unscored
 from speed_async.environments.task import StoredTask, Task
-from speed_async.errors import ConfigError, SpeedAsyncError, TaskError
+from speed_async.errors import SpeedAsyncError, TaskError
 from speed_async.launcher.preflight.findings import Findings
 from speed_async.types import Prompt, Verdict
 
 NUM_EXAMPLES = 3
 WITHOUT_ANSWERS = frozenset({"scripted"})
 """Tasks whose prompts have no passing answer."""
+FORMATTED = "verifiers:"
+"""Tasks that may want more of a completion than the answer, such as tags."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +53,8 @@ def _check_verifier(
     """Score every example and report errors. Returns the scores of the first example."""
     try:
         rewards = Rewards(task, config.task.weighted_rewards)
-    except ConfigError as error:
+        getattr(task, "warm_up", lambda: None)()
+    except SpeedAsyncError as error:
         findings.errors.append(error)
         return None
     timeout_s = config.actors.verifier_timeout_s
@@ -65,7 +68,7 @@ def _check_verifier(
                 return None
         replies.append(reply)
     is_own = [each.name for each in config.task.weighted_rewards] == ["correct"]
-    if is_own:
+    if is_own and not config.task.name.startswith(FORMATTED):
         findings.errors += _wrong_rewards(config.task.name, examples, replies)
     return [verdict.reward for verdict in replies[0]]
 
