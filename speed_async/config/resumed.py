@@ -32,7 +32,7 @@ FIXED = (
     "cluster.learners",
 )
 """Fixed fields, and sections whose fields are all fixed."""
-CHANGEABLE = ("buffer.durability", "model.path", "task.path")
+CHANGEABLE = ("buffer.durability", "model.path", "task.path", "task.python")
 """Exceptions to FIXED."""
 PATH_OPTIONS = {"model.path": "--model.path FOLDER", "task.path": "--task.path FILE"}
 """Options that set the new path of a moved model or data file."""
