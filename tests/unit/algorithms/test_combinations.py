@@ -90,6 +90,9 @@ def advantage_of(name: str, one: Sequence) -> float:
         everything = [each.reward for each in SEQUENCES]
         return (one.reward - mean(everything)) / (deviation(everything) + 1e-4)
     rewards = [each.reward for each in members(one.group)]
+    if name == "shrunken":  # towards the mean of the other groups, with a weight of 2 completions
+        prior = mean([each.reward for each in SEQUENCES if each.group != one.group])
+        return one.reward - (2 * prior + sum(rewards) - one.reward) / (2 + len(rewards) - 1)
     centred = one.reward - mean(rewards)
     return {
         "rloo": centred * len(rewards) / (len(rewards) - 1),

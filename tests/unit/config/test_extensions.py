@@ -32,7 +32,9 @@ def test_names_are_registered_by_kind() -> None:
 
 
 def test_an_unknown_part_is_rejected_with_the_known_names(config_file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'rloo', 'grpo'.*or <module>:<name>; did you mean 'rlo"):
+    with pytest.raises(
+        ConfigError, match=r"'rloo', .*'grpo'.*or <module>:<name>; did you mean 'rlo"
+    ):
         sa.load_config(config_file, ["--objective.advantage", "rlo"])
 
 
