@@ -93,7 +93,7 @@ def constants() -> list[str]:
         ("service, one core", f"{number(c.SERVICE_MESSAGES_PER_S)} messages/s of 256 tokens;"
          f" {c.SERVICE_BYTES_PER_S / 1e6:.0f} MB/s", MEASURED, "ZeroMQ on loopback, 32,768 tokens"),
         ("bucket, NCCL poll", f"{c.BUCKET_BYTES // c.MIB} MiB, {1000 * c.NCCL_POLL_S} ms", CODE,
-         "`weights.bucket_bytes`, `process_group.py`"),
+         "`weights.bucket_bytes`, `nccl.py`"),
         ("`max_staleness`", f"{c.MAX_STALENESS}", CODE, "default"),
         ("NVLink, one GPU, one direction", f"{c.NVLINK_BYTES_PER_S / GIGA:.0f} GB/s", ASSUMED,
          "two thirds of the nominal 450"),

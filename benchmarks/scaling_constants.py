@@ -10,10 +10,11 @@ from functools import cache, cached_property
 from speed_async.actors.loop import REPORT_INTERVAL_S
 from speed_async.config.checks import BYTES_PER_TOKEN as BYTES_PER_TOKEN
 from speed_async.config.schema import BufferConfig, WeightsConfig
-from speed_async.weight_sync.process_group import NCCL_POLL_S as NCCL_POLL_S
+from speed_async.weight_sync import nccl
 
 MIB = 1024 * 1024
 GPUS_PER_NODE = 8
+NCCL_POLL_S = nccl.POLL_S
 
 # --- published ------------------------------------------------------------------------------------
 PEAK_FLOPS = 989e12

@@ -64,7 +64,6 @@ def exact_only(config: Config, num_answer_characters: int) -> None:
     """ValueError unless exactly one token string passes at the sampling of `config`."""
     needed = {
         "actors.temperature": (config.actors.temperature, 1.0),
-        "actors.top_p": (config.actors.top_p, 1.0),
         "actors.max_new_tokens": (config.actors.max_new_tokens, num_answer_characters + 1),
         "task.score_truncated": (config.task.score_truncated, False),
     }

@@ -227,7 +227,9 @@ class Credit:
         It is a number of groups and, unless surplus groups spill to disk, also the bytes that they
         take at their recent mean size."""
         batch = self._config.learner.groups_per_update
-        most = self._config.max_credits - version_lag * batch
+        window = (self._config.buffer.max_staleness + 1) * batch
+        most = self._config.max_credits
+        most = min(most, max(most, window) - version_lag * batch)
         if self._config.buffer.spill or not self._state.mean_group_bytes:
             return most
         fitting = int(self._config.buffer.capacity_bytes / self._state.mean_group_bytes)

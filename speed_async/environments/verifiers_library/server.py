@@ -58,7 +58,7 @@ class Server:
         if not self._most:
             raise TypeError("its rubric has no reward with a positive weight")
         module = sys.modules.get(environment.replace("-", "_").split("/")[-1])
-        file = getattr(module, "__file__", None)
+        file = vars(module).get("__file__") if module else None
         self.files = [file] if file else []
 
     def rows(self, split, most):

@@ -550,6 +550,16 @@ def test_backpressure_starts_before_the_memory_limit(tmp_path: Path) -> None:
     assert lifecycle.credits_left() == 0
 
 
+def test_an_actor_that_lags_is_limited_by_staleness_and_not_by_few_credits(tmp_path: Path) -> None:
+    many = {"max_staleness": 1000, "credits": 8}
+    for buffer, lag, expected in (({"max_staleness": 2}, 2, 2), (many, 500, 8), (many, 999, 4)):
+        gate = {"mode": "off", "n_init": 2, "n_cont": 2}
+        learner = {"groups_per_update": 2}
+        harness = ServiceHarness(tmp_path, gate=gate, buffer=buffer, learner=learner)
+        harness.pass_baseline()
+        assert harness.service.lifecycle.credits_left(lag) == expected
+
+
 def test_expired_lease_is_requeued_and_its_late_result_counts_once(
     tmp_path: Path,
 ) -> None:
