@@ -1,13 +1,14 @@
-"""Decode steps of Llama-like models with few operators.
+"""Prefill and decode steps of Llama-like models with few operators.
 
 The modules of transformers run about 60 small operators per layer. On a CPU and with few
 parameters, launching them costs more than the matrix products. `LlamaDecoder` computes the same
-logits with about 20. It reads the parameters of the model, without copies. Projections of the same
+with about 20. It reads the parameters of the model, without copies. Projections of the same
 input become one matrix product if their weights are adjacent in memory, as after
 `flatten_parameters`.
 
-Shape legend: N rows in use, V vocabulary, Q query heads, K key/value heads, D head dimension,
-L largest capacity of a block, E hidden size.
+Shape legend: N rows in use, U rows and P positions of a prefill, T tokens (N or U * P), Q query
+heads, K key/value heads, H heads of both kinds, D head dimension, E hidden size, F intermediate
+size, L largest capacity of a block, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -61,8 +62,8 @@ class _Layer:
 
 
 class LlamaDecoder:
-    """The decode step of a model for which `supports` holds. Its parameters may change in place,
-    but must stay where they are in memory."""
+    """Prefill and decode steps of a model for which `supports` holds. Its parameters may change in
+    place, but must stay where they are in memory."""
 
     def __init__(self, model: Any) -> None:
         config = model.config
@@ -78,7 +79,7 @@ class LlamaDecoder:
         self._norm = model.model.norm.weight.detach()
         self._head = _Projections.of(model.lm_head)
 
-    def __call__(
+    def decode(
         self,
         tokens_N: Tensor,
         positions_N: Tensor,
@@ -89,42 +90,73 @@ class LlamaDecoder:
     ) -> Tensor:
         """Logits (N, V) after these tokens; `mask_NL` is additive. Writes their keys and values to
         the cache, whose `begin_decode` returned `spans`."""
-        num_rows, num_query_heads = len(tokens_N), self._num_query_heads
-        num_rotated = num_query_heads + self._num_heads
         hidden_NE = F.embedding(tokens_N, self._embedding)
-        cos_N1D, sin_N1D = self._rotary(hidden_NE[:, None], positions_N[:, None])
-        half = self._head_dim // 2
-        signed_sin_N1D = torch.cat((-sin_N1D[..., :half], sin_N1D[..., half:]), dim=-1)
+        rotation = self._rotation(hidden_NE, positions_N)
         for index, layer in enumerate(self._layers):
-            normed_NE = self._normalized(hidden_NE, layer.attention_norm)
-            qkv_NHD = layer.qkv(normed_NE).view(num_rows, -1, self._head_dim)
-            rotated_NHD = qkv_NHD[:, :num_rotated]
-            if layer.query_norm is not None and layer.key_norm is not None:
-                rotated_NHD = torch.cat(
-                    (
-                        self._normalized(rotated_NHD[:, :num_query_heads], layer.query_norm),
-                        self._normalized(rotated_NHD[:, num_query_heads:], layer.key_norm),
-                    ),
-                    dim=1,
-                )
-            swapped_NHD = torch.cat((rotated_NHD[..., half:], rotated_NHD[..., :half]), dim=-1)
-            rotated_NHD = torch.addcmul(rotated_NHD * cos_N1D, swapped_NHD, signed_sin_N1D)
-            keys, values = cache.update(
-                rotated_NHD[:, num_query_heads:, None], qkv_NHD[:, num_rotated:, None], index
-            )
+            query_NQD, key_NKD, value_NKD = self._qkv(layer, hidden_NE, rotation)
+            keys, values = cache.update(key_NKD[:, :, None], value_NKD[:, :, None], index)
             attended_NQ1D = attend(
-                rotated_NHD[:, :num_query_heads, None],
+                query_NQD[:, :, None],
                 keys,
                 values,
                 mask_N11L=mask_NL[:, None, None],
                 spans=spans,
                 scaling=self._scaling,
             )
-            hidden_NE = hidden_NE + layer.output(attended_NQ1D.reshape(num_rows, -1))
-            gate_up_N2F = layer.gate_up(self._normalized(hidden_NE, layer.mlp_norm))
-            gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
-            hidden_NE = hidden_NE + layer.down(F.silu(gate_NF) * up_NF)
+            hidden_NE = self._rest(layer, hidden_NE, attended_NQ1D.flatten(1))
         return self._head(self._normalized(hidden_NE, self._norm))
+
+    def prefill(self, tokens_UP: Tensor, *, cache: SlotCache) -> None:
+        """Writes the keys and values of these rows to the cache, after its `begin_prefill`."""
+        num_rows, num_positions = tokens_UP.shape
+        hidden_TE = F.embedding(tokens_UP.flatten(), self._embedding)
+        positions_P = torch.arange(num_positions, device=tokens_UP.device)
+        rotation = self._rotation(hidden_TE, positions_P.repeat(num_rows))
+        for index, layer in enumerate(self._layers):
+            query, key, value = (
+                states_TXD.view(num_rows, num_positions, -1, self._head_dim).transpose(1, 2)
+                for states_TXD in self._qkv(layer, hidden_TE, rotation)
+            )
+            cache.update(key, value, index)
+            if index == len(self._layers) - 1:
+                return  # nothing reads what follows
+            attended_UQPD = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=self._scaling, enable_gqa=True
+            )
+            attended_TE = attended_UQPD.transpose(1, 2).reshape(len(hidden_TE), -1)
+            hidden_TE = self._rest(layer, hidden_TE, attended_TE)
+
+    def _rotation(self, hidden_TE: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines, and sines with the signs of the halves that they multiply, both (T, 1, D)."""
+        cos_T1D, sin_T1D = self._rotary(hidden_TE[:, None], positions_T[:, None])
+        half = self._head_dim // 2
+        return cos_T1D, torch.cat((-sin_T1D[..., :half], sin_T1D[..., half:]), dim=-1)
+
+    def _qkv(
+        self, layer: _Layer, hidden_TE: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, Q, D), keys and values (T, K, D)."""
+        normed_TE = self._normalized(hidden_TE, layer.attention_norm)
+        qkv_THD = layer.qkv(normed_TE).view(len(hidden_TE), -1, self._head_dim)
+        heads = (self._num_query_heads, self._num_heads)
+        rotated_THD, value_TKD = qkv_THD.split((sum(heads), self._num_heads), dim=1)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query_TQD, key_TKD = rotated_THD.split(heads, dim=1)
+            query_TQD = self._normalized(query_TQD, layer.query_norm)
+            rotated_THD = torch.cat((query_TQD, self._normalized(key_TKD, layer.key_norm)), dim=1)
+        cos_T1D, signed_sin_T1D = rotation
+        half = self._head_dim // 2
+        swapped_THD = torch.cat((rotated_THD[..., half:], rotated_THD[..., :half]), dim=-1)
+        rotated_THD = torch.addcmul(rotated_THD * cos_T1D, swapped_THD, signed_sin_T1D)
+        query_TQD, key_TKD = rotated_THD.split(heads, dim=1)
+        return query_TQD, key_TKD, value_TKD
+
+    def _rest(self, layer: _Layer, hidden_TE: Tensor, attended_TE: Tensor) -> Tensor:
+        """The hidden states after the layer."""
+        hidden_TE = hidden_TE + layer.output(attended_TE)
+        gate_up_T2F = layer.gate_up(self._normalized(hidden_TE, layer.mlp_norm))
+        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+        return hidden_TE + layer.down(F.silu(gate_TF) * up_TF)
 
     def _normalized(self, states: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(states, weight.shape, weight, self._eps)

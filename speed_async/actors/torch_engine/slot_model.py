@@ -73,18 +73,21 @@ class SlotModel:
         """Cache the first `lengths[i]` (U,) of `tokens[rows[i]]` (S, C) for each of `rows` (U,)."""
         for part in prefill_parts(lengths, PREFILL_TOKENS[self._device.type]):
             num_positions = int(lengths[part].max())
-            tokens_UP = tokens[rows[part], :num_positions].astype(np.int64)
+            tokens_UP = self.to_device(tokens[rows[part], :num_positions].astype(np.int64))
+            # Rows shorter than P are padded at the end; causal attention hides the padding.
+            self._cache.begin_prefill(rows[part], lengths[part])
+            if self._decoder is not None:
+                self._decoder.prefill(tokens_UP, cache=self._cache)
+                continue
             positions_1P = torch.arange(num_positions, device=self._device)[None]
-            # Rows shorter than P are padded at the end; the causal mask hides the padding.
             mask_11PP = torch.full(
                 (1, 1, num_positions, num_positions),
                 -torch.inf,
                 dtype=self._dtype,
                 device=self._device,
             ).triu_(1)
-            self._cache.begin_prefill(rows[part], lengths[part])
             self._model.base_model(  # without the LM head: no logits are needed
-                input_ids=self.to_device(tokens_UP),
+                input_ids=tokens_UP,
                 position_ids=positions_1P.expand(len(part), -1),
                 attention_mask=mask_11PP,
                 past_key_values=self._cache,
@@ -101,7 +104,7 @@ class SlotModel:
             torch.arange(attended, device=self._device) <= positions_N[:, None], 0.0, -torch.inf
         ).to(self._dtype)
         if self._decoder is not None:
-            return self._decoder(
+            return self._decoder.decode(
                 tokens_N, positions_N, mask_NL=mask_NL, spans=spans, cache=self._cache
             )
         logits_N1V = self._model(

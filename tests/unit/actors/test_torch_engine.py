@@ -13,7 +13,9 @@ from speed_async.actors.stepped_engine.engine import SteppedEngine
 from speed_async.actors.stepped_engine.worker import ThreadWorker
 from speed_async.actors.torch_engine import slot_model
 from speed_async.actors.torch_engine.generator import TorchGenerator
+from speed_async.actors.torch_engine.llama_decoder import LlamaDecoder
 from speed_async.actors.torch_engine.sampling import keep_nucleus, sample
+from speed_async.actors.torch_engine.slot_cache import SlotCache
 from speed_async.errors import SpeedAsyncError, WeightSyncError
 from speed_async.learner.canary_probe import CanaryProbe
 from speed_async.learner.policy import Policy
@@ -182,30 +184,35 @@ def test_update_recomputes_rows_of_all_blocks_in_one_pass(monkeypatch) -> None:
         core.submit(key, one)
     core.step()
     assert core.stats().num_running > 2 * 16, "a block has 16 rows"
-    passes: list[int] = []
-    model.base_model.register_forward_hook(lambda *_: passes.append(1))
+    passes = prefill_passes(monkeypatch)
     core.load_weights(offer(1))
     assert len(passes) == 1
 
 
-def test_equal_prompts_share_one_prefill() -> None:
-    model = tiny_model("llama", tied=True)
-    core = generator(model, num_slots=4)
-    num_passes = 0
+def prefill_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of every prefill pass from now on."""
+    passes: list[int] = []
+    prefill = LlamaDecoder.prefill
 
-    def count(*_: Any) -> None:
-        nonlocal num_passes
-        num_passes += 1
+    def counted(self: LlamaDecoder, tokens_UP: torch.Tensor, *, cache: SlotCache) -> None:
+        passes.append(len(tokens_UP))
+        prefill(self, tokens_UP, cache=cache)
 
-    model.base_model.register_forward_hook(count)
+    monkeypatch.setattr(LlamaDecoder, "prefill", counted)
+    return passes
+
+
+def test_equal_prompts_share_one_prefill(monkeypatch) -> None:
+    core = generator(tiny_model("llama", tied=True), num_slots=4)
+    passes = prefill_passes(monkeypatch)
     one = mixed_requests(1)[0]
     for key in range(3):
         core.submit(key, one)
     core.step()
-    assert num_passes == 1, "one prefill for three equal prompts; LlamaDecoder does the decode step"
+    assert passes == [1], "one prefill for three equal prompts"
     core.submit(3, one)
     finished = run_until_idle(core)
-    assert num_passes == 1, "no prefill for the fourth request"
+    assert passes == [1], "no prefill for the fourth request"
     plain = tiny_model("llama", tied=True)
     for sampled in finished.values():
         expected = forced_logprobs(plain, one, sampled)
