@@ -40,6 +40,10 @@ class BatchesState:
     """Leases of the current round that are not granted yet."""
     starved_s: float = 0.0
     """Time that the last batch waited for groups."""
+    short_s: float = 0.0
+    """When the open request last waited for something else than late groups."""
+    late_s: float = 0.0
+    """Time that the last batch waited although the buffer could fill it."""
     told_s: float = 0.0
     """When the learner was last told that its request is open."""
     tokens: int = 0
@@ -62,6 +66,12 @@ class Batches:
     def starved_s(self) -> float:
         """Time that the last batch waited for groups."""
         return self._state.starved_s
+
+    @property
+    def late_s(self) -> float:
+        """Time that the last batch waited for groups that its update would have made stale,
+        although the buffer could fill it."""
+        return self._state.late_s
 
     def request(self, take: TakeBatch, now_s: float) -> None:
         state = self._state
@@ -99,7 +109,10 @@ class Batches:
         """The request and its groups once the batch is ready; None before that."""
         if self._state.request is None:
             return None
-        if not self._config.run.overlap and (evaluating or self._lifecycle.leases.num_charged):
+        has_few = len(self._lifecycle.groups.buffer) < self._state.request.num_groups
+        is_round = evaluating or self._lifecycle.leases.num_charged
+        if has_few or (is_round and not self._config.run.overlap):
+            self._state.short_s = now_s
             return None
         if self._waits_for_late_groups(now_s):
             return None
@@ -108,6 +121,7 @@ class Batches:
             return None
         take = self._state.request
         self._state.starved_s = now_s - self._state.requested_s
+        self._state.late_s = now_s - max(self._state.requested_s, self._state.short_s)
         self.cancel()
         return take, groups
 

@@ -113,7 +113,7 @@ class LearnerHandler:
             self._lifecycle.groups.lineage.record_repeat(message)
             return None
         self._lifecycle.trained(message)
-        self._updates.add(message)
+        self._updates.add(message, late_s=self._batches.late_s, now_s=now_s)
         metrics = message.metrics
         self._statistics.updated(
             UpdateTimes(

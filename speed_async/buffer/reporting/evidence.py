@@ -102,6 +102,9 @@ class UpdateRecord:
     skipped: bool
     """The update was not finite."""
     has_gradient: bool
+    at_s: float
+    late_s: float
+    """Time that its batch waited for groups that it would have made stale."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -119,14 +122,28 @@ class Updates:
     def __post_init__(self) -> None:
         self.recent = deque(self.recent, maxlen=WINDOW_UPDATES)
 
-    def add(self, message: m.Trained) -> None:
+    def add(self, message: m.Trained, *, late_s: float, now_s: float) -> None:
         # Without a reported gradient norm, assume that there was a gradient.
         grad_norm = message.metrics.get("grad_norm")
         has_gradient = not message.skipped and grad_norm != 0.0
         self.num_made += 1
         self.num_skipped += message.skipped
         self.num_learned += has_gradient
-        self.recent.append(UpdateRecord(skipped=message.skipped, has_gradient=has_gradient))
+        self.recent.append(
+            UpdateRecord(
+                skipped=message.skipped, has_gradient=has_gradient, at_s=now_s, late_s=late_s
+            )
+        )
+
+    @property
+    def late_share(self) -> float:
+        """Share of the time between the recent updates in which a full batch waited for groups that
+        it would have made stale."""
+        if len(self.recent) < WINDOW_UPDATES:
+            return 0.0
+        first, *others = self.recent
+        span_s = others[-1].at_s - first.at_s
+        return sum(update.late_s for update in others) / span_s if span_s > 0 else 0.0
 
     @property
     def nothing_learned(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from speed_async.buffer.reporting.evidence import (
     WINDOW_COMPLETIONS,
+    WINDOW_UPDATES,
     CompletionWindow,
     Evidence,
     Peaks,
@@ -32,6 +33,8 @@ COLLAPSED, STILL_COLLAPSED = 0.5, 0.7
 """Fractions of the best value: a collapse begins below the first and ends above the second."""
 MIN_EVALUATED = 64
 """Minimum completions of an evaluation whose accuracy can indicate a collapse."""
+LATE, STILL_LATE = 0.3, 0.2
+"""Shares of the time of recent updates."""
 MAX_EXAMPLE_CHARS = 300
 
 EXPLAINED_BY = {
@@ -81,6 +84,7 @@ class Rules:
             "no_reward": self._no_reward("no_reward" in active, now_s),
             "no_signal": self._no_signal(),
             "gate_starves": self._gate_starves("gate_starves" in active, waited_s),
+            "late_groups": self._late_groups("late_groups" in active),
         }
         found = {kind: finding for kind, finding in results.items() if finding is not None}
         return {
@@ -205,6 +209,19 @@ class Rules:
         pass_rate = self._statistics.reward_mean or 0.0
         return gate_starves(
             num_screened=num_screened, acceptance=acceptance, pass_rate=pass_rate, gate=gate
+        )
+
+    def _late_groups(self, held: bool) -> Finding | None:
+        share = self._evidence.updates.late_share
+        if share < (STILL_LATE if held else LATE):
+            return None
+        return Finding(
+            facts=f"updates wait for long completions: in {share:.0%} of the time of the last "
+            f"{WINDOW_UPDATES} updates, a full batch waited for groups that the update would have "
+            "made stale",
+            change=f"raise buffer.max_staleness (now {self._config.buffer.max_staleness}) or lower "
+            "actors.max_new_tokens; buffer.late_groups = 'drop' trains without these groups, and "
+            "so favours short completions",
         )
 
     def _collapsed(self, held: bool) -> Finding | None:

@@ -71,6 +71,16 @@ def test_trained_completions_are_as_long_as_generated_ones(tmp_path: Path) -> No
     assert mean == pytest.approx(1.0, abs=0.03)
 
 
+@pytest.mark.parametrize(("train_s", "is_diagnosed"), [(4, True), (60, False)])
+def test_long_waits_for_late_groups_are_diagnosed_with_the_remedy(
+    tmp_path: Path, train_s: float, is_diagnosed: bool
+) -> None:
+    run, outcome = simulate(config(tmp_path, 512), tail=True, train_s=train_s)
+    diagnosis = str(run.service.present_status(outcome.end_s).values["diagnoses"])
+    assert diagnosis.startswith("updates wait for long completions: in ") == is_diagnosed
+    assert ("raise buffer.max_staleness (now 2)" in diagnosis) == is_diagnosed
+
+
 def test_dropping_late_groups_trains_shorter_completions(tmp_path: Path) -> None:
     dropping = config(tmp_path, 64, buffer={"late_groups": "drop"})
     run, outcome = simulate(dropping, tail=True, train_s=20)
