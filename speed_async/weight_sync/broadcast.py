@@ -19,8 +19,7 @@ Shape legend: B bytes of one bucket or message.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -37,7 +36,8 @@ from speed_async.weight_sync.buckets import (
 )
 from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferReport
-from speed_async.weight_sync.epoch_group import EpochGroup, StageFailed
+from speed_async.weight_sync.current_epoch import CurrentEpoch
+from speed_async.weight_sync.epoch_group import EpochGroup
 from speed_async.weight_sync.manifest import (
     KnownTensors,
     Manifest,
@@ -48,63 +48,9 @@ from speed_async.weight_sync.manifest import (
 )
 from speed_async.weight_sync.process_group import host_store
 
-CLOSE_S = 1.0
 CACHED_BUCKET_BYTES = 4 * 1024 * 1024
 """Largest bucket in shared host memory, so that it is still cached when it is loaded (512 MiB in
 30 ms, compared with 50 ms in buckets of 64 MiB)."""
-
-
-class CurrentEpoch:
-    """The weight group that a sender or a receiver uses at present; one that failed is not used
-    again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._group: EpochGroup | None = None
-        self._failed: tuple[int, str] | None = None
-
-    @contextmanager
-    def transfer(self, offer: WeightOffer) -> Iterator[EpochGroup]:
-        """The group of the offer's epoch, created if necessary. An exception in the block makes the
-        epoch unusable; StageFailed is raised as WeightSyncError."""
-        group = self._group_for(offer)
-        try:
-            yield group
-            group.complete()
-        except StageFailed as failure:
-            self._fail(group, str(failure))
-            raise group.explain(failure) from failure
-        except BaseException as error:
-            self._fail(group, str(error) or type(error).__name__)
-            raise
-
-    def close(self) -> None:
-        """Waits at most CLOSE_S for the group to be freed."""
-        group, self._group = self._group, None
-        if group is not None:
-            group.free(CLOSE_S)
-
-    def _fail(self, group: EpochGroup, reason: str) -> None:
-        self._failed, self._group = (group.offer.epoch, reason), None
-        group.leave(reason)
-
-    def _group_for(self, offer: WeightOffer) -> EpochGroup:
-        if self._failed is not None and self._failed[0] == offer.epoch:
-            raise WeightSyncError(
-                f"epoch {offer.epoch} is unusable, a new epoch is required: {self._failed[1]}"
-            )
-        current = self._group
-        if current is None or current.offer.epoch != offer.epoch:
-            if current is not None:
-                current.free()
-            self._group = current = EpochGroup(offer, self._device)
-        if (ours := _members(current.offer)) != (theirs := _members(offer)):
-            raise WeightSyncError(
-                f"epoch {offer.epoch} has {ours}, but the offer has {theirs}: different members"
-                " require a new epoch"
-            )
-        current.offer = offer
-        return current
 
 
 class TorchSender:
@@ -295,7 +241,3 @@ def _synchronize(device: torch.device) -> None:
     """Waits for copies queued on the GPU, so that their buffers can be used."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
-
-
-def _members(offer: WeightOffer) -> str:
-    return f"rank {offer.rank} of {offer.world_size} over {offer.backend}"
