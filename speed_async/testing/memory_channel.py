@@ -18,6 +18,7 @@ from speed_async.types import WeightOffer
 from speed_async.weight_sync.buckets import plan_buckets, transfer_report
 from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferReport
+from speed_async.weight_sync.digests import tensor_digests
 from speed_async.weight_sync.float_dtypes import FloatDtypes, agreed_dtypes, float_dtypes
 from speed_async.weight_sync.manifest import Manifest, accept_manifest, describe, encode_manifest
 from speed_async.weight_sync.process_group import name_ranks
@@ -139,16 +140,17 @@ class MemorySender:
             except WeightSyncError as error:
                 reason = f"rendezvous: {error}"
                 raise self._store.fail(offer, transfer, reason, error.missing_ranks) from None
+            transfer.tensors = {
+                spec.name: tensor.to(dtype=spec.dtype, copy=True)
+                for spec, (_, tensor) in zip(specs, named, strict=True)
+            }
             manifest = Manifest(
                 policy_version=offer.policy_version,
                 bucket_bytes=self._bucket_bytes,
                 tensors=specs,
                 canary=canary,
+                digests=tensor_digests(transfer.tensors.items()),
             )
-            transfer.tensors = {
-                spec.name: tensor.to(dtype=spec.dtype, copy=True)
-                for spec, (_, tensor) in zip(specs, named, strict=True)
-            }
             transfer.payload = encode_manifest(manifest)
             self._store.changed.notify_all()
             self._await_all(offer, transfer, "manifest", transfer.verdicts, "did not answer")
@@ -213,7 +215,7 @@ class MemoryReceiver:
                     self._store.fail(offer, transfer, reason)
         self._store.finish(offer, transfer)
         buckets = plan_buckets(manifest.tensors, manifest.bucket_bytes)
-        return transfer_report(buckets, self._clock() - started_s, manifest.canary)
+        return transfer_report(buckets, self._clock() - started_s, manifest)
 
     def close(self) -> None:
         """No resources to free."""

@@ -37,6 +37,7 @@ from speed_async.weight_sync.buckets import (
 from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferReport
 from speed_async.weight_sync.current_epoch import CurrentEpoch
+from speed_async.weight_sync.digests import tensor_digests
 from speed_async.weight_sync.epoch_group import EpochGroup
 from speed_async.weight_sync.manifest import (
     KnownTensors,
@@ -109,6 +110,10 @@ class TorchSender:
                 bucket_bytes=bucket_bytes,
                 tensors=self._tensors.specs,
                 canary=canary,
+                # Of the weights themselves, so that a wrongly packed bucket is detected as well.
+                digests=tensor_digests(
+                    (spec.name, weights[spec.name].to(spec.dtype)) for spec in self._tensors.specs
+                ),
             )
             buckets = group.plan(manifest)
             with group.stage("buffers"):
@@ -185,7 +190,7 @@ class TorchReceiver:
             group.form(expected=expected)
             manifest, buckets = _accept(group, expected)
             self._load_buckets(group, buckets, dict(expected), load)
-        return transfer_report(buckets, time.monotonic() - started_s, manifest.canary)
+        return transfer_report(buckets, time.monotonic() - started_s, manifest)
 
     def close(self) -> None:
         """Frees the group. Bounded in time; may be called more than once."""

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import NamedTensor, TransferReport
-from speed_async.weight_sync.manifest import TensorSpec
+from speed_async.weight_sync.manifest import Manifest, TensorSpec
 
 ALIGNMENT_BYTES = 16
 """Every tensor starts at a multiple of this, so that its bytes can be viewed as its dtype."""
@@ -161,13 +160,15 @@ def contiguous_view(bucket: Bucket, tensors: Mapping[str, Tensor]) -> Tensor | N
 
 
 def transfer_report(
-    buckets: Sequence[Bucket], transfer_s: float, canary: Canary | None = None
+    buckets: Sequence[Bucket], transfer_s: float, manifest: Manifest | None = None
 ) -> TransferReport:
+    """`manifest`: only for receivers, which verify its canary and digests."""
     return TransferReport(
         num_bytes=sum(bucket.num_bytes for bucket in buckets),
         num_buckets=len(buckets),
         transfer_s=transfer_s,
-        canary=canary,
+        canary=manifest.canary if manifest is not None else None,
+        digests=manifest.digests if manifest is not None else {},
     )
 
 

@@ -3,8 +3,8 @@
 Both block, and run in separate threads. Every stage has the offer's deadline.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -27,6 +27,8 @@ class TransferReport:
     transfer_s: float
     canary: Canary | None = None
     """Receivers only: the canary of the loaded version; None when the sender provided none."""
+    digests: Mapping[str, int] = field(default_factory=dict)
+    """Receivers only: the sender's digest of every tensor, for `digests.verify_digests`."""
 
 
 class WeightSender(Protocol):
@@ -38,8 +40,8 @@ class WeightSender(Protocol):
     def send(
         self, offer: WeightOffer, tensors: Iterable[NamedTensor], canary: Canary | None = None
     ) -> TransferReport:
-        """Broadcasts all tensors to ranks 1..world_size-1, with the canary for their verification
-        (None: no verification). Raises WeightSyncError naming the stage and, when known, the
+        """Broadcasts all tensors to ranks 1..world_size-1, with their digests and the canary (None:
+        none). Raises WeightSyncError naming the stage and, when known, the
         `missing_ranks`; the group of this epoch is then unusable."""
         ...
 

@@ -1,4 +1,4 @@
-"""The manifest of one broadcast: names, shapes, dtypes and bucket size.
+"""The manifest of one broadcast: names, shapes, dtypes and digests of tensors, and bucket size.
 
 The manifest is sent as JSON before the weights, and is validated field by field. It determines the
 bucket of every tensor (see `buckets.plan_buckets`), so the sender and the receivers derive the same
@@ -7,8 +7,8 @@ layout. The long list of tensors is sent once per epoch; later manifests refer t
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -19,10 +19,11 @@ from speed_async.weight_sync.canary_check import MAX_CANARY_TOKENS, Canary
 from speed_async.weight_sync.channel import NamedTensor
 from speed_async.weight_sync.float_dtypes import FloatDtypes
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MAX_MANIFEST_BYTES = 8 * 1024 * 1024
 """The largest value that torch's TCPStore accepts."""
 MAX_NAMES_SHOWN = 5
+MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1
 UNCHANGED = FloatDtypes()
 
 DTYPES: dict[str, torch.dtype] = {
@@ -68,6 +69,8 @@ class Manifest:
     bucket_bytes: int
     tensors: tuple[TensorSpec, ...]
     canary: Canary | None = None
+    digests: Mapping[str, int] = field(default_factory=dict)
+    """Of every tensor, see `digests.tensor_digests`; or empty."""
     memory: object = None
     """JSON value that describes the sender's shared memory; validated by `ipc.open_memory`."""
 
@@ -121,6 +124,9 @@ def encode_manifest(manifest: Manifest, known: KnownTensors | None = None) -> by
             "tensors": digest or _rows(manifest.tensors),
             # JSON preserves floats bitwise, because they are written with all necessary digits.
             "canary": canary and {"token_ids": canary.token_ids, "logprobs": canary.logprobs},
+            "digests": [
+                manifest.digests[spec.name] for spec in manifest.tensors if manifest.digests
+            ],
             "memory": manifest.memory,
         }
     ).encode()
@@ -139,18 +145,21 @@ def decode_manifest(payload: bytes, known: KnownTensors | None = None) -> Manife
     try:
         match json.loads(payload):
             case {
-                "format": 3,
+                "format": 4,
                 "policy_version": int(policy_version),
                 "bucket_bytes": int(bucket_bytes),
                 "tensors": list() | str() as tensors,
                 "canary": canary,
+                "digests": list() as digests,
                 "memory": memory,
             } if bucket_bytes > 0:
+                specs = _decode_tensors(tensors, known)
                 return Manifest(
                     policy_version=policy_version,
                     bucket_bytes=bucket_bytes,
-                    tensors=_decode_tensors(tensors, known),
+                    tensors=specs,
                     canary=_decode_canary(canary),
+                    digests=_decode_digests(digests, specs),
                     memory=memory,
                 )
             case _:
@@ -225,6 +234,15 @@ def _decode_canary(value: object) -> Canary | None:
             return Canary(token_ids=tuple(token_ids), logprobs=tuple(logprobs))
         case _:
             raise WeightSyncError(f"manifest has a malformed canary: {str(value)[:200]}")
+
+
+def _decode_digests(values: list[object], specs: Sequence[TensorSpec]) -> dict[str, int]:
+    digests = [value for value in values if type(value) is int and MIN_INT64 <= value <= MAX_INT64]
+    if len(digests) < len(values) or len(values) not in (0, len(specs)):
+        raise WeightSyncError(
+            f"manifest of {len(specs)} tensors has malformed digests: {str(values)[:200]}"
+        )
+    return {spec.name: digest for spec, digest in zip(specs, digests, strict=False)}
 
 
 def _check_names(specs: Sequence[TensorSpec]) -> None:

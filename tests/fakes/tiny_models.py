@@ -15,7 +15,14 @@ def tiny_model(
     family: str, *, tied: bool, seed: int = 0, attention: str = "sdpa", head_dim: int = 8
 ) -> Any:
     """A float32 model with two layers, two KV heads and four query heads, in eval mode."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
     sizes: dict[str, Any] = {
         "vocab_size": len(VOCABULARY),
@@ -37,6 +44,9 @@ def tiny_model(
     torch.manual_seed(seed)
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    if family == "qwen3_moe":
+        experts = {"num_experts": 8, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts)).eval()
     return Qwen3ForCausalLM(Qwen3Config(**sizes)).eval()
 
 

@@ -19,6 +19,7 @@ from speed_async.errors import WeightSyncError
 from speed_async.types import Int32Array, WeightOffer
 from speed_async.weight_sync.canary_check import Canary, canary_tolerance, verify
 from speed_async.weight_sync.channel import NamedTensor, WeightReceiver
+from speed_async.weight_sync.digests import tensor_digests, verify_digests
 
 PREFILL_TOKENS = {"cpu": 512, "cuda": 16384}
 """Maximum padded tokens per prefill pass. Bounds activation memory on a GPU; on a CPU, keeps the
@@ -45,8 +46,8 @@ class SlotModel:
         if self._attends_by_span and llama_decoder.supports(model):
             self._decoder = llama_decoder.LlamaDecoder(model)
         self.has_valid_weights = True
-        """False after an update was interrupted or failed its canary: the weights then match no
-        version."""
+        """False after an update was interrupted, or failed its digest or canary: the weights then
+        match no version."""
 
     def to_device(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -119,7 +120,8 @@ class SlotModel:
 
     @torch.no_grad()
     def load(self, offer: WeightOffer, receiver: WeightReceiver) -> float:
-        """Receive every parameter (tied ones once, under their first name) and verify the canary.
+        """Receive every parameter (tied ones once, under their first name). Verify the digests of
+        all parameters, which must hold what the learner sent, and then the canary.
 
         Returns the seconds of the transfer. Raises WeightSyncError or DeadlineExceeded; see
         `has_valid_weights`.
@@ -142,12 +144,14 @@ class SlotModel:
                 f"policy version {offer.policy_version} lacks {len(missing)} of "
                 f"{len(parameters)} tensors, first {min(missing)}"
             )
+        version = offer.policy_version
+        verify_digests(report.digests, tensor_digests(expected), policy_version=version)
         if report.canary is not None:
             verify(
                 report.canary,
                 self._logprobs(report.canary),
                 tolerance=self._canary_tolerance,
-                policy_version=offer.policy_version,
+                policy_version=version,
             )
         self.has_valid_weights = True
         return report.transfer_s

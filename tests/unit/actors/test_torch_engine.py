@@ -22,6 +22,7 @@ from speed_async.learner.policy import Policy
 from speed_async.types import Sampled, WeightOffer
 from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferReport
+from speed_async.weight_sync.digests import tensor_digests
 from tests.fakes.engine_contract import CONTRACT, gather, offer, request, start_all, until
 from tests.fakes.forced_logprobs import forced_logprobs, logprobs_with_old_cache, mixed_requests
 from tests.fakes.tiny_models import (
@@ -53,12 +54,20 @@ class MemoryReceiver:
         self, offer: WeightOffer, expected: Sequence[NamedTensor], load: LoadTensors
     ) -> TransferReport:
         self.expected_names = [name for name, _ in expected]
-        pairs = [(name, self.tensors[name].detach().clone()) for name in self.expected_names]
+        pairs = [
+            (name, self.tensors[name].detach().to(each.dtype, copy=True)) for name, each in expected
+        ]
         for start in range(0, len(pairs), 2):
             if self.stop_after is not None and start >= self.stop_after:
                 raise WeightSyncError("the sender disconnected")
             load(pairs[start : start + 2])
-        return TransferReport(num_bytes=1, num_buckets=1, transfer_s=0.0, canary=self.canary)
+        return TransferReport(
+            num_bytes=1,
+            num_buckets=1,
+            transfer_s=0.0,
+            canary=self.canary,
+            digests=tensor_digests(pairs),
+        )
 
     def close(self) -> None: ...
 

@@ -94,7 +94,8 @@ def test_the_tokens_fit_a_small_vocabulary_and_a_short_context() -> None:
 
 
 def manifest_with(canary: object) -> bytes:
-    plain = {"format": 3, "policy_version": 1, "bucket_bytes": 1, "tensors": [], "memory": None}
+    plain = {"format": 4, "policy_version": 1, "bucket_bytes": 1, "memory": None}
+    plain |= {"tensors": [], "digests": []}
     return json.dumps(plain | {"canary": canary}).encode()
 
 

@@ -18,6 +18,7 @@ from speed_async.weight_sync.broadcast import TorchSender
 from speed_async.weight_sync.buckets import pack, plan_buckets, unpack
 from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import NamedTensor, TransferReport
+from speed_async.weight_sync.digests import tensor_digests
 from speed_async.weight_sync.float_dtypes import decode_dtypes
 from speed_async.weight_sync.manifest import (
     KnownTensors,
@@ -178,6 +179,18 @@ def test_the_canary_is_received_bitwise_and_is_optional(channel: Channel):
             report = outcomes[rank]
             assert isinstance(report, TransferReport), report
             assert report.canary == sent
+
+
+@on_every_channel()
+def test_receivers_get_the_digests_of_the_tensors_as_sent(channel: Channel):
+    half = torch.tensor([1.0, 1.00390625]), torch.empty(2, dtype=torch.bfloat16)
+    tensors, expected = [("v", half[0]), *mixed_tensors()], [("v", half[1]), *mixed_tensors()]
+    loaded = Loaded()
+    outcomes = channel.transfer(channel.offer(1), tensors, {1: expected}, {1: loaded.load})
+    report = outcomes[1]
+    assert isinstance(report, TransferReport), report
+    assert report.digests == tensor_digests(loaded.tensors.items())
+    assert set(report.digests) == {name for name, _ in tensors}
 
 
 @on_every_channel()
@@ -347,7 +360,13 @@ def test_packing_and_unpacking_a_bucket_are_inverse():
 
 
 def test_encoding_and_decoding_a_manifest_are_inverse():
-    manifest = Manifest(policy_version=9, bucket_bytes=64, tensors=describe(mixed_tensors()))
+    tensors = mixed_tensors()
+    manifest = Manifest(
+        policy_version=9,
+        bucket_bytes=64,
+        tensors=describe(tensors),
+        digests=tensor_digests(tensors),
+    )
     assert decode_manifest(encode_manifest(manifest)) == manifest
 
 
@@ -369,32 +388,42 @@ def test_a_known_list_of_tensors_is_sent_as_a_digest():
     ("payload", "message"),
     [
         (b"\x80\x04N.", "not JSON"),
-        (b"[]", "not of format 3"),
+        (b"[]", "not of format 4"),
         (
             b'{"format": 1, "policy_version": 1, "bucket_bytes": 1, "canary": null,'
             b' "memory": null, "tensors": []}',
-            "format 3",
+            "format 4",
         ),
-        (b'{"format": 3, "policy_version": 1, "bucket_bytes": 1, "tensors": []}', "format 3"),
+        (b'{"format": 4, "policy_version": 1, "bucket_bytes": 1, "tensors": []}', "format 4"),
         (
-            b'{"format": 3, "policy_version": 1, "bucket_bytes": 0, "canary": null,'
+            b'{"format": 4, "policy_version": 1, "bucket_bytes": 0, "canary": null,'
             b' "memory": null, "tensors": []}',
-            "format 3",
+            "format 4",
         ),
         (
-            b'{"format": 3, "policy_version": 1, "bucket_bytes": 1, "canary": null, "memory": null,'
-            b' "tensors": [["w", "object", [1]]]}',
+            b'{"format": 4, "policy_version": 1, "bucket_bytes": 1, "canary": null,'
+            b' "memory": null, "digests": [], "tensors": [["w", "object", [1]]]}',
             r"malformed entry: \['w', 'object'",
         ),
         (
-            b'{"format": 3, "policy_version": 1, "bucket_bytes": 1, "canary": null, "memory": null,'
-            b' "tensors": [["w", "float32", [-1]]]}',
+            b'{"format": 4, "policy_version": 1, "bucket_bytes": 1, "canary": null,'
+            b' "memory": null, "digests": [], "tensors": [["w", "float32", [-1]]]}',
             "malformed entry",
         ),
         (
-            b'{"format": 3, "policy_version": 1, "bucket_bytes": 1, "canary": null, "memory": null,'
-            b' "tensors": [["w", "float32", [1]], ["w", "float32", [1]]]}',
+            b'{"format": 4, "policy_version": 1, "bucket_bytes": 1, "canary": null,'
+            b' "memory": null, "digests": [], "tensors":'
+            b' [["w", "float32", [1]], ["w", "float32", [1]]]}',
             "'w' is announced twice",
+        ),
+        *(
+            (
+                b'{"format": 4, "policy_version": 1, "bucket_bytes": 1, "canary": null,'
+                b' "memory": null, "digests": ' + digests + b', "tensors":'
+                b' [["v", "float32", [1]], ["w", "float32", [1]]]}',
+                "manifest of 2 tensors has malformed digests",
+            )
+            for digests in (b"[1]", b"[1, 2, 3]", b"[1, true]", b"[1, 9223372036854775808]")
         ),
     ],
 )
