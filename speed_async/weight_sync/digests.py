@@ -25,7 +25,7 @@ from speed_async.weight_sync.channel import NamedTensor
 
 NUM_WEIGHTS = 32768
 ROWS_AT_ONCE = {"cpu": 1, "cuda": 64}
-"""Rows in one operation. Products of 256 KiB a row stay in the cache of a CPU, or fill a GPU."""
+"""Rows in one operation. A row of 256 KiB stays in the cache of a CPU; many rows fill a GPU."""
 REMEDY = (
     "a tensor was changed in transfer or was not loaded; if a restarted actor fails again, set "
     "weights.backend = 'gloo' and test the memory of both machines"
@@ -40,16 +40,16 @@ def tensor_digests(tensors: Iterable[NamedTensor]) -> dict[str, int]:
     used before the next one is requested, so that a generator can convert one at a time.
     """
     digests: dict[str, Tensor] = {}
-    buffers_RC: dict[torch.device, Tensor] = {}
+    buffers: dict[torch.device, Tensor] = {}
     for name, tensor in tensors:
         device = tensor.device
-        if device not in buffers_RC:
+        if device not in buffers:
             shape = ROWS_AT_ONCE[device.type], NUM_WEIGHTS
-            buffers_RC[device] = torch.empty(shape, dtype=torch.int64, device=device)
-        digests[name] = _digest(_words(tensor), _weights(device), buffers_RC[device])
+            buffers[device] = torch.empty(shape, dtype=torch.int64, device=device)
+        digests[name] = _digest(_words(tensor), _weights(device), buffers[device])
     if not digests:
         return {}
-    first = next(iter(buffers_RC))  # one copy from a GPU instead of D
+    first = next(iter(buffers))  # one copy from a GPU instead of D
     digests_D = torch.stack([digest.to(first) for digest in digests.values()])
     return dict(zip(digests, digests_D.tolist(), strict=True))
 
@@ -57,15 +57,16 @@ def tensor_digests(tensors: Iterable[NamedTensor]) -> dict[str, int]:
 def verify_digests(
     sent: Mapping[str, int], loaded: Mapping[str, int], *, policy_version: int
 ) -> None:
-    """Compares the digests of the tensors that a receiver has loaded with those of the sender.
+    """Compares the digests of all tensors that a receiver has loaded with those of the sender.
 
     Raises WeightSyncError with the number of tensors that differ and the name of the first.
     """
-    differing = [name for name, digest in loaded.items() if sent.get(name) != digest]
+    names = {**loaded, **sent}
+    differing = [name for name in names if sent.get(name) != loaded.get(name)]
     if differing:
         raise WeightSyncError(
             f"policy version {policy_version} is refused, its digest failed: {len(differing)} of "
-            f"{len(loaded)} tensors differ from the learner's, first '{differing[0]}'; {REMEDY}"
+            f"{len(names)} tensors differ from the learner's, first '{differing[0]}'; {REMEDY}"
         )
 
 
@@ -79,20 +80,26 @@ def _words(tensor: Tensor) -> Tensor:
     return flat.view(torch.int32)
 
 
-def _digest(words_W: Tensor, weights_C: Tensor, products_RC: Tensor) -> Tensor:
-    """The digest as an int64 scalar on the device of the words. That of more than one row is
-    the digest of their sums. Overwrites `products_RC`."""
+def _digest(words_W: Tensor, weights_C: Tensor, buffer_RC: Tensor) -> Tensor:
+    """The digest as an int64 scalar on the device of the words. That of more than one row is the
+    digest of the sums of its rows."""
     num_words = len(words_W)
     if num_words <= NUM_WEIGHTS:
-        return products_RC[0, :num_words].copy_(words_W).mul_(weights_C[:num_words]).sum()
+        return _weighted_sums(words_W[None], weights_C[:num_words], buffer_RC)[0]
     num_rows = num_words // NUM_WEIGHTS
     rows_RC = words_W[: num_rows * NUM_WEIGHTS].view(num_rows, NUM_WEIGHTS)
-    sums = [
-        products_RC[: len(rows)].copy_(rows).mul_(weights_C).sum(1)
-        for rows in rows_RC.split(len(products_RC))
-    ]
-    rest = _digest(words_W[num_rows * NUM_WEIGHTS :], weights_C, products_RC)
-    return _digest(torch.cat([*sums, rest[None]]).view(torch.int32), weights_C, products_RC)
+    sums = [_weighted_sums(rows, weights_C, buffer_RC) for rows in rows_RC.split(len(buffer_RC))]
+    rest = _digest(words_W[num_rows * NUM_WEIGHTS :], weights_C, buffer_RC)
+    return _digest(torch.cat([*sums, rest[None]]).view(torch.int32), weights_C, buffer_RC)
+
+
+def _weighted_sums(rows_RC: Tensor, weights_C: Tensor, buffer_RC: Tensor) -> Tensor:
+    """int64 (R,). The buffer has at least this size and is overwritten."""
+    num_rows, num_columns = rows_RC.shape
+    wide_RC = buffer_RC[:num_rows, :num_columns].copy_(rows_RC)
+    if wide_RC.is_cpu:
+        return wide_RC.mv(weights_C)  # faster; on a GPU, it is not implemented for integers
+    return wide_RC.mul_(weights_C).sum(1)
 
 
 @lru_cache
