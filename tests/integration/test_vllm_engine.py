@@ -19,6 +19,8 @@ from speed_async.actors.stepped_engine.worker import ThreadWorker
 from speed_async.actors.torch_engine.generator import TorchGenerator
 from speed_async.errors import IncarnationLost, SpeedAsyncError, WeightSyncError
 from speed_async.evaluation.statistics import paired_bootstrap
+from speed_async.weight_sync import broadcast
+from speed_async.weight_sync.digests import tensor_digests
 from tests.fakes.engine_contract import CONTRACT, gather, offer, request, start_all, until
 from tests.fakes.forced_logprobs import forced_logprobs, logprobs_with_old_cache, mixed_requests
 from tests.fakes.open_sockets import children_of, descendants, is_loopback, listening
@@ -186,6 +188,30 @@ def test_failed_canary_rejects_the_version_and_its_completions(
                 await engine.generate(request(3))
 
     harness.run(run())
+
+
+def test_failed_digest_rejects_the_version_before_the_canary(
+    harness: "VllmHarness", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sender's digest of one tensor belongs to another value than the one that arrives."""
+
+    def of_other_norm(tensors: Any) -> dict[str, int]:
+        return tensor_digests(tensors) | tensor_digests([("model.norm.weight", torch.zeros(32))])
+
+    monkeypatch.setattr(broadcast, "tensor_digests", of_other_norm)
+
+    async def run() -> None:
+        async with harness.start() as engine:
+            [task] = start_all(engine, [request(90)])
+            await until(engine, lambda: engine.stats.tokens_running >= 3)
+            message = r"version 5 is refused, its digest failed: 1 of \d+ .* 'model\.norm\.weight'"
+            with pytest.raises(WeightSyncError, match=message):
+                await engine.update_weights(offer(5))
+            with pytest.raises(WeightSyncError, match="digest failed"):
+                await gather([task])
+
+    harness.run(run())
+    assert harness.errors == []
 
 
 def test_manifest_mismatch_is_rejected_and_keeps_the_old_version(

@@ -32,6 +32,7 @@ from speed_async.errors import SpeedAsyncError
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.broadcast import TorchReceiver
 from speed_async.weight_sync.channel import NamedTensor, TransferReport
+from speed_async.weight_sync.digests import tensor_digests, verify_digests
 
 
 @dataclass
@@ -69,6 +70,7 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._receiver = TorchReceiver(device=self.device)
         self._expected: list[NamedTensor] | None = None
         self._reloading = False
+        self._digests: dict[str, int] = {}
         self.outcome: dict[str, Any] = {}
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
@@ -76,6 +78,7 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         self.outcome = {}
+        self._digests = {}
         self._reloading = False
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -83,6 +86,7 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         offer = replace(offer, rank=offer.rank + self.parallel_config.rank)
         try:
             report = self._receiver.receive(offer, self._expect(), self._load_bucket)
+            verify_digests(report.digests, self._digests, policy_version=offer.policy_version)
         except SpeedAsyncError as error:
             self.outcome = {"error": pack_error(error), "is_whole": not self._reloading}
         else:
@@ -104,7 +108,10 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._reloading = True
         model: Any = self.model
         # vLLM keeps the tensors until a layer is complete; the bucket is valid in this call only.
-        model.load_weights([(name, tensor.to(self.device, copy=True)) for name, tensor in tensors])
+        copies = [(name, tensor.to(self.device, copy=True)) for name, tensor in tensors]
+        # Of what vLLM loads: its own parameters are fused, sharded or packed.
+        self._digests |= tensor_digests(copies)
+        model.load_weights(copies)
 
     def _expect(self) -> list[NamedTensor]:
         """Names, shapes and dtypes of the learner's parameters.
