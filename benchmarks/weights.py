@@ -1,11 +1,13 @@
 """Compare ways to transfer a model's weights to its receivers on loopback.
 
-- gloo, ipc: as in a run, with parameters flattened at both ends; announced, checked and loaded.
+- gloo, ipc: as in a run, with parameters flattened at both ends; announced, checked and loaded,
+  with digests at both ends.
   With gloo only the kernel copies; with ipc there is one copy in and one copy out.
 - gloo scattered, ipc scattered: the same for models with separate tensors, packed and loaded one
   by one.
 - flat: one bare gloo broadcast of one tensor of the same size. each: one broadcast per tensor.
-- memcpy: the sender copies the bytes once locally.
+- memcpy: the sender copies the bytes once locally. digest: all ranks compute the digests, as they
+  do once per transfer.
 
 Each measurement ends when every process has all data (a barrier, included for every contestant).
 The contestants alternate within one repeat, under the same machine load.
@@ -30,6 +32,7 @@ from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weight_sync.broadcast import TorchReceiver, TorchSender
 from speed_async.weight_sync.buckets import flatten_parameters
 from speed_async.weight_sync.channel import NamedTensor
+from speed_async.weight_sync.digests import tensor_digests, verify_digests
 from speed_async.weight_sync.process_group import host_store, make_group, reach_store
 
 MIB = 1024 * 1024
@@ -75,7 +78,7 @@ def measure(
     case: Case, raw_offer: WeightOffer, store, transfers: dict[WeightBackend, Transfer]
 ) -> dict[str, list[float]]:
     """Seconds of every repeat by contestant. All ranks run this in lockstep."""
-    group = make_group(PrefixStore("raw", store), raw_offer, CPU)
+    group = make_group(PrefixStore("raw", store), raw_offer, CPU, lambda: False)
     flat, scattered = make_weights(case, flat=True), make_weights(case, flat=False)
     # Separate memory, because recently used memory of another contestant is still cached.
     one, source, copy = (torch.ones(case.num_bytes, dtype=torch.uint8) for _ in range(3))
@@ -88,6 +91,7 @@ def measure(
         "flat": lambda: group.broadcast(one, 0, TIMEOUT).wait(TIMEOUT),
         "each": send_each,
         "memcpy": lambda: raw_offer.rank == 0 and copy.copy_(source),
+        "digest": lambda: tensor_digests(flat),
     }
     for backend in BACKENDS:
         transfer = transfers[backend]
@@ -121,7 +125,11 @@ def receive(case: Case, rank: int, raw_offer: WeightOffer, firsts: list[WeightOf
                 for name, tensor in tensors:
                     local[name].copy_(tensor)
 
-            receiver.receive(replace(first, policy_version=num_received, rank=rank), named, load)
+            offer = replace(first, policy_version=num_received, rank=rank)
+            report = receiver.receive(offer, named, load)
+            verify_digests(
+                report.digests, tensor_digests(named), policy_version=offer.policy_version
+            )
 
         return take
 
