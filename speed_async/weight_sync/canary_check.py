@@ -1,8 +1,9 @@
 """The canary: a fixed prompt whose log-probabilities verify that an engine uses a new version.
 
 The learner evaluates it under its new weights and sends the result in the manifest. Each engine
-evaluates it after loading the version. A checksum of the weights only verifies the transfer; a
-forward pass verifies that the engine computes with them, unlike a head with a stale packed copy.
+evaluates it after loading the version. The digests (see `digests.py`) verify that the weights are
+those that were sent; a forward pass verifies that the engine computes with them, unlike a head with
+a stale packed copy.
 
 Shape legend: T canary tokens.
 """
