@@ -164,8 +164,6 @@ class Lease:
     """Suite of an evaluation lease; empty for training."""
     num_samples: int = 0
     """Completions of an evaluation lease."""
-    gives_way: bool = False
-    """An evaluation lease that gives way to training (actors/evaluation_gate.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

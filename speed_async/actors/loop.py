@@ -156,7 +156,6 @@ class ActorLoop:
                 kind=kind,
                 suite=leases.suite,
                 num_samples=leases.num_samples,
-                gives_way=kind is LeaseKind.EVALUATION and not leases.urgent,
             )
             work = LeaseProgress(lease=lease, stopped=self._draining)
             self._leases.add(work)
@@ -283,7 +282,6 @@ class ActorLoop:
         self._draining = True
         for work in self._leases:
             work.stopped = True
-        self._rollout.stop()
         await self._engine.pause(abort=True)
         for work in self._leases:
             if work.scoring:  # all its samples are counted already

@@ -1,13 +1,12 @@
 """Runs one lease: screening, gate, continuation, scoring."""
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
 from speed_async.actors.engine import Engine, GenerationRequest
-from speed_async.actors.evaluation_gate import EvaluationGate
 from speed_async.actors.failed_completions import FailedCompletions
 from speed_async.actors.prompt_codec import PromptCodec
 from speed_async.config.schema import Config
@@ -26,8 +25,8 @@ from speed_async.types import (
 )
 
 PRIORITY = {Phase.EVALUATION: 0, Phase.CONTINUATION: 1, Phase.SCREENING: 2}
-"""Lower values are served first: finishing a group takes precedence over starting one. An
-evaluation gives way to training before it enters the engine (evaluation_gate.py)."""
+"""Lower values are served first: finishing a group takes precedence over starting one. The
+service bounds the tokens of evaluations (buffer/evaluation_budget.py)."""
 
 
 class Scorer(Protocol):
@@ -121,7 +120,6 @@ class Rollout:
         self._failures = failures
         self._suite_scorers = suite_scorers
         """Of the suites other than the held-out prompts."""
-        self._gate = EvaluationGate(config.actors.slots, config.evaluate.max_share)
 
     async def run(self, work: LeaseProgress, prompt: Prompt) -> Group | None:
         """The group, or None: the gate rejected the prompt, or the lease is an evaluation. `work`
@@ -150,10 +148,6 @@ class Rollout:
             completions=tuple(work.completions),
             num_screening=gate.num_screening,
         )
-
-    def stop(self) -> None:
-        """Abort what has not entered the engine. The leases are `stopped`."""
-        self._gate.close()
 
     def text(self, sampled: Sampled) -> str:
         """Decoded text of a sample."""
@@ -240,13 +234,10 @@ class Rollout:
             await asyncio.to_thread(self._failures.record, prompt, errors)
 
     async def _generate(self, work: LeaseProgress, request: GenerationRequest) -> Sampled:
-        def generate() -> Awaitable[Sampled]:
+        try:
             if work.stopped:
                 raise Aborted
-            return self._engine.generate(request)
-
-        try:
-            sample = await self._gate.run(generate, gives_way=work.lease.gives_way)
+            sample = await self._engine.generate(request)
         finally:
             work.num_waiting -= 1
         # No await between the engine's return and this line keeps the token counts consistent.

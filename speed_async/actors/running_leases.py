@@ -32,7 +32,7 @@ class RunningLeases:
     def add(self, work: LeaseProgress) -> None:
         self._works[work.lease.lease_id] = work
         self._groups_leased += 1
-        self._num_requested -= not work.lease.gives_way  # those are not requested
+        self._num_requested -= 1
 
     def remove(self, work: LeaseProgress) -> None:
         del self._works[work.lease.lease_id]
@@ -40,7 +40,7 @@ class RunningLeases:
 
     def next_request(self) -> int | None:
         """The number of prompts to request; None when it differs little from the last request."""
-        num_waiting = sum(work.num_waiting for work in self if not work.lease.gives_way)
+        num_waiting = sum(work.num_waiting for work in self)
         num_missing = self._num_slots * REQUESTS_PER_SLOT - num_waiting
         want = max(0, math.ceil(num_missing / self._first_phase))
         change = abs(want - self._num_requested) * self._first_phase

@@ -179,16 +179,16 @@ class Batches:
 class Grants:
     """Distributes leases among the actors that want work.
 
-    The first evaluation of a suite, and evaluations when training is over, are urgent: they take
-    the place of training. Any other evaluation is given in addition to what an actor wants, at most
-    one completion per slot; the actor fits it in (actors/evaluation_gate.py).
+    Evaluations precede training. `evaluate.max_share` bounds them (evaluation_budget.py), except
+    the first evaluation of a suite, evaluations when training is over, and those of runs without
+    `run.overlap`, whose updates wait for them.
     """
 
     def __init__(
         self, config: Config, lifecycle: Lifecycle, batches: Batches, evaluations: Evaluations
     ) -> None:
+        self._overlap = config.run.overlap
         self._slack = config.buffer.max_staleness if config.run.overlap else 0
-        self._slots = config.actors.slots
         self._lifecycle = lifecycle
         self._batches = batches
         self._evaluations = evaluations
@@ -206,7 +206,10 @@ class Grants:
             return
         ready = [state for state in present if not (state.leaving or state.awaits_weights)]
         for plan in plans:
-            yield from self._grant_evaluation(plan, ready, now_s, training=training)
+            is_bounded = training and self._overlap and plan.evaluated_version is not None
+            yield from self._grant_evaluation(plan, ready, now_s, is_bounded=is_bounded)
+            if is_bounded and plan.has_pending:
+                break  # a later evaluation with shorter leases would use up the budget
         if not training:
             return
         oldest = policy_version - self._slack
@@ -229,19 +232,17 @@ class Grants:
                 yield state.name, leases
 
     def _grant_evaluation(
-        self, plan: EvaluationPlan, ready: Sequence[ActorState], now_s: float, *, training: bool
+        self, plan: EvaluationPlan, ready: Sequence[ActorState], now_s: float, *, is_bounded: bool
     ) -> Iterator[tuple[str, Leases]]:
-        urgent = plan.evaluated_version is None or not training
         for state in ready:
             if not state.want or state.applied_version < (plan.target_version or 0):
                 continue
-            count = state.want if urgent else self._num_fitting(plan, state)
-            leases = self._lifecycle.grant_evaluation(state.name, plan, count, now_s, urgent=urgent)
+            count = state.want
+            if is_bounded:
+                count = min(count, self._lifecycle.evaluation_budget.num_leases(plan.suite))
+            leases = self._lifecycle.grant_evaluation(
+                state.name, plan, count, now_s, is_bounded=is_bounded
+            )
             if leases is not None:
-                state.want -= urgent * len(leases.lease_ids)
+                state.want -= len(leases.lease_ids)
                 yield state.name, leases
-
-    def _num_fitting(self, plan: EvaluationPlan, state: ActorState) -> int:
-        """Leases that bring an actor's open evaluation completions to its number of slots."""
-        num_free = self._slots - self._lifecycle.leases.num_evaluating(state.name)
-        return max(0, math.ceil(num_free / plan.num_samples))

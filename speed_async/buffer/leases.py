@@ -25,6 +25,8 @@ class OpenLease:
     granted_s: float
     policy_version: int = 0
     """Version that the actor sampled with at the grant: no token of the lease is older."""
+    reserved_tokens: float | None = None
+    """Expected tokens of an evaluation lease that `evaluate.max_share` bounds; None for others."""
     expired: bool = False
     """Its prompt was requeued and its credit returned. A late result still counts once."""
 
@@ -53,10 +55,8 @@ class LeaseTable:
         self._open = state.open
         self._versions = Counter(e.policy_version for e in training if not e.expired)
         self._ids_of: dict[str, set[int]] = {}
-        self._num_evaluating: Counter[str] = Counter()
         for lease_id, entry in state.open.items():
             self._ids_of.setdefault(entry.holder, set()).add(lease_id)
-            self._num_evaluating[entry.holder] += entry.lease.num_samples
 
     def grant(
         self,
@@ -67,6 +67,7 @@ class LeaseTable:
         num_samples: int = 0,
         now_s: float = 0.0,
         policy_version: int = 0,
+        reserved_tokens: float | None = None,
     ) -> OpenLease:
         """Open a training lease, or an evaluation lease of this suite."""
         lease = Lease(
@@ -78,18 +79,17 @@ class LeaseTable:
         )
         self._state.next_id += 1
         entry = OpenLease(
-            lease=lease, holder=holder, granted_s=now_s, policy_version=policy_version
+            lease=lease,
+            holder=holder,
+            granted_s=now_s,
+            policy_version=policy_version,
+            reserved_tokens=reserved_tokens,
         )
         self._open[lease.lease_id] = entry
         self._ids_of.setdefault(holder, set()).add(lease.lease_id)
-        self._num_evaluating[holder] += num_samples
         self.num_training += entry.is_training
         self._charge(entry, 1)
         return entry
-
-    def num_evaluating(self, holder: str) -> int:
-        """Completions of the open evaluation leases of this actor."""
-        return self._num_evaluating[holder]
 
     def skip_past(self, lease_id: int) -> None:
         """Skip the ids up to this one and the SKIPPED_IDS after it, which may have been granted."""
@@ -106,9 +106,6 @@ class LeaseTable:
         self._ids_of[entry.holder].discard(lease_id)
         if not self._ids_of[entry.holder]:
             del self._ids_of[entry.holder]
-        self._num_evaluating[entry.holder] -= entry.lease.num_samples
-        if not self._num_evaluating[entry.holder]:
-            del self._num_evaluating[entry.holder]
         self.num_training -= entry.is_training
         if not entry.expired:
             self._charge(entry, -1)

@@ -94,6 +94,11 @@ class Ledger:
         """Groups that were screened out or failed."""
         return self.ends[GroupEnd.SCREENED_OUT].groups + self.ends[GroupEnd.FAILED].groups
 
+    @property
+    def training_tokens(self) -> int:
+        """Tokens of training groups that are no longer in flight."""
+        return self.tokens_generated - self.tokens_in_flight - self.evaluation.tokens
+
     def actor(self, name: str) -> ActorAccount:
         return self.actors.setdefault(name, ActorAccount())
 

@@ -7,6 +7,7 @@ updates all four here, so they stay consistent.
 from dataclasses import dataclass, field
 
 from speed_async.buffer.curriculum.curriculum import Curriculum
+from speed_async.buffer.evaluation_budget import EvaluationBudget, EvaluationBudgetState
 from speed_async.buffer.evaluations import Accuracy, EvaluationPlan, Evaluations
 from speed_async.buffer.groups import FinishedGroups, GroupsState
 from speed_async.buffer.leases import Credit, CreditState, LeasesState, LeaseTable, OpenLease
@@ -25,6 +26,7 @@ class LifecycleState:
     ledger: Ledger = field(default_factory=Ledger)
     leases: LeasesState = field(default_factory=LeasesState)
     credit: CreditState = field(default_factory=CreditState)
+    evaluation_budget: EvaluationBudgetState = field(default_factory=EvaluationBudgetState)
     unusable: UnusablePrompts = field(default_factory=UnusablePrompts)
 
 
@@ -48,6 +50,9 @@ class Lifecycle:
             buffer=self.groups.buffer,
             statistics=statistics,
             state=state.credit,
+        )
+        self.evaluation_budget = EvaluationBudget(
+            config.evaluate.max_share, self.ledger, state.evaluation_budget
         )
         self.unusable = state.unusable
         self._curriculum = curriculum
@@ -75,7 +80,7 @@ class Lifecycle:
             self.leases.grant(holder, prompt_id, now_s=now_s, policy_version=policy_version).lease
             for prompt_id in self._curriculum.choose(num_leases)
         ]
-        return self._granted(holder, granted, urgent=False)
+        return self._granted(holder, granted)
 
     def grant_evaluation(
         self,
@@ -84,19 +89,24 @@ class Lifecycle:
         max_leases: int,
         now_s: float = 0.0,
         *,
-        urgent: bool = False,
+        is_bounded: bool = False,
     ) -> m.Leases | None:
-        """Grant an actor up to `max_leases` prompts of an evaluation. Returns None if there is
-        nothing to grant."""
+        """Grant an actor up to `max_leases` prompts of an evaluation, charged to its budget if
+        `is_bounded`. Returns None if there is nothing to grant."""
         granted: list[Lease] = []
         while len(granted) < max_leases and (prompt_id := plan.next_prompt()) is not None:
             entry = self.leases.grant(
-                holder, prompt_id, suite=plan.suite, num_samples=plan.num_samples, now_s=now_s
+                holder,
+                prompt_id,
+                suite=plan.suite,
+                num_samples=plan.num_samples,
+                now_s=now_s,
+                reserved_tokens=self.evaluation_budget.reserve(plan.suite) if is_bounded else None,
             )
             granted.append(entry.lease)
-        return self._granted(holder, granted, urgent=urgent)
+        return self._granted(holder, granted)
 
-    def _granted(self, holder: str, leases: list[Lease], *, urgent: bool) -> m.Leases | None:
+    def _granted(self, holder: str, leases: list[Lease]) -> m.Leases | None:
         if not leases:
             return None
         for lease in leases:
@@ -107,7 +117,6 @@ class Lifecycle:
             kind=str(leases[0].kind),
             suite=leases[0].suite,
             num_samples=leases[0].num_samples,
-            urgent=urgent,
         )
 
     # --- results ---------------------------------------------------------------------------
@@ -246,7 +255,10 @@ class Lifecycle:
         if self.leases.held_by(holder, lease_id) is None:
             return None
         self.ledger.reported(holder, num_tokens)
-        return self.leases.end(lease_id)
+        entry = self.leases.end(lease_id)
+        if not entry.is_training:
+            self.evaluation_budget.end(entry.lease.suite, num_tokens, entry.reserved_tokens)
+        return entry
 
     def _count_without_result(self, entry: OpenLease, reason: str, num_tokens: int) -> None:
         training, is_drained = entry.lease.kind is LeaseKind.TRAINING, reason == m.DRAINED

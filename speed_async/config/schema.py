@@ -408,13 +408,14 @@ class EvaluateConfig(Section):
     """`every` and `num_samples` are those of the task's own held-out prompts, which are the suite
     `held_out`."""
 
-    every: NonNegativeInt = 10
+    every: NonNegativeInt = 20
     """Updates between held-out evaluations; 0 runs only the first and the last."""
     num_samples: PositiveInt = 1
     """Completions per held-out prompt, at the temperature of the actors."""
-    max_share: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Share of the generated tokens of a run that evaluations get even when training needs all
-    slots; beyond it, they use free slots only. It bounds how much they delay training."""
+    max_share: Annotated[float, Field(gt=0, le=1)] = 0.04
+    """Tokens of evaluations relative to those generated for training so far. Beyond it, evaluations
+    wait, so it bounds how much they delay training. The first evaluation of each suite and the last
+    ones are not counted, nor any without `run.overlap`, where updates wait for evaluations."""
     suites: list[SuiteConfig] = Field(default_factory=list)
     """Suites evaluated in training besides the held-out prompts."""
 

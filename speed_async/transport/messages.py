@@ -14,7 +14,7 @@ from typing import Annotated
 
 from speed_async.types import ActorCounts, Float32Array, Int32Array, WeightBackend, WeightOffer
 
-PROTOCOL_VERSION = 10
+PROTOCOL_VERSION = 11
 MAX_PROSE_CHARS = 4096
 Prose = Annotated[str, "prose"]
 """Text for people, of any length and content. Encoding cuts out the middle of a longer one and
@@ -198,15 +198,13 @@ class Welcome(Message):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Leases(Message):
     """Granted leases, as parallel lists. For training leases, `suite` is empty and `num_samples` is
-    0. Leases that are not `urgent` evaluations come in addition to what the actor requested."""
+    0."""
 
     lease_ids: list[int]
     prompt_ids: list[int]
     kind: str  # LeaseKind
     num_samples: int
     suite: str = ""
-    urgent: bool = False
-    """Evaluations that do not give way to training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,12 +6,11 @@ update and for the broadcast. Nothing depends on the speed of the machine.
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
-import numpy as np
-
-from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateReport
+from speed_async.actors.engine import GenerationRequest
 from speed_async.actors.lease_result import result_message
 from speed_async.actors.rollout import Aborted, LeaseProgress, Rollout
 from speed_async.actors.running_leases import RunningLeases
@@ -23,66 +22,15 @@ from speed_async.transport.groups import unpack_group
 from speed_async.types import (
     ActorCounts,
     Group,
-    Int32Array,
     Lease,
     LeaseKind,
     Prompt,
-    Sampled,
-    Verdict,
     WeightOffer,
 )
+from tests.fakes.inline_engine import IdCodec, InlineEngine, LastTokenScorer
 
 SETTLING = 24
 """Iterations of the event loop in which all that a step has finished is scored and resubmitted."""
-
-
-class InlineEngine:
-    """Implements what a rollout needs of `Engine`, in the caller's event loop. `step` is one decode
-    step."""
-
-    def __init__(self, stepper: ScriptedStepper) -> None:
-        self._stepper = stepper
-        self._returned: dict[int, asyncio.Future[Sampled]] = {}
-        self._num_requests = 0
-
-    @property
-    def stats(self) -> EngineStats:
-        return self._stepper.stats()
-
-    async def generate(self, request: GenerationRequest) -> Sampled:
-        self._num_requests += 1
-        self._returned[self._num_requests] = returned = asyncio.Future()
-        self._stepper.submit(self._num_requests, request)
-        return await returned
-
-    def step(self) -> None:
-        for finished in self._stepper.step():
-            self._returned.pop(finished.key).set_result(finished.sampled)
-
-    async def update_weights(self, offer: WeightOffer) -> UpdateReport:
-        for finished in self._stepper.abort_stale(offer.policy_version):
-            self._returned.pop(finished.key).set_result(finished.sampled)
-        self._stepper.load_weights(offer)
-        return UpdateReport(policy_version=offer.policy_version, transfer_s=0.0, pause_s=0.0)
-
-    async def pause(self, *, abort: bool) -> None: ...
-
-    async def resume(self) -> None: ...
-
-
-class IdCodec:
-    """A prompt is one token, its id."""
-
-    def encode(self, text: str) -> Int32Array:
-        return np.array([int(text)], np.int32)
-
-    def decode(self, token_ids: Int32Array) -> str:
-        return str(token_ids[-1])
-
-
-class LastTokenScorer:
-    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
-        return [Verdict(reward=float(text), passed=text == "1") for text in completions]
 
 
 @dataclass(kw_only=True)
@@ -90,16 +38,27 @@ class Outcome:
     lengths_generated: list[int] = field(default_factory=list)
     """Of every completion that was started."""
     lengths_trained: list[int] = field(default_factory=list)
+    trained_s: list[float] = field(default_factory=list)
+    """End of each update."""
+    training_tokens: list[int] = field(default_factory=list)
+    """Generated for training by the end of each update."""
+    evaluation_tokens: list[int] = field(default_factory=list)
+    """Generated for evaluations by the end of each update."""
     end_s: float = 0.0
     waited_s: float = 0.0
     """Time that the learner waited for batches."""
+
+    @property
+    def training_s(self) -> float:
+        """From the end of the first update to that of the last."""
+        return self.trained_s[-1] - self.trained_s[0]
 
 
 class SimulatedActor:
     def __init__(self, run: "SimulatedRun", index: int) -> None:
         self.name = f"actor-{index}.0"
         self._run = run
-        self._rng = random.Random(index)
+        self._rng = {kind: random.Random(index) for kind in LeaseKind}
         stepper = ScriptedStepper(
             self._script,
             num_slots=run.config.actors.slots,
@@ -113,10 +72,13 @@ class SimulatedActor:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def _script(self, request: GenerationRequest, num_started: int) -> list[int]:
-        length = self._run.length(self._rng)
-        if request.max_staleness is not None:
+        has_bound = request.max_staleness is not None
+        kind = LeaseKind.TRAINING if has_bound else LeaseKind.EVALUATION
+        rng = self._rng[kind]
+        length = self._run.lengths[kind](rng)
+        if kind is LeaseKind.TRAINING:
             self._run.outcome.lengths_generated.append(length)
-        passed = self._rng.random() < self._run.pass_rates[int(request.prompt_token_ids[0])]
+        passed = rng.random() < self._run.pass_rates[int(request.prompt_token_ids[0])]
         return [0] * (length - 1) + [int(passed)]
 
     def counts(self) -> ActorCounts:
@@ -187,15 +149,28 @@ class SimulatedRun:
         pass_rates: Sequence[float],
         train_s: float,
         sync_s: float = 1.0,
+        num_held_out: int = 1,
+        suite_sizes: Mapping[str, int] = MappingProxyType({}),
+        evaluation_length: Callable[[random.Random], int] | None = None,
     ) -> None:
-        """`length` draws the length of a completion; times are in decode steps."""
+        """`length` draws the length of a completion, `evaluation_length` that of one of an
+        evaluation (None: the same); times are in decode steps. Prompts have the pass rates of their
+        ids, in suites too."""
         self.config = config
-        self.length = length
+        self.lengths = {
+            LeaseKind.TRAINING: length,
+            LeaseKind.EVALUATION: evaluation_length or length,
+        }
         self.pass_rates = pass_rates
         self.outcome = Outcome()
         self._train_s, self._sync_s = train_s, sync_s
         self.service = BufferService(
-            config, num_prompts=len(pass_rates), num_held_out=1, fingerprint="f", started_s=0.0
+            config,
+            num_prompts=len(pass_rates),
+            num_held_out=num_held_out,
+            suite_sizes=suite_sizes,
+            fingerprint="f",
+            started_s=0.0,
         )
         self._now_s = 0.0
         self._actors: dict[str, SimulatedActor] = {}
@@ -267,6 +242,7 @@ class SimulatedRun:
             await actor.apply(self._version)
         for _ in range(SETTLING):
             await asyncio.sleep(0)
+        self._published()
         self._due_s = None
         self._take()
 
@@ -274,6 +250,10 @@ class SimulatedRun:
         assert self._batch is not None
         batch, self._batch = self._batch, None
         self._version += 1
+        ledger = self.service.lifecycle.ledger
+        self.outcome.trained_s.append(self._now_s)
+        self.outcome.training_tokens.append(ledger.training_tokens)
+        self.outcome.evaluation_tokens.append(ledger.evaluation.tokens)
         for group in batch:
             self._num_groups += 1
             self._completions += len(group.completions)
@@ -291,6 +271,17 @@ class SimulatedRun:
                 metrics={},
             ),
         )
+
+    def _published(self) -> None:
+        published = m.WeightsPublished(
+            policy_version=self._version,
+            epoch=1,
+            transfer_s=0.0,
+            num_bytes=1,
+            error="",
+            missing=[],
+        )
+        self.send("learner", published)
 
 
 def execute(run: SimulatedRun, num_updates: int) -> Outcome:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from speed_async.errors import JournalError, ProtocolError
 
-SNAPSHOT_VERSION = 3
+SNAPSHOT_VERSION = 4
 State = TypeVar("State")
 
 

@@ -132,7 +132,7 @@ def test_a_run_without_updates_has_no_accuracy_after(tmp_path: Path) -> None:
 
 
 def test_the_last_measured_accuracy_is_reported_with_its_version(tmp_path: Path) -> None:
-    harness = ServiceHarness(tmp_path, evaluate={"every": 2})
+    harness = ServiceHarness(tmp_path, evaluate={"every": 2, "max_share": 0.05})
     harness.pass_baseline(ACTOR)
     harness.send("learner", trained(2, [], groups=0, tokens=0))
     published = m.WeightsPublished(
@@ -143,7 +143,8 @@ def test_the_last_measured_accuracy_is_reported_with_its_version(tmp_path: Path)
         policy_version=2, epoch=1, pause_s=0, transfer_s=0, error="", counts=harness.counts(ACTOR)
     )
     answers = harness.send(ACTOR, applied)
-    answers += harness.send(ACTOR, m.WantWork(num_prompts=1, counts=harness.counts(ACTOR)))
+    counts = ActorCounts(tokens_generated=21)  # 1 of the first evaluation, 20 of training
+    answers += harness.send(ACTOR, m.WantWork(num_prompts=1, counts=counts))
     leases = next(message for _, message in answers if isinstance(message, m.Leases))
     message = evaluated(leases.lease_ids[0], counts=harness.counts(ACTOR))
     harness.send(ACTOR, replace(message, num_passed=0, oldest_version=2, newest_version=2))

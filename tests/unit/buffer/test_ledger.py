@@ -39,13 +39,11 @@ def test_leases_are_listed_by_holder_oldest_first_until_they_end() -> None:
         holder = f"actor-{prompt_id % 2}"
         table.grant(holder, prompt_id, suite=suite, num_samples=num_samples)
     assert table.num_training == 5
-    assert (table.num_evaluating("actor-0"), table.num_evaluating("actor-1")) == (3, 0)
     table.end(2)
     assert [entry.lease.prompt_id for entry in table.of_holder("actor-0")] == [0, 4]
     assert table.num_training == 4
     table.end(4)
     assert table.num_training == 4  # it was an evaluation
-    assert table.num_evaluating("actor-0") == 0
     with pytest.raises(KeyError):
         table.end(4)
     table.end(0)
@@ -63,7 +61,7 @@ def test_snapshot_restores_open_leases() -> None:
     restored = LeaseTable(restore(LeasesState, capture(state)))
     assert restored.of_holder("actor-1") == table.of_holder("actor-1")
     assert restored.of_holder("actor-0") == table.of_holder("actor-0") != []
-    assert (restored.num_training, restored.num_evaluating("actor-1")) == (3, 3)
+    assert restored.num_training == 3
     restored.end(3)
     restored.end(4)
     assert [entry.lease.prompt_id for entry in restored.of_holder("actor-1")] == [1]

@@ -8,6 +8,7 @@ import pytest
 from speed_async.buffer.evaluations import Evaluations, new_evaluation_states
 from speed_async.config.schema import EvaluateConfig
 from speed_async.transport import messages as m
+from speed_async.types import ActorCounts
 from tests.fakes.buffer_fixtures import make_suite
 from tests.fakes.service_harness import ServiceHarness, evaluated
 
@@ -20,8 +21,7 @@ def harness(tmp_path: Path) -> ServiceHarness:
     suite = make_suite(tmp_path, "hard", samples=2, every=1)
     return ServiceHarness(
         tmp_path,
-        evaluate={"every": 0, "suites": [suite]},
-        actors={"slots": 4},
+        evaluate={"every": 0, "max_share": 0.05, "suites": [suite]},
         suite_sizes={"hard": 3},
     )
 
@@ -40,11 +40,20 @@ def finish(harness: ServiceHarness, leases: m.Leases, *, num_passed: int = 1) ->
     """Report all leases, with tokens of version 0 and 1. Returns the messages to the learner."""
     received: list[m.Message] = []
     for lease_id in leases.lease_ids:
-        message = evaluated(lease_id, num_completions=leases.num_samples)
+        counts = harness.counts(ACTOR)
+        counts = replace(counts, tokens_generated=counts.tokens_generated + leases.num_samples)
+        message = evaluated(lease_id, num_completions=leases.num_samples, counts=counts)
         newest = harness.service.policy_version
         result = replace(message, num_passed=num_passed, newest_version=newest, num_truncated=1)
         received += [each for peer, each in harness.send(ACTOR, result) if peer == "learner"]
     return received
+
+
+def generate(harness: ServiceHarness, num_tokens: int) -> None:
+    """The actor has generated this many tokens for training in all."""
+    evaluated = harness.service.lifecycle.ledger.evaluation.tokens
+    counts = ActorCounts(tokens_generated=num_tokens + evaluated)
+    harness.send(ACTOR, m.WantWork(num_prompts=0, counts=counts))
 
 
 def publish(harness: ServiceHarness, version: int) -> list[m.Message]:
@@ -88,20 +97,58 @@ def test_the_base_is_evaluated_first_in_place_of_training(harness: ServiceHarnes
         "": 1,
     }
     assert [leases[suite].num_samples for suite in leases] == [1, 2, 0]
-    assert leases["held_out"].urgent and leases["hard"].urgent and not leases[""].urgent
 
 
-def test_a_later_evaluation_comes_beside_the_requested_training(harness: ServiceHarness) -> None:
+def test_a_later_evaluation_has_its_share_of_the_tokens_of_training(
+    harness: ServiceHarness,
+) -> None:
     pass_base(harness)
     began = publish(harness, 1)
     assert began == [m.EvaluationBegan(suite="hard", policy_version=1)]
+    assert list(want(harness, 1)) == [""]
+    # A prompt of two completions, which had one token each in the first evaluation.
+    generate(harness, 79)
     leases = want(harness, 2)
-    # Two prompts of two completions fill the four slots; training gets all that it wants.
-    assert len(leases["hard"].lease_ids) == 2 and not leases["hard"].urgent
-    assert len(leases[""].lease_ids) == 2
-    assert "hard" not in want(harness, 2)
-    finish(harness, replace(leases["hard"], lease_ids=leases["hard"].lease_ids[:1]))
-    assert len(want(harness, 2)["hard"].lease_ids) == 1
+    assert [len(leases[suite].lease_ids) for suite in ("hard", "")] == [1, 1]
+    assert list(want(harness, 1)) == [""]
+    finish(harness, leases["hard"])
+    assert list(want(harness, 1)) == [""]
+    generate(harness, 120)
+    assert len(want(harness, 3)["hard"].lease_ids) == 2
+
+
+def test_an_evaluation_is_not_bounded_while_no_update_can_overlap_it(tmp_path: Path) -> None:
+    harness = ServiceHarness(tmp_path, run={"overlap": False}, evaluate={"every": 1})
+    harness.hello("learner", 0)
+    harness.hello(ACTOR, 1)
+    finish(harness, want(harness, 1)["held_out"])
+    publish(harness, 1)
+    assert len(want(harness, 1)["held_out"].lease_ids) == 1
+
+
+def test_the_oldest_evaluation_gets_what_is_saved_up_however_long_its_completions_are(
+    tmp_path: Path,
+) -> None:
+    suites = [
+        make_suite(tmp_path, "long", samples=4, every=1),
+        make_suite(tmp_path, "short", samples=1, every=2),
+    ]
+    harness = ServiceHarness(
+        tmp_path,
+        evaluate={"every": 0, "max_share": 0.05, "suites": suites},
+        suite_sizes={"long": 1, "short": 1},
+    )
+    harness.hello("learner", 0)
+    harness.hello(ACTOR, 1)
+    leases = want(harness, 3)
+    for suite in ("held_out", "long", "short"):
+        finish(harness, leases[suite])
+    publish(harness, 1)
+    publish(harness, 2)
+    generate(harness, 79)  # 3 tokens are too few for `long`, and `short` needs 1
+    assert list(want(harness, 3)) == [""]
+    generate(harness, 100)
+    assert list(want(harness, 3)) == ["long", "short", ""]
 
 
 def test_a_result_has_its_suite_its_version_and_the_range_of_versions(
@@ -109,7 +156,8 @@ def test_a_result_has_its_suite_its_version_and_the_range_of_versions(
 ) -> None:
     pass_base(harness)
     publish(harness, 1)
-    first = want(harness, 1)["hard"]
+    generate(harness, 120)
+    first = want(harness, 2)["hard"]
     finish(harness, first)
     harness.service.lifecycle.groups._state.policy_version = 2
     [ended] = finish(harness, want(harness, 1)["hard"])
@@ -155,12 +203,13 @@ def test_a_prompt_of_a_suite_has_the_number_of_completions_of_its_suite(
 def test_the_last_version_is_evaluated_by_all_suites(harness: ServiceHarness) -> None:
     pass_base(harness)
     publish(harness, 1)
+    generate(harness, 120)
     running = want(harness, 1)["hard"]
     replies = harness.send("learner", m.FinishRun(policy_version=1, evaluate=True, reason="done"))
     assert replies == [("learner", m.EvaluationBegan(suite="held_out", policy_version=1))]
     finish(harness, running)
     leases = want(harness, 4)
-    assert leases["held_out"].urgent and leases["hard"].urgent and "" not in leases
+    assert list(leases) == ["held_out", "hard"]
     finish(harness, leases["held_out"])
     assert not harness.service.components.evaluations.are_complete(1)
     finish(harness, leases["hard"])
@@ -172,7 +221,8 @@ def test_a_learner_that_reconnects_learns_the_last_results_and_what_is_running(
 ) -> None:
     pass_base(harness)
     publish(harness, 1)
-    finish(harness, want(harness, 1)["hard"])
+    generate(harness, 120)
+    finish(harness, want(harness, 2)["hard"])
     finish(harness, want(harness, 1)["hard"], num_passed=2)
     publish(harness, 2)
     replies = harness.hello("learner", 0)
@@ -221,11 +271,14 @@ def test_an_unfinished_evaluation_is_not_restarted_by_a_later_version() -> None:
 def test_the_accuracy_that_ends_a_run_is_credited_to_the_newest_version_that_sampled_it(
     tmp_path: Path,
 ) -> None:
-    harness = ServiceHarness(tmp_path, run={"stop_at_accuracy": 0.5}, evaluate={"every": 1})
+    harness = ServiceHarness(
+        tmp_path, run={"stop_at_accuracy": 0.5}, evaluate={"every": 1, "max_share": 0.05}
+    )
     harness.hello("learner", 0)
     harness.hello(ACTOR, 1)
     finish(harness, want(harness, 1)["held_out"], num_passed=0)
     publish(harness, 1)
+    generate(harness, 20)
     leases = want(harness, 1)["held_out"]
     harness.service.lifecycle.groups._state.policy_version = 3
     [ended, reached] = finish(harness, leases)
