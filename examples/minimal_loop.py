@@ -50,7 +50,13 @@ class Counts:
     stale: int = 0
     evicted: int = 0
     trained: int = 0
-    pass_rates: list[float] = field(default_factory=list, repr=False)  # since the last update
+    pass_rates: list[float] = field(default_factory=list)  # since the last update
+
+    def __str__(self) -> str:
+        return (
+            f"{self.trained:,} trained, {self.screened_out:,} screened out, {self.stale:,} stale, "
+            f"{self.evicted:,} evicted"
+        )
 
 
 class Buffer:
@@ -189,4 +195,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the quickstart's model in one process.")
     parser.add_argument("--updates", default="20")
     overrides = ["--run.updates", parser.parse_args().updates]
-    print(asyncio.run(train(load_config(CONFIG, overrides))))
+    print(f"generated tokens: {asyncio.run(train(load_config(CONFIG, overrides)))}")

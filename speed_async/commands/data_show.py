@@ -26,7 +26,7 @@ def show(config: str, overrides: tuple[str, ...], num: int) -> None:
 
     Shows the sources of the data, and for the first training prompts: the text with special tokens
     and the chat template, its number of tokens, the answer, and what the verifier says to a right
-    answer in a box, a right answer without one, and a wrong answer: scored as in training, with
+    answer alone, in a box and in a sentence, and to a wrong answer: scored as in training, with
     the rewards and the time limit of CONFIG.
     """
     from speed_async.actors.model_folder import load_tokenizer
@@ -57,11 +57,12 @@ def show(config: str, overrides: tuple[str, ...], num: int) -> None:
 
 
 def made_up_completions(answer: str) -> tuple[tuple[str, str], ...]:
-    """Three completions by what they are: a right answer in a box and without one, and a wrong
+    """Completions by what they are: a right answer alone, in a box and without one, and a wrong
     one."""
     return (
+        ("right, alone", answer),
         ("right, in a box", f"The answer is \\boxed{{{answer}}}."),
-        ("right, no box", f"The answer is {answer}"),
+        ("right, in a sentence", f"The answer is {answer}"),
         ("wrong", f"The answer is \\boxed{{{answer}7}}."),
     )
 

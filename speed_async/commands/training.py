@@ -110,6 +110,11 @@ def train(
             raise click.UsageError("give a CONFIG, or --resume RUN_DIR")
         (resolved, errors), arguments = examine_config(config, overrides), [config, *overrides]
     else:
+        if config is not None and not config.startswith("--"):
+            raise click.UsageError(
+                f"--resume {run_folder} takes no CONFIG, and '{config}' was given: remove it, the "
+                "run folder contains the configuration; --section.field value changes a field"
+            )
         # With --resume the first argument is an override.
         overrides = (config, *overrides) if config is not None else ()
         resolved, errors = load_resumed(run_folder, overrides), []

@@ -13,7 +13,13 @@ from pydantic_core import ErrorDetails
 
 from speed_async.config.checks import check_combinations
 from speed_async.config.hub_id import local_or_hub
-from speed_async.config.names import REFUSED, all_sections, did_you_mean, similar_fields
+from speed_async.config.names import (
+    REFUSED,
+    all_sections,
+    did_you_mean,
+    how_to_set,
+    similar_fields,
+)
 from speed_async.config.overrides import ROOT_FIELDS, parse_overrides
 from speed_async.config.presets import with_preset
 from speed_async.config.schema import Config
@@ -254,7 +260,7 @@ def _config_error(error: ErrorDetails) -> ConfigError:
     if error["type"] == "extra_forbidden":
         return ConfigError(field, value, _unknown_key(field))
     if error["type"] == "missing":
-        remedy = "this field is required; set it in the file or as an override"
+        remedy = f"is required; {how_to_set(_without_indices(field))}"
         return ConfigError(field, None, remedy)
     if error["type"] == "model_type":
         fields = ", ".join(all_sections()[_without_indices(field)].model_fields)

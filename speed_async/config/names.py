@@ -132,3 +132,11 @@ def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[B
         if section is not None:
             yield f"{prefix}{name}", section
             yield from _sections(section, f"{prefix}{name}.")
+
+
+def how_to_set(field: str) -> str:
+    """How to set a required field, or a section by its required fields."""
+    section = all_sections().get(field)
+    required = [] if section is None else section.model_fields.items()
+    names = [f"{field}.{name}" for name, each in required if each.is_required()] or [field]
+    return f"set {' and '.join(names)} in the file or as an override"

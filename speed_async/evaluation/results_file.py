@@ -22,11 +22,17 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
         return content["suites"]
     except FileNotFoundError:
         raise DataError(
-            f"'{folder}' has no {RESULTS_FILE}: give the folder of a finished evaluation "
-            "(speed-async eval ... --out FOLDER)"
+            f"'{folder}' has no {RESULTS_FILE}: give {_folders_to_give(folder)}"
         ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"results '{path}' cannot be read: {error}") from None
+
+
+def _folders_to_give(folder: Path) -> str:
+    """What a user who gave `folder` may have meant: the evaluations of the run, if it is one."""
+    if inside := sorted(folder.glob(f"evaluation/*/{RESULTS_FILE}")):
+        return f"an evaluation of this run: {', '.join(str(path.parent) for path in inside)}"
+    return "the folder of a finished evaluation (speed-async eval ... --out FOLDER)"
 
 
 def write_result(folder: Path, result: SuiteResult, settings: dict[str, Any]) -> None:

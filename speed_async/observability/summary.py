@@ -50,8 +50,9 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
         ("wall time", duration(_number(summary, "wall_s"))),
         (
             "trained",
-            f"{_counted(summary, 'optimizer_updates', 'update')}"
-            f" of {_counted(summary, 'completions_trained', 'completion')}",
+            f"{_counted(summary, 'policy_version', 'update')}"
+            f" of {_counted(summary, 'completions_trained', 'completion')}"
+            f"{_optimizer_updates(summary)}",
         ),
         (
             "generated",
@@ -85,6 +86,14 @@ def summary_text(summary: Mapping[str, object], *, breakdown: bool = False) -> s
     if folder and summary.get("completed") is False:
         lines.append(resume_line(str(folder)))
     return "\n".join(lines) + "\n"
+
+
+def _optimizer_updates(summary: Mapping[str, object]) -> str:
+    """The number of optimizer updates, if it is not that of the updates."""
+    made = _number(summary, "optimizer_updates")
+    if made is None or made == _number(summary, "policy_version"):
+        return ""
+    return f", {counted(made, 'optimizer update')}"
 
 
 def _unscored(outcomes: object) -> list[tuple[str, str]]:

@@ -95,7 +95,7 @@ def test_a_missing_section_is_reported_without_a_plan(tmp_path: Path) -> None:
     config.write_text('[task]\nname = "arithmetic"\n')
     status, out, _ = run_command(tmp_path, "train", str(config), "--dry-run")
     assert (status, out.splitlines()[-1]) == (1, "1 error")
-    assert "'model' = None: this field is required" in out
+    assert "'model' = None: is required; set model.path in the file" in out
 
 
 def with_suite(folder: Path, path: str, task: str = "") -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.command_line import run_command
 from tests.fakes.ended_run import assert_whole
 from tests.fakes.run_process import Run, resume_train, start_train
 
@@ -156,3 +157,11 @@ def test_folder_without_a_run_is_rejected_in_one_line_before_torch_loads(
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_configuration_beside_resume_is_refused_and_not_taken_for_an_override(
+    tmp_path: Path,
+) -> None:
+    status, _, error = run_command(tmp_path, "train", "--resume", "runs/a", "my.toml")
+    assert status == 2
+    assert "--resume runs/a takes no CONFIG, and 'my.toml' was given: remove it" in error

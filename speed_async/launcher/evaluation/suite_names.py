@@ -82,7 +82,6 @@ def _unknown(name: str, configured: Mapping[str, SuiteConfig], base: Path) -> st
         )
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    return (
-        f"unknown suite; {hint}prepared in {folder}: {', '.join(prepared) or 'none'}; give one of "
-        "them, a path, or NAME=PATH"
-    )
+    here = ", ".join(sorted({*prepared, *configured}))
+    one_of = f"one of {here} (prepared in {folder}, or suites of the run), " if here else ""
+    return f"unknown suite; {hint}give {one_of}a path, or NAME=PATH"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from speed_async.errors import NotAvailableHere, SpeedAsyncError
+from speed_async.observability.notation import counted
 
 CHECKED = "SPEED_ASYNC_CHECKED"
 """Environment variable that `speed-async train` sets for its ranks after running the checks."""
@@ -47,11 +48,16 @@ def report(findings: Findings) -> str:
     lines += [f"warning: {warning}" for warning in findings.warnings]
     lines += [f"not checked here: {error}" for error in findings.not_checked]
     lines += [f"error: {error}" for error in findings.errors]
-    lines.append(_conclusion(len(findings.errors), len(findings.not_checked)))
+    lines.append(_conclusion(findings))
     return "\n".join(lines)
 
 
-def _conclusion(num_errors: int, num_not_checked: int) -> str:
-    if num_errors:
-        return f"{num_errors} error{'s' if num_errors > 1 else ''}"
-    return f"ok, but {num_not_checked} not checked here" if num_not_checked else "ok"
+def _conclusion(findings: Findings) -> str:
+    if findings.errors:
+        return counted(len(findings.errors), "error")
+    reservations = []
+    if findings.warnings:
+        reservations.append(counted(len(findings.warnings), "warning"))
+    if findings.not_checked:
+        reservations.append(f"{len(findings.not_checked)} not checked here")
+    return f"ok, but {', '.join(reservations)}" if reservations else "ok"

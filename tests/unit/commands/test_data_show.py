@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from speed_async.commands.data import data
-from tests.fakes.paths import MODEL
+from tests.fakes.paths import MODEL, REPOSITORY
 
 
 def test_prompts_are_shown_with_special_tokens_answers_and_verdicts(
@@ -25,16 +25,25 @@ def test_prompts_are_shown_with_special_tokens_answers_and_verdicts(
     assert "4 of 4 rows are usable" in result.output
     assert "3 training prompts, 1 held out" in result.output
     assert result.output.count("--- training prompt") == 2
-    shown = result.output.partition("--- training prompt 0: ")[2].splitlines()[:6]
+    shown = result.output.partition("--- training prompt 0: ")[2].splitlines()[:7]
     answer = shown[2].removeprefix("answer: ").strip("'")
     assert shown == [
         "8 tokens ---",
         f"<bos><eos>{answer}0+20=",
         f"answer: '{answer}'",
+        f"  right, alone: reward 1, extracted '{answer}'",
         f"  right, in a box: reward 1, extracted '{answer}'",
-        f"  right, no box: reward 1, extracted '{answer}'",
+        f"  right, in a sentence: reward 1, extracted '{answer}'",
         f"  wrong: reward 0, extracted '{answer}7'",
     ]
+
+
+def test_a_bare_right_answer_passes_where_the_task_wants_no_box() -> None:
+    arguments = ["show", str(REPOSITORY / "quickstart/config.toml"), "--num", "1"]
+    result = CliRunner().invoke(data, arguments, catch_exceptions=False)
+    alone, in_box, _, wrong = result.output.splitlines()[-4:]
+    assert alone.startswith("  right, alone: reward 1, extracted")
+    assert in_box.startswith("  right, in a box: reward 0") and "wrong: reward 0" in wrong
 
 
 def test_weighted_rewards_are_shown_with_their_parts_and_a_hanging_one_is_timed_out(

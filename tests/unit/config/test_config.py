@@ -384,7 +384,7 @@ def test_group_size_does_not_depend_on_the_gate_mode(config_file: Path) -> None:
             "several rewards have this name",
         ),
         (["--task.reward", "overlong"], "task.rewards", "set objective.overlong_share"),
-        (["--task.reward", "boxes"], "task.reward", "'correct', 'boxed'"),
+        (["--task.reward", "boxes"], "task.reward", "'correct', 'boxed', 'answer_tag' or <"),
         (
             ["--task.rewards", '[{name = "correct", wieght = 2.0}]'],
             "task.rewards.0.wieght",

@@ -1,5 +1,6 @@
 """Paired comparison of two folders of results."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +144,12 @@ def test_an_unfinished_evaluation_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"has no results.json"):
         compare(first, tmp_path / "empty")
+
+
+def test_a_run_folder_is_refused_with_the_names_of_its_evaluations(tmp_path: Path) -> None:
+    first = evaluated(tmp_path / "run" / "evaluation" / "version-000020", [[True], [False]])
+    with pytest.raises(DataError, match=f"give an evaluation of this run: {re.escape(str(first))}"):
+        compare(first, tmp_path / "run")
 
 
 def test_other_differences_in_settings_are_shown(tmp_path: Path) -> None:

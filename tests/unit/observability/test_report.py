@@ -61,6 +61,7 @@ SUMMARY: dict[str, object] = {
     "accuracy_last": 0.512,
     "accuracy_last_version": 100,
     "wall_s": 244.2,
+    "policy_version": 100,
     "optimizer_updates": 100,
     "completions_trained": 38400,
     "tokens_generated": 512345,
@@ -101,6 +102,11 @@ run ended: 100 updates done
   files       runs/arithmetic
 """
     )
+
+
+def test_optimizer_updates_are_shown_beside_the_updates_where_a_batch_has_several() -> None:
+    text = summary_text(SUMMARY | {"optimizer_updates": 200})
+    assert "  trained     100 updates of 38,400 completions, 200 optimizer updates\n" in text
 
 
 def test_stopped_run_shows_the_last_accuracy_and_the_resume_command() -> None:

@@ -41,6 +41,7 @@ def test_suites_of_a_run_keep_their_settings(base: Path) -> None:
     ("text", "message"),
     [
         ("mat500", "did you mean math500"),
+        ("nosuch", "unknown suite; give one of aime24, math500 .*, a path, or NAME=PATH"),
         ("amc23", "`speed-async data prepare amc23` makes it"),
         ("mine=nosuch.jsonl", "'nosuch.jsonl' does not exist"),
         ("some/nosuch.jsonl", "'some/nosuch.jsonl' does not exist"),
