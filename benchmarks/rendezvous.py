@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import Store
 
 from benchmarks.harness import report
 from speed_async.types import WeightOffer
-from speed_async.weight_sync.process_group import has_keys, host_store, reach_store
+from speed_async.weight_sync.process_group import await_keys, host_store, reach_store
 
 NUM_RECEIVERS = (8, 16, 32, 64, 128)
 NUM_PROCESSES = 4
@@ -48,7 +48,7 @@ def _one_receiver(offer: WeightOffer, rank: int, barrier: Barrier) -> None:
         barrier.wait(DEADLINE_S)
         barrier.wait(DEADLINE_S)
         store.set(f"{repeat}/joined/{rank}", "")
-        assert has_keys(store, [f"{repeat}/go"], DEADLINE_S)
+        assert not await_keys(store, {0: f"{repeat}/go"}, DEADLINE_S, ())
         store.get(f"{repeat}/go")
         barrier.wait(DEADLINE_S)
         barrier.wait(DEADLINE_S)
@@ -80,7 +80,7 @@ def gather(store: Store, num_receivers: int, barrier: Barrier) -> dict[str, list
 
 
 def _collect(store: Store, keys: list[str]) -> None:
-    assert has_keys(store, keys, DEADLINE_S)
+    assert not await_keys(store, dict(enumerate(keys)), DEADLINE_S, ())
     store.multi_get(keys)
 
 

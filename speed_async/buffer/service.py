@@ -196,10 +196,10 @@ class BufferService:
         results = Results(snapshot_due=True)
         self.state.attempt = attempt
         self.state.ended = False
+        self._learner.begin_attempt()
         for state in self.membership.present():
             self._lose(Loss(state=state, reason="the run was restarted"), results)
         self.membership.begin_attempt()
-        self._learner.begin_attempt()
         self._ending.begin_attempt()
         self.state.target_reached = False
         text = f"restarted (attempt {attempt}) at version {self.policy_version}"
@@ -241,6 +241,7 @@ class BufferService:
     def _lose(self, loss: Loss, results: Results) -> None:
         self._actors.lose(loss)
         results.lost_peers.append(loss.state.name)
+        self._send_learner(self.components.weight_group.lose(loss.state.name), results)
 
     # --- evaluations, checkpoints and weights --------------------------------------------------
 

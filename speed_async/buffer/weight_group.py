@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from speed_async.buffer.membership import ActorState, Membership
 from speed_async.transport.messages import (
+    MembershipChanged,
     OfferWeights,
     PublishWeights,
     WeightMembers,
@@ -78,6 +79,14 @@ class WeightGroup:
         """The learner and all actors were restarted: the next broadcast opens a new epoch."""
         self._state.broken = True
         self._state.invited = []
+
+    def lose(self, name: str) -> list[MembershipChanged]:
+        """An actor is declared lost. Returns what the learner must know: the broadcast in progress
+        waits for this member in vain."""
+        if name not in self._state.invited:
+            return []
+        self._state.invited.remove(name)
+        return [MembershipChanged(reason=f"{name} is lost", lost=[name])]
 
     def published(self, message: WeightsPublished) -> list[ActorState]:
         """The broadcast ended. Returns the actors that made it fail."""

@@ -9,7 +9,7 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -92,6 +92,10 @@ class Inbox:
             if isinstance(message, kind):
                 return message
             self._deferred.append(message)
+
+    def defer(self, messages: Sequence[m.Message]) -> None:
+        """Leaves these messages to later `next` calls."""
+        self._deferred += messages
 
     def discard(self, kind: type[m.Message]) -> None:
         """Drops deferred messages of this class."""

@@ -3,17 +3,18 @@
 consumes   weight members (from the service)
 waits for  the members (stall deadline plus grace: the service may be waiting for disk space),
            each stage of a transfer (weights deadline)
-continues  without a member that is missing or rejects the transfer: the service removes it, its
-           supervisor starts a new incarnation, and that one receives a snapshot when it joins
+continues  without a member that is missing, lost or rejects the transfer: the service removes it,
+           its supervisor starts a new incarnation, and that one receives a snapshot when it joins
 """
 
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from speed_async.config.schema import WeightsConfig
-from speed_async.errors import WeightSyncError
+from speed_async.errors import DeadlineExceeded, WeightSyncError
 from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox
 from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
@@ -22,6 +23,7 @@ from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import WeightSender
 
+WHAT = "the members of the weight group"
 MAX_UNEXPLAINED_FAILURES = 3
 """Failed broadcasts of one version without a known faulty member, after which the run fails."""
 
@@ -84,8 +86,7 @@ class Publisher:
                 deadline_s=self._deadline_s,
             )
         )
-        what = "the members of the weight group"
-        members = await self._inbox.expect(m.WeightMembers, self._timeout_s, what)
+        members = await self._inbox.expect(m.WeightMembers, self._timeout_s, WHAT)
         self._inbox.discard(m.MembershipChanged)  # superseded by the members
         started_s, num_bytes, failed = self._clock(), 0, None
         if members.actor_names:
@@ -99,13 +100,20 @@ class Publisher:
                 backend=self._backend,
                 deadline_s=self._deadline_s,
             )
+            lost: set[int] = set()
+            watching = asyncio.create_task(self._watch(members, lost), name="watch members")
             try:
                 report = await asyncio.to_thread(
-                    self._sender.send, offer, self._trainer.weights(), canary
+                    self._sender.send, offer, self._trainer.weights(), canary, lost
                 )
                 num_bytes = report.num_bytes
             except WeightSyncError as failure:
                 failed = _describe_failure(failure, members)
+            finally:
+                watching.cancel()
+                await asyncio.wait((watching,))
+            if not watching.cancelled():
+                watching.result()  # raises what the service reported meanwhile
         await self._link.send(
             m.WeightsPublished(
                 policy_version=policy_version,
@@ -117,6 +125,20 @@ class Publisher:
             )
         )
         return failed
+
+    async def _watch(self, members: m.WeightMembers, lost: set[int]) -> None:
+        """Adds the ranks of members that the service declares lost, until cancelled."""
+        ranks = list(enumerate(_names_by_rank(members), start=1))
+        changes: list[m.MembershipChanged] = []
+        try:
+            while True:
+                with suppress(DeadlineExceeded):  # the stages of the transfer have deadlines
+                    changes.append(
+                        await self._inbox.expect(m.MembershipChanged, self._timeout_s, WHAT)
+                    )
+                    lost |= {rank for rank, name in ranks if name in changes[-1].lost}
+        finally:
+            self._inbox.defer(changes)  # an actor that joined meanwhile still lacks the version
 
 
 def _describe_failure(failure: WeightSyncError, members: m.WeightMembers) -> BroadcastFailure:

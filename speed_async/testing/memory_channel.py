@@ -124,7 +124,11 @@ class MemorySender:
         return ADDRESS
 
     def send(
-        self, offer: WeightOffer, tensors: Iterable[NamedTensor], canary: Canary | None = None
+        self,
+        offer: WeightOffer,
+        tensors: Iterable[NamedTensor],
+        canary: Canary | None = None,
+        lost: Collection[int] = (),
     ) -> TransferReport:
         started_s = self._clock()
         named = list(tensors)

@@ -369,9 +369,12 @@ class WeightMembers(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MembershipChanged(Message):
-    """An actor needs weights; the learner publishes its version to the actors that lack it."""
+    """An actor needs weights, or members of the broadcast in progress are lost. The learner
+    publishes its version to the actors that lack it."""
 
     reason: Prose
+    lost: list[str]
+    """Members of the broadcast in progress that were declared lost."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ Shape legend: B bytes of one bucket or message.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -81,7 +81,11 @@ class TorchSender:
         return self._address
 
     def send(
-        self, offer: WeightOffer, tensors: Iterable[NamedTensor], canary: Canary | None = None
+        self,
+        offer: WeightOffer,
+        tensors: Iterable[NamedTensor],
+        canary: Canary | None = None,
+        lost: Collection[int] = (),
     ) -> TransferReport:
         """Broadcasts all tensors, which must not change meanwhile. A no-op for world size 1.
 
@@ -102,7 +106,7 @@ class TorchSender:
         if len(weights) < len(named):
             describe(named)  # raises for the duplicate name
         with self._epoch.transfer(offer) as group:
-            group.form(self._store)
+            group.form(self._store, lost)
             if not matches(self._tensors.specs, named, group.cast):
                 self._tensors = KnownTensors(describe(named, group.cast))
             manifest = Manifest(
@@ -118,7 +122,8 @@ class TorchSender:
             buckets = group.plan(manifest)
             with group.stage("buffers"):
                 memory = group.transport.begin_sending(buckets, offer.deadline_s)
-            group.announce(encode_manifest(replace(manifest, memory=memory), group.known))
+            payload = encode_manifest(replace(manifest, memory=memory), group.known)
+            group.announce(payload, lost)
             group.known = self._tensors
             self._send_buckets(group, buckets, weights)
         return transfer_report(buckets, time.monotonic() - started_s)

@@ -3,7 +3,7 @@
 Both block, and run in separate threads. Every stage has the offer's deadline.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,10 +38,15 @@ class WeightSender(Protocol):
         ...
 
     def send(
-        self, offer: WeightOffer, tensors: Iterable[NamedTensor], canary: Canary | None = None
+        self,
+        offer: WeightOffer,
+        tensors: Iterable[NamedTensor],
+        canary: Canary | None = None,
+        lost: Collection[int] = (),
     ) -> TransferReport:
         """Broadcasts all tensors to ranks 1..world_size-1, with their digests and the canary (None:
-        none). Raises WeightSyncError naming the stage and, when known, the
+        none). `lost` are ranks that will not answer; it may grow during the call, which then need
+        not wait until the deadline. Raises WeightSyncError naming the stage and, when known, the
         `missing_ranks`; the group of this epoch is then unusable."""
         ...
 

@@ -12,7 +12,7 @@ sender's own process, never blocks.
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -44,8 +44,8 @@ from speed_async.weight_sync.manifest import KnownTensors, Manifest
 from speed_async.weight_sync.process_group import (
     GroupTransport,
     MemberLeft,
+    await_keys,
     describe_error,
-    has_keys,
     make_group,
     name_ranks,
     reach_store,
@@ -91,15 +91,22 @@ class EpochGroup:
         assert self._transport is not None, "the group is not formed"
         return self._transport
 
-    def form(self, store: Store | None = None, *, expected: Sequence[NamedTensor] = ()) -> None:
+    def form(
+        self,
+        store: Store | None = None,
+        lost: Collection[int] = (),
+        *,
+        expected: Sequence[NamedTensor] = (),
+    ) -> None:
         """Waits until every receiver has joined, then creates the transport; the first transfer of
-        an epoch calls it. The sender passes its `store`, a receiver the tensors it will load."""
+        an epoch calls it. The sender passes its `store` and the ranks that are lost, a receiver the
+        tensors it will load."""
         if self._transport is not None:
             return
         with self.stage("rendezvous"):
             if store is not None:
                 self._store = store
-                self._await_receivers()
+                self._await_receivers(lost)
             else:
                 self._store = self._run(lambda: reach_store(self.offer))
                 self._await_sender(expected)
@@ -132,9 +139,10 @@ class EpochGroup:
 
     # --- messages -------------------------------------------------------------------------------
 
-    def announce(self, manifest: bytes) -> None:
+    def announce(self, manifest: bytes, lost: Collection[int]) -> None:
         """Sender: sends the manifest and waits for all verdicts. Raises WeightSyncError for a
-        refusal. A lost member is detected here, while all others still have their old weights."""
+        refusal. A lost member is detected here, while all others still have their old weights: at
+        the deadline, or when `lost` has its rank."""
         with self.stage("manifest"):
             self._store.set(self._key("manifest", self._num_transfers), manifest)
             if self._num_transfers:  # all members have read the messages of the previous transfer
@@ -142,7 +150,7 @@ class EpochGroup:
                 read = self._receiver_keys("verdict", previous).values()
                 for key in (self._key("manifest", previous), *read):
                     self._store.delete_key(key)
-            verdicts = self._gather("verdict", "did not answer")
+            verdicts = self._gather("verdict", "did not answer", lost)
         if refusals := {rank: text for rank, text in verdicts.items() if text}:
             reasons = "; ".join(f"rank {rank} refused: {text}" for rank, text in refusals.items())
             raise self.error(f"manifest: {reasons}", [*refusals])
@@ -244,8 +252,8 @@ class EpochGroup:
 
     # --- rendezvous -----------------------------------------------------------------------------
 
-    def _await_receivers(self) -> None:
-        joined = self._gather("joined", "never joined")
+    def _await_receivers(self, lost: Collection[int]) -> None:
+        joined = self._gather("joined", "never joined", lost)
         parts = {rank: value.partition("\n") for rank, value in joined.items()}
         if self.offer.backend == "ipc":
             ours = machine_identity()
@@ -284,11 +292,10 @@ class EpochGroup:
     def _receiver_keys(self, *parts: object) -> dict[int, str]:
         return {rank: self._key(*parts, rank) for rank in range(1, self.offer.world_size)}
 
-    def _gather(self, message: str, absence: str) -> dict[int, str]:
+    def _gather(self, message: str, absence: str, lost: Collection[int]) -> dict[int, str]:
         """Sender: one value from every receiver, by rank. Raises MemberLeft."""
         keys = self._receiver_keys(message, self._num_transfers)
-        if not has_keys(self._store, [*keys.values()], self.offer.deadline_s):
-            missing = [rank for rank, key in keys.items() if not self._store.check([key])]
+        if missing := await_keys(self._store, keys, self.offer.deadline_s, lost):
             raise MemberLeft(missing, absence)
         values = self._store.multi_get([*keys.values()])
         return {

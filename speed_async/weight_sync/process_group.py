@@ -7,14 +7,14 @@ Shape legend: B bytes of one bucket.
 import re
 import socket
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroupGloo, Store, TCPStore
-from torch.distributed import DistStoreError
 
 from speed_async.errors import ConfigError, WeightSyncError
 from speed_async.types import WeightBackend, WeightOffer
@@ -25,6 +25,7 @@ MAX_ERROR_LENGTH = 200
 CLOSED = re.compile(r"closed by peer|reset by peer|Broken pipe", re.IGNORECASE)
 CPP_LOCATION = re.compile(r"\[\S+\.(?:cc|cpp|cu|h|hpp):\d+\]")
 """Source location in a C++ error: `[/__w/.../pair.cc:553]`."""
+MIN_POLL_S, MAX_POLL_S = 1e-4, 0.05
 
 
 def choose_backend(
@@ -124,18 +125,27 @@ def describe_error(error: BaseException) -> str:
     return text[:MAX_ERROR_LENGTH] or type(error).__name__
 
 
-def has_keys(store: Store, keys: Sequence[str], timeout_s: float) -> bool:
-    """Whether all keys were set within the timeout. Raises RuntimeError when the store is
-    unreachable."""
-    try:
-        store.wait(list(keys), timedelta(seconds=timeout_s))
-    except DistStoreError:
-        return False
-    return True
+def await_keys(
+    store: Store, keys: Mapping[int, str], timeout_s: float, lost: Collection[int]
+) -> list[int]:
+    """Waits until all keys are set. Returns the ranks without a key at the timeout, or those of
+    them that are `lost` as soon as there are any. Raises RuntimeError when the store is
+    unreachable.
+
+    It polls, with a delay of at most a tenth, because a wait of the store cannot be interrupted.
+    """
+    started_s = time.monotonic()
+    while not store.check([*keys.values()]):
+        waited_s = time.monotonic() - started_s
+        candidates = keys if waited_s >= timeout_s else keys.keys() & set(lost)
+        if missing := [rank for rank in candidates if not store.check([keys[rank]])]:
+            return sorted(missing)
+        time.sleep(min(max(waited_s / 10, MIN_POLL_S), MAX_POLL_S))
+    return []
 
 
 class MemberLeft(RuntimeError):
-    """These ranks did not respond within the deadline."""
+    """These ranks did not respond within the deadline, or are lost."""
 
     def __init__(self, ranks: Sequence[int], absence: str) -> None:
         super().__init__(f"{name_ranks(ranks)} {absence}")

@@ -359,7 +359,7 @@ def test_batch_received_during_weight_publication_is_trained(tmp_path: Path) -> 
     link = ScriptedLink(
         [
             m.Welcome(policy_version=0),
-            m.MembershipChanged(reason="actor-2.0 joined"),
+            m.MembershipChanged(reason="actor-2.0 joined", lost=[]),
             group,
             m.BatchReady(policy_version=0, lease_ids=[5]),
             no_members,

@@ -151,7 +151,7 @@ class LearnerHandler:
             loss = Loss(state=state, reason=message.error, warning=reason)
             return Effects(lost=[loss], events=[("status", {})])
         self._warnings.open(f"weights of {peer}", reason)
-        resend = [m.MembershipChanged(reason=reason)] if needs_resend else []
+        resend = [m.MembershipChanged(reason=reason, lost=[])] if needs_resend else []
         return Effects(to_learner=resend, events=[("status", {})])
 
 

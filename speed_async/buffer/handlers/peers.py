@@ -91,7 +91,7 @@ class PeerHandler:
                 warning = restart_warning(state, "was killed or exited")
                 lost.append(Loss(state=state, reason="restarted", warning=warning))
             if version > 0 and (learner := self._membership.learner) is not None:
-                messages.append((learner, m.MembershipChanged(reason=f"{peer} joined")))
+                messages.append((learner, m.MembershipChanged(reason=f"{peer} joined", lost=[])))
         messages.append((peer, m.Welcome(policy_version=version)))
         if hello.role == "learner":
             messages += [(peer, message) for message in evaluation_messages(self._evaluations)]

@@ -166,6 +166,21 @@ def test_actor_missing_from_a_broadcast_is_lost_and_receives_the_reason(
     assert kinds(harness.hello("actor-2.1", 2, incarnation=1)) == ["MembershipChanged", "Welcome"]
 
 
+def test_the_learner_is_told_of_a_member_that_is_lost_during_a_broadcast(
+    harness: ServiceHarness,
+) -> None:
+    harness.send("learner", trained(6, [], groups=0, tokens=0))
+    publish(harness, 6)
+    told = [reply for peer, reply in harness.hello("actor-2.1", 2) if peer == "learner"]
+    assert [change.lost for change in told if isinstance(change, m.MembershipChanged)] == [
+        [],  # actor-2.1 joined
+        ["actor-2.0"],
+    ]
+    published(harness, 6, error="lost", missing=("actor-2.0",))
+    told = [reply for peer, reply in harness.hello("actor-1.1", 1) if peer == "learner"]
+    assert [change.lost for change in told if isinstance(change, m.MembershipChanged)] == [[]]
+
+
 def test_actor_whose_load_failed_gets_the_version_again_in_either_message_order(
     harness: ServiceHarness,
 ) -> None:

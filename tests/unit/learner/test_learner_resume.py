@@ -275,7 +275,9 @@ def test_a_learner_not_behind_the_service_publishes_once_before_training(
 
         async def actors_join(message: m.Message) -> None:
             if isinstance(message, m.Resumed | m.PublishWeights) and not harness.updates.batches:
-                await harness.service.send(m.MembershipChanged(reason="actor-1.2000 joined"))
+                await harness.service.send(
+                    m.MembershipChanged(reason="actor-1.2000 joined", lost=[])
+                )
 
         harness.service.on_message = actors_join
         await harness.run()
@@ -297,7 +299,7 @@ def test_an_actor_that_joins_during_the_replay_receives_the_final_version(
 
         async def actor_joins(message: m.Message) -> None:
             if isinstance(message, m.TakeBatch) and message.policy_version == 1:
-                await harness.service.send(m.MembershipChanged(reason="actor-3.0 joined"))
+                await harness.service.send(m.MembershipChanged(reason="actor-3.0 joined", lost=[]))
 
         harness.service.on_message = actor_joins
         await harness.run()

@@ -1,7 +1,7 @@
 """The learner's broadcasts when members fail: reported ranks, excluded actors, final errors."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from speed_async.types import WeightOffer
 from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import NamedTensor, TransferReport
 
+DEADLINE_S = 30.0
+
 
 class Service:
     """A link to a service that excludes actors reported as missing."""
@@ -23,15 +25,23 @@ class Service:
         self.ranks = ranks
         self.published: list[m.WeightsPublished] = []
         self._epoch = 0
+        self.messages: asyncio.Queue[m.Message] = asyncio.Queue()
 
     async def send(self, message: m.Message) -> None:
+        if isinstance(message, m.PublishWeights):
+            self._epoch += 1
+            self.messages.put_nowait(self._members())
         if isinstance(message, m.WeightsPublished):
             self.published.append(message)
             for name in message.missing:
                 del self.ranks[name]
 
     async def receive(self, deadline_s: float) -> m.Message:
-        self._epoch += 1
+        message = await self.messages.get()
+        self.messages.task_done()
+        return message
+
+    def _members(self) -> m.WeightMembers:
         return m.WeightMembers(
             policy_version=3,
             epoch=self._epoch,
@@ -54,7 +64,11 @@ class FailingSender:
         self.offers: list[WeightOffer] = []
 
     def send(
-        self, offer: WeightOffer, tensors: Iterable[NamedTensor], canary: Canary | None = None
+        self,
+        offer: WeightOffer,
+        tensors: Iterable[NamedTensor],
+        canary: Canary | None = None,
+        lost: Collection[int] = (),
     ) -> TransferReport:
         self.offers.append(offer)
         if self.failures:
@@ -73,17 +87,75 @@ class Weights:
         return Canary(token_ids=(1, 2), logprobs=(-0.5,))
 
 
-def publish(service: Service, sender: FailingSender) -> None:
-    publisher = Publisher(
+class WaitingSender(FailingSender):
+    """Waits in its first call until the learner has received a message of the service, and reports
+    the ranks that are lost by then as missing."""
+
+    def __init__(self, service: Service, message: m.Message) -> None:
+        super().__init__([])
+        self._service, self._message = service, message
+        self._loop = asyncio.get_running_loop()
+
+    def send(
+        self,
+        offer: WeightOffer,
+        tensors: Iterable[NamedTensor],
+        canary: Canary | None = None,
+        lost: Collection[int] = (),
+    ) -> TransferReport:
+        if not self.offers:
+            asyncio.run_coroutine_threadsafe(self._deliver(), self._loop).result(DEADLINE_S)
+            self.failures += [[*lost]] if lost else []
+        return super().send(offer, tensors, canary, lost)
+
+    async def _deliver(self) -> None:
+        self._service.messages.put_nowait(self._message)
+        await self._service.messages.join()
+
+
+def make_publisher(service: Service, sender: FailingSender, inbox: Inbox) -> Publisher:
+    return Publisher(
         WeightsConfig(),
         link=service,
-        inbox=Inbox(service),
+        inbox=inbox,
         trainer=Weights(),
         sender=sender,
         backend="gloo",
         timeout_s=20.0,
     )
-    asyncio.run(publisher.publish(3))
+
+
+def publish(service: Service, sender: FailingSender) -> None:
+    asyncio.run(make_publisher(service, sender, Inbox(service)).publish(3))
+
+
+def publish_and_receive(ranks: dict[str, int], change: m.MembershipChanged) -> WaitingSender:
+    """Publishes while this change arrives, which must be received again afterwards unless a later
+    broadcast has superseded it."""
+
+    async def run() -> WaitingSender:
+        service = Service(ranks)
+        inbox, sender = Inbox(service), WaitingSender(service, change)
+        await make_publisher(service, sender, inbox).publish(3)
+        if not change.lost:
+            assert await asyncio.wait_for(inbox.next(DEADLINE_S), DEADLINE_S) == change
+        failed = [change.lost] if change.lost else []
+        assert [each.missing for each in service.published] == [*failed, []]
+        return sender
+
+    return asyncio.run(run())
+
+
+def test_a_member_that_is_lost_during_a_broadcast_is_excluded_without_waiting_for_it() -> None:
+    lost = m.MembershipChanged(reason="actor-2.0 is lost", lost=["actor-2.0"])
+    sender = publish_and_receive({"actor-1.0": 1, "actor-2.0": 2}, lost)
+    assert [offer.world_size for offer in sender.offers] == [4, 2]
+
+
+def test_an_actor_that_joins_during_a_broadcast_is_served_after_it() -> None:
+    joined = m.MembershipChanged(reason="actor-2.0 joined", lost=[])
+    sender = publish_and_receive({"actor-1.0": 1}, joined)
+    assert [offer.world_size for offer in sender.offers] == [2]
 
 
 def test_missing_actors_are_excluded_from_the_next_broadcast() -> None:

@@ -31,7 +31,7 @@ MESSAGES = [
     (m.Drain(reason=""), "reason"),
     (m.Rejected(reason=""), "reason"),
     (m.FinishRun(policy_version=1, evaluate=False, stopped=False, reason=""), "reason"),
-    (m.MembershipChanged(reason=""), "reason"),
+    (m.MembershipChanged(reason="", lost=[]), "reason"),
     (m.Abort(role="learner", message=""), "message"),
 ]
 

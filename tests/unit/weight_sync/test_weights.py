@@ -278,6 +278,26 @@ def test_a_receiver_that_never_joins_is_named(channel: Channel):
     send_to(channel, channel.offer(1, epoch=2), tensors)
 
 
+def test_a_lost_receiver_ends_the_wait_of_the_sender_and_is_named():
+    sender = TorchSender(host="127.0.0.1", bucket_bytes=1024, device=CPU)
+    offer = WeightOffer(
+        policy_version=1,
+        epoch=1,
+        rank=0,
+        world_size=3,
+        store_host=sender.store_address[0],
+        store_port=sender.store_address[1],
+        backend="gloo",
+        deadline_s=600.0,
+    )
+    lost: set[int] = set()
+    threading.Timer(0.05, lost.add, [2]).start()
+    with pytest.raises(WeightSyncError, match="rank 2 never joined") as raised:
+        sender.send(offer, [("w", torch.ones(4))], lost=lost)
+    assert raised.value.missing_ranks == (2,)  # rank 1 may still come
+    sender.close()
+
+
 @on_every_channel()
 def test_a_receiver_without_a_sender_stops_at_the_deadline(channel: Channel):
     offer = channel.offer(1, 1, deadline_s=1.0)
