@@ -9,7 +9,7 @@ from speed_async.commands.data_show import show
 
 @click.group()
 def data() -> None:
-    """Prepare data sets for training and evaluation, and look at prompts."""
+    """Prepare data sets, and look at prompts."""
 
 
 @data.command()

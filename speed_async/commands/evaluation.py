@@ -77,7 +77,7 @@ def evaluate_command(
     out: Path | None,
     seed: int,
 ) -> None:
-    """Measure accuracy on evaluation suites: of a model, or of all checkpoints of a run.
+    """Measure the accuracy of a model, or of all checkpoints of a run.
 
     Writes one JSON line per sample, results.json and a table. A command that was interrupted or
     killed continues when it is given again. Fields of the sections actors and model can be set as
@@ -151,7 +151,11 @@ def _evaluate(run_folder: Path | None, model: str | None, options: "Options") ->
     help="Suites to compare.  [default: all]",
 )
 def compare_command(first: Path, second: Path, suites: tuple[str, ...]) -> None:
-    """Compare the evaluations in folders A and B on the same prompts, by a paired bootstrap."""
+    """Compare two evaluations on the same prompts.
+
+    A and B are folders with a results.json, such as RUN_DIR/evaluation/version-000020. The interval
+    of the difference is that of a paired bootstrap.
+    """
     from rich.console import Console
 
     from speed_async.evaluation.compare import compare, comparison_table

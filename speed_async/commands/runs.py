@@ -19,12 +19,12 @@ KEYS = click.option(
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--client", metavar="NAME", help="Add a client to an existing key folder.")
 def keys(folder: Path, client: str | None) -> None:
-    """Create FOLDER with the keys of a run whose sockets are reachable from other machines.
+    """Create the keys of a run on several machines.
 
-    Set cluster.keys to FOLDER on every node of the run. An actor or a console on another machine
-    needs its own client key: --client creates FOLDER/clients/NAME; copy it to that machine and pass
-    it as --keys. Every client whose key is in FOLDER/allowed can connect; keys can be added and
-    removed during a run.
+    They are needed if its sockets are reachable from other machines. Set cluster.keys to FOLDER on
+    every node of the run. An actor or a console on another machine needs its own client key:
+    --client creates FOLDER/clients/NAME; copy it to that machine and pass it as --keys. Every
+    client whose key is in FOLDER/allowed can connect; keys can be added and removed during a run.
     """
     from speed_async.transport.key_making import add_client, make_keys
 
@@ -39,10 +39,11 @@ def keys(folder: Path, client: str | None) -> None:
 @click.argument("run_folder_or_address")
 @KEYS
 def console(run_folder_or_address: str, keys: Path | None) -> None:
-    """Watch a run, given its folder or the address of its metrics feed, tcp://HOST:PORT.
+    """Watch a run, by its folder or the address of its feed.
 
-    Given its folder, the console also shows the history, and the last state of a run that has
-    ended. Keys: q quits, s shows samples, h shows help. No key affects the run.
+    The address, tcp://HOST:PORT, is that of the metrics feed in logs/learner.log. Given its folder,
+    the console also shows the history, and the last state of a run that has ended. Keys: q quits, s
+    shows samples, h shows help. No key affects the run.
     """
     from speed_async.launcher.roles.console_role import Source, watch
     from speed_async.launcher.roles.watched_run import watch_folder

@@ -146,11 +146,11 @@ def check(
     node_rank: int,
     nproc_per_node: int | None,
 ) -> None:
-    """Check CONFIG for this machine within seconds, and show what a run with it would do.
+    """Check CONFIG for this machine, and show what a run would do.
 
-    Runs every check that does not require loading the model, and writes nothing. The last line is
-    `ok` (exit status 0) or the number of errors (1). `train` runs the same checks. In contrast to
-    `train --dry-run`, what this machine lacks is an error.
+    Runs every check that does not require loading the model, within seconds, and writes nothing.
+    The last line begins with `ok` (exit status 0) or has the number of errors (1). `train` runs the
+    same checks. In contrast to `train --dry-run`, what this machine lacks is an error.
     """
     make_node = partial(node_of, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)
     _download_nothing()
@@ -164,9 +164,10 @@ def check(
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of TOML.")
 def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print CONFIG as a run resolves it, with presets, defaults and OVERRIDES applied.
+    """Print CONFIG as a run resolves it.
 
-    The output is a configuration that `train` accepts, with a description of every field.
+    Presets, defaults and OVERRIDES are applied. The output is a configuration that `train` accepts,
+    with a description of every field.
     """
     from speed_async.config.toml_text import to_toml
 

@@ -128,6 +128,7 @@ def _generate(
         f"{target.name}: loading {model.config.model.path} with the {model.config.actors.engine} "
         f"engine (log: {log})",
         highlight=False,
+        soft_wrap=True,
     )
     with _stderr_to(log):
         try:

@@ -47,11 +47,14 @@ class SuiteProgress(AbstractContextManager):
         if self._console.is_terminal:
             self._bars.start()
         else:
-            self._console.print(f"{self._name}: {self._num_done:,} of {self._num_total:,} samples")
+            self._print_line()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if self._console.is_terminal:
+            self._bars.stop()
+        elif self._num_done > self._num_present:
+            self._print_line(self._rate(self._clock()))
 
     def add(self, record: SampleRecord) -> None:
         self._num_done += 1
@@ -65,10 +68,11 @@ class SuiteProgress(AbstractContextManager):
         elif now_s - self._shown_s >= LINE_INTERVAL_S:
             self._shown_s = now_s
             left = timedelta(seconds=round(self._left_s(now_s)))
-            self._console.print(
-                f"{self._name}: {self._num_done:,} of {self._num_total:,} samples, {rate}, "
-                f"{left} left"
-            )
+            self._print_line(rate, f"{left} left")
+
+    def _print_line(self, *facts: str) -> None:
+        done = f"{self._name}: {self._num_done:,} of {self._num_total:,} samples"
+        self._console.print(", ".join((done, *facts)), highlight=False, soft_wrap=True)
 
     def _rate(self, now_s: float) -> str:
         elapsed_s = max(now_s - self._started_s, 1e-3)
