@@ -41,7 +41,7 @@ from benchmarks.stand_in_learner import run_stand_in_learner
 from speed_async.actors.engine import GenerationRequest, ManagedEngine
 from speed_async.actors.loop import ActorLoop
 from speed_async.actors.model_folder import load_tokenizer
-from speed_async.actors.prompt_codec import PromptCodec
+from speed_async.actors.prompt_codec import configured_codec
 from speed_async.actors.rollout import Rollout
 from speed_async.config.load import load_config, save_config
 from speed_async.config.schema import Config
@@ -146,7 +146,7 @@ async def running_actor(config: Config, engine: RecordingEngine) -> AsyncIterato
     make = partial(make_task, config.task)
     verifier = VerifierPool(make, actors.verifier_workers, actors.verifier_timeout_s)
     tokenizer = load_tokenizer(Path(config.model.path))
-    codec = PromptCodec(tokenizer, chat_template=config.model.chat_template)
+    codec = configured_codec(tokenizer, config.model)
     async with verifier:
         rollout = Rollout(config, engine, verifier, codec)
         loop = ActorLoop(

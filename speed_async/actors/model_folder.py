@@ -1,12 +1,14 @@
 """Checks a Hugging Face model folder and loads its model, tokenizer and context length."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from speed_async.errors import ModelError
+from speed_async.actors.prompt_codec import NOT_ONE_TOKEN
+from speed_async.errors import ConfigError, ModelError
 from speed_async.weight_sync.device import DeviceChoice, resolve_device
 
 
@@ -17,6 +19,7 @@ class LoadedModel:
     context_length: int
     """Prompt plus completion tokens of one sequence."""
     eos_token_ids: tuple[int, ...]
+    """Tokens that end a completion."""
 
 
 def load_model_folder(
@@ -25,11 +28,13 @@ def load_model_folder(
     context_length: int | None = None,
     device: DeviceChoice = "auto",
     dtype: torch.dtype | None = None,
+    stop_tokens: Sequence[str] = (),
 ) -> LoadedModel:
     """Load a model folder onto a device ("auto": CUDA when available).
 
-    `dtype` None means float32 on a CPU and the folder's own dtype on CUDA. Raises ModelError
-    with the folder and the remedy.
+    `dtype` None means float32 on a CPU and the folder's own dtype on CUDA. `stop_tokens`: texts of
+    tokens that end a completion besides EOS. Raises ModelError with the folder and the remedy, and
+    ConfigError for a stop token that the model does not have.
     """
     folder = Path(path)
     check_model_folder(folder)
@@ -54,7 +59,7 @@ def load_model_folder(
         model=model,
         tokenizer=tokenizer,
         context_length=length,
-        eos_token_ids=eos_token_ids(model, tokenizer),
+        eos_token_ids=eos_token_ids(model, tokenizer, stop_tokens),
     )
 
 
@@ -131,11 +136,17 @@ def check_attention(folder: Path, config: Any, length: int) -> None:
         )
 
 
-def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Union of the EOS ids of generation config, model config and tokenizer, ascending."""
+def eos_token_ids(model: Any, tokenizer: Any, stop_tokens: Sequence[str] = ()) -> tuple[int, ...]:
+    """Union of the EOS ids of generation config, model config and tokenizer, and of the stop
+    tokens, ascending. Raises ConfigError for a stop token that is not one token."""
     found: set[int] = {int(tokenizer.eos_token_id)}
     for source in (getattr(model, "generation_config", None), model.config):
         value = getattr(source, "eos_token_id", None)
         if value is not None:
             found.update([value] if isinstance(value, int) else value)
+    for text in stop_tokens:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            raise ConfigError("model.stop_tokens", text, NOT_ONE_TOKEN)
+        found.update(ids)
     return tuple(sorted(found))

@@ -1,14 +1,21 @@
 """Encodes prompts and decodes completions, consistent with a serving engine."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from speed_async.config.schema import ModelConfig
 from speed_async.errors import ConfigError, ModelError
 from speed_async.types import Int32Array
 
 MAX_ERROR_CHARS = 300
 """Maximum length of a template or tokenizer error, which may quote a whole prompt."""
+NOT_ONE_TOKEN = (
+    "is not one token of this model; give the text of a single token, such as the end of a turn"
+)
+"""Remedy for a value of `model.stop_tokens`."""
 _SAMPLES = ("a", "0", ".")
 
 
@@ -21,7 +28,15 @@ class PromptCodec:
     string of a special token inside a prompt is encoded as that token, as in a serving engine.
     """
 
-    def __init__(self, tokenizer: Any, *, chat_template: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: bool,
+        system_prompt: str | None = None,
+        template_arguments: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
+        """As in `ModelConfig`. Raises ConfigError for a tokenizer without a chat template."""
         if chat_template and not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
                 "model.chat_template",
@@ -30,6 +45,8 @@ class PromptCodec:
             )
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        self._system_prompt = system_prompt
+        self._template_arguments = dict(template_arguments)
         # The Rust tokenizer of a fast tokenizer. The transformers call takes 20 times as long for
         # a short prompt, and each lease encodes one.
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -54,7 +71,10 @@ class PromptCodec:
     def _render(self, text: str) -> str:
         try:
             return self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+                chat_messages(text, self._system_prompt),
+                add_generation_prompt=True,
+                tokenize=False,
+                **self._template_arguments,
             )
         except Exception as error:  # templates raise exceptions of their own
             raise ModelError(f"the chat template rejects it ({_describe(error)})") from error
@@ -76,6 +96,22 @@ class PromptCodec:
 
     def decode(self, token_ids: Int32Array) -> str:
         return self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+
+
+def configured_codec(tokenizer: Any, model: ModelConfig) -> PromptCodec:
+    """Raises ConfigError for a tokenizer without the chat template that `model` uses."""
+    return PromptCodec(
+        tokenizer,
+        chat_template=model.chat_template,
+        system_prompt=model.system_prompt,
+        template_arguments=model.template_arguments,
+    )
+
+
+def chat_messages(prompt: str, system_prompt: str | None) -> list[dict[str, str]]:
+    """Messages that the chat template gets for one prompt."""
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [*system, {"role": "user", "content": prompt}]
 
 
 def _describe(error: Exception) -> str:

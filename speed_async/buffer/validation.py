@@ -195,7 +195,7 @@ class MessageValidator:
             return (
                 f"its model folder (fingerprint {hello.model_fingerprint[:40]}) differs from that "
                 f"of the service ({self._model_fingerprint}): give every node the same model, "
-                "tokenizer and chat template"
+                "tokenizer, chat template and section [model]"
             )
         learner = self._membership.learner
         if hello.role == "learner" and learner not in (None, peer):

@@ -30,14 +30,14 @@ def show(config: str, overrides: tuple[str, ...], num: int) -> None:
     the rewards and the time limit of CONFIG.
     """
     from speed_async.actors.model_folder import load_tokenizer
-    from speed_async.actors.prompt_codec import PromptCodec
+    from speed_async.actors.prompt_codec import configured_codec
     from speed_async.config.local_model import model_folder
     from speed_async.environments.registry import make_task
     from speed_async.environments.task import StoredTask
 
     resolved = load_config(config, overrides)
     tokenizer = load_tokenizer(model_folder(resolved.model.path))
-    codec = PromptCodec(tokenizer, chat_template=resolved.model.chat_template)
+    codec = configured_codec(tokenizer, resolved.model)
     task = make_task(resolved.task)
     if isinstance(task, StoredTask):
         for line in (*task.notes, *(f"warning: {warning}" for warning in task.warnings)):

@@ -17,6 +17,12 @@ INCARNATIONS_PER_ATTEMPT = 1000
 """The first incarnation of a rank is the attempt number times this value, so actor names are unique
 across attempts of a run. Incarnations of an actor without a rank start at 0."""
 MODEL_FOLDER = "set a Hugging Face folder (saved with save_pretrained, or a complete download)"
+RESERVED_ARGUMENTS = frozenset(
+    {"conversation", "messages", "tools", "documents", "chat_template", "tokenizer_kwargs"}
+    | {"add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"}
+    | {"max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
+)
+"""Parameters of transformers' `apply_chat_template`, and variables that it sets itself."""
 BYTES_PER_TOKEN = 12
 """Token id, log-probability and policy version: four bytes each."""
 
@@ -30,6 +36,7 @@ def check_combinations(config: Config) -> list[ConfigError]:
         check_update,
         _check_buffer,
         _check_lengths,
+        _check_chat,
         _check_roles,
         check_vllm,
         _check_sources,
@@ -121,6 +128,22 @@ def _check_lengths(config: Config) -> Iterator[ConfigError]:
             "actors.max_new_tokens",
             config.actors.max_new_tokens,
             f"leaves no space for a prompt in model.context_length = {context}",
+        )
+
+
+def _check_chat(config: Config) -> Iterator[ConfigError]:
+    model = config.model
+    needs = {"system_prompt": model.system_prompt, "template_arguments": model.template_arguments}
+    for name, value in needs.items():
+        if value and not model.chat_template:
+            yield ConfigError(
+                f"model.{name}", value, "only a chat template uses it; set model.chat_template"
+            )
+    for name in sorted(RESERVED_ARGUMENTS.intersection(model.template_arguments)):
+        yield ConfigError(
+            f"model.template_arguments.{name}",
+            model.template_arguments[name],
+            "is set by this program; remove it",
         )
 
 

@@ -137,7 +137,7 @@ def test_actors_die_hang_join_and_leave_and_the_run_continues(tmp_path: Path) ->
                 run,
                 str(with_another_tokenizer(tmp_path / "other")),
                 "its model folder (fingerprint ",
-                "give every node the same model, tokenizer and chat template",
+                "give every node the same model, tokenizer, chat template and section [model]",
             )
             leaver = start_actor(run)
             stayer = start_actor(run, "--run-folder", "stayer")

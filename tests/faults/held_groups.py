@@ -41,9 +41,8 @@ def held_groups(run_folder: Path) -> set[str]:
 
 
 def _fingerprints(config: Config) -> tuple[str, str]:
-    folder, chat_template = Path(config.model.path), config.model.chat_template
     data = data_fingerprint(make_task(config.task), {})
-    return data, model_fingerprint(folder, chat_template=chat_template)
+    return data, model_fingerprint(Path(config.model.path), config.model)
 
 
 def _build(config: Config, state: ServiceState | None) -> BufferService:

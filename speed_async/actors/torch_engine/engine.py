@@ -31,6 +31,7 @@ def load_torch_generator(
         context_length=model.context_length,
         device=actors.device,
         dtype=dtype,
+        stop_tokens=model.stop_tokens,
     )
     flatten_parameters(loaded.model)  # same layout as the learner's: weights are received in place
     return TorchGenerator(

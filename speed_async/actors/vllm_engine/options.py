@@ -37,7 +37,9 @@ class ServingInfo:
         except OSError:  # optional
             generation = None
         configs = SimpleNamespace(config=self.hf_config, generation_config=generation)
-        self.eos_token_ids = eos_token_ids(configs, load_tokenizer(folder))
+        self.eos_token_ids = eos_token_ids(
+            configs, load_tokenizer(folder), config.model.stop_tokens
+        )
         self.context_length = usable_context(folder, self.hf_config, config.model.context_length)
 
 

@@ -141,7 +141,7 @@ class Rules:
             f"{window.num_rewarded} earned a reward",
             change=f"raise actors.max_new_tokens (now {self._config.actors.max_new_tokens}) or "
             "model.context_length, or use a model that ends its answers (its EOS token, "
-            "model.chat_template)",
+            "model.chat_template, model.stop_tokens)",
         )
 
     def _no_reward(self, held: bool, now_s: float) -> Finding | None:

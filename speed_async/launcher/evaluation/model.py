@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_async.actors.model_folder import check_model_folder, load_tokenizer, usable_context
-from speed_async.actors.prompt_codec import PromptCodec
+from speed_async.actors.prompt_codec import PromptCodec, configured_codec
 from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
 from speed_async.errors import ModelError
@@ -41,6 +41,9 @@ class PreparedModel:
             "model": self.name,
             "model_digest": self.digest,
             "chat_template": self.config.model.chat_template,
+            "system_prompt": self.config.model.system_prompt,
+            "template_arguments": self.config.model.template_arguments,
+            "stop_tokens": self.config.model.stop_tokens,
             "engine": self.config.actors.engine,
             "context_limit": self.context_limit,
         }
@@ -58,7 +61,8 @@ def prepare_model(target: Target, suites: Sequence[Suite]) -> PreparedModel:
         uses_template = False
         notes.append("the tokenizer has no chat template, so prompts are sent as plain text")
     notes += _missing_tokens(tokenizer, suites)
-    codec = PromptCodec(tokenizer, chat_template=uses_template)
+    chat = config.model.model_copy(update={"chat_template": uses_template})
+    codec = configured_codec(tokenizer, chat)
     token_ids = {
         suite.name: [codec.encode(suite.text(each)) for each in suite.prompts] for suite in suites
     }
@@ -72,13 +76,7 @@ def prepare_model(target: Target, suites: Sequence[Suite]) -> PreparedModel:
                 f"{suite.name}: the context of {limit:,} tokens limits some completions to "
                 f"{limit - longest:,} tokens, fewer than max_new_tokens = {suite.max_new_tokens:,}"
             )
-    model = config.model.model_copy(
-        update={
-            "path": str(folder),
-            "chat_template": uses_template,
-            "context_length": min(limit, needed),
-        }
-    )
+    model = chat.model_copy(update={"path": str(folder), "context_length": min(limit, needed)})
     return PreparedModel(
         name=target.name,
         config=config.model_copy(update={"model": model}),

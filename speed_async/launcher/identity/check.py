@@ -59,7 +59,7 @@ def check_identity(config: Config, folder: RunFolder) -> Identity:
         if WEIGHTS in then.things:
             now = with_weights(now, model, then.weights)
             _check_inputs(then, now, config, folder)
-    fingerprint = model_fingerprint(model, chat_template=config.model.chat_template)
+    fingerprint = model_fingerprint(model, config.model)
     check_segments(folder.journal, data=now.things[DATA].digest, model=fingerprint)
     if then is None:
         return now

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from speed_async.config.schema import ModelConfig
 from speed_async.launcher.identity.content import digest_files, digest_text, sample_digest
 
 SETTINGS = ("config.json", "generation_config.json")
@@ -54,11 +55,13 @@ def template_parts(folder: Path) -> dict[str, str]:
     return parts
 
 
-def model_fingerprint(folder: Path, *, chat_template: bool) -> str:
+def model_fingerprint(folder: Path, model: ModelConfig) -> str:
     """Digest of everything that must be identical on all nodes. It covers only samples of the
-    weights: it detects another model, but not a single wrong byte. Raises OSError."""
-    texts = [*_flat(model_parts(folder)), *_flat(tokenizer_parts(folder))]
-    if chat_template:
+    weights: it detects another model, but not a single wrong byte. `model`: its settings; the path
+    is ignored. Raises OSError."""
+    settings = model.model_dump_json(exclude={"path"})
+    texts = [settings, *_flat(model_parts(folder)), *_flat(tokenizer_parts(folder))]
+    if model.chat_template:
         texts += _flat(template_parts(folder))
     return digest_text(*texts)[:16]
 

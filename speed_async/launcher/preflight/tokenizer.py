@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from speed_async.actors.prompt_codec import NOT_ONE_TOKEN, chat_messages
 from speed_async.config.model_facts import read_json
-from speed_async.config.schema import Config
+from speed_async.config.schema import Config, ModelConfig
 from speed_async.errors import ConfigError, ModelError, SpeedAsyncError
 from speed_async.launcher.preflight.findings import Findings
 
@@ -20,12 +21,13 @@ OTHER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "te
 PLAIN_CLASSES = (None, "TokenizersBackend", "PreTrainedTokenizerFast")
 """Tokenizer classes that define no special tokens."""
 TEMPLATE_FILE = "chat_template.jinja"
+ANSWER = "made-up answer"
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 """Tags for training masks; they render no text."""
 
 
 class ChatTemplate:
-    def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, text: str, special_tokens: Mapping[str, str], model: ModelConfig) -> None:
         """Raises jinja2.TemplateError if the text is not a valid template."""
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -37,16 +39,26 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         self._template = environment.from_string(_GENERATION.sub("", text))
-        self._special_tokens = dict(special_tokens)
+        self._variables = {**special_tokens, **model.template_arguments}
+        self._system_prompt = model.system_prompt
 
     def render(self, prompt: str) -> str:
-        """Render one user message and the generation prompt. The template may raise."""
+        """Render one prompt and the generation prompt. The template may raise."""
+        return self._render(chat_messages(prompt, self._system_prompt), True)
+
+    def after_answer(self) -> str:
+        """What the template renders after an answer of the model. The template may raise."""
+        answer = {"role": "assistant", "content": ANSWER}
+        text = self._render([*chat_messages("2 + 2 =", self._system_prompt), answer], False)
+        return text.rpartition(ANSWER)[2]
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         return self._template.render(
-            messages=[{"role": "user", "content": prompt}],
+            messages=messages,
             tools=None,
             documents=None,
-            add_generation_prompt=True,
-            **self._special_tokens,
+            add_generation_prompt=add_generation_prompt,
+            **self._variables,
         )
 
 
@@ -66,6 +78,27 @@ class PromptTokenizer:
         with_special = self._template is None
         batch = self._tokenizer.encode_batch_fast(list(prompts), add_special_tokens=with_special)
         return [encoding.ids for encoding in batch]
+
+    def token_ids(self, text: str) -> list[int]:
+        """Token ids of plain text, without the chat template and prepended tokens."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def is_unknown(self, token_id: int) -> bool:
+        """Whether the token stands for text that is not in the vocabulary."""
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        return unknown is not None and self._tokenizer.id_to_token(token_id) == unknown
+
+    def end_of_turn(self) -> int | None:
+        """Token with which the chat template ends an answer; None if it ends with plain text."""
+        from jinja2 import TemplateError
+
+        if self._template is None:
+            return None
+        try:
+            ids = self.token_ids(self._template.after_answer().lstrip())
+        except (TemplateError, TypeError, ValueError):
+            return None  # some templates render no answers
+        return ids[0] if ids and ids[0] in self._tokenizer.get_added_tokens_decoder() else None
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Text of each token, including special tokens."""
@@ -91,11 +124,15 @@ def check_tokenizer(config: Config, folder: Path, findings: Findings) -> PromptT
     try:
         special_tokens, plain = _special_tokens(folder)
         _check_eos(folder, tokenizer, special_tokens.get("eos_token"), plain, findings)
-        template = _template(folder, special_tokens) if config.model.chat_template else None
+        used = config.model.chat_template
+        template = _template(folder, special_tokens, config.model) if used else None
+        loaded = PromptTokenizer(tokenizer, template)
+        eos = special_tokens.get("eos_token")
+        _check_stop_tokens(loaded, _eos_ids(folder, tokenizer, eos), config.model, findings)
     except SpeedAsyncError as error:
         findings.errors.append(error)
         return None
-    return PromptTokenizer(tokenizer, template)
+    return loaded
 
 
 def _report_missing_file(folder: Path, findings: Findings) -> None:
@@ -145,7 +182,46 @@ def _check_eos(
         )
 
 
-def _template(folder: Path, special_tokens: dict[str, str]) -> ChatTemplate:
+def _eos_ids(folder: Path, tokenizer: Any, eos: str | None) -> set[int]:
+    """As in the engine (actors/model_folder.py). Raises ModelError."""
+    found = set() if eos is None else {tokenizer.token_to_id(eos)} - {None}
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            value = read_json(folder / name).get("eos_token_id")
+            found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return found
+
+
+def _check_stop_tokens(
+    tokenizer: PromptTokenizer, eos_ids: set[int], model: ModelConfig, findings: Findings
+) -> None:
+    """Check `model.stop_tokens`, and that completions stop where the chat template ends a turn.
+
+    Raises ConfigError for a stop token that is not one token.
+    """
+    stop_ids = set(eos_ids)
+    for text in model.stop_tokens:
+        ids = tokenizer.token_ids(text)
+        if len(ids) != 1 or tokenizer.is_unknown(ids[0]):
+            raise ConfigError("model.stop_tokens", text, NOT_ONE_TOKEN)
+        stop_ids.update(ids)
+    if model.stop_tokens:
+        shown = ", ".join(map(repr, tokenizer.pieces(sorted(stop_ids))))
+        findings.show("completions end at", [shown])
+    end = tokenizer.end_of_turn()
+    if end is None or not stop_ids or end in stop_ids:
+        return
+    [text] = tokenizer.pieces([end])
+    ends = ", ".join(map(repr, tokenizer.pieces(sorted(stop_ids))))
+    findings.warnings.append(
+        f"the chat template ends a turn with {text!r}, but completions end at {ends} only: the "
+        "model may continue with further turns up to the length limit. Set "
+        f"model.stop_tokens = [{json.dumps(text, ensure_ascii=False)}], or use a model that was "
+        "trained on this template"
+    )
+
+
+def _template(folder: Path, special_tokens: dict[str, str], model: ModelConfig) -> ChatTemplate:
     from jinja2 import TemplateError
 
     text = _find_template(folder)
@@ -153,7 +229,7 @@ def _template(folder: Path, special_tokens: dict[str, str]) -> ChatTemplate:
         remedy = "this model's tokenizer has no chat template; set false"
         raise ConfigError("model.chat_template", True, remedy)
     try:
-        template = ChatTemplate(text, special_tokens)
+        template = ChatTemplate(text, special_tokens, model)
         template.render("2 + 2 =")
     except (TemplateError, TypeError, ValueError) as error:
         raise ConfigError(

@@ -12,7 +12,7 @@ from speed_async.actors.engine import ManagedEngine
 from speed_async.actors.failed_completions import FailedCompletions
 from speed_async.actors.loop import ActorLoop
 from speed_async.actors.model_folder import check_model_folder, load_tokenizer
-from speed_async.actors.prompt_codec import PromptCodec
+from speed_async.actors.prompt_codec import configured_codec
 from speed_async.actors.rollout import Rollout
 from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
@@ -82,7 +82,7 @@ async def _work(
     )
     folder = model_folder(config.model.path)
     check_model_folder(folder)
-    codec = PromptCodec(load_tokenizer(folder), chat_template=config.model.chat_template)
+    codec = configured_codec(load_tokenizer(folder), config.model)
     failures = FailedCompletions(RunFolder(path=Path(config.run.folder)).failed(name))
     sys.stderr.write(
         f"{name}.{incarnation}: loading {folder} with the {config.actors.engine} engine\n"
@@ -112,9 +112,7 @@ async def _work(
                 index=index,
                 incarnation=incarnation,
                 fingerprint=data_fingerprint(task, suites),
-                model_fingerprint=model_fingerprint(
-                    folder, chat_template=config.model.chat_template
-                ),
+                model_fingerprint=model_fingerprint(folder, config.model),
                 process_id=os.getpid(),
                 weight_ranks=config.actors.weight_ranks,
             )

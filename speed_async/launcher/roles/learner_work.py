@@ -78,9 +78,7 @@ async def learn(
                 index=rank.rank,
                 incarnation=attempt.number,
                 fingerprint=identity.things[DATA].digest,
-                model_fingerprint=model_fingerprint(
-                    folder, chat_template=config.model.chat_template
-                ),
+                model_fingerprint=model_fingerprint(folder, config.model),
                 process_id=os.getpid(),
             )
         )

@@ -41,7 +41,7 @@ async def run_service(config: Config, run_folder: Path, *, attempt: int) -> None
     hub = await open_hub(config.cluster.host, config.cluster.service_port, keys=keys)
     feed = FeedPublisher(config.cluster.host, config.cluster.feed_port, keys=keys)
     task_fingerprint, model = data_fingerprint(task, suites), model_folder(config.model.path)
-    folder_fingerprint = model_fingerprint(model, chat_template=config.model.chat_template)
+    folder_fingerprint = model_fingerprint(model, config.model)
     num_token_ids = vocab_size(model)
 
     def build(settings: Config, state: ServiceState | None) -> BufferService:

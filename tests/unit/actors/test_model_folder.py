@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from speed_async.actors.model_folder import load_model_folder
+from speed_async.actors.model_folder import load_model_folder, load_tokenizer
 from speed_async.actors.stepped_engine.engine import SteppedEngine
 from speed_async.actors.stepped_engine.worker import ThreadWorker
 from speed_async.actors.torch_engine.engine import load_torch_generator
 from speed_async.actors.torch_engine.generator import TorchGenerator
+from speed_async.actors.vllm_engine.options import ServingInfo
+from speed_async.config.load import build_config
 from speed_async.config.schema import ActorsConfig, ModelConfig
-from speed_async.errors import ModelError
+from speed_async.errors import ConfigError, ModelError
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.broadcast import TorchReceiver, TorchSender
 from tests.fakes.engine_contract import gather, request, start_all
@@ -46,6 +48,23 @@ def test_engine_starts_from_a_model_folder(tmp_path: Path, family: str, tied: bo
         assert next(loaded.model.parameters()).dtype == torch.float32
 
     asyncio.run(run())
+
+
+def test_completions_stop_at_the_configured_stop_tokens(tmp_path: Path) -> None:
+    save_tiny_folder(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    text, token_id = next((t, i) for t, i in tokenizer.get_vocab().items() if i != EOS_TOKEN_ID)
+    loaded = load_model_folder(tmp_path, device="cpu", stop_tokens=[text])
+    assert loaded.eos_token_ids == tuple(sorted({EOS_TOKEN_ID, token_id}))
+    config = build_config(
+        {
+            "model": {"path": str(tmp_path), "stop_tokens": [text]},
+            "task": {"name": "arithmetic"},
+        }
+    )
+    assert ServingInfo(config).eos_token_ids == loaded.eos_token_ids
+    with pytest.raises(ConfigError, match=r"model\.stop_tokens.*is not one token of this model"):
+        load_model_folder(tmp_path, device="cpu", stop_tokens=["no token"])
 
 
 def test_missing_folder_raises(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from speed_async.actors.prompt_codec import PromptCodec
+from speed_async.actors.prompt_codec import PromptCodec, configured_codec
+from speed_async.config.schema import ModelConfig
 from speed_async.errors import ConfigError, ModelError
 from tests.fakes.paths import MODEL
 
@@ -104,6 +105,23 @@ def test_special_token_strings_in_a_prompt_are_encoded_as_special_tokens() -> No
     chat = PromptCodec(tokenizer, chat_template=True)
     served: Any = tokenizer.apply_chat_template([{"role": "user", "content": "a<|end|>b"}])
     assert chat.encode("a<|end|>b").tolist() == served["input_ids"]
+
+
+def test_the_system_prompt_and_template_arguments_reach_the_template() -> None:
+    template = (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'system' %}|{% endif %}{% endfor %}"
+        "{% if enable_thinking %}={% else %}.{% endif %}"
+    )
+    model = ModelConfig(
+        path="",
+        chat_template=True,
+        system_prompt="abc",
+        template_arguments={"enable_thinking": True},
+    )
+    tokenizer = make_tokenizer("$A", chat_template=template)
+    assert tokens(configured_codec(tokenizer, model), "1+2") == [*"abc|1+2="]
+    plain = ModelConfig(path="", chat_template=True)
+    assert tokens(configured_codec(tokenizer, plain), "1+2") == [*"1+2."]
 
 
 def test_prompt_rejected_by_the_chat_template_raises() -> None:

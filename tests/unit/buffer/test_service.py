@@ -206,7 +206,10 @@ def test_hello_with_another_model_folder_is_rejected(harness: ServiceHarness) ->
     )
     [(_, reply)] = harness.send("actor-1.0", hello)
     assert isinstance(reply, m.Rejected)
-    assert "give every node the same model, tokenizer and chat template" in reply.reason
+    assert (
+        "give every node the same model, tokenizer, chat template and section [model]"
+        in reply.reason
+    )
 
 
 def test_offers_have_ordered_ranks_and_only_new_members_open_an_epoch(

@@ -1,6 +1,7 @@
 """`speed-async data show`: prompts as the engine gets them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,25 @@ def test_a_bare_right_answer_passes_where_the_task_wants_no_box() -> None:
     alone, in_box, _, wrong = result.output.splitlines()[-4:]
     assert alone.startswith("  right, alone: reward 1, extracted")
     assert in_box.startswith("  right, in a box: reward 0") and "wrong: reward 0" in wrong
+
+
+def test_the_system_prompt_and_template_arguments_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}<pad>{% endfor %}{{ number }}"
+    )
+    (tmp_path / "c.toml").write_text(
+        f'[model]\npath = "{model}"\nchat_template = true\nsystem_prompt = "12"\n'
+        'template_arguments = { number = 7 }\n[task]\nname = "arithmetic"\n'
+    )
+    arguments = ["show", str(tmp_path / "c.toml"), "--num", "1"]
+    result = CliRunner().invoke(data, arguments, catch_exceptions=False)
+    shown = result.output.partition("--- training prompt 0: ")[2].splitlines()[:2]
+    assert shown[0].endswith(" tokens ---")
+    assert shown[1].startswith("12<pad>") and shown[1].endswith("=<pad>7")
 
 
 def test_weighted_rewards_are_shown_with_their_parts_and_a_hanging_one_is_timed_out(

@@ -95,6 +95,12 @@ def test_default_credits_are_one_batch_per_version_of_the_staleness_window(
         (["--gate.low", "0.3", "--gate.high", "0.4"], "gate.n_init", "widen"),
         (["--model.context_length", "64"], "actors.max_new_tokens", "no space"),
         (["--model.path", "/nowhere"], "model.path", "no such folder"),
+        (["--model.system_prompt", "Think."], "model.system_prompt", "set model.chat_template"),
+        (
+            ["--model.chat_template", "true", "--model.template_arguments.tools", "1"],
+            "model.template_arguments.tools",
+            "is set by this program",
+        ),
         (["--cluster.learners", "2"], "cluster.learners", "set 1"),
         (["--actors.max_restarts", "1000"], "actors.max_restarts", "set at most 999"),
         (["--task.name", "jsonl"], "task.path", "needs a data file"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from speed_async.config.load import build_config
-from speed_async.config.schema import Config, RewardConfig
+from speed_async.config.schema import Config, ModelConfig, RewardConfig
 from speed_async.environments.registry import make_task
 from speed_async.environments.rewards import reward_functions
 from speed_async.environments.scoring_source import scoring_files
@@ -79,30 +79,40 @@ def test_sample_digest_detects_other_weights_of_the_same_size(tmp_path: Path) ->
 
 # --- a model folder on two nodes ---------------------------------------------------------------
 
+PLAIN = ModelConfig(path="of this machine")
+WITH_TEMPLATE = ModelConfig(path="of this machine", chat_template=True)
+
 
 def test_fingerprint_depends_on_model_files_only(model: Path) -> None:
-    original = model_fingerprint(MODEL, chat_template=True)
-    assert model_fingerprint(model, chat_template=True) == original
+    original = model_fingerprint(MODEL, WITH_TEMPLATE)
+    assert model_fingerprint(model, WITH_TEMPLATE) == original
     (model / "README.md").write_text("notes")
-    assert model_fingerprint(model, chat_template=True) == original
+    assert model_fingerprint(model, WITH_TEMPLATE) == original
+
+
+def test_fingerprint_differs_when_settings_differ_but_not_with_the_path() -> None:
+    original = model_fingerprint(MODEL, PLAIN)
+    assert model_fingerprint(MODEL, PLAIN.model_copy(update={"path": "elsewhere"})) == original
+    for change in ({"system_prompt": "Think."}, {"stop_tokens": ["="]}):
+        assert model_fingerprint(MODEL, PLAIN.model_copy(update=change)) != original
 
 
 @pytest.mark.parametrize(
     "name", ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"]
 )
 def test_fingerprint_differs_when_a_model_file_differs(model: Path, name: str) -> None:
-    original = model_fingerprint(model, chat_template=False)
+    original = model_fingerprint(model, PLAIN)
     (model / name).write_bytes((model / name).read_bytes() + b" ")
-    assert model_fingerprint(model, chat_template=False) != original
+    assert model_fingerprint(model, PLAIN) != original
 
 
 def test_chat_template_affects_the_fingerprint_only_if_enabled(model: Path) -> None:
-    original = [model_fingerprint(model, chat_template=used) for used in (False, True)]
+    original = [model_fingerprint(model, used) for used in (PLAIN, WITH_TEMPLATE)]
     path = model / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": "x"}))
-    inside = [model_fingerprint(model, chat_template=used) for used in (False, True)]
+    inside = [model_fingerprint(model, used) for used in (PLAIN, WITH_TEMPLATE)]
     (model / "chat_template.jinja").write_text("y")
-    separate = [model_fingerprint(model, chat_template=used) for used in (False, True)]
+    separate = [model_fingerprint(model, used) for used in (PLAIN, WITH_TEMPLATE)]
     assert original[0] == inside[0] == separate[0]
     assert len({original[1], inside[1], separate[1]}) == 3
 

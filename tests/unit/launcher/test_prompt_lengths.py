@@ -1,6 +1,8 @@
 """The check of prompt lengths: which prompts of many it reads."""
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,3 +49,45 @@ def test_of_many_prompts_neighbours_are_read_so_that_few_pages_of_a_file_are(
     assert len({index // 100 for index in many.read}) <= 64 * 3
     assert min(many.read) == 0 and max(many.read) == 98_437 + 156
     assert measured[1].num_seen == 9_000 and len(few.read) == 9_000
+
+
+CHAT = {"chat_template": True}
+TURNS = "{% for m in messages %}{{ m.content }}<pad>\n{% endfor %}"
+"""Ends a turn with a special token that is not EOS."""
+
+
+def check_chat(folder: Path, **model: object) -> Findings:
+    (folder / "chat_template.jinja").write_text(TURNS)
+    config = build_config(
+        {"model": {"path": str(folder), **CHAT, **model}, "task": {"name": "arithmetic"}}
+    )
+    findings = Findings()
+    check_tokenizer(config, folder, findings)
+    return findings
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(MODEL, tmp_path / "model"))
+
+
+def test_a_template_that_ends_turns_with_another_token_than_eos_is_reported(model: Path) -> None:
+    [warning] = check_chat(model).warnings
+    assert "ends a turn with '<pad>', but completions end at '<eos>' only" in warning
+    assert 'Set model.stop_tokens = ["<pad>"]' in warning
+    settled = check_chat(model, stop_tokens=["<pad>"])
+    assert settled.warnings == [] and settled.errors == []
+    assert settled.sections == [("completions end at", ["'<pad>', '<eos>'"])]
+
+
+def test_a_template_whose_end_of_turn_is_in_the_generation_config_is_not_reported(
+    model: Path,
+) -> None:
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    assert check_chat(model).warnings == []
+
+
+@pytest.mark.parametrize("text", ["12", "unknown", ""])
+def test_a_stop_token_that_is_not_one_token_is_an_error(model: Path, text: str) -> None:
+    [error] = check_chat(model, stop_tokens=[text]).errors
+    assert f"'model.stop_tokens' = {text!r}: is not one token of this model" in str(error)
