@@ -10,7 +10,7 @@ from speed_async.actors.engine import Engine, GenerationRequest
 from speed_async.actors.failed_completions import FailedCompletions
 from speed_async.actors.prompt_codec import PromptCodec
 from speed_async.config.schema import Config
-from speed_async.errors import TaskError
+from speed_async.errors import ModelError, TaskError
 from speed_async.types import (
     Completion,
     Group,
@@ -132,6 +132,11 @@ class Rollout:
         if work.lease.kind is LeaseKind.EVALUATION:
             await self._phase(work, prompt, tokens, Phase.EVALUATION, work.lease.num_samples)
             return None
+        limit = self._config.task.max_prompt_tokens
+        if limit is not None and len(tokens) > limit:
+            raise ModelError(
+                f"it has {len(tokens):,} tokens, more than task.max_prompt_tokens = {limit:,}"
+            )
         gate = self._config.gate
         if gate.num_screening:
             await self._phase(work, prompt, tokens, Phase.SCREENING, gate.num_screening)

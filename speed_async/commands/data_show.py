@@ -48,7 +48,11 @@ def show(config: str, overrides: tuple[str, ...], num: int) -> None:
     scored = asyncio.run(_scored(resolved, prompts))
     for prompt, verdicts in zip(prompts, scored, strict=True):
         ids = codec.encode(prompt.text).tolist()
-        click.echo(f"\n--- training prompt {prompt.prompt_id}: {len(ids)} tokens ---")
+        limit = resolved.task.max_prompt_tokens
+        left_out = (
+            "" if limit is None or len(ids) <= limit else ", left out: task.max_prompt_tokens"
+        )
+        click.echo(f"\n--- training prompt {prompt.prompt_id}: {len(ids)} tokens{left_out} ---")
         click.echo(_visible(tokenizer, ids))
         level = f" (level {prompt.level})" if prompt.level else ""
         click.echo(f"answer: {prompt.answer!r}{level}")

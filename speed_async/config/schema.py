@@ -125,6 +125,13 @@ class TaskConfig(Section):
     num_prompts: PositiveInt = 4096
     """Number of training prompts to generate (tasks that generate prompts), or to use at most
     (`verifiers:<environment>`)."""
+    max_prompt_tokens: PositiveInt | None = None
+    """Training prompts with more tokens (chat template included) are not trained on; None: only
+    those that do not fit into the context are left out."""
+    long_prompts: Literal["leave_out", "error"] = "leave_out"
+    """What a training prompt over `max_prompt_tokens` or the context means: it is left out and
+    counted, or the checks before a run fail. They read a sample of many prompts; a prompt that they
+    missed is left out."""
     num_held_out: PositiveInt = 256
     """Prompts held out for evaluation and never trained on."""
     max_digits: PositiveInt = 6

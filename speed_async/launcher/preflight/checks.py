@@ -15,7 +15,7 @@ from speed_async.launcher.preflight.machine import (
 )
 from speed_async.launcher.preflight.memory import CHECKPOINT_BYTES, estimate_memory
 from speed_async.launcher.preflight.model import CheckedModel, check_model, find_model
-from speed_async.launcher.preflight.prompts import check_prompts, describe
+from speed_async.launcher.preflight.prompts import TRAINING, check_prompts, describe
 from speed_async.launcher.preflight.suites import check_suites
 from speed_async.launcher.preflight.task import CheckedTask, check_task
 from speed_async.launcher.preflight.tokenizer import PromptTokenizer, check_tokenizer
@@ -53,7 +53,7 @@ def run_checks(
         counts = "{:,} training prompts, {:,} held-out prompts".format(*prompts)
         findings.show("task", [f"{config.task.name}: {counts}"])
         _show_example(task, tokenizer, findings)
-        own = [("training", task.task.train_prompts), ("held-out", task.task.held_out_prompts)]
+        own = [(TRAINING, task.task.train_prompts), ("held-out", task.task.held_out_prompts)]
         parts = [*own, *parts]
     if tokenizer is not None and model is not None and parts:
         _check_lengths(config, model, tokenizer, parts, findings)

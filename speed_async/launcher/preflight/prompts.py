@@ -21,7 +21,11 @@ MAX_CHARACTERS = 4_000_000
 NUM_BLOCKS = 64
 PROBED_PER_BLOCK = 16
 TOO_LONG, EMPTY, UNKNOWN_TOKEN, TEMPLATE = "too long", "empty", "unknown token", "template"
+OVER_LIMIT = "over task.max_prompt_tokens"
+TRAINING = "training"
+"""Name of the prompts that are trained on."""
 REMEDIES = {
+    OVER_LIMIT: "raise the limit, or use shorter prompts",
     TOO_LONG: "use shorter prompts, or a model with a longer context",
     EMPTY: "use prompts with at least one token",
     UNKNOWN_TOKEN: "use a model with a matching tokenizer",
@@ -91,22 +95,25 @@ def _measure(
             _add_unusable(part, TEMPLATE, prompt, f"the chat template fails on it: {ids}")
             continue
         part.lengths.append(len(ids))
-        _check_fit(part, prompt, ids, config.actors.max_new_tokens, model)
+        _check_fit(config, model, part, prompt, ids)
     return part
 
 
 def _check_fit(
-    part: Lengths, prompt: Prompt, ids: Sequence[int], max_new_tokens: int, model: CheckedModel
+    config: Config, model: CheckedModel, part: Lengths, prompt: Prompt, ids: Sequence[int]
 ) -> None:
     context, vocab_size = model.context_length, model.facts.vocab_size
+    limit = config.task.max_prompt_tokens if part.what == TRAINING else None
     if not ids:
         _add_unusable(part, EMPTY, prompt, "no tokens")
     elif context is not None and len(ids) >= context:
         _add_unusable(part, TOO_LONG, prompt, f"{len(ids):,} tokens, no space for a completion")
+    elif limit is not None and len(ids) > limit:
+        _add_unusable(part, OVER_LIMIT, prompt, f"{len(ids):,} tokens")
     elif vocab_size is not None and max(ids) >= vocab_size:
         detail = f"token id {max(ids)} exceeds the vocabulary size {vocab_size}"
         _add_unusable(part, UNKNOWN_TOKEN, prompt, detail)
-    elif context is not None and len(ids) + max_new_tokens > context:
+    elif context is not None and len(ids) + config.actors.max_new_tokens > context:
         part.num_limited += 1
 
 
@@ -175,7 +182,9 @@ def _report(config: Config, model: CheckedModel, part: Lengths, findings: Findin
             )
         )
         return
-    effect = "cannot be trained on" if part.what == "training" else "count as wrong"
+    if part.what == TRAINING and config.task.long_prompts == "error":
+        findings.errors += _long_prompts(config, part)
+    effect = "cannot be trained on" if part.what == TRAINING else "count as wrong"
     for reason, count in part.unusable.items():
         findings.warnings.append(
             f"{count:,} of {part.num_seen:,} {part.what} prompts {effect} ({reason}); the first is "
@@ -191,6 +200,19 @@ def _report(config: Config, model: CheckedModel, part: Lengths, findings: Findin
         )
 
 
+def _long_prompts(config: Config, part: Lengths) -> list[ConfigError]:
+    return [
+        ConfigError(
+            "task.long_prompts",
+            config.task.long_prompts,
+            f"{part.unusable[reason]:,} of {part.num_seen:,} training prompts are too long; the "
+            f"first is {part.examples[reason]}. Use shorter prompts, or set 'leave_out'",
+        )
+        for reason in (TOO_LONG, OVER_LIMIT)
+        if part.unusable[reason]
+    ]
+
+
 def _fitting(part: Lengths, model: CheckedModel) -> list[int]:
     return [each for each in part.lengths if 0 < each < (model.context_length or each + 1)]
 
@@ -198,6 +220,8 @@ def _fitting(part: Lengths, model: CheckedModel) -> list[int]:
 def _field(config: Config, model: CheckedModel, reason: str) -> tuple[str, object]:
     if reason == TOO_LONG:
         return "model.context_length", model.context_length
+    if reason == OVER_LIMIT:
+        return "task.max_prompt_tokens", config.task.max_prompt_tokens
     if reason == TEMPLATE:
         return "model.chat_template", True
     return "model.path", config.model.path

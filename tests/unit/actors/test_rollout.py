@@ -15,6 +15,7 @@ from speed_async.actors.rollout import LeaseProgress, Rollout, Scorer, UnscoredC
 from speed_async.config.schema import Config
 from speed_async.environments.outcome_lengths import OutcomeLengths
 from speed_async.environments.rewards import unscored
+from speed_async.errors import ModelError
 from speed_async.testing.scripted_engine import ScriptedEngine
 from speed_async.testing.scripted_verifier import ScriptedVerifier
 from speed_async.transport import messages as m
@@ -33,8 +34,10 @@ PROMPT = Prompt(prompt_id=0, text="p", answer="")
 
 
 class IntCodec:
+    """One token per character of a prompt."""
+
     def encode(self, text: str) -> Int32Array:
-        return np.array([len(text)], np.int32)
+        return np.arange(len(text), dtype=np.int32)
 
     def decode(self, token_ids: Int32Array) -> str:
         return " ".join(map(str, token_ids.tolist()))
@@ -49,13 +52,14 @@ def run_lease(
     num_samples: int = 0,
     suite: str = "",
     suite_scorers: Mapping[str, Scorer] = MappingProxyType({}),
+    prompt: Prompt = PROMPT,
 ) -> tuple[Group | None, LeaseProgress]:
     async def scenario() -> tuple[Group | None, LeaseProgress]:
         lease = Lease(lease_id=0, prompt_id=0, kind=kind, num_samples=num_samples, suite=suite)
         async with ScriptedEngine(script, num_slots=8) as engine:
             rollout = Rollout(config, engine, verifier, IntCodec(), suite_scorers=suite_scorers)
             work = LeaseProgress(lease=lease)
-            return await rollout.run(work, PROMPT), work
+            return await rollout.run(work, prompt), work
 
     return asyncio.run(asyncio.wait_for(scenario(), 30))
 
@@ -133,6 +137,21 @@ class OneInTwo:
 
 def lengthening(request: GenerationRequest, number: int) -> list[int]:
     return [7] * (1 + number)
+
+
+def test_a_training_prompt_over_the_limit_is_left_out_but_still_evaluated(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(str(tmp_path), task={"max_prompt_tokens": 3})
+    verifier = ScriptedVerifier(lambda prompt, text: 1.0)
+    longest, longer = (Prompt(prompt_id=0, text=text, answer="") for text in ("abc", "abcd"))
+    run_lease(config, lengthening, verifier, prompt=longest)
+    with pytest.raises(ModelError, match=r"4 tokens, more than task\.max_prompt_tokens = 3"):
+        run_lease(config, lengthening, verifier, prompt=longer)
+    evaluation, few = LeaseKind.EVALUATION, 2
+    _, work = run_lease(
+        config, lengthening, verifier, prompt=longer, kind=evaluation, num_samples=few
+    )
+    assert len(work.completions) == few
 
 
 def test_a_training_group_with_an_unscored_completion_fails_with_the_reason(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_a_bare_right_answer_passes_where_the_task_wants_no_box() -> None:
     assert in_box.startswith("  right, in a box: reward 0") and "wrong: reward 0" in wrong
 
 
-def test_the_system_prompt_and_template_arguments_are_shown(
+def test_the_system_prompt_template_arguments_and_length_limit_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -58,11 +58,12 @@ def test_the_system_prompt_and_template_arguments_are_shown(
     (tmp_path / "c.toml").write_text(
         f'[model]\npath = "{model}"\nchat_template = true\nsystem_prompt = "12"\n'
         'template_arguments = { number = 7 }\n[task]\nname = "arithmetic"\n'
+        "max_prompt_tokens = 4\n"
     )
     arguments = ["show", str(tmp_path / "c.toml"), "--num", "1"]
     result = CliRunner().invoke(data, arguments, catch_exceptions=False)
     shown = result.output.partition("--- training prompt 0: ")[2].splitlines()[:2]
-    assert shown[0].endswith(" tokens ---")
+    assert shown[0].endswith(" tokens, left out: task.max_prompt_tokens ---")
     assert shown[1].startswith("12<pad>") and shown[1].endswith("=<pad>7")
 
 

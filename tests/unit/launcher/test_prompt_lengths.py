@@ -51,6 +51,44 @@ def test_of_many_prompts_neighbours_are_read_so_that_few_pages_of_a_file_are(
     assert measured[1].num_seen == 9_000 and len(few.read) == 9_000
 
 
+def check_rows(folder: Path, texts: list[str], **task: object) -> Findings:
+    config = build_config(
+        {
+            "model": {"path": str(folder)},
+            "task": {"name": "arithmetic", **task},
+            "actors": {"max_new_tokens": 8},
+        }
+    )
+    findings = Findings()
+    model = check_model(config, folder, findings)
+    tokenizer = check_tokenizer(config, folder, findings)
+    assert model is not None and tokenizer is not None
+    rows = [Prompt(prompt_id=i, text=text, answer="") for i, text in enumerate(texts)]
+    prompts.check_prompts(
+        config, model, tokenizer, [("training", rows), ("held-out", rows)], findings
+    )
+    return findings
+
+
+def test_training_prompts_over_the_limit_are_counted_and_left_out() -> None:
+    texts = ["1+1=", "12+1=", "123+1="]  # and one BOS
+    findings = check_rows(MODEL, texts, max_prompt_tokens=5)
+    assert findings.errors == []
+    assert findings.warnings == [
+        "2 of 3 training prompts cannot be trained on (over task.max_prompt_tokens); the first is "
+        "prompt 1, '12+1=': 6 tokens"
+    ]
+
+
+def test_long_prompts_are_errors_if_configured() -> None:
+    texts = ["1+1=", "1" * 12, "1" * 200]
+    findings = check_rows(MODEL, texts, max_prompt_tokens=5, long_prompts="error")
+    context, limit = map(str, findings.errors)
+    assert "'task.long_prompts' = 'error': 1 of 3 training prompts are too long" in context
+    assert "prompt 2, " in context and "prompt 1, '111111111111': 13 tokens" in limit
+    assert "set 'leave_out'" in limit
+
+
 CHAT = {"chat_template": True}
 TURNS = "{% for m in messages %}{{ m.content }}<pad>\n{% endfor %}"
 """Ends a turn with a special token that is not EOS."""
