@@ -1,8 +1,16 @@
 """Which GPUs of a node each rank uses, as indices into the visible GPUs. Does not import torch."""
 
+import os
+
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError
 from speed_async.launcher.rank import Rank
+
+
+def visible_gpus(num_gpus: int) -> list[str]:
+    """Entries of CUDA_VISIBLE_DEVICES, or the indices of all GPUs if it is not set."""
+    indices = ",".join(map(str, range(num_gpus)))
+    return [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", indices).split(",")]
 
 
 def actor_gpus(config: Config, rank: Rank, num_gpus: int) -> tuple[int, ...]:

@@ -63,9 +63,7 @@ def node_rendezvous() -> RendezvousFile:
     """
     if folder := os.environ.get(FOLDER_VARIABLE):
         return RendezvousFile(Path(folder))
-    private = Path(tempfile.gettempdir()) / f"speed_async-{os.getuid()}"
-    _make_private(private)
-    rendezvous = RendezvousFile(private / _parent_name())
+    rendezvous = RendezvousFile(private_folder() / _parent_name())
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts != "0" and not rendezvous.path.is_file():
         raise SpeedAsyncError(
@@ -73,6 +71,14 @@ def node_rendezvous() -> RendezvousFile:
             "run, is gone: start with --resume RUN_DIR"
         )
     return rendezvous
+
+
+def private_folder() -> Path:
+    """This user's folder for processes of this machine. Raises SpeedAsyncError if other users can
+    access it."""
+    folder = Path(tempfile.gettempdir()) / f"speed_async-{os.getuid()}"
+    _make_private(folder)
+    return folder
 
 
 def _parent_name() -> str:

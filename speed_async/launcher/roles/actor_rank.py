@@ -15,7 +15,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, RoleError, RunFinished, RunLost, SpeedAsyncError
 from speed_async.launcher.event_loop import stop_event
 from speed_async.launcher.exit_status import remote_end_line
-from speed_async.launcher.gpus import actor_gpus
+from speed_async.launcher.gpus import actor_gpus, visible_gpus
 from speed_async.launcher.logs import log_to
 from speed_async.launcher.rank import Rank
 from speed_async.launcher.rendezvous import FOLDER_VARIABLE, node_rendezvous
@@ -130,5 +130,5 @@ def _own_gpus(config: Config, rank: Rank) -> dict[str, str]:
     chosen = actor_gpus(config, rank, count)
     if not chosen:
         return {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    visible = visible_gpus(count)
     return {"CUDA_VISIBLE_DEVICES": ",".join(visible[index % len(visible)] for index in chosen)}

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from speed_async.config.hub_id import local_or_hub
@@ -24,12 +25,15 @@ from speed_async.errors import (
     SpeedAsyncError,
 )
 from speed_async.launcher.event_loop import stop_event
+from speed_async.launcher.free_gpus import claim_gpus
+from speed_async.launcher.gpus import visible_gpus
 from speed_async.launcher.ports import address_at
 from speed_async.launcher.processes import ENVIRONMENT
-from speed_async.launcher.roles.engine_environment import engine_environment
+from speed_async.launcher.rendezvous import private_folder
+from speed_async.launcher.roles.engine_environment import engine_environment, num_gpus
 from speed_async.launcher.roles.join import Admitted, request_admission, wait_for_run_end
 from speed_async.launcher.roles.supervisor import ActorPlan, supervise
-from speed_async.launcher.run_folder import make_run_folder
+from speed_async.launcher.run_folder import RunFolder, make_run_folder
 from speed_async.transport import messages as m
 from speed_async.transport.curve import ClientKeys, load_client_keys
 from speed_async.transport.feed import FeedSubscriber
@@ -90,8 +94,49 @@ async def join_run(
 async def _run_actor(
     admitted: Admitted, stopping: asyncio.Event, config: Config, curve: ClientKeys | None
 ) -> None:
-    host, port, accepted = admitted.host, admitted.port, admitted.accepted
     folder, config = make_run_folder(config)
+    with ExitStack() as claims:
+        visible = await asyncio.to_thread(choose_gpus, config, num_gpus(), claims)
+        await _supervise(admitted, stopping, config, curve, folder, visible)
+
+
+def choose_gpus(config: Config, num_visible: int, claims: ExitStack) -> list[str]:
+    """All visible GPUs, as entries of CUDA_VISIBLE_DEVICES; empty without GPUs.
+
+    The first ones are for this actor, and claimed until `claims` is closed. The others stay
+    visible, since weights may arrive in the memory of the learner's GPU.
+
+    Raises ConfigError for a tensor-parallel actor that does not fit on this machine.
+    """
+    num = config.actors.weight_ranks
+    if not num_visible or (config.actors.engine != "vllm" and config.actors.device == "cpu"):
+        return []
+    visible = visible_gpus(num_visible)
+    if num > num_visible:
+        raise ConfigError(
+            "actors.vllm.tensor_parallel",
+            num,
+            f"this machine has {num_visible} visible GPUs; join from one with at least {num}",
+        )
+    choice = claim_gpus(num, visible, private_folder(), claims)
+    shown = ", ".join(choice.gpus)
+    if choice.shared:
+        print(f"warning: other actors that joined have claimed all GPUs; this one shares {shown}")
+    else:
+        print(f"this actor uses GPU {shown}")
+    return [*choice.gpus, *(each for each in visible if each not in choice.gpus)]
+
+
+async def _supervise(
+    admitted: Admitted,
+    stopping: asyncio.Event,
+    config: Config,
+    curve: ClientKeys | None,
+    folder: RunFolder,
+    visible: list[str],
+) -> None:
+    host, port, accepted = admitted.host, admitted.port, admitted.accepted
+    own = {"CUDA_VISIBLE_DEVICES": ",".join(visible)} if visible else {}
     plan = ActorPlan(
         index=accepted.index,
         host=host,
@@ -99,7 +144,7 @@ async def _run_actor(
         folder=folder.path,
         first_incarnation=accepted.incarnation,
         joined=True,
-        environment=engine_environment(config),
+        environment=own | engine_environment(config),
     )
     address = address_at(host, port)
     print(f"joined {address} as {plan.role}; its logs are in {folder.path / 'logs'}")
