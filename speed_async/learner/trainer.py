@@ -24,6 +24,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import ModelError
 from speed_async.learner.canary_probe import CanaryProbe
 from speed_async.learner.checkpoint.best import BestCheckpoints
+from speed_async.learner.checkpoint.dtypes import read_dtypes
 from speed_async.learner.checkpoint.files import check_can_save, load_checkpoint, save_checkpoint
 from speed_async.learner.checkpoint.model_files import read_model_files
 from speed_async.learner.checkpoint.store import checkpoint_folder, prune
@@ -91,7 +92,8 @@ class Trainer:
         self._total_updates = config.run.updates
         self._checkpoints = Path(config.run.folder) / "checkpoints"
         self.best = BestCheckpoints(self._checkpoints)
-        self._model_files = read_model_files(model_folder(config.model.path))
+        source = model_folder(config.model.path)
+        self._model_files, self._dtypes = read_model_files(source), read_dtypes(source)
         self._clock = clock
         context = context_length(model, config.model.context_length)
         self._objective = objective or make_objective(config, context_length=context)
@@ -171,7 +173,7 @@ class Trainer:
         Raises SpeedAsyncError with the cause and the remedy.
         """
         folder = checkpoint_folder(self._checkpoints, self.num_updates)
-        check_can_save(folder, model=self.model, model_files=self._model_files)
+        check_can_save(folder, model=self.model, model_files=self._model_files, dtypes=self._dtypes)
 
     def save(self, progress: Progress) -> int:
         """Writes a checkpoint of the current state, then removes all but the newest
@@ -186,6 +188,7 @@ class Trainer:
             model=self.model,
             optimizer=self._optimizer,
             model_files=self._model_files,
+            dtypes=self._dtypes,
             progress=progress,
         )
         return prune(self._checkpoints, self._config.keep_last, self.best.kept)

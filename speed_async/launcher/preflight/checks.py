@@ -13,7 +13,7 @@ from speed_async.launcher.preflight.machine import (
     check_libraries,
     check_ports,
 )
-from speed_async.launcher.preflight.memory import CHECKPOINT_BYTES, estimate_memory
+from speed_async.launcher.preflight.memory import checkpoint_bytes, estimate_memory
 from speed_async.launcher.preflight.model import CheckedModel, check_model, find_model
 from speed_async.launcher.preflight.prompts import TRAINING, check_prompts, describe
 from speed_async.launcher.preflight.suites import check_suites
@@ -58,10 +58,14 @@ def run_checks(
     if tokenizer is not None and model is not None and parts:
         _check_lengths(config, model, tokenizer, parts, findings)
     if model is not None and model.weights is not None:
-        checkpoint_bytes = CHECKPOINT_BYTES * model.weights.num_parameters
         findings.show("memory", estimate_memory(config, model, findings))
         if parent is not None and leads:
-            disk = check_disk(config, findings, parent=parent, checkpoint_bytes=checkpoint_bytes)
+            disk = check_disk(
+                config,
+                findings,
+                parent=parent,
+                checkpoint_bytes=checkpoint_bytes(model.weights),
+            )
             findings.show("disk", disk)
     return findings
 

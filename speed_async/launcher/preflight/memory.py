@@ -14,10 +14,12 @@ from speed_async.launcher.preflight.devices import why_no_gpu
 from speed_async.launcher.preflight.findings import Findings
 from speed_async.launcher.preflight.machine import size
 from speed_async.launcher.preflight.model import CheckedModel
+from speed_async.launcher.preflight.weights import Weights
 
 LEARNER_BYTES = 16
 CHECKPOINT_BYTES = 12
-"""Per parameter: a float32 weight and the optimiser's two moments."""
+"""Per parameter: a float32 weight and the optimiser's two moments. A folder with smaller weights
+has these too."""
 FLOAT32_BYTES = 4
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
@@ -56,6 +58,12 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
         actor_bytes = weight_bytes + (kv_bytes or 0)
         _check_available(learner_bytes + config.cluster.actors * actor_bytes, findings)
     return lines
+
+
+def checkpoint_bytes(weights: Weights) -> int:
+    """Disk space of one checkpoint."""
+    is_smaller = weights.num_bytes < FLOAT32_BYTES * weights.num_parameters
+    return CHECKPOINT_BYTES * weights.num_parameters + is_smaller * weights.num_bytes
 
 
 def _kv_bytes(config: Config, model: CheckedModel, value_bytes: int) -> int | None:

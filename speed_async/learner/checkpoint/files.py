@@ -3,7 +3,8 @@
 A checkpoint is written under a temporary name, sealed with checksums (checksums.py), then renamed.
 Under its final name it is always complete. Loaders read every file that looks like weights (vLLM
 reads every `*.safetensors`), so the top level contains only the model, and the optimiser tensors
-have a different suffix. `training/` contains the optimiser tensors, the random states of the
+have a different suffix. Weights are stored in the dtype of the initial model. `training/` contains
+their float32 values (where that is another dtype), the optimiser tensors, the random states of the
 process, and the learner's progress. The learning rate is not stored: it follows from the number of
 updates (`learning_rate`). No pickles are used.
 """
@@ -25,24 +26,34 @@ from transformers import GenerationConfig, PreTrainedModel
 from speed_async.config.whole_file import flush
 from speed_async.errors import ModelError, SpeedAsyncError
 from speed_async.learner.checkpoint.checksums import damage, seal
-from speed_async.learner.checkpoint.model_files import CONFIG_FILE, declares_class
+from speed_async.learner.checkpoint.dtypes import (
+    WeightDtypes,
+    load_master_weights,
+    master_weights,
+    stored_tensors,
+    tensor_bytes,
+)
+from speed_async.learner.checkpoint.model_files import (
+    CONFIG_FILE,
+    LEGACY_OPTIMIZER_FILE,
+    declares_class,
+)
 from speed_async.learner.checkpoint.random_states import random_states, restore_random_states
 from speed_async.learner.checkpoint.store import TRAINER_FILE, TRAINING_FOLDER, clean_up, commit
 from speed_async.learner.model import load_model
 from speed_async.learner.optimizer import load_named_state, named_state
 from speed_async.learner.progress import Progress, Update
 
-FORMAT = 4
-LEGACY_FORMATS = (2, 3)
-"""Formats that can still be resumed. Format 2 has all files next to the model, and neither counts
-optimiser updates."""
+FORMAT = 5
+WITHOUT_COUNT = (2, 3)
+LEGACY_FORMATS = (*WITHOUT_COUNT, 4)
+"""Formats that can still be resumed. All weights are float32. Format 2 has all files next to the
+model, and 2 and 3 do not count optimiser updates."""
+MASTER_FILE = "weights.tensors"
 OPTIMIZER_FILE = "optimizer.tensors"
-"""In the format of safetensors."""
-LEGACY_OPTIMIZER_FILE = "optimizer.safetensors"
+"""In the format of safetensors, as MASTER_FILE."""
 RANDOM_FILE = "random.json"
 GENERATION_FILE = "generation_config.json"
-BYTES_PER_PARAMETER = 12
-"""Parameter and AdamW's two moments, in float32."""
 
 
 def save_checkpoint(
@@ -51,6 +62,7 @@ def save_checkpoint(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     model_files: Mapping[str, bytes],
+    dtypes: WeightDtypes,
     progress: Progress,
 ) -> None:
     """Writes `folder` atomically and replaces a checkpoint of the same name.
@@ -59,14 +71,12 @@ def save_checkpoint(
     """
     partial = _make_partial_folder(folder)
     try:
-        _write_model(partial, model, model.state_dict(), model_files)
+        _write_model(partial, model, model.state_dict(), model_files, dtypes)
         training = partial / TRAINING_FOLDER
         training.mkdir()
-        tensors = named_state(optimizer, model)
-        save_file(
-            {key: value.detach().contiguous() for key, value in tensors.items()},
-            training / OPTIMIZER_FILE,
-        )
+        if masters := master_weights(model, dtypes):
+            _save_tensors(masters, training / MASTER_FILE)
+        _save_tensors(named_state(optimizer, model), training / OPTIMIZER_FILE)
         _write_json(training / RANDOM_FILE, random_states())
         _write_json(training / TRAINER_FILE, {"format": FORMAT, **asdict(progress)})
         _copy_mode(training / TRAINER_FILE, partial)
@@ -79,7 +89,11 @@ def save_checkpoint(
 
 
 def check_can_save(
-    folder: Path, *, model: PreTrainedModel, model_files: Mapping[str, bytes]
+    folder: Path,
+    *,
+    model: PreTrainedModel,
+    model_files: Mapping[str, bytes],
+    dtypes: WeightDtypes,
 ) -> None:
     """Writes and removes a checkpoint without tensors, and compares the size of the tensors with
     the free disk space.
@@ -90,7 +104,7 @@ def check_can_save(
     try:
         partial = _make_partial_folder(folder)
         try:
-            _write_model(partial, model, {}, model_files)
+            _write_model(partial, model, {}, model_files, dtypes)
             free = shutil.disk_usage(partial).free
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -105,7 +119,7 @@ def check_can_save(
             f"{what}: transformers loads the model's {CONFIG_FILE} but refuses to save it "
             f"({' '.join(str(error).split())}); fix that file in model.path"
         ) from error
-    needed = BYTES_PER_PARAMETER * sum(each.numel() for each in model.parameters())
+    needed = tensor_bytes(model, dtypes)
     if needed > free:
         raise SpeedAsyncError(
             f"{what}: it needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free disk "
@@ -131,6 +145,8 @@ def load_checkpoint(
         progress = _read_progress(folder)
         saved = load_model(folder, device="cpu")
         model.load_state_dict(saved.state_dict())
+        if (masters := folder / TRAINING_FOLDER / MASTER_FILE).is_file():
+            load_master_weights(model, load_file(masters))
         load_named_state(optimizer, model, load_file(_training_file(folder, OPTIMIZER_FILE)))
         random = _read_json(_training_file(folder, RANDOM_FILE))
         restore_random_states(random)  # last, because loading uses the generators
@@ -155,20 +171,28 @@ def _write_model(
     model: PreTrainedModel,
     tensors: dict[str, Tensor],
     model_files: Mapping[str, bytes],
+    dtypes: WeightDtypes,
 ) -> None:
     """Writes the tensors under the names that loaders expect, and the model files."""
     generation = model.generation_config
     model.generation_config = GenerationConfig()  # transformers cannot save every config it loads
     try:
-        model.save_pretrained(partial, state_dict=tensors)
+        model.save_pretrained(partial, state_dict=stored_tensors(tensors, dtypes))
     finally:
         model.generation_config = generation
     (partial / GENERATION_FILE).unlink(missing_ok=True)
     is_described = declares_class(model_files, type(model).__name__)
+    if not is_described:  # transformers writes the dtype in which the model is trained
+        dtype = str(dtypes.default).removeprefix("torch.")
+        _write_json(partial / CONFIG_FILE, _read_json(partial / CONFIG_FILE) | {"dtype": dtype})
     for name, content in model_files.items():
         if name != CONFIG_FILE or is_described:  # else keep the config written by transformers
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
 
 
 def _copy_mode(example: Path, folder: Path) -> None:
@@ -190,7 +214,7 @@ def _read_progress(folder: Path) -> Progress:
     record = _read_json(_training_file(folder, TRAINER_FILE))
     if (version := record.pop("format")) not in (*LEGACY_FORMATS, FORMAT):
         raise ModelError(f"checkpoint '{folder}' has format {version}, not {FORMAT}")
-    if version != FORMAT:  # every batch made one optimiser update, or none
+    if version in WITHOUT_COUNT:  # every batch made one optimiser update, or none
         record["optimizer_updates"] = record["policy_version"] - record["num_skipped"]
     updates = [
         Update(policy_version=update["policy_version"], lease_ids=tuple(update["lease_ids"]))

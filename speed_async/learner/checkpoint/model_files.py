@@ -27,6 +27,8 @@ SUFFIXES = (
 FOLDERS = ("additional_chat_templates",)
 LEGACY_TRAINING_FILES = ("trainer.json", "random.json")
 """Training state that a checkpoint of format 2 has next to its model."""
+LEGACY_OPTIMIZER_FILE = "optimizer.safetensors"
+"""Optimiser tensors that a checkpoint of format 2 has next to its model."""
 CONFIG_FILE = "config.json"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -26,6 +26,7 @@ from speed_async.errors import ModelError, SpeedAsyncError
 from speed_async.learner.checkpoint import files as checkpoint_files
 from speed_async.learner.checkpoint import store as checkpoint_store
 from speed_async.learner.checkpoint.checksums import damage, seal
+from speed_async.learner.checkpoint.dtypes import read_dtypes
 from speed_async.learner.checkpoint.files import load_checkpoint
 from speed_async.learner.checkpoint.model_files import read_model_files
 from speed_async.learner.checkpoint.store import checkpoint_folder, kept_versions, latest_valid
@@ -35,6 +36,7 @@ from speed_async.learner.progress import Progress, Update
 from speed_async.learner.trainer import Trainer
 from tests.fakes.learner_samples import make_config, random_groups, save_tiny_llama
 from tests.fakes.paths import REPOSITORY
+from tests.fakes.tiny_models import save_tiny_folder
 from tests.fakes.trainers import at, make_trainer
 
 
@@ -63,9 +65,24 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert not [name for name in one if not torch.equal(one[name], other[name])]
 
 
+def convert(model_folder: Path, dtype: torch.dtype, *, kept: str = "") -> None:
+    """Store the weights in `dtype`, except those whose name contains `kept`."""
+    path = model_folder / "model.safetensors"
+    tensors = {
+        name: tensor if kept and kept in name else tensor.to(dtype)
+        for name, tensor in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+    add_to_json(model_folder / "config.json", dtype=str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_before", [0, 1, 3, 6])
-def test_training_after_a_restore_is_bitwise_identical(model_folder: Path, num_before: int):
+def test_training_after_a_restore_is_bitwise_identical(
+    model_folder: Path, num_before: int, dtype: torch.dtype
+):
     """The warm-up ends before or after the checkpoint, depending on `num_before`."""
+    convert(model_folder, dtype)
     uninterrupted = make_trainer(model_folder)
     for seed in range(num_before):
         uninterrupted.update(random_groups(seed))
@@ -162,6 +179,70 @@ def test_a_checkpoint_is_a_hugging_face_folder_without_pickles(model_folder: Pat
     assert not [name for name in names if name.endswith((".pt", ".bin", ".pkl"))]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_has_the_dtypes_of_the_initial_model(model_folder: Path, tied: bool):
+    if tied:
+        save_tiny_folder(model_folder, tied=True)
+    convert(model_folder, torch.bfloat16, kept="norm")
+    first = load_file(model_folder / "model.safetensors")
+    trainer = make_trainer(model_folder)
+    trainer.check_save()
+    for seed in range(3):
+        trainer.update(random_groups(seed))
+    trainer.save(at(3))
+    folder = checkpoint_folder(root_of(model_folder), 3)
+    saved = load_file(folder / "model.safetensors")
+    assert {name: each.dtype for name, each in saved.items()} == {
+        name: each.dtype for name, each in first.items()
+    }
+    trained = trainer.model.state_dict()
+    assert_equal(saved, {name: trained[name].to(each.dtype) for name, each in saved.items()})
+    masters = load_file(folder / "training" / "weights.tensors")
+    assert masters.keys() == {name for name in saved if "norm" not in name}
+    assert_equal(masters, {name: trained[name] for name in masters})
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+    assert damage(folder) == ""
+
+
+def test_a_float32_model_has_no_second_copy_of_its_weights(model_folder: Path):
+    make_trainer(model_folder).save(at(1))
+    training = checkpoint_folder(root_of(model_folder), 1) / "training"
+    assert not (training / "weights.tensors").exists()
+
+
+def test_weights_that_the_initial_folder_names_otherwise_have_its_most_common_dtype(
+    model_folder: Path,
+):
+    convert(model_folder, torch.float16)
+    path = model_folder / "model.safetensors"
+    renamed = {f"language_model.{name}": each for name, each in load_file(path).items()}
+    save_file({**renamed, "vision": torch.zeros(2)}, path)
+    dtypes = read_dtypes(model_folder)
+    assert dtypes.of("lm_head.weight") == torch.float16
+    assert dtypes.of("vision") == torch.float32
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_a_float32_checkpoint_of_an_older_format_can_be_resumed(model_folder: Path, version: int):
+    """Of a bfloat16 model: older formats have float32 weights in the model itself."""
+    uninterrupted = make_trainer(model_folder)
+    uninterrupted.update(random_groups(0))
+    uninterrupted.save(at(1))
+    folder = checkpoint_folder(root_of(model_folder), 1)
+    record = json.loads((folder / "training" / "trainer.json").read_text()) | {"format": version}
+    if version == 3:
+        del record["optimizer_updates"]
+    (folder / "training" / "trainer.json").write_text(json.dumps(record))
+    seal(folder)
+    convert(model_folder, torch.bfloat16)
+    resumed = make_trainer(model_folder)
+    assert resumed.restore(folder) == at(1)
+    assert_equal(state_of(resumed), state_of(uninterrupted))
+    resumed.save(at(2))
+    saved = load_file(checkpoint_folder(root_of(model_folder), 2) / "model.safetensors")
+    assert {each.dtype for each in saved.values()} == {torch.bfloat16}
+
+
 def test_only_the_model_matches_weight_file_patterns(model_folder: Path):
     """The patterns used by vLLM and other loaders, including subfolders."""
     make_trainer(model_folder).save(at(1))
@@ -251,7 +332,7 @@ def test_a_checkpoint_contains_the_bytes_of_the_initial_model_files(model_folder
     assert {name: (folder / name).read_bytes() for name in described} == described
     names = {path.name for path in folder.rglob("*")}
     assert not {"events.out", "generation_config.json", "model.safetensors.index.json"} & names
-    # The tensors are stored in the training dtype; the config has the dtype of the model.
+    # As in the initial folder, also where its config has another dtype.
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {
         torch.float32
     }
@@ -261,11 +342,13 @@ def test_a_checkpoint_contains_the_bytes_of_the_initial_model_files(model_folder
 def test_a_submodel_gets_its_own_config(
     model_folder: Path,
 ):
+    convert(model_folder, torch.bfloat16)
     add_to_json(model_folder / "config.json", architectures=["LlamaForConditionalGeneration"])
     make_trainer(model_folder).save(at(1))
     folder = checkpoint_folder(root_of(model_folder), 1)
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["dtype"] == "bfloat16"
 
 
 def test_a_config_that_cannot_be_saved_is_reported_before_training(
@@ -286,16 +369,18 @@ def test_an_unwritable_folder_is_reported_before_training(model_folder: Path):
         trainer.check_save()
 
 
+@pytest.mark.parametrize(("dtype", "bytes_each"), [(torch.float32, 12), (torch.bfloat16, 14)])
 def test_insufficient_disk_space_is_reported_before_training(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bytes_each: int
 ):
+    convert(model_folder, dtype)
     trainer = make_trainer(model_folder)
     trainer.update(random_groups(0))
     trainer.save(at(1))
     tensor_files = [*root_of(model_folder).rglob("*.safetensors")]
     tensor_files += root_of(model_folder).rglob("*.tensors")
     size = sum(path.stat().st_size for path in tensor_files)
-    tensors = 12 * sum(each.numel() for each in trainer.model.parameters())
+    tensors = bytes_each * sum(each.numel() for each in trainer.model.parameters())
     assert 0 <= size - tensors < 40_000, "the estimate matches the size of the files"
     usage = checkpoint_files.shutil.disk_usage(model_folder)
     monkeypatch.setattr(
