@@ -172,7 +172,8 @@ class BufferService:
         self._advance(now_s, results)
         if stalled := self._ending.check_stalled(now_s):
             self._fail(stalled, now_s, results)
-        self._send_learner(self._batches.pending(now_s), results)
+        pending = [*self._batches.pending(now_s), *self._ending.pending(now_s)]
+        self._send_learner(pending, results)
         results.events.append(self.present_status(now_s))
         self._actors.close_warnings()
         self.warnings.close_expired(now_s)

@@ -463,8 +463,8 @@ class ClusterConfig(Section):
     peer_timeout_s: PositiveFloat = 60.0
     """Time without messages after which a peer is considered dead."""
     stall_timeout_s: PositiveFloat = 600.0
-    """Time without any new token of any actor after which the run fails. Also the limit of one
-    engine start, of the last evaluation of each suite, and of the time in which none of
+    """Time without any new token of any actor after which the run fails, or ends without the result
+    of its last evaluation. Also the limit of one engine start, and of the time in which none of
     `max_credits` prompts in a row enters the buffer."""
     drain_timeout_s: PositiveFloat = 20.0
 

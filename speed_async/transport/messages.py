@@ -400,6 +400,11 @@ class BatchPending(Message):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationPending(Message):
+    """The last evaluation is not complete, and generation makes progress. Sent at intervals."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TargetReached(Message):
     """The held-out accuracy reached `run.stop_at_accuracy`."""
 

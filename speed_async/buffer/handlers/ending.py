@@ -63,7 +63,10 @@ class Ending:
         """The next step of a requested end; None while it waits."""
         present = self._parts.membership.present()
         step = self._shutdown.next_step(
-            now_s, evaluations=self._parts.evaluations, num_present=len(present)
+            now_s,
+            evaluations=self._parts.evaluations,
+            num_present=len(present),
+            tokens_generated=self._parts.lifecycle.ledger.tokens_generated,
         )
         finish = self._shutdown.finish
         if finish is None:
@@ -84,6 +87,10 @@ class Ending:
             case _:
                 pass
         return None
+
+    def pending(self, now_s: float) -> list[m.EvaluationPending]:
+        """Notices to a learner that waits for the last evaluation."""
+        return self._shutdown.pending(now_s)
 
     def failed(self, peer: str, failure: m.Failure, now_s: float) -> Effects:
         """A failure that `peer` reported ends the run. The other members abort."""

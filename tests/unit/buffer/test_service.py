@@ -282,6 +282,43 @@ def test_shutdown_evaluates_drains_and_sends_the_summary(harness: ServiceHarness
     assert harness.service.ended
 
 
+def test_the_last_evaluation_ends_by_silence_and_not_by_its_duration(
+    harness: ServiceHarness,
+) -> None:
+    harness.pass_baseline()
+    finish = m.FinishRun(policy_version=2, evaluate=True, reason="completed")
+    harness.send("learner", trained(2, [], groups=0, tokens=0))
+    harness.send("learner", finish)
+    applied = m.WeightsApplied(
+        policy_version=2, epoch=1, pause_s=0, transfer_s=0, error="", counts=ActorCounts()
+    )
+    harness.send("actor-1.0", applied)
+    harness.lease(1)
+    before, stall_s = harness.counts("actor-1.0"), harness.config.cluster.stall_timeout_s
+    waited_s, notices = 0, 0
+    while waited_s < 3 * stall_s:  # of one suite
+        waited_s += 30
+        generating = replace(
+            before,
+            tokens_generated=before.tokens_generated + waited_s,
+            tokens_in_flight=before.tokens_in_flight + waited_s,
+        )
+        harness.send("actor-1.0", m.ActorReport(gauges={}, counts=generating))
+        replies = harness.wait(30)
+        assert "Drain" not in kinds(replies)
+        notices += ("learner", m.EvaluationPending()) in replies
+    assert notices == 12  # four within each timeout, so that the learner's own never expires
+    silent_s, replies = 30, []  # the last report with new tokens came before the last tick
+    while "Drain" not in kinds(replies):
+        report = m.ActorReport(gauges={}, counts=generating)
+        replies = harness.send("actor-1.0", report) + harness.wait(30)
+        silent_s += 30
+    assert silent_s == stall_s
+    assert ("learner", m.EvaluationPending()) not in harness.wait(
+        harness.config.cluster.drain_timeout_s
+    )
+
+
 def test_actor_that_does_not_drain_is_lost_after_the_deadline(
     harness: ServiceHarness,
 ) -> None:

@@ -6,7 +6,7 @@ The loop, the publisher and the checkpointer are real; the trainer is a counting
 import asyncio
 import shutil
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -180,9 +180,13 @@ def make_harness(tmp_path: Path) -> Callable[..., Harness]:
         restored: Restored | None = None,
         trainer: Updates | None = None,
         every: int = 2,
+        suites: Sequence[dict[str, str]] = (),
     ) -> Harness:
         config = make_config(
-            str(tmp_path), run={"updates": updates}, learner={"checkpoint_every": every}
+            str(tmp_path),
+            run={"updates": updates},
+            learner={"checkpoint_every": every},
+            evaluate={"suites": list(suites)},
         )
         return Harness(config, trainer or Updates(), service_at, restored)
 
@@ -570,6 +574,34 @@ def test_the_learner_waits_while_the_service_waits_for_disk_space(
     waited_s = asyncio.run(run())
     for asked in ("TakeBatch", "PublishWeights", "PrepareCheckpoint"):
         assert waited_s[asked] >= 600.0, asked
+
+
+@pytest.mark.parametrize("num_suites", [0, 3])
+def test_the_learner_waits_for_the_summary_while_the_last_evaluation_makes_progress(
+    make_harness: Callable[..., Harness], num_suites: int, tmp_path: Path
+) -> None:
+    """Its limit is the time without any message, whatever the number of suites."""
+    (tmp_path / "suite.jsonl").write_text("")
+
+    async def run() -> dict[str, float]:
+        suites = [
+            {"name": f"s{i}", "path": str(tmp_path / "suite.jsonl")} for i in range(num_suites)
+        ]
+        harness = make_harness(updates=1, service_at=0, suites=suites)
+        link = RecordingLink(harness.link)
+        harness.loop = harness.learner(link)
+
+        async def evaluate(message: m.Message) -> None:
+            if isinstance(message, m.FinishRun):
+                for _ in range(20):
+                    await harness.service.send(m.EvaluationPending())
+
+        harness.service.on_message = evaluate
+        await harness.run()
+        return link.waited_s
+
+    # The stall timeout, the time to drain, and a margin.
+    assert asyncio.run(run())["FinishRun"] == 600.0 + 20.0 + 10.0
 
 
 # --- with a real trainer -------------------------------------------------------------------------

@@ -366,7 +366,7 @@ class Comparison:
         finish = m.FinishRun(policy_version=self.version, evaluate=evaluate, reason="completed")
         self.send("learner", finish)
         self.compare()
-        for _ in range(60):  # more than cluster.stall_timeout_s for each suite
+        for _ in range(60):  # more than cluster.stall_timeout_s
             self.now_s += 25.0
             self.input("tick", self.now_s, 0.0)
             self.compare()
