@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from speed_async.buffer.evaluations import EvaluationPlan, Evaluations
 from speed_async.buffer.lifecycle import Lifecycle
-from speed_async.buffer.membership import ActorState
+from speed_async.buffer.membership import ActorState, Membership
 from speed_async.buffer.priority import BufferedGroup
 from speed_async.config.schema import Config
 from speed_async.transport.messages import BatchPending, Leases, TakeBatch
@@ -57,9 +57,12 @@ class BatchesState:
 
 
 class Batches:
-    def __init__(self, config: Config, lifecycle: Lifecycle, state: BatchesState) -> None:
+    def __init__(
+        self, config: Config, lifecycle: Lifecycle, membership: Membership, state: BatchesState
+    ) -> None:
         self._config = config
         self._lifecycle = lifecycle
+        self._membership = membership
         self._state = state
 
     @property
@@ -126,15 +129,25 @@ class Batches:
         return take, groups
 
     def _waits_for_late_groups(self, now_s: float) -> bool:
-        """Whether the update would make a group stale that is still being generated."""
+        """Whether the update would make a group stale that is still being generated, by an actor
+        that has made a token within the deadline of a broadcast."""
         if self._config.buffer.late_groups == "drop":
             return False
         oldest = self._lifecycle.leases.oldest_version
         next_version = self._lifecycle.groups.policy_version + 1
-        if oldest is None or next_version - oldest <= self._config.buffer.max_staleness:
+        first_usable = next_version - self._config.buffer.max_staleness
+        if oldest is None or oldest >= first_usable:
             return False
         waited_s = now_s - self._state.requested_s
-        return waited_s < MAX_LATE_SHARE * self._config.cluster.stall_timeout_s
+        if waited_s >= MAX_LATE_SHARE * self._config.cluster.stall_timeout_s:
+            return False
+        late = self._lifecycle.leases.holders(before_version=first_usable)
+        silent_s = now_s - self._config.weights.deadline_s
+        return any(
+            actor.progress_s > silent_s
+            for actor in self._membership.present()
+            if actor.name in late
+        )
 
     def pending(self, now_s: float) -> list[BatchPending]:
         """Tells the learner, several times within its own deadline, that its request is open."""

@@ -63,7 +63,7 @@ class Components:
             curriculum=curriculum,
             evaluations=evaluations,
             lifecycle=lifecycle,
-            batches=Batches(config, lifecycle, state.batches),
+            batches=Batches(config, lifecycle, membership, state.batches),
             weight_group=WeightGroup(membership, state.weight_group),
             warnings=Warnings(state.warnings),
             weight_times=state.weight_times,

@@ -130,6 +130,14 @@ class LeaseTable:
         is none."""
         return min(self._versions, default=None)
 
+    def holders(self, *, before_version: int) -> set[str]:
+        """Actors with open, unexpired training leases from before this version."""
+        return {
+            entry.holder
+            for entry in self._open.values()
+            if entry.is_training and not entry.expired and entry.policy_version < before_version
+        }
+
     def _charge(self, entry: OpenLease, num_leases: int) -> None:
         """Count an unexpired training lease that begins or ends."""
         if not entry.is_training:

@@ -44,6 +44,8 @@ class ActorState:
     departed: bool = False
     """It sent Goodbye."""
     gauges: dict[str, int | float] = field(default_factory=dict)
+    progress_s: float = 0.0
+    """When it last reported more tokens than before."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -180,6 +180,8 @@ class SimulatedRun:
         self._due_s: tuple[str, float] | None = None
         self._asked_s: float | None = None
         self._tokens = self._completions = self._num_groups = 0
+        self.hangs: dict[str, int] = {}
+        """Actors whose engine hangs from this version on."""
 
     def send(self, peer: str, message: m.Message) -> None:
         for to, reply in self.service.handle(peer, message, self._now_s).messages:
@@ -203,7 +205,7 @@ class SimulatedRun:
         self._take()
         while self._version < num_updates:
             self._now_s += 1
-            for actor in self._actors.values():
+            for actor in self._working_actors():
                 actor.engine.step()
             for _ in range(SETTLING):
                 await asyncio.sleep(0)
@@ -214,6 +216,13 @@ class SimulatedRun:
             task.cancel()
         self.outcome.end_s = self._now_s
         return self.outcome
+
+    def _working_actors(self) -> list[SimulatedActor]:
+        return [
+            actor
+            for actor in self._actors.values()
+            if self._version < self.hangs.get(actor.name, self._version + 1)
+        ]
 
     def _hello(self, peer: str, role: str, index: int) -> None:
         hello = m.Hello(role=role, index=index, incarnation=0, fingerprint="f", process_id=1)
@@ -238,7 +247,7 @@ class SimulatedRun:
             self._trained()
             self._due_s = ("sync", self._now_s + self._sync_s)
             return
-        for actor in self._actors.values():
+        for actor in self._working_actors():
             await actor.apply(self._version)
         for _ in range(SETTLING):
             await asyncio.sleep(0)

@@ -40,7 +40,10 @@ class ActorHandler:
         """A valid message of this actor arrived."""
         state = self._membership.actors[peer]
         state.last_message_s, state.disconnected_since_s = now_s, None
-        self._lifecycle.ledger.update_counts(peer, message.counts)
+        ledger = self._lifecycle.ledger
+        if message.counts.tokens_generated > ledger.actor(peer).last_counts.tokens_generated:
+            state.progress_s = now_s
+        ledger.update_counts(peer, message.counts)
 
     def timed_out(self, now_s: float, timeout_s: float) -> list[Loss]:
         """The actors without a message for this long, or without a connection."""

@@ -81,6 +81,17 @@ def test_long_waits_for_late_groups_are_diagnosed_with_the_remedy(
     assert ("raise buffer.max_staleness (now 2)" in diagnosis) == is_diagnosed
 
 
+def test_an_update_does_not_wait_for_the_groups_of_a_hung_engine(tmp_path: Path) -> None:
+    two = config(
+        tmp_path, 32, cluster={"actors": 2, "peer_timeout_s": 1e9, "stall_timeout_s": 1e9},
+        weights={"deadline_s": 100.0},
+    )  # fmt: skip
+    run = SimulatedRun(two, length=long_tailed, pass_rates=PASS_RATES, train_s=20, sync_s=1.0)
+    run.hangs = {"actor-2.0": 20}
+    longest_s = max(np.diff(execute(run, 26).trained_s))
+    assert 100 < longest_s < 300, "the leases of the hung engine stay open"
+
+
 def test_dropping_late_groups_trains_shorter_completions(tmp_path: Path) -> None:
     dropping = config(tmp_path, 64, buffer={"late_groups": "drop"})
     run, outcome = simulate(dropping, tail=True, train_s=20)
