@@ -184,7 +184,10 @@ class SimulatedRun:
         """Actors whose engine hangs from this version on."""
 
     def send(self, peer: str, message: m.Message) -> None:
-        for to, reply in self.service.handle(peer, message, self._now_s).messages:
+        self._deliver(self.service.handle(peer, message, self._now_s).messages)
+
+    def _deliver(self, messages: Sequence[tuple[str, m.Message]]) -> None:
+        for to, reply in messages:
             if isinstance(reply, m.Rejected):
                 raise AssertionError(reply.reason)
             if isinstance(reply, m.Leases):
@@ -211,7 +214,7 @@ class SimulatedRun:
                 await asyncio.sleep(0)
             await self._advance_learner()
             if self._now_s % 32 == 0:
-                self.service.tick(self._now_s)
+                self._deliver(self.service.tick(self._now_s).messages)
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
         self.outcome.end_s = self._now_s
