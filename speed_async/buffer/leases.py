@@ -53,7 +53,11 @@ class LeaseTable:
         """Open training leases that have not expired. Each holds a credit."""
         self._state = state
         self._open = state.open
-        self._versions = Counter(e.policy_version for e in training if not e.expired)
+        self._holders: dict[int, Counter[str]] = {}
+        """Holders of the charged leases, by policy version, with their numbers."""
+        for entry in training:
+            if not entry.expired:
+                self._count_holder(entry, 1)
         self._ids_of: dict[str, set[int]] = {}
         for lease_id, entry in state.open.items():
             self._ids_of.setdefault(entry.holder, set()).add(lease_id)
@@ -128,24 +132,27 @@ class LeaseTable:
     def oldest_version(self) -> int | None:
         """Oldest version that an open, unexpired training lease may have tokens of; None if there
         is none."""
-        return min(self._versions, default=None)
+        return min(self._holders, default=None)
 
     def holders(self, *, before_version: int) -> set[str]:
         """Actors with open, unexpired training leases from before this version."""
-        return {
-            entry.holder
-            for entry in self._open.values()
-            if entry.is_training and not entry.expired and entry.policy_version < before_version
-        }
+        late = (holders for version, holders in self._holders.items() if version < before_version)
+        return set().union(*late)
 
     def _charge(self, entry: OpenLease, num_leases: int) -> None:
         """Count an unexpired training lease that begins or ends."""
         if not entry.is_training:
             return
         self.num_charged += num_leases
-        self._versions[entry.policy_version] += num_leases
-        if not self._versions[entry.policy_version]:
-            del self._versions[entry.policy_version]
+        self._count_holder(entry, num_leases)
+
+    def _count_holder(self, entry: OpenLease, num_leases: int) -> None:
+        holders = self._holders.setdefault(entry.policy_version, Counter())
+        holders[entry.holder] += num_leases
+        if not holders[entry.holder]:
+            del holders[entry.holder]
+        if not holders:
+            del self._holders[entry.policy_version]
 
     def of_holder(self, holder: str) -> list[OpenLease]:
         return [self._open[lease_id] for lease_id in sorted(self._ids_of.get(holder, ()))]
