@@ -134,7 +134,7 @@ async def running_actor(config: Config, engine: RecordingEngine) -> AsyncIterato
     port = json.loads(await service.stdout.readline())["port"]
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    model = model_fingerprint(Path(config.model.path), chat_template=config.model.chat_template)
+    model = model_fingerprint(Path(config.model.path), config.model)
     learner = context.Process(
         target=run_stand_in_learner,
         args=(port, data_fingerprint(task, {}), model, config.learner.groups_per_update, stop),
@@ -157,9 +157,7 @@ async def running_actor(config: Config, engine: RecordingEngine) -> AsyncIterato
             index=1,
             incarnation=0,
             fingerprint=data_fingerprint(task, {}),
-            model_fingerprint=model_fingerprint(
-                Path(config.model.path), chat_template=config.model.chat_template
-            ),
+            model_fingerprint=model,
             process_id=os.getpid(),
         )
         loop_task = asyncio.create_task(loop.run(hello))

@@ -33,6 +33,7 @@ SERVICE_START_S = 60.0
 FOREVER = 10**9
 TASK: dict[str, object] = {"name": "arithmetic", "num_prompts": 4096, "num_held_out": 1}
 """Task of a service whose peers are simulated."""
+MODEL: dict[str, object] = {"path": str(QUICKSTART.parent / "model"), "context_length": 1 << 20}
 CREDITS = 64
 GROUP_SIZE = 24
 GROUPS_A_BATCH = 16
@@ -92,7 +93,7 @@ def service_config(
         cluster |= {"security": "curve", "keys": str(key_folder)}
     tree: dict[str, dict[str, object]] = {
         "run": {"updates": FOREVER},
-        "model": {"path": str(QUICKSTART.parent / "model"), "context_length": 1 << 20},
+        "model": MODEL,
         "actors": {"max_new_tokens": 1 << 16},
         "task": TASK,
         "gate": {"mode": "off", "n_init": group_size, "n_cont": 0},

@@ -6,12 +6,13 @@ from collections import deque
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
 
 import msgpack
 import zmq
 
-from benchmarks.harness import GROUP_SIZE, GROUPS_A_BATCH, QUICKSTART, TASK, make_group
-from speed_async.config.schema import TaskConfig
+from benchmarks.harness import GROUP_SIZE, GROUPS_A_BATCH, MODEL, TASK, make_group
+from speed_async.config.schema import ModelConfig, TaskConfig
 from speed_async.environments.registry import make_task
 from speed_async.environments.task import data_fingerprint
 from speed_async.launcher.identity.model_files import model_fingerprint
@@ -270,9 +271,10 @@ def hello(role: str, index: int) -> m.Hello:
 
 @cache
 def _fingerprints() -> dict[str, str]:
+    model = ModelConfig.model_validate(MODEL)
     return {
         "fingerprint": data_fingerprint(make_task(TaskConfig.model_validate(TASK)), {}),
-        "model_fingerprint": model_fingerprint(QUICKSTART.parent / "model", chat_template=False),
+        "model_fingerprint": model_fingerprint(Path(model.path), model),
     }
 
 

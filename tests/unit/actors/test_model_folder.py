@@ -53,7 +53,8 @@ def test_engine_starts_from_a_model_folder(tmp_path: Path, family: str, tied: bo
 def test_completions_stop_at_the_configured_stop_tokens(tmp_path: Path) -> None:
     save_tiny_folder(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    text, token_id = next((t, i) for t, i in tokenizer.get_vocab().items() if i != EOS_TOKEN_ID)
+    special = set(tokenizer.all_special_ids)
+    text, token_id = next((t, i) for t, i in tokenizer.get_vocab().items() if i not in special)
     loaded = load_model_folder(tmp_path, device="cpu", stop_tokens=[text])
     assert loaded.eos_token_ids == tuple(sorted({EOS_TOKEN_ID, token_id}))
     config = build_config(
