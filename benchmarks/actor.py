@@ -32,13 +32,19 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import QUICKSTART, report
 from benchmarks.stand_in_learner import run_stand_in_learner
-from speed_async.actors.engine import GenerationRequest, ManagedEngine
+from speed_async.actors.engine import (
+    EngineStats,
+    GenerationRequest,
+    ManagedEngine,
+    UpdateReport,
+)
 from speed_async.actors.loop import ActorLoop
 from speed_async.actors.model_folder import load_tokenizer
 from speed_async.actors.prompt_codec import configured_codec
@@ -55,8 +61,9 @@ from speed_async.launcher.roles.engine_choice import start_engine
 from speed_async.launcher.roles.engine_environment import engine_environment
 from speed_async.launcher.run_folder import RunFolder
 from speed_async.transport import messages as m
+from speed_async.transport.session import SessionLink
 from speed_async.transport.zeromq import open_link
-from speed_async.types import Sampled
+from speed_async.types import Sampled, WeightOffer
 
 WARM_UP_S = 4.0
 SETTLE_S = 0.2
@@ -76,6 +83,19 @@ class RecordingEngine:
         self.recorded.append(request)
         return await self._engine.generate(request)
 
+    async def update_weights(self, offer: WeightOffer) -> UpdateReport:
+        return await self._engine.update_weights(offer)
+
+    async def pause(self, *, abort: bool) -> None:
+        await self._engine.pause(abort=abort)
+
+    async def resume(self) -> None:
+        await self._engine.resume()
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._engine.stats
+
     async def __aenter__(self) -> Self:
         await self._engine.__aenter__()
         return self
@@ -83,11 +103,31 @@ class RecordingEngine:
     async def __aexit__(self, *details: Any) -> None:
         await self._engine.__aexit__(*details)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+
+class MeasuredEngine(Protocol):
+    """What a measurement needs of an engine."""
+
+    async def generate(self, request: GenerationRequest) -> object: ...
+
+    async def pause(self, *, abort: bool) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    async def __aenter__(self) -> object: ...
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
 
 
-def bare_engine(config: Config) -> ManagedEngine:
+def bare_engine(config: Config) -> MeasuredEngine:
     if config.actors.engine == "vllm":
         from benchmarks.bare_vllm import BareVllm
 
@@ -104,7 +144,7 @@ class Turn:
     """Requests running or waiting at the end of the turn."""
 
 
-async def measure_turn(engine: ManagedEngine, duration_s: float) -> Turn:
+async def measure_turn(engine: MeasuredEngine, duration_s: float) -> Turn:
     """Resume a paused engine for `duration_s`, then pause it again."""
     before, start_s = engine.stats, time.perf_counter()
     await engine.resume()
@@ -141,7 +181,7 @@ async def running_actor(config: Config, engine: RecordingEngine) -> AsyncIterato
         daemon=True,
     )
     learner.start()
-    link = await open_link("127.0.0.1", port, "actor-1.0")
+    link = SessionLink(await open_link("127.0.0.1", port, "actor-1.0"))
     actors = config.actors
     make = partial(make_task, config.task)
     verifier = VerifierPool(make, actors.verifier_workers, actors.verifier_timeout_s)
@@ -174,7 +214,7 @@ async def running_actor(config: Config, engine: RecordingEngine) -> AsyncIterato
 
 @asynccontextmanager
 async def replaying(
-    engine: ManagedEngine, recorded: list[GenerationRequest], num_callers: int
+    engine: MeasuredEngine, recorded: list[GenerationRequest], num_callers: int
 ) -> AsyncIterator[None]:
     """`num_callers` callers that send the recorded requests to `engine` in an endless loop."""
 
@@ -199,9 +239,9 @@ async def replaying(
 
 
 async def compare(
-    config: Config, actor: RecordingEngine, bare: ManagedEngine, num_repeats: int, turn_s: float
+    config: Config, actor: RecordingEngine, bare: MeasuredEngine, num_repeats: int, turn_s: float
 ) -> list[dict[str, object]]:
-    engines = {"actor": actor, "bare": bare}
+    engines: dict[str, MeasuredEngine] = {"actor": actor, "bare": bare}
     num_callers = CALLERS_PER_SLOT * config.actors.slots
     turns: dict[str, list[Turn]] = {name: [] for name in engines}
     async with actor, bare, running_actor(config, actor):

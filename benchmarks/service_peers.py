@@ -266,16 +266,23 @@ class SimulatedLearner:
 
 
 def hello(role: str, index: int) -> m.Hello:
-    return m.Hello(role=role, index=index, incarnation=0, process_id=os.getpid(), **_fingerprints())
+    data, model = _fingerprints()
+    return m.Hello(
+        role=role,
+        index=index,
+        incarnation=0,
+        process_id=os.getpid(),
+        fingerprint=data,
+        model_fingerprint=model,
+    )
 
 
 @cache
-def _fingerprints() -> dict[str, str]:
+def _fingerprints() -> tuple[str, str]:
+    """Of the data and of the model."""
     model = ModelConfig.model_validate(MODEL)
-    return {
-        "fingerprint": data_fingerprint(make_task(TaskConfig.model_validate(TASK)), {}),
-        "model_fingerprint": model_fingerprint(Path(model.path), model),
-    }
+    task = make_task(TaskConfig.model_validate(TASK))
+    return data_fingerprint(task, {}), model_fingerprint(Path(model.path), model)
 
 
 def run_actor(port: int, tokens_each: int, keys: ClientKeys | None) -> None:

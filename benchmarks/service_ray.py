@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """The same transfer by Ray: an object store and a queue actor between a producer and a consumer.
 
 The producer puts each group (the same seven arrays and a header) into the object store and its
@@ -41,7 +42,6 @@ def make_arrays(tokens_each: int) -> list[np.ndarray]:
     ]
 
 
-@ray.remote(num_cpus=0)
 class Producer:
     def run(self, queue: Queue, tokens_each: int) -> None:
         arrays = make_arrays(tokens_each)
@@ -52,7 +52,6 @@ class Producer:
             lease_id += 1
 
 
-@ray.remote(num_cpus=0)
 class Consumer:
     def run(self, queue: Queue, seconds: float) -> float:
         """Groups per second, after the warm-up."""
@@ -79,7 +78,8 @@ def main() -> None:
     arguments = parser.parse_args()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     queue = Queue(maxsize=CREDITS, actor_options={"num_cpus": 0})
-    producer, consumer = Producer.remote(), Consumer.remote()
+    remote = ray.remote(num_cpus=0)
+    producer, consumer = remote(Producer).remote(), remote(Consumer).remote()
     producer.run.remote(queue, arguments.tokens)
     groups_per_s = ray.get(consumer.run.remote(queue, arguments.seconds))
     ray.shutdown()

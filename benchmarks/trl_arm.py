@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """TRL's RLOOTrainer on a task of this project: one process, one JSON line of results at the end.
 
 Started by benchmarks/trl.py (speed) and benchmarks/evidence (learning). The settings are the

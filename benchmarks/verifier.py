@@ -56,8 +56,8 @@ def read_corpus(path: Path = CORPUS) -> list[Pair]:
     pairs: list[Pair] = []
     for line in path.read_text().splitlines():
         record = json.loads(line)
-        texts = {key: expanded(record.pop(key)) for key in ("completion", "answer")}
-        pairs.append(Pair(**record, **texts))
+        texts = {key: expanded(record[key]) for key in ("completion", "answer")}
+        pairs.append(Pair(**record | texts))
     return pairs
 
 
@@ -210,7 +210,9 @@ def by_kind(pairs: Sequence[Pair], columns: dict[str, list[Outcome]]) -> list[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description='Compares rules for `task.match = "math"` on labelled answers.'
+    )
     parser.add_argument("--rule", choices=tuple(RULES), action="append")
     parser.add_argument("--kind", help="only the pairs of this kind")
     parser.add_argument("--wrong", action="store_true", help="list the pairs judged wrongly")

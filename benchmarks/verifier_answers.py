@@ -68,7 +68,9 @@ def check(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description='Checks `task.match = "math"` on the answers of data sets.'
+    )
     parser.add_argument("files", nargs="+", type=Path)
     for path in parser.parse_args().files:
         check(path)

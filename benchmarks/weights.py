@@ -134,7 +134,7 @@ def receive(case: Case, rank: int, raw_offer: WeightOffer, firsts: list[WeightOf
         return take
 
     raw_offer = replace(raw_offer, rank=rank)
-    transfers = {
+    transfers: dict[WeightBackend, Transfer] = {
         first.backend: receiving(receiver, first)
         for receiver, first in zip(receivers, firsts, strict=True)
     }
@@ -171,7 +171,7 @@ def run_case(case: Case) -> list[dict[str, object]]:
     ]
     for peer in peers:
         peer.start()
-    transfers = {
+    transfers: dict[WeightBackend, Transfer] = {
         first.backend: sending(sender, first) for sender, first in zip(senders, firsts, strict=True)
     }
     times_s = measure(case, raw_offer, raw_store, transfers)

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Create tests/fakes/parity/trl.json: TRL's results for the formulas it shares with this project.
 
     python scripts/make_parity_vectors_trl.py      in an environment with trl 1.16.0

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """TRL's GRPOTrainer with given rollouts instead of a model, for make_parity_vectors_trl.py.
 
 Shape legend: B sequences, C completion tokens (padded to the longest).

@@ -132,4 +132,5 @@ class ManagedEngine(Engine, Protocol):
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
+        /,
     ) -> None: ...

@@ -8,7 +8,6 @@ from typing import Protocol
 
 from speed_async.actors.engine import Engine, GenerationRequest
 from speed_async.actors.failed_completions import FailedCompletions
-from speed_async.actors.prompt_codec import PromptCodec
 from speed_async.config.schema import Config
 from speed_async.errors import ModelError, TaskError
 from speed_async.types import (
@@ -34,6 +33,16 @@ class Scorer(Protocol):
     broken (environments/verifier.py)."""
 
     async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]: ...
+
+
+class Codec(Protocol):
+    """Encodes prompts and decodes completions (actors/prompt_codec.py)."""
+
+    def encode(self, text: str) -> Int32Array:
+        """Token ids (P,). Raises ModelError when the prompt cannot be encoded."""
+        ...
+
+    def decode(self, token_ids: Int32Array) -> str: ...
 
 
 class Aborted(Exception):
@@ -107,7 +116,7 @@ class Rollout:
         config: Config,
         engine: Engine,
         scorer: Scorer,
-        codec: PromptCodec,
+        codec: Codec,
         *,
         suite_scorers: Mapping[str, Scorer] = MappingProxyType({}),
         failures: FailedCompletions | None = None,

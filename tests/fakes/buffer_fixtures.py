@@ -1,6 +1,6 @@
 """Small groups and messages for tests of the buffer service."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ FINGERPRINTS = {"data": "f", "model": ""}
 """Those of the services of these tests, as parameters of `open_machine`."""
 
 
-def make_config(tmp_model: str, **sections: dict[str, object]) -> Config:
+def make_config(tmp_model: str, **sections: Mapping[str, object]) -> Config:
     tree: dict[str, dict[str, object]] = {
         "model": {"path": tmp_model},
         "task": {"name": "arithmetic"},

@@ -21,7 +21,7 @@ from speed_async.learner.checkpoint.best import BestCheckpoints
 from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import LearnerLoop
 from speed_async.learner.progress import Progress, RunResult
-from speed_async.learner.trainer import UpdateResult
+from speed_async.learner.trainer import Trainer, UpdateResult
 from speed_async.observability.metrics import Event
 from speed_async.testing.inprocess_transport import InProcessHub
 from speed_async.testing.memory_channel import MemoryReceiver, MemorySender, MemoryStore
@@ -101,8 +101,8 @@ def alternate(request: GenerationRequest, num_started: int) -> list[int]:
     return [7] * (num_started % 4) + [num_started % 2]
 
 
-class CountingUpdates:
-    """A fake trainer that records the groups and has one weight."""
+class CountingUpdates(Trainer):
+    """A trainer without a model, which records the groups and has one weight."""
 
     def __init__(self, act: Callable[[int], None] = lambda n: None) -> None:
         self.batches: list[list[Group]] = []
@@ -110,8 +110,8 @@ class CountingUpdates:
         self.best = BestCheckpoints(Path("no-checkpoints"))
         self._act = act
 
-    def update(self, groups: list[Group]) -> UpdateResult:
-        self.batches.append(groups)
+    def update(self, groups: Sequence[Group]) -> UpdateResult:
+        self.batches.append([*groups])
         self._act(len(self.batches))
         return UpdateResult(
             optimizer_updates=1,

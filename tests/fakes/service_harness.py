@@ -23,7 +23,7 @@ class ServiceHarness:
         *,
         suite_sizes: Mapping[str, int] = MappingProxyType({}),
         state: ServiceState | None = None,
-        **sections: dict[str, object],
+        **sections: Mapping[str, object],
     ) -> None:
         (folder / "config.json").write_text("{}")
         self.config = make_config(str(folder), **sections)

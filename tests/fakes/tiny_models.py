@@ -45,7 +45,11 @@ def tiny_model(
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     if family == "qwen3_moe":
-        experts = {"num_experts": 8, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+        experts: dict[str, Any] = {
+            "num_experts": 8,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 16,
+        }
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts)).eval()
     return Qwen3ForCausalLM(Qwen3Config(**sizes)).eval()
 

@@ -1,6 +1,7 @@
 """Trainers of tiny models."""
 
 from pathlib import Path
+from typing import Any
 
 from speed_async.learner.model import load_model
 from speed_async.learner.progress import Progress
@@ -9,7 +10,7 @@ from speed_async.weight_sync.buckets import flatten_parameters
 from tests.fakes.learner_samples import make_config
 
 
-def make_trainer(folder: Path, **learner: object) -> Trainer:
+def make_trainer(folder: Path, **learner: Any) -> Trainer:
     """A trainer as in a run: flattened parameters and a warm-up of five updates."""
     config = make_config(folder, **({"lr": 0.01, "warmup_updates": 5} | learner))
     model = load_model(folder, device="cpu")

@@ -3,11 +3,9 @@
 import json
 import struct
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from wandb.proto.wandb_internal_pb2 import HistoryItem
+from typing import Any
 
 HEADER_BYTES = 7
 """Header size of the file and of each record fragment."""
@@ -17,18 +15,19 @@ FULL, FIRST, LAST = 1, 2, 4
 
 def history(path: Path) -> list[dict[str, object]]:
     """The rows of a `run-ID.wandb`, in order."""
-    from wandb.proto import wandb_internal_pb2  # seconds, in each worker that collects the tests
-
-    rows = []
+    # Here, because it takes seconds in each worker that collects the tests. wandb selects one of
+    # several generated modules at its import, so its messages have no static types.
+    messages: Any = import_module("wandb.proto.wandb_internal_pb2")
+    rows: list[dict[str, object]] = []
     for payload in _payloads(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
+        record = messages.Record()
         record.ParseFromString(payload)
         if record.WhichOneof("record_type") == "history":
             rows.append({_key(item): json.loads(item.value_json) for item in record.history.item})
     return rows
 
 
-def _key(item: "HistoryItem") -> str:
+def _key(item: Any) -> str:
     return item.key or ".".join(item.nested_key)
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 
@@ -73,5 +72,5 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["receive", offers, fatal_version, signal_number, device]:
             receive(json.loads(offers), int(fatal_version), int(signal_number), device)
-        case ["send", backend, num_versions, deadline_s] if backend in get_args(WeightBackend):
+        case ["send", "gloo" | "nccl" | "ipc" as backend, num_versions, deadline_s]:
             send(backend, int(num_versions), float(deadline_s))

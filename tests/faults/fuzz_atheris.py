@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """The same target under atheris: libFuzzer generates inputs that reach new code.
 
     python -m tests.faults.fuzz_atheris FRAMES
@@ -11,9 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import atheris  # type: ignore[import-not-found]
+import atheris
 
-with atheris.instrument_imports(include=["speed_async.transport", "speed_async.buffer"]):
+with atheris.instrument_imports(  # pyright: ignore[reportAttributeAccessIssue]
+    include=["speed_async.transport", "speed_async.buffer"]
+):
     from speed_async.transport.codec import encode
     from tests.faults.fuzz_frames import FrameMutator, Frames, corpus
     from tests.faults.fuzz_target import FAULTY_ACTOR, Target, UnknownPeers, groups_balance

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from speed_async.launcher.exit_status import EXIT_INTERRUPTED
 from speed_async.observability.metrics import Event
@@ -47,7 +48,7 @@ class StartedRun:
             wanted |= {f"actor-{index}", f"engine-{index}", f"supervisor-{index}"}
 
         def has_recovered(event: Event) -> bool:
-            values = event.values
+            values: dict[str, Any] = event.values
             return (
                 values.get("policy_version", 0) > past_version
                 and values.get("actors_alive") == self.plan.num_actors

@@ -140,13 +140,15 @@ def test_a_file_size_limit_acts_like_a_full_disk(tmp_path: Path) -> None:
 def check_full_and_free(disk: SmallDisk | LimitedFiles) -> None:
     """Checks a process that appends on request and reports the result."""
     command = [sys.executable, "-c", APPEND, str(disk.folder / "file")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as writer:  # type: ignore[call-overload]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as writer:
+        stdin, stdout = writer.stdin, writer.stdout
+        assert stdin is not None and stdout is not None
 
         def appends() -> str:
-            writer.stdin.write("go\n")
-            writer.stdin.flush()
-            return writer.stdout.readline().strip()
+            stdin.write("go\n")
+            stdin.flush()
+            return stdout.readline().strip()
 
         try:
             assert appends() == "ok"

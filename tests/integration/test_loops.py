@@ -523,12 +523,14 @@ def test_suites_are_evaluated_beside_training_and_at_the_end(
     suite = make_suite(tmp_path, "hard", samples=2, every=2)
     run = make_run(evaluate={"every": 2, "num_samples": 2, "suites": [suite]})
     result = execute(run)
-    events = [event.values for event in run.sink.events if event.kind == "suite"]
+    events: list[dict[str, Any]] = [
+        event.values for event in run.sink.events if event.kind == "suite"
+    ]
     versions = [event["requested_version"] for event in events]
     assert (versions[0], versions[-1]) == (0, 5) and set(versions) <= {0, 2, 4, 5}
     assert all(event["num_completions"] == 6 for event in events)
     assert all(event["oldest_version"] >= event["requested_version"] for event in events)
-    fields = result.service_fields
+    fields: dict[str, Any] = result.service_fields
     assert fields["ledger"]["closes"] is True
     assert fields["suites"]["hard"]["last"]["policy_version"] == 5
     assert len(run.updates.batches) == 5

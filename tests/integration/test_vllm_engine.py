@@ -180,7 +180,7 @@ def test_failed_canary_rejects_the_version_and_its_completions(
             with pytest.raises(WeightSyncError, match="version 5 is refused, its canary failed"):
                 await engine.update_weights(offer(5))
             for outcome in await asyncio.gather(*tasks, return_exceptions=True):
-                if isinstance(outcome, Exception):
+                if isinstance(outcome, BaseException):
                     assert "canary failed" in str(outcome)
                 else:
                     assert set(outcome.policy_versions.tolist()) == {0}

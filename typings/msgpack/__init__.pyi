@@ -1,11 +1,18 @@
 """Types of the part of msgpack that this project uses. The package has no annotations."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from typing_extensions import Buffer
 
 class UnpackException(Exception): ...
+
+class ExtType(NamedTuple):
+    code: int
+    data: bytes
+
+class Timestamp:
+    def __init__(self, seconds: int, nanoseconds: int = 0) -> None: ...
 
 def packb(o: object, *, default: Callable[[Any], object] | None = None) -> bytes: ...
 def unpackb(

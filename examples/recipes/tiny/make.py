@@ -16,6 +16,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -143,7 +144,9 @@ def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    ids = {f"{name}_token_id": SPECIAL.index(f"<{name}>") for name in ("pad", "bos", "eos")}
+    ids: dict[str, Any] = {
+        f"{name}_token_id": SPECIAL.index(f"<{name}>") for name in ("pad", "bos", "eos")
+    }
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),

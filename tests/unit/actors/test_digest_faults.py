@@ -23,7 +23,7 @@ from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferRe
 from tests.fakes.tiny_models import tiny_model
 
 CPU = torch.device("cpu")
-Fault = Callable[[dict[str, Tensor]], None]
+Fault = Callable[[dict[str, Tensor]], object]
 
 
 class FaultyReceiver(TorchReceiver):

@@ -5,6 +5,7 @@ Shape legend: G groups of one update, N completions of each, D parameters.
 
 import itertools
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_every_group_has_the_gradient_of_its_prompt(size: int, prior_weight: flo
     assert expected_gradients(rates, size, prior_weight) == pytest.approx(expected, abs=1e-12)
 
 
-def with_another_group(rewards_of_one: list[Floats], other: Floats) -> list[Floats]:
+def with_another_group(rewards_of_one: Sequence[Floats], other: Floats) -> list[Floats]:
     """The advantages of one group beside another one with fixed rewards."""
     return shrunken([*rewards_of_one, other], prior_weight=2.0)[:1]
 

@@ -191,7 +191,8 @@ def test_every_arm_of_the_plan_is_a_valid_configuration_with_equal_completions()
             total = config.gate.group_size * config.learner.groups_per_update
             assert total == plan.COMPLETIONS_PER_UPDATE
             assert config.gate.group_size == setting.shape
-            assert config.buffer.capacity_groups >= config.max_credits
+            capacity = config.buffer.capacity_groups
+            assert capacity is not None and capacity >= config.max_credits
     assert {arm for each in COMPARISONS for arm in (each.arm, each.base) if arm[-1] != "*"} <= set(
         ARMS
     )

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_exact_pass_rates_agree_with_sampling(task: LiteralTask) -> None:
     assert rates.min() < 0.05
     assert rates.max() > 0.9
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL).eval()
     torch.manual_seed(0)
     for each, rate in zip(prompts, rates, strict=True):
         ids = torch.tensor([tokenizer(each.text)["input_ids"]] * SAMPLES)
@@ -66,7 +67,7 @@ def test_exact_pass_rates_equal_the_sum_over_all_completions_that_pass(task: Lit
     """An answer of one digit: all 100 x 100 completions of at most two tokens."""
     each = prompt("1000+2000=", "3")
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL).eval()
     size, eos = model.config.vocab_size, tokenizer.eos_token_id
     start = tokenizer(each.text)["input_ids"]
     with torch.no_grad():

@@ -296,6 +296,7 @@ def test_the_last_evaluation_ends_by_silence_and_not_by_its_duration(
     harness.lease(1)
     before, stall_s = harness.counts("actor-1.0"), harness.config.cluster.stall_timeout_s
     waited_s, notices = 0, 0
+    generating = before
     while waited_s < 3 * stall_s:  # of one suite
         waited_s += 30
         generating = replace(
@@ -532,6 +533,7 @@ def test_a_batch_of_long_completions_is_no_stall_while_tokens_arrive(
     harness.lease(1)
     harness.send("learner", m.TakeBatch(policy_version=0, num_groups=2))
     before, waited_s, notices = harness.counts("actor-1.0"), 0, 0
+    generating = before
     while waited_s < 3 * harness.config.cluster.stall_timeout_s:
         waited_s += 30
         generating = replace(

@@ -40,7 +40,7 @@ def faults(folder: Path, config: Any, context_length: int | None = None) -> list
         (GraniteConfig(), []),
         (Gemma3TextConfig(), []),
         (LlamaConfig(), []),
-        (LlamaConfig(rope_scaling=LINEAR), []),
+        (LlamaConfig(rope_parameters=LINEAR), []),
     ],
 )
 def test_caps_and_scales_are_recognised_by_name(tmp_path: Path, config: Any, expected: list[str]):
@@ -53,8 +53,8 @@ def test_caps_and_scales_are_recognised_by_name(tmp_path: Path, config: Any, exp
 @pytest.mark.parametrize(
     ("config", "limit"),
     [
-        (Phi3Config(max_position_embeddings=131072, rope_scaling=LONG), 4096),
-        (LlamaConfig(max_position_embeddings=2048, rope_scaling=DYNAMIC), 2048),
+        (Phi3Config(max_position_embeddings=131072, rope_parameters=LONG), 4096),
+        (LlamaConfig(max_position_embeddings=2048, rope_parameters=DYNAMIC), 2048),
     ],
 )
 def test_embeddings_that_depend_on_the_batch_are_refused_beyond_their_limit(

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -117,7 +118,7 @@ def test_prompts_without_a_verdict_are_left_out_of_both(tmp_path: Path) -> None:
     ],
 )
 def test_unequal_prompts_or_scoring_are_refused(
-    tmp_path: Path, changes: dict[str, str], reason: str
+    tmp_path: Path, changes: dict[str, Any], reason: str
 ) -> None:
     first = evaluated(tmp_path / "a", [[True], [False]])
     second = evaluated(tmp_path / "b", [[True], [False]], **changes)

@@ -18,6 +18,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, RunFinished, SpeedAsyncError
 from speed_async.launcher.attempt import Ports, begin_attempt, check_resumable, save_ports
 from speed_async.launcher.ports import becomes_free, listens
+from speed_async.launcher.roles.join import RunEnd
 from speed_async.launcher.roles.supervisor import ActorPlan, supervise
 from speed_async.launcher.run_folder import RunFolder
 
@@ -312,8 +313,8 @@ while True:
 """
 
 
-async def never() -> None:
-    await asyncio.Event().wait()
+async def never() -> RunEnd:
+    return await asyncio.Future[RunEnd]()
 
 
 def supervised(

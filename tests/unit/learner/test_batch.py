@@ -33,10 +33,10 @@ SHORT = make_completion([8, 9], 0.0, [-0.4, -0.5])
 def full_row(group: Group, advantages: list[float] | None = None) -> TrainingRow:
     """A row of all completions. By default, the advantage is the index from 1, which identifies the
     completion in every layout. The weight is a tenth of the index."""
-    numbers_N = np.arange(1.0, len(group.completions) + 1)
+    numbers_N = np.arange(1, len(group.completions) + 1, dtype=np.float64)
     return training_row(
         group,
-        advantages_N=numbers_N if advantages is None else np.array(advantages),
+        advantages_N=numbers_N if advantages is None else np.array(advantages, np.float64),
         weights_N=numbers_N / 10,
         kept_N=np.ones(len(group.completions), dtype=np.bool_),
     )

@@ -405,7 +405,7 @@ def test_a_checkpoint_of_another_model_is_rejected(model_folder: Path, tmp_path:
 # --- damage ----------------------------------------------------------------------------------
 
 
-def damage_variants(path: Path) -> dict[str, Callable[[], None]]:
+def damage_variants(path: Path) -> dict[str, Callable[[], object]]:
     content = path.read_bytes()
 
     def flip(index: int) -> None:

@@ -136,7 +136,7 @@ class Service:
 
 class Harness:
     def __init__(
-        self, config: Config, updates: "Updates | Trainer", version: int, restored: Restored | None
+        self, config: Config, updates: Trainer, version: int, restored: Restored | None
     ) -> None:
         self.hub = InProcessHub()
         self.link = self.hub.connect(PEER)
@@ -193,7 +193,7 @@ def make_harness(tmp_path: Path) -> Callable[..., Harness]:
     return make
 
 
-def restored_at(version: int, *, notices: tuple[str, ...] = (), **progress: object) -> Restored:
+def restored_at(version: int, *, notices: tuple[str, ...] = (), **progress: Any) -> Restored:
     return Restored(progress=Progress(policy_version=version, **progress), notices=notices)
 
 

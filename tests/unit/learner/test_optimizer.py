@@ -1,6 +1,7 @@
 """AdamW and the schedules of its learning rate."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_the_optimiser_has_the_configured_moments() -> None:
 def test_contradictory_schedules_are_errors(tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path)
 
-    def errors(**learner: object) -> list[str]:
+    def errors(**learner: Any) -> list[str]:
         return [error.field for error in check_combinations(make_config(folder, **learner))]
 
     assert errors(min_lr_share=0.1) == ["learner.min_lr_share"]

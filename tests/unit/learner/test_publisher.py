@@ -1,7 +1,7 @@
 """The learner's broadcasts when members fail: reported ranks, excluded actors, final errors."""
 
 import asyncio
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from speed_async.config.schema import WeightsConfig
 from speed_async.errors import WeightSyncError
 from speed_async.learner.inbox import Inbox
 from speed_async.learner.publisher import MAX_UNEXPLAINED_FAILURES, Publisher
+from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.canary_check import Canary
@@ -79,9 +80,13 @@ class FailingSender:
         pass
 
 
-class Weights:
-    def weights(self) -> Iterable[NamedTensor]:
-        return [("w", torch.ones(2))]
+class Weights(Trainer):
+    """A trainer without a model."""
+
+    def __init__(self) -> None: ...
+
+    def weights(self) -> Iterator[NamedTensor]:
+        yield "w", torch.ones(2)
 
     def canary(self) -> Canary:
         return Canary(token_ids=(1, 2), logprobs=(-0.5,))

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from torch.distributed import HashStore, TCPStore
+from torch._C._distributed_c10d import HashStore, TCPStore
 
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer

@@ -95,15 +95,16 @@ def test_a_manifest_of_many_tensors_is_received(channel: Channel):
 
 @on_every_channel()
 def test_a_tied_tensor_is_sent_once_and_updates_both_names(channel: Channel):
-    def tied(value: float) -> nn.Module:
-        model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
-        model["embed"].weight = model["head"].weight = nn.Parameter(torch.full((5, 3), value))
-        return model
+    class Tied(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+            self.embed.weight = self.head.weight = nn.Parameter(torch.full((5, 3), value))
 
     def weights(model: nn.Module) -> list[NamedTensor]:
         return [(name, each.detach()) for name, each in model.named_parameters()]
 
-    learner, actor = tied(2.0), tied(1.0)
+    learner, actor = Tied(2.0), Tied(1.0)
 
     def load(tensors: Sequence[NamedTensor]) -> None:
         for name, tensor in tensors:
@@ -112,8 +113,8 @@ def test_a_tied_tensor_is_sent_once_and_updates_both_names(channel: Channel):
     outcomes = channel.transfer(channel.offer(1), weights(learner), {1: weights(actor)}, {1: load})
     for outcome in outcomes.values():
         assert isinstance(outcome, TransferReport) and outcome.num_bytes == 5 * 3 * 4
-    assert actor["head"].weight is actor["embed"].weight
-    assert actor["head"].weight.eq(2.0).all()
+    assert actor.head.weight is actor.embed.weight
+    assert actor.head.weight.eq(2.0).all()
 
 
 @on_every_channel()
@@ -130,14 +131,15 @@ def test_the_sender_converts_floating_point_tensors_to_the_stated_dtypes(channel
         ("router", torch.tensor([1.00390625])),
         ("n", torch.tensor([2**40 + 1])),
     ]
-    half = {"dtype": torch.bfloat16}
-    shapes = [torch.empty(2, **half), torch.empty(2, **half), torch.empty(1), tensors[3][1]]
+    half = torch.bfloat16
+    in_half = torch.empty(2, dtype=half)
+    shapes = [in_half, in_half.clone(), torch.empty(1), tensors[3][1]]
     expected = [(name, each) for (name, _), each in zip(tensors, shapes, strict=True)]
     loaded = Loaded()
     outcomes = channel.transfer(channel.offer(1), tensors, {1: expected}, {1: loaded.load})
     assert isinstance(outcomes[0], TransferReport), outcomes
     # bfloat16 has 8 significant bits: 1 + 2**-8 is a tie and rounds to even, 1.0.
-    assert same_bits(loaded.tensors["w"], torch.tensor([1.0, 1.0], **half))
+    assert same_bits(loaded.tensors["w"], torch.tensor([1.0, 1.0], dtype=half))
     assert same_bits(loaded.tensors["router"], torch.tensor([1.00390625]))
     assert loaded.tensors["n"].tolist() == [2**40 + 1]
 
@@ -145,7 +147,10 @@ def test_the_sender_converts_floating_point_tensors_to_the_stated_dtypes(channel
 @on_every_channel()
 def test_receivers_with_different_dtypes_are_refused_by_name(channel: Channel):
     tensors = [("w", torch.ones(2))]
-    expected = {1: tensors, 2: [("w", torch.ones(2, dtype=torch.float16))]}
+    expected: dict[int, Sequence[NamedTensor]] = {
+        1: tensors,
+        2: [("w", torch.ones(2, dtype=torch.float16))],
+    }
     loaded = {rank: Loaded() for rank in expected}
     outcomes = channel.transfer(
         channel.offer(1, world_size=3),
@@ -156,7 +161,7 @@ def test_receivers_with_different_dtypes_are_refused_by_name(channel: Channel):
     for outcome in outcomes.values():
         assert isinstance(outcome, WeightSyncError)
         assert "rank 1 loads float32 and rank 2 float16: all actors must load one" in str(outcome)
-    assert outcomes[0].missing_ranks == (2,)
+    assert isinstance(outcomes[0], WeightSyncError) and outcomes[0].missing_ranks == (2,)
     assert not loaded[1].tensors
 
 

@@ -17,6 +17,7 @@ from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.schema import Config
 from speed_async.errors import JournalRefused
 from speed_async.transport import messages as m
+from speed_async.types import GroupEnd
 from tests.fakes.buffer_fixtures import FINGERPRINTS, builder, make_config
 from tests.fakes.random_run import RandomRun
 from tests.fakes.service_harness import trained
@@ -170,7 +171,7 @@ def test_a_checkpoint_ahead_of_a_cut_journal_takes_precedence(tmp_path: Path) ->
     recovered.message("learner", resumed, run.now_s)
     lifecycle = recovered.service.lifecycle
     assert recovered.service.policy_version == 4
-    assert lifecycle.ledger.ends["trained"].groups == 8
+    assert lifecycle.ledger.ends[GroupEnd.TRAINED].groups == 8
     assert all(lifecycle.ledger.checks(0).values())
     entry = lifecycle.leases.grant("x", 1)
     assert entry.lease.lease_id > 1003

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -434,6 +435,7 @@ def plain(value: object) -> object:
 @pytest.mark.parametrize("kind", ["uniform", "posterior"])
 def test_restored_machine_continues_like_the_original(tmp_path: Path, kind: str) -> None:
     changed: set[str] = set()
+    all_fields: set[str] = set()
     for seed in range(3):
         comparison = Comparison(tmp_path, seed, kind)
         for _ in range(12):
@@ -442,7 +444,7 @@ def test_restored_machine_continues_like_the_original(tmp_path: Path, kind: str)
             comparison.compare()
         comparison.finish()
         changed |= comparison.changed
-    all_fields = {name for name, _ in values(comparison.machine.state)}
+        all_fields |= {name for name, _ in values(comparison.machine.state)}
     assert sorted(all_fields - changed - CONSTANT) == []
 
 
@@ -454,10 +456,11 @@ def tree(folder: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", ["last_s", "service.warnings.texts", "service.attempt"])
 def test_snapshot_without_a_field_is_refused(tmp_path: Path, name: str) -> None:
-    saved = section = tree(tmp_path)
+    saved = tree(tmp_path)
+    section: Any = saved
     *path, last = name.split(".")
     for key in path:
-        section = section[key]  # type: ignore[assignment]
+        section = section[key]
     del section[last]
     with pytest.raises(JournalError, match=rf"does not fit this release: .*{name}"):
         restore(MachineState, msgpack.packb(saved))

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.fakes.buffer_fixtures import make_group, restored
 from tests.fakes.service_harness import ServiceHarness, evaluated, failed, screened_out, trained
 
 ACTOR = "actor-1.0"
-NO_GATE: dict[str, dict[str, object]] = {
+NO_GATE: dict[str, Any] = {
     "gate": {"mode": "off"},
     "buffer": {"credits": 64, "capacity_groups": 64},
 }
@@ -25,7 +26,7 @@ whole_group = partial(make_group, num_screening=0)
 class WatchedService(ServiceHarness):
     """A service harness that keeps events, past its first evaluation."""
 
-    def __init__(self, folder: Path, **sections: dict[str, object]) -> None:
+    def __init__(self, folder: Path, **sections: Any) -> None:
         super().__init__(folder, **sections)
         self.pass_baseline(ACTOR)
 
