@@ -23,7 +23,8 @@ from benchmarks.harness import report
 from speed_async.buffer.curriculum.beliefs import GateAcceptance
 from speed_async.buffer.curriculum.curriculum import Curriculum, UniformCurriculum, UniformState
 from speed_async.buffer.curriculum.posterior import PosteriorCurriculum, PosteriorState
-from speed_async.config.schema import CurriculumConfig, GateConfig
+from speed_async.config.sections.curriculum import CurriculumConfig
+from speed_async.config.sections.gate import GateConfig
 
 GATE = GateConfig()
 NUM_PROMPTS, NUM_UPDATES, GROUPS_PER_UPDATE, NUM_OPEN = 4_096, 150, 16, 64

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from speed_async.actors.loop import REPORT_INTERVAL_S
-from speed_async.config.checks import BYTES_PER_TOKEN as BYTES_PER_TOKEN
-from speed_async.config.schema import BufferConfig, WeightsConfig
+from speed_async.config.checks.combinations import BYTES_PER_TOKEN as BYTES_PER_TOKEN
+from speed_async.config.sections.buffer import BufferConfig
+from speed_async.config.sections.weights import WeightsConfig
 from speed_async.weight_sync import nccl
 
 MIB = 1024 * 1024

@@ -12,7 +12,8 @@ import msgpack
 import zmq
 
 from benchmarks.harness import GROUP_SIZE, GROUPS_A_BATCH, MODEL, TASK, make_group
-from speed_async.config.schema import ModelConfig, TaskConfig
+from speed_async.config.sections.model import ModelConfig
+from speed_async.config.sections.task import TaskConfig
 from speed_async.environments.registry import make_task
 from speed_async.environments.task import data_fingerprint
 from speed_async.launcher.identity.model_files import model_fingerprint

@@ -1,6 +1,6 @@
 """A task of your own: additions with partial credit. `own_task.toml` names it by import path."""
 
-from speed_async.config.schema import TaskConfig
+from speed_async.config.sections.task import TaskConfig
 from speed_async.environments.arithmetic import ArithmeticTask
 from speed_async.types import Prompt
 

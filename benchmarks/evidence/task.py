@@ -7,7 +7,7 @@ is not the probability of one token string.
 import json
 from pathlib import Path
 
-from speed_async.config.schema import TaskConfig
+from speed_async.config.sections.task import TaskConfig
 from speed_async.types import Prompt
 
 

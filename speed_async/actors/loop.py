@@ -18,7 +18,7 @@ from speed_async.actors.rollout import Aborted, LeaseProgress, Rollout, Unscored
 from speed_async.actors.running_leases import RunningLeases
 from speed_async.actors.sample_selector import SampleSelector
 from speed_async.config.schema import Config
-from speed_async.config.suites import HELD_OUT
+from speed_async.config.sections.evaluate import HELD_OUT
 from speed_async.environments.task import Task
 from speed_async.errors import (
     DeadlineExceeded,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from speed_async.config.schema import ModelConfig
+from speed_async.config.sections.model import ModelConfig
 from speed_async.errors import ConfigError, ModelError
 from speed_async.types import Int32Array
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from speed_async.actors.engine import EngineStats
 from speed_async.actors.rollout import LeaseProgress
-from speed_async.config.schema import GateConfig
+from speed_async.config.sections.gate import GateConfig
 from speed_async.types import ActorCounts
 
 REQUESTS_PER_SLOT = 2.0

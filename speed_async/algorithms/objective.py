@@ -27,7 +27,8 @@ from speed_async.algorithms.rewards import (
 )
 from speed_async.algorithms.screening import kept
 from speed_async.config.extensions import import_part
-from speed_async.config.schema import Config, ObjectiveConfig
+from speed_async.config.schema import Config
+from speed_async.config.sections.objective import ObjectiveConfig
 from speed_async.types import Group
 
 Shaping = Callable[[NDArray[np.int64], int], NDArray[np.float64]]

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from speed_async.config.schema import GateConfig
+from speed_async.config.sections.gate import GateConfig
 
 Choice = Literal["all", "unbiased", "none"]
 

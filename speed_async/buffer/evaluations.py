@@ -4,8 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from speed_async.config.schema import EvaluateConfig
-from speed_async.config.suites import HELD_OUT
+from speed_async.config.sections.evaluate import HELD_OUT, EvaluateConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from speed_async.config.checks import INCARNATIONS_PER_ATTEMPT
-from speed_async.config.schema import ClusterConfig
+from speed_async.config.checks.combinations import INCARNATIONS_PER_ATTEMPT
+from speed_async.config.sections.cluster import ClusterConfig
 from speed_async.transport.messages import Hello
 
 RECONNECT_S = 10.0

@@ -27,7 +27,7 @@ from speed_async.buffer.state import ServiceState, new_state
 from speed_async.buffer.validation import MessageValidator
 from speed_async.buffer.validation_rules import PayloadRules
 from speed_async.config.schema import Config
-from speed_async.config.suites import HELD_OUT
+from speed_async.config.sections.evaluate import HELD_OUT
 from speed_async.observability.metrics import Event, EventKind, Value
 from speed_async.transport import messages as m
 from speed_async.transport.joining import Join

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from speed_async.config.checks import check_combinations
+from speed_async.config.checks.combinations import check_combinations
 from speed_async.config.hub_id import local_or_hub
 from speed_async.config.names import (
     REFUSED,

@@ -3,7 +3,7 @@
 import difflib
 
 from speed_async.config.extensions import import_part
-from speed_async.config.schema import TaskConfig
+from speed_async.config.sections.task import TaskConfig
 from speed_async.environments.task import Task
 from speed_async.errors import ConfigError, HubDataError
 

@@ -17,7 +17,7 @@ from typing import TypeGuard
 import numpy as np
 
 from speed_async.config.extensions import import_part
-from speed_async.config.schema import RewardConfig
+from speed_async.config.sections.task import RewardConfig
 from speed_async.environments.format_rewards import FORMAT_REWARDS
 from speed_async.environments.task import Task
 from speed_async.errors import SpeedAsyncError

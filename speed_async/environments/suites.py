@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 
 from speed_async.config.schema import Config
-from speed_async.config.suites import SuiteConfig
+from speed_async.config.sections.evaluate import SuiteConfig
 from speed_async.environments.dataset.prompts import DatasetPrompts
 from speed_async.environments.dataset.rows import Rows, open_source
 from speed_async.environments.matching import MatchKind

@@ -17,7 +17,7 @@ from typing import Self, TypeVar, cast
 from pebble import ProcessExpired, ProcessPool
 from pebble.common.types import MultiprocessingContext
 
-from speed_async.config.schema import RewardConfig
+from speed_async.config.sections.task import RewardConfig
 from speed_async.environments.rewards import CORRECT, unscored
 from speed_async.environments.verifier_worker import (
     MakeTask,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from multiprocessing import parent_process
 
-from speed_async.config.schema import RewardConfig
+from speed_async.config.sections.task import RewardConfig
 from speed_async.environments.rewards import Rewards, error_text
 from speed_async.environments.task import Task
 from speed_async.types import Verdict

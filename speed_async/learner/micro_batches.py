@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from speed_async.config.schema import LearnerConfig
+from speed_async.config.sections.learner import LearnerConfig
 from speed_async.learner.batch import MicroBatch, make_micro_batch
 from speed_async.learner.policy import Policy, check_policy, layout_cost
 from speed_async.learner.rows import (

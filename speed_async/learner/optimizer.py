@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from speed_async.config.schema import LearnerConfig
+from speed_async.config.sections.learner import LearnerConfig
 
 
 def make_optimizer(model: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:

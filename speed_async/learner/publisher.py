@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from speed_async.config.schema import WeightsConfig
+from speed_async.config.sections.weights import WeightsConfig
 from speed_async.errors import DeadlineExceeded, WeightSyncError
 from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox
 from speed_async.learner.trainer import Trainer

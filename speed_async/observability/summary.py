@@ -4,7 +4,7 @@ import shlex
 import textwrap
 from collections.abc import Mapping
 
-from speed_async.config.suites import HELD_OUT
+from speed_async.config.sections.evaluate import HELD_OUT
 from speed_async.observability.notation import (
     DASH,
     count,

@@ -14,7 +14,8 @@ from speed_async.actors.engine import GenerationRequest
 from speed_async.actors.model_folder import load_model_folder
 from speed_async.actors.stepped_engine.stepper import FinishedRequest
 from speed_async.config.local_model import model_folder
-from speed_async.config.schema import ActorsConfig, ModelConfig
+from speed_async.config.sections.actors import ActorsConfig
+from speed_async.config.sections.model import ModelConfig
 from speed_async.errors import WeightSyncError
 from speed_async.testing.scripted_engine import Script, ScriptedStepper
 from speed_async.types import WeightOffer

@@ -7,7 +7,7 @@ no capable model.
 
 import hashlib
 
-from speed_async.config.schema import TaskConfig
+from speed_async.config.sections.task import TaskConfig
 from speed_async.types import Prompt
 
 PASS_RATES = (0.0, 0.25, 0.5, 0.5, 0.75, 1.0)

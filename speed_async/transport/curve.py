@@ -17,7 +17,7 @@ import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 
 from speed_async.config import key_folder as names
-from speed_async.config.schema import ClusterConfig
+from speed_async.config.sections.cluster import ClusterConfig
 from speed_async.errors import ConfigError
 
 Socket = zmq.Socket[bytes]

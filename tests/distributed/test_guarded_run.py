@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from speed_async.config.schema import ClusterConfig
+from speed_async.config.sections.cluster import ClusterConfig
 from speed_async.transport import messages as m
 from speed_async.transport.curve import load_client_keys
 from speed_async.transport.key_making import add_client, make_keys

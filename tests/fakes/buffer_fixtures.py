@@ -11,7 +11,9 @@ from speed_async.buffer.durability.snapshot import State, capture, restore
 from speed_async.buffer.service import BufferService
 from speed_async.buffer.state import ServiceState
 from speed_async.config.load import build_config
-from speed_async.config.schema import Config, CurriculumConfig, GateConfig
+from speed_async.config.schema import Config
+from speed_async.config.sections.curriculum import CurriculumConfig
+from speed_async.config.sections.gate import GateConfig
 from speed_async.transport.messages import GroupFinished
 from speed_async.types import ActorCounts
 

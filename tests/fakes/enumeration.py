@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from speed_async.algorithms.advantages import Advantages, rloo
 from speed_async.algorithms.loss_tokens import Correction, LossTokens
 from speed_async.algorithms.screening import Choice, kept
-from speed_async.config.schema import GateConfig
+from speed_async.config.sections.gate import GateConfig
 from speed_async.types import PASS_REWARD
 
 Floats = NDArray[np.float64]

@@ -8,16 +8,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from speed_async.algorithms.loss_tokens import LossTokens
-from speed_async.config.schema import (
-    ActorsConfig,
-    Config,
-    GateConfig,
-    LearnerConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    RunConfig,
-    TaskConfig,
-)
+from speed_async.config.schema import Config
+from speed_async.config.sections.actors import ActorsConfig
+from speed_async.config.sections.gate import GateConfig
+from speed_async.config.sections.learner import LearnerConfig
+from speed_async.config.sections.model import ModelConfig
+from speed_async.config.sections.objective import ObjectiveConfig
+from speed_async.config.sections.run import RunConfig
+from speed_async.config.sections.task import TaskConfig
 from speed_async.types import Completion, FinishReason, Group, Sampled
 
 VOCABULARY = 11

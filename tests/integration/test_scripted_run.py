@@ -7,7 +7,7 @@ import pytest
 from torch import tensor, zeros
 
 from speed_async.actors.engine import GenerationRequest
-from speed_async.config.schema import TaskConfig
+from speed_async.config.sections.task import TaskConfig
 from speed_async.environments.registry import make_task
 from speed_async.errors import WeightSyncError
 from speed_async.testing.scripted_run import DiscardedWeights, random_script

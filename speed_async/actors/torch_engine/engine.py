@@ -5,7 +5,8 @@ import torch
 from speed_async.actors.model_folder import load_model_folder
 from speed_async.actors.torch_engine.generator import TorchGenerator
 from speed_async.config.local_model import model_folder
-from speed_async.config.schema import ActorsConfig, ModelConfig
+from speed_async.config.sections.actors import ActorsConfig
+from speed_async.config.sections.model import ModelConfig
 from speed_async.weight_sync.broadcast import TorchReceiver
 from speed_async.weight_sync.buckets import flatten_parameters
 from speed_async.weight_sync.device import resolve_device

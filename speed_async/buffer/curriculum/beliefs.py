@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speed_async.buffer.durability.encoding import SavedFloat32, SavedFloat64, SavedInt32
-from speed_async.config.schema import GateConfig
+from speed_async.config.sections.gate import GateConfig
 from speed_async.errors import JournalError
 
 IntArray = NDArray[np.int64]

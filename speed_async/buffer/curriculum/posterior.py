@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from speed_async.buffer.curriculum.beliefs import Beliefs, BeliefsState, GateAcceptance, IntArray
 from speed_async.buffer.durability.encoding import SavedGenerator, SavedUint8
-from speed_async.config.schema import CurriculumConfig, GateConfig
+from speed_async.config.sections.curriculum import CurriculumConfig
+from speed_async.config.sections.gate import GateConfig
 from speed_async.errors import JournalError
 
 FREE, OUTCOME_BASED, INDEPENDENT, RETIRED = 0, 1, 2, 3

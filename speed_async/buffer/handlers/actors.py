@@ -12,7 +12,7 @@ from speed_async.buffer.components import Components
 from speed_async.buffer.durability.journal import Place
 from speed_async.buffer.handlers.effects import Effects, Loss, restart_warning
 from speed_async.buffer.ledger import ENGINE_TIMES
-from speed_async.config.suites import HELD_OUT
+from speed_async.config.sections.evaluate import HELD_OUT
 from speed_async.environments.outcome_lengths import GAUGES
 from speed_async.transport import messages as m
 from speed_async.transport.groups import GroupStats

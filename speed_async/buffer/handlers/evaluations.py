@@ -10,7 +10,7 @@ from speed_async.buffer.evaluations import Accuracy
 from speed_async.buffer.handlers.effects import Effects, began_messages, ended_messages
 from speed_async.buffer.reporting.status import evaluation_values
 from speed_async.buffer.state import ServiceState
-from speed_async.config.suites import HELD_OUT
+from speed_async.config.sections.evaluate import HELD_OUT
 from speed_async.observability.metrics import EventKind
 from speed_async.transport import messages as m
 

@@ -8,7 +8,7 @@ from enum import Enum, auto
 
 from speed_async.buffer.batches import NOTICES_PER_TIMEOUT
 from speed_async.buffer.evaluations import Evaluations
-from speed_async.config.schema import ClusterConfig
+from speed_async.config.sections.cluster import ClusterConfig
 from speed_async.transport.messages import EvaluationPending, FinishRun
 
 

@@ -14,7 +14,9 @@ from speed_async.buffer.reporting.evidence import (
     UpdateRecord,
 )
 from speed_async.buffer.reporting.statistics import ACCEPTANCE_WINDOW, RunStatistics
-from speed_async.config.schema import ACROSS_GROUPS, Config, GateConfig
+from speed_async.config.schema import Config
+from speed_async.config.sections.gate import GateConfig
+from speed_async.config.sections.objective import ACROSS_GROUPS
 
 MIN_COMPLETIONS = 128
 PATIENCE_S = 30.0

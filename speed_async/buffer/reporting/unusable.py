@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from speed_async.config.suites import HELD_OUT
+from speed_async.config.sections.evaluate import HELD_OUT
 
 
 @dataclass(kw_only=True, slots=True)

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from speed_async.config.sources import SourceConfig
+from speed_async.config.sections.sources import SourceConfig
 from speed_async.errors import DataError
 
 TRAIN = "train"

@@ -18,7 +18,7 @@ from typing import Any, overload
 import numpy as np
 import xxhash
 
-from speed_async.config.sources import SourceConfig
+from speed_async.config.sections.sources import SourceConfig
 from speed_async.environments.dataset.places import SourcePlace, locate, rows_folder
 from speed_async.environments.dataset.writing import RowsReport, write_rows
 from speed_async.environments.matching import MatchKind

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from speed_async.config.sources import TaskSource
+from speed_async.config.sections.sources import TaskSource
 from speed_async.environments.dataset.mixture import MixedSource, mix
 from speed_async.environments.dataset.prompts import DatasetPrompts
 from speed_async.environments.dataset.rows import open_source, summary

@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from speed_async.config.hub_id import is_hub_id
-from speed_async.config.sources import SourceConfig
+from speed_async.config.sections.sources import SourceConfig
 from speed_async.config.whole_file import write_atomically
 from speed_async.environments.dataset.columns import (
     DatasetRow,

@@ -10,8 +10,8 @@ from typing import Any
 from speed_async.config.load import apply_overrides, parse_config
 from speed_async.config.resumed import CONFIG_FILE
 from speed_async.config.schema import Config
-from speed_async.config.sources import PROMPT_FORMAT
-from speed_async.config.suites import HELD_OUT, SuiteConfig
+from speed_async.config.sections.evaluate import HELD_OUT, SuiteConfig
+from speed_async.config.sections.sources import PROMPT_FORMAT
 from speed_async.environments.matching import MatchKind
 from speed_async.errors import SpeedAsyncError
 from speed_async.evaluation.protocols import SPEED_PAPER, Protocol

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from speed_async.config.hub_id import is_hub_id
-from speed_async.config.suites import HELD_OUT, SuiteConfig
+from speed_async.config.sections.evaluate import HELD_OUT, SuiteConfig
 from speed_async.errors import SpeedAsyncError
 from speed_async.evaluation.protocols import PROTOCOLS
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from speed_async.config.schema import Config, RewardConfig
-from speed_async.config.sources import PROMPT_FORMAT
-from speed_async.config.suites import HELD_OUT, SuiteConfig
+from speed_async.config.schema import Config
+from speed_async.config.sections.evaluate import HELD_OUT, SuiteConfig
+from speed_async.config.sections.sources import PROMPT_FORMAT
+from speed_async.config.sections.task import RewardConfig
 from speed_async.environments.dataset.rows import open_source, summary
 from speed_async.environments.matching import MatchKind
 from speed_async.environments.registry import make_task

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from speed_async.config.schema import ModelConfig
+from speed_async.config.sections.model import ModelConfig
 from speed_async.launcher.identity.content import digest_files, digest_text, sample_digest
 
 SETTINGS = ("config.json", "generation_config.json")

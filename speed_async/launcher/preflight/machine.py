@@ -48,7 +48,7 @@ def check_ports(config: Config, findings: Findings, *, resume: bool = False) -> 
 
 
 def check_keys(config: Config, findings: Findings) -> None:
-    """Check the server's key files (config/checks.py checks the files of all roles)."""
+    """Check the server's key files (config/checks checks the files of all roles)."""
     keys = config.cluster.keys
     if keys is None or not config.cluster.uses_curve or not Path(keys).is_dir():
         return

@@ -35,7 +35,7 @@ def find_model(config: Config, findings: Findings) -> Path | None:
 def check_model(config: Config, folder: Path, findings: Findings) -> CheckedModel | None:
     """Check the model folder. Returns None if its config.json cannot be read."""
     if not (folder / "config.json").is_file():
-        return None  # reported by config/checks.py
+        return None  # reported by config/checks/combinations.py
     weights, errors = read_weights(folder)
     findings.errors += errors
     try:

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 from speed_async.actors.prompt_codec import NOT_ONE_TOKEN, chat_messages
 from speed_async.config.model_facts import read_json
-from speed_async.config.schema import Config, ModelConfig
+from speed_async.config.schema import Config
+from speed_async.config.sections.model import ModelConfig
 from speed_async.errors import ConfigError, ModelError, SpeedAsyncError
 from speed_async.launcher.preflight.findings import Findings
 
@@ -110,7 +111,7 @@ def check_tokenizer(config: Config, folder: Path, findings: Findings) -> PromptT
     from tokenizers import Tokenizer
 
     if not folder.is_dir():
-        return None  # reported by config/checks.py
+        return None  # reported by config/checks/combinations.py
     if not (folder / FILE).is_file():
         _report_missing_file(folder, findings)
         return None

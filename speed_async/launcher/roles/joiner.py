@@ -16,7 +16,7 @@ from speed_async.config.hub_id import local_or_hub
 from speed_async.config.load import build_config
 from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
-from speed_async.config.sources import TaskSource
+from speed_async.config.sections.sources import TaskSource
 from speed_async.errors import (
     ConfigError,
     ConfigErrors,

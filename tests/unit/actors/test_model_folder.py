@@ -17,7 +17,8 @@ from speed_async.actors.torch_engine.engine import load_torch_generator
 from speed_async.actors.torch_engine.generator import TorchGenerator
 from speed_async.actors.vllm_engine.options import ServingInfo
 from speed_async.config.load import build_config
-from speed_async.config.schema import ActorsConfig, ModelConfig
+from speed_async.config.sections.actors import ActorsConfig
+from speed_async.config.sections.model import ModelConfig
 from speed_async.errors import ConfigError, ModelError
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.broadcast import TorchReceiver, TorchSender

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from speed_async.actors.prompt_codec import PromptCodec, configured_codec
-from speed_async.config.schema import ModelConfig
+from speed_async.config.sections.model import ModelConfig
 from speed_async.errors import ConfigError, ModelError
 from tests.fakes.paths import MODEL
 

@@ -5,7 +5,7 @@ import numpy as np
 from speed_async.actors.engine import EngineStats
 from speed_async.actors.rollout import LeaseProgress
 from speed_async.actors.running_leases import RunningLeases
-from speed_async.config.schema import GateConfig
+from speed_async.config.sections.gate import GateConfig
 from speed_async.types import ActorCounts, Lease, LeaseKind, Sampled
 
 

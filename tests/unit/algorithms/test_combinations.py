@@ -18,7 +18,7 @@ import torch
 
 from speed_async.algorithms.loss_tokens import LossTokens
 from speed_async.algorithms.objective import compute_signals, make_objective
-from speed_async.config.schema import ADVANTAGES, POLICY_LOSSES, ObjectiveConfig
+from speed_async.config.sections.objective import ADVANTAGES, POLICY_LOSSES, ObjectiveConfig
 from speed_async.types import Group
 from tests.fakes.learner_samples import make_completion, make_config, make_group
 

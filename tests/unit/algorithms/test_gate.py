@@ -3,7 +3,7 @@
 import pytest
 
 from speed_async.buffer.evaluations import EvaluationPlan, EvaluationState
-from speed_async.config.schema import GateConfig
+from speed_async.config.sections.gate import GateConfig
 
 
 def is_admitted(passed: list[int], low: float = 0.0, high: float = 1.0) -> bool:

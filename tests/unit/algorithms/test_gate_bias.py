@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from speed_async.algorithms.screening import Choice
-from speed_async.config.schema import GateConfig
+from speed_async.config.sections.gate import GateConfig
 from tests.fakes.enumeration import (
     PARTIAL_CREDIT,
     TRIAL,

@@ -6,7 +6,8 @@ import pytest
 
 from speed_async.algorithms.objective import compute_signals, make_objective
 from speed_async.algorithms.screening import Choice, kept
-from speed_async.config.schema import GateConfig, ObjectiveConfig
+from speed_async.config.sections.gate import GateConfig
+from speed_async.config.sections.objective import ObjectiveConfig
 from speed_async.types import Group
 from tests.fakes.learner_samples import make_completion, make_config, make_group, make_loss_tokens
 

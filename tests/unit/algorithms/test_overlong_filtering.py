@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from speed_async.algorithms.advantages import rloo
-from speed_async.config.schema import GateConfig
+from speed_async.config.sections.gate import GateConfig
 from tests.fakes.enumeration import Estimator, Floats, one_of, probabilities, total
 
 N = 3

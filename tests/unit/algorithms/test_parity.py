@@ -22,7 +22,7 @@ from speed_async.algorithms import advantages, aggregation, corrections, losses,
 from speed_async.algorithms.diagnostics import Diagnostics
 from speed_async.algorithms.loss_tokens import LossTokens
 from speed_async.algorithms.objective import SELF_NORMALIZED
-from speed_async.config.schema import ADVANTAGES, POLICY_LOSSES, ObjectiveConfig
+from speed_async.config.sections.objective import ADVANTAGES, POLICY_LOSSES, ObjectiveConfig
 from tests.fakes.paths import FAKES, REPOSITORY
 
 ROOT = REPOSITORY

@@ -11,7 +11,7 @@ from speed_async.algorithms.advantages import grpo, rloo
 from speed_async.algorithms.corrections import geometric_tis, sequence_tis, token_tis
 from speed_async.algorithms.screening import kept
 from speed_async.buffer.priority import BufferedGroup, PriorityBuffer
-from speed_async.config.schema import GateConfig
+from speed_async.config.sections.gate import GateConfig
 from tests.fakes.buffer_fixtures import make_group
 from tests.fakes.enumeration import (
     PARTIAL_CREDIT,

@@ -11,7 +11,7 @@ import pytest
 
 from speed_async.algorithms.advantages import rloo
 from speed_async.algorithms.screening import Choice
-from speed_async.config.schema import GateConfig
+from speed_async.config.sections.gate import GateConfig
 from tests.fakes.enumeration import Estimator, Floats, one_of, probabilities, total
 
 WITHOUT_GATE = GateConfig(mode="off", n_init=2, n_cont=2)

@@ -14,7 +14,7 @@ from benchmarks.evidence.plan import ARMS, Setting, overrides
 from benchmarks.evidence.spreads import NUM_ANSWER_CHARACTERS
 from benchmarks.evidence.task import LiteralTask
 from speed_async.config.load import load_config
-from speed_async.config.schema import TaskConfig
+from speed_async.config.sections.task import TaskConfig
 from speed_async.types import Prompt
 from tests.fakes.paths import MODEL, REPOSITORY
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from speed_async.config.load import build_config
-from speed_async.config.suites import HELD_OUT
+from speed_async.config.sections.evaluate import HELD_OUT
 from tests.fakes.buffer_fixtures import make_suite
 from tests.fakes.simulated_run import Outcome, SimulatedRun, execute
 

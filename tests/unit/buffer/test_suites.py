@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from speed_async.buffer.evaluations import Evaluations, new_evaluation_states
-from speed_async.config.schema import EvaluateConfig
+from speed_async.config.sections.evaluate import EvaluateConfig
 from speed_async.transport import messages as m
 from speed_async.types import ActorCounts
 from tests.fakes.buffer_fixtures import make_suite

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from speed_async.algorithms.screening import kept
-from speed_async.config.gate_checks import check_gate
-from speed_async.config.schema import Config, GateConfig
+from speed_async.config.checks.gate import check_gate
+from speed_async.config.schema import Config
+from speed_async.config.sections.gate import GateConfig
 
 
 def unbiased(gate: GateConfig) -> Config:

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from speed_async.config.checks.vllm import check_vllm
 from speed_async.config.schema import Config
-from speed_async.config.vllm_checks import check_vllm
 
 SUITE = {"name": "cold", "path": "data.jsonl", "temperature": 0.005}
 

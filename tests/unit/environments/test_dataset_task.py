@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from speed_async.config.sources import TaskSource
+from speed_async.config.sections.sources import TaskSource
 from speed_async.environments.dataset.rows import open_source
 from speed_async.environments.dataset.task import DatasetTask
 from speed_async.environments.task import data_fingerprint
@@ -203,7 +203,7 @@ HUB = """
 import json, os, shutil, sys
 from pathlib import Path
 import datasets
-from speed_async.config.sources import TaskSource
+from speed_async.config.sections.sources import TaskSource
 from speed_async.environments.dataset.rows import open_source
 cache = Path(os.environ["HF_DATASETS_CACHE"])
 made = datasets.load_dataset("json", data_files=sys.argv[1], split="train")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from speed_async.config.schema import TaskConfig
+from speed_async.config.sections.task import TaskConfig
 from speed_async.environments.registry import known_tasks, make_task
 from speed_async.errors import ConfigError
 
@@ -69,7 +69,7 @@ def test_heavy_modules_are_imported_lazily(tmp_path: Path) -> None:
     path.write_text("\n".join(json.dumps({"prompt": f"p{i}", "answer": "1"}) for i in range(4)))
     program = (
         "import sys\n"
-        "from speed_async.config.schema import TaskConfig\n"
+        "from speed_async.config.sections.task import TaskConfig\n"
         "from speed_async.environments.registry import make_task\n"
         f"make_task(TaskConfig(name='jsonl', path={str(path)!r}, num_held_out=1))\n"
         "heavy = ('torch', 'transformers', 'reasoning_gym', 'sympy', 'pebble')\n"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from speed_async.config.schema import RewardConfig, TaskConfig
+from speed_async.config.sections.task import RewardConfig, TaskConfig
 from speed_async.environments.format_rewards import answer_tag, boxed
 from speed_async.environments.rewards import MAX_PARTS, Rewards
 from speed_async.errors import ConfigError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from speed_async.config.suites import SuiteConfig
+from speed_async.config.sections.evaluate import SuiteConfig
 from speed_async.environments.arithmetic import ArithmeticTask
 from speed_async.environments.suites import SuiteVerifiers, open_suites
 from speed_async.environments.task import data_fingerprint, prompts_digest

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from speed_async.config.schema import TaskConfig
+from speed_async.config.sections.task import TaskConfig
 from speed_async.environments.registry import make_task
 from speed_async.environments.scoring_source import scoring_files
 from speed_async.environments.verifier import VerifierPool

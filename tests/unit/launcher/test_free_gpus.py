@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from speed_async.config.schema import ActorsConfig, Config, ModelConfig, TaskConfig, VllmConfig
+from speed_async.config.schema import Config
+from speed_async.config.sections.actors import ActorsConfig, VllmConfig
+from speed_async.config.sections.model import ModelConfig
+from speed_async.config.sections.task import TaskConfig
 from speed_async.errors import ConfigError
 from speed_async.launcher.free_gpus import GpuChoice, claim_gpus
 from speed_async.launcher.roles.joiner import choose_gpus

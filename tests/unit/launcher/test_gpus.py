@@ -2,7 +2,10 @@
 
 import pytest
 
-from speed_async.config.schema import ActorsConfig, Config, ModelConfig, TaskConfig, VllmConfig
+from speed_async.config.schema import Config
+from speed_async.config.sections.actors import ActorsConfig, VllmConfig
+from speed_async.config.sections.model import ModelConfig
+from speed_async.config.sections.task import TaskConfig
 from speed_async.errors import ConfigError
 from speed_async.launcher.gpus import actor_gpus, local_actor_gpus
 from speed_async.launcher.rank import Node

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from speed_async.config.load import build_config
-from speed_async.config.schema import Config, ModelConfig, RewardConfig
+from speed_async.config.schema import Config
+from speed_async.config.sections.model import ModelConfig
+from speed_async.config.sections.task import RewardConfig
 from speed_async.environments.registry import make_task
 from speed_async.environments.rewards import reward_functions
 from speed_async.environments.scoring_source import scoring_files

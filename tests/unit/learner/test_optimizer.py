@@ -10,8 +10,8 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from speed_async.config.checks import check_combinations
-from speed_async.config.schema import LearnerConfig
+from speed_async.config.checks.combinations import check_combinations
+from speed_async.config.sections.learner import LearnerConfig
 from speed_async.learner.optimizer import learning_rate, make_optimizer
 from tests.fakes.learner_samples import make_config, save_tiny_llama
 

@@ -13,8 +13,9 @@ import torch
 
 from speed_async.algorithms.loss_tokens import Corrected, LossTokens, TokenLosses
 from speed_async.algorithms.objective import make_objective
-from speed_async.config.checks import check_combinations
-from speed_async.config.schema import Config, ObjectiveConfig
+from speed_async.config.checks.combinations import check_combinations
+from speed_async.config.schema import Config
+from speed_async.config.sections.objective import ObjectiveConfig
 from speed_async.learner.minibatches import split_groups
 from speed_async.learner.model import load_model
 from speed_async.learner.trainer import Trainer

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 import pytest
 import torch
 
-from speed_async.config.schema import WeightsConfig
+from speed_async.config.sections.weights import WeightsConfig
 from speed_async.errors import WeightSyncError
 from speed_async.learner.inbox import Inbox
 from speed_async.learner.publisher import MAX_UNEXPLAINED_FAILURES, Publisher

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from speed_async.algorithms.regularization import MAX_KL_RATIO
-from speed_async.config.checks import check_combinations
-from speed_async.config.schema import ObjectiveConfig, TaskConfig
+from speed_async.config.checks.combinations import check_combinations
+from speed_async.config.sections.objective import ObjectiveConfig
+from speed_async.config.sections.task import TaskConfig
 from speed_async.learner.model import load_model
 from speed_async.learner.trainer import Trainer
 from speed_async.types import Group

@@ -17,7 +17,8 @@ from transformers import (
 
 from speed_async.algorithms.loss_tokens import Corrected, LossTokens, TokenLosses
 from speed_async.algorithms.objective import make_objective
-from speed_async.config.schema import POLICY_LOSSES, GateConfig, ObjectiveConfig
+from speed_async.config.sections.gate import GateConfig
+from speed_async.config.sections.objective import POLICY_LOSSES, ObjectiveConfig
 from speed_async.errors import ModelError
 from speed_async.learner.canary_probe import CanaryProbe
 from speed_async.learner.model import load_model

@@ -7,7 +7,7 @@ import pytest
 from rich.cells import cell_len
 
 from speed_async.buffer.reporting.rules import gate_starves
-from speed_async.config.schema import GateConfig
+from speed_async.config.sections.gate import GateConfig
 from speed_async.observability.metrics import Event, Value
 from speed_async.observability.panel.state import PanelState
 from tests.fakes.panel_samples import SAMPLE

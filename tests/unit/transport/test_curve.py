@@ -14,7 +14,7 @@ import zmq
 from click.testing import CliRunner
 
 from speed_async.cli import commands
-from speed_async.config.schema import ClusterConfig
+from speed_async.config.sections.cluster import ClusterConfig
 from speed_async.errors import ConfigError, DeadlineExceeded, SpeedAsyncError
 from speed_async.observability.metrics import Event
 from speed_async.transport.codec import encode

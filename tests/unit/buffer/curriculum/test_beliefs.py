@@ -12,7 +12,7 @@ from speed_async.buffer.curriculum.beliefs import (
     PriorState,
     SharedPrior,
 )
-from speed_async.config.schema import GateConfig
+from speed_async.config.sections.gate import GateConfig
 from tests.fakes.buffer_fixtures import screened
 
 GATE = GateConfig()

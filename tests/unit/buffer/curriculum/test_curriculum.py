@@ -11,7 +11,7 @@ import pytest
 from speed_async.buffer.curriculum.curriculum import UniformCurriculum, UniformState
 from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
 from speed_async.buffer.service import BufferService
-from speed_async.config.schema import GateConfig
+from speed_async.config.sections.gate import GateConfig
 from speed_async.transport import messages as m
 from speed_async.transport.groups import validate_group
 from speed_async.types import ActorCounts

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from speed_async.config.schema import TaskConfig
+from speed_async.config.sections.task import TaskConfig
 from speed_async.environments.mathematics import fallback
 from speed_async.environments.mathematics.fallback import is_askable
 from speed_async.environments.mathematics.scoring import same_answer

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from speed_async.config.load import parse_config
-from speed_async.config.suites import SuiteConfig
+from speed_async.config.sections.evaluate import SuiteConfig
 from speed_async.errors import SpeedAsyncError
 from speed_async.evaluation.protocols import PROTOCOLS
 from speed_async.launcher.evaluation.plan import Options, plan_model, plan_run

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
-from speed_async.config.schema import ACROSS_GROUPS, Config, GateConfig
+from speed_async.config.schema import Config
+from speed_async.config.sections.gate import GateConfig
+from speed_async.config.sections.objective import ACROSS_GROUPS
 from speed_async.errors import ConfigError
 
 

@@ -4,13 +4,14 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from speed_async.config.gate_checks import check_gate
+from speed_async.config.checks.gate import check_gate
+from speed_async.config.checks.update import check_update
+from speed_async.config.checks.vllm import check_vllm
 from speed_async.config.hub_id import is_hub_id
 from speed_async.config.key_folder import check_client_files
-from speed_async.config.schema import Config, TaskConfig
-from speed_async.config.suites import HELD_OUT
-from speed_async.config.update_checks import check_update
-from speed_async.config.vllm_checks import check_vllm
+from speed_async.config.schema import Config
+from speed_async.config.sections.evaluate import HELD_OUT
+from speed_async.config.sections.task import TaskConfig
 from speed_async.errors import ConfigError, NotAvailableHere
 
 INCARNATIONS_PER_ATTEMPT = 1000

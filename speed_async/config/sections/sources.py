@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from speed_async.config.section import PositiveFloat, Section
+from speed_async.config.sections.section import PositiveFloat, Section
 
 PROMPT_FORMAT = "{prompt}"
 

@@ -1,0 +1,50 @@
+"""`[learner]`: batches, optimiser and checkpoints."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from speed_async.config.sections.section import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+
+
+class LearnerConfig(Section):
+    groups_per_update: PositiveInt = 16
+    passes: PositiveInt = 1
+    """Passes over each batch (PPO epochs). The batch makes passes x minibatches optimiser updates
+    and one policy version."""
+    minibatches: PositiveInt = 1
+    """Mini-batches of a pass, of whole groups in random order. It divides `groups_per_update`."""
+    lr: Annotated[float, Field(ge=0)] = 1e-6
+    """0 leaves the weights unchanged, to test everything else."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or decreasing until `run.updates`, in updates (batches). A
+    resume with another `run.updates` continues on the schedule of that length."""
+    min_lr_share: Fraction = 0.0
+    """Share of `lr` that `linear` and `cosine` decrease to."""
+    warmup_updates: NonNegativeInt = 10
+    """Updates (batches, whatever their number of optimiser updates) of the linear warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the optimiser's moments per optimiser update."""
+    adam_eps: PositiveFloat = 1e-8
+    grad_clip: PositiveFloat = 1.0
+    micro_batch_tokens: PositiveInt = 8192
+    """Padded tokens per forward and backward pass."""
+    checkpoint_every: NonNegativeInt = 20
+    """Updates between checkpoints; 0 saves only at the end (the journal then keeps all batches)."""
+    keep_last: PositiveInt = 2
+    """Number of kept checkpoints. A damaged one is replaced by the previous one on resume."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: PositiveInt = 1
+    """Torch threads of one learner on a CPU."""
+
+    @property
+    def optimizer_updates_per_batch(self) -> int:
+        return self.passes * self.minibatches
