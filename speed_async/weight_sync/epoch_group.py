@@ -1,31 +1,23 @@
 """The weight group of one epoch: rendezvous, messages, and the deadline of every stage.
 
-Every message is a key in the sender's store: `epoch-3/verdict/0/2` is the verdict of rank 2 on the
-manifest of the first transfer of epoch 3. The buckets are sent by the transport of the backend.
-
-torch's store and process groups can block longer than their timeouts: a store whose host process is
-stopped never responds to a cancelled wait, and destructors join their threads. Such calls run in
-daemon threads, which are abandoned when they are late. To set a key, and to use the store in the
-sender's own process, never blocks.
+Messages are keys in the sender's store (epoch_store.py). The buckets are sent by the transport of
+the backend.
 """
 
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
-from typing import Any, TypeVar
 
 import torch
-from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed import DistStoreError
+from torch._C._distributed_c10d import Store
 
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.buckets import Bucket, Views, plan_buckets
 from speed_async.weight_sync.channel import NamedTensor
+from speed_async.weight_sync.epoch_store import EpochStore, run_bounded
 from speed_async.weight_sync.float_dtypes import (
     FloatDtypes,
     agreed_dtypes,
@@ -44,20 +36,14 @@ from speed_async.weight_sync.manifest import KnownTensors, Manifest
 from speed_async.weight_sync.process_group import (
     GroupTransport,
     MemberLeft,
-    await_keys,
     describe_error,
     make_group,
     name_ranks,
     reach_store,
 )
 
-T = TypeVar("T")
-
-SLACK_S = 0.25
-"""Margin after torch's own timeout before a call is considered stuck."""
 GRACE_S = 0.5
 """Time after a failure that peers have to report their state."""
-POLL_S = 0.01
 MAX_REASON = 1000
 
 
@@ -82,7 +68,7 @@ class EpochGroup:
         self._num_transfers = 0
         self._plan: tuple[object, tuple[Bucket, ...]] = (None, ())
         self._device = device
-        self._store: Any = None  # a Store, from the rendezvous on
+        self._store: EpochStore | None = None
         self._transport: GroupTransport | IpcTransport | None = None
         self._stuck = False
 
@@ -90,6 +76,11 @@ class EpochGroup:
     def transport(self) -> GroupTransport | IpcTransport:
         assert self._transport is not None, "the group is not formed"
         return self._transport
+
+    @property
+    def _messages(self) -> EpochStore:
+        assert self._store is not None, "the rendezvous has not begun"
+        return self._store
 
     def form(
         self,
@@ -104,14 +95,16 @@ class EpochGroup:
         if self._transport is not None:
             return
         with self.stage("rendezvous"):
-            if store is not None:
-                self._store = store
+            offer, is_sender = self.offer, store is not None
+            if store is None:
+                store = run_bounded(lambda: reach_store(offer), offer.deadline_s)
+            self._store = EpochStore(store, epoch=offer.epoch, world_size=offer.world_size)
+            if is_sender:
                 self._await_receivers(lost)
             else:
-                self._store = self._run(lambda: reach_store(self.offer))
                 self._await_sender(expected)
-            prefixed = PrefixStore(self._key("group"), self._store)
-            self._transport = self._run(lambda: self._connect(prefixed))
+            part = self._store.part("group")
+            self._transport = run_bounded(lambda: self._connect(part), offer.deadline_s)
 
     def plan(self, manifest: Manifest) -> tuple[Bucket, ...]:
         """Buckets of these tensors. The result is the same object while the tensors and the bucket
@@ -144,12 +137,10 @@ class EpochGroup:
         refusal. A lost member is detected here, while all others still have their old weights: at
         the deadline, or when `lost` has its rank."""
         with self.stage("manifest"):
-            self._store.set(self._key("manifest", self._num_transfers), manifest)
+            self._messages.set("manifest", self._num_transfers, value=manifest)
             if self._num_transfers:  # all members have read the messages of the previous transfer
-                previous = self._num_transfers - 1
-                read = self._receiver_keys("verdict", previous).values()
-                for key in (self._key("manifest", previous), *read):
-                    self._store.delete_key(key)
+                self._messages.delete("manifest", self._num_transfers - 1)
+                self._messages.delete_gathered("verdict", self._num_transfers - 1)
             verdicts = self._gather("verdict", "did not answer", lost)
         if refusals := {rank: text for rank, text in verdicts.items() if text}:
             reasons = "; ".join(f"rank {rank} refused: {text}" for rank, text in refusals.items())
@@ -157,9 +148,13 @@ class EpochGroup:
 
     def receive_manifest(self) -> bytes:
         """Receiver: waits for the manifest."""
-        key = self._key("manifest", self._num_transfers)
         with self.stage("manifest"):
-            payload = self._wait_for(key, "the sender sent no manifest")
+            payload = self._messages.wait_for(
+                "manifest",
+                self._num_transfers,
+                absence="the sender sent no manifest",
+                timeout_s=self.offer.deadline_s,
+            )
             if not payload:
                 raise RuntimeError("the sender left the group")
             return payload
@@ -167,8 +162,7 @@ class EpochGroup:
     def answer(self, verdict: str) -> None:
         """Receiver: sends the reason of a refusal, or an empty verdict."""
         with self.stage("manifest"):
-            key = self._key("verdict", self._num_transfers, self.offer.rank)
-            self._store.set(key, verdict)
+            self._messages.set("verdict", self._num_transfers, self.offer.rank, value=verdict)
 
     def complete(self) -> None:
         """Ends a transfer."""
@@ -186,7 +180,8 @@ class EpochGroup:
     def explain(self, failure: StageFailed) -> WeightSyncError:
         """The failure of a member that has left, with the peers that it waited for."""
         if self.offer.rank == 0:
-            lost = self._unresponsive_ranks()
+            transfer = str(self._num_transfers)
+            lost = self._messages.ranks_without(transfer, "ended", timeout_s=GRACE_S)
             suffix = f"; no response from {name_ranks(lost)}" if lost else ""
             # The ranks of the failure are certain, the unresponsive ones are likely.
             return self.error(f"{failure}{suffix}", failure.missing_ranks or lost)
@@ -211,35 +206,23 @@ class EpochGroup:
         """A receiver reports that it has ended the transfer; a sender only reports a failure, also
         to receivers that wait for its next message."""
         transfer = self._num_transfers
-        messages = {}
-        if self.offer.rank:
-            messages = {self._key("ended", self.offer.rank): str(transfer)}
-        elif failure:
-            messages = dict.fromkeys(map(self._key, ("over", "go")), failure[:MAX_REASON])
-            messages |= {self._key("manifest", each): "" for each in (transfer, transfer + 1)}
-        if self._store is not None and not self._stuck:
-            with suppress(RuntimeError):
-                for key, value in messages.items():
-                    self._store.set(key, value)
-
-    def _unresponsive_ranks(self) -> list[int]:
-        """Sender: receivers that have not ended the transfer within GRACE_S."""
-        ended = str(self._num_transfers).encode()
-        waiting = self._receiver_keys("ended")
-        end_s = time.monotonic() + GRACE_S
-        while waiting and time.monotonic() < end_s:
-            for rank, key in [*waiting.items()]:
-                if self._store.check([key]) and self._store.get(key) == ended:
-                    del waiting[rank]
-            time.sleep(POLL_S)
-        return [*waiting]
+        if self._store is None or self._stuck:
+            return
+        with suppress(RuntimeError):
+            if self.offer.rank:
+                self._store.set("ended", self.offer.rank, value=str(transfer))
+            elif failure:
+                for each in ("over", "go"):
+                    self._store.set(each, value=failure[:MAX_REASON])
+                for each in (transfer, transfer + 1):
+                    self._store.set("manifest", each, value="")
 
     def _reason_of_sender(self) -> str:
         """Receiver: the sender's reason for the end of this epoch, if any."""
         if self._store is None or self._stuck:
             return ""
         try:
-            over = self._wait_for(self._key("over"), "no reason", GRACE_S)
+            over = self._store.wait_for("over", absence="no reason", timeout_s=GRACE_S)
         except (RuntimeError, TimeoutError):
             return ""
         return f"; it reported: {over.decode(errors='replace')}"
@@ -248,7 +231,7 @@ class EpochGroup:
         """Receiver: whether the sender has reported a failure of this epoch."""
         if self.offer.rank == 0:
             return False
-        return self._run(lambda: self._store.check([self._key("over")]))
+        return run_bounded(lambda: self._messages.has("over"), self.offer.deadline_s)
 
     # --- rendezvous -----------------------------------------------------------------------------
 
@@ -266,13 +249,17 @@ class EpochGroup:
             )
         except WeightSyncError as error:
             raise self.error(f"rendezvous: {error}", error.missing_ranks) from None
-        self._store.set(self._key("go"), "")
+        self._messages.set("go", value="")
 
     def _await_sender(self, expected: Sequence[NamedTensor]) -> None:
         identity = machine_identity() if self.offer.backend == "ipc" else ""
         stated = encode_dtypes(float_dtypes(expected))
-        self._store.set(self._key("joined", 0, self.offer.rank), f"{identity}\n{stated}")
-        refusal = self._wait_for(self._key("go"), "the sender did not start this epoch")
+        self._messages.set("joined", 0, self.offer.rank, value=f"{identity}\n{stated}")
+        refusal = self._messages.wait_for(
+            "go",
+            absence="the sender did not start this epoch",
+            timeout_s=self.offer.deadline_s,
+        )
         if refusal:
             reason = refusal.decode(errors="replace")
             raise self.error(f"rendezvous: the sender reported: {reason}")
@@ -284,47 +271,12 @@ class EpochGroup:
         connect = join_sockets if self.offer.rank else host_sockets
         return IpcTransport(connect(store, self.offer), self.offer, self._device)
 
-    # --- store ----------------------------------------------------------------------------------
-
-    def _key(self, *parts: object) -> str:
-        return "/".join(map(str, (f"epoch-{self.offer.epoch}", *parts)))
-
-    def _receiver_keys(self, *parts: object) -> dict[int, str]:
-        return {rank: self._key(*parts, rank) for rank in range(1, self.offer.world_size)}
-
     def _gather(self, message: str, absence: str, lost: Collection[int]) -> dict[int, str]:
-        """Sender: one value from every receiver, by rank. Raises MemberLeft."""
-        keys = self._receiver_keys(message, self._num_transfers)
-        if missing := await_keys(self._store, keys, self.offer.deadline_s, lost):
-            raise MemberLeft(missing, absence)
-        values = self._store.multi_get([*keys.values()])
-        return {
-            rank: value.decode(errors="replace") for rank, value in zip(keys, values, strict=True)
-        }
-
-    def _wait_for(self, key: str, absence: str, timeout_s: float | None = None) -> bytes:
-        """Receiver: a value that the sender sets."""
-        store, timeout_s = self._store, timeout_s or self.offer.deadline_s
-
-        def get() -> bytes:
-            store.set_timeout(timedelta(seconds=timeout_s))
-            try:
-                return store.get(key)
-            except DistStoreError as error:
-                raise RuntimeError(absence) from error
-
-        return self._run(get, timeout_s)
-
-    def _run(self, call: Callable[[], T], timeout_s: float | None = None) -> T:
-        """Result of a call that may block, in a daemon thread. Raises TimeoutError when it is
-        stuck."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(call())
-            except Exception as error:  # task boundary: the caller that waits handles the error
-                future.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()
-        return future.result((timeout_s or self.offer.deadline_s) + SLACK_S)
+        """Sender: the message of every receiver for this transfer, by rank. Raises MemberLeft."""
+        return self._messages.gather(
+            message,
+            self._num_transfers,
+            absence=absence,
+            timeout_s=self.offer.deadline_s,
+            lost=lost,
+        )
