@@ -17,6 +17,7 @@ from speed_async.actors.reward_report import RewardReport
 from speed_async.actors.rollout import Aborted, LeaseProgress, Rollout, UnscoredCompletions
 from speed_async.actors.running_leases import RunningLeases
 from speed_async.actors.sample_selector import SampleSelector
+from speed_async.actors.weight_update import apply_offer
 from speed_async.config.schema import Config
 from speed_async.config.sections.evaluate import HELD_OUT
 from speed_async.environments.task import Task
@@ -25,7 +26,6 @@ from speed_async.errors import (
     IncarnationLost,
     ModelError,
     RoleError,
-    SpeedAsyncError,
     TaskError,
     WeightSyncError,
 )
@@ -247,36 +247,13 @@ class ActorLoop:
 
     async def _apply(self, offer: WeightOffer) -> None:
         async with self._update_lock:
-            version, error, usable = offer.policy_version, "", True
-            pause_s = transfer_s = 0.0
-            try:
-                report = await self._engine.update_weights(offer)
-                pause_s, transfer_s = report.pause_s, report.transfer_s
-            except (WeightSyncError, DeadlineExceeded) as failure:
-                version, error = -1, str(failure)
-                usable = self._draining or await self._is_engine_usable()
-            self._enqueue(
-                m.WeightsApplied(
-                    policy_version=version,
-                    epoch=offer.epoch,
-                    pause_s=pause_s,
-                    transfer_s=transfer_s,
-                    error=error,
-                    usable=usable,
-                    counts=self._counts(),
-                )
+            applied = await apply_offer(
+                self._engine, offer, counts=self._counts, is_draining=lambda: self._draining
             )
-            if not usable:
+            self._enqueue(applied)
+            if not applied.usable:
                 await self._outbox.join()
-                raise WeightSyncError(error)
-
-    async def _is_engine_usable(self) -> bool:
-        """Whether the engine still holds a valid version after a failed update."""
-        try:
-            await self._engine.resume()
-        except SpeedAsyncError:
-            return False
-        return True
+                raise WeightSyncError(applied.error)
 
     async def _drain(self) -> None:
         self._draining = True

@@ -12,7 +12,6 @@ publishes no weights, because the actors already hold later ones, and writes no 
 
 import asyncio
 import contextlib
-import sys
 import time
 from collections.abc import Callable
 
@@ -20,6 +19,7 @@ from speed_async.config.schema import Config
 from speed_async.errors import RoleError, SpeedAsyncError
 from speed_async.learner.checkpoint.checkpointer import Checkpointer
 from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox, Stop
+from speed_async.learner.notices import Notices
 from speed_async.learner.progress import Progress, Restored, RunResult
 from speed_async.learner.publisher import Publisher
 from speed_async.learner.trainer import Trainer
@@ -74,9 +74,7 @@ class LearnerLoop:
         self._catch_up_version = 0
         """Policy version of the service. Updates up to it are replayed without publishing."""
         self._reached: m.TargetReached | None = None
-        self._notices = list(restored.notices) if restored else []
-        self._pending_notice = ""
-        """A notice that was not yet sent to the service."""
+        self._notices = Notices(restored.notices if restored else ())
         self._skip_reported = False
 
     @property
@@ -106,7 +104,7 @@ class LearnerLoop:
     async def _announce_stop(self) -> None:
         """Acknowledges a stop request at once, since the current update may take minutes."""
         await self._stop.wait()
-        self._log(STOPPING)
+        self._notices.log(STOPPING)
         with contextlib.suppress(SpeedAsyncError):  # the run may have ended
             await self._link.send(m.StopAsked())
 
@@ -126,15 +124,15 @@ class LearnerLoop:
                     completions_trained=progress.completions_trained,
                     tokens_trained=progress.tokens_trained,
                     recent_lease_ids=progress.recent_lease_ids,
-                    notice="; ".join(self._notices),
+                    notice="; ".join(self._notices.all),
                 )
             )
         if self._is_catching_up:
-            self._log(
+            self._notices.log(
                 f"resuming from version {self._version}, replaying to {welcome.policy_version}"
             )
         elif self._version > 0:
-            self._log(f"resuming from version {self._version}")
+            self._notices.log(f"resuming from version {self._version}")
             await self._publisher.publish(self._version)
 
     @property
@@ -200,8 +198,7 @@ class LearnerLoop:
         if result.skip_reason and not self._skip_reported:
             self._skip_reported = True
             what = "was skipped" if result.skipped else "was partly skipped"
-            self._add_notice(f"update {self._version} {what}, {result.skip_reason}")
-        notice, self._pending_notice = self._pending_notice, ""
+            self._notices.add(f"update {self._version} {what}, {result.skip_reason}")
         await self._link.send(
             m.Trained(
                 policy_version=self._version,
@@ -211,7 +208,7 @@ class LearnerLoop:
                 completions_trained=self._progress.completions_trained,
                 tokens_trained=self._progress.tokens_trained,
                 metrics=metrics,
-                notice=notice,
+                notice=self._notices.take_unsent(),
             )
         )
         if self._is_catching_up:
@@ -226,26 +223,15 @@ class LearnerLoop:
                 self._progress = await self._checkpointer.save(self._progress)
             except OSError as error:
                 text = f"checkpoint of version {self._version} could not be saved: {error}"
-                self._add_notice(f"{text}; training continues")
+                self._notices.add(f"{text}; training continues")
         return sync_s
 
     def _keep_best(self, message: m.EvaluationBegan | m.EvaluationEnded) -> None:
         try:
             self._checkpointer.evaluated(message)
         except OSError as error:
-            self._add_notice(f"the best checkpoint of {message.suite} could not be linked: {error}")
-
-    def _add_notice(self, notice: str) -> None:
-        """Adds a human-readable notice to the log, to the next `Trained` message and to the final
-        summary."""
-        self._log(notice)
-        self._notices.append(notice)
-        self._pending_notice = notice
-
-    def _log(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # the log may be on a full disk
-            sys.stderr.write(f"{text}\n")
-            sys.stderr.flush()
+            text = f"the best checkpoint of {message.suite} could not be linked: {error}"
+            self._notices.add(text)
 
     # --- shutdown ----------------------------------------------------------------------------
 
@@ -285,7 +271,7 @@ class LearnerLoop:
             progress=self._progress,
             accuracy_reached=self._reached.accuracy if self._reached else None,
             save_error=save_error,
-            notices=tuple(self._notices),
+            notices=tuple(self._notices.all),
             service_fields=summary.fields,
         )
 
