@@ -1,22 +1,15 @@
 """Peers that use real sockets and messages like actors and learners do, with synthetic groups."""
 
-import os
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from multiprocessing.sharedctypes import Synchronized
-from pathlib import Path
 
 import msgpack
 import zmq
 
-from benchmarks.harness import GROUP_SIZE, GROUPS_A_BATCH, MODEL, TASK, make_group
-from speed_async.config.sections.model import ModelConfig
-from speed_async.config.sections.task import TaskConfig
-from speed_async.environments.registry import make_task
-from speed_async.environments.task import data_fingerprint
-from speed_async.launcher.identity.model_files import model_fingerprint
+from benchmarks.harness import GROUP_SIZE, GROUPS_A_BATCH, make_group
+from benchmarks.hello import hello
 from speed_async.transport import messages as m
 from speed_async.transport.codec import MAX_MESSAGE_BYTES, Frame, decode, encode
 from speed_async.transport.curve import ClientKeys, configure_curve
@@ -264,26 +257,6 @@ class SimulatedLearner:
                 m.CheckpointSaved(policy_version=self.version, oldest_kept_version=self.version)
             )
         self._take()
-
-
-def hello(role: str, index: int) -> m.Hello:
-    data, model = _fingerprints()
-    return m.Hello(
-        role=role,
-        index=index,
-        incarnation=0,
-        process_id=os.getpid(),
-        fingerprint=data,
-        model_fingerprint=model,
-    )
-
-
-@cache
-def _fingerprints() -> tuple[str, str]:
-    """Of the data and of the model."""
-    model = ModelConfig.model_validate(MODEL)
-    task = make_task(TaskConfig.model_validate(TASK))
-    return data_fingerprint(task, {}), model_fingerprint(Path(model.path), model)
 
 
 def run_actor(port: int, tokens_each: int, keys: ClientKeys | None) -> None:
