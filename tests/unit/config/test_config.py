@@ -140,12 +140,72 @@ def test_all_errors_are_reported_together(config_file: Path) -> None:
     assert all(str(error) in str(raised.value) for error in raised.value.errors)
 
 
-def test_combinations_are_not_checked_for_sections_with_invalid_values(config_file: Path) -> None:
-    """The error is the misspelt cluster.keys, not the host that requires keys."""
-    overrides = ["--cluster.host", "10.1.2.3", "--cluster.kyes", "keys"]
+def errors_of(config_file: Path, *overrides: str) -> list[str]:
+    """Fields of all errors."""
     with pytest.raises(ConfigError) as raised:
         load_config(config_file, overrides)
-    assert [error.field for error in raised.value.errors] == ["cluster.kyes"]
+    return [error.field for error in raised.value.errors]
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "fields"),
+    [
+        ("", ["--task.name=jsonl", "--task.match=exakt"], ["task.match", "task.path"]),
+        (
+            "",
+            ["--task.reward=boxes", "--task.num_held_out=0", "--task.name=jsonl"],
+            ["task.reward", "task.num_held_out", "task.path"],
+        ),
+        ("", ["--task.name=jsonnl", "--task.match=exakt"], ["task.match", "task.name"]),
+        (
+            '[[task.rewards]]\nname = "correct"\nwieght = 1.0\n',
+            ["--buffer.credits=1", "--model.path=nowhere"],
+            ["task.rewards.0.wieght", "buffer.credits", "model.path"],
+        ),
+        (
+            "[[evaluate.suites]]\nsamples = 2\n",
+            ["--task.name=jsonl"],
+            ["evaluate.suites.0.path", "evaluate.suites.0.name", "task.path"],
+        ),
+        (
+            "[gate]\nlow = 0.9\nhigh = 0.1\nn_init = 1\nn_cont = 0\n",
+            [],
+            ["gate.n_cont", "gate.low"],
+        ),
+    ],
+)
+def test_one_error_hides_no_other_of_the_same_section(
+    config_file: Path, text: str, overrides: list[str], fields: list[str]
+) -> None:
+    config_file.write_text(MINIMAL + text)
+    assert errors_of(config_file, *overrides) == fields
+
+
+def test_a_missing_required_field_hides_no_other_error(config_file: Path) -> None:
+    config_file.write_text('[task]\nname = "jsonl"\n[learner]\nlr = -1.0\n')
+    expected = ["learner.lr", "model", "task.path"]
+    assert sorted(errors_of(config_file, "--gate.low=0.9", "--gate.high=0.1")) == [
+        "gate.low",
+        *expected,
+    ]
+    config_file.write_text('[model]\npath = "model"\n[task]\nmatch = "numeric"\n')
+    assert errors_of(config_file, "--buffer.credits=1") == ["task.name", "buffer.credits"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (["--cluster.host=10.1.2.3", "--cluster.kyes=keys"], "cluster.kyes"),
+        (["--task.name=jsonl", "--task.pth=data.jsonl"], "task.pth"),
+        (["--gate.low=0.9", "--gate.high=low"], "gate.high"),
+        (["--gate.mode=of", "--gate.n_init=1"], "gate.mode"),
+    ],
+)
+def test_an_error_that_follows_from_another_one_is_not_reported(
+    config_file: Path, overrides: list[str], field: str
+) -> None:
+    """Such as the host that requires keys, beside the misspelt cluster.keys."""
+    assert errors_of(config_file, *overrides) == [field]
 
 
 @pytest.mark.parametrize(

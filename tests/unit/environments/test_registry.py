@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from speed_async.config.checks.task import known_tasks
 from speed_async.config.sections.task import TaskConfig
-from speed_async.environments.registry import known_tasks, make_task
+from speed_async.environments.registry import make_task
 from speed_async.errors import ConfigError
 
 
