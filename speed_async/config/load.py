@@ -17,6 +17,7 @@ from speed_async.config.overrides import ROOT_FIELDS, parse_overrides
 from speed_async.config.presets import with_preset
 from speed_async.config.schema import Config
 from speed_async.config.schema_errors import meant_fields, schema_error
+from speed_async.config.unused import check_unused
 from speed_async.config.whole_file import write_atomically
 from speed_async.errors import CONFIG_FILE, ConfigError, ConfigErrors
 
@@ -54,7 +55,7 @@ def examine_config(
     tree = _read_with_base(Path(path))
     changes, wrong_overrides = parse_overrides(overrides)
     _apply(tree, changes)
-    config, errors = _examine(tree, [check_combinations])
+    config, errors = _examine(tree, [check_combinations, check_unused])
     return config, wrong_overrides + errors
 
 
@@ -68,7 +69,10 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def build_config(tree: dict[str, Any]) -> Config:
-    """Validate a nested dict. Raises ConfigError with all errors."""
+    """Validate a nested dict. Raises ConfigError with all errors.
+
+    Settings without effect are accepted: an earlier version may have written them.
+    """
     return _raise_errors(*_examine(tree, [check_combinations]))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from speed_async.config.load import apply_overrides, build_config, parse_config
 from speed_async.config.schema import Config
+from speed_async.config.unused import check_unused
 from speed_async.errors import ConfigError, ConfigErrors, SpeedAsyncError
 
 CONFIG_FILE = "config.json"
@@ -59,6 +60,8 @@ def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> Config:
         for field, value in _leaves(config.model_dump())
         if before.get(field) != value and _is_fixed(field)
     ]
+    unused = {error.field for error in check_unused(original)}  # accepted by an earlier version
+    changed += [error for error in check_unused(config) if error.field not in unused]
     if changed:
         raise ConfigErrors.of(changed)
     if config.buffer.durability == "none":

@@ -412,3 +412,12 @@ def test_all_errors_of_a_section_are_listed_at_once(model: Path, tmp_path: Path)
     text = "\n".join(lines)
     assert "'task.match' = 'exakt'" in text and "did you mean 'exact'" in text
     assert "'task.path' = None: task.name = 'jsonl' needs a data file" in text
+
+
+def test_an_unknown_name_in_a_format_is_an_error(model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}+1", "answer": str(i + 1)} for i in range(8)]
+    overrides = [*write_rows(tmp_path, rows), "--task.name", "dataset"]
+    status, lines = check(tmp_path, *overrides, "--task.format", "Q: {promt}")
+    [error] = [line for line in lines if line.startswith("error: ")]
+    assert status == 1
+    assert "format has {promt}, which is neither {prompt} nor one of its columns" in error

@@ -16,13 +16,16 @@ from tests.fakes.ended_run import drain
 from tests.fakes.paths import MODEL
 from tests.fakes.run_process import start_train, write_config
 
+JSONL = ("--task.name", "jsonl", "--task.num_prompts", "4096", "--task.path")
+"""The next argument is the data file. 4096 is the default, since a file has its own number."""
+
 
 def data_file(folder: Path, *answers: str) -> tuple[str, ...]:
     """Overrides for a task of additions with these answers."""
     rows = [{"prompt": f"{n}+{n}=", "answer": answers[n % len(answers)]} for n in range(100)]
     path = folder / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    return ("--task.name", "jsonl", "--task.path", str(path), "--task.num_held_out", "4")
+    return (*JSONL, str(path), "--task.num_held_out", "4")
 
 
 def test_run_without_rewards_ends_as_nothing_learned_with_a_diagnosis(tmp_path: Path) -> None:
@@ -133,7 +136,7 @@ def test_prompts_longer_than_the_context_count_as_failed_and_a_scheduler_s_signa
     rows += [{"prompt": "9" * 500 + str(i), "answer": "1"} for i in range(20)]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    overrides = ["--task.name", "jsonl", "--task.path", str(data), "--task.num_held_out", "4"]
+    overrides = [*JSONL, str(data), "--task.num_held_out", "4"]
     run = start_train(tmp_path, *overrides, "--run.updates", "100000")
     run.wait_for(
         "a failed group", lambda: any(event["groups_failed"] for event in run.events("step"))
@@ -150,7 +153,7 @@ def test_prompts_longer_than_the_context_count_as_failed_and_a_scheduler_s_signa
     [
         (["--learner.lrr", "1"], "error: config field 'learner.lrr'"),
         (["--buffer.credits", "1"], "error: config field 'buffer.credits' = 1"),
-        (["--task.name", "jsonl", "--task.path", "none.jsonl"], "no such file"),
+        ([*JSONL, "none.jsonl"], "no such file"),
     ],
 )
 def test_invalid_config_is_rejected_in_one_line_before_torch_loads(

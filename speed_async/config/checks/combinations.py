@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from speed_async.config.checks.gate import check_gate
-from speed_async.config.checks.task import check_task
+from speed_async.config.checks.task import check_format, check_task
 from speed_async.config.checks.update import check_update
 from speed_async.config.checks.vllm import check_vllm
 from speed_async.config.hub_id import is_hub_id
 from speed_async.config.key_folder import check_client_files
 from speed_async.config.schema import Config
 from speed_async.config.sections.evaluate import HELD_OUT
+from speed_async.config.sections.sources import PROMPT_FORMAT
 from speed_async.errors import ConfigError, NotAvailableHere
 
 INCARNATIONS_PER_ATTEMPT = 1000
@@ -106,12 +107,13 @@ def _check_lengths(config: Config) -> Iterator[ConfigError]:
 
 def _check_chat(config: Config) -> Iterator[ConfigError]:
     model = config.model
-    needs = {"system_prompt": model.system_prompt, "template_arguments": model.template_arguments}
-    for name, value in needs.items():
-        if value and not model.chat_template:
-            yield ConfigError(
-                f"model.{name}", value, "only a chat template uses it; set model.chat_template"
-            )
+    if PROMPT_FORMAT in (model.system_prompt or ""):
+        yield ConfigError(
+            "model.system_prompt",
+            model.system_prompt,
+            f"{PROMPT_FORMAT} is not replaced here; the prompt follows as a message of its own. "
+            "Remove it",
+        )
     for name in sorted(RESERVED_ARGUMENTS.intersection(model.template_arguments)):
         yield ConfigError(
             f"model.template_arguments.{name}",
@@ -154,6 +156,7 @@ def _check_suites(config: Config) -> Iterator[ConfigError]:
                 f"this name is that of {taken}; give each suite a name of its own",
             )
         names.append(suite.name)
+        yield from check_format("evaluate.suites.format", suite.format)
         if not Path(suite.path).exists() and not is_hub_id(suite.path):
             yield NotAvailableHere(
                 "evaluate.suites",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from speed_async.config.hub_id import is_hub_id
 from speed_async.config.schema import Config
+from speed_async.config.sections.sources import PROMPT_FORMAT, names_in
 from speed_async.config.sections.task import TaskConfig
 from speed_async.errors import ConfigError, NotAvailableHere
 
@@ -52,8 +53,8 @@ def unknown_task(name: str) -> ConfigError:
 def check_task(config: Config) -> Iterator[ConfigError]:
     task = config.task
     yield from _check_rewards(config)
-    yield from _check_sources(config)
     if task.name == "dataset":
+        yield from _check_sources(config)
         return
     if not (task.name in (*BUILT_IN, SCRIPTED) or library_of(task.name) or is_own(task.name)):
         yield unknown_task(task.name)
@@ -94,16 +95,15 @@ def _check_rewards(config: Config) -> Iterator[ConfigError]:
         )
 
 
+def check_format(field: str, text: str) -> Iterator[ConfigError]:
+    if not names_in(text):
+        yield ConfigError(
+            field, text, f"every prompt would be this text; add {PROMPT_FORMAT} where it belongs"
+        )
+
+
 def _check_sources(config: Config) -> Iterator[ConfigError]:
     task = config.task
-    if task.name != "dataset":
-        if task.sources:
-            yield ConfigError(
-                "task.sources",
-                f"{len(task.sources)} sources",
-                "only task.name = 'dataset' has them",
-            )
-        return
     if not task.all_sources:
         yield ConfigError(
             "task.path",
@@ -133,7 +133,9 @@ def _check_sources(config: Config) -> Iterator[ConfigError]:
             without.path,
             "this source has no weight, and others have one; give all of them a weight, or none",
         )
+    field = "task.sources" if task.sources else "task"
     for source in task.all_sources:
+        yield from check_format(f"{field}.format", source.format)
         if not Path(source.path).exists() and not is_hub_id(source.path):
             field = "task.sources" if task.sources else "task.path"
             yield NotAvailableHere(

@@ -49,19 +49,8 @@ def check_update(config: Config) -> Iterator[ConfigError]:
             "(objective.entropy_coefficient) and of the KL divergence (objective.kl_coefficient); "
             "set 'sequence_tis', or the coefficients to 0",
         )
-    yield from _check_schedule(config)
-
-
-def _check_schedule(config: Config) -> Iterator[ConfigError]:
-    learner, num_updates = config.learner, config.run.updates
-    if learner.lr_schedule == "constant":
-        if learner.min_lr_share > 0:
-            yield ConfigError(
-                "learner.min_lr_share",
-                learner.min_lr_share,
-                "learner.lr_schedule = 'constant' has no minimum; set 'linear' or 'cosine'",
-            )
-    elif 0 < num_updates <= learner.warmup_updates:
+    num_updates = config.run.updates
+    if learner.lr_schedule != "constant" and 0 < num_updates <= learner.warmup_updates:
         yield ConfigError(
             "learner.lr_schedule",
             learner.lr_schedule,

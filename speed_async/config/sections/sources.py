@@ -1,10 +1,20 @@
 """A source of prompts: a file, a prepared folder, or a data set of the Hugging Face hub."""
 
+import re
+
 from pydantic import Field
 
 from speed_async.config.sections.section import PositiveFloat, Section
 
 PROMPT_FORMAT = "{prompt}"
+PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.]*)\}")
+_LATEX = re.compile(r"(?:\\[A-Za-z]+|[\^_])(?:\{(?!prompt\})[^{}]*\})+")
+"""A command or a script with its arguments: `\\boxed{x}`, `\\frac{a}{b}`, `x^{n}`."""
+
+
+def names_in(text: str) -> list[str]:
+    """The names in braces of a format, `prompt` included; those of LaTeX arguments are no names."""
+    return PLACEHOLDER.findall(_LATEX.sub("", text))
 
 
 class SourceConfig(Section):
@@ -20,7 +30,7 @@ class SourceConfig(Section):
     their names. Other keys are passed to the verifier as metadata."""
     format: str = PROMPT_FORMAT
     """Text that the model gets. `{prompt}` is replaced by the prompt, and the name of any column in
-    braces by its value; other braces are kept, as in `\\boxed{}`."""
+    braces by its value. Other names in braces are errors, except in LaTeX, as in `\\boxed{x}`."""
 
 
 class TaskSource(SourceConfig):

@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from speed_async.config.hub_id import is_hub_id
-from speed_async.config.sections.sources import SourceConfig
+from speed_async.config.sections.sources import PLACEHOLDER, SourceConfig, names_in
 from speed_async.config.whole_file import write_atomically
 from speed_async.environments.dataset.columns import (
     DatasetRow,
@@ -40,8 +40,8 @@ BATCH_ROWS = 8192
 MAX_EXAMPLES = 5
 MAX_UNUSABLE_SHARE = 0.5
 """A source with a larger share of unusable rows is an error: its columns are probably wrong."""
+PROMPT = "prompt"
 ROW_FIELDS = ("prompt", "answer", "level", "source", "id")
-_PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.]*)\}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,17 +78,18 @@ def write_rows(
 def formatted(text: str, prompt: str, record: Mapping[str, object]) -> str:
     r"""`text` with `{prompt}` and the names of columns in braces replaced, in one pass.
 
-    Other braces are kept: `\boxed{}`, `\frac{1}{2}`, `{x}` if there is no column x.
+    Other braces are kept: `\boxed{}`, `\frac{1}{2}`, `x^{n}` if there is no column n. Raises
+    RowError if a named column has no value.
     """
+    missing = [n for n in names_in(text) if n != PROMPT and value_at(record, n) is None]
+    if missing:
+        raise RowError(f"column {missing[0]!r} of the format has no value")
 
     def value(match: re.Match[str]) -> str:
-        name = match[1]
-        if name == "prompt":
-            return prompt
-        found = value_at(record, name)
+        found = prompt if match[1] == PROMPT else value_at(record, match[1])
         return match[0] if found is None else str(found)
 
-    return _PLACEHOLDER.sub(value, text)
+    return PLACEHOLDER.sub(value, text)
 
 
 def _write(source: SourceConfig, match: MatchKind, place: SourcePlace, part: Path) -> RowsReport:
@@ -126,7 +127,14 @@ class _Selection:
                     f"data set '{source.path}': columns.{role} = {name!r} is not among its columns "
                     f"({', '.join(map(repr, first))}): correct it"
                 )
-        named = [*self._others.values(), *_PLACEHOLDER.findall(source.format)]
+        for name in names_in(source.format):
+            if name != PROMPT and not has_column(first, name):
+                raise DataError(
+                    f"data set '{source.path}': format has {{{name}}}, which is neither {{prompt}} "
+                    f"nor one of its columns ({', '.join(map(repr, first))}): correct it, or leave "
+                    "the braces out"
+                )
+        named = [*self._others.values(), *PLACEHOLDER.findall(source.format)]
         used = [name.partition(".")[0] for name in named if has_column(first, name)]
         self._used = list(dict.fromkeys((*self._columns.top_level, *used)))
         self._num_read = 0

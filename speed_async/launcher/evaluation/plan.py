@@ -11,7 +11,7 @@ from speed_async.config.load import apply_overrides, parse_config
 from speed_async.config.resumed import CONFIG_FILE
 from speed_async.config.schema import Config
 from speed_async.config.sections.evaluate import HELD_OUT, SuiteConfig
-from speed_async.config.sections.sources import PROMPT_FORMAT
+from speed_async.config.sections.sources import PROMPT_FORMAT, names_in
 from speed_async.environments.matching import MatchKind
 from speed_async.errors import SpeedAsyncError
 from speed_async.evaluation.protocols import SPEED_PAPER, Protocol
@@ -48,14 +48,24 @@ class Options:
         temperature = self.temperature
         if temperature is None and self.protocol is not None:
             temperature = self.protocol.temperature
-        if self.format is not None and "{prompt}" not in self.format:
-            raise SpeedAsyncError(
-                f"--format '{self.format}': it needs {{prompt}}, such as 'Q: {{prompt}} A:'"
-            )
+        if self.format is not None:
+            _check_format(self.format)
         if temperature == 0 and (self.samples or 1) > 1:
             raise SpeedAsyncError(
                 f"--samples {self.samples}: at temperature 0 all samples of a prompt are equal; "
                 "leave it out, or set a --temperature above 0"
+            )
+
+
+def _check_format(text: str) -> None:
+    names = names_in(text)
+    if "prompt" not in names:
+        raise SpeedAsyncError(f"--format '{text}': it needs {{prompt}}, such as 'Q: {{prompt}} A:'")
+    for name in names:
+        if name != "prompt":
+            raise SpeedAsyncError(
+                f"--format '{text}': {{{name}}} is not replaced, only {{prompt}} is; leave its "
+                "braces out"
             )
 
 

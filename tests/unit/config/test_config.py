@@ -9,6 +9,7 @@ import pytest
 
 from speed_async.config.load import load_config, read_resolved, save_config
 from speed_async.config.presets import PRESETS
+from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Algorithm
 from speed_async.errors import ConfigError
 from speed_async.launcher.run_folder import make_run_folder
@@ -95,7 +96,11 @@ def test_default_credits_are_one_batch_per_version_of_the_staleness_window(
         (["--gate.low", "0.3", "--gate.high", "0.4"], "gate.n_init", "widen"),
         (["--model.context_length", "64"], "actors.max_new_tokens", "no space"),
         (["--model.path", "/nowhere"], "model.path", "no such folder"),
-        (["--model.system_prompt", "Think."], "model.system_prompt", "set model.chat_template"),
+        (
+            ["--model.system_prompt", "Think."],
+            "model.system_prompt",
+            "with model.chat_template = true",
+        ),
         (
             ["--model.chat_template", "true", "--model.template_arguments.tools", "1"],
             "model.template_arguments.tools",
@@ -539,7 +544,7 @@ def test_paths_that_do_not_exist_may_be_ids_of_the_hub(tmp_path: Path) -> None:
         ("[gate]", "task.sources", "no such file or folder"),
         ("task_format", "task.format", "set it in each source"),
         ("task_path", "task.path", "list it as one of the sources"),
-        ("arithmetic", "task.sources", "only task.name = 'dataset' has them"),
+        ("arithmetic", "task.sources", "2 sources': has an effect only with task.name = 'dataset'"),
     ],
 )
 def test_errors_of_sources_name_the_field(
@@ -557,3 +562,88 @@ def test_errors_of_sources_name_the_field(
     with pytest.raises(ConfigError, match=remedy) as error:
         load_config(tmp_path / "config.toml", overrides)
     assert error.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "condition"),
+    [
+        (["--objective.prior_weight=3"], "objective.prior_weight", "'shrunken'"),
+        (["--objective.policy_loss=cispo"], "objective.clip_low", "'ppo_clip' or 'gspo'"),
+        (["--objective.policy_loss=a:loss"], "objective.clip_low", "'ppo_clip' or 'gspo'"),
+        (["--objective.correction=token_tis"], "objective.min_ratio", "'token_mask' or "),
+        ([], "objective.max_ratio", "objective.correction = 'token_tis' or "),
+        ([], "objective.max_negative_kl", "'negative_sequence_mask'"),
+        (["--algorithm=speed-rloo"], "objective.overlong_penalty", "overlong_share above 0"),
+        (["--objective.kl=k3"], "objective.kl", "objective.kl_coefficient above 0"),
+        ([], "curriculum.candidates", "curriculum.kind = 'posterior'"),
+        (["--gate.mode=off"], "gate.low", "gate.mode = 'screen' or 'filter'"),
+        (["--task.path=some.jsonl"], "task.path", "task.name = 'dataset' or 'jsonl'"),
+        (["--task.format=Q: {prompt}"], "task.format", "task.name = 'dataset'"),
+        (
+            ["--task.name=dataset", "--task.path=org/data", "--task.num_prompts=3"],
+            "task.num_prompts",
+            "'arithmetic' or",
+        ),
+        (["--task.options.length=3"], "task.options", "'reasoning_gym:...' or 'verifiers:...'"),
+        (["--task.score_truncated=true"], "task.truncated_reward", "score_truncated = false"),
+        ([], "learner.min_lr_share", "learner.lr_schedule = 'linear' or 'cosine'"),
+        (["--buffer.durability=none", "--buffer.spill=true"], "buffer.spill", "'batched'"),
+        (["--run.overlap=false"], "evaluate.max_share", "run.overlap = true"),
+        (["--cluster.keys=keys"], "cluster.keys", "cluster.security = 'curve'"),
+        (["--observe.wandb_project=mine"], "observe.wandb_project", "observe.wandb = true"),
+    ],
+)
+def test_a_setting_without_effect_is_refused_with_what_would_use_it(
+    config_file: Path, overrides: list[str], field: str, condition: str
+) -> None:
+    given = [] if any(each.startswith(f"--{field}") for each in overrides) else [f"--{field}=0.75"]
+    given = ["--curriculum.candidates=8"] if field == "curriculum.candidates" else given
+    with pytest.raises(ConfigError, match="has an effect only with") as raised:
+        load_config(config_file, [*overrides, *given])
+    assert [error.field for error in raised.value.errors] == [field]
+    assert condition in str(raised.value)
+    assert "set that, or remove this setting" in str(raised.value)
+
+
+def test_a_format_without_a_name_and_a_prompt_in_the_system_prompt_are_refused(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_file.write_text(SOURCES.replace("org/model", "model"))
+    (config_file.parent / "here.jsonl").touch()
+    formats = ["--task.sources", '[{path = "here.jsonl", format = "\\\\boxed{x}"}]']
+    suites = ["--evaluate.suites", '[{name = "a", path = "here.jsonl", format = "Q:"}]']
+    system = ["--model.chat_template=true", "--model.system_prompt=Solve {prompt}"]
+    monkeypatch.chdir(config_file.parent)
+    assert errors_of(config_file, *formats, *suites, *system) == [
+        "model.system_prompt",
+        "task.sources.format",
+        "evaluate.suites.format",
+    ]
+
+
+def test_a_task_of_the_user_may_use_every_field_of_its_section(config_file: Path) -> None:
+    overrides = ["--task.name=my:task", "--task.num_prompts=3", "--task.match=math"]
+    assert load_config(config_file, overrides).task.num_prompts == 3
+
+
+def test_values_of_a_preset_count_as_not_set(config_file: Path) -> None:
+    """clip_low and clip_high of `gspo`, without the loss that uses them."""
+    overrides = ["--algorithm=gspo", "--objective.policy_loss=policy_gradient"]
+    config = load_config(config_file, [*overrides, "--objective.correction=token_tis"])
+    assert config.objective.clip_high == 4e-4
+
+
+def test_a_run_of_an_earlier_version_with_a_setting_without_effect_can_be_resumed(
+    config_file: Path, tmp_path: Path
+) -> None:
+    config = load_config(config_file, ["--curriculum.kind=posterior", "--curriculum.candidates=8"])
+    run, config = make_run_folder(
+        config.model_copy(
+            update={"run": config.run.model_copy(update={"folder": str(tmp_path / "a")})}
+        )
+    )
+    uniform = config.curriculum.model_copy(update={"kind": "uniform"})
+    save_config(config.model_copy(update={"curriculum": uniform}), run.config)
+    assert load_resumed(run.path, ["--run.updates=200"]).run.updates == 200
+    with pytest.raises(ConfigError, match=r"objective\.prior_weight.* has an effect only with"):
+        load_resumed(run.path, ["--objective.prior_weight=3"])

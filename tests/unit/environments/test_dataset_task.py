@@ -49,15 +49,31 @@ def test_a_format_replaces_columns_and_keeps_the_braces_of_latex(tmp_path: Path)
         }
         for i in range(1, 5)
     ]
-    text = "{prompt} ({id}, {unknown})\nPut it in \\boxed{}."
+    text = "{prompt} ({id}, { unknown })\nPut it in \\boxed{x}, as x^{n} or \\frac{a}{b}."
     task = load(TaskSource(path=lines(tmp_path / "a.jsonl", rows), format=text))
     prompts = sorted([*task.train_prompts, *task.held_out_prompts], key=lambda p: p.text)
     assert prompts[0].text == (
-        "Is $\\frac{1}{1}$ {prompt} small? (1, {unknown})\nPut it in \\boxed{}."
+        "Is $\\frac{1}{1}$ {prompt} small? (1, { unknown })\n"
+        "Put it in \\boxed{x}, as x^{n} or \\frac{a}{b}."
     )
     assert [prompt.answer for prompt in prompts] == ["1", "2", "3", "4"]
     assert task.score(prompts[1], "so \\boxed{2}") == 1.0
     assert task.score(prompts[1], "so \\boxed{3}") == 0.0
+
+
+def test_an_unknown_name_in_a_format_is_refused_with_the_columns(tmp_path: Path) -> None:
+    path = questions(tmp_path / "a.jsonl", 4)
+    for text in ("{promt}", "{prompt} {hint}", "{prompt}{hint}"):
+        with pytest.raises(DataError, match=r"neither \{prompt\} nor .*\('problem', 'answer'\)"):
+            load(TaskSource(path=path, format=text))
+
+
+def test_a_row_without_a_value_that_the_format_names_is_left_out(tmp_path: Path) -> None:
+    rows = [{"problem": f"q{i}", "answer": i, "hint": "even" if i % 2 else None} for i in range(6)]
+    path = lines(tmp_path / "a.jsonl", rows)
+    source = TaskSource(path=path, format="{prompt} ({hint})")
+    assert [row.prompt for row in open_source(source)] == ["q1 (even)", "q3 (even)", "q5 (even)"]
+    assert open_source(source).report.unusable == {"column 'hint' of the format has no value": 3}
 
 
 def test_a_prepared_folder_has_levels_and_metadata(tmp_path: Path) -> None:

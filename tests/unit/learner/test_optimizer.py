@@ -69,6 +69,5 @@ def test_contradictory_schedules_are_errors(tmp_path: Path) -> None:
     def errors(**learner: Any) -> list[str]:
         return [error.field for error in check_combinations(make_config(folder, **learner))]
 
-    assert errors(min_lr_share=0.1) == ["learner.min_lr_share"]
     assert errors(lr_schedule="cosine", warmup_updates=100) == ["learner.lr_schedule"]
     assert errors(lr_schedule="cosine", warmup_updates=99, min_lr_share=0.1) == []

@@ -112,6 +112,7 @@ def test_a_run_is_evaluated_with_its_own_settings(base: Path, monkeypatch) -> No
         (Options(samples=2, temperature=0.0), "--samples 2: at temperature 0"),
         (Options(samples=2, protocol=PROTOCOLS["greedy"]), "--samples 2: at temperature 0"),
         (Options(format="no placeholder"), "it needs {prompt}"),
+        (Options(format="{prompt} {question} \\boxed{x}"), "{question} is not replaced"),
     ],
 )
 def test_options_that_contradict_are_refused(options: Options, message: str) -> None:
