@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from speed_async.errors import DeadlineExceeded, ProtocolError, RunLost, SpeedAsyncError
-from speed_async.launcher.ports import address_at
+from speed_async.launcher.ports import address_at, listens
+from speed_async.launcher.standard_streams import STDERR, write_stream
 from speed_async.transport import messages as m
 from speed_async.transport.curve import ClientKeys
 from speed_async.transport.feed import FeedSubscriber
@@ -23,6 +24,7 @@ from speed_async.transport.zeromq import open_link
 ASK_AGAIN_S = 5.0
 """Join is sent again after this: the service may have been killed, or the address be outdated."""
 LOOK_UP_AGAIN_S = 0.1
+PROBE_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +54,15 @@ async def request_admission(
 ) -> Admitted | None:
     """Send Join to the service at `look_up()` (None: not known yet) until it replies.
 
+    Writes one line to stderr if there is no reply within ASK_AGAIN_S.
+
     `rank`: rank of an actor started by a launcher. Returns None when `stopping` is set first.
     Raises DeadlineExceeded, ProtocolError, any error of `look_up`, or SpeedAsyncError when the
     service rejects the actor.
     """
     clock = asyncio.get_running_loop().time
     ends_s = clock() + timeout_s
-    service = ""
+    service, is_silent = "", False
     while not stopping.is_set():
         left_s = ends_s - clock()
         if left_s <= 0:
@@ -82,7 +86,18 @@ async def request_admission(
         finally:
             if accepted is None:
                 await link.close()
+        if not is_silent and not stopping.is_set() and (left_s := ends_s - clock()) > 0:
+            is_silent = True
+            why = await describe_silence(host, port)
+            write_stream(f"{service} has not replied: {why}; waiting {left_s:.0f} s more\n", STDERR)
     return None
+
+
+async def describe_silence(host: str, port: int) -> str:
+    """Whether there is a process at an address that does not reply to Join."""
+    if await listens(host, port, timeout_s=PROBE_S):
+        return "a process accepts connections there, which may be another program"
+    return "no process accepts connections there"
 
 
 async def wait_for_run_end(feed: FeedSubscriber, silence_s: float) -> RunEnd:

@@ -31,7 +31,12 @@ from speed_async.launcher.ports import address_at
 from speed_async.launcher.processes import ENVIRONMENT
 from speed_async.launcher.rendezvous import private_folder
 from speed_async.launcher.roles.engine_environment import engine_environment, num_gpus
-from speed_async.launcher.roles.join import Admitted, request_admission, wait_for_run_end
+from speed_async.launcher.roles.join import (
+    Admitted,
+    describe_silence,
+    request_admission,
+    wait_for_run_end,
+)
 from speed_async.launcher.roles.supervisor import ActorPlan, supervise
 from speed_async.launcher.run_folder import RunFolder, make_run_folder
 from speed_async.transport import messages as m
@@ -66,9 +71,10 @@ async def join_run(
     except DeadlineExceeded as error:
         raise DeadlineExceeded(
             error.peer,
-            'no reply. The address is in the run\'s logs/learner.log ("actors join at"; not that '
-            "of the metrics feed), cluster.host must be reachable from this machine, and a run "
-            "with keys replies to allowed clients only: pass this client's key folder as --keys",
+            f"no reply; {await describe_silence(host, port)}. The address is in the run's "
+            'logs/learner.log ("actors join at"; not that of the metrics feed), cluster.host must '
+            "be reachable from this machine, and a run with keys replies to allowed clients only: "
+            "pass this client's key folder as --keys",
             timeout_s,
         ) from None
     if admitted is None:
