@@ -19,7 +19,7 @@ ROWS = (
      "the service loop, in red if the service is overloaded"),
     ("stage", "activity of the run before, between and after updates"),
     ("actors", "connected actors, of the expected number; the share of their slots that generate a "
-     "completion now"),
+     "completion, mean of the last 10 s"),
     ("reward", "pass rate of screened prompts, before the gate"),
     ("accuracy", "accuracy of the last evaluation on held-out prompts"),
     ("generated", "tokens per second sampled by all actors"),

@@ -7,6 +7,7 @@ from speed_async.observability.notation import finite
 from speed_async.observability.panel.glyphs import Point
 
 RECENT_S = 120.0
+SHORT_S = 10.0
 HISTORY_LIMIT = 512
 
 
@@ -34,15 +35,21 @@ class History:
 
 @dataclass(slots=True)
 class Recent:
-    """The last `RECENT_S` seconds, and the peak since the start."""
+    """The last `window_s` seconds, and the peak since the start."""
 
+    window_s: float = RECENT_S
     points: list[Point] = field(default_factory=list)
     peak: float | None = None
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the window; None without points."""
+        return sum(y for _, y in self.points) / len(self.points) if self.points else None
 
     def add(self, at_s: float, value: Value) -> None:
         number = finite(value)
         if number is None:
             return
         self.peak = number if self.peak is None else max(self.peak, number)
-        self.points = [point for point in self.points if point[0] > at_s - RECENT_S]
+        self.points = [point for point in self.points if point[0] > at_s - self.window_s]
         self.points.append((at_s, number))

@@ -6,6 +6,7 @@ from rich.text import Text
 
 from speed_async.observability.outcomes import outcome_sentence
 from speed_async.observability.panel.layout import (
+    LABEL,
     REQUIRED,
     Layout,
     Line,
@@ -52,11 +53,12 @@ def _shares(requested: list[int], max_lines: int) -> list[int]:
     return [shares[index] for index in range(len(requested))]
 
 
-def event_lines(state: PanelState, ranks: Sequence[int]) -> list[Line]:
-    """The recent events, newest first; `ranks` are those of the lines."""
+def event_lines(state: PanelState, layout: Layout, ranks: Sequence[int]) -> list[Line]:
+    """The recent events, newest first, in full; `ranks` are those of the events."""
     newest_first = list(reversed(state.recent_events))[: len(ranks)] or ["-"]
-    lines = [
-        Line(text=text_row("" if place else "last", Text(text)), rank=rank)
-        for place, (text, rank) in enumerate(zip(newest_first, ranks, strict=False))
-    ]
+    lines: list[Line] = []
+    for place, (event, rank) in enumerate(zip(newest_first, ranks, strict=False)):
+        for part, text in enumerate(wrapped(event, layout.inner - LABEL, rest="  ")):
+            label = "" if place or part else "last"
+            lines.append(Line(text=text_row(label, Text(text)), rank=rank))
     return lines

@@ -69,13 +69,15 @@ def _actors_row(state: PanelState, layout: Layout) -> Text:
     alive, expected = finite(values.get("actors_alive")), finite(values.get("actors_total"))
     is_running = state.outcome is None and state.had_actors
     is_missing = (alive or 0) < (expected or 0) and is_running
-    busy, slots = values.get("actors_slots_busy"), values.get("actors_slots")
+    slots = finite(values.get("actors_slots"))
+    share = state.share_busy.mean if slots else None
+    busy = None if slots is None or share is None else share * slots
     note = f"{count(busy)} of {count(slots)} slots" if layout.wide else "slots busy"
     return layout.row(
         "actors",
         actors_alive_text(values),
         unit="MISSING" if is_missing else "alive",
-        graphic=bar(_ratio(busy, slots), layout.graphic, "cyan"),
+        graphic=bar(share, layout.graphic, "cyan"),
         note=note,
         style=ALARM if is_missing else "bold",
     )

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from speed_async.observability.metrics import Event, Value
 from speed_async.observability.notation import (
@@ -14,7 +15,7 @@ from speed_async.observability.notation import (
     split_lines,
 )
 from speed_async.observability.outcomes import identity_of, outcome_of, outcome_sentence
-from speed_async.observability.panel.histories import History, Recent
+from speed_async.observability.panel.histories import SHORT_S, History, Recent
 
 NUM_RECENT_EVENTS = 64
 NUM_SAMPLES = 3
@@ -45,6 +46,8 @@ class PanelState:
     """Results of the suites other than the held-out prompts, in the order of their first one."""
     generated: Recent = field(default_factory=Recent)
     trained: Recent = field(default_factory=Recent)
+    share_busy: Recent = field(default_factory=partial(Recent, window_s=SHORT_S))
+    """Share of busy slots. An event has that of one instant, which varies much."""
     recent_events: deque[str] = field(default_factory=lambda: deque(maxlen=NUM_RECENT_EVENTS))
     """One line each, newest last."""
     samples: deque[dict[str, Value]] = field(default_factory=lambda: deque(maxlen=NUM_SAMPLES))
@@ -77,6 +80,9 @@ class PanelState:
                 self.had_actors = True
             self.generated.add(at_s, event.values.get("generated_tokens_per_s"))
             self.trained.add(at_s, event.values.get("trained_tokens_per_s"))
+            if (slots := finite(event.values.get("actors_slots"))) is not None and slots > 0:
+                busy = finite(event.values.get("actors_slots_busy"))
+                self.share_busy.add(at_s, None if busy is None else busy / slots)
         if event.kind == "step":
             self.reward.add(at_s, event.values.get("reward_mean"))
         elif event.kind == "evaluation":

@@ -98,7 +98,7 @@ def _figures(
         *_actors(state, layout),
         *_sample(state, layout),
         Line(text=recent, rank=EVENTS[1]),
-        *event_lines(state, EVENTS),
+        *event_lines(state, layout, EVENTS),
         *notices,
     ]
     if max_lines is None:

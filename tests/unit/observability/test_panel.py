@@ -5,6 +5,7 @@ from rich.cells import cell_len
 
 from speed_async.observability.metrics import Event, Value
 from speed_async.observability.panel.histories import HISTORY_LIMIT, History, Recent
+from speed_async.observability.summary import STOPPING
 from tests.fakes.panel_states import EVALUATION, GAUGES, full_state, shown, state_after
 
 
@@ -71,6 +72,30 @@ def test_recent_rates_expire_after_two_minutes_but_keep_the_peak() -> None:
         recent.add(at_s, rate)
     assert recent.points == [(60.0, 500.0), (120.0, 600.0)]
     assert recent.peak == 900.0
+
+
+def test_busy_slots_are_a_mean_of_the_last_ten_seconds() -> None:
+    def status(at_s: float, busy: int | None, slots: int | None = 400) -> Event:
+        gauges: dict[str, Value] = {"actors_slots_busy": busy, "actors_slots": slots}
+        return Event(kind="status", values=GAUGES | gauges | {"wall_s": at_s})
+
+    def slots_shown(*events: Event) -> str:
+        [row] = [each for each in shown(state_after(*events), 100) if each.startswith("│ actors")]
+        return row
+
+    events = [status(0.0, 400), *(status(20.0 + i, 400 * (i % 2)) for i in range(10))]
+    assert " 200 of 400 slots" in slots_shown(*events)
+    assert " 100 of 200 slots" in slots_shown(*events, status(29.5, 100, 200))
+    assert " - of - slots" in slots_shown(*events, status(31.0, None, None))
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_a_long_warning_is_whole_among_the_recent_events_after_it_was_closed(width: int) -> None:
+    warned = Event(kind="status", values=GAUGES | {"warning": STOPPING})
+    state = state_after(warned, Event(kind="end", values={"wall_s": 70.0, "reason": "stopped"}))
+    state.update(Event(kind="status", values=GAUGES | {"warning": ""}))
+    text = " ".join(" ".join(line.strip("│ ") for line in shown(state, width)).split())
+    assert STOPPING in text
 
 
 # --- rendering ------------------------------------------------------------------------------------
