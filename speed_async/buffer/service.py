@@ -200,11 +200,14 @@ class BufferService:
         self._learner.begin_attempt()
         for state in self.membership.present():
             self._lose(Loss(state=state, reason="the run was restarted"), results)
+            self.warnings.close(f"actor-{state.index}")  # no supervisor restarts that process
         self.membership.begin_attempt()
         self._ending.begin_attempt()
         self.state.target_reached = False
-        text = f"restarted (attempt {attempt}) at version {self.policy_version}"
-        self.warnings.open("attempt", text, transient=True)
+        self.warnings.close("attempt")
+        if self.policy_version == 0:  # else the learner says what it resumes from
+            text = f"restarted (attempt {attempt}) before the first update"
+            self.warnings.open("attempt", text, transient=True)
         self.state.phase = self._ending.phase
         return results
 

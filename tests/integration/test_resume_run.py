@@ -127,8 +127,15 @@ def test_run_resumes_after_each_sudden_end_and_replays_to_its_last_version(tmp_p
     num_damaged = damage_all_checkpoints(run)
     assert num_damaged
     run = resume_train(run, "--run.updates", str(reached + 2))
-    status, _, err = run.finish()
+    status, out, err = run.finish()
     assert_whole(run, status, err, updates=reached + 2)
+    warnings = [line for line in out.splitlines() if line.startswith("warning ")]
+    assert [line for line in warnings if "restart" in line or "resumed" in line] == [
+        line
+        for line in warnings
+        if line.endswith(f"updates to {reached} are repeated from the journal")
+    ]
+    assert sum("resumed from version 0; updates to" in line for line in warnings) == 1
     assert run.attempt() == 6
     assert "resuming from the start (version 0, the initial model)" in err
     assert len(run.summary()["notices"]) == num_damaged

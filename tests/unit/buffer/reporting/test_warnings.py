@@ -128,3 +128,9 @@ def test_a_backend_error_is_reported_without_its_cpp_location(
 ) -> None:
     text = describe_error(RuntimeError(raised))
     assert text == (expected or "the connection was closed by the peer")
+
+
+def test_a_restart_does_not_report_the_actors_of_the_old_attempt(harness: ServiceHarness) -> None:
+    harness.service.begin_attempt(1)
+    harness.wait(0.1)
+    assert harness.service.warning == "restarted (attempt 1) before the first update"
