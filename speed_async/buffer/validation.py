@@ -110,10 +110,11 @@ class MessageValidator:
             return f"{kind} is not for the service"
         if isinstance(message, m.Counted) and peer not in self._membership.actors:
             return self._lost_reason(peer) or "unknown actor: send Hello first"
-        open_to_all = isinstance(message, m.Counted | m.Hello | m.Failure | Join)
+        open_to_all = isinstance(message, m.Counted | m.Hello | m.Failure | m.ActorExited | Join)
         if not open_to_all and peer != self._membership.learner:
             return f"{kind} is accepted from the learner only"
-        if isinstance(message, m.Failure) and not self._may_report(peer, message, key):
+        is_report = isinstance(message, m.Failure | m.ActorExited)
+        if is_report and not self._may_report(peer, message.role, key):
             return f"this peer may not report a failure of {message.role[:40]!r}"
         if isinstance(message, Join) and message.has_rank:  # leaves no state
             return self._check_rank(message.rank, key)
@@ -152,12 +153,11 @@ class MessageValidator:
             return f"GroupFinished: lease {lease.lease_id} is for {prompts}"
         return None
 
-    def _may_report(self, peer: str, failure: m.Failure, key: str) -> bool:
-        """Whether this peer may report this failure, which ends the run. Members may, and so may a
-        rank of this run before its first message."""
+    def _may_report(self, peer: str, role: str, key: str) -> bool:
+        """Whether this peer may report a failure of this role, which may end the run. Members may,
+        and so may a rank of this run before its first message."""
         if self.is_member(peer):
             return True
-        role = failure.role
         if not self._membership.is_rank(role) or peer.partition(".")[0] != role:
             return False
         index = role.removeprefix("actor-")

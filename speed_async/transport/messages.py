@@ -14,7 +14,7 @@ from typing import Annotated
 
 from speed_async.types import ActorCounts, Float32Array, Int32Array, WeightBackend, WeightOffer
 
-PROTOCOL_VERSION = 11
+PROTOCOL_VERSION = 12
 MAX_PROSE_CHARS = 4096
 Prose = Annotated[str, "prose"]
 """Text for people, of any length and content. Encoding cuts out the middle of a longer one and
@@ -62,6 +62,15 @@ class Failure(Message):
 
     role: str
     message: Prose
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActorExited(Message):
+    """From the supervisor of an actor: its process has died and is restarted."""
+
+    role: str
+    incarnation: int
+    how: Prose
 
 
 # --- actor -> service (with the counts of the actor) --------------------------------------------

@@ -185,3 +185,13 @@ def test_help_loads_neither_torch_nor_zmq_nor_wandb(arguments: list[str]) -> Non
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0
     assert done.stdout.strip().endswith("[]")
+
+
+def test_a_killed_actor_is_reported_with_its_signal_and_log(tmp_path: Path) -> None:
+    scripted = ["--actors.engine", "scripted", "--task.name", "scripted"]
+    run = start_train(tmp_path, *scripted, "--run.updates", "100000")
+    run.wait_for_steps(2)
+    os.kill(run.child("actor"), signal.SIGKILL)
+    warning = f"actor-1 died (SIGKILL, log: {run.folder / 'logs' / 'actor-1.log'}); its supervisor"
+    run.wait_for_event("the warning", lambda values: warning in str(values["warning"]))
+    assert f"warning {warning}" in drain(run, signal.SIGINT)

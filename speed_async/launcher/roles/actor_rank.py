@@ -119,7 +119,9 @@ async def _run_actor(
     feed = FeedSubscriber(admitted.host, accepted.feed_port, keys=client_keys(cluster))
     try:
         run_over = wait_for_run_end(feed, silence_s)
-        return await supervise(resolved, plan, stopping=stopping, run_over=run_over)
+        return await supervise(
+            resolved, plan, stopping=stopping, run_over=run_over, report=admitted.link.send
+        )
     finally:
         await feed.close()
 

@@ -158,7 +158,9 @@ async def _supervise(
     feed = FeedSubscriber(host, accepted.feed_port, keys=curve)
     try:
         run_over = wait_for_run_end(feed, config.cluster.peer_timeout_s)
-        end = await supervise(config, plan, stopping=stopping, run_over=run_over)
+        end = await supervise(
+            config, plan, stopping=stopping, run_over=run_over, report=admitted.link.send
+        )
     finally:
         await feed.close()
     if end is not None and end.outcome == "failed":

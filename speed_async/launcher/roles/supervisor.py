@@ -8,20 +8,22 @@ ends       the child shortly after the end of the run, even if it hangs; a drain
 """
 
 import asyncio
+import contextlib
 import signal
 from asyncio import FIRST_COMPLETED
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from speed_async.config.schema import Config
-from speed_async.errors import RoleError
+from speed_async.errors import RoleError, SpeedAsyncError
 from speed_async.launcher.exit_status import EXIT_INCARNATION_LOST, recorded
 from speed_async.launcher.ports import listens
 from speed_async.launcher.processes import kill_process, start_role
 from speed_async.launcher.roles.join import RunEnd
 from speed_async.launcher.run_folder import RunFolder
+from speed_async.transport import messages as m
 
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
@@ -70,8 +72,11 @@ async def supervise(
     *,
     stopping: asyncio.Event,
     run_over: Coroutine[Any, Any, RunEnd],
+    report: Callable[[m.ActorExited], Awaitable[None]],
 ) -> RunEnd | None:
     """Run one actor until it has drained, `stopping` is set, or `run_over` returns.
+
+    `report` tells the service at once that the actor has died and is restarted.
 
     Returns how the run ended; None if only this actor ended or the end of the run is not known.
     Raises RoleError with the actor's message, or any error of `run_over`.
@@ -79,7 +84,7 @@ async def supervise(
     over = asyncio.create_task(run_over, name="run-over")
     stop = asyncio.create_task(stopping.wait(), name="stop")
     try:
-        await _supervise(config, plan, over, stop)
+        await _supervise(config, plan, over, stop, report)
         if not stop.done():  # the actor has drained; the end event may still be in transit
             await asyncio.wait((over, stop), timeout=END_GRACE_S, return_when=FIRST_COMPLETED)
         return await over if over.done() else None
@@ -89,7 +94,11 @@ async def supervise(
 
 
 async def _supervise(
-    config: Config, plan: ActorPlan, over: asyncio.Task[RunEnd], stop: asyncio.Task[Any]
+    config: Config,
+    plan: ActorPlan,
+    over: asyncio.Task[RunEnd],
+    stop: asyncio.Task[Any],
+    report: Callable[[m.ActorExited], Awaitable[None]],
 ) -> None:
     folder, role = RunFolder(path=plan.folder), plan.role
     max_restarts, status, backoff_s = config.actors.max_restarts, 0, FIRST_BACKOFF_S
@@ -116,6 +125,10 @@ async def _supervise(
         if status > 0 and status != EXIT_INCARNATION_LOST:
             text = recorded(folder.error(role)) or f"{role}: exit status {status}"
             raise RoleError.from_text(text)
+        how = f"died ({_describe_status(status)}, log: {folder.log(role)})"
+        exited = m.ActorExited(role=role, incarnation=incarnation, how=how)
+        with contextlib.suppress(SpeedAsyncError):  # the service may be restarting
+            await report(exited)
         if asyncio.get_running_loop().time() - started_s > HEALTHY_S:
             backoff_s = FIRST_BACKOFF_S
         await asyncio.wait((over, stop), timeout=backoff_s, return_when=FIRST_COMPLETED)

@@ -151,6 +151,21 @@ def test_join_does_not_expire_after_the_hello_of_its_actor(harness: MachineHarne
     assert harness.machine.service.warning == "actor-2 left: no such folder"
 
 
+def test_the_supervisor_of_an_actor_reports_its_death_at_once(harness: MachineHarness) -> None:
+    """A later report, about an incarnation that was replaced, has no effect."""
+    harness.send("actor-1.0", hello(1), "own")
+    exited = m.ActorExited(role="actor-1", incarnation=0, how="died (SIGKILL, log: a.log)")
+    supervisor = "actor-1.join-x"
+    assert isinstance(harness.send("actor-2.join-y", exited, "other"), m.Rejected)
+    harness.machine.message(supervisor, exited, harness.now_s, "own")
+    service = harness.machine.service
+    assert service.warning == "actor-1 died (SIGKILL, log: a.log); its supervisor restarts it"
+    assert service.membership.lost["actor-1.0"] == "died (SIGKILL, log: a.log)"
+    harness.send("actor-1.1", hello(1, 1), "own")
+    harness.machine.message(supervisor, replace(exited, number=2), harness.now_s, "own")
+    assert [state.name for state in service.membership.present()] == ["actor-1.1"]
+
+
 def test_repeated_join_gets_the_same_reply_and_is_not_recorded(harness: MachineHarness) -> None:
     first = harness.send("join-a", JOIN, "own")
     before, written = harness.size(), harness.journal_bytes()

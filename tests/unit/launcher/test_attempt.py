@@ -21,6 +21,7 @@ from speed_async.launcher.ports import becomes_free, listens
 from speed_async.launcher.roles.join import RunEnd
 from speed_async.launcher.roles.supervisor import ActorPlan, supervise
 from speed_async.launcher.run_folder import RunFolder
+from speed_async.transport.messages import ActorExited
 
 
 @pytest.fixture
@@ -331,10 +332,13 @@ def supervised(
     (tmp_path / "logs").mkdir()
     plan = ActorPlan(index=3, host="127.0.0.1", port=port, folder=tmp_path, first_incarnation=2000)
 
+    async def refuse_report(exited: ActorExited) -> None:
+        raise AssertionError(f"the child did not die by itself: {exited}")
+
     async def run() -> float:
         stopping = asyncio.Event()
         supervising = asyncio.create_task(
-            supervise(config, plan, stopping=stopping, run_over=never())
+            supervise(config, plan, stopping=stopping, run_over=never(), report=refuse_report)
         )
         while not mark.exists() or not mark.read_text():  # noqa: ASYNC110 - polls a file
             await asyncio.sleep(0.02)
