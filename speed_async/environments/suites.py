@@ -37,6 +37,7 @@ def suite_prompts(rows: Rows, num_prompts: int | None) -> DatasetPrompts:
     count = min(len(rows), num_prompts or len(rows))
     return DatasetPrompts(
         rows.table,
+        rows.pages,
         np.arange(count, dtype=np.int32),
         held_out=True,
         digest=rows.report.digest if count == len(rows) else None,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, overload
 
-from speed_async.environments.dataset.rows import row_at
+from speed_async.environments.dataset.rows import MappedPages, row_at
 from speed_async.types import Int32Array, Prompt
 
 
@@ -13,6 +13,7 @@ class DatasetPrompts(Sequence[Prompt]):
     def __init__(
         self,
         table: Any,
+        pages: MappedPages,
         rows_N: Int32Array,
         *,
         held_out: bool,
@@ -21,6 +22,7 @@ class DatasetPrompts(Sequence[Prompt]):
     ) -> None:
         """`ids`: the prompts of a slice; None: all. `digest`: see StoredPrompts (task.py)."""
         self._table = table
+        self._pages = pages
         self._rows_N = rows_N
         self._held_out = held_out
         self._ids = range(len(rows_N)) if ids is None else ids
@@ -36,8 +38,10 @@ class DatasetPrompts(Sequence[Prompt]):
     def __getitem__(self, index: int | slice) -> "Prompt | DatasetPrompts":
         chosen = self._ids[index]
         if isinstance(chosen, range):
-            return DatasetPrompts(self._table, self._rows_N, held_out=self._held_out, ids=chosen)
-        row = row_at(self._table, int(self._rows_N[chosen]))
+            return DatasetPrompts(
+                self._table, self._pages, self._rows_N, held_out=self._held_out, ids=chosen
+            )
+        row = row_at(self._table, self._pages, int(self._rows_N[chosen]))
         return Prompt(
             prompt_id=chosen,
             text=row.prompt,

@@ -7,6 +7,7 @@ written again when the source, its settings or the code that reads it change.
 
 import fcntl
 import json
+import mmap
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +27,8 @@ from speed_async.errors import DataError
 from speed_async.types import UInt64Array
 
 FORMAT = 1
+RELEASE_READS = 256
+"""Reads of rows after which the mapped pages are released."""
 _CODE = Path(__file__).resolve().parents[1]
 
 
@@ -42,13 +45,34 @@ class Row:
     """`source` and `id` if the data set has them, and the other named `columns`."""
 
 
+class MappedPages:
+    """The pages of mapped Arrow files that reads have made resident.
+
+    They count as memory of this process until they are released. A later read takes them from the
+    page cache of the system, or from disk.
+    """
+
+    def __init__(self, maps: Sequence[mmap.mmap]) -> None:
+        self.maps = maps
+        self._num_reads = 0
+
+    def count_read(self) -> None:
+        """Release all pages once every RELEASE_READS reads."""
+        self._num_reads += 1
+        if self._num_reads % RELEASE_READS == 0:
+            for each in self.maps:
+                each.madvise(mmap.MADV_DONTNEED)
+
+
 class Rows(Sequence[Row]):
     """All usable rows of a source in its order, repeated prompts included."""
 
-    def __init__(self, table: Any, report: RowsReport, file: Path) -> None:
+    def __init__(self, table: Any, pages: MappedPages, report: RowsReport, file: Path) -> None:
         self.table = table
         """pyarrow.Table, memory-mapped: prompt, answer, level, metadata (JSON), prompt_key,
         answer_key (uint64 digests)."""
+        self.pages = pages
+        """Those of `table`."""
         self.report = report
         self.file = file
         """The Arrow file."""
@@ -65,14 +89,16 @@ class Rows(Sequence[Row]):
             return [self[each] for each in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        return row_at(self.table, index % len(self))
+        return row_at(self.table, self.pages, index % len(self))
 
     def keys(self, column: str) -> UInt64Array:
         """(N,) digests of column `prompt_key` or `answer_key`."""
         return np.asarray(self.table.column(column).to_numpy(), np.uint64)
 
 
-def row_at(table: Any, index: int) -> Row:
+def row_at(table: Any, pages: MappedPages, index: int) -> Row:
+    """A row of a table with these pages."""
+    pages.count_read()
     [record] = table.slice(index, 1).select(_FIELDS).to_pylist()
     metadata = json.loads(record.pop("metadata") or "{}")
     return Row(metadata=metadata, **record)
@@ -99,7 +125,8 @@ def open_source(source: SourceConfig, match: MatchKind = "math") -> Rows:
                 write_rows(source, match, place, arrow=arrow, record=record)
     try:
         report = RowsReport(**json.loads(record.read_text(encoding="utf-8")))
-        return Rows(_map(arrow), report, arrow)
+        mapped = _map(arrow)
+        return Rows(_table(mapped), MappedPages([mapped]), report, arrow)
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
             f"the rows of '{source.path}' in the cache cannot be read ({error}): remove '{arrow}' "
@@ -107,10 +134,16 @@ def open_source(source: SourceConfig, match: MatchKind = "math") -> Rows:
         ) from error
 
 
-def _map(path: Path) -> Any:
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _table(mapped: mmap.mmap) -> Any:
+    """The pyarrow.Table in a mapped file; nothing is copied."""
     import pyarrow as pa
 
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    return pa.ipc.open_file(pa.py_buffer(mapped)).read_all()
 
 
 def _key(source: SourceConfig, match: MatchKind, place: SourcePlace) -> str:

@@ -8,7 +8,7 @@ import xxhash
 from speed_async.config.sections.sources import TaskSource
 from speed_async.environments.dataset.mixture import MixedSource, mix
 from speed_async.environments.dataset.prompts import DatasetPrompts
-from speed_async.environments.dataset.rows import open_source, summary
+from speed_async.environments.dataset.rows import MappedPages, open_source, summary
 from speed_async.environments.matching import MatchedTask, MatchKind
 from speed_async.environments.task import ContentDigest
 from speed_async.types import Int32Array, Prompt, UInt64Array
@@ -33,6 +33,7 @@ class DatasetTask(MatchedTask):
         super().__init__(match)
         opened = [open_source(source, match) for source in sources]
         table = pa.concat_tables([rows.table for rows in opened])
+        pages = MappedPages([each for rows in opened for each in rows.pages.maps])
         mixed = [
             MixedSource(
                 path=source.path,
@@ -45,12 +46,13 @@ class DatasetTask(MatchedTask):
         mixture = mix(mixed, num_held_out=num_held_out, seed=seed)
         self.train_prompts: Sequence[Prompt] = DatasetPrompts(
             table,
+            pages,
             mixture.train_T,
             held_out=False,
             digest=_chosen_digest([rows.report.digest for rows in opened], mixture.train_T),
         )
         self.held_out_prompts: Sequence[Prompt] = DatasetPrompts(
-            table, mixture.held_out_H, held_out=True
+            table, pages, mixture.held_out_H, held_out=True
         )
         self.content = _content(mixed)
         self.notes = [

@@ -244,3 +244,29 @@ def test_a_hub_data_set_in_the_cache_is_read_without_a_connection(
         check=True,
     )
     assert result.stdout.splitlines()[-1] == "[('q0', '0'), ('q1', '1')]"
+
+
+def test_pages_of_the_rows_are_released_after_many_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speed_async.environments.dataset.rows.RELEASE_READS", 4)
+    row = {"problem": "q" * 100_000, "answer": 1}
+    path = lines(
+        tmp_path / "a.jsonl", [row | {"problem": f"{i} {row['problem']}"} for i in range(64)]
+    )
+    task = load(TaskSource(path=path), num_held_out=1)
+    [mapped] = open_source(TaskSource(path=path)).pages.maps
+
+    def resident_bytes() -> int:
+        """Of the mapped Arrow file, in all of its mappings of this process."""
+        found, total = False, 0
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if line.split()[0].count("-") == 1 and ":" not in line.split()[0]:
+                found = ".arrow" in line
+            elif found and line.startswith("Rss:"):
+                total += 1024 * int(line.split()[1])
+        return total
+
+    before = [prompt.text for prompt in task.train_prompts]
+    assert resident_bytes() < len(mapped) / 2  # all of it without a release
+    assert [prompt.text for prompt in task.train_prompts] == before
