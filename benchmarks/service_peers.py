@@ -11,7 +11,7 @@ import zmq
 from benchmarks.harness import GROUP_SIZE, GROUPS_A_BATCH, make_group
 from benchmarks.hello import hello
 from speed_async.transport import messages as m
-from speed_async.transport.codec import MAX_MESSAGE_BYTES, Frame, decode, encode
+from speed_async.transport.codec import MAX_MESSAGE_BYTES, NUMBERS, Frame, decode, encode
 from speed_async.transport.curve import ClientKeys, configure_curve
 from speed_async.transport.peer_names import new_identity
 from speed_async.transport.session import Ack, Nack, Ping
@@ -49,15 +49,15 @@ class PackedGroup:
     as bare ZeroMQ, so that only the service is measured."""
 
     def __init__(self, group: m.GroupFinished) -> None:
-        header, *self._arrays = encode(group)
-        self._header = msgpack.unpackb(header)
+        header, self._arrays = encode(group)
+        self._header = msgpack.unpackb(header[NUMBERS.size :])
         self.num_tokens = len(group.token_ids)
 
-    def frames(self, values: dict[str, object]) -> list[Frame]:
-        magic, version, kind, before, specs = self._header
-        header = msgpack.packb([magic, version, kind, before | values, specs])
+    def frames(self, values: dict[str, object], number: int = 0, received: int = 0) -> list[Frame]:
+        magic, version, kind, before, lengths = self._header
+        header = msgpack.packb([magic, version, kind, before | values, lengths])
         assert header is not None
-        return [header, *self._arrays]
+        return [NUMBERS.pack(number, received) + header, self._arrays]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,12 +68,11 @@ class ReceivedGroup(m.Message):
 
 
 def _decode_header(frames: list[Frame]) -> m.Message:
-    if len(frames) < 8:
+    if len(frames) == 1:
         return decode(frames)
-    _, _, _, values, _ = msgpack.unpackb(frames[0])
-    return ReceivedGroup(
-        number=values["number"], received=values["received"], num_tokens=len(frames[5]) // 4
-    )
+    number, received = NUMBERS.unpack_from(frames[0])
+    *_, lengths = msgpack.unpackb(frames[0][NUMBERS.size :])
+    return ReceivedGroup(number=number, received=received, num_tokens=lengths[5])
 
 
 class Peer:
@@ -101,7 +100,7 @@ class Peer:
         numbers = self._numbers()
         sent_s = time.monotonic() if due_s is None else due_s
         self.unacknowledged.append((numbers["number"], sent_s))
-        send_frames(self.socket, group.frames(values | numbers))
+        send_frames(self.socket, group.frames(values, **numbers))
 
     def _numbers(self) -> dict[str, int]:
         """Number of the next message, and of the last one received, which it acknowledges."""

@@ -1,7 +1,6 @@
 """Sends what the state machine emits: messages to the hub, events to the feed and the sinks."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from speed_async.buffer.durability.encoding import StoredGroup
 from speed_async.buffer.durability.journal import Place
@@ -84,7 +83,7 @@ class Sender:
         group = held.message if held is not None else None
         if group is None:
             group = self._read(message.place)
-        return replace(group, number=message.number, received=message.received)
+        return group.numbered(message.number, message.received)
 
     def _read(self, place: Place) -> m.GroupFinished:
         """Read a group from the journal. Raises JournalError, with the remedy."""

@@ -1,14 +1,20 @@
-"""Encode messages to frames and decode them: one msgpack header, then one raw frame per array.
+"""Encode messages to frames and decode them: a header, and one frame with all arrays if it has any.
 
-Header: [MAGIC, PROTOCOL_VERSION, type name, {field: plain value}, [[field, dtype, [length]], ...]].
+Header: `number` and `received`, 8 bytes each, then msgpack of [MAGIC, PROTOCOL_VERSION, type name,
+{field: plain value}, [length of each array]]. Everything except the two numbers is the same on
+every connection and in the journal, so the frames of a received message are reused.
+
 The dataclass annotations are the schema. Both ends validate every field, so the sender rejects a
-wrong value. Nothing is unpickled. Arrays are little-endian and one-dimensional.
+wrong value. Nothing is unpickled. Arrays are little-endian, one-dimensional and have items of 4
+bytes.
 """
 
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
+from dataclasses import fields as fields_of
 from reprlib import Repr
-from typing import Any, NoReturn, cast, get_type_hints
+from typing import NoReturn, get_type_hints
 
 import msgpack
 import numpy as np
@@ -16,10 +22,14 @@ import numpy as np
 from speed_async.errors import ProtocolError
 from speed_async.transport import fields, joining, messages, session
 from speed_async.transport.fields import Plain
-from speed_async.transport.messages import MAX_PROSE_CHARS, PROTOCOL_VERSION, Message, Prose
+from speed_async.transport.messages import (
+    MAX_PROSE_CHARS,
+    PROTOCOL_VERSION,
+    Frame,
+    Message,
+    Prose,
+)
 from speed_async.types import Float32Array, Int32Array
-
-Frame = bytes | memoryview
 
 MAGIC = "speed_async"
 MAX_HEADER_BYTES = 1024 * 1024
@@ -35,7 +45,10 @@ _bounded_repr.maxlevel, _bounded_repr.maxstring, _bounded_repr.maxother = (
     MAX_SHOWN_CHARS,
     MAX_SHOWN_CHARS,
 )
-_ARRAY_DTYPES: dict[object, np.dtype] = {Int32Array: np.dtype("<i4"), Float32Array: np.dtype("<f4")}
+_INT32, _FLOAT32 = np.dtype("<i4"), np.dtype("<f4")
+NUMBERS = struct.Struct("<qq")
+"""`number` and `received` of a message, at the start of its header."""
+_SESSION_FIELDS = frozenset(field.name for field in fields_of(Message))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +58,7 @@ class _Schema:
     record: type
     plain: tuple[tuple[str, str, fields.Check], ...]  # (field, annotation, check)
     nested: "tuple[tuple[str, _Schema], ...]"
-    arrays: tuple[tuple[str, np.dtype, str, int], ...]  # (field, dtype, dtype name, itemsize)
+    arrays: tuple[tuple[str, bool], ...]  # (field, whether its items are floats)
     prose: tuple[str, ...]
     """Those of the plain fields that are bounded when they are encoded."""
 
@@ -57,17 +70,18 @@ class _Schema:
 def _schema_of(record: type) -> _Schema:
     plain: list[tuple[str, str, fields.Check]] = []
     nested: list[tuple[str, _Schema]] = []
-    arrays: list[tuple[str, np.dtype, str, int]] = []
+    arrays: list[tuple[str, bool]] = []
     prose: list[str] = []
     hints: dict[str, object] = get_type_hints(record, include_extras=True)
     for name, hint in hints.items():
+        if issubclass(record, Message) and name in _SESSION_FIELDS:
+            continue
         if hint == Prose:
             prose.append(name)
             hint = str
         shown = hint.__name__ if isinstance(hint, type) else str(hint)
-        if hint in _ARRAY_DTYPES:
-            dtype = _ARRAY_DTYPES[hint]
-            arrays.append((name, dtype, dtype.str, dtype.itemsize))
+        if hint in (Int32Array, Float32Array):
+            arrays.append((name, hint == Float32Array))
         elif isinstance(hint, type) and is_dataclass(hint):
             nested.append((name, _schema_of(hint)))
         else:
@@ -101,44 +115,65 @@ _SCHEMAS = {record.__name__: _schema_of(record) for record in _message_types(Mes
 
 
 def encode(message: Message) -> list[Frame]:
-    """Encode a message. Array frames are views: do not modify the arrays afterwards.
+    """Encode a message. The frames of a decoded message are reused, with the numbers that it has.
 
     Raises ProtocolError when a field does not match its annotation or a size limit is exceeded.
     """
+    header, *arrays = message.frames or _encode_fields(message)
+    return [_pack_numbers(message) + header[NUMBERS.size :], *arrays]
+
+
+def _encode_fields(message: Message) -> list[Frame]:
+    """Encode a message without its numbers."""
     name = type(message).__name__
     schema = _SCHEMAS.get(name)
     if schema is None or type(message) is not schema.record:
         raise ProtocolError(f"{name} is not a message type of this protocol")
-    array_frames: list[Frame] = []
-    specs: list[object] = []
-    for field, dtype, shown, _ in schema.arrays:
-        array = _checked_array(name, field, dtype, message)
-        array_frames.append(_frame_of(array, array.base))
-        specs.append([field, shown, [len(array)]])
-    header = pack_header([MAGIC, PROTOCOL_VERSION, name, _to_plain(schema, message), specs])
-    frames: list[Frame] = [header, *array_frames]
-    _check_total_size(name, frames)
+    arrays = [
+        _checked_array(name, field, message, is_float=is_float) for field, is_float in schema.arrays
+    ]
+    values, lengths = _to_plain(schema, message), [*map(len, arrays)]
+    header = pack_header([MAGIC, PROTOCOL_VERSION, name, values, lengths])
+    frames: list[Frame] = [bytes(NUMBERS.size) + header]
+    if arrays:
+        _check_total_size(name, len(frames[0]) + sum(array.nbytes for array in arrays))
+        frames.append(b"".join(array.data for array in arrays))
     return frames
 
 
+def _pack_numbers(message: Message) -> bytes:
+    for field, value in (("number", message.number), ("received", message.received)):
+        if not fields.is_int(value):
+            raise _wrong_value(type(message).__name__, field, "int", value)
+    return NUMBERS.pack(message.number, message.received)
+
+
 def decode(frames: Sequence[Frame]) -> Message:
-    """Decode `frames`. The arrays of the message are read-only views of the frames.
+    """Decode `frames`. The arrays of the message are read-only views of them.
 
     Raises only ProtocolError, for any input.
     """
     if not frames:
         raise ProtocolError("the message has no frames")
-    header = unpack_header(frames[0])
+    if len(frames[0]) < NUMBERS.size:
+        raise ProtocolError(f"the header begins with {NUMBERS.size} bytes of numbers")
+    if len(frames[0]) > NUMBERS.size + MAX_HEADER_BYTES:
+        raise _too_large(len(frames[0]))
+    first = bytes(frames[0])
+    header = unpack_header(first[NUMBERS.size :])
     if len(header) != 5:
         raise ProtocolError(f"the header has {len(header)} elements, expected 5")
-    _, _, name, values, specs = header
+    _, _, name, values, lengths = header
     schema = _SCHEMAS.get(name) if isinstance(name, str) else None
     if schema is None:
         raise ProtocolError(f"unknown message type {_shown(name)}")
-    _check_total_size(schema.name, frames)
+    _check_total_size(schema.name, sum(map(len, frames)))
     arguments = _from_plain(schema, schema.name, values)
-    arguments.update(_arrays_from(schema, specs, frames[1:]))
-    return schema.record(**arguments)
+    arguments.update(_arrays_from(schema, lengths, frames[1:]))
+    number, received = NUMBERS.unpack_from(first)
+    message: Message = schema.record(number=number, received=received, **arguments)
+    message.keep((first, *frames[1:]))
+    return message
 
 
 def pack_header(header: list[object]) -> bytes:
@@ -151,7 +186,7 @@ def pack_header(header: list[object]) -> bytes:
     except (ValueError, TypeError, OverflowError) as error:
         raise ProtocolError(f"cannot pack the header: {error}") from error
     if len(packed) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"the header has {len(packed)} bytes, the limit is {MAX_HEADER_BYTES}")
+        raise _too_large(len(packed))
     return packed
 
 
@@ -161,7 +196,7 @@ def unpack_header(frame: Frame) -> list[Plain]:
     Raises ProtocolError. On a version mismatch the message names both versions.
     """
     if len(frame) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"the header has {len(frame)} bytes, the limit is {MAX_HEADER_BYTES}")
+        raise _too_large(len(frame))
     try:
         header: Plain = msgpack.unpackb(
             frame,
@@ -223,66 +258,51 @@ def _from_plain(schema: _Schema, where: str, values: Plain) -> dict[str, object]
     return arguments
 
 
-def _arrays_from(
-    schema: _Schema, specs: Plain, frames: Sequence[Frame]
-) -> Iterator[tuple[str, np.ndarray]]:
-    if not isinstance(specs, list) or len(specs) != len(schema.arrays):
-        raise ProtocolError(f"{schema.name} must declare {len(schema.arrays)} arrays")
-    if len(frames) != len(schema.arrays):
-        raise ProtocolError(
-            f"{schema.name} has {len(frames)} array frames, expected {len(schema.arrays)}"
-        )
-    # `Any`: each spec has a known shape once it equals the expected one.
-    for (field, dtype, shown, item_bytes), spec, frame in zip(
-        schema.arrays, cast("list[Any]", specs), frames, strict=True
-    ):
-        num_items, rest = divmod(len(frame), item_bytes)
-        if rest or spec != [field, shown, [num_items]] or type(spec[2][0]) is not int:
-            raise _wrong_array(f"{schema.name}.{field}", [field, shown], item_bytes, spec, frame)
-        array = np.frombuffer(frame, dtype)
-        flags = array.flags
-        if not flags.aligned:
-            array = array.copy()
-            flags = array.flags
-        flags.writeable = False
-        yield field, array
+def _arrays_from(schema: _Schema, lengths: Plain, frames: Sequence[Frame]) -> dict[str, np.ndarray]:
+    """The arrays of a message by field. One frame holds them all."""
+    num_arrays = len(schema.arrays)
+    if not isinstance(lengths, list) or len(lengths) != num_arrays:
+        raise ProtocolError(f"{schema.name} must declare the lengths of {num_arrays} arrays")
+    if len(frames) != min(num_arrays, 1):
+        raise ProtocolError(f"{schema.name} has {len(frames)} array frames")
+    if not frames:
+        return {}
+    num_items, rest = divmod(len(frames[0]), _INT32.itemsize)
+    if rest:
+        raise ProtocolError(f"{schema.name} has an array frame of {len(frames[0])} bytes")
+    integers = np.frombuffer(frames[0], _INT32)
+    if not integers.flags.aligned:
+        integers = integers.copy()
+    integers.flags.writeable = False
+    floats = integers.view(_FLOAT32)
+    arrays: dict[str, np.ndarray] = {}
+    start = 0
+    for (field, is_float), length in zip(schema.arrays, lengths, strict=True):
+        if type(length) is not int or not 0 <= length <= num_items - start:
+            where = f"{schema.name}.{field}"
+            raise ProtocolError(f"{where} declares {_shown(length)} of {num_items - start} items")
+        arrays[field] = (floats if is_float else integers)[start : start + length]
+        start += length
+    if start != num_items:
+        raise ProtocolError(f"{schema.name} declares {start} items but sends {num_items}")
+    return arrays
 
 
-def _wrong_array(
-    where: str, declared: list[str], item_bytes: int, spec: Plain, frame: Frame
-) -> ProtocolError:
-    if not isinstance(spec, list) or len(spec) != 3 or spec[:2] != declared:
-        return ProtocolError(f"{where} is not a {declared[1]} array: {_shown(spec)}")
-    shape = spec[2]
-    if not isinstance(shape, list) or len(shape) != 1 or not fields.is_int(shape[0]):
-        return ProtocolError(f"{where} is not one-dimensional: {_shown(shape)}")
-    return ProtocolError(
-        f"{where} declares {shape[0]} items of {item_bytes} bytes but its frame has "
-        f"{len(frame)} bytes"
-    )
-
-
-def _checked_array(name: str, field: str, dtype: np.dtype, message: Message) -> np.ndarray:
+def _checked_array(name: str, field: str, message: Message, *, is_float: bool) -> np.ndarray:
     array: np.ndarray | Plain = getattr(message, field)
+    dtype = _FLOAT32 if is_float else _INT32
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
         raise _wrong_value(name, field, f"one-dimensional {dtype.str} array", array)
     return np.ascontiguousarray(array)
 
 
-def _frame_of(array: np.ndarray, base: object) -> memoryview:
-    """Return the frame that the array was decoded from, if any, to forward it without a copy.
-
-    `base` is `array.base`, which numpy declares as an array or None.
-    """
-    if type(base) is memoryview and base.nbytes == array.nbytes and base.format == "B":
-        return base
-    return array.view(np.uint8).data
-
-
-def _check_total_size(name: str, frames: Sequence[Frame]) -> None:
-    num_bytes = sum(map(len, frames))
+def _check_total_size(name: str, num_bytes: int) -> None:
     if num_bytes > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"{name} has {num_bytes} bytes, the limit is {MAX_MESSAGE_BYTES}")
+
+
+def _too_large(num_bytes: int) -> ProtocolError:
+    return ProtocolError(f"the header has {num_bytes} bytes, the limit is {MAX_HEADER_BYTES}")
 
 
 def _wrong_value(where: str, field: str, annotation: str, value: object) -> ProtocolError:

@@ -9,12 +9,13 @@ All messages are in one file, as the table of the protocol, in the order of who 
 Shape legend: P prompt tokens, N completions, S sum of completion lengths.
 """
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Self
 
 from speed_async.types import ActorCounts, Float32Array, Int32Array, WeightBackend, WeightOffer
 
 PROTOCOL_VERSION = 12
+Frame = bytes | memoryview
 MAX_PROSE_CHARS = 4096
 Prose = Annotated[str, "prose"]
 """Text for people, of any length and content. Encoding cuts out the middle of a longer one and
@@ -28,14 +29,37 @@ STALE = "stale"
 """Reason of a LeaseFailed whose tokens became too stale before the group was complete."""
 
 
+class Framed:
+    """Holds the frames that a message was decoded from, for the journal and for forwarding.
+
+    They are no field, so a changed copy made by `replace` has none.
+    """
+
+    __slots__ = ("_frames",)
+
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        """Empty for a message that was not decoded."""
+        return getattr(self, "_frames", ())
+
+    def keep(self, frames: tuple[Frame, ...]) -> None:
+        object.__setattr__(self, "_frames", frames)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Message:
+class Message(Framed):
     """Base class of all messages. Both fields belong to the session (transport/session.py)."""
 
     number: int = 0
     """Sequence number in the session, from 1; 0 for a message that is not numbered."""
     received: int = 0
     """Acknowledgement: all messages of the other side up to this number were received."""
+
+    def numbered(self, number: int, received: int) -> Self:
+        """This message, with its frames, in another session."""
+        message = replace(self, number=number, received=received)
+        message.keep(self.frames)
+        return message
 
 
 # --- any peer -> service -------------------------------------------------------------------------

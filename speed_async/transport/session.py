@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Generic, TypeVar
 
@@ -76,6 +76,11 @@ class Session(Generic[M]):
         return len(self._kept)
 
     @property
+    def _num_forgotten(self) -> int:
+        """Number of the last message that is not kept."""
+        return self.sent - len(self._kept)
+
+    @property
     def has_unsent(self) -> bool:
         return self.queued < (self.sent if self._held_at is None else self._held_at[0])
 
@@ -101,14 +106,14 @@ class Session(Generic[M]):
         self._held_at = None if upto == (self.sent, self.received) else upto
 
     def enqueue(self, message: M) -> None:
-        """Number and keep a message; `next_unsent` returns it."""
+        """Keep a message as the next one; `next_unsent` numbers and returns it."""
         self.sent += 1
-        self._kept.append(replace(message, number=self.sent))
+        self._kept.append(message)
 
     def next_unsent(self) -> M:
         """The first message not passed to the transport; call `mark_queued` after passing it."""
-        first = self.sent - len(self._kept) + 1
-        return replace(self._kept[self.queued + 1 - first], received=self._ackable)
+        message = self._kept[self.queued - self._num_forgotten]
+        return message.numbered(self.queued + 1, self._ackable)
 
     def mark_queued(self) -> None:
         """Record that the message of `next_unsent` was passed to the transport."""
@@ -139,14 +144,14 @@ class Session(Generic[M]):
     def rewind(self, received: int) -> bool:
         """Retransmit all messages after `received`. Returns False if they are no longer kept."""
         self.forget(received)
-        if received < self.sent - len(self._kept):
+        if received < self._num_forgotten:
             return False
         self.queued = min(self.queued, received)
         return True
 
     def requeue_unacked(self) -> None:
         """Retransmit all unacknowledged messages: it is unknown which ones left the socket."""
-        self.queued, self._acknowledged, self._held_at = self.sent - len(self._kept), 0, None
+        self.queued, self._acknowledged, self._held_at = self._num_forgotten, 0, None
 
     def discard_all(self) -> None:
         """Drop all kept messages: the peer will not return."""
@@ -155,7 +160,7 @@ class Session(Generic[M]):
 
     def forget(self, received: int) -> None:
         """Drop messages that the peer acknowledged, up to this number."""
-        while self._kept and self._kept[0].number <= received:
+        while self._kept and self._num_forgotten < received:
             self._kept.popleft()
         self.queued = max(self.queued, min(received, self.sent))
 

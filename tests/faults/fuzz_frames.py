@@ -10,7 +10,7 @@ import msgpack
 import numpy as np
 
 from speed_async.transport import joining, messages, session
-from speed_async.transport.codec import encode
+from speed_async.transport.codec import NUMBERS, encode
 from speed_async.transport.messages import Message
 from speed_async.types import ActorCounts, Float32Array, Int32Array, WeightBackend
 
@@ -21,10 +21,11 @@ EDGE_VALUES: tuple[object, ...] = (
     *(0.0, -0.0, 1e308, math.nan, math.inf, -math.inf, "", "x" * 5000, "\x00", "\ud7ff", b"raw"),
     *([], {}, [[]], {"a": []}, [0] * 5000, {str(i): i for i in range(500)}, "<i8", "|O", [-1]),
 )
-RECEIVED = b"\xa8received"
+LEASE = b"\xa8lease_id"
 """The key of the field that `_deep` replaces, and that is below 128: its value is one byte."""
 DEEP_VALUE = b"\x91" * 1000 + b"\x90"
 EDGE_FLOATS = (math.nan, math.inf, -math.inf, 1.0, 1e38, -1e38)
+EDGE_NUMBERS = (0, 1, -1, 2**53 + 1, 2**63 - 1, -(2**63))
 EDGE_INTS = (-1, -(2**31), 2**31 - 1, 100, 65)
 
 
@@ -121,15 +122,15 @@ class FrameMutator:
     def _deep(self, frames: Frames) -> Frames:
         """Replace some field by a value nested as deep as msgpack accepts."""
         header = frames[0]
-        value = header.find(RECEIVED) + len(RECEIVED)
-        if value >= len(RECEIVED):
+        value = header.find(LEASE) + len(LEASE)
+        if value >= len(LEASE):
             frames[0] = header[:value] + DEEP_VALUE + header[value + 1 :]
         return frames
 
     def _leaf(self, frames: Frames) -> Frames:
         """Replace a random value of the header, which stays valid msgpack."""
         try:
-            header: Any = msgpack.unpackb(frames[0], strict_map_key=False)
+            header: Any = msgpack.unpackb(frames[0][NUMBERS.size :], strict_map_key=False)
         except (ValueError, TypeError, msgpack.UnpackException):
             return frames
         node: Any = header
@@ -142,10 +143,16 @@ class FrameMutator:
                 break
             node = inner
         try:
-            frames[0] = msgpack.packb(header) or b""
+            frames[0] = self._numbers(frames[0]) + (msgpack.packb(header) or b"")
         except (ValueError, TypeError, OverflowError):
             return frames
         return frames
+
+    def _numbers(self, header: bytes) -> bytes:
+        """The numbers of this header, mostly unchanged."""
+        if self._random.random() < 0.9:
+            return header[: NUMBERS.size]
+        return NUMBERS.pack(*(self._random.choice(EDGE_NUMBERS) for _ in range(2)))
 
     def _array(self, frames: Frames) -> Frames:
         """Replace a number in one of the arrays."""

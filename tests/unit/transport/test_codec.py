@@ -1,6 +1,6 @@
 """The codec: messages round-trip, and invalid bytes raise only ProtocolError."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import get_args, get_type_hints
 
 import msgpack
@@ -15,6 +15,7 @@ from speed_async.transport.codec import (
     MAGIC,
     MAX_HEADER_BYTES,
     MAX_MESSAGE_BYTES,
+    NUMBERS,
     Frame,
     decode,
     encode,
@@ -86,15 +87,16 @@ ANY_MESSAGE = st.sampled_from(MESSAGE_TYPES).flatmap(
 def with_header(message: Message, change) -> list[bytes]:
     """Frames of `message` with its unpacked header modified in place by `change`."""
     header, *arrays = as_bytes(message)
-    parts = msgpack.unpackb(header)
+    parts = msgpack.unpackb(header[NUMBERS.size :])
     change(parts)
     return [packed(parts), *arrays]
 
 
 def packed(value: object) -> bytes:
+    """A header with this content."""
     data = msgpack.packb(value)
     assert data is not None
-    return data
+    return NUMBERS.pack(1, 2) + data
 
 
 def same(left: object, right: object) -> bool:
@@ -132,8 +134,8 @@ def test_damaged_frames_raise_only_protocol_error(message, data):
         decoded = decode(frames)
     except ProtocolError:
         return
-    # If the damaged message decodes, it must be fully valid, so it can be encoded again.
-    encode(decoded)
+    # If the damaged message decodes, it must be fully valid, so its fields can be encoded.
+    encode(replace(decoded))
 
 
 @settings(SLOW, max_examples=100)
@@ -157,9 +159,29 @@ def test_decoded_arrays_are_read_only_views_of_the_frames():
     message = decode(frames)
     assert isinstance(message, GroupFinished)
     assert not message.logprobs.flags.writeable
-    assert np.shares_memory(message.logprobs, np.frombuffer(frames[7], np.float32))
+    assert np.shares_memory(message.logprobs, np.frombuffer(frames[1], np.int32))
     with pytest.raises(ValueError, match="read-only"):
         message.logprobs[0] = 0.0
+
+
+def test_a_decoded_message_keeps_its_frames_and_changes_only_their_numbers():
+    frames = as_bytes(group_message(number=3, received=4))
+    message = decode(frames)
+    assert as_bytes(message) == frames
+    forwarded = message.numbered(8, 9)
+    header, arrays = as_bytes(forwarded)
+    assert header == NUMBERS.pack(8, 9) + frames[0][NUMBERS.size :]
+    assert encode(forwarded)[1] is message.frames[1]
+    again = decode([header, arrays])
+    assert (again.number, again.received) == (8, 9)
+    assert isinstance(again, GroupFinished)
+    assert again.token_ids.tolist() == [10, 11, 12]
+
+
+def test_a_changed_copy_of_a_decoded_message_has_its_own_frames():
+    message = decode(as_bytes(Ping(sent=1)))
+    changed = decode(as_bytes(replace(message, sent=2)))
+    assert changed == Ping(sent=2)
 
 
 def test_decoded_arrays_in_writable_memory_are_read_only():
@@ -197,12 +219,12 @@ def test_protocol_version_mismatch_names_both_versions():
         (Ping(sent=1), lambda h: h.__setitem__(2, ["Ping"]), "unknown message type list"),
         (Ping(sent=1), lambda h: h.append(0), "the header has 6 elements"),
         (Ping(sent=1), lambda h: h.__setitem__(3, [1]), "Ping must be a map"),
-        (Ping(sent=1), lambda h: h[3].clear(), "Ping is missing field 'number'"),
+        (Ping(sent=1), lambda h: h[3].clear(), "Ping is missing field 'sent'"),
         (Ping(sent=1), lambda h: h[3].update(more=1), "Ping has unknown field str 'more'"),
         (Ping(sent=1), lambda h: h[3].update(sent=True), "Ping.sent must be int"),
         (Ping(sent=1), lambda h: h[3].update(sent=1.0), "Ping.sent must be int"),
         (Ping(sent=1), lambda h: h[3].update(sent=2**63), "Ping.sent must be int"),
-        (Ping(sent=1), lambda h: h.__setitem__(4, [["x", "<i4", [0]]]), "must declare 0 arrays"),
+        (Ping(sent=1), lambda h: h.__setitem__(4, [0]), "must declare the lengths of 0 arrays"),
         (
             group_message(),
             lambda h: h[3]["counts"].pop("groups_leased"),
@@ -210,18 +232,17 @@ def test_protocol_version_mismatch_names_both_versions():
         ),
         (group_message(), lambda h: h[3]["counts"].update(x=1), "counts has unknown field"),
         (group_message(), lambda h: h[3].update(counts=[1, 2]), "counts must be a map"),
-        (group_message(), lambda h: h[4][0].__setitem__(0, "lengths"), "prompt_token_ids is not a"),
-        (group_message(), lambda h: h[4][0].__setitem__(1, "<i8"), "prompt_token_ids is not a <i4"),
-        (group_message(), lambda h: h[4][0].__setitem__(1, "|O"), "prompt_token_ids is not a <i4"),
-        (group_message(), lambda h: h[4][0].__setitem__(2, [3, 1]), "not one-dimensional"),
-        (group_message(), lambda h: h[4][0].__setitem__(2, [True]), "not one-dimensional"),
+        (group_message(), lambda h: h.__setitem__(4, "8"), "must declare the lengths of 8 arrays"),
+        (group_message(), lambda h: h[4].pop(), "must declare the lengths of 8 arrays"),
         (
             group_message(),
-            lambda h: h[4][0].__setitem__(2, [4]),
-            "4 items of 4 bytes but its",
+            lambda h: h[4].__setitem__(0, True),
+            "ids declares bool True of 20 items",
         ),
-        (group_message(), lambda h: h[4][0].__setitem__(2, [-3]), "declares -3"),
-        (group_message(), lambda h: h[4].pop(), "must declare 8 arrays"),
+        (group_message(), lambda h: h[4].__setitem__(0, [3]), "ids declares list"),
+        (group_message(), lambda h: h[4].__setitem__(1, -3), "lengths declares int -3 of 17 items"),
+        (group_message(), lambda h: h[4].__setitem__(7, 4), "versions declares int 4 of 3 items"),
+        (group_message(), lambda h: h[4].__setitem__(7, 2), "declares 19 items but sends 20"),
     ],
 )
 def test_invalid_header_error_names_the_field(message, change, error):
@@ -231,15 +252,17 @@ def test_invalid_header_error_names_the_field(message, change, error):
 
 def test_missing_and_surplus_frames_are_rejected():
     frames = as_bytes(group_message())
-    for wrong in (frames[:-1], [*frames, b""], frames[:1]):
+    for wrong in (frames[:-1], [*frames, b""], [*frames, frames[1]]):
         with pytest.raises(ProtocolError, match="array frames"):
             decode(wrong)
+    with pytest.raises(ProtocolError, match="an array frame of 79 bytes"):
+        decode([frames[0], frames[1][:-1]])
     with pytest.raises(ProtocolError, match="has no frames"):
         decode([])
 
 
 @pytest.mark.parametrize(
-    "header",
+    "content",
     [
         b"",
         msgpack.packb([MAGIC, PROTOCOL_VERSION, "Ping", {"sent": msgpack.ExtType(5, b"")}, []]),
@@ -253,9 +276,9 @@ def test_missing_and_surplus_frames_are_rejected():
     ],
     ids=["empty", "ext", "timestamp", "bytes", "int-key", "deep", "huge-list", "huge-map", "utf8"],
 )
-def test_msgpack_extensions_are_rejected(header):
+def test_msgpack_extensions_are_rejected(content):
     with pytest.raises(ProtocolError):
-        decode([header])
+        decode([bytes(NUMBERS.size) + content])
 
 
 def test_size_limits_are_enforced_on_both_ends():
@@ -271,12 +294,14 @@ def test_size_limits_are_enforced_on_both_ends():
     with pytest.raises(ProtocolError, match="the header has"):
         encode(long)
     with pytest.raises(ProtocolError, match="the header has"):
-        decode([bytes(MAX_HEADER_BYTES + 1)])
+        decode([bytes(NUMBERS.size + MAX_HEADER_BYTES + 1)])
+    with pytest.raises(ProtocolError, match="begins with 16 bytes of numbers"):
+        decode([bytes(NUMBERS.size - 1)])
     tokens = np.zeros(MAX_MESSAGE_BYTES // 4, np.int32)
     with pytest.raises(ProtocolError, match="GroupFinished has"):
         encode(group_message(token_ids=tokens))
     frames: list[Frame] = [*as_bytes(group_message())]
-    frames[4] = tokens.view(np.uint8).data  # untouched zero pages use no memory
+    frames[1] = tokens.view(np.uint8).data  # untouched zero pages use no memory
     with pytest.raises(ProtocolError, match="GroupFinished has"):
         decode(frames)
 
@@ -287,6 +312,8 @@ def test_size_limits_are_enforced_on_both_ends():
         (Ping(sent=np.int64(3)), "Ping.sent must be int, not int64"),  # type: ignore
         (Ping(sent=True), "Ping.sent must be int, not bool"),
         (Ping(sent=2**63), "Ping.sent must be int"),
+        (Ping(sent=1, number=2**63), "Ping.number must be int"),
+        (Ping(sent=1, received=1.0), "Ping.received must be int, not float"),  # type: ignore
         (group_message(lengths=np.array([2, 1])), "lengths must be one-dimensional <i4 array"),
         (group_message(lengths=[2, 1]), "lengths must be one-dimensional <i4 array, not list"),
         (group_message(token_ids=np.zeros((3, 1), np.int32)), "token_ids must be one-dim"),

@@ -1,6 +1,7 @@
 """The journal file: appended records are read back, and a damaged tail is cut off."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from speed_async.buffer.durability.journal import (
     segments,
 )
 from speed_async.errors import JournalError
+from speed_async.transport.codec import Frame
 
 
 def written(folder: Path, count: int = 5) -> Journal:
@@ -89,14 +91,14 @@ def test_a_full_disk_loses_nothing_and_leaves_no_partial_record(
     journal = written(tmp_path)
     size = journal.num_bytes
     journal.append("message", 9.0, peer="late", frames=[b"y" * num_bytes])
-    real = os.pwrite
+    real = os.pwritev
 
-    def partial_write(file: int, part: memoryview, offset: int) -> int:
+    def partial_write(file: int, parts: Sequence[Frame], offset: int) -> int:
         if offset > size + 512:
             raise OSError(28, "No space left on device")
-        return real(file, part[:512], offset)
+        return real(file, [b"".join(parts)[:512]], offset)
 
-    monkeypatch.setattr(os, "pwrite", partial_write)
+    monkeypatch.setattr(os, "pwritev", partial_write)
     with pytest.raises(OSError, match="No space"):
         journal.write()
     assert (tmp_path / "00000001.journal").stat().st_size == size
