@@ -212,10 +212,10 @@ class Grants:
         """All leases that may be granted now. Evaluation leases go to actors that hold the
         evaluated version. Training leases go, in equal shares, to actors within the staleness
         bound."""
+        if not any(state.want for state in present):
+            return
         plans = self._evaluations.leasable()
         if not plans and not (training and self._batches.num_grantable() > 0):
-            return
-        if not any(state.want for state in present):
             return
         ready = [state for state in present if not (state.leaving or state.awaits_weights)]
         for plan in plans:

@@ -4,7 +4,7 @@ A training lease holds one credit from its grant until its group ends or the lea
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
 from speed_async.buffer.ledger import Ledger
@@ -53,7 +53,7 @@ class LeaseTable:
         """Open training leases that have not expired. Each holds a credit."""
         self._state = state
         self._open = state.open
-        self._holders: dict[int, Counter[str]] = {}
+        self._holders: defaultdict[int, Counter[str]] = defaultdict(Counter)
         """Holders of the charged leases, by policy version, with their numbers."""
         for entry in training:
             if not entry.expired:
@@ -147,7 +147,7 @@ class LeaseTable:
         self._count_holder(entry, num_leases)
 
     def _count_holder(self, entry: OpenLease, num_leases: int) -> None:
-        holders = self._holders.setdefault(entry.policy_version, Counter())
+        holders = self._holders[entry.policy_version]
         holders[entry.holder] += num_leases
         if not holders[entry.holder]:
             del holders[entry.holder]
@@ -190,6 +190,9 @@ class Credit:
         self._buffer = buffer
         self._statistics = statistics
         self._state = state
+        self._batch = config.learner.groups_per_update
+        self._max_credits = config.max_credits
+        self._window = max(config.max_credits, (config.buffer.max_staleness + 1) * self._batch)
 
     def left(self, num_in_training: int, version_lag: int) -> int:
         """Number of additional training leases that may be granted to an actor that samples with a
@@ -208,7 +211,7 @@ class Credit:
         continuing = min(self._ledger.groups_continuing, num_leased)
         waiting = len(self._buffer) + continuing
         spare = self._max_groups(version_lag) - num_in_training - waiting
-        missing = self._config.learner.groups_per_update - waiting
+        missing = self._batch - waiting
         completing = int(min(spare, missing) / self.credits_per_prompt)
         uncertain = max(self._num_prompts(spare), completing)
         return max(0, uncertain - num_leased + continuing)
@@ -238,11 +241,8 @@ class Credit:
         `version_lag` versions old, so that as many batches less are trained before they are stale.
         It is a number of groups and, unless surplus groups spill to disk, also the bytes that they
         take at their recent mean size."""
-        batch = self._config.learner.groups_per_update
-        window = (self._config.buffer.max_staleness + 1) * batch
-        most = self._config.max_credits
-        most = min(most, max(most, window) - version_lag * batch)
+        most = min(self._max_credits, self._window - version_lag * self._batch)
         if self._config.buffer.spill or not self._state.mean_group_bytes:
             return most
         fitting = int(self._config.buffer.capacity_bytes / self._state.mean_group_bytes)
-        return min(most, max(fitting, batch))
+        return min(most, max(fitting, self._batch))

@@ -100,7 +100,10 @@ class Ledger:
         return self.tokens_generated - self.tokens_in_flight - self.evaluation.tokens
 
     def actor(self, name: str) -> ActorAccount:
-        return self.actors.setdefault(name, ActorAccount())
+        account = self.actors.get(name)
+        if account is None:
+            account = self.actors[name] = ActorAccount()
+        return account
 
     def granted(self, name: str, *, training: bool) -> None:
         self.actor(name).leases_granted += 1

@@ -103,14 +103,37 @@ class MessageValidator:
 
     def _refusal(self, peer: str, message: m.Message, newest_version: int, key: str) -> str | None:
         """Why the message is refused, apart from the contents of a group; None if it is valid."""
+        if isinstance(message, m.Counted):
+            refusal = self._counted_refusal(peer, message)
+        else:
+            refusal = self._other_refusal(peer, message, key)
+        if refusal or (refusal := self._rules.fault(message, newest_version)):
+            return refusal
+        if isinstance(message, Result):
+            return self._lease_mismatch(peer, message)
+        is_trained = isinstance(message, m.Trained)
+        if is_trained and message.policy_version > self._lifecycle.groups.policy_version:
+            unknown = [i for i in message.lease_ids if i not in self._lifecycle.groups.in_training]
+            if unknown:
+                return f"Trained: lease {unknown[0]} is not in training"
+        return None
+
+    def _counted_refusal(self, peer: str, message: m.Counted) -> str | None:
+        """Why a message that only actors send is refused, whatever it contains."""
+        if type(message) not in self._accepted:
+            return f"{type(message).__name__} is not for the service"
+        if peer not in self._membership.actors:
+            return self._lost_reason(peer) or "unknown actor: send Hello first"
+        return None
+
+    def _other_refusal(self, peer: str, message: m.Message, key: str) -> str | None:
+        """Why a message of no actor is refused, whatever numbers it contains."""
         if isinstance(message, m.Hello) and (reason := self._membership.index_conflict(message)):
             return reason
         kind = type(message).__name__
         if type(message) not in self._accepted:
             return f"{kind} is not for the service"
-        if isinstance(message, m.Counted) and peer not in self._membership.actors:
-            return self._lost_reason(peer) or "unknown actor: send Hello first"
-        open_to_all = isinstance(message, m.Counted | m.Hello | m.Failure | m.ActorExited | Join)
+        open_to_all = isinstance(message, m.Hello | m.Failure | m.ActorExited | Join)
         if not open_to_all and peer != self._membership.learner:
             return f"{kind} is accepted from the learner only"
         is_report = isinstance(message, m.Failure | m.ActorExited)
@@ -122,17 +145,8 @@ class MessageValidator:
             return f"this run has admitted {MAX_KNOWN} actors, the maximum"
         if isinstance(message, Join) and (reason := self._check_pending_joins(key)):
             return reason
-        if isinstance(message, m.Hello) and (reason := self._check_hello(peer, message, key)):
-            return reason
-        if fault := self._rules.fault(message, newest_version):
-            return fault
-        if isinstance(message, Result) and (mismatch := self._lease_mismatch(peer, message)):
-            return mismatch
-        is_trained = isinstance(message, m.Trained)
-        if is_trained and message.policy_version > self._lifecycle.groups.policy_version:
-            unknown = [i for i in message.lease_ids if i not in self._lifecycle.groups.in_training]
-            if unknown:
-                return f"Trained: lease {unknown[0]} is not in training"
+        if isinstance(message, m.Hello):
+            return self._check_hello(peer, message, key)
         return None
 
     def _lease_mismatch(self, peer: str, result: Result) -> str | None:

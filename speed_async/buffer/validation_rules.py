@@ -2,8 +2,8 @@
 no policy version from the future. Pure functions for validation.py."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import get_type_hints
 
@@ -69,6 +69,8 @@ class PayloadRules:
         if isinstance(message, m.Counted):
             yield from _count_faults(message.counts)
         match message:
+            case m.GroupFinished():
+                return  # `check_group` reads its contents
             case m.ScreenedOut():
                 yield from _passed_faults(message)
                 if message.num_completions > max(self._num_screening, self._group_size):
@@ -148,25 +150,40 @@ class PayloadRules:
 
 def _plain_faults(message: m.Message) -> Iterator[str]:
     """Bounds that hold for all messages: numbers are not negative, texts are not too long."""
-    for name, kind in _plain_fields(type(message)):
+    plain = _plain_fields(type(message))
+    for name in plain.numbers:
         value = getattr(message, name)
-        if kind is str:
-            if len(value) > MAX_TEXT:
-                yield f"{name} has {len(value)} characters; the maximum is {MAX_TEXT}"
-        elif kind == list[int]:
-            if value and not 0 <= min(value) <= max(value) <= MAX_COUNT:
-                yield f"{name} has an id that is out of range"
-        elif not 0 <= value <= MAX_COUNT:
+        if not 0 <= value <= MAX_COUNT:
             may_fail = isinstance(message, m.WeightsApplied) and name == "policy_version"
             is_reward = isinstance(message, m.Sample) and name == "reward"
             if not is_reward and not (may_fail and value == -1):  # -1: it was not applied
                 yield f"{name} = {value} is out of range"
+    for name in plain.texts:
+        if (num_chars := len(getattr(message, name))) > MAX_TEXT:
+            yield f"{name} has {num_chars} characters; the maximum is {MAX_TEXT}"
+    for name in plain.id_lists:
+        ids = getattr(message, name)
+        if ids and not 0 <= min(ids) <= max(ids) <= MAX_COUNT:
+            yield f"{name} has an id that is out of range"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _PlainFields:
+    """Names of the fields of a message type, by kind."""
+
+    numbers: Sequence[str]
+    texts: Sequence[str]
+    id_lists: Sequence[str]
 
 
 @cache
-def _plain_fields(kind: type[m.Message]) -> tuple[tuple[str, object], ...]:
+def _plain_fields(kind: type[m.Message]) -> _PlainFields:
     hints = get_type_hints(kind)
-    return tuple((n, hint) for n, hint in hints.items() if hint in (int, float, str, list[int]))
+    return _PlainFields(
+        numbers=[name for name, hint in hints.items() if hint in (int, float)],
+        texts=[name for name, hint in hints.items() if hint is str],
+        id_lists=[name for name, hint in hints.items() if hint == list[int]],
+    )
 
 
 def _count_faults(counts: ActorCounts) -> Iterator[str]:

@@ -3,7 +3,9 @@
 Shape legend: P prompt tokens, N completions, S sum of completion lengths.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -85,19 +87,19 @@ def validate_group(message: GroupFinished, bounds: GroupBounds = NO_BOUNDS) -> G
 
     Raises ProtocolError as `unpack_group` does, and when the group exceeds `bounds`.
     """
-    newest = _check_group(message, bounds)
+    columns = _Columns.of(message)
+    newest = _check_group(message, columns, bounds)
     versions = message.policy_versions
     oldest = int(_smallest(versions))
-    rewards = message.rewards.tolist()
-    passed, cut = message.passed.tolist(), message.cut.tolist()
+    rewards, passed, cut = columns.rewards, columns.passed, columns.cut
     num_screening = message.num_screening
     return GroupStats(
         num_completions=len(passed),
         num_passed=sum(passed),
         screening_pass_rate=sum(passed[:num_screening]) / num_screening if num_screening else None,
-        num_rewarded=sum(map(_is_rewarded, rewards, passed)),
+        num_rewarded=sum([p or r > 0.0 for p, r in zip(passed, rewards, strict=True)]),
         num_truncated=sum(cut),
-        num_truncated_passed=sum(map(int.__and__, passed, cut)),
+        num_truncated_passed=sum([p & c for p, c in zip(passed, cut, strict=True)]),
         lowest_reward=min(rewards),
         highest_reward=max(rewards),
         oldest_version=oldest,
@@ -110,7 +112,8 @@ def unpack_group(message: GroupFinished) -> Group:
 
     Raises ProtocolError when values are inconsistent or out of range.
     """
-    _check_group(message, NO_BOUNDS)
+    columns = _Columns.of(message)
+    _check_group(message, columns, NO_BOUNDS)
     ends = np.cumsum(message.lengths, dtype=np.int64).tolist()
     starts = [0, *ends[:-1]]
     completions = tuple(
@@ -127,9 +130,9 @@ def unpack_group(message: GroupFinished) -> Group:
         for start, end, reward, passed, cut in zip(
             starts,
             ends,
-            message.rewards.tolist(),
-            message.passed.tolist(),
-            message.cut.tolist(),
+            columns.rewards,
+            columns.passed,
+            columns.cut,
             strict=True,
         )
     )
@@ -142,32 +145,47 @@ def unpack_group(message: GroupFinished) -> Group:
     )
 
 
-def _is_rewarded(reward: float, passed: int) -> bool:
-    return passed == 1 or reward > 0.0
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The arrays with one item per completion, as lists: faster for so few items."""
+
+    lengths: list[int]
+    rewards: list[float]
+    passed: list[int]
+    cut: list[int]
+
+    @classmethod
+    def of(cls, message: GroupFinished) -> Self:
+        return cls(
+            message.lengths.tolist(),
+            message.rewards.tolist(),
+            message.passed.tolist(),
+            message.cut.tolist(),
+        )
 
 
 _smallest, _largest = np.minimum.reduce, np.maximum.reduce
 
 
-def _check_group(message: GroupFinished, bounds: GroupBounds) -> int:
+def _check_group(message: GroupFinished, columns: _Columns, bounds: GroupBounds) -> int:
     """Validate a group and return the newest version of its tokens. Raises ProtocolError."""
     # Viewed as unsigned, negative numbers exceed every bound.
     newest = int(_largest(message.policy_versions.view(np.uint32), initial=0))
-    fault = _first_fault(message, bounds, newest)
+    fault = _first_fault(message, columns, bounds, newest)
     if fault is not None:
         raise ProtocolError(f"group of lease {message.lease_id} is invalid: {fault}")
     return newest
 
 
-def _first_fault(message: GroupFinished, bounds: GroupBounds, newest: int) -> str | None:
+def _first_fault(
+    message: GroupFinished, columns: _Columns, bounds: GroupBounds, newest: int
+) -> str | None:
     """Describe the first fault; None for a valid group.
 
-    This runs for every group, so long arrays are read as few times as possible. Short arrays are
-    faster as lists.
+    This runs for every group, so long arrays are read as few times as possible.
     """
     num_tokens = len(message.token_ids)
-    lengths, rewards = message.lengths.tolist(), message.rewards.tolist()
-    passed, cut = message.passed.tolist(), message.cut.tolist()
+    lengths, rewards = columns.lengths, columns.rewards
     if not lengths:
         return "expected at least one completion"
     if not num_tokens:
@@ -184,15 +202,17 @@ def _first_fault(message: GroupFinished, bounds: GroupBounds, newest: int) -> st
         return f"a completion is longer than actors.max_new_tokens = {bounds.completion_tokens}"
     if len(rewards) != len(lengths):
         return "expected one reward per completion"
-    if len(passed) != len(lengths) or not _FLAGS.issuperset(passed):
+    if len(columns.passed) != len(lengths) or not _FLAGS.issuperset(columns.passed):
         return "expected one passed value (0 or 1) per completion"
-    if len(cut) != len(lengths) or not _FLAGS.issuperset(cut):
+    if len(columns.cut) != len(lengths) or not _FLAGS.issuperset(columns.cut):
         return "expected one cut value (0 or 1) per completion"
     if len(message.logprobs) != num_tokens:
         return "expected one logprob per token"
     if len(message.policy_versions) != num_tokens:
         return "expected one policy version per token"
-    if not all(-MAX_REWARD <= reward <= MAX_REWARD for reward in rewards):
+    # Neither `min` nor `max` finds a NaN; a sum does.
+    is_bounded = min(rewards) >= -MAX_REWARD and max(rewards) <= MAX_REWARD
+    if not is_bounded or math.isnan(sum(rewards)):
         return f"expected rewards in [-{MAX_REWARD:g}, {MAX_REWARD:g}]"
     if not _are_logprobs(message.logprobs):
         return "expected logprobs finite and <= 0"

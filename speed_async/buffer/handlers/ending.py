@@ -61,6 +61,9 @@ class Ending:
 
     def next(self, now_s: float, *, attempt: int) -> Effects | None:
         """The next step of a requested end; None while it waits."""
+        finish = self._shutdown.finish
+        if finish is None:
+            return None
         present = self._parts.membership.present()
         step = self._shutdown.next_step(
             now_s,
@@ -68,9 +71,6 @@ class Ending:
             num_present=len(present),
             tokens_generated=self._parts.lifecycle.ledger.tokens_generated,
         )
-        finish = self._shutdown.finish
-        if finish is None:
-            return None
         match step:
             case ShutdownStep.EVALUATE:
                 started = self._parts.evaluations.start_missing(finish.policy_version)
