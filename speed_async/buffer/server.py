@@ -35,7 +35,7 @@ BATCH_BYTES = 4 * 1024 * 1024
 """Bounds of an input batch: its messages share one journal write before their effects are sent."""
 MAX_PENDING_BATCHES = 4
 """Input batches that may wait for the disk."""
-INLINE_BYTES = 256 * 1024
+INLINE_BYTES = 1024 * 1024
 """Smaller writes run in this thread."""
 WRITE_POLL_S = 0.001
 """Timeout of each receive while a write is in progress."""

@@ -16,8 +16,10 @@ import os
 import re
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, Self
 
@@ -31,6 +33,8 @@ from speed_async.transport.codec import Frame
 SEGMENT_BYTES = 512 * 1024 * 1024
 """A larger segment is closed at the next opportunity for a snapshot."""
 MAX_RECORD_BYTES = 1 << 40
+MAX_PARTS = 512
+"""Parts of one write; Linux accepts 1,024."""
 
 RecordKind = Literal["opened", "snapshot", "message", "tick", "gone", "refused", "attempt"]
 Place = tuple[int, int]
@@ -61,10 +65,12 @@ class _Unwritten:
     sequence: int
     length: int
     body: list[Frame]
+    """The fields with their length, and the frames."""
 
     def parts(self) -> list[Frame]:
         checksum = _checksum(self.length, self.sequence, self.body)
-        return [_HEAD.pack(_MAGIC, checksum, self.length, self.sequence), *self.body]
+        head = _HEAD.pack(_MAGIC, checksum, self.length, self.sequence)
+        return [head + self.body[0], *self.body[1:]]
 
 
 class Journal:
@@ -107,7 +113,9 @@ class Journal:
         place = (self.segment, self.num_bytes)
         fields = msgpack.packb([kind, now_s, peer, text, value, [len(frame) for frame in frames]])
         length = 4 + len(fields) + sum(map(len, frames))
-        body = [struct.pack("<I", len(fields)), fields, *frames]
+        first, *rest = frames or [b""]
+        # Small parts are copied together: each costs a checksum and a write of its own.
+        body = [struct.pack("<I", len(fields)) + fields + bytes(first), *rest]
         self._unwritten.append(_Unwritten(sequence=self.sequence, length=length, body=body))
         self.num_bytes += _HEAD.size + length
         return place
@@ -130,12 +138,15 @@ class Journal:
     def _append(self, parts: Sequence[Frame]) -> None:
         """Write all parts, or raise OSError and leave the file as it was."""
         end = self._num_written
+        left = deque(parts)
         try:
-            for part in parts:
-                rest = memoryview(part)
-                while rest:
-                    count = os.pwrite(self._descriptor, rest, end)
-                    rest, end = rest[count:], end + count
+            while left:
+                count = os.pwritev(self._descriptor, list(islice(left, MAX_PARTS)), end)
+                end += count
+                while left and count >= len(left[0]):
+                    count -= len(left.popleft())
+                if count:
+                    left[0] = memoryview(left[0])[count:]
         except OSError:
             os.ftruncate(self._descriptor, self._num_written)
             raise
