@@ -48,7 +48,7 @@ def tiny_model(
         experts: dict[str, Any] = {
             "num_experts": 8,
             "num_experts_per_tok": 1,
-            "moe_intermediate_size": 16,
+            "moe_intermediate_size": 32,
         }
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts)).eval()
     return Qwen3ForCausalLM(Qwen3Config(**sizes)).eval()

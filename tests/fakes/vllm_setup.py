@@ -33,14 +33,20 @@ MAX_SHARD_SIZE = "50KB"
 
 
 @functools.cache
-def vllm_model(*, tied: bool, seed: int = 0) -> Any:
+def vllm_model(*, tied: bool, seed: int = 0, family: str = "llama") -> Any:
     """Cached, because creating a model takes as long as a whole completion."""
-    return tiny_model("llama", tied=tied, seed=seed, head_dim=HEAD_DIM)
+    return tiny_model(family, tied=tied, seed=seed, head_dim=HEAD_DIM)
 
 
-def vllm_config(folder: Path, *, tied: bool, slots: int = 2, **actors: Any) -> Config:
+def vllm_config(
+    folder: Path, *, tied: bool, slots: int = 2, family: str = "llama", **actors: Any
+) -> Config:
     model = save_tiny_folder(
-        folder / "model", tied=tied, head_dim=HEAD_DIM, max_shard_size=MAX_SHARD_SIZE
+        folder / "model",
+        family=family,
+        tied=tied,
+        head_dim=HEAD_DIM,
+        max_shard_size=MAX_SHARD_SIZE,
     )
     assert len(list(model.glob("*.safetensors"))) > 1
     vllm = {"enforce_eager": True, "tensor_parallel": actors.pop("tensor_parallel", 1)}

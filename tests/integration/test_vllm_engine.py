@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from speed_async.actors.stepped_engine.engine import SteppedEngine
 from speed_async.actors.stepped_engine.worker import ThreadWorker
 from speed_async.actors.torch_engine.generator import TorchGenerator
+from speed_async.actors.vllm_engine import options
 from speed_async.errors import IncarnationLost, SpeedAsyncError, WeightSyncError
 from speed_async.evaluation.statistics import paired_bootstrap
 from speed_async.weight_sync import broadcast
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 pytestmark = [*NEEDS_VLLM, pytest.mark.xdist_group("vllm engine")]
 
+EXTENSION = "tests.fakes.vllm_faults.FaultyWorker"
 TIED, UNTIED_OF_TWO_WORKERS = (True, 1), (False, 2)
 
 
@@ -52,7 +54,8 @@ def shared_harness(
     tied, num_workers = request.param
     folder = tmp_path_factory.mktemp("vllm")
     config = vllm_config(folder, tied=tied, tensor_parallel=num_workers)
-    with vllm_environment(config):
+    with vllm_environment(config), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(options, "WORKER_EXTENSION", EXTENSION)
         started = VllmHarness(config, tied=tied)
         yield started
         started.close()
@@ -214,6 +217,51 @@ def test_failed_digest_rejects_the_version_before_the_canary(
     assert harness.errors == []
 
 
+DIFFER = r"tensors differ in what vLLM holds, first"
+HELD_FAULTS = {
+    "one_ulp": rf"1 of \d+ {DIFFER} 'model\.norm\.weight'",
+    "stale": rf"1 of \d+ {DIFFER} 'model\.layers\.0\.self_attn\.k_proj\.weight'",
+    "transposed": rf"1 of \d+ {DIFFER} 'model\.layers\.0\.self_attn\.o_proj\.weight'",
+    "swapped": rf"2 of \d+ {DIFFER} 'model\.layers\.1\.mlp\.gate_proj\.weight'",
+}
+FAULTS_OF_TIED = {
+    "old_packed_head": rf"1 of \d+ {DIFFER} 'model\.embed_tokens\.weight'",
+    "untied_head": rf"1 of \d+ {DIFFER} 'lm_head\.weight'",
+}
+FAULTS_OF_TWO_WORKERS = {
+    "wrong_shard": (
+        r"1 of \d+ tensors were loaded in part, first 'model\.layers\.1\.mlp\.down_proj\.weight'"
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", [*HELD_FAULTS, *FAULTS_OF_TIED, *FAULTS_OF_TWO_WORKERS])
+def test_a_fault_in_what_the_last_worker_holds_is_refused(
+    harness: "VllmHarness", fault: str
+) -> None:
+    faults = HELD_FAULTS | (FAULTS_OF_TIED if harness.tied else FAULTS_OF_TWO_WORKERS)
+    if fault not in faults:
+        pytest.skip("a fault of the other model")
+    harness.weights = lambda version: vllm_model(tied=harness.tied, seed=version)
+    harness.canary = lambda version: canary_of(vllm_model(tied=harness.tied, seed=version))
+
+    async def run() -> None:
+        async with harness.start() as engine:
+            await engine.update_weights(offer(1))
+            await harness.llm.collective_rpc("make_fault", args=(fault, int(not harness.tied)))
+            message = f"version 2 is refused, its digest failed: {faults[fault]}"
+            try:
+                with pytest.raises(WeightSyncError, match=message):
+                    await engine.update_weights(offer(2))
+            finally:
+                await harness.llm.collective_rpc("end_fault")
+        async with harness.start() as engine:
+            await engine.update_weights(offer(3))
+
+    harness.run(run())
+    assert harness.errors == []
+
+
 def test_manifest_mismatch_is_rejected_and_keeps_the_old_version(
     harness: "VllmHarness",
 ) -> None:
@@ -255,6 +303,30 @@ def test_killed_vllm_raises_given_up(shared_harness: "VllmHarness") -> None:
                 await engine.generate(request(3))
 
     harness.run(run())
+
+
+def test_one_wrong_expert_is_refused(tmp_path: Path) -> None:
+    """Experts of a CPU are packed again after each update, and compared before."""
+    from tests.fakes.vllm_harness import VllmHarness
+
+    config = vllm_config(tmp_path, tied=True, family="qwen3_moe")
+    with vllm_environment(config), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(options, "WORKER_EXTENSION", EXTENSION)
+        harness = VllmHarness(config, tied=True)
+        harness.weights = lambda version: vllm_model(tied=True, family="qwen3_moe", seed=version)
+
+        async def run() -> None:
+            async with harness.start() as engine:
+                await engine.update_weights(offer(1))  # accepted by digest and canary
+                await harness.llm.collective_rpc("make_fault", args=("expert", 0))
+                name = r"model\.layers\.1\.mlp\.experts\.down_proj"
+                with pytest.raises(WeightSyncError, match=rf"1 of \d+ {DIFFER} '{name}'"):
+                    await engine.update_weights(offer(2))
+
+        try:
+            harness.run(run())
+        finally:
+            harness.close()
 
 
 def with_unknown_architecture(model: Path) -> None:

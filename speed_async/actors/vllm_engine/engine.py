@@ -12,6 +12,7 @@ version and its failure.
 
 import asyncio
 import itertools
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from speed_async.actors.engine import EngineStats, GenerationRequest, UpdateReport
 from speed_async.actors.stepped_engine.admission import ModelLimits, sequence_limit
 from speed_async.actors.stepped_engine.frames import unpack_error
+from speed_async.actors.vllm_engine.held_weights import verify_parts
 from speed_async.actors.vllm_engine.requests import (
     LiveRequest,
     canary_logprobs,
@@ -81,6 +83,7 @@ class VllmEngine:
         self._failure: Exception | None = None
         self._policy_version = 0
         self._paused = False
+        self._untraced: list[str] = []  # tensors that a digest of held weights cannot cover
         self._canary: tuple[Canary, int] | None = None  # to be verified when sampling resumes
         self._tokens_returned = self._tokens_cancelled = 0
         self._updating_s = self._busy_s = 0.0
@@ -260,6 +263,7 @@ class VllmEngine:
             raise failure from None
         failures = [outcome for outcome in outcomes if outcome["error"]]
         if not failures:
+            self._verify_whole(outcomes, offer.policy_version)
             return outcomes
         error = unpack_error(*failures[0]["error"])
         if not all(failure["is_whole"] for failure in failures) or len(failures) < len(outcomes):
@@ -279,6 +283,23 @@ class VllmEngine:
             self._llm.finish_weight_update(None if has_failed else str(offer.policy_version))
         )
         return outcomes
+
+    def _verify_whole(self, outcomes: list[dict[str, Any]], policy_version: int) -> None:
+        """Raises WeightSyncError if the workers together lack a part of a tensor."""
+        parts = [outcome["parts"] for outcome in outcomes]
+        try:
+            verify_parts(parts, policy_version=policy_version)
+        except WeightSyncError as error:
+            self._fail(error)
+            raise
+        untraced = sorted(set[str]().union(*(outcome["untraced"] for outcome in outcomes)))
+        if untraced and untraced != self._untraced:
+            sys.stderr.write(
+                f"vLLM holds {len(untraced)} of {len(parts[0])} tensors in another layout or "
+                f"precision than the learner, first '{untraced[0]}': what was received is compared "
+                "with the learner's digests, what vLLM holds is only checked by the canary\n"
+            )
+        self._untraced = untraced
 
     def _expect_canary(self, outcome: dict[str, Any], policy_version: int) -> None:
         if outcome["token_ids"]:

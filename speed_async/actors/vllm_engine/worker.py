@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from speed_async.actors.stepped_engine.frames import pack_error
+from speed_async.actors.vllm_engine.held_weights import EXPERTS_METHOD, LoadTrace, verify_held
 from speed_async.actors.vllm_engine.options import TRANSFER_BACKEND
 from speed_async.errors import SpeedAsyncError
 from speed_async.types import WeightOffer
@@ -52,7 +53,8 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     A failed transfer is stored in `outcome` instead of raised, because vLLM forwards only the text
     of an exception. The model is modified only after the first bucket has arrived, so a transfer
-    that fails earlier leaves the old version intact.
+    that fails earlier leaves the old version intact. After the last bucket, what was received is
+    compared with the learner's digests, and what the model holds with what was received.
     """
 
     init_info_cls = InitInfo
@@ -69,7 +71,7 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         )
         self._receiver = TorchReceiver(device=self.device)
         self._expected: list[NamedTensor] | None = None
-        self._reloading = False
+        self._trace: LoadTrace | None = None  # None until an update changes the model
         self._digests: dict[str, int] = {}
         self.outcome: dict[str, Any] = {}
 
@@ -79,39 +81,45 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def start_weight_update(self) -> None:
         self.outcome = {}
         self._digests = {}
-        self._reloading = False
+        self._trace = None
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         offer = WeightOffer(**update_info.offer)
         offer = replace(offer, rank=offer.rank + self.parallel_config.rank)
+        version = offer.policy_version
         try:
             report = self._receiver.receive(offer, self._expect(), self._load_bucket)
-            verify_digests(report.digests, self._digests, policy_version=offer.policy_version)
+            verify_digests(report.digests, self._digests, policy_version=version)
+            assert self._trace is not None  # a broadcast has at least one bucket
+            self._finish_reload()
+            untraced = verify_held(self.model, self._trace, policy_version=version)
+            self._pack_experts()
         except SpeedAsyncError as error:
-            self.outcome = {"error": pack_error(error), "is_whole": not self._reloading}
+            self.outcome = {"error": pack_error(error), "is_whole": self._trace is None}
         else:
-            self.outcome = _completed_outcome(report)
+            self.outcome = _completed_outcome(report, self._trace, untraced)
 
     def finish_weight_update(self) -> None:
-        if not self._reloading:
-            return
-        finalize_layerwise_reload(self.model, self.model_config)
-        self._refresh_tied_head()
+        """Ends a reload that failed."""
+        if self.outcome["error"] and self._trace is not None:
+            self._finish_reload()
 
     def shutdown(self) -> None:
         self._receiver.close()
 
     @torch.no_grad()
     def _load_bucket(self, tensors: Sequence[NamedTensor]) -> None:
-        if not self._reloading:
+        if self._trace is None:
             initialize_layerwise_reload(self.model)
-            self._reloading = True
-        model: Any = self.model
+            self._trace = LoadTrace(self.model)
         # vLLM keeps the tensors until a layer is complete; the bucket is valid in this call only.
         copies = [(name, tensor.to(self.device, copy=True)) for name, tensor in tensors]
-        # Of what vLLM loads: its own parameters are fused, sharded or packed.
         self._digests |= tensor_digests(copies)
-        model.load_weights(copies)
+        self._trace.load(self.model, copies)
+
+    def _finish_reload(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._refresh_tied_head()
 
     def _expect(self) -> list[NamedTensor]:
         """Names, shapes and dtypes of the learner's parameters.
@@ -131,6 +139,15 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         tied = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
         if tied and head is not None and self.device.type == "cpu":
             head.quant_method.process_weights_after_loading(head)
+
+    def _pack_experts(self) -> None:
+        """Pack experts on a CPU. vLLM does so only after the first load."""
+        if self.device.type != "cpu":
+            return
+        for module in self.model.modules():
+            method: Any = getattr(module, "quant_method", None)
+            if type(method).__name__ == EXPERTS_METHOD:
+                method.moe_kernel.fused_experts.process_weights_after_loading(module)
 
 
 class WorkerExtension:
@@ -164,12 +181,16 @@ def exit_with_actor(actor_id: int, *, core_id: int | None) -> None:
     threading.Thread(target=watch, name="exit-with-actor", daemon=True).start()
 
 
-def _completed_outcome(report: TransferReport) -> dict[str, Any]:
+def _completed_outcome(
+    report: TransferReport, trace: LoadTrace, untraced: Sequence[str]
+) -> dict[str, Any]:
     canary = report.canary
     return {
         "error": None,
         "transfer_s": report.transfer_s,
         "num_bytes": report.num_bytes,
+        "untraced": list(untraced),
+        "parts": {name: (num, list(parts)) for name, (num, parts) in trace.sources.items()},
         "token_ids": list(canary.token_ids) if canary is not None else [],
         "logprobs": list(canary.logprobs) if canary is not None else [],
     }
