@@ -18,6 +18,8 @@ CHANGES_LOGITS = (
 """Fields that change the logits after the head, unless they are null, 1 or false."""
 ATTENTION_CAPS = ("attn_logit_softcapping",)
 """Fields that cap attention scores, which fused attention (SDPA) ignores."""
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Fields with the number of experts that a router chooses from."""
 LONG_ROPE = ("longrope", "su", "dynamic")
 """Rotary embeddings that change for all tokens of a batch when one sequence exceeds a length."""
 
@@ -50,6 +52,19 @@ def family_faults(record: Mapping[str, Any], context_length: int | None) -> Iter
                 f"{limit or 'some'} tokens, so log-probabilities of one completion would depend on "
                 f"others; {remedy}"
             )
+
+
+def routing_notice(record: Mapping[str, Any]) -> str:
+    """What training a mixture of experts implies; empty for other models."""
+    found = [count for name in NUM_EXPERTS if isinstance(count := record.get(name), int)]
+    if max(found, default=0) < 2:
+        return ""
+    return (
+        f"mixture of {max(found)} experts: the learner routes every token anew, without replaying "
+        "the experts that the engine chose, so the ratio pi / mu of single tokens can be far from "
+        "1 at an unchanged policy; objective.dual_clip and the corrections bound their gradient "
+        "(metrics token_weight_max, dual_clipped_share, ratio_max)"
+    )
 
 
 def _is_set(value: object) -> bool:

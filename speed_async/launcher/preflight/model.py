@@ -5,7 +5,7 @@ from pathlib import Path
 
 from speed_async.config.local_model import model_folder
 from speed_async.config.model_facts import ModelInfo, read_model_info
-from speed_async.config.model_family import family_faults
+from speed_async.config.model_family import family_faults, routing_notice
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, ModelError
 from speed_async.launcher.preflight.findings import Findings
@@ -46,6 +46,8 @@ def check_model(config: Config, folder: Path, findings: Findings) -> CheckedMode
     context = _context(config, facts, findings)
     for fault in family_faults(facts.record, context):
         findings.errors.append(ConfigError("model.path", config.model.path, fault))
+    if notice := routing_notice(facts.record):
+        findings.show("routing", [notice])
     if config.actors.engine == "torch":
         _check_attention(config, facts, context, findings)
     return CheckedModel(facts=facts, weights=weights, context_length=context)

@@ -6,10 +6,12 @@ Separate from learner_role.py because its imports take seconds.
 import asyncio
 import gc
 import os
+import sys
 
 import torch
 
 from speed_async.config.local_model import model_folder
+from speed_async.config.model_family import routing_notice
 from speed_async.launcher.attempt import Attempt
 from speed_async.launcher.gpus import local_actor_gpus
 from speed_async.launcher.identity.identity import DATA, Identity
@@ -36,6 +38,8 @@ async def learn(
     torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.run.seed)
     model = await asyncio.to_thread(load_model, folder, device=config.learner.device)
+    if notice := routing_notice(model.config.get_text_config().to_dict()):
+        sys.stderr.write(f"{notice}\n")
     # Before the optimiser is created. Contiguous parameters are sent without being packed.
     flatten_parameters(model)
     trainer = Trainer(config=config, model=model, run_id=identity.run_id)

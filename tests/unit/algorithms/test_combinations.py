@@ -16,11 +16,17 @@ import numpy as np
 import pytest
 import torch
 
+from speed_async.algorithms.diagnostics import Diagnostics
 from speed_async.algorithms.loss_tokens import LossTokens
 from speed_async.algorithms.objective import compute_signals, make_objective
 from speed_async.config.sections.objective import ADVANTAGES, POLICY_LOSSES, ObjectiveConfig
 from speed_async.types import Group
-from tests.fakes.learner_samples import make_completion, make_config, make_group
+from tests.fakes.learner_samples import (
+    make_completion,
+    make_config,
+    make_group,
+    make_loss_tokens,
+)
 
 AGGREGATIONS = get_args(ObjectiveConfig.model_fields["aggregation"].annotation)
 CORRECTIONS = get_args(ObjectiveConfig.model_fields["correction"].annotation)
@@ -251,3 +257,36 @@ def test_every_clip_and_limit_acts_on_some_tokens_and_not_on_others() -> None:
     ratios = [(value, ratio_of("token", one, t)) for value, one, t in values]
     for sign, low, high in ((1, 1.28, 99), (-1, 0, 0.8), (-1, 1.5, 99), (-1, 0.8, 1.5)):
         assert any(sign * value > 0 and low < ratio < high for value, ratio in ratios)
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("policy_loss", POLICY_LOSSES)
+def test_every_objective_bounds_and_logs_the_weight_of_a_token_at_log_ratio_5(
+    tmp_path: Path, policy_loss: str, correction: str
+) -> None:
+    """As when a mixture of experts routes a token otherwise than while sampling."""
+    chosen = ObjectiveConfig(policy_loss=policy_loss, correction=correction)
+    objective = make_objective(make_config(tmp_path, objective=chosen))
+    mu = [0.005, 0.2, 0.005, 0.2]
+    tokens = make_loss_tokens(
+        [0.005 * math.exp(5), 0.2] * 2, mu, [-2.0, -2.0, 2.0, 2.0], sequences=[0, 0, 1, 1]
+    )
+    corrected = objective.correction(tokens)
+    losses = objective.policy_loss(tokens, corrected)
+    diagnostics = Diagnostics()
+    diagnostics.add(
+        tokens, corrected, losses, loss=losses.losses_N.sum(), entropies_N=torch.zeros(4)
+    )
+
+    metrics = diagnostics.metrics()
+
+    bounds = [1.0, chosen.dual_clip, 1 + chosen.clip_high, chosen.max_ratio or 0.0]
+    assert 0.0 <= metrics["token_weight_max"] <= 2.0 * max(bounds) + 1e-9
+    assert metrics["ratio_max"] == pytest.approx(math.exp(5))
+    is_dual = policy_loss in ("ppo_clip", "gspo") and correction in (
+        "none",
+        "negative_sequence_mask",
+    )
+    # The negative token itself; with `gspo` both tokens of its sequence (ratio exp(2.5)).
+    num_dual = (2 if policy_loss == "gspo" else 1) if is_dual else 0
+    assert metrics["dual_clipped_share"] == num_dual / 4

@@ -7,15 +7,18 @@ from typing import Any
 import pytest
 from transformers import (
     CohereConfig,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
+    MixtralConfig,
     Phi3Config,
+    Qwen3MoeConfig,
 )
 
 from speed_async.config.model_facts import read_model_info
-from speed_async.config.model_family import family_faults
+from speed_async.config.model_family import family_faults, routing_notice
 
 LONG = {
     "rope_type": "longrope",
@@ -71,3 +74,20 @@ def test_a_cap_in_the_text_part_of_a_larger_model_is_found(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(record))
     [fault] = family_faults(read_model_info(tmp_path).record, 1024)
     assert fault.startswith("final_logit_softcapping = 20.0")
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (Qwen3MoeConfig(num_experts=16), 16),
+        (MixtralConfig(num_local_experts=4), 4),
+        (DeepseekV3Config(n_routed_experts=32), 32),
+        (LlamaConfig(), 0),
+    ],
+)
+def test_a_mixture_of_experts_is_said_to_be_routed_anew(
+    tmp_path: Path, config: Any, count: int
+) -> None:
+    config.save_pretrained(tmp_path)
+    notice = routing_notice(read_model_info(tmp_path).record)
+    assert notice.startswith(f"mixture of {count} experts: ") if count else notice == ""
