@@ -150,7 +150,7 @@ async def compare(
     config: Config, actor: RecordingEngine, bare: MeasuredEngine, num_repeats: int, turn_s: float
 ) -> list[dict[str, object]]:
     engines: dict[str, MeasuredEngine] = {"actor": actor, "bare": bare}
-    num_callers = CALLERS_PER_SLOT * config.actors.slots
+    num_callers = CALLERS_PER_SLOT * config.actors.num_slots
     turns: dict[str, list[Turn]] = {name: [] for name in engines}
     async with actor, bare, running_actor(config, actor):
         await asyncio.sleep(WARM_UP_S)
@@ -226,7 +226,8 @@ def main() -> None:
     title = (
         "Tokens/s of a complete actor (loop, rollout, verifier, ZeroMQ to a buffer service) and of "
         "the bare engine replaying its requests with as many callers, alternating in one process, "
-        f"{arguments.turn_s:g} s each; {config.actors.engine} engine, {config.actors.slots} slots, "
+        f"{arguments.turn_s:g} s each; {config.actors.engine} engine, "
+        f"{config.actors.num_slots} slots, "
         f"at most {config.actors.max_new_tokens} tokens per completion, "
         f"{arguments.random_model or 'quickstart'} model"
     )

@@ -164,7 +164,7 @@ async def train(config: Config) -> Counts:
         loaded = load_model_folder(folder, context_length=None, device="cpu")
         return TorchGenerator(
             loaded.model,
-            num_slots=config.actors.slots,
+            num_slots=config.actors.num_slots,
             context_length=loaded.context_length,
             eos_token_ids=loaded.eos_token_ids,
             random=torch.Generator().manual_seed(config.run.seed),

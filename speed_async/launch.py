@@ -106,7 +106,7 @@ def _check_run(config: Config, rank: Rank, *, resume: bool) -> None:
         return
     from speed_async.launcher.preflight.checks import require_runnable
 
-    warnings = require_runnable(config, resume=resume, actors_here=not rank.has_many_nodes)
+    warnings = require_runnable(config, rank, resume=resume)
     sys.stderr.writelines(f"warning: {warning}\n" for warning in warnings)
 
 

@@ -74,7 +74,7 @@ class ActorLoop:
             is_gated=config.gate.mode == "screen",
             clock=clock,
         )
-        self._leases = RunningLeases(config.gate, config.actors.slots)
+        self._leases = RunningLeases(config.gate, config.actors.num_slots)
         self._rewards = RewardReport()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._outbox: asyncio.Queue[m.Message] = asyncio.Queue()

@@ -200,6 +200,7 @@ def _examine(
         resume=resume,
         actors_here=node is None or node.num_nodes == 1,
         leads=node is None or node.index == 0,
+        num_local_ranks=None if node is None else node.num_ranks,
     )
     if node is not None:
         findings.sections.insert(0, ("run", describe_run(config, node)))

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from speed_async.config.checks.combinations import check_combinations
+from speed_async.config.cuda import default_engine
 from speed_async.config.hub_id import local_or_hub
 from speed_async.config.names import did_you_mean
 from speed_async.config.overrides import ROOT_FIELDS, parse_overrides
@@ -112,6 +113,9 @@ def _examine(
     other errors. A combination is not reported if its error names a field whose value is invalid.
     """
     tree = with_preset(tree, Config.model_fields["algorithm"].default)
+    actors = tree.get("actors", {})
+    if isinstance(actors, dict) and "engine" not in actors:
+        tree["actors"] = {"engine": default_engine(actors.get("device")), **actors}
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:

@@ -49,7 +49,7 @@ def load_scripted_stepper(model: ModelConfig, actors: ActorsConfig, *, seed: int
     num_token_ids = loaded.model.get_input_embeddings().weight.shape[0]
     return PacedStepper(
         random_script(random.Random(seed), num_token_ids),
-        num_slots=actors.slots,
+        num_slots=actors.num_slots,
         context_length=loaded.context_length,
         num_token_ids=num_token_ids,
         receive=weights.receive,

@@ -191,7 +191,7 @@ class Run:
             self.canaries[offer.policy_version] = report.canary
             return report.transfer_s
 
-        engine = ScriptedEngine(alternate, num_slots=self.config.actors.slots, receive=receive)
+        engine = ScriptedEngine(alternate, num_slots=self.config.actors.num_slots, receive=receive)
         self.engines.append(engine)
         name = f"actor-{index}"
         link = SessionLink(hub.connect(f"{name}.0"))

@@ -35,7 +35,11 @@ def listening(process_id: int) -> set[str]:
             inodes.add(descriptor.readlink().name.removeprefix("socket:[").rstrip("]"))
     found = set()
     for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{process_id}/net/{table}").read_text().splitlines()[1:]:
+        try:
+            lines = Path(f"/proc/{process_id}/net/{table}").read_text().splitlines()
+        except FileNotFoundError:  # the process has ended
+            continue
+        for line in lines[1:]:
             _, local, _, state, *rest = line.split()
             if state == LISTEN and rest[5] in inodes:
                 found.add(_address(local.partition(":")[0]))

@@ -61,14 +61,14 @@ class SimulatedActor:
         self._rng = {kind: random.Random(index) for kind in LeaseKind}
         stepper = ScriptedStepper(
             self._script,
-            num_slots=run.config.actors.slots,
+            num_slots=run.config.actors.num_slots,
             context_length=1 << 20,
             num_token_ids=ANY_TOKEN_ID,
             receive=lambda offer: 0.0,
         )
         self.engine = InlineEngine(stepper)
         self._rollout = Rollout(run.config, self.engine, LastTokenScorer(), IdCodec())
-        self._leases = RunningLeases(run.config.gate, run.config.actors.slots)
+        self._leases = RunningLeases(run.config.gate, run.config.actors.num_slots)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def _script(self, request: GenerationRequest, num_started: int) -> list[int]:

@@ -37,7 +37,7 @@ def load_torch_generator(
     flatten_parameters(loaded.model)  # same layout as the learner's: weights are received in place
     return TorchGenerator(
         loaded.model,
-        num_slots=actors.slots,
+        num_slots=actors.num_slots,
         context_length=loaded.context_length,
         eos_token_ids=loaded.eos_token_ids,
         random=torch.Generator(device).manual_seed(seed),

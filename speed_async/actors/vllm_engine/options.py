@@ -12,6 +12,7 @@ from speed_async.actors.model_folder import (
 )
 from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
+from speed_async.config.sections.actors import DEFAULT_SLOTS
 from speed_async.errors import ConfigError
 
 TRANSFER_BACKEND = "speed_async"
@@ -56,7 +57,7 @@ def engine_arguments(
         "skip_tokenizer_init": True,  # tokens in, tokens out
         "generation_config": "vllm",
         "max_model_len": info.context_length,
-        "max_num_seqs": actors.slots,
+        "max_num_seqs": actors.num_slots,
         "tensor_parallel_size": actors.vllm.tensor_parallel,
         "enforce_eager": actors.vllm.enforce_eager,
         "seed": seed,
@@ -71,10 +72,10 @@ def engine_arguments(
     if on_cpu:
         arguments["dtype"] = "float32"
         arguments["kv_cache_memory_bytes"] = actors.vllm.kv_cache_bytes or _full_kv_bytes(
-            info, actors.slots, actors.vllm.tensor_parallel
+            info, min(actors.num_slots, DEFAULT_SLOTS), actors.vllm.tensor_parallel
         )
     else:
-        arguments["gpu_memory_utilization"] = actors.vllm.gpu_memory_utilization
+        arguments["gpu_memory_utilization"] = actors.vllm.memory_share
         if actors.vllm.kv_cache_bytes is not None:
             arguments["kv_cache_memory_bytes"] = actors.vllm.kv_cache_bytes
     for name in actors.vllm.arguments:

@@ -51,7 +51,7 @@ def start_llm(config: Config, *, seed: int) -> StartedLlm:
             num_token_ids=info.hf_config.get_text_config().vocab_size,
         ),
         eos_token_ids=info.eos_token_ids,
-        num_slots=config.actors.slots,
+        num_slots=config.actors.num_slots,
         dtype=str(llm.model_config.dtype),
         close=partial(llm.shutdown, timeout=SHUTDOWN_S),
     )

@@ -12,24 +12,34 @@ class VllmConfig(Section):
 
     tensor_parallel: PositiveInt = 1
     """GPUs per actor for tensor parallelism."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of the GPU memory that vLLM uses."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the GPU memory that vLLM uses. None: 0.9; of a GPU that the learner or several
+    actors use, the share that the memory budget of `speed-async check` leaves to each actor."""
     kv_cache_bytes: PositiveInt | None = None
     """Size of the KV cache per GPU, or per worker on a CPU. None: on a GPU the remainder of its
-    share, on a CPU the size of `actors.slots` full sequences."""
+    share, on a CPU the size of at most 64 full sequences."""
     enforce_eager: bool = False
     """Disable compilation and CUDA graphs: faster start, slower decoding."""
     arguments: dict[str, object] = Field(default_factory=dict)
     """Additional arguments of `AsyncEngineArgs` of vLLM."""
 
+    @property
+    def memory_share(self) -> float:
+        return self.gpu_memory_utilization or 0.9
+
+
+DEFAULT_SLOTS = 64
+
 
 class ActorsConfig(Section):
     engine: Literal["torch", "vllm", "scripted"] = "torch"
-    """`torch` is built in and has no other dependencies; `vllm` is for clusters. `scripted` is for
-    tests and fault injection: it samples random tokens without a model."""
+    """`torch` is built in and has no other dependencies. If this field is not set, a machine with a
+    CUDA GPU and vLLM uses `vllm` (unless `actors.device` is `cpu`). `scripted` is for tests and
+    fault injection: it samples random tokens without a model."""
     vllm: VllmConfig = VllmConfig()
-    slots: PositiveInt = 64
-    """Sequences that one actor decodes concurrently."""
+    slots: PositiveInt | None = None
+    """Sequences that one actor decodes concurrently. None: 64; `vllm`: 256, of which as many run as
+    its KV cache holds."""
     temperature: PositiveFloat = 1.0
     max_new_tokens: PositiveInt = 64
     running_at_update: Literal["keep", "recompute"] = "keep"
@@ -43,6 +53,10 @@ class ActorsConfig(Section):
     verifier_timeout_s: PositiveFloat = 10.0
     max_restarts: NonNegativeInt = 3
     """Maximum restarts of one actor after it was killed by a signal."""
+
+    @property
+    def num_slots(self) -> int:
+        return self.slots or (256 if self.engine == "vllm" else DEFAULT_SLOTS)
 
     @property
     def weight_ranks(self) -> int:

@@ -173,7 +173,7 @@ async def _sample_all(
                         verifier=verifier,
                         codec=model.codec,
                         seed=seed,
-                        num_concurrent=NUM_PER_SLOT * actors.slots,
+                        num_concurrent=NUM_PER_SLOT * actors.num_slots,
                     )
                     with progress:
                         await sample_suite(

@@ -16,9 +16,11 @@ from speed_async.launcher.preflight.machine import (
 from speed_async.launcher.preflight.memory import checkpoint_bytes, estimate_memory
 from speed_async.launcher.preflight.model import CheckedModel, check_model, find_model
 from speed_async.launcher.preflight.prompts import TRAINING, check_prompts, describe
+from speed_async.launcher.preflight.shared_gpu import check_shared_gpus
 from speed_async.launcher.preflight.suites import check_suites
 from speed_async.launcher.preflight.task import CheckedTask, check_task
 from speed_async.launcher.preflight.tokenizer import PromptTokenizer, check_tokenizer
+from speed_async.launcher.rank import Rank
 from speed_async.types import Prompt
 
 MAX_SHOWN_TOKENS = 200
@@ -31,10 +33,11 @@ def run_checks(
     resume: bool = False,
     actors_here: bool = True,
     leads: bool = True,
+    num_local_ranks: int | None = None,
 ) -> Findings:
     """Run all checks. `errors`: errors already found in the configuration. `actors_here`: False
     if all actors may run on other machines. `leads`: False if the learner and the service run on
-    another machine."""
+    another machine. `num_local_ranks`: ranks of this node; None: all of the run."""
     findings = Findings(errors=list(errors or ()))
     check_devices(config, findings, actors_here=actors_here)
     check_libraries(config, findings)
@@ -58,7 +61,16 @@ def run_checks(
     if tokenizer is not None and model is not None and parts:
         _check_lengths(config, model, tokenizer, parts, findings)
     if model is not None and model.weights is not None:
-        findings.show("memory", estimate_memory(config, model, findings))
+        memory = estimate_memory(config, model, findings)
+        if leads:
+            memory += check_shared_gpus(
+                config,
+                model.facts,
+                model.weights.num_parameters,
+                findings,
+                num_local_ranks=num_local_ranks or config.cluster.learners + config.cluster.actors,
+            )
+        findings.show("memory", memory)
         if parent is not None and leads:
             disk = check_disk(
                 config,
@@ -70,11 +82,14 @@ def run_checks(
     return findings
 
 
-def require_runnable(
-    config: Config, *, resume: bool = False, actors_here: bool = True
-) -> list[str]:
+def require_runnable(config: Config, rank: Rank, *, resume: bool = False) -> list[str]:
     """Run all checks and return the warnings. Raises SpeedAsyncError with all errors."""
-    findings = run_checks(config, resume=resume, actors_here=actors_here)
+    findings = run_checks(
+        config,
+        resume=resume,
+        actors_here=not rank.has_many_nodes,
+        num_local_ranks=rank.local_world_size,
+    )
     if findings.errors:
         raise combine_errors(findings.errors)
     return findings.warnings

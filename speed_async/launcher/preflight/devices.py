@@ -1,17 +1,13 @@
 """Detects whether torch will find a GPU, without importing torch."""
 
-import ctypes
-import importlib.util
 import os
-import re
-from functools import cache
 from pathlib import Path
 
+from speed_async.config.cuda import num_cuda_gpus, torch_build
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, NotAvailableHere
 from speed_async.launcher.preflight.findings import Findings
 
-DRIVER = "libcuda.so.1"
 ROCM_DEVICE = Path("/dev/kfd")
 REMEDY = "use 'auto' or 'cpu'"
 
@@ -67,29 +63,3 @@ def why_no_gpu() -> str:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     why = f" (CUDA_VISIBLE_DEVICES = {hidden!r})" if hidden is not None else ""
     return f"no CUDA device is visible{why}; {REMEDY}"
-
-
-@cache
-def num_cuda_gpus() -> int:
-    """Number of GPUs that the driver reports under CUDA_VISIBLE_DEVICES; 0 without a driver."""
-    try:
-        driver = ctypes.CDLL(DRIVER)
-        count = ctypes.c_int(0)
-        if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-            return 0
-    except (OSError, AttributeError):
-        return 0
-    return count.value
-
-
-def torch_build() -> str:
-    """`cpu`, `cuda` or `hip`, read from torch/version.py."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
-        return "cpu"
-    version = Path(found.origin).with_name("version.py")
-    text = version.read_text() if version.is_file() else ""
-    for build in ("hip", "cuda"):
-        if re.search(rf"^{build}\b[^=\n]*=\s*['\"]", text, re.MULTILINE):
-            return build
-    return "cpu" if re.search(r"^cuda\b[^=\n]*=\s*None", text, re.MULTILINE) else "cuda"

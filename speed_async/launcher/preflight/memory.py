@@ -14,6 +14,7 @@ from speed_async.launcher.preflight.devices import why_no_gpu
 from speed_async.launcher.preflight.findings import Findings
 from speed_async.launcher.preflight.machine import size
 from speed_async.launcher.preflight.model import CheckedModel
+from speed_async.launcher.preflight.shared_gpu import DTYPE_BYTES
 from speed_async.launcher.preflight.weights import Weights
 
 LEARNER_BYTES = 16
@@ -21,7 +22,6 @@ CHECKPOINT_BYTES = 12
 """Per parameter: a float32 weight and the optimiser's two moments. A folder with smaller weights
 has these too."""
 FLOAT32_BYTES = 4
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
 def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> list[str]:
@@ -45,11 +45,11 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
     ]
     cache = "a KV cache of unknown size"
     if config.actors.engine == "vllm" and on_gpu:
-        share = config.actors.vllm.gpu_memory_utilization
-        cache = f"vLLM uses {share:.0%} of its GPUs' memory in total"
+        share = config.actors.vllm.memory_share
+        cache = f"vLLM uses {share:.0%} of the memory of GPUs that it does not share"
     elif kv_bytes is not None:
         cache = (
-            f"at most {size(kv_bytes)} of KV cache ({config.actors.slots} slots x "
+            f"at most {size(kv_bytes)} of KV cache ({config.actors.num_slots} slots x "
             f"{model.context_length} tokens)"
         )
     lines.append(f"each actor: {size(weight_bytes)} of weights, and {cache}")
@@ -72,7 +72,7 @@ def _kv_bytes(config: Config, model: CheckedModel, value_bytes: int) -> int | No
     values = model.facts.kv_values_per_token
     if values is None or model.context_length is None:
         return None
-    return value_bytes * values * config.actors.slots * model.context_length
+    return value_bytes * values * config.actors.num_slots * model.context_length
 
 
 def _check_available(needed_bytes: int, findings: Findings) -> None:

@@ -2,9 +2,9 @@
 their import takes seconds, and the supervisor would delay its actor by it."""
 
 from speed_async.actors.vllm_engine.environment import process_environment
+from speed_async.config.cuda import num_cuda_gpus, torch_build
 from speed_async.config.schema import Config
 from speed_async.launcher.nccl_environment import nccl_environment
-from speed_async.launcher.preflight.devices import num_cuda_gpus, torch_build
 
 
 def engine_environment(config: Config) -> dict[str, str]:

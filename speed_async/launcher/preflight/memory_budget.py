@@ -1,0 +1,169 @@
+"""Memory of one GPU that a learner and engines share, by part.
+
+learner, per parameter: 4 bytes each of float32 weights and gradients, 8 of AdamW's two moments, 2
+of the bfloat16 weights of autocast, and 4 of a reference model if there is one. Activations and
+logits are those of the largest micro-batch (`activation_bytes`, `logits_bytes`).
+
+engine: weights in its dtype, a KV cache of at least one sequence of the full context, and the
+working memory of its kernels.
+
+Both: the context of each process (CUDA, torch, NCCL). Fragmentation is not included.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+GIB = 1 << 30
+MASTER_BYTES = 4
+"""A float32 weight; a gradient has the same size."""
+MOMENTS_BYTES = 8
+COMPUTE_BYTES = 2
+PROCESS_BYTES = GIB
+KERNEL_BYTES = GIB
+"""Working memory of an engine beside its KV cache: activations of a prefill, CUDA graphs."""
+KV_CACHE = "KV cache"
+MAX_LOGITS = 1 << 26
+"""As learner/policy.py: logits are computed in chunks."""
+BYTES_PER_LOGIT = 16
+"""Logits, log-probabilities, entropies and gradients, in float32."""
+CHECKPOINTED_PARAMETERS = 300_000_000
+"""As learner/model.py: from this size on, activations are recomputed in the backward pass."""
+USED_SHARE = 0.97
+"""Of the memory: the rest is for fragmentation and for what the driver takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSizes:
+    num_parameters: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    """Of the experts that one token is routed to, together."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @property
+    def kv_values_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    longest_row: int
+    """Tokens of the longest prompt and completion."""
+    micro_batch_tokens: int
+    num_kv_tokens: int
+    """Tokens for which an engine needs a KV cache at least."""
+    engine_value_bytes: int
+    """Bytes of one number of the engine's weights and KV cache."""
+    engine_shards: int = 1
+    """GPUs that divide the weights and the KV cache of an engine."""
+    bucket_bytes: int
+    has_reference: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryBudget:
+    learner: Mapping[str, int]
+    """Bytes by part; empty if no learner uses this GPU."""
+    engine: Mapping[str, int]
+    """The least that one engine needs, by part."""
+    num_engines: int
+    total_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        return sum(self.learner.values()) + self.num_engines * sum(self.engine.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.total_bytes
+
+    @property
+    def engine_bytes(self) -> int:
+        """What each engine can use: an equal part of what the learner leaves."""
+        left = int(USED_SHARE * self.total_bytes) - sum(self.learner.values())
+        return max(left // self.num_engines, sum(self.engine.values()))
+
+    @property
+    def engine_share(self) -> float:
+        """`engine_bytes` as a share of the memory, rounded down to thousandths."""
+        return int(1000 * self.engine_bytes / self.total_bytes) / 1000
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """The part of `engine_bytes` that is left for the KV cache."""
+        others = sum(size for name, size in self.engine.items() if name != KV_CACHE)
+        return self.engine_bytes - others
+
+
+def memory_budget(
+    sizes: ModelSizes, workload: Workload, *, has_learner: bool, num_engines: int, total_bytes: int
+) -> MemoryBudget:
+    """The budget of a GPU of `total_bytes` with `num_engines` >= 1 engines."""
+    value_bytes, shards = workload.engine_value_bytes, workload.engine_shards
+    kv_bytes = value_bytes * sizes.kv_values_per_token * workload.num_kv_tokens
+    engine = {
+        "weights": value_bytes * sizes.num_parameters // shards,
+        KV_CACHE: kv_bytes // shards,
+        "kernels": KERNEL_BYTES,
+        "process": PROCESS_BYTES,
+    }
+    return MemoryBudget(
+        learner=learner_bytes(sizes, workload) if has_learner else {},
+        engine=engine,
+        num_engines=num_engines,
+        total_bytes=total_bytes,
+    )
+
+
+def learner_bytes(sizes: ModelSizes, workload: Workload) -> dict[str, int]:
+    """Bytes of a learner on a GPU by part."""
+    num, tokens = sizes.num_parameters, max(workload.longest_row, workload.micro_batch_tokens)
+    parts = {
+        "weights": MASTER_BYTES * num,
+        "gradients": MASTER_BYTES * num,
+        "optimizer": MOMENTS_BYTES * num,
+        "bfloat16 weights": COMPUTE_BYTES * num,
+        "reference model": MASTER_BYTES * num * workload.has_reference,
+        "activations": activation_bytes(sizes, tokens),
+        "logits": logits_bytes(sizes, tokens),
+        "weight transfer": 2 * workload.bucket_bytes,
+        "process": PROCESS_BYTES,
+    }
+    return {name: size for name, size in parts.items() if size}
+
+
+def activation_bytes(sizes: ModelSizes, num_tokens: int, *, autocast: bool = True) -> int:
+    """Bytes that the backward pass of `num_tokens` tokens needs, without head and logits.
+
+    With recomputation, the input of each layer and all of one layer.
+    """
+    layer = layer_activation_bytes(sizes, autocast=autocast)
+    if autocast and sizes.num_parameters >= CHECKPOINTED_PARAMETERS:
+        return num_tokens * (layer + sizes.num_layers * MASTER_BYTES * sizes.hidden_size)
+    return num_tokens * sizes.num_layers * layer
+
+
+def layer_activation_bytes(sizes: ModelSizes, *, autocast: bool) -> int:
+    """Bytes per token that the backward pass of one layer of a Llama needs.
+
+    Two norms in float32 keep their input and their normalised values. The projections of attention
+    keep their input, and rotary embeddings and attention queries, keys, values and the result. The
+    gated MLP keeps its input and four results. `autocast`: in bfloat16, with a copy of the input
+    for each projection that reads it.
+    """
+    hidden, queries = sizes.hidden_size, sizes.num_heads * sizes.head_dim
+    keys = sizes.num_kv_heads * sizes.head_dim
+    norms = 2 * 2 * MASTER_BYTES * hidden
+    values = 2 * queries + 3 * keys + queries + 4 * sizes.intermediate_size
+    if not autocast:
+        return norms + MASTER_BYTES * (2 * hidden + values)
+    copies = 3 * hidden + 2 * hidden
+    return norms + COMPUTE_BYTES * (copies + values)
+
+
+def logits_bytes(sizes: ModelSizes, num_tokens: int) -> int:
+    return BYTES_PER_LOGIT * min(num_tokens * sizes.vocab_size, MAX_LOGITS)

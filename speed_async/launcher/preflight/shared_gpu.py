@@ -1,0 +1,230 @@
+"""GPUs that the learner and actors share: whether they fit, and each engine's part of the memory.
+
+The first node decides, where the learner is: all actors of a run have one configuration.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from speed_async.config.cuda import gpu_memory_bytes
+from speed_async.config.local_model import model_folder
+from speed_async.config.model_facts import ModelInfo, read_model_info
+from speed_async.config.schema import Config
+from speed_async.errors import ConfigError
+from speed_async.launcher.gpus import local_actor_gpus
+from speed_async.launcher.preflight.findings import Findings
+from speed_async.launcher.preflight.machine import size
+from speed_async.launcher.preflight.memory_budget import (
+    MemoryBudget,
+    ModelSizes,
+    Workload,
+    memory_budget,
+)
+from speed_async.launcher.preflight.weights import read_weights
+from speed_async.launcher.rank import Rank
+
+ASSUMED_PROMPT_TOKENS = 1024
+"""Longest prompt if `task.max_prompt_tokens` does not limit it."""
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+
+
+def shared_gpu_budgets(
+    config: Config,
+    facts: ModelInfo,
+    num_parameters: int,
+    *,
+    gpu_bytes: Sequence[int],
+    num_local_ranks: int,
+) -> dict[int, MemoryBudget]:
+    """The budget of each GPU of the first node that has several users, by its index.
+
+    `gpu_bytes`: memory of each visible GPU. Empty if config.json leaves sizes to the model class.
+    """
+    sizes = model_sizes(facts, num_parameters)
+    if sizes is None or not gpu_bytes or config.actors.engine == "scripted":
+        return {}
+    uses_cuda = config.actors.engine == "vllm" or config.actors.device != "cpu"
+    learner = Rank(
+        rank=0, local_rank=0, world_size=num_local_ranks, local_world_size=num_local_ranks
+    )
+    actors = local_actor_gpus(config, learner, len(gpu_bytes)) if uses_cuda else []
+    engines = Counter(gpu for gpus in actors for gpu in set(gpus))
+    has_learner = config.learner.device != "cpu"
+    budgets = {}
+    for gpu, num_engines in sorted(engines.items()):
+        is_learners = has_learner and gpu == 0
+        if num_engines + is_learners > 1:
+            budgets[gpu] = memory_budget(
+                sizes,
+                workload(config, facts),
+                has_learner=is_learners,
+                num_engines=num_engines,
+                total_bytes=gpu_bytes[gpu],
+            )
+    return budgets
+
+
+def check_shared_gpus(
+    config: Config,
+    facts: ModelInfo,
+    num_parameters: int,
+    findings: Findings,
+    *,
+    num_local_ranks: int,
+) -> list[str]:
+    """Returns lines with the budgets; reports an error for one that does not fit."""
+    budgets = shared_gpu_budgets(
+        config,
+        facts,
+        num_parameters,
+        gpu_bytes=gpu_memory_bytes(),
+        num_local_ranks=num_local_ranks,
+    )
+    for gpu, budget in budgets.items():
+        if (fault := budget_fault(config, gpu, budget)) is not None:
+            findings.errors.append(fault)
+    if budgets:
+        return [describe(config, gpu, budget) for gpu, budget in budgets.items()]
+    sizes = model_sizes(facts, num_parameters)
+    if sizes is None or config.actors.engine == "scripted":
+        return []
+    one = memory_budget(
+        sizes, workload(config, facts), has_learner=True, num_engines=1, total_bytes=0
+    )
+    needs = f"at least {size(one.needed_bytes)}: {parts_text(one)}"
+    return [f"a GPU that the learner shares with one actor needs {needs}"]
+
+
+def with_shared_memory(config: Config, *, num_local_ranks: int) -> Config:
+    """The configuration with vLLM's part of a shared GPU, unless the user has set it.
+
+    Also sets the KV cache: vLLM would otherwise measure the memory that is free while the learner
+    allocates its own. Raises ConfigError if a GPU is too small, ModelError for an unusable model.
+    """
+    vllm = config.actors.vllm
+    gpu_bytes = gpu_memory_bytes() if config.actors.engine == "vllm" else ()
+    if not gpu_bytes:
+        return config
+    folder = model_folder(config.model.path)
+    weights, errors = read_weights(folder)
+    if weights is None:
+        raise errors[0]
+    budgets = shared_gpu_budgets(
+        config,
+        read_model_info(folder),
+        weights.num_parameters,
+        gpu_bytes=gpu_bytes,
+        num_local_ranks=num_local_ranks,
+    )
+    for gpu, budget in budgets.items():
+        if (fault := budget_fault(config, gpu, budget)) is not None:
+            raise fault
+    if not budgets or vllm.gpu_memory_utilization is not None:
+        return config
+    smallest = min(budgets.values(), key=lambda budget: budget.engine_share)
+    share = {
+        "gpu_memory_utilization": smallest.engine_share,
+        "kv_cache_bytes": vllm.kv_cache_bytes or smallest.kv_cache_bytes,
+    }
+    actors = config.actors.model_copy(update={"vllm": vllm.model_copy(update=share)})
+    return config.model_copy(update={"actors": actors})
+
+
+def budget_fault(config: Config, gpu: int, budget: MemoryBudget) -> ConfigError | None:
+    """Why the users of this GPU do not fit, with all figures; None if they fit."""
+    wanted = config.actors.vllm.gpu_memory_utilization
+    total = budget.total_bytes
+    if config.actors.engine == "vllm" and wanted is not None and budget.fits:
+        if wanted <= 1000 * budget.engine_bytes // total / 1000:
+            return None
+        return ConfigError(
+            "actors.vllm.gpu_memory_utilization",
+            wanted,
+            f"leaves too little of GPU {gpu} ({size(total)}) to its other users "
+            f"({parts_text(budget)}); set at most {budget.engine_share}, or remove it",
+        )
+    if budget.fits:
+        return None
+    return ConfigError(
+        "model.path",
+        config.model.path,
+        f"GPU {gpu} is shared by {_users(budget)}, which need {size(budget.needed_bytes)} of "
+        f"{size(total)}: {parts_text(budget)}; use more GPUs or a larger one, a smaller model, or "
+        "reduce model.context_length, actors.max_new_tokens or learner.micro_batch_tokens",
+    )
+
+
+def describe(config: Config, gpu: int, budget: MemoryBudget) -> str:
+    text = (
+        f"GPU {gpu} ({size(budget.total_bytes)}) is shared by {_users(budget)}, which need "
+        f"{size(budget.needed_bytes)}: {parts_text(budget)}"
+    )
+    if not budget.fits or config.actors.engine != "vllm":
+        return text
+    wanted = config.actors.vllm.gpu_memory_utilization
+    if wanted is not None:
+        return f"{text}; actors.vllm.gpu_memory_utilization is set to {wanted}"
+    return (
+        f"{text}; each engine uses {budget.engine_share:.1%} ({size(budget.kv_cache_bytes)} of KV "
+        "cache)"
+    )
+
+
+def parts_text(budget: MemoryBudget) -> str:
+    parts = []
+    if budget.learner:
+        parts.append(f"learner {_listed(budget.learner)}")
+    each = "each engine" if budget.num_engines > 1 else "engine"
+    parts.append(f"{each} {_listed(budget.engine)}")
+    return "; ".join(parts)
+
+
+def model_sizes(facts: ModelInfo, num_parameters: int) -> ModelSizes | None:
+    """None if config.json leaves one of the sizes to the model class."""
+    layers, hidden, vocabulary = facts.num_layers, facts.hidden_size, facts.vocab_size
+    kv_heads, head_dim = facts.num_kv_heads, facts.head_dim
+    if not (layers and hidden and vocabulary and kv_heads and head_dim):
+        return None
+    record = facts.record
+    experts = record.get("moe_intermediate_size")
+    if isinstance(experts, int):
+        intermediate = experts * int(record.get("num_experts_per_tok") or 1)
+    else:
+        intermediate = int(record.get("intermediate_size") or 4 * hidden)
+    return ModelSizes(
+        num_parameters=num_parameters,
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_heads=int(record.get("num_attention_heads") or kv_heads),
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocabulary,
+    )
+
+
+def workload(config: Config, facts: ModelInfo) -> Workload:
+    actors = config.actors
+    longest = actors.max_new_tokens + (config.task.max_prompt_tokens or ASSUMED_PROMPT_TOKENS)
+    context = config.model.context_length or facts.context_length or longest
+    longest = min(longest, context)
+    stored = DTYPE_BYTES.get(facts.dtype or "", 4)
+    is_vllm = actors.engine == "vllm"
+    return Workload(
+        longest_row=longest,
+        micro_batch_tokens=config.learner.micro_batch_tokens,
+        num_kv_tokens=context if is_vllm else actors.num_slots * longest,
+        engine_value_bytes=min(stored, 2) if is_vllm else stored,
+        engine_shards=actors.weight_ranks,
+        bucket_bytes=config.weights.bucket_bytes,
+        has_reference=config.objective.kl_coefficient > 0,
+    )
+
+
+def _users(budget: MemoryBudget) -> str:
+    engines = f"{budget.num_engines} actor{'s' if budget.num_engines > 1 else ''}"
+    return f"the learner and {engines}" if budget.learner else engines
+
+
+def _listed(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in parts.items())

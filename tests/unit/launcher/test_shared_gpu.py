@@ -1,0 +1,249 @@
+"""The memory budget of a shared GPU: figures by hand, and sizes that torch allocates on a CPU."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from speed_async.config.load import build_config
+from speed_async.config.model_facts import read_model_info
+from speed_async.config.schema import Config
+from speed_async.config.sections.learner import LearnerConfig
+from speed_async.errors import ConfigError
+from speed_async.launcher.preflight import shared_gpu
+from speed_async.launcher.preflight.memory_budget import (
+    GIB,
+    ModelSizes,
+    Workload,
+    layer_activation_bytes,
+    learner_bytes,
+    memory_budget,
+)
+from speed_async.launcher.preflight.shared_gpu import shared_gpu_budgets, with_shared_memory
+from speed_async.learner.optimizer import make_optimizer, named_state
+from tests.fakes.tiny_models import save_tiny_folder
+
+SIZES = ModelSizes(
+    num_parameters=1_500_000_000,
+    num_layers=28,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_heads=12,
+    num_kv_heads=2,
+    head_dim=128,
+    vocab_size=151_936,
+)
+WORKLOAD = Workload(
+    longest_row=4096,
+    micro_batch_tokens=8192,
+    num_kv_tokens=4096,
+    engine_value_bytes=2,
+    bucket_bytes=64 << 20,
+)
+
+
+def test_parts_of_a_1_5b_model_computed_by_hand() -> None:
+    budget = memory_budget(SIZES, WORKLOAD, has_learner=True, num_engines=1, total_bytes=80 * GIB)
+    # One layer and token: 2 norms x 2 x 4 x 1,536; bfloat16: 5 x 1,536 + 3 x 1,536 queries and
+    # result + 3 x 256 keys and values + 4 x 8,960.
+    layer = 24_576 + 2 * (7_680 + 4_608 + 768 + 35_840)
+    assert budget.learner == {
+        "weights": 6_000_000_000,
+        "gradients": 6_000_000_000,
+        "optimizer": 12_000_000_000,
+        "bfloat16 weights": 3_000_000_000,
+        # Recomputed: all of one layer, and the input of 28 layers.
+        "activations": 8192 * (layer + 28 * 4 * 1536),
+        "logits": GIB,  # 2**26 at a time, 16 bytes each
+        "weight transfer": 128 << 20,
+        "process": GIB,
+    }
+    assert budget.engine == {
+        "weights": 3_000_000_000,
+        "KV cache": 4096 * 2 * 2 * 28 * 2 * 128,
+        "kernels": GIB,
+        "process": GIB,
+    }
+    assert budget.fits
+    left = int(0.97 * 80 * GIB) - sum(budget.learner.values())
+    assert budget.engine_bytes == left
+    assert budget.kv_cache_bytes == left - 3_000_000_000 - 2 * GIB
+    assert 0 <= left / (80 * GIB) - budget.engine_share < 0.001
+
+
+def test_what_a_learner_and_two_engines_need_must_be_there() -> None:
+    two = {"has_learner": True, "num_engines": 2}
+    needed = memory_budget(SIZES, WORKLOAD, total_bytes=0, **two).needed_bytes
+    assert memory_budget(SIZES, WORKLOAD, total_bytes=needed, **two).fits
+    assert not memory_budget(SIZES, WORKLOAD, total_bytes=needed - 1, **two).fits
+    only_engines = memory_budget(
+        SIZES, WORKLOAD, has_learner=False, num_engines=2, total_bytes=needed
+    )
+    assert only_engines.engine_bytes == int(0.97 * needed) // 2
+
+
+def tiny_sizes(config: LlamaConfig, num_parameters: int) -> ModelSizes:
+    return ModelSizes(
+        num_parameters=num_parameters,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads or 1,
+        head_dim=config.head_dim or 1,
+        vocab_size=config.vocab_size,
+    )
+
+
+def llama(num_layers: int) -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+        )
+    )
+
+
+def test_weights_gradients_and_moments_are_what_torch_allocates() -> None:
+    model = llama(2)
+    optimizer = make_optimizer(model, LearnerConfig())
+    model(input_ids=torch.arange(8)[None]).logits.sum().backward()
+    optimizer.step()
+    parameters = [*model.parameters()]
+    sizes = tiny_sizes(model.config, sum(each.numel() for each in parameters))
+    expected = learner_bytes(sizes, WORKLOAD)
+    assert expected["weights"] == sum(each.nbytes for each in parameters)
+    assert expected["gradients"] == sum(each.grad.nbytes for each in parameters)
+    state = named_state(optimizer, model)
+    counters = sum(each.nbytes for name, each in state.items() if name.endswith(".step"))
+    assert expected["optimizer"] == sum(each.nbytes for each in state.values()) - counters
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_activations_of_a_layer_are_within_10_percent_of_what_torch_saves(autocast: bool) -> None:
+    def saved_per_token(num_layers: int) -> float:
+        model, storages = llama(num_layers), {}
+        known = {each.untyped_storage().data_ptr() for each in model.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                storages[storage.data_ptr()] = storage.nbytes(), tensor  # alive: unique addresses
+            return tensor
+
+        num_tokens = 1024  # many, because bfloat16 copies of weights are saved as well
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            model.base_model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long))
+        return sum(num_bytes for num_bytes, _ in storages.values()) / num_tokens
+
+    measured = (saved_per_token(3) - saved_per_token(1)) / 2
+    sizes = tiny_sizes(llama(1).config, 1)
+    assert layer_activation_bytes(sizes, autocast=autocast) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny_folder(tmp_path / "model")
+
+
+def make_config(folder: Path, **sections: dict[str, Any]) -> Config:
+    tree = {"model": {"path": str(folder)}, "task": {"name": "arithmetic"}}
+    actors = {"engine": "vllm", "max_new_tokens": 8} | sections.pop("actors", {})
+    return build_config(tree | {"actors": actors} | sections)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "num_ranks", "sections", "expected"),
+    [
+        (1, 2, {}, {0: (True, 1)}),
+        (1, 3, {}, {0: (True, 2)}),
+        (2, 2, {}, {}),
+        (2, 4, {}, {0: (True, 1), 1: (False, 2)}),
+        (1, 2, {"learner": {"device": "cpu"}}, {}),
+        (1, 2, {"actors": {"engine": "torch", "device": "cpu"}}, {}),
+        (1, 2, {"actors": {"engine": "torch"}}, {0: (True, 1)}),
+        (0, 2, {}, {}),
+    ],
+)
+def test_users_of_each_shared_gpu(
+    folder: Path,
+    gpus: int,
+    num_ranks: int,
+    sections: dict[str, Any],
+    expected: dict[int, tuple[bool, int]],
+) -> None:
+    budgets = shared_gpu_budgets(
+        make_config(folder, **sections),
+        read_model_info(folder),
+        10_000,
+        gpu_bytes=(80 * GIB,) * gpus,
+        num_local_ranks=num_ranks,
+    )
+    found = {gpu: (bool(each.learner), each.num_engines) for gpu, each in budgets.items()}
+    assert found == expected
+
+
+def test_vllm_gets_what_the_learner_leaves_unless_the_user_set_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_gpu, "gpu_memory_bytes", lambda: (24 * GIB,))
+    planned = with_shared_memory(make_config(folder), num_local_ranks=2).actors.vllm
+    # The learner of a tiny model: its process, buckets of 2 x 64 MiB, logits, activations.
+    assert planned.gpu_memory_utilization is not None
+    assert 0.90 < planned.gpu_memory_utilization < 0.93
+    assert planned.kv_cache_bytes is not None
+    assert 19 * GIB < planned.kv_cache_bytes < 21 * GIB
+
+    wanted = make_config(folder, actors={"vllm": {"gpu_memory_utilization": 0.4}})
+    assert with_shared_memory(wanted, num_local_ranks=2) == wanted
+    alone = make_config(folder, learner={"device": "cpu"})
+    assert with_shared_memory(alone, num_local_ranks=2) == alone
+
+
+def test_a_gpu_that_is_too_small_is_refused_with_all_figures(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_gpu, "gpu_memory_bytes", lambda: (2 * GIB,))
+    with pytest.raises(ConfigError) as raised:
+        with_shared_memory(make_config(folder), num_local_ranks=2)
+    text = str(raised.value)
+    assert "GPU 0 is shared by the learner and 1 actor, which need 3." in text
+    for part in (
+        "of 2.0 GiB: learner weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "KV cache",
+    ):
+        assert part in text
+    assert "use more GPUs or a larger one" in text
+
+    monkeypatch.setattr(shared_gpu, "gpu_memory_bytes", lambda: (24 * GIB,))
+    wanted = make_config(folder, actors={"vllm": {"gpu_memory_utilization": 0.95}})
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization.* = 0\.95: .*set at most 0\.9"):
+        with_shared_memory(wanted, num_local_ranks=2)
+
+
+def test_tensor_parallel_engines_divide_weights_and_kv_cache() -> None:
+    whole = memory_budget(SIZES, WORKLOAD, has_learner=False, num_engines=1, total_bytes=GIB)
+    half = memory_budget(
+        SIZES,
+        replace(WORKLOAD, engine_shards=2),
+        has_learner=False,
+        num_engines=1,
+        total_bytes=GIB,
+    )
+    for part in ("weights", "KV cache"):
+        assert half.engine[part] == whole.engine[part] // 2
