@@ -2,9 +2,13 @@
 
 A row with several completions needs an attention mask in which each completion attends to the
 prompt and to itself only, and position ids that restart after the prompt. Log-probabilities and
-gradients then equal those of separate completions.
+gradients then equal those of separate completions. Tokens with which several completions begin are
+computed once: the positions of a row are a prefix tree in preorder, so that the positions which
+attend to one are those from it to the end of its subtree. Tokens of several completions with the
+same beginning and the same target have the same log-probability, which is also computed once.
 
-Shape legend: B rows, L positions of a row, C completions, N completion tokens.
+Shape legend: B rows, L positions of a row, C completions, T tokens of the longest, N completion
+tokens, D distinct pairs of predicting position and target.
 """
 
 from collections.abc import Sequence
@@ -29,8 +33,9 @@ class MicroBatch:
     input_ids_BL: Tensor  # int64, padded with 0 on the right
     position_ids_BL: Tensor | None  # int64
     mask_B1LL: Tensor | None  # float32, additive attention mask: 0 or -inf
-    predictor_index_N: Tensor  # int64 into B * L: the position that predicts the token
-    target_ids_N: Tensor  # int64
+    predictor_index_D: Tensor  # int64 into B * L: the position that predicts the target
+    target_ids_D: Tensor  # int64
+    pair_index_N: Tensor  # int64 into D
     behaviour_logprobs_N: Tensor  # float32
     advantages_N: Tensor  # float32
     weights_N: Tensor  # float32, factors on the token losses
@@ -59,19 +64,24 @@ def make_micro_batch(rows: Sequence[TrainingRow], *, policy_version: int) -> Mic
     targets_N = np.concatenate([sample.token_ids for sample in samples]).astype(np.int64)
     prompts = np.concatenate([row.prompt_token_ids for row in rows]).astype(np.int64)
     versions_N = np.concatenate([sample.policy_versions for sample in samples]).astype(np.int64)
+    pairs_N = layout.predictor_index_N * (targets_N.max() + 1) + targets_N
+    _, first_D, pair_index_N = np.unique(pairs_N, return_index=True, return_inverse=True)
     position_ids_BL = mask_B1LL = None
     if len(samples) > len(rows):
-        segments_N = layout.sample_N[layout.input_N] + 1
         position_ids_BL = layout.make_grid(layout.prompt_at[1], layout.position_N[layout.input_N])
-        mask_B1LL = shared_prompt_mask(
-            layout.make_grid(np.zeros_like(prompts), segments_N, fill=-1)
+        num_positions = layout.shape[1]
+        mask_B1LL = prefix_tree_mask(
+            layout.make_grid(
+                np.full_like(prompts, num_positions), layout.end_of_input, fill=num_positions
+            )
         )
     return MicroBatch(
         input_ids_BL=layout.make_grid(prompts, targets_N[layout.input_N]),
         position_ids_BL=position_ids_BL,
         mask_B1LL=mask_B1LL,
-        predictor_index_N=torch.from_numpy(layout.predictor_index_N),
-        target_ids_N=torch.from_numpy(targets_N),
+        predictor_index_D=torch.from_numpy(layout.predictor_index_N[first_D]),
+        target_ids_D=torch.from_numpy(targets_N[first_D]),
+        pair_index_N=torch.from_numpy(pair_index_N),
         behaviour_logprobs_N=torch.from_numpy(
             np.concatenate([sample.logprobs for sample in samples]).astype(np.float32)
         ),
@@ -97,8 +107,9 @@ class _Layout:
 
     shape: tuple[int, int]
     prompt_at: tuple[IndexArray, IndexArray]  # all prompt tokens, row by row
-    input_N: NDArray[np.bool_]  # completion tokens that are model inputs: all but the last of each
-    input_at: tuple[IndexArray, IndexArray]  # the tokens of input_N
+    input_N: NDArray[np.bool_]  # completion tokens with a position of their own
+    input_at: IndexArray  # the tokens of input_N, index into B * L
+    end_of_input: IndexArray  # their subtrees' end (exclusive), a column
     sample_N: IndexArray  # completion index of each token
     position_N: IndexArray  # position id of each token
     predictor_index_N: IndexArray
@@ -108,7 +119,7 @@ class _Layout:
     ) -> Tensor:
         grid_BL = np.full(self.shape, fill, dtype=np.int64)
         grid_BL[self.prompt_at] = prompt_values
-        grid_BL[self.input_at] = input_values
+        grid_BL.ravel()[self.input_at] = input_values
         return torch.from_numpy(grid_BL)
 
     def repeat_per_token(self, values_C: Sequence[float]) -> Tensor:
@@ -120,41 +131,51 @@ def _make_layout(rows: Sequence[TrainingRow], samples: Sequence[TrainingSample])
     prompt_B = np.array([len(row.prompt_token_ids) for row in rows])
     width_B = np.array([len(row.samples) for row in rows])
     length_C = np.array([len(sample.token_ids) for sample in samples])
+    overlap_C = np.array([overlap for row in rows for overlap in row.overlaps])
+    num_positions = max(row.num_tokens for row in rows)
     row_C = np.repeat(np.arange(len(rows)), width_B)
     first_C = np.cumsum(width_B)[row_C] - width_B[row_C]  # first completion of the same row
-    inputs_before_C = np.cumsum(length_C - 1) - (length_C - 1)
-    start_C = prompt_B[row_C] + inputs_before_C - inputs_before_C[first_C]
-    num_positions = max(row.num_tokens for row in rows)
+    own_C = length_C - 1 - overlap_C
+    before_C = np.cumsum(own_C) - own_C
+    begin_C = row_C * num_positions + prompt_B[row_C]  # first position after the prompt
+    start_C = begin_C + before_C - before_C[first_C]
+
+    offset_T = np.arange(length_C.max())
+    own_CT = (offset_T >= overlap_C[:, None]) & (offset_T < length_C[:, None] - 1)
+    at_CT = np.where(own_CT, (start_C - overlap_C)[:, None] + offset_T, 0)
+    at_CT = np.maximum.accumulate(at_CT, axis=0)  # a shared token is that of the sample before
+    # A subtree ends where a later completion starts to differ at its depth or above.
+    next_CT = np.where(offset_T >= overlap_C[:, None], start_C[:, None], len(rows) * num_positions)
+    end_CT = np.minimum.accumulate(next_CT[::-1], axis=0)[::-1]
+    end_CT = np.concatenate([end_CT[1:], np.full_like(end_CT[:1], len(rows) * num_positions)])
+    end_CT = np.minimum(end_CT - (row_C * num_positions)[:, None], num_positions)
 
     sample_N = np.repeat(np.arange(len(samples)), length_C)
     offset_N = _count_up(length_C)
-    row_N, prompt_N = row_C[sample_N], prompt_B[row_C][sample_N]
-    column_N = start_C[sample_N] + offset_N
-    input_N = offset_N < length_C[sample_N] - 1
-    predictor_N = np.where(offset_N == 0, prompt_N, column_N) - 1
+    predictor_N = np.where(offset_N == 0, begin_C[sample_N] - 1, at_CT[sample_N, offset_N - 1])
     return _Layout(
         shape=(len(rows), num_positions),
         prompt_at=(np.repeat(np.arange(len(rows)), prompt_B), _count_up(prompt_B)),
-        input_N=input_N,
-        input_at=(row_N[input_N], column_N[input_N]),
+        input_N=own_CT[sample_N, offset_N],
+        input_at=at_CT[own_CT],
+        end_of_input=end_CT[own_CT],
         sample_N=sample_N,
-        position_N=prompt_N + offset_N,
-        predictor_index_N=row_N * num_positions + predictor_N,
+        position_N=prompt_B[row_C][sample_N] + offset_N,
+        predictor_index_N=predictor_N,
     )
 
 
-def shared_prompt_mask(segments_BL: Tensor) -> Tensor:
-    """Additive mask (B, 1, L, L): a position attends to the prompt and to earlier positions of its
-    own segment.
+def prefix_tree_mask(ends_BL: Tensor) -> Tensor:
+    """Additive mask (B, 1, L, L): a position attends to itself and to its ancestors.
 
-    Segment 0 is the prompt, each completion has its own segment, and padding is -1. Padding attends
-    to the prompt and to earlier padding, so that no softmax row is empty. No other position attends
-    to padding.
+    `ends_BL` is the end (exclusive) of each position's subtree; L for the prompt and for padding.
+    Padding attends to the prompt and to earlier padding, so that no softmax row is empty. No other
+    position attends to padding.
     """
-    num_positions = segments_BL.shape[1]
-    same_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
-    visible_BLL = same_BLL | (segments_BL[:, None, :] == 0)
-    visible_BLL &= torch.ones(num_positions, num_positions, dtype=torch.bool).tril()
+    num_positions = ends_BL.shape[1]
+    column_L = torch.arange(num_positions)
+    visible_BLL = column_L[:, None] < ends_BL[:, None, :]
+    visible_BLL &= column_L[:, None] >= column_L
     mask_BLL = torch.zeros(visible_BLL.shape).masked_fill_(~visible_BLL, float("-inf"))
     return mask_BLL[:, None]
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from speed_async.errors import ModelError
 from speed_async.learner.batch import make_micro_batch
 from speed_async.learner.model import context_length, embedding_table
-from speed_async.learner.rows import TrainingRow, TrainingSample
+from speed_async.learner.rows import TrainingSample, make_row
 from speed_async.weight_sync.canary_check import CANARY_TOKENS, Canary, canary_token_ids
 
 
@@ -33,7 +33,7 @@ class CanaryProbe:
             advantage=0.0,
             weight=1.0,
         )
-        row = TrainingRow(prompt_token_ids=first, samples=(sample,))
+        row = make_row(first, [sample])
         self._batch = make_micro_batch([row], policy_version=0).to(table.device)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """log pi of sampled tokens, computed only at the positions that predict them.
 
-Shape legend: B rows, L positions, N completion tokens, H hidden size, V vocabulary.
+Shape legend: B rows, L positions, P = B x L, N completion tokens, D distinct pairs of predicting
+position and target, H hidden size, V vocabulary.
 """
 
 import numpy as np
@@ -14,7 +15,13 @@ from speed_async.config.model_family import family_faults
 from speed_async.errors import ModelError
 from speed_async.learner.batch import MicroBatch, make_micro_batch
 from speed_async.learner.model import embedding_table, output_head
-from speed_async.learner.rows import MAX_PACKED_TOKENS, LayoutCost, TrainingRow, TrainingSample
+from speed_async.learner.rows import (
+    MAX_PACKED_TOKENS,
+    LayoutCost,
+    TrainingSample,
+    make_row,
+    split_row,
+)
 
 MAX_LOGITS = 1 << 26
 """Largest number of logits in one chunk (N x V): 256 MiB in float32 for any vocabulary."""
@@ -36,7 +43,7 @@ def layout_cost(model: PreTrainedModel) -> LayoutCost:
 
 
 class Policy(nn.Module):
-    """log pi of the sampled tokens: base model on all positions, head on N positions."""
+    """log pi of the sampled tokens: base model on all positions, head on D positions."""
 
     def __init__(
         self, causal_lm: PreTrainedModel, *, temperature: float, entropy_gradient: bool = False
@@ -66,17 +73,21 @@ class Policy(nn.Module):
         """`forward` in the precision of the parameters. `temperature` None uses that of the
         policy."""
         temperature = temperature or self.temperature
-        hidden_NH = self._hidden(batch)
+        hidden_DH, targets_D = self._hidden(batch), batch.target_ids_D
         chunk = max(1, MAX_LOGITS // output_head(self.causal_lm).out_features)
-        if len(hidden_NH) <= chunk:
-            return self._score_chunk(hidden_NH, batch.target_ids_N, temperature)
-        parts = [
-            checkpoint(self._score_chunk, hidden, targets, temperature, use_reentrant=False)
-            for hidden, targets in zip(
-                hidden_NH.split(chunk), batch.target_ids_N.split(chunk), strict=True
-            )
-        ]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        if len(hidden_DH) <= chunk:
+            scores_D2 = self._score_chunk(hidden_DH, targets_D, temperature)
+        else:
+            parts = [
+                checkpoint(self._score_chunk, hidden, targets, temperature, use_reentrant=False)
+                for hidden, targets in zip(
+                    hidden_DH.split(chunk), targets_D.split(chunk), strict=True
+                )
+            ]
+            scores_D2 = torch.cat(parts)
+        # The backward of an embedding lookup adds duplicates in a fixed order, also on a GPU.
+        logprobs_N, entropies_N = F.embedding(batch.pair_index_N, scores_D2).unbind(1)
+        return logprobs_N, entropies_N
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         layout = {}
@@ -85,17 +96,16 @@ class Policy(nn.Module):
         hidden_BLH = self.causal_lm.base_model(
             input_ids=batch.input_ids_BL, use_cache=False, **layout
         ).last_hidden_state
-        # The backward of an embedding lookup adds duplicates in a fixed order, also on a GPU.
-        return F.embedding(batch.predictor_index_N, hidden_BLH.flatten(0, 1))
+        return F.embedding(batch.predictor_index_D, hidden_BLH.flatten(0, 1))
 
-    def _score_chunk(
-        self, hidden_NH: Tensor, target_ids_N: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        logits_NV = output_head(self.causal_lm)(hidden_NH).float() / temperature
-        logprobs_NV = logits_NV.log_softmax(-1)
+    def _score_chunk(self, hidden_DH: Tensor, target_ids_D: Tensor, temperature: float) -> Tensor:
+        """Log-probability and entropy (D, 2)."""
+        logits_DV = output_head(self.causal_lm)(hidden_DH).float() / temperature
+        logprobs_DV = logits_DV.log_softmax(-1)
         with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()):
-            entropies_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
-        return logprobs_NV.gather(-1, target_ids_N[:, None])[:, 0], entropies_N
+            entropies_D = -(logprobs_DV.exp() * logprobs_DV).sum(-1)
+        logprobs_D = logprobs_DV.gather(-1, target_ids_D[:, None])[:, 0]
+        return torch.stack([logprobs_D, entropies_D], dim=1)
 
 
 def check_policy(policy: Policy, context_length: int | None) -> bool:
@@ -116,9 +126,10 @@ def check_policy(policy: Policy, context_length: int | None) -> bool:
             raise ModelError(
                 f"{type(model).__name__} has no base model and head: {error}"
             ) from error
-        logits_NV = model(input_ids=separate.input_ids_BL).logits.flatten(0, 1)
-        logits_NV = logits_NV[separate.predictor_index_N].float() / policy.temperature
-        expected_N = -F.cross_entropy(logits_NV, separate.target_ids_N, reduction="none")
+        logits_PV = model(input_ids=separate.input_ids_BL).logits.flatten(0, 1)
+        logits_DV = logits_PV[separate.predictor_index_D].float() / policy.temperature
+        expected_D = -F.cross_entropy(logits_DV, separate.target_ids_D, reduction="none")
+        expected_N = expected_D[separate.pair_index_N]
         if not torch.allclose(logprobs_N, expected_N, atol=PROBE_TOLERANCE):
             raise ModelError(
                 f"{type(model).__name__} changes its logits after the head (scaling or capping), "
@@ -135,9 +146,10 @@ def check_policy(policy: Policy, context_length: int | None) -> bool:
 
 
 def _probes(table: Tensor) -> tuple[MicroBatch, MicroBatch]:
-    """Two completions of one prompt, in separate rows and in one row."""
+    """Three completions of one prompt, in separate rows and in one row; two begin alike."""
     prompt, *completions = (
-        np.array(ids, dtype=np.int32) % len(table) for ids in ((1, 2, 3), (4, 5, 6), (7, 8))
+        np.array(ids, dtype=np.int32) % len(table)
+        for ids in ((1, 2, 3), (4, 5, 6, 7), (4, 8, 9), (7, 8))
     )
     samples = [
         TrainingSample(
@@ -149,12 +161,9 @@ def _probes(table: Tensor) -> tuple[MicroBatch, MicroBatch]:
         )
         for ids in completions
     ]
-    layouts = [[samples[:1], samples[1:]], [samples]]
+    row = make_row(prompt, samples)
     separate, packed = (
-        make_micro_batch(
-            [TrainingRow(prompt_token_ids=prompt, samples=tuple(row)) for row in layout],
-            policy_version=0,
-        )
-        for layout in layouts
+        make_micro_batch(list(split_row(row, width)), policy_version=0)
+        for width in (1, len(samples))
     )
     return separate.to(table.device), packed.to(table.device)

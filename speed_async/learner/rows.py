@@ -1,14 +1,17 @@
 """Grouping of completions into rows and micro-batches.
 
 A row is one prompt followed by `width` of its completions, so that the prompt is computed once for
-all of them. Width 1 is the usual padded batch. The last token of a completion predicts nothing and
-is not part of the input.
+all of them, and so are tokens with which several completions begin: a row is a prefix tree. Width 1
+is the usual padded batch. The last token of a completion predicts nothing and is not part of the
+input.
 
 Shape legend: P prompt tokens, T completion tokens, N completions of one group.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +45,16 @@ class TrainingSample:
 class TrainingRow:
     prompt_token_ids: Int32Array  # (P,)
     samples: tuple[TrainingSample, ...]
+    """Ordered so that completions with a common beginning are adjacent."""
+    overlaps: tuple[int, ...]
+    """For each sample, the number of input tokens that it shares with the one before it; 0 for the
+    first."""
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + sum(len(s.token_ids) - 1 for s in self.samples)
+        """Input tokens of the row."""
+        inputs = sum(len(sample.token_ids) for sample in self.samples) - len(self.samples)
+        return len(self.prompt_token_ids) + inputs - sum(self.overlaps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,8 +78,8 @@ def training_row(
     with_zero_advantage: bool = False,
 ) -> TrainingRow:
     """The completions of a group that contribute to the gradient, as one row. These are the kept,
-    non-empty completions with a non-zero advantage (or any, `with_zero_advantage`), in order of
-    length. There may be none.
+    non-empty completions with a non-zero advantage (or any, `with_zero_advantage`). There may be
+    none.
 
     Raises ValueError for an empty prompt, after which no position predicts the first token.
     """
@@ -90,8 +99,32 @@ def training_row(
         )
         if kept and (with_zero_advantage or advantage != 0.0) and completion.num_tokens
     ]
-    samples.sort(key=lambda sample: len(sample.token_ids))
-    return TrainingRow(prompt_token_ids=group.prompt_token_ids, samples=tuple(samples))
+    return make_row(group.prompt_token_ids, samples)
+
+
+def make_row(prompt_token_ids: Int32Array, samples: Iterable[TrainingSample]) -> TrainingRow:
+    # The order of bytes is not that of token ids, but it also places common beginnings together.
+    ordered = sorted(
+        ((sample.token_ids.tobytes(), sample) for sample in samples), key=itemgetter(0)
+    )
+    overlaps = [0] * min(1, len(ordered))
+    for (tokens, sample), (next_tokens, next_sample) in pairwise(ordered):
+        if tokens == next_tokens:
+            overlaps.append(len(sample.token_ids) - 1)
+        else:
+            overlaps.append(_overlap(sample.token_ids, next_sample.token_ids))
+    return TrainingRow(
+        prompt_token_ids=prompt_token_ids,
+        samples=tuple(sample for _, sample in ordered),
+        overlaps=tuple(overlaps),
+    )
+
+
+def _overlap(one: Int32Array, other: Int32Array) -> int:
+    """Number of equal tokens at the beginning of both inputs."""
+    num_inputs = min(len(one), len(other)) - 1
+    differs = one[:num_inputs] != other[:num_inputs]
+    return int(differs.argmax()) if differs.any() else num_inputs
 
 
 def reweighted(row: TrainingRow, weights_N: NDArray[np.float64]) -> TrainingRow:
@@ -104,22 +137,38 @@ def split_row(row: TrainingRow, width: int) -> Iterator[TrainingRow]:
     """Splits a row into rows of `width` completions. A row without completions yields nothing."""
     for start in range(0, len(row.samples), width):
         yield TrainingRow(
-            prompt_token_ids=row.prompt_token_ids, samples=row.samples[start : start + width]
+            prompt_token_ids=row.prompt_token_ids,
+            samples=row.samples[start : start + width],
+            overlaps=(0, *row.overlaps[start + 1 : start + width]),
         )
 
 
 def choose_width(rows: Sequence[TrainingRow], cost: LayoutCost) -> int:
     """Number of completions per row, given one row per group: the cheapest of a few candidates, or
     1 when the gain of sharing is below MIN_PACKING_GAIN."""
+    rows = [row for row in rows if row.samples]
     largest = max((len(row.samples) for row in rows), default=1)
+    inputs = [np.array([len(sample.token_ids) - 1 for sample in row.samples]) for row in rows]
     costs: dict[int, float] = {}
     for parts in (largest, 1, 2, 3, 4, 6, 8):
         width = max(1, -(-largest // max(parts, 1)))
-        lengths = [part.num_tokens for row in rows for part in split_row(row, width)]
+        lengths = [
+            length
+            for row, inputs_C in zip(rows, inputs, strict=True)
+            for length in _part_lengths(row, inputs_C, width)
+        ]
         if width == 1 or max(lengths, default=0) <= MAX_PACKED_TOKENS:
             costs[width] = cost.of(lengths)
     best = min(costs, key=lambda width: costs[width])
     return best if costs[1] >= MIN_PACKING_GAIN * costs[best] else 1
+
+
+def _part_lengths(row: TrainingRow, inputs_C: NDArray[np.int64], width: int) -> list[int]:
+    """`num_tokens` of the rows that `split_row` makes, without making them."""
+    starts = np.arange(0, len(inputs_C), width)
+    overlaps_C = np.array(row.overlaps)
+    own = np.add.reduceat(inputs_C - overlaps_C, starts) + overlaps_C[starts]
+    return (len(row.prompt_token_ids) + own).tolist()
 
 
 def split_rows(rows: Sequence[TrainingRow], max_tokens: int) -> list[list[TrainingRow]]:

@@ -227,11 +227,10 @@ class Trainer:
         for index in range(self._config.passes):
             seed = (self._seed, self.num_updates, index)
             for part in split_groups(len(groups), self._config.minibatches, seed=seed):
-                weights = self._objective.aggregation([lengths[i] for i in part])
-                minibatch = [
-                    reweighted(rows[i], weights_N)
-                    for i, weights_N in zip(part, weights, strict=True)
-                ]
+                minibatch = [rows[i] for i in part]
+                if self._config.minibatches > 1:  # otherwise the rows have these weights already
+                    weights = self._objective.aggregation([lengths[i] for i in part])
+                    minibatch = [reweighted(*pair) for pair in zip(minibatch, weights, strict=True)]
                 updates.append(self._update_parameters(minibatch))
         return updates
 

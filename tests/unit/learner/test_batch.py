@@ -47,37 +47,81 @@ def batch_of(groups: list[Group], width: int, policy_version: int = 0) -> MicroB
     return make_micro_batch(rows, policy_version=policy_version)
 
 
-def test_rows_of_one_completion_are_right_padded():
-    batch = batch_of([make_group([1, 2], LONG, SHORT)], width=1)
+def per_token(batch: MicroBatch) -> list[tuple[int, int]]:
+    """Predicting position and target of every token."""
+    pairs_N2 = torch.stack([batch.predictor_index_D, batch.target_ids_D], dim=1)[batch.pair_index_N]
+    return [(predictor, target) for predictor, target in pairs_N2.tolist()]
 
-    assert batch.input_ids_BL.tolist() == [[1, 2, 8, 0], [1, 2, 5, 6]]
+
+def visible(batch: MicroBatch, row: int) -> list[list[int]]:
+    assert batch.mask_B1LL is not None
+    return (batch.mask_B1LL[row, 0] == 0).int().tolist()
+
+
+def test_rows_of_one_completion_are_right_padded():
+    batch = batch_of([make_group([1, 2], SHORT, LONG)], width=1)
+
+    assert batch.input_ids_BL.tolist() == [[1, 2, 5, 6], [1, 2, 8, 0]]
     assert batch.position_ids_BL is None
     assert batch.mask_B1LL is None
-    assert batch.target_ids_N.tolist() == [8, 9, 5, 6, 7]
-    assert batch.predictor_index_N.tolist() == [1, 2, 4 + 1, 4 + 2, 4 + 3]
-    assert batch.advantages_N.tolist() == [2.0, 2.0, 1.0, 1.0, 1.0]
-    assert batch.weights_N.tolist() == pytest.approx([0.2, 0.2, 0.1, 0.1, 0.1])
+    assert per_token(batch) == [(1, 5), (2, 6), (3, 7), (4 + 1, 8), (4 + 2, 9)]
+    assert batch.advantages_N.tolist() == [2.0, 2.0, 2.0, 1.0, 1.0]
+    assert batch.weights_N.tolist() == pytest.approx([0.2, 0.2, 0.2, 0.1, 0.1])
     assert batch.ages_N.tolist() == [0] * 5
-    np.testing.assert_allclose(batch.behaviour_logprobs_N, [-0.4, -0.5, -0.1, -0.2, -0.3])
-    assert batch.sequence_ids_N.tolist() == [0, 0, 1, 1, 1]
+    np.testing.assert_allclose(batch.behaviour_logprobs_N, [-0.1, -0.2, -0.3, -0.4, -0.5])
+    assert batch.sequence_ids_N.tolist() == [0, 0, 0, 1, 1]
     assert batch.num_sequences == 2
 
 
 def test_completions_share_a_prompt_without_attending_to_each_other():
     batch = batch_of([make_group([1, 2], LONG, SHORT)], width=2)
 
-    assert batch.input_ids_BL.tolist() == [[1, 2, 8, 5, 6]]
+    assert batch.input_ids_BL.tolist() == [[1, 2, 5, 6, 8]]
     assert batch.position_ids_BL is not None
-    assert batch.position_ids_BL.tolist() == [[0, 1, 2, 2, 3]]
-    assert batch.target_ids_N.tolist() == [8, 9, 5, 6, 7]
-    assert batch.predictor_index_N.tolist() == [1, 2, 1, 3, 4]
-    assert batch.mask_B1LL is not None
-    assert (batch.mask_B1LL[0, 0] == 0).int().tolist() == [
+    assert batch.position_ids_BL.tolist() == [[0, 1, 2, 3, 2]]
+    assert per_token(batch) == [(1, 5), (2, 6), (3, 7), (1, 8), (4, 9)]
+    assert visible(batch, 0) == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
-        [1, 1, 0, 1, 0],
-        [1, 1, 0, 1, 1],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+
+
+def test_completions_that_begin_alike_share_positions():
+    completions = [[5, 6, 7], [5, 8], [5, 6, 7], [5, 6, 9, 3]]
+    group = make_group([1, 2], *[make_completion(ids, 0.0) for ids in completions])
+    other = make_group([4], make_completion([7], 0.0), make_completion([8], 0.0))
+
+    batch = batch_of([group, other], width=4)
+
+    assert batch.input_ids_BL.tolist() == [[1, 2, 5, 6, 9], [4, 0, 0, 0, 0]]
+    assert batch.position_ids_BL is not None
+    assert batch.position_ids_BL[0].tolist() == [0, 1, 2, 3, 4]
+    assert batch.sequence_ids_N.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 4, 5]
+    assert per_token(batch) == [
+        *[(1, 5), (2, 6), (3, 7)] * 2,
+        *[(1, 5), (2, 6), (3, 9), (4, 3)],
+        *[(1, 5), (2, 8)],
+        *[(5, 7), (5, 8)],
+    ]
+    assert len(batch.target_ids_D) == 8  # the other 6 are computed once
+    assert visible(batch, 0) == torch.ones(5, 5).tril().int().tolist()
+
+
+def test_positions_attend_to_the_tokens_before_them_in_their_own_completion():
+    completions = [[5, 6, 7, 3], [5, 6, 8, 3], [5, 9, 3]]
+    batch = batch_of([make_group([1], *[make_completion(ids, 0.0) for ids in completions])], 3)
+
+    assert batch.input_ids_BL.tolist() == [[1, 5, 6, 7, 8, 9]]
+    assert visible(batch, 0) == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1],
     ]
 
 
@@ -131,7 +175,8 @@ def test_prompts_are_shared_only_for_short_completions():
 def score(policy: Policy, batch: MicroBatch) -> list[tuple[int, int, float]]:
     """(target, advantage, log pi) of every token, in an order independent of the layout."""
     logprobs_N, _ = policy(batch)
-    rows = zip(batch.target_ids_N, batch.advantages_N, logprobs_N, strict=True)
+    targets_N = batch.target_ids_D[batch.pair_index_N]
+    rows = zip(targets_N, batch.advantages_N, logprobs_N, strict=True)
     return sorted((int(t), int(a), p.item()) for t, a, p in rows)
 
 
@@ -140,6 +185,37 @@ def gradients(policy: Policy, batch: MicroBatch) -> list[torch.Tensor]:
     logprobs_N, _ = policy(batch)
     ((batch.advantages_N - 2.5) * logprobs_N).sum().backward()
     return [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+
+
+def alike_groups(seed: int) -> list[Group]:
+    """Groups of completions of two token ids, most of which begin alike or are equal."""
+    rng = np.random.default_rng(seed)
+    return [
+        make_group(
+            [3] * (index + 1),
+            *[
+                make_completion(rng.integers(5, 7, rng.integers(1, 6)).tolist(), 0.0)
+                for _ in "x" * 9
+            ],
+        )
+        for index in range(3)
+    ]
+
+
+@pytest.mark.parametrize("width", [2, 4, 9])
+@pytest.mark.parametrize("seed", range(3))
+def test_shared_tokens_preserve_log_probabilities_and_gradients(
+    tmp_path: Path, width: int, seed: int
+):
+    policy = Policy(load_model(save_tiny_llama(tmp_path), device="cpu"), temperature=0.7)
+    separate, shared = (batch_of(alike_groups(seed), each) for each in (1, width))
+
+    if width == 9:
+        assert len(shared.target_ids_D) < 0.8 * len(shared.pair_index_N)
+    for one, other in zip(score(policy, separate), score(policy, shared), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    for one, other in zip(gradients(policy, separate), gradients(policy, shared), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("width", [2, 3, 6])
@@ -162,7 +238,7 @@ def test_log_probabilities_match_separate_sequences_at_the_temperature(tmp_path:
     logprobs_N, entropies_N = Policy(model, temperature=0.5)(batch)
 
     expected, entropy = [], []
-    for prompt, completion in (([1, 2], [8, 9]), ([1, 2], [5, 6, 7])):
+    for prompt, completion in (([1, 2], [5, 6, 7]), ([1, 2], [8, 9])):
         logits_LV = model(input_ids=torch.tensor([prompt + completion])).logits[0]
         for index, token in enumerate(completion):
             logprobs_V = (logits_LV[len(prompt) + index - 1] / 0.5).log_softmax(-1)
