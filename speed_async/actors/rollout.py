@@ -224,7 +224,7 @@ class Rollout:
         ]
         if not verified:
             return verdicts
-        texts = [self.text(samples[index]) for index in verified]
+        texts = self._texts([samples[index] for index in verified])
         work.scoring = True
         try:
             scored = await (suite_scorer or self._scorer).score(prompt, texts)
@@ -241,6 +241,13 @@ class Rollout:
             prompt, [(text, each.error) for text, each in pairs if each.outcome != "scored"]
         )
         return verdicts
+
+    def _texts(self, samples: Sequence[Sampled]) -> list[str]:
+        """Decoded texts. Equal completions, which a group has many of, are decoded once."""
+        keys = [sample.token_ids.tobytes() for sample in samples]
+        distinct = dict(zip(keys, samples, strict=True))
+        texts = {key: self.text(sample) for key, sample in distinct.items()}
+        return [texts[key] for key in keys]
 
     async def _record_failures(self, prompt: Prompt, errors: Sequence[tuple[str, str]]) -> None:
         """Record completions with the reasons why they were not scored."""
