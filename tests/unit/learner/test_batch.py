@@ -195,7 +195,7 @@ def alike_groups(seed: int) -> list[Group]:
             [3] * (index + 1),
             *[
                 make_completion(rng.integers(5, 7, rng.integers(1, 6)).tolist(), 0.0)
-                for _ in "x" * 9
+                for _ in range(9)
             ],
         )
         for index in range(3)
