@@ -6,12 +6,13 @@ completions of mixed length. The order of the contestants alternates, and ratios
 one repeat under the same machine load. On a shared machine, only the ratios by CPU time are
 reproducible. `core` is the engine without its asynchronous wrapper.
 
-Usage: python -m benchmarks.engine [num_threads]
+Usage: python -m benchmarks.engine [--size 0.8M|30M|135M] [--slots N ...] [--per-slot N]
+           [--repeats N] [--threads N]
 """
 
+import argparse
 import asyncio
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,23 +30,40 @@ from speed_async.weight_sync.buckets import flatten_parameters
 
 NUM_PROMPT_TOKENS = 14
 MIN_NEW_TOKENS, MAX_NEW_TOKENS = 4, 64
-SEQUENCES_PER_SLOT = 8
-NUM_REPEATS = 3
-VOCABULARY_SIZE = 32
+PROMPT_VOCABULARY_SIZE = 32
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.8M": {
+        "vocab_size": 32,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    },
+    "30M": {
+        "vocab_size": 4096,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "135M": {  # as SmolLM2-135M
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+}
 
 
-def small_llama() -> Any:
-    """A Llama with 0.8 M parameters."""
+def random_llama(size: str) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        eos_token_id=None,
-        pad_token_id=0,
+        **SHAPES[size], max_position_embeddings=256, eos_token_id=None, pad_token_id=0
     )
     return LlamaForCausalLM(config).eval()
 
@@ -53,7 +71,7 @@ def small_llama() -> Any:
 def mixed_requests(count: int, seed: int, per_prompt: int = 1) -> list[GenerationRequest]:
     """`per_prompt` requests for each random prompt; forced lengths uniform in 4..64."""
     random = np.random.default_rng(seed)
-    prompts = random.integers(1, VOCABULARY_SIZE, (count, NUM_PROMPT_TOKENS), np.int32)
+    prompts = random.integers(1, PROMPT_VOCABULARY_SIZE, (count, NUM_PROMPT_TOKENS), np.int32)
     return [
         GenerationRequest(
             prompt_token_ids=prompts[i // per_prompt],
@@ -127,11 +145,11 @@ def rate(contestant: Callable[[], int]) -> tuple[float, float]:
     )
 
 
-def compare(num_slots: int, per_prompt: int, num_threads: int) -> dict[str, object]:
+def compare(arguments: argparse.Namespace, num_slots: int, per_prompt: int) -> dict[str, object]:
     # Separate models: the generator prepares its own for decoding.
-    plain, owned = small_llama(), small_llama()
+    plain, owned = random_llama(arguments.size), random_llama(arguments.size)
     generator = new_generator(owned, num_slots)
-    requests = mixed_requests(SEQUENCES_PER_SLOT * num_slots, 1, per_prompt)
+    requests = mixed_requests(arguments.per_slot * num_slots, 1, per_prompt)
     contestants: dict[str, Callable[[], int]] = {
         "generate": lambda: by_generate(plain, requests, num_slots),
         "core": lambda: by_core(generator, requests),
@@ -140,14 +158,14 @@ def compare(num_slots: int, per_prompt: int, num_threads: int) -> dict[str, obje
     by_core(generator, requests[:num_slots])
     by_generate(plain, requests[:num_slots], num_slots)
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
-    for repeat in range(NUM_REPEATS):
+    for repeat in range(arguments.repeats):
         names = list(contestants)
         for name in names if repeat % 2 == 0 else reversed(names):
             rates[name].append(rate(contestants[name]))
     return {
         "slots": num_slots,
         "per_prompt": per_prompt,
-        "threads": num_threads,
+        "threads": arguments.threads,
         **{name: statistics.median(wall for wall, _ in pairs) for name, pairs in rates.items()},
         "engine/generate": _ratio(rates["engine"], rates["generate"], 0),
         "by_CPU_time": _ratio(rates["engine"], rates["generate"], 1),
@@ -161,20 +179,26 @@ def _ratio(over: list[tuple[float, float]], under: list[tuple[float, float]], wh
 
 
 def main() -> None:
-    num_threads = int(sys.argv[1]) if len(sys.argv) > 1 else 1
-    torch.set_num_threads(num_threads)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", choices=SHAPES, default="0.8M")
+    parser.add_argument("--slots", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--per-slot", type=int, default=8, help="sequences per slot")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     rows = [
-        compare(num_slots, per_prompt, num_threads)
-        for num_slots in (64, 256)
+        compare(arguments, num_slots, per_prompt)
+        for num_slots in arguments.slots
         for per_prompt in (1, 4)
     ]
     title = (
-        f"Useful tokens/s, 0.8 M Llama, prompts of {NUM_PROMPT_TOKENS}, completions of "
-        f"{MIN_NEW_TOKENS}..{MAX_NEW_TOKENS} tokens, {SEQUENCES_PER_SLOT} sequences per slot "
-        f"(generate runs each batch to its longest; only requested tokens count), {NUM_REPEATS} "
-        "interleaved repeats"
+        f"Useful tokens/s, Llama of {arguments.size} parameters, prompts of {NUM_PROMPT_TOKENS}, "
+        f"completions of {MIN_NEW_TOKENS}..{MAX_NEW_TOKENS} tokens, {arguments.per_slot} sequences "
+        "per slot (generate runs each batch to its longest; only requested tokens count), "
+        f"{arguments.repeats} interleaved repeats"
     )
-    report("engine", title, rows)
+    report("engine" if arguments.size == "0.8M" else f"engine_{arguments.size}", title, rows)
 
 
 if __name__ == "__main__":

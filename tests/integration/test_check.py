@@ -89,8 +89,8 @@ def test_check_shows_first_prompt_scores_lengths_and_memory_and_ends_with_ok(
     assert "scores 1\n  an empty completion scores 0" in out
     assert "training: 4,096 prompts of 11 to 11 tokens, median 11" in out
     assert "353,920 parameters" in out
-    # 64 slots x 128 tokens x 2 layers x (keys, values) x 4 heads x 32 values x 4 bytes
-    assert "at most 16.0 MiB of KV cache (64 slots x 128 tokens)" in out
+    # 1.5 x 64 slots x 128 tokens x 2 layers x (keys, values) x 4 heads x 32 values x 4 bytes
+    assert "at most 24.0 MiB of KV cache (64 slots x 128 tokens)" in out
     assert not warnings(lines)
 
 

@@ -132,7 +132,6 @@ class TorchGenerator:
         num_admissible = min(num_free, len(self._waiting))
         if self._admission.is_due(num_running=table.num_active, num_admissible=num_admissible):
             self._admit(num_admissible)
-        table.cut_tail()
         if not len(self._waiting) and table.is_sparse:  # otherwise the next admission does it
             self._close_gaps()
         if not table.num_active:
@@ -179,7 +178,7 @@ class TorchGenerator:
                 prefilled.append(row)
             else:
                 copies.append((source, row))
-        self._model.fit(self._table.length[: self._table.num_rows])
+        self._model.append(self._table.length[rows.start : rows.stop])
         self._prefill(np.array(prefilled, np.int64))
         if copies:
             sources, destinations = np.array(copies, np.int64).T
@@ -199,8 +198,10 @@ class TorchGenerator:
         self._model.prefill(rows, self._table.tokens, self._table.length[rows] - 1)
 
     def _close_gaps(self) -> None:
-        sources = self._table.close_gaps()
-        self._model.rearrange(sources, self._table.length[: len(sources)])
+        table = self._table
+        if table.num_rows > table.num_active:
+            kept_N = table.active[: table.num_rows]
+            table.rearrange(self._model.keep(kept_N, table.length[: table.num_rows]))
 
     # --- stepping -----------------------------------------------------------------------------
 

@@ -23,6 +23,8 @@ from speed_async.actors.torch_engine.slot_cache import SlotCache, SlotSpan
 from speed_async.actors.torch_engine.span_attention import attend
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
+ROPE_TYPES_BY_LENGTH = ("dynamic", "longrope")
+"""Rotary embeddings that depend on the longest sequence of a batch, so not on positions alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +49,12 @@ class _Projections:
             for weight, bias in zip(self.weights, self.biases, strict=True)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def added_to(self, states: Tensor, inputs: Tensor) -> Tensor:
+        """`states + self(inputs)`, both (T, features)."""
+        if len(self.weights) == 1 and self.biases[0] is None:
+            return torch.addmm(states, inputs, self.weights[0].t())
+        return states + self(inputs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +83,19 @@ class LlamaDecoder:
         self._eps: float = config.rms_norm_eps
         self._embedding = model.model.embed_tokens.weight.detach()
         self._rotary = model.model.rotary_emb
+        self._rotations: tuple[Tensor, Tensor] | None = None
         self._layers = [_layer(layer) for layer in model.model.layers]
         self._norm = model.model.norm.weight.detach()
         self._head = _Projections.of(model.lm_head)
+
+    @torch.no_grad()
+    def reserve(self, length: int) -> None:
+        """Compute the rotary embeddings of positions below `length`."""
+        if self._rotary.rope_type in ROPE_TYPES_BY_LENGTH:
+            return
+        if self._rotations is None or len(self._rotations[0]) < length:
+            positions_P = torch.arange(length, device=self._embedding.device)
+            self._rotations = self._computed_rotation(positions_P)
 
     def decode(
         self,
@@ -91,7 +109,7 @@ class LlamaDecoder:
         """Logits (N, V) after these tokens; `mask_NL` is additive. Writes their keys and values to
         the cache, whose `begin_decode` returned `spans`."""
         hidden_NE = F.embedding(tokens_N, self._embedding)
-        rotation = self._rotation(hidden_NE, positions_N)
+        rotation = self._rotation(positions_N)
         for index, layer in enumerate(self._layers):
             query_NQD, key_NKD, value_NKD = self._qkv(layer, hidden_NE, rotation)
             keys, values = cache.update(key_NKD[:, :, None], value_NKD[:, :, None], index)
@@ -111,7 +129,7 @@ class LlamaDecoder:
         num_rows, num_positions = tokens_UP.shape
         hidden_TE = F.embedding(tokens_UP.flatten(), self._embedding)
         positions_P = torch.arange(num_positions, device=tokens_UP.device)
-        rotation = self._rotation(hidden_TE, positions_P.repeat(num_rows))
+        rotation = self._rotation(positions_P.repeat(num_rows))
         for index, layer in enumerate(self._layers):
             query, key, value = (
                 states_TXD.view(num_rows, num_positions, -1, self._head_dim).transpose(1, 2)
@@ -126,9 +144,15 @@ class LlamaDecoder:
             attended_TE = attended_UQPD.transpose(1, 2).reshape(len(hidden_TE), -1)
             hidden_TE = self._rest(layer, hidden_TE, attended_TE)
 
-    def _rotation(self, hidden_TE: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotation(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines, and sines with the signs of the halves that they multiply, both (T, 1, D)."""
-        cos_T1D, sin_T1D = self._rotary(hidden_TE[:, None], positions_T[:, None])
+        if self._rotations is None:
+            return self._computed_rotation(positions_T)
+        cos_P1D, signed_sin_P1D = self._rotations
+        return cos_P1D.index_select(0, positions_T), signed_sin_P1D.index_select(0, positions_T)
+
+    def _computed_rotation(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        cos_T1D, sin_T1D = self._rotary(self._embedding, positions_T[:, None])
         half = self._head_dim // 2
         return cos_T1D, torch.cat((-sin_T1D[..., :half], sin_T1D[..., half:]), dim=-1)
 
@@ -147,16 +171,16 @@ class LlamaDecoder:
         cos_T1D, signed_sin_T1D = rotation
         half = self._head_dim // 2
         swapped_THD = torch.cat((rotated_THD[..., half:], rotated_THD[..., :half]), dim=-1)
-        rotated_THD = torch.addcmul(rotated_THD * cos_T1D, swapped_THD, signed_sin_T1D)
+        rotated_THD = rotated_THD.mul_(cos_T1D).addcmul_(swapped_THD, signed_sin_T1D)
         query_TQD, key_TKD = rotated_THD.split(heads, dim=1)
         return query_TQD, key_TKD, value_TKD
 
     def _rest(self, layer: _Layer, hidden_TE: Tensor, attended_TE: Tensor) -> Tensor:
         """The hidden states after the layer."""
-        hidden_TE = hidden_TE + layer.output(attended_TE)
+        hidden_TE = layer.output.added_to(hidden_TE, attended_TE)
         gate_up_T2F = layer.gate_up(self._normalized(hidden_TE, layer.mlp_norm))
         gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
-        return hidden_TE + layer.down(F.silu(gate_TF) * up_TF)
+        return layer.down.added_to(hidden_TE, F.silu(gate_TF).mul_(up_TF))
 
     def _normalized(self, states: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(states, weight.shape, weight, self._eps)

@@ -2,34 +2,55 @@
 
 Rows are stored in blocks. All rows of a block have the same number of positions, its capacity, and
 are contiguous; a decode step attends over whole blocks with a mask. Contiguous reads are essential
-for speed: on a CPU, skipping the last few positions of every row triples the time per byte. The
-capacity of a block follows its longest row in small steps.
+for speed: on a CPU, skipping the last few positions of every row triples the time per byte. Rows
+that enter together share blocks, so they have similar lengths, and the capacity of a block follows
+its longest row in small steps. Rows are numbered in the order of their blocks. Each block is in
+one of the regions of the stores, which have space for `block` rows of the reserved length.
 
-Shape legend: S slots, N rows in use, U rows in one prefill, P prefilled positions, B rows in a
-block, H key/value heads, D head dimension, R reserved positions per row,
-V vectors: S * H * R, one for each slot, head and position.
+Shape legend: N rows in use, U rows added or prefilled, P prefilled positions, K rows kept, H
+key/value heads, D head dimension, V vectors: one for each position and head in all regions.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from speed_async.actors.torch_engine.slots import Int64Array
 
+MAX_PADDING = 64
+"""Blocks are joined if that adds at most this many positions to those that a step reads. On a CPU,
+a call of the attention operator costs about as much."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Block:
+    region: int
+    num_rows: int
+    capacity: int
+
+    def padding_with(self, num_rows: int, capacity: int) -> int:
+        """Positions added to those of all rows if these rows were in this block."""
+        if capacity > self.capacity:
+            return self.num_rows * (capacity - self.capacity)
+        return num_rows * (self.capacity - capacity)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotSpan:
-    """Rows of one attention call: the rows in use of one block."""
+    """Rows of one attention call: the rows of one block."""
 
     first_row: int
     end_row: int
     capacity: int
     offset: int
-    """Start of the block, in vectors of one head."""
+    """Start of the region, in vectors of one head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,10 +80,12 @@ class SlotCache(Cache):
     def __init__(self, num_slots: int, *, block: int, granularity: int) -> None:
         super().__init__(layers=[])
         self.block = block
-        self._num_blocks = -(-num_slots // block)
+        # One more than `_free_region` needs: it then rarely has to move rows.
+        self._num_regions = 1 if block >= num_slots else -(-num_slots // block) + 2
+        self._free = list(range(self._num_regions))
+        self._blocks: list[_Block] = []
         self._granularity = granularity
         self._max_positions = granularity
-        self._capacity = np.full(self._num_blocks, granularity, np.int64)
         self._pairs: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> two of (V, D)
         self._num_heads: dict[int, int] = {}  # layer -> H
         self._rows: Int64Array = np.zeros(0, np.int64)
@@ -83,23 +106,56 @@ class SlotCache(Cache):
             self._pairs[layer] = (keys, values)
         self._max_positions = max_positions
 
-    def fit(self, length: Int64Array) -> None:
-        """Grow every block to the length of its longest row; `length` (N,) of the rows in use."""
-        for block in range(-(-len(length) // self.block)):
-            rows = np.arange(block * self.block, min((block + 1) * self.block, len(length)))
-            needed = self._round_up(int(length[rows].max()))
-            if needed > self._capacity[block]:
-                self._rebuild_block(block, rows, needed)
+    def append(self, length: Int64Array) -> None:
+        """Add rows for sequences of these lengths (U,) after the last row."""
+        while len(length):
+            capacity = self._round_up(int(length[: self.block].max()))
+            last = self._blocks[-1] if self._blocks else _Block(region=0, num_rows=0, capacity=0)
+            count = min(self.block - last.num_rows, len(length)) if last.num_rows else 0
+            if not self._free and not count:
+                self._free_region()
+                continue
+            if count and (not self._free or last.padding_with(count, capacity) <= MAX_PADDING):
+                self._resize(last, max(last.capacity, capacity))
+                last.num_rows += count
+            else:
+                count = min(self.block, len(length))
+                region = self._free.pop()
+                self._blocks.append(_Block(region=region, num_rows=count, capacity=capacity))
+            length = length[count:]
 
-    def rearrange(self, sources: Int64Array, length: Int64Array) -> None:
-        """Move row `sources[i]` >= i to row i; `length` (N,) of the rows after the move."""
-        for block in range(-(-len(sources) // self.block)):
-            rows = np.arange(block * self.block, min((block + 1) * self.block, len(sources)))
-            needed = self._round_up(int(length[rows].max()))
-            # Ascending: sources are in this block or in later ones, which are not rewritten yet.
-            if (sources[rows] != rows).any() or needed > self._capacity[block]:
-                self._rebuild_block(block, sources[rows], needed)
-        self._capacity[-(-len(sources) // self.block) :] = self._granularity
+    def fit(self, length: Int64Array) -> None:
+        """Grow every block to the length of its longest row; `length` (N,)."""
+        start = 0
+        for block in self._blocks:
+            longest = int(length[start : start + block.num_rows].max())
+            if longest > block.capacity:
+                self._resize(block, self._round_up(longest))
+            start += block.num_rows
+
+    def keep(self, kept_N: NDArray[np.bool_], length: Int64Array) -> Int64Array:
+        """Remove the other rows; `length` (N,) before. Row i (K,) then is row result[i] before."""
+        sources_N = np.arange(len(kept_N))
+        in_use_N = np.zeros(len(kept_N), bool)
+        counts, start = [], 0
+        for block in self._blocks:
+            kept = kept_N[start : start + block.num_rows]
+            count = int(kept.sum())
+            # The last rows of a block fill its gaps: fewer copies than moving all later rows.
+            fillers = start + count + np.flatnonzero(kept[count:])
+            sources_N[start + np.flatnonzero(~kept[:count])] = fillers
+            in_use_N[start : start + count] = True
+            counts.append(count)
+            start += block.num_rows
+        filled = np.flatnonzero(in_use_N & ~kept_N)
+        self.copy_prefixes(sources_N[filled], filled, length[sources_N[filled]] - 1)
+        for block, count in zip(self._blocks, counts, strict=True):
+            block.num_rows = count
+        self._free += [block.region for block in self._blocks if not block.num_rows]
+        self._blocks = [block for block in self._blocks if block.num_rows]
+        sources_K = sources_N[in_use_N]
+        self._tighten(length[sources_K])
+        return sources_K
 
     def copy_prefixes(
         self, sources: Int64Array, destinations: Int64Array, lengths: Int64Array
@@ -110,6 +166,8 @@ class SlotCache(Cache):
         nonempty = lengths > 0
         sources, destinations = sources[nonempty], destinations[nonempty]
         positions = positions[nonempty]
+        if not len(sources):
+            return
         for layer, pair in self._pairs.items():
             heads = self._num_heads[layer]
             for store in pair:
@@ -126,21 +184,23 @@ class SlotCache(Cache):
         self._lengths = lengths
 
     def begin_decode(self, positions: Int64Array) -> list[SlotSpan]:
-        """Configure a forward pass that writes one position for each of the first N rows.
+        """Configure a forward pass that writes one position (N,) for each row.
 
         Returns the spans that it attends over.
         """
-        num_rows = len(positions)
-        self._begin(np.arange(num_rows), positions[:, None])
-        return [
-            SlotSpan(
-                first_row=start,
-                end_row=min(start + self.block, num_rows),
-                capacity=int(self._capacity[start // self.block]),
-                offset=start * self._max_positions,
+        self._begin(np.arange(len(positions)), positions[:, None])
+        spans, start = [], 0
+        for block in self._blocks:
+            spans.append(
+                SlotSpan(
+                    first_row=start,
+                    end_row=start + block.num_rows,
+                    capacity=block.capacity,
+                    offset=block.region * self.block * self._max_positions,
+                )
             )
-            for start in range(0, num_rows, self.block)
-        ]
+            start += block.num_rows
+        return spans
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -183,47 +243,106 @@ class SlotCache(Cache):
         return _Writes(destinations=destinations[sources], sources=sources)
 
     def _attended(self, store_VD: Tensor, num_heads: int) -> Tensor:
-        if self._num_blocks > 1:
+        if self._num_regions > 1:
             return store_VD.view(1, num_heads, -1, store_VD.shape[1])
-        capacity, num_rows = int(self._capacity[0]), len(self._rows)
-        used = store_VD[: num_rows * num_heads * capacity]
-        return used.view(num_rows, num_heads, capacity, store_VD.shape[1])
+        return self._view(store_VD, num_heads, self._blocks[0])
+
+    def _view(self, store_VD: Tensor, num_heads: int, block: _Block) -> Tensor:
+        """The states (rows, H, capacity, D) of a block."""
+        start = block.region * self.block * num_heads * self._max_positions
+        shape = (block.num_rows, num_heads, block.capacity, store_VD.shape[1])
+        return store_VD[start : start + math.prod(shape[:3])].view(shape)
 
     def _index(
         self, rows: Int64Array, positions: Int64Array, num_heads: int, store_VD: Tensor
     ) -> Tensor:
         """Flat vector indices of these rows at `positions` (rows, positions), for every head."""
-        capacity = self._capacity[rows // self.block]
-        start = (rows - rows % self.block) * self._max_positions + (rows % self.block) * capacity
+        num_rows = np.array([block.num_rows for block in self._blocks])
+        blocks = np.repeat(np.arange(len(num_rows)), num_rows)[rows]  # of each row
+        capacity = np.array([block.capacity for block in self._blocks])[blocks]
+        region = np.array([block.region for block in self._blocks])[blocks]
+        in_block = rows - (np.cumsum(num_rows) - num_rows)[blocks]
+        start = region * self.block * self._max_positions + in_block * capacity
         head_starts = num_heads * start[:, None] + np.arange(num_heads) * capacity[:, None]
         index = head_starts[:, :, None] + positions[:, None, :]
         return torch.from_numpy(index.reshape(-1)).to(store_VD.device)
 
-    def _rebuild_block(self, block: int, sources: Int64Array, capacity: int) -> None:
-        """Rewrite a block from its source rows, with a new capacity."""
-        available = self._capacity[sources // self.block]
-        # Positions past a source's capacity only need finite values: they are masked until written.
-        positions = np.minimum(np.arange(capacity), available[:, None] - 1)
+    def _tighten(self, length: Int64Array) -> None:
+        """Shrink and join blocks where steps then read less; `length` (N,)."""
+        start = 0
+        for block in self._blocks:
+            capacity = self._round_up(int(length[start : start + block.num_rows].max()))
+            if 4 * capacity <= 3 * block.capacity:
+                self._resize(block, capacity)
+            start += block.num_rows
+        for index in reversed(range(len(self._blocks) - 1)):
+            block, after = self._blocks[index : index + 2]
+            fits = block.num_rows + after.num_rows <= self.block
+            if fits and block.padding_with(after.num_rows, after.capacity) <= MAX_PADDING:
+                self._join(index)
+
+    def _free_region(self) -> None:
+        """Fill blocks from the next ones, beginning with the oldest, until a region is free."""
+        index = 0
+        while not self._free:
+            if self._blocks[index].num_rows < self.block:
+                self._join(index)
+            else:
+                index += 1
+
+    def _join(self, index: int) -> None:
+        """Move the first rows of the next block, as many as fit, to the end of this block."""
+        block, after = self._blocks[index : index + 2]
+        count = min(self.block - block.num_rows, after.num_rows)
+        self._resize(block, max(block.capacity, after.capacity))
+        first = block.num_rows
+        block.num_rows += count
+        for store, num_heads in self._stores():
+            states = self._view(store, num_heads, after).clone()
+            self._view(store, num_heads, block)[first:, :, : after.capacity] = states[:count]
+            self._view(store, num_heads, after)[: after.num_rows - count] = states[count:]
+        after.num_rows -= count
+        if not after.num_rows:
+            self._free.append(after.region)
+            del self._blocks[index + 1]
+
+    def _resize(self, block: _Block, capacity: int) -> None:
+        if capacity == block.capacity:
+            return
+        # A region that is not free is read completely before it is written.
+        region = self._free.pop() if self._free else block.region
+        resized = _Block(region=region, num_rows=block.num_rows, capacity=capacity)
+        # Positions that are not written yet only need finite values: they are masked.
+        copied = min(capacity, block.capacity)
+        for store, num_heads in self._stores():
+            states = self._view(store, num_heads, block)[:, :, :copied]
+            if region == block.region:
+                states = states.clone()
+            self._view(store, num_heads, resized)[:, :, :copied] = states
+        if region != block.region:
+            self._free.append(block.region)
+        block.region, block.capacity = region, capacity
+
+    def _stores(self) -> Iterator[tuple[Tensor, int]]:
+        """All stores, each with its number of heads."""
         for layer, pair in self._pairs.items():
-            heads = self._num_heads[layer]
             for store in pair:
-                values = store.index_select(0, self._index(sources, positions, heads, store))
-                begin = block * self.block * self._max_positions * heads
-                store[begin : begin + len(values)] = values
-        self._capacity[block] = capacity
+                yield store, self._num_heads[layer]
 
     def _round_up(self, length: int) -> int:
         return -(-length // self._granularity) * self._granularity
 
     def _new_store(self, states: Tensor) -> Tensor:
-        num_vectors = self._num_blocks * self.block * states.shape[1] * self._max_positions
+        num_vectors = self._num_regions * self.block * states.shape[1] * self._max_positions
         # Zeros, because masked positions are still multiplied: 0 * NaN is NaN.
         return torch.zeros(num_vectors, states.shape[3], dtype=states.dtype, device=states.device)
 
     def _resized(self, store_VD: Tensor, num_heads: int, max_positions: int) -> Tensor:
         dim = store_VD.shape[1]
-        blocks = store_VD.view(self._num_blocks, -1, dim)
+        regions = store_VD.view(self._num_regions, -1, dim)
         num_vectors = self.block * num_heads * max_positions
-        grown = store_VD.new_zeros(self._num_blocks, num_vectors, dim)
-        grown[:, : blocks.shape[1]] = blocks
+        grown = store_VD.new_zeros(self._num_regions, num_vectors, dim)
+        for block in self._blocks:  # the memory of unused regions is not touched
+            used = block.num_rows * num_heads * block.capacity
+            grown[block.region, :used] = regions[block.region, :used]
         return grown.view(-1, dim)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from speed_async.actors.torch_engine import llama_decoder
@@ -39,7 +40,7 @@ class SlotModel:
         self._canary_tolerance = canary_tolerance(canary_tolerance_nats, self._dtype)
         self._attends_by_span = attend_by_span(model)
         if self._attends_by_span and self._device.type == "cpu":
-            self._cache = SlotCache(num_slots, block=max(16, num_slots // 8), granularity=16)
+            self._cache = SlotCache(num_slots, block=max(16, num_slots // 4), granularity=16)
         else:  # one block needs one kernel launch, which outweighs shorter reads
             self._cache = SlotCache(num_slots, block=num_slots, granularity=64)
         self._decoder = None
@@ -55,14 +56,20 @@ class SlotModel:
     def reserve(self, length: int) -> None:
         """Reserve space for sequences of `length` positions."""
         self._cache.reserve(length)
+        if self._decoder is not None:
+            self._decoder.reserve(length)
 
     def fit(self, length: Int64Array) -> None:
         """Prepare the cache for rows of these lengths (N,)."""
         self._cache.fit(length)
 
-    def rearrange(self, sources: Int64Array, length: Int64Array) -> None:
-        """Move the cached positions of row `sources[i]` >= i to row i; lengths (N,) afterwards."""
-        self._cache.rearrange(sources, length)
+    def append(self, length: Int64Array) -> None:
+        """Add rows for sequences of these lengths (U,) after the last row."""
+        self._cache.append(length)
+
+    def keep(self, kept_N: NDArray[np.bool_], length: Int64Array) -> Int64Array:
+        """Remove the other rows; `length` (N,) before. Row i then is row result[i] before."""
+        return self._cache.keep(kept_N, length)
 
     def copy_prefixes(
         self, sources: Int64Array, destinations: Int64Array, lengths: Int64Array

@@ -101,29 +101,18 @@ class SlotTable:
         """
         return 8 * (self.num_rows - self.num_active) > self.num_rows
 
-    def cut_tail(self) -> None:
-        """Exclude free rows at the end from `num_rows`."""
-        occupied = np.flatnonzero(self.active[: self.num_rows])
-        self.num_rows = int(occupied[-1]) + 1 if len(occupied) else 0
-
-    def close_gaps(self) -> Int64Array:
-        """Move sequences forward over free rows, in order; row i moves from result[i] >= i.
-
-        Rows are ordered by age, so adjacent rows have similar lengths, as cache blocks require.
-        """
-        sources = np.flatnonzero(self.active[: self.num_rows])
+    def rearrange(self, sources: Int64Array) -> None:
+        """Make row i what row `sources[i]` is, which includes all active rows."""
         end = self.num_rows
         self.num_rows = self.num_active
-        if end != self.num_active:
-            for column in (
-                *(self.tokens, self.logprobs, self.versions, self.keys, self.length),
-                *(self.num_prompt, self.limit, self.temperature, self.top_p),
-            ):
-                column[: self.num_active] = column[sources]
-            self.feed[:, : self.num_active] = self.feed[:, sources]
-            self.active[: self.num_active] = True
-            self._clear(np.arange(self.num_active, end))
-        return sources
+        for column in (
+            *(self.tokens, self.logprobs, self.versions, self.keys, self.length),
+            *(self.num_prompt, self.limit, self.temperature, self.top_p),
+        ):
+            column[: self.num_active] = column[sources]
+        self.feed[:, : self.num_active] = self.feed[:, sources]
+        self.active[: self.num_active] = True
+        self._clear(np.arange(self.num_active, end))
 
     def _clear(self, rows: int | Int64Array) -> None:
         self.active[rows] = False

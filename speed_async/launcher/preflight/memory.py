@@ -3,7 +3,8 @@
 learner    16 bytes per parameter: float32 weights, gradients and two moments of AdamW; 4 more for
            the reference model of a KL divergence
 actor      weights (float32 on a CPU, the stored dtype on a GPU), and a KV cache of
-           slots x context tokens x 2 x layers x KV heads x head size values
+           slots x context tokens x 2 x layers x KV heads x head size values; half as much again
+           for the torch engine on a CPU, which needs space to move rows
 Not included: activations, logits and the code of the processes (about 1 GiB each with torch).
 """
 
@@ -33,10 +34,11 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
     bytes_each = LEARNER_BYTES + FLOAT32_BYTES * has_reference
     learner_bytes = bytes_each * model.weights.num_parameters
     value_bytes = FLOAT32_BYTES
-    if on_gpu and config.actors.device != "cpu":
+    actor_on_gpu = on_gpu and config.actors.device != "cpu"
+    if actor_on_gpu:
         value_bytes = DTYPE_BYTES.get(model.facts.dtype or "", FLOAT32_BYTES)
     weight_bytes = value_bytes * model.weights.num_parameters
-    kv_bytes = _kv_bytes(config, model, value_bytes)
+    kv_bytes = _kv_bytes(config, model, value_bytes, on_gpu=actor_on_gpu)
     lines = [
         f"model: {model.weights.num_parameters:,} parameters, {size(model.weights.num_bytes)} of "
         f"weights ({model.facts.dtype or 'dtype not specified'})",
@@ -66,13 +68,15 @@ def checkpoint_bytes(weights: Weights) -> int:
     return CHECKPOINT_BYTES * weights.num_parameters + is_smaller * weights.num_bytes
 
 
-def _kv_bytes(config: Config, model: CheckedModel, value_bytes: int) -> int | None:
+def _kv_bytes(config: Config, model: CheckedModel, value_bytes: int, *, on_gpu: bool) -> int | None:
     if config.actors.vllm.kv_cache_bytes is not None and config.actors.engine == "vllm":
         return config.actors.vllm.kv_cache_bytes
     values = model.facts.kv_values_per_token
     if values is None or model.context_length is None:
         return None
-    return value_bytes * values * config.actors.num_slots * model.context_length
+    num_bytes = value_bytes * values * config.actors.num_slots * model.context_length
+    moves_rows = config.actors.engine == "torch" and not on_gpu
+    return num_bytes * 3 // 2 if moves_rows else num_bytes
 
 
 def _check_available(needed_bytes: int, findings: Findings) -> None:
