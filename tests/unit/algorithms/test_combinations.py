@@ -265,7 +265,7 @@ def test_every_objective_bounds_and_logs_the_weight_of_a_token_at_log_ratio_5(
     tmp_path: Path, policy_loss: str, correction: str
 ) -> None:
     """As when a mixture of experts routes a token otherwise than while sampling."""
-    chosen = ObjectiveConfig(policy_loss=policy_loss, correction=correction)
+    chosen = ObjectiveConfig.model_validate({"policy_loss": policy_loss, "correction": correction})
     objective = make_objective(make_config(tmp_path, objective=chosen))
     mu = [0.005, 0.2, 0.005, 0.2]
     tokens = make_loss_tokens(
