@@ -3,7 +3,7 @@
 Shape legend: N completion tokens of one micro-batch; in `GroupSignal`, completions of one group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from speed_async.algorithms.objective import GroupSignal
 from speed_async.types import Group
 
 NUM_BINS = 10
+NUM_SUMS, NUM_MAXIMA = 13, 2
 
 
 class Diagnostics:
@@ -26,8 +27,8 @@ class Diagnostics:
     def __init__(self) -> None:
         self._num_tokens = 0
         self._num_sequences = 0
-        self._sums: Tensor | None = None  # (11,) float64
-        self._maxima: Tensor | None = None  # (2,) float64
+        self._sums: Tensor | None = None  # (NUM_SUMS - 2,) float64
+        self._maxima: Tensor | None = None  # (NUM_MAXIMA,) float64
 
     def add(
         self,
@@ -63,8 +64,10 @@ class Diagnostics:
         maxima = torch.stack([ratios_N.max(), token_weights(tokens, losses).max()])
         self._maxima = maxima if self._maxima is None else torch.maximum(self._maxima, maxima)
 
-    def metrics(self) -> dict[str, float]:
-        """`loss` is the sum over micro-batches; all other metrics are over the accumulated tokens.
+    def metrics(self, gather: Callable[[Tensor], Tensor] = lambda x: x[None]) -> dict[str, float]:
+        """`gather` returns the values of all ranks (R, ...) given those of this rank.
+
+        `loss` is the sum over micro-batches; all other metrics are over the accumulated tokens.
         Ratios are taken before truncation. weight_mean is the mean over completions of the mean
         correction weight of their tokens. token_weight_max is the largest weight of one token in
         the gradient (`token_weights`).
@@ -74,10 +77,10 @@ class Diagnostics:
         (sum rho)^2 / (n * sum rho^2), a fraction in (0, 1] (Kong 1992). Without tokens, the result
         contains only `loss`.
         """
-        if self._sums is None or self._maxima is None:
-            return {"loss": 0.0}
-        count = self._num_tokens
+        state_R = gather(self._state())
         (
+            count,
+            num_sequences,
             loss,
             ratio,
             ratio_squared,
@@ -89,13 +92,15 @@ class Diagnostics:
             k3,
             entropy,
             weight,
-        ) = self._sums.cpu().numpy().tolist()
-        ratio_max, token_weight_max = self._maxima.cpu().numpy().tolist()
+        ) = state_R[:, :NUM_SUMS].sum(0).numpy().tolist()
+        if count == 0:
+            return {"loss": 0.0}
+        ratio_max, token_weight_max = state_R[:, NUM_SUMS:].amax(0).numpy().tolist()
         return {
             "loss": loss,
             "ratio_mean": ratio / count,
             "ratio_max": ratio_max,
-            "weight_mean": weight / self._num_sequences,
+            "weight_mean": weight / num_sequences,
             "token_weight_max": token_weight_max,
             "clipped_share": clipped / count,
             "dual_clipped_share": dual_clipped / count,
@@ -106,6 +111,15 @@ class Diagnostics:
             "effective_sample_size": ratio * ratio / (count * ratio_squared or 1.0),
             "entropy": entropy / count,
         }
+
+    def _state(self) -> Tensor:
+        """Counts, sums and maxima of this rank, (NUM_SUMS + NUM_MAXIMA,) float64 on the CPU."""
+        if self._sums is None or self._maxima is None:
+            state = torch.zeros(NUM_SUMS + NUM_MAXIMA, dtype=torch.float64)
+            state[NUM_SUMS:] = float("-inf")
+            return state
+        counts = torch.tensor([self._num_tokens, self._num_sequences], dtype=torch.float64)
+        return torch.cat([counts, torch.cat([self._sums, self._maxima]).cpu()])
 
 
 def token_weights(tokens: LossTokens, losses: TokenLosses) -> Tensor:

@@ -105,9 +105,11 @@ class ReferenceDivergence:
         self._num_tokens += len(tokens.logprobs_N)
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def metrics(self) -> dict[str, float]:
-        """Empty without a reference policy or tokens."""
-        if self._sums is None:
+    def metrics(self, gather: Callable[[Tensor], Tensor] = lambda x: x[None]) -> dict[str, float]:
+        """Empty without a reference policy or tokens. `gather` as in `Diagnostics.metrics`."""
+        sums = torch.zeros(2, dtype=torch.float64) if self._sums is None else self._sums.cpu()
+        state = gather(torch.cat([sums, sums.new_tensor([self._num_tokens])])).sum(0)
+        if state[2] == 0:
             return {}
-        means = self._sums / self._num_tokens
+        means = state[:2] / state[2]
         return {"reference_kl_k1": float(means[0]), "reference_kl_k3": float(means[1])}

@@ -44,6 +44,8 @@ class MicroBatch:
     num_sequences: int
     proximal_logprobs_N: Tensor | None  # float32; None: those of the forward pass
     reference_logprobs_N: Tensor | None  # float32; None without a reference policy
+    is_filler: bool = False
+    """Contributes nothing: a rank without rows takes part in the collective operations."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         tensors = {

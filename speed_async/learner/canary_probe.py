@@ -19,9 +19,15 @@ class CanaryProbe:
     """A fixed row of tokens, converted to tensors once."""
 
     def __init__(
-        self, model: PreTrainedModel, *, max_context: int | None = None, seed: int = 0
+        self,
+        model: PreTrainedModel,
+        *,
+        max_context: int | None = None,
+        seed: int = 0,
+        device: torch.device | None = None,
     ) -> None:
-        """`max_context` is the configured `model.context_length`."""
+        """`max_context` is the configured `model.context_length`. `device`: on which the policy
+        computes; None: where its parameters are."""
         table = embedding_table(model)
         limit = context_length(model, max_context) or CANARY_TOKENS
         self._token_ids = canary_token_ids(len(table), context_length=limit, seed=seed)
@@ -34,7 +40,7 @@ class CanaryProbe:
             weight=1.0,
         )
         row = make_row(first, [sample])
-        self._batch = make_micro_batch([row], policy_version=0).to(table.device)
+        self._batch = make_micro_batch([row], policy_version=0).to(device or table.device)
 
     @torch.no_grad()
     def measure(self, policy: nn.Module) -> Canary:

@@ -1,4 +1,9 @@
-"""Layout of rows in micro-batches, and their log-probabilities without gradient."""
+"""Layout of rows in micro-batches, their division over the learner ranks, and their
+log-probabilities without gradient.
+
+All ranks have the same rows. With several ranks, the forward passes are collective operations: each
+rank computes equally many micro-batches.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,6 +15,7 @@ import torch
 from speed_async.config.sections.learner import LearnerConfig
 from speed_async.learner.batch import MicroBatch, make_micro_batch
 from speed_async.learner.policy import Policy, check_policy, layout_cost
+from speed_async.learner.ranks import ONE_RANK, Ranks
 from speed_async.learner.rows import (
     TrainingRow,
     TrainingSample,
@@ -17,6 +23,7 @@ from speed_async.learner.rows import (
     split_row,
     split_rows,
 )
+from speed_async.learner.shares import FILLER, Part, even_parts
 from speed_async.types import Float32Array
 
 CPU_MICRO_BATCH_TOKENS = 2048
@@ -29,19 +36,30 @@ class MicroBatches:
     """Forms micro-batches for one model."""
 
     def __init__(
-        self, policy: Policy, config: LearnerConfig, *, context_length: int | None
+        self,
+        policy: Policy,
+        config: LearnerConfig,
+        *,
+        context_length: int | None,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        """Raises ModelError when the learner does not support the model."""
+        """`policy` is not sharded yet. Raises ModelError when the learner does not support the
+        model."""
         self._can_share_prompts = check_policy(policy, context_length)
         self._cost = layout_cost(policy.causal_lm)
-        self._device = next(policy.parameters()).device
+        self._ranks = ranks
+        self._device = ranks.device or next(policy.parameters()).device
         self._max_tokens = config.micro_batch_tokens
         if self._device.type == "cpu":
             self._max_tokens = min(self._max_tokens, CPU_MICRO_BATCH_TOKENS)
 
     def of(self, group_rows: Sequence[TrainingRow], *, policy_version: int) -> list[MicroBatch]:
-        """All completions of `group_rows`, which are one row per group."""
-        return [self._tensors(part, policy_version) for part in self._parts(group_rows)]
+        """This rank's share of the completions of `group_rows`, which are one row per group."""
+        own, num_missing = self._own(self._parts(group_rows))
+        batches = [self._tensors(part, policy_version) for part in own]
+        return batches + [replace(self._tensors([FILLER], policy_version), is_filler=True)] * (
+            num_missing
+        )
 
     def with_proximal(self, policy: Policy, group_rows: Sequence[TrainingRow]) -> list[TrainingRow]:
         """The rows with `proximal_logprobs` of the current policy."""
@@ -61,24 +79,47 @@ class MicroBatches:
     def _scored(
         self, policy: Policy, group_rows: Sequence[TrainingRow], add: AddLogprobs
     ) -> list[TrainingRow]:
-        found = {}
-        for part in self._parts(group_rows):
-            logprobs_N, _ = policy(self._tensors(part, policy_version=0))
-            samples = [sample for row in part for sample in row.samples]
-            ends = np.cumsum([len(sample.token_ids) for sample in samples])[:-1]
-            for sample, values in zip(
-                samples, np.split(logprobs_N.cpu().numpy(), ends), strict=True
-            ):
-                found[id(sample)] = add(sample, values)
+        parts = self._parts(group_rows)
+        own, num_missing = self._own(parts)
+        computed = {
+            id(part): policy(self._tensors(part, policy_version=0))[0].cpu() for part in own
+        }
+        for _ in range(num_missing):
+            policy(self._tensors([FILLER], policy_version=0))
+        samples = [sample for part in parts for row in part for sample in row.samples]
+        if not samples:
+            return list(group_rows)
+        lengths = [len(sample.token_ids) for sample in samples]
+        logprobs_N = self._ranks.merge(
+            torch.cat([computed.get(id(part), torch.zeros(_num_targets(part))) for part in parts])
+        )
+        values = np.split(logprobs_N.numpy(), np.cumsum(lengths)[:-1])
+        found = {
+            id(sample): add(sample, each) for sample, each in zip(samples, values, strict=True)
+        }
         return [
             replace(row, samples=tuple(found[id(sample)] for sample in row.samples))
             for row in group_rows
         ]
 
-    def _parts(self, group_rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
+    def _own(self, parts: Sequence[Part]) -> tuple[list[Part], int]:
+        """This rank's share, and by how many it is smaller than the largest share."""
+        rank, size = self._ranks.rank, self._ranks.size
+        own = list(parts[rank::size])
+        return own, -(-len(parts) // size) - len(own)
+
+    def _parts(self, group_rows: Sequence[TrainingRow]) -> list[Part]:
+        """The micro-batches of all ranks."""
         width = choose_width(group_rows, self._cost) if self._can_share_prompts else 1
         rows = list(chain.from_iterable(split_row(row, width) for row in group_rows))
-        return split_rows(rows, self._max_tokens)
+        parts = split_rows(rows, self._max_tokens)
+        if self._ranks.size == 1:
+            return parts
+        return even_parts(parts, self._ranks.size, self._cost)
 
     def _tensors(self, rows: Sequence[TrainingRow], policy_version: int) -> MicroBatch:
         return make_micro_batch(rows, policy_version=policy_version).to(self._device)
+
+
+def _num_targets(part: Part) -> int:
+    return sum(len(sample.token_ids) for row in part for sample in row.samples)

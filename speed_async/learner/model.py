@@ -21,10 +21,12 @@ def load_model(
     *,
     device: DeviceChoice = "auto",
     gradient_checkpointing: bool | None = None,
+    on_cpu: bool = False,
 ) -> PreTrainedModel:
     """Loads a Hugging Face causal LM for training, with float32 parameters and without dropout.
 
-    `gradient_checkpointing` None enables it for large models on a GPU.
+    `gradient_checkpointing` None enables it for large models on a GPU. `on_cpu` leaves the
+    parameters on the CPU, for sharding to `device`.
     Raises ModelError when the folder is missing or unreadable, or when weights are missing.
     """
     folder = Path(path)
@@ -45,7 +47,8 @@ def load_model(
             f"model folder '{folder}' lacks {len(missing)} weights, such as {missing[0]}"
         )
     target = resolve_device("learner.device", device)
-    nn.Module.to(model, target)
+    if not on_cpu:
+        nn.Module.to(model, target)
     if gradient_checkpointing is None:
         gradient_checkpointing = (
             target.type == "cuda" and model.num_parameters() >= CHECKPOINTING_PARAMETERS

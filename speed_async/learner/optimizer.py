@@ -62,15 +62,3 @@ def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str,
         for name, parameter in model.named_parameters()
         for slot, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def load_named_state(
-    optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Tensor]
-) -> None:
-    """Inverse of `named_state`. Raises KeyError for an unknown parameter name."""
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for key, value in state.items():
-        name, _, slot = key.rpartition(".")
-        parameter = parameters[name]
-        optimizer.state[parameter][slot] = value.to(parameter.device).clone()

@@ -11,6 +11,8 @@ from speed_async.algorithms.objective import Objective
 from speed_async.algorithms.regularization import ReferenceDivergence
 from speed_async.learner.batch import MicroBatch
 from speed_async.learner.policy import Policy
+from speed_async.learner.ranks import ONE_RANK, Ranks
+from speed_async.learner.sharding import whole
 
 Metrics = dict[str, float]
 
@@ -22,13 +24,24 @@ def update_parameters(
     micro_batches: Sequence[MicroBatch],
     *,
     grad_clip: float,
+    ranks: Ranks = ONE_RANK,
 ) -> Metrics:
     """Accumulates the gradient over all micro-batches, then steps if `loss` and `grad_norm` are
-    finite. Returns the metrics of `Diagnostics`, and the norm before clipping."""
+    finite. Returns the metrics of `Diagnostics`, and the norm before clipping.
+
+    With several ranks, each has the same number of micro-batches. All metrics are over all ranks,
+    so that all ranks step or none does.
+    """
     diagnostics, divergence = Diagnostics(), ReferenceDivergence()
     optimizer.zero_grad(set_to_none=True)
     for batch in micro_batches:
         logprobs_N, entropies_N = policy(batch)
+        if batch.is_filler:
+            (0.0 * logprobs_N.sum()).backward()
+            continue
+        # Not the output of the policy itself, where a backward pass of sharded parameters begins:
+        # the diagnostics take the gradient of the losses with respect to it.
+        logprobs_N = logprobs_N.view_as(logprobs_N)
         tokens = LossTokens(
             logprobs_N=logprobs_N,
             behaviour_logprobs_N=batch.behaviour_logprobs_N,
@@ -50,13 +63,12 @@ def update_parameters(
         loss.backward()
         divergence.add(tokens)
     _fill_missing_gradients(policy)
-    metrics = diagnostics.metrics() | divergence.metrics()
+    metrics = diagnostics.metrics(ranks.gather) | divergence.metrics(ranks.gather)
     if objective.normalizes_weights and metrics.get("weight_mean", 0.0) > 0:
         _divide_gradients(policy, metrics["weight_mean"])
         metrics["loss"] /= metrics["weight_mean"]
-    metrics["grad_norm"] = float(
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip, foreach=True)
-    )
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip, foreach=True)
+    metrics["grad_norm"] = float(whole(norm))
     if not non_finite(metrics):
         optimizer.step()
     return metrics

@@ -52,6 +52,8 @@ class Policy(nn.Module):
         self.entropy_gradient = entropy_gradient
         self.causal_lm = causal_lm
         self.temperature = temperature
+        self.autocasts = True
+        """Whether `forward` computes in bfloat16 on a GPU although the parameters are float32."""
 
     def forward(self, batch: MicroBatch, *, plain: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probabilities (N,) with gradient and entropies (N,), with gradient if
@@ -64,7 +66,8 @@ class Policy(nn.Module):
         if plain:
             return self.score(batch, temperature=1.0)
         device_type = batch.input_ids_BL.device.type
-        with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
+        autocasts = self.autocasts and device_type == "cuda"
+        with torch.autocast(device_type, torch.bfloat16, enabled=autocasts):
             return self.score(batch)
 
     def score(

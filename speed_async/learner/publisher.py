@@ -104,7 +104,12 @@ class Publisher:
             watching = asyncio.create_task(self._watch(members, lost), name="watch members")
             try:
                 report = await asyncio.to_thread(
-                    self._sender.send, offer, self._trainer.weights(), canary, lost
+                    self._sender.send,
+                    offer,
+                    self._trainer.weights(),
+                    canary,
+                    lost,
+                    self._trainer.whole,
                 )
                 num_bytes = report.num_bytes
             except WeightSyncError as failure:

@@ -22,10 +22,14 @@ from speed_async.types import Group
 Float64Array = NDArray[np.float64]
 
 
-def load_reference(config: Config) -> Policy:
-    """Raises ModelError when the start model is missing or unreadable."""
+def load_reference(config: Config, *, on_cpu: bool = False) -> Policy:
+    """`on_cpu` as for `load_model`. Raises ModelError when the start model is missing or
+    unreadable."""
     model = load_model(
-        model_folder(config.model.path), device=config.learner.device, gradient_checkpointing=False
+        model_folder(config.model.path),
+        device=config.learner.device,
+        gradient_checkpointing=False,
+        on_cpu=on_cpu,
     )
     model.requires_grad_(False)
     return Policy(model, temperature=config.actors.temperature)

@@ -2,11 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,7 +27,13 @@ from speed_async.errors import ModelError
 from speed_async.learner.canary_probe import CanaryProbe
 from speed_async.learner.checkpoint.best import BestCheckpoints
 from speed_async.learner.checkpoint.dtypes import read_dtypes
-from speed_async.learner.checkpoint.files import check_can_save, load_checkpoint, save_checkpoint
+from speed_async.learner.checkpoint.files import (
+    check_can_save,
+    load_checkpoint,
+    save_checkpoint,
+    save_training_rows,
+    save_training_state,
+)
 from speed_async.learner.checkpoint.model_files import read_model_files
 from speed_async.learner.checkpoint.store import checkpoint_folder, prune
 from speed_async.learner.micro_batches import MicroBatches
@@ -35,8 +43,10 @@ from speed_async.learner.optimizer import learning_rate, make_optimizer, set_lr
 from speed_async.learner.optimizer_update import Metrics, combine, non_finite, update_parameters
 from speed_async.learner.policy import Policy
 from speed_async.learner.progress import Progress
+from speed_async.learner.ranks import ONE_RANK, Ranks
 from speed_async.learner.reference import Reference, load_reference
 from speed_async.learner.rows import TrainingRow, reweighted, training_row
+from speed_async.learner.sharding import shard, whole
 from speed_async.types import Group
 from speed_async.weight_sync.canary_check import Canary
 
@@ -62,7 +72,12 @@ class UpdateResult:
 
 
 class Trainer:
-    """Owns the policy and the optimiser. On a CPU, updates are bitwise deterministic."""
+    """Owns the policy and the optimiser. On a CPU, updates are bitwise deterministic.
+
+    With several learner ranks, each has a trainer with a part of every parameter. `update`,
+    `canary`, `whole`, `save_training` and `restore` are then collective: all ranks call them in the
+    same order, with equal arguments. Only rank 0 calls `save`, which consists of them.
+    """
 
     def __init__(
         self,
@@ -72,9 +87,11 @@ class Trainer:
         objective: Objective | None = None,
         clock: Callable[[], float] = time.perf_counter,
         run_id: str = "",
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        """`model` is a result of `load_model`. `objective` None builds the configured objective.
-        `run_id` is stored in every checkpoint.
+        """`model` is a result of `load_model`, with the same values on all `ranks`; with several,
+        it is sharded. `objective` None builds the configured objective. `run_id` is stored in every
+        checkpoint.
 
         Raises ModelError when the learner does not support the model.
         """
@@ -86,6 +103,7 @@ class Trainer:
         self.num_skipped = 0
         """Optimiser updates skipped because a value was not finite."""
         self._run_id = run_id
+        self._ranks = ranks
         self._punishes_length = config.objective.overlong_share > 0
         self._config = config.learner
         self._seed = config.run.seed
@@ -102,14 +120,30 @@ class Trainer:
             temperature=config.actors.temperature,
             entropy_gradient=config.objective.entropy_coefficient > 0,
         )
-        self._micro_batches = MicroBatches(self._policy, config.learner, context_length=context)
+        self._micro_batches = MicroBatches(
+            self._policy, config.learner, context_length=context, ranks=ranks
+        )
+        self._canary_probe = CanaryProbe(
+            model,
+            max_context=config.model.context_length,
+            seed=config.run.seed,
+            device=ranks.device,
+        )
+        shard_as_configured = partial(
+            shard,
+            ranks=ranks,
+            # Canaries of float32 engines are compared at a precision that bfloat16 does not reach.
+            half_precision=self._dtypes.default != torch.float32,
+            cpu_offload=config.learner.cpu_offload,
+        )
+        shard_as_configured(self._policy)
         self._reference = None
         if config.objective.kl_coefficient > 0:
-            self._reference = Reference(load_reference(config), self._micro_batches)
-        self._canary_probe = CanaryProbe(
-            model, max_context=config.model.context_length, seed=config.run.seed
-        )
+            reference = load_reference(config, on_cpu=ranks.size > 1)
+            shard_as_configured(reference)
+            self._reference = Reference(reference, self._micro_batches)
         self._optimizer = make_optimizer(model, config.learner)
+        self._parameters = dict(model.named_parameters())
 
     def update(self, groups: Sequence[Group]) -> UpdateResult:
         """Trains on all groups, in `learner.passes` passes of `learner.minibatches` optimiser
@@ -158,9 +192,13 @@ class Trainer:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Weights to broadcast: each distinct parameter once, in layer order, float32, valid until
-        the next update. A tied parameter has its first name."""
-        for name, parameter in self.model.named_parameters():
+        the next update. A tied parameter has its first name. See `whole`."""
+        for name, parameter in self._parameters.items():
             yield name, parameter.detach()
+
+    def whole(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """These of the weights, as whole tensors. Few at a time: sharded ones are copied."""
+        return {name: whole(self._parameters[name].detach()) for name in names}
 
     def canary(self) -> Canary:
         """Canary of the current weights, which receivers verify. Runs one short forward pass.
@@ -186,12 +224,24 @@ class Trainer:
         save_checkpoint(
             checkpoint_folder(self._checkpoints, progress.policy_version),
             model=self.model,
-            optimizer=self._optimizer,
+            state=self._whole_state(),
             model_files=self._model_files,
             dtypes=self._dtypes,
             progress=progress,
+            save_training=self.save_training,
         )
         return prune(self._checkpoints, self._config.keep_last, self.best.kept)
+
+    def save_training(self, folder: Path) -> None:
+        """Writes the training state of this rank. Raises OSError or SafetensorError."""
+        if self._ranks.mesh is None:
+            save_training_state(
+                folder, model=self.model, optimizer=self._optimizer, dtypes=self._dtypes
+            )
+        else:
+            save_training_rows(
+                folder, model=self.model, optimizer=self._optimizer, mesh=self._ranks.mesh
+            )
 
     def restore(self, folder: Path, *, is_whole: bool = False) -> Progress:
         """Restores the state written by `save`; `is_whole` as for `load_checkpoint`.
@@ -205,6 +255,22 @@ class Trainer:
         self.num_optimizer_updates = progress.optimizer_updates
         self.num_skipped = progress.num_skipped
         return progress
+
+    def _whole_state(self) -> Mapping[str, Tensor]:
+        """The tensors of the model by name. Sharded ones are gathered one at a time, and are then
+        on the CPU in the dtypes of the checkpoint; tied ones are the same tensor."""
+        state = self.model.state_dict(keep_vars=True)
+        if self._ranks.size == 1:
+            return {name: tensor.detach() for name, tensor in state.items()}
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        stored = {
+            name: self.whole([name])[name].to(self._dtypes.of(name)).cpu()
+            for name in names.values()
+        }
+        return {
+            name: stored[names[id(tensor)]] if id(tensor) in names else tensor.detach().cpu()
+            for name, tensor in state.items()
+        }
 
     def _train(self, groups: Sequence[Group], signals: Sequence[GroupSignal]) -> list[Metrics]:
         """All optimiser updates of the batch. Returns the metrics of each."""
@@ -247,6 +313,7 @@ class Trainer:
             self._objective,
             self._micro_batches.of(rows, policy_version=self.num_updates),
             grad_clip=self._config.grad_clip,
+            ranks=self._ranks,
         )
 
     def _check_token_ids(self, groups: Sequence[Group]) -> None:

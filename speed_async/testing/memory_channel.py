@@ -17,7 +17,7 @@ from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.buckets import plan_buckets, transfer_report
 from speed_async.weight_sync.canary_check import Canary
-from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferReport
+from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferReport, WholeTensors
 from speed_async.weight_sync.digests import tensor_digests
 from speed_async.weight_sync.float_dtypes import FloatDtypes, agreed_dtypes, float_dtypes
 from speed_async.weight_sync.manifest import Manifest, accept_manifest, describe, encode_manifest
@@ -129,9 +129,12 @@ class MemorySender:
         tensors: Iterable[NamedTensor],
         canary: Canary | None = None,
         lost: Collection[int] = (),
+        whole: WholeTensors | None = None,
     ) -> TransferReport:
         started_s = self._clock()
         named = list(tensors)
+        if whole is not None:
+            named = list(whole([name for name, _ in named]).items())
         self.calls.append(SendCall(offer=offer, names=tuple(name for name, _ in named)))
         if offer.world_size == 1:
             return TransferReport(num_bytes=0, num_buckets=0, transfer_s=0.0)

@@ -35,7 +35,7 @@ from speed_async.weight_sync.buckets import (
     transfer_report,
 )
 from speed_async.weight_sync.canary_check import Canary
-from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferReport
+from speed_async.weight_sync.channel import LoadTensors, NamedTensor, TransferReport, WholeTensors
 from speed_async.weight_sync.current_epoch import CurrentEpoch
 from speed_async.weight_sync.digests import tensor_digests
 from speed_async.weight_sync.epoch_group import EpochGroup
@@ -86,6 +86,7 @@ class TorchSender:
         tensors: Iterable[NamedTensor],
         canary: Canary | None = None,
         lost: Collection[int] = (),
+        whole: WholeTensors | None = None,
     ) -> TransferReport:
         """Broadcasts all tensors, which must not change meanwhile. A no-op for world size 1.
 
@@ -105,6 +106,7 @@ class TorchSender:
         weights = dict(named := list(tensors))
         if len(weights) < len(named):
             describe(named)  # raises for the duplicate name
+        whole = whole or (lambda names: {name: weights[name] for name in names})
         with self._epoch.transfer(offer) as group:
             group.form(self._store, lost)
             if not matches(self._tensors.specs, named, group.cast):
@@ -116,7 +118,8 @@ class TorchSender:
                 canary=canary,
                 # Of the weights themselves, so that a wrongly packed bucket is detected as well.
                 digests=tensor_digests(
-                    (spec.name, weights[spec.name].to(spec.dtype)) for spec in self._tensors.specs
+                    (spec.name, whole([spec.name])[spec.name].to(spec.dtype))
+                    for spec in self._tensors.specs
                 ),
             )
             buckets = group.plan(manifest)
@@ -125,7 +128,7 @@ class TorchSender:
             payload = encode_manifest(replace(manifest, memory=memory), group.known)
             group.announce(payload, lost)
             group.known = self._tensors
-            self._send_buckets(group, buckets, weights)
+            self._send_buckets(group, buckets, whole)
         return transfer_report(buckets, time.monotonic() - started_s)
 
     def close(self) -> None:
@@ -134,7 +137,7 @@ class TorchSender:
         self._store = None
 
     def _send_buckets(
-        self, group: EpochGroup, buckets: Sequence[Bucket], weights: dict[str, Tensor]
+        self, group: EpochGroup, buckets: Sequence[Bucket], whole: WholeTensors
     ) -> None:
         stage = ""
         for index, bucket in enumerate(buckets):
@@ -142,6 +145,7 @@ class TorchSender:
             with group.stage(stage):
                 buffer_B = group.transport.acquire(index)
             packed_B = buffer_B[: bucket.num_bytes]
+            weights = whole(bucket.names)
             view_B = contiguous_view(bucket, weights)
             if view_B is None:
                 pack(weights, group.views.of(index, bucket, buffer_B))

@@ -18,6 +18,7 @@ LoadTensors = Callable[[Sequence[NamedTensor]], None]
 
 A receiver that writes in place calls it with an empty list before the first write.
 """
+WholeTensors = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +44,13 @@ class WeightSender(Protocol):
         tensors: Iterable[NamedTensor],
         canary: Canary | None = None,
         lost: Collection[int] = (),
+        whole: WholeTensors | None = None,
     ) -> TransferReport:
         """Broadcasts all tensors to ranks 1..world_size-1, with their digests and the canary (None:
-        none). `lost` are ranks that will not answer; it may grow during the call, which then need
-        not wait until the deadline. Raises WeightSyncError naming the stage and, when known, the
-        `missing_ranks`; the group of this epoch is then unusable."""
+        none). `whole` gathers those with these names, if `tensors` are sharded; they are only kept
+        until they are sent. `lost` are ranks that will not answer; it may grow during the call,
+        which then need not wait until the deadline. Raises WeightSyncError naming the stage and,
+        when known, the `missing_ranks`; the group of this epoch is then unusable."""
         ...
 
     def close(self) -> None: ...

@@ -126,6 +126,9 @@ class CountingUpdates(Trainer):
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "weight", torch.tensor([float(len(self.batches))])
 
+    def whole(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        return dict(self.weights())
+
     def canary(self) -> Canary:
         return Canary(token_ids=(0, 1), logprobs=(-float(len(self.batches)),))
 

@@ -123,11 +123,11 @@ def _check_chat(config: Config) -> Iterator[ConfigError]:
 
 
 def _check_roles(config: Config) -> Iterator[ConfigError]:
-    if config.cluster.learners != 1:
+    if config.learner.cpu_offload and config.cluster.learners == 1:
         yield ConfigError(
-            "cluster.learners",
-            config.cluster.learners,
-            "only one learner rank is supported; set 1",
+            "learner.cpu_offload",
+            True,
+            "only sharded parameters can be offloaded; set cluster.learners to 2 or more",
         )
     if config.actors.max_restarts >= INCARNATIONS_PER_ATTEMPT:
         yield ConfigError(

@@ -8,7 +8,8 @@ from speed_async.config.sections.section import NonNegativeInt, PositiveFloat, P
 
 class ClusterConfig(Section):
     learners: PositiveInt = 1
-    """Learner ranks; all other ranks are actors."""
+    """Learner ranks, the first ranks; all others are actors. Several learners shard parameters,
+    gradients and optimiser (FSDP), and divide each batch."""
     actors: PositiveInt = 1
     """Actor ranks of a run, unless the number of processes determines it (torchrun,
     --nproc-per-node)."""
@@ -19,6 +20,9 @@ class ClusterConfig(Section):
     advertised_port: NonNegativeInt = 0
     """Port on `host` of a forwarder in front of the service (a tunnel or proxy), used by actors and
     learner; 0: the port of the service."""
+    learner_port: NonNegativeInt = 0
+    """Port on `host` at which several learner ranks find the first one. 0 picks a free port;
+    learners on several nodes need a fixed port."""
     feed_port: NonNegativeInt = 0
     """Port of the read-only metrics feed; 0 picks a free port."""
     max_restarts: NonNegativeInt = 0

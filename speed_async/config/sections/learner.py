@@ -44,6 +44,9 @@ class LearnerConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: PositiveInt = 1
     """Torch threads of one learner on a CPU."""
+    cpu_offload: bool = False
+    """Keep the sharded parameters, gradients and optimiser of GPU learners in host memory between
+    uses. Requires several `cluster.learners`."""
 
     @property
     def optimizer_updates_per_batch(self) -> int:

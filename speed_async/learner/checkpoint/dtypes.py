@@ -76,14 +76,6 @@ def master_weights(model: nn.Module, dtypes: WeightDtypes) -> dict[str, Tensor]:
     }
 
 
-def load_master_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Inverse of `master_weights`. Raises KeyError for an unknown parameter name."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            parameters[name].copy_(weight)
-
-
 def tensor_bytes(model: nn.Module, dtypes: WeightDtypes) -> int:
     """Size of the tensors of one checkpoint: float32 weights, AdamW's two moments in float32, and
     weights that are stored in another dtype."""

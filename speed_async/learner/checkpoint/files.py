@@ -5,22 +5,24 @@ Under its final name it is always complete. Loaders read every file that looks l
 reads every `*.safetensors`), so the top level contains only the model, and the optimiser tensors
 have a different suffix. Weights are stored in the dtype of the initial model. `training/` contains
 their float32 values (where that is another dtype), the optimiser tensors, the random states of the
-process, and the learner's progress. The learning rate is not stored: it follows from the number of
-updates (`learning_rate`). No pickles are used.
+process, and the learner's progress. With several learner ranks, each of them writes its rows of the
+float32 values and of the optimiser tensors (shards.py), and rank 0 everything else. The learning
+rate is not stored: it follows from the number of updates (`learning_rate`). No pickles are used.
 """
 
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import GenerationConfig, PreTrainedModel
 
 from speed_async.config.whole_file import flush
@@ -28,7 +30,6 @@ from speed_async.errors import ModelError, SpeedAsyncError
 from speed_async.learner.checkpoint.checksums import damage, seal
 from speed_async.learner.checkpoint.dtypes import (
     WeightDtypes,
-    load_master_weights,
     master_weights,
     stored_tensors,
     tensor_bytes,
@@ -39,9 +40,18 @@ from speed_async.learner.checkpoint.model_files import (
     declares_class,
 )
 from speed_async.learner.checkpoint.random_states import random_states, restore_random_states
+from speed_async.learner.checkpoint.shards import (
+    SUFFIX,
+    SavedRows,
+    load_parameters,
+    load_state,
+    load_weights,
+    save_rows,
+    saved_paths,
+)
 from speed_async.learner.checkpoint.store import TRAINER_FILE, TRAINING_FOLDER, clean_up, commit
 from speed_async.learner.model import load_model
-from speed_async.learner.optimizer import load_named_state, named_state
+from speed_async.learner.optimizer import named_state
 from speed_async.learner.progress import Progress, Update
 
 FORMAT = 5
@@ -49,8 +59,9 @@ WITHOUT_COUNT = (2, 3)
 LEGACY_FORMATS = (*WITHOUT_COUNT, 4)
 """Formats that can still be resumed. All weights are float32. Format 2 has all files next to the
 model, and 2 and 3 do not count optimiser updates."""
-MASTER_FILE = "weights.tensors"
-OPTIMIZER_FILE = "optimizer.tensors"
+MASTER, OPTIMIZER = "weights", "optimizer"
+MASTER_FILE = f"{MASTER}{SUFFIX}"
+OPTIMIZER_FILE = f"{OPTIMIZER}{SUFFIX}"
 """In the format of safetensors, as MASTER_FILE."""
 RANDOM_FILE = "random.json"
 GENERATION_FILE = "generation_config.json"
@@ -60,23 +71,24 @@ def save_checkpoint(
     folder: Path,
     *,
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Tensor],
     model_files: Mapping[str, bytes],
     dtypes: WeightDtypes,
     progress: Progress,
+    save_training: Callable[[Path], None],
 ) -> None:
     """Writes `folder` atomically and replaces a checkpoint of the same name.
 
+    `state`: the whole tensors of the model by name. `save_training` writes the float32 values and
+    the optimiser tensors to the folder it is given (`save_training_state`, `save_training_rows`).
     Raises OSError when the disk is full or not writable; existing checkpoints are then unchanged.
     """
     partial = _make_partial_folder(folder)
     try:
-        _write_model(partial, model, model.state_dict(), model_files, dtypes)
+        _write_model(partial, model, state, model_files, dtypes)
         training = partial / TRAINING_FOLDER
         training.mkdir()
-        if masters := master_weights(model, dtypes):
-            _save_tensors(masters, training / MASTER_FILE)
-        _save_tensors(named_state(optimizer, model), training / OPTIMIZER_FILE)
+        save_training(training)
         _write_json(training / RANDOM_FILE, random_states())
         _write_json(training / TRAINER_FILE, {"format": FORMAT, **asdict(progress)})
         _copy_mode(training / TRAINER_FILE, partial)
@@ -86,6 +98,34 @@ def save_checkpoint(
         raise OSError(f"checkpoint '{folder}' cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # frees space on a full disk
+
+
+def save_training_state(
+    training: Path,
+    *,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    dtypes: WeightDtypes,
+) -> None:
+    """Raises OSError or SafetensorError."""
+    if masters := master_weights(model, dtypes):
+        _save_tensors(masters, training / MASTER_FILE)
+    _save_tensors(named_state(optimizer, model), training / OPTIMIZER_FILE)
+
+
+def save_training_rows(
+    training: Path,
+    *,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    mesh: DeviceMesh,
+) -> None:
+    """The rows of this rank, of all parameters in float32. Raises OSError."""
+    try:
+        save_rows(training, MASTER, dict(model.named_parameters()), mesh)
+        save_rows(training, OPTIMIZER, named_state(optimizer, model), mesh)
+    except SafetensorError as error:
+        raise OSError(f"'{training}' cannot be written: {error}") from error
 
 
 def check_can_save(
@@ -143,11 +183,13 @@ def load_checkpoint(
         raise ModelError(f"checkpoint '{folder}' cannot be restored: {what}")
     try:
         progress = _read_progress(folder)
-        saved = load_model(folder, device="cpu")
-        model.load_state_dict(saved.state_dict())
-        if (masters := folder / TRAINING_FOLDER / MASTER_FILE).is_file():
-            load_master_weights(model, load_file(masters))
-        load_named_state(optimizer, model, load_file(_training_file(folder, OPTIMIZER_FILE)))
+        training = folder / TRAINING_FOLDER
+        masters = saved_paths(training, MASTER)
+        if not masters or masters[0].name == MASTER_FILE:  # then not of all parameters
+            load_parameters(model, load_model(folder, device="cpu"))
+        load_weights(model, SavedRows(masters))
+        moments = saved_paths(training, OPTIMIZER) or [_training_file(folder, OPTIMIZER_FILE)]
+        load_state(optimizer, model, SavedRows(moments))
         random = _read_json(_training_file(folder, RANDOM_FILE))
         restore_random_states(random)  # last, because loading uses the generators
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
@@ -169,7 +211,7 @@ def _make_partial_folder(folder: Path) -> Path:
 def _write_model(
     partial: Path,
     model: PreTrainedModel,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     model_files: Mapping[str, bytes],
     dtypes: WeightDtypes,
 ) -> None:

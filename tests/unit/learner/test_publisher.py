@@ -14,7 +14,7 @@ from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.canary_check import Canary
-from speed_async.weight_sync.channel import NamedTensor, TransferReport
+from speed_async.weight_sync.channel import NamedTensor, TransferReport, WholeTensors
 
 DEADLINE_S = 30.0
 
@@ -70,6 +70,7 @@ class FailingSender:
         tensors: Iterable[NamedTensor],
         canary: Canary | None = None,
         lost: Collection[int] = (),
+        whole: WholeTensors | None = None,
     ) -> TransferReport:
         self.offers.append(offer)
         if self.failures:
@@ -87,6 +88,9 @@ class Weights(Trainer):
 
     def weights(self) -> Iterator[NamedTensor]:
         yield "w", torch.ones(2)
+
+    def whole(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        return dict(self.weights())
 
     def canary(self) -> Canary:
         return Canary(token_ids=(1, 2), logprobs=(-0.5,))
@@ -107,11 +111,12 @@ class WaitingSender(FailingSender):
         tensors: Iterable[NamedTensor],
         canary: Canary | None = None,
         lost: Collection[int] = (),
+        whole: WholeTensors | None = None,
     ) -> TransferReport:
         if not self.offers:
             asyncio.run_coroutine_threadsafe(self._deliver(), self._loop).result(DEADLINE_S)
             self.failures += [[*lost]] if lost else []
-        return super().send(offer, tensors, canary, lost)
+        return super().send(offer, tensors, canary, lost, whole)
 
     async def _deliver(self) -> None:
         self._service.messages.put_nowait(self._message)
