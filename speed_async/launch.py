@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 3 -m speed_async.launch CONFIG [--section.field value ...]
     torchrun --nproc-per-node 3 -m speed_async.launch --resume RUN_DIR [--section.field value ...]
 
-Ranks below `cluster.learners` are learners; every other rank supervises an actor. A rank whose
-launcher dies drains, as on SIGTERM. An error is reported to the launcher as one line in torchrun's
-error file.
+Ranks below `cluster.learners` are learners, the first of which leads the run; every other rank
+supervises an actor. A rank whose launcher dies drains, as on SIGTERM. An error is reported to the
+launcher as one line in torchrun's error file.
 """
 
 import json
@@ -46,8 +46,8 @@ def main(arguments: list[str]) -> int:
         rank = Rank.from_environment()
         reject_elastic()
         config, resume = _read_config(arguments)
-        leads = rank.rank < config.cluster.learners
-        role = "learner" if leads else f"actor-{rank.rank}"
+        learns = rank.rank < config.cluster.learners
+        role = f"{'learner' if learns else 'actor'}-{rank.rank}" if rank.rank else "learner"
         check_world(config, rank)
         if rank.rank == 0:
             _check_run(config, rank, resume=resume)
@@ -74,6 +74,11 @@ def _read_config(arguments: list[str]) -> tuple[Config, bool]:
 def run_rank(config: Config, rank: Rank, *, resume: bool) -> int:
     if rank.rank < config.cluster.learners:
         os.environ.update(nccl_environment(config))
+        if rank.rank > 0:
+            from speed_async.launcher.roles.follower_role import follow_run
+
+            run(follow_run(config, rank))
+            return 0
         from speed_async.launcher.roles.learner_role import lead_run
 
         return EXIT_STATUS[run(lead_run(config, rank, resume=resume))]

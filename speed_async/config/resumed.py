@@ -30,7 +30,6 @@ FIXED = (
     "buffer",
     "learner.groups_per_update",
     "evaluate",
-    "cluster.learners",
 )
 """Fixed fields, and sections whose fields are all fixed."""
 CHANGEABLE = ("buffer.durability", "model.path", "task.path", "task.python")

@@ -238,7 +238,8 @@ class _Launcher:
         except (OSError, ValueError, KeyError):
             pass
         rank = self._node.rank(local).rank
-        name = "learner (rank 0)" if rank < self._config.cluster.learners else f"rank {rank}"
+        is_learner = rank < self._config.cluster.learners
+        name = f"learner (rank {rank})" if is_learner else f"rank {rank}"
         how = f"exited with status {status} without an error message"
         if status < 0:
             how = f"was killed by {signal.Signals(-status).name}"

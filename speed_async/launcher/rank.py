@@ -95,6 +95,13 @@ def check_world(config: Config, rank: Rank) -> None:
         )
     if not rank.has_many_nodes:
         return
+    if cluster.learners > rank.local_world_size and not cluster.learner_port:
+        raise ConfigError(
+            "cluster.learner_port",
+            0,
+            "this run has learners on several nodes, which need to know the port of the first one; "
+            "set one that is free on the node of rank 0, the same on every node",
+        )
     if cluster.is_loopback:
         raise ConfigError(
             "cluster.host",

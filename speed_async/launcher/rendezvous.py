@@ -26,6 +26,8 @@ class RendezvousRecord:
     host: str = ""
     port: int = 0
     """Port of the service; 0 until it listens."""
+    learner_port: int = 0
+    """Port at which rank 0 waits for other learner ranks; 0 until it listens."""
     nothing_to_do: bool = False
     """The run was already finished when these ranks started: no service will start."""
     outcome: str = ""

@@ -20,7 +20,7 @@ import msgpack
 import numpy as np
 
 from speed_async.errors import ProtocolError
-from speed_async.transport import fields, joining, messages, session
+from speed_async.transport import fields, following, joining, messages, session
 from speed_async.transport.fields import Plain
 from speed_async.transport.messages import (
     MAX_PROSE_CHARS,
@@ -108,7 +108,7 @@ def _message_types(base: type[Message]) -> Iterator[type[Message]]:
         yield from _message_types(child)
 
 
-MESSAGE_MODULES = (messages, joining, session)
+MESSAGE_MODULES = (messages, joining, following, session)
 """Modules that define the messages of the protocol."""
 
 _SCHEMAS = {record.__name__: _schema_of(record) for record in _message_types(Message)}

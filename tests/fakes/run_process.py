@@ -133,6 +133,15 @@ class Run:
         """Process id of the first learner rank."""
         return parent_of(self.child("service"))
 
+    def rank(self, rank: int) -> int:
+        """Process id of a rank."""
+        for process_id, command in self.processes().items():
+            if "speed_async.launch " in command:
+                variables = Path(f"/proc/{process_id}/environ").read_bytes().split(b"\0")
+                if f"RANK={rank}".encode() in variables:
+                    return process_id
+        raise AssertionError(f"rank {rank} is not running")
+
     def kill(self) -> None:
         """Kill every process of the run at once, like a power failure."""
         for process_id in (self.process.pid, *self.processes()):

@@ -1,7 +1,7 @@
 """Estimates the memory of weights, gradients, optimiser state and KV cache.
 
-learner    16 bytes per parameter: float32 weights, gradients and two moments of AdamW; 4 more for
-           the reference model of a KL divergence
+learner    16 bytes per parameter, over all learner ranks: float32 weights, gradients and two
+           moments of AdamW; 4 more for the reference model of a KL divergence
 actor      weights (float32 on a CPU, the stored dtype on a GPU), and a KV cache of
            slots x context tokens x 2 x layers x KV heads x head size values; half as much again
            for the torch engine on a CPU, which needs space to move rows
@@ -39,11 +39,13 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
         value_bytes = DTYPE_BYTES.get(model.facts.dtype or "", FLOAT32_BYTES)
     weight_bytes = value_bytes * model.weights.num_parameters
     kv_bytes = _kv_bytes(config, model, value_bytes, on_gpu=actor_on_gpu)
+    learners = config.cluster.learners
     lines = [
         f"model: {model.weights.num_parameters:,} parameters, {size(model.weights.num_bytes)} of "
         f"weights ({model.facts.dtype or 'dtype not specified'})",
         f"learner: about {size(learner_bytes)} ({bytes_each} bytes per parameter: weights, "
-        f"gradients, two moments{', reference model' if has_reference else ''})",
+        f"gradients, two moments{', reference model' if has_reference else ''})"
+        + (f", divided over {learners} ranks" if learners > 1 else ""),
     ]
     cache = "a KV cache of unknown size"
     if config.actors.engine == "vllm" and on_gpu:

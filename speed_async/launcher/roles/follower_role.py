@@ -1,0 +1,98 @@
+"""A learner rank other than 0: joins the lead, then executes its commands.
+
+waits for  the lead's address and plan (cluster.connect_timeout_s), then as learner/following.py
+"""
+
+import asyncio
+import contextlib
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+from speed_async.config.load import parse_config
+from speed_async.config.schema import Config
+from speed_async.errors import DeadlineExceeded, RoleError, SpeedAsyncError
+from speed_async.launcher.event_loop import stop_event
+from speed_async.launcher.exit_status import describe
+from speed_async.launcher.large_imports import large_imports
+from speed_async.launcher.logs import log_to
+from speed_async.launcher.rank import Rank
+from speed_async.launcher.rendezvous import node_rendezvous
+from speed_async.launcher.run_folder import RunFolder
+from speed_async.transport import messages as m
+from speed_async.transport.curve import client_keys
+from speed_async.transport.following import Follow, LeadPlan
+from speed_async.transport.transport import Link
+from speed_async.transport.zeromq import open_link
+
+ASK_AGAIN_S = 5.0
+"""Follow is sent again after this: the address may be that of an earlier attempt."""
+LOOK_UP_AGAIN_S = 0.1
+QUEUED_MESSAGES = 4096
+"""A batch has one message for each group."""
+
+
+async def follow_run(config: Config, rank: Rank) -> None:
+    """Run this rank until the lead ends the run. Raises SpeedAsyncError."""
+    stopping = stop_event()
+    # Before the lead is joined, whose messages would not be received meanwhile: it takes seconds.
+    work = await asyncio.to_thread(_import_work)
+    joined = await _join(config, rank)
+    if joined is None:
+        return
+    link, plan = joined
+    role = f"learner-{rank.rank}"
+    try:
+        resolved = parse_config(json.loads(plan.config))
+        if not rank.is_on_first_node:
+            model = resolved.model.model_copy(update={"path": config.model.path})
+            resolved = resolved.model_copy(update={"model": model})
+        log_to(RunFolder(path=Path(resolved.run.folder)).log(role))
+        await work.follow(resolved, rank, link, plan, stopping)
+    except Exception as error:  # boundary of the role: reported to the lead, then re-raised
+        with contextlib.suppress(SpeedAsyncError):
+            await link.send(m.Failure(role=role, message=describe(role, error)))
+        if isinstance(error, SpeedAsyncError):
+            raise
+        raise RoleError(role, describe(role, error)) from error
+    finally:
+        await link.close()
+
+
+def _import_work() -> ModuleType:
+    with large_imports():
+        return importlib.import_module("speed_async.launcher.roles.learner_work")
+
+
+async def _join(config: Config, rank: Rank) -> tuple[Link, LeadPlan] | None:
+    """The link to the lead and its plan; None when there is nothing to do. Raises
+    DeadlineExceeded."""
+    cluster, clock = config.cluster, asyncio.get_running_loop().time
+    ends_s = clock() + cluster.connect_timeout_s
+    rendezvous = node_rendezvous() if rank.is_on_first_node else None
+    while (left_s := ends_s - clock()) > 0:
+        host, port = cluster.host, cluster.learner_port
+        if rendezvous is not None:
+            record = rendezvous.read()
+            if record.nothing_to_do:
+                return None
+            host, port = record.host, record.learner_port
+        if not port:
+            await asyncio.sleep(LOOK_UP_AGAIN_S)
+            continue
+        link = await open_link(
+            host,
+            port,
+            f"learner-{rank.rank}",
+            inbox_messages=QUEUED_MESSAGES,
+            keys=client_keys(cluster),
+        )
+        with contextlib.suppress(DeadlineExceeded):
+            await link.send(Follow(rank=rank.rank))
+            reply = await link.receive(min(left_s, ASK_AGAIN_S))
+            while not isinstance(reply, LeadPlan):
+                reply = await link.receive(min(left_s, ASK_AGAIN_S))
+            return link, reply
+        await link.close()
+    raise DeadlineExceeded("the learner (rank 0)", "its plan", cluster.connect_timeout_s)

@@ -1,0 +1,205 @@
+"""The lead's side of several learner ranks: commands to the followers, and their loss.
+
+consumes   messages of the followers
+waits for  all followers to join (connect deadline), their reply after a checkpoint (stall deadline)
+raises     RoleError naming the follower that failed, is gone, or is silent for too long
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+
+from torch import Tensor
+from torch._C._distributed_c10d import Store
+from transformers import PreTrainedModel
+
+from speed_async.config.schema import Config
+from speed_async.errors import DeadlineExceeded, RoleError
+from speed_async.learner.progress import Progress
+from speed_async.learner.ranks import Ranks
+from speed_async.learner.trainer import Trainer, UpdateResult
+from speed_async.transport import messages as m
+from speed_async.transport.following import (
+    Alive,
+    Follow,
+    GatherWeights,
+    LeadPlan,
+    MeasureCanary,
+    RestoreCheckpoint,
+    SaveShard,
+    ShardSaved,
+    StopFollowing,
+    TrainGroups,
+)
+from speed_async.transport.groups import pack_group
+from speed_async.transport.transport import Delivery, Hub
+from speed_async.types import ActorCounts, Group
+from speed_async.weight_sync.canary_check import Canary
+
+ALIVE_INTERVAL_S = 0.5
+NAMING_S = 2.0
+"""The loss of one rank makes others fail. After an error, this long passes before one is named."""
+FULL_RETRY_S = 0.01
+
+
+def follower_name(rank: int) -> str:
+    return f"learner-{rank}"
+
+
+class Followers:
+    """Runs in the event loop; `command` and `saved` are called in other threads."""
+
+    def __init__(
+        self, hub: Hub, store: Store, *, size: int, silence_s: float, timeout_s: float
+    ) -> None:
+        """`store`: at which the process group meets. `size`: number of learner ranks. `timeout_s`:
+        longest wait for a reply."""
+        self.store = store
+        self._hub = hub
+        self._names = [follower_name(rank) for rank in range(1, size)]
+        self._silence_s = silence_s
+        self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._saved: asyncio.Queue[ShardSaved] = asyncio.Queue()
+        self._failures: dict[str, str] = {}
+        self._gone: dict[str, str] = {}
+        """Followers that are not reachable, the first one first, and how."""
+
+    async def assemble(self, plan: LeadPlan, connect_timeout_s: float) -> None:
+        """Sends the plan to each that joins, until all have. Raises DeadlineExceeded."""
+        missing, ends_s = set(self._names), self._loop.time() + connect_timeout_s
+        while missing:
+            try:
+                name, message = await self._hub.receive(max(0.0, ends_s - self._loop.time()))
+            except DeadlineExceeded:
+                names = ", ".join(sorted(missing))
+                raise DeadlineExceeded(names, "its process to start", connect_timeout_s) from None
+            if isinstance(message, Follow) and name in self._names:
+                self._hub.offer(name, plan)
+                missing.discard(name)
+
+    async def watch(self) -> None:
+        """Receives until one follower is lost; then raises RoleError."""
+        heard_s = dict.fromkeys(self._names, self._loop.time())
+        failed_s, sent_s = 0.0, 0.0
+        while True:
+            now_s = self._loop.time()
+            if now_s - sent_s >= ALIVE_INTERVAL_S:
+                sent_s = now_s
+                self._find_gone(heard_s, now_s)
+            if (self._gone or self._failures) and not failed_s:
+                failed_s = now_s
+            if failed_s and now_s - failed_s >= NAMING_S:
+                raise self._first_error()
+            try:
+                name, message = await self._hub.receive(ALIVE_INTERVAL_S / 2)
+            except DeadlineExceeded:
+                continue
+            heard_s[name] = self._loop.time()
+            if isinstance(message, m.Failure):
+                self._failures.setdefault(name, message.message)
+            elif isinstance(message, ShardSaved):
+                self._saved.put_nowait(message)
+
+    def command(self, *messages: m.Message) -> None:
+        """Sends these messages to all followers. Not in the thread of the event loop."""
+        asyncio.run_coroutine_threadsafe(self._send(*messages), self._loop).result(self._timeout_s)
+
+    def saved(self) -> list[str]:
+        """Waits for the replies of all followers to SaveShard. Returns their errors."""
+        replies = [
+            asyncio.run_coroutine_threadsafe(self._saved.get(), self._loop).result(self._timeout_s)
+            for _ in self._names
+        ]
+        return [f"{follower_name(each.rank)}: {each.error}" for each in replies if each.error]
+
+    async def close(self) -> None:
+        """Ends the followers that are still there."""
+        with suppress(RoleError, DeadlineExceeded):
+            await self._send(StopFollowing())
+        await self._hub.close()
+
+    async def _send(self, *messages: m.Message) -> None:
+        ends_s = self._loop.time() + self._timeout_s
+        for name in self._names:
+            for message in messages:
+                while (delivery := self._hub.offer(name, message)) is not Delivery.QUEUED:
+                    if delivery is Delivery.GONE or self._loop.time() > ends_s:
+                        self._gone.setdefault(name, "has exited or cannot be reached")
+                        raise RoleError(name, self._gone[name])
+                    await asyncio.sleep(FULL_RETRY_S)
+
+    def _find_gone(self, heard_s: dict[str, float], now_s: float) -> None:
+        for name in self._names:
+            if self._hub.offer(name, Alive()) is Delivery.GONE:
+                self._gone.setdefault(name, "has exited or cannot be reached")
+            elif now_s - heard_s[name] > self._silence_s:
+                self._gone.setdefault(name, f"sent nothing for {self._silence_s:.0f} s")
+
+    def _first_error(self) -> RoleError:
+        """Of a follower that disappeared without an error, if there is one: the others failed
+        because of it."""
+        for name, how in self._gone.items():
+            if name not in self._failures:
+                return RoleError(name, f"{how}; see logs/{name}.log")
+        name, text = next(iter(self._failures.items()))
+        return RoleError.from_text(text) if text.startswith(name) else RoleError(name, text)
+
+
+class LeadTrainer(Trainer):
+    """The trainer of rank 0 of several: followers execute every collective operation as well.
+
+    Its methods may be called in several threads.
+    """
+
+    def __init__(
+        self,
+        followers: Followers,
+        *,
+        config: Config,
+        model: PreTrainedModel,
+        run_id: str,
+        ranks: Ranks,
+    ) -> None:
+        """Raises ModelError, as Trainer."""
+        super().__init__(config=config, model=model, run_id=run_id, ranks=ranks)
+        self._followers = followers
+        self._order = Lock()
+        """Held during a command and its operation, so that all ranks have one order."""
+
+    def update(self, groups: Sequence[Group]) -> UpdateResult:
+        packed = [pack_group(group, ActorCounts()) for group in groups]
+        with self._order:
+            self._followers.command(TrainGroups(num_groups=len(packed)), *packed)
+            return super().update(groups)
+
+    def canary(self) -> Canary:
+        with self._order:
+            self._followers.command(MeasureCanary())
+            return super().canary()
+
+    def whole(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        with self._order:
+            self._followers.command(GatherWeights(names=list(names)))
+            return super().whole(names)
+
+    def save_training(self, folder: Path) -> None:
+        with self._order:
+            self._followers.command(SaveShard(folder=str(folder)))
+            error: OSError | None = None
+            try:
+                super().save_training(folder)
+            except OSError as own:
+                error = own
+            others = self._followers.saved()  # also after an error, for the next checkpoint
+        if error is not None:
+            raise error
+        if others:
+            raise OSError("; ".join(others))
+
+    def restore(self, folder: Path, *, is_whole: bool = False) -> Progress:
+        with self._order:
+            self._followers.command(RestoreCheckpoint(folder=str(folder)))
+            return super().restore(folder, is_whole=is_whole)
