@@ -229,6 +229,7 @@ class Rollout:
         try:
             scored = await (suite_scorer or self._scorer).score(prompt, texts)
         except TaskError as error:
+            work.verified.extend((samples[index], "error") for index in verified)
             await self._record_failures(prompt, [(text, str(error)) for text in texts])
             raise
         finally:

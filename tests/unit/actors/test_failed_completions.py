@@ -6,17 +6,19 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from speed_async.actors.failed_completions import MAX_TEXT_CHARS, FailedCompletions
 from speed_async.actors.rollout import LeaseProgress, Rollout
 from speed_async.environments.verifier import VerifierPool
 from speed_async.errors import TaskError
 from speed_async.testing.scripted_engine import ScriptedEngine
-from speed_async.types import Int32Array, Lease, LeaseKind, Prompt
+from speed_async.types import Int32Array, Lease, LeaseKind, Prompt, Verdict
 from tests.fakes.buffer_fixtures import make_config
 from tests.fakes.faulty_task import HANGS_S
 
@@ -98,6 +100,30 @@ def test_completions_that_break_the_verifier_are_recorded(
     assert found[0]["error"] == hung.partition("prompt 1: ")[2]
     assert found[5]["error"] == "raised ValueError: cannot parse '7 8 7'"
     assert (failures.num_recorded, failures.num_dropped) == (6, 0)
+
+
+class EndedPool(VerifierPool):
+    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[Verdict]:
+        raise TaskError(f"the pool has ended, with {len(completions)} completions")
+
+
+def test_completions_of_an_ended_pool_are_recorded_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    failures = FailedCompletions(tmp_path / "actor-1.jsonl")
+    work = LeaseProgress(lease=Lease(lease_id=1, prompt_id=0, kind=LeaseKind.TRAINING))
+
+    async def run_lease() -> None:
+        pool = EndedPool(partial(FaultyTask), 1, 1.0)
+        async with ScriptedEngine(lambda _request, number: [7, number], num_slots=8) as engine:
+            rollout = Rollout(
+                make_config(str(tmp_path)), engine, pool, IntCodec(), failures=failures
+            )
+            with pytest.raises(TaskError, match="the pool has ended, with 2 completions"):
+                await rollout.run(work, FaultyTask().train_prompts[0])
+
+    asyncio.run(run_lease())
+    assert [outcome for _, outcome in work.verified] == ["error", "error"]
+    assert failures.num_recorded == 2
 
 
 def test_file_size_is_bounded_and_keeps_the_first_failures(tmp_path: Path) -> None:

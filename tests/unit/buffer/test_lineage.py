@@ -54,6 +54,6 @@ def test_replay_is_impossible_across_a_gap() -> None:
 def test_replay_check_of_a_long_lineage_is_fast() -> None:
     """With `learner.checkpoint_every = 0`, all updates are kept; the check blocks the service."""
     lineage = make_lineage(*range(1, 30_001))
-    started_s = time.process_time()
+    started_s = time.thread_time()
     assert lineage.can_replay(0, 30_000)
-    assert time.process_time() - started_s < 2.0
+    assert time.thread_time() - started_s < 2.0

@@ -133,13 +133,13 @@ def test_group_costs_less_than_800_bytes_and_no_operation_scans_the_buffer() -> 
     assert num_bytes / num_groups < 800
     # A scan of 40,000 groups takes milliseconds; the benchmark measures microseconds.
     more = list(groups_on_disk(num_groups // 2, num_groups))
-    start_s = time.process_time()
+    start_s = time.thread_time()
     for group in more:  # each insert evicts a group
         buffer.insert(group)
-    inserted_s = time.process_time()
+    inserted_s = time.thread_time()
     for _ in range(num_groups // 16):
         buffer.take(16)
-    taken_s = time.process_time()
+    taken_s = time.thread_time()
     assert len(buffer) == 0
     assert (inserted_s - start_s) / len(more) < 500e-6
     assert (taken_s - inserted_s) / num_groups < 500e-6

@@ -117,9 +117,9 @@ def test_integers_compare_exactly_and_floats_with_relative_tolerance() -> None:
     assert not same_number(-2, 2)
 
 
-def test_long_completions_are_parsed_within_a_second() -> None:
+def test_long_completions_are_parsed_in_linear_time() -> None:
     adversarial = "1,111" * 20_000 + "-" * 20_000 + "(" * 20_000
-    began_s = time.process_time()
+    began_s = time.thread_time()
     for text in (adversarial, "\\boxed{" * 20_000, "111," * 20_000, "* " * 20_000 + "5"):
         last_number(text)
-    assert time.process_time() - began_s < 1.0
+    assert time.thread_time() - began_s < 5.0  # 0.1 s; minutes if it were quadratic

@@ -204,9 +204,9 @@ def test_unmarked_answer_is_the_last_number(text: str, number: float) -> None:
 
 
 def test_long_answers_are_rejected_within_two_seconds() -> None:
-    began_s = time.process_time()
+    began_s = time.thread_time()
     for text in ("5" + " lbs" * 240 + "!", "1,111" * 190, "1" + " " * 990 + "x", "5" * 10**6):
         assert whole_number(text) is None
     for text in ("(" + "1," * 30_000, r"\frac" * 20_000, r"\text{" * 20_000, "5^{" * 20_000):
         last_number(text)
-    assert time.process_time() - began_s < 2.0
+    assert time.thread_time() - began_s < 2.0

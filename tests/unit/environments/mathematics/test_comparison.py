@@ -118,6 +118,6 @@ def test_hostile_answers_of_the_longest_length_are_decided_in_a_second() -> None
         r"1 \pm 2," * 120,
     ]
     for text in hostile:
-        start_s = time.process_time()
+        start_s = time.thread_time()
         same_math(text, "5")
-        assert time.process_time() - start_s < 1, text[:20]
+        assert time.thread_time() - start_s < 1, text[:20]

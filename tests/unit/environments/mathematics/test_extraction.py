@@ -43,7 +43,7 @@ def test_without_a_mark_the_last_line_is_the_answer_and_no_number_is_taken_out_o
 
 def test_extraction_is_linear_in_the_text() -> None:
     texts = ["\\boxed{", "\\boxed{}", "<answer>", "</answer><answer>", "answer is ", "$", "{", "("]
-    start_s = time.process_time()
+    start_s = time.thread_time()
     for text in texts:
         math_answer(text * (1_000_000 // len(text)))
-    assert time.process_time() - start_s < 30
+    assert time.thread_time() - start_s < 30
