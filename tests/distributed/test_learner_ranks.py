@@ -5,8 +5,8 @@ Four ranks count as two nodes, so parameters are replicated across them.
 
 from pathlib import Path
 
-import pytest
 import torch
+from pytest import approx
 
 from speed_async.learner.ranks import ONE_RANK
 from tests.fakes.learner_ranks import (
@@ -19,18 +19,42 @@ from tests.fakes.learner_ranks import (
 )
 
 
-@pytest.mark.parametrize(
-    ("size", "scenarios"),
-    [(2, [*SCENARIOS]), (3, ["dense", "experts", "overflow"]), (4, ["dense", "experts"])],
-)
-def test_ranks_train_as_a_single_one_does(tmp_path: Path, size: int, scenarios: list[str]) -> None:
+def test_two_and_three_ranks_train_as_one_and_resume_what_more_ranks_saved(tmp_path: Path) -> None:
     save_models(tmp_path)
-    run_ranks(tmp_path, size, scenarios)
+    rows = tmp_path / "rows-experts"
+    rows.mkdir()
+    run_ranks(tmp_path, 3, ["dense", "experts", "overflow"])
+    check_trained_as_one(tmp_path, 3, ["dense", "experts", "overflow"])
+    saved = [*rows.glob("*-of-00003.tensors")]
+    assert len(saved) == 2 * 3
+
+    run_ranks(tmp_path, 2, ["experts/resumed", *SCENARIOS])
+    check_trained_as_one(tmp_path, 2, [*SCENARIOS])
+    for path in saved:
+        path.unlink()
+    _, resumed_by_one = run_scenario(tmp_path, "experts", ONE_RANK, resumes=True)
+
+    _, start = found(tmp_path, 3, 0, "experts")
+    _, resumed_by_two = found(tmp_path, 2, 0, "experts/resumed")
+    _, expected = run_scenario(tmp_path, "experts", ONE_RANK, rounds=2)
+    for resumed in (resumed_by_one, resumed_by_two):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(resumed[name], tensor, atol=2e-5, rtol=0, msg=name)
+            assert not torch.equal(resumed[name], start[name]), name
+
+
+def test_ranks_of_two_nodes_train_as_one(tmp_path: Path) -> None:
+    save_models(tmp_path)
+    run_ranks(tmp_path, 4, ["dense", "experts"])
+    check_trained_as_one(tmp_path, 4, ["dense", "experts"])
+
+
+def check_trained_as_one(folder: Path, size: int, scenarios: list[str]) -> None:
     for name in scenarios:
-        results, weights = run_scenario(tmp_path, name, ONE_RANK)
-        first = found(tmp_path, size, 0, name)
+        results, weights = run_scenario(folder, name, ONE_RANK)
+        first = found(folder, size, 0, name)
         for rank in range(size):
-            theirs, their_weights = found(tmp_path, size, rank, name)
+            theirs, their_weights = found(folder, size, rank, name)
             assert theirs == first[0], (name, rank)
             assert their_weights.keys() == weights.keys()
             for key, tensor in weights.items():
@@ -38,27 +62,9 @@ def test_ranks_train_as_a_single_one_does(tmp_path: Path, size: int, scenarios: 
                     their_weights[key], tensor, atol=1e-5, rtol=0, msg=f"{name} {key}"
                 )
         for theirs, ours in zip(first[0], results, strict=True):
-            assert theirs["metrics"] == pytest.approx(ours["metrics"], rel=1e-3, abs=1e-5), name
-            assert theirs["canary"] == pytest.approx(ours["canary"], abs=1e-4)
+            assert theirs["metrics"] == approx(ours["metrics"], rel=1e-3, abs=1e-5), name
+            assert theirs["canary"] == approx(ours["canary"], abs=1e-4)
             rest = {"metrics": 0, "canary": 0}
             assert theirs | rest == ours | rest
         skipped = [result["num_skipped"] for result in results]
         assert skipped == [int(name == "overflow" and i == OVERFLOWING_UPDATE) for i in range(5)]
-
-
-@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 1)])
-def test_training_state_of_some_ranks_is_resumed_by_fewer(
-    tmp_path: Path, before: int, after: int
-) -> None:
-    save_models(tmp_path)
-    (tmp_path / "rows-experts").mkdir()
-    run_ranks(tmp_path, before, ["experts"])
-    assert len([*(tmp_path / "rows-experts").glob(f"*-of-{before:05d}.tensors")]) == 2 * before
-    run_ranks(tmp_path, after, ["experts/resumed"])
-
-    _, expected = run_scenario(tmp_path, "experts", ONE_RANK, rounds=2)
-    _, start = found(tmp_path, before, 0, "experts")
-    _, resumed = found(tmp_path, after, 0, "experts")
-    for name, tensor in expected.items():
-        torch.testing.assert_close(resumed[name], tensor, atol=2e-5, rtol=0, msg=name)
-        assert not torch.equal(resumed[name], start[name]), name

@@ -91,10 +91,16 @@ def batch(scenario: str, update: int) -> list[Group]:
 
 
 def run_scenario(
-    folder: Path, name: str, ranks: Ranks, *, resumes: bool = False, rounds: int = 1
+    folder: Path,
+    name: str,
+    ranks: Ranks,
+    *,
+    resumes: bool = False,
+    saves: bool = False,
+    rounds: int = 1,
 ) -> tuple[list[Any], dict[str, Tensor]]:
     """The results of all updates, and the final parameters. A round is NUM_UPDATES of them.
-    `resumes`: of the round after that of an earlier call with this folder, by several ranks."""
+    `resumes`: of the round after that of an earlier call with this folder and `saves`."""
     model_folder = folder / ("experts" if name == "experts" else "dense")
     settings = {"lr": 1e-3, "warmup_updates": 0} | SCENARIOS[name]
     trainer = Trainer(
@@ -110,7 +116,7 @@ def run_scenario(
     for update in [*range(NUM_UPDATES)] * rounds:
         result = asdict(trainer.update(batch(name, update))) | {"train_s": 0.0}
         results.append(result | {"canary": trainer.canary().logprobs})
-    if rows.is_dir() and not resumes:
+    if saves and rows.is_dir():
         trainer.save_training(rows)
     names = [name for name, _ in trainer.weights()]
     return results, {each: trainer.whole([each])[each].clone() for each in names}
@@ -139,8 +145,12 @@ def run_ranks(folder: Path, size: int, scenarios: Sequence[str]) -> None:
 
 def found(folder: Path, size: int, rank: int, name: str) -> tuple[Any, Mapping[str, Tensor]]:
     """What `run_scenario` returned in this rank."""
-    stem = folder / f"{size}-{rank}-{name}"
+    stem = _stem(folder, size, rank, name)
     return json.loads(stem.with_suffix(".json").read_text()), load_file(f"{stem}.safetensors")
+
+
+def _stem(folder: Path, size: int, rank: int, scenario: str) -> Path:
+    return folder / f"{size}-{rank}-{scenario.replace('/', '-')}"
 
 
 def main(rank: int, size: int, port: int, folder: Path, scenarios: Sequence[str]) -> None:
@@ -153,8 +163,10 @@ def main(rank: int, size: int, port: int, folder: Path, scenarios: Sequence[str]
         )
     for each in scenarios:
         name, _, resumes = each.partition("/")
-        results, weights = run_scenario(folder, name, ranks, resumes=bool(resumes))
-        stem = folder / f"{size}-{rank}-{name}"
+        results, weights = run_scenario(
+            folder, name, ranks, resumes=bool(resumes), saves=not resumes
+        )
+        stem = _stem(folder, size, rank, each)
         stem.with_suffix(".json").write_text(json.dumps(results))
         save_file(weights, f"{stem}.safetensors")
     leave_ranks()

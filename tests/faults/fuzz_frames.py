@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 import msgpack
 import numpy as np
 
-from speed_async.transport import joining, messages, session
+from speed_async.transport import following, joining, messages, session
 from speed_async.transport.codec import NUMBERS, encode
 from speed_async.transport.messages import Message
 from speed_async.types import ActorCounts, Float32Array, Int32Array, WeightBackend
@@ -32,7 +32,7 @@ EDGE_INTS = (-1, -(2**31), 2**31 - 1, 100, 65)
 def corpus() -> list[Message]:
     """One valid message of every type, as a peer of the service or the service itself sends it."""
     found = []
-    for module in (messages, joining, session):
+    for module in (messages, joining, session, following):
         for kind in vars(module).values():
             is_message = isinstance(kind, type) and issubclass(kind, Message)
             if is_message and not kind.__subclasses__() and kind.__module__ == module.__name__:
