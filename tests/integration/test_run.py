@@ -58,7 +58,7 @@ def test_run_with_only_truncated_completions_names_the_limit_in_its_last_line(
     assert status == 1
     assert out.endswith(f"  resume      speed-async train --resume {run.folder}\n")
     last = err.strip().splitlines()[-1]
-    assert last.startswith("error: buffer service: no batch could be filled within 20 s")
+    assert re.match(r"error: buffer service: no batch could be filled within 2\d s", last)
     assert "completions are truncated: 512 of the last 512 reached a length limit" in last
     assert "raise actors.max_new_tokens (now 1)" in last
 
