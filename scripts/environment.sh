@@ -7,7 +7,7 @@ source "$root/scripts/progress.sh"
 prepare_environment() {
   local extras="$1" venv="$root/.venv" stamp want
   python="$venv/bin/python"
-  if [ ! -x "$python" ]; then
+  if ! "$python" -m pip --version > /dev/null 2>&1; then # also after an interrupted first call
     step "making $venv"
     "$(find_python)" -m venv "$venv"
   fi
