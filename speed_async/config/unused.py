@@ -37,20 +37,16 @@ def _for_tasks(fields: str, *names: str) -> _Use:
     )
 
 
-def _for_losses(field: str, *names: str) -> _Use:
+def _with(setting: str, *values: str, fields: str) -> _Use:
     return _Use(
-        fields=field,
-        applies=lambda c: c.objective.policy_loss in names,
-        condition=f"objective.policy_loss = {_choices(names)}",
+        fields=fields,
+        applies=lambda c: _value(c, setting) in values,
+        condition=f"{setting} = {_choices(values)}",
     )
 
 
-def _for_corrections(field: str, *names: str) -> _Use:
-    return _Use(
-        fields=field,
-        applies=lambda c: c.objective.correction in names,
-        condition=f"objective.correction = {_choices(names)}",
-    )
+def _value(config: Config, field: str) -> Any:
+    return reduce(getattr, field.split("."), config)
 
 
 def _choices(names: tuple[str, ...]) -> str:
@@ -77,38 +73,22 @@ USES = (
         applies=lambda c: c.model.chat_template,
         condition="model.chat_template = true",
     ),
-    _Use(
-        fields="gate.low gate.high",
-        applies=lambda c: c.gate.mode != "off",
-        condition="gate.mode = 'screen' or 'filter'",
-    ),
-    _Use(
+    _with("gate.mode", "screen", "filter", fields="gate.low gate.high"),
+    _with(
+        "curriculum.kind",
+        "posterior",
         fields="curriculum.half_life_updates curriculum.uniform_share curriculum.candidates",
-        applies=lambda c: c.curriculum.kind == "posterior",
-        condition="curriculum.kind = 'posterior'",
     ),
-    _Use(
-        fields="buffer.spill",
-        applies=lambda c: c.buffer.durability != "none",
-        condition="buffer.durability = 'batched' or 'every'",
-    ),
-    _Use(
-        fields="learner.min_lr_share",
-        applies=lambda c: c.learner.lr_schedule != "constant",
-        condition="learner.lr_schedule = 'linear' or 'cosine'",
-    ),
-    _Use(
-        fields="objective.prior_weight",
-        applies=lambda c: c.objective.advantage == "shrunken",
-        condition="objective.advantage = 'shrunken'",
-    ),
-    _for_losses("objective.clip_low", "ppo_clip", "gspo"),
-    _for_losses("objective.clip_high", "ppo_clip", "cispo", "gspo"),
-    _for_losses("objective.dual_clip", "ppo_clip", "gspo"),
-    _for_corrections("objective.min_ratio", *_limited_by("min_ratio")),
-    _for_corrections("objective.max_ratio", *_limited_by("max_ratio")),
-    _for_corrections("objective.max_probability_change", "probability_mask"),
-    _for_corrections("objective.max_negative_kl", "negative_sequence_mask"),
+    _with("buffer.durability", "batched", "every", fields="buffer.spill"),
+    _with("learner.lr_schedule", "linear", "cosine", fields="learner.min_lr_share"),
+    _with("objective.advantage", "shrunken", fields="objective.prior_weight"),
+    _with("objective.policy_loss", "ppo_clip", "gspo", fields="objective.clip_low"),
+    _with("objective.policy_loss", "ppo_clip", "cispo", "gspo", fields="objective.clip_high"),
+    _with("objective.policy_loss", "ppo_clip", "gspo", fields="objective.dual_clip"),
+    _with("objective.correction", *_limited_by("min_ratio"), fields="objective.min_ratio"),
+    _with("objective.correction", *_limited_by("max_ratio"), fields="objective.max_ratio"),
+    _with("objective.correction", "probability_mask", fields="objective.max_probability_change"),
+    _with("objective.correction", "negative_sequence_mask", fields="objective.max_negative_kl"),
     _Use(
         fields="objective.overlong_penalty",
         applies=lambda c: c.objective.overlong_share > 0,
@@ -144,7 +124,7 @@ def check_unused(config: Config) -> Iterator[ConfigError]:
         if use.applies(config):
             continue
         for field in use.fields.split():
-            value: Any = reduce(getattr, field.split("."), config)
+            value = _value(config, field)
             if value != _unset(config, field):
                 yield ConfigError(
                     field,
