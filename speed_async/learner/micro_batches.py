@@ -14,8 +14,9 @@ import torch
 
 from speed_async.config.sections.learner import LearnerConfig
 from speed_async.learner.batch import MicroBatch, make_micro_batch
+from speed_async.learner.parallel.ranks import ONE_RANK, Ranks
+from speed_async.learner.parallel.shares import FILLER, Part, even_parts
 from speed_async.learner.policy import Policy, check_policy, layout_cost
-from speed_async.learner.ranks import ONE_RANK, Ranks
 from speed_async.learner.rows import (
     TrainingRow,
     TrainingSample,
@@ -23,7 +24,6 @@ from speed_async.learner.rows import (
     split_row,
     split_rows,
 )
-from speed_async.learner.shares import FILLER, Part, even_parts
 from speed_async.types import Float32Array
 
 CPU_MICRO_BATCH_TOKENS = 2048

@@ -10,10 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from speed_async.errors import ModelError
+from speed_async.learner.limits import CHECKPOINTING_PARAMETERS
 from speed_async.weight_sync.device import DeviceChoice, resolve_device
-
-CHECKPOINTING_PARAMETERS = 300_000_000
-"""Number of parameters from which models on a GPU recompute activations in the backward pass."""
 
 
 def load_model(

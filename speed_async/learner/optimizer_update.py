@@ -10,9 +10,9 @@ from speed_async.algorithms.loss_tokens import LossTokens
 from speed_async.algorithms.objective import Objective
 from speed_async.algorithms.regularization import ReferenceDivergence
 from speed_async.learner.batch import MicroBatch
+from speed_async.learner.parallel.ranks import ONE_RANK, Ranks
+from speed_async.learner.parallel.sharding import whole
 from speed_async.learner.policy import Policy
-from speed_async.learner.ranks import ONE_RANK, Ranks
-from speed_async.learner.sharding import whole
 
 Metrics = dict[str, float]
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from speed_async.config.model_family import family_faults
 from speed_async.errors import ModelError
 from speed_async.learner.batch import MicroBatch, make_micro_batch
+from speed_async.learner.limits import MAX_LOGITS
 from speed_async.learner.model import embedding_table, output_head
 from speed_async.learner.rows import (
     MAX_PACKED_TOKENS,
@@ -23,8 +24,6 @@ from speed_async.learner.rows import (
     split_row,
 )
 
-MAX_LOGITS = 1 << 26
-"""Largest number of logits in one chunk (N x V): 256 MiB in float32 for any vocabulary."""
 PAIR_PENALTY = 2.0
 """Masked attention reaches about half the FLOP/s of a matrix product (measured on a CPU)."""
 PROBE_TOLERANCE = 1e-3

@@ -41,12 +41,12 @@ from speed_async.learner.minibatches import split_groups
 from speed_async.learner.model import context_length, embedding_table
 from speed_async.learner.optimizer import learning_rate, make_optimizer, set_lr
 from speed_async.learner.optimizer_update import Metrics, combine, non_finite, update_parameters
+from speed_async.learner.parallel.ranks import ONE_RANK, Ranks
+from speed_async.learner.parallel.sharding import shard, whole
 from speed_async.learner.policy import Policy
 from speed_async.learner.progress import Progress
-from speed_async.learner.ranks import ONE_RANK, Ranks
 from speed_async.learner.reference import Reference, load_reference
 from speed_async.learner.rows import TrainingRow, reweighted, training_row
-from speed_async.learner.sharding import shard, whole
 from speed_async.types import Group
 from speed_async.weight_sync.canary_check import Canary
 

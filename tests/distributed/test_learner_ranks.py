@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from pytest import approx
 
-from speed_async.learner.ranks import ONE_RANK
+from speed_async.learner.parallel.ranks import ONE_RANK
 from tests.fakes.learner_ranks import (
     OVERFLOWING_UPDATE,
     SCENARIOS,

@@ -27,7 +27,7 @@ from speed_async.learner.checkpoint.shards import (
     saved_paths,
 )
 from speed_async.learner.model import load_model
-from speed_async.learner.ranks import ONE_RANK, Ranks, join_ranks, leave_ranks
+from speed_async.learner.parallel.ranks import ONE_RANK, Ranks, join_ranks, leave_ranks
 from speed_async.learner.trainer import Trainer
 from speed_async.types import Group
 from tests.fakes.learner_samples import (

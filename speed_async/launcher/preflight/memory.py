@@ -14,15 +14,15 @@ from speed_async.config.schema import Config
 from speed_async.launcher.preflight.devices import why_no_gpu
 from speed_async.launcher.preflight.findings import Findings
 from speed_async.launcher.preflight.machine import size
+from speed_async.launcher.preflight.memory_budget import MASTER_BYTES, MOMENTS_BYTES
 from speed_async.launcher.preflight.model import CheckedModel
 from speed_async.launcher.preflight.shared_gpu import DTYPE_BYTES
 from speed_async.launcher.preflight.weights import Weights
 
-LEARNER_BYTES = 16
-CHECKPOINT_BYTES = 12
+LEARNER_BYTES = 2 * MASTER_BYTES + MOMENTS_BYTES
+CHECKPOINT_BYTES = MASTER_BYTES + MOMENTS_BYTES
 """Per parameter: a float32 weight and the optimiser's two moments. A folder with smaller weights
 has these too."""
-FLOAT32_BYTES = 4
 
 
 def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> list[str]:
@@ -31,12 +31,12 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
         return []
     on_gpu = not why_no_gpu()
     has_reference = config.objective.kl_coefficient > 0
-    bytes_each = LEARNER_BYTES + FLOAT32_BYTES * has_reference
+    bytes_each = LEARNER_BYTES + MASTER_BYTES * has_reference
     learner_bytes = bytes_each * model.weights.num_parameters
-    value_bytes = FLOAT32_BYTES
+    value_bytes = MASTER_BYTES
     actor_on_gpu = on_gpu and config.actors.device != "cpu"
     if actor_on_gpu:
-        value_bytes = DTYPE_BYTES.get(model.facts.dtype or "", FLOAT32_BYTES)
+        value_bytes = DTYPE_BYTES.get(model.facts.dtype or "", MASTER_BYTES)
     weight_bytes = value_bytes * model.weights.num_parameters
     kv_bytes = _kv_bytes(config, model, value_bytes, on_gpu=actor_on_gpu)
     learners = config.cluster.learners
@@ -66,7 +66,7 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
 
 def checkpoint_bytes(weights: Weights) -> int:
     """Disk space of one checkpoint."""
-    is_smaller = weights.num_bytes < FLOAT32_BYTES * weights.num_parameters
+    is_smaller = weights.num_bytes < MASTER_BYTES * weights.num_parameters
     return CHECKPOINT_BYTES * weights.num_parameters + is_smaller * weights.num_bytes
 
 

@@ -13,6 +13,8 @@ Both: the context of each process (CUDA, torch, NCCL). Fragmentation is not incl
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from speed_async.learner.limits import CHECKPOINTING_PARAMETERS, MAX_LOGITS
+
 GIB = 1 << 30
 MASTER_BYTES = 4
 """A float32 weight; a gradient has the same size."""
@@ -22,12 +24,8 @@ PROCESS_BYTES = GIB
 KERNEL_BYTES = GIB
 """Working memory of an engine beside its KV cache: activations of a prefill, CUDA graphs."""
 KV_CACHE = "KV cache"
-MAX_LOGITS = 1 << 26
-"""As learner/policy.py: logits are computed in chunks."""
 BYTES_PER_LOGIT = 16
 """Logits, log-probabilities, entropies and gradients, in float32."""
-CHECKPOINTED_PARAMETERS = 300_000_000
-"""As learner/model.py: from this size on, activations are recomputed in the backward pass."""
 USED_SHARE = 0.97
 """Of the memory: the rest is for fragmentation and for what the driver takes."""
 
@@ -90,7 +88,7 @@ class MemoryBudget:
     @property
     def engine_share(self) -> float:
         """`engine_bytes` as a share of the memory, rounded down to thousandths."""
-        return int(1000 * self.engine_bytes / self.total_bytes) / 1000
+        return 1000 * self.engine_bytes // self.total_bytes / 1000
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -142,7 +140,7 @@ def activation_bytes(sizes: ModelSizes, num_tokens: int, *, autocast: bool = Tru
     With recomputation, the input of each layer and all of one layer.
     """
     layer = layer_activation_bytes(sizes, autocast=autocast)
-    if autocast and sizes.num_parameters >= CHECKPOINTED_PARAMETERS:
+    if autocast and sizes.num_parameters >= CHECKPOINTING_PARAMETERS:
         return num_tokens * (layer + sizes.num_layers * MASTER_BYTES * sizes.hidden_size)
     return num_tokens * sizes.num_layers * layer
 

@@ -135,7 +135,7 @@ def budget_fault(config: Config, gpu: int, budget: MemoryBudget) -> ConfigError 
     wanted = config.actors.vllm.gpu_memory_utilization
     total = budget.total_bytes
     if config.actors.engine == "vllm" and wanted is not None and budget.fits:
-        if wanted <= 1000 * budget.engine_bytes // total / 1000:
+        if wanted <= budget.engine_share:
             return None
         return ConfigError(
             "actors.vllm.gpu_memory_utilization",

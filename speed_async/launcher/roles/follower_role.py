@@ -1,6 +1,6 @@
 """A learner rank other than 0: joins the lead, then executes its commands.
 
-waits for  the lead's address and plan (cluster.connect_timeout_s), then as learner/following.py
+waits for  the lead's address and plan (cluster.connect_timeout_s), then as following.py
 """
 
 import asyncio

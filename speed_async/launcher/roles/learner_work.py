@@ -22,13 +22,13 @@ from speed_async.launcher.identity.identity import DATA, Identity
 from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.launcher.rank import Rank
 from speed_async.launcher.rendezvous import node_rendezvous
-from speed_async.learner.followers import NAMING_S, Followers, LeadTrainer
-from speed_async.learner.following import FollowerLoop
 from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import LearnerLoop
 from speed_async.learner.model import load_model
+from speed_async.learner.parallel.followers import NAMING_S, Followers, LeadTrainer
+from speed_async.learner.parallel.following import FollowerLoop
+from speed_async.learner.parallel.ranks import ONE_RANK, Ranks, join_ranks, leave_ranks
 from speed_async.learner.progress import Progress, Restored, RunResult
-from speed_async.learner.ranks import ONE_RANK, Ranks, join_ranks, leave_ranks
 from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
 from speed_async.transport.curve import server_keys

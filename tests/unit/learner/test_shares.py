@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from speed_async.learner.parallel.shares import FILLER, Part, even_parts
 from speed_async.learner.rows import LayoutCost, make_row
-from speed_async.learner.shares import FILLER, Part, even_parts
 
 COST = LayoutCost(per_token=1.0, per_pair=0.0)
 

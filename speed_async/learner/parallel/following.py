@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from speed_async.errors import DeadlineExceeded, RoleError
-from speed_async.learner.followers import ALIVE_INTERVAL_S
+from speed_async.learner.parallel.followers import ALIVE_INTERVAL_S
 from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
 from speed_async.transport.following import (

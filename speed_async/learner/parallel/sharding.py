@@ -18,8 +18,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from speed_async.learner.parallel.ranks import Ranks
 from speed_async.learner.policy import Policy
-from speed_async.learner.ranks import Ranks
 
 
 def shard(
