@@ -17,7 +17,7 @@ from speed_async.buffer.batches import Grants
 from speed_async.buffer.components import Components
 from speed_async.buffer.durability.journal import Place
 from speed_async.buffer.handlers.actors import ActorHandler
-from speed_async.buffer.handlers.effects import Effects, Loss, Results, restart_warning
+from speed_async.buffer.handlers.effects import Effects, Loss, Results
 from speed_async.buffer.handlers.ending import ROLE, Ending
 from speed_async.buffer.handlers.evaluations import EvaluationHandler
 from speed_async.buffer.handlers.learner import LearnerHandler
@@ -75,7 +75,6 @@ class BufferService:
         self._learner = LearnerHandler(parts)
         self._actors = ActorHandler(parts)
         self._handlers: dict[type[m.Message], Callable[..., Effects | None]] = {
-            m.ActorExited: self._on_actor_exited,
             m.LeaseFailed: self._on_lease_failed,
             m.WeightsPublished: self._on_published,
             m.StopAsked: self._on_stop_asked,
@@ -247,13 +246,6 @@ class BufferService:
         self._actors.lose(loss)
         results.lost_peers.append(loss.state.name)
         self._send_learner(self.components.weight_group.lose(loss.state.name), results)
-
-    def _on_actor_exited(self, peer: str, message: m.ActorExited, now_s: float) -> Effects:
-        state = self.membership.actors.get(f"{message.role}.{message.incarnation}")
-        if state is None or state not in self.membership.present():
-            return Effects()
-        warning = restart_warning(state, message.how)
-        return Effects(lost=[Loss(state=state, reason=message.how, warning=warning)])
 
     # --- evaluations, checkpoints and weights --------------------------------------------------
 

@@ -1,7 +1,8 @@
-"""One optimiser update: gradient over micro-batches, clipping, step."""
+"""One optimiser update, gradient over micro-batches, clipping, step, and the result of several."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,6 +16,26 @@ from speed_async.learner.parallel.sharding import whole
 from speed_async.learner.policy import Policy
 
 Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateResult:
+    """Result of the update of one batch. Metrics are finite; unavailable values are absent."""
+
+    optimizer_updates: int
+    num_skipped: int
+    """Optimiser updates skipped because a value was not finite."""
+    skip_reason: str
+    """Empty when none was skipped."""
+    tokens: int
+    completions: int
+    metrics: Metrics
+    train_s: float
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the batch changed nothing."""
+        return self.optimizer_updates == 0
 
 
 def update_parameters(

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from speed_async.algorithms.objective import (
 )
 from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
-from speed_async.errors import ModelError
+from speed_async.learner.batch_checks import check_token_ids, inputs_finite
 from speed_async.learner.canary_probe import CanaryProbe
 from speed_async.learner.checkpoint.best import BestCheckpoints
 from speed_async.learner.checkpoint.dtypes import read_dtypes
@@ -40,35 +40,21 @@ from speed_async.learner.micro_batches import MicroBatches
 from speed_async.learner.minibatches import split_groups
 from speed_async.learner.model import context_length, embedding_table
 from speed_async.learner.optimizer import learning_rate, make_optimizer, set_lr
-from speed_async.learner.optimizer_update import Metrics, combine, non_finite, update_parameters
+from speed_async.learner.optimizer_update import (
+    Metrics,
+    UpdateResult,
+    combine,
+    non_finite,
+    update_parameters,
+)
 from speed_async.learner.parallel.ranks import ONE_RANK, Ranks
-from speed_async.learner.parallel.sharding import shard, whole
+from speed_async.learner.parallel.sharding import shard, whole, whole_state
 from speed_async.learner.policy import Policy
 from speed_async.learner.progress import Progress
 from speed_async.learner.reference import Reference, load_reference
 from speed_async.learner.rows import TrainingRow, reweighted, training_row
 from speed_async.types import Group
 from speed_async.weight_sync.canary_check import Canary
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UpdateResult:
-    """Result of one update. Metrics are finite; unavailable values are absent."""
-
-    optimizer_updates: int
-    num_skipped: int
-    """Optimiser updates skipped because a value was not finite."""
-    skip_reason: str
-    """Empty when none was skipped."""
-    tokens: int
-    completions: int
-    metrics: Metrics
-    train_s: float
-
-    @property
-    def skipped(self) -> bool:
-        """Whether the batch changed nothing."""
-        return self.optimizer_updates == 0
 
 
 class Trainer:
@@ -158,11 +144,11 @@ class Trainer:
         started_s = self._clock()
         if not groups:
             raise ValueError("an update needs at least one group")
-        self._check_token_ids(groups)
+        check_token_ids(groups, num_token_ids=embedding_table(self.model).shape[0])
         lr = learning_rate(self._config, self.num_updates, total_updates=self._total_updates)
         metrics = batch_metrics(groups) | {"lr": lr}
         num_planned = num_skipped = self._config.optimizer_updates_per_batch
-        reason = "" if _inputs_finite(groups) else "a reward or behaviour log-probability"
+        reason = "" if inputs_finite(groups) else "a reward or behaviour log-probability"
         if not reason:
             set_lr(self._optimizer, lr)
             signals = compute_signals(self._objective, groups, self._kl_of_reward(groups))
@@ -224,7 +210,7 @@ class Trainer:
         save_checkpoint(
             checkpoint_folder(self._checkpoints, progress.policy_version),
             model=self.model,
-            state=self._whole_state(),
+            state=self._state(),
             model_files=self._model_files,
             dtypes=self._dtypes,
             progress=progress,
@@ -256,21 +242,10 @@ class Trainer:
         self.num_skipped = progress.num_skipped
         return progress
 
-    def _whole_state(self) -> Mapping[str, Tensor]:
-        """The tensors of the model by name. Sharded ones are gathered one at a time, and are then
-        on the CPU in the dtypes of the checkpoint; tied ones are the same tensor."""
-        state = self.model.state_dict(keep_vars=True)
-        if self._ranks.size == 1:
-            return {name: tensor.detach() for name, tensor in state.items()}
-        names = {id(parameter): name for name, parameter in self._parameters.items()}
-        stored = {
-            name: self.whole([name])[name].to(self._dtypes.of(name)).cpu()
-            for name in names.values()
-        }
-        return {
-            name: stored[names[id(tensor)]] if id(tensor) in names else tensor.detach().cpu()
-            for name, tensor in state.items()
-        }
+    def _state(self) -> Mapping[str, Tensor]:
+        if self._ranks.size > 1:
+            return whole_state(self.model, self.whole, self._dtypes.of)
+        return {name: t.detach() for name, t in self.model.state_dict(keep_vars=True).items()}
 
     def _train(self, groups: Sequence[Group], signals: Sequence[GroupSignal]) -> list[Metrics]:
         """All optimiser updates of the batch. Returns the metrics of each."""
@@ -315,20 +290,3 @@ class Trainer:
             grad_clip=self._config.grad_clip,
             ranks=self._ranks,
         )
-
-    def _check_token_ids(self, groups: Sequence[Group]) -> None:
-        arrays = [group.prompt_token_ids for group in groups]
-        arrays += [c.sampled.token_ids for group in groups for c in group.completions]
-        token_ids = np.concatenate(arrays)
-        num_token_ids = embedding_table(self.model).shape[0]
-        if token_ids.min() < 0 or token_ids.max() >= num_token_ids:
-            raise ModelError(
-                f"a group has token ids {token_ids.min()}..{token_ids.max()}, the model has "
-                f"{num_token_ids}: actors and learner must use the same model folder"
-            )
-
-
-def _inputs_finite(groups: Sequence[Group]) -> bool:
-    completions = [c for group in groups for c in group.completions]
-    logprobs = np.concatenate([c.sampled.logprobs for c in completions])
-    return bool(np.isfinite(logprobs).all()) and all(math.isfinite(c.reward) for c in completions)

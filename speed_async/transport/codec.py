@@ -4,32 +4,24 @@ Header: `number` and `received`, 8 bytes each, then msgpack of [MAGIC, PROTOCOL_
 {field: plain value}, [length of each array]]. Everything except the two numbers is the same on
 every connection and in the journal, so the frames of a received message are reused.
 
-The dataclass annotations are the schema. Both ends validate every field, so the sender rejects a
-wrong value. Nothing is unpickled. Arrays are little-endian, one-dimensional and have items of 4
-bytes.
+The dataclass annotations are the schema (schemas.py). Both ends validate every field, so the sender
+rejects a wrong value. Nothing is unpickled. Arrays are little-endian, one-dimensional and have
+items of 4 bytes.
 """
 
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, is_dataclass
-from dataclasses import fields as fields_of
+from collections.abc import Sequence
 from reprlib import Repr
-from typing import NoReturn, get_type_hints
+from typing import NoReturn
 
 import msgpack
 import numpy as np
 
 from speed_async.errors import ProtocolError
-from speed_async.transport import fields, following, joining, messages, session
+from speed_async.transport import fields
 from speed_async.transport.fields import Plain
-from speed_async.transport.messages import (
-    MAX_PROSE_CHARS,
-    PROTOCOL_VERSION,
-    Frame,
-    Message,
-    Prose,
-)
-from speed_async.types import Float32Array, Int32Array
+from speed_async.transport.messages import MAX_PROSE_CHARS, PROTOCOL_VERSION, Frame, Message
+from speed_async.transport.schemas import SCHEMAS, Schema
 
 MAGIC = "speed_async"
 MAX_HEADER_BYTES = 1024 * 1024
@@ -48,70 +40,6 @@ _bounded_repr.maxlevel, _bounded_repr.maxstring, _bounded_repr.maxother = (
 _INT32, _FLOAT32 = np.dtype("<i4"), np.dtype("<f4")
 NUMBERS = struct.Struct("<qq")
 """`number` and `received` of a message, at the start of its header."""
-_SESSION_FIELDS = frozenset(field.name for field in fields_of(Message))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Schema:
-    """The fields of one record type, grouped by encoding. Computed once."""
-
-    record: type
-    plain: tuple[tuple[str, str, fields.Check], ...]  # (field, annotation, check)
-    nested: "tuple[tuple[str, _Schema], ...]"
-    arrays: tuple[tuple[str, bool], ...]  # (field, whether its items are floats)
-    prose: tuple[str, ...]
-    """Those of the plain fields that are bounded when they are encoded."""
-
-    @property
-    def name(self) -> str:
-        return self.record.__name__
-
-
-def _schema_of(record: type) -> _Schema:
-    plain: list[tuple[str, str, fields.Check]] = []
-    nested: list[tuple[str, _Schema]] = []
-    arrays: list[tuple[str, bool]] = []
-    prose: list[str] = []
-    hints: dict[str, object] = get_type_hints(record, include_extras=True)
-    for name, hint in hints.items():
-        if issubclass(record, Message) and name in _SESSION_FIELDS:
-            continue
-        if hint == Prose:
-            prose.append(name)
-            hint = str
-        shown = hint.__name__ if isinstance(hint, type) else str(hint)
-        if hint in (Int32Array, Float32Array):
-            arrays.append((name, hint == Float32Array))
-        elif isinstance(hint, type) and is_dataclass(hint):
-            nested.append((name, _schema_of(hint)))
-        else:
-            plain.append((name, shown, fields.CHECKS[hint]))
-    return _Schema(
-        record=record,
-        plain=tuple(plain),
-        nested=tuple(nested),
-        arrays=tuple(arrays),
-        prose=tuple(prose),
-    )
-
-
-def _message_types(base: type[Message]) -> Iterator[type[Message]]:
-    """Yield the leaves of the class tree that are defined in MESSAGE_MODULES.
-
-    `Message`, `Counted` and subclasses defined elsewhere (internal to a process) are never sent.
-    """
-    children = base.__subclasses__()
-    # `slots=True` creates each class twice; the first one exists until it is garbage collected.
-    if not children and any(vars(module).get(base.__name__) is base for module in MESSAGE_MODULES):
-        yield base
-    for child in children:
-        yield from _message_types(child)
-
-
-MESSAGE_MODULES = (messages, joining, following, session)
-"""Modules that define the messages of the protocol."""
-
-_SCHEMAS = {record.__name__: _schema_of(record) for record in _message_types(Message)}
 
 
 def encode(message: Message) -> list[Frame]:
@@ -126,7 +54,7 @@ def encode(message: Message) -> list[Frame]:
 def _encode_fields(message: Message) -> list[Frame]:
     """Encode a message without its numbers."""
     name = type(message).__name__
-    schema = _SCHEMAS.get(name)
+    schema = SCHEMAS.get(name)
     if schema is None or type(message) is not schema.record:
         raise ProtocolError(f"{name} is not a message type of this protocol")
     arrays = [
@@ -164,7 +92,7 @@ def decode(frames: Sequence[Frame]) -> Message:
     if len(header) != 5:
         raise ProtocolError(f"the header has {len(header)} elements, expected 5")
     _, _, name, values, lengths = header
-    schema = _SCHEMAS.get(name) if isinstance(name, str) else None
+    schema = SCHEMAS.get(name) if isinstance(name, str) else None
     if schema is None:
         raise ProtocolError(f"unknown message type {_shown(name)}")
     _check_total_size(schema.name, sum(map(len, frames)))
@@ -221,7 +149,7 @@ def unpack_header(frame: Frame) -> list[Plain]:
     return header
 
 
-def _to_plain(schema: _Schema, record: object) -> dict[str, object]:
+def _to_plain(schema: Schema, record: object) -> dict[str, object]:
     values: dict[str, object] = {}
     for field, annotation, check in schema.plain:
         value = values[field] = getattr(record, field)
@@ -237,7 +165,7 @@ def _to_plain(schema: _Schema, record: object) -> dict[str, object]:
     return values
 
 
-def _from_plain(schema: _Schema, where: str, values: Plain) -> dict[str, object]:
+def _from_plain(schema: Schema, where: str, values: Plain) -> dict[str, object]:
     """Build constructor arguments from an untrusted map with exactly the fields of `schema`."""
     if not isinstance(values, dict):
         raise ProtocolError(f"{where} must be a map of fields, not {_shown(values)}")
@@ -258,7 +186,7 @@ def _from_plain(schema: _Schema, where: str, values: Plain) -> dict[str, object]
     return arguments
 
 
-def _arrays_from(schema: _Schema, lengths: Plain, frames: Sequence[Frame]) -> dict[str, np.ndarray]:
+def _arrays_from(schema: Schema, lengths: Plain, frames: Sequence[Frame]) -> dict[str, np.ndarray]:
     """The arrays of a message by field. One frame holds them all."""
     num_arrays = len(schema.arrays)
     if not isinstance(lengths, list) or len(lengths) != num_arrays:

@@ -20,8 +20,9 @@ from speed_async.errors import TaskError
 from speed_async.learner.checkpoint.best import BestCheckpoints
 from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import LearnerLoop
+from speed_async.learner.optimizer_update import UpdateResult
 from speed_async.learner.progress import Progress, RunResult
-from speed_async.learner.trainer import Trainer, UpdateResult
+from speed_async.learner.trainer import Trainer
 from speed_async.observability.metrics import Event
 from speed_async.testing.inprocess_transport import InProcessHub
 from speed_async.testing.memory_channel import MemoryReceiver, MemorySender, MemoryStore

@@ -17,7 +17,7 @@ from tests.faults.results import Result, Round
 from tests.faults.run_checker import check_finished, check_running
 from tests.faults.settings import Plan
 from tests.faults.started_run import StartedRun, start_run
-from tests.faults.targets import resident_bytes
+from tests.faults.targets import private_bytes
 from tests.faults.traces import read_traces
 
 START_DEADLINE_S = 240.0
@@ -62,7 +62,7 @@ class Drill:
                 recovered_s=recovered_s,
                 from_version=from_version,
                 to_version=watcher.newest_version,
-                service_bytes=resident_bytes(service) if service else 0,
+                service_bytes=private_bytes(service) if service else 0,
             )
             for kind, what in injected
         ]

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from tests.faults.run_checker import Verdict
 
-GROWTH = 1.15
+GROWTH = 1.25
 """Limit of the service's memory at the end of a short drill over that after its first faults. It
-includes buffers, records of actor incarnations and allocator overhead. The long drill has a lower
-limit."""
+includes buffers, records of actor incarnations and allocator overhead: the service starts with 49
+or with 58 MB after a fault. The long drill has a lower limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,7 @@ class Round:
     from_version: int
     to_version: int
     service_bytes: int
-    """Resident memory of the service afterwards."""
+    """Private memory of the service afterwards."""
 
 
 @dataclass(kw_only=True)

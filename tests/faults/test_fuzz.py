@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from speed_async.errors import DeadlineExceeded, ProtocolError
-from speed_async.transport.codec import _SCHEMAS, MAGIC, NUMBERS, decode, encode
+from speed_async.transport.codec import MAGIC, NUMBERS, decode, encode
 from speed_async.transport.messages import PROTOCOL_VERSION, Goodbye, WantWork
 from speed_async.transport.peer_names import new_identity
+from speed_async.transport.schemas import SCHEMAS
 from speed_async.transport.zeromq import open_hub, open_link
 from speed_async.types import ActorCounts
 from tests.faults.fuzz import fuzz
@@ -48,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_corpus_contains_every_message_of_the_protocol():
-    assert {type(message).__name__ for message in corpus()} == set(_SCHEMAS)
+    assert {type(message).__name__ for message in corpus()} == set(SCHEMAS)
     for message in corpus():
         assert type(decode(encode(message))) is type(message)
 

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speed_async.actors.torch_engine.slot_cache import SlotCache, SlotSpan
+from speed_async.actors.torch_engine.slot_blocks import SlotSpan
+from speed_async.actors.torch_engine.slot_cache import SlotCache
 from speed_async.actors.torch_engine.span_attention import attend
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")

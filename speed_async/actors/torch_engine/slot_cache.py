@@ -1,11 +1,8 @@
 """The KV cache of all slots, with a layout that a decode step reads contiguously.
 
-Rows are stored in blocks. All rows of a block have the same number of positions, its capacity, and
-are contiguous; a decode step attends over whole blocks with a mask. Contiguous reads are essential
-for speed: on a CPU, skipping the last few positions of every row triples the time per byte. Rows
-that enter together share blocks, so they have similar lengths, and the capacity of a block follows
-its longest row in small steps. Rows are numbered in the order of their blocks. Each block is in
-one of the regions of the stores, which have space for `block` rows of the reserved length.
+Rows are stored in blocks (slot_blocks.py); a decode step attends over whole blocks with a mask.
+Rows that enter together share blocks, so they have similar lengths, and the capacity of a block
+follows its longest row in small steps. Rows are numbered in the order of their blocks.
 
 Shape legend: N rows in use, U rows added or prefilled, P prefilled positions, K rows kept, H
 key/value heads, D head dimension, V vectors: one for each position and head in all regions.
@@ -13,7 +10,6 @@ key/value heads, D head dimension, V vectors: one for each position and head in 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,51 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from speed_async.actors.torch_engine.slot_blocks import Block, SlotSpan, Writes, grown, new_store
 from speed_async.actors.torch_engine.slots import Int64Array
 
 MAX_PADDING = 64
 """Blocks are joined if that adds at most this many positions to those that a step reads. On a CPU,
 a call of the attention operator costs about as much."""
-
-
-@dataclass(kw_only=True, slots=True)
-class _Block:
-    region: int
-    num_rows: int
-    capacity: int
-
-    def padding_with(self, num_rows: int, capacity: int) -> int:
-        """Positions added to those of all rows if these rows were in this block."""
-        if capacity > self.capacity:
-            return self.num_rows * (capacity - self.capacity)
-        return num_rows * (self.capacity - capacity)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SlotSpan:
-    """Rows of one attention call: the rows of one block."""
-
-    first_row: int
-    end_row: int
-    capacity: int
-    offset: int
-    """Start of the region, in vectors of one head."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Writes:
-    """Scatter indices for the states of one forward pass, shared by all layers."""
-
-    destinations: Tensor
-    """(vectors written,) indices into a store."""
-    sources: Tensor | None
-    """(vectors written,) indices into the states (row, head, position); None: all states."""
-
-    def copy(self, states: Tensor, store_VD: Tensor) -> None:
-        vectors = states.reshape(-1, store_VD.shape[1])
-        if self.sources is not None:
-            vectors = vectors.index_select(0, self.sources)
-        store_VD.index_copy_(0, self.destinations, vectors)
 
 
 class SlotCache(Cache):
@@ -83,7 +40,7 @@ class SlotCache(Cache):
         # One more than `_free_region` needs: it then rarely has to move rows.
         self._num_regions = 1 if block >= num_slots else -(-num_slots // block) + 2
         self._free = list(range(self._num_regions))
-        self._blocks: list[_Block] = []
+        self._blocks: list[Block] = []
         self._granularity = granularity
         self._max_positions = granularity
         self._pairs: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> two of (V, D)
@@ -92,7 +49,7 @@ class SlotCache(Cache):
         self._positions: Int64Array = np.zeros((0, 0), np.int64)
         self._lengths: Int64Array | None = None
         """Lengths of the rows in a prefill; None in a decode step."""
-        self._writes: dict[int, _Writes] = {}  # by number of heads
+        self._writes: dict[int, Writes] = {}  # by number of heads
 
     def reserve(self, length: int) -> None:
         """Reserve space for sequences of `length` positions; preserves the stored states."""
@@ -101,7 +58,13 @@ class SlotCache(Cache):
             return
         for layer, pair in self._pairs.items():
             keys, values = (
-                self._resized(store, self._num_heads[layer], max_positions) for store in pair
+                grown(
+                    store.view(self._num_regions, -1, store.shape[1]),
+                    self._blocks,
+                    num_heads=self._num_heads[layer],
+                    num_vectors=self.block * self._num_heads[layer] * max_positions,
+                )
+                for store in pair
             )
             self._pairs[layer] = (keys, values)
         self._max_positions = max_positions
@@ -110,7 +73,7 @@ class SlotCache(Cache):
         """Add rows for sequences of these lengths (U,) after the last row."""
         while len(length):
             capacity = self._round_up(int(length[: self.block].max()))
-            last = self._blocks[-1] if self._blocks else _Block(region=0, num_rows=0, capacity=0)
+            last = self._blocks[-1] if self._blocks else Block(region=0, num_rows=0, capacity=0)
             count = min(self.block - last.num_rows, len(length)) if last.num_rows else 0
             if not self._free and not count:
                 self._free_region()
@@ -121,7 +84,7 @@ class SlotCache(Cache):
             else:
                 count = min(self.block, len(length))
                 region = self._free.pop()
-                self._blocks.append(_Block(region=region, num_rows=count, capacity=capacity))
+                self._blocks.append(Block(region=region, num_rows=count, capacity=capacity))
             length = length[count:]
 
     def fit(self, length: Int64Array) -> None:
@@ -210,11 +173,15 @@ class SlotCache(Cache):
         In a prefill these are the input states. In a decode step they are the rows' block
         (N, H, capacity, D), or, with several blocks, the whole store as (1, H, V / H, D).
         """
-        if layer_idx not in self._pairs:
-            self._num_heads[layer_idx] = key_states.shape[1]
-            self._pairs[layer_idx] = (self._new_store(key_states), self._new_store(value_states))
-        keys, values = self._pairs[layer_idx]
         num_heads = key_states.shape[1]
+        if layer_idx not in self._pairs:
+            self._num_heads[layer_idx] = num_heads
+            vectors = self._num_regions * self.block * num_heads * self._max_positions
+            self._pairs[layer_idx] = (
+                new_store(key_states, vectors),
+                new_store(value_states, vectors),
+            )
+        keys, values = self._pairs[layer_idx]
         writes = self._writes.get(num_heads)
         if writes is None:
             writes = self._writes[num_heads] = self._plan_writes(num_heads, keys)
@@ -232,22 +199,22 @@ class SlotCache(Cache):
         self._rows, self._positions, self._lengths = rows, positions, None
         self._writes.clear()
 
-    def _plan_writes(self, num_heads: int, store_VD: Tensor) -> "_Writes":
+    def _plan_writes(self, num_heads: int, store_VD: Tensor) -> Writes:
         destinations = self._index(self._rows, self._positions, num_heads, store_VD)
         if self._lengths is None or (self._lengths == self._lengths[0]).all():
-            return _Writes(destinations=destinations, sources=None)
+            return Writes(destinations=destinations, sources=None)
         in_row = (self._positions < self._lengths[:, None])[:, None, :]
         shape = (len(self._rows), num_heads, self._positions.shape[1])
         sources = np.flatnonzero(np.broadcast_to(in_row, shape))
         sources = torch.from_numpy(sources).to(store_VD.device)
-        return _Writes(destinations=destinations[sources], sources=sources)
+        return Writes(destinations=destinations[sources], sources=sources)
 
     def _attended(self, store_VD: Tensor, num_heads: int) -> Tensor:
         if self._num_regions > 1:
             return store_VD.view(1, num_heads, -1, store_VD.shape[1])
         return self._view(store_VD, num_heads, self._blocks[0])
 
-    def _view(self, store_VD: Tensor, num_heads: int, block: _Block) -> Tensor:
+    def _view(self, store_VD: Tensor, num_heads: int, block: Block) -> Tensor:
         """The states (rows, H, capacity, D) of a block."""
         start = block.region * self.block * num_heads * self._max_positions
         shape = (block.num_rows, num_heads, block.capacity, store_VD.shape[1])
@@ -306,12 +273,12 @@ class SlotCache(Cache):
             self._free.append(after.region)
             del self._blocks[index + 1]
 
-    def _resize(self, block: _Block, capacity: int) -> None:
+    def _resize(self, block: Block, capacity: int) -> None:
         if capacity == block.capacity:
             return
         # A region that is not free is read completely before it is written.
         region = self._free.pop() if self._free else block.region
-        resized = _Block(region=region, num_rows=block.num_rows, capacity=capacity)
+        resized = Block(region=region, num_rows=block.num_rows, capacity=capacity)
         # Positions that are not written yet only need finite values: they are masked.
         copied = min(capacity, block.capacity)
         for store, num_heads in self._stores():
@@ -331,18 +298,3 @@ class SlotCache(Cache):
 
     def _round_up(self, length: int) -> int:
         return -(-length // self._granularity) * self._granularity
-
-    def _new_store(self, states: Tensor) -> Tensor:
-        num_vectors = self._num_regions * self.block * states.shape[1] * self._max_positions
-        # Zeros, because masked positions are still multiplied: 0 * NaN is NaN.
-        return torch.zeros(num_vectors, states.shape[3], dtype=states.dtype, device=states.device)
-
-    def _resized(self, store_VD: Tensor, num_heads: int, max_positions: int) -> Tensor:
-        dim = store_VD.shape[1]
-        regions = store_VD.view(self._num_regions, -1, dim)
-        num_vectors = self.block * num_heads * max_positions
-        grown = store_VD.new_zeros(self._num_regions, num_vectors, dim)
-        for block in self._blocks:  # the memory of unused regions is not touched
-            used = block.num_rows * num_heads * block.capacity
-            grown[block.region, :used] = regions[block.region, :used]
-        return grown.view(-1, dim)

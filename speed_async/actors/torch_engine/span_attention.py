@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from speed_async.actors.torch_engine.slot_cache import SlotSpan
+from speed_async.actors.torch_engine.slot_blocks import SlotSpan
 from speed_async.errors import ModelError
 
 SPANS_KEYWORD = "slot_spans"

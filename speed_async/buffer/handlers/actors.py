@@ -33,6 +33,7 @@ class ActorHandler:
             m.ActorReport: self._on_report,
             Leaving: self._on_leaving,
             m.Goodbye: self._on_goodbye,
+            m.ActorExited: self._on_exited,
         }
         """Handlers by message class; each receives the peer, the message and the time."""
 
@@ -127,3 +128,11 @@ class ActorHandler:
     def _on_goodbye(self, peer: str, goodbye: m.Goodbye, now_s: float) -> None:
         self._membership.leave(self._membership.actors[peer])
         self._lifecycle.holder_left(peer)
+
+    def _on_exited(self, peer: str, message: m.ActorExited, now_s: float) -> Effects:
+        """The supervisor of an actor reports its death, before its silence does."""
+        state = self._membership.actors.get(f"{message.role}.{message.incarnation}")
+        if state is None or state not in self._membership.present():
+            return Effects()
+        warning = restart_warning(state, message.how)
+        return Effects(lost=[Loss(state=state, reason=message.how, warning=warning)])

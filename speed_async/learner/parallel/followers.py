@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded, RoleError
+from speed_async.learner.optimizer_update import UpdateResult
 from speed_async.learner.parallel.ranks import Ranks
 from speed_async.learner.progress import Progress
-from speed_async.learner.trainer import Trainer, UpdateResult
+from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
 from speed_async.transport.following import (
     Alive,

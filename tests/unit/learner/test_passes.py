@@ -153,7 +153,7 @@ def test_updates_match_a_direct_implementation(
     triples = zip(start, parameters(reference.model), parameters(trainer.model), strict=True)
     for before, theirs, ours in triples:
         assert (theirs - before).abs().max() > LR / 2
-        torch.testing.assert_close(ours, theirs, atol=LR * 0.01, rtol=0)
+        torch.testing.assert_close(ours, theirs, atol=LR * 0.03, rtol=0)
 
 
 def test_a_policy_version_has_the_same_tokens_whatever_the_number_of_optimiser_updates(
