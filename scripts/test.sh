@@ -14,12 +14,18 @@ step() { echo "--- $*"; }
 step "ruff"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-step "basedpyright"
-"$python" -m basedpyright --level error
 step "import-linter"
 "$(dirname "$python")/lint-imports" --no-logo
-step "pytest"
+step "pytest, and meanwhile basedpyright"
+types="$(mktemp)"
+trap 'rm -f "$types"' EXIT
+"$python" -m basedpyright --level error > "$types" 2>&1 &
 # Most of the time goes to real runs, which also wait: two workers more than cores keep these busy.
 # Tests that read the same run are a group, so that it is started once.
 workers=$(($(nproc) < 6 ? $(nproc) + 2 : 8))
-"$python" -m pytest -n "$workers" --dist loadgroup "$@"
+status=0
+"$python" -m pytest -n "$workers" --dist loadgroup "$@" || status=$?
+wait $! || status=$?
+step "basedpyright"
+cat "$types"
+exit "$status"

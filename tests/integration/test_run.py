@@ -52,13 +52,13 @@ def test_run_with_only_truncated_completions_names_the_limit_in_its_last_line(
 ) -> None:
     few = ("--actors.slots", "2")  # leaves CPU time to other tests until the deadline
     run = start_train(
-        tmp_path, *few, "--actors.max_new_tokens", "1", "--cluster.stall_timeout_s", "20"
+        tmp_path, *few, "--actors.max_new_tokens", "1", "--cluster.stall_timeout_s", "10"
     )
     status, out, err = run.finish()
     assert status == 1
     assert out.endswith(f"  resume      speed-async train --resume {run.folder}\n")
     last = err.strip().splitlines()[-1]
-    assert re.match(r"error: buffer service: no batch could be filled within 2\d s", last)
+    assert re.match(r"error: buffer service: no batch could be filled within 1\d s", last)
     assert "completions are truncated: 512 of the last 512 reached a length limit" in last
     assert "raise actors.max_new_tokens (now 1)" in last
 

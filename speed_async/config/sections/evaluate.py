@@ -37,9 +37,9 @@ class EvaluateConfig(Section):
     """Updates between held-out evaluations; 0 runs only the first and the last."""
     num_samples: PositiveInt = 1
     """Completions per held-out prompt, at the temperature of the actors."""
-    max_share: Annotated[float, Field(gt=0, le=1)] = 0.04
+    max_share: Annotated[float, Field(gt=0, le=1)] = 0.025
     """Tokens of evaluations relative to those generated for training so far. Beyond it, evaluations
-    wait, so it bounds how much they delay training. The first evaluation of each suite and the last
+    wait, which bounds how much they delay training. The first evaluation of each suite and the last
     ones are not counted, nor any without `run.overlap`, where updates wait for evaluations."""
     suites: list[SuiteConfig] = Field(default_factory=list)
     """Suites evaluated in training besides the held-out prompts."""
