@@ -9,6 +9,7 @@ Usage: python -m benchmarks.evaluation_delay [--pairs 3] [--every 2]
 """
 
 import argparse
+
 from benchmarks.harness import QUICKSTART, report, train
 
 FIRST, UPDATES = 10, 160
@@ -24,7 +25,7 @@ def run_once(every: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--every", type=int, default=2)
     options = parser.parse_args()
