@@ -7,6 +7,7 @@ import click
 from speed_async import __version__
 from speed_async.commands.data import data
 from speed_async.commands.evaluation import compare_command, evaluate_command
+from speed_async.commands.export import export_command
 from speed_async.commands.runs import actor, console, keys
 from speed_async.commands.training import check, show_config, train
 from speed_async.errors import SpeedAsyncError
@@ -24,6 +25,7 @@ COMMANDS = (
     train,
     evaluate_command,
     compare_command,
+    export_command,
     data,
     check,
     show_config,

@@ -85,7 +85,7 @@ def save_checkpoint(
     """
     partial = _make_partial_folder(folder)
     try:
-        _write_model(partial, model, state, model_files, dtypes)
+        write_model(partial, model, state, model_files, dtypes)
         training = partial / TRAINING_FOLDER
         training.mkdir()
         save_training(training)
@@ -144,7 +144,7 @@ def check_can_save(
     try:
         partial = _make_partial_folder(folder)
         try:
-            _write_model(partial, model, {}, model_files, dtypes)
+            write_model(partial, model, {}, model_files, dtypes)
             free = shutil.disk_usage(partial).free
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -208,7 +208,7 @@ def _make_partial_folder(folder: Path) -> Path:
     return partial
 
 
-def _write_model(
+def write_model(
     partial: Path,
     model: PreTrainedModel,
     tensors: Mapping[str, Tensor],

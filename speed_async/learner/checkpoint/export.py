@@ -1,0 +1,96 @@
+"""Export of a checkpoint: a Hugging Face model folder without the training state."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from speed_async.errors import ModelError, SpeedAsyncError
+from speed_async.learner.checkpoint.best import LINK_PREFIX
+from speed_async.learner.checkpoint.checksums import CHECKSUM_FILE, damage
+from speed_async.learner.checkpoint.dtypes import WeightDtypes
+from speed_async.learner.checkpoint.files import MASTER, write_model
+from speed_async.learner.checkpoint.model_files import (
+    CONFIG_FILE,
+    LEGACY_OPTIMIZER_FILE,
+    LEGACY_TRAINING_FILES,
+    read_model_files,
+)
+from speed_async.learner.checkpoint.shards import SavedRows, load_weights, saved_paths
+from speed_async.learner.checkpoint.store import (
+    TRAINING_FOLDER,
+    checkpoint_folder,
+    kept_versions,
+)
+from speed_async.learner.model import load_model
+
+TRAINING_STATE = (
+    TRAINING_FOLDER,
+    CHECKSUM_FILE,
+    LEGACY_OPTIMIZER_FILE,
+    *LEGACY_TRAINING_FILES,
+)
+"""Names in a checkpoint that are not of its model."""
+
+
+def find_checkpoint(source: Path, name: str | None) -> Path:
+    """The checkpoint `source`; or of the run folder `source`, that of this version or of the best
+    evaluation of this suite, by default the newest one.
+
+    Raises SpeedAsyncError with the checkpoints that exist.
+    """
+    root = source / "checkpoints"
+    if not root.is_dir():
+        if name is not None:
+            raise SpeedAsyncError(f"'{source}' is not a run folder: --checkpoint needs one")
+        return source
+    versions = kept_versions(root)
+    if name is None and versions:
+        return checkpoint_folder(root, versions[-1])
+    wanted = checkpoint_folder(root, int(name)) if (name or "").isdigit() else root / f"{name}"
+    if name is not None and wanted.is_dir():
+        return wanted.resolve()
+    best = sorted(path.name for path in root.glob(f"{LINK_PREFIX}*"))
+    existing = ", ".join([*map(str, versions), *best]) or "none yet"
+    raise SpeedAsyncError(f"'{root}' has no checkpoint '{name}'; there are: {existing}")
+
+
+def export(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> None:
+    """Writes the model of `checkpoint` to `out`, which must not exist, under a temporary name
+    first. With `dtype` None the files are copied; otherwise all weights are converted, from the
+    float32 values that training had.
+
+    Raises ModelError for a damaged checkpoint, SpeedAsyncError if `out` exists, and OSError.
+    """
+    if what := damage(checkpoint):
+        raise ModelError(f"checkpoint '{checkpoint}' cannot be exported: {what}")
+    if out.exists():
+        raise SpeedAsyncError(f"'{out}' exists already: choose another --out, or remove it")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if dtype is None:
+            omitted = shutil.ignore_patterns(*TRAINING_STATE)
+            shutil.copytree(checkpoint, partial, ignore=omitted)
+        else:
+            partial.mkdir(parents=True)
+            _write_converted(checkpoint, partial, dtype)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_converted(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
+    try:
+        model = load_model(checkpoint, device="cpu")  # float32
+        load_weights(model, SavedRows(saved_paths(checkpoint / TRAINING_FOLDER, MASTER)))
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"checkpoint '{checkpoint}' cannot be exported: {error}") from error
+    dtypes = WeightDtypes(by_name={}, default=dtype)
+    write_model(out, model, model.state_dict(), read_model_files(checkpoint), dtypes)
+    config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # the older name
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (out / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
