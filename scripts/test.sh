@@ -22,7 +22,8 @@ trap 'rm -f "$types"' EXIT
 "$python" -m basedpyright --level error > "$types" 2>&1 &
 # Most of the time goes to real runs, which also wait: two workers more than cores keep these busy.
 # Tests that read the same run are a group, so that it is started once.
-workers=$(($(nproc) < 6 ? $(nproc) + 2 : 8))
+cores="$(env -u OMP_NUM_THREADS nproc)" # otherwise nproc counts the threads
+workers=$((cores < 6 ? cores + 2 : 8))
 status=0
 "$python" -m pytest -n "$workers" --dist loadgroup "$@" || status=$?
 wait $! || status=$?
