@@ -70,6 +70,7 @@ class LearnerLoop:
             trainer=trainer,
             timeout_s=config.cluster.stall_timeout_s,
             saved_version=self._version if restored else None,
+            in_background=config.learner.background_checkpoints,
         )
         self._catch_up_version = 0
         """Policy version of the service. Updates up to it are replayed without publishing."""
@@ -219,12 +220,13 @@ class LearnerLoop:
         every = self._config.learner.checkpoint_every
         if every and self._version % every == 0 and self._version < self._config.run.updates:
             self._progress = await self._checkpointer.prepare(self._progress)
-            try:
-                self._progress = await self._checkpointer.save(self._progress)
-            except OSError as error:
-                text = f"checkpoint of version {self._version} could not be saved: {error}"
-                self._notices.add(f"{text}; training continues")
+            await self._checkpointer.save(self._progress)
+        self._report_failed_checkpoint()
         return sync_s
+
+    def _report_failed_checkpoint(self) -> None:
+        if failure := self._checkpointer.take_failure():
+            self._notices.add(f"{failure}; training continues")
 
     def _keep_best(self, message: m.EvaluationBegan | m.EvaluationEnded) -> None:
         try:
@@ -241,10 +243,11 @@ class LearnerLoop:
         reason = "completed" if completed else self._stop.reason
         if not evaluate and (reached := self._reached) is not None:
             reason = f"accuracy {reached.accuracy:.3f} reached at version {reached.policy_version}"
-        # During a replay, the run resumes from the older checkpoint and the journal.
-        is_due = self._version != self._checkpointer.saved_version and not self._is_catching_up
-        if self._config.run.updates == 0:  # evaluation only: the model is unchanged
-            is_due = False
+        await self._checkpointer.wait()
+        self._report_failed_checkpoint()
+        # A replay resumes from the older checkpoint and the journal. Evaluation changes nothing.
+        has_trained = not self._is_catching_up and self._config.run.updates > 0
+        is_due = has_trained and self._version != self._checkpointer.saved_version
         if is_due:
             self._progress = await self._checkpointer.prepare(self._progress)
         await self._link.send(
@@ -256,21 +259,18 @@ class LearnerLoop:
             )
         )
         summarising = asyncio.create_task(self._await_summary(evaluate=evaluate), name="summary")
-        save_error = ""
         if is_due:
-            try:
-                await self._checkpointer.save(
-                    self._progress, is_service_connected=lambda: not summarising.done()
-                )
-            except OSError as error:  # the results of the run must still be written
-                save_error = f"the last checkpoint could not be saved: {error}"
+            await self._checkpointer.save(
+                self._progress, is_service_connected=lambda: not summarising.done()
+            )
+            await self._checkpointer.wait()
         summary = await summarising
         return RunResult(
             reason=str(summary.fields.get("reason", reason)),
             outcome=str(summary.fields.get("outcome", "completed" if completed else "stopped")),
             progress=self._progress,
             accuracy_reached=self._reached.accuracy if self._reached else None,
-            save_error=save_error,
+            save_error=self._checkpointer.take_failure(),
             notices=tuple(self._notices.all),
             service_fields=summary.fields,
         )

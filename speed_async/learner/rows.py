@@ -16,6 +16,7 @@ from operator import itemgetter
 import numpy as np
 from numpy.typing import NDArray
 
+from speed_async.algorithms.objective import GroupSignal
 from speed_async.types import Float32Array, Group, Int32Array
 
 MAX_PACKED_TOKENS = 2048
@@ -67,6 +68,22 @@ class LayoutCost:
     def of(self, row_lengths: Sequence[int]) -> float:
         lengths = np.asarray(row_lengths, dtype=np.float64)
         return float(self.per_token * lengths.sum() + self.per_pair * (lengths**2).sum())
+
+
+def training_rows(
+    groups: Sequence[Group], signals: Sequence[GroupSignal], *, with_zero_advantage: bool
+) -> list[TrainingRow]:
+    """One row per group. Raises ValueError as `training_row`."""
+    return [
+        training_row(
+            group,
+            advantages_N=signal.advantages_N,
+            weights_N=signal.weights_N,
+            kept_N=signal.trained_N,
+            with_zero_advantage=with_zero_advantage,
+        )
+        for group, signal in zip(groups, signals, strict=True)
+    ]
 
 
 def training_row(

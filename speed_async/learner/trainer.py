@@ -26,15 +26,17 @@ from speed_async.config.schema import Config
 from speed_async.learner.batch_checks import check_token_ids, inputs_finite
 from speed_async.learner.canary_probe import CanaryProbe
 from speed_async.learner.checkpoint.best import BestCheckpoints
-from speed_async.learner.checkpoint.dtypes import read_dtypes
-from speed_async.learner.checkpoint.files import (
-    check_can_save,
-    load_checkpoint,
-    save_checkpoint,
-    save_training_rows,
-    save_training_state,
+from speed_async.learner.checkpoint.captured import (
+    Captured,
+    TrainingTensors,
+    capture_model,
+    capture_training,
+    write_training,
 )
+from speed_async.learner.checkpoint.dtypes import read_dtypes
+from speed_async.learner.checkpoint.files import check_can_save, load_checkpoint, save_checkpoint
 from speed_async.learner.checkpoint.model_files import read_model_files
+from speed_async.learner.checkpoint.random_states import random_states
 from speed_async.learner.checkpoint.store import checkpoint_folder, prune
 from speed_async.learner.micro_batches import MicroBatches
 from speed_async.learner.minibatches import split_groups
@@ -52,7 +54,7 @@ from speed_async.learner.parallel.sharding import shard, whole, whole_state
 from speed_async.learner.policy import Policy
 from speed_async.learner.progress import Progress
 from speed_async.learner.reference import Reference, load_reference
-from speed_async.learner.rows import TrainingRow, reweighted, training_row
+from speed_async.learner.rows import TrainingRow, reweighted, training_rows
 from speed_async.types import Group
 from speed_async.weight_sync.canary_check import Canary
 
@@ -61,8 +63,9 @@ class Trainer:
     """Owns the policy and the optimiser. On a CPU, updates are bitwise deterministic.
 
     With several learner ranks, each has a trainer with a part of every parameter. `update`,
-    `canary`, `whole`, `save_training` and `restore` are then collective: all ranks call them in the
-    same order, with equal arguments. Only rank 0 calls `save`, which consists of them.
+    `canary`, `whole` and `restore` are then collective: all ranks call them in the same order, with
+    equal arguments. Only rank 0 calls `capture`, `write` and `save`; the others call
+    `capture_training` and `write_training`.
     """
 
     def __init__(
@@ -200,9 +203,29 @@ class Trainer:
         check_can_save(folder, model=self.model, model_files=self._model_files, dtypes=self._dtypes)
 
     def save(self, progress: Progress) -> int:
-        """Writes a checkpoint of the current state, then removes all but the newest
-        `learner.keep_last` and those in `best.kept`. Returns the oldest version that can be
-        resumed.
+        """Writes a checkpoint of the current state, then prunes. Returns as `prune`.
+
+        Raises OSError; all older checkpoints are then unchanged.
+        """
+        self.write(progress, self.capture(copy=False))
+        return self.prune()
+
+    def capture(self, *, copy: bool = True) -> Captured:
+        """The current state, for `write`. With `copy`, updates may follow before it is written."""
+        if self._ranks.size > 1:
+            model = whole_state(self.model, self.whole, self._dtypes.of)
+        else:
+            model = capture_model(self.model, self._dtypes, copy=copy)
+        training = self.capture_training(copy=copy)
+        return Captured(model=model, training=training, random=random_states())
+
+    def capture_training(self, *, copy: bool = True) -> TrainingTensors:
+        """The part of `capture` that this rank writes."""
+        mesh = self._ranks.mesh
+        return capture_training(self.model, self._optimizer, self._dtypes, mesh, copy=copy)
+
+    def write(self, progress: Progress, captured: Captured) -> None:
+        """Writes a checkpoint, also in another thread than the updates.
 
         Raises OSError; all older checkpoints are then unchanged.
         """
@@ -210,24 +233,21 @@ class Trainer:
         save_checkpoint(
             checkpoint_folder(self._checkpoints, progress.policy_version),
             model=self.model,
-            state=self._state(),
+            captured=captured,
             model_files=self._model_files,
             dtypes=self._dtypes,
             progress=progress,
-            save_training=self.save_training,
+            save_training=lambda folder: self.write_training(folder, captured.training),
         )
-        return prune(self._checkpoints, self._config.keep_last, self.best.kept)
 
-    def save_training(self, folder: Path) -> None:
-        """Writes the training state of this rank. Raises OSError or SafetensorError."""
-        if self._ranks.mesh is None:
-            save_training_state(
-                folder, model=self.model, optimizer=self._optimizer, dtypes=self._dtypes
-            )
-        else:
-            save_training_rows(
-                folder, model=self.model, optimizer=self._optimizer, mesh=self._ranks.mesh
-            )
+    def write_training(self, folder: Path, captured: TrainingTensors) -> None:
+        """Writes the training state of this rank. Raises OSError."""
+        write_training(folder, captured, self._ranks.mesh)
+
+    def prune(self) -> int:
+        """Removes all checkpoints but the newest `learner.keep_last` and those in `best.kept`.
+        Returns the oldest version that can be resumed."""
+        return prune(self._checkpoints, self._config.keep_last, self.best.kept)
 
     def restore(self, folder: Path, *, is_whole: bool = False) -> Progress:
         """Restores the state written by `save`; `is_whole` as for `load_checkpoint`.
@@ -242,23 +262,11 @@ class Trainer:
         self.num_skipped = progress.num_skipped
         return progress
 
-    def _state(self) -> Mapping[str, Tensor]:
-        if self._ranks.size > 1:
-            return whole_state(self.model, self.whole, self._dtypes.of)
-        return {name: t.detach() for name, t in self.model.state_dict(keep_vars=True).items()}
-
     def _train(self, groups: Sequence[Group], signals: Sequence[GroupSignal]) -> list[Metrics]:
         """All optimiser updates of the batch. Returns the metrics of each."""
-        rows = [
-            training_row(
-                group,
-                advantages_N=signal.advantages_N,
-                weights_N=signal.weights_N,
-                kept_N=signal.trained_N,
-                with_zero_advantage=self._objective.regularization.has_loss,
-            )
-            for group, signal in zip(groups, signals, strict=True)
-        ]
+        rows = training_rows(
+            groups, signals, with_zero_advantage=self._objective.regularization.has_loss
+        )
         if self._reference is not None:
             rows = self._reference.score(rows)
         if self._objective.has_fixed_proximal and self._config.optimizer_updates_per_batch > 1:

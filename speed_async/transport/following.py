@@ -23,7 +23,7 @@ class Alive(Message):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShardSaved(Message):
+class ShardWritten(Message):
     rank: int
     error: Prose
     """Why the files could not be written; empty when they were."""
@@ -61,8 +61,16 @@ class GatherWeights(Message):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SaveShard(Message):
-    """Write this rank's part of the training state. The reply is ShardSaved."""
+class CaptureShard(Message):
+    """Capture this rank's part of the training state, for WriteShard."""
+
+    copy: bool
+    """Whether updates follow before it is written."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WriteShard(Message):
+    """Write what was captured, while later commands are executed. The reply is ShardWritten."""
 
     folder: str
 

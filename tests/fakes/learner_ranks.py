@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import TCPStore
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from speed_async.config.sections.objective import ObjectiveConfig
-from speed_async.learner.checkpoint.files import MASTER, OPTIMIZER
+from speed_async.learner.checkpoint.captured import MASTER, OPTIMIZER
 from speed_async.learner.checkpoint.shards import (
     SavedRows,
     load_state,
@@ -117,7 +117,7 @@ def run_scenario(
         result = asdict(trainer.update(batch(name, update))) | {"train_s": 0.0}
         results.append(result | {"canary": trainer.canary().logprobs})
     if saves and rows.is_dir():
-        trainer.save_training(rows)
+        trainer.write_training(rows, trainer.capture_training(copy=False))
     names = [name for name, _ in trainer.weights()]
     return results, {each: trainer.whole([each])[each].clone() for each in names}
 

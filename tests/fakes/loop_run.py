@@ -18,6 +18,7 @@ from speed_async.config.schema import Config
 from speed_async.environments.task import data_fingerprint
 from speed_async.errors import TaskError
 from speed_async.learner.checkpoint.best import BestCheckpoints
+from speed_async.learner.checkpoint.captured import Captured
 from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import LearnerLoop
 from speed_async.learner.optimizer_update import UpdateResult
@@ -133,9 +134,14 @@ class CountingUpdates(Trainer):
     def canary(self) -> Canary:
         return Canary(token_ids=(0, 1), logprobs=(-float(len(self.batches)),))
 
-    def save(self, progress: Progress) -> int:
+    def capture(self, *, copy: bool = True) -> Captured:
+        return Captured(model={"weight": torch.ones(1)}, training={}, random={})
+
+    def write(self, progress: Progress, captured: Captured) -> None:
         self.saved.append(progress.policy_version)
-        return progress.policy_version
+
+    def prune(self) -> int:
+        return self.saved[-1]
 
 
 class Run:

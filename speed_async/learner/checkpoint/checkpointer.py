@@ -1,9 +1,11 @@
 """Coordinates a checkpoint with the service: the journal becomes durable first.
 
+A checkpoint is captured between two updates and, with `learner.background_checkpoints`, written
+while training continues; the next one waits for it.
+
 consumes   the acknowledgement that the journal is durable (from the service)
 waits for  that acknowledgement (stall deadline plus grace: the service may be waiting for disk
            space), the disk
-raises     OSError when the checkpoint cannot be written; the caller handles it
 """
 
 import asyncio
@@ -11,6 +13,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
+from speed_async.learner.checkpoint.captured import Captured
 from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox
 from speed_async.learner.progress import Progress
 from speed_async.learner.trainer import Trainer
@@ -27,13 +30,19 @@ class Checkpointer:
         trainer: Trainer,
         timeout_s: float,
         saved_version: int | None,
+        in_background: bool,
     ) -> None:
         """`saved_version` is the version of the checkpoint from which this learner resumed."""
         self.saved_version = saved_version
+        """Version of the last checkpoint that is complete."""
+        self._failure = ""
+        self._oldest_kept: int | None = None
+        self._writing: asyncio.Task[None] | None = None
         self._link = link
         self._inbox = inbox
         self._trainer = trainer
         self._timeout_s = timeout_s + SERVICE_GRACE_S
+        self._in_background = in_background
 
     def evaluated(self, message: m.EvaluationBegan | m.EvaluationEnded) -> None:
         """Keep the checkpoint under evaluation, or the best one. Raises OSError."""
@@ -45,11 +54,14 @@ class Checkpointer:
 
     async def prepare(self, progress: Progress) -> Progress:
         """Waits until the service's journal is durable up to this progress, and records its
-        sequence number.
+        sequence number. Returns the progress without updates that every kept checkpoint includes.
 
         A checkpoint ahead of its journal would include groups that the journal still has as
         untrained.
         """
+        await self.wait()
+        if self._oldest_kept is not None:
+            progress = progress.since(self._oldest_kept)
         await self._link.send(m.PrepareCheckpoint(policy_version=progress.policy_version))
         what = "its journal to be durable"
         durable = await self._inbox.expect(m.JournalDurable, self._timeout_s, what)
@@ -57,19 +69,40 @@ class Checkpointer:
 
     async def save(
         self, progress: Progress, *, is_service_connected: Callable[[], bool] = lambda: True
-    ) -> Progress:
-        """Writes the checkpoint of prepared progress and notifies the service if it is connected.
+    ) -> None:
+        """Captures the checkpoint of prepared progress, and begins to write it. Then notifies the
+        service if it is connected."""
+        captured = await asyncio.to_thread(self._trainer.capture, copy=self._in_background)
+        write = self._write(progress, captured, is_service_connected)
+        self._writing = asyncio.create_task(write, name="checkpoint")
+        if not self._in_background:
+            await self.wait()
 
-        Returns the progress without updates that every kept checkpoint includes. Raises OSError.
-        """
-        oldest = await asyncio.to_thread(self._trainer.save, progress)
-        self.saved_version = progress.policy_version
+    async def wait(self) -> None:
+        """Until no checkpoint is being written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing
+
+    def take_failure(self) -> str:
+        """Why a checkpoint could not be written, once; empty otherwise."""
+        failure, self._failure = self._failure, ""
+        return failure
+
+    async def _write(
+        self, progress: Progress, captured: Captured, is_service_connected: Callable[[], bool]
+    ) -> None:
+        version = progress.policy_version
+        try:
+            await asyncio.to_thread(self._trainer.write, progress, captured)
+        except OSError as error:
+            self._failure = f"checkpoint of version {version} could not be saved: {error}"
+            return
+        oldest = await asyncio.to_thread(self._trainer.prune)
+        self.saved_version, self._oldest_kept = version, oldest
         with contextlib.suppress(OSError):  # tried again after the next evaluation
             self._trainer.best.update()
         if is_service_connected():
             await self._link.send(
-                m.CheckpointSaved(
-                    policy_version=progress.policy_version, oldest_kept_version=oldest
-                )
+                m.CheckpointSaved(policy_version=version, oldest_kept_version=oldest)
             )
-        return progress.since(oldest)

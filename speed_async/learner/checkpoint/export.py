@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 
 from speed_async.errors import ModelError, SpeedAsyncError
 from speed_async.learner.checkpoint.best import LINK_PREFIX
+from speed_async.learner.checkpoint.captured import MASTER
 from speed_async.learner.checkpoint.checksums import CHECKSUM_FILE, damage
 from speed_async.learner.checkpoint.dtypes import WeightDtypes
-from speed_async.learner.checkpoint.files import MASTER, write_model
+from speed_async.learner.checkpoint.files import write_model
 from speed_async.learner.checkpoint.model_files import (
     CONFIG_FILE,
     LEGACY_OPTIMIZER_FILE,
@@ -49,9 +50,10 @@ def find_checkpoint(source: Path, name: str | None) -> Path:
     versions = kept_versions(root)
     if name is None and versions:
         return checkpoint_folder(root, versions[-1])
-    wanted = checkpoint_folder(root, int(name)) if (name or "").isdigit() else root / f"{name}"
-    if name is not None and wanted.is_dir():
-        return wanted.resolve()
+    if name is not None:
+        wanted = checkpoint_folder(root, int(name)) if name.isdigit() else root / name
+        if wanted.is_dir():
+            return wanted.resolve()
     best = sorted(path.name for path in root.glob(f"{LINK_PREFIX}*"))
     existing = ", ".join([*map(str, versions), *best]) or "none yet"
     raise SpeedAsyncError(f"'{root}' has no checkpoint '{name}'; there are: {existing}")

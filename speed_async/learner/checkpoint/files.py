@@ -20,38 +20,30 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import GenerationConfig, PreTrainedModel
 
 from speed_async.config.whole_file import flush
 from speed_async.errors import ModelError, SpeedAsyncError
+from speed_async.learner.checkpoint.captured import MASTER, OPTIMIZER, Captured
 from speed_async.learner.checkpoint.checksums import damage, seal
-from speed_async.learner.checkpoint.dtypes import (
-    WeightDtypes,
-    master_weights,
-    stored_tensors,
-    tensor_bytes,
-)
+from speed_async.learner.checkpoint.dtypes import WeightDtypes, stored_tensors, tensor_bytes
 from speed_async.learner.checkpoint.model_files import (
     CONFIG_FILE,
     LEGACY_OPTIMIZER_FILE,
     declares_class,
 )
-from speed_async.learner.checkpoint.random_states import random_states, restore_random_states
+from speed_async.learner.checkpoint.random_states import restore_random_states
 from speed_async.learner.checkpoint.shards import (
     SUFFIX,
     SavedRows,
     load_parameters,
     load_state,
     load_weights,
-    save_rows,
     saved_paths,
 )
 from speed_async.learner.checkpoint.store import TRAINER_FILE, TRAINING_FOLDER, clean_up, commit
 from speed_async.learner.model import load_model
-from speed_async.learner.optimizer import named_state
 from speed_async.learner.progress import Progress, Update
 
 FORMAT = 5
@@ -59,7 +51,6 @@ WITHOUT_COUNT = (2, 3)
 LEGACY_FORMATS = (*WITHOUT_COUNT, 4)
 """Formats that can still be resumed. All weights are float32. Format 2 has all files next to the
 model, and 2 and 3 do not count optimiser updates."""
-MASTER, OPTIMIZER = "weights", "optimizer"
 MASTER_FILE = f"{MASTER}{SUFFIX}"
 OPTIMIZER_FILE = f"{OPTIMIZER}{SUFFIX}"
 """In the format of safetensors, as MASTER_FILE."""
@@ -71,25 +62,25 @@ def save_checkpoint(
     folder: Path,
     *,
     model: PreTrainedModel,
-    state: Mapping[str, Tensor],
+    captured: Captured,
     model_files: Mapping[str, bytes],
     dtypes: WeightDtypes,
     progress: Progress,
     save_training: Callable[[Path], None],
 ) -> None:
-    """Writes `folder` atomically and replaces a checkpoint of the same name.
+    """Writes `folder` atomically and replaces a checkpoint of the same name. Uses no tensor of
+    `model`, which may be trained meanwhile.
 
-    `state`: the whole tensors of the model by name. `save_training` writes the float32 values and
-    the optimiser tensors to the folder it is given (`save_training_state`, `save_training_rows`).
+    `save_training` writes the training state of all ranks to the folder it is given.
     Raises OSError when the disk is full or not writable; existing checkpoints are then unchanged.
     """
     partial = _make_partial_folder(folder)
     try:
-        write_model(partial, model, state, model_files, dtypes)
+        write_model(partial, model, captured.model, model_files, dtypes)
         training = partial / TRAINING_FOLDER
         training.mkdir()
         save_training(training)
-        _write_json(training / RANDOM_FILE, random_states())
+        _write_json(training / RANDOM_FILE, captured.random)
         _write_json(training / TRAINER_FILE, {"format": FORMAT, **asdict(progress)})
         _copy_mode(training / TRAINER_FILE, partial)
         seal(partial)
@@ -98,34 +89,6 @@ def save_checkpoint(
         raise OSError(f"checkpoint '{folder}' cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # frees space on a full disk
-
-
-def save_training_state(
-    training: Path,
-    *,
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    dtypes: WeightDtypes,
-) -> None:
-    """Raises OSError or SafetensorError."""
-    if masters := master_weights(model, dtypes):
-        _save_tensors(masters, training / MASTER_FILE)
-    _save_tensors(named_state(optimizer, model), training / OPTIMIZER_FILE)
-
-
-def save_training_rows(
-    training: Path,
-    *,
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    mesh: DeviceMesh,
-) -> None:
-    """The rows of this rank, of all parameters in float32. Raises OSError."""
-    try:
-        save_rows(training, MASTER, dict(model.named_parameters()), mesh)
-        save_rows(training, OPTIMIZER, named_state(optimizer, model), mesh)
-    except SafetensorError as error:
-        raise OSError(f"'{training}' cannot be written: {error}") from error
 
 
 def check_can_save(
@@ -231,10 +194,6 @@ def write_model(
         if name != CONFIG_FILE or is_described:  # else keep the config written by transformers
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
-
-
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
 
 
 def _copy_mode(example: Path, folder: Path) -> None:

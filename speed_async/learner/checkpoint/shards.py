@@ -22,15 +22,21 @@ SUFFIX = ".tensors"
 
 
 def save_rows(folder: Path, name: str, tensors: Mapping[str, Tensor], mesh: DeviceMesh) -> None:
-    """Writes the rows of this rank. Ranks that have the rows of another one write nothing.
+    """Writes the rows of this rank, `tensors`. Ranks that have the rows of another one write
+    nothing.
 
     Raises OSError or SafetensorError.
     """
-    if mesh.ndim > 1 and mesh.get_local_rank("replicate") > 0:
+    if not writes_rows(mesh):
         return
     shard, num_shards = mesh.get_local_rank("shard"), mesh.size(mesh.ndim - 1)
     path = folder / f"{name}-{shard + 1:05d}-of-{num_shards:05d}{SUFFIX}"
-    save_file({key: local(tensor).contiguous() for key, tensor in tensors.items()}, path)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+
+
+def writes_rows(mesh: DeviceMesh) -> bool:
+    """Whether no other rank writes the same rows."""
+    return mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
 
 
 def local(tensor: Tensor) -> Tensor:

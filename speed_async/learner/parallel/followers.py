@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 
 from torch import Tensor
 from torch._C._distributed_c10d import Store
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from speed_async.config.schema import Config
 from speed_async.errors import DeadlineExceeded, RoleError
+from speed_async.learner.checkpoint.captured import Captured, TrainingTensors
 from speed_async.learner.optimizer_update import UpdateResult
 from speed_async.learner.parallel.ranks import Ranks
 from speed_async.learner.progress import Progress
@@ -24,15 +25,16 @@ from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
 from speed_async.transport.following import (
     Alive,
+    CaptureShard,
     Follow,
     GatherWeights,
     LeadPlan,
     MeasureCanary,
     RestoreCheckpoint,
-    SaveShard,
-    ShardSaved,
+    ShardWritten,
     StopFollowing,
     TrainGroups,
+    WriteShard,
 )
 from speed_async.transport.groups import pack_group
 from speed_async.transport.transport import Delivery, Hub
@@ -50,7 +52,7 @@ def follower_name(rank: int) -> str:
 
 
 class Followers:
-    """Runs in the event loop; `command` and `saved` are called in other threads."""
+    """Runs in the event loop; `command` and `written` are called in other threads."""
 
     def __init__(
         self, hub: Hub, store: Store, *, size: int, silence_s: float, timeout_s: float
@@ -63,7 +65,7 @@ class Followers:
         self._silence_s = silence_s
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
-        self._saved: asyncio.Queue[ShardSaved] = asyncio.Queue()
+        self._written: asyncio.Queue[ShardWritten] = asyncio.Queue()
         self._failures: dict[str, str] = {}
         self._gone: dict[str, str] = {}
         """Followers that are not reachable, the first one first, and how."""
@@ -101,17 +103,19 @@ class Followers:
             heard_s[name] = self._loop.time()
             if isinstance(message, m.Failure):
                 self._failures.setdefault(name, message.message)
-            elif isinstance(message, ShardSaved):
-                self._saved.put_nowait(message)
+            elif isinstance(message, ShardWritten):
+                self._written.put_nowait(message)
 
     def command(self, *messages: m.Message) -> None:
         """Sends these messages to all followers. Not in the thread of the event loop."""
         asyncio.run_coroutine_threadsafe(self._send(*messages), self._loop).result(self._timeout_s)
 
-    def saved(self) -> list[str]:
-        """Waits for the replies of all followers to SaveShard. Returns their errors."""
+    def written(self) -> list[str]:
+        """Waits for the replies of all followers to WriteShard. Returns their errors."""
         replies = [
-            asyncio.run_coroutine_threadsafe(self._saved.get(), self._loop).result(self._timeout_s)
+            asyncio.run_coroutine_threadsafe(self._written.get(), self._loop).result(
+                self._timeout_s
+            )
             for _ in self._names
         ]
         return [f"{follower_name(each.rank)}: {each.error}" for each in replies if each.error]
@@ -167,7 +171,7 @@ class LeadTrainer(Trainer):
         """Raises ModelError, as Trainer."""
         super().__init__(config=config, model=model, run_id=run_id, ranks=ranks)
         self._followers = followers
-        self._order = Lock()
+        self._order = RLock()
         """Held during a command and its operation, so that all ranks have one order."""
 
     def update(self, groups: Sequence[Group]) -> UpdateResult:
@@ -186,15 +190,19 @@ class LeadTrainer(Trainer):
             self._followers.command(GatherWeights(names=list(names)))
             return super().whole(names)
 
-    def save_training(self, folder: Path) -> None:
+    def capture(self, *, copy: bool = True) -> Captured:
         with self._order:
-            self._followers.command(SaveShard(folder=str(folder)))
-            error: OSError | None = None
-            try:
-                super().save_training(folder)
-            except OSError as own:
-                error = own
-            others = self._followers.saved()  # also after an error, for the next checkpoint
+            self._followers.command(CaptureShard(copy=copy))
+            return super().capture(copy=copy)
+
+    def write_training(self, folder: Path, captured: TrainingTensors) -> None:
+        self._followers.command(WriteShard(folder=str(folder)))
+        error: OSError | None = None
+        try:
+            super().write_training(folder, captured)
+        except OSError as own:
+            error = own
+        others = self._followers.written()  # also after an error, for the next checkpoint
         if error is not None:
             raise error
         if others:

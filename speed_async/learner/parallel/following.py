@@ -10,18 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from speed_async.errors import DeadlineExceeded, RoleError
+from speed_async.learner.checkpoint.captured import TrainingTensors
 from speed_async.learner.parallel.followers import ALIVE_INTERVAL_S
 from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
 from speed_async.transport.following import (
     Alive,
+    CaptureShard,
     GatherWeights,
     MeasureCanary,
     RestoreCheckpoint,
-    SaveShard,
-    ShardSaved,
+    ShardWritten,
     StopFollowing,
     TrainGroups,
+    WriteShard,
 )
 from speed_async.transport.groups import unpack_group
 from speed_async.transport.transport import Link
@@ -56,6 +58,8 @@ class FollowerLoop:
 
     async def _work(self, make_trainer: Callable[[], Trainer]) -> None:
         trainer = await asyncio.to_thread(make_trainer)
+        captured: TrainingTensors = {}
+        writing = asyncio.create_task(asyncio.sleep(0), name="write")
         while True:
             match await self._commands.get():
                 case TrainGroups(num_groups=count):
@@ -65,19 +69,27 @@ class FollowerLoop:
                     await asyncio.to_thread(trainer.canary)
                 case GatherWeights(names=names):
                     await asyncio.to_thread(trainer.whole, names)
-                case SaveShard(folder=folder):
-                    error = ""
-                    try:
-                        await asyncio.to_thread(trainer.save_training, Path(folder))
-                    except OSError as failure:
-                        error = str(failure)
-                    await self._link.send(ShardSaved(rank=self._rank, error=error))
+                case CaptureShard(copy=copy):
+                    await writing  # it has been written: its memory is free
+                    captured = await asyncio.to_thread(trainer.capture_training, copy=copy)
+                case WriteShard(folder=folder):
+                    write = self._write(trainer, Path(folder), captured)
+                    writing, captured = asyncio.create_task(write, name="write"), {}
                 case RestoreCheckpoint(folder=folder):
                     await asyncio.to_thread(trainer.restore, Path(folder), is_whole=True)
                 case StopFollowing():
+                    await writing
                     return
                 case other:
                     raise RoleError(LEAD, f"sent an unknown command {type(other).__name__}")
+
+    async def _write(self, trainer: Trainer, folder: Path, captured: TrainingTensors) -> None:
+        error = ""
+        try:
+            await asyncio.to_thread(trainer.write_training, folder, captured)
+        except OSError as failure:
+            error = str(failure)
+        await self._link.send(ShardWritten(rank=self._rank, error=error))
 
     async def _next_group(self) -> Group:
         message = await self._commands.get()

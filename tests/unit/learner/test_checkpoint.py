@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from speed_async.errors import ModelError, SpeedAsyncError
-from speed_async.learner.checkpoint import files as checkpoint_files
+from speed_async.learner.checkpoint import captured as captured_module
 from speed_async.learner.checkpoint import store as checkpoint_store
 from speed_async.learner.checkpoint.checksums import damage, seal
 from speed_async.learner.checkpoint.dtypes import read_dtypes
@@ -98,6 +99,36 @@ def test_training_after_a_restore_is_bitwise_identical(
     assert actual == expected
     assert len({metrics["lr"] for metrics in expected}) == {0: 4, 1: 4, 3: 2, 6: 1}[num_before]
     assert_equal(state_of(resumed), state_of(uninterrupted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_has_the_state_at_its_capture_although_training_continued(
+    model_folder: Path, dtype: torch.dtype, tied: bool
+):
+    if tied:
+        save_tiny_folder(model_folder, tied=True)
+    convert(model_folder, dtype)
+    trainer = make_trainer(model_folder)
+    trainer.update(random_groups(0))
+    expected = state_of(trainer)
+    trainer.save(at(1))
+    first = checkpoint_folder(root_of(model_folder), 1)
+    files = {
+        path.relative_to(first): path.read_bytes()
+        for path in first.rglob("*")
+        if path.is_file() and path.name != "trainer.json"
+    }
+    captured = trainer.capture()
+    trainer.update(random_groups(1))
+    trainer.write(at(1), captured)
+
+    assert damage(first) == ""
+    for name, content in files.items():
+        assert (first / name).read_bytes() == content, name
+    resumed = make_trainer(model_folder)
+    resumed.restore(first)
+    assert_equal(state_of(resumed), expected)
 
 
 def test_the_count_of_skipped_updates_is_restored(model_folder: Path):
@@ -254,7 +285,7 @@ def test_only_the_model_matches_weight_file_patterns(model_folder: Path):
     assert not [name for name in saved if name not in make_trainer(model_folder).model.state_dict()]
 
 
-def test_checkpoint_files_respect_the_umask(model_folder: Path):
+def test_captured_respect_the_umask(model_folder: Path):
     before = os.umask(0o027)
     try:
         make_trainer(model_folder).save(at(1))
@@ -382,10 +413,8 @@ def test_insufficient_disk_space_is_reported_before_training(
     size = sum(path.stat().st_size for path in tensor_files)
     tensors = bytes_each * sum(each.numel() for each in trainer.model.parameters())
     assert 0 <= size - tensors < 40_000, "the estimate matches the size of the files"
-    usage = checkpoint_files.shutil.disk_usage(model_folder)
-    monkeypatch.setattr(
-        checkpoint_files.shutil, "disk_usage", lambda path: usage._replace(free=tensors - 1)
-    )
+    usage = shutil.disk_usage(model_folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=tensors - 1))
     with pytest.raises(
         SpeedAsyncError, match=r"it needs 0\.0 GB and 0\.0 GB are free; free disk space"
     ):
@@ -489,7 +518,7 @@ class FailingFileSystem:
             (os, "mkdir"),
             (Path, "write_text"),
             (Path, "write_bytes"),
-            (checkpoint_files, "save_file"),
+            (captured_module, "save_file"),
         ):
             monkeypatch.setattr(owner, name, self._counted(name, getattr(owner, name)))
 

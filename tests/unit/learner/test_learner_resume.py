@@ -18,6 +18,7 @@ import torch
 from speed_async.buffer.sessions import MESSAGES_LOST
 from speed_async.config.schema import Config
 from speed_async.errors import RoleError
+from speed_async.learner.checkpoint.captured import Captured
 from speed_async.learner.checkpoint.store import checkpoint_folder, kept_versions, latest_valid
 from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import LearnerLoop
@@ -50,11 +51,13 @@ class Updates(CountingUpdates):
         self.oldest_kept = 0
         self._full_at = full_at
 
-    def save(self, progress: Progress) -> int:
+    def write(self, progress: Progress, captured: Captured) -> None:
         if progress.policy_version in self._full_at:
             raise OSError("No space left on device")
         self.progress.append(progress)
-        super().save(progress)
+        super().write(progress, captured)
+
+    def prune(self) -> int:
         return self.oldest_kept
 
 
@@ -65,9 +68,9 @@ class SlowUpdates(Updates):
         super().__init__()
         self._may_save = may_save
 
-    def save(self, progress: Progress) -> int:
+    def write(self, progress: Progress, captured: Captured) -> None:
         assert self._may_save.wait(DEADLINE_S)
-        return super().save(progress)
+        super().write(progress, captured)
 
 
 class Service:
@@ -180,12 +183,13 @@ def make_harness(tmp_path: Path) -> Callable[..., Harness]:
         restored: Restored | None = None,
         trainer: Updates | None = None,
         every: int = 2,
+        in_background: bool = False,
         suites: Sequence[dict[str, str]] = (),
     ) -> Harness:
         config = make_config(
             str(tmp_path),
             run={"updates": updates},
-            learner={"checkpoint_every": every},
+            learner={"checkpoint_every": every, "background_checkpoints": in_background},
             evaluate={"suites": list(suites)},
         )
         return Harness(config, trainer or Updates(), service_at, restored)
@@ -419,6 +423,51 @@ def test_a_failed_checkpoint_is_reported_and_training_continues(
     assert expected_notice in capsys.readouterr().err
     notices = {x.policy_version: x.notice for x in harness.service.of(m.Trained)}  # pyright: ignore
     assert notices == {1: "", 2: "", 3: expected_notice, 4: "", 5: "", 6: ""}
+
+
+def test_training_continues_while_a_checkpoint_is_written_and_the_next_one_waits_for_it(
+    make_harness: Callable[..., Harness],
+) -> None:
+    async def run() -> Harness:
+        may_write = threading.Event()
+        trainer = SlowUpdates(may_write)
+        harness = make_harness(updates=4, service_at=0, trainer=trainer, in_background=True)
+
+        async def trained(message: m.Message) -> None:
+            if isinstance(message, m.Trained) and message.policy_version == 4:
+                may_write.set()
+
+        harness.service.on_message = trained
+        await harness.run()
+        return harness
+
+    harness = asyncio.run(run())
+    log = [line for line in harness.service.message_log() if "Publish" not in line]
+    assert log == [
+        "Trained 1",
+        "Trained 2",
+        "PrepareCheckpoint 2",
+        "Trained 3",
+        "Trained 4",
+        "CheckpointSaved 2",
+        "PrepareCheckpoint 4",
+        "CheckpointSaved 4",
+    ]
+    assert [p.policy_version for p in harness.updates.progress] == [2, 4]
+
+
+def test_a_checkpoint_that_fails_in_the_background_is_reported(
+    make_harness: Callable[..., Harness],
+) -> None:
+    async def run() -> tuple[Harness, RunResult]:
+        trainer = Updates(frozenset({2}))
+        harness = make_harness(updates=6, service_at=0, trainer=trainer, in_background=True)
+        return harness, await harness.run()
+
+    harness, finished = asyncio.run(run())
+    assert harness.updates.saved == [4, 6]
+    assert len(finished.notices) == 1
+    assert finished.notices[0].startswith("checkpoint of version 2 could not be saved: No space")
 
 
 def test_a_failed_last_checkpoint_is_an_error(
