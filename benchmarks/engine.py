@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.harness import report
+from benchmarks.harness import MODEL_SHAPES, report
 from speed_async.actors.engine import GenerationRequest
 from speed_async.actors.stepped_engine.engine import SteppedEngine
 from speed_async.actors.stepped_engine.worker import ThreadWorker
@@ -31,39 +31,12 @@ from speed_async.weight_sync.buckets import flatten_parameters
 NUM_PROMPT_TOKENS = 14
 MIN_NEW_TOKENS, MAX_NEW_TOKENS = 4, 64
 PROMPT_VOCABULARY_SIZE = 32
-SHAPES: dict[str, dict[str, Any]] = {
-    "0.8M": {
-        "vocab_size": 32,
-        "hidden_size": 128,
-        "intermediate_size": 352,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-    },
-    "30M": {
-        "vocab_size": 4096,
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 9,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": True,
-    },
-    "135M": {  # as SmolLM2-135M
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    },
-}
 
 
 def random_llama(size: str) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SHAPES[size], max_position_embeddings=256, eos_token_id=None, pad_token_id=0
+        **MODEL_SHAPES[size], max_position_embeddings=256, eos_token_id=None, pad_token_id=0
     )
     return LlamaForCausalLM(config).eval()
 
@@ -180,7 +153,7 @@ def _ratio(over: list[tuple[float, float]], under: list[tuple[float, float]], wh
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--size", choices=SHAPES, default="0.8M")
+    parser.add_argument("--size", choices=MODEL_SHAPES, default="0.8M")
     parser.add_argument("--slots", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--per-slot", type=int, default=8, help="sequences per slot")
     parser.add_argument("--repeats", type=int, default=3)

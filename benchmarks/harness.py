@@ -41,6 +41,34 @@ PROMPT_TOKENS = 128
 VOCABULARY = 8
 """Token ids that exist in any model."""
 
+MODEL_SHAPES: dict[str, dict[str, Any]] = {
+    "0.8M": {
+        "vocab_size": 32,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    },
+    "30M": {
+        "vocab_size": 4096,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "135M": {  # as SmolLM2-135M
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+}
+
 SPAWN = multiprocessing.get_context("spawn")
 Work = tuple[Callable, tuple]
 

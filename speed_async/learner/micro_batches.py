@@ -7,7 +7,6 @@ rank computes equally many micro-batches.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from speed_async.learner.policy import Policy, check_policy, layout_cost
 from speed_async.learner.rows import (
     TrainingRow,
     TrainingSample,
-    choose_width,
+    lay_out,
     split_row,
     split_rows,
 )
@@ -109,10 +108,16 @@ class MicroBatches:
         return own, -(-len(parts) // size) - len(own)
 
     def _parts(self, group_rows: Sequence[TrainingRow]) -> list[Part]:
-        """The micro-batches of all ranks."""
-        width = choose_width(group_rows, self._cost) if self._can_share_prompts else 1
-        rows = list(chain.from_iterable(split_row(row, width) for row in group_rows))
-        parts = split_rows(rows, self._max_tokens)
+        """The micro-batches of all ranks. Rows of single completions need no mask, so they are not
+        mixed with others."""
+        if self._can_share_prompts:
+            rows = [part for row in group_rows for part in lay_out(row, self._cost)]
+        else:
+            rows = [part for row in group_rows for part in split_row(row, 1)]
+        shared = [row for row in rows if len(row.samples) > 1]
+        single = [row for row in rows if len(row.samples) == 1]
+        parts = split_rows(shared, self._max_tokens) + split_rows(single, self._max_tokens)
+        parts.sort(key=lambda part: len(part) * part[0].num_tokens, reverse=True)
         if self._ranks.size == 1:
             return parts
         return even_parts(parts, self._ranks.size, self._cost)

@@ -160,21 +160,30 @@ def split_row(row: TrainingRow, width: int) -> Iterator[TrainingRow]:
         )
 
 
-def choose_width(rows: Sequence[TrainingRow], cost: LayoutCost) -> int:
-    """Number of completions per row, given one row per group: the cheapest of a few candidates, or
+def lay_out(row: TrainingRow, cost: LayoutCost) -> list[TrainingRow]:
+    """The row of a group as rows whose completions share the prompt, in the cheapest of a few
+    widths. A completion that fills half of a shared row is alone, and does not keep the others from
+    sharing."""
+    limit = MAX_PACKED_TOKENS // 2 - len(row.prompt_token_ids)
+    short = [sample for sample in row.samples if len(sample.token_ids) <= limit]
+    if len(short) == len(row.samples):
+        return list(split_row(row, choose_width(row, cost)))
+    long = [sample for sample in row.samples if len(sample.token_ids) > limit]
+    others = make_row(row.prompt_token_ids, short)
+    alone = (make_row(row.prompt_token_ids, [sample]) for sample in long)
+    return [*alone, *split_row(others, choose_width(others, cost))]
+
+
+def choose_width(row: TrainingRow, cost: LayoutCost) -> int:
+    """Number of completions per row, given the row of a group: the cheapest of a few candidates, or
     1 when the gain of sharing is below MIN_PACKING_GAIN."""
-    rows = [row for row in rows if row.samples]
-    largest = max((len(row.samples) for row in rows), default=1)
-    inputs = [np.array([len(sample.token_ids) - 1 for sample in row.samples]) for row in rows]
+    largest = max(1, len(row.samples))
+    inputs_C = np.array([len(sample.token_ids) - 1 for sample in row.samples], np.int64)
     costs: dict[int, float] = {}
     for parts in (largest, 1, 2, 3, 4, 6, 8):
-        width = max(1, -(-largest // max(parts, 1)))
-        lengths = [
-            length
-            for row, inputs_C in zip(rows, inputs, strict=True)
-            for length in _part_lengths(row, inputs_C, width)
-        ]
-        if width == 1 or max(lengths, default=0) <= MAX_PACKED_TOKENS:
+        width = -(-largest // parts)
+        lengths = _part_lengths(row, inputs_C, width) if row.samples else []
+        if width == 1 or max(lengths) <= MAX_PACKED_TOKENS:
             costs[width] = cost.of(lengths)
     best = min(costs, key=lambda width: costs[width])
     return best if costs[1] >= MIN_PACKING_GAIN * costs[best] else 1

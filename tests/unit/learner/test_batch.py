@@ -5,14 +5,18 @@ import numpy as np
 import pytest
 import torch
 
+from speed_async.config.sections.learner import LearnerConfig
 from speed_async.learner import policy as policy_file
+from speed_async.learner import rows as rows_file
 from speed_async.learner.batch import MicroBatch, make_micro_batch
+from speed_async.learner.micro_batches import MicroBatches
 from speed_async.learner.model import load_model
 from speed_async.learner.policy import Policy, check_policy, layout_cost
 from speed_async.learner.rows import (
     LayoutCost,
     TrainingRow,
     choose_width,
+    lay_out,
     split_row,
     split_rows,
     training_row,
@@ -166,10 +170,52 @@ def test_prompts_are_shared_only_for_short_completions():
     short = make_group([1] * 14, *[make_completion([1] * 7, 0.0)] * 24)
     long = make_group([1] * 200, *[make_completion([1] * 3000, 0.0)] * 24)
 
-    assert choose_width([full_row(short)], cost) > 1
-    assert choose_width([full_row(long)], cost) == 1
-    assert choose_width([], cost) == 1
-    assert choose_width([full_row(short, [0.0] * 24)], cost) == 1
+    assert choose_width(full_row(short), cost) > 1
+    assert choose_width(full_row(long), cost) == 1
+    assert choose_width(full_row(short, [0.0] * 24), cost) == 1
+
+
+def test_a_long_completion_does_not_keep_the_others_from_sharing_their_prompt():
+    cost = LayoutCost(per_token=1e6, per_pair=1e3)
+    completions = [make_completion([token] * 7, 0.0) for token in range(2, 10)]
+    mixed = full_row(make_group([1] * 14, *completions, make_completion([1] * 3000, 0.0)))
+    rows = lay_out(mixed, cost)
+    assert [len(row.samples) for row in rows if row.num_tokens > 1000] == [1]
+    assert all(len(row.samples) > 1 for row in rows if row.num_tokens < 1000)
+    laid_out = [sample for row in rows for sample in row.samples]
+    assert sorted(map(id, laid_out)) == sorted(map(id, mixed.samples))
+    assert lay_out(full_row(make_group([1] * 14, LONG), [0.0]), cost) == []
+
+
+def test_the_layout_of_a_batch_changes_neither_log_probabilities_nor_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Groups that share their prompts, one that has a long completion, and one that cannot."""
+    monkeypatch.setattr(rows_file, "MAX_PACKED_TOKENS", 40)
+    short = [make_completion([token, token + 1, 5], 0.0) for token in range(1, 7)]
+    groups = [
+        make_group([1] * 12, *short),
+        make_group([2] * 12, *short[:4], make_completion([3, 4] * 12, 0.0)),
+        make_group([3] * 30, *short),
+    ]
+    model = load_model(save_tiny_llama(tmp_path), device="cpu")
+    policy = Policy(model, temperature=0.7)
+    micro_batches = MicroBatches(policy, LearnerConfig(device="cpu"), context_length=64)
+    parts = micro_batches.of([full_row(group) for group in groups], policy_version=0)
+    assert {part.mask_B1LL is None for part in parts} == {False, True}
+
+    separate = batch_of(groups, 1)
+    expected = sorted(score(policy, separate))
+    found = sorted(value for part in parts for value in score(policy, part))
+    for one, other in zip(expected, found, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    policy.zero_grad()
+    for part in parts:
+        logprobs_N, _ = policy(part)
+        ((part.advantages_N - 2.5) * logprobs_N).sum().backward()
+    summed = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+    for one, other in zip(gradients(policy, separate), summed, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def score(policy: Policy, batch: MicroBatch) -> list[tuple[int, int, float]]:
@@ -268,4 +314,4 @@ def test_the_quickstart_model_shares_prompts(tmp_path: Path):
     )
     group = make_group([1] * 14, *[make_completion([1] * n, 0.0) for n in (4, 5, 6, 8, 9, 10)] * 4)
     assert check_policy(Policy(model, temperature=1.0), None)
-    assert choose_width([full_row(group)], layout_cost(model)) in (8, 12, 24)
+    assert choose_width(full_row(group), layout_cost(model)) in (8, 12, 24)
