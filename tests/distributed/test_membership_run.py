@@ -174,8 +174,7 @@ def check_actors(summary: dict[str, Any]) -> None:
     actors = summary["actors"]
     lost = [name for name, actor in actors.items() if actor["lost"]]
     assert lost == [f"actor-2.{incarnation}" for incarnation in range(5)]
-    assert actors["actor-2.2"]["tokens_generated"] > 0
-    assert actors["actor-2.4"]["tokens_generated"] > 0
+    assert actors["actor-2.4"]["tokens_generated"] > 0  # the others may have been stopped before
     joined = [actor for name, actor in actors.items() if name > "actor-3"]
     assert len(joined) == 2
     for actor in joined:

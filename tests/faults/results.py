@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from tests.faults.run_checker import Verdict
 
-GROWTH = 1.25
+GROWTH = 1.5
 """Limit of the service's memory at the end of a short drill over that after its first faults. It
-includes buffers, records of actor incarnations and allocator overhead: the service starts with 49
-or with 58 MB after a fault. The long drill has a lower limit."""
+includes buffers, records of actor incarnations, and what differs from start to start: a service
+that has just started has 49, 58 or 67 MB. The long drill has a lower limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

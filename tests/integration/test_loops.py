@@ -293,14 +293,13 @@ def test_lease_in_scoring_is_ended_by_a_drain(
     run = make_run(num_actors=1, run={"updates": 10_000})
 
     async def stopped() -> RunResult:
-        async def score_until_paused() -> None:
-            """After the third update, scores are returned only after the engine is paused."""
+        async def score_forever() -> None:
+            """After the third update, only the drain ends the scoring."""
             if len(run.updates.batches) >= 3:
                 run.stop.set()
-                while not run.engines[0].pauses:  # noqa: ASYNC110 - the fake has no event
-                    await asyncio.sleep(0)
+                await asyncio.Event().wait()
 
-        run.verifier.on_score = score_until_paused
+        run.verifier.on_score = score_forever
         return await run.execute()
 
     finished = asyncio.run(asyncio.wait_for(stopped(), 15))

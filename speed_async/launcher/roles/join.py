@@ -126,7 +126,10 @@ async def _request(
         has_rank=rank is not None,
         rank=rank or 0,
     )
-    await link.send(join)
+    try:
+        await asyncio.wait_for(link.send(join), timeout_s)
+    except TimeoutError:  # after a failed handshake there is no connection to queue it for
+        return None
     receiving = asyncio.create_task(link.receive(timeout_s), name="reply")
     stop = asyncio.create_task(stopping.wait(), name="stop")
     await asyncio.wait((receiving, stop), return_when=asyncio.FIRST_COMPLETED)
