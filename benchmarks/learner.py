@@ -1,13 +1,16 @@
-"""One update of the learner against a plain Hugging Face loop: trained tokens per second, memory.
+"""One update of the learner against TRL's step and a plain Hugging Face loop: speed and memory.
 
 Each arm is a process of its own with the same random model and groups: prompts of 64 to 256 tokens,
-completions with long-tailed lengths of 64 to 2,048. The gradient norms are compared first. The
-other side's micro-batch is the fastest of a few.
+completions with long-tailed lengths of 64 to 2,048. TRL's RLOOTrainer takes the given completions
+instead of generating. The gradient norms of ours and of the plain loop are compared. The other
+sides' micro-batches are the fastest of a few, and are stated.
 
 Usage: python -m benchmarks.learner [--size 30M|135M] [--groups N] [--group-size N] [--repeats N]
+TRL needs `pip install -e '.[bench]'`.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -17,7 +20,7 @@ from typing import Any
 
 from benchmarks.harness import output_of, report
 
-MICRO_BATCHES = (1, 2, 4)
+MICRO_BATCHES = (1, 2, 4, 8)
 """Completions per forward and backward pass."""
 
 
@@ -30,17 +33,16 @@ def measure(arm: str, options: argparse.Namespace, micro_batch: int = 0) -> dict
     return json.loads(output_of(command, environment).splitlines()[-1])
 
 
-def row(arm: str, runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, object]:
-    def median_ratio(name: str) -> float:
-        return statistics.median(b[name] / r[name] for r, b in zip(runs, base, strict=True))
+def row(name: str, runs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str, object]:
+    def median_ratio(field: str) -> float:
+        return statistics.median(r[field] / o[field] for r, o in zip(runs, ours, strict=True))
 
     return {
-        "arm": arm,
+        "arm": name,
         "tokens_per_s": statistics.median(each["tokens"] / each["wall_s"] for each in runs),
-        "ratio": median_ratio("wall_s"),
+        "time_to_ours": median_ratio("wall_s"),
         "peak_mib": statistics.median(each["peak_mib"] for each in runs),
-        "update_mib": statistics.median(each["update_mib"] for each in runs),
-        "memory_ratio": 1 / median_ratio("update_mib"),
+        "peak_to_ours": median_ratio("peak_mib"),
     }
 
 
@@ -53,23 +55,26 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--micro-batches", type=int, nargs="*", default=MICRO_BATCHES)
     options = parser.parse_args()
-    tried = {size: measure("hugging-face", options, size) for size in MICRO_BATCHES}
-    fastest = min(tried, key=lambda size: tried[size]["wall_s"])
-    ours: list[dict[str, Any]] = []
-    theirs: list[dict[str, Any]] = []
+    others = ["hugging-face", *(["trl"] if importlib.util.find_spec("trl") else [])]
+    fastest: dict[str, int] = {}
+    for arm in others:
+        tried = {size: measure(arm, options, size) for size in options.micro_batches}
+        fastest[arm] = min(tried, key=lambda size: tried[size]["wall_s"])
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], **{arm: [] for arm in others}}
     for repeat in range(options.repeats):
-        arms = [(ours, "ours", 0), (theirs, "hugging-face", fastest)]
-        for runs, arm, micro_batch in arms if repeat % 2 == 0 else reversed(arms):
-            runs.append(measure(arm, options, micro_batch))
-        if not math.isclose(ours[-1]["grad_norm"], theirs[-1]["grad_norm"], rel_tol=1e-3):
-            raise RuntimeError(f"other gradients: {ours[-1]}, {theirs[-1]}")
+        for arm in runs if repeat % 2 == 0 else reversed(runs):
+            runs[arm].append(measure(arm, options, fastest.get(arm, 0)))
+        norms = [runs[arm][-1]["grad_norm"] for arm in ("ours", "hugging-face")]
+        if not math.isclose(*norms, rel_tol=1e-3):
+            raise RuntimeError(f"the gradients differ: {norms}")
     rows = [
-        row("ours", ours, theirs),
-        row(f"Hugging Face, {fastest} completions at a time", theirs, theirs),
+        row(arm if arm == "ours" else f"{arm}, {fastest[arm]} at a time", each, runs["ours"])
+        for arm, each in runs.items()
     ]
-    title = f"One update of {ours[0]['tokens']} completion tokens, {options.size} parameters"
-    report("learner", title, rows)
+    num_tokens = runs["ours"][0]["tokens"]
+    report("learner", f"One update of {num_tokens} tokens, {options.size} parameters", rows)
 
 
 if __name__ == "__main__":

@@ -68,12 +68,16 @@ def random_groups(num_groups: int, group_size: int, vocabulary: int, seed: int) 
             ),
             completions=tuple(completion(i) for i in range(group_size)),
             lease_id=index,
+            num_screening=0,
         )
         for index in range(num_groups)
     ]
 
 
-def make_config(folder: Path) -> Any:
+def make_config(folder: Path, micro_batch_tokens: int = 0) -> Any:
+    learner: dict[str, object] = {"device": "cpu", "warmup_updates": 0, "lr": 1e-6}
+    if micro_batch_tokens:
+        learner["micro_batch_tokens"] = micro_batch_tokens
     return build_config(
         {
             "algorithm": "rloo",
@@ -82,14 +86,14 @@ def make_config(folder: Path) -> Any:
             "task": {"name": "arithmetic"},
             "actors": {"max_new_tokens": MAX_TOKENS},
             "objective": {"policy_loss": "policy_gradient"},
-            "learner": {"device": "cpu", "warmup_updates": 0, "lr": 1e-6},
+            "learner": learner,
         }
     )
 
 
 def ours(folder: Path, micro_batch: int) -> Callable[[Sequence[Group]], float]:
     """`micro_batch` in tokens; 0 is the default."""
-    config = make_config(folder)
+    config = make_config(folder, micro_batch)
     trainer = Trainer(config=config, model=load_model(folder, device="cpu"))
     return lambda groups: trainer.update(groups).metrics["grad_norm"]
 
@@ -138,8 +142,28 @@ def _loss(model: Any, rows: Sequence[tuple[Any, Any, float]]) -> Tensor:
 ARMS = {"ours": ours, "hugging-face": hugging_face}
 
 
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+class Meter:
+    """Time and memory between `begin` and `end`."""
+
+    def begin(self) -> None:
+        self._before_mib = memory_mib("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        self._used = resource.getrusage(resource.RUSAGE_SELF)
+        self._started_s = time.perf_counter()
+
+    def end(self) -> None:
+        wall_s, used = (
+            time.perf_counter() - self._started_s,
+            resource.getrusage(resource.RUSAGE_SELF),
+        )
+        cpu_s = used.ru_utime + used.ru_stime - self._used.ru_utime - self._used.ru_stime
+        peak_mib = memory_mib("VmHWM")
+        self.results = {
+            "wall_s": wall_s,
+            "cpu_s": cpu_s,
+            "peak_mib": peak_mib,
+            "update_mib": peak_mib - self._before_mib,
+        }
 
 
 def memory_mib(field: str) -> float:
@@ -151,7 +175,7 @@ def memory_mib(field: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--arm", choices=ARMS, required=True)
+    parser.add_argument("--arm", choices=[*ARMS, "trl"], required=True)
     parser.add_argument("--size", choices=MODEL_SHAPES, required=True)
     parser.add_argument("--groups", type=int, required=True)
     parser.add_argument("--group-size", type=int, required=True)
@@ -159,27 +183,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    vocabulary = MODEL_SHAPES[options.size]["vocab_size"]
+    groups = random_groups(options.groups, options.group_size, vocabulary, seed=0)
+    meter, norm = Meter(), 0.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_random_llama(options.size, folder)
-        update = ARMS[options.arm](folder, options.micro_batch)
-        vocabulary = MODEL_SHAPES[options.size]["vocab_size"]
-        first = update(random_groups(1, 2, vocabulary, seed=1))  # allocates the optimiser state
-        groups = random_groups(options.groups, options.group_size, vocabulary, seed=0)
-        before_mib = memory_mib("VmRSS")
-        reset_peak()
-        started_s, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
-        update(groups)
-        wall_s, after = time.perf_counter() - started_s, resource.getrusage(resource.RUSAGE_SELF)
-        results = {
-            "grad_norm": first,
-            "tokens": sum(group.num_tokens for group in groups),
-            "wall_s": wall_s,
-            "cpu_s": after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime,
-            "peak_mib": memory_mib("VmHWM"),
-            "update_mib": memory_mib("VmHWM") - before_mib,
-        }
-    sys.stdout.write("\n" + json.dumps(results) + "\n")
+        if options.arm == "trl":
+            from benchmarks.learner_trl import train
+
+            train(folder, groups, options.micro_batch, begin=meter.begin, end=meter.end)
+        else:
+            update = ARMS[options.arm](folder, options.micro_batch)
+            norm = update(random_groups(1, 2, vocabulary, seed=1))  # allocates the optimiser state
+            meter.begin()
+            update(groups)
+            meter.end()
+    tokens = sum(group.num_tokens for group in groups)
+    sys.stdout.write(
+        "\n" + json.dumps({"grad_norm": norm, "tokens": tokens, **meter.results}) + "\n"
+    )
 
 
 if __name__ == "__main__":
