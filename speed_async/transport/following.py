@@ -24,7 +24,7 @@ class Alive(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardWritten(Message):
-    rank: int
+    folder: str
     error: Prose
     """Why the files could not be written; empty when they were."""
 
@@ -70,7 +70,7 @@ class CaptureShard(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WriteShard(Message):
-    """Write what was captured, while later commands are executed. The reply is ShardWritten."""
+    """Write what was captured, in the background. The reply is ShardWritten."""
 
     folder: str
 

@@ -43,8 +43,8 @@ class LearnerConfig(Section):
     """Number of kept checkpoints. A damaged one is replaced by the previous one on resume."""
     background_checkpoints: bool = True
     """Write a checkpoint while training continues, from a copy in host memory: 12 bytes per
-    parameter, 14 for a model in half precision, divided over the learners. If false, training waits
-    for the disk."""
+    parameter; 14 for a model in half precision. Several learners divide 12 bytes, and the first one
+    has the model in its own precision besides. If false, training waits for the disk."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: PositiveInt = 1
     """Torch threads of one learner on a CPU."""

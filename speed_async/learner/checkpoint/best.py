@@ -23,15 +23,16 @@ class BestCheckpoints:
         self._root = root
         self._running: dict[str, int] = {}
         """Versions under evaluation by suite."""
-        self._results: dict[str, tuple[int, float]] = {}
-        """Last results by suite, until the checkpoint of that version is written."""
+        self._results: dict[tuple[str, int], float] = {}
+        """Results by suite and version, until the checkpoint of that version or a later one is
+        written."""
         self._best = self._read()
 
     @property
     def kept(self) -> set[int]:
         """Versions whose checkpoints must not be removed."""
-        running, results = list(self._running.values()), list(self._results.values())
-        return {*running, *(v for v, _ in [*results, *self._best.values()])}
+        running, results = list(self._running.values()), list(self._results)
+        return {*running, *(v for _, v in results), *(v for v, _ in self._best.values())}
 
     def began(self, suite: str, policy_version: int) -> None:
         """The evaluation of this version began."""
@@ -39,23 +40,25 @@ class BestCheckpoints:
 
     def ended(self, suite: str, policy_version: int, accuracy: float) -> None:
         """The result of an evaluation; a repeated one changes nothing. Raises OSError."""
+        self._results[suite, policy_version] = accuracy
         if self._running.get(suite) == policy_version:
             del self._running[suite]
-        self._results[suite] = policy_version, accuracy
         self.update()
 
     def update(self) -> None:
         """Take up results whose checkpoint now exists, and link the best ones. Raises OSError."""
         existing = kept_versions(self._root)
-        for suite, (version, accuracy) in list(self._results.items()):
+        for (suite, version), accuracy in sorted(self._results.items()):
             if version not in existing:
+                if existing and version < existing[-1]:  # it was never written
+                    del self._results[suite, version]
                 continue
             best = self._best.get(suite)
             if best is None or accuracy > best[1]:
                 self._link(suite, version)
                 self._best[suite] = version, accuracy
                 self._write()
-            del self._results[suite]
+            del self._results[suite, version]
 
     def _link(self, suite: str, version: int) -> None:
         link = self._root / f"{LINK_PREFIX}{suite}"

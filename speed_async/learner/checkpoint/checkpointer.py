@@ -85,7 +85,10 @@ class Checkpointer:
             await writing
 
     def take_failure(self) -> str:
-        """Why a checkpoint could not be written, once; empty otherwise."""
+        """Why a checkpoint could not be written, once; empty otherwise. Raises what ended the last
+        write, if that is no OSError."""
+        if self._writing is not None and self._writing.done():
+            self._writing.result()
         failure, self._failure = self._failure, ""
         return failure
 
@@ -98,8 +101,13 @@ class Checkpointer:
         except OSError as error:
             self._failure = f"checkpoint of version {version} could not be saved: {error}"
             return
-        oldest = await asyncio.to_thread(self._trainer.prune)
-        self.saved_version, self._oldest_kept = version, oldest
+        self.saved_version = version
+        try:
+            oldest = await asyncio.to_thread(self._trainer.prune)
+        except OSError as error:
+            self._failure = f"older checkpoints could not be removed: {error}"
+            return
+        self._oldest_kept = oldest
         with contextlib.suppress(OSError):  # tried again after the next evaluation
             self._trainer.best.update()
         if is_service_connected():

@@ -51,7 +51,7 @@ def find_checkpoint(source: Path, name: str | None) -> Path:
     if name is None and versions:
         return checkpoint_folder(root, versions[-1])
     if name is not None:
-        wanted = checkpoint_folder(root, int(name)) if name.isdigit() else root / name
+        wanted = checkpoint_folder(root, int(name)) if name.isdecimal() else root / name
         if wanted.is_dir():
             return wanted.resolve()
     best = sorted(path.name for path in root.glob(f"{LINK_PREFIX}*"))
@@ -80,6 +80,10 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> None:
             partial.mkdir(parents=True)
             _write_converted(checkpoint, partial, dtype)
         partial.rename(out)
+    except shutil.Error as error:  # a list of (from, to, reason)
+        raise OSError(error.args[0][0][2]) from error
+    except SafetensorError as error:  # raised by the safetensors writer on a full disk
+        raise OSError(str(error)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -90,7 +94,11 @@ def _write_converted(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
         load_weights(model, SavedRows(saved_paths(checkpoint / TRAINING_FOLDER, MASTER)))
     except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"checkpoint '{checkpoint}' cannot be exported: {error}") from error
-    dtypes = WeightDtypes(by_name={}, default=dtype)
+    largest = max(float(parameter.detach().abs().max()) for parameter in model.parameters())
+    if largest > torch.finfo(dtype).max:
+        raise ModelError(f"weights up to {largest:.3g} exceed {dtype}: choose another --dtype")
+    buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    dtypes = WeightDtypes(by_name=buffers, default=dtype)
     write_model(out, model, model.state_dict(), read_model_files(checkpoint), dtypes)
     config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # the older name

@@ -45,6 +45,7 @@ ALIVE_INTERVAL_S = 0.5
 NAMING_S = 2.0
 """The loss of one rank makes others fail. After an error, this long passes before one is named."""
 FULL_RETRY_S = 0.01
+WRITTEN_POLL_S = 0.05
 
 
 def follower_name(rank: int) -> str:
@@ -65,7 +66,11 @@ class Followers:
         self._silence_s = silence_s
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
-        self._written: asyncio.Queue[ShardWritten] = asyncio.Queue()
+        self._sending = asyncio.Lock()
+        """Held for all messages of a command: another thread's must not come between them."""
+        self._closed = False
+        self._written: dict[str, dict[str, str]] = {}
+        """Replies by folder and follower: its error, or an empty text."""
         self._failures: dict[str, str] = {}
         self._gone: dict[str, str] = {}
         """Followers that are not reachable, the first one first, and how."""
@@ -104,37 +109,49 @@ class Followers:
             if isinstance(message, m.Failure):
                 self._failures.setdefault(name, message.message)
             elif isinstance(message, ShardWritten):
-                self._written.put_nowait(message)
+                self._written.setdefault(message.folder, {})[name] = message.error
 
     def command(self, *messages: m.Message) -> None:
         """Sends these messages to all followers. Not in the thread of the event loop."""
-        asyncio.run_coroutine_threadsafe(self._send(*messages), self._loop).result(self._timeout_s)
+        asyncio.run_coroutine_threadsafe(self._send(*messages), self._loop).result()
 
-    def written(self) -> list[str]:
-        """Waits for the replies of all followers to WriteShard. Returns their errors."""
-        replies = [
-            asyncio.run_coroutine_threadsafe(self._written.get(), self._loop).result(
-                self._timeout_s
-            )
-            for _ in self._names
-        ]
-        return [f"{follower_name(each.rank)}: {each.error}" for each in replies if each.error]
+    def written(self, folder: Path) -> list[str]:
+        """Waits for the replies of all followers to WriteShard. Returns their errors.
+
+        Raises OSError when a follower is lost.
+        """
+        waiting = asyncio.run_coroutine_threadsafe(self._all_written(str(folder)), self._loop)
+        return waiting.result()
+
+    async def _all_written(self, folder: str) -> list[str]:
+        """A disk may take longer than any timeout: `watch` notices a follower that is lost."""
+        while len(replies := self._written.get(folder, {})) < len(self._names):
+            if self._closed or self._gone or self._failures:
+                raise OSError("a learner rank was lost before it had written its part")
+            await asyncio.sleep(WRITTEN_POLL_S)
+        del self._written[folder]
+        return [f"{name}: {error}" for name, error in sorted(replies.items()) if error]
 
     async def close(self) -> None:
         """Ends the followers that are still there."""
+        self._closed = True
         with suppress(RoleError, DeadlineExceeded):
             await self._send(StopFollowing())
         await self._hub.close()
 
     async def _send(self, *messages: m.Message) -> None:
-        ends_s = self._loop.time() + self._timeout_s
-        for name in self._names:
-            for message in messages:
-                while (delivery := self._hub.offer(name, message)) is not Delivery.QUEUED:
-                    if delivery is Delivery.GONE or self._loop.time() > ends_s:
-                        self._gone.setdefault(name, "has exited or cannot be reached")
-                        raise RoleError(name, self._gone[name])
-                    await asyncio.sleep(FULL_RETRY_S)
+        async with self._sending:
+            ends_s = self._loop.time() + self._timeout_s
+            for name in self._names:
+                for message in messages:
+                    await self._offer(name, message, ends_s)
+
+    async def _offer(self, name: str, message: m.Message, ends_s: float) -> None:
+        while (delivery := self._hub.offer(name, message)) is not Delivery.QUEUED:
+            if delivery is Delivery.GONE or self._loop.time() > ends_s:
+                self._gone.setdefault(name, "has exited or cannot be reached")
+                raise RoleError(name, self._gone[name])
+            await asyncio.sleep(FULL_RETRY_S)
 
     def _find_gone(self, heard_s: dict[str, float], now_s: float) -> None:
         for name in self._names:
@@ -202,7 +219,7 @@ class LeadTrainer(Trainer):
             super().write_training(folder, captured)
         except OSError as own:
             error = own
-        others = self._followers.written()  # also after an error, for the next checkpoint
+        others = self._followers.written(folder)  # also after an error: then none is left over
         if error is not None:
             raise error
         if others:

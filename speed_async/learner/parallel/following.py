@@ -70,7 +70,8 @@ class FollowerLoop:
                 case GatherWeights(names=names):
                     await asyncio.to_thread(trainer.whole, names)
                 case CaptureShard(copy=copy):
-                    await writing  # it has been written: its memory is free
+                    await writing
+                    captured = {}  # frees what was not written
                     captured = await asyncio.to_thread(trainer.capture_training, copy=copy)
                 case WriteShard(folder=folder):
                     write = self._write(trainer, Path(folder), captured)
@@ -87,9 +88,9 @@ class FollowerLoop:
         error = ""
         try:
             await asyncio.to_thread(trainer.write_training, folder, captured)
-        except OSError as failure:
-            error = str(failure)
-        await self._link.send(ShardWritten(rank=self._rank, error=error))
+        except Exception as failure:  # the lead decides, as for its own part
+            error = f"{type(failure).__name__}: {failure}"
+        await self._link.send(ShardWritten(folder=str(folder), error=error))
 
     async def _next_group(self) -> Group:
         message = await self._commands.get()

@@ -64,3 +64,19 @@ def test_a_later_attempt_keeps_the_best_of_earlier_ones(tmp_path: Path) -> None:
     assert (tmp_path / "best-hard").readlink() == Path("version-000020")
     checkpoint_folder(tmp_path, 20).rename(tmp_path / "version-000020.damaged")
     assert BestCheckpoints(tmp_path).kept == set()
+
+
+def test_a_result_waits_for_its_checkpoint_also_when_a_later_one_comes_first(
+    tmp_path: Path,
+) -> None:
+    best = BestCheckpoints(tmp_path)
+    for version, accuracy in ((10, 0.9), (11, 0.2)):
+        best.began("hard", version)
+        best.ended("hard", version, accuracy)
+    assert best.kept == {10, 11}
+    save(tmp_path, 10)
+    best.update()
+    assert (tmp_path / "best-hard").readlink() == Path("version-000010")
+    save(tmp_path, 20)
+    best.update()
+    assert best.kept == {10}

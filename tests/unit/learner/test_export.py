@@ -1,6 +1,10 @@
 """`speed-async export`: a checkpoint as a model folder."""
 
 import json
+import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,3 +133,32 @@ def test_the_command_finds_the_newest_checkpoint_a_version_or_the_best(tmp_path:
     assert done.exit_code == 0, done.output
     assert done.output == f"exported {checkpoint.resolve()} to {out}\n"
     assert weights(out)
+
+
+@pytest.mark.parametrize("dtype", [(), ("--dtype", "float32")])
+def test_a_full_disk_is_an_error_of_one_line_and_leaves_no_folder(
+    tmp_path: Path, dtype: tuple[str, ...]
+) -> None:
+    _, checkpoint = trained(tmp_path)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "speed_async", "export", str(checkpoint), "--out", str(out)]
+
+    def limit_file_size() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    done = subprocess.run(
+        [*command, *dtype], preexec_fn=limit_file_size, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].startswith(f"error: '{out}' cannot be written: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_weights_that_a_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
+    trainer, checkpoint = trained(tmp_path)
+    with torch.no_grad():
+        next(trainer.model.parameters())[0, 0] = 1e5
+    trainer.save(at(2))
+    with pytest.raises(ModelError, match=r"weights up to 1e\+05 exceed torch.float16"):
+        export(checkpoint, tmp_path / "out", torch.float16)
