@@ -10,7 +10,8 @@
 set -euo pipefail
 config="$1"
 shift
-host="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+host="${hosts%%$'\n'*}"
 options=(
   --nnodes "$SLURM_NNODES"
   --nproc-per-node "${GPUS_PER_NODE:-8}"
