@@ -28,10 +28,12 @@ def export_command(source: Path, out: Path, checkpoint: str | None, dtype: str |
     the tokenizer, without the training state, after the checksums were verified.
     """
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from speed_async.errors import SpeedAsyncError
     from speed_async.learner.checkpoint.export import export, find_checkpoint
 
+    disable_progress_bar()
     found = find_checkpoint(source, checkpoint)
     try:
         export(found, out, getattr(torch, dtype) if dtype else None)

@@ -151,7 +151,8 @@ def test_a_full_disk_is_an_error_of_one_line_and_leaves_no_folder(
         [*command, *dtype], preexec_fn=limit_file_size, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-1].startswith(f"error: '{out}' cannot be written: ")
+    assert done.stderr.startswith(f"error: '{out}' cannot be written: "), done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
