@@ -143,14 +143,14 @@ def test_actors_die_hang_join_and_leave_and_the_run_continues(tmp_path: Path) ->
             stayer = start_actor(run, "--run-folder", "stayer")
             run.wait_for("both actors", lambda: run.events("step")[-1]["actors_alive"] == 4)
             run.wait_for("their weights", lambda: run.events("step")[-1]["weights/lag_max"] == 1)
-        assert run.events("step")[-1]["actors_total"] == 4
-        run.wait_for_steps(len(run.events("step")) + 5)
-        leaver.process.send_signal(signal.SIGINT)
-        status, out, err = leaver.finish()
-        assert (status, err) == (130, "")
-        assert out.startswith(f"joined {address} as actor-")
-        run.wait_for("its departure", lambda: run.events("step")[-1]["actors_alive"] == 3)
-        assert run.events("step")[-1]["actors_total"] == 3
+            assert run.events("step")[-1]["actors_total"] == 4
+            run.wait_for_steps(len(run.events("step")) + 5)
+            leaver.process.send_signal(signal.SIGINT)
+            status, out, err = leaver.finish()
+            assert (status, err) == (130, "")
+            assert out.startswith(f"joined {address} as actor-")
+            run.wait_for("its departure", lambda: run.events("step")[-1]["actors_alive"] == 3)
+            assert run.events("step")[-1]["actors_total"] == 3
         os.kill(run.child("actor", 2), signal.SIGSTOP)
         status, _, err = stayer.finish()
         assert (status, err) == (0, "")
