@@ -12,7 +12,7 @@ from speed_async.learner.checkpoint.best import LINK_PREFIX
 from speed_async.learner.checkpoint.captured import MASTER
 from speed_async.learner.checkpoint.checksums import CHECKSUM_FILE, damage
 from speed_async.learner.checkpoint.dtypes import WeightDtypes
-from speed_async.learner.checkpoint.files import write_model
+from speed_async.learner.checkpoint.files import copy_mode, write_model
 from speed_async.learner.checkpoint.model_files import (
     CONFIG_FILE,
     LEGACY_OPTIMIZER_FILE,
@@ -104,3 +104,4 @@ def _write_converted(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
     config.pop("torch_dtype", None)  # the older name
     config["dtype"] = str(dtype).removeprefix("torch.")
     (out / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_mode(out / CONFIG_FILE, out)

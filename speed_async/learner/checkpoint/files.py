@@ -82,7 +82,7 @@ def save_checkpoint(
         save_training(training)
         _write_json(training / RANDOM_FILE, captured.random)
         _write_json(training / TRAINER_FILE, {"format": FORMAT, **asdict(progress)})
-        _copy_mode(training / TRAINER_FILE, partial)
+        copy_mode(training / TRAINER_FILE, partial)
         seal(partial)
         commit(partial, folder)
     except SafetensorError as error:  # raised by the safetensors writer on a full disk
@@ -196,7 +196,7 @@ def write_model(
             (partial / name).write_bytes(content)
 
 
-def _copy_mode(example: Path, folder: Path) -> None:
+def copy_mode(example: Path, folder: Path) -> None:
     """Sets the mode of all files to that of `example`: safetensors creates private files."""
     mode = example.stat().st_mode
     for path in folder.rglob("*"):

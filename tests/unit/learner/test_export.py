@@ -73,6 +73,9 @@ def test_a_conversion_starts_from_the_float32_values_of_training(
         assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype)[6:]
         loaded = AutoModelForCausalLM.from_pretrained(out)
         assert loaded.dtype == dtype
+        assert (
+            len({path.stat().st_mode for path in out.iterdir()}) == 1
+        )  # as readable as config.json
         assert torch.equal(loaded.state_dict()["lm_head.weight"], state["lm_head.weight"].to(dtype))
 
 
