@@ -88,11 +88,13 @@ async def _join(config: Config, rank: Rank) -> tuple[Link, LeadPlan] | None:
             inbox_messages=QUEUED_MESSAGES,
             keys=client_keys(cluster),
         )
-        with contextlib.suppress(DeadlineExceeded):
-            await link.send(Follow(rank=rank.rank))
-            reply = await link.receive(min(left_s, ASK_AGAIN_S))
+        ask_s = min(left_s, ASK_AGAIN_S)
+        with contextlib.suppress(DeadlineExceeded, TimeoutError):
+            # After a failed handshake there is no connection to queue it for.
+            await asyncio.wait_for(link.send(Follow(rank=rank.rank)), ask_s)
+            reply = await link.receive(ask_s)
             while not isinstance(reply, LeadPlan):
-                reply = await link.receive(min(left_s, ASK_AGAIN_S))
+                reply = await link.receive(ask_s)
             return link, reply
         await link.close()
     raise DeadlineExceeded("the learner (rank 0)", "its plan", cluster.connect_timeout_s)
