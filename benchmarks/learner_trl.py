@@ -20,6 +20,7 @@ from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer
 
 from benchmarks.harness import QUICKSTART
+from benchmarks.trl_arm import ON_CPU
 from speed_async.types import Group
 
 
@@ -79,15 +80,7 @@ def train(
             max_completion_length=max(c.num_tokens for g in groups for c in g.completions),
             beta=0.0,
             learning_rate=1e-6,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            dataloader_pin_memory=False,
-            eval_strategy="no",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            **ON_CPU,
         )
         trainer = GivenCompletions(
             model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),

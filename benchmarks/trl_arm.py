@@ -33,6 +33,20 @@ from speed_async.environments.registry import make_task
 from speed_async.environments.task import Task
 from speed_async.learner.checkpoint.store import checkpoint_folder
 
+ON_CPU: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_num_workers": 0,
+    "dataloader_pin_memory": False,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+"""Float32 on a CPU, without anything but training."""
+
 
 class Checkpoints(TrainerCallback):
     """Cost at the end of each optimizer step, and a checkpoint of the model every few steps.
@@ -99,16 +113,7 @@ def make_trainer(
         lr_scheduler_type="constant_with_warmup",
         weight_decay=config.learner.weight_decay,
         max_grad_norm=config.learner.grad_clip,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        eval_strategy="no",
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **ON_CPU,
         seed=config.run.seed,
     )
     prompts = task.train_prompts
