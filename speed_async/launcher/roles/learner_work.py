@@ -93,7 +93,7 @@ async def follow(
     torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.run.seed)
     silence_s = config.cluster.peer_timeout_s
-    loop = FollowerLoop(link, rank.rank, silence_s=silence_s, stopping=stopping)
+    loop = FollowerLoop(link, silence_s=silence_s, stopping=stopping)
     await loop.run(make_trainer)
     leave_ranks()
 

@@ -1,7 +1,8 @@
 """The lead's side of several learner ranks: commands to the followers, and their loss.
 
 consumes   messages of the followers
-waits for  all followers to join (connect deadline), their reply after a checkpoint (stall deadline)
+waits for  all followers to join (connect deadline), space for a command (stall deadline), their
+           replies after a checkpoint (until one is lost)
 raises     RoleError naming the follower that failed, is gone, or is silent for too long
 """
 
@@ -59,7 +60,7 @@ class Followers:
         self, hub: Hub, store: Store, *, size: int, silence_s: float, timeout_s: float
     ) -> None:
         """`store`: at which the process group meets. `size`: number of learner ranks. `timeout_s`:
-        longest wait for a reply."""
+        longest time to send a command."""
         self.store = store
         self._hub = hub
         self._names = [follower_name(rank) for rank in range(1, size)]

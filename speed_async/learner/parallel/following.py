@@ -35,10 +35,9 @@ LEAD = "learner (rank 0)"
 
 
 class FollowerLoop:
-    def __init__(self, link: Link, rank: int, *, silence_s: float, stopping: asyncio.Event) -> None:
+    def __init__(self, link: Link, *, silence_s: float, stopping: asyncio.Event) -> None:
         """`stopping` is set by a stop signal. The lead has it as well, and decides."""
         self._link = link
-        self._rank = rank
         self._silence_s = silence_s
         self._stopping = stopping
         self._commands: asyncio.Queue[m.Message] = asyncio.Queue()
