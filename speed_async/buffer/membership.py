@@ -150,6 +150,13 @@ class Membership:
             if state.disconnected_since_s is not None:
                 state.disconnected_since_s += seconds
 
+    def restart_timeouts(self, now_s: float) -> None:
+        """Begin all peer timeouts anew: the service was restarted and has received nothing yet."""
+        for state in self.present():
+            state.last_message_s = now_s
+            if state.disconnected_since_s is not None:
+                state.disconnected_since_s = now_s
+
     def timed_out(self, now_s: float, timeout_s: float) -> list[ActorState]:
         """Actors without a message for this long, or without a connection for RECONNECT_S."""
         return [

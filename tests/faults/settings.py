@@ -7,7 +7,9 @@ from tests.fakes.paths import MODEL
 from tests.faults.faults import Fault
 
 DISK_BYTES = 256 * 1024 * 1024
-PEER_TIMEOUT_S = 3.0
+PEER_TIMEOUT_S = 8.0
+"""Longer than a connection may take to be restored: a handshake (5 s) and a pause before the next
+one (1 s). Otherwise a busy machine loses actors to a fault of the service."""
 WEIGHTS_DEADLINE_S = 3.0
 GROUPS_PER_UPDATE = 16
 ENDLESS = 1_000_000

@@ -128,7 +128,7 @@ def _recovered(
     for number in reversed(segments(folder)):
         try:
             found = _read(folder, number, build, data=data, model=model)
-            machine = None if found is None else _with_config(config, found[0], build)
+            machine = None if found is None else _restarted(config, found[0], build)
         except JournalRefused:
             raise
         except Exception as error:  # an error of any release: never a reason to drop the journal
@@ -172,11 +172,12 @@ def _read(
     return machine, last
 
 
-def _with_config(config: Config, machine: StateMachine, build: Build) -> StateMachine:
-    """The same machine with the current configuration."""
+def _restarted(config: Config, machine: StateMachine, build: Build) -> StateMachine:
+    """The same machine with the current configuration, before its peers are connected again."""
     if machine.service.config != config:
         machine = StateMachine(build(config, machine.state.service), machine.state)
     machine.sessions.rewind_all()
+    machine.service.membership.restart_timeouts(machine.last_s)
     return machine
 
 

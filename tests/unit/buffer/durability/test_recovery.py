@@ -24,7 +24,9 @@ from tests.fakes.service_harness import trained
 
 
 def state(machine: StateMachine) -> object:
-    machine.sessions.rewind_all()  # the server, not the machine, knows what was sent
+    """What a recovery restores: not what was sent, nor when each peer was last heard."""
+    machine.sessions.rewind_all()
+    machine.service.membership.restart_timeouts(machine.last_s)
     return msgpack.unpackb(capture(machine.state), strict_map_key=False)
 
 
@@ -85,6 +87,25 @@ def test_time_continues_from_the_start_of_the_run(tmp_path: Path) -> None:
         tmp_path / "journal", config, builder(started_s=1000.0), **FINGERPRINTS, attempt=0
     )
     assert recovered.service.present_status(2.0).values["wall_s"] == 1.5
+
+
+def test_peers_have_their_whole_timeout_to_reconnect_to_a_restarted_service(
+    tmp_path: Path,
+) -> None:
+    run = RandomRun(tmp_path, 5)
+    while not run.machine.service.membership.present():
+        run.step()
+    almost_s = 0.9 * run.config.cluster.peer_timeout_s
+
+    def names_after_tick(machine: StateMachine, seconds: float) -> list[str]:
+        machine.tick(machine.last_s + seconds, 0.0)
+        return [actor.name for actor in machine.service.membership.present()]
+
+    before = names_after_tick(run.machine, almost_s)
+    run.crash()
+    recovered, _ = open_machine(run.folder, run.config, run.build, **FINGERPRINTS, attempt=0)
+    assert names_after_tick(recovered, almost_s) == before != []
+    assert names_after_tick(recovered, almost_s) == []
 
 
 def test_a_snapshot_restores_a_new_machine(tmp_path: Path) -> None:
