@@ -15,6 +15,12 @@ from speed_async.config.schema import Config
 from speed_async.launcher.large_imports import large_imports
 from speed_async.testing.scripted_run import load_scripted_stepper
 
+SHARED_MODULES = (
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+)
+"""Slow imports that actor and engine process share when the engine is forked."""
+
 
 def start_engine(
     config: Config, *, index: int, incarnation: int, begin: Callable[[], None] | None = None
@@ -39,7 +45,8 @@ def start_stepper(
     fork = may_fork(config.actors.device)
     if fork:
         with large_imports():
-            importlib.import_module("transformers.models.auto")  # shared by the fork
+            for name in SHARED_MODULES:
+                importlib.import_module(name)
     make_stepper = _stepper_maker(config, seed=seed)
     if begin is not None:
         make_stepper = partial(_after, begin, make_stepper)
