@@ -36,6 +36,9 @@ class StateMachine:
         self.sessions = Sessions(self.state.sessions)
         self.journal: Journal | None = None
         """Each input is appended before it is processed; None disables the journal."""
+        self.replayed_events: list[Event] = []
+        """What the recovery emitted again. The process may have been killed before it stored the
+        last of them."""
         self._output = Output()
 
     @property
@@ -92,7 +95,7 @@ class StateMachine:
         self._begin_attempt(attempt, now_s)
 
     def replay(self, place: Place, record: Record) -> None:
-        """Process a recorded input again. Its events are discarded: they were emitted before."""
+        """Process a recorded input again. Its output was emitted before."""
         match record.kind:
             case "message":
                 message = decode(record.frames)
@@ -108,6 +111,9 @@ class StateMachine:
                 self._begin_attempt(int(record.value), record.now_s)
             case _:
                 return
+        self.replayed_events += [
+            event for event in self._output.events if event.kind not in ("status", "sample")
+        ]
         self._output = Output()
 
     def take_output(self) -> Output:

@@ -36,7 +36,7 @@ class SampleFile:
             line = _line({"kind": "sample"} | values)
             if size + len(line) > self._max_file_bytes:
                 self._is_full = True
-                if _last_line(file.fileno(), size).startswith(_line({"kind": FULL})[:-2]):
+                if last_line(file.fileno(), size).startswith(_line({"kind": FULL})[:-2]):
                     return
                 line = _line({"kind": FULL, "max_bytes": self._max_file_bytes})
             try:
@@ -57,12 +57,12 @@ def drop_partial_line(file: int) -> int:
     """Truncate a partial last line of a killed process. Returns the new size."""
     size = os.fstat(file).st_size
     if size and os.pread(file, 1, size - 1) != b"\n":
-        size -= len(_last_line(file, size))
+        size -= len(last_line(file, size))
         os.ftruncate(file, size)
     return size
 
 
-def _last_line(file: int, size: int, block: int = 65536) -> bytes:
+def last_line(file: int, size: int, block: int = 65536) -> bytes:
     """The last line, complete or partial."""
     start = max(0, size - block)
     while True:

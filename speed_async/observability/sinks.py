@@ -7,7 +7,7 @@ from typing import Protocol, cast, get_args
 
 from speed_async.errors import DataError
 from speed_async.observability.metrics import Event, EventKind, Value
-from speed_async.observability.sample_file import SampleFile, drop_partial_line
+from speed_async.observability.sample_file import SampleFile, drop_partial_line, last_line
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -36,7 +36,9 @@ class JsonlSink:
         run_folder.mkdir(parents=True, exist_ok=True)
         self.path = run_folder / METRICS_FILE
         with self.path.open("a+b") as file:
-            drop_partial_line(file.fileno())
+            size = drop_partial_line(file.fileno())
+            self.end_s = _wall_s(last_line(file.fileno(), size)) if size else 0.0
+            """`wall_s` of the last event of an earlier process; 0 without one."""
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
         self._samples = SampleFile(run_folder)
 
@@ -51,6 +53,14 @@ class JsonlSink:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _wall_s(line: bytes) -> float:
+    """Infinite if the line is not an event."""
+    try:
+        return float(json.loads(line)["wall_s"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def read_events(path: Path) -> list[Event]:

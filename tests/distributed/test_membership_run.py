@@ -24,10 +24,11 @@ SLACK_S = 20.0
 other members to report that they are alive, a new group, an update, and machine load.
 Every other wait of the run is longer than both."""
 SETTINGS = {
-    "run.updates": 160,
+    "run.updates": 100_000,
     "learner.lr": 0.0,  # the share of prompts that pass the gate stays the same
     "cluster.host": "::1",
     "cluster.actors": 2,
+    "cluster.drain_timeout_s": 5.0,
     "actors.max_restarts": 10,
     "weights.deadline_s": DEADLINE_S,
     "gate.n_init": 4,
@@ -89,12 +90,12 @@ def wait_until_back(run: Run, name: str) -> None:
         run.wait_for(f"{name} in the group", is_back)
 
 
-def assert_completed(run: Run) -> tuple[str, dict[str, Any]]:
+def assert_drained(run: Run) -> tuple[str, dict[str, Any]]:
     """Returns what it printed, and its summary."""
     status, out, err = run.finish()
-    assert status == 0, err
+    assert status == 130, err
     summary = run.summary()
-    assert summary["optimizer_updates"] == SETTINGS["run.updates"]
+    assert summary["optimizer_updates"] == len(run.events("step"))
     assert summary["ledger"]["closes"] is True
     assert summary["ledger"]["groups"]["in_flight"] == 0
     assert run.processes() == {}
@@ -152,9 +153,10 @@ def test_actors_die_hang_join_and_leave_and_the_run_continues(tmp_path: Path) ->
             run.wait_for("its departure", lambda: run.events("step")[-1]["actors_alive"] == 3)
             assert run.events("step")[-1]["actors_total"] == 3
         os.kill(run.child("actor", 2), signal.SIGSTOP)
+        run.interrupt()
         status, _, err = stayer.finish()
         assert (status, err) == (0, "")
-        out, summary = assert_completed(run)
+        out, summary = assert_drained(run)
         check_warnings(out)
         check_actors(summary)
         assert list((tmp_path / "stayer" / "logs").glob("actor-?.log"))

@@ -175,7 +175,9 @@ def _read(
 def _restarted(config: Config, machine: StateMachine, build: Build) -> StateMachine:
     """The same machine with the current configuration, before its peers are connected again."""
     if machine.service.config != config:
+        replayed_events = machine.replayed_events
         machine = StateMachine(build(config, machine.state.service), machine.state)
+        machine.replayed_events = replayed_events
     machine.sessions.rewind_all()
     machine.service.membership.restart_timeouts(machine.last_s)
     return machine

@@ -5,7 +5,9 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.server import serve
@@ -20,6 +22,7 @@ from speed_async.environments.task import data_fingerprint
 from speed_async.errors import ModelError
 from speed_async.launcher.identity.model_files import model_fingerprint
 from speed_async.launcher.run_folder import RunFolder
+from speed_async.observability.metrics import Event
 from speed_async.observability.sinks import JsonlSink, Sink
 from speed_async.transport.curve import server_keys
 from speed_async.transport.feed import FeedPublisher
@@ -66,7 +69,7 @@ async def run_service(config: Config, run_folder: Path, *, attempt: int) -> None
     for note in notes:
         sys.stderr.write(note + "\n")
     machine.service.warnings.show_first("\n".join(notes))
-    sinks = make_sinks(config, run_folder)
+    sinks = make_sinks(config, run_folder, machine.replayed_events)
     sys.stdout.write(json.dumps({"port": hub.port, "feed_port": feed.port}) + "\n")
     sys.stdout.flush()
     await serve(machine, hub, feed, sinks)
@@ -80,8 +83,10 @@ def vocab_size(folder: Path) -> int | None:
         return None
 
 
-def make_sinks(config: Config, run_folder: Path) -> list[Sink]:
-    sinks: list[Sink] = [JsonlSink(run_folder)]
+def make_sinks(config: Config, run_folder: Path, replayed: Sequence[Event] = ()) -> list[Sink]:
+    """`replayed`: the last events of a killed process. Those that it did not store are stored."""
+    metrics = JsonlSink(run_folder)
+    sinks: list[Sink] = [metrics]
     if config.observe.wandb:
         from speed_async.observability.wandb_sink import WandbSink
 
@@ -92,4 +97,8 @@ def make_sinks(config: Config, run_folder: Path) -> list[Sink]:
                 config=config.model_dump(),
             )
         )
+    for event in replayed:
+        if float(cast(float, event.values["wall_s"])) > metrics.end_s:
+            for sink in sinks:
+                sink.write(event)
     return sinks

@@ -229,6 +229,7 @@ def test_replay_restores_joins_and_keys(harness: MachineHarness) -> None:
         harness.folder, harness.config, build, **FINGERPRINTS, attempt=0
     )
     assert notes == []
+    harness.machine.service.membership.restart_timeouts(harness.machine.last_s)
     assert recovered.state.service.membership == harness.machine.state.service.membership
     recovered.message("actor-2.5", hello(2, 5), harness.now_s, "other")
     assert isinstance(recovered.sessions.replies[-1][1], m.Rejected)

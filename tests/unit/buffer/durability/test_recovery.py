@@ -16,6 +16,8 @@ from speed_async.buffer.state import MachineState, ServiceState
 from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.schema import Config
 from speed_async.errors import JournalRefused
+from speed_async.launcher.roles.service_role import make_sinks
+from speed_async.observability.sinks import JsonlSink, read_events
 from speed_async.transport import messages as m
 from speed_async.types import GroupEnd
 from tests.fakes.buffer_fixtures import FINGERPRINTS, builder, make_config
@@ -106,6 +108,29 @@ def test_peers_have_their_whole_timeout_to_reconnect_to_a_restarted_service(
     recovered, _ = open_machine(run.folder, run.config, run.build, **FINGERPRINTS, attempt=0)
     assert names_after_tick(recovered, almost_s) == before != []
     assert names_after_tick(recovered, almost_s) == []
+
+
+def test_events_that_a_killed_service_did_not_store_are_stored_after_its_recovery(
+    tmp_path: Path,
+) -> None:
+    run = RandomRun(tmp_path, 5)
+    while run.version < 5:
+        run.step()
+    events = [event for event in run.machine.take_output().events if event.kind != "status"]
+    stored, lost = events[:-2], events[-2:]
+    sink = JsonlSink(tmp_path)
+    for event in stored:
+        sink.write(event)
+    sink.close()
+    run.crash()
+    settings = run.config.model_copy(
+        update={"run": run.config.run.model_copy(update={"updates": 9})}
+    )
+    recovered, _ = open_machine(run.folder, settings, run.build, **FINGERPRINTS, attempt=0)
+    for one in make_sinks(settings, tmp_path, recovered.replayed_events):
+        one.close()
+    assert read_events(tmp_path / "metrics.jsonl") == [*stored, *lost]
+    assert {"step", "evaluation"} <= {event.kind for event in stored}
 
 
 def test_a_snapshot_restores_a_new_machine(tmp_path: Path) -> None:
