@@ -11,7 +11,7 @@ from typing import Literal
 
 from benchmarks.evidence.spreads import NUM_ANSWER_CHARACTERS, Spread
 
-EXPERIMENT = "2026-11-30"
+EXPERIMENT = "2026-11-30b"
 
 NUM_TRAIN, NUM_SCORED, DATA_SEED = 2560, 800, 5
 COMPLETIONS_PER_UPDATE = 384
