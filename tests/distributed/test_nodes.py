@@ -11,6 +11,7 @@ import pytest
 from speed_async.launcher.exit_status import EXIT_RUN_LOST, EXIT_STATUS
 from speed_async.transport.key_making import make_keys
 from tests.fakes.run_process import Run, own_address, start_train
+from tests.fakes.slow_task import SLOW
 
 pytestmark = [
     pytest.mark.multinode,
@@ -19,7 +20,6 @@ pytestmark = [
     ),
 ]
 
-ENDLESS = ("--run.updates", "100000")
 PEER_TIMEOUT_S = 5.0
 
 
@@ -36,7 +36,7 @@ def start_nodes(folder: Path, count: int, *overrides: str) -> list[Run]:
     options = ["--nnodes", str(count), "--nproc-per-node", "1"]
     options += ["--cluster.host", host, "--cluster.keys", str(folder / "keys")]
     options += ["--cluster.service_port", str(free_port(host))]
-    options += ["--cluster.peer_timeout_s", str(PEER_TIMEOUT_S), *ENDLESS, *overrides]
+    options += ["--cluster.peer_timeout_s", str(PEER_TIMEOUT_S), *SLOW, *overrides]
     nodes = []
     for rank in reversed(range(count)):  # the actors' nodes first: they wait for the learner's node
         node_folder = folder / f"node-{rank}"
@@ -79,8 +79,7 @@ def test_run_continues_without_a_killed_node_and_each_other_one_reports_the_outc
     first, killed, other = nodes
     try:
         first.wait_for_steps(1)
-        with first.slowed_down():
-            wait_for_actors(first, 2)
+        wait_for_actors(first, 2)
         kill_node(killed, 1)
         wait_for_actors(first, 1)
         first.wait_for_version(first.versions()[-1] + 20)

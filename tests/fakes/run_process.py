@@ -9,10 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,27 +198,6 @@ class Run:
                 await feed.close()
 
         asyncio.run(asyncio.wait_for(follow(), DEADLINE_S))
-
-    @contextmanager
-    def slowed_down(self) -> Iterator[None]:
-        """Run the learner a tenth of the time, so that a short run lasts until another process has
-        started."""
-        learner, done = self.learner(), threading.Event()
-
-        def pause() -> None:
-            while not done.is_set():
-                os.kill(learner, signal.SIGSTOP)
-                done.wait(0.45)
-                os.kill(learner, signal.SIGCONT)
-                done.wait(0.05)
-
-        pausing = threading.Thread(target=pause)
-        pausing.start()
-        try:
-            yield
-        finally:
-            done.set()
-            pausing.join()
 
 
 def parent_of(process_id: int) -> int:

@@ -119,6 +119,11 @@ def test_both_engines_agree_on_the_same_weights(harness: "VllmHarness") -> None:
     assert difference.low <= 0 <= difference.high
 
 
+def is_split(sampled: Any) -> bool:
+    """Whether two policy versions sampled tokens of this completion."""
+    return len(set(sampled.policy_versions.tolist())) == 2
+
+
 @pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
 def test_mu_matches_forward_pass_before_and_after_an_update(
     harness: "VllmHarness", recompute: bool
@@ -140,20 +145,22 @@ def test_mu_matches_forward_pass_before_and_after_an_update(
             await engine.update_weights(offer(6))  # restores the old weights for the next test
         return sampled
 
+    results: list[Any] = []
+    for _ in range(20):  # on a busy machine, all may be finished before the update
+        results = harness.run(run())
+        if any(map(is_split, results)):
+            break
     assert harness.errors == []
-    num_split = 0
-    for one, sampled in zip(requests, harness.run(run()), strict=True):
+    assert any(map(is_split, results))
+    for one, sampled in zip(requests, results, strict=True):
         assert sampled.num_tokens == one.max_new_tokens
         is_new = sampled.policy_versions == 5
-        split = 0 < is_new.sum() < len(is_new)
-        num_split += split
         by_old = forced_logprobs(old, one, sampled).numpy()
         by_new = forced_logprobs(new, one, sampled).numpy()
-        if split and not recompute:
+        if is_split(sampled) and not recompute:
             by_new = logprobs_with_old_cache(old, new, one, sampled, 5).numpy()
         expected = np.where(is_new, by_new, by_old)
         np.testing.assert_allclose(sampled.logprobs, expected, atol=1e-3, rtol=0)
-    assert num_split >= 1
 
 
 def test_completion_ends_with_its_eos_token(harness: "VllmHarness") -> None:
