@@ -67,6 +67,15 @@ MODEL_SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "1.5B": {  # as Qwen2.5-1.5B
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
 }
 
 SPAWN = multiprocessing.get_context("spawn")
