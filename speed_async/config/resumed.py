@@ -29,6 +29,8 @@ FIXED = (
     "actors.max_new_tokens",
     "buffer",
     "learner.groups_per_update",
+    "learner.lora_alpha",
+    "learner.lora_rank",
     "evaluate",
 )
 """Fixed fields, and sections whose fields are all fixed."""

@@ -81,6 +81,11 @@ USES = (
     ),
     _with("buffer.durability", "batched", "every", fields="buffer.spill"),
     _with("learner.lr_schedule", "linear", "cosine", fields="learner.min_lr_share"),
+    _Use(
+        fields="learner.lora_alpha",
+        applies=lambda c: c.learner.lora_rank > 0,
+        condition="learner.lora_rank above 0",
+    ),
     _with("objective.advantage", "shrunken", fields="objective.prior_weight"),
     _with("objective.policy_loss", "ppo_clip", "gspo", fields="objective.clip_low"),
     _with("objective.policy_loss", "ppo_clip", "cispo", "gspo", fields="objective.clip_high"),

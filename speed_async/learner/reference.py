@@ -1,12 +1,14 @@
 """The reference policy of the KL divergence: a frozen copy of the start model.
 
 It is loaded from `model.path` in every attempt, so a resumed run has the same reference. It has the
-dtype of the learner (float32) and the sampling temperature.
+dtype of the learner (float32) and the sampling temperature. With adapters, it is the policy without
+them, and takes no memory.
 
 Shape legend: N completions of one group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,14 +38,23 @@ def load_reference(config: Config, *, on_cpu: bool = False) -> Policy:
 
 
 class Reference:
-    def __init__(self, policy: Policy, micro_batches: MicroBatches) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        micro_batches: MicroBatches,
+        *,
+        scope: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """`policy` is the reference within `scope`."""
         self._policy = policy
         self._micro_batches = micro_batches
+        self._scope = scope
 
     def score(self, group_rows: Sequence[TrainingRow]) -> list[TrainingRow]:
         """The rows with the log-probabilities of the reference, which all optimiser updates of the
         batch share."""
-        return self._micro_batches.with_reference(self._policy, group_rows)
+        with self._scope():
+            return self._micro_batches.with_reference(self._policy, group_rows)
 
     def sequence_k1(self, current: Policy, groups: Sequence[Group]) -> list[Float64Array]:
         """Sum over the tokens of each completion of log pi - log ref (N,), for each group, with pi

@@ -23,6 +23,7 @@ from speed_async.algorithms.objective import (
 )
 from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
+from speed_async.learner.adapters import add_adapters, has_adapters, without_adapters
 from speed_async.learner.batch_checks import check_token_ids, inputs_finite
 from speed_async.learner.canary_probe import CanaryProbe
 from speed_async.learner.checkpoint.best import BestCheckpoints
@@ -41,6 +42,7 @@ from speed_async.learner.checkpoint.store import checkpoint_folder, prune
 from speed_async.learner.micro_batches import MicroBatches
 from speed_async.learner.minibatches import split_groups
 from speed_async.learner.model import context_length, embedding_table
+from speed_async.learner.model_weights import ModelWeights
 from speed_async.learner.optimizer import learning_rate, make_optimizer, set_lr
 from speed_async.learner.optimizer_update import (
     Metrics,
@@ -50,7 +52,7 @@ from speed_async.learner.optimizer_update import (
     update_parameters,
 )
 from speed_async.learner.parallel.ranks import ONE_RANK, Ranks
-from speed_async.learner.parallel.sharding import shard, whole, whole_state
+from speed_async.learner.parallel.sharding import shard
 from speed_async.learner.policy import Policy
 from speed_async.learner.progress import Progress
 from speed_async.learner.reference import Reference, load_reference
@@ -85,9 +87,9 @@ class Trainer:
         Raises ModelError when the learner does not support the model.
         """
         self.model = model
+        add_adapters(model, config.learner, seed=config.run.seed)
         self.num_updates = 0
-        """Number of `update` calls, including skipped updates. It is the policy version, and
-        determines the learning rate."""
+        """Number of `update` calls, also skipped ones: the policy version."""
         self.num_optimizer_updates = 0
         self.num_skipped = 0
         """Optimiser updates skipped because a value was not finite."""
@@ -128,11 +130,13 @@ class Trainer:
         shard_as_configured(self._policy)
         self._reference = None
         if config.objective.kl_coefficient > 0:
-            reference = load_reference(config, on_cpu=ranks.size > 1)
-            shard_as_configured(reference)
-            self._reference = Reference(reference, self._micro_batches)
+            reference, scope = self._policy, partial(without_adapters, model)
+            if not has_adapters(model):
+                reference = load_reference(config, on_cpu=ranks.size > 1)
+                shard_as_configured(reference)
+            self._reference = Reference(reference, self._micro_batches, scope=scope)
         self._optimizer = make_optimizer(model, config.learner)
-        self._parameters = dict(model.named_parameters())
+        self._weights = ModelWeights(model)
 
     def update(self, groups: Sequence[Group]) -> UpdateResult:
         """Trains on all groups, in `learner.passes` passes of `learner.minibatches` optimiser
@@ -180,14 +184,11 @@ class Trainer:
         )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights to broadcast: each distinct parameter once, in layer order, float32, valid until
-        the next update. A tied parameter has its first name. See `whole`."""
-        for name, parameter in self._parameters.items():
-            yield name, parameter.detach()
+        """Weights to broadcast, float32. As `ModelWeights.named`; `whole` has their values."""
+        return self._weights.named()
 
     def whole(self, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """These of the weights, as whole tensors. Few at a time: sharded ones are copied."""
-        return {name: whole(self._parameters[name].detach()) for name in names}
+        return self._weights.whole(names)
 
     def canary(self) -> Canary:
         """Canary of the current weights, which receivers verify. Runs one short forward pass.
@@ -212,8 +213,8 @@ class Trainer:
 
     def capture(self, *, copy: bool = True) -> Captured:
         """The current state, for `write`. With `copy`, updates may follow before it is written."""
-        if self._ranks.size > 1:
-            model = whole_state(self.model, self.whole, self._dtypes.of)
+        if self._ranks.size > 1 or has_adapters(self.model):
+            model = self._weights.state(self.whole, self._dtypes.of)
         else:
             model = capture_model(self.model, self._dtypes, copy=copy)
         training = self.capture_training(copy=copy)
@@ -225,10 +226,7 @@ class Trainer:
         return capture_training(self.model, self._optimizer, self._dtypes, mesh, copy=copy)
 
     def write(self, progress: Progress, captured: Captured) -> None:
-        """Writes a checkpoint, also in another thread than the updates.
-
-        Raises OSError; all older checkpoints are then unchanged.
-        """
+        """Writes a checkpoint, also in another thread than the updates. Raises as `save`."""
         progress = replace(progress, run_id=self._run_id)
         save_checkpoint(
             checkpoint_folder(self._checkpoints, progress.policy_version),

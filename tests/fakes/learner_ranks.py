@@ -54,6 +54,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
             correction="token_tis", kl="k1", kl_coefficient=0.01, entropy_coefficient=0.01
         ),
     },
+    "adapters": {
+        "micro_batch_tokens": 48,
+        "lora_rank": 3,
+        "lora_alpha": 6.0,
+        "objective": ObjectiveConfig(kl="k3", kl_coefficient=0.1),
+    },
     "normalized": {"objective": ObjectiveConfig(correction="sequence_snis")},
     "overflow": {"micro_batch_tokens": 48},
 }

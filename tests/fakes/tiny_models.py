@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from speed_async.launcher.preflight.memory_budget import ModelSizes
+
 VOCABULARY = ("<pad>", "<bos>", "<eos>", "<unk>", *"0123456789+=abcdefghijklmnopqrstuvwxyz ")
 EOS_TOKEN_ID = 2
 CONTEXT_LENGTH = 96
@@ -80,3 +82,16 @@ def save_tiny_folder(
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     save_tokenizer(folder)
     return folder
+
+
+def sizes_of(config: Any, num_parameters: int) -> ModelSizes:
+    return ModelSizes(
+        num_parameters=num_parameters,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads or 1,
+        head_dim=config.head_dim or 1,
+        vocab_size=config.vocab_size,
+    )

@@ -11,6 +11,8 @@ OPTIONS = {
     "learner.min_lr_share": "0.1",
     "learner.warmup_updates": "2",
     "learner.adam_beta2": "0.99",
+    "learner.lora_rank": "4",
+    "learner.lora_alpha": "8",
     "objective.correction": "token_tis",
     "objective.mask_truncated": "true",
     "objective.kl": "k1",

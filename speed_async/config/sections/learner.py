@@ -35,6 +35,11 @@ class LearnerConfig(Section):
     """Decay of the optimiser's moments per optimiser update."""
     adam_eps: PositiveFloat = 1e-8
     grad_clip: PositiveFloat = 1.0
+    lora_rank: NonNegativeInt = 0
+    """Rank of trained low-rank adapters (LoRA) of all linear layers; the weights stay as they are.
+    0 trains all weights. Actors and checkpoints get the weights with the adapters."""
+    lora_alpha: PositiveFloat = 32.0
+    """The product of the factors of an adapter is multiplied by lora_alpha / lora_rank."""
     micro_batch_tokens: PositiveInt = 8192
     """Padded tokens per forward and backward pass."""
     checkpoint_every: NonNegativeInt = 20

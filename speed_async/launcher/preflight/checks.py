@@ -76,7 +76,7 @@ def run_checks(
                 config,
                 findings,
                 parent=parent,
-                checkpoint_bytes=checkpoint_bytes(model.weights),
+                checkpoint_bytes=checkpoint_bytes(config, model, model.weights),
             )
             findings.show("disk", disk)
     return findings

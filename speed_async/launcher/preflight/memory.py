@@ -1,7 +1,8 @@
 """Estimates the memory of weights, gradients, optimiser state and KV cache.
 
 learner    16 bytes per parameter, over all learner ranks: float32 weights, gradients and two
-           moments of AdamW; 4 more for the reference model of a KL divergence
+           moments of AdamW; 4 more for the reference model of a KL divergence. With
+           adapters (LoRA) 4, and 16 per parameter of the adapters
 actor      weights (float32 on a CPU, the stored dtype on a GPU), and a KV cache of
            slots x context tokens x 2 x layers x KV heads x head size values; half as much again
            for the torch engine on a CPU, which needs space to move rows
@@ -14,9 +15,13 @@ from speed_async.config.schema import Config
 from speed_async.launcher.preflight.devices import why_no_gpu
 from speed_async.launcher.preflight.findings import Findings
 from speed_async.launcher.preflight.machine import size
-from speed_async.launcher.preflight.memory_budget import MASTER_BYTES, MOMENTS_BYTES
+from speed_async.launcher.preflight.memory_budget import (
+    MASTER_BYTES,
+    MOMENTS_BYTES,
+    adapter_parameters,
+)
 from speed_async.launcher.preflight.model import CheckedModel
-from speed_async.launcher.preflight.shared_gpu import DTYPE_BYTES
+from speed_async.launcher.preflight.shared_gpu import DTYPE_BYTES, model_sizes
 from speed_async.launcher.preflight.weights import Weights
 
 LEARNER_BYTES = 2 * MASTER_BYTES + MOMENTS_BYTES
@@ -31,8 +36,15 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
         return []
     on_gpu = not why_no_gpu()
     has_reference = config.objective.kl_coefficient > 0
-    bytes_each = LEARNER_BYTES + MASTER_BYTES * has_reference
-    learner_bytes = bytes_each * model.weights.num_parameters
+    num_adapted = num_adapter_parameters(config, model)
+    if num_adapted:
+        learner_bytes = MASTER_BYTES * model.weights.num_parameters + LEARNER_BYTES * num_adapted
+        parts = f"{MASTER_BYTES} bytes per parameter, and {LEARNER_BYTES} per one of the adapters"
+    else:
+        bytes_each = LEARNER_BYTES + MASTER_BYTES * has_reference
+        learner_bytes = bytes_each * model.weights.num_parameters
+        parts = f"{bytes_each} bytes per parameter: weights, gradients, two moments"
+        parts += ", reference model" if has_reference else ""
     value_bytes = MASTER_BYTES
     actor_on_gpu = on_gpu and config.actors.device != "cpu"
     if actor_on_gpu:
@@ -43,8 +55,7 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
     lines = [
         f"model: {model.weights.num_parameters:,} parameters, {size(model.weights.num_bytes)} of "
         f"weights ({model.facts.dtype or 'dtype not specified'})",
-        f"learner: about {size(learner_bytes)} ({bytes_each} bytes per parameter: weights, "
-        f"gradients, two moments{', reference model' if has_reference else ''})"
+        f"learner: about {size(learner_bytes)} ({parts})"
         + (f", divided over {learners} ranks" if learners > 1 else ""),
     ]
     cache = "a KV cache of unknown size"
@@ -64,8 +75,18 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
     return lines
 
 
-def checkpoint_bytes(weights: Weights) -> int:
+def num_adapter_parameters(config: Config, model: CheckedModel) -> int:
+    """0 without adapters (LoRA), or if config.json leaves a size to the model class."""
+    if model.weights is None or not config.learner.lora_rank:
+        return 0
+    sizes = model_sizes(model.facts, model.weights.num_parameters)
+    return 0 if sizes is None else adapter_parameters(sizes, config.learner.lora_rank)
+
+
+def checkpoint_bytes(config: Config, model: CheckedModel, weights: Weights) -> int:
     """Disk space of one checkpoint."""
+    if config.learner.lora_rank:
+        return weights.num_bytes + CHECKPOINT_BYTES * num_adapter_parameters(config, model)
     is_smaller = weights.num_bytes < MASTER_BYTES * weights.num_parameters
     return CHECKPOINT_BYTES * weights.num_parameters + is_smaller * weights.num_bytes
 

@@ -1,8 +1,9 @@
 """Memory of one GPU that a learner and engines share, by part.
 
 learner, per parameter: 4 bytes each of float32 weights and gradients, 8 of AdamW's two moments, 2
-of the bfloat16 weights of autocast, and 4 of a reference model if there is one. Activations and
-logits are those of the largest micro-batch (`activation_bytes`, `logits_bytes`).
+of the bfloat16 weights of autocast, and 4 of a reference model if there is one. With adapters
+(LoRA), only these have gradients and moments, and the reference model is the model without them.
+Activations and logits are those of the largest micro-batch (`activation_bytes`, `logits_bytes`).
 
 engine: weights in its dtype, a KV cache of at least one sequence of the full context, and the
 working memory of its kernels.
@@ -60,6 +61,8 @@ class Workload:
     """GPUs that divide the weights and the KV cache of an engine."""
     bucket_bytes: int
     has_reference: bool = False
+    lora_rank: int = 0
+    """0 trains all weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,18 +123,32 @@ def memory_budget(
 def learner_bytes(sizes: ModelSizes, workload: Workload) -> dict[str, int]:
     """Bytes of a learner on a GPU by part."""
     num, tokens = sizes.num_parameters, max(workload.longest_row, workload.micro_batch_tokens)
+    trained = num
+    if workload.lora_rank:
+        trained = adapter_parameters(sizes, workload.lora_rank)
+        num += trained
+    has_model = workload.has_reference and not workload.lora_rank
     parts = {
         "weights": MASTER_BYTES * num,
-        "gradients": MASTER_BYTES * num,
-        "optimizer": MOMENTS_BYTES * num,
+        "gradients": MASTER_BYTES * trained,
+        "optimizer": MOMENTS_BYTES * trained,
         "bfloat16 weights": COMPUTE_BYTES * num,
-        "reference model": MASTER_BYTES * num * workload.has_reference,
+        "reference model": MASTER_BYTES * num * has_model,
         "activations": activation_bytes(sizes, tokens),
         "logits": logits_bytes(sizes, tokens),
         "weight transfer": 2 * workload.bucket_bytes,
         "process": PROCESS_BYTES,
     }
     return {name: size for name, size in parts.items() if size}
+
+
+def adapter_parameters(sizes: ModelSizes, rank: int) -> int:
+    """Parameters of the adapters (LoRA) of a Llama: `rank` x (inputs + outputs) of each linear
+    layer. Experts that are one tensor have none."""
+    hidden, queries = sizes.hidden_size, sizes.num_heads * sizes.head_dim
+    keys = sizes.num_kv_heads * sizes.head_dim
+    attention = 2 * (hidden + queries) + 2 * (hidden + keys)
+    return rank * sizes.num_layers * (attention + 3 * (hidden + sizes.intermediate_size))
 
 
 def activation_bytes(sizes: ModelSizes, num_tokens: int, *, autocast: bool = True) -> int:

@@ -218,6 +218,7 @@ def workload(config: Config, facts: ModelInfo) -> Workload:
         engine_shards=actors.weight_ranks,
         bucket_bytes=config.weights.bucket_bytes,
         has_reference=config.objective.kl_coefficient > 0,
+        lora_rank=config.learner.lora_rank,
     )
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from speed_async.learner.adapters import has_adapters
 from speed_async.learner.checkpoint.dtypes import WeightDtypes, master_weights
 from speed_async.learner.checkpoint.shards import SUFFIX, local, save_rows, writes_rows
 from speed_async.learner.optimizer import named_state
@@ -51,11 +52,14 @@ def capture_training(
     *,
     copy: bool,
 ) -> TrainingTensors:
-    """With `mesh`, the rows of this rank, of all parameters in float32."""
-    if mesh is None:
-        weights = master_weights(model, dtypes)
+    """With `mesh`, the rows of this rank, of all trained parameters in float32."""
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    if mesh is not None:
+        weights = trained if writes_rows(mesh) else {}
+    elif has_adapters(model):
+        weights = {name: each.detach() for name, each in trained.items()}
     else:
-        weights = dict(model.named_parameters()) if writes_rows(mesh) else {}
+        weights = master_weights(model, dtypes)
     moments = named_state(optimizer, model) if mesh is None or weights else {}
     return {
         file: {

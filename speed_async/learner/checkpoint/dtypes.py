@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from speed_async.errors import ModelError
+from speed_async.learner.adapters import is_factor
 from speed_async.learner.checkpoint.model_files import LEGACY_OPTIMIZER_FILE
 
 HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -77,14 +78,17 @@ def master_weights(model: nn.Module, dtypes: WeightDtypes) -> dict[str, Tensor]:
 
 
 def tensor_bytes(model: nn.Module, dtypes: WeightDtypes) -> int:
-    """Size of the tensors of one checkpoint: float32 weights, AdamW's two moments in float32, and
-    weights that are stored in another dtype."""
-    stored = sum(
-        parameter.numel() * dtypes.of(name).itemsize
-        for name, parameter in model.named_parameters()
-        if _is_converted(name, parameter, dtypes)
-    )
-    return stored + 12 * sum(parameter.numel() for parameter in model.parameters())
+    """Size of the tensors of one checkpoint: the model as it is stored, and for each trained
+    parameter AdamW's two moments, and its float32 value if the model has it in another dtype or
+    merged."""
+    num_bytes = 0
+    for name, parameter in model.named_parameters():
+        in_model = not is_factor(name)
+        per_value = dtypes.of(name).itemsize if in_model else 4
+        if parameter.requires_grad:
+            per_value += 8 + 4 * (in_model and _is_converted(name, parameter, dtypes))
+        num_bytes += per_value * parameter.numel()
+    return num_bytes
 
 
 def _is_converted(name: str, tensor: Tensor, dtypes: WeightDtypes) -> bool:

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from speed_async.errors import ModelError, SpeedAsyncError
+from speed_async.learner.adapters import is_factor
 from speed_async.learner.checkpoint.best import LINK_PREFIX
 from speed_async.learner.checkpoint.captured import MASTER
 from speed_async.learner.checkpoint.checksums import CHECKSUM_FILE, damage
@@ -91,7 +92,9 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> None:
 def _write_converted(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
     try:
         model = load_model(checkpoint, device="cpu")  # float32
-        load_weights(model, SavedRows(saved_paths(checkpoint / TRAINING_FOLDER, MASTER)))
+        saved = SavedRows(saved_paths(checkpoint / TRAINING_FOLDER, MASTER))
+        if not any(map(is_factor, saved.names())):  # adapters are merged in the model's files
+            load_weights(model, saved)
     except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"checkpoint '{checkpoint}' cannot be exported: {error}") from error
     largest = max(float(parameter.detach().abs().max()) for parameter in model.parameters())

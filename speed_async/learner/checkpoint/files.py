@@ -25,6 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from speed_async.config.whole_file import flush
 from speed_async.errors import ModelError, SpeedAsyncError
+from speed_async.learner.adapters import has_adapters
 from speed_async.learner.checkpoint.captured import MASTER, OPTIMIZER, Captured
 from speed_async.learner.checkpoint.checksums import damage, seal
 from speed_async.learner.checkpoint.dtypes import WeightDtypes, stored_tensors, tensor_bytes
@@ -148,9 +149,12 @@ def load_checkpoint(
         progress = _read_progress(folder)
         training = folder / TRAINING_FOLDER
         masters = saved_paths(training, MASTER)
-        if not masters or masters[0].name == MASTER_FILE:  # then not of all parameters
+        saved = SavedRows(masters)
+        if has_adapters(model):
+            _check_adapters(model, saved)
+        elif not masters or masters[0].name == MASTER_FILE:  # then not of all parameters
             load_parameters(model, load_model(folder, device="cpu"))
-        load_weights(model, SavedRows(masters))
+        load_weights(model, saved)
         moments = saved_paths(training, OPTIMIZER) or [_training_file(folder, OPTIMIZER_FILE)]
         load_state(optimizer, model, SavedRows(moments))
         random = _read_json(_training_file(folder, RANDOM_FILE))
@@ -158,6 +162,13 @@ def load_checkpoint(
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"checkpoint '{folder}' cannot be restored: {error}") from error
     return progress
+
+
+def _check_adapters(model: PreTrainedModel, saved: SavedRows) -> None:
+    """Raises ValueError if the checkpoint has other parameters than the adapters of the model."""
+    adapters = {name for name, each in model.named_parameters() if each.requires_grad}
+    if set(saved.names()) != adapters:
+        raise ValueError("it has other adapters than this run, or none")
 
 
 def _make_partial_folder(folder: Path) -> Path:

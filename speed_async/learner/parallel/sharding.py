@@ -6,10 +6,9 @@ ranks, not averaged: the weights of the loss are those of the whole batch.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -63,16 +62,3 @@ def shard(
 def whole(tensor: Tensor) -> Tensor:
     """The tensor gathered from all ranks, which must all call this; itself if it is not sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_state(
-    model: nn.Module,
-    gather: Callable[[Sequence[str]], Mapping[str, Tensor]],
-    dtype_of: Callable[[str], torch.dtype],
-) -> Mapping[str, Tensor]:
-    """The tensors of a sharded model by name, on the CPU. `gather` returns whole parameters, and is
-    asked for one at a time; they get the dtype of their name. Tied ones are the same tensor."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    stored = {id_: gather([name])[name].to(dtype_of(name)).cpu() for id_, name in names.items()}
-    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    return {name: stored.get(id(t), t.detach().cpu()) for name, t in state.items()}

@@ -24,7 +24,7 @@ from speed_async.launcher.preflight.memory_budget import (
 )
 from speed_async.launcher.preflight.shared_gpu import shared_gpu_budgets, with_shared_memory
 from speed_async.learner.optimizer import make_optimizer, named_state
-from tests.fakes.tiny_models import save_tiny_folder
+from tests.fakes.tiny_models import save_tiny_folder, sizes_of
 
 SIZES = ModelSizes(
     num_parameters=1_500_000_000,
@@ -85,19 +85,6 @@ def test_what_a_learner_and_two_engines_need_must_be_there() -> None:
     assert only_engines.engine_bytes == int(0.97 * needed) // 2
 
 
-def tiny_sizes(config: LlamaConfig, num_parameters: int) -> ModelSizes:
-    return ModelSizes(
-        num_parameters=num_parameters,
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads or 1,
-        head_dim=config.head_dim or 1,
-        vocab_size=config.vocab_size,
-    )
-
-
 def llama(num_layers: int) -> Any:
     torch.manual_seed(0)
     return LlamaForCausalLM(
@@ -119,7 +106,7 @@ def test_weights_gradients_and_moments_are_what_torch_allocates() -> None:
     model(input_ids=torch.arange(8)[None]).logits.sum().backward()
     optimizer.step()
     parameters = [*model.parameters()]
-    sizes = tiny_sizes(model.config, sum(each.numel() for each in parameters))
+    sizes = sizes_of(model.config, sum(each.numel() for each in parameters))
     expected = learner_bytes(sizes, WORKLOAD)
     assert expected["weights"] == sum(each.nbytes for each in parameters)
     assert expected["gradients"] == sum(each.grad.nbytes for each in parameters)
@@ -149,7 +136,7 @@ def test_activations_of_a_layer_are_within_10_percent_of_what_torch_saves(autoca
         return sum(num_bytes for num_bytes, _ in storages.values()) / num_tokens
 
     measured = (saved_per_token(3) - saved_per_token(1)) / 2
-    sizes = tiny_sizes(llama(1).config, 1)
+    sizes = sizes_of(llama(1).config, 1)
     assert layer_activation_bytes(sizes, autocast=autocast) == pytest.approx(measured, rel=0.1)
 
 
