@@ -69,6 +69,19 @@ def _set_mode(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
                 setattr(module, "dropout", 0.0)  # noqa: B010 - a float, annotated as Module
 
 
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated layers. Empty for a family that does not name their class."""
+    classes = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in classes]
+
+
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Compiles each decoder layer at its first call, for rows of any number and length. Layers of
+    equal form share the result."""
+    for layer in decoder_layers(model):
+        layer.compile(backend=backend, dynamic=True)
+
+
 def context_length(model: PreTrainedModel, configured: int | None) -> int | None:
     """Largest number of prompt plus completion tokens: `configured` (`model.context_length`), or
     the limit of the model. None for a model without a limit."""

@@ -41,7 +41,7 @@ from speed_async.learner.checkpoint.random_states import random_states
 from speed_async.learner.checkpoint.store import checkpoint_folder, prune
 from speed_async.learner.micro_batches import MicroBatches
 from speed_async.learner.minibatches import split_groups
-from speed_async.learner.model import context_length, embedding_table
+from speed_async.learner.model import compile_layers, context_length, embedding_table
 from speed_async.learner.model_weights import ModelWeights
 from speed_async.learner.optimizer import learning_rate, make_optimizer, set_lr
 from speed_async.learner.optimizer_update import (
@@ -128,6 +128,8 @@ class Trainer:
             cpu_offload=config.learner.cpu_offload,
         )
         shard_as_configured(self._policy)
+        if config.learner.compile:
+            compile_layers(model)
         self._reference = None
         if config.objective.kl_coefficient > 0:
             reference, scope = self._policy, partial(without_adapters, model)

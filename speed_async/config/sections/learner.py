@@ -53,6 +53,9 @@ class LearnerConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: PositiveInt = 1
     """Torch threads of one learner on a CPU."""
+    compile: bool = False
+    """Compile the decoder layers with torch.compile. The first updates take longer, and a CPU needs
+    a C++ compiler."""
     cpu_offload: bool = False
     """Keep the sharded parameters, gradients and optimiser of GPU learners in host memory between
     uses. Requires several `cluster.learners`."""

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from speed_async.learner.model import decoder_layers
 from speed_async.learner.parallel.ranks import Ranks
 from speed_async.learner.policy import Policy
 
@@ -39,9 +40,7 @@ def shard(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     half_precision = half_precision and ranks.mesh.device_type == "cuda"
     policy.autocasts = not half_precision
-    layer_classes = set(policy.causal_lm._no_split_modules or ())
-    layers = [each for each in policy.modules() if type(each).__name__ in layer_classes]
-    for module in (*layers, policy):
+    for module in (*decoder_layers(policy.causal_lm), policy):
         sharded: FSDPModule = fully_shard(
             module,
             mesh=ranks.mesh,

@@ -21,7 +21,7 @@ from speed_async.config.sections.gate import GateConfig
 from speed_async.config.sections.objective import POLICY_LOSSES, ObjectiveConfig
 from speed_async.errors import ModelError
 from speed_async.learner.canary_probe import CanaryProbe
-from speed_async.learner.model import load_model
+from speed_async.learner.model import compile_layers, load_model
 from speed_async.learner.policy import Policy, check_policy
 from speed_async.learner.trainer import Trainer
 from speed_async.types import Group
@@ -544,3 +544,19 @@ def test_the_canary_of_diverged_weights_raises(tmp_path: Path):
         next(trainer.model.parameters())[0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"non-finite .* diverged; lower learner\.lr"):
         trainer.canary()
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_the_others(tmp_path: Path) -> None:
+    """With the graphs of torch.compile, but without its code generation, which takes a minute."""
+    folder = save_tiny_llama(tmp_path)
+    plain, compiled = make_trainer(folder), make_trainer(folder)
+    compile_layers(compiled.model, backend="aot_eager")
+    for seed in range(3):  # rows of other numbers and lengths
+        for trainer in (plain, compiled):
+            trainer.update(random_groups(seed, num_groups=1 + seed))
+    weights = dict(plain.weights())
+    for name, tensor in compiled.weights():
+        torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=0, msg=name)
+    counts = torch._dynamo.utils.counters["stats"]
+    assert counts["unique_graphs"] > 0
