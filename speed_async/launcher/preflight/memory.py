@@ -8,11 +8,10 @@ actor      weights (float32 on a CPU, the stored dtype on a GPU), and a KV cache
 Not included: activations, logits and the code of the processes (about 1 GiB each with torch).
 """
 
-from pathlib import Path
-
 from speed_async.config.schema import Config
 from speed_async.launcher.preflight.devices import why_no_gpu
 from speed_async.launcher.preflight.findings import Findings
+from speed_async.launcher.preflight.host_memory import host_memory
 from speed_async.launcher.preflight.machine import size
 from speed_async.launcher.preflight.memory_budget import MASTER_BYTES, MOMENTS_BYTES
 from speed_async.launcher.preflight.model import CheckedModel
@@ -82,19 +81,10 @@ def _kv_bytes(config: Config, model: CheckedModel, value_bytes: int, *, on_gpu: 
 
 
 def _check_available(needed_bytes: int, findings: Findings) -> None:
-    available = _available_bytes()
-    if available is not None and needed_bytes > available:
+    memory = host_memory()
+    if memory is not None and needed_bytes > memory.available_bytes:
         findings.warnings.append(
             f"the run may need more memory than is available: about {size(needed_bytes)} for "
-            f"weights, optimiser and KV caches, and {size(available)} are free; reduce "
+            f"weights, optimiser and KV caches, and {size(memory.available_bytes)} are free; reduce "
             "actors.slots, model.context_length or cluster.actors"
         )
-
-
-def _available_bytes() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(found[0]) if found else None
