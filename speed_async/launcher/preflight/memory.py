@@ -85,6 +85,6 @@ def _check_available(needed_bytes: int, findings: Findings) -> None:
     if memory is not None and needed_bytes > memory.available_bytes:
         findings.warnings.append(
             f"the run may need more memory than is available: about {size(needed_bytes)} for "
-            f"weights, optimiser and KV caches, and {size(memory.available_bytes)} are free; reduce "
-            "actors.slots, model.context_length or cluster.actors"
+            f"weights, optimiser and KV caches, and {size(memory.available_bytes)} are free; "
+            "reduce actors.slots, model.context_length or cluster.actors"
         )
