@@ -89,13 +89,17 @@ async def _follow(
         try:
             raw = await asyncio.wait_for(process.stdout.readline(), silence_s)
         except TimeoutError:
-            fault = f"was silent for {silence_s:g} s while {stage}, and was killed"
+            fault = (
+                f"was silent for {silence_s:g} s while {stage}, and was killed: set a longer "
+                "--timeout on a slow machine, else look for a driver or disk that hangs (dmesg)"
+            )
             return RankEnd(rank=rank, fault=fault)
         line = raw.decode(errors="replace")
         if not raw:
             status = await process.wait()
             last = _last_line(await errors)
-            return RankEnd(rank=rank, fault=f"exited with status {status} while {stage}: {last}")
+            fault = f"exited with status {status} while {stage} ({last})"
+            return RankEnd(rank=rank, fault=f"{fault}: `python -c 'import torch'` must work here")
         stage = read_stage(line) or stage
         if (result := read_result(line)) is not None:
             return RankEnd(rank=rank, result=result)
