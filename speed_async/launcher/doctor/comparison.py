@@ -1,6 +1,6 @@
 """Compares what the ranks of all nodes know. Pure: facts in, findings out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from speed_async.errors import SpeedAsyncError
 from speed_async.launcher.doctor.records import (
@@ -34,7 +34,9 @@ def compare_nodes(facts: Sequence[RankFacts], findings: Findings) -> None:
             remedy = f"{text}; install the same version on all nodes{package}"
             findings.errors.append(SpeedAsyncError(remedy))
     one_release = len({_release(each, "torch") for each in nodes}) == 1
-    if one_release and (text := _difference("torch", nodes, lambda each: each.versions["torch"])):
+    if one_release and (
+        text := _difference("torch", nodes, lambda each: each.versions.get("torch"))
+    ):
         findings.warnings.append(f"{text}: different builds of one release")
     for name in SHOULD_AGREE:
         if text := _difference(name, nodes, lambda each, name=name: _release(each, name)):
@@ -79,24 +81,33 @@ def show_links(exchange: Exchange, findings: Findings, *, folder: str | None) ->
             )
 
 
-def missing_ranks(exchange: Exchange, job: RankJob, *, num_nodes: int) -> Iterator[str]:
+def missing_ranks(
+    exchange: Exchange, job: RankJob, *, num_nodes: int, failed: Collection[int] = ()
+) -> Iterator[str]:
     """Yield an error for each node that did not answer, and for each one that lacks some ranks.
 
-    `job`: that of a rank of this node. Own ranks are left out: their processes have errors.
+    `job`: that of a rank of this node. `failed`: ranks of this node that have an error already.
     """
     by_node: dict[int, list[int]] = {}
     for rank in exchange.missing:
         by_node.setdefault(rank // job.local_world_size, []).append(rank)
+    own = job.rank // job.local_world_size
     absent = [node for node, ranks in by_node.items() if len(ranks) == job.local_world_size]
     num_present, limit = num_nodes - len(absent), f"within {job.timeout_s:g} s"
     for node, ranks in by_node.items():
-        if node in absent:
+        if node == own:
+            if late := sorted({*ranks} - {*failed}):
+                yield (
+                    f"{_ranks(late)} on this node did not reach rank 0 {limit}, and it went on "
+                    "without: start all nodes at the same time, or set a longer --timeout"
+                )
+        elif node in absent:
             yield (
                 f"{num_present} of {counted(num_nodes, 'node')} answered {limit}: node {node} is "
                 f"missing; start `speed-async doctor ... --node-rank {node}` there with the other "
                 f"arguments as here, and open port {job.port} from it to {job.host}"
             )
-        elif node != job.rank // job.local_world_size:
+        else:
             yield (
                 f"{_ranks(ranks)} on node {node} did not answer {limit}: see the output of "
                 "`speed-async doctor` there, or set a longer --timeout"

@@ -88,6 +88,7 @@ def _report(
             findings.errors.append(SpeedAsyncError(f"rank {end.rank} on this node {end.fault}"))
     results = [end.result for end in ends if end.result is not None]
     findings.errors += map(SpeedAsyncError, sorted({each.fault for each in results if each.fault}))
+    failed = [end.rank for end in ends if end.result is None or end.result.fault]
     complete = [each for each in results if each.fault is None]
     if not complete:
         _show_local_gpus(findings)
@@ -95,7 +96,7 @@ def _report(
     exchange = complete[0]
     show_gpus(exchange.facts, findings)
     compare_nodes(exchange.facts, findings)
-    for text in missing_ranks(exchange, job, num_nodes=node.num_nodes):
+    for text in missing_ranks(exchange, job, num_nodes=node.num_nodes, failed=failed):
         findings.errors.append(SpeedAsyncError(text))
     if exchange.missing:
         findings.show("ranks", [f"{len(exchange.facts)} of {job.world_size} answered"])

@@ -96,14 +96,20 @@ JOB = RankJob(
 
 
 def test_missing_nodes_are_named_with_what_to_start_and_which_port_to_open() -> None:
-    missing = [1, 2, 4, 5]  # an own rank, a rank of node 1, and node 2
-    first, second = missing_ranks(Exchange(missing=missing), JOB, num_nodes=3)
+    missing = [1, 2, 4, 5]  # an own rank whose process failed, a rank of node 1, and node 2
+    first, second = missing_ranks(Exchange(missing=missing), JOB, num_nodes=3, failed=[1])
     assert first.startswith("rank 2 on node 1 did not answer within 30 s")
     assert second == (
         "2 of 3 nodes answered within 30 s: node 2 is missing; start `speed-async doctor ... "
         "--node-rank 2` there with the other arguments as here, and open port 29411 from it to "
         "10.0.0.1"
     )
+
+
+def test_rank_that_came_too_late_is_an_error_on_its_own_node() -> None:
+    [late] = missing_ranks(Exchange(missing=[1]), JOB, num_nodes=3)
+    assert late.startswith("rank 1 on this node did not reach rank 0 within 30 s")
+    assert late.endswith("or set a longer --timeout")
 
 
 def report(rank: int, **change: object) -> RankReport:

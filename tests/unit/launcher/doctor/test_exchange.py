@@ -11,7 +11,7 @@ import pytest
 from speed_async.launcher.doctor.exchange import exchange
 from speed_async.launcher.doctor.records import GLOO, Exchange, RankJob
 
-SHORT_S = 0.3
+SHORT_S = 2.0
 """Timeout of ranks that wait for one that does not come."""
 JOB = RankJob(
     rank=0,
