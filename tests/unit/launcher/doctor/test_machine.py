@@ -24,7 +24,7 @@ FACTS = MachineFacts(
     free_shared_memory_bytes=8 * GIB,
     max_open_files=1024,
     max_settable_open_files=1 << 20,
-    free_disk_bytes={"/work": 20 * GIB},
+    free_disk_bytes={"/data": 20 * GIB},
 )
 
 
@@ -38,7 +38,7 @@ def test_facts_are_shown_with_their_limits() -> None:
         "memory: 10.0 GiB available of 64.0 GiB, limited to 16.0 GiB by the container or job",
         "/dev/shm: 8.0 GiB free of 8.0 GiB",
         "open files: at most 1,024",
-        "disk: 20.0 GiB free at /work",
+        "disk: 20.0 GiB free at /data",
     ]
 
 
