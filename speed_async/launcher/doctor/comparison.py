@@ -66,8 +66,8 @@ def show_links(exchange: Exchange, findings: Findings, *, folder: str | None) ->
     lines = [f"{counted(len(exchange.facts), 'rank')} on {counted(len(nodes), 'node')}"]
     lines += [f"node {each.node}: {each.host_name}{_clock(each, reports)}" for each in nodes]
     lines += [_backend(name, exchange) for name in (GLOO, NCCL)]
-    seen = {rank: each.sees_shared_file for rank, each in reports.items()}
-    if any(seen.values()):
+    seen = {each.sees_shared_file for each in exchange.reports} - {None}
+    if seen == {True}:
         lines.append(f"files in {folder} are visible on all nodes with learners")
     findings.show("ranks", lines)
     findings.errors += map(SpeedAsyncError, _link_errors(exchange, folder))
@@ -137,8 +137,9 @@ def _link_errors(exchange: Exchange, folder: str | None) -> Iterator[str]:
     blind = [each.rank for each in exchange.reports if each.sees_shared_file is False]
     if blind:
         yield (
-            f"{_ranks(blind)} cannot see a file that rank 0 wrote to '{folder}': learners on "
-            "several nodes need a run.folder on a file system that all of them share"
+            f"{_ranks(blind)} cannot see a file that rank 0 made for this test beside run.folder "
+            f"('{folder}' on this node): learners on several nodes need a run.folder on a file "
+            "system that all of them share"
         )
 
 

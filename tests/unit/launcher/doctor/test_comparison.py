@@ -170,8 +170,15 @@ def test_failed_backend_is_one_error_with_the_first_cause() -> None:
 
 
 def test_run_folder_that_other_learners_cannot_see_is_an_error() -> None:
-    [error] = map(str, links(report(1, sees_shared_file=False)).errors)
-    assert error.startswith("rank 1 cannot see a file that rank 0 wrote to '/runs'")
+    exchange = Exchange(
+        facts=[facts(0), facts(1)],
+        reports=[report(0, sees_shared_file=True), report(1, sees_shared_file=False)],
+    )
+    findings = Findings()
+    show_links(exchange, findings, folder="/runs")
+    [error] = map(str, findings.errors)
+    assert error.startswith("rank 1 cannot see a file that rank 0 made for this test beside run.")
+    assert not any("visible" in line for line in findings.sections[0][1])
 
 
 def test_rank_that_stopped_reporting_is_an_error() -> None:
