@@ -66,11 +66,12 @@ def show_links(exchange: Exchange, findings: Findings, *, folder: str | None) ->
     lines = [f"{counted(len(exchange.facts), 'rank')} on {counted(len(nodes), 'node')}"]
     lines += [f"node {each.node}: {each.host_name}{_clock(each, reports)}" for each in nodes]
     lines += [_backend(name, exchange) for name in (GLOO, NCCL)]
+    place = f" ('{folder}' here)" if folder is not None else ""
     seen = {each.sees_shared_file for each in exchange.reports} - {None}
     if seen == {True}:
-        lines.append(f"files in {folder} are visible on all nodes with learners")
+        lines.append(f"run folder: shared by all nodes with learners{place}")
     findings.show("ranks", lines)
-    findings.errors += map(SpeedAsyncError, _link_errors(exchange, folder))
+    findings.errors += map(SpeedAsyncError, _link_errors(exchange, place))
     for each in nodes:
         offset_s, bound_s = _offset(reports.get(each.rank))
         if abs(offset_s) - bound_s > MAX_OFFSET_S:
@@ -114,7 +115,7 @@ def missing_ranks(
             )
 
 
-def _link_errors(exchange: Exchange, folder: str | None) -> Iterator[str]:
+def _link_errors(exchange: Exchange, place: str) -> Iterator[str]:
     if exchange.silent:
         yield (
             f"{_ranks(exchange.silent)} connected and then did not report: see the output of "
@@ -137,8 +138,8 @@ def _link_errors(exchange: Exchange, folder: str | None) -> Iterator[str]:
     blind = [each.rank for each in exchange.reports if each.sees_shared_file is False]
     if blind:
         yield (
-            f"{_ranks(blind)} cannot see a file that rank 0 made for this test beside run.folder "
-            f"('{folder}' on this node): learners on several nodes need a run.folder on a file "
+            f"{_ranks(blind)} cannot see a file that rank 0 made for this test beside run.folder"
+            f"{place}: learners on several nodes need a run.folder on a file "
             "system that all of them share"
         )
 

@@ -142,7 +142,7 @@ def test_measurements_are_shown_in_one_line_per_backend_and_node() -> None:
                 "gloo: all-reduce of 16.0 MiB in 20.0 ms (0.84 GB/s), round trip to rank 0 at "
                 "most 1.00 ms (rank 1)",
                 "NCCL: not measured, not every rank has a GPU of its own",
-                "files in /runs are visible on all nodes with learners",
+                "run folder: shared by all nodes with learners ('/runs' here)",
             ],
         )
     ]
@@ -178,7 +178,7 @@ def test_run_folder_that_other_learners_cannot_see_is_an_error() -> None:
     show_links(exchange, findings, folder="/runs")
     [error] = map(str, findings.errors)
     assert error.startswith("rank 1 cannot see a file that rank 0 made for this test beside run.")
-    assert not any("visible" in line for line in findings.sections[0][1])
+    assert not any("run folder" in line for line in findings.sections[0][1])
 
 
 def test_rank_that_stopped_reporting_is_an_error() -> None:
