@@ -6,6 +6,7 @@ import click
 
 from speed_async import __version__
 from speed_async.commands.data import data
+from speed_async.commands.doctor import doctor
 from speed_async.commands.evaluation import compare_command, evaluate_command
 from speed_async.commands.export import export_command
 from speed_async.commands.runs import actor, console, keys
@@ -28,6 +29,7 @@ COMMANDS = (
     export_command,
     data,
     check,
+    doctor,
     show_config,
     console,
     actor,

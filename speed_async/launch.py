@@ -73,7 +73,7 @@ def _read_config(arguments: list[str]) -> tuple[Config, bool]:
 
 def run_rank(config: Config, rank: Rank, *, resume: bool) -> int:
     if rank.rank < config.cluster.learners:
-        os.environ.update(nccl_environment(config))
+        os.environ.update(nccl_environment(config.weights.deadline_s))
         if rank.rank > 0:
             from speed_async.launcher.roles.follower_role import follow_run
 

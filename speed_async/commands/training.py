@@ -125,8 +125,8 @@ def train(
             return
         arguments = ["--resume", str(run_folder), *overrides]
     if dry_run:
-        _download_nothing()
-    node, findings = _examine(resolved, errors, make_node, resume=run_folder is not None)
+        download_nothing()
+    node, findings = examine(resolved, errors, make_node, resume=run_folder is not None)
     if dry_run:
         findings.set_aside(NotAvailableHere)
         _print_and_exit(findings)
@@ -153,8 +153,8 @@ def check(
     same checks. In contrast to `train --dry-run`, what this machine lacks is an error.
     """
     make_node = partial(node_of, num_nodes=nnodes, index=node_rank, num_ranks=nproc_per_node)
-    _download_nothing()
-    _, findings = _examine(*examine_config(config, overrides), make_node)
+    download_nothing()
+    _, findings = examine(*examine_config(config, overrides), make_node)
     findings.set_aside(NotDownloaded)
     _print_and_exit(findings)
 
@@ -175,7 +175,7 @@ def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None
     click.echo(resolved.model_dump_json(indent=2) if as_json else to_toml(resolved), nl=as_json)
 
 
-def _examine(
+def examine(
     config: Config | None,
     errors: list[ConfigError],
     make_node: Callable[[Config], Node],
@@ -207,7 +207,7 @@ def _examine(
     return node, findings
 
 
-def _download_nothing() -> None:
+def download_nothing() -> None:
     """Let the libraries of the Hugging Face hub use their cache only; they read this at import."""
     os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -33,6 +33,17 @@ def num_cuda_gpus() -> int:
     return count.value
 
 
+def driver_version() -> str | None:
+    """The newest CUDA version that the driver supports, such as 13.0; None without a driver."""
+    version = ctypes.c_int(0)
+    try:
+        if ctypes.CDLL(DRIVER).cuDriverGetVersion(ctypes.byref(version)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
 def gpu_memory_bytes() -> tuple[int, ...]:
     """Total memory of each GPU that `num_cuda_gpus` counts; empty if the driver does not tell."""
     sizes = []

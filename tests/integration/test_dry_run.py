@@ -54,6 +54,27 @@ def test_ranks_are_listed_by_node_and_what_other_machines_have_is_not_checked(
     assert "'cluster.host' = '192.0.2.1': the service cannot bind to it" in host
 
 
+@pytest.mark.parametrize(
+    ("learners", "per_node", "expected"),
+    [
+        (3, 4, ("ranks 0 to 2 are learners, beside the buffer service, rank 3 is an actor", "")),
+        (3, 2, ("ranks 0 to 1 are learners, beside", "rank 2 is a learner, rank 3 is an actor")),
+        (2, 3, ("ranks 0 to 1 are learners, beside", "ranks 3 to 5 are actors")),
+    ],
+)
+def test_every_learner_rank_is_listed_on_its_node(
+    tmp_path: Path, learners: int, per_node: int, expected: tuple[str, str]
+) -> None:
+    nodes = TWO_NODES if expected[1] else ()
+    options = ["--cluster.learners", str(learners), "--nproc-per-node", str(per_node)]
+    if nodes:
+        options += [*SECURE, "--cluster.learner_port", "29412"]
+    status, lines = dry_run(tmp_path, *nodes, *options)
+    assert status == 0
+    for node, text in enumerate(filter(None, expected)):
+        assert starting(lines, f"  node {node}: {text}"), lines
+
+
 def test_an_engine_that_is_not_installed_here_is_not_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

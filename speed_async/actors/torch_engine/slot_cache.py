@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from speed_async.actors.torch_engine.cache_size import CacheLayout
 from speed_async.actors.torch_engine.slot_blocks import Block, SlotSpan, Writes, grown, new_store
 from speed_async.actors.torch_engine.slots import Int64Array
 
@@ -34,15 +35,14 @@ class SlotCache(Cache):
     layer's first update.
     """
 
-    def __init__(self, num_slots: int, *, block: int, granularity: int) -> None:
+    def __init__(self, layout: CacheLayout) -> None:
         super().__init__(layers=[])
-        self.block = block
-        # One more than `_free_region` needs: it then rarely has to move rows.
-        self._num_regions = 1 if block >= num_slots else -(-num_slots // block) + 2
+        self.block = layout.block
+        self._num_regions = layout.num_regions
         self._free = list(range(self._num_regions))
         self._blocks: list[Block] = []
-        self._granularity = granularity
-        self._max_positions = granularity
+        self._round_up = layout.round_up
+        self._max_positions = layout.granularity
         self._pairs: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> two of (V, D)
         self._num_heads: dict[int, int] = {}  # layer -> H
         self._rows: Int64Array = np.zeros(0, np.int64)
@@ -295,6 +295,3 @@ class SlotCache(Cache):
         for layer, pair in self._pairs.items():
             for store in pair:
                 yield store, self._num_heads[layer]
-
-    def _round_up(self, length: int) -> int:
-        return -(-length // self._granularity) * self._granularity

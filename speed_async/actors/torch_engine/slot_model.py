@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from speed_async.actors.torch_engine import llama_decoder
+from speed_async.actors.torch_engine.cache_size import cache_layout
 from speed_async.actors.torch_engine.slot_cache import SlotCache
 from speed_async.actors.torch_engine.slots import Int64Array
 from speed_async.actors.torch_engine.span_attention import SPANS_KEYWORD, attend_by_span
@@ -39,10 +40,9 @@ class SlotModel:
         self._device, self._dtype = parameter.device, parameter.dtype
         self._canary_tolerance = canary_tolerance(canary_tolerance_nats, self._dtype)
         self._attends_by_span = attend_by_span(model)
-        if self._attends_by_span and self._device.type == "cpu":
-            self._cache = SlotCache(num_slots, block=max(16, num_slots // 4), granularity=16)
-        else:  # one block needs one kernel launch, which outweighs shorter reads
-            self._cache = SlotCache(num_slots, block=num_slots, granularity=64)
+        # On a GPU, one block needs one kernel launch, which outweighs shorter reads.
+        in_blocks = self._attends_by_span and self._device.type == "cpu"
+        self._cache = SlotCache(cache_layout(num_slots, in_blocks=in_blocks))
         self._decoder = None
         if self._attends_by_span and llama_decoder.supports(model):
             self._decoder = llama_decoder.LlamaDecoder(model)

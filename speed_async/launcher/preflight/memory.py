@@ -4,16 +4,16 @@ learner    16 bytes per parameter, over all learner ranks: float32 weights, grad
            moments of AdamW; 4 more for the reference model of a KL divergence. With
            adapters (LoRA) 4, and 16 per parameter of the adapters
 actor      weights (float32 on a CPU, the stored dtype on a GPU), and a KV cache of
-           slots x context tokens x 2 x layers x KV heads x head size values; half as much again
-           for the torch engine on a CPU, which needs space to move rows
+           slots x context tokens x 2 x layers x KV heads x head size values; the torch engine on a
+           CPU has more slots, to move rows (actors/torch_engine/cache_size.py)
 Not included: activations, logits and the code of the processes (about 1 GiB each with torch).
 """
 
-from pathlib import Path
-
+from speed_async.actors.torch_engine.cache_size import cache_layout
 from speed_async.config.schema import Config
 from speed_async.launcher.preflight.devices import why_no_gpu
 from speed_async.launcher.preflight.findings import Findings
+from speed_async.launcher.preflight.host_memory import host_memory
 from speed_async.launcher.preflight.machine import size
 from speed_async.launcher.preflight.memory_budget import (
     MASTER_BYTES,
@@ -92,30 +92,23 @@ def checkpoint_bytes(config: Config, model: CheckedModel, weights: Weights) -> i
 
 
 def _kv_bytes(config: Config, model: CheckedModel, value_bytes: int, *, on_gpu: bool) -> int | None:
-    if config.actors.vllm.kv_cache_bytes is not None and config.actors.engine == "vllm":
-        return config.actors.vllm.kv_cache_bytes
+    actors = config.actors
+    if actors.vllm.kv_cache_bytes is not None and actors.engine == "vllm":
+        return actors.vllm.kv_cache_bytes
     values = model.facts.kv_values_per_token
     if values is None or model.context_length is None:
         return None
-    num_bytes = value_bytes * values * config.actors.num_slots * model.context_length
-    moves_rows = config.actors.engine == "torch" and not on_gpu
-    return num_bytes * 3 // 2 if moves_rows else num_bytes
+    if actors.engine == "torch":
+        layout = cache_layout(actors.num_slots, in_blocks=not on_gpu)
+        return value_bytes * values * layout.num_positions(model.context_length)
+    return value_bytes * values * actors.num_slots * model.context_length
 
 
 def _check_available(needed_bytes: int, findings: Findings) -> None:
-    available = _available_bytes()
-    if available is not None and needed_bytes > available:
+    memory = host_memory()
+    if memory is not None and needed_bytes > memory.available_bytes:
         findings.warnings.append(
             f"the run may need more memory than is available: about {size(needed_bytes)} for "
-            f"weights, optimiser and KV caches, and {size(available)} are free; reduce "
-            "actors.slots, model.context_length or cluster.actors"
+            f"weights, optimiser and KV caches, and {size(memory.available_bytes)} are free; "
+            "reduce actors.slots, model.context_length or cluster.actors"
         )
-
-
-def _available_bytes() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(found[0]) if found else None

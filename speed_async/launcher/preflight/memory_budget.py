@@ -26,7 +26,9 @@ KERNEL_BYTES = GIB
 """Working memory of an engine beside its KV cache: activations of a prefill, CUDA graphs."""
 KV_CACHE = "KV cache"
 BYTES_PER_LOGIT = 16
-"""Logits, log-probabilities, entropies and gradients, in float32."""
+"""In float32: logits, log-probabilities, probabilities and their product, for the entropies."""
+BYTES_PER_LOGIT_WITH_ENTROPY_GRADIENT = 24
+"""The backward pass of the entropies holds two more."""
 USED_SHARE = 0.97
 """Of the memory: the rest is for fragmentation and for what the driver takes."""
 
@@ -63,6 +65,7 @@ class Workload:
     has_reference: bool = False
     lora_rank: int = 0
     """0 trains all weights."""
+    has_entropy_gradient: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +138,7 @@ def learner_bytes(sizes: ModelSizes, workload: Workload) -> dict[str, int]:
         "bfloat16 weights": COMPUTE_BYTES * num,
         "reference model": MASTER_BYTES * num * has_model,
         "activations": activation_bytes(sizes, tokens),
-        "logits": logits_bytes(sizes, tokens),
+        "logits": logits_bytes(sizes, tokens, entropy_gradient=workload.has_entropy_gradient),
         "weight transfer": 2 * workload.bucket_bytes,
         "process": PROCESS_BYTES,
     }
@@ -180,5 +183,7 @@ def layer_activation_bytes(sizes: ModelSizes, *, autocast: bool) -> int:
     return norms + COMPUTE_BYTES * (copies + values)
 
 
-def logits_bytes(sizes: ModelSizes, num_tokens: int) -> int:
-    return BYTES_PER_LOGIT * min(num_tokens * sizes.vocab_size, MAX_LOGITS)
+def logits_bytes(sizes: ModelSizes, num_tokens: int, *, entropy_gradient: bool = False) -> int:
+    """The largest sum of tensors with one number per logit, in the forward and backward pass."""
+    each = BYTES_PER_LOGIT_WITH_ENTROPY_GRADIENT if entropy_gradient else BYTES_PER_LOGIT
+    return each * min(num_tokens * sizes.vocab_size, MAX_LOGITS)

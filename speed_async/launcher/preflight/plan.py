@@ -30,21 +30,22 @@ def _algorithm(config: Config) -> str:
 def _roles(config: Config, node: Node, index: int) -> str:
     first, last = index * node.num_ranks, (index + 1) * node.num_ranks - 1
     first_actor = max(first, config.cluster.learners)
+    last_learner = min(last, config.cluster.learners - 1)
     roles = []
-    if index == 0:
-        roles.append("rank 0 is the learner, beside the buffer service")
+    if first <= last_learner:
+        service = ", beside the buffer service" if index == 0 else ""
+        alone = "the learner" if config.cluster.learners == 1 else "a learner"
+        roles.append(_ranks(first, last_learner, alone, "learners") + service)
     if first_actor <= last:
         engine = f"engine {config.actors.engine}"
         if config.actors.weight_ranks > 1:
             engine += f", {config.actors.weight_ranks} GPUs each"
-        roles.append(f"{_ranks(first_actor, last)} ({engine})")
+        roles.append(f"{_ranks(first_actor, last, 'an actor', 'actors')} ({engine})")
     return f"node {index}: {', '.join(roles)}"
 
 
-def _ranks(first: int, last: int) -> str:
-    if first == last:
-        return f"rank {first} is an actor"
-    return f"ranks {first} to {last} are actors"
+def _ranks(first: int, last: int, one: str, several: str) -> str:
+    return f"rank {first} is {one}" if first == last else f"ranks {first} to {last} are {several}"
 
 
 def _updates(config: Config) -> str:

@@ -6,6 +6,7 @@ The first node decides, where the learner is: all actors of a run have one confi
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from speed_async.actors.torch_engine.cache_size import cache_layout
 from speed_async.config.cuda import gpu_memory_bytes
 from speed_async.config.local_model import model_folder
 from speed_async.config.model_facts import ModelInfo, read_model_info
@@ -210,15 +211,17 @@ def workload(config: Config, facts: ModelInfo) -> Workload:
     longest = min(longest, context)
     stored = DTYPE_BYTES.get(facts.dtype or "", 4)
     is_vllm = actors.engine == "vllm"
+    layout = cache_layout(actors.num_slots, in_blocks=False)
     return Workload(
         longest_row=longest,
         micro_batch_tokens=config.learner.micro_batch_tokens,
-        num_kv_tokens=context if is_vllm else actors.num_slots * longest,
+        num_kv_tokens=context if is_vllm else layout.num_positions(longest),
         engine_value_bytes=min(stored, 2) if is_vllm else stored,
         engine_shards=actors.weight_ranks,
         bucket_bytes=config.weights.bucket_bytes,
         has_reference=config.objective.kl_coefficient > 0,
         lora_rank=config.learner.lora_rank,
+        has_entropy_gradient=config.objective.entropy_coefficient > 0,
     )
 
 

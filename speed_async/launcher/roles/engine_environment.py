@@ -9,7 +9,7 @@ from speed_async.launcher.nccl_environment import nccl_environment
 
 def engine_environment(config: Config) -> dict[str, str]:
     """Additional environment of an actor's process; must be set before torch is loaded."""
-    nccl = nccl_environment(config)
+    nccl = nccl_environment(config.weights.deadline_s)
     if config.actors.engine != "vllm":
         return nccl
     return nccl | process_environment(config, on_cpu=num_gpus() == 0)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from speed_async.actors.torch_engine.cache_size import block_layout
 from speed_async.actors.torch_engine.slot_cache import SlotCache
 
 HEADS, DIM = 2, 3
@@ -39,7 +40,7 @@ def assert_holds(cache: SlotCache, names: np.ndarray, length: np.ndarray) -> Non
 @pytest.mark.parametrize(("num_slots", "block"), [(24, 4), (24, 24), (7, 4)])
 def test_rows_keep_their_states(num_slots: int, block: int) -> None:
     random = np.random.default_rng(0)
-    cache = SlotCache(num_slots, block=block, granularity=4)
+    cache = SlotCache(block_layout(num_slots, block=block, granularity=4))
     names, length, num_named, most_spans = np.zeros(0, np.int64), np.zeros(0, np.int64), 0, 0
     for step in range(300):
         if random.random() < 0.3:

@@ -204,7 +204,7 @@ def test_a_learner_replaces_the_error_handling_of_torchrun(
         seen.append(os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"])
         return "completed"
 
-    for name in nccl_environment(make_config(tmp_path)):
+    for name in nccl_environment(deadline_s=1.0):
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(learner_role, "lead_run", lead_run)
     assert run_rank(make_config(tmp_path), Node(num_ranks=2).rank(0), resume=False) == 0
