@@ -10,6 +10,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,8 @@ def matmul(options: Options) -> list[Row]:
 
 
 def weights(options: Options) -> list[Row]:
-    """Two transfers over ipc to another process; the second one is measured."""
+    """Two transfers over ipc to another process, until it has checked the digests; the second one
+    is measured."""
     device = indexed(options.device)
     model = random_model(options, context=256, dtype=dtype(options.device))
     num_bytes = flatten_parameters(model)
@@ -59,16 +61,23 @@ def weights(options: Options) -> list[Row]:
         store_host="127.0.0.1",
         store_port=sender.store_address[1],
         backend="ipc",
-        deadline_s=60.0,
+        deadline_s=40.0,
     )
     context = multiprocessing.get_context("spawn")
-    peer = context.Process(target=_receive, args=(options, offer), daemon=True)
+    is_verified = context.Event()
+    peer = context.Process(target=_receive, args=(options, offer, is_verified), daemon=True)
     peer.start()
     for version in (1, 2):
+        for _, tensor in named:
+            tensor.add_(version)
         began_s = now_s(options.device)
         sender.send(replace(offer, policy_version=version), named)
+        # ipc ends when the receiver may read: it has the weights once it has checked them.
+        if not is_verified.wait(40.0):
+            raise RuntimeError("the receiver did not verify the weights within 40 s")
         transfer_s = now_s(options.device) - began_s
-    peer.join(60.0)
+        is_verified.clear()
+    peer.join(40.0)
     sender.close()
     if peer.exitcode != 0:
         raise RuntimeError(f"the receiver ended with {peer.exitcode}")
@@ -83,7 +92,7 @@ def weights(options: Options) -> list[Row]:
     ]
 
 
-def _receive(options: Options, offer: WeightOffer) -> None:
+def _receive(options: Options, offer: WeightOffer, is_verified: Event) -> None:
     model = random_model(options, context=256, dtype=dtype(options.device))
     flatten_parameters(model)
     named = [(name, each.detach()) for name, each in model.named_parameters()]
@@ -97,6 +106,7 @@ def _receive(options: Options, offer: WeightOffer) -> None:
     for version in (1, 2):
         received = receiver.receive(replace(offer, policy_version=version, rank=1), named, load)
         verify_digests(received.digests, tensor_digests(named), policy_version=version)
+        is_verified.set()
     receiver.close()
 
 

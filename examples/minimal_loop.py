@@ -147,7 +147,9 @@ async def learn(
             backend="gloo",
             deadline_s=60.0,
         )
-        sending = asyncio.to_thread(sender.send, offer, list(trainer.weights()), trainer.canary())
+        sending = asyncio.to_thread(
+            sender.send, offer, trainer.weights(), trainer.canary(), whole=trainer.whole
+        )
         await asyncio.gather(sending, engine.update_weights(replace(offer, rank=1)))
         print(f"update {version:3d}  pass rate {np.mean(counts.pass_rates):.2f}", flush=True)
         counts.pass_rates.clear()

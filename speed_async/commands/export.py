@@ -23,8 +23,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Convert all weights, from the float32 values of training.  [default: those of the "
-    "initial model]",
+    help="Convert all weights, from the float32 values of training; with adapters, from the merged "
+    "weights of the checkpoint.  [default: those of the initial model]",
 )
 @click.option(
     "--adapter",

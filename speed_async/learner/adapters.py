@@ -3,7 +3,7 @@
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685),
 equation 3, with s = alpha / rank. Adapters have the names and the initial values of peft: A is
 uniform as the weights of a new linear layer, B is zero, so training begins at the given model.
-Embeddings, head, norms and biases stay as they are, and so do experts that are one tensor.
+Embeddings, head, norms, biases and routers stay as they are, and so do experts that are one tensor.
 
 Shape legend: R rank, I inputs, O outputs.
 """
@@ -64,7 +64,7 @@ def add_adapters(model: PreTrainedModel, config: LearnerConfig, *, seed: int) ->
     linears = [
         (name, module)
         for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.Linear)
+        if type(module) is nn.Linear  # a router that inherits from it computes something else
     ]
     if not linears:
         raise ModelError(f"{type(model).__name__} has no linear layers: set learner.lora_rank to 0")

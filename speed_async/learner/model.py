@@ -13,6 +13,8 @@ from speed_async.errors import ModelError
 from speed_async.learner.limits import CHECKPOINTING_PARAMETERS
 from speed_async.weight_sync.device import DeviceChoice, resolve_device
 
+MAX_COMPILED_KINDS = 64
+
 
 def load_model(
     path: str | Path,
@@ -77,8 +79,20 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     """Compiles each decoder layer at its first call, for rows of any number and length. Layers of
-    equal form share the result."""
-    for layer in decoder_layers(model):
+    equal form share the results, one for each kind of call.
+
+    Raises ModelError for a family that does not name its layers.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        raise ModelError(
+            f"{type(model).__name__} does not name its decoder layers: set learner.compile to false"
+        )
+    from torch._dynamo import config as dynamo  # slow import
+
+    # With and without gradient, mask, adapters; torch's limit of 8 would leave some uncompiled.
+    dynamo.recompile_limit = MAX_COMPILED_KINDS
+    for layer in layers:
         layer.compile(backend=backend, dynamic=True)
 
 

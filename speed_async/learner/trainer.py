@@ -127,9 +127,9 @@ class Trainer:
             half_precision=self._dtypes.default != torch.float32,
             cpu_offload=config.learner.cpu_offload,
         )
-        shard_as_configured(self._policy)
         if config.learner.compile:
             compile_layers(model)
+        shard_as_configured(self._policy)
         self._reference = None
         if config.objective.kl_coefficient > 0:
             reference, scope = self._policy, partial(without_adapters, model)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, cast, get_args
 
@@ -10,6 +11,8 @@ from speed_async.observability.metrics import Event, EventKind, Value
 from speed_async.observability.sample_file import SampleFile, drop_partial_line, last_line
 
 METRICS_FILE = "metrics.jsonl"
+Key = tuple[float, str, Value]
+"""`wall_s`, kind and policy version of an event."""
 
 
 class Sink(Protocol):
@@ -37,8 +40,7 @@ class JsonlSink:
         self.path = run_folder / METRICS_FILE
         with self.path.open("a+b") as file:
             size = drop_partial_line(file.fileno())
-            self.end_s = _wall_s(last_line(file.fileno(), size)) if size else 0.0
-            """`wall_s` of the last event of an earlier process; 0 without one."""
+            self._last = _key(last_line(file.fileno(), size)) if size else None
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
         self._samples = SampleFile(run_folder)
 
@@ -51,16 +53,31 @@ class JsonlSink:
         line = {"kind": event.kind} | {key: _finite(item) for key, item in event.values.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
 
+    def lost(self, replayed: Sequence[Event]) -> list[Event]:
+        """Those of the events that an earlier process emitted, in order, and did not store."""
+        if self._last is None:
+            return [*replayed]
+        end_s = self._last[0]
+        keys = [_key_of(event.kind, event.values) for event in replayed]
+        if self._last in keys:
+            return [*replayed[keys.index(self._last) + 1 :]]
+        return [event for event, key in zip(replayed, keys, strict=True) if key[0] > end_s]
+
     def close(self) -> None:
         self._file.close()
 
 
-def _wall_s(line: bytes) -> float:
-    """Infinite if the line is not an event."""
+def _key(line: bytes) -> Key:
+    """The key of a stored event. After a line that is not one, nothing is known to be lost."""
     try:
-        return float(json.loads(line)["wall_s"])
-    except (ValueError, TypeError, KeyError):
-        return math.inf
+        values = json.loads(line)
+        return _key_of(values.pop("kind"), values)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return math.inf, "", None
+
+
+def _key_of(kind: str, values: Mapping[str, Value]) -> Key:
+    return float(cast(float, values["wall_s"])), kind, values.get("policy_version")
 
 
 def read_events(path: Path) -> list[Event]:

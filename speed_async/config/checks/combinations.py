@@ -129,6 +129,13 @@ def _check_roles(config: Config) -> Iterator[ConfigError]:
             True,
             "only sharded parameters can be offloaded; set cluster.learners to 2 or more",
         )
+    if config.learner.compile and config.cluster.learners > 1:
+        yield ConfigError(
+            "learner.compile",
+            True,
+            "sharded layers were not tested with torch.compile; remove it, or set "
+            "cluster.learners to 1",
+        )
     if config.actors.max_restarts >= INCARNATIONS_PER_ATTEMPT:
         yield ConfigError(
             "actors.max_restarts",

@@ -55,7 +55,7 @@ class LearnerConfig(Section):
     """Torch threads of one learner on a CPU."""
     compile: bool = False
     """Compile the decoder layers with torch.compile. The first updates take longer, and a CPU needs
-    a C++ compiler."""
+    a C++ compiler. Requires one `cluster.learners`."""
     cpu_offload: bool = False
     """Keep the sharded parameters, gradients and optimiser of GPU learners in host memory between
     uses. Requires several `cluster.learners`."""

@@ -37,9 +37,10 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
     on_gpu = not why_no_gpu()
     has_reference = config.objective.kl_coefficient > 0
     num_adapted = num_adapter_parameters(config, model)
-    if num_adapted:
+    if config.learner.lora_rank:
         learner_bytes = MASTER_BYTES * model.weights.num_parameters + LEARNER_BYTES * num_adapted
         parts = f"{MASTER_BYTES} bytes per parameter, and {LEARNER_BYTES} per one of the adapters"
+        parts += "" if num_adapted else ", whose number is unknown and not included"
     else:
         bytes_each = LEARNER_BYTES + MASTER_BYTES * has_reference
         learner_bytes = bytes_each * model.weights.num_parameters

@@ -126,16 +126,20 @@ def memory_budget(
 def learner_bytes(sizes: ModelSizes, workload: Workload) -> dict[str, int]:
     """Bytes of a learner on a GPU by part."""
     num, tokens = sizes.num_parameters, max(workload.longest_row, workload.micro_batch_tokens)
-    trained = num
+    trained = copied = num
     if workload.lora_rank:
         trained = adapter_parameters(sizes, workload.lora_rank)
-        num += trained
+        # Autocast keeps the copies of trained weights only. Others live until the backward pass of
+        # their layer, whose forward pass is repeated just before in large models.
+        if num >= CHECKPOINTING_PARAMETERS:
+            copied = num // sizes.num_layers
+        num, copied = num + trained, copied + trained
     has_model = workload.has_reference and not workload.lora_rank
     parts = {
         "weights": MASTER_BYTES * num,
         "gradients": MASTER_BYTES * trained,
         "optimizer": MOMENTS_BYTES * trained,
-        "bfloat16 weights": COMPUTE_BYTES * num,
+        "bfloat16 weights": COMPUTE_BYTES * copied,
         "reference model": MASTER_BYTES * num * has_model,
         "activations": activation_bytes(sizes, tokens),
         "logits": logits_bytes(sizes, tokens, entropy_gradient=workload.has_entropy_gradient),
@@ -147,7 +151,7 @@ def learner_bytes(sizes: ModelSizes, workload: Workload) -> dict[str, int]:
 
 def adapter_parameters(sizes: ModelSizes, rank: int) -> int:
     """Parameters of the adapters (LoRA) of a Llama: `rank` x (inputs + outputs) of each linear
-    layer. Experts that are one tensor have none."""
+    layer. Too many for experts that are one tensor, which have none."""
     hidden, queries = sizes.hidden_size, sizes.num_heads * sizes.head_dim
     keys = sizes.num_kv_heads * sizes.head_dim
     attention = 2 * (hidden + queries) + 2 * (hidden + keys)

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 from speed_async.buffer.durability.recovery import open_machine
 from speed_async.buffer.server import serve
@@ -70,6 +69,7 @@ async def run_service(config: Config, run_folder: Path, *, attempt: int) -> None
         sys.stderr.write(note + "\n")
     machine.service.warnings.show_first("\n".join(notes))
     sinks = make_sinks(config, run_folder, machine.replayed_events)
+    machine.replayed_events = []
     sys.stdout.write(json.dumps({"port": hub.port, "feed_port": feed.port}) + "\n")
     sys.stdout.flush()
     await serve(machine, hub, feed, sinks)
@@ -87,6 +87,9 @@ def make_sinks(config: Config, run_folder: Path, replayed: Sequence[Event] = ())
     """`replayed`: the last events of a killed process. Those that it did not store are stored."""
     metrics = JsonlSink(run_folder)
     sinks: list[Sink] = [metrics]
+    lost = metrics.lost(replayed)
+    for event in lost:  # before wandb, which may fail to start
+        metrics.write(event)
     if config.observe.wandb:
         from speed_async.observability.wandb_sink import WandbSink
 
@@ -97,8 +100,7 @@ def make_sinks(config: Config, run_folder: Path, replayed: Sequence[Event] = ())
                 config=config.model_dump(),
             )
         )
-    for event in replayed:
-        if float(cast(float, event.values["wall_s"])) > metrics.end_s:
-            for sink in sinks:
-                sink.write(event)
+    for sink in sinks[1:]:
+        for event in lost:
+            sink.write(event)
     return sinks

@@ -63,7 +63,8 @@ def find_checkpoint(source: Path, name: str | None) -> Path:
 def export(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> None:
     """Writes the model of `checkpoint` to `out`, which must not exist, under a temporary name
     first. With `dtype` None the files are copied; otherwise all weights are converted, from the
-    float32 values that training had.
+    float32 values that training had. With adapters, from the merged weights in the checkpoint,
+    which have the dtype of the initial model.
 
     Raises ModelError for a damaged checkpoint, SpeedAsyncError if `out` exists, and OSError.
     """

@@ -107,6 +107,11 @@ def test_default_credits_are_one_batch_per_version_of_the_staleness_window(
             "is set by this program",
         ),
         (["--learner.cpu_offload", "true"], "learner.cpu_offload", "set cluster.learners to 2"),
+        (
+            ["--learner.compile", "true", "--cluster.learners", "2"],
+            "learner.compile",
+            "set cluster.learners to 1",
+        ),
         (["--actors.max_restarts", "1000"], "actors.max_restarts", "set at most 999"),
         (["--task.name", "jsonl"], "task.path", "needs a data file"),
         (["--weights.canary_tolerance", "0"], "weights.canary_tolerance", "give more than 0"),

@@ -10,10 +10,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from speed_async.config.sections.learner import LearnerConfig
 from speed_async.config.sections.objective import ObjectiveConfig
 from speed_async.errors import ModelError
 from speed_async.launcher.preflight.memory_budget import adapter_parameters
-from speed_async.learner.adapters import AdaptedLinear, is_factor, without_adapters
+from speed_async.learner.adapters import (
+    AdaptedLinear,
+    add_adapters,
+    is_factor,
+    without_adapters,
+)
 from speed_async.learner.checkpoint.dtypes import read_dtypes, tensor_bytes
 from speed_async.learner.checkpoint.export import export
 from speed_async.learner.checkpoint.export_adapter import export_adapter
@@ -175,6 +181,17 @@ def test_memory_and_disk_are_what_the_formulas_say(model_folder: Path) -> None:
     predicted = tensor_bytes(trainer.model, read_dtypes(model_folder))
     assert predicted == 4 * num_whole + 12 * num_adapted
     assert predicted <= files + tensors < predicted + 30_000  # headers
+
+
+def test_a_router_that_inherits_from_a_linear_layer_has_no_adapter(model_folder: Path) -> None:
+    class Router(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(input), input
+
+    model = load_model(model_folder, device="cpu")
+    model.base_model.router = Router(16, 2)
+    add_adapters(model, LearnerConfig(**LORA), seed=0)
+    assert type(model.base_model.router) is Router
 
 
 def test_exported_adapters_are_those_of_peft(model_folder: Path, tmp_path: Path) -> None:

@@ -547,16 +547,31 @@ def test_the_canary_of_diverged_weights_raises(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_compiled_layers_train_as_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora_rank", [0, 3])
+def test_compiled_layers_train_as_the_others(
+    tmp_path: Path, lora_rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the graphs of torch.compile, but without its code generation, which takes a minute."""
-    folder = save_tiny_llama(tmp_path)
-    plain, compiled = make_trainer(folder), make_trainer(folder)
+    from torch._dynamo import config as dynamo
+
+    monkeypatch.setattr(dynamo, "fail_on_recompile_limit_hit", True)
+    objective = ObjectiveConfig(kl_coefficient=0.1, entropy_coefficient=0.01)
+    settings = {"objective": objective, "passes": 2, "lora_rank": lora_rank, "warmup_updates": 0}
+    plain, compiled = (make_trainer(tmp_path, **settings) for _ in range(2))
     compile_layers(compiled.model, backend="aot_eager")
     for seed in range(3):  # rows of other numbers and lengths
         for trainer in (plain, compiled):
             trainer.update(random_groups(seed, num_groups=1 + seed))
-    weights = dict(plain.weights())
-    for name, tensor in compiled.weights():
-        torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=0, msg=name)
-    counts = torch._dynamo.utils.counters["stats"]
-    assert counts["unique_graphs"] > 0
+            trainer.canary()
+    names = [name for name, _ in plain.weights()]
+    expected, found = plain.whole(names), compiled.whole(names)
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0, msg=name)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_a_family_that_does_not_name_its_layers_is_not_compiled(tmp_path: Path) -> None:
+    model = load_model(save_tiny_llama(tmp_path), device="cpu")
+    model._no_split_modules = None
+    with pytest.raises(ModelError, match=r"set learner\.compile to false"):
+        compile_layers(model)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from speed_async.errors import DataError
-from speed_async.observability.metrics import Event
+from speed_async.observability.metrics import Event, EventKind
 from speed_async.observability.sample_file import SampleFile
 from speed_async.observability.sinks import JsonlSink, read_events
 
@@ -127,3 +127,27 @@ def test_malformed_line_error_has_the_line_number(tmp_path: Path, line: str) -> 
 def test_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"metrics\.jsonl: no such file"):
         read_events(tmp_path / "metrics.jsonl")
+
+
+def test_events_after_the_last_stored_one_are_lost_also_in_the_same_millisecond(
+    tmp_path: Path,
+) -> None:
+    def event(kind: EventKind, wall_s: float, version: int) -> Event:
+        return Event(kind=kind, values={"wall_s": wall_s, "policy_version": version})
+
+    emitted = [
+        event("step", 1.0, 1),
+        event("evaluation", 1.0, 1),
+        event("step", 2.0, 2),
+        event("end", 2.0, 2),
+    ]
+    assert JsonlSink(tmp_path / "new").lost(emitted) == emitted
+    for count in range(1, 5):
+        folder = tmp_path / str(count)
+        first = JsonlSink(folder)
+        for one in emitted[:count]:
+            first.write(one)
+        first.close()
+        assert JsonlSink(folder).lost(emitted) == emitted[count:]
+    (tmp_path / "4" / "metrics.jsonl").write_text("[]\n")
+    assert JsonlSink(tmp_path / "4").lost(emitted) == []
