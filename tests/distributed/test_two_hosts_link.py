@@ -1,0 +1,127 @@
+"""The link between two hosts delays, loses and blocks packets as set."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.network_hosts import Hosts, obstacle, two_hosts
+from tests.fakes.paths import REPOSITORY
+
+DEADLINE_S = 60.0
+
+pytestmark = pytest.mark.multinode
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    if reason := obstacle():
+        pytest.skip(reason)
+    with two_hosts() as made:
+        yield made
+
+
+def connect(hosts: Hosts) -> tuple[socket.socket, socket.socket]:
+    """A TCP connection: its sockets on the first and on the second host."""
+    with hosts.first.socket(socket.SOCK_STREAM) as listener:
+        listener.bind((hosts.first.address, 0))
+        listener.listen()
+        client = hosts.second.socket(socket.SOCK_STREAM)
+        client.settimeout(DEADLINE_S)
+        client.connect(listener.getsockname())
+        server, _ = listener.accept()
+        server.settimeout(DEADLINE_S)
+        return server, client
+
+
+def test_connection_takes_at_least_a_round_trip(hosts: Hosts) -> None:
+    hosts.set_link(delay_s=0.05)
+    began_s = time.monotonic()
+    server, client = connect(hosts)
+    with server, client:
+        assert time.monotonic() - began_s >= 0.1
+        began_s = time.monotonic()
+        client.send(b"there")
+        assert server.recv(5) == b"there"
+        assert time.monotonic() - began_s >= 0.05
+
+
+def test_lossy_link_loses_the_same_datagrams_in_each_run(hosts: Hosts) -> None:
+    num_sent, lost = 200, []
+    with (
+        hosts.first.socket(socket.SOCK_DGRAM) as receiver,
+        hosts.second.socket(socket.SOCK_DGRAM) as sender,
+    ):
+        receiver.bind((hosts.first.address, 0))
+        receiver.settimeout(DEADLINE_S)
+        for _ in range(2):
+            before = hosts.set_link(loss=0.2)
+            for number in range(num_sent):
+                sender.sendto(number.to_bytes(), receiver.getsockname())
+            hosts.set_link()
+            sender.sendto(b"end", receiver.getsockname())
+            received = list(iter(lambda: receiver.recv(8), b"end"))
+            lost.append(set(range(num_sent)) - {datagram[0] for datagram in received})
+            counts = hosts.counts()
+            assert counts.lost - before.lost == len(lost[-1])
+            assert counts.delivered - before.delivered == len(received) + 1
+    assert lost[0] == lost[1]
+    assert 20 < len(lost[0]) < 60
+
+
+def test_cut_link_blocks_until_it_heals(hosts: Hosts) -> None:
+    server, client = connect(hosts)
+    with server, client:
+        cut = hosts.cut().cut
+        client.send(b"late")
+        while hosts.counts().cut < cut + 3:  # the kernel sends it again
+            time.sleep(0.01)
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.recv(4)
+        server.settimeout(DEADLINE_S)
+        hosts.heal()
+        assert server.recv(4) == b"late"
+
+
+def test_hosts_reach_only_each_other_and_end_with_their_processes() -> None:
+    if reason := obstacle():
+        pytest.skip(reason)
+    with two_hosts() as hosts:
+        with hosts.first.socket(socket.SOCK_DGRAM) as probe, pytest.raises(OSError):
+            probe.connect(("198.51.100.1", 9))
+        with socket.socket() as outside, pytest.raises(OSError):
+            outside.bind((hosts.first.address, 0))
+        command = [*hosts.second.enter, "sleep", "600"]
+        sleeping = subprocess.Popen(command)
+        while hosts.second.processes() != [sleeping.pid]:
+            time.sleep(0.01)
+        assert hosts.first.processes() == []
+    assert sleeping.wait(DEADLINE_S) == -signal.SIGKILL
+
+
+def test_link_ends_when_its_parent_is_killed() -> None:
+    if reason := obstacle():
+        pytest.skip(reason)
+    program = "from tests.fakes.network_hosts import two_hosts\n"
+    program += "with two_hosts() as hosts: print(hosts.link_process, flush=True); input()"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with parent:
+        assert parent.stdout is not None
+        link = Path(f"/proc/{int(parent.stdout.readline())}/fd/0")
+        assert link.exists()
+        parent.kill()
+    ends_s = time.monotonic() + DEADLINE_S
+    while link.exists():
+        assert time.monotonic() < ends_s
+        time.sleep(0.01)
