@@ -105,6 +105,7 @@ async def _gather_followers(config: Config) -> Followers:
         cluster.host,
         cluster.learner_port,
         inbox_messages=QUEUED_MESSAGES,
+        silence_s=2 * cluster.peer_timeout_s,  # `watch` decides first, and names the silence
         keys=server_keys(cluster),
     )
     node_rendezvous().change(learner_port=hub.port)
