@@ -29,6 +29,9 @@ HEARTBEAT_INTERVAL_S = 2.0
 HEARTBEAT_TIMEOUT_S = 10.0
 LONGEST_HEARTBEAT_S = 6000.0
 """The protocol has 16 bits for it, in tenths of a second."""
+CONNECT_TIMEOUT_S = 5.0
+"""An attempt to connect is given up after this time and made again. The kernel alone repeats it at
+doubling intervals, and could wait as long again after a network has returned."""
 HANDSHAKE_TIMEOUT_S = 5.0
 """Heartbeats begin after the handshake. A connection whose other end died before it is given up
 after this time; the default of ZeroMQ, 30 s, would leave a peer without its service that long."""
@@ -222,6 +225,7 @@ def set_common_options(
     socket.HEARTBEAT_IVL = int(HEARTBEAT_INTERVAL_S * 1000)
     socket.HEARTBEAT_TIMEOUT = int(min(silence_s, LONGEST_HEARTBEAT_S) * 1000)
     socket.HEARTBEAT_TTL = int(min(silence_s, LONGEST_HEARTBEAT_S) * 1000)
+    socket.CONNECT_TIMEOUT = int(CONNECT_TIMEOUT_S * 1000)
     socket.HANDSHAKE_IVL = int(HANDSHAKE_TIMEOUT_S * 1000)
     socket.RECONNECT_IVL = int(RECONNECT_FIRST_S * 1000)
     socket.RECONNECT_IVL_MAX = int(RECONNECT_LONGEST_S * 1000)

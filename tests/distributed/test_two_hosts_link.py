@@ -1,15 +1,20 @@
 """The link between two hosts delays, loses and blocks packets as set."""
 
+import asyncio
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from speed_async.transport import session as m
+from speed_async.transport.transport import Delivery
+from speed_async.transport.zeromq import open_hub, open_link
 from tests.fakes.network_hosts import Hosts, obstacle, two_hosts
 from tests.fakes.paths import REPOSITORY
 
@@ -87,6 +92,33 @@ def test_cut_link_blocks_until_it_heals(hosts: Hosts) -> None:
         server.settimeout(DEADLINE_S)
         hosts.heal()
         assert server.recv(4) == b"late"
+
+
+@pytest.mark.slow
+def test_peer_returns_soon_after_a_long_cut(hosts: Hosts) -> None:
+    """The kernel alone would try to connect 15 and 31, or 19 and 35 s after the first attempt."""
+    cut_s, soon_s = 21.0, 8.0
+
+    async def exchange() -> None:
+        hosts.first.enter_thread()
+        hub = await open_hub(hosts.first.address, 0, silence_s=1.0)
+        hosts.second.enter_thread()
+        link = await open_link(hosts.first.address, hub.port, "actor-1.0", silence_s=1.0)
+        await link.send(m.Ping(sent=1, received=0))
+        name, _ = await hub.receive(DEADLINE_S)
+        hosts.cut()
+        async with asyncio.timeout(DEADLINE_S):
+            while hub.offer(name, m.Ping(sent=1, received=0)) is not Delivery.GONE:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        await asyncio.sleep(cut_s)
+        await link.send(m.Ping(sent=2, received=0))
+        hosts.heal()
+        assert await hub.receive(soon_s) == (name, m.Ping(sent=2, received=0))
+        await link.close()
+        await hub.close()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, exchange()).result()
 
 
 def test_hosts_reach_only_each_other_and_end_with_their_processes() -> None:
