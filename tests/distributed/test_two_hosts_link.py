@@ -137,23 +137,31 @@ def test_hosts_reach_only_each_other_and_end_with_their_processes() -> None:
     assert sleeping.wait(DEADLINE_S) == -signal.SIGKILL
 
 
-def test_link_ends_when_its_parent_is_killed() -> None:
+PARENT = """
+import subprocess
+from tests.fakes.network_hosts import two_hosts
+with two_hosts() as hosts:
+    sleeping = subprocess.Popen([*hosts.second.enter, "sleep", "600"])
+    print(hosts.link_process, sleeping.pid, flush=True)
+    input()
+"""
+
+
+def test_link_and_processes_end_when_their_parent_is_killed() -> None:
     if reason := obstacle():
         pytest.skip(reason)
-    program = "from tests.fakes.network_hosts import two_hosts\n"
-    program += "with two_hosts() as hosts: print(hosts.link_process, flush=True); input()"
     parent = subprocess.Popen(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", PARENT],
         cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
     with parent:
         assert parent.stdout is not None
-        link = Path(f"/proc/{int(parent.stdout.readline())}/fd/0")
-        assert link.exists()
+        left = [Path(f"/proc/{one}/fd/0") for one in map(int, parent.stdout.readline().split())]
+        assert all(path.exists() for path in left)
         parent.kill()
     ends_s = time.monotonic() + DEADLINE_S
-    while link.exists():
+    while any(path.exists() for path in left):
         assert time.monotonic() < ends_s
         time.sleep(0.01)

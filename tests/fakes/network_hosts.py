@@ -60,8 +60,10 @@ class Host:
 
     @property
     def enter(self) -> list[str]:
-        """Prefix of a command line that runs on this host; the process id stays the same."""
-        return ["nsenter", f"--net=/proc/{os.getpid()}/fd/{self.namespace}"]
+        """Prefix of a command line that runs on this host, and is killed when this process dies.
+        The process id stays the same."""
+        namespace = f"/proc/{os.getpid()}/fd/{self.namespace}"
+        return ["nsenter", f"--net={namespace}", "setpriv", "--pdeathsig", "KILL"]
 
     def enter_thread(self) -> None:
         """From now on, what the current thread opens is on this host; other threads are not
@@ -171,7 +173,7 @@ def two_hosts() -> Iterator[Hosts]:
 @functools.cache
 def obstacle() -> str:
     """Why two hosts cannot be made on this machine; empty if they can."""
-    if missing := [name for name in ("nsenter", "ip") if shutil.which(name) is None]:
+    if missing := [name for name in ("nsenter", "setpriv", "ip") if shutil.which(name) is None]:
         return f"needs the command {missing[0]}"
     try:
         with two_hosts():
