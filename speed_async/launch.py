@@ -14,14 +14,17 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from speed_async.config.load import load_config
 from speed_async.config.resumed import load_resumed
 from speed_async.config.schema import Config
 from speed_async.errors import SpeedAsyncError
-from speed_async.launcher.event_loop import run
-from speed_async.launcher.exit_status import EXIT_FAILED, EXIT_STATUS, describe, exit_status
+from speed_async.launcher.event_loop import ending_in_time, run
+from speed_async.launcher.exit_status import EXIT_STATUS, describe, exit_status
 from speed_async.launcher.nccl_environment import nccl_environment
 from speed_async.launcher.node_launcher import PROCESS_VARIABLE
 from speed_async.launcher.preflight.findings import CHECKED
@@ -31,6 +34,7 @@ from speed_async.launcher.standard_streams import STDERR, write_stream
 
 USAGE = "usage: torchrun ... -m speed_async.launch CONFIG|--resume RUN_DIR [--section.field value]"
 RESUME = "--resume"
+T = TypeVar("T")
 
 
 def main(arguments: list[str]) -> int:
@@ -46,17 +50,25 @@ def main(arguments: list[str]) -> int:
         rank = Rank.from_environment()
         reject_elastic()
         config, resume = _read_config(arguments)
-        learns = rank.rank < config.cluster.learners
-        role = f"{'learner' if learns else 'actor'}-{rank.rank}" if rank.rank else "learner"
+        role = _role(config, rank)
         check_world(config, rank)
         if rank.rank == 0:
             _check_run(config, rank, resume=resume)
         return run_rank(config, rank, resume=resume)
-    except SpeedAsyncError as error:
-        return fail(describe(role, error), exit_status(error))
-    except Exception as error:  # boundary of the rank: the traceback goes to the log
-        traceback.print_exc()
-        return fail(describe(role, error), EXIT_FAILED)
+    except Exception as error:  # boundary of the rank
+        return _report(role, error)
+
+
+def _role(config: Config, rank: Rank) -> str:
+    learns = rank.rank < config.cluster.learners
+    return f"{'learner' if learns else 'actor'}-{rank.rank}" if rank.rank else "learner"
+
+
+def _report(role: str, error: Exception) -> int:
+    """Report the error, with a traceback in the log if it is unexpected; return the status."""
+    if not isinstance(error, SpeedAsyncError):
+        traceback.print_exception(error)
+    return fail(describe(role, error), exit_status(error))
 
 
 def _read_config(arguments: list[str]) -> tuple[Config, bool]:
@@ -73,19 +85,30 @@ def _read_config(arguments: list[str]) -> tuple[Config, bool]:
 
 def run_rank(config: Config, rank: Rank, *, resume: bool) -> int:
     if rank.rank < config.cluster.learners:
-        os.environ.update(nccl_environment(config.weights.deadline_s))
-        if rank.rank > 0:
-            from speed_async.launcher.roles.follower_role import follow_run
-
-            run(follow_run(config, rank))
-            return 0
-        from speed_async.launcher.roles.learner_role import lead_run
-
-        return EXIT_STATUS[run(lead_run(config, rank, resume=resume))]
+        return _run_learner(config, rank, resume=resume)
     from speed_async.launcher.roles.actor_rank import supervise_rank  # torch: seconds to import
 
     run(supervise_rank(config, rank))
     return 0
+
+
+def _run_learner(config: Config, rank: Rank, *, resume: bool) -> int:
+    os.environ.update(nccl_environment(config.weights.deadline_s))
+    grace_s, role = config.cluster.drain_timeout_s, _role(config, rank)
+
+    def run_in_time(main: Coroutine[Any, Any, T]) -> T:
+        if config.cluster.learners == 1:  # no thread waits for another rank
+            return run(main)
+        return run(ending_in_time(main, grace_s=grace_s, end=partial(_report, role)))
+
+    if rank.rank > 0:
+        from speed_async.launcher.roles.follower_role import follow_run
+
+        run_in_time(follow_run(config, rank))
+        return 0
+    from speed_async.launcher.roles.learner_role import lead_run
+
+    return EXIT_STATUS[run_in_time(lead_run(config, rank, resume=resume))]
 
 
 def fail(text: str, status: int) -> int:

@@ -7,7 +7,11 @@ from speed_async.config.sections.cluster import ClusterConfig
 from speed_async.transport.messages import Hello
 
 RECONNECT_S = 10.0
-"""An interrupted connection is restored well within this time; that of a dead actor is not."""
+"""A connection that was closed is restored well within this time; that of a dead actor is not."""
+SILENT_LINK_S = 5.0
+"""The connection of an actor that ends is closed within moments of its last message. Silence that
+is longer than this comes before when the network fails or the actor hangs: then the actor may
+return, and only the peer timeout decides."""
 JOIN_TIMEOUT_S = 60.0
 """A join expires if its actor does not send Hello within this time. An actor that sends it later,
 because its engine starts slowly, is still admitted."""
@@ -158,13 +162,15 @@ class Membership:
                 state.disconnected_since_s = now_s
 
     def timed_out(self, now_s: float, timeout_s: float) -> list[ActorState]:
-        """Actors without a message for this long, or without a connection for RECONNECT_S."""
+        """Actors without a message for this long, or RECONNECT_S after they closed their
+        connection."""
         return [
             state
             for state in self.present()
             if now_s - state.last_message_s > timeout_s
             or (
                 state.disconnected_since_s is not None
+                and state.disconnected_since_s - state.last_message_s <= SILENT_LINK_S
                 and now_s - state.disconnected_since_s > RECONNECT_S
             )
         ]

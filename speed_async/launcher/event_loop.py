@@ -1,8 +1,11 @@
 """The event loop of a process (uvloop if installed, else asyncio), and its stop signals."""
 
 import asyncio
+import os
 import signal
-from collections.abc import Coroutine
+import sys
+from collections.abc import Callable, Coroutine
+from threading import Timer
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -14,6 +17,33 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     except ImportError:
         return asyncio.run(main)
     return uvloop.run(main)
+
+
+async def ending_in_time(
+    main: Coroutine[Any, Any, T], *, grace_s: float, end: Callable[[Exception], int]
+) -> T:
+    """`main`. If it raises, the process exits at the latest `grace_s` later, with the status that
+    `end` returns for the error.
+
+    Otherwise the event loop waits for all threads that it started. One that is in a collective
+    operation with a rank on a host that has disappeared waits until the timeout of the operation,
+    and nothing else ends it: to abort a group of gloo wakes only its other members.
+    """
+    try:
+        return await main
+    except Exception as error:
+        failure = error
+
+        def exit_now() -> None:
+            status = end(failure)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+        timer = Timer(grace_s, exit_now)
+        timer.daemon = True
+        timer.start()
+        raise
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

@@ -27,6 +27,11 @@ T = TypeVar("T")
 
 HEARTBEAT_INTERVAL_S = 2.0
 HEARTBEAT_TIMEOUT_S = 10.0
+LONGEST_HEARTBEAT_S = 6000.0
+"""The protocol has 16 bits for it, in tenths of a second."""
+CONNECT_TIMEOUT_S = 5.0
+"""An attempt to connect is given up after this time and made again. The kernel alone repeats it at
+doubling intervals, and could wait as long again after a network has returned."""
 HANDSHAKE_TIMEOUT_S = 5.0
 """Heartbeats begin after the handshake. A connection whose other end died before it is given up
 after this time; the default of ZeroMQ, 30 s, would leave a peer without its service that long."""
@@ -51,15 +56,17 @@ class PolledSocket:
         outbox_messages: int,
         inbox_messages: int,
         max_frame_bytes: int = MAX_MESSAGE_BYTES,
+        silence_s: float = HEARTBEAT_TIMEOUT_S,
         keys: Keys | None = None,
     ) -> None:
-        """`keys` enables CURVE, for the service (ServerKeys) or for a client (ClientKeys)."""
+        """`keys` enables CURVE, for the service (ServerKeys) or for a client (ClientKeys).
+        `silence_s`: a connection on which nothing arrives for this long is closed."""
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(kind)
         self._socket.SNDHWM = outbox_messages
         self._socket.RCVHWM = inbox_messages
-        set_common_options(self._socket, max_frame_bytes=max_frame_bytes)
+        set_common_options(self._socket, max_frame_bytes=max_frame_bytes, silence_s=silence_s)
         self._authenticator = configure_curve(self._socket, keys)
         self._readers: set[asyncio.Future[None]] = set()
         self._writers: set[asyncio.Future[None]] = set()
@@ -209,13 +216,16 @@ def send_frames(socket: Socket, frames: Sequence[Frame], flags: int = 0) -> None
             socket.send(frame, more, copy=len(frame) < ZERO_COPY_BYTES)
 
 
-def set_common_options(socket: Socket, *, max_frame_bytes: int) -> None:
+def set_common_options(
+    socket: Socket, *, max_frame_bytes: int, silence_s: float = HEARTBEAT_TIMEOUT_S
+) -> None:
     """Set heartbeats, automatic reconnection and the frame size limit."""
     socket.LINGER = int(LINGER_S * 1000)
     socket.MAXMSGSIZE = max_frame_bytes
     socket.HEARTBEAT_IVL = int(HEARTBEAT_INTERVAL_S * 1000)
-    socket.HEARTBEAT_TIMEOUT = int(HEARTBEAT_TIMEOUT_S * 1000)
-    socket.HEARTBEAT_TTL = int(HEARTBEAT_TIMEOUT_S * 1000)
+    socket.HEARTBEAT_TIMEOUT = int(min(silence_s, LONGEST_HEARTBEAT_S) * 1000)
+    socket.HEARTBEAT_TTL = int(min(silence_s, LONGEST_HEARTBEAT_S) * 1000)
+    socket.CONNECT_TIMEOUT = int(CONNECT_TIMEOUT_S * 1000)
     socket.HANDSHAKE_IVL = int(HANDSHAKE_TIMEOUT_S * 1000)
     socket.RECONNECT_IVL = int(RECONNECT_FIRST_S * 1000)
     socket.RECONNECT_IVL_MAX = int(RECONNECT_LONGEST_S * 1000)

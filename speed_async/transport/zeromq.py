@@ -17,7 +17,7 @@ from speed_async.transport.messages import Message, Rejected
 from speed_async.transport.muting import BlockedPeers
 from speed_async.transport.peer_names import PeerNames, claimed_name, new_identity
 from speed_async.transport.session import Ack
-from speed_async.transport.sockets import PolledSocket, bind, endpoint_at
+from speed_async.transport.sockets import HEARTBEAT_TIMEOUT_S, PolledSocket, bind, endpoint_at
 from speed_async.transport.transport import Delivery, PeerName
 
 QUEUED_MESSAGES = 64
@@ -188,16 +188,24 @@ async def open_hub(
     *,
     outbox_messages: int = QUEUED_MESSAGES,
     inbox_messages: int = QUEUED_MESSAGES,
+    silence_s: float = HEARTBEAT_TIMEOUT_S,
     keys: ServerKeys | None = None,
 ) -> ZmqHub:
     """Bind to `host`; port 0 picks a free port (`hub.port`). The queues of each peer are bounded.
+
+    A peer is disconnected, and messages queued for it are lost, when its process ends or nothing
+    arrives from it for `silence_s`.
 
     With `keys` only allowed clients can connect; without, any client that reaches the address.
 
     Raises ConfigError if the address cannot be bound.
     """
     socket = PolledSocket(
-        zmq.ROUTER, outbox_messages=outbox_messages, inbox_messages=inbox_messages, keys=keys
+        zmq.ROUTER,
+        outbox_messages=outbox_messages,
+        inbox_messages=inbox_messages,
+        silence_s=silence_s,
+        keys=keys,
     )
     # Mandatory routing reports full queues and disconnected peers; by default such messages are
     # dropped silently. Handover lets a peer reconnect before its old connection times out.
@@ -218,16 +226,22 @@ async def open_link(
     *,
     outbox_messages: int = QUEUED_MESSAGES,
     inbox_messages: int = QUEUED_MESSAGES,
+    silence_s: float = HEARTBEAT_TIMEOUT_S,
     send_deadline_s: float = SEND_DEADLINE_S,
     keys: ClientKeys | None = None,
 ) -> ZmqLink:
-    """Connect to the hub as `name`, as soon as the hub is available.
+    """Connect to the hub as `name`, as soon as the hub is available; again whenever nothing arrives
+    for `silence_s`.
 
     Raises ProtocolError for an invalid name.
     """
     identity = new_identity(name)
     socket = PolledSocket(
-        zmq.DEALER, outbox_messages=outbox_messages, inbox_messages=inbox_messages, keys=keys
+        zmq.DEALER,
+        outbox_messages=outbox_messages,
+        inbox_messages=inbox_messages,
+        silence_s=silence_s,
+        keys=keys,
     )
     socket.raw.IDENTITY = identity
     endpoint = endpoint_at(socket.raw, host, port)

@@ -20,6 +20,7 @@ from speed_async.errors import ConfigError, WeightSyncError
 from speed_async.types import WeightBackend, WeightOffer
 from speed_async.weight_sync.buckets import NUM_BUFFERS, Bucket, largest_bytes
 from speed_async.weight_sync.nccl import HasLeft, await_work, make_nccl_group, start_broadcast
+from speed_async.weight_sync.network_device import own_address
 
 MAX_ERROR_LENGTH = 200
 CLOSED = re.compile(r"closed by peer|reset by peer|Broken pipe", re.IGNORECASE)
@@ -167,7 +168,7 @@ def make_group(store: Store, offer: WeightOffer, device: torch.device, has_left:
     # reach. The interface on the route to the store is reachable.
     gloo: Any = ProcessGroupGloo  # its options are missing from the stubs
     options = gloo._Options()
-    options._devices = [gloo.create_device(hostname=_own_address(offer))]
+    options._devices = [gloo.create_device(hostname=own_address(offer.store_host))]
     options._timeout = timedelta(seconds=offer.deadline_s)
     return gloo(store, offer.rank, offer.world_size, options)
 
@@ -260,13 +261,3 @@ class GroupTransport:
             await_work(self._works[index], self._deadline_s, self._has_left)
         else:
             self._works[index].wait(timedelta(seconds=self._deadline_s))
-
-
-def _own_address(offer: WeightOffer) -> str:
-    """This machine's address on the route to the store (no packet is sent)."""
-    family, kind, _, _, address = socket.getaddrinfo(
-        offer.store_host, offer.store_port, type=socket.SOCK_DGRAM
-    )[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)
-        return probe.getsockname()[0]

@@ -86,6 +86,7 @@ async def _join(config: Config, rank: Rank) -> tuple[Link, LeadPlan] | None:
             port,
             f"learner-{rank.rank}",
             inbox_messages=QUEUED_MESSAGES,
+            silence_s=2 * cluster.peer_timeout_s,  # the follower's loop decides first
             keys=client_keys(cluster),
         )
         ask_s = min(left_s, ASK_AGAIN_S)

@@ -38,6 +38,7 @@ from speed_async.transport.zeromq import open_hub
 from speed_async.weight_sync.broadcast import TorchSender
 from speed_async.weight_sync.buckets import flatten_parameters
 from speed_async.weight_sync.device import resolve_device
+from speed_async.weight_sync.network_device import device_with, own_address
 from speed_async.weight_sync.process_group import choose_backend, host_store
 
 QUEUED_MESSAGES = 4096
@@ -105,6 +106,7 @@ async def _gather_followers(config: Config) -> Followers:
         cluster.host,
         cluster.learner_port,
         inbox_messages=QUEUED_MESSAGES,
+        silence_s=2 * cluster.peer_timeout_s,  # `watch` decides first, and names the silence
         keys=server_keys(cluster),
     )
     node_rendezvous().change(learner_port=hub.port)
@@ -127,9 +129,12 @@ async def _gather_followers(config: Config) -> Followers:
 
 def _join_ranks(config: Config, rank: Rank, store: Store) -> Ranks:
     cluster = config.cluster
-    if cluster.is_loopback and sys.platform == "linux":
-        # By default gloo uses the interface of the machine's host name.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux":
+        # By default gloo uses the device of the machine's host name, which other nodes often cannot
+        # reach.
+        device = "lo" if cluster.is_loopback else device_with(own_address(cluster.host))
+        if device is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", device)
     return join_ranks(
         store,
         rank=rank.rank,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speed_async.buffer.membership import RECONNECT_S
+from speed_async.buffer.membership import RECONNECT_S, SILENT_LINK_S
 from speed_async.buffer.reporting.scoring import scoring_summary
 from speed_async.environments.outcome_lengths import OutcomeLengths
 from speed_async.transport import messages as m
@@ -499,6 +499,19 @@ def test_actor_that_reconnects_is_kept(harness: ServiceHarness) -> None:
     harness.send("actor-1.0", m.WantWork(num_prompts=0, counts=harness.counts("actor-1.0")))
     harness.wait(RECONNECT_S - 1)
     assert harness.ends() == {}
+
+
+def test_actor_behind_a_silent_network_is_kept_until_the_peer_timeout(
+    harness: ServiceHarness,
+) -> None:
+    harness.pass_baseline()
+    harness.lease(2)
+    harness.wait(SILENT_LINK_S + 1)
+    harness.service.gone("actor-1.0", harness.now_s)
+    harness.wait(harness.config.cluster.peer_timeout_s - SILENT_LINK_S - 2)
+    assert harness.ends() == {}
+    harness.wait(2)
+    assert harness.ends() == {"failed": (2, 0)}
 
 
 def test_stalled_batch_ends_the_run_with_the_reason(harness: ServiceHarness) -> None:
