@@ -147,9 +147,8 @@ async def learn(
             backend="gloo",
             deadline_s=60.0,
         )
-        sending = asyncio.to_thread(
-            sender.send, offer, trainer.weights(), trainer.canary(), whole=trainer.whole
-        )
+        weights = trainer.whole([name for name, _ in trainer.weights()])
+        sending = asyncio.to_thread(sender.send, offer, weights.items(), trainer.canary())
         await asyncio.gather(sending, engine.update_weights(replace(offer, rank=1)))
         print(f"update {version:3d}  pass rate {np.mean(counts.pass_rates):.2f}", flush=True)
         counts.pass_rates.clear()

@@ -17,7 +17,7 @@ from typing import Any
 
 from speed_async.launcher.ports import host_and_port
 from speed_async.transport.feed import FeedSubscriber
-from tests.fakes.paths import MODEL
+from tests.fakes.paths import MODEL, REPOSITORY
 
 DEADLINE_S = 240.0
 """Deadline of every wait; reached only on a failure."""
@@ -274,6 +274,8 @@ def start(folder: Path, command: list[str], environment: Mapping[str, str] = EMP
 def _open(
     folder: Path, command: list[str], environment: Mapping[str, str] = EMPTY
 ) -> subprocess.Popen[str]:
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]  # parts of tasks under tests/
+    python = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -282,5 +284,5 @@ def _open(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, **python, "OMP_NUM_THREADS": "1", **environment},
     )
