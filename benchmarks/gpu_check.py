@@ -143,8 +143,9 @@ def main() -> int:
     chosen = [each for each in options.parts if options.device == "cuda" or each not in NEED_GPU]
     rows: list[Row] = []
     for part in chosen:
-        rows += run_part(part, options)
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        measured = run_part(part, options)
+        print(json.dumps(measured), file=sys.stderr, flush=True)
+        rows += measured
     print(table(rows, options))
     return int(any(str(each["measured"]).startswith("failed") for each in rows))
 

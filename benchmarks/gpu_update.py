@@ -10,11 +10,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu_setup import Options, Row, matmul_flops_per_s, now_s, random_model, row
 from benchmarks.harness import MODEL_SHAPES
+from benchmarks.learner_arm import random_completion
 from speed_async.config.load import build_config
 from speed_async.launcher.preflight.memory_budget import ModelSizes, Workload, learner_bytes
 from speed_async.learner.model import load_model
 from speed_async.learner.trainer import Trainer
-from speed_async.types import Completion, Group, Sampled
+from speed_async.types import Group
 
 MFU_AIM, MEMORY_AIM = 0.50, 0.10
 GROUP_SIZE = 4
@@ -113,28 +114,15 @@ def equal_groups(options: Options) -> list[Group]:
     """Groups of GROUP_SIZE completions; an eighth of each row is prompt."""
     random, vocabulary = np.random.default_rng(0), MODEL_SHAPES[options.size]["vocab_size"]
     num_prompt = options.row_tokens // 8
-
-    def tokens(count: int) -> np.ndarray:
-        return random.integers(1, vocabulary, count, dtype=np.int32)
-
-    def completion(index: int) -> Completion:
-        length = options.row_tokens - num_prompt
-        return Completion(
-            sampled=Sampled(
-                token_ids=tokens(length),
-                logprobs=np.full(length, -np.log(vocabulary), np.float32),
-                policy_versions=np.zeros(length, np.int32),
-                finish_reason="stop",
-            ),
-            reward=float(index % 2),
-            passed=index % 2 == 1,
-        )
-
+    num_tokens = options.row_tokens - num_prompt
     return [
         Group(
             prompt_id=index,
-            prompt_token_ids=tokens(num_prompt),
-            completions=tuple(completion(i) for i in range(GROUP_SIZE)),
+            prompt_token_ids=random.integers(1, vocabulary, num_prompt, dtype=np.int32),
+            completions=tuple(
+                random_completion(random, num_tokens, vocabulary, passed=i % 2 == 1)
+                for i in range(GROUP_SIZE)
+            ),
             lease_id=index,
             num_screening=0,
         )

@@ -42,6 +42,21 @@ def save_random_llama(size: str, folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def random_completion(
+    random: np.random.Generator, length: int, vocabulary: int, *, passed: bool
+) -> Completion:
+    return Completion(
+        sampled=Sampled(
+            token_ids=random.integers(1, vocabulary, length, dtype=np.int32),
+            logprobs=np.full(length, -np.log(vocabulary), np.float32),
+            policy_versions=np.zeros(length, np.int32),
+            finish_reason="stop",
+        ),
+        reward=float(passed),
+        passed=passed,
+    )
+
+
 def random_groups(num_groups: int, group_size: int, vocabulary: int, seed: int) -> list[Group]:
     random = np.random.default_rng(seed)
 
@@ -49,16 +64,7 @@ def random_groups(num_groups: int, group_size: int, vocabulary: int, seed: int) 
         length = int(
             np.clip(random.lognormal(np.log(MEDIAN_TOKENS), SPREAD), MIN_TOKENS, MAX_TOKENS)
         )
-        return Completion(
-            sampled=Sampled(
-                token_ids=random.integers(1, vocabulary, length, dtype=np.int32),
-                logprobs=np.full(length, -np.log(vocabulary), np.float32),
-                policy_versions=np.zeros(length, np.int32),
-                finish_reason="stop",
-            ),
-            reward=float(index % 2),
-            passed=index % 2 == 1,
-        )
+        return random_completion(random, length, vocabulary, passed=index % 2 == 1)
 
     return [
         Group(

@@ -36,9 +36,6 @@ class StateMachine:
         self.sessions = Sessions(self.state.sessions)
         self.journal: Journal | None = None
         """Each input is appended before it is processed; None disables the journal."""
-        self.replayed_events: list[Event] = []
-        """What the recovery emitted again. The process may have been killed before it stored the
-        last of them."""
         self._output = Output()
 
     @property
@@ -94,8 +91,10 @@ class StateMachine:
             self.journal.append("attempt", now_s, value=float(attempt))
         self._begin_attempt(attempt, now_s)
 
-    def replay(self, place: Place, record: Record) -> None:
-        """Process a recorded input again. Its output was emitted before."""
+    def replay(self, place: Place, record: Record) -> list[Event]:
+        """Process a recorded input again. Returns the events that a sink stores, apart from
+        samples, whose texts are not recorded: the failed process may not have stored the last of
+        them. The rest of the output was emitted before."""
         match record.kind:
             case "message":
                 message = decode(record.frames)
@@ -110,11 +109,9 @@ class StateMachine:
             case "attempt":
                 self._begin_attempt(int(record.value), record.now_s)
             case _:
-                return
-        self.replayed_events += [
-            event for event in self._output.events if event.kind not in ("status", "sample")
-        ]
-        self._output = Output()
+                return []
+        events = self.take_output().events
+        return [event for event in events if event.kind not in ("status", "sample")]
 
     def take_output(self) -> Output:
         """What the inputs since the last call resulted in, apart from the messages, which the

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from speed_async.launcher.exit_status import EXIT_RUN_LOST, EXIT_STATUS
 from speed_async.transport.key_making import make_keys
-from tests.fakes.run_process import Run, own_address, start_train
+from tests.fakes.run_process import Run, free_port, own_address, start_train
 from tests.fakes.slow_task import SLOW
 
 pytestmark = [
@@ -21,12 +20,6 @@ pytestmark = [
 ]
 
 PEER_TIMEOUT_S = 5.0
-
-
-def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
 
 
 def start_nodes(folder: Path, count: int, *overrides: str) -> list[Run]:

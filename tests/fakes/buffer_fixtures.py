@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -17,7 +18,13 @@ from speed_async.config.sections.gate import GateConfig
 from speed_async.transport.messages import GroupFinished
 from speed_async.types import ActorCounts
 
-FINGERPRINTS = {"data": "f", "model": ""}
+
+class Fingerprints(TypedDict):
+    data: str
+    model: str
+
+
+FINGERPRINTS = Fingerprints(data="f", model="")
 """Those of the services of these tests, as parameters of `open_machine`."""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from speed_async.launcher.ports import host_and_port
 from speed_async.transport.feed import FeedSubscriber
+from speed_async.weight_sync import network_device
 from tests.fakes.paths import MODEL, REPOSITORY
 
 DEADLINE_S = 240.0
@@ -206,13 +207,15 @@ def parent_of(process_id: int) -> int:
 
 def own_address() -> str:
     """A non-loopback address of this machine, or 127.0.0.1 if there is none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing; only looks up the route
-            address = str(probe.getsockname()[0])
-        except OSError:
-            address = "127.0.0.1"
-    return address
+    try:
+        return network_device.own_address("192.0.2.1")
+    except OSError:
+        return "127.0.0.1"
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    with socket.create_server((host, 0)) as server:
+        return server.getsockname()[1]
 
 
 def write_config(folder: Path, text: str = SMALL, model: Path = MODEL) -> Path:

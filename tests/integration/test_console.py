@@ -26,6 +26,7 @@ from speed_async.transport.feed import FeedPublisher
 from tests.fakes.panel_samples import SAMPLE
 from tests.fakes.panel_states import EVALUATION, GAUGES
 from tests.fakes.paths import MODEL
+from tests.fakes.run_process import free_port
 from tests.fakes.terminals import read_until, take_terminal
 
 DEADLINE_S = 120.0
@@ -265,11 +266,6 @@ def run_folder(tmp_path: Path, *events: Event, port: int | None = None) -> Path:
         address = {"host": "127.0.0.1", "port": port, "feed_port": port}
         (folder / "address.json").write_text(json.dumps(address))
     return folder
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def console(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from speed_async import __version__
 from tests.fakes.command_line import run_command
-from tests.fakes.run_process import Run, own_address, start, write_config
+from tests.fakes.run_process import Run, free_port, own_address, start, write_config
 
 ONLY_LOOPBACK = own_address() == "127.0.0.1"
 
@@ -38,12 +38,6 @@ def section(lines: list[str], heading: str) -> list[str]:
 
 def errors(lines: list[str]) -> list[str]:
     return [line for line in lines if line.startswith("error: ")]
-
-
-def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
 
 
 def start_node(folder: Path, *options: str) -> Run:

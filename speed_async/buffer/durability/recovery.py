@@ -7,7 +7,7 @@ segment tells the release, the data and the model that it was written with.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from speed_async.buffer.durability.journal import (
@@ -25,6 +25,7 @@ from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.load import parse_config
 from speed_async.config.schema import Config
 from speed_async.errors import JournalRefused, SpeedAsyncError
+from speed_async.observability.metrics import Event
 from speed_async.transport.messages import PROTOCOL_VERSION
 
 UNCHANGED = "Nothing in it was changed"
@@ -81,19 +82,28 @@ Build = Callable[[Config, ServiceState | None], BufferService]
 
 
 def open_machine(
-    folder: Path | None, config: Config, build: Build, *, data: str, model: str, attempt: int
+    folder: Path | None,
+    config: Config,
+    build: Build,
+    *,
+    data: str,
+    model: str,
+    attempt: int,
+    replayed: Callable[[Sequence[Event]], object] = tuple,
 ) -> tuple[StateMachine, list[str]]:
     """Return the machine with its journal open, and human-readable notes about the recovery.
 
     `folder` None keeps no journal. `data` and `model` are the fingerprints of the service that
-    `build` builds. A higher `attempt` than the journal's begins a new attempt.
+    `build` builds. A higher `attempt` than the journal's begins a new attempt. `replayed` is called
+    with the events that the recovery emitted again.
     Raises JournalRefused when the journal is intact and does not match, OSError when it cannot be
     written.
     """
     if folder is None:
         machine, notes = StateMachine(build(config, None)), []
     else:
-        machine, sequence, notes = _recovered(folder, config, build, data=data, model=model)
+        machine, sequence, events, notes = _recovered(folder, config, build, data=data, model=model)
+        replayed(events)
         last = max(segments(folder), default=0)
         machine.journal = begin_segment(folder, machine, last + 1, sequence)
         machine.journal.sync()
@@ -122,8 +132,9 @@ def begin_segment(folder: Path, machine: StateMachine, number: int, sequence: in
 
 def _recovered(
     folder: Path, config: Config, build: Build, *, data: str, model: str
-) -> tuple[StateMachine, int, list[str]]:
-    """The machine, the sequence number of its last record, and notes about the recovery."""
+) -> tuple[StateMachine, int, list[Event], list[str]]:
+    """The machine, the sequence number of its last record, the events that were emitted again, and
+    notes about the recovery."""
     notes: list[str] = []
     for number in reversed(segments(folder)):
         try:
@@ -136,23 +147,23 @@ def _recovered(
         if found is None or machine is None:
             notes.append(f"journal segment {number} is damaged at its beginning and was skipped")
             continue
-        last = found[1]
+        _, last, events = found
         if damaged := cut(folder, number, last.end):
             notes.append(
                 f"the journal's tail was damaged: {damaged} bytes after record {last.sequence} "
                 "were cut off"
             )
-        return machine, last.sequence, notes
+        return machine, last.sequence, events, notes
     if notes:
         notes.append("a new journal was started")
-    return StateMachine(build(config, None)), 0, notes
+    return StateMachine(build(config, None)), 0, [], notes
 
 
 def _read(
     folder: Path, number: int, build: Build, *, data: str, model: str
-) -> tuple[StateMachine, Record] | None:
-    """The machine after this segment's last complete record, and that record. Returns None when
-    the segment's beginning is damaged. Changes nothing on disk."""
+) -> tuple[StateMachine, Record, list[Event]] | None:
+    """The machine after this segment's last complete record, that record, and the events that were
+    emitted again. Returns None when the segment's beginning is damaged. Changes nothing on disk."""
     check_format(folder, number)
     records = read_segment(folder, number)
     place, first = next(records, (None, None))
@@ -166,18 +177,17 @@ def _read(
         return None
     state = restore(MachineState, last.frames[0])
     machine = StateMachine(build(config, state.service), state)
+    events: list[Event] = []
     for place, record in records:
-        machine.replay(place, record)
+        events += machine.replay(place, record)
         last = record
-    return machine, last
+    return machine, last, events
 
 
 def _restarted(config: Config, machine: StateMachine, build: Build) -> StateMachine:
     """The same machine with the current configuration, before its peers are connected again."""
     if machine.service.config != config:
-        replayed_events = machine.replayed_events
         machine = StateMachine(build(config, machine.state.service), machine.state)
-        machine.replayed_events = replayed_events
     machine.sessions.rewind_all()
     machine.service.membership.restart_timeouts(machine.last_s)
     return machine

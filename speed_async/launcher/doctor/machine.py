@@ -8,7 +8,7 @@ from pathlib import Path
 
 from speed_async.launcher.preflight.findings import Findings
 from speed_async.launcher.preflight.host_memory import host_memory
-from speed_async.launcher.preflight.machine import size
+from speed_async.launcher.preflight.machine import nearest_existing, size
 
 GIB, MIB = 1 << 30, 1 << 20
 SHARED_MEMORY = Path("/dev/shm")
@@ -53,7 +53,7 @@ def read_machine() -> MachineFacts:
         max_open_files=_files(soft),
         max_settable_open_files=_files(hard),
         free_disk_bytes={
-            str(folder): shutil.disk_usage(_existing(folder)).free
+            str(folder): shutil.disk_usage(nearest_existing(folder)).free
             for folder in (Path.cwd(), hub_cache())
         },
     )
@@ -121,7 +121,3 @@ def _num_cores() -> int:
 
 def _files(limit: int) -> int:
     return 1 << 30 if limit == resource.RLIM_INFINITY else limit
-
-
-def _existing(folder: Path) -> Path:
-    return next(each for each in (folder, *folder.parents) if each.exists())

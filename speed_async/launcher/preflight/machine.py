@@ -67,7 +67,7 @@ def check_folders(config: Config, findings: Findings) -> Path | None:
         if folder is None:
             continue
         wanted = Path(folder).expanduser().resolve()
-        parent = next(path for path in (wanted, *wanted.parents) if path.exists())
+        parent = nearest_existing(wanted)
         if not parent.is_dir():
             fault = f"cannot be created: {parent} is a file"
         elif not os.access(parent, os.W_OK | os.X_OK):
@@ -77,6 +77,11 @@ def check_folders(config: Config, findings: Findings) -> Path | None:
         findings.errors.append(ConfigError(field, folder, fault))
         parent = None
     return parent
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or its nearest parent that exists. `path` is absolute."""
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def check_disk(

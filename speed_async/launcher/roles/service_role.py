@@ -62,14 +62,20 @@ async def run_service(config: Config, run_folder: Path, *, attempt: int) -> None
 
     keeps_journal = config.buffer.durability != "none"
     folder = RunFolder(path=run_folder).journal if keeps_journal else None
+    replayed: list[Event] = []
     machine, notes = open_machine(
-        folder, config, build, data=task_fingerprint, model=folder_fingerprint, attempt=attempt
+        folder,
+        config,
+        build,
+        data=task_fingerprint,
+        model=folder_fingerprint,
+        attempt=attempt,
+        replayed=replayed.extend,
     )
     for note in notes:
         sys.stderr.write(note + "\n")
     machine.service.warnings.show_first("\n".join(notes))
-    sinks = make_sinks(config, run_folder, machine.replayed_events)
-    machine.replayed_events = []
+    sinks = make_sinks(config, run_folder, replayed)
     sys.stdout.write(json.dumps({"port": hub.port, "feed_port": feed.port}) + "\n")
     sys.stdout.flush()
     await serve(machine, hub, feed, sinks)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,19 +70,32 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> None:
 
     Raises ModelError for a damaged checkpoint, SpeedAsyncError if `out` exists, and OSError.
     """
+    check_export(checkpoint, out)
+    with new_folder(out) as partial:
+        if dtype is None:
+            omitted = shutil.ignore_patterns(*TRAINING_STATE)
+            shutil.copytree(checkpoint, partial, ignore=omitted, dirs_exist_ok=True)
+        else:
+            _write_converted(checkpoint, partial, dtype)
+
+
+def check_export(checkpoint: Path, out: Path) -> None:
+    """Raises ModelError for a damaged checkpoint, and SpeedAsyncError if `out` exists."""
     if what := damage(checkpoint):
         raise ModelError(f"checkpoint '{checkpoint}' cannot be exported: {what}")
     if out.exists():
         raise SpeedAsyncError(f"'{out}' exists already: choose another --out, or remove it")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """An empty folder with a temporary name, which becomes `out` unless an error is raised; then it
+    is removed. Raises OSError, also for errors of copying and of safetensors on a full disk."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        if dtype is None:
-            omitted = shutil.ignore_patterns(*TRAINING_STATE)
-            shutil.copytree(checkpoint, partial, ignore=omitted)
-        else:
-            partial.mkdir(parents=True)
-            _write_converted(checkpoint, partial, dtype)
+        partial.mkdir(parents=True)
+        yield partial
         partial.rename(out)
     except shutil.Error as error:  # a list of (from, to, reason)
         raise OSError(error.args[0][0][2]) from error

@@ -1,7 +1,6 @@
 """Export of the adapters (LoRA) of a checkpoint in the format of peft, which vLLM also loads."""
 
 import json
-import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -9,10 +8,10 @@ from safetensors.torch import save_file
 
 from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
-from speed_async.errors import ModelError, SpeedAsyncError
+from speed_async.errors import ModelError
 from speed_async.learner.adapters import AdaptedLinear, add_adapters, is_factor
 from speed_async.learner.checkpoint.captured import MASTER
-from speed_async.learner.checkpoint.checksums import damage
+from speed_async.learner.checkpoint.export import check_export, new_folder
 from speed_async.learner.checkpoint.shards import SavedRows, load_weights, saved_paths
 from speed_async.learner.checkpoint.store import TRAINING_FOLDER
 from speed_async.learner.model import load_model
@@ -26,12 +25,9 @@ def export_adapter(checkpoint: Path, out: Path, config: Config) -> None:
     Raises ModelError for a damaged checkpoint or one without adapters, SpeedAsyncError if `out`
     exists, and OSError.
     """
-    if what := damage(checkpoint):
-        raise ModelError(f"checkpoint '{checkpoint}' cannot be exported: {what}")
+    check_export(checkpoint, out)
     if not config.learner.lora_rank:
         raise ModelError(f"checkpoint '{checkpoint}' has no adapters: learner.lora_rank was 0")
-    if out.exists():
-        raise SpeedAsyncError(f"'{out}' exists already: choose another --out, or remove it")
     try:
         model = load_model(checkpoint, device="cpu")
         add_adapters(model, config.learner, seed=0)
@@ -55,15 +51,7 @@ def export_adapter(checkpoint: Path, out: Path, config: Config) -> None:
         for name, parameter in model.named_parameters()
         if is_factor(name)
     }
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(out) as partial:
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         (partial / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (partial / WEIGHTS_FILE).chmod((partial / CONFIG_FILE).stat().st_mode)
-        partial.rename(out)
-    except SafetensorError as error:  # raised by the safetensors writer on a full disk
-        raise OSError(str(error)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
@@ -17,6 +18,7 @@ from speed_async.buffer.state_machine import StateMachine
 from speed_async.config.schema import Config
 from speed_async.errors import JournalRefused
 from speed_async.launcher.roles.service_role import make_sinks
+from speed_async.observability.metrics import Event
 from speed_async.observability.sinks import JsonlSink, read_events
 from speed_async.transport import messages as m
 from speed_async.types import GroupEnd
@@ -126,8 +128,11 @@ def test_events_that_a_killed_service_did_not_store_are_stored_after_its_recover
     settings = run.config.model_copy(
         update={"run": run.config.run.model_copy(update={"updates": 9})}
     )
-    recovered, _ = open_machine(run.folder, settings, run.build, **FINGERPRINTS, attempt=0)
-    for one in make_sinks(settings, tmp_path, recovered.replayed_events):
+    replayed: list[Event] = []
+    open_machine(
+        run.folder, settings, run.build, **FINGERPRINTS, attempt=0, replayed=replayed.extend
+    )
+    for one in make_sinks(settings, tmp_path, replayed):
         one.close()
     assert read_events(tmp_path / "metrics.jsonl") == [*stored, *lost]
     assert {"step", "evaluation"} <= {event.kind for event in stored}
@@ -306,9 +311,9 @@ def crashed_run(tmp_path: Path, kind: str = "uniform") -> tuple[RandomRun, dict[
 def assert_refused(
     run: RandomRun, before: dict[str, bytes], expected: str, build=None, **changed: str
 ) -> None:
-    build, fingerprints = build or run.build, FINGERPRINTS | changed
+    fingerprints: dict[str, Any] = {**FINGERPRINTS, **changed}
     with pytest.raises(JournalRefused) as caught:
-        open_machine(run.folder, run.config, build, **fingerprints, attempt=1)
+        open_machine(run.folder, run.config, build or run.build, **fingerprints, attempt=1)
     assert expected in str(caught.value)
     assert "Nothing in it was changed" in str(caught.value)
     assert "\n" not in str(caught.value)
