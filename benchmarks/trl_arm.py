@@ -152,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("config")
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--micro-batch", type=int, required=True)
+    parser.add_argument("--micro-batch", type=int, help="all completions of an update without it")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--max-tokens", type=float, default=math.inf)
     parser.add_argument("--checkpoints", type=Path, help="folder; none are written without it")
@@ -167,7 +167,8 @@ def main() -> None:
         trainer = make_trainer(
             config,
             make_task(config.task),
-            micro_batch=arguments.micro_batch,
+            micro_batch=arguments.micro_batch
+            or config.gate.group_size * config.learner.groups_per_update,
             num_steps=arguments.steps,
             folder=folder,
             checkpoints=checkpoints,

@@ -5,7 +5,7 @@ recorded under another name no longer count.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -14,7 +14,8 @@ from benchmarks.evidence.spreads import NUM_ANSWER_CHARACTERS, Spread
 EXPERIMENT = "2026-11-30b"
 
 NUM_TRAIN, NUM_SCORED, DATA_SEED = 2560, 800, 5
-COMPLETIONS_PER_UPDATE = 384
+COMPLETIONS, FEW_COMPLETIONS = 384, 96
+"""Per update."""
 
 TUNING_SEEDS = (1001, 1002, 1003)
 NUM_SURVIVORS = 4
@@ -44,6 +45,9 @@ class Arm:
     passes: int = 1
     shapes: tuple[int, ...] = (24, 8, 4)
     """Completions per prompt that its tuning chooses from."""
+    completions: int = COMPLETIONS
+    shrunken: bool = False
+    """The baseline of `objective.advantage = "shrunken"`, which groups of two can use."""
     trl: bool = False
     tuned_as: str = ""
     """The arm whose setting it uses; empty: it has a tuning of its own."""
@@ -64,8 +68,8 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """A deciding comparison. A name ending in * stands for the arm of that prefix with the best
-    tuning score."""
+    """A deciding comparison. A name with * stands for the arm of that prefix with the best tuning
+    score, followed by what comes after the *."""
 
     spread: str
     arm: str
@@ -82,7 +86,7 @@ CLIPS = (1.0, 1 / 6)
 TRL_GRADIENT_SCALE = 6.0
 """TRL sums the loss of a completion over its tokens, six here, where the product takes the mean
 over tokens. Its clip is scaled by this, so that equal settings clip equally."""
-SCREENING_COMPLETIONS = {24: 4, 8: 4, 4: 2}
+SCREENING_COMPLETIONS = {24: 4, 8: 4, 4: 2, 2: 1}
 
 
 def factorial() -> dict[str, Arm]:
@@ -100,13 +104,25 @@ def factorial() -> dict[str, Arm]:
 
 
 BASE = "sync-rloo-24"
-ARMS: Mapping[str, Arm] = {
+BOTH_CORES = "-both-cores"
+_FEW = Arm(completions=FEW_COMPLETIONS, shapes=(8, 4))
+_TUNED: Mapping[str, Arm] = {
     BASE: Arm(shapes=(24,)),
     **factorial(),
+    "sync-rloo-few": _FEW,
+    "async-rloo-few": replace(_FEW, mode="async"),
+    "async-rloo-few-shrunken": replace(_FEW, mode="async", shrunken=True, fifo=True, shapes=(4, 2)),
+    "async-speed-few": replace(_FEW, mode="async", screen=True, shapes=(24, 8)),
     "trl-rloo": Arm(trl=True),
-    f"{BASE}-both-cores": Arm(tuned_as=BASE, both_cores=True),
-    "sync-rloo-both-cores": Arm(tuned_as="sync-rloo", both_cores=True),
+    "trl-rloo-few": replace(_FEW, trl=True),
 }
+ARMS: Mapping[str, Arm] = _TUNED | {
+    f"{name}{BOTH_CORES}": replace(arm, tuned_as=name, both_cores=True)
+    for name, arm in _TUNED.items()
+    if name.startswith("sync-rloo")
+}
+"""Arms of `few` make an update of 96 completions. They were added after the first runs of the
+factorial had shown that steps are what limits it, before any evaluation seed ran."""
 _SCREENING_ARMS = (
     BASE,
     "sync-rloo",
@@ -145,13 +161,14 @@ from 0.13 to 0.35, and from 0.24 to 1."""
 
 COMPARISONS: tuple[Comparison, ...] = (
     Comparison(spread="real", arm="async-*", base=BASE, endpoint="tokens", aim=0.4),
+    Comparison(spread="real", arm="async-*", base="sync-rloo*", endpoint="tokens", aim=1.0),
     Comparison(spread="real", arm="async-*", base=BASE, endpoint="core_s", aim=1.0),
     *(
         Comparison(spread="real", arm="async-*", base=f"{base}{cores}", endpoint="wall_s", aim=aim)
-        for base, aim in ((BASE, 0.33), ("sync-rloo", 0.5))
-        for cores in ("", "-both-cores")
+        for base, aim in ((BASE, 0.33), ("sync-rloo*", 0.5))
+        for cores in ("", BOTH_CORES)
     ),
-    Comparison(spread="real", arm="async-*", base="trl-rloo", endpoint="wall_s", aim=0.2),
+    Comparison(spread="real", arm="async-*", base="trl-rloo*", endpoint="wall_s", aim=0.2),
     Comparison(spread="real", arm="async-speed*", base="async-rloo*", endpoint="tokens", aim=1.0),
     Comparison(spread="hard", arm="async-speed*", base="async-rloo*", endpoint="tokens", aim=0.4),
     Comparison(spread="mild", arm="async-speed*", base="async-rloo*", endpoint="tokens", aim=1.0),
@@ -169,8 +186,8 @@ def settings(arm: Arm) -> list[Setting]:
 
 def checkpoint_every(arm: Arm) -> int:
     """Policy versions between scored checkpoints; a crossing is interpolated between two of them.
-    With a gate, a version costs more tokens, so every one is scored."""
-    return 1 if arm.screen else 2
+    They are 768 completions apart, and with a gate, which rejects most, half as many."""
+    return (1 if arm.screen else 2) * COMPLETIONS // arm.completions
 
 
 def overrides(arm: Arm, setting: Setting, seed: int) -> list[str]:
@@ -184,14 +201,16 @@ def overrides(arm: Arm, setting: Setting, seed: int) -> list[str]:
         "gate.n_init": n_init,
         "gate.n_cont": setting.shape - n_init,
         "actors.max_new_tokens": NUM_ANSWER_CHARACTERS + 1,
-        "buffer.capacity_groups": 4 * COMPLETIONS_PER_UPDATE,
-        "learner.groups_per_update": COMPLETIONS_PER_UPDATE // setting.shape,
+        "buffer.capacity_groups": 4 * COMPLETIONS,
+        "learner.groups_per_update": arm.completions // setting.shape,
         "learner.lr": setting.lr,
         "learner.grad_clip": clip,
     }
     values["buffer.order"] = "arrival" if arm.fifo else "signal"
     if arm.both_cores:
         values |= {"cluster.actors": 2, "learner.num_threads": 2}
+    if arm.shrunken:
+        values["objective.advantage"] = "shrunken"
     if arm.passes > 1:
         values["learner.passes"] = arm.passes
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]

@@ -21,8 +21,9 @@ def pending_jobs(
     """The runs that can be made now, in order; empty when all are made.
 
     While some of `arms` lack a tuning, these are tuning runs, in one shuffled order. Then they are
-    evaluation runs: one block per seed, the arms of a block shuffled. With `idle`, an evaluation
-    run counts as made only if the machine was idle.
+    evaluation runs: one block per seed, the arms of a block shuffled. An arm that is tuned as
+    another one runs only if it decides. With `idle`, an evaluation run counts as made only if the
+    machine was idle.
     """
     tuning = [
         _job(spread, arm, setting, seed)
@@ -36,7 +37,11 @@ def pending_jobs(
     done = {record.key for record in records if record.is_idle or not idle}
     jobs = []
     for seed in DECIDING_SEEDS:
-        due = [arm for arm in arms if seed in OTHER_SEEDS or arm in deciding]
+        due = [
+            arm
+            for arm in arms
+            if arm in deciding or (seed in OTHER_SEEDS and not ARMS[arm].tuned_as)
+        ]
         for arm in random.Random(seed).sample(due, len(due)):
             setting = chosen_setting(spread, arm, records)
             if setting is not None and (job := _job(spread, arm, setting, seed)).key not in done:

@@ -84,12 +84,13 @@ def chosen_setting(spread: str, arm: str, records: Sequence[Record]) -> Setting 
 
 def resolve(spread: str, name: str, records: Sequence[Record]) -> str | None:
     """The arm that a name of a comparison stands for. None until all candidates are tuned."""
-    if not name.endswith("*"):
+    prefix, is_family, suffix = name.partition("*")
+    if not is_family:
         return name
     candidates = [
-        arm for arm in SPREADS[spread].arms if arm.startswith(name[:-1]) and not ARMS[arm].tuned_as
+        arm for arm in SPREADS[spread].arms if arm.startswith(prefix) and not ARMS[arm].tuned_as
     ]
     scores = {arm: Tuning(spread, arm, records).best_score for arm in candidates}
     if any(map(math.isinf, scores.values())):
         return None
-    return min(candidates, key=lambda arm: scores[arm])
+    return min(candidates, key=lambda arm: scores[arm]) + suffix

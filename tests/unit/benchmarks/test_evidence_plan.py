@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evidence import plan
 from benchmarks.evidence.plan import (
     ARMS,
     BASE,
+    BOTH_CORES,
     COMPARISONS,
     DECIDING_SEEDS,
     EXPERIMENT,
@@ -72,8 +72,10 @@ def record(
 
 
 def tuned(arm: str, *, tokens: float = 10_000, best: Setting = SETTING) -> list[Record]:
-    """A complete tuning that chooses `best`, twice as good as the others."""
+    """A complete tuning that chooses `best`, or the first setting if the grid of the arm does not
+    have it; twice as good as the others."""
     every = settings(ARMS[arm])
+    best = best if best in every else every[0]
     first = [
         record(arm=arm, setting=each, seed=TUNING_SEEDS[0], tokens=tokens * (1 + (each != best)))
         for each in every
@@ -160,6 +162,12 @@ def test_a_family_stands_for_its_arm_with_the_best_tuning_score():
     records += tuned("async-speed", tokens=5000)
     assert resolve("real", "async-*", records) == "async-speed"
     assert resolve("real", BASE, []) == BASE
+    synchronous = [
+        each for each in ARMS if each.startswith("sync-rloo") and not ARMS[each].tuned_as
+    ]
+    records += [each for arm in synchronous for each in tuned(arm)]
+    records += tuned("sync-rloo-2p", tokens=5000)
+    assert resolve("real", f"sync-rloo*{BOTH_CORES}", records) == "sync-rloo-2p-both-cores"
     assert resolve("real", "async-*", tuned("async-speed")) is None
 
 
@@ -189,11 +197,11 @@ def test_every_arm_of_the_plan_is_a_valid_configuration_with_equal_completions()
             values = overrides(arm, setting, 3)
             config = load_config(QUICKSTART, values)
             total = config.gate.group_size * config.learner.groups_per_update
-            assert total == plan.COMPLETIONS_PER_UPDATE
+            assert total == arm.completions
             assert config.gate.group_size == setting.shape
             capacity = config.buffer.capacity_groups
             assert capacity is not None and capacity >= config.max_credits
-    assert {arm for each in COMPARISONS for arm in (each.arm, each.base) if arm[-1] != "*"} <= set(
+    assert {arm for each in COMPARISONS for arm in (each.arm, each.base) if "*" not in arm} <= set(
         ARMS
     )
 
@@ -236,7 +244,7 @@ def test_the_report_decides_only_when_all_seeds_are_made(tmp_path: Path):
     text = page.read_text()
     assert text.startswith("prose\n")
     assert "old table" not in text
-    # 0.3 of the tokens: 16 rows share the correction of a p-value of 2 / 2^20.
+    # 0.3 of the tokens: all rows share the correction of a p-value of 2 / 2^20.
     assert "| real | async-speed / sync-rloo-24 | tokens to 50% | 0.4 | 20 | 0.3 (0.3 to " in text
     assert "| yes |" in text
     assert (tmp_path / "time_to_accuracy.png").stat().st_size > 10_000
