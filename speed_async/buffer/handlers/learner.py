@@ -117,8 +117,9 @@ class LearnerHandler:
         metrics = message.metrics
         self._statistics.updated(
             UpdateTimes(
-                wait_s=metrics.get("time/wait_s", 0.0),
-                starved_s=self._batches.starved_s,
+                wait_s=(wait_s := metrics.get("time/wait_s", 0.0)),
+                # A batch is requested before the learner waits for it.
+                starved_s=min(wait_s, self._batches.starved_s),
                 train_s=metrics.get("time/train_s", 0.0),
                 sync_s=metrics.get("time/sync_s", 0.0),
             )
