@@ -49,6 +49,25 @@ def test_ranks_of_two_nodes_train_as_one(tmp_path: Path) -> None:
     check_trained_as_one(tmp_path, 4, ["dense", "experts"])
 
 
+def test_two_ranks_that_resume_continue_exactly(tmp_path: Path) -> None:
+    """Bit by bit as two ranks that were not interrupted."""
+    save_models(tmp_path)
+    names = ["experts", "scored", "adapters"]
+    for name in names:
+        (tmp_path / f"rows-{name}").mkdir()
+    run_ranks(tmp_path, 2, names)
+    run_ranks(tmp_path, 2, [f"{name}/{kind}" for name in names for kind in ("resumed", "twice")])
+    for name in names:
+        for rank in range(2):
+            results, weights = found(tmp_path, 2, rank, f"{name}/resumed")
+            expected_results, expected = found(tmp_path, 2, rank, f"{name}/twice")
+            for result in (*results, *expected_results):
+                del result["metrics"]["optimizer_updates"]  # counted from the start of a process
+            assert results == expected_results[len(results) :]
+            for key, tensor in expected.items():
+                assert torch.equal(weights[key], tensor), (name, rank, key)
+
+
 def check_trained_as_one(folder: Path, size: int, scenarios: list[str]) -> None:
     for name in scenarios:
         results, weights = run_scenario(folder, name, ONE_RANK)

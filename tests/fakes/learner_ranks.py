@@ -1,7 +1,7 @@
 """Learner ranks as processes, which train the same tiny models on the same groups.
 
 `RANK SIZE PORT FOLDER SCENARIO...`: runs the scenarios as one of SIZE ranks and writes what it
-found to FOLDER/SIZE-RANK-SCENARIO. NAME/resumed continues NAME.
+found to FOLDER/SIZE-RANK-SCENARIO. NAME/resumed continues NAME, NAME/twice is both without a break.
 """
 
 import json
@@ -168,9 +168,14 @@ def main(rank: int, size: int, port: int, folder: Path, scenarios: Sequence[str]
             store, rank=rank, size=size, device=CPU, ranks_per_node=2, timeout_s=TIMEOUT_S
         )
     for each in scenarios:
-        name, _, resumes = each.partition("/")
+        name, _, kind = each.partition("/")
         results, weights = run_scenario(
-            folder, name, ranks, resumes=bool(resumes), saves=not resumes
+            folder,
+            name,
+            ranks,
+            resumes=kind == "resumed",
+            saves=not kind,
+            rounds=2 if kind == "twice" else 1,
         )
         stem = _stem(folder, size, rank, each)
         stem.with_suffix(".json").write_text(json.dumps(results))
