@@ -125,10 +125,8 @@ ARMS: Mapping[str, Arm] = _TUNED | {
 factorial had shown that steps are what limits it, before any evaluation seed ran."""
 _SCREENING_ARMS = (
     BASE,
-    "sync-rloo",
-    "sync-speed",
-    *(f"async-{kind}" for kind in ("rloo", "rloo-2p", "rloo-fifo", "rloo-fifo-2p")),
-    *(f"async-{kind}" for kind in ("speed", "speed-2p", "speed-fifo", "speed-fifo-2p")),
+    *(f"async-rloo{kind}" for kind in ("", "-2p", "-few", "-few-shrunken")),
+    *(f"async-speed{kind}" for kind in ("", "-2p", "-few")),
 )
 
 SPREADS: Mapping[str, SpreadPlan] = {
