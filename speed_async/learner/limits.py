@@ -1,6 +1,19 @@
 """Limits of the learner's memory, without torch: the preflight checks compute with them as well."""
 
+from typing import Literal
+
+ActivationCheckpointing = Literal["auto", "none", "selective", "full"]
+
 MAX_LOGITS = 1 << 26
 """Largest number of logits in one chunk (N x V): 256 MiB in float32 for any vocabulary."""
 CHECKPOINTING_PARAMETERS = 300_000_000
 """Number of parameters from which models on a GPU recompute activations in the backward pass."""
+
+
+def resolved_checkpointing(
+    choice: ActivationCheckpointing, num_parameters: int, *, on_gpu: bool
+) -> ActivationCheckpointing:
+    """What `learner.activation_checkpointing` means for a model: not `auto`."""
+    if choice != "auto":
+        return choice
+    return "full" if on_gpu and num_parameters >= CHECKPOINTING_PARAMETERS else "none"

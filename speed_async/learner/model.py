@@ -1,16 +1,19 @@
 """Model loading, and the properties that the learner requires of every model family."""
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from speed_async.errors import ModelError
-from speed_async.learner.limits import CHECKPOINTING_PARAMETERS
+from speed_async.learner.limits import ActivationCheckpointing, resolved_checkpointing
 from speed_async.weight_sync.device import DeviceChoice, resolve_device
 
 MAX_COMPILED_KINDS = 64
@@ -20,13 +23,12 @@ def load_model(
     path: str | Path,
     *,
     device: DeviceChoice = "auto",
-    gradient_checkpointing: bool | None = None,
+    activation_checkpointing: ActivationCheckpointing = "auto",
     on_cpu: bool = False,
 ) -> PreTrainedModel:
     """Loads a Hugging Face causal LM for training, with float32 parameters and without dropout.
 
-    `gradient_checkpointing` None enables it for large models on a GPU. `on_cpu` leaves the
-    parameters on the CPU, for sharding to `device`.
+    `on_cpu` leaves the parameters on the CPU, for sharding to `device`.
     Raises ModelError when the folder is missing or unreadable, or when weights are missing.
     """
     folder = Path(path)
@@ -49,26 +51,44 @@ def load_model(
     target = resolve_device("learner.device", device)
     if not on_cpu:
         nn.Module.to(model, target)
-    if gradient_checkpointing is None:
-        gradient_checkpointing = (
-            target.type == "cuda" and model.num_parameters() >= CHECKPOINTING_PARAMETERS
-        )
-    _set_mode(model, gradient_checkpointing)
+    kind = resolved_checkpointing(
+        activation_checkpointing, model.num_parameters(), on_gpu=target.type == "cuda"
+    )
+    _set_mode(model, kind)
     return model
 
 
-def _set_mode(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
+def _set_mode(model: PreTrainedModel, checkpointing: ActivationCheckpointing) -> None:
     """Sets evaluation mode, so that pi matches the policy of the engine: dropout would change
     rho."""
     model.eval()
-    if not gradient_checkpointing:
+    if checkpointing == "none":
         return
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    options: dict[str, Any] = {"use_reentrant": False}
+    if checkpointing == "selective":
+        options["context_fn"] = partial(
+            create_selective_checkpoint_contexts, list(_expensive_operators())
+        )
+    model.gradient_checkpointing_enable(options)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # not recursive: dropout of the children stays off
             if isinstance(getattr(module, "dropout", None), float):
                 setattr(module, "dropout", 0.0)  # noqa: B010 - a float, annotated as Module
+
+
+def _expensive_operators() -> Iterator[Any]:
+    """Matrix products and attention: their results take little memory for the time they take."""
+    aten = torch.ops.aten
+    for name in (
+        *("mm", "addmm", "bmm", "_grouped_mm"),
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    ):
+        if hasattr(aten, name):  # not all of them in every version
+            yield getattr(aten, name).default
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

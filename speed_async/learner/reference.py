@@ -30,7 +30,7 @@ def load_reference(config: Config, *, on_cpu: bool = False) -> Policy:
     model = load_model(
         model_folder(config.model.path),
         device=config.learner.device,
-        gradient_checkpointing=False,
+        activation_checkpointing="none",
         on_cpu=on_cpu,
     )
     model.requires_grad_(False)

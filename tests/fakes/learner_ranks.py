@@ -109,9 +109,10 @@ def run_scenario(
     `resumes`: of the round after that of an earlier call with this folder and `saves`."""
     model_folder = folder / ("experts" if name == "experts" else "dense")
     settings = {"lr": 1e-3, "warmup_updates": 0} | SCENARIOS[name]
+    kind = "full" if name == "scored" else "selective" if name == "adapters" else "none"
     trainer = Trainer(
         config=make_config(model_folder, **settings),
-        model=load_model(model_folder, device="cpu", gradient_checkpointing=name == "scored"),
+        model=load_model(model_folder, device="cpu", activation_checkpointing=kind),
         ranks=ranks,
     )
     results, rows = [], folder / f"rows-{name}"

@@ -42,6 +42,10 @@ class LearnerConfig(Section):
     """The product of the factors of an adapter is multiplied by lora_alpha / lora_rank."""
     micro_batch_tokens: PositiveInt = 8192
     """Padded tokens per forward and backward pass."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What the backward pass computes again instead of keeping it: nothing, each layer without its
+    matrix products and attention, or each layer. Less memory and more time in this order. `auto`:
+    `full` for models of 300 million parameters and more on a GPU, otherwise `none`."""
     checkpoint_every: NonNegativeInt = 20
     """Updates between checkpoints; 0 saves only at the end (the journal then keeps all batches)."""
     keep_last: PositiveInt = 2

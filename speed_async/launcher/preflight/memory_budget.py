@@ -14,7 +14,11 @@ Both: the context of each process (CUDA, torch, NCCL). Fragmentation is not incl
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from speed_async.learner.limits import CHECKPOINTING_PARAMETERS, MAX_LOGITS
+from speed_async.learner.limits import (
+    MAX_LOGITS,
+    ActivationCheckpointing,
+    resolved_checkpointing,
+)
 
 GIB = 1 << 30
 MASTER_BYTES = 4
@@ -66,6 +70,7 @@ class Workload:
     lora_rank: int = 0
     """0 trains all weights."""
     has_entropy_gradient: bool = False
+    checkpointing: ActivationCheckpointing = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,11 +132,12 @@ def learner_bytes(sizes: ModelSizes, workload: Workload) -> dict[str, int]:
     """Bytes of a learner on a GPU by part."""
     num, tokens = sizes.num_parameters, max(workload.longest_row, workload.micro_batch_tokens)
     trained = copied = num
+    checkpointing = resolved_checkpointing(workload.checkpointing, num, on_gpu=True)
     if workload.lora_rank:
         trained = adapter_parameters(sizes, workload.lora_rank)
         # Autocast keeps the copies of trained weights only. Others live until the backward pass of
-        # their layer, whose forward pass is repeated just before in large models.
-        if num >= CHECKPOINTING_PARAMETERS:
+        # their layer, whose forward pass may be repeated just before.
+        if checkpointing != "none":
             copied = num // sizes.num_layers
         num, copied = num + trained, copied + trained
     has_model = workload.has_reference and not workload.lora_rank
@@ -141,7 +147,7 @@ def learner_bytes(sizes: ModelSizes, workload: Workload) -> dict[str, int]:
         "optimizer": MOMENTS_BYTES * trained,
         "bfloat16 weights": COMPUTE_BYTES * copied,
         "reference model": MASTER_BYTES * num * has_model,
-        "activations": activation_bytes(sizes, tokens),
+        "activations": activation_bytes(sizes, tokens, checkpointing=checkpointing),
         "logits": logits_bytes(sizes, tokens, entropy_gradient=workload.has_entropy_gradient),
         "weight transfer": 2 * workload.bucket_bytes,
         "process": PROCESS_BYTES,
@@ -158,15 +164,32 @@ def adapter_parameters(sizes: ModelSizes, rank: int) -> int:
     return rank * sizes.num_layers * (attention + 3 * (hidden + sizes.intermediate_size))
 
 
-def activation_bytes(sizes: ModelSizes, num_tokens: int, *, autocast: bool = True) -> int:
+def activation_bytes(
+    sizes: ModelSizes,
+    num_tokens: int,
+    *,
+    checkpointing: ActivationCheckpointing = "auto",
+    autocast: bool = True,
+) -> int:
     """Bytes that the backward pass of `num_tokens` tokens needs, without head and logits.
 
-    With recomputation, the input of each layer and all of one layer.
+    With recomputation, all of one layer, and for each layer its input and, if `selective`, the
+    results of its matrix products and of attention.
     """
     layer = layer_activation_bytes(sizes, autocast=autocast)
-    if autocast and sizes.num_parameters >= CHECKPOINTING_PARAMETERS:
-        return num_tokens * (layer + sizes.num_layers * MASTER_BYTES * sizes.hidden_size)
-    return num_tokens * sizes.num_layers * layer
+    kind = resolved_checkpointing(checkpointing, sizes.num_parameters, on_gpu=autocast)
+    if kind == "none":
+        return num_tokens * sizes.num_layers * layer
+    kept = MASTER_BYTES * sizes.hidden_size
+    if kind == "selective":
+        kept += (COMPUTE_BYTES if autocast else MASTER_BYTES) * _num_results(sizes)
+    return num_tokens * (layer + sizes.num_layers * kept)
+
+
+def _num_results(sizes: ModelSizes) -> int:
+    """Numbers per token in the results of the matrix products and of attention of one layer."""
+    queries, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+    return 2 * queries + 2 * keys + 2 * sizes.hidden_size + 2 * sizes.intermediate_size
 
 
 def layer_activation_bytes(sizes: ModelSizes, *, autocast: bool) -> int:

@@ -222,6 +222,7 @@ def workload(config: Config, facts: ModelInfo) -> Workload:
         has_reference=config.objective.kl_coefficient > 0,
         lora_rank=config.learner.lora_rank,
         has_entropy_gradient=config.objective.entropy_coefficient > 0,
+        checkpointing=config.learner.activation_checkpointing,
     )
 
 

@@ -147,7 +147,12 @@ def _join_ranks(config: Config, rank: Rank, store: Store) -> Ranks:
 
 def _load(config: Config, ranks: Ranks) -> PreTrainedModel:
     folder = model_folder(config.model.path)
-    return load_model(folder, device=config.learner.device, on_cpu=ranks.size > 1)
+    return load_model(
+        folder,
+        device=config.learner.device,
+        activation_checkpointing=config.learner.activation_checkpointing,
+        on_cpu=ranks.size > 1,
+    )
 
 
 async def _learn(

@@ -18,12 +18,16 @@ from speed_async.launcher.preflight.memory_budget import (
     GIB,
     ModelSizes,
     Workload,
+    activation_bytes,
     layer_activation_bytes,
     learner_bytes,
     memory_budget,
 )
 from speed_async.launcher.preflight.shared_gpu import shared_gpu_budgets, with_shared_memory
+from speed_async.learner.limits import ActivationCheckpointing
+from speed_async.learner.model import load_model
 from speed_async.learner.optimizer import make_optimizer, named_state
+from tests.fakes.live_bytes import LiveBytes
 from tests.fakes.tiny_models import save_tiny_folder, sizes_of
 
 SIZES = ModelSizes(
@@ -138,6 +142,30 @@ def test_activations_of_a_layer_are_within_10_percent_of_what_torch_saves(autoca
     measured = (saved_per_token(3) - saved_per_token(1)) / 2
     sizes = sizes_of(llama(1).config, 1)
     assert layer_activation_bytes(sizes, autocast=autocast) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_activations_kept_beside_recomputation_are_within_10_percent_of_what_torch_keeps(
+    tmp_path: Path, kind: ActivationCheckpointing, autocast: bool
+) -> None:
+    num_tokens = 8192  # many, because autocast keeps bfloat16 copies of the weights as well
+
+    def kept_per_token(num_layers: int) -> float:
+        folder = tmp_path / str(num_layers)
+        llama(num_layers).save_pretrained(folder)
+        model = load_model(folder, device="cpu", activation_checkpointing=kind)
+        with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            states = model.base_model(input_ids=torch.zeros(8, num_tokens // 8, dtype=torch.long))
+            assert states.last_hidden_state.requires_grad
+            return live.now() / num_tokens
+
+    measured = (kept_per_token(4) - kept_per_token(2)) / 2
+    sizes = [sizes_of(llama(layers).config, 1) for layers in (4, 2)]
+    four, two = (
+        activation_bytes(each, num_tokens, checkpointing=kind, autocast=autocast) for each in sizes
+    )
+    assert (four - two) / 2 / num_tokens == pytest.approx(measured, rel=0.1)
 
 
 @pytest.fixture

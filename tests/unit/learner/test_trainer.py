@@ -21,6 +21,7 @@ from speed_async.config.sections.gate import GateConfig
 from speed_async.config.sections.objective import POLICY_LOSSES, ObjectiveConfig
 from speed_async.errors import ModelError
 from speed_async.learner.canary_probe import CanaryProbe
+from speed_async.learner.limits import ActivationCheckpointing
 from speed_async.learner.model import compile_layers, load_model
 from speed_async.learner.policy import Policy, check_policy
 from speed_async.learner.trainer import Trainer
@@ -32,8 +33,10 @@ from tests.fakes.learner_samples import (
     random_groups,
     save_tiny_llama,
 )
+from tests.fakes.live_bytes import LiveBytes
 
 UNLIMITED = 1e9
+CHECKPOINTING: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
 
 
 def make_trainer(folder: Path, *, seed: int = 0, **settings: Any):
@@ -488,18 +491,25 @@ def test_truncated_and_incomplete_weights_are_rejected(tmp_path: Path):
         load_model(folder, device="cpu")
 
 
-def test_gradient_checkpointing_preserves_gradients_with_dropout(tmp_path: Path):
-    folder = save_tiny_llama(tmp_path, attention_dropout=0.5)
-    updates = []
-    for flag in (False, True):
+def test_activation_checkpointing_preserves_gradients_with_dropout_and_saves_memory(tmp_path: Path):
+    folder = save_tiny_llama(tmp_path, attention_dropout=0.5, num_hidden_layers=4)
+    updates, peaks, products = [], [], []
+    for kind in CHECKPOINTING:
         trainer = Trainer(
             config=make_config(folder, grad_clip=UNLIMITED),
-            model=load_model(folder, device="cpu", gradient_checkpointing=flag),
+            model=load_model(folder, device="cpu", activation_checkpointing=kind),
         )
-        trainer.update(random_groups(0))
+        with LiveBytes() as live:
+            trainer.update(random_groups(0, num_groups=40))
+        products.append(sum(live.calls[name] for name in ("aten::mm", "aten::addmm")))
         updates.append(gradients(trainer))
-    for plain, recomputed in zip(*updates, strict=True):
-        torch.testing.assert_close(plain, recomputed)
+        peaks.append(live.peak)
+    for plain, selective, full in zip(*updates, strict=True):
+        torch.testing.assert_close(plain, selective)
+        torch.testing.assert_close(plain, full)
+    assert peaks[0] > 1.2 * peaks[1]
+    assert peaks[1] > 1.2 * peaks[2]
+    assert products[0] == products[1] < products[2]
 
 
 # --- the canary ---------------------------------------------------------------------------------
