@@ -43,9 +43,10 @@ class MicroBatches:
         context_length: int | None,
         ranks: Ranks = ONE_RANK,
     ) -> None:
-        """`policy` is not sharded yet. Raises ModelError when the learner does not support the
-        model."""
-        self._can_share_prompts = check_policy(policy, context_length)
+        """`policy` is not sharded yet: rank 0 has its values. Raises ModelError when the learner
+        does not support the model, in rank 0."""
+        can_share = ranks.rank == 0 and check_policy(policy, context_length)
+        self._can_share_prompts = bool(ranks.merge(torch.tensor([int(can_share)])))
         self._cost = layout_cost(policy.causal_lm)
         self._ranks = ranks
         self._device = ranks.device or next(policy.parameters()).device

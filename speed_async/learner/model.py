@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from speed_async.errors import ModelError
@@ -51,17 +51,31 @@ def load_model(
     target = resolve_device("learner.device", device)
     if not on_cpu:
         nn.Module.to(model, target)
-    kind = resolved_checkpointing(
-        activation_checkpointing, model.num_parameters(), on_gpu=target.type == "cuda"
-    )
-    _set_mode(model, kind)
+    _set_mode(model, activation_checkpointing, on_gpu=target.type == "cuda")
     return model
 
 
-def _set_mode(model: PreTrainedModel, checkpointing: ActivationCheckpointing) -> None:
+def empty_model(
+    path: str | Path,
+    *,
+    device: DeviceChoice = "auto",
+    activation_checkpointing: ActivationCheckpointing = "auto",
+) -> PreTrainedModel:
+    """The model that `load_model` returns for this folder, without values: all tensors are on the
+    meta device. Followers get the values of rank 0 when the model is sharded."""
+    config = AutoConfig.from_pretrained(Path(path), local_files_only=True)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    on_gpu = resolve_device("learner.device", device).type == "cuda"
+    _set_mode(model, activation_checkpointing, on_gpu=on_gpu)
+    return model
+
+
+def _set_mode(model: PreTrainedModel, choice: ActivationCheckpointing, *, on_gpu: bool) -> None:
     """Sets evaluation mode, so that pi matches the policy of the engine: dropout would change
     rho."""
     model.eval()
+    checkpointing = resolved_checkpointing(choice, model.num_parameters(), on_gpu=on_gpu)
     if checkpointing == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False}

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
 from speed_async.learner.micro_batches import MicroBatches
-from speed_async.learner.model import load_model
+from speed_async.learner.parallel.ranks import ONE_RANK, Ranks
+from speed_async.learner.parallel.sharding import load_for_rank
 from speed_async.learner.policy import Policy
 from speed_async.learner.rows import TrainingRow, training_row
 from speed_async.types import Group
@@ -24,14 +25,13 @@ from speed_async.types import Group
 Float64Array = NDArray[np.float64]
 
 
-def load_reference(config: Config, *, on_cpu: bool = False) -> Policy:
-    """`on_cpu` as for `load_model`. Raises ModelError when the start model is missing or
-    unreadable."""
-    model = load_model(
+def load_reference(config: Config, ranks: Ranks = ONE_RANK) -> Policy:
+    """Not sharded yet. Raises ModelError when the start model is missing or unreadable."""
+    model = load_for_rank(
         model_folder(config.model.path),
+        ranks,
         device=config.learner.device,
         activation_checkpointing="none",
-        on_cpu=on_cpu,
     )
     model.requires_grad_(False)
     return Policy(model, temperature=config.actors.temperature)

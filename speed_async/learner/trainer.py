@@ -80,9 +80,8 @@ class Trainer:
         run_id: str = "",
         ranks: Ranks = ONE_RANK,
     ) -> None:
-        """`model` is a result of `load_model`, with the same values on all `ranks`; with several,
-        it is sharded. `objective` None builds the configured objective. `run_id` is stored in every
-        checkpoint.
+        """`model` is a result of `load_for_rank`; with several ranks, it is sharded. `objective`
+        None builds the configured objective. `run_id` is stored in every checkpoint.
 
         Raises ModelError when the learner does not support the model.
         """
@@ -134,7 +133,7 @@ class Trainer:
         if config.objective.kl_coefficient > 0:
             reference, scope = self._policy, partial(without_adapters, model)
             if not has_adapters(model):
-                reference = load_reference(config, on_cpu=ranks.size > 1)
+                reference = load_reference(config, ranks)
                 shard_as_configured(reference)
             self._reference = Reference(reference, self._micro_batches, scope=scope)
         self._optimizer = make_optimizer(model, config.learner)

@@ -26,8 +26,8 @@ from speed_async.learner.checkpoint.shards import (
     load_weights,
     saved_paths,
 )
-from speed_async.learner.model import load_model
 from speed_async.learner.parallel.ranks import ONE_RANK, Ranks, join_ranks, leave_ranks
+from speed_async.learner.parallel.sharding import load_for_rank
 from speed_async.learner.trainer import Trainer
 from speed_async.types import Group
 from tests.fakes.learner_samples import (
@@ -112,7 +112,7 @@ def run_scenario(
     kind = "full" if name == "scored" else "selective" if name == "adapters" else "none"
     trainer = Trainer(
         config=make_config(model_folder, **settings),
-        model=load_model(model_folder, device="cpu", activation_checkpointing=kind),
+        model=load_for_rank(model_folder, ranks, device="cpu", activation_checkpointing=kind),
         ranks=ranks,
     )
     results, rows = [], folder / f"rows-{name}"

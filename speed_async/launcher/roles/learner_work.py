@@ -24,10 +24,10 @@ from speed_async.launcher.rank import Rank
 from speed_async.launcher.rendezvous import node_rendezvous
 from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import LearnerLoop
-from speed_async.learner.model import load_model
 from speed_async.learner.parallel.followers import NAMING_S, Followers, LeadTrainer
 from speed_async.learner.parallel.following import FollowerLoop
 from speed_async.learner.parallel.ranks import ONE_RANK, Ranks, join_ranks, leave_ranks
+from speed_async.learner.parallel.sharding import load_for_rank
 from speed_async.learner.progress import Progress, Restored, RunResult
 from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
@@ -146,12 +146,11 @@ def _join_ranks(config: Config, rank: Rank, store: Store) -> Ranks:
 
 
 def _load(config: Config, ranks: Ranks) -> PreTrainedModel:
-    folder = model_folder(config.model.path)
-    return load_model(
-        folder,
+    return load_for_rank(
+        model_folder(config.model.path),
+        ranks,
         device=config.learner.device,
         activation_checkpointing=config.learner.activation_checkpointing,
-        on_cpu=ranks.size > 1,
     )
 
 

@@ -6,8 +6,10 @@ ranks, not averaged: the weights of the loss are those of the whole batch.
 """
 
 import warnings
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -16,11 +18,33 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
-from speed_async.learner.model import decoder_layers
+from speed_async.learner.limits import ActivationCheckpointing
+from speed_async.learner.model import decoder_layers, empty_model, load_model
 from speed_async.learner.parallel.ranks import Ranks
 from speed_async.learner.policy import Policy
+from speed_async.weight_sync.device import DeviceChoice
+
+
+def load_for_rank(
+    folder: Path,
+    ranks: Ranks,
+    *,
+    device: DeviceChoice,
+    activation_checkpointing: ActivationCheckpointing,
+) -> PreTrainedModel:
+    """The model of one rank. With several, rank 0 has the values, in host memory, and the others
+    have none. Raises ModelError as `load_model`."""
+    if ranks.rank > 0:
+        return empty_model(folder, device=device, activation_checkpointing=activation_checkpointing)
+    return load_model(
+        folder,
+        device=device,
+        activation_checkpointing=activation_checkpointing,
+        on_cpu=ranks.size > 1,
+    )
 
 
 def shard(
@@ -29,8 +53,9 @@ def shard(
     """Replaces the parameters by DTensors of `ranks.mesh`: each decoder layer is one unit, and the
     rest, embeddings and head, another. Does nothing for one rank.
 
-    Every rank has the same values before. Make optimisers afterwards, and use only the forward of
-    the policy, which gathers the embeddings and the head. On GPUs, `half_precision` gathers and
+    Rank 0 has the values, and every rank gets its part of them: the parameters of other ranks need
+    none (`empty_model`). Make optimisers afterwards, and use only the forward of the policy, which
+    gathers the embeddings and the head. On GPUs, `half_precision` gathers and
     computes in bfloat16, and takes the place of autocast. `cpu_offload` keeps parameters, gradients
     and optimiser on the CPU between uses.
     """
@@ -40,6 +65,7 @@ def shard(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     half_precision = half_precision and ranks.mesh.device_type == "cuda"
     policy.autocasts = not half_precision
+    values = [tensor.detach() for tensor in _tensors(policy)]
     for module in (*decoder_layers(policy.causal_lm), policy):
         sharded: FSDPModule = fully_shard(
             module,
@@ -56,6 +82,30 @@ def shard(
         if hasattr(sharded, "set_reduce_scatter_unused_params"):  # torch 2.13
             # Experts that are modules of their own may get no token on some ranks.
             sharded.set_reduce_scatter_unused_params(True, recurse=False)
+    compute_device = torch.device(ranks.mesh.device_type)
+    if any(tensor.is_meta for tensor in values):
+        policy.to_empty(device="cpu" if cpu_offload else compute_device)
+    for tensor, value in zip(_tensors(policy), values, strict=True):
+        _distribute(value, tensor, compute_device)
+
+
+def _tensors(policy: Policy) -> list[Tensor]:
+    """All parameters and buffers, tied ones once, in the same order on every rank."""
+    return [*policy.parameters(), *policy.buffers()]
+
+
+@torch.no_grad()
+def _distribute(value: Tensor, target: Tensor, device: torch.device) -> None:
+    """Sets `target` to the `value` of rank 0. One whole tensor at a time is in memory."""
+    value = torch.empty_like(value, device=device) if value.is_meta else value.to(device)
+    if isinstance(target, DTensor):
+        mesh, placements = target.device_mesh, target.placements
+        part = distribute_tensor(value, mesh, placements, src_data_rank=0)
+        target.to_local().copy_(part.to_local())
+    else:
+        value = value.contiguous()
+        dist.broadcast(value, src=0)
+        target.copy_(value)
 
 
 def whole(tensor: Tensor) -> Tensor:
