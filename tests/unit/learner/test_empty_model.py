@@ -15,8 +15,8 @@ def test_an_empty_model_has_the_tensors_of_the_loaded_one_and_no_memory(
     folder = save_tiny_llama(tmp_path, tie_word_embeddings=tied)
     empty, loaded = empty_model(folder, device="cpu"), load_model(folder, device="cpu")
     for kind in ("named_parameters", "named_buffers"):
-        names_of_empty = {name: tensor for name, tensor in getattr(empty, kind)()}
-        names_of_loaded = {name: tensor for name, tensor in getattr(loaded, kind)()}
+        names_of_empty = dict(getattr(empty, kind)())
+        names_of_loaded = dict(getattr(loaded, kind)())
         assert list(names_of_empty) == list(names_of_loaded)
         for name, tensor in names_of_empty.items():
             assert tensor.is_meta
