@@ -94,8 +94,8 @@ class Inbox:
             self._deferred.append(message)
 
     def defer(self, messages: Sequence[m.Message]) -> None:
-        """Leaves these messages to later `next` calls."""
-        self._deferred += messages
+        """Leaves these messages to the next `next` calls, before all other deferred ones."""
+        self._deferred.extendleft(reversed(messages))
 
     def discard(self, kind: type[m.Message]) -> None:
         """Drops deferred messages of this class."""

@@ -300,6 +300,8 @@ class LearnerLoop:
                 return message
             if isinstance(message, m.EvaluationBegan | m.EvaluationEnded):
                 self._keep_best(message)
+            if isinstance(message, m.TargetReached):  # during the last update
+                self._reached = message
             if isinstance(message, m.MembershipChanged) and evaluate:
                 await self._publisher.publish(self._version)
 

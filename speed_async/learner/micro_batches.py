@@ -46,6 +46,7 @@ class MicroBatches:
         """`policy` is not sharded yet: rank 0 has its values. Raises ModelError when the learner
         does not support the model, in rank 0."""
         can_share = ranks.rank == 0 and check_policy(policy, context_length)
+        ranks.await_first("model checked")
         self._can_share_prompts = bool(ranks.merge(torch.tensor([int(can_share)])))
         self._cost = layout_cost(policy.causal_lm)
         self._ranks = ranks

@@ -62,10 +62,16 @@ def empty_model(
     activation_checkpointing: ActivationCheckpointing = "auto",
 ) -> PreTrainedModel:
     """The model that `load_model` returns for this folder, without values: all tensors are on the
-    meta device. Followers get the values of rank 0 when the model is sharded."""
-    config = AutoConfig.from_pretrained(Path(path), local_files_only=True)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    meta device. Followers get the values of rank 0 when the model is sharded.
+
+    Raises ModelError when the folder is missing or unreadable.
+    """
+    try:
+        config = AutoConfig.from_pretrained(Path(path), local_files_only=True)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"model folder '{path}' cannot be loaded: {error}") from error
     on_gpu = resolve_device("learner.device", device).type == "cuda"
     _set_mode(model, activation_checkpointing, on_gpu=on_gpu)
     return model
@@ -95,7 +101,7 @@ def _expensive_operators() -> Iterator[Any]:
     """Matrix products and attention: their results take little memory for the time they take."""
     aten = torch.ops.aten
     for name in (
-        *("mm", "addmm", "bmm", "_grouped_mm"),
+        *("mm", "addmm", "_grouped_mm"),  # not bmm: attention without SDPA, quadratic in length
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_efficient_attention",

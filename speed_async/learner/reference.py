@@ -34,6 +34,7 @@ def load_reference(config: Config, ranks: Ranks = ONE_RANK) -> Policy:
         activation_checkpointing="none",
     )
     model.requires_grad_(False)
+    ranks.await_first("reference loaded")
     return Policy(model, temperature=config.actors.temperature)
 
 

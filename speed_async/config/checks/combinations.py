@@ -136,6 +136,13 @@ def _check_roles(config: Config) -> Iterator[ConfigError]:
             "sharded layers were not tested with torch.compile; remove it, or set "
             "cluster.learners to 1",
         )
+    if config.learner.compile and config.learner.activation_checkpointing == "selective":
+        yield ConfigError(
+            "learner.activation_checkpointing",
+            "selective",
+            "kernels of torch.compile hide the matrix products that it keeps; use full or none, or "
+            "remove learner.compile",
+        )
     if config.actors.max_restarts >= INCARNATIONS_PER_ATTEMPT:
         yield ConfigError(
             "actors.max_restarts",

@@ -6,6 +6,7 @@ same operations in the same order.
 Shape legend: R ranks.
 """
 
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+POLL_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +27,19 @@ class Ranks:
     """On which this rank computes; None: where its model is."""
     mesh: DeviceMesh | None = None
     """Mesh of the sharded parameters; None for one rank."""
+    store: Store | None = None
+    """In the process of rank 0; None for one rank."""
+
+    def await_first(self, what: str) -> None:
+        """Blocks the other ranks until rank 0 has called this: for steps of rank 0 that may take
+        longer than a collective operation may wait. Raises RuntimeError when rank 0 has ended."""
+        if self.store is None:
+            return
+        if self.rank == 0:
+            self.store.set(what, "done")
+            return
+        while not self.store.check([what]):
+            time.sleep(POLL_S)
 
     def gather(self, values: Tensor) -> Tensor:
         """The values of all ranks, (R, ...), on the CPU. They have the same shape on each rank."""
@@ -75,7 +91,7 @@ def join_ranks(
     if 1 < ranks_per_node < size and size % ranks_per_node == 0:
         shape, names = (size // ranks_per_node, ranks_per_node), ("replicate", "shard")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    return Ranks(rank=rank, size=size, device=device, mesh=mesh)
+    return Ranks(rank=rank, size=size, device=device, mesh=mesh, store=store)
 
 
 def leave_ranks() -> None:

@@ -5,7 +5,9 @@ float32. A layer is gathered for its forward and backward pass only. Gradients a
 ranks, not averaged: the weights of the loss are those of the whole batch.
 """
 
+import hashlib
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from speed_async.errors import ModelError
 from speed_async.learner.limits import ActivationCheckpointing
 from speed_async.learner.model import decoder_layers, empty_model, load_model
 from speed_async.learner.parallel.ranks import Ranks
@@ -66,6 +69,7 @@ def shard(
     half_precision = half_precision and ranks.mesh.device_type == "cuda"
     policy.autocasts = not half_precision
     values = [tensor.detach() for tensor in _tensors(policy)]
+    _check_equal_on_all_ranks(values, ranks)
     for module in (*decoder_layers(policy.causal_lm), policy):
         sharded: FSDPModule = fully_shard(
             module,
@@ -85,6 +89,9 @@ def shard(
     compute_device = torch.device(ranks.mesh.device_type)
     if any(tensor.is_meta for tensor in values):
         policy.to_empty(device="cpu" if cpu_offload else compute_device)
+        for module in policy.modules():  # buffers are not offloaded
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(compute_device)
     for tensor, value in zip(_tensors(policy), values, strict=True):
         _distribute(value, tensor, compute_device)
 
@@ -92,6 +99,19 @@ def shard(
 def _tensors(policy: Policy) -> list[Tensor]:
     """All parameters and buffers, tied ones once, in the same order on every rank."""
     return [*policy.parameters(), *policy.buffers()]
+
+
+def _check_equal_on_all_ranks(values: Sequence[Tensor], ranks: Ranks) -> None:
+    """Raises ModelError, on all ranks, if the followers' empty model has other tensors than the
+    loaded one."""
+    shapes = repr([(tuple(value.shape), value.dtype) for value in values])
+    digest = int.from_bytes(hashlib.sha256(shapes.encode()).digest()[:7], "big")
+    if len(ranks.gather(torch.tensor(digest)).unique()) > 1:
+        raise ModelError(
+            "the weights in model.path do not fit its config.json, for example a head of its own "
+            "where tie_word_embeddings is true: several learners load a model by config.json; "
+            "correct it, or set cluster.learners to 1"
+        )
 
 
 @torch.no_grad()

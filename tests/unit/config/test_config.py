@@ -108,6 +108,11 @@ def test_default_credits_are_one_batch_per_version_of_the_staleness_window(
         ),
         (["--learner.cpu_offload", "true"], "learner.cpu_offload", "set cluster.learners to 2"),
         (
+            ["--learner.compile", "true", "--learner.activation_checkpointing", "selective"],
+            "learner.activation_checkpointing",
+            "use full or none",
+        ),
+        (
             ["--learner.compile", "true", "--cluster.learners", "2"],
             "learner.compile",
             "set cluster.learners to 1",

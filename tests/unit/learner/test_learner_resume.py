@@ -386,6 +386,23 @@ def test_a_reached_target_ends_the_run_after_the_replay(
     assert harness.updates.saved == [3]
 
 
+def test_a_target_that_is_reached_during_the_last_update_is_in_the_result(
+    make_harness: Callable[..., Harness],
+) -> None:
+    async def run() -> RunResult:
+        harness = make_harness(updates=2, service_at=0)
+
+        async def reached(message: m.Message) -> None:
+            if isinstance(message, m.FinishRun):
+                await harness.service.send(m.TargetReached(accuracy=0.9, policy_version=1))
+
+        harness.service.on_message = reached
+        return await harness.run()
+
+    finished = asyncio.run(run())
+    assert (finished.progress.policy_version, finished.accuracy_reached) == (2, 0.9)
+
+
 def test_no_checkpoint_is_saved_without_training(make_harness: Callable[..., Harness]) -> None:
     async def run() -> Harness:
         harness = make_harness(updates=9, service_at=4, restored=restored_at(4))

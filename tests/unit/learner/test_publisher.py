@@ -140,15 +140,18 @@ def publish(service: Service, sender: FailingSender) -> None:
 
 
 def publish_and_receive(ranks: dict[str, int], change: m.MembershipChanged) -> WaitingSender:
-    """Publishes while this change arrives, which must be received again afterwards unless a later
-    broadcast has superseded it."""
+    """Publishes while a batch and then this change arrive. Unless a later broadcast has superseded
+    the change, it must be received again afterwards, before the batch: an update may take long."""
 
     async def run() -> WaitingSender:
         service = Service(ranks)
         inbox, sender = Inbox(service), WaitingSender(service, change)
+        batch = m.BatchReady(policy_version=3, lease_ids=[])
+        service.messages.put_nowait(batch)
         await make_publisher(service, sender, inbox).publish(3)
         if not change.lost:
             assert await asyncio.wait_for(inbox.next(DEADLINE_S), DEADLINE_S) == change
+        assert await asyncio.wait_for(inbox.next(DEADLINE_S), DEADLINE_S) == batch
         failed = [change.lost] if change.lost else []
         assert [each.missing for each in service.published] == [*failed, []]
         return sender
