@@ -12,7 +12,8 @@ NUM_POINTS = 80
 
 
 def draw(runs: Mapping[tuple[str, str], Sequence[Record]], docs: Path) -> None:
-    """Writes docs/time_to_accuracy.png: one panel per spread, one curve per arm."""
+    """Writes docs/time_to_accuracy.png: one panel per spread, one curve per arm. An arm that is
+    tuned as another one trains as that, so it has none."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -20,14 +21,15 @@ def draw(runs: Mapping[tuple[str, str], Sequence[Record]], docs: Path) -> None:
     spreads = [spread for spread in SPREADS if any(name == spread for name, _ in runs)]
     figure = Figure(figsize=(6.5 * len(spreads), 5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    colours = colormaps["tab20"](np.arange(20))
+    arms = [name for name, arm in ARMS.items() if not arm.tuned_as]
+    colours = dict(zip(arms, colormaps["tab20"](np.arange(len(arms)) % 20), strict=True))
     for axes, spread in zip(
         figure.subplots(1, len(spreads), squeeze=False)[0], spreads, strict=True
     ):
-        for colour, arm in zip(colours, ARMS, strict=False):
+        for arm in arms:
             if own := runs.get((spread, arm)):
                 style = "-" if ARMS[arm].mode == "async" else ":" if ARMS[arm].trl else "--"
-                axes.plot(*median_curve(own), style, color=colour, label=arm, linewidth=1.6)
+                axes.plot(*median_curve(own), style, color=colours[arm], label=arm, linewidth=1.6)
         for target in SPREADS[spread].targets:
             axes.axhline(target, color="0.85", linewidth=0.8, zorder=0)
         axes.set_xlabel("tokens generated for training")

@@ -77,8 +77,6 @@ class LearnerLoop:
         self._reached: m.TargetReached | None = None
         self._notices = Notices(restored.notices if restored else ())
         self._skip_reported = False
-        self._requested_version: int | None = None
-        """The version for whose update the last batch was requested."""
 
     @property
     def _version(self) -> int:
@@ -146,8 +144,10 @@ class LearnerLoop:
 
     async def _take_batch(self) -> list[Group] | None:
         """The next batch, or None when a stop comes first."""
-        if self._requested_version != self._version:
-            await self._request_batch()
+        take = m.TakeBatch(
+            policy_version=self._version, num_groups=self._config.learner.groups_per_update
+        )
+        await self._link.send(take)
         # The service reports the cause of a stall, and BatchPending while there is none.
         timeout_s = self._config.cluster.stall_timeout_s + SERVICE_GRACE_S
         groups: list[Group] = []
@@ -172,14 +172,6 @@ class LearnerLoop:
                 self._reached = message
                 if not self._is_catching_up:
                     return None
-
-    async def _request_batch(self) -> None:
-        self._requested_version = self._version
-        await self._link.send(
-            m.TakeBatch(
-                policy_version=self._version, num_groups=self._config.learner.groups_per_update
-            )
-        )
 
     async def _update(
         self, groups: list[Group], wait_s: float, last_sync_s: float | None
@@ -222,15 +214,11 @@ class LearnerLoop:
         )
         if self._is_catching_up:
             return None
-        every = self._config.learner.checkpoint_every
-        is_last = self._version >= self._config.run.updates
-        saves = bool(every) and self._version % every == 0 and not is_last
-        if self._config.run.overlap and not (is_last or saves or self._stop.is_set()):
-            await self._request_batch()  # it arrives while the weights are broadcast
         started_s = self._clock()
         await self._publisher.publish(self._version)
         sync_s = self._clock() - started_s
-        if saves:
+        every = self._config.learner.checkpoint_every
+        if every and self._version % every == 0 and self._version < self._config.run.updates:
             self._progress = await self._checkpointer.prepare(self._progress)
             await self._checkpointer.save(self._progress)
         self._report_failed_checkpoint()

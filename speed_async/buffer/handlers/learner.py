@@ -113,14 +113,12 @@ class LearnerHandler:
             self._lifecycle.groups.lineage.record_repeat(message)
             return None
         self._lifecycle.trained(message)
+        self._updates.add(message, late_s=self._batches.late_s, now_s=now_s)
         metrics = message.metrics
-        # A batch is requested before the learner waits for it.
-        wait_s = metrics.get("time/wait_s", 0.0)
-        self._updates.add(message, late_s=min(wait_s, self._batches.late_s), now_s=now_s)
         self._statistics.updated(
             UpdateTimes(
-                wait_s=wait_s,
-                starved_s=min(wait_s, self._batches.starved_s),
+                wait_s=metrics.get("time/wait_s", 0.0),
+                starved_s=self._batches.starved_s,
                 train_s=metrics.get("time/train_s", 0.0),
                 sync_s=metrics.get("time/sync_s", 0.0),
             )

@@ -184,12 +184,11 @@ def make_harness(tmp_path: Path) -> Callable[..., Harness]:
         trainer: Updates | None = None,
         every: int = 2,
         in_background: bool = False,
-        overlap: bool = True,
         suites: Sequence[dict[str, str]] = (),
     ) -> Harness:
         config = make_config(
             str(tmp_path),
-            run={"updates": updates, "overlap": overlap},
+            run={"updates": updates},
             learner={"checkpoint_every": every, "background_checkpoints": in_background},
             evaluate={"suites": list(suites)},
         )
@@ -252,31 +251,6 @@ def test_a_learner_behind_the_service_replays_without_publishing(
     assert (trained.groups_trained, trained.completions_trained) == (4, 16)  # cumulative
     assert (finished.progress.policy_version, finished.progress.optimizer_updates) == (8, 7)
     assert finished.progress.completions_trained == 8 + 6 * 2 * 4
-
-
-@pytest.mark.parametrize(
-    ("overlap", "expected"),
-    [
-        (True, "take 0, take 1, publish 1, publish 2, take 2, take 3, publish 3, publish 4"),
-        (False, "take 0, publish 1, take 1, publish 2, take 2, publish 3, take 3, publish 4"),
-    ],
-)
-def test_a_batch_is_requested_before_the_broadcast_except_for_a_checkpoint_or_without_overlap(
-    make_harness: Callable[..., Harness], overlap: bool, expected: str
-) -> None:
-    async def run() -> Harness:
-        harness = make_harness(updates=4, service_at=0, every=2, overlap=overlap)
-        await harness.run()
-        return harness
-
-    names = {m.TakeBatch: "take", m.PublishWeights: "publish"}
-    received = asyncio.run(run()).service.received
-    order = [
-        f"{names[type(message)]} {message.policy_version}"
-        for message in received
-        if isinstance(message, (m.TakeBatch, m.PublishWeights))
-    ]
-    assert ", ".join(order) == expected
 
 
 def test_a_learner_without_a_checkpoint_replays_from_the_start(
