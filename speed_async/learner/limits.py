@@ -1,8 +1,6 @@
 """Limits of the learner's memory, without torch: the preflight checks compute with them as well."""
 
-from typing import Literal
-
-ActivationCheckpointing = Literal["auto", "none", "selective", "full"]
+from speed_async.config.sections.learner import ActivationCheckpointing
 
 MAX_LOGITS = 1 << 26
 """Largest number of logits in one chunk (N x V): 256 MiB in float32 for any vocabulary."""

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from speed_async.config.sections.learner import ActivationCheckpointing
 from speed_async.errors import ModelError
-from speed_async.learner.limits import ActivationCheckpointing, resolved_checkpointing
+from speed_async.learner.limits import resolved_checkpointing
 from speed_async.weight_sync.device import DeviceChoice, resolve_device
 
 MAX_COMPILED_KINDS = 64

@@ -12,6 +12,8 @@ from speed_async.config.sections.section import (
     Section,
 )
 
+ActivationCheckpointing = Literal["auto", "none", "selective", "full"]
+
 
 class LearnerConfig(Section):
     groups_per_update: PositiveInt = 16
@@ -42,7 +44,7 @@ class LearnerConfig(Section):
     """The product of the factors of an adapter is multiplied by lora_alpha / lora_rank."""
     micro_batch_tokens: PositiveInt = 8192
     """Padded tokens per forward and backward pass."""
-    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    activation_checkpointing: ActivationCheckpointing = "auto"
     """What the backward pass computes again instead of keeping it: nothing, each layer without its
     matrix products and attention, or each layer. Less memory and more time in this order. `auto`:
     `full` for models of 300 million parameters and more on a GPU, otherwise `none`."""

@@ -14,11 +14,8 @@ Both: the context of each process (CUDA, torch, NCCL). Fragmentation is not incl
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from speed_async.learner.limits import (
-    MAX_LOGITS,
-    ActivationCheckpointing,
-    resolved_checkpointing,
-)
+from speed_async.config.sections.learner import ActivationCheckpointing
+from speed_async.learner.limits import MAX_LOGITS, resolved_checkpointing
 
 GIB = 1 << 30
 MASTER_BYTES = 4

@@ -23,8 +23,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from speed_async.config.sections.learner import ActivationCheckpointing
 from speed_async.errors import ModelError
-from speed_async.learner.limits import ActivationCheckpointing
 from speed_async.learner.model import decoder_layers, empty_model, load_model
 from speed_async.learner.parallel.ranks import Ranks
 from speed_async.learner.policy import Policy

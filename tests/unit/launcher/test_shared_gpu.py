@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from speed_async.config.load import build_config
 from speed_async.config.model_facts import read_model_info
 from speed_async.config.schema import Config
-from speed_async.config.sections.learner import LearnerConfig
+from speed_async.config.sections.learner import ActivationCheckpointing, LearnerConfig
 from speed_async.errors import ConfigError
 from speed_async.launcher.preflight import shared_gpu
 from speed_async.launcher.preflight.memory_budget import (
@@ -24,7 +24,6 @@ from speed_async.launcher.preflight.memory_budget import (
     memory_budget,
 )
 from speed_async.launcher.preflight.shared_gpu import shared_gpu_budgets, with_shared_memory
-from speed_async.learner.limits import ActivationCheckpointing
 from speed_async.learner.model import load_model
 from speed_async.learner.optimizer import make_optimizer, named_state
 from tests.fakes.live_bytes import LiveBytes

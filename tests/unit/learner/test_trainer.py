@@ -18,10 +18,10 @@ from transformers import (
 from speed_async.algorithms.loss_tokens import Corrected, LossTokens, TokenLosses
 from speed_async.algorithms.objective import make_objective
 from speed_async.config.sections.gate import GateConfig
+from speed_async.config.sections.learner import ActivationCheckpointing
 from speed_async.config.sections.objective import POLICY_LOSSES, ObjectiveConfig
 from speed_async.errors import ModelError
 from speed_async.learner.canary_probe import CanaryProbe
-from speed_async.learner.limits import ActivationCheckpointing
 from speed_async.learner.model import compile_layers, load_model
 from speed_async.learner.policy import Policy, check_policy
 from speed_async.learner.trainer import Trainer
