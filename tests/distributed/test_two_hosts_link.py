@@ -141,7 +141,10 @@ PARENT = """
 import subprocess
 from tests.fakes.network_hosts import two_hosts
 with two_hosts() as hosts:
-    sleeping = subprocess.Popen([*hosts.second.enter, "sleep", "600"])
+    sleeping = subprocess.Popen(
+        [*hosts.second.enter, "sh", "-c", "echo; exec sleep 600"], stdout=subprocess.PIPE
+    )
+    sleeping.stdout.readline()  # before it, `enter` may not yet have asked for the signal
     print(hosts.link_process, sleeping.pid, flush=True)
     input()
 """

@@ -136,6 +136,11 @@ class Target:
             )
         for name in (CORRECT_ACTOR, FAULTY_ACTOR):
             self._send(name, m.WantWork(num_prompts=3, counts=counts))
+        before = ""
+        while (state := self.digest()) != before:  # until all that can be granted is granted
+            before = state
+            self.machine.tick(self._now_s, 0.0)
+            self._flush()
 
     def _send(self, peer: str, message: m.Message) -> None:
         self.machine.message(peer, message, self._now_s)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import uvloop
 import zmq
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from speed_async.errors import DeadlineExceeded, ProtocolError
@@ -77,6 +77,7 @@ def test_deeply_nested_values_are_rejected():
 
 @settings(SLOW_SETTINGS, max_examples=40)
 @given(seed=st.integers(0, 2**32))
+@example(seed=1_596_841_420)  # one of the frames is a valid Join, which is no grant for others
 def test_unknown_peers_change_nothing_and_members_only_their_own_state(model: Path, seed: int):
     mutator, peers = FrameMutator(seed), UnknownPeers(seed)
     target = Target(model)
