@@ -3,15 +3,19 @@
 consumes   messages of the service
 waits for  the next message, with a deadline
 raises     the failure of another role, as RoleError
+
+Several tasks may wait at the same time: one of them receives for all, and after each message they
+take turns.
 """
 
 import asyncio
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from speed_async.errors import DeadlineExceeded, RoleError
 from speed_async.transport import messages as m
@@ -61,48 +65,87 @@ class Inbox:
         self._clock = clock
         self._run_folder = run_folder
         self._is_connected = False
-        self._deferred: deque[m.Message] = deque()
+        self._messages: deque[m.Message] = deque()
+        """Received and not yet taken."""
+        self._expected: Counter[type[m.Message]] = Counter()
+        """Classes that calls of `expect` wait for."""
+        self._receiving = asyncio.Lock()
+        self.observers: set[Callable[[m.Message], None]] = set()
+        """Called with each message when it is received."""
 
     async def next(self, deadline_s: float) -> m.Message:
-        """The next message. Messages deferred by `expect` come first."""
-        if self._deferred:
-            return self._deferred.popleft()
-        return await self._receive(deadline_s)
+        """The next message that no call of `expect` waits for."""
+        return await self._take(lambda message: type(message) not in self._expected, deadline_s)
 
-    async def next_or_stop(self, stop: Stop, deadline_s: float) -> m.Message | None:
-        """The next message, or None when a stop is requested first."""
+    async def next_or_stop(
+        self, stop: Stop, deadline_s: float, beside: asyncio.Task[Any] | None = None
+    ) -> m.Message | None:
+        """The next message, or None when a stop is requested first. Raises the error of the task
+        `beside` if that has failed or fails first."""
         receiving = asyncio.create_task(self.next(deadline_s), name="receive")
         stopping = asyncio.create_task(stop.wait(), name="stop")
-        await asyncio.wait((receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if receiving.done():
-            return await receiving
-        receiving.cancel()
-        await asyncio.wait((receiving,))
-        return None
+        waiting = {receiving, stopping} if beside is None else {receiving, stopping, beside}
+        try:
+            while not receiving.done():
+                if beside is not None and beside.done():
+                    beside.result()
+                    waiting.discard(beside)
+                if stopping.done():
+                    return None
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            return receiving.result()
+        finally:
+            stopping.cancel()
+            if not receiving.done():
+                receiving.cancel()
+                await asyncio.wait((receiving,))
 
     async def expect(self, kind: type[M], deadline_s: float, what: str) -> M:
-        """The next message of this class. Other messages are deferred to later `next` calls."""
-        ends_s = self._clock() + deadline_s
-        while True:
-            left_s = ends_s - self._clock()
-            if left_s <= 0:
-                raise DeadlineExceeded("the buffer service", what, deadline_s)
-            message = await self._receive(left_s)
-            if isinstance(message, kind):
-                return message
-            self._deferred.append(message)
+        """The next message of this class. Other messages are left to `next`."""
+        self._expected[kind] += 1
+        try:
+            message = await self._take(lambda each: isinstance(each, kind), deadline_s, what)
+        finally:
+            self._expected -= Counter([kind])
+        assert isinstance(message, kind)
+        return message
 
-    def defer(self, messages: Sequence[m.Message]) -> None:
-        """Leaves these messages to the next `next` calls, before all other deferred ones."""
-        self._deferred.extendleft(reversed(messages))
+    async def receive_all(self) -> None:
+        """Receives, for `observers` and later calls of `next`, until cancelled."""
+        while True:
+            async with self._receiving:
+                with suppress(DeadlineExceeded):  # nobody waits for a message here
+                    await self._receive(SERVICE_GRACE_S)
 
     def discard(self, kind: type[m.Message]) -> None:
-        """Drops deferred messages of this class."""
-        kept = [message for message in self._deferred if not isinstance(message, kind)]
-        self._deferred = deque(kept)
+        """Drops the messages of this class that nobody has taken yet."""
+        kept = [message for message in self._messages if not isinstance(message, kind)]
+        self._messages = deque(kept)
 
-    async def _receive(self, deadline_s: float) -> m.Message:
+    async def _take(
+        self, accepts: Callable[[m.Message], bool], deadline_s: float, what: str = "a message"
+    ) -> m.Message:
+        """The first message that is accepted. Raises DeadlineExceeded, while another task receives
+        only after the message that it waits for."""
+        ends_s = self._clock() + deadline_s
+        while (message := self._find(accepts)) is None:
+            async with self._receiving:
+                if (message := self._find(accepts)) is not None:  # another task has received it
+                    break
+                left_s = ends_s - self._clock()
+                if left_s <= 0:
+                    raise DeadlineExceeded("the buffer service", what, deadline_s)
+                await self._receive(left_s)
+        return message
+
+    def _find(self, accepts: Callable[[m.Message], bool]) -> m.Message | None:
+        for index, message in enumerate(self._messages):
+            if accepts(message):
+                del self._messages[index]
+                return message
+        return None
+
+    async def _receive(self, deadline_s: float) -> None:
         message = await self._link.receive(deadline_s)
         if isinstance(message, m.Abort):
             raise RoleError(message.role, message.message)
@@ -115,4 +158,9 @@ class Inbox:
                 )
             raise RoleError("buffer service", text)
         self._is_connected = self._is_connected or isinstance(message, m.Welcome)
-        return message
+        if isinstance(message, m.MembershipChanged):  # not behind a batch: an update may take long
+            self._messages.appendleft(message)
+        else:
+            self._messages.append(message)
+        for observe in self.observers:
+            observe(message)

@@ -5,6 +5,9 @@ waits for  a batch (stall deadline), the broadcast (publisher.py), the journal b
            the final summary
 unblocked by  the service; a stop request takes effect between two steps
 
+A version is broadcast while the next batch is received and its gradient computed; the optimiser's
+step waits for the broadcast. Without `run.overlap`, the learner waits for it at once.
+
 A restarted learner catches up first. The service is then at a later version than the last
 checkpoint, and sends the batches of the missing updates again. During this replay, the learner
 publishes no weights, because the actors already hold later ones, and writes no checkpoint.
@@ -77,6 +80,8 @@ class LearnerLoop:
         self._reached: m.TargetReached | None = None
         self._notices = Notices(restored.notices if restored else ())
         self._skip_reported = False
+        self._begin_s = 0.0
+        """Time that the last update has waited for the start of its broadcast."""
 
     @property
     def _version(self) -> int:
@@ -91,16 +96,16 @@ class LearnerLoop:
         await self._connect(hello)
         announcing = asyncio.create_task(self._announce_stop(), name="stop")
         try:
-            sync_s: float | None = None
             while self._should_continue and not self._stop.is_set():
                 started_s = self._clock()
                 groups = await self._take_batch()
                 if groups is None:
                     break
-                sync_s = await self._update(groups, self._clock() - started_s, sync_s)
+                await self._update(groups, self._clock() - started_s)
             return await self._finish()
         finally:
             announcing.cancel()
+            await self._publisher.close()
 
     async def _announce_stop(self) -> None:
         """Acknowledges a stop request at once, since the current update may take minutes."""
@@ -152,7 +157,7 @@ class LearnerLoop:
         timeout_s = self._config.cluster.stall_timeout_s + SERVICE_GRACE_S
         groups: list[Group] = []
         while True:
-            message = await self._inbox.next_or_stop(self._stop, timeout_s)
+            message = await self._inbox.next_or_stop(self._stop, timeout_s, self._publisher.task)
             if message is None:
                 return None
             if isinstance(message, m.GroupFinished):
@@ -162,10 +167,10 @@ class LearnerLoop:
             elif isinstance(message, m.Welcome):  # its journal is behind: it adopts our version
                 self._catch_up_version = message.policy_version
                 if self._version > 0:
-                    await self._publisher.publish(self._version)
+                    await self._publisher.begin(self._version)
             elif isinstance(message, m.MembershipChanged):
                 if not self._is_catching_up:  # otherwise publish once, at the end of the replay
-                    await self._publisher.publish(self._version)
+                    await self._publisher.begin(self._version)
             elif isinstance(message, m.EvaluationBegan | m.EvaluationEnded):
                 self._keep_best(message)
             elif isinstance(message, m.TargetReached):
@@ -173,12 +178,17 @@ class LearnerLoop:
                 if not self._is_catching_up:
                     return None
 
-    async def _update(
-        self, groups: list[Group], wait_s: float, last_sync_s: float | None
-    ) -> float | None:
-        """One update and its broadcast. Returns the duration of the broadcast in seconds, or None
-        when there was none."""
-        result = await asyncio.to_thread(self._trainer.update, groups)
+    async def _update(self, groups: list[Group], wait_s: float) -> None:
+        """One update, and the start of its broadcast."""
+        sync_s = 0.0
+
+        def wait_for_broadcast() -> None:
+            nonlocal sync_s
+            started_s = self._clock()
+            self._publisher.wait_in_thread()
+            sync_s += self._clock() - started_s
+
+        result = await asyncio.to_thread(self._trainer.update, groups, wait_for_broadcast)
         lease_ids = [group.lease_id for group in groups]
         self._progress = self._progress.updated(
             lease_ids,
@@ -190,12 +200,11 @@ class LearnerLoop:
         metrics = dict(result.metrics)
         metrics |= {
             "time/wait_s": wait_s,
-            "time/train_s": result.train_s,
+            "time/train_s": result.train_s - sync_s,
+            "time/sync_s": sync_s + self._begin_s,
             "completions_per_update": float(result.completions),
             "completions_trained": float(self._progress.completions_trained),
         }
-        if last_sync_s is not None:
-            metrics["time/sync_s"] = last_sync_s
         if result.skip_reason and not self._skip_reported:
             self._skip_reported = True
             what = "was skipped" if result.skipped else "was partly skipped"
@@ -213,16 +222,17 @@ class LearnerLoop:
             )
         )
         if self._is_catching_up:
-            return None
+            return
         started_s = self._clock()
-        await self._publisher.publish(self._version)
-        sync_s = self._clock() - started_s
+        await self._publisher.begin(self._version)
+        if not self._config.run.overlap:
+            await self._publisher.wait()
+        self._begin_s = self._clock() - started_s
         every = self._config.learner.checkpoint_every
         if every and self._version % every == 0 and self._version < self._config.run.updates:
             self._progress = await self._checkpointer.prepare(self._progress)
             await self._checkpointer.save(self._progress)
         self._report_failed_checkpoint()
-        return sync_s
 
     def _report_failed_checkpoint(self) -> None:
         if failure := self._checkpointer.take_failure():
@@ -243,6 +253,7 @@ class LearnerLoop:
         reason = "completed" if completed else self._stop.reason
         if not evaluate and (reached := self._reached) is not None:
             reason = f"accuracy {reached.accuracy:.3f} reached at version {reached.policy_version}"
+        await self._publisher.wait()
         await self._checkpointer.wait()
         self._report_failed_checkpoint()
         # A replay resumes from the older checkpoint and the journal. Evaluation changes nothing.

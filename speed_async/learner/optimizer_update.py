@@ -1,7 +1,7 @@
 """One optimiser update, gradient over micro-batches, clipping, step, and the result of several."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,9 +46,11 @@ def update_parameters(
     *,
     grad_clip: float,
     ranks: Ranks = ONE_RANK,
+    before_step: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Accumulates the gradient over all micro-batches, then steps if `loss` and `grad_norm` are
-    finite. Returns the metrics of `Diagnostics`, and the norm before clipping.
+    finite, after a call of `before_step`. Returns the metrics of `Diagnostics`, and the norm before
+    clipping.
 
     With several ranks, each has the same number of micro-batches. All metrics are over all ranks,
     so that all ranks step or none does.
@@ -91,6 +93,7 @@ def update_parameters(
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip, foreach=True)
     metrics["grad_norm"] = float(whole(norm))
     if not non_finite(metrics):
+        before_step()
         optimizer.step()
     return metrics
 

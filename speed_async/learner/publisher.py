@@ -3,18 +3,19 @@
 consumes   weight members (from the service)
 waits for  the members (stall deadline plus grace: the service may be waiting for disk space),
            each stage of a transfer (weights deadline)
+beside     the learner, which meanwhile takes its next batch and computes the gradient of it
 continues  without a member that is missing, lost or rejects the transfer: the service removes it,
            its supervisor starts a new incarnation, and that one receives a snapshot when it joins
 """
 
 import asyncio
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from speed_async.config.sections.weights import WeightsConfig
-from speed_async.errors import DeadlineExceeded, WeightSyncError
+from speed_async.errors import WeightSyncError
 from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox
 from speed_async.learner.trainer import Trainer
 from speed_async.transport import messages as m
@@ -56,16 +57,47 @@ class Publisher:
         self._sender = sender
         self._backend: WeightBackend = backend
         self._clock = clock
+        self.task: asyncio.Task[None] | None = None
+        """The broadcast begun last."""
 
     async def publish(self, policy_version: int) -> None:
-        """Broadcasts this version to every actor that lacks it; a no-op when there is none.
+        """`begin`, then `wait`."""
+        await self.begin(policy_version)
+        await self.wait()
 
-        Each failed broadcast removes the faulty actors, so an actor that hangs costs one deadline.
-        Raises WeightSyncError after repeated failures without a known faulty actor.
-        """
-        num_unexplained = 0
+    async def begin(self, policy_version: int) -> None:
+        """Begins to broadcast this version to every actor that lacks it, after the broadcast before
+        it has ended. The weights must not change until `wait` returns."""
+        await self.wait()
         # Computed before the members are requested, because actors then stop sampling.
         canary = await asyncio.to_thread(self._trainer.canary)
+        await self._request_members(policy_version)
+        self.task = asyncio.create_task(self._publish(policy_version, canary), name="publish")
+
+    async def wait(self) -> None:
+        """Returns when the broadcast has ended.
+
+        Raises WeightSyncError after repeated failures without a known faulty actor.
+        """
+        if self.task is not None:
+            await asyncio.wait((self.task,))  # a cancelled waiter does not cancel the broadcast
+            self.task.result()
+
+    def wait_in_thread(self) -> None:
+        """`wait`, in another thread than the event loop's."""
+        if self.task is not None:
+            asyncio.run_coroutine_threadsafe(self.wait(), self.task.get_loop()).result()
+
+    async def close(self) -> None:
+        """Cancels the broadcast if there is one."""
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.wait((self.task,))
+
+    async def _publish(self, policy_version: int, canary: Canary) -> None:
+        """Each failed broadcast removes the faulty actors, so an actor that hangs costs one
+        deadline."""
+        num_unexplained = 0
         while (failed := await self._broadcast(policy_version, canary)) is not None:
             num_unexplained += not failed.missing
             if num_unexplained == MAX_UNEXPLAINED_FAILURES:
@@ -73,9 +105,9 @@ class Publisher:
                     f"version {policy_version} could not be broadcast in {num_unexplained} attempts"
                     f" without a known faulty actor; the last error was: {failed.error}"
                 )
+            await self._request_members(policy_version)
 
-    async def _broadcast(self, policy_version: int, canary: Canary) -> BroadcastFailure | None:
-        """One broadcast, whose outcome is reported to the service."""
+    async def _request_members(self, policy_version: int) -> None:
         host, port = self._sender.store_address
         await self._link.send(
             m.PublishWeights(
@@ -86,10 +118,14 @@ class Publisher:
                 deadline_s=self._deadline_s,
             )
         )
+
+    async def _broadcast(self, policy_version: int, canary: Canary) -> BroadcastFailure | None:
+        """One broadcast to the requested members, whose outcome is reported to the service."""
         members = await self._inbox.expect(m.WeightMembers, self._timeout_s, WHAT)
         self._inbox.discard(m.MembershipChanged)  # superseded by the members
         started_s, num_bytes, failed = self._clock(), 0, None
         if members.actor_names:
+            host, port = self._sender.store_address
             offer = WeightOffer(
                 policy_version=policy_version,
                 epoch=members.epoch,
@@ -101,7 +137,9 @@ class Publisher:
                 deadline_s=self._deadline_s,
             )
             lost: set[int] = set()
-            watching = asyncio.create_task(self._watch(members, lost), name="watch members")
+            observe = partial(_add_lost, lost, _names_by_rank(members))
+            self._inbox.observers.add(observe)
+            receiving = asyncio.create_task(self._inbox.receive_all(), name="receive all")
             try:
                 report = await asyncio.to_thread(
                     self._sender.send,
@@ -115,10 +153,11 @@ class Publisher:
             except WeightSyncError as failure:
                 failed = _describe_failure(failure, members)
             finally:
-                watching.cancel()
-                await asyncio.wait((watching,))
-            if not watching.cancelled():
-                watching.result()  # raises what the service reported meanwhile
+                self._inbox.observers.remove(observe)
+                receiving.cancel()
+                await asyncio.wait((receiving,))
+            if not receiving.cancelled():
+                receiving.result()  # raises what the service reported meanwhile
         await self._link.send(
             m.WeightsPublished(
                 policy_version=policy_version,
@@ -131,20 +170,6 @@ class Publisher:
         )
         return failed
 
-    async def _watch(self, members: m.WeightMembers, lost: set[int]) -> None:
-        """Adds the ranks of members that the service declares lost, until cancelled."""
-        ranks = list(enumerate(_names_by_rank(members), start=1))
-        changes: list[m.MembershipChanged] = []
-        try:
-            while True:
-                with suppress(DeadlineExceeded):  # the stages of the transfer have deadlines
-                    changes.append(
-                        await self._inbox.expect(m.MembershipChanged, self._timeout_s, WHAT)
-                    )
-                    lost |= {rank for rank, name in ranks if name in changes[-1].lost}
-        finally:
-            self._inbox.defer(changes)  # an actor that joined meanwhile still lacks the version
-
 
 def _describe_failure(failure: WeightSyncError, members: m.WeightMembers) -> BroadcastFailure:
     """Replaces ranks with actor names; an actor may have several ranks."""
@@ -152,6 +177,12 @@ def _describe_failure(failure: WeightSyncError, members: m.WeightMembers) -> Bro
     missing = dict.fromkeys(name_of_rank[rank] for rank in failure.missing_ranks)
     ranks = ", ".join(f"rank {rank} is {name}" for rank, name in name_of_rank.items())
     return BroadcastFailure(error=f"{failure} ({ranks})", missing=[*missing])
+
+
+def _add_lost(lost: set[int], names: Sequence[str], message: m.Message) -> None:
+    """Adds the ranks, from 1, of the actors that the service declares lost."""
+    if isinstance(message, m.MembershipChanged):
+        lost |= {rank for rank, name in enumerate(names, start=1) if name in message.lost}
 
 
 def _names_by_rank(members: m.WeightMembers) -> list[str]:

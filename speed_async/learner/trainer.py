@@ -139,7 +139,9 @@ class Trainer:
         self._optimizer = make_optimizer(model, config.learner)
         self._weights = ModelWeights(model)
 
-    def update(self, groups: Sequence[Group]) -> UpdateResult:
+    def update(
+        self, groups: Sequence[Group], before_step: Callable[[], None] = lambda: None
+    ) -> UpdateResult:
         """Trains on all groups, in `learner.passes` passes of `learner.minibatches` optimiser
         updates. An optimiser update whose loss or gradient is not finite is skipped; all are
         skipped when a reward or a behaviour log-probability is not finite.
@@ -148,6 +150,9 @@ class Trainer:
         the aggregation. They have no gradient and are not computed. Raises ModelError for token ids
         outside the vocabulary of the model, and ValueError for too few completions or groups for
         the advantage, an empty prompt, or fewer groups than mini-batches.
+
+        `before_step` is called before each step of the optimiser, the only place where weights
+        change.
         """
         started_s = self._clock()
         if not groups:
@@ -160,7 +165,7 @@ class Trainer:
         if not reason:
             set_lr(self._optimizer, lr)
             signals = compute_signals(self._objective, groups, self._kl_of_reward(groups))
-            updates = self._train(groups, signals)
+            updates = self._train(groups, signals, before_step)
             metrics |= screening_metrics(groups, signals) | combine(updates)
             if self._punishes_length:
                 metrics |= shaping_metrics(signals)
@@ -261,7 +266,12 @@ class Trainer:
         self.num_skipped = progress.num_skipped
         return progress
 
-    def _train(self, groups: Sequence[Group], signals: Sequence[GroupSignal]) -> list[Metrics]:
+    def _train(
+        self,
+        groups: Sequence[Group],
+        signals: Sequence[GroupSignal],
+        before_step: Callable[[], None],
+    ) -> list[Metrics]:
         """All optimiser updates of the batch. Returns the metrics of each."""
         rows = training_rows(
             groups, signals, with_zero_advantage=self._objective.regularization.has_loss
@@ -279,7 +289,7 @@ class Trainer:
                 if self._config.minibatches > 1:  # otherwise the rows have these weights already
                     weights = self._objective.aggregation([lengths[i] for i in part])
                     minibatch = [reweighted(*pair) for pair in zip(minibatch, weights, strict=True)]
-                updates.append(self._update_parameters(minibatch))
+                updates.append(self._update_parameters(minibatch, before_step))
         return updates
 
     def _kl_of_reward(self, groups: Sequence[Group]) -> list[NDArray[np.float64]] | None:
@@ -288,7 +298,9 @@ class Trainer:
             return None
         return self._reference.sequence_k1(self._policy, groups)
 
-    def _update_parameters(self, rows: Sequence[TrainingRow]) -> Metrics:
+    def _update_parameters(
+        self, rows: Sequence[TrainingRow], before_step: Callable[[], None]
+    ) -> Metrics:
         return update_parameters(
             self._policy,
             self._optimizer,
@@ -296,4 +308,5 @@ class Trainer:
             self._micro_batches.of(rows, policy_version=self.num_updates),
             grad_clip=self._config.grad_clip,
             ranks=self._ranks,
+            before_step=before_step,
         )

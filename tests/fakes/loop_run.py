@@ -33,6 +33,7 @@ from speed_async.transport.feed import FeedPublisher
 from speed_async.transport.session import SessionLink
 from speed_async.types import PASS_REWARD, Group, Int32Array, Prompt, Verdict
 from speed_async.weight_sync.canary_check import Canary
+from speed_async.weight_sync.channel import WeightSender
 
 NUM_PROMPTS = 30
 
@@ -112,7 +113,10 @@ class CountingUpdates(Trainer):
         self.best = BestCheckpoints(Path("no-checkpoints"))
         self._act = act
 
-    def update(self, groups: Sequence[Group]) -> UpdateResult:
+    def update(
+        self, groups: Sequence[Group], before_step: Callable[[], None] = lambda: None
+    ) -> UpdateResult:
+        before_step()
         self.batches.append([*groups])
         self._act(len(self.batches))
         return UpdateResult(
@@ -154,6 +158,9 @@ class Run:
         self.sink = RecordingSink()
         self.stop = Stop()
         self.updates = CountingUpdates()
+        self.make_sender: Callable[[MemoryStore], WeightSender] = lambda store: MemorySender(
+            store, bucket_bytes=1024
+        )
         self.num_actors = num_actors
         self.engines: list[ScriptedEngine] = []
         self.canaries: dict[int, Canary | None] = {}
@@ -183,7 +190,7 @@ class Run:
                 self.config,
                 link=link,
                 trainer=self.updates,
-                sender=MemorySender(store, bucket_bytes=1024),
+                sender=self.make_sender(store),
                 backend="gloo",
                 stop=self.stop,
             )

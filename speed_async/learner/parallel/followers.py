@@ -7,7 +7,7 @@ raises     RoleError naming the follower that failed, is gone, or is silent for 
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import RLock
@@ -192,7 +192,10 @@ class LeadTrainer(Trainer):
         self._order = RLock()
         """Held during a command and its operation, so that all ranks have one order."""
 
-    def update(self, groups: Sequence[Group]) -> UpdateResult:
+    def update(
+        self, groups: Sequence[Group], before_step: Callable[[], None] = lambda: None
+    ) -> UpdateResult:
+        before_step()  # a broadcast has collective operations of its own
         packed = [pack_group(group, ActorCounts()) for group in groups]
         with self._order:
             self._followers.command(TrainGroups(num_groups=len(packed)), *packed)

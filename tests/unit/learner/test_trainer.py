@@ -1,6 +1,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -131,6 +131,16 @@ def test_metrics_of_an_update(tmp_path: Path):
             "pivotal_share",
         "skipped_updates", "optimizer_updates",
     }  # fmt: skip
+
+
+def test_weights_change_only_after_the_call_before_each_step(tmp_path: Path):
+    trainer = make_trainer(tmp_path, passes=2, minibatches=2)
+    initial, seen = parameters(trainer), []
+    trainer.update(random_groups(3, num_groups=4), lambda: seen.append(parameters(trainer)))
+    assert len(seen) == 4
+    assert all(map(torch.equal, seen[0], initial))
+    for before, after in pairwise([*seen, parameters(trainer)]):
+        assert not all(map(torch.equal, before, after))
 
 
 def test_zero_signal_groups_count_in_the_denominator(tmp_path: Path):
