@@ -86,7 +86,7 @@ def expected_bytes(options: Options, micro_batch_tokens: int) -> int:
         bucket_bytes=0,
     )
     parts = learner_bytes(model_sizes(options.size), workload)
-    return sum(size for name, size in parts.items() if name != "process")
+    return sum(size for name, size in parts.items() if name not in ("process", "weight transfer"))
 
 
 def model_sizes(size: str) -> ModelSizes:

@@ -1,21 +1,18 @@
 """The learner's receive queue for messages from the service.
 
-consumes   messages of the service
+consumes   messages of the service, as soon as they arrive
 waits for  the next message, with a deadline
-raises     the failure of another role, as RoleError
+raises     the failure of another role, as RoleError, in every task that waits
 
-Several tasks may wait at the same time: one of them receives for all, and after each message they
-take turns.
+Several tasks may wait at the same time.
 """
 
 import asyncio
 import os
-import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from speed_async.errors import DeadlineExceeded, RoleError
 from speed_async.transport import messages as m
@@ -23,6 +20,11 @@ from speed_async.transport.transport import Link
 
 SERVICE_GRACE_S = 10.0
 """Margin that the learner adds to the service's own deadlines when it waits for the service."""
+
+RECEIVE_S = 5.0
+"""Longest silence in one call of the link's `receive`, which is then called again."""
+REPLIES = (m.WeightMembers, m.JournalDurable)
+"""Messages that only `expect` returns."""
 
 M = TypeVar("M", bound=m.Message)
 
@@ -54,88 +56,85 @@ class Stop(asyncio.Event):
 
 
 class Inbox:
-    def __init__(
-        self,
-        link: Link,
-        clock: Callable[[], float] = time.monotonic,
-        *,
-        run_folder: str = "RUN_DIR",
-    ) -> None:
+    def __init__(self, link: Link, *, run_folder: str = "RUN_DIR") -> None:
         self._link = link
-        self._clock = clock
         self._run_folder = run_folder
         self._is_connected = False
         self._messages: deque[m.Message] = deque()
         """Received and not yet taken."""
-        self._expected: Counter[type[m.Message]] = Counter()
-        """Classes that calls of `expect` wait for."""
-        self._receiving = asyncio.Lock()
-        self.observers: set[Callable[[m.Message], None]] = set()
-        """Called with each message when it is received."""
+        self._failure: BaseException | None = None
+        self._news = asyncio.Event()
+        """Replaced whenever it is set."""
+        self._receiving: asyncio.Task[None] | None = None
+        self.observers: list[Callable[[m.Message], None]] = []
+        """Called with each message when it is received, in order."""
+        self._silence: DeadlineExceeded | None = None
+        """The link's description of what is missing, if nothing has been received for long."""
 
     async def next(self, deadline_s: float) -> m.Message:
-        """The next message that no call of `expect` waits for."""
-        return await self._take(lambda message: type(message) not in self._expected, deadline_s)
+        """The next message that is no reply."""
+        message = await self._take(_is_no_reply, deadline_s)
+        assert message is not None
+        return message
 
-    async def next_or_stop(
-        self, stop: Stop, deadline_s: float, beside: asyncio.Task[Any] | None = None
-    ) -> m.Message | None:
-        """The next message, or None when a stop is requested first. Raises the error of the task
-        `beside` if that has failed or fails first."""
-        receiving = asyncio.create_task(self.next(deadline_s), name="receive")
+    async def next_or_stop(self, stop: Stop, deadline_s: float) -> m.Message | None:
+        """The next message that is no reply, or None when a stop is requested first."""
+        if (message := self._find(_is_no_reply)) is not None:
+            return message
         stopping = asyncio.create_task(stop.wait(), name="stop")
-        waiting = {receiving, stopping} if beside is None else {receiving, stopping, beside}
+        stopping.add_done_callback(lambda _: self._wake())
         try:
-            while not receiving.done():
-                if beside is not None and beside.done():
-                    beside.result()
-                    waiting.discard(beside)
-                if stopping.done():
-                    return None
-                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            return receiving.result()
+            return await self._take(_is_no_reply, deadline_s, until=stop.is_set)
         finally:
             stopping.cancel()
-            if not receiving.done():
-                receiving.cancel()
-                await asyncio.wait((receiving,))
 
     async def expect(self, kind: type[M], deadline_s: float, what: str) -> M:
-        """The next message of this class. Other messages are left to `next`."""
-        self._expected[kind] += 1
-        try:
-            message = await self._take(lambda each: isinstance(each, kind), deadline_s, what)
-        finally:
-            self._expected -= Counter([kind])
+        """The next message of this class."""
+        message = await self._take(lambda each: isinstance(each, kind), deadline_s, what)
         assert isinstance(message, kind)
         return message
 
-    async def receive_all(self) -> None:
-        """Receives, for `observers` and later calls of `next`, until cancelled."""
-        while True:
-            async with self._receiving:
-                with suppress(DeadlineExceeded):  # nobody waits for a message here
-                    await self._receive(SERVICE_GRACE_S)
+    def take_received(self, *kinds: type[M]) -> list[M]:
+        """The messages of these classes that were received and not taken."""
+        taken = [message for message in self._messages if isinstance(message, kinds)]
+        self._messages = deque(each for each in self._messages if not isinstance(each, kinds))
+        return taken
 
-    def discard(self, kind: type[m.Message]) -> None:
-        """Drops the messages of this class that nobody has taken yet."""
-        kept = [message for message in self._messages if not isinstance(message, kind)]
-        self._messages = deque(kept)
+    def fail(self, error: BaseException) -> None:
+        """Every task that waits raises this, unless its message has been received before."""
+        if self._failure is None:
+            self._failure = error
+        self._wake()
+
+    async def close(self) -> None:
+        """Ends receiving."""
+        if self._receiving is not None:
+            self._receiving.cancel()
+            await asyncio.wait((self._receiving,))
 
     async def _take(
-        self, accepts: Callable[[m.Message], bool], deadline_s: float, what: str = "a message"
-    ) -> m.Message:
-        """The first message that is accepted. Raises DeadlineExceeded, while another task receives
-        only after the message that it waits for."""
-        ends_s = self._clock() + deadline_s
-        while (message := self._find(accepts)) is None:
-            async with self._receiving:
-                if (message := self._find(accepts)) is not None:  # another task has received it
-                    break
-                left_s = ends_s - self._clock()
-                if left_s <= 0:
-                    raise DeadlineExceeded("the buffer service", what, deadline_s)
-                await self._receive(left_s)
+        self,
+        accepts: Callable[[m.Message], bool],
+        deadline_s: float,
+        what: str = "a message",
+        until: Callable[[], bool] = lambda: False,
+    ) -> m.Message | None:
+        """The first message that is accepted, or None if there is none when `until` holds."""
+        if self._receiving is None:
+            self._receiving = asyncio.create_task(self._receive_all(), name="receive")
+        try:
+            async with asyncio.timeout(deadline_s):
+                while (message := self._find(accepts)) is None and not until():
+                    if self._failure is not None:
+                        break
+                    await self._news.wait()
+        except TimeoutError:
+            peer = "the buffer service"
+            if self._silence is not None:
+                peer, what = self._silence.peer, f"{what} ({self._silence.what})"
+            raise DeadlineExceeded(peer, what, deadline_s) from None
+        if message is None and self._failure is not None and not until():
+            raise self._failure
         return message
 
     def _find(self, accepts: Callable[[m.Message], bool]) -> m.Message | None:
@@ -145,8 +144,17 @@ class Inbox:
                 return message
         return None
 
-    async def _receive(self, deadline_s: float) -> None:
-        message = await self._link.receive(deadline_s)
+    async def _receive_all(self) -> None:
+        while self._failure is None:
+            try:
+                self._add(await self._link.receive(RECEIVE_S))
+            except DeadlineExceeded as error:  # the tasks that wait have deadlines of their own
+                self._silence = error
+            except Exception as error:  # raised in the tasks that wait
+                self.fail(error)
+
+    def _add(self, message: m.Message) -> None:
+        self._silence = None
         if isinstance(message, m.Abort):
             raise RoleError(message.role, message.message)
         if isinstance(message, m.Rejected):
@@ -164,3 +172,12 @@ class Inbox:
             self._messages.append(message)
         for observe in self.observers:
             observe(message)
+        self._wake()
+
+    def _wake(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+
+def _is_no_reply(message: m.Message) -> bool:
+    return not isinstance(message, REPLIES)

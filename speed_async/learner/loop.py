@@ -54,7 +54,7 @@ class LearnerLoop:
         self._trainer = trainer
         self._stop = stop
         self._clock = clock
-        self._inbox = Inbox(link, clock, run_folder=config.run.folder)
+        self._inbox = Inbox(link, run_folder=config.run.folder)
         self._publisher = Publisher(
             config.weights,
             link=link,
@@ -93,7 +93,14 @@ class LearnerLoop:
 
     async def run(self, hello: m.Hello) -> RunResult:
         """Trains until `run.updates` or a stop. Raises the error that fails the run."""
-        await self._connect(hello)
+        try:
+            await self._connect(hello)
+            return await self._train()
+        finally:
+            await self._publisher.close()
+            await self._inbox.close()
+
+    async def _train(self) -> RunResult:
         announcing = asyncio.create_task(self._announce_stop(), name="stop")
         try:
             while self._should_continue and not self._stop.is_set():
@@ -105,7 +112,6 @@ class LearnerLoop:
             return await self._finish()
         finally:
             announcing.cancel()
-            await self._publisher.close()
 
     async def _announce_stop(self) -> None:
         """Acknowledges a stop request at once, since the current update may take minutes."""
@@ -157,7 +163,7 @@ class LearnerLoop:
         timeout_s = self._config.cluster.stall_timeout_s + SERVICE_GRACE_S
         groups: list[Group] = []
         while True:
-            message = await self._inbox.next_or_stop(self._stop, timeout_s, self._publisher.task)
+            message = await self._inbox.next_or_stop(self._stop, timeout_s)
             if message is None:
                 return None
             if isinstance(message, m.GroupFinished):
@@ -167,10 +173,10 @@ class LearnerLoop:
             elif isinstance(message, m.Welcome):  # its journal is behind: it adopts our version
                 self._catch_up_version = message.policy_version
                 if self._version > 0:
-                    await self._publisher.begin(self._version)
+                    await self._broadcast()
             elif isinstance(message, m.MembershipChanged):
                 if not self._is_catching_up:  # otherwise publish once, at the end of the replay
-                    await self._publisher.begin(self._version)
+                    await self._broadcast()
             elif isinstance(message, m.EvaluationBegan | m.EvaluationEnded):
                 self._keep_best(message)
             elif isinstance(message, m.TargetReached):
@@ -188,7 +194,9 @@ class LearnerLoop:
             self._publisher.wait_in_thread()
             sync_s += self._clock() - started_s
 
+        began_s = self._clock()
         result = await asyncio.to_thread(self._trainer.update, groups, wait_for_broadcast)
+        update_s = self._clock() - began_s
         lease_ids = [group.lease_id for group in groups]
         self._progress = self._progress.updated(
             lease_ids,
@@ -200,7 +208,7 @@ class LearnerLoop:
         metrics = dict(result.metrics)
         metrics |= {
             "time/wait_s": wait_s,
-            "time/train_s": result.train_s - sync_s,
+            "time/train_s": update_s - sync_s,
             "time/sync_s": sync_s + self._begin_s,
             "completions_per_update": float(result.completions),
             "completions_trained": float(self._progress.completions_trained),
@@ -224,15 +232,22 @@ class LearnerLoop:
         if self._is_catching_up:
             return
         started_s = self._clock()
-        await self._publisher.begin(self._version)
-        if not self._config.run.overlap:
-            await self._publisher.wait()
+        await self._broadcast()
         self._begin_s = self._clock() - started_s
         every = self._config.learner.checkpoint_every
         if every and self._version % every == 0 and self._version < self._config.run.updates:
             self._progress = await self._checkpointer.prepare(self._progress)
+            await self._publisher.wait()  # several ranks gather weights for one purpose at a time
+            for message in self._inbox.take_received(m.EvaluationBegan, m.EvaluationEnded):
+                self._keep_best(message)  # older checkpoints are removed next
             await self._checkpointer.save(self._progress)
         self._report_failed_checkpoint()
+
+    async def _broadcast(self) -> None:
+        """Begins the broadcast of this version; without `run.overlap`, waits for its end."""
+        await self._publisher.begin(self._version)
+        if not self._config.run.overlap:
+            await self._publisher.wait()
 
     def _report_failed_checkpoint(self) -> None:
         if failure := self._checkpointer.take_failure():

@@ -30,7 +30,6 @@ class UpdateResult:
     tokens: int
     completions: int
     metrics: Metrics
-    train_s: float
 
     @property
     def skipped(self) -> bool:

@@ -10,9 +10,8 @@ continues  without a member that is missing, lost or rejects the transfer: the s
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from speed_async.config.sections.weights import WeightsConfig
 from speed_async.errors import WeightSyncError
@@ -25,6 +24,8 @@ from speed_async.weight_sync.canary_check import Canary
 from speed_async.weight_sync.channel import WeightSender
 
 WHAT = "the members of the weight group"
+MAX_FURTHER_BROADCASTS = 3
+"""Of one version, to actors that join meanwhile. Further ones wait for the next batch."""
 MAX_UNEXPLAINED_FAILURES = 3
 """Failed broadcasts of one version without a known faulty member, after which the run fails."""
 
@@ -57,8 +58,13 @@ class Publisher:
         self._sender = sender
         self._backend: WeightBackend = backend
         self._clock = clock
-        self.task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
         """The broadcast begun last."""
+        self._names: list[str] = []
+        """Of the members, by rank from 1."""
+        self._lost: set[int] = set()
+        """Ranks of members that the service has declared lost since it named the members."""
+        inbox.observers.append(self._observe)
 
     async def publish(self, policy_version: int) -> None:
         """`begin`, then `wait`."""
@@ -72,40 +78,67 @@ class Publisher:
         # Computed before the members are requested, because actors then stop sampling.
         canary = await asyncio.to_thread(self._trainer.canary)
         await self._request_members(policy_version)
-        self.task = asyncio.create_task(self._publish(policy_version, canary), name="publish")
+        self._task = asyncio.create_task(self._publish(policy_version, canary), name="publish")
+        self._task.add_done_callback(self._report_error)
 
     async def wait(self) -> None:
         """Returns when the broadcast has ended.
 
         Raises WeightSyncError after repeated failures without a known faulty actor.
         """
-        if self.task is not None:
-            await asyncio.wait((self.task,))  # a cancelled waiter does not cancel the broadcast
-            self.task.result()
+        if self._task is not None:
+            await asyncio.wait((self._task,))  # a cancelled waiter does not cancel the broadcast
+            self._task.result()
 
     def wait_in_thread(self) -> None:
         """`wait`, in another thread than the event loop's."""
-        if self.task is not None:
-            asyncio.run_coroutine_threadsafe(self.wait(), self.task.get_loop()).result()
+        if self._task is None:
+            return
+        if self._task.done():
+            self._task.result()
+        else:
+            asyncio.run_coroutine_threadsafe(self.wait(), self._task.get_loop()).result()
 
     async def close(self) -> None:
         """Cancels the broadcast if there is one."""
-        if self.task is not None:
-            self.task.cancel()
-            await asyncio.wait((self.task,))
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+
+    def _report_error(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._inbox.fail(error)
 
     async def _publish(self, policy_version: int, canary: Canary) -> None:
         """Each failed broadcast removes the faulty actors, so an actor that hangs costs one
-        deadline."""
-        num_unexplained = 0
-        while (failed := await self._broadcast(policy_version, canary)) is not None:
-            num_unexplained += not failed.missing
-            if num_unexplained == MAX_UNEXPLAINED_FAILURES:
-                raise WeightSyncError(
-                    f"version {policy_version} could not be broadcast in {num_unexplained} attempts"
-                    f" without a known faulty actor; the last error was: {failed.error}"
-                )
+        deadline. One that joins meanwhile gets a broadcast of its own."""
+        num_unexplained, num_further = 0, 0
+        while True:
+            failed = await self._broadcast(policy_version, canary)
+            if failed is None:
+                if num_further == MAX_FURTHER_BROADCASTS:
+                    return
+                if not self._inbox.take_received(m.MembershipChanged):
+                    return
+                num_further += 1
+            elif not failed.missing:
+                num_unexplained += 1
+                if num_unexplained == MAX_UNEXPLAINED_FAILURES:
+                    raise WeightSyncError(
+                        f"version {policy_version} could not be broadcast in {num_unexplained} "
+                        "attempts without a known faulty actor; the last error was: "
+                        f"{failed.error}"
+                    )
             await self._request_members(policy_version)
+
+    def _observe(self, message: m.Message) -> None:
+        """Called in the order of arrival: a change that comes after the members is of them."""
+        if isinstance(message, m.WeightMembers):
+            self._names, self._lost = _names_by_rank(message), set()
+            self._inbox.take_received(m.MembershipChanged)  # superseded by the members
+        elif isinstance(message, m.MembershipChanged):
+            ranks = enumerate(self._names, start=1)
+            self._lost |= {rank for rank, name in ranks if name in message.lost}
 
     async def _request_members(self, policy_version: int) -> None:
         host, port = self._sender.store_address
@@ -122,7 +155,6 @@ class Publisher:
     async def _broadcast(self, policy_version: int, canary: Canary) -> BroadcastFailure | None:
         """One broadcast to the requested members, whose outcome is reported to the service."""
         members = await self._inbox.expect(m.WeightMembers, self._timeout_s, WHAT)
-        self._inbox.discard(m.MembershipChanged)  # superseded by the members
         started_s, num_bytes, failed = self._clock(), 0, None
         if members.actor_names:
             host, port = self._sender.store_address
@@ -136,28 +168,18 @@ class Publisher:
                 backend=self._backend,
                 deadline_s=self._deadline_s,
             )
-            lost: set[int] = set()
-            observe = partial(_add_lost, lost, _names_by_rank(members))
-            self._inbox.observers.add(observe)
-            receiving = asyncio.create_task(self._inbox.receive_all(), name="receive all")
             try:
                 report = await asyncio.to_thread(
                     self._sender.send,
                     offer,
                     self._trainer.weights(),
                     canary,
-                    lost,
+                    self._lost,
                     self._trainer.whole,
                 )
                 num_bytes = report.num_bytes
             except WeightSyncError as failure:
                 failed = _describe_failure(failure, members)
-            finally:
-                self._inbox.observers.remove(observe)
-                receiving.cancel()
-                await asyncio.wait((receiving,))
-            if not receiving.cancelled():
-                receiving.result()  # raises what the service reported meanwhile
         await self._link.send(
             m.WeightsPublished(
                 policy_version=policy_version,
@@ -177,12 +199,6 @@ def _describe_failure(failure: WeightSyncError, members: m.WeightMembers) -> Bro
     missing = dict.fromkeys(name_of_rank[rank] for rank in failure.missing_ranks)
     ranks = ", ".join(f"rank {rank} is {name}" for rank, name in name_of_rank.items())
     return BroadcastFailure(error=f"{failure} ({ranks})", missing=[*missing])
-
-
-def _add_lost(lost: set[int], names: Sequence[str], message: m.Message) -> None:
-    """Adds the ranks, from 1, of the actors that the service declares lost."""
-    if isinstance(message, m.MembershipChanged):
-        lost |= {rank for rank, name in enumerate(names, start=1) if name in message.lost}
 
 
 def _names_by_rank(members: m.WeightMembers) -> list[str]:

@@ -1,7 +1,6 @@
 """The trainer: the optimiser updates of one batch of groups, and checkpoints."""
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -76,7 +75,6 @@ class Trainer:
         config: Config,
         model: PreTrainedModel,
         objective: Objective | None = None,
-        clock: Callable[[], float] = time.perf_counter,
         run_id: str = "",
         ranks: Ranks = ONE_RANK,
     ) -> None:
@@ -102,7 +100,6 @@ class Trainer:
         self.best = BestCheckpoints(self._checkpoints)
         source = model_folder(config.model.path)
         self._model_files, self._dtypes = read_model_files(source), read_dtypes(source)
-        self._clock = clock
         context = context_length(model, config.model.context_length)
         self._objective = objective or make_objective(config, context_length=context)
         self._policy = Policy(
@@ -154,7 +151,6 @@ class Trainer:
         `before_step` is called before each step of the optimiser, the only place where weights
         change.
         """
-        started_s = self._clock()
         if not groups:
             raise ValueError("an update needs at least one group")
         check_token_ids(groups, num_token_ids=embedding_table(self.model).shape[0])
@@ -186,7 +182,6 @@ class Trainer:
             tokens=sum(group.num_tokens for group in groups),
             completions=sum(len(group.completions) for group in groups),
             metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
-            train_s=self._clock() - started_s,
         )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -20,6 +20,7 @@ Shape legend: B bytes of one bucket or message.
 
 import time
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -71,6 +72,8 @@ class TorchSender:
         """
         self._bucket_bytes = bucket_bytes
         self._device = device
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        """Not the default one, where the learner meanwhile computes a gradient."""
         self._tensors = KnownTensors(())
         self._epoch = CurrentEpoch(device)
         self._store: Store | None = (store := host_store(host, store_timeout_s))
@@ -88,7 +91,8 @@ class TorchSender:
         lost: Collection[int] = (),
         whole: WholeTensors | None = None,
     ) -> TransferReport:
-        """Broadcasts all tensors, which must not change meanwhile. A no-op for world size 1.
+        """Broadcasts all tensors, which must not change meanwhile. On a GPU, all work that writes
+        them must be complete. A no-op for world size 1.
 
         Floating-point tensors are converted to the dtypes that the receivers state.
         Raises WeightSyncError naming the stage and the failed ranks.
@@ -107,7 +111,7 @@ class TorchSender:
         if len(weights) < len(named):
             describe(named)  # raises for the duplicate name
         whole = whole or (lambda names: {name: weights[name] for name in names})
-        with self._epoch.transfer(offer) as group:
+        with self._epoch.transfer(offer) as group, _used(self._stream):
             group.form(self._store, lost)
             if not matches(self._tensors.specs, named, group.cast):
                 self._tensors = KnownTensors(describe(named, group.cast))
@@ -249,6 +253,10 @@ def _accept(
 
 def bucket_stage(index: int, buckets: Sequence[Bucket]) -> str:
     return f"bucket {index + 1} of {len(buckets)}"
+
+
+def _used(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def _synchronize(device: torch.device) -> None:

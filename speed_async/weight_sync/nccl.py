@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -77,10 +78,13 @@ def await_work(work: Any, deadline_s: float, has_left: HasLeft) -> None:
 
 def _within(call: Callable[[], T], deadline_s: float, has_left: HasLeft) -> T:
     future: Future[T] = Future()
+    on_gpu = torch.cuda.is_available()
+    stream = torch.cuda.stream(torch.cuda.current_stream()) if on_gpu else nullcontext()
 
     def run() -> None:
         try:
-            future.set_result(call())
+            with stream:  # NCCL waits for the stream of the thread that calls it
+                future.set_result(call())
         except Exception as error:  # task boundary: the caller that waits handles the error
             future.set_exception(error)
 

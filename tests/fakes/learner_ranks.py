@@ -121,7 +121,7 @@ def run_scenario(
         load_weights(trainer.model, SavedRows(saved_paths(rows, MASTER)))
         load_state(trainer._optimizer, trainer.model, SavedRows(saved_paths(rows, OPTIMIZER)))
     for update in [*range(NUM_UPDATES)] * rounds:
-        result = asdict(trainer.update(batch(name, update))) | {"train_s": 0.0}
+        result = asdict(trainer.update(batch(name, update)))
         results.append(result | {"canary": trainer.canary().logprobs})
     if saves and rows.is_dir():
         trainer.write_training(rows, trainer.capture_training(copy=False))

@@ -33,7 +33,7 @@ from speed_async.transport.feed import FeedPublisher
 from speed_async.transport.session import SessionLink
 from speed_async.types import PASS_REWARD, Group, Int32Array, Prompt, Verdict
 from speed_async.weight_sync.canary_check import Canary
-from speed_async.weight_sync.channel import WeightSender
+from speed_async.weight_sync.channel import NamedTensor, WeightSender
 
 NUM_PROMPTS = 30
 
@@ -126,7 +126,6 @@ class CountingUpdates(Trainer):
             tokens=sum(group.num_tokens for group in groups),
             completions=sum(len(group.completions) for group in groups),
             metrics={"loss": 0.0},
-            train_s=0.0,
         )
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -165,6 +164,8 @@ class Run:
         self.engines: list[ScriptedEngine] = []
         self.canaries: dict[int, Canary | None] = {}
         """The canary received with each version."""
+        self.received: dict[int, float] = {}
+        """The weight of each version."""
         self.service = BufferService(
             config,
             num_prompts=NUM_PROMPTS,
@@ -204,7 +205,10 @@ class Run:
         receiver = MemoryReceiver(store)
 
         def receive(offer: Any) -> float:
-            report = receiver.receive(offer, expected, lambda tensors: None)
+            def load(tensors: Sequence[NamedTensor]) -> None:
+                self.received[offer.policy_version] = tensors[0][1].item()
+
+            report = receiver.receive(offer, expected, load)
             self.canaries[offer.policy_version] = report.canary
             return report.transfer_s
 

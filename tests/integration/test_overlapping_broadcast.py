@@ -4,6 +4,7 @@ The loops of all roles are the real code; the trainer only records when it would
 """
 
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.fakes.loop_run import CountingUpdates, Run, execute
 
 DEADLINE_S = 20.0
 UPDATES = 4
+SEND_S = 0.3
 
 
 class Recorder:
@@ -56,7 +58,8 @@ class RecordingUpdates(CountingUpdates):
 
 
 class RecordingSender(MemorySender):
-    """With `overlap`, ends the broadcast of a version only after the gradient of the next one."""
+    """With `overlap`, a broadcast ends only after the gradient of the next version. It is so slow
+    that a step that does not wait would come first."""
 
     def __init__(self, store: MemoryStore, recorder: Recorder, *, overlap: bool) -> None:
         super().__init__(store, bucket_bytes=1024)
@@ -75,40 +78,50 @@ class RecordingSender(MemorySender):
         report = super().send(offer, tensors, canary, lost, whole)
         if self._overlap and offer.policy_version < UPDATES:
             self._recorder.wait_for(f"gradient {offer.policy_version + 1}")
+        time.sleep(SEND_S)
+        assert whole is not None
+        # The weight of the fake is its number of updates.
+        assert whole(["weight"])["weight"].item() == offer.policy_version
         self._recorder.add(f"sent {offer.policy_version}")
         return report
 
 
-def recorded_run(folder: Path, *, overlap: bool) -> list[str]:
+def recorded_run(folder: Path, *, overlap: bool) -> tuple[Run, Recorder]:
     (folder / "config.json").write_text("{}")
     recorder = Recorder()
     run = Run(make_config(str(folder), run={"updates": UPDATES, "overlap": overlap}))
     run.updates = RecordingUpdates(recorder)
     run.make_sender = lambda store: RecordingSender(store, recorder, overlap=overlap)
     assert execute(run).outcome == "completed"
-    # The weight of the fake is its number of updates, so each version had its own weights.
-    assert {v: canary.logprobs for v, canary in run.canaries.items() if canary} == {
-        version: (-float(version),) for version in range(1, UPDATES + 1)
-    }
-    return recorder.steps
+    return run, recorder
 
 
 def test_the_gradient_of_the_next_batch_is_computed_during_a_broadcast(tmp_path: Path) -> None:
-    steps = recorded_run(tmp_path, overlap=True)
+    run, recorder = recorded_run(tmp_path, overlap=True)
+    steps = recorder.steps
     for version in range(1, UPDATES):
         order = (f"send {version}", f"sent {version}", f"step {version + 1}")
         assert all(steps.index(one) < steps.index(other) for one, other in pairwise(order)), steps
-        assert steps.index(f"gradient {version + 1}") < steps.index(f"sent {version}"), steps
     assert steps[-1] == f"sent {UPDATES}"  # the run ends after its last broadcast
+    assert run.received == {version: float(version) for version in range(1, UPDATES + 1)}
 
 
-def test_without_overlap_the_next_batch_waits_for_the_broadcast(tmp_path: Path) -> None:
-    expected = [
+def test_the_time_that_a_step_waits_for_the_broadcast_is_not_training(tmp_path: Path) -> None:
+    run, _ = recorded_run(tmp_path, overlap=True)
+    updates = [event.values for event in run.sink.events if event.kind == "step"]
+    assert len(updates) == UPDATES
+    for values in updates[1:]:
+        assert float(values["time/sync_s"]) >= SEND_S
+        assert 0 <= float(values["time/train_s"]) < SEND_S
+
+
+def test_without_overlap_the_next_batch_is_requested_after_the_broadcast(tmp_path: Path) -> None:
+    _, recorder = recorded_run(tmp_path, overlap=False)
+    assert recorder.steps == [
         f"{step} {version}"
         for version in range(1, UPDATES + 1)
         for step in ("gradient", "step", "send", "sent")
     ]
-    assert recorded_run(tmp_path, overlap=False) == expected
 
 
 class FailingSender(MemorySender):
@@ -120,7 +133,8 @@ class FailingSender(MemorySender):
 def test_a_failed_broadcast_ends_the_run_with_its_error(tmp_path: Path, updates: int) -> None:
     """Also while the learner waits for a batch, which then never comes."""
     (tmp_path / "config.json").write_text("{}")
-    run = Run(make_config(str(tmp_path), run={"updates": updates}))
+    config = make_config(str(tmp_path), run={"updates": updates}, weights={"deadline_s": 1.0})
+    run = Run(config)
     run.make_sender = lambda store: FailingSender(store, bucket_bytes=1024)
     with pytest.raises(ExceptionGroup) as caught:
         execute(run)

@@ -138,6 +138,8 @@ def learner_bytes(sizes: ModelSizes, workload: Workload) -> dict[str, int]:
             copied = num // sizes.num_layers
         num, copied = num + trained, copied + trained
     has_model = workload.has_reference and not workload.lora_rank
+    # A tensor larger than a bucket has its own; its digest is of a copy in the engines' precision.
+    largest = workload.engine_value_bytes * sizes.vocab_size * sizes.hidden_size
     parts = {
         "weights": MASTER_BYTES * num,
         "gradients": MASTER_BYTES * trained,
@@ -146,7 +148,7 @@ def learner_bytes(sizes: ModelSizes, workload: Workload) -> dict[str, int]:
         "reference model": MASTER_BYTES * num * has_model,
         "activations": activation_bytes(sizes, tokens, checkpointing=checkpointing),
         "logits": logits_bytes(sizes, tokens, entropy_gradient=workload.has_entropy_gradient),
-        "weight transfer": 2 * workload.bucket_bytes,
+        "weight transfer": 2 * max(workload.bucket_bytes, largest) + largest,
         "process": PROCESS_BYTES,
     }
     return {name: size for name, size in parts.items() if size}

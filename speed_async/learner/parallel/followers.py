@@ -195,8 +195,8 @@ class LeadTrainer(Trainer):
     def update(
         self, groups: Sequence[Group], before_step: Callable[[], None] = lambda: None
     ) -> UpdateResult:
-        before_step()  # a broadcast has collective operations of its own
         packed = [pack_group(group, ActorCounts()) for group in groups]
+        before_step()  # a broadcast has collective operations of its own
         with self._order:
             self._followers.command(TrainGroups(num_groups=len(packed)), *packed)
             return super().update(groups)

@@ -605,37 +605,49 @@ def test_the_error_of_an_unregistered_learner_has_no_resume_command(
 
 
 class RecordingLink:
-    """Records the longest receive deadline after each kind of request."""
+    """Knows the last request of the learner."""
 
     def __init__(self, link: Link) -> None:
-        self.waited_s: dict[str, float] = {}
+        self.asked = ""
         self._link = link
-        self._asked = ""
 
     async def send(self, message: m.Message) -> None:
-        self._asked = type(message).__name__
+        self.asked = type(message).__name__
         await self._link.send(message)
 
     async def receive(self, deadline_s: float) -> m.Message:
-        self.waited_s[self._asked] = max(deadline_s, self.waited_s.get(self._asked, 0.0))
         return await self._link.receive(deadline_s)
 
     async def close(self) -> None:
         await self._link.close()
 
 
+def longest_waits(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """The longest deadline of the learner after each kind of request, filled during a run."""
+    waited_s: dict[str, float] = {}
+    link = RecordingLink(harness.link)
+    harness.loop = harness.learner(link)
+    timeout = asyncio.timeout
+
+    def record(deadline_s: float) -> asyncio.Timeout:
+        waited_s[link.asked] = max(deadline_s, waited_s.get(link.asked, 0.0))
+        return timeout(deadline_s)
+
+    monkeypatch.setattr("speed_async.learner.inbox.asyncio.timeout", record)
+    return waited_s
+
+
 def test_the_learner_waits_while_the_service_waits_for_disk_space(
-    make_harness: Callable[..., Harness],
+    make_harness: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The service does not respond until it can write its journal, for up to
     cluster.stall_timeout_s."""
 
     async def run() -> dict[str, float]:
         harness = make_harness(updates=3, service_at=0)
-        link = RecordingLink(harness.link)
-        harness.loop = harness.learner(link)
+        waited_s = longest_waits(harness, monkeypatch)
         await harness.run()
-        return link.waited_s
+        return waited_s
 
     waited_s = asyncio.run(run())
     for asked in ("TakeBatch", "PublishWeights", "PrepareCheckpoint"):
@@ -644,7 +656,10 @@ def test_the_learner_waits_while_the_service_waits_for_disk_space(
 
 @pytest.mark.parametrize("num_suites", [0, 3])
 def test_the_learner_waits_for_the_summary_while_the_last_evaluation_makes_progress(
-    make_harness: Callable[..., Harness], num_suites: int, tmp_path: Path
+    make_harness: Callable[..., Harness],
+    num_suites: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its limit is the time without any message, whatever the number of suites."""
     (tmp_path / "suite.jsonl").write_text("")
@@ -654,8 +669,7 @@ def test_the_learner_waits_for_the_summary_while_the_last_evaluation_makes_progr
             {"name": f"s{i}", "path": str(tmp_path / "suite.jsonl")} for i in range(num_suites)
         ]
         harness = make_harness(updates=1, service_at=0, suites=suites)
-        link = RecordingLink(harness.link)
-        harness.loop = harness.learner(link)
+        waited_s = longest_waits(harness, monkeypatch)
 
         async def evaluate(message: m.Message) -> None:
             if isinstance(message, m.FinishRun):
@@ -664,10 +678,10 @@ def test_the_learner_waits_for_the_summary_while_the_last_evaluation_makes_progr
 
         harness.service.on_message = evaluate
         await harness.run()
-        return link.waited_s
+        return waited_s
 
     # The stall timeout, the time to drain, and a margin.
-    assert asyncio.run(run())["FinishRun"] == pytest.approx(600.0 + 20.0 + 10.0, abs=0.1)
+    assert asyncio.run(run())["FinishRun"] == 600.0 + 20.0 + 10.0
 
 
 # --- with a real trainer -------------------------------------------------------------------------
