@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from benchmarks.harness import MODEL_SHAPES, ROOT, TIMEOUT_S, report
 from benchmarks.learner_arm import Meter, make_config, random_groups, save_random_llama
