@@ -80,8 +80,8 @@ class LearnerLoop:
         self._reached: m.TargetReached | None = None
         self._notices = Notices(restored.notices if restored else ())
         self._skip_reported = False
-        self._begin_s = 0.0
-        """Time that the last update has waited for the start of its broadcast."""
+        self._begin_s: float | None = None
+        """Time that the last update has waited for the start of its broadcast; None without one."""
 
     @property
     def _version(self) -> int:
@@ -209,10 +209,11 @@ class LearnerLoop:
         metrics |= {
             "time/wait_s": wait_s,
             "time/train_s": update_s - sync_s,
-            "time/sync_s": sync_s + self._begin_s,
             "completions_per_update": float(result.completions),
             "completions_trained": float(self._progress.completions_trained),
         }
+        if self._begin_s is not None:
+            metrics["time/sync_s"] = sync_s + self._begin_s
         if result.skip_reason and not self._skip_reported:
             self._skip_reported = True
             what = "was skipped" if result.skipped else "was partly skipped"
