@@ -36,24 +36,25 @@ def forced_logprobs(model: Any, one: GenerationRequest, sampled: Sampled) -> tor
     tokens = np.concatenate([one.prompt_token_ids, sampled.token_ids]).astype(np.int64)
     with torch.no_grad():
         logits = model(torch.from_numpy(tokens)[None], use_cache=False).logits[0]
-    logprobs = keep_nucleus(
-        torch.log_softmax(logits / one.temperature, -1), torch.full((len(tokens),), one.top_p)
-    )
-    num_prompt = len(one.prompt_token_ids)
-    return logprobs[num_prompt - 1 : -1].gather(1, torch.from_numpy(tokens)[num_prompt:, None])[
-        :, 0
-    ]
+    return _of_completion(logits, one, sampled)
 
 
 def logprobs_with_old_cache(old: Any, new: Any, one: GenerationRequest, sampled: Sampled, version):
     """log mu (T,) of a sequence that continues under new weights with the old KV cache."""
     tokens = torch.from_numpy(np.concatenate([one.prompt_token_ids, sampled.token_ids])).long()
-    num_prompt = len(one.prompt_token_ids)
-    num_old = num_prompt + int((sampled.policy_versions != version).sum())
+    num_old = len(one.prompt_token_ids) + int((sampled.policy_versions != version).sum())
     with torch.no_grad():
         # The newest token's keys are computed by the next step, under the new weights.
         first = old(tokens[None, : num_old - 1], use_cache=True)
         rest = new(tokens[None, num_old - 1 :], past_key_values=first.past_key_values)
-    logits = torch.cat([first.logits[0], rest.logits[0]])
-    logprobs = torch.log_softmax(logits[num_prompt - 1 : -1], -1)
-    return logprobs.gather(1, tokens[num_prompt:, None])[:, 0]
+    return _of_completion(torch.cat([first.logits[0], rest.logits[0]]), one, sampled)
+
+
+def _of_completion(logits: torch.Tensor, one: GenerationRequest, sampled: Sampled) -> torch.Tensor:
+    """log mu (T,) from the logits at every position of the prompt and the completion."""
+    logits = logits[len(one.prompt_token_ids) - 1 : -1]
+    logprobs = keep_nucleus(
+        torch.log_softmax(logits / one.temperature, -1), torch.full((len(logits),), one.top_p)
+    )
+    token_ids = torch.from_numpy(sampled.token_ids.astype(np.int64))
+    return logprobs.gather(1, token_ids[:, None])[:, 0]
