@@ -124,8 +124,8 @@ class Inbox:
             self._receiving = asyncio.create_task(self._receive_all(), name="receive")
         try:
             async with asyncio.timeout(deadline_s):
-                while (message := self._find(accepts)) is None and not until():
-                    if self._failure is not None:
+                while (message := self._find(accepts)) is None:
+                    if until() or self._failure is not None:
                         break
                     await self._news.wait()
         except TimeoutError:

@@ -116,9 +116,8 @@ class Publisher:
         while True:
             failed = await self._broadcast(policy_version, canary)
             if failed is None:
-                if num_further == MAX_FURTHER_BROADCASTS:
-                    return
-                if not self._inbox.take_received(m.MembershipChanged):
+                may_go_on = num_further < MAX_FURTHER_BROADCASTS
+                if not (may_go_on and self._inbox.take_received(m.MembershipChanged)):
                     return
                 num_further += 1
             elif not failed.missing:
