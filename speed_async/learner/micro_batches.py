@@ -42,15 +42,17 @@ class MicroBatches:
         *,
         context_length: int | None,
         ranks: Ranks = ONE_RANK,
+        device: torch.device | None = None,
     ) -> None:
-        """`policy` is not sharded yet: rank 0 has its values. Raises ModelError when the learner
-        does not support the model, in rank 0."""
+        """`policy` is not sharded yet: rank 0 has its values. `device`: on which it will compute;
+        None: where it is. Raises ModelError when the learner does not support the model, in rank 0.
+        """
         can_share = ranks.rank == 0 and check_policy(policy, context_length)
         ranks.await_first("model checked")
         self._can_share_prompts = bool(ranks.merge(torch.tensor([int(can_share)])))
         self._cost = layout_cost(policy.causal_lm)
         self._ranks = ranks
-        self._device = ranks.device or next(policy.parameters()).device
+        self._device = device or next(policy.parameters()).device
         self._max_tokens = config.micro_batch_tokens
         if self._device.type == "cpu":
             self._max_tokens = min(self._max_tokens, CPU_MICRO_BATCH_TOKENS)

@@ -1,6 +1,6 @@
 """Model loading, and the properties that the learner requires of every model family."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -82,6 +83,9 @@ def _set_mode(model: PreTrainedModel, choice: ActivationCheckpointing, *, on_gpu
     """Sets evaluation mode, so that pi matches the policy of the engine: dropout would change
     rho."""
     model.eval()
+    for module in model.modules():
+        if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
+            module.forward = partial(_forward_experts, module, module.forward)
     checkpointing = resolved_checkpointing(choice, model.num_parameters(), on_gpu=on_gpu)
     if checkpointing == "none":
         return
@@ -96,6 +100,21 @@ def _set_mode(model: PreTrainedModel, choice: ActivationCheckpointing, *, on_gpu
             module.training = True  # not recursive: dropout of the children stays off
             if isinstance(getattr(module, "dropout", None), float):
                 setattr(module, "dropout", 0.0)  # noqa: B010 - a float, annotated as Module
+
+
+def _forward_experts(
+    module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """`forward` with the weights in the dtype of autocast, which does not apply to the products of
+    experts that are one tensor. Gradients have the dtype of the parameters."""
+    parameters = dict(module.named_parameters(recurse=False))
+    device_type = next(iter(parameters.values())).device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        others = {name: each.to(dtype) for name, each in parameters.items() if each.dtype != dtype}
+        if others:
+            return functional_call(module, others, args, kwargs)  # calls this once more
+    return forward(*args, **kwargs)
 
 
 def _expensive_operators() -> Iterator[Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from speed_async.algorithms.diagnostics import batch_metrics, screening_metrics, shaping_metrics
@@ -22,7 +22,13 @@ from speed_async.algorithms.objective import (
 )
 from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
-from speed_async.learner.adapters import add_adapters, has_adapters, without_adapters
+from speed_async.learner.adapters import (
+    add_adapters,
+    convert_frozen,
+    frozen_dtype,
+    has_adapters,
+    without_adapters,
+)
 from speed_async.learner.batch_checks import check_token_ids, inputs_finite
 from speed_async.learner.canary_probe import CanaryProbe
 from speed_async.learner.checkpoint.best import BestCheckpoints
@@ -58,6 +64,7 @@ from speed_async.learner.reference import Reference, load_reference
 from speed_async.learner.rows import TrainingRow, reweighted, training_rows
 from speed_async.types import Group
 from speed_async.weight_sync.canary_check import Canary
+from speed_async.weight_sync.device import resolve_device
 
 
 class Trainer:
@@ -107,15 +114,22 @@ class Trainer:
             temperature=config.actors.temperature,
             entropy_gradient=config.objective.entropy_coefficient > 0,
         )
+        device = ranks.device
+        if device is None and has_adapters(model):
+            device = resolve_device("learner.device", config.learner.device)
         self._micro_batches = MicroBatches(
-            self._policy, config.learner, context_length=context, ranks=ranks
+            self._policy, config.learner, context_length=context, ranks=ranks, device=device
         )
         self._canary_probe = CanaryProbe(
             model,
             max_context=config.model.context_length,
             seed=config.run.seed,
-            device=ranks.device,
+            device=device,
         )
+        if device is not None and has_adapters(model):  # still in host memory, in float32
+            convert_frozen(model, frozen_dtype(self._dtypes.default, device))
+            if ranks.mesh is None:
+                nn.Module.to(model, device)
         shard_as_configured = partial(
             shard,
             ranks=ranks,
@@ -185,7 +199,7 @@ class Trainer:
         )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights to broadcast, float32. As `ModelWeights.named`; `whole` has their values."""
+        """Weights to broadcast. As `ModelWeights.named`; `whole` has their values."""
         return self._weights.named()
 
     def whole(self, names: Sequence[str]) -> Mapping[str, Tensor]:

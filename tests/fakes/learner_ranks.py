@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+import speed_async.learner.trainer as trainer_module
 from speed_async.config.sections.objective import ObjectiveConfig
 from speed_async.learner.checkpoint.captured import MASTER, OPTIMIZER
 from speed_async.learner.checkpoint.shards import (
@@ -64,6 +66,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "overflow": {"micro_batch_tokens": 48},
 }
 OVERFLOWING_UPDATE = 2
+HALF = "half"
+"""As `adapters`, with frozen weights in bfloat16, as on GPUs."""
 
 
 def save_models(folder: Path) -> None:
@@ -108,13 +112,15 @@ def run_scenario(
     """The results of all updates, and the final parameters. A round is NUM_UPDATES of them.
     `resumes`: of the round after that of an earlier call with this folder and `saves`."""
     model_folder = folder / ("experts" if name == "experts" else "dense")
-    settings = {"lr": 1e-3, "warmup_updates": 0} | SCENARIOS[name]
+    scenario = SCENARIOS["adapters" if name == HALF else name]
     kind = "full" if name == "scored" else "selective" if name == "adapters" else "none"
-    trainer = Trainer(
-        config=make_config(model_folder, **settings),
-        model=load_for_rank(model_folder, ranks, device="cpu", activation_checkpointing=kind),
-        ranks=ranks,
-    )
+    with patch.object(trainer_module, "frozen_dtype") as frozen_dtype:
+        frozen_dtype.return_value = torch.bfloat16 if name == HALF else torch.float32
+        trainer = Trainer(
+            config=make_config(model_folder, **({"lr": 1e-3, "warmup_updates": 0} | scenario)),
+            model=load_for_rank(model_folder, ranks, device="cpu", activation_checkpointing=kind),
+            ranks=ranks,
+        )
     results, rows = [], folder / f"rows-{name}"
     if resumes:
         trainer.num_updates = NUM_UPDATES

@@ -2,7 +2,8 @@
 
 learner    16 bytes per parameter, over all learner ranks: float32 weights, gradients and two
            moments of AdamW; 4 more for the reference model of a KL divergence. With
-           adapters (LoRA) 4, and 16 per parameter of the adapters
+           adapters (LoRA) 4, or 2 for a bfloat16 model on a GPU, and 16 per parameter of the
+           adapters
 actor      weights (float32 on a CPU, the stored dtype on a GPU), and a KV cache of
            slots x context tokens x 2 x layers x KV heads x head size values; the torch engine on a
            CPU has more slots, to move rows (actors/torch_engine/cache_size.py)
@@ -21,7 +22,11 @@ from speed_async.launcher.preflight.memory_budget import (
     adapter_parameters,
 )
 from speed_async.launcher.preflight.model import CheckedModel
-from speed_async.launcher.preflight.shared_gpu import DTYPE_BYTES, model_sizes
+from speed_async.launcher.preflight.shared_gpu import (
+    DTYPE_BYTES,
+    frozen_value_bytes,
+    model_sizes,
+)
 from speed_async.launcher.preflight.weights import Weights
 
 LEARNER_BYTES = 2 * MASTER_BYTES + MOMENTS_BYTES
@@ -38,8 +43,10 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
     has_reference = config.objective.kl_coefficient > 0
     num_adapted = num_adapter_parameters(config, model)
     if config.learner.lora_rank:
-        learner_bytes = MASTER_BYTES * model.weights.num_parameters + LEARNER_BYTES * num_adapted
-        parts = f"{MASTER_BYTES} bytes per parameter, and {LEARNER_BYTES} per one of the adapters"
+        on_cpu = not on_gpu or config.learner.device == "cpu"
+        bytes_each = MASTER_BYTES if on_cpu else frozen_value_bytes(model.facts)
+        learner_bytes = bytes_each * model.weights.num_parameters + LEARNER_BYTES * num_adapted
+        parts = f"{bytes_each} bytes per parameter, and {LEARNER_BYTES} per one of the adapters"
         parts += "" if num_adapted else ", whose number is unknown and not included"
     else:
         bytes_each = LEARNER_BYTES + MASTER_BYTES * has_reference

@@ -2,7 +2,8 @@
 
 learner, per parameter: 4 bytes each of float32 weights and gradients, 8 of AdamW's two moments, 2
 of the bfloat16 weights of autocast, and 4 of a reference model if there is one. With adapters
-(LoRA), only these have gradients and moments, and the reference model is the model without them.
+(LoRA), only these have gradients and moments, the weights of a bfloat16 model take 2 bytes and need
+no copies, and the reference model is the model without adapters.
 Activations and logits are those of the largest micro-batch (`activation_bytes`, `logits_bytes`).
 
 engine: weights in its dtype, a KV cache of at least one sequence of the full context, and the
@@ -66,6 +67,8 @@ class Workload:
     has_reference: bool = False
     lora_rank: int = 0
     """0 trains all weights."""
+    frozen_value_bytes: int = MASTER_BYTES
+    """Bytes of one frozen weight, with adapters."""
     has_entropy_gradient: bool = False
     checkpointing: ActivationCheckpointing = "auto"
 
@@ -129,19 +132,23 @@ def learner_bytes(sizes: ModelSizes, workload: Workload) -> dict[str, int]:
     """Bytes of a learner on a GPU by part."""
     num, tokens = sizes.num_parameters, max(workload.longest_row, workload.micro_batch_tokens)
     trained = copied = num
+    weights_bytes = MASTER_BYTES * num
     checkpointing = resolved_checkpointing(workload.checkpointing, num, on_gpu=True)
     if workload.lora_rank:
         trained = adapter_parameters(sizes, workload.lora_rank)
+        weights_bytes = workload.frozen_value_bytes * num + MASTER_BYTES * trained
         # Autocast keeps the copies of trained weights only. Others live until the backward pass of
         # their layer, whose forward pass may be repeated just before.
-        if checkpointing != "none":
+        if workload.frozen_value_bytes == COMPUTE_BYTES:
+            copied = 0
+        elif checkpointing != "none":
             copied = num // sizes.num_layers
-        num, copied = num + trained, copied + trained
+        copied += trained
     has_model = workload.has_reference and not workload.lora_rank
     # A tensor larger than a bucket has its own; its digest is of a copy in the engines' precision.
     largest = workload.engine_value_bytes * sizes.vocab_size * sizes.hidden_size
     parts = {
-        "weights": MASTER_BYTES * num,
+        "weights": weights_bytes,
         "gradients": MASTER_BYTES * trained,
         "optimizer": MOMENTS_BYTES * trained,
         "bfloat16 weights": COMPUTE_BYTES * copied,

@@ -16,6 +16,8 @@ from speed_async.launcher.gpus import local_actor_gpus
 from speed_async.launcher.preflight.findings import Findings
 from speed_async.launcher.preflight.machine import size
 from speed_async.launcher.preflight.memory_budget import (
+    COMPUTE_BYTES,
+    MASTER_BYTES,
     MemoryBudget,
     ModelSizes,
     Workload,
@@ -204,6 +206,11 @@ def model_sizes(facts: ModelInfo, num_parameters: int) -> ModelSizes | None:
     )
 
 
+def frozen_value_bytes(facts: ModelInfo) -> int:
+    """Of a weight that a learner on a GPU does not train (`frozen_dtype` in the learner)."""
+    return COMPUTE_BYTES if facts.dtype == "bfloat16" else MASTER_BYTES
+
+
 def workload(config: Config, facts: ModelInfo) -> Workload:
     actors = config.actors
     longest = actors.max_new_tokens + (config.task.max_prompt_tokens or ASSUMED_PROMPT_TOKENS)
@@ -221,6 +228,7 @@ def workload(config: Config, facts: ModelInfo) -> Workload:
         bucket_bytes=config.weights.bucket_bytes,
         has_reference=config.objective.kl_coefficient > 0,
         lora_rank=config.learner.lora_rank,
+        frozen_value_bytes=frozen_value_bytes(facts),
         has_entropy_gradient=config.objective.entropy_coefficient > 0,
         checkpointing=config.learner.activation_checkpointing,
     )

@@ -151,6 +151,7 @@ def _load(config: Config, ranks: Ranks) -> PreTrainedModel:
         ranks,
         device=config.learner.device,
         activation_checkpointing=config.learner.activation_checkpointing,
+        on_cpu=config.learner.lora_rank > 0,  # the trainer converts the weights, then moves them
     )
 
 
@@ -166,8 +167,9 @@ async def _learn(
     folder = model_folder(config.model.path)
     if followers is None:
         model = await asyncio.to_thread(_load, config, ONE_RANK)
-        # Before the optimiser is created. Contiguous parameters are sent without being packed.
-        flatten_parameters(model)
+        if not config.learner.lora_rank:
+            # Before the optimiser is created. Contiguous parameters are sent without being packed.
+            flatten_parameters(model)
         trainer = Trainer(config=config, model=model, run_id=identity.run_id)
     else:
         ranks = await asyncio.to_thread(_join_ranks, config, rank, followers.store)

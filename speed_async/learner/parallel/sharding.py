@@ -1,8 +1,9 @@
 """Parameters sharded over the learner ranks by FSDP2 (`fully_shard`).
 
 Every rank has a part of each parameter, of its gradient and of the optimiser's moments, all in
-float32. A layer is gathered for its forward and backward pass only. Gradients are summed over the
-ranks, not averaged: the weights of the loss are those of the whole batch.
+float32 (frozen parameters may have another dtype). A layer is gathered for its forward and backward
+pass only. Gradients are summed over the ranks, not averaged: the weights of the loss are those of
+the whole batch.
 """
 
 import hashlib
@@ -37,16 +38,18 @@ def load_for_rank(
     *,
     device: DeviceChoice,
     activation_checkpointing: ActivationCheckpointing,
+    on_cpu: bool = False,
 ) -> PreTrainedModel:
     """The model of one rank. With several, rank 0 has the values, in host memory, and the others
-    have none. Raises ModelError as `load_model`."""
+    have none. `on_cpu` leaves it in host memory, also with one rank. Raises ModelError as
+    `load_model`."""
     if ranks.rank > 0:
         return empty_model(folder, device=device, activation_checkpointing=activation_checkpointing)
     return load_model(
         folder,
         device=device,
         activation_checkpointing=activation_checkpointing,
-        on_cpu=ranks.size > 1,
+        on_cpu=on_cpu or ranks.size > 1,
     )
 
 

@@ -77,6 +77,20 @@ def test_parts_of_a_1_5b_model_computed_by_hand() -> None:
     assert 0 <= left / (80 * GIB) - budget.engine_share < 0.001
 
 
+def test_adapters_of_a_bfloat16_model_computed_by_hand() -> None:
+    adapted = replace(WORKLOAD, lora_rank=16, frozen_value_bytes=2)
+    parts = learner_bytes(SIZES, adapted)
+    # Queries and output, keys and values, and gate, up and down of 28 layers.
+    trained = 16 * 28 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
+    assert parts["weights"] == 2 * 1_500_000_000 + 4 * trained
+    assert parts["gradients"] == 4 * trained
+    assert parts["optimizer"] == 8 * trained
+    assert parts["bfloat16 weights"] == 2 * trained  # autocast copies what is trained
+    in_float32 = learner_bytes(SIZES, replace(WORKLOAD, lora_rank=16))
+    assert in_float32["weights"] == 4 * (1_500_000_000 + trained)
+    assert in_float32["bfloat16 weights"] == 2 * (1_500_000_000 // 28 + trained)
+
+
 def test_what_a_learner_and_two_engines_need_must_be_there() -> None:
     two = {"has_learner": True, "num_engines": 2}
     needed = memory_budget(SIZES, WORKLOAD, total_bytes=0, **two).needed_bytes

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import speed_async.learner.trainer as trainer_module
 from speed_async.config.sections.learner import LearnerConfig
 from speed_async.config.sections.objective import ObjectiveConfig
 from speed_async.errors import ModelError
@@ -17,6 +18,8 @@ from speed_async.launcher.preflight.memory_budget import adapter_parameters
 from speed_async.learner.adapters import (
     AdaptedLinear,
     add_adapters,
+    convert_frozen,
+    frozen_dtype,
     is_factor,
     without_adapters,
 )
@@ -165,6 +168,47 @@ def test_the_reference_is_the_model_without_adapters_and_takes_no_memory(
     assert adapted[0]["reference_kl_k3"] == pytest.approx(whole[0]["reference_kl_k3"], abs=1e-9)
     assert adapted[1]["reference_kl_k3"] > 0
     torch.testing.assert_close(start, logits(load_model(model_folder, device="cpu")))
+
+
+def test_frozen_weights_stay_in_bfloat16_on_a_gpu_only() -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert frozen_dtype(torch.bfloat16, gpu) is torch.bfloat16
+    assert frozen_dtype(torch.bfloat16, cpu) is torch.float32
+    assert frozen_dtype(torch.float32, gpu) is torch.float32
+    assert frozen_dtype(torch.float16, gpu) is torch.float32
+
+
+def test_with_bfloat16_frozen_weights_training_and_the_merged_weights_are_those_of_float32(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here computed in bfloat16 throughout; a GPU does so under autocast."""
+    model = load_model(model_folder, device="cpu")
+    convert_frozen(model.requires_grad_(False), torch.bfloat16)
+    model.save_pretrained(model_folder)  # values that bfloat16 has
+    full = trained(model_folder, num_updates=3)
+    monkeypatch.setattr(trainer_module, "frozen_dtype", lambda stored, device: stored)
+    half = trained(model_folder, num_updates=3)
+    frozen = {each.dtype for each in half.model.parameters() if not each.requires_grad}
+    assert frozen == {torch.bfloat16}
+    assert all(
+        each.dtype == torch.float32 for each in half.model.parameters() if each.requires_grad
+    )
+    half.canary()
+
+    start = dict(load_model(model_folder, device="cpu").named_parameters())
+    expected, found = weights_of(full), weights_of(half)
+    changed = [name for name in expected if not torch.equal(expected[name], start[name])]
+    assert len(changed) == 2 * 7
+    for name in changed:
+        assert found[name].dtype == torch.float32  # rounded once, by the sender
+        one, other = (each[name] - start[name] for each in (expected, found))
+        assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.9, name
+    half.save(at(3))
+    merged = AutoModelForCausalLM.from_pretrained(
+        checkpoint_folder(model_folder / "run" / "checkpoints", 3), dtype="auto"
+    )
+    for name, value in merged.named_parameters():
+        torch.testing.assert_close(value.detach(), found[name].bfloat16(), rtol=0, atol=0)
 
 
 def test_memory_and_disk_are_what_the_formulas_say(model_folder: Path) -> None:
