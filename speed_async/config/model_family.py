@@ -20,6 +20,8 @@ ATTENTION_CAPS = ("attn_logit_softcapping",)
 """Fields that cap attention scores, which fused attention (SDPA) ignores."""
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Fields with the number of experts that a router chooses from."""
+ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
+RECURRENT_FIELDS = ("mamba_", "ssm_", "linear_", "state_size")
 LONG_ROPE = ("longrope", "su", "dynamic")
 """Rotary embeddings that change for all tokens of a batch when one sequence exceeds a length."""
 
@@ -64,6 +66,14 @@ def routing_notice(record: Mapping[str, Any]) -> str:
         "the experts that the engine chose, so the ratio pi / mu of single tokens can be far from "
         "1 at an unchanged policy; objective.dual_clip and the corrections bound their gradient "
         "(metrics token_weight_max, dual_clipped_share, ratio_max)"
+    )
+
+
+def has_only_attention(record: Mapping[str, Any]) -> bool:
+    """Whether no layer has a recurrent state, as those of Mamba and of linear attention."""
+    layers = record.get("layer_types") or ()
+    return set(layers) <= ATTENTION_LAYERS and not any(
+        name.startswith(RECURRENT_FIELDS) for name in record
     )
 
 

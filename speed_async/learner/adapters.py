@@ -4,14 +4,14 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (ar
 equation 3, with s = alpha / rank. Adapters have the names and the initial values of peft: A is
 uniform as the weights of a new linear layer, B is zero, so training begins at the given model.
 Embeddings, head, norms, biases and routers stay as they are, and so do experts that are one tensor.
-The factors are float32. On a GPU, frozen weights of a bfloat16 model stay in bfloat16: half the
-memory, and no copies for the forward pass. The sum W + s B A is rounded once, for the engines.
+The factors are float32. On a GPU, frozen weights that the folder has in bfloat16 stay so: half
+the memory, and no copies for the forward pass. The sum W + s B A is rounded once, for the engines.
 
 Shape legend: R rank, I inputs, O outputs.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from speed_async.config.schema import Config
 from speed_async.config.sections.learner import LearnerConfig
 from speed_async.errors import ModelError
 from speed_async.learner.parallel.sharding import whole
@@ -45,9 +46,7 @@ class AdaptedLinear(nn.Linear):
         output = super().forward(input)
         if not self.is_active:
             return output
-        # Without autocast, `input` and `output` have the dtype of the frozen weights.
-        change = F.linear(F.linear(input.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return output + (self.scale * change).to(output.dtype)
+        return output + self.scale * F.linear(F.linear(input, self.lora_A), self.lora_B)
 
     def merged(self) -> Tensor:
         """W + s B A (O, I), float32, whole also when the parameters are sharded."""
@@ -78,18 +77,21 @@ def add_adapters(model: PreTrainedModel, config: LearnerConfig, *, seed: int) ->
         model.base_model.set_submodule(name, adapted)
 
 
-def frozen_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of frozen weights on `device`, for a model folder of dtype `stored`. A CPU computes
-    in float32."""
-    keeps = device.type == "cuda" and stored == torch.bfloat16
-    return stored if keeps else torch.float32
+def keeps_bfloat16(config: Config, device: torch.device) -> bool:
+    """Whether frozen weights stay in bfloat16: on a GPU, unless engines compute in float32, whose
+    canary is compared at a precision that bfloat16 does not reach."""
+    return device.type == "cuda" and not config.actors.computes_in_float32
 
 
-def convert_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Converts the frozen parameters in place, one at a time. Buffers stay as they are."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+def restore_bfloat16(model: nn.Module, dtype_of: Callable[[str], torch.dtype]) -> bool:
+    """Converts the frozen parameters in place whose dtype in the model folder, `dtype_of` their
+    name, is bfloat16. They had their values from there. Returns whether there are any."""
+    is_any = False
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and dtype_of(name) == torch.bfloat16:
+            parameter.data = parameter.data.to(torch.bfloat16)
+            is_any = True
+    return is_any
 
 
 def is_factor(name: str) -> bool:

@@ -1,5 +1,6 @@
 """Model loading, and the properties that the learner requires of every model family."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Loads a Hugging Face causal LM for training, with float32 parameters and without dropout.
 
-    `on_cpu` leaves the parameters on the CPU, for sharding to `device`.
+    `on_cpu` leaves the parameters on the CPU, for a later move to `device`.
     Raises ModelError when the folder is missing or unreadable, or when weights are missing.
     """
     folder = Path(path)
@@ -84,8 +85,8 @@ def _set_mode(model: PreTrainedModel, choice: ActivationCheckpointing, *, on_gpu
     rho."""
     model.eval()
     for module in model.modules():
-        if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
-            module.forward = partial(_forward_experts, module, module.forward)
+        if hasattr(module, "_apply_gate"):  # experts that are one tensor, in transformers
+            module.forward = partial(_forward_experts, weakref.ref(module))
     checkpointing = resolved_checkpointing(choice, model.num_parameters(), on_gpu=on_gpu)
     if checkpointing == "none":
         return
@@ -102,11 +103,10 @@ def _set_mode(model: PreTrainedModel, choice: ActivationCheckpointing, *, on_gpu
                 setattr(module, "dropout", 0.0)  # noqa: B010 - a float, annotated as Module
 
 
-def _forward_experts(
-    module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """`forward` with the weights in the dtype of autocast, which does not apply to the products of
-    experts that are one tensor. Gradients have the dtype of the parameters."""
+def _forward_experts(reference: Callable[[], nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """The forward pass with the weights in the dtype of autocast, which does not apply to the
+    products of experts that are one tensor. Gradients have the dtype of the parameters."""
+    module = reference()
     parameters = dict(module.named_parameters(recurse=False))
     device_type = next(iter(parameters.values())).device.type
     if torch.is_autocast_enabled(device_type):
@@ -114,7 +114,7 @@ def _forward_experts(
         others = {name: each.to(dtype) for name, each in parameters.items() if each.dtype != dtype}
         if others:
             return functional_call(module, others, args, kwargs)  # calls this once more
-    return forward(*args, **kwargs)
+    return type(module).forward(module, *args, **kwargs)
 
 
 def _expensive_operators() -> Iterator[Any]:

@@ -53,21 +53,22 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.autocasts = True
         """Whether `forward` computes in bfloat16 on a GPU although the parameters are float32."""
+        self.has_bfloat16 = False
+        """Whether some parameters are in bfloat16, so that it computes in it on any device."""
 
     def forward(self, batch: MicroBatch, *, plain: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probabilities (N,) with gradient and entropies (N,), with gradient if
         `entropy_gradient`, both of softmax(logits / temperature) over the full vocabulary, in
         float32.
 
-        On a GPU, matrix products run in bfloat16; parameters and log-softmax stay in float32.
-        `plain` uses temperature 1 and the precision of the parameters throughout.
+        On a GPU, matrix products run in bfloat16; trained parameters and log-softmax stay in
+        float32. `plain` uses temperature 1, and the precision of the parameters if all are float32.
         """
-        if plain:
-            return self.score(batch, temperature=1.0)
         device_type = batch.input_ids_BL.device.type
-        autocasts = self.autocasts and device_type == "cuda"
+        on_gpu = device_type == "cuda"
+        autocasts = self.autocasts and (self.has_bfloat16 or (on_gpu and not plain))
         with torch.autocast(device_type, torch.bfloat16, enabled=autocasts):
-            return self.score(batch)
+            return self.score(batch, temperature=1.0 if plain else None)
 
     def score(
         self, batch: MicroBatch, *, temperature: float | None = None

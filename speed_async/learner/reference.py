@@ -2,7 +2,7 @@
 
 It is loaded from `model.path` in every attempt, so a resumed run has the same reference. It has the
 dtype of the learner (float32) and the sampling temperature. With adapters, it is the policy without
-them, and takes no memory.
+them: it takes no memory, and has the dtype of the frozen weights.
 
 Shape legend: N completions of one group.
 """

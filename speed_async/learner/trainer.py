@@ -24,9 +24,9 @@ from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
 from speed_async.learner.adapters import (
     add_adapters,
-    convert_frozen,
-    frozen_dtype,
     has_adapters,
+    keeps_bfloat16,
+    restore_bfloat16,
     without_adapters,
 )
 from speed_async.learner.batch_checks import check_token_ids, inputs_finite
@@ -85,8 +85,9 @@ class Trainer:
         run_id: str = "",
         ranks: Ranks = ONE_RANK,
     ) -> None:
-        """`model` is a result of `load_for_rank`; with several ranks, it is sharded. `objective`
-        None builds the configured objective. `run_id` is stored in every checkpoint.
+        """`model` is a result of `load_for_rank`; with several ranks, it is sharded, and with
+        adapters it is moved to `learner.device`. `objective` None builds the configured objective.
+        `run_id` is stored in every checkpoint.
 
         Raises ModelError when the learner does not support the model.
         """
@@ -126,15 +127,16 @@ class Trainer:
             seed=config.run.seed,
             device=device,
         )
-        if device is not None and has_adapters(model):  # still in host memory, in float32
-            convert_frozen(model, frozen_dtype(self._dtypes.default, device))
+        if device is not None and has_adapters(model):
+            if keeps_bfloat16(config, device):
+                self._policy.has_bfloat16 = restore_bfloat16(model, self._dtypes.of)
             if ranks.mesh is None:
                 nn.Module.to(model, device)
         shard_as_configured = partial(
             shard,
             ranks=ranks,
-            # Canaries of float32 engines are compared at a precision that bfloat16 does not reach.
-            half_precision=self._dtypes.default != torch.float32,
+            half_precision=self._dtypes.default != torch.float32
+            and not config.actors.computes_in_float32,
             cpu_offload=config.learner.cpu_offload,
         )
         if config.learner.compile:

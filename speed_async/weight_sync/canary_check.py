@@ -20,7 +20,7 @@ MAX_CANARY_TOKENS = 4096
 FLOAT32_TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.3
 """Nats per token. bfloat16 logits are rounded by up to 1/256 of their magnitude, differently in
-each kernel; the learner's values are float32."""
+each kernel; the learner's values are float32, or bfloat16 where its weights are."""
 FULL_PRECISION = ("float32", "float64")
 REMEDY = (
     "the engine does not compute with the weights that were sent (a tensor that was not loaded, a "

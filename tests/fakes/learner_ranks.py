@@ -28,6 +28,7 @@ from speed_async.learner.checkpoint.shards import (
     load_weights,
     saved_paths,
 )
+from speed_async.learner.model import load_model
 from speed_async.learner.parallel.ranks import ONE_RANK, Ranks, join_ranks, leave_ranks
 from speed_async.learner.parallel.sharding import load_for_rank
 from speed_async.learner.trainer import Trainer
@@ -71,7 +72,8 @@ HALF = "half"
 
 
 def save_models(folder: Path) -> None:
-    save_tiny_llama(folder / "dense")
+    dense = load_model(save_tiny_llama(folder / "dense"), device="cpu")
+    dense.bfloat16().save_pretrained(folder / HALF)
     torch.manual_seed(0)
     settings = Qwen3MoeConfig(
         hidden_size=16,
@@ -111,11 +113,10 @@ def run_scenario(
 ) -> tuple[list[Any], dict[str, Tensor]]:
     """The results of all updates, and the final parameters. A round is NUM_UPDATES of them.
     `resumes`: of the round after that of an earlier call with this folder and `saves`."""
-    model_folder = folder / ("experts" if name == "experts" else "dense")
+    model_folder = folder / (name if name in ("experts", HALF) else "dense")
     scenario = SCENARIOS["adapters" if name == HALF else name]
     kind = "full" if name == "scored" else "selective" if name == "adapters" else "none"
-    with patch.object(trainer_module, "frozen_dtype") as frozen_dtype:
-        frozen_dtype.return_value = torch.bfloat16 if name == HALF else torch.float32
+    with patch.object(trainer_module, "keeps_bfloat16", return_value=name == HALF):
         trainer = Trainer(
             config=make_config(model_folder, **({"lr": 1e-3, "warmup_updates": 0} | scenario)),
             model=load_for_rank(model_folder, ranks, device="cpu", activation_checkpointing=kind),

@@ -41,7 +41,9 @@ class ActorsConfig(Section):
     """Sequences that one actor decodes concurrently. None: 64; `vllm`: 256, of which as many run as
     its KV cache holds."""
     temperature: PositiveFloat = 1.0
+    """Sampling temperature. The learner's log-probabilities have it too."""
     max_new_tokens: PositiveInt = 64
+    """Longest completion, in tokens. A longer one is truncated."""
     running_at_update: Literal["keep", "recompute"] = "keep"
     """Handling of running sequences when weights change. `keep`: they continue with their KV cache.
     `recompute`: the KV cache is recomputed with the new weights. In both cases mu is recorded as
@@ -50,13 +52,22 @@ class ActorsConfig(Section):
     num_threads: PositiveInt = 1
     """Torch threads of one actor on a CPU."""
     verifier_workers: PositiveInt = 1
+    """Processes that score the completions of one actor."""
     verifier_timeout_s: PositiveFloat = 10.0
+    """Longest time to score one completion. Beyond it, the group has failed."""
     max_restarts: NonNegativeInt = 3
     """Maximum restarts of one actor after it was killed by a signal."""
 
     @property
     def num_slots(self) -> int:
         return self.slots or (256 if self.engine == "vllm" else DEFAULT_SLOTS)
+
+    @property
+    def computes_in_float32(self) -> bool:
+        """Whether the engines do, whatever the dtype of the model folder."""
+        if self.engine == "vllm":
+            return self.vllm.arguments.get("dtype") in ("float32", "float")
+        return self.device == "cpu"
 
     @property
     def weight_ranks(self) -> int:

@@ -14,7 +14,8 @@ from torch._C._distributed_c10d import Store, TCPStore
 from transformers import PreTrainedModel
 
 from speed_async.config.local_model import model_folder
-from speed_async.config.model_family import routing_notice
+from speed_async.config.model_facts import read_model_info
+from speed_async.config.model_family import has_only_attention, routing_notice
 from speed_async.config.schema import Config
 from speed_async.launcher.attempt import Attempt
 from speed_async.launcher.gpus import local_actor_gpus
@@ -146,12 +147,16 @@ def _join_ranks(config: Config, rank: Rank, store: Store) -> Ranks:
 
 
 def _load(config: Config, ranks: Ranks) -> PreTrainedModel:
+    folder = model_folder(config.model.path)
+    # With adapters, the trainer converts the weights before it moves them. Before that it computes
+    # a few tokens, which kernels of other layers than attention may only do on a GPU.
+    has_adapters = config.learner.lora_rank > 0
     return load_for_rank(
-        model_folder(config.model.path),
+        folder,
         ranks,
         device=config.learner.device,
         activation_checkpointing=config.learner.activation_checkpointing,
-        on_cpu=config.learner.lora_rank > 0,  # the trainer converts the weights, then moves them
+        on_cpu=has_adapters and has_only_attention(read_model_info(folder).record),
     )
 
 
@@ -170,7 +175,9 @@ async def _learn(
         if not config.learner.lora_rank:
             # Before the optimiser is created. Contiguous parameters are sent without being packed.
             flatten_parameters(model)
-        trainer = Trainer(config=config, model=model, run_id=identity.run_id)
+        trainer = await asyncio.to_thread(
+            Trainer, config=config, model=model, run_id=identity.run_id
+        )
     else:
         ranks = await asyncio.to_thread(_join_ranks, config, rank, followers.store)
         model = await asyncio.to_thread(_load, config, ranks)
