@@ -12,8 +12,8 @@ class BufferConfig(Section):
     capacity_bytes: PositiveInt = 1024 * 1024 * 1024
     """Maximum array bytes of buffered groups, with the same eviction."""
     credits: PositiveInt | None = None
-    """Maximum number of groups that are leased, buffered or in training; None derives it (see
-    `max_credits`). With a higher number, groups become stale."""
+    """Maximum number of groups that are leased, buffered or in training. None: (`max_staleness`
+    + 1) x `learner.groups_per_update`. With a higher number, groups become stale."""
     durability: Literal["none", "batched", "every"] = "batched"
     """Durability of the journal. `batched`: a killed process loses nothing, a power failure at most
     the last second. `every`: neither loses data; each acknowledgement waits for the disk. `none`:

@@ -40,8 +40,9 @@ class ClusterConfig(Section):
     stall_timeout_s: PositiveFloat = 600.0
     """Time without any new token of any actor after which the run fails, or ends without the result
     of its last evaluation. Also the limit of one engine start, and of the time in which none of
-    `max_credits` prompts in a row enters the buffer."""
+    as many prompts in a row as a run has credits (`buffer.credits`) enters the buffer."""
     drain_timeout_s: PositiveFloat = 20.0
+    """Longest time that an ending process waits for running requests and acknowledgements."""
 
     @property
     def is_loopback(self) -> bool:

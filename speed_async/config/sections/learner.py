@@ -17,6 +17,7 @@ ActivationCheckpointing = Literal["auto", "none", "selective", "full"]
 
 class LearnerConfig(Section):
     groups_per_update: PositiveInt = 16
+    """Groups of a batch. Times the group size, it is the completions of an update."""
     passes: PositiveInt = 1
     """Passes over each batch (PPO epochs). The batch makes passes x minibatches optimiser updates
     and one policy version."""

@@ -76,7 +76,7 @@ class ObjectiveConfig(Section):
     DAPO). Their rewards remain in the baselines."""
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
     """Factor of the KL divergence from the start model (`model.path`); 0 disables it. It keeps a
-    second copy of the model."""
+    second copy of the model, unless adapters are trained."""
     kl: Literal["k1", "k2", "k3"] = "k2"
     """Estimator of the KL divergence (algorithms/regularization.py). `k1`: subtracted from the
     reward, summed over the completion. `k2`, `k3`: added to the loss of each token."""

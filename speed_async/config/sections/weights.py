@@ -11,6 +11,7 @@ class WeightsConfig(Section):
     per rank. `ipc`: within one machine, through shared memory (GPU memory if learner and actors
     share the GPU). `auto` selects a backend by the devices of the ranks."""
     bucket_bytes: PositiveInt = 64 * 1024 * 1024
+    """Tensors are sent together up to this size. Sender and receiver have two such buffers."""
     deadline_s: PositiveFloat = 60.0
     """Maximum wait in each stage of a transfer."""
     canary_tolerance: PositiveFloat | None = None

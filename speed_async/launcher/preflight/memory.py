@@ -44,7 +44,7 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
     num_adapted = num_adapter_parameters(config, model)
     if config.learner.lora_rank:
         on_cpu = not on_gpu or config.learner.device == "cpu"
-        bytes_each = MASTER_BYTES if on_cpu else frozen_value_bytes(model.facts)
+        bytes_each = MASTER_BYTES if on_cpu else frozen_value_bytes(config, model.facts)
         learner_bytes = bytes_each * model.weights.num_parameters + LEARNER_BYTES * num_adapted
         parts = f"{bytes_each} bytes per parameter, and {LEARNER_BYTES} per one of the adapters"
         parts += "" if num_adapted else ", whose number is unknown and not included"

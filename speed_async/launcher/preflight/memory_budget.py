@@ -1,9 +1,10 @@
-"""Memory of one GPU that a learner and engines share, by part.
+"""Memory of one GPU of a learner, of engines, or of both, by part.
 
 learner, per parameter: 4 bytes each of float32 weights and gradients, 8 of AdamW's two moments, 2
 of the bfloat16 weights of autocast, and 4 of a reference model if there is one. With adapters
 (LoRA), only these have gradients and moments, the weights of a bfloat16 model take 2 bytes and need
-no copies, and the reference model is the model without adapters.
+no copies, and the reference model is the model without adapters. Several learners divide all of
+this, and gather in bfloat16 what they compute with; `cpu_offload` keeps the rest in host memory.
 Activations and logits are those of the largest micro-batch (`activation_bytes`, `logits_bytes`).
 
 engine: weights in its dtype, a KV cache of at least one sequence of the full context, and the
@@ -69,6 +70,10 @@ class Workload:
     """0 trains all weights."""
     frozen_value_bytes: int = MASTER_BYTES
     """Bytes of one frozen weight, with adapters."""
+    learner_shards: int = 1
+    """Learners that divide the parameters."""
+    cpu_offload: bool = False
+    """With several learners."""
     has_entropy_gradient: bool = False
     checkpointing: ActivationCheckpointing = "auto"
 
@@ -111,7 +116,7 @@ class MemoryBudget:
 def memory_budget(
     sizes: ModelSizes, workload: Workload, *, has_learner: bool, num_engines: int, total_bytes: int
 ) -> MemoryBudget:
-    """The budget of a GPU of `total_bytes` with `num_engines` >= 1 engines."""
+    """The budget of a GPU of `total_bytes`. `num_engines` is 0 only for a learner by itself."""
     value_bytes, shards = workload.engine_value_bytes, workload.engine_shards
     kv_bytes = value_bytes * sizes.kv_values_per_token * workload.num_kv_tokens
     engine = {
@@ -147,18 +152,30 @@ def learner_bytes(sizes: ModelSizes, workload: Workload) -> dict[str, int]:
     has_model = workload.has_reference and not workload.lora_rank
     # A tensor larger than a bucket has its own; its digest is of a copy in the engines' precision.
     largest = workload.engine_value_bytes * sizes.vocab_size * sizes.hidden_size
+    shards = workload.learner_shards
+    kept = 0 if workload.cpu_offload and shards > 1 else 1
     parts = {
-        "weights": weights_bytes,
-        "gradients": MASTER_BYTES * trained,
-        "optimizer": MOMENTS_BYTES * trained,
-        "bfloat16 weights": COMPUTE_BYTES * copied,
-        "reference model": MASTER_BYTES * num * has_model,
+        "weights": kept * weights_bytes // shards,
+        "gradients": kept * MASTER_BYTES * trained // shards,
+        "optimizer": kept * MOMENTS_BYTES * trained // shards,
+        "bfloat16 weights": COMPUTE_BYTES * copied if shards == 1 else 0,
+        "gathered weights": _gathered_bytes(sizes, workload) if shards > 1 else 0,
+        "reference model": kept * MASTER_BYTES * num * has_model // shards,
         "activations": activation_bytes(sizes, tokens, checkpointing=checkpointing),
         "logits": logits_bytes(sizes, tokens, entropy_gradient=workload.has_entropy_gradient),
         "weight transfer": 2 * max(workload.bucket_bytes, largest) + largest,
         "process": PROCESS_BYTES,
     }
     return {name: size for name, size in parts.items() if size}
+
+
+def _gathered_bytes(sizes: ModelSizes, workload: Workload) -> int:
+    """Of sharded parameters, what a learner has whole: in bfloat16 two layers (one is gathered
+    while another computes) and the embeddings, and one gradient before it is divided."""
+    tables = sizes.vocab_size * sizes.hidden_size
+    layer = (sizes.num_parameters - tables) // sizes.num_layers
+    gradient = 0 if workload.lora_rank else MASTER_BYTES * max(layer, tables)
+    return COMPUTE_BYTES * (2 * layer + tables) + gradient
 
 
 def adapter_parameters(sizes: ModelSizes, rank: int) -> int:

@@ -1,10 +1,11 @@
-"""GPUs that the learner and actors share: whether they fit, and each engine's part of the memory.
+"""GPUs of learners, and those that actors share: whether all fits, and each engine's part.
 
 The first node decides, where the learner is: all actors of a run have one configuration.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from speed_async.actors.torch_engine.cache_size import cache_layout
 from speed_async.config.cuda import gpu_memory_bytes
@@ -39,7 +40,8 @@ def shared_gpu_budgets(
     gpu_bytes: Sequence[int],
     num_local_ranks: int,
 ) -> dict[int, MemoryBudget]:
-    """The budget of each GPU of the first node that has several users, by its index.
+    """The budget of each GPU of the first node that has a learner or several engines, by its
+    index.
 
     `gpu_bytes`: memory of each visible GPU. Empty if config.json leaves sizes to the model class.
     """
@@ -52,19 +54,20 @@ def shared_gpu_budgets(
     )
     actors = local_actor_gpus(config, learner, len(gpu_bytes)) if uses_cuda else []
     engines = Counter(gpu for gpus in actors for gpu in set(gpus))
-    has_learner = config.learner.device != "cpu"
-    budgets = {}
-    for gpu, num_engines in sorted(engines.items()):
-        is_learners = has_learner and gpu == 0
-        if num_engines + is_learners > 1:
-            budgets[gpu] = memory_budget(
-                sizes,
-                workload(config, facts),
-                has_learner=is_learners,
-                num_engines=num_engines,
-                total_bytes=gpu_bytes[gpu],
-            )
-    return budgets
+    num_learners = min(config.cluster.learners, num_local_ranks)
+    if config.learner.device == "cpu":
+        num_learners = 0
+    return {
+        gpu: memory_budget(
+            sizes,
+            workload(config, facts, num_local_ranks=num_local_ranks),
+            has_learner=gpu < num_learners,
+            num_engines=engines[gpu],
+            total_bytes=total_bytes,
+        )
+        for gpu, total_bytes in enumerate(gpu_bytes)
+        if gpu < num_learners or engines[gpu] > 1
+    }
 
 
 def check_shared_gpus(
@@ -91,11 +94,13 @@ def check_shared_gpus(
     sizes = model_sizes(facts, num_parameters)
     if sizes is None or config.actors.engine == "scripted":
         return []
-    one = memory_budget(
-        sizes, workload(config, facts), has_learner=True, num_engines=1, total_bytes=0
-    )
-    needs = f"at least {size(one.needed_bytes)}: {parts_text(one)}"
-    return [f"a GPU that the learner shares with one actor needs {needs}"]
+    load = workload(config, facts, num_local_ranks=num_local_ranks)
+    one = memory_budget(sizes, load, has_learner=True, num_engines=1, total_bytes=0)
+    alone = replace(one, num_engines=0)
+    return [
+        f"a GPU that a learner shares with one actor needs at least {size(one.needed_bytes)}: "
+        f"{parts_text(one)}; one of the learner's own, {size(alone.needed_bytes)}"
+    ]
 
 
 def with_shared_memory(config: Config, *, num_local_ranks: int) -> Config:
@@ -122,9 +127,10 @@ def with_shared_memory(config: Config, *, num_local_ranks: int) -> Config:
     for gpu, budget in budgets.items():
         if (fault := budget_fault(config, gpu, budget)) is not None:
             raise fault
-    if not budgets or vllm.gpu_memory_utilization is not None:
+    with_engines = [budget for budget in budgets.values() if budget.num_engines]
+    if not with_engines or vllm.gpu_memory_utilization is not None:
         return config
-    smallest = min(budgets.values(), key=lambda budget: budget.engine_share)
+    smallest = min(with_engines, key=lambda budget: budget.engine_share)
     share = {
         "gpu_memory_utilization": smallest.engine_share,
         "kv_cache_bytes": vllm.kv_cache_bytes or smallest.kv_cache_bytes,
@@ -137,6 +143,8 @@ def budget_fault(config: Config, gpu: int, budget: MemoryBudget) -> ConfigError 
     """Why the users of this GPU do not fit, with all figures; None if they fit."""
     wanted = config.actors.vllm.gpu_memory_utilization
     total = budget.total_bytes
+    if not budget.num_engines:
+        return None if budget.fits else _learner_fault(config, gpu, budget)
     if config.actors.engine == "vllm" and wanted is not None and budget.fits:
         if wanted <= budget.engine_share:
             return None
@@ -157,7 +165,24 @@ def budget_fault(config: Config, gpu: int, budget: MemoryBudget) -> ConfigError 
     )
 
 
+def _learner_fault(config: Config, gpu: int, budget: MemoryBudget) -> ConfigError:
+    return ConfigError(
+        "model.path",
+        config.model.path,
+        f"a learner on GPU {gpu} needs {size(budget.needed_bytes)} of "
+        f"{size(budget.total_bytes)}: {parts_text(budget)}; divide the model over several learners "
+        "(cluster.learners, learner.cpu_offload), train adapters (learner.lora_rank), use a larger "
+        "GPU or a smaller model, or reduce model.context_length, actors.max_new_tokens or "
+        "learner.micro_batch_tokens",
+    )
+
+
 def describe(config: Config, gpu: int, budget: MemoryBudget) -> str:
+    if not budget.num_engines:
+        return (
+            f"GPU {gpu} ({size(budget.total_bytes)}) is a learner's own, which needs "
+            f"{size(budget.needed_bytes)}: {parts_text(budget)}"
+        )
     text = (
         f"GPU {gpu} ({size(budget.total_bytes)}) is shared by {_users(budget)}, which need "
         f"{size(budget.needed_bytes)}: {parts_text(budget)}"
@@ -177,8 +202,9 @@ def parts_text(budget: MemoryBudget) -> str:
     parts = []
     if budget.learner:
         parts.append(f"learner {_listed(budget.learner)}")
-    each = "each engine" if budget.num_engines > 1 else "engine"
-    parts.append(f"{each} {_listed(budget.engine)}")
+    if budget.num_engines:
+        each = "each engine" if budget.num_engines > 1 else "engine"
+        parts.append(f"{each} {_listed(budget.engine)}")
     return "; ".join(parts)
 
 
@@ -206,13 +232,18 @@ def model_sizes(facts: ModelInfo, num_parameters: int) -> ModelSizes | None:
     )
 
 
-def frozen_value_bytes(facts: ModelInfo) -> int:
-    """Of a weight that a learner on a GPU does not train (`frozen_dtype` in the learner)."""
-    return COMPUTE_BYTES if facts.dtype == "bfloat16" else MASTER_BYTES
+def frozen_value_bytes(config: Config, facts: ModelInfo) -> int:
+    """Of a weight that a learner on a GPU does not train (`keeps_bfloat16` in the learner)."""
+    keeps = facts.dtype == "bfloat16" and not config.actors.computes_in_float32
+    return COMPUTE_BYTES if keeps else MASTER_BYTES
 
 
-def workload(config: Config, facts: ModelInfo) -> Workload:
+def workload(config: Config, facts: ModelInfo, *, num_local_ranks: int) -> Workload:
+    """`num_local_ranks`: processes per node, over whose learners the model is divided."""
     actors = config.actors
+    learners = config.cluster.learners
+    # As `join_ranks` does: replicated across nodes that are full of learners.
+    fills_nodes = 1 < num_local_ranks < learners and learners % num_local_ranks == 0
     longest = actors.max_new_tokens + (config.task.max_prompt_tokens or ASSUMED_PROMPT_TOKENS)
     context = config.model.context_length or facts.context_length or longest
     longest = min(longest, context)
@@ -228,7 +259,9 @@ def workload(config: Config, facts: ModelInfo) -> Workload:
         bucket_bytes=config.weights.bucket_bytes,
         has_reference=config.objective.kl_coefficient > 0,
         lora_rank=config.learner.lora_rank,
-        frozen_value_bytes=frozen_value_bytes(facts),
+        frozen_value_bytes=frozen_value_bytes(config, facts),
+        learner_shards=num_local_ranks if fills_nodes else learners,
+        cpu_offload=config.learner.cpu_offload,
         has_entropy_gradient=config.objective.entropy_coefficient > 0,
         checkpointing=config.learner.activation_checkpointing,
     )
@@ -236,7 +269,7 @@ def workload(config: Config, facts: ModelInfo) -> Workload:
 
 def _users(budget: MemoryBudget) -> str:
     engines = f"{budget.num_engines} actor{'s' if budget.num_engines > 1 else ''}"
-    return f"the learner and {engines}" if budget.learner else engines
+    return f"a learner and {engines}" if budget.learner else engines
 
 
 def _listed(parts: Mapping[str, int]) -> str:

@@ -197,15 +197,17 @@ def make_config(folder: Path, **sections: dict[str, Any]) -> Config:
     [
         (1, 2, {}, {0: (True, 1)}),
         (1, 3, {}, {0: (True, 2)}),
-        (2, 2, {}, {}),
+        (2, 2, {}, {0: (True, 0)}),
         (2, 4, {}, {0: (True, 1), 1: (False, 2)}),
+        (4, 4, {"cluster": {"learners": 2}}, {0: (True, 0), 1: (True, 0)}),
+        (3, 4, {"cluster": {"learners": 2}}, {0: (True, 1), 1: (True, 0)}),
         (1, 2, {"learner": {"device": "cpu"}}, {}),
-        (1, 2, {"actors": {"engine": "torch", "device": "cpu"}}, {}),
+        (1, 2, {"actors": {"engine": "torch", "device": "cpu"}}, {0: (True, 0)}),
         (1, 2, {"actors": {"engine": "torch"}}, {0: (True, 1)}),
         (0, 2, {}, {}),
     ],
 )
-def test_users_of_each_shared_gpu(
+def test_users_of_each_gpu_with_a_learner_or_several_engines(
     folder: Path,
     gpus: int,
     num_ranks: int,
@@ -247,7 +249,7 @@ def test_a_gpu_that_is_too_small_is_refused_with_all_figures(
     with pytest.raises(ConfigError) as raised:
         with_shared_memory(make_config(folder), num_local_ranks=2)
     text = str(raised.value)
-    assert "GPU 0 is shared by the learner and 1 actor, which need 3." in text
+    assert "GPU 0 is shared by a learner and 1 actor, which need 3." in text
     for part in (
         "of 2.0 GiB: learner weights",
         "gradients",
@@ -262,6 +264,49 @@ def test_a_gpu_that_is_too_small_is_refused_with_all_figures(
     wanted = make_config(folder, actors={"vllm": {"gpu_memory_utilization": 0.95}})
     with pytest.raises(ConfigError, match=r"gpu_memory_utilization.* = 0\.95: .*set at most 0\.9"):
         with_shared_memory(wanted, num_local_ranks=2)
+
+
+def test_a_learner_that_does_not_fit_its_own_gpu_is_refused_with_the_remedy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(folder)
+    monkeypatch.setattr(shared_gpu, "gpu_memory_bytes", lambda: (GIB, 80 * GIB))
+    with pytest.raises(
+        ConfigError, match=r"a learner on GPU 0 needs 1\.\d GiB of 1\.0 GiB"
+    ) as raised:
+        with_shared_memory(config, num_local_ranks=2)
+    assert "cluster.learners" in str(raised.value)
+    assert "learner.lora_rank" in str(raised.value)
+    monkeypatch.setattr(shared_gpu, "gpu_memory_bytes", lambda: (8 * GIB, 80 * GIB))
+    assert with_shared_memory(config, num_local_ranks=2) == config
+
+
+def test_several_learners_divide_the_parameters() -> None:
+    one, four = (
+        learner_bytes(SIZES, replace(WORKLOAD, learner_shards=n, has_reference=True))
+        for n in (1, 4)
+    )
+    divided = ("weights", "gradients", "optimizer", "reference model")
+    for part in divided:
+        assert four[part] == one[part] // 4
+    tables = 151_936 * 1536
+    layer = (1_500_000_000 - tables) // 28
+    assert four["gathered weights"] == 2 * (2 * layer + tables) + 4 * tables
+    assert "bfloat16 weights" not in four
+    offloaded = learner_bytes(SIZES, replace(WORKLOAD, learner_shards=4, cpu_offload=True))
+    assert not set(divided) & set(offloaded)
+    assert offloaded["gathered weights"] == four["gathered weights"]
+
+
+@pytest.mark.parametrize(
+    ("learners", "num_local_ranks", "shards"), [(1, 8, 1), (4, 8, 4), (16, 8, 8), (12, 8, 12)]
+)
+def test_learners_of_whole_nodes_divide_the_model_within_a_node(
+    folder: Path, learners: int, num_local_ranks: int, shards: int
+) -> None:
+    config = make_config(folder, cluster={"learners": learners})
+    load = shared_gpu.workload(config, read_model_info(folder), num_local_ranks=num_local_ranks)
+    assert load.learner_shards == shards
 
 
 def test_tensor_parallel_engines_divide_weights_and_kv_cache() -> None:
