@@ -1,7 +1,7 @@
 """Model loading, and the properties that the learner requires of every model family."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -103,10 +103,13 @@ def _set_mode(model: PreTrainedModel, choice: ActivationCheckpointing, *, on_gpu
                 setattr(module, "dropout", 0.0)  # noqa: B010 - a float, annotated as Module
 
 
-def _forward_experts(reference: Callable[[], nn.Module], *args: Any, **kwargs: Any) -> Any:
+def _forward_experts(
+    reference: "weakref.ReferenceType[nn.Module]", *args: Any, **kwargs: Any
+) -> Any:
     """The forward pass with the weights in the dtype of autocast, which does not apply to the
     products of experts that are one tensor. Gradients have the dtype of the parameters."""
     module = reference()
+    assert module is not None
     parameters = dict(module.named_parameters(recurse=False))
     device_type = next(iter(parameters.values())).device.type
     if torch.is_autocast_enabled(device_type):
