@@ -1,4 +1,4 @@
-"""Presets of `gate` and `objective` for each `algorithm`; the resolved config has all fields.
+"""Presets for each `algorithm`; the resolved config has all fields.
 
 Every algorithm keeps surplus accepted groups for the next update. Every algorithm can run
 asynchronously: the clipped losses use the importance ratio to the behaviour policy. On-policy,
@@ -49,7 +49,11 @@ RATIO_LIMITS: Mapping[str, Mapping[str, float]] = {
 `geometric_mask`: verl; `probability_mask`: DPPO."""
 
 PRESETS: Mapping[str, Parts] = {
-    "rloo": {"gate": {"mode": "off"}, "objective": RLOO},
+    "rloo": {
+        "gate": {"mode": "off", "n_init": 4, "n_cont": 0},
+        "objective": RLOO,
+        "learner": {"groups_per_update": 96},  # as many completions as 16 groups of 4 + 20
+    },
     "grpo": {"gate": {"mode": "off"}, "objective": GRPO},
     "dr-grpo": {"gate": {"mode": "off"}, "objective": DR_GRPO},
     "reinforce++": {"gate": {"mode": "off"}, "objective": REINFORCE_PP},

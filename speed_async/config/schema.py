@@ -35,8 +35,8 @@ MIN_CAPACITY_GROUPS = 256
 
 
 class Config(Section):
-    algorithm: Algorithm = "speed-rloo"
-    """Preset of `gate.mode` and `objective` (config/presets.py)."""
+    algorithm: Algorithm = "rloo"
+    """Preset of `gate`, `objective` and the size of a batch (config/presets.py)."""
     run: RunConfig = RunConfig()
     model: ModelConfig
     task: TaskConfig

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -29,7 +29,8 @@ FINGERPRINTS = Fingerprints(data="f", model="")
 
 
 def make_config(tmp_model: str, **sections: Mapping[str, object]) -> Config:
-    tree: dict[str, dict[str, object]] = {
+    tree: dict[str, Any] = {
+        "algorithm": "speed-rloo",
         "model": {"path": tmp_model},
         "task": {"name": "arithmetic"},
         "gate": {"n_init": 2, "n_cont": 2},

@@ -29,6 +29,7 @@ POLL_S = 0.2
 EMPTY: Mapping[str, str] = {}
 
 SMALL = """
+algorithm = "speed-rloo"
 [run]
 folder = "run"
 updates = 3

@@ -16,6 +16,7 @@ ENDLESS = 1_000_000
 """Number of updates: a drill stops its run after the faults, and resumes it for the last ones."""
 
 CONFIG = """
+algorithm = "speed-rloo"
 [run]
 folder = "{run_folder}"
 seed = {seed}

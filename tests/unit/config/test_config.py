@@ -16,6 +16,7 @@ from speed_async.launcher.run_folder import make_run_folder
 from speed_async.transport.key_making import make_keys
 
 MINIMAL = """
+algorithm = "speed-rloo"
 [model]
 path = "model"
 [task]
@@ -197,7 +198,9 @@ def test_one_error_hides_no_other_of_the_same_section(
 
 
 def test_a_missing_required_field_hides_no_other_error(config_file: Path) -> None:
-    config_file.write_text('[task]\nname = "jsonl"\n[learner]\nlr = -1.0\n')
+    config_file.write_text(
+        'algorithm = "speed-rloo"\n[task]\nname = "jsonl"\n[learner]\nlr = -1.0\n'
+    )
     expected = ["learner.lr", "model", "task.path"]
     assert sorted(errors_of(config_file, "--gate.low=0.9", "--gate.high=0.1")) == [
         "gate.low",
@@ -341,6 +344,15 @@ def test_overrides_take_precedence_over_the_preset(config_file: Path) -> None:
     assert (config.objective.advantage, config.objective.policy_loss) == ("grpo", "ppo_clip")
     assert (config.objective.clip_low, config.objective.clip_high) == (0.2, 0.4)
     assert config.objective.overlong_share == pytest.approx(1 / 6)
+
+
+def test_the_default_is_rloo_with_many_small_groups(config_file: Path) -> None:
+    config_file.write_text(MINIMAL.replace('algorithm = "speed-rloo"\n', ""))
+    config = load_config(config_file)
+    assert (config.algorithm, config.gate.mode) == ("rloo", "off")
+    assert (config.gate.group_size, config.learner.groups_per_update) == (4, 96)
+    wanted = load_config(config_file, ["--gate.n_cont", "20", "--learner.groups_per_update", "16"])
+    assert (wanted.gate.group_size, wanted.learner.groups_per_update) == (24, 16)
 
 
 ONE_COMPLETION = [
