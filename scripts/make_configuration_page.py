@@ -16,6 +16,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from speed_async.config.names import all_fields, all_sections, section_of
+from speed_async.config.presets import PRESETS
+from speed_async.config.schema import Config
 from speed_async.config.toml_text import field_descriptions
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -24,10 +26,10 @@ HEAD = """\
 
 A configuration is a TOML file with the sections below. `model.path` and `task.name` are required;
 all other fields have defaults. Every field can be overridden on the command line, for example
-`--learner.lr 1e-6`. `algorithm`, at the top level of the file, selects a preset of `[gate]` and
-`[objective]` ([Algorithms](algorithms.md)); a value set in the file overrides the preset. Unknown
-fields and values of a wrong type are errors. `speed-async config my.toml` prints a resolved
-configuration.
+`--learner.lr 1e-6`. `algorithm`, at the top level of the file, selects a preset
+([Algorithms](algorithms.md)). Where the table says "by `algorithm`", the preset has the default,
+here that of `rloo`; a value set in the file overrides it. Unknown fields and values of a wrong type
+are errors. `speed-async config my.toml` prints a resolved configuration.
 
 `base = "other.toml"`, at the top level of the file, starts from the values of another file. Tables
 are merged; any other value, also a list, replaces that of the base. Relative paths start at the
@@ -54,7 +56,19 @@ def _sections() -> Iterator[str]:
         for field, info in model.model_fields.items():
             if section_of(info.annotation) is None:
                 meaning = " ".join(descriptions.get(field, "").split()).replace("|", "\\|")
-                yield f"| `{field}` | {_type(info.annotation)} | {_default(info)} | {meaning} |\n"
+                default = _of_preset(name, field) or _default(info)
+                yield f"| `{field}` | {_type(info.annotation)} | {default} | {meaning} |\n"
+
+
+def _of_preset(section: str, field: str) -> str:
+    """The default of a field that depends on the algorithm; empty for others."""
+    if not any(field in parts.get(section, {}) for parts in PRESETS.values()):
+        return ""
+    name = Config.model_fields["algorithm"].default
+    value = PRESETS[name].get(section, {}).get(field)
+    if value is None:
+        value = all_sections()[section].model_fields[field].default
+    return f"`{json.dumps(value)}`, by `algorithm`"
 
 
 def _type(annotation: Any) -> str:

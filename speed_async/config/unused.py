@@ -73,7 +73,11 @@ USES = (
         applies=lambda c: c.model.chat_template,
         condition="model.chat_template = true",
     ),
-    _with("gate.mode", "screen", "filter", fields="gate.low gate.high"),
+    _Use(
+        fields="gate.low gate.high",
+        applies=lambda c: c.gate.mode != "off",
+        condition="a gate (algorithm = 'speed-rloo' or 'dapo', or gate.mode)",
+    ),
     _with(
         "curriculum.kind",
         "posterior",
@@ -103,11 +107,6 @@ USES = (
         fields="objective.kl",
         applies=lambda c: c.objective.kl_coefficient > 0,
         condition="objective.kl_coefficient above 0",
-    ),
-    _Use(
-        fields="evaluate.max_share",
-        applies=lambda c: c.run.overlap,
-        condition="run.overlap = true",
     ),
     _Use(
         fields="cluster.keys",

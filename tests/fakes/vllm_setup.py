@@ -52,6 +52,7 @@ def vllm_config(
     vllm = {"enforce_eager": True, "tensor_parallel": actors.pop("tensor_parallel", 1)}
     return build_config(
         {
+            "algorithm": "speed-rloo",
             "model": {"path": str(model), "context_length": CONTEXT_LENGTH},
             "task": {"name": "arithmetic"},
             "actors": {"engine": "vllm", "slots": slots, "max_new_tokens": 8, "vllm": vllm}

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from speed_async.buffer.service import BufferService
 from speed_async.buffer.state_machine import StateMachine
@@ -28,7 +29,8 @@ FRAMES_PER_FAULTY_ACTOR = 200
 
 @cache
 def _config(model: Path) -> Config:
-    tree = {
+    tree: dict[str, Any] = {
+        "algorithm": "speed-rloo",
         "model": {"path": str(model)},
         "task": {"name": "arithmetic"},
         "gate": {"n_init": 2, "n_cont": 2},

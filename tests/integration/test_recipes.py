@@ -11,7 +11,13 @@ from tests.fakes.paths import REPOSITORY
 RECIPES = REPOSITORY / "examples" / "recipes"
 ELSEWHERE = {"model.path", "task.path", "evaluate.suites", "cluster.keys", "cluster.host"}
 """Fields whose values this machine need not have; vLLM is one more where it is not installed."""
-WORLD_SIZES = {"1 GPU": 2, "4 GPUs": 4, "8 GPUs": 8, "2 nodes of 8 GPUs": 16}
+WORLD_SIZES = {
+    "1 GPU": 2,
+    "1 GPU, adapters (LoRA)": 2,
+    **{f"4 GPUs{kind}": 4 for kind in ("", ", 7B")},
+    **{f"8 GPUs{kind}": 8 for kind in ("", ", 7B")},
+    **{f"2 nodes of 8 GPUs{kind}": 16 for kind in ("", ", 7B")},
+}
 
 
 def table(heading: str) -> dict[str, list[str]]:

@@ -47,7 +47,8 @@ def _check_band(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(
             "gate.n_cont",
             gate.n_cont,
-            "the gate would continue no prompt; set 1 or more, or gate.mode = 'filter'",
+            "the gate would continue no prompt; set 1 or more, gate.mode = 'filter', or "
+            "algorithm = 'speed-rloo' instead of gate.mode",
         )
     if gate.low >= gate.high:
         yield ConfigError("gate.low", gate.low, f"must be below gate.high = {gate.high}")

@@ -4,7 +4,7 @@ learner, per parameter: 4 bytes each of float32 weights and gradients, 8 of Adam
 of the bfloat16 weights of autocast, and 4 of a reference model if there is one. With adapters
 (LoRA), only these have gradients and moments, the weights of a bfloat16 model take 2 bytes and need
 no copies, and the reference model is the model without adapters. Several learners divide all of
-this, and gather in bfloat16 what they compute with; `cpu_offload` keeps the rest in host memory.
+this, and gather what they compute with; `cpu_offload` keeps the rest in host memory.
 Activations and logits are those of the largest micro-batch (`activation_bytes`, `logits_bytes`).
 
 engine: weights in its dtype, a KV cache of at least one sequence of the full context, and the
@@ -47,6 +47,8 @@ class ModelSizes:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    ties_embeddings: bool = False
+    """Embeddings and head are one table."""
 
     @property
     def kv_values_per_token(self) -> int:
@@ -72,6 +74,10 @@ class Workload:
     """Bytes of one frozen weight, with adapters."""
     learner_shards: int = 1
     """Learners that divide the parameters."""
+    gathered_value_bytes: int = COMPUTE_BYTES
+    """Bytes of one gathered weight, with several learners."""
+    trains: bool = True
+    """False for a run without updates, which only measures."""
     cpu_offload: bool = False
     """With several learners."""
     has_entropy_gradient: bool = False
@@ -149,6 +155,8 @@ def learner_bytes(sizes: ModelSizes, workload: Workload) -> dict[str, int]:
         elif checkpointing != "none":
             copied = num // sizes.num_layers
         copied += trained
+    if not workload.trains:
+        trained = 0
     has_model = workload.has_reference and not workload.lora_rank
     # A tensor larger than a bucket has its own; its digest is of a copy in the engines' precision.
     largest = workload.engine_value_bytes * sizes.vocab_size * sizes.hidden_size
@@ -170,12 +178,15 @@ def learner_bytes(sizes: ModelSizes, workload: Workload) -> dict[str, int]:
 
 
 def _gathered_bytes(sizes: ModelSizes, workload: Workload) -> int:
-    """Of sharded parameters, what a learner has whole: in bfloat16 two layers (one is gathered
-    while another computes) and the embeddings, and one gradient before it is divided."""
-    tables = sizes.vocab_size * sizes.hidden_size
+    """Of sharded parameters, what a learner has whole: two layers (one is gathered while another
+    computes), embeddings and head, and the largest of these once more as a gradient, as computed
+    and in float32 for the sum over the ranks."""
+    tables = (2 - sizes.ties_embeddings) * sizes.vocab_size * sizes.hidden_size
     layer = (sizes.num_parameters - tables) // sizes.num_layers
-    gradient = 0 if workload.lora_rank else MASTER_BYTES * max(layer, tables)
-    return COMPUTE_BYTES * (2 * layer + tables) + gradient
+    each = workload.gathered_value_bytes
+    has_gradient = workload.trains and not workload.lora_rank
+    gradient = (each + MASTER_BYTES) * max(layer, tables) if has_gradient else 0
+    return each * (2 * layer + tables) + gradient
 
 
 def adapter_parameters(sizes: ModelSizes, rank: int) -> int:

@@ -11,6 +11,7 @@ from speed_async.actors.torch_engine.cache_size import cache_layout
 from speed_async.config.cuda import gpu_memory_bytes
 from speed_async.config.local_model import model_folder
 from speed_async.config.model_facts import ModelInfo, read_model_info
+from speed_async.config.model_family import has_only_attention
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError
 from speed_async.launcher.gpus import local_actor_gpus
@@ -229,12 +230,15 @@ def model_sizes(facts: ModelInfo, num_parameters: int) -> ModelSizes | None:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=vocabulary,
+        ties_embeddings=record.get("tie_word_embeddings") is True,
     )
 
 
 def frozen_value_bytes(config: Config, facts: ModelInfo) -> int:
-    """Of a weight that a learner on a GPU does not train (`keeps_bfloat16` in the learner)."""
+    """Of a weight that a learner on a GPU does not train (`keeps_bfloat16` in the learner). With
+    layers that need the GPU for the first check, the model is there in float32 at the start."""
     keeps = facts.dtype == "bfloat16" and not config.actors.computes_in_float32
+    keeps = keeps and has_only_attention(facts.record)
     return COMPUTE_BYTES if keeps else MASTER_BYTES
 
 
@@ -248,6 +252,7 @@ def workload(config: Config, facts: ModelInfo, *, num_local_ranks: int) -> Workl
     context = config.model.context_length or facts.context_length or longest
     longest = min(longest, context)
     stored = DTYPE_BYTES.get(facts.dtype or "", 4)
+    in_float32 = stored > COMPUTE_BYTES or actors.computes_in_float32
     is_vllm = actors.engine == "vllm"
     layout = cache_layout(actors.num_slots, in_blocks=False)
     return Workload(
@@ -261,7 +266,9 @@ def workload(config: Config, facts: ModelInfo, *, num_local_ranks: int) -> Workl
         lora_rank=config.learner.lora_rank,
         frozen_value_bytes=frozen_value_bytes(config, facts),
         learner_shards=num_local_ranks if fills_nodes else learners,
+        gathered_value_bytes=MASTER_BYTES if in_float32 else COMPUTE_BYTES,
         cpu_offload=config.learner.cpu_offload,
+        trains=config.run.updates > 0,
         has_entropy_gradient=config.objective.entropy_coefficient > 0,
         checkpointing=config.learner.activation_checkpointing,
     )

@@ -598,7 +598,7 @@ def test_errors_of_sources_name_the_field(
         (["--algorithm=speed-rloo"], "objective.overlong_penalty", "overlong_share above 0"),
         (["--objective.kl=k3"], "objective.kl", "objective.kl_coefficient above 0"),
         ([], "curriculum.candidates", "curriculum.kind = 'posterior'"),
-        (["--gate.mode=off"], "gate.low", "gate.mode = 'screen' or 'filter'"),
+        (["--gate.mode=off"], "gate.low", "algorithm = 'speed-rloo' or 'dapo'"),
         (["--task.path=some.jsonl"], "task.path", "task.name = 'dataset' or 'jsonl'"),
         (["--task.format=Q: {prompt}"], "task.format", "task.name = 'dataset'"),
         (
@@ -610,7 +610,6 @@ def test_errors_of_sources_name_the_field(
         (["--task.score_truncated=true"], "task.truncated_reward", "score_truncated = false"),
         ([], "learner.min_lr_share", "learner.lr_schedule = 'linear' or 'cosine'"),
         (["--buffer.durability=none", "--buffer.spill=true"], "buffer.spill", "'batched'"),
-        (["--run.overlap=false"], "evaluate.max_share", "run.overlap = true"),
         (["--cluster.keys=keys"], "cluster.keys", "cluster.security = 'curve'"),
         (["--observe.wandb_project=mine"], "observe.wandb_project", "observe.wandb = true"),
     ],

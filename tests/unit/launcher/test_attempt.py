@@ -31,6 +31,7 @@ def config(tmp_path: Path) -> Config:
     (model / "config.json").write_text("{}")
     return build_config(
         {
+            "algorithm": "speed-rloo",
             "run": {"folder": str(tmp_path / "run"), "updates": 9},
             "model": {"path": str(model)},
             "task": {"name": "arithmetic", "options": {"a": 1}},

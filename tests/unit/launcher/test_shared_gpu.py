@@ -289,13 +289,19 @@ def test_several_learners_divide_the_parameters() -> None:
     divided = ("weights", "gradients", "optimizer", "reference model")
     for part in divided:
         assert four[part] == one[part] // 4
-    tables = 151_936 * 1536
+    tables = 2 * 151_936 * 1536
     layer = (1_500_000_000 - tables) // 28
-    assert four["gathered weights"] == 2 * (2 * layer + tables) + 4 * tables
+    assert four["gathered weights"] == 2 * (2 * layer + tables) + (2 + 4) * tables
     assert "bfloat16 weights" not in four
     offloaded = learner_bytes(SIZES, replace(WORKLOAD, learner_shards=4, cpu_offload=True))
     assert not set(divided) & set(offloaded)
     assert offloaded["gathered weights"] == four["gathered weights"]
+
+
+def test_a_run_without_updates_needs_no_gradients_and_no_optimizer() -> None:
+    parts = learner_bytes(SIZES, replace(WORKLOAD, trains=False))
+    assert parts["weights"] == 6_000_000_000
+    assert not {"gradients", "optimizer"} & set(parts)
 
 
 @pytest.mark.parametrize(
