@@ -99,7 +99,7 @@ def test_json_is_one_object_with_the_checks_and_the_figures_as_numbers(tmp_path:
 
 
 def test_all_errors_of_a_configuration_are_listed_beside_the_machine(tmp_path: Path) -> None:
-    text = '[task]\nname = "arithmetic"\n[gate]\nlow = 0.9\nhigh = 0.1\n'
+    text = 'algorithm = "speed-rloo"\n[task]\nname = "arithmetic"\n[gate]\nlow = 0.9\nhigh = 0.1\n'
     config = write_config(tmp_path, text)
     status, out, _ = run_command(tmp_path, "doctor", str(config), "--lr", "1")
     lines = out.splitlines()

@@ -21,7 +21,7 @@ from tests.fakes.run_process import SMALL, Run, resume_train, start_torchrun, st
 pytestmark = pytest.mark.xdist_group("changed run")
 
 # Without a gate every group is trained on, regardless of its pass rate.
-CONFIG = 'algorithm = "rloo"' + SMALL.replace(
+CONFIG = SMALL.replace('"speed-rloo"', '"rloo"').replace(
     'name = "arithmetic"\nmax_digits = 4\nnum_prompts = 512\n',
     'name = "jsonl"\npath = "data.jsonl"\n',
 )
