@@ -56,19 +56,8 @@ def _sections() -> Iterator[str]:
         for field, info in model.model_fields.items():
             if section_of(info.annotation) is None:
                 meaning = " ".join(descriptions.get(field, "").split()).replace("|", "\\|")
-                default = _of_preset(name, field) or _default(info)
+                default = _default(name, field, info)
                 yield f"| `{field}` | {_type(info.annotation)} | {default} | {meaning} |\n"
-
-
-def _of_preset(section: str, field: str) -> str:
-    """The default of a field that depends on the algorithm; empty for others."""
-    if not any(field in parts.get(section, {}) for parts in PRESETS.values()):
-        return ""
-    name = Config.model_fields["algorithm"].default
-    value = PRESETS[name].get(section, {}).get(field)
-    if value is None:
-        value = all_sections()[section].model_fields[field].default
-    return f"`{json.dumps(value)}`, by `algorithm`"
 
 
 def _type(annotation: Any) -> str:
@@ -84,13 +73,15 @@ def _type(annotation: Any) -> str:
     return names.get(name, re.sub(r"[\[|].*", "", name))
 
 
-def _default(info: FieldInfo) -> str:
+def _default(section: str, field: str, info: FieldInfo) -> str:
     if info.is_required():
         return "required"
-    default = info.get_default(call_default_factory=True)
+    preset = PRESETS[Config.model_fields["algorithm"].default].get(section, {})
+    default = preset.get(field, info.get_default(call_default_factory=True))
     if default is None or default is PydanticUndefined:
         return "none"
-    return f"`{json.dumps(default, default=str)}`"
+    depends = any(field in parts.get(section, {}) for parts in PRESETS.values())
+    return f"`{json.dumps(default, default=str)}`" + (", by `algorithm`" if depends else "")
 
 
 if __name__ == "__main__":

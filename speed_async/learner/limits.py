@@ -8,6 +8,13 @@ CHECKPOINTING_PARAMETERS = 300_000_000
 """Number of parameters from which models on a GPU recompute activations in the backward pass."""
 
 
+def num_shards(learners: int, *, ranks_per_node: int) -> int:
+    """Learners that divide the parameters: those of a node if learners fill several nodes, which
+    then have replicas (HSDP), else all."""
+    fills_nodes = 1 < ranks_per_node < learners and learners % ranks_per_node == 0
+    return ranks_per_node if fills_nodes else learners
+
+
 def resolved_checkpointing(
     choice: ActivationCheckpointing, num_parameters: int, *, on_gpu: bool
 ) -> ActivationCheckpointing:

@@ -27,6 +27,7 @@ from speed_async.launcher.preflight.memory_budget import (
 )
 from speed_async.launcher.preflight.weights import read_weights
 from speed_async.launcher.rank import Rank
+from speed_async.learner.limits import num_shards
 
 ASSUMED_PROMPT_TOKENS = 1024
 """Longest prompt if `task.max_prompt_tokens` does not limit it."""
@@ -245,9 +246,6 @@ def frozen_value_bytes(config: Config, facts: ModelInfo) -> int:
 def workload(config: Config, facts: ModelInfo, *, num_local_ranks: int) -> Workload:
     """`num_local_ranks`: processes per node, over whose learners the model is divided."""
     actors = config.actors
-    learners = config.cluster.learners
-    # As `join_ranks` does: replicated across nodes that are full of learners.
-    fills_nodes = 1 < num_local_ranks < learners and learners % num_local_ranks == 0
     longest = actors.max_new_tokens + (config.task.max_prompt_tokens or ASSUMED_PROMPT_TOKENS)
     context = config.model.context_length or facts.context_length or longest
     longest = min(longest, context)
@@ -265,7 +263,7 @@ def workload(config: Config, facts: ModelInfo, *, num_local_ranks: int) -> Workl
         has_reference=config.objective.kl_coefficient > 0,
         lora_rank=config.learner.lora_rank,
         frozen_value_bytes=frozen_value_bytes(config, facts),
-        learner_shards=num_local_ranks if fills_nodes else learners,
+        learner_shards=num_shards(config.cluster.learners, ranks_per_node=num_local_ranks),
         gathered_value_bytes=MASTER_BYTES if in_float32 else COMPUTE_BYTES,
         cpu_offload=config.learner.cpu_offload,
         trains=config.run.updates > 0,

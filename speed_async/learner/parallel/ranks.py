@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from speed_async.learner.limits import num_shards
+
 POLL_S = 0.05
 
 
@@ -88,8 +90,9 @@ def join_ranks(
         device_id=device if on_gpu else None,
     )
     shape, names = (size,), ("shard",)
-    if 1 < ranks_per_node < size and size % ranks_per_node == 0:
-        shape, names = (size // ranks_per_node, ranks_per_node), ("replicate", "shard")
+    shards = num_shards(size, ranks_per_node=ranks_per_node)
+    if shards < size:
+        shape, names = (size // shards, shards), ("replicate", "shard")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     return Ranks(rank=rank, size=size, device=device, mesh=mesh, store=store)
 
