@@ -47,7 +47,7 @@ class Reference:
         scope: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """`policy` is the reference within `scope`."""
-        self._policy = policy
+        self.policy = policy
         self._micro_batches = micro_batches
         self._scope = scope
 
@@ -55,7 +55,7 @@ class Reference:
         """The rows with the log-probabilities of the reference, which all optimiser updates of the
         batch share."""
         with self._scope():
-            return self._micro_batches.with_reference(self._policy, group_rows)
+            return self._micro_batches.with_reference(self.policy, group_rows)
 
     def sequence_k1(self, current: Policy, groups: Sequence[Group]) -> list[Float64Array]:
         """Sum over the tokens of each completion of log pi - log ref (N,), for each group, with pi

@@ -7,9 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from speed_async.algorithms.diagnostics import batch_metrics, screening_metrics, shaping_metrics
@@ -22,13 +21,7 @@ from speed_async.algorithms.objective import (
 )
 from speed_async.config.local_model import model_folder
 from speed_async.config.schema import Config
-from speed_async.learner.adapters import (
-    add_adapters,
-    has_adapters,
-    keeps_bfloat16,
-    restore_bfloat16,
-    without_adapters,
-)
+from speed_async.learner.adapters import add_adapters, has_adapters, without_adapters
 from speed_async.learner.batch_checks import check_token_ids, inputs_finite
 from speed_async.learner.canary_probe import CanaryProbe
 from speed_async.learner.checkpoint.best import BestCheckpoints
@@ -57,14 +50,13 @@ from speed_async.learner.optimizer_update import (
     update_parameters,
 )
 from speed_async.learner.parallel.ranks import ONE_RANK, Ranks
-from speed_async.learner.parallel.sharding import shard
+from speed_async.learner.placement import Placement
 from speed_async.learner.policy import Policy
 from speed_async.learner.progress import Progress
 from speed_async.learner.reference import Reference, load_reference
 from speed_async.learner.rows import TrainingRow, reweighted, training_rows
 from speed_async.types import Group
 from speed_async.weight_sync.canary_check import Canary
-from speed_async.weight_sync.device import resolve_device
 
 
 class Trainer:
@@ -115,39 +107,29 @@ class Trainer:
             temperature=config.actors.temperature,
             entropy_gradient=config.objective.entropy_coefficient > 0,
         )
-        device = ranks.device
-        if device is None and has_adapters(model):
-            device = resolve_device("learner.device", config.learner.device)
+        placement = Placement.of(config, model, dtypes=self._dtypes, ranks=ranks)
         self._micro_batches = MicroBatches(
-            self._policy, config.learner, context_length=context, ranks=ranks, device=device
+            self._policy,
+            config.learner,
+            context_length=context,
+            ranks=ranks,
+            device=placement.device,
         )
         self._canary_probe = CanaryProbe(
             model,
             max_context=config.model.context_length,
             seed=config.run.seed,
-            device=device,
-        )
-        if device is not None and has_adapters(model):
-            if keeps_bfloat16(config, device):
-                self._policy.has_bfloat16 = restore_bfloat16(model, self._dtypes.of)
-            if ranks.mesh is None:
-                nn.Module.to(model, device)
-        shard_as_configured = partial(
-            shard,
-            ranks=ranks,
-            half_precision=self._dtypes.default != torch.float32
-            and not config.actors.computes_in_float32,
-            cpu_offload=config.learner.cpu_offload,
+            device=placement.device,
         )
         if config.learner.compile:
             compile_layers(model)
-        shard_as_configured(self._policy)
+        placement.place(self._policy)
         self._reference = None
         if config.objective.kl_coefficient > 0:
             reference, scope = self._policy, partial(without_adapters, model)
             if not has_adapters(model):
                 reference = load_reference(config, ranks)
-                shard_as_configured(reference)
+                placement.place(reference)
             self._reference = Reference(reference, self._micro_batches, scope=scope)
         self._optimizer = make_optimizer(model, config.learner)
         self._weights = ModelWeights(model)
@@ -211,6 +193,11 @@ class Trainer:
         """Canary of the current weights, which receivers verify. Runs one short forward pass.
         Raises ModelError when the weights have diverged."""
         return self._canary_probe.measure(self._policy)
+
+    @property
+    def policies(self) -> list[Policy]:
+        """All policies whose forward passes an update makes."""
+        return [self._policy, *([self._reference.policy] if self._reference is not None else [])]
 
     def check_save(self) -> None:
         """Checks before training that a checkpoint can be saved, without writing tensors.

@@ -82,4 +82,5 @@ class RestoreCheckpoint(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopFollowing(Message):
-    pass
+    error: Prose = ""
+    """Why the run failed; empty when it ended in order."""

@@ -190,6 +190,7 @@ async def open_hub(
     inbox_messages: int = QUEUED_MESSAGES,
     silence_s: float = HEARTBEAT_TIMEOUT_S,
     keys: ServerKeys | None = None,
+    field: str = "cluster.service_port",
 ) -> ZmqHub:
     """Bind to `host`; port 0 picks a free port (`hub.port`). The queues of each peer are bounded.
 
@@ -198,7 +199,7 @@ async def open_hub(
 
     With `keys` only allowed clients can connect; without, any client that reaches the address.
 
-    Raises ConfigError if the address cannot be bound.
+    Raises ConfigError if the address cannot be bound; it names `field` for the port.
     """
     socket = PolledSocket(
         zmq.ROUTER,
@@ -212,7 +213,7 @@ async def open_hub(
     socket.raw.ROUTER_MANDATORY = 1
     socket.raw.ROUTER_HANDOVER = 1
     try:
-        bound_port = bind(socket.raw, host, port, field="cluster.service_port")
+        bound_port = bind(socket.raw, host, port, field=field)
     except BaseException:
         await socket.close()
         raise

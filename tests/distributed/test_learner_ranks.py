@@ -46,10 +46,20 @@ def test_two_and_three_ranks_train_as_one_and_resume_what_more_ranks_saved(tmp_p
             assert not torch.equal(resumed[name], start[name]), name
 
 
-def test_ranks_of_two_nodes_train_as_one(tmp_path: Path) -> None:
+def test_ranks_of_two_nodes_train_as_one_and_two_ranks_resume(tmp_path: Path) -> None:
     save_models(tmp_path)
+    (tmp_path / "rows-experts").mkdir()
     run_ranks(tmp_path, 4, ["dense", "experts"])
     check_trained_as_one(tmp_path, 4, ["dense", "experts"])
+    run_ranks(tmp_path, 2, ["experts/resumed"])
+    check_resumed(tmp_path, 2)
+
+
+def test_ranks_of_two_nodes_resume_what_one_rank_saved(tmp_path: Path) -> None:
+    save_models(tmp_path)
+    run_scenario(tmp_path, "experts", ONE_RANK, saves=True)
+    run_ranks(tmp_path, 4, ["experts/resumed"])
+    check_resumed(tmp_path, 4)
 
 
 def test_two_ranks_that_resume_continue_exactly(tmp_path: Path) -> None:
@@ -69,6 +79,15 @@ def test_two_ranks_that_resume_continue_exactly(tmp_path: Path) -> None:
             assert results == expected_results[len(results) :]
             for key, tensor in expected.items():
                 assert torch.equal(weights[key], tensor), (name, rank, key)
+
+
+def check_resumed(folder: Path, size: int) -> None:
+    _, resumed = found(folder, size, 0, "experts/resumed")
+    _, start = run_scenario(folder, "experts", ONE_RANK)
+    _, expected = run_scenario(folder, "experts", ONE_RANK, rounds=2)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(resumed[name], tensor, atol=2e-5, rtol=0, msg=name)
+        assert not torch.equal(resumed[name], start[name]), name
 
 
 def check_half(folder: Path) -> None:

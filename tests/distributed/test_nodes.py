@@ -9,7 +9,7 @@ import pytest
 
 from speed_async.launcher.exit_status import EXIT_RUN_LOST, EXIT_STATUS
 from speed_async.transport.key_making import make_keys
-from tests.fakes.run_process import Run, free_port, own_address, start_train
+from tests.fakes.run_process import Run, free_port, own_address, start_torchrun, start_train
 from tests.fakes.slow_task import SLOW
 
 pytestmark = [
@@ -140,3 +140,28 @@ def test_several_nodes_require_a_fixed_service_port(tmp_path: Path) -> None:
     status, _, err = run.finish()
     assert status == 1
     assert err.startswith("error: config field 'cluster.service_port' = 0: this run has several")
+
+
+def test_torchrun_on_two_nodes_trains_with_learner_ranks_on_both(tmp_path: Path) -> None:
+    make_keys(tmp_path / "keys")
+    host = own_address()
+    options = ["--cluster.learners", "3", "--cluster.host", host]
+    options += ["--cluster.keys", str(tmp_path / "keys")]
+    options += ["--cluster.service_port", str(free_port(host))]
+    options += ["--cluster.learner_port", str(free_port(host))]
+    options += ["--run.folder", str(tmp_path / "run"), "--run.updates", "3"]
+    agents = ["--nnodes", "2", "--rdzv-endpoint", f"localhost:{free_port()}"]
+    nodes = []
+    for name in ("node-a", "node-b"):
+        (tmp_path / name).mkdir()
+        node = start_torchrun(tmp_path / name, 2, *options, torchrun=agents)
+        nodes.append(Run(process=node.process, folder=tmp_path / "run"))
+    try:
+        ends = [node.finish() for node in nodes]
+        assert [status for status, _, _ in ends] == [0, 0], [err for _, _, err in ends]
+        run = nodes[0]
+        assert run.summary()["optimizer_updates"] == 3
+        training = run.folder / "checkpoints/version-000003/training"
+        assert len([*training.glob("weights-*-of-00003.tensors")]) == 3
+    finally:
+        end_all(nodes)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-import speed_async.learner.trainer as trainer_module
+import speed_async.learner.placement as placement_module
 from speed_async.config.sections.objective import ObjectiveConfig
 from speed_async.learner.checkpoint.captured import MASTER, OPTIMIZER
 from speed_async.learner.checkpoint.shards import (
@@ -28,9 +28,11 @@ from speed_async.learner.checkpoint.shards import (
     load_weights,
     saved_paths,
 )
+from speed_async.learner.checkpoint.store import checkpoint_folder
 from speed_async.learner.model import load_model
 from speed_async.learner.parallel.ranks import ONE_RANK, Ranks, join_ranks, leave_ranks
 from speed_async.learner.parallel.sharding import load_for_rank
+from speed_async.learner.progress import Progress
 from speed_async.learner.trainer import Trainer
 from speed_async.types import Group
 from tests.fakes.learner_samples import (
@@ -112,25 +114,31 @@ def run_scenario(
     rounds: int = 1,
 ) -> tuple[list[Any], dict[str, Tensor]]:
     """The results of all updates, and the final parameters. A round is NUM_UPDATES of them.
-    `resumes`: of the round after that of an earlier call with this folder and `saves`."""
+    `resumes`: of the round after that of an earlier call with this folder and `saves`, which writes
+    a checkpoint with one rank, and with several, if its folder exists, what each adds to it."""
     model_folder = folder / (name if name in ("experts", HALF) else "dense")
     scenario = SCENARIOS["adapters" if name == HALF else name]
     kind = "full" if name == "scored" else "selective" if name == "adapters" else "none"
-    with patch.object(trainer_module, "keeps_bfloat16", return_value=name == HALF):
+    with patch.object(placement_module, "keeps_bfloat16", return_value=name == HALF):
         trainer = Trainer(
             config=make_config(model_folder, **({"lr": 1e-3, "warmup_updates": 0} | scenario)),
             model=load_for_rank(model_folder, ranks, device="cpu", activation_checkpointing=kind),
             ranks=ranks,
         )
     results, rows = [], folder / f"rows-{name}"
-    if resumes:
+    checkpoint = checkpoint_folder(model_folder / "run" / "checkpoints", NUM_UPDATES)
+    if resumes and checkpoint.is_dir():
+        trainer.restore(checkpoint)
+    elif resumes:
         trainer.num_updates = NUM_UPDATES
         load_weights(trainer.model, SavedRows(saved_paths(rows, MASTER)))
         load_state(trainer._optimizer, trainer.model, SavedRows(saved_paths(rows, OPTIMIZER)))
     for update in [*range(NUM_UPDATES)] * rounds:
         result = asdict(trainer.update(batch(name, update)))
         results.append(result | {"canary": trainer.canary().logprobs})
-    if saves and rows.is_dir():
+    if saves and ranks.size == 1:
+        trainer.save(Progress(policy_version=NUM_UPDATES))
+    elif saves and rows.is_dir():
         trainer.write_training(rows, trainer.capture_training(copy=False))
     names = [name for name, _ in trainer.weights()]
     return results, {each: trainer.whole([each])[each].clone() for each in names}

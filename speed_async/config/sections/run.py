@@ -9,7 +9,8 @@ from speed_async.config.sections.section import NonNegativeInt, Section
 
 class RunConfig(Section):
     folder: str = "runs/default"
-    """Run folder. A relative path is relative to the current directory."""
+    """Run folder. A relative path is relative to the current directory. Learners on several nodes
+    need one that all of them share."""
     seed: NonNegativeInt = 0
     updates: NonNegativeInt = 100
     """Updates of the whole run: batches, each of which makes one policy version. 0 only measures

@@ -7,6 +7,7 @@ import asyncio
 import gc
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import torch
@@ -18,6 +19,7 @@ from speed_async.config.model_facts import read_model_info
 from speed_async.config.model_family import has_only_attention, routing_notice
 from speed_async.config.schema import Config
 from speed_async.launcher.attempt import Attempt
+from speed_async.launcher.exit_status import describe
 from speed_async.launcher.gpus import local_actor_gpus
 from speed_async.launcher.identity.identity import DATA, Identity
 from speed_async.launcher.identity.model_files import model_fingerprint
@@ -51,8 +53,7 @@ async def learn(
 ) -> RunResult:
     """Train until the run ends or `stop` is set."""
     config = attempt.config
-    torch.set_num_threads(config.learner.num_threads)
-    torch.manual_seed(config.run.seed)
+    _prepare_torch(config)
     if config.cluster.learners == 1:
         return await _learn(attempt, rank, link, stop, identity, None)
     followers = await _gather_followers(config)
@@ -60,6 +61,7 @@ async def learn(
     learning = asyncio.create_task(
         _learn(attempt, rank, link, stop, identity, followers), name="training"
     )
+    error = ""
     try:
         await asyncio.wait((learning, watching), return_when=asyncio.FIRST_COMPLETED)
         if not learning.done() or learning.exception() is not None:
@@ -68,12 +70,16 @@ async def learn(
         if watching.done():
             watching.result()
         return await learning
+    except Exception as failure:
+        error = describe("learner", failure)
+        raise
     finally:
         watching.cancel()
         learning.cancel()
         await asyncio.wait((learning, watching), timeout=NAMING_S)
-        await followers.close()
-        leave_ranks()
+        await followers.close(error)
+        if not error:  # otherwise a rank may be gone, and NCCL may wait for it
+            leave_ranks()
 
 
 async def follow(
@@ -92,12 +98,25 @@ async def follow(
         ranks = _join_ranks(config, rank, store)
         return Trainer(config=config, model=_load(config, ranks), ranks=ranks)
 
-    torch.set_num_threads(config.learner.num_threads)
-    torch.manual_seed(config.run.seed)
+    _prepare_torch(config)
     silence_s = config.cluster.peer_timeout_s
     loop = FollowerLoop(link, silence_s=silence_s, stopping=stopping)
     await loop.run(make_trainer)
     leave_ranks()
+
+
+def _prepare_torch(config: Config) -> None:
+    torch.set_num_threads(config.learner.num_threads)
+    torch.manual_seed(config.run.seed)
+    compute_in_threads(resolve_device("learner.device", config.learner.device))
+
+
+def compute_in_threads(device: torch.device) -> None:
+    """All later threads of `asyncio.to_thread` have this current device. That of CUDA belongs to a
+    thread and is GPU 0 at first, and sharded parameters take the streams of the current device."""
+    if device.type == "cuda":
+        threads = ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(device,))
+        asyncio.get_running_loop().set_default_executor(threads)
 
 
 async def _gather_followers(config: Config) -> Followers:
@@ -106,6 +125,7 @@ async def _gather_followers(config: Config) -> Followers:
     hub = await open_hub(
         cluster.host,
         cluster.learner_port,
+        field="cluster.learner_port",
         inbox_messages=QUEUED_MESSAGES,
         silence_s=2 * cluster.peer_timeout_s,  # `watch` decides first, and names the silence
         keys=server_keys(cluster),

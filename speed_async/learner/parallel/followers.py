@@ -3,12 +3,13 @@
 consumes   messages of the followers
 waits for  all followers to join (connect deadline), space for a command (stall deadline), their
            replies after a checkpoint (until one is lost)
-raises     RoleError naming the follower that failed, is gone, or is silent for too long
+raises     RoleError naming the follower that failed, is gone, or is silent for too long; RoleError
+           when an operation does not advance (stall deadline)
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import RLock
 
@@ -60,7 +61,7 @@ class Followers:
         self, hub: Hub, store: Store, *, size: int, silence_s: float, timeout_s: float
     ) -> None:
         """`store`: at which the process group meets. `size`: number of learner ranks. `timeout_s`:
-        longest time to send a command."""
+        longest time to send a command, and of an operation without progress."""
         self.store = store
         self._hub = hub
         self._names = [follower_name(rank) for rank in range(1, size)]
@@ -73,6 +74,8 @@ class Followers:
         self._written: dict[str, dict[str, str]] = {}
         """Replies by folder and follower: its error, or an empty text."""
         self._failures: dict[str, str] = {}
+        self._advanced_s: float | None = None
+        """When the operation in progress last advanced; None between operations."""
         self._gone: dict[str, str] = {}
         """Followers that are not reachable, the first one first, and how."""
 
@@ -80,11 +83,15 @@ class Followers:
         """Sends the plan to each that joins, until all have. Raises DeadlineExceeded."""
         missing, ends_s = set(self._names), self._loop.time() + connect_timeout_s
         while missing:
-            try:
-                name, message = await self._hub.receive(max(0.0, ends_s - self._loop.time()))
-            except DeadlineExceeded:
+            for name in set(self._names) - missing:  # they listen for signs of life from now on
+                self._hub.offer(name, Alive())
+            if (left_s := ends_s - self._loop.time()) <= 0:
                 names = ", ".join(sorted(missing))
-                raise DeadlineExceeded(names, "its process to start", connect_timeout_s) from None
+                raise DeadlineExceeded(names, "its process to start", connect_timeout_s)
+            try:
+                name, message = await self._hub.receive(min(left_s, ALIVE_INTERVAL_S))
+            except DeadlineExceeded:
+                continue
             if isinstance(message, Follow) and name in self._names:
                 self._hub.offer(name, plan)
                 missing.discard(name)
@@ -102,6 +109,13 @@ class Followers:
                 failed_s = now_s
             if failed_s and now_s - failed_s >= NAMING_S:
                 raise self._first_error()
+            if self._advanced_s is not None and now_s - self._advanced_s > self._timeout_s:
+                raise RoleError(
+                    "learner",
+                    f"a collective operation of the learner ranks has not advanced for "
+                    f"{self._timeout_s:.0f} s (cluster.stall_timeout_s): a network or a GPU of "
+                    "theirs has probably failed; see logs/learner*.log",
+                )
             try:
                 name, message = await self._hub.receive(ALIVE_INTERVAL_S / 2)
             except DeadlineExceeded:
@@ -111,6 +125,23 @@ class Followers:
                 self._failures.setdefault(name, message.message)
             elif isinstance(message, ShardWritten):
                 self._written.setdefault(message.folder, {})[name] = message.error
+
+    @contextmanager
+    def operation(self, *messages: m.Message) -> Iterator[None]:
+        """A collective operation that begins with this command, and that `watch` times. NCCL has no
+        deadline of its own: a rank that waits for a lost network would wait for good."""
+        self.command(*messages)
+        is_outermost = self._advanced_s is None
+        self._advanced_s = self._loop.time()
+        try:
+            yield
+        finally:
+            self._advanced_s = None if is_outermost else self._loop.time()
+
+    def advanced(self) -> None:
+        """The operation in progress has advanced."""
+        if self._advanced_s is not None:
+            self._advanced_s = self._loop.time()
 
     def command(self, *messages: m.Message) -> None:
         """Sends these messages to all followers. Not in the thread of the event loop."""
@@ -133,11 +164,11 @@ class Followers:
         del self._written[folder]
         return [f"{name}: {error}" for name, error in sorted(replies.items()) if error]
 
-    async def close(self) -> None:
-        """Ends the followers that are still there."""
+    async def close(self, error: str = "") -> None:
+        """Ends the followers that are still there. `error`: why the run failed."""
         self._closed = True
         with suppress(RoleError, DeadlineExceeded):
-            await self._send(StopFollowing())
+            await self._send(StopFollowing(error=error))
         await self._hub.close()
 
     async def _send(self, *messages: m.Message) -> None:
@@ -191,29 +222,27 @@ class LeadTrainer(Trainer):
         self._followers = followers
         self._order = RLock()
         """Held during a command and its operation, so that all ranks have one order."""
+        for policy in self.policies:
+            policy.register_forward_hook(lambda *_: followers.advanced())
 
     def update(
         self, groups: Sequence[Group], before_step: Callable[[], None] = lambda: None
     ) -> UpdateResult:
         packed = [pack_group(group, ActorCounts()) for group in groups]
         before_step()  # a broadcast has collective operations of its own
-        with self._order:
-            self._followers.command(TrainGroups(num_groups=len(packed)), *packed)
+        with self._order, self._followers.operation(TrainGroups(num_groups=len(packed)), *packed):
             return super().update(groups)
 
     def canary(self) -> Canary:
-        with self._order:
-            self._followers.command(MeasureCanary())
+        with self._order, self._followers.operation(MeasureCanary()):
             return super().canary()
 
     def whole(self, names: Sequence[str]) -> Mapping[str, Tensor]:
-        with self._order:
-            self._followers.command(GatherWeights(names=list(names)))
+        with self._order, self._followers.operation(GatherWeights(names=list(names))):
             return super().whole(names)
 
     def capture(self, *, copy: bool = True) -> Captured:
-        with self._order:
-            self._followers.command(CaptureShard(copy=copy))
+        with self._order, self._followers.operation(CaptureShard(copy=copy)):
             return super().capture(copy=copy)
 
     def write_training(self, folder: Path, captured: TrainingTensors) -> None:

@@ -52,8 +52,8 @@ class FollowerLoop:
         done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in others:
             task.cancel()
-        for task in done:
-            task.result()
+        for task in sorted(done, key=lambda each: each.get_name() == "work"):
+            task.result()  # the lead's error first: what fails in the work may be its consequence
 
     async def _work(self, make_trainer: Callable[[], Trainer]) -> None:
         trainer = await asyncio.to_thread(make_trainer)
@@ -111,6 +111,8 @@ class FollowerLoop:
                     raise RoleError(LEAD, text) from None
                 continue
             heard_s = clock()
+            if isinstance(message, StopFollowing) and message.error:
+                raise RoleError.from_text(message.error)  # no command is completed any more
             if not isinstance(message, Alive):
                 self._commands.put_nowait(message)
 

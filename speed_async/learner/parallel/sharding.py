@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -71,6 +71,7 @@ def shard(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     half_precision = half_precision and ranks.mesh.device_type == "cuda"
     policy.autocasts = not half_precision
+    _check_modules(policy.causal_lm)
     values = [tensor.detach() for tensor in _tensors(policy)]
     _check_equal_on_all_ranks(values, ranks)
     for module in (*decoder_layers(policy.causal_lm), policy):
@@ -97,6 +98,25 @@ def shard(
                 module._buffers[name] = buffer.to(compute_device)
     for tensor, value in zip(_tensors(policy), values, strict=True):
         _distribute(value, tensor, compute_device)
+
+
+def _check_modules(model: PreTrainedModel) -> None:
+    """Raises ModelError for a model that would be gathered whole, or that could wait for good."""
+    remedy = "set cluster.learners to 1"
+    if not decoder_layers(model):
+        raise ModelError(
+            f"{type(model).__name__} does not say what its layers are (_no_split_modules), so its "
+            f"parameters cannot be sharded layer by layer: {remedy}"
+        )
+    has_own_experts = any(
+        name.rpartition(".")[2] == "experts" and isinstance(module, nn.ModuleList)
+        for name, module in model.named_modules()
+    )
+    if has_own_experts and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ModelError(
+            f"the experts of {type(model).__name__} are modules of their own, of which some ranks "
+            f"may use none: several learners need torch 2.13 for that; install it, or {remedy}"
+        )
 
 
 def _tensors(policy: Policy) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import speed_async.learner.trainer as trainer_module
+import speed_async.learner.placement as placement_module
 from speed_async.config.load import build_config
 from speed_async.config.sections.learner import LearnerConfig
 from speed_async.config.sections.objective import ObjectiveConfig
@@ -200,7 +200,7 @@ def test_with_bfloat16_frozen_weights_training_and_the_merged_weights_are_those_
     )
     model.save_pretrained(model_folder)
     full = trained(model_folder, num_updates=3)
-    monkeypatch.setattr(trainer_module, "keeps_bfloat16", lambda config, device: True)
+    monkeypatch.setattr(placement_module, "keeps_bfloat16", lambda config, device: True)
     half = trained(model_folder, num_updates=3)
     for name, each in half.model.named_parameters():
         assert each.dtype == (torch.bfloat16 if name in dtypes else torch.float32), name

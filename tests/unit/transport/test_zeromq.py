@@ -166,6 +166,8 @@ def test_a_port_in_use_is_a_config_error_with_a_remedy():
             port = taken.getsockname()[1]
             with pytest.raises(ConfigError, match="choose another port, or 0") as refused:
                 await open_hub(HOST, port)
+            with pytest.raises(ConfigError, match=r"cluster\.learner_port"):
+                await open_hub(HOST, port, field="cluster.learner_port")
         assert refused.value.field == "cluster.service_port"
         assert refused.value.value == port
 
