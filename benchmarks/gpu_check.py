@@ -6,10 +6,12 @@ random, with the shape of a real one: nothing is downloaded. The table goes into
 - matmul: the bf16 rate of one large matrix product (float32 on a CPU)
 - update: an update of rows of one length. Its FLOPs against that rate (MFU; activations that are
   computed again do not count), and its peak memory against the formula of the preflight checks
+- sharded: the same update with the parameters of one rank as FSDP has them with several
 - weights: a transfer over ipc, checked by digests, against a copy within the device
 - engine: the torch engine against `model.generate`, in useful tokens per second
 - nccl: a communicator of one rank, and a broadcast
 - quickstart: the whole run; held-out accuracy before and after
+- vllm: the tests of the vLLM engine on the GPU, if vLLM is installed
 - tests: the tests that need one GPU
 
 Usage: bash scripts/gpu_check.sh [--parts PART ...] [--device cpu|cuda] [--size 0.8M|...|1.5B]
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,14 +39,18 @@ from benchmarks.harness import QUICKSTART, ROOT
 LIMITS_S = {
     "matmul": 60,
     "update": 150,
+    "sharded": 150,
     "weights": 60,
     "engine": 90,
     "nccl": 60,
     "quickstart": 120,
+    "vllm": 240,
     "tests": 200,
 }
 """Together more than the eight minutes that all parts may take: few reach theirs."""
-NEED_GPU = ("nccl", "tests")
+NEED_GPU = ("nccl", "vllm", "tests")
+VLLM_TESTS = ("tests/integration/test_vllm_engine.py", "-k", "not parallel")
+"""Those of one worker."""
 
 
 def run_part(part: str, options: Options) -> list[Row]:
@@ -52,8 +59,10 @@ def run_part(part: str, options: Options) -> list[Row]:
     try:
         if part == "quickstart":
             return quickstart(options, LIMITS_S[part])
+        if part == "vllm":
+            return tests("vLLM engine", VLLM_TESTS, LIMITS_S[part])
         if part == "tests":
-            return tests(LIMITS_S[part])
+            return tests("tests that need a GPU", ("-m", "gpu"), LIMITS_S[part])
         command = [sys.executable, "-m", "benchmarks.gpu_parts", part]
         for name in ("device", "size", "row_tokens", "rows"):
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
@@ -90,15 +99,15 @@ def quickstart(options: Options, limit_s: float) -> list[Row]:
     ]
 
 
-def tests(limit_s: float) -> list[Row]:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
+def tests(what: str, chosen: Sequence[str], limit_s: float) -> list[Row]:
+    command = [sys.executable, "-m", "pytest", *chosen, "-p", "no:cacheprovider"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, cwd=ROOT)
     [*_, outcome] = re.findall(
         r"^.*\b(?:passed|failed|error|skipped)\b.* in .*$", done.stdout, re.M
     )
     if done.returncode or "passed" not in outcome:
-        return [failed("tests that need a GPU", outcome)]
-    return [{"what": "tests that need a GPU", "unit": "", "measured": outcome, "aim": "passed"}]
+        return [failed(what, outcome)]
+    return [{"what": what, "unit": "", "measured": outcome, "aim": "passed"}]
 
 
 def failed(part: str, why: str) -> Row:
@@ -136,7 +145,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = [*PARTS, "quickstart", "tests"]
+    parts = [*PARTS, "quickstart", "vllm", "tests"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     add_options(parser)
     options = parser.parse_args()

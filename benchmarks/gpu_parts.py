@@ -29,7 +29,7 @@ from benchmarks.gpu_setup import (
     row,
     seconds,
 )
-from benchmarks.gpu_update import update
+from benchmarks.gpu_update import sharded, update
 from speed_async.actors.torch_engine.generator import TorchGenerator
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.broadcast import TorchReceiver, TorchSender
@@ -168,6 +168,7 @@ def nccl(options: Options) -> list[Row]:
 PARTS: dict[str, Callable[[Options], list[Row]]] = {
     "matmul": matmul,
     "update": update,
+    "sharded": sharded,
     "weights": weights,
     "engine": engine,
     "nccl": nccl,

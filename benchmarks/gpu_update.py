@@ -1,4 +1,4 @@
-"""The part `update` of benchmarks/gpu_check.py: FLOPs and peak memory of the learner."""
+"""The parts `update` and `sharded` of benchmarks/gpu_check.py: FLOPs and memory of the learner."""
 
 import tempfile
 from pathlib import Path
@@ -8,24 +8,60 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.gpu_setup import Options, Row, matmul_flops_per_s, now_s, random_model, row
+from benchmarks.gpu_setup import (
+    Options,
+    Row,
+    dtype,
+    indexed,
+    matmul_flops_per_s,
+    now_s,
+    random_model,
+    row,
+)
 from benchmarks.harness import MODEL_SHAPES
 from benchmarks.learner_arm import random_completion
 from speed_async.config.load import build_config
 from speed_async.launcher.preflight.memory_budget import ModelSizes, Workload, learner_bytes
 from speed_async.learner.model import load_model
+from speed_async.learner.parallel.ranks import ONE_RANK, Ranks, join_ranks, leave_ranks
 from speed_async.learner.trainer import Trainer
 from speed_async.types import Group
+from speed_async.weight_sync.process_group import host_store
 
 MFU_AIM, MEMORY_AIM = 0.50, 0.10
 GROUP_SIZE = 4
+JOIN_S = 60.0
 
 
 def update(options: Options) -> list[Row]:
+    return _measured("update", options, ONE_RANK)
+
+
+def sharded(options: Options) -> list[Row]:
+    """As with several learners, which gather each layer in bfloat16, with one that has all parts.
+    The formula of `update` holds for it too."""
+    store = host_store("127.0.0.1", JOIN_S)
+    ranks = join_ranks(
+        store,
+        rank=0,
+        size=1,
+        device=indexed(options.device),
+        ranks_per_node=1,
+        timeout_s=JOIN_S,
+    )
+    try:
+        return _measured("sharded update", options, ranks)
+    finally:
+        leave_ranks()
+
+
+def _measured(what: str, options: Options, ranks: Ranks) -> list[Row]:
     """Two updates; the second one is measured. All rows have `row_tokens` tokens."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_random(options, folder, context=options.row_tokens)
+        random = random_model(options, context=options.row_tokens, dtype=dtype(options.device))
+        random.save_pretrained(folder)
+        del random
         config = build_config(
             {
                 "algorithm": "rloo",
@@ -37,7 +73,7 @@ def update(options: Options) -> list[Row]:
             }
         )
         model: Any = load_model(folder, device=options.device)
-    trainer, groups = Trainer(config=config, model=model), equal_groups(options)
+    trainer, groups = Trainer(config=config, model=model, ranks=ranks), equal_groups(options)
     trainer.update(groups[:1])
     rate = matmul_flops_per_s(options.device)
     if options.device == "cuda":
@@ -47,9 +83,9 @@ def update(options: Options) -> list[Row]:
     update_s = now_s(options.device) - began_s
     num_tokens = options.rows * options.row_tokens
     rows = [
-        row("update", "tokens/s", num_tokens / update_s),
+        row(what, "tokens/s", num_tokens / update_s),
         row(
-            "update",
+            what,
             "MFU",
             update_flops(options.size, options.row_tokens) * num_tokens / update_s / rate,
             aim=f"{MFU_AIM:.2f}",
@@ -59,8 +95,8 @@ def update(options: Options) -> list[Row]:
         formula = expected_bytes(options, config.learner.micro_batch_tokens)
         peak = torch.cuda.max_memory_allocated()
         rows += [
-            row("update", "peak GiB", peak / 2**30),
-            row("update", "peak over formula", peak / formula, aim=f"1 +- {MEMORY_AIM:.2f}"),
+            row(what, "peak GiB", peak / 2**30),
+            row(what, "peak over formula", peak / formula, aim=f"1 +- {MEMORY_AIM:.2f}"),
         ]
     return rows
 
@@ -104,10 +140,6 @@ def model_sizes(size: str) -> ModelSizes:
         head_dim=shape["hidden_size"] // heads,
         vocab_size=shape["vocab_size"],
     )
-
-
-def save_random(options: Options, folder: Path, *, context: int) -> None:
-    random_model(options, context=context, dtype=torch.float32).save_pretrained(folder)
 
 
 def equal_groups(options: Options) -> list[Group]:

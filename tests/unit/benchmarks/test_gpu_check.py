@@ -43,7 +43,11 @@ def test_all_rows_of_an_update_have_the_same_length() -> None:
 
 @pytest.mark.parametrize(
     "part",
-    ["update", *(pytest.param(each, marks=pytest.mark.slow) for each in ("weights", "engine"))],
+    [
+        "update",
+        "sharded",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("weights", "engine")),
+    ],
 )
 def test_a_part_measures_something(part: str) -> None:
     for each in PARTS[part](OPTIONS):
