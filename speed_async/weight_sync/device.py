@@ -25,3 +25,8 @@ def resolve_device(field: str, choice: DeviceChoice) -> torch.device:
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     return torch.device("cuda", local_rank % num_visible)
+
+
+def gpu_uuid(device: torch.device) -> str:
+    """The same in every process, whatever GPUs are visible to it."""
+    return str(torch.cuda.get_device_properties(device).uuid)

@@ -7,7 +7,7 @@ the backend.
 import threading
 import time
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
@@ -30,9 +30,10 @@ from speed_async.weight_sync.ipc import (
     host_sockets,
     join_sockets,
     machine_identity,
-    machine_mismatch,
+    machine_mismatches,
 )
 from speed_async.weight_sync.manifest import KnownTensors, Manifest
+from speed_async.weight_sync.nccl import gpu_conflicts, gpu_identity
 from speed_async.weight_sync.process_group import (
     GroupTransport,
     MemberLeft,
@@ -238,11 +239,10 @@ class EpochGroup:
     def _await_receivers(self, lost: Collection[int]) -> None:
         joined = self._gather("joined", "never joined", lost)
         parts = {rank: value.partition("\n") for rank, value in joined.items()}
-        if self.offer.backend == "ipc":
-            ours = machine_identity()
-            problems = {rank: machine_mismatch(ours, part[0]) for rank, part in parts.items()}
-            if remote := [f"rank {rank} {text}" for rank, text in problems.items() if text]:
-                raise self.error(f"rendezvous: {'; '.join(remote)}")
+        identities = {rank: part[0] for rank, part in parts.items()}
+        if faults := self._faults({0: self._identity(), **identities}):
+            reasons = "; ".join(f"rank {rank} {text}" for rank, text in faults.items())
+            raise self.error(f"rendezvous: {reasons}", [*faults])
         try:
             self.cast = agreed_dtypes(
                 {rank: decode_dtypes(part[2]) for rank, part in parts.items()}
@@ -252,9 +252,8 @@ class EpochGroup:
         self._messages.set("go", value="")
 
     def _await_sender(self, expected: Sequence[NamedTensor]) -> None:
-        identity = machine_identity() if self.offer.backend == "ipc" else ""
         stated = encode_dtypes(float_dtypes(expected))
-        self._messages.set("joined", 0, self.offer.rank, value=f"{identity}\n{stated}")
+        self._messages.set("joined", 0, self.offer.rank, value=f"{self._identity()}\n{stated}")
         refusal = self._messages.wait_for(
             "go",
             absence="the sender did not start this epoch",
@@ -263,6 +262,26 @@ class EpochGroup:
         if refusal:
             reason = refusal.decode(errors="replace")
             raise self.error(f"rendezvous: the sender reported: {reason}")
+
+    def _identity(self) -> str:
+        """The machine (ipc) or the GPU (nccl) of this member. Raises ConfigError."""
+        match self.offer.backend:
+            case "ipc":
+                return machine_identity()
+            case "nccl":
+                return gpu_identity(self._device)
+            case _:
+                return ""
+
+    def _faults(self, identities: Mapping[int, str]) -> dict[int, str]:
+        """Why members cannot take part, by rank. `identities`: of all members, by rank."""
+        match self.offer.backend:
+            case "ipc":
+                return machine_mismatches(identities)
+            case "nccl":
+                return gpu_conflicts(identities)
+            case _:
+                return {}
 
     def _connect(self, store: Store) -> GroupTransport | IpcTransport:
         if self.offer.backend != "ipc":

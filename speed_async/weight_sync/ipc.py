@@ -17,7 +17,7 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from torch._C._distributed_c10d import Store
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
 from speed_async.weight_sync.buckets import NUM_BUFFERS, Bucket, largest_bytes
+from speed_async.weight_sync.process_group import MemberLeft
 from speed_async.weight_sync.shared_memory import (
     describe_on_gpu,
     make_memory,
@@ -171,16 +172,20 @@ def machine_identity() -> str:
     return f"{boot} {socket.gethostname()}"
 
 
-def machine_mismatch(ours: str, theirs: str) -> str:
-    """Empty when both identities are of one machine; otherwise the error message."""
-    (boot, _, host), (their_boot, _, their_host) = ours.partition(" "), theirs.partition(" ")
-    if their_boot == boot:
-        return ""
-    return f"runs on '{their_host}' and rank 0 on '{host}': {ONE_MACHINE}"
+def machine_mismatches(identities: Mapping[int, str]) -> dict[int, str]:
+    """`identities`: by rank. Why members cannot take part, by rank: they run on another machine
+    than rank 0."""
+    parts = {rank: identity.partition(" ") for rank, identity in identities.items()}
+    boot, _, host = parts[0]
+    return {
+        rank: f"runs on '{their_host}' and rank 0 on '{host}': {ONE_MACHINE}"
+        for rank, (their_boot, _, their_host) in parts.items()
+        if their_boot != boot
+    }
 
 
 def host_sockets(store: Store, offer: WeightOffer) -> dict[int, socket.socket]:
-    """Sender: connections of all receivers, by rank. Raises RuntimeError naming missing ranks."""
+    """Sender: connections of all receivers, by rank. Raises MemberLeft at the deadline."""
     deadline = time.monotonic() + offer.deadline_s
     sockets: dict[int, socket.socket] = {}
     token = secrets.token_hex(16)
@@ -193,8 +198,7 @@ def host_sockets(store: Store, offer: WeightOffer) -> dict[int, socket.socket]:
                 listener.settimeout(max(deadline - time.monotonic(), 0.001))
                 peer, _ = listener.accept()
             except TimeoutError as error:
-                names = ", ".join(map(str, missing))
-                raise RuntimeError(f"no connection from rank {names}") from error
+                raise MemberLeft(missing, "did not connect to rank 0") from error
             rank = _first_message(peer, deadline)
             if rank in missing:
                 sockets[rank] = peer

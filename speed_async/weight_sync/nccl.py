@@ -6,9 +6,10 @@ is abandoned when it is late. torch's watchdog must not end this process meanwhi
 start with `nccl_environment` (launcher/nccl_environment.py).
 """
 
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import nullcontext
 from datetime import timedelta
@@ -17,7 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch._C._distributed_c10d import Store
 
+from speed_async.errors import ConfigError
 from speed_async.types import WeightOffer
+from speed_async.weight_sync.device import gpu_uuid
 
 T = TypeVar("T")
 HasLeft = Callable[[], bool]
@@ -28,6 +31,34 @@ WATCH_S = 0.1
 """Time between two calls of `HasLeft`."""
 WATCHDOG_FACTOR = 10
 """The timeout of torch's watchdog in deadlines: it must never expire first."""
+
+
+def gpu_identity(device: torch.device) -> str:
+    """The GPU of this member. Raises ConfigError if its device is not a GPU."""
+    if device.type != "cuda":
+        raise ConfigError(
+            "weights.backend",
+            "nccl",
+            f"every actor needs a GPU, and this one on '{socket.gethostname()}' uses '{device}' "
+            "('auto' selects nccl by the devices of the learner's node only): set weights.backend "
+            "= 'gloo', or make a GPU available to this actor",
+        )
+    return gpu_uuid(device)
+
+
+def gpu_conflicts(gpus: Mapping[int, str]) -> dict[int, str]:
+    """`gpus`: by rank. Why members cannot take part, by rank: a lower rank has the same GPU. Actors
+    that join have the highest ranks."""
+    owners: dict[str, int] = {}
+    found = {}
+    for rank, gpu in sorted(gpus.items()):
+        owner = owners.setdefault(gpu, rank)
+        if owner != rank:
+            found[rank] = (
+                f"uses the GPU of rank {owner}, and backend 'nccl' needs one for each rank: set "
+                "weights.backend = 'gloo', or start this actor where a GPU is free"
+            )
+    return found
 
 
 def make_nccl_group(

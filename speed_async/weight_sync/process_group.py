@@ -40,7 +40,7 @@ def choose_backend(
     """Backend of all epochs of a run.
 
     `actor_gpus`: GPUs that each actor on the learner's machine can see, numbered as in the learner.
-    `one_machine`: whether these are all actors.
+    `one_machine`: whether these are all actors. Devices of other machines are not known here.
     "auto" selects nccl when every rank has its own GPU (NCCL does not support two ranks on one
     GPU), ipc when every actor sees the learner's GPU, and gloo otherwise. On a CPU, ipc is faster
     (docs/benchmarks.md) but excludes late joiners on other machines.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from speed_async.errors import WeightSyncError
 from speed_async.weight_sync.buckets import NUM_BUFFERS
+from speed_async.weight_sync.device import gpu_uuid
 
 
 def make_memory(num_bytes: int) -> int:
@@ -76,7 +77,7 @@ def describe_on_gpu(buffers_B: Sequence[Tensor]) -> dict[str, object]:
     fields = [buffer_B.untyped_storage()._share_cuda_() for buffer_B in buffers_B]
     return {
         "device": "cuda",
-        "gpu": _gpu_name(buffers_B[0].device),
+        "gpu": gpu_uuid(buffers_B[0].device),
         "buffers": [[_to_plain(value) for value in each] for each in fields],
     }
 
@@ -88,7 +89,7 @@ def _open_on_gpu(gpu: str, buffers: list[Any], device: torch.device) -> list[Ten
             " actors.device = 'cuda', or weights.backend = 'gloo'"
         )
     visible = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    ours = [each for each in visible if _gpu_name(each) == gpu]
+    ours = [each for each in visible if gpu_uuid(each) == gpu]
     if not ours:
         raise WeightSyncError(
             f"the learner's GPU ({gpu}) is not visible here: give all ranks the same"
@@ -102,10 +103,6 @@ def _open_on_gpu(gpu: str, buffers: list[Any], device: torch.device) -> list[Ten
         buffer_B = torch.empty(0, dtype=torch.uint8, device=ours[0])
         opened.append(buffer_B.set_(storage, 0, (storage.nbytes(),), (1,)))
     return opened
-
-
-def _gpu_name(device: torch.device) -> str:
-    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _to_plain(value: object) -> object:

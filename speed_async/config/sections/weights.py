@@ -9,7 +9,9 @@ class WeightsConfig(Section):
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
     """Transfer backend. `gloo`: over the network, between host memories. `nccl`: between GPUs, one
     per rank. `ipc`: within one machine, through shared memory (GPU memory if learner and actors
-    share the GPU). `auto` selects a backend by the devices of the ranks."""
+    share the GPU). `auto` selects a backend by the devices of the ranks on the learner's node. If
+    that is `nccl`, actors on other nodes and actors that join need GPUs of their own as well; set
+    `gloo` if they have none."""
     bucket_bytes: PositiveInt = 64 * 1024 * 1024
     """Tensors are sent together up to this size. Sender and receiver have two such buffers."""
     deadline_s: PositiveFloat = 60.0

@@ -133,6 +133,14 @@ def choose_gpus(config: Config, num_visible: int, claims: ExitStack) -> list[str
     return [*choice.gpus, *(each for each in visible if each not in choice.gpus)]
 
 
+def gpu_environment(visible: Sequence[str]) -> dict[str, str]:
+    """Environment in which CUDA sees these entries of CUDA_VISIBLE_DEVICES; empty without any."""
+    if not visible:
+        return {}
+    # Their indices are those of nvidia-smi. By default, CUDA numbers the fastest GPU first.
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(visible)}
+
+
 async def _supervise(
     admitted: Admitted,
     stopping: asyncio.Event,
@@ -142,7 +150,6 @@ async def _supervise(
     visible: list[str],
 ) -> None:
     host, port, accepted = admitted.host, admitted.port, admitted.accepted
-    own = {"CUDA_VISIBLE_DEVICES": ",".join(visible)} if visible else {}
     plan = ActorPlan(
         index=accepted.index,
         host=host,
@@ -150,7 +157,7 @@ async def _supervise(
         folder=folder.path,
         first_incarnation=accepted.incarnation,
         joined=True,
-        environment=own | engine_environment(config),
+        environment=gpu_environment(visible) | engine_environment(config),
     )
     address = address_at(host, port)
     print(f"joined {address} as {plan.role}; its logs are in {folder.path / 'logs'}")

@@ -12,7 +12,7 @@ from speed_async.config.sections.model import ModelConfig
 from speed_async.config.sections.task import TaskConfig
 from speed_async.errors import ConfigError
 from speed_async.launcher.free_gpus import GpuChoice, claim_gpus
-from speed_async.launcher.roles.joiner import choose_gpus
+from speed_async.launcher.roles.joiner import choose_gpus, gpu_environment
 
 FREE_MIB = {"0": "1200", "1": "70000", "2": "80000", "3": "[N/A]"}
 ALL = list(FREE_MIB)
@@ -87,6 +87,14 @@ def test_the_actor_sees_its_gpus_first_and_the_others_after_them(
         choose_gpus(config_of(), 3, second)
         shared = "warning: other actors that joined have claimed all GPUs; this one shares 1\n"
         assert capsys.readouterr().out == shared
+
+
+def test_cuda_numbers_the_gpus_of_the_actor_as_nvidia_smi_does() -> None:
+    assert gpu_environment(["2", "0", "1"]) == {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": "2,0,1",
+    }
+    assert gpu_environment([]) == {}
 
 
 def test_no_gpu_is_taken_by_an_actor_on_a_cpu() -> None:

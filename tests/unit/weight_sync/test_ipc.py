@@ -9,10 +9,11 @@ from datetime import timedelta
 
 import pytest
 import torch
-from torch._C._distributed_c10d import HashStore, TCPStore
+from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 from speed_async.errors import WeightSyncError
 from speed_async.types import WeightOffer
+from speed_async.weight_sync import epoch_group
 from speed_async.weight_sync.buckets import plan_buckets
 from speed_async.weight_sync.ipc import (
     RANK,
@@ -22,6 +23,7 @@ from speed_async.weight_sync.ipc import (
     join_sockets,
 )
 from speed_async.weight_sync.manifest import describe
+from speed_async.weight_sync.process_group import MemberLeft
 from speed_async.weight_sync.shared_memory import make_memory, open_memory
 from tests.fakes.weights_contract import Loaded, TorchEndpoints, open_channel
 
@@ -56,7 +58,29 @@ def test_the_error_of_a_receiver_on_another_machine_names_the_setting():
         error = str(caught.value)
         assert "rank 1 runs on 'node7'" in error and "one machine" in error
         assert "set weights.backend = 'gloo' or 'nccl'" in error
+        assert caught.value.missing_ranks == (1,)
         assert "rank 1 runs on 'node7'" in store.get("epoch-1/go").decode()  # read by the receiver
+
+
+def test_a_receiver_in_another_network_namespace_is_named_and_the_other_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def join(store: Store, offer: WeightOffer) -> dict[int, socket.socket]:
+        if offer.rank == 2:  # a name that has no socket in its namespace
+            store = HashStore()
+            store.set(SOCKET_KEY, "0" * 32)
+        return join_sockets(store, offer)
+
+    monkeypatch.setattr(epoch_group, "join_sockets", join)
+    tensors, loaded = [("w", torch.ones(4))], Loaded()
+    with open_channel(TorchEndpoints("ipc", 1024)) as channel:
+        offer = channel.offer(1, world_size=3, deadline_s=1.0)
+        loads = {1: loaded.load, 2: loaded.load}
+        outcomes = channel.transfer(offer, tensors, {1: tensors, 2: tensors}, loads)
+    assert "rank 0 cannot be reached" in str(outcomes[2]) and "one machine" in str(outcomes[2])
+    assert isinstance(outcomes[0], WeightSyncError) and outcomes[0].missing_ranks == (2,)
+    assert "rank 2 did not connect" in str(outcomes[0])
+    assert loaded.tensors == {}
 
 
 def test_connections_that_are_not_members_are_closed():
@@ -91,8 +115,9 @@ def test_connections_that_are_not_members_are_closed():
 
 
 def test_a_rank_that_never_connects_is_named():
-    with pytest.raises(RuntimeError, match="no connection from rank 1, 2"):
+    with pytest.raises(MemberLeft, match="ranks 1, 2 did not connect") as caught:
         host_sockets(HashStore(), make_offer(world_size=3, deadline_s=0.2))
+    assert caught.value.ranks == (1, 2)
 
 
 def test_a_stale_socket_name_raises():

@@ -1,4 +1,5 @@
-"""NCCL groups on a machine without GPUs: only the constructor of the process group is replaced."""
+"""NCCL groups on a machine without GPUs: the process group and the identity of a GPU are
+replaced."""
 
 import os
 import threading
@@ -13,17 +14,24 @@ from typing import Any
 import pytest
 import torch
 
-from speed_async.errors import WeightSyncError
+from speed_async.errors import ConfigError, WeightSyncError
 from speed_async.launch import run_rank
 from speed_async.launcher.nccl_environment import nccl_environment
 from speed_async.launcher.rank import Node
 from speed_async.launcher.roles import learner_role
 from speed_async.launcher.roles.engine_environment import engine_environment
+from speed_async.weight_sync import epoch_group
 from speed_async.weight_sync.channel import NamedTensor, TransferReport
 from speed_async.weight_sync.float_dtypes import encode_dtypes, float_dtypes
 from speed_async.weight_sync.process_group import reach_store
 from tests.fakes.learner_samples import make_config
-from tests.fakes.weights_contract import Channel, Loaded, TorchEndpoints, assert_arrived
+from tests.fakes.weights_contract import (
+    Channel,
+    Loaded,
+    TorchEndpoints,
+    assert_arrived,
+    open_channel,
+)
 
 DEADLINE_S = 1.0
 LONG_S = 60.0
@@ -95,12 +103,13 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peers]:
     shared = Peers()
     monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", stub_of(shared), raising=False)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(epoch_group, "gpu_identity", lambda device: f"GPU-{device.index}")
     yield shared
 
 
 @pytest.fixture
 def channel(peers: Peers) -> Iterator[Channel]:
-    opened = Channel(TorchEndpoints("nccl", 1024, devices=["cpu"] * 4))
+    opened = Channel(TorchEndpoints("nccl", 1024, devices=[f"cpu:{gpu}" for gpu in range(4)]))
     yield opened
     opened.close()
 
@@ -177,6 +186,36 @@ def test_a_member_that_stops_in_a_transfer_is_named_and_the_others_end_with_the_
     assert caught.value.missing_ranks == (2,)
     assert "bucket" in str(caught.value)
     assert "the sender left the group" in str(errors[0])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "missing", "message"),
+    [
+        ((0, 1, 1), (2,), "rank 2 uses the GPU of rank 1"),
+        ((0, 0, 1), (1,), "rank 1 uses the GPU of rank 0"),
+        ((0, 0, 0), (1, 2), "rank 2 uses the GPU of rank 0"),
+    ],
+)
+def test_a_member_that_shares_a_gpu_is_named_at_once(
+    peers: Peers, gpus: Sequence[int], missing: tuple[int, ...], message: str
+):
+    endpoints = TorchEndpoints("nccl", 1024, devices=[f"cpu:{gpu}" for gpu in gpus])
+    with open_channel(endpoints) as channel:
+        channel.receivers = {rank: endpoints.make_receiver() for rank in (1, 2)}
+        loaded = {1: Loaded(), 2: Loaded()}
+        outcomes = run_transfer(channel, 1, loaded)
+    for outcome in outcomes.values():
+        assert isinstance(outcome, WeightSyncError)
+        assert message in str(outcome) and "set weights.backend = 'gloo'" in str(outcome)
+    assert outcomes[0].missing_ranks == missing
+    assert not peers.options  # no communicator was created
+
+
+def test_an_actor_without_a_gpu_is_a_configuration_error():
+    with open_channel(TorchEndpoints("nccl", 1024, devices=["cpu"] * 2)) as channel:
+        offer = channel.offer(1, 1, deadline_s=LONG_S)
+        with pytest.raises(ConfigError, match=r"'weights.backend' = 'nccl'.*uses 'cpu'.*'gloo'"):
+            channel.receiver(1).receive(offer, [("w", torch.ones(3))], Loaded().load)
 
 
 # --- the environment of processes ---------------------------------------------------------------
