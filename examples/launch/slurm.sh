@@ -6,6 +6,7 @@
 #SBATCH --signal=TERM@120
 # One launcher per node, eight ranks each: one learner, and actors on all other GPUs.
 #   sbatch --nodes 2 examples/launch/slurm.sh my.toml [--section.field value ...]
+#   RESUME=runs/default sbatch --nodes 2 examples/launch/slurm.sh my.toml    continues that run
 # The run drains and saves 120 s before the time limit. KEYS: folder made by `speed-async keys`.
 set -euo pipefail
 config="$1"
@@ -19,6 +20,9 @@ options=(
   --cluster.service_port "${SERVICE_PORT:-29411}"
   --cluster.keys "${KEYS:-keys}"
 )
-# The single quotes leave SLURM_NODEID to each node.
-exec srun bash -c 'exec speed-async train "$@" --node-rank "$SLURM_NODEID"' \
-  speed-async "$config" "${options[@]}" "$@"
+export RESUME="${RESUME:-}"
+# The single quotes leave SLURM_NODEID to each node. Only the learner's node resumes.
+exec srun bash -c '
+  [ "$SLURM_NODEID" != 0 ] || [ -z "$RESUME" ] || set -- --resume "$RESUME" "${@:2}"
+  exec speed-async train "$@" --node-rank "$SLURM_NODEID"
+' speed-async "$config" "${options[@]}" "$@"

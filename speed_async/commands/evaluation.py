@@ -120,6 +120,7 @@ def _evaluate(run_folder: Path | None, model: str | None, options: "Options") ->
     else:
         assert model is not None
         plan = plan_model(model, options)
+    plan.check()
     # Before torch is imported.
     os.environ.update(engine_environment(plan.targets[0].config))
     from speed_async.evaluation.table import results_table

@@ -118,11 +118,12 @@ def train(
         # With --resume the first argument is an override.
         overrides = (config, *overrides) if config is not None else ()
         resolved, errors = load_resumed(run_folder, overrides), []
-        try:
-            check_resumable(resolved)
-        except RunFinished as finished:
-            click.echo(finished)
-            return
+        if node_rank == 0:  # its learner locks the run, perhaps before another node comes here
+            try:
+                check_resumable(resolved)
+            except RunFinished as finished:
+                click.echo(finished)
+                return
         arguments = ["--resume", str(run_folder), *overrides]
     if dry_run:
         download_nothing()
@@ -199,7 +200,7 @@ def examine(
         errors,
         resume=resume,
         actors_here=node is None or node.num_nodes == 1,
-        leads=node is None or node.index == 0,
+        first_rank=0 if node is None else node.rank(0).rank,
         num_local_ranks=None if node is None else node.num_ranks,
     )
     if node is not None:

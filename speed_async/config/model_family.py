@@ -10,6 +10,7 @@ from typing import Any
 CHANGES_LOGITS = (
     "final_logit_softcapping",
     "logits_soft_cap",
+    "output_logit_soft_cap",
     "logit_scale",
     "logits_scaling",
     "output_multiplier",

@@ -1,6 +1,7 @@
 """Which GPUs of a node each rank uses, as indices into the visible GPUs. Does not import torch."""
 
 import os
+from dataclasses import replace
 
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError
@@ -13,6 +14,12 @@ def visible_gpus(num_gpus: int) -> list[str]:
     return [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", indices).split(",")]
 
 
+def num_local_learners(config: Config, rank: Rank) -> int:
+    """Learner ranks on the node of this rank, which use its first GPUs."""
+    others = rank.rank - rank.local_rank
+    return min(max(0, config.cluster.learners - others), rank.local_world_size)
+
+
 def actor_gpus(config: Config, rank: Rank, num_gpus: int) -> tuple[int, ...]:
     """GPUs of this actor rank, one per tensor-parallel rank; empty without GPUs.
 
@@ -22,7 +29,7 @@ def actor_gpus(config: Config, rank: Rank, num_gpus: int) -> tuple[int, ...]:
     if num_gpus == 0:
         return ()
     each = config.actors.weight_ranks
-    num_learners = max(0, config.cluster.learners - (rank.rank - rank.local_rank))
+    num_learners = num_local_learners(config, rank)
     first = num_learners + (rank.local_rank - num_learners) * each
     if each > 1 and first + each > num_gpus:
         raise ConfigError(
@@ -34,18 +41,13 @@ def actor_gpus(config: Config, rank: Rank, num_gpus: int) -> tuple[int, ...]:
     return tuple((first + offset) % num_gpus for offset in range(each))
 
 
-def local_actor_gpus(config: Config, learner: Rank, num_gpus: int) -> list[tuple[int, ...]]:
-    """`actor_gpus` of every actor rank on the learner's node."""
-    first_rank = learner.rank - learner.local_rank
+def local_actor_gpus(config: Config, rank: Rank, num_gpus: int) -> list[tuple[int, ...]]:
+    """`actor_gpus` of every actor rank on the node of this rank."""
+    first_rank = rank.rank - rank.local_rank
     ranks = (
-        Rank(
-            rank=first_rank + local,
-            world_size=learner.world_size,
-            local_rank=local,
-            local_world_size=learner.local_world_size,
-        )
-        for local in range(learner.local_world_size)
+        replace(rank, rank=first_rank + local, local_rank=local)
+        for local in range(rank.local_world_size)
     )
     return [
-        actor_gpus(config, rank, num_gpus) for rank in ranks if rank.rank >= config.cluster.learners
+        actor_gpus(config, each, num_gpus) for each in ranks if each.rank >= config.cluster.learners
     ]

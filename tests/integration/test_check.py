@@ -20,6 +20,7 @@ from speed_async.config.schema import Config
 from speed_async.launcher.preflight import devices
 from speed_async.launcher.preflight import task as task_check
 from speed_async.launcher.preflight.findings import Findings
+from speed_async.launcher.preflight.machine import check_ports
 from speed_async.launcher.preflight.tokenizer import check_tokenizer
 from speed_async.types import Prompt
 from tests.fakes.command_line import run_command
@@ -328,7 +329,8 @@ def test_settings_that_need_more_gpus_are_rejected(
         monkeypatch.setattr(devices, "num_cuda_gpus", lambda: num_gpus)
         base = {"model": {"path": str(MODEL)}, "task": {"name": "arithmetic"}}
         findings = Findings()
-        devices.check_devices(Config.model_validate(base | sections), findings)
+        config = Config.model_validate(base | sections)
+        devices.check_devices(config, findings, num_learners=config.cluster.learners)
         return [getattr(error, "field", "") for error in findings.errors]
 
     nccl, both = {"backend": "nccl"}, ["learner.device", "actors.device"]
@@ -341,6 +343,36 @@ def test_settings_that_need_more_gpus_are_rejected(
     split = {"engine": "vllm", "vllm": {"tensor_parallel": 4}}
     assert rejected(2, actors=split) == ["actors.vllm.tensor_parallel"]
     assert rejected(4, actors=split) == rejected(0, actors=split) == []
+    several = {"learners": 3}
+    assert rejected(2, cluster=several) == ["cluster.learners"]
+    assert rejected(3, cluster=several) == rejected(0, cluster=several) == []
+    assert rejected(2, cluster=several, learner={"device": "cpu"}) == []
+
+
+@pytest.mark.parametrize(("node_rank", "has_error"), [("0", True), ("1", False)])
+def test_learner_ranks_are_counted_by_node(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node_rank: str, has_error: bool
+) -> None:
+    monkeypatch.setattr(devices, "torch_build", lambda: "cuda")
+    monkeypatch.setattr(devices, "num_cuda_gpus", lambda: 1)
+    options = ["--nnodes", "2", "--node-rank", node_rank, "--nproc-per-node", "2", *OPEN]
+    options += ["--cluster.host", "192.0.2.1", "--cluster.service_port", "29411"]
+    _, lines = check(
+        tmp_path, *options, "--cluster.learner_port", "29412", "--cluster.learners", "3"
+    )
+    errors = [line for line in lines if "'cluster.learners' = 3" in line]
+    assert len(errors) == has_error, lines
+    assert all("this node has 2 of them and 1 visible GPUs" in error for error in errors)
+
+
+@pytest.mark.parametrize(("learners", "fields"), [(1, []), (2, ["cluster.learner_port"])])
+def test_the_port_of_several_learners_must_be_free(learners: int, fields: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port, findings = taken.getsockname()[1], Findings()
+        cluster = {"learners": learners, "learner_port": port}
+        tree = {"model": {"path": str(MODEL)}, "task": {"name": "arithmetic"}, "cluster": cluster}
+        check_ports(Config.model_validate(tree), findings)
+    assert [getattr(error, "field", "") for error in findings.errors] == fields
 
 
 def test_gpu_is_detected_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:

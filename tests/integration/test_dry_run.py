@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from speed_async.config.load import load_config
+from speed_async.launcher.attempt import begin_attempt
 from tests.fakes.command_line import run_command
 from tests.fakes.run_process import write_config
 
@@ -52,6 +54,20 @@ def test_ranks_are_listed_by_node_and_what_other_machines_have_is_not_checked(
     keys, host = starting(lines, "not checked here: ")
     assert "'cluster.keys'" in keys
     assert "'cluster.host' = '192.0.2.1': the service cannot bind to it" in host
+
+
+def test_another_node_resumes_while_the_learner_holds_the_lock_of_the_run(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path), ("--run.folder", str(tmp_path / "run")))
+    attempt = begin_attempt(config, restarted_in=None, resume=False)
+    options = (*TWO_NODES, "--cluster.security", "insecure", "--nproc-per-node", "2")
+    resume = ("--resume", "run", "--dry-run", *options)
+    status, out, err = run_command(tmp_path, "train", *resume, "--node-rank", "1")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1].startswith("ok")
+    status, _, err = run_command(tmp_path, "train", *resume, "--node-rank", "0")
+    assert status == 1
+    assert "is in progress" in err
+    attempt.folder.release_lock(attempt.lock)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_slurm_starts_a_launcher_on_each_node(
 def test_the_job_set_starts_a_launcher_in_each_pod(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    [job] = yaml.safe_load((FOLDER / "jobset.yaml").read_text())["spec"]["replicatedJobs"]
+    [job] = job_set()["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     pod: dict[str, Any] = spec["template"]["spec"]
     [container] = pod["containers"]
@@ -81,6 +81,50 @@ def test_the_job_set_starts_a_launcher_in_each_pod(
     command = [*container["command"], f"{text} {' '.join(ENGINE)} --dry-run"]
     out = run(command, environment | {"JOB_COMPLETION_INDEX": "0"}, tmp_path)
     assert actors_in(out) == 15
+
+
+@pytest.mark.parametrize(("index", "what"), [("0", "--resume runs/default"), ("1", "my.toml")])
+def test_only_the_first_pod_of_the_job_set_resumes_the_run_on_their_volume(
+    index: str, what: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    [job] = job_set()["spec"]["replicatedJobs"]
+    [container] = job["template"]["spec"]["template"]["spec"]["containers"]
+    (tmp_path / "bin" / "speed-async").write_text('#!/usr/bin/env bash\nprintf "%s " "$@"\n')
+    (tmp_path / "runs" / "default").mkdir(parents=True)
+    (tmp_path / "runs" / "default" / "config.json").touch()
+    done = subprocess.run(
+        [*container["command"], *container["args"]],
+        env=environment | {"JOB_COMPLETION_INDEX": index},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.startswith(f"train {what} --nnodes 2 --node-rank {index} ")
+
+
+@pytest.mark.parametrize(("node", "what"), [("0", "--resume runs/default"), ("1", "my.toml")])
+def test_slurm_resumes_on_the_first_node_only(
+    node: str, what: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "bin" / "speed-async").write_text('#!/usr/bin/env bash\nprintf "%s " "$@"\n')
+    slurm = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2", "NODE": node}
+    done = subprocess.run(
+        ["bash", str(FOLDER / "slurm.sh"), "my.toml", "--run.updates", "9"],
+        env=environment | slurm | {"RESUME": "runs/default"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.startswith(f"train {what} --nnodes 2 ")
+    assert done.stdout.endswith(f" --run.updates 9 --node-rank {node} ")
+
+
+def job_set() -> dict[str, Any]:
+    return yaml.safe_load((FOLDER / "jobset.yaml").read_text())
 
 
 def actors_in(plan: str) -> int:

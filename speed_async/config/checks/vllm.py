@@ -10,6 +10,11 @@ MIN_TEMPERATURE = 0.01
 OTHER_PARALLELISM = ("pipeline_parallel", "data_parallel", "prefill_context_parallel")
 
 
+def is_raised(temperature: float) -> bool:
+    """Whether vLLM samples at MIN_TEMPERATURE instead."""
+    return 0 < temperature < MIN_TEMPERATURE
+
+
 def check_vllm(config: Config) -> Iterator[ConfigError]:
     if config.actors.engine != "vllm":
         return
@@ -25,7 +30,7 @@ def check_vllm(config: Config) -> Iterator[ConfigError]:
     temperatures = [("actors.temperature", config.actors.temperature)]
     temperatures += [("evaluate.suites", each.temperature) for each in config.evaluate.suites]
     for field, temperature in temperatures:
-        if 0 < temperature < MIN_TEMPERATURE:
+        if is_raised(temperature):
             yield ConfigError(
                 field,
                 temperature,

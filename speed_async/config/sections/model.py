@@ -20,4 +20,5 @@ class ModelConfig(Section):
     """Variables for the chat template, such as `enable_thinking = false`."""
     stop_tokens: list[str] = Field(default_factory=list)
     """Texts of further tokens that end a completion, such as `["<|im_end|>"]`, besides the EOS
-    tokens of the model folder. Each must be one token of the model."""
+    tokens of the model folder. Each must be one token of the model: stop strings of several tokens
+    are not supported."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speed_async.config.checks.vllm import MIN_TEMPERATURE, is_raised
 from speed_async.config.load import apply_overrides, parse_config
 from speed_async.config.resumed import CONFIG_FILE
 from speed_async.config.schema import Config
@@ -95,6 +96,20 @@ class Plan:
     suites: tuple[PlannedSuite, ...]
     held_out_of: Config | None
     """The run whose held-out prompts are evaluated as well."""
+
+    def check(self) -> None:
+        """Raises SpeedAsyncError for a temperature that vLLM would change."""
+        used = [(each.config.name, each.config.temperature) for each in self.suites]
+        if self.held_out_of is not None:
+            used.append((HELD_OUT, self.held_out_of.actors.temperature))
+        for name, temperature in used:
+            if self.targets[0].config.actors.engine == "vllm" and is_raised(temperature):
+                option = "--actors.temperature" if name == HELD_OUT else "--temperature"
+                raise SpeedAsyncError(
+                    f"suite '{name}' at temperature {temperature:g}: vLLM samples at "
+                    f"{MIN_TEMPERATURE} instead; set {option} to at least {MIN_TEMPERATURE}, or "
+                    "--engine torch"
+                )
 
 
 def plan_model(path: str, options: Options) -> Plan:

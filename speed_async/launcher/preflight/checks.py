@@ -32,14 +32,20 @@ def run_checks(
     *,
     resume: bool = False,
     actors_here: bool = True,
-    leads: bool = True,
+    first_rank: int = 0,
     num_local_ranks: int | None = None,
 ) -> Findings:
     """Run all checks. `errors`: errors already found in the configuration. `actors_here`: False
-    if all actors may run on other machines. `leads`: False if the learner and the service run on
-    another machine. `num_local_ranks`: ranks of this node; None: all of the run."""
-    findings = Findings(errors=list(errors or ()))
-    check_devices(config, findings, actors_here=actors_here)
+    if all actors may run on other machines. `first_rank`: the first rank of this node; the
+    service runs beside rank 0. `num_local_ranks`: ranks of this node; None: all of the run."""
+    findings, leads = Findings(errors=list(errors or ())), first_rank == 0
+    num_local_ranks = num_local_ranks or config.cluster.learners + config.cluster.actors
+    check_devices(
+        config,
+        findings,
+        actors_here=actors_here,
+        num_learners=min(config.cluster.learners - first_rank, num_local_ranks),
+    )
     check_libraries(config, findings)
     if leads:
         check_keys(config, findings)
@@ -61,15 +67,14 @@ def run_checks(
     if tokenizer is not None and model is not None and parts:
         _check_lengths(config, model, tokenizer, parts, findings)
     if model is not None and model.weights is not None:
-        memory = estimate_memory(config, model, findings)
-        if leads:
-            memory += check_shared_gpus(
-                config,
-                model.facts,
-                model.weights.num_parameters,
-                findings,
-                num_local_ranks=num_local_ranks or config.cluster.learners + config.cluster.actors,
-            )
+        rank = Rank(
+            rank=first_rank,
+            local_rank=0,
+            world_size=first_rank + num_local_ranks,  # at least
+            local_world_size=num_local_ranks,
+        )
+        memory = estimate_memory(config, model, findings, rank=rank)
+        memory += check_shared_gpus(config, model.facts, model.weights, findings, rank=rank)
         findings.show("memory", memory)
         if parent is not None and leads:
             disk = check_disk(

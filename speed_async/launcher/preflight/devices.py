@@ -12,8 +12,13 @@ ROCM_DEVICE = Path("/dev/kfd")
 REMEDY = "use 'auto' or 'cpu'"
 
 
-def check_devices(config: Config, findings: Findings, *, actors_here: bool = True) -> None:
-    """Report an error for `cuda` on a machine without a usable GPU. Does not raise."""
+def check_devices(
+    config: Config, findings: Findings, *, actors_here: bool = True, num_learners: int = 1
+) -> None:
+    """Report an error for `cuda` without a usable GPU, and for too few GPUs. Does not raise.
+
+    `num_learners`: learner ranks of this node.
+    """
     fields = [("learner.device", config.learner.device)]
     if actors_here and config.actors.engine != "vllm":  # vLLM detects its device itself
         fields.append(("actors.device", config.actors.device))
@@ -22,10 +27,20 @@ def check_devices(config: Config, findings: Findings, *, actors_here: bool = Tru
         findings.errors += [NotAvailableHere(field, "cuda", fault) for field in on_cuda]
     if config.weights.backend == "nccl":
         _check_nccl(config, findings, actors_here=actors_here)
+    visible = num_cuda_gpus()
+    if config.learner.device != "cpu" and 0 < visible < num_learners and not why_no_gpu():
+        findings.errors.append(
+            NotAvailableHere(
+                "cluster.learners",
+                config.cluster.learners,
+                f"each learner rank needs a GPU of its own, and this node has {num_learners} of "
+                f"them and {visible} visible GPUs; set at most {visible}, or start fewer processes "
+                "on each of more nodes (--nproc-per-node)",
+            )
+        )
     split = config.actors.vllm.tensor_parallel
     if not (actors_here and config.actors.engine == "vllm" and split > 1):
         return
-    visible = num_cuda_gpus()
     if 0 < visible < split:
         findings.errors.append(
             NotAvailableHere(

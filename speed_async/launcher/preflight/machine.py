@@ -33,7 +33,8 @@ def check_ports(config: Config, findings: Findings, *, resume: bool = False) -> 
             )
         )
         return
-    for name in ("service_port", "feed_port"):
+    names = ["service_port", "feed_port", *(["learner_port"] if cluster.learners > 1 else [])]
+    for name in names:
         port = getattr(cluster, name)
         if not port or becomes_free(cluster.host, port, timeout_s=PORT_GRACE_S if resume else 0.0):
             continue

@@ -12,6 +12,7 @@ Not included: activations, logits and the code of the processes (about 1 GiB eac
 
 from speed_async.actors.torch_engine.cache_size import cache_layout
 from speed_async.config.schema import Config
+from speed_async.launcher.gpus import num_local_learners
 from speed_async.launcher.preflight.devices import why_no_gpu
 from speed_async.launcher.preflight.findings import Findings
 from speed_async.launcher.preflight.host_memory import host_memory
@@ -28,6 +29,8 @@ from speed_async.launcher.preflight.shared_gpu import (
     model_sizes,
 )
 from speed_async.launcher.preflight.weights import Weights
+from speed_async.launcher.rank import Rank
+from speed_async.learner.limits import num_shards
 
 LEARNER_BYTES = 2 * MASTER_BYTES + MOMENTS_BYTES
 CHECKPOINT_BYTES = MASTER_BYTES + MOMENTS_BYTES
@@ -35,8 +38,11 @@ CHECKPOINT_BYTES = MASTER_BYTES + MOMENTS_BYTES
 has these too."""
 
 
-def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> list[str]:
-    """Return lines with the estimate; warn if a machine without a GPU has less memory."""
+def estimate_memory(
+    config: Config, model: CheckedModel, findings: Findings, *, rank: Rank
+) -> list[str]:
+    """Return lines with the estimate; warn if a machine without a GPU has less memory, or less than
+    the learners of the node of `rank` keep in it."""
     if model.weights is None:
         return []
     on_gpu = not why_no_gpu()
@@ -44,7 +50,9 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
     num_adapted = num_adapter_parameters(config, model)
     if config.learner.lora_rank:
         on_cpu = not on_gpu or config.learner.device == "cpu"
-        bytes_each = MASTER_BYTES if on_cpu else frozen_value_bytes(config, model.facts)
+        bytes_each = (
+            MASTER_BYTES if on_cpu else frozen_value_bytes(config, model.facts, model.weights)
+        )
         learner_bytes = bytes_each * model.weights.num_parameters + LEARNER_BYTES * num_adapted
         parts = f"{bytes_each} bytes per parameter, and {LEARNER_BYTES} per one of the adapters"
         parts += "" if num_adapted else ", whose number is unknown and not included"
@@ -79,7 +87,23 @@ def estimate_memory(config: Config, model: CheckedModel, findings: Findings) -> 
     lines.append("not included: activations, logits and about 1 GiB per process")
     if not on_gpu:
         actor_bytes = weight_bytes + (kv_bytes or 0)
-        _check_available(learner_bytes + config.cluster.actors * actor_bytes, findings)
+        _check_available(
+            learner_bytes + config.cluster.actors * actor_bytes,
+            findings,
+            "weights, optimiser and KV caches",
+            "reduce actors.slots, model.context_length or cluster.actors",
+        )
+    elif config.learner.cpu_offload and learners > 1:
+        shards = num_shards(learners, ranks_per_node=rank.local_world_size)
+        kept_bytes = learner_bytes * num_local_learners(config, rank) // shards
+        if rank.is_on_first_node:  # whose learner has the whole model at the start
+            kept_bytes += MASTER_BYTES * model.weights.num_parameters
+        _check_available(
+            kept_bytes,
+            findings,
+            "what learners keep in host memory",
+            "unset learner.cpu_offload, or divide the learners over more nodes",
+        )
     return lines
 
 
@@ -112,11 +136,10 @@ def _kv_bytes(config: Config, model: CheckedModel, value_bytes: int, *, on_gpu: 
     return value_bytes * values * actors.num_slots * model.context_length
 
 
-def _check_available(needed_bytes: int, findings: Findings) -> None:
+def _check_available(needed_bytes: int, findings: Findings, what: str, remedy: str) -> None:
     memory = host_memory()
     if memory is not None and needed_bytes > memory.available_bytes:
         findings.warnings.append(
             f"the run may need more memory than is available: about {size(needed_bytes)} for "
-            f"weights, optimiser and KV caches, and {size(memory.available_bytes)} are free; "
-            "reduce actors.slots, model.context_length or cluster.actors"
+            f"{what}, and {size(memory.available_bytes)} are free; {remedy}"
         )

@@ -7,8 +7,8 @@ no copies, and the reference model is the model without adapters. Several learne
 this, and gather what they compute with; `cpu_offload` keeps the rest in host memory.
 Activations and logits are those of the largest micro-batch (`activation_bytes`, `logits_bytes`).
 
-engine: weights in its dtype, a KV cache of at least one sequence of the full context, and the
-working memory of its kernels.
+engine: weights in its dtype, a KV cache of at least one sequence of the full context, or of
+`actors.vllm.kv_cache_bytes`, and the working memory of its kernels.
 
 Both: the context of each process (CUDA, torch, NCCL). Fragmentation is not included.
 """
@@ -62,6 +62,8 @@ class Workload:
     micro_batch_tokens: int
     num_kv_tokens: int
     """Tokens for which an engine needs a KV cache at least."""
+    kv_cache_bytes: int = 0
+    """Size of the KV cache on each GPU of an engine, if it is set."""
     engine_value_bytes: int
     """Bytes of one number of the engine's weights and KV cache."""
     engine_shards: int = 1
@@ -127,7 +129,7 @@ def memory_budget(
     kv_bytes = value_bytes * sizes.kv_values_per_token * workload.num_kv_tokens
     engine = {
         "weights": value_bytes * sizes.num_parameters // shards,
-        KV_CACHE: kv_bytes // shards,
+        KV_CACHE: max(kv_bytes // shards, workload.kv_cache_bytes),
         "kernels": KERNEL_BYTES,
         "process": PROCESS_BYTES,
     }

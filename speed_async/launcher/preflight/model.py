@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speed_async.config.local_model import model_folder
-from speed_async.config.model_facts import ModelInfo, read_model_info
+from speed_async.config.model_facts import ModelInfo, read_json, read_model_info
 from speed_async.config.model_family import family_faults, routing_notice
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, ModelError
 from speed_async.launcher.preflight.findings import Findings
+from speed_async.launcher.preflight.tensors import tensor_faults
 from speed_async.launcher.preflight.weights import Weights, read_weights
 
 
@@ -46,6 +47,10 @@ def check_model(config: Config, folder: Path, findings: Findings) -> CheckedMode
     context = _context(config, facts, findings)
     for fault in family_faults(facts.record, context):
         findings.errors.append(ConfigError("model.path", config.model.path, fault))
+    if weights is not None:
+        record, num_learners = read_json(folder / "config.json"), config.cluster.learners
+        for fault in tensor_faults(record, weights, num_learners=num_learners):
+            findings.errors.append(ConfigError("model.path", config.model.path, fault))
     if notice := routing_notice(facts.record):
         findings.show("routing", [notice])
     if config.actors.engine == "torch":

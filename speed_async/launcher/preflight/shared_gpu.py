@@ -1,6 +1,7 @@
 """GPUs of learners, and those that actors share: whether all fits, and each engine's part.
 
-The first node decides, where the learner is: all actors of a run have one configuration.
+Each node checks its own GPUs. Each actor rank computes its part at its start, so the configuration
+of the run has only what the user set.
 """
 
 from collections import Counter
@@ -14,55 +15,49 @@ from speed_async.config.model_facts import ModelInfo, read_model_info
 from speed_async.config.model_family import has_only_attention
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError
-from speed_async.launcher.gpus import local_actor_gpus
+from speed_async.launcher.gpus import actor_gpus, local_actor_gpus, num_local_learners
 from speed_async.launcher.preflight.findings import Findings
 from speed_async.launcher.preflight.machine import size
 from speed_async.launcher.preflight.memory_budget import (
     COMPUTE_BYTES,
+    KV_CACHE,
     MASTER_BYTES,
     MemoryBudget,
     ModelSizes,
     Workload,
     memory_budget,
 )
-from speed_async.launcher.preflight.weights import read_weights
+from speed_async.launcher.preflight.weights import Weights, read_weights
 from speed_async.launcher.rank import Rank
 from speed_async.learner.limits import num_shards
 
 ASSUMED_PROMPT_TOKENS = 1024
 """Longest prompt if `task.max_prompt_tokens` does not limit it."""
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+HALF = ("BF16", "F16")
+"""Dtypes of weight files whose weights the learner gathers in bfloat16."""
 
 
 def shared_gpu_budgets(
-    config: Config,
-    facts: ModelInfo,
-    num_parameters: int,
-    *,
-    gpu_bytes: Sequence[int],
-    num_local_ranks: int,
+    config: Config, facts: ModelInfo, weights: Weights, *, gpu_bytes: Sequence[int], rank: Rank
 ) -> dict[int, MemoryBudget]:
-    """The budget of each GPU of the first node that has a learner or several engines, by its
-    index.
+    """The budget of each GPU of a node that has a learner or several engines, by its index.
 
-    `gpu_bytes`: memory of each visible GPU. Empty if config.json leaves sizes to the model class.
+    `gpu_bytes`: memory of each visible GPU. `rank`: any of the node. Empty if config.json leaves
+    sizes to the model class.
     """
-    sizes = model_sizes(facts, num_parameters)
+    sizes = model_sizes(facts, weights.num_parameters)
     if sizes is None or not gpu_bytes or config.actors.engine == "scripted":
         return {}
     uses_cuda = config.actors.engine == "vllm" or config.actors.device != "cpu"
-    learner = Rank(
-        rank=0, local_rank=0, world_size=num_local_ranks, local_world_size=num_local_ranks
-    )
-    actors = local_actor_gpus(config, learner, len(gpu_bytes)) if uses_cuda else []
+    actors = local_actor_gpus(config, rank, len(gpu_bytes)) if uses_cuda else []
     engines = Counter(gpu for gpus in actors for gpu in set(gpus))
-    num_learners = min(config.cluster.learners, num_local_ranks)
-    if config.learner.device == "cpu":
-        num_learners = 0
+    num_learners = 0 if config.learner.device == "cpu" else num_local_learners(config, rank)
+    load = workload(config, facts, weights, num_local_ranks=rank.local_world_size)
     return {
         gpu: memory_budget(
             sizes,
-            workload(config, facts, num_local_ranks=num_local_ranks),
+            load,
             has_learner=gpu < num_learners,
             num_engines=engines[gpu],
             total_bytes=total_bytes,
@@ -73,30 +68,20 @@ def shared_gpu_budgets(
 
 
 def check_shared_gpus(
-    config: Config,
-    facts: ModelInfo,
-    num_parameters: int,
-    findings: Findings,
-    *,
-    num_local_ranks: int,
+    config: Config, facts: ModelInfo, weights: Weights, findings: Findings, *, rank: Rank
 ) -> list[str]:
-    """Returns lines with the budgets; reports an error for one that does not fit."""
-    budgets = shared_gpu_budgets(
-        config,
-        facts,
-        num_parameters,
-        gpu_bytes=gpu_memory_bytes(),
-        num_local_ranks=num_local_ranks,
-    )
+    """Returns lines with the budgets of the node of `rank`; reports an error for one that does not
+    fit."""
+    budgets = shared_gpu_budgets(config, facts, weights, gpu_bytes=gpu_memory_bytes(), rank=rank)
     for gpu, budget in budgets.items():
         if (fault := budget_fault(config, gpu, budget)) is not None:
             findings.errors.append(fault)
     if budgets:
         return [describe(config, gpu, budget) for gpu, budget in budgets.items()]
-    sizes = model_sizes(facts, num_parameters)
-    if sizes is None or config.actors.engine == "scripted":
+    sizes = model_sizes(facts, weights.num_parameters)
+    if sizes is None or config.actors.engine == "scripted" or not num_local_learners(config, rank):
         return []
-    load = workload(config, facts, num_local_ranks=num_local_ranks)
+    load = workload(config, facts, weights, num_local_ranks=rank.local_world_size)
     one = memory_budget(sizes, load, has_learner=True, num_engines=1, total_bytes=0)
     alone = replace(one, num_engines=0)
     return [
@@ -105,8 +90,9 @@ def check_shared_gpus(
     ]
 
 
-def with_shared_memory(config: Config, *, num_local_ranks: int) -> Config:
-    """The configuration with vLLM's part of a shared GPU, unless the user has set it.
+def with_shared_memory(config: Config, rank: Rank) -> Config:
+    """The configuration of this actor rank, with vLLM's part of GPUs that it shares, unless the
+    user has set it.
 
     Also sets the KV cache: vLLM would otherwise measure the memory that is free while the learner
     allocates its own. Raises ConfigError if a GPU is too small, ModelError for an unusable model.
@@ -120,19 +106,15 @@ def with_shared_memory(config: Config, *, num_local_ranks: int) -> Config:
     if weights is None:
         raise errors[0]
     budgets = shared_gpu_budgets(
-        config,
-        read_model_info(folder),
-        weights.num_parameters,
-        gpu_bytes=gpu_bytes,
-        num_local_ranks=num_local_ranks,
+        config, read_model_info(folder), weights, gpu_bytes=gpu_bytes, rank=rank
     )
-    for gpu, budget in budgets.items():
+    own = {gpu: budgets[gpu] for gpu in actor_gpus(config, rank, len(gpu_bytes)) if gpu in budgets}
+    for gpu, budget in own.items():
         if (fault := budget_fault(config, gpu, budget)) is not None:
             raise fault
-    with_engines = [budget for budget in budgets.values() if budget.num_engines]
-    if not with_engines or vllm.gpu_memory_utilization is not None:
+    if not own or vllm.gpu_memory_utilization is not None:
         return config
-    smallest = min(with_engines, key=lambda budget: budget.engine_share)
+    smallest = min(own.values(), key=lambda budget: budget.engine_share)
     share = {
         "gpu_memory_utilization": smallest.engine_share,
         "kv_cache_bytes": vllm.kv_cache_bytes or smallest.kv_cache_bytes,
@@ -158,12 +140,20 @@ def budget_fault(config: Config, gpu: int, budget: MemoryBudget) -> ConfigError 
         )
     if budget.fits:
         return None
+    what = f"GPU {gpu} is shared by {_users(budget)}, which need {size(budget.needed_bytes)} of "
+    what += f"{size(total)}: {parts_text(budget)}"
+    kv_cache_bytes = config.actors.vllm.kv_cache_bytes
+    if config.actors.engine == "vllm" and kv_cache_bytes == budget.engine[KV_CACHE]:
+        return ConfigError(
+            "actors.vllm.kv_cache_bytes",
+            kv_cache_bytes,
+            f"{what}; set less, or remove it: each engine then gets what the others leave",
+        )
     return ConfigError(
         "model.path",
         config.model.path,
-        f"GPU {gpu} is shared by {_users(budget)}, which need {size(budget.needed_bytes)} of "
-        f"{size(total)}: {parts_text(budget)}; use more GPUs or a larger one, a smaller model, or "
-        "reduce model.context_length, actors.max_new_tokens or learner.micro_batch_tokens",
+        f"{what}; use more GPUs or a larger one, a smaller model, or reduce model.context_length, "
+        "actors.max_new_tokens or learner.micro_batch_tokens",
     )
 
 
@@ -194,9 +184,9 @@ def describe(config: Config, gpu: int, budget: MemoryBudget) -> str:
     wanted = config.actors.vllm.gpu_memory_utilization
     if wanted is not None:
         return f"{text}; actors.vllm.gpu_memory_utilization is set to {wanted}"
+    kv_cache_bytes = config.actors.vllm.kv_cache_bytes or budget.kv_cache_bytes
     return (
-        f"{text}; each engine uses {budget.engine_share:.1%} ({size(budget.kv_cache_bytes)} of KV "
-        "cache)"
+        f"{text}; each engine uses {budget.engine_share:.1%} ({size(kv_cache_bytes)} of KV cache)"
     )
 
 
@@ -235,34 +225,37 @@ def model_sizes(facts: ModelInfo, num_parameters: int) -> ModelSizes | None:
     )
 
 
-def frozen_value_bytes(config: Config, facts: ModelInfo) -> int:
+def frozen_value_bytes(config: Config, facts: ModelInfo, weights: Weights) -> int:
     """Of a weight that a learner on a GPU does not train (`keeps_bfloat16` in the learner). With
     layers that need the GPU for the first check, the model is there in float32 at the start."""
-    keeps = facts.dtype == "bfloat16" and not config.actors.computes_in_float32
+    keeps = weights.dtype == "BF16" and not config.actors.computes_in_float32
     keeps = keeps and has_only_attention(facts.record)
     return COMPUTE_BYTES if keeps else MASTER_BYTES
 
 
-def workload(config: Config, facts: ModelInfo, *, num_local_ranks: int) -> Workload:
+def workload(
+    config: Config, facts: ModelInfo, weights: Weights, *, num_local_ranks: int
+) -> Workload:
     """`num_local_ranks`: processes per node, over whose learners the model is divided."""
     actors = config.actors
     longest = actors.max_new_tokens + (config.task.max_prompt_tokens or ASSUMED_PROMPT_TOKENS)
     context = config.model.context_length or facts.context_length or longest
     longest = min(longest, context)
     stored = DTYPE_BYTES.get(facts.dtype or "", 4)
-    in_float32 = stored > COMPUTE_BYTES or actors.computes_in_float32
+    in_float32 = weights.dtype not in HALF or actors.computes_in_float32
     is_vllm = actors.engine == "vllm"
     layout = cache_layout(actors.num_slots, in_blocks=False)
     return Workload(
         longest_row=longest,
         micro_batch_tokens=config.learner.micro_batch_tokens,
         num_kv_tokens=context if is_vllm else layout.num_positions(longest),
+        kv_cache_bytes=(actors.vllm.kv_cache_bytes or 0) if is_vllm else 0,
         engine_value_bytes=min(stored, 2) if is_vllm else stored,
         engine_shards=actors.weight_ranks,
         bucket_bytes=config.weights.bucket_bytes,
         has_reference=config.objective.kl_coefficient > 0,
         lora_rank=config.learner.lora_rank,
-        frozen_value_bytes=frozen_value_bytes(config, facts),
+        frozen_value_bytes=frozen_value_bytes(config, facts, weights),
         learner_shards=num_shards(config.cluster.learners, ranks_per_node=num_local_ranks),
         gathered_value_bytes=MASTER_BYTES if in_float32 else COMPUTE_BYTES,
         cpu_offload=config.learner.cpu_offload,

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +15,52 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors library."""
+CHUNK_BYTES = 1 << 24
+"""Tensors are compared in parts of this size."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """A tensor as the header of its file describes it."""
+
+    file: Path
+    dtype: str
+    """Its name in safetensors, such as BF16."""
+    shape: tuple[int, ...]
+    first_byte: int
+    """Position of its values in the file."""
+    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    num_parameters: int
-    num_bytes: int
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    @property
+    def dtype(self) -> str | None:
+        """Of most parameters, as `StoredTensor.dtype`; None without tensors."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            counts[tensor.dtype] += math.prod(tensor.shape)
+        return counts.most_common(1)[0][0] if counts else None
 
 
 def read_weights(folder: Path) -> tuple[Weights | None, list[ModelError]]:
-    """Return the sizes of all weights, and an error for each missing or damaged file."""
+    """Return the headers of all weights, and an error for each missing or damaged file."""
     try:
         files, named = _files(folder)
     except ModelError as error:
         return None, [error]
     errors: list[ModelError] = []
-    tensors: dict[str, tuple[int, int]] = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in files:
         try:
             tensors |= _tensors(path)
@@ -44,10 +76,22 @@ def read_weights(folder: Path) -> tuple[Weights | None, list[ModelError]]:
         )
     if errors:
         return None, errors
-    return Weights(
-        num_parameters=sum(count for count, _ in tensors.values()),
-        num_bytes=sum(size for _, size in tensors.values()),
-    ), []
+    return Weights(tensors=tensors), []
+
+
+def have_equal_values(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes. Reads up to the first difference.
+    Raises OSError."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with first.file.open("rb") as one, second.file.open("rb") as other:
+        one.seek(first.first_byte)
+        other.seek(second.first_byte)
+        for begin in range(0, first.num_bytes, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, first.num_bytes - begin)
+            if one.read(size) != other.read(size):
+                return False
+    return True
 
 
 def _files(folder: Path) -> tuple[list[Path], set[str]]:
@@ -74,23 +118,27 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
     return [folder / name for name in names], set(places)
 
 
-def _tensors(path: Path) -> dict[str, tuple[int, int]]:
-    """Number of elements and bytes of each tensor in a safetensors file. Raises ModelError."""
+def _tensors(path: Path) -> dict[str, StoredTensor]:
+    """Each tensor in a safetensors file. Raises ModelError."""
     size = path.stat().st_size
     try:
         header, data_begins = _header(path)
         found = {
-            name: (math.prod(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+            name: StoredTensor(
+                file=path,
+                dtype=str(entry["dtype"]),
+                shape=tuple(map(int, entry["shape"])),
+                first_byte=data_begins + entry["data_offsets"][0],
+                num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
             for name, entry in header.items()
             if name != "__metadata__"
         }
-        ends = [
-            entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
-        ]
     except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
         reason = "a Git LFS pointer: run `git lfs pull` there" if is_lfs_pointer(path) else error
         raise ModelError(f"weights file '{path}' cannot be read ({reason})") from None
-    expected = data_begins + max(ends, default=0)
+    ends = (tensor.first_byte + tensor.num_bytes for tensor in found.values())
+    expected = max(ends, default=data_begins)
     if size != expected:
         raise ModelError(
             f"weights file '{path}' has {size:,} bytes, and its header requires {expected:,}: it "

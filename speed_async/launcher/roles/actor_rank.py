@@ -17,6 +17,7 @@ from speed_async.launcher.event_loop import stop_event
 from speed_async.launcher.exit_status import remote_end_line
 from speed_async.launcher.gpus import actor_gpus, visible_gpus
 from speed_async.launcher.logs import log_to
+from speed_async.launcher.preflight.shared_gpu import with_shared_memory
 from speed_async.launcher.rank import Rank
 from speed_async.launcher.rendezvous import FOLDER_VARIABLE, node_rendezvous
 from speed_async.launcher.roles.engine_environment import engine_environment, num_gpus
@@ -86,7 +87,7 @@ async def _run_actor(
     config: Config, rank: Rank, admitted: Admitted, stopping: asyncio.Event
 ) -> RunEnd | None:
     cluster, accepted = config.cluster, admitted.accepted
-    resolved = localized(
+    run_config = localized(
         accepted.config,
         model=None if rank.is_on_first_node else config.model.path,
         data=None if rank.is_on_first_node else config.task.path,
@@ -94,11 +95,15 @@ async def _run_actor(
         keys=Path(cluster.keys) if cluster.keys else None,
         sources=() if rank.is_on_first_node else config.task.sources,
     )
+    resolved = await asyncio.to_thread(with_shared_memory, run_config, rank)
     folder, name = RunFolder(path=Path(resolved.run.folder)), f"actor-{rank.rank}"
-    own_config = None if rank.is_on_first_node else folder.log(name).with_suffix(".config.json")
+    own_config = None
+    # On other nodes the disk may not be shared, and local paths may differ.
+    if not rank.is_on_first_node or resolved != run_config:
+        own_config = folder.log(name).with_suffix(".config.json")
     try:
         log_to(folder.log(f"{name}-supervisor"))
-        if own_config is not None:  # the disk may not be shared, and local paths may differ
+        if own_config is not None:
             save_config(resolved, own_config)
     except OSError as error:
         raise ConfigError(

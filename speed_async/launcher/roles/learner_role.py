@@ -20,7 +20,6 @@ from speed_async.launcher.identity.identity import Identity
 from speed_async.launcher.large_imports import large_imports
 from speed_async.launcher.logs import log_to
 from speed_async.launcher.ports import address_at
-from speed_async.launcher.preflight.shared_gpu import with_shared_memory
 from speed_async.launcher.processes import end_process, start_role
 from speed_async.launcher.rank import Rank
 from speed_async.launcher.rendezvous import RendezvousRecord, node_rendezvous
@@ -68,10 +67,6 @@ async def lead_run(config: Config, rank: Rank, *, resume: bool) -> str:
     num_actors = rank.world_size - config.cluster.learners
     cluster = config.cluster.model_copy(update={"actors": num_actors})
     config = config.model_copy(update={"cluster": cluster})
-    if not resume:
-        config = await asyncio.to_thread(
-            with_shared_memory, config, num_local_ranks=rank.local_world_size
-        )
     rendezvous = node_rendezvous()
     run_folder = rendezvous.read().run_folder
     restarted_in = Path(run_folder) if run_folder else None

@@ -15,6 +15,7 @@ from transformers import (
     MixtralConfig,
     Phi3Config,
     Qwen3MoeConfig,
+    xLSTMConfig,
 )
 
 from speed_async.config.model_facts import read_model_info
@@ -40,6 +41,7 @@ def faults(folder: Path, config: Any, context_length: int | None = None) -> list
         (Gemma2Config(), ["final_logit_softcapping = 30.0", "attn_logit_softcapping = 50.0"]),
         (CohereConfig(), ["logit_scale = 0.0625"]),
         (GraniteConfig(logits_scaling=8.0), ["logits_scaling = 8.0"]),
+        (xLSTMConfig(), ["output_logit_soft_cap = 30.0"]),
         (GraniteConfig(), []),
         (Gemma3TextConfig(), []),
         (LlamaConfig(), []),

@@ -12,11 +12,14 @@ from speed_async.actors.torch_engine.cache_size import cache_layout
 from speed_async.actors.torch_engine.slot_model import SlotModel
 from speed_async.config.load import build_config
 from speed_async.config.model_facts import read_model_info
+from speed_async.launcher.preflight import memory
 from speed_async.launcher.preflight.findings import Findings
+from speed_async.launcher.preflight.host_memory import HostMemory
 from speed_async.launcher.preflight.memory import estimate_memory
 from speed_async.launcher.preflight.memory_budget import ModelSizes, logits_bytes
 from speed_async.launcher.preflight.model import CheckedModel
 from speed_async.launcher.preflight.weights import read_weights
+from speed_async.launcher.rank import Node
 from speed_async.learner.policy import Policy
 from tests.fakes.live_bytes import LiveBytes
 from tests.fakes.tiny_models import CONTEXT_LENGTH, save_tiny_folder, tiny_model
@@ -88,7 +91,47 @@ def test_the_estimate_of_an_actor_includes_the_slots_of_all_regions(tmp_path: Pa
     weights, _ = read_weights(folder)
     facts = read_model_info(folder)
     model = CheckedModel(facts=facts, weights=weights, context_length=CONTEXT_LENGTH)
-    text = "\n".join(estimate_memory(config, model, Findings()))
+    rank = Node(num_ranks=2).rank(0)
+    text = "\n".join(estimate_memory(config, model, Findings(), rank=rank))
     # 2 blocks of 16 rows and 2 free regions, 96 tokens, 2 layers x 2 x 2 KV heads x 8, float32.
     num_kib = 4 * 16 * 96 * 2 * 2 * 2 * 8 * 4 / 1024
     assert f"at most {num_kib / 1024:.1f} MiB of KV cache (20 slots x 96 tokens)" in text
+
+
+@pytest.mark.parametrize(("node", "whole_models"), [(0, 1), (1, 0), (2, 0)])
+def test_what_learners_offload_must_fit_the_host_memory_of_each_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int, whole_models: int
+) -> None:
+    folder = save_tiny_folder(tmp_path / "model")
+    config = build_config(
+        {
+            "model": {"path": str(folder)},
+            "task": {"name": "arithmetic"},
+            "actors": {"engine": "torch"},
+            "cluster": {"learners": 3, "actors": 3},
+            "learner": {"cpu_offload": True},
+        }
+    )
+    weights, _ = read_weights(folder)
+    assert weights is not None
+    # Three learners have 2, 1 and 0 of three parts on three nodes of two ranks.
+    needed = 16 * weights.num_parameters * (2, 1, 0)[node] // 3
+    needed += 4 * weights.num_parameters * whole_models
+
+    def warnings(available: int) -> list[str]:
+        free = HostMemory(total_bytes=1 << 40, available_bytes=available, limit_bytes=None)
+        monkeypatch.setattr(memory, "host_memory", lambda: free)
+        monkeypatch.setattr(memory, "why_no_gpu", lambda: "")
+        findings = Findings()
+        model = CheckedModel(
+            facts=read_model_info(folder), weights=weights, context_length=CONTEXT_LENGTH
+        )
+        rank = Node(num_ranks=2, index=node, num_nodes=3).rank(0)
+        estimate_memory(config, model, findings, rank=rank)
+        return findings.warnings
+
+    assert warnings(needed) == []
+    if needed:
+        [warning] = warnings(needed - 1)
+        assert "what learners keep in host memory" in warning
+        assert "learner.cpu_offload" in warning

@@ -1,5 +1,7 @@
 """The memory budget of a shared GPU: figures by hand, and sizes that torch allocates on a CPU."""
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from speed_async.config.schema import Config
 from speed_async.config.sections.learner import ActivationCheckpointing, LearnerConfig
 from speed_async.errors import ConfigError
 from speed_async.launcher.preflight import shared_gpu
+from speed_async.launcher.preflight.findings import Findings
 from speed_async.launcher.preflight.memory_budget import (
     GIB,
     ModelSizes,
@@ -23,11 +26,17 @@ from speed_async.launcher.preflight.memory_budget import (
     learner_bytes,
     memory_budget,
 )
-from speed_async.launcher.preflight.shared_gpu import shared_gpu_budgets, with_shared_memory
+from speed_async.launcher.preflight.shared_gpu import (
+    check_shared_gpus,
+    shared_gpu_budgets,
+    with_shared_memory,
+)
+from speed_async.launcher.preflight.weights import Weights, read_weights
+from speed_async.launcher.rank import Node, Rank
 from speed_async.learner.model import load_model
 from speed_async.learner.optimizer import make_optimizer, named_state
 from tests.fakes.live_bytes import LiveBytes
-from tests.fakes.tiny_models import save_tiny_folder, sizes_of
+from tests.fakes.tiny_models import save_tiny_folder, sizes_of, tiny_model
 
 SIZES = ModelSizes(
     num_parameters=1_500_000_000,
@@ -186,6 +195,17 @@ def folder(tmp_path: Path) -> Path:
     return save_tiny_folder(tmp_path / "model")
 
 
+def weights_of(folder: Path) -> Weights:
+    weights, _ = read_weights(folder)
+    assert weights is not None
+    return weights
+
+
+def actor_of(num_ranks: int) -> Rank:
+    """The last rank of a single node, an actor."""
+    return Node(num_ranks=num_ranks).rank(num_ranks - 1)
+
+
 def make_config(folder: Path, **sections: dict[str, Any]) -> Config:
     tree = {"model": {"path": str(folder)}, "task": {"name": "arithmetic"}}
     actors = {"engine": "vllm", "max_new_tokens": 8} | sections.pop("actors", {})
@@ -217,9 +237,9 @@ def test_users_of_each_gpu_with_a_learner_or_several_engines(
     budgets = shared_gpu_budgets(
         make_config(folder, **sections),
         read_model_info(folder),
-        10_000,
+        weights_of(folder),
         gpu_bytes=(80 * GIB,) * gpus,
-        num_local_ranks=num_ranks,
+        rank=Node(num_ranks=num_ranks).rank(0),
     )
     found = {gpu: (bool(each.learner), each.num_engines) for gpu, each in budgets.items()}
     assert found == expected
@@ -229,7 +249,7 @@ def test_vllm_gets_what_the_learner_leaves_unless_the_user_set_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_gpu, "gpu_memory_bytes", lambda: (24 * GIB,))
-    planned = with_shared_memory(make_config(folder), num_local_ranks=2).actors.vllm
+    planned = with_shared_memory(make_config(folder), actor_of(2)).actors.vllm
     # The learner of a tiny model: its process, buckets of 2 x 64 MiB, logits, activations.
     assert planned.gpu_memory_utilization is not None
     assert 0.90 < planned.gpu_memory_utilization < 0.93
@@ -237,9 +257,64 @@ def test_vllm_gets_what_the_learner_leaves_unless_the_user_set_it(
     assert 19 * GIB < planned.kv_cache_bytes < 21 * GIB
 
     wanted = make_config(folder, actors={"vllm": {"gpu_memory_utilization": 0.4}})
-    assert with_shared_memory(wanted, num_local_ranks=2) == wanted
+    assert with_shared_memory(wanted, actor_of(2)) == wanted
     alone = make_config(folder, learner={"device": "cpu"})
-    assert with_shared_memory(alone, num_local_ranks=2) == alone
+    assert with_shared_memory(alone, actor_of(2)) == alone
+
+
+def test_an_actor_with_gpus_of_its_own_is_not_limited_by_those_that_others_share(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_gpu, "gpu_memory_bytes", lambda: (24 * GIB, 24 * GIB))
+    config, node = make_config(folder), Node(num_ranks=3)
+    on_its_own, beside_the_learner = (with_shared_memory(config, node.rank(i)) for i in (1, 2))
+    assert on_its_own == config
+    assert beside_the_learner.actors.vllm.gpu_memory_utilization is not None
+
+
+def test_a_kv_cache_that_the_user_set_is_in_the_budget(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_gpu, "gpu_memory_bytes", lambda: (24 * GIB,))
+    small, large = (
+        make_config(folder, actors={"vllm": {"kv_cache_bytes": gib * GIB}}) for gib in (18, 20)
+    )
+    planned = with_shared_memory(small, actor_of(2)).actors.vllm
+    assert planned.kv_cache_bytes == 18 * GIB
+    # The learner has less than 2 GiB, and weights, kernels and process of the engine have 2.
+    load = shared_gpu.workload(
+        small, read_model_info(folder), weights_of(folder), num_local_ranks=2
+    )
+    budget = memory_budget(SIZES, load, has_learner=False, num_engines=1, total_bytes=0)
+    assert budget.engine["KV cache"] == 18 * GIB
+    findings = Findings()
+    check_shared_gpus(
+        large, read_model_info(folder), weights_of(folder), findings, rank=actor_of(3)
+    )
+    [error] = findings.errors
+    assert isinstance(error, ConfigError)
+    assert (error.field, error.value) == ("actors.vllm.kv_cache_bytes", 20 * GIB)
+    assert "each engine weights" in str(error)
+    assert "KV cache 20.0 GiB" in str(error)
+    assert "set less, or remove it" in str(error)
+
+
+def test_each_node_checks_its_own_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(folder, cluster={"learners": 3, "actors": 3})
+    facts, weights = read_model_info(folder), weights_of(folder)
+    monkeypatch.setattr(shared_gpu, "gpu_memory_bytes", lambda: (GIB, GIB))
+
+    def refused(node: int) -> list[str]:
+        findings = Findings()
+        rank = Node(num_ranks=2, index=node, num_nodes=3).rank(0)
+        lines = check_shared_gpus(config, facts, weights, findings, rank=rank)
+        assert len(lines) == len(findings.errors)
+        return [str(error).partition("a learner on ")[2][:5] for error in findings.errors]
+
+    # Ranks 0 to 2 are learners, each with a GPU; the actors of other GPUs have them alone.
+    assert refused(0) == ["GPU 0", "GPU 1"]
+    assert refused(1) == ["GPU 0"]
+    assert refused(2) == []
 
 
 def test_a_gpu_that_is_too_small_is_refused_with_all_figures(
@@ -247,7 +322,7 @@ def test_a_gpu_that_is_too_small_is_refused_with_all_figures(
 ) -> None:
     monkeypatch.setattr(shared_gpu, "gpu_memory_bytes", lambda: (2 * GIB,))
     with pytest.raises(ConfigError) as raised:
-        with_shared_memory(make_config(folder), num_local_ranks=2)
+        with_shared_memory(make_config(folder), actor_of(2))
     text = str(raised.value)
     assert "GPU 0 is shared by a learner and 1 actor, which need 3." in text
     for part in (
@@ -263,22 +338,25 @@ def test_a_gpu_that_is_too_small_is_refused_with_all_figures(
     monkeypatch.setattr(shared_gpu, "gpu_memory_bytes", lambda: (24 * GIB,))
     wanted = make_config(folder, actors={"vllm": {"gpu_memory_utilization": 0.95}})
     with pytest.raises(ConfigError, match=r"gpu_memory_utilization.* = 0\.95: .*set at most 0\.9"):
-        with_shared_memory(wanted, num_local_ranks=2)
+        with_shared_memory(wanted, actor_of(2))
 
 
 def test_a_learner_that_does_not_fit_its_own_gpu_is_refused_with_the_remedy(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(folder)
+    def errors() -> list[str]:
+        findings = Findings()
+        facts, weights = read_model_info(folder), weights_of(folder)
+        check_shared_gpus(make_config(folder), facts, weights, findings, rank=actor_of(2))
+        return [str(error) for error in findings.errors]
+
     monkeypatch.setattr(shared_gpu, "gpu_memory_bytes", lambda: (GIB, 80 * GIB))
-    with pytest.raises(
-        ConfigError, match=r"a learner on GPU 0 needs 1\.\d GiB of 1\.0 GiB"
-    ) as raised:
-        with_shared_memory(config, num_local_ranks=2)
-    assert "cluster.learners" in str(raised.value)
-    assert "learner.lora_rank" in str(raised.value)
+    [error] = errors()
+    assert re.search(r"a learner on GPU 0 needs 1\.\d GiB of 1\.0 GiB", error)
+    assert "cluster.learners" in error
+    assert "learner.lora_rank" in error
     monkeypatch.setattr(shared_gpu, "gpu_memory_bytes", lambda: (8 * GIB, 80 * GIB))
-    assert with_shared_memory(config, num_local_ranks=2) == config
+    assert errors() == []
 
 
 def test_several_learners_divide_the_parameters() -> None:
@@ -311,7 +389,9 @@ def test_learners_of_whole_nodes_divide_the_model_within_a_node(
     folder: Path, learners: int, num_local_ranks: int, shards: int
 ) -> None:
     config = make_config(folder, cluster={"learners": learners})
-    load = shared_gpu.workload(config, read_model_info(folder), num_local_ranks=num_local_ranks)
+    load = shared_gpu.workload(
+        config, read_model_info(folder), weights_of(folder), num_local_ranks=num_local_ranks
+    )
     assert load.learner_shards == shards
 
 
@@ -326,3 +406,21 @@ def test_tensor_parallel_engines_divide_weights_and_kv_cache() -> None:
     )
     for part in ("weights", "KV cache"):
         assert half.engine[part] == whole.engine[part] // 2
+
+
+def test_the_dtype_of_frozen_weights_is_that_of_their_files(folder: Path) -> None:
+    """The learner reads it there; config.json may say something else."""
+
+    def value_bytes(dtype: torch.dtype) -> tuple[int, int]:
+        model = tiny_model("llama", tied=True).to(dtype)
+        model.save_pretrained(folder)
+        record = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+        (folder / "config.json").write_text(json.dumps(record))
+        load = shared_gpu.workload(
+            make_config(folder), read_model_info(folder), weights_of(folder), num_local_ranks=2
+        )
+        return load.frozen_value_bytes, load.gathered_value_bytes
+
+    assert value_bytes(torch.float32) == (4, 4)
+    assert value_bytes(torch.bfloat16) == (2, 2)
+    assert value_bytes(torch.float16) == (4, 2)  # only bfloat16 weights stay as they are

@@ -106,6 +106,36 @@ def test_a_run_is_evaluated_with_its_own_settings(base: Path, monkeypatch) -> No
     assert (own.config.temperature, own.config.samples, own.format) == (0.7, 1, "Q: {prompt}")
 
 
+def test_temperatures_that_vllm_would_raise_are_refused_for_every_suite(
+    base: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(base)
+
+    def check_model(engine: str, temperature: float) -> None:
+        plan_model("m", Options(suites=("aime24",), engine=engine, temperature=temperature)).check()
+
+    for engine, temperature in (("vllm", 0.0), ("vllm", 0.01), ("torch", 0.005)):
+        check_model(engine, temperature)
+    with pytest.raises(SpeedAsyncError, match=r"'aime24' at temperature 0.005: vLLM .* at 0.01"):
+        check_model("vllm", 0.005)
+
+    cold = {"name": "own", "path": str(base / "own.jsonl.gz"), "temperature": 0.004}
+    tree = {
+        "model": {"path": str(base)},
+        "task": {"name": "arithmetic"},
+        "actors": {"temperature": 0.003, "engine": "torch"},
+        "evaluate": {"suites": [cold]},
+    }
+    config = parse_config(tree)
+    for suites, message in (
+        (("own",), "'own' at temperature 0.004: .* set --temperature"),
+        ((), "'held_out' at temperature 0.003: .* set --actors.temperature"),
+    ):
+        plan_run(base, config, [base], Options(suites=suites)).check()
+        with pytest.raises(SpeedAsyncError, match=message):
+            plan_run(base, config, [base], Options(suites=suites, engine="vllm")).check()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
