@@ -4,10 +4,11 @@ Useful tokens are the requested ones. `model.generate` cannot stop rows at indiv
 runs to the longest one, and the surplus is not counted: this is what its users experience with
 completions of mixed length. The order of the contestants alternates, and ratios are taken within
 one repeat under the same machine load. On a shared machine, only the ratios by CPU time are
-reproducible. `core` is the engine without its asynchronous wrapper.
+reproducible. `core` is the engine without its asynchronous wrapper. With `--vllm`, vLLM on the same
+model is a contestant too; its CPU time is that of its engine process and of the requests here.
 
 Usage: python -m benchmarks.engine [--size 0.8M|30M|135M] [--slots N ...] [--per-slot N]
-           [--repeats N] [--threads N]
+           [--repeats N] [--threads N] [--vllm]
 """
 
 import argparse
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.engine_vllm import RunningVllm, running_vllm
 from benchmarks.harness import MODEL_SHAPES, report
 from speed_async.actors.engine import GenerationRequest
 from speed_async.actors.stepped_engine.engine import SteppedEngine
@@ -109,16 +111,30 @@ def by_engine(generator: TorchGenerator, requests: list[GenerationRequest]) -> i
 
 
 def rate(contestant: Callable[[], int]) -> tuple[float, float]:
-    """Tokens per second of wall-clock time, and of CPU time over all threads."""
-    start_s, start_cpu_s = time.perf_counter(), time.process_time()
+    """Tokens per second of wall-clock time, and of CPU time over all threads and processes."""
+    start_s, start_cpu_s = time.perf_counter(), _cpu_s()
     num_tokens = contestant()
     return (
         num_tokens / (time.perf_counter() - start_s),
-        num_tokens / (time.process_time() - start_cpu_s),
+        num_tokens / (_cpu_s() - start_cpu_s),
     )
 
 
+def _cpu_s() -> float:
+    return time.process_time() + RunningVllm.engine_cpu_s()
+
+
 def compare(arguments: argparse.Namespace, num_slots: int, per_prompt: int) -> dict[str, object]:
+    if not arguments.vllm:
+        return _compare(arguments, num_slots, per_prompt, None)
+    model, num_threads = random_llama(arguments.size), arguments.threads
+    with running_vllm(model, num_slots=num_slots, num_threads=num_threads) as vllm:
+        return _compare(arguments, num_slots, per_prompt, vllm)
+
+
+def _compare(
+    arguments: argparse.Namespace, num_slots: int, per_prompt: int, vllm: RunningVllm | None
+) -> dict[str, object]:
     # Separate models: the generator prepares its own for decoding.
     plain, owned = random_llama(arguments.size), random_llama(arguments.size)
     generator = new_generator(owned, num_slots)
@@ -128,6 +144,9 @@ def compare(arguments: argparse.Namespace, num_slots: int, per_prompt: int) -> d
         "core": lambda: by_core(generator, requests),
         "engine": lambda: by_engine(generator, requests),
     }
+    if vllm is not None:
+        contestants["vllm"] = lambda: vllm.generate(requests)
+        vllm.generate(requests[:num_slots])
     by_core(generator, requests[:num_slots])
     by_generate(plain, requests[:num_slots], num_slots)
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
@@ -144,6 +163,14 @@ def compare(arguments: argparse.Namespace, num_slots: int, per_prompt: int) -> d
         "by_CPU_time": _ratio(rates["engine"], rates["generate"], 1),
         "engine/core": _ratio(rates["engine"], rates["core"], 0),
         "core_by_CPU_time": _ratio(rates["engine"], rates["core"], 1),
+        **(
+            {
+                "engine/vllm": _ratio(rates["engine"], rates["vllm"], 0),
+                "vllm_by_CPU_time": _ratio(rates["engine"], rates["vllm"], 1),
+            }
+            if vllm is not None
+            else {}
+        ),
     }
 
 
@@ -158,6 +185,7 @@ def main() -> None:
     parser.add_argument("--per-slot", type=int, default=8, help="sequences per slot")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--vllm", action="store_true", help="also vLLM, if it is installed")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = [

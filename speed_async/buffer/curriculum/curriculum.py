@@ -122,5 +122,8 @@ def make_curriculum(config: Config, num_prompts: int, state: CurriculumState) ->
     if kind == "uniform" and isinstance(state, UniformState):
         return UniformCurriculum(num_prompts, state)
     if kind == "posterior" and isinstance(state, PosteriorState):
-        return PosteriorCurriculum(num_prompts, state, gate=config.gate, settings=config.curriculum)
+        gate = config.gate
+        if gate.mode == "off":  # the best groups are those whose rewards differ
+            gate = gate.model_copy(update={"mode": "filter", "low": 0.0, "high": 1.0})
+        return PosteriorCurriculum(num_prompts, state, gate=gate, settings=config.curriculum)
     raise JournalError(f"the snapshot does not fit curriculum.kind = {kind!r}")

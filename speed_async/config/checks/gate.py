@@ -13,13 +13,6 @@ def check_gate(config: Config) -> Iterator[ConfigError]:
     yield from _check_baseline(config)
     can_pass = not (errors := list(_check_band(config)))
     yield from errors
-    if gate.mode == "off" and config.curriculum.kind == "posterior":
-        yield ConfigError(
-            "curriculum.kind",
-            "posterior",
-            "it selects prompts that pass the gate, and gate.mode = 'off' has none; set 'uniform', "
-            "or an algorithm with a gate (speed-rloo, dapo)",
-        )
     if config.objective.screening_samples == "unbiased" and can_pass and not _trains_any(gate):
         yield ConfigError(
             "objective.screening_samples",

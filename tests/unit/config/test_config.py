@@ -465,7 +465,6 @@ def test_group_size_does_not_depend_on_the_gate_mode(config_file: Path) -> None:
             "objective.advantage = 'shrunken'",
         ),
         ([*ONE_COMPLETION, "--gate.mode", "screen"], "gate.n_cont", "gate.mode = 'off'"),
-        (["--gate.mode", "off", "--curriculum.kind", "posterior"], "curriculum.kind", "uniform"),
         (
             ["--task.reward", "boxed", "--task.rewards", '[{name = "correct"}]'],
             "task.reward",

@@ -8,7 +8,12 @@ from time import perf_counter
 import numpy as np
 import pytest
 
-from speed_async.buffer.curriculum.curriculum import UniformCurriculum, UniformState
+from speed_async.buffer.curriculum.curriculum import (
+    UniformCurriculum,
+    UniformState,
+    make_curriculum,
+    new_curriculum_state,
+)
 from speed_async.buffer.curriculum.posterior import PosteriorCurriculum
 from speed_async.buffer.service import BufferService
 from speed_async.config.sections.gate import GateConfig
@@ -271,3 +276,20 @@ def test_the_service_reports_every_end_and_every_version_to_the_curriculum(tmp_p
     assert granted is not None
     assert granted.prompt_ids[0] == prompts[3]
     assert sorted(granted.prompt_ids) == [0, 1, 2, 3]
+
+
+def test_without_a_gate_the_posterior_prefers_groups_whose_rewards_differ(tmp_path: Path) -> None:
+    """Half of the prompts are never solved, a quarter always, and the rest half of the time."""
+    gate = {"mode": "off", "n_init": 4, "n_cont": 0}
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(str(tmp_path), gate=gate, curriculum={"kind": "posterior"})
+    curriculum = make_curriculum(config, 400, new_curriculum_state(config, 400))
+    rates = np.repeat([0.0, 1.0, 0.5], [200, 100, 100])
+    random = np.random.default_rng(0)
+    chosen: list[int] = []
+    for version in range(60):
+        curriculum.advance(version)
+        chosen = curriculum.choose(24)
+        for prompt in chosen:
+            curriculum.record(prompt, int(random.binomial(4, rates[prompt])), 4)
+    assert np.mean(rates[chosen] == 0.5) > 0.6  # 0.25 in uniform order
