@@ -17,6 +17,7 @@ from typing import TypeVar
 from speed_async.errors import DeadlineExceeded, RoleError
 from speed_async.transport import messages as m
 from speed_async.transport.transport import Link
+from speed_async.types import Group
 
 SERVICE_GRACE_S = 10.0
 """Margin that the learner adds to the service's own deadlines when it waits for the service."""
@@ -177,6 +178,14 @@ class Inbox:
     def _wake(self) -> None:
         news, self._news = self._news, asyncio.Event()
         news.set()
+
+
+def complete_batch(groups: list[Group], ready: m.BatchReady) -> list[Group]:
+    """The batch. Raises RoleError when an announced group is missing."""
+    missing = set(ready.lease_ids) - {group.lease_id for group in groups}
+    if missing:
+        raise RoleError("buffer service", f"announced groups {sorted(missing)} but never sent them")
+    return groups
 
 
 def _is_no_reply(message: m.Message) -> bool:

@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable
 
 from speed_async.config.schema import Config
-from speed_async.errors import RoleError, SpeedAsyncError
+from speed_async.errors import SpeedAsyncError
+from speed_async.learner.activity_times import ActivityTimes
 from speed_async.learner.checkpoint.checkpointer import Checkpointer
-from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox, Stop
+from speed_async.learner.inbox import SERVICE_GRACE_S, Inbox, Stop, complete_batch
 from speed_async.learner.notices import Notices
 from speed_async.learner.progress import Progress, Restored, RunResult
 from speed_async.learner.publisher import Publisher
@@ -53,7 +54,6 @@ class LearnerLoop:
         self._link = link
         self._trainer = trainer
         self._stop = stop
-        self._clock = clock
         self._inbox = Inbox(link, run_folder=config.run.folder)
         self._publisher = Publisher(
             config.weights,
@@ -80,8 +80,8 @@ class LearnerLoop:
         self._reached: m.TargetReached | None = None
         self._notices = Notices(restored.notices if restored else ())
         self._skip_reported = False
-        self._begin_s: float | None = None
-        """Time that the last update has waited for the start of its broadcast; None without one."""
+        self._times = ActivityTimes(clock)
+        """Since the last update: what follows an update is reported with the next one."""
 
     @property
     def _version(self) -> int:
@@ -104,11 +104,11 @@ class LearnerLoop:
         announcing = asyncio.create_task(self._announce_stop(), name="stop")
         try:
             while self._should_continue and not self._stop.is_set():
-                started_s = self._clock()
-                groups = await self._take_batch()
+                with self._times.measure("wait"):
+                    groups = await self._take_batch()
                 if groups is None:
                     break
-                await self._update(groups, self._clock() - started_s)
+                await self._update(groups)
             return await self._finish()
         finally:
             announcing.cancel()
@@ -127,18 +127,7 @@ class LearnerLoop:
         welcome = await self._inbox.expect(m.Welcome, timeout_s, "its welcome")
         self._catch_up_version = welcome.policy_version
         if self._restored is not None or welcome.policy_version > 0:
-            progress = self._progress
-            await self._link.send(
-                m.Resumed(
-                    policy_version=progress.policy_version,
-                    service_sequence=progress.service_sequence,
-                    groups_trained=progress.groups_trained,
-                    completions_trained=progress.completions_trained,
-                    tokens_trained=progress.tokens_trained,
-                    recent_lease_ids=progress.recent_lease_ids,
-                    notice="; ".join(self._notices.all),
-                )
-            )
+            await self._link.send(self._progress.resumed(notice="; ".join(self._notices.all)))
         if self._is_catching_up:
             self._notices.log(
                 f"resuming from version {self._version}, replaying to {welcome.policy_version}"
@@ -169,7 +158,7 @@ class LearnerLoop:
             if isinstance(message, m.GroupFinished):
                 groups.append(unpack_group(message))
             elif isinstance(message, m.BatchReady):
-                return _complete_batch(groups, message)
+                return complete_batch(groups, message)
             elif isinstance(message, m.Welcome):  # its journal is behind: it adopts our version
                 self._catch_up_version = message.policy_version
                 if self._version > 0:
@@ -184,19 +173,15 @@ class LearnerLoop:
                 if not self._is_catching_up:
                     return None
 
-    async def _update(self, groups: list[Group], wait_s: float) -> None:
-        """One update, and the start of its broadcast."""
-        sync_s = 0.0
+    async def _update(self, groups: list[Group]) -> None:
+        """One update, the start of its broadcast, and its checkpoint if one is due."""
 
         def wait_for_broadcast() -> None:
-            nonlocal sync_s
-            started_s = self._clock()
-            self._publisher.wait_in_thread()
-            sync_s += self._clock() - started_s
+            with self._times.measure("sync"):
+                self._publisher.wait_in_thread()
 
-        began_s = self._clock()
-        result = await asyncio.to_thread(self._trainer.update, groups, wait_for_broadcast)
-        update_s = self._clock() - began_s
+        with self._times.measure("train"):
+            result = await asyncio.to_thread(self._trainer.update, groups, wait_for_broadcast)
         lease_ids = [group.lease_id for group in groups]
         self._progress = self._progress.updated(
             lease_ids,
@@ -205,61 +190,52 @@ class LearnerLoop:
             completions=result.completions,
             tokens=result.tokens,
         )
-        metrics = dict(result.metrics)
-        metrics |= {
-            "time/wait_s": wait_s,
-            "time/train_s": update_s - sync_s,
-            "completions_per_update": float(result.completions),
-            "completions_trained": float(self._progress.completions_trained),
-        }
-        if self._begin_s is not None:
-            metrics["time/sync_s"] = sync_s + self._begin_s
         if result.skip_reason and not self._skip_reported:
             self._skip_reported = True
             what = "was skipped" if result.skipped else "was partly skipped"
             self._notices.add(f"update {self._version} {what}, {result.skip_reason}")
+        metrics = {
+            **result.metrics,
+            **self._times.take(),
+            "completions_per_update": float(result.completions),
+            "completions_trained": float(self._progress.completions_trained),
+        }
+        notice = self._notices.take_unsent()
         await self._link.send(
-            m.Trained(
-                policy_version=self._version,
-                lease_ids=lease_ids,
-                skipped=result.skipped,
-                groups_trained=self._progress.groups_trained,
-                completions_trained=self._progress.completions_trained,
-                tokens_trained=self._progress.tokens_trained,
-                metrics=metrics,
-                notice=self._notices.take_unsent(),
+            self._progress.trained(
+                lease_ids, skipped=result.skipped, metrics=metrics, notice=notice
             )
         )
         if self._is_catching_up:
             return
-        started_s = self._clock()
         await self._broadcast()
-        self._begin_s = self._clock() - started_s
         every = self._config.learner.checkpoint_every
         if every and self._version % every == 0 and self._version < self._config.run.updates:
-            self._progress = await self._checkpointer.prepare(self._progress)
-            await self._publisher.wait()  # several ranks gather weights for one purpose at a time
-            for message in self._inbox.take_received(m.EvaluationBegan, m.EvaluationEnded):
-                self._keep_best(message)  # older checkpoints are removed next
-            await self._checkpointer.save(self._progress)
+            with self._times.measure("checkpoint"):
+                await self._checkpoint()
         self._report_failed_checkpoint()
+
+    async def _checkpoint(self) -> None:
+        self._progress = await self._checkpointer.prepare(self._progress)
+        await self._publisher.wait()  # several ranks gather weights for one purpose at a time
+        for message in self._inbox.take_received(m.EvaluationBegan, m.EvaluationEnded):
+            self._keep_best(message)  # older checkpoints are removed next
+        await self._checkpointer.save(self._progress)
 
     async def _broadcast(self) -> None:
         """Begins the broadcast of this version; without `run.overlap`, waits for its end."""
-        await self._publisher.begin(self._version)
-        if not self._config.run.overlap:
-            await self._publisher.wait()
+        with self._times.measure("sync"):
+            await self._publisher.begin(self._version)
+            if not self._config.run.overlap:
+                await self._publisher.wait()
 
     def _report_failed_checkpoint(self) -> None:
         if failure := self._checkpointer.take_failure():
             self._notices.add(f"{failure}; training continues")
 
     def _keep_best(self, message: m.EvaluationBegan | m.EvaluationEnded) -> None:
-        try:
-            self._checkpointer.evaluated(message)
-        except OSError as error:
-            text = f"the best checkpoint of {message.suite} could not be linked: {error}"
-            self._notices.add(text)
+        if failure := self._checkpointer.evaluated(message):
+            self._notices.add(failure)
 
     # --- shutdown ----------------------------------------------------------------------------
 
@@ -319,11 +295,3 @@ class LearnerLoop:
                 self._reached = message
             if isinstance(message, m.MembershipChanged) and evaluate:
                 await self._publisher.publish(self._version)
-
-
-def _complete_batch(groups: list[Group], ready: m.BatchReady) -> list[Group]:
-    """The batch. Raises RoleError when an announced group is missing."""
-    missing = set(ready.lease_ids) - {group.lease_id for group in groups}
-    if missing:
-        raise RoleError("buffer service", f"announced groups {sorted(missing)} but never sent them")
-    return groups

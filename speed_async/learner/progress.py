@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from speed_async.transport import messages as m
+
 MAX_RECENT_LEASES = 65_536
 """Largest number of lease ids kept; they must fit into one message (`Resumed`)."""
 
@@ -65,6 +67,38 @@ class Progress:
         """Progress without the updates up to this version, which every kept checkpoint includes."""
         recent = tuple(u for u in self.recent_updates if u.policy_version > policy_version)
         return replace(self, recent_updates=recent)
+
+    def resumed(self, *, notice: str) -> m.Resumed:
+        """Of a learner that resumes with this progress."""
+        return m.Resumed(
+            policy_version=self.policy_version,
+            service_sequence=self.service_sequence,
+            groups_trained=self.groups_trained,
+            completions_trained=self.completions_trained,
+            tokens_trained=self.tokens_trained,
+            recent_lease_ids=self.recent_lease_ids,
+            notice=notice,
+        )
+
+    def trained(
+        self,
+        lease_ids: Sequence[int],
+        *,
+        skipped: bool,
+        metrics: dict[str, float],
+        notice: str,
+    ) -> m.Trained:
+        """Of a learner that has trained these groups last."""
+        return m.Trained(
+            policy_version=self.policy_version,
+            lease_ids=[*lease_ids],
+            skipped=skipped,
+            groups_trained=self.groups_trained,
+            completions_trained=self.completions_trained,
+            tokens_trained=self.tokens_trained,
+            metrics=metrics,
+            notice=notice,
+        )
 
     @property
     def recent_lease_ids(self) -> list[int]:

@@ -30,9 +30,10 @@ class Event:
     `staleness_max`, `actors_alive`, `accuracy` (last held-out, or None), `accuracy_version`
     (version of that accuracy), `reward_mean` (pass rate of the last prompts before the gate: of
     screening samples, or of whole groups without a gate), `bottleneck` ("actor" | "buffer" |
-    "learner" | "sync" | "starting"), `eta_s`, `share_actor`, `share_buffer`, `share_learner`,
-    `share_sync` (of the last learner updates), `ledger_closes`, `phase` ("starting" | "training" |
-    "evaluating" | "stopping" | "draining"), `loop_lag_s` (delay of the last tick of the service).
+    "learner" | "sync" | "checkpoint" | "starting"), `eta_s`, `share_actor`, `share_buffer`,
+    `share_learner`, `share_sync`, `share_checkpoint` (of the last learner updates),
+    `ledger_closes`, `phase` ("starting" | "training" | "evaluating" | "stopping" | "draining"),
+    `loop_lag_s` (delay of the last tick of the service).
     Optional: `max_staleness` (the bound), `accuracy_before` (first held-out), `actors_total`
     (expected: the ranks, and actors that joined and have not left), `learner_here` (whether the
     learner has loaded the model), `evaluated_prompts` and `evaluation_prompts` (done and total of
@@ -56,7 +57,9 @@ class Event:
     step: also `optimizer_updates` and `skipped_updates` (steps of the optimiser so far, made and
     skipped: several per update with `learner.passes` or `learner.minibatches`), and the means over
     the optimiser updates of the batch of `loss`, `grad_norm`, `ratio_mean`, `kl_k1`, `kl_k3`, ...
-    (learner's; `ratio_max` and `token_weight_max` are maxima).
+    (learner's; `ratio_max` and `token_weight_max` are maxima), and the learner's seconds
+    `time/wait_s`, `time/train_s`, `time/sync_s` and `time/checkpoint_s` (the last two: those since
+    the update before).
     evaluation: `accuracy`, `num_passed`, `num_completions` (scored ones), `num_unscored`,
     `oldest_version`, `newest_version`. evaluation and suite: `suite` (`held_out` for evaluation),
     `mean` (mean@k), `num_samples` (k), `num_passed`, `num_completions`, `num_unscored`,

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from speed_async.errors import JournalError, ProtocolError
 
-SNAPSHOT_VERSION = 4
+SNAPSHOT_VERSION = 5
 State = TypeVar("State")
 
 

@@ -121,6 +121,7 @@ class LearnerHandler:
                 starved_s=self._batches.starved_s,
                 train_s=metrics.get("time/train_s", 0.0),
                 sync_s=metrics.get("time/sync_s", 0.0),
+                checkpoint_s=metrics.get("time/checkpoint_s", 0.0),
             )
         )
         self._weight_times.stepped(message.policy_version, self._membership.present())

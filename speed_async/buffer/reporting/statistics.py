@@ -28,20 +28,23 @@ class UpdateTimes:
     """Part of the wait during which the buffer had too few groups, measured by the service."""
     train_s: int | float
     sync_s: int | float
+    checkpoint_s: int | float
+    """For the checkpoint before this update."""
 
     @property
     def total_s(self) -> float:
-        return self.wait_s + self.train_s + self.sync_s
+        return self.wait_s + self.train_s + self.sync_s + self.checkpoint_s
 
     @property
     def parts_s(self) -> dict[str, float]:
-        """The total time, split by the component that the learner waited for."""
+        """The total time, split by what the learner waited for."""
         starved_s = min(self.starved_s, self.wait_s)
         return {
             "actor": starved_s,
             "buffer": self.wait_s - starved_s,
             "learner": self.train_s,
             "sync": self.sync_s,
+            "checkpoint": self.checkpoint_s,
         }
 
 

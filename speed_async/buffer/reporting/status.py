@@ -204,6 +204,7 @@ def _learner_times(statistics: RunStatistics) -> dict[str, float]:
         "receiving the batch": parts_s["buffer"],
         "training": parts_s["learner"],
         "publishing weights": parts_s["sync"],
+        "waiting for checkpoints": parts_s["checkpoint"],
     }
 
 

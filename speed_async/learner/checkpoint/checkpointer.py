@@ -44,13 +44,18 @@ class Checkpointer:
         self._timeout_s = timeout_s + SERVICE_GRACE_S
         self._in_background = in_background
 
-    def evaluated(self, message: m.EvaluationBegan | m.EvaluationEnded) -> None:
-        """Keep the checkpoint under evaluation, or the best one. Raises OSError."""
+    def evaluated(self, message: m.EvaluationBegan | m.EvaluationEnded) -> str:
+        """Keeps the checkpoint under evaluation, or the best one. Returns why it could not, or an
+        empty text."""
         best = self._trainer.best
-        if isinstance(message, m.EvaluationBegan):
-            best.began(message.suite, message.policy_version)
-        else:
-            best.ended(message.suite, message.policy_version, message.accuracy)
+        try:
+            if isinstance(message, m.EvaluationBegan):
+                best.began(message.suite, message.policy_version)
+            else:
+                best.ended(message.suite, message.policy_version, message.accuracy)
+        except OSError as error:
+            return f"the best checkpoint of {message.suite} could not be linked: {error}"
+        return ""
 
     async def prepare(self, progress: Progress) -> Progress:
         """Waits until the service's journal is durable up to this progress, and records its

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from rich.text import Text
 
 LEVELS = "▁▂▃▄▅▆▇█"
-SHARE_GLYPHS = "█▓▒░"
+SHARE_GLYPHS = "█▓▒░▚"
 Point = tuple[float, float]
 """(seconds, value)"""
 
@@ -59,7 +59,7 @@ def bar(share: float | None, width: int, style: str) -> Text:
 
 
 def stacked_bar(shares: Iterable[float | None], styles: Sequence[str], width: int) -> Text:
-    """Segments of █▓▒░ in the given order; `width` columns in total if the shares sum to 1.
+    """Segments of SHARE_GLYPHS in the given order; `width` columns in total if the shares sum to 1.
 
     Boundaries are rounded instead of lengths, so the total never exceeds `width`.
     """

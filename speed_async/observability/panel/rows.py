@@ -3,6 +3,8 @@
 No information is conveyed by colour alone, and all colours are readable on a light background.
 """
 
+from collections.abc import Sequence
+
 from rich.text import Text
 
 from speed_async.observability.metrics import Value
@@ -34,8 +36,8 @@ LATE_S = 0.25
 """Loop delay from which the service is considered overloaded."""
 SILENT_S = 3.0
 """Time without events from which the panel shows a note."""
-ROLES = ("actor", "buffer", "learner", "sync")
-ROLE_STYLES = ("cyan", "blue", "green", "magenta")
+ROLES = ("actor", "buffer", "learner", "sync", "checkpoint")
+ROLE_STYLES = ("cyan", "blue", "green", "magenta", "yellow")
 
 
 def progress_rows(state: PanelState, layout: Layout, silent_s: float) -> list[Line]:
@@ -219,10 +221,6 @@ def _ratio(part: Value, whole: Value) -> float | None:
 
 def bottleneck_rows(state: PanelState, layout: Layout) -> list[Line]:
     shares = [finite(state.values.get(f"share_{role}")) for role in ROLES]
-    legend = Text(no_wrap=True)
-    for role, share, glyph, style in zip(ROLES, shares, SHARE_GLYPHS, ROLE_STYLES, strict=True):
-        legend.append(glyph, style).append(f" {role} ", "dim")
-        legend.append(percent(share).replace(" ", "")).append("  ")
     bottleneck = single_line(state.values.get("bottleneck"))
     bar_width = layout.inner - LABEL - FIGURE - 2 * GAP
     head = Text(no_wrap=True)
@@ -231,9 +229,23 @@ def bottleneck_rows(state: PanelState, layout: Layout) -> list[Line]:
     ledger_rank = REQUIRED if state.values.get("ledger_closes") is False else 12
     return [
         Line(text=head, rank=7),
-        Line(text=legend, rank=14),
+        *(Line(text=legend, rank=14) for legend in _share_legends(shares, layout)),
         Line(text=_ledger_row(state), rank=ledger_rank),
     ]
+
+
+def _share_legends(shares: Sequence[float | None], layout: Layout) -> list[Text]:
+    """As many rows as the shares need. Checkpoints are left out unless they take time."""
+    rows = [Text(no_wrap=True)]
+    for role, share, glyph, style in zip(ROLES, shares, SHARE_GLYPHS, ROLE_STYLES, strict=True):
+        if role == "checkpoint" and not share:
+            continue
+        figure = percent(share).replace(" ", "")
+        entry = Text.assemble((glyph, style), (f" {role} ", "dim"), f"{figure}  ")
+        if rows[-1].cell_len + entry.cell_len > layout.inner:
+            rows.append(Text(no_wrap=True))
+        rows[-1].append_text(entry)
+    return rows
 
 
 def _ledger_row(state: PanelState) -> Text:

@@ -70,6 +70,28 @@ def test_the_summary_of_an_empty_run_has_no_rate_and_no_times(tmp_path: Path) ->
     assert breakdown == {"learner": {}, "actors": {}}
 
 
+def test_the_time_of_the_learner_is_split_by_its_cause(tmp_path: Path) -> None:
+    """Updates from before `time/checkpoint_s` have none."""
+    harness = ServiceHarness(tmp_path)
+    harness.pass_baseline(ACTOR)
+    times = {"time/wait_s": 1.0, "time/train_s": 4.0, "time/sync_s": 2.0}
+    for version, checkpoint in ((1, {"time/checkpoint_s": 3.0}), (2, {})):
+        update = trained(version, [], groups=0, tokens=0)
+        harness.send("learner", replace(update, metrics=update.metrics | times | checkpoint))
+    breakdown = summary(harness, final_evaluated=False)["breakdown"]
+    assert isinstance(breakdown, dict)
+    assert breakdown["learner"] == {
+        "waiting for groups": 0.0,
+        "receiving the batch": 2.0,
+        "training": 8.0,
+        "publishing weights": 4.0,
+        "waiting for checkpoints": 3.0,
+    }
+    values = harness.service.present_status(1.0).values
+    assert values["share_checkpoint"] == pytest.approx(3 / 17)
+    assert values["bottleneck"] == "learner"
+
+
 def test_the_time_of_a_removed_actor_stays_in_the_ledger(tmp_path: Path) -> None:
     harness = ServiceHarness(tmp_path)
     harness.pass_baseline(ACTOR)

@@ -6,6 +6,7 @@ The loop, the publisher and the checkpointer are real; the trainer is a counting
 import asyncio
 import shutil
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from speed_async.learner.inbox import Stop
 from speed_async.learner.loop import LearnerLoop
 from speed_async.learner.model import load_model
 from speed_async.learner.optimizer import named_state
+from speed_async.learner.optimizer_update import UpdateResult
 from speed_async.learner.progress import Progress, Restored, RunResult, Update
 from speed_async.learner.trainer import Trainer
 from speed_async.testing.inprocess_transport import InProcessHub
@@ -31,7 +33,7 @@ from speed_async.testing.memory_channel import MemorySender, MemoryStore
 from speed_async.transport import messages as m
 from speed_async.transport.groups import pack_group
 from speed_async.transport.transport import Delivery, Link
-from speed_async.types import ActorCounts
+from speed_async.types import ActorCounts, Group
 from tests.fakes.buffer_fixtures import make_config, make_group
 from tests.fakes.learner_samples import make_config as make_learner_config
 from tests.fakes.learner_samples import random_groups, save_tiny_llama
@@ -71,6 +73,24 @@ class SlowUpdates(Updates):
     def write(self, progress: Progress, captured: Captured) -> None:
         assert self._may_save.wait(DEADLINE_S)
         super().write(progress, captured)
+
+
+class TimedUpdates(Updates):
+    """An update takes 10 s and the copy for a checkpoint 3 s, on its own clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+
+    def update(
+        self, groups: Sequence[Group], before_step: Callable[[], None] = lambda: None
+    ) -> UpdateResult:
+        self.now_s += 10
+        return super().update(groups, before_step)
+
+    def capture(self, *, copy: bool = True) -> Captured:
+        self.now_s += 3
+        return super().capture(copy=copy)
 
 
 class Service:
@@ -147,6 +167,9 @@ class Harness:
         self.stop = Stop()
         self.updates: Any = updates
         self.service.finishes_after = m.CheckpointSaved
+        self.clock: Callable[[], float] = time.monotonic
+        if isinstance(updates, TimedUpdates):
+            self.clock = lambda: updates.now_s
         self._config, self._restored = config, restored
         self.loop = self.learner(self.link)
 
@@ -159,6 +182,7 @@ class Harness:
             backend="gloo",
             stop=self.stop,
             restored=self._restored,
+            clock=self.clock,
         )
 
     async def run(self) -> RunResult:
@@ -251,6 +275,31 @@ def test_a_learner_behind_the_service_replays_without_publishing(
     assert (trained.groups_trained, trained.completions_trained) == (4, 16)  # cumulative
     assert (finished.progress.policy_version, finished.progress.optimizer_updates) == (8, 7)
     assert finished.progress.completions_trained == 8 + 6 * 2 * 4
+
+
+def test_the_pause_for_a_checkpoint_is_reported_with_the_next_update(
+    make_harness: Callable[..., Harness],
+) -> None:
+    """It has the wait for the journal, 5 s here, and the copy."""
+    updates = TimedUpdates()
+
+    async def run() -> Harness:
+        harness = make_harness(updates=5, service_at=0, trainer=updates, in_background=True)
+
+        async def take_time(message: m.Message) -> None:
+            if isinstance(message, m.PrepareCheckpoint):
+                updates.now_s += 5
+            elif isinstance(message, m.TakeBatch):
+                updates.now_s += 1
+
+        harness.service.on_message = take_time
+        await harness.run()
+        return harness
+
+    trained = asyncio.run(run()).service.of(m.Trained)
+    names = ("wait", "train", "sync", "checkpoint")
+    times = [[x.metrics[f"time/{name}_s"] for name in names] for x in trained]  # pyright: ignore
+    assert times == [[1, 10, 0, 0], [1, 10, 0, 0], [1, 10, 0, 8], [1, 10, 0, 0], [1, 10, 0, 8]]
 
 
 def test_a_learner_without_a_checkpoint_replays_from_the_start(

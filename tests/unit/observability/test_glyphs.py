@@ -23,10 +23,10 @@ def test_bars_fill_by_share_and_stacks_never_overflow() -> None:
     assert bar(0.001, 8, "").plain == "━───────"
     assert bar(7.0, 4, "").plain == "━━━━"
     assert bar(None, 4, "").plain == "────"
-    styles = ["", "", "", ""]
-    assert stacked_bar([0.5, 0.25, 0.125, 0.125], styles, 8).plain == "████▓▓▒░"
-    assert stacked_bar([0.5, None, None, None], styles, 8).plain == "████────"
-    assert len(stacked_bar([0.35, 0.35, 0.35, 0.35], styles, 10).plain) == 10
+    styles = [""] * 5
+    assert stacked_bar([0.5, 0.2, 0.1, 0.1, 0.1], styles, 10).plain == "█████▓▓▒░▚"
+    assert stacked_bar([0.5, None, None, None, None], styles, 8).plain == "████────"
+    assert len(stacked_bar([0.35] * 5, styles, 10).plain) == 10
 
 
 @pytest.mark.parametrize(

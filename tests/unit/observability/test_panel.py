@@ -109,6 +109,18 @@ VALUES = (
 )
 
 
+@pytest.mark.parametrize("width", [60, 100])
+def test_the_share_of_checkpoints_is_shown_when_they_take_time(width: int) -> None:
+    def legend(share: float) -> str:
+        values: dict[str, Value] = {"share_learner": 0.6 - share, "share_checkpoint": share}
+        lines = shown(state_after(Event(kind="status", values=GAUGES | values)), width, 40)
+        return " ".join(line.strip("│ ") for line in lines if any(c in line for c in "▓░▚"))
+
+    assert "learner 45%  ░ sync 10%" in legend(0.15)
+    assert legend(0.15).endswith("▚ checkpoint 15%")
+    assert "checkpoint" not in legend(0.0)
+
+
 @pytest.mark.parametrize(
     ("width", "height", "num_lines"), [(60, 20, 18), (80, 24, 22), (120, 40, 25)]
 )
