@@ -3,7 +3,7 @@
 `ours` is `Trainer.update`. `hugging-face` is the loop that one writes first: right-padded
 micro-batches in the order of the data, `model(...).logits` at all positions, backward, clipping,
 AdamW. Both have the same groups, the same loss (RLOO advantages, policy gradient, mean over tokens)
-and float32 parameters, so the gradient norms of the first update agree.
+and float32 parameters, so the gradient norms of the measured update agree.
 
 Shape legend: B sequences, L positions, V vocabulary.
 """
@@ -201,9 +201,9 @@ def main() -> None:
             train(folder, groups, options.micro_batch, begin=meter.begin, end=meter.end)
         else:
             update = ARMS[options.arm](folder, options.micro_batch)
-            norm = update(random_groups(1, 2, vocabulary, seed=1))  # allocates the optimiser state
+            update(random_groups(1, 2, vocabulary, seed=1))  # allocates the optimiser state
             meter.begin()
-            update(groups)
+            norm = update(groups)
             meter.end()
     tokens = sum(group.num_tokens for group in groups)
     sys.stdout.write(

@@ -4,8 +4,8 @@
     python scripts/make_parity_vectors_trl.py      in an environment with trl 1.16.0
 
 The numbers come from GRPOTrainer's own `_generate_and_score_completions` (advantages, importance
-ratios) and `_compute_loss`, and from `get_soft_overlong_punishment`, in float64. Only the inputs
-that need a model are given: completions, their log-probabilities and their rewards.
+ratios, masks) and `_compute_loss`, and from `get_soft_overlong_punishment`, in float64. Only the
+inputs that need a model are given: completions, their log-probabilities, entropies and rewards.
 
 Shape legend: B sequences, C completion tokens (padded to the longest).
 """
@@ -22,8 +22,10 @@ from parity_inputs import (
     Case,
     grouped,
     make_batch,
+    on_policy,
     save,
     short,
+    truncated,
 )
 from torch import Tensor
 from trl.rewards.other_rewards import get_soft_overlong_punishment
@@ -35,10 +37,12 @@ CISPO_HIGH = 0.5
 MIN_RATIO, MAX_RATIO = 0.5, 2.0
 MAX_NEGATIVE_KL = 0.05
 DUAL_CLIP = 1.5
+KL_COEFFICIENT, ENTROPY_COEFFICIENT = 0.1, 0.05
 NO_DUAL_CLIP = {"dual_clip": 1e9}
 PPO = ["ppo_clip", {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH, **NO_DUAL_CLIP}]
 GSPO = ["gspo", {"clip_low": GSPO_CLIP, "clip_high": GSPO_CLIP, **NO_DUAL_CLIP}]
 CISPO = ["cispo", {"clip_high": CISPO_HIGH}]
+UNCLIPPED = ["ppo_clip", {"clip_low": 1e9, "clip_high": 1e9, **NO_DUAL_CLIP}]
 PLAIN = ["none", {}]
 CLIPS = {"epsilon": CLIP_LOW, "epsilon_high": CLIP_HIGH}
 AGGREGATIONS = {
@@ -56,11 +60,10 @@ def trainer(batch: Batch, *, num_generations: int | None = None, **options: Any)
             output_dir=folder,
             use_cpu=True,
             bf16=False,
-            beta=0.0,
             per_device_train_batch_size=num_sequences,
             num_generations=num_generations or batch["group_sizes"][0],
             max_completion_length=MAX_TOKENS,
-            **options,
+            **{"beta": 0.0, **options},
         )
     return GivenRollouts(batch, args)
 
@@ -75,6 +78,7 @@ def loss_inputs(batch: Batch) -> dict[str, Tensor]:
         "completion_mask": mask_BC,
         "advantages": torch.tensor(batch["advantages"]),
         "old_per_token_logps": padded(batch["behaviour_logprobs"]),
+        "ref_per_token_logps": padded(batch["reference_logprobs"]),
         "num_items_in_batch": mask_BC.sum(),
     }
 
@@ -141,9 +145,8 @@ def loss_cases(name: str, batch: Batch) -> list[Case]:
             {"loss_type": "dapo", "off_policy_mask_threshold": MAX_NEGATIVE_KL, **CLIPS},
         ),
     ):
-        loss, gradient = trainer(batch, **options).loss_and_gradient(loss_inputs(batch))
-        answers = {"batch": name, "loss": short(loss), "gradient": short(gradient)}
-        cases.append(case(formula, options, {"correction": PLAIN, **ours}, **answers))
+        answers = trainer(batch, **options).answers(loss_inputs(batch))
+        cases.append(case(formula, options, {"correction": PLAIN, **ours}, batch=name, **answers))
     return cases
 
 
@@ -180,11 +183,62 @@ def importance_cases(batch: Batch) -> list[Case]:
         }
         library = trainer(batch, **options)
         inputs = library.score() | {"advantages": torch.tensor(batch["advantages"])}
-        loss, gradient = library.loss_and_gradient(inputs)
         ours = {"correction": correction, "policy_loss": PPO, "aggregation": ["token_mean", {}]}
-        answers = {"batch": "ragged", "loss": short(loss), "gradient": short(gradient)}
+        answers = {"batch": "ragged", **library.answers(inputs)}
         note = "the ratios of _generate_and_score_completions, through _compute_loss"
         cases.append(case(f"ppo_clip {correction[0]}", options, ours, note, **answers))
+    return cases
+
+
+def regularized_cases(batch: Batch) -> list[Case]:
+    """The KL loss, on-policy because ours weights it by pi / mu, and the entropy bonus. TRL's
+    `use_bias_correction_kl`, on by default, weights by a ratio with gradient."""
+    cases = []
+    for formula, name, one, options, ours in (
+        (
+            "ppo_clip kl k3",
+            "on_policy",
+            on_policy(batch),
+            {"loss_type": "dapo", "beta": KL_COEFFICIENT, "use_bias_correction_kl": False},
+            {
+                "policy_loss": UNCLIPPED,
+                "regularization": {"kl": "k3", "kl_coefficient": KL_COEFFICIENT},
+            },
+        ),
+        (
+            "ppo_clip entropy",
+            "ragged",
+            batch,
+            {"loss_type": "dapo", "entropy_coef": ENTROPY_COEFFICIENT, **CLIPS},
+            {"policy_loss": PPO, "regularization": {"entropy_coefficient": ENTROPY_COEFFICIENT}},
+        ),
+    ):
+        answers = trainer(one, **options).answers(loss_inputs(one))
+        ours = {"correction": PLAIN, "aggregation": AGGREGATIONS["dapo"], **ours}
+        cases.append(case(formula, options, ours, batch=name, **answers))
+    return cases
+
+
+def truncated_cases(batch: Batch) -> list[Case]:
+    """Advantages of all completions, gradient of the finished ones. Not the token means, whose
+    divisors leave the truncated ones out in TRL."""
+    cases = []
+    for loss_type in ("grpo", "dr_grpo"):
+        options = {"loss_type": loss_type, "mask_truncated_completions": True, **CLIPS}
+        library = trainer(batch, **options)
+        inputs = library.score()
+        mu = {"old_per_token_logps": padded(batch["behaviour_logprobs"])}
+        ours = {
+            "advantage": ["grpo", {}],
+            "correction": PLAIN,
+            "policy_loss": PPO,
+            "aggregation": AGGREGATIONS[loss_type],
+            "mask_truncated": True,
+        }
+        advantages = grouped(short(inputs["advantages"].tolist()), batch["group_sizes"])
+        answers = {"advantages": advantages, **library.answers(inputs | mu)}
+        formula = f"ppo_clip {loss_type} mask_truncated"
+        cases.append(case(formula, options, ours, batch="truncated", **answers))
     return cases
 
 
@@ -211,9 +265,16 @@ def main() -> None:
         *loss_cases("ragged", batch),
         *loss_cases("with_an_empty_completion", empty),
         *importance_cases(batch),
+        *regularized_cases(batch),
+        *truncated_cases(truncated(batch)),
     ]
-    one_group = {**batch, "group_sizes": [len(batch["lengths"])]}
-    batches = {"ragged": batch, "one_group": one_group, "with_an_empty_completion": empty}
+    batches = {
+        "ragged": batch,
+        "one_group": {**batch, "group_sizes": [len(batch["lengths"])]},
+        "with_an_empty_completion": empty,
+        "on_policy": on_policy(batch),
+        "truncated": truncated(batch),
+    }
     save("trl", batches=batches, cases=cases)
 
 

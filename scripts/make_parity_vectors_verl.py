@@ -3,8 +3,9 @@
     python scripts/make_parity_vectors_verl.py      in an environment with verl 0.9.1
 
 Every number comes from verl's own functions, in float64: `compute_*_outcome_advantage`, the
-registered policy losses, and `compute_policy_loss_bypass_mode` for importance weights. verl's
-options are set so that the formula is the same. `note` names options that differ from the defaults.
+registered policy losses, `compute_policy_loss_bypass_mode` for importance weights, `ppo_loss` for
+the KL loss and the entropy bonus, and `apply_kl_penalty`. verl's options are set so that the
+formula is the same. `note` names options that differ from the defaults.
 
 Shape legend: S sequences, T tokens (padded to the longest).
 """
@@ -24,13 +25,22 @@ from parity_inputs import (
     Case,
     grouped,
     make_batch,
+    on_policy,
     save,
     short,
 )
 from verl.trainer.config.algorithm import RolloutCorrectionConfig
 from verl.trainer.ppo import core_algos, rollout_corr_helper
 from verl.workers.config.actor import PolicyLossConfig
-from verl_losses import AGGREGATIONS, NO_DUAL_CLIP, actor_config, loss_case, mask_of, padded
+from verl_losses import (
+    AGGREGATIONS,
+    NO_DUAL_CLIP,
+    actor_config,
+    loss_case,
+    mask_of,
+    padded,
+)
+from verl_regularization import far_from_reference, regularized_cases
 
 DUAL_CLIP = 1.5
 GSPO_CLIP = 0.1
@@ -233,8 +243,14 @@ def main() -> None:
         decoupled_case(batch),
         geometric_mask_case(batch),
         probability_mask_case(batch),
+        *regularized_cases(batch),
     ]
-    save("verl", batches={"ragged": batch}, cases=cases)
+    batches = {
+        "ragged": batch,
+        "on_policy": on_policy(batch),
+        "far_from_reference": far_from_reference(batch),
+    }
+    save("verl", batches=batches, cases=cases)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,14 @@ def make_batch(seed: int, *, group_sizes: list[int], num_empty: int = 0) -> Batc
 
     log mu is uniform in [-3, -0.05]. log (pi / mu) is normal with deviation 0.45 plus a shift per
     sequence, so that clips and masks of tokens and of sequences each affect some and not all.
-    `advantages` (S,) have both signs; `ages` are versions.
+    log (ref / pi) is normal with deviation 0.5. `advantages` (S,) have both signs; `ages` are
+    versions.
     """
     draw = random.Random(seed)
     lengths = [0 if i < num_empty else draw.randint(1, MAX_TOKENS) for i in range(sum(group_sizes))]
     behaviour = [[round(draw.uniform(-3, -0.05), 6) for _ in range(n)] for n in lengths]
     shifts = [draw.gauss(0, 0.2) for _ in lengths]
-    return {
+    batch: Batch = {
         "group_sizes": group_sizes,
         "lengths": lengths,
         "rewards": [draw.choice([0.0, 0.25, 1.0]) for _ in lengths],
@@ -47,6 +48,25 @@ def make_batch(seed: int, *, group_sizes: list[int], num_empty: int = 0) -> Batc
         ],
         "ages": [[draw.randint(0, MAX_AGE) for _ in range(n)] for n in lengths],
     }
+    return batch | {
+        "reference_logprobs": [
+            [round(min(pi + draw.gauss(0, 0.5), -0.01), 6) for pi in row]
+            for row in batch["logprobs"]
+        ],
+        "entropies": [[round(draw.uniform(0.1, 2.5), 6) for _ in range(n)] for n in lengths],
+    }
+
+
+def on_policy(batch: Batch, *, shift: float = 0.0) -> Batch:
+    """The batch with mu = pi, where ours and other libraries weight the KL loss alike. Both are
+    `shift` lower, and the reference is not."""
+    logprobs = [[round(pi - shift, 6) for pi in row] for row in batch["logprobs"]]
+    return batch | {"logprobs": logprobs, "behaviour_logprobs": logprobs}
+
+
+def truncated(batch: Batch) -> Batch:
+    """The batch with every third completion truncated at the length limit."""
+    return batch | {"truncated": [i % 3 == 0 for i in range(len(batch["lengths"]))]}
 
 
 def short(value: Any) -> Any:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from parity_inputs import Batch, without_padding
+from parity_inputs import Batch, short, without_padding
 from torch import Tensor
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-PAD, TOKEN = 0, 1
+PAD, TOKEN, EOS = 0, 1, 2
 
 
 class Model(torch.nn.Module):
@@ -29,7 +29,8 @@ class Tokenizer:
 
 
 class GivenRollouts(GRPOTrainer):
-    """GRPOTrainer without a model: log pi, log mu, completions and rewards come from the batch.
+    """GRPOTrainer without a model: log pi, log mu, entropies, completions and rewards come from the
+    batch.
 
     `__init__` sets the attributes that the trainer sets before training. `args` are GRPOConfig's.
     """
@@ -40,6 +41,7 @@ class GivenRollouts(GRPOTrainer):
         self.args = args
         self.batch = batch
         self.logprobs_BC = padded(batch["logprobs"])
+        self.entropies_BC = padded(batch["entropies"])
         self.accelerator = Accelerator(cpu=True)
         self.model = Model().train()
         self._tokenizer = Tokenizer()
@@ -49,7 +51,10 @@ class GivenRollouts(GRPOTrainer):
         self.reward_weights = torch.ones(1)
         self.reward_funcs, self.reward_func_names = [None], ["given"]
         self.environment_factories = self.environments = self.tools = None
-        self.aux_loss_enabled = self._entropy_bonus_enabled = self._is_vlm = False
+        self.aux_loss_enabled = self._is_vlm = False
+        self._entropy_bonus_enabled = args.entropy_coef != 0
+        self.eos_token_ids = [EOS]
+        self.ref_model = self.model
         self._metrics = {"train": defaultdict(list)}
         self._logs = {name: [] for name in ("prompt", "completion", "advantages")}
         self._logs |= {"rewards": defaultdict(list), "extra": defaultdict(list)}
@@ -57,12 +62,14 @@ class GivenRollouts(GRPOTrainer):
 
     def _generate(self, prompts: list[str]) -> tuple[Any, ...]:
         ids = [[TOKEN] * length for length in self.batch["lengths"]]
+        for completion, is_truncated in zip(ids, self.batch.get("truncated", ()), strict=False):
+            completion[-1] = TOKEN if is_truncated else EOS
         texts = ["" for _ in ids]
         behaviour = self.batch["behaviour_logprobs"]
         return [[TOKEN] for _ in ids], ids, None, texts, behaviour, {}, None, None
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        return self.logprobs_BC, torch.zeros_like(self.logprobs_BC), None
+        return self.logprobs_BC, self.entropies_BC, None
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
         return torch.tensor(self.batch["rewards"])[:, None]
@@ -71,12 +78,20 @@ class GivenRollouts(GRPOTrainer):
         """The inputs that the trainer passes from generation to the loss."""
         return self._generate_and_score_completions([{"prompt": ""} for _ in self.batch["rewards"]])
 
-    def loss_and_gradient(self, inputs: dict[str, Tensor]) -> tuple[float, list[list[float]]]:
-        """Loss, and its gradient (B, ragged) with respect to log pi."""
-        self.logprobs_BC = self.logprobs_BC.detach().requires_grad_()
+    def answers(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """Loss, and its gradients (B, ragged) with respect to log pi and, with an entropy bonus, to
+        the entropies."""
+        wanted = {"gradient": self.logprobs_BC.detach().requires_grad_()}
+        self.logprobs_BC = wanted["gradient"]
+        if self._entropy_bonus_enabled:
+            wanted["entropy_gradient"] = self.entropies_BC.detach().requires_grad_()
+            self.entropies_BC = wanted["entropy_gradient"]
         loss = self._compute_loss(self.model, inputs)
-        (gradient_BC,) = torch.autograd.grad(loss, self.logprobs_BC)
-        return loss.item(), without_padding(gradient_BC.tolist(), self.batch["lengths"])
+        gradients = torch.autograd.grad(loss, [*wanted.values()])
+        return {"loss": short(loss.item())} | {
+            name: short(without_padding(each_BC.tolist(), self.batch["lengths"]))
+            for name, each_BC in zip(wanted, gradients, strict=True)
+        }
 
 
 def padded(rows: list[list[float]]) -> Tensor:

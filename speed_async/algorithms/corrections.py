@@ -58,9 +58,10 @@ def sequence_tis(tokens: LossTokens, *, max_ratio: float) -> Corrected:
     sampling); the estimator is that of Ionides 2008.
 
     `objective.correction = "sequence_snis"` also divides the gradient of an optimiser update by the
-    mean of these weights over its completions (self-normalised importance sampling). Source: Owen
-    2013, "Monte Carlo theory, methods and examples", section 9.2; verl's
-    `rollout_is_batch_normalize`.
+    mean of these weights over its computed completions (self-normalised importance sampling). Those
+    with zero advantage are not computed, so they are not in the mean, unlike in verl: a common
+    factor of the update. Source: Owen 2013, "Monte Carlo theory, methods and examples", section
+    9.2; verl's `rollout_is_batch_normalize`.
     """
     return _truncated(tokens, _pi(tokens), _sequence_ratios(tokens), max_ratio)
 

@@ -68,9 +68,9 @@ class Diagnostics:
         """`gather` returns the values of all ranks (R, ...) given those of this rank.
 
         `loss` is the sum over micro-batches; all other metrics are over the accumulated tokens.
-        Ratios are taken before truncation. weight_mean is the mean over completions of the mean
-        correction weight of their tokens. token_weight_max is the largest weight of one token in
-        the gradient (`token_weights`).
+        Ratios are taken before truncation. weight_mean is the mean, over completions in the sums,
+        of the mean correction weight of their tokens. token_weight_max is the largest weight of
+        one token in the gradient (`token_weights`).
 
         kl_k1 = mean(-log rho) and kl_k3 = mean(rho - 1 - log rho) estimate KL(mu || pi_theta)
         (Schulman 2020, "Approximating KL Divergence"). effective_sample_size is

@@ -9,7 +9,7 @@ Regularization in RLHF", arXiv 2510.01555):
   the reward, where it gives the gradient of the KL of the sequence.
 - k2 has gradient x s, with mean grad KL(pi || ref) of the token's own distribution.
 - k3 has gradient (1 - ref / pi) s, with mean grad KL(ref || pi), the other direction. Both agree to
-  first order near ref.
+  first order near ref. As ref / pi is unbounded, a loss takes at most MAX_K3 of a token.
 
 In a loss, token losses ignore how a token changes the KL of later ones; the reward includes this.
 
@@ -26,6 +26,9 @@ from torch import Tensor
 from speed_async.algorithms.loss_tokens import MAX_LOG_RATIO, LossTokens
 
 MAX_KL_RATIO = 2.0
+MAX_K3 = 10.0
+"""As in verl. A token beyond it, with ref / pi above 13.6 or pi / ref above e^11, has no gradient;
+below it, |1 - ref / pi| is at most 12.6."""
 KlEstimator = Literal["k1", "k2", "k3"]
 
 
@@ -38,12 +41,17 @@ def k2(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
 
 
 def k3(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
-    """GRPO's estimator (arXiv 2402.03300, equation 4), as in TRL and verl."""
+    """GRPO's estimator (arXiv 2402.03300, equation 4)."""
     x_N = (logprobs_N - reference_logprobs_N).clamp(min=-MAX_LOG_RATIO)
     return (-x_N).exp() - 1 + x_N
 
 
-LOSSES: dict[KlEstimator, Callable[[Tensor, Tensor], Tensor]] = {"k2": k2, "k3": k3}
+def bounded_k3(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
+    """min(k3, MAX_K3). Source: verl's `kl_penalty` (`low_var_kl`)."""
+    return k3(logprobs_N, reference_logprobs_N).clamp(max=MAX_K3)
+
+
+LOSSES: dict[KlEstimator, Callable[[Tensor, Tensor], Tensor]] = {"k2": k2, "k3": bounded_k3}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,9 @@ from speed_async.learner.parallel.sharding import whole
 from speed_async.learner.policy import Policy
 
 Metrics = dict[str, float]
+MIN_WEIGHT_MEAN = 1e-8
+"""Smallest divisor of self-normalised weights; verl does not divide by a smaller mean. It is that
+of an update in which every completion has become all but impossible under the policy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +52,7 @@ def update_parameters(
 ) -> Metrics:
     """Accumulates the gradient over all micro-batches, then steps if `loss` and `grad_norm` are
     finite, after a call of `before_step`. Returns the metrics of `Diagnostics`, and the norm before
-    clipping.
+    clipping. With self-normalised weights, `loss` and `token_weight_max` are after the division.
 
     With several ranks, each has the same number of micro-batches. All metrics are over all ranks,
     so that all ranks step or none does.
@@ -86,9 +89,11 @@ def update_parameters(
         divergence.add(tokens)
     _fill_missing_gradients(policy)
     metrics = diagnostics.metrics(ranks.gather) | divergence.metrics(ranks.gather)
-    if objective.normalizes_weights and metrics.get("weight_mean", 0.0) > 0:
-        _divide_gradients(policy, metrics["weight_mean"])
-        metrics["loss"] /= metrics["weight_mean"]
+    if objective.normalizes_weights and "weight_mean" in metrics:
+        divisor = max(metrics["weight_mean"], MIN_WEIGHT_MEAN)
+        _divide_gradients(policy, divisor)
+        metrics["loss"] /= divisor
+        metrics["token_weight_max"] /= divisor
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip, foreach=True)
     metrics["grad_norm"] = float(whole(norm))
     if not non_finite(metrics):

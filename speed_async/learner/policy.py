@@ -74,19 +74,24 @@ class Policy(nn.Module):
         self, batch: MicroBatch, *, temperature: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """`forward` in the precision of the parameters. `temperature` None uses that of the
-        policy."""
+        policy.
+
+        The gradient of a float32 head is summed over chunks of `MAX_LOGITS` logits in float32, also
+        under autocast. A bfloat16 head, as gathered by FSDP in half precision, sums it in bfloat16.
+        """
         temperature = temperature or self.temperature
         hidden_DH, targets_D = self._hidden(batch), batch.target_ids_D
         chunk = max(1, MAX_LOGITS // output_head(self.causal_lm).out_features)
         if len(hidden_DH) <= chunk:
             scores_D2 = self._score_chunk(hidden_DH, targets_D, temperature)
         else:
-            parts = [
-                checkpoint(self._score_chunk, hidden, targets, temperature, use_reentrant=False)
-                for hidden, targets in zip(
-                    hidden_DH.split(chunk), targets_D.split(chunk), strict=True
-                )
-            ]
+            with _autocast_without_cache(hidden_DH.device.type):
+                parts = [
+                    checkpoint(self._score_chunk, hidden, targets, temperature, use_reentrant=False)
+                    for hidden, targets in zip(
+                        hidden_DH.split(chunk), targets_D.split(chunk), strict=True
+                    )
+                ]
             scores_D2 = torch.cat(parts)
         # The backward of an embedding lookup adds duplicates in a fixed order, also on a GPU.
         logprobs_N, entropies_N = F.embedding(batch.pair_index_N, scores_D2).unbind(1)
@@ -109,6 +114,18 @@ class Policy(nn.Module):
             entropies_D = -(logprobs_DV.exp() * logprobs_DV).sum(-1)
         logprobs_D = logprobs_DV.gather(-1, target_ids_D[:, None])[:, 0]
         return torch.stack([logprobs_D, entropies_D], dim=1)
+
+
+def _autocast_without_cache(device_type: str) -> torch.autocast:
+    """The current autocast, with a bfloat16 copy of the head for each chunk: the gradients of the
+    chunks then add in float32. Autocast caches one copy, whose gradient adds in bfloat16, with an
+    error that grows with the number of chunks."""
+    return torch.autocast(
+        device_type,
+        torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+        cache_enabled=False,
+    )
 
 
 def check_policy(policy: Policy, context_length: int | None) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from speed_async.algorithms.loss_tokens import LossTokens
 from speed_async.algorithms.regularization import (
+    MAX_K3,
     ReferenceDivergence,
     Regularization,
+    bounded_k3,
     k1,
     k2,
     k3,
@@ -21,9 +24,9 @@ REFERENCE_V = torch.tensor([0.5, 0.4, -0.6, 0.0], dtype=torch.float64).log_softm
 BEHAVIOUR_V = torch.tensor([0.0, -0.7, 1.0, 0.3], dtype=torch.float64).log_softmax(-1)
 
 
-def gradient(loss: Callable[[Tensor], Tensor]) -> Tensor:
+def gradient(loss: Callable[[Tensor], Tensor], logits_V: Tensor = LOGITS_V) -> Tensor:
     """Gradient (V,) of a function of log pi (V,) with respect to the logits."""
-    logits_V = LOGITS_V.clone().requires_grad_()
+    logits_V = logits_V.clone().requires_grad_()
     (gradient_V,) = torch.autograd.grad(loss(logits_V.log_softmax(-1)), logits_V)
     return gradient_V
 
@@ -73,6 +76,39 @@ def test_k2_in_the_loss_has_the_gradient_of_the_reverse_divergence() -> None:
 
 def test_k3_in_the_loss_has_the_gradient_of_the_forward_divergence() -> None:
     torch.testing.assert_close(gradient(expected(k3)), gradient(forward_kl))
+
+
+def test_a_loss_takes_a_bounded_k3_whose_gradient_is_bounded_too() -> None:
+    x_N = torch.linspace(-30, 30, 6001, dtype=torch.float64).requires_grad_()  # log(pi / ref)
+    values_N = bounded_k3(x_N, torch.zeros_like(x_N))
+    (gradient_N,) = torch.autograd.grad(values_N.sum(), x_N)
+
+    exact_N, is_bounded_N = 1 - (-x_N).exp(), k3(x_N, torch.zeros_like(x_N)) > MAX_K3
+    torch.testing.assert_close(gradient_N, exact_N.masked_fill(is_bounded_N, 0.0))
+    assert values_N.max().item() == MAX_K3
+    assert 12.5 < gradient_N.abs().max().item() < 12.62  # 1 - ref / pi at k3 = 10
+    assert 0.2 < is_bounded_N.double().mean().item() < 0.8
+
+
+def test_a_token_beyond_the_bound_of_k3_is_left_out_of_the_gradient() -> None:
+    """Token 1 has ref / pi above 100. Without the bound, the gradient is that of KL(ref, pi)."""
+    far_V = torch.tensor([False, True, False, False])
+    pi_V = LOGITS_V.masked_fill(far_V, -7.0).log_softmax(-1)
+    chosen = Regularization(kl="k3", kl_coefficient=1.0)
+    ratios_V = (REFERENCE_V - pi_V).exp()
+    assert ratios_V[1] > 100 > 10 > ratios_V[[0, 2, 3]].max()
+
+    def loss(pi_V: Tensor) -> Tensor:
+        on_policy = replace(one_of_each(pi_V), behaviour_logprobs_N=pi_V.detach())
+        return (pi_V.detach().exp() * chosen.losses(on_policy, torch.zeros(4))).sum()
+
+    def without_the_token(pi_V: Tensor) -> Tensor:
+        weights_V = (pi_V.exp() - REFERENCE_V.exp()).detach()
+        return (weights_V.masked_fill(far_V, 0.0) * pi_V).sum()
+
+    torch.testing.assert_close(gradient(loss, pi_V), gradient(without_the_token, pi_V))
+    torch.testing.assert_close(gradient(expected(k3), pi_V), gradient(forward_kl, pi_V))
+    assert not torch.allclose(gradient(loss, pi_V), gradient(forward_kl, pi_V), atol=0.1)
 
 
 def test_k1_in_the_loss_would_have_no_gradient_and_in_the_reward_has_that_of_k2() -> None:

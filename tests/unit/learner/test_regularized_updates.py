@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from speed_async.algorithms.regularization import MAX_KL_RATIO
+from speed_async.algorithms.regularization import MAX_K3, MAX_KL_RATIO
 from speed_async.config.checks.combinations import check_combinations
 from speed_async.config.sections.objective import ObjectiveConfig
 from speed_async.config.sections.task import TaskConfig
@@ -83,7 +83,8 @@ def direct_loss(
                 loss = loss + FACTOR * (rho_T * (pi_T - ref_T) ** 2 / 2).sum()
             elif kind == "k3":
                 ratio_T = (ref_T - pi_T).exp()
-                loss = loss + FACTOR * (rho_T * (ratio_T - 1 - ratio_T.log())).sum()
+                k3_T = (ratio_T - 1 - ratio_T.log()).clamp(max=MAX_K3)
+                loss = loss + FACTOR * (rho_T * k3_T).sum()
             elif kind == "entropy":
                 loss = loss + FACTOR * (pi_TV.exp() * pi_TV).sum()
             num_tokens += len(pi_T)

@@ -23,10 +23,12 @@ from speed_async.config.sections.objective import POLICY_LOSSES, ObjectiveConfig
 from speed_async.errors import ModelError
 from speed_async.learner.canary_probe import CanaryProbe
 from speed_async.learner.model import compile_layers, load_model
+from speed_async.learner.optimizer_update import MIN_WEIGHT_MEAN
 from speed_async.learner.policy import Policy, check_policy
 from speed_async.learner.trainer import Trainer
 from speed_async.types import Group
 from tests.fakes.learner_samples import (
+    VOCABULARY,
     make_completion,
     make_config,
     make_group,
@@ -351,23 +353,48 @@ def test_on_policy_losses_and_corrections_equal_the_policy_gradient(tmp_path: Pa
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_self_normalized_weights_divide_the_gradient_by_the_mean_weight(tmp_path: Path):
-    save_tiny_llama(tmp_path)
+def assert_divided_weights(folder: Path, groups: list[Group], divisor: float | None) -> float:
+    """Results of `sequence_snis` are those of `sequence_tis`, divided by this number; None: by the
+    mean weight, which is returned."""
+    save_tiny_llama(folder)
     runs = {}
     for correction in ("sequence_tis", "sequence_snis"):
         chosen = ObjectiveConfig(
             policy_loss="policy_gradient", correction=correction, max_ratio=1.1
         )
-        trainer = objective_trainer(tmp_path, chosen, grad_clip=UNLIMITED, micro_batch_tokens=16)
-        runs[correction] = trainer.update(random_groups(3)).metrics, gradients(trainer)
+        trainer = objective_trainer(folder, chosen, grad_clip=UNLIMITED, micro_batch_tokens=16)
+        runs[correction] = trainer.update(groups).metrics, gradients(trainer)
 
     (plain, plain_gradients), (metrics, normalized) = runs.values()
     mean = plain["weight_mean"]
-    assert mean == metrics["weight_mean"] != pytest.approx(1.0, abs=0.1)
-    assert metrics["loss"] == pytest.approx(plain["loss"] / mean)
-    assert metrics["grad_norm"] == pytest.approx(plain["grad_norm"] / mean)
+    assert mean == metrics["weight_mean"]
+    for name in ("loss", "grad_norm", "token_weight_max"):
+        expected = plain[name] / (divisor or mean)
+        assert metrics[name] == pytest.approx(expected, rel=1e-6, abs=0.0)
     for ours, theirs in zip(normalized, plain_gradients, strict=True):
-        torch.testing.assert_close(ours, theirs / mean)
+        assert ours.abs().max() > 0
+        torch.testing.assert_close(ours, theirs / (divisor or mean), rtol=1e-5, atol=0.0)
+    return mean
+
+
+def test_self_normalized_weights_divide_the_gradient_by_the_mean_weight(tmp_path: Path):
+    mean = assert_divided_weights(tmp_path, random_groups(3), None)
+    assert mean != pytest.approx(1.0, abs=0.1)
+    # Completions of equal rewards have no gradient: they are not in the mean.
+    flat = make_group([1, 2], *[make_completion([3], 1.0, [-0.1])] * 4, lease_id=9)
+    assert assert_divided_weights(tmp_path, [*random_groups(3), flat], None) == mean
+
+
+def test_the_divisor_of_self_normalized_weights_has_a_floor(tmp_path: Path):
+    """Completions of 10 tokens that mu was certain of, and that the policy does not expect."""
+    certain = [
+        make_completion(
+            np.random.default_rng(i).integers(0, VOCABULARY, 10).tolist(), i, [0.0] * 10
+        )
+        for i in (0, 1)
+    ]
+    mean = assert_divided_weights(tmp_path, [make_group([1], *certain)], MIN_WEIGHT_MEAN)
+    assert 0.0 < mean < 0.1 * MIN_WEIGHT_MEAN
 
 
 @pytest.mark.parametrize(
