@@ -119,12 +119,12 @@ class Policy(nn.Module):
 def _autocast_without_cache(device_type: str) -> torch.autocast:
     """The current autocast, with a bfloat16 copy of the head for each chunk: the gradients of the
     chunks then add in float32. Autocast caches one copy, whose gradient adds in bfloat16, with an
-    error that grows with the number of chunks."""
+    error that grows with the number of chunks. Without gradients, one copy serves all."""
     return torch.autocast(
         device_type,
         torch.get_autocast_dtype(device_type),
         enabled=torch.is_autocast_enabled(device_type),
-        cache_enabled=False,
+        cache_enabled=not torch.is_grad_enabled(),
     )
 
 

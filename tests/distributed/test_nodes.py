@@ -103,7 +103,9 @@ def test_node_that_lost_the_run_exits_and_reports_it(tmp_path: Path) -> None:
         assert time.monotonic() - began_s < PEER_TIMEOUT_S + 40  # 40 s to stop its actors
         assert err.splitlines()[-1].startswith("error: actor-")
         assert "lost the run: no event from the metrics feed at tcp://" in err
-        assert err.splitlines()[:-1] == ["preflight checks passed"]
+        # A service that starts slowly is reported.
+        others = [line for line in err.splitlines()[:-1] if "has not replied" not in line]
+        assert others == ["preflight checks passed"]
         assert second.processes() == {}
     finally:
         end_all(nodes)

@@ -11,6 +11,13 @@ from speed_async.errors import ConfigError
 def check_gate(config: Config) -> Iterator[ConfigError]:
     gate = config.gate
     yield from _check_baseline(config)
+    if gate.group_size < 2 and config.curriculum.kind == "posterior":
+        yield ConfigError(
+            "curriculum.kind",
+            "posterior",
+            "it selects prompts whose completions have different rewards, and a group has one; "
+            "set 'uniform', or gate.n_init = 2 or more",
+        )
     can_pass = not (errors := list(_check_band(config)))
     yield from errors
     if config.objective.screening_samples == "unbiased" and can_pass and not _trains_any(gate):

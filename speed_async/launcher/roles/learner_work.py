@@ -70,6 +70,9 @@ async def learn(
         if watching.done():
             watching.result()
         return await learning
+    except asyncio.CancelledError:
+        error = "learner: was ended because another role of node 0 failed, which reports why"
+        raise
     except Exception as failure:
         error = describe("learner", failure)
         raise

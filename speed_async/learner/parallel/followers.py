@@ -46,6 +46,8 @@ from speed_async.weight_sync.canary_check import Canary
 ALIVE_INTERVAL_S = 0.5
 NAMING_S = 2.0
 """The loss of one rank makes others fail. After an error, this long passes before one is named."""
+STOP_S = 5.0
+"""After an error, longest wait for space in the queues of all followers."""
 FULL_RETRY_S = 0.01
 WRITTEN_POLL_S = 0.05
 
@@ -95,6 +97,8 @@ class Followers:
             if isinstance(message, Follow) and name in self._names:
                 self._hub.offer(name, plan)
                 missing.discard(name)
+            elif isinstance(message, m.Failure):  # named as soon as `watch` runs
+                self._failures.setdefault(name, message.message)
 
     async def watch(self) -> None:
         """Receives until one follower is lost; then raises RoleError."""
@@ -167,8 +171,11 @@ class Followers:
     async def close(self, error: str = "") -> None:
         """Ends the followers that are still there. `error`: why the run failed."""
         self._closed = True
-        with suppress(RoleError, DeadlineExceeded):
-            await self._send(StopFollowing(error=error))
+        async with self._sending:
+            ends_s = self._loop.time() + (STOP_S if error else self._timeout_s)
+            for name in self._names:
+                with suppress(RoleError):  # others must hear it after one that is gone
+                    await self._offer(name, StopFollowing(error=error), ends_s)
         await self._hub.close()
 
     async def _send(self, *messages: m.Message) -> None:

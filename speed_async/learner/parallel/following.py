@@ -7,9 +7,10 @@ raises     RoleError when the lead is lost
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from speed_async.errors import DeadlineExceeded, RoleError
+from speed_async.errors import DeadlineExceeded, RoleError, SpeedAsyncError
 from speed_async.learner.checkpoint.captured import TrainingTensors
 from speed_async.learner.parallel.followers import ALIVE_INTERVAL_S
 from speed_async.learner.trainer import Trainer
@@ -44,13 +45,13 @@ class FollowerLoop:
 
     async def run(self, make_trainer: Callable[[], Trainer]) -> None:
         """Until the lead ends. Raises what failed here, or the loss of the lead."""
+        alive = asyncio.create_task(self._send_alive(), name="alive")
         tasks = {
             asyncio.create_task(self._receive(), name="receive"),
-            asyncio.create_task(self._send_alive(), name="alive"),
             asyncio.create_task(self._work(make_trainer), name="work"),
         }
         done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in others:
+        for task in (*others, alive):
             task.cancel()
         for task in sorted(done, key=lambda each: each.get_name() == "work"):
             task.result()  # the lead's error first: what fails in the work may be its consequence
@@ -117,6 +118,8 @@ class FollowerLoop:
                 self._commands.put_nowait(message)
 
     async def _send_alive(self) -> None:
-        while True:
-            await self._link.send(Alive())
-            await asyncio.sleep(ALIVE_INTERVAL_S)
+        """Until the link is closed, of which `_receive` reports the reason."""
+        with suppress(SpeedAsyncError):
+            while True:
+                await self._link.send(Alive())
+                await asyncio.sleep(ALIVE_INTERVAL_S)

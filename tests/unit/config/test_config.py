@@ -464,6 +464,7 @@ def test_group_size_does_not_depend_on_the_gate_mode(config_file: Path) -> None:
             "gate.n_cont",
             "objective.advantage = 'shrunken'",
         ),
+        ([*ONE_COMPLETION, "--curriculum.kind", "posterior"], "curriculum.kind", "gate.n_init = 2"),
         ([*ONE_COMPLETION, "--gate.mode", "screen"], "gate.n_cont", "gate.mode = 'off'"),
         (
             ["--task.reward", "boxed", "--task.rewards", '[{name = "correct"}]'],

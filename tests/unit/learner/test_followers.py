@@ -16,12 +16,14 @@ from speed_async.launcher.roles.learner_work import compute_in_threads
 from speed_async.learner.parallel.followers import Followers, follower_name
 from speed_async.learner.parallel.following import FollowerLoop
 from speed_async.testing.inprocess_transport import InProcessHub
+from speed_async.transport import messages as m
 from speed_async.transport.following import (
     Alive,
     Follow,
     LeadPlan,
     MeasureCanary,
     ShardWritten,
+    StopFollowing,
     TrainGroups,
 )
 
@@ -154,6 +156,34 @@ def test_a_follower_reports_why_the_lead_ended() -> None:
         assert str(await failed) == "learner-3: was killed"
 
     with_followers(act)
+
+
+def test_a_follower_hears_the_end_after_one_that_is_gone() -> None:
+    async def act(followers: Followers, links: list[Any]) -> None:
+        await links[0].close()
+        await followers.close("learner-1: was killed")
+        message = await links[1].receive(10.0)
+        while isinstance(message, Alive):
+            message = await links[1].receive(10.0)
+        assert message == StopFollowing(error="learner-1: was killed")
+
+    with_followers(act)
+
+
+def test_a_failure_before_all_have_started_is_the_error_of_the_run() -> None:
+    async def run() -> None:
+        hub = InProcessHub()
+        links = [hub.connect(follower_name(rank)) for rank in range(1, SIZE)]
+        followers = make_followers(hub)
+        assembling = asyncio.create_task(followers.assemble(PLAN, 60.0))
+        await links[0].send(Follow(rank=1))
+        await links[0].send(m.Failure(role="learner-1", message="learner-1: no such folder"))
+        await links[1].send(Follow(rank=2))
+        await assembling
+        with pytest.raises(RoleError, match="learner-1: no such folder"):
+            await followers.watch()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_threads_compute_on_the_gpu_of_their_process(monkeypatch: pytest.MonkeyPatch) -> None:
