@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.evidence.plan import ARMS, SPREADS
+from benchmarks.evidence.plan import ARMS, OTHER_SEEDS, SPREADS
 from benchmarks.evidence.records import Record
 
 NUM_POINTS = 80
 
 
 def draw(runs: Mapping[tuple[str, str], Sequence[Record]], docs: Path) -> None:
-    """Writes docs/time_to_accuracy.png: one panel per spread, one curve per arm. An arm that is
-    tuned as another one trains as that, so it has none."""
+    """Writes docs/time_to_accuracy.png: one panel per spread, one curve per arm with the
+    seeds of OTHER_SEEDS. An arm that is tuned as another one trains as that, so it has none."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ def draw(runs: Mapping[tuple[str, str], Sequence[Record]], docs: Path) -> None:
         figure.subplots(1, len(spreads), squeeze=False)[0], spreads, strict=True
     ):
         for arm in arms:
-            if own := runs.get((spread, arm)):
+            if len(own := runs.get((spread, arm), [])) >= len(OTHER_SEEDS):
                 style = "-" if ARMS[arm].mode == "async" else ":" if ARMS[arm].trl else "--"
                 axes.plot(*median_curve(own), style, color=colours[arm], label=arm, linewidth=1.6)
         for target in SPREADS[spread].targets:
