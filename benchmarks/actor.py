@@ -23,7 +23,6 @@ import asyncio
 import json
 import multiprocessing
 import os
-import shutil
 import statistics
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -33,7 +32,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.harness import QUICKSTART, report
+from benchmarks.harness import QUICKSTART, copy_tokenizer, report
 from benchmarks.measured_engine import MeasuredEngine, RecordingEngine, Turn, measure_turn
 from benchmarks.stand_in_learner import run_stand_in_learner
 from speed_async.actors.engine import GenerationRequest
@@ -184,9 +183,8 @@ def row_of(name: str, turns: list[Turn], bare: list[Turn]) -> dict[str, object]:
 def save_random_model(folder: Path, size: str) -> Path:
     """A Llama with random weights, sized "HIDDENxLAYERS", and the quickstart's tokenizer."""
     hidden, layers = map(int, size.split("x"))
-    source = QUICKSTART.parent / "model"
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    known = AutoConfig.from_pretrained(source)
+    copy_tokenizer(folder)
+    known = AutoConfig.from_pretrained(QUICKSTART.parent / "model")
     LlamaForCausalLM(
         LlamaConfig(
             vocab_size=known.vocab_size,

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.engine_vllm import RunningVllm, running_vllm
+from benchmarks.engine_vllm import RunningVllm, children_cpu_s, running_vllm
 from benchmarks.harness import MODEL_SHAPES, report
 from speed_async.actors.engine import GenerationRequest
 from speed_async.actors.stepped_engine.engine import SteppedEngine
@@ -121,7 +121,7 @@ def rate(contestant: Callable[[], int]) -> tuple[float, float]:
 
 
 def _cpu_s() -> float:
-    return time.process_time() + RunningVllm.engine_cpu_s()
+    return time.process_time() + children_cpu_s()
 
 
 def compare(arguments: argparse.Namespace, num_slots: int, per_prompt: int) -> dict[str, object]:
@@ -154,7 +154,7 @@ def _compare(
         names = list(contestants)
         for name in names if repeat % 2 == 0 else reversed(names):
             rates[name].append(rate(contestants[name]))
-    return {
+    row: dict[str, object] = {
         "slots": num_slots,
         "per_prompt": per_prompt,
         "threads": arguments.threads,
@@ -163,15 +163,11 @@ def _compare(
         "by_CPU_time": _ratio(rates["engine"], rates["generate"], 1),
         "engine/core": _ratio(rates["engine"], rates["core"], 0),
         "core_by_CPU_time": _ratio(rates["engine"], rates["core"], 1),
-        **(
-            {
-                "engine/vllm": _ratio(rates["engine"], rates["vllm"], 0),
-                "vllm_by_CPU_time": _ratio(rates["engine"], rates["vllm"], 1),
-            }
-            if vllm is not None
-            else {}
-        ),
     }
+    if vllm is not None:
+        row["engine/vllm"] = _ratio(rates["engine"], rates["vllm"], 0)
+        row["vllm_by_CPU_time"] = _ratio(rates["engine"], rates["vllm"], 1)
+    return row
 
 
 def _ratio(over: list[tuple[float, float]], under: list[tuple[float, float]], which: int) -> float:

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.harness import QUICKSTART
+from benchmarks.harness import copy_tokenizer
 from speed_async.actors.engine import GenerationRequest
 from speed_async.config.load import build_config
 from speed_async.launcher.roles.engine_environment import engine_environment
@@ -36,11 +35,11 @@ class RunningVllm:
 
         return asyncio.run_coroutine_threadsafe(all_of_them(), self._loop).result()
 
-    @staticmethod
-    def engine_cpu_s() -> float:
-        """CPU time of the engine's processes so far."""
-        children = psutil.Process().children(recursive=True)
-        return sum(sum(child.cpu_times()[:2]) for child in children)
+
+def children_cpu_s() -> float:
+    """CPU time of all child processes so far: of the engine, if it runs."""
+    children = psutil.Process().children(recursive=True)
+    return sum(sum(child.cpu_times()[:2]) for child in children)
 
 
 @contextmanager
@@ -51,9 +50,7 @@ def running_vllm(model: Any, *, num_slots: int, num_threads: int) -> Iterator[Ru
     thread.start()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
-        source = QUICKSTART.parent / "model"  # its tokenizer, which the requests do not need
-        files = shutil.ignore_patterns("*.safetensors", "config.json", "generation_config.json")
-        shutil.copytree(source, folder, ignore=files)
+        copy_tokenizer(folder)  # vLLM reads one, although the requests need none
         model.save_pretrained(folder)
         config = build_config(
             {

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import platform
 import select
+import shutil
 import statistics
 import subprocess
 import sys
@@ -80,6 +81,12 @@ MODEL_SHAPES: dict[str, dict[str, Any]] = {
 
 SPAWN = multiprocessing.get_context("spawn")
 Work = tuple[Callable, tuple]
+
+
+def copy_tokenizer(folder: Path) -> None:
+    """Makes a model folder with the quickstart's tokenizer and without a model."""
+    others = shutil.ignore_patterns("*.safetensors", "config.json", "generation_config.json")
+    shutil.copytree(QUICKSTART.parent / "model", folder, ignore=others)
 
 
 def output_of(command: Sequence[str | Path], environment: Mapping[str, str]) -> str:

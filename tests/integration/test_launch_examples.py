@@ -89,38 +89,36 @@ def test_only_the_first_pod_of_the_job_set_resumes_the_run_on_their_volume(
 ) -> None:
     [job] = job_set()["spec"]["replicatedJobs"]
     [container] = job["template"]["spec"]["template"]["spec"]["containers"]
-    (tmp_path / "bin" / "speed-async").write_text('#!/usr/bin/env bash\nprintf "%s " "$@"\n')
     (tmp_path / "runs" / "default").mkdir(parents=True)
     (tmp_path / "runs" / "default" / "config.json").touch()
-    done = subprocess.run(
-        [*container["command"], *container["args"]],
-        env=environment | {"JOB_COMPLETION_INDEX": index},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    assert done.stdout.startswith(f"train {what} --nnodes 2 --node-rank {index} ")
+    command = [*container["command"], *container["args"]]
+    out = arguments_of(command, environment | {"JOB_COMPLETION_INDEX": index}, tmp_path)
+    assert out.startswith(f"train {what} --nnodes 2 --node-rank {index} ")
 
 
 @pytest.mark.parametrize(("node", "what"), [("0", "--resume runs/default"), ("1", "my.toml")])
 def test_slurm_resumes_on_the_first_node_only(
     node: str, what: str, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    (tmp_path / "bin" / "speed-async").write_text('#!/usr/bin/env bash\nprintf "%s " "$@"\n')
     slurm = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2", "NODE": node}
-    done = subprocess.run(
-        ["bash", str(FOLDER / "slurm.sh"), "my.toml", "--run.updates", "9"],
-        env=environment | slurm | {"RESUME": "runs/default"},
-        cwd=tmp_path,
+    command = ["bash", str(FOLDER / "slurm.sh"), "my.toml", "--run.updates", "9"]
+    out = arguments_of(command, environment | slurm | {"RESUME": "runs/default"}, tmp_path)
+    assert out.startswith(f"train {what} --nnodes 2 ")
+    assert out.endswith(f" --run.updates 9 --node-rank {node} ")
+
+
+def arguments_of(command: list[str], environment: dict[str, str], folder: Path) -> str:
+    """The arguments with which the script starts speed-async, each followed by a space."""
+    (folder / "bin" / "speed-async").write_text('#!/usr/bin/env bash\nprintf "%s " "$@"\n')
+    return subprocess.run(
+        command,
+        env=environment,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
-    )
-    assert done.stdout.startswith(f"train {what} --nnodes 2 ")
-    assert done.stdout.endswith(f" --run.updates 9 --node-rank {node} ")
+    ).stdout
 
 
 def job_set() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from speed_async.config.schema import Config
 from speed_async.errors import ConfigError, SpeedAsyncError
+from speed_async.launcher.gpus import num_local_learners
 from speed_async.launcher.preflight.devices import check_devices
 from speed_async.launcher.preflight.findings import Findings, PreflightError
 from speed_async.launcher.preflight.machine import (
@@ -40,12 +41,14 @@ def run_checks(
     service runs beside rank 0. `num_local_ranks`: ranks of this node; None: all of the run."""
     findings, leads = Findings(errors=list(errors or ())), first_rank == 0
     num_local_ranks = num_local_ranks or config.cluster.learners + config.cluster.actors
-    check_devices(
-        config,
-        findings,
-        actors_here=actors_here,
-        num_learners=min(config.cluster.learners - first_rank, num_local_ranks),
+    rank = Rank(
+        rank=first_rank,
+        local_rank=0,
+        world_size=first_rank + num_local_ranks,  # at least
+        local_world_size=num_local_ranks,
     )
+    num_learners = num_local_learners(config, rank)
+    check_devices(config, findings, actors_here=actors_here, num_learners=num_learners)
     check_libraries(config, findings)
     if leads:
         check_keys(config, findings)
@@ -67,12 +70,6 @@ def run_checks(
     if tokenizer is not None and model is not None and parts:
         _check_lengths(config, model, tokenizer, parts, findings)
     if model is not None and model.weights is not None:
-        rank = Rank(
-            rank=first_rank,
-            local_rank=0,
-            world_size=first_rank + num_local_ranks,  # at least
-            local_world_size=num_local_ranks,
-        )
         memory = estimate_memory(config, model, findings, rank=rank)
         memory += check_shared_gpus(config, model.facts, model.weights, findings, rank=rank)
         findings.show("memory", memory)
